@@ -1,0 +1,393 @@
+"""Every message on the wire: frozen structs, one tag each, MessagePack, bounds checked on decoding.
+
+An unknown tag, an unknown field, a value out of bounds or trailing bytes make `decode` raise `BadMessage`; nothing
+else ever leaves it. Every message about a request carries `(request_id, attempt)`; every message about a transfer
+carries `transfer_id`, which the receiver drew at random for one attempt of one request, so a late message of an old
+attempt finds nobody who knows it.
+
+Who sends what:
+
+    worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, Tokens, HandedOver, Failed, Cancelled
+    proxy  -> worker   Registered, Refused, Ping, Prefill, Reserve, Cancel, Drain
+    prefill -> decode  Hello, Offer, Valid, Finish, Abort, Aborted
+    decode -> prefill  Welcome, Grant, Accept, Validate, Renew, Ack, Abort, Aborted
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+PROTOCOL_VERSION = 1
+
+MAX_BODY_BYTES = 8 << 20
+MAX_TOKENS = 1 << 20
+MAX_BLOCKS = 1 << 16
+
+Name = Annotated[str, Meta(min_length=1, max_length=96)]
+Text = Annotated[str, Meta(max_length=4096)]
+Digest = Annotated[bytes, Meta(max_length=32)]
+TransferId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+Count = Annotated[int, Meta(ge=0, le=1 << 48)]
+Small = Annotated[int, Meta(ge=0, le=1 << 20)]
+TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Seconds = Annotated[float, Meta(ge=0.0, le=1e7)]
+TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_TOKENS)]
+BlockIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_BLOCKS)]
+Hashes = Annotated[tuple[Digest, ...], Meta(max_length=MAX_BLOCKS)]
+
+
+class BadMessage(ValueError):
+    """Bytes that are no message of ours."""
+
+
+class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t", kw_only=True):
+    """Base of all messages; the tag is the class name."""
+
+
+# ---- values inside messages -------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the tokens of one sequence are drawn, after the OpenAI and vLLM APIs; every value is explicit."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] = 0
+    """0 keeps all."""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    """Drawn by the proxy where the client gave none, so that a replay draws the same tokens."""
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    logit_bias: Annotated[tuple[tuple[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], ...], Meta(max_length=1024)] = ()
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=128)] = ()
+    """With the model's end tokens in it, unless the client said ignore_eos; suppressed until min_tokens."""
+
+
+class Logprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Natural log of the probability of the drawn token under the model, and of the likeliest ones."""
+
+    logprob: float
+    top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=20)] = ()
+
+
+class PlaneAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How one end of a data plane is reached; only the plane of that name reads `address`."""
+
+    plane: Name
+    host: Name
+    """Identity of the machine: planes that need one host compare it."""
+    address: Text = ""
+
+
+class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A worker's load at one moment, as the router sees it."""
+
+    running: Count = 0
+    waiting: Count = 0
+    waiting_tokens: Count = 0
+    """Tokens not yet computed of waiting and running work."""
+    free_blocks: Count = 0
+    total_blocks: Count = 0
+    steps: Count = 0
+    """Steps done since the start: a busy worker whose count stands still is stuck."""
+    counters: Annotated[dict[Name, float], Meta(max_length=256)] = {}
+
+
+# ---- worker <-> proxy: life cycle -------------------------------------------------------------------------------
+
+
+class Register(Message, tag="Register", kw_only=True):
+    """A worker joins; repeated until answered."""
+
+    version: Small = PROTOCOL_VERSION
+    worker: Name
+    incarnation: Count
+    role: Annotated[str, Meta(pattern="^(prefill|decode)$")]
+    model: Text
+    namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    """Digest of all that makes KV compatible; two workers of different namespaces never meet."""
+    block_tokens: Annotated[int, Meta(ge=1, le=4096)]
+    total_blocks: Count
+    max_model_len: Annotated[int, Meta(ge=1, le=1 << 24)]
+    address: Text
+    """Where peers connect to this worker's endpoint."""
+
+
+class Registered(Message, tag="Registered", kw_only=True):
+    proxy: Name
+    incarnation: Count
+
+
+class Refused(Message, tag="Refused", kw_only=True):
+    """The worker, or the peer, does not fit; the sender of what was refused must not try again unchanged."""
+
+    reason: Text
+
+
+class Heartbeat(Message, tag="Heartbeat", kw_only=True):
+    worker: Name
+    incarnation: Count
+    load: Load
+    draining: bool = False
+
+
+class Goodbye(Message, tag="Goodbye", kw_only=True):
+    """A drained worker leaves."""
+
+    worker: Name
+    incarnation: Count
+
+
+class Ping(Message, tag="Ping", kw_only=True):
+    """The proxy lives; a worker that hears none for its session lease drops that proxy's requests."""
+
+    proxy: Name
+    incarnation: Count
+
+
+class Drain(Message, tag="Drain", kw_only=True):
+    """Finish what runs, take nothing new, leave."""
+
+
+# ---- worker <-> proxy: requests ---------------------------------------------------------------------------------
+
+
+class Prefill(Message, tag="Prefill", kw_only=True):
+    """Compute the KV of `token_ids`, sample the next token, hand both to `decode`."""
+
+    request_id: Name
+    attempt: Small
+    token_ids: TokenIds
+    prompt_len: Count
+    """The first so many of token_ids are prompt; the rest was generated by an earlier attempt."""
+    block_hashes: Hashes
+    sampling: SamplingParams
+    decode: Name
+    """Endpoint identity of the decode worker, `worker/incarnation`."""
+    decode_address: Text
+    deadline_s: Seconds
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+
+
+class Reserve(Message, tag="Reserve", kw_only=True):
+    """Hold the blocks of `token_ids`; go on from the token that prefill will send. Without `prefill`, compute all here."""
+
+    request_id: Name
+    attempt: Small
+    token_ids: TokenIds
+    prompt_len: Count
+    block_hashes: Hashes
+    sampling: SamplingParams
+    prefill: Annotated[str, Meta(max_length=96)] = ""
+    """Endpoint identity of the prefill worker; empty: this worker prefills the prompt itself."""
+    deadline_s: Seconds
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+
+
+class Cancel(Message, tag="Cancel", kw_only=True):
+    """Stop this request; attempts up to and including `attempt` are meant. Answered with Cancelled, always."""
+
+    request_id: Name
+    attempt: Small
+
+
+class Reserved(Message, tag="Reserved", kw_only=True):
+    """Decode to proxy: the blocks are held (or, for local prefill, the sequence is queued)."""
+
+    request_id: Name
+    attempt: Small
+    cached_tokens: Count
+    """Prompt tokens that decode's own prefix cache already had: they will not travel."""
+
+
+class Busy(Message, tag="Busy", kw_only=True):
+    """The worker has no room for this request: terminal for this leg, retry elsewhere or later."""
+
+    request_id: Name
+    attempt: Small
+    reason: Text
+
+
+class Tokens(Message, tag="Tokens", kw_only=True):
+    """New tokens; `index` counts from the first generated token of the request, over all attempts.
+
+    `finish` is empty, "stop" or "length"; with a finish this is the request's terminal message.
+    """
+
+    request_id: Name
+    attempt: Small
+    index: Count
+    ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
+    logprobs: Annotated[tuple[Logprob, ...], Meta(max_length=65536)] = ()
+    finish: Annotated[str, Meta(pattern="^(|stop|length)$")] = ""
+    cached_tokens: Count = 0
+    """Prompt tokens that this leg did not have to compute."""
+
+
+class HandedOver(Message, tag="HandedOver", kw_only=True):
+    """Prefill to proxy: decode has acknowledged the whole KV; terminal for the prefill leg."""
+
+    request_id: Name
+    attempt: Small
+    sent_bytes: Count
+    transfer_s: Seconds
+    """From the first offer to the acknowledgement."""
+
+
+class Failed(Message, tag="Failed", kw_only=True):
+    """Terminal for this leg. `retryable` tells whether another worker, or a new attempt, may succeed."""
+
+    request_id: Name
+    attempt: Small
+    reason: Text
+    retryable: bool
+
+
+class Cancelled(Message, tag="Cancelled", kw_only=True):
+    """Terminal answer to Cancel."""
+
+    request_id: Name
+    attempt: Small
+
+
+# ---- prefill <-> decode: transfer -------------------------------------------------------------------------------
+
+
+class Hello(Message, tag="Hello", kw_only=True):
+    """Prefill introduces itself to a decode worker, once a connection; repeated until answered."""
+
+    version: Small = PROTOCOL_VERSION
+    worker: Name
+    """Endpoint identity, `worker/incarnation`."""
+    namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    planes: Annotated[tuple[PlaneAddress, ...], Meta(max_length=16)]
+
+
+class Welcome(Message, tag="Welcome", kw_only=True):
+    """Decode's answer: the plane that this pair will use."""
+
+    worker: Name
+    plane: PlaneAddress
+
+
+class Grant(Message, tag="Grant", kw_only=True):
+    """Decode to prefill: the reservation stands; blocks before `first_block` need not travel."""
+
+    transfer_id: TransferId
+    request_id: Name
+    attempt: Small
+    first_block: Count
+    num_blocks: Count
+    """Blocks of the whole sequence, so [first_block, num_blocks) will travel."""
+    lease_s: Seconds
+
+
+class Offer(Message, tag="Offer", kw_only=True):
+    """Prefill: blocks [first_block, first_block + len(source)) are computed and held under the lease."""
+
+    transfer_id: TransferId
+    seq: Count
+    first_block: Count
+    source: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=4096)]
+    """Block ids in the sender's pool, for planes that pull."""
+    digest: Annotated[bytes, Meta(min_length=8, max_length=16)]
+
+
+class Accept(Message, tag="Accept", kw_only=True):
+    """Decode: the receive of chunk `seq` is posted; this is the credit to send it. `retry` > 0 asks for it anew."""
+
+    transfer_id: TransferId
+    seq: Count
+    retry: Annotated[int, Meta(ge=0, le=16)] = 0
+
+
+class Validate(Message, tag="Validate", kw_only=True):
+    """Decode, on planes that pull: I have copied chunk `seq`; did the lease hold until now?"""
+
+    transfer_id: TransferId
+    seq: Count
+    retry: Annotated[int, Meta(ge=0, le=16)] = 0
+
+
+class Valid(Message, tag="Valid", kw_only=True):
+    """Prefill: the blocks of chunk `seq` were held all along. (Silence or Aborted means: they were not.)"""
+
+    transfer_id: TransferId
+    seq: Count
+    retry: Annotated[int, Meta(ge=0, le=16)] = 0
+
+
+class Finish(Message, tag="Finish", kw_only=True):
+    """Prefill: all chunks are offered; with them goes the first token. Repeated until acknowledged."""
+
+    transfer_id: TransferId
+    num_chunks: Count
+    token_id: TokenId
+    logprob: Logprob | None = None
+
+
+class Renew(Message, tag="Renew", kw_only=True):
+    """Decode: the lease of these transfers starts anew."""
+
+    transfer_ids: Annotated[tuple[TransferId, ...], Meta(max_length=4096)]
+
+
+class Ack(Message, tag="Ack", kw_only=True):
+    """Decode: every block has arrived and is verified; the sender may free its blocks."""
+
+    transfer_id: TransferId
+
+
+class Abort(Message, tag="Abort", kw_only=True):
+    """Either side: this transfer is over. Answered with Aborted, also by one who never knew it."""
+
+    transfer_id: TransferId
+    reason: Text
+
+
+class Aborted(Message, tag="Aborted", kw_only=True):
+    """The sender of this touches nothing of the transfer any more."""
+
+    transfer_id: TransferId
+
+
+MESSAGES: tuple[type[Message], ...] = (
+    Register, Registered, Refused, Heartbeat, Goodbye, Ping, Drain,
+    Prefill, Reserve, Cancel, Reserved, Busy, Tokens, HandedOver, Failed, Cancelled,
+    Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Ack, Abort, Aborted,
+)  # fmt: skip
+
+_encoder = msgspec.msgpack.Encoder()
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
+    Annotated[
+        Register | Registered | Refused | Heartbeat | Goodbye | Ping | Drain
+        | Prefill | Reserve | Cancel | Reserved | Busy | Tokens | HandedOver | Failed | Cancelled
+        | Hello | Welcome | Grant | Offer | Accept | Validate | Valid | Finish | Renew | Ack | Abort | Aborted,
+        Meta(description="any message"),
+    ]  # fmt: skip
+)
+
+
+def encode(message: Message) -> bytes:
+    """The MessagePack bytes of `message`."""
+    return _encoder.encode(message)
+
+
+def decode(body: bytes | memoryview) -> Message:
+    """The message in `body`; raises BadMessage for anything that is not exactly one valid message."""
+    if len(body) > MAX_BODY_BYTES:
+        raise BadMessage(f"message of {len(body)} bytes, at most {MAX_BODY_BYTES} are allowed")
+    try:
+        return _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+        raise BadMessage(str(error)[:300]) from None
