@@ -7,7 +7,7 @@ attempt finds nobody who knows it.
 
 Who sends what:
 
-    worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, Tokens, HandedOver, Failed, Cancelled
+    worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled
     proxy  -> worker   Registered, Refused, Ping, Prefill, Reserve, Cancel, Drain
     prefill -> decode  Hello, Offer, Valid, Finish, Abort, Aborted
     decode -> prefill  Welcome, Grant, Accept, Validate, Renew, Ack, Abort, Aborted
@@ -234,6 +234,12 @@ class Tokens(Message, tag="Tokens", kw_only=True):
     """Prompt tokens that this leg did not have to compute."""
 
 
+class Bundle(Message, tag="Bundle", kw_only=True):
+    """All tokens that one step made for one proxy: one frame instead of one a row."""
+
+    tokens: Annotated[tuple[Tokens, ...], Meta(max_length=65536)]
+
+
 class HandedOver(Message, tag="HandedOver", kw_only=True):
     """Prefill to proxy: decode has acknowledged the whole KV; terminal for the prefill leg."""
 
@@ -363,7 +369,7 @@ class Aborted(Message, tag="Aborted", kw_only=True):
 
 MESSAGES: tuple[type[Message], ...] = (
     Register, Registered, Refused, Heartbeat, Goodbye, Ping, Drain,
-    Prefill, Reserve, Cancel, Reserved, Busy, Tokens, HandedOver, Failed, Cancelled,
+    Prefill, Reserve, Cancel, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled,
     Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Ack, Abort, Aborted,
 )  # fmt: skip
 
@@ -371,7 +377,7 @@ _encoder = msgspec.msgpack.Encoder()
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
     Annotated[
         Register | Registered | Refused | Heartbeat | Goodbye | Ping | Drain
-        | Prefill | Reserve | Cancel | Reserved | Busy | Tokens | HandedOver | Failed | Cancelled
+        | Prefill | Reserve | Cancel | Reserved | Busy | Tokens | Bundle | HandedOver | Failed | Cancelled
         | Hello | Welcome | Grant | Offer | Accept | Validate | Valid | Finish | Renew | Ack | Abort | Aborted,
         Meta(description="any message"),
     ]  # fmt: skip
