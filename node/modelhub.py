@@ -1,0 +1,75 @@
+"""Where a model's files are: the demo model, a folder, or a download from the Hugging Face hub.
+
+It owns the way from the name that a user gives to a folder on this machine. It reads no file in it: what a model is,
+`models` and `proxy` find out. Only safetensors are ever fetched: a .bin or .pt file is a pickle, which can run code.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from pathlib import Path
+
+from node.errors import SettingsError
+from node.telemetry import log_event
+
+DEMO_MODEL = "demo"
+
+FETCHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+NOT_FETCHED = ("consolidated*", "original/*", "onnx/*")
+"""Second copies of the weights in the formats of other programs."""
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+_logger = logging.getLogger(__name__)
+
+
+def locate_model(name: str) -> Path:
+    """The folder of model `name`: "demo", a folder that holds config.json, or a hub id `org/name` (downloaded once).
+
+    Raises SettingsError where there is none, with what to do about it. Blocks as long as a download takes.
+    """
+    if name == DEMO_MODEL:
+        return _checked(_demo_folder())
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return _checked(folder.resolve())
+    if folder.exists():
+        raise SettingsError(f"model {name!r} is a file: a Hugging Face model folder is needed")
+    if not _HUB_ID.fullmatch(name):
+        raise SettingsError(f"model {name!r}: no such folder, and not a hub id either (those look like org/name)")
+    return _checked(_download(name))
+
+
+def _demo_folder() -> Path:
+    """The demo model lies beside the packages, in a checkout as in an installed wheel."""
+    return Path(__file__).resolve().parent.parent / "models" / "demo"
+
+
+def _checked(folder: Path) -> Path:
+    if not (folder / "config.json").is_file():
+        raise SettingsError(f"model folder {folder} holds no config.json: it is not a Hugging Face model folder")
+    return folder
+
+
+def _download(hub_id: str) -> Path:
+    """Fetch what is missing of `hub_id` into the hub's own cache, with its progress bars on stderr."""
+    # Imported here: it takes a third of a second and 30 MB, which only a download needs.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    log_event(_logger, "model_download", model=hub_id)
+    try:
+        folder = snapshot_download(hub_id, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED))
+    except GatedRepoError:
+        reason = "its licence must be accepted on the hub first, and HF_TOKEN set to a token of that account"
+    except RepositoryNotFoundError:
+        reason = "no such folder here, and no such model on the hub (or a private one: set HF_TOKEN)"
+    except LocalEntryNotFoundError:
+        reason = "no such folder here, not in the hub's cache, and the hub cannot be reached (or HF_HUB_OFFLINE is set)"
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = f"the download failed: {str(error).splitlines()[0] if str(error) else type(error).__name__}"
+    else:
+        log_event(_logger, "model_ready", model=hub_id, folder=str(folder))
+        return Path(folder)
+    raise SettingsError(f"model {hub_id!r}: {reason}")

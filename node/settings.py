@@ -1,0 +1,260 @@
+"""Settings: one frozen dataclass a node; the command line is made from it, and errors are told in one line.
+
+The only reader of the command line and of the environment. It knows no node: `option` describes a field, `parse` turns
+arguments into an instance of any dataclass made of such fields, `require_loopback` guards what a node binds to.
+
+    @dataclass(frozen=True, slots=True, kw_only=True)
+    class ProxySettings:
+        model: str = option(help="model folder or hub id")                                     # required: --model
+        port: int = option(8000, help="HTTP port", minimum=0, maximum=65535)                   # --port
+        drain_s: float = option(10.0, unit="s", help="time that requests get to end", minimum=0)
+
+    settings = parse(ProxySettings, sys.argv[1:], prog="python -m proxy", description="The HTTP front of Baton.")
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import ipaddress
+import math
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from node.errors import SettingsError
+
+T = TypeVar("T")
+
+_METADATA_KEY = "option"
+_METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
+
+
+@dataclass(frozen=True, slots=True)
+class OptionInfo:
+    """What a field's metadata says besides its name, type and default."""
+
+    help: str
+    unit: str = ""
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+    metavar: str = ""
+    env: str = ""
+    """Environment variable that gives the default: for secrets, which do not belong in a process list."""
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    *,
+    help: str,
+    unit: str = "",
+    choices: Sequence[str] = (),
+    minimum: float | None = None,
+    maximum: float | None = None,
+    metavar: str = "",
+    env: str = "",
+) -> Any:
+    """A dataclass field that becomes `--its-name`. Without `default` it is required.
+
+    The field's annotation is one of bool, int, float, str, Path, any of these `| None` (not given is None), or
+    `tuple[X, ...]` of int, float, str or Path (the option may be repeated). `minimum` and `maximum` are inclusive; a
+    number must always be finite.
+    """
+    info = OptionInfo(help, unit, tuple(choices), minimum, maximum, metavar, env)
+    return dataclasses.field(default=default, metadata={_METADATA_KEY: info})
+
+
+def parse(
+    cls: type[T],
+    argv: Sequence[str],
+    prog: str,
+    description: str,
+    environ: Mapping[str, str] | None = None,
+) -> T:
+    """An instance of the settings dataclass `cls` from command-line arguments (without the program's name).
+
+    Ends the process: status 0 after --help, status 2 with one line on stderr where an argument is wrong or missing.
+    `environ` stands in for the process environment. A `SettingsError` out of `cls.__post_init__` is told the same way.
+    """
+    parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
+    hints = typing.get_type_hints(cls)
+    env = os.environ if environ is None else environ
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        _add_argument(parser, field, _Kind.of(field.name, hints[field.name]), env)
+    values = vars(parser.parse_args(list(argv)))
+    try:
+        return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
+    except SettingsError as error:
+        parser.error(str(error))
+
+
+def require_loopback(address: str, insecure_network: bool) -> None:
+    """Raise SettingsError where a bind to `address` would be reachable from other machines and nobody asked for it.
+
+    `address` is a host ("127.0.0.1", "localhost", "::1") or a ZeroMQ endpoint ("tcp://127.0.0.1:0", "ipc://...").
+    A host name other than localhost counts as a network: where it points to can change.
+    """
+    if insecure_network or address.startswith(("ipc://", "inproc://")):
+        return
+    host = _host_of(address)
+    if host == "localhost":
+        return
+    try:
+        if ipaddress.ip_address(host).is_loopback:
+            return
+    except ValueError:
+        pass  # no IP address: a wildcard, an interface or a host name
+    raise SettingsError(
+        f"refusing to bind to {address!r}: other machines could reach it, and traffic between Baton's processes is "
+        "neither encrypted nor authenticated; bind to 127.0.0.1, or pass --insecure-network on a network you trust"
+    )
+
+
+def _host_of(address: str) -> str:
+    """The host in `host`, `tcp://host:port` or `tcp://[host]:port`."""
+    if "://" not in address:
+        return address
+    host = address.split("://", 1)[1].rpartition(":")[0]
+    return host.removeprefix("[").removesuffix("]")
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A field's annotation, taken apart."""
+
+    base: type
+    repeated: bool = False
+    optional: bool = False
+
+    @classmethod
+    def of(cls, name: str, hint: Any) -> _Kind:
+        origin, args = typing.get_origin(hint), typing.get_args(hint)
+        if origin is tuple and len(args) == 2 and args[1] is Ellipsis and args[0] in _METAVARS:
+            return cls(args[0], repeated=True)
+        if origin in (types.UnionType, typing.Union) and len(args) == 2 and type(None) in args:
+            inner = cls.of(name, args[0] if args[1] is type(None) else args[1])
+            if not inner.repeated:
+                return cls(inner.base, optional=True)
+        if hint is bool or hint in _METAVARS:
+            return cls(hint)
+        raise TypeError(f"setting {name}: no command line can be made from the type {hint}")
+
+
+def _add_argument(
+    parser: argparse.ArgumentParser, field: dataclasses.Field[Any], kind: _Kind, env: Mapping[str, str]
+) -> None:
+    """Add the option of one field."""
+    info: OptionInfo = field.metadata[_METADATA_KEY]
+    flag = "--" + field.name.replace("_", "-")
+    default = field.default
+    required = default is dataclasses.MISSING and not env.get(info.env)
+    help_text = _help_text(info, kind, default).replace("%", "%%")
+    if kind.base is bool:
+        action = "store_true" if default is False else argparse.BooleanOptionalAction  # the latter adds --no-...
+        parser.add_argument(flag, action=action, default=default, required=required, help=help_text)
+        return
+    convert = _converter(kind.base, info)
+    if env.get(info.env):
+        try:
+            default = convert(env[info.env])
+        except argparse.ArgumentTypeError as error:
+            parser.error(f"environment variable {info.env}: {error}")
+        default = (default,) if kind.repeated else default
+    parser.add_argument(
+        flag,
+        action=_AppendAnew if kind.repeated else "store",
+        type=convert,
+        default=default,
+        required=required,
+        metavar=info.metavar or ("{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[kind.base]),
+        help=help_text,
+    )
+
+
+def _converter(base: type, info: OptionInfo) -> Callable[[str], Any]:
+    """Text of one argument -> checked value."""
+
+    def convert(text: str) -> Any:
+        try:
+            value = base(text)
+        except ValueError:
+            wanted = {int: "a whole number", float: "a number"}[base]
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+        if info.choices and value not in info.choices:
+            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(info.choices)}")
+        if base in (int, float):
+            _check_number(value, info)
+        return value
+
+    return convert
+
+
+def _check_number(value: float, info: OptionInfo) -> None:
+    unit = f" {info.unit}" if info.unit else ""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{value} is not a finite number")
+    if info.minimum is not None and value < info.minimum:
+        raise argparse.ArgumentTypeError(f"{value} is too small: at least {info.minimum}{unit}")
+    if info.maximum is not None and value > info.maximum:
+        raise argparse.ArgumentTypeError(f"{value} is too large: at most {info.maximum}{unit}")
+
+
+def _help_text(info: OptionInfo, kind: _Kind, default: Any) -> str:
+    """The line of help with unit, default and bounds; the value of an environment variable is never shown."""
+    facts = [f"in {info.unit}"] if info.unit else []
+    if kind.repeated:
+        facts.append("may be repeated")
+    if default is dataclasses.MISSING:
+        facts.append("required")
+    elif default not in (None, "", ()):
+        facts.append(f"default {_shown(default)}")
+    if info.minimum is not None and info.maximum is not None:
+        facts.append(f"{info.minimum} to {info.maximum}")
+    elif info.minimum is not None:
+        facts.append(f"at least {info.minimum}")
+    elif info.maximum is not None:
+        facts.append(f"at most {info.maximum}")
+    if info.env:
+        facts.append(f"also read from {info.env}")
+    return info.help + (f" ({', '.join(facts)})" if facts else "")
+
+
+def _shown(default: Any) -> str:
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    return ",".join(map(str, default)) if isinstance(default, tuple) else str(default)
+
+
+class _AppendAnew(argparse.Action):
+    """Collects repeated options; the first one given replaces the default instead of adding to it."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        given = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*given, values] if isinstance(given, list) else [values])
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Help in two columns that stay readable with long option names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Errors are one line: the usage of a node is a screen long and would hide them."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: error: {message} (see --help)", file=sys.stderr)
+        raise SystemExit(2)
