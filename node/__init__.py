@@ -1,1 +1,4 @@
-"""What every process needs: settings, typed messages, the ZeroMQ endpoint, life cycle, telemetry, errors. No torch, no blocks."""
+"""What every process needs: settings, typed messages, the ZeroMQ endpoint, life cycle, telemetry, errors.
+
+No torch, no blocks.
+"""

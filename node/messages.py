@@ -15,6 +15,8 @@ Who sends what:
 
 from __future__ import annotations
 
+import functools
+import operator
 from typing import Annotated
 
 import msgspec
@@ -33,6 +35,7 @@ TransferId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=1 << 48)]
 Small = Annotated[int, Meta(ge=0, le=1 << 20)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e7)]
 TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_TOKENS)]
 BlockIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_BLOCKS)]
@@ -66,7 +69,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
-    logit_bias: Annotated[tuple[tuple[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], ...], Meta(max_length=1024)] = ()
+    logit_bias: Annotated[tuple[tuple[TokenId, Bias], ...], Meta(max_length=1024)] = ()
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=128)] = ()
@@ -180,7 +183,7 @@ class Prefill(Message, tag="Prefill", kw_only=True):
 
 
 class Reserve(Message, tag="Reserve", kw_only=True):
-    """Hold the blocks of `token_ids`; go on from the token that prefill will send. Without `prefill`, compute all here."""
+    """Hold the blocks of `token_ids`, to go on from the token that prefill sends. Without `prefill`, compute all here."""
 
     request_id: Name
     attempt: Small
@@ -374,14 +377,7 @@ MESSAGES: tuple[type[Message], ...] = (
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()
-_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(
-    Annotated[
-        Register | Registered | Refused | Heartbeat | Goodbye | Ping | Drain
-        | Prefill | Reserve | Cancel | Reserved | Busy | Tokens | Bundle | HandedOver | Failed | Cancelled
-        | Hello | Welcome | Grant | Offer | Accept | Validate | Valid | Finish | Renew | Ack | Abort | Aborted,
-        Meta(description="any message"),
-    ]  # fmt: skip
-)
+_decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(functools.reduce(operator.or_, MESSAGES))  # type: ignore[arg-type]
 
 
 def encode(message: Message) -> bytes:

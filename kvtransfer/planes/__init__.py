@@ -1,1 +1,4 @@
-"""Data planes: ways to move the bytes of blocks from one worker's pool into another's. The receiver always writes its own memory."""
+"""Data planes: ways to move the bytes of blocks from one worker's pool into another's.
+
+The receiver always writes its own memory.
+"""

@@ -1,0 +1,497 @@
+"""All transfers of one worker: who pairs with whom over which plane, and the machines of every transfer in motion.
+
+It owns the tables of pairs, senders and receivers, and carries out what the machines of `transfer.py` ask for. It has
+no thread and no clock: the carrier calls it with what came in and what time it is. A worker may send and receive.
+Blocks are only numbers here; who owns them is the block manager's business, in another thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+from kvtransfer.planes.base import Plane
+from kvtransfer.planes.select import choose
+from kvtransfer.receiver import Receiver
+from kvtransfer.sender import Sender
+from kvtransfer.transfer import (
+    Action,
+    Arrived,
+    CancelIo,
+    DigestOf,
+    Ended,
+    PostReceive,
+    PostSend,
+    State,
+    Tell,
+    Timing,
+)
+from node.messages import (
+    PROTOCOL_VERSION,
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Finish,
+    Grant,
+    Hello,
+    Logprob,
+    Message,
+    Offer,
+    PlaneAddress,
+    Refused,
+    Renew,
+    Valid,
+    Validate,
+    Welcome,
+)
+
+MAX_EARLY_GRANTS = 4096
+GREET_AGAIN_S = 0.25
+GREETING_LASTS_S = 1.0
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class LegKey:
+    """One attempt of one request, which has at most one transfer."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class SenderEnded:
+    """The sent blocks are touched no more."""
+
+    leg: LegKey
+    ok: bool
+    reason: str
+    sent_blocks: int
+    transfer_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvArrived:
+    """Every block of the transfer has arrived and is verified."""
+
+    transfer_id: bytes
+    token_id: int
+    logprob: Logprob | None
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverEnded:
+    """A transfer ended without arriving; its blocks are touched no more."""
+
+    transfer_id: bytes
+    reason: str
+
+
+Event = SenderEnded | KvArrived | ReceiverEnded
+
+
+@dataclass(slots=True)
+class _Pair:
+    peer: str
+    plane: Plane | None = None
+    greeted_at: float = float("-inf")
+    welcomed_at: float = float("-inf")
+
+
+@dataclass(slots=True)
+class _Sending:
+    leg: LegKey
+    peer: str
+    machine: Sender
+
+
+@dataclass(slots=True)
+class _Receiving:
+    peer: str
+    machine: Receiver
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What decode promises to receive: its own `blocks` for blocks [first_block, ...) of the sequence."""
+
+    transfer_id: bytes
+    leg: LegKey
+    peer: str
+    first_block: int
+    blocks: tuple[int, ...]
+    deadline: float
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an operator wants to see; only ever grows."""
+
+    sent_blocks: int = 0
+    received_blocks: int = 0
+    transfers_sent: int = 0
+    transfers_received: int = 0
+    transfers_failed: int = 0
+    pairs_refused: int = 0
+    strange_messages: int = 0
+    digest_retries: int = 0
+    transfer_s_sum: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Wire:
+    """How the exchange reaches peers: `send` tells whether the peer could be reached, `connect` opens a link."""
+
+    send: Callable[[str, Message], bool]
+    connect: Callable[[str, str], None]
+
+
+class Exchange:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        identity: str,
+        namespace: bytes,
+        planes: Sequence[Plane],
+        digest_of: DigestOf,
+        wire: Wire,
+        *,
+        chunk_blocks: int,
+        window: int = 8,
+        timing: Timing | None = None,
+    ) -> None:
+        self.counters = Counters()
+        self.events: list[Event] = []
+        self._identity = identity
+        self._namespace = namespace
+        self._planes = tuple(planes)
+        self._digest_of = digest_of
+        self._wire = wire
+        self._chunk_blocks = chunk_blocks
+        self._window = window
+        self._timing = timing or Timing()
+        self._pairs: dict[str, _Pair] = {}
+        self._waiting: dict[bytes, Incoming] = {}  # receivers whose peer has not said Hello yet
+        self._senders: dict[LegKey, _Sending] = {}
+        self._sending: dict[bytes, _Sending] = {}  # those that know their transfer id
+        self._receivers: dict[bytes, _Receiving] = {}
+        self._ended: deque[tuple[float, _Sending | _Receiving]] = deque()  # remembered until then, in order
+        self._live_senders: dict[LegKey, _Sending] = {}
+        self._live_receivers: dict[bytes, _Receiving] = {}
+        self._early_grants: dict[LegKey, tuple[str, Grant]] = {}
+        self._lost: list[str] = []
+
+    # ---- told by the worker's loop
+
+    def open_sender(self, leg: LegKey, peer: str, address: str, deadline: float, now: float) -> None:
+        """A prompt will be computed whose KV goes to `peer` at `address`."""
+        if leg in self._senders:
+            return
+        sending = _Sending(
+            leg,
+            peer,
+            Sender(self._digest_of, chunk_blocks=self._chunk_blocks, timing=self._timing, now=now, deadline=deadline),
+        )
+        self._senders[leg] = self._live_senders[leg] = sending
+        self._greet(peer, address, now)
+        early = self._early_grants.pop(leg, None)
+        if early is not None and early[0] == peer:
+            self._on_grant(peer, early[1], now)
+
+    def tell_blocks(self, leg: LegKey, blocks: Sequence[int], now: float) -> None:
+        """The first len(blocks) blocks of the sequence are final."""
+        if (sending := self._senders.get(leg)) is not None:
+            self._run_sender(sending, sending.machine.on_blocks(blocks, now), now)
+
+    def tell_token(self, leg: LegKey, token_id: int, logprob: Logprob | None, now: float) -> None:
+        """All blocks are told; the first token goes after them."""
+        if (sending := self._senders.get(leg)) is not None:
+            self._run_sender(sending, sending.machine.on_token(token_id, logprob, now), now)
+
+    def abort_sender(self, leg: LegKey, reason: str, now: float) -> None:
+        if (sending := self._senders.get(leg)) is not None:
+            self._run_sender(sending, sending.machine.abort(reason, now), now)
+
+    def open_receiver(self, incoming: Incoming, now: float) -> None:
+        pair = self._pairs.get(incoming.peer)
+        if pair is None or pair.plane is None:
+            self._waiting[incoming.transfer_id] = incoming
+            return
+        machine = Receiver(
+            incoming.transfer_id,
+            incoming.leg.request_id,
+            incoming.leg.attempt,
+            first_block=incoming.first_block,
+            blocks=incoming.blocks,
+            digest_of=self._digest_of,
+            pulls=pair.plane.pulls,
+            window=self._window,
+            timing=self._timing,
+            deadline=incoming.deadline,
+        )
+        receiving = _Receiving(incoming.peer, machine)
+        self._receivers[incoming.transfer_id] = self._live_receivers[incoming.transfer_id] = receiving
+        self._run_receiver(receiving, machine.start(now), now)
+
+    def abort_receiver(self, transfer_id: bytes, reason: str, now: float) -> None:
+        if self._waiting.pop(transfer_id, None) is not None:
+            self.events.append(ReceiverEnded(transfer_id, reason))
+        elif (receiving := self._receivers.get(transfer_id)) is not None:
+            self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
+
+    # ---- told by the wire
+
+    def on_message(self, peer: str, message: Message, now: float) -> None:
+        """A message of another worker. What fits no transfer of this peer's is answered or dropped, never raised."""
+        match message:
+            case Hello():
+                self._on_hello(peer, message, now)
+            case Welcome():
+                self._on_welcome(peer, message, now)
+            case Refused():
+                self.counters.pairs_refused += 1
+                self._lose(peer, f"refused: {message.reason}", now)
+            case Grant():
+                self._on_grant(peer, message, now)
+            case Renew():
+                for transfer_id in message.transfer_ids:
+                    if not self._to_sender(peer, transfer_id, message, now):
+                        self._wire.send(peer, Abort(transfer_id=transfer_id, reason="unknown transfer"))
+            case Accept() | Validate() | Ack():
+                if not self._to_sender(peer, message.transfer_id, message, now):
+                    self._wire.send(peer, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
+            case Offer() | Valid() | Finish():
+                if not self._to_receiver(peer, message.transfer_id, message, now):
+                    self._wire.send(peer, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
+            case Abort() | Aborted():
+                known = self._to_sender(peer, message.transfer_id, message, now) or self._to_receiver(
+                    peer, message.transfer_id, message, now
+                )
+                if not known and isinstance(message, Abort):
+                    self._wire.send(peer, Aborted(transfer_id=message.transfer_id))
+            case _:
+                self.counters.strange_messages += 1
+
+    def tick(self, now: float) -> None:
+        """Advance the planes and every timer that is due."""
+        for plane in self._planes:
+            for done in plane.poll():
+                transfer_id = done.key.transfer_id
+                if done.sending and (sending := self._sending.get(transfer_id)) is not None:
+                    self._run_sender(sending, sending.machine.on_io_done(done.key, done.ok, now), now)
+                elif not done.sending and (receiving := self._receivers.get(transfer_id)) is not None:
+                    self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now), now)
+        for sending in list(self._live_senders.values()):
+            self._tick_sender(sending, now)
+        for receiving in list(self._live_receivers.values()):
+            self._tick_receiver(receiving, now)
+        self._forget_ended(now)
+        for incoming in [i for i in self._waiting.values() if now >= i.deadline]:
+            self.abort_receiver(incoming.transfer_id, "the prefill worker never said hello", now)
+        while self._lost:
+            self._lose(self._lost.pop(), "peer lost", now)
+
+    def wake_at(self, now: float) -> float:
+        """When `tick` must be called at the latest, if nothing else happens."""
+        stopping = any(s.machine.state is State.STOPPING for s in self._live_senders.values()) or any(
+            r.machine.state is State.STOPPING for r in self._live_receivers.values()
+        )
+        times = chain(
+            (s.machine.wake_at for s in self._live_senders.values()),
+            (r.machine.wake_at for r in self._live_receivers.values()),
+            (i.deadline for i in self._waiting.values()),
+            (now,) if stopping else (),
+        )
+        return min(times, default=float("inf"))
+
+    @property
+    def in_motion(self) -> int:
+        """Transfers that still hold blocks."""
+        return len(self._waiting) + len(self._live_senders) + len(self._live_receivers)
+
+    def close(self) -> None:
+        for plane in self._planes:
+            plane.close()
+
+    # ---- pairs
+
+    def _greet(self, peer: str, address: str, now: float) -> None:
+        pair = self._pairs.setdefault(peer, _Pair(peer))
+        if now - pair.welcomed_at < GREETING_LASTS_S or now - pair.greeted_at < GREET_AGAIN_S:
+            return
+        self._wire.connect(peer, address)
+        pair.greeted_at = now
+        planes = tuple(plane.describe() for plane in self._planes)
+        self._wire.send(peer, Hello(worker=self._identity, namespace=self._namespace, planes=planes))
+
+    def _on_hello(self, peer: str, hello: Hello, now: float) -> None:
+        refusal = self._why_not(peer, hello)
+        plane = None if refusal else choose(self._planes, hello.planes)
+        if plane is None:
+            self.counters.pairs_refused += 1
+            self._wire.send(peer, Refused(reason=refusal or "no common data plane"))
+            return
+        plane.connect(peer, _address_for(plane, hello.planes))
+        self._pairs[peer] = _Pair(peer, plane, welcomed_at=now)
+        self._wire.send(peer, Welcome(worker=self._identity, plane=plane.describe()))
+        for incoming in [i for i in self._waiting.values() if i.peer == peer]:
+            del self._waiting[incoming.transfer_id]
+            self.open_receiver(incoming, now)
+
+    def _why_not(self, peer: str, hello: Hello) -> str:
+        if hello.version != PROTOCOL_VERSION:
+            return f"protocol version {hello.version}, this worker speaks {PROTOCOL_VERSION}"
+        if hello.worker != peer:
+            return "the name in the message is not the name of the connection"
+        if hello.namespace != self._namespace:
+            return "another namespace: the two workers do not hold the same model, dtype and KV layout"
+        return ""
+
+    def _on_welcome(self, peer: str, welcome: Welcome, now: float) -> None:
+        pair = self._pairs.get(peer)
+        plane = next((p for p in self._planes if p.name == welcome.plane.plane), None)
+        if pair is None or plane is None or welcome.worker != peer:
+            self.counters.strange_messages += 1
+            return
+        plane.connect(peer, welcome.plane)
+        pair.plane, pair.welcomed_at = plane, now
+
+    def _lose(self, peer: str, reason: str, now: float) -> None:
+        """End everything that involves `peer`."""
+        for sending in [s for s in self._live_senders.values() if s.peer == peer]:
+            self._run_sender(sending, sending.machine.abort(reason, now), now)
+        for transfer_id in [i.transfer_id for i in self._waiting.values() if i.peer == peer]:
+            self.abort_receiver(transfer_id, reason, now)
+        for receiving in [r for r in self._live_receivers.values() if r.peer == peer]:
+            self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
+        pair = self._pairs.pop(peer, None)
+        if pair is not None and pair.plane is not None:
+            pair.plane.forget(peer)
+
+    # ---- machines
+
+    def _on_grant(self, peer: str, grant: Grant, now: float) -> None:
+        leg = LegKey(grant.request_id, grant.attempt)
+        sending = self._senders.get(leg)
+        if sending is None:  # the proxy's Prefill is still under way
+            while len(self._early_grants) >= MAX_EARLY_GRANTS:
+                del self._early_grants[next(iter(self._early_grants))]
+            self._early_grants[leg] = (peer, grant)
+        elif sending.peer == peer:
+            self._sending.setdefault(grant.transfer_id, sending)
+            self._run_sender(sending, sending.machine.on_message(grant, now), now)
+        else:
+            self.counters.strange_messages += 1
+
+    def _to_sender(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
+        sending = self._sending.get(transfer_id)
+        if sending is None or sending.peer != peer or sending.machine.transfer_id != transfer_id:
+            return False
+        self._run_sender(sending, sending.machine.on_message(message, now), now)
+        return True
+
+    def _to_receiver(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
+        receiving = self._receivers.get(transfer_id)
+        if receiving is None or receiving.peer != peer:
+            return False
+        self._run_receiver(receiving, receiving.machine.on_message(message, now), now)
+        return True
+
+    def _run_sender(self, sending: _Sending, actions: list[Action], now: float) -> None:
+        plane = self._plane_of(sending.peer)
+        transfer_id = sending.machine.transfer_id
+        for action in actions:
+            match action:
+                case Tell():
+                    self._wire.send(sending.peer, action.message)
+                case PostSend() if plane is not None:
+                    plane.post_send(sending.peer, action.key, action.blocks)
+                case CancelIo():
+                    if plane is not None and transfer_id is not None:
+                        plane.cancel(transfer_id)
+                    self._settle_sender(sending, now)
+                case Ended():
+                    self._sender_ended(sending, action, now)
+
+    def _settle_sender(self, sending: _Sending, now: float) -> None:
+        plane, transfer_id = self._plane_of(sending.peer), sending.machine.transfer_id
+        if plane is None or transfer_id is None or plane.idle(transfer_id):
+            self._run_sender(sending, sending.machine.on_idle(now), now)
+
+    def _sender_ended(self, sending: _Sending, ended: Ended, now: float) -> None:
+        del self._live_senders[sending.leg]
+        self._ended.append((now + self._timing.forget_s, sending))
+        transfer_s = now - sending.machine.started_at if ended.ok else 0.0
+        if ended.ok:
+            self.counters.transfers_sent += 1
+            self.counters.sent_blocks += sending.machine.offered_blocks
+            self.counters.transfer_s_sum += transfer_s
+        else:
+            self.counters.transfers_failed += 1
+        self.events.append(SenderEnded(sending.leg, ended.ok, ended.reason, sending.machine.offered_blocks, transfer_s))
+
+    def _run_receiver(self, receiving: _Receiving, actions: list[Action], now: float) -> None:
+        plane = self._plane_of(receiving.peer)
+        transfer_id = receiving.machine.transfer_id
+        for action in actions:
+            match action:
+                case Tell():
+                    if not self._wire.send(receiving.peer, action.message):
+                        self._lost.append(receiving.peer)
+                case PostReceive() if plane is not None:
+                    self.counters.digest_retries += action.key.retry > 0
+                    plane.post_receive(receiving.peer, action.key, action.source, action.blocks)
+                case CancelIo():
+                    if plane is not None:
+                        plane.cancel(transfer_id)
+                    self._settle_receiver(receiving, now)
+                case Arrived():
+                    self._receiver_over(receiving, now)
+                    self.counters.transfers_received += 1
+                    self.counters.received_blocks += receiving.machine.num_blocks
+                    self.events.append(KvArrived(transfer_id, action.token_id, action.logprob))
+                case Ended():
+                    self._receiver_over(receiving, now)
+                    self.counters.transfers_failed += 1
+                    self.events.append(ReceiverEnded(transfer_id, action.reason))
+
+    def _settle_receiver(self, receiving: _Receiving, now: float) -> None:
+        plane = self._plane_of(receiving.peer)
+        if plane is None or plane.idle(receiving.machine.transfer_id):
+            self._run_receiver(receiving, receiving.machine.on_idle(now), now)
+
+    def _receiver_over(self, receiving: _Receiving, now: float) -> None:
+        del self._live_receivers[receiving.machine.transfer_id]
+        self._ended.append((now + self._timing.forget_s, receiving))
+
+    def _tick_sender(self, sending: _Sending, now: float) -> None:
+        if sending.machine.state is State.STOPPING:
+            self._settle_sender(sending, now)
+        elif now >= sending.machine.wake_at:
+            self._run_sender(sending, sending.machine.on_timer(now), now)
+
+    def _tick_receiver(self, receiving: _Receiving, now: float) -> None:
+        if receiving.machine.state is State.STOPPING:
+            self._settle_receiver(receiving, now)
+        elif now >= receiving.machine.wake_at:
+            self._run_receiver(receiving, receiving.machine.on_timer(now), now)
+
+    def _forget_ended(self, now: float) -> None:
+        while self._ended and now >= self._ended[0][0]:
+            _, ended = self._ended.popleft()
+            if isinstance(ended, _Receiving):
+                del self._receivers[ended.machine.transfer_id]
+            else:
+                del self._senders[ended.leg]
+                self._sending.pop(ended.machine.transfer_id or b"", None)
+
+    def _plane_of(self, peer: str) -> Plane | None:
+        pair = self._pairs.get(peer)
+        return pair.plane if pair is not None else None
+
+
+def _address_for(plane: Plane, addresses: Sequence[PlaneAddress]) -> PlaneAddress:
+    return next(address for address in addresses if address.plane == plane.name)

@@ -1,0 +1,203 @@
+"""Prefill's half of the transfer protocol: offer what is computed, send what is accepted, keep the lease. See transfer.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from kvtransfer.planes.base import ChunkKey
+from kvtransfer.transfer import (
+    Action,
+    CancelIo,
+    DigestOf,
+    Ended,
+    PostSend,
+    Repeater,
+    State,
+    Tell,
+    Timing,
+)
+from node.messages import Abort, Aborted, Accept, Ack, Finish, Grant, Logprob, Message, Offer, Valid, Validate
+
+
+@dataclass(slots=True)
+class _Offered:
+    first_block: int
+    blocks: tuple[int, ...]
+    digest: bytes
+    posted: set[int] = field(default_factory=set)  # retries for which a send was posted
+
+
+class Sender:
+    """Prefill's half. `digest_of(blocks)` reads the pool; it is called once a chunk, when the chunk is offered."""
+
+    def __init__(
+        self,
+        digest_of: DigestOf,
+        *,
+        chunk_blocks: int,
+        timing: Timing,
+        now: float,
+        deadline: float,
+    ) -> None:
+        self.state = State.OPEN
+        self.transfer_id: bytes | None = None
+        self.started_at = 0.0
+        self._digest_of = digest_of
+        self._chunk_blocks = chunk_blocks
+        self._timing = timing
+        self._deadline = deadline
+        self._heard_at = now
+        self._blocks: tuple[int, ...] = ()
+        self._next_block = 0  # first block not offered yet
+        self._chunks: list[_Offered] = []
+        self._token: tuple[int, Logprob | None] | None = None
+        self._repeat = Repeater(timing)
+        self._outcome = Ended(False, "never started")
+
+    @property
+    def offered_blocks(self) -> int:
+        return sum(len(chunk.blocks) for chunk in self._chunks)
+
+    # -- told by the worker
+
+    def on_blocks(self, blocks: Sequence[int], now: float) -> list[Action]:
+        """The sequence's first len(blocks) blocks are final: from the first block of the prompt on, in order."""
+        if self.state is not State.OPEN:
+            return []
+        self._blocks = tuple(blocks)
+        return self._offer(now)
+
+    def on_token(self, token_id: int, logprob: Logprob | None, now: float) -> list[Action]:
+        """All blocks were told; this is the first token."""
+        if self.state is not State.OPEN:
+            return []
+        self._token = (token_id, logprob)
+        return self._offer(now)
+
+    def abort(self, reason: str, now: float) -> list[Action]:
+        if self.state is not State.OPEN:
+            return []
+        return [*self._stop(False, reason), *self._say_abort()]
+
+    # -- told by the wire
+
+    def on_message(self, message: Message, now: float) -> list[Action]:
+        self._heard_at = now
+        match message:
+            case Grant():
+                return self._on_grant(message, now)
+            case Abort():
+                return [*self._stop(False, message.reason), Tell(Aborted(transfer_id=message.transfer_id))]
+            case Aborted():
+                return self._stop(False, "aborted by the peer")
+            case Ack():
+                return self._stop(True, "")
+        if self.state is not State.OPEN:
+            return [] if self._outcome.ok else self._say_abort()
+        match message:
+            case Accept():
+                return self._on_accept(message)
+            case Validate():
+                return [Tell(Valid(transfer_id=message.transfer_id, seq=message.seq, retry=message.retry))]
+        return []
+
+    def on_timer(self, now: float) -> list[Action]:
+        """Call at `wake_at` at the latest."""
+        if self.state is State.OPEN and now >= self._deadline:
+            return self.abort("deadline", now)
+        if self.state is State.OPEN and self.transfer_id is not None and now - self._heard_at > self._timing.lease_s:
+            return self.abort("lease expired", now)
+        if self.state is not State.OPEN or not self._repeat.due(now):
+            return []
+        return self._unanswered()
+
+    def on_io_done(self, key: ChunkKey, ok: bool, now: float) -> list[Action]:
+        """A send that failed is not repeated on its own: the receiver asks again or gives up."""
+        return []
+
+    def on_idle(self, now: float) -> list[Action]:
+        if self.state is not State.STOPPING:
+            return []
+        self.state = State.CLOSED
+        return [self._outcome]
+
+    @property
+    def wake_at(self) -> float:
+        if self.state is not State.OPEN:
+            return float("inf")
+        lease_end = self._heard_at + self._timing.lease_s if self.transfer_id is not None else float("inf")
+        return min(self._deadline, lease_end, self._repeat.at)
+
+    # -- inside
+
+    def _on_grant(self, grant: Grant, now: float) -> list[Action]:
+        if self.transfer_id is not None:
+            return []
+        self.transfer_id = grant.transfer_id
+        self.started_at = now
+        self._next_block = grant.first_block
+        return self._offer(now) if self.state is State.OPEN else self._say_abort()
+
+    def _on_accept(self, accept: Accept) -> list[Action]:
+        if accept.seq >= len(self._chunks):
+            return []
+        chunk = self._chunks[accept.seq]
+        if accept.retry in chunk.posted:
+            return []
+        chunk.posted.add(accept.retry)
+        assert self.transfer_id is not None
+        return [PostSend(ChunkKey(self.transfer_id, accept.seq, accept.retry), chunk.blocks)]
+
+    def _offer(self, now: float) -> list[Action]:
+        """Offer all final blocks that the receiver lacks, in chunks; with the token goes the Finish."""
+        if self.transfer_id is None:
+            return []
+        actions: list[Action] = []
+        while self._next_block < len(self._blocks):
+            blocks = self._blocks[self._next_block : self._next_block + self._chunk_blocks]
+            self._chunks.append(_Offered(self._next_block, blocks, self._digest_of(blocks)))
+            self._next_block += len(blocks)
+            actions.append(Tell(self._offer_message(len(self._chunks) - 1)))
+        if self._token is not None:
+            actions.append(Tell(self._finish_message()))
+        if actions:
+            self._repeat.start(now)
+        return actions
+
+    def _offer_message(self, seq: int) -> Offer:
+        chunk = self._chunks[seq]
+        assert self.transfer_id is not None
+        return Offer(
+            transfer_id=self.transfer_id,
+            seq=seq,
+            first_block=chunk.first_block,
+            source=chunk.blocks,
+            digest=chunk.digest,
+        )
+
+    def _finish_message(self) -> Finish:
+        assert self.transfer_id is not None and self._token is not None
+        token_id, logprob = self._token
+        return Finish(transfer_id=self.transfer_id, num_chunks=len(self._chunks), token_id=token_id, logprob=logprob)
+
+    def _unanswered(self) -> list[Action]:
+        """Offers that were never accepted, and the Finish, once more."""
+        actions: list[Action] = [
+            Tell(self._offer_message(seq)) for seq, chunk in enumerate(self._chunks) if not chunk.posted
+        ]
+        if self._token is not None:
+            actions.append(Tell(self._finish_message()))
+        return actions
+
+    def _say_abort(self) -> list[Action]:
+        if self.transfer_id is None:
+            return []
+        return [Tell(Abort(transfer_id=self.transfer_id, reason=self._outcome.reason))]
+
+    def _stop(self, ok: bool, reason: str) -> list[Action]:
+        if self.state is not State.OPEN:
+            return []
+        self.state = State.STOPPING
+        self._outcome = Ended(ok, reason)
+        return [CancelIo()]
