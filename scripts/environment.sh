@@ -1,0 +1,97 @@
+# Sourced by the other scripts: the Python environment that they run in, and nothing else.
+#
+#   take_no_install "$@"      sets `no_install` (yes or no) and `arguments` (the rest)
+#   make_environment [test]   sets `python`; makes or renews .venv unless no_install is yes
+#
+# Renewing is skipped, in well under a second, as long as the stamp in .venv names the same pyproject.toml in the same place.
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+torch_cpu="torch==2.13.0"
+torch_cpu_index="https://download.pytorch.org/whl/cpu"
+
+take_no_install() {
+    no_install=no
+    arguments=()
+    local argument
+    for argument in "$@"; do
+        if [[ $argument == --no-install ]]; then no_install=yes; else arguments+=("$argument"); fi
+    done
+}
+
+make_environment() {
+    local extra=${1:-}
+    if [[ $no_install == yes ]]; then
+        python=$(command -v python3 || command -v python) || fail "there is no python3 on the PATH"
+        export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
+        return
+    fi
+    python=$root/.venv/bin/python
+    local wanted
+    wanted="$(cksum <"$root/pyproject.toml") $root"
+    if is_installed "$wanted" "$extra"; then return; fi
+    # Two scripts started at once must not install into the same folder: the second waits, then finds it done.
+    if command -v flock >/dev/null; then
+        exec 9>"$root/.venv.lock"
+        flock 9
+    fi
+    if ! is_installed "$wanted" "$extra"; then install_all "$wanted" "$extra"; fi
+    if command -v flock >/dev/null; then exec 9>&-; fi
+}
+
+is_installed() { # stamp's first line: pyproject.toml's checksum and place; second: the extra that is installed as well
+    local stamp=$root/.venv/baton-installed first="" second=""
+    [[ -x $python && -f $stamp ]] || return 1
+    { read -r first; read -r second; } <"$stamp" || true
+    [[ $first == "$1" && ( -z $2 || $second == "$2" ) ]]
+}
+
+install_all() {
+    local extra=$2
+    if ! "$python" -c "" 2>/dev/null; then
+        local base
+        base=$(find_python)
+        say "making .venv with $("$base" --version)"
+        "$base" -m venv --clear "$root/.venv"
+    fi
+    rm -f "$root/.venv/baton-installed"
+    install_cpu_torch
+    say "installing baton-serve${extra:+[$extra]} (a few minutes the first time)"
+    pip_install -e "$root${extra:+[$extra]}"
+    printf '%s\n%s\n' "$1" "$extra" >"$root/.venv/baton-installed"
+    say "environment ready"
+}
+
+# On Linux, PyPI's torch is the CUDA build, with gigabytes of libraries that a machine without GPU has no use for. The
+# CPU build is taken from pip's configured sources if it is there (a mirror, find-links), else from PyTorch's own index.
+install_cpu_torch() {
+    if [[ $(uname -s) != Linux ]] || nvidia-smi -L >/dev/null 2>&1; then return; fi
+    if "$python" -c "import importlib.util as u; raise SystemExit(u.find_spec('torch') is None)"; then return; fi
+    say "no NVIDIA GPU here: installing the CPU build of PyTorch (about 200 MB)"
+    if pip_install "$torch_cpu+cpu" 2>/dev/null; then return; fi
+    if pip_install "$torch_cpu+cpu" --extra-index-url "$torch_cpu_index"; then return; fi
+    say "no CPU build for this platform: the next step takes what pip finds"
+}
+
+pip_install() { # progress bars on a terminal; silent in a log, but for errors
+    local quiet=()
+    if [[ ! -t 2 ]]; then quiet=(--quiet); fi
+    "$python" -m pip --disable-pip-version-check install ${quiet[@]+"${quiet[@]}"} "$@" >&2
+}
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.13 python3.12 python3.11; do
+        if "$candidate" -c "import sys; raise SystemExit(sys.version_info < (3, 11))" 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+    done
+    fail "Python 3.11 or newer is needed, and none was found on the PATH"
+}
+
+say() { printf '%s\n' "baton: $*" >&2; }
+
+fail() {
+    say "$*"
+    exit 1
+}

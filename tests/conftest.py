@@ -1,0 +1,20 @@
+"""What all tests share: bounded threads, and the marker of tests that need a GPU."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+from hypothesis import settings
+
+# A loaded CI machine is slow by accident, and time is never asserted; a failure prints how to repeat it.
+settings.register_profile("baton", deadline=None, print_blob=True)
+settings.load_profile("baton")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked `gpu` on a machine without an NVIDIA driver."""
+    if shutil.which("nvidia-smi") is None:
+        for item in items:
+            if item.get_closest_marker("gpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

@@ -1,0 +1,191 @@
+"""Guards node.settings: every kind of field becomes an option, every wrong argument is one clear line and status 2."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from node.errors import SettingsError
+from node.settings import option, parse, require_loopback
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """One field of every kind."""
+
+    model: str = option(help="model folder or hub id")
+    port: int = option(8000, help="HTTP port", minimum=1, maximum=65535)
+    drain_s: float = option(10.0, help="time to end requests", unit="s", minimum=0)
+    device: str = option("auto", help="where the model runs", choices=("auto", "cpu", "cuda"))
+    insecure_network: bool = option(False, help="allow network addresses")
+    prefix_cache: bool = option(True, help="keep blocks")
+    folder: Path = option(Path("."), help="folder")
+    extra: tuple[str, ...] = option((), help="more")
+    sizes: tuple[int, ...] = option((1, 2), help="sizes", minimum=1)
+    num_blocks: int | None = option(None, help="blocks", minimum=1)
+    api_key: str = option("", help="100% secret", env="EXAMPLE_KEY")
+
+
+def read(*argv: str, **environ: str) -> Example:
+    return parse(Example, argv, prog="example", description="An example.", environ=environ)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> str:
+    """The one line that wrong arguments give."""
+    with pytest.raises(SystemExit) as ended:
+        read(*argv, **environ)
+    assert ended.value.code == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+def test_defaults_are_those_of_the_dataclass() -> None:
+    """A default lost on the way through argparse would change a node's behaviour silently."""
+    assert read("--model", "m") == Example(model="m")
+
+
+def test_every_kind_of_option_is_read() -> None:
+    """A kind converted wrongly would leave a string where a number is expected."""
+    argv = "--model m --port 9 --drain-s 1.5 --device cpu --insecure-network --no-prefix-cache --folder a/b"
+    assert read(*argv.split(), "--extra=--x=1", "--extra", "y", "--sizes", "7", "--num-blocks", "5") == Example(
+        model="m",
+        port=9,
+        drain_s=1.5,
+        device="cpu",
+        insecure_network=True,
+        prefix_cache=False,
+        folder=Path("a/b"),
+        extra=("--x=1", "y"),
+        sizes=(7,),
+        num_blocks=5,
+    )
+
+
+def test_a_repeated_option_replaces_its_default_and_never_leaks_into_the_next_parse() -> None:
+    """argparse's own `append` adds to the default list, and shares it."""
+    assert read("--model", "m", "--sizes", "7", "--sizes", "8").sizes == (7, 8)
+    assert read("--model", "m").sizes == (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "--model"),
+        (["--model", "m", "--port", "0"], "--port: 0 is too small: at least 1"),
+        (["--model", "m", "--port", "65536"], "--port: 65536 is too large: at most 65535"),
+        (["--model", "m", "--port", "80x"], "--port: '80x' is not a whole number"),
+        (["--model", "m", "--port", "1e3"], "--port: '1e3' is not a whole number"),
+        (["--model", "m", "--drain-s", "-1"], "--drain-s: -1.0 is too small: at least 0 s"),
+        (["--model", "m", "--drain-s", "nan"], "--drain-s: nan is not a finite number"),
+        (["--model", "m", "--drain-s", "inf"], "--drain-s: inf is not a finite number"),
+        (["--model", "m", "--drain-s", "soon"], "--drain-s: 'soon' is not a number"),
+        (["--model", "m", "--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda"),
+        (["--model", "m", "--sizes", "0"], "--sizes: 0 is too small"),
+        (["--model", "m", "--num-blocks", "0"], "--num-blocks: 0 is too small"),
+        (["--model", "m", "--por", "9"], "--por"),
+        (["--model", "m", "stray"], "stray"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_that_names_it(
+    capsys: pytest.CaptureFixture[str], argv: list[str], said: str
+) -> None:
+    """A bound that is not checked here fails far from its cause; an abbreviated option breaks when another is added."""
+    assert said in error_of(capsys, *argv)
+
+
+def test_help_names_every_option_with_unit_default_and_bounds(capsys: pytest.CaptureFixture[str]) -> None:
+    """Help that crashes on a percent sign, or hides a default, is no help."""
+    with pytest.raises(SystemExit) as ended:
+        read("--help", EXAMPLE_KEY="hunter2")
+    assert ended.value.code == 0
+    text = " ".join(capsys.readouterr().out.split())
+    for wanted in (
+        "--model TEXT model folder or hub id (required)",
+        "--port N HTTP port (default 8000, 1 to 65535)",
+        "--drain-s X time to end requests (in s, default 10.0, at least 0)",
+        "--device {auto,cpu,cuda}",
+        "--no-prefix-cache keep blocks (default on)",
+        "--sizes N sizes (may be repeated, default 1,2, at least 1)",
+        "100% secret (also read from EXAMPLE_KEY)",
+    ):
+        assert wanted in text
+    assert "hunter2" not in text
+
+
+def test_the_environment_gives_a_default_that_the_command_line_overrides() -> None:
+    """A secret that only fits on the command line is visible to every user of the machine."""
+    assert read("--model", "m", EXAMPLE_KEY="k").api_key == "k"
+    assert read("--model", "m", "--api-key", "other", EXAMPLE_KEY="k").api_key == "other"
+
+
+def test_a_variable_of_the_environment_is_checked_like_an_argument(capsys: pytest.CaptureFixture[str]) -> None:
+    """A bad value would otherwise enter unchecked through the back door."""
+
+    @dataclass(frozen=True)
+    class FromEnv:
+        size: int = option(1, help="size", minimum=1, env="SIZE")
+
+    with pytest.raises(SystemExit):
+        parse(FromEnv, [], prog="x", description="", environ={"SIZE": "0"})
+    assert "SIZE: 0 is too small" in capsys.readouterr().err
+
+
+def test_an_error_of_the_dataclass_itself_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """A check across two fields must not end in a traceback."""
+
+    @dataclass(frozen=True)
+    class Refusing:
+        low: int = option(1, help="low")
+
+        def __post_init__(self) -> None:
+            raise SettingsError("low is above high")
+
+    with pytest.raises(SystemExit) as ended:
+        parse(Refusing, [], prog="x", description="")
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "x: error: low is above high (see --help)\n"
+
+
+def test_a_field_without_a_command_line_form_is_a_bug() -> None:
+    """A dict or a nested tuple would be read as text."""
+
+    @dataclass(frozen=True)
+    class Odd:
+        names: dict[str, str] = option(None, help="?")
+
+    with pytest.raises(TypeError, match="names"):
+        parse(Odd, [], prog="x", description="")
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "127.0.0.1",
+        "127.8.9.1",
+        "::1",
+        "localhost",
+        "tcp://127.0.0.1:0",
+        "tcp://[::1]:5555",
+        "ipc:///tmp/x",
+        "inproc://x",
+    ],
+)
+def test_loopback_is_accepted(address: str) -> None:
+    """The default bind must work without any option."""
+    require_loopback(address, insecure_network=False)
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "0.0.0.0", "::", "10.0.0.1", "*", "tcp://*:0", "tcp://0.0.0.0:1", "tcp://[::]:1", "tcp://eth0:1", "tcp://"]
+    + ["gpu-host", "127.0.0.1.example.com", "localhost.example.com", "tcp://localhost.example.com:1"],
+)
+def test_a_network_address_is_refused_unless_asked_for(address: str) -> None:
+    """An unauthenticated port open to the network runs requests, and reads prompts, for anyone."""
+    with pytest.raises(SettingsError, match="--insecure-network"):
+        require_loopback(address, insecure_network=False)
+    require_loopback(address, insecure_network=True)
