@@ -1,0 +1,111 @@
+"""Attention over the paged pool for the CPU: gather the blocks of several rows, then one scaled_dot_product_attention.
+
+The gather costs one copy of the keys and values, in pieces of a block; it is what a contiguous view over a paged pool
+costs without a kernel of our own. Decode rows come in groups of similar length (see `models.attention`), so that a group's copy
+stays in the core's cache until it is used and little of it is padding. Bytes moved a layer: twice the KV of the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+QUERY_SLICE = 256  # queries that share a mask: bounds the mask to 256 rows however long the context is
+
+
+class Workspace:
+    """Memory that gathers reuse: a fresh allocation of megabytes a layer costs more in page faults than the copy."""
+
+    def __init__(self) -> None:
+        self._buffer = torch.empty(0)
+
+    def gather(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """pieces[ids], [len(ids), columns]; valid until the next gather."""
+        size = ids.numel() * pieces.shape[1]
+        if self._buffer.numel() < size or self._buffer.dtype != pieces.dtype:
+            self._buffer = torch.empty(size, dtype=pieces.dtype)
+        return torch.index_select(pieces, 0, ids, out=self._buffer[:size].view(-1, pieces.shape[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeGroup:
+    """Consecutive decode rows first_row .. first_row + num_rows - 1 of a step, padded to one number of tokens T."""
+
+    first_row: int
+    num_rows: int
+    first_id: int
+    """Where the group's pieces begin in the step's list of piece ids: its key blocks row by row, then its value blocks."""
+    num_ids: int
+    mask: torch.Tensor
+    """Added to the scores, [num_rows, 1, 1, T]: 0 or -inf."""
+    window_mask: torch.Tensor
+    """The same for layers with a sliding window; the same tensor where there is none."""
+
+
+def decode_attention(
+    query: torch.Tensor,
+    pieces: torch.Tensor,
+    piece_ids: torch.Tensor,
+    group: DecodeGroup,
+    windowed: bool,
+    num_kv_heads: int,
+    workspace: Workspace,
+    out: torch.Tensor,
+) -> None:
+    """Writes the group's rows of out; one query token a row.
+
+    query and out [N, H, D]; pieces: the pool as [num_blocks * layers * 2, block_tokens * KH * D]; piece_ids: this layer's,
+    int64. The heads that share a key head stand as if they were query tokens: all of them read the same keys, so nothing
+    has to be repeated.
+    """
+    rows = slice(group.first_row, group.first_row + group.num_rows)
+    gathered = workspace.gather(pieces, piece_ids[group.first_id : group.first_id + group.num_ids])
+    mask = group.window_mask if windowed else group.mask
+    heads = query[rows].unflatten(1, (num_kv_heads, -1))  # [rows, KH, group size, D]
+    keys, values = gathered.view(2, group.num_rows, -1, num_kv_heads, heads.shape[-1]).transpose(2, 3)
+    out[rows].view(heads.shape).copy_(F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask))
+
+
+def chunk_attention(
+    query: torch.Tensor,
+    pieces: torch.Tensor,
+    piece_ids: torch.Tensor,
+    start: int,
+    window: int | None,
+    num_kv_heads: int,
+    workspace: Workspace,
+    out: torch.Tensor,
+) -> None:
+    """Attention of one sequence's tokens start .. start + n - 1 over all its tokens up to each; query and out [n, H, D].
+
+    piece_ids: this layer's key blocks and then value blocks of the sequence. A window hides all but the last `window`
+    tokens, the own one included.
+    """
+    num_new, num_heads, head_dim = query.shape
+    gathered = workspace.gather(pieces, piece_ids).view(2, -1, num_kv_heads, 1, head_dim)
+    # As a batch of key heads, each with its query heads: [KH, group size, tokens, D]. The expansion copies nothing.
+    heads = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    keys, values = gathered.expand(-1, -1, -1, num_heads // num_kv_heads, -1).permute(0, 2, 3, 1, 4)
+    target = out.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    if start == 0 and (window is None or num_new <= window):
+        seen = slice(0, num_new)
+        target.copy_(F.scaled_dot_product_attention(heads, keys[:, :, seen], values[:, :, seen], is_causal=True))
+        return
+    for first in range(0, num_new, QUERY_SLICE):
+        part = slice(first, min(first + QUERY_SLICE, num_new))
+        oldest = 0 if window is None else max(0, start + part.start - window + 1)
+        seen = slice(oldest, start + part.stop)
+        mask = _causal_mask(start + part.start, start + part.stop, oldest, window, query)
+        target[:, :, part] = F.scaled_dot_product_attention(
+            heads[:, :, part], keys[:, :, seen], values[:, :, seen], attn_mask=mask
+        )
+
+
+def _causal_mask(first: int, end: int, oldest: int, window: int | None, like: torch.Tensor) -> torch.Tensor:
+    """0 where token i in first .. end - 1 sees token j in oldest .. end - 1, else -inf; [end - first, end - oldest]."""
+    mask = like.new_full((end - first, end - oldest), float("-inf")).triu_(first - oldest + 1)
+    if window is not None:
+        mask += like.new_full(mask.shape, float("-inf")).tril_(first - oldest - window)
+    return mask

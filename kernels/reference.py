@@ -1,0 +1,128 @@
+"""Slow, obvious torch versions of every op: the oracle in tests, and what the CPU runs where nothing faster is needed.
+
+Shapes: N tokens of a step, H query heads, KH key heads (H a multiple of KH), D head_dim, V vocabulary. The pool is
+[num_blocks, layers, 2, block_tokens, KH, D], key before value; token t of a sequence lies in block `blocks[t // block_tokens]`
+at `t % block_tokens`. Knows no model.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+NEGATIVE_INFINITY = float("-inf")
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """x / sqrt(mean(x**2) + eps) * weight over the last dimension, the quotient in float32 and rounded to x's dtype.
+
+    weight: the last dimension of x, or its last two (a weight of its own for each head).
+    """
+    if x.dtype == torch.float32:
+        return F.rms_norm(x, x.shape[-1:], weight if weight.dim() == 1 else None, eps) * (
+            1 if weight.dim() == 1 else weight
+        )
+    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rms_norm(residual + x), residual + x); the sum is written to `residual`."""
+    residual.add_(x)
+    return rms_norm(residual, weight, eps), residual
+
+
+def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
+    """Rotates x [N, heads, D] in place, pairing element i with i + D/2 as Hugging Face weights want it.
+
+    cos and sin are [N, 1, 2, D/2] as `models.rope.rotations` makes them: the first half of sin negated.
+    """
+    halves = x.unflatten(-1, (2, -1))  # [N, heads, 2, D/2]
+    swapped = halves.flip(2)
+    halves.mul_(cos).addcmul_(swapped, sin)
+
+
+def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up; gate_up is [N, 2 * intermediate], gate first."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def write_kv(slots: torch.Tensor, slot_ids: torch.Tensor, kv: torch.Tensor) -> None:
+    """Puts keys and values into the pool: slots[slot_ids[n, i]] = kv[n, i].
+
+    slots: the pool as [num_blocks * layers * 2 * block_tokens, KH * D]; slot_ids int64 [N, 2] and kv [N, 2, KH * D], keys
+    and values.
+    """
+    slots[slot_ids] = kv.to(slots.dtype)
+
+
+def paged_attention(
+    query: torch.Tensor, pool: torch.Tensor, layer: int, blocks: torch.Tensor, start: int, window: int | None
+) -> torch.Tensor:
+    """Attention of one sequence's new tokens over all its tokens in the pool, in float32 throughout; [n, H, D].
+
+    query [n, H, D] belongs to the tokens start .. start + n - 1, whose keys and values are already in the pool. Token i
+    sees j when j <= i and, with a window, j > i - window.
+    """
+    num_new, num_heads, head_dim = query.shape
+    total = start + num_new
+    keys, values = (pool[blocks, layer, i].flatten(0, 1)[:total].float() for i in (0, 1))  # [total, KH, D]
+    group = num_heads // keys.shape[1]
+    keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
+    scores = torch.einsum("nhd,thd->hnt", query.float(), keys) * head_dim**-0.5
+    here, there = torch.arange(start, total)[:, None], torch.arange(total)[None, :]
+    seen = there <= here if window is None else (there <= here) & (there > here - window)
+    weights = scores.masked_fill(~seen, NEGATIVE_INFINITY).softmax(-1)
+    return torch.einsum("hnt,thd->nhd", weights, values).to(query.dtype)
+
+
+# ---- sampling: float32 logits [rows, V], changed in place ---------------------------------------------------------
+
+
+def apply_penalties(
+    logits: torch.Tensor,
+    prompt_counts: torch.Tensor,
+    output_counts: torch.Tensor,
+    repetition: torch.Tensor,
+    frequency: torch.Tensor,
+    presence: torch.Tensor,
+) -> None:
+    """Penalties as vLLM defines them; counts [rows, V] of each token in prompt and output, the others [rows, 1].
+
+    Repetition divides a positive and multiplies a negative logit of each token seen anywhere (Keskar et al., CTRL, 2019);
+    frequency subtracts for each time, presence once, of tokens in the output only.
+    """
+    seen = (prompt_counts > 0) | (output_counts > 0)
+    scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
+    logits.copy_(torch.where(seen, scaled, logits))
+    logits.sub_(frequency * output_counts)
+    logits.sub_(presence * (output_counts > 0))
+
+
+def keep_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> None:
+    """Drops tokens less likely than min_p [rows, 1] times the likeliest."""
+    floor = logits.max(-1, keepdim=True).values + min_p.log()
+    logits.masked_fill_(logits < floor, NEGATIVE_INFINITY)
+
+
+def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> None:
+    """Keeps the top_k [rows, 1] largest, int64 in 1..V, and those equal to the last of them."""
+    ordered = logits.sort(-1, descending=True).values
+    logits.masked_fill_(logits < ordered.gather(-1, top_k - 1), NEGATIVE_INFINITY)
+
+
+def keep_top_p(logits: torch.Tensor, top_p: torch.Tensor) -> None:
+    """Keeps the fewest likeliest tokens whose probabilities sum to top_p [rows, 1] or more; of equals the lower id."""
+    ordered, order = logits.sort(-1, descending=True, stable=True)
+    probabilities = ordered.softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    dropped = before >= top_p
+    dropped[:, 0] = False
+    logits.masked_fill_(torch.zeros_like(dropped).scatter_(-1, order, dropped), NEGATIVE_INFINITY)
+
+
+def gumbel_argmax(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
+    """A draw from softmax(logits), [rows]: argmax of logits + Gumbel noise -log(-log(1 - u)); ties go to the lowest id."""
+    return (logits - torch.log(-torch.log1p(-u))).argmax(-1)

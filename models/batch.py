@@ -1,0 +1,44 @@
+"""What a step is made of and what it gives back, in plain values: rows in, drawn tokens out. No torch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from node.messages import Logprob, SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """How the next token of a row is drawn. It becomes token number `start + len(token_ids)` of its sequence."""
+
+    sampling: SamplingParams
+    history: Sequence[int]
+    """All known tokens of the sequence, prompt and generated; read only when a penalty is set, else may be empty."""
+    prompt_len: int
+    """The first so many of `history` are prompt."""
+    num_generated: int
+    """Tokens generated before this one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One sequence's part in a step: a chunk of its prompt, or its last token."""
+
+    token_ids: Sequence[int]
+    """Tokens to compute now; at least one."""
+    start: int
+    """Tokens before them, whose KV is in the pool."""
+    blocks: Sequence[int]
+    """Block ids in the order of the sequence; they cover start + len(token_ids) tokens, and may be more."""
+    draw: Draw | None
+    """None where no token follows yet: a chunk that does not reach the last known token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """The token that follows a row."""
+
+    token_id: int
+    logprob: Logprob | None
+    """Only where the row's SamplingParams ask for it."""

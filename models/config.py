@@ -1,0 +1,173 @@
+"""The shape of a model, read from a Hugging Face folder: config.json and generation_config.json. No torch, no weights.
+
+Where a key is absent the default is the one that transformers has for that family; a default that would be a guess at
+the shape of a real model is an error instead.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from models.folder import JsonObject
+from models.rope_config import RopeConfig, read_rope
+from node.errors import SettingsError
+
+ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+
+
+class UnsupportedModel(SettingsError):
+    """The folder holds an architecture that no code here runs; names it and what is supported."""
+
+    def __init__(self, architecture: str) -> None:
+        super().__init__(f"model architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        self.architecture = architecture
+        self.supported = ARCHITECTURES
+
+
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """One dense decoder. Sizes are counts of elements, lengths are tokens."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float
+    rope: RopeConfig
+    tie_word_embeddings: bool
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    sliding_window: int | None
+    """A token of a windowed layer sees itself and the sliding_window - 1 tokens before it; None: no layer is windowed."""
+    windowed_layers: tuple[bool, ...]
+    """Which layers use the window; all False when there is none."""
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+    dtype: str
+
+    @property
+    def max_model_len(self) -> int:
+        """The longest sequence that this model is made for, tokens.
+
+        For `dynamic` rope this is a hard limit. Past the original length it derives new frequencies from the current
+        length, but keys in the cache were rotated with older ones, so the result would depend on how the sequence was
+        cut into steps; up to that length it is exactly the unscaled rope. YaRN folders often keep the original length
+        in max_position_embeddings, so there the factor counts.
+        """
+        if self.rope.kind == "yarn":
+            return max(self.max_position_embeddings, int(self.rope.original_max_position * self.rope.factor))
+        return self.max_position_embeddings
+
+    @property
+    def group_size(self) -> int:
+        """Query heads that share one key head."""
+        return self.num_heads // self.num_kv_heads
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> ModelConfig:
+        """Reads the folder's configuration; raises SettingsError, or UnsupportedModel, which is one."""
+        return _read(JsonObject.from_file(folder / "config.json"), folder / "generation_config.json")
+
+
+def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
+    architecture = _architecture(config)
+    llama, qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
+    if config.text("hidden_act", "silu") != "silu":
+        raise config.wrong("hidden_act", "'silu'")
+    if config.child("quantization_config") is not None:
+        raise SettingsError(f"{config.where}: quantised weights ('quantization_config') are not supported")
+    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
+    num_layers, max_position = config.integer("num_hidden_layers"), config.integer("max_position_embeddings")
+    num_kv_heads = config.integer("num_key_value_heads", num_heads if llama else None)
+    if num_heads % num_kv_heads:
+        raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+    if not qwen3 and not config.has("head_dim") and hidden_size % num_heads:
+        raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({num_heads})")
+    head_dim = config.integer("head_dim", 128 if qwen3 else hidden_size // num_heads)
+    if head_dim % 2:
+        raise config.wrong("head_dim", "even")
+    window, windowed = _windows(config, architecture, num_layers)
+    attention_bias = (llama or qwen3) and config.flag("attention_bias", False)
+    return ModelConfig(
+        architecture=architecture,
+        vocab_size=config.integer("vocab_size"),
+        hidden_size=hidden_size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        intermediate_size=config.integer("intermediate_size"),
+        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rope=read_rope(config, max_position),
+        tie_word_embeddings=config.flag("tie_word_embeddings", False),
+        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        o_bias=attention_bias,
+        mlp_bias=llama and config.flag("mlp_bias", False),
+        qk_norm=qwen3,
+        sliding_window=window,
+        windowed_layers=windowed,
+        max_position_embeddings=max_position,
+        eos_token_ids=_eos_token_ids(config, generation_path),
+        dtype=_dtype(config),
+    )
+
+
+def _architecture(config: JsonObject) -> str:
+    names = config.texts("architectures")
+    if len(names) != 1:
+        raise config.wrong("architectures", "a list of one name")
+    if names[0] not in ARCHITECTURES:
+        raise UnsupportedModel(names[0])
+    return names[0]
+
+
+def _windows(config: JsonObject, architecture: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+    """The sliding window and the layers that have it, by the rules of each family in transformers."""
+    none = (None, (False,) * num_layers)
+    if architecture == "LlamaForCausalLM":
+        return none
+    if architecture == "MistralForCausalLM":
+        if "sliding_window" in config.fields and not config.has("sliding_window"):
+            return none
+        return config.integer("sliding_window", 4096), (True,) * num_layers
+    if not config.flag("use_sliding_window", False) or (
+        "sliding_window" in config.fields and not config.has("sliding_window")
+    ):
+        return none
+    window = config.integer("sliding_window", 4096)
+    if not config.has("layer_types"):
+        first = config.integer("max_window_layers", 28, least=0)
+        windowed = tuple(layer >= first for layer in range(num_layers))
+    else:
+        kinds = config.texts("layer_types")
+        if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:
+            raise config.wrong("layer_types", f"{num_layers} names out of full_attention and sliding_attention")
+        windowed = tuple(kind == "sliding_attention" for kind in kinds)
+    return (window, windowed) if any(windowed) else none
+
+
+def _eos_token_ids(config: JsonObject, generation_path: Path) -> tuple[int, ...]:
+    """generation_config.json decides where it says something, as in transformers' generate; else config.json."""
+    source = config
+    if generation_path.exists():
+        generation = JsonObject.from_file(generation_path)
+        source = generation if generation.has("eos_token_id") else config
+    value = source.fields.get("eos_token_id")
+    ids = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+        raise source.wrong("eos_token_id", "a token id or a list of them")
+    return tuple(item for item in ids if isinstance(item, int))
+
+
+def _dtype(config: JsonObject) -> str:
+    name = config.text("dtype", config.text("torch_dtype", "float32"))
+    if name not in ("float32", "bfloat16", "float16"):
+        raise config.wrong("dtype" if config.has("dtype") else "torch_dtype", "float32, bfloat16 or float16")
+    return name
