@@ -74,6 +74,31 @@ class Engine(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class AppSettings:
+    """What the HTTP side must be told; all sizes, counts and times of a request are bounded by these."""
+
+    served_model_name: str
+    api_keys: tuple[str, ...] = ()
+    """Empty: no key is asked for."""
+    request_timeout_s: float = 600.0
+    max_body_bytes: int = 10 << 20
+    max_prompts: int = 64
+    """Prompts in one completion request."""
+    max_n: int = 16
+    """Answers to one prompt."""
+    max_requests: int = 1024
+    """HTTP requests that are being answered at once; the next one gets 429."""
+    default_chat_tokens: int = 4096
+    """Where a chat request says no max_tokens: this, or what fits if that is less."""
+    default_completion_tokens: int = 16
+    """The same for /v1/completions; OpenAI documents 16."""
+    probe_timeout_s: float = 10.0
+    """How long /health_generate waits for its token."""
+    metrics: bool = True
+    version: str = "0"
+
+
+@dataclass(frozen=True, slots=True)
 class Call:
     """One `generate` that the fake has seen."""
 
@@ -84,7 +109,8 @@ class Call:
     priority: int
 
 
-Script = Callable[[Call], list["Delta | Exception | asyncio.Event"]]
+Step = Delta | Exception | asyncio.Event
+Script = Callable[[Call], list[Step]]
 
 
 @dataclass(slots=True)
