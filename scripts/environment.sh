@@ -20,9 +20,9 @@ take_no_install() {
 
 make_environment() {
     local extra=${1:-}
+    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # so that this checkout is what runs, whatever is installed
     if [[ $no_install == yes ]]; then
         python=$(command -v python3 || command -v python) || fail "there is no python3 on the PATH"
-        export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH}
         return
     fi
     python=$root/.venv/bin/python
@@ -74,7 +74,7 @@ install_cpu_torch() {
 
 pip_install() { # progress bars on a terminal; silent in a log, but for errors
     local quiet=()
-    if [[ ! -t 2 ]]; then quiet=(--quiet); fi
+    if [[ ! -t 2 ]]; then quiet=(-qq); fi
     "$python" -m pip --disable-pip-version-check install ${quiet[@]+"${quiet[@]}"} "$@" >&2
 }
 

@@ -1,0 +1,265 @@
+"""Runs the processes of one machine as children: shows their output, restarts what dies, leaves nothing behind.
+
+It owns child processes and knows no role: what to run, and when the whole is ready, it is told. Each child leads a
+process group of its own, so a Ctrl-C on the terminal reaches only the supervisor, which then drains the children in
+order. On Linux the kernel kills the children when the supervisor dies (prctl(2), PR_SET_PDEATHSIG).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import re
+import signal
+import sys
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+Say = Callable[[str], None]
+
+TAIL_LINES = 20
+MAX_LINE_BYTES = 16 << 10
+_PR_SET_PDEATHSIG = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChildSpec:
+    """One process to run. Children of one `group` stand in for each other: while one of them runs, the group lives."""
+
+    name: str
+    group: str
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Patience:
+    """Every bound of the supervisor."""
+
+    start_s: float = 600.0
+    """From the start of the children until the whole is ready: loading weights from a slow disk takes minutes."""
+    grace_s: float = 30.0
+    """From SIGTERM to SIGKILL."""
+    max_restarts: int = 5
+    """Of one child within `restart_window_s`; one more death and it is given up."""
+    restart_window_s: float = 60.0
+    restart_delay_s: float = 0.5
+    """Before the first restart; doubled for each further one in the window."""
+    report_s: float = 5.0
+    """Between two lines that tell what the start waits for."""
+
+
+class Supervisor:
+    """Starts, watches and stops children; see `run`. Made and used in the main thread, in one event loop.
+
+    (The kernel counts the death of the *thread* that started a child as the death of its parent.)
+    """
+
+    def __init__(self, specs: Sequence[ChildSpec], say: Say, patience: Patience | None = None) -> None:
+        self._say = say
+        self._patience = patience or Patience()
+        self._children = [_Child(spec, say) for spec in specs]
+        self._stop = asyncio.Event()
+        self._hurry = asyncio.Event()
+        self._serving = False
+
+    def stop(self) -> None:
+        """Drain and end. A second call kills at once."""
+        if self._stop.is_set():
+            self._hurry.set()
+        self._stop.set()
+
+    async def run(self, ready: Callable[[], Awaitable[str]], on_ready: Callable[[], None]) -> int:
+        """Run the children until `stop` is called or a group is given up; returns the exit status of the whole.
+
+        `ready` returns an empty string once the children serve, else what is still missing; it is asked again and
+        again, must not block the loop, and bounds its own waits. Until then any death of a child ends the whole.
+        """
+        keepers = {asyncio.create_task(self._keep(child)): child for child in self._children}
+        starting = asyncio.create_task(self._await_ready(ready))
+        stopping = asyncio.create_task(self._stop.wait())
+        failed = False
+        try:
+            await asyncio.wait([starting, stopping, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            if starting.done() and starting.result():
+                self._serving = True
+                on_ready()
+                failed = await self._serve(keepers, stopping)
+            else:
+                failed = not self._stop.is_set()
+            return 1 if failed else 0
+        finally:
+            starting.cancel()
+            await self._end(list(keepers))
+            stopping.cancel()
+
+    async def _await_ready(self, ready: Callable[[], Awaitable[str]]) -> bool:
+        """Ask until the answer is yes; False when the time is up."""
+        loop = asyncio.get_running_loop()
+        started = reported = loop.time()
+        while missing := await ready():
+            now = loop.time()
+            if now - started > self._patience.start_s:
+                self._say(f"not ready after {self._patience.start_s:.0f} s: {missing}")
+                return False
+            if now - reported >= self._patience.report_s:
+                self._say(f"waiting ({now - started:.0f} s): {missing}")
+                reported = now
+            await asyncio.sleep(0.1)
+        return True
+
+    async def _serve(self, keepers: Mapping[asyncio.Task[None], _Child], stopping: asyncio.Task[bool]) -> bool:
+        """Until stopped; True if a group has no child left. A keeper ends when it gives its child up."""
+        pending: set[asyncio.Task[None]] = set(keepers)
+        while not self._stop.is_set():
+            await asyncio.wait([stopping, *pending], return_when=asyncio.FIRST_COMPLETED)
+            pending = {task for task in pending if not task.done()}
+            alive = {keepers[task].spec.group for task in pending}
+            lost = {child.spec.group for child in keepers.values()} - alive
+            if lost and not self._stop.is_set():
+                self._say(f"giving up: no {' and no '.join(sorted(lost))} process is left")
+                return True
+        return False
+
+    async def _keep(self, child: _Child) -> None:
+        """Run one child, again and again while serving, until it is given up or the whole stops."""
+        clock = asyncio.get_running_loop().time
+        restarts: deque[float] = deque()
+        while True:
+            status = await child.run(self._stop)
+            if self._stop.is_set():
+                return
+            if not self._serving:
+                self._say(f"{child.spec.name} ended during the start ({_told(status)}); its last lines:")
+                for line in child.tail:
+                    self._say(f"    {line}")
+                return
+            while restarts and clock() - restarts[0] > self._patience.restart_window_s:
+                restarts.popleft()
+            if len(restarts) >= self._patience.max_restarts:
+                self._say(f"{child.spec.name} ended ({_told(status)}) after {len(restarts)} restarts: given up")
+                return
+            delay_s = self._patience.restart_delay_s * 2 ** len(restarts)
+            self._say(f"{child.spec.name} ended ({_told(status)}); restart in {delay_s:.1f} s")
+            if await _happens(self._stop, delay_s):
+                return
+            restarts.append(clock())
+
+    async def _end(self, keepers: list[asyncio.Task[None]]) -> None:
+        """SIGTERM; SIGKILL when the grace time is over or somebody hurries; back when all children are gone."""
+        self._stop.set()
+        for child in self._children:
+            child.signal(signal.SIGTERM)
+        hurry = asyncio.create_task(_happens(self._hurry, self._patience.grace_s))
+        gone = asyncio.create_task(asyncio.wait(keepers))
+        try:
+            await asyncio.wait([hurry, gone], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            hurry.cancel()
+            for child in self._children:
+                if child.signal(signal.SIGKILL):
+                    self._say(f"{child.spec.name} killed: it had not ended in time")
+        await asyncio.wait([gone], timeout=10.0)  # what was killed is gone at once, unless it hangs in the kernel
+        for task in keepers:
+            if task.done() and (error := task.exception()) is not None:
+                raise error
+
+
+class _Child:
+    """One process at a time of one spec, with its process group."""
+
+    def __init__(self, spec: ChildSpec, say: Say) -> None:
+        self.spec = spec
+        self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self._say = say
+        self._process: asyncio.subprocess.Process | None = None
+
+    async def run(self, stop: asyncio.Event) -> int | str:
+        """Start the process and wait for its end; its exit status, or why it could not start."""
+        self.tail.clear()
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *self.spec.argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.PIPE,
+                stderr=asyncio.subprocess.STDOUT,
+                env=dict(self.spec.env),
+                process_group=0,
+                preexec_fn=_tether(os.getpid()),
+            )
+        except OSError as error:
+            return str(error)
+        self._process = process
+        if stop.is_set():  # it came while the process was being made
+            self.signal(signal.SIGTERM)
+        assert process.stdout is not None
+        pump = asyncio.create_task(self._pump(process.stdout))
+        status = await process.wait()
+        _signal_group(process.pid, signal.SIGKILL)  # what the process itself may have left behind
+        await asyncio.wait([pump], timeout=1.0)
+        pump.cancel()
+        self._process = None
+        return status
+
+    def signal(self, signum: int) -> bool:
+        """Send a signal to the group of the running process; False where nothing runs."""
+        return (
+            self._process is not None and self._process.returncode is None and _signal_group(self._process.pid, signum)
+        )
+
+    async def _pump(self, stream: asyncio.StreamReader) -> None:
+        """Pass the output on line by line; a progress bar's carriage return ends a line too."""
+        rest = b""
+        while chunk := await stream.read(64 << 10):
+            *lines, rest = re.split(rb"[\r\n]+", rest + chunk)
+            if len(rest) > MAX_LINE_BYTES:
+                lines, rest = [*lines, rest], b""
+            for line in lines:
+                self._show(line)
+        self._show(rest)
+
+    def _show(self, line: bytes) -> None:
+        if line:
+            text = line.decode(errors="backslashreplace")
+            self.tail.append(text)
+            self._say(f"[{self.spec.name}] {text}")
+
+
+def _tether(parent_pid: int) -> Callable[[], None] | None:
+    """What a child does before exec, so that it cannot outlive its parent; None where the system cannot do it."""
+    if not sys.platform.startswith("linux"):
+        return None
+    libc = ctypes.CDLL(None)  # loaded here: after the fork only the call is made
+
+    def tie() -> None:
+        libc.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+        if os.getppid() != parent_pid:  # the parent died before the call
+            os._exit(1)
+
+    return tie
+
+
+def _signal_group(pgid: int, signum: int) -> bool:
+    try:
+        os.killpg(pgid, signum)
+    except (ProcessLookupError, PermissionError):  # macOS says EPERM for a group of zombies
+        return False
+    return True
+
+
+async def _happens(event: asyncio.Event, timeout_s: float) -> bool:
+    """Whether `event` is set within the time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await event.wait()
+    except TimeoutError:
+        return False
+
+
+def _told(status: int | str) -> str:
+    """An exit status in words."""
+    if isinstance(status, str):
+        return status
+    return f"killed by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"

@@ -1,0 +1,193 @@
+"""Serves a model on this machine: one proxy, N prefill and N decode workers as child processes.
+
+It owns the command lines of the roles and the test for "ready": a token has come back through all of them. How children
+are started, watched and ended is node.supervisor's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from node.errors import SettingsError
+from node.modelhub import DEMO_MODEL, locate_model
+from node.settings import option, parse, require_loopback
+from node.supervisor import ChildSpec, Patience, Supervisor
+
+PROBE_TIMEOUT_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """What `scripts/serve` is told; the rest is the roles' own default."""
+
+    model: str = option(
+        DEMO_MODEL, metavar="FOLDER_OR_HUB_ID", help="the demo model, a Hugging Face model folder, or a hub id org/name"
+    )
+    host: str = option("127.0.0.1", help="address of the HTTP API")
+    port: int = option(8000, help="port of the HTTP API", minimum=1, maximum=65535)
+    prefill: int = option(1, help="prefill workers; 0: the decode workers prefill too", minimum=0, maximum=64)
+    decode: int = option(1, help="decode workers", minimum=1, maximum=64)
+    device: str = option("auto", help="where the model runs", choices=("auto", "cpu", "cuda"))
+    local_prefill: str | None = option(
+        None, help="which prompts decode workers prefill themselves", choices=("never", "short", "always")
+    )
+    api_key: str = option("", help="key that clients must send", env="BATON_API_KEY")
+    insecure_network: bool = option(False, help="allow a --host that other machines can reach")
+    proxy_arg: tuple[str, ...] = option(
+        (), metavar="ARGUMENT", help="passed on to the proxy, as in --proxy-arg=--log-level=debug"
+    )
+    worker_arg: tuple[str, ...] = option(
+        (), metavar="ARGUMENT", help="passed on to each worker, as in --worker-arg=--num-blocks=512"
+    )
+    start_timeout_s: float = option(600.0, unit="s", help="time until the first token must have come", minimum=1)
+    grace_s: float = option(30.0, unit="s", help="time that running requests get to end at a stop", minimum=0)
+
+
+def roles(settings: ServeSettings, control_port: int, environ: Mapping[str, str]) -> list[ChildSpec]:
+    """The processes to run; the proxy's control socket is at `control_port`, workers choose their ports themselves."""
+    control = f"tcp://127.0.0.1:{control_port}"
+    env = {**environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
+    env.setdefault("OMP_NUM_THREADS", str(threads_a_worker(len(_cores()), settings.prefill + settings.decode)))
+    local_prefill = settings.local_prefill or ("" if settings.prefill else "always")
+    proxy = [
+        *(
+            "--model",
+            settings.model,
+            "--host",
+            settings.host,
+            "--port",
+            str(settings.port),
+            "--control-address",
+            control,
+        ),
+        *(("--local-prefill", local_prefill) if local_prefill else ()),
+        *(("--insecure-network",) if settings.insecure_network else ()),
+        *settings.proxy_arg,
+    ]
+    specs = [_role("proxy", "proxy", proxy, env | ({"BATON_API_KEY": settings.api_key} if settings.api_key else {}))]
+    for role, count in (("prefill", settings.prefill), ("decode", settings.decode)):
+        for index in range(count):
+            name = f"{role}-{index}"
+            worker = ["--model", settings.model, "--proxy", control, "--device", settings.device, "--worker-id", name]
+            specs.append(_role(name, role, [*worker, *settings.worker_arg], env))
+    return specs
+
+
+def _role(name: str, role: str, arguments: Sequence[str], env: Mapping[str, str]) -> ChildSpec:
+    return ChildSpec(name=name, group=role, argv=(sys.executable, "-m", role, *arguments), env=env)
+
+
+def threads_a_worker(num_cores: int, num_workers: int) -> int:
+    """Cores shared out evenly, one kept for the proxy; more threads than cores would wait for each other."""
+    return max(1, (num_cores - 1) // num_workers)
+
+
+def _cores() -> set[int]:
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise SettingsError where nothing can listen at `host:port`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+
+
+def free_port() -> int:
+    """A port of the loopback interface that was free a moment ago; known here because workers must be told it."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def token_probe(host: str, port: int) -> Callable[[], Awaitable[str]]:
+    """What asks the proxy for one real token, and tells what is missing."""
+
+    async def probe() -> str:
+        status = await http_status(host, port, "/health_generate", PROBE_TIMEOUT_S)
+        if status == 0:
+            return "the proxy does not answer yet"
+        return "" if status == 200 else f"no token yet: the workers load the model (HTTP {status})"
+
+    return probe
+
+
+async def http_status(host: str, port: int, path: str, timeout_s: float) -> int:
+    """The status of GET `path`; 0 where no answer came in time."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n".encode())
+                parts = (await reader.readline()).split()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return 0
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+
+
+def curl_line(settings: ServeSettings, url: str) -> str:
+    """A command to paste."""
+    body = json.dumps({"model": settings.model, "prompt": "Once upon a time", "max_tokens": 64})
+    key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key else ""
+    return f"curl {url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
+
+
+async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
+    """Run `specs` until Ctrl-C, SIGTERM or a closed terminal; the exit status."""
+    any_host = settings.host in ("", "0.0.0.0", "::")
+    host = "127.0.0.1" if any_host else settings.host
+    url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    supervisor = Supervisor(specs, say, Patience(start_s=settings.start_timeout_s, grace_s=settings.grace_s))
+
+    def on_signal() -> None:
+        say("stopping: running requests get to their end (Ctrl-C again to kill)")
+        supervisor.stop()
+
+    def on_ready() -> None:
+        say(f"ready {url}")
+        say(curl_line(settings, url))
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(signum, on_signal)
+    status = await supervisor.run(token_probe(host, settings.port), on_ready)
+    say("stopped")
+    return status
+
+
+def say(line: str) -> None:
+    """Print one line now: whoever reads a pipe waits for `ready`."""
+    print(line, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status; an error of settings is one line."""
+    settings = parse(ServeSettings, argv, prog="scripts/serve", description="Serve a model on this machine.")
+    try:
+        require_loopback(settings.host, settings.insecure_network)
+        check_port(settings.host, settings.port)
+        locate_model(settings.model)  # once, with its progress bars, before every child looks for it
+        return asyncio.run(supervise(settings, roles(settings, free_port(), os.environ)))
+    except SettingsError as error:
+        print(f"scripts/serve: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,230 @@
+"""Guards scripts/serve.py: the command lines of the roles, and one whole life with stand-ins for the three programs."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from node.errors import SettingsError
+from scripts import serve
+
+ROOT = Path(__file__).resolve().parents[3]
+
+# The stand-ins drain on SIGTERM, as the real ones do; the proxy has a token as soon as three workers run.
+FAKE_PROXY = """
+import glob, http.server, signal, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        ready = self.path == "/health_generate" and len(glob.glob("*.up")) == 3
+        self.send_response(200 if ready else 503)
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+def end(*_):
+    print("drained", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+http.server.HTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
+"""
+FAKE_WORKER = """
+import signal, sys
+def end(*_):
+    print("drained", flush=True)
+    sys.exit(0)
+signal.signal(signal.SIGTERM, end)
+open(sys.argv[sys.argv.index("--worker-id") + 1] + ".up", "w").close()
+signal.pause()
+"""
+
+
+def options_of(argv: tuple[str, ...]) -> list[str]:
+    return list(argv[argv.index("-m") + 1 :])
+
+
+def test_each_role_gets_the_options_that_it_has() -> None:
+    """A worker that is told another proxy, or the same name as its twin, never serves."""
+    settings = serve.ServeSettings(model="m", port=9, prefill=2, device="cpu", worker_arg=("--num-blocks=5",))
+    specs = serve.roles(settings, 777, {})
+    assert [(spec.name, spec.group) for spec in specs] == [
+        ("proxy", "proxy"),
+        ("prefill-0", "prefill"),
+        ("prefill-1", "prefill"),
+        ("decode-0", "decode"),
+    ]
+    address = "tcp://127.0.0.1:777"
+    assert options_of(specs[0].argv) == (
+        ["proxy", "--model", "m", "--host", "127.0.0.1", "--port", "9", "--control-address", address]
+    )
+    assert options_of(specs[2].argv) == (
+        ["prefill", "--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", "--num-blocks=5"]
+    )
+
+
+def test_without_prefill_workers_decode_workers_prefill() -> None:
+    """`--prefill 0` would wait for ever for a prefill worker that nobody starts."""
+    argv = serve.roles(serve.ServeSettings(prefill=0), 1, {})[0].argv
+    assert argv[argv.index("--local-prefill") + 1] == "always"
+    argv = serve.roles(serve.ServeSettings(prefill=0, local_prefill="short"), 1, {})[0].argv
+    assert argv[argv.index("--local-prefill") + 1] == "short"
+
+
+def test_the_key_is_in_no_command_line_and_only_the_proxy_has_it() -> None:
+    """Every user of the machine can read command lines."""
+    specs = serve.roles(serve.ServeSettings(api_key="hunter2"), 1, {})
+    assert not any("hunter2" in argument for spec in specs for argument in spec.argv)
+    assert [spec.name for spec in specs if "hunter2" in spec.env.values()] == ["proxy"]
+    assert "hunter2" not in serve.curl_line(serve.ServeSettings(api_key="hunter2"), "http://x")
+
+
+@pytest.mark.parametrize(("cores", "workers", "threads"), [(1, 2, 1), (2, 2, 1), (8, 2, 3), (64, 1, 63), (4, 8, 1)])
+def test_threads_of_all_workers_fit_the_cores(cores: int, workers: int, threads: int) -> None:
+    """Two workers with a thread a core each run at a fraction of their speed."""
+    assert serve.threads_a_worker(cores, workers) == threads
+
+
+def test_a_number_of_threads_that_the_user_set_is_kept() -> None:
+    """It was set for a reason."""
+    spec = serve.roles(serve.ServeSettings(), 1, {"OMP_NUM_THREADS": "5"})[1]
+    assert spec.env["OMP_NUM_THREADS"] == "5"
+
+
+def test_the_curl_line_can_be_pasted() -> None:
+    """Quotes in a folder's name must not break out of the command."""
+    words = shlex.split(serve.curl_line(serve.ServeSettings(model='it\'s "m"'), "http://127.0.0.1:8000"))
+    assert json.loads(words[words.index("-d") + 1])["model"] == 'it\'s "m"'
+
+
+def test_a_port_in_use_is_told_at_once() -> None:
+    """Else the proxy dies after the weights were loaded, in the middle of the other output."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(SettingsError, match=r"in use.*--port"):
+            serve.check_port("127.0.0.1", taken.getsockname()[1])
+    serve.check_port("127.0.0.1", serve.free_port())
+
+
+@pytest.mark.parametrize(
+    ("answer", "status"),
+    [(b"HTTP/1.1 200 OK\r\n\r\n", 200), (b"HTTP/1.1 503 Busy\r\n\r\n", 503), (b"", 0), (b"\xff\n", 0), (b"a b c\n", 0)],
+)
+async def test_the_probe_reads_any_answer(answer: bytes, status: int) -> None:
+    """A half-started server's nonsense must count as "not yet", not end the start."""
+
+    async def serve_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readline()
+        writer.write(answer)
+        writer.close()
+
+    server = await asyncio.start_server(serve_once, "127.0.0.1", 0)
+    async with server:
+        port = server.sockets[0].getsockname()[1]
+        assert await serve.http_status("127.0.0.1", port, "/", 30.0) == status
+    assert await serve.http_status("127.0.0.1", port, "/", 30.0) == 0
+
+
+@contextmanager
+def serving(folder: Path, port: int, *options: str, **programs: str) -> Iterator[subprocess.Popen[str]]:
+    """`scripts/serve.py` in a folder where the three programs are stand-ins."""
+    for role in ("proxy", "prefill", "decode"):
+        (folder / f"{role}.py").write_text(programs.get(role, FAKE_PROXY if role == "proxy" else FAKE_WORKER))
+    (folder / "config.json").write_text("{}")
+    command = [
+        sys.executable,
+        str(ROOT / "scripts" / "serve.py"),
+        "--model",
+        str(folder),
+        "--port",
+        str(port),
+        *options,
+    ]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def lines_until(process: subprocess.Popen[str], text: str) -> list[str]:
+    """The output up to the line that has `text`; the whole where it never comes."""
+    assert process.stdout is not None
+    lines: list[str] = []
+    for line in process.stdout:
+        lines.append(line.rstrip("\n"))
+        if text in line:
+            break
+    return lines
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_whole_life(tmp_path: Path, signum: int) -> None:
+    """From the first process to `ready`, the command to paste, a restart, and a drain on Ctrl-C or SIGTERM."""
+    port = serve.free_port()
+    with serving(tmp_path, port, "--prefill", "2") as process:
+        assert process.stdout is not None
+        assert lines_until(process, "ready ")[-1] == f"ready http://127.0.0.1:{port}"
+        assert process.stdout.readline().startswith(f"curl http://127.0.0.1:{port}/v1/completions ")
+        process.send_signal(signum)
+        rest = process.stdout.read().splitlines()
+        assert process.wait(60) == 0
+    assert rest[0].startswith("stopping")
+    assert sorted(rest[1:-1]) == [f"[{name}] drained" for name in ("decode-0", "prefill-0", "prefill-1", "proxy")]
+    assert rest[-1] == "stopped"
+    serve.check_port("127.0.0.1", port)
+
+
+def test_a_worker_that_cannot_start_ends_the_start_with_its_last_words(tmp_path: Path) -> None:
+    """The user must see the worker's reason last, and get the shell back."""
+    with serving(tmp_path, serve.free_port(), decode="import sys; sys.exit('the pool does not fit')") as process:
+        lines = lines_until(process, "no such line")
+        assert process.wait(60) == 1
+    assert "    the pool does not fit" in lines
+    assert not any(line.startswith("ready") for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--host", "0.0.0.0"], "--insecure-network"),
+        (["--model", "no-such-folder"], "no-such-folder"),
+        (["--host", "256.1.1.1", "--insecure-network"], "cannot listen on 256.1.1.1"),
+        (["--prefill", "-1"], "at least 0"),
+    ],
+)
+def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path, options: list[str], said: str) -> None:
+    """A refusal after minutes of loading, or in a traceback, is no use."""
+    with serving(tmp_path, serve.free_port(), *options) as process:
+        lines = lines_until(process, "no such line")
+        assert process.wait(60) == 2
+    assert len(lines) == 1 and said in lines[0]
+
+
+@pytest.mark.parametrize("role", ["proxy", "prefill", "decode"])
+def test_the_roles_have_the_options_that_they_are_given(role: str) -> None:
+    """An option renamed in a role would only be found by starting everything; a key not read is no protection."""
+    if importlib.util.find_spec(f"{role}.settings") is None:
+        pytest.skip(f"{role} is not there yet")
+    module = importlib.import_module(f"{role}.settings")
+    fields = getattr(module, f"{role.capitalize()}Settings").__dataclass_fields__
+    specs = serve.roles(serve.ServeSettings(prefill=1, local_prefill="short", insecure_network=True), 1, {})
+    argv = next(spec.argv for spec in specs if spec.group == role)
+    given = {word[2:].replace("-", "_") for word in argv if word.startswith("--")}
+    assert given <= set(fields)
+    if role == "proxy":
+        assert fields["api_key"].metadata["option"].env == "BATON_API_KEY"
