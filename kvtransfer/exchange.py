@@ -312,6 +312,11 @@ class Exchange:
         """Transfers that still hold blocks."""
         return len(self._waiting) + len(self._live_senders) + len(self._live_receivers)
 
+    @property
+    def sockets(self) -> list[object]:
+        """What to wait on besides the endpoint."""
+        return [socket for plane in self._planes for socket in plane.sockets()]
+
     def close(self) -> None:
         for plane in self._planes:
             plane.close()

@@ -22,6 +22,14 @@ MAX_FRAMES_A_TURN = 1024
 """So that a flood on one socket cannot keep the owner from its timers."""
 
 
+Context = zmq.Context[zmq.Socket[bytes]]
+
+
+def new_context() -> Context:
+    """The ZeroMQ context of a process; whoever needs sockets is given it."""
+    return zmq.Context()
+
+
 def identity_of(worker: str, incarnation: int) -> str:
     """The endpoint identity of one life of a worker."""
     return f"{worker}/{incarnation}"
@@ -30,7 +38,7 @@ def identity_of(worker: str, incarnation: int) -> str:
 class Endpoint:
     """See the module's docstring. `bind` is an address such as tcp://127.0.0.1:0; None accepts nobody."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], identity: str, bind: str | None) -> None:
+    def __init__(self, context: Context, identity: str, bind: str | None) -> None:
         self.identity = identity
         self.rejected = 0
         self._context = context
@@ -93,7 +101,7 @@ class Endpoint:
             raise
         return True
 
-    def receive(self, timeout_s: float, also: Iterable[zmq.Socket[bytes]] = ()) -> list[tuple[str, Message]]:
+    def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]:
         """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that are there."""
         extra = list(also)
         for socket in extra:
@@ -102,7 +110,7 @@ class Endpoint:
             ready = self._poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
         finally:
             for socket in extra:
-                self._poller.unregister(socket)
+                self._poller.unregister(socket)  # type: ignore[arg-type]
         inbox: list[tuple[str, Message]] = []
         for socket, _ in ready:
             if socket is self._wakee:
@@ -122,12 +130,17 @@ class Endpoint:
                 except zmq.Again:
                     pass  # it is full of wakes already
 
+    def linger(self, timeout_s: float = 0.5) -> None:
+        """Let what was sent go out after `close`, for at most so long."""
+        for socket in self._names:
+            socket.setsockopt(zmq.LINGER, int(timeout_s * 1000))
+
     def close(self) -> None:
         with self._wake_lock:
             self._closed = True
             sockets = [self._waker, self._wakee, *self._links.values(), *([self._router] if self._router else [])]
             for socket in sockets:
-                socket.close(0)
+                socket.close()
 
     # -- inside
 

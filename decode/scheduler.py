@@ -1,0 +1,94 @@
+"""What the next step computes, who gives way, who is let in. Pure: numbers in, a plan out; no clock, torch or socket.
+
+Running sequences come most senior first. Each gets its next token; a sequence whose tokens are not all computed yet
+(local prefill, recompute after preemption) gets a chunk from what the budget leaves. When blocks run out, the least
+senior gives all of its blocks back and is computed again later, so the most senior always gets on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """A sequence as the scheduler sees it."""
+
+    num_tokens: int
+    num_computed: int
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    block_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_chunk_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Item number `index` of the running ones computes `length` tokens."""
+
+    index: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    steps: tuple[Step, ...]
+    preempted: tuple[int, ...]
+    """Indices of running items that give their blocks back before the step."""
+    admitted: int
+    """So many waiting items, from the first on, start running; they have blocks for all their tokens."""
+
+
+def plan(running: Sequence[Item], waiting: Sequence[Item], free_blocks: int, limits: Limits) -> Plan:
+    """`free_blocks` counts those that can be allocated now. Item.num_blocks are taken to be freed by preemption; where
+    some are shared fewer come free, the row is left out of this step, and the next plan preempts further."""
+    alive = len(running)
+    preempted: list[int] = []
+    steps: list[Step] = []
+    budget = max(0, limits.max_num_batched_tokens - alive)
+    index = 0
+    while index < alive:
+        item = running[index]
+        length = _length(item, budget, limits)
+        lacking = _lacking(item, item.num_computed + length, limits)
+        while lacking > free_blocks and alive > index:
+            alive -= 1
+            preempted.append(alive)
+            free_blocks += running[alive].num_blocks
+        if alive == index:
+            break  # it had to give way itself
+        if length > 0:
+            steps.append(Step(index, length))
+            free_blocks -= lacking
+            budget -= length - 1
+        index += 1
+    admitted = 0 if preempted else _admit(waiting, free_blocks, limits.max_num_seqs - alive, limits)
+    return Plan(tuple(steps), tuple(preempted), admitted)
+
+
+def _length(item: Item, budget: int, limits: Limits) -> int:
+    """Every running item may compute one token; more than that comes out of the budget left for chunks."""
+    work = item.num_tokens - item.num_computed
+    return min(work, 1 + budget, limits.max_chunk_tokens)
+
+
+def _lacking(item: Item, num_tokens: int, limits: Limits) -> int:
+    return max(0, -(-num_tokens // limits.block_tokens) - item.num_blocks)
+
+
+def _admit(waiting: Sequence[Item], free_blocks: int, rows: int, limits: Limits) -> int:
+    """In order, and nobody overtakes: whoever does not fit makes the others wait."""
+    admitted = 0
+    for item in waiting[: max(0, rows)]:
+        lacking = _lacking(item, item.num_tokens + 1, limits)
+        if lacking > free_blocks:
+            break
+        free_blocks -= lacking
+        admitted += 1
+    return admitted

@@ -1,0 +1,63 @@
+"""One sequence in a decode worker, from its reservation to its last token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from kvtransfer.blocks.table import BlockTable
+from kvtransfer.exchange import LegKey
+from node.messages import Logprob, SamplingParams, Tokens
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """`num_computed` of its `num_tokens` known tokens have their KV here. A step, the prefix cache and a transfer move
+    it forward; preemption sets it back to nothing."""
+
+    leg: LegKey
+    link: str
+    """The proxy that asked, by the name of the link to it."""
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    priority: int
+    deadline: float
+    table: BlockTable
+    transfer_id: bytes = b""
+    """The transfer that it waits for; empty once there is none."""
+    first_missing_block: int = 0
+    """Blocks from here on are written by the transfer."""
+    num_computed: int = 0
+    cached_tokens: int = 0
+    told: int = 0
+    """Generated tokens that the proxy was told of, counted from the end of the prompt."""
+    logprobs: list[Logprob] = field(default_factory=list)
+    """Of the tokens not told yet."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    def append(self, token_id: int, logprob: Logprob | None) -> None:
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+
+    def tell(self, finish: str) -> Tokens:
+        """The message with all tokens that were not told yet."""
+        message = Tokens(
+            request_id=self.leg.request_id,
+            attempt=self.leg.attempt,
+            index=self.told,
+            ids=tuple(self.token_ids[self.prompt_len + self.told :]),
+            logprobs=tuple(self.logprobs),
+            finish=finish,
+            cached_tokens=min(self.cached_tokens, self.prompt_len),
+        )
+        self.told = self.num_generated
+        self.logprobs.clear()
+        return message

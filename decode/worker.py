@@ -1,0 +1,372 @@
+"""The loop of a decode worker: inbox, arrivals, schedule, step, tokens out. The only writer of its sequences and blocks.
+
+A sequence is reserved (its blocks are held, a transfer fills them), waiting (it has none: local prefill, or preempted) or
+running. Its blocks go back through one of three doors: released (nobody else touches them), quarantined until the
+carrier says that the transfer has ended, or kept as cached prefix. Every leg ends in exactly one of Tokens with a
+finish, Busy, Failed and Cancelled.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections import defaultdict
+
+from decode.scheduler import Item, Limits, plan
+from decode.sequence import Sequence
+from decode.settings import DecodeSettings
+from kvtransfer.blocks.manager import OutOfBlocks
+from kvtransfer.blocks.table import BlockTable
+from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
+from kvtransfer.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
+from models.batch import Draw, Drawn, Row
+from node.errors import InvariantBroken, SettingsError
+from node.lifecycle import Joined, JoinRefused, ProxyLost
+from node.messages import (
+    Bundle,
+    Busy,
+    Cancel,
+    Cancelled,
+    Drain,
+    Failed,
+    Load,
+    Reserve,
+    Reserved,
+    Tokens,
+)
+from node.telemetry import log_event
+from worker.finish import finish_of
+from worker.start import Worker
+
+logger = logging.getLogger("decode")
+
+IDLE_WAIT_S = 0.1
+
+
+class DecodeWorker:
+    """See the module's docstring."""
+
+    def __init__(self, worker: Worker, settings: DecodeSettings) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._carrier = worker.carrier
+        self._manager = worker.manager
+        self._limits = Limits(
+            block_tokens=worker.layout.block_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_chunk_tokens=settings.max_chunk_tokens,
+        )
+        self._legs: dict[LegKey, Sequence] = {}
+        self._reserved: dict[bytes, Sequence] = {}  # by transfer id
+        self._waiting: list[Sequence] = []  # most senior first
+        self._running: list[Sequence] = []  # most senior first
+        self._steps = 0
+        self._preemptions = 0
+        self._generated_tokens = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._local_tokens = 0
+        self._drain_until: float | None = None
+
+    def run(self) -> None:
+        """Serve until drained."""
+        worked = False
+        while not self._drained():
+            worked = self.turn(0.0 if worked else IDLE_WAIT_S)
+        for sequence in [*self._legs.values()]:
+            self._end(sequence, _failed(sequence.leg, "worker is shutting down", retryable=True))
+
+    def turn(self, wait_s: float) -> bool:
+        """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
+        for event in self._carrier.receive(wait_s):
+            self._on(event)
+        self._expire(time.monotonic())
+        worked = self._step()
+        self._carrier.load = self._load()
+        return worked
+
+    def drain(self) -> None:
+        """Take nothing new, end when all is done or the time is over."""
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + self._settings.drain_s
+            self._carrier.drain()
+            log_event(logger, "draining", sequences=len(self._legs))
+
+    # -- inbox
+
+    def _on(self, event: Inbound) -> None:
+        match event:
+            case FromProxy(link, Reserve() as message):
+                self._on_reserve(link, message)
+            case FromProxy(link, Cancel() as message):
+                for sequence in [s for s in self._legs.values() if _means(message, s.leg)]:
+                    self._end(sequence, None)
+                self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
+            case FromProxy(_, Drain()):
+                self.drain()
+            case KvArrived():
+                self._on_arrived(event)
+            case ReceiverEnded():
+                self._on_receiver_ended(event)
+            case ProxyLost(link):
+                log_event(logger, "proxy_lost", link=link)
+                for sequence in [s for s in self._legs.values() if s.link == link]:
+                    self._end(sequence, None)
+            case Joined(link):
+                log_event(logger, "joined", link=link)
+            case JoinRefused(link, reason):
+                raise SettingsError(f"{link} refused this worker: {reason}")
+            case CarrierDied(error):
+                raise InvariantBroken("the carrier thread died") from error
+
+    def _on_reserve(self, link: str, message: Reserve) -> None:
+        leg = LegKey(message.request_id, message.attempt)
+        if leg in self._legs:
+            return
+        if answer := self._refusal(leg, message):
+            self._carrier.tell(link, answer)
+            return
+        sequence = Sequence(
+            leg=leg,
+            link=link,
+            token_ids=list(message.token_ids),
+            prompt_len=message.prompt_len,
+            sampling=message.sampling,
+            priority=message.priority,
+            deadline=time.monotonic() + message.deadline_s,
+            table=BlockTable(self._manager, message.root, self._limits.block_tokens, message.block_hashes),
+            told=len(message.token_ids) - message.prompt_len,
+        )
+        if message.prefill and not self._hold_blocks(sequence, message.prefill):
+            self._carrier.tell(link, _busy(leg, "too few free blocks"))
+            return
+        self._legs[leg] = sequence
+        if not message.prefill:
+            self._insert(self._waiting, sequence)
+            self._local_tokens += sequence.num_tokens
+        self._prompt_tokens += sequence.num_tokens
+        self._cached_tokens += sequence.cached_tokens
+        self._carrier.tell(
+            link,
+            Reserved(request_id=leg.request_id, attempt=leg.attempt, cached_tokens=sequence.cached_tokens),
+        )
+
+    def _refusal(self, leg: LegKey, message: Reserve) -> Busy | Failed | None:
+        num_tokens = len(message.token_ids)
+        if not 0 < num_tokens < self._worker.max_model_len:
+            reason = f"{num_tokens} tokens; this worker takes 1 to {self._worker.max_model_len - 1}"
+            return _failed(leg, reason, retryable=False)
+        if max(message.token_ids) >= self._worker.runner.config.vocab_size:
+            return _failed(leg, "a token id is outside the vocabulary", retryable=False)
+        if len(message.block_hashes) > num_tokens // self._limits.block_tokens:
+            return _failed(leg, "more block hashes than full blocks", retryable=False)
+        if self._drain_until is not None:
+            return _busy(leg, "draining")
+        if message.prefill and len(self._running) + len(self._reserved) >= self._limits.max_num_seqs:
+            return _busy(leg, "all rows are taken")
+        if len(self._legs) >= self._settings.max_waiting:
+            return _busy(leg, "queue is full")
+        return None
+
+    def _hold_blocks(self, sequence: Sequence, prefill: str) -> bool:
+        """Cached prefix and blocks for the rest, all or none; then the transfer may come. Whoever was preempted, and
+        what runs and must grow, goes before new reservations."""
+        table = sequence.table
+        sequence.cached_tokens = table.take_prefix(sequence.num_tokens)
+        spare = self._settings.spare_blocks if self._running else 0
+        lacking = table.blocks_lacking(sequence.num_tokens) + spare
+        owed = sum(s.table.blocks_lacking(s.num_tokens + 1) for s in self._waiting)
+        if lacking + owed > self._manager.num_available:
+            table.release()
+            return False
+        sequence.first_missing_block = len(table.blocks)
+        table.grow(sequence.num_tokens)
+        sequence.transfer_id = secrets.token_bytes(16)
+        self._reserved[sequence.transfer_id] = sequence
+        incoming = Incoming(
+            transfer_id=sequence.transfer_id,
+            leg=sequence.leg,
+            peer=prefill,
+            first_block=sequence.first_missing_block,
+            blocks=tuple(table.blocks[sequence.first_missing_block :]),
+            deadline=sequence.deadline,
+        )
+        self._carrier.do(lambda exchange, now: exchange.open_receiver(incoming, now))
+        return True
+
+    def _on_arrived(self, event: KvArrived) -> None:
+        sequence = self._reserved.pop(event.transfer_id, None)
+        if sequence is None:  # it was cancelled while the last bytes came: nothing writes any more
+            self._manager.end_quarantine(event.transfer_id)
+            return
+        sequence.transfer_id = b""
+        sequence.num_computed = sequence.num_tokens
+        sequence.table.publish(sequence.token_ids, sequence.num_computed)
+        sequence.append(event.token_id, event.logprob)
+        self._insert(self._running, sequence)
+
+    def _on_receiver_ended(self, event: ReceiverEnded) -> None:
+        self._manager.end_quarantine(event.transfer_id)
+        if (sequence := self._reserved.pop(event.transfer_id, None)) is not None:
+            sequence.transfer_id = b""
+            self._end(sequence, _failed(sequence.leg, f"transfer: {event.reason}", retryable=True))
+
+    # -- steps
+
+    def _step(self) -> bool:
+        """Carry out one plan; True if it computed or changed anything."""
+        if not self._running and not self._waiting:
+            return False
+        decision = plan(_items(self._running), _items(self._waiting), self._manager.num_available, self._limits)
+        sequences = list(self._running)
+        for index in decision.preempted:
+            self._preempt(sequences[index])
+        batch = [(sequences[step.index], step.length) for step in decision.steps]
+        batch = [(sequence, length) for sequence, length in batch if self._grow(sequence, length)]
+        admitted = sum(self._admit(sequence) for sequence in self._waiting[: decision.admitted])
+        if batch:
+            drawn = self._worker.runner.step([_row(sequence, length) for sequence, length in batch])
+            self._steps += 1
+            self._apply(batch, drawn)
+        return bool(batch or admitted or decision.preempted)
+
+    def _grow(self, sequence: Sequence, length: int) -> bool:
+        try:
+            sequence.table.grow(sequence.num_computed + length)
+        except OutOfBlocks:
+            return False
+        return True
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row."""
+        cached_tokens = sequence.table.take_prefix(sequence.num_tokens - 1)
+        if not self._grow(sequence, sequence.num_tokens):
+            sequence.table.release()
+            return False
+        sequence.num_computed = cached_tokens
+        if sequence.num_generated == sequence.told and not sequence.cached_tokens:
+            sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
+            self._cached_tokens += sequence.cached_tokens
+        self._waiting.remove(sequence)
+        self._insert(self._running, sequence)
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        sequence.table.release()
+        sequence.num_computed = 0
+        self._running.remove(sequence)
+        self._insert(self._waiting, sequence)
+        self._preemptions += 1
+
+    def _apply(self, batch: list[tuple[Sequence, int]], drawn: list[Drawn | None]) -> None:
+        """Take in what a step computed, and tell the proxies."""
+        told: dict[str, list[Tokens]] = defaultdict(list)
+        for (sequence, length), token in zip(batch, drawn, strict=True):
+            sequence.num_computed += length
+            sequence.table.publish(sequence.token_ids, sequence.num_computed)
+            if token is None:
+                continue
+            sequence.append(token.token_id, token.logprob)
+            self._generated_tokens += 1
+            finish = finish_of(
+                token.token_id,
+                sequence.sampling,
+                sequence.num_generated,
+                sequence.num_tokens,
+                self._worker.max_model_len,
+            )
+            told[sequence.link].append(sequence.tell(finish))
+            if finish:
+                self._end(sequence, None)
+        for link, tokens in told.items():
+            self._carrier.tell(link, Bundle(tokens=tuple(tokens)))
+
+    # -- endings
+
+    def _end(self, sequence: Sequence, answer: Failed | None) -> None:
+        """Forget a sequence, in whatever state, and hand its blocks back through the right door."""
+        del self._legs[sequence.leg]
+        if transfer_id := sequence.transfer_id:
+            self._reserved.pop(transfer_id)
+            sequence.table.quarantine_from(sequence.first_missing_block, transfer_id)
+            self._carrier.do(lambda exchange, now: exchange.abort_receiver(transfer_id, "cancelled", now))
+        else:
+            sequence.table.release()
+            for group in (self._waiting, self._running):
+                if sequence in group:
+                    group.remove(sequence)
+        if answer is not None:
+            self._carrier.tell(sequence.link, answer)
+
+    def _expire(self, now: float) -> None:
+        for sequence in [s for s in self._legs.values() if now >= s.deadline]:
+            self._end(sequence, _failed(sequence.leg, "deadline", retryable=False))
+
+    # -- state
+
+    def _insert(self, group: list[Sequence], sequence: Sequence) -> None:
+        """Keep the order of seniority: priority first, then the order in which they came."""
+        seniority = {leg: index for index, leg in enumerate(self._legs)}
+        seniority.setdefault(sequence.leg, len(seniority))
+        group.append(sequence)
+        group.sort(key=lambda s: (-s.priority, seniority[s.leg]))
+
+    def _drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        return not self._legs or time.monotonic() >= self._drain_until
+
+    def _load(self) -> Load:
+        work = sum(s.num_tokens - s.num_computed for s in (*self._running, *self._waiting))
+        return Load(
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._reserved),
+            waiting_tokens=work,
+            free_blocks=self._manager.num_available,
+            total_blocks=self._manager.num_blocks,
+            steps=self._steps,
+            counters={
+                "prompt_tokens": float(self._prompt_tokens),
+                "local_prefill_tokens": float(self._local_tokens),
+                "generated_tokens": float(self._generated_tokens),
+                "prefix_queries_tokens": float(self._prompt_tokens),
+                "prefix_hits_tokens": float(self._cached_tokens),
+                "preemptions": float(self._preemptions),
+                "evictions": float(self._manager.evictions),
+                **self._carrier.transfer_counters(),
+            },
+        )
+
+    def check(self) -> None:
+        """Prove the block accounting; when idle, that nothing is held."""
+        self._manager.check()
+        usage = self._manager.usage()
+        if not self._legs and usage.free + usage.cached + usage.quarantined != usage.total:
+            raise InvariantBroken(f"an idle decode worker holds blocks: {usage}")
+
+
+def _items(sequences: list[Sequence]) -> list[Item]:
+    return [Item(s.num_tokens, s.num_computed, len(s.table.blocks)) for s in sequences]
+
+
+def _row(sequence: Sequence, length: int) -> Row:
+    start = sequence.num_computed
+    end = start + length
+    draw = None
+    if end == sequence.num_tokens:
+        draw = Draw(sequence.sampling, sequence.token_ids, sequence.prompt_len, sequence.num_generated)
+    return Row(sequence.token_ids[start:end], start, sequence.table.blocks, draw)
+
+
+def _means(cancel: Cancel, leg: LegKey) -> bool:
+    return leg.request_id == cancel.request_id and leg.attempt <= cancel.attempt
+
+
+def _failed(leg: LegKey, reason: str, *, retryable: bool) -> Failed:
+    return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=retryable)
+
+
+def _busy(leg: LegKey, reason: str) -> Busy:
+    return Busy(request_id=leg.request_id, attempt=leg.attempt, reason=reason)

@@ -1,0 +1,143 @@
+"""The thread that carries: it owns the worker's endpoint, its membership and its transfers, so that none of them waits
+for a step of the model, and no step waits for them.
+
+The worker's loop talks to it through `do` and `tell`, and reads `inbox`. Messages are trusted by where they come from:
+what a proxy may say is taken only from the links to proxies, everything else goes to the exchange as a peer's.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+from kvtransfer.exchange import Event, Exchange
+from node.endpoint import Endpoint
+from node.lifecycle import Change, Membership
+from node.messages import Cancel, Drain, Load, Message, Prefill, Reserve
+
+MAX_WAIT_S = 0.05
+STOP_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class FromProxy:
+    """A request, or the end of one, over this link to a proxy."""
+
+    link: str
+    message: Prefill | Reserve | Cancel | Drain
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierDied:
+    """A bug: the worker cannot go on."""
+
+    error: BaseException
+
+
+Inbound = FromProxy | CarrierDied | Event | Change
+Command = Callable[[Exchange, float], None]
+
+
+class Carrier:
+    """See the module's docstring. `load` may be replaced by the worker's loop at any time; it is only read here."""
+
+    def __init__(self, endpoint: Endpoint, membership: Membership, exchange: Exchange) -> None:
+        self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
+        self.load = Load()
+        self._endpoint = endpoint
+        self._membership = membership
+        self._exchange = exchange
+        self._todo: deque[Command] = deque()
+        self._outbox: deque[tuple[str, Message]] = deque()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def do(self, command: Command) -> None:
+        """Run `command(exchange, now)` on the carrier's thread, after all earlier ones."""
+        self._todo.append(command)
+        self._endpoint.wake()
+
+    def tell(self, link: str, *messages: Message) -> None:
+        """Send messages to a proxy."""
+        self._outbox.extend((link, message) for message in messages)
+        self._endpoint.wake()
+
+    def receive(self, wait_s: float) -> list[Inbound]:
+        """All that has come in, after waiting at most `wait_s` for the first of it."""
+        events: list[Inbound] = []
+        try:
+            events.append(self.inbox.get(block=wait_s > 0, timeout=wait_s or None))
+            while True:
+                events.append(self.inbox.get_nowait())
+        except queue.Empty:
+            return events
+
+    def transfer_counters(self) -> dict[str, float]:
+        """Totals of the exchange, for the heartbeat."""
+        return {name: float(value) for name, value in asdict(self._exchange.counters).items()}
+
+    def drain(self) -> None:
+        """From now on heartbeats say that this worker takes nothing new."""
+        self._membership.draining = True
+
+    def stop(self) -> None:
+        """Say goodbye, end the thread and close everything it owns."""
+        self._stopping.set()
+        self._endpoint.wake()
+        self._thread.join(STOP_TIMEOUT_S)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+            for link, message in [*self._outbox, *self._membership.farewell()]:
+                self._endpoint.send(link, message)
+            self._endpoint.linger()
+        except BaseException as error:  # whatever it is, the worker's loop must hear of it
+            self.inbox.put(CarrierDied(error))
+        finally:
+            self._exchange.close()
+            self._endpoint.close()
+
+    def _turn(self) -> None:
+        now = time.monotonic()
+        wake_at = min(self._membership.wake_at, self._exchange.wake_at(now))
+        wait_s = 0.0 if self._todo or self._outbox else min(max(wake_at - now, 0.0), MAX_WAIT_S)
+        inbound = self._endpoint.receive(wait_s, also=self._exchange.sockets)
+        now = time.monotonic()
+        while self._todo:
+            self._todo.popleft()(self._exchange, now)
+        for peer, message in inbound:
+            self._route(peer, message, now)
+        self._exchange.tick(now)
+        self._publish_events()
+        messages, changes = self._membership.on_timer(now, self.load)
+        for change in changes:
+            self.inbox.put(change)
+        while self._outbox:
+            self._endpoint.send(*self._outbox.popleft())
+        for link, message in messages:
+            self._endpoint.send(link, message)
+
+    def _route(self, peer: str, message: Message, now: float) -> None:
+        if peer not in self._membership.links:
+            self._exchange.on_message(peer, message, now)
+            return
+        for change in self._membership.on_message(peer, message, now):
+            self.inbox.put(change)
+        if isinstance(message, Prefill | Reserve | Cancel | Drain):
+            self.inbox.put(FromProxy(peer, message))
+
+    def _publish_events(self) -> None:
+        for event in self._exchange.events:
+            self.inbox.put(event)
+        self._exchange.events.clear()

@@ -1,0 +1,19 @@
+"""python -m prefill: one prefill worker."""
+
+from __future__ import annotations
+
+import sys
+
+from prefill.settings import PrefillSettings
+from prefill.worker import PrefillWorker
+from node.settings import parse
+from worker.main import serve
+
+
+def main() -> int:
+    settings = parse(PrefillSettings, sys.argv[1:], prog="python -m prefill", description="A prefill worker of Baton.")
+    return serve("prefill", settings, lambda worker: PrefillWorker(worker, settings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,32 @@
+"""One prompt on its way through a prefill worker."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvtransfer.blocks.table import BlockTable
+from kvtransfer.exchange import LegKey
+from node.messages import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """`num_computed` of the `len(token_ids)` tokens have their KV in the pool; the difference is the work left."""
+
+    leg: LegKey
+    link: str
+    """The proxy that asked, by the name of the link to it."""
+    token_ids: tuple[int, ...]
+    prompt_len: int
+    sampling: SamplingParams
+    priority: int
+    deadline: float
+    table: BlockTable
+    num_computed: int = 0
+    cached_tokens: int = 0
+    started: bool = False
+    """It holds blocks for all its tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)

@@ -1,0 +1,56 @@
+"""Which chunks the next step computes. Pure: values in, a plan out; no clock, no torch, no socket."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """A job as the scheduler sees it; `age_s` since it arrived."""
+
+    num_tokens: int
+    num_computed: int
+    priority: int
+    age_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens [start, start + length) of job number `index`."""
+
+    index: int
+    start: int
+    length: int
+
+
+AGING_TOKENS_PER_S = 2000.0
+"""With "sjf", a job that has waited one second counts as so many tokens shorter: long prompts are not starved."""
+
+
+def order(jobs: Sequence[Work], policy: str) -> list[int]:
+    """Indices of `jobs` (given in order of arrival), first to be served first: "fcfs" or "sjf" (shortest first, aging)."""
+    if policy == "fcfs":
+        return sorted(range(len(jobs)), key=lambda i: (-jobs[i].priority, i))
+    assert policy == "sjf", policy
+    return sorted(
+        range(len(jobs)),
+        key=lambda i: (
+            -jobs[i].priority,
+            jobs[i].num_tokens - jobs[i].num_computed - AGING_TOKENS_PER_S * jobs[i].age_s,
+            i,
+        ),
+    )
+
+
+def plan(jobs: Sequence[Work], sequence: Sequence[int], budget_tokens: int, max_chunk_tokens: int) -> list[Chunk]:
+    """Fill the token budget with chunks of the jobs in the order of `sequence`; a job has at most one chunk a step."""
+    chunks: list[Chunk] = []
+    for index in sequence:
+        job = jobs[index]
+        length = min(job.num_tokens - job.num_computed, budget_tokens, max_chunk_tokens)
+        if length > 0:
+            chunks.append(Chunk(index, job.num_computed, length))
+            budget_tokens -= length
+    return chunks

@@ -1,0 +1,320 @@
+"""The loop of a prefill worker: inbox, schedule, step, hand over. The only writer of its jobs and its block manager.
+
+A job's blocks are referenced while it is computed and leased, under the leg's name, from then until the carrier says
+that nobody touches them any more. Every leg ends in exactly one of HandedOver, Tokens with a finish, Busy, Failed and
+Cancelled.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from kvtransfer.blocks.manager import OutOfBlocks
+from kvtransfer.blocks.table import BlockTable
+from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
+from kvtransfer.exchange import LegKey, SenderEnded
+from models.batch import Draw, Drawn, Row
+from node.errors import InvariantBroken, SettingsError
+from node.lifecycle import Joined, JoinRefused, ProxyLost
+from node.messages import Busy, Cancel, Cancelled, Drain, Failed, HandedOver, Load, Prefill, Tokens
+from node.telemetry import log_event
+from prefill.job import Job
+from prefill.scheduler import Chunk, Work, order, plan
+from prefill.settings import PrefillSettings
+from worker.finish import finish_of
+from worker.start import Worker
+
+logger = logging.getLogger("prefill")
+
+IDLE_WAIT_S = 0.1
+
+
+class PrefillWorker:
+    """See the module's docstring."""
+
+    def __init__(self, worker: Worker, settings: PrefillSettings) -> None:
+        self._worker = worker
+        self._settings = settings
+        self._carrier = worker.carrier
+        self._manager = worker.manager
+        self._jobs: dict[LegKey, Job] = {}  # in order of arrival
+        self._leased: dict[LegKey, Job] = {}  # computed or given up; the carrier still reads their blocks
+        self._owed: set[LegKey] = set()  # of those, the legs whose proxy awaits the outcome
+        self._steps = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._drain_until: float | None = None
+        self._arrived_at: dict[LegKey, float] = {}
+
+    def run(self) -> None:
+        """Serve until drained."""
+        worked = False
+        while not self._drained():
+            worked = self.turn(0.0 if worked else IDLE_WAIT_S)
+        for job in [*self._jobs.values()]:
+            self._give_up(job, _failed(job.leg, "worker is shutting down", retryable=True))
+
+    def turn(self, wait_s: float) -> bool:
+        """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
+        for event in self._carrier.receive(wait_s):
+            self._on(event)
+        self._expire(time.monotonic())
+        chunks = self._schedule()
+        if chunks:
+            self._step(chunks)
+        self._carrier.load = self._load()
+        return bool(chunks)
+
+    def drain(self) -> None:
+        """Take nothing new, end when all is done or the time is over."""
+        if self._drain_until is None:
+            self._drain_until = time.monotonic() + self._settings.drain_s
+            self._carrier.drain()
+            log_event(logger, "draining", jobs=len(self._jobs), transfers=len(self._leased))
+
+    # -- inbox
+
+    def _on(self, event: Inbound) -> None:
+        match event:
+            case FromProxy(link, Prefill() as message):
+                self._on_prefill(link, message)
+            case FromProxy(link, Cancel() as message):
+                self._on_cancel(link, message)
+            case FromProxy(_, Drain()):
+                self.drain()
+            case SenderEnded():
+                self._on_sender_ended(event)
+            case ProxyLost(link):
+                log_event(logger, "proxy_lost", link=link)
+                for job in [job for job in self._jobs.values() if job.link == link]:
+                    self._give_up(job, None)
+            case Joined(link):
+                log_event(logger, "joined", link=link)
+            case JoinRefused(link, reason):
+                raise SettingsError(f"{link} refused this worker: {reason}")
+            case CarrierDied(error):
+                raise InvariantBroken("the carrier thread died") from error
+
+    def _on_prefill(self, link: str, message: Prefill) -> None:
+        leg = LegKey(message.request_id, message.attempt)
+        if leg in self._jobs or leg in self._leased:
+            return
+        if answer := self._refusal(leg, message):
+            self._carrier.tell(link, answer)
+            return
+        now = time.monotonic()
+        job = Job(
+            leg=leg,
+            link=link,
+            token_ids=message.token_ids,
+            prompt_len=message.prompt_len,
+            sampling=message.sampling,
+            priority=message.priority,
+            deadline=now + message.deadline_s,
+            table=BlockTable(self._manager, message.root, self._worker.layout.block_tokens, message.block_hashes),
+        )
+        self._jobs[leg] = job
+        self._arrived_at[leg] = now
+        self._carrier.do(
+            lambda exchange, now: exchange.open_sender(leg, message.decode, message.decode_address, job.deadline, now)
+        )
+
+    def _refusal(self, leg: LegKey, message: Prefill) -> Busy | Failed | None:
+        num_tokens = len(message.token_ids)
+        if not 0 < num_tokens < self._worker.max_model_len:
+            reason = f"{num_tokens} tokens; this worker takes 1 to {self._worker.max_model_len - 1}"
+            return _failed(leg, reason, retryable=False)
+        if max(message.token_ids) >= self._worker.runner.config.vocab_size:
+            return _failed(leg, "a token id is outside the vocabulary", retryable=False)
+        if len(message.block_hashes) > num_tokens // self._worker.layout.block_tokens:
+            return _failed(leg, "more block hashes than full blocks", retryable=False)
+        if self._drain_until is not None:
+            return Busy(request_id=leg.request_id, attempt=leg.attempt, reason="draining")
+        if len(self._jobs) >= self._settings.max_waiting:
+            return Busy(request_id=leg.request_id, attempt=leg.attempt, reason="queue is full")
+        return None
+
+    def _on_cancel(self, link: str, message: Cancel) -> None:
+        for job in [j for j in self._jobs.values() if _means(message, j.leg)]:
+            self._give_up(job, None)
+        for leg in [leg for leg in self._owed if _means(message, leg)]:
+            self._owed.discard(leg)
+            self._abort_sender(leg, "cancelled")
+        self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
+
+    def _on_sender_ended(self, event: SenderEnded) -> None:
+        if (job := self._jobs.get(event.leg)) is not None:  # before all was computed
+            self._give_up(job, _failed(job.leg, f"transfer: {event.reason}", retryable=True), ended=True)
+            return
+        leased = self._leased.pop(event.leg, None)
+        if leased is None:
+            return
+        self._manager.end_lease(_lease_key(event.leg))
+        if event.leg in self._owed:
+            self._owed.discard(event.leg)
+            self._carrier.tell(leased.link, self._outcome(event))
+
+    def _outcome(self, event: SenderEnded) -> HandedOver | Failed:
+        if not event.ok:
+            return _failed(event.leg, f"transfer: {event.reason}", retryable=True)
+        sent_bytes = event.sent_blocks * self._worker.layout.block_bytes
+        return HandedOver(
+            request_id=event.leg.request_id,
+            attempt=event.leg.attempt,
+            sent_bytes=sent_bytes,
+            transfer_s=event.transfer_s,
+        )
+
+    # -- steps
+
+    def _schedule(self) -> list[tuple[Job, Chunk]]:
+        """Start waiting jobs, in order, as far as blocks last; then fill the budget from the started ones."""
+        now = time.monotonic()
+        jobs = list(self._jobs.values())
+        works = [Work(j.num_tokens, j.num_computed, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
+        sequence = order(works, self._settings.policy)
+        started: list[int] = []
+        for index in sequence:
+            if len(started) == self._settings.max_num_seqs or not (jobs[index].started or self._start(jobs[index])):
+                break  # nobody overtakes a job that waits for blocks
+            started.append(index)
+        works = [Work(j.num_tokens, j.num_computed, j.priority, 0.0) for j in jobs]
+        budget, longest = self._settings.max_num_batched_tokens, self._settings.max_chunk_tokens
+        return [(jobs[chunk.index], chunk) for chunk in plan(works, started, budget, longest)]
+
+    def _start(self, job: Job) -> bool:
+        """Take the cached prefix and blocks for all the rest; False if there are too few."""
+        cached_tokens = job.table.take_prefix(job.num_tokens - 1)
+        try:
+            job.table.grow(job.num_tokens)
+        except OutOfBlocks:
+            job.table.release()
+            return False
+        job.started = True
+        job.num_computed = job.cached_tokens = cached_tokens
+        self._cached_tokens += cached_tokens
+        self._prompt_tokens += job.num_tokens
+        return True
+
+    def _step(self, chunks: list[tuple[Job, Chunk]]) -> None:
+        drawn = self._worker.runner.step([_row(job, chunk) for job, chunk in chunks])
+        self._steps += 1
+        for (job, chunk), token in zip(chunks, drawn, strict=True):
+            job.num_computed = chunk.start + chunk.length
+            job.table.publish(job.token_ids, job.num_computed)
+            if token is None:
+                self._tell_blocks(job, job.num_computed // self._worker.layout.block_tokens)
+            else:
+                self._hand_over(job, token)
+
+    def _tell_blocks(self, job: Job, num_blocks: int) -> None:
+        leg, blocks = job.leg, tuple(job.table.blocks[:num_blocks])
+        self._carrier.do(lambda exchange, now: exchange.tell_blocks(leg, blocks, now))
+
+    def _hand_over(self, job: Job, token: Drawn) -> None:
+        """The prompt is computed: its first token goes to the proxy at once, and after the KV to decode."""
+        leg, index = job.leg, job.num_tokens - job.prompt_len
+        finish = finish_of(
+            token.token_id, job.sampling, index + 1, job.num_tokens + 1, self._worker.max_model_len
+        )
+        self._carrier.tell(
+            job.link,
+            Tokens(
+                request_id=leg.request_id,
+                attempt=leg.attempt,
+                index=index,
+                ids=(token.token_id,),
+                logprobs=(token.logprob,) if token.logprob is not None else (),
+                finish=finish,
+                cached_tokens=min(job.cached_tokens, job.prompt_len),
+            ),
+        )
+        if finish:
+            self._abort_sender(leg, "finished at its first token")
+        else:
+            self._tell_blocks(job, len(job.table.blocks))
+            self._carrier.do(lambda exchange, now: exchange.tell_token(leg, token.token_id, token.logprob, now))
+            self._owed.add(leg)
+        self._lease(job)
+
+    # -- endings
+
+    def _give_up(self, job: Job, answer: Failed | None, *, ended: bool = False) -> None:
+        """A job that is not computed to its end. `ended`: its sender has ended, so nobody reads its blocks."""
+        if answer is not None:
+            self._carrier.tell(job.link, answer)
+        if ended:
+            self._forget(job)
+            job.table.release()
+        else:
+            self._abort_sender(job.leg, "cancelled")
+            self._lease(job)
+
+    def _lease(self, job: Job) -> None:
+        self._forget(job)
+        job.table.lease(_lease_key(job.leg))
+        self._leased[job.leg] = job
+
+    def _forget(self, job: Job) -> None:
+        del self._jobs[job.leg]
+        del self._arrived_at[job.leg]
+
+    def _abort_sender(self, leg: LegKey, reason: str) -> None:
+        self._carrier.do(lambda exchange, now: exchange.abort_sender(leg, reason, now))
+
+    def _expire(self, now: float) -> None:
+        for job in [job for job in self._jobs.values() if now >= job.deadline]:
+            self._give_up(job, _failed(job.leg, "deadline", retryable=False))
+
+    # -- state
+
+    def _drained(self) -> bool:
+        if self._drain_until is None:
+            return False
+        return not (self._jobs or self._leased) or time.monotonic() >= self._drain_until
+
+    def _load(self) -> Load:
+        running = sum(job.started for job in self._jobs.values())
+        return Load(
+            running=running,
+            waiting=len(self._jobs) - running,
+            waiting_tokens=sum(job.num_tokens - job.num_computed for job in self._jobs.values()),
+            free_blocks=self._manager.num_available,
+            total_blocks=self._manager.num_blocks,
+            steps=self._steps,
+            counters={
+                "prompt_tokens": float(self._prompt_tokens),
+                "prefix_queries_tokens": float(self._prompt_tokens),
+                "prefix_hits_tokens": float(self._cached_tokens),
+                "evictions": float(self._manager.evictions),
+                **self._carrier.transfer_counters(),
+            },
+        )
+
+    def check(self) -> None:
+        """Prove the block accounting; when idle, that nothing is held."""
+        self._manager.check()
+        usage = self._manager.usage()
+        if not self._jobs and not self._leased and usage.free + usage.cached != usage.total:
+            raise InvariantBroken(f"an idle prefill worker holds blocks: {usage}")
+
+
+def _row(job: Job, chunk: Chunk) -> Row:
+    end = chunk.start + chunk.length
+    draw = None
+    if end == job.num_tokens:
+        draw = Draw(job.sampling, job.token_ids, job.prompt_len, job.num_tokens - job.prompt_len)
+    return Row(job.token_ids[chunk.start : end], chunk.start, job.table.blocks, draw)
+
+
+def _means(cancel: Cancel, leg: LegKey) -> bool:
+    return leg.request_id == cancel.request_id and leg.attempt <= cancel.attempt
+
+
+def _failed(leg: LegKey, reason: str, *, retryable: bool) -> Failed:
+    return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=retryable)
+
+
+def _lease_key(leg: LegKey) -> bytes:
+    return f"{leg.request_id}/{leg.attempt}".encode()

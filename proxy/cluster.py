@@ -1,0 +1,145 @@
+"""Who is alive and how loaded: the proxy's soft state of the cluster, rebuilt from registrations and heartbeats.
+
+It knows no socket and no clock. A worker is lost when it was silent for DEAD_AFTER_S, when its connection is gone, or
+when it has work and its step count stands still for `stall_s`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from node.endpoint import identity_of
+from node.lifecycle import DEAD_AFTER_S
+from node.messages import PROTOCOL_VERSION, Goodbye, Heartbeat, Load, Register
+from proxy.interface import WorkerStatus
+from proxy.router import WorkerView
+
+
+@dataclass(slots=True)
+class Leg:
+    """One worker's part of one attempt, from dispatch to its terminal message."""
+
+    worker: str
+    request_id: str
+    tokens: int
+    blocks: int
+    sent_at: float
+
+
+@dataclass(slots=True)
+class _Member:
+    register: Register
+    heard_at: float
+    load: Load = field(default_factory=Load)
+    draining: bool = False
+    progress_at: float = 0.0
+    legs: dict[str, Leg] = field(default_factory=dict)  # by request id
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all workers of this cluster agree on."""
+
+    namespace: bytes
+    block_tokens: int
+    max_model_len: int
+
+
+class Cluster:
+    """See the module's docstring. Workers are named by endpoint identity, `worker/incarnation`."""
+
+    def __init__(self, stall_s: float) -> None:
+        self._members: dict[str, _Member] = {}
+        self._stall_s = stall_s
+
+    @property
+    def shape(self) -> Shape | None:
+        """None until a worker has registered."""
+        members = list(self._members.values())
+        if not members:
+            return None
+        first = members[0].register
+        return Shape(first.namespace, first.block_tokens, min(m.register.max_model_len for m in members))
+
+    def join(self, identity: str, register: Register, now: float) -> str:
+        """Take a worker in; returns "" or the reason for refusing it."""
+        if identity != identity_of(register.worker, register.incarnation):
+            return "the name in the message is not the name of the connection"
+        if register.version != PROTOCOL_VERSION:
+            return f"protocol version {register.version}, this proxy speaks {PROTOCOL_VERSION}"
+        shape = self.shape
+        if shape is not None and register.namespace != shape.namespace:
+            return "another namespace: this cluster serves another model, dtype or KV layout"
+        if identity not in self._members:
+            load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
+            self._members[identity] = _Member(register, now, load, progress_at=now)
+        self._members[identity].heard_at = now
+        return ""
+
+    def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> bool:
+        """False if nobody of this name has registered."""
+        member = self._members.get(identity)
+        if member is None:
+            return False
+        if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
+            member.progress_at = now
+        member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
+        return True
+
+    def leave(self, identity: str, goodbye: Goodbye) -> bool:
+        """Whether this worker was a member until now."""
+        return self._members.pop(identity, None) is not None
+
+    def lose(self, identity: str) -> bool:
+        return self._members.pop(identity, None) is not None
+
+    def overdue(self, now: float) -> list[tuple[str, str]]:
+        """Workers to be taken for dead, each with the reason."""
+        dead = []
+        for identity, member in self._members.items():
+            if now - member.heard_at > DEAD_AFTER_S:
+                dead.append((identity, "silent"))
+            elif now - member.progress_at > self._stall_s:
+                dead.append((identity, "no step"))
+        return dead
+
+    def identities(self) -> list[str]:
+        return list(self._members)
+
+    def register_of(self, identity: str) -> Register | None:
+        member = self._members.get(identity)
+        return member.register if member is not None else None
+
+    def assign(self, leg: Leg) -> None:
+        """Count work at dispatch: the next heartbeat comes too late for a burst."""
+        if (member := self._members.get(leg.worker)) is not None:
+            member.legs[leg.request_id] = leg
+
+    def settle(self, worker: str, request_id: str) -> None:
+        if (member := self._members.get(worker)) is not None:
+            member.legs.pop(request_id, None)
+
+    def view(self) -> tuple[WorkerView, ...]:
+        return tuple(_view(identity, member) for identity, member in self._members.items())
+
+    def statuses(self) -> list[WorkerStatus]:
+        return [
+            WorkerStatus(m.register.worker, m.register.role, "draining" if m.draining else "ready", m.load)
+            for m in self._members.values()
+        ]
+
+
+def _view(identity: str, member: _Member) -> WorkerView:
+    unseen = [leg for leg in member.legs.values() if leg.sent_at >= member.heard_at]
+    load = member.load
+    return WorkerView(
+        identity=identity,
+        address=member.register.address,
+        role=member.register.role,
+        draining=member.draining,
+        requests=max(load.running + load.waiting + len(unseen), len(member.legs)),
+        tokens=load.waiting_tokens + sum(leg.tokens for leg in unseen),
+        free_blocks=max(0, load.free_blocks - sum(leg.blocks for leg in unseen)),
+        total_blocks=load.total_blocks,
+        max_num_seqs=member.register.max_num_seqs,
+    )

@@ -1,0 +1,34 @@
+"""The settings of the proxy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from node.settings import option
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProxySettings:
+    model: str = option("demo", help="model whose tokenizer and chat template to use: a folder, a hub id, or 'demo'")
+    served_model_name: str = option("", help="name of the model in the API; default: the folder's name")
+    host: str = option("127.0.0.1", help="address of the HTTP server")
+    port: int = option(8000, help="port of the HTTP server", minimum=0, maximum=65535)
+    control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="where workers join")
+    insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
+    api_key: tuple[str, ...] = option((), env="BATON_API_KEY", help="key that guards every route but the probes")
+    policy: str = option("least-loaded", choices=("least-loaded", "round-robin"), help="how workers are chosen")
+    local_prefill: str = option(
+        "short",
+        choices=("never", "short", "always"),
+        help="which prompts decode workers prefill themselves: none; the short ones, and all while no prefill worker "
+        "is there; or all (colocated serving)",
+    )
+    local_prefill_tokens: int = option(
+        16, unit="tokens", help="prompts below this length are short", minimum=0, maximum=1 << 20
+    )
+    max_queue: int = option(512, unit="requests", help="most requests waiting for a worker; more get a 429", minimum=1)
+    max_attempts: int = option(4, unit="attempts", help="times a request is tried when workers fail", minimum=1)
+    request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1, maximum=86400)
+    stall_s: float = option(60.0, unit="s", help="a busy worker without a step for so long is taken for dead", minimum=1)
+    drain_s: float = option(30.0, unit="s", help="time that running requests get to end after SIGTERM", minimum=0)
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")

@@ -1,0 +1,146 @@
+"""The proxy's side of the control plane: one endpoint driven by the event loop, the cluster, and the pulse.
+
+It owns the sockets and the membership, and hands messages about requests to `on_message` and losses to `on_lost`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from node.endpoint import Endpoint
+from node.lifecycle import HEARTBEAT_S
+from node.messages import (
+    Bundle,
+    Busy,
+    Cancelled,
+    Failed,
+    Goodbye,
+    HandedOver,
+    Heartbeat,
+    Message,
+    Ping,
+    Refused,
+    Register,
+    Registered,
+    Reserved,
+    Tokens,
+)
+from node.telemetry import log_event
+from proxy.cluster import Cluster
+
+logger = logging.getLogger("proxy")
+
+Answer = Reserved | Busy | Tokens | HandedOver | Failed | Cancelled
+MANY = 256
+"""So many messages in one turn mean that there may be more."""
+
+
+class Wire:
+    """See the module's docstring. Lives in one event loop."""
+
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        cluster: Cluster,
+        on_message: Callable[[str, Answer], None],
+        on_lost: Callable[[str, str], None],
+        on_change: Callable[[], None],
+    ) -> None:
+        self.rejected = 0
+        self._endpoint = endpoint
+        self._cluster = cluster
+        self._on_message = on_message
+        self._on_lost = on_lost
+        self._on_change = on_change
+        self._incarnation = time.time_ns() >> 10
+        self._pump_due = False
+        self._pulse: asyncio.Task[None] | None = None
+
+    @property
+    def address(self) -> str:
+        return self._endpoint.address
+
+    def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._endpoint.fileno(), self._pump)
+        self._pulse = loop.create_task(self._beat())
+
+    async def stop(self) -> None:
+        asyncio.get_running_loop().remove_reader(self._endpoint.fileno())
+        if self._pulse is not None:
+            self._pulse.cancel()
+        self._endpoint.close()
+
+    def send(self, identity: str, message: Message) -> bool:
+        """False if the worker cannot be reached, which also ends its membership."""
+        sent = self._endpoint.send(identity, message)
+        self._pump_soon()  # sending may swallow the edge that tells of something to read
+        if not sent:
+            self._lose(identity, "connection is gone")
+        return sent
+
+    # -- inside
+
+    def _pump_soon(self) -> None:
+        if not self._pump_due:
+            self._pump_due = True
+            asyncio.get_running_loop().call_soon(self._pump)
+
+    def _pump(self) -> None:
+        self._pump_due = False
+        inbound = self._endpoint.receive(0)
+        now = time.monotonic()
+        for identity, message in inbound:
+            self._route(identity, message, now)
+        if len(inbound) >= MANY:
+            self._pump_soon()
+
+    async def _beat(self) -> None:
+        while True:
+            for identity in self._cluster.identities():
+                self.send(identity, Ping(proxy=self._endpoint.identity, incarnation=self._incarnation))
+            for identity, reason in self._cluster.overdue(time.monotonic()):
+                self._lose(identity, reason)
+            self._pump()
+            await asyncio.sleep(HEARTBEAT_S / 2)
+
+    def _route(self, identity: str, message: Message, now: float) -> None:
+        match message:
+            case Register():
+                self._on_register(identity, message, now)
+            case Heartbeat():
+                if self._cluster.beat(identity, message, now):
+                    self._on_change()
+                else:  # it registered with an earlier life of this proxy, or was taken for dead: it must register anew
+                    self._endpoint.send(identity, Ping(proxy=self._endpoint.identity, incarnation=self._incarnation))
+            case Goodbye():
+                if self._cluster.leave(identity, message):
+                    log_event(logger, "worker_left", worker=identity)
+                    self._on_lost(identity, "left")
+            case Bundle():
+                for tokens in message.tokens:
+                    self._on_message(identity, tokens)
+            case Reserved() | Busy() | Tokens() | HandedOver() | Failed() | Cancelled():
+                self._on_message(identity, message)
+            case _:
+                self.rejected += 1
+
+    def _on_register(self, identity: str, message: Register, now: float) -> None:
+        known = self._cluster.register_of(identity) is not None
+        reason = self._cluster.join(identity, message, now)
+        if reason:
+            log_event(logger, "worker_refused", level=logging.WARNING, worker=identity, reason=reason)
+            self._endpoint.send(identity, Refused(reason=reason))
+            return
+        self._endpoint.send(identity, Registered(proxy=self._endpoint.identity, incarnation=self._incarnation))
+        if not known:
+            log_event(logger, "worker_joined", worker=identity, role=message.role, blocks=message.total_blocks)
+            self._on_change()
+
+    def _lose(self, identity: str, reason: str) -> None:
+        if self._cluster.lose(identity):
+            log_event(logger, "worker_lost", level=logging.WARNING, worker=identity, reason=reason)
+            self._on_lost(identity, reason)

@@ -1,0 +1,52 @@
+"""What `python -m prefill` and `python -m decode` do: start, serve until SIGTERM has drained the worker, clean up."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+from collections.abc import Callable
+from typing import Protocol
+
+from node.errors import SettingsError
+from node.telemetry import configure_logging, log_event
+from worker.settings import WorkerSettings
+from worker.start import Worker, start
+
+logger = logging.getLogger("worker")
+
+
+class Role(Protocol):
+    """The loop of a worker."""
+
+    def run(self) -> None: ...
+
+    def drain(self) -> None: ...
+
+    def check(self) -> None: ...
+
+
+def serve(role: str, settings: WorkerSettings, make: Callable[[Worker], Role]) -> int:
+    """Run one worker to its end; returns the exit status: 0 drained, 1 could not start or was refused."""
+    configure_logging(settings.log_level, settings.worker_id or role)
+    try:
+        worker = start(settings, role)
+    except SettingsError as error:
+        return _complain(role, error)
+    try:
+        loop = make(worker)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, lambda *_: loop.drain())
+        loop.run()
+        loop.check()
+    except SettingsError as error:
+        return _complain(role, error)
+    finally:
+        worker.close()
+    log_event(logger, "worker_stopped", role=role)
+    return 0
+
+
+def _complain(role: str, error: SettingsError) -> int:
+    print(f"{role}: {error}", file=sys.stderr)
+    return 1
