@@ -133,16 +133,16 @@ class BlockManager:
         return blocks
 
     def release(self, blocks: Sequence[int]) -> None:
-        """Drop one reference of each; give a sequence's blocks in their order, head first.
+        """Drop one reference of each, in this order; give the blocks of a sequence tail first.
 
-        What nobody holds any more becomes cached if it is published, else free. The tail of the sequence is then the
-        first to be evicted, because a head without its tail is a useful prefix and a tail without its head is none.
-        Raises InvariantBroken if a block has fewer references than are dropped.
+        What nobody holds any more becomes cached if it is published, else free. What is released first is evicted
+        first: a head without its tail is a useful prefix, a tail without its head is none. Raises InvariantBroken if a
+        block has fewer references than are dropped.
         """
         for block, times in Counter(blocks).items():
             if not self._in_pool(block) or self._refs[block] < times:
                 raise InvariantBroken(f"block {block} is released {times} times, but has fewer references")
-        for block in reversed(blocks):
+        for block in blocks:
             self._refs[block] -= 1
             self._num_owned -= self._refs[block] == 0
             self._settle(block)
@@ -150,7 +150,7 @@ class BlockManager:
     # ---- transfers ----------------------------------------------------------------------------------------------
 
     def lease(self, blocks: Sequence[int], key: bytes) -> None:
-        """Hold `blocks` (head first, each already owned or leased) under a name until `end_lease(key)`.
+        """Hold `blocks` (each already owned or leased) under a name until `end_lease(key)`; give a sequence head first.
 
         Raises InvariantBroken if the name is in use, or if a block is held by nobody: it might have been reused.
         """
@@ -163,7 +163,7 @@ class BlockManager:
         self._lease_count.update(blocks)
 
     def end_lease(self, key: bytes) -> bool:
-        """Let go of a lease; False if there is none of that name (it has ended before)."""
+        """Let go of a lease, tail first; False if there is none of that name (it has ended before)."""
         blocks = self._leases.pop(key, None)
         if blocks is None:
             return False

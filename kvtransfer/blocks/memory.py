@@ -54,25 +54,34 @@ class SharedBlockMemory(BlockMemory, Protocol):
 
 
 class HostMemory:
-    """Zeroed memory of this process; `shared` is None where the platform has no memfd."""
+    """Zeroed memory of `num_blocks` blocks in this process; `shared` is None where the platform has no memfd."""
 
-    def __init__(self, payload_bytes: int) -> None:
-        if payload_bytes < 1:
-            raise ValueError(f"{payload_bytes} bytes of memory")
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        if num_blocks < 1 or block_bytes < 1:
+            raise ValueError(f"memory for {num_blocks} blocks of {block_bytes} bytes")
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        payload_bytes = num_blocks * block_bytes
         size_bytes = -(-payload_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
         self.shared = _create(size_bytes)
         self._map = mmap.mmap(self.shared.fd if self.shared else -1, size_bytes)
         if self.shared:
             start = size_bytes - mmap.PAGESIZE
             self._map[start : start + NONCE_BYTES] = self.shared.nonce
-        self._view: memoryview | None = memoryview(self._map)[:payload_bytes]  # [payload_bytes]
+        self._view: memoryview | None = memoryview(self._map)[:payload_bytes]
 
     @property
     def view(self) -> memoryview:
-        """All bytes of the payload, writable. Whoever keeps it, or a slice of it, keeps the memory mapped."""
+        """All blocks, [num_blocks * block_bytes], writable. Whoever keeps a view keeps the memory mapped."""
         if self._view is None:
             raise InvariantBroken("memory is used after it was closed")
         return self._view
+
+    def block(self, index: int) -> memoryview:
+        """The writable bytes of one block, [block_bytes]."""
+        if not 0 <= index < self.num_blocks:
+            raise InvariantBroken(f"block {index} of a pool of {self.num_blocks}")
+        return self.view[index * self.block_bytes : (index + 1) * self.block_bytes]
 
     def close(self) -> None:
         """Give the memory back: at once, or with the last view of it that someone still holds. May be repeated."""
@@ -96,18 +105,22 @@ class SharedReader:
             raise PeerLost(f"cannot map the memory of process {pid}: {error}") from error
         finally:
             os.close(fd)
-        self._view: memoryview | None = memoryview(self._map)
         start = shared.size_bytes - mmap.PAGESIZE
+        self._view: memoryview | None = memoryview(self._map)[:start]
         if not secrets.compare_digest(self._map[start : start + NONCE_BYTES], shared.nonce):
             self.close()
             raise PeerLost(f"the memory of process {pid} is not the one described: its nonce differs")
 
-    @property
-    def view(self) -> memoryview:
-        """The whole file, read-only. Whoever keeps it, or a slice of it, keeps the memory mapped."""
+    def block(self, index: int, block_bytes: int) -> memoryview:
+        """The bytes of one block, read-only; what views them keeps the memory mapped.
+
+        Raises PeerLost if the memory is too small to have this block.
+        """
         if self._view is None:
             raise InvariantBroken("a mapping is used after it was closed")
-        return self._view
+        if index < 0 or (index + 1) * block_bytes > len(self._view):
+            raise PeerLost(f"no block {index} in {len(self._view)} bytes of the peer's memory")
+        return self._view[index * block_bytes : (index + 1) * block_bytes]
 
     def close(self) -> None:
         """Unmap: at once, or with the last view of it that someone still holds. May be repeated."""

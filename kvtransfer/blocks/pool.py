@@ -31,7 +31,7 @@ class BlockPool:
         self._memory: HostMemory | None = None
         self._tensor: torch.Tensor | None
         if torch.device(device).type == "cpu":
-            self._memory = HostMemory(num_blocks * self.block_bytes)
+            self._memory = HostMemory(num_blocks, self.block_bytes)
             # frombuffer keeps the memoryview, and with it the mapping, for as long as any view of the tensor lives
             self._tensor = torch.frombuffer(self._memory.view, dtype=dtype).view(shape)
         else:
@@ -53,9 +53,7 @@ class BlockPool:
         """The writable bytes of one block, [block_bytes]; host memory only."""
         if self._memory is None:
             raise InvariantBroken(f"blocks on {self.device} have no host bytes")
-        if not 0 <= index < self.num_blocks:
-            raise InvariantBroken(f"block {index} of a pool of {self.num_blocks}")
-        return self._memory.view[index * self.block_bytes : (index + 1) * self.block_bytes]
+        return self._memory.block(index)
 
     def write(self, index: int, data: bytes | bytearray | memoryview) -> None:
         """Replace a block's bytes. Raises ValueError unless there are exactly `block_bytes`."""

@@ -111,12 +111,15 @@ def test_a_reader_sees_the_blocks_and_cannot_write(pool: BlockPool) -> None:
     assert pool.shared is not None
     reader = SharedReader(os.getpid(), pool.shared)
     pool.write(5, b"\x5a" * pool.block_bytes)
-    assert reader.view[5 * pool.block_bytes : 6 * pool.block_bytes] == pool.block(5)
+    assert reader.block(5, pool.block_bytes) == pool.block(5)
     with pytest.raises(TypeError):
-        reader.view[0] = 1
+        reader.block(5, pool.block_bytes)[0] = 1
+    for beyond in (-1, 1000):
+        with pytest.raises(PeerLost):
+            reader.block(beyond, pool.block_bytes)
     reader.close()
     with pytest.raises(InvariantBroken):
-        _ = reader.view
+        reader.block(5, pool.block_bytes)
 
 
 @linux
@@ -158,8 +161,8 @@ def test_nobody_can_cut_the_memory_under_its_users(pool: BlockPool) -> None:
 
 def test_without_memfd_the_memory_is_private(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "memfd_create", raising=False)
-    memory = HostMemory(100)
+    memory = HostMemory(2, 50)
     assert memory.shared is None
-    memory.view[99] = 7
+    memory.block(1)[49] = 7
     assert bytes(memory.view[98:]) == b"\0\7"
     memory.close()
