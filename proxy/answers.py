@@ -1,6 +1,6 @@
 """OpenAI's answers: plain values in, the JSON of a response or of one streamed chunk out.
 
-Owns the shapes of `text_completion`, `chat.completion` and their chunks. Encoded by msgspec, as one chunk is written for
+Owns the shapes of `text_completion`, `chat.completion` and their chunks. Encoded by msgspec, as a chunk is written for
 each token. Knows no HTTP and no tokenizer. Source: the OpenAI API reference.
 """
 
@@ -140,7 +140,7 @@ class _Response(msgspec.Struct):
     created: int
     model: str
     choices: Sequence[_CompletionChoice | _ChunkChoice | _ChatChoice]
-    usage: _Usage | None | msgspec.UnsetType = msgspec.UNSET
+    usage: _Usage | msgspec.UnsetType | None = msgspec.UNSET
     """In a chunk: absent unless asked for, then null in all chunks but the last."""
     system_fingerprint: None = None
 
@@ -169,7 +169,7 @@ class CompletionAnswers:
     def usage(self, usage: Usage) -> bytes:
         return self._write([], _usage(usage))
 
-    def _write(self, choices: list[_CompletionChoice], usage: _Usage | None | msgspec.UnsetType) -> bytes:
+    def _write(self, choices: list[_CompletionChoice], usage: _Usage | msgspec.UnsetType | None) -> bytes:
         return _encode(_Response(self.id, "text_completion", self.created, self.model, choices, usage))
 
 

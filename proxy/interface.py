@@ -125,7 +125,8 @@ class FakeEngine:
     calls: list[Call] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     cancelled: list[str] = field(default_factory=list)
-    """Request ids whose generator was closed, or whose task was cancelled, before its finish."""
+    """Request ids whose generator was closed, or whose task was cancelled, before its script's end."""
+    on_cancel: Callable[[str], None] = lambda _: None
 
     async def generate(
         self,
@@ -149,6 +150,7 @@ class FakeEngine:
                     yield step
         except (GeneratorExit, asyncio.CancelledError):
             self.cancelled.append(request_id)
+            self.on_cancel(request_id)
             raise
         finally:
             self.running.discard(request_id)

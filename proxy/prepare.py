@@ -122,8 +122,8 @@ def _max_tokens(order: Order, settings: AppSettings, prompt_len: int, max_model_
         param = "messages" if order.chat else "prompt"
         answer = f" and {asked} in the completion" if asked is not None else ""
         raise BadRequest(
-            f"This model's maximum context length is {max_model_len} tokens. However, you requested {prompt_len} tokens "
-            f"in the {param}{answer}. Please reduce the length of the {param} or completion.",
+            f"This model's maximum context length is {max_model_len} tokens. However, you requested {prompt_len} "
+            f"tokens in the {param}{answer}. Please reduce the length of the {param} or completion.",
             param=param,
             code="context_length_exceeded",
         )

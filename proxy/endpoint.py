@@ -1,0 +1,225 @@
+"""One HTTP request for tokens, from its first byte to its last: read, prepare, generate, answer.
+
+Whatever happens (an error, the client gone, time up, the server cancelled), every generation of the request is closed
+before this returns, and the client is told once. Knows OpenAI's shapes only through `schema` and `answers`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from starlette.types import Receive, Scope, Send
+
+from node.errors import BadRequest, Overloaded, PeerLost
+from node.telemetry import log_event
+from proxy.answers import Answers, ChatAnswers, ChoiceText, CompletionAnswers, TokenLogprob, Usage
+from proxy.failures import failure_of, kind_of
+from proxy.generate import Assembler, Piece, StopRule, merge, pieces
+from proxy.http import ClientGone, Reply, gone, read_body
+from proxy.interface import AppSettings, Engine
+from proxy.metrics import Metrics
+from proxy.prepare import Generation, generations
+from proxy.schema import Order
+from proxy.text import Text
+
+logger = logging.getLogger(__name__)
+
+DEADLINE_GRACE_S = 5.0
+"""The engine ends a request at its deadline; so much later this does, whatever the engine and the client do."""
+
+
+@dataclass(slots=True)
+class Gate:
+    """How many requests are being answered; bounds what they hold in memory."""
+
+    limit: int
+    inside: int = 0
+
+    def __enter__(self) -> None:
+        if self.inside >= self.limit:
+            raise Overloaded(f"{self.limit} requests are being answered already", retry_after_s=1.0)
+        self.inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        self.inside -= 1
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What all requests of one app share."""
+
+    engine: Engine
+    text: Text
+    settings: AppSettings
+    metrics: Metrics
+    gate: Gate
+
+    def check_model(self, name: str) -> None:
+        """Raises BadRequest (404) unless `name` is the model that is served."""
+        if name != self.settings.served_model_name:
+            message = f"The model `{name[:128]}` does not exist; this server has `{self.settings.served_model_name}`."
+            raise BadRequest(message, status=404, param="model", code="model_not_found")
+
+    def max_model_len(self) -> int:
+        """Raises PeerLost while no worker has said it."""
+        if not self.engine.max_model_len:
+            raise PeerLost(self.engine.ready() or "no worker has registered yet")
+        return self.engine.max_model_len
+
+
+class GenerateEndpoint:
+    """The ASGI endpoint of /v1/completions or /v1/chat/completions, by how it reads a body."""
+
+    def __init__(self, service: Service, read: Callable[[bytes], Order], id_prefix: str) -> None:
+        self._service = service
+        self._read = read
+        self._id_prefix = id_prefix
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        arrived_s = self._service.metrics.clock()
+        request_id = f"{self._id_prefix}-{secrets.token_hex(16)}"
+        reply = Reply(send, {"x-request-id": request_id})
+        try:
+            with self._service.gate:
+                body = await read_body(scope, receive, self._service.settings.max_body_bytes)
+                await _while_there(receive, self._answer(request_id, body, reply, arrived_s))
+        except (ClientGone, OSError):  # OSError: the server's send, once the connection is closed
+            self._service.metrics.failed["disconnected"].inc()
+        except Exception as error:
+            await self._fail(request_id, reply, error)
+
+    async def _answer(self, request_id: str, body: bytes, reply: Reply, arrived_s: float) -> None:
+        service = self._service
+        async with asyncio.timeout(service.settings.request_timeout_s + DEADLINE_GRACE_S):
+            order = self._read(body)
+            service.check_model(order.model)
+            made = await generations(order, service.text, service.settings, service.max_model_len())
+            shape = ChatAnswers if order.chat else CompletionAnswers
+            answers = shape(request_id, int(time.time()), order.model, order.include_usage)
+            exchange = Exchange(order, made, answers, reply)
+            async with aclosing(merge(self._sources(request_id, order, made, arrived_s))) as stream:
+                await (exchange.stream(stream) if order.stream else exchange.whole(stream))
+
+    def _sources(
+        self, request_id: str, order: Order, made: list[Generation], arrived_s: float
+    ) -> list[AsyncGenerator[Piece, None]]:
+        service, stop = self._service, StopRule(order.stop, order.include_stop)
+        timeout_s = max(0.001, service.settings.request_timeout_s - (service.metrics.clock() - arrived_s))
+
+        def source(generation: Generation) -> AsyncGenerator[Piece, None]:
+            return pieces(
+                service.engine,
+                f"{request_id}-{generation.index}",
+                generation,
+                Assembler(generation, service.text, stop),
+                lambda: service.metrics.track(len(generation.prompt_ids), arrived_s),
+                timeout_s=timeout_s,
+                priority=order.priority,
+            )
+
+        return [source(generation) for generation in made]
+
+    async def _fail(self, request_id: str, reply: Reply, error: Exception) -> None:
+        """Tell the client; what nobody raised on purpose goes into the log with its traceback, never to the client."""
+        self._service.metrics.failed[kind_of(error)].inc()
+        if kind_of(error) == "internal":
+            logger.error("request_failed request_id=%s", request_id, exc_info=error)
+        else:
+            log_event(
+                logger,
+                "request_failed",
+                level=logging.DEBUG,
+                request_id=request_id,
+                kind=kind_of(error),
+                reason=str(error),
+            )
+        try:
+            await reply.fail(failure_of(error))
+        except OSError:  # TimeoutError is one: the client has gone, or stopped reading
+            log_event(logger, "client_gone", level=logging.DEBUG, request_id=request_id)
+
+
+class Exchange:
+    """Turns the pieces of one request into its answer, counting what goes into `usage`."""
+
+    def __init__(self, order: Order, made: list[Generation], answers: Answers, reply: Reply) -> None:
+        self._order = order
+        self._made = made
+        self._answers = answers
+        self._reply = reply
+        self._completion_tokens = 0
+        self._cached_tokens = [0] * len(made)
+        self._begun: set[int] = set()
+
+    async def whole(self, stream: AsyncGenerator[Piece, None]) -> None:
+        """Everything in one body."""
+        texts: list[list[str]] = [[generation.echo] for generation in self._made]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in self._made]
+        finishes = [""] * len(self._made)
+        async for piece in stream:
+            self._count(piece)
+            texts[piece.index].append(piece.text)
+            logprobs[piece.index].extend(piece.logprobs)
+            finishes[piece.index] = piece.finish
+        choices = [
+            ChoiceText(index, "".join(texts[index]), self._shown(logprobs[index]), finishes[index])
+            for index in range(len(self._made))
+        ]
+        await self._reply.whole(self._answers.whole(choices, self._usage()))
+
+    async def stream(self, stream: AsyncGenerator[Piece, None]) -> None:
+        """An event for each piece that shows something; the answer begins with the first token, not before."""
+        async for piece in stream:
+            self._count(piece)
+            events = self._events(piece)
+            if events:
+                await self._reply.events(*events)
+        last = [self._answers.usage(self._usage())] if self._order.include_usage else []
+        await self._reply.events(*last, b"[DONE]")
+        await self._reply.end()
+
+    def _events(self, piece: Piece) -> list[bytes]:
+        events, text = [], piece.text
+        if piece.index not in self._begun:
+            self._begun.add(piece.index)
+            opening = self._answers.opening(piece.index)
+            events = [opening] if opening else []
+            text = self._made[piece.index].echo + text
+        if text or piece.logprobs or piece.finish:
+            choice = ChoiceText(piece.index, text, self._shown(piece.logprobs), piece.finish)
+            events.append(self._answers.chunk(choice))
+        return events
+
+    def _shown(self, logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...] | None:
+        return tuple(logprobs) if self._order.wish.logprobs else None
+
+    def _count(self, piece: Piece) -> None:
+        self._completion_tokens += piece.num_tokens
+        self._cached_tokens[piece.index] = piece.cached_tokens
+
+    def _usage(self) -> Usage:
+        """A prompt counts once, however many answers it has."""
+        firsts = range(0, len(self._made), self._order.n)
+        prompt_tokens = sum(len(self._made[index].prompt_ids) for index in firsts)
+        cached_tokens = sum(self._cached_tokens[index] for index in firsts)
+        return Usage(prompt_tokens, self._completion_tokens, cached_tokens)
+
+
+async def _while_there(receive: Receive, work: Coroutine[None, None, None]) -> None:
+    """Run `work` to its end, or cancel it and raise ClientGone when the client closes its connection first."""
+    working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
+    try:
+        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientGone
+        working.result()
+    finally:
+        working.cancel()
+        watching.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
