@@ -1,0 +1,256 @@
+"""Walks the tree: rules that no linter knows, each with the reason why breaking it is a defect, however it works today.
+
+The rules are functions from a parsed file to complaints; every one is first shown to complain.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import TypeGuard
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("node", "kernels", "kvtransfer", "models", "worker", "prefill", "decode", "proxy")
+MAX_LINES = 500
+LONG_FILES = {"scripts/train_demo_model.py"}  # run once, read from top to bottom, imported by nobody
+
+Complaints = Iterator[str]
+Rule = Callable[[str, ast.Module], Complaints]
+
+
+@cache
+def tracked() -> tuple[str, ...]:
+    """The files of the repository; without git (an unpacked archive), all files but those of an environment."""
+    if (ROOT / ".git").exists():
+        out = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+        return tuple(name for name in out.split("\0") if name and (ROOT / name).is_file())
+    names = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
+    return tuple(str(name) for name in names if not name.parts[0].startswith("."))
+
+
+def python_files() -> list[str]:
+    return [name for name in tracked() if name.endswith(".py")]
+
+
+@cache
+def parsed(name: str) -> ast.Module:
+    return ast.parse((ROOT / name).read_text(encoding="utf-8"), name)
+
+
+def imports(tree: ast.Module) -> Iterator[tuple[int, str]]:
+    """Every imported module, `from a import b` as a.b."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from ((node.lineno, f"{node.module}.{alias.name}") for alias in node.names)
+
+
+def is_in(module: str, *packages: str) -> bool:
+    return any(module == package or module.startswith(package + ".") for package in packages)
+
+
+# ---- the rules ----------------------------------------------------------------------------------------------------
+
+PICKLES = ("pickle", "cPickle", "_pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "copyreg")
+PICKLING_NAMES = {
+    *("recv_pyobj", "send_pyobj", "ForkingPickler", "ProcessPoolExecutor", "allow_pickle"),
+    *("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list"),
+    *("send_object_list", "recv_object_list", "ExtType", "ext_hook"),
+}
+
+
+def runs_foreign_code(name: str, tree: ast.Module) -> Complaints:
+    """Unpickling runs whatever the sender, or the author of a weights file, wants; so does eval."""
+    for line, module in imports(tree):
+        if is_in(module, *PICKLES):
+            yield f"{name}:{line}: imports {module}"
+        if is_in(module, "multiprocessing", "torch.multiprocessing") and not is_in(
+            module, "multiprocessing.shared_memory", "multiprocessing.resource_tracker"
+        ):
+            yield f"{name}:{line}: {module} sends pickles between processes"
+        if module.rpartition(".")[2] in PICKLING_NAMES or is_in(
+            module, "torch.load", "torch.save", "msgspec.msgpack.Ext"
+        ):
+            yield f"{name}:{line}: imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+            yield f"{name}:{node.lineno}: calls {node.func.id}"
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save", "msgspec.msgpack.Ext"):
+            yield f"{name}:{node.lineno}: {ast.unparse(node)}"
+        if isinstance(node, ast.Attribute) and node.attr in PICKLING_NAMES:
+            yield f"{name}:{node.lineno}: .{node.attr}"
+        if isinstance(node, ast.keyword) and node.arg in PICKLING_NAMES:
+            yield f"{name}:{node.value.lineno}: {node.arg}="
+
+
+def opens_sockets(name: str, tree: ast.Module) -> Complaints:
+    """All that arrives from the network passes the checks of two files; a third socket would pass none."""
+    if name in ("node/endpoint.py", "kvtransfer/planes/zeromq.py") or name.startswith("tests/"):
+        return
+    for line, module in imports(tree):
+        if is_in(module, "zmq"):
+            yield f"{name}:{line}: imports {module}"
+
+
+OF_THE_ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "sys.argv")
+
+
+def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
+    """What a process was told must be in its settings, seen in --help; nothing deep down may be steered unseen."""
+    if name == "node/settings.py" or name.startswith(("tests/", "scripts/")):
+        return
+    for line, module in imports(tree):
+        if module in OF_THE_ENVIRONMENT:
+            yield f"{name}:{line}: imports {module}"
+    is_main = name.endswith("/__main__.py")
+    passed_on = set()
+    if name.endswith("/__main__.py"):
+        passed_on = {id(node.value) for node in ast.walk(tree) if is_rest_of_argv(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and id(node) not in passed_on and ast.unparse(node) in OF_THE_ENVIRONMENT:
+            yield f"{name}:{node.lineno}: {ast.unparse(node)}"
+
+
+def is_rest_of_argv(node: ast.AST) -> TypeGuard[ast.Subscript]:
+    return isinstance(node, ast.Subscript) and ast.unparse(node) == "sys.argv[1:]"
+
+
+def leans_on_test_libraries(name: str, tree: ast.Module) -> Complaints:
+    """What only the extra `test` installs is missing where Baton is served."""
+    if name.startswith(PACKAGES):
+        for line, module in imports(tree):
+            if is_in(module, "transformers", "openai", "httpx", "pytest", "hypothesis", "tests", "scripts"):
+                yield f"{name}:{line}: imports {module}"
+
+
+def is_undocumented(name: str, tree: ast.Module) -> Complaints:
+    """A file opens with what it owns; without that nobody knows what belongs into it."""
+    if not (ast.get_docstring(tree) or "").strip():
+        yield f"{name}:1: no module docstring"
+
+
+RULES: list[Rule] = [
+    runs_foreign_code,
+    opens_sockets,
+    reads_the_environment,
+    leans_on_test_libraries,
+    is_undocumented,
+]
+
+
+@pytest.mark.parametrize("rule", RULES, ids=lambda rule: rule.__name__)
+def test_no_file_breaks_the_rule(rule: Rule) -> None:
+    """See the rule's docstring for what it guards against."""
+    assert [complaint for name in python_files() for complaint in rule(name, parsed(name))] == []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source"),
+    [
+        (runs_foreign_code, "tests/a.py", "import pickle"),
+        (runs_foreign_code, "a.py", "from pickle import loads"),
+        (runs_foreign_code, "a.py", "def f():\n    import dill as d"),
+        (runs_foreign_code, "a.py", "from multiprocessing import Queue"),
+        (runs_foreign_code, "a.py", "import torch.multiprocessing as mp"),
+        (runs_foreign_code, "a.py", "from multiprocessing.reduction import ForkingPickler"),
+        (runs_foreign_code, "a.py", "from torch import load"),
+        (runs_foreign_code, "a.py", "x = torch.load(path)"),
+        (runs_foreign_code, "a.py", "f = torch.save"),
+        (runs_foreign_code, "a.py", "np.load(path, allow_pickle=True)"),
+        (runs_foreign_code, "a.py", "socket.recv_pyobj()"),
+        (runs_foreign_code, "a.py", "dist.all_gather_object(a, b)"),
+        (runs_foreign_code, "a.py", "eval('1')"),
+        (runs_foreign_code, "a.py", "msgspec.msgpack.Decoder(ext_hook=f)"),
+        (runs_foreign_code, "a.py", "msgspec.msgpack.Ext(1, b'')"),
+        (opens_sockets, "decode/a.py", "import zmq.asyncio"),
+        (opens_sockets, "scripts/a.py", "from zmq import Context"),
+        (reads_the_environment, "node/a.py", "import os\nos.environ['X']"),
+        (reads_the_environment, "node/a.py", "from os import getenv"),
+        (reads_the_environment, "node/a.py", "parse(sys.argv[1:])"),
+        (reads_the_environment, "proxy/__main__.py", "print(sys.argv)"),
+        (leans_on_test_libraries, "models/a.py", "from transformers import AutoConfig"),
+        (leans_on_test_libraries, "node/a.py", "from scripts import serve"),
+        (is_undocumented, "a.py", "x = 1"),
+        (is_undocumented, "a.py", '"""  """'),
+    ],
+)
+def test_each_rule_complains(rule: Rule, name: str, source: str) -> None:
+    """A rule that sees nothing would pass for ever."""
+    assert list(rule(name, ast.parse(source))) != []
+
+
+@pytest.mark.parametrize(
+    ("rule", "name", "source"),
+    [
+        (runs_foreign_code, "a.py", "model.eval(); from multiprocessing import shared_memory; import multiprocess"),
+        (opens_sockets, "node/endpoint.py", "import zmq"),
+        (reads_the_environment, "proxy/__main__.py", "main(sys.argv[1:])"),
+        (leans_on_test_libraries, "tests/a.py", "import transformers"),
+    ],
+)
+def test_no_rule_complains_of_what_is_allowed(rule: Rule, name: str, source: str) -> None:
+    """A rule that cries wolf gets switched off."""
+    assert list(rule(name, ast.parse(source))) == []
+
+
+MACHINE_PATHS = re.compile(
+    r"(?<![\w./-])/(?:work|root|home/\w+|Users/\w+|opt/(?:wheels|pypi)|tmp/(?:venv|clone|brief))(?:/|\b(?!\w))|\.\./shared/"
+)
+
+
+def test_no_file_names_a_path_of_somebodys_machine() -> None:
+    """It works only there, and tells strangers how that machine is laid out."""
+    for bad in (
+        "cd /work" + "/main",
+        "'/root" + "/.cache'",
+        "see ../shared" + "/x.md",
+        "/home" + "/me/x",
+        "/tmp" + "/venv/bin",
+    ):
+        assert MACHINE_PATHS.search(bad), bad
+    for good in ("https://host/work/x", "a/root/b", "ipc:///tmp/x", "/v1/models", "./work/x", "/workers"):
+        assert not MACHINE_PATHS.search(good), good
+    found = []
+    for name in tracked():
+        data = (ROOT / name).read_bytes()
+        if b"\0" not in data[:8192]:
+            for number, line in enumerate(data.decode(errors="replace").splitlines(), 1):
+                if match := MACHINE_PATHS.search(line):
+                    found.append(f"{name}:{number}: {match[0]}")
+    assert found == []
+
+
+def test_no_file_is_too_long_to_read() -> None:
+    """Past this length a file has a second subject, which belongs in a file of its own."""
+    lengths = {name: (ROOT / name).read_text(encoding="utf-8").count("\n") for name in python_files()}
+    too_long = {name: lines for name, lines in lengths.items() if lines > MAX_LINES and name not in LONG_FILES}
+    assert too_long == {}
+
+
+def test_the_walk_sees_the_packages() -> None:
+    """A walk over nothing finds no fault."""
+    names = python_files()
+    for package in PACKAGES:
+        assert f"{package}/__init__.py" in names, package
+    assert len(names) > 50
+
+
+@pytest.mark.parametrize("package", ["node", "proxy"])
+def test_the_control_plane_runs_without_torch(package: str) -> None:
+    """torch costs an idle proxy 200 MB and seconds of its start; import-linter cannot see an import at run time."""
+    modules = [
+        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        for name in python_files()
+        if name.startswith(f"{package}/") and not name.endswith("__main__.py")
+    ]
+    code = f"import sys, {', '.join(modules)}; print(*{{'torch', 'transformers', 'triton'}} & set(sys.modules))"
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert out.split() == []
