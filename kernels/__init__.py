@@ -1,12 +1,14 @@
 """The ops that a step is made of, over plain tensors. Knows no model, no batch object and nothing else of ours.
 
-`reference` holds the slow, obvious torch version of every op: the oracle of every test here and of every kernel to come.
-`cpu` holds the two attentions that the CPU runs, the same results by fewer and larger operations. `philox` is the counter
-based generator. Triton kernels get a file each beside these, with the same signatures (norm, rope, activation, kv_write,
-prefill_attention, decode_attention, sampling), and are chosen here; callers import the names below only.
+`reference` holds the slow, obvious torch version of every op: the oracle of every test here and of every kernel to
+come. `cpu` holds the two attentions that the CPU runs, the same results by fewer and larger operations. `linear`
+prepares weights for the machine. `philox` is the counter-based generator. Triton kernels get a file each beside
+these, with the same signatures (norm, rope, activation, kv_write, prefill_attention, decode_attention, sampling), and
+are chosen here; callers import the names below only.
 """
 
 from kernels.cpu import DecodeGroup, Workspace, chunk_attention, decode_attention
+from kernels.linear import Linear
 from kernels.philox import philox4x32, uniform
 from kernels.reference import (
     add_rms_norm,
@@ -23,6 +25,7 @@ from kernels.reference import (
 
 __all__ = [
     "DecodeGroup",
+    "Linear",
     "Workspace",
     "add_rms_norm",
     "apply_penalties",

@@ -1,8 +1,9 @@
 """Attention over the paged pool for the CPU: gather the blocks of several rows, then one scaled_dot_product_attention.
 
 The gather costs one copy of the keys and values, in pieces of a block; it is what a contiguous view over a paged pool
-costs without a kernel of our own. Decode rows come in groups of similar length (see `models.attention`), so that a group's copy
-stays in the core's cache until it is used and little of it is padding. Bytes moved a layer: twice the KV of the context.
+costs without a kernel of our own. Decode rows come in groups of similar length (see `models.attention`), so that a
+group's copy stays in the core's cache until it is used and little of it is padding. Bytes moved a layer: twice the KV
+of the context.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class DecodeGroup:
     first_row: int
     num_rows: int
     first_id: int
-    """Where the group's pieces begin in the step's list of piece ids: its key blocks row by row, then its value blocks."""
+    """Where its pieces begin in the step's piece ids: its key blocks row by row, then its value blocks."""
     num_ids: int
     mask: torch.Tensor
     """Added to the scores, [num_rows, 1, 1, T]: 0 or -inf."""
@@ -56,14 +57,14 @@ def decode_attention(
 ) -> None:
     """Writes the group's rows of out; one query token a row.
 
-    query and out [N, H, D]; pieces: the pool as [num_blocks * layers * 2, block_tokens * KH * D]; piece_ids: this layer's,
-    int64. The heads that share a key head stand as if they were query tokens: all of them read the same keys, so nothing
-    has to be repeated.
+    query and out [N, H, D]; pieces: the pool as [num_blocks * layers * 2, block_tokens * KH * D]; piece_ids: this
+    layer's, int64. The heads that share a key head stand as if they were query tokens: all of them read the same
+    keys, so nothing has to be repeated.
     """
     rows = slice(group.first_row, group.first_row + group.num_rows)
     gathered = workspace.gather(pieces, piece_ids[group.first_id : group.first_id + group.num_ids])
     mask = group.window_mask if windowed else group.mask
-    heads = query[rows].unflatten(1, (num_kv_heads, -1))  # [rows, KH, group size, D]
+    heads = query[rows].view(group.num_rows, num_kv_heads, -1, query.shape[2])  # [rows, KH, group size, D]
     keys, values = gathered.view(2, group.num_rows, -1, num_kv_heads, heads.shape[-1]).transpose(2, 3)
     out[rows].view(heads.shape).copy_(F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask))
 
@@ -78,7 +79,7 @@ def chunk_attention(
     workspace: Workspace,
     out: torch.Tensor,
 ) -> None:
-    """Attention of one sequence's tokens start .. start + n - 1 over all its tokens up to each; query and out [n, H, D].
+    """Attention of one sequence's tokens start .. start + n - 1 over all up to each; query and out [n, H, D].
 
     piece_ids: this layer's key blocks and then value blocks of the sequence. A window hides all but the last `window`
     tokens, the own one included.
@@ -86,9 +87,9 @@ def chunk_attention(
     num_new, num_heads, head_dim = query.shape
     gathered = workspace.gather(pieces, piece_ids).view(2, -1, num_kv_heads, 1, head_dim)
     # As a batch of key heads, each with its query heads: [KH, group size, tokens, D]. The expansion copies nothing.
-    heads = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    heads = query.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     keys, values = gathered.expand(-1, -1, -1, num_heads // num_kv_heads, -1).permute(0, 2, 3, 1, 4)
-    target = out.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
+    target = out.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     if start == 0 and (window is None or num_new <= window):
         seen = slice(0, num_new)
         target.copy_(F.scaled_dot_product_attention(heads, keys[:, :, seen], values[:, :, seen], is_causal=True))

@@ -1,8 +1,8 @@
 """Slow, obvious torch versions of every op: the oracle in tests, and what the CPU runs where nothing faster is needed.
 
 Shapes: N tokens of a step, H query heads, KH key heads (H a multiple of KH), D head_dim, V vocabulary. The pool is
-[num_blocks, layers, 2, block_tokens, KH, D], key before value; token t of a sequence lies in block `blocks[t // block_tokens]`
-at `t % block_tokens`. Knows no model.
+[num_blocks, layers, 2, block_tokens, KH, D], key before value; token t of a sequence lies in block `blocks[t //
+block_tokens]` at `t % block_tokens`. Knows no model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
 
     cos and sin are [N, 1, 2, D/2] as `models.rope.rotations` makes them: the first half of sin negated.
     """
-    halves = x.unflatten(-1, (2, -1))  # [N, heads, 2, D/2]
+    halves = x.view(*x.shape[:-1], 2, -1)  # [N, heads, 2, D/2]
     swapped = halves.flip(2)
     halves.mul_(cos).addcmul_(swapped, sin)
 
@@ -52,8 +52,8 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def write_kv(slots: torch.Tensor, slot_ids: torch.Tensor, kv: torch.Tensor) -> None:
     """Puts keys and values into the pool: slots[slot_ids[n, i]] = kv[n, i].
 
-    slots: the pool as [num_blocks * layers * 2 * block_tokens, KH * D]; slot_ids int64 [N, 2] and kv [N, 2, KH * D], keys
-    and values.
+    slots: the pool as [num_blocks * layers * 2 * block_tokens, KH * D]; slot_ids int64 [N, 2] and kv [N, 2, KH * D],
+    keys and values.
     """
     slots[slot_ids] = kv.to(slots.dtype)
 
@@ -91,8 +91,8 @@ def apply_penalties(
 ) -> None:
     """Penalties as vLLM defines them; counts [rows, V] of each token in prompt and output, the others [rows, 1].
 
-    Repetition divides a positive and multiplies a negative logit of each token seen anywhere (Keskar et al., CTRL, 2019);
-    frequency subtracts for each time, presence once, of tokens in the output only.
+    Repetition divides a positive and multiplies a negative logit of each token seen anywhere (Keskar et al., CTRL,
+    2019); frequency subtracts for each time, presence once, of tokens in the output only.
     """
     seen = (prompt_counts > 0) | (output_counts > 0)
     scaled = torch.where(logits > 0, logits / repetition, logits * repetition)
@@ -115,7 +115,7 @@ def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> None:
 
 def keep_top_p(logits: torch.Tensor, top_p: torch.Tensor) -> None:
     """Keeps the fewest likeliest tokens whose probabilities sum to top_p [rows, 1] or more; of equals the lower id."""
-    ordered, order = logits.sort(-1, descending=True, stable=True)
+    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     probabilities = ordered.softmax(-1)
     before = probabilities.cumsum(-1) - probabilities
     dropped = before >= top_p
@@ -124,5 +124,5 @@ def keep_top_p(logits: torch.Tensor, top_p: torch.Tensor) -> None:
 
 
 def gumbel_argmax(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
-    """A draw from softmax(logits), [rows]: argmax of logits + Gumbel noise -log(-log(1 - u)); ties go to the lowest id."""
+    """A draw from softmax(logits), [rows]: argmax of logits + Gumbel noise -log(-log(1 - u)), lowest id first."""
     return (logits - torch.log(-torch.log1p(-u))).argmax(-1)

@@ -1,4 +1,4 @@
-"""A layer's attention over a step: writes new keys and values into the paged pool, then serves decode groups and chunks.
+"""A layer's attention over a step: writes keys and values into the paged pool, then serves decode groups and chunks.
 
 Holds the views of the pool; knows the pool's shape, not who owns its blocks.
 """
@@ -27,7 +27,7 @@ class PagedAttention:
         self._workspace = kernels.Workspace()
 
     def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch) -> torch.Tensor:
-        """Attention's result [N, num_heads * head_dim]; query [N, num_heads, head_dim], kv [N, 2, kv_heads * head_dim]."""
+        """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]."""
         config, ids = self._config, step.piece_ids[layer]
         kernels.write_kv(self._slots, step.slot_ids[layer], kv)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -45,7 +45,7 @@ class ModelConfig:
     mlp_bias: bool
     qk_norm: bool
     sliding_window: int | None
-    """A token of a windowed layer sees itself and the sliding_window - 1 tokens before it; None: no layer is windowed."""
+    """A token of a windowed layer sees itself and the sliding_window - 1 before it; None: no layer is windowed."""
     windowed_layers: tuple[bool, ...]
     """Which layers use the window; all False when there is none."""
     max_position_embeddings: int

@@ -23,30 +23,29 @@ def forward(
     """float32 logits [drawn rows, vocab]; keys and values of all tokens are in the pool afterwards."""
     rope = rotations(step.positions, frequencies, config.rope.attention_factor, weights.embedding.dtype)
     residual = F.embedding(step.token_ids, weights.embedding)  # [N, hidden]
-    normed = kernels.rms_norm(residual, weights.layers[0].input_norm, config.rms_norm_eps)
+    mixed = torch.zeros_like(residual)
     for index, layer in enumerate(weights.layers):
-        if index > 0:
-            normed, residual = kernels.add_rms_norm(mixed, residual, layer.input_norm, config.rms_norm_eps)
+        normed, residual = kernels.add_rms_norm(mixed, residual, layer.input_norm, config.rms_norm_eps)
         query, kv = _project(config, layer, normed, rope)
-        attended = F.linear(attention(index, query, kv, step), layer.o, layer.o_bias)
+        attended = layer.o(attention(index, query, kv, step))
         normed, residual = kernels.add_rms_norm(attended, residual, layer.post_norm, config.rms_norm_eps)
-        gated = kernels.silu_and_mul(F.linear(normed, layer.gate_up, layer.gate_up_bias))
-        mixed = F.linear(gated, layer.down, layer.down_bias)
+        gated = kernels.silu_and_mul(layer.gate_up(normed))
+        mixed = layer.down(gated)
     if step.drawn_tokens is not None:
         mixed, residual = mixed[step.drawn_tokens], residual[step.drawn_tokens]
     normed, _ = kernels.add_rms_norm(mixed, residual, weights.norm, config.rms_norm_eps)
-    return F.linear(normed, weights.lm_head).float()
+    return weights.lm_head(normed).float()
 
 
 def _project(
     config: ModelConfig, layer: LayerWeights, normed: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""
-    qkv = F.linear(normed, layer.qkv, layer.qkv_bias)
+    qkv = layer.qkv(normed)
     rotated = config.num_heads + config.num_kv_heads
-    heads = qkv.unflatten(1, (-1, config.head_dim))  # [N, num_heads + 2 num_kv_heads, head_dim]
+    heads = qkv.view(len(qkv), -1, config.head_dim)  # [N, num_heads + 2 num_kv_heads, head_dim]
     query_key = heads[:, :rotated]
     if layer.qk_norm is not None:
         query_key.copy_(kernels.rms_norm(query_key, layer.qk_norm, config.rms_norm_eps))
     kernels.apply_rope(query_key, *rope)
-    return heads[:, : config.num_heads], heads[:, config.num_heads :].unflatten(1, (2, -1)).flatten(2)
+    return heads[:, : config.num_heads], qkv[:, config.num_heads * config.head_dim :].view(len(qkv), 2, -1)

@@ -1,9 +1,9 @@
 """Identity of a model folder, so that KV of different weights can never meet. No torch, and no weights are read.
 
-The digest covers config.json and of each shard its name, its size, the SHA-256 of its safetensors header, which lists every
-tensor with dtype, shape and place, and that of 64 samples of 4 KiB spread evenly over the file. The samples tell a model
-from its fine-tune, which has the same header; a change of a few single weights can slip between them. Reading all weights
-would cost a start of a 16 GB model many seconds in a process that has no other use for them.
+The digest covers config.json and of each shard its name, its size, the SHA-256 of its safetensors header, which lists
+every tensor with dtype, shape and place, and that of 64 samples of 4 KiB spread evenly over the file. The samples
+tell a model from its fine-tune, which has the same header; a change of a few single weights can slip between them.
+Reading all weights would cost a start of a 16 GB model many seconds in a process that has no other use for them.
 """
 
 from __future__ import annotations

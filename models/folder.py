@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
-from typing import Union
+from typing import TypeAlias
 
 from node.errors import SettingsError
 
-Json = Union[None, bool, int, float, str, list["Json"], dict[str, "Json"]]
+Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
 MAX_JSON_BYTES = 64 << 20  # the index of a model with a hundred shards is a few MB
 

@@ -1,4 +1,4 @@
-"""How a model turns positions into rotations: the rope part of a config, both spellings. The numbers are made in rope.py.
+"""How a model turns positions into rotations: the rope part of a config, in both spellings. rope.py makes the numbers.
 
 Old folders write `rope_theta` and `rope_scaling` {`type` or `rope_type`, ...}; transformers 5 writes one object
 `rope_parameters` with `rope_theta` and `rope_type` in it.

@@ -64,7 +64,7 @@ class ModelRunner:
         return (num_blocks, config.num_layers, 2, block_tokens, config.num_kv_heads, config.head_dim)
 
     def bind_pool(self, pool: torch.Tensor) -> None:
-        """Steps read and write this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
+        """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
         if pool.dim() != 6 or tuple(pool.shape) != self.kv_shape(pool.shape[0], pool.shape[3]):
             raise InvariantBroken(f"pool of shape {list(pool.shape)}, expected {self.kv_shape(pool.shape[0], 0)}")
         if pool.dtype != self.kv_dtype or not pool.is_contiguous():

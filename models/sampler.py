@@ -1,8 +1,9 @@
 """From logits to tokens: which rows need what, and the order in which it happens.
 
-The order is vLLM's: log probabilities are taken from the raw logits; then min_tokens and logit_bias, then penalties, then
-either the argmax (temperature 0) or temperature, min_p, top_k, top_p and a draw by Gumbel-max. A draw depends on the row's
-logits, its seed and its position alone, so the batch around it does not matter, and a replay draws the same token.
+The order is vLLM's: log probabilities are taken from the raw logits; then min_tokens and logit_bias, then penalties,
+then either the argmax (temperature 0) or temperature, min_p, top_k, top_p and a draw by Gumbel-max. A draw depends on
+the row's logits, its seed and its position alone, so the batch around it does not matter, and a replay draws the same
+token.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ GREEDY_BELOW = 1e-5  # temperatures under this are 0, as in vLLM: dividing by th
 
 
 def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> list[Drawn]:
-    """One token a row; float32 logits [len(draws), vocab], positions of the new tokens. The logits may be overwritten."""
+    """One token a row; float32 logits [len(draws), vocab], which may be overwritten; positions of the new tokens."""
     logprob_rows = [row for row, draw in enumerate(draws) if draw.sampling.logprobs]
     raw = logits[logprob_rows].log_softmax(-1) if logprob_rows else None
     edited = [row for row, draw in enumerate(draws) if _is_edited(draw)]

@@ -1,4 +1,4 @@
-"""The tensors of one step, laid out from its rows; shapes in comments, N = tokens, L = layers. Decides the order of rows.
+"""The tensors of one step, laid out from its rows; N tokens, L layers. Decides the order of rows in the step.
 
 Rows of one token come first, ordered by length and cut into groups that one gathered attention serves; chunks follow.
 All index arithmetic is done here once, in numpy, so that a layer only picks its row of an index tensor.
@@ -16,9 +16,9 @@ from kernels import DecodeGroup
 from models.batch import Row
 
 # A group costs a fixed time (two calls a layer, about 40 us), and padding costs a copy and a read. Measured on two
-# cores of an EPYC: up to GROUP_BYTES of keys and values of a layer the copy is still in cache when attention reads it, and
-# a new group pays for itself when it saves PADDING_BYTES.
-GROUP_BYTES = 4 << 20
+# cores of an EPYC: up to GROUP_BYTES of keys and values of a layer the copy is still in cache when attention reads
+# it, and a new group pays for itself when it saves PADDING_BYTES.
+GROUP_BYTES = 2 << 20
 PADDING_BYTES = 384 << 10
 
 

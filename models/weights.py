@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from kernels import Linear
 from models.config import ModelConfig
 from models.fingerprint import weight_files
 from node.errors import SettingsError
@@ -21,33 +22,31 @@ Progress = Callable[[int, int], None]
 
 LOAD_FORMATS = ("auto", "dummy")
 DUMMY_STD = 0.02
+HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
+MAX_TIED_COPY_BYTES = 256 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
-    """One decoder layer. Matrices are [out, in]; Q = num_heads * head_dim, K = num_kv_heads * head_dim, I = intermediate."""
+    """One decoder layer. Linears are [out, in]; Q = num_heads * head_dim, K = num_kv_heads * head_dim."""
 
     input_norm: torch.Tensor  # [hidden]
-    qkv: torch.Tensor  # [Q + 2 K, hidden]
-    qkv_bias: torch.Tensor | None
+    qkv: Linear  # [Q + 2 K, hidden]
     qk_norm: torch.Tensor | None  # [num_heads + num_kv_heads, head_dim]: the query's for each head, then the key's
-    o: torch.Tensor  # [hidden, Q]
-    o_bias: torch.Tensor | None
+    o: Linear  # [hidden, Q]
     post_norm: torch.Tensor  # [hidden]
-    gate_up: torch.Tensor  # [2 I, hidden]
-    gate_up_bias: torch.Tensor | None
-    down: torch.Tensor  # [hidden, I]
-    down_bias: torch.Tensor | None
+    gate_up: Linear  # [2 * intermediate, hidden]
+    down: Linear  # [hidden, intermediate]
 
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A whole decoder; lm_head is the embedding itself where the two are tied."""
+    """A whole decoder."""
 
     embedding: torch.Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [hidden]
-    lm_head: torch.Tensor  # [vocab, hidden]
+    lm_head: Linear  # [vocab, hidden]; over the embedding itself where the two are tied
 
 
 def no_progress(done: int, total: int) -> None:
@@ -64,31 +63,43 @@ def load_weights(
 ) -> Weights:
     """The folder's weights in `dtype`; `dummy` makes random ones, the same in every process, without reading any.
 
-    on_progress(done, total) counts tensors. Raises SettingsError for a missing shard or tensor, a file that is cut off or
-    no safetensors, and a wrong shape, naming it.
+    on_progress(done, total) counts tensors. Raises SettingsError for a missing shard or tensor, a file that is cut
+    off or no safetensors, and a wrong shape, naming it.
     """
     if load_format not in LOAD_FORMATS:
         raise SettingsError(f"load_format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
     weights, places = _allocate(config, dtype, device)
     if load_format == "dummy":
         _fill_randomly(places)
-        return weights
-    done = 0
+    else:
+        _fill_from_shards(folder, places, on_progress)
+    _pack(weights)
+    return weights
+
+
+def _fill_from_shards(folder: Path, places: dict[str, torch.Tensor], on_progress: Progress) -> None:
     missing = dict(places)
     for name, tensor in _tensors(folder, places):
-        place = missing.pop(name, None)
-        if place is None:
-            continue
-        if tensor.shape != place.shape[-tensor.dim() :] or tensor.dim() < place.dim() - 1:
-            raise SettingsError(f"{folder}: tensor {name} has shape {list(tensor.shape)}, expected {list(place.shape)}")
-        if not tensor.is_floating_point():
-            raise SettingsError(f"{folder}: tensor {name} is {tensor.dtype}, expected floating point")
+        place = missing.pop(name)
+        # The norm of queries and keys is one row in the file, and stands once for each head here.
+        expected = place.shape[-tensor.dim() :] if name.endswith(HEAD_NORMS) else place.shape
+        if tensor.shape != expected or not tensor.is_floating_point():
+            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"floating point {list(expected)}"
+            raise SettingsError(f"{folder}: tensor {name} is {found}, expected {wanted}")
         place.copy_(tensor)
-        done += 1
-        on_progress(done, len(places))
+        on_progress(len(places) - len(missing), len(places))
     if missing:
         raise SettingsError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} of {len(places)} are)")
-    return weights
+
+
+def _pack(weights: Weights) -> None:
+    """Prepares all products. A large tied head stays as it is: its packed copy would come on top of the embedding."""
+    for layer in weights.layers:
+        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+            linear.pack()
+    tied = weights.lm_head.weight is weights.embedding
+    if not tied or weights.embedding.nbytes <= MAX_TIED_COPY_BYTES:
+        weights.lm_head.pack(keep_weight=tied)
 
 
 def _tensors(folder: Path, wanted: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
@@ -118,45 +129,47 @@ def _allocate(config: ModelConfig, dtype: torch.dtype, device: str) -> tuple[Wei
         places[name] = empty(*shape)
         return places[name]
 
-    def merged(prefix: str, names: tuple[str, ...], rows: tuple[int, ...], suffix: str, *columns: int) -> torch.Tensor:
-        whole = empty(sum(rows), *columns)
-        for name, part in zip(names, whole.split(rows), strict=True):
-            places[f"{prefix}{name}.{suffix}"] = part
-        return whole
+    def linear(prefix: str, parts: dict[str, int], columns: int, with_bias: bool) -> Linear:
+        """The projections `parts`, by name with their rows, as one."""
+        rows = sum(parts.values())
+        made = Linear(empty(rows, columns), empty(rows) if with_bias else None)
+        first = 0
+        for name, size in parts.items():
+            places[f"{prefix}{name}.weight"] = made.weight[first : first + size]
+            if made.bias is not None:
+                places[f"{prefix}{name}.bias"] = made.bias[first : first + size]
+            first += size
+        return made
+
+    def head_norms(prefix: str) -> torch.Tensor:
+        norms = empty(config.num_heads + config.num_kv_heads, config.head_dim)
+        places[f"{prefix}q_norm.weight"] = norms[: config.num_heads]
+        places[f"{prefix}k_norm.weight"] = norms[config.num_heads :]
+        return norms
 
     hidden, inner = config.hidden_size, config.intermediate_size
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     embedding = named("model.embed_tokens.weight", config.vocab_size, hidden)
     layers = []
     for index in range(config.num_layers):
-        prefix = f"model.layers.{index}."
-        attention, mlp = f"{prefix}self_attn.", f"{prefix}mlp."
-        qkv = (attention, ("q_proj", "k_proj", "v_proj"), (q_size, kv_size, kv_size))
-        gate_up = (mlp, ("gate_proj", "up_proj"), (inner, inner))
-        qk_norm = None
-        if config.qk_norm:
-            qk_norm = empty(config.num_heads + config.num_kv_heads, config.head_dim)
-            places[f"{attention}q_norm.weight"], places[f"{attention}k_norm.weight"] = qk_norm.split(
-                (config.num_heads, config.num_kv_heads)
-            )
+        layer = f"model.layers.{index}."
+        attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
+        qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
         layers.append(
             LayerWeights(
-                input_norm=named(f"{prefix}input_layernorm.weight", hidden),
-                qkv=merged(*qkv, "weight", hidden),
-                qkv_bias=merged(*qkv, "bias") if config.qkv_bias else None,
-                qk_norm=qk_norm,
-                o=named(f"{attention}o_proj.weight", hidden, q_size),
-                o_bias=named(f"{attention}o_proj.bias", hidden) if config.o_bias else None,
-                post_norm=named(f"{prefix}post_attention_layernorm.weight", hidden),
-                gate_up=merged(*gate_up, "weight", hidden),
-                gate_up_bias=merged(*gate_up, "bias") if config.mlp_bias else None,
-                down=named(f"{mlp}down_proj.weight", hidden, inner),
-                down_bias=named(f"{mlp}down_proj.bias", hidden) if config.mlp_bias else None,
+                input_norm=named(f"{layer}input_layernorm.weight", hidden),
+                qkv=linear(attention, qkv, hidden, config.qkv_bias),
+                qk_norm=head_norms(attention) if config.qk_norm else None,
+                o=linear(attention, {"o_proj": hidden}, q_size, config.o_bias),
+                post_norm=named(f"{layer}post_attention_layernorm.weight", hidden),
+                gate_up=linear(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
+                down=linear(mlp, {"down_proj": hidden}, inner, config.mlp_bias),
             )
         )
     norm = named("model.norm.weight", hidden)
-    lm_head = embedding if config.tie_word_embeddings else named("lm_head.weight", config.vocab_size, hidden)
-    return Weights(embedding, tuple(layers), norm, lm_head), places
+    if config.tie_word_embeddings:
+        return Weights(embedding, tuple(layers), norm, Linear(embedding)), places
+    return Weights(embedding, tuple(layers), norm, linear("", {"lm_head": config.vocab_size}, hidden, False)), places
 
 
 def _fill_randomly(places: dict[str, torch.Tensor]) -> None:
