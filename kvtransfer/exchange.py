@@ -95,6 +95,7 @@ Event = SenderEnded | KvArrived | ReceiverEnded
 @dataclass(slots=True)
 class _Pair:
     peer: str
+    address: str = ""
     plane: Plane | None = None
     greeted_at: float = float("-inf")
     welcomed_at: float = float("-inf")
@@ -286,6 +287,8 @@ class Exchange:
                     self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now), now)
         for sending in list(self._live_senders.values()):
             self._tick_sender(sending, now)
+            if (pair := self._pairs.get(sending.peer)) is not None and pair.plane is None:
+                self._greet(pair.peer, pair.address, now)
         for receiving in list(self._live_receivers.values()):
             self._tick_receiver(receiving, now)
         self._forget_ended(now)
@@ -303,6 +306,7 @@ class Exchange:
             (s.machine.wake_at for s in self._live_senders.values()),
             (r.machine.wake_at for r in self._live_receivers.values()),
             (i.deadline for i in self._waiting.values()),
+            (self._greets_again_at(s.peer) for s in self._live_senders.values()),
             (now,) if stopping else (),
         )
         return min(times, default=float("inf"))
@@ -324,13 +328,17 @@ class Exchange:
     # ---- pairs
 
     def _greet(self, peer: str, address: str, now: float) -> None:
-        pair = self._pairs.setdefault(peer, _Pair(peer))
+        pair = self._pairs.setdefault(peer, _Pair(peer, address))
         if now - pair.welcomed_at < GREETING_LASTS_S or now - pair.greeted_at < GREET_AGAIN_S:
             return
         self._wire.connect(peer, address)
         pair.greeted_at = now
         planes = tuple(plane.describe() for plane in self._planes)
         self._wire.send(peer, Hello(worker=self._identity, namespace=self._namespace, planes=planes))
+
+    def _greets_again_at(self, peer: str) -> float:
+        pair = self._pairs.get(peer)
+        return pair.greeted_at + GREET_AGAIN_S if pair is not None and pair.plane is None else float("inf")
 
     def _on_hello(self, peer: str, hello: Hello, now: float) -> None:
         refusal = self._why_not(peer, hello)
@@ -340,7 +348,7 @@ class Exchange:
             self._wire.send(peer, Refused(reason=refusal or "no common data plane"))
             return
         plane.connect(peer, _address_for(plane, hello.planes))
-        self._pairs[peer] = _Pair(peer, plane, welcomed_at=now)
+        self._pairs[peer] = _Pair(peer, plane=plane, welcomed_at=now)
         self._wire.send(peer, Welcome(worker=self._identity, plane=plane.describe()))
         for incoming in [i for i in self._waiting.values() if i.peer == peer]:
             del self._waiting[incoming.transfer_id]

@@ -1,0 +1,79 @@
+"""python -m proxy: the HTTP front and the scheduler of a cluster."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+
+import uvicorn
+
+from node.endpoint import Endpoint, new_context
+from node.errors import SettingsError
+from node.modelhub import locate_model
+from node.settings import parse, require_loopback
+from node.telemetry import configure_logging
+from proxy.app import AppSettings, create_app
+from proxy.dispatch import Dispatcher
+from proxy.settings import ProxySettings
+from proxy.text import Text
+
+
+def main() -> int:
+    settings = parse(ProxySettings, sys.argv[1:], prog="python -m proxy", description="The HTTP front of Baton.")
+    configure_logging(settings.log_level, "proxy")
+    try:
+        return asyncio.run(serve(settings))
+    except SettingsError as error:
+        print(f"proxy: {error}", file=sys.stderr)
+        return 1
+
+
+async def serve(settings: ProxySettings) -> int:
+    """Listen on both sides until SIGTERM or SIGINT, then let running requests end."""
+    require_loopback(settings.host, settings.insecure_network)
+    require_loopback(settings.control_address, settings.insecure_network)
+    folder = locate_model(settings.model)
+    text = Text(folder)
+    listener = _listen(settings.host, settings.port)
+    dispatcher = Dispatcher(Endpoint(new_context(), "proxy", settings.control_address), settings)
+    app_settings = AppSettings(
+        served_model_name=settings.served_model_name or folder.name,
+        api_keys=settings.api_key,
+        request_timeout_s=settings.request_timeout_s,
+    )
+    config = uvicorn.Config(
+        create_app(dispatcher, text, app_settings),
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.drain_s) + 1,
+    )
+    server = uvicorn.Server(config)
+    dispatcher.start()
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    stop = asyncio.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+    await asyncio.wait({task, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+    await dispatcher.stop()
+    server.should_exit = True
+    await task
+    return 0
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Bind before anything else starts, so that a taken port is told at once."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}") from None
+    return listener
+
+
+if __name__ == "__main__":
+    sys.exit(main())

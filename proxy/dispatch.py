@@ -1,0 +1,192 @@
+"""The engine behind the HTTP side: admission, sessions, and the workers' messages brought to the sessions they concern.
+
+It owns the table of sessions and the queue before the workers. Requests are let in one after the other, in order, so a
+small one never starves a large one; the queue is bounded, and who finds it full is told to come again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from collections.abc import AsyncGenerator, Mapping
+
+from node.endpoint import Endpoint
+from node.errors import DeadlineExceeded, Overloaded, PeerLost
+from node.messages import Message, SamplingParams
+from proxy.cluster import Cluster, Leg, Shape
+from proxy.interface import Delta, WorkerStatus
+from proxy.router import RequestView, Route, Rules, Wait, pick
+from proxy.session import Session, WorkerLost
+from proxy.settings import ProxySettings
+from proxy.wire import Answer, Wire
+
+NO_WORKER_GRACE_S = 5.0
+"""A role without any worker gets so long to come (back) before waiting requests are failed."""
+LOOK_AGAIN_S = 0.1
+
+COUNTERS = (
+    "requests_total",
+    "retries_total",
+    "busy_total",
+    "worker_lost_total",
+    "rejected_queue_full_total",
+    "routed_disaggregated_total",
+    "routed_local_short_total",
+    "routed_local_always_total",
+    "routed_local_no_prefill_worker_total",
+)
+
+
+class Dispatcher:
+    """Implements proxy.interface.Engine and proxy.session.Desk. Lives in one event loop."""
+
+    def __init__(self, endpoint: Endpoint, settings: ProxySettings) -> None:
+        self._settings = settings
+        self._rules = Rules(settings.policy, settings.local_prefill, settings.local_prefill_tokens)
+        self._cluster = Cluster(settings.stall_s)
+        self._wire = Wire(endpoint, self._cluster, self._on_message, self._on_lost, self._on_change)
+        self._sessions: dict[str, Session] = {}
+        self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self._gate = asyncio.Lock()  # fair: first come, first served
+        self._changed = asyncio.Event()
+        self._waiting = 0
+        self._turn = 0
+        self._draining = False
+
+    def start(self) -> None:
+        self._wire.start()
+
+    async def stop(self) -> None:
+        """Let running requests end, for at most `drain_s`, then close."""
+        self._draining = True
+        until = time.monotonic() + self._settings.drain_s
+        while self._sessions and time.monotonic() < until:
+            await asyncio.sleep(LOOK_AGAIN_S)
+        await self._wire.stop()
+
+    # -- Engine
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        timeout_s: float,
+        priority: int = 0,
+    ) -> AsyncGenerator[Delta, None]:
+        """See proxy.interface.Engine."""
+        if self._draining:
+            raise PeerLost("the proxy is shutting down")
+        self._turn += 1
+        self.count("requests_total")
+        session = Session(
+            self,
+            request_id,
+            prompt_ids,
+            sampling,
+            deadline=time.monotonic() + timeout_s,
+            priority=priority,
+            turn=self._turn,
+            max_attempts=self._settings.max_attempts,
+        )
+        assert request_id not in self._sessions, request_id
+        self._sessions[request_id] = session
+        run = session.run()
+        try:
+            async for delta in run:
+                yield delta
+        finally:
+            await run.aclose()
+            del self._sessions[request_id]
+
+    def ready(self) -> str:
+        if self._draining:
+            return "shutting down"
+        if self._cluster.shape is None:
+            return "no worker has registered"
+        route = pick(self._cluster.view(), RequestView(1 << 20, 0, 0), self._rules)
+        return route.reason if isinstance(route, Wait) and route.missing else ""
+
+    @property
+    def max_model_len(self) -> int:
+        shape = self._cluster.shape
+        return shape.max_model_len if shape is not None else 0
+
+    def worker_loads(self) -> list[WorkerStatus]:
+        return self._cluster.statuses()
+
+    def counters(self) -> Mapping[str, float]:
+        return {**self._counters, "rejected_messages_total": self._wire.rejected, "queued_requests": self._waiting}
+
+    # -- Desk
+
+    async def admit(self, request: RequestView, deadline: float) -> Route:
+        """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded."""
+        if self._waiting >= self._settings.max_queue:
+            self.count("rejected_queue_full_total")
+            raise Overloaded(f"{self._waiting} requests are waiting already")
+        self._waiting += 1
+        try:
+            async with asyncio.timeout_at(self._loop_time(deadline)), self._gate:
+                return await self._find_route(request)
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed before a worker had room for it") from None
+        finally:
+            self._waiting -= 1
+
+    async def _find_route(self, request: RequestView) -> Route:
+        missing_since: float | None = None
+        while True:
+            self._changed.clear()
+            route = pick(self._cluster.view(), request, self._rules)
+            if isinstance(route, Route):
+                return route
+            now = time.monotonic()
+            missing_since = (missing_since or now) if route.missing else None
+            if missing_since is not None and now - missing_since >= NO_WORKER_GRACE_S:
+                raise PeerLost(route.reason)
+            try:
+                await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
+            except TimeoutError:
+                continue
+
+    def shape(self) -> Shape:
+        shape = self._cluster.shape
+        if shape is None:
+            raise PeerLost("no worker is there")
+        return shape
+
+    def send(self, worker: str, message: Message) -> bool:
+        return self._wire.send(worker, message)
+
+    def assign(self, leg: Leg) -> None:
+        self._cluster.assign(leg)
+
+    def settle(self, worker: str, request_id: str) -> None:
+        self._cluster.settle(worker, request_id)
+        self._changed.set()
+
+    def count(self, name: str) -> None:
+        self._counters[name] += 1
+
+    # -- told by the wire
+
+    def _on_message(self, worker: str, message: Answer) -> None:
+        if (session := self._sessions.get(message.request_id)) is not None:
+            session.inbox.put_nowait((worker, message))
+
+    def _on_lost(self, worker: str, reason: str) -> None:
+        self.count("worker_lost_total")
+        for session in self._sessions.values():
+            session.inbox.put_nowait(WorkerLost(worker, reason))
+        self._changed.set()
+
+    def _on_change(self) -> None:
+        self._changed.set()
+
+    @staticmethod
+    def _loop_time(deadline: float) -> float:
+        """A monotonic deadline on the event loop's clock."""
+        return asyncio.get_running_loop().time() + deadline - time.monotonic()

@@ -1,0 +1,281 @@
+"""One request from its first byte to its last: admission, both legs of an attempt, what to do when one of them fails.
+
+    waiting ── pick ──► dispatched ── Tokens ... ──► finished
+       ▲                    │ Busy: another worker, or later        (until the deadline)
+       └────────────────────┤ Failed, worker lost, tokens missing   (a new attempt that starts from the accepted tokens)
+                            └ client gone, deadline                 (cancel both legs)
+
+A session is one coroutine; the dispatcher puts what concerns it into its inbox. It never trusts a late message: the
+ledger takes tokens of the current attempt only, and only the next ones.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvtransfer.blocks.hashing import block_hashes, root_hash
+from node.errors import BadRequest, DeadlineExceeded, PeerLost
+from node.messages import (
+    Busy,
+    Cancel,
+    Cancelled,
+    Failed,
+    HandedOver,
+    Message,
+    Prefill,
+    Reserve,
+    Reserved,
+    SamplingParams,
+    Tokens,
+)
+from node.telemetry import log_event
+from proxy.cluster import Leg, Shape
+from proxy.interface import Delta
+from proxy.ledger import Gap, Ledger
+from proxy.router import RequestView, Route
+from proxy.wire import Answer
+
+logger = logging.getLogger("proxy")
+
+BUSY_PAUSE_S = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerLost:
+    """A worker that this session may be using is gone."""
+
+    worker: str
+    reason: str
+
+
+Event = tuple[str, Answer] | WorkerLost
+
+
+class Desk(Protocol):
+    """What a session needs of the dispatcher."""
+
+    async def admit(self, request: RequestView, deadline: float) -> Route: ...
+
+    def shape(self) -> Shape: ...
+
+    def send(self, worker: str, message: Message) -> bool: ...
+
+    def assign(self, leg: Leg) -> None: ...
+
+    def settle(self, worker: str, request_id: str) -> None: ...
+
+    def count(self, name: str) -> None: ...
+
+
+class _TryElsewhere(Exception):
+    """This attempt is over; `blame` are workers to avoid. `counts`: it counts against the limit of attempts."""
+
+    def __init__(self, reason: str, blame: str, *, counts: bool) -> None:
+        super().__init__(reason)
+        self.blame = blame
+        self.counts = counts
+
+
+@dataclass(slots=True)
+class _Attempt:
+    """The legs of the current attempt that still owe a terminal message."""
+
+    number: int
+    decode: str
+    prefill: str  # "" for local prefill
+    open: set[str] = field(default_factory=set)
+    decoding: bool = False
+    """Decode has sent tokens: the prefill leg does not matter any more."""
+
+
+class Session:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        desk: Desk,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        deadline: float,
+        priority: int,
+        turn: int,
+        max_attempts: int,
+    ) -> None:
+        self.inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._desk = desk
+        self._request_id = request_id
+        self._sampling = sampling
+        self._deadline = deadline
+        self._priority = priority
+        self._turn = turn
+        self._max_attempts = max_attempts
+        self._ledger = Ledger(prompt_ids)
+        self._cached_tokens = 0
+
+    async def run(self) -> AsyncGenerator[Delta, None]:
+        """Deltas up to the finish. Raises the errors of proxy.interface.Engine.generate."""
+        failures = 0
+        avoid: set[str] = set()
+        while True:
+            attempt = await self._dispatch(frozenset(avoid))
+            try:
+                async for delta in self._follow(attempt):
+                    yield delta
+                return
+            except _TryElsewhere as retry:
+                failures += retry.counts
+                self._desk.count("retries_total" if retry.counts else "busy_total")
+                log_event(
+                    logger,
+                    "attempt_ended",
+                    level=logging.INFO if retry.counts else logging.DEBUG,
+                    request=self._request_id,
+                    attempt=attempt.number,
+                    reason=str(retry),
+                    accepted=len(self._ledger.accepted),
+                )
+                if failures >= self._max_attempts:
+                    raise PeerLost(f"gave up after {failures} attempts; the last one: {retry}") from None
+                avoid = {retry.blame} if retry.counts else avoid | {retry.blame}
+                if not retry.counts:
+                    await asyncio.sleep(BUSY_PAUSE_S)
+            finally:
+                self._close(attempt)
+            self._ledger.next_attempt()
+
+    # -- an attempt
+
+    async def _dispatch(self, avoid: frozenset[str]) -> _Attempt:
+        token_ids = self._ledger.token_ids()
+        route = await self._desk.admit(self._view(len(token_ids), avoid), self._deadline)
+        shape = self._desk.shape()
+        root = root_hash(shape.namespace)
+        hashes = block_hashes(root, token_ids, shape.block_tokens)
+        prefill = route.prefill.identity if route.prefill is not None else ""
+        attempt = _Attempt(self._ledger.attempt, route.decode.identity, prefill)
+        deadline_s = max(0.0, self._deadline - time.monotonic())
+        num_blocks = -(-len(token_ids) // shape.block_tokens)
+        reserve = Reserve(
+            request_id=self._request_id,
+            attempt=attempt.number,
+            token_ids=token_ids,
+            prompt_len=len(self._ledger.prompt_ids),
+            root=root,
+            block_hashes=hashes,
+            sampling=self._sampling,
+            prefill=prefill,
+            deadline_s=deadline_s,
+            priority=self._priority,
+        )
+        self._open(attempt, attempt.decode, reserve, 0 if prefill else len(token_ids), num_blocks)
+        if route.prefill is not None:
+            message = Prefill(
+                request_id=self._request_id,
+                attempt=attempt.number,
+                token_ids=token_ids,
+                prompt_len=len(self._ledger.prompt_ids),
+                root=root,
+                block_hashes=hashes,
+                sampling=self._sampling,
+                decode=route.decode.identity,
+                decode_address=route.decode.address,
+                deadline_s=deadline_s,
+                priority=self._priority,
+            )
+            self._open(attempt, prefill, message, len(token_ids), num_blocks)
+        self._desk.count(f"routed_{route.reason}_total")
+        return attempt
+
+    def _view(self, num_tokens: int, avoid: frozenset[str]) -> RequestView:
+        shape = self._desk.shape()
+        return RequestView(num_tokens, -(-num_tokens // shape.block_tokens), self._turn, avoid)
+
+    def _open(self, attempt: _Attempt, worker: str, message: Message, tokens: int, blocks: int) -> None:
+        self._desk.assign(Leg(worker, self._request_id, tokens, blocks, time.monotonic()))
+        attempt.open.add(worker)
+        self._desk.send(worker, message)  # a failure comes back as WorkerLost
+
+    def _close(self, attempt: _Attempt) -> None:
+        """Whatever ended the attempt: no leg goes on, none is counted."""
+        for worker in attempt.open:
+            self._desk.send(worker, Cancel(request_id=self._request_id, attempt=attempt.number))
+            self._desk.settle(worker, self._request_id)
+        attempt.open.clear()
+
+    async def _follow(self, attempt: _Attempt) -> AsyncGenerator[Delta, None]:
+        while not self._ledger.finish:
+            delta = self._on_event(attempt, await self._next_event())
+            if delta is not None:
+                yield delta
+
+    async def _next_event(self) -> Event:
+        if not self.inbox.empty():
+            return self.inbox.get_nowait()
+        try:
+            return await asyncio.wait_for(self.inbox.get(), self._deadline - time.monotonic())
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed") from None
+
+    def _on_event(self, attempt: _Attempt, event: Event) -> Delta | None:
+        if isinstance(event, WorkerLost):
+            self._on_lost(attempt, event)
+            return None
+        worker, message = event
+        if message.attempt != attempt.number or worker not in (attempt.decode, attempt.prefill):
+            return None
+        match message:
+            case Tokens():
+                return self._on_tokens(attempt, worker, message)
+            case HandedOver() | Cancelled():
+                self._settle(attempt, worker)
+            case Busy():
+                self._settle(attempt, worker)
+                raise _TryElsewhere(f"{worker} is busy: {message.reason}", worker, counts=False)
+            case Failed() if not (worker == attempt.prefill and attempt.decoding):
+                self._settle(attempt, worker)
+                self._on_failed(worker, message)
+            case Failed():
+                self._settle(attempt, worker)
+            case Reserved():
+                pass
+        return None
+
+    def _on_tokens(self, attempt: _Attempt, worker: str, message: Tokens) -> Delta | None:
+        attempt.decoding = attempt.decoding or worker == attempt.decode
+        if not self._ledger.accepted:
+            self._cached_tokens = message.cached_tokens
+        try:
+            ids, logprobs = self._ledger.accept(message)
+        except Gap as gap:
+            raise _TryElsewhere(str(gap), worker, counts=True) from None
+        if message.finish:
+            self._settle(attempt, worker)
+        if not ids:
+            return None
+        return Delta(ids, logprobs, message.finish, self._cached_tokens)
+
+    def _on_failed(self, worker: str, message: Failed) -> None:
+        if message.retryable:
+            raise _TryElsewhere(f"{worker}: {message.reason}", worker, counts=True)
+        if message.reason == "deadline":
+            raise DeadlineExceeded("the request's deadline passed")
+        raise BadRequest(message.reason)
+
+    def _on_lost(self, attempt: _Attempt, lost: WorkerLost) -> None:
+        if lost.worker not in attempt.open:
+            return
+        self._settle(attempt, lost.worker)
+        if lost.worker == attempt.prefill and attempt.decoding:
+            return
+        raise _TryElsewhere(f"{lost.worker} was lost: {lost.reason}", lost.worker, counts=True)
+
+    def _settle(self, attempt: _Attempt, worker: str) -> None:
+        attempt.open.discard(worker)
+        self._desk.settle(worker, self._request_id)
