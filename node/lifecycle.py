@@ -2,7 +2,7 @@
 
 A worker registers with all proxies it was told of and repeats until it is answered. It beats four times a second from
 then on. A proxy that has been silent for the session lease is lost: its requests are dropped, and the worker registers
-anew, since the proxy may have been restarted (a Ping of a new incarnation says the same at once).
+anew, since the proxy may have been restarted (a Ping of a new incarnation, or a Rejoin, says the same at once).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from node.messages import Goodbye, Heartbeat, Load, Message, Ping, Refused, Register, Registered
+from node.messages import Goodbye, Heartbeat, Load, Message, Ping, Refused, Register, Registered, Rejoin
 
 HEARTBEAT_S = 0.25
 DEAD_AFTER_S = 2.0
@@ -75,10 +75,10 @@ class Membership:
             case Refused():
                 proxy.refused = message.reason
                 return [JoinRefused(link, message.reason)]
-            case Ping() if proxy.incarnation is not None and message.incarnation != proxy.incarnation:
-                proxy.incarnation = None
-                proxy.next_at = now
-                return [ProxyLost(link)]
+            case Ping() if proxy.incarnation not in (None, message.incarnation):
+                return self._start_over(proxy, now)
+            case Rejoin() if proxy.incarnation is not None:
+                return self._start_over(proxy, now)
         return []
 
     def on_timer(self, now: float, load: Load) -> tuple[list[tuple[str, Message]], list[Change]]:
@@ -102,6 +102,11 @@ class Membership:
     @property
     def wake_at(self) -> float:
         return min((p.next_at for p in self._proxies.values() if not p.refused), default=float("inf"))
+
+    def _start_over(self, proxy: _Proxy, now: float) -> list[Change]:
+        proxy.incarnation = None
+        proxy.next_at = now
+        return [ProxyLost(proxy.link)]
 
     def _is_new(self, proxy: _Proxy, incarnation: int) -> list[Change]:
         return [ProxyLost(proxy.link)] if proxy.incarnation not in (None, incarnation) else []

@@ -8,7 +8,7 @@ attempt finds nobody who knows it.
 Who sends what:
 
     worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled
-    proxy  -> worker   Registered, Refused, Ping, Prefill, Reserve, Cancel, Drain
+    proxy  -> worker   Registered, Refused, Ping, Rejoin, Prefill, Reserve, Cancel, Drain
     prefill -> decode  Hello, Offer, Valid, Finish, Abort, Aborted
     decode -> prefill  Welcome, Grant, Accept, Validate, Renew, Ack, Abort, Aborted
 """
@@ -157,6 +157,10 @@ class Ping(Message, tag="Ping", kw_only=True):
 
     proxy: Name
     incarnation: Count
+
+
+class Rejoin(Message, tag="Rejoin", kw_only=True):
+    """The proxy does not (any more) count this worker in: drop its requests and register anew."""
 
 
 class Drain(Message, tag="Drain", kw_only=True):
@@ -376,7 +380,7 @@ class Aborted(Message, tag="Aborted", kw_only=True):
 
 
 MESSAGES: tuple[type[Message], ...] = (
-    Register, Registered, Refused, Heartbeat, Goodbye, Ping, Drain,
+    Register, Registered, Refused, Heartbeat, Goodbye, Ping, Rejoin, Drain,
     Prefill, Reserve, Cancel, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled,
     Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Ack, Abort, Aborted,
 )  # fmt: skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
+from node.settings import parse
 from prefill.settings import PrefillSettings
 from prefill.worker import PrefillWorker
-from node.settings import parse
 from worker.main import serve
 
 

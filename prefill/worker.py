@@ -215,9 +215,7 @@ class PrefillWorker:
     def _hand_over(self, job: Job, token: Drawn) -> None:
         """The prompt is computed: its first token goes to the proxy at once, and after the KV to decode."""
         leg, index = job.leg, job.num_tokens - job.prompt_len
-        finish = finish_of(
-            token.token_id, job.sampling, index + 1, job.num_tokens + 1, self._worker.max_model_len
-        )
+        finish = finish_of(token.token_id, job.sampling, index + 1, job.num_tokens + 1, self._worker.max_model_len)
         self._carrier.tell(
             job.link,
             Tokens(

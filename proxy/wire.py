@@ -25,6 +25,7 @@ from node.messages import (
     Refused,
     Register,
     Registered,
+    Rejoin,
     Reserved,
     Tokens,
 )
@@ -115,7 +116,7 @@ class Wire:
                 if self._cluster.beat(identity, message, now):
                     self._on_change()
                 else:  # it registered with an earlier life of this proxy, or was taken for dead: it must register anew
-                    self._endpoint.send(identity, Ping(proxy=self._endpoint.identity, incarnation=self._incarnation))
+                    self._endpoint.send(identity, Rejoin())
             case Goodbye():
                 if self._cluster.leave(identity, message):
                     log_event(logger, "worker_left", worker=identity)

@@ -6,7 +6,7 @@ from node.messages import SamplingParams
 
 
 def finish_of(token_id: int, sampling: SamplingParams, num_generated: int, num_tokens: int, max_model_len: int) -> str:
-    """"stop", "length" or "" after `token_id` became generated token number `num_generated` (the first is 1).
+    """ "stop", "length" or "" after `token_id` became generated token number `num_generated` (the first is 1).
 
     `num_tokens` counts prompt and generated tokens with it. min_tokens is kept by the sampler, which does not draw a
     stop token before; a stop token within min_tokens (by logit_bias, say) does not end the sequence either.

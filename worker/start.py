@@ -123,9 +123,7 @@ def start(settings: WorkerSettings, role: str) -> Worker:
         address=endpoint.address,
         namespace=namespace.hex()[:12],
     )
-    return Worker(
-        endpoint.identity, runner, pool, BlockManager(pool.num_blocks), layout, max_model_len, carrier
-    )
+    return Worker(endpoint.identity, runner, pool, BlockManager(pool.num_blocks), layout, max_model_len, carrier)
 
 
 def _device(device: str) -> str:
@@ -167,9 +165,7 @@ def _namespace(settings: WorkerSettings, folder: Path, layout: KVLayout, runner:
     )
 
 
-def _planes(
-    names: Sequence[str], pool: BlockPool, context: Context, identity: str, bind: str
-) -> list[Plane]:
+def _planes(names: Sequence[str], pool: BlockPool, context: Context, identity: str, bind: str) -> list[Plane]:
     """The planes by name, in the order of preference; one that this machine cannot offer is left out."""
     makers: dict[str, Callable[[], Plane]] = {
         "shm": lambda: ShmPlane(pool),

@@ -1,0 +1,84 @@
+"""Random schedules of the transfer protocol. A failure names its seed: `World(seed, odds, n).run()` is that very run."""
+
+from __future__ import annotations
+
+import pytest
+from tests.simulation.world import Broken, Odds, World
+
+CALM = Odds()
+ROUGH = {
+    "loss": Odds(loss=0.15),
+    "duplicates": Odds(duplicate=0.4),
+    "corruption": Odds(corrupt=0.05, io_fail=0.05),
+    "lost_bytes": Odds(io_loss=0.2),
+    "cancels": Odds(cancel=0.5, late_prefill=0.1),
+    "crashes": Odds(crash=0.5),
+    "everything": Odds(0.05, 0.1, 0.02, 0.03, 0.02, 0.2, 0.3, 0.1),
+}
+RUNS = 1600
+"""Schedules of each kind: with eight kinds 12,800 in all."""
+
+
+def _run(seed: int, odds: Odds, num_requests: int = 5) -> World:
+    world = World(seed, odds, num_requests)
+    try:
+        world.run()
+    except Exception as error:
+        raise Broken(f"seed {seed}, {odds}: {error!r}") from error
+    return world
+
+
+def test_a_calm_cluster_hands_over_every_request_that_found_blocks() -> None:
+    """Guards against lost wake-ups: without any fault nothing may be left to a time-out."""
+    arrived = 0
+    for seed in range(RUNS):
+        world = _run(seed, CALM)
+        for request in world.requests:
+            if request.computed and request.transfer_id:
+                assert request.leg in world.arrived, f"seed {seed}: {request.leg} never arrived"
+        assert world.now < 25.0 + 4.0, f"seed {seed} took {world.now} simulated seconds"
+        arrived += len(world.arrived)
+    assert arrived > RUNS * 3
+
+
+@pytest.mark.parametrize("kind", ROUGH)
+def test_no_schedule_breaks_an_invariant(kind: str) -> None:
+    """Guards against foreign writes, activation on wrong KV, double ends and leaked blocks."""
+    arrived = sum(len(_run(seed, ROUGH[kind]).arrived) for seed in range(RUNS))
+    assert arrived > RUNS  # the faults do not simply stop everything
+
+
+def test_a_seed_reproduces_its_run() -> None:
+    """Guards against hidden clocks and hash seeds: a failure must be repeatable."""
+    first, second = (_run(7, ROUGH["everything"]) for _ in range(2))
+    assert (first.now, first.arrived, [n.ends for n in first.nodes.values()]) == (
+        second.now,
+        second.arrived,
+        [n.ends for n in second.nodes.values()],
+    )
+
+
+class _Forgetful(World):
+    """A world whose decode workers free blocks without waiting for the plane: the mistake that must be seen."""
+
+    def _born(self, name: str):  # type: ignore[no-untyped-def]
+        node = super()._born(name)
+        node._stop_writing = lambda transfer_id: None  # type: ignore[method-assign]
+        cancel = node.cancel_decode
+
+        def careless(request):  # type: ignore[no-untyped-def]
+            blocks = list(node.tables[request.leg].blocks) if request.leg in node.tables else []
+            cancel(request)
+            for block in blocks:
+                node.writable.pop(block, None)
+
+        node.cancel_decode = careless  # type: ignore[method-assign]
+        return node
+
+
+def test_the_simulation_sees_a_write_after_free() -> None:
+    """Guards the guard: a worker that frees blocks under a running transfer is caught."""
+    with pytest.raises(Broken):
+        for seed in range(500):
+            world = _Forgetful(seed, Odds(cancel=0.9), 5)
+            world.run()
