@@ -15,6 +15,7 @@ import socket
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from node.errors import SettingsError
 from node.modelhub import DEMO_MODEL, locate_model
@@ -31,6 +32,7 @@ class ServeSettings:
     model: str = option(
         DEMO_MODEL, metavar="FOLDER_OR_HUB_ID", help="the demo model, a Hugging Face model folder, or a hub id org/name"
     )
+    served_model_name: str = option("", help="name of the model in the API; not given: the folder's, or the hub id")
     host: str = option("127.0.0.1", help="address of the HTTP API")
     port: int = option(8000, help="port of the HTTP API", minimum=1, maximum=65535)
     prefill: int = option(1, help="prefill workers; 0: the decode workers prefill too", minimum=0, maximum=64)
@@ -48,7 +50,7 @@ class ServeSettings:
         (), metavar="ARGUMENT", help="passed on to each worker, as in --worker-arg=--num-blocks=512"
     )
     start_timeout_s: float = option(600.0, unit="s", help="time until the first token must have come", minimum=1)
-    grace_s: float = option(30.0, unit="s", help="time that running requests get to end at a stop", minimum=0)
+    grace_s: float = option(45.0, unit="s", help="time until what has not drained is killed", minimum=0)
 
 
 def roles(settings: ServeSettings, control_port: int, environ: Mapping[str, str]) -> list[ChildSpec]:
@@ -58,16 +60,8 @@ def roles(settings: ServeSettings, control_port: int, environ: Mapping[str, str]
     env.setdefault("OMP_NUM_THREADS", str(threads_a_worker(len(_cores()), settings.prefill + settings.decode)))
     local_prefill = settings.local_prefill or ("" if settings.prefill else "always")
     proxy = [
-        *(
-            "--model",
-            settings.model,
-            "--host",
-            settings.host,
-            "--port",
-            str(settings.port),
-            "--control-address",
-            control,
-        ),
+        *("--model", settings.model, "--served-model-name", served_name(settings)),
+        *("--host", settings.host, "--port", str(settings.port), "--control-address", control),
         *(("--local-prefill", local_prefill) if local_prefill else ()),
         *(("--insecure-network",) if settings.insecure_network else ()),
         *settings.proxy_arg,
@@ -83,6 +77,14 @@ def roles(settings: ServeSettings, control_port: int, environ: Mapping[str, str]
 
 def _role(name: str, role: str, arguments: Sequence[str], env: Mapping[str, str]) -> ChildSpec:
     return ChildSpec(name=name, group=role, argv=(sys.executable, "-m", role, *arguments), env=env)
+
+
+def served_name(settings: ServeSettings) -> str:
+    """What clients call the model."""
+    if settings.served_model_name:
+        return settings.served_model_name
+    folder = Path(settings.model).expanduser()
+    return folder.resolve().name if settings.model != DEMO_MODEL and folder.is_dir() else settings.model
 
 
 def threads_a_worker(num_cores: int, num_workers: int) -> int:
@@ -141,7 +143,7 @@ async def http_status(host: str, port: int, path: str, timeout_s: float) -> int:
 
 def curl_line(settings: ServeSettings, url: str) -> str:
     """A command to paste."""
-    body = json.dumps({"model": settings.model, "prompt": "Once upon a time", "max_tokens": 64})
+    body = json.dumps({"model": served_name(settings), "prompt": "Once upon a time", "max_tokens": 64})
     key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key else ""
     return f"curl {url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
 

@@ -110,7 +110,6 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
     for line, module in imports(tree):
         if module in OF_THE_ENVIRONMENT:
             yield f"{name}:{line}: imports {module}"
-    is_main = name.endswith("/__main__.py")
     passed_on = set()
     if name.endswith("/__main__.py"):
         passed_on = {id(node.value) for node in ast.walk(tree) if is_rest_of_argv(node)}
@@ -208,14 +207,9 @@ MACHINE_PATHS = re.compile(
 
 def test_no_file_names_a_path_of_somebodys_machine() -> None:
     """It works only there, and tells strangers how that machine is laid out."""
-    for bad in (
-        "cd /work" + "/main",
-        "'/root" + "/.cache'",
-        "see ../shared" + "/x.md",
-        "/home" + "/me/x",
-        "/tmp" + "/venv/bin",
-    ):
-        assert MACHINE_PATHS.search(bad), bad
+    for end in ("work/main", "root/.cache", "home/me/x", "Users/me/x", "tmp/venv/bin", "opt/wheels"):
+        assert MACHINE_PATHS.search(f"cd '/{end}'"), end
+    assert MACHINE_PATHS.search("see .." + "/shared/x.md")
     for good in ("https://host/work/x", "a/root/b", "ipc:///tmp/x", "/v1/models", "./work/x", "/workers"):
         assert not MACHINE_PATHS.search(good), good
     found = []

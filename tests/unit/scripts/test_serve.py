@@ -65,12 +65,23 @@ def test_each_role_gets_the_options_that_it_has() -> None:
         ("decode-0", "decode"),
     ]
     address = "tcp://127.0.0.1:777"
+    model = ["--model", "m", "--served-model-name", "m"]
     assert options_of(specs[0].argv) == (
-        ["proxy", "--model", "m", "--host", "127.0.0.1", "--port", "9", "--control-address", address]
+        ["proxy", *model, "--host", "127.0.0.1", "--port", "9", "--control-address", address]
     )
     assert options_of(specs[2].argv) == (
         ["prefill", "--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", "--num-blocks=5"]
     )
+
+
+def test_clients_call_a_model_by_a_name_not_by_a_path(tmp_path: Path) -> None:
+    """The path of a folder on the server is nobody's business, and differs between machines."""
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    assert serve.served_name(serve.ServeSettings(model=f"{folder}/")) == "my-model"
+    assert serve.served_name(serve.ServeSettings(model="org/name")) == "org/name"
+    assert serve.served_name(serve.ServeSettings()) == "demo"
+    assert serve.served_name(serve.ServeSettings(served_model_name="x")) == "x"
 
 
 def test_without_prefill_workers_decode_workers_prefill() -> None:
