@@ -1,0 +1,301 @@
+"""The data plane over ZeroMQ and TCP: works between any two hosts and needs nothing but pyzmq.
+
+Each end binds one ROUTER, where it receives, and connects one DEALER to each peer, where it sends. One movement is one
+message: a header and the bytes of the blocks in pieces of at most 4 MiB, straight out of pool memory. The receiver
+copies a message into its blocks only if it has posted that very movement for that very peer and every size fits;
+anything else is counted in `dropped` and has no effect. How much is under way is bounded by the protocol's credits,
+with the high-water marks of the sockets behind them.
+
+Facts used (libzmq's zmq_setsockopt(3), zmq_msg_send(3)): IMMEDIATE queues only on established connections and drops the
+queue when one breaks, so heartbeats bound the time for which a cancelled send still refers to memory; ROUTER_HANDOVER
+lets a peer that reconnects replace its own dead connection; the parts of a message are taken all or none, unless the
+connection breaks in between.
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import zmq
+
+from kvtransfer.blocks.memory import BlockMemory
+from kvtransfer.planes.base import ChunkKey, IoDone
+from kvtransfer.planes.host import host_identity
+from kvtransfer.planes.ledger import Ledger, check_posting
+from node.errors import SettingsError
+from node.messages import PlaneAddress
+
+PIECE_BYTES = 4 << 20
+MAX_MESSAGES_A_POLL = 32
+"""So that a flood cannot keep the owner from its timers; the socket stays readable."""
+MAX_QUEUED_MESSAGES = 256
+HEARTBEAT_INTERVAL_MS = 1_000
+HEARTBEAT_TIMEOUT_MS = 5_000
+HANDSHAKE_TIMEOUT_MS = 5_000
+
+_HEADER = struct.Struct("<4sH16sQHIQ")
+"""Magic, version, transfer id, seq, retry, blocks, bytes a block."""
+_MAGIC, _VERSION = b"BKVX", 1
+_ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):[1-9][0-9]{0,4}", re.ASCII)
+_LOOPBACK = re.compile(r"tcp://(?:127\.|localhost:|\[::1\])")
+
+
+@dataclass(slots=True)
+class _Send:
+    key: ChunkKey
+    blocks: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class _Link:
+    address: PlaneAddress
+    socket: zmq.Socket[bytes]
+    queue: deque[_Send] = field(default_factory=deque)  # not yet taken by the socket
+    taken: dict[ChunkKey, list[zmq.MessageTracker]] = field(default_factory=dict)  # whose memory the socket may read
+
+
+class ZmqPlane:
+    """One end, called `identity` as its worker's endpoint is; `host` is the address that peers reach it by."""
+
+    name = "zmq"
+    pulls = False
+
+    def __init__(
+        self, context: zmq.Context[zmq.Socket[bytes]], memory: BlockMemory, identity: str, host: str = "127.0.0.1"
+    ) -> None:
+        """Raises SettingsError if `host` is no address of this machine, or the identity is too long for a socket."""
+        self.dropped: Counter[str] = Counter()
+        """Messages that arrived and were not taken, by reason: header, unknown, stranger, size."""
+        self._context = context
+        self._memory = memory
+        self._identity = identity.encode()
+        self._host = host_identity()
+        self._ledger = Ledger()
+        self._links: dict[str, _Link] = {}
+        self._draining: list[tuple[bytes, zmq.MessageTracker]] = []  # of sends that are over, memory still in use
+        if not 1 <= len(self._identity) <= 255 or self._identity[0] == 0:
+            raise SettingsError(f"{identity!r} cannot name a socket")
+        if host in ("", "*", "0.0.0.0", "::"):
+            raise SettingsError(f"{host!r} is no address that a peer can connect to")
+        self._router = self._bind(host)
+
+    def describe(self) -> PlaneAddress:
+        text = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        return PlaneAddress(plane=self.name, host=self._host, address=text)
+
+    def reaches(self, peer: PlaneAddress) -> bool:
+        """Whether the address makes sense from here; nothing is sent to find out."""
+        if peer.plane != self.name or not _is_address(peer.address):
+            return False
+        return peer.host == self._host or not _LOOPBACK.match(peer.address)
+
+    def connect(self, peer: str, address: PlaneAddress) -> None:
+        """Connecting goes on in the background, so that the first chunk need not wait for it.
+
+        An address that makes no sense (it is a peer's text) leaves the peer unconnected: sends to it fail.
+        """
+        known = self._links.get(peer)
+        if known is not None and known.address == address:
+            return
+        if known is not None:
+            self._hang_up(peer)
+        socket = self._dial(address)
+        if socket is not None:
+            self._links[peer] = _Link(address, socket)
+
+    def post_send(self, peer: str, key: ChunkKey, blocks: Sequence[int]) -> None:
+        check_posting(self._memory.num_blocks, blocks)
+        link = self._links.get(peer)
+        if link is None:
+            self._ledger.end_send(key, "the peer is not connected")
+            return
+        link.queue.append(_Send(key, tuple(blocks)))
+        self._flush(peer)
+
+    def post_receive(self, peer: str, key: ChunkKey, source: Sequence[int], blocks: Sequence[int]) -> None:
+        check_posting(self._memory.num_blocks, blocks, source)
+        self._ledger.post_receive(peer, key, blocks)
+
+    def poll(self) -> list[IoDone]:
+        for peer in list(self._links):
+            self._flush(peer)
+            self._end_sends(self._links.get(peer))
+        for _ in range(MAX_MESSAGES_A_POLL):
+            try:
+                frames = self._router.recv_multipart(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                break
+            self._on_message(frames)
+        return self._ledger.report()
+
+    def cancel(self, transfer_id: bytes) -> None:
+        self._ledger.cancel(transfer_id)
+        for link in self._links.values():
+            link.queue = deque(send for send in link.queue if send.key.transfer_id != transfer_id)
+            for key in [key for key in link.taken if key.transfer_id == transfer_id]:
+                self._draining += [(transfer_id, tracker) for tracker in link.taken.pop(key)]
+
+    def idle(self, transfer_id: bytes) -> bool:
+        """Whether nothing is posted, and no socket refers to blocks of a send any more."""
+        self._draining = [(owner, tracker) for owner, tracker in self._draining if not tracker.done]
+        if self._ledger.receiving(transfer_id) or any(owner == transfer_id for owner, _ in self._draining):
+            return False
+        return not any(
+            key.transfer_id == transfer_id
+            for link in self._links.values()
+            for key in [*link.taken, *(send.key for send in link.queue)]
+        )
+
+    def forget(self, peer: str) -> None:
+        self._ledger.forget(peer)
+        if peer in self._links:
+            self._hang_up(peer)
+
+    def sockets(self) -> list[object]:
+        return [self._router]
+
+    def close(self) -> None:
+        for peer in list(self._links):
+            self._hang_up(peer)
+        self._router.close(0)
+        self._ledger.clear()
+        self._draining.clear()
+
+    # -- sockets
+
+    def _bind(self, host: str) -> zmq.Socket[bytes]:
+        router = self._socket(zmq.ROUTER)
+        router.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
+        router.setsockopt(zmq.MAXMSGSIZE, PIECE_BYTES)
+        router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
+        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+        router.setsockopt(zmq.IPV6, ":" in host)
+        try:
+            router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:*")
+        except zmq.ZMQError as error:
+            router.close(0)
+            raise SettingsError(f"cannot bind a data socket on {host!r}: {error}") from None
+        return router
+
+    def _dial(self, address: PlaneAddress) -> zmq.Socket[bytes] | None:
+        if not _is_address(address.address):
+            return None
+        dealer = self._socket(zmq.DEALER)
+        dealer.setsockopt(zmq.ROUTING_ID, self._identity)
+        dealer.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
+        dealer.setsockopt(zmq.SNDTIMEO, 0)
+        dealer.setsockopt(zmq.IMMEDIATE, 1)
+        dealer.setsockopt(zmq.MAXMSGSIZE, 4096)  # nobody answers here, but for the handshake and heartbeats
+        dealer.setsockopt(zmq.IPV6, "[" in address.address)
+        try:
+            dealer.connect(address.address)
+        except zmq.ZMQError:
+            dealer.close(0)
+            return None
+        return dealer
+
+    def _hang_up(self, peer: str) -> None:
+        """Close the connection: what the socket had taken and not sent is dropped, and its memory let go."""
+        link = self._links.pop(peer)
+        link.socket.close(0)
+        for key, trackers in link.taken.items():
+            self._draining += [(key.transfer_id, tracker) for tracker in trackers]
+        for key in [*link.taken, *(send.key for send in link.queue)]:
+            self._ledger.end_send(key, "the peer is gone")
+
+    def _socket(self, kind: int) -> zmq.Socket[bytes]:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        return socket
+
+    # -- sending
+
+    def _flush(self, peer: str) -> None:
+        """Hand the socket as much as it takes now."""
+        link = self._links[peer]
+        while link.queue and int(link.socket.getsockopt(zmq.EVENTS)) & zmq.POLLOUT:
+            if not self._hand_over(link.socket, link.queue.popleft(), link.taken):
+                self._hang_up(peer)
+                self.connect(peer, link.address)
+                return
+
+    def _hand_over(
+        self, socket: zmq.Socket[bytes], send: _Send, taken: dict[ChunkKey, list[zmq.MessageTracker]]
+    ) -> bool:
+        """Send one message. False if the connection broke inside it: the socket would drop parts of the next one too."""
+        header = _HEADER.pack(_MAGIC, _VERSION, *send.key, len(send.blocks), self._memory.block_bytes)
+        trackers = taken[send.key] = []
+        pieces = list(self._pieces(send.blocks))
+        try:
+            socket.send(header, zmq.NOBLOCK | zmq.SNDMORE)
+            for number, piece in enumerate(pieces, 1):
+                more = zmq.SNDMORE if number < len(pieces) else 0
+                tracker = socket.send(piece, zmq.NOBLOCK | more, copy=False, track=True)
+                assert tracker is not None
+                trackers.append(tracker)
+        except zmq.Again:
+            return False
+        return True
+
+    def _end_sends(self, link: _Link | None) -> None:
+        """Report the sends whose memory the socket has let go."""
+        taken = link.taken if link is not None else {}
+        for key in [key for key, trackers in taken.items() if all(tracker.done for tracker in trackers)]:
+            del taken[key]
+            self._ledger.end_send(key)
+
+    def _pieces(self, blocks: Sequence[int]) -> Iterator[memoryview]:
+        """The bytes of the blocks in order, cut as both ends cut them."""
+        for index in blocks:
+            block = self._memory.block(index)
+            for start in range(0, len(block), PIECE_BYTES):
+                yield block[start : start + PIECE_BYTES]
+
+    # -- receiving
+
+    def _on_message(self, frames: Sequence[zmq.Frame]) -> None:
+        """Copy a movement that was asked for; count anything else."""
+        if len(frames) < 2 or (header := _parse(frames[1].buffer)) is None:
+            self.dropped["header"] += 1
+            return
+        key, num_blocks, block_bytes = header
+        receive = self._ledger.receive(key)
+        if receive is None:
+            self.dropped["unknown"] += 1
+        elif frames[0].bytes != receive.peer.encode():
+            self.dropped["stranger"] += 1
+        elif (num_blocks, block_bytes) == (len(receive.blocks), self._memory.block_bytes) and self._copy(
+            [frame.buffer for frame in frames[2:]], receive.blocks
+        ):
+            self._ledger.end_receive(key)
+        else:
+            self.dropped["size"] += 1
+
+    def _copy(self, payload: Sequence[memoryview], blocks: Sequence[int]) -> bool:
+        """Fill `blocks`; False, and nothing is written, unless every piece has the right size."""
+        targets = list(self._pieces(blocks))
+        if [len(piece) for piece in payload] != [len(target) for target in targets]:
+            return False
+        for target, piece in zip(targets, payload, strict=True):
+            target[:] = piece
+        return True
+
+
+def _parse(header: memoryview) -> tuple[ChunkKey, int, int] | None:
+    """Key, number of blocks and bytes of a block; None for what is no header of ours."""
+    if len(header) != _HEADER.size:
+        return None
+    magic, version, transfer_id, seq, retry, num_blocks, block_bytes = _HEADER.unpack(header)
+    if (magic, version) != (_MAGIC, _VERSION):
+        return None
+    return ChunkKey(transfer_id, seq, retry), num_blocks, block_bytes
+
+
+def _is_address(text: str) -> bool:
+    return _ADDRESS.fullmatch(text) is not None and int(text.rpartition(":")[2]) <= 65535
