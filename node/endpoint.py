@@ -10,6 +10,7 @@ stranger can do, ZMTP heartbeats find a dead host (libzmq's zmq_setsockopt(3)).
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections.abc import Iterable
 
@@ -17,6 +18,9 @@ import zmq
 
 from node.errors import SettingsError
 from node.messages import MAX_BODY_BYTES, BadMessage, Message, decode, encode
+from node.telemetry import log_event
+
+logger = logging.getLogger("endpoint")
 
 MAX_FRAMES_A_TURN = 1024
 """So that a flood on one socket cannot keep the owner from its timers."""
@@ -197,7 +201,7 @@ class Endpoint:
             if len(frames) == 2:
                 self._admit(frames[0], frames[1], inbox)
             else:
-                self.rejected += 1
+                self._reject(f"{len(frames)} frames")
 
     def _drain_link(self, socket: zmq.Socket[bytes], inbox: list[tuple[str, Message]]) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -208,10 +212,16 @@ class Endpoint:
             if len(frames) == 1:
                 self._admit(self._names[socket].encode(), frames[0], inbox)
             else:
-                self.rejected += 1
+                self._reject(f"{len(frames)} frames")
 
     def _admit(self, peer: bytes, body: bytes, inbox: list[tuple[str, Message]]) -> None:
         try:
             inbox.append((peer.decode(), decode(body)))
-        except (BadMessage, UnicodeDecodeError):
-            self.rejected += 1
+        except (BadMessage, UnicodeDecodeError) as error:
+            self._reject(str(error))
+
+    def _reject(self, reason: str) -> None:
+        """Count, and log at 1, 2, 4, 8 ...: a flood of garbage must not become a flood of log lines."""
+        self.rejected += 1
+        if self.rejected & (self.rejected - 1) == 0:
+            log_event(logger, "message_rejected", level=logging.WARNING, count=self.rejected, reason=reason)

@@ -169,12 +169,14 @@ def _planes(names: Sequence[str], pool: BlockPool, context: Context, identity: s
     """The planes by name, in the order of preference; one that this machine cannot offer is left out."""
     makers: dict[str, Callable[[], Plane]] = {
         "shm": lambda: ShmPlane(pool),
-        "zmq": lambda: ZmqPlane(pool, context, identity, bind.rpartition(":")[0].removeprefix("tcp://")),
+        "zmq": lambda: ZmqPlane(context, pool, identity, bind.rpartition(":")[0].removeprefix("tcp://")),
     }
     if unknown := [name for name in names if name not in makers]:
         raise SettingsError(f"--plane {unknown[0]}: there are {', '.join(makers)}")
     return [makers[name]() for name in names if name != "shm" or pool.shared is not None]
 
 
-def _log_progress(text: str) -> None:
-    log_event(logger, "loading", step=text)
+def _log_progress(loaded: int, total: int) -> None:
+    """About ten lines, whatever the number of tensors."""
+    if total and loaded * 10 // total != (loaded - 1) * 10 // total:
+        log_event(logger, "loading_weights", tensors=loaded, of=total)
