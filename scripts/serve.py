@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import secrets
 import shlex
 import signal
 import socket
@@ -108,10 +109,19 @@ def check_port(host: str, port: int) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback interface that was free a moment ago; known here because workers must be told it."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A free port of the loopback interface, known before the proxy binds it because workers must be told it.
+
+    Drawn from below the range that systems hand out by themselves, so that no other process gets it in between.
+    """
+    for _ in range(100):
+        port = 20_000 + secrets.randbelow(10_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+        return port
+    raise SettingsError("no free port between 20000 and 29999 on 127.0.0.1")
 
 
 def token_probe(host: str, port: int) -> Callable[[], Awaitable[str]]:

@@ -189,7 +189,8 @@ def test_a_whole_life(tmp_path: Path, signum: int) -> None:
     port = serve.free_port()
     with serving(tmp_path, port, "--prefill", "2") as process:
         assert process.stdout is not None
-        assert lines_until(process, "ready ")[-1] == f"ready http://127.0.0.1:{port}"
+        lines = lines_until(process, "ready ")
+        assert lines[-1] == f"ready http://127.0.0.1:{port}", lines
         assert process.stdout.readline().startswith(f"curl http://127.0.0.1:{port}/v1/completions ")
         process.send_signal(signum)
         rest = process.stdout.read().splitlines()
