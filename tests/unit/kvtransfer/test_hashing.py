@@ -142,7 +142,7 @@ def test_the_namespace_is_the_same_in_another_process() -> None:
     code = (
         "from kvtransfer.blocks.hashing import *; from kvtransfer.blocks.layout import KVLayout;"
         "import sys; assert 'torch' not in sys.modules, 'the proxy must not load torch';"
-        f"l = KVLayout(4, 2, 64, 16, 'bfloat16');"
+        "l = KVLayout(4, 2, 64, 16, 'bfloat16');"
         "print(namespace_digest(model_fingerprint=b'm'*32, layout=l, weight_dtype='bfloat16', tp_size=2, tp_rank=0,"
         "rope_fingerprint=b'r'*32, tokenizer_fingerprint=b't'*32).hex())"
     )

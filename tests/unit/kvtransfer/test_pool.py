@@ -1,4 +1,4 @@
-"""Guards the memory behind block ids: views and tensor are the same bytes, and nothing outlives close or the process."""
+"""Guards the memory behind block ids: views and tensor are the same bytes, and nothing outlives `close`."""
 
 from __future__ import annotations
 
