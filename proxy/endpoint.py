@@ -88,11 +88,13 @@ class GenerateEndpoint:
         try:
             with self._service.gate:
                 body = await read_body(scope, receive, self._service.settings.max_body_bytes)
-                await _while_there(receive, self._answer(request_id, body, reply, arrived_s))
-        except (ClientGone, OSError):  # OSError: the server's send, once the connection is closed
-            self._service.metrics.failed["disconnected"].inc()
+                await _while_there(receive, reply, self._answer(request_id, body, reply, arrived_s))
         except Exception as error:
-            await self._fail(request_id, reply, error)
+            # The server's send raises OSError once the connection is closed; TimeoutError is one too, but our own.
+            if isinstance(error, ClientGone | OSError) and not isinstance(error, TimeoutError):
+                self._service.metrics.failed["disconnected"].inc()
+            else:
+                await self._fail(request_id, reply, error)
 
     async def _answer(self, request_id: str, body: bytes, reply: Reply, arrived_s: float) -> None:
         service = self._service
@@ -211,14 +213,14 @@ class Exchange:
         return Usage(prompt_tokens, self._completion_tokens, cached_tokens)
 
 
-async def _while_there(receive: Receive, work: Coroutine[None, None, None]) -> None:
-    """Run `work` to its end, or cancel it and raise ClientGone when the client closes its connection first."""
+async def _while_there(receive: Receive, reply: Reply, work: Coroutine[None, None, None]) -> None:
+    """Run `work` to its end, or cancel it and raise ClientGone when the client leaves before it has the answer."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
     try:
         await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        if not working.done() and not reply.ended:
             raise ClientGone
-        working.result()
+        await working
     finally:
         working.cancel()
         watching.cancel()

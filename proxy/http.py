@@ -71,11 +71,13 @@ class Reply:
         self._send = send
         self._headers = dict(headers)
         self.begun = False
+        self.ended = False
 
     async def whole(self, body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """A complete JSON answer."""
         length = {"content-type": "application/json", "content-length": str(len(body))}
         await self._begin(status, {**length, **(headers or {})})
+        self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
     async def events(self, *data: bytes) -> None:
@@ -89,6 +91,7 @@ class Reply:
 
     async def end(self) -> None:
         """The end of a stream of events."""
+        self.ended = True
         await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, failure: Failure) -> None:

@@ -39,7 +39,9 @@ def says(text: Text) -> Says:
         ids += [text.eos_ids[-1]] if finish == "stop" else []
 
         def script(call: Call) -> list[Step]:
-            logprobs = (Logprob(-0.5, ((ids[0], -0.25),) * call.sampling.top_logprobs),) if call.sampling.logprobs else ()
+            logprobs = (
+                (Logprob(-0.5, ((ids[0], -0.25),) * call.sampling.top_logprobs),) if call.sampling.logprobs else ()
+            )
             steps: list[Step] = [Delta((token,), logprobs, "", cached_tokens) for token in ids[:-1]]
             return [*steps, Delta((ids[-1],), logprobs, finish, cached_tokens)]
 

@@ -20,9 +20,13 @@ from node.errors import BadRequest, SettingsError
 from proxy.template import ChatTemplate
 from proxy.text import LONG_TEXT_CHARS, SamplingDefaults, Text
 
-EXTRA = sorted(path.parent for path in Path(os.environ.get("BATON_TEST_TOKENIZERS", "/nowhere")).glob("*/tokenizer.json"))
+EXTRA = sorted(
+    path.parent for path in Path(os.environ.get("BATON_TEST_TOKENIZERS", "/nowhere")).glob("*/tokenizer.json")
+)
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
-words = st.lists(st.sampled_from(["日本語", " the", "é", "👩‍👩‍👧", "\n", " ", "  ", "ß", "x" * 9, "नमस्ते", "<|end|>"])).map("".join)
+words = st.lists(
+    st.sampled_from(["日本語", " the", "é", "👩‍👩‍👧", "\n", " ", "  ", "ß", "x" * 9, "नमस्ते", "<|end|>"])
+).map("".join)
 moderate = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -31,7 +35,9 @@ def streamed(text: Text, ids: Sequence[int]) -> list[str]:
     return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
 
 
-@pytest.fixture(scope="module", params=["demo", "byte_fallback", *EXTRA], ids=lambda param: getattr(param, "name", param))
+@pytest.fixture(
+    scope="module", params=["demo", "byte_fallback", *EXTRA], ids=lambda param: getattr(param, "name", param)
+)
 def any_text(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Text:
     if request.param == "demo":
         return Text(demo_folder)
@@ -159,7 +165,10 @@ def test_a_truncation_in_the_file_does_not_cut_prompts(tmp_path: Path, demo_fold
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(folder / "tokenizer.json"))
     text = Text(folder)
-    assert text.decode(text.encode("one two three four five six", add_special_tokens=True)) == "one two three four five six"
+    assert (
+        text.decode(text.encode("one two three four five six", add_special_tokens=True))
+        == "one two three four five six"
+    )
     assert len(text.encode("one", add_special_tokens=True)) < 4
 
 
@@ -259,4 +268,6 @@ def test_a_template_that_fails_is_the_clients_error_and_cannot_leave_its_sandbox
 def test_more_tokenizers_are_only_skipped_loudly() -> None:
     """Guards against believing that real models' tokenizers were covered when none was there."""
     if not EXTRA:
-        pytest.skip("BATON_TEST_TOKENIZERS names no folder: only the demo tokenizer and a byte-fallback one were tested")
+        pytest.skip(
+            "BATON_TEST_TOKENIZERS names no folder: only the demo tokenizer and a byte-fallback one were tested"
+        )
