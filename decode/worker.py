@@ -291,7 +291,7 @@ class DecodeWorker:
         if transfer_id := sequence.transfer_id:
             self._reserved.pop(transfer_id)
             sequence.table.quarantine_from(sequence.first_missing_block, transfer_id)
-            self._carrier.do(lambda exchange, now: exchange.abort_receiver(transfer_id, "cancelled", now))
+            self._carrier.do(lambda exchange, now: exchange.cancel_receiver(transfer_id, "cancelled", now))
         else:
             sequence.table.release()
             for group in (self._waiting, self._running):

@@ -134,6 +134,7 @@ class Counters:
     received_blocks: int = 0
     transfers_sent: int = 0
     transfers_received: int = 0
+    transfers_cancelled: int = 0
     transfers_failed: int = 0
     pairs_refused: int = 0
     strange_messages: int = 0
@@ -212,9 +213,10 @@ class Exchange:
         if (sending := self._senders.get(leg)) is not None:
             self._run_sender(sending, sending.machine.on_token(token_id, logprob, now), now)
 
-    def abort_sender(self, leg: LegKey, reason: str, now: float) -> None:
+    def cancel_sender(self, leg: LegKey, reason: str, now: float) -> None:
+        """Nobody wants this KV any more. SenderEnded follows when nothing reads its blocks."""
         if (sending := self._senders.get(leg)) is not None:
-            self._run_sender(sending, sending.machine.abort(reason, now), now)
+            self._run_sender(sending, sending.machine.abort(reason, now, cancelled=True), now)
 
     def open_receiver(self, incoming: Incoming, now: float) -> None:
         pair = self._pairs.get(incoming.peer)
@@ -237,11 +239,16 @@ class Exchange:
         self._receivers[incoming.transfer_id] = self._live_receivers[incoming.transfer_id] = receiving
         self._run_receiver(receiving, machine.start(now), now)
 
-    def abort_receiver(self, transfer_id: bytes, reason: str, now: float) -> None:
-        if self._waiting.pop(transfer_id, None) is not None:
-            self.events.append(ReceiverEnded(transfer_id, reason))
-        elif (receiving := self._receivers.get(transfer_id)) is not None:
-            self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
+    def cancel_receiver(self, transfer_id: bytes, reason: str, now: float) -> None:
+        """Nobody wants this KV any more. ReceiverEnded follows when nothing writes to its blocks."""
+        if not self._end_waiting(transfer_id, reason) and (receiving := self._receivers.get(transfer_id)) is not None:
+            self._run_receiver(receiving, receiving.machine.abort(reason, now, cancelled=True), now)
+
+    def _end_waiting(self, transfer_id: bytes, reason: str) -> bool:
+        if self._waiting.pop(transfer_id, None) is None:
+            return False
+        self.events.append(ReceiverEnded(transfer_id, reason))
+        return True
 
     # ---- told by the wire
 
@@ -293,7 +300,7 @@ class Exchange:
             self._tick_receiver(receiving, now)
         self._forget_ended(now)
         for incoming in [i for i in self._waiting.values() if now >= i.deadline]:
-            self.abort_receiver(incoming.transfer_id, "the prefill worker never said hello", now)
+            self._end_waiting(incoming.transfer_id, "the prefill worker never said hello")
         while self._lost:
             self._lose(self._lost.pop(), "peer lost", now)
 
@@ -377,7 +384,7 @@ class Exchange:
         for sending in [s for s in self._live_senders.values() if s.peer == peer]:
             self._run_sender(sending, sending.machine.abort(reason, now), now)
         for transfer_id in [i.transfer_id for i in self._waiting.values() if i.peer == peer]:
-            self.abort_receiver(transfer_id, reason, now)
+            self._end_waiting(transfer_id, reason)
         for receiving in [r for r in self._live_receivers.values() if r.peer == peer]:
             self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
         pair = self._pairs.pop(peer, None)
@@ -443,8 +450,14 @@ class Exchange:
             self.counters.sent_blocks += sending.machine.offered_blocks
             self.counters.transfer_s_sum += transfer_s
         else:
-            self.counters.transfers_failed += 1
+            self._count_end(ended)
         self.events.append(SenderEnded(sending.leg, ended.ok, ended.reason, sending.machine.offered_blocks, transfer_s))
+
+    def _count_end(self, ended: Ended) -> None:
+        if ended.cancelled:
+            self.counters.transfers_cancelled += 1
+        else:
+            self.counters.transfers_failed += 1
 
     def _run_receiver(self, receiving: _Receiving, actions: list[Action], now: float) -> None:
         plane = self._plane_of(receiving.peer)
@@ -468,7 +481,7 @@ class Exchange:
                     self.events.append(KvArrived(transfer_id, action.token_id, action.logprob))
                 case Ended():
                     self._receiver_over(receiving, now)
-                    self.counters.transfers_failed += 1
+                    self._count_end(action)
                     self.events.append(ReceiverEnded(transfer_id, action.reason))
 
     def _settle_receiver(self, receiving: _Receiving, now: float) -> None:

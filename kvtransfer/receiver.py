@@ -90,22 +90,26 @@ class Receiver:
         self._renew_at = now + self._timing.lease_s / 4
         return [Tell(self._grant)]
 
-    def abort(self, reason: str, now: float) -> list[Action]:
+    def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
         """Give up; also the way to end a transfer whose sequence was cancelled."""
         if self.state is not State.OPEN:
             return []
-        return [*self._stop(reason), Tell(Abort(transfer_id=self.transfer_id, reason=reason))]
+        stop = self._stop(Ended(False, reason, cancelled))
+        return [*stop, self._say_abort()]
 
     def on_message(self, message: Message, now: float) -> list[Action]:
         match message:
             case Abort():
-                return [*self._stop(message.reason), Tell(Aborted(transfer_id=self.transfer_id))]
+                return [
+                    *self._stop(Ended(False, message.reason, message.cancelled)),
+                    Tell(Aborted(transfer_id=self.transfer_id)),
+                ]
             case Aborted():
-                return self._stop("aborted by the peer")
+                return self._stop(Ended(False, "aborted by the peer"))
         if self.state is State.DONE:
             return [Tell(Ack(transfer_id=self.transfer_id))]
         if self.state is not State.OPEN:
-            return [Tell(Abort(transfer_id=self.transfer_id, reason=self._outcome.reason))]
+            return [self._say_abort()]
         match message:
             case Offer():
                 return self._on_offer(message, now)
@@ -239,9 +243,13 @@ class Receiver:
         begin = offer.first_block - self._first_block
         return self._blocks[begin : begin + len(offer.source)]
 
-    def _stop(self, reason: str) -> list[Action]:
+    def _say_abort(self) -> Tell:
+        outcome = self._outcome
+        return Tell(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))
+
+    def _stop(self, outcome: Ended) -> list[Action]:
         if self.state is not State.OPEN:
             return []
         self.state = State.STOPPING
-        self._outcome = Ended(False, reason)
+        self._outcome = outcome
         return [CancelIo()]

@@ -75,10 +75,10 @@ class Sender:
         self._token = (token_id, logprob)
         return self._offer(now)
 
-    def abort(self, reason: str, now: float) -> list[Action]:
+    def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
         if self.state is not State.OPEN:
             return []
-        return [*self._stop(False, reason), *self._say_abort()]
+        return [*self._stop(Ended(False, reason, cancelled)), *self._say_abort()]
 
     # -- told by the wire
 
@@ -88,11 +88,14 @@ class Sender:
             case Grant():
                 return self._on_grant(message, now)
             case Abort():
-                return [*self._stop(False, message.reason), Tell(Aborted(transfer_id=message.transfer_id))]
+                return [
+                    *self._stop(Ended(False, message.reason, message.cancelled)),
+                    Tell(Aborted(transfer_id=message.transfer_id)),
+                ]
             case Aborted():
-                return self._stop(False, "aborted by the peer")
+                return self._stop(Ended(False, "aborted by the peer"))
             case Ack():
-                return self._stop(True, "")
+                return self._stop(Ended(True))
         if self.state is not State.OPEN:
             return [] if self._outcome.ok else self._say_abort()
         match message:
@@ -193,11 +196,12 @@ class Sender:
     def _say_abort(self) -> list[Action]:
         if self.transfer_id is None:
             return []
-        return [Tell(Abort(transfer_id=self.transfer_id, reason=self._outcome.reason))]
+        outcome = self._outcome
+        return [Tell(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))]
 
-    def _stop(self, ok: bool, reason: str) -> list[Action]:
+    def _stop(self, outcome: Ended) -> list[Action]:
         if self.state is not State.OPEN:
             return []
         self.state = State.STOPPING
-        self._outcome = Ended(ok, reason)
+        self._outcome = outcome
         return [CancelIo()]

@@ -83,6 +83,8 @@ class Ended:
 
     ok: bool
     reason: str = ""
+    cancelled: bool = False
+    """Not ok, but nothing went wrong: nobody wanted it any more."""
 
 
 Action = Tell | PostSend | PostReceive | CancelIo | Arrived | Ended

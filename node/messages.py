@@ -371,6 +371,8 @@ class Abort(Message, tag="Abort", kw_only=True):
 
     transfer_id: TransferId
     reason: Text
+    cancelled: bool = False
+    """Nothing went wrong: nobody wants the KV any more."""
 
 
 class Aborted(Message, tag="Aborted", kw_only=True):

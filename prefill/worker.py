@@ -140,7 +140,7 @@ class PrefillWorker:
             self._give_up(job, None)
         for leg in [leg for leg in self._owed if _means(message, leg)]:
             self._owed.discard(leg)
-            self._abort_sender(leg, "cancelled")
+            self._cancel_sender(leg, "cancelled")
         self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
 
     def _on_sender_ended(self, event: SenderEnded) -> None:
@@ -229,7 +229,7 @@ class PrefillWorker:
             ),
         )
         if finish:
-            self._abort_sender(leg, "finished at its first token")
+            self._cancel_sender(leg, "finished at its first token")
         else:
             self._tell_blocks(job, len(job.table.blocks))
             self._carrier.do(lambda exchange, now: exchange.tell_token(leg, token.token_id, token.logprob, now))
@@ -246,7 +246,7 @@ class PrefillWorker:
             self._forget(job)
             job.table.release()
         else:
-            self._abort_sender(job.leg, "cancelled")
+            self._cancel_sender(job.leg, "cancelled")
             self._lease(job)
 
     def _lease(self, job: Job) -> None:
@@ -258,8 +258,8 @@ class PrefillWorker:
         del self._jobs[job.leg]
         del self._arrived_at[job.leg]
 
-    def _abort_sender(self, leg: LegKey, reason: str) -> None:
-        self._carrier.do(lambda exchange, now: exchange.abort_sender(leg, reason, now))
+    def _cancel_sender(self, leg: LegKey, reason: str) -> None:
+        self._carrier.do(lambda exchange, now: exchange.cancel_sender(leg, reason, now))
 
     def _expire(self, now: float) -> None:
         for job in [job for job in self._jobs.values() if now >= job.deadline]:

@@ -256,7 +256,7 @@ class SimNode:
 
     def cancel_prefill(self, leg: LegKey) -> None:
         if self.alive and leg in self.tables:
-            self.exchange.abort_sender(leg, "cancelled", self.world.now)
+            self.exchange.cancel_sender(leg, "cancelled", self.world.now)
             self.settle()
 
     def _sender_ended(self, event: SenderEnded) -> None:
@@ -314,7 +314,7 @@ class SimNode:
         _, _, first = self.world.held.pop(request.transfer_id)
         del self.tables[request.leg]
         table.quarantine_from(first, request.transfer_id)
-        self.exchange.abort_receiver(request.transfer_id, "cancelled", self.world.now)
+        self.exchange.cancel_receiver(request.transfer_id, "cancelled", self.world.now)
         self.settle()
 
     def _arrived(self, event: KvArrived) -> None:

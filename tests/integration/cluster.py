@@ -1,0 +1,204 @@
+"""Real processes on this machine for the integration tests: a proxy and any number of workers, killed and cleaned up.
+
+    with Cluster(prefill=2, decode=2) as cluster:
+        cluster.complete("Once upon a time", max_tokens=8)
+        cluster.kill("d0")
+
+Every wait is bounded. On leaving, all processes must end by themselves within their drain time (a worker that holds on
+to a block fails `check()` and so its exit status), unless the test killed them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 60.0
+STOP_TIMEOUT_S = 20.0
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@dataclass(slots=True)
+class Cluster:
+    """See the module's docstring. Workers are called p0, p1, ... and d0, d1, ..."""
+
+    prefill: int = 1
+    decode: int = 1
+    model: str = "demo"
+    proxy_args: tuple[str, ...] = ("--local-prefill", "never")
+    worker_args: tuple[str, ...] = ()
+    prefill_args: tuple[str, ...] = ()
+    decode_args: tuple[str, ...] = ()
+    log_folder: Path | None = None
+    http_port: int = field(default_factory=free_port)
+    control_port: int = field(default_factory=free_port)
+    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
+    killed: set[str] = field(default_factory=set)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.http_port}"
+
+    def __enter__(self) -> Self:
+        try:
+            self.start_proxy()
+            for number in range(self.prefill):
+                self.start_worker("prefill", f"p{number}")
+            for number in range(self.decode):
+                self.start_worker("decode", f"d{number}")
+            self.wait_ready(self.prefill + self.decode)
+        except BaseException:
+            self._kill_all()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._kill_all()
+            return
+        bad = self.stop()
+        assert not bad, f"these did not end cleanly: {bad}"
+
+    # -- processes
+
+    def start_proxy(self) -> None:
+        self._spawn(
+            "proxy",
+            "proxy",
+            "--model",
+            self.model,
+            "--port",
+            str(self.http_port),
+            "--control-address",
+            f"tcp://127.0.0.1:{self.control_port}",
+            *self.proxy_args,
+        )
+
+    def start_worker(self, role: str, name: str, *extra: str) -> None:
+        own = self.prefill_args if role == "prefill" else self.decode_args
+        self._spawn(
+            name,
+            role,
+            "--model",
+            self.model,
+            "--proxy",
+            f"tcp://127.0.0.1:{self.control_port}",
+            "--worker-id",
+            name,
+            "--device",
+            "cpu",
+            "--drain-s",
+            "10",
+            *self.worker_args,
+            *own,
+            *extra,
+        )
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        self.processes[name].send_signal(number)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.killed.add(name)
+        self.processes[name].kill()
+        self.processes[name].wait(STOP_TIMEOUT_S)
+
+    def stop(self) -> dict[str, int]:
+        """SIGTERM to all, workers first; returns the exit status of those that did not end with 0."""
+        workers = [name for name in self.processes if name != "proxy"]
+        for name in [*workers, "proxy"]:
+            process = self.processes[name]
+            if process.poll() is None:
+                process.send_signal(signal.SIGCONT)
+                process.terminate()
+        bad: dict[str, int] = {}
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for name, process in self.processes.items():
+            try:
+                process.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait(STOP_TIMEOUT_S)
+            if process.returncode != 0 and name not in self.killed:
+                bad[name] = process.returncode
+        return bad
+
+    def wait_ready(self, workers: int) -> None:
+        """Until so many workers have joined and a token comes through."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            for name, process in self.processes.items():
+                assert process.poll() is None or name in self.killed, f"{name} ended with {process.returncode}"
+            try:
+                if self.num_workers() >= workers and httpx.get(f"{self.url}/health_generate", timeout=10).is_success:
+                    return
+            except httpx.TransportError:
+                pass
+            time.sleep(0.1)
+        raise AssertionError(f"the cluster is not ready after {START_TIMEOUT_S} s")
+
+    def num_workers(self) -> int:
+        """Live workers, as the proxy's metrics count them."""
+        return len([line for line in self.metrics() if line.startswith("baton:worker_up{") and line.endswith(" 1.0")])
+
+    def metrics(self) -> list[str]:
+        return httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+
+    # -- requests
+
+    def complete(self, prompt: str | list[int], **body: Any) -> dict[str, Any]:
+        """One non-streaming completion; greedy unless the body says otherwise."""
+        payload = {"model": self.model_name, "prompt": prompt, "temperature": 0, **body}
+        answer = httpx.post(f"{self.url}/v1/completions", json=payload, timeout=120)
+        assert answer.status_code == 200, answer.text
+        return dict(answer.json())
+
+    def stream(self, prompt: str | list[int], **body: Any) -> Iterator[dict[str, Any]]:
+        """The chunks of one streamed completion, as they come."""
+        payload = {"model": self.model_name, "prompt": prompt, "temperature": 0, "stream": True, **body}
+        with httpx.stream("POST", f"{self.url}/v1/completions", json=payload, timeout=120) as answer:
+            assert answer.status_code == 200, answer.read()
+            for line in answer.iter_lines():
+                if line.startswith("data: ") and line != "data: [DONE]":
+                    yield json.loads(line.removeprefix("data: "))
+
+    @property
+    def model_name(self) -> str:
+        return Path(self.model).name
+
+    # -- inside
+
+    def _spawn(self, name: str, module: str, *arguments: str) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
+        log = subprocess.DEVNULL if self.log_folder is None else (self.log_folder / f"{name}.log").open("ab")
+        self.processes[name] = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+        )
+        if self.log_folder is not None:
+            log.close()  # type: ignore[union-attr]
+
+    def _kill_all(self) -> None:
+        for process in self.processes.values():
+            process.kill()
+        for process in self.processes.values():
+            process.wait(STOP_TIMEOUT_S)
