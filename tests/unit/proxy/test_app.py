@@ -395,7 +395,8 @@ async def test_a_connection_closed_under_a_write_cancels_too(
     async def receive() -> dict[str, Any]:
         if body:
             return {"type": "http.request", "body": body.pop(), "more_body": False}
-        return await asyncio.Event().wait() or {}
+        await asyncio.Event().wait()
+        return {}
 
     async def send(message: Any) -> None:
         raise OSError("connection closed")
@@ -518,7 +519,7 @@ async def test_keys(guarded: httpx.AsyncClient, header: str, status: int) -> Non
 
 async def test_a_key_beyond_ascii(guarded: httpx.AsyncClient) -> None:
     """Guards against a crash in comparing, and a configured key that can never match."""
-    answer = await guarded.get("/v1/models", headers={"authorization": "Bearer schlüssel".encode()})
+    answer = await guarded.get("/v1/models", headers={b"authorization": "Bearer schlüssel".encode()})
     assert answer.status_code == 200
 
 

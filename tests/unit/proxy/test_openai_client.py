@@ -7,6 +7,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import openai
 import pytest
@@ -19,7 +20,7 @@ from proxy.text import Text
 
 Says = Callable[..., Callable[[Call], list[Step]]]
 ANSWER = "Once upon a time 日本 there was."
-USER = [{"role": "user", "content": "Tell me a story"}]
+USER: Any = [{"role": "user", "content": "Tell me a story"}]
 
 
 class Server(uvicorn.Server):

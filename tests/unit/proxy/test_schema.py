@@ -91,7 +91,7 @@ WRONG_VALUES = [
 @pytest.mark.parametrize("base", [CHAT, COMPLETION], ids=["chat", "completion"])
 @pytest.mark.parametrize(("name", "value"), WRONG_VALUES)
 def test_a_wrong_value_is_refused_by_name(base: dict[str, Any], name: str, value: object) -> None:
-    """Guards against a value out of bounds or of another type reaching a worker, or an error that does not say which."""
+    """Guards against a value out of bounds or of another type reaching a worker, or an error that hides its name."""
     error = refused(base, **{name: value})
     assert error.param is not None and error.param.split(".")[0] == name
     assert name in str(error)
@@ -106,7 +106,22 @@ def test_numbers_that_are_none_are_refused(base: dict[str, Any], number: str) ->
         read(body(base, temperature=0.5).replace(b"0.5", number.encode()))
 
 
-PROMPTS = [5, None, {}, [], [[]], [1.5], [True], [-1], [2**40], ["a", 1], [1, "a"], [["a"]], [[1], "a"], ["a"] * 5000]
+PROMPTS: list[Any] = [
+    5,
+    None,
+    {},
+    [],
+    [[]],
+    [1.5],
+    [True],
+    [-1],
+    [2**40],
+    ["a", 1],
+    [1, "a"],
+    [["a"]],
+    [[1], "a"],
+    ["a"] * 5000,
+]
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: str(prompt)[:20])
@@ -117,7 +132,7 @@ async def test_a_prompt_of_another_shape_is_refused(text: Text, prompt: object) 
     assert raised.value.param == "prompt"
 
 
-MESSAGES = [
+MESSAGES: list[Any] = [
     [],
     None,
     "Hi",
@@ -239,7 +254,7 @@ def test_contradictions_are_refused() -> None:
 
 async def test_every_sampling_parameter_arrives(text: Text) -> None:
     """Guards against a parameter accepted and then dropped on the way to the worker."""
-    asked = {
+    asked: dict[str, Any] = {
         "max_tokens": 7,
         "min_tokens": 3,
         "temperature": 0.25,
@@ -311,7 +326,7 @@ async def test_echo(text: Text) -> None:
 async def test_parts_of_text_and_answers_sent_back(text: Text) -> None:
     """Guards against refusing the message that a client got from us and sends back with the next turn."""
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
-    answer = {
+    answer: dict[str, Any] = {
         "role": "assistant",
         "content": "yes",
         "refusal": None,
