@@ -1,23 +1,20 @@
 """The ops that a step is made of, over plain tensors. Knows no model, no batch object and nothing else of ours.
 
 `reference` holds the slow, obvious torch version of every op: the oracle of every test here and of every kernel to
-come. `cpu` holds the two attentions that the CPU runs, the same results by fewer and larger operations. `linear`
-prepares weights for the machine. `philox` is the counter-based generator. Triton kernels get a file each beside
-these, with the same signatures (norm, rope, activation, kv_write, prefill_attention, decode_attention, sampling), and
-are chosen here; callers import the names below only.
+come. `cpu_attention` and `cpu_sampling` hold what the CPU runs instead where that would be slow: the same results by
+fewer operations. `linear` prepares weights for the machine. `philox` is the counter-based generator. Triton kernels
+get a file each beside these, with the same signatures (norm, rope, activation, kv_write, prefill_attention,
+decode_attention, sampling), and are chosen here; callers import the names below only.
 """
 
-from kernels.cpu import DecodeGroup, Workspace, chunk_attention, decode_attention
+from kernels.cpu_attention import DecodeGroup, Workspace, chunk_attention, decode_attention
+from kernels.cpu_sampling import draw, keep_top_k, keep_top_p
 from kernels.linear import Linear
-from kernels.philox import philox4x32, uniform
 from kernels.reference import (
     add_rms_norm,
     apply_penalties,
     apply_rope,
-    gumbel_argmax,
     keep_min_p,
-    keep_top_k,
-    keep_top_p,
     rms_norm,
     silu_and_mul,
     write_kv,
@@ -32,13 +29,11 @@ __all__ = [
     "apply_rope",
     "chunk_attention",
     "decode_attention",
-    "gumbel_argmax",
+    "draw",
     "keep_min_p",
     "keep_top_k",
     "keep_top_p",
-    "philox4x32",
     "rms_norm",
     "silu_and_mul",
-    "uniform",
     "write_kv",
 ]

@@ -114,13 +114,22 @@ def keep_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> None:
 
 
 def keep_top_p(logits: torch.Tensor, top_p: torch.Tensor) -> None:
-    """Keeps the fewest likeliest tokens whose probabilities sum to top_p [rows, 1] or more; of equals the lower id."""
-    ordered, order = logits.sort(dim=-1, descending=True, stable=True)
-    probabilities = ordered.softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities
-    dropped = before >= top_p
-    dropped[:, 0] = False
-    logits.masked_fill_(torch.zeros_like(dropped).scatter_(-1, order, dropped), NEGATIVE_INFINITY)
+    """Keeps the fewest likeliest tokens that sum to top_p [rows, 1] or more, and those equal to the last of them."""
+    ordered = logits.sort(-1, descending=True).values
+    floor = nucleus_floor(ordered, logits.logsumexp(-1, keepdim=True), top_p)
+    logits.masked_fill_(logits < floor, NEGATIVE_INFINITY)
+
+
+def nucleus_floor(ordered: torch.Tensor, total: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
+    """The smallest logit [rows, 1] that top_p keeps, of the largest logits in falling order [rows, n].
+
+    total: log of the sum of exp over all logits of the row, [rows, 1]. A token stays while those before it sum to less
+    than top_p, so the first always does.
+    """
+    probabilities = (ordered - total).exp()
+    before = F.pad(probabilities.cumsum(-1)[:, :-1], (1, 0))
+    kept = (before < top_p).sum(-1, keepdim=True)
+    return ordered.gather(-1, kept - 1)
 
 
 def gumbel_argmax(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:

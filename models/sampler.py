@@ -8,7 +8,7 @@ token.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -96,29 +96,23 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Seq
     """Tokens [rows] drawn from the filtered distributions; the logits are overwritten."""
     vocab_size = logits.shape[-1]
     logits.div_(torch.tensor([each.temperature for each in params])[:, None])
-    for keep, rows, values in (
-        (
-            kernels.keep_min_p,
-            [row for row, each in enumerate(params) if each.min_p > 0.0],
-            [each.min_p for each in params],
-        ),
-        (
-            kernels.keep_top_k,
-            [row for row, each in enumerate(params) if 0 < each.top_k < vocab_size],
-            [each.top_k for each in params],
-        ),
-        (
-            kernels.keep_top_p,
-            [row for row, each in enumerate(params) if each.top_p < 1.0],
-            [each.top_p for each in params],
-        ),
-    ):
-        if rows:
-            part = logits[rows]
-            keep(part, torch.tensor([values[row] for row in rows])[:, None])
-            logits[rows] = part
+    _filter(logits, kernels.keep_min_p, {row: each.min_p for row, each in enumerate(params) if each.min_p > 0.0})
+    _filter(logits, kernels.keep_top_k, {row: each.top_k for row, each in enumerate(params) if 0 < each.top_k < vocab_size})
+    _filter(logits, kernels.keep_top_p, {row: each.top_p for row, each in enumerate(params) if each.top_p < 1.0})
     seeds = torch.tensor([each.seed for each in params], dtype=torch.int64)
-    return kernels.gumbel_argmax(logits, kernels.uniform(seeds, torch.tensor(positions, dtype=torch.int64), vocab_size))
+    return kernels.draw(logits, seeds, torch.tensor(positions, dtype=torch.int64))
+
+
+def _filter(
+    logits: torch.Tensor, keep: Callable[[torch.Tensor, torch.Tensor], None], values: Mapping[int, float]
+) -> None:
+    """Applies `keep` in place to the rows that have a value for it."""
+    if not values:
+        return
+    rows = list(values)
+    part = logits[rows]
+    keep(part, torch.tensor([values[row] for row in rows])[:, None])
+    logits[rows] = part
 
 
 def _logprob(raw: torch.Tensor, token_id: int, num_top: int) -> Logprob:
