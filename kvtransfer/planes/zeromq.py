@@ -228,7 +228,7 @@ class ZmqPlane:
     def _hand_over(
         self, socket: zmq.Socket[bytes], send: _Send, taken: dict[ChunkKey, list[zmq.MessageTracker]]
     ) -> bool:
-        """Send one message. False if the connection broke inside it: the socket would drop parts of the next one too."""
+        """Send one message; False if the connection broke inside it: this socket would drop parts of the next one."""
         header = _HEADER.pack(_MAGIC, _VERSION, *send.key, len(send.blocks), self._memory.block_bytes)
         trackers = taken[send.key] = []
         pieces = list(self._pieces(send.blocks))

@@ -333,6 +333,26 @@ def test_a_peers_nonsense_is_not_reached_and_breaks_nothing(rig: Rig, text: str)
     end.plane.forget(RECEIVER)
 
 
+@pytest.mark.parametrize("kind", PLANES[1:])
+def test_a_peer_with_a_new_address_is_used_there(kind: str) -> None:
+    """The old memory may still be mapped and the old socket still connected: both would give stale blocks."""
+    rig = Rig(kind)
+    old, new, receiver = rig.end(SENDER), rig.end(STRANGER), rig.end(RECEIVER)
+    rig.move(old, receiver, ChunkKey(X, 0, 0), [0], [0])
+    rig.until(lambda: bool(rig.received(receiver)))
+    if receiver.plane.pulls:
+        receiver.plane.connect(SENDER, new.plane.describe())
+        receiver.plane.post_receive(SENDER, ChunkKey(Y, 0, 0), [0], [1])
+    else:  # here the sender's address book decides: from now on `new` is who the old one calls decode
+        old.plane.connect(RECEIVER, new.plane.describe())
+        new.plane.post_receive(SENDER, ChunkKey(Y, 0, 0), [0], [1])
+        old.plane.post_send(RECEIVER, ChunkKey(Y, 0, 0), [0])
+    target, source = (receiver, new) if receiver.plane.pulls else (new, old)
+    rig.until(lambda: ChunkKey(Y, 0, 0) in rig.received(target))
+    assert target.content([1]) == source.content([0])
+    rig.close()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="counts in /proc")
 @pytest.mark.parametrize("kind", PLANES)
 def test_close_leaves_no_descriptor_no_mapping_and_no_thread(kind: str) -> None:

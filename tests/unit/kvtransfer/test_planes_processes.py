@@ -135,6 +135,29 @@ def test_zmq_outlives_a_sender_that_is_killed(context: zmq.Context[zmq.Socket[by
     child.end()
 
 
+def test_zmq_keeps_blocks_that_a_frozen_peer_has_not_taken_until_it_is_forgotten(
+    context: zmq.Context[zmq.Socket[bytes]], memory: HostMemory
+) -> None:
+    """libzmq still reads the pool: `idle` too early sends the next owner's bytes, and never would leak the blocks."""
+    child, plane = Child("zmq"), ZmqPlane(context, memory, PARENT)
+    plane.connect(CHILD, child.address)
+    plane.post_send(CHILD, ChunkKey(b"x" * 16, 0, 0), [0])
+    assert poll_until(plane, lambda done: bool(done))[0].ok
+    child.process.send_signal(signal.SIGSTOP)
+    every = list(range(NUM_BLOCKS))
+    for seq in range(40):  # 64 MB, more than any socket buffer
+        plane.post_send(CHILD, ChunkKey(b"y" * 16, seq, 0), every)
+    plane.cancel(b"y" * 16)
+    assert not plane.idle(b"y" * 16)
+    assert plane.poll() == []
+    plane.forget(CHILD)
+    poll_until(plane, lambda _: plane.idle(b"y" * 16))
+    assert plane.poll() == []
+    plane.close()
+    child.kill()
+    child.end()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="memfd and /proc are Linux")
 def test_shm_between_processes_and_after_the_owners_death(memory: HostMemory) -> None:
     """The mapping outlives its owner; a new one cannot be made, and after `forget` nothing is left of it."""

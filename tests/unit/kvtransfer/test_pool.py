@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import mmap
 import os
 import random
 import sys
@@ -130,10 +131,13 @@ def test_a_reader_refuses_what_is_not_the_memory_described(pool: BlockPool) -> N
     pipe_read, pipe_write = os.pipe()
     plain = os.memfd_create("plain")
     os.ftruncate(plain, shared.size_bytes)
+    os.pwrite(
+        plain, shared.nonce, shared.size_bytes - mmap.PAGESIZE
+    )  # all is right but the seals: its owner could cut it
     before = len(os.listdir("/proc/self/fd"))
     for wrong_pid, wrong in [
         (pid, shared._replace(nonce=b"\0" * 16)),
-        (pid, shared._replace(size_bytes=shared.size_bytes + 4096)),
+        (pid, shared._replace(size_bytes=shared.size_bytes + mmap.PAGESIZE)),
         (pid, shared._replace(size_bytes=0)),
         (pid, shared._replace(size_bytes=17)),
         (pid, SharedFile(pipe_read, shared.size_bytes, shared.nonce)),
