@@ -97,7 +97,9 @@ def _draw(logits: torch.Tensor, params: Sequence[SamplingParams], positions: Seq
     vocab_size = logits.shape[-1]
     logits.div_(torch.tensor([each.temperature for each in params])[:, None])
     _filter(logits, kernels.keep_min_p, {row: each.min_p for row, each in enumerate(params) if each.min_p > 0.0})
-    _filter(logits, kernels.keep_top_k, {row: each.top_k for row, each in enumerate(params) if 0 < each.top_k < vocab_size})
+    _filter(
+        logits, kernels.keep_top_k, {row: each.top_k for row, each in enumerate(params) if 0 < each.top_k < vocab_size}
+    )
     _filter(logits, kernels.keep_top_p, {row: each.top_p for row, each in enumerate(params) if each.top_p < 1.0})
     seeds = torch.tensor([each.seed for each in params], dtype=torch.int64)
     return kernels.draw(logits, seeds, torch.tensor(positions, dtype=torch.int64))

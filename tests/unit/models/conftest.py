@@ -45,7 +45,7 @@ class Made:
 
 @pytest.fixture
 def make_model(tmp_path: Path) -> Callable[..., Made]:
-    """make_model(family, shard_size=..., **config) saves a random model and returns its folder and transformers' own."""
+    """make_model(family, shard_size=..., **config) saves a random model; gives its folder and transformers' own."""
 
     def make(family: str, shard_size: str = "5GB", **config: object) -> Made:
         config_class, model_class = CONFIGS[family]
@@ -91,7 +91,8 @@ class Sequences:
         """The prompt's rows in pieces of `size`; only the last draws."""
         starts = range(0, len(tokens), size)
         return [
-            Row(tokens[s : s + size], s, self.tables[index], GREEDY if s + size >= len(tokens) else None) for s in starts
+            Row(tokens[s : s + size], s, self.tables[index], GREEDY if s + size >= len(tokens) else None)
+            for s in starts
         ]
 
     def greedy(self, index: int, prompt: list[int], count: int, chunk: int = 10_000) -> tuple[list[int], torch.Tensor]:

@@ -24,7 +24,10 @@ FAMILIES = {
     "yarn rope": ("llama", {"rope_parameters": YARN}),
     "yarn rope, own factors": (
         "qwen2",
-        {"rope_parameters": YARN | {"beta_fast": 20, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False}},
+        {
+            "rope_parameters": YARN
+            | {"beta_fast": 20, "beta_slow": 2, "mscale": 0.7, "mscale_all_dim": 0.4, "truncate": False}
+        },
     ),
     "yarn rope, attention factor": ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
     "mistral": ("mistral", {"sliding_window": None}),

@@ -38,7 +38,7 @@ def test_long_chunk_after_a_prefix_equals_one_shot(make_model, sequences):
 
 
 def test_row_alone_equals_row_among_32(make_model, sequences):
-    """Guards against rows that leak into each other: 32 sequences of all lengths, chunks and single tokens in each step."""
+    """Guards against rows that leak into each other: 32 sequences, chunks and single tokens mixed in each step."""
     runner = ModelRunner.load(make_model("qwen3", **WINDOWED).folder)
     chance = random.Random(2)
     prompts = [[chance.randrange(131) for _ in range(chance.randrange(1, 120))] for _ in range(32)]

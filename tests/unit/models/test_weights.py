@@ -115,9 +115,7 @@ def test_dummy_weights_are_the_same_everywhere(make_model, sequences, prompt):
     """Guards against a prefill and a decode worker that make different models out of one folder."""
     folder = make_model("qwen3", tie_word_embeddings=True).folder
     (folder / "model.safetensors").unlink()
-    found = [
-        sequences(ModelRunner.load(folder, load_format="dummy"), 1, 64).greedy(0, prompt, 3)[1] for _ in range(2)
-    ]
+    found = [sequences(ModelRunner.load(folder, load_format="dummy"), 1, 64).greedy(0, prompt, 3)[1] for _ in range(2)]
     assert torch.equal(*found)
     assert bool(found[0].isfinite().all()) and float(found[0].std()) > 0
 

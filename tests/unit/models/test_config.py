@@ -1,0 +1,215 @@
+"""Reading a model folder's configuration: the shape, both spellings of rope, and a clear error for what is wrong."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+
+from models.config import ARCHITECTURES, ModelConfig, UnsupportedModel
+from models.rope import inverse_frequencies
+from models.rope_config import RopeConfig
+from node.errors import SettingsError
+
+PLAIN = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+QWEN2 = PLAIN | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
+
+
+def write(folder, config, generation=None):
+    (folder / "config.json").write_text(config if isinstance(config, str) else json.dumps(config))
+    if generation is not None:
+        (folder / "generation_config.json").write_text(json.dumps(generation))
+    return folder
+
+
+def read(folder, config, generation=None) -> ModelConfig:
+    return ModelConfig.from_folder(write(folder, config, generation))
+
+
+def test_defaults_of_a_short_config(tmp_path):
+    """Guards against a default that differs from transformers', which older folders rely on."""
+    config = read(tmp_path, PLAIN | {"eos_token_id": 3})
+    theirs = transformers.LlamaConfig(**{key: value for key, value in PLAIN.items() if key != "architectures"})
+    assert config.head_dim == theirs.head_dim == 16
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.rope == RopeConfig("default", theirs.rope_parameters["rope_theta"])
+    assert not (config.tie_word_embeddings or config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
+    assert config.sliding_window is None and config.windowed_layers == (False,) * 4
+    assert config.eos_token_ids == (3,) and config.dtype == "float32"
+    assert config.max_model_len == 256 and config.group_size == 2
+
+
+@pytest.mark.parametrize(
+    ("config", "generation", "expected"),
+    [
+        ({"eos_token_id": [1, 2]}, None, (1, 2)),
+        ({"eos_token_id": 1}, {"eos_token_id": [5, 6]}, (5, 6)),
+        ({"eos_token_id": 1}, {"temperature": 0.5}, (1,)),
+        ({"eos_token_id": 0}, {"eos_token_id": None}, (0,)),
+        ({}, None, ()),
+    ],
+)
+def test_end_tokens(tmp_path, config, generation, expected):
+    """Guards against generations that never end: generation_config.json decides, else config.json."""
+    assert read(tmp_path, PLAIN | config, generation).eos_token_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("config", "window", "layers"),
+    [
+        (PLAIN | {"sliding_window": 8}, None, (False,) * 4),  # Llama has none, whatever the config says
+        (PLAIN | {"architectures": ["MistralForCausalLM"], "sliding_window": 8}, 8, (True,) * 4),
+        (PLAIN | {"architectures": ["MistralForCausalLM"], "sliding_window": None}, None, (False,) * 4),
+        (PLAIN | {"architectures": ["MistralForCausalLM"]}, 4096, (True,) * 4),
+        (QWEN2 | {"max_window_layers": 3}, 8, (False, False, False, True)),
+        (QWEN2 | {"max_window_layers": 0}, 8, (True,) * 4),
+        (QWEN2 | {"max_window_layers": 4}, None, (False,) * 4),
+        (QWEN2 | {"use_sliding_window": False, "max_window_layers": 0}, None, (False,) * 4),
+        (QWEN2 | {"layer_types": ["sliding_attention", *["full_attention"] * 3]}, 8, (True, False, False, False)),
+    ],
+)
+def test_sliding_windows(tmp_path, config, window, layers):
+    """Guards against a window where transformers has none, and the reverse."""
+    found = read(tmp_path, config)
+    assert (found.sliding_window, found.windowed_layers) == (window, layers)
+
+
+ROPES = [
+    {"rope_type": "default"},
+    {"rope_type": "linear", "factor": 4.0},
+    {"rope_type": "dynamic", "factor": 2.0},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "truncate": False, "beta_fast": 16},
+    {"rope_type": "yarn", "factor": 40.0, "original_max_position_embeddings": 64, "mscale": 1.0, "mscale_all_dim": 0.7},
+    {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "attention_factor": 0.5},
+    {"rope_type": "yarn", "factor": 2.0},
+]
+
+
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: "-".join(map(str, rope.values())))
+@pytest.mark.parametrize("spelling", ["rope_parameters", "rope_scaling", "rope_scaling with type"])
+def test_frequencies_equal_those_of_transformers_bit_for_bit(tmp_path, rope, spelling):
+    """Guards against a scaling that is nearly right, which shows only far into a long text."""
+    theirs = transformers.LlamaConfig(
+        **{key: value for key, value in PLAIN.items() if key != "architectures"},
+        rope_parameters=rope | {"rope_theta": 5e5},
+    )
+    if spelling == "rope_parameters":
+        config = read(tmp_path, PLAIN | {"rope_parameters": rope | {"rope_theta": 5e5}})
+    elif spelling == "rope_scaling":
+        config = read(tmp_path, PLAIN | {"rope_scaling": rope, "rope_theta": 5e5})
+    else:
+        old = {"type" if key == "rope_type" else key: value for key, value in rope.items()}
+        config = read(tmp_path, PLAIN | {"rope_scaling": old, "rope_theta": 5e5})
+    if rope["rope_type"] == "default":
+        expected, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(theirs)
+    else:
+        expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, torch.device("cpu"))
+    assert torch.equal(inverse_frequencies(config.rope, config.head_dim), expected)
+    assert config.rope.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_yarn_folder_may_be_used_beyond_its_original_length(tmp_path):
+    """Guards against long prompts refused: Qwen's yarn folders keep the original length in max_position_embeddings."""
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    assert read(tmp_path, PLAIN | {"rope_scaling": rope}).max_model_len == 1024
+
+
+def test_unsupported_architecture_is_refused_by_name(tmp_path):
+    with pytest.raises(UnsupportedModel) as caught:
+        read(tmp_path, PLAIN | {"architectures": ["MambaForCausalLM"]})
+    assert isinstance(caught.value, SettingsError)
+    for name in ("MambaForCausalLM", *ARCHITECTURES):
+        assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("spelling", ["type", "rope_type"])
+def test_unknown_rope_type_is_refused_by_name(tmp_path, spelling):
+    with pytest.raises(SettingsError, match=r"longrope.*supported: default, linear"):
+        read(tmp_path, PLAIN | {"rope_scaling": {spelling: "longrope", "factor": 2.0}})
+
+
+@pytest.mark.parametrize("key", [key for key in PLAIN if key != "num_key_value_heads"])
+def test_missing_key_is_named(tmp_path, key):
+    with pytest.raises(SettingsError, match=f"config.json.*'{key}' is missing"):
+        read(tmp_path, {name: value for name, value in PLAIN.items() if name != key})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("vocab_size", "100"),
+        ("vocab_size", True),
+        ("hidden_size", 64.0),
+        ("hidden_size", -64),
+        ("hidden_size", 65),
+        ("num_hidden_layers", 0),
+        ("num_attention_heads", []),
+        ("num_key_value_heads", 3),
+        ("head_dim", 15),
+        ("rms_norm_eps", "small"),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", -1),
+        ("tie_word_embeddings", 1),
+        ("architectures", "LlamaForCausalLM"),
+        ("architectures", []),
+        ("architectures", [1]),
+        ("hidden_act", "gelu"),
+        ("torch_dtype", "int8"),
+        ("rope_scaling", "linear"),
+        ("rope_scaling", {"type": "linear"}),
+        ("rope_scaling", {"type": "linear", "factor": "2"}),
+        ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
+        ("partial_rotary_factor", 0.5),
+        ("quantization_config", {"quant_method": "awq"}),
+        ("eos_token_id", "</s>"),
+        ("eos_token_id", [1, -2]),
+    ],
+)
+def test_wrong_value_is_named(tmp_path, key, value):
+    """Guards against a Python traceback, or a model of another shape, where a config is wrong."""
+    named = "factor" if isinstance(value, dict) and "type" in value else key
+    with pytest.raises(SettingsError, match=rf"config.json.*{named}"):
+        read(tmp_path, PLAIN | {key: value})
+
+
+@pytest.mark.parametrize("layer_types", [["full_attention"] * 3, ["full_attention"] * 3 + ["chunked_attention"]])
+def test_layer_types_that_do_not_fit_are_refused(tmp_path, layer_types):
+    with pytest.raises(SettingsError, match="layer_types"):
+        read(tmp_path, QWEN2 | {"layer_types": layer_types})
+
+
+@pytest.mark.parametrize("text", ["", '{"architectures": ["Llama', "[1, 2]", "\x00", "[" * 100_000])
+def test_file_that_is_no_json_object_is_named(tmp_path, text):
+    with pytest.raises(SettingsError, match=r"config\.json"):
+        read(tmp_path, text)
+
+
+def test_missing_folder_is_named(tmp_path):
+    with pytest.raises(SettingsError, match=r"nowhere.config\.json"):
+        ModelConfig.from_folder(tmp_path / "nowhere")
+
+
+def test_broken_generation_config_is_named(tmp_path):
+    write(tmp_path, PLAIN)
+    (tmp_path / "generation_config.json").write_text("{")
+    with pytest.raises(SettingsError, match=r"generation_config\.json"):
+        ModelConfig.from_folder(tmp_path)
