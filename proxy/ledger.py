@@ -38,7 +38,8 @@ class Ledger:
         known = len(self.accepted) - message.index
         if known < 0:
             raise Gap(f"token {message.index} came, {len(self.accepted)} is next")
-        if tuple(self.accepted[message.index :]) != message.ids[:known]:
+        repeated = message.ids[:known]
+        if tuple(self.accepted[message.index : message.index + len(repeated)]) != repeated:
             raise Gap(f"token {message.index} was told differently before")
         new = message.ids[known:]
         if not new and not message.finish:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -26,6 +27,7 @@ from typing import Any, Self
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
+_WORKER_LINE = re.compile(r'baton:worker_(?P<name>\w+)\{role="\w+",worker="(?P<worker>\w+)"\} (?P<value>\S+)')
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 
@@ -164,6 +166,48 @@ class Cluster:
     def metrics(self) -> list[str]:
         return httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
 
+    def worker_values(self, name: str) -> dict[str, float]:
+        """A number that every live worker reports, such as "running", by worker."""
+        found = (_WORKER_LINE.fullmatch(line) for line in self.metrics())
+        return {match["worker"]: float(match["value"]) for match in found if match and match["name"] == name}
+
+    def counter(self, name: str) -> float:
+        """A counter of the proxy's engine, such as "retries"."""
+        lines = [line for line in self.metrics() if line.startswith(f"baton:{name}_total{{")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
+        """Poll until `condition` holds; `what` says what was waited for."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s\n" + "\n".join(self._worker_lines())
+            time.sleep(0.02)
+
+    def wait_workers(self, *names: str, timeout_s: float = START_TIMEOUT_S) -> None:
+        """Until exactly these workers are members."""
+        self.wait_until(lambda: set(self.worker_values("running")) == set(names), f"members {names}", timeout_s)
+
+    def wait_idle(self, timeout_s: float = 30.0) -> None:
+        """Until no worker has work, and every block of each is free or cached."""
+        self.wait_until(self._is_idle, "idle workers that hold no block", timeout_s)
+
+    def wait_end(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """The exit status of a process that ends by itself."""
+        return self.processes[name].wait(timeout_s)
+
+    def log(self, name: str) -> str:
+        """What a process has logged so far, in all its lives."""
+        assert self.log_folder is not None
+        return (self.log_folder / f"{name}.log").read_text(errors="replace")
+
+    def ports(self, name: str) -> list[int]:
+        """The TCP ports that a process listens on, as Linux tells."""
+        pid = self.processes[name].pid
+        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+        inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return sorted(int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in inodes)
+
     # -- requests
 
     def complete(self, prompt: str | list[int], **body: Any) -> dict[str, Any]:
@@ -187,6 +231,13 @@ class Cluster:
         return Path(self.model).name
 
     # -- inside
+
+    def _is_idle(self) -> bool:
+        busy = [name for name in ("running", "waiting") if any(self.worker_values(name).values())]
+        return not busy and self.worker_values("free_blocks") == self.worker_values("total_blocks")
+
+    def _worker_lines(self) -> list[str]:
+        return [line for line in self.metrics() if line.startswith("baton:")]
 
     def _spawn(self, name: str, module: str, *arguments: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}

@@ -11,7 +11,7 @@ import torch
 from tests.integration.prompts import PROMPTS
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
-MAX_TOKENS = 48
+MAX_TOKENS = 32
 
 
 class Oracle:

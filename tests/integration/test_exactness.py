@@ -10,6 +10,8 @@ import pytest
 from tests.integration.cluster import Cluster
 from tests.integration.conftest import MAX_TOKENS, Oracle
 
+pytestmark = pytest.mark.timeout(400)
+
 
 def _answers(cluster: Cluster, prompts: list[str], at_once: int) -> list[tuple[str, int]]:
     def ask(prompt: str) -> tuple[str, int]:

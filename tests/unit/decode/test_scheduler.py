@@ -1,0 +1,75 @@
+"""decode.scheduler: nobody computes without blocks, the most senior always gets on, nobody overtakes."""
+
+from __future__ import annotations
+
+from decode.scheduler import Item, Limits, plan
+from hypothesis import given
+from hypothesis import strategies as st
+
+LIMITS = Limits(block_tokens=4, max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=16)
+
+
+def _blocks(num_tokens: int) -> int:
+    return -(-num_tokens // LIMITS.block_tokens)
+
+
+@st.composite
+def _running(draw: st.DrawFn) -> Item:
+    num_tokens = draw(st.integers(1, 60))
+    num_computed = draw(st.integers(0, num_tokens - 1))
+    return Item(num_tokens, num_computed, draw(st.integers(_blocks(num_computed), _blocks(num_tokens))))
+
+
+_waiting = st.integers(1, 60).map(lambda n: Item(n, 0, 0))
+
+
+@given(st.lists(_running(), max_size=8), st.lists(_waiting, max_size=4), st.integers(0, 40))
+def test_a_plan_can_be_carried_out(running: list[Item], waiting: list[Item], free: int) -> None:
+    """Guards against over-commitment: blocks, token budget, rows, and a row for someone who was preempted."""
+    result = plan(running, waiting, free, LIMITS)
+    for index in result.preempted:
+        free += running[index].num_blocks
+    for step in result.steps:
+        item = running[step.index]
+        assert step.index not in result.preempted
+        assert 0 < step.length <= min(item.num_tokens - item.num_computed, LIMITS.max_chunk_tokens)
+        free -= max(0, _blocks(item.num_computed + step.length) - item.num_blocks)
+    free -= sum(_blocks(item.num_tokens + 1) for item in waiting[: result.admitted])
+    assert free >= 0
+    assert sum(step.length for step in result.steps) <= LIMITS.max_num_batched_tokens
+    alive = len(running) - len(result.preempted)
+    assert result.admitted == 0 or alive + result.admitted <= LIMITS.max_num_seqs
+
+
+@given(st.lists(_running(), min_size=1, max_size=8), st.integers(0, 40))
+def test_the_most_senior_gets_on_or_nobody_can(running: list[Item], free: int) -> None:
+    """Guards against livelock: juniors give way, in order, before the most senior stands still."""
+    result = plan(running, [], free, LIMITS)
+    assert result.preempted == tuple(range(len(running) - 1, len(running) - 1 - len(result.preempted), -1))
+    if 0 in result.preempted:
+        item = running[0]
+        others = sum(other.num_blocks for other in running[1:])
+        assert _blocks(item.num_computed + 1) - item.num_blocks > 0
+        assert free + others < LIMITS.max_chunk_tokens // LIMITS.block_tokens + 1
+    else:
+        assert result.steps[0].index == 0
+
+
+def test_every_running_sequence_decodes_beside_a_chunk() -> None:
+    """Guards TBT: a long prompt takes only what the budget leaves beside one token for everybody."""
+    prompt = Item(num_tokens=100, num_computed=0, num_blocks=25)
+    decoding = Item(num_tokens=10, num_computed=9, num_blocks=3)
+    result = plan([prompt, *[decoding] * 7], [], 0, LIMITS)
+    assert [(s.index, s.length) for s in result.steps] == [(0, 16), *[(i, 1) for i in range(1, 8)]]
+
+
+def test_no_admission_while_somebody_gives_way() -> None:
+    """Guards against thrashing: blocks freed by preemption belong to the running ones."""
+    result = plan([Item(5, 4, 1), Item(9, 8, 2)], [Item(1, 0, 0)], 0, LIMITS)
+    assert result.preempted == (1,) and result.admitted == 0
+
+
+def test_waiting_sequences_do_not_overtake() -> None:
+    """Guards against starvation of a long sequence by short ones behind it."""
+    assert plan([], [Item(40, 0, 0), Item(1, 0, 0)], 5, LIMITS).admitted == 0
+    assert plan([], [Item(1, 0, 0), Item(40, 0, 0)], 5, LIMITS).admitted == 1

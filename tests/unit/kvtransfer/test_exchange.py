@@ -1,0 +1,141 @@
+"""kvtransfer.exchange over the real planes: what was computed arrives bit for bit; who does not fit is refused."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+from collections.abc import Callable
+
+import pytest
+import zmq
+from kvtransfer.blocks.layout import KVLayout
+from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded, Wire
+from kvtransfer.planes.base import Plane
+from kvtransfer.planes.loopback import LoopbackFabric
+from kvtransfer.planes.shm import ShmPlane
+from kvtransfer.planes.zeromq import ZmqPlane
+from node.messages import Message
+
+LAYOUT = KVLayout(num_layers=2, kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
+NUM_BLOCKS = 24
+LEG = LegKey("r", 0)
+MakePlane = Callable[[str, BlockPool], Plane]
+
+
+class _Pair:
+    """Two exchanges in one thread; messages are carried by hand."""
+
+    def __init__(self, make: MakePlane, namespaces: tuple[bytes, bytes] = (b"n" * 32, b"n" * 32)) -> None:
+        self.now = 0.0
+        self.pools = {name: BlockPool(LAYOUT, NUM_BLOCKS) for name in ("p/1", "d/1")}
+        self._mail: deque[tuple[str, str, Message]] = deque()
+        self.ends = {
+            name: Exchange(
+                name,
+                namespace,
+                [make(name, pool)],
+                pool.digest,
+                Wire(self._sender(name), lambda peer, address: None),
+                chunk_blocks=3,
+                window=2,
+            )
+            for (name, pool), namespace in zip(self.pools.items(), namespaces, strict=True)
+        }
+
+    def _sender(self, name: str) -> Callable[[str, Message], bool]:
+        def send(peer: str, message: Message) -> bool:
+            self._mail.append((name, peer, message))
+            return True
+
+        return send
+
+    def run_until(self, done: Callable[[list[Event]], bool], turns: int = 5000) -> list[Event]:
+        events: list[Event] = []
+        for _ in range(turns):
+            while self._mail:
+                sender, peer, message = self._mail.popleft()
+                self.ends[peer].on_message(sender, message, self.now)
+            for end in self.ends.values():
+                end.tick(self.now)
+                events += end.events
+                end.events.clear()
+            if done(events):
+                return events
+            self.now += 0.001
+        raise AssertionError(f"nothing more happens: {events}")
+
+    def close(self) -> None:
+        for end in self.ends.values():
+            end.close()
+        for pool in self.pools.values():
+            pool.close()
+
+
+@pytest.fixture(params=["loopback", "zmq", "shm"])
+def make(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
+    context = zmq.Context()
+    fabric = LoopbackFabric()
+    makers: dict[str, MakePlane] = {
+        "loopback": lambda name, pool: fabric.plane(name, pool),
+        "zmq": lambda name, pool: ZmqPlane(context, pool, name),
+        "shm": lambda name, pool: ShmPlane(pool),
+    }
+    yield makers[request.param]
+    context.destroy(linger=0)
+
+
+def _fill(pool: BlockPool, seed: int) -> None:
+    noise = random.Random(seed)
+    for block in range(pool.num_blocks):
+        pool.write(block, noise.randbytes(pool.block_bytes))
+
+
+def test_moved_kv_is_equal_bit_for_bit(make: MakePlane) -> None:
+    """Guards the bytes: chunk-wise offers, a cached prefix that does not travel, other block ids at each end."""
+    pair = _Pair(make)
+    _fill(pair.pools["p/1"], 1)
+    _fill(pair.pools["d/1"], 2)
+    before = [bytes(pair.pools["d/1"].block(b)) for b in range(NUM_BLOCKS)]
+    source = random.Random(3).sample(range(NUM_BLOCKS), 11)
+    target = tuple(random.Random(4).sample(range(NUM_BLOCKS), 9))
+    prefill, decode = pair.ends["p/1"], pair.ends["d/1"]
+    decode.open_receiver(Incoming(b"t" * 16, LEG, "p/1", 2, target, deadline=60.0), pair.now)
+    prefill.open_sender(LEG, "d/1", "here", 60.0, pair.now)
+    for computed in (4, 5, 11):
+        prefill.tell_blocks(LEG, source[:computed], pair.now)
+    prefill.tell_token(LEG, 42, None, pair.now)
+    events = pair.run_until(lambda events: len(events) == 2)
+    assert KvArrived(b"t" * 16, 42, None) in events
+    assert any(isinstance(e, SenderEnded) and e.ok and e.sent_blocks == 9 for e in events)
+    for index, block in enumerate(target):
+        assert pair.pools["d/1"].block(block) == pair.pools["p/1"].block(source[2 + index])
+    for block in set(range(NUM_BLOCKS)) - set(target):
+        assert bytes(pair.pools["d/1"].block(block)) == before[block]
+    pair.close()
+
+
+def test_nothing_to_move_is_still_handed_over(make: MakePlane) -> None:
+    """Guards the full prefix hit: no chunk travels, the first token does."""
+    pair = _Pair(make)
+    pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 2, (), deadline=60.0), pair.now)
+    pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
+    pair.ends["p/1"].tell_blocks(LEG, [0, 1], pair.now)
+    pair.ends["p/1"].tell_token(LEG, 7, None, pair.now)
+    events = pair.run_until(lambda events: len(events) == 2)
+    assert KvArrived(b"t" * 16, 7, None) in events
+    pair.close()
+
+
+def test_a_namespace_mismatch_is_refused_at_hello(make: MakePlane) -> None:
+    """Guards against KV of another model: no byte moves, both sides are told why."""
+    pair = _Pair(make, (b"n" * 32, b"m" * 32))
+    pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (0, 1), deadline=3.0), pair.now)
+    pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
+    events = pair.run_until(lambda events: len(events) == 2)
+    (sender,) = [e for e in events if isinstance(e, SenderEnded)]
+    assert not sender.ok and "namespace" in sender.reason
+    assert any(isinstance(e, ReceiverEnded) for e in events)
+    assert pair.ends["d/1"].counters.pairs_refused == 1
+    assert pair.ends["p/1"].in_motion == pair.ends["d/1"].in_motion == 0
+    pair.close()

@@ -1,0 +1,87 @@
+"""kvtransfer.blocks.table: prefixes are shared, full blocks are named, everything is handed back."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from kvtransfer.blocks.hashing import block_hashes
+from kvtransfer.blocks.manager import BlockManager, OutOfBlocks
+from kvtransfer.blocks.table import BlockTable
+
+ROOT = b"r" * 32
+BLOCK = 4
+
+
+def _table(manager: BlockManager, tokens: list[int], known_hashes: bool = True) -> BlockTable:
+    return BlockTable(manager, ROOT, BLOCK, block_hashes(ROOT, tokens, BLOCK) if known_hashes else ())
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 40), st.booleans())
+def test_a_sequence_finds_what_an_equal_one_left(tokens: list[int], limit: int, known_hashes: bool) -> None:
+    """Guards the prefix cache: full blocks, no more than the limit, whether hashes were given or made here."""
+    manager = BlockManager(16)
+    first = _table(manager, tokens, known_hashes)
+    first.grow(len(tokens))
+    first.publish(tokens, len(tokens))
+    blocks = list(first.blocks)
+    first.release()
+    second = _table(manager, tokens)
+    cached = second.take_prefix(min(limit, len(tokens)))
+    assert cached == min(limit, len(tokens)) // BLOCK * BLOCK
+    assert second.blocks == blocks[: cached // BLOCK]
+    second.release()
+    manager.check()
+    assert manager.num_available == 16
+
+
+def test_growth_is_all_or_nothing() -> None:
+    """Guards against leaked blocks when a pool runs out in the middle of a growth."""
+    manager = BlockManager(3)
+    table = _table(manager, [1] * 8)
+    table.grow(8)
+    with pytest.raises(OutOfBlocks):
+        table.grow(17)
+    assert len(table.blocks) == 2
+    table.grow(12)
+    assert len(table.blocks) == 3 and table.blocks_lacking(12) == 0
+    table.release()
+    manager.check()
+
+
+def test_only_computed_tokens_are_published() -> None:
+    """Guards against sharing blocks whose KV is not there yet."""
+    manager, tokens = BlockManager(8), list(range(12))
+    table = _table(manager, tokens)
+    table.grow(12)
+    table.publish(tokens, 7)
+    assert manager.peek(block_hashes(ROOT, tokens, BLOCK)) == 1
+
+
+def test_a_lease_outlives_the_sequence() -> None:
+    """Guards hand-over: blocks that the carrier still reads are not given to anybody."""
+    manager = BlockManager(2)
+    table = _table(manager, [1] * 8)
+    table.grow(8)
+    table.lease(b"leg")
+    assert table.blocks == [] and manager.num_available == 0
+    assert manager.end_lease(b"leg")
+    assert manager.num_available == 2
+    manager.check()
+
+
+def test_quarantine_keeps_only_what_may_be_written() -> None:
+    """Guards cancellation: the cached prefix goes back at once, the transfer's blocks rest until it has ended."""
+    manager, tokens = BlockManager(4), [1] * 16
+    first = _table(manager, tokens)
+    first.grow(8)
+    first.publish(tokens, 8)
+    first.release()
+    second = _table(manager, tokens)
+    assert second.take_prefix(16) == 8
+    second.grow(16)
+    second.quarantine_from(2, b"transfer")
+    assert manager.usage().quarantined == 2 and manager.num_available == 2
+    assert manager.end_quarantine(b"transfer")
+    manager.check()
+    assert manager.num_available == 4

@@ -1,0 +1,46 @@
+"""prefill.scheduler: the budget is kept and used, order is kept, nobody waits for ever."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+from prefill.scheduler import AGING_TOKENS_PER_S, Work, order, plan
+
+_work = st.builds(
+    lambda tokens, done, priority, age: Work(tokens, min(done, tokens), priority, age),
+    st.integers(1, 500),
+    st.integers(0, 500),
+    st.integers(-2, 2),
+    st.floats(0, 100),
+)
+
+
+@given(st.lists(_work, max_size=12), st.integers(1, 600), st.integers(1, 128))
+def test_chunks_fill_the_budget_in_order(jobs: list[Work], budget: int, longest: int) -> None:
+    """Guards against overrun, idle budget, gaps in a prompt and a junior job served before a senior one."""
+    sequence = order(jobs, "fcfs")
+    chunks = plan(jobs, sequence, budget, longest)
+    assert sum(c.length for c in chunks) == min(budget, sum(min(longest, j.num_tokens - j.num_computed) for j in jobs))
+    ranks = [sequence.index(c.index) for c in chunks]
+    assert ranks == sorted(ranks)
+    for chunk in chunks:
+        assert chunk.start == jobs[chunk.index].num_computed
+        assert chunk.start + chunk.length <= jobs[chunk.index].num_tokens
+    if chunks:  # whoever was left out either had no work or came after the budget was gone
+        served = {c.index for c in chunks}
+        last = max(ranks)
+        assert all(jobs[i].num_tokens == jobs[i].num_computed for i in sequence[:last] if i not in served)
+
+
+@given(st.lists(_work, max_size=12))
+def test_first_come_first_served_within_a_priority(jobs: list[Work]) -> None:
+    """Guards against reordering by anything but priority and arrival."""
+    assert order(jobs, "fcfs") == sorted(range(len(jobs)), key=lambda i: (-jobs[i].priority, i))
+
+
+def test_shortest_first_but_a_long_wait_counts() -> None:
+    """Guards both halves of "sjf": short prompts go first, and a long one is not starved by them."""
+    long, short = Work(4000, 0, 0, 0.0), Work(100, 0, 0, 0.0)
+    assert order([long, short], "sjf") == [1, 0]
+    waited = Work(4000, 0, 0, 4000 / AGING_TOKENS_PER_S)
+    assert order([waited, short], "sjf") == [0, 1]

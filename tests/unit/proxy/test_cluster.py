@@ -1,0 +1,86 @@
+"""proxy.cluster: who is in, who is out, and how loaded a worker is between two heartbeats."""
+
+from __future__ import annotations
+
+from node.lifecycle import DEAD_AFTER_S
+from node.messages import Heartbeat, Load, Register
+from proxy.cluster import Cluster, Leg
+
+
+def _register(worker: str = "d", incarnation: int = 1, namespace: bytes = b"n" * 32, **changes: object) -> Register:
+    fields: dict[str, object] = {
+        "worker": worker,
+        "incarnation": incarnation,
+        "role": "decode",
+        "model": "m",
+        "namespace": namespace,
+        "block_tokens": 16,
+        "total_blocks": 50,
+        "max_num_seqs": 8,
+        "max_model_len": 512,
+        "address": "tcp://x",
+        **changes,
+    }
+    return Register(**fields)  # type: ignore[arg-type]
+
+
+def _beat(load: Load, draining: bool = False) -> Heartbeat:
+    return Heartbeat(worker="d", incarnation=1, load=load, draining=draining)
+
+
+def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
+    """Guards against mixed models: their KV must never meet; after all have left, another model may come."""
+    cluster = Cluster(60)
+    assert cluster.join("d/1", _register(), 0) == ""
+    assert "namespace" in cluster.join("e/1", _register("e", namespace=b"m" * 32), 0)
+    cluster.lose("d/1")
+    assert cluster.join("e/1", _register("e", namespace=b"m" * 32), 0) == ""
+
+
+def test_a_wrong_name_or_version_is_refused() -> None:
+    """Guards against a worker that speaks for another one, or another protocol."""
+    cluster = Cluster(60)
+    assert "name" in cluster.join("x/1", _register(), 0)
+    assert "version" in cluster.join("d/1", _register(version=99), 0)
+
+
+def test_silence_and_standstill_are_overdue() -> None:
+    """Guards detection: a frozen process, and a live one whose loop is stuck while it has work."""
+    cluster = Cluster(stall_s=10)
+    cluster.join("d/1", _register(), 0)
+    assert cluster.overdue(DEAD_AFTER_S) == []
+    assert cluster.overdue(DEAD_AFTER_S + 0.01) == [("d/1", "silent")]
+    for now in range(12):
+        cluster.beat("d/1", _beat(Load(running=1, steps=5)), now)
+    assert cluster.overdue(11) == [("d/1", "no step")]
+    cluster.beat("d/1", _beat(Load(running=1, steps=6)), 12)
+    assert cluster.overdue(12) == []
+
+
+def test_an_idle_worker_is_not_stuck() -> None:
+    """Guards against killing workers for want of work."""
+    cluster = Cluster(stall_s=10)
+    cluster.join("d/1", _register(), 0)
+    for now in range(100):
+        cluster.beat("d/1", _beat(Load(steps=5)), now)
+    assert cluster.overdue(99) == []
+
+
+def test_work_counts_from_its_dispatch() -> None:
+    """Guards against bursts: requests sent since the last heartbeat are in the view, and not counted twice after it."""
+    cluster = Cluster(60)
+    cluster.join("d/1", _register(), 0)
+    cluster.beat("d/1", _beat(Load(running=2, waiting_tokens=10, free_blocks=40, total_blocks=50)), 1)
+    cluster.assign(Leg("d/1", "r1", tokens=30, blocks=5, sent_at=1.5))
+    (view,) = cluster.view()
+    assert (view.requests, view.tokens, view.free_blocks) == (3, 40, 35)
+    cluster.beat("d/1", _beat(Load(running=3, waiting_tokens=30, free_blocks=35, total_blocks=50)), 2)
+    (view,) = cluster.view()
+    assert (view.requests, view.tokens, view.free_blocks) == (3, 30, 35)
+    cluster.settle("d/1", "r1")
+    assert cluster.view()[0].requests == 3  # until the next heartbeat says otherwise
+
+
+def test_unknown_heartbeats_are_told() -> None:
+    """Guards rejoining: the proxy answers a stranger's heartbeat so that it registers."""
+    assert Cluster(60).beat("d/1", _beat(Load()), 0) is False
