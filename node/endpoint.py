@@ -2,7 +2,8 @@
 
 It owns its sockets and belongs to one thread; only `wake` may be called from others. Peers are named by endpoint
 identity, `worker/incarnation`, which never comes back after a restart. What is not exactly one valid message is
-counted and dropped: no input raises out of `receive`. Delivery is not guaranteed; whoever needs an answer repeats.
+counted and dropped: no input raises out of `receive`. A caller names itself, so it may not take the name of a peer that
+is called from here: that peer is known by its address. Delivery is not guaranteed; whoever needs an answer repeats.
 
 Facts used: ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, HANDSHAKE_IVL and MAXMSGSIZE bound what a
 stranger can do, ZMTP heartbeats find a dead host (libzmq's zmq_setsockopt(3)).
@@ -198,10 +199,12 @@ class Endpoint:
                 frames = self._router.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 return
-            if len(frames) == 2:
-                self._admit(frames[0], frames[1], inbox)
-            else:
+            if len(frames) != 2:
                 self._reject(f"{len(frames)} frames")
+            elif frames[0].decode(errors="replace") in self._links:
+                self._reject("a caller has taken the name of a peer that this endpoint calls")
+            else:
+                self._admit(frames[0], frames[1], inbox)
 
     def _drain_link(self, socket: zmq.Socket[bytes], inbox: list[tuple[str, Message]]) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
