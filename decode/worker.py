@@ -113,7 +113,7 @@ class DecodeWorker:
             case ProxyLost(link):
                 log_event(logger, "proxy_lost", link=link)
                 for sequence in [s for s in self._legs.values() if s.link == link]:
-                    self._end(sequence, None)
+                    self._end(sequence, _failed(sequence.leg, "this worker had lost its proxy", retryable=True))
             case Joined(link):
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):

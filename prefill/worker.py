@@ -88,7 +88,7 @@ class PrefillWorker:
             case ProxyLost(link):
                 log_event(logger, "proxy_lost", link=link)
                 for job in [job for job in self._jobs.values() if job.link == link]:
-                    self._give_up(job, None)
+                    self._give_up(job, _failed(job.leg, "this worker had lost its proxy", retryable=True))
             case Joined(link):
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):
