@@ -93,6 +93,11 @@ class Cluster:
     def lose(self, identity: str) -> bool:
         return self._members.pop(identity, None) is not None
 
+    def excuse(self, now: float) -> None:
+        """Nobody could be heard until `now`: silence and standstill count from here."""
+        for member in self._members.values():
+            member.heard_at = member.progress_at = now
+
     def overdue(self, now: float) -> list[tuple[str, str]]:
         """Workers to be taken for dead, each with the reason."""
         dead = []

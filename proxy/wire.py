@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 
 from node.endpoint import Endpoint
-from node.lifecycle import HEARTBEAT_S
+from node.lifecycle import DEAD_AFTER_S, HEARTBEAT_S
 from node.messages import (
     Bundle,
     Busy,
@@ -100,12 +100,16 @@ class Wire:
             self._pump_soon()
 
     async def _beat(self) -> None:
+        beaten_at = time.monotonic()
         while True:
+            if time.monotonic() - beaten_at > DEAD_AFTER_S / 2:  # it was this process that stood still
+                self._cluster.excuse(time.monotonic())
+            beaten_at = time.monotonic()
             for identity in self._cluster.identities():
                 self.send(identity, Ping(proxy=self._endpoint.identity, incarnation=self._incarnation))
+            self._pump()  # before anyone is judged by silence
             for identity, reason in self._cluster.overdue(time.monotonic()):
                 self._lose(identity, reason)
-            self._pump()
             await asyncio.sleep(HEARTBEAT_S / 2)
 
     def _route(self, identity: str, message: Message, now: float) -> None:
