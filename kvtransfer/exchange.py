@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from kvtransfer.planes.base import Plane
+from kvtransfer.planes.base import IoDone, Plane
 from kvtransfer.planes.select import choose
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
@@ -49,6 +49,7 @@ from node.messages import (
 )
 
 MAX_EARLY_GRANTS = 4096
+SOON_S = 0.001
 GREET_AGAIN_S = 0.25
 GREETING_LASTS_S = 1.0
 
@@ -286,12 +287,9 @@ class Exchange:
     def tick(self, now: float) -> None:
         """Advance the planes and every timer that is due."""
         for plane in self._planes:
-            for done in plane.poll():
-                transfer_id = done.key.transfer_id
-                if done.sending and (sending := self._sending.get(transfer_id)) is not None:
-                    self._run_sender(sending, sending.machine.on_io_done(done.key, done.ok, now), now)
-                elif not done.sending and (receiving := self._receivers.get(transfer_id)) is not None:
-                    self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now), now)
+            while ended := plane.poll():  # what ended makes room for more, which may end at once
+                for done in ended:
+                    self._on_io_done(done, now)
         for sending in list(self._live_senders.values()):
             self._tick_sender(sending, now)
             if (pair := self._pairs.get(sending.peer)) is not None and pair.plane is None:
@@ -306,15 +304,17 @@ class Exchange:
 
     def wake_at(self, now: float) -> float:
         """When `tick` must be called at the latest, if nothing else happens."""
-        stopping = any(s.machine.state is State.STOPPING for s in self._live_senders.values()) or any(
-            r.machine.state is State.STOPPING for r in self._live_receivers.values()
+        soon = (
+            any(plane.pending for plane in self._planes)
+            or any(s.machine.state is State.STOPPING for s in self._live_senders.values())
+            or any(r.machine.state is State.STOPPING for r in self._live_receivers.values())
         )
         times = chain(
             (s.machine.wake_at for s in self._live_senders.values()),
             (r.machine.wake_at for r in self._live_receivers.values()),
             (i.deadline for i in self._waiting.values()),
             (self._greets_again_at(s.peer) for s in self._live_senders.values()),
-            (now,) if stopping else (),
+            (now + SOON_S,) if soon else (),
         )
         return min(times, default=float("inf"))
 
@@ -392,6 +392,13 @@ class Exchange:
             pair.plane.forget(peer)
 
     # ---- machines
+
+    def _on_io_done(self, done: IoDone, now: float) -> None:
+        transfer_id = done.key.transfer_id
+        if done.sending and (sending := self._sending.get(transfer_id)) is not None:
+            self._run_sender(sending, sending.machine.on_io_done(done.key, done.ok, now), now)
+        elif not done.sending and (receiving := self._receivers.get(transfer_id)) is not None:
+            self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now), now)
 
     def _on_grant(self, peer: str, grant: Grant, now: float) -> None:
         leg = LegKey(grant.request_id, grant.attempt)

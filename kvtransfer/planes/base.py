@@ -75,6 +75,11 @@ class Plane(Protocol):
         """The peer is gone: fail its posted operations (reported by `poll`) and free what was held for it."""
         ...
 
+    @property
+    def pending(self) -> bool:
+        """Whether `poll` should be called again within a millisecond or so, though no socket will tell."""
+        ...
+
     def sockets(self) -> list[object]:
         """ZeroMQ sockets to wait on besides polling (empty if there is none)."""
         ...

@@ -173,6 +173,11 @@ class LoopbackPlane:
         for movement in self._fabric.drop(lambda m: (m.sender, m.receiver) == (self._identity, peer)):
             self._ledger.end_send(movement.key, "the peer is gone")
 
+    @property
+    def pending(self) -> bool:
+        """Always: movements advance with each poll."""
+        return True
+
     def sockets(self) -> list[object]:
         return []
 

@@ -84,6 +84,10 @@ class ShmPlane:
         self._unmap(peer)
         self._addresses.pop(peer, None)
 
+    @property
+    def pending(self) -> bool:
+        return False
+
     def sockets(self) -> list[object]:
         return []
 

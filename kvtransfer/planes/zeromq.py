@@ -155,6 +155,11 @@ class ZmqPlane:
         if peer in self._links:
             self._hang_up(peer)
 
+    @property
+    def pending(self) -> bool:
+        """Sends that the socket could not take yet, or memory that it has not let go."""
+        return bool(self._draining) or any(link.queue or link.taken for link in self._links.values())
+
     def sockets(self) -> list[object]:
         return [self._router]
 

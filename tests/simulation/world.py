@@ -146,6 +146,8 @@ class SimPlane:
             del self._receives[key]
             self._done.append(IoDone(key, sending=False, ok=False, reason="peer is gone"))
 
+    pending = False
+
     def sockets(self) -> list[object]:
         return []
 
