@@ -50,6 +50,8 @@ class Cluster:
 
     def __init__(self, stall_s: float) -> None:
         self._members: dict[str, _Member] = {}
+        self._had_at: dict[str, float] = {}
+        self._last_shape: Shape | None = None
         self._stall_s = stall_s
 
     @property
@@ -60,6 +62,15 @@ class Cluster:
             return None
         first = members[0].register
         return Shape(first.namespace, first.block_tokens, min(m.register.max_model_len for m in members))
+
+    @property
+    def last_shape(self) -> Shape | None:
+        """The same, still known while all workers are gone."""
+        return self.shape or self._last_shape
+
+    def had_at(self, role: str) -> float:
+        """When a worker of the role was last heard that takes requests; -inf if there never was one."""
+        return self._had_at.get(role, float("-inf"))
 
     def join(self, identity: str, register: Register, now: float) -> str:
         """Take a worker in; returns "" or the reason for refusing it."""
@@ -73,7 +84,8 @@ class Cluster:
         if identity not in self._members:
             load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
             self._members[identity] = _Member(register, now, load, progress_at=now)
-        self._members[identity].heard_at = now
+        self._members[identity].heard_at = self._had_at[register.role] = now
+        self._last_shape = self.shape
         return ""
 
     def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> bool:
@@ -84,6 +96,8 @@ class Cluster:
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
         member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
+        if not member.draining:
+            self._had_at[member.register.role] = now
         return True
 
     def leave(self, identity: str, goodbye: Goodbye) -> bool:

@@ -22,7 +22,7 @@ from proxy.settings import ProxySettings
 from proxy.wire import Answer, Wire
 
 NO_WORKER_GRACE_S = 5.0
-"""A role without any worker gets so long to come (back) before waiting requests are failed."""
+"""A role whose last worker is gone gets so long to come back, for all requests together, before they are failed."""
 LOOK_AGAIN_S = 0.1
 
 COUNTERS = (
@@ -53,6 +53,7 @@ class Dispatcher:
         self._waiting = 0
         self._turn = 0
         self._draining = False
+        self._started_at = time.monotonic()
 
     def start(self) -> None:
         self._wire.start()
@@ -137,23 +138,23 @@ class Dispatcher:
             self._waiting -= 1
 
     async def _find_route(self, request: RequestView) -> Route:
-        missing_since: float | None = None
         while True:
             self._changed.clear()
             route = pick(self._cluster.view(), request, self._rules)
             if isinstance(route, Route):
                 return route
-            now = time.monotonic()
-            missing_since = (missing_since or now) if route.missing else None
-            if missing_since is not None and now - missing_since >= NO_WORKER_GRACE_S:
+            if route.missing and time.monotonic() - self._had_at(route.missing) >= NO_WORKER_GRACE_S:
                 raise PeerLost(route.reason)
             try:
                 await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
             except TimeoutError:
                 continue
 
+    def _had_at(self, role: str) -> float:
+        return max(self._cluster.had_at(role), self._started_at)
+
     def shape(self) -> Shape:
-        shape = self._cluster.shape
+        shape = self._cluster.last_shape
         if shape is None:
             raise PeerLost("no worker is there")
         return shape
