@@ -52,6 +52,9 @@ MAX_EARLY_GRANTS = 4096
 SOON_S = 0.001
 GREET_AGAIN_S = 0.25
 GREETING_LASTS_S = 1.0
+MAX_PAIRS = 4096
+PAIR_IDLE_S = 120.0
+"""A pair that was not greeted for so long and moves nothing is forgotten; the next greeting makes it again."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -101,6 +104,10 @@ class _Pair:
     greeted_at: float = float("-inf")
     welcomed_at: float = float("-inf")
 
+    @property
+    def used_at(self) -> float:
+        return max(self.greeted_at, self.welcomed_at)
+
 
 @dataclass(slots=True)
 class _Sending:
@@ -149,6 +156,7 @@ class Wire:
 
     send: Callable[[str, Message], bool]
     connect: Callable[[str, str], None]
+    disconnect: Callable[[str], None]
 
 
 class Exchange:
@@ -186,6 +194,7 @@ class Exchange:
         self._live_receivers: dict[bytes, _Receiving] = {}
         self._early_grants: dict[LegKey, tuple[str, Grant]] = {}
         self._lost: list[str] = []
+        self._look_at_pairs_at = 0.0
 
     # ---- told by the worker's loop
 
@@ -297,6 +306,7 @@ class Exchange:
         for receiving in list(self._live_receivers.values()):
             self._tick_receiver(receiving, now)
         self._forget_ended(now)
+        self._forget_idle_pairs(now)
         for incoming in [i for i in self._waiting.values() if now >= i.deadline]:
             self._end_waiting(incoming.transfer_id, "the prefill worker never said hello")
         while self._lost:
@@ -364,6 +374,8 @@ class Exchange:
     def _why_not(self, peer: str, hello: Hello) -> str:
         if hello.version != PROTOCOL_VERSION:
             return f"protocol version {hello.version}, this worker speaks {PROTOCOL_VERSION}"
+        if len(self._pairs) >= MAX_PAIRS and peer not in self._pairs:
+            return "too many pairs"
         if hello.worker != peer:
             return "the name in the message is not the name of the connection"
         if hello.namespace != self._namespace:
@@ -390,6 +402,15 @@ class Exchange:
         pair = self._pairs.pop(peer, None)
         if pair is not None and pair.plane is not None:
             pair.plane.forget(peer)
+
+    def _forget_idle_pairs(self, now: float) -> None:
+        if now < self._look_at_pairs_at:
+            return
+        self._look_at_pairs_at = now + PAIR_IDLE_S / 4
+        busy = {s.peer for s in self._live_senders.values()} | {r.peer for r in self._live_receivers.values()}
+        for peer in [p.peer for p in self._pairs.values() if now - p.used_at > PAIR_IDLE_S and p.peer not in busy]:
+            self._lose(peer, "idle", now)
+            self._wire.disconnect(peer)
 
     # ---- machines
 

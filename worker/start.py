@@ -103,7 +103,7 @@ def start(settings: WorkerSettings, role: str) -> Worker:
         namespace,
         _planes(settings.plane, pool, context, endpoint.identity, settings.bind),
         pool.digest,
-        Wire(endpoint.send, endpoint.connect),
+        Wire(endpoint.send, endpoint.connect, endpoint.disconnect),
         chunk_blocks=max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes),
     )
     carrier = Carrier(endpoint, Membership(register, tuple(links), time.monotonic()), exchange)

@@ -175,7 +175,7 @@ class SimNode:
             b"n" * 32,
             self._planes,
             self.pool.digest,
-            Wire(self._send, lambda peer, address: None),
+            Wire(self._send, lambda peer, address: None, lambda peer: None),
             chunk_blocks=world.random.randint(1, 3),
             window=world.random.randint(1, 3),
             timing=TIMING,

@@ -36,7 +36,7 @@ class _Pair:
                 namespace,
                 [make(name, pool)],
                 pool.digest,
-                Wire(self._sender(name), lambda peer, address: None),
+                Wire(self._sender(name), lambda peer, address: None, lambda peer: None),
                 chunk_blocks=3,
                 window=2,
             )
