@@ -1,7 +1,9 @@
-"""The loop of a decode worker: inbox, arrivals, schedule, step, tokens out. The only writer of its sequences and blocks.
+"""The loop of a decode worker: inbox, arrivals, schedule, step, tokens out.
 
-A sequence is reserved (its blocks are held, a transfer fills them), waiting (it has none: local prefill, or preempted) or
-running. Its blocks go back through one of three doors: released (nobody else touches them), quarantined until the
+It is the only writer of its sequences and of its block manager.
+
+A sequence is reserved (its blocks are held, a transfer fills them), waiting (it has none: local prefill, or preempted)
+or running. Its blocks go back through one of three doors: released (nobody else touches them), quarantined until the
 carrier says that the transfer has ended, or kept as cached prefix. Every leg ends in exactly one of Tokens with a
 finish, Busy, Failed and Cancelled.
 """

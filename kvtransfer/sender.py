@@ -1,4 +1,4 @@
-"""Prefill's half of the transfer protocol: offer what is computed, send what is accepted, keep the lease. See transfer.py."""
+"""Prefill's half of the transfer protocol (see transfer.py): offer what is computed, send what is accepted."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ class Prefill(Message, tag="Prefill", kw_only=True):
 
 
 class Reserve(Message, tag="Reserve", kw_only=True):
-    """Hold the blocks of `token_ids`, to go on from the token that prefill sends. Without `prefill`, compute all here."""
+    """Hold the blocks of `token_ids`, to go on from the token that prefill sends. Without `prefill`, compute all."""
 
     request_id: Name
     attempt: Small

@@ -1,1 +1,1 @@
-"""The prefill worker: a queue of prompts, computed in chunks under a token budget, handed over. Knows no decode, no HTTP."""
+"""The prefill worker: a queue of prompts, computed in chunks under a budget, handed over. Knows no decode, no HTTP."""

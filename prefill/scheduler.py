@@ -30,7 +30,7 @@ AGING_TOKENS_PER_S = 2000.0
 
 
 def order(jobs: Sequence[Work], policy: str) -> list[int]:
-    """Indices of `jobs` (given in order of arrival), first to be served first: "fcfs" or "sjf" (shortest first, aging)."""
+    """Indices of `jobs` (given in order of arrival) in order of service: "fcfs", or "sjf" (shortest first, aging)."""
     if policy == "fcfs":
         return sorted(range(len(jobs)), key=lambda i: (-jobs[i].priority, i))
     assert policy == "sjf", policy

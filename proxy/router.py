@@ -1,4 +1,4 @@
-"""Which workers a request goes to. Pure: a snapshot of the cluster and a request in, a route or a reason to wait out."""
+"""Which workers a request goes to. Pure: a view of the cluster and a request in, a route or a reason to wait out."""
 
 from __future__ import annotations
 

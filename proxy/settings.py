@@ -29,6 +29,8 @@ class ProxySettings:
     max_queue: int = option(512, unit="requests", help="most requests waiting for a worker; more get a 429", minimum=1)
     max_attempts: int = option(4, unit="attempts", help="times a request is tried when workers fail", minimum=1)
     request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1, maximum=86400)
-    stall_s: float = option(60.0, unit="s", help="a busy worker without a step for so long is taken for dead", minimum=1)
+    stall_s: float = option(
+        60.0, unit="s", help="a busy worker without a step for so long is taken for dead", minimum=1
+    )
     drain_s: float = option(30.0, unit="s", help="time that running requests get to end after SIGTERM", minimum=0)
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")

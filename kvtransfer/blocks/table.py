@@ -12,7 +12,7 @@ from kvtransfer.blocks.manager import BlockManager
 
 
 class BlockTable:
-    """`root` is the hash that the first block is chained to; `hashes` name the first full blocks, where already known."""
+    """`root` is the hash that the first block is chained to; `hashes` name the first full blocks, where known."""
 
     def __init__(self, manager: BlockManager, root: bytes, block_tokens: int, hashes: Sequence[bytes] = ()) -> None:
         self.blocks: list[int] = []
@@ -23,7 +23,7 @@ class BlockTable:
         self._named = 0  # blocks published, or found published, so far
 
     def take_prefix(self, limit_tokens: int) -> int:
-        """Take the longest cached prefix of at most `limit_tokens` tokens; returns its tokens. The table must be empty."""
+        """Take the longest cached prefix of at most `limit_tokens` tokens into an empty table; returns its tokens."""
         assert not self.blocks, f"a table of {len(self.blocks)} blocks cannot take a prefix"
         self.blocks = self._manager.match(self._hashes[: limit_tokens // self._block_tokens])
         self._named = len(self.blocks)

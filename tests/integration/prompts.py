@@ -1,4 +1,4 @@
-"""Fifty prompts of different lengths, written for these tests: some share a beginning, some are longer than many blocks."""
+"""Fifty prompts of different lengths, written for these tests: some share a beginning, some fill many blocks."""
 
 BEGINNINGS = """\
 Once upon a time there was a little fox who lived in the forest.

@@ -1,4 +1,4 @@
-"""Random schedules of the transfer protocol. A failure names its seed: `World(seed, odds, n).run()` is that very run."""
+"""Random schedules of the transfer protocol. A failure names its seed: `World(seed, odds, n).run()` is that run."""
 
 from __future__ import annotations
 

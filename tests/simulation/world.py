@@ -61,7 +61,7 @@ class Pool:
 
 
 class SimPlane:
-    """Meets planes.base.Plane over the world's clock. A posted receive holds its blocks until it is done or cancelled."""
+    """Meets planes.base.Plane over the world's clock. A posted receive holds its blocks until done or cancelled."""
 
     def __init__(self, world: World, node: SimNode, name: str, pulls: bool) -> None:
         self.name, self.pulls = name, pulls

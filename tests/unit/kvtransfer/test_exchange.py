@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import pytest
 import zmq
+
 from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded, Wire

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from kvtransfer.blocks.hashing import block_hashes
 from kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from kvtransfer.blocks.table import BlockTable

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 import zmq
+
 from node.endpoint import Endpoint, new_context
 from node.errors import SettingsError
 from node.messages import MAX_BODY_BYTES, Ping, Rejoin, encode

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from prefill.scheduler import AGING_TOKENS_PER_S, Work, order, plan
 
 _work = st.builds(

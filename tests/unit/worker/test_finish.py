@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from node.messages import SamplingParams
 from worker.finish import finish_of
 
