@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -36,6 +37,41 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+class Stream:
+    """One streamed completion, read by a thread: what has come so far, and how it ended."""
+
+    def __init__(self, chunks: Iterator[dict[str, Any]]) -> None:
+        self.text = ""
+        self.num_chunks = 0
+        self.finish = ""
+        self.error: dict[str, Any] | None = None
+        self.broken: Exception | None = None
+        self._chunks = chunks
+        self._thread = threading.Thread(target=self._read, daemon=True)
+        self._thread.start()
+
+    @property
+    def ended(self) -> bool:
+        return not self._thread.is_alive()
+
+    def join(self, timeout_s: float = 120.0) -> Self:
+        """Wait for its end."""
+        self._thread.join(timeout_s)
+        assert self.ended, f"a stream has not ended after {timeout_s} s, {self.num_chunks} chunks"
+        return self
+
+    def _read(self) -> None:
+        try:
+            for chunk in self._chunks:
+                self.error = chunk.get("error")
+                for choice in chunk.get("choices", ()):
+                    self.text += choice["text"]
+                    self.finish = choice["finish_reason"] or self.finish
+                self.num_chunks += 1
+        except (httpx.TransportError, AssertionError) as error:
+            self.broken = error
 
 
 @dataclass(slots=True)
@@ -84,6 +120,7 @@ class Cluster:
     # -- processes
 
     def start_proxy(self) -> None:
+        self.killed.discard("proxy")
         self._spawn(
             "proxy",
             "proxy",
@@ -98,6 +135,7 @@ class Cluster:
 
     def start_worker(self, role: str, name: str, *extra: str) -> None:
         own = self.prefill_args if role == "prefill" else self.decode_args
+        self.killed.discard(name)
         self._spawn(
             name,
             role,
@@ -115,6 +153,19 @@ class Cluster:
             *own,
             *extra,
         )
+
+    def revive(self) -> None:
+        """Start again what has ended, and wait until the cluster is as it was at the beginning."""
+        names = [*(f"p{n}" for n in range(self.prefill)), *(f"d{n}" for n in range(self.decode))]
+        for name in ("proxy", *names):
+            if self.processes[name].poll() is None:
+                continue
+            if name == "proxy":
+                self.start_proxy()
+            else:
+                self.start_worker("prefill" if name.startswith("p") else "decode", name)
+        self.wait_ready(len(names))
+        self.wait_workers(*names)
 
     def signal(self, name: str, number: signal.Signals) -> None:
         self.processes[name].send_signal(number)
@@ -225,6 +276,10 @@ class Cluster:
             for line in answer.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     yield json.loads(line.removeprefix("data: "))
+
+    def begin(self, prompt: str, **body: Any) -> Stream:
+        """A streamed completion that is read in a thread of its own."""
+        return Stream(self.stream(prompt, **body))
 
     @property
     def model_name(self) -> str:

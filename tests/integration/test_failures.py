@@ -1,0 +1,334 @@
+"""Workers and proxies that die, freeze or leave, and clients that go away: streams go on, or end with one clear error.
+
+Every stream that went on is compared with an undisturbed run of the same request (made afterwards, since its prefix
+would be cached otherwise), and after every test no worker may hold a block. On leaving, each worker proves its block
+accounting by its exit status.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.integration.cluster import Cluster, Stream
+from tests.integration.prompts import BEGINNINGS
+
+NOTICED_S = 3.0 + 1.0
+"""A frozen worker is noticed within three seconds; one more for a busy machine."""
+CLEAN_ERROR_S = 5.0 + 3.0
+"""NO_WORKER_GRACE_S of the dispatcher, and what a busy machine adds."""
+GREEDY: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True}
+SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 7}
+
+_turn = itertools.count()
+
+
+def new_prompt(sentences: int = 4) -> str:
+    """A prompt that no cache knows, of about 12 tokens a sentence."""
+    turn = next(_turn)
+    lines = [BEGINNINGS[(turn + n) % len(BEGINNINGS)] for n in range(sentences)]
+    return f"Story number {turn}. " + " ".join(lines)
+
+
+def mixed(count: int, sentences: int = 4) -> list[tuple[str, dict[str, Any]]]:
+    """Requests of different prompts, greedy and seeded in turn."""
+    return [(new_prompt(sentences), SEEDED | {"seed": n} if n % 2 else GREEDY) for n in range(count)]
+
+
+def begin(cluster: Cluster, requests: list[tuple[str, dict[str, Any]]]) -> list[Stream]:
+    return [cluster.begin(prompt, **body) for prompt, body in requests]
+
+
+def demand_undisturbed(cluster: Cluster, requests: list[tuple[str, dict[str, Any]]], streams: list[Stream]) -> None:
+    """Every stream ended whole, with the text of a run that nobody disturbed."""
+    for stream in streams:
+        stream.join()
+        assert stream.broken is None and stream.error is None, (stream.broken, stream.error)
+        assert stream.finish == "length"
+    again = begin(cluster, requests)
+    assert [stream.text for stream in streams] == [stream.join().text for stream in again]
+
+
+def busy(cluster: Cluster, role: str) -> list[str]:
+    """Workers of a role ("p" or "d") that report running work."""
+    return [name for name, running in cluster.worker_values("running").items() if running and name.startswith(role)]
+
+
+def wait_busy(cluster: Cluster, role: str) -> str:
+    """The first worker of a role that reports running work."""
+    cluster.wait_until(lambda: bool(busy(cluster, role)), f"work on a worker {role}*")
+    return busy(cluster, role)[0]
+
+
+def wait_chunks(cluster: Cluster, streams: list[Stream], count: int) -> None:
+    cluster.wait_until(lambda: all(s.num_chunks >= count or s.ended for s in streams), f"{count} chunks a stream")
+
+
+class Leaver:
+    """A client that closes its connection in the middle of a stream."""
+
+    def __init__(self, cluster: Cluster, prompt: str, body: dict[str, Any]) -> None:
+        payload = json.dumps({"model": "demo", "prompt": prompt, "stream": True, **body, "max_tokens": 1000}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(payload)}\r\n\r\n"
+        self._socket = socket.create_connection(("127.0.0.1", cluster.http_port), timeout=60)
+        self._socket.sendall(head.encode() + payload)
+
+    def wait(self, events: int) -> None:
+        """Until so many events have come."""
+        seen = b""
+        while seen.count(b"data: ") < events:
+            received = self._socket.recv(65536)
+            assert received, seen
+            seen += received
+
+    def leave(self) -> None:
+        self._socket.close()
+
+
+@pytest.fixture(scope="class")
+def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """One cluster for the tests of a class, of `size` workers a role; prefill is slow: two tokens a step."""
+    cluster = Cluster(
+        request.cls.size,
+        request.cls.size,
+        proxy_args=("--local-prefill", "never", *request.cls.proxy_args),
+        prefill_args=("--max-chunk-tokens", "2"),
+        decode_args=request.cls.decode_args,
+        log_folder=tmp_path_factory.mktemp("logs"),
+    )
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Iterator[Cluster]:
+    """The shared cluster, complete at the start, idle and without a leak at the end."""
+    shared.revive()
+    yield shared
+    shared.wait_idle()
+
+
+class TestTwoOfEachRole:
+    """Another worker of the role is there: no client notices."""
+
+    size = 2
+    proxy_args = ("--drain-s", "20")
+    decode_args = ()
+
+    def test_prefill_killed_while_it_computes(self, cluster: Cluster) -> None:
+        """Guards the reservation on decode of a prefill worker that will never say anything again."""
+        requests = mixed(1, sentences=16)
+        streams = begin(cluster, requests)
+        cluster.kill(wait_busy(cluster, "p"))
+        assert streams[0].num_chunks == 0
+        demand_undisturbed(cluster, requests, streams)
+
+    def test_prefill_killed_in_the_middle_of_everything(self, cluster: Cluster) -> None:
+        """Guards eight streams that wait for, are in, and are past the transfer from one dead worker."""
+        requests = [request for pair in zip(mixed(4, 2), mixed(4, 14), strict=True) for request in pair]
+        streams = begin(cluster, requests)
+        wait_busy(cluster, "p")
+        cluster.wait_until(lambda: any(s.num_chunks > 1 for s in streams), "a stream that decodes")
+        assert any(not s.num_chunks for s in streams)
+        cluster.kill(wait_busy(cluster, "p"))
+        demand_undisturbed(cluster, requests, streams)
+
+    def test_prefill_killed_while_decode_has_not_taken_the_kv(self, cluster: Cluster) -> None:
+        """Guards the transfer itself: all is offered and nothing accepted when the sender dies."""
+        requests = mixed(1, sentences=10)
+        streams = begin(cluster, requests)
+        prefill = wait_busy(cluster, "p")
+        waiting = [name for name, waits in cluster.worker_values("waiting").items() if waits and name[0] == "d"]
+        for name in waiting:
+            cluster.signal(name, signal.SIGSTOP)
+        wait_chunks(cluster, streams, 1)  # the first token comes from prefill
+        cluster.kill(prefill)
+        for name in waiting:
+            cluster.signal(name, signal.SIGCONT)
+        demand_undisturbed(cluster, requests, streams)
+
+    def test_prefill_killed_after_the_transfer(self, cluster: Cluster) -> None:
+        """Guards streams that do not need the dead worker any more: they are not even tried again."""
+        requests = mixed(2)
+        streams = begin(cluster, requests)
+        wait_chunks(cluster, streams, 4)
+        retries = cluster.counter("retries")
+        cluster.kill("p0")
+        demand_undisturbed(cluster, requests, streams)
+        assert cluster.counter("retries") == retries
+
+    @pytest.mark.parametrize("count", [1, 8])
+    def test_decode_killed_in_mid_stream(self, cluster: Cluster, count: int) -> None:
+        """Guards the new attempt: it starts from the accepted tokens, and none is lost, doubled or drawn anew."""
+        requests = mixed(count + 1)[1:]
+        streams = begin(cluster, requests)
+        wait_chunks(cluster, streams, 5)
+        retries = cluster.counter("retries")
+        cluster.kill(wait_busy(cluster, "d"))
+        demand_undisturbed(cluster, requests, streams)
+        assert cluster.counter("retries") > retries
+
+    def test_frozen_decode_worker(self, cluster: Cluster) -> None:
+        """Guards silence: a worker that is there but does nothing is noticed, replaced, and welcome when it wakes."""
+        requests = mixed(2)
+        streams = begin(cluster, requests)
+        wait_chunks(cluster, streams, 5)
+        frozen = wait_busy(cluster, "d")
+        cluster.signal(frozen, signal.SIGSTOP)
+        since = time.monotonic()
+        cluster.wait_until(lambda: frozen not in cluster.worker_values("running"), "the frozen worker is noticed")
+        assert time.monotonic() - since < NOTICED_S
+        demand_undisturbed(cluster, requests, streams)
+        cluster.signal(frozen, signal.SIGCONT)
+        cluster.wait_workers("p0", "p1", "d0", "d1")
+        steps = cluster.worker_values("steps_total")[frozen]
+        requests = mixed(4)
+        demand_undisturbed(cluster, requests, begin(cluster, requests))
+        cluster.wait_until(lambda: cluster.worker_values("steps_total")[frozen] > steps, "it serves again")
+
+    def test_frozen_prefill_worker(self, cluster: Cluster) -> None:
+        """Guards against stale KV: what the sleeper goes on sending when it wakes belongs to nobody."""
+        requests = mixed(1, sentences=16)
+        streams = begin(cluster, requests)
+        frozen = wait_busy(cluster, "p")
+        cluster.signal(frozen, signal.SIGSTOP)
+        wait_chunks(cluster, streams, 2)
+        cluster.signal(frozen, signal.SIGCONT)
+        demand_undisturbed(cluster, requests, streams)
+        cluster.wait_workers("p0", "p1", "d0", "d1")
+
+    def test_frozen_proxy(self, cluster: Cluster) -> None:
+        """Guards both leases: workers that gave the proxy up, and a proxy that wakes and believes all is as it was."""
+        requests = mixed(4)
+        streams = begin(cluster, requests)
+        wait_chunks(cluster, streams, 3)
+        lost = {name: cluster.log(name).count("proxy_lost") for name in ("p0", "p1", "d0", "d1")}
+        cluster.signal("proxy", signal.SIGSTOP)
+        try:
+            deadline = time.monotonic() + 20
+            while not all(cluster.log(name).count("proxy_lost") > lost[name] for name in lost):
+                assert time.monotonic() < deadline, "workers notice a frozen proxy"
+                time.sleep(0.1)
+        finally:
+            cluster.signal("proxy", signal.SIGCONT)
+        demand_undisturbed(cluster, requests, streams)
+        cluster.wait_workers("p0", "p1", "d0", "d1")
+
+    def test_worker_drains(self, cluster: Cluster) -> None:
+        """Guards SIGTERM: what runs is finished where it runs, new work goes elsewhere, the exit status is 0."""
+        requests = mixed(2)
+        streams = begin(cluster, requests)
+        wait_chunks(cluster, streams, 3)
+        retries = cluster.counter("retries")
+        leaving = wait_busy(cluster, "d")
+        for name in (leaving, "p0"):
+            cluster.signal(name, signal.SIGTERM)
+        later = mixed(2)
+        demand_undisturbed(cluster, later, begin(cluster, later))
+        for name in (leaving, "p0"):
+            assert cluster.wait_end(name) == 0
+        demand_undisturbed(cluster, requests, streams)
+        assert cluster.counter("retries") == retries
+
+    def test_proxy_killed_and_restarted(self, cluster: Cluster) -> None:
+        """Guards workers against a proxy that forgot its requests: they drop them and register anew."""
+        streams = begin(cluster, mixed(4, sentences=8))
+        wait_chunks(cluster, streams[:1], 1)
+        cluster.kill("proxy")
+        assert all(stream.join().broken or stream.finish for stream in streams)
+        cluster.revive()
+        cluster.wait_idle()
+        requests = mixed(2)
+        demand_undisturbed(cluster, requests, begin(cluster, requests))
+
+    def test_proxy_drains(self, cluster: Cluster) -> None:
+        """Guards SIGTERM to the proxy: running streams end whole, the exit status is 0."""
+        requests = mixed(2)
+        streams = begin(cluster, requests)
+        wait_chunks(cluster, streams, 3)
+        cluster.signal("proxy", signal.SIGTERM)
+        for stream in streams:
+            assert stream.join().finish == "length"
+        assert cluster.wait_end("proxy") == 0
+        cluster.revive()
+        demand_undisturbed(cluster, requests, streams)
+
+
+class TestOneOfEachRole:
+    """Nobody can stand in: one clear error, and service again as soon as a worker comes."""
+
+    size = 1
+    proxy_args = ()
+    decode_args = ("--max-num-seqs", "2")
+
+    @pytest.mark.parametrize(("name", "role"), [("d0", "decode"), ("p0", "prefill")])
+    def test_the_only_worker_killed(self, cluster: Cluster, name: str, role: str) -> None:
+        """Guards clients against waiting for nobody, with an error event in a stream, with a status before it."""
+        waits = role == "prefill"
+        streams = begin(cluster, mixed(2, sentences=16 if waits else 2))
+        if waits:
+            wait_busy(cluster, "p")
+        else:
+            wait_chunks(cluster, streams, 3)
+        cluster.kill(name)
+        since = time.monotonic()
+        for stream in streams:
+            stream.join()
+            assert not stream.finish
+            if waits:
+                assert "503" in str(stream.broken) or "service_unavailable" in str(stream.broken), stream.broken
+            else:
+                assert stream.error is not None and stream.error["code"] == "service_unavailable", stream.broken
+        assert time.monotonic() - since < CLEAN_ERROR_S
+        answer = httpx.post(f"{cluster.url}/v1/completions", json={"model": "demo", "prompt": "Hello"}, timeout=20)
+        assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error", answer.text
+        assert httpx.get(f"{cluster.url}/ready", timeout=5).status_code == 503
+        cluster.start_worker(role, name)
+        cluster.wait_ready(2)
+        requests = mixed(2)
+        demand_undisturbed(cluster, requests, begin(cluster, requests))
+
+    def test_client_gone_in_each_phase(self, cluster: Cluster) -> None:
+        """Guards both legs of a request that nobody waits for any more: they end, and hold nothing."""
+        running = [Leaver(cluster, *request) for request in mixed(2, 1)]  # all rows of decode are taken
+        for leaver in running:
+            leaver.wait(3)
+        waiting = Leaver(cluster, *mixed(1)[0])
+        cluster.wait_until(lambda: cluster.counter("queued_requests") == 1, "a request that waits")
+        waiting.leave()
+        cluster.wait_until(lambda: cluster.counter("queued_requests") == 0, "nobody waits")
+        for leaver in running:
+            leaver.leave()  # while it decodes
+        cluster.wait_idle()
+        computing = Leaver(cluster, *mixed(1, 16)[0])
+        wait_busy(cluster, "p")
+        computing.leave()
+        cluster.wait_idle()
+        moving = Leaver(cluster, *mixed(1)[0])
+        wait_busy(cluster, "p")
+        cluster.signal("d0", signal.SIGSTOP)
+        moving.wait(1)
+        moving.leave()
+        cluster.signal("d0", signal.SIGCONT)
+        cluster.wait_workers("p0", "d0")
+        cluster.wait_idle()
+        assert cluster.counter("requests") >= 5
+
+    def test_worker_that_starts_later_joins(self, cluster: Cluster) -> None:
+        """Guards growth: a worker that comes while the cluster is busy gets work without a restart of anything."""
+        cluster.start_worker("decode", "d1")
+        cluster.wait_workers("p0", "d0", "d1")
+        requests = mixed(4)  # two rows a worker: it takes both
+        demand_undisturbed(cluster, requests, begin(cluster, requests))
+        assert cluster.worker_values("steps_total")["d1"] > 0
+        cluster.signal("d1", signal.SIGTERM)
+        assert cluster.wait_end("d1") == 0
+        del cluster.processes["d1"]
