@@ -49,11 +49,13 @@ class ModelRunner:
     ) -> ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 
-        dtype: `auto` is float32 on the CPU, where it is the fastest that every machine has, elsewhere the folder's own.
+        dtype: `auto` is float32 on the CPU, where it is the fastest that every machine has.
         load_format: `dummy` makes random weights and reads only the configuration.
         """
+        if device != "cpu":  # the kernels of other devices are not written yet
+            raise SettingsError(f"device {device!r} is not supported yet; supported: cpu")
         config = ModelConfig.from_folder(folder)
-        name = ("float32" if device == "cpu" else config.dtype) if dtype == "auto" else dtype
+        name = "float32" if dtype == "auto" else dtype
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
         return cls(config, load_weights(config, folder, DTYPES[name], device, load_format, on_progress))

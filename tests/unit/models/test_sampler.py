@@ -197,8 +197,10 @@ def test_min_tokens_suppresses_the_stop_tokens_until_then():
     logits = logits_of(10)
     order = np.argsort(-logits[0])
     sampling = params(min_tokens=3, stop_token_ids=(int(order[0]), int(order[1]), 9999))
+    biased = params(min_tokens=3, stop_token_ids=sampling.stop_token_ids, logit_bias=((int(order[5]), -1.0),))
     for num_generated, expected in ((0, order[2]), (2, order[2]), (3, order[0])):
-        assert draw(logits, plain(sampling, num_generated=num_generated))[0].token_id == expected
+        for each in (sampling, biased):  # also where the row is edited for another reason
+            assert draw(logits, plain(each, num_generated=num_generated))[0].token_id == expected
 
 
 def test_logprobs_are_those_of_the_raw_logits():
