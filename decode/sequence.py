@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.exchange import LegKey
-from node.messages import Logprob, SamplingParams, Tokens
+from node.messages import FinishReason, Logprob, SamplingParams, Tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -47,7 +47,7 @@ class Sequence:
         if logprob is not None:
             self.logprobs.append(logprob)
 
-    def tell(self, finish: str) -> Tokens:
+    def tell(self, finish: FinishReason) -> Tokens:
         """The message with all tokens that were not told yet."""
         message = Tokens(
             request_id=self.leg.request_id,

@@ -1,6 +1,6 @@
-"""All transfers of one worker: who pairs with whom over which plane, and the machines of every transfer in motion.
+"""All transfers of one worker: the machines of every transfer in motion, and which messages and movements are theirs.
 
-It owns the tables of pairs, senders and receivers, and carries out what the machines of `transfer.py` ask for. It has
+It owns the tables of senders and receivers, and carries out what the machines of `transfer.py` ask for. It has
 no thread and no clock: the carrier calls it with what came in and what time it is. A worker may send and receive.
 Blocks are only numbers here; who owns them is the block manager's business, in another thread.
 """
@@ -8,12 +8,12 @@ Blocks are only numbers here; who owns them is the block manager's business, in 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 
+from kvtransfer.pairs import Pairs, Wire
 from kvtransfer.planes.base import IoDone, Plane
-from kvtransfer.planes.select import choose
 from kvtransfer.receiver import Receiver
 from kvtransfer.sender import Sender
 from kvtransfer.transfer import (
@@ -29,7 +29,6 @@ from kvtransfer.transfer import (
     Timing,
 )
 from node.messages import (
-    PROTOCOL_VERSION,
     Abort,
     Aborted,
     Accept,
@@ -40,7 +39,6 @@ from node.messages import (
     Logprob,
     Message,
     Offer,
-    PlaneAddress,
     Refused,
     Renew,
     Valid,
@@ -50,11 +48,7 @@ from node.messages import (
 
 MAX_EARLY_GRANTS = 4096
 SOON_S = 0.001
-GREET_AGAIN_S = 0.25
-GREETING_LASTS_S = 1.0
-MAX_PAIRS = 4096
-PAIR_IDLE_S = 120.0
-"""A pair that was not greeted for so long and moves nothing is forgotten; the next greeting makes it again."""
+LOOK_AT_PAIRS_S = 30.0
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -94,19 +88,6 @@ class ReceiverEnded:
 
 
 Event = SenderEnded | KvArrived | ReceiverEnded
-
-
-@dataclass(slots=True)
-class _Pair:
-    peer: str
-    address: str = ""
-    plane: Plane | None = None
-    greeted_at: float = float("-inf")
-    welcomed_at: float = float("-inf")
-
-    @property
-    def used_at(self) -> float:
-        return max(self.greeted_at, self.welcomed_at)
 
 
 @dataclass(slots=True)
@@ -150,15 +131,6 @@ class Counters:
     transfer_s_sum: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Wire:
-    """How the exchange reaches peers: `send` tells whether the peer could be reached, `connect` opens a link."""
-
-    send: Callable[[str, Message], bool]
-    connect: Callable[[str, str], None]
-    disconnect: Callable[[str], None]
-
-
 class Exchange:
     """See the module's docstring."""
 
@@ -176,15 +148,13 @@ class Exchange:
     ) -> None:
         self.counters = Counters()
         self.events: list[Event] = []
-        self._identity = identity
-        self._namespace = namespace
         self._planes = tuple(planes)
         self._digest_of = digest_of
         self._wire = wire
         self._chunk_blocks = chunk_blocks
         self._window = window
         self._timing = timing or Timing()
-        self._pairs: dict[str, _Pair] = {}
+        self._pairs = Pairs(identity, namespace, planes, wire)
         self._waiting: dict[bytes, Incoming] = {}  # receivers whose peer has not said Hello yet
         self._senders: dict[LegKey, _Sending] = {}
         self._sending: dict[bytes, _Sending] = {}  # those that know their transfer id
@@ -208,7 +178,7 @@ class Exchange:
             Sender(self._digest_of, chunk_blocks=self._chunk_blocks, timing=self._timing, now=now, deadline=deadline),
         )
         self._senders[leg] = self._live_senders[leg] = sending
-        self._greet(peer, address, now)
+        self._pairs.greet(peer, address, now)
         early = self._early_grants.pop(leg, None)
         if early is not None and early[0] == peer:
             self._on_grant(peer, early[1], now)
@@ -229,8 +199,8 @@ class Exchange:
             self._run_sender(sending, sending.machine.abort(reason, now, cancelled=True), now)
 
     def open_receiver(self, incoming: Incoming, now: float) -> None:
-        pair = self._pairs.get(incoming.peer)
-        if pair is None or pair.plane is None:
+        plane = self._pairs.plane_of(incoming.peer)
+        if plane is None:
             self._waiting[incoming.transfer_id] = incoming
             return
         machine = Receiver(
@@ -240,7 +210,7 @@ class Exchange:
             first_block=incoming.first_block,
             blocks=incoming.blocks,
             digest_of=self._digest_of,
-            pulls=pair.plane.pulls,
+            pulls=plane.pulls,
             window=self._window,
             timing=self._timing,
             deadline=incoming.deadline,
@@ -268,7 +238,7 @@ class Exchange:
             case Hello():
                 self._on_hello(peer, message, now)
             case Welcome():
-                self._on_welcome(peer, message, now)
+                self.counters.strange_messages += not self._pairs.on_welcome(peer, message, now)
             case Refused():
                 self.counters.pairs_refused += 1
                 self._lose(peer, f"refused: {message.reason}", now)
@@ -301,8 +271,7 @@ class Exchange:
                     self._on_io_done(done, now)
         for sending in list(self._live_senders.values()):
             self._tick_sender(sending, now)
-            if (pair := self._pairs.get(sending.peer)) is not None and pair.plane is None:
-                self._greet(pair.peer, pair.address, now)
+            self._pairs.greet_again(sending.peer, now)
         for receiving in list(self._live_receivers.values()):
             self._tick_receiver(receiving, now)
         self._forget_ended(now)
@@ -323,7 +292,7 @@ class Exchange:
             (s.machine.wake_at for s in self._live_senders.values()),
             (r.machine.wake_at for r in self._live_receivers.values()),
             (i.deadline for i in self._waiting.values()),
-            (self._greets_again_at(s.peer) for s in self._live_senders.values()),
+            (self._pairs.greets_again_at(s.peer) for s in self._live_senders.values()),
             (now + SOON_S,) if soon else (),
         )
         return min(times, default=float("inf"))
@@ -344,52 +313,13 @@ class Exchange:
 
     # ---- pairs
 
-    def _greet(self, peer: str, address: str, now: float) -> None:
-        pair = self._pairs.setdefault(peer, _Pair(peer, address))
-        if now - pair.welcomed_at < GREETING_LASTS_S or now - pair.greeted_at < GREET_AGAIN_S:
-            return
-        self._wire.connect(peer, address)
-        pair.greeted_at = now
-        planes = tuple(plane.describe() for plane in self._planes)
-        self._wire.send(peer, Hello(worker=self._identity, namespace=self._namespace, planes=planes))
-
-    def _greets_again_at(self, peer: str) -> float:
-        pair = self._pairs.get(peer)
-        return pair.greeted_at + GREET_AGAIN_S if pair is not None and pair.plane is None else float("inf")
-
     def _on_hello(self, peer: str, hello: Hello, now: float) -> None:
-        refusal = self._why_not(peer, hello)
-        plane = None if refusal else choose(self._planes, hello.planes)
-        if plane is None:
+        if not self._pairs.on_hello(peer, hello, now):
             self.counters.pairs_refused += 1
-            self._wire.send(peer, Refused(reason=refusal or "no common data plane"))
             return
-        plane.connect(peer, _address_for(plane, hello.planes))
-        self._pairs[peer] = _Pair(peer, plane=plane, welcomed_at=now)
-        self._wire.send(peer, Welcome(worker=self._identity, plane=plane.describe()))
         for incoming in [i for i in self._waiting.values() if i.peer == peer]:
             del self._waiting[incoming.transfer_id]
             self.open_receiver(incoming, now)
-
-    def _why_not(self, peer: str, hello: Hello) -> str:
-        if hello.version != PROTOCOL_VERSION:
-            return f"protocol version {hello.version}, this worker speaks {PROTOCOL_VERSION}"
-        if len(self._pairs) >= MAX_PAIRS and peer not in self._pairs:
-            return "too many pairs"
-        if hello.worker != peer:
-            return "the name in the message is not the name of the connection"
-        if hello.namespace != self._namespace:
-            return "another namespace: the two workers do not hold the same model, dtype and KV layout"
-        return ""
-
-    def _on_welcome(self, peer: str, welcome: Welcome, now: float) -> None:
-        pair = self._pairs.get(peer)
-        plane = next((p for p in self._planes if p.name == welcome.plane.plane), None)
-        if pair is None or plane is None or welcome.worker != peer:
-            self.counters.strange_messages += 1
-            return
-        plane.connect(peer, welcome.plane)
-        pair.plane, pair.welcomed_at = plane, now
 
     def _lose(self, peer: str, reason: str, now: float) -> None:
         """End everything that involves `peer`."""
@@ -399,16 +329,14 @@ class Exchange:
             self._end_waiting(transfer_id, reason)
         for receiving in [r for r in self._live_receivers.values() if r.peer == peer]:
             self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
-        pair = self._pairs.pop(peer, None)
-        if pair is not None and pair.plane is not None:
-            pair.plane.forget(peer)
+        self._pairs.forget(peer)
 
     def _forget_idle_pairs(self, now: float) -> None:
         if now < self._look_at_pairs_at:
             return
-        self._look_at_pairs_at = now + PAIR_IDLE_S / 4
+        self._look_at_pairs_at = now + LOOK_AT_PAIRS_S
         busy = {s.peer for s in self._live_senders.values()} | {r.peer for r in self._live_receivers.values()}
-        for peer in [p.peer for p in self._pairs.values() if now - p.used_at > PAIR_IDLE_S and p.peer not in busy]:
+        for peer in set(self._pairs.idle(now)) - busy:
             self._lose(peer, "idle", now)
             self._wire.disconnect(peer)
 
@@ -449,7 +377,7 @@ class Exchange:
         return True
 
     def _run_sender(self, sending: _Sending, actions: list[Action], now: float) -> None:
-        plane = self._plane_of(sending.peer)
+        plane = self._pairs.plane_of(sending.peer)
         transfer_id = sending.machine.transfer_id
         for action in actions:
             match action:
@@ -465,7 +393,7 @@ class Exchange:
                     self._sender_ended(sending, action, now)
 
     def _settle_sender(self, sending: _Sending, now: float) -> None:
-        plane, transfer_id = self._plane_of(sending.peer), sending.machine.transfer_id
+        plane, transfer_id = self._pairs.plane_of(sending.peer), sending.machine.transfer_id
         if plane is None or transfer_id is None or plane.idle(transfer_id):
             self._run_sender(sending, sending.machine.on_idle(now), now)
 
@@ -488,7 +416,7 @@ class Exchange:
             self.counters.transfers_failed += 1
 
     def _run_receiver(self, receiving: _Receiving, actions: list[Action], now: float) -> None:
-        plane = self._plane_of(receiving.peer)
+        plane = self._pairs.plane_of(receiving.peer)
         transfer_id = receiving.machine.transfer_id
         for action in actions:
             match action:
@@ -513,7 +441,7 @@ class Exchange:
                     self.events.append(ReceiverEnded(transfer_id, action.reason))
 
     def _settle_receiver(self, receiving: _Receiving, now: float) -> None:
-        plane = self._plane_of(receiving.peer)
+        plane = self._pairs.plane_of(receiving.peer)
         if plane is None or plane.idle(receiving.machine.transfer_id):
             self._run_receiver(receiving, receiving.machine.on_idle(now), now)
 
@@ -541,11 +469,3 @@ class Exchange:
             else:
                 del self._senders[ended.leg]
                 self._sending.pop(ended.machine.transfer_id or b"", None)
-
-    def _plane_of(self, peer: str) -> Plane | None:
-        pair = self._pairs.get(peer)
-        return pair.plane if pair is not None else None
-
-
-def _address_for(plane: Plane, addresses: Sequence[PlaneAddress]) -> PlaneAddress:
-    return next(address for address in addresses if address.plane == plane.name)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -35,6 +35,8 @@ TransferId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Small = Annotated[int, Meta(ge=0, le=1 << 20)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+Role = Literal["prefill", "decode"]
+FinishReason = Literal["", "stop", "length"]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e7)]
 TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_TOKENS)]
@@ -115,7 +117,7 @@ class Register(Message, tag="Register", kw_only=True):
     version: Small = PROTOCOL_VERSION
     worker: Name
     incarnation: Count
-    role: Annotated[str, Meta(pattern="^(prefill|decode)$")]
+    role: Role
     model: Text
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
     """Digest of all that makes KV compatible; two workers of different namespaces never meet."""
@@ -241,7 +243,7 @@ class Tokens(Message, tag="Tokens", kw_only=True):
     index: Count
     ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
     logprobs: Annotated[tuple[Logprob, ...], Meta(max_length=65536)] = ()
-    finish: Annotated[str, Meta(pattern="^(|stop|length)$")] = ""
+    finish: FinishReason = ""
     cached_tokens: Count = 0
     """Prompt tokens that this leg did not have to compute."""
 

@@ -6,6 +6,7 @@ import asyncio
 import signal
 import socket
 import sys
+from pathlib import Path
 
 import uvicorn
 
@@ -39,7 +40,7 @@ async def serve(settings: ProxySettings) -> int:
     listener = _listen(settings.host, settings.port)
     dispatcher = Dispatcher(Endpoint(new_context(), "proxy", settings.control_address), settings)
     app_settings = AppSettings(
-        served_model_name=settings.served_model_name or folder.name,
+        served_model_name=settings.served_model_name or _name_of(settings.model),
         api_keys=settings.api_key,
         request_timeout_s=settings.request_timeout_s,
     )
@@ -60,6 +61,11 @@ async def serve(settings: ProxySettings) -> int:
     server.should_exit = True
     await task
     return 0
+
+
+def _name_of(model: str) -> str:
+    """A folder's last part; a hub id, or "demo", as it is."""
+    return Path(model).resolve().name if Path(model).is_dir() else model
 
 
 def _listen(host: str, port: int) -> socket.socket:

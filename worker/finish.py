@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from node.messages import SamplingParams
+from node.messages import FinishReason, SamplingParams
 
 
-def finish_of(token_id: int, sampling: SamplingParams, num_generated: int, num_tokens: int, max_model_len: int) -> str:
+def finish_of(
+    token_id: int, sampling: SamplingParams, num_generated: int, num_tokens: int, max_model_len: int
+) -> FinishReason:
     """ "stop", "length" or "" after `token_id` became generated token number `num_generated` (the first is 1).
 
     `num_tokens` counts prompt and generated tokens with it. min_tokens is kept by the sampler, which does not draw a

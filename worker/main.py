@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from node.errors import SettingsError
+from node.messages import Role
 from node.telemetry import configure_logging, log_event
 from worker.settings import WorkerSettings
 from worker.start import Worker, start
@@ -16,7 +17,7 @@ from worker.start import Worker, start
 logger = logging.getLogger("worker")
 
 
-class Role(Protocol):
+class Loop(Protocol):
     """The loop of a worker."""
 
     def run(self) -> None: ...
@@ -26,7 +27,7 @@ class Role(Protocol):
     def check(self) -> None: ...
 
 
-def serve(role: str, settings: WorkerSettings, make: Callable[[Worker], Role]) -> int:
+def serve(role: Role, settings: WorkerSettings, make: Callable[[Worker], Loop]) -> int:
     """Run one worker to its end; returns the exit status: 0 drained, 1 could not start or was refused."""
     configure_logging(settings.log_level, settings.worker_id or role)
     try:

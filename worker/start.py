@@ -20,7 +20,8 @@ from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.carrier import Carrier
-from kvtransfer.exchange import Exchange, Wire
+from kvtransfer.exchange import Exchange
+from kvtransfer.pairs import Wire
 from kvtransfer.planes.base import Plane
 from kvtransfer.planes.shm import ShmPlane
 from kvtransfer.planes.zeromq import ZmqPlane
@@ -29,7 +30,7 @@ from models.runner import ModelRunner
 from node.endpoint import Context, Endpoint, identity_of, new_context
 from node.errors import SettingsError
 from node.lifecycle import Membership
-from node.messages import Register
+from node.messages import Register, Role
 from node.modelhub import locate_model
 from node.settings import require_loopback
 from node.telemetry import log_event
@@ -55,7 +56,7 @@ class Worker:
         self.pool.close()
 
 
-def start(settings: WorkerSettings, role: str) -> Worker:
+def start(settings: WorkerSettings, role: Role) -> Worker:
     """Load the model, make the pool and join the proxies; raises SettingsError where that cannot be."""
     require_loopback(settings.bind, settings.insecure_network)
     if settings.threads:

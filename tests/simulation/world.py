@@ -20,7 +20,8 @@ from itertools import count
 from kvtransfer.blocks.hashing import block_hashes
 from kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
-from kvtransfer.exchange import Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded, Wire
+from kvtransfer.exchange import Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
+from kvtransfer.pairs import Wire
 from kvtransfer.planes.base import ChunkKey, IoDone
 from kvtransfer.transfer import Timing
 from node.messages import Message, PlaneAddress

@@ -11,7 +11,8 @@ import zmq
 
 from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.pool import BlockPool
-from kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded, Wire
+from kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
+from kvtransfer.pairs import Wire
 from kvtransfer.planes.base import Plane
 from kvtransfer.planes.loopback import LoopbackFabric
 from kvtransfer.planes.shm import ShmPlane
