@@ -45,7 +45,6 @@ def create_app(engine: Engine, text: Text, settings: AppSettings) -> FastAPI:
 
     # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.router.redirect_slashes = False
     app.add_middleware(ApiKeyGuard, keys=settings.api_keys)
     _add_failures(app, metrics)
     _add_probes(app, service)

@@ -204,6 +204,12 @@ def test_any_json_is_an_order_or_a_bad_request(values: dict[str, Any]) -> None:
             assert str(error)
 
 
+def test_a_body_of_brackets_is_refused_before_it_is_parsed() -> None:
+    """Guards against an event loop held for seconds by the JSON that is dearest to parse."""
+    with pytest.raises(BadRequest, match="brackets"):
+        read_completion(b'{"model": "demo", "prompt": [' + b"[]," * 1_000_000 + b"[]]}")
+
+
 def test_values_are_not_repeated_in_errors() -> None:
     """Guards against prompts in error messages, which end up in logs."""
     assert "secret" not in str(refused(COMPLETION, max_tokens="secret words"))

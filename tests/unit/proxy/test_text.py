@@ -132,6 +132,26 @@ def test_the_demo_folder_is_read(text: Text) -> None:
     assert text.has_chat_template
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("generation_config.json", {"eos_token_id": [5, 7]}),
+        ("config.json", {"eos_token_id": 7}),
+        ("tokenizer_config.json", {"eos_token": {"content": "<|end|>"}}),
+    ],
+)
+def test_end_tokens_may_stand_in_any_of_three_files(
+    tmp_path: Path, demo_folder: Path, name: str, content: dict[str, object]
+) -> None:
+    """Guards against answers that never end because a model names its end token in another file than most."""
+    folder = copy_of(demo_folder, tmp_path)
+    for other in ("generation_config.json", "config.json", "tokenizer_config.json"):
+        (folder / other).write_text("{}")
+    assert Text(folder).eos_ids == ()
+    (folder / name).write_text(json.dumps(content))
+    assert Text(folder).eos_ids == {"generation_config.json": (5, 7), "config.json": (7,)}.get(name, (1,))
+
+
 def test_a_chat_is_rendered_and_its_special_tokens_are_single_tokens(text: Text) -> None:
     """Guards against template text tokenised as letters, and special tokens added a second time."""
     prompt = text.render([{"role": "user", "content": "Hi"}])
