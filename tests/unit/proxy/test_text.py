@@ -291,3 +291,24 @@ def test_more_tokenizers_are_only_skipped_loudly() -> None:
         pytest.skip(
             "BATON_TEST_TOKENIZERS names no folder: only the demo tokenizer and a byte-fallback one were tested"
         )
+
+
+CONVERSATION = [
+    {"role": "system", "content": "Be brief. <é>'"},
+    {"role": "user", "content": "Hi  there"},
+    {"role": "assistant", "content": "Yo"},
+    {"role": "user", "content": " What's up?\n"},
+]
+
+
+@pytest.mark.parametrize("folder", ["demo", *EXTRA], ids=lambda param: getattr(param, "name", param))
+def test_chats_and_prompts_are_those_of_transformers(folder: Path | str, demo_folder: Path) -> None:
+    """Guards against a prompt that differs by a blank or a first token from the one that the model was trained on."""
+    transformers = pytest.importorskip("transformers")
+    path = demo_folder if folder == "demo" else Path(folder)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(path), Text(path)
+    rendered = theirs.apply_chat_template(CONVERSATION, add_generation_prompt=True, tokenize=False)
+    assert ours.render(CONVERSATION) == rendered
+    for written, special in ((rendered, False), ("Hello world, é 日本", True), ("", True)):
+        expected = tuple(theirs(written, add_special_tokens=special)["input_ids"])
+        assert ours.encode(written, add_special_tokens=special) == expected
