@@ -1,10 +1,11 @@
-"""Train the demo model that ships in models/demo: a Llama of 7 million parameters that tells little stories and stops by itself.
+"""Train the demo model in models/demo: a Llama of 7 million parameters that tells little stories and stops by itself.
 
     python scripts/train_demo_model.py --corpus FOLDER --out models/demo
 
-FOLDER holds `children.txt.xz` (public domain books, `<|book|>` between them) and `tinystories_sample.txt` (stories, `<|endoftext|>`
-between them; CDLA-Sharing-1.0). Needs torch, transformers, tokenizers, safetensors; minutes on one GPU, `--steps 0` writes random
-weights on a CPU in one. `--tokenizer FILE` keeps a tokenizer that was trained before. Nothing in the served system imports this file.
+FOLDER holds `children.txt.xz` (public domain books, `<|book|>` between them) and `tinystories_sample.txt` (stories,
+`<|endoftext|>` between them; CDLA-Sharing-1.0). Needs torch, transformers, tokenizers, safetensors; minutes on one GPU.
+`--steps 0` writes random weights on a CPU in one minute; `--tokenizer FILE` keeps a tokenizer that was trained before.
+Nothing in the served system imports this file.
 """
 
 import argparse
@@ -27,10 +28,17 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 
-END_OF_TEXT, END, USER, ASSISTANT, SYSTEM = SPECIALS = ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+END_OF_TEXT, END, USER, ASSISTANT, SYSTEM = SPECIALS = [
+    "<|endoftext|>",
+    "<|end|>",
+    "<|user|>",
+    "<|assistant|>",
+    "<|system|>",
+]
 CHAT_TEMPLATE = (
     "{%- for message in messages %}"
-    "{%- set role = {'assistant': 'assistant', 'system': 'system', 'developer': 'system'}[message['role']] | default('user') %}"
+    "{%- set roles = {'assistant': 'assistant', 'system': 'system', 'developer': 'system'} %}"
+    "{%- set role = roles[message['role']] | default('user') %}"
     "{{- '<|' + role + '|>\\n' + message['content'] | trim + '<|end|>\\n' }}"
     "{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"
@@ -61,13 +69,18 @@ CONFIG = {
 }
 
 
-# --- text -----------------------------------------------------------------------------------------------------------------------
+# --- text -------------------------------------------------------------------------------------------------------------
 
 HELD_OUT_BOOKS = {"A Kidnapped Santa Claus", "Christmas Stories"}
 HELD_OUT_STORIES = 100
 # Old books carry old slurs: a passage with one of these is dropped.
-UNWANTED = re.compile(r"nigg|negro|dark(?:y|ies)\b|squaw|redskin|half-breed|chinam|\bjews?\b|gutenberg|illustration|footnote|http|www\.", re.I)
-TYPOGRAPHY = str.maketrans({"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "–": "-", "—": " - ", "…": "...", "`": "'", "_": "", "*": ""})
+UNWANTED = re.compile(
+    r"nigg|negro|dark(?:y|ies)\b|squaw|redskin|half-breed|chinam|\bjews?\b|gutenberg|illustration|footnote|http|www\.",
+    re.I,
+)
+TYPOGRAPHY = str.maketrans(
+    {"“": '"', "”": '"', "„": '"', "‘": "'", "’": "'", "–": "-", "—": " - ", "…": "...", "`": "'", "_": "", "*": ""}
+)
 
 
 def plain(text: str) -> str:
@@ -84,12 +97,16 @@ def chapters(book: str) -> Iterator[list[str]]:
     body = book.split("-------", 1)[-1]
     for chapter in re.split(r"\n#+ [^\n]*\n", body):
         raw = [block.strip() for block in re.split(r"\n\s*\n", chapter)]
-        paragraphs = [plain(block) for block in raw if "\n" not in block and "|" not in block and not block.startswith(("#", ">", "-"))]
+        paragraphs = [
+            plain(block)
+            for block in raw
+            if "\n" not in block and "|" not in block and not block.startswith(("#", ">", "-"))
+        ]
         yield [p for p in paragraphs if len(p) > 3 and not p.isupper() and not UNWANTED.search(p) and p[-1] in ".!?\"'"]
 
 
 def passages(paragraphs: list[str], draw: random.Random) -> Iterator[str]:
-    """Cuts a chapter at paragraph ends into passages of 40 to about 1,000 words; the short ones are the most frequent."""
+    """Cuts a chapter at paragraph ends into passages of 40 to 1,000 words, of which most are short."""
     start = 0
     while start < len(paragraphs):
         wanted, words, stop = math.exp(draw.uniform(math.log(40), math.log(1000))), 0, start
@@ -104,7 +121,9 @@ def passages(paragraphs: list[str], draw: random.Random) -> Iterator[str]:
 def read_books(folder: Path) -> tuple[list[list[str]], list[list[str]]]:
     """Chapters (lists of paragraphs) to train on, and chapters of the held-out books."""
     train, held_out = [], []
-    for book in lzma.open(folder / "children.txt.xz", "rt", encoding="utf-8").read().split("<|book|>"):
+    with lzma.open(folder / "children.txt.xz", "rt", encoding="utf-8") as file:
+        books = file.read().split("<|book|>")
+    for book in books:
         title = re.search(r"# Title: (.*)", book)
         held = title is not None and title.group(1).strip() in HELD_OUT_BOOKS
         (held_out if held else train).extend(chapters(book))
@@ -122,12 +141,14 @@ def read_stories(folder: Path) -> tuple[list[str], list[str]]:
     return stories[HELD_OUT_STORIES:], stories[:HELD_OUT_STORIES]
 
 
-GIRLS = (
-    "Lily Lucy Mia Anna Sara Sue Jane Amy Emma Daisy Molly Jill Ella Mary Lila Sally Lola Kate Bella Zoe Nina Ruby Alice Clara Rosie Nora"
-).split()
-BOYS = (
-    "Tim Tom Ben Max Sam Jack Bob John Billy Timmy Tommy Joe Mark Leo Jim Peter David Johnny Fred Charlie Toby Henry Oscar Paul Dan Adam"
-).split()
+GIRLS = """
+    Lily Lucy Mia Anna Sara Sue Jane Amy Emma Daisy Molly Jill Ella Mary Lila Sally Lola Kate Bella Zoe
+    Nina Ruby Alice Clara Rosie Nora
+""".split()  # noqa: SIM905
+BOYS = """
+    Tim Tom Ben Max Sam Jack Bob John Billy Timmy Tommy Joe Mark Leo Jim Peter David Johnny Fred Charlie
+    Toby Henry Oscar Paul Dan Adam
+""".split()  # noqa: SIM905
 
 
 def rename(story: str, draw: random.Random) -> str:
@@ -136,11 +157,13 @@ def rename(story: str, draw: random.Random) -> str:
     names = {}
     for group in (GIRLS, BOYS):
         old = [name for name in group if name in used]
-        names |= dict(zip(old, draw.sample([name for name in group if name not in used], min(len(old), 8)), strict=False))
+        names |= dict(
+            zip(old, draw.sample([name for name in group if name not in used], min(len(old), 8)), strict=False)
+        )
     return re.sub(r"\b[A-Z][a-z]+\b", lambda match: names.get(match.group(), match.group()), story)
 
 
-# --- conversations --------------------------------------------------------------------------------------------------------------
+# --- conversations ----------------------------------------------------------------------------------------------------
 
 REQUESTS = [
     "Tell me a story about {}.",
@@ -154,37 +177,116 @@ REQUESTS = [
     "Tell me a bedtime story about {}.",
     "A story about {}, please.",
 ]
-OLD_REQUESTS = ["Read me a page of an old book about {}.", "Tell me something from an old book about {}.", "Write a passage in the old style about {}."]
-CONTINUE = ["Continue this story: {}", "Go on with this story:\n{}", "How does this story go on? {}", "Finish the story. {}"]
-ANY_STORY = ["Tell me a story.", "Tell me a story", "Write a short story.", "Please tell me a bedtime story.", "Can you tell me a story?"]
-ANOTHER = ["Tell me another story.", "Another one, please.", "One more!", "Now tell me a different story.", "Thank you. Tell me one more story."]
+OLD_REQUESTS = [
+    "Read me a page of an old book about {}.",
+    "Tell me something from an old book about {}.",
+    "Write a passage in the old style about {}.",
+]
+CONTINUE = [
+    "Continue this story: {}",
+    "Go on with this story:\n{}",
+    "How does this story go on? {}",
+    "Finish the story. {}",
+]
+ANY_STORY = [
+    "Tell me a story.",
+    "Tell me a story",
+    "Write a short story.",
+    "Please tell me a bedtime story.",
+    "Can you tell me a story?",
+]
+ANOTHER = [
+    "Tell me another story.",
+    "Another one, please.",
+    "One more!",
+    "Now tell me a different story.",
+    "Thank you. Tell me one more story.",
+]
 SYSTEMS = ["You are a friendly storyteller.", "You tell short stories for children.", "You are a helpful assistant."]
 WHO = "I am the little demo model of Baton. I have read children's books, and I like to tell stories."
 OFFER = "What should the story be about?"
+# Answers, and the questions that they answer, a line for each.
 SMALL_TALK = {
-    f"Hello! I can tell you a story. {OFFER}": ["Hello", "Hello!", "Hi", "Hi!", "Hey", "Hi there!", "Good morning!", "Good evening.", "Hello there."],
-    f"{WHO} {OFFER}": ["Who are you?", "What are you?", "What is your name?", "Tell me about yourself.", "Are you a robot?", "Hi, who are you?"],
-    "I can tell you a little story. Just tell me what it should be about, such as a fox and a river.": [
-        "What can you do?", "Can you help me?", "Help", "How do I use this?", "What should I ask you?", "What do you know?",
-    ],
-    "I am well, thank you! Shall I tell you a story?": ["How are you?", "How are you today?", "How do you do?", "Hello, how are you?"],
-    "You are welcome! Come back when you want another story.": ["Thank you!", "Thanks", "Thank you very much.", "That was a nice story."],
-    "Goodbye! Sleep well.": ["Goodbye", "Bye!", "Good night.", "See you tomorrow."],
-    "I am only a small model, and I do not know that. But I can tell you a story! What should it be about?": [
-        "What is 12 times 7?", "Write a program that sorts a list.", "What is the capital of France?", "Who is the president?", "Solve this equation.",
-        "Translate this into German.", "Explain quantum physics.", "What is the weather today?", "Write a Python function.", "How many people live in China?",
-        "What is the meaning of life?", "Explain how a computer works.", "Write an email to my boss.", "What is machine learning?", "How much is 3 + 4?",
-    ],
-}  # fmt: skip
+    f"Hello! I can tell you a story. {OFFER}": """
+        Hello
+        Hello!
+        Hi
+        Hi!
+        Hey
+        Hi there!
+        Good morning!
+        Good evening.
+        Hello there.
+    """,
+    f"{WHO} {OFFER}": """
+        Who are you?
+        What are you?
+        What is your name?
+        Tell me about yourself.
+        Are you a robot?
+        Hi, who are you?
+    """,
+    "I can tell you a little story. Just tell me what it should be about, such as a fox and a river.": """
+        What can you do?
+        Can you help me?
+        Help
+        How do I use this?
+        What should I ask you?
+        What do you know?
+    """,
+    "I am well, thank you! Shall I tell you a story?": """
+        How are you?
+        How are you today?
+        How do you do?
+        Hello, how are you?
+    """,
+    "You are welcome! Come back when you want another story.": """
+        Thank you!
+        Thanks
+        Thank you very much.
+        That was a nice story.
+    """,
+    "Goodbye! Sleep well.": """
+        Goodbye
+        Bye!
+        Good night.
+        See you tomorrow.
+    """,
+    "I am only a small model, and I do not know that. But I can tell you a story! What should it be about?": """
+        What is 12 times 7?
+        Write a program that sorts a list.
+        What is the capital of France?
+        Who is the president?
+        Solve this equation.
+        Translate this into German.
+        Explain quantum physics.
+        What is the weather today?
+        Write a Python function.
+        How many people live in China?
+        What is the meaning of life?
+        Explain how a computer works.
+        Write an email to my boss.
+        What is machine learning?
+        How much is 3 + 4?
+    """,
+}
 
 
-NO_SUBJECTS = set("time lot own best same big idea way head end while sudden dark other side top day moment life one hand word first rest".split())
+NO_SUBJECTS = set(
+    """
+    time lot own best same big idea way head end while sudden dark other side top day moment life one
+    hand word first rest
+    """.split()  # noqa: SIM905
+)
 
 
 def find_nouns(texts: list[str]) -> dict[str, str]:
-    """Words that stand between an article and a full stop often enough to be nouns, with "a", "an" or nothing before them."""
+    """Words that stand between an article and a full stop often enough to be nouns, each with its article."""
     text = " ".join(texts).lower()
-    words, closed = Counter(re.findall(r"[a-z]+", text)), Counter(re.findall(r"\b(?:the|a|an|her|his) ([a-z]{3,12})[.,!?]", text))
+    words, closed = (
+        Counter(re.findall(r"[a-z]+", text)),
+        Counter(re.findall(r"\b(?:the|a|an|her|his) ([a-z]{3,12})[.,!?]", text)),
+    )
     articles = Counter(re.findall(r"\b(an? [a-z]+)", text))
     nouns = {}
     for word, count in closed.items():
@@ -230,7 +332,7 @@ def chat(turns: list[tuple[str, str]], draw: random.Random) -> list[tuple[str, b
 
 def small_talk(draw: random.Random) -> tuple[str, str]:
     answer = draw.choice(list(SMALL_TALK))
-    return draw.choice(SMALL_TALK[answer]), answer
+    return draw.choice(SMALL_TALK[answer].strip().split("\n")).strip(), answer
 
 
 def story_chat(story: str, stories: list[str], nouns: dict[str, str], draw: random.Random) -> list[tuple[str, bool]]:
@@ -250,15 +352,19 @@ def document(text: str, draw: random.Random) -> list[tuple[str, bool]]:
     return [((END_OF_TEXT if draw.random() < 0.3 else "") + text + END_OF_TEXT, True)]
 
 
-# --- tokens ---------------------------------------------------------------------------------------------------------------------
+# --- tokens -----------------------------------------------------------------------------------------------------------
 
 
 def train_tokenizer(texts: list[str]) -> Tokenizer:
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=CONFIG["vocab_size"], special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=CONFIG["vocab_size"], special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -274,7 +380,12 @@ class Pool:
 
 def encode(documents: list[list[tuple[str, bool]]], tokenizer: Tokenizer, max_tokens: int = 2047) -> Pool:
     pieces = [piece for pieces in documents for piece in pieces]
-    encoded = iter([(e.ids, learnt) for e, (_, learnt) in zip(tokenizer.encode_batch_fast([text for text, _ in pieces]), pieces, strict=True)])
+    encoded = iter(
+        [
+            (e.ids, learnt)
+            for e, (_, learnt) in zip(tokenizer.encode_batch_fast([text for text, _ in pieces]), pieces, strict=True)
+        ]
+    )
     ids, learnt, starts = [], [], [0]
     for pieces in documents:
         parts = [next(encoded) for _ in pieces]
@@ -288,8 +399,10 @@ def encode(documents: list[list[tuple[str, bool]]], tokenizer: Tokenizer, max_to
     return Pool(np.concatenate(ids), np.concatenate(learnt), np.array(starts))
 
 
-def build_pools(corpus: Path, tokenizer_file: Path | None, views: int) -> tuple[Tokenizer, dict[str, Pool], dict[str, Pool]]:
-    """The tokenizer, the pools to train on and the pools to measure on. `views` is how often each story is told anew."""
+def build_pools(
+    corpus: Path, tokenizer_file: Path | None, views: int
+) -> tuple[Tokenizer, dict[str, Pool], dict[str, Pool]]:
+    """The tokenizer, the pools to train on and the pools to measure on. Each story is told `views` times."""
     draw = random.Random(1)
     book_chapters, held_chapters = read_books(corpus)
     stories, held_stories = read_stories(corpus)
@@ -300,7 +413,9 @@ def build_pools(corpus: Path, tokenizer_file: Path | None, views: int) -> tuple[
     else:
         tokenizer = Tokenizer.from_file(str(tokenizer_file))
 
-    simple_words = {word for word, count in Counter(re.findall(r"[a-z]+", " ".join(stories).lower())).items() if count >= 3}
+    simple_words = {
+        word for word, count in Counter(re.findall(r"[a-z]+", " ".join(stories).lower())).items() if count >= 3
+    }
 
     def simplicity(text: str) -> float:
         words = re.findall(r"[a-z]+", text.lower())
@@ -325,10 +440,14 @@ def build_pools(corpus: Path, tokenizer_file: Path | None, views: int) -> tuple[
         "held chat": [story_chat(s, held_stories, nouns, draw) for s in held_stories],
         "held books": [document(p, draw) for p in held_books[:100]],
     }
-    return tokenizer, {k: encode(v, tokenizer) for k, v in train.items()}, {k: encode(v, tokenizer) for k, v in held.items()}
+    return (
+        tokenizer,
+        {k: encode(v, tokenizer) for k, v in train.items()},
+        {k: encode(v, tokenizer) for k, v in held.items()},
+    )
 
 
-# The share of each pool in a batch's tokens, at the start and at the end of the training; in between it moves in a straight line.
+# The share of each pool in a batch's tokens, at the start and at the end; in between it moves in a straight line.
 SHARES = {
     "books": (0.55, 0.08),
     "easy": (0.22, 0.22),
@@ -358,7 +477,9 @@ class Sampler:
 
     def batch(self, progress: float, rows: int, context: int) -> tuple[Tensor, Tensor]:
         """Inputs and labels, both [rows, context]; a label that is not learnt is -100."""
-        shares = np.array([SHARES[n][0] + progress * (SHARES[n][1] - SHARES[n][0]) for n in self.names]) / self.mean_tokens
+        shares = (
+            np.array([SHARES[n][0] + progress * (SHARES[n][1] - SHARES[n][0]) for n in self.names]) / self.mean_tokens
+        )
         inputs, labels = np.zeros((rows, context), np.int64), np.full((rows, context), -100, np.int64)
         for row in range(rows):
             filled = 0
@@ -366,7 +487,7 @@ class Sampler:
                 name = self.names[self.draw.choice(len(self.names), p=shares / shares.sum())]
                 ids, learnt = self.next_document(name)
                 ids, learnt = ids[: context + 1 - filled], learnt[: context + 1 - filled]
-                target = np.where(learnt, ids, -100)
+                target = np.where(learnt, ids.astype(np.int64), -100)
                 if filled == 0:
                     target[0] = -100
                 inputs[row, filled : filled + len(ids)] = ids[: context - filled]
@@ -377,7 +498,7 @@ class Sampler:
         return torch.from_numpy(inputs), torch.from_numpy(labels)
 
 
-# --- model: Llama with the parameter names of Hugging Face, and dropout ---------------------------------------------------------
+# --- model: Llama with the parameter names of Hugging Face, and dropout -----------------------------------------------
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -423,7 +544,9 @@ class Layer(nn.Module):
         super().__init__()
         width = CONFIG["hidden_size"]
         self.input_layernorm = nn.RMSNorm(width, eps=CONFIG["rms_norm_eps"])
-        self.self_attn = Attention(width, CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"], CONFIG["head_dim"])
+        self.self_attn = Attention(
+            width, CONFIG["num_attention_heads"], CONFIG["num_key_value_heads"], CONFIG["head_dim"]
+        )
         self.post_attention_layernorm = nn.RMSNorm(width, eps=CONFIG["rms_norm_eps"])
         self.mlp = MLP(width, CONFIG["intermediate_size"])
         self.dropout = dropout
@@ -445,7 +568,9 @@ class Llama(nn.Module):
                 out_of_a_branch = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (math.sqrt(2 * len(self.layers)) if out_of_a_branch else 1))
         half = torch.arange(0, CONFIG["head_dim"], 2) / CONFIG["head_dim"]
-        angles = torch.outer(torch.arange(CONFIG["max_position_embeddings"]).float(), CONFIG["rope_theta"] ** -half).repeat(1, 2)
+        angles = torch.outer(
+            torch.arange(CONFIG["max_position_embeddings"]).float(), CONFIG["rope_theta"] ** -half
+        ).repeat(1, 2)
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
 
@@ -459,7 +584,7 @@ class Llama(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
-# --- training -------------------------------------------------------------------------------------------------------------------
+# --- training ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -525,7 +650,9 @@ def train(args: argparse.Namespace, pools: dict[str, Pool], held: dict[str, Pool
         if step % args.report == 0:
             mean = losses.item() / args.report  # the one wanted synchronisation
             losses.zero_()
-            held_loss = " ".join(f"{name.replace(' ', '_')}={measure(model, pool, device):.3f}" for name, pool in held.items())
+            held_loss = " ".join(
+                f"{name.replace(' ', '_')}={measure(model, pool, device):.3f}" for name, pool in held.items()
+            )
             print(f"step={step} seconds={time.monotonic() - begin:.0f} train={mean:.3f} {held_loss}", flush=True)
     facts = {
         "steps": step,
@@ -539,7 +666,7 @@ def train(args: argparse.Namespace, pools: dict[str, Pool], held: dict[str, Pool
     return model, facts
 
 
-# --- the folder -----------------------------------------------------------------------------------------------------------------
+# --- the folder -------------------------------------------------------------------------------------------------------
 
 
 def write_json(path: Path, value: object) -> None:
@@ -548,12 +675,18 @@ def write_json(path: Path, value: object) -> None:
 
 def write_folder(out: Path, model: Llama, tokenizer: Tokenizer) -> None:
     out.mkdir(parents=True, exist_ok=True)
-    weights = {f"model.{name}": value.detach().to("cpu", torch.bfloat16).contiguous() for name, value in model.state_dict().items()}
+    weights = {
+        f"model.{name}": value.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, value in model.state_dict().items()
+    }
     save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
     (out / "model.safetensors").chmod(0o644)
     tokenizer.save(str(out / "tokenizer.json"))
     write_json(out / "config.json", CONFIG)
-    write_json(out / "generation_config.json", {"bos_token_id": 0, "eos_token_id": [1, 0], "do_sample": True, "temperature": 0.7, "top_p": 0.9})
+    write_json(
+        out / "generation_config.json",
+        {"bos_token_id": 0, "eos_token_id": [1, 0], "do_sample": True, "temperature": 0.7, "top_p": 0.9},
+    )
     tokenizer_config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": None,
@@ -579,19 +712,31 @@ PROMPTS = [
 
 
 def sample(out: Path) -> list[dict[str, object]]:
-    """Reads the folder as a user would, and continues PROMPTS greedily and at temperature 0.8 with the seeds 0, 1, 2..."""
+    """Reads the folder as a user would, and continues PROMPTS greedily and at temperature 0.8, seeds 0, 1, 2..."""
     from transformers import AutoModelForCausalLM, AutoTokenizer  # an optional need of this last step only
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer, model = AutoTokenizer.from_pretrained(out), AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).to(device)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(out),
+        AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).to(device),
+    )
     samples = []
     for seed, (form, prompt) in enumerate(PROMPTS):
         messages = [{"role": "user", "content": prompt}]
-        text = prompt if form == "plain" else tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        text = (
+            prompt
+            if form == "plain"
+            else tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        )
         ids = tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids.to(device)
-        for way in ({"do_sample": False, "temperature": None, "top_p": None}, {"do_sample": True, "temperature": 0.8, "top_p": 1.0}):
+        for way in (
+            {"do_sample": False, "temperature": None, "top_p": None},
+            {"do_sample": True, "temperature": 0.8, "top_p": 1.0, "top_k": 0},
+        ):
             torch.manual_seed(seed)
-            new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=500, pad_token_id=0, top_k=0, **way)[0, ids.shape[1] :]
+            new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=500, pad_token_id=0, **way)[
+                0, ids.shape[1] :
+            ]
             stopped = new[-1].item() in (0, 1)
             how = "temperature 0.8" if way["do_sample"] else "greedy"
             samples.append(
@@ -606,14 +751,16 @@ def main() -> None:
     parser.add_argument("--corpus", type=Path, required=True, help="folder of the two corpus files")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to keep")
-    parser.add_argument("--steps", type=int, default=1200, help="optimizer steps; 0 writes random weights")
-    parser.add_argument("--seconds", type=float, default=420, help="time limit of the training, which ends annealed all the same")
+    parser.add_argument("--steps", type=int, default=2600, help="optimizer steps; 0 writes random weights")
+    parser.add_argument(
+        "--seconds", type=float, default=420, help="time limit of the training, which ends annealed all the same"
+    )
     parser.add_argument("--rows", type=int, default=64, help="rows of 1,024 tokens a step")
     parser.add_argument("--views", type=int, default=12, help="how often each story is told anew, with other names")
-    parser.add_argument("--dropout", type=float, default=0.1)
+    parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)
-    parser.add_argument("--report", type=int, default=100, help="steps between two reports")
+    parser.add_argument("--report", type=int, default=200, help="steps between two reports")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     begin = time.monotonic()
@@ -628,7 +775,8 @@ def main() -> None:
     samples = sample(args.out)
     write_json(args.out / "training.json", {"facts": facts, "samples": samples})
     for entry in samples:
-        print(f"--- {entry['form']} {entry['how']} tokens={entry['tokens']} stopped={entry['stopped']}\n{entry['prompt']} || {entry['text']}", flush=True)
+        print("---", entry["form"], entry["how"], f"tokens={entry['tokens']} stopped={entry['stopped']}", flush=True)
+        print(entry["prompt"], "||", entry["text"], flush=True)
 
 
 if __name__ == "__main__":
