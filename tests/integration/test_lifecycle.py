@@ -1,0 +1,197 @@
+"""Starting, joining and being refused: what cannot work is told at once in one line, and what runs is not disturbed."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.integration.cluster import ROOT, Cluster, free_port
+
+DEMO = ROOT / "models" / "demo"
+REFUSED_TIMEOUT_S = 60.0
+NOBODY = "tcp://127.0.0.1:1"
+
+
+def complaint(module: str, *arguments: str) -> str:
+    """The one line that a process says before it ends with status 1, without its log."""
+    ended = subprocess.run(
+        [sys.executable, "-m", module, "--log-level", "error", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=REFUSED_TIMEOUT_S,
+        check=False,
+    )
+    assert ended.returncode == 1, (ended.returncode, ended.stderr)
+    assert not ended.stdout
+    lines = ended.stderr.splitlines()
+    assert len(lines) == 1 and lines[0].startswith(f"{module}: "), ended.stderr
+    return lines[0]
+
+
+def cut_weights(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+
+
+def cut_weights_in_their_header(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+
+
+def remove_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def edit_config(change: Callable[[dict[str, object]], object]) -> Callable[[Path], None]:
+    def edit(folder: Path) -> None:
+        config = json.loads((folder / "config.json").read_text())
+        change(config)
+        (folder / "config.json").write_text(json.dumps(config))
+
+    return edit
+
+
+FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
+    "truncated weights": (cut_weights, ["model.safetensors", "whole safetensors file"]),
+    "weights cut in the header": (cut_weights_in_their_header, ["model.safetensors", "whole safetensors file"]),
+    "no weights": (remove_weights, ["model.safetensors"]),
+    "missing key": (edit_config(lambda config: config.pop("num_hidden_layers")), ["config.json", "num_hidden_layers"]),
+    "wrong type": (edit_config(lambda config: config.update(hidden_size="big")), ["config.json", "hidden_size"]),
+    "more layers than weights": (edit_config(lambda config: config.update(num_hidden_layers=9)), ["layers.8."]),
+    "another shape": (edit_config(lambda config: config.update(intermediate_size=512)), ["tensor", "expected"]),
+    "another architecture": (
+        edit_config(lambda config: config.update(architectures=["GPT2LMHeadModel"], model_type="gpt2")),
+        ["GPT2LMHeadModel", "LlamaForCausalLM"],
+    ),
+    "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
+    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "JSON"]),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_worker_names_what_is_wrong_with_a_model_folder(fault: str, tmp_path: Path) -> None:
+    """Guards operators: not a traceback from the depth of a library, but the file or the key."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    break_it, named = FAULTS[fault]
+    break_it(folder)
+    line = complaint("decode", "--model", str(folder), "--proxy", NOBODY, "--device", "cpu")
+    assert all(name in line for name in named), line
+
+
+@pytest.mark.parametrize("broken", ["tokenizer.json", "tokenizer_config.json"])
+def test_proxy_names_what_is_wrong_with_a_tokenizer(broken: str, tmp_path: Path) -> None:
+    """Guards the same on the proxy's side."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    (folder / broken).write_text('{"version": ')
+    assert broken in complaint("proxy", "--model", str(folder), "--port", "0", "--control-address", "tcp://127.0.0.1:0")
+
+
+@pytest.fixture
+def taken_port() -> Iterator[int]:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        yield int(listener.getsockname()[1])
+
+
+def test_port_in_use(taken_port: int) -> None:
+    """Guards against a process that seems to run and is heard by nobody."""
+    control = f"tcp://127.0.0.1:{taken_port}"
+    assert str(taken_port) in complaint("proxy", "--port", str(taken_port), "--control-address", "tcp://127.0.0.1:0")
+    assert control in complaint("proxy", "--port", "0", "--control-address", control)
+    assert control in complaint("prefill", "--proxy", NOBODY, "--device", "cpu", "--bind", control)
+
+
+def test_binding_to_the_network_needs_a_word(taken_port: int) -> None:
+    """Guards against a control plane without keys that the whole network can reach by accident."""
+    everywhere = f"tcp://0.0.0.0:{free_port()}"
+    for line in (
+        complaint("proxy", "--host", "0.0.0.0", "--port", "0", "--control-address", "tcp://127.0.0.1:0"),
+        complaint("proxy", "--port", "0", "--control-address", everywhere),
+        complaint("prefill", "--proxy", NOBODY, "--bind", everywhere),
+        complaint("decode", "--proxy", NOBODY, "--bind", everywhere),
+    ):
+        assert "--insecure-network" in line
+
+
+def make_other_model(folder: Path) -> None:
+    """A random model of another shape with the demo's tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=4096,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=32,
+        max_position_embeddings=512,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / name, folder)
+
+
+def test_worker_of_another_namespace_is_refused(tmp_path: Path) -> None:
+    """Guards against KV of one model, or of one block size, ever reaching another."""
+    make_other_model(tmp_path / "other")
+    with Cluster(log_folder=tmp_path) as cluster:
+        before = cluster.complete("The old king", max_tokens=8)["choices"]
+        strangers = {
+            "model": ("prefill", "--model", str(tmp_path / "other")),
+            "blocks": ("decode", "--block-tokens", "32"),
+            "dtype": ("prefill", "--dtype", "bfloat16"),
+        }
+        for name, (role, *arguments) in strangers.items():
+            cluster.start_worker(role, name, *arguments)
+        for name, (role, *_) in strangers.items():
+            assert cluster.wait_end(name, REFUSED_TIMEOUT_S) == 1
+            last = cluster.log(name).splitlines()[-1]
+            assert last.startswith(f"{role}: ") and "another namespace" in last, last
+            del cluster.processes[name]
+        assert cluster.num_workers() == 2
+        assert cluster.complete("The old king", max_tokens=8)["choices"] == before
+        cluster.wait_idle()
+
+
+def test_two_proxies_over_the_same_workers(tmp_path: Path) -> None:
+    """Guards workers that serve two masters: requests do not mix, and the death of one is nothing to the other."""
+    second = Cluster(0, 0, log_folder=tmp_path / "second")
+    (tmp_path / "second").mkdir()
+    both = ("--proxy", f"tcp://127.0.0.1:{second.control_port}")
+    prompts = ["The old king had three daughters", "A mouse lived under the floor", "Long ago, the moon"]
+    body = {"max_tokens": 60, "ignore_eos": True}
+    with Cluster(worker_args=both, log_folder=tmp_path) as first, second:
+        first.wait_workers("p0", "d0")
+        second.wait_workers("p0", "d0")
+        streams = [cluster.begin(prompt, **body) for prompt in prompts for cluster in (first, second)]
+        texts = [stream.join().text for stream in streams]
+        assert texts[0::2] == texts[1::2] and all(texts)
+        streams = [cluster.begin(f"Again: {prompt}", **body) for prompt in prompts for cluster in (first, second)]
+        first.wait_until(lambda: all(stream.num_chunks for stream in streams), "all streams have begun")
+        second.kill("proxy")
+        for stream in streams[0::2]:
+            assert stream.join().finish == "length" and stream.broken is None
+        first.wait_idle()
+        second.start_proxy()
+        second.wait_ready(2)
+        again = [second.begin(f"Again: {prompt}", **body).join().text for prompt in prompts]
+        assert again == [stream.text for stream in streams[0::2]]
+        assert httpx.get(f"{first.url}/ready", timeout=5).is_success
+        first.wait_idle()
+        second.wait_idle()
