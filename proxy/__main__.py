@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import uvicorn
+from uvicorn.loops.auto import auto_loop_factory
 
 from node.endpoint import Endpoint, new_context
 from node.errors import SettingsError
@@ -25,7 +26,8 @@ def main() -> int:
     settings = parse(ProxySettings, sys.argv[1:], prog="python -m proxy", description="The HTTP front of Baton.")
     configure_logging(settings.log_level, "proxy")
     try:
-        return asyncio.run(serve(settings))
+        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed
+            return runner.run(serve(settings))
     except SettingsError as error:
         print(f"proxy: {error}", file=sys.stderr)
         return 1

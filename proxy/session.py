@@ -53,7 +53,12 @@ class WorkerLost:
     reason: str
 
 
-Event = tuple[str, Answer] | WorkerLost
+@dataclass(frozen=True, slots=True)
+class DeadlinePassed:
+    """The request's time is up."""
+
+
+Event = tuple[str, Answer] | WorkerLost | DeadlinePassed
 
 
 class Desk(Protocol):
@@ -125,6 +130,7 @@ class Session:
         avoid: set[str] = set()
         while True:
             attempt = await self._dispatch(frozenset(avoid))
+            alarm = self._alarm()
             try:
                 async for delta in self._follow(attempt):
                     yield delta
@@ -147,6 +153,7 @@ class Session:
                 if not retry.counts:
                     await asyncio.sleep(BUSY_PAUSE_S)
             finally:
+                alarm.cancel()
                 self._close(attempt)
             self._ledger.next_attempt()
 
@@ -211,19 +218,18 @@ class Session:
 
     async def _follow(self, attempt: _Attempt) -> AsyncGenerator[Delta, None]:
         while not self._ledger.finish:
-            delta = self._on_event(attempt, await self._next_event())
+            delta = self._on_event(attempt, await self.inbox.get())
             if delta is not None:
                 yield delta
 
-    async def _next_event(self) -> Event:
-        if not self.inbox.empty():
-            return self.inbox.get_nowait()
-        try:
-            return await asyncio.wait_for(self.inbox.get(), self._deadline - time.monotonic())
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed") from None
+    def _alarm(self) -> asyncio.TimerHandle:
+        """One timer for an attempt: a timeout around each wait would be a fifth of the proxy's work for a token."""
+        delay_s = max(0.0, self._deadline - time.monotonic())
+        return asyncio.get_running_loop().call_later(delay_s, self.inbox.put_nowait, DeadlinePassed())
 
     def _on_event(self, attempt: _Attempt, event: Event) -> Delta | None:
+        if isinstance(event, DeadlinePassed):
+            raise DeadlineExceeded("the request's deadline passed")
         if isinstance(event, WorkerLost):
             self._on_lost(attempt, event)
             return None
