@@ -12,7 +12,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 
 from kvtransfer.exchange import Event, Exchange
 from node.endpoint import Endpoint
@@ -81,7 +81,8 @@ class Carrier:
 
     def transfer_counters(self) -> dict[str, float]:
         """Totals of the exchange, for the heartbeat."""
-        return {name: float(value) for name, value in asdict(self._exchange.counters).items()}
+        counters = self._exchange.counters
+        return {each.name: float(getattr(counters, each.name)) for each in fields(counters)}
 
     def drain(self) -> None:
         """From now on heartbeats say that this worker takes nothing new."""
