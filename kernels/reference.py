@@ -18,10 +18,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     weight: the last dimension of x, or its last two (a weight of its own for each head).
     """
-    if x.dtype == torch.float32:
-        return F.rms_norm(x, x.shape[-1:], weight if weight.dim() == 1 else None, eps) * (
-            1 if weight.dim() == 1 else weight
-        )
+    if x.dtype == torch.float32 and weight.dim() == 1:
+        return F.rms_norm(x, x.shape[-1:], weight, eps)
     return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
 
 
