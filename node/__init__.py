@@ -2,3 +2,5 @@
 
 No torch, no blocks.
 """
+
+__version__ = "0.1.0"

@@ -11,6 +11,7 @@ from pathlib import Path
 import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
+from node import __version__
 from node.endpoint import Endpoint, new_context
 from node.errors import SettingsError
 from node.modelhub import locate_model
@@ -45,6 +46,7 @@ async def serve(settings: ProxySettings) -> int:
         served_model_name=settings.served_model_name or _name_of(settings.model),
         api_keys=settings.api_key,
         request_timeout_s=settings.request_timeout_s,
+        version=__version__,
     )
     config = uvicorn.Config(
         create_app(dispatcher, text, app_settings),

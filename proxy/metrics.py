@@ -167,7 +167,8 @@ class _Total:
 
 def _counters(counters: Mapping[str, float], model: str) -> Iterable[Metric]:
     for name, value in sorted(counters.items()):
-        family = CounterMetricFamily(f"baton:{_plain(name)}", "Counted by the proxy's engine.", labels=_LABEL)
+        kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+        family = kind(f"baton:{_plain(name)}", "Counted by the proxy's engine.", labels=_LABEL)
         family.add_metric((model,), value)
         yield family
 
