@@ -125,6 +125,8 @@ class PrefillWorker:
         if not 0 < num_tokens < self._worker.max_model_len:
             reason = f"{num_tokens} tokens; this worker takes 1 to {self._worker.max_model_len - 1}"
             return _failed(leg, reason, retryable=False)
+        if not 0 < message.prompt_len <= num_tokens:
+            return _failed(leg, f"a prompt of {message.prompt_len} in {num_tokens} tokens", retryable=False)
         if max(message.token_ids) >= self._worker.runner.config.vocab_size:
             return _failed(leg, "a token id is outside the vocabulary", retryable=False)
         if len(message.block_hashes) > num_tokens // self._worker.layout.block_tokens:
