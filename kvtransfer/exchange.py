@@ -28,6 +28,7 @@ from kvtransfer.transfer import (
     Tell,
     Timing,
 )
+from node.errors import SettingsError
 from node.messages import (
     Abort,
     Aborted,
@@ -178,7 +179,11 @@ class Exchange:
             Sender(self._digest_of, chunk_blocks=self._chunk_blocks, timing=self._timing, now=now, deadline=deadline),
         )
         self._senders[leg] = self._live_senders[leg] = sending
-        self._pairs.greet(peer, address, now)
+        try:
+            self._pairs.greet(peer, address, now)
+        except SettingsError as error:  # the address is a peer's text, and may be none
+            self._run_sender(sending, sending.machine.abort(str(error), now), now)
+            return
         early = self._early_grants.pop(leg, None)
         if early is not None and early[0] == peer:
             self._on_grant(peer, early[1], now)
