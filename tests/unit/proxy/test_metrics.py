@@ -128,7 +128,7 @@ def status(name: str, role: str, free: int, **counters: float) -> WorkerStatus:
 
 async def test_the_engines_and_the_workers_own_counters(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards against what workers report being lost on the way, and a name that breaks the format."""
-    engine.totals = {"attempts_total": 3.0, "routed_local": 1.0}
+    engine.totals = {"attempts_total": 3.0, "routed_local_total": 1.0}
     engine.workers = [status("p0", "prefill", 90, transfers=4), status("d0", "decode", 25, **{"odd name-1": 5})]
     seen = await scrape(client)
     assert seen("baton:attempts_total") == 3
