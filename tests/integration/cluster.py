@@ -43,6 +43,7 @@ class Stream:
     """One streamed completion, read by a thread: what has come so far, and how it ended."""
 
     def __init__(self, chunks: Iterator[dict[str, Any]]) -> None:
+        self.id = ""
         self.text = ""
         self.num_chunks = 0
         self.finish = ""
@@ -65,6 +66,7 @@ class Stream:
     def _read(self) -> None:
         try:
             for chunk in self._chunks:
+                self.id = chunk.get("id", self.id)
                 self.error = chunk.get("error")
                 for choice in chunk.get("choices", ()):
                     self.text += choice["text"]

@@ -1,0 +1,539 @@
+"""Nonsense over HTTP and hostile bytes on every port of real processes: a clear answer or none, and nothing is harmed.
+
+After every test the cluster must still answer as before, with every block free or cached, and the same processes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import zmq
+
+from node.messages import (
+    MESSAGES,
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Busy,
+    Cancel,
+    Cancelled,
+    Drain,
+    Failed,
+    Finish,
+    Goodbye,
+    Grant,
+    HandedOver,
+    Heartbeat,
+    Hello,
+    Load,
+    Message,
+    Offer,
+    Ping,
+    PlaneAddress,
+    Prefill,
+    Refused,
+    Register,
+    Registered,
+    Rejoin,
+    Renew,
+    Reserve,
+    Reserved,
+    SamplingParams,
+    Tokens,
+    Valid,
+    Validate,
+    Welcome,
+    decode,
+    encode,
+)
+from tests.integration.cluster import Cluster
+
+PROMPT = "Once upon a time there was a little fox who lived in the forest. The old king had three daughters."
+ANSWER: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+SAMPLING = SamplingParams(max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def master() -> Iterator[Master]:
+    playing = Master()
+    yield playing
+    playing.close()
+
+
+@pytest.fixture(scope="module")
+def shared(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """KV moves over ZeroMQ, so that there is a data port to attack, and the test is a second proxy of the workers."""
+    cluster = Cluster(
+        proxy_args=("--local-prefill", "never", "--request-timeout-s", "60"),
+        worker_args=("--plane", "zmq", "--proxy", master.address, "--num-blocks", "256"),
+        log_folder=tmp_path_factory.mktemp("logs"),
+    )
+    with cluster:
+        yield cluster
+
+
+@pytest.fixture
+def cluster(shared: Cluster) -> Iterator[Cluster]:
+    expected = shared.complete(PROMPT, **ANSWER)["choices"]
+    pids = {name: process.pid for name, process in shared.processes.items()}
+    joined = f"joined link=proxy@tcp://127.0.0.1:{shared.control_port}"
+    joins = [shared.log(name).count(joined) for name in ("p0", "d0")]
+    yield shared
+    shared.wait_idle()
+    assert shared.complete("Not cached: " + PROMPT, **ANSWER)["choices"][0]["finish_reason"] == "length"
+    assert shared.complete(PROMPT, **ANSWER)["choices"] == expected
+    assert all(process.poll() is None and process.pid == pids[name] for name, process in shared.processes.items())
+    assert set(shared.worker_values("running")) == {"p0", "d0"}
+    assert joins == [shared.log(name).count(joined) for name in ("p0", "d0")], "a worker has left in between"
+    for name in shared.processes:
+        assert "Traceback" not in shared.log(name)
+    shared.wait_idle()
+
+
+# ---- HTTP -------------------------------------------------------------------------------------------------------
+
+GOOD = {"model": "demo", "prompt": "Hello", "max_tokens": 4}
+
+BAD_BODIES: dict[str, tuple[int, Any]] = {
+    "prompt too long": (400, GOOD | {"prompt": "king " * 5000}),
+    "one token too long": (400, GOOD | {"prompt": [5] * 2048}),
+    "empty prompt": (400, GOOD | {"prompt": ""}),
+    "no prompt": (400, {"model": "demo"}),
+    "unknown model": (404, GOOD | {"model": "gpt-9"}),
+    "negative max_tokens": (400, GOOD | {"max_tokens": -1}),
+    "huge max_tokens": (400, GOOD | {"max_tokens": 10**30}),
+    "huge temperature": (400, GOOD | {"temperature": 1e300}),
+    "negative seed": (400, GOOD | {"top_p": -0.5}),
+    "huge n": (400, GOOD | {"n": 10**9}),
+    "wrong types": (400, GOOD | {"prompt": {"text": "Hello"}, "max_tokens": "4"}),
+    "token out of the vocabulary": (400, GOOD | {"prompt": [4096]}),
+    "negative token": (400, GOOD | {"prompt": [-1]}),
+    "huge token": (400, GOOD | {"prompt": [2**70]}),
+    "half a surrogate pair": (400, b'{"model": "demo", "prompt": "\\ud800", "max_tokens": 4}'),
+    "not UTF-8": (400, b'{"model": "demo", "prompt": "\xff\xfe\xfd", "max_tokens": 4}'),
+    "deep JSON": (400, b'{"model": "demo", "prompt": ' + b"[" * 100_000 + b"]" * 100_000 + b"}"),
+    "no JSON": (400, b"\x00\x01\x02"),
+    "no object": (400, b"[]"),
+    "nothing": (400, b""),
+    "10 MB": (400, b'{"model": "demo", "prompt": "' + b"x" * 10_000_000 + b'"}'),
+}
+
+
+def test_bad_bodies(cluster: Cluster) -> None:
+    """Guards every layer that a body passes: each is refused by name, in OpenAI's shape, and quickly."""
+    with httpx.Client(base_url=cluster.url, timeout=30) as client:
+        for name, (status, body) in BAD_BODIES.items():
+            content = body if isinstance(body, bytes) else json.dumps(body).encode()
+            answer = client.post("/v1/completions", content=content, headers={"content-type": "application/json"})
+            assert answer.status_code == status, (name, answer.status_code, answer.text[:300])
+            assert set(answer.json()["error"]) == {"message", "type", "param", "code"}, name
+            assert answer.json()["error"]["type"] == "invalid_request_error", name
+
+
+def test_a_10_mb_prompt_in_a_list_of_tokens_and_in_a_chat(cluster: Cluster) -> None:
+    """Guards the other doors against the same."""
+    with httpx.Client(base_url=cluster.url, timeout=30) as client:
+        chat = {"model": "demo", "messages": [{"role": "user", "content": "x" * 10_000_000}]}
+        assert client.post("/v1/chat/completions", json=chat).status_code == 400
+        assert client.post("/v1/completions", json=GOOD | {"prompt": [5] * 4_000_000}).status_code == 400
+        assert client.post("/v1/completions", json=GOOD | {"prompt": [5] * 100_000}).status_code == 400
+        assert client.post("/v1/chat/completions", json=chat | {"messages": []}).status_code == 400
+
+
+def test_a_body_that_never_ends_and_one_that_is_cut(cluster: Cluster) -> None:
+    """Guards against clients that send a part of a request and wait, or leave."""
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
+    waiting = [socket.create_connection(("127.0.0.1", cluster.http_port), timeout=5) for _ in range(20)]
+    for number, connection in enumerate(waiting):
+        connection.sendall(head + b'{"model": "demo"' * (number % 3))
+    for connection in waiting[::2]:
+        connection.close()
+    assert cluster.complete("Hello", max_tokens=2)["usage"]["completion_tokens"] == 2
+    for connection in waiting[1::2]:
+        connection.close()
+
+
+# ---- bytes on every port ----------------------------------------------------------------------------------------
+
+
+def all_ports(cluster: Cluster) -> dict[str, int]:
+    """Every port that any process of the cluster listens on."""
+    return {f"{name}:{port}": port for name in cluster.processes for port in cluster.ports(name)}
+
+
+def test_there_are_the_ports_that_are_attacked(cluster: Cluster) -> None:
+    """Guards the tests below: control and HTTP of the proxy, endpoint and data of each worker."""
+    names = [place.partition(":")[0] for place in all_ports(cluster)]
+    assert {name: names.count(name) for name in names} == {"proxy": 2, "p0": 2, "d0": 2}
+
+
+def test_random_bytes(cluster: Cluster) -> None:
+    """Guards every listener against what speaks no protocol at all, closes at once, or stays and says nothing."""
+    chance = random.Random(1)
+    opened = []
+    for port in all_ports(cluster).values():
+        for length in (0, 1, 9, 10, 64, 65, 1000, 100_000):
+            connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+            opened.append(connection)
+            with contextlib.suppress(OSError):  # it may hang up while we send
+                connection.sendall(chance.randbytes(length))
+    streams = [cluster.begin(PROMPT, **ANSWER) for _ in range(4)]
+    assert all(stream.join().finish == "length" for stream in streams)
+    for connection in opened:
+        connection.close()
+
+
+ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
+
+
+def test_broken_zmtp(cluster: Cluster) -> None:
+    """Guards against a handshake that goes well and is followed by nonsense, or by a frame of 2^63 bytes."""
+    chance = random.Random(2)
+    ready = b"\x04\x26\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
+    frames = [
+        b"\x02" + (2**63 - 1).to_bytes(8, "big"),  # a long frame that would fill all memory
+        b"\x02" + (2**40).to_bytes(8, "big") + b"x" * 1000,
+        b"\x06" + (2**33).to_bytes(8, "big") + b"x" * 1000,  # a command
+        b"\x01\x00" * 50_000 + b"\x00\x00",  # a message of many empty frames
+        chance.randbytes(5000),
+    ]
+    opened = []
+    for port in all_ports(cluster).values():
+        for frame in frames:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+            opened.append(connection)
+            with contextlib.suppress(OSError):
+                connection.sendall(ZMTP_GREETING + ready + frame)
+    assert cluster.complete(PROMPT + " With a stranger.", **ANSWER)["usage"]["completion_tokens"] == 24
+    for connection in opened:
+        connection.close()
+
+
+class Stranger:
+    """A ZeroMQ client that may call itself anything."""
+
+    def __init__(self, port: int, identity: bytes = b"stranger/1", kind: int = zmq.DEALER) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(kind)
+        self._socket.setsockopt(zmq.LINGER, 500)
+        self._socket.setsockopt(zmq.SNDTIMEO, 2000)
+        if identity:
+            self._socket.setsockopt(zmq.IDENTITY, identity)
+        self._socket.connect(f"tcp://127.0.0.1:{port}")
+
+    def __enter__(self) -> Stranger:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._context.destroy(500)
+
+    def say(self, *messages: Message) -> None:
+        for message in messages:
+            self.frames(encode(message))
+
+    def frames(self, *frames: bytes) -> None:
+        with contextlib.suppress(zmq.Again):
+            self._socket.send_multipart(frames)
+
+    def hear(self, wait_s: float) -> list[Message]:
+        """What comes within that time."""
+        heard = []
+        until = time.monotonic() + wait_s
+        while self._socket.poll(max(0, int((until - time.monotonic()) * 1000))):
+            heard.append(decode(self._socket.recv()))
+        return heard
+
+
+def test_garbage_frames(cluster: Cluster) -> None:
+    """Guards against well-framed nonsense: no message, half a message, too many frames, a name that is no text."""
+    chance = random.Random(3)
+    whole = encode(Ping(proxy="proxy", incarnation=1))
+    for place, port in all_ports(cluster).items():
+        if place == f"proxy:{cluster.http_port}":
+            continue
+        for identity in (b"stranger/1", b"\xff\xfe", b"x" * 255):
+            with Stranger(port, identity) as stranger:
+                for length in (0, 1, 2, 33, 1000):
+                    stranger.frames(chance.randbytes(length))
+                stranger.frames(b"", whole)
+                stranger.frames(*[b"x"] * 200)
+                stranger.frames(whole[:-1])
+                stranger.frames(whole + b"\x00")
+                stranger.frames(b"\xc1" * 10)
+                stranger.frames(b"\x91" * 5000)
+        for kind in (zmq.REQ, zmq.PUSH, zmq.PUB, zmq.PAIR):
+            with Stranger(port, b"", kind) as stranger:
+                stranger.frames(b"garbage")
+    assert cluster.log("proxy").count("message_rejected") and cluster.log("p0").count("message_rejected")
+
+
+def test_oversized_frames(cluster: Cluster) -> None:
+    """Guards memory: a frame above the limit ends its connection before it is read."""
+    for place, port in all_ports(cluster).items():
+        if place != f"proxy:{cluster.http_port}":
+            with Stranger(port) as stranger:
+                stranger.frames(b"x" * (32 << 20))
+    for name, process in cluster.processes.items():
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        resident_kib = int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
+        assert resident_kib < 2 << 20, f"{name} has grown to {resident_kib} KiB"
+
+
+# ---- valid messages of someone who must not send them -----------------------------------------------------------
+
+
+def register_of(name: str, incarnation: int, namespace: bytes) -> Register:
+    return Register(
+        worker=name,
+        incarnation=incarnation,
+        role="decode",
+        model="demo",
+        namespace=namespace,
+        block_tokens=16,
+        total_blocks=1000,
+        max_num_seqs=64,
+        max_model_len=2048,
+        address="tcp://127.0.0.1:1",
+    )
+
+
+def prefill_of(request_id: str, decode_worker: str, **changes: Any) -> Prefill:
+    known: dict[str, Any] = {
+        "request_id": request_id,
+        "attempt": 0,
+        "token_ids": (5, 6, 7),
+        "prompt_len": 3,
+        "root": b"r" * 32,
+        "block_hashes": (),
+        "sampling": SAMPLING,
+        "decode": decode_worker,
+        "decode_address": "tcp://127.0.0.1:1",
+        "deadline_s": 3.0,
+    }
+    return Prefill(**(known | changes))
+
+
+def reserve_of(request_id: str, prefill_worker: str, **changes: Any) -> Reserve:
+    known: dict[str, Any] = {
+        "request_id": request_id,
+        "attempt": 0,
+        "token_ids": (5, 6, 7),
+        "prompt_len": 3,
+        "root": b"r" * 32,
+        "block_hashes": (),
+        "sampling": SAMPLING,
+        "prefill": prefill_worker,
+        "deadline_s": 3.0,
+    }
+    return Reserve(**(known | changes))
+
+
+def one_of_each(request_id: str) -> list[Message]:
+    """Every message there is, about a request that exists and a transfer that does not."""
+    transfer = b"t" * 16
+    own: dict[str, Any] = {"worker": "stranger", "incarnation": 1}
+    leg: dict[str, Any] = {"request_id": request_id, "attempt": 0}
+    plane = PlaneAddress(plane="zmq", host="nowhere", address="tcp://127.0.0.1:1")
+    made: list[Message] = [
+        register_of("stranger", 1, bytes(32)),
+        register_of("another", 1, bytes(32)),
+        Registered(proxy="stranger", incarnation=1),
+        Heartbeat(**own, load=Load(running=5, counters={'x"}\n': float("nan")})),
+        Goodbye(**own),
+        Ping(proxy="stranger", incarnation=1),
+        Rejoin(),
+        Drain(),
+        prefill_of(request_id, "stranger/1"),
+        reserve_of(request_id, "stranger/1"),
+        reserve_of(request_id, ""),
+        Reserved(**leg, cached_tokens=0),
+        Busy(**leg, reason="x"),
+        Tokens(**leg, index=0, ids=(9, 9, 9)),
+        Tokens(**leg, index=5, ids=(9,), finish="stop"),
+        HandedOver(**leg, sent_bytes=1, transfer_s=0.0),
+        Failed(**leg, reason="x", retryable=False),
+        Cancelled(**leg),
+        Cancel(**leg),
+        Hello(worker="stranger/1", namespace=bytes(32), planes=(plane,)),
+        Hello(worker="another/1", namespace=bytes(32), planes=()),
+        Welcome(worker="stranger/1", plane=plane),
+        Grant(transfer_id=transfer, **leg, first_block=0, num_blocks=1, lease_s=1e7),
+        Offer(transfer_id=transfer, seq=0, first_block=0, source=(1,), digest=b"d" * 16),
+        Accept(transfer_id=transfer, seq=0),
+        Validate(transfer_id=transfer, seq=0),
+        Valid(transfer_id=transfer, seq=0),
+        Finish(transfer_id=transfer, num_chunks=0, token_id=2**31 - 1),
+        Renew(transfer_ids=(transfer,) * 4096),
+        Ack(transfer_id=transfer),
+        Abort(transfer_id=transfer, reason="x" * 4096),
+        Aborted(transfer_id=transfer),
+        Refused(reason="go away"),
+    ]
+    return made
+
+
+def test_every_message_is_used_by_these_tests() -> None:
+    """Guards the list below against a message that is added later."""
+    names = {type(message).__name__ for message in one_of_each("x")} | {"Bundle"}
+    assert names == {kind.__name__ for kind in MESSAGES}
+
+
+def identity(cluster: Cluster, name: str) -> str:
+    """The endpoint identity of a worker, `name/incarnation`, as it logs it."""
+    return re.findall(rf"worker_started worker=({name}/\d+)", cluster.log(name))[-1]
+
+
+def test_strangers_and_impostors(cluster: Cluster) -> None:
+    """Guards a running stream against every message from everyone who is not its proxy, prefill or decode worker,
+    even under their names, which are no secret."""
+    names = ["stranger/1", identity(cluster, "p0"), identity(cluster, "d0"), "proxy"]
+    names.append(f"proxy@tcp://127.0.0.1:{cluster.control_port}")  # what a worker calls its link to the proxy
+    body = ANSWER | {"max_tokens": 400}
+    stream = cluster.begin(PROMPT + " Strangers.", **body)
+    cluster.wait_until(lambda: stream.num_chunks > 3, "the stream has begun")
+    request_id = f"{stream.id}-0"
+    places = [port for place, port in all_ports(cluster).items() if place != f"proxy:{cluster.http_port}"]
+    for port in places:
+        for name in names:
+            with Stranger(port, name.encode()) as stranger:
+                stranger.say(*one_of_each(request_id))
+                stranger.say(*one_of_each(request_id)[::-1])
+    assert not stream.ended, "the stream was too short for this test"
+    assert stream.join().finish == "length" and stream.error is None and stream.broken is None
+    assert stream.text == cluster.complete(PROMPT + " Strangers.", **body)["choices"][0]["text"]
+    assert "draining" not in cluster.log("p0") + cluster.log("d0")
+
+
+def test_register_under_a_wrong_name(cluster: Cluster) -> None:
+    """Guards the cluster's soft state: who lies about its name or its model is told so, and is no member."""
+    with Stranger(cluster.control_port, b"liar/1") as stranger:
+        stranger.say(register_of("liar", 2, bytes(32)), register_of("liar", 1, bytes(32)))
+        stranger.say(Heartbeat(worker="liar", incarnation=1, load=Load(running=3)))
+        heard = stranger.hear(1.0)
+    assert [type(message) for message in heard] == [Refused, Refused, Rejoin]
+    assert isinstance(heard[1], Refused) and "namespace" in heard[1].reason
+
+
+# ---- a proxy that is not in its right mind ----------------------------------------------------------------------
+
+
+class Master:
+    """A second proxy of the workers, played by the test."""
+
+    def __init__(self) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._socket.bind("tcp://127.0.0.1:*")
+        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._boxes: dict[str, list[Message]] = {"p0": [], "d0": []}
+
+    def join(self) -> tuple[Register, Register]:
+        """Take both workers in; returns how prefill and decode registered."""
+        found: dict[str, Register] = {}
+        self._boxes = {"p0": [], "d0": []}
+        for _, message in self._listen(20.0):
+            if isinstance(message, Register):
+                found[message.role] = message
+            if len(found) == 2:
+                break
+        return found["prefill"], found["decode"]
+
+    def send(self, worker: Register, *messages: Message) -> None:
+        for message in messages:
+            self._socket.send_multipart([f"{worker.worker}/{worker.incarnation}".encode(), encode(message)])
+
+    def hear(self, worker: Register, count: int, wait_s: float = 20.0) -> list[Message]:
+        """The next answers of a worker about requests: `count`, or as many as come within that time."""
+        box = self._boxes[worker.worker]
+        if len(box) < count:
+            for _ in self._listen(wait_s):
+                if len(box) >= count:
+                    break
+        heard, self._boxes[worker.worker] = box[:count], box[count:]
+        return heard
+
+    def close(self) -> None:
+        self._context.destroy(500)
+
+    def _listen(self, wait_s: float) -> Iterator[tuple[str, Message]]:
+        until = time.monotonic() + wait_s
+        while time.monotonic() < until:
+            if self._socket.poll(100):
+                who, body = self._socket.recv_multipart()
+                message = decode(body)
+                if isinstance(message, Register):
+                    self._socket.send_multipart([who, encode(Registered(proxy="master", incarnation=1))])
+                elif not isinstance(message, Heartbeat):
+                    self._boxes[who.decode().partition("/")[0]].append(message)
+                yield who.decode(), message
+
+
+MAD: dict[str, dict[str, Any]] = {
+    "no tokens": {"token_ids": (), "prompt_len": 0},
+    "more prompt than tokens": {"prompt_len": 2000},
+    "no prompt": {"prompt_len": 0},
+    "tokens outside the vocabulary": {"token_ids": (5, 2**31 - 1, 7)},
+    "more tokens than the model takes": {"token_ids": (5,) * 5000, "prompt_len": 5000},
+    "more hashes than blocks": {"block_hashes": (b"h" * 32,) * 9},
+}
+
+
+def test_requests_that_cannot_be(cluster: Cluster, master: Master) -> None:
+    """Guards workers against a proxy of another version or with a bug: one terminal answer each, nothing crashes."""
+    prefill, decode_worker = master.join()
+    for number, changes in enumerate(MAD.values()):
+        master.send(prefill, prefill_of(f"mad-{number}", "nobody/1", **changes))
+        master.send(decode_worker, reserve_of(f"mad-{number}", "", **changes))
+    for worker in (prefill, decode_worker):
+        answers = master.hear(worker, len(MAD))
+        for number, (name, answer) in enumerate(zip(MAD, answers, strict=True)):
+            assert isinstance(answer, Failed) and answer.request_id == f"mad-{number}", (name, answer)
+            assert not answer.retryable and answer.reason
+
+
+def test_peers_that_cannot_be_reached(cluster: Cluster, master: Master) -> None:
+    """Guards a worker against the address of a peer that is none, and against a peer that never says hello."""
+    prefill, decode_worker = master.join()
+    addresses = ("", "nonsense", "tcp://", "tcp://127.0.0.1:99999999", "tcp://127.0.0.1:1", "udp://127.0.0.1:1")
+    for number, address in enumerate(addresses):
+        message = prefill_of(f"far-{number}", f"nobody/{number}", decode_address=address, deadline_s=2.0)
+        master.send(prefill, message)
+    master.send(decode_worker, reserve_of("far", "nobody/1", deadline_s=1.0))
+    answers = master.hear(prefill, 2 * len(addresses), 10.0)
+    ends = [answer.request_id for answer in answers if isinstance(answer, Failed)]
+    assert sorted(ends) == [f"far-{number}" for number in range(len(addresses))], answers
+    assert [type(answer) for answer in master.hear(decode_worker, 2, 10.0)] == [Reserved, Failed]
+
+
+def test_replayed_messages(cluster: Cluster, master: Master) -> None:
+    """Guards against messages that come twice: a leg is worked on once, and every Cancel is answered."""
+    prefill, decode_worker = master.join()
+    reserve = reserve_of("again", "", sampling=SamplingParams(max_tokens=200, min_tokens=200), deadline_s=20.0)
+    master.send(decode_worker, *[reserve] * 20)
+    cancel = Cancel(request_id="again", attempt=0)
+    assert isinstance(master.hear(decode_worker, 1)[0], Reserved)
+    master.send(decode_worker, *[cancel] * 3)
+    answers = [type(answer) for answer in master.hear(decode_worker, 1000, 1.5)]
+    assert answers.count(Reserved) == 0 and answers.count(Cancelled) == 3
+    reserve = reserve_of("pair", f"p0/{prefill.incarnation}", deadline_s=20.0)
+    message = prefill_of("pair", f"d0/{decode_worker.incarnation}", decode_address=decode_worker.address)
+    master.send(decode_worker, *[reserve] * 5)
+    master.send(prefill, *[message] * 5)
+    heard = master.hear(prefill, 2)
+    assert [type(answer) for answer in heard] == [Tokens, HandedOver]
+    master.send(prefill, *[message] * 5)  # its transfer has ended, and decode does not wait for it any more
+    master.send(prefill, Cancel(request_id="pair", attempt=0))
+    master.send(decode_worker, Cancel(request_id="pair", attempt=0))
