@@ -17,13 +17,15 @@ from node.messages import Message, SamplingParams
 from proxy.cluster import Cluster, Leg, Shape
 from proxy.interface import Delta, WorkerStatus
 from proxy.router import RequestView, Route, Rules, Wait, pick
-from proxy.session import Session, WorkerLost
+from proxy.session import ProxyStopping, Session, WorkerLost
 from proxy.settings import ProxySettings
 from proxy.wire import Answer, Wire
 
 NO_WORKER_GRACE_S = 5.0
 """A role whose last worker is gone gets so long to come back, for all requests together, before they are failed."""
 LOOK_AGAIN_S = 0.1
+LAST_WORDS_S = 2.0
+"""For telling the clients of unfinished requests, and the workers, that the proxy goes."""
 
 COUNTERS = (
     "requests_total",
@@ -53,18 +55,27 @@ class Dispatcher:
         self._waiting = 0
         self._turn = 0
         self._draining = False
+        self._stopping = False
         self._started_at = time.monotonic()
 
     def start(self) -> None:
         self._wire.start()
 
     async def stop(self) -> None:
-        """Let running requests end, for at most `drain_s`, then close."""
+        """Let running requests end, for at most `drain_s`, fail and cancel the others, then close."""
         self._draining = True
-        until = time.monotonic() + self._settings.drain_s
+        await self._sessions_end(self._settings.drain_s)
+        self._stopping = True
+        for session in self._sessions.values():
+            session.inbox.put_nowait(ProxyStopping())
+        self._changed.set()
+        await self._sessions_end(LAST_WORDS_S)
+        await self._wire.stop()
+
+    async def _sessions_end(self, wait_s: float) -> None:
+        until = time.monotonic() + wait_s
         while self._sessions and time.monotonic() < until:
             await asyncio.sleep(LOOK_AGAIN_S)
-        await self._wire.stop()
 
     # -- Engine
 
@@ -143,6 +154,8 @@ class Dispatcher:
             route = pick(self._cluster.view(), request, self._rules)
             if isinstance(route, Route):
                 return route
+            if self._stopping:
+                raise PeerLost("the proxy is shutting down")
             if route.missing and time.monotonic() - self._had_at(route.missing) >= NO_WORKER_GRACE_S:
                 raise PeerLost(route.reason)
             try:

@@ -58,7 +58,12 @@ class DeadlinePassed:
     """The request's time is up."""
 
 
-Event = tuple[str, Answer] | WorkerLost | DeadlinePassed
+@dataclass(frozen=True, slots=True)
+class ProxyStopping:
+    """The time for draining is over."""
+
+
+Event = tuple[str, Answer] | WorkerLost | DeadlinePassed | ProxyStopping
 
 
 class Desk(Protocol):
@@ -230,6 +235,8 @@ class Session:
     def _on_event(self, attempt: _Attempt, event: Event) -> Delta | None:
         if isinstance(event, DeadlinePassed):
             raise DeadlineExceeded("the request's deadline passed")
+        if isinstance(event, ProxyStopping):
+            raise PeerLost("the proxy is shutting down")
         if isinstance(event, WorkerLost):
             self._on_lost(attempt, event)
             return None
