@@ -226,8 +226,11 @@ class Cluster:
 
     def counter(self, name: str) -> float:
         """A counter of the proxy's engine, such as "retries"."""
-        lines = [line for line in self.metrics() if line.startswith(f"baton:{name}_total{{")]
-        return sum(float(line.rpartition(" ")[2]) for line in lines)
+        return self._sum(f"baton:{name}_total")
+
+    def queued(self) -> float:
+        """Requests that wait in the proxy for a worker."""
+        return self._sum("baton:queued_requests")
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
         """Poll until `condition` holds; `what` says what was waited for."""
@@ -289,12 +292,21 @@ class Cluster:
 
     # -- inside
 
+    def _sum(self, name: str) -> float:
+        lines = [line for line in self.metrics() if line.startswith(f"{name}{{")]
+        assert lines, f"there is no metric {name}"
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
+
     def _is_idle(self) -> bool:
         busy = [name for name in ("running", "waiting") if any(self.worker_values(name).values())]
         return not busy and self.worker_values("free_blocks") == self.worker_values("total_blocks")
 
     def _worker_lines(self) -> list[str]:
-        return [line for line in self.metrics() if line.startswith("baton:")]
+        return [
+            line
+            for line in self.metrics()
+            if re.match(r"baton:(worker_)?\w*(up|running|waiting|blocks|requests)\{", line)
+        ]
 
     def _spawn(self, name: str, module: str, *arguments: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": str(ROOT)}
