@@ -1,0 +1,43 @@
+"""silu(gate) * up of the two halves of a row: out[n, i] = g / (1 + exp(-g)) * u, g = x[n, i], u = x[n, width + i].
+
+In float32 between load and store. Bytes: 3 * N * width * element size.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.triton.launch import launch_options, require
+
+BLOCK, WARPS = 2048, 8
+
+
+@triton.jit
+def _silu_and_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    gate = tl.load(x_ptr + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    tl.store(out_ptr + row * WIDTH + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor, *, pdl: bool = False) -> None:
+    """As reference.silu_and_mul, into `out` [N, width]; gate_up [N, 2 * width], gate first; both contiguous."""
+    num_rows, width = out.shape
+    require(tuple(gate_up.shape) == (num_rows, 2 * width), f"gate_up {tuple(gate_up.shape)} is not twice out's width")
+    require(gate_up.is_contiguous() and out.is_contiguous(), "tensors must be contiguous")
+    if num_rows == 0:
+        return
+    block = min(BLOCK, triton.next_power_of_2(width))
+    _silu_and_mul_kernel[(num_rows, triton.cdiv(width, block))](
+        gate_up, out, WIDTH=width, BLOCK=block, PDL=pdl, **launch_options(WARPS, pdl)
+    )

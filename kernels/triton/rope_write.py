@@ -1,0 +1,166 @@
+"""Norm and rotation of queries and keys, and keys and values into the paged pool: all between two linears, one kernel.
+
+    q, k = x / sqrt(mean(x**2) + eps) * weight              each head by itself; models without these norms skip it
+    (a, b) -> (a * cos - b * sin, b * cos + a * sin)        a, b: first and second half of a head of q or k
+    query[n] = q;  pool[block, layer, 0, offset] = k;  pool[block, layer, 1, offset] = v
+
+block and offset are slot // block_tokens and slot % block_tokens; a negative slot is a row of padding, which writes no
+key or value. qkv is [N, (H + 2 KH) * D], or [S, N, ...] partial sums of the product before, added in order. In float32
+between load and store. A program does a few heads of one token, so a row's bits do not depend on the other rows.
+Bytes: S * size(qkv) + size(query) + the keys and values, about 4 * N * (H + 2 KH) * D in bfloat16.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from kernels.triton.launch import launch_options, require
+
+
+@dataclass(frozen=True, slots=True)
+class RopeTables:
+    """The rotations of all positions, [max_positions, D / 2] each, with the attention factor multiplied in."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorms:
+    """Norms of query and key heads: a weight for each head, [H + KH, D]."""
+
+    weight: torch.Tensor
+    eps: float
+
+
+@triton.jit(do_not_specialize=["num_tokens", "layer", "num_layers", "eps"])
+def _rope_write_kernel(
+    qkv_ptr,
+    weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    position_ptr,
+    slot_ptr,
+    pool_ptr,
+    query_ptr,
+    num_tokens,
+    layer,
+    num_layers,
+    eps,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    HALF_BLOCK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    HEADS_AT_ONCE: tl.constexpr,
+    PARTIALS: tl.constexpr,
+    NORM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    first_head = tl.program_id(1) * HEADS_AT_ONCE
+    HALF: tl.constexpr = DIM // 2
+    WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
+    element = tl.arange(0, HALF_BLOCK)
+    inside = (element < HALF)[None, :]
+    head = first_head + tl.arange(0, HEADS_AT_ONCE)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    base = qkv_ptr + token * WIDTH + head[:, None] * DIM + element[None, :]
+    low = tl.load(base, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(base + HALF, mask=inside, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTIALS):
+        shift = part * num_tokens.to(tl.int64) * WIDTH
+        low += tl.load(base + shift, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(base + shift + HALF, mask=inside, other=0.0).to(tl.float32)
+    if first_head < HEADS + KV_HEADS:
+        if NORM:
+            scale = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)
+            weights = weight_ptr + head[:, None] * DIM + element[None, :]
+            low = low * scale[:, None] * tl.load(weights, mask=inside, other=0.0).to(tl.float32)
+            high = high * scale[:, None] * tl.load(weights + HALF, mask=inside, other=0.0).to(tl.float32)
+        place = tl.load(position_ptr + token).to(tl.int64) * HALF + element
+        cos = tl.load(cos_ptr + place, mask=element < HALF, other=0.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + place, mask=element < HALF, other=0.0).to(tl.float32)[None, :]
+        turned = low * cos - high * sin
+        high = high * cos + low * sin
+        low = turned
+    if first_head < HEADS:
+        target = query_ptr + token * HEADS * DIM + head[:, None] * DIM + element[None, :]
+        written = inside
+    else:
+        slot = tl.load(slot_ptr + token).to(tl.int64)
+        which = (first_head - HEADS) // KV_HEADS  # 0: key, 1: value
+        row = (slot // BLOCK_TOKENS * num_layers + layer) * 2 + which
+        row = row * BLOCK_TOKENS + slot % BLOCK_TOKENS
+        kv_head = head - HEADS - which * KV_HEADS
+        target = pool_ptr + row * (KV_HEADS * DIM) + kv_head[:, None] * DIM + element[None, :]
+        written = inside & (slot >= 0)
+    tl.store(target, low.to(pool_ptr.dtype.element_ty), mask=written)
+    tl.store(target + HALF, high.to(pool_ptr.dtype.element_ty), mask=written)
+
+
+def rope_and_write(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    slots: torch.Tensor,
+    rope: RopeTables,
+    norms: HeadNorms | None,
+    pool: torch.Tensor,
+    layer: int,
+    query: torch.Tensor,
+    *,
+    pdl: bool = False,
+) -> None:
+    """Fills query [N, H, D] and the slots [N] of one layer of the pool [blocks, layers, 2, block_tokens, KH, D].
+
+    positions and slots: int32 or int64 [N]; a position must lie below the length of the tables. query and pool have one
+    dtype. Everything is contiguous.
+    """
+    num_tokens, num_heads, head_dim = query.shape
+    num_layers, _, block_tokens, kv_heads = pool.shape[1:5]
+    require(pool.shape[5] == head_dim and head_dim % 2 == 0, f"head_dim of pool {pool.shape[5]} and query {head_dim}")
+    width = (num_heads + 2 * kv_heads) * head_dim
+    require(tuple(qkv.shape[-2:]) == (num_tokens, width), f"qkv {tuple(qkv.shape)} is not [{num_tokens}, {width}]")
+    require(rope.cos.shape == rope.sin.shape and rope.cos.shape[1] == head_dim // 2, "tables are not [., head_dim / 2]")
+    require(0 <= layer < num_layers, f"layer {layer} of {num_layers}")
+    require(positions.shape == slots.shape == (num_tokens,), "positions and slots must be [num_tokens]")
+    require(query.dtype == pool.dtype, f"query is {query.dtype}, the pool {pool.dtype}")
+    norm_shape = (num_heads + kv_heads, head_dim)
+    require(norms is None or norms.weight.shape == norm_shape, f"norms must be {list(norm_shape)}")
+    for tensor in (qkv, rope.cos, rope.sin, positions, slots, pool, query, None if norms is None else norms.weight):
+        require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
+    if num_tokens == 0:
+        return
+    at_once = next(count for count in (4, 2, 1) if num_heads % count == 0 and kv_heads % count == 0)
+    _rope_write_kernel[(num_tokens, (num_heads + 2 * kv_heads) // at_once)](
+        qkv,
+        qkv if norms is None else norms.weight,
+        rope.cos,
+        rope.sin,
+        positions,
+        slots,
+        pool,
+        query,
+        num_tokens,
+        layer,
+        num_layers,
+        0.0 if norms is None else norms.eps,
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        DIM=head_dim,
+        HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
+        BLOCK_TOKENS=block_tokens,
+        HEADS_AT_ONCE=at_once,
+        PARTIALS=qkv.shape[0] if qkv.dim() == 3 else 1,
+        NORM=norms is not None,
+        PDL=pdl,
+        **launch_options(at_once, pdl),
+    )

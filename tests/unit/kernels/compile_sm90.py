@@ -1,0 +1,116 @@
+"""Compiles the kernels for sm_90, as their wrappers launch them, on a machine without a GPU; run as a process.
+
+The wrappers are called with tensors that have no memory, and a launch only compiles: what is compiled is what a GPU
+would get, alignment hints included. Prints one JSON line a kernel: what ptxas and the machine code say.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+compiled: list = []
+
+
+class NoDevice:
+    """As much of Triton's driver as compiling asks for."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+
+def compile_instead_of_launching() -> None:
+    driver.set_active(NoDevice())
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid=None, warmup=False, **options):
+        compiled.append(run(self, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+
+
+def inspect(case: str, kernel) -> dict[str, str | int | bool]:
+    """Registers and spills as ptxas assigned them, and which matrix instructions the machine code has."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def dump(what: str) -> str:
+            return subprocess.run([CUOBJDUMP, what, file.name], capture_output=True, text=True, check=True).stdout
+
+        usage, code = dump("--dump-resource-usage"), dump("--dump-sass")
+    return {
+        "case": case,
+        "kernel": kernel.metadata.name,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": len(re.findall(r"\b(?:STL|LDL)\b", code)),
+        "shared_bytes": kernel.metadata.shared,
+        "wgmma": "HGMMA" in code,
+        "mma": "HMMA" in code,
+        "tma": "UTMALDG" in code,
+    }
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def small_kernels(pdl: bool) -> None:
+    from kernels.triton import activation, norm, rope_write
+
+    hidden, rows, heads, kv_heads, dim = 4096, 8, 32, 8, 128
+    x, weight = empty(rows, hidden), empty(hidden)
+    norm.rms_norm(x, weight, 1e-5, x, pdl=pdl)
+    norm.add_rms_norm(empty(4, rows, hidden, dtype=torch.float32), x, weight, 1e-5, x, pdl=pdl)
+    activation.silu_and_mul(empty(rows, 28672), empty(rows, 14336), pdl=pdl)
+    tables = rope_write.RopeTables(*(empty(8192, dim // 2, dtype=torch.float32) for _ in range(2)))
+    norms = rope_write.HeadNorms(empty(heads + kv_heads, dim), 1e-6)
+    ids = empty(rows, dtype=torch.int32)
+    rope_write.rope_and_write(
+        empty(2, rows, (heads + 2 * kv_heads) * dim, dtype=torch.float32),
+        ids,
+        ids,
+        tables,
+        norms,
+        empty(64, 32, 2, 64, kv_heads, dim),
+        3,
+        empty(rows, heads, dim),
+        pdl=pdl,
+    )
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "small": lambda: small_kernels(False),
+    "small_pdl": lambda: small_kernels(True),
+}
+
+
+def main() -> None:
+    compile_instead_of_launching()
+    for case, call in CASES.items():
+        compiled.clear()
+        call()
+        for kernel in compiled:
+            print(json.dumps(inspect(case, kernel)), flush=True)
+
+
+if __name__ == "__main__":
+    main()

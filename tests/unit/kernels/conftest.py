@@ -1,0 +1,22 @@
+"""Where there is no GPU, Triton kernels run in its interpreter: it has to be chosen before the kernels are imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests.unit.kernels.interpreter_bf16 import install
+
+    install()
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the checks of Triton kernels run; skips where there is no Triton."""
+    pytest.importorskip("triton", reason="Triton is made for Linux only")
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,0 +1,67 @@
+"""Makes Triton's interpreter compute with bfloat16 as a GPU does (Triton 3.6 to 3.8).
+
+Left alone it adds, multiplies and takes dot products of the raw 16 bits as if they were integers, and cuts float32 off
+instead of rounding it. Reductions stay wrong, because they run in numpy on the raw bits: kernels reduce in float32.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _rounded(values: np.ndarray) -> np.ndarray:
+    """float32 to the bits of bfloat16, to nearest even."""
+    bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
+    half = ((bits >> 16) & 1) + np.uint32(0x7FFF)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), ((bits + half) >> 16).astype(np.uint16))
+
+
+def _is_bf16(value) -> bool:
+    return value.dtype.scalar == tl.bfloat16
+
+
+def install() -> None:
+    """Replaces the interpreter's operations; the lambdas beside them look these methods up, so they follow."""
+    builder = InterpreterBuilder
+    binary_op, unary_op, create_dot = builder.binary_op, builder.unary_op, builder.create_dot
+    cast_impl, create_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
+
+    def new_binary_op(self, left, right, op):
+        if not (_is_bf16(left) and _is_bf16(right)):
+            return binary_op(self, left, right, op)
+        result = op(_widened(left.data), _widened(right.data))
+        if result.dtype == bool:
+            return TensorHandle(result, tl.int1)
+        return TensorHandle(_rounded(result), tl.bfloat16)
+
+    def new_unary_op(self, value, op):
+        if not _is_bf16(value):
+            return unary_op(self, value, op)
+        return TensorHandle(_rounded(op(_widened(value.data))), tl.bfloat16)
+
+    def new_create_dot(self, left, right, *rest):
+        wide = [TensorHandle(_widened(v.data), tl.float32) if _is_bf16(v) else v for v in (left, right)]
+        return create_dot(self, *wide, *rest)
+
+    def new_cast_impl(self, source, target):
+        before, after = source.dtype.scalar, target.scalar
+        if before == tl.bfloat16 and after != tl.bfloat16:
+            wide = TensorHandle(_widened(source.data), tl.float32)
+            return wide if after == tl.float32 else cast_impl(self, wide, target)
+        if after == tl.bfloat16 and before != tl.bfloat16:
+            return TensorHandle(_rounded(source.data.astype(np.float32)), tl.bfloat16)
+        return cast_impl(self, source, target)
+
+    def new_create_fp_to_fp(self, source, target, rounding):
+        if _is_bf16(source) or target.scalar == tl.bfloat16:
+            return new_cast_impl(self, source, target)
+        return create_fp_to_fp(self, source, target, rounding)
+
+    builder.binary_op, builder.unary_op, builder.create_dot = new_binary_op, new_unary_op, new_create_dot
+    builder.cast_impl, builder.create_fp_to_fp = new_cast_impl, new_create_fp_to_fp

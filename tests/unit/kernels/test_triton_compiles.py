@@ -1,0 +1,44 @@
+"""Every kernel compiles for an H100 or H200 here, where there is none: registers, spills and matrix instructions."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory) -> dict[str, list[dict]]:
+    """What compile_sm90.py found, by case. One process for all: importing takes longer than compiling."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    command = [sys.executable, str(Path(__file__).with_name("compile_sm90.py"))]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=110)
+    assert result.returncode == 0, result.stderr[-3000:]
+    found: dict[str, list[dict]] = {}
+    for line in result.stdout.splitlines():
+        kernel = json.loads(line)
+        found.setdefault(kernel["case"], []).append(kernel)
+    return found
+
+
+def test_no_kernel_spills(kernels):
+    """Guards against a tile too large for the registers: it still gives right results, at a fraction of the speed."""
+    for case, kernel in ((case, kernel) for case, of_case in kernels.items() for kernel in of_case):
+        assert kernel["spills"] == 0 and kernel["stack_bytes"] == 0, (case, kernel)
+
+
+@pytest.mark.parametrize("case", ["small", "small_pdl"])
+def test_small_kernels_leave_room(kernels, case):
+    """Guards against a row kernel that no longer fits twice on a multiprocessor."""
+    assert len(kernels[case]) == 4
+    assert all(kernel["registers"] <= 64 for kernel in kernels[case])
