@@ -97,9 +97,30 @@ def small_kernels(pdl: bool) -> None:
     )
 
 
+def decode(heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, pdl: bool = False) -> None:
+    from kernels.triton import decode_attention as module
+    from kernels.triton.decode_plan import DecodePlan
+
+    rows, plan = 8, DecodePlan(*plan)
+    query, lengths = empty(rows, heads, dim), empty(rows, dtype=torch.int32)
+    scratch = module.DecodeScratch.make(rows, plan.num_splits, heads, kv_heads, dim, "meta")
+    pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim), empty(rows, 64, dtype=torch.int32)
+    module.decode_attention(query, pool, 3, tables, lengths, plan, scratch, query, pdl=pdl)
+
+
+WHOLE, PARTS, DEEP = (1, 1024, 3, False), (4, 256, 5, True), (4, 256, 7, True)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
+    "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
+    "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
+    "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),
+    "decode_128_page16_parts": lambda: decode(32, 8, 128, 16, PARTS),
+    "decode_64_page32_parts": lambda: decode(14, 2, 64, 32, PARTS),
+    "decode_80_page16": lambda: decode(32, 8, 80, 16, WHOLE),
+    "decode_96_page64_parts": lambda: decode(32, 8, 96, 64, PARTS),
+    "decode_256_page64_parts": lambda: decode(16, 1, 256, 64, PARTS),
+    "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
 }
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kernels import reference
-from kernels.triton import activation, norm, rope_write
+from kernels.triton import activation, decode_attention, decode_plan, norm, rope_write
 
 EPS = 1e-5
 FLOAT32_ERROR = 1e-6
@@ -140,3 +140,77 @@ def check_rope_and_write(
         kept // block_tokens, layer, :, kept % block_tokens
     ]
     assert torch.equal(pool, before), "a slot that is not the step's was written"
+
+
+@dataclass(frozen=True, slots=True)
+class Paged:
+    """A pool whose unused slots are large numbers, and the sequences in it."""
+
+    pool: torch.Tensor  # [blocks, layers, 2, block_tokens, KH, D]
+    tables: torch.Tensor  # int32 [B, blocks of the longest]; past a sequence's end some other sequence's block
+    lengths: list[int]
+
+    @classmethod
+    def make(cls, device: str, dtype: torch.dtype, heads: Heads, lengths: list[int], block_tokens: int) -> Paged:
+        layers, width = 2, -(-max(lengths) // block_tokens)
+        num_blocks = width * len(lengths) + 2
+        pool = randn((num_blocks, layers, 2, block_tokens, heads.key, heads.dim), dtype, device, 1)
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2))
+        tables = order[: width * len(lengths)].view(len(lengths), width)
+        for row, length in enumerate(lengths):
+            used = -(-length // block_tokens)
+            if length % block_tokens:
+                pool[tables[row, used - 1], :, :, length % block_tokens :] = 1000.0
+            pool[tables[row, used:], :, :] = 1000.0
+        return cls(pool, tables.int().to(device), lengths)
+
+
+def paged_attention(
+    paged: Paged, query: torch.Tensor, layer: int, query_lengths: list[int], window: int | None, dtype: torch.dtype
+) -> torch.Tensor:
+    """reference.paged_attention of ragged sequences in one dtype; float32 arithmetic, rounded at the end."""
+    pieces = query.to(dtype).split(query_lengths)
+    found = [
+        reference.paged_attention(piece, paged.pool.to(dtype), layer, blocks.long(), length - len(piece), window)
+        for piece, blocks, length in zip(pieces, paged.tables, paged.lengths, strict=True)
+    ]
+    return torch.cat(found)
+
+
+def assert_attention(
+    out: torch.Tensor, paged: Paged, query: torch.Tensor, lengths: list[int], window: int | None
+) -> None:
+    """The probabilities are rounded to the values' dtype before they meet, as in every flash attention: a step each."""
+    exact = paged_attention(paged, query, 1, lengths, window, torch.float32)
+    step = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[out.dtype]
+    assert error(out, exact) <= step, f"error {error(out, exact):.2e}"
+
+
+def check_decode_attention(
+    device: str,
+    dtype: torch.dtype,
+    heads: Heads,
+    lengths: list[int],
+    block_tokens: int,
+    plan: decode_plan.DecodePlan,
+    window: int | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    """Runs twice: the second run finds what the first left in the scratch. Returns the output."""
+    paged = Paged.make(device, dtype, heads, lengths, block_tokens)
+    query = randn((len(lengths), heads.query, heads.dim), dtype, device)
+    scratch = decode_attention.DecodeScratch.make(
+        len(lengths), plan.num_splits, heads.query, heads.key, heads.dim, device
+    )
+    scratch.parts.fill_(float("nan"))
+    scratch.softmax.fill_(float("nan"))
+    held = torch.tensor(lengths, dtype=torch.int32, device=device)
+    outs = [poison(tuple(query.shape), dtype, device) for _ in range(2)]
+    for out in outs:
+        decode_attention.decode_attention(
+            query, paged.pool, 1, paged.tables, held, plan, scratch, out, window=window, pdl=pdl
+        )
+    assert_attention(outs[0], paged, query, [1] * len(lengths), window)
+    assert torch.equal(outs[0], outs[1]), "the same inputs gave other bits"
+    assert not bool(scratch.arrived.any()), "a counter was not set back"
+    return outs[0]

@@ -1,0 +1,270 @@
+"""Attention of one new token a sequence over its tokens in the paged pool, cut into chunks (split-KV, flash decoding).
+
+    out[b, h] = sum_t softmax_t(scale * query[b, h] . key[t, h // group]) value[t, h // group],  t < length[b]
+
+The query heads that share a key head are the rows of one matrix product, so keys and values are read once. Softmax is
+kept as a running maximum and sum (Milakov, Gimelshein 2018; Dao et al., FlashAttention, 2022), in float32 with base 2.
+A program does one chunk of one sequence and key head. With `merges` it leaves its part in the scratch, and the program
+that ends last, found by a counter that it sets back to zero, merges the parts in the order of the chunks: the order of
+arrival does not matter, and no float is added atomically. With chunks of one size a row's bits do not depend on the
+batch (`decode_plan.fixed_plan`).
+
+Bytes: the keys and values, 2 * sum(length) * KH * D * element size. Blocks of 64 tokens and more arrive by TMA.
+The pool must be finite everywhere: what lies past a sequence's end in its last tile is multiplied by 0, not skipped.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.triton.decode_plan import TILE, DecodePlan
+from kernels.triton.launch import launch_options, require
+
+GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
+MERGED_ELEMENTS = 8192  # of partial results that a merging program holds at once: 64 registers a thread
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeScratch:
+    """Where programs leave their parts; made once, for the largest step. Kernels leave `arrived` all zero."""
+
+    parts: torch.Tensor  # float32 [rows * KH * splits * group * D]
+    softmax: torch.Tensor  # float32 [rows * KH * splits * 2 * group]: maximum and sum
+    arrived: torch.Tensor  # int32 [rows * KH]
+
+    @classmethod
+    def make(
+        cls, num_rows: int, num_splits: int, num_heads: int, kv_heads: int, head_dim: int, device
+    ) -> DecodeScratch:
+        """Room for a plan of num_splits over num_rows sequences."""
+        heads = num_rows * num_splits * num_heads
+        return cls(
+            torch.empty(heads * head_dim, dtype=torch.float32, device=device),
+            torch.empty(heads * 2, dtype=torch.float32, device=device),
+            torch.zeros(num_rows * kv_heads, dtype=torch.int32, device=device),
+        )
+
+
+@triton.jit
+def _merge_parts(
+    parts_ptr, softmax_ptr, out_ptr, base, first, end, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+):  # fmt: skip
+    """Writes a group's output from the parts first .. end - 1, which begin at row `base` of the scratch."""
+    head = tl.arange(0, GROUP_BLOCK)
+    element = tl.arange(0, DIM_BLOCK)
+    top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_BLOCK], tl.float32)
+    merged = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
+    for start in tl.range(first, end, AT_ONCE):
+        chunk = start + tl.arange(0, AT_ONCE)
+        there = (chunk < end)[:, None] & (head < GROUP)[None, :]
+        place = softmax_ptr + (base + chunk)[:, None] * 2 * GROUP + head[None, :]
+        tops = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
+        sums = tl.load(place + GROUP, mask=there, other=0.0, cache_modifier=".cg")
+        place = parts_ptr + ((base + chunk)[:, None] * GROUP + head[None, :])[:, :, None] * DIM + element[None, None, :]
+        inside = there[:, :, None] & (element < DIM)[None, None, :]
+        parts = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
+        new_top = tl.maximum(top, tl.max(tops, 0))
+        new_top = tl.where(head < GROUP, new_top, 0.0)
+        weights = tl.exp2(tops - new_top[None, :])
+        shrink = tl.exp2(top - new_top)
+        merged = merged * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
+        total = total * shrink + tl.sum(sums * weights, 0)
+        top = new_top
+    inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
+    result = merged / total[:, None]
+    tl.store(out_ptr + head[:, None] * DIM + element[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["layer", "num_layers", "scale_log2", "chunk_tokens", "num_splits", "window"])
+def _decode_attention_kernel(
+    query_ptr,
+    pool_desc,
+    pool_ptr,
+    table_ptr,
+    length_ptr,
+    out_ptr,
+    parts_ptr,
+    softmax_ptr,
+    arrived_ptr,
+    scale_log2,
+    layer,
+    num_layers,
+    table_stride,
+    chunk_tokens,
+    num_splits,
+    window,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    TMA: tl.constexpr,
+    MERGES: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    kv_head = tl.program_id(0)
+    split = tl.program_id(1)
+    row = tl.program_id(2)
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    head = tl.arange(0, ROWS)
+    element = tl.arange(0, DIM_BLOCK)
+    inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
+    length = tl.load(length_ptr + row)  # not written by the kernels of a step, so before the wait
+    first = 0
+    if WINDOWED:
+        first = tl.maximum(length - window, 0)
+    start = first
+    end = length
+    if MERGES:
+        start = tl.maximum(first, split * chunk_tokens)
+        end = tl.minimum((split + 1) * chunk_tokens, length)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if start < end:
+        heads_at = (row * HEADS + kv_head * GROUP) * DIM
+        query = tl.load(query_ptr + heads_at + head[:, None] * DIM + element[None, :], mask=inside, other=0.0)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sums = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+        for tile in tl.range(start // TILE * TILE, end, TILE):
+            token = tile + tl.arange(0, TILE)
+            seen = token < end
+            if WINDOWED:
+                seen = seen & (token >= first)
+            if TMA:
+                block = tl.load(table_ptr + row * table_stride + tile // BLOCK_TOKENS)
+                slot = ((block * num_layers + layer) * 2) * BLOCK_TOKENS + tile % BLOCK_TOKENS
+                keys = pool_desc.load([slot, kv_head * DIM])
+                values = pool_desc.load([slot + BLOCK_TOKENS, kv_head * DIM])
+            else:
+                blocks = tl.load(table_ptr + row * table_stride + token // BLOCK_TOKENS, mask=seen, other=0).to(
+                    tl.int64
+                )
+                slots = ((blocks * num_layers + layer) * 2) * BLOCK_TOKENS + token % BLOCK_TOKENS
+                place = pool_ptr + slots[:, None] * (KV_HEADS * DIM) + kv_head * DIM + element[None, :]
+                read = seen[:, None] & (element < DIM)[None, :]
+                keys = tl.load(place, mask=read, other=0.0)
+                values = tl.load(place + BLOCK_TOKENS * KV_HEADS * DIM, mask=read, other=0.0)
+            scores = tl.dot(query, keys.T, input_precision="ieee") * scale_log2
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weights, 1)
+            sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+            top = new_top
+        if MERGES:
+            base = (row * KV_HEADS + kv_head) * num_splits
+            place = parts_ptr + ((base + split) * GROUP + head)[:, None] * DIM + element[None, :]
+            tl.store(place, sums, mask=inside)
+            place = softmax_ptr + (base + split) * 2 * GROUP + head
+            tl.store(place, top, mask=head < GROUP)
+            tl.store(place + GROUP, total, mask=head < GROUP)
+            tl.debug_barrier()
+            first_split = first // chunk_tokens
+            end_split = tl.cdiv(length, chunk_tokens)
+            before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
+            if before == end_split - first_split - 1:
+                tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
+                _merge_parts(
+                    parts_ptr, softmax_ptr, out_ptr + heads_at, base, first_split, end_split, DIM, DIM_BLOCK, GROUP,
+                    GROUP_BLOCK, AT_ONCE,
+                )  # fmt: skip
+        else:
+            result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
+            tl.store(out_ptr + heads_at + head[:, None] * DIM + element[None, :], result, mask=inside)
+
+
+def decode_attention(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    block_tables: torch.Tensor,
+    lengths: torch.Tensor,
+    plan: DecodePlan,
+    scratch: DecodeScratch,
+    out: torch.Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    pdl: bool = False,
+) -> None:
+    """Fills out [B, H, D]; query [B, H, D], pool [blocks, layers, 2, block_tokens, KH, D], both of one dtype.
+
+    block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
+    the pool; none longer than the plan allows. A row of length 0 is padding: its output is not written. window: how
+    many tokens are seen at most, the own one included. scale: D**-0.5 unless given. With `pdl` no kernel of the same
+    chain may write lengths.
+    """
+    num_rows, num_heads, head_dim = query.shape
+    num_blocks, num_layers, _, block_tokens, kv_heads, _ = pool.shape
+    require(query.shape == out.shape and pool.shape[5] == head_dim, "query, out and pool differ in shape")
+    require(num_heads % kv_heads == 0 and num_heads // kv_heads <= GROUP_ROWS, f"{num_heads} on {kv_heads} heads")
+    require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
+    require(block_tokens & (block_tokens - 1) == 0, f"block_tokens {block_tokens} is no power of two")
+    require(query.dtype == pool.dtype == out.dtype, "query, pool and out differ in dtype")
+    require(0 <= layer < num_layers, f"layer {layer} of {num_layers}")
+    require(block_tables.shape[0] == num_rows and lengths.shape == (num_rows,), "tables and lengths need a row each")
+    require(block_tables.dtype == lengths.dtype == torch.int32, "tables and lengths must be int32")
+    require(block_tables.stride(1) == 1, "rows of block_tables must be contiguous")
+    for tensor in (query, pool, lengths, out):
+        require(tensor.is_contiguous(), "tensors must be contiguous")
+    if plan.merges:
+        parts = num_rows * plan.num_splits * num_heads
+        enough = scratch.parts.numel() >= parts * head_dim and scratch.softmax.numel() >= parts * 2
+        require(enough and scratch.arrived.numel() >= num_rows * kv_heads, "the scratch is too small for the plan")
+    require(num_blocks * num_layers * 2 * block_tokens < 2**31, "the pool has more slots than int32 counts")
+    if num_rows == 0:
+        return
+    group_block = triton.next_power_of_2(num_heads // kv_heads)
+    dim_block = triton.next_power_of_2(head_dim)
+    tma = block_tokens >= TILE and dim_block == head_dim
+    rows_of_pool = pool.view(-1, kv_heads * head_dim)
+    _decode_attention_kernel[(kv_heads, plan.num_splits, num_rows)](
+        query,
+        TensorDescriptor.from_tensor(rows_of_pool, [TILE, head_dim]) if tma else None,
+        pool,
+        block_tables,
+        lengths,
+        out,
+        scratch.parts,
+        scratch.softmax,
+        scratch.arrived,
+        (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        layer,
+        num_layers,
+        block_tables.stride(0),
+        plan.chunk_tokens,
+        plan.num_splits,
+        0 if window is None else window,
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        DIM=head_dim,
+        DIM_BLOCK=dim_block,
+        BLOCK_TOKENS=block_tokens,
+        TILE=TILE,
+        ROWS=GROUP_ROWS,
+        GROUP_BLOCK=group_block,
+        AT_ONCE=max(2, min(16, MERGED_ELEMENTS // (group_block * dim_block))),
+        TMA=tma,
+        MERGES=plan.merges,
+        WINDOWED=window is not None,
+        PDL=pdl,
+        **launch_options(4, pdl, plan.num_stages),
+    )

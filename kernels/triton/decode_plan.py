@@ -1,0 +1,54 @@
+"""How decode attention cuts sequences into chunks that run side by side. Pure arithmetic.
+
+A chunk of one sequence and one key head is one program. Few sequences need many chunks to fill the GPU; many need none.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+TILE = 64  # keys that a program reads at a time; chunks are multiples of it
+SINGLE_WAVE = 4  # programs a multiprocessor holds at most
+FULL = 0.9  # a plan that fills this share of the places is taken before one that needs more programs
+
+
+@dataclass(frozen=True, slots=True)
+class DecodePlan:
+    """num_splits * chunk_tokens is at least the longest sequence; chunk i begins at token i * chunk_tokens."""
+
+    num_splits: int
+    chunk_tokens: int
+    num_stages: int
+    """Of the pipeline, the block table's load included: 3, 5, 7 keep 1, 2, 3 tiles of keys and values in flight."""
+    merges: bool
+    """Whether programs leave partial results that the last of a sequence merges."""
+
+
+def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> DecodePlan:
+    """The fast plan for num_rows sequences of up to max_tokens: all programs resident at once, and the GPU nearly full.
+
+    Take max_tokens as the top of a bucket: one token past num_splits * chunk_tokens would not be seen. Follows the
+    optima measured on an H200 (docs/benchmarks/kernels.md): from about 32 rows of 8 heads on no split; up to 16 rows
+    beyond 8k tokens four programs a multiprocessor; one program alone on its multiprocessor needs the deepest pipeline.
+    """
+    programs = num_rows * kv_heads
+    num_splits = 1
+    if programs <= SINGLE_WAVE * num_sms:
+        waves = [wave for wave in range(1, SINGLE_WAVE + 1) if wave * num_sms >= programs]
+        shares = {wave: wave * num_sms // programs * programs / (wave * num_sms) for wave in waves}
+        best = next((wave for wave in waves if shares[wave] >= FULL), max(waves, key=shares.__getitem__))
+        num_splits = best * num_sms // programs
+        if max_tokens > 8192 and programs <= num_sms:
+            num_splits = SINGLE_WAVE * num_sms // programs
+    chunk = max(TILE, -(-max_tokens // num_splits // TILE) * TILE)
+    num_splits = -(-max_tokens // chunk)
+    a_multiprocessor = -(-programs * num_splits // num_sms)
+    stages = 3 if chunk == TILE else {1: 7, 2: 5}.get(a_multiprocessor, 3)
+    return DecodePlan(num_splits, chunk, stages, merges=num_splits > 1)
+
+
+def fixed_plan(max_tokens: int, chunk_tokens: int = 512) -> DecodePlan:
+    """The plan whose results do not depend on the batch: chunks of one size, whatever the rows and their lengths."""
+    if chunk_tokens % TILE:
+        raise ValueError(f"chunk_tokens {chunk_tokens} is not a multiple of {TILE}")
+    return DecodePlan(-(-max_tokens // chunk_tokens), chunk_tokens, 3, merges=True)
