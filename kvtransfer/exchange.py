@@ -171,7 +171,8 @@ class Exchange:
 
     def open_sender(self, leg: LegKey, peer: str, address: str, deadline: float, now: float) -> None:
         """A prompt will be computed whose KV goes to `peer` at `address`."""
-        if leg in self._senders:
+        if leg in self._senders:  # a replay: the worker has forgotten the leg, so its transfer has ended
+            self.events.append(SenderEnded(leg, False, "this leg was sent before", 0, 0.0))
             return
         sending = _Sending(
             leg,
