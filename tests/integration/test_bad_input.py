@@ -535,5 +535,7 @@ def test_replayed_messages(cluster: Cluster, master: Master) -> None:
     heard = master.hear(prefill, 2)
     assert [type(answer) for answer in heard] == [Tokens, HandedOver]
     master.send(prefill, *[message] * 5)  # its transfer has ended, and decode does not wait for it any more
+    replay = next(answer for answer in master.hear(prefill, 2) if not isinstance(answer, Tokens))
+    assert isinstance(replay, Failed) and "before" in replay.reason
     master.send(prefill, Cancel(request_id="pair", attempt=0))
     master.send(decode_worker, Cancel(request_id="pair", attempt=0))
