@@ -1,0 +1,233 @@
+"""Causal attention of the new tokens of several sequences over all their tokens in the paged pool (cached prefix and
+chunked prefill included): the portable kernel, for every head_dim and block size.
+
+    out[n, h] = sum_t softmax_t(scale * query[n, h] . key[t, h // group]) value[t, h // group],  t <= position(n)
+
+Softmax with a running maximum and sum (Dao et al., FlashAttention, 2022; Milakov, Gimelshein, 2018), float32, base 2. A
+program does one item of the work list: BLOCK_M tokens of one sequence and one head. The keys that all of its tokens see
+come first, without a mask; the tiles on the diagonal follow. Tiles of keys begin at multiples of TILE tokens from the
+sequence's start whatever the chunk, so a token's bits do not depend on how its prompt was cut into chunks.
+
+Work: 4 * H * D * (seen keys) operations; bytes are small beside it. Blocks of 64 tokens and more arrive by TMA. The
+pool must be finite everywhere: what lies past a sequence's end in its last tile is multiplied by 0, not skipped.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.triton.launch import launch_options, require
+
+TILE = 64
+HIDDEN = -1.0e30  # a finite "minus infinity": a row that sees nothing yet must not become NaN
+
+
+def block_m(head_dim: int) -> int:
+    """Query tokens a program: what leaves the accumulator in registers."""
+    return 128 if head_dim <= 128 else 64
+
+
+def work_list(query_lengths: Sequence[int], lengths: Sequence[int], num_heads: int, tokens: int) -> torch.Tensor:
+    """int32 [items, 3] on the CPU: sequence, tile of `tokens` query tokens, head. One list serves all layers of a step.
+
+    The longest items first, so that the last wave is short; heads next to each other, so that those of a group read the
+    same keys from the cache at the same time. lengths: tokens in all, the new ones included.
+    """
+    tiles = [
+        (length - num_new + min((tile + 1) * tokens, num_new), sequence, tile)
+        for sequence, (num_new, length) in enumerate(zip(query_lengths, lengths, strict=True))
+        for tile in range(-(-num_new // tokens))
+    ]
+    tiles.sort(key=lambda item: -item[0])
+    places = torch.tensor([item[1:] for item in tiles], dtype=torch.int32).view(-1, 2).repeat_interleave(num_heads, 0)
+    heads = torch.arange(num_heads, dtype=torch.int32).repeat(len(tiles))
+    return torch.cat((places, heads[:, None]), 1)
+
+
+@triton.jit
+def _attend_tiles(
+    state, query, start, end, positions, table_ptr, pool_desc, pool_ptr, kv_head, length, window, scale_log2, layer,
+    num_layers, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HIDDEN: tl.constexpr,
+):  # fmt: skip
+    """The state (maximum, sum, weighted values) after the tiles start .. end - 1."""
+    top, total, sums = state
+    element = tl.arange(0, sums.shape[1])
+    for tile in tl.range(start, end, TILE):
+        token = tile + tl.arange(0, TILE)
+        if TMA:
+            slot = ((tl.load(table_ptr + tile // BLOCK_TOKENS) * num_layers + layer) * 2) * BLOCK_TOKENS
+            slot += tile % BLOCK_TOKENS
+            keys = pool_desc.load([slot, kv_head * DIM])
+        else:
+            there = token < length
+            blocks = tl.load(table_ptr + token // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
+            slots = ((blocks * num_layers + layer) * 2) * BLOCK_TOKENS + token % BLOCK_TOKENS
+            place = pool_ptr + slots[:, None] * (KV_HEADS * DIM) + kv_head * DIM + element[None, :]
+            read = there[:, None] & (element < DIM)[None, :]
+            keys = tl.load(place, mask=read, other=0.0)
+        scores = tl.dot(query, keys.T, input_precision="ieee")
+        if MASKED:
+            seen = token[None, :] <= positions[:, None]
+            if WINDOWED:
+                seen = seen & (token[None, :] > positions[:, None] - window)
+            scores = tl.where(seen, scores, HIDDEN)
+        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
+        shrink = tl.exp2(top - new_top)
+        total = total * shrink + tl.sum(weights, 1)
+        sums = sums * shrink[:, None]
+        if TMA:
+            values = pool_desc.load([slot + BLOCK_TOKENS, kv_head * DIM])
+        else:
+            values = tl.load(place + BLOCK_TOKENS * KV_HEADS * DIM, mask=read, other=0.0)
+        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
+        top = new_top
+    return top, total, sums
+
+
+@triton.jit(do_not_specialize=["layer", "num_layers", "scale_log2", "window"])
+def _prefill_attention_kernel(
+    query_ptr,
+    pool_desc,
+    pool_ptr,
+    out_ptr,
+    work_ptr,
+    query_start_ptr,
+    length_ptr,
+    table_ptr,
+    scale_log2,
+    layer,
+    num_layers,
+    table_stride,
+    window,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    DIM_BLOCK: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TILE: tl.constexpr,
+    TMA: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    HIDDEN: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    item = work_ptr + tl.program_id(0) * 3
+    sequence = tl.load(item)
+    first_new = tl.load(item + 1) * BLOCK_M
+    head = tl.load(item + 2)
+    query_start = tl.load(query_start_ptr + sequence)
+    num_new = tl.load(query_start_ptr + sequence + 1) - query_start
+    length = tl.load(length_ptr + sequence)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    new = first_new + tl.arange(0, BLOCK_M)
+    element = tl.arange(0, DIM_BLOCK)
+    inside = (new < num_new)[:, None] & (element < DIM)[None, :]
+    place = ((query_start + new).to(tl.int64) * HEADS + head)[:, None] * DIM + element[None, :]
+    query = tl.load(query_ptr + place, mask=inside, other=0.0)
+    start = length - num_new + first_new
+    positions = start + tl.arange(0, BLOCK_M)
+    end = tl.minimum(start + BLOCK_M, length)
+    table = table_ptr + sequence * table_stride
+    kv_head = head // (HEADS // KV_HEADS)
+    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    state = (top, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32))
+    if WINDOWED:
+        masked_from = tl.maximum(start - window + 1, 0) // TILE * TILE
+    else:
+        masked_from = (start + 1) // TILE * TILE
+        state = _attend_tiles(
+            state, query, 0, masked_from, positions, table, pool_desc, pool_ptr, kv_head, length, window, scale_log2,
+            layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, False, False, HIDDEN,
+        )  # fmt: skip
+    top, total, sums = _attend_tiles(
+        state, query, masked_from, end, positions, table, pool_desc, pool_ptr, kv_head, length, window, scale_log2,
+        layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, True, WINDOWED, HIDDEN,
+    )  # fmt: skip
+    result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, result, mask=inside)
+
+
+def prefill_attention(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    block_tables: torch.Tensor,
+    query_starts: torch.Tensor,
+    lengths: torch.Tensor,
+    work: torch.Tensor,
+    tokens: int,
+    out: torch.Tensor,
+    *,
+    window: int | None = None,
+    scale: float | None = None,
+    pdl: bool = False,
+) -> None:
+    """Fills out [N, H, D] of one dtype with query [N, H, D] and pool [blocks, layers, 2, block_tokens, KH, D].
+
+    block_tables int32 [S, blocks of the longest]; query_starts int32 [S + 1], where each sequence's new tokens begin in
+    query; lengths int32 [S], tokens in all, the new ones included, whose keys and values are in the pool. work and
+    tokens: the list and its tile, `work_list(...)` on the device. window: how many tokens are seen at most, the own one
+    included. With `pdl` no kernel of the same chain may write the integers.
+    """
+    _, num_heads, head_dim = query.shape
+    num_blocks, num_layers, _, block_tokens, kv_heads, _ = pool.shape
+    num_sequences = lengths.shape[0]
+    require(query.shape == out.shape and pool.shape[5] == head_dim, "query, out and pool differ in shape")
+    require(num_heads % kv_heads == 0, f"{num_heads} on {kv_heads} heads")
+    require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
+    require(block_tokens & (block_tokens - 1) == 0, f"block_tokens {block_tokens} is no power of two")
+    require(query.dtype == pool.dtype == out.dtype, "query, pool and out differ in dtype")
+    require(0 <= layer < num_layers, f"layer {layer} of {num_layers}")
+    require(query_starts.shape == (num_sequences + 1,), "query_starts needs one more than the sequences")
+    require(block_tables.shape[0] == num_sequences and block_tables.stride(1) == 1, "tables need a row a sequence")
+    require(work.dim() == 2 and work.shape[1] == 3, "work is not [items, 3]")
+    for integers in (block_tables, query_starts, lengths, work):
+        require(integers.dtype == torch.int32, "tables, starts, lengths and work must be int32")
+    for tensor in (query, pool, out, query_starts, lengths, work):
+        require(tensor.is_contiguous(), "tensors must be contiguous")
+    require(num_blocks * num_layers * 2 * block_tokens < 2**31, "the pool has more slots than int32 counts")
+    if work.shape[0] == 0:
+        return
+    dim_block = triton.next_power_of_2(head_dim)
+    tma = block_tokens >= TILE and dim_block == head_dim
+    rows_of_pool = pool.view(-1, kv_heads * head_dim)
+    stages = 5 if tma and head_dim <= 128 else 3  # of the pipeline, the block table's load included
+    _prefill_attention_kernel[(work.shape[0],)](
+        query,
+        TensorDescriptor.from_tensor(rows_of_pool, [TILE, head_dim]) if tma else None,
+        pool,
+        out,
+        work,
+        query_starts,
+        lengths,
+        block_tables,
+        (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
+        layer,
+        num_layers,
+        block_tables.stride(0),
+        0 if window is None else window,
+        HEADS=num_heads,
+        KV_HEADS=kv_heads,
+        DIM=head_dim,
+        DIM_BLOCK=dim_block,
+        BLOCK_TOKENS=block_tokens,
+        BLOCK_M=tokens,
+        TILE=TILE,
+        TMA=tma,
+        WINDOWED=window is not None,
+        HIDDEN=HIDDEN,
+        PDL=pdl,
+        **launch_options(8 if tokens >= 64 else 4, pdl, stages),
+    )
