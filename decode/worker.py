@@ -206,6 +206,11 @@ class DecodeWorker:
             self._manager.end_quarantine(event.transfer_id)
             return
         sequence.transfer_id = b""
+        if (
+            event.token_id >= self._worker.runner.config.vocab_size
+        ):  # a peer of this namespace, but not in its right mind
+            self._end(sequence, _failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
+            return
         sequence.num_computed = sequence.num_tokens
         sequence.table.publish(sequence.token_ids, sequence.num_computed)
         sequence.append(event.token_id, event.logprob)

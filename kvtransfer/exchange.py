@@ -372,6 +372,8 @@ class Exchange:
         sending = self._sending.get(transfer_id)
         if sending is None or sending.peer != peer or sending.machine.transfer_id != transfer_id:
             return False
+        if isinstance(message, Accept) and self._pairs.plane_of(peer) is None:
+            return True  # it has overtaken the Welcome that says over which plane; it will be repeated
         self._run_sender(sending, sending.machine.on_message(message, now), now)
         return True
 

@@ -10,7 +10,6 @@ import json
 import random
 import re
 import socket
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,47 +20,25 @@ import zmq
 
 from node.messages import (
     MESSAGES,
-    Abort,
-    Aborted,
-    Accept,
-    Ack,
-    Busy,
     Cancel,
     Cancelled,
-    Drain,
     Failed,
-    Finish,
-    Goodbye,
-    Grant,
     HandedOver,
     Heartbeat,
-    Hello,
     Load,
-    Message,
-    Offer,
     Ping,
-    PlaneAddress,
-    Prefill,
     Refused,
-    Register,
-    Registered,
     Rejoin,
-    Renew,
-    Reserve,
     Reserved,
     SamplingParams,
     Tokens,
-    Valid,
-    Validate,
-    Welcome,
-    decode,
     encode,
 )
 from tests.integration.cluster import Cluster
+from tests.integration.strangers import Master, Stranger, one_of_each, prefill_of, register_of, reserve_of
 
 PROMPT = "Once upon a time there was a little fox who lived in the forest. The old king had three daughters."
 ANSWER: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
-SAMPLING = SamplingParams(max_tokens=8)
 
 
 @pytest.fixture(scope="module")
@@ -220,41 +197,6 @@ def test_broken_zmtp(cluster: Cluster) -> None:
         connection.close()
 
 
-class Stranger:
-    """A ZeroMQ client that may call itself anything."""
-
-    def __init__(self, port: int, identity: bytes = b"stranger/1", kind: int = zmq.DEALER) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(kind)
-        self._socket.setsockopt(zmq.LINGER, 500)
-        self._socket.setsockopt(zmq.SNDTIMEO, 2000)
-        if identity:
-            self._socket.setsockopt(zmq.IDENTITY, identity)
-        self._socket.connect(f"tcp://127.0.0.1:{port}")
-
-    def __enter__(self) -> Stranger:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._context.destroy(500)
-
-    def say(self, *messages: Message) -> None:
-        for message in messages:
-            self.frames(encode(message))
-
-    def frames(self, *frames: bytes) -> None:
-        with contextlib.suppress(zmq.Again):
-            self._socket.send_multipart(frames)
-
-    def hear(self, wait_s: float) -> list[Message]:
-        """What comes within that time."""
-        heard = []
-        until = time.monotonic() + wait_s
-        while self._socket.poll(max(0, int((until - time.monotonic()) * 1000))):
-            heard.append(decode(self._socket.recv()))
-        return heard
-
-
 def test_garbage_frames(cluster: Cluster) -> None:
     """Guards against well-framed nonsense: no message, half a message, too many frames, a name that is no text."""
     chance = random.Random(3)
@@ -291,96 +233,6 @@ def test_oversized_frames(cluster: Cluster) -> None:
 
 
 # ---- valid messages of someone who must not send them -----------------------------------------------------------
-
-
-def register_of(name: str, incarnation: int, namespace: bytes) -> Register:
-    return Register(
-        worker=name,
-        incarnation=incarnation,
-        role="decode",
-        model="demo",
-        namespace=namespace,
-        block_tokens=16,
-        total_blocks=1000,
-        max_num_seqs=64,
-        max_model_len=2048,
-        address="tcp://127.0.0.1:1",
-    )
-
-
-def prefill_of(request_id: str, decode_worker: str, **changes: Any) -> Prefill:
-    known: dict[str, Any] = {
-        "request_id": request_id,
-        "attempt": 0,
-        "token_ids": (5, 6, 7),
-        "prompt_len": 3,
-        "root": b"r" * 32,
-        "block_hashes": (),
-        "sampling": SAMPLING,
-        "decode": decode_worker,
-        "decode_address": "tcp://127.0.0.1:1",
-        "deadline_s": 3.0,
-    }
-    return Prefill(**(known | changes))
-
-
-def reserve_of(request_id: str, prefill_worker: str, **changes: Any) -> Reserve:
-    known: dict[str, Any] = {
-        "request_id": request_id,
-        "attempt": 0,
-        "token_ids": (5, 6, 7),
-        "prompt_len": 3,
-        "root": b"r" * 32,
-        "block_hashes": (),
-        "sampling": SAMPLING,
-        "prefill": prefill_worker,
-        "deadline_s": 3.0,
-    }
-    return Reserve(**(known | changes))
-
-
-def one_of_each(request_id: str) -> list[Message]:
-    """Every message there is, about a request that exists and a transfer that does not."""
-    transfer = b"t" * 16
-    own: dict[str, Any] = {"worker": "stranger", "incarnation": 1}
-    leg: dict[str, Any] = {"request_id": request_id, "attempt": 0}
-    plane = PlaneAddress(plane="zmq", host="nowhere", address="tcp://127.0.0.1:1")
-    made: list[Message] = [
-        register_of("stranger", 1, bytes(32)),
-        register_of("another", 1, bytes(32)),
-        Registered(proxy="stranger", incarnation=1),
-        Heartbeat(**own, load=Load(running=5, counters={'x"}\n': float("nan")})),
-        Goodbye(**own),
-        Ping(proxy="stranger", incarnation=1),
-        Rejoin(),
-        Drain(),
-        prefill_of(request_id, "stranger/1"),
-        reserve_of(request_id, "stranger/1"),
-        reserve_of(request_id, ""),
-        Reserved(**leg, cached_tokens=0),
-        Busy(**leg, reason="x"),
-        Tokens(**leg, index=0, ids=(9, 9, 9)),
-        Tokens(**leg, index=5, ids=(9,), finish="stop"),
-        HandedOver(**leg, sent_bytes=1, transfer_s=0.0),
-        Failed(**leg, reason="x", retryable=False),
-        Cancelled(**leg),
-        Cancel(**leg),
-        Hello(worker="stranger/1", namespace=bytes(32), planes=(plane,)),
-        Hello(worker="another/1", namespace=bytes(32), planes=()),
-        Welcome(worker="stranger/1", plane=plane),
-        Grant(transfer_id=transfer, **leg, first_block=0, num_blocks=1, lease_s=1e7),
-        Offer(transfer_id=transfer, seq=0, first_block=0, source=(1,), digest=b"d" * 16),
-        Accept(transfer_id=transfer, seq=0),
-        Validate(transfer_id=transfer, seq=0),
-        Valid(transfer_id=transfer, seq=0),
-        Finish(transfer_id=transfer, num_chunks=0, token_id=2**31 - 1),
-        Renew(transfer_ids=(transfer,) * 4096),
-        Ack(transfer_id=transfer),
-        Abort(transfer_id=transfer, reason="x" * 4096),
-        Aborted(transfer_id=transfer),
-        Refused(reason="go away"),
-    ]
-    return made
 
 
 def test_every_message_is_used_by_these_tests() -> None:
@@ -426,59 +278,6 @@ def test_register_under_a_wrong_name(cluster: Cluster) -> None:
 
 
 # ---- a proxy that is not in its right mind ----------------------------------------------------------------------
-
-
-class Master:
-    """A second proxy of the workers, played by the test."""
-
-    def __init__(self) -> None:
-        self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.ROUTER)
-        self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind("tcp://127.0.0.1:*")
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._boxes: dict[str, list[Message]] = {"p0": [], "d0": []}
-
-    def join(self) -> tuple[Register, Register]:
-        """Take both workers in; returns how prefill and decode registered."""
-        found: dict[str, Register] = {}
-        self._boxes = {"p0": [], "d0": []}
-        for _, message in self._listen(20.0):
-            if isinstance(message, Register):
-                found[message.role] = message
-            if len(found) == 2:
-                break
-        return found["prefill"], found["decode"]
-
-    def send(self, worker: Register, *messages: Message) -> None:
-        for message in messages:
-            self._socket.send_multipart([f"{worker.worker}/{worker.incarnation}".encode(), encode(message)])
-
-    def hear(self, worker: Register, count: int, wait_s: float = 20.0) -> list[Message]:
-        """The next answers of a worker about requests: `count`, or as many as come within that time."""
-        box = self._boxes[worker.worker]
-        if len(box) < count:
-            for _ in self._listen(wait_s):
-                if len(box) >= count:
-                    break
-        heard, self._boxes[worker.worker] = box[:count], box[count:]
-        return heard
-
-    def close(self) -> None:
-        self._context.destroy(500)
-
-    def _listen(self, wait_s: float) -> Iterator[tuple[str, Message]]:
-        until = time.monotonic() + wait_s
-        while time.monotonic() < until:
-            if self._socket.poll(100):
-                who, body = self._socket.recv_multipart()
-                message = decode(body)
-                if isinstance(message, Register):
-                    self._socket.send_multipart([who, encode(Registered(proxy="master", incarnation=1))])
-                elif not isinstance(message, Heartbeat):
-                    self._boxes[who.decode().partition("/")[0]].append(message)
-                yield who.decode(), message
 
 
 MAD: dict[str, dict[str, Any]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.simulation.world import Broken, Odds, World
+from tests.simulation.world import TIMING, Broken, Odds, World
 
 CALM = Odds()
 ROUGH = {
@@ -16,8 +16,8 @@ ROUGH = {
     "crashes": Odds(crash=0.5),
     "everything": Odds(0.05, 0.1, 0.02, 0.03, 0.02, 0.2, 0.3, 0.1),
 }
-RUNS = 1600
-"""Schedules of each kind: with eight kinds 12,800 in all."""
+RUNS = 1300
+"""Schedules of each kind: with eight kinds 10,400 in all."""
 
 
 def _run(seed: int, odds: Odds, num_requests: int = 5) -> World:
@@ -37,7 +37,7 @@ def test_a_calm_cluster_hands_over_every_request_that_found_blocks() -> None:
         for request in world.requests:
             if request.computed and request.transfer_id:
                 assert request.leg in world.arrived, f"seed {seed}: {request.leg} never arrived"
-        assert world.now < 25.0 + 4.0, f"seed {seed} took {world.now} simulated seconds"
+        assert max(world.arrived.values(), default=0.0) < TIMING.lease_s * 2, f"seed {seed} waited for a time-out"
         arrived += len(world.arrived)
     assert arrived > RUNS * 3
 

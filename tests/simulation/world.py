@@ -331,7 +331,7 @@ class SimNode:
         content = [self.pool.content[b] for b in table.blocks]
         if content != request.values:
             raise Broken(f"{request.leg} was activated on {content}, computed was {request.values}")
-        self.world.arrived.add(request.leg)
+        self.world.arrived[request.leg] = self.world.now
         table.publish(request.tokens, len(request.tokens))
         self.world.later(self.world.random.expovariate(2.0), self._finish, table, request)
 
@@ -379,7 +379,7 @@ class World:
         self.pools: dict[str, Pool] = {}
         self.nodes: dict[str, SimNode] = {}
         self.held: dict[bytes, tuple[SimNode, Request, int]] = {}
-        self.arrived: set[LegKey] = set()
+        self.arrived: dict[LegKey, float] = {}
         self.requests: list[Request] = []
         self._heap: list[tuple[float, int, Callable[..., object], tuple[object, ...]]] = []
         self._order = count()

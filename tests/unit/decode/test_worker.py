@@ -1,0 +1,202 @@
+"""decode.worker without processes: a carrier that records, a runner that counts; every path hands its blocks back."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence as Rows
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from decode.settings import DecodeSettings
+from decode.worker import DecodeWorker
+from kvtransfer.blocks.hashing import block_hashes
+from kvtransfer.blocks.layout import KVLayout
+from kvtransfer.blocks.manager import BlockManager
+from kvtransfer.carrier import FromProxy
+from kvtransfer.exchange import KvArrived, ReceiverEnded
+from models.batch import Drawn, Row
+from node.lifecycle import ProxyLost
+from node.messages import Bundle, Busy, Cancel, Cancelled, Failed, Load, Message, Reserve, Reserved, SamplingParams
+
+ROOT = b"r" * 32
+BLOCK = 4
+
+
+class RecordingCarrier:
+    """Stands in for the thread: keeps what it was told, and runs no command."""
+
+    def __init__(self) -> None:
+        self.load = Load()
+        self.told: list[Message] = []
+        self.commands = 0
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def receive(self, wait_s: float) -> list[Any]:
+        events = []
+        while not self.inbox.empty():
+            events.append(self.inbox.get())
+        return events
+
+    def do(self, command: object) -> None:
+        self.commands += 1
+
+    def tell(self, link: str, *messages: Message) -> None:
+        self.told += messages
+
+    def transfer_counters(self) -> dict[str, float]:
+        return {}
+
+    def drain(self) -> None: ...
+
+
+class CountingRunner:
+    """The next token is the number of known tokens."""
+
+    config = SimpleNamespace(vocab_size=1000)
+
+    def step(self, rows: Rows[Row]) -> list[Drawn | None]:
+        for row in rows:
+            assert len(row.blocks) * BLOCK >= row.start + len(row.token_ids), "computed without blocks"
+        return [Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows]
+
+
+class Bench:
+    """A decode worker on its own."""
+
+    def __init__(self, num_blocks: int = 16, **settings: Any) -> None:
+        self.carrier = RecordingCarrier()
+        self.manager = BlockManager(num_blocks)
+        layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
+        parts = SimpleNamespace(
+            runner=CountingRunner(), manager=self.manager, layout=layout, max_model_len=48, carrier=self.carrier
+        )
+        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **settings))  # type: ignore[arg-type]
+
+    def reserve(self, name: str, num_tokens: int, prefill: str = "p/1", max_tokens: int = 5) -> bytes:
+        """Returns the transfer id, b"" for local prefill or a refusal."""
+        tokens = tuple(range(num_tokens))
+        before = set(self.worker._reserved)
+        self.tell(
+            FromProxy(
+                "proxy",
+                Reserve(
+                    request_id=name,
+                    attempt=0,
+                    token_ids=tokens,
+                    prompt_len=num_tokens,
+                    root=ROOT,
+                    block_hashes=block_hashes(ROOT, tokens, BLOCK),
+                    sampling=SamplingParams(max_tokens=max_tokens),
+                    prefill=prefill,
+                    deadline_s=100.0,
+                ),
+            )
+        )
+        return next(iter(set(self.worker._reserved) - before), b"")
+
+    def tell(self, *events: Any) -> None:
+        for event in events:
+            self.carrier.inbox.put(event)
+        self.worker.turn(0.0)
+
+    def run(self) -> None:
+        for _ in range(200):
+            if not self.worker.turn(0.0):
+                break
+        self.worker.check()
+
+    def tokens(self, name: str) -> list[int]:
+        bundles = [message for message in self.carrier.told if isinstance(message, Bundle)]
+        told = [tokens for bundle in bundles for tokens in bundle.tokens if tokens.request_id == name]
+        assert [t.index for t in told] == [sum(len(u.ids) for u in told[:i]) for i in range(len(told))]
+        return [token for tokens in told for token in tokens.ids]
+
+
+def test_a_transferred_sequence_streams_from_its_first_token() -> None:
+    """Guards step 8 and 9: prefill's token is told again, nothing is computed twice, blocks stay only as cache."""
+    bench = Bench()
+    transfer = bench.reserve("a", 10)
+    assert bench.manager.usage().owned == 3
+    bench.tell(KvArrived(transfer, 777, None))
+    bench.run()
+    assert bench.tokens("a") == [777, 11, 12, 13, 14]
+    assert bench.manager.num_available == 16
+
+
+def test_local_prefill_in_chunks() -> None:
+    """Guards the colocated path: chunks, then tokens, under one budget."""
+    bench = Bench(max_chunk_tokens=3)
+    bench.reserve("a", 10, prefill="")
+    bench.run()
+    assert bench.tokens("a") == [10, 11, 12, 13, 14]
+
+
+def test_preemption_changes_no_token() -> None:
+    """Guards recompute: a pool for one and a half sequences serves four to the same end."""
+    bench = Bench(num_blocks=6)
+    for name in "abcd":
+        bench.reserve(name, 10, prefill="", max_tokens=8)
+    bench.run()
+    for name in "abcd":
+        assert bench.tokens(name) == list(range(10, 18))
+    assert bench.worker._preemptions > 0
+
+
+def test_cancel_while_kv_is_coming_quarantines() -> None:
+    """Guards against reuse of blocks that a transfer may still write to."""
+    bench = Bench()
+    transfer = bench.reserve("a", 10)
+    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0)))
+    assert bench.manager.usage().quarantined == 3
+    assert isinstance(bench.carrier.told[-1], Cancelled)
+    bench.tell(ReceiverEnded(transfer, "cancelled"))
+    bench.run()
+    assert bench.manager.num_available == 16
+
+
+def test_cancel_that_crosses_the_arrival() -> None:
+    """Guards the race of Cancel and KvArrived: blocks come out of quarantine, nobody is told a token."""
+    bench = Bench()
+    transfer = bench.reserve("a", 10)
+    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0)), KvArrived(transfer, 7, None))
+    bench.run()
+    assert bench.manager.num_available == 16 and bench.tokens("a") == []
+
+
+@pytest.mark.parametrize("event", ["failed", "bad token", "proxy lost"])
+def test_ends_that_are_no_finish(event: str) -> None:
+    """Guards one terminal answer and the return of all blocks when a transfer fails or its owner is gone."""
+    bench = Bench()
+    transfer = bench.reserve("a", 10)
+    if event == "failed":
+        bench.tell(ReceiverEnded(transfer, "deadline"))
+    elif event == "bad token":
+        bench.tell(KvArrived(transfer, 1000, None))
+    else:
+        bench.tell(ProxyLost("proxy"), ReceiverEnded(transfer, "cancelled"))
+    bench.run()
+    ends = [message for message in bench.carrier.told if isinstance(message, Failed)]
+    assert len(ends) == 1 and ends[0].retryable
+    assert bench.manager.num_available == 16
+
+
+def test_too_few_blocks_is_busy_and_takes_none() -> None:
+    """Guards all-or-nothing: a reservation that does not fit holds nothing."""
+    bench = Bench(num_blocks=4)
+    assert bench.reserve("a", 12)
+    assert not bench.reserve("b", 12)
+    assert isinstance(bench.carrier.told[-1], Busy)
+    assert bench.manager.usage().owned == 3
+
+
+def test_cached_blocks_do_not_travel() -> None:
+    """Guards decode-side prefix hits: the second reservation of a prompt misses only what was not full."""
+    bench = Bench()
+    bench.tell(KvArrived(bench.reserve("a", 10), 10, None))
+    bench.run()
+    bench.reserve("b", 10)
+    reserved = [message for message in bench.carrier.told if isinstance(message, Reserved)]
+    assert [message.cached_tokens for message in reserved] == [0, 8]
+    assert bench.worker._legs and next(iter(bench.worker._reserved.values())).first_missing_block == 2
