@@ -108,10 +108,42 @@ def decode(heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, 
     module.decode_attention(query, pool, 3, tables, lengths, plan, scratch, query, pdl=pdl)
 
 
+def prefill(heads: int, kv_heads: int, dim: int, block_tokens: int, window: int | None = None) -> None:
+    from kernels.triton import prefill_attention as module
+
+    sequences, query = 4, empty(1024, heads, dim)
+    pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim), empty(sequences, 64, dtype=torch.int32)
+    starts, lengths = empty(sequences + 1, dtype=torch.int32), empty(sequences, dtype=torch.int32)
+    work, tokens = empty(500, 3, dtype=torch.int32), module.block_m(dim)
+    module.prefill_attention(query, pool, 3, tables, starts, lengths, work, tokens, query, window=window)
+
+
+def whole_blocks() -> None:
+    from kernels.triton import blocks
+
+    pool, ids = empty(64, 32, 2, 64, 8, 128), empty(16, dtype=torch.int32)
+    blocks.block_checksums(pool, ids, blocks.checksum_scratch(16, pool), empty(16, dtype=torch.int64))
+    blocks.gather_blocks(pool, ids, pool)
+    blocks.scatter_blocks(pool, ids, pool)
+
+
+def sampling(pdl: bool) -> None:
+    from kernels.triton import sampling as module
+
+    rows, vocab_size = 8, 128256
+    logits, out = empty(rows, vocab_size), empty(rows, dtype=torch.int64)
+    scratch = module.SamplingScratch.make(rows, vocab_size, "meta")
+    module.argmax(logits, scratch, out, pdl=pdl)
+    module.draw(logits, empty(rows, dtype=torch.float32), out, out, scratch, out, pdl=pdl)
+
+
 WHOLE, PARTS, DEEP = (1, 1024, 3, False), (4, 256, 5, True), (4, 256, 7, True)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
+    "blocks": whole_blocks,
+    "sampling": lambda: sampling(False),
+    "sampling_pdl": lambda: sampling(True),
     "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),
@@ -121,6 +153,15 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_96_page64_parts": lambda: decode(32, 8, 96, 64, PARTS),
     "decode_256_page64_parts": lambda: decode(16, 1, 256, 64, PARTS),
     "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
+    "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
+    "prefill_128_page128": lambda: prefill(32, 8, 128, 128),
+    "prefill_128_page16": lambda: prefill(32, 8, 128, 16),
+    "prefill_128_page64_window": lambda: prefill(32, 8, 128, 64, 4096),
+    "prefill_64_page64": lambda: prefill(14, 2, 64, 64),
+    "prefill_80_page16": lambda: prefill(32, 8, 80, 16),
+    "prefill_96_page64": lambda: prefill(32, 32, 96, 64),
+    "prefill_256_page64": lambda: prefill(16, 1, 256, 64),
+    "prefill_256_page16": lambda: prefill(16, 1, 256, 16),
 }
 
 

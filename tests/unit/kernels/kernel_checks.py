@@ -7,12 +7,24 @@ float32: the error is at most twice that of the reference in the kernel's own dt
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
 
-from kernels import reference
-from kernels.triton import activation, decode_attention, decode_plan, norm, rope_write
+from kernels import checksum, philox, reference
+from kernels.triton import (
+    activation,
+    blocks,
+    decode_attention,
+    decode_plan,
+    norm,
+    prefill_attention,
+    rope_write,
+    sampling,
+)
 
 EPS = 1e-5
 FLOAT32_ERROR = 1e-6
@@ -214,3 +226,141 @@ def check_decode_attention(
     assert torch.equal(outs[0], outs[1]), "the same inputs gave other bits"
     assert not bool(scratch.arrived.any()), "a counter was not set back"
     return outs[0]
+
+
+def check_prefill_attention(
+    device: str,
+    dtype: torch.dtype,
+    heads: Heads,
+    new_and_cached: list[tuple[int, int]],
+    block_tokens: int,
+    tokens: int,
+    window: int | None = None,
+    pdl: bool = False,
+) -> None:
+    """tokens: the tile of the work list."""
+    new = [num_new for num_new, _ in new_and_cached]
+    lengths = [num_new + cached for num_new, cached in new_and_cached]
+    paged = Paged.make(device, dtype, heads, lengths, block_tokens)
+    query = randn((sum(new), heads.query, heads.dim), dtype, device)
+    out = run_prefill_attention(paged, query, new, lengths, tokens, window, pdl)
+    assert_attention(out, paged, query, new, window)
+
+
+def check_chunks_do_not_matter(device: str, dtype: torch.dtype, heads: Heads, block_tokens: int, tokens: int) -> None:
+    """One prompt in a piece and in three gives the same bits."""
+    cuts = [0, 37, 37 + 64, 150]
+    paged = Paged.make(device, dtype, heads, [cuts[-1]], block_tokens)
+    query = randn((cuts[-1], heads.query, heads.dim), dtype, device)
+    whole = run_prefill_attention(paged, query, [cuts[-1]], [cuts[-1]], tokens)
+    for first, end in pairwise(cuts):
+        part = run_prefill_attention(paged, query[first:end], [end - first], [end], tokens)
+        assert torch.equal(part, whole[first:end]), (first, end)
+
+
+def run_prefill_attention(
+    paged: Paged,
+    query: torch.Tensor,
+    new: list[int],
+    lengths: list[int],
+    tokens: int,
+    window: int | None = None,
+    pdl: bool = False,
+) -> torch.Tensor:
+    device = str(query.device)
+    out = poison(tuple(query.shape), query.dtype, device)
+    starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+    held = torch.tensor(lengths, dtype=torch.int32, device=device)
+    work = prefill_attention.work_list(new, lengths, query.shape[1], tokens).to(device)
+    prefill_attention.prefill_attention(
+        query, paged.pool, 1, paged.tables, starts, held, work, tokens, out, window=window, pdl=pdl
+    )
+    return out
+
+
+def check_blocks(device: str, dtype: torch.dtype, shape: tuple[int, ...], count: int) -> None:
+    """Checksums against the definition; a gather and a scatter move every bit, NaN included, and nothing else."""
+    generator = torch.Generator().manual_seed(0)
+    size_bytes = torch.Size(shape[1:]).numel() * dtype.itemsize
+    raw = torch.randint(0, 256, (shape[0], size_bytes), dtype=torch.uint8, generator=generator)
+    pool = raw.view(dtype).view(shape).to(device)
+    ids = torch.randperm(shape[0], generator=generator)[:count].to(device)
+    checks = torch.zeros(count, dtype=torch.int64, device=device)
+    blocks.block_checksums(pool, ids.int(), blocks.checksum_scratch(count, pool), checks)
+    expected = checksum.block_checksums(raw[ids.cpu()].numpy())
+    assert checks.cpu().numpy().view("uint64").tolist() == expected.tolist()
+
+    staging = torch.zeros_like(pool[:count])
+    blocks.gather_blocks(pool, ids, staging)
+    assert torch.equal(staging.flatten(1).view(torch.uint8).cpu(), raw[ids.cpu()])
+    target = torch.zeros_like(pool)
+    blocks.scatter_blocks(staging, ids, target)
+    moved = torch.zeros_like(raw)
+    moved[ids.cpu()] = raw[ids.cpu()]
+    assert torch.equal(target.flatten(1).view(torch.uint8).cpu(), moved)
+
+
+def check_argmax(device: str, dtype: torch.dtype, rows: int, vocab_size: int, pdl: bool = False) -> None:
+    """Rounded logits have many equals: the lowest id of the largest wins."""
+    logits = (randn((rows, vocab_size), torch.float32, device) * 2).round().to(dtype)
+    out = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    sampling.argmax(logits, sampling.SamplingScratch.make(rows, vocab_size, device), out, pdl=pdl)
+    ids = torch.arange(vocab_size, device=device).expand(rows, -1)
+    lowest = torch.where(logits == logits.max(-1, keepdim=True).values, ids, vocab_size).min(-1).values
+    assert torch.equal(out, lowest)
+
+
+@triton.jit
+def _uniforms_kernel(seed_ptr, position_ptr, out_ptr, COUNT: tl.constexpr):
+    row = tl.program_id(0)
+    u = sampling.uniforms(tl.load(seed_ptr + row), tl.load(position_ptr + row), tl.program_id(1) * COUNT, COUNT)
+    tl.store(out_ptr + (row * tl.num_programs(1) + tl.program_id(1)) * COUNT + tl.arange(0, COUNT), u)
+
+
+def check_uniforms(device: str, blocks_of_row: int) -> None:
+    """Bit for bit those of kernels.philox."""
+    seeds, positions = seeds_and_positions(6)
+    count = 512
+    out = poison((6, blocks_of_row * count), torch.float32, device)
+    _uniforms_kernel[(6, blocks_of_row)](seeds.to(device), positions.to(device), out, COUNT=count)
+    assert torch.equal(out.cpu(), philox.uniform(seeds, positions, blocks_of_row * count))
+
+
+def seeds_and_positions(rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """int64 [rows] each; the first seeds are the extremes."""
+    generator = torch.Generator().manual_seed(0)
+    seeds = torch.randint(0, 2**63 - 1, (rows,), generator=generator)
+    seeds[: min(rows, 3)] = torch.tensor([0, 2**63 - 1, 2**32])[:rows]
+    return seeds, torch.randint(0, 200_000, (rows,), generator=generator)
+
+
+def check_draw(device: str, dtype: torch.dtype, rows: int, vocab_size: int, pdl: bool = False) -> None:
+    """The reference's draws; every third row is greedy, and half of the tokens are filtered away."""
+    logits = randn((rows, vocab_size), dtype, device) * 3
+    logits[:, ::2] = float("-inf")
+    seeds, positions = seeds_and_positions(rows)
+    temperatures = torch.linspace(0.5, 1.5, rows)
+    temperatures[::3] = 0.0
+    out = torch.full((rows,), -1, dtype=torch.int64, device=device)
+    scratch = sampling.SamplingScratch.make(rows, vocab_size, device)
+    sampling.draw(logits, temperatures.to(device), seeds.to(device), positions.to(device), scratch, out, pdl=pdl)
+    values = logits.float().cpu()
+    random = temperatures > 0
+    expected = values.argmax(-1)
+    u = philox.uniform(seeds[random], positions[random], vocab_size)
+    expected[random] = reference.gumbel_argmax(values[random] / temperatures[random][:, None], u)
+    assert out.tolist() == expected.tolist()
+
+
+def check_small_uniforms(device: str) -> None:
+    """The noise of the smallest u is finite and right: a naive log(1 - u) is 0 below 2**-25, and its noise infinite."""
+    u = torch.tensor([2.0**-33, 2.0**-30, 3.0e-8, 6.0e-8, 1e-6, 1e-3, 0.3, 0.9, 1 - 2.0**-24] * 8)[:64]
+    out = poison((64,), torch.float32, device)
+    _gumbel_kernel[(1,)](u.to(device), out)
+    exact = -torch.log(-torch.log1p(-u.double()))
+    assert float((out.cpu() - exact).abs().max()) < 4e-6, (out.cpu() - exact).abs()
+
+
+@triton.jit
+def _gumbel_kernel(u_ptr, out_ptr):
+    tl.store(out_ptr + tl.arange(0, 64), sampling.gumbel(tl.load(u_ptr + tl.arange(0, 64))))

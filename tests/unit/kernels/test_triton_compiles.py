@@ -37,11 +37,20 @@ def test_no_kernel_spills(kernels):
         assert kernel["spills"] == 0 and kernel["stack_bytes"] == 0, (case, kernel)
 
 
-@pytest.mark.parametrize("case", ["small", "small_pdl"])
-def test_small_kernels_leave_room(kernels, case):
+@pytest.mark.parametrize(("case", "count"), [("small", 4), ("small_pdl", 4), ("blocks", 4), ("sampling", 4)])
+def test_small_kernels_leave_room(kernels, case, count):
     """Guards against a row kernel that no longer fits twice on a multiprocessor."""
-    assert len(kernels[case]) == 4
-    assert all(kernel["registers"] <= 64 for kernel in kernels[case])
+    assert len(kernels[case]) == count
+    assert all(kernel["registers"] <= 96 for kernel in kernels[case])
+
+
+def test_prefill_attention_uses_warpgroup_instructions_and_fits(kernels):
+    """Guards against a tile whose products fall back to a warp's instructions, at half the speed."""
+    prefill = {case: of_case[0] for case, of_case in kernels.items() if case.startswith("prefill")}
+    assert len(prefill) == 9 and all(kernel["wgmma"] for kernel in prefill.values())
+    for case, kernel in prefill.items():
+        assert kernel["tma"] == (("page64" in case or "page128" in case) and "96" not in case), case
+        assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
 
 
 def test_decode_attention_uses_matrix_instructions_and_fits(kernels):

@@ -1,0 +1,114 @@
+"""Whole KV blocks: their checksums, and copies between the pool and a contiguous staging buffer.
+
+    checks[i] = kernels.checksum of the bytes of pool[ids[i]]
+    gather:  staging[i] = pool[ids[i]]          scatter:  pool[ids[i]] = staging[i]
+
+Blocks are seen as rows of 64-bit words; a program does SLICE words of one block. Bytes: a checksum reads each block
+once, a copy reads and writes it once.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.launch import require
+
+SLICE, WARPS = 8192, 8  # 64 KiB a program
+STEP = 2048  # words that a program holds at a time: 64 bytes a thread in flight, four times over
+
+
+@triton.jit
+def _checksum_parts_kernel(pool_ptr, id_ptr, part_ptr, WORDS: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr):
+    part = tl.program_id(0)
+    block = tl.load(id_ptr + tl.program_id(1)).to(tl.int64)
+    total = tl.zeros([STEP], tl.int64)
+    for start in tl.static_range(0, SLICE, STEP):
+        index = part * SLICE + start + tl.arange(0, STEP)
+        inside = index < WORDS
+        word = tl.load(pool_ptr + block * WORDS + index, mask=inside, other=0)
+        odd = (2 * index + 1).to(tl.uint32)
+        low = (word & 0xFFFFFFFF).to(tl.uint32) ^ (odd * 0x9E3779B1)
+        high = (word >> 32).to(tl.uint32) ^ (odd * 0x85EBCA77)
+        term = (low.to(tl.uint64) * high.to(tl.uint64)).to(tl.int64) + word
+        total += tl.where(inside, term, 0)
+    tl.store(part_ptr + tl.program_id(1) * tl.num_programs(0) + part, tl.sum(total, 0))
+
+
+@triton.jit
+def _checksum_ends_kernel(part_ptr, check_ptr, WORDS: tl.constexpr, PARTS: tl.constexpr, PARTS_BLOCK: tl.constexpr):
+    part = tl.arange(0, PARTS_BLOCK)
+    parts = tl.load(part_ptr + tl.program_id(0) * PARTS + part, mask=part < PARTS, other=0)
+    x = (tl.sum(parts, 0) + WORDS).to(tl.uint64)
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB
+    tl.store(check_ptr + tl.program_id(0), (x ^ (x >> 31)).to(tl.int64))
+
+
+@triton.jit
+def _copy_blocks_kernel(
+    pool_ptr, staging_ptr, id_ptr, WORDS: tl.constexpr, SLICE: tl.constexpr, STEP: tl.constexpr, GATHER: tl.constexpr
+):
+    place = tl.program_id(1).to(tl.int64) * WORDS
+    block = tl.load(id_ptr + tl.program_id(1)).to(tl.int64) * WORDS
+    for start in tl.static_range(0, SLICE, STEP):
+        index = tl.program_id(0) * SLICE + start + tl.arange(0, STEP)
+        inside = index < WORDS
+        if GATHER:
+            tl.store(staging_ptr + place + index, tl.load(pool_ptr + block + index, mask=inside), mask=inside)
+        else:
+            tl.store(pool_ptr + block + index, tl.load(staging_ptr + place + index, mask=inside), mask=inside)
+
+
+def checksum_scratch(max_blocks: int, pool: torch.Tensor) -> torch.Tensor:
+    """Room for the parts of block_checksums of up to max_blocks blocks: int64 [max_blocks, parts]."""
+    return torch.empty(max_blocks, triton.cdiv(_words(pool).shape[1], SLICE), dtype=torch.int64, device=pool.device)
+
+
+def block_checksums(pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor) -> None:
+    """out int64 [n]: the bits of kernels.checksum.block_checksums of pool[ids]; ids int32 or int64 [n].
+
+    pool [blocks, ...] of any dtype, contiguous, a multiple of 8 bytes a block; scratch from checksum_scratch.
+    """
+    words = _words(pool)
+    count, parts = ids.shape[0], triton.cdiv(words.shape[1], SLICE)
+    require(scratch.shape[0] >= count and scratch.shape[1] == parts, f"scratch {tuple(scratch.shape)} is too small")
+    require(out.shape == (count,) and out.dtype == scratch.dtype == torch.int64, "out must be int64, one a block")
+    if count == 0:
+        return
+    step = min(STEP, triton.next_power_of_2(words.shape[1]))
+    size = min(SLICE, triton.cdiv(words.shape[1], step) * step)
+    _checksum_parts_kernel[(parts, count)](words, ids, scratch, words.shape[1], size, step, num_warps=WARPS)
+    _checksum_ends_kernel[(count,)](scratch, out, words.shape[1], parts, triton.next_power_of_2(parts), num_warps=1)
+
+
+def gather_blocks(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor) -> None:
+    """staging[i] = pool[ids[i]]; both contiguous, blocks of one shape and dtype; ids int32 or int64 [n]."""
+    _copy(pool, ids, staging, gather=True)
+
+
+def scatter_blocks(staging: torch.Tensor, ids: torch.Tensor, pool: torch.Tensor) -> None:
+    """pool[ids[i]] = staging[i]; ids must differ."""
+    _copy(pool, ids, staging, gather=False)
+
+
+def _copy(pool: torch.Tensor, ids: torch.Tensor, staging: torch.Tensor, gather: bool) -> None:
+    require(pool.shape[1:] == staging.shape[1:] and pool.dtype == staging.dtype, "blocks differ in shape or dtype")
+    require(ids.dim() == 1 and staging.shape[0] >= ids.shape[0], "staging holds fewer blocks than ids")
+    words, target = _words(pool), _words(staging)
+    if ids.shape[0] == 0:
+        return
+    step = min(STEP, triton.next_power_of_2(words.shape[1]))
+    size = min(SLICE, triton.cdiv(words.shape[1], step) * step)
+    grid = (triton.cdiv(words.shape[1], size), ids.shape[0])
+    _copy_blocks_kernel[grid](words, target, ids, words.shape[1], size, step, gather, num_warps=WARPS)
+
+
+def _words(blocks: torch.Tensor) -> torch.Tensor:
+    """[blocks, words]: each block as 64-bit words."""
+    require(blocks.is_contiguous(), "blocks must be contiguous")
+    size_bytes = blocks[0].numel() * blocks.element_size()
+    require(size_bytes % 8 == 0, f"a block of {size_bytes} bytes is no whole number of 64-bit words")
+    return blocks.flatten(1).view(torch.int64)

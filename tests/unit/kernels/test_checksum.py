@@ -1,0 +1,48 @@
+"""The definition of the block checksum."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kernels.checksum import block_checksums
+
+
+def as_block(data: bytes) -> np.ndarray:
+    return np.frombuffer(data, dtype=np.uint8)[None]
+
+
+def test_the_definition_word_by_word():
+    """Guards against a change of the definition: both ends of a transfer must agree across versions."""
+    words = [0, 1, 0xFFFFFFFF00000001, 0x0123456789ABCDEF]
+    total = 0
+    for index, word in enumerate(words):
+        a, b = ((2 * index + 1) * factor % 2**32 for factor in (0x9E3779B1, 0x85EBCA77))
+        total += ((word % 2**32) ^ a) * ((word >> 32) ^ b) + word
+    x = (total + len(words)) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    data = b"".join(word.to_bytes(8, "little") for word in words)
+    assert int(block_checksums(as_block(data))[0]) == x ^ (x >> 31)
+
+
+@given(st.binary(min_size=64, max_size=64), st.integers(0, 511))
+def test_every_flipped_bit_is_seen(data, bit):
+    """Guards against words or bits that the sum leaves out."""
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    assert block_checksums(as_block(data)) != block_checksums(as_block(bytes(flipped)))
+
+
+@pytest.mark.parametrize("unit", [8, 16, 64, 512])
+def test_exchanged_and_missing_pieces_are_seen(unit):
+    """Guards against a sum that does not depend on the place: pieces swapped, shifted, repeated or all zero."""
+    data = np.random.default_rng(0).integers(0, 256, 2048, dtype=np.uint8)
+    pieces = data.reshape(-1, unit)
+    swapped, repeated, zeroed = pieces.copy(), pieces.copy(), pieces.copy()
+    swapped[[0, 1]] = pieces[[1, 0]]
+    repeated[1] = pieces[0]
+    zeroed[2] = 0
+    variants = [data, swapped, repeated, zeroed, np.roll(pieces, 1, axis=0), np.zeros(2048, np.uint8)]
+    checks = {int(block_checksums(variant.reshape(1, -1))[0]) for variant in variants}
+    assert len(checks) == len(variants)
