@@ -155,12 +155,12 @@ class Session:
                 if failures >= self._max_attempts:
                     raise PeerLost(f"gave up after {failures} attempts; the last one: {retry}") from None
                 avoid = {retry.blame} if retry.counts else avoid | {retry.blame}
-                if not retry.counts:
-                    await asyncio.sleep(BUSY_PAUSE_S)
+                pause_s = 0.0 if retry.counts else BUSY_PAUSE_S
             finally:
                 alarm.cancel()
                 self._close(attempt)
             self._ledger.next_attempt()
+            await asyncio.sleep(pause_s)
 
     # -- an attempt
 

@@ -1,0 +1,215 @@
+"""prefill.worker without processes: chunks, hand-over, and that blocks stay leased until nobody reads them."""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence as Rows
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvtransfer.blocks.hashing import block_hashes
+from kvtransfer.blocks.layout import KVLayout
+from kvtransfer.blocks.manager import BlockManager
+from kvtransfer.carrier import Command, FromProxy
+from kvtransfer.exchange import LegKey, SenderEnded
+from models.batch import Drawn, Row
+from node.lifecycle import ProxyLost
+from node.messages import Busy, Cancel, Cancelled, Failed, HandedOver, Load, Message, Prefill, SamplingParams, Tokens
+from prefill.settings import PrefillSettings
+from prefill.worker import PrefillWorker
+
+ROOT = b"r" * 32
+BLOCK = 4
+LEG = LegKey("a", 0)
+
+
+class RecordingExchange:
+    """Stands in for the exchange behind the carrier: keeps the calls, by name, in order."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: self.calls.append((name, *arguments[:-1]))  # without the time
+
+
+class InlineCarrier:
+    """Stands in for the thread: runs each command at once."""
+
+    def __init__(self) -> None:
+        self.load = Load()
+        self.told: list[Message] = []
+        self.exchange = RecordingExchange()
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def receive(self, wait_s: float) -> list[Any]:
+        events = []
+        while not self.inbox.empty():
+            events.append(self.inbox.get())
+        return events
+
+    def do(self, command: Command) -> None:
+        command(self.exchange, 0.0)  # type: ignore[arg-type]
+
+    def tell(self, link: str, *messages: Message) -> None:
+        self.told += messages
+
+    def transfer_counters(self) -> dict[str, float]:
+        return {}
+
+    def drain(self) -> None: ...
+
+
+class CountingRunner:
+    """The next token is the number of known tokens."""
+
+    config = SimpleNamespace(vocab_size=1000)
+
+    def __init__(self) -> None:
+        self.steps: list[list[tuple[int, int]]] = []
+
+    def step(self, rows: Rows[Row]) -> list[Drawn | None]:
+        self.steps.append([(row.start, len(row.token_ids)) for row in rows])
+        return [Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows]
+
+
+class Bench:
+    """A prefill worker on its own."""
+
+    def __init__(self, num_blocks: int = 16, **settings: Any) -> None:
+        self.carrier, self.runner = InlineCarrier(), CountingRunner()
+        self.manager = BlockManager(num_blocks)
+        layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
+        parts = SimpleNamespace(
+            runner=self.runner, manager=self.manager, layout=layout, max_model_len=64, carrier=self.carrier
+        )
+        self.worker = PrefillWorker(parts, PrefillSettings(**settings))  # type: ignore[arg-type]
+
+    def prefill(self, name: str, num_tokens: int, **sampling: Any) -> None:
+        tokens = tuple(range(num_tokens))
+        self.tell(
+            FromProxy(
+                "proxy",
+                Prefill(
+                    request_id=name,
+                    attempt=0,
+                    token_ids=tokens,
+                    prompt_len=num_tokens,
+                    root=ROOT,
+                    block_hashes=block_hashes(ROOT, tokens, BLOCK),
+                    sampling=SamplingParams(**({"max_tokens": 5} | sampling)),
+                    decode="d/1",
+                    decode_address="tcp://d",
+                    deadline_s=100.0,
+                ),
+            )
+        )
+
+    def tell(self, *events: Any) -> bool:
+        for event in events:
+            self.carrier.inbox.put(event)
+        return self.worker.turn(0.0)
+
+    def run(self) -> None:
+        for _ in range(200):
+            if not self.worker.turn(0.0):
+                break
+        self.worker.check()
+
+    def told(self, kind: type[Message]) -> list[Any]:
+        return [message for message in self.carrier.told if isinstance(message, kind)]
+
+
+def _ended(name: str = "a", ok: bool = True) -> SenderEnded:
+    return SenderEnded(LegKey(name, 0), ok, "" if ok else "broken", 3, 0.01)
+
+
+def test_chunks_are_offered_as_they_are_computed() -> None:
+    """Guards the overlap of computing and moving: full blocks after each chunk, the rest and the token at the end."""
+    bench = Bench(max_chunk_tokens=6)
+    bench.prefill("a", 14)
+    bench.run()
+    assert bench.runner.steps == [[(0, 6)], [(6, 6)], [(12, 2)]]
+    calls = bench.carrier.exchange.calls
+    assert [(call[0], len(call[2])) for call in calls if call[0] == "tell_blocks"] == [
+        ("tell_blocks", 1),
+        ("tell_blocks", 3),
+        ("tell_blocks", 4),
+    ]
+    assert calls[-1] == ("tell_token", LEG, 14, None)
+    (tokens,) = bench.told(Tokens)
+    assert (tokens.index, tokens.ids, tokens.finish) == (0, (14,), "")
+
+
+def test_blocks_are_leased_until_the_transfer_has_ended() -> None:
+    """Guards against reuse of blocks that the carrier still reads, and against forgetting them."""
+    bench = Bench(num_blocks=4)
+    bench.prefill("a", 14)
+    bench.run()
+    assert bench.manager.usage().leased == 4 and bench.manager.num_available == 0
+    bench.prefill("b", 5)
+    assert bench.told(Tokens)[-1].request_id == "a"  # "b" waits for blocks
+    bench.tell(_ended())
+    bench.run()
+    assert [message.request_id for message in bench.told(HandedOver)] == ["a"]
+    assert bench.told(Tokens)[-1].request_id == "b"
+
+
+@pytest.mark.parametrize(("sampling", "finish"), [({"max_tokens": 1}, "length"), ({"stop_token_ids": (6,)}, "stop")])
+def test_a_request_that_ends_with_its_first_token(sampling: dict[str, Any], finish: str) -> None:
+    """Guards the one terminal message: Tokens with a finish, no hand-over, and the transfer is called off."""
+    bench = Bench()
+    bench.prefill("a", 6, **sampling)
+    bench.tell(_ended(ok=False))
+    bench.run()
+    assert [message.finish for message in bench.told(Tokens)] == [finish]
+    assert not bench.told(HandedOver) and not bench.told(Failed)
+    assert bench.carrier.exchange.calls[-1][:2] == ("cancel_sender", LEG)
+    assert bench.manager.num_available == 16
+
+
+def test_prompts_share_a_step_and_a_prefix() -> None:
+    """Guards batching over jobs and the prefix cache: the second prompt computes only what is new."""
+    bench = Bench(max_num_batched_tokens=20)
+    bench.prefill("a", 10)
+    bench.prefill("b", 14)
+    bench.run()
+    assert bench.runner.steps == [[(0, 10)], [(8, 6)]]
+    assert [message.cached_tokens for message in bench.told(Tokens)] == [0, 8]
+
+
+@pytest.mark.parametrize("event", ["transfer failed", "cancel", "proxy lost"])
+@pytest.mark.parametrize("when", ["computing", "handed to the carrier"])
+def test_every_end_hands_everything_back(event: str, when: str) -> None:
+    """Guards against leaks and double answers, in the middle of a prompt and after it."""
+    bench = Bench(max_chunk_tokens=4)
+    bench.prefill("a", 14)
+    if when != "computing":
+        bench.run()
+    if event == "transfer failed":
+        bench.tell(_ended(ok=False))
+    elif event == "cancel":
+        bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0)))
+        assert bench.manager.usage().leased > 0  # the carrier may still read them
+        bench.tell(_ended(ok=False))
+        assert len(bench.told(Cancelled)) == 1
+    else:
+        bench.tell(ProxyLost("proxy"))
+        bench.tell(_ended(ok=False))
+    bench.run()
+    assert bench.manager.num_available == 16
+    assert len(bench.told(Failed)) == (0 if event == "cancel" else 1)
+    assert not bench.told(HandedOver)
+
+
+def test_refusals_take_nothing() -> None:
+    """Guards admission: too long is the client's fault, a full queue is not."""
+    bench = Bench(num_blocks=2, max_waiting=1)
+    bench.prefill("long", 64)
+    bench.prefill("a", 9)  # three blocks: more than there are, so it waits
+    bench.prefill("b", 1)
+    assert [(message.request_id, message.retryable) for message in bench.told(Failed)] == [("long", False)]
+    assert [message.request_id for message in bench.told(Busy)] == ["b"]
+    assert bench.manager.num_available == 2
