@@ -137,6 +137,17 @@ def sampling(pdl: bool) -> None:
     module.draw(logits, empty(rows, dtype=torch.float32), out, out, scratch, out, pdl=pdl)
 
 
+def linears(table: str, rows: int, pdl: bool) -> None:
+    """All entries of the policy's table for so many rows, in the table's order."""
+    from kernels.triton import linear as module
+    from kernels.triton import linear_policy
+
+    for (n, k, fused), tiles in getattr(linear_policy, table)[rows].items():
+        shape = (rows, n) if tiles.splits == 1 else (tiles.splits, rows, n)
+        out = empty(*shape, dtype=torch.bfloat16 if tiles.splits == 1 else torch.float32)
+        module.linear(empty(rows, k), empty(2 * n if fused else n, k), None, tiles, out, fused=fused, pdl=pdl)
+
+
 WHOLE, PARTS, DEEP = (1, 1024, 3, False), (4, 256, 5, True), (4, 256, 7, True)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
@@ -144,6 +155,11 @@ CASES: dict[str, Callable[[], None]] = {
     "blocks": whole_blocks,
     "sampling": lambda: sampling(False),
     "sampling_pdl": lambda: sampling(True),
+    "linear_1": lambda: linears("FASTEST", 1, True),
+    "linear_16": lambda: linears("FASTEST", 16, True),
+    "linear_64": lambda: linears("FASTEST", 64, True),
+    "linear_128": lambda: linears("FASTEST", 128, False),
+    "linear_256": lambda: linears("INVARIANT", 256, False),
     "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),

@@ -20,6 +20,8 @@ from kernels.triton import (
     blocks,
     decode_attention,
     decode_plan,
+    linear,
+    linear_policy,
     norm,
     prefill_attention,
     rope_write,
@@ -364,3 +366,31 @@ def check_small_uniforms(device: str) -> None:
 @triton.jit
 def _gumbel_kernel(u_ptr, out_ptr):
     tl.store(out_ptr + tl.arange(0, 64), sampling.gumbel(tl.load(u_ptr + tl.arange(0, 64))))
+
+
+def check_linear(
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    n: int,
+    k: int,
+    tiles: linear_policy.Tiles,
+    fused: bool = False,
+    biased: bool = False,
+    pdl: bool = False,
+) -> None:
+    """The error is at most that of rounding the result, or float32's where parts are left unrounded."""
+    x = randn((rows, k), dtype, device)
+    weight = (randn(((2 if fused else 1) * n, k), torch.float32, device, 1) / k**0.5).to(dtype)
+    bias = randn((n,), dtype, device, 2) if biased else None
+    exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
+    if fused:
+        gate, up = exact.chunk(2, -1)
+        exact = F.silu(gate) * up
+    out = poison((rows, n), dtype, device)
+    if tiles.splits > 1:
+        out = poison((tiles.splits, rows, n), torch.float32, device)
+    linear.linear(x, weight, bias, tiles, out, fused=fused, pdl=pdl)
+    found = out.sum(0) if tiles.splits > 1 else out
+    bound = max(2 * error(exact.to(out.dtype), exact), 3e-6)
+    assert error(found, exact) <= bound, f"error {error(found, exact):.2e}, allowed {bound:.2e}"

@@ -53,6 +53,15 @@ def test_prefill_attention_uses_warpgroup_instructions_and_fits(kernels):
         assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
 
 
+def test_linears_use_warpgroup_instructions_and_fit(kernels):
+    """Guards against a table entry whose tiles do not fit, or whose products fall back to a warp's instructions."""
+    for rows, count in {16: 5, 64: 5, 128: 3, 256: 5}.items():
+        assert len(kernels[f"linear_{rows}"]) == count
+        for kernel in kernels[f"linear_{rows}"]:
+            assert kernel["wgmma"] and kernel["tma"] and kernel["shared_bytes"] + 1024 <= 227 * 1024, (rows, kernel)
+    assert len(kernels["linear_1"]) == 5 and not any(kernel["mma"] for kernel in kernels["linear_1"])
+
+
 def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
     """Guards against a tile that falls back to scalar products, a page that is not fetched whole, and too few programs
     on a multiprocessor: 1, 2, 3 tiles in flight are to leave room for 5, 3, 2 programs in 227 KiB."""

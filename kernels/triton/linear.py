@@ -1,0 +1,152 @@
+"""y = x W^T (+ b) for the few rows of a decode step, where the time is that of reading W once.
+
+W is [N, K] as in the checkpoint, x [M, K]. Two kernels; `linear_policy` says which and with which tiles.
+  * Several rows: a tile of W is the large operand of the warpgroup's matrix instruction and x the narrow one (operands
+    exchanged), so that 16 rows cost one narrow product. With splits > 1 the float32 parts [splits, M, N] are left to
+    the kernel that reads them (norm, rope_and_write), which adds them in order: no launch, no atomics.
+  * One row: W streams through registers.
+fused: W is [gate; up], [2 N, K], and y = silu(gate) * up, so that the wide product never reaches memory.
+K is summed in steps of 16 in one order whatever the tiles, so with one number of splits a row's bits are the same for
+every M (checked on an H200). With pdl the first columns of W are asked for before the kernel before has ended: weights
+do not depend on it. Bytes: W, N * K * element size (twice that when fused).
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from kernels.triton.launch import launch_options, require
+from kernels.triton.linear_policy import Tiles
+
+
+@triton.jit
+def _prefetch(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Asks the L2 cache for ROWS x COLUMNS elements of 16 bits, one instruction each 128 bytes."""
+    row = tl.arange(0, ROWS)[:, None]
+    column = tl.arange(0, COLUMNS // 64)[None, :]
+    address = (ptr + row * stride + column * 64).to(tl.int64)
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _linear_rows_kernel(
+    x_desc, weight_desc, weight_ptr, bias_ptr, out_ptr, num_rows, N: tl.constexpr, K: tl.constexpr,
+    TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr, SPLITS: tl.constexpr, FUSED: tl.constexpr,
+    BIAS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    first_m = tl.program_id(0) * TILE_M
+    first_n = tl.program_id(1) * TILE_N
+    split = tl.program_id(2)
+    first_k = split * (K // SPLITS)
+    if PDL:
+        gdc_launch_dependents()
+        if PREFETCH > 0:
+            _prefetch(weight_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+            if FUSED:
+                _prefetch(weight_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+        gdc_wait()
+    total = tl.zeros([TILE_N, TILE_M], tl.float32)
+    n = first_n + tl.arange(0, TILE_N)
+    m = first_m + tl.arange(0, TILE_M)
+    if FUSED:
+        up = tl.zeros([TILE_N, TILE_M], tl.float32)
+        for k in tl.range(first_k, first_k + K // SPLITS, TILE_K):
+            x = x_desc.load([first_m, k])
+            total = tl.dot(weight_desc.load([first_n, k]), x.T, total, input_precision="ieee")
+            up = tl.dot(weight_desc.load([N + first_n, k]), x.T, up, input_precision="ieee")
+        total = total / (1.0 + tl.exp(-total)) * up
+    else:
+        for k in tl.range(first_k, first_k + K // SPLITS, TILE_K):
+            x = x_desc.load([first_m, k])
+            total = tl.dot(weight_desc.load([first_n, k]), x.T, total, input_precision="ieee")
+        if BIAS:  # noqa: SIM102 - known when compiling, the next one is not
+            if split == 0:
+                total += tl.load(bias_ptr + n).to(tl.float32)[:, None]
+    place = out_ptr + split.to(tl.int64) * num_rows * N + m[None, :].to(tl.int64) * N + n[:, None]
+    tl.store(place, total.to(out_ptr.dtype.element_ty), mask=(m < num_rows)[None, :])
+
+
+@triton.jit
+def _linear_row_kernel(
+    x_ptr, weight_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
+    FUSED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One block of W is always on its way: the next is asked for before the last is used."""
+    n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
+    column = tl.arange(0, TILE_K)
+    place = weight_ptr + n[:, None].to(tl.int64) * K + column[None, :]
+    weight = tl.load(place, eviction_policy="evict_first")
+    total = tl.zeros([TILE_N, TILE_K], tl.float32)
+    if FUSED:
+        up_place = place + N * K
+        up_weight = tl.load(up_place, eviction_policy="evict_first")
+        up = tl.zeros([TILE_N, TILE_K], tl.float32)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    for k in tl.range(0, K, TILE_K, num_stages=1, loop_unroll_factor=2):
+        following = tl.where(k + TILE_K < K, k + TILE_K, 0)
+        used = weight.to(tl.float32)
+        weight = tl.load(place + following, eviction_policy="evict_first")
+        x = tl.load(x_ptr + k + column).to(tl.float32)
+        total += used * x[None, :]
+        if FUSED:
+            used = up_weight.to(tl.float32)
+            up_weight = tl.load(up_place + following, eviction_policy="evict_first")
+            up += used * x[None, :]
+    result = tl.sum(total, 1)
+    if FUSED:
+        result = result / (1.0 + tl.exp(-result)) * tl.sum(up, 1)
+    if BIAS:
+        result += tl.load(bias_ptr + n).to(tl.float32)
+    tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty))
+
+
+def linear(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    tiles: Tiles,
+    out: torch.Tensor,
+    *,
+    fused: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Fills out [M, N], or [splits, M, N] float32; x [M, K], weight [N, K] ([2 N, K] when fused), bias [N] or None.
+
+    The tiles must divide N and K / splits. A fused product has one split and no bias.
+    """
+    num_rows, k = x.shape
+    n = weight.shape[0] // (2 if fused else 1)
+    shape = (num_rows, n) if tiles.splits == 1 and out.dim() == 2 else (tiles.splits, num_rows, n)
+    require(weight.shape[1] == k and tuple(out.shape) == shape, f"out {tuple(out.shape)} is not {shape}")
+    require(tiles.splits == 1 or out.dtype == torch.float32, "parts of a sum must be float32")
+    require(n % tiles.tile_n == 0 and k % (tiles.splits * tiles.tile_k) == 0, f"{tiles} do not divide [{n}, {k}]")
+    require(not fused or (tiles.splits == 1 and bias is None), "a fused product has one split and no bias")
+    require(bias is None or bias.shape == (n,), "bias is not [N]")
+    for tensor in (x, weight, out, bias):
+        require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
+    if num_rows == 0:
+        return
+    sums = weight if bias is None else bias
+    if tiles.tile_m == 0:
+        require(num_rows == 1 and tiles.splits == 1, "these tiles are for one row")
+        _linear_row_kernel[(n // tiles.tile_n,)](
+            x, weight, sums, out, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, FUSED=fused,
+            BIAS=bias is not None, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
+        )  # fmt: skip
+        return
+    _linear_rows_kernel[(triton.cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
+        TensorDescriptor.from_tensor(x, [tiles.tile_m, tiles.tile_k]),
+        TensorDescriptor.from_tensor(weight, [tiles.tile_n, tiles.tile_k]),
+        weight, sums, out, num_rows, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, TILE_M=tiles.tile_m,
+        SPLITS=tiles.splits, FUSED=fused, BIAS=bias is not None, PREFETCH=tiles.prefetch, PDL=pdl,
+        **launch_options(tiles.warps, pdl, tiles.stages),
+    )  # fmt: skip

@@ -1,0 +1,128 @@
+"""Which kernel does a small-M product y = x W^T of a shape, and how it is cut: measured, a table and no rule.
+
+Shapes are (N, K, fused): N outputs, K inputs; fused is the product of gate and up together with silu(gate) * up, whose
+W has 2 N rows. A shape or a number of rows that is not in the table is cuBLAS's (None). Pure data; imports nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Tiles:
+    """One row of the table. The kernel reads tile_n rows of W, tile_k columns at a time, for tile_m rows of x."""
+
+    tile_n: int
+    tile_k: int
+    tile_m: int
+    """0: the kernel for a single row of x, which uses no matrix instructions."""
+    stages: int
+    splits: int
+    """Parts of K that are summed by the kernel which reads the result; 1 writes the result itself."""
+    warps: int = 4
+    prefetch: int = 256
+    """Columns of W asked for before the kernel before has ended (with pdl)."""
+
+
+Shape = tuple[int, int, bool]
+
+QKV_8B, O_8B, GATE_UP_8B, DOWN_8B, HEAD_8B = (
+    (6144, 4096, False),
+    (4096, 4096, False),
+    (14336, 4096, True),
+    (4096, 14336, False),
+    (128256, 4096, False),
+)
+
+# Measured on an H200 (docs/benchmarks/kernels.md). By the largest number of rows, then by shape.
+FASTEST: dict[int, dict[Shape, Tiles]] = {
+    1: {
+        QKV_8B: Tiles(2, 4096, 0, 1, 1, 8),
+        O_8B: Tiles(1, 4096, 0, 1, 1, 4),
+        GATE_UP_8B: Tiles(2, 2048, 0, 1, 1, 4),
+        DOWN_8B: Tiles(16, 512, 0, 1, 1, 8),
+        HEAD_8B: Tiles(2, 2048, 0, 1, 1, 4),
+    },
+    16: {
+        QKV_8B: Tiles(64, 128, 16, 5, 2),
+        O_8B: Tiles(64, 128, 16, 5, 4),
+        GATE_UP_8B: Tiles(64, 128, 16, 5, 1),
+        DOWN_8B: Tiles(64, 256, 16, 5, 2),
+        HEAD_8B: Tiles(128, 128, 16, 3, 1),
+    },
+    32: {
+        QKV_8B: Tiles(64, 128, 32, 4, 2),
+        O_8B: Tiles(64, 256, 32, 4, 2),
+        GATE_UP_8B: Tiles(64, 128, 32, 5, 1),
+        DOWN_8B: Tiles(64, 256, 32, 4, 2),
+        HEAD_8B: Tiles(128, 128, 32, 5, 1),
+    },
+    64: {
+        QKV_8B: Tiles(64, 128, 64, 6, 1),
+        O_8B: Tiles(64, 256, 64, 3, 2),
+        GATE_UP_8B: Tiles(64, 128, 64, 4, 1, prefetch=0),
+        DOWN_8B: Tiles(64, 128, 64, 6, 2),
+        HEAD_8B: Tiles(128, 128, 64, 4, 1, 8),
+    },
+    128: {
+        O_8B: Tiles(64, 128, 128, 4, 2),
+        GATE_UP_8B: Tiles(64, 64, 128, 3, 1, prefetch=0),
+        DOWN_8B: Tiles(64, 128, 128, 4, 2),
+    },
+}
+
+# One number of splits a weight for every number of rows: a row's bits do not depend on the batch. Each table entry
+# sums K in steps of 16 in one order, so other tiles do not change the bits.
+INVARIANT: dict[int, dict[Shape, Tiles]] = {
+    16: {
+        QKV_8B: Tiles(64, 128, 16, 5, 2),
+        O_8B: Tiles(64, 128, 16, 5, 4),
+        GATE_UP_8B: Tiles(64, 128, 16, 5, 1),
+        DOWN_8B: Tiles(64, 128, 16, 5, 4),
+        HEAD_8B: Tiles(128, 128, 16, 3, 1),
+    },
+    32: {
+        QKV_8B: Tiles(64, 128, 32, 4, 2),
+        O_8B: Tiles(64, 128, 32, 4, 4),
+        GATE_UP_8B: Tiles(64, 128, 32, 5, 1),
+        DOWN_8B: Tiles(64, 128, 32, 4, 4),
+        HEAD_8B: Tiles(128, 128, 32, 5, 1),
+    },
+    64: {
+        QKV_8B: Tiles(64, 128, 64, 3, 2),
+        O_8B: Tiles(64, 128, 64, 3, 4),
+        GATE_UP_8B: Tiles(64, 128, 64, 4, 1),
+        DOWN_8B: Tiles(64, 128, 64, 3, 4),
+        HEAD_8B: Tiles(128, 128, 64, 4, 1, 8),
+    },
+    128: {
+        QKV_8B: Tiles(64, 64, 128, 4, 2),
+        O_8B: Tiles(64, 64, 128, 4, 4),
+        GATE_UP_8B: Tiles(64, 64, 128, 3, 1),
+        DOWN_8B: Tiles(64, 64, 128, 4, 4),
+        HEAD_8B: Tiles(128, 64, 128, 3, 1, 8),
+    },
+    256: {
+        QKV_8B: Tiles(64, 64, 256, 5, 2),
+        O_8B: Tiles(64, 64, 256, 5, 4),
+        GATE_UP_8B: Tiles(128, 64, 128, 4, 1, 8),
+        DOWN_8B: Tiles(64, 64, 256, 5, 4),
+        HEAD_8B: Tiles(128, 64, 256, 4, 1, 8),
+    },
+}
+
+
+def fastest(num_rows: int, shape: Shape) -> Tiles | None:
+    """The fastest way for num_rows rows of x; None: cuBLAS."""
+    return _look_up(FASTEST, num_rows, shape)
+
+
+def invariant(num_rows: int, shape: Shape) -> Tiles | None:
+    """The way whose bits do not depend on num_rows; None: not known for this shape or so many rows."""
+    return _look_up(INVARIANT, num_rows, shape)
+
+
+def _look_up(table: dict[int, dict[Shape, Tiles]], num_rows: int, shape: Shape) -> Tiles | None:
+    bucket = next((rows for rows in sorted(table) if num_rows <= rows), None)
+    return None if bucket is None else table[bucket].get(shape)

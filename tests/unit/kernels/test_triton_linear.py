@@ -1,0 +1,57 @@
+"""Products with few rows, and the table that chooses among them."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from kernels.triton import linear_policy
+from kernels.triton.linear_policy import FASTEST, INVARIANT, Tiles
+from tests.unit.kernels import kernel_checks as checks
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("rows", [1, 16, 20])
+@pytest.mark.parametrize(("fused", "biased", "splits"), [(False, False, 1), (False, True, 2), (True, False, 1)])
+def test_several_rows(device, dtype, rows, fused, biased, splits):
+    """Guards against rows past the last, a bias that every split adds, and gate and up exchanged."""
+    tiles = Tiles(64, 64, 16, 3, splits)
+    checks.check_linear(device, dtype, rows, 128, 256, tiles, fused, biased)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("fused", "biased"), [(False, False), (False, True), (True, False)])
+def test_one_row(device, dtype, fused, biased):
+    """Guards against the last block of columns, which is asked for one step ahead."""
+    checks.check_linear(device, dtype, 1, 16, 256, Tiles(2, 64, 0, 1, 1), fused, biased)
+
+
+def test_tiles_that_do_not_divide_are_refused(device):
+    """Guards against columns that no program reads."""
+    with pytest.raises(ValueError, match="do not divide"):
+        checks.check_linear(device, torch.float32, 1, 16, 96, Tiles(2, 64, 0, 1, 1))
+
+
+@pytest.mark.parametrize("table", [FASTEST, INVARIANT])
+def test_tables_fit_their_shapes(table):
+    """Guards against an entry that the wrapper would refuse in the middle of serving."""
+    for rows, entries in table.items():
+        for (n, k, fused), tiles in entries.items():
+            assert n % tiles.tile_n == 0 and k % (tiles.tile_k * tiles.splits) == 0
+            assert not (fused and tiles.splits > 1) and (tiles.tile_m == 0) == (table is FASTEST and rows == 1)
+
+
+def test_the_invariant_table_has_one_split_a_weight():
+    """Guards against a row whose sum is split otherwise in a larger batch."""
+    splits: dict[linear_policy.Shape, set[int]] = {}
+    for entries in INVARIANT.values():
+        for shape, tiles in entries.items():
+            splits.setdefault(shape, set()).add(tiles.splits)
+    assert len(splits) == 5 and all(len(values) == 1 for values in splits.values())
+
+
+def test_unknown_shapes_are_left_to_cublas():
+    assert linear_policy.fastest(1, (100, 100, False)) is None
+    assert linear_policy.fastest(300, linear_policy.O_8B) is None
+    assert linear_policy.fastest(17, linear_policy.O_8B) is FASTEST[32][linear_policy.O_8B]
+    assert linear_policy.invariant(1, linear_policy.O_8B) is INVARIANT[16][linear_policy.O_8B]
