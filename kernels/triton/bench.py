@@ -1,0 +1,251 @@
+"""Times every kernel on the GPU at hand against the ceilings that it measures first: python -m kernels.triton.bench.
+
+One JSON line a measurement on stdout, or appended to the file named as argument. The shapes are those of an 8B model
+(32 query and 8 key heads of 128, hidden 4096, FFN 14336, vocabulary 128256) in bfloat16. A time is the median of
+replays of a CUDA graph of several calls over several sets of random inputs, together larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from kernels.triton import activation, blocks, decode_attention, norm, prefill_attention, rope_write, sampling
+from kernels.triton.decode_plan import fixed_plan, split_plan
+from kernels.triton.linear import linear
+from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, fastest, invariant
+
+HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
+ROTATED_BYTES = 400 << 20  # several times the L2 cache
+GPU = "cuda"
+
+Call = Callable[[], object]
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device=GPU).normal_()
+
+
+def seconds(calls: Sequence[Call], replays: int = 9) -> float:
+    """Median seconds of one call, in a graph of all of them."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        for call in calls[:2]:
+            call()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin()
+        for call in calls:
+            call()
+        graph.capture_end()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(replays + 2):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return sorted(times[2:])[replays // 2] / 1e3 / len(calls)
+
+
+class Report:
+    """Writes the lines; knows the ceilings once they are measured."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.copy_bytes_s = 1.0
+        self.matmul_flop_s = 1.0
+
+    def line(self, **values: object) -> None:
+        text = json.dumps(values)
+        print(text, flush=True)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(text + "\n")
+
+    def moved(self, kernel: str, size_bytes: float, calls: Sequence[Call], **values: object) -> None:
+        took = seconds(calls)
+        rate = size_bytes / took
+        self.line(
+            kernel=kernel, **values, us=round(took * 1e6, 2), tb_s=round(rate / 1e12, 3),
+            of_copy=round(rate / self.copy_bytes_s, 3),
+        )  # fmt: skip
+
+
+def ceilings(report: Report) -> None:
+    source, target = randn(2 << 30), randn(2 << 30)
+    took = seconds([partial(target.copy_, source)] * 2)
+    report.copy_bytes_s = 8 * (1 << 30) / took
+    a, b, c = (randn(8192, 8192) for _ in range(3))
+    took = seconds([partial(torch.mm, a, b, out=c)] * 10)
+    report.matmul_flop_s = 2 * 8192**3 / took
+    report.line(
+        kernel="ceiling", gpu=torch.cuda.get_device_name(), torch=torch.__version__,
+        copy_tb_s=round(report.copy_bytes_s / 1e12, 3), matmul_tflop_s=round(report.matmul_flop_s / 1e12, 1),
+    )  # fmt: skip
+
+
+def small(report: Report) -> None:
+    table = torch.rand(8192, DIM // 2, device=GPU)
+    for rows in (1, 64, 256, 2048):
+        count = 32 if rows <= 256 else 8
+        residual, weight, out = randn(count, rows, HIDDEN), randn(HIDDEN), randn(rows, HIDDEN)
+        for parts in (0, 1, 2, 4) if rows <= 256 else (0,):
+            x = randn(parts, rows, HIDDEN, dtype=torch.float32) if parts else randn(rows, HIDDEN)
+            size = x.numel() * x.element_size() + 3 * out.numel() * 2
+            for pdl in (False, True):
+                calls = [partial(norm.add_rms_norm, x, residual[i], weight, 1e-5, out, pdl=pdl) for i in range(count)]
+                report.moved("add_rms_norm", size, calls, rows=rows, parts=parts, pdl=pdl)
+        gate_up, gated = randn(count, rows, 2 * FFN), randn(rows, FFN)
+        calls = [partial(activation.silu_and_mul, gate_up[i], gated) for i in range(count)]
+        report.moved("silu_and_mul", rows * FFN * 6, calls, rows=rows)
+        width = (HEADS + 2 * KV_HEADS) * DIM
+        pool = randn(-(-rows // 64), count, 2, 64, KV_HEADS, DIM)
+        positions = torch.randint(0, 8192, (rows,), dtype=torch.int32, device=GPU)
+        slots = torch.arange(rows, dtype=torch.int32, device=GPU)
+        query, norms = randn(rows, HEADS, DIM), rope_write.HeadNorms(randn(HEADS + KV_HEADS, DIM), 1e-6)
+        rope = rope_write.RopeTables(table, table)
+        qkv = randn(count, rows, width)
+        for given in (None, norms):
+            for pdl in (False, True):
+                calls = [
+                    partial(rope_write.rope_and_write, qkv[i], positions, slots, rope, given, pool, i, query, pdl=pdl)
+                    for i in range(count)
+                ]
+                report.moved("rope_and_write", rows * width * 4, calls, rows=rows, normed=given is not None, pdl=pdl)
+
+
+def choice(report: Report) -> None:
+    for rows in (1, 64, 256):
+        logits = [randn(rows, VOCAB) for _ in range(max(2, min(64, ROTATED_BYTES // (rows * VOCAB * 2))))]
+        scratch = sampling.SamplingScratch.make(rows, VOCAB, GPU)
+        out = torch.zeros(rows, dtype=torch.int64, device=GPU)
+        ones = torch.ones(rows, device=GPU)
+        report.moved("argmax", rows * VOCAB * 2, [partial(sampling.argmax, x, scratch, out) for x in logits], rows=rows)
+        calls = [partial(sampling.draw, x, ones, out, out, scratch, out) for x in logits]
+        report.moved("draw", rows * VOCAB * 2, calls, rows=rows)
+
+
+def whole_blocks(report: Report) -> None:
+    pool = randn(400, 32, 2, 64, KV_HEADS, DIM)  # 8 MiB a block
+    for count in (1, 16, 128):
+        sets = [torch.randperm(400, device=GPU)[:count] for _ in range(max(2, 64 // count))]
+        scratch, checks = blocks.checksum_scratch(count, pool), torch.zeros(count, dtype=torch.int64, device=GPU)
+        staging, size = randn(count, *pool.shape[1:]), count * 8 << 20
+        calls = [partial(blocks.block_checksums, pool, ids, scratch, checks) for ids in sets]
+        report.moved("block_checksums", size, calls, blocks=count)
+        calls = [partial(blocks.gather_blocks, pool, ids, staging) for ids in sets]
+        report.moved("gather_blocks", 2 * size, calls, blocks=count)
+        calls = [partial(blocks.scatter_blocks, staging, ids, pool) for ids in sets]
+        report.moved("scatter_blocks", 2 * size, calls, blocks=count)
+
+
+def decode(report: Report) -> None:
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    memory = randn(12 << 30)  # 24 GiB, seen as pools of several shapes
+    cases = [(rows, 1024) for rows in (1, 8, 16, 20, 32, 64, 128, 256)]
+    cases += [(rows, 8192) for rows in (1, 8, 32, 64)] + [(1, 32768), (8, 32768)]
+    for rows, length in cases:
+        size = rows * length * KV_HEADS * DIM * 4
+        layers = max(2, min(32, (20 << 30) // size))
+        calls_made = min(layers, max(2, (3 << 30) // size)) if size > 8 << 20 else layers
+        query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
+        lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
+        for block_tokens in (64, 16):
+            width = length // block_tokens
+            num_blocks = rows * width
+            pool = memory[: num_blocks * layers * 2 * block_tokens * KV_HEADS * DIM]
+            pool = pool.view(num_blocks, layers, 2, block_tokens, KV_HEADS, DIM)
+            tables = torch.randperm(num_blocks, device=GPU).int().view(rows, width)
+            for name, plan in (
+                ("fast", split_plan(rows, KV_HEADS, length, sms)),
+                ("fixed_512", fixed_plan(length, 512)),
+                ("fixed_1024", fixed_plan(length, 1024)),
+            ):
+                if name != "fast" and block_tokens == 16:
+                    continue
+                scratch = decode_attention.DecodeScratch.make(rows, plan.num_splits, HEADS, KV_HEADS, DIM, GPU)
+                calls = [
+                    partial(decode_attention.decode_attention, query, pool, i, tables, lengths, plan, scratch, out)
+                    for i in range(calls_made)
+                ]
+                report.moved(
+                    "decode_attention", size, calls, rows=rows, length=length, block_tokens=block_tokens, plan=name,
+                    splits=plan.num_splits,
+                )  # fmt: skip
+
+
+def prefill(report: Report) -> None:
+    for num_new, cached in ((512, 0), (1024, 0), (2048, 0), (4096, 0), (8192, 0), (32768, 0), (2048, 8192)):
+        length = num_new + cached
+        for block_tokens in (64, 16):
+            pool = randn(length // block_tokens, 2, 2, block_tokens, KV_HEADS, DIM)
+            tables = torch.randperm(length // block_tokens, device=GPU).int()[None]
+            query, out = randn(num_new, HEADS, DIM), randn(num_new, HEADS, DIM)
+            starts = torch.tensor([0, num_new], dtype=torch.int32, device=GPU)
+            lengths = torch.tensor([length], dtype=torch.int32, device=GPU)
+            tokens = prefill_attention.block_m(DIM)
+            work = prefill_attention.work_list([num_new], [length], HEADS, tokens).to(GPU)
+            call = partial(
+                prefill_attention.prefill_attention, query, pool, 0, tables, starts, lengths, work, tokens, out
+            )
+            calls = [call] * (8 if length <= 4096 else 2)
+            took = seconds(calls)
+            flops = 4 * HEADS * DIM * (num_new * cached + num_new * (num_new + 1) / 2)
+            report.line(
+                kernel="prefill_attention", new=num_new, cached=cached, block_tokens=block_tokens,
+                us=round(took * 1e6, 1), tflop_s=round(flops / took / 1e12, 1),
+                of_matmul=round(flops / took / report.matmul_flop_s, 3),
+            )  # fmt: skip
+
+
+def cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, gated: torch.Tensor, fused: bool) -> None:
+    torch.mm(x, weight.t(), out=plain)
+    if fused:
+        activation.silu_and_mul(plain, gated)
+
+
+def linears(report: Report) -> None:
+    names = {"qkv": QKV_8B, "o": O_8B, "gate_up": GATE_UP_8B, "down": DOWN_8B, "lm_head": HEAD_8B}
+    for name, (n, k, fused) in names.items():
+        wide = 2 * n if fused else n
+        weights = [randn(wide, k).mul_(k**-0.5) for _ in range(max(3, ROTATED_BYTES // (wide * k * 2)))]
+        for rows in (1, 8, 16, 32, 64, 128, 256):
+            x, plain = randn(rows, k), randn(rows, wide)
+            gated = randn(rows, n)
+
+            size = wide * k * 2
+            report.moved(
+                "linear",
+                size,
+                [partial(cublas, x, w, plain, gated, fused) for w in weights],
+                name=name,
+                rows=rows,
+                by="cublas",
+            )
+            for by, tiles in (("fastest", fastest(rows, (n, k, fused))), ("invariant", invariant(rows, (n, k, fused)))):
+                if tiles is None:
+                    continue
+                out = gated if tiles.splits == 1 else randn(tiles.splits, rows, n, dtype=torch.float32)
+                for pdl in (False, True):
+                    calls = [partial(linear, x, w, None, tiles, out, fused=fused, pdl=pdl) for w in weights]
+                    report.moved("linear", size, calls, name=name, rows=rows, by=by, pdl=pdl)
+
+
+def main() -> None:
+    report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    torch.manual_seed(0)
+    for part in (ceilings, small, choice, whole_blocks, decode, prefill, linears):
+        part(report)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""Ends of the GPU planes in a process of its own, driven over its standard streams by test_planes.py.
+
+Reads a JSON line [method, arguments ...], answers with a JSON line [kind, value]: "ok" and the result, or the name of
+the exception. One end exists at a time; `make` makes it. Bytes travel as base64.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import logging
+import os
+import sys
+import zlib
+from dataclasses import dataclass
+
+import torch
+import zmq
+
+from kvtransfer.blocks.device_pool import DeviceMemory
+from kvtransfer.blocks.digest import BlockDigests
+from kvtransfer.planes.base import ChunkKey, Plane
+from kvtransfer.planes.device import device_planes
+from kvtransfer.planes.select import choose
+from node.messages import PlaneAddress
+
+
+@dataclass
+class Made:
+    planes: list[Plane]
+    plane: Plane
+    memory: DeviceMemory
+
+
+class Ends:
+    def __init__(self, gpu: int) -> None:
+        self.gpu = gpu
+        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.made: Made | None = None
+
+    def make(self, kinds: list[str], name: str, num_blocks: int, block_bytes: int) -> list[str]:
+        memory = DeviceMemory(num_blocks, block_bytes, self.gpu)
+        generator = torch.Generator(f"cuda:{self.gpu}").manual_seed(zlib.crc32(name.encode()))
+        memory.data.view(-1).random_(0, 256, generator=generator)
+        torch.cuda.synchronize(self.gpu)
+        planes = device_planes(memory, self.context, name, "127.0.0.1", names=tuple(kinds))
+        self.made = Made(planes, planes[0], memory)
+        return self.describe()
+
+    def describe(self) -> list[str]:
+        address = self._made.plane.describe()
+        return [address.plane, address.host, address.address]
+
+    def describe_all(self) -> list[list[str]]:
+        return [[a.plane, a.host, a.address] for a in (plane.describe() for plane in self._made.planes)]
+
+    def choose(self, addresses: list[list[str]]) -> str | None:
+        found = choose(self._made.planes, [_address(fields) for fields in addresses])
+        return found.name if found else None
+
+    def reaches(self, fields: list[str]) -> bool:
+        return self._made.plane.reaches(_address(fields))
+
+    def connect(self, peer: str, fields: list[str]) -> None:
+        self._made.plane.connect(peer, _address(fields))
+
+    def post_send(self, peer: str, key: list[object], blocks: list[int]) -> None:
+        self._made.plane.post_send(peer, _key(key), blocks)
+
+    def post_receive(self, peer: str, key: list[object], source: list[int], blocks: list[int]) -> None:
+        self._made.plane.post_receive(peer, _key(key), source, blocks)
+
+    def poll(self) -> list[list[object]]:
+        return [[*_names(done.key), done.sending, done.ok, done.reason] for done in self._made.plane.poll()]
+
+    def cancel(self, transfer_id: str) -> None:
+        self._made.plane.cancel(transfer_id.encode())
+
+    def idle(self, transfer_id: str) -> bool:
+        return self._made.plane.idle(transfer_id.encode())
+
+    def forget(self, peer: str) -> None:
+        self._made.plane.forget(peer)
+
+    def pending(self) -> bool:
+        return self._made.plane.pending
+
+    def dropped(self) -> dict[str, int]:
+        return dict(self._made.plane.dropped)  # type: ignore[attr-defined]
+
+    def content(self, blocks: list[int]) -> str:
+        return base64.b64encode(self._made.memory.data[blocks].cpu().numpy().tobytes()).decode()
+
+    def digest(self, blocks: list[int]) -> str:
+        return BlockDigests(self._made.memory.data).digest(blocks).hex()
+
+    def flip(self, block: int, position: int) -> None:
+        self._made.memory.data[block, position] ^= 1
+        torch.cuda.synchronize(self.gpu)
+
+    def gib_free(self) -> float:
+        return torch.cuda.mem_get_info(self.gpu)[0] / (1 << 30)
+
+    def close(self) -> None:
+        if self.made is not None:
+            for plane in self.made.planes:
+                plane.close()
+                plane.close()
+            self.made.memory.close()
+            self.made = None
+
+    @property
+    def _made(self) -> Made:
+        assert self.made is not None
+        return self.made
+
+
+def _address(fields: list[str]) -> PlaneAddress:
+    return PlaneAddress(plane=fields[0], host=fields[1], address=fields[2])
+
+
+def _key(fields: list[object]) -> ChunkKey:
+    return ChunkKey(str(fields[0]).encode(), int(str(fields[1])), int(str(fields[2])))
+
+
+def _names(key: ChunkKey) -> list[object]:
+    return [key.transfer_id.decode(), key.seq, key.retry]
+
+
+def main() -> None:
+    # NCCL may print: its lines must not come between ours
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    logging.basicConfig(level=os.environ.get("BATON_TEST_LOG", "WARNING"))
+    ends = Ends(int(sys.argv[1]))
+    for line in sys.stdin:
+        method, *arguments = json.loads(line)
+        try:
+            answer: list[object] = ["ok", getattr(ends, method)(*arguments)]
+        except Exception as error:
+            answer = [type(error).__name__, str(error)]
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+    ends.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,103 @@
+"""The checks of tests/unit/kernels on a GPU, with the shapes that are served and launches chained with pdl.
+
+Run them in a process of their own or with tests/unit/kernels, which then run on the GPU as well.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from kernels.triton.linear_policy import FASTEST, INVARIANT, fastest
+from kernels.triton.prefill_attention import block_m
+from tests.unit.kernels import kernel_checks as checks
+
+pytestmark = pytest.mark.gpu
+
+GPU = "cuda"
+BF16 = torch.bfloat16
+LLAMA_8B, QWEN_05B = checks.Heads(32, 8, 128), checks.Heads(14, 2, 64)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_norm_and_activation(dtype, pdl):
+    checks.check_rms_norm(GPU, dtype, 300, 4096, pdl)
+    for partials in (0, 2, 4):
+        checks.check_add_rms_norm(GPU, dtype, 65, 4096, partials, pdl)
+    checks.check_silu_and_mul(GPU, dtype, 65, 14336, pdl)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("heads", [LLAMA_8B, QWEN_05B, checks.Heads(32, 32, 96)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_rope_and_write(heads, normed, pdl):
+    checks.check_rope_and_write(GPU, BF16, heads, 500, 64, 0, normed, pdl)
+    checks.check_rope_and_write(GPU, BF16, heads, 33, 16, 2, normed, pdl)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("block_tokens", [16, 64, 128])
+@pytest.mark.parametrize("heads", [LLAMA_8B, QWEN_05B, checks.Heads(32, 8, 96), checks.Heads(16, 1, 256)])
+def test_decode_attention(heads, block_tokens, pdl):
+    lengths = [1, 63, 64, 700, 333, 1024]
+    for plan in (DecodePlan(1, 1024, 5, False), split_plan(6, heads.key, 1024, 132), fixed_plan(1024, 64)):
+        checks.check_decode_attention(GPU, BF16, heads, lengths, block_tokens, plan, None, pdl)
+        checks.check_decode_attention(GPU, BF16, heads, lengths, block_tokens, plan, 100, pdl)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("block_tokens", [16, 64, 128])
+@pytest.mark.parametrize("heads", [LLAMA_8B, QWEN_05B, checks.Heads(32, 8, 96), checks.Heads(16, 1, 256)])
+def test_prefill_attention(heads, block_tokens, pdl):
+    ragged, tokens = [(300, 64), (1, 1000), (129, 0), (512, 77), (64, 0)], block_m(heads.dim)
+    for window in (None, 100):
+        checks.check_prefill_attention(GPU, BF16, heads, ragged, block_tokens, tokens, window, pdl)
+    checks.check_chunks_do_not_matter(GPU, BF16, heads, block_tokens, tokens)
+
+
+def test_blocks():
+    checks.check_blocks(GPU, BF16, (20, 32, 2, 64, 8, 128), 12)
+    checks.check_blocks(GPU, torch.float32, (20, 5, 2, 16, 2, 80), 20)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_sampling(dtype, pdl):
+    checks.check_argmax(GPU, dtype, 70, 128256, pdl)
+    checks.check_draw(GPU, dtype, 20, 151936, pdl)
+
+
+def test_random_numbers():
+    checks.check_uniforms(GPU, 100)
+    checks.check_small_uniforms(GPU)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("rows", [1, 8, 16, 23, 64, 100, 128])
+def test_linear(rows, pdl):
+    """Every entry of the table, on the shapes that it was made for, with rows that do not fill its tile."""
+    for n, k, fused in FASTEST[1]:
+        tiles = fastest(rows, (n, k, fused))
+        if tiles is not None:
+            checks.check_linear(GPU, BF16, rows, n, k, tiles, fused, not fused, pdl)
+
+
+def test_the_invariant_table_gives_a_row_the_same_bits_for_any_number_of_rows():
+    """Guards against a batch that changes a row: --deterministic rests on this."""
+    from kernels.triton.linear import linear
+
+    largest = max(INVARIANT)
+    for n, k, fused in INVARIANT[largest]:
+        x, weight = checks.randn((largest, k), BF16, GPU), torch.randn(2 * n if fused else n, k, device=GPU).to(BF16)
+        outs = {}
+        for rows, entries in INVARIANT.items():
+            tiles = entries[n, k, fused]
+            shape = (tiles.splits, rows, n) if tiles.splits > 1 else (rows, n)
+            outs[rows] = checks.poison(shape, torch.float32 if tiles.splits > 1 else BF16, GPU)
+            linear(x[:rows], weight, None, tiles, outs[rows], fused=fused)
+        for rows, out in outs.items():
+            assert torch.equal(out, outs[largest][..., :rows, :]), (n, k, rows)

@@ -1,0 +1,354 @@
+"""Guards the planes `cuda_ipc` and `nccl` between processes on two GPUs: the contract of every plane, the sudden death
+of a peer in mid-transfer, and that all bytes that were moved have the digest they had."""
+
+from __future__ import annotations
+
+import base64
+import importlib.util
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvtransfer.planes.base import ChunkKey, IoDone
+from node.errors import InvariantBroken
+from node.messages import PlaneAddress
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs"),
+    pytest.mark.timeout(90),
+]
+ROOT = Path(__file__).parents[2]
+_spec = importlib.util.spec_from_file_location("gpu_contract", ROOT / "tests/unit/kvtransfer/test_planes.py")
+assert _spec is not None and _spec.loader is not None
+contract = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = contract
+_spec.loader.exec_module(contract)
+SENDER, RECEIVER, STRANGER, X, Y = contract.SENDER, contract.RECEIVER, contract.STRANGER, contract.X, contract.Y
+GPU_OF = {SENDER: 0, RECEIVER: 1, STRANGER: 0}
+FREE_WITHIN_S = 3.0
+MIB = 1 << 20
+
+test_bytes_arrive = contract.test_bytes_arrive_bit_for_bit_and_nowhere_else
+test_several_transfers_interleave = contract.test_several_transfers_interleave
+test_a_receive_is_reported_once = contract.test_a_receive_is_reported_once
+test_a_cancelled_transfer = contract.test_a_cancelled_transfer_is_not_reported_and_soon_idle
+test_a_receive_that_is_never_sent = contract.test_a_receive_that_is_never_sent_can_be_cancelled
+test_late_data = contract.test_late_data_of_a_cancelled_transfer_is_ignored
+test_late_retry = contract.test_late_data_of_an_old_retry_is_ignored
+test_a_stranger = contract.test_another_peer_cannot_fill_a_posted_receive
+test_another_length = contract.test_a_chunk_of_another_length_is_not_written
+test_forgetting = contract.test_forgetting_a_peer_fails_what_was_posted_for_it_and_nothing_else
+test_connected_anew = contract.test_after_forgetting_a_peer_it_can_be_connected_anew
+test_without_a_connection = contract.test_without_a_connection_an_operation_fails_and_does_not_hang
+test_connecting_again = contract.test_connecting_again_changes_nothing
+test_impossible_receive = contract.test_an_impossible_receive_is_a_bug
+test_impossible_send = contract.test_an_impossible_send_is_a_bug
+test_descriptions = contract.test_ends_describe_themselves_so_that_they_reach_each_other
+test_nonsense = contract.test_a_peers_nonsense_is_not_reached_and_breaks_nothing
+
+
+class Child:
+    """device_end.py on one GPU, with bounded waits."""
+
+    def __init__(self, gpu: int) -> None:
+        self.gpu = gpu
+        self.process = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("device_end.py")), str(gpu)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+        )
+
+    def __call__(self, method: str, *arguments: object) -> object:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.write(json.dumps([method, *arguments]).encode() + b"\n")
+        self.process.stdin.flush()
+        ready, _, _ = select.select([self.process.stdout], [], [], 40.0)
+        assert ready, f"{method} does not return"
+        kind, value = json.loads(self.process.stdout.readline() or b'["died", ""]')
+        if kind == "InvariantBroken":
+            raise InvariantBroken(value)
+        assert kind == "ok", (method, kind, value)
+        return value
+
+    def end(self) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(15)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            self.process.wait(15)
+        self.process.stdout.close()
+
+
+class RemotePlane:
+    """A plane in a child, with the methods that the contract calls."""
+
+    def __init__(self, child: Child, kind: str) -> None:
+        self.child = child
+        self.name = kind
+        self.pulls = kind == "cuda_ipc"
+
+    def describe(self) -> PlaneAddress:
+        plane, host, address = self.child("describe")  # type: ignore[misc]
+        return PlaneAddress(plane=plane, host=host, address=address)
+
+    def reaches(self, peer: PlaneAddress) -> bool:
+        return bool(self.child("reaches", [peer.plane, peer.host, peer.address]))
+
+    def connect(self, peer: str, address: PlaneAddress) -> None:
+        self.child("connect", peer, [address.plane, address.host, address.address])
+
+    def post_send(self, peer: str, key: ChunkKey, blocks: Sequence[int]) -> None:
+        self.child("post_send", peer, _plain(key), list(blocks))
+
+    def post_receive(self, peer: str, key: ChunkKey, source: Sequence[int], blocks: Sequence[int]) -> None:
+        self.child("post_receive", peer, _plain(key), list(source), list(blocks))
+
+    def poll(self) -> list[IoDone]:
+        rows: list[list] = self.child("poll")  # type: ignore[assignment]
+        return [IoDone(ChunkKey(r[0].encode(), r[1], r[2]), r[3], r[4], r[5]) for r in rows]
+
+    def cancel(self, transfer_id: bytes) -> None:
+        self.child("cancel", transfer_id.decode())
+
+    def idle(self, transfer_id: bytes) -> bool:
+        return bool(self.child("idle", transfer_id.decode()))
+
+    def forget(self, peer: str) -> None:
+        self.child("forget", peer)
+
+    @property
+    def dropped(self) -> Counter[str]:
+        return Counter(self.child("dropped"))
+
+    def sockets(self) -> list[object]:
+        return []
+
+    def close(self) -> None:
+        self.child("close")
+
+
+def _plain(key: ChunkKey) -> list[object]:
+    return [key.transfer_id.decode(), key.seq, key.retry]
+
+
+class RemoteEnd:
+    def __init__(self, name: str, child: Child, kind: str) -> None:
+        self.name = name
+        self.child = child
+        self.plane = RemotePlane(child, kind)
+
+    def content(self, blocks: list[int]) -> bytes:
+        return base64.b64decode(str(self.child("content", blocks)))
+
+    def digest(self, blocks: list[int]) -> str:
+        return str(self.child("digest", blocks))
+
+
+class GpuRig(contract.Rig):
+    """Ends in processes of their own, which live as long as all tests."""
+
+    def __init__(self, kind: str, children: dict[str, Child]) -> None:
+        super().__init__(kind)
+        self.children = children
+
+    def end(self, name: str, num_blocks: int = 12, block_bytes: int = 4099) -> RemoteEnd:
+        if name not in self.children or self.children[name].process.poll() is not None:
+            self.children[name] = Child(GPU_OF[name])
+        child = self.children[name]
+        child("make", [self.kind], name, num_blocks, block_bytes)
+        end = RemoteEnd(name, child, self.kind)
+        for other in self.ends:
+            other.plane.connect(name, end.plane.describe())
+            end.plane.connect(other.name, other.plane.describe())
+        self.ends.append(end)
+        self.done[name] = []
+        return end
+
+    def leave(self, end: RemoteEnd) -> None:
+        """Its process is dead."""
+        self.ends.remove(end)
+        end.child.process.wait(15)
+
+    def close(self) -> None:
+        for end in self.ends:
+            if end.child.process.poll() is None:
+                end.plane.close()
+        self.context.destroy(0)
+
+
+@pytest.fixture(scope="module")
+def children() -> Iterator[dict[str, Child]]:
+    children: dict[str, Child] = {}
+    yield children
+    for child in children.values():
+        child.end()
+
+
+@pytest.fixture(params=["cuda_ipc", "nccl"])
+def rig(request: pytest.FixtureRequest, children: dict[str, Child]) -> Iterator[GpuRig]:
+    rig = GpuRig(request.param, children)
+    yield rig
+    rig.close()
+
+
+@pytest.fixture
+def two_sided(children: dict[str, Child]) -> Iterator[GpuRig]:
+    rig = GpuRig("nccl", children)
+    yield rig
+    rig.close()
+
+
+@pytest.mark.parametrize("block_mib", [1, 8])
+def test_large_chunks_have_the_digest_they_had(rig: GpuRig, block_mib: int) -> None:
+    """All of a pool, in consecutive and in scattered blocks, several chunks under way."""
+    sender, receiver = rig.end(SENDER, 64, block_mib * MIB), rig.end(RECEIVER, 64, block_mib * MIB)
+    chunks = [
+        ([*range(16)], [*range(16)]),
+        ([*range(16, 32)], [*range(31, 15, -1)]),
+        ([63, 40, 41, 42], [50, 51, 52, 63]),
+    ]
+    for seq, (source, blocks) in enumerate(chunks):
+        rig.move(sender, receiver, ChunkKey(X, seq, 0), source, blocks)
+    rig.until(lambda: len(rig.received(receiver)) == len(chunks))
+    for source, blocks in chunks:
+        assert receiver.digest(blocks) == sender.digest(source)
+    receiver.child("flip", 50, 1234)
+    assert receiver.digest([50]) != sender.digest([63])
+
+
+def test_a_dead_owners_pool_is_let_go(children: dict[str, Child]) -> None:
+    """The mapping outlives its owner; after `forget` a new owner of the same name is read, not the old memory."""
+    rig = GpuRig("cuda_ipc", children)
+    sender, receiver = rig.end(SENDER, 12, MIB), rig.end(RECEIVER, 12, MIB)
+    rig.move(sender, receiver, ChunkKey(X, 0, 0), [3], [3])
+    rig.until(lambda: bool(rig.received(receiver)))
+    sender.child.process.send_signal(signal.SIGKILL)
+    rig.leave(sender)
+    receiver.plane.forget(SENDER)
+    rig.until(lambda: receiver.plane.idle(X))
+    again = rig.end(SENDER, 12, MIB)
+    again.child("flip", 3, 0)
+    rig.move(again, receiver, ChunkKey(Y, 0, 0), [3], [4])
+    rig.until(lambda: ChunkKey(Y, 0, 0) in rig.received(receiver))
+    assert receiver.digest([4]) == again.digest([3])
+    rig.close()
+
+
+def until_receive_is_issued(rig: GpuRig, sender: RemoteEnd, receiver: RemoteEnd) -> None:
+    """The sender has asked, the receiver has issued its receive and said Go, which the sender never reads."""
+    rig.move(sender, receiver, ChunkKey(Y, 0, 0), [0], [0])
+    rig.until(lambda: ChunkKey(Y, 0, 0) in rig.received(receiver) and ChunkKey(Y, 0, 0) in rig.sent(sender))
+    rig.move(sender, receiver, ChunkKey(X, 0, 0), [1, 2], [1, 2])
+    for _ in range(20):
+        receiver.plane.poll()
+        time.sleep(0.01)
+
+
+def seconds_until(holds: Callable[[], bool], patience_s: float = 20.0) -> float:
+    begin = time.monotonic()
+    while not holds():
+        assert time.monotonic() - begin < patience_s
+    return time.monotonic() - begin
+
+
+@pytest.mark.parametrize("how", ["killed", "killed-and-forgotten", "frozen"])
+def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
+    children: dict[str, Child], how: str, record_property: Callable[[str, object], None]
+) -> None:
+    """A receive kernel spins for a peer that will never send: blocks, GPU and other peers must come free in time."""
+    rig = GpuRig("nccl", children)
+    sender, other, receiver = rig.end(SENDER, 12, MIB), rig.end(STRANGER, 12, MIB), rig.end(RECEIVER, 12, MIB)
+    rig.move(other, receiver, ChunkKey(Y, 9, 0), [9], [9])
+    rig.until(lambda: ChunkKey(Y, 9, 0) in rig.received(receiver))
+    until_receive_is_issued(rig, sender, receiver)
+    sender.child.process.send_signal(signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
+    died_at = time.monotonic()
+    rig.ends.remove(sender)
+    if how == "killed-and-forgotten":
+        receiver.plane.forget(SENDER)
+    receiver.plane.cancel(X)
+
+    rig.move(other, receiver, ChunkKey(Y, 10, 0), [10], [10])
+    rig.until(lambda: ChunkKey(Y, 10, 0) in rig.received(receiver))
+    other_s = time.monotonic() - died_at
+    assert receiver.digest([10]) == other.digest([10])
+
+    rig.until(lambda: receiver.plane.idle(X))
+    free_s = time.monotonic() - died_at
+    print(f"{how}: another peer served after {other_s:.2f} s, free after {free_s:.2f} s")
+    record_property("free_s", free_s)
+    assert free_s < FREE_WITHIN_S
+
+    sender.child.process.kill()
+    sender.child.process.wait(15)
+    receiver.plane.forget(SENDER)
+    again = rig.end(SENDER, 12, MIB)
+    begin = time.monotonic()
+    rig.move(again, receiver, ChunkKey(Y, 11, 0), [5, 6], [1, 2])
+    rig.until(lambda: ChunkKey(Y, 11, 0) in rig.received(receiver))
+    print(f"{how}: paired again and moved in {time.monotonic() - begin:.2f} s")
+    assert receiver.digest([1, 2]) == again.digest([5, 6])
+    rig.close()
+
+
+def test_a_sender_killed_while_bytes_flow(children: dict[str, Child]) -> None:
+    """Whatever arrived last was cut: it is reported as failed, or its digest differs, and the survivor comes free."""
+    rig = GpuRig("nccl", children)
+    sender, receiver = rig.end(SENDER, 64, 16 * MIB), rig.end(RECEIVER, 64, 16 * MIB)
+    rig.move(sender, receiver, ChunkKey(Y, 0, 0), [0], [0])
+    rig.until(lambda: bool(rig.received(receiver)) and bool(rig.sent(sender)))
+    for seq in range(200):
+        rig.move(sender, receiver, ChunkKey(X, seq, 0), list(range(64)), list(range(64)))
+    for _ in range(3):
+        rig.turn()
+    sender.child.process.send_signal(signal.SIGKILL)
+    rig.leave(sender)
+    receiver.plane.cancel(X)
+    free_s = seconds_until(lambda: not receiver.plane.poll() and receiver.plane.idle(X))
+    print(f"killed under load: free after {free_s:.2f} s")
+    assert free_s < FREE_WITHIN_S + 1
+    assert receiver.digest([0]) == receiver.digest([0])
+    rig.close()
+
+
+def test_the_planes_choose_themselves(children: dict[str, Child]) -> None:
+    """The copy engine before NCCL, and NCCL where only it is offered."""
+    rig = GpuRig("cuda_ipc", children)
+    rig.end(SENDER), rig.end(RECEIVER)
+    rig.close()
+    children[SENDER]("make", ["cuda_ipc", "nccl"], SENDER, 4, MIB)
+    children[RECEIVER]("make", ["cuda_ipc", "nccl"], RECEIVER, 4, MIB)
+    offered: list = children[SENDER]("describe_all")  # type: ignore[assignment]
+    assert children[RECEIVER]("choose", offered) == "cuda_ipc"
+    assert children[RECEIVER]("choose", offered[1:]) == "nccl"
+    assert children[RECEIVER]("choose", [["cuda_ipc", "elsewhere", offered[0][2]]]) is None
+    for name in (SENDER, RECEIVER):
+        children[name]("close")
+
+
+def test_planes_give_back_what_they_took(rig: GpuRig) -> None:
+    """A communicator takes 130 MiB: pairs come and go while a worker serves."""
+    free: list[float] = []
+    for number in range(3):
+        sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
+        rig.move(sender, receiver, ChunkKey(X, number, 0), [0], [0])
+        rig.until(lambda number=number: ChunkKey(X, number, 0) in rig.received(rig.ends[-1]))
+        for end in rig.ends:
+            end.plane.close()
+        free.append(float(str(receiver.child("gib_free"))))
+        rig.ends.clear()
+    assert free[-1] > free[0] - 0.03, free
