@@ -32,6 +32,11 @@ __all__ = ["AppSettings", "create_app"]
 
 Body = TypeVar("Body", bound=BaseModel)
 
+PROBE_TEXT = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
+"""Long enough not to be prefilled by a decode worker, where that is for short prompts only."""
+
 
 def create_app(engine: Engine, text: Text, settings: AppSettings) -> FastAPI:
     """The app to be served; it closes `text` when it shuts down, and leaves `engine` to its owner."""
@@ -95,10 +100,10 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
     @app.get("/health_generate")
     async def health_generate() -> Response:
-        """A real token through a real worker, within a bound; one at a time, as it costs as much as a request."""
+        """Real tokens through real workers, within a bound; one probe at a time, as it costs as much as a request."""
         try:
             async with asyncio.timeout(service.settings.probe_timeout_s), one_probe:
-                token_id = await _one_token(service)
+                token_id = await _two_tokens(service)
         except (BatonError, TimeoutError) as error:
             return _json({"status": "unavailable", "reason": str(error) or "no token in time"}, 503)
         return _json({"status": "ok", "token": token_id})
@@ -114,18 +119,19 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _one_token(service: Service) -> int:
-    prompt_ids = service.text.encode("Hello", add_special_tokens=True) or (0,)
-    sampling = SamplingParams(max_tokens=1, temperature=0.0)
+async def _two_tokens(service: Service) -> int:
+    """The first of two tokens: one of prefill's, one of decode's, and KV that moved in between."""
+    prompt_ids = service.text.encode(PROBE_TEXT, add_special_tokens=True) or (0,)
+    sampling = SamplingParams(max_tokens=2, temperature=0.0)
     request_id = f"health-{time.monotonic_ns()}"
     deltas = service.engine.generate(
         request_id, prompt_ids, sampling, timeout_s=service.settings.probe_timeout_s, priority=0
     )
     async with aclosing(deltas):
-        async for delta in deltas:
-            if delta.ids:
-                return delta.ids[0]
-    raise PeerLost("the engine gave no token")
+        token_ids = [token_id async for delta in deltas for token_id in delta.ids]
+    if not token_ids:
+        raise PeerLost("the engine gave no token")
+    return token_ids[0]
 
 
 def _add_models(app: FastAPI, settings: AppSettings, engine: Engine) -> None:

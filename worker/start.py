@@ -38,6 +38,8 @@ from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
 
+PROGRESS_EVERY_S = 2.0
+
 
 @dataclass(frozen=True, slots=True)
 class Worker:
@@ -67,7 +69,7 @@ def start(settings: WorkerSettings, role: Role) -> Worker:
         dtype=settings.dtype,
         device=_device(settings.device),
         load_format=settings.load_format,
-        on_progress=_log_progress,
+        on_progress=_progress_log(),
     )
     layout = KVLayout(
         num_layers=runner.config.num_layers,
@@ -177,7 +179,14 @@ def _planes(names: Sequence[str], pool: BlockPool, context: Context, identity: s
     return [makers[name]() for name in names if name != "shm" or pool.shared is not None]
 
 
-def _log_progress(loaded: int, total: int) -> None:
-    """About ten lines, whatever the number of tensors."""
-    if total and loaded * 10 // total != (loaded - 1) * 10 // total:
-        log_event(logger, "loading_weights", tensors=loaded, of=total)
+def _progress_log() -> Callable[[int, int], None]:
+    """Called with (tensors loaded, tensors in all): a line every two seconds, none for what loads at once."""
+    logged_at = time.monotonic()
+
+    def on_progress(loaded: int, total: int) -> None:
+        nonlocal logged_at
+        if time.monotonic() - logged_at >= PROGRESS_EVERY_S:
+            logged_at = time.monotonic()
+            log_event(logger, "loading_weights", tensors=loaded, of=total)
+
+    return on_progress

@@ -34,7 +34,8 @@ async def test_probes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards against an orchestrator that sends traffic to a proxy without workers, or kills one that only waits."""
     for path in ("/health", "/ready", "/live", "/health_generate"):
         assert (await client.get(path)).status_code == 200
-    assert engine.calls[-1].sampling.max_tokens == 1
+    assert engine.calls[-1].sampling.max_tokens == 2  # the second one is decode's
+    assert len(engine.calls[-1].prompt_ids) >= 16  # so that KV has to move
     engine.not_ready = "no decode worker"
     engine.script = lambda call: [PeerLost("no decode worker")]
     for path in ("/health", "/ready", "/health_generate"):
