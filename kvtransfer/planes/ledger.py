@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from kvtransfer.planes.base import ChunkKey, IoDone
@@ -51,9 +51,9 @@ class Ledger:
             del self._receives[key]
         self._ended = [done for done in self._ended if done.key.transfer_id != transfer_id]
 
-    def forget(self, peer: str) -> None:
-        """Fail all receives posted for `peer`."""
-        for key in [key for key, receive in self._receives.items() if receive.peer == peer]:
+    def forget(self, peer: str, but: Collection[ChunkKey] = ()) -> None:
+        """Fail all receives posted for `peer`, except those that may still be written to."""
+        for key in [key for key, receive in self._receives.items() if receive.peer == peer and key not in but]:
             self.end_receive(key, "the peer is gone")
 
     def clear(self) -> None:

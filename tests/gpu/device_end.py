@@ -30,6 +30,7 @@ class Made:
     planes: list[Plane]
     plane: Plane
     memory: DeviceMemory
+    digests: BlockDigests | None
 
 
 class Ends:
@@ -44,7 +45,8 @@ class Ends:
         memory.data.view(-1).random_(0, 256, generator=generator)
         torch.cuda.synchronize(self.gpu)
         planes = device_planes(memory, self.context, name, "127.0.0.1", names=tuple(kinds))
-        self.made = Made(planes, planes[0], memory)
+        whole_words = block_bytes % 8 == 0
+        self.made = Made(planes, planes[0], memory, BlockDigests(memory.data) if whole_words else None)
         return self.describe()
 
     def describe(self) -> list[str]:
@@ -92,7 +94,8 @@ class Ends:
         return base64.b64encode(self._made.memory.data[blocks].cpu().numpy().tobytes()).decode()
 
     def digest(self, blocks: list[int]) -> str:
-        return BlockDigests(self._made.memory.data).digest(blocks).hex()
+        assert self._made.digests is not None
+        return self._made.digests.digest(blocks).hex()
 
     def flip(self, block: int, position: int) -> None:
         self._made.memory.data[block, position] ^= 1

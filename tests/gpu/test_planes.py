@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -258,22 +258,23 @@ def until_receive_is_issued(rig: GpuRig, sender: RemoteEnd, receiver: RemoteEnd)
         time.sleep(0.01)
 
 
-def seconds_until(holds: Callable[[], bool], patience_s: float = 20.0) -> float:
-    begin = time.monotonic()
-    while not holds():
-        assert time.monotonic() - begin < patience_s
-    return time.monotonic() - begin
+@pytest.fixture
+def crowd(two_sided: GpuRig) -> Iterator[tuple[GpuRig, RemoteEnd, RemoteEnd, RemoteEnd]]:
+    """A sender that will die, another one, and their receiver; ways are open."""
+    sender, other, receiver = (two_sided.end(name, 12, MIB) for name in (SENDER, STRANGER, RECEIVER))
+    two_sided.move(other, receiver, ChunkKey(Y, 9, 0), [9], [9])
+    two_sided.until(lambda: ChunkKey(Y, 9, 0) in two_sided.received(receiver))
+    yield two_sided, sender, other, receiver
+    sender.child.process.kill()  # also if it is frozen
+    sender.child.process.wait(15)
 
 
 @pytest.mark.parametrize("how", ["killed", "killed-and-forgotten", "frozen"])
 def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
-    children: dict[str, Child], how: str, record_property: Callable[[str, object], None]
+    crowd: tuple[GpuRig, RemoteEnd, RemoteEnd, RemoteEnd], how: str
 ) -> None:
     """A receive kernel spins for a peer that will never send: blocks, GPU and other peers must come free in time."""
-    rig = GpuRig("nccl", children)
-    sender, other, receiver = rig.end(SENDER, 12, MIB), rig.end(STRANGER, 12, MIB), rig.end(RECEIVER, 12, MIB)
-    rig.move(other, receiver, ChunkKey(Y, 9, 0), [9], [9])
-    rig.until(lambda: ChunkKey(Y, 9, 0) in rig.received(receiver))
+    rig, sender, other, receiver = crowd
     until_receive_is_issued(rig, sender, receiver)
     sender.child.process.send_signal(signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
     died_at = time.monotonic()
@@ -281,6 +282,7 @@ def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
     if how == "killed-and-forgotten":
         receiver.plane.forget(SENDER)
     receiver.plane.cancel(X)
+    assert not receiver.plane.idle(X)
 
     rig.move(other, receiver, ChunkKey(Y, 10, 0), [10], [10])
     rig.until(lambda: ChunkKey(Y, 10, 0) in rig.received(receiver))
@@ -289,8 +291,7 @@ def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
 
     rig.until(lambda: receiver.plane.idle(X))
     free_s = time.monotonic() - died_at
-    print(f"{how}: another peer served after {other_s:.2f} s, free after {free_s:.2f} s")
-    record_property("free_s", free_s)
+    print(f"{how}: another peer served after {other_s:.2f} s, free after {free_s:.2f} s", flush=True)
     assert free_s < FREE_WITHIN_S
 
     sender.child.process.kill()
@@ -300,36 +301,40 @@ def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
     begin = time.monotonic()
     rig.move(again, receiver, ChunkKey(Y, 11, 0), [5, 6], [1, 2])
     rig.until(lambda: ChunkKey(Y, 11, 0) in rig.received(receiver))
-    print(f"{how}: paired again and moved in {time.monotonic() - begin:.2f} s")
+    print(f"{how}: paired again and moved in {time.monotonic() - begin:.2f} s", flush=True)
     assert receiver.digest([1, 2]) == again.digest([5, 6])
-    rig.close()
 
 
-def test_a_sender_killed_while_bytes_flow(children: dict[str, Child]) -> None:
-    """Whatever arrived last was cut: it is reported as failed, or its digest differs, and the survivor comes free."""
-    rig = GpuRig("nccl", children)
+def test_a_sender_killed_while_bytes_flow(two_sided: GpuRig) -> None:
+    """The survivor comes free, and what it then receives from a new process is whole."""
+    rig = two_sided
     sender, receiver = rig.end(SENDER, 64, 16 * MIB), rig.end(RECEIVER, 64, 16 * MIB)
     rig.move(sender, receiver, ChunkKey(Y, 0, 0), [0], [0])
     rig.until(lambda: bool(rig.received(receiver)) and bool(rig.sent(sender)))
-    for seq in range(200):
+    for seq in range(100):
         rig.move(sender, receiver, ChunkKey(X, seq, 0), list(range(64)), list(range(64)))
     for _ in range(3):
         rig.turn()
     sender.child.process.send_signal(signal.SIGKILL)
     rig.leave(sender)
+    died_at = time.monotonic()
     receiver.plane.cancel(X)
-    free_s = seconds_until(lambda: not receiver.plane.poll() and receiver.plane.idle(X))
-    print(f"killed under load: free after {free_s:.2f} s")
-    assert free_s < FREE_WITHIN_S + 1
-    assert receiver.digest([0]) == receiver.digest([0])
-    rig.close()
+    rig.until(lambda: receiver.plane.idle(X))
+    free_s = time.monotonic() - died_at
+    print(f"killed under load: free after {free_s:.2f} s", flush=True)
+    assert free_s < FREE_WITHIN_S
+    receiver.plane.forget(SENDER)
+    again = rig.end(SENDER, 64, 16 * MIB)
+    rig.move(again, receiver, ChunkKey(Y, 1, 0), list(range(64)), list(range(64)))
+    rig.until(lambda: ChunkKey(Y, 1, 0) in rig.received(receiver))
+    assert receiver.digest(list(range(64))) == again.digest(list(range(64)))
 
 
 def test_the_planes_choose_themselves(children: dict[str, Child]) -> None:
     """The copy engine before NCCL, and NCCL where only it is offered."""
-    rig = GpuRig("cuda_ipc", children)
-    rig.end(SENDER), rig.end(RECEIVER)
-    rig.close()
+    for name in (SENDER, RECEIVER):
+        if name not in children or children[name].process.poll() is not None:
+            children[name] = Child(GPU_OF[name])
     children[SENDER]("make", ["cuda_ipc", "nccl"], SENDER, 4, MIB)
     children[RECEIVER]("make", ["cuda_ipc", "nccl"], RECEIVER, 4, MIB)
     offered: list = children[SENDER]("describe_all")  # type: ignore[assignment]

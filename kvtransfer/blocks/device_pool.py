@@ -1,0 +1,116 @@
+"""The memory behind the block ids of one rank on a GPU: one plain allocation, block-first, which others can map.
+
+`DeviceMemory` is its bytes, `DevicePool` the tensor and the digest over it. The allocation is cudaMalloc's own, not
+torch's: CUDA IPC exports whole allocations, and those of torch's expandable segments not at all. Behind the payload
+lies a random nonce, by which a process that opened the allocation knows that it opened the right one.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from kvtransfer.blocks import cudart
+from kvtransfer.blocks.digest import WORD_BYTES, BlockDigests
+from kvtransfer.blocks.layout import KVLayout
+from node.errors import InvariantBroken, SettingsError
+
+NONCE_BYTES = 16
+
+
+class DeviceMemory:
+    """Zeroed memory of `num_blocks` blocks on GPU `device_index`; block i lies at i * block_bytes."""
+
+    def __init__(self, num_blocks: int, block_bytes: int, device_index: int) -> None:
+        """Raises SettingsError if the GPU has no room for it."""
+        if num_blocks < 1 or block_bytes < 1:
+            raise ValueError(f"memory for {num_blocks} blocks of {block_bytes} bytes")
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self.payload_bytes = num_blocks * block_bytes
+        self.device_index = device_index
+        self.device_uuid = cudart.device_uuid(device_index)
+        self.nonce = secrets.token_bytes(NONCE_BYTES)
+        torch.empty(1, device=f"cuda:{device_index}")  # torch makes the context
+        cudart.use_device(device_index)
+        try:
+            self._pointer = cudart.allocate(self.payload_bytes + NONCE_BYTES)
+        except cudart.CudaError as error:
+            gib = self.payload_bytes / (1 << 30)
+            raise SettingsError(f"a KV pool of {gib:.2f} GiB does not fit on GPU {device_index}: {error}") from None
+        cudart.fill_zero(self._pointer, self.payload_bytes)
+        staged = torch.frombuffer(bytearray(self.nonce), dtype=torch.uint8)
+        cudart.copy(self._pointer + self.payload_bytes, staged.data_ptr(), NONCE_BYTES)
+        self.handle = cudart.export_handle(self._pointer)
+
+    @property
+    def pointer(self) -> int:
+        """The device address of block 0."""
+        if not self._pointer:
+            raise InvariantBroken("device memory is used after it was closed")
+        return self._pointer
+
+    @property
+    def data(self) -> torch.Tensor:
+        """All blocks as uint8 [num_blocks, block_bytes]; it does not keep the memory alive."""
+        array = _CudaArray(self.pointer, self.payload_bytes)
+        flat = torch.as_tensor(array, device=f"cuda:{self.device_index}")
+        assert flat.data_ptr() == self.pointer, "torch made a copy of the pool"
+        return flat.view(self.num_blocks, self.block_bytes)
+
+    def close(self) -> None:
+        """Give the memory back. No tensor over it may be used, and no peer may read it, after that. May be repeated."""
+        if self._pointer:
+            cudart.use_device(self.device_index)
+            cudart.free(self._pointer)
+            self._pointer = 0
+
+
+class DevicePool:
+    """`num_blocks` zeroed blocks of `layout` on one GPU: BlockPool's twin."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, device_index: int) -> None:
+        """Raises SettingsError if there is no room, or if a block is not made of whole 64-bit words."""
+        if layout.block_bytes % WORD_BYTES:
+            raise SettingsError(f"a block of {layout.block_bytes} bytes is not made of words of {WORD_BYTES}")
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.block_bytes = layout.block_bytes
+        self.device = f"cuda:{device_index}"
+        self.memory = DeviceMemory(num_blocks, layout.block_bytes, device_index)
+        dtype: torch.dtype = getattr(torch, layout.dtype)  # a key of DTYPE_BYTES, never text of a peer
+        self._tensor: torch.Tensor | None = self.memory.data.view(-1).view(dtype).view(layout.shape(num_blocks))
+        self._digests = BlockDigests(self.memory.data)
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """All blocks: [num_blocks, num_layers, 2, block_tokens, kv_heads, head_dim]."""
+        if self._tensor is None:
+            raise InvariantBroken("a pool is used after it was closed")
+        return self._tensor
+
+    def digest(self, blocks: Sequence[int]) -> bytes:
+        """See BlockDigests.digest; what was written to these blocks must be complete on the GPU."""
+        if self._tensor is None:
+            raise InvariantBroken("a pool is used after it was closed")
+        return self._digests.digest(blocks)
+
+    def close(self) -> None:
+        """Give the memory back; views of the tensor are invalid from then on. May be repeated."""
+        self._tensor = None
+        self.memory.close()
+
+
+class _CudaArray:
+    """Device memory as torch.as_tensor takes it: the CUDA array interface, version 3 (Numba's documentation)."""
+
+    def __init__(self, pointer: int, size_bytes: int) -> None:
+        self.__cuda_array_interface__: dict[str, Any] = {
+            "shape": (size_bytes,),
+            "typestr": "|u1",
+            "data": (pointer, False),
+            "version": 3,
+        }

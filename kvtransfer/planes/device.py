@@ -1,0 +1,49 @@
+"""The data planes of a pool on a GPU, best first: cuda_ipc within a host, nccl wherever two GPUs are. Needs a GPU.
+
+Blocks on a GPU are not offered over ZeroMQ or shared memory.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import zmq
+
+from kvtransfer.blocks import cudart
+from kvtransfer.blocks.device_pool import DeviceMemory
+from kvtransfer.planes.base import Plane
+from kvtransfer.planes.communicator import NcclConnector
+from kvtransfer.planes.cuda_ipc import CudaIpcPlane
+from kvtransfer.planes.nccl import NcclPlane
+from kvtransfer.planes.pull_engine import CudaPullEngine
+from kvtransfer.planes.self_test import SelfTest
+from node.telemetry import log_event
+
+logger = logging.getLogger("kvtransfer.planes")
+
+NCCL_CTAS = 8
+"""About 260 GB/s and 130 MiB a communicator between two H200s."""
+
+
+def device_planes(
+    memory: DeviceMemory,
+    context: zmq.Context[zmq.Socket[bytes]],
+    identity: str,
+    host: str,
+    *,
+    names: tuple[str, ...] = ("cuda_ipc", "nccl"),
+    nccl_ctas: int = NCCL_CTAS,
+    warm: bool = False,
+) -> list[Plane]:
+    """Those of `names`, in this order. `warm`: this worker sends, so communicators are made before the first use."""
+    self_test = SelfTest(cudart.device_name(memory.device_index), nccl_ctas)
+    planes: list[Plane] = []
+    for name in names:
+        if name == "cuda_ipc":
+            planes.append(CudaIpcPlane(CudaPullEngine(memory, self_test)))
+        elif name == "nccl":
+            loopback = host.startswith("127.") or host in ("localhost", "::1")
+            connector = NcclConnector(memory, self_test, max_ctas=nccl_ctas, loopback=loopback)
+            planes.append(NcclPlane(context, connector, identity, host, warm=warm))
+    log_event(logger, "planes_offered", planes=",".join(plane.name for plane in planes), gpu=self_test.gpu_name)
+    return planes

@@ -1,0 +1,454 @@
+"""The two-sided data plane between GPUs over NCCL: a communicator of two ranks for each way from sender to receiver.
+
+NCCL has no tags, matches by order, and a kernel that waits for a dead peer spins until its communicator is aborted. So
+a movement is agreed upon first (channel.py): a receive that is posted and not asked for costs nothing and is cancelled
+at once; what was agreed is issued at both ends in one order, and happens. A way on which nothing ends for `stall_s` is
+aborted at both ends and its blocks stay held until nothing can touch them; the next send opens a new way.
+
+The plane itself touches no GPU and issues no NCCL call: `Connector` and `Pipe` do (communicator.py), in threads of
+their own; a fake pair passes the same contract on CPU, and fails if order or size differ at the two ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import secrets
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Protocol
+
+import zmq
+
+from kvtransfer.planes.base import ChunkKey, IoDone
+from kvtransfer.planes.channel import Ask, Channel, Close, Go, No, Open, Put, Word, is_address, is_loopback
+from kvtransfer.planes.host import host_identity
+from kvtransfer.planes.ledger import Ledger, check_posting
+from kvtransfer.planes.runs import common_runs, cut
+from node.messages import PlaneAddress
+from node.telemetry import log_event
+
+logger = logging.getLogger("kvtransfer.nccl")
+
+PACK_BELOW_BYTES = 1 << 20
+"""Pieces that are smaller on average travel packed: one NCCL call costs tens of microseconds."""
+MAX_EARLY_ASKS = 4096
+FAREWELL_MS = 200
+
+
+class PipeState(Enum):
+    OPENING = auto()
+    READY = auto()
+    BROKEN = auto()
+
+
+class Operation(Protocol):
+    """One issued movement."""
+
+    @property
+    def done(self) -> bool:
+        """It touches the pool no more, and every byte was moved unless the pipe broke."""
+        ...
+
+
+Pieces = Sequence[tuple[int, int]]
+"""Of the local pool: (first block, number of blocks) each."""
+
+
+class Pipe(Protocol):
+    """One communicator, used in one direction. No call waits."""
+
+    @property
+    def state(self) -> PipeState: ...
+
+    @property
+    def reason(self) -> str:
+        """Why it is broken."""
+        ...
+
+    def deliver(self, key: str, value: bytes) -> None:
+        """The peer's word for the rendezvous."""
+        ...
+
+    def send(self, pieces: Pieces, packed: bool) -> Operation: ...
+
+    def receive(self, pieces: Pieces, packed: bool) -> Operation: ...
+
+    def abort(self) -> None:
+        """Begin to end it, in a thread of its own; state is BROKEN from now on. May be repeated."""
+        ...
+
+    @property
+    def stopped(self) -> bool:
+        """After `abort`: nothing of it can touch the pool any more."""
+        ...
+
+
+class Connector(Protocol):
+    """Makes pipes over one pool."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    @property
+    def device(self) -> str:
+        """What must differ between the two ends (a GPU), a colon, and what must be equal (the version of NCCL)."""
+        ...
+
+    def open(self, sending: bool, tell: Callable[[str, bytes], None]) -> Pipe:
+        """Begin to make one; `tell` carries a word to the other end's `deliver`, from any thread."""
+        ...
+
+    def close(self, patience_s: float) -> None:
+        """Wait for the threads of all pipes, which are aborted."""
+        ...
+
+
+@dataclass(slots=True)
+class _Move:
+    """A movement at one end, from posting (sender) or agreement (receiver) to its end."""
+
+    key: ChunkKey
+    blocks: tuple[int, ...]
+    number: int = -1
+    operation: Operation | None = None
+    cancelled: bool = False
+
+
+@dataclass(slots=True)
+class _Way:
+    peer: str
+    sending: bool
+    pipe: Pipe
+    progress_at: float
+    next_number: int = 0
+    asked: deque[_Move] = field(default_factory=deque)  # of the sender: no answer yet
+    issued: deque[_Move] = field(default_factory=deque)
+    early: deque[Ask] = field(default_factory=deque)  # of the receiver: before the pipe was ready
+    was_ready: bool = False
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.asked or self.issued)
+
+    def touches(self, transfer_id: bytes) -> bool:
+        return any(move.key.transfer_id == transfer_id for move in (*self.asked, *self.issued))
+
+
+class NcclPlane:
+    """One end, called `identity` as its worker's endpoint is; `host` is the address that peers reach its channel by.
+
+    `warm`: open the way to a peer as soon as it is connected, not at the first send (for workers that send).
+    """
+
+    name = "nccl"
+    pulls = False
+
+    def __init__(
+        self,
+        context: zmq.Context[zmq.Socket[bytes]],
+        connector: Connector,
+        identity: str,
+        host: str = "127.0.0.1",
+        *,
+        warm: bool = False,
+        stall_s: float = 2.0,
+        open_s: float = 20.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Raises SettingsError as Channel does."""
+        self.dropped: Counter[str] = Counter()
+        """Asks that were refused, by reason: unknown, stranger, size."""
+        self._connector = connector
+        self._warm = warm
+        self._stall_s = stall_s
+        self._open_s = open_s
+        self._clock = clock
+        self._host = host_identity()
+        self._channel = Channel(context, identity, host)
+        self._ledger = Ledger()
+        self._sources: dict[ChunkKey, tuple[int, ...]] = {}  # of posted receives, the sender's blocks
+        self._addresses: dict[str, PlaneAddress] = {}
+        self._ways: dict[bytes, _Way] = {}
+        self._dying: list[_Way] = []
+        self._waiting: dict[str, deque[_Move]] = {}  # sends that were not asked for yet, by peer
+        self._told: queue.SimpleQueue[tuple[bytes, str, bytes]] = queue.SimpleQueue()  # by threads of pipes
+
+    def describe(self) -> PlaneAddress:
+        text = f"{self._channel.address}|{self._connector.device}"
+        return PlaneAddress(plane=self.name, host=self._host, address=text)
+
+    def reaches(self, peer: PlaneAddress) -> bool:
+        """Another GPU, the same NCCL, and an address that makes sense from here; nothing is sent to find out."""
+        address, _, device = peer.address.partition("|")
+        if peer.plane != self.name or not is_address(address):
+            return False
+        own_gpu, _, own_version = self._connector.device.partition(":")
+        gpu, _, version = device.partition(":")
+        if not gpu or gpu == own_gpu or version != own_version:
+            return False
+        return peer.host == self._host or not is_loopback(address)
+
+    def connect(self, peer: str, address: PlaneAddress) -> None:
+        """An address that makes no sense (it is a peer's text) leaves the peer unconnected: sends to it fail."""
+        if self._addresses.get(peer) == address:
+            return
+        if peer in self._addresses:
+            self.forget(peer)
+        if self._channel.connect(peer, address.address.partition("|")[0]):
+            self._addresses[peer] = address
+            log_event(logger, "plane_connected", plane=self.name, peer=peer)
+            if self._warm:
+                self._open_way(peer)
+
+    def post_send(self, peer: str, key: ChunkKey, blocks: Sequence[int]) -> None:
+        check_posting(self._connector.num_blocks, blocks)
+        if peer not in self._addresses:
+            self._ledger.end_send(key, "the peer is not connected")
+            return
+        self._waiting.setdefault(peer, deque()).append(_Move(key, tuple(blocks)))
+        self._ask(peer)
+
+    def post_receive(self, peer: str, key: ChunkKey, source: Sequence[int], blocks: Sequence[int]) -> None:
+        check_posting(self._connector.num_blocks, blocks, source)
+        self._ledger.post_receive(peer, key, blocks)
+        self._sources[key] = tuple(source)
+
+    def poll(self) -> list[IoDone]:
+        while not self._told.empty():
+            way_id, key, value = self._told.get_nowait()
+            if (way := self._ways.get(way_id)) is not None:
+                self._channel.send(way.peer, Put(way_id, key, value))
+        for peer, word in self._channel.receive():
+            self._on_word(peer, word)
+        for way_id, way in list(self._ways.items()):
+            self._advance(way_id, way)
+        for peer in [peer for peer, moves in self._waiting.items() if moves]:
+            self._ask(peer)
+        self._dying = [way for way in self._dying if not self._bury(way)]
+        return self._ledger.report()
+
+    def cancel(self, transfer_id: bytes) -> None:
+        self._ledger.cancel(transfer_id)
+        for key in [key for key in self._sources if key.transfer_id == transfer_id]:
+            del self._sources[key]
+        for peer, moves in self._waiting.items():
+            self._waiting[peer] = deque(move for move in moves if move.key.transfer_id != transfer_id)
+        for way in (*self._ways.values(), *self._dying):
+            for move in (*way.asked, *way.issued):
+                move.cancelled |= move.key.transfer_id == transfer_id
+
+    def idle(self, transfer_id: bytes) -> bool:
+        """Whether nothing is posted, agreed upon or issued; what was agreed upon ends, or its way is aborted."""
+        if self._ledger.receiving(transfer_id):
+            return False
+        if any(move.key.transfer_id == transfer_id for moves in self._waiting.values() for move in moves):
+            return False
+        return not any(way.touches(transfer_id) for way in (*self._ways.values(), *self._dying))
+
+    def forget(self, peer: str) -> None:
+        """Abort every way to and from it. What was issued fails as soon as nothing can touch its blocks."""
+        for move in self._waiting.pop(peer, ()):
+            self._ledger.end_send(move.key, "the peer is gone")
+        for way_id, way in [(way_id, way) for way_id, way in self._ways.items() if way.peer == peer]:
+            self._break(way_id, way, "the peer is gone")
+        self._ledger.forget(peer, but={move.key for way in self._dying for move in way.issued})
+        self._channel.disconnect(peer, FAREWELL_MS)
+        self._addresses.pop(peer, None)
+
+    @property
+    def pending(self) -> bool:
+        """A pipe that opens, a movement that was agreed upon, or an abort under way."""
+        opening = any(way.pipe.state is not PipeState.READY or way.busy for way in self._ways.values())
+        return bool(opening or self._dying or any(self._waiting.values()))
+
+    def sockets(self) -> list[object]:
+        return [self._channel.socket]
+
+    def close(self) -> None:
+        """Aborts all pipes and waits for that, a few seconds at most."""
+        for peer in list(self._addresses):
+            self.forget(peer)
+        self._connector.close(patience_s=5.0)
+        self._channel.close()
+        self._ledger.clear()
+        self._dying.clear()
+        self._sources.clear()
+
+    # -- ways
+
+    def _open_way(self, peer: str) -> _Way:
+        way_id = secrets.token_bytes(16)
+        way = self._ways[way_id] = self._new_way(way_id, peer, sending=True)
+        self._channel.send(peer, Open(way_id))
+        return way
+
+    def _new_way(self, way_id: bytes, peer: str, sending: bool) -> _Way:
+        pipe = self._connector.open(sending, lambda key, value: self._told.put((way_id, key, value)))
+        return _Way(peer, sending, pipe, self._clock())
+
+    def _outgoing(self, peer: str) -> tuple[bytes, _Way] | None:
+        ways = self._ways.items()
+        return next(((way_id, way) for way_id, way in ways if way.sending and way.peer == peer), None)
+
+    def _advance(self, way_id: bytes, way: _Way) -> None:
+        """End what has ended, and break the way if it is broken or makes no progress."""
+        now = self._clock()
+        if way.pipe.state is PipeState.BROKEN:
+            self._break(way_id, way, way.pipe.reason)
+            return
+        if way.pipe.state is PipeState.OPENING:
+            if now - way.progress_at > self._open_s:
+                self._break(way_id, way, f"no communicator after {self._open_s} s")
+            return
+        if not way.was_ready:
+            way.was_ready, way.progress_at = True, now
+        while way.early and way_id in self._ways:
+            self._on_ask(way_id, way, way.early.popleft())
+        while way.issued and way.issued[0].operation is not None and way.issued[0].operation.done:
+            self._end(way, way.issued.popleft(), "")
+            way.progress_at = now
+        if way.busy and now - way.progress_at > self._stall_s:
+            self._break(way_id, way, f"nothing moved for {self._stall_s} s")
+
+    def _end(self, way: _Way, move: _Move, reason: str) -> None:
+        if move.cancelled:
+            return
+        if way.sending:
+            self._ledger.end_send(move.key, reason)
+        elif self._ledger.receive(move.key) is not None:
+            self._sources.pop(move.key, None)
+            self._ledger.end_receive(move.key, reason)
+
+    def _break(self, way_id: bytes, way: _Way, reason: str) -> None:
+        """Abort it here and ask the peer to do the same. Asks without an answer fail; what was issued waits for
+        the end of the abort. Sends that were not asked for stay, for a new way, unless none can be made."""
+        del self._ways[way_id]
+        self._channel.send(way.peer, Close(way_id))
+        way.pipe.abort()
+        log_event(logger, "way_broken", level=logging.WARNING, peer=way.peer, sending=way.sending, reason=reason)
+        while way.asked:
+            self._end(way, way.asked.popleft(), reason)
+        if way.sending and not way.was_ready:
+            for move in self._waiting.pop(way.peer, ()):
+                self._ledger.end_send(move.key, reason)
+        self._dying.append(way)
+
+    def _bury(self, way: _Way) -> bool:
+        """Report what was issued on an aborted way, when nothing can touch its blocks any more."""
+        if not way.pipe.stopped:
+            return False
+        while way.issued:
+            self._end(way, way.issued.popleft(), "the communicator was aborted")
+        return True
+
+    # -- sending
+
+    def _ask(self, peer: str) -> None:
+        """Ask for every waiting send, in order; without a way one is opened."""
+        found = self._outgoing(peer)
+        if found is None:
+            self._open_way(peer)
+            return
+        way_id, way = found
+        if way.pipe.state is not PipeState.READY:
+            return
+        waiting = self._waiting.get(peer, deque())
+        while waiting and self._channel.send(peer, self._ask_for(way_id, way, waiting[0])):
+            move = waiting.popleft()
+            if not way.busy:
+                way.progress_at = self._clock()
+            move.number = way.next_number
+            way.next_number += 1
+            way.asked.append(move)
+
+    def _ask_for(self, way_id: bytes, way: _Way, move: _Move) -> Ask:
+        key, size = move.key, self._connector.block_bytes
+        return Ask(way_id, way.next_number, key.transfer_id, key.seq, key.retry, len(move.blocks), size)
+
+    def _on_answer(self, way_id: bytes, way: _Way, answer: Go | No) -> None:
+        """Answers come in the order of the asks: anything else means that words were lost."""
+        if not way.asked or way.asked[0].number != answer.number:
+            self._break(way_id, way, f"answer {answer.number} is out of order")
+            return
+        move = way.asked.popleft()
+        way.progress_at = self._clock()
+        if isinstance(answer, No):
+            self._end(way, move, "the peer does not want it")
+            return
+        pieces = cut(move.blocks, answer.lengths)
+        if pieces is None or way.pipe.state is not PipeState.READY:
+            way.asked.appendleft(move)
+            self._break(way_id, way, "the peer's pieces do not fit")
+            return
+        move.operation = way.pipe.send(pieces, answer.packed)
+        way.issued.append(move)
+
+    # -- receiving
+
+    def _on_word(self, peer: str, word: Word) -> None:
+        way = self._ways.get(word.way)
+        if isinstance(word, Open):
+            if way is None:
+                self._on_open(peer, word.way)
+            return
+        if way is None or way.peer != peer:
+            if not isinstance(word, Close):
+                self._channel.send(peer, Close(word.way))
+            return
+        match word:
+            case Put():
+                way.pipe.deliver(word.key, word.value)
+            case Close():
+                self._break(word.way, way, "closed by the peer")
+            case Ask() if not way.sending:
+                if len(way.early) < MAX_EARLY_ASKS:
+                    way.early.append(word)
+                    self._advance(word.way, way)
+            case Go() | No() if way.sending:
+                self._on_answer(word.way, way, word)
+            case _:
+                self._break(word.way, way, "a word in the wrong direction")
+
+    def _on_open(self, peer: str, way_id: bytes) -> None:
+        """A peer has one way to us: an older one is broken, though its Close was lost."""
+        for old_id, old in [(i, w) for i, w in self._ways.items() if w.peer == peer and not w.sending]:
+            self._break(old_id, old, "the peer opens a new way")
+        self._ways[way_id] = self._new_way(way_id, peer, sending=False)
+
+    def _on_ask(self, way_id: bytes, way: _Way, ask: Ask) -> None:
+        """Issue the receive and say Go, or say No; the order of Go is the order of the receives."""
+        if ask.number != way.next_number:
+            self._break(way_id, way, f"ask {ask.number} is out of order")
+            return
+        way.next_number += 1
+        key = ChunkKey(ask.transfer_id, ask.seq, ask.retry)
+        receive = self._ledger.receive(key)
+        refusal = ""
+        if receive is None or key not in self._sources:
+            refusal = "unknown"
+        elif receive.peer != way.peer:
+            refusal = "stranger"
+        elif (ask.num_blocks, ask.block_bytes) != (len(receive.blocks), self._connector.block_bytes):
+            refusal = "size"
+        if receive is None or refusal:
+            self.dropped[refusal] += 1
+            self._say(way_id, way, No(way_id, ask.number))
+            return
+        runs = common_runs(self._sources.pop(key), receive.blocks)
+        packed = len(runs) > 1 and len(receive.blocks) * self._connector.block_bytes < PACK_BELOW_BYTES * len(runs)
+        if not way.busy:
+            way.progress_at = self._clock()
+        operation = way.pipe.receive([(run.target, run.length) for run in runs], packed)
+        way.issued.append(_Move(key, receive.blocks, ask.number, operation))
+        self._say(way_id, way, Go(way_id, ask.number, tuple(run.length for run in runs), packed))
+
+    def _say(self, way_id: bytes, way: _Way, word: Go | No) -> None:
+        if not self._channel.send(way.peer, word):
+            self._break(way_id, way, "the peer cannot be told")

@@ -1,0 +1,122 @@
+"""The copy engine behind the plane `cuda_ipc`: maps another process's pool and copies out of it on a side stream.
+
+Knows pointers, streams and events; no peer and no transfer. Needs a GPU.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+
+from kvtransfer.blocks import cudart
+from kvtransfer.blocks.device_pool import NONCE_BYTES, DeviceMemory
+from kvtransfer.planes.cuda_ipc import Exported
+from kvtransfer.planes.runs import Run
+from kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
+from node.errors import PeerLost
+
+logger = logging.getLogger("kvtransfer.cuda_ipc")
+
+
+class CudaPullEngine:
+    """Copies into `memory`. One thread makes all calls."""
+
+    def __init__(self, memory: DeviceMemory, self_test: SelfTest) -> None:
+        self._memory = memory
+        self._self_test = self_test
+        cudart.use_device(memory.device_index)
+        self._stream = cudart.create_stream()
+        self._events: list[int] = []  # free ones
+        self._opened: set[int] = set()
+
+    @property
+    def num_blocks(self) -> int:
+        return self._memory.num_blocks
+
+    @property
+    def block_bytes(self) -> int:
+        return self._memory.block_bytes
+
+    def export(self) -> Exported:
+        memory = self._memory
+        return Exported(memory.handle, memory.payload_bytes, memory.nonce, memory.device_uuid)
+
+    def open(self, exported: Exported) -> int:
+        """Map, compare the nonce behind the payload, and measure a pull: a few milliseconds, once a peer."""
+        cudart.use_device(self._memory.device_index)
+        try:
+            pointer = cudart.open_handle(exported.handle)
+            self._opened.add(pointer)
+            seen = torch.empty(NONCE_BYTES, dtype=torch.uint8)
+            cudart.copy(seen.data_ptr(), pointer + exported.size_bytes, NONCE_BYTES)
+        except cudart.CudaError as error:
+            raise PeerLost(f"cannot map the peer's pool: {error}") from error
+        if seen.numpy().tobytes() != exported.nonce:
+            self.close(pointer)
+            raise PeerLost("the mapped memory is not the one described: its nonce differs")
+        self._measure(pointer, exported)
+        return pointer
+
+    def close(self, pointer: int) -> None:
+        cudart.use_device(self._memory.device_index)
+        self._opened.discard(pointer)
+        try:
+            cudart.close_handle(pointer)
+        except cudart.CudaError as error:
+            logger.warning("cannot unmap a peer's pool: %s", error)
+
+    def pull(self, pointer: int, runs: Sequence[Run]) -> int:
+        cudart.use_device(self._memory.device_index)
+        size, own = self.block_bytes, self._memory.pointer
+        event = self._events.pop() if self._events else cudart.create_event()
+        try:
+            for run in runs:
+                source, target = pointer + run.source * size, own + run.target * size
+                cudart.copy_async(target, source, run.length * size, self._stream)
+            cudart.record(event, self._stream)
+        except cudart.CudaError as error:
+            raise PeerLost(f"cannot copy from the peer's pool: {error}") from error
+        return event
+
+    def ended(self, copy: int) -> bool:
+        try:
+            if not cudart.happened(copy):
+                return False
+        except cudart.CudaError as error:
+            raise PeerLost(f"a copy from the peer's pool failed: {error}") from error
+        self._events.append(copy)
+        return True
+
+    def shut(self) -> None:
+        if not self._stream:
+            return
+        cudart.use_device(self._memory.device_index)
+        torch.cuda.ExternalStream(self._stream, self._memory.device_index).synchronize()
+        for pointer in list(self._opened):
+            self.close(pointer)
+        for event in self._events:
+            cudart.destroy_event(event)
+        self._events.clear()
+        cudart.destroy_stream(self._stream)
+        self._stream = 0
+
+    def _measure(self, pointer: int, exported: Exported) -> None:
+        """The self-test: pull into memory of its own, never into blocks that someone may own."""
+        size_bytes = min(PROBE_BYTES, exported.size_bytes)
+        try:
+            with torch.cuda.device(self._memory.device_index):
+                scratch = torch.empty(size_bytes, dtype=torch.uint8, device="cuda")
+                torch.cuda.current_stream().synchronize()
+        except torch.cuda.OutOfMemoryError:
+            return
+        begin, end = cudart.create_event(timing=True), cudart.create_event(timing=True)
+        for event in (begin, begin, end):  # the first copy sets the path up
+            cudart.record(event, self._stream)
+            if event == begin:
+                cudart.copy_async(scratch.data_ptr(), pointer, size_bytes, self._stream)
+        torch.cuda.ExternalStream(self._stream, self._memory.device_index).synchronize()
+        self._self_test.report("cuda_ipc", size_bytes, cudart.elapsed_s(begin, end))
+        cudart.destroy_event(begin)
+        cudart.destroy_event(end)

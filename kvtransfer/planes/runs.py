@@ -1,0 +1,42 @@
+"""Which blocks of two pools lie together at both ends, so that they move as one piece. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+
+class Run(NamedTuple):
+    """`length` blocks: the sender's from `source` on become the receiver's from `target` on."""
+
+    source: int
+    target: int
+    length: int
+
+
+def common_runs(source: Sequence[int], target: Sequence[int]) -> list[Run]:
+    """The fewest runs that move source[i] to target[i] for every i, in order."""
+    runs: list[Run] = []
+    for theirs, ours in zip(source, target, strict=True):
+        last = runs[-1] if runs else None
+        if last and (theirs, ours) == (last.source + last.length, last.target + last.length):
+            runs[-1] = last._replace(length=last.length + 1)
+        else:
+            runs.append(Run(theirs, ours, 1))
+    return runs
+
+
+def cut(blocks: Sequence[int], lengths: Sequence[int]) -> list[tuple[int, int]] | None:
+    """`blocks` as (first, length) of the given lengths; None unless they add up and each piece is consecutive."""
+    if sum(lengths) != len(blocks) or any(length < 1 for length in lengths):
+        return None
+    pieces: list[tuple[int, int]] = []
+    start = 0
+    for length in lengths:
+        piece = blocks[start : start + length]
+        if any(after != before + 1 for before, after in pairwise(piece)):
+            return None
+        pieces.append((piece[0], length))
+        start += length
+    return pieces

@@ -1,0 +1,175 @@
+"""Guards the plane `cuda_ipc` on CPU, over an engine that copies when it is told to: the contract of every plane, and
+that nothing counts as over, and no mapping is closed, while a copy may still run."""
+
+from __future__ import annotations
+
+import importlib.util
+import secrets
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.blocks.memory import HostMemory
+from kvtransfer.planes.base import ChunkKey, Plane
+from kvtransfer.planes.cuda_ipc import CudaIpcPlane, Exported
+from kvtransfer.planes.runs import Run
+from node.errors import PeerLost
+
+_spec = importlib.util.spec_from_file_location("cuda_ipc_contract", Path(__file__).with_name("test_planes.py"))
+assert _spec is not None and _spec.loader is not None
+contract = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = contract
+_spec.loader.exec_module(contract)
+SENDER, RECEIVER, STRANGER, X, Y = contract.SENDER, contract.RECEIVER, contract.STRANGER, contract.X, contract.Y
+
+test_bytes_arrive = contract.test_bytes_arrive_bit_for_bit_and_nowhere_else
+test_several_transfers_interleave = contract.test_several_transfers_interleave
+test_a_receive_is_reported_once = contract.test_a_receive_is_reported_once
+test_a_cancelled_transfer = contract.test_a_cancelled_transfer_is_not_reported_and_soon_idle
+test_connected_anew = contract.test_after_forgetting_a_peer_it_can_be_connected_anew
+test_without_a_connection = contract.test_without_a_connection_an_operation_fails_and_does_not_hang
+test_connecting_again = contract.test_connecting_again_changes_nothing
+test_impossible_receive = contract.test_an_impossible_receive_is_a_bug
+test_impossible_send = contract.test_an_impossible_send_is_a_bug
+test_descriptions = contract.test_ends_describe_themselves_so_that_they_reach_each_other
+test_nonsense = contract.test_a_peers_nonsense_is_not_reached_and_breaks_nothing
+
+
+class FakeEngine:
+    """Exported memories by handle stand for the driver. A copy happens when `slow` is off and it is asked about."""
+
+    def __init__(self, memory: HostMemory, driver: dict[bytes, HostMemory]) -> None:
+        self.memory, self.driver = memory, driver
+        self.num_blocks, self.block_bytes = memory.num_blocks, memory.block_bytes
+        self.slow = False
+        self.broken = False
+        self.opened: dict[int, HostMemory] = {}
+        self.opens = 0
+        self.copies: dict[int, tuple[int, list[Run]]] = {}
+        self._exported = Exported(
+            secrets.token_bytes(64), memory.num_blocks * memory.block_bytes, secrets.token_bytes(16), "ab" * 16
+        )
+        driver[self._exported.handle] = memory
+
+    def export(self) -> Exported:
+        return self._exported
+
+    def open(self, exported: Exported) -> int:
+        if exported.handle not in self.driver:
+            raise PeerLost("no such memory")
+        self.opens += 1
+        self.opened[self.opens] = self.driver[exported.handle]
+        return self.opens
+
+    def close(self, pointer: int) -> None:
+        assert not any(source == pointer for source, _ in self.copies.values()), "closed under a copy"
+        del self.opened[pointer]
+
+    def pull(self, pointer: int, runs: Sequence[Run]) -> int:
+        self.copies[number := max(self.copies, default=0) + 1] = (pointer, list(runs))
+        return number
+
+    def ended(self, copy: int) -> bool:
+        if self.slow:
+            return False
+        pointer, runs = self.copies.pop(copy)
+        if self.broken:
+            raise PeerLost("the copy failed")
+        for run in runs:
+            for i in range(run.length):
+                self.memory.block(run.target + i)[:] = self.opened[pointer].block(run.source + i)
+        return True
+
+    def shut(self) -> None:
+        self.copies.clear()
+        self.opened.clear()
+
+
+class IpcRig(contract.Rig):
+    def __init__(self) -> None:
+        super().__init__("cuda_ipc")
+        self.driver: dict[bytes, HostMemory] = {}
+        self.engines: list[FakeEngine] = []
+
+    def _plane(self, name: str, memory: HostMemory) -> Plane:
+        self.engines.append(FakeEngine(memory, self.driver))
+        return CudaIpcPlane(self.engines[-1])
+
+
+@pytest.fixture
+def rig() -> Iterator[IpcRig]:
+    rig = IpcRig()
+    yield rig
+    rig.close()
+
+
+def test_a_cancelled_copy_is_not_idle_until_it_is_over(rig: IpcRig) -> None:
+    """The copy engine cannot be stopped: blocks freed too early are written under their next owner."""
+    sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
+    rig.engines[1].slow = True
+    rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
+    receiver.plane.cancel(X)
+    receiver.plane.poll()
+    assert not receiver.plane.idle(X) and receiver.plane.pending
+    rig.engines[1].slow = False
+    assert receiver.plane.poll() == []
+    assert receiver.plane.idle(X) and not receiver.plane.pending
+
+
+def test_forgetting_a_peer_fails_its_copies_and_closes_the_mapping_after_them(rig: IpcRig) -> None:
+    sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
+    engine = rig.engines[1]
+    engine.slow = True
+    rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
+    receiver.plane.forget(SENDER)
+    receiver.plane.poll()
+    assert engine.opened
+    engine.slow = False
+    rig.until(lambda: rig.received(receiver, ok=False) == {ChunkKey(X, 0, 0)})
+    rig.turn()
+    assert not engine.opened and not receiver.plane.pending
+
+
+def test_a_pool_is_mapped_once_whether_it_was_asked_for_or_not(rig: IpcRig) -> None:
+    """Every greeting asks `reaches`; a mapping each would exhaust the address space, and one left over would leak."""
+    sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
+    other = rig.end(STRANGER)
+    engine = rig.engines[1]
+    receiver.plane.forget(SENDER)
+    for _ in range(3):
+        assert receiver.plane.reaches(sender.plane.describe())
+    assert engine.opens == 1
+    receiver.plane.connect(SENDER, sender.plane.describe())
+    assert receiver.plane.reaches(sender.plane.describe()) and engine.opens == 1
+    receiver.plane.forget(STRANGER)
+    assert receiver.plane.reaches(other.plane.describe()) and receiver.plane.reaches(sender.plane.describe())
+    receiver.plane.forget(SENDER)
+    assert receiver.plane.reaches(sender.plane.describe())  # it replaces the one that nobody connected to
+    receiver.plane.poll()
+    assert len(engine.opened) == 1
+
+
+def test_a_block_beyond_the_peers_pool_is_not_read(rig: IpcRig) -> None:
+    """The ids are a peer's; past its pool lies memory of others, or a fault that ends the process."""
+    rig.end(SENDER, 3), rig.end(RECEIVER, 12)
+    receiver = rig.ends[1]
+    for seq, source in enumerate(([3], [0, 11], [-1])):
+        receiver.plane.post_receive(SENDER, ChunkKey(X, seq, 0), source, list(range(len(source))))
+    rig.turn()
+    assert len(rig.received(receiver, ok=False)) == 3 and not rig.engines[1].copies
+
+
+def test_a_copy_that_fails_is_a_failed_receive(rig: IpcRig) -> None:
+    sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
+    rig.engines[1].broken = True
+    rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
+    rig.turn()
+    assert rig.received(receiver, ok=False) == {ChunkKey(X, 0, 0)} and receiver.plane.idle(X)
+
+
+def test_our_own_pool_is_not_reached(rig: IpcRig) -> None:
+    """CUDA refuses to open a handle in the process that made it."""
+    end = rig.end(SENDER)
+    assert not end.plane.reaches(end.plane.describe())

@@ -1,0 +1,69 @@
+"""Guards the tunnelled store: c10d must be able to use it from C++, and no wait on it may be unbounded."""
+
+from __future__ import annotations
+
+import threading
+from datetime import timedelta
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from kvtransfer.planes.rendezvous import MAX_KEYS, MAX_VALUE_BYTES, TunnelStore
+
+
+def two_ends(timeout_s: float = 20.0) -> tuple[TunnelStore, TunnelStore]:
+    ends: list[TunnelStore] = []
+    one = TunnelStore(lambda key, value: ends[1].deliver(key, value), timeout_s)
+    other = TunnelStore(lambda key, value: ends[0].deliver(key, value), timeout_s)
+    ends += [one, other]
+    return one, other
+
+
+def test_a_process_group_meets_over_it_and_moves_bytes() -> None:
+    """The C++ side calls set, get, wait and perhaps clone; gloo stands for NCCL, which needs GPUs."""
+    stores = two_ends()
+    got = torch.zeros(1000, dtype=torch.uint8)
+    errors: list[Exception] = []
+
+    def rank(number: int) -> None:
+        try:
+            group = dist.ProcessGroupGloo(dist.PrefixStore("way", stores[number]), number, 2, timedelta(seconds=20))
+            data = torch.arange(1000).to(torch.uint8)
+            (group.send([data], 1, 0) if number == 0 else group.recv([got], 0, 0)).wait()
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=rank, args=(number,)) for number in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert errors == [] and got.equal(torch.arange(1000).to(torch.uint8))
+    assert not dist.is_initialized()
+
+
+def test_a_wait_ends_in_time_and_when_the_store_is_shut() -> None:
+    store = TunnelStore(lambda key, value: None, 0.01)
+    with pytest.raises(TimeoutError):
+        store.get("never")
+    patient = TunnelStore(lambda key, value: None, 60.0)
+    threading.Timer(0.01, patient.shut).start()
+    with pytest.raises(TimeoutError):
+        patient.wait(["never"], timedelta(seconds=60))
+
+
+def test_what_one_end_sets_the_other_reads() -> None:
+    one, other = two_ends()
+    one.set("k", b"\x00\xff")
+    assert other.get("k") == b"\x00\xff" and other.check(["k"]) and not other.check(["k", "l"])
+    assert other.delete_key("k") and one.check(["k"])
+
+
+def test_a_peer_cannot_fill_our_memory() -> None:
+    store = TunnelStore(lambda key, value: None, 1.0)
+    for number in range(MAX_KEYS + 10):
+        store.deliver(str(number), b"")
+    assert store.num_keys() == MAX_KEYS
+    with pytest.raises(ValueError):
+        store.set("k", bytes(MAX_VALUE_BYTES + 1))
