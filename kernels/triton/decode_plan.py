@@ -42,13 +42,21 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
             num_splits = SINGLE_WAVE * num_sms // programs
     chunk = max(TILE, -(-max_tokens // num_splits // TILE) * TILE)
     num_splits = -(-max_tokens // chunk)
-    a_multiprocessor = -(-programs * num_splits // num_sms)
-    stages = 3 if chunk == TILE else {1: 7, 2: 5}.get(a_multiprocessor, 3)
-    return DecodePlan(num_splits, chunk, stages, merges=num_splits > 1)
+    return DecodePlan(num_splits, chunk, _stages(programs * num_splits, chunk, num_sms), merges=num_splits > 1)
 
 
-def fixed_plan(max_tokens: int, chunk_tokens: int = 512) -> DecodePlan:
-    """The plan whose results do not depend on the batch: chunks of one size, whatever the rows and their lengths."""
+def fixed_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int, chunk_tokens: int = 512) -> DecodePlan:
+    """The plan whose results do not depend on the batch: chunks of one size, whatever the rows and their lengths.
+
+    Only how many tiles are in flight depends on the rows, and no sum depends on that (checked bit for bit on an H200).
+    """
     if chunk_tokens % TILE:
         raise ValueError(f"chunk_tokens {chunk_tokens} is not a multiple of {TILE}")
-    return DecodePlan(-(-max_tokens // chunk_tokens), chunk_tokens, 3, merges=True)
+    num_splits = -(-max_tokens // chunk_tokens)
+    stages = _stages(num_rows * kv_heads * num_splits, chunk_tokens, num_sms)
+    return DecodePlan(num_splits, chunk_tokens, stages, merges=True)
+
+
+def _stages(programs: int, chunk_tokens: int, num_sms: int) -> int:
+    """The deepest pipeline with which all programs of a multiprocessor fit on it."""
+    return 3 if chunk_tokens == TILE else {1: 7, 2: 5}.get(-(-programs // num_sms), 3)

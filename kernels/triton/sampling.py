@@ -71,7 +71,7 @@ def uniforms(seed, position, first_token, COUNT: tl.constexpr):
 def gumbel(u):
     """-log(-log(1 - u)). 1 - u loses the low bits of a small u; the quotient puts them back (W. Kahan's log1p)."""
     rest = 1.0 - u
-    exponential = tl.where(rest == 1.0, u, tl.log(rest) * tl.math.div_rn(u, rest - 1.0))
+    exponential = tl.where(rest == 1.0, u, tl.log(rest) * (u / (rest - 1.0)))
     return -tl.log(exponential)
 
 
@@ -91,7 +91,7 @@ def _best_of_block_kernel(
         temperature = tl.load(temperature_ptr + row)
         if temperature > 0.0:
             noise = gumbel(uniforms(tl.load(seed_ptr + row), tl.load(position_ptr + row), block * BLOCK, BLOCK))
-            values = tl.math.div_rn(values, temperature + tl.zeros_like(values)) + noise
+            values = values / temperature + noise
     best, place = tl.max(values, 0, return_indices=True)
     tl.store(value_ptr + row * tl.num_programs(1) + block, best)
     tl.store(token_ptr + row * tl.num_programs(1) + block, block * BLOCK + place)

@@ -44,9 +44,28 @@ def test_rope_and_write(heads, normed, pdl):
 @pytest.mark.parametrize("heads", [LLAMA_8B, QWEN_05B, checks.Heads(32, 8, 96), checks.Heads(16, 1, 256)])
 def test_decode_attention(heads, block_tokens, pdl):
     lengths = [1, 63, 64, 700, 333, 1024]
-    for plan in (DecodePlan(1, 1024, 5, False), split_plan(6, heads.key, 1024, 132), fixed_plan(1024, 64)):
+    for plan in (
+        DecodePlan(1, 1024, 5, False),
+        split_plan(6, heads.key, 1024, 132),
+        fixed_plan(6, heads.key, 1024, 132, 64),
+    ):
         checks.check_decode_attention(GPU, BF16, heads, lengths, block_tokens, plan, None, pdl)
         checks.check_decode_attention(GPU, BF16, heads, lengths, block_tokens, plan, 100, pdl)
+
+
+@pytest.mark.parametrize("block_tokens", [16, 64])
+def test_the_depth_of_the_pipeline_does_not_change_bits(block_tokens):
+    """Guards against a fixed plan whose results depend on the number of rows after all."""
+    lengths = [1, 63, 64, 700, 333, 1024]
+    outs = [
+        checks.check_decode_attention(
+            GPU, BF16, LLAMA_8B, lengths, block_tokens, DecodePlan(-(-1024 // 256) + more, 256, stages, True), None, pdl
+        )
+        for stages in (3, 5, 7)
+        for more in (0, 5)
+        for pdl in (False, True)
+    ]
+    assert all(torch.equal(out, outs[0]) for out in outs)
 
 
 @pytest.mark.parametrize("pdl", [False, True])

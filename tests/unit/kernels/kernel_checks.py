@@ -184,10 +184,12 @@ def paged_attention(
 ) -> torch.Tensor:
     """reference.paged_attention of ragged sequences in one dtype; float32 arithmetic, rounded at the end."""
     pieces = query.to(dtype).split(query_lengths)
-    found = [
-        reference.paged_attention(piece, paged.pool.to(dtype), layer, blocks.long(), length - len(piece), window)
-        for piece, blocks, length in zip(pieces, paged.tables, paged.lengths, strict=True)
-    ]
+    pool = paged.pool.to(dtype)
+    with query.device:  # where the reference makes its masks
+        found = [
+            reference.paged_attention(piece, pool, layer, table.long(), length - len(piece), window)
+            for piece, table, length in zip(pieces, paged.tables, paged.lengths, strict=True)
+        ]
     return torch.cat(found)
 
 
@@ -392,5 +394,5 @@ def check_linear(
         out = poison((tiles.splits, rows, n), torch.float32, device)
     linear.linear(x, weight, bias, tiles, out, fused=fused, pdl=pdl)
     found = out.sum(0) if tiles.splits > 1 else out
-    bound = max(2 * error(exact.to(out.dtype), exact), 3e-6)
+    bound = max(2 * error(exact.to(out.dtype), exact), 1e-5)
     assert error(found, exact) <= bound, f"error {error(found, exact):.2e}, allowed {bound:.2e}"

@@ -39,7 +39,7 @@ def test_window(device, plan, window):
 
 def test_fixed_chunks_do_not_depend_on_the_batch(device):
     """Guards against a row whose bits change with what else is in the step: --deterministic rests on this."""
-    heads, plans = checks.Heads(4, 1, 64), [fixed_plan(150, 64), fixed_plan(700, 64)]
+    heads, plans = checks.Heads(4, 1, 64), [fixed_plan(1, 1, 150, 132, 64), fixed_plan(200, 1, 700, 132, 64)]
     alone = checks.check_decode_attention(device, torch.bfloat16, heads, [150], 64, plans[0])
     # The same first query row and the same contents of blocks cannot be had of another pool: build one by hand.
     paged = checks.Paged.make(device, torch.bfloat16, heads, [150], 64)
@@ -57,7 +57,10 @@ def test_fixed_chunks_do_not_depend_on_the_batch(device):
 @given(st.integers(1, 512), st.sampled_from([1, 2, 4, 8, 16, 32]), st.integers(1, 131072), st.integers(1, 200))
 def test_a_plan_covers_the_longest_sequence(num_rows, kv_heads, max_tokens, num_sms):
     """Guards against tokens that no chunk holds, and chunks that hold none."""
-    for plan in (split_plan(num_rows, kv_heads, max_tokens, num_sms), fixed_plan(max_tokens)):
+    for plan in (
+        split_plan(num_rows, kv_heads, max_tokens, num_sms),
+        fixed_plan(num_rows, kv_heads, max_tokens, num_sms),
+    ):
         assert plan.chunk_tokens % TILE == 0 and plan.num_splits * plan.chunk_tokens >= max_tokens
         assert (plan.num_splits - 1) * plan.chunk_tokens < max_tokens
         assert plan.merges or plan.num_splits == 1
