@@ -134,9 +134,12 @@ class Dispatcher:
 
     # -- Desk
 
-    async def admit(self, request: RequestView, deadline: float) -> Route:
-        """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded."""
-        if self._waiting >= self._settings.max_queue:
+    async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route:
+        """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded.
+
+        Only who comes for the first time may find the queue full: a stream that lost its worker has begun already.
+        """
+        if first and self._waiting >= self._settings.max_queue:
             self.count("rejected_queue_full_total")
             raise Overloaded(f"{self._waiting} requests are waiting already")
         self._waiting += 1

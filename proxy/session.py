@@ -69,7 +69,7 @@ Event = tuple[str, Answer] | WorkerLost | DeadlinePassed | ProxyStopping
 class Desk(Protocol):
     """What a session needs of the dispatcher."""
 
-    async def admit(self, request: RequestView, deadline: float) -> Route: ...
+    async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route: ...
 
     def shape(self) -> Shape: ...
 
@@ -166,7 +166,8 @@ class Session:
 
     async def _dispatch(self, avoid: frozenset[str]) -> _Attempt:
         token_ids = self._ledger.token_ids()
-        route = await self._desk.admit(self._view(len(token_ids), avoid), self._deadline)
+        view = self._view(len(token_ids), avoid)
+        route = await self._desk.admit(view, self._deadline, first=self._ledger.attempt == 0)
         shape = self._desk.shape()
         root = root_hash(shape.namespace)
         hashes = block_hashes(root, token_ids, shape.block_tokens)

@@ -48,7 +48,8 @@ class ScriptedDesk:
         self._script = script
         self._local = local
 
-    async def admit(self, request: RequestView, deadline: float) -> Route:
+    async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route:
+        assert first == (not self.admitted), "only the first attempt may be turned away by a full queue"
         self.admitted.append(request)
         decode = "d1" if "d0" in request.avoid else "d0"
         prefill = "p1" if "p0" in request.avoid else "p0"
