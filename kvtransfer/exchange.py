@@ -96,12 +96,14 @@ class _Sending:
     leg: LegKey
     peer: str
     machine: Sender
+    plane: Plane | None = None  # where something was posted: it says when that is over, though the pair be forgotten
 
 
 @dataclass(slots=True)
 class _Receiving:
     peer: str
     machine: Receiver
+    plane: Plane
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +223,7 @@ class Exchange:
             timing=self._timing,
             deadline=incoming.deadline,
         )
-        receiving = _Receiving(incoming.peer, machine)
+        receiving = _Receiving(incoming.peer, machine, plane)
         self._receivers[incoming.transfer_id] = self._live_receivers[incoming.transfer_id] = receiving
         self._run_receiver(receiving, machine.start(now), now)
 
@@ -392,16 +394,17 @@ class Exchange:
                 case Tell():
                     self._wire.send(sending.peer, action.message)
                 case PostSend() if plane is not None:
+                    sending.plane = plane
                     plane.post_send(sending.peer, action.key, action.blocks)
                 case CancelIo():
-                    if plane is not None and transfer_id is not None:
-                        plane.cancel(transfer_id)
+                    if sending.plane is not None and transfer_id is not None:
+                        sending.plane.cancel(transfer_id)
                     self._settle_sender(sending, now)
                 case Ended():
                     self._sender_ended(sending, action, now)
 
     def _settle_sender(self, sending: _Sending, now: float) -> None:
-        plane, transfer_id = self._pairs.plane_of(sending.peer), sending.machine.transfer_id
+        plane, transfer_id = sending.plane, sending.machine.transfer_id
         if plane is None or transfer_id is None or plane.idle(transfer_id):
             self._run_sender(sending, sending.machine.on_idle(now), now)
 
@@ -424,19 +427,17 @@ class Exchange:
             self.counters.transfers_failed += 1
 
     def _run_receiver(self, receiving: _Receiving, actions: list[Action], now: float) -> None:
-        plane = self._pairs.plane_of(receiving.peer)
-        transfer_id = receiving.machine.transfer_id
+        plane, transfer_id = receiving.plane, receiving.machine.transfer_id
         for action in actions:
             match action:
                 case Tell():
                     if not self._wire.send(receiving.peer, action.message):
                         self._lost.append(receiving.peer)
-                case PostReceive() if plane is not None:
+                case PostReceive():
                     self.counters.digest_retries += action.key.retry > 0
                     plane.post_receive(receiving.peer, action.key, action.source, action.blocks)
                 case CancelIo():
-                    if plane is not None:
-                        plane.cancel(transfer_id)
+                    plane.cancel(transfer_id)
                     self._settle_receiver(receiving, now)
                 case Arrived():
                     self._receiver_over(receiving, now)
@@ -449,8 +450,7 @@ class Exchange:
                     self.events.append(ReceiverEnded(transfer_id, action.reason))
 
     def _settle_receiver(self, receiving: _Receiving, now: float) -> None:
-        plane = self._pairs.plane_of(receiving.peer)
-        if plane is None or plane.idle(receiving.machine.transfer_id):
+        if receiving.plane.idle(receiving.machine.transfer_id):
             self._run_receiver(receiving, receiving.machine.on_idle(now), now)
 
     def _receiver_over(self, receiving: _Receiving, now: float) -> None:

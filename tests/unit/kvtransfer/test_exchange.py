@@ -14,10 +14,10 @@ from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
 from kvtransfer.pairs import Wire
 from kvtransfer.planes.base import Plane
-from kvtransfer.planes.loopback import LoopbackFabric
+from kvtransfer.planes.loopback import Fate, LoopbackFabric
 from kvtransfer.planes.shm import ShmPlane
 from kvtransfer.planes.zeromq import ZmqPlane
-from node.messages import Message
+from node.messages import Message, Refused
 
 LAYOUT = KVLayout(num_layers=2, kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
 NUM_BLOCKS = 24
@@ -141,3 +141,54 @@ def test_a_namespace_mismatch_is_refused_at_hello(make: MakePlane) -> None:
     assert pair.ends["d/1"].counters.pairs_refused == 1
     assert pair.ends["p/1"].in_motion == pair.ends["d/1"].in_motion == 0
     pair.close()
+
+
+@pytest.mark.parametrize("receiving", [True, False])
+def test_blocks_of_a_lost_peer_are_held_until_its_plane_is_idle(receiving: bool) -> None:
+    """Guards the quarantine: the pair is forgotten at once, but what was posted may touch blocks until NCCL aborts."""
+    fabric = LoopbackFabric(lambda movement: Fate(after_polls=1_000_000))
+    pair = _Pair(lambda name, pool: _Stubborn(fabric, name, pool))
+    name, peer, ended = ("d/1", "p/1", ReceiverEnded) if receiving else ("p/1", "d/1", SenderEnded)
+    pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (0,), deadline=60.0), pair.now)
+    pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
+    pair.ends["p/1"].tell_blocks(LEG, [3], pair.now)
+    pair.run_until(lambda _: all(_Stubborn.of(end).posted for end in pair.ends.values()))
+    end, plane = pair.ends[name], _Stubborn.of(pair.ends[name])
+    plane.busy = True
+    end.on_message(peer, Refused(reason="it is gone"), pair.now)
+    for _ in range(5):
+        end.tick(pair.now)
+    assert end.events == [] and end.in_motion == 1
+    plane.busy = False
+    end.tick(pair.now)
+    assert [type(event) for event in end.events] == [ended]
+    pair.close()
+
+
+class _Stubborn:
+    """The loopback plane, which stays busy for as long as it is told to."""
+
+    def __init__(self, fabric: LoopbackFabric, name: str, pool: BlockPool) -> None:
+        self._plane = fabric.plane(name, pool)
+        self.busy = False
+        self.posted = 0
+
+    @staticmethod
+    def of(end: Exchange) -> _Stubborn:
+        (plane,) = end._planes
+        assert isinstance(plane, _Stubborn)
+        return plane
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._plane, name)
+
+    def post_send(self, *arguments: object) -> None:
+        self.posted += 1
+        self._plane.post_send(*arguments)  # type: ignore[arg-type]
+
+    def post_receive(self, *arguments: object) -> None:
+        self.posted += 1
+        self._plane.post_receive(*arguments)  # type: ignore[arg-type]
+
+    def idle(self, transfer_id: bytes) -> bool:
+        return not self.busy and self._plane.idle(transfer_id)
