@@ -16,12 +16,12 @@ import time
 from collections.abc import Sequence
 
 import torch
-import zmq
 
 from kvtransfer.blocks.device_pool import DeviceMemory
 from kvtransfer.blocks.digest import BlockDigests
 from kvtransfer.planes.base import ChunkKey, Plane
 from kvtransfer.planes.device import device_planes
+from node.endpoint import new_context
 from node.messages import PlaneAddress
 
 MIB = 1 << 20
@@ -36,7 +36,7 @@ class Side:
     def __init__(self, gpu: int, name: str) -> None:
         self.name = name
         self.memory = DeviceMemory(POOL_BLOCKS, MIB, gpu)
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = new_context()
         self.digests = BlockDigests(self.memory.data)
         self.plane: Plane | None = None
         self.done = 0
@@ -62,6 +62,7 @@ class Side:
         for done in self.plane.poll():
             assert done.ok, done
             self.done += done.sending is sending
+        time.sleep(0)  # lets the threads of NCCL have the interpreter
 
 
 def blocks_of(number: int, size_mib: int) -> list[int]:

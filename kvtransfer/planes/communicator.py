@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ from kvtransfer.planes.self_test import SelfTest
 logger = logging.getLogger("kvtransfer.nccl")
 
 PROBE_BYTES = 32 << 20
-"""Moved once over each new communicator, to measure it; both ends must agree on it."""
+"""Moved over each new communicator, to measure it; both ends must agree on it."""
+PROBES = 4
 LOCK_PATIENCE_S = 1.0
 STOP_PATIENCE_S = 10.0
 WATCH_S = 0.05
@@ -43,12 +45,12 @@ Command = Callable[[], None] | None
 
 
 def prepare_environment(open_s: float, loopback: bool) -> None:
-    """What c10d and NCCL read from the environment, unless the user has set it; before the first communicator."""
-    os.environ.setdefault("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
-    os.environ.setdefault("TORCH_NCCL_ENABLE_MONITORING", "0")
-    os.environ.setdefault("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(max(1, int(open_s))))
+    """What c10d and NCCL take from the environment alone; before the first communicator."""
+    os.putenv("TORCH_NCCL_ASYNC_ERROR_HANDLING", "0")
+    os.putenv("TORCH_NCCL_ENABLE_MONITORING", "0")
+    os.putenv("TORCH_NCCL_NONBLOCKING_TIMEOUT", str(max(1, int(open_s))))
     if loopback:
-        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")  # else its bootstrap listens where other machines reach it
+        os.putenv("NCCL_SOCKET_IFNAME", "lo")  # else its bootstrap listens where other machines reach it
 
 
 class NcclConnector:
@@ -73,6 +75,10 @@ class NcclConnector:
         self.data = memory.data.view(-1)  # uint8 [num_blocks * block_bytes]
         version = ".".join(str(part) for part in torch.cuda.nccl.version())
         self.device = f"{memory.device_uuid}:nccl-{version}"
+        # One probe for all, and one stream of torch's for all buffers: torch caches memory by the stream that it was
+        # allocated on, so what is allocated on a pipe's own stream would be lost with it.
+        self.probe = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=f"cuda:{memory.device_index}")
+        self._buffers_stream = torch.cuda.Stream(memory.device_index)
         self._stall_s = stall_s
         self._pipes: list[NcclPipe] = []
         self._closing = threading.Event()
@@ -96,6 +102,11 @@ class NcclConnector:
         self._pipes.append(pipe)
         return pipe
 
+    def buffer(self, size_bytes: int) -> torch.Tensor:
+        """uint8 [size_bytes], for any stream; let it go when the GPU is done with it, not before."""
+        with torch.cuda.stream(self._buffers_stream):
+            return torch.empty(size_bytes, dtype=torch.uint8, device=self.probe.device)
+
     def submit(self, command: Callable[[], None]) -> None:
         """Run it on the one thread that issues NCCL calls, after all earlier ones."""
         self._commands.put(command)
@@ -106,6 +117,8 @@ class NcclConnector:
             pipe.abort()
         while any(not pipe.stopped for pipe in self._pipes) and time.monotonic() < deadline:
             time.sleep(POLL_S)
+        for pipe in self._pipes:
+            pipe.join(max(deadline - time.monotonic(), 0.1))
         self._commands.put(None)
         self._closing.set()
         for thread in (self._thread, self._watcher):
@@ -187,6 +200,11 @@ class NcclPipe:
         self._store.shut()
         self._aborter.start()
 
+    def join(self, patience_s: float) -> None:
+        """After `abort`: wait until the group is gone too, for c10d must not be cut off when the process ends."""
+        if self._aborter is not None:
+            self._aborter.join(patience_s)
+
     def watch(self, stall_s: float) -> None:
         """Abort if nothing ended for so long; called again and again by the watcher."""
         while self._issued and self._issued[0].done:
@@ -219,23 +237,31 @@ class NcclPipe:
         return dist.ProcessGroupNCCL(self._store, 0 if self._sending else 1, 2, options)
 
     def _warm_up(self) -> None:
-        """Move a probe twice: the first sets up the connection, the second is the self-test."""
+        """Move a probe once, which sets up the connection, and then several times: the fastest is the self-test.
+
+        Only the fastest, because a gap between two of them may as well be this thread waiting for its turn.
+        """
+        probe = self._connector.probe
+        events = [cudart.create_event(timing=True) for _ in range(PROBES + 1)]
         with torch.cuda.stream(self._torch_stream()):
-            probe = torch.empty(PROBE_BYTES, dtype=torch.uint8, device=self._device)
-            begin, end = cudart.create_event(timing=True), cudart.create_event(timing=True)
-            for event in (begin, end):
+            self._transmit(probe)
+            cudart.record(events[0], self._stream)
+            self._wait_for(events[0])
+            for event in events:
                 self._transmit(probe)
                 cudart.record(event, self._stream)
-                deadline = time.monotonic() + self._connector.open_s
-                while not cudart.happened(event):
-                    if self.state is not PipeState.OPENING or time.monotonic() > deadline:
-                        raise TimeoutError("the peer does not answer the self-test")
-                    time.sleep(POLL_S)
-                if event == begin:
-                    cudart.record(begin, self._stream)
-        self._connector.self_test.report("nccl", PROBE_BYTES, cudart.elapsed_s(begin, end))
-        cudart.destroy_event(begin)
-        cudart.destroy_event(end)
+            self._wait_for(events[-1])
+        fastest_s = min(cudart.elapsed_s(before, after) for before, after in pairwise(events))
+        self._connector.self_test.report("nccl", PROBE_BYTES, fastest_s)
+        for event in events:
+            cudart.destroy_event(event)
+
+    def _wait_for(self, event: int) -> None:
+        deadline = time.monotonic() + self._connector.open_s
+        while not cudart.happened(event):
+            if self.state is not PipeState.OPENING or time.monotonic() > deadline:
+                raise TimeoutError("the peer does not answer the self-test")
+            time.sleep(POLL_S)
 
     # -- the thread that issues
 
@@ -270,7 +296,7 @@ class NcclPipe:
         """Through a buffer, so that many small pieces are one message."""
         size, pool = self._connector.block_bytes, self._connector.memory.pointer
         total = sum(length for _, length in pieces) * size
-        operation.buffer = torch.empty(total, dtype=torch.uint8, device=self._device)
+        operation.buffer = self._connector.buffer(total)
         if not self._sending:
             self._transmit(operation.buffer)
         at = operation.buffer.data_ptr()

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import logging
 
-import zmq
-
 from kvtransfer.blocks import cudart
 from kvtransfer.blocks.device_pool import DeviceMemory
 from kvtransfer.planes.base import Plane
@@ -17,6 +15,7 @@ from kvtransfer.planes.cuda_ipc import CudaIpcPlane
 from kvtransfer.planes.nccl import NcclPlane
 from kvtransfer.planes.pull_engine import CudaPullEngine
 from kvtransfer.planes.self_test import SelfTest
+from node.endpoint import Context
 from node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.planes")
@@ -27,7 +26,7 @@ NCCL_CTAS = 8
 
 def device_planes(
     memory: DeviceMemory,
-    context: zmq.Context[zmq.Socket[bytes]],
+    context: Context,
     identity: str,
     host: str,
     *,

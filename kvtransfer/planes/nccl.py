@@ -21,13 +21,12 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-import zmq
-
 from kvtransfer.planes.base import ChunkKey, IoDone
 from kvtransfer.planes.channel import Ask, Channel, Close, Go, No, Open, Put, Word, is_address, is_loopback
 from kvtransfer.planes.host import host_identity
 from kvtransfer.planes.ledger import Ledger, check_posting
 from kvtransfer.planes.runs import common_runs, cut
+from node.endpoint import Context
 from node.messages import PlaneAddress
 from node.telemetry import log_event
 
@@ -152,7 +151,7 @@ class NcclPlane:
 
     def __init__(
         self,
-        context: zmq.Context[zmq.Socket[bytes]],
+        context: Context,
         connector: Connector,
         identity: str,
         host: str = "127.0.0.1",
@@ -257,7 +256,7 @@ class NcclPlane:
         for move in self._waiting.pop(peer, ()):
             self._ledger.end_send(move.key, "the peer is gone")
         for way_id, way in [(way_id, way) for way_id, way in self._ways.items() if way.peer == peer]:
-            self._break(way_id, way, "the peer is gone")
+            self._break(way_id, way, "the peer is gone", level=logging.INFO)
         self._ledger.forget(peer, but={move.key for way in self._dying for move in way.issued})
         self._channel.disconnect(peer, FAREWELL_MS)
         self._addresses.pop(peer, None)
@@ -326,13 +325,13 @@ class NcclPlane:
             self._sources.pop(move.key, None)
             self._ledger.end_receive(move.key, reason)
 
-    def _break(self, way_id: bytes, way: _Way, reason: str) -> None:
+    def _break(self, way_id: bytes, way: _Way, reason: str, level: int = logging.WARNING) -> None:
         """Abort it here and ask the peer to do the same. Asks without an answer fail; what was issued waits for
         the end of the abort. Sends that were not asked for stay, for a new way, unless none can be made."""
         del self._ways[way_id]
         self._channel.send(way.peer, Close(way_id))
         way.pipe.abort()
-        log_event(logger, "way_broken", level=logging.WARNING, peer=way.peer, sending=way.sending, reason=reason)
+        log_event(logger, "way_broken", level=level, peer=way.peer, sending=way.sending, reason=reason)
         while way.asked:
             self._end(way, way.asked.popleft(), reason)
         if way.sending and not way.was_ready:
@@ -406,7 +405,7 @@ class NcclPlane:
             case Put():
                 way.pipe.deliver(word.key, word.value)
             case Close():
-                self._break(word.way, way, "closed by the peer")
+                self._break(word.way, way, "closed by the peer", level=logging.INFO)
             case Ask() if not way.sending:
                 if len(way.early) < MAX_EARLY_ASKS:
                     way.early.append(word)

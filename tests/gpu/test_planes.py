@@ -346,7 +346,7 @@ def test_the_planes_choose_themselves(children: dict[str, Child]) -> None:
 
 
 def test_planes_give_back_what_they_took(rig: GpuRig) -> None:
-    """A communicator takes 130 MiB: pairs come and go while a worker serves."""
+    """A communicator takes 130 MiB: pairs come and go while a worker serves. The first one may leave what all share."""
     free: list[float] = []
     for number in range(3):
         sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
@@ -356,4 +356,4 @@ def test_planes_give_back_what_they_took(rig: GpuRig) -> None:
             end.plane.close()
         free.append(float(str(receiver.child("gib_free"))))
         rig.ends.clear()
-    assert free[-1] > free[0] - 0.03, free
+    assert free[-1] > free[0] - 0.01, free

@@ -92,8 +92,9 @@ def runs_foreign_code(name: str, tree: ast.Module) -> Complaints:
 
 
 def opens_sockets(name: str, tree: ast.Module) -> Complaints:
-    """All that arrives from the network passes the checks of two files; a third socket would pass none."""
-    if name in ("node/endpoint.py", "kvtransfer/planes/zeromq.py") or name.startswith("tests/"):
+    """All that arrives from the network passes the checks of three files; another socket would pass none."""
+    checked = ("node/endpoint.py", "kvtransfer/planes/zeromq.py", "kvtransfer/planes/channel.py")
+    if name in checked or name.startswith("tests/"):
         return
     for line, module in imports(tree):
         if is_in(module, "zmq"):
