@@ -27,7 +27,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from kernels.triton.launch import launch_options, require
 
 TILE = 64
-HIDDEN = -1.0e30  # a finite "minus infinity": a row that sees nothing yet must not become NaN
+# The maximum before the first key. Finite, so that a row that sees nothing yet has weights exp2(-inf - LOWEST) = 0. If
+# hidden scores were finite too, a fused multiply-add would leave a huge rest of score * scale - maximum: exp2 of it.
+LOWEST = -1.0e30
 
 
 def block_m(head_dim: int) -> int:
@@ -56,7 +58,7 @@ def work_list(query_lengths: Sequence[int], lengths: Sequence[int], num_heads: i
 def _attend_tiles(
     state, query, start, end, positions, table_ptr, pool_desc, pool_ptr, kv_head, length, window, scale_log2, layer,
     num_layers, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr, HIDDEN: tl.constexpr,
+    TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """The state (maximum, sum, weighted values) after the tiles start .. end - 1."""
     top, total, sums = state
@@ -79,7 +81,7 @@ def _attend_tiles(
             seen = token[None, :] <= positions[:, None]
             if WINDOWED:
                 seen = seen & (token[None, :] > positions[:, None] - window)
-            scores = tl.where(seen, scores, HIDDEN)
+            scores = tl.where(seen, scores, float("-inf"))
         new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
         weights = tl.exp2(scores * scale_log2 - new_top[:, None])
         shrink = tl.exp2(top - new_top)
@@ -118,7 +120,7 @@ def _prefill_attention_kernel(
     TILE: tl.constexpr,
     TMA: tl.constexpr,
     WINDOWED: tl.constexpr,
-    HIDDEN: tl.constexpr,
+    LOWEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     item = work_ptr + tl.program_id(0) * 3
@@ -141,7 +143,7 @@ def _prefill_attention_kernel(
     end = tl.minimum(start + BLOCK_M, length)
     table = table_ptr + sequence * table_stride
     kv_head = head // (HEADS // KV_HEADS)
-    top = tl.full([BLOCK_M], HIDDEN, tl.float32)
+    top = tl.full([BLOCK_M], LOWEST, tl.float32)
     state = (top, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32))
     if WINDOWED:
         masked_from = tl.maximum(start - window + 1, 0) // TILE * TILE
@@ -149,11 +151,11 @@ def _prefill_attention_kernel(
         masked_from = (start + 1) // TILE * TILE
         state = _attend_tiles(
             state, query, 0, masked_from, positions, table, pool_desc, pool_ptr, kv_head, length, window, scale_log2,
-            layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, False, False, HIDDEN,
+            layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, False, False,
         )  # fmt: skip
     top, total, sums = _attend_tiles(
         state, query, masked_from, end, positions, table, pool_desc, pool_ptr, kv_head, length, window, scale_log2,
-        layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, True, WINDOWED, HIDDEN,
+        layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, True, WINDOWED,
     )  # fmt: skip
     result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, result, mask=inside)
@@ -227,7 +229,7 @@ def prefill_attention(
         TILE=TILE,
         TMA=tma,
         WINDOWED=window is not None,
-        HIDDEN=HIDDEN,
+        LOWEST=LOWEST,
         PDL=pdl,
         **launch_options(8 if tokens >= 64 else 4, pdl, stages),
     )

@@ -78,6 +78,18 @@ def test_prefill_attention(heads, block_tokens, pdl):
     checks.check_chunks_do_not_matter(GPU, BF16, heads, block_tokens, tokens)
 
 
+@pytest.mark.parametrize("persistent", [False, True])
+@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("heads", [LLAMA_8B, checks.Heads(5, 1, 128)])
+def test_hopper_prefill_attention(heads, block_tokens, persistent):
+    from kernels.triton.prefill_gluon import is_available
+
+    if not is_available(torch.cuda.get_device_capability()):
+        pytest.skip("needs Hopper and a Triton whose Gluon is known")
+    ragged = [(300, 64), (1, 1000), (129, 0), (512, 77), (64, 0), (2000, 3000)]
+    checks.check_prefill_gluon(heads, ragged, block_tokens, persistent)
+
+
 def test_blocks():
     checks.check_blocks(GPU, BF16, (20, 32, 2, 64, 8, 128), 12)
     checks.check_blocks(GPU, torch.float32, (20, 5, 2, 16, 2, 80), 20)

@@ -148,6 +148,16 @@ def linears(table: str, rows: int, pdl: bool) -> None:
         module.linear(empty(rows, k), empty(2 * n if fused else n, k), None, tiles, out, fused=fused, pdl=pdl)
 
 
+def prefill_gluon(block_tokens: int, persistent: bool) -> None:
+    from kernels.triton import prefill_gluon as module
+
+    sequences, query = 4, empty(1024, 32, 128)
+    pool, tables = empty(64, 32, 2, block_tokens, 8, 128), empty(sequences, 64, dtype=torch.int32)
+    starts, lengths = empty(sequences + 1, dtype=torch.int32), empty(sequences, dtype=torch.int32)
+    work, counter = empty(500, 3, dtype=torch.int32), empty(2, dtype=torch.int32) if persistent else None
+    module.prefill_attention(query, pool, 3, tables, starts, lengths, work, 132, counter, query)
+
+
 WHOLE, PARTS, DEEP = (1, 1024, 3, False), (4, 256, 5, True), (4, 256, 7, True)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
@@ -169,6 +179,8 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_96_page64_parts": lambda: decode(32, 8, 96, 64, PARTS),
     "decode_256_page64_parts": lambda: decode(16, 1, 256, 64, PARTS),
     "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
+    "gluon_page64": lambda: prefill_gluon(64, True),
+    "gluon_page16": lambda: prefill_gluon(16, False),
     "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
     "prefill_128_page128": lambda: prefill(32, 8, 128, 128),
     "prefill_128_page16": lambda: prefill(32, 8, 128, 16),

@@ -1,15 +1,13 @@
-"""Where there is no GPU, Triton kernels run in its interpreter: it has to be chosen before the kernels are imported."""
+"""Where there is no GPU, Triton kernels run in its interpreter (tests/conftest.py), whose bfloat16 is mended here."""
 
 from __future__ import annotations
 
 import importlib.util
-import os
 
 import pytest
 import torch
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
     from tests.unit.kernels.interpreter_bf16 import install
 
     install()

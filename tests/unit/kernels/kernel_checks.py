@@ -262,6 +262,30 @@ def check_chunks_do_not_matter(device: str, dtype: torch.dtype, heads: Heads, bl
         assert torch.equal(part, whole[first:end]), (first, end)
 
 
+def check_prefill_gluon(
+    heads: Heads, new_and_cached: list[tuple[int, int]], block_tokens: int, persistent: bool
+) -> None:
+    """On a GPU only. Twice with one counter: the second launch finds what the first left."""
+    from kernels.triton import prefill_gluon
+
+    new = [num_new for num_new, _ in new_and_cached]
+    lengths = [num_new + cached for num_new, cached in new_and_cached]
+    paged = Paged.make("cuda", torch.bfloat16, heads, lengths, block_tokens)
+    query = randn((sum(new), heads.query, heads.dim), torch.bfloat16, "cuda")
+    starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
+    held = torch.tensor(lengths, dtype=torch.int32, device="cuda")
+    work = prefill_attention.work_list(new, lengths, heads.query, prefill_gluon.BLOCK_M).cuda()
+    counter = torch.zeros(2, dtype=torch.int32, device="cuda")
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for _ in range(2):
+        out = poison(tuple(query.shape), torch.bfloat16, "cuda")
+        prefill_gluon.prefill_attention(
+            query, paged.pool, 1, paged.tables, starts, held, work, num_sms, counter if persistent else None, out
+        )
+        assert_attention(out, paged, query, new, None)
+        assert not bool(counter.any()), "the counters were not set back"
+
+
 def run_prefill_attention(
     paged: Paged,
     query: torch.Tensor,

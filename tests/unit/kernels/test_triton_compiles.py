@@ -34,7 +34,10 @@ def kernels(tmp_path_factory) -> dict[str, list[dict]]:
 def test_no_kernel_spills(kernels):
     """Guards against a tile too large for the registers: it still gives right results, at a fraction of the speed."""
     for case, kernel in ((case, kernel) for case, of_case in kernels.items() for kernel in of_case):
-        assert kernel["spills"] == 0 and kernel["stack_bytes"] == 0, (case, kernel)
+        if case.startswith("gluon"):  # setmaxnreg gives its groups 240, but ptxas plans the entry with 168: 16 bytes
+            assert kernel["spills"] <= 14 and kernel["stack_bytes"] <= 16, (case, kernel)
+        else:
+            assert kernel["spills"] == 0 and kernel["stack_bytes"] == 0, (case, kernel)
 
 
 @pytest.mark.parametrize(("case", "count"), [("small", 4), ("small_pdl", 4), ("blocks", 4), ("sampling", 4)])
@@ -51,6 +54,14 @@ def test_prefill_attention_uses_warpgroup_instructions_and_fits(kernels):
     for case, kernel in prefill.items():
         assert kernel["tma"] == (("page64" in case or "page128" in case) and "96" not in case), case
         assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
+
+
+def test_the_hopper_prefill_specialises_its_warps(kernels):
+    """Guards against a version of Triton whose Gluon compiles to something else: no room for two tiles, or no TMA."""
+    for case in ("gluon_page64", "gluon_page16"):
+        (kernel,) = kernels[case]
+        assert kernel["wgmma"] and kernel["tma"] and kernel["registers"] == 168, kernel
+        assert 2 * 2 * 128 * 128 * 2 < kernel["shared_bytes"] <= 226 * 1024, kernel
 
 
 def test_linears_use_warpgroup_instructions_and_fit(kernels):

@@ -1,4 +1,4 @@
-"""Times every kernel on the GPU at hand against the ceilings that it measures first: python -m kernels.triton.bench.
+"""Times every kernel on the GPU at hand against the ceilings that it measures first: PYTHONPATH=. python scripts/bench_kernels.py.
 
 One JSON line a measurement on stdout, or appended to the file named as argument. The shapes are those of an 8B model
 (32 query and 8 key heads of 128, hidden 4096, FFN 14336, vocabulary 128256) in bfloat16. A time is the median of
@@ -15,7 +15,16 @@ from pathlib import Path
 
 import torch
 
-from kernels.triton import activation, blocks, decode_attention, norm, prefill_attention, rope_write, sampling
+from kernels.triton import (
+    activation,
+    blocks,
+    decode_attention,
+    norm,
+    prefill_attention,
+    prefill_gluon,
+    rope_write,
+    sampling,
+)
 from kernels.triton.decode_plan import fixed_plan, split_plan
 from kernels.triton.linear import linear
 from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, fastest, invariant
@@ -184,6 +193,8 @@ def decode(report: Report) -> None:
 
 
 def prefill(report: Report) -> None:
+    counter = torch.zeros(2, dtype=torch.int32, device=GPU)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
     for num_new, cached in ((512, 0), (1024, 0), (2048, 0), (4096, 0), (8192, 0), (32768, 0), (2048, 8192)):
         length = num_new + cached
         for block_tokens in (64, 16):
@@ -197,14 +208,24 @@ def prefill(report: Report) -> None:
             call = partial(
                 prefill_attention.prefill_attention, query, pool, 0, tables, starts, lengths, work, tokens, out
             )
-            calls = [call] * (8 if length <= 4096 else 2)
-            took = seconds(calls)
-            flops = 4 * HEADS * DIM * (num_new * cached + num_new * (num_new + 1) / 2)
-            report.line(
-                kernel="prefill_attention", new=num_new, cached=cached, block_tokens=block_tokens,
-                us=round(took * 1e6, 1), tflop_s=round(flops / took / 1e12, 1),
-                of_matmul=round(flops / took / report.matmul_flop_s, 3),
-            )  # fmt: skip
+            ways: dict[str, Call] = {"triton": call}
+            if prefill_gluon.is_available(torch.cuda.get_device_capability()):
+                for name, given in (("gluon", None), ("gluon_persistent", counter)):
+                    ways[name] = partial(
+                        prefill_gluon.prefill_attention, query, pool, 0, tables, starts, lengths, work, sms, given, out
+                    )
+            report_prefill(report, ways, num_new, cached, block_tokens)
+
+
+def report_prefill(report: Report, ways: dict[str, Call], num_new: int, cached: int, block_tokens: int) -> None:
+    flops = 4 * HEADS * DIM * (num_new * cached + num_new * (num_new + 1) / 2)
+    for name, call in ways.items():
+        took = seconds([call] * (8 if num_new + cached <= 4096 else 2))
+        report.line(
+            kernel="prefill_attention", by=name, new=num_new, cached=cached, block_tokens=block_tokens,
+            us=round(took * 1e6, 1), tflop_s=round(flops / took / 1e12, 1),
+            of_matmul=round(flops / took / report.matmul_flop_s, 3),
+        )  # fmt: skip
 
 
 def cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, gated: torch.Tensor, fused: bool) -> None:
