@@ -1,8 +1,10 @@
-"""Times every kernel on the GPU at hand against the ceilings that it measures first: PYTHONPATH=. python scripts/bench_kernels.py.
+"""Times every Triton kernel on the GPU at hand against the ceilings of memory and arithmetic that it measures first.
 
-One JSON line a measurement on stdout, or appended to the file named as argument. The shapes are those of an 8B model
-(32 query and 8 key heads of 128, hidden 4096, FFN 14336, vocabulary 128256) in bfloat16. A time is the median of
-replays of a CUDA graph of several calls over several sets of random inputs, together larger than the L2 cache.
+    PYTHONPATH=. python scripts/bench_kernels.py [FILE]
+
+One JSON line a measurement on standard output, and appended to FILE. The shapes are those of an 8B model (32 query and
+8 key heads of 128, hidden 4096, FFN 14336, vocabulary 128256) in bfloat16. A time is the median of replays of a CUDA
+graph of several calls over several sets of random inputs, together larger than the L2 cache.
 """
 
 from __future__ import annotations
