@@ -38,6 +38,7 @@ from node.messages import (
     Tokens,
 )
 from node.telemetry import log_event
+from worker.draining import Draining
 from worker.finish import finish_of
 from worker.start import Worker
 
@@ -70,12 +71,12 @@ class DecodeWorker:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._local_tokens = 0
-        self._drain_until: float | None = None
+        self._draining = Draining(settings.drain_s)
 
     def run(self) -> None:
         """Serve until drained."""
         worked = False
-        while not self._drained():
+        while not self._draining.over(idle=not self._legs, now=time.monotonic()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for sequence in [*self._legs.values()]:
             self._end(sequence, _failed(sequence.leg, "worker is shutting down", retryable=True))
@@ -91,8 +92,7 @@ class DecodeWorker:
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""
-        if self._drain_until is None:
-            self._drain_until = time.monotonic() + self._settings.drain_s
+        if self._draining.begin(time.monotonic()):
             self._carrier.drain()
             log_event(logger, "draining", sequences=len(self._legs))
 
@@ -166,7 +166,7 @@ class DecodeWorker:
             return _failed(leg, "a token id is outside the vocabulary", retryable=False)
         if len(message.block_hashes) > num_tokens // self._limits.block_tokens:
             return _failed(leg, "more block hashes than full blocks", retryable=False)
-        if self._drain_until is not None:
+        if self._draining.begun:
             return _busy(leg, "draining")
         if message.prefill and len(self._running) + len(self._reserved) >= self._limits.max_num_seqs:
             return _busy(leg, "all rows are taken")
@@ -321,11 +321,6 @@ class DecodeWorker:
         seniority.setdefault(sequence.leg, len(seniority))
         group.append(sequence)
         group.sort(key=lambda s: (-s.priority, seniority[s.leg]))
-
-    def _drained(self) -> bool:
-        if self._drain_until is None:
-            return False
-        return not self._legs or time.monotonic() >= self._drain_until
 
     def _load(self) -> Load:
         work = sum(s.num_tokens - s.num_computed for s in (*self._running, *self._waiting))

@@ -22,6 +22,7 @@ from node.telemetry import log_event
 from prefill.job import Job
 from prefill.scheduler import Chunk, Work, order, plan
 from prefill.settings import PrefillSettings
+from worker.draining import Draining
 from worker.finish import finish_of
 from worker.start import Worker
 
@@ -44,13 +45,13 @@ class PrefillWorker:
         self._steps = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
-        self._drain_until: float | None = None
+        self._draining = Draining(settings.drain_s)
         self._arrived_at: dict[LegKey, float] = {}
 
     def run(self) -> None:
         """Serve until drained."""
         worked = False
-        while not self._drained():
+        while not self._draining.over(idle=not (self._jobs or self._leased), now=time.monotonic()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for job in [*self._jobs.values()]:
             self._give_up(job, _failed(job.leg, "worker is shutting down", retryable=True))
@@ -68,8 +69,7 @@ class PrefillWorker:
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""
-        if self._drain_until is None:
-            self._drain_until = time.monotonic() + self._settings.drain_s
+        if self._draining.begin(time.monotonic()):
             self._carrier.drain()
             log_event(logger, "draining", jobs=len(self._jobs), transfers=len(self._leased))
 
@@ -131,7 +131,7 @@ class PrefillWorker:
             return _failed(leg, "a token id is outside the vocabulary", retryable=False)
         if len(message.block_hashes) > num_tokens // self._worker.layout.block_tokens:
             return _failed(leg, "more block hashes than full blocks", retryable=False)
-        if self._drain_until is not None:
+        if self._draining.begun:
             return Busy(request_id=leg.request_id, attempt=leg.attempt, reason="draining")
         if len(self._jobs) >= self._settings.max_waiting:
             return Busy(request_id=leg.request_id, attempt=leg.attempt, reason="queue is full")
@@ -268,11 +268,6 @@ class PrefillWorker:
             self._give_up(job, _failed(job.leg, "deadline", retryable=False))
 
     # -- state
-
-    def _drained(self) -> bool:
-        if self._drain_until is None:
-            return False
-        return not (self._jobs or self._leased) or time.monotonic() >= self._drain_until
 
     def _load(self) -> Load:
         running = sum(job.started for job in self._jobs.values())
