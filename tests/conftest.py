@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
 from hypothesis import settings
+
+HAS_GPU = shutil.which("nvidia-smi") is not None
+
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when a kernel is defined, so before any test imports one
 
 # A loaded CI machine is slow by accident, and time is never asserted; a failure prints how to repeat it.
 settings.register_profile("baton", deadline=None, print_blob=True)
@@ -14,7 +20,7 @@ settings.load_profile("baton")
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skip tests marked `gpu` on a machine without an NVIDIA driver."""
-    if shutil.which("nvidia-smi") is None:
+    if not HAS_GPU:
         for item in items:
             if item.get_closest_marker("gpu") is not None:
                 item.add_marker(pytest.mark.skip(reason="no NVIDIA GPU"))

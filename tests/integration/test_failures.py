@@ -126,7 +126,7 @@ class TestTwoOfEachRole:
 
     def test_prefill_killed_while_it_computes(self, cluster: Cluster) -> None:
         """Guards the reservation on decode of a prefill worker that will never say anything again."""
-        requests = mixed(1, sentences=16)
+        requests = mixed(1, sentences=80)  # long enough to be seen computing on a fast machine
         streams = begin(cluster, requests)
         cluster.kill(wait_busy(cluster, "p"))
         assert streams[0].num_chunks == 0
@@ -197,7 +197,7 @@ class TestTwoOfEachRole:
 
     def test_frozen_prefill_worker(self, cluster: Cluster) -> None:
         """Guards against stale KV: what the sleeper goes on sending when it wakes belongs to nobody."""
-        requests = mixed(1, sentences=16)
+        requests = mixed(1, sentences=80)  # long enough to be seen computing on a fast machine
         streams = begin(cluster, requests)
         frozen = wait_busy(cluster, "p")
         cluster.signal(frozen, signal.SIGSTOP)
@@ -311,11 +311,11 @@ class TestOneOfEachRole:
         for leaver in running:
             leaver.leave()  # while it decodes
         cluster.wait_idle()
-        computing = Leaver(cluster, *mixed(1, 16)[0])
+        computing = Leaver(cluster, *mixed(1, 80)[0])
         wait_busy(cluster, "p")
         computing.leave()
         cluster.wait_idle()
-        moving = Leaver(cluster, *mixed(1)[0])
+        moving = Leaver(cluster, *mixed(1, 40)[0])
         wait_busy(cluster, "p")
         cluster.signal("d0", signal.SIGSTOP)
         moving.wait(1)
