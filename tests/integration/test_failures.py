@@ -75,8 +75,9 @@ def wait_chunks(cluster: Cluster, streams: list[Stream], count: int) -> None:
 class Leaver:
     """A client that closes its connection in the middle of a stream."""
 
-    def __init__(self, cluster: Cluster, prompt: str, body: dict[str, Any]) -> None:
-        payload = json.dumps({"model": "demo", "prompt": prompt, "stream": True, **body, "max_tokens": 1500}).encode()
+    def __init__(self, cluster: Cluster, prompt: str, body: dict[str, Any], max_tokens: int = 1500) -> None:
+        own = {"model": "demo", "prompt": prompt, "stream": True}
+        payload = json.dumps({**own, **body, "max_tokens": max_tokens}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(payload)}\r\n\r\n"
         self._socket = socket.create_connection(("127.0.0.1", cluster.http_port), timeout=60)
         self._socket.sendall(head.encode() + payload)
@@ -311,11 +312,11 @@ class TestOneOfEachRole:
         for leaver in running:
             leaver.leave()  # while it decodes
         cluster.wait_idle()
-        computing = Leaver(cluster, *mixed(1, 80)[0])
+        computing = Leaver(cluster, *mixed(1, 80)[0], max_tokens=200)
         wait_busy(cluster, "p")
         computing.leave()
         cluster.wait_idle()
-        moving = Leaver(cluster, *mixed(1, 40)[0])
+        moving = Leaver(cluster, *mixed(1, 40)[0], max_tokens=200)
         wait_busy(cluster, "p")
         cluster.signal("d0", signal.SIGSTOP)
         moving.wait(1)
