@@ -40,6 +40,7 @@ from node.messages import (
 from node.telemetry import log_event
 from worker.draining import Draining
 from worker.finish import finish_of
+from worker.legs import busy, failed, means, why_impossible
 from worker.start import Worker
 
 logger = logging.getLogger("decode")
@@ -79,7 +80,7 @@ class DecodeWorker:
         while not self._draining.over(idle=not self._legs, now=time.monotonic()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for sequence in [*self._legs.values()]:
-            self._end(sequence, _failed(sequence.leg, "worker is shutting down", retryable=True))
+            self._end(sequence, failed(sequence.leg, "worker is shutting down", retryable=True))
 
     def turn(self, wait_s: float) -> bool:
         """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
@@ -103,7 +104,7 @@ class DecodeWorker:
             case FromProxy(link, Reserve() as message):
                 self._on_reserve(link, message)
             case FromProxy(link, Cancel() as message):
-                for sequence in [s for s in self._legs.values() if _means(message, s.leg)]:
+                for sequence in [s for s in self._legs.values() if means(message, s.leg)]:
                     self._end(sequence, None)
                 self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
             case FromProxy(_, Drain()):
@@ -115,7 +116,7 @@ class DecodeWorker:
             case ProxyLost(link):
                 log_event(logger, "proxy_lost", link=link)
                 for sequence in [s for s in self._legs.values() if s.link == link]:
-                    self._end(sequence, _failed(sequence.leg, "this worker had lost its proxy", retryable=True))
+                    self._end(sequence, failed(sequence.leg, "this worker had lost its proxy", retryable=True))
             case Joined(link):
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):
@@ -142,7 +143,7 @@ class DecodeWorker:
             told=len(message.token_ids) - message.prompt_len,
         )
         if message.prefill and not self._hold_blocks(sequence, message.prefill):
-            self._carrier.tell(link, _busy(leg, "too few free blocks"))
+            self._carrier.tell(link, busy(leg, "too few free blocks"))
             return
         self._legs[leg] = sequence
         if not message.prefill:
@@ -156,22 +157,20 @@ class DecodeWorker:
         )
 
     def _refusal(self, leg: LegKey, message: Reserve) -> Busy | Failed | None:
-        num_tokens = len(message.token_ids)
-        if not 0 < num_tokens < self._worker.max_model_len:
-            reason = f"{num_tokens} tokens; this worker takes 1 to {self._worker.max_model_len - 1}"
-            return _failed(leg, reason, retryable=False)
-        if not 0 < message.prompt_len <= num_tokens:
-            return _failed(leg, f"a prompt of {message.prompt_len} in {num_tokens} tokens", retryable=False)
-        if max(message.token_ids) >= self._worker.runner.config.vocab_size:
-            return _failed(leg, "a token id is outside the vocabulary", retryable=False)
-        if len(message.block_hashes) > num_tokens // self._limits.block_tokens:
-            return _failed(leg, "more block hashes than full blocks", retryable=False)
+        impossible = why_impossible(
+            message,
+            max_model_len=self._worker.max_model_len,
+            vocab_size=self._worker.runner.config.vocab_size,
+            block_tokens=self._limits.block_tokens,
+        )
+        if impossible:
+            return failed(leg, impossible, retryable=False)
         if self._draining.begun:
-            return _busy(leg, "draining")
+            return busy(leg, "draining")
         if message.prefill and len(self._running) + len(self._reserved) >= self._limits.max_num_seqs:
-            return _busy(leg, "all rows are taken")
+            return busy(leg, "all rows are taken")
         if len(self._legs) >= self._settings.max_waiting:
-            return _busy(leg, "queue is full")
+            return busy(leg, "queue is full")
         return None
 
     def _hold_blocks(self, sequence: Sequence, prefill: str) -> bool:
@@ -209,7 +208,7 @@ class DecodeWorker:
         if (
             event.token_id >= self._worker.runner.config.vocab_size
         ):  # a peer of this namespace, but not in its right mind
-            self._end(sequence, _failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
+            self._end(sequence, failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
             return
         sequence.num_computed = sequence.num_tokens
         sequence.table.publish(sequence.token_ids, sequence.num_computed)
@@ -220,7 +219,7 @@ class DecodeWorker:
         self._manager.end_quarantine(event.transfer_id)
         if (sequence := self._reserved.pop(event.transfer_id, None)) is not None:
             sequence.transfer_id = b""
-            self._end(sequence, _failed(sequence.leg, f"transfer: {event.reason}", retryable=True))
+            self._end(sequence, failed(sequence.leg, f"transfer: {event.reason}", retryable=True))
 
     # -- steps
 
@@ -311,7 +310,7 @@ class DecodeWorker:
 
     def _expire(self, now: float) -> None:
         for sequence in [s for s in self._legs.values() if now >= s.deadline]:
-            self._end(sequence, _failed(sequence.leg, "deadline", retryable=False))
+            self._end(sequence, failed(sequence.leg, "deadline", retryable=False))
 
     # -- state
 
@@ -362,15 +361,3 @@ def _row(sequence: Sequence, length: int) -> Row:
     if end == sequence.num_tokens:
         draw = Draw(sequence.sampling, sequence.token_ids, sequence.prompt_len, sequence.num_generated)
     return Row(sequence.token_ids[start:end], start, sequence.table.blocks, draw)
-
-
-def _means(cancel: Cancel, leg: LegKey) -> bool:
-    return leg.request_id == cancel.request_id and leg.attempt <= cancel.attempt
-
-
-def _failed(leg: LegKey, reason: str, *, retryable: bool) -> Failed:
-    return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=retryable)
-
-
-def _busy(leg: LegKey, reason: str) -> Busy:
-    return Busy(request_id=leg.request_id, attempt=leg.attempt, reason=reason)

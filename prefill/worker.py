@@ -24,6 +24,7 @@ from prefill.scheduler import Chunk, Work, order, plan
 from prefill.settings import PrefillSettings
 from worker.draining import Draining
 from worker.finish import finish_of
+from worker.legs import busy, failed, means, why_impossible
 from worker.start import Worker
 
 logger = logging.getLogger("prefill")
@@ -54,7 +55,7 @@ class PrefillWorker:
         while not self._draining.over(idle=not (self._jobs or self._leased), now=time.monotonic()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for job in [*self._jobs.values()]:
-            self._give_up(job, _failed(job.leg, "worker is shutting down", retryable=True))
+            self._give_up(job, failed(job.leg, "worker is shutting down", retryable=True))
 
     def turn(self, wait_s: float) -> bool:
         """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
@@ -88,7 +89,7 @@ class PrefillWorker:
             case ProxyLost(link):
                 log_event(logger, "proxy_lost", link=link)
                 for job in [job for job in self._jobs.values() if job.link == link]:
-                    self._give_up(job, _failed(job.leg, "this worker had lost its proxy", retryable=True))
+                    self._give_up(job, failed(job.leg, "this worker had lost its proxy", retryable=True))
             case Joined(link):
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):
@@ -121,33 +122,31 @@ class PrefillWorker:
         )
 
     def _refusal(self, leg: LegKey, message: Prefill) -> Busy | Failed | None:
-        num_tokens = len(message.token_ids)
-        if not 0 < num_tokens < self._worker.max_model_len:
-            reason = f"{num_tokens} tokens; this worker takes 1 to {self._worker.max_model_len - 1}"
-            return _failed(leg, reason, retryable=False)
-        if not 0 < message.prompt_len <= num_tokens:
-            return _failed(leg, f"a prompt of {message.prompt_len} in {num_tokens} tokens", retryable=False)
-        if max(message.token_ids) >= self._worker.runner.config.vocab_size:
-            return _failed(leg, "a token id is outside the vocabulary", retryable=False)
-        if len(message.block_hashes) > num_tokens // self._worker.layout.block_tokens:
-            return _failed(leg, "more block hashes than full blocks", retryable=False)
+        impossible = why_impossible(
+            message,
+            max_model_len=self._worker.max_model_len,
+            vocab_size=self._worker.runner.config.vocab_size,
+            block_tokens=self._worker.layout.block_tokens,
+        )
+        if impossible:
+            return failed(leg, impossible, retryable=False)
         if self._draining.begun:
-            return Busy(request_id=leg.request_id, attempt=leg.attempt, reason="draining")
+            return busy(leg, "draining")
         if len(self._jobs) >= self._settings.max_waiting:
-            return Busy(request_id=leg.request_id, attempt=leg.attempt, reason="queue is full")
+            return busy(leg, "queue is full")
         return None
 
     def _on_cancel(self, link: str, message: Cancel) -> None:
-        for job in [j for j in self._jobs.values() if _means(message, j.leg)]:
+        for job in [j for j in self._jobs.values() if means(message, j.leg)]:
             self._give_up(job, None)
-        for leg in [leg for leg in self._owed if _means(message, leg)]:
+        for leg in [leg for leg in self._owed if means(message, leg)]:
             self._owed.discard(leg)
             self._cancel_sender(leg, "cancelled")
         self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
 
     def _on_sender_ended(self, event: SenderEnded) -> None:
         if (job := self._jobs.get(event.leg)) is not None:  # before all was computed
-            self._give_up(job, _failed(job.leg, f"transfer: {event.reason}", retryable=True), ended=True)
+            self._give_up(job, failed(job.leg, f"transfer: {event.reason}", retryable=True), ended=True)
             return
         leased = self._leased.pop(event.leg, None)
         if leased is None:
@@ -159,7 +158,7 @@ class PrefillWorker:
 
     def _outcome(self, event: SenderEnded) -> HandedOver | Failed:
         if not event.ok:
-            return _failed(event.leg, f"transfer: {event.reason}", retryable=True)
+            return failed(event.leg, f"transfer: {event.reason}", retryable=True)
         sent_bytes = event.sent_blocks * self._worker.layout.block_bytes
         return HandedOver(
             request_id=event.leg.request_id,
@@ -265,7 +264,7 @@ class PrefillWorker:
 
     def _expire(self, now: float) -> None:
         for job in [job for job in self._jobs.values() if now >= job.deadline]:
-            self._give_up(job, _failed(job.leg, "deadline", retryable=False))
+            self._give_up(job, failed(job.leg, "deadline", retryable=False))
 
     # -- state
 
@@ -301,14 +300,6 @@ def _row(job: Job, chunk: Chunk) -> Row:
     if end == job.num_tokens:
         draw = Draw(job.sampling, job.token_ids, job.prompt_len, job.num_tokens - job.prompt_len)
     return Row(job.token_ids[chunk.start : end], chunk.start, job.table.blocks, draw)
-
-
-def _means(cancel: Cancel, leg: LegKey) -> bool:
-    return leg.request_id == cancel.request_id and leg.attempt <= cancel.attempt
-
-
-def _failed(leg: LegKey, reason: str, *, retryable: bool) -> Failed:
-    return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=retryable)
 
 
 def _lease_key(leg: LegKey) -> bytes:

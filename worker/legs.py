@@ -1,0 +1,33 @@
+"""What both kinds of worker say and check about a leg: which cannot be, whom a Cancel means, how a leg ends."""
+
+from __future__ import annotations
+
+from kvtransfer.exchange import LegKey
+from node.messages import Busy, Cancel, Failed, Prefill, Reserve
+
+
+def why_impossible(message: Prefill | Reserve, *, max_model_len: int, vocab_size: int, block_tokens: int) -> str:
+    """The reason why no worker of this model can serve the request, or ""."""
+    num_tokens = len(message.token_ids)
+    if not 0 < num_tokens < max_model_len:
+        return f"{num_tokens} tokens; this worker takes 1 to {max_model_len - 1}"
+    if not 0 < message.prompt_len <= num_tokens:
+        return f"a prompt of {message.prompt_len} in {num_tokens} tokens"
+    if max(message.token_ids) >= vocab_size:
+        return "a token id is outside the vocabulary"
+    if len(message.block_hashes) > num_tokens // block_tokens:
+        return "more block hashes than full blocks"
+    return ""
+
+
+def means(cancel: Cancel, leg: LegKey) -> bool:
+    """Whether `cancel` ends this leg: its request, and an attempt up to the one it names."""
+    return leg.request_id == cancel.request_id and leg.attempt <= cancel.attempt
+
+
+def failed(leg: LegKey, reason: str, *, retryable: bool) -> Failed:
+    return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=retryable)
+
+
+def busy(leg: LegKey, reason: str) -> Busy:
+    return Busy(request_id=leg.request_id, attempt=leg.attempt, reason=reason)
