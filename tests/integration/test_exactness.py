@@ -52,11 +52,11 @@ def test_alone_at_once_and_again_with_prefix_hits(check, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-def test_chunked_prefill(check, prompts: list[str], chunk: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_chunked_prefill(check, chunk: int, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Guards chunk borders: inside a block, across blocks, several prompts in one step."""
     arguments = ("--max-chunk-tokens", str(chunk), "--max-num-batched-tokens", str(max(chunk * 3, 16)))
     with Cluster(prefill_args=arguments, log_folder=tmp_path) as cluster:
-        check(cluster, 32, prompts if chunk > 1 else prompts[::4])
+        check(cluster, 32)
 
 
 @pytest.mark.parametrize("plane", ["zmq", "shm"])
@@ -70,7 +70,7 @@ def test_two_and_two_workers(check, plane: str, tmp_path: Path) -> None:  # type
             assert _total(cluster, "transfers_received_total", worker) > 0
 
 
-def test_preemption(check, prompts: list[str], tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_preemption(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Guards recompute: a decode pool far too small for 32 sequences, and a prefill pool that makes prompts wait."""
     small = ("--num-blocks", "48", "--spare-blocks", "0", "--max-model-len", "512")
     with Cluster(
