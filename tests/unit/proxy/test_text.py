@@ -1,6 +1,7 @@
-"""Tokenizer folders, chat templates and incremental detokenisation; over more tokenizers where a folder is named.
+"""Tokenizer folders, chat templates and incremental detokenisation; over more tokenizers where there are any.
 
-The demo model's tokenizer is always tested. BATON_TEST_TOKENIZERS may name a folder of Hugging Face tokenizer folders.
+The demo model's tokenizer is always tested. Those of real models are read from ../shared/data/tokenizers beside the
+repository, or from the folder that BATON_TEST_TOKENIZERS names.
 """
 
 from __future__ import annotations
@@ -20,9 +21,8 @@ from node.errors import BadRequest, SettingsError
 from proxy.template import ChatTemplate
 from proxy.text import LONG_TEXT_CHARS, SamplingDefaults, Text
 
-EXTRA = sorted(
-    path.parent for path in Path(os.environ.get("BATON_TEST_TOKENIZERS", "/nowhere")).glob("*/tokenizer.json")
-)
+BESIDE = Path(__file__).resolve().parents[4] / "shared" / "data" / "tokenizers"
+EXTRA = sorted(path.parent for path in Path(os.environ.get("BATON_TEST_TOKENIZERS", BESIDE)).glob("*/tokenizer.json"))
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 words = st.lists(
     st.sampled_from(["日本語", " the", "é", "👩‍👩‍👧", "\n", " ", "  ", "ß", "x" * 9, "नमस्ते", "<|end|>"])
@@ -289,7 +289,7 @@ def test_more_tokenizers_are_only_skipped_loudly() -> None:
     """Guards against believing that real models' tokenizers were covered when none was there."""
     if not EXTRA:
         pytest.skip(
-            "BATON_TEST_TOKENIZERS names no folder: only the demo tokenizer and a byte-fallback one were tested"
+            f"no tokenizers in {BESIDE} or BATON_TEST_TOKENIZERS: only the demo's and a byte-fallback one were tested"
         )
 
 
