@@ -45,7 +45,7 @@ class Sender:
         self.started_at = 0.0
         self._digest_of = digest_of
         self._chunk_blocks = chunk_blocks
-        self._timing = timing
+        self._lease_s = timing.lease_s
         self._deadline = deadline
         self._heard_at = now
         self._blocks: tuple[int, ...] = ()
@@ -109,7 +109,7 @@ class Sender:
         """Call at `wake_at` at the latest."""
         if self.state is State.OPEN and now >= self._deadline:
             return self.abort("deadline", now)
-        if self.state is State.OPEN and self.transfer_id is not None and now - self._heard_at > self._timing.lease_s:
+        if self.state is State.OPEN and self.transfer_id is not None and now - self._heard_at > self._lease_s:
             return self.abort("lease expired", now)
         if self.state is not State.OPEN or not self._repeat.due(now):
             return []
@@ -129,7 +129,7 @@ class Sender:
     def wake_at(self) -> float:
         if self.state is not State.OPEN:
             return float("inf")
-        lease_end = self._heard_at + self._timing.lease_s if self.transfer_id is not None else float("inf")
+        lease_end = self._heard_at + self._lease_s if self.transfer_id is not None else float("inf")
         return min(self._deadline, lease_end, self._repeat.at)
 
     # -- inside
@@ -138,6 +138,7 @@ class Sender:
         if self.transfer_id is not None:
             return []
         self.transfer_id = grant.transfer_id
+        self._lease_s = min(self._lease_s, grant.lease_s)
         self.started_at = now
         self._next_block = grant.first_block
         return self._offer(now) if self.state is State.OPEN else self._say_abort()
