@@ -1,7 +1,7 @@
 """Tokenizer folders, chat templates and incremental detokenisation; over more tokenizers where there are any.
 
-The demo model's tokenizer is always tested. Those of real models are read from ../shared/data/tokenizers beside the
-repository, or from the folder that BATON_TEST_TOKENIZERS names.
+The demo model's tokenizer is always tested. Those of real models are read from the folder shared/data/tokenizers beside
+the repository, or from the one that BATON_TEST_TOKENIZERS names.
 """
 
 from __future__ import annotations
