@@ -14,6 +14,7 @@ import logging
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Callable
 
 from decode.scheduler import Item, Limits, plan
 from decode.sequence import Sequence
@@ -41,7 +42,7 @@ from node.telemetry import log_event
 from worker.draining import Draining
 from worker.finish import finish_of
 from worker.legs import busy, failed, means, why_impossible
-from worker.start import Worker
+from worker.parts import Parts
 
 logger = logging.getLogger("decode")
 
@@ -51,8 +52,9 @@ IDLE_WAIT_S = 0.1
 class DecodeWorker:
     """See the module's docstring."""
 
-    def __init__(self, worker: Worker, settings: DecodeSettings) -> None:
+    def __init__(self, worker: Parts, settings: DecodeSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._worker = worker
+        self._clock = clock
         self._settings = settings
         self._carrier = worker.carrier
         self._manager = worker.manager
@@ -77,7 +79,7 @@ class DecodeWorker:
     def run(self) -> None:
         """Serve until drained."""
         worked = False
-        while not self._draining.over(idle=not self._legs, now=time.monotonic()):
+        while not self._draining.over(idle=not self._legs, now=self._clock()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for sequence in [*self._legs.values()]:
             self._end(sequence, failed(sequence.leg, "worker is shutting down", retryable=True))
@@ -86,14 +88,14 @@ class DecodeWorker:
         """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
         for event in self._carrier.receive(wait_s):
             self._on(event)
-        self._expire(time.monotonic())
+        self._expire(self._clock())
         worked = self._step()
         self._carrier.load = self._load()
         return worked
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""
-        if self._draining.begin(time.monotonic()):
+        if self._draining.begin(self._clock()):
             self._carrier.drain()
             log_event(logger, "draining", sequences=len(self._legs))
 
@@ -138,7 +140,7 @@ class DecodeWorker:
             prompt_len=message.prompt_len,
             sampling=message.sampling,
             priority=message.priority,
-            deadline=time.monotonic() + message.deadline_s,
+            deadline=self._clock() + message.deadline_s,
             table=BlockTable(self._manager, message.root, self._limits.block_tokens, message.block_hashes),
             told=len(message.token_ids) - message.prompt_len,
         )

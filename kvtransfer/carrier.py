@@ -11,11 +11,11 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 from kvtransfer.exchange import Event, Exchange
-from node.endpoint import Endpoint
 from node.lifecycle import Change, Membership
 from node.messages import Cancel, Drain, Load, Message, Prefill, Reserve
 
@@ -42,15 +42,36 @@ Inbound = FromProxy | CarrierDied | Event | Change
 Command = Callable[[Exchange, float], None]
 
 
+class Line(Protocol):
+    """The endpoint, as the carrier uses it: node.endpoint.Endpoint, or its stand-in in the simulator."""
+
+    def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]: ...
+
+    def send(self, peer: str, message: Message) -> bool: ...
+
+    def wake(self) -> None: ...
+
+    def linger(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 class Carrier:
     """See the module's docstring. `load` may be replaced by the worker's loop at any time; it is only read here."""
 
-    def __init__(self, endpoint: Endpoint, membership: Membership, exchange: Exchange) -> None:
+    def __init__(
+        self,
+        endpoint: Line,
+        membership: Membership,
+        exchange: Exchange,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self.load = Load()
         self._endpoint = endpoint
         self._membership = membership
         self._exchange = exchange
+        self._clock = clock
         self._todo: deque[Command] = deque()
         self._outbox: deque[tuple[str, Message]] = deque()
         self._stopping = threading.Event()
@@ -99,7 +120,7 @@ class Carrier:
     def _run(self) -> None:
         try:
             while not self._stopping.is_set():
-                self._turn()
+                self.turn()
             for link, message in [*self._outbox, *self._membership.farewell()]:
                 self._endpoint.send(link, message)
             self._endpoint.linger()
@@ -109,12 +130,11 @@ class Carrier:
             self._exchange.close()
             self._endpoint.close()
 
-    def _turn(self) -> None:
-        now = time.monotonic()
-        wake_at = min(self._membership.wake_at, self._exchange.wake_at(now))
-        wait_s = 0.0 if self._todo or self._outbox else min(max(wake_at - now, 0.0), MAX_WAIT_S)
+    def turn(self) -> None:
+        """Wait for something to come in or fall due, and deal with it. The thread does nothing else."""
+        wait_s = min(max(self.wake_at - self._clock(), 0.0), MAX_WAIT_S)
         inbound = self._endpoint.receive(wait_s, also=self._exchange.sockets)
-        now = time.monotonic()
+        now = self._clock()
         while self._todo:
             self._todo.popleft()(self._exchange, now)
         for peer, message in inbound:
@@ -128,6 +148,14 @@ class Carrier:
             self._endpoint.send(*self._outbox.popleft())
         for link, message in messages:
             self._endpoint.send(link, message)
+
+    @property
+    def wake_at(self) -> float:
+        """When the next turn is due, if nothing comes in."""
+        now = self._clock()
+        if self._todo or self._outbox:
+            return now
+        return min(self._membership.wake_at, self._exchange.wake_at(now))
 
     def _route(self, peer: str, message: Message, now: float) -> None:
         if peer not in self._membership.links:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 from kvtransfer.blocks.manager import OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
@@ -25,7 +26,7 @@ from prefill.settings import PrefillSettings
 from worker.draining import Draining
 from worker.finish import finish_of
 from worker.legs import busy, failed, means, why_impossible
-from worker.start import Worker
+from worker.parts import Parts
 
 logger = logging.getLogger("prefill")
 
@@ -35,8 +36,9 @@ IDLE_WAIT_S = 0.1
 class PrefillWorker:
     """See the module's docstring."""
 
-    def __init__(self, worker: Worker, settings: PrefillSettings) -> None:
+    def __init__(self, worker: Parts, settings: PrefillSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._worker = worker
+        self._clock = clock
         self._settings = settings
         self._carrier = worker.carrier
         self._manager = worker.manager
@@ -52,7 +54,7 @@ class PrefillWorker:
     def run(self) -> None:
         """Serve until drained."""
         worked = False
-        while not self._draining.over(idle=not (self._jobs or self._leased), now=time.monotonic()):
+        while not self._draining.over(idle=not (self._jobs or self._leased), now=self._clock()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for job in [*self._jobs.values()]:
             self._give_up(job, failed(job.leg, "worker is shutting down", retryable=True))
@@ -61,7 +63,7 @@ class PrefillWorker:
         """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
         for event in self._carrier.receive(wait_s):
             self._on(event)
-        self._expire(time.monotonic())
+        self._expire(self._clock())
         chunks = self._schedule()
         if chunks:
             self._step(chunks)
@@ -70,7 +72,7 @@ class PrefillWorker:
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""
-        if self._draining.begin(time.monotonic()):
+        if self._draining.begin(self._clock()):
             self._carrier.drain()
             log_event(logger, "draining", jobs=len(self._jobs), transfers=len(self._leased))
 
@@ -104,7 +106,7 @@ class PrefillWorker:
         if answer := self._refusal(leg, message):
             self._carrier.tell(link, answer)
             return
-        now = time.monotonic()
+        now = self._clock()
         job = Job(
             leg=leg,
             link=link,
@@ -171,7 +173,7 @@ class PrefillWorker:
 
     def _schedule(self) -> list[tuple[Job, Chunk]]:
         """Start waiting jobs, in order, as far as blocks last; then fill the budget from the started ones."""
-        now = time.monotonic()
+        now = self._clock()
         jobs = list(self._jobs.values())
         works = [Work(j.num_tokens, j.num_computed, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
         sequence = order(works, self._settings.policy)

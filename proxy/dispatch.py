@@ -9,9 +9,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 
-from node.endpoint import Endpoint
 from node.errors import DeadlineExceeded, Overloaded, PeerLost
 from node.messages import Message, SamplingParams
 from proxy.cluster import Cluster, Leg, Shape
@@ -19,7 +18,7 @@ from proxy.interface import Delta, WorkerStatus
 from proxy.router import RequestView, Route, Rules, Wait, pick
 from proxy.session import ProxyStopping, Session, WorkerLost
 from proxy.settings import ProxySettings
-from proxy.wire import Answer, Wire
+from proxy.wire import Answer, Line, Wire
 
 NO_WORKER_GRACE_S = 5.0
 """A role whose last worker is gone gets so long to come back, for all requests together, before they are failed."""
@@ -43,11 +42,12 @@ COUNTERS = (
 class Dispatcher:
     """Implements proxy.interface.Engine and proxy.session.Desk. Lives in one event loop."""
 
-    def __init__(self, endpoint: Endpoint, settings: ProxySettings) -> None:
+    def __init__(self, line: Line, settings: ProxySettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._settings = settings
         self._rules = Rules(settings.policy, settings.local_prefill, settings.local_prefill_tokens)
         self._cluster = Cluster(settings.stall_s)
-        self._wire = Wire(endpoint, self._cluster, self._on_message, self._on_lost, self._on_change)
+        self._wire = Wire(line, self._cluster, self._on_message, self._on_lost, self._on_change, clock)
         self._sessions: dict[str, Session] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._gate = asyncio.Lock()  # fair: first come, first served
@@ -56,7 +56,7 @@ class Dispatcher:
         self._turn = 0
         self._draining = False
         self._stopping = False
-        self._started_at = time.monotonic()
+        self._started_at = self._clock()
 
     def start(self) -> None:
         self._wire.start()
@@ -73,8 +73,8 @@ class Dispatcher:
         await self._wire.stop()
 
     async def _sessions_end(self, wait_s: float) -> None:
-        until = time.monotonic() + wait_s
-        while self._sessions and time.monotonic() < until:
+        until = self._clock() + wait_s
+        while self._sessions and self._clock() < until:
             await asyncio.sleep(LOOK_AGAIN_S)
 
     # -- Engine
@@ -98,10 +98,11 @@ class Dispatcher:
             request_id,
             prompt_ids,
             sampling,
-            deadline=time.monotonic() + timeout_s,
+            deadline=self._clock() + timeout_s,
             priority=priority,
             turn=self._turn,
             max_attempts=self._settings.max_attempts,
+            clock=self._clock,
         )
         assert request_id not in self._sessions, request_id
         self._sessions[request_id] = session
@@ -159,7 +160,7 @@ class Dispatcher:
                 return route
             if self._stopping:
                 raise PeerLost("the proxy is shutting down")
-            if route.missing and time.monotonic() - self._had_at(route.missing) >= NO_WORKER_GRACE_S:
+            if route.missing and self._clock() - self._had_at(route.missing) >= NO_WORKER_GRACE_S:
                 raise PeerLost(route.reason)
             try:
                 await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
@@ -203,7 +204,6 @@ class Dispatcher:
     def _on_change(self) -> None:
         self._changed.set()
 
-    @staticmethod
-    def _loop_time(deadline: float) -> float:
-        """A monotonic deadline on the event loop's clock."""
-        return asyncio.get_running_loop().time() + deadline - time.monotonic()
+    def _loop_time(self, deadline: float) -> float:
+        """A deadline of our clock on the event loop's."""
+        return asyncio.get_running_loop().time() + deadline - self._clock()

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -117,6 +117,7 @@ class Session:
         priority: int,
         turn: int,
         max_attempts: int,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.inbox: asyncio.Queue[Event] = asyncio.Queue()
         self._desk = desk
@@ -126,6 +127,7 @@ class Session:
         self._priority = priority
         self._turn = turn
         self._max_attempts = max_attempts
+        self._clock = clock
         self._ledger = Ledger(prompt_ids)
         self._cached_tokens = 0
 
@@ -173,7 +175,7 @@ class Session:
         hashes = block_hashes(root, token_ids, shape.block_tokens)
         prefill = route.prefill.identity if route.prefill is not None else ""
         attempt = _Attempt(self._ledger.attempt, route.decode.identity, prefill)
-        deadline_s = max(0.0, self._deadline - time.monotonic())
+        deadline_s = max(0.0, self._deadline - self._clock())
         num_blocks = -(-len(token_ids) // shape.block_tokens)
         reserve = Reserve(
             request_id=self._request_id,
@@ -211,13 +213,13 @@ class Session:
         return RequestView(num_tokens, -(-num_tokens // shape.block_tokens), self._turn, avoid)
 
     def _open(self, attempt: _Attempt, worker: str, message: Message, tokens: int, blocks: int) -> None:
-        self._desk.assign(Leg(worker, self._request_id, tokens, blocks, time.monotonic()))
+        self._desk.assign(Leg(worker, self._request_id, tokens, blocks, self._clock()))
         attempt.open.add(worker)
         self._desk.send(worker, message)  # a failure comes back as WorkerLost
 
     def _close(self, attempt: _Attempt) -> None:
         """Whatever ended the attempt: no leg goes on, none is counted."""
-        for worker in attempt.open:
+        for worker in sorted(attempt.open):
             self._desk.send(worker, Cancel(request_id=self._request_id, attempt=attempt.number))
             self._desk.settle(worker, self._request_id)
         attempt.open.clear()
@@ -230,7 +232,7 @@ class Session:
 
     def _alarm(self) -> asyncio.TimerHandle:
         """One timer for an attempt: a timeout around each wait would be a fifth of the proxy's work for a token."""
-        delay_s = max(0.0, self._deadline - time.monotonic())
+        delay_s = max(0.0, self._deadline - self._clock())
         return asyncio.get_running_loop().call_later(delay_s, self.inbox.put_nowait, DeadlinePassed())
 
     def _on_event(self, attempt: _Attempt, event: Event) -> Delta | None:

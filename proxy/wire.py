@@ -9,8 +9,8 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from typing import Protocol
 
-from node.endpoint import Endpoint
 from node.lifecycle import DEAD_AFTER_S, HEARTBEAT_S
 from node.messages import (
     Bundle,
@@ -39,45 +39,65 @@ MANY = 256
 """So many messages in one turn mean that there may be more."""
 
 
+class Line(Protocol):
+    """The endpoint, as the proxy uses it: node.endpoint.Endpoint, or its stand-in in the simulator."""
+
+    @property
+    def identity(self) -> str: ...
+
+    @property
+    def address(self) -> str: ...
+
+    def fileno(self) -> int: ...
+
+    def receive(self, timeout_s: float) -> list[tuple[str, Message]]: ...
+
+    def send(self, peer: str, message: Message) -> bool: ...
+
+    def close(self) -> None: ...
+
+
 class Wire:
     """See the module's docstring. Lives in one event loop."""
 
     def __init__(
         self,
-        endpoint: Endpoint,
+        line: Line,
         cluster: Cluster,
         on_message: Callable[[str, Answer], None],
         on_lost: Callable[[str, str], None],
         on_change: Callable[[], None],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rejected = 0
-        self._endpoint = endpoint
+        self._line = line
         self._cluster = cluster
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_change = on_change
+        self._clock = clock
         self._incarnation = time.time_ns() >> 10
         self._pump_due = False
         self._pulse: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
-        return self._endpoint.address
+        return self._line.address
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._endpoint.fileno(), self._pump)
+        loop.add_reader(self._line.fileno(), self._pump)
         self._pulse = loop.create_task(self._beat())
 
     async def stop(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._endpoint.fileno())
+        asyncio.get_running_loop().remove_reader(self._line.fileno())
         if self._pulse is not None:
             self._pulse.cancel()
-        self._endpoint.close()
+        self._line.close()
 
     def send(self, identity: str, message: Message) -> bool:
         """False if the worker cannot be reached, which also ends its membership."""
-        sent = self._endpoint.send(identity, message)
+        sent = self._line.send(identity, message)
         self._pump_soon()  # sending may swallow the edge that tells of something to read
         if not sent:
             self._lose(identity, "connection is gone")
@@ -92,23 +112,23 @@ class Wire:
 
     def _pump(self) -> None:
         self._pump_due = False
-        inbound = self._endpoint.receive(0)
-        now = time.monotonic()
+        inbound = self._line.receive(0)
+        now = self._clock()
         for identity, message in inbound:
             self._route(identity, message, now)
         if len(inbound) >= MANY:
             self._pump_soon()
 
     async def _beat(self) -> None:
-        beaten_at = time.monotonic()
+        beaten_at = self._clock()
         while True:
-            if time.monotonic() - beaten_at > DEAD_AFTER_S / 2:  # it was this process that stood still
-                self._cluster.excuse(time.monotonic())
-            beaten_at = time.monotonic()
+            if self._clock() - beaten_at > DEAD_AFTER_S / 2:  # it was this process that stood still
+                self._cluster.excuse(self._clock())
+            beaten_at = self._clock()
             for identity in self._cluster.identities():
-                self.send(identity, Ping(proxy=self._endpoint.identity, incarnation=self._incarnation))
+                self.send(identity, Ping(proxy=self._line.identity, incarnation=self._incarnation))
             self._pump()  # before anyone is judged by silence
-            for identity, reason in self._cluster.overdue(time.monotonic()):
+            for identity, reason in self._cluster.overdue(self._clock()):
                 self._lose(identity, reason)
             await asyncio.sleep(HEARTBEAT_S / 2)
 
@@ -120,7 +140,7 @@ class Wire:
                 if self._cluster.beat(identity, message, now):
                     self._on_change()
                 else:  # it registered with an earlier life of this proxy, or was taken for dead: it must register anew
-                    self._endpoint.send(identity, Rejoin())
+                    self._line.send(identity, Rejoin())
             case Goodbye():
                 if self._cluster.leave(identity, message):
                     log_event(logger, "worker_left", worker=identity)
@@ -138,9 +158,9 @@ class Wire:
         reason = self._cluster.join(identity, message, now)
         if reason:
             log_event(logger, "worker_refused", level=logging.WARNING, worker=identity, reason=reason)
-            self._endpoint.send(identity, Refused(reason=reason))
+            self._line.send(identity, Refused(reason=reason))
             return
-        self._endpoint.send(identity, Registered(proxy=self._endpoint.identity, incarnation=self._incarnation))
+        self._line.send(identity, Registered(proxy=self._line.identity, incarnation=self._incarnation))
         if not known:
             log_event(logger, "worker_joined", worker=identity, role=message.role, blocks=message.total_blocks)
             self._on_change()

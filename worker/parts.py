@@ -1,0 +1,66 @@
+"""What the loop of a worker needs of its parts, as interfaces: a loop imports no torch and starts nothing.
+
+`worker.start.Worker` has all of them; so has a simulated worker, whose runner and carrier are made of arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from kvtransfer.blocks.layout import KVLayout
+from kvtransfer.blocks.manager import BlockManager
+from kvtransfer.carrier import Command, Inbound
+from models.batch import Drawn, Row
+from node.messages import Load, Message
+
+
+class Vocabulary(Protocol):
+    """The one thing that a loop must know of a model's configuration."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Runner(Protocol):
+    """models.runner.ModelRunner, as a loop uses it."""
+
+    @property
+    def config(self) -> Vocabulary: ...
+
+    def step(self, rows: Sequence[Row]) -> list[Drawn | None]: ...
+
+
+class Carriage(Protocol):
+    """kvtransfer.carrier.Carrier, as a loop uses it."""
+
+    load: Load
+
+    def receive(self, wait_s: float) -> list[Inbound]: ...
+
+    def do(self, command: Command) -> None: ...
+
+    def tell(self, link: str, *messages: Message) -> None: ...
+
+    def transfer_counters(self) -> dict[str, float]: ...
+
+    def drain(self) -> None: ...
+
+
+class Parts(Protocol):
+    """The parts that a role's loop works with."""
+
+    @property
+    def runner(self) -> Runner: ...
+
+    @property
+    def manager(self) -> BlockManager: ...
+
+    @property
+    def layout(self) -> KVLayout: ...
+
+    @property
+    def max_model_len(self) -> int: ...
+
+    @property
+    def carrier(self) -> Carriage: ...
