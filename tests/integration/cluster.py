@@ -87,6 +87,9 @@ class Cluster:
     worker_args: tuple[str, ...] = ()
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
+    prefill_step_s: float = 0.0
+    decode_step_s: float = 0.0
+    """Least time of a step, for tests that must meet a request in one of its phases; 0: as fast as it goes."""
     log_folder: Path | None = None
     http_port: int = field(default_factory=free_port)
     control_port: int = field(default_factory=free_port)
@@ -137,10 +140,11 @@ class Cluster:
 
     def start_worker(self, role: str, name: str, *extra: str) -> None:
         own = self.prefill_args if role == "prefill" else self.decode_args
+        step_s = self.prefill_step_s if role == "prefill" else self.decode_step_s
         self.killed.discard(name)
         self._spawn(
             name,
-            role,
+            *(("tests.integration.paced", role, str(step_s)) if step_s else (role,)),
             "--model",
             self.model,
             "--proxy",
