@@ -109,8 +109,8 @@ class Leaver:
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One cluster for the tests of a class, of `size` workers a role.
 
-    The phases of a request last on any machine: prefill computes two tokens in 10 ms at the quickest (a sentence in 60),
-    decode one token in 20. A worker's report of work is at most 250 ms old.
+    The phases of a request last on any machine: prefill computes two tokens in 10 ms at the quickest (a sentence in
+    60), decode one token in 20. A worker's report of work is at most 250 ms old.
     """
     cluster = Cluster(
         request.cls.size,
