@@ -29,6 +29,8 @@ class FromProxy:
 
     link: str
     message: Prefill | Reserve | Cancel | Drain
+    at: float
+    """When it came in: the worker's loop hears of it between two steps only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +166,7 @@ class Carrier:
         for change in self._membership.on_message(peer, message, now):
             self.inbox.put(change)
         if isinstance(message, Prefill | Reserve | Cancel | Drain):
-            self.inbox.put(FromProxy(peer, message))
+            self.inbox.put(FromProxy(peer, message, now))
 
     def _publish_events(self) -> None:
         for event in self._exchange.events:

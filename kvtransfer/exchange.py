@@ -78,6 +78,12 @@ class KvArrived:
     transfer_id: bytes
     token_id: int
     logprob: Logprob | None
+    at: float
+    """When that was, on this worker's clock."""
+    wait_s: float
+    """Since prefill drew the first token: nothing was in motion."""
+    transfer_s: float
+    """After that, until it had arrived."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -443,7 +449,8 @@ class Exchange:
                     self._receiver_over(receiving, now)
                     self.counters.transfers_received += 1
                     self.counters.received_blocks += receiving.machine.num_blocks
-                    self.events.append(KvArrived(transfer_id, action.token_id, action.logprob))
+                    arrived = action.token_id, action.logprob, now, action.wait_s, action.transfer_s
+                    self.events.append(KvArrived(transfer_id, *arrived))
                 case Ended():
                     self._receiver_over(receiving, now)
                     self._count_end(action)

@@ -77,6 +77,8 @@ class Receiver:
         self._next_seq = 0  # chunks are accepted in order: NCCL matches by order alone
         self._covered = 0  # blocks that offers cover so far, also in order
         self._finish: Finish | None = None
+        self._finish_at = 0.0
+        self._moved_at: float | None = None  # when bytes moved again, or still, after the Finish
         self._repeat = Repeater(timing)
         self._renew_at = float("inf")
         self._outcome = Ended(False, "never started")
@@ -116,8 +118,7 @@ class Receiver:
             case Valid():
                 return self._on_valid(message, now)
             case Finish():
-                self._finish = message
-                return self._arrive_if_whole(now)
+                return self._on_finish(message, now)
         return []
 
     def on_io_done(self, key: ChunkKey, ok: bool, now: float) -> list[Action]:
@@ -181,8 +182,18 @@ class Receiver:
         self._chunks[offer.seq] = _Incoming(offer)
         return self._accept_more(now)
 
+    def _on_finish(self, finish: Finish, now: float) -> list[Action]:
+        if self._finish is None:
+            self._finish_at = now
+            self._moved_at = now if self._num_moving() else None
+        self._finish = finish
+        return self._arrive_if_whole(now)
+
+    def _num_moving(self) -> int:
+        return sum(c.state in (_Chunk.MOVING, _Chunk.VALIDATING) for c in self._chunks.values())
+
     def _accept_more(self, now: float) -> list[Action]:
-        moving = sum(c.state in (_Chunk.MOVING, _Chunk.VALIDATING) for c in self._chunks.values())
+        moving = self._num_moving()
         actions: list[Action] = []
         while moving < self._window and (chunk := self._chunks.get(self._next_seq)) is not None:
             self._next_seq += 1
@@ -192,6 +203,8 @@ class Receiver:
 
     def _post(self, chunk: _Incoming, now: float) -> list[Action]:
         chunk.state = _Chunk.MOVING
+        if self._finish is not None and self._moved_at is None:
+            self._moved_at = now
         chunk.give_up_at = now + self._timing.chunk_s
         self._repeat.start(now)
         key = ChunkKey(self.transfer_id, chunk.offer.seq, chunk.retry)
@@ -223,7 +236,10 @@ class Receiver:
         if any(chunk.state is not _Chunk.LANDED for chunk in self._chunks.values()):
             return []
         self.state = State.DONE
-        return [Arrived(finish.token_id, finish.logprob), Tell(Ack(transfer_id=self.transfer_id))]
+        moved_at = now if self._moved_at is None else self._moved_at
+        wait_s = finish.waited_s + moved_at - self._finish_at
+        arrived = Arrived(finish.token_id, finish.logprob, wait_s, now - moved_at)
+        return [arrived, Tell(Ack(transfer_id=self.transfer_id))]
 
     def _unanswered(self) -> list[Action]:
         if not self._chunks and self._finish is None:

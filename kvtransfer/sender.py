@@ -52,6 +52,8 @@ class Sender:
         self._next_block = 0  # first block not offered yet
         self._chunks: list[_Offered] = []
         self._token: tuple[int, Logprob | None] | None = None
+        self._token_at = 0.0
+        self._waited_s = 0.0  # from the token to the first Finish
         self._repeat = Repeater(timing)
         self._outcome = Ended(False, "never started")
 
@@ -73,6 +75,7 @@ class Sender:
         if self.state is not State.OPEN:
             return []
         self._token = (token_id, logprob)
+        self._token_at = now
         return self._offer(now)
 
     def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
@@ -164,6 +167,7 @@ class Sender:
             self._next_block += len(blocks)
             actions.append(Tell(self._offer_message(len(self._chunks) - 1)))
         if self._token is not None:
+            self._waited_s = max(0.0, now - self._token_at)
             actions.append(Tell(self._finish_message()))
         if actions:
             self._repeat.start(now)
@@ -183,7 +187,13 @@ class Sender:
     def _finish_message(self) -> Finish:
         assert self.transfer_id is not None and self._token is not None
         token_id, logprob = self._token
-        return Finish(transfer_id=self.transfer_id, num_chunks=len(self._chunks), token_id=token_id, logprob=logprob)
+        return Finish(
+            transfer_id=self.transfer_id,
+            num_chunks=len(self._chunks),
+            token_id=token_id,
+            logprob=logprob,
+            waited_s=self._waited_s,
+        )
 
     def _unanswered(self) -> list[Action]:
         """Offers that were never accepted, and the Finish, once more."""

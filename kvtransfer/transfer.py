@@ -75,6 +75,10 @@ class Arrived:
 
     token_id: int
     logprob: Logprob | None
+    wait_s: float
+    """Since the first token was drawn: nothing was in motion."""
+    transfer_s: float
+    """After that, until now."""
 
 
 @dataclass(frozen=True, slots=True)

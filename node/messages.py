@@ -85,6 +85,29 @@ class Logprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
     top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=20)] = ()
 
 
+class Stages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """How long a leg spent in each stage, in the order in which they follow one another.
+
+    Durations of the worker's own clock, never moments: the clocks of two hosts are not compared. A stage that the leg
+    did not have, or that an earlier message told, is 0.
+    """
+
+    queue_s: Seconds = 0.0
+    """From the message's arrival to the first step with a token of it, less what the next stage took."""
+    tier_load_s: Seconds = 0.0
+    """KV of the prompt brought in from a tier below the pool, while nothing of it was computed."""
+    prefill_s: Seconds = 0.0
+    """From the beginning of its first step to its first token."""
+    transfer_wait_s: Seconds = 0.0
+    """After prefill drew the first token: nothing of the transfer is in motion (reservation, offer, credit)."""
+    transfer_s: Seconds = 0.0
+    """From then until the last block has arrived and is verified."""
+    admission_s: Seconds = 0.0
+    """Until the step begins in which decode draws the next token."""
+    step_s: Seconds = 0.0
+    """That step, until its token is told."""
+
+
 class PlaneAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How one end of a data plane is reached; only the plane of that name reads `address`."""
 
@@ -246,6 +269,9 @@ class Tokens(Message, tag="Tokens", kw_only=True):
     finish: FinishReason = ""
     cached_tokens: Count = 0
     """Prompt tokens that this leg did not have to compute."""
+    stages: Stages | None = None
+    """Where the time went since the leg began, or since the last message that told it: with the first token of a leg,
+    and with the one that decode's first step draws."""
 
 
 class Bundle(Message, tag="Bundle", kw_only=True):
@@ -354,6 +380,8 @@ class Finish(Message, tag="Finish", kw_only=True):
     num_chunks: Count
     token_id: TokenId
     logprob: Logprob | None = None
+    waited_s: Seconds = 0.0
+    """From the first token to the first time that this was said: decode had not granted the transfer before."""
 
 
 class Renew(Message, tag="Renew", kw_only=True):

@@ -252,6 +252,7 @@ class SimNode:
             table.lease(request.leg.request_id.encode() + bytes([request.leg.attempt]))
             self.exchange.tell_token(request.leg, request.tokens[-1], None, self.world.now)
             request.computed = True
+            request.computed_at = min(request.computed_at, self.world.now)
         else:
             self.pool.content[table.blocks[num_blocks]] = request.values[num_blocks]
             self.world.later(self.world.random.expovariate(20.0), self._compute, request, num_blocks + 1)
@@ -327,6 +328,9 @@ class SimNode:
             self.manager.end_quarantine(event.transfer_id)
             return
         _, request, _ = held
+        told_s = self.world.now - request.computed_at
+        if min(event.wait_s, event.transfer_s) < 0.0 or event.wait_s + event.transfer_s > told_s + 1e-9:
+            raise Broken(f"{request.leg} waited {event.wait_s} s and moved {event.transfer_s} s of {told_s} s")
         table = self.tables.pop(request.leg)
         content = [self.pool.content[b] for b in table.blocks]
         if content != request.values:
@@ -367,6 +371,7 @@ class Request:
     decode: str
     transfer_id: bytes = b""
     computed: bool = False
+    computed_at: float = float("inf")
 
 
 class World:

@@ -108,7 +108,9 @@ def test_moved_kv_is_equal_bit_for_bit(make: MakePlane) -> None:
         prefill.tell_blocks(LEG, source[:computed], pair.now)
     prefill.tell_token(LEG, 42, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
-    assert KvArrived(b"t" * 16, 42, None) in events
+    (arrived,) = [event for event in events if isinstance(event, KvArrived)]
+    assert (arrived.transfer_id, arrived.token_id, arrived.logprob) == (b"t" * 16, 42, None)
+    assert 0.0 <= arrived.wait_s + arrived.transfer_s <= arrived.at <= pair.now
     assert any(isinstance(e, SenderEnded) and e.ok and e.sent_blocks == 9 for e in events)
     for index, block in enumerate(target):
         assert pair.pools["d/1"].block(block) == pair.pools["p/1"].block(source[2 + index])
@@ -125,7 +127,25 @@ def test_nothing_to_move_is_still_handed_over(make: MakePlane) -> None:
     pair.ends["p/1"].tell_blocks(LEG, [0, 1], pair.now)
     pair.ends["p/1"].tell_token(LEG, 7, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
-    assert KvArrived(b"t" * 16, 7, None) in events
+    (arrived,) = [event for event in events if isinstance(event, KvArrived)]
+    assert (arrived.transfer_id, arrived.token_id, arrived.logprob) == (b"t" * 16, 7, None)
+    assert arrived.transfer_s == 0.0
+    pair.close()
+
+
+def test_the_wait_for_a_reservation_is_told_apart_from_the_transfer() -> None:
+    """Guards the timeline: prefill is ready long before decode grants, and then the bytes take their own time."""
+    fabric = LoopbackFabric(lambda movement: Fate(after_polls=20))
+    pair = _Pair(lambda name, pool: fabric.plane(name, pool))
+    pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
+    pair.ends["p/1"].tell_blocks(LEG, [3], pair.now)
+    pair.ends["p/1"].tell_token(LEG, 42, None, pair.now)
+    pair.now = 2.0
+    pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (5,), deadline=60.0), pair.now)
+    events = pair.run_until(lambda events: len(events) == 2)
+    (arrived,) = [event for event in events if isinstance(event, KvArrived)]
+    assert 2.0 <= arrived.wait_s < 2.015 <= 2.0 + arrived.transfer_s
+    assert arrived.wait_s + arrived.transfer_s == pytest.approx(arrived.at)
     pair.close()
 
 
