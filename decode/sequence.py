@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.exchange import LegKey
-from node.messages import FinishReason, Logprob, SamplingParams, Tokens
+from node.messages import FinishReason, Logprob, SamplingParams, Stages, Tokens
+from worker.stages import LegTimes
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +24,7 @@ class Sequence:
     priority: int
     deadline: float
     table: BlockTable
+    times: LegTimes
     transfer_id: bytes = b""
     """The transfer that it waits for; empty once there is none."""
     first_missing_block: int = 0
@@ -47,7 +49,7 @@ class Sequence:
         if logprob is not None:
             self.logprobs.append(logprob)
 
-    def tell(self, finish: FinishReason) -> Tokens:
+    def tell(self, finish: FinishReason, stages: Stages | None) -> Tokens:
         """The message with all tokens that were not told yet."""
         message = Tokens(
             request_id=self.leg.request_id,
@@ -57,6 +59,7 @@ class Sequence:
             logprobs=tuple(self.logprobs),
             finish=finish,
             cached_tokens=min(self.cached_tokens, self.prompt_len),
+            stages=stages,
         )
         self.told = self.num_generated
         self.logprobs.clear()

@@ -43,6 +43,7 @@ from worker.draining import Draining
 from worker.finish import finish_of
 from worker.legs import busy, failed, means, why_impossible
 from worker.parts import Parts
+from worker.stages import LegTimes
 
 logger = logging.getLogger("decode")
 
@@ -103,8 +104,8 @@ class DecodeWorker:
 
     def _on(self, event: Inbound) -> None:
         match event:
-            case FromProxy(link, Reserve() as message):
-                self._on_reserve(link, message)
+            case FromProxy(link, Reserve() as message, at):
+                self._on_reserve(link, message, at)
             case FromProxy(link, Cancel() as message):
                 for sequence in [s for s in self._legs.values() if means(message, s.leg)]:
                     self._end(sequence, None)
@@ -126,7 +127,7 @@ class DecodeWorker:
             case CarrierDied(error):
                 raise InvariantBroken("the carrier thread died") from error
 
-    def _on_reserve(self, link: str, message: Reserve) -> None:
+    def _on_reserve(self, link: str, message: Reserve, at: float) -> None:
         leg = LegKey(message.request_id, message.attempt)
         if leg in self._legs:
             return
@@ -142,6 +143,7 @@ class DecodeWorker:
             priority=message.priority,
             deadline=self._clock() + message.deadline_s,
             table=BlockTable(self._manager, message.root, self._limits.block_tokens, message.block_hashes),
+            times=LegTimes(at),
             told=len(message.token_ids) - message.prompt_len,
         )
         if message.prefill and not self._hold_blocks(sequence, message.prefill):
@@ -207,6 +209,7 @@ class DecodeWorker:
             self._manager.end_quarantine(event.transfer_id)
             return
         sequence.transfer_id = b""
+        sequence.times.arrive(event.at, event.wait_s, event.transfer_s)
         if (
             event.token_id >= self._worker.runner.config.vocab_size
         ):  # a peer of this namespace, but not in its right mind
@@ -237,9 +240,10 @@ class DecodeWorker:
         batch = [(sequence, length) for sequence, length in batch if self._grow(sequence, length)]
         admitted = sum(self._admit(sequence) for sequence in self._waiting[: decision.admitted])
         if batch:
+            began_at = self._clock()
             drawn = self._worker.runner.step([_row(sequence, length) for sequence, length in batch])
             self._steps += 1
-            self._apply(batch, drawn)
+            self._apply(batch, drawn, began_at)
         return bool(batch or admitted or decision.preempted)
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
@@ -270,12 +274,15 @@ class DecodeWorker:
         self._insert(self._waiting, sequence)
         self._preemptions += 1
 
-    def _apply(self, batch: list[tuple[Sequence, int]], drawn: list[Drawn | None]) -> None:
-        """Take in what a step computed, and tell the proxies."""
+    def _apply(self, batch: list[tuple[Sequence, int]], drawn: list[Drawn | None], began_at: float) -> None:
+        """Take in what the step that began at `began_at` computed, and tell the proxies."""
         told: dict[str, list[Tokens]] = defaultdict(list)
+        now = self._clock()
         for (sequence, length), token in zip(batch, drawn, strict=True):
             sequence.num_computed += length
             sequence.table.publish(sequence.token_ids, sequence.num_computed)
+            if sequence.times.open:
+                sequence.times.begin(began_at)
             if token is None:
                 continue
             sequence.append(token.token_id, token.logprob)
@@ -287,7 +294,8 @@ class DecodeWorker:
                 sequence.num_tokens,
                 self._worker.max_model_len,
             )
-            told[sequence.link].append(sequence.tell(finish))
+            stages = sequence.times.drew(began_at, now) if sequence.times.open else None
+            told[sequence.link].append(sequence.tell(finish, stages))
             if finish:
                 self._end(sequence, None)
         for link, tokens in told.items():

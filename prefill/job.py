@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.exchange import LegKey
 from node.messages import SamplingParams
+from worker.stages import LegTimes
 
 
 @dataclass(slots=True, eq=False)
@@ -22,6 +23,7 @@ class Job:
     priority: int
     deadline: float
     table: BlockTable
+    times: LegTimes
     num_computed: int = 0
     cached_tokens: int = 0
     started: bool = False

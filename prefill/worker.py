@@ -27,6 +27,7 @@ from worker.draining import Draining
 from worker.finish import finish_of
 from worker.legs import busy, failed, means, why_impossible
 from worker.parts import Parts
+from worker.stages import LegTimes
 
 logger = logging.getLogger("prefill")
 
@@ -80,8 +81,8 @@ class PrefillWorker:
 
     def _on(self, event: Inbound) -> None:
         match event:
-            case FromProxy(link, Prefill() as message):
-                self._on_prefill(link, message)
+            case FromProxy(link, Prefill() as message, at):
+                self._on_prefill(link, message, at)
             case FromProxy(link, Cancel() as message):
                 self._on_cancel(link, message)
             case FromProxy(_, Drain()):
@@ -99,7 +100,7 @@ class PrefillWorker:
             case CarrierDied(error):
                 raise InvariantBroken("the carrier thread died") from error
 
-    def _on_prefill(self, link: str, message: Prefill) -> None:
+    def _on_prefill(self, link: str, message: Prefill, at: float) -> None:
         leg = LegKey(message.request_id, message.attempt)
         if leg in self._jobs or leg in self._leased:
             return
@@ -116,6 +117,7 @@ class PrefillWorker:
             priority=message.priority,
             deadline=now + message.deadline_s,
             table=BlockTable(self._manager, message.root, self._worker.layout.block_tokens, message.block_hashes),
+            times=LegTimes(at),
         )
         self._jobs[leg] = job
         self._arrived_at[leg] = now
@@ -201,6 +203,9 @@ class PrefillWorker:
         return True
 
     def _step(self, chunks: list[tuple[Job, Chunk]]) -> None:
+        began_at = self._clock()
+        for job, _ in chunks:
+            job.times.begin(began_at)
         drawn = self._worker.runner.step([_row(job, chunk) for job, chunk in chunks])
         self._steps += 1
         for (job, chunk), token in zip(chunks, drawn, strict=True):
@@ -229,6 +234,7 @@ class PrefillWorker:
                 logprobs=(token.logprob,) if token.logprob is not None else (),
                 finish=finish,
                 cached_tokens=min(job.cached_tokens, job.prompt_len),
+                stages=job.times.prefilled(self._clock()),
             ),
         )
         if finish:

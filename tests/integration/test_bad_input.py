@@ -54,7 +54,6 @@ def shared(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     cluster = Cluster(
         proxy_args=("--local-prefill", "never", "--request-timeout-s", "60"),
         worker_args=("--plane", "zmq", "--proxy", master.address, "--num-blocks", "256"),
-        decode_step_s=0.01,
         log_folder=tmp_path_factory.mktemp("logs"),
     )
     with cluster:

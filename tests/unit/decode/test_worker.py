@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 from typing import Any
@@ -18,10 +19,24 @@ from kvtransfer.carrier import FromProxy
 from kvtransfer.exchange import KvArrived, ReceiverEnded
 from models.batch import Drawn, Row
 from node.lifecycle import ProxyLost
-from node.messages import Bundle, Busy, Cancel, Cancelled, Failed, Load, Message, Reserve, Reserved, SamplingParams
+from node.messages import (
+    Bundle,
+    Busy,
+    Cancel,
+    Cancelled,
+    Failed,
+    Load,
+    Message,
+    Reserve,
+    Reserved,
+    SamplingParams,
+    Stages,
+)
 
 ROOT = b"r" * 32
 BLOCK = 4
+STEP_S = 0.125
+"""What a step takes on the worker's clock, which stands still otherwise."""
 
 
 class RecordingCarrier:
@@ -56,10 +71,30 @@ class CountingRunner:
 
     config = SimpleNamespace(vocab_size=1000)
 
+    def __init__(self, on_step: Callable[[], None]) -> None:
+        self._on_step = on_step
+
     def step(self, rows: Rows[Row]) -> list[Drawn | None]:
+        self._on_step()
         for row in rows:
             assert len(row.blocks) * BLOCK >= row.start + len(row.token_ids), "computed without blocks"
         return [Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows]
+
+
+def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: float) -> FromProxy:
+    tokens = tuple(range(num_tokens))
+    message = Reserve(
+        request_id=name,
+        attempt=0,
+        token_ids=tokens,
+        prompt_len=num_tokens,
+        root=ROOT,
+        block_hashes=block_hashes(ROOT, tokens, BLOCK),
+        sampling=SamplingParams(max_tokens=max_tokens),
+        prefill=prefill,
+        deadline_s=100.0,
+    )
+    return FromProxy("proxy", message, at)
 
 
 class Bench:
@@ -67,33 +102,25 @@ class Bench:
 
     def __init__(self, num_blocks: int = 16, **settings: Any) -> None:
         self.carrier = RecordingCarrier()
+        self.now_s = 1000.0
         self.manager = BlockManager(num_blocks)
         layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
         parts = SimpleNamespace(
-            runner=CountingRunner(), manager=self.manager, layout=layout, max_model_len=48, carrier=self.carrier
+            runner=CountingRunner(self._pass),
+            manager=self.manager,
+            layout=layout,
+            max_model_len=48,
+            carrier=self.carrier,
         )
-        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **settings))  # type: ignore[arg-type]
+        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **settings), lambda: self.now_s)
+
+    def _pass(self) -> None:
+        self.now_s += STEP_S
 
     def reserve(self, name: str, num_tokens: int, prefill: str = "p/1", max_tokens: int = 5) -> bytes:
         """Returns the transfer id, b"" for local prefill or a refusal."""
-        tokens = tuple(range(num_tokens))
         before = set(self.worker._reserved)
-        self.tell(
-            FromProxy(
-                "proxy",
-                Reserve(
-                    request_id=name,
-                    attempt=0,
-                    token_ids=tokens,
-                    prompt_len=num_tokens,
-                    root=ROOT,
-                    block_hashes=block_hashes(ROOT, tokens, BLOCK),
-                    sampling=SamplingParams(max_tokens=max_tokens),
-                    prefill=prefill,
-                    deadline_s=100.0,
-                ),
-            )
-        )
+        self.tell(reserve(name, num_tokens, prefill, max_tokens, at=self.now_s))
         return next(iter(set(self.worker._reserved) - before), b"")
 
     def tell(self, *events: Any) -> None:
@@ -113,13 +140,17 @@ class Bench:
         assert [t.index for t in told] == [sum(len(u.ids) for u in told[:i]) for i in range(len(told))]
         return [token for tokens in told for token in tokens.ids]
 
+    def stages(self) -> list[Stages | None]:
+        bundles = [message for message in self.carrier.told if isinstance(message, Bundle)]
+        return [tokens.stages for bundle in bundles for tokens in bundle.tokens]
+
 
 def test_a_transferred_sequence_streams_from_its_first_token() -> None:
     """Guards step 8 and 9: prefill's token is told again, nothing is computed twice, blocks stay only as cache."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
     assert bench.manager.usage().owned == 3
-    bench.tell(KvArrived(transfer, 777, None))
+    bench.tell(KvArrived(transfer, 777, None, 0.0, 0.0, 0.0))
     bench.run()
     assert bench.tokens("a") == [777, 11, 12, 13, 14]
     assert bench.manager.num_available == 16
@@ -131,6 +162,29 @@ def test_local_prefill_in_chunks() -> None:
     bench.reserve("a", 10, prefill="")
     bench.run()
     assert bench.tokens("a") == [10, 11, 12, 13, 14]
+
+
+def test_a_transferred_sequence_tells_its_stages_once() -> None:
+    """Guards the timeline: what the carrier measured, the wait for a step, the step; then nothing a token."""
+    bench = Bench()
+    transfer = bench.reserve("a", 10)
+    bench.now_s += 3.0
+    bench.tell(KvArrived(transfer, 777, None, bench.now_s - 0.5, 0.25, 1.0))
+    bench.run()
+    first = Stages(transfer_wait_s=0.25, transfer_s=1.0, admission_s=0.5, step_s=STEP_S)
+    assert bench.stages() == [first, None, None, None]
+
+
+def test_local_prefill_tells_its_stages_with_each_of_the_first_two_tokens() -> None:
+    """Guards the timeline of a colocated request: it has a queue, chunks, and a step, but no transfer."""
+    bench = Bench(max_chunk_tokens=3)
+    bench.now_s += 2.0
+    bench.tell(reserve("a", 10, "", 5, at=bench.now_s - 1.5))
+    bench.run()
+    first, second, *rest = bench.stages()
+    assert first == Stages(queue_s=1.5, prefill_s=4 * STEP_S)
+    assert second == Stages(step_s=STEP_S)
+    assert rest == [None, None, None]
 
 
 def test_preemption_changes_no_token() -> None:
@@ -148,7 +202,7 @@ def test_cancel_while_kv_is_coming_quarantines() -> None:
     """Guards against reuse of blocks that a transfer may still write to."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
-    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0)))
+    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
     assert bench.manager.usage().quarantined == 3
     assert isinstance(bench.carrier.told[-1], Cancelled)
     bench.tell(ReceiverEnded(transfer, "cancelled"))
@@ -160,7 +214,7 @@ def test_cancel_that_crosses_the_arrival() -> None:
     """Guards the race of Cancel and KvArrived: blocks come out of quarantine, nobody is told a token."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
-    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0)), KvArrived(transfer, 7, None))
+    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0), KvArrived(transfer, 7, None, 0.0, 0.0, 0.0))
     bench.run()
     assert bench.manager.num_available == 16 and bench.tokens("a") == []
 
@@ -173,7 +227,7 @@ def test_ends_that_are_no_finish(event: str) -> None:
     if event == "failed":
         bench.tell(ReceiverEnded(transfer, "deadline"))
     elif event == "bad token":
-        bench.tell(KvArrived(transfer, 1000, None))
+        bench.tell(KvArrived(transfer, 1000, None, 0.0, 0.0, 0.0))
     else:
         bench.tell(ProxyLost("proxy"), ReceiverEnded(transfer, "cancelled"))
     bench.run()
@@ -194,7 +248,7 @@ def test_too_few_blocks_is_busy_and_takes_none() -> None:
 def test_cached_blocks_do_not_travel() -> None:
     """Guards decode-side prefix hits: the second reservation of a prompt misses only what was not full."""
     bench = Bench()
-    bench.tell(KvArrived(bench.reserve("a", 10), 10, None))
+    bench.tell(KvArrived(bench.reserve("a", 10), 10, None, 0.0, 0.0, 0.0))
     bench.run()
     bench.reserve("b", 10)
     reserved = [message for message in bench.carrier.told if isinstance(message, Reserved)]

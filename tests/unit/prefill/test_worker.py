@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import queue
+from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 from typing import Any
@@ -16,12 +17,26 @@ from kvtransfer.carrier import Command, FromProxy
 from kvtransfer.exchange import LegKey, SenderEnded
 from models.batch import Drawn, Row
 from node.lifecycle import ProxyLost
-from node.messages import Busy, Cancel, Cancelled, Failed, HandedOver, Load, Message, Prefill, SamplingParams, Tokens
+from node.messages import (
+    Busy,
+    Cancel,
+    Cancelled,
+    Failed,
+    HandedOver,
+    Load,
+    Message,
+    Prefill,
+    SamplingParams,
+    Stages,
+    Tokens,
+)
 from prefill.settings import PrefillSettings
 from prefill.worker import PrefillWorker
 
 ROOT = b"r" * 32
 BLOCK = 4
+STEP_S = 0.125
+"""What a step takes on the worker's clock, which stands still otherwise."""
 LEG = LegKey("a", 0)
 
 
@@ -67,10 +82,12 @@ class CountingRunner:
 
     config = SimpleNamespace(vocab_size=1000)
 
-    def __init__(self) -> None:
+    def __init__(self, on_step: Callable[[], None]) -> None:
         self.steps: list[list[tuple[int, int]]] = []
+        self._on_step = on_step
 
     def step(self, rows: Rows[Row]) -> list[Drawn | None]:
+        self._on_step()
         self.steps.append([(row.start, len(row.token_ids)) for row in rows])
         return [Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows]
 
@@ -79,13 +96,17 @@ class Bench:
     """A prefill worker on its own."""
 
     def __init__(self, num_blocks: int = 16, **settings: Any) -> None:
-        self.carrier, self.runner = InlineCarrier(), CountingRunner()
+        self.carrier, self.runner = InlineCarrier(), CountingRunner(self._pass)
+        self.now_s = 1000.0
         self.manager = BlockManager(num_blocks)
         layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
         parts = SimpleNamespace(
             runner=self.runner, manager=self.manager, layout=layout, max_model_len=64, carrier=self.carrier
         )
-        self.worker = PrefillWorker(parts, PrefillSettings(**settings))  # type: ignore[arg-type]
+        self.worker = PrefillWorker(parts, PrefillSettings(**settings), lambda: self.now_s)
+
+    def _pass(self) -> None:
+        self.now_s += STEP_S
 
     def prefill(self, name: str, num_tokens: int, **sampling: Any) -> None:
         tokens = tuple(range(num_tokens))
@@ -104,6 +125,7 @@ class Bench:
                     decode_address="tcp://d",
                     deadline_s=100.0,
                 ),
+                self.now_s,
             )
         )
 
@@ -191,7 +213,7 @@ def test_every_end_hands_everything_back(event: str, when: str) -> None:
     if event == "transfer failed":
         bench.tell(_ended(ok=False))
     elif event == "cancel":
-        bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0)))
+        bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
         assert bench.manager.usage().leased > 0  # the carrier may still read them
         bench.tell(_ended(ok=False))
         assert len(bench.told(Cancelled)) == 1
@@ -213,3 +235,15 @@ def test_refusals_take_nothing() -> None:
     assert [(message.request_id, message.retryable) for message in bench.told(Failed)] == [("long", False)]
     assert [message.request_id for message in bench.told(Busy)] == ["b"]
     assert bench.manager.num_available == 2
+
+
+def test_the_first_token_tells_where_the_time_went() -> None:
+    """Guards the timeline: the wait behind another prompt is queue, from its own first chunk on it is prefill."""
+    bench = Bench(max_num_batched_tokens=4, max_chunk_tokens=4, policy="fcfs")
+    bench.prefill("a", 10)
+    bench.now_s += 0.5
+    bench.prefill("b", 8)
+    bench.run()
+    told = {message.request_id: message.stages for message in bench.told(Tokens)}
+    assert told["a"] == Stages(prefill_s=0.5 + 3 * STEP_S)
+    assert told["b"] == Stages(queue_s=STEP_S, prefill_s=2 * STEP_S)  # four of its tokens were cached

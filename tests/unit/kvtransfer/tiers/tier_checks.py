@@ -1,4 +1,4 @@
-"""What the tests of the tiers share: keys and blocks by number, a clock to turn, a listener that complains."""
+"""What the tests of the tiers share: keys and blocks by number, a clock to turn, a listener that finds contradictions."""
 
 from __future__ import annotations
 

@@ -1,0 +1,41 @@
+"""worker.stages: durations that follow one another without a gap, and are told once."""
+
+from __future__ import annotations
+
+from node.messages import Stages
+from worker.stages import LegTimes
+
+
+def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
+    """Guards the sum: the same seconds must not be told as two stages."""
+    times = LegTimes(received_at=10.0)
+    times.tier_load_s = 1.5
+    times.begin(14.0)
+    times.begin(15.0)  # a later chunk
+    assert times.prefilled(16.0) == Stages(queue_s=2.5, tier_load_s=1.5, prefill_s=2.0)
+
+
+def test_a_leg_without_a_transfer_tells_twice_and_then_no_more() -> None:
+    """Guards against stages of a later step, which would be taken for the gap between the first two tokens."""
+    times = LegTimes(received_at=10.0)
+    times.begin(11.0)
+    assert times.drew(11.0, 12.0) == Stages(queue_s=1.0, prefill_s=1.0) and times.open
+    assert times.drew(12.5, 13.0) == Stages(admission_s=0.5, step_s=0.5) and not times.open
+
+
+def test_a_handed_over_leg_tells_once() -> None:
+    """Guards against decode's first step being taken for a prefill."""
+    times = LegTimes(received_at=10.0)
+    times.arrive(11.0, wait_s=0.25, transfer_s=0.5)
+    times.begin(12.0)
+    told = times.drew(12.0, 12.5)
+    assert told == Stages(transfer_wait_s=0.25, transfer_s=0.5, admission_s=1.0, step_s=0.5) and not times.open
+
+
+def test_no_duration_is_negative() -> None:
+    """Guards against a message that its reader refuses: a load longer than the wait, a step before the arrival."""
+    times = LegTimes(received_at=10.0)
+    times.tier_load_s = 5.0
+    assert times.prefilled(9.0) == Stages(tier_load_s=5.0)
+    times.arrive(12.0, 0.0, 0.0)
+    assert times.drew(11.0, 10.5) == Stages()
