@@ -45,8 +45,12 @@ class Plan:
     """So many waiting items, from the first on, start running; they have blocks for all their tokens."""
 
 
-def plan(running: Sequence[Item], waiting: Sequence[Item], free_blocks: int, limits: Limits) -> Plan:
-    """`free_blocks` counts those that can be allocated now. Item.num_blocks are taken to be freed by preemption; where
+def plan(
+    running: Sequence[Item], waiting: Sequence[Item], free_blocks: int, limits: Limits, reserved_rows: int = 0
+) -> Plan:
+    """`reserved_rows` are kept for sequences whose KV is on its way.
+
+    `free_blocks` counts those that can be allocated now. Item.num_blocks are taken to be freed by preemption; where
     some are shared fewer come free, the row is left out of this step, and the next plan preempts further."""
     alive = len(running)
     preempted: list[int] = []
@@ -68,7 +72,7 @@ def plan(running: Sequence[Item], waiting: Sequence[Item], free_blocks: int, lim
             free_blocks -= lacking
             budget -= length - 1
         index += 1
-    admitted = 0 if preempted else _admit(waiting, free_blocks, limits.max_num_seqs - alive, limits)
+    admitted = 0 if preempted else _admit(waiting, free_blocks, limits.max_num_seqs - alive - reserved_rows, limits)
     return Plan(tuple(steps), tuple(preempted), admitted)
 
 

@@ -13,7 +13,8 @@ from worker.stages import LegTimes
 @dataclass(slots=True, eq=False)
 class Sequence:
     """`num_computed` of its `num_tokens` known tokens have their KV here. A step, the prefix cache and a transfer move
-    it forward; preemption sets it back to nothing."""
+    it forward; preemption sets it back to nothing. Steps that were launched and not read yet run ahead of both counts:
+    they compute up to `num_launched`, and draw `num_pending` tokens that nobody knows yet."""
 
     leg: LegKey
     link: str
@@ -30,6 +31,12 @@ class Sequence:
     first_missing_block: int = 0
     """Blocks from here on are written by the transfer."""
     num_computed: int = 0
+    num_launched: int = 0
+    num_pending: int = 0
+    slot: int = 0
+    """Its place in the runner's memory, while it runs."""
+    stay: int = 0
+    """How often it was preempted: what a step computed before has gone with its blocks."""
     cached_tokens: int = 0
     told: int = 0
     """Generated tokens that the proxy was told of, counted from the end of the prompt."""
@@ -39,6 +46,11 @@ class Sequence:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def num_expected(self) -> int:
+        """Known tokens, and those drawn already that nobody has read."""
+        return len(self.token_ids) + self.num_pending
 
     @property
     def num_generated(self) -> int:

@@ -6,6 +6,10 @@ A sequence is reserved (its blocks are held, a transfer fills them), waiting (it
 or running. Its blocks go back through one of three doors: released (nobody else touches them), quarantined until the
 carrier says that the transfer has ended, or kept as cached prefix. Every leg ends in exactly one of Tokens with a
 finish, Busy, Failed and Cancelled.
+
+Steps run ahead: up to the runner's `run_ahead` of them are launched before the first is read, so that a device never waits
+for this loop. What a step draws for a sequence that turns out to have ended is dropped, and blocks that a launched step
+may still write into rest with it until it was read.
 """
 
 from __future__ import annotations
@@ -13,9 +17,11 @@ from __future__ import annotations
 import logging
 import secrets
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable
+from itertools import takewhile
 
+from decode.flight import Flight, Part
 from decode.scheduler import Item, Limits, plan
 from decode.sequence import Sequence
 from decode.settings import DecodeSettings
@@ -23,7 +29,7 @@ from kvtransfer.blocks.manager import OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
 from kvtransfer.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
-from models.batch import Draw, Drawn, Row
+from models.batch import Draw, Row
 from node.errors import InvariantBroken, SettingsError
 from node.lifecycle import Joined, JoinRefused, ProxyLost
 from node.messages import (
@@ -40,7 +46,7 @@ from node.messages import (
 )
 from node.telemetry import log_event
 from worker.draining import Draining
-from worker.finish import finish_of
+from worker.finish import finish_of, is_last
 from worker.legs import busy, failed, means, why_impossible
 from worker.parts import Parts
 from worker.stages import LegTimes
@@ -69,6 +75,8 @@ class DecodeWorker:
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
+        self._flights: deque[Flight] = deque()  # in the order of their launch
+        self._free_slots = list(range(settings.max_num_seqs))
         self._steps = 0
         self._preemptions = 0
         self._generated_tokens = 0
@@ -84,9 +92,11 @@ class DecodeWorker:
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for sequence in [*self._legs.values()]:
             self._end(sequence, failed(sequence.leg, "worker is shutting down", retryable=True))
+        while self._flights:
+            self._retire(self._flights.popleft())
 
     def turn(self, wait_s: float) -> bool:
-        """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
+        """Hear what came in, waiting at most `wait_s` for something; True if it computed or read something."""
         for event in self._carrier.receive(wait_s):
             self._on(event)
         self._expire(self._clock())
@@ -215,10 +225,10 @@ class DecodeWorker:
         ):  # a peer of this namespace, but not in its right mind
             self._end(sequence, failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
             return
-        sequence.num_computed = sequence.num_tokens
+        sequence.num_computed = sequence.num_launched = sequence.num_tokens
         sequence.table.publish(sequence.token_ids, sequence.num_computed)
         sequence.append(event.token_id, event.logprob)
-        self._insert(self._running, sequence)
+        self._enter(sequence)
 
     def _on_receiver_ended(self, event: ReceiverEnded) -> None:
         self._manager.end_quarantine(event.transfer_id)
@@ -229,26 +239,55 @@ class DecodeWorker:
     # -- steps
 
     def _step(self) -> bool:
-        """Carry out one plan; True if it computed or changed anything."""
+        """Launch a step, and read one where enough are under way or none was launched; True if anything changed."""
+        before = len(self._flights)
+        changed = self._launch()
+        if self._flights and (len(self._flights) == before or len(self._flights) > self._worker.runner.run_ahead):
+            self._retire(self._flights.popleft())
+            return True
+        return changed
+
+    def _launch(self) -> bool:
+        """Carry out one plan; True if it launched or changed anything."""
         if not self._running and not self._waiting:
             return False
-        decision = plan(_items(self._running), _items(self._waiting), self._manager.num_available, self._limits)
+        # Whoever was preempted while a step drew its next token waits for that token before it may come back.
+        waiting = list(takewhile(lambda sequence: not sequence.num_pending, self._waiting))
+        decision = plan(
+            [self._item(sequence) for sequence in self._running],
+            [self._item(sequence) for sequence in waiting],
+            self._manager.num_available,
+            self._limits,
+            len(self._reserved),
+        )
         sequences = list(self._running)
         for index in decision.preempted:
             self._preempt(sequences[index])
         batch = [(sequences[step.index], step.length) for step in decision.steps]
         batch = [(sequence, length) for sequence, length in batch if self._grow(sequence, length)]
-        admitted = sum(self._admit(sequence) for sequence in self._waiting[: decision.admitted])
+        admitted = sum(self._admit(sequence) for sequence in waiting[: decision.admitted])
         if batch:
+            rows = [_row(sequence, length) for sequence, length in batch]
+            parts = [Part(sequence, length, sequence.stay) for sequence, length in batch]
             began_at = self._clock()
-            drawn = self._worker.runner.step([_row(sequence, length) for sequence, length in batch])
+            self._flights.append(Flight(self._worker.runner.launch(rows), parts, began_at))
             self._steps += 1
-            self._apply(batch, drawn, began_at)
+            for (sequence, length), row in zip(batch, rows, strict=True):
+                sequence.num_launched += length
+                sequence.num_pending += row.draw is not None
         return bool(batch or admitted or decision.preempted)
+
+    def _item(self, sequence: Sequence) -> Item:
+        """A sequence whose last token is drawn, though not read, has no work left."""
+        num_tokens, num_generated = sequence.num_expected, sequence.num_expected - sequence.prompt_len
+        drawn = sequence.num_pending > 0
+        if drawn and is_last(sequence.sampling, num_generated, num_tokens, self._worker.max_model_len):
+            num_tokens = sequence.num_launched
+        return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks))
 
     def _grow(self, sequence: Sequence, length: int) -> bool:
         try:
-            sequence.table.grow(sequence.num_computed + length)
+            sequence.table.grow(sequence.num_launched + length)
         except OutOfBlocks:
             return False
         return True
@@ -259,32 +298,57 @@ class DecodeWorker:
         if not self._grow(sequence, sequence.num_tokens):
             sequence.table.release()
             return False
-        sequence.num_computed = cached_tokens
+        sequence.num_computed = sequence.num_launched = cached_tokens
         if sequence.num_generated == sequence.told and not sequence.cached_tokens:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
             self._cached_tokens += sequence.cached_tokens
         self._waiting.remove(sequence)
-        self._insert(self._running, sequence)
+        self._enter(sequence)
         return True
 
-    def _preempt(self, sequence: Sequence) -> None:
-        sequence.table.release()
-        sequence.num_computed = 0
+    def _enter(self, sequence: Sequence) -> None:
+        """Make a sequence run; it gets a slot."""
+        sequence.slot = self._free_slots.pop()
+        self._insert(self._running, sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Make it run no more. Its slot is free at once, since steps follow one another; its blocks may be filled by
+        transfers, which do not, so they rest until the last step that writes into them was read."""
         self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        blocks = sequence.table.part_with()
+        flight = next((flight for flight in reversed(self._flights) if flight.computes(sequence)), None)
+        if flight is None:
+            self._manager.release(blocks)
+        else:
+            flight.left.append(blocks)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._leave(sequence)
+        sequence.num_computed = sequence.num_launched = 0
+        sequence.stay += 1
         self._insert(self._waiting, sequence)
         self._preemptions += 1
 
-    def _apply(self, batch: list[tuple[Sequence, int]], drawn: list[Drawn | None], began_at: float) -> None:
-        """Take in what the step that began at `began_at` computed, and tell the proxies."""
-        told: dict[str, list[Tokens]] = defaultdict(list)
+    def _retire(self, flight: Flight) -> None:
+        """Take in what a step computed, and tell the proxies."""
+        drawn = flight.launched.read()
+        for blocks in flight.left:
+            self._manager.release(blocks)
         now = self._clock()
-        for (sequence, length), token in zip(batch, drawn, strict=True):
-            sequence.num_computed += length
-            sequence.table.publish(sequence.token_ids, sequence.num_computed)
+        told: dict[str, list[Tokens]] = defaultdict(list)
+        for part, token in zip(flight.parts, drawn, strict=True):
+            sequence = part.sequence
+            if self._legs.get(sequence.leg) is not sequence:
+                continue  # it ended meanwhile
+            if part.stay == sequence.stay:
+                sequence.num_computed += part.length
+                sequence.table.publish(sequence.token_ids, sequence.num_computed)
             if sequence.times.open:
-                sequence.times.begin(began_at)
+                sequence.times.begin(flight.began_at)
             if token is None:
                 continue
+            sequence.num_pending -= 1
             sequence.append(token.token_id, token.logprob)
             self._generated_tokens += 1
             finish = finish_of(
@@ -294,7 +358,7 @@ class DecodeWorker:
                 sequence.num_tokens,
                 self._worker.max_model_len,
             )
-            stages = sequence.times.drew(began_at, now) if sequence.times.open else None
+            stages = sequence.times.drew(flight.began_at, now) if sequence.times.open else None
             told[sequence.link].append(sequence.tell(finish, stages))
             if finish:
                 self._end(sequence, None)
@@ -310,11 +374,12 @@ class DecodeWorker:
             self._reserved.pop(transfer_id)
             sequence.table.quarantine_from(sequence.first_missing_block, transfer_id)
             self._carrier.do(lambda exchange, now: exchange.cancel_receiver(transfer_id, "cancelled", now))
+        elif sequence in self._running:
+            self._leave(sequence)
         else:
             sequence.table.release()
-            for group in (self._waiting, self._running):
-                if sequence in group:
-                    group.remove(sequence)
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
         if answer is not None:
             self._carrier.tell(sequence.link, answer)
 
@@ -360,14 +425,11 @@ class DecodeWorker:
             raise InvariantBroken(f"an idle decode worker holds blocks: {usage}")
 
 
-def _items(sequences: list[Sequence]) -> list[Item]:
-    return [Item(s.num_tokens, s.num_computed, len(s.table.blocks)) for s in sequences]
-
-
 def _row(sequence: Sequence, length: int) -> Row:
-    start = sequence.num_computed
+    start = sequence.num_launched
     end = start + length
     draw = None
-    if end == sequence.num_tokens:
-        draw = Draw(sequence.sampling, sequence.token_ids, sequence.prompt_len, sequence.num_generated)
-    return Row(sequence.token_ids[start:end], start, sequence.table.blocks, draw)
+    if end == sequence.num_expected:
+        num_generated = sequence.num_expected - sequence.prompt_len
+        draw = Draw(sequence.sampling, sequence.token_ids, sequence.prompt_len, num_generated)
+    return Row(sequence.token_ids[start:end], start, sequence.table.blocks, draw, sequence.slot)

@@ -1,9 +1,14 @@
-"""What a step is made of and what it gives back, in plain values: rows in, drawn tokens out. No torch."""
+"""What a step is made of and what it gives back, in plain values: rows in, drawn tokens out. No torch.
+
+A step is launched first and read later. A runner's `run_ahead` steps may be launched before the first of them is read; the
+worker then does not know the token that a sequence continues with, and says so by a row without token ids.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 from node.messages import Logprob, SamplingParams
 
@@ -26,13 +31,21 @@ class Row:
     """One sequence's part in a step: a chunk of its prompt, or its last token."""
 
     token_ids: Sequence[int]
-    """Tokens to compute now; at least one."""
+    """Tokens to compute now. None at all: the one that this slot drew last, which nobody has read yet."""
     start: int
     """Tokens before them, whose KV is in the pool."""
     blocks: Sequence[int]
     """Block ids in the order of the sequence; they cover start + len(token_ids) tokens, and may be more."""
     draw: Draw | None
     """None where no token follows yet: a chunk that does not reach the last known token."""
+    slot: int = 0
+    """Where a device keeps what the sequence needs from step to step; its own as long as it runs. The CPU keeps none.
+    """
+
+    @property
+    def num_new(self) -> int:
+        """Tokens that the step computes."""
+        return len(self.token_ids) or 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +55,21 @@ class Drawn:
     token_id: int
     logprob: Logprob | None
     """Only where the row's SamplingParams ask for it."""
+
+
+class Launched(Protocol):
+    """A step that was launched."""
+
+    def read(self) -> list[Drawn | None]:
+        """One entry a row; waits until the step has ended. Once, and in the order of the launches."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that has ended already."""
+
+    drawn: list[Drawn | None]
+
+    def read(self) -> list[Drawn | None]:
+        return self.drawn

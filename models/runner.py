@@ -16,7 +16,7 @@ import torch
 
 from models import decoder
 from models.attention import PagedAttention
-from models.batch import Drawn, Row
+from models.batch import Done, Drawn, Launched, Row
 from models.config import ModelConfig
 from models.rope import inverse_frequencies
 from models.sampler import draw_tokens
@@ -36,6 +36,7 @@ class ModelRunner:
         self._weights = weights
         self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(weights.embedding.device)
         self._attention: PagedAttention | None = None
+        self.run_ahead = 0
 
     @classmethod
     def load(
@@ -72,6 +73,10 @@ class ModelRunner:
         if pool.dtype != self.kv_dtype or not pool.is_contiguous():
             raise InvariantBroken(f"pool must be contiguous {self.kv_dtype}, is {pool.dtype}")
         self._attention = PagedAttention(self.config, pool)
+
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        """As models.batch.Runner says; the step has ended when this returns."""
+        return Done(self.step(rows))
 
     def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
         """Computes the rows' tokens and draws what they ask for; one entry a row."""

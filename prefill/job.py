@@ -12,7 +12,8 @@ from worker.stages import LegTimes
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """`num_computed` of the `len(token_ids)` tokens have their KV in the pool; the difference is the work left."""
+    """`num_computed` of the `len(token_ids)` tokens have their KV in the pool; the difference is the work left. Steps
+    that were launched and not read yet compute up to `num_launched`."""
 
     leg: LegKey
     link: str
@@ -25,6 +26,7 @@ class Job:
     table: BlockTable
     times: LegTimes
     num_computed: int = 0
+    num_launched: int = 0
     cached_tokens: int = 0
     started: bool = False
     """It holds blocks for all its tokens."""

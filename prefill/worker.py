@@ -3,19 +3,23 @@
 A job's blocks are referenced while it is computed and leased, under the leg's name, from then until the carrier says
 that nobody touches them any more. Every leg ends in exactly one of HandedOver, Tokens with a finish, Busy, Failed and
 Cancelled.
+
+Up to the runner's `run_ahead` steps are launched before the first is read, so that a device never waits for this loop. No job
+ends while a launched step computes it: the steps under way are read first.
 """
 
 from __future__ import annotations
 
 import logging
 import time
+from collections import deque
 from collections.abc import Callable
 
 from kvtransfer.blocks.manager import OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
 from kvtransfer.exchange import LegKey, SenderEnded
-from models.batch import Draw, Drawn, Row
+from models.batch import Draw, Drawn, Launched, Row
 from node.errors import InvariantBroken, SettingsError
 from node.lifecycle import Joined, JoinRefused, ProxyLost
 from node.messages import Busy, Cancel, Cancelled, Drain, Failed, HandedOver, Load, Prefill, Tokens
@@ -46,6 +50,7 @@ class PrefillWorker:
         self._jobs: dict[LegKey, Job] = {}  # in order of arrival
         self._leased: dict[LegKey, Job] = {}  # computed or given up; the carrier still reads their blocks
         self._owed: set[LegKey] = set()  # of those, the legs whose proxy awaits the outcome
+        self._flights: deque[tuple[Launched, list[tuple[Job, Chunk]]]] = deque()  # in the order of their launch
         self._steps = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
@@ -57,19 +62,22 @@ class PrefillWorker:
         worked = False
         while not self._draining.over(idle=not (self._jobs or self._leased), now=self._clock()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
+        self._settle()
         for job in [*self._jobs.values()]:
             self._give_up(job, failed(job.leg, "worker is shutting down", retryable=True))
 
     def turn(self, wait_s: float) -> bool:
-        """Hear what came in, waiting at most `wait_s` for something; True if there was a step to do."""
+        """Hear what came in, waiting at most `wait_s` for something; True if it computed or read something."""
         for event in self._carrier.receive(wait_s):
             self._on(event)
         self._expire(self._clock())
         chunks = self._schedule()
         if chunks:
-            self._step(chunks)
+            self._launch(chunks)
+        if due := bool(self._flights) and (not chunks or len(self._flights) > self._worker.runner.run_ahead):
+            self._retire()
         self._carrier.load = self._load()
-        return bool(chunks)
+        return due or bool(chunks)
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""
@@ -91,6 +99,7 @@ class PrefillWorker:
                 self._on_sender_ended(event)
             case ProxyLost(link):
                 log_event(logger, "proxy_lost", link=link)
+                self._settle()
                 for job in [job for job in self._jobs.values() if job.link == link]:
                     self._give_up(job, failed(job.leg, "this worker had lost its proxy", retryable=True))
             case Joined(link):
@@ -141,6 +150,8 @@ class PrefillWorker:
         return None
 
     def _on_cancel(self, link: str, message: Cancel) -> None:
+        if any(means(message, leg) for leg in self._jobs):
+            self._settle()
         for job in [j for j in self._jobs.values() if means(message, j.leg)]:
             self._give_up(job, None)
         for leg in [leg for leg in self._owed if means(message, leg)]:
@@ -149,6 +160,8 @@ class PrefillWorker:
         self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
 
     def _on_sender_ended(self, event: SenderEnded) -> None:
+        if event.leg in self._jobs:
+            self._settle()
         if (job := self._jobs.get(event.leg)) is not None:  # before all was computed
             self._give_up(job, failed(job.leg, f"transfer: {event.reason}", retryable=True), ended=True)
             return
@@ -177,14 +190,14 @@ class PrefillWorker:
         """Start waiting jobs, in order, as far as blocks last; then fill the budget from the started ones."""
         now = self._clock()
         jobs = list(self._jobs.values())
-        works = [Work(j.num_tokens, j.num_computed, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
+        works = [Work(j.num_tokens, j.num_launched, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
         sequence = order(works, self._settings.policy)
         started: list[int] = []
         for index in sequence:
             if len(started) == self._settings.max_num_seqs or not (jobs[index].started or self._start(jobs[index])):
                 break  # nobody overtakes a job that waits for blocks
             started.append(index)
-        works = [Work(j.num_tokens, j.num_computed, j.priority, 0.0) for j in jobs]
+        works = [Work(j.num_tokens, j.num_launched, j.priority, 0.0) for j in jobs]
         budget, longest = self._settings.max_num_batched_tokens, self._settings.max_chunk_tokens
         return [(jobs[chunk.index], chunk) for chunk in plan(works, started, budget, longest)]
 
@@ -197,18 +210,30 @@ class PrefillWorker:
             job.table.release()
             return False
         job.started = True
-        job.num_computed = job.cached_tokens = cached_tokens
+        job.num_computed = job.num_launched = job.cached_tokens = cached_tokens
         self._cached_tokens += cached_tokens
         self._prompt_tokens += job.num_tokens
         return True
 
-    def _step(self, chunks: list[tuple[Job, Chunk]]) -> None:
+    def _launch(self, chunks: list[tuple[Job, Chunk]]) -> None:
+        rows = [_row(job, chunk, slot) for slot, (job, chunk) in enumerate(chunks)]
         began_at = self._clock()
         for job, _ in chunks:
             job.times.begin(began_at)
-        drawn = self._worker.runner.step([_row(job, chunk) for job, chunk in chunks])
+        self._flights.append((self._worker.runner.launch(rows), chunks))
         self._steps += 1
-        for (job, chunk), token in zip(chunks, drawn, strict=True):
+        for job, chunk in chunks:
+            job.num_launched = chunk.start + chunk.length
+
+    def _settle(self) -> None:
+        """Read all steps that are under way."""
+        while self._flights:
+            self._retire()
+
+    def _retire(self) -> None:
+        """Read the oldest step, and tell what it computed."""
+        launched, chunks = self._flights.popleft()
+        for (job, chunk), token in zip(chunks, launched.read(), strict=True):
             job.num_computed = chunk.start + chunk.length
             job.table.publish(job.token_ids, job.num_computed)
             if token is None:
@@ -271,6 +296,8 @@ class PrefillWorker:
         self._carrier.do(lambda exchange, now: exchange.cancel_sender(leg, reason, now))
 
     def _expire(self, now: float) -> None:
+        if any(now >= job.deadline for job in self._jobs.values()):
+            self._settle()
         for job in [job for job in self._jobs.values() if now >= job.deadline]:
             self._give_up(job, failed(job.leg, "deadline", retryable=False))
 
@@ -302,12 +329,12 @@ class PrefillWorker:
             raise InvariantBroken(f"an idle prefill worker holds blocks: {usage}")
 
 
-def _row(job: Job, chunk: Chunk) -> Row:
+def _row(job: Job, chunk: Chunk, slot: int) -> Row:
     end = chunk.start + chunk.length
     draw = None
     if end == job.num_tokens:
         draw = Draw(job.sampling, job.token_ids, job.prompt_len, job.num_tokens - job.prompt_len)
-    return Row(job.token_ids[chunk.start : end], chunk.start, job.table.blocks, draw)
+    return Row(job.token_ids[chunk.start : end], chunk.start, job.table.blocks, draw, slot)
 
 
 def _lease_key(leg: LegKey) -> bytes:

@@ -15,6 +15,9 @@ def finish_of(
     """
     if token_id in sampling.stop_token_ids and num_generated > sampling.min_tokens:
         return "stop"
-    if num_generated >= sampling.max_tokens or num_tokens >= max_model_len:
-        return "length"
-    return ""
+    return "length" if is_last(sampling, num_generated, num_tokens, max_model_len) else ""
+
+
+def is_last(sampling: SamplingParams, num_generated: int, num_tokens: int, max_model_len: int) -> bool:
+    """Whether generated token number `num_generated` is the last, whatever it is."""
+    return num_generated >= sampling.max_tokens or num_tokens >= max_model_len

@@ -11,7 +11,7 @@ from typing import Protocol
 from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.carrier import Command, Inbound
-from models.batch import Drawn, Row
+from models.batch import Launched, Row
 from node.messages import Load, Message
 
 
@@ -28,7 +28,14 @@ class Runner(Protocol):
     @property
     def config(self) -> Vocabulary: ...
 
-    def step(self, rows: Sequence[Row]) -> list[Drawn | None]: ...
+    @property
+    def run_ahead(self) -> int:
+        """Steps that may be launched before the first of them is read; 0: each is read before the next."""
+        ...
+
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        """Begin to compute the rows' tokens and to draw what they ask for. Steps run one after the other."""
+        ...
 
 
 class Carriage(Protocol):

@@ -50,9 +50,13 @@ class BlockTable:
 
     def release(self) -> None:
         """Give all references back. Tails go first, so that a chain is evicted from its end."""
-        self._manager.release(self.blocks[::-1])
-        self.blocks = []
+        self._manager.release(self.part_with())
+
+    def part_with(self) -> list[int]:
+        """All blocks, tail first; whoever gets them releases the references. The table is empty afterwards."""
+        blocks, self.blocks = self.blocks[::-1], []
         self._named = 0
+        return blocks
 
     def lease(self, key: bytes) -> None:
         """Exchange the references for a lease called `key`."""

@@ -17,7 +17,7 @@ from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.carrier import FromProxy
 from kvtransfer.exchange import KvArrived, ReceiverEnded
-from models.batch import Drawn, Row
+from models.batch import Done, Drawn, Row
 from node.lifecycle import ProxyLost
 from node.messages import (
     Bundle,
@@ -74,11 +74,13 @@ class CountingRunner:
     def __init__(self, on_step: Callable[[], None]) -> None:
         self._on_step = on_step
 
-    def step(self, rows: Rows[Row]) -> list[Drawn | None]:
+    run_ahead = 0
+
+    def launch(self, rows: Rows[Row]) -> Done:
         self._on_step()
         for row in rows:
             assert len(row.blocks) * BLOCK >= row.start + len(row.token_ids), "computed without blocks"
-        return [Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows]
+        return Done([Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows])
 
 
 def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: float) -> FromProxy:

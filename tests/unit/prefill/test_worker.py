@@ -15,7 +15,7 @@ from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.carrier import Command, FromProxy
 from kvtransfer.exchange import LegKey, SenderEnded
-from models.batch import Drawn, Row
+from models.batch import Done, Drawn, Row
 from node.lifecycle import ProxyLost
 from node.messages import (
     Busy,
@@ -82,21 +82,22 @@ class CountingRunner:
 
     config = SimpleNamespace(vocab_size=1000)
 
-    def __init__(self, on_step: Callable[[], None]) -> None:
+    def __init__(self, on_step: Callable[[], None], run_ahead: int) -> None:
+        self.run_ahead = run_ahead
         self.steps: list[list[tuple[int, int]]] = []
         self._on_step = on_step
 
-    def step(self, rows: Rows[Row]) -> list[Drawn | None]:
+    def launch(self, rows: Rows[Row]) -> Done:
         self._on_step()
         self.steps.append([(row.start, len(row.token_ids)) for row in rows])
-        return [Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows]
+        return Done([Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows])
 
 
 class Bench:
     """A prefill worker on its own."""
 
-    def __init__(self, num_blocks: int = 16, **settings: Any) -> None:
-        self.carrier, self.runner = InlineCarrier(), CountingRunner(self._pass)
+    def __init__(self, num_blocks: int = 16, run_ahead: int = 0, **settings: Any) -> None:
+        self.carrier, self.runner = InlineCarrier(), CountingRunner(self._pass, run_ahead)
         self.now_s = 1000.0
         self.manager = BlockManager(num_blocks)
         layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
@@ -148,9 +149,13 @@ def _ended(name: str = "a", ok: bool = True) -> SenderEnded:
     return SenderEnded(LegKey(name, 0), ok, "" if ok else "broken", 3, 0.01)
 
 
-def test_chunks_are_offered_as_they_are_computed() -> None:
+AHEAD = pytest.mark.parametrize("run_ahead", [0, 1, 2])
+
+
+@AHEAD
+def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
     """Guards the overlap of computing and moving: full blocks after each chunk, the rest and the token at the end."""
-    bench = Bench(max_chunk_tokens=6)
+    bench = Bench(run_ahead=run_ahead, max_chunk_tokens=6)
     bench.prefill("a", 14)
     bench.run()
     assert bench.runner.steps == [[(0, 6)], [(6, 6)], [(12, 2)]]
@@ -179,10 +184,11 @@ def test_blocks_are_leased_until_the_transfer_has_ended() -> None:
     assert bench.told(Tokens)[-1].request_id == "b"
 
 
+@AHEAD
 @pytest.mark.parametrize(("sampling", "finish"), [({"max_tokens": 1}, "length"), ({"stop_token_ids": (6,)}, "stop")])
-def test_a_request_that_ends_with_its_first_token(sampling: dict[str, Any], finish: str) -> None:
+def test_a_request_that_ends_with_its_first_token(sampling: dict[str, Any], finish: str, run_ahead: int) -> None:
     """Guards the one terminal message: Tokens with a finish, no hand-over, and the transfer is called off."""
-    bench = Bench()
+    bench = Bench(run_ahead=run_ahead)
     bench.prefill("a", 6, **sampling)
     bench.tell(_ended(ok=False))
     bench.run()
@@ -202,11 +208,12 @@ def test_prompts_share_a_step_and_a_prefix() -> None:
     assert [message.cached_tokens for message in bench.told(Tokens)] == [0, 8]
 
 
+@AHEAD
 @pytest.mark.parametrize("event", ["transfer failed", "cancel", "proxy lost"])
 @pytest.mark.parametrize("when", ["computing", "handed to the carrier"])
-def test_every_end_hands_everything_back(event: str, when: str) -> None:
+def test_every_end_hands_everything_back(event: str, when: str, run_ahead: int) -> None:
     """Guards against leaks and double answers, in the middle of a prompt and after it."""
-    bench = Bench(max_chunk_tokens=4)
+    bench = Bench(run_ahead=run_ahead, max_chunk_tokens=4)
     bench.prefill("a", 14)
     if when != "computing":
         bench.run()

@@ -1,0 +1,31 @@
+"""A step that was launched and not read yet: which sequences it computes, and what must rest until it has ended."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from decode.sequence import Sequence
+from models.batch import Launched
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`length` tokens of a sequence, in its stay number `stay`."""
+
+    sequence: Sequence
+    length: int
+    stay: int
+
+
+@dataclass(frozen=True, slots=True)
+class Flight:
+    """See the module's docstring."""
+
+    launched: Launched
+    parts: list[Part]
+    began_at: float
+    left: list[list[int]] = field(default_factory=list)
+    """Blocks, tail first, of sequences that ended or were preempted meanwhile: the step may still write into them."""
+
+    def computes(self, sequence: Sequence) -> bool:
+        return any(part.sequence is sequence for part in self.parts)

@@ -1,0 +1,262 @@
+"""Steps that run ahead of the host: whatever comes and goes between them, a sequence gets the tokens that are its own.
+
+The runner here computes a step only when it is read, as a device would that is late, out of a pool whose slots hold
+token ids: a block that is handed out too early is overwritten by the late step, and the next tokens are wrong.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Sequence as Rows
+from types import SimpleNamespace
+from typing import Any
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from decode.settings import DecodeSettings
+from decode.worker import DecodeWorker
+from kvtransfer.blocks.hashing import block_hashes
+from kvtransfer.blocks.layout import KVLayout
+from kvtransfer.blocks.manager import BlockManager
+from kvtransfer.carrier import FromProxy
+from kvtransfer.exchange import KvArrived, ReceiverEnded
+from models.batch import Drawn, Row
+from node.messages import Bundle, Busy, Cancel, Failed, Load, Message, Reserve, SamplingParams
+
+ROOT, BLOCK, VOCAB, STOP = b"r" * 32, 4, 13, 5
+MAX_MODEL_LEN = 48
+
+
+def next_token(context: list[int]) -> int:
+    """Depends on every token before it, and on their order."""
+    value = 7
+    for token in context:
+        value = (value * 31 + token + 1) % 10007
+    return value % VOCAB
+
+
+def expected(prompt: list[int], max_tokens: int) -> list[int]:
+    known = list(prompt)
+    while True:
+        known.append(next_token(known))
+        done = len(known) - len(prompt) == max_tokens or len(known) == MAX_MODEL_LEN
+        if known[-1] == STOP or done:
+            return known[len(prompt) :]
+
+
+class LateStep:
+    def __init__(self, runner: LateRunner, rows: list[Row]) -> None:
+        self._runner, self._rows = runner, rows
+
+    def read(self) -> list[Drawn | None]:
+        assert self._runner.launched.pop(0) is self, "steps must be read in the order of their launch"
+        return [self._compute(row) for row in self._rows]
+
+    def _compute(self, row: Row) -> Drawn | None:
+        runner, token_ids = self._runner, row.token_ids or [self._runner.last_drawn[row.slot]]
+        for place, token in enumerate(token_ids, row.start):
+            runner.pool[row.blocks[place // BLOCK], place % BLOCK] = token
+        if row.draw is None:
+            return None
+        length = row.start + len(token_ids)
+        assert row.draw.num_generated == length - row.draw.prompt_len
+        context = [runner.pool[row.blocks[place // BLOCK], place % BLOCK] for place in range(length)]
+        runner.last_drawn[row.slot] = next_token(context)
+        return Drawn(runner.last_drawn[row.slot], None)
+
+
+class LateRunner:
+    """Keeps for each slot the token that it drew last."""
+
+    config = SimpleNamespace(vocab_size=VOCAB)
+
+    def __init__(self, run_ahead: int) -> None:
+        self.run_ahead = run_ahead
+        self.pool: dict[tuple[int, int], int] = {}
+        self.last_drawn: dict[int, int] = {}
+        self.launched: list[LateStep] = []
+
+    def launch(self, rows: Rows[Row]) -> LateStep:
+        assert len({row.slot for row in rows}) == len(rows), "two rows in one slot"
+        for row in rows:
+            assert len(row.blocks) * BLOCK >= row.start + row.num_new, "computed without blocks"
+        # The worker's lists change after the launch, and what was launched does not.
+        step = LateStep(self, [Row(list(r.token_ids), r.start, list(r.blocks), r.draw, r.slot) for r in rows])
+        self.launched.append(step)
+        assert len(self.launched) <= self.run_ahead + 1
+        return step
+
+
+class SilentCarrier:
+    def __init__(self) -> None:
+        self.load = Load()
+        self.told: list[Message] = []
+        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
+
+    def receive(self, wait_s: float) -> list[Any]:
+        events = []
+        while not self.inbox.empty():
+            events.append(self.inbox.get())
+        return events
+
+    def do(self, command: object) -> None: ...
+
+    def tell(self, link: str, *messages: Message) -> None:
+        self.told += messages
+
+    def transfer_counters(self) -> dict[str, float]:
+        return {}
+
+    def drain(self) -> None: ...
+
+
+class Bench:
+    """A decode worker over a late runner; transfers write into the pool at the moment they arrive."""
+
+    def __init__(self, run_ahead: int, num_blocks: int, **options: Any) -> None:
+        self.carrier, self.runner, self.manager = SilentCarrier(), LateRunner(run_ahead), BlockManager(num_blocks)
+        layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
+        parts = SimpleNamespace(
+            runner=self.runner,
+            manager=self.manager,
+            layout=layout,
+            max_model_len=MAX_MODEL_LEN,
+            carrier=self.carrier,
+        )
+        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **options))  # type: ignore[arg-type]
+        self.prompts: dict[str, tuple[list[int], int]] = {}
+
+    def request(self, name: str, prompt: list[int], max_tokens: int, remote: bool) -> None:
+        self.prompts[name] = (prompt, max_tokens)
+        reserve = Reserve(
+            request_id=name,
+            attempt=0,
+            token_ids=tuple(prompt),
+            prompt_len=len(prompt),
+            root=ROOT,
+            block_hashes=block_hashes(ROOT, prompt, BLOCK),
+            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,)),
+            prefill="p/1" if remote else "",
+            deadline_s=100.0,
+        )
+        self.carrier.inbox.put(FromProxy("proxy", reserve, 0.0))
+
+    def arrive(self) -> None:
+        """The oldest transfer under way writes its blocks, and its sequence gets its first token."""
+        reserved = self.worker._reserved
+        for transfer_id, sequence in list(reserved.items())[:1]:
+            for place, token in enumerate(sequence.token_ids):
+                block = sequence.table.blocks[place // BLOCK]
+                if place // BLOCK >= sequence.first_missing_block:
+                    self.runner.pool[block, place % BLOCK] = token
+            self.carrier.inbox.put(KvArrived(transfer_id, next_token(sequence.token_ids), None, 0.0, 0.0, 0.0))
+
+    def hear(self) -> None:
+        """What a turn does before its step."""
+        for event in self.carrier.receive(0.0):
+            self.worker._on(event)
+
+    def cancel(self, name: str) -> None:
+        self.carrier.inbox.put(FromProxy("proxy", Cancel(request_id=name, attempt=0), 0.0))
+
+    def tokens(self, name: str) -> list[int]:
+        told = [t for m in self.carrier.told if isinstance(m, Bundle) for t in m.tokens if t.request_id == name]
+        assert [t.index for t in told] == [sum(len(u.ids) for u in told[:i]) for i in range(len(told))]
+        return [token for tokens in told for token in tokens.ids]
+
+    def finish(self) -> None:
+        """Everything that is still open comes to its end, and all blocks are handed back."""
+        for _ in range(3000):
+            self.arrive()
+            for transfer_id in list(self.manager._quarantines):
+                self.carrier.inbox.put(ReceiverEnded(transfer_id, "cancelled"))
+            if not self.worker.turn(0.0) and not self.worker._legs and self.carrier.inbox.empty():
+                break
+        assert not self.worker._legs and not self.runner.launched
+        self.worker.check()
+        assert self.manager.num_available == self.manager.num_blocks
+        assert sorted(self.worker._free_slots) == list(range(len(self.worker._free_slots)))
+
+
+REQUEST = st.tuples(st.just("request"), st.integers(0, 2), st.integers(1, 40), st.integers(1, 20), st.booleans())
+ACTION = st.one_of(
+    REQUEST,
+    st.tuples(st.sampled_from(["arrive", "turn", "turn", "turn"])),
+    st.tuples(st.just("cancel"), st.integers(0, 9)),
+    st.tuples(st.just("take over"), st.integers(0, 9), st.integers(1, VOCAB)),
+)
+
+
+@settings(max_examples=150)
+@given(
+    st.lists(ACTION, min_size=20, max_size=60),
+    st.integers(0, 2),
+    st.integers(12, 30),
+    st.integers(1, 6),
+    st.integers(1, 9),
+)
+def test_any_schedule_gives_the_tokens_of_one_step_after_the_other(actions, run_ahead, num_blocks, rows, chunk):
+    """Guards against tokens of a sequence that has ended, of a slot's earlier owner or of blocks that were given to
+    another too early, and against blocks or slots that are never handed back, with arrivals, cancels and preemption."""
+    bench = Bench(run_ahead, num_blocks, max_num_seqs=rows, max_chunk_tokens=chunk, max_num_batched_tokens=24)
+    cancelled = set()
+    for action in actions:
+        name = f"r{len(bench.prompts)}"
+        match action:
+            case ("request", seed, length, max_tokens, remote):
+                prompt = [(seed * 7 + place * place) % VOCAB for place in range(length)]
+                first_is_last = next_token(prompt) == STOP or max_tokens == 1
+                bench.request(name, prompt, max_tokens, remote and not first_is_last)
+            case ("arrive",):
+                bench.arrive()
+            case ("cancel", number):
+                cancelled.add(f"r{number}")
+                bench.cancel(f"r{number}")
+            case ("take over", number, length):
+                # The blocks of one that goes are wanted by a transfer that is there at once.
+                cancelled.add(f"r{number}")
+                bench.cancel(f"r{number}")
+                bench.hear()
+                bench.request(name, list(range(length)), 20, remote=next_token(list(range(length))) != STOP)
+                bench.hear()
+                bench.arrive()
+            case ("turn",):
+                bench.worker.turn(0.0)
+        bench.hear()
+        bench.manager.check()
+    bench.finish()
+    refused = {message.request_id for message in bench.carrier.told if isinstance(message, Busy)}
+    assert not [message for message in bench.carrier.told if isinstance(message, Failed)]
+    for name, (prompt, max_tokens) in bench.prompts.items():
+        told, right = bench.tokens(name), expected(prompt, max_tokens)
+        if name in cancelled:
+            assert told == right[: len(told)]
+        else:
+            assert told == ([] if name in refused else right)
+
+
+def test_blocks_of_a_sequence_that_ended_rest_until_its_last_step_was_read():
+    """Guards the test above against a pool so large that nothing is ever reused: here the blocks are wanted at once."""
+    bench = Bench(1, 12)
+    bench.request("a", [1, 2, 3], 8, remote=False)
+    for _ in range(4):
+        bench.worker.turn(0.0)
+    bench.cancel("a")
+    held = bench.manager.usage().owned
+    bench.hear()
+    assert not bench.worker._legs and bench.runner.launched
+    assert bench.manager.usage().owned == held > 0
+    bench.finish()
+
+
+def test_a_device_has_its_next_step_before_the_last_one_is_read():
+    """Guards against a loop that waits for the tokens of a step before it launches the next."""
+    bench = Bench(1, 12)
+    bench.request("a", [1, 2, 3], 8, remote=False)
+    bench.worker.turn(0.0)  # admitted
+    under_way = []
+    while bench.worker.turn(0.0):
+        under_way.append(len(bench.runner.launched))
+    assert set(under_way[:-1]) == {1}
+    assert bench.tokens("a") == expected([1, 2, 3], 8)
