@@ -7,9 +7,9 @@ or running. Its blocks go back through one of three doors: released (nobody else
 carrier says that the transfer has ended, or kept as cached prefix. Every leg ends in exactly one of Tokens with a
 finish, Busy, Failed and Cancelled.
 
-Steps run ahead: up to the runner's `run_ahead` of them are launched before the first is read, so that a device never waits
-for this loop. What a step draws for a sequence that turns out to have ended is dropped, and blocks that a launched step
-may still write into rest with it until it was read.
+Steps run ahead: up to the runner's `run_ahead` of them are launched before the first is read, so that a device never
+waits for this loop. What a step draws for a sequence that turns out to have ended is dropped, and blocks that a
+launched step may still write into rest with it until it was read.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ A job's blocks are referenced while it is computed and leased, under the leg's n
 that nobody touches them any more. Every leg ends in exactly one of HandedOver, Tokens with a finish, Busy, Failed and
 Cancelled.
 
-Up to the runner's `run_ahead` steps are launched before the first is read, so that a device never waits for this loop. No job
-ends while a launched step computes it: the steps under way are read first.
+Up to the runner's `run_ahead` steps are launched before the first is read, so that a device never waits for this loop.
+No job ends while a launched step computes it: the steps under way are read first.
 """
 
 from __future__ import annotations
