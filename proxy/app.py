@@ -20,9 +20,10 @@ from starlette.routing import Route
 
 from node.errors import BadRequest, BatonError, PeerLost
 from node.messages import SamplingParams
+from proxy.dashboard import add_dashboard
 from proxy.endpoint import Gate, GenerateEndpoint, Service
 from proxy.failures import Failure, failure_of, kind_of
-from proxy.http import ApiKeyGuard, ClientGone, read_body
+from proxy.http import PROBES, ApiKeyGuard, ClientGone, read_body
 from proxy.interface import AppSettings, Engine
 from proxy.metrics import Metrics
 from proxy.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
@@ -50,7 +51,8 @@ def create_app(engine: Engine, text: Text, settings: AppSettings) -> FastAPI:
 
     # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
-    app.add_middleware(ApiKeyGuard, keys=settings.api_keys)
+    open_paths = PROBES | add_dashboard(app) if settings.metrics else PROBES
+    app.add_middleware(ApiKeyGuard, keys=settings.api_keys, open_paths=open_paths)
     _add_failures(app, metrics)
     _add_probes(app, service)
     _add_models(app, settings, engine)

@@ -22,7 +22,7 @@ LAST_WORD_TIMEOUT_S = 2.0
 """For telling a failure to a client that may have stopped reading."""
 _DRAINED_BYTES = 64 << 20
 """Of a body that is too large, so much is read and thrown away: most clients read the answer only after sending."""
-_OPEN_PATHS = frozenset({"/health", "/live", "/ready"})
+PROBES = frozenset({"/health", "/live", "/ready"})
 
 
 class ClientGone(Exception):
@@ -115,15 +115,16 @@ class Reply:
 class ApiKeyGuard:
     """Lets through what carries one of the keys as `Authorization: Bearer KEY`; without keys, everything.
 
-    The probes of an orchestrator, which tell nothing but alive or not, stay open.
+    Paths that tell nothing worth a key stay open: an orchestrator's probes, the dashboard's empty page.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: frozenset[str]) -> None:
         self._app = app
+        self._open_paths = open_paths
         self._digests = tuple(_digest(key.encode()) for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and self._digests and scope["path"] not in _OPEN_PATHS
+        guarded = scope["type"] == "http" and self._digests and scope["path"] not in self._open_paths
         if guarded and not self._knows(scope):
             error = BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key")
             await Reply(send, {"www-authenticate": "Bearer"}).fail(failure_of(error))
