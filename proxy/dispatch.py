@@ -18,6 +18,7 @@ from proxy.interface import Delta, WorkerStatus
 from proxy.router import RequestView, Route, Rules, Wait, pick
 from proxy.session import ProxyStopping, Session, WorkerLost
 from proxy.settings import ProxySettings
+from proxy.timeline import Timeline
 from proxy.wire import Answer, Line, Wire
 
 NO_WORKER_GRACE_S = 5.0
@@ -87,6 +88,7 @@ class Dispatcher:
         *,
         timeout_s: float,
         priority: int = 0,
+        timeline: Timeline | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """See proxy.interface.Engine."""
         if self._draining:
@@ -102,6 +104,7 @@ class Dispatcher:
             priority=priority,
             turn=self._turn,
             max_attempts=self._settings.max_attempts,
+            timeline=timeline or Timeline(self._clock),
             clock=self._clock,
         )
         assert request_id not in self._sessions, request_id

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from node.messages import Load, Logprob, SamplingParams
+from proxy.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,9 +50,11 @@ class Engine(Protocol):
         *,
         timeout_s: float,
         priority: int = 0,
+        timeline: Timeline | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas up to and including the one with a finish; nothing starts before the first iteration.
 
+        What happens to the request is stamped on `timeline`, if somebody wants to know.
         Raises BadRequest, Overloaded, PeerLost or DeadlineExceeded on iteration. `aclose()`, or the cancellation of
         the task that iterates, cancels both legs.
         """
@@ -136,6 +139,7 @@ class FakeEngine:
         *,
         timeout_s: float,
         priority: int = 0,
+        timeline: Timeline | None = None,
     ) -> AsyncGenerator[Delta, None]:
         call = Call(request_id, prompt_ids, sampling, timeout_s, priority)
         self.calls.append(call)

@@ -38,6 +38,7 @@ from proxy.cluster import Leg, Shape
 from proxy.interface import Delta
 from proxy.ledger import Gap, Ledger
 from proxy.router import RequestView, Route
+from proxy.timeline import Timeline
 from proxy.wire import Answer
 
 logger = logging.getLogger("proxy")
@@ -117,6 +118,7 @@ class Session:
         priority: int,
         turn: int,
         max_attempts: int,
+        timeline: Timeline,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.inbox: asyncio.Queue[Event] = asyncio.Queue()
@@ -128,6 +130,7 @@ class Session:
         self._turn = turn
         self._max_attempts = max_attempts
         self._clock = clock
+        self._timeline = timeline
         self._ledger = Ledger(prompt_ids)
         self._cached_tokens = 0
 
@@ -144,6 +147,7 @@ class Session:
                 return
             except _TryElsewhere as retry:
                 failures += retry.counts
+                self._timeline.fail_attempt(str(retry), busy=not retry.counts)
                 self._desk.count("retries_total" if retry.counts else "busy_total")
                 log_event(
                     logger,
@@ -169,7 +173,9 @@ class Session:
     async def _dispatch(self, avoid: frozenset[str]) -> _Attempt:
         token_ids = self._ledger.token_ids()
         view = self._view(len(token_ids), avoid)
+        self._timeline.enter("queue")
         route = await self._desk.admit(view, self._deadline, first=self._ledger.attempt == 0)
+        self._timeline.enter("route")
         shape = self._desk.shape()
         root = root_hash(shape.namespace)
         hashes = block_hashes(root, token_ids, shape.block_tokens)
@@ -206,6 +212,7 @@ class Session:
             )
             self._open(attempt, prefill, message, len(token_ids), num_blocks)
         self._desk.count(f"routed_{route.reason}_total")
+        self._timeline.dispatch(prefill, attempt.decode, hashes[0] if hashes else b"")
         return attempt
 
     def _view(self, num_tokens: int, avoid: frozenset[str]) -> RequestView:
@@ -249,7 +256,10 @@ class Session:
         match message:
             case Tokens():
                 return self._on_tokens(attempt, worker, message)
-            case HandedOver() | Cancelled():
+            case HandedOver():
+                self._timeline.handed_over(message.sent_bytes, message.transfer_s)
+                self._settle(attempt, worker)
+            case Cancelled():
                 self._settle(attempt, worker)
             case Busy():
                 self._settle(attempt, worker)
@@ -275,6 +285,8 @@ class Session:
             self._settle(attempt, worker)
         if not ids:
             return None
+        if message.stages is not None:
+            self._timeline.report(message.stages)
         return Delta(ids, logprobs, message.finish, self._cached_tokens)
 
     def _on_failed(self, worker: str, message: Failed) -> None:

@@ -22,12 +22,14 @@ from node.messages import (
     Reserve,
     Reserved,
     SamplingParams,
+    Stages,
     Tokens,
 )
 from proxy.cluster import Leg, Shape
 from proxy.interface import Delta
 from proxy.router import RequestView, Route, WorkerView
 from proxy.session import Session, WorkerLost
+from proxy.timeline import Timeline
 
 SAMPLING = SamplingParams(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)
@@ -81,7 +83,9 @@ def _tokens(index: int, *ids: int, attempt: int = 0, finish: str = "") -> Tokens
     return Tokens(request_id="r", attempt=attempt, index=index, ids=ids, finish=finish)  # type: ignore[arg-type]
 
 
-async def _run(desk: ScriptedDesk, timeout_s: float = 5.0, max_attempts: int = 3) -> list[Delta]:
+async def _run(
+    desk: ScriptedDesk, timeout_s: float = 5.0, max_attempts: int = 3, timeline: Timeline | None = None
+) -> list[Delta]:
     desk.session = Session(
         desk,
         "r",
@@ -91,6 +95,7 @@ async def _run(desk: ScriptedDesk, timeout_s: float = 5.0, max_attempts: int = 3
         priority=0,
         turn=0,
         max_attempts=max_attempts,
+        timeline=timeline or Timeline(time.monotonic),
     )
     deltas = []
     async with aclosing(desk.session.run()) as run:
@@ -169,6 +174,35 @@ async def test_a_lost_prefill_worker_matters_only_before_decode_streams() -> Non
     desk = ScriptedDesk(early)
     assert _ids(await _run(desk)) == [7]
     assert desk.admitted[1].avoid == {"p0"}
+
+
+async def test_the_timeline_holds_every_attempt() -> None:
+    """Guards what an operator is told: who failed and why, whose stages count, and what prefill's leg has moved."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        attempt = getattr(message, "attempt", 0)
+        leg = {"request_id": "r", "attempt": attempt}
+        if isinstance(message, Reserve) and attempt == 0:
+            return [Busy(**leg, reason="full")]
+        if isinstance(message, Reserve) and attempt == 1:
+            return [WorkerLost(worker, "killed")]
+        if isinstance(message, Prefill) and attempt == 2:
+            told = Tokens(**leg, index=0, ids=(7,), stages=Stages(queue_s=1e6))
+            moved = HandedOver(**leg, sent_bytes=64, transfer_s=0.5)
+            return [told, moved, _tokens(1, 8, attempt=2, finish="stop")]
+        return []
+
+    now = iter(range(1000))
+    timeline = Timeline(lambda: float(next(now)))
+    desk = ScriptedDesk(script)
+    task = asyncio.create_task(_run(desk, timeline=timeline))
+    assert _ids(await task) == [7, 8]
+    timeline.end(finished=True)
+    stages = dict(timeline.parts[0].stages)
+    assert stages["retry"] > 0.0 and stages["queue"] > 0.0 and stages["prefill_queue"] > 0.0
+    assert [bool(attempt.end) for attempt in timeline.attempts] == [True, True, False]
+    assert timeline.num_attempts == 3 and len(timeline.prefix_hash) == 32
+    assert (timeline.sent_bytes, timeline.transfer_s) == (64, 0.5)
 
 
 async def test_busy_is_no_failure() -> None:
@@ -267,7 +301,15 @@ async def test_a_client_that_goes_away_cancels_both_legs() -> None:
 
     desk = ScriptedDesk(script)
     desk.session = Session(
-        desk, "r", PROMPT, SAMPLING, deadline=time.monotonic() + 5, priority=0, turn=0, max_attempts=2
+        desk,
+        "r",
+        PROMPT,
+        SAMPLING,
+        deadline=time.monotonic() + 5,
+        priority=0,
+        turn=0,
+        max_attempts=2,
+        timeline=Timeline(time.monotonic),
     )
     run = desk.session.run()
     assert (await anext(run)).ids == (10,)
