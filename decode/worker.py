@@ -97,11 +97,13 @@ class DecodeWorker:
 
     def turn(self, wait_s: float) -> bool:
         """Hear what came in, waiting at most `wait_s` for something; True if it computed or read something."""
-        for event in self._carrier.receive(wait_s):
+        events, heard_at = self._carrier.receive(wait_s), self._clock()
+        for event in events:
             self._on(event)
         self._expire(self._clock())
         worked = self._step()
         self._carrier.load = self._load()
+        self._carrier.load_at = heard_at
         return worked
 
     def drain(self) -> None:

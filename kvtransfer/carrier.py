@@ -15,9 +15,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
+from kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
 from kvtransfer.exchange import Event, Exchange
 from node.lifecycle import Change, Membership
-from node.messages import Cancel, Drain, Load, Message, Prefill, Reserve
+from node.messages import Cancel, Drain, KvReplay, Load, Message, Prefill, Reserve
 
 MAX_WAIT_S = 0.05
 STOP_TIMEOUT_S = 5.0
@@ -59,17 +60,22 @@ class Line(Protocol):
 
 
 class Carrier:
-    """See the module's docstring. `load` may be replaced by the worker's loop at any time; it is only read here."""
+    """See the module's docstring. `load` may be replaced by the worker's loop at any time, and after it `load_at`, the
+    moment when the loop last looked into its inbox before; both are only read here."""
 
     def __init__(
         self,
         endpoint: Line,
         membership: Membership,
         exchange: Exchange,
+        events: EventLog,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self.load = Load()
+        self.load_at = clock()
+        self._kv_events = events
+        self._flush_at = 0.0
         self._endpoint = endpoint
         self._membership = membership
         self._exchange = exchange
@@ -143,7 +149,10 @@ class Carrier:
             self._route(peer, message, now)
         self._exchange.tick(now)
         self._publish_events()
-        messages, changes = self._membership.on_timer(now, self.load)
+        self._flush_kv_events(now)
+        messages, changes = self._membership.on_timer(
+            now, self.load, load_age_s=max(0.0, now - self.load_at), kv_seq=self._kv_events.seq
+        )
         for change in changes:
             self.inbox.put(change)
         while self._outbox:
@@ -167,6 +176,18 @@ class Carrier:
             self.inbox.put(change)
         if isinstance(message, Prefill | Reserve | Cancel | Drain):
             self.inbox.put(FromProxy(peer, message, now))
+        elif isinstance(message, KvReplay):
+            for answer in self._kv_events.replay(message.seq):
+                self._endpoint.send(peer, answer)
+
+    def _flush_kv_events(self, now: float) -> None:
+        """What is lost on the way is asked for again."""
+        if now < self._flush_at:
+            return
+        self._flush_at = now + FLUSH_EVERY_S
+        for batch in self._kv_events.flush():
+            for link in self._membership.joined:
+                self._endpoint.send(link, batch)
 
     def _publish_events(self) -> None:
         for event in self._exchange.events:

@@ -10,7 +10,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from node.messages import Goodbye, Heartbeat, Load, Message, Ping, Refused, Register, Registered, Rejoin
+from node.messages import (
+    Goodbye,
+    Heartbeat,
+    Load,
+    Message,
+    Ping,
+    Refused,
+    Register,
+    Registered,
+    RegisterStore,
+    Rejoin,
+)
 
 HEARTBEAT_S = 0.25
 DEAD_AFTER_S = 2.0
@@ -51,16 +62,22 @@ Change = ProxyLost | JoinRefused | Joined
 
 
 class Membership:
-    """`links` are the endpoint's names of the links to the proxies."""
+    """`links` are the endpoint's names of the links to the proxies. `draining` and `store` go into each heartbeat."""
 
-    def __init__(self, register: Register, links: Sequence[str], now: float) -> None:
+    def __init__(self, register: Register | RegisterStore, links: Sequence[str], now: float) -> None:
         self.draining = False
+        self.store = ""
         self._register = register
         self._proxies = {link: _Proxy(link, heard_at=now, next_at=now) for link in links}
 
     @property
     def links(self) -> tuple[str, ...]:
         return tuple(self._proxies)
+
+    @property
+    def joined(self) -> tuple[str, ...]:
+        """The links whose proxies count this worker in."""
+        return tuple(proxy.link for proxy in self._proxies.values() if proxy.incarnation is not None)
 
     def on_message(self, link: str, message: Message, now: float) -> list[Change]:
         """Any message of a proxy proves that it lives; Registered, Refused and Ping change the membership."""
@@ -81,8 +98,10 @@ class Membership:
                 return self._start_over(proxy, now)
         return []
 
-    def on_timer(self, now: float, load: Load) -> tuple[list[tuple[str, Message]], list[Change]]:
-        """The messages that are due, and what silence has changed."""
+    def on_timer(
+        self, now: float, load: Load, *, load_age_s: float = 0.0, kv_seq: int = 0
+    ) -> tuple[list[tuple[str, Message]], list[Change]]:
+        """The messages that are due, and what silence has changed. `kv_seq`: the last KvEvents that were sent."""
         due: list[tuple[str, Message]] = []
         changes: list[Change] = []
         for proxy in self._proxies.values():
@@ -91,13 +110,14 @@ class Membership:
                 changes.append(ProxyLost(proxy.link))
             if now >= proxy.next_at and not proxy.refused:
                 proxy.next_at = now + HEARTBEAT_S
-                due.append((proxy.link, self._beat(load) if proxy.incarnation is not None else self._register))
+                is_in = proxy.incarnation is not None
+                due.append((proxy.link, self._beat(load, load_age_s, kv_seq) if is_in else self._register))
         return due, changes
 
     def farewell(self) -> list[tuple[str, Message]]:
         """What to say on leaving."""
         goodbye = Goodbye(worker=self._register.worker, incarnation=self._register.incarnation)
-        return [(proxy.link, goodbye) for proxy in self._proxies.values() if proxy.incarnation is not None]
+        return [(link, goodbye) for link in self.joined]
 
     @property
     def wake_at(self) -> float:
@@ -111,10 +131,13 @@ class Membership:
     def _is_new(self, proxy: _Proxy, incarnation: int) -> list[Change]:
         return [ProxyLost(proxy.link)] if proxy.incarnation not in (None, incarnation) else []
 
-    def _beat(self, load: Load) -> Heartbeat:
+    def _beat(self, load: Load, load_age_s: float, kv_seq: int) -> Heartbeat:
         return Heartbeat(
             worker=self._register.worker,
             incarnation=self._register.incarnation,
             load=load,
+            load_age_s=load_age_s,
             draining=self.draining,
+            kv_seq=kv_seq,
+            store=self.store,
         )

@@ -9,6 +9,9 @@ Who sends what:
 
     worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled
     proxy  -> worker   Registered, Refused, Ping, Rejoin, Prefill, Reserve, Cancel, Drain
+    store  -> proxy    RegisterStore, Heartbeat, Goodbye
+    worker, store -> proxy    KvEvents, KvSnapshot
+    proxy -> worker, store    KvReplay
     prefill -> decode  Hello, Offer, Valid, Finish, Abort, Aborted
     decode -> prefill  Welcome, Grant, Accept, Validate, Renew, Ack, Abort, Aborted
 """
@@ -27,6 +30,8 @@ PROTOCOL_VERSION = 1
 MAX_BODY_BYTES = 8 << 20
 MAX_TOKENS = 1 << 20
 MAX_BLOCKS = 1 << 16
+MAX_EVENT_BLOCKS = 1 << 13
+"""Hashes in one list of a message about KV events."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=96)]
 Text = Annotated[str, Meta(max_length=4096)]
@@ -36,12 +41,16 @@ Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Small = Annotated[int, Meta(ge=0, le=1 << 20)]
 TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
 Role = Literal["prefill", "decode"]
+Tier = Literal["gpu", "ram", "disk"]
+"""Where a block rests: a worker's pool ("gpu", whatever device it is on), its host's RAM arena or disk."""
 FinishReason = Literal["", "stop", "length"]
 Bias = Annotated[float, Meta(ge=-100.0, le=100.0)]
 Seconds = Annotated[float, Meta(ge=0.0, le=1e7)]
+Rate = Annotated[float, Meta(ge=0.0, le=1e12)]
 TokenIds = Annotated[tuple[TokenId, ...], Meta(max_length=MAX_TOKENS)]
 BlockIds = Annotated[tuple[Count, ...], Meta(max_length=MAX_BLOCKS)]
 Hashes = Annotated[tuple[Digest, ...], Meta(max_length=MAX_BLOCKS)]
+EventHashes = Annotated[tuple[Digest, ...], Meta(max_length=MAX_EVENT_BLOCKS)]
 
 
 class BadMessage(ValueError):
@@ -128,6 +137,8 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     total_blocks: Count = 0
     steps: Count = 0
     """Steps done since the start: a busy worker whose count stands still is stuck."""
+    prefill_tokens_s: Rate = 0.0
+    """Prompt tokens that it computes in a second, as measured; 0 until it has."""
     counters: Annotated[dict[Name, float], Meta(max_length=256)] = {}
 
 
@@ -167,7 +178,13 @@ class Heartbeat(Message, tag="Heartbeat", kw_only=True):
     worker: Name
     incarnation: Count
     load: Load
+    load_age_s: Seconds = 0.0
+    """So old is what `load` says: requests that came since are not in it."""
     draining: bool = False
+    kv_seq: Count = 0
+    """Number of the last KvEvents that were sent."""
+    store: Annotated[str, Meta(max_length=96)] = ""
+    """Identity of the host's store that this worker loads from now; empty: none."""
 
 
 class Goodbye(Message, tag="Goodbye", kw_only=True):
@@ -190,6 +207,50 @@ class Rejoin(Message, tag="Rejoin", kw_only=True):
 
 class Drain(Message, tag="Drain", kw_only=True):
     """Finish what runs, take nothing new, leave."""
+
+
+# ---- worker, store <-> proxy: where KV lies ---------------------------------------------------------------------
+
+
+class TierChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Blocks that a holder has gained and lost in one tier; no hash is in both lists."""
+
+    tier: Tier
+    stored: EventHashes = ()
+    removed: EventHashes = ()
+
+
+Changes = Annotated[tuple[TierChange, ...], Meta(max_length=3)]
+
+
+class RegisterStore(Message, tag="RegisterStore", kw_only=True):
+    """A host's store joins, to tell what it holds; repeated until answered with Registered or Refused."""
+
+    version: Small = PROTOCOL_VERSION
+    worker: Name
+    incarnation: Count
+
+
+class KvEvents(Message, tag="KvEvents", kw_only=True):
+    """What the sender has gained and lost since its KvEvents number `seq - 1`; the first has number 1."""
+
+    seq: Annotated[int, Meta(ge=1, le=1 << 62)]
+    changes: Changes
+
+
+class KvReplay(Message, tag="KvReplay", kw_only=True):
+    """Proxy: I lack KvEvents from `seq` on. Answered with them or, where they are forgotten, with KvSnapshots."""
+
+    seq: Annotated[int, Meta(ge=1, le=1 << 62)]
+
+
+class KvSnapshot(Message, tag="KvSnapshot", kw_only=True):
+    """Part `part` of `parts` of all that the sender held after KvEvents number `seq`; nothing is removed in it."""
+
+    seq: Count
+    part: Small
+    parts: Annotated[int, Meta(ge=1, le=1 << 20)]
+    changes: Changes
 
 
 # ---- worker <-> proxy: requests ---------------------------------------------------------------------------------
@@ -413,6 +474,7 @@ class Aborted(Message, tag="Aborted", kw_only=True):
 
 MESSAGES: tuple[type[Message], ...] = (
     Register, Registered, Refused, Heartbeat, Goodbye, Ping, Rejoin, Drain,
+    RegisterStore, KvEvents, KvReplay, KvSnapshot,
     Prefill, Reserve, Cancel, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled,
     Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Ack, Abort, Aborted,
 )  # fmt: skip

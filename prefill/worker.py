@@ -68,7 +68,8 @@ class PrefillWorker:
 
     def turn(self, wait_s: float) -> bool:
         """Hear what came in, waiting at most `wait_s` for something; True if it computed or read something."""
-        for event in self._carrier.receive(wait_s):
+        events, heard_at = self._carrier.receive(wait_s), self._clock()
+        for event in events:
             self._on(event)
         self._expire(self._clock())
         chunks = self._schedule()
@@ -77,6 +78,7 @@ class PrefillWorker:
         if due := bool(self._flights) and (not chunks or len(self._flights) > self._worker.runner.run_ahead):
             self._retire()
         self._carrier.load = self._load()
+        self._carrier.load_at = heard_at
         return due or bool(chunks)
 
     def drain(self) -> None:

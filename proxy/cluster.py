@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from node.endpoint import identity_of
 from node.lifecycle import DEAD_AFTER_S
-from node.messages import PROTOCOL_VERSION, Goodbye, Heartbeat, Load, Register
+from node.messages import PROTOCOL_VERSION, Heartbeat, Load, Register, RegisterStore
 from proxy.interface import WorkerStatus
 from proxy.router import WorkerView
 
@@ -34,6 +34,17 @@ class _Member:
     draining: bool = False
     progress_at: float = 0.0
     legs: dict[str, Leg] = field(default_factory=dict)  # by request id
+    reported_at: float = float("-inf")
+    """When its load was as it reported last: what was sent to it since comes on top."""
+
+
+@dataclass(slots=True)
+class _Store:
+    """A host's store: it computes nothing, and is here to be heard."""
+
+    register: RegisterStore
+    heard_at: float
+    load: Load = field(default_factory=Load)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +61,7 @@ class Cluster:
 
     def __init__(self, stall_s: float) -> None:
         self._members: dict[str, _Member] = {}
+        self._stores: dict[str, _Store] = {}
         self._had_at: dict[str, float] = {}
         self._last_shape: Shape | None = None
         self._stall_s = stall_s
@@ -74,10 +86,8 @@ class Cluster:
 
     def join(self, identity: str, register: Register, now: float) -> str:
         """Take a worker in; returns "" or the reason for refusing it."""
-        if identity != identity_of(register.worker, register.incarnation):
-            return "the name in the message is not the name of the connection"
-        if register.version != PROTOCOL_VERSION:
-            return f"protocol version {register.version}, this proxy speaks {PROTOCOL_VERSION}"
+        if reason := _why_not(identity, register):
+            return reason
         shape = self.shape
         if shape is not None and register.namespace != shape.namespace:
             return "another namespace: this cluster serves another model, dtype or KV layout"
@@ -88,29 +98,39 @@ class Cluster:
         self._last_shape = self.shape
         return ""
 
+    def join_store(self, identity: str, register: RegisterStore, now: float) -> str:
+        """Take a store in; returns "" or the reason for refusing it."""
+        if reason := _why_not(identity, register):
+            return reason
+        self._stores.setdefault(identity, _Store(register, now)).heard_at = now
+        return ""
+
     def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> bool:
         """False if nobody of this name has registered."""
+        if (store := self._stores.get(identity)) is not None:
+            store.heard_at, store.load = now, heartbeat.load
+            return True
         member = self._members.get(identity)
         if member is None:
             return False
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
         member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
+        member.reported_at = now - heartbeat.load_age_s
         if not member.draining:
             self._had_at[member.register.role] = now
         return True
 
-    def leave(self, identity: str, goodbye: Goodbye) -> bool:
-        """Whether this worker was a member until now."""
-        return self._members.pop(identity, None) is not None
-
     def lose(self, identity: str) -> bool:
-        return self._members.pop(identity, None) is not None
+        """It left or died; whether it was here until now."""
+        return self._members.pop(identity, None) is not None or self._stores.pop(identity, None) is not None
 
     def excuse(self, now: float) -> None:
         """Nobody could be heard until `now`: silence and standstill count from here."""
         for member in self._members.values():
             member.heard_at = member.progress_at = now
+        for store in self._stores.values():
+            store.heard_at = now
 
     def overdue(self, now: float) -> list[tuple[str, str]]:
         """Workers to be taken for dead, each with the reason."""
@@ -120,14 +140,15 @@ class Cluster:
                 dead.append((identity, "silent"))
             elif now - member.progress_at > self._stall_s:
                 dead.append((identity, "no step"))
+        dead += [(identity, "silent") for identity, s in self._stores.items() if now - s.heard_at > DEAD_AFTER_S]
         return dead
 
     def identities(self) -> list[str]:
-        return list(self._members)
+        """Of all who are here, stores included."""
+        return [*self._members, *self._stores]
 
-    def register_of(self, identity: str) -> Register | None:
-        member = self._members.get(identity)
-        return member.register if member is not None else None
+    def knows(self, identity: str) -> bool:
+        return identity in self._members or identity in self._stores
 
     def assign(self, leg: Leg) -> None:
         """Count work at dispatch: the next heartbeat comes too late for a burst."""
@@ -145,11 +166,20 @@ class Cluster:
         return [
             WorkerStatus(m.register.worker, m.register.role, "draining" if m.draining else "ready", m.load)
             for m in self._members.values()
-        ]
+        ] + [WorkerStatus(s.register.worker, "store", "ready", s.load) for s in self._stores.values()]
+
+
+def _why_not(identity: str, register: Register | RegisterStore) -> str:
+    """The reason for refusing whoever says this, or ""."""
+    if identity != identity_of(register.worker, register.incarnation):
+        return "the name in the message is not the name of the connection"
+    if register.version != PROTOCOL_VERSION:
+        return f"protocol version {register.version}, this proxy speaks {PROTOCOL_VERSION}"
+    return ""
 
 
 def _view(identity: str, member: _Member) -> WorkerView:
-    unseen = [leg for leg in member.legs.values() if leg.sent_at >= member.heard_at]
+    unseen = [leg for leg in member.legs.values() if leg.sent_at >= member.reported_at]
     load = member.load
     return WorkerView(
         identity=identity,

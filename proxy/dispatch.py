@@ -15,6 +15,8 @@ from node.errors import DeadlineExceeded, Overloaded, PeerLost
 from node.messages import Message, SamplingParams
 from proxy.cluster import Cluster, Leg, Shape
 from proxy.interface import Delta, WorkerStatus
+from proxy.kvfeed import KvFeed
+from proxy.kvindex import KvIndex
 from proxy.router import RequestView, Route, Rules, Wait, pick
 from proxy.session import ProxyStopping, Session, WorkerLost
 from proxy.settings import ProxySettings
@@ -48,7 +50,9 @@ class Dispatcher:
         self._settings = settings
         self._rules = Rules(settings.policy, settings.local_prefill, settings.local_prefill_tokens)
         self._cluster = Cluster(settings.stall_s)
-        self._wire = Wire(line, self._cluster, self._on_message, self._on_lost, self._on_change, clock)
+        self._index = KvIndex(settings.kv_index_blocks)
+        self._feed = KvFeed(self._index)
+        self._wire = Wire(line, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock)
         self._sessions: dict[str, Session] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._gate = asyncio.Lock()  # fair: first come, first served
@@ -134,7 +138,19 @@ class Dispatcher:
         return self._cluster.statuses()
 
     def counters(self) -> Mapping[str, float]:
-        return {**self._counters, "rejected_messages_total": self._wire.rejected, "queued_requests": self._waiting}
+        counts = self._feed.counts
+        return {
+            **self._counters,
+            "rejected_messages_total": self._wire.rejected,
+            "queued_requests": self._waiting,
+            "kv_index_blocks": len(self._index),
+            "kv_index_evictions_total": self._index.evicted,
+            "kv_event_batches_total": counts.batches,
+            "kv_event_blocks_total": counts.blocks,
+            "kv_event_gaps_total": counts.gaps,
+            "kv_event_replays_total": counts.replays,
+            "kv_event_snapshots_total": counts.snapshots,
+        }
 
     # -- Desk
 

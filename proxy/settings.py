@@ -26,6 +26,13 @@ class ProxySettings:
     local_prefill_tokens: int = option(
         16, unit="tokens", help="prompts below this length are short", minimum=0, maximum=1 << 20
     )
+    kv_index_blocks: int = option(
+        1 << 19,
+        unit="blocks",
+        help="most KV blocks whose holders the router remembers, at about 250 bytes each",
+        minimum=1,
+        maximum=1 << 26,
+    )
     max_queue: int = option(512, unit="requests", help="most requests waiting for a worker; more get a 429", minimum=1)
     max_attempts: int = option(4, unit="attempts", help="times a request is tried when workers fail", minimum=1)
     request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1, maximum=86400)

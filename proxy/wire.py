@@ -1,6 +1,7 @@
 """The proxy's side of the control plane: one endpoint driven by the event loop, the cluster, and the pulse.
 
-It owns the sockets and the membership, and hands messages about requests to `on_message` and losses to `on_lost`.
+It owns the sockets and the membership, brings what workers and stores say of their blocks to the feed, and hands
+messages about requests to `on_message` and losses to `on_lost`.
 """
 
 from __future__ import annotations
@@ -20,17 +21,21 @@ from node.messages import (
     Goodbye,
     HandedOver,
     Heartbeat,
+    KvEvents,
+    KvSnapshot,
     Message,
     Ping,
     Refused,
     Register,
     Registered,
+    RegisterStore,
     Rejoin,
     Reserved,
     Tokens,
 )
 from node.telemetry import log_event
 from proxy.cluster import Cluster
+from proxy.kvfeed import KvFeed
 
 logger = logging.getLogger("proxy")
 
@@ -64,6 +69,7 @@ class Wire:
         self,
         line: Line,
         cluster: Cluster,
+        feed: KvFeed,
         on_message: Callable[[str, Answer], None],
         on_lost: Callable[[str, str], None],
         on_change: Callable[[], None],
@@ -72,6 +78,7 @@ class Wire:
         self.rejected = 0
         self._line = line
         self._cluster = cluster
+        self._feed = feed
         self._on_message = on_message
         self._on_lost = on_lost
         self._on_change = on_change
@@ -127,6 +134,7 @@ class Wire:
             beaten_at = self._clock()
             for identity in self._cluster.identities():
                 self.send(identity, Ping(proxy=self._line.identity, incarnation=self._incarnation))
+            self._feed.tidy()
             self._pump()  # before anyone is judged by silence
             for identity, reason in self._cluster.overdue(self._clock()):
                 self._lose(identity, reason)
@@ -134,17 +142,18 @@ class Wire:
 
     def _route(self, identity: str, message: Message, now: float) -> None:
         match message:
-            case Register():
+            case Register() | RegisterStore():
                 self._on_register(identity, message, now)
             case Heartbeat():
-                if self._cluster.beat(identity, message, now):
-                    self._on_change()
-                else:  # it registered with an earlier life of this proxy, or was taken for dead: it must register anew
-                    self._line.send(identity, Rejoin())
+                self._on_heartbeat(identity, message, now)
+            case KvEvents():
+                self._answer(identity, self._feed.on_events(identity, message, now))
+            case KvSnapshot():
+                self._answer(identity, self._feed.on_snapshot(identity, message, now))
             case Goodbye():
-                if self._cluster.leave(identity, message):
+                if self._cluster.lose(identity):
                     log_event(logger, "worker_left", worker=identity)
-                    self._on_lost(identity, "left")
+                    self._on_gone(identity, "left")
             case Bundle():
                 for tokens in message.tokens:
                     self._on_message(identity, tokens)
@@ -153,19 +162,39 @@ class Wire:
             case _:
                 self.rejected += 1
 
-    def _on_register(self, identity: str, message: Register, now: float) -> None:
-        known = self._cluster.register_of(identity) is not None
-        reason = self._cluster.join(identity, message, now)
+    def _on_register(self, identity: str, message: Register | RegisterStore, now: float) -> None:
+        known = self._cluster.knows(identity)
+        if isinstance(message, Register):
+            role: str = message.role
+            reason = self._cluster.join(identity, message, now)
+        else:
+            role, reason = "store", self._cluster.join_store(identity, message, now)
         if reason:
             log_event(logger, "worker_refused", level=logging.WARNING, worker=identity, reason=reason)
             self._line.send(identity, Refused(reason=reason))
             return
+        self._feed.join(identity)
         self._line.send(identity, Registered(proxy=self._line.identity, incarnation=self._incarnation))
         if not known:
-            log_event(logger, "worker_joined", worker=identity, role=message.role, blocks=message.total_blocks)
+            log_event(logger, "worker_joined", worker=identity, role=role)
             self._on_change()
+
+    def _on_heartbeat(self, identity: str, message: Heartbeat, now: float) -> None:
+        if self._cluster.beat(identity, message, now):
+            self._answer(identity, self._feed.on_beat(identity, message.kv_seq, message.store, now))
+            self._on_change()
+        else:  # it registered with an earlier life of this proxy, or was taken for dead: it must register anew
+            self._line.send(identity, Rejoin())
+
+    def _answer(self, identity: str, message: Message | None) -> None:
+        if message is not None:
+            self._line.send(identity, message)
 
     def _lose(self, identity: str, reason: str) -> None:
         if self._cluster.lose(identity):
             log_event(logger, "worker_lost", level=logging.WARNING, worker=identity, reason=reason)
-            self._on_lost(identity, reason)
+            self._on_gone(identity, reason)
+
+    def _on_gone(self, identity: str, reason: str) -> None:
+        self._feed.leave(identity)
+        self._on_lost(identity, reason)

@@ -42,6 +42,7 @@ class Carriage(Protocol):
     """kvtransfer.carrier.Carrier, as a loop uses it."""
 
     load: Load
+    load_at: float
 
     def receive(self, wait_s: float) -> list[Inbound]: ...
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from kvtransfer.blocks.events import EventLog
 from kvtransfer.blocks.hashing import namespace_digest, tokenizer_fingerprint
 from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
@@ -109,7 +110,8 @@ def start(settings: WorkerSettings, role: Role) -> Worker:
         Wire(endpoint.send, endpoint.connect, endpoint.disconnect),
         chunk_blocks=max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes),
     )
-    carrier = Carrier(endpoint, Membership(register, tuple(links), time.monotonic()), exchange)
+    events = EventLog()
+    carrier = Carrier(endpoint, Membership(register, tuple(links), time.monotonic()), exchange, events)
     carrier.start()
     log_event(
         logger,
@@ -126,7 +128,8 @@ def start(settings: WorkerSettings, role: Role) -> Worker:
         address=endpoint.address,
         namespace=namespace.hex()[:12],
     )
-    return Worker(endpoint.identity, runner, pool, BlockManager(pool.num_blocks), layout, max_model_len, carrier)
+    manager = BlockManager(pool.num_blocks, events.journal("gpu"))
+    return Worker(endpoint.identity, runner, pool, manager, layout, max_model_len, carrier)
 
 
 def _device(device: str) -> str:

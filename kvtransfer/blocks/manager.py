@@ -15,6 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from kvtransfer.blocks.events import Journal, NullJournal
 from node.errors import InvariantBroken, Overloaded
 
 
@@ -35,9 +36,12 @@ class Usage:
 
 
 class BlockManager:
-    """See the module's docstring. Every call either happens whole or raises and changes nothing."""
+    """See the module's docstring. Every call either happens whole or raises and changes nothing.
 
-    def __init__(self, num_blocks: int) -> None:
+    `journal` is told of each hash that can be matched from now on, or no longer.
+    """
+
+    def __init__(self, num_blocks: int, journal: Journal | None = None) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool of {num_blocks} blocks")
         self.num_blocks = num_blocks
@@ -47,6 +51,7 @@ class BlockManager:
         """Blocks that `match` found."""
         self.evictions = 0
         """Cached blocks that `allocate` took for something else."""
+        self._journal = journal or NullJournal()
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack; the first allocations are 0, 1, 2 ...
         self._cached: OrderedDict[int, None] = OrderedDict()  # oldest first
         self._refs = [0] * num_blocks
@@ -100,7 +105,9 @@ class BlockManager:
             raise InvariantBroken(f"block {block} is published twice, as {name.hex()[:16]} and {block_hash.hex()[:16]}")
         if self._block_of.setdefault(block_hash, block) != block:
             return False
-        self._hash_of[block] = block_hash
+        if name is None:
+            self._hash_of[block] = block_hash
+            self._journal.stored(block_hash)
         return True
 
     def reset_cache(self) -> int:
@@ -251,7 +258,9 @@ class BlockManager:
 
     def _evict_oldest(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._hash_of.pop(block)]
+        block_hash = self._hash_of.pop(block)
+        del self._block_of[block_hash]
+        self._journal.removed(block_hash)
         return block
 
 

@@ -25,6 +25,9 @@ from node.messages import (
     HandedOver,
     Heartbeat,
     Hello,
+    KvEvents,
+    KvReplay,
+    KvSnapshot,
     Load,
     Message,
     Offer,
@@ -34,11 +37,13 @@ from node.messages import (
     Refused,
     Register,
     Registered,
+    RegisterStore,
     Rejoin,
     Renew,
     Reserve,
     Reserved,
     SamplingParams,
+    TierChange,
     Tokens,
     Valid,
     Validate,
@@ -171,6 +176,12 @@ def one_of_each(request_id: str) -> list[Message]:
         Abort(transfer_id=transfer, reason="x" * 4096),
         Aborted(transfer_id=transfer),
         Refused(reason="go away"),
+        RegisterStore(worker="stranger", incarnation=1),
+        RegisterStore(worker="another", incarnation=1),
+        KvEvents(seq=1 << 62, changes=()),
+        KvEvents(seq=1, changes=(TierChange("gpu", (b"h",) * 100, (b"", b"h" * 32)), TierChange("disk", (b"h",)))),
+        KvSnapshot(seq=1 << 62, part=0, parts=1 << 20, changes=(TierChange("ram", (b"h" * 32,)),)),
+        KvReplay(seq=1),
     ]
     return made
 
@@ -223,6 +234,6 @@ class Master:
                 message = decode(body)
                 if isinstance(message, Register):
                     self._socket.send_multipart([who, encode(Registered(proxy="master", incarnation=1))])
-                elif not isinstance(message, Heartbeat):
+                elif not isinstance(message, Heartbeat | KvEvents):
                     self._boxes[who.decode().partition("/")[0]].append(message)
                 yield who.decode(), message
