@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import zmq
 
@@ -41,10 +41,16 @@ def identity_of(worker: str, incarnation: int) -> str:
 
 
 class Endpoint:
-    """See the module's docstring. `bind` is an address such as tcp://127.0.0.1:0; None accepts nobody."""
+    """See the module's docstring. `bind` is an address such as tcp://127.0.0.1:0; None accepts nobody.
 
-    def __init__(self, context: Context, identity: str, bind: str | None) -> None:
+    `understand` turns bytes into one of the messages that this endpoint takes, or raises BadMessage.
+    """
+
+    def __init__(
+        self, context: Context, identity: str, bind: str | None, understand: Callable[[bytes], Message] = decode
+    ) -> None:
         self.identity = identity
+        self._understand = understand
         self.rejected = 0
         self._context = context
         self._links: dict[str, zmq.Socket[bytes]] = {}
@@ -219,7 +225,7 @@ class Endpoint:
 
     def _admit(self, peer: bytes, body: bytes, inbox: list[tuple[str, Message]]) -> None:
         try:
-            inbox.append((peer.decode(), decode(body)))
+            inbox.append((peer.decode(), self._understand(body)))
         except (BadMessage, UnicodeDecodeError) as error:
             self._reject(str(error))
 

@@ -490,9 +490,14 @@ def encode(message: Message) -> bytes:
 
 def decode(body: bytes | memoryview) -> Message:
     """The message in `body`; raises BadMessage for anything that is not exactly one valid message."""
+    return bounded_decode(_decoder, body)
+
+
+def bounded_decode(decoder: msgspec.msgpack.Decoder[Message], body: bytes | memoryview) -> Message:
+    """The same for any union of messages."""
     if len(body) > MAX_BODY_BYTES:
         raise BadMessage(f"message of {len(body)} bytes, at most {MAX_BODY_BYTES} are allowed")
     try:
-        return _decoder.decode(body)
+        return decoder.decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
         raise BadMessage(str(error)[:300]) from None
