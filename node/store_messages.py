@@ -19,9 +19,10 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from node.messages import PROTOCOL_VERSION, Count, Hashes, Message, Name, Small, Text, bounded_decode
+from node.messages import MAX_BLOCKS, PROTOCOL_VERSION, Count, Message, Name, Small, Text, bounded_decode
 
 BlockHash = Annotated[bytes, Meta(min_length=32, max_length=32)]
+BlockHashes = Annotated[tuple[BlockHash, ...], Meta(max_length=MAX_BLOCKS)]
 Checksum = Annotated[bytes, Meta(max_length=16)]
 Index = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 Tier = Annotated[int, Meta(ge=0, le=2)]
@@ -87,7 +88,7 @@ class Lookup(Message, tag="Lookup", kw_only=True):
 
     id: Count
     first: Index
-    hashes: Hashes
+    hashes: BlockHashes
 
 
 class Fetch(Message, tag="Fetch", kw_only=True):
@@ -101,7 +102,7 @@ class Put(Message, tag="Put", kw_only=True):
     """The worker has these blocks: which does the store want, and where?"""
 
     id: Count
-    hashes: Hashes
+    hashes: BlockHashes
 
 
 class Commit(Message, tag="Commit", kw_only=True):
@@ -120,7 +121,7 @@ class Release(Message, tag="Release", kw_only=True):
 class Touch(Message, tag="Touch", kw_only=True):
     """This chain of blocks has been used: of all blocks it goes last, its head after its tail."""
 
-    hashes: Hashes
+    hashes: BlockHashes
 
 
 class Damaged(Message, tag="Damaged", kw_only=True):
@@ -184,7 +185,7 @@ class PeerLookup(Message, tag="PeerLookup", kw_only=True):
 
     id: Count
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    hashes: Hashes
+    hashes: BlockHashes
 
 
 class PeerFound(Message, tag="PeerFound", kw_only=True):
@@ -221,5 +222,5 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(functools.r
 
 
 def decode_store(body: bytes | memoryview) -> Message:
-    """The message in `body`; raises BadMessage for anything that is not exactly one valid message to or from a store."""
+    """The message in `body`; raises BadMessage for anything that is not exactly one of a store's."""
     return bounded_decode(_decoder, body)

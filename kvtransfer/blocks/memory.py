@@ -94,13 +94,13 @@ class HostMemory:
 
 
 class SharedReader:
-    """A read-only mapping of another process's HostMemory."""
+    """A mapping of another process's HostMemory: read-only, unless it is `writable`."""
 
-    def __init__(self, pid: int, shared: SharedFile) -> None:
+    def __init__(self, pid: int, shared: SharedFile, *, writable: bool = False) -> None:
         """Raises PeerLost if the process, the file, its size, its seals or its nonce are not what was described."""
-        fd = _open(pid, shared)
+        fd = _open(pid, shared, writable)
         try:
-            self._map = mmap.mmap(fd, shared.size_bytes, access=mmap.ACCESS_READ)
+            self._map = mmap.mmap(fd, shared.size_bytes, access=mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise PeerLost(f"cannot map the memory of process {pid}: {error}") from error
         finally:
@@ -116,11 +116,15 @@ class SharedReader:
 
         Raises PeerLost if the memory is too small to have this block.
         """
+        return self.span(index * block_bytes, block_bytes)
+
+    def span(self, offset: int, size_bytes: int) -> memoryview:
+        """The bytes [offset, offset + size_bytes), as `block` gives them, writable if the mapping is."""
         if self._view is None:
             raise InvariantBroken("a mapping is used after it was closed")
-        if index < 0 or (index + 1) * block_bytes > len(self._view):
-            raise PeerLost(f"no block {index} in {len(self._view)} bytes of the peer's memory")
-        return self._view[index * block_bytes : (index + 1) * block_bytes]
+        if offset < 0 or size_bytes < 1 or offset + size_bytes > len(self._view):
+            raise PeerLost(f"no bytes from {offset} to {offset + size_bytes} in {len(self._view)} of the peer's memory")
+        return self._view[offset : offset + size_bytes]
 
     def close(self) -> None:
         """Unmap: at once, or with the last view of it that someone still holds. May be repeated."""
@@ -138,7 +142,7 @@ def _create(size_bytes: int) -> SharedFile | None:
     return SharedFile(fd, size_bytes, secrets.token_bytes(NONCE_BYTES))
 
 
-def _open(pid: int, shared: SharedFile) -> int:
+def _open(pid: int, shared: SharedFile, writable: bool) -> int:
     """A file descriptor for another process's memory, checked for all but the nonce; the caller closes it."""
     if pid < 1 or shared.fd < 0 or shared.size_bytes < 2 * mmap.PAGESIZE or shared.size_bytes % mmap.PAGESIZE:
         raise PeerLost(f"no such memory: pid {pid}, fd {shared.fd}, {shared.size_bytes} bytes")
@@ -146,7 +150,7 @@ def _open(pid: int, shared: SharedFile) -> int:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):  # opening a pipe or a device could block or act
             raise PeerLost(f"{path} is no memory")
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise PeerLost(f"cannot open the memory of process {pid}: {error}") from error
     try:

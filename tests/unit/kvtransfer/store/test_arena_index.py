@@ -121,7 +121,7 @@ def test_another_size_of_block_gets_its_share_of_regions() -> None:
 
 
 def test_registering_refuses_what_cannot_be() -> None:
-    """Guards the server against a worker of another layout that claims the same namespace, and a flood of namespaces."""
+    """Guards the server against a worker of another layout in the same namespace, and a flood of namespaces."""
     index = _arena()
     index.register(SMALL, 10)
     with pytest.raises(SettingsError, match="in this namespace"):

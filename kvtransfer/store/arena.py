@@ -1,0 +1,106 @@
+"""The bytes of the RAM arena: in the store, which owns them, and in a worker, which maps them and copies.
+
+A hit is one copy: from the arena into the worker's pool. The reader hashes what it has got and compares with the digest
+that the writer told the store, so it does not matter who has written to the arena meanwhile: wrong bytes are a miss.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Protocol
+
+import numpy as np
+import xxhash
+
+from kvtransfer.blocks.memory import BlockMemory, HostMemory, SharedFile, SharedReader
+from kvtransfer.planes.host import host_identity
+from node.errors import PeerLost, SettingsError
+from node.store_messages import Attached
+
+REGIONS = 16
+"""So many parts can go to different sizes of blocks. A block must fit into one."""
+PAGE_BYTES = 4096
+
+
+class Arena:
+    """The store's end: memory of `ram_bytes` rounded down to REGIONS regions of whole pages."""
+
+    def __init__(self, ram_bytes: int) -> None:
+        """Raises SettingsError where no other process could map the memory."""
+        self.num_regions = REGIONS
+        self.region_bytes = ram_bytes // REGIONS // PAGE_BYTES * PAGE_BYTES
+        if self.region_bytes < 1:
+            raise SettingsError(f"--ram-gib: {ram_bytes} bytes are less than {REGIONS} pages")
+        self._memory = HostMemory(REGIONS, self.region_bytes)
+        if self._memory.shared is None:
+            raise SettingsError("this platform has no memory that several processes can map (memfd_create)")
+        self.shared: SharedFile = self._memory.shared
+
+    def span(self, offset: int, size_bytes: int) -> memoryview:
+        """The writable bytes [offset, offset + size_bytes)."""
+        assert offset >= 0 and offset + size_bytes <= self.num_regions * self.region_bytes, (offset, size_bytes)
+        return self._memory.view[offset : offset + size_bytes]
+
+    def describe(self, incarnation: int, lease_s: float) -> Attached:
+        """What a worker of this host needs to map it."""
+        return Attached(
+            incarnation=incarnation,
+            host=host_identity(),
+            pid=os.getpid(),
+            fd=self.shared.fd,
+            size_bytes=self.shared.size_bytes,
+            nonce=self.shared.nonce,
+            lease_s=lease_s,
+        )
+
+    def close(self) -> None:
+        self._memory.close()
+
+
+def map_arena(attached: Attached) -> SharedReader:
+    """A worker's end, writable. Raises PeerLost if the store is not on this host or its memory cannot be mapped."""
+    if attached.host != host_identity():
+        raise PeerLost("the store runs on another host: its memory cannot be mapped here")
+    shared = SharedFile(attached.fd, attached.size_bytes, attached.nonce)
+    return SharedReader(attached.pid, shared, writable=True)
+
+
+class Copies(Protocol):
+    """How blocks of a worker's pool and spans of the arena become equal. Both return the digest of the pool's bytes."""
+
+    block_bytes: int
+
+    def load(self, block: int, source: memoryview) -> bytes:
+        """Arena to pool."""
+        ...
+
+    def save(self, block: int, target: memoryview) -> bytes:
+        """Pool to arena."""
+        ...
+
+
+class HostCopies:
+    """For pools in host memory. numpy copies and xxhash work without the interpreter's lock, beside the model."""
+
+    def __init__(self, pool: BlockMemory) -> None:
+        self._pool = pool
+        self.block_bytes = pool.block_bytes
+
+    def load(self, block: int, source: memoryview) -> bytes:
+        held = self._pool.block(block)
+        copy_bytes(held, source)
+        return digest_of(held)
+
+    def save(self, block: int, target: memoryview) -> bytes:
+        held = self._pool.block(block)
+        copy_bytes(target, held)
+        return digest_of(held)
+
+
+def copy_bytes(target: memoryview, source: memoryview) -> None:
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+
+
+def digest_of(data: memoryview) -> bytes:
+    """xxh3-128, 16 bytes: finds corruption, proves no identity."""
+    return xxhash.xxh3_128_digest(data)

@@ -1,0 +1,147 @@
+"""The thread of a worker that talks to the host's store and copies, so that no step of the model ever waits for it.
+
+It owns its endpoint and its session. The worker's loop calls the methods of `Store`; what comes of them is delivered
+as events. `NoStore` is for workers without one.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import fields
+from typing import Protocol
+
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.arena import Copies
+from kvtransfer.store.events import StoreClientDied, StoreEvent
+from kvtransfer.store.session import StoreSession
+from node.endpoint import Context, Endpoint
+from node.store_messages import decode_store
+
+LINK = "store"
+MAX_WAIT_S = 0.05
+STOP_TIMEOUT_S = 5.0
+
+Command = Callable[[StoreSession, float], None]
+Deliver = Callable[[StoreEvent], None]
+
+
+class Store(Protocol):
+    """What a worker's loop may ask of the store. See StoreSession for each."""
+
+    @property
+    def attached(self) -> bool:
+        """Whether it is worth asking; may be out of date."""
+        ...
+
+    def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None: ...
+
+    def load(self, key: LegKey, blocks: Sequence[int]) -> None: ...
+
+    def stop(self, key: LegKey) -> None: ...
+
+    def put(self, key: bytes, hashes: Sequence[bytes], blocks: Sequence[int]) -> None: ...
+
+    def touch(self, hashes: Sequence[bytes]) -> None: ...
+
+    def counters(self) -> dict[str, float]:
+        """Of this worker's use of it, and the store's own, for the heartbeat."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class NoStore:
+    """There is no store: nobody may ask it for anything, since it is never attached."""
+
+    attached = False
+
+    def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None: ...
+
+    def load(self, key: LegKey, blocks: Sequence[int]) -> None: ...
+
+    def stop(self, key: LegKey) -> None: ...
+
+    def put(self, key: bytes, hashes: Sequence[bytes], blocks: Sequence[int]) -> None: ...
+
+    def touch(self, hashes: Sequence[bytes]) -> None: ...
+
+    def counters(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...
+
+
+class StoreClient:
+    """The store at `address`, of which this worker is `identity`."""
+
+    def __init__(
+        self, context: Context, identity: str, address: str, namespace: bytes, copies: Copies, deliver: Deliver
+    ) -> None:
+        self._endpoint = Endpoint(context, identity, None, decode_store)
+        self._endpoint.connect(LINK, address)
+        self._deliver = deliver
+        self._session = StoreSession(namespace, copies, lambda message: self._endpoint.send(LINK, message), deliver)
+        self._todo: deque[Command] = deque()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="store", daemon=True)
+        self._thread.start()
+
+    @property
+    def attached(self) -> bool:
+        return self._session.attached
+
+    def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None:
+        self._do(lambda session, now: session.lookup(key, hashes, first, now))
+
+    def load(self, key: LegKey, blocks: Sequence[int]) -> None:
+        self._do(lambda session, now: session.load(key, blocks, now))
+
+    def stop(self, key: LegKey) -> None:
+        self._do(lambda session, now: session.stop(key, now))
+
+    def put(self, key: bytes, hashes: Sequence[bytes], blocks: Sequence[int]) -> None:
+        self._do(lambda session, now: session.put(key, hashes, blocks, now))
+
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        self._do(lambda session, now: session.touch(hashes))
+
+    def counters(self) -> dict[str, float]:
+        counters = self._session.counters
+        mine = {f"store_{each.name}": float(getattr(counters, each.name)) for each in fields(counters)}
+        return mine | {f"host_{name}": value for name, value in self._session.stats.items()}
+
+    def close(self) -> None:
+        """End the thread; the store notices the silence."""
+        self._stopping.set()
+        self._endpoint.wake()
+        self._thread.join(STOP_TIMEOUT_S)
+
+    # -- the thread
+
+    def _do(self, command: Command) -> None:
+        self._todo.append(command)
+        self._endpoint.wake()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self._turn()
+        except BaseException as error:  # whatever it is, the worker's loop must hear of it
+            self._deliver(StoreClientDied(error))
+        finally:
+            self._session.close()
+            self._endpoint.close()
+
+    def _turn(self) -> None:
+        wake_at = self._session.tick(time.monotonic())
+        wait_s = min(max(wake_at - time.monotonic(), 0.0), MAX_WAIT_S)
+        inbound = self._endpoint.receive(0.0 if self._todo or self._session.busy else wait_s)
+        now = time.monotonic()
+        while self._todo:
+            self._todo.popleft()(self._session, now)
+        for _, message in inbound:
+            self._session.on_message(message, now)
+        self._session.work(time.monotonic)

@@ -1,0 +1,47 @@
+"""What the store's side of a worker tells the worker's loop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvtransfer.exchange import LegKey
+
+
+@dataclass(frozen=True, slots=True)
+class StoreFound:
+    """The blocks that the store can give, from the first that was asked for on, by the tier of each."""
+
+    key: LegKey
+    tiers: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreLoaded:
+    """So many blocks of the load, from its first on, are in the pool, verified; nobody writes to any more."""
+
+    key: LegKey
+    num_blocks: int
+    tiers: tuple[int, ...]
+    """Of those blocks."""
+    load_s: float
+    """Since the load began."""
+    copy_s: float
+    """Of that, spent copying."""
+
+
+@dataclass(frozen=True, slots=True)
+class StoreWritten:
+    """Nobody reads the blocks of this put any more; so many are in the store now that were not."""
+
+    key: bytes
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class StoreClientDied:
+    """A bug: the worker cannot go on."""
+
+    error: BaseException
+
+
+StoreEvent = StoreFound | StoreLoaded | StoreWritten | StoreClientDied

@@ -1,0 +1,104 @@
+"""Whether, and how far, loading a prefix is faster than computing it. Pure: rates in, a decision out; no clock.
+
+    load(n)     = wait for loads before it + bytes of its RAM copies / RAM rate + bytes of each slower tier / its rate
+    compute(n)  = tokens of the n blocks / the speed of computing
+    chosen      = the n with the least load(n) + compute(all - n)
+
+Rates are measured: bytes and seconds of what was done, halved every HALF_LIFE_S, beside an assumption that weighs as
+much as ASSUMED_S seconds. So after a bad minute a tier is tried again, and a tier that was never used gets a chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from node.store_messages import DISK, PEER, RAM
+
+HALF_LIFE_S = 30.0
+ASSUMED_S = 0.01
+ASSUMED_BYTES_PER_S = {RAM: 4e9, DISK: 1e9, PEER: 0.5e9}
+ASSUMED_TOKENS_PER_S = 1000.0
+SLACK_S = 0.05
+"""A load may take so much longer than computing would, before it is stopped: messages take their time."""
+
+
+class Rate:
+    """Something done per second, as measured, beside an assumption."""
+
+    def __init__(self, assumed: float) -> None:
+        self._assumed = assumed
+        self._done = 0.0
+        self._spent_s = 0.0
+        self._at = 0.0
+
+    def add(self, done: float, spent_s: float, now: float) -> None:
+        """So much was done in so many seconds."""
+        fading = self._fading(now)
+        self._done = self._done * fading + done
+        self._spent_s = self._spent_s * fading + spent_s
+        self._at = now
+
+    def at(self, now: float) -> float:
+        """Done per second."""
+        fading = self._fading(now)
+        return (self._done * fading + self._assumed * ASSUMED_S) / (self._spent_s * fading + ASSUMED_S)
+
+    def _fading(self, now: float) -> float:
+        return float(0.5 ** (max(0.0, now - self._at) / HALF_LIFE_S))
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Load so many blocks, which is expected to take so long; computing them would take the other time."""
+
+    num_blocks: int
+    load_s: float
+    compute_s: float
+
+    @property
+    def stop_after_s(self) -> float:
+        """When computing is the better bet after all."""
+        return self.compute_s + SLACK_S
+
+
+class Gate:
+    """The measured speeds of one worker. `always`: load whatever is found, and wait for it."""
+
+    def __init__(self, block_bytes: int, block_tokens: int, *, always: bool) -> None:
+        self._block_bytes = block_bytes
+        self._block_tokens = block_tokens
+        self._always = always
+        self._tiers = {tier: Rate(assumed) for tier, assumed in ASSUMED_BYTES_PER_S.items()}
+        self._computing = Rate(ASSUMED_TOKENS_PER_S)
+
+    def computed(self, num_tokens: int, spent_s: float, now: float) -> None:
+        """A step took so long for so many prompt tokens."""
+        self._computing.add(num_tokens, spent_s, now)
+
+    def loaded(self, tiers: Sequence[int], load_s: float, copy_s: float, now: float) -> None:
+        """A load ended; copying is RAM's time, and what is left is that of the slower tiers."""
+        if tiers:
+            self._tiers[RAM].add(len(tiers) * self._block_bytes, copy_s, now)
+        for tier in (DISK, PEER):
+            if count := tiers.count(tier):
+                self._tiers[tier].add(count * self._block_bytes, max(load_s - copy_s, 0.0), now)
+
+    def patience_s(self, num_tokens: int, now: float) -> float:
+        """How long an answer may take before computing `num_tokens` would have been the better bet."""
+        return 5.0 if self._always else SLACK_S + num_tokens / self._computing.at(now)
+
+    def decide(self, tiers: Sequence[int], queued_blocks: int, now: float) -> Decision:
+        """`tiers` of the blocks found, in order; `queued_blocks` are being loaded before them."""
+        block_compute_s = self._block_tokens / self._computing.at(now)
+        costs = {tier: self._block_bytes / rate.at(now) for tier, rate in self._tiers.items()}
+        load_s = queued_blocks * costs[RAM]
+        best = Decision(0, 0.0, 0.0)
+        gain_s = 0.0
+        for count, tier in enumerate(tiers, 1):
+            load_s += costs[RAM] + (costs[tier] if tier != RAM else 0.0)
+            compute_s = count * block_compute_s
+            if compute_s - load_s > gain_s or (self._always and count == len(tiers)):
+                gain_s = compute_s - load_s
+                best = Decision(count, load_s, max(compute_s, 5.0) if self._always else compute_s)
+        return best

@@ -1,0 +1,79 @@
+"""What lies under the arena, as the server sees it: the disk. Its calls return at once; news come through `poll`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from kvtransfer.store.arena_index import Key
+
+
+@dataclass(frozen=True, slots=True)
+class ReadDone:
+    """A `read` has ended; `ok`: the block is in the view that it was given, verified."""
+
+    key: Key
+    ok: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WriteDone:
+    """A `write` has ended, one way or the other: nobody reads the view that it was given any more."""
+
+    key: Key
+
+
+class Lower(Protocol):
+    """The tier under the arena. A fault in it is a counted miss."""
+
+    def open(self, namespace: bytes, block_bytes: int) -> None:
+        """Blocks of this namespace will come; repeated: no effect."""
+        ...
+
+    def has(self, key: Key) -> bool:
+        """Whether a read is worth trying."""
+        ...
+
+    def wants(self, key: Key) -> bool:
+        """Told of each use of a block in RAM: whether it should be written here now."""
+        ...
+
+    def read(self, key: Key, into: memoryview) -> None:
+        """Begin to fill `into`; ReadDone follows."""
+        ...
+
+    def write(self, key: Key, data: memoryview, digest: bytes) -> bool:
+        """Begin to write `data` behind, if its digest is right; True: WriteDone follows, False: there is no room."""
+        ...
+
+    def poll(self) -> list[ReadDone | WriteDone]: ...
+
+    def stats(self) -> dict[str, float]: ...
+
+    def close(self) -> None: ...
+
+
+class NoLower:
+    """There is no disk."""
+
+    def open(self, namespace: bytes, block_bytes: int) -> None: ...
+
+    def has(self, key: Key) -> bool:
+        return False
+
+    def wants(self, key: Key) -> bool:
+        return False
+
+    def read(self, key: Key, into: memoryview) -> None:
+        raise AssertionError("nothing was promised here")
+
+    def write(self, key: Key, data: memoryview, digest: bytes) -> bool:
+        return False
+
+    def poll(self) -> list[ReadDone | WriteDone]:
+        return []
+
+    def stats(self) -> dict[str, float]:
+        return {}
+
+    def close(self) -> None: ...

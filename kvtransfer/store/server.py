@@ -1,0 +1,368 @@
+"""The store without its socket: who is attached, what they look up, fetch and put. It is told what came in and when.
+
+    worker                                     store
+      Attach(namespace)    ───────────────────►  registers the namespace
+                           ◄──── Attached ─────  how to map the arena; from now on the worker beats
+      Lookup(id, hashes)   ───────────────────►  RAM, else disk, else peers; what is in RAM is held for (worker, id)
+                           ◄──── Found(id) ────  where each block of the longest run is
+      Fetch(id, numbers)   ───────────────────►  disk or peer → a slot of the arena, in threads or by messages
+                           ◄──── Fetched(id) ──  as they come, held too
+      (copies, verifies)
+      Release(id)          ───────────────────►  held no more
+
+      Put(id, hashes)      ───────────────────►  slots for those that are not here
+                           ◄──── Granted(id) ──
+      (copies, hashes)
+      Commit(id, digests)  ───────────────────►  found by everybody from now on
+
+What a worker holds ends with Release or Commit, or when it was silent for LEASE_S: whatever it does to a slot after
+that, the next reader's digest shows it. No message raises: what makes no sense is dropped or answered with Detached.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from kvtransfer.store.arena import Arena, digest_of
+from kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
+from kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
+from kvtransfer.store.lower import Lower, WriteDone
+from kvtransfer.store.peers import Peers
+from node.errors import SettingsError
+from node.messages import PROTOCOL_VERSION, Message
+from node.store_messages import (
+    DISK,
+    PEER,
+    RAM,
+    TIER_NAMES,
+    Alive,
+    Arrival,
+    Attach,
+    Beat,
+    Commit,
+    Damaged,
+    Detached,
+    Fetch,
+    Fetched,
+    Found,
+    Granted,
+    Lookup,
+    PeerData,
+    PeerFound,
+    PeerGet,
+    PeerLookup,
+    Place,
+    Put,
+    Release,
+    Slot,
+    Touch,
+)
+from node.telemetry import log_event
+
+logger = logging.getLogger("store")
+
+LEASE_S = 5.0
+MAX_MEMBERS = 4096
+MAX_OPEN = 4096
+"""Lookups and puts of one worker; more are answered with nothing found and nothing granted."""
+SELF = ""
+"""The owner's name of what the store itself holds: no endpoint has it."""
+
+Send = Callable[[str, Message], bool]
+
+
+@dataclass(slots=True)
+class _Member:
+    namespace: bytes
+    heard_at: float
+    open: int = 0
+    """Lookups and puts that it has not released."""
+
+
+@dataclass(slots=True)
+class _Asked:
+    """A lookup or a put between its beginning and its release."""
+
+    keys: tuple[Key, ...]
+    first: int
+    peers: dict[Key, str]
+    """Which peer has which block, of those that nobody here has."""
+
+
+class StoreServer:
+    """See the module's docstring. One thread makes all calls."""
+
+    def __init__(self, arena: Arena, incarnation: int, lower: Lower, peers: Peers, send: Send) -> None:
+        self.index = ArenaIndex(arena.num_regions, arena.region_bytes)
+        self._arena = arena
+        self._attached = arena.describe(incarnation, LEASE_S)
+        self._lower = lower
+        self._peers = peers
+        self._send = send
+        self._members: dict[str, _Member] = {}
+        self._asked: dict[Holder, _Asked] = {}
+        self._at_peers: dict[int, Holder] = {}  # lookups that wait for the peers, by the number of the question
+        self._numbers = 0
+        self._loads = Loads(self.index, arena.span, lower, peers)
+        self._saving: dict[Key, Holder] = {}
+        self._counters: Counter[str] = Counter()
+
+    # ---- told by the loop
+
+    def on_message(self, peer: str, message: Message, now: float) -> None:
+        """One message of a worker or of another store."""
+        match message:
+            case Attach():
+                self._on_attach(peer, message, now)
+            case PeerFound() | PeerData():
+                if peer in self._peers.links:
+                    self._peers.on_message(peer, message)
+            case PeerLookup():
+                keys = [Key(message.namespace, each) for each in message.hashes]
+                self._send(peer, PeerFound(id=message.id, count=self._run_here(keys)))
+            case PeerGet():
+                self._on_peer_get(peer, message, now)
+            case _:
+                member = self._members.get(peer)
+                if member is None:
+                    self._send(peer, Detached(reason="not attached"))
+                    return
+                member.heard_at = now
+                self._on_member(peer, member, message, now)
+
+    def tick(self, now: float) -> None:
+        """Take in what disk and peers have done, and end the leases of the silent."""
+        self._peers.tick(now)
+        answers, pulled = self._peers.take()
+        for answer in answers:
+            holder = self._at_peers.pop(answer.id)
+            if (asked := self._asked.get(holder)) is not None:
+                asked.peers = answer.holders
+                self._tell_found(holder, asked)
+        for done in pulled:
+            self._loaded(done.key, done.ok)
+        for each in self._lower.poll():
+            if isinstance(each, WriteDone):
+                self.index.release(self._saving.pop(each.key))
+            else:
+                self._loaded(each.key, each.ok)
+        for peer in [peer for peer, member in self._members.items() if now - member.heard_at > LEASE_S]:
+            self._forget(peer)
+        self.index.gone.clear()
+
+    def stats(self) -> dict[str, float]:
+        """The store's own numbers, as workers put them into their heartbeats."""
+        occupancy = self.index.occupancy
+        return {
+            "ram_blocks": float(occupancy.blocks),
+            "ram_used_bytes": float(occupancy.used_bytes),
+            "ram_size_bytes": float(occupancy.total_bytes),
+            "workers": float(len(self._members)),
+            "holders": float(self.index.num_holders),
+            **{f"ram_evictions_{reason}": float(count) for reason, count in self.index.evictions.items()},
+            **{name: float(count) for name, count in self._counters.items()},
+            "peer_bytes": float(self._peers.received_bytes),
+            **self._lower.stats(),
+        }
+
+    # ---- workers
+
+    def _on_attach(self, peer: str, message: Attach, now: float) -> None:
+        refusal = ""
+        if message.version != PROTOCOL_VERSION:
+            refusal = f"protocol version {message.version}, this store speaks {PROTOCOL_VERSION}"
+        elif peer not in self._members and len(self._members) >= MAX_MEMBERS:
+            refusal = "too many workers"
+        else:
+            try:
+                self.index.register(message.namespace, message.block_bytes)
+            except SettingsError as error:
+                refusal = str(error)
+        if refusal:
+            self._send(peer, Detached(reason=refusal, final=True))
+            return
+        if peer not in self._members:
+            log_event(logger, "worker_attached", worker=peer, namespace=message.namespace.hex()[:12])
+        self._forget_held(peer)
+        self._members[peer] = _Member(message.namespace, now)
+        self._lower.open(message.namespace, message.block_bytes)
+        self._send(peer, self._attached)
+
+    def _on_member(self, peer: str, member: _Member, message: Message, now: float) -> None:
+        match message:
+            case Beat():
+                self._send(peer, Alive(stats=self.stats()))
+            case Lookup():
+                self._on_lookup(peer, member, message, now)
+            case Fetch():
+                self._on_fetch(Holder(peer, message.id), message, now)
+            case Put():
+                self._on_put(Holder(peer, message.id), member, message)
+            case Commit():
+                self._on_commit(Holder(peer, message.id), message)
+            case Release():
+                self._release(Holder(peer, message.id))
+            case Touch():
+                self.index.touch([Key(member.namespace, each) for each in message.hashes])
+            case Damaged():
+                self._on_damaged(Key(member.namespace, message.hash))
+
+    def _on_lookup(self, peer: str, member: _Member, message: Lookup, now: float) -> None:
+        holder = Holder(peer, message.id)
+        keys = tuple(Key(member.namespace, each) for each in message.hashes)
+        asked = self._open(holder, member, _Asked(keys, message.first, {}))
+        if asked is None:
+            self._send(peer, Found(id=message.id, places=()))
+            return
+        self.index.touch(keys)
+        self._use(keys)
+        end = message.first + self._run_here(keys[message.first :])
+        if end < len(keys) and self._peers.links:
+            self._numbers += 1
+            if self._peers.ask(self._numbers, keys[end:], now):
+                self._at_peers[self._numbers] = holder
+                return
+        self._tell_found(holder, asked)
+
+    def _run_here(self, keys: tuple[Key, ...] | list[Key]) -> int:
+        """How many of these, from the first on, this host has in RAM or on disk."""
+        for number, key in enumerate(keys):
+            if self.index.find(key) is None and not self._lower.has(key):
+                return number
+        return len(keys)
+
+    def _tell_found(self, holder: Holder, asked: _Asked) -> None:
+        """Hold what is in RAM, and tell where the longest run of blocks is."""
+        places: list[Place] = []
+        for key in asked.keys[asked.first :]:
+            entry = self.index.acquire(key, holder)
+            if entry is not None:
+                places.append(Place(RAM, entry.offset, entry.digest))
+            elif self._lower.has(key):
+                places.append(Place(DISK))
+            elif key in asked.peers:
+                places.append(Place(PEER))
+            else:
+                break
+        self._counters["lookups"] += 1
+        self._counters["lookup_blocks"] += len(asked.keys) - asked.first
+        self._counters.update(f"found_{TIER_NAMES[place.tier]}" for place in places)
+        self._send(holder.owner, Found(id=holder.id, places=tuple(places)))
+
+    def _on_fetch(self, holder: Holder, message: Fetch, now: float) -> None:
+        asked = self._asked.get(holder)
+        arrivals: list[Arrival] = []
+        for index in message.indices:
+            key = asked.keys[index] if asked is not None and index < len(asked.keys) else None
+            if asked is None or key is None:
+                arrivals.append(Arrival(index))
+            elif (entry := self.index.acquire(key, holder)) is not None:
+                arrivals.append(Arrival(index, entry.offset, entry.digest))
+            elif not self._loads.want(key, WorkerWaits(holder, index), asked.peers.get(key), now):
+                arrivals.append(Arrival(index))
+        if arrivals:
+            self._send(holder.owner, Fetched(id=message.id, arrivals=tuple(arrivals)))
+
+    def _on_put(self, holder: Holder, member: _Member, message: Put) -> None:
+        keys = tuple(Key(member.namespace, each) for each in message.hashes)
+        slots = []
+        asked = self._open(holder, member, _Asked(keys, 0, {}))
+        for index, key in enumerate(keys if asked is not None else ()):
+            if (entry := self.index.reserve(key, holder)) is not None:
+                slots.append(Slot(index, entry.offset))
+        self._use([key for key in keys if self.index.find(key) is not None])
+        self._counters["put_blocks"] += len(keys)
+        self._counters["put_granted"] += len(slots)
+        self._send(holder.owner, Granted(id=message.id, slots=tuple(slots)))
+
+    def _on_commit(self, holder: Holder, message: Commit) -> None:
+        asked = self._asked.get(holder)
+        keys = asked.keys if asked is not None else ()
+        for written in message.written:
+            if written.index < len(keys) and self.index.commit(keys[written.index], holder, written.digest):
+                self._counters["put_committed"] += 1
+                self._use([keys[written.index]])
+        self._release(holder)
+
+    def _on_damaged(self, key: Key) -> None:
+        """Believe it only after looking: a worker may have read a slot that was not its own any more."""
+        entry = self.index.find(key)
+        if entry is not None and digest_of(self._span(entry)) != entry.digest:
+            self.index.drop(key)
+
+    # ---- other stores
+
+    def _on_peer_get(self, peer: str, message: PeerGet, now: float) -> None:
+        key = Key(message.namespace, message.hash)
+        if self.index.find(key) is None and self._loads.want(key, PeerWaits(peer, message), None, now):
+            return
+        self._tell_piece(peer, message)
+
+    def _tell_piece(self, peer: str, message: PeerGet) -> None:
+        entry = self.index.find(Key(message.namespace, message.hash))
+        found = PeerData(namespace=message.namespace, hash=message.hash, offset=message.offset)
+        if entry is not None and message.offset + message.size_bytes <= entry.size_bytes:
+            piece = self._span(entry)[message.offset : message.offset + message.size_bytes]
+            found = PeerData(
+                namespace=message.namespace,
+                hash=message.hash,
+                offset=message.offset,
+                digest=entry.digest,
+                data=bytes(piece),
+            )
+        self._send(peer, found)
+
+    # ---- disk
+
+    def _use(self, keys: tuple[Key, ...] | list[Key]) -> None:
+        """These are used: what the disk wants is written behind, held meanwhile."""
+        for key in keys:
+            entry = self.index.find(key)
+            if entry is None or not self._lower.wants(key) or key in self._saving:
+                continue
+            self._numbers += 1
+            holder = Holder(SELF, self._numbers)
+            if self._lower.write(key, self._span(entry), entry.digest):
+                self.index.acquire(key, holder)
+                self._saving[key] = holder
+
+    def _loaded(self, key: Key, ok: bool) -> None:
+        """A block has come from disk or a peer, or not: tell all who wait for it."""
+        for waiter in self._loads.end(key, ok):
+            if isinstance(waiter, PeerWaits):
+                self._tell_piece(waiter.peer, waiter.get)
+            elif (holder := waiter.holder) in self._asked:
+                entry = self.index.acquire(key, holder)
+                place = (entry.offset, entry.digest) if entry is not None else ()
+                self._send(holder.owner, Fetched(id=holder.id, arrivals=(Arrival(waiter.index, *place),)))
+
+    # ---- leases
+
+    def _open(self, holder: Holder, member: _Member, asked: _Asked) -> _Asked | None:
+        """None if the number is in use, or there are too many."""
+        if holder in self._asked or member.open >= MAX_OPEN:
+            return None
+        member.open += 1
+        self._asked[holder] = asked
+        return asked
+
+    def _release(self, holder: Holder) -> None:
+        if self._asked.pop(holder, None) is not None:
+            self._members[holder.owner].open -= 1
+        self.index.release(holder)
+
+    def _forget(self, peer: str) -> None:
+        del self._members[peer]
+        held = self._forget_held(peer)
+        log_event(logger, "worker_silent", worker=peer, held=held)
+
+    def _forget_held(self, peer: str) -> int:
+        for holder in [holder for holder in self._asked if holder.owner == peer]:
+            del self._asked[holder]
+        return self.index.release_owner(peer)
+
+    def _span(self, entry: Entry) -> memoryview:
+        return self._arena.span(entry.offset, entry.size_bytes)

@@ -1,0 +1,163 @@
+"""A store and workers in one process, without sockets, threads or clocks: messages wait until a test moves them on."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+
+from kvtransfer.blocks.memory import HostMemory
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.arena import Arena, HostCopies
+from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from kvtransfer.store.lower import Lower, NoLower
+from kvtransfer.store.peers import Peers
+from kvtransfer.store.server import StoreServer
+from kvtransfer.store.session import StoreSession
+from node.messages import Message
+from node.store_messages import decode_store
+
+BLOCK_BYTES = 4096
+SPACE = b"n" * 32
+
+
+def names(*numbers: int) -> tuple[bytes, ...]:
+    return tuple(hashlib.sha256(b"%d" % number).digest() for number in numbers)
+
+
+def content(number: int, block_bytes: int = BLOCK_BYTES) -> bytes:
+    return hashlib.shake_128(b"%d" % number).digest(block_bytes)
+
+
+class Host:
+    """One host's store, and whoever talks to it. `wire` holds (from, to, message) in order."""
+
+    def __init__(
+        self,
+        name: str = "host",
+        *,
+        slots: int = 16,
+        incarnation: int = 1,
+        lower: Lower | None = None,
+        links: tuple[str, ...] = (),
+    ) -> None:
+        self.name = name
+        self.wire: deque[tuple[str, str, Message]] = deque()
+        self.arena = Arena(slots * BLOCK_BYTES)
+        self.peers = Peers(links, self._send)
+        self.server = StoreServer(self.arena, incarnation, lower or NoLower(), self.peers, self._send)
+
+    def _send(self, to: str, message: Message) -> bool:
+        self.wire.append((self.name, to, message))
+        return True
+
+
+class Worker:
+    """One worker's session and its pool."""
+
+    def __init__(
+        self, name: str, wire: deque[tuple[str, str, Message]], *, num_blocks: int = 16, space: bytes = SPACE
+    ) -> None:
+        self.name = name
+        self.pool = HostMemory(num_blocks, BLOCK_BYTES)
+        self.events: list[StoreEvent] = []
+        self.session = StoreSession(
+            space, HostCopies(self.pool), lambda message: wire.append((name, "host", message)), self.events.append
+        )
+
+    def fill(self, block: int, number: int) -> None:
+        self.pool.block(block)[:] = content(number)
+
+    def holds(self, block: int, number: int) -> bool:
+        return bytes(self.pool.block(block)) == content(number)
+
+    @property
+    def puts_open(self) -> bool:
+        return bool(self.session._writings)
+
+    def told(self, kind: type[StoreEvent]) -> list[StoreEvent]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+
+class World:
+    """`now` is everybody's clock. `lost` names whose messages are dropped, on either side."""
+
+    def __init__(self, *workers: str, host: Host | None = None) -> None:
+        self.host = host or Host()
+        self.now = 0.0
+        self.lost: set[str] = set()
+        self.workers: dict[str, Worker] = {}
+        for name in workers:
+            self.join(name)
+
+    def join(self, name: str, space: bytes = SPACE) -> Worker:
+        worker = self.workers[name] = Worker(name, self.host.wire, space=space)
+        self.run()
+        return worker
+
+    def run(self, seconds: float = 0.0) -> None:
+        """Let so much time pass in small steps, and everything happen."""
+        end = self.now + seconds
+        while True:
+            self.step()
+            if self.now >= end:
+                return
+            self.now = min(end, self.now + 0.1)
+
+    def step(self) -> None:
+        for worker in self.workers.values():
+            worker.session.tick(self.now)
+        for _ in range(10_000):
+            self.host.server.tick(self.now)
+            self.deliver()
+            for worker in self.workers.values():
+                worker.session.work(lambda: self.now)
+            if not self.host.wire:
+                return
+        raise AssertionError("the messages do not come to an end")
+
+    def deliver(self, count: int = 10_000) -> None:
+        """Move on at most so many messages; each goes through its bytes."""
+        wire = self.host.wire
+        for _ in range(min(count, len(wire))):
+            origin, to, message = wire.popleft()
+            message = decode_store(_encoded(message))
+            if origin in self.lost or to in self.lost:
+                continue
+            if to == "host":
+                self.host.server.on_message(origin, message, self.now)
+            elif to in self.workers:
+                self.workers[to].session.on_message(message, self.now)
+
+    # -- what tests do all the time
+
+    def put(self, name: str, *numbers: int) -> int:
+        """Worker `name` fills its first blocks and offers them; how many the store took."""
+        worker = self.workers[name]
+        for block, number in enumerate(numbers):
+            worker.fill(block, number)
+        worker.session.put(b"put", names(*numbers), range(len(numbers)), self.now)
+        self.run()
+        done = worker.told(StoreWritten)[-1]
+        assert isinstance(done, StoreWritten)
+        return done.num_blocks
+
+    def find(self, name: str, *numbers: int, first: int = 0) -> tuple[int, ...]:
+        self.workers[name].session.lookup(LegKey(name, 0), names(*numbers), first, self.now)
+        self.run()
+        found = self.workers[name].told(StoreFound)[-1]
+        assert isinstance(found, StoreFound)
+        return found.tiers
+
+    def load(self, name: str, blocks: range) -> int:
+        """After `find`: how many blocks came."""
+        self.workers[name].session.load(LegKey(name, 0), blocks, self.now)
+        self.run()
+        loaded = self.workers[name].told(StoreLoaded)[-1]
+        assert isinstance(loaded, StoreLoaded)
+        return loaded.num_blocks
+
+
+def _encoded(message: Message) -> bytes:
+    from node.messages import encode
+
+    return encode(message)
