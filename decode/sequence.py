@@ -38,6 +38,8 @@ class Sequence:
     stay: int = 0
     """How often it was preempted: what a step computed before has gone with its blocks."""
     cached_tokens: int = 0
+    stored_blocks: int = 0
+    """So many of its first blocks need not be offered to the store (any more)."""
     told: int = 0
     """Generated tokens that the proxy was told of, counted from the end of the prompt."""
     logprobs: list[Logprob] = field(default_factory=list)

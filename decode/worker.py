@@ -29,6 +29,9 @@ from kvtransfer.blocks.manager import OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
 from kvtransfer.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
+from kvtransfer.store.client import NO_STORE, Store
+from kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
+from kvtransfer.store.gate import Gate
 from models.batch import Draw, Row
 from node.errors import InvariantBroken, SettingsError
 from node.lifecycle import Joined, JoinRefused, ProxyLost
@@ -49,6 +52,7 @@ from worker.draining import Draining
 from worker.finish import finish_of, is_last
 from worker.legs import busy, failed, means, why_impossible
 from worker.parts import Parts
+from worker.reuse import Reuse
 from worker.stages import LegTimes
 
 logger = logging.getLogger("decode")
@@ -59,7 +63,13 @@ IDLE_WAIT_S = 0.1
 class DecodeWorker:
     """See the module's docstring."""
 
-    def __init__(self, worker: Parts, settings: DecodeSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        worker: Parts,
+        settings: DecodeSettings,
+        clock: Callable[[], float] = time.monotonic,
+        store: Store = NO_STORE,
+    ) -> None:
         self._worker = worker
         self._clock = clock
         self._settings = settings
@@ -71,6 +81,9 @@ class DecodeWorker:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_chunk_tokens=settings.max_chunk_tokens,
         )
+        layout = worker.layout
+        gate = Gate(layout.block_bytes, layout.block_tokens, always=settings.store_loads == "always")
+        self._reuse = Reuse(store, worker.manager, gate)
         self._legs: dict[LegKey, Sequence] = {}
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
@@ -88,7 +101,7 @@ class DecodeWorker:
     def run(self) -> None:
         """Serve until drained."""
         worked = False
-        while not self._draining.over(idle=not self._legs, now=self._clock()):
+        while not self._draining.over(idle=self._idle, now=self._clock()):
             worked = self.turn(0.0 if worked else IDLE_WAIT_S)
         for sequence in [*self._legs.values()]:
             self._end(sequence, failed(sequence.leg, "worker is shutting down", retryable=True))
@@ -132,12 +145,16 @@ class DecodeWorker:
                 log_event(logger, "proxy_lost", link=link)
                 for sequence in [s for s in self._legs.values() if s.link == link]:
                     self._end(sequence, failed(sequence.leg, "this worker had lost its proxy", retryable=True))
+            case StoreFound() | StoreLoaded() | StoreWritten():
+                self._reuse.on_event(event, self._clock())
             case Joined(link):
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):
                 raise SettingsError(f"{link} refused this worker: {reason}")
             case CarrierDied(error):
                 raise InvariantBroken("the carrier thread died") from error
+            case StoreClientDied(error):
+                raise InvariantBroken("the store's thread died") from error
 
     def _on_reserve(self, link: str, message: Reserve, at: float) -> None:
         leg = LegKey(message.request_id, message.attempt)
@@ -228,6 +245,7 @@ class DecodeWorker:
             self._end(sequence, failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
             return
         sequence.num_computed = sequence.num_launched = sequence.num_tokens
+        sequence.stored_blocks = sequence.num_computed // self._limits.block_tokens  # prefill offers these
         sequence.table.publish(sequence.token_ids, sequence.num_computed)
         sequence.append(event.token_id, event.logprob)
         self._enter(sequence)
@@ -301,6 +319,7 @@ class DecodeWorker:
             sequence.table.release()
             return False
         sequence.num_computed = sequence.num_launched = cached_tokens
+        sequence.stored_blocks = cached_tokens // self._limits.block_tokens
         if sequence.num_generated == sequence.told and not sequence.cached_tokens:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
             self._cached_tokens += sequence.cached_tokens
@@ -346,6 +365,7 @@ class DecodeWorker:
             if part.stay == sequence.stay:
                 sequence.num_computed += part.length
                 sequence.table.publish(sequence.token_ids, sequence.num_computed)
+                self._write_behind(sequence)
             if sequence.times.open:
                 sequence.times.begin(flight.began_at)
             if token is None:
@@ -363,9 +383,17 @@ class DecodeWorker:
             stages = sequence.times.drew(flight.began_at, now) if sequence.times.open else None
             told[sequence.link].append(sequence.tell(finish, stages))
             if finish:
+                self._reuse.used(sequence.table)
                 self._end(sequence, None)
         for link, tokens in told.items():
             self._carrier.tell(link, Bundle(tokens=tuple(tokens)))
+
+    def _write_behind(self, sequence: Sequence) -> None:
+        """Blocks that this worker has completed go to the store: the next turn may be prefilled anywhere."""
+        full = sequence.num_computed // self._limits.block_tokens
+        if full > sequence.stored_blocks:
+            self._reuse.write(sequence.table, sequence.stored_blocks, full)
+            sequence.stored_blocks = full
 
     # -- endings
 
@@ -413,17 +441,22 @@ class DecodeWorker:
                 "generated_tokens": float(self._generated_tokens),
                 "prefix_queries_tokens": float(self._prompt_tokens),
                 "prefix_hits_tokens": float(self._cached_tokens),
+                **self._reuse.counters(self._limits.block_tokens),
                 "preemptions": float(self._preemptions),
                 "evictions": float(self._manager.evictions),
                 **self._carrier.transfer_counters(),
             },
         )
 
+    @property
+    def _idle(self) -> bool:
+        return not self._legs and self._reuse.idle
+
     def check(self) -> None:
         """Prove the block accounting; when idle, that nothing is held."""
         self._manager.check()
         usage = self._manager.usage()
-        if not self._legs and usage.free + usage.cached + usage.quarantined != usage.total:
+        if self._idle and usage.free + usage.cached + usage.quarantined != usage.total:
             raise InvariantBroken(f"an idle decode worker holds blocks: {usage}")
 
 

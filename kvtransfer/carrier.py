@@ -17,6 +17,7 @@ from typing import Protocol
 
 from kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
 from kvtransfer.exchange import Event, Exchange
+from kvtransfer.store.events import StoreEvent
 from node.lifecycle import Change, Membership
 from node.messages import Cancel, Drain, KvReplay, Load, Message, Prefill, Reserve
 
@@ -41,7 +42,7 @@ class CarrierDied:
     error: BaseException
 
 
-Inbound = FromProxy | CarrierDied | Event | Change
+Inbound = FromProxy | CarrierDied | Event | Change | StoreEvent
 Command = Callable[[Exchange, float], None]
 
 

@@ -30,6 +30,10 @@ class Job:
     cached_tokens: int = 0
     started: bool = False
     """It holds blocks for all its tokens."""
+    asked: bool = False
+    """The store was asked for its prefix, if there is one."""
+    stored_blocks: int = 0
+    """So many of its first blocks need not be offered to the store (any more)."""
 
     @property
     def num_tokens(self) -> int:

@@ -19,6 +19,9 @@ from kvtransfer.blocks.manager import OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
 from kvtransfer.exchange import LegKey, SenderEnded
+from kvtransfer.store.client import NO_STORE, Store
+from kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
+from kvtransfer.store.gate import Gate
 from models.batch import Draw, Drawn, Launched, Row
 from node.errors import InvariantBroken, SettingsError
 from node.lifecycle import Joined, JoinRefused, ProxyLost
@@ -31,6 +34,7 @@ from worker.draining import Draining
 from worker.finish import finish_of
 from worker.legs import busy, failed, means, why_impossible
 from worker.parts import Parts
+from worker.reuse import Loaded, Reuse
 from worker.stages import LegTimes
 
 logger = logging.getLogger("prefill")
@@ -41,7 +45,13 @@ IDLE_WAIT_S = 0.1
 class PrefillWorker:
     """See the module's docstring."""
 
-    def __init__(self, worker: Parts, settings: PrefillSettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        worker: Parts,
+        settings: PrefillSettings,
+        clock: Callable[[], float] = time.monotonic,
+        store: Store = NO_STORE,
+    ) -> None:
         self._worker = worker
         self._clock = clock
         self._settings = settings
@@ -51,17 +61,22 @@ class PrefillWorker:
         self._leased: dict[LegKey, Job] = {}  # computed or given up; the carrier still reads their blocks
         self._owed: set[LegKey] = set()  # of those, the legs whose proxy awaits the outcome
         self._flights: deque[tuple[Launched, list[tuple[Job, Chunk]]]] = deque()  # in the order of their launch
+        layout = worker.layout
+        gate = Gate(layout.block_bytes, layout.block_tokens, always=settings.store_loads == "always")
+        self._reuse = Reuse(store, worker.manager, gate)
+        self._computing_since = 0.0
         self._steps = 0
         self._prompt_tokens = 0
         self._cached_tokens = 0
+        self._computed_tokens = 0
         self._draining = Draining(settings.drain_s)
         self._arrived_at: dict[LegKey, float] = {}
 
     def run(self) -> None:
         """Serve until drained."""
         worked = False
-        while not self._draining.over(idle=not (self._jobs or self._leased), now=self._clock()):
-            worked = self.turn(0.0 if worked else IDLE_WAIT_S)
+        while not self._draining.over(idle=self._idle, now=self._clock()):
+            worked = self.turn(0.0 if worked else self._reuse.wake_in_s(self._clock(), IDLE_WAIT_S))
         self._settle()
         for job in [*self._jobs.values()]:
             self._give_up(job, failed(job.leg, "worker is shutting down", retryable=True))
@@ -72,6 +87,7 @@ class PrefillWorker:
         for event in events:
             self._on(event)
         self._expire(self._clock())
+        self._reuse.tick(self._clock())
         chunks = self._schedule()
         if chunks:
             self._launch(chunks)
@@ -99,6 +115,9 @@ class PrefillWorker:
                 self.drain()
             case SenderEnded():
                 self._on_sender_ended(event)
+            case StoreFound() | StoreLoaded() | StoreWritten():
+                if (loaded := self._reuse.on_event(event, self._clock())) is not None:
+                    self._on_loaded(loaded)
             case ProxyLost(link):
                 log_event(logger, "proxy_lost", link=link)
                 self._settle()
@@ -110,6 +129,8 @@ class PrefillWorker:
                 raise SettingsError(f"{link} refused this worker: {reason}")
             case CarrierDied(error):
                 raise InvariantBroken("the carrier thread died") from error
+            case StoreClientDied(error):
+                raise InvariantBroken("the store's thread died") from error
 
     def _on_prefill(self, link: str, message: Prefill, at: float) -> None:
         leg = LegKey(message.request_id, message.attempt)
@@ -189,22 +210,34 @@ class PrefillWorker:
     # -- steps
 
     def _schedule(self) -> list[tuple[Job, Chunk]]:
-        """Start waiting jobs, in order, as far as blocks last; then fill the budget from the started ones."""
+        """Start waiting jobs, in order, as far as blocks last; then fill the budget from those that are not loading."""
         now = self._clock()
         jobs = list(self._jobs.values())
         works = [Work(j.num_tokens, j.num_launched, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
         sequence = order(works, self._settings.policy)
         started: list[int] = []
         for index in sequence:
-            if len(started) == self._settings.max_num_seqs or not (jobs[index].started or self._start(jobs[index])):
+            if len(started) == self._settings.max_num_seqs:
+                break
+            if self._waits_for_store(jobs[index], now):
+                continue
+            if not (jobs[index].started or self._start(jobs[index], now)):
                 break  # nobody overtakes a job that waits for blocks
             started.append(index)
+        ready = [index for index in started if not self._reuse.loading(jobs[index].leg)]
         works = [Work(j.num_tokens, j.num_launched, j.priority, 0.0) for j in jobs]
         budget, longest = self._settings.max_num_batched_tokens, self._settings.max_chunk_tokens
-        return [(jobs[chunk.index], chunk) for chunk in plan(works, started, budget, longest)]
+        return [(jobs[chunk.index], chunk) for chunk in plan(works, ready, budget, longest)]
 
-    def _start(self, job: Job) -> bool:
-        """Take the cached prefix and blocks for all the rest; False if there are too few."""
+    def _waits_for_store(self, job: Job, now: float) -> bool:
+        """Ask the store for what the pool has not, once; whether its answer may still come in time."""
+        if not job.asked:
+            job.asked = True
+            self._reuse.ask(job.leg, job.table, job.num_tokens - 1, now)
+        return self._reuse.waiting(job.leg, now)
+
+    def _start(self, job: Job, now: float) -> bool:
+        """Take the cached prefix and blocks for all the rest, and load what pays; False if there are too few."""
         cached_tokens = job.table.take_prefix(job.num_tokens - 1)
         try:
             job.table.grow(job.num_tokens)
@@ -213,13 +246,29 @@ class PrefillWorker:
             return False
         job.started = True
         job.num_computed = job.num_launched = job.cached_tokens = cached_tokens
+        job.stored_blocks = cached_tokens // self._worker.layout.block_tokens
         self._cached_tokens += cached_tokens
         self._prompt_tokens += job.num_tokens
+        self._reuse.begin(job.leg, job.table, job.stored_blocks, now)
         return True
+
+    def _on_loaded(self, loaded: Loaded) -> None:
+        """A cache had so many blocks more."""
+        job = self._jobs.get(loaded.leg)
+        if job is None:
+            return
+        num_tokens = loaded.num_blocks * self._worker.layout.block_tokens
+        job.num_computed = job.num_launched = job.num_computed + num_tokens
+        job.cached_tokens += num_tokens
+        job.stored_blocks += loaded.num_blocks
+        job.times.tier_load_s = loaded.load_s
+        job.table.publish(job.token_ids, job.num_computed)
 
     def _launch(self, chunks: list[tuple[Job, Chunk]]) -> None:
         rows = [_row(job, chunk, slot) for slot, (job, chunk) in enumerate(chunks)]
         began_at = self._clock()
+        if not self._flights:
+            self._computing_since = began_at
         for job, _ in chunks:
             job.times.begin(began_at)
         self._flights.append((self._worker.runner.launch(rows), chunks))
@@ -235,13 +284,30 @@ class PrefillWorker:
     def _retire(self) -> None:
         """Read the oldest step, and tell what it computed."""
         launched, chunks = self._flights.popleft()
-        for (job, chunk), token in zip(chunks, launched.read(), strict=True):
+        drawn = launched.read()
+        self._measure(sum(chunk.length for _, chunk in chunks))
+        for (job, chunk), token in zip(chunks, drawn, strict=True):
             job.num_computed = chunk.start + chunk.length
             job.table.publish(job.token_ids, job.num_computed)
+            self._write_behind(job)
             if token is None:
                 self._tell_blocks(job, job.num_computed // self._worker.layout.block_tokens)
             else:
                 self._hand_over(job, token)
+
+    def _measure(self, num_tokens: int) -> None:
+        """How fast prompts are computed, for the gate."""
+        now = self._clock()
+        self._reuse.gate.computed(num_tokens, now - self._computing_since, now)
+        self._computing_since = now
+        self._computed_tokens += num_tokens
+
+    def _write_behind(self, job: Job) -> None:
+        """Blocks that this worker has computed go to the store."""
+        full = job.num_computed // self._worker.layout.block_tokens
+        if full > job.stored_blocks:
+            self._reuse.write(job.table, job.stored_blocks, full)
+            job.stored_blocks = full
 
     def _tell_blocks(self, job: Job, num_blocks: int) -> None:
         leg, blocks = job.leg, tuple(job.table.blocks[:num_blocks])
@@ -270,6 +336,7 @@ class PrefillWorker:
             self._tell_blocks(job, len(job.table.blocks))
             self._carrier.do(lambda exchange, now: exchange.tell_token(leg, token.token_id, token.logprob, now))
             self._owed.add(leg)
+        self._reuse.used(job.table)
         self._lease(job)
 
     # -- endings
@@ -278,6 +345,7 @@ class PrefillWorker:
         """A job that is not computed to its end. `ended`: its sender has ended, so nobody reads its blocks."""
         if answer is not None:
             self._carrier.tell(job.link, answer)
+        self._reuse.drop(job.leg)
         if ended:
             self._forget(job)
             job.table.release()
@@ -318,16 +386,23 @@ class PrefillWorker:
                 "prompt_tokens": float(self._prompt_tokens),
                 "prefix_queries_tokens": float(self._prompt_tokens),
                 "prefix_hits_tokens": float(self._cached_tokens),
+                "prompt_tokens_gpu": float(self._cached_tokens),
+                "prompt_tokens_computed": float(self._computed_tokens),
+                **self._reuse.counters(self._worker.layout.block_tokens),
                 "evictions": float(self._manager.evictions),
                 **self._carrier.transfer_counters(),
             },
         )
 
+    @property
+    def _idle(self) -> bool:
+        return not self._jobs and not self._leased and self._reuse.idle
+
     def check(self) -> None:
         """Prove the block accounting; when idle, that nothing is held."""
         self._manager.check()
         usage = self._manager.usage()
-        if not self._jobs and not self._leased and usage.free + usage.cached != usage.total:
+        if self._idle and usage.free + usage.cached != usage.total:
             raise InvariantBroken(f"an idle prefill worker holds blocks: {usage}")
 
 

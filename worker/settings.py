@@ -33,5 +33,11 @@ class WorkerSettings:
     max_waiting: int = option(1024, unit="requests", help="most requests queued in this worker", minimum=1)
     chunk_mib: float = option(4.0, unit="MiB", help="most KV bytes in one transfer message", minimum=0.001, maximum=64)
     threads: int = option(0, unit="threads", help="CPU threads of the model; 0: torch's default", minimum=0)
+    store: str = option("", metavar="ADDRESS", help="address of the host's KV store; not given: none is used")
+    store_loads: str = option(
+        "measured",
+        choices=("measured", "always"),
+        help="load a prefix from the store when that is measured to be faster than computing it, or always",
+    )
     drain_s: float = option(30.0, unit="s", help="time that running requests get to end after SIGTERM", minimum=0)
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")

@@ -26,6 +26,8 @@ from kvtransfer.pairs import Wire
 from kvtransfer.planes.base import Plane
 from kvtransfer.planes.shm import ShmPlane
 from kvtransfer.planes.zeromq import ZmqPlane
+from kvtransfer.store.arena import HostCopies
+from kvtransfer.store.client import NO_STORE, Store, StoreClient
 from models.fingerprint import model_fingerprint
 from models.runner import ModelRunner
 from node.endpoint import Context, Endpoint, identity_of, new_context
@@ -53,8 +55,10 @@ class Worker:
     layout: KVLayout
     max_model_len: int
     carrier: Carrier
+    store: Store
 
     def close(self) -> None:
+        self.store.close()
         self.carrier.stop()
         self.pool.close()
 
@@ -113,6 +117,10 @@ def start(settings: WorkerSettings, role: Role) -> Worker:
     events = EventLog()
     carrier = Carrier(endpoint, Membership(register, tuple(links), time.monotonic()), exchange, events)
     carrier.start()
+    store: Store = NO_STORE
+    if settings.store:
+        copies = HostCopies(pool)
+        store = StoreClient(context, endpoint.identity, settings.store, namespace, copies, carrier.inbox.put)
     log_event(
         logger,
         "worker_started",
@@ -129,7 +137,7 @@ def start(settings: WorkerSettings, role: Role) -> Worker:
         namespace=namespace.hex()[:12],
     )
     manager = BlockManager(pool.num_blocks, events.journal("gpu"))
-    return Worker(endpoint.identity, runner, pool, manager, layout, max_model_len, carrier)
+    return Worker(endpoint.identity, runner, pool, manager, layout, max_model_len, carrier, store)
 
 
 def _device(device: str) -> str:

@@ -18,20 +18,24 @@ class BlockTable:
         self.blocks: list[int] = []
         self._manager = manager
         self._root = root
-        self._block_tokens = block_tokens
+        self.block_tokens = block_tokens
         self._hashes = list(hashes)
         self._named = 0  # blocks published, or found published, so far
 
     def take_prefix(self, limit_tokens: int) -> int:
         """Take the longest cached prefix of at most `limit_tokens` tokens into an empty table; returns its tokens."""
         assert not self.blocks, f"a table of {len(self.blocks)} blocks cannot take a prefix"
-        self.blocks = self._manager.match(self._hashes[: limit_tokens // self._block_tokens])
+        self.blocks = self._manager.match(self._hashes[: limit_tokens // self.block_tokens])
         self._named = len(self.blocks)
-        return len(self.blocks) * self._block_tokens
+        return len(self.blocks) * self.block_tokens
+
+    def names(self, limit_tokens: int | None = None) -> tuple[bytes, ...]:
+        """The names of the first full blocks, as far as they are known, of at most `limit_tokens` tokens."""
+        return tuple(self._hashes[: None if limit_tokens is None else limit_tokens // self.block_tokens])
 
     def blocks_lacking(self, num_tokens: int) -> int:
         """Blocks to allocate before `num_tokens` tokens fit."""
-        return max(0, -(-num_tokens // self._block_tokens) - len(self.blocks))
+        return max(0, -(-num_tokens // self.block_tokens) - len(self.blocks))
 
     def grow(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens in all; raises OutOfBlocks and changes nothing if there is none."""
@@ -39,12 +43,12 @@ class BlockTable:
 
     def publish(self, token_ids: Sequence[int], num_computed: int) -> None:
         """The KV of the first `num_computed` tokens is present: name every full block, so that others may share it."""
-        full = min(num_computed // self._block_tokens, len(self.blocks))
+        full = min(num_computed // self.block_tokens, len(self.blocks))
         while self._named < full:
             if self._named == len(self._hashes):
                 parent = self._hashes[-1] if self._hashes else self._root
-                begin = self._named * self._block_tokens
-                self._hashes.append(extend(parent, token_ids[begin : begin + self._block_tokens]))
+                begin = self._named * self.block_tokens
+                self._hashes.append(extend(parent, token_ids[begin : begin + self.block_tokens]))
             self._manager.publish(self.blocks[self._named], self._hashes[self._named])
             self._named += 1
 

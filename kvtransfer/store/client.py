@@ -38,7 +38,7 @@ class Store(Protocol):
 
     def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None: ...
 
-    def load(self, key: LegKey, blocks: Sequence[int]) -> None: ...
+    def load(self, key: LegKey, skip: int, blocks: Sequence[int]) -> None: ...
 
     def stop(self, key: LegKey) -> None: ...
 
@@ -60,7 +60,7 @@ class NoStore:
 
     def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None: ...
 
-    def load(self, key: LegKey, blocks: Sequence[int]) -> None: ...
+    def load(self, key: LegKey, skip: int, blocks: Sequence[int]) -> None: ...
 
     def stop(self, key: LegKey) -> None: ...
 
@@ -72,6 +72,9 @@ class NoStore:
         return {}
 
     def close(self) -> None: ...
+
+
+NO_STORE: Store = NoStore()
 
 
 class StoreClient:
@@ -96,8 +99,8 @@ class StoreClient:
     def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None:
         self._do(lambda session, now: session.lookup(key, hashes, first, now))
 
-    def load(self, key: LegKey, blocks: Sequence[int]) -> None:
-        self._do(lambda session, now: session.load(key, blocks, now))
+    def load(self, key: LegKey, skip: int, blocks: Sequence[int]) -> None:
+        self._do(lambda session, now: session.load(key, skip, blocks, now))
 
     def stop(self, key: LegKey) -> None:
         self._do(lambda session, now: session.stop(key, now))

@@ -169,13 +169,15 @@ class StoreSession:
         self._readings[reading.id] = self._by_key[key] = reading
         self._send(Lookup(id=reading.id, first=first, hashes=reading.hashes))
 
-    def load(self, key: LegKey, blocks: Sequence[int], now: float) -> None:
-        """Copy what was found, from its first block on, into these blocks of the pool; StoreLoaded follows."""
+    def load(self, key: LegKey, skip: int, blocks: Sequence[int], now: float) -> None:
+        """Copy what was found, but for the first `skip` blocks, into these blocks of the pool; StoreLoaded follows."""
         reading = self._by_key.get(key)
         if reading is None:
             self._deliver(StoreLoaded(key, 0, (), 0.0, 0.0))
             return
         reading.blocks = tuple(blocks)
+        reading.places = reading.places[skip:]
+        reading.first += skip
         reading.limit = min(len(blocks), len(reading.places))
         reading.begun_at, reading.deadline = now, now + GIVE_UP_S
         for number, place in enumerate(reading.places[: reading.limit]):

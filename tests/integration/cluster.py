@@ -78,7 +78,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Cluster:
-    """See the module's docstring. Workers are called p0, p1, ... and d0, d1, ..."""
+    """See the module's docstring. Workers are called p0, p1, ... and d0, d1, ..., the store, if there is one, store."""
 
     prefill: int = 1
     decode: int = 1
@@ -87,12 +87,15 @@ class Cluster:
     worker_args: tuple[str, ...] = ()
     prefill_args: tuple[str, ...] = ()
     decode_args: tuple[str, ...] = ()
+    store_args: tuple[str, ...] | None = None
+    """Options of the host's KV store; None: there is none."""
     prefill_step_s: float = 0.0
     decode_step_s: float = 0.0
     """Least time of a step, for tests that must meet a request in one of its phases; 0: as fast as it goes."""
     log_folder: Path | None = None
     http_port: int = field(default_factory=free_port)
     control_port: int = field(default_factory=free_port)
+    store_port: int = field(default_factory=free_port)
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     killed: set[str] = field(default_factory=set)
 
@@ -103,6 +106,8 @@ class Cluster:
     def __enter__(self) -> Self:
         try:
             self.start_proxy()
+            if self.store_args is not None:
+                self.start_store(*self.store_args)
             for number in range(self.prefill):
                 self.start_worker("prefill", f"p{number}")
             for number in range(self.decode):
@@ -138,6 +143,10 @@ class Cluster:
             *self.proxy_args,
         )
 
+    def start_store(self, *arguments: str) -> None:
+        self.killed.discard("store")
+        self._spawn("store", "kvtransfer", "--bind", f"tcp://127.0.0.1:{self.store_port}", *arguments)
+
     def start_worker(self, role: str, name: str, *extra: str) -> None:
         own = self.prefill_args if role == "prefill" else self.decode_args
         step_s = self.prefill_step_s if role == "prefill" else self.decode_step_s
@@ -155,6 +164,7 @@ class Cluster:
             "cpu",
             "--drain-s",
             "10",
+            *(("--store", f"tcp://127.0.0.1:{self.store_port}") if self.store_args is not None else ()),
             *self.worker_args,
             *own,
             *extra,

@@ -150,7 +150,7 @@ class World:
 
     def load(self, name: str, blocks: range) -> int:
         """After `find`: how many blocks came."""
-        self.workers[name].session.load(LegKey(name, 0), blocks, self.now)
+        self.workers[name].session.load(LegKey(name, 0), 0, blocks, self.now)
         self.run()
         loaded = self.workers[name].told(StoreLoaded)[-1]
         assert isinstance(loaded, StoreLoaded)

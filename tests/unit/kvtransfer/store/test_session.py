@@ -152,7 +152,7 @@ def test_a_store_that_falls_silent_ends_everything_as_a_miss(phase: str) -> None
     world.host.wire.clear()
     world.run(DOWN_AFTER_S + 0.5)
     if phase in ("found", "loading"):
-        worker.session.load(key, range(2), world.now)
+        worker.session.load(key, 0, range(2), world.now)
     assert not worker.session.attached
     kind = {"asking": StoreFound, "putting": StoreWritten}.get(phase, StoreLoaded)
     assert len(worker.told(kind)) == 1
@@ -178,7 +178,7 @@ def test_a_load_that_is_stopped_keeps_what_has_come() -> None:
     world.put("a", 1, 2)
     world.find("b", 1, 2)
     session = world.workers["b"].session
-    session.load(LegKey("b", 0), range(2), world.now)
+    session.load(LegKey("b", 0), 0, range(2), world.now)
     session.stop(LegKey("b", 0), world.now)
     world.run()
     (loaded,) = world.workers["b"].told(StoreLoaded)
@@ -256,7 +256,7 @@ def _chaos(rng: random.Random) -> None:
             if rng.random() < 0.2:
                 worker.session.stop(key, world.now)
             else:
-                worker.session.load(key, range(8, 8 + len(chain)), world.now)
+                worker.session.load(key, 0, range(8, 8 + len(chain)), world.now)
                 world.run(rng.choice((0.0, 0.3)))
                 for event in [each for each in worker.events if isinstance(each, StoreLoaded) and each.key == key]:
                     assert all(worker.holds(8 + block, chain[block]) for block in range(event.num_blocks))

@@ -1,0 +1,104 @@
+"""The host's KV store under real workers: answers are those of `transformers`, whether KV was computed or loaded, and
+whatever becomes of the store.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import Cluster
+from tests.integration.conftest import Oracle
+from tests.integration.prompts import LONG
+
+pytestmark = pytest.mark.timeout(240)
+
+BLOCK = 16
+ALWAYS = ("--store-loads", "always")
+"""Tests must not depend on which is faster here, loading or computing."""
+
+
+def _tokens(cluster: Cluster, source: str) -> float:
+    """Prompt tokens that prefill workers have had from this source, of those that live now."""
+    return sum(cluster.worker_values(f"prompt_tokens_{source}_total").values())
+
+
+def _written(cluster: Cluster) -> float:
+    return sum(cluster.worker_values("store_written_blocks_total").values())
+
+
+def _wait_attached(cluster: Cluster, workers: int) -> None:
+    def attached() -> bool:
+        return max(cluster.worker_values("host_workers_total").values(), default=0) >= workers
+
+    cluster.wait_until(attached, f"{workers} workers at the store")
+
+
+def _settle(cluster: Cluster) -> None:
+    """Until nothing is held, so that all that is written behind has been written."""
+    cluster.wait_idle()
+
+
+def _ask(cluster: Cluster, oracle: Oracle, prompts: list[str], max_tokens: int = 32) -> list[str]:
+    """Ask each, compare with the oracle, return the answers."""
+    texts = []
+    for prompt in prompts:
+        answer = cluster.complete(prompt, max_tokens=max_tokens)
+        texts.append(answer["choices"][0]["text"])
+        assert (texts[-1], answer["usage"]["completion_tokens"]) == oracle.answer(prompt, max_tokens), prompt
+    return texts
+
+
+def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) -> None:
+    """Guards hits shared by workers and outliving them, what decode has generated among them; bytes are the same."""
+    with Cluster(2, 1, store_args=("--ram-gib", "0.1"), worker_args=ALWAYS, log_folder=tmp_path) as cluster:
+        _wait_attached(cluster, 3)
+        prompts = LONG[:6]
+        answers = _ask(cluster, oracle, prompts)
+        _settle(cluster)
+        assert _written(cluster) > 0
+        for name in ("p0", "p1", "d0"):
+            cluster.kill(name)
+        cluster.revive()
+        _wait_attached(cluster, 3)
+        before = _tokens(cluster, "computed")
+        turns = [prompt + answer + " And then" for prompt, answer in zip(prompts, answers, strict=True)]
+        _ask(cluster, oracle, turns)
+        lengths = [len(oracle.tokenizer(turn).input_ids) for turn in turns]
+        firsts = [len(oracle.tokenizer(turn.removesuffix(" And then")).input_ids) for turn in turns]
+        cluster.wait_until(
+            lambda: sum(_tokens(cluster, source) for source in ("gpu", "ram", "computed")) - before >= sum(lengths),
+            "all prompt tokens counted",
+        )
+        # The answer's last token has no KV yet when it is drawn: a block that it completes is not stored.
+        best = sum(length - (first - 1) // BLOCK * BLOCK for length, first in zip(lengths, firsts, strict=True))
+        assert _tokens(cluster, "computed") - before <= best
+        assert _tokens(cluster, "ram") >= sum((first - 1) // BLOCK * BLOCK for first in firsts) / 2
+
+
+def test_the_store_dies_freezes_and_comes_back(oracle: Oracle, tmp_path: Path) -> None:
+    """Guards every request against the store: killed, frozen, restarted empty; then hits come again by themselves."""
+    with Cluster(1, 1, store_args=("--ram-gib", "0.1"), worker_args=ALWAYS, log_folder=tmp_path) as cluster:
+        _wait_attached(cluster, 2)
+        _ask(cluster, oracle, LONG[:2])
+        streams = [cluster.begin(prompt, max_tokens=32) for prompt in LONG[:6]]
+        cluster.kill("store")
+        for prompt, stream in zip(LONG[:6], streams, strict=True):
+            assert stream.join().error is None and stream.text == oracle.answer(prompt)[0]
+        _ask(cluster, oracle, LONG[6:8])
+        cluster.wait_until(lambda: all(cluster.worker_values("store_times_lost_total").values()), "a store lost")
+        cluster.start_store("--ram-gib", "0.1")
+        _wait_attached(cluster, 2)
+        _ask(cluster, oracle, LONG[8:])
+        _settle(cluster)
+        cluster.kill("p0")
+        cluster.revive()
+        _wait_attached(cluster, 2)
+        _ask(cluster, oracle, LONG[8:])
+        cluster.wait_until(lambda: _tokens(cluster, "ram") > 0, "tokens from RAM")
+        cluster.signal("store", signal.SIGSTOP)
+        _ask(cluster, oracle, LONG[:1])
+        cluster.signal("store", signal.SIGCONT)
+        _wait_attached(cluster, 2)

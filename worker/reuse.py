@@ -1,0 +1,212 @@
+"""A worker's use of the host's store: prompts' prefixes are loaded from it, and finished blocks are written behind.
+
+It belongs to the worker's loop and is called by it alone; the store's thread answers with events. The life of a leg:
+
+    ask ──► waiting ── StoreFound, or patience over ──► settled ── begin ──► loading ── StoreLoaded ──► (gone)
+                                                           └── begin: the gate says compute ──► (gone)
+
+While a load or a put is under way its blocks are leased in the block manager, whatever becomes of the leg, because the
+store's thread touches them. A step never waits for any of it.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+
+from kvtransfer.blocks.manager import BlockManager
+from kvtransfer.blocks.table import BlockTable
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.client import Store
+from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from kvtransfer.store.gate import Decision, Gate
+from node.store_messages import TIER_NAMES
+
+MAX_WRITING_PART = 8
+"""At most one in so many blocks of the pool is held by writing behind; what comes then is not written."""
+MAX_PUT_BLOCKS = 1024
+
+
+@dataclass(slots=True)
+class _Lookup:
+    first: int
+    """The block that the lookup began with."""
+    until: float
+    tiers: tuple[int, ...] | None = None
+    """Of the blocks found; None: no answer yet."""
+    decision: Decision | None = None
+    """Loading since it was made."""
+    num_blocks: int = 0
+    stop_at: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """So many blocks of the leg, behind those that it had, are in the pool now."""
+
+    leg: LegKey
+    num_blocks: int
+    load_s: float
+
+
+class Reuse:
+    """See the module's docstring. `now` is the loop's clock."""
+
+    def __init__(self, store: Store, manager: BlockManager, gate: Gate) -> None:
+        self.gate = gate
+        self._store = store
+        self._manager = manager
+        self._lookups: dict[LegKey, _Lookup] = {}
+        self._writing: dict[bytes, int] = {}  # blocks of each put
+        self._max_writing = max(1, manager.num_blocks // MAX_WRITING_PART)
+        self._puts = 0
+        names = ("loads", "gate_refused", "lookups_late", "loads_stopped", "written_blocks", "dropped_blocks")
+        self._counters: Counter[str] = Counter({f"store_{name}": 0 for name in names})
+        self._loaded_blocks: Counter[int] = Counter(dict.fromkeys(range(len(TIER_NAMES)), 0))
+        self._predicted_s = 0.0
+        self._actual_s = 0.0
+
+    # -- reading
+
+    def ask(self, leg: LegKey, table: BlockTable, limit_tokens: int, now: float) -> None:
+        """Ask for the blocks of a prompt that the pool has not, of its first `limit_tokens` tokens."""
+        hashes = table.names(limit_tokens)
+        first = self._manager.peek(hashes)
+        if first == len(hashes) or not self._store.attached:
+            return
+        patience_s = self.gate.patience_s((len(hashes) - first) * table.block_tokens, now)
+        self._lookups[leg] = _Lookup(first, now + patience_s)
+        self._store.lookup(leg, hashes, first)
+
+    def waiting(self, leg: LegKey, now: float) -> bool:
+        """Whether the leg should wait for the store's answer."""
+        lookup = self._lookups.get(leg)
+        if lookup is None or lookup.tiers is not None:
+            return False
+        if now < lookup.until:
+            return True
+        self._counters["store_lookups_late"] += 1
+        self.drop(leg)
+        return False
+
+    def begin(self, leg: LegKey, table: BlockTable, have: int, now: float) -> bool:
+        """The table has its blocks, the first `have` of them with KV: load behind these, if that pays."""
+        lookup = self._lookups.get(leg)
+        if lookup is None:
+            return False
+        skip = have - lookup.first
+        tiers = (lookup.tiers or ())[max(skip, 0) :]
+        queued = sum(each.num_blocks for each in self._lookups.values())
+        decision = self.gate.decide(tiers, queued, now)
+        if skip < 0 or not decision.num_blocks:
+            self._counters["store_gate_refused"] += bool(tiers)
+            self.drop(leg)
+            return False
+        blocks = table.blocks[have : have + decision.num_blocks]
+        self._manager.lease(blocks, _load_key(leg))
+        lookup.decision, lookup.num_blocks, lookup.stop_at = decision, len(blocks), now + decision.stop_after_s
+        self._counters["store_loads"] += 1
+        self._store.load(leg, skip, blocks)
+        return True
+
+    def loading(self, leg: LegKey) -> bool:
+        lookup = self._lookups.get(leg)
+        return lookup is not None and lookup.decision is not None
+
+    def drop(self, leg: LegKey) -> None:
+        """The leg is over, or goes on without: end its lookup. A load goes on until StoreLoaded says that it ended."""
+        lookup = self._lookups.get(leg)
+        if lookup is None:
+            return
+        if lookup.decision is None:
+            del self._lookups[leg]
+        self._store.stop(leg)
+
+    def tick(self, now: float) -> None:
+        """Stop loads that take longer than computing would have."""
+        for leg, lookup in self._lookups.items():
+            if lookup.decision is not None and now >= lookup.stop_at:
+                lookup.stop_at = float("inf")
+                self._counters["store_loads_stopped"] += 1
+                self._store.stop(leg)
+
+    def wake_in_s(self, now: float, longest_s: float) -> float:
+        """How long the loop may wait for its inbox."""
+        due = [each.stop_at if each.decision is not None else each.until for each in self._lookups.values()]
+        return min([longest_s, *(max(0.0, at - now) for at in due if at > now)])
+
+    # -- writing
+
+    def write(self, table: BlockTable, first: int, last: int) -> None:
+        """Blocks [first, last) of the table are computed and named: offer them to the store."""
+        if last <= first or not self._store.attached:
+            return
+        hashes, blocks = table.names()[first:last], table.blocks[first:last]
+        if len(blocks) > MAX_PUT_BLOCKS or sum(self._writing.values()) + len(blocks) > self._max_writing:
+            self._counters["store_dropped_blocks"] += len(blocks)
+            return
+        self._puts += 1
+        key = b"put %d" % self._puts
+        self._manager.lease(blocks, key)
+        self._writing[key] = len(blocks)
+        self._store.put(key, hashes, blocks)
+
+    def used(self, table: BlockTable) -> None:
+        """The sequence has been used to its end: its blocks are the youngest, their head last."""
+        if self._store.attached and (hashes := table.names()):
+            self._store.touch(hashes)
+
+    # -- events
+
+    def on_event(self, event: StoreEvent, now: float) -> Loaded | None:
+        """Take in what the store's thread tells; a Loaded, if a load has ended."""
+        match event:
+            case StoreFound():
+                lookup = self._lookups.get(event.key)
+                if lookup is not None:
+                    lookup.tiers = event.tiers
+                    if not event.tiers:
+                        del self._lookups[event.key]
+            case StoreLoaded():
+                return self._on_loaded(event, now)
+            case StoreWritten():
+                self._manager.end_lease(event.key)
+                self._counters["store_written_blocks"] += event.num_blocks
+                del self._writing[event.key]
+        return None
+
+    def _on_loaded(self, event: StoreLoaded, now: float) -> Loaded:
+        lookup = self._lookups.pop(event.key)
+        self._manager.end_lease(_load_key(event.key))
+        self.gate.loaded(event.tiers, event.load_s, event.copy_s, now)
+        self._loaded_blocks.update(event.tiers)
+        if lookup.decision is not None and event.num_blocks == lookup.num_blocks:
+            self._predicted_s += lookup.decision.load_s
+            self._actual_s += event.load_s
+        return Loaded(event.key, event.num_blocks, event.load_s)
+
+    # -- state
+
+    @property
+    def idle(self) -> bool:
+        """Whether the store's thread touches no block of the pool."""
+        return not self._writing and not any(each.decision for each in self._lookups.values())
+
+    def counters(self, block_tokens: int) -> dict[str, float]:
+        """For the heartbeat."""
+        if not self._store.attached and not self._counters["store_loads"]:
+            return {}
+        return {
+            **{name: float(count) for name, count in self._counters.items()},
+            **{
+                f"prompt_tokens_{TIER_NAMES[tier]}": float(count * block_tokens)
+                for tier, count in self._loaded_blocks.items()
+            },
+            "store_predicted_s": self._predicted_s,
+            "store_actual_s": self._actual_s,
+            **self._store.counters(),
+        }
+
+
+def _load_key(leg: LegKey) -> bytes:
+    return f"load {leg.request_id}/{leg.attempt}".encode()
