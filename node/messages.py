@@ -488,13 +488,8 @@ def encode(message: Message) -> bytes:
     return _encoder.encode(message)
 
 
-def decode(body: bytes | memoryview) -> Message:
-    """The message in `body`; raises BadMessage for anything that is not exactly one valid message."""
-    return bounded_decode(_decoder, body)
-
-
-def bounded_decode(decoder: msgspec.msgpack.Decoder[Message], body: bytes | memoryview) -> Message:
-    """The same for any union of messages."""
+def decode(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[Message] = _decoder) -> Message:
+    """The message in `body`; raises BadMessage for anything that is not exactly one valid message of the decoder's."""
     if len(body) > MAX_BODY_BYTES:
         raise BadMessage(f"message of {len(body)} bytes, at most {MAX_BODY_BYTES} are allowed")
     try:

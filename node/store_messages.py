@@ -19,7 +19,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from node.messages import MAX_BLOCKS, PROTOCOL_VERSION, Count, Message, Name, Small, Text, bounded_decode
+from node.messages import MAX_BLOCKS, PROTOCOL_VERSION, Count, Message, Name, Small, Text, decode
 
 BlockHash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 BlockHashes = Annotated[tuple[BlockHash, ...], Meta(max_length=MAX_BLOCKS)]
@@ -223,4 +223,4 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(functools.r
 
 def decode_store(body: bytes | memoryview) -> Message:
     """The message in `body`; raises BadMessage for anything that is not exactly one of a store's."""
-    return bounded_decode(_decoder, body)
+    return decode(body, _decoder)
