@@ -122,7 +122,7 @@ def test_a_message_arrives_as_it_was_sent(cls: type[Message]) -> None:
 
 def test_every_message_class_is_in_the_table() -> None:
     """One that is forgotten there can be sent, and is refused by everyone."""
-    assert set(Message.__subclasses__()) == set(MESSAGES)
+    assert {cls for cls in Message.__subclasses__() if cls.__module__ == Message.__module__} == set(MESSAGES)
     assert len({cls.__struct_config__.tag for cls in MESSAGES}) == len(MESSAGES)
 
 

@@ -1,0 +1,57 @@
+"""Guards node.store_messages: what is sent arrives equal, strangers' bytes are refused, and the two unions never meet."""
+
+from __future__ import annotations
+
+import msgspec.inspect
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from node.messages import MESSAGES, BadMessage, Message, Ping, decode, encode
+from node.store_messages import STORE_MESSAGES, Beat, decode_store
+from tests.unit.node.test_messages import values
+
+
+def _any_of(cls: type[Message]) -> st.SearchStrategy[Message]:
+    return values(msgspec.inspect.type_info(cls))
+
+
+ANY = st.sampled_from(STORE_MESSAGES).flatmap(_any_of)
+
+
+@pytest.mark.parametrize("cls", STORE_MESSAGES, ids=lambda cls: cls.__name__)
+def test_a_message_arrives_as_it_was_sent(cls: type[Message]) -> None:
+    """A field whose bounds refuse what its sender may say would be dropped silently on the wire."""
+
+    @given(_any_of(cls))
+    def check(message: Message) -> None:
+        assert decode_store(encode(message)) == message
+
+    check()
+
+
+def test_every_message_class_is_in_the_table() -> None:
+    """One that is forgotten there can be sent, and is refused by everyone."""
+    assert {cls for cls in Message.__subclasses__() if cls.__module__ == Beat.__module__} == set(STORE_MESSAGES)
+    tags = [cls.__struct_config__.tag for cls in (*MESSAGES, *STORE_MESSAGES)]
+    assert len(set(tags)) == len(tags)
+
+
+def test_the_unions_refuse_each_other() -> None:
+    """A store that took a proxy's messages, or a worker that took a store's for a proxy's, would trust strangers."""
+    with pytest.raises(BadMessage):
+        decode(encode(Beat()))
+    with pytest.raises(BadMessage):
+        decode_store(encode(Ping(proxy="p", incarnation=1)))
+
+
+@given(ANY, st.data())
+def test_flipped_bits_are_a_message_or_refused(message: Message, data: st.DataObject) -> None:
+    """An exception of another kind would end the store: one bad frame, all hits lost."""
+    body = bytearray(encode(message))
+    for _ in range(data.draw(st.integers(1, 4))):
+        body[data.draw(st.integers(0, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))
+    try:
+        decode_store(bytes(body))
+    except BadMessage:
+        pass
