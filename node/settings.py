@@ -63,8 +63,8 @@ def option(
     """A dataclass field that becomes `--its-name`. Without `default` it is required.
 
     The field's annotation is one of bool, int, float, str, Path, any of these `| None` (not given is None), or
-    `tuple[X, ...]` of int, float, str or Path (the option may be repeated). `minimum` and `maximum` are inclusive; a
-    number must always be finite.
+    `tuple[X, ...]` of int, float, str or Path (the option takes one or more values, and may be repeated). `minimum` and
+    `maximum` are inclusive; a number must always be finite.
     """
     info = OptionInfo(help, unit, tuple(choices), minimum, maximum, metavar, env)
     return dataclasses.field(default=default, metadata={_METADATA_KEY: info})
@@ -169,6 +169,7 @@ def _add_argument(
     parser.add_argument(
         flag,
         action=_AppendAnew if kind.repeated else "store",
+        nargs="+" if kind.repeated else None,
         type=convert,
         default=default,
         required=required,
@@ -209,7 +210,7 @@ def _help_text(info: OptionInfo, kind: _Kind, default: Any) -> str:
     """The line of help with unit, default and bounds; the value of an environment variable is never shown."""
     facts = [f"in {info.unit}"] if info.unit else []
     if kind.repeated:
-        facts.append("may be repeated")
+        facts.append("one or more")
     if default is dataclasses.MISSING:
         facts.append("required")
     elif default not in (None, "", ()):
@@ -242,7 +243,7 @@ class _AppendAnew(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         given = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*given, values] if isinstance(given, list) else [values])
+        setattr(namespace, self.dest, [*given, *values] if isinstance(given, list) else values)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

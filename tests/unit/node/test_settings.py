@@ -68,6 +68,7 @@ def test_every_kind_of_option_is_read() -> None:
 def test_a_repeated_option_replaces_its_default_and_never_leaks_into_the_next_parse() -> None:
     """argparse's own `append` adds to the default list, and shares it."""
     assert read("--model", "m", "--sizes", "7", "--sizes", "8").sizes == (7, 8)
+    assert read("--model", "m", "--sizes", "7", "8", "--sizes", "9").sizes == (7, 8, 9)
     assert read("--model", "m").sizes == (1, 2)
 
 
@@ -109,7 +110,7 @@ def test_help_names_every_option_with_unit_default_and_bounds(capsys: pytest.Cap
         "--drain-s X time to end requests (in s, default 10.0, at least 0)",
         "--device {auto,cpu,cuda}",
         "--no-prefix-cache keep blocks (default on)",
-        "--sizes N sizes (may be repeated, default 1,2, at least 1)",
+        "--sizes N [N ...] sizes (one or more, default 1,2, at least 1)",
         "100% secret (also read from EXAMPLE_KEY)",
     ):
         assert wanted in text
