@@ -1,7 +1,7 @@
 # Sourced by the other scripts: the Python environment that they run in, and nothing else.
 #
 #   take_no_install "$@"      sets `no_install` (yes or no) and `arguments` (the rest)
-#   make_environment [test]   sets `python`; makes or renews .venv unless no_install is yes
+#   make_environment [extra]  sets `python`; makes or renews .venv unless no_install is yes
 #
 # Renewing is skipped, in well under a second, as long as the stamp in .venv names the same pyproject.toml in the same place.
 
@@ -38,11 +38,11 @@ make_environment() {
     if command -v flock >/dev/null; then exec 9>&-; fi
 }
 
-is_installed() { # stamp's first line: pyproject.toml's checksum and place; second: the extra that is installed as well
+is_installed() { # stamp's first line: pyproject.toml's checksum and place; second: the extra installed (test holds all)
     local stamp=$root/.venv/baton-installed first="" second=""
     [[ -x $python && -f $stamp ]] || return 1
     { read -r first; read -r second; } <"$stamp" || true
-    [[ $first == "$1" && ( -z $2 || $second == "$2" ) ]]
+    [[ $first == "$1" && ( -z $2 || $second == "$2" || $second == test ) ]]
 }
 
 install_all() {

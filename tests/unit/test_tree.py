@@ -17,7 +17,7 @@ from typing import TypeGuard
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("node", "kernels", "kvtransfer", "models", "worker", "prefill", "decode", "proxy")
+PACKAGES = ("node", "kernels", "kvtransfer", "models", "worker", "prefill", "decode", "proxy", "benchmark")
 MAX_LINES = 500
 LONG_FILES = {"scripts/train_demo_model.py"}  # run once, read from top to bottom, imported by nobody
 
@@ -238,7 +238,7 @@ def test_the_walk_sees_the_packages() -> None:
     assert len(names) > 50
 
 
-@pytest.mark.parametrize("package", ["node", "proxy"])
+@pytest.mark.parametrize("package", ["node", "proxy", "benchmark"])
 def test_the_control_plane_runs_without_torch(package: str) -> None:
     """torch costs an idle proxy 200 MB and seconds of its start; import-linter cannot see an import at run time."""
     modules = [

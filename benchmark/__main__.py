@@ -1,0 +1,39 @@
+"""python -m benchmark serving | null-server: load tests of servers that speak OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from benchmark.null_server import NullServerSettings, serve
+from benchmark.serving import serving
+from benchmark.settings import ServingSettings
+from node.errors import SettingsError
+from node.settings import parse
+
+
+def main(argv: Sequence[str]) -> int:
+    command, rest = (argv[0], argv[1:]) if argv else ("", ())
+    if command == "serving":
+        settings = parse(ServingSettings, rest, "bench_serving", "Load tests a server that speaks OpenAI's API.")
+        work = serving(settings, rest)
+    elif command == "null-server":
+        work = serve(parse(NullServerSettings, rest, "null-server", "Streams tokens that nobody computed."))
+    else:
+        print("usage: python -m benchmark serving | null-server [--help]", file=sys.stderr)
+        return 2
+    try:
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            return runner.run(work)
+    except SettingsError as error:
+        print(f"bench_serving: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("bench_serving: interrupted", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
