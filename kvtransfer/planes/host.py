@@ -13,8 +13,16 @@ def host_identity() -> str:
     Where there is no /proc it is the host's name. At most 96 characters.
     """
     try:
-        boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         namespace = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return f"name-{platform.node()}"[:96]
-    return f"{boot_id}-{namespace}"
+    boot = boot_id()
+    return f"{boot}-{namespace}" if boot else f"name-{platform.node()}"[:96]
+
+
+def boot_id() -> str:
+    """Differs after every start of the kernel; "" where the kernel does not tell."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""

@@ -68,7 +68,7 @@ class Records(Protocol):
         ...
 
     def close(self) -> None:
-        """All is on the disk when it returns, and will be trusted. WriteFault: not so, as after `abandon`."""
+        """All is on the disk when it returns, and will be trusted. WriteFault: not so; it is still to be abandoned."""
         ...
 
     def abandon(self) -> None:
@@ -76,5 +76,5 @@ class Records(Protocol):
         ...
 
     def discard(self) -> None:
-        """Let go, and set aside what was held: the next opening begins with nothing."""
+        """Let go, and set aside what cannot be trusted. If the disk forbids even that, the next opening will see it."""
         ...

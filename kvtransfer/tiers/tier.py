@@ -228,8 +228,9 @@ class RecordTier:
         with self._state:
             if self._records is not records:
                 return Refusal.IO_ERROR
-            victims = self._recency.take_oldest(len(self._recency) + 1 - records.capacity_blocks, self._pins)
-            if len(self._recency) >= records.capacity_blocks:
+            room = records.capacity_blocks - len(self._doomed)
+            victims = self._recency.take_oldest(len(self._recency) + 1 - room, self._pins)
+            if len(self._recency) >= room:
                 self._recency.put_back(victims)
                 return Refusal.BUSY
             tick = self._recency.next_tick()
@@ -292,12 +293,26 @@ class RecordTier:
     # -- opening and breaking
 
     def _open(self) -> None:
+        """In service, or SettingsError."""
         records = self._open_records()
-        entries = records.load()
+        try:
+            entries = records.load()
+        except (RecordFault, StorageBroken) as fault:
+            log_event(logger, "tier_unreadable", level=logging.WARNING, tier=self.name, cause=str(fault))
+            records.discard()
+            records, entries = self._open_again()
         with self._state:
             self._records = records
             self._recency = Recency(entries)
             self._tell(self._recency.keys(), True)
+
+    def _open_again(self) -> tuple[Records, list[tuple[bytes, int]]]:
+        records = self._open_records()
+        try:
+            return records, records.load()
+        except (RecordFault, StorageBroken) as fault:
+            records.abandon()
+            raise SettingsError(f"{self.name} cannot be read, even begun anew: {fault}") from fault
 
     def _break(self, records: Records, fault: StorageBroken) -> None:
         """Out of service, unless another thread has seen it already."""
@@ -339,7 +354,7 @@ class RecordTier:
         self._end_broken()
         try:
             self._open()
-        except (SettingsError, StorageBroken) as error:
+        except SettingsError as error:
             self._retry_at_s = self._clock() + REOPEN_AFTER_S
             log_event(logger, "tier_reopen_failed", level=logging.WARNING, tier=self.name, cause=str(error))
         else:

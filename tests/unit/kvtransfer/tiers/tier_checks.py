@@ -2,13 +2,48 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import itertools
+import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from kvtransfer.tiers.lmdb_environment import PAGE_BYTES
+from kvtransfer.tiers.lmdb_records import LmdbGeometry
+from kvtransfer.tiers.slab_records import SPARE_SLOTS, num_slots_of
 from kvtransfer.tiers.tier import RecordTier
+from node.errors import SettingsError
 
 BLOCK_BYTES = 8192
+NAMESPACE = bytes(range(32))
+
+
+def lmdb_quota(num_blocks: int, block_bytes: int = BLOCK_BYTES) -> int:
+    """The smallest quota (in pages) that holds so many blocks."""
+    return _least(lambda quota_bytes: LmdbGeometry.of(quota_bytes, block_bytes).capacity_blocks, num_blocks)
+
+
+def slab_quota(num_blocks: int, block_bytes: int = BLOCK_BYTES) -> int:
+    return _least(lambda quota_bytes: num_slots_of(quota_bytes, block_bytes) - SPARE_SLOTS, num_blocks)
+
+
+def _least(capacity_of: Callable[[int], int], num_blocks: int) -> int:
+    for quota_bytes in itertools.count(PAGE_BYTES, PAGE_BYTES):
+        try:
+            if capacity_of(quota_bytes) >= num_blocks:
+                return quota_bytes
+        except SettingsError:
+            continue
+    raise AssertionError
+
+
+def refuse_direct(path: Path, flags: int, mode: int) -> int:
+    """As open(2) on a file system without direct I/O."""
+    if flags & os.O_DIRECT:
+        raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    return os.open(path, flags, mode)
 
 
 def key(number: int) -> bytes:
