@@ -69,7 +69,7 @@ class Recency:
 
     def put_back(self, taken: Mapping[bytes, int]) -> None:
         """Undo `take_oldest`: they are the least recently used again (some uses may be saved once more than needed)."""
-        for key, tick in reversed(taken.items()):
+        for key, tick in reversed(list(taken.items())):
             self._ticks[key] = tick
             self._ticks.move_to_end(key, last=False)
             self._unsaved[key] = None

@@ -327,15 +327,7 @@ class RecordTier:
                 self._counters.evicted(Eviction.DISCARDED, len(self._recency))
             self._recency = Recency()
             self._doomed.clear()
-        log_event(
-            logger,
-            "tier_broken",
-            level=logging.ERROR,
-            tier=self.name,
-            cause=str(fault),
-            reason=fault.miss,
-            keep=fault.keep,
-        )
+        log_event(logger, "tier_broken", level=logging.ERROR, tier=self.name, cause=str(fault), keep=fault.keep)
 
     def _end_broken(self) -> None:
         if self._broken is not None:

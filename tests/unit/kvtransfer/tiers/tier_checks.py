@@ -1,4 +1,4 @@
-"""What the tests of the tiers share: keys and blocks by number, a clock to turn, a listener that finds contradictions."""
+"""What the tests of the tiers share: keys and blocks by number, a clock to turn, a listener that complains."""
 
 from __future__ import annotations
 
