@@ -17,7 +17,7 @@ from typing import TypeGuard
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("node", "kernels", "kvtransfer", "models", "worker", "prefill", "decode", "proxy", "benchmark")
+PACKAGES = ("node", "kernels", "kvtransfer", "models", "worker", "prefill", "decode", "proxy", "benchmark", "simulator")
 MAX_LINES = 500
 LONG_FILES = {"scripts/train_demo_model.py"}  # run once, read from top to bottom, imported by nobody
 

@@ -1,0 +1,130 @@
+"""python -m simulator COMMAND: replay, place, overload, loss, tiers, fit. Each has its own --help."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+import msgspec
+
+from node.errors import SettingsError
+from node.settings import parse
+from simulator import report
+from simulator.capacity import hit_rate
+from simulator.fit import Fit, fit, read_steps
+from simulator.latency import load_profile
+from simulator.placement import goodput, splits
+from simulator.placement import scenario_of as split_scenario
+from simulator.record import attainment, summarise
+from simulator.settings import FitSettings, LossSettings, OverloadSettings, PlaceSettings, ReplaySettings, TiersSettings
+from simulator.simulation import simulate
+from simulator.studies import losses, overload, scenario_of, slo_of, workload_of
+from simulator.workload import rate_of, read_trace
+
+PROG = "scripts/simulate"
+
+
+def replay(argv: Sequence[str]) -> None:
+    """One cluster, one workload: what its clients see."""
+    settings = parse(ReplaySettings, argv, f"{PROG} replay", replay.__doc__ or "")
+    profile = load_profile(settings.profile)
+    requests = workload_of(settings, profile)
+    began = time.perf_counter()
+    outcome = simulate(scenario_of(settings, profile), requests)
+    took_s = time.perf_counter() - began
+    good = attainment(outcome.records, slo_of(settings))
+    _show(report.replay_rows(summarise(outcome.records), outcome, good, took_s), settings.json)
+    for error in sorted({record.error for record in outcome.records if record.error})[:5]:
+        print(f"failed: {error}", file=sys.stderr)
+
+
+def place(argv: Sequence[str]) -> None:
+    """Every split of the workers into prefill and decode, and colocated: the highest rate with 90 % in the SLO."""
+    settings = parse(PlaceSettings, argv, f"{PROG} place", place.__doc__ or "")
+    profile = load_profile(settings.profile)
+    base = rate_of(workload_of(settings, profile))
+    found = []
+    for split in splits(settings.gpus):
+        scenario = split_scenario(split, profile, settings.prefill_policy)
+        found.append(
+            goodput(
+                scenario,
+                split,
+                lambda rate: workload_of(settings, profile, rate / base),
+                slo_of(settings),
+                base,
+                settings.rounds,
+            )
+        )
+        print(f"{split.name}: {found[-1].rate:.4g} requests/s", file=sys.stderr)
+    _show(report.place_rows(found), settings.json)
+
+
+def overloaded(argv: Sequence[str]) -> None:
+    """Every policy of the router and of the prefill workers, under several times the rate."""
+    settings = parse(OverloadSettings, argv, f"{PROG} overload", overloaded.__doc__ or "")
+    _show(report.overload_rows(overload(settings, load_profile(settings.profile))), settings.json)
+
+
+def loss(argv: Sequence[str]) -> None:
+    """One worker of each role is killed in the middle of the workload."""
+    settings = parse(LossSettings, argv, f"{PROG} loss", loss.__doc__ or "")
+    _show(report.loss_rows(losses(settings, load_profile(settings.profile), settings.at)), settings.json)
+
+
+def tiers(argv: Sequence[str]) -> None:
+    """The hit rate that one shared LRU tier of a given size has at most, over a trace."""
+    settings = parse(TiersSettings, argv, f"{PROG} tiers", tiers.__doc__ or "")
+    requests = read_trace(settings.trace, settings.seed)
+    token_bytes = load_profile(settings.profile).kv_layout().token_bytes
+    sizes = [*settings.million_tokens, float("inf")]
+    found = [(million, hit_rate(requests, million * 1e6)) for million in sizes]
+    _show(report.tier_rows(found, token_bytes), settings.json)
+
+
+def fitted(argv: Sequence[str]) -> None:
+    """Coefficients of the latency model from measured steps, by least squares, with their error."""
+    settings = parse(FitSettings, argv, "scripts/fit_latency", fitted.__doc__ or "")
+    steps = [step for path in settings.steps for step in read_steps(path)]
+    kinds = sorted({step.kind for step in steps}, reverse=True)
+    found: dict[str, Fit] = {kind: fit([step for step in steps if step.kind == kind]) for kind in kinds}
+    _show(report.fit_rows(found), as_json=False)
+    if settings.out is not None:
+        costs = {kind: fit.cost for kind, fit in found.items()}
+        profile = msgspec.structs.replace(load_profile(settings.profile), **costs)
+        settings.out.write_bytes(msgspec.json.format(msgspec.json.encode(profile), indent=2) + b"\n")
+
+
+COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
+    "replay": replay,
+    "place": place,
+    "overload": overloaded,
+    "loss": loss,
+    "tiers": tiers,
+    "fit": fitted,
+}
+
+
+def _show(rows: Sequence[report.Row], as_json: bool) -> None:
+    print(report.as_json(rows) if as_json else report.table(rows))
+
+
+def main(argv: Sequence[str]) -> int:
+    logging.basicConfig(level=logging.ERROR)
+    if not argv or argv[0] not in COMMANDS:
+        print(f"usage: {PROG} COMMAND [options]; COMMAND --help lists them\n", file=sys.stderr)
+        for name, command in COMMANDS.items():
+            print(f"  {name:9} {command.__doc__}", file=sys.stderr)
+        return 0 if argv and argv[0] in ("-h", "--help") else 2
+    try:
+        COMMANDS[argv[0]](argv[1:])
+    except SettingsError as error:
+        print(f"{PROG} {argv[0]}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

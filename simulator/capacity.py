@@ -1,0 +1,45 @@
+"""How large a tier must be: the share of prompt tokens that one shared LRU of a given size finds, over a trace. Pure.
+
+It is the best that any placement over such a tier can reach with that rule of eviction: no worker's pool is too full,
+no block is on the wrong host, and a block is there as soon as its prompt has come.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from simulator.workload import TRACE_BLOCK_TOKENS, Request
+
+
+@dataclass(frozen=True, slots=True)
+class Hits:
+    tokens: int
+    hit_tokens: int
+
+    @property
+    def share(self) -> float:
+        return self.hit_tokens / self.tokens if self.tokens else 0.0
+
+
+def hit_rate(requests: Sequence[Request], capacity_tokens: float) -> Hits:
+    """`capacity_tokens` may be infinite. A prompt finds its longest prefix; then all of its blocks are the newest.
+
+    Blocks are those of the trace; a last one that is not full is counted with the tokens that it has.
+    """
+    capacity_blocks = capacity_tokens / TRACE_BLOCK_TOKENS
+    held: OrderedDict[int, None] = OrderedDict()  # oldest first
+    tokens = hit_tokens = 0
+    for request in requests:
+        tokens += request.prompt_tokens
+        found = 0
+        while found < len(request.prefix) and request.prefix[found] in held:
+            found += 1
+        hit_tokens += min(found * TRACE_BLOCK_TOKENS, request.prompt_tokens)
+        for name in reversed(request.prefix):  # tails are evicted first
+            held[name] = None
+            held.move_to_end(name)
+        while len(held) > capacity_blocks:
+            held.popitem(last=False)
+    return Hits(tokens, hit_tokens)

@@ -1,0 +1,436 @@
+"""One simulated worker: the real loop of its role, the real carrier with membership and exchange, on simulated time.
+
+The loop's turn happens at one instant; the step in it takes as long as the latency model says. So what the loop does
+after its step (tell the proxy, tell the exchange, report its load) is kept back until the step is over, and what comes
+in meanwhile waits for the next turn, as it does in a process whose carrier is a thread of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import Protocol
+
+import msgspec
+
+from decode.settings import DecodeSettings
+from decode.worker import DecodeWorker
+from kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
+from kvtransfer.blocks.layout import KVLayout
+from kvtransfer.blocks.manager import BlockManager
+from kvtransfer.carrier import Carrier, Command, Inbound
+from kvtransfer.exchange import Exchange
+from kvtransfer.pairs import Wire
+from models.batch import Drawn, Row
+from node.endpoint import identity_of
+from node.lifecycle import Membership
+from node.messages import Bundle, Load, Message, Register, Role, Tokens
+from prefill.settings import PrefillSettings
+from prefill.worker import PrefillWorker
+from simulator.latency import Profile, Work
+from simulator.network import Network, SimLine, SimPlane, digest_of
+from worker.parts import Parts
+
+PROXY = "proxy"
+NAMESPACE = b"simulated namespace".ljust(32, b".")
+VOCAB_SIZE = (1 << 31) - 1
+"""Token ids say who drew them: a request's seed, plus how many were generated before."""
+LOOK_S = 1.0
+"""A worker that holds something but has no step to do looks for passed deadlines so often."""
+INSTANT_S = 1e-9
+"""No step takes no time at all."""
+MAX_AHEAD = 64
+"""Steps that a worker is left alone for at most."""
+SOON_S = 1e-5
+"""A turn that changed something without a step is followed by another at once; not at the same instant, for ever."""
+
+
+class Loop(Protocol):
+    """PrefillWorker or DecodeWorker."""
+
+    def turn(self, wait_s: float) -> bool: ...
+
+    def check(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    vocab_size: int = VOCAB_SIZE
+
+
+@dataclass(frozen=True, slots=True)
+class SimStep:
+    """A step that was launched. Who reads it has waited for it."""
+
+    runner: SimRunner
+    seconds: float
+    drawn: list[Drawn | None]
+
+    def read(self) -> list[Drawn | None]:
+        self.runner.spend(self.seconds)
+        return self.drawn
+
+
+class SimRunner:
+    """Draws without computing. `step_s` are the seconds of the steps that were read since `begin`.
+
+    Each step is read before the next is launched: with no time between them, running ahead would change nothing.
+    """
+
+    config = Vocabulary()
+    run_ahead = 0
+
+    def __init__(self, profile: Profile) -> None:
+        self.step_s = 0.0
+        self.busy_s = 0.0
+        self._profile = profile
+        self._seeds: list[int] = []
+        self._context = 0
+        self._left = 0
+
+    def begin(self) -> None:
+        self.step_s = 0.0
+
+    def launch(self, rows: Sequence[Row]) -> SimStep:
+        self._look_ahead(rows)
+        seconds = max(INSTANT_S, self._profile.step_s([Work(row.start, row.num_new) for row in rows]))
+        return SimStep(self, seconds, [_draw(row) for row in rows])
+
+    def spend(self, seconds: float) -> None:
+        self.step_s += seconds
+        self.busy_s += seconds
+
+    def alike(self) -> list[float]:
+        """Seconds of the steps that will follow the last one if nothing comes in, up to the one with a last token.
+
+        None where the last step was not like the one before it: all rows are one token of the same sequences.
+        """
+        batch, context = len(self._seeds), self._context
+        following = []
+        for _ in range(min(self._left, MAX_AHEAD)):
+            context += batch
+            following.append(self._profile.decode.seconds(context, batch))
+        return following
+
+    def _look_ahead(self, rows: Sequence[Row]) -> None:
+        draws = [row.draw for row in rows if row.draw is not None and row.num_new == 1]
+        seeds = [draw.sampling.seed for draw in draws]
+        same = len(seeds) == len(rows) and seeds == self._seeds
+        self._seeds = seeds
+        self._context = sum(row.start + 1 for row in rows)
+        self._left = min(draw.sampling.max_tokens - draw.num_generated - 1 for draw in draws) if same else 0
+
+
+def _draw(row: Row) -> Drawn | None:
+    if row.draw is None:
+        return None
+    return Drawn(token_of(row.draw.sampling.seed, row.draw.num_generated), None)
+
+
+def token_of(seed: int, index: int) -> int:
+    """The token that every worker draws as number `index` of the request with this seed."""
+    return (seed + index) % VOCAB_SIZE
+
+
+class LateTokens:
+    """Bundles of steps that are over, and when each was said; those of several steps are sent as one.
+
+    The client must not see late what was only told late: the network is told when each token would have come.
+    """
+
+    def __init__(self, network: Network, carrier: Carrier) -> None:
+        self._network = network
+        self._carrier = carrier
+        self._told: dict[str, dict[tuple[str, int], list[tuple[Tokens, float]]]] = {}
+
+    @property
+    def waiting(self) -> bool:
+        return bool(self._told)
+
+    def put(self, link: str, bundle: Bundle, stamp: float) -> None:
+        told = self._told.setdefault(link, {})
+        for tokens in bundle.tokens:
+            told.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamp))
+
+    def flush(self) -> None:
+        """To the carrier, which sends at this instant."""
+        told, self._told = self._told, {}
+        for link, requests in told.items():
+            self._carrier.tell(link, Bundle(tokens=tuple(self._joined(parts) for parts in requests.values())))
+
+    def _joined(self, parts: list[tuple[Tokens, float]]) -> Tokens:
+        first, last = parts[0][0], parts[-1][0]
+        ids = tuple(chain.from_iterable(tokens.ids for tokens, _ in parts))
+        stamps = [stamp for tokens, stamp in parts for _ in tokens.ids]
+        self._network.note_late(first.request_id, first.index, stamps)
+        return msgspec.structs.replace(first, ids=ids, finish=last.finish)
+
+
+class DelayedCarriage:
+    """The carrier as the loop sees it: what is said after the step goes to the real one when the step is over."""
+
+    def __init__(self, carrier: Carrier, runner: SimRunner, outbox: LateTokens) -> None:
+        self._carrier = carrier
+        self._runner = runner
+        self._outbox = outbox
+        self._after: list[Callable[[float], None]] = []
+
+    @property
+    def load(self) -> Load:
+        return self._carrier.load
+
+    @load.setter
+    def load(self, load: Load) -> None:
+        self._when_due(lambda _: setattr(self._carrier, "load", load))
+
+    @property
+    def load_at(self) -> float:
+        return self._carrier.load_at
+
+    @load_at.setter
+    def load_at(self, load_at: float) -> None:
+        self._when_due(lambda _: setattr(self._carrier, "load_at", load_at))
+
+    def receive(self, wait_s: float) -> list[Inbound]:
+        return self._carrier.receive(0.0)
+
+    def do(self, command: Command) -> None:
+        self._when_due(lambda _: self._carrier.do(command))
+
+    def tell(self, link: str, *messages: Message) -> None:
+        if len(messages) == 1 and isinstance(bundle := messages[0], Bundle):
+            self._after.append(lambda stamp: self._outbox.put(link, bundle, stamp))
+        else:
+            self._when_due(lambda _: self._carrier.tell(link, *messages))
+
+    def transfer_counters(self) -> dict[str, float]:
+        return self._carrier.transfer_counters()
+
+    def drain(self) -> None:
+        self._carrier.drain()
+
+    def step_is_over(self, stamp: float) -> None:
+        """Say what was kept back; the step ended at `stamp`."""
+        self._runner.begin()
+        due, self._after = self._after, []
+        for call in due:
+            call(stamp)
+
+    def _when_due(self, call: Callable[[float], None]) -> None:
+        if self._runner.step_s:
+            self._after.append(call)
+        else:
+            call(0.0)
+
+
+class DelayedJournal:
+    """Notes what happens to blocks; what a step has computed is there when the step is over."""
+
+    def __init__(self, journal: Journal, runner: SimRunner) -> None:
+        self._journal = journal
+        self._runner = runner
+        self._after: list[tuple[Callable[[bytes], None], bytes]] = []
+
+    def stored(self, block_hash: bytes) -> None:
+        self._note(self._journal.stored, block_hash)
+
+    def removed(self, block_hash: bytes) -> None:
+        self._note(self._journal.removed, block_hash)
+
+    def step_is_over(self) -> bool:
+        """Whether the step had changed anything."""
+        due, self._after = self._after, []
+        for note, block_hash in due:
+            note(block_hash)
+        return bool(due)
+
+    def _note(self, note: Callable[[bytes], None], block_hash: bytes) -> None:
+        if self._runner.step_s:
+            self._after.append((note, block_hash))
+        else:
+            note(block_hash)
+
+
+@dataclass(frozen=True, slots=True)
+class SimWorker:
+    """What the loop takes for a worker.start.Worker."""
+
+    runner: SimRunner
+    manager: BlockManager
+    layout: KVLayout
+    max_model_len: int
+    carrier: DelayedCarriage
+
+
+class Host:
+    """One life of a worker. `name` is unique among all lives.
+
+    A decode worker whose next steps are all alike is left alone until one of them matters to somebody: a last token, a
+    heartbeat, a message that comes in. Then the turns in between are made up for, each at its own time (`_catch_up`),
+    by the same code; only the events, and the proxy's work for each single token, are saved. `ahead=False` does
+    without.
+    """
+
+    def __init__(self, network: Network, name: str, role: Role, profile: Profile, policy: str, ahead: bool) -> None:
+        self.role = role
+        self.identity = identity_of(name, 1)
+        self.runner = SimRunner(profile)
+        events = EventLog()
+        self._journal = DelayedJournal(events.journal("gpu"), self.runner)
+        self.manager = BlockManager(profile.num_blocks, self._journal)
+        self._network = network
+        self._world = network.world
+        self._ahead = ahead and role == "decode"
+        self._turn_at = float("inf")  # when the carrier's next turn is set
+        self._past: float | None = None  # the time at which the loop is, while it is behind the world's
+        self._step_end: float | None = None  # of the step under way
+        self._step_at = 0.0  # when `_step_over` is set
+        self._looking = False
+        layout = profile.kv_layout()
+        line = SimLine(network, self.identity, self._ready)
+        line.connect(PROXY, "")
+        plane = SimPlane(network, self.identity, layout.block_bytes, self._ready)
+        exchange = Exchange(
+            self.identity,
+            NAMESPACE,
+            [plane],
+            digest_of,
+            Wire(line.send, line.connect, line.disconnect),
+            chunk_blocks=max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes),
+        )
+        membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._world.now)
+        self._carrier = Carrier(line, membership, exchange, events, self._world.clock)
+        self._outbox = LateTokens(network, self._carrier)
+        self._carriage = DelayedCarriage(self._carrier, self.runner, self._outbox)
+        parts = SimWorker(self.runner, self.manager, layout, profile.max_model_len, self._carriage)
+        self.loop = _loop(parts, role, profile, policy, self._clock)
+        self._ready()
+
+    @property
+    def alive(self) -> bool:
+        return self.identity in self._network.lines
+
+    @property
+    def load(self) -> Load:
+        return self._carrier.load
+
+    def kill(self) -> None:
+        """SIGKILL: what was sent by now arrives, nothing more is done."""
+        self._catch_up()
+        self._outbox.flush()
+        self._carrier.turn()
+        self._network.remove(self.identity)
+
+    # -- the carrier's thread
+
+    def _ready(self) -> None:
+        """Something is there for the carrier: it takes its turn at this instant, after what is due already."""
+        self._set_turn(self._world.now)
+
+    def _set_turn(self, when: float) -> None:
+        if when < self._turn_at:
+            self._turn_at = when
+            self._world.at(when, self._carry, when)
+
+    def _carry(self, when: float) -> None:
+        if when != self._turn_at or not self.alive:
+            return  # an earlier turn has taken its place
+        self._catch_up()
+        self._outbox.flush()
+        self._turn_at = float("inf")
+        self._carrier.turn()
+        self._set_turn(max(self._carrier.wake_at, self._world.now))
+        if self._carrier.inbox.empty():
+            return
+        if self._step_end is None:
+            self._work()
+            self._set_step_over()
+        else:
+            self._set_step(self._step_end)
+
+    # -- the loop's thread
+
+    def _clock(self) -> float:
+        return (self._world.now if self._past is None else self._past) + self.runner.step_s
+
+    def _work(self) -> None:
+        worked = self.loop.turn(0.0)
+        if worked:
+            self._step_end = self._clock() if self.runner.step_s else self._clock() + SOON_S
+        elif not self._looking and (self.load.running or self.load.waiting):
+            self._looking = True
+            self._world.later(LOOK_S, self._look)
+
+    def _set_step_over(self) -> None:
+        """Come back at the end of the step under way, or of the last one of those that will be like it."""
+        if self._step_end is None:
+            return
+        end = self._step_end
+        if self._ahead and self.runner.step_s and not self.load.waiting:
+            for step_s in self.runner.alike():
+                end += step_s
+        self._set_step(end)
+
+    def _set_step(self, when: float) -> None:
+        if when != self._step_at:
+            self._step_at = when
+            self._world.at(when, self._step_over, when)
+
+    def _step_over(self, when: float) -> None:
+        if when == self._step_at and self.alive:
+            self._catch_up()
+
+    def _catch_up(self) -> None:
+        """Make up for all steps that have ended by now, one after the other."""
+        if self._step_end is None or self._step_end > self._world.now:
+            return
+        while self._step_end is not None and self._step_end <= self._world.now:
+            self._past = stamp = self._step_end
+            self._step_end = None
+            self._carriage.step_is_over(stamp)
+            if self._journal.step_is_over():
+                self._set_turn(self._world.now + FLUSH_EVERY_S)
+            self._work()
+        self._past = None
+        self._set_step_over()
+        if self._outbox.waiting:
+            self._ready()
+
+    def _look(self) -> None:
+        self._looking = False
+        if self.alive and self._step_end is None:
+            self._work()
+            self._set_step_over()
+
+
+def _register(name: str, role: Role, profile: Profile, address: str) -> Register:
+    return Register(
+        worker=name,
+        incarnation=1,
+        role=role,
+        model=profile.name,
+        namespace=NAMESPACE,
+        block_tokens=profile.layout.block_tokens,
+        total_blocks=profile.num_blocks,
+        max_num_seqs=profile.max_num_seqs,
+        max_model_len=profile.max_model_len,
+        address=address,
+    )
+
+
+def _loop(parts: Parts, role: Role, profile: Profile, policy: str, clock: Callable[[], float]) -> Loop:
+    if role == "prefill":
+        prefill = PrefillSettings(
+            max_num_seqs=profile.max_num_seqs,
+            max_num_batched_tokens=profile.prefill_budget_tokens,
+            max_chunk_tokens=profile.prefill_chunk_tokens,
+            policy=policy,
+        )
+        return PrefillWorker(parts, prefill, clock)
+    decode = DecodeSettings(
+        max_num_seqs=profile.max_num_seqs,
+        max_num_batched_tokens=profile.decode_budget_tokens,
+        max_chunk_tokens=profile.decode_chunk_tokens,
+    )
+    return DecodeWorker(parts, decode, clock)

@@ -1,0 +1,114 @@
+"""How long things take: the latency model in place of the GPUs, and the profile file that holds one machine's.
+
+    prefill step  a + b * sum(l) + c * sum(l^2)            l: tokens of the prompts in the step
+    decode step   a + b * sum(context) + c * batch
+
+A chunk of l tokens behind s known ones counts ((s + l)^2 - s^2) for l^2: the chunks of a prompt then add up to the
+whole. A step with both kinds of rows takes the prefill's time and, on top, what the decoding rows cost beyond a step of
+none.
+Coefficients are in seconds; simulator.fit finds them from measured steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from kvtransfer.blocks.layout import KVLayout
+from node.errors import SettingsError
+
+PROFILES = Path(__file__).resolve().parent / "profiles"
+Positive = Annotated[float, Meta(ge=0.0)]
+
+
+class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """`a + b * x + c * y`, in seconds."""
+
+    a: Positive
+    b: Positive
+    c: Positive
+
+    def seconds(self, x: float, y: float) -> float:
+        return self.a + self.b * x + self.c * y
+
+
+class Work(msgspec.Struct, frozen=True):
+    """One row of a step: `length` tokens behind `start` known ones."""
+
+    start: int
+    length: int
+
+
+class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """As kvtransfer.blocks.layout.KVLayout."""
+
+    num_layers: int
+    kv_heads: int
+    head_dim: int
+    block_tokens: int
+    dtype: str
+
+
+class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """One machine and model. See docs/benchmarks/simulator.md for where the shipped ones come from."""
+
+    name: str
+    about: str
+    prefill: Cost
+    decode: Cost
+    request_s: Positive
+    """From a request's first byte to the router: HTTP, template, tokeniser."""
+    stream_s: Positive
+    """From the proxy's session to the client: detokeniser, HTTP."""
+    message_s: Positive
+    """One control message, from the call that sends it to the loop that reads it."""
+    chunk_s: Positive
+    """What a movement of KV costs whatever its size."""
+    link_bytes_s: Annotated[float, Meta(gt=0.0)]
+    """Bandwidth of a worker in each direction, in bytes a second."""
+    layout: Layout
+    num_blocks: Annotated[int, Meta(ge=2)]
+    max_model_len: Annotated[int, Meta(ge=1)]
+    max_num_seqs: Annotated[int, Meta(ge=1)]
+    prefill_budget_tokens: Annotated[int, Meta(ge=1)]
+    """Token budget of a prefill worker's step, and its longest chunk."""
+    prefill_chunk_tokens: Annotated[int, Meta(ge=1)]
+    decode_budget_tokens: Annotated[int, Meta(ge=1)]
+    """Token budget of a decode worker's step, and the longest chunk of a prompt that it computes itself."""
+    decode_chunk_tokens: Annotated[int, Meta(ge=1)]
+    chunk_mib: Annotated[float, Meta(gt=0.0)]
+    """KV bytes in one transfer message."""
+
+    def kv_layout(self) -> KVLayout:
+        return KVLayout(**msgspec.structs.asdict(self.layout))
+
+    def step_s(self, rows: Sequence[Work]) -> float:
+        """Seconds of one step over these rows."""
+        tokens = pairs = context = decoding = 0
+        for row in rows:
+            if row.length == 1:
+                decoding += 1
+                context += row.start + 1
+            else:
+                tokens += row.length
+                pairs += (row.start + row.length) ** 2 - row.start**2
+        if not tokens:
+            return self.decode.seconds(context, decoding)
+        beside = self.decode.seconds(context, decoding) - self.decode.a
+        return self.prefill.seconds(tokens, pairs) + beside
+
+
+def load_profile(name: str) -> Profile:
+    """A profile by the name of a shipped one, or by its file; raises SettingsError."""
+    path = Path(name) if "/" in name or name.endswith(".json") else PROFILES / f"{name}.json"
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Profile)
+    except FileNotFoundError:
+        known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.json")))
+        raise SettingsError(f"there is no profile {name}; shipped are {known}") from None
+    except (OSError, msgspec.MsgspecError) as error:
+        raise SettingsError(f"{path} is no profile: {error}") from None

@@ -1,0 +1,121 @@
+"""What a client sees of each request, and the numbers that people compare: TTFT, TPOT, ITL, E2E, goodput. Pure."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from simulator.workload import Request, gaps
+
+
+@dataclass(slots=True)
+class Record:
+    """One request. Times are in seconds of the simulated clock; `error` is "" for one that was served."""
+
+    request: Request
+    token_s: list[float] = field(default_factory=list)
+    """When the client had each token."""
+    cached_tokens: int = 0
+    error: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return not self.error
+
+    @property
+    def longest_wait_s(self) -> float:
+        """For a token, the first included."""
+        return max(gaps((self.request.arrival_s, *self.token_s)), default=0.0)
+
+    @property
+    def ttft_s(self) -> float:
+        return self.token_s[0] - self.request.arrival_s
+
+    @property
+    def e2e_s(self) -> float:
+        return self.token_s[-1] - self.request.arrival_s
+
+    @property
+    def tpot_s(self) -> float:
+        """Mean time of a token after the first; 0 where there is only one."""
+        return (self.token_s[-1] - self.token_s[0]) / max(1, len(self.token_s) - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Slo:
+    """A request is good if it is served with at most this TTFT and this TPOT."""
+
+    ttft_s: float
+    tpot_s: float
+
+    def met_by(self, record: Record) -> bool:
+        return record.ok and record.ttft_s <= self.ttft_s and record.tpot_s <= self.tpot_s
+
+
+@dataclass(frozen=True, slots=True)
+class Spread:
+    """Of some durations; all nan where there are none."""
+
+    mean_s: float
+    p50_s: float
+    p99_s: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        if not values:
+            return cls(math.nan, math.nan, math.nan)
+        ordered = sorted(values)
+        return cls(math.fsum(ordered) / len(ordered), percentile(ordered, 50), percentile(ordered, 99))
+
+
+def percentile(ordered: Sequence[float], percent: float) -> float:
+    """With linear interpolation between the two nearest ranks, as numpy's default."""
+    place = (len(ordered) - 1) * percent / 100
+    low = math.floor(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """A run in a line."""
+
+    requests: int
+    failed: int
+    duration_s: float
+    """From the first arrival to the last token."""
+    ttft: Spread
+    tpot: Spread
+    itl: Spread
+    e2e: Spread
+    output_tokens: int
+    cached_share: float
+    """Of the prompt tokens, those that nobody had to compute."""
+
+    @property
+    def output_tokens_per_s(self) -> float:
+        return self.output_tokens / self.duration_s if self.duration_s else 0.0
+
+
+def summarise(records: Sequence[Record]) -> Summary:
+    served = [record for record in records if record.ok]
+    first = min((record.request.arrival_s for record in records), default=0.0)
+    last = max((record.token_s[-1] for record in served), default=first)
+    prompt = sum(record.request.prompt_tokens for record in served)
+    return Summary(
+        requests=len(records),
+        failed=len(records) - len(served),
+        duration_s=last - first,
+        ttft=Spread.of([record.ttft_s for record in served]),
+        tpot=Spread.of([record.tpot_s for record in served if len(record.token_s) > 1]),
+        itl=Spread.of([gap for record in served for gap in gaps(record.token_s)]),
+        e2e=Spread.of([record.e2e_s for record in served]),
+        output_tokens=sum(len(record.token_s) for record in served),
+        cached_share=sum(record.cached_tokens for record in served) / prompt if prompt else 0.0,
+    )
+
+
+def attainment(records: Sequence[Record], slo: Slo) -> float:
+    """The part of all requests, failed ones included, that met the SLO."""
+    return sum(slo.met_by(record) for record in records) / len(records) if records else 0.0

@@ -1,0 +1,151 @@
+"""Tables and JSON of what the studies found. Text only; numbers come from the studies."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+
+from simulator.capacity import Hits
+from simulator.fit import Fit
+from simulator.placement import Goodput
+from simulator.record import Summary
+from simulator.simulation import Outcome
+from simulator.studies import LossCost, Overload
+
+Cell = str | float | int
+Row = Mapping[str, Cell]
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown; columns are the keys of the first row."""
+    names = list(rows[0])
+    cells = [names, *([_shown(row[name]) for name in names] for row in rows)]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(names))]
+    lines = [
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in cells
+    ]
+    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
+    return "\n".join(lines)
+
+
+def as_json(rows: Sequence[Row]) -> str:
+    return "\n".join(json.dumps(dict(row)) for row in rows)
+
+
+def _shown(cell: Cell) -> str:
+    if isinstance(cell, float):
+        return f"{cell:.4g}" if abs(cell) < 1000 else f"{cell:.0f}"
+    return str(cell)
+
+
+def summary_row(summary: Summary) -> dict[str, Cell]:
+    """Times in milliseconds."""
+    return {
+        "requests": summary.requests,
+        "failed": summary.failed,
+        "TTFT mean": summary.ttft.mean_s * 1000,
+        "p50": summary.ttft.p50_s * 1000,
+        "p99": summary.ttft.p99_s * 1000,
+        "TPOT p50": summary.tpot.p50_s * 1000,
+        "TPOT p99": summary.tpot.p99_s * 1000,
+        "E2E p50": summary.e2e.p50_s * 1000,
+        "tokens/s": summary.output_tokens_per_s,
+        "cached": f"{summary.cached_share:.1%}",
+    }
+
+
+def replay_rows(summary: Summary, outcome: Outcome, good: float, took_s: float) -> list[Row]:
+    """One run, one line for each number."""
+    busy = sorted(outcome.busy.items())
+    share = {
+        role: sum(seconds for name, seconds in busy if name[0] == role)
+        / max(1, sum(name[0] == role for name, _ in busy))
+        for role in "pd"
+    }
+    found: dict[str, Cell] = {
+        f"{name} (ms)" if "T" in name or name[0] == "p" else name: value for name, value in summary_row(summary).items()
+    }
+    found |= {
+        "ITL p50 (ms)": summary.itl.p50_s * 1000,
+        "ITL p99 (ms)": summary.itl.p99_s * 1000,
+        "within the SLO": f"{good:.1%}",
+        "prefill workers busy": f"{share['p'] / outcome.simulated_s:.1%}",
+        "decode workers busy": f"{share['d'] / outcome.simulated_s:.1%}",
+        "KV moved (GB)": outcome.moved_bytes / 1e9,
+        **{name: value for name, value in outcome.counters.items() if value},
+        "simulated (s)": outcome.simulated_s,
+        "events": outcome.events,
+        "took (s)": took_s,
+    }
+    return [{"": name, "value": value} for name, value in found.items()]
+
+
+def place_rows(found: Sequence[Goodput]) -> list[Row]:
+    return [
+        {
+            "split": each.split.name,
+            "goodput, requests/s": each.rate,
+            "a GPU": each.rate_per_gpu,
+            "within the SLO": f"{each.attained:.1%}",
+            "TTFT p50": each.summary.ttft.p50_s * 1000,
+            "p99": each.summary.ttft.p99_s * 1000,
+            "TPOT p50": each.summary.tpot.p50_s * 1000,
+            "TPOT p99": each.summary.tpot.p99_s * 1000,
+            "runs": each.runs,
+        }
+        for each in found
+    ]
+
+
+def overload_rows(found: Sequence[Overload]) -> list[Row]:
+    return [
+        {
+            "router": each.routing,
+            "prefill order": each.order,
+            "good": f"{each.good:.1%}",
+            "good/s": each.good_per_s,
+            **summary_row(each.summary),
+        }
+        for each in found
+    ]
+
+
+def loss_rows(found: Sequence[LossCost]) -> list[Row]:
+    return [
+        {
+            "lost": each.victim,
+            "retries": each.retries,
+            "struck": each.struck,
+            "their longest wait p50": each.struck_gap.p50_s * 1000,
+            "p99 of it": each.struck_gap.p99_s * 1000,
+            **summary_row(each.summary),
+        }
+        for each in found
+    ]
+
+
+def tier_rows(found: Sequence[tuple[float, Hits]], token_bytes: int) -> list[Row]:
+    return [
+        {
+            "tier, million tokens": million,
+            "GB": million * 1e6 * token_bytes / 1e9,
+            "hit rate": f"{hits.share:.1%}",
+        }
+        for million, hits in found
+    ]
+
+
+def fit_rows(found: Mapping[str, Fit]) -> list[Row]:
+    return [
+        {
+            "kind": kind,
+            "steps": fit.steps,
+            "a (ms)": fit.cost.a * 1e3,
+            "b (us)": fit.cost.b * 1e6,
+            "c (us)": fit.cost.c * 1e6,
+            "error p50": f"{fit.median_error:.1%}",
+            "p90": f"{fit.p90_error:.1%}",
+            "worst": f"{fit.worst_error:.1%}",
+        }
+        for kind, fit in found.items()
+    ]

@@ -1,0 +1,103 @@
+"""The command lines of the studies: one frozen dataclass each."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+from node.errors import SettingsError
+from node.settings import option
+from prefill.settings import PrefillSettings
+from proxy.settings import ProxySettings
+
+
+def choices_of(settings: type, name: str) -> tuple[str, ...]:
+    """The values that the command line of a node allows for one of its options."""
+    field = next(field for field in dataclasses.fields(settings) if field.name == name)
+    choices: tuple[str, ...] = field.metadata["option"].choices
+    return choices
+
+
+ROUTING = choices_of(ProxySettings, "policy")
+LOCAL = choices_of(ProxySettings, "local_prefill")
+ORDERS = choices_of(PrefillSettings, "policy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkloadSettings:
+    """Requests out of a trace, or drawn."""
+
+    profile: str = option("h200-llama-8b", help="latency profile: the name of a shipped one, or a JSON file")
+    trace: Path | None = option(None, help="Mooncake trace to replay (JSON lines); else requests are drawn")
+    speed: float = option(1.0, help="replay the trace so many times as fast", minimum=0.001)
+    requests: int = option(1000, unit="requests", help="so many of the workload; 0: all of the trace", minimum=0)
+    rate: float = option(4.0, unit="requests/s", help="Poisson arrivals of drawn requests", minimum=0.001)
+    prompt_tokens: int = option(2048, unit="tokens", help="mean length of drawn prompts", minimum=1)
+    prompt_spread: float = option(0.0, help="standard deviation of the logarithm of their length", minimum=0)
+    output_tokens: int = option(256, unit="tokens", help="mean length of drawn answers", minimum=1)
+    output_spread: float = option(0.0, help="standard deviation of the logarithm of their length", minimum=0)
+    seed: int = option(0, help="of all that is drawn; one seed is one run", minimum=0)
+    json: bool = option(False, help="print JSON instead of a table")
+
+    def __post_init__(self) -> None:
+        if self.trace is None and not self.requests:
+            raise SettingsError("--requests 0 means all of a trace, and there is no --trace")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SloSettings(WorkloadSettings):
+    ttft_ms: float = option(1000.0, unit="ms", help="a good request has its first token within", minimum=0.001)
+    tpot_ms: float = option(15.0, unit="ms", help="and a mean time a token after it of at most", minimum=0.001)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplaySettings(SloSettings):
+    prefill: int = option(1, unit="workers", help="prefill workers", minimum=0)
+    decode: int = option(1, unit="workers", help="decode workers", minimum=1)
+    policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")
+    local_prefill: str = option("never", choices=LOCAL, help="which prompts decode workers prefill themselves")
+    local_prefill_tokens: int = option(16, unit="tokens", help="prompts below this length are short", minimum=0)
+    prefill_policy: str = option(ORDERS[0], choices=ORDERS, help="order of prompts in a prefill worker")
+    max_queue: int = option(512, unit="requests", help="most requests that wait in the proxy", minimum=1)
+    request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1)
+    step_by_step: bool = option(False, help="make every step of a decode worker an event: the same result, later")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LossSettings(ReplaySettings):
+    at: float = option(
+        0.5, help="when the worker is killed, as a part of the time of the arrivals", minimum=0, maximum=1
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OverloadSettings(ReplaySettings):
+    factor: float = option(3.0, help="so many times the rate (or speed) is sent", minimum=0.001)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlaceSettings(SloSettings):
+    gpus: int = option(4, unit="workers", help="workers to share out", minimum=2)
+    rounds: int = option(4, help="bisections of the rate after a factor of two is known", minimum=0)
+    prefill_policy: str = option(ORDERS[0], choices=ORDERS, help="order of prompts in a prefill worker")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TiersSettings:
+    trace: Path = option(help="Mooncake trace (JSON lines)")
+    profile: str = option("h200-llama-8b", help="latency profile: tells the bytes of a token")
+    million_tokens: tuple[float, ...] = option((1.0, 3.0, 10.0, 30.0), help="sizes of the tier")
+    seed: int = option(0, help="of the arrivals within a time stamp", minimum=0)
+    json: bool = option(False, help="print JSON instead of a table")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FitSettings:
+    steps: tuple[Path, ...] = option(metavar="FILE", help="measured steps, as scripts/bench_steps writes them")
+    profile: str = option("", help="profile whose other numbers go into --out")
+    out: Path | None = option(None, help="write that profile with the coefficients found")
+
+    def __post_init__(self) -> None:
+        if (self.out is None) == bool(self.profile):
+            raise SettingsError("--profile and --out belong together")

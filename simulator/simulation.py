@@ -1,0 +1,177 @@
+"""One run: a cluster out of real code on a simulated clock, clients that send a workload, records of what they saw."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from node.errors import BatonError
+from node.messages import Role, SamplingParams
+from proxy.dispatch import Dispatcher
+from proxy.settings import ProxySettings
+from simulator.host import PROXY, Host, token_of
+from simulator.latency import Profile
+from simulator.network import Network, SimLine
+from simulator.record import Record
+from simulator.workload import Request
+from simulator.world import VirtualLoop, World
+
+SETTLE_S = 1.0
+"""Workers register in this time, before the first request."""
+LOOK_S = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """Worker `name` is killed so long after the first arrival."""
+
+    at_s: float
+    name: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scenario:
+    """A cluster. Prefill workers are called p0, p1 ..., decode workers d0, d1 ..."""
+
+    profile: Profile
+    prefill: int
+    decode: int
+    proxy: ProxySettings = field(default_factory=ProxySettings)
+    prefill_policy: str = "fcfs"
+    losses: tuple[Loss, ...] = ()
+    ahead: bool = True
+    """Leave workers alone while their steps are alike; the records are the same without, and take longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    records: tuple[Record, ...]
+    counters: Mapping[str, float]
+    """Of the proxy."""
+    busy: Mapping[str, float]
+    """Seconds that each worker has spent in steps, by name."""
+    events: int
+    messages: int
+    moved_bytes: int
+    simulated_s: float
+
+
+def simulate(scenario: Scenario, requests: Sequence[Request]) -> Outcome:
+    """Run the workload to its end: every request is served or has failed, and no worker holds a block."""
+    return _Simulation(scenario).run(requests)
+
+
+class _Simulation:
+    def __init__(self, scenario: Scenario) -> None:
+        profile = scenario.profile
+        self._scenario = scenario
+        self._world = World()
+        self._network = Network(self._world, profile.message_s, profile.chunk_s, profile.link_bytes_s)
+        self._hosts: dict[str, Host] = {}
+        self._records: list[Record] = []
+        self._clients: set[asyncio.Task[None]] = set()
+        self._loop = VirtualLoop(self._world)
+        self._line = SimLine(self._network, PROXY, self._proxy_ready)
+
+    def run(self, requests: Sequence[Request]) -> Outcome:
+        try:
+            return self._loop.run_until_complete(self._main(requests))
+        finally:
+            self._loop.close()
+
+    async def _main(self, requests: Sequence[Request]) -> Outcome:
+        dispatcher = Dispatcher(self._line, self._scenario.proxy, self._world.clock)
+        dispatcher.start()
+        self._start_hosts()
+        begin = SETTLE_S - (requests[0].arrival_s if requests else 0.0)
+        for loss in self._scenario.losses:
+            self._world.at(SETTLE_S + loss.at_s, self._kill, loss.name)
+        for request in requests:
+            self._world.at(begin + request.arrival_s, self._send, dispatcher, request, begin)
+        while self._clients or len(self._records) < len(requests):
+            await asyncio.sleep(LOOK_S)
+        await self._at_rest()
+        counters = dict(dispatcher.counters())
+        simulated_s = self._world.now
+        await dispatcher.stop()
+        return Outcome(
+            records=tuple(sorted(self._records, key=lambda record: record.request.number)),
+            counters=counters,
+            busy={name: host.runner.busy_s for name, host in self._hosts.items()},
+            events=self._world.events_done,
+            messages=self._network.messages,
+            moved_bytes=self._network.moved_bytes,
+            simulated_s=simulated_s,
+        )
+
+    # -- the cluster
+
+    def _start_hosts(self) -> None:
+        """One after the other, so that their heartbeats are spread as those of real processes are."""
+        roles: list[tuple[str, Role]] = [(f"p{n}", "prefill") for n in range(self._scenario.prefill)]
+        roles += [(f"d{n}", "decode") for n in range(self._scenario.decode)]
+        for number, (name, role) in enumerate(roles):
+            self._world.later(number / len(roles) * SETTLE_S / 2, self._start_host, name, role)
+
+    def _start_host(self, name: str, role: Role) -> None:
+        self._hosts[name] = Host(
+            self._network,
+            name,
+            role,
+            self._scenario.profile,
+            self._scenario.prefill_policy,
+            self._scenario.ahead,
+        )
+
+    def _kill(self, name: str) -> None:
+        self._hosts[name].kill()
+
+    def _proxy_ready(self) -> None:
+        for callback in list(self._loop.readers.values()):
+            callback()
+
+    async def _at_rest(self) -> None:
+        """What was cancelled last comes to its end; then every block must be accounted for, and none be held."""
+        alive = [host for host in self._hosts.values() if host.alive]
+        for _ in range(240):
+            if all(host.load.running + host.load.waiting == 0 for host in alive):
+                break
+            await asyncio.sleep(LOOK_S)
+        await asyncio.sleep(LOOK_S)
+        for host in alive:
+            host.loop.check()
+
+    # -- clients
+
+    def _send(self, dispatcher: Dispatcher, request: Request, begin: float) -> None:
+        record = Record(request)
+        self._records.append(record)
+        task = self._loop.create_task(self._client(dispatcher, record, begin))
+        self._clients.add(task)
+        task.add_done_callback(self._clients.discard)
+
+    async def _client(self, dispatcher: Dispatcher, record: Record, begin: float) -> None:
+        request, profile = record.request, self._scenario.profile
+        await asyncio.sleep(profile.request_s)
+        request_id, seed = f"r{request.number}", request.number << 20
+        stream = dispatcher.generate(
+            request_id,
+            request.prompt_ids(),
+            SamplingParams(max_tokens=request.output_tokens, seed=seed),
+            timeout_s=self._scenario.proxy.request_timeout_s,
+        )
+        try:
+            async with aclosing(stream):
+                async for delta in stream:
+                    expected = range(seed + len(record.token_s), seed + len(record.token_s) + len(delta.ids))
+                    assert delta.ids == tuple(token_of(token, 0) for token in expected), "a token is not its own"
+                    times = self._network.times_of(request_id, len(record.token_s), len(delta.ids))
+                    record.token_s += [time_s + profile.stream_s - begin for time_s in times]
+                    record.cached_tokens = delta.cached_tokens
+            assert len(record.token_s) == request.output_tokens, "tokens are missing, or too many"
+        except BatonError as error:
+            record.error = f"{type(error).__name__}: {error}"
+        finally:
+            self._network.forget(request_id)

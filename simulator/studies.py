@@ -1,0 +1,122 @@
+"""Questions that are answered by a few runs: policies under overload, the loss of a worker. Prints nothing."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from node.errors import SettingsError
+from proxy.settings import ProxySettings
+from simulator.latency import Profile
+from simulator.record import Slo, Spread, Summary, attainment, summarise
+from simulator.settings import ORDERS, ROUTING, OverloadSettings, ReplaySettings, SloSettings, WorkloadSettings
+from simulator.simulation import Loss, Outcome, Scenario, simulate
+from simulator.workload import Lengths, Request, poisson, read_trace, speed_up
+
+HICCUP_S = 0.05
+"""A request was struck if its longest wait for a token grew by more than this."""
+
+
+def workload_of(settings: WorkloadSettings, profile: Profile, factor: float = 1.0) -> list[Request]:
+    """The requests that the settings ask for, `factor` times as fast; those that no worker could take are left out."""
+    longest = profile.max_model_len - 1
+    if settings.trace is not None:
+        requests = read_trace(settings.trace, settings.seed)
+        requests = requests[: settings.requests or None]
+        requests = speed_up(requests, settings.speed * factor)
+    else:
+        requests = poisson(
+            settings.requests,
+            settings.rate * factor,
+            Lengths(settings.prompt_tokens, settings.prompt_spread, longest),
+            Lengths(settings.output_tokens, settings.output_spread, longest),
+            settings.seed,
+        )
+    fitting = [request for request in requests if request.prompt_tokens + request.output_tokens <= longest]
+    if not fitting:
+        raise SettingsError(f"no request of the workload fits into {profile.max_model_len} tokens")
+    return fitting
+
+
+def slo_of(settings: SloSettings) -> Slo:
+    return Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
+
+
+def scenario_of(settings: ReplaySettings, profile: Profile) -> Scenario:
+    proxy = ProxySettings(
+        policy=settings.policy,
+        local_prefill=settings.local_prefill,
+        local_prefill_tokens=settings.local_prefill_tokens,
+        max_queue=settings.max_queue,
+        request_timeout_s=settings.request_timeout_s,
+    )
+    return Scenario(
+        profile=profile,
+        prefill=settings.prefill,
+        decode=settings.decode,
+        proxy=proxy,
+        prefill_policy=settings.prefill_policy,
+        ahead=not settings.step_by_step,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Overload:
+    """One pair of policies: how the proxy routes, in which order a prefill worker takes its prompts."""
+
+    routing: str
+    order: str
+    summary: Summary
+    good: float
+    """Part of all requests within the SLO."""
+    good_per_s: float
+
+
+def overload(settings: OverloadSettings, profile: Profile) -> list[Overload]:
+    """Every pair of policies under `factor` times the workload's rate."""
+    requests = workload_of(settings, profile, settings.factor)
+    slo, found = slo_of(settings), []
+    for routing in ROUTING:
+        for order in ORDERS:
+            scenario = scenario_of(replace(settings, policy=routing, prefill_policy=order), profile)
+            records = simulate(scenario, requests).records
+            summary, good = summarise(records), attainment(records, slo)
+            good_per_s = good * len(records) / summary.duration_s if summary.duration_s else 0.0
+            found.append(Overload(routing, order, summary, good, good_per_s))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class LossCost:
+    """One run with a worker killed in the middle, or with none; `struck` are requests that felt it."""
+
+    victim: str
+    summary: Summary
+    struck: int
+    struck_gap: Spread
+    """The longest wait for a token that each of those saw."""
+    retries: float
+
+
+def losses(settings: ReplaySettings, profile: Profile, at: float) -> list[LossCost]:
+    """Nobody, one prefill worker, one decode worker lost, when the part `at` of the arrivals' time is over."""
+    requests = workload_of(settings, profile)
+    scenario = scenario_of(settings, profile)
+    moment = at * (requests[-1].arrival_s - requests[0].arrival_s)
+    calm = simulate(scenario, requests)
+    found = [LossCost("nobody", summarise(calm.records), 0, Spread.of([]), calm.counters["retries_total"])]
+    for victim in (["p0"] if settings.prefill > 1 else []) + (["d0"] if settings.decode > 1 else []):
+        outcome = simulate(replace(scenario, losses=(Loss(moment, victim),)), requests)
+        found.append(_cost(victim, outcome, calm))
+    return found
+
+
+def _cost(victim: str, outcome: Outcome, calm: Outcome) -> LossCost:
+    pairs = zip(outcome.records, calm.records, strict=True)
+    struck = [after for after, before in pairs if after.longest_wait_s > before.longest_wait_s + HICCUP_S]
+    return LossCost(
+        victim,
+        summarise(outcome.records),
+        len(struck),
+        Spread.of([record.longest_wait_s for record in struck]),
+        outcome.counters["retries_total"],
+    )

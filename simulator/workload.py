@@ -1,0 +1,109 @@
+"""The requests of a run: drawn from a seed, or replayed from a trace. Pure; token ids are made only when needed.
+
+Mooncake's traces (FAST'25, one JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of
+chained 512-token blocks) say which prompts share a prefix: two prompts have equal tokens exactly where they have equal
+ids. Their time stamps are multiples of 3 s, so arrivals are spread over their 3 s.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain, pairwise, repeat
+from pathlib import Path
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from node.errors import SettingsError
+
+TRACE_BLOCK_TOKENS = 512
+QUANTUM_S = 3.0
+"""Of the time stamps in Mooncake's traces."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """`prefix` names the blocks of `block_tokens` tokens that the prompt is made of; the last one may be in part."""
+
+    number: int
+    arrival_s: float
+    prompt_tokens: int
+    output_tokens: int
+    prefix: tuple[int, ...]
+    block_tokens: int = TRACE_BLOCK_TOKENS
+
+    def prompt_ids(self) -> tuple[int, ...]:
+        ids = chain.from_iterable(repeat(name, self.block_tokens) for name in self.prefix)
+        return tuple(ids)[: self.prompt_tokens]
+
+
+class _Line(msgspec.Struct, frozen=True):
+    """One line of a trace; unknown fields are ignored."""
+
+    timestamp: Annotated[float, Meta(ge=0)]
+    input_length: Annotated[int, Meta(ge=1)]
+    output_length: Annotated[int, Meta(ge=1)]
+    hash_ids: tuple[Annotated[int, Meta(ge=0, lt=1 << 30)], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Lognormal token counts of this mean; `spread` is the standard deviation of the logarithm, 0 makes all equal."""
+
+    mean: int
+    spread: float = 0.0
+    longest: int = 1 << 20
+
+    def draw(self, chance: random.Random) -> int:
+        if not self.spread:
+            return self.mean
+        value = self.mean * chance.lognormvariate(-(self.spread**2) / 2, self.spread)
+        return min(self.longest, max(1, round(value)))
+
+
+def poisson(count: int, rate: float, prompt: Lengths, output: Lengths, seed: int) -> list[Request]:
+    """`count` requests at `rate` a second that share no prefix."""
+    chance = random.Random(seed)
+    requests: list[Request] = []
+    now = 0.0
+    for number in range(count):
+        now += chance.expovariate(rate)
+        tokens = prompt.draw(chance)
+        requests.append(Request(number, now, tokens, output.draw(chance), (number,), tokens))
+    return requests
+
+
+def read_trace(path: Path, seed: int) -> list[Request]:
+    """All requests of a Mooncake trace in the order of arrival; raises SettingsError for what is none."""
+    chance = random.Random(seed)
+    try:
+        lines = path.read_bytes().splitlines()
+        decoded = [msgspec.json.decode(line, type=_Line) for line in lines if line.strip()]
+    except (OSError, msgspec.MsgspecError) as error:
+        raise SettingsError(f"cannot read the trace {path}: {error}") from None
+    for number, line in enumerate(decoded, 1):
+        if len(line.hash_ids) != -(-line.input_length // TRACE_BLOCK_TOKENS):
+            raise SettingsError(f"{path}:{number}: {line.input_length} tokens in {len(line.hash_ids)} blocks")
+    jittered = [(line.timestamp / 1000 + chance.random() * QUANTUM_S, line) for line in decoded]
+    jittered.sort(key=lambda pair: pair[0])
+    return [
+        Request(number, at, line.input_length, line.output_length, line.hash_ids)
+        for number, (at, line) in enumerate(jittered)
+    ]
+
+
+def speed_up(requests: Iterable[Request], factor: float) -> list[Request]:
+    """The same requests, `factor` times as fast."""
+    return [replace(request, arrival_s=request.arrival_s / factor) for request in requests]
+
+
+def rate_of(requests: Sequence[Request]) -> float:
+    """Requests a second between the first and the last arrival."""
+    return (len(requests) - 1) / (requests[-1].arrival_s - requests[0].arrival_s) if len(requests) > 1 else 0.0
+
+
+def gaps(times_s: Sequence[float]) -> list[float]:
+    return [after - before for before, after in pairwise(times_s)]

@@ -1,0 +1,86 @@
+"""python -m simulator: each command runs and prints what it should; errors are one line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from simulator.__main__ import COMMANDS, main
+from simulator.latency import PROFILES, load_profile
+
+SMALL = ("--requests", "20", "--rate", "5", "--output-tokens", "8")
+
+
+def _rows(text: str) -> list[dict[str, object]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_replay_is_the_same_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the option, and the JSON."""
+    shown = []
+    for more in ((), ("--step-by-step",)):
+        assert main(["replay", *SMALL, "--json", *more]) == 0
+        rows = {row[""]: row["value"] for row in _rows(capsys.readouterr().out)}
+        shown.append((rows["requests"], rows["failed"], rows["TTFT mean (ms)"], rows["ITL p99 (ms)"]))
+    assert shown[0] == shown[1] and shown[0][:2] == (20, 0)
+
+
+def test_loss_and_overload_show_each_case(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the studies' rows: who was lost; every pair of policies."""
+    assert main(["loss", *SMALL, "--prefill", "2", "--decode", "2", "--json"]) == 0
+    assert [row["lost"] for row in _rows(capsys.readouterr().out)] == ["nobody", "p0", "d0"]
+    assert main(["overload", *SMALL, "--factor", "50", "--max-queue", "2", "--json"]) == 0
+    rows = _rows(capsys.readouterr().out)
+    assert {row["prefill order"] for row in rows} == {"fcfs", "sjf"} and {row["requests"] for row in rows} == {20}
+
+
+def test_place_finds_a_split(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the table of splits."""
+    assert main(["place", *SMALL, "--gpus", "2", "--rounds", "0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1P1D", "2 colocated"]
+
+
+def test_tiers_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the table of sizes."""
+    line = {"timestamp": 0, "input_length": 512, "output_length": 1, "hash_ids": [3]}
+    (tmp_path / "t").write_text(f"{json.dumps(line)}\n" * 4)
+    assert main(["tiers", "--trace", str(tmp_path / "t"), "--million-tokens", "1", "--json"]) == 0
+    assert [row["hit rate"] for row in _rows(capsys.readouterr().out)] == ["75.0%", "75.0%"]
+
+
+def test_fit_writes_a_profile_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the way from measured steps to a profile."""
+    steps, out = PROFILES / "h200-llama-8b.steps.jsonl", tmp_path / "mine.json"
+    assert main(["fit", "--steps", str(steps), "--profile", "h200-llama-8b", "--out", str(out)]) == 0
+    assert "error p50" in capsys.readouterr().out
+    assert load_profile(str(out)).decode.a == pytest.approx(load_profile("h200-llama-8b").decode.a, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("argv", "complaint"),
+    [
+        (["replay", "--profile", "none"], "no profile none"),
+        (["replay", "--requests", "0"], "no --trace"),
+        (["replay", "--prompt-tokens", "1000000"], "fits"),
+        (["fit", "--steps", "/nowhere"], "cannot read"),
+        (["fit", "--steps", "/nowhere", "--profile", "x"], "belong together"),
+    ],
+)
+def test_errors_are_one_line(argv: list[str], complaint: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the command line: status 2 and a reason."""
+    try:
+        status = main(argv)
+    except SystemExit as left:  # an option that is wrong by itself
+        status = int(left.code or 0)
+    error = capsys.readouterr().err
+    assert status == 2 and complaint in error and error.count("\n") == 1
+
+
+def test_usage_lists_the_commands(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards --help."""
+    assert (main([]), main(["--help"]), main(["dance"])) == (2, 0, 2)
+    error = capsys.readouterr().err
+    assert all(name in error for name in COMMANDS)

@@ -1,0 +1,137 @@
+"""The whole simulation, small: every request gets exactly its tokens, whatever dies, and one seed is one run."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from proxy.settings import ProxySettings
+from simulator.latency import load_profile
+from simulator.placement import Split, goodput, splits
+from simulator.record import Slo, summarise
+from simulator.simulation import Loss, Outcome, Scenario, simulate
+from simulator.workload import Lengths, Request, poisson
+
+ROOT = Path(__file__).resolve().parents[3]
+PROFILE = msgspec.structs.replace(load_profile("h200-llama-8b"), num_blocks=600, max_num_seqs=24)
+LOAD = poisson(60, 12.0, Lengths(3000, 0.7, 20_000), Lengths(60, 0.6, 400), seed=5)
+
+
+def _scenario(prefill: int = 2, decode: int = 2, **proxy: object) -> Scenario:
+    settings = ProxySettings(**{"local_prefill": "never", **proxy})  # type: ignore[arg-type]
+    return Scenario(profile=PROFILE, prefill=prefill, decode=decode, proxy=settings)
+
+
+def _fingerprint(outcome: Outcome) -> str:
+    """Of every time that any client saw."""
+    times = [(record.request.number, record.token_s, record.error) for record in outcome.records]
+    return hashlib.sha256(repr(times).encode()).hexdigest()
+
+
+def _served(outcome: Outcome, requests: list[Request]) -> None:
+    """The client itself asserts that each token is the request's own and comes in its place."""
+    assert [record.error for record in outcome.records] == [""] * len(requests)
+    assert [len(record.token_s) for record in outcome.records] == [request.output_tokens for request in requests]
+    for record in outcome.records:
+        assert record.token_s == sorted(record.token_s) and record.ttft_s > 0
+
+
+def test_every_request_gets_its_tokens_at_plausible_times() -> None:
+    """Guards the whole: no request is lost, none is faster than its own steps."""
+    outcome = simulate(_scenario(), LOAD)
+    _served(outcome, LOAD)
+    for record in outcome.records:
+        alone = PROFILE.prefill.seconds(record.request.prompt_tokens, record.request.prompt_tokens**2)
+        assert record.ttft_s >= alone + PROFILE.request_s + PROFILE.stream_s
+        assert all(gap >= PROFILE.decode.a for gap in record.token_s[2:3])
+    assert outcome.counters["routed_disaggregated_total"] == len(LOAD)
+    assert outcome.moved_bytes > 0
+
+
+@pytest.mark.parametrize("prefill", [0, 2])
+def test_leaving_workers_alone_changes_no_time(prefill: int) -> None:
+    """Guards fast-forwarding: with workers dying in the middle, every token comes when it comes step by step."""
+    losses = (Loss(1.1, "d1"), *([Loss(2.3, "p0")] if prefill else []))
+    scenario = replace(_scenario(prefill, 3, local_prefill="never" if prefill else "always"), losses=losses)
+    quick, slow = simulate(scenario, LOAD), simulate(replace(scenario, ahead=False), LOAD)
+    _served(quick, LOAD)
+    assert quick.counters["retries_total"] > 0
+    assert [record.token_s for record in quick.records] == [record.token_s for record in slow.records]
+    names = [
+        name for name in quick.counters if name != "kv_event_batches_total"
+    ]  # those wait for a turn of the carrier
+    assert [quick.counters[name] for name in names] == [slow.counters[name] for name in names]
+    assert quick.messages < slow.messages
+
+
+def test_a_pool_too_small_preempts_and_serves_all() -> None:
+    """Guards the real block manager under the simulation: refusals, preemption, recompute, and nothing left over."""
+    tight = msgspec.structs.replace(PROFILE, num_blocks=340)
+    outcome = simulate(replace(_scenario(2, 1), profile=tight), LOAD)
+    _served(outcome, LOAD)
+    assert summarise(outcome.records).ttft.p99_s > summarise(simulate(_scenario(), LOAD).records).ttft.p99_s
+
+
+def test_shared_prefixes_are_not_computed_twice() -> None:
+    """Guards prefix hits in a replay."""
+    prompts = [Request(n, 2.0 * n, 5000, 8, tuple(range(10))) for n in range(5)]
+    outcome = simulate(_scenario(1, 1), prompts)
+    _served(outcome, prompts)
+    assert [record.cached_tokens for record in outcome.records] == [0, *[4992] * 4]
+    assert outcome.records[1].ttft_s < outcome.records[0].ttft_s / 3
+
+
+def test_overload_is_refused_not_forgotten() -> None:
+    """Guards the ending of every request: served, or turned away with the proxy's own error."""
+    scenario = replace(_scenario(1, 1, max_queue=3), profile=msgspec.structs.replace(PROFILE, max_num_seqs=2))
+    outcome = simulate(scenario, LOAD)
+    failed = [record for record in outcome.records if not record.ok]
+    assert failed and all(record.error.startswith("Overloaded") for record in failed)
+    assert outcome.counters["rejected_queue_full_total"] == len(failed)
+    assert all(len(record.token_s) == record.request.output_tokens for record in outcome.records if record.ok)
+
+
+def test_a_lost_role_fails_its_requests() -> None:
+    """Guards the end of a run in which nobody can serve: errors, no standstill."""
+    outcome = simulate(replace(_scenario(1, 1), losses=(Loss(1.0, "d0"),)), LOAD)
+    assert any(record.error.startswith("PeerLost") for record in outcome.records)
+    assert any(record.ok for record in outcome.records)
+
+
+def test_one_seed_is_one_run_whatever_hashes_are() -> None:
+    """Guards determinism: sets and dictionaries are ordered differently in the two processes."""
+    code = (
+        "from dataclasses import replace; from tests.unit.simulator import test_simulation as t; "
+        "s = replace(t._scenario(2, 3), losses=(t.Loss(1.1, 'd1'),)); "
+        "print(t._fingerprint(t.simulate(s, t.LOAD)))"
+    )
+    prints = []
+    for seed in ("1", "2"):
+        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        out = subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
+        )
+        prints.append(out.stdout)
+    assert prints[0] == prints[1] and len(prints[0]) > 60
+
+
+def test_goodput_is_between_too_little_and_too_much() -> None:
+    """Guards the bisection: what it returns is good, and more than it by its last step is not."""
+    assert [split.name for split in splits(3)] == ["1P2D", "2P1D", "3 colocated"]
+
+    def workload(rate: float) -> list[Request]:
+        return poisson(40, rate, Lengths(4000), Lengths(30), seed=1)
+
+    slo = Slo(0.4, 0.02)
+    found = goodput(_scenario(1, 1), Split(1, 1), workload, slo, first_rate=1.0, rounds=2)
+    assert found.attained >= 0.9 and found.rate > 1.0
+    assert found.rate_per_gpu == found.rate / 2
+    impossible = goodput(_scenario(1, 1), Split(1, 1), workload, Slo(0.001, 0.02), first_rate=1.0, rounds=1)
+    assert impossible.rate == 0.0
