@@ -321,7 +321,7 @@ class StoreServer:
         """These are used: what the disk wants is written behind, held meanwhile."""
         for key in keys:
             entry = self.index.find(key)
-            if entry is None or not self._lower.wants(key) or key in self._saving:
+            if entry is None or key in self._saving or not self._lower.wants(key):
                 continue
             self._numbers += 1
             holder = Holder(SELF, self._numbers)

@@ -1,4 +1,4 @@
-"""Guards node.store_messages: what is sent arrives equal, strangers' bytes are refused, and the two unions never meet."""
+"""Guards node.store_messages: what is sent arrives equal, strangers' bytes are refused, the two unions never meet."""
 
 from __future__ import annotations
 

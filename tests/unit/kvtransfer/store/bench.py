@@ -141,7 +141,13 @@ class World:
         assert isinstance(done, StoreWritten)
         return done.num_blocks
 
+    def let_go(self, name: str) -> None:
+        """End this worker's lookup, if it has one."""
+        self.workers[name].session.stop(LegKey(name, 0), self.now)
+        self.run()
+
     def find(self, name: str, *numbers: int, first: int = 0) -> tuple[int, ...]:
+        self.let_go(name)
         self.workers[name].session.lookup(LegKey(name, 0), names(*numbers), first, self.now)
         self.run()
         found = self.workers[name].told(StoreFound)[-1]

@@ -1,0 +1,149 @@
+"""The disk under the store: second use, loading back, and every fault of a tier a miss. Its tiers are in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.arena_index import Key
+from kvtransfer.store.disk import Disk, SecondUse
+from kvtransfer.tiers.base import Tier
+from kvtransfer.tiers.memory import memory_tier
+from node.errors import SettingsError
+from node.store_messages import DISK, RAM
+from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, names
+
+KEY = LegKey("b", 0)
+
+
+class Gated:
+    """Tiers in memory whose calls wait until a test lets them go."""
+
+    def __init__(self) -> None:
+        self.tiers: dict[bytes, Tier] = {}
+        self.news = threading.Semaphore(0)
+        self.refuse = False
+
+    def open(self, namespace: bytes, block_bytes: int) -> Tier:
+        if self.refuse:
+            raise SettingsError("no such disk")
+        tier: Tier = memory_tier(1 << 20, block_bytes)
+        self.tiers[namespace] = tier
+        return tier
+
+
+class Bench:
+    """A world whose host has a disk; `settle` waits for its threads."""
+
+    def __init__(self, slots: int = 16, max_writing_bytes: int = 1 << 20) -> None:
+        self.gated = Gated()
+        self.disk = Disk(self.gated.open, max_writing_bytes, self.gated.news.release)
+        self.world = World(host=Host(slots=slots, lower=self.disk))
+        self.world.join("a")
+        self.world.join("b")
+        self.settle(1)  # the tier is open
+
+    def settle(self, count: int) -> None:
+        """Until so many reads and writes have ended."""
+        for _ in range(count):
+            assert self.gated.news.acquire(timeout=10), "the disk's threads do not answer"
+        self.world.run()
+
+    def demote(self, *numbers: int) -> None:
+        """Put, use again so that they go to disk, and push them out of RAM."""
+        self.world.put("a", *numbers)
+        self.world.find("a", *numbers)
+        self.settle(len(numbers))
+        self.world.let_go("a")
+        for start in range(100, 116, 8):
+            self.world.put("b", *range(start, start + 8))
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.disk.close()
+
+
+def test_a_block_goes_to_disk_at_its_second_use_and_comes_back(bench: Bench) -> None:
+    """Guards the way down and up again: what was evicted from RAM is found on disk, loaded, and bit-equal."""
+    bench.demote(1, 2, 3)
+    assert bench.world.find("b", 1, 2, 3, 4) == (DISK, DISK, DISK)
+    worker = bench.world.workers["b"]
+    worker.session.load(KEY, 0, range(8, 11), bench.world.now)
+    bench.world.run()
+    bench.settle(3)
+    assert [worker.holds(8 + n, 1 + n) for n in range(3)] == [True] * 3
+    assert bench.world.find("a", 1, 2, 3) == (RAM, RAM, RAM)
+    assert bench.disk.stats()["disk_hits"] == 3
+
+
+def test_one_use_is_not_written(bench: Bench) -> None:
+    """Guards the disk from what is never used again."""
+    bench.world.put("a", 1, 2)
+    assert bench.disk.stats()["disk_writing_bytes"] == 0
+    bench.world.find("b", 1)
+    bench.settle(1)
+    assert bench.disk.stats()["disk_stored"] == 1
+
+
+def test_damaged_bytes_are_never_vouched_for(bench: Bench) -> None:
+    """Guards the tier's own digest: it is made from what it gets, so what it gets must be right."""
+    bench.world.put("a", 1)
+    entry = bench.world.host.server.index.find(Key(SPACE, names(1)[0]))
+    assert entry is not None
+    bench.world.host.arena.span(entry.offset, 1)[0] ^= 1
+    bench.world.find("b", 1)
+    bench.settle(1)
+    assert bench.disk.stats()["disk_stored"] == 0 and bench.disk.stats()["disk_write_damaged"] == 1
+
+
+def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> None:
+    """Guards the gap between finding and fetching: the load ends before the block, and nothing stays held."""
+    bench.demote(1, 2)
+    assert bench.world.find("b", 1, 2) == (DISK, DISK)
+    bench.gated.tiers[SPACE].drop([names(2)[0]])
+    worker = bench.world.workers["b"]
+    worker.session.load(KEY, 0, range(8, 10), bench.world.now)
+    bench.world.run()
+    bench.settle(1)
+    assert worker.holds(8, 1) and worker.session.counters.failed_blocks == 1
+    assert bench.world.host.server.index.num_holders == 0
+
+
+def test_what_is_being_written_stays_and_more_than_the_bound_is_dropped() -> None:
+    """Guards memory and order: held slots are bounded, and what was dropped is tried again at its next use."""
+    bench = Bench(max_writing_bytes=2 * BLOCK_BYTES)
+    bench.world.put("a", 1, 2, 3)
+    bench.world.find("b", 1, 2, 3)
+    bench.settle(2)
+    assert bench.disk.stats()["disk_stored"] == 2 and bench.disk.stats()["disk_write_drops"] == 1
+    bench.world.find("a", 1, 2, 3)
+    bench.settle(1)
+    assert bench.disk.stats()["disk_stored"] == 3
+    bench.disk.close()
+
+
+def test_a_disk_that_cannot_be_opened_is_no_disk() -> None:
+    """Guards the store against a bad path: RAM works on, and it is counted."""
+    gated = Gated()
+    gated.refuse = True
+    disk = Disk(gated.open, 1 << 20, gated.news.release)
+    world = World(host=Host(lower=disk))
+    world.join("a")
+    world.put("a", 1)
+    assert world.find("a", 1) == (RAM,) and world.find("a", 1) == (RAM,)
+    disk.close()
+    assert disk.stats()["disk_open_failures"] == 1
+
+
+def test_the_memory_of_first_uses_is_bounded() -> None:
+    """Guards the store's own memory against prompts that never come again."""
+    second = SecondUse(2)
+    keys = [Key(SPACE, name) for name in names(1, 2, 3)]
+    assert [second.again(key) for key in keys] == [False] * 3
+    assert second.again(keys[2]) and not second.again(keys[0])
