@@ -79,6 +79,10 @@ class Membership:
         """The links whose proxies count this worker in."""
         return tuple(proxy.link for proxy in self._proxies.values() if proxy.incarnation is not None)
 
+    def tell_store(self, store: str) -> None:
+        """From now on heartbeats name this store; may be called by another thread."""
+        self.store = store
+
     def on_message(self, link: str, message: Message, now: float) -> list[Change]:
         """Any message of a proxy proves that it lives; Registered, Refused and Ping change the membership."""
         proxy = self._proxies[link]

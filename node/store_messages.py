@@ -136,7 +136,8 @@ class Damaged(Message, tag="Damaged", kw_only=True):
 class Attached(Message, tag="Attached", kw_only=True):
     """How a process of the same host maps the arena (see kvtransfer.blocks.memory)."""
 
-    incarnation: Count
+    store: Name
+    """Identity of this life of the store, `name/incarnation`."""
     host: Name
     pid: Count
     fd: Count
@@ -153,9 +154,7 @@ class Detached(Message, tag="Detached", kw_only=True):
 
 
 class Alive(Message, tag="Alive", kw_only=True):
-    """The store's own numbers, for the worker's heartbeat."""
-
-    stats: Annotated[dict[Name, float], Meta(max_length=128)]
+    """The answer to Beat."""
 
 
 class Found(Message, tag="Found", kw_only=True):

@@ -382,6 +382,7 @@ class PrefillWorker:
             free_blocks=self._manager.num_available,
             total_blocks=self._manager.num_blocks,
             steps=self._steps,
+            prefill_tokens_s=self._reuse.gate.tokens_per_s(self._clock()),
             counters={
                 "prompt_tokens": float(self._prompt_tokens),
                 "prefix_queries_tokens": float(self._prompt_tokens),

@@ -193,10 +193,11 @@ class Reuse:
         return not self._writing and not any(each.decision for each in self._lookups.values())
 
     def counters(self, block_tokens: int) -> dict[str, float]:
-        """For the heartbeat."""
-        if not self._store.attached and not self._counters["store_loads"]:
+        """For the heartbeat; none without a store."""
+        if not (counters := self._store.counters()):
             return {}
         return {
+            "store_attached": float(self._store.attached),
             **{name: float(count) for name, count in self._counters.items()},
             **{
                 f"prompt_tokens_{TIER_NAMES[tier]}": float(count * block_tokens)
@@ -204,7 +205,7 @@ class Reuse:
             },
             "store_predicted_s": self._predicted_s,
             "store_actual_s": self._actual_s,
-            **self._store.counters(),
+            **counters,
         }
 
 

@@ -115,12 +115,14 @@ def start(settings: WorkerSettings, role: Role) -> Worker:
         chunk_blocks=max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes),
     )
     events = EventLog()
-    carrier = Carrier(endpoint, Membership(register, tuple(links), time.monotonic()), exchange, events)
+    membership = Membership(register, tuple(links), time.monotonic())
+    carrier = Carrier(endpoint, membership, exchange, events)
     carrier.start()
     store: Store = NO_STORE
     if settings.store:
         copies = HostCopies(pool)
-        store = StoreClient(context, endpoint.identity, settings.store, namespace, copies, carrier.inbox.put)
+        inbox, on_store = carrier.inbox.put, membership.tell_store
+        store = StoreClient(context, endpoint.identity, settings.store, namespace, copies, inbox, on_store)
     log_event(
         logger,
         "worker_started",

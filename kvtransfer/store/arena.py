@@ -31,6 +31,7 @@ class Arena:
         self.region_bytes = ram_bytes // REGIONS // PAGE_BYTES * PAGE_BYTES
         if self.region_bytes < 1:
             raise SettingsError(f"--ram-gib: {ram_bytes} bytes are less than {REGIONS} pages")
+        self.size_bytes = self.num_regions * self.region_bytes
         self._memory = HostMemory(REGIONS, self.region_bytes)
         if self._memory.shared is None:
             raise SettingsError("this platform has no memory that several processes can map (memfd_create)")
@@ -38,13 +39,13 @@ class Arena:
 
     def span(self, offset: int, size_bytes: int) -> memoryview:
         """The writable bytes [offset, offset + size_bytes)."""
-        assert offset >= 0 and offset + size_bytes <= self.num_regions * self.region_bytes, (offset, size_bytes)
+        assert offset >= 0 and offset + size_bytes <= self.size_bytes, (offset, size_bytes)
         return self._memory.view[offset : offset + size_bytes]
 
-    def describe(self, incarnation: int, lease_s: float) -> Attached:
+    def describe(self, store: str, lease_s: float) -> Attached:
         """What a worker of this host needs to map it."""
         return Attached(
-            incarnation=incarnation,
+            store=store,
             host=host_identity(),
             pid=os.getpid(),
             fd=self.shared.fd,

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from kvtransfer.blocks.events import Journal
 from node.errors import InvariantBroken, SettingsError
 
 MAX_NAMESPACES = 16
@@ -75,15 +76,17 @@ class Occupancy:
 
 
 class ArenaIndex:
-    """See the module's docstring. One thread makes all calls; each happens whole or not at all."""
+    """See the module's docstring. One thread makes all calls; each happens whole or not at all.
 
-    def __init__(self, num_regions: int, region_bytes: int) -> None:
+    `journal` is told of each hash that can be found from now on, or no longer.
+    """
+
+    def __init__(self, num_regions: int, region_bytes: int, journal: Journal) -> None:
         if num_regions < 1 or region_bytes < 1:
             raise ValueError(f"{num_regions} regions of {region_bytes} bytes")
         self.evictions: Counter[str] = Counter(room=0, region=0, damaged=0)
         """Blocks that had to go, by reason."""
-        self.gone: list[Key] = []
-        """Blocks that were ready and cannot be found any more; whoever wants to know empties it."""
+        self._journal = journal
         self._num_regions = num_regions
         self._region_bytes = region_bytes
         self._free_regions = list(range(num_regions - 1, -1, -1))
@@ -159,6 +162,7 @@ class ArenaIndex:
             return False
         entry.digest = digest
         self._class_of[key.namespace].ready[key] = entry
+        self._journal.stored(key.hash)
         return True
 
     # ---- letting go ---------------------------------------------------------------------------------------------
@@ -269,7 +273,7 @@ class ArenaIndex:
         entry = self._entries.pop(key)
         del self._class_of[key.namespace].ready[key]
         self.evictions[reason] += 1
-        self.gone.append(key)
+        self._journal.removed(key.hash)
         if entry.readers:
             entry.dropped = True
             self._dropped += 1

@@ -47,7 +47,7 @@ class Store(Protocol):
     def touch(self, hashes: Sequence[bytes]) -> None: ...
 
     def counters(self) -> dict[str, float]:
-        """Of this worker's use of it, and the store's own, for the heartbeat."""
+        """Of this worker's use of it, for the heartbeat."""
         ...
 
     def close(self) -> None: ...
@@ -78,14 +78,27 @@ NO_STORE: Store = NoStore()
 
 
 class StoreClient:
-    """The store at `address`, of which this worker is `identity`."""
+    """The store at `address`, whose worker is called `identity`.
+
+    From its own thread it calls `deliver` with each event, and `on_store` with the identity of the store that it
+    attaches to, "" while there is none.
+    """
 
     def __init__(
-        self, context: Context, identity: str, address: str, namespace: bytes, copies: Copies, deliver: Deliver
+        self,
+        context: Context,
+        identity: str,
+        address: str,
+        namespace: bytes,
+        copies: Copies,
+        deliver: Deliver,
+        on_store: Callable[[str], None],
     ) -> None:
         self._endpoint = Endpoint(context, identity, None, decode_store)
         self._endpoint.connect(LINK, address)
         self._deliver = deliver
+        self._on_store = on_store
+        self._told_store = ""
         self._session = StoreSession(namespace, copies, lambda message: self._endpoint.send(LINK, message), deliver)
         self._todo: deque[Command] = deque()
         self._stopping = threading.Event()
@@ -113,8 +126,7 @@ class StoreClient:
 
     def counters(self) -> dict[str, float]:
         counters = self._session.counters
-        mine = {f"store_{each.name}": float(getattr(counters, each.name)) for each in fields(counters)}
-        return mine | {f"host_{name}": value for name, value in self._session.stats.items()}
+        return {f"store_{each.name}": float(getattr(counters, each.name)) for each in fields(counters)}
 
     def close(self) -> None:
         """End the thread; the store notices the silence."""
@@ -148,3 +160,6 @@ class StoreClient:
         for _, message in inbound:
             self._session.on_message(message, now)
         self._session.work(time.monotonic)
+        if self._session.store != self._told_store:
+            self._told_store = self._session.store
+            self._on_store(self._told_store)

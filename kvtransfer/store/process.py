@@ -9,7 +9,10 @@ import threading
 import time
 
 from kvtransfer.store.arena import Arena
+from kvtransfer.store.disk import Disk
+from kvtransfer.store.folders import Folders
 from kvtransfer.store.lower import Lower, NoLower
+from kvtransfer.store.news import News
 from kvtransfer.store.peers import Peers
 from kvtransfer.store.server import StoreServer
 from kvtransfer.store.settings import StoreSettings
@@ -22,6 +25,8 @@ from node.telemetry import configure_logging, log_event
 logger = logging.getLogger("store")
 
 MAX_WAIT_S = 0.05
+HELD_FOR_DISK = 4
+"""At most one in so many bytes of the arena waits for being written to disk."""
 
 
 class StoreProcess:
@@ -30,30 +35,28 @@ class StoreProcess:
     def __init__(self, settings: StoreSettings) -> None:
         """Raises SettingsError where the arena, the disk or the address cannot be had."""
         require_loopback(settings.bind, settings.insecure_network)
-        incarnation = time.time_ns() >> 10
+        self._stopping = threading.Event()
         self._arena = Arena(int(settings.ram_gib * (1 << 30)))
-        self._endpoint = Endpoint(
-            new_context(), identity_of(f"store-{os.getpid()}", incarnation), settings.bind, decode_store
-        )
+        context, incarnation = new_context(), time.time_ns() >> 10
+        name = settings.store_id or f"store-{os.getpid()}"
+        identity = identity_of(name, incarnation)
+        self._endpoint = Endpoint(context, identity, settings.bind, decode_store)
+        self._news = News(context, name, incarnation, settings.proxy, time.monotonic())
         links = {f"peer@{address}": address for address in settings.peer}
         for link, address in links.items():
             self._endpoint.connect(link, address)
-        self._lower: Lower = NoLower()
+        self._lower = self._open_lower(settings)
         peers = Peers(tuple(links), self._endpoint.send)
-        self._server = StoreServer(self._arena, incarnation, self._lower, peers, self._endpoint.send)
-        self._stopping = threading.Event()
+        self._server = StoreServer(self._arena, identity, self._lower, peers, self._endpoint.send, self._news.ram)
         log_event(
             logger,
             "store_started",
-            address=self.address,
-            ram_mib=round(self._arena.num_regions * self._arena.region_bytes / (1 << 20), 1),
+            store=identity,
+            address=self._endpoint.address,
+            ram_mib=round(self._arena.size_bytes / (1 << 20), 1),
             disk_gib=settings.disk_gib,
             peers=len(links),
         )
-
-    @property
-    def address(self) -> str:
-        return self._endpoint.address
 
     def run(self) -> None:
         """Serve until `stop`."""
@@ -63,6 +66,7 @@ class StoreProcess:
             for peer, message in inbound:
                 self._server.on_message(peer, message, now)
             self._server.tick(now)
+            self._news.turn(self._server.stats, now)
 
     def stop(self) -> None:
         """May be called from any thread and from a signal handler."""
@@ -70,8 +74,16 @@ class StoreProcess:
 
     def close(self) -> None:
         self._lower.close()
+        self._news.close()
         self._endpoint.close()
         self._arena.close()
+
+    def _open_lower(self, settings: StoreSettings) -> Lower:
+        quota_bytes = int(settings.disk_gib * (1 << 30))
+        if not quota_bytes:
+            return NoLower()
+        folders = Folders(settings.path, settings.disk, quota_bytes, self._news.on_disk)
+        return Disk(folders.open, self._arena.size_bytes // HELD_FOR_DISK, self._endpoint.wake)
 
 
 def serve(settings: StoreSettings) -> int:

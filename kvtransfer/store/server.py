@@ -26,6 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtransfer.blocks.events import Journal
 from kvtransfer.store.arena import Arena, digest_of
 from kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
 from kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
@@ -95,10 +96,10 @@ class _Asked:
 class StoreServer:
     """See the module's docstring. One thread makes all calls."""
 
-    def __init__(self, arena: Arena, incarnation: int, lower: Lower, peers: Peers, send: Send) -> None:
-        self.index = ArenaIndex(arena.num_regions, arena.region_bytes)
+    def __init__(self, arena: Arena, identity: str, lower: Lower, peers: Peers, send: Send, journal: Journal) -> None:
+        self.index = ArenaIndex(arena.num_regions, arena.region_bytes, journal)
         self._arena = arena
-        self._attached = arena.describe(incarnation, LEASE_S)
+        self._attached = arena.describe(identity, LEASE_S)
         self._lower = lower
         self._peers = peers
         self._send = send
@@ -151,10 +152,9 @@ class StoreServer:
                 self._loaded(each.key, each.ok)
         for peer in [peer for peer, member in self._members.items() if now - member.heard_at > LEASE_S]:
             self._forget(peer)
-        self.index.gone.clear()
 
     def stats(self) -> dict[str, float]:
-        """The store's own numbers, as workers put them into their heartbeats."""
+        """The store's own numbers, for its heartbeat."""
         occupancy = self.index.occupancy
         return {
             "ram_blocks": float(occupancy.blocks),
@@ -194,7 +194,7 @@ class StoreServer:
     def _on_member(self, peer: str, member: _Member, message: Message, now: float) -> None:
         match message:
             case Beat():
-                self._send(peer, Alive(stats=self.stats()))
+                self._send(peer, Alive())
             case Lookup():
                 self._on_lookup(peer, member, message, now)
             case Fetch():

@@ -20,7 +20,6 @@ from node.errors import PeerLost
 from node.messages import Message
 from node.store_messages import (
     RAM,
-    Alive,
     Arrival,
     Attach,
     Attached,
@@ -129,8 +128,6 @@ class StoreSession:
         mapped: Callable[[Attached], SharedReader] = map_arena,
     ) -> None:
         self.counters = SessionCounters()
-        self.stats: dict[str, float] = {}
-        """The store's own numbers, as it last told them."""
         self._attach = Attach(namespace=namespace, block_bytes=copies.block_bytes)
         self._copies = copies
         self._send = send
@@ -150,6 +147,11 @@ class StoreSession:
     @property
     def attached(self) -> bool:
         return self._arena is not None
+
+    @property
+    def store(self) -> str:
+        """The identity of the store that is attached, "" while there is none."""
+        return self._store.store if self._store is not None else ""
 
     @property
     def busy(self) -> bool:
@@ -217,8 +219,6 @@ class StoreSession:
             case Detached():
                 self._lose(f"detached: {message.reason}", now)
                 self._next_at = now + REFUSED_S if message.final else now
-            case Alive():
-                self.stats = message.stats
             case Found():
                 self._on_found(message)
             case Fetched():
@@ -295,7 +295,6 @@ class StoreSession:
     def _unmap(self) -> None:
         self._reads.clear()
         self._writes.clear()
-        self.stats = {}
         arena, self._arena, self._store = self._arena, None, None
         if arena is not None:
             arena.close()

@@ -10,10 +10,15 @@ from node.settings import option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
+    store_id: str = option("", help="name of this store in logs and metrics; default: store and its process id")
+    proxy: tuple[str, ...] = option(
+        (), metavar="ADDRESS", help="control address of a proxy to tell what lies here; repeat it for several"
+    )
     bind: str = option("tcp://127.0.0.1:5571", metavar="ADDRESS", help="where workers and other stores connect")
     insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
     ram_gib: float = option(1.0, unit="GiB", help="size of the arena in RAM, never exceeded", minimum=0.0001)
     disk_gib: float = option(0.0, unit="GiB", help="size on disk, for each model that is served; 0: no disk", minimum=0)
+    disk: str = option("slab", choices=("slab", "lmdb"), help="how blocks lie on disk: slots of a file, or in LMDB")
     path: Path = option(Path("kvstore"), metavar="FOLDER", help="where blocks rest on disk")
     peer: tuple[str, ...] = option((), metavar="ADDRESS", help="another host's store; repeat it for several")
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")

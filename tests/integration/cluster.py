@@ -28,7 +28,7 @@ from typing import Any, Self
 import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
-_WORKER_LINE = re.compile(r'baton:worker_(?P<name>\w+)\{role="\w+",worker="(?P<worker>\w+)"\} (?P<value>\S+)')
+_WORKER_LINE = re.compile(r'baton:worker_(?P<name>\w+)\{role="(?P<role>\w+)",worker="(?P<worker>\w+)"\} (?P<value>\S+)')
 START_TIMEOUT_S = 60.0
 STOP_TIMEOUT_S = 20.0
 
@@ -145,7 +145,8 @@ class Cluster:
 
     def start_store(self, *arguments: str) -> None:
         self.killed.discard("store")
-        self._spawn("store", "kvtransfer", "--bind", f"tcp://127.0.0.1:{self.store_port}", *arguments)
+        control, bind = f"tcp://127.0.0.1:{self.control_port}", f"tcp://127.0.0.1:{self.store_port}"
+        self._spawn("store", "kvtransfer", "--store-id", "store", "--proxy", control, "--bind", bind, *arguments)
 
     def start_worker(self, role: str, name: str, *extra: str) -> None:
         own = self.prefill_args if role == "prefill" else self.decode_args
@@ -228,15 +229,19 @@ class Cluster:
 
     def num_workers(self) -> int:
         """Live workers, as the proxy's metrics count them."""
-        return len([line for line in self.metrics() if line.startswith("baton:worker_up{") and line.endswith(" 1.0")])
+        lines = [line for line in self.metrics() if line.startswith("baton:worker_up{") and line.endswith(" 1.0")]
+        return len([line for line in lines if 'role="store"' not in line])
 
     def metrics(self) -> list[str]:
         return httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
 
     def worker_values(self, name: str) -> dict[str, float]:
         """A number that every live worker reports, such as "running", by worker."""
-        found = (_WORKER_LINE.fullmatch(line) for line in self.metrics())
-        return {match["worker"]: float(match["value"]) for match in found if match and match["name"] == name}
+        return {line["worker"]: float(line["value"]) for line in self._reports(name) if line["role"] != "store"}
+
+    def store_value(self, name: str) -> float:
+        """A number that the host's store reports; 0 while it does not."""
+        return next((float(line["value"]) for line in self._reports(name) if line["role"] == "store"), 0.0)
 
     def counter(self, name: str) -> float:
         """A counter of the proxy's engine, such as "retries"."""
@@ -305,6 +310,10 @@ class Cluster:
         return Path(self.model).name
 
     # -- inside
+
+    def _reports(self, name: str) -> list[re.Match[str]]:
+        found = (_WORKER_LINE.fullmatch(line) for line in self.metrics())
+        return [match for match in found if match and match["name"] == name]
 
     def _sum(self, name: str) -> float:
         lines = [line for line in self.metrics() if line.startswith(f"{name}{{")]

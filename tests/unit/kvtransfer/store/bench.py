@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 
+from kvtransfer.blocks.events import NullJournal
 from kvtransfer.blocks.memory import HostMemory
 from kvtransfer.exchange import LegKey
 from kvtransfer.store.arena import Arena, HostCopies
@@ -36,7 +37,7 @@ class Host:
         name: str = "host",
         *,
         slots: int = 16,
-        incarnation: int = 1,
+        life: int = 1,
         lower: Lower | None = None,
         links: tuple[str, ...] = (),
     ) -> None:
@@ -44,7 +45,9 @@ class Host:
         self.wire: deque[tuple[str, str, Message]] = deque()
         self.arena = Arena(slots * BLOCK_BYTES)
         self.peers = Peers(links, self._send)
-        self.server = StoreServer(self.arena, incarnation, lower or NoLower(), self.peers, self._send)
+        self.server = StoreServer(
+            self.arena, f"{name}/{life}", lower or NoLower(), self.peers, self._send, NullJournal()
+        )
 
     def _send(self, to: str, message: Message) -> bool:
         self.wire.append((self.name, to, message))

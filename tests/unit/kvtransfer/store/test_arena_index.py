@@ -7,6 +7,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from kvtransfer.blocks.events import NullJournal
 from kvtransfer.store.arena_index import MAX_NAMESPACES, ArenaIndex, Entry, Holder, Key
 from node.errors import SettingsError
 
@@ -27,8 +28,20 @@ def _put(index: ArenaIndex, *numbers: int, namespace: bytes = SMALL) -> list[Ent
     return entries
 
 
-def _arena(regions: int = 1, slots: int = 4) -> ArenaIndex:
-    index = ArenaIndex(regions, slots * 10)
+class Gone:
+    """A journal that keeps what was removed."""
+
+    def __init__(self) -> None:
+        self.names: list[bytes] = []
+
+    def stored(self, block_hash: bytes) -> None: ...
+
+    def removed(self, block_hash: bytes) -> None:
+        self.names.append(block_hash)
+
+
+def _arena(regions: int = 1, slots: int = 4, gone: Gone | None = None) -> ArenaIndex:
+    index = ArenaIndex(regions, slots * 10, gone or NullJournal())
     index.register(SMALL, 10)
     return index
 
@@ -39,14 +52,15 @@ def _here(index: ArenaIndex, numbers: range) -> list[int]:
 
 def test_the_oldest_goes_first_and_a_tail_before_its_head() -> None:
     """Guards LRU: a chain that was used keeps its head longest, since a tail without its head is useless."""
-    index = _arena()
+    gone = Gone()
+    index = _arena(gone=gone)
     _put(index, 0, 1, 2, 3)
     index.touch([_key(0), _key(1)])
     _put(index, 4, 5)
     assert _here(index, range(6)) == [0, 1, 4, 5]
     _put(index, 6)
     assert _here(index, range(7)) == [0, 4, 5, 6]
-    assert index.gone == [_key(2), _key(3), _key(1)] and index.evictions["room"] == 3
+    assert gone.names == [_key(number).hash for number in (2, 3, 1)] and index.evictions["room"] == 3
 
 
 def test_what_is_read_or_written_is_never_evicted() -> None:
@@ -139,7 +153,7 @@ class Orders(RuleBasedStateMachine):
 
     @initialize(regions=st.integers(1, 4), slots=st.integers(1, 3))
     def start(self, regions: int, slots: int) -> None:
-        self.index = ArenaIndex(regions, slots * 20)
+        self.index = ArenaIndex(regions, slots * 20, NullJournal())
         self.index.register(SMALL, 10)
         self.index.register(OTHER, 10)
         self.index.register(LARGE, 20)

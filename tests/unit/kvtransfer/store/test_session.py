@@ -164,7 +164,7 @@ def test_a_store_that_is_restarted_is_found_again() -> None:
     """Guards the way back: a new life of the store knows nobody, and workers attach to it by themselves."""
     world = World("a")
     world.put("a", 1)
-    world.host = Host(incarnation=2)
+    world.host = Host(life=2)
     worker = world.workers["a"]
     worker.session._send = lambda message: world.host.wire.append(("a", "host", message))
     world.run(1.0)
