@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import signal
 import socket
 import sys
@@ -19,6 +20,7 @@ from node.settings import parse, require_loopback
 from node.telemetry import configure_logging
 from proxy.app import AppSettings, create_app
 from proxy.dispatch import Dispatcher
+from proxy.journal import NoSpans, Spans
 from proxy.settings import ProxySettings
 from proxy.text import Text
 
@@ -46,10 +48,12 @@ async def serve(settings: ProxySettings) -> int:
         served_model_name=settings.served_model_name or _name_of(settings.model),
         api_keys=settings.api_key,
         request_timeout_s=settings.request_timeout_s,
+        slow_request_s=math.inf if settings.slow_request_s is None else settings.slow_request_s,
+        debug_requests=settings.debug_requests,
         version=__version__,
     )
     config = uvicorn.Config(
-        create_app(dispatcher, text, app_settings),
+        create_app(dispatcher, text, app_settings, _spans(settings.otlp_endpoint)),
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
@@ -65,6 +69,18 @@ async def serve(settings: ProxySettings) -> int:
     server.should_exit = True
     await task
     return 0
+
+
+def _spans(otlp_endpoint: str) -> Spans:
+    """Where traces go. Raises SettingsError where they cannot."""
+    if not otlp_endpoint:
+        return NoSpans()
+    try:
+        from proxy.spans import otlp_spans  # an optional dependency: without it the proxy runs, and traces nothing
+    except ImportError as error:
+        needed = "--otlp-endpoint needs OpenTelemetry: install baton-serve[otel]"
+        raise SettingsError(f"{needed} ({error})") from None
+    return otlp_spans(otlp_endpoint)
 
 
 def _name_of(model: str) -> str:

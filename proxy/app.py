@@ -25,7 +25,9 @@ from proxy.endpoint import Gate, GenerateEndpoint, Service
 from proxy.failures import Failure, failure_of, kind_of
 from proxy.http import PROBES, ApiKeyGuard, ClientGone, read_body
 from proxy.interface import AppSettings, Engine
+from proxy.journal import Journal, Spans
 from proxy.metrics import Metrics
+from proxy.record import as_json
 from proxy.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
 from proxy.text import Text
 
@@ -39,15 +41,17 @@ PROBE_TEXT = (
 """Long enough not to be prefilled by a decode worker, where that is for short prompts only."""
 
 
-def create_app(engine: Engine, text: Text, settings: AppSettings) -> FastAPI:
-    """The app to be served; it closes `text` when it shuts down, and leaves `engine` to its owner."""
+def create_app(engine: Engine, text: Text, settings: AppSettings, spans: Spans | None = None) -> FastAPI:
+    """The app to be served; it closes `text` and `spans` when it shuts down, and leaves `engine` to its owner."""
     metrics = Metrics(engine, settings.served_model_name)
-    service = Service(engine, text, settings, metrics, Gate(settings.max_requests))
+    journal = Journal(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
+    service = Service(engine, text, settings, metrics, journal, Gate(settings.max_requests))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         text.close()
+        await asyncio.to_thread(journal.close)
 
     # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -57,11 +61,14 @@ def create_app(engine: Engine, text: Text, settings: AppSettings) -> FastAPI:
     _add_probes(app, service)
     _add_models(app, settings, engine)
     _add_tokenizer(app, service)
-    for path, read, prefix in (
-        ("/v1/completions", read_completion, "cmpl"),
-        ("/v1/chat/completions", read_chat, "chatcmpl"),
+    if settings.debug_requests:
+        _add_debug(app, journal)
+    for path, read, prefix, operation in (
+        ("/v1/completions", read_completion, "cmpl", "text_completion"),
+        ("/v1/chat/completions", read_chat, "chatcmpl", "chat"),
     ):
-        app.router.routes.append(Route(path, GenerateEndpoint(service, read, prefix), methods=["POST"]))
+        endpoint = GenerateEndpoint(service, read, id_prefix=prefix, operation=operation)
+        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
     return app
 
 
@@ -119,6 +126,16 @@ def _add_probes(app: FastAPI, service: Service) -> None:
         @app.get("/metrics")
         async def metrics() -> Response:
             return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_debug(app: FastAPI, journal: Journal) -> None:
+    @app.get("/debug/requests/{request_id}")
+    async def one_request(request_id: str) -> Response:
+        """A request that is over, by the id that its answer had: outcome, attempts and timeline of each generation."""
+        records = journal.find(request_id)
+        if not records:
+            raise BadRequest("no such request has ended lately", status=404, code="request_not_found")
+        return _json({"id": request_id, "generations": [as_json(record) for record in records]})
 
 
 async def _two_tokens(service: Service) -> int:

@@ -164,7 +164,13 @@ class Cluster:
 
     def statuses(self) -> list[WorkerStatus]:
         return [
-            WorkerStatus(m.register.worker, m.register.role, "draining" if m.draining else "ready", m.load)
+            WorkerStatus(
+                m.register.worker,
+                m.register.role,
+                "draining" if m.draining else "ready",
+                m.load,
+                m.register.block_tokens,
+            )
             for m in self._members.values()
         ] + [WorkerStatus(s.register.worker, "store", "ready", s.load) for s in self._stores.values()]
 

@@ -10,28 +10,36 @@ import asyncio
 import logging
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
+from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from node.errors import BadRequest, Overloaded, PeerLost
+from node.messages import SamplingParams
 from node.telemetry import log_event
 from proxy.answers import Answers, ChatAnswers, ChoiceText, CompletionAnswers, TokenLogprob, Usage
 from proxy.failures import failure_of, kind_of
 from proxy.generate import Assembler, Piece, StopRule, merge, pieces
 from proxy.http import ClientGone, Reply, gone, read_body
 from proxy.interface import AppSettings, Engine
+from proxy.journal import Journal
 from proxy.metrics import Metrics
 from proxy.prepare import Generation, generations
+from proxy.record import About, RequestRecord
 from proxy.schema import Order
 from proxy.text import Text
+from proxy.timeline import Timeline
+from proxy.track import CANCELLED, Track
 
 logger = logging.getLogger(__name__)
 
 DEADLINE_GRACE_S = 5.0
 """The engine ends a request at its deadline; so much later this does, whatever the engine and the client do."""
+TRACE_HEADERS = ("traceparent", "tracestate")
+"""Of the W3C Trace Context recommendation: which trace the client's request belongs to."""
 
 
 @dataclass(slots=True)
@@ -58,6 +66,7 @@ class Service:
     text: Text
     settings: AppSettings
     metrics: Metrics
+    journal: Journal
     gate: Gate
 
     def check_model(self, name: str) -> None:
@@ -73,59 +82,110 @@ class Service:
         return self.engine.max_model_len
 
 
+@dataclass(slots=True)
+class Request:
+    """One HTTP request, from its first byte on."""
+
+    id: str
+    operation: str
+    arrived_s: float
+    """On the clock of the metrics, as the timeline."""
+    timeline: Timeline
+    began_unix_ns: int
+    trace_headers: Mapping[str, str]
+    model: str = ""
+    stream: bool = False
+    begun: bool = False
+    """Its generations have, and tell of themselves; until then there is only the request."""
+
+    def about(self, index: int, prompt_tokens: int, sampling: SamplingParams | None) -> About:
+        return About(
+            request_id=self.id,
+            index=index,
+            operation=self.operation,
+            model=self.model,
+            stream=self.stream,
+            prompt_tokens=prompt_tokens,
+            sampling=sampling,
+            began_unix_ns=self.began_unix_ns,
+            trace_headers=self.trace_headers,
+        )
+
+
 class GenerateEndpoint:
     """The ASGI endpoint of /v1/completions or /v1/chat/completions, by how it reads a body."""
 
-    def __init__(self, service: Service, read: Callable[[bytes], Order], id_prefix: str) -> None:
+    def __init__(self, service: Service, read: Callable[[bytes], Order], *, id_prefix: str, operation: str) -> None:
         self._service = service
         self._read = read
         self._id_prefix = id_prefix
+        self._operation = operation
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        arrived_s = self._service.metrics.clock()
-        request_id = f"{self._id_prefix}-{secrets.token_hex(16)}"
-        reply = Reply(send, {"x-request-id": request_id})
+        request = self._request(scope)
+        reply = Reply(send, {"x-request-id": request.id})
         try:
             with self._service.gate:
                 body = await read_body(scope, receive, self._service.settings.max_body_bytes)
-                await _while_there(receive, reply, self._answer(request_id, body, reply, arrived_s))
+                await _while_there(receive, reply, self._answer(request, body, reply))
         except Exception as error:
             # The server's send raises OSError once the connection is closed; TimeoutError is one too, but our own.
-            if isinstance(error, ClientGone | OSError) and not isinstance(error, TimeoutError):
+            left = isinstance(error, ClientGone | OSError) and not isinstance(error, TimeoutError)
+            if not request.begun:
+                self._service.journal.add(_unbegun(request, CANCELLED if left else kind_of(error)))
+            if left:
                 self._service.metrics.failed["disconnected"].inc()
             else:
-                await self._fail(request_id, reply, error)
+                await self._fail(request.id, reply, error)
 
-    async def _answer(self, request_id: str, body: bytes, reply: Reply, arrived_s: float) -> None:
+    def _request(self, scope: Scope) -> Request:
+        clock = self._service.metrics.clock
+        now_s, headers = clock(), Headers(scope=scope)
+        return Request(
+            id=f"{self._id_prefix}-{secrets.token_hex(16)}",
+            operation=self._operation,
+            arrived_s=now_s,
+            timeline=Timeline(clock, now_s),
+            began_unix_ns=time.time_ns(),
+            trace_headers={name: headers[name] for name in TRACE_HEADERS if name in headers},
+        )
+
+    async def _answer(self, request: Request, body: bytes, reply: Reply) -> None:
         service = self._service
         async with asyncio.timeout(service.settings.request_timeout_s + DEADLINE_GRACE_S):
             order = self._read(body)
             service.check_model(order.model)
+            request.model, request.stream = order.model, order.stream
+            request.timeline.enter("tokenise")
             made = await generations(order, service.text, service.settings, service.max_model_len())
+            lines = [request.timeline.fork(service.metrics.parts_of(self._operation)) for _ in made]
             shape = ChatAnswers if order.chat else CompletionAnswers
-            answers = shape(request_id, int(time.time()), order.model, order.include_usage)
-            exchange = Exchange(order, made, answers, reply)
-            async with aclosing(merge(self._sources(request_id, order, made, arrived_s))) as stream:
+            answers = shape(request.id, int(time.time()), order.model, order.include_usage)
+            exchange = Exchange(order, made, answers, reply, lines)
+            async with aclosing(merge(self._sources(request, order, made, lines))) as stream:
+                request.begun = True
                 await (exchange.stream(stream) if order.stream else exchange.whole(stream))
 
     def _sources(
-        self, request_id: str, order: Order, made: list[Generation], arrived_s: float
+        self, request: Request, order: Order, made: list[Generation], lines: list[Timeline]
     ) -> list[AsyncGenerator[Piece, None]]:
         service, stop = self._service, StopRule(order.stop, order.include_stop)
-        timeout_s = max(0.001, service.settings.request_timeout_s - (service.metrics.clock() - arrived_s))
+        timeout_s = max(0.001, service.settings.request_timeout_s - (service.metrics.clock() - request.arrived_s))
 
-        def source(generation: Generation) -> AsyncGenerator[Piece, None]:
+        def source(generation: Generation, line: Timeline) -> AsyncGenerator[Piece, None]:
+            about = request.about(generation.index, len(generation.prompt_ids), generation.sampling)
             return pieces(
                 service.engine,
-                f"{request_id}-{generation.index}",
+                f"{request.id}-{generation.index}",
                 generation,
                 Assembler(generation, service.text, stop),
-                lambda: service.metrics.track(len(generation.prompt_ids), arrived_s),
+                lambda: Track(service.metrics, service.journal, about, line),
+                line,
                 timeout_s=timeout_s,
                 priority=order.priority,
             )
 
-        return [source(generation) for generation in made]
+        return [source(generation, line) for generation, line in zip(made, lines, strict=True)]
 
     async def _fail(self, request_id: str, reply: Reply, error: Exception) -> None:
         """Tell the client; what nobody raised on purpose goes into the log with its traceback, never to the client."""
@@ -150,7 +210,9 @@ class GenerateEndpoint:
 class Exchange:
     """Turns the pieces of one request into its answer, counting what goes into `usage`."""
 
-    def __init__(self, order: Order, made: list[Generation], answers: Answers, reply: Reply) -> None:
+    def __init__(
+        self, order: Order, made: list[Generation], answers: Answers, reply: Reply, lines: Sequence[Timeline]
+    ) -> None:
         self._order = order
         self._made = made
         self._answers = answers
@@ -158,6 +220,8 @@ class Exchange:
         self._completion_tokens = 0
         self._cached_tokens = [0] * len(made)
         self._begun: set[int] = set()
+        self._unshown = dict(enumerate(lines))
+        """Timelines that wait for their first or second answer to be written; soon empty, as each token looks here."""
 
     async def whole(self, stream: AsyncGenerator[Piece, None]) -> None:
         """Everything in one body."""
@@ -169,6 +233,8 @@ class Exchange:
             texts[piece.index].append(piece.text)
             logprobs[piece.index].extend(piece.logprobs)
             finishes[piece.index] = piece.finish
+            if self._unshown:
+                self._show(piece.index)
         choices = [
             ChoiceText(index, "".join(texts[index]), self._shown(logprobs[index]), finishes[index])
             for index in range(len(self._made))
@@ -182,6 +248,8 @@ class Exchange:
             events = self._events(piece)
             if events:
                 await self._reply.events(*events)
+                if self._unshown:
+                    self._show(piece.index)
         last = [self._answers.usage(self._usage())] if self._order.include_usage else []
         await self._reply.events(*last, b"[DONE]")
         await self._reply.end()
@@ -198,6 +266,12 @@ class Exchange:
             events.append(self._answers.chunk(choice))
         return events
 
+    def _show(self, index: int) -> None:
+        """This generation's tokens were given to the client, or kept for an answer in one piece."""
+        line = self._unshown.get(index)
+        if line is not None and not line.shown():
+            del self._unshown[index]
+
     def _shown(self, logprobs: list[TokenLogprob] | tuple[TokenLogprob, ...]) -> tuple[TokenLogprob, ...] | None:
         return tuple(logprobs) if self._order.wish.logprobs else None
 
@@ -211,6 +285,21 @@ class Exchange:
         prompt_tokens = sum(len(self._made[index].prompt_ids) for index in firsts)
         cached_tokens = sum(self._cached_tokens[index] for index in firsts)
         return Usage(prompt_tokens, self._completion_tokens, cached_tokens)
+
+
+def _unbegun(request: Request, outcome: str) -> RequestRecord:
+    """The record of a request that ended before there was anything to generate."""
+    request.timeline.end(finished=False)
+    return RequestRecord(
+        about=request.about(0, 0, None),
+        outcome=outcome,
+        generated_tokens=0,
+        cached_tokens=0,
+        parts=request.timeline.parts,
+        attempts=(),
+        num_attempts=0,
+        prefix_hash=b"",
+    )
 
 
 async def _while_there(receive: Receive, reply: Reply, work: Coroutine[None, None, None]) -> None:

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from node.errors import InvariantBroken
 from node.messages import Logprob
 from proxy.answers import TokenLogprob
+from proxy.failures import kind_of
 from proxy.interface import Delta, Engine
-from proxy.metrics import Track
 from proxy.prepare import Generation
 from proxy.stop import StopMatcher
 from proxy.text import Text
+from proxy.timeline import Timeline
+from proxy.track import CANCELLED, Track
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +108,7 @@ async def pieces(
     generation: Generation,
     assembler: Assembler,
     track: Callable[[], Track],
+    timeline: Timeline,
     *,
     timeout_s: float,
     priority: int,
@@ -114,10 +117,15 @@ async def pieces(
 
     `track` begins its measurement; nothing happens before the first iteration.
     """
-    finish = ""
+    outcome = CANCELLED
     measured = track()
     deltas = engine.generate(
-        request_id, generation.prompt_ids, generation.sampling, timeout_s=timeout_s, priority=priority
+        request_id,
+        generation.prompt_ids,
+        generation.sampling,
+        timeout_s=timeout_s,
+        priority=priority,
+        timeline=timeline,
     )
     try:
         async with aclosing(deltas):
@@ -125,13 +133,16 @@ async def pieces(
                 piece = assembler.feed(delta)
                 if piece.num_tokens:
                     measured.tokens(piece.num_tokens, piece.cached_tokens)
-                finish = piece.finish
+                outcome = piece.finish or CANCELLED
                 yield piece
-                if finish:
+                if piece.finish:
                     return
         raise InvariantBroken(f"generation {request_id} ended without a finish")
+    except Exception as error:
+        outcome = kind_of(error)
+        raise
     finally:
-        measured.close(finish)
+        measured.close(outcome)
 
 
 async def merge(sources: Sequence[AsyncGenerator[Piece, None]]) -> AsyncGenerator[Piece, None]:

@@ -8,6 +8,7 @@ which things happen.
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -37,6 +38,8 @@ class WorkerStatus:
     role: str
     state: str
     load: Load
+    block_tokens: int = 0
+    """0: it has no pool."""
 
 
 class Engine(Protocol):
@@ -97,6 +100,10 @@ class AppSettings:
     """The same for /v1/completions; OpenAI documents 16."""
     probe_timeout_s: float = 10.0
     """How long /health_generate waits for its token."""
+    slow_request_s: float = math.inf
+    """A generation that takes longer is told in the log, with its whole timeline."""
+    debug_requests: int = 0
+    """Generations that are over and can be looked up at /debug/requests; 0: there is no such route."""
     metrics: bool = True
     version: str = "0"
 

@@ -40,4 +40,16 @@ class ProxySettings:
         60.0, unit="s", help="a busy worker without a step for so long is taken for dead", minimum=1
     )
     drain_s: float = option(30.0, unit="s", help="time that running requests get to end after SIGTERM", minimum=0)
+    slow_request_s: float | None = option(
+        None, unit="s", help="log the timeline of requests that take longer, as a warning", minimum=0
+    )
+    debug_requests: int = option(
+        0, unit="requests", help="how many that ended GET /debug/requests/ID finds; 0: none, no such route", minimum=0
+    )
+    otlp_endpoint: str = option(
+        "",
+        metavar="URL",
+        env="OTEL_EXPORTER_OTLP_ENDPOINT",
+        help="send a trace of each request there, by OTLP over HTTP; needs the extra 'otel'",
+    )
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")

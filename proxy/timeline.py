@@ -90,6 +90,11 @@ class Attempt:
     decode: str
     end: str = ""
     """Why it failed; empty while it has not."""
+    handed_over: bool = False
+    """Prefill has told so."""
+    sent_bytes: int = 0
+    transfer_s: float = 0.0
+    """Of the whole transfer, from its first offer on: most of it happens while later chunks are computed."""
 
 
 class Timeline:
@@ -101,9 +106,6 @@ class Timeline:
         self.num_attempts = 0
         self.attempts: deque[Attempt] = deque(maxlen=MAX_ATTEMPTS_KEPT)
         self.prefix_hash = b""
-        self.sent_bytes = 0
-        self.transfer_s = 0.0
-        """Of the whole transfer, from its first offer on: most of it happens while later chunks are computed."""
         self.ended = False
         self._clock = clock
         self._began_at = self._cursor = clock() if started_at is None else started_at
@@ -172,8 +174,9 @@ class Timeline:
         self._stage = "decode" if self._until == LAST_TOKEN else "reply"
 
     def handed_over(self, sent_bytes: int, transfer_s: float) -> None:
-        self.sent_bytes += sent_bytes
-        self.transfer_s += transfer_s
+        """The attempt's KV is with its decode worker."""
+        attempt = self.attempts[-1]
+        attempt.handed_over, attempt.sent_bytes, attempt.transfer_s = True, sent_bytes, transfer_s
 
     def shown(self) -> bool:
         """The client was given an answer: the part ends. False if the cuts are made, and nobody need call again."""

@@ -93,9 +93,9 @@ function stages({ now, before }) {
   const metric = "baton:request_stage_seconds";
   const old = before(SPREAD_S);
   const requests = growth(old, now, "vllm:time_to_first_token_seconds_count");
-  return by_label(now, `${metric}_sum`, "stage", (stage) =>
-    requests > 0 ? growth(old, now, `${metric}_sum`, { stage }) / requests : null,
-  );
+  const until = "first_token";
+  const mean_of = (stage) => (requests > 0 ? growth(old, now, `${metric}_sum`, { stage, until }) / requests : null);
+  return Object.fromEntries(now.values(`${metric}_sum`, "stage", { until }).map((stage) => [stage, mean_of(stage)]));
 }
 
 export const PANELS = [

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 import httpx
+from prometheus_client.openmetrics import exposition, parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from node.errors import Overloaded, PeerLost
-from node.messages import Load
+from node.messages import Load, SamplingParams, Stages
+from proxy.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from proxy.interface import Call, Delta, FakeEngine, Step, WorkerStatus
+from proxy.journal import Journal
 from proxy.metrics import SECONDS, Metrics
+from proxy.record import About
+from proxy.timeline import Timeline
+from proxy.track import Track
 
 Says = Callable[..., Callable[[Call], list[Step]]]
 COMPLETION = {"model": "demo", "prompt": "Hi"}
@@ -30,9 +37,18 @@ KNOWN = {
     "vllm:request_time_per_output_token_seconds_bucket",
     "vllm:e2e_request_latency_seconds_bucket",
     "vllm:request_decode_time_seconds_bucket",
+    "vllm:request_queue_time_seconds_bucket",
+    "vllm:request_prefill_time_seconds_bucket",
+    "vllm:request_inference_time_seconds_bucket",
     "vllm:request_prompt_tokens_bucket",
     "vllm:request_generation_tokens_bucket",
     "baton:request_failures_total",
+    "baton:request_stage_seconds_bucket",
+    "baton:transfer_seconds_bucket",
+    "baton:ttft_by_source_seconds_bucket",
+    "baton:prompt_tokens_total",
+    "baton:workers",
+    "gen_ai_server_time_to_first_token_seconds_bucket",
 }
 
 
@@ -61,7 +77,9 @@ async def test_known_names_are_there_at_zero_before_the_first_request(client: ht
     assert before.names >= KNOWN
     for sample in before.samples:
         assert sample.name.endswith("_created") or sample.value == 0.0, sample
-        assert sample.labels["model_name"] == "demo"
+        assert "demo" in (sample.labels.get("model_name"), sample.labels.get("gen_ai_request_model")) or (
+            sample.name == "baton:workers"
+        )
     kinds = {sample.labels["kind"] for sample in before.samples if sample.name == "baton:request_failures_total"}
     assert kinds == {"bad_request", "overloaded", "peer_lost", "deadline", "internal", "disconnected"}
 
@@ -117,7 +135,8 @@ async def test_failures_are_counted_by_kind(client: httpx.AsyncClient, engine: F
     await client.post("/v1/completions", json={})
     seen = await scrape(client)
     assert seen("baton:request_failures_total", kind="bad_request") == 1
-    assert seen("vllm:request_success_total", finished_reason="abort") == 3
+    assert seen("vllm:request_success_total", finished_reason="error") == 3
+    assert seen("vllm:request_success_total", finished_reason="abort") == 0
     assert seen("vllm:num_requests_running") == seen("vllm:num_requests_waiting") == 0
     assert seen("vllm:e2e_request_latency_seconds_count") == 0
 
@@ -153,26 +172,112 @@ async def test_preemptions_never_fall(client: httpx.AsyncClient, engine: FakeEng
     assert totals == [7, 8, 9]
 
 
+def about(prompt_tokens: int) -> About:
+    return About("r", 0, "chat", "demo", True, prompt_tokens, SamplingParams(max_tokens=9), 0, {})
+
+
+class Clock:
+    now_s = 100.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
 def test_times_are_those_of_the_clock() -> None:
-    """Guards against TPOT or gaps that include the wait for the first token."""
-    now = iter([1.0, 1.5, 2.5])
-    metrics = Metrics(FakeEngine(lambda call: []), "demo", clock=lambda: next(now))
-    track = metrics.track(7, arrived_s=0.0)
-    for _ in range(3):
-        track.tokens(1, 0)
+    """Guards each latency against parts of another, and the TTFT against a sum of stages that is not it."""
+    clock = Clock()
+    metrics = Metrics(FakeEngine(lambda call: []), "demo", clock)
+    line = Timeline(clock).fork(metrics.parts_of("chat"))
+    track = Track(metrics, Journal(), about(7), line)
+    line.enter("queue")
+    clock.now_s += 0.25
+    line.dispatch("p0/1", "d0/1", b"")
+    clock.now_s += 1.0
+    line.report(Stages(queue_s=0.25, tier_load_s=0.125, prefill_s=0.5))
+    track.tokens(1, 4)
+    clock.now_s += 0.25
+    line.shown()
+    for _ in range(2):
+        clock.now_s += 1.0
+        track.tokens(1, 4)
+        line.shown()
+    clock.now_s += 0.5
     track.close("length")
     seen = Scrape(metrics.exposition().decode())
-    assert seen("vllm:time_to_first_token_seconds_sum") == 1.0
-    assert seen("vllm:inter_token_latency_seconds_sum") == 1.5
-    assert seen("vllm:request_time_per_output_token_seconds_sum") == 0.75
-    assert seen("vllm:e2e_request_latency_seconds_sum") == 2.5
-    assert seen("vllm:request_decode_time_seconds_sum") == 1.5
+    assert seen("vllm:time_to_first_token_seconds_sum") == 1.5
+    assert seen("vllm:inter_token_latency_seconds_sum") == 2.25
+    assert seen("vllm:request_time_per_output_token_seconds_sum") == 1.125
+    assert seen("vllm:e2e_request_latency_seconds_sum") == 4.0
+    assert seen("vllm:request_decode_time_seconds_sum") == 2.25
+    assert seen("vllm:request_queue_time_seconds_sum") == 0.5
+    assert seen("vllm:request_prefill_time_seconds_sum") == 0.625
+    assert seen("vllm:request_inference_time_seconds_sum") == 2.875
+    assert seen("baton:ttft_by_source_seconds_sum", source="gpu") == 1.5
+    assert seen("gen_ai_server_time_to_first_token_seconds_sum", gen_ai_operation_name="chat") == 1.5
+    assert seen("gen_ai_server_request_duration_seconds_sum", gen_ai_operation_name="chat") == 4.0
+    stages = [s for s in seen.samples if s.name == "baton:request_stage_seconds_sum"]
+    for until, total_s in {"first_token": 1.5, "second_token": 1.0, "last_token": 1.5}.items():
+        assert sum(s.value for s in stages if s.labels["until"] == until) == total_s
+
+
+def test_a_part_that_was_not_reached_is_no_observation() -> None:
+    """Guards quantiles against requests that ended before there was anything to measure."""
+    metrics = Metrics(FakeEngine(lambda call: []), "demo", Clock())
+    line = Timeline(metrics.clock).fork(metrics.parts_of("chat"))
+    Track(metrics, Journal(), about(7), line).close("cancelled")
+    seen = Scrape(metrics.exposition().decode())
+    assert seen("vllm:time_to_first_token_seconds_count") == 0
+    assert {s.value for s in seen.samples if s.name == "baton:request_stage_seconds_count"} == {0.0}
+    assert seen("vllm:request_success_total", finished_reason="abort") == 1
+
+
+def test_moved_bytes_belong_to_pairs_that_are_there() -> None:
+    """Guards the number of series: a worker that left, and whom it has sent to, are no labels for ever."""
+    engine = FakeEngine(lambda call: [], workers=[status("p0", "prefill", 9), status("d0", "decode", 9)])
+    metrics = Metrics(engine, "demo", Clock())
+    line = Timeline(metrics.clock)
+    track = Track(metrics, Journal(), about(7), line)
+    line.dispatch("p0/1", "d0/7", b"")
+    line.handed_over(64, 0.5)
+    line.fail_attempt("lost", busy=False)
+    line.dispatch("p0/1", "d0/8", b"")
+    line.handed_over(32, 0.25)
+    track.close("peer_lost")
+    seen = Scrape(metrics.exposition().decode())
+    assert seen("baton:transfer_bytes_total", prefill="p0", decode="d0") == 96
+    assert (seen("baton:transfer_seconds_count"), seen("baton:transfer_seconds_sum")) == (2, 0.75)
+    engine.workers = engine.workers[:1]
+    assert "baton:transfer_bytes_total" not in Scrape(metrics.exposition().decode()).names
+
+
+async def test_prompt_tokens_by_source_and_pools(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Guards the hit rate: summed over workers, by source, all sources there; and the size of each pool."""
+    engine.workers = [
+        status("p0", "prefill", 9, prompt_tokens_gpu=5, prompt_tokens_computed=7),
+        replace(status("p1", "prefill", 9, prompt_tokens_gpu=1, prompt_tokens_ram=2), block_tokens=16),
+    ]
+    seen = await scrape(client)
+    found = {s.labels["source"]: s.value for s in seen.samples if s.name == "baton:prompt_tokens_total"}
+    assert found == {"gpu": 6, "ram": 2, "disk": 0, "peer": 0, "computed": 7}
+    (info,) = [s for s in seen.samples if s.name == "vllm:cache_config_info"]
+    assert (info.labels["engine"], info.labels["block_size"], info.labels["num_gpu_blocks"]) == ("p1", "16", "100")
+
+
+def test_a_strict_reader_accepts_every_metric() -> None:
+    """Guards against a page that Prometheus refuses whole for one bad line: OpenMetrics' parser is the strict one."""
+    worker = status("p0", "prefill", 9, **dict.fromkeys(WORKER_COUNTERS, 1.0))
+    engine = FakeEngine(lambda call: [], totals=dict.fromkeys(ENGINE_COUNTERS, 1.0))
+    engine.workers = [replace(worker, block_tokens=16)]
+    metrics = Metrics(engine, "demo", Clock())
+    strict = exposition.generate_latest(metrics._registry, escaping=exposition.ALLOWUTF8)
+    names = {family.name for family in parser.text_string_to_metric_families(strict.decode())}
+    assert names >= {"vllm:request_success", "baton:worker_steps", "baton:request_stage_seconds"}
 
 
 def test_two_apps_share_nothing() -> None:
     """Guards against a global registry, in which a second app in one process cannot be made."""
     first, second = (Metrics(FakeEngine(lambda call: []), "demo") for _ in range(2))
-    first.track(3, 0.0)
+    Track(first, Journal(), about(3), Timeline(first.clock))
     assert Scrape(first.exposition().decode())("vllm:num_requests_waiting") == 1
     assert Scrape(second.exposition().decode())("vllm:num_requests_waiting") == 0
 

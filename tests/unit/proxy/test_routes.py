@@ -92,7 +92,8 @@ async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
 
 @pytest.fixture
 def guarded(engine: FakeEngine, text: Text, app_settings: AppSettings) -> httpx.AsyncClient:
-    app = create_app(engine, text, replace(app_settings, api_keys=("first-key", "schlüssel")))
+    settings = replace(app_settings, api_keys=("first-key", "schlüssel"), debug_requests=4)
+    app = create_app(engine, text, settings)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy")
 
 
@@ -101,10 +102,12 @@ async def test_keys_guard_every_route_but_the_probes(guarded: httpx.AsyncClient,
     app = guarded._transport.app  # type: ignore[attr-defined]
     paths = {route.path.replace("{name:path}", "demo") for route in app.routes}
     assert {"/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/tokenize"} <= paths
+    assert "/debug/requests/{request_id}" in paths
     for path in {*paths, "/unknown", "/docs", "/openapi.json"}:
         for method in ("GET", "POST"):
             status = (await guarded.request(method, path, json=COMPLETION)).status_code
-            assert (status == 401) == (path not in ("/health", "/live", "/ready")), path
+            is_open = path in ("/health", "/live", "/ready") or path.startswith("/dashboard")
+            assert (status == 401) == (not is_open), path
     assert engine.calls == []
 
 

@@ -202,7 +202,11 @@ async def test_the_timeline_holds_every_attempt() -> None:
     assert stages["retry"] > 0.0 and stages["queue"] > 0.0 and stages["prefill_queue"] > 0.0
     assert [bool(attempt.end) for attempt in timeline.attempts] == [True, True, False]
     assert timeline.num_attempts == 3 and len(timeline.prefix_hash) == 32
-    assert (timeline.sent_bytes, timeline.transfer_s) == (64, 0.5)
+    assert [(attempt.handed_over, attempt.sent_bytes) for attempt in timeline.attempts] == [
+        (False, 0),
+        (False, 0),
+        (True, 64),
+    ]
 
 
 async def test_busy_is_no_failure() -> None:
