@@ -49,7 +49,7 @@ class SlabRecords:
         self._index = index
         self._num_slots = num_slots
         self._places: dict[bytes, int] = {}  # key -> slot
-        self._free = list(range(num_slots))
+        self._free: list[int] = []  # the next to be used is the last
 
     def load(self) -> list[tuple[bytes, int]]:
         kept: list[tuple[bytes, int]] = []
@@ -59,7 +59,7 @@ class SlabRecords:
                 used.add(slot)
                 self._places[key] = slot
                 kept.append((key, tick))
-        self._free = [slot for slot in range(self._num_slots) if slot not in used]
+        self._free = [slot for slot in reversed(range(self._num_slots)) if slot not in used]
         return kept
 
     def read(self, key: bytes, into: memoryview) -> None:

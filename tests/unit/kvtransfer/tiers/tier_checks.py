@@ -6,16 +6,22 @@ import errno
 import hashlib
 import itertools
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kvtransfer.tiers.lmdb_environment import PAGE_BYTES
-from kvtransfer.tiers.lmdb_records import LmdbGeometry
-from kvtransfer.tiers.slab_records import SPARE_SLOTS, num_slots_of
+from kvtransfer.tiers.lmdb_records import LmdbGeometry, lmdb_tier
+from kvtransfer.tiers.slab_records import SPARE_SLOTS, num_slots_of, slab_tier
 from kvtransfer.tiers.tier import RecordTier
 from node.errors import SettingsError
 
+ROOT = Path(__file__).resolve().parents[4]
 BLOCK_BYTES = 8192
 NAMESPACE = bytes(range(32))
 
@@ -99,3 +105,61 @@ def fill(tier: RecordTier, numbers: Iterable[int]) -> None:
 
 
 Opener = Callable[..., RecordTier]
+
+
+@dataclass(frozen=True)
+class Disk:
+    """One kind of tier on disk, for BLOCK_BYTES."""
+
+    open: Opener  # path, namespace, block_bytes, quota_bytes, ...
+    quota: Callable[[int], int]
+    blocks: str  # the file of the blocks, below the tier's folder
+    index: str  # the LMDB file
+
+
+DISKS = {
+    "lmdb": Disk(lmdb_tier, lmdb_quota, "data/data.mdb", "data/data.mdb"),
+    "slab": Disk(slab_tier, slab_quota, "data/slots", "data/index/data.mdb"),
+}
+
+
+def open_disk(kind: str, path: Path, num_blocks: int, **options: Any) -> RecordTier:
+    """A tier for `num_blocks` or one more."""
+    return DISKS[kind].open(path, NAMESPACE, BLOCK_BYTES, DISKS[kind].quota(num_blocks), **options)
+
+
+def held(tier: RecordTier) -> set[int]:
+    """Which of the first hundred blocks are read, bit for bit."""
+    return {number for number in range(100) if read(tier, number)}
+
+
+def child(code: str, *arguments: object) -> subprocess.Popen[str]:
+    """Runs `code` in a process of its own, after the imports of these checks."""
+    head = "import sys\nfrom pathlib import Path\nfrom tests.unit.kvtransfer.tiers.tier_checks import *\n"
+    command = [sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)]
+    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
+def run_child(code: str, *arguments: object) -> str:
+    """What it printed; fails unless it ends well."""
+    process = child(code, *arguments)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0, process.returncode
+    return out
+
+
+def kill_after_filling(kind: str, path: Path, num_blocks: int, boot_id: str) -> None:
+    """Fill a tier in a process that then dies by SIGKILL, in that run of the machine."""
+    process = child(
+        """
+        import os, signal
+        from kvtransfer.tiers.folder import Boot
+        kind, path, num_blocks, boot_id = sys.argv[1:]
+        tier = open_disk(kind, Path(path), int(num_blocks), boot=lambda: Boot(boot_id, 1.0))
+        fill(tier, range(int(num_blocks)))
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        *(kind, path, num_blocks, boot_id),
+    )
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
