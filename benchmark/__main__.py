@@ -6,7 +6,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 
-import uvloop
+from uvicorn.loops.auto import auto_loop_factory
 
 from benchmark.null_server import NullServerSettings, serve
 from benchmark.serving import serving
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> int:
         print("usage: python -m benchmark serving | null-server [--help]", file=sys.stderr)
         return 2
     try:
-        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed
             return runner.run(work)
     except SettingsError as error:
         print(f"bench_serving: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ def in_turns(
 
 
 class Experiment:
-    """All runs of one call. Its `salt` and the number of a run make that run's prompts its own."""
+    """All runs of one call. Its `salt`, and the number of a run against a server, say which prompts that run has."""
 
     def __init__(self, settings: ServingSettings, inputs: Inputs, salt: int, terminal: TextIO | None) -> None:
         self._settings = settings
@@ -74,7 +75,7 @@ class Experiment:
         self._salt = salt
         self._terminal = terminal
         self._words = words_of(settings.tokenizer) if settings.tokenizer else WORDS
-        self._num_runs = 0
+        self._num_runs: Counter[Origin] = Counter()
 
     async def find_servers(self) -> list[Server]:
         """Those of the settings, with their models; raises SettingsError where one is not there."""
@@ -82,11 +83,12 @@ class Experiment:
         servers = [self._server(text) for text in texts]
         if len({server.name for server in servers}) < len(servers):  # the same twice: how far do two equals differ?
             servers = [replace(server, name=f"{server.name}#{n}") for n, server in enumerate(servers, 1)]
+        given = self._settings.model or ("",)
+        wanted = given * len(servers) if len(given) == 1 else given
         found = []
-        for server in servers:
+        for server, name in zip(servers, wanted, strict=True):
             with closing(self._http(server.origin)) as http:
-                model = await find_model(http, self._settings.model, READY_TIMEOUT_S)
-            found.append(replace(server, model=model))
+                found.append(replace(server, model=await find_model(http, name, READY_TIMEOUT_S)))
         return found
 
     async def run_all(self, servers: Sequence[Server], on_run: Callable[[Run], None]) -> None:
@@ -109,7 +111,7 @@ class Experiment:
     async def run(self, server: Server, rate: float | None, seed: int) -> Run:
         settings = self._settings
         plan = make_plan(settings, self._inputs, rate, seed)
-        style, writer = self._writer(server.model, plan)
+        style, writer = self._writer(server, plan)
         with closing(OpenAIClient(self._http(server.origin), writer, style, settings.request_timeout_s)) as client:
             watch = self._watch(server, rate, plan.num_requests)
             runner = Runner(plan, client, RealClock(), settings.max_concurrency, watch)
@@ -146,10 +148,10 @@ class Experiment:
         headers = {"Authorization": f"Bearer {self._settings.api_key}"} if self._settings.api_key else {}
         return HttpClient(origin, headers, time.perf_counter)
 
-    def _writer(self, model: str, plan: Plan) -> tuple[BodyStyle, BodyWriter]:
+    def _writer(self, server: Server, plan: Plan) -> tuple[BodyStyle, BodyWriter]:
         settings = self._settings
         style = BodyStyle(
-            model=model,
+            model=server.model,
             chat=settings.chat,
             as_ids=settings.as_ids,
             temperature=settings.temperature,
@@ -157,9 +159,10 @@ class Experiment:
             include_usage=settings.include_usage,
             extra=settings.extra_fields,
         )
-        # One number of both, so that no two runs of any two calls share a prompt.
-        writer = BodyWriter(style, RandomParts((self._salt << 16) + self._num_runs, settings.vocab_size, self._words))
-        self._num_runs += 1
+        # One number of both: no two runs against a server share a prompt, but two servers are asked the same.
+        salt = (self._salt << 16) + self._num_runs[server.origin]
+        self._num_runs[server.origin] += 1
+        writer = BodyWriter(style, RandomParts(salt, settings.vocab_size, self._words))
         for conversation in plan.conversations:
             for turn in conversation.turns:
                 writer.check(turn, in_conversation=len(conversation.turns) > 1)

@@ -17,7 +17,6 @@ from node.settings import option, require_loopback
 
 MAX_REQUEST_BYTES = 64 << 20
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
-MODELS = b'{"object":"list","data":[{"id":"null","object":"model"}]}'
 TOKEN = (
     b'data: {"id":"cmpl-0","object":"text_completion","created":1700000000,"model":"null",'
     b'"choices":[{"index":0,"text":" token","logprobs":null,"finish_reason":null}]}\n\n'
@@ -42,7 +41,7 @@ class _Wanted(msgspec.Struct):
 async def start(settings: NullServerSettings) -> asyncio.Server:
     """A server that accepts; its port is in `sockets`."""
     loop = asyncio.get_running_loop()
-    return await loop.create_server(lambda: _Connection(settings.gap_ms / 1000), settings.host, settings.port)
+    return await loop.create_server(lambda: Connection(settings.gap_ms / 1000), settings.host, settings.port)
 
 
 async def serve(settings: NullServerSettings) -> int:
@@ -54,7 +53,11 @@ async def serve(settings: NullServerSettings) -> int:
     return 0
 
 
-class _Connection(asyncio.Protocol):
+class Connection(asyncio.Protocol):
+    """One client; its requests are answered one after the other."""
+
+    models = b'{"object":"list","data":[{"id":"null","object":"model"}]}'
+
     def __init__(self, gap_s: float) -> None:
         self._gap_s = gap_s
         self._loop = asyncio.get_running_loop()
@@ -88,11 +91,12 @@ class _Connection(asyncio.Protocol):
         self._received = b""
         assert self._transport is not None
         if head.startswith(b"GET"):
-            self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(MODELS), MODELS))
+            self._transport.write(b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%s" % (len(self.models), self.models))
             return
-        self._begin(body)
+        self.begin(body)
 
-    def _begin(self, body: bytes) -> None:
+    def begin(self, body: bytes) -> None:
+        """Answer a request of this body."""
         assert self._transport is not None
         try:
             wanted = msgspec.json.decode(body, type=_Wanted)

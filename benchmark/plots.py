@@ -12,7 +12,9 @@ from io import StringIO
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from benchmark.experiment import Run
 from benchmark.record import Record
@@ -43,7 +45,7 @@ def distribution(runs: Sequence[Run], title: str, values: Callable[[Record], Seq
         if found:
             parts = np.linspace(0, 1, min(MAX_POINTS, len(found) + 1))
             axes.plot(1000 * np.quantile(np.asarray(found), parts), parts, label=name, linewidth=1.2)
-    axes.set_xscale("log")
+    _logarithmic(axes.xaxis, axes.set_xscale)
     axes.set_ylim(0, 1.01)
     return _svg(figure, axes)
 
@@ -56,7 +58,7 @@ def ladder(runs: Sequence[Run], title: str, metric: str) -> str:
         p99 = _points(group, lambda summary: summary.latencies[metric].at(99))
         axes.plot(*median, "o-", color=f"C{place}", label=f"{name} p50".strip(), markersize=3)
         axes.plot(*p99, "o--", color=f"C{place}", label=f"{name} p99".strip(), markersize=3)
-    axes.set_yscale("log")
+    _logarithmic(axes.yaxis, axes.set_yscale)
     return _svg(figure, axes)
 
 
@@ -99,6 +101,14 @@ def _figure(title: str, x: str, y: str, height: float = 3.2) -> tuple[Figure, Ax
     axes.tick_params(labelsize=8)
     axes.grid(True, color="0.92", linewidth=0.6)
     return figure, axes
+
+
+def _logarithmic(axis: Axis, set_scale: Callable[[str], None]) -> None:
+    """With plain numbers at 1, 2, 5, 10 and so on."""
+    set_scale("log")
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _svg(figure: Figure, axes: Axes) -> str:

@@ -14,7 +14,7 @@ from benchmark.settings import ServingSettings
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 86em; padding: 0 1em; color: #222 }
 pre, code { background: #f5f5f5; padding: .2em .4em; overflow-x: auto; font-size: 13px }
-pre { padding: .8em }
+pre { padding: .8em; white-space: pre-wrap }
 table { border-collapse: collapse; font-size: 13px; margin: 1em 0 }
 td, th { border: 1px solid #ddd; padding: .25em .6em; text-align: left; font-variant-numeric: tabular-nums }
 th { background: #f5f5f5 }

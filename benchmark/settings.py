@@ -23,7 +23,9 @@ class ServingSettings:
     compare: tuple[str, ...] = option(
         (), metavar="URL", help="two or more servers instead, as URL or NAME=URL: their runs take turns"
     )
-    model: str = option("", help="name of the model in requests; default: the first that the server lists")
+    model: tuple[str, ...] = option(
+        (), help="name of the model in requests, or one a server of --compare; default: the first that a server lists"
+    )
     backend: str = option(
         "openai", choices=("openai", "openai-chat"), help="which endpoint: /v1/completions or /v1/chat/completions"
     )
@@ -113,6 +115,8 @@ class ServingSettings:
             rate_of(text)
         if self.compare and len(self.compare) < 2:
             raise SettingsError("--compare needs two servers")
+        if len(self.model) not in (0, 1, max(1, len(self.compare))):
+            raise SettingsError("--model: one name for all servers, or one for each")
         if self.trace and self.dataset_path:
             raise SettingsError("--trace and --dataset-path exclude one another")
         if self.turns > 1 and (self.trace or self.dataset_path):

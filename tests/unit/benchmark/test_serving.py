@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -156,3 +157,28 @@ def test_servers_take_turns_and_change_who_is_first() -> None:
     one, two = (Server(name, Origin("h", 1, False, ""), "m") for name in ("one", "two"))
     order = [(server.name, rate, seed) for server, rate, seed in in_turns([one, two], [1.0, 2.0], [0])]
     assert order == [("one", 1.0, 0), ("two", 1.0, 0), ("two", 2.0, 0), ("one", 2.0, 0)]
+
+
+async def test_two_servers_are_asked_the_same_and_one_never_twice() -> None:
+    """Other prompts are another load; the same ones again are found in the cache of the first run."""
+    bodies: list[bytes] = []
+
+    class Noting(null_server.Connection):
+        models = b'{"data": [{"id": "a"}, {"id": "b"}]}'
+
+        def begin(self, body: bytes) -> None:
+            bodies.append(body)
+            super().begin(body)
+
+    loop = asyncio.get_running_loop()
+    servers = [await loop.create_server(lambda: Noting(0.0), "127.0.0.1", 0) for _ in range(2)]
+    urls = [f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}" for server in servers]
+    alone = {"num_prompts": 1, "num_warmups": 0, "model": ("a", "b")}
+    assert await serving(settings(urls[0], compare=(urls[0], urls[1]), seed=(0, 1), **alone), []) == 0
+    assert await serving(settings(urls[0], compare=(urls[0], urls[0]), **alone), []) == 0
+    for server in servers:
+        server.close()
+    asked = [json.loads(body) for body in bodies]
+    assert [request["model"] for request in asked] == ["a", "b", "b", "a", "a", "b"]
+    prompts = [tuple(request["prompt"]) for request in asked]
+    assert prompts[0] == prompts[1] and prompts[2] == prompts[3] and len(set(prompts)) == 4

@@ -43,6 +43,7 @@ def test_defaults() -> None:
         (["--request-rate", "fast"], "--request-rate 'fast'"),
         (["--request-rate", "nan"], "--request-rate 'nan'"),
         (["--compare", "http://a"], "--compare needs two"),
+        (["--model", "a", "b"], "--model: one name"),
         (["--trace", "a", "--dataset-path", "b"], "exclude one another"),
         (["--turns", "2", "--trace", "a"], "--turns"),
         (["--turns", "2", "--prompt-as", "ids"], "--turns needs text"),
