@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import resource
 import secrets
 import shlex
 import sys
@@ -23,6 +24,7 @@ async def serving(settings: ServingSettings, argv: Sequence[str]) -> int:
     if settings.self_test:
         return await self_test.run()
     _check_html(settings)
+    _allow_connections()
     salt = secrets.randbits(32) if settings.prompt_salt is None else settings.prompt_salt
     about = Circumstances(command_line(argv), time.strftime("%Y-%m-%d %H:%M:%S"), _machine(), salt)
     experiment = Experiment(settings, read_inputs(settings), salt, sys.stderr if sys.stderr.isatty() else None)
@@ -104,6 +106,12 @@ def _check_html(settings: ServingSettings) -> None:
             import matplotlib  # noqa: F401
         except ImportError:
             raise SettingsError("--html needs matplotlib: pip install 'baton-serve[bench]'") from None
+
+
+def _allow_connections() -> None:
+    """As many open files as the system allows this user: each request under way needs one."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _machine() -> str:

@@ -7,13 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
+from uvicorn.loops.auto import auto_loop_factory
 
 from benchmark.bodies import Said
 from benchmark.client import Outcome
 from benchmark.meter import Usage
 from benchmark.plan import Conversation, GivenPrompt, Plan, Turn
 from benchmark.record import CANCELLED, FAILED, Record
-from benchmark.runner import NoWatch, Runner
+from benchmark.runner import NoWatch, RealClock, Runner
 
 TURN = Turn(GivenPrompt("q"), 5)
 OUTCOME = Outcome("", False, 0.0, 0.0, (0.25,), 2, Usage(7, 2, None), "answer")
@@ -183,3 +184,18 @@ async def test_tokens_are_counted_by_chunks_where_the_server_does_not() -> None:
     sender.release.set()
     records, _, _ = await run(Runner(plan(0.0), sender, clock, None, NoWatch()))
     assert (records[0].output_tokens, records[0].counted, records[0].prompt_tokens) == (2, False, 0)
+
+
+def test_nobody_wakes_up_too_early() -> None:
+    """uvloop rounds to milliseconds, down as well: a request sent before it is due has a TTFT that is too good."""
+
+    async def early_s() -> list[float]:
+        clock, found = RealClock(), []
+        for part in range(5):
+            at_s = clock.now_s() + 0.0003 * part
+            await clock.sleep_until(at_s)
+            found.append(at_s - clock.now_s())
+        return found
+
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        assert max(runner.run(early_s())) <= 0
