@@ -14,6 +14,9 @@ from node.messages import PROTOCOL_VERSION, Heartbeat, Load, Register, RegisterS
 from proxy.interface import WorkerStatus
 from proxy.router import WorkerView
 
+NOMINAL_TOKENS_S = 10_000.0
+"""Prompt tokens a second, until a worker has measured them; only ratios of costs count then."""
+
 
 @dataclass(slots=True)
 class Leg:
@@ -24,6 +27,8 @@ class Leg:
     tokens: int
     blocks: int
     sent_at: float
+    hashes: tuple[bytes, ...] = ()
+    """Of the blocks that this leg will have computed."""
 
 
 @dataclass(slots=True)
@@ -36,6 +41,8 @@ class _Member:
     legs: dict[str, Leg] = field(default_factory=dict)  # by request id
     reported_at: float = float("-inf")
     """When its load was as it reported last: what was sent to it since comes on top."""
+    view: WorkerView | None = None
+    """None where it must be made anew."""
 
 
 @dataclass(slots=True)
@@ -65,6 +72,7 @@ class Cluster:
         self._had_at: dict[str, float] = {}
         self._last_shape: Shape | None = None
         self._stall_s = stall_s
+        self._tokens_s = NOMINAL_TOKENS_S  # as the last worker that had measured it said
 
     @property
     def shape(self) -> Shape | None:
@@ -117,6 +125,8 @@ class Cluster:
             member.progress_at = now
         member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
         member.reported_at = now - heartbeat.load_age_s
+        member.view = None
+        self._tokens_s = heartbeat.load.prefill_tokens_s or self._tokens_s
         if not member.draining:
             self._had_at[member.register.role] = now
         return True
@@ -154,13 +164,18 @@ class Cluster:
         """Count work at dispatch: the next heartbeat comes too late for a burst."""
         if (member := self._members.get(leg.worker)) is not None:
             member.legs[leg.request_id] = leg
+            member.view = None
 
     def settle(self, worker: str, request_id: str) -> None:
         if (member := self._members.get(worker)) is not None:
             member.legs.pop(request_id, None)
+            member.view = None
 
     def view(self) -> tuple[WorkerView, ...]:
-        return tuple(_view(identity, member) for identity, member in self._members.items())
+        for identity, member in self._members.items():
+            if member.view is None:
+                member.view = _view(identity, member, self._tokens_s)
+        return tuple(member.view for member in self._members.values() if member.view is not None)
 
     def statuses(self) -> list[WorkerStatus]:
         return [
@@ -184,7 +199,7 @@ def _why_not(identity: str, register: Register | RegisterStore) -> str:
     return ""
 
 
-def _view(identity: str, member: _Member) -> WorkerView:
+def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
     unseen = [leg for leg in member.legs.values() if leg.sent_at >= member.reported_at]
     load = member.load
     return WorkerView(
@@ -197,4 +212,5 @@ def _view(identity: str, member: _Member) -> WorkerView:
         free_blocks=max(0, load.free_blocks - sum(leg.blocks for leg in unseen)),
         total_blocks=load.total_blocks,
         max_num_seqs=member.register.max_num_seqs,
+        tokens_s=load.prefill_tokens_s or tokens_s,
     )

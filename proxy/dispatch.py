@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import replace
 
 from node.errors import DeadlineExceeded, Overloaded, PeerLost
 from node.messages import Message, SamplingParams
@@ -17,7 +18,7 @@ from proxy.cluster import Cluster, Leg, Shape
 from proxy.interface import Delta, WorkerStatus
 from proxy.kvfeed import KvFeed
 from proxy.kvindex import KvIndex
-from proxy.router import RequestView, Route, Rules, Wait, pick
+from proxy.router import WHYS, RequestView, Route, Rules, Wait, pick
 from proxy.session import ProxyStopping, Session, WorkerLost
 from proxy.settings import ProxySettings
 from proxy.timeline import Timeline
@@ -39,6 +40,11 @@ COUNTERS = (
     "routed_local_short_total",
     "routed_local_always_total",
     "routed_local_no_prefill_worker_total",
+    *(f"routed_{role}_{why}_total" for role in ("prefill", "decode") for why in WHYS),
+    "kv_hit_predicted_tokens_total",
+    "kv_hit_actual_tokens_total",
+    "kv_hit_missed_tokens_total",
+    "kv_hit_unforeseen_tokens_total",
 )
 
 
@@ -174,7 +180,8 @@ class Dispatcher:
     async def _find_route(self, request: RequestView) -> Route:
         while True:
             self._changed.clear()
-            route = pick(self._cluster.view(), request, self._rules)
+            seen = replace(request, hits=self._index.match(request.hashes))
+            route = pick(self._cluster.view(), seen, self._rules)
             if isinstance(route, Route):
                 return route
             if self._stopping:
@@ -200,13 +207,15 @@ class Dispatcher:
 
     def assign(self, leg: Leg) -> None:
         self._cluster.assign(leg)
+        self._feed.expect(leg.worker, leg.request_id, leg.hashes)
 
     def settle(self, worker: str, request_id: str) -> None:
         self._cluster.settle(worker, request_id)
+        self._feed.settle(worker, request_id, self._clock())
         self._changed.set()
 
-    def count(self, name: str) -> None:
-        self._counters[name] += 1
+    def count(self, name: str, amount: int = 1) -> None:
+        self._counters[name] += amount
 
     # -- told by the wire
 

@@ -7,12 +7,15 @@ cost a wrong guess of the router and nothing else.
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
 
 from node.messages import KvEvents, KvReplay, KvSnapshot
 from proxy.kvindex import KvIndex
 
 ASK_AGAIN_S = 0.5
+MADE_GRACE_S = 0.25
+"""So long after a leg's end its worker has told what it made."""
 SWEEP_BLOCKS = 5000
 """About two milliseconds' work."""
 
@@ -48,6 +51,8 @@ class KvFeed:
         self.counts = FeedCounts()
         self._index = index
         self._holders: dict[str, _Holder] = {}
+        self._legs: dict[tuple[str, str], tuple[bytes, ...]] = {}
+        self._made: deque[tuple[float, str, tuple[bytes, ...]]] = deque()  # by the time when they are forgotten
 
     def join(self, holder: str) -> None:
         """A holder has registered; one that is known already goes on."""
@@ -99,9 +104,28 @@ class KvFeed:
             self.counts.snapshots += 1
         return None
 
-    def tidy(self) -> None:
+    # ---- blocks on their way ------------------------------------------------------------------------------------
+
+    def expect(self, worker: str, request_id: str, hashes: tuple[bytes, ...]) -> None:
+        """A leg was sent to `worker`, which will have computed these blocks before a later one gets its turn."""
+        if hashes:
+            self._legs[worker, request_id] = hashes
+            self._index.expect(worker, hashes)
+
+    def settle(self, worker: str, request_id: str, now: float) -> None:
+        """The end of that leg."""
+        hashes = self._legs.pop((worker, request_id), None)
+        if hashes is not None:
+            self._made.append((now + MADE_GRACE_S, worker, hashes))
+
+    def tidy(self, now: float) -> None:
         """To be called some times a second."""
+        while self._made and self._made[0][0] <= now:
+            _, worker, hashes = self._made.popleft()
+            self._index.unexpect(worker, hashes)
         self._index.sweep(SWEEP_BLOCKS)
+
+    # ---- inside -------------------------------------------------------------------------------------------------
 
     def _ask(self, state: _Holder, now: float) -> KvReplay | None:
         self.counts.gaps += not state.lacking

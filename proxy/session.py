@@ -18,7 +18,6 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from kvtransfer.blocks.hashing import block_hashes, root_hash
 from node.errors import BadRequest, DeadlineExceeded, PeerLost
 from node.messages import (
     Busy,
@@ -37,6 +36,7 @@ from node.telemetry import log_event
 from proxy.cluster import Leg, Shape
 from proxy.interface import Delta
 from proxy.ledger import Gap, Ledger
+from proxy.names import Names
 from proxy.router import RequestView, Route
 from proxy.timeline import Timeline
 from proxy.wire import Answer
@@ -80,7 +80,7 @@ class Desk(Protocol):
 
     def settle(self, worker: str, request_id: str) -> None: ...
 
-    def count(self, name: str) -> None: ...
+    def count(self, name: str, amount: int = 1) -> None: ...
 
 
 class _TryElsewhere(Exception):
@@ -102,6 +102,12 @@ class _Attempt:
     open: set[str] = field(default_factory=set)
     decoding: bool = False
     """Decode has sent tokens: the prefill leg does not matter any more."""
+    hit_tokens: int | None = None
+    """Prompt tokens that the router expects the computing worker to have; None once that worker has told."""
+
+    @property
+    def computes(self) -> str:
+        return self.prefill or self.decode
 
 
 class Session:
@@ -119,6 +125,7 @@ class Session:
         turn: int,
         max_attempts: int,
         timeline: Timeline,
+        session_key: bytes = b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.inbox: asyncio.Queue[Event] = asyncio.Queue()
@@ -131,7 +138,9 @@ class Session:
         self._max_attempts = max_attempts
         self._clock = clock
         self._timeline = timeline
+        self._session_key = session_key
         self._ledger = Ledger(prompt_ids)
+        self._names: Names | None = None
         self._cached_tokens = 0
 
     async def run(self) -> AsyncGenerator[Delta, None]:
@@ -172,55 +181,95 @@ class Session:
 
     async def _dispatch(self, avoid: frozenset[str]) -> _Attempt:
         token_ids = self._ledger.token_ids()
-        view = self._view(len(token_ids), avoid)
-        self._timeline.enter("queue")
-        route = await self._desk.admit(view, self._deadline, first=self._ledger.attempt == 0)
-        self._timeline.enter("route")
-        shape = self._desk.shape()
-        root = root_hash(shape.namespace)
-        hashes = block_hashes(root, token_ids, shape.block_tokens)
+        route, names = await self._admit(token_ids, avoid)
         prefill = route.prefill.identity if route.prefill is not None else ""
-        attempt = _Attempt(self._ledger.attempt, route.decode.identity, prefill)
+        attempt = _Attempt(self._ledger.attempt, route.decode.identity, prefill, hit_tokens=route.hit_tokens)
         deadline_s = max(0.0, self._deadline - self._clock())
-        num_blocks = -(-len(token_ids) // shape.block_tokens)
         reserve = Reserve(
             request_id=self._request_id,
             attempt=attempt.number,
             token_ids=token_ids,
             prompt_len=len(self._ledger.prompt_ids),
-            root=root,
-            block_hashes=hashes,
+            root=names.root,
+            block_hashes=names.hashes,
             sampling=self._sampling,
             prefill=prefill,
             deadline_s=deadline_s,
             priority=self._priority,
         )
-        self._open(attempt, attempt.decode, reserve, 0 if prefill else len(token_ids), num_blocks)
+        self._open(attempt, attempt.decode, reserve, names)
         if route.prefill is not None:
             message = Prefill(
                 request_id=self._request_id,
                 attempt=attempt.number,
                 token_ids=token_ids,
                 prompt_len=len(self._ledger.prompt_ids),
-                root=root,
-                block_hashes=hashes,
+                root=names.root,
+                block_hashes=names.hashes,
                 sampling=self._sampling,
                 decode=route.decode.identity,
                 decode_address=route.decode.address,
                 deadline_s=deadline_s,
                 priority=self._priority,
             )
-            self._open(attempt, prefill, message, len(token_ids), num_blocks)
-        self._desk.count(f"routed_{route.reason}_total")
-        self._timeline.dispatch(prefill, attempt.decode, hashes[0] if hashes else b"")
+            self._open(attempt, prefill, message, names)
+        self._tell_route(route, attempt)
+        self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
         return attempt
 
-    def _view(self, num_tokens: int, avoid: frozenset[str]) -> RequestView:
-        shape = self._desk.shape()
-        return RequestView(num_tokens, -(-num_tokens // shape.block_tokens), self._turn, avoid)
+    async def _admit(self, token_ids: tuple[int, ...], avoid: frozenset[str]) -> tuple[Route, Names]:
+        """A route, and the names of the blocks in the cluster that it leads to: that may have changed meanwhile."""
+        while True:
+            self._timeline.enter("route")
+            names = self._names
+            if names is None or not names.name(self._desk.shape(), len(token_ids)):
+                names = self._names = Names.of(self._desk.shape(), token_ids)
+            view = RequestView(
+                num_tokens=names.num_tokens,
+                num_blocks=-(-names.num_tokens // names.shape.block_tokens),
+                turn=self._turn,
+                avoid=avoid,
+                block_tokens=names.shape.block_tokens,
+                hashes=names.cacheable,
+                session=self._session_key,
+            )
+            self._timeline.enter("queue")
+            route = await self._desk.admit(view, self._deadline, first=self._ledger.attempt == 0)
+            self._timeline.enter("route")
+            if names.name(self._desk.shape(), len(token_ids)):
+                return route, names
 
-    def _open(self, attempt: _Attempt, worker: str, message: Message, tokens: int, blocks: int) -> None:
-        self._desk.assign(Leg(worker, self._request_id, tokens, blocks, self._clock()))
+    def _tell_route(self, route: Route, attempt: _Attempt) -> None:
+        self._desk.count(f"routed_{route.reason}_total")
+        for role, why in (("decode", route.decode_why), ("prefill", route.prefill_why)):
+            if why:
+                self._desk.count(f"routed_{role}_{why}_total")
+        log_event(
+            logger,
+            "routed",
+            level=logging.DEBUG,
+            request=self._request_id,
+            attempt=attempt.number,
+            reason=route.reason,
+            prefill=attempt.prefill,
+            prefill_why=route.prefill_why,
+            decode=attempt.decode,
+            decode_why=route.decode_why,
+            tokens=len(self._ledger.prompt_ids) + len(self._ledger.accepted),
+            hit_tokens=route.hit_tokens,
+        )
+
+    def _open(self, attempt: _Attempt, worker: str, message: Message, names: Names) -> None:
+        computes = worker == attempt.computes
+        leg = Leg(
+            worker,
+            self._request_id,
+            tokens=names.num_tokens - (attempt.hit_tokens or 0) if computes else 0,
+            blocks=-(-names.num_tokens // names.shape.block_tokens),
+            sent_at=self._clock(),
+            hashes=names.cacheable if computes else (),
+        )
+        self._desk.assign(leg)
         attempt.open.add(worker)
         self._desk.send(worker, message)  # a failure comes back as WorkerLost
 
@@ -277,6 +326,9 @@ class Session:
         attempt.decoding = attempt.decoding or worker == attempt.decode
         if not self._ledger.accepted:
             self._cached_tokens = message.cached_tokens
+        if worker == attempt.computes and attempt.hit_tokens is not None:
+            self._count_hit(attempt.hit_tokens, message.cached_tokens)
+            attempt.hit_tokens = None
         try:
             ids, logprobs = self._ledger.accept(message)
         except Gap as gap:
@@ -288,6 +340,14 @@ class Session:
         if message.stages is not None:
             self._timeline.report(message.stages)
         return Delta(ids, logprobs, message.finish, self._cached_tokens)
+
+    def _count_hit(self, predicted: int, actual: int) -> None:
+        """In tokens of the prompt: what the router foresaw, and what the worker that computed it found."""
+        predicted = min(predicted, len(self._ledger.prompt_ids))
+        self._desk.count("kv_hit_predicted_tokens_total", predicted)
+        self._desk.count("kv_hit_actual_tokens_total", actual)
+        self._desk.count("kv_hit_missed_tokens_total", max(0, predicted - actual))
+        self._desk.count("kv_hit_unforeseen_tokens_total", max(0, actual - predicted))
 
     def _on_failed(self, worker: str, message: Failed) -> None:
         if message.retryable:

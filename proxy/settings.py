@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from node.settings import option
+from proxy.router import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -16,7 +17,12 @@ class ProxySettings:
     control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="where workers join")
     insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
     api_key: tuple[str, ...] = option((), env="BATON_API_KEY", help="key that guards every route but the probes")
-    policy: str = option("least-loaded", choices=("least-loaded", "round-robin"), help="how workers are chosen")
+    policy: str = option(
+        "kv-aware",
+        choices=POLICIES,
+        help="how workers are chosen: by what they hold of the prompt and have to do; by the latter alone; in turn; or "
+        "one for each `prompt_cache_key` or `user` of a request",
+    )
     local_prefill: str = option(
         "short",
         choices=("never", "short", "always"),
@@ -24,7 +30,11 @@ class ProxySettings:
         "is there; or all (colocated serving)",
     )
     local_prefill_tokens: int = option(
-        16, unit="tokens", help="prompts below this length are short", minimum=0, maximum=1 << 20
+        16,
+        unit="tokens",
+        help="prompts of which the decode worker lacks fewer tokens are short",
+        minimum=0,
+        maximum=1 << 20,
     )
     kv_index_blocks: int = option(
         1 << 19,

@@ -134,7 +134,7 @@ class Wire:
             beaten_at = self._clock()
             for identity in self._cluster.identities():
                 self.send(identity, Ping(proxy=self._line.identity, incarnation=self._incarnation))
-            self._feed.tidy()
+            self._feed.tidy(self._clock())
             self._pump()  # before anyone is judged by silence
             for identity, reason in self._cluster.overdue(self._clock()):
                 self._lose(identity, reason)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from node.lifecycle import DEAD_AFTER_S
-from node.messages import Heartbeat, Load, Register
-from proxy.cluster import Cluster, Leg
+from node.messages import Heartbeat, Load, Register, RegisterStore
+from proxy.cluster import NOMINAL_TOKENS_S, Cluster, Leg
 
 
 def _register(worker: str = "d", incarnation: int = 1, namespace: bytes = b"n" * 32, **changes: object) -> Register:
@@ -84,3 +84,38 @@ def test_work_counts_from_its_dispatch() -> None:
 def test_unknown_heartbeats_are_told() -> None:
     """Guards rejoining: the proxy answers a stranger's heartbeat so that it registers."""
     assert Cluster(60).beat("d/1", _beat(Load()), 0) is False
+
+
+def test_a_report_counts_from_when_it_was_true() -> None:
+    """Guards against bursts during a long step: a heartbeat with a load from before a request does not hide it."""
+    cluster = Cluster(60)
+    cluster.join("d/1", _register(), 0)
+    cluster.assign(Leg("d/1", "r1", tokens=30, blocks=5, sent_at=1.5))
+    beat = Heartbeat(worker="d", incarnation=1, load=Load(free_blocks=50, total_blocks=50), load_age_s=1.0)
+    cluster.beat("d/1", beat, 2.0)
+    assert (cluster.view()[0].requests, cluster.view()[0].tokens) == (1, 30)
+    cluster.beat("d/1", beat, 3.0)
+    assert (cluster.view()[0].requests, cluster.view()[0].tokens) == (1, 0)
+
+
+def test_speeds_are_the_workers_own_or_their_peers() -> None:
+    """Guards a new worker from looking idle for ever, or slow for ever, beside measured ones."""
+    cluster = Cluster(60)
+    cluster.join("d/1", _register(), 0)
+    cluster.join("e/1", _register("e"), 0)
+    assert {worker.tokens_s for worker in cluster.view()} == {NOMINAL_TOKENS_S}
+    cluster.beat("d/1", _beat(Load(prefill_tokens_s=500.0)), 1)
+    cluster.beat("e/1", _beat(Load()), 1)
+    assert {worker.tokens_s for worker in cluster.view()} == {500.0}
+
+
+def test_a_store_is_heard_but_given_no_work() -> None:
+    """Guards the roles: a store is no worker, sets no shape, and is lost by silence like anyone."""
+    cluster = Cluster(60)
+    assert "name" in cluster.join_store("x/1", RegisterStore(worker="s", incarnation=1), 0)
+    assert cluster.join_store("s/1", RegisterStore(worker="s", incarnation=1), 0) == ""
+    assert cluster.shape is None and cluster.view() == () and cluster.knows("s/1")
+    assert cluster.beat("s/1", Heartbeat(worker="s", incarnation=1, load=Load()), 1)
+    assert [status.role for status in cluster.statuses()] == ["store"]
+    assert cluster.overdue(1 + DEAD_AFTER_S + 0.01) == [("s/1", "silent")]
+    assert cluster.lose("s/1") and not cluster.lose("s/1") and cluster.identities() == []

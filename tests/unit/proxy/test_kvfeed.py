@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from kvtransfer.blocks.events import EventLog
 from node.messages import Heartbeat, KvEvents, KvReplay, KvSnapshot, Load, Message, TierChange
-from proxy.kvfeed import ASK_AGAIN_S, KvFeed
+from proxy.kvfeed import ASK_AGAIN_S, MADE_GRACE_S, KvFeed
 from proxy.kvindex import Hit, KvIndex
 
 NAME = "p/1"
@@ -170,3 +170,26 @@ def test_nobody_is_believed_who_has_not_joined_or_has_left() -> None:
     feed.join(NAME)
     assert feed.on_events(NAME, events, 0.0) is None
     assert index.match(HASHES) == {NAME: Hit(gpu=1)}
+
+
+def test_blocks_on_their_way_count_until_their_leg_has_told_of_them() -> None:
+    """Guards the burst of siblings: from dispatch to a moment after the end, and no longer, whoever dies meanwhile."""
+    feed = KvFeed(index := KvIndex(100))
+    feed.join(NAME)
+    feed.expect(NAME, "r1", tuple(HASHES[:2]))
+    feed.expect(NAME, "r2", tuple(HASHES[:3]))
+    feed.expect(NAME, "r3", ())
+    assert index.match(HASHES) == {NAME: Hit(coming=3)}
+    feed.settle(NAME, "r2", 0.0)
+    feed.settle(NAME, "r2", 0.0)
+    feed.settle(NAME, "r3", 0.0)
+    feed.tidy(MADE_GRACE_S / 2)
+    assert index.match(HASHES) == {NAME: Hit(coming=3)}
+    feed.tidy(MADE_GRACE_S)
+    assert index.match(HASHES) == {NAME: Hit(coming=2)}
+    feed.leave(NAME)
+    assert index.match(HASHES) == {}
+    feed.settle(NAME, "r1", 1.0)
+    feed.tidy(9.0)
+    feed.join(NAME)
+    assert index.match(HASHES) == {} and not index._coming

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import aclosing
 from typing import Any
@@ -36,7 +37,7 @@ PROMPT = (1, 2, 3, 4, 5)
 
 
 def _view(identity: str) -> WorkerView:
-    return WorkerView(identity, f"tcp://{identity}", identity[0], False, 0, 0, 100, 100, 8)
+    return WorkerView(identity, f"tcp://{identity}", identity[0], False, 0, 0, 100, 100, 8, 1000.0)
 
 
 class ScriptedDesk:
@@ -47,6 +48,9 @@ class ScriptedDesk:
         self.sent: list[tuple[str, Message]] = []
         self.open_legs: set[tuple[str, str]] = set()
         self.admitted: list[RequestView] = []
+        self.counted: Counter[str] = Counter()
+        self.legs: list[Leg] = []
+        self.hit_tokens = 0
         self._script = script
         self._local = local
 
@@ -55,7 +59,7 @@ class ScriptedDesk:
         self.admitted.append(request)
         decode = "d1" if "d0" in request.avoid else "d0"
         prefill = "p1" if "p0" in request.avoid else "p0"
-        return Route(_view(decode), None if self._local else _view(prefill), "test")
+        return Route(_view(decode), None if self._local else _view(prefill), "test", hit_tokens=self.hit_tokens)
 
     def shape(self) -> Shape:
         return Shape(b"n" * 32, 4, 64)
@@ -68,12 +72,14 @@ class ScriptedDesk:
         return True
 
     def assign(self, leg: Leg) -> None:
+        self.legs.append(leg)
         self.open_legs.add((leg.worker, leg.request_id))
 
     def settle(self, worker: str, request_id: str) -> None:
         self.open_legs.discard((worker, request_id))
 
-    def count(self, name: str) -> None: ...
+    def count(self, name: str, amount: int = 1) -> None:
+        self.counted[name] += amount
 
     def sent_of(self, kind: type[Message]) -> list[Any]:
         return [message for _, message in self.sent if isinstance(message, kind)]
@@ -320,3 +326,24 @@ async def test_a_client_that_goes_away_cancels_both_legs() -> None:
     await run.aclose()
     assert {worker for worker, message in desk.sent if isinstance(message, Cancel)} == {"p0", "d0"}
     assert not desk.open_legs
+
+
+async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() -> None:
+    """Guards the counters by which wrong predictions are seen, and the work that is counted at dispatch."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Prefill):
+            told = Tokens(request_id="r", attempt=0, index=0, ids=(7,), cached_tokens=1)
+            return [told, _tokens(1, 8, finish="stop")]
+        return []
+
+    desk = ScriptedDesk(script)
+    desk.hit_tokens = 4
+    assert _ids(await _run(desk)) == [7, 8]
+    kinds = ("predicted", "actual", "missed", "unforeseen")
+    assert [desk.counted[f"kv_hit_{kind}_tokens_total"] for kind in kinds] == [4, 1, 3, 0]
+    (view,) = desk.admitted
+    assert len(view.hashes) == 1 and view.block_tokens == 4
+    decode, prefill = desk.legs
+    assert (decode.tokens, decode.hashes) == (0, ())
+    assert (prefill.tokens, prefill.hashes) == (1, view.hashes)
