@@ -247,9 +247,13 @@ class Cluster:
         """A counter of the proxy's engine, such as "retries"."""
         return self._sum(f"baton:{name}_total")
 
+    def gauge(self, name: str) -> float:
+        """A gauge of the proxy's engine, such as "queued_requests"."""
+        return self._sum(f"baton:{name}")
+
     def queued(self) -> float:
         """Requests that wait in the proxy for a worker."""
-        return self._sum("baton:queued_requests")
+        return self.gauge("queued_requests")
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
         """Poll until `condition` holds; `what` says what was waited for."""

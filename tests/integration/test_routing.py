@@ -1,0 +1,135 @@
+"""Requests find their KV over real processes: conversations return to their holder, through either of two proxies."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+
+from tests.integration.cluster import Cluster
+
+BLOCK = 16
+ARGS = ("--local-prefill", "never", "--log-level", "debug")
+ROUTED = re.compile(r"routed request=\S+ .*prefill=(p\d)/\d+ prefill_why=(\w+) .* hit_tokens=(\d+)")
+
+
+@dataclass
+class Conversation:
+    """A growing prompt of token ids. A turn's answer never completes a block, so both workers hold equally many."""
+
+    rng: random.Random
+    ids: list[int] = field(default_factory=list)
+
+    @property
+    def blocks(self) -> int:
+        return len(self.ids) // BLOCK
+
+    def next_turn(self) -> int:
+        """Grow to some full blocks and five tokens; returns the tokens that a holder of the last turn has."""
+        held = self.blocks * BLOCK
+        size = (self.blocks + self.rng.randrange(2, 5)) * BLOCK + 5
+        self.ids += [self.rng.randrange(300, 2000) for _ in range(size - len(self.ids))]
+        return held
+
+
+@dataclass
+class Pair:
+    """Two proxies over the same workers."""
+
+    first: Cluster
+    second: Cluster
+
+    def ask(self, cluster: Cluster, ids: list[int]) -> int:
+        """Returns the tokens that were cached."""
+        usage = cluster.complete(ids, max_tokens=2, ignore_eos=True)["usage"]
+        return int(usage["prompt_tokens_details"]["cached_tokens"])
+
+    def wait_index(self, blocks: int) -> None:
+        """Until both proxies know of so many different blocks."""
+        for cluster in (self.first, self.second):
+            cluster.wait_until(lambda c=cluster: c.gauge("kv_index_blocks") == blocks, f"{blocks} blocks in the index")  # type: ignore[misc]
+
+    def routed(self, cluster: Cluster) -> tuple[str, str, int]:
+        """The prefill worker of the last request, why it was chosen, and the tokens it was expected to have."""
+        name, why, hit_tokens = ROUTED.findall(cluster.log("proxy"))[-1]
+        return name, why, int(hit_tokens)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    second = Cluster(0, 0, proxy_args=ARGS, log_folder=tmp_path_factory.mktemp("second"))
+    both = ("--proxy", f"tcp://127.0.0.1:{second.control_port}")
+    first = Cluster(2, 1, proxy_args=ARGS, worker_args=both, log_folder=tmp_path_factory.mktemp("first"))
+    with first, second:
+        second.wait_workers("p0", "p1", "d0")
+        yield Pair(first, second)
+
+
+def _known(pair: Pair) -> int:
+    return int(pair.first.gauge("kv_index_blocks"))
+
+
+def test_conversations_return_to_their_holders_through_either_proxy(pair: Pair) -> None:
+    """Guards the way from a worker's blocks to a route: every turn finds all of the last one, as was foreseen."""
+    known, rng = _known(pair), random.Random(1)
+    conversations = [Conversation(rng) for _ in range(4)]
+    homes: dict[int, str] = {}
+    for turn in range(3):
+        for number, conversation in enumerate(conversations):
+            held = conversation.next_turn()
+            cluster = (pair.first, pair.second)[(turn + number) % 2]
+            assert pair.ask(cluster, conversation.ids) == held
+            name, why, foreseen = pair.routed(cluster)
+            assert (why, foreseen) == ("holder" if turn else "no_holder", held)
+            assert homes.setdefault(number, name) == name
+            pair.wait_index(known + sum(each.blocks for each in conversations))
+    assert set(homes.values()) == {"p0", "p1"}
+    for cluster in (pair.first, pair.second):
+        assert cluster.counter("kv_hit_predicted_tokens") == cluster.counter("kv_hit_actual_tokens") > 0
+        assert cluster.counter("kv_hit_missed_tokens") == cluster.counter("kv_hit_unforeseen_tokens") == 0
+        assert cluster.counter("kv_event_gaps") <= 3  # a worker that joined one proxy first
+
+
+def test_a_restarted_proxy_hears_of_all_blocks(pair: Pair) -> None:
+    """Guards replay: the index is rebuilt from what workers kept, and routes as before."""
+    known, conversation = _known(pair), Conversation(random.Random(2))
+    conversation.next_turn()
+    pair.ask(pair.first, conversation.ids)
+    pair.wait_index(known + conversation.blocks)
+    home, _, _ = pair.routed(pair.first)
+    pair.second.kill("proxy")
+    pair.second.start_proxy()
+    pair.second.wait_ready(3)
+    pair.wait_index(known + conversation.blocks)
+    assert pair.second.counter("kv_event_replays") >= 1
+    held = conversation.next_turn()
+    assert pair.ask(pair.second, conversation.ids) == held
+    assert pair.routed(pair.second) == (home, "holder", held)
+    pair.wait_index(known + conversation.blocks)
+
+
+def test_what_a_killed_worker_held_is_forgotten_at_once(pair: Pair) -> None:
+    """Guards against routing to the dead, or to their blocks under a new life of the same name."""
+    known, conversation = _known(pair), Conversation(random.Random(3))
+    conversation.next_turn()
+    pair.ask(pair.first, conversation.ids)
+    pair.wait_index(known + conversation.blocks)
+    home, _, _ = pair.routed(pair.first)
+    other = {"p0": "p1", "p1": "p0"}[home]
+    pair.first.kill(home)
+    pair.first.wait_workers(other, "d0")
+    conversation.next_turn()
+    missed = pair.first.counter("kv_hit_missed_tokens")
+    assert pair.ask(pair.first, conversation.ids) == 0
+    assert pair.routed(pair.first) == (other, "no_holder", 0)
+    pair.first.start_worker("prefill", home)
+    pair.first.wait_workers("p0", "p1", "d0")
+    pair.second.wait_workers("p0", "p1", "d0")
+    held = conversation.next_turn()
+    assert pair.ask(pair.first, conversation.ids) == held
+    assert pair.routed(pair.first) == (other, "holder", held)
+    assert pair.first.counter("kv_hit_missed_tokens") == missed
