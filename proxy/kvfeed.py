@@ -36,7 +36,7 @@ class FeedCounts:
 
     batches: int = 0
     blocks: int = 0
-    """Stored and removed."""
+    """Told of: stored, removed, or in a snapshot."""
     gaps: int = 0
     replays: int = 0
     """Times that a holder was asked for what is missing."""
@@ -97,6 +97,7 @@ class KvFeed:
             state.next_seq = 1  # until it is whole, nothing that came before counts
         elif (snapshot.seq, snapshot.part) != (state.snapshot_seq, state.next_part):
             return self._ask(state, now)
+        self.counts.blocks += sum(len(change.stored) for change in snapshot.changes)
         self._index.apply(holder, snapshot.changes)
         state.next_part += 1
         if state.next_part >= snapshot.parts:
