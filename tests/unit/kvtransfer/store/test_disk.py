@@ -9,7 +9,7 @@ import pytest
 
 from kvtransfer.exchange import LegKey
 from kvtransfer.store.arena_index import Key
-from kvtransfer.store.disk import Disk, SecondUse
+from kvtransfer.store.disk import Disk
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.memory import memory_tier
 from node.errors import SettingsError
@@ -99,7 +99,7 @@ def test_damaged_bytes_are_never_vouched_for(bench: Bench) -> None:
     bench.world.host.arena.span(entry.offset, 1)[0] ^= 1
     bench.world.find("b", 1)
     bench.settle(1)
-    assert bench.disk.stats()["disk_stored"] == 0 and bench.disk.stats()["disk_write_damaged"] == 1
+    assert bench.disk.stats()["disk_stored"] == 0 and bench.disk.stats()["disk_dropped_spoiled"] == 1
 
 
 def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> None:
@@ -116,13 +116,14 @@ def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> Non
 
 
 def test_what_is_being_written_stays_and_more_than_the_bound_is_dropped() -> None:
-    """Guards memory and order: held slots are bounded, and what was dropped is tried again at its next use."""
+    """Guards memory and order: held slots are bounded, and what was dropped is tried again when it is used on."""
     bench = Bench(max_writing_bytes=2 * BLOCK_BYTES)
     bench.world.put("a", 1, 2, 3)
     bench.world.find("b", 1, 2, 3)
     bench.settle(2)
-    assert bench.disk.stats()["disk_stored"] == 2 and bench.disk.stats()["disk_write_drops"] == 1
-    bench.world.find("a", 1, 2, 3)
+    assert bench.disk.stats()["disk_stored"] == 2 and bench.disk.stats()["disk_dropped_queue_full"] == 1
+    bench.world.find("a", 3)
+    bench.world.find("b", 3)
     bench.settle(1)
     assert bench.disk.stats()["disk_stored"] == 3
     bench.disk.close()
@@ -139,11 +140,3 @@ def test_a_disk_that_cannot_be_opened_is_no_disk() -> None:
     assert world.find("a", 1) == (RAM,) and world.find("a", 1) == (RAM,)
     disk.close()
     assert disk.stats()["disk_open_failures"] == 1
-
-
-def test_the_memory_of_first_uses_is_bounded() -> None:
-    """Guards the store's own memory against prompts that never come again."""
-    second = SecondUse(2)
-    keys = [Key(SPACE, name) for name in names(1, 2, 3)]
-    assert [second.again(key) for key in keys] == [False] * 3
-    assert second.again(keys[2]) and not second.again(keys[0])

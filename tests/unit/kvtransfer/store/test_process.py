@@ -1,0 +1,208 @@
+"""The store as a process, with workers' threads on this side: the real sockets, shared memory, disk and signals."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import zmq
+
+from kvtransfer.blocks.memory import HostMemory
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.arena import HostCopies
+from kvtransfer.store.client import StoreClient
+from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from node.endpoint import new_context
+from node.store_messages import DISK, PEER, RAM
+from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content, names
+
+ROOT = Path(__file__).resolve().parents[4]
+PATIENCE_S = 30.0
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, f"not within {PATIENCE_S} s: {what}"
+        time.sleep(0.01)
+
+
+class Store:
+    """A store process that can be killed and started again at the same address."""
+
+    def __init__(self, log: Path, *arguments: str) -> None:
+        self._log = log
+        self.address = f"tcp://127.0.0.1:{_free_port()}"
+        self._arguments = arguments
+        self.start()
+
+    def start(self) -> None:
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        command = [sys.executable, "-m", "kvtransfer", "--bind", self.address, *self._arguments]
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+
+    def wait_for(self, event: str) -> None:
+        """Until this life of the store has logged it."""
+        wait_until(lambda: event.encode() in self._log.read_bytes(), event)
+
+    def end(self, number: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+
+class Client:
+    """A worker's client of a store, with a pool of 16 blocks; `ask` waits for the answer."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self.pool = HostMemory(16, BLOCK_BYTES)
+        self.events: queue.SimpleQueue[StoreEvent] = queue.SimpleQueue()
+        self.stores: list[str] = []
+        self._asked = 0
+        self._context = new_context()
+        self.client = StoreClient(
+            self._context, f"{name}/1", store.address, SPACE, HostCopies(self.pool), self.events.put, self.stores.append
+        )
+        self.wait_attached()
+
+    def wait_attached(self, attached: bool = True) -> None:
+        wait_until(
+            lambda: self.client.attached == attached, f"a client whose store is {'there' if attached else 'gone'}"
+        )
+
+    def next(self) -> StoreEvent:
+        return self.events.get(timeout=PATIENCE_S)
+
+    def put(self, *numbers: int) -> int:
+        for block, number in enumerate(numbers):
+            self.pool.block(block)[:] = content(number)
+        self.client.put(b"put", names(*numbers), range(len(numbers)))
+        event = self.next()
+        assert isinstance(event, StoreWritten)
+        return event.num_blocks
+
+    def find(self, *numbers: int) -> tuple[int, ...]:
+        self._asked += 1
+        self.client.lookup(LegKey("r", self._asked), names(*numbers), 0)
+        event = self.next()
+        assert isinstance(event, StoreFound)
+        return event.tiers
+
+    def load(self, *numbers: int) -> list[bool]:
+        """Find and load; for each block that came, whether it is right."""
+        self.find(*numbers)
+        self.client.load(LegKey("r", self._asked), 0, range(8, 8 + len(numbers)))
+        event = self.next()
+        assert isinstance(event, StoreLoaded)
+        return [bytes(self.pool.block(8 + n)) == content(numbers[n]) for n in range(event.num_blocks)]
+
+    def let_go(self) -> None:
+        self.client.stop(LegKey("r", self._asked))
+
+    def close(self) -> None:
+        self.client.close()
+        self.pool.close()
+        self._context.destroy(0)
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., Store]]:
+    """Starts stores, and ends them all."""
+    stores: list[Store] = []
+
+    def start(*arguments: str) -> Store:
+        stores.append(Store(tmp_path / f"store-{len(stores)}.log", *arguments))
+        return stores[-1]
+
+    yield start
+    for store in stores:
+        store.process.kill()
+        store.process.wait(PATIENCE_S)
+
+
+@pytest.fixture
+def joined() -> Iterator[Callable[..., Client]]:
+    clients: list[Client] = []
+
+    def join(store: Store, name: str) -> Client:
+        clients.append(Client(store, name))
+        return clients[-1]
+
+    yield join
+    for client in clients:
+        client.close()
+
+
+SMALL = ("--ram-gib", "0.002")  # 16 regions of 32 blocks of 4 KiB
+
+
+def test_ram_is_shared_and_disk_survives_the_store(started, joined, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Guards the real thing end to end: another worker's hit, second use to disk, SIGKILL, restart, the disk's hit."""
+    store = started(*SMALL, "--disk-gib", "0.01", "--path", str(tmp_path / "kv"))
+    a, b = joined(store, "a"), joined(store, "b")
+    store.wait_for("disk_opened")
+    assert a.put(1, 2, 3) == 3
+    assert b.load(1, 2, 3) == [True] * 3
+    store.end(signal.SIGTERM)  # in order, so all that was offered is on disk
+    b.wait_attached(False)
+    assert b.find(1) == () and b.put(9) == 0
+    store.start()
+    a.wait_attached()
+    b.wait_attached()
+    store.wait_for("disk_opened")
+    assert b.find(1, 2, 3, 4) == (DISK, DISK, DISK)
+    b.let_go()
+    store.end(signal.SIGKILL)
+    b.wait_attached(False)
+    store.start()
+    b.wait_attached()
+    store.wait_for("disk_opened")
+    assert b.load(1, 2, 3) == [True] * 3
+    assert len(set(b.stores) - {""}) == 3  # three lives of the store, each told
+
+
+def test_garbage_on_the_socket_harms_nobody(started, joined) -> None:  # type: ignore[no-untyped-def]
+    """Guards the store, and by it all hits of the host, against whoever connects."""
+    store = started(*SMALL)
+    a = joined(store, "a")
+    context = zmq.Context()
+    with context.socket(zmq.DEALER) as stranger:
+        stranger.setsockopt(zmq.LINGER, 0)
+        stranger.connect(store.address)
+        for frames in ([b""], [b"garbage"], [b"\x81\xa1t\xa6Attach"], [b"a", b"b", b"c"], [os.urandom(300)]):
+            stranger.send_multipart(frames)
+        host, port = store.address.removeprefix("tcp://").split(":")
+        with socket.create_connection((host, int(port))) as raw:
+            raw.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(2000))
+        assert a.put(1) == 1 and a.load(1) == [True]
+    context.destroy(0)
+    assert store.end() == 0
+
+
+def test_a_store_fetches_from_the_one_that_has_it(started, joined) -> None:  # type: ignore[no-untyped-def]
+    """Guards reuse across hosts: two stores as two hosts would have them; what came stays in the nearer one's RAM."""
+    far = started(*SMALL)
+    near = started(*SMALL, "--peer", far.address)
+    a, b = joined(far, "a"), joined(near, "b")
+    a.put(1, 2, 3)
+    wait_until(lambda: b.find(1, 2, 3, 4) == (PEER, PEER, PEER) or bool(b.let_go()), "the peer's answer")
+    b.let_go()
+    assert b.load(1, 2, 3) == [True] * 3
+    assert b.find(1, 2, 3) == (RAM, RAM, RAM)
+    b.let_go()
+    far.end(signal.SIGKILL)
+    assert b.load(1, 2, 3) == [True] * 3 and b.find(1, 2, 3, 4) == (RAM, RAM, RAM)
