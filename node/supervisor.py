@@ -32,6 +32,8 @@ class ChildSpec:
     group: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
+    needed: bool = True
+    """Without its group the whole ends; the others go on without one that is not needed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,7 +119,7 @@ class Supervisor:
             await asyncio.wait([stopping, *pending], return_when=asyncio.FIRST_COMPLETED)
             pending = {task for task in pending if not task.done()}
             alive = {keepers[task].spec.group for task in pending}
-            lost = {child.spec.group for child in keepers.values()} - alive
+            lost = {child.spec.group for child in keepers.values() if child.spec.needed} - alive
             if lost and not self._stop.is_set():
                 self._say(f"giving up: no {' and no '.join(sorted(lost))} process is left")
                 return True

@@ -1,4 +1,4 @@
-"""Serves a model on this machine: one proxy, N prefill and N decode workers as child processes.
+"""Serves a model on this machine: one proxy, N prefill and N decode workers and a KV store as child processes.
 
 It owns the command lines of the roles and the test for "ready": a token has come back through all of them. How children
 are started, watched and ended is node.supervisor's.
@@ -42,6 +42,9 @@ class ServeSettings:
     local_prefill: str | None = option(
         None, help="which prompts decode workers prefill themselves", choices=("never", "short", "always")
     )
+    store_ram_gib: float = option(0.25, unit="GiB", help="RAM of the KV store that workers share; 0: none", minimum=0)
+    store_disk_gib: float = option(0.0, unit="GiB", help="disk of the KV store, for each model; 0: none", minimum=0)
+    store_path: Path = option(Path("kvstore"), metavar="FOLDER", help="where the KV store keeps blocks on disk")
     api_key: str = option("", help="key that clients must send", env="BATON_API_KEY")
     insecure_network: bool = option(False, help="allow a --host that other machines can reach")
     proxy_arg: tuple[str, ...] = option(
@@ -54,8 +57,9 @@ class ServeSettings:
     grace_s: float = option(45.0, unit="s", help="time until what has not drained is killed", minimum=0)
 
 
-def roles(settings: ServeSettings, control_port: int, environ: Mapping[str, str]) -> list[ChildSpec]:
-    """The processes to run; the proxy's control socket is at `control_port`, workers choose their ports themselves."""
+def roles(settings: ServeSettings, control_port: int, store_port: int, environ: Mapping[str, str]) -> list[ChildSpec]:
+    """The processes to run; the proxy's control socket and the store are at these ports, workers choose their own."""
+    store = f"tcp://127.0.0.1:{store_port}" if settings.store_ram_gib else ""
     control = f"tcp://127.0.0.1:{control_port}"
     env = {**environ, "PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
     env.setdefault("OMP_NUM_THREADS", str(threads_a_worker(len(_cores()), settings.prefill + settings.decode)))
@@ -68,12 +72,26 @@ def roles(settings: ServeSettings, control_port: int, environ: Mapping[str, str]
         *settings.proxy_arg,
     ]
     specs = [_role("proxy", "proxy", proxy, env | ({"BATON_API_KEY": settings.api_key} if settings.api_key else {}))]
+    if store:
+        specs.append(_store(settings, control, store, env))
     for role, count in (("prefill", settings.prefill), ("decode", settings.decode)):
         for index in range(count):
             name = f"{role}-{index}"
             worker = ["--model", settings.model, "--proxy", control, "--device", settings.device, "--worker-id", name]
-            specs.append(_role(name, role, [*worker, *settings.worker_arg], env))
+            shared = ["--store", store] if store else []
+            specs.append(_role(name, role, [*worker, *shared, *settings.worker_arg], env))
     return specs
+
+
+def _store(settings: ServeSettings, control: str, address: str, env: Mapping[str, str]) -> ChildSpec:
+    """Nobody's request needs it, so the rest goes on where it cannot be kept alive."""
+    disk = ["--disk-gib", str(settings.store_disk_gib), "--path", str(settings.store_path)]
+    argv = [
+        *(sys.executable, "-m", "kvtransfer", "--store-id", "store", "--proxy", control, "--bind", address),
+        *("--ram-gib", str(settings.store_ram_gib)),
+        *(disk if settings.store_disk_gib else ()),
+    ]
+    return ChildSpec(name="store", group="store", argv=tuple(argv), env=env, needed=False)
 
 
 def _role(name: str, role: str, arguments: Sequence[str], env: Mapping[str, str]) -> ChildSpec:
@@ -106,6 +124,14 @@ def check_port(host: str, port: int) -> None:
             probe.bind(address)
     except OSError as error:
         raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+
+
+def free_ports(count: int) -> list[int]:
+    """So many free ports, each another."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
 
 
 def free_port() -> int:
@@ -193,7 +219,7 @@ def main(argv: Sequence[str]) -> int:
         require_loopback(settings.host, settings.insecure_network)
         check_port(settings.host, settings.port)
         locate_model(settings.model)  # once, with its progress bars, before every child looks for it
-        return asyncio.run(supervise(settings, roles(settings, free_port(), os.environ)))
+        return asyncio.run(supervise(settings, roles(settings, *free_ports(2), os.environ)))
     except SettingsError as error:
         print(f"scripts/serve: error: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,21 @@ async def test_a_child_given_up_leaves_its_twin_serving(tmp_path: Path) -> None:
         await log.until("given up")
         assert not task.done()
         sup.stop()
+        assert await finished(task) == 0
+
+
+async def test_the_rest_goes_on_without_a_child_that_is_not_needed(tmp_path: Path) -> None:
+    """A store that cannot run would take a service down that works without it."""
+    log = Log()
+    store = replace(crash_loop(tmp_path / "m", "store"), group="store", needed=False)
+    patience = Patience(restart_delay_s=0.0, max_restarts=0)
+    async with running(log, store, child(WAITS, "decode-1"), patience=patience, count=2) as (supervisor, task):
+        os.kill(int(log.having("[store] up")[0].split()[-1]), signal.SIGKILL)
+        await log.until("given up")
+        for _ in range(10):
+            await asyncio.sleep(0)  # so that a supervisor that minds can end
+        assert not task.done() and not log.having("giving up")
+        supervisor.stop()
         assert await finished(task) == 0
 
 

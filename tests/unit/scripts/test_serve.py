@@ -1,9 +1,9 @@
-"""Guards scripts/serve.py: the command lines of the roles, and one whole life with stand-ins for the three programs."""
+"""Guards scripts/serve.py: the command lines of the roles, and one whole life with stand-ins for the four programs."""
 
 from __future__ import annotations
 
 import asyncio
-import importlib.util
+import importlib
 import json
 import os
 import shlex
@@ -22,13 +22,13 @@ from scripts import serve
 
 ROOT = Path(__file__).resolve().parents[3]
 
-# The stand-ins drain on SIGTERM, as the real ones do; the proxy has a token as soon as three workers run.
+# The stand-ins drain on SIGTERM, as the real ones do; the proxy has a token as soon as three workers and the store run.
 FAKE_PROXY = """
 import glob, http.server, signal, sys
 options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
-        ready = self.path == "/health_generate" and len(glob.glob("*.up")) == 3
+        ready = self.path == "/health_generate" and len(glob.glob("*.up")) == 4
         self.send_response(200 if ready else 503)
         self.end_headers()
     def log_message(self, *args):
@@ -48,6 +48,13 @@ signal.signal(signal.SIGTERM, end)
 open(sys.argv[sys.argv.index("--worker-id") + 1] + ".up", "w").close()
 signal.pause()
 """
+FAKE_STORE = """
+import signal, sys
+signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit(0)))
+open("store.up", "w").close()
+signal.pause()
+"""
+FAKES = {"proxy": FAKE_PROXY, "kvtransfer": FAKE_STORE}
 
 
 def options_of(argv: tuple[str, ...]) -> list[str]:
@@ -57,9 +64,10 @@ def options_of(argv: tuple[str, ...]) -> list[str]:
 def test_each_role_gets_the_options_that_it_has() -> None:
     """A worker that is told another proxy, or the same name as its twin, never serves."""
     settings = serve.ServeSettings(model="m", port=9, prefill=2, device="cpu", worker_arg=("--num-blocks=5",))
-    specs = serve.roles(settings, 777, {})
+    specs = serve.roles(settings, 777, 778, {})
     assert [(spec.name, spec.group) for spec in specs] == [
         ("proxy", "proxy"),
+        ("store", "store"),
         ("prefill-0", "prefill"),
         ("prefill-1", "prefill"),
         ("decode-0", "decode"),
@@ -69,9 +77,21 @@ def test_each_role_gets_the_options_that_it_has() -> None:
     assert options_of(specs[0].argv) == (
         ["proxy", *model, "--host", "127.0.0.1", "--port", "9", "--control-address", address]
     )
-    assert options_of(specs[2].argv) == (
-        ["prefill", "--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", "--num-blocks=5"]
+    store = "tcp://127.0.0.1:778"
+    assert options_of(specs[1].argv) == (
+        ["kvtransfer", "--store-id", "store", "--proxy", address, "--bind", store, "--ram-gib", "0.25"]
     )
+    worker = ["--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", "--store", store]
+    assert options_of(specs[3].argv) == ["prefill", *worker, "--num-blocks=5"]
+
+
+def test_the_store_is_as_asked_for_and_nobody_needs_it() -> None:
+    """A store that cannot be kept alive must not end the serving; without RAM for one, none is started."""
+    specs = serve.roles(serve.ServeSettings(store_disk_gib=2, store_path=Path("d")), 1, 2, {})
+    assert options_of(specs[1].argv)[-4:] == ["--disk-gib", "2", "--path", "d"]
+    assert [spec.name for spec in specs if not spec.needed] == ["store"]
+    specs = serve.roles(serve.ServeSettings(store_ram_gib=0), 1, 2, {})
+    assert "store" not in [spec.name for spec in specs] and "--store" not in specs[1].argv
 
 
 def test_clients_call_a_model_by_a_name_not_by_a_path(tmp_path: Path) -> None:
@@ -86,15 +106,15 @@ def test_clients_call_a_model_by_a_name_not_by_a_path(tmp_path: Path) -> None:
 
 def test_without_prefill_workers_decode_workers_prefill() -> None:
     """`--prefill 0` would wait for ever for a prefill worker that nobody starts."""
-    argv = serve.roles(serve.ServeSettings(prefill=0), 1, {})[0].argv
+    argv = serve.roles(serve.ServeSettings(prefill=0), 1, 2, {})[0].argv
     assert argv[argv.index("--local-prefill") + 1] == "always"
-    argv = serve.roles(serve.ServeSettings(prefill=0, local_prefill="short"), 1, {})[0].argv
+    argv = serve.roles(serve.ServeSettings(prefill=0, local_prefill="short"), 1, 2, {})[0].argv
     assert argv[argv.index("--local-prefill") + 1] == "short"
 
 
 def test_the_key_is_in_no_command_line_and_only_the_proxy_has_it() -> None:
     """Every user of the machine can read command lines."""
-    specs = serve.roles(serve.ServeSettings(api_key="hunter2"), 1, {})
+    specs = serve.roles(serve.ServeSettings(api_key="hunter2"), 1, 2, {})
     assert not any("hunter2" in argument for spec in specs for argument in spec.argv)
     assert [spec.name for spec in specs if "hunter2" in spec.env.values()] == ["proxy"]
     assert "hunter2" not in serve.curl_line(serve.ServeSettings(api_key="hunter2"), "http://x")
@@ -108,7 +128,7 @@ def test_threads_of_all_workers_fit_the_cores(cores: int, workers: int, threads:
 
 def test_a_number_of_threads_that_the_user_set_is_kept() -> None:
     """It was set for a reason."""
-    spec = serve.roles(serve.ServeSettings(), 1, {"OMP_NUM_THREADS": "5"})[1]
+    spec = serve.roles(serve.ServeSettings(), 1, 2, {"OMP_NUM_THREADS": "5"})[-1]
     assert spec.env["OMP_NUM_THREADS"] == "5"
 
 
@@ -149,9 +169,9 @@ async def test_the_probe_reads_any_answer(answer: bytes, status: int) -> None:
 
 @contextmanager
 def serving(folder: Path, port: int, *options: str, **programs: str) -> Iterator[subprocess.Popen[str]]:
-    """`scripts/serve.py` in a folder where the three programs are stand-ins."""
-    for role in ("proxy", "prefill", "decode"):
-        (folder / f"{role}.py").write_text(programs.get(role, FAKE_PROXY if role == "proxy" else FAKE_WORKER))
+    """`scripts/serve.py` in a folder where the four programs are stand-ins."""
+    for role in ("proxy", "prefill", "decode", "kvtransfer"):
+        (folder / f"{role}.py").write_text(programs.get(role, FAKES.get(role, FAKE_WORKER)))
     (folder / "config.json").write_text("{}")
     command = [
         sys.executable,
@@ -196,7 +216,9 @@ def test_a_whole_life(tmp_path: Path, signum: int) -> None:
         rest = process.stdout.read().splitlines()
         assert process.wait(60) == 0
     assert rest[0].startswith("stopping")
-    assert sorted(rest[1:-1]) == [f"[{name}] drained" for name in ("decode-0", "prefill-0", "prefill-1", "proxy")]
+    assert sorted(rest[1:-1]) == [
+        f"[{name}] drained" for name in ("decode-0", "prefill-0", "prefill-1", "proxy", "store")
+    ]
     assert rest[-1] == "stopped"
     serve.check_port("127.0.0.1", port)
 
@@ -227,14 +249,14 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path, opti
     assert len(lines) == 1 and said in lines[0]
 
 
-@pytest.mark.parametrize("role", ["proxy", "prefill", "decode"])
+@pytest.mark.parametrize("role", ["proxy", "prefill", "decode", "store"])
 def test_the_roles_have_the_options_that_they_are_given(role: str) -> None:
     """An option renamed in a role would only be found by starting everything; a key not read is no protection."""
-    if importlib.util.find_spec(f"{role}.settings") is None:
-        pytest.skip(f"{role} is not there yet")
-    module = importlib.import_module(f"{role}.settings")
+    module = importlib.import_module("kvtransfer.store.settings" if role == "store" else f"{role}.settings")
     fields = getattr(module, f"{role.capitalize()}Settings").__dataclass_fields__
-    specs = serve.roles(serve.ServeSettings(prefill=1, local_prefill="short", insecure_network=True), 1, {})
+    specs = serve.roles(
+        serve.ServeSettings(prefill=1, local_prefill="short", insecure_network=True, store_disk_gib=1), 1, 2, {}
+    )
     argv = next(spec.argv for spec in specs if spec.group == role)
     given = {word[2:].replace("-", "_") for word in argv if word.startswith("--")}
     assert given <= set(fields)
