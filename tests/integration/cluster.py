@@ -92,6 +92,8 @@ class Cluster:
     prefill_step_s: float = 0.0
     decode_step_s: float = 0.0
     """Least time of a step, for tests that must meet a request in one of its phases; 0: as fast as it goes."""
+    api_key: str = ""
+    """The one that the proxy asks for; empty: none."""
     log_folder: Path | None = None
     http_port: int = field(default_factory=free_port)
     control_port: int = field(default_factory=free_port)
@@ -140,6 +142,7 @@ class Cluster:
             str(self.http_port),
             "--control-address",
             f"tcp://127.0.0.1:{self.control_port}",
+            *(("--api-key", self.api_key) if self.api_key else ()),
             *self.proxy_args,
         )
 
@@ -220,7 +223,7 @@ class Cluster:
             for name, process in self.processes.items():
                 assert process.poll() is None or name in self.killed, f"{name} ended with {process.returncode}"
             try:
-                if self.num_workers() >= workers and httpx.get(f"{self.url}/health_generate", timeout=10).is_success:
+                if self.num_workers() >= workers and self._get("/health_generate").is_success:
                     return
             except httpx.TransportError:
                 pass
@@ -233,7 +236,7 @@ class Cluster:
         return len([line for line in lines if 'role="store"' not in line])
 
     def metrics(self) -> list[str]:
-        return httpx.get(f"{self.url}/metrics", timeout=10).text.splitlines()
+        return self._get("/metrics").text.splitlines()
 
     def worker_values(self, name: str) -> dict[str, float]:
         """A number that every live worker reports, such as "running", by worker."""
@@ -292,14 +295,16 @@ class Cluster:
     def complete(self, prompt: str | list[int], **body: Any) -> dict[str, Any]:
         """One non-streaming completion; greedy unless the body says otherwise."""
         payload = {"model": self.model_name, "prompt": prompt, "temperature": 0, **body}
-        answer = httpx.post(f"{self.url}/v1/completions", json=payload, timeout=120)
+        answer = httpx.post(f"{self.url}/v1/completions", json=payload, headers=self._headers, timeout=120)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
     def stream(self, prompt: str | list[int], **body: Any) -> Iterator[dict[str, Any]]:
         """The chunks of one streamed completion, as they come."""
         payload = {"model": self.model_name, "prompt": prompt, "temperature": 0, "stream": True, **body}
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=payload, timeout=120) as answer:
+        with httpx.stream(
+            "POST", f"{self.url}/v1/completions", json=payload, headers=self._headers, timeout=120
+        ) as answer:
             assert answer.status_code == 200, answer.read()
             for line in answer.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
@@ -318,6 +323,13 @@ class Cluster:
     def _reports(self, name: str) -> list[re.Match[str]]:
         found = (_WORKER_LINE.fullmatch(line) for line in self.metrics())
         return [match for match in found if match and match["name"] == name]
+
+    @property
+    def _headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    def _get(self, path: str) -> httpx.Response:
+        return httpx.get(f"{self.url}{path}", headers=self._headers, timeout=10)
 
     def _sum(self, name: str) -> float:
         lines = [line for line in self.metrics() if line.startswith(f"{name}{{")]
