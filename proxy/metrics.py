@@ -23,6 +23,7 @@ from proxy.timeline import FIRST_TOKEN, USUAL, Part
 # fmt: off
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
            0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
+COARSE_SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 40.0, 160.0)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
 # fmt: on
 OPERATIONS = ("chat", "text_completion")
@@ -154,7 +155,7 @@ class Metrics:
             "Time of a request in a stage of its timeline; the stages until a token sum to the time until that token.",
             (*_LABEL, "until", "stage"),
             registry=self._registry,
-            buckets=SECONDS,
+            buckets=COARSE_SECONDS,
         )
         for until, stages in USUAL.items():
             for stage in stages:
@@ -167,7 +168,9 @@ class Metrics:
         self._gen_ai_tpot = self._gen_ai("time_per_output_token", "As vllm:request_time_per_output_token_seconds.")
 
     def _gen_ai(self, name: str, text: str) -> dict[str, Histogram]:
-        family = Histogram(f"gen_ai_server_{name}_seconds", text, _GEN_AI, registry=self._registry, buckets=SECONDS)
+        family = Histogram(
+            f"gen_ai_server_{name}_seconds", text, _GEN_AI, registry=self._registry, buckets=COARSE_SECONDS
+        )
         return {operation: family.labels(operation, PROVIDER, self._model) for operation in OPERATIONS}
 
     def _gauge(self, name: str, text: str) -> Gauge:
@@ -185,5 +188,5 @@ class Metrics:
         return {value: family.labels(self._model, value) for value in values}
 
     def _histograms(self, name: str, text: str, label: str, values: Iterable[str]) -> dict[str, Histogram]:
-        family = Histogram(name, text, (*_LABEL, label), registry=self._registry, buckets=SECONDS)
+        family = Histogram(name, text, (*_LABEL, label), registry=self._registry, buckets=COARSE_SECONDS)
         return {value: family.labels(self._model, value) for value in values}

@@ -197,6 +197,7 @@ class Session:
             deadline_s=deadline_s,
             priority=self._priority,
         )
+        self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
         self._open(attempt, attempt.decode, reserve, names)
         if route.prefill is not None:
             message = Prefill(
@@ -214,7 +215,6 @@ class Session:
             )
             self._open(attempt, prefill, message, names)
         self._tell_route(route, attempt)
-        self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
         return attempt
 
     async def _admit(self, token_ids: tuple[int, ...], avoid: frozenset[str]) -> tuple[Route, Names]:

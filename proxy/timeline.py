@@ -24,7 +24,7 @@ STAGES: dict[str, str] = {
     "admission": "From the first byte of the request until its body is read and checked.",
     "tokenise": "Chat template and tokenizer.",
     "queue": "Waiting in the proxy for a worker with room, attempts that a worker answered with Busy included.",
-    "route": "Hashing the prompt's blocks and sending both legs.",
+    "route": "Hashing the prompt's blocks, and making the messages to the workers.",
     "retry": "Attempts that failed, from their dispatch (or their last token) to the failure.",
     "in_flight": "With the workers, where the request ended before they told more.",
     "prefill_queue": "Waiting in the worker that computes the prompt.",
@@ -34,7 +34,7 @@ STAGES: dict[str, str] = {
     "transfer": "After that: until the last block has arrived and is verified.",
     "decode_admission": "Arrived, waiting for decode's next step.",
     "first_step": "The step that draws the token after.",
-    "network": "What is left of a leg: messages under way, and waiting to be read at either end.",
+    "network": "What is left of a leg: messages that are sent, under way, and waiting to be read.",
     "reply": "From the token's arrival in the proxy to its answer written: text, JSON, the client's socket.",
     "decode": "Decoding from the second token on.",
 }
