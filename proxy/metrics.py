@@ -105,7 +105,7 @@ class Metrics:
         if not part.complete:
             return
         for stage, took_s in part.stages:
-            self._stages.labels(self._model, part.until, stage).observe(took_s)
+            self._stage(part.until, stage).observe(took_s)
         if part.until == FIRST_TOKEN:
             self._ttft.observe(part.total_s)
             gen_ai_ttft.observe(part.total_s)
@@ -157,9 +157,10 @@ class Metrics:
             registry=self._registry,
             buckets=COARSE_SECONDS,
         )
+        self._stage = functools.cache(lambda until, stage: self._stages.labels(self._model, until, stage))
         for until, stages in USUAL.items():
             for stage in stages:
-                self._stages.labels(self._model, until, stage)
+                self._stage(until, stage)
 
     def _add_gen_ai(self) -> None:
         """Source: OpenTelemetry's semantic conventions for GenAI metrics, "model server metrics"."""
