@@ -1,7 +1,7 @@
 """What a step is made of and what it gives back, in plain values: rows in, drawn tokens out. No torch.
 
-A step is launched first and read later. A runner's `run_ahead` steps may be launched before the first of them is read; the
-worker then does not know the token that a sequence continues with, and says so by a row without token ids.
+A step is launched first and read later. As many as a runner's `run_ahead` may be launched before the first of them is
+read; the worker then does not know the token that a sequence continues with, and says so by a row without token ids.
 """
 
 from __future__ import annotations

@@ -60,8 +60,11 @@ def load_weights(
     device: str = "cpu",
     load_format: str = "auto",
     on_progress: Progress = no_progress,
+    pack: bool = True,
 ) -> Weights:
     """The folder's weights in `dtype`; `dummy` makes random ones, the same in every process, without reading any.
+
+    pack: prepare them for the CPU's products; without it every weight stays a plain matrix.
 
     on_progress(done, total) counts tensors. Raises SettingsError for a missing shard or tensor, a file that is cut
     off or no safetensors, and a wrong shape, naming it.
@@ -73,7 +76,8 @@ def load_weights(
         _fill_randomly(places)
     else:
         _fill_from_shards(folder, places, on_progress)
-    _pack(weights)
+    if pack:
+        _pack(weights)
     return weights
 
 
@@ -173,12 +177,18 @@ def _allocate(config: ModelConfig, dtype: torch.dtype, device: str) -> tuple[Wei
 
 
 def _fill_randomly(places: dict[str, torch.Tensor]) -> None:
-    """Norm weights 1, biases 0, the rest normal: a decoder that computes, though it says nothing."""
-    generator = torch.Generator().manual_seed(0)
+    """Norm weights 1, biases 0, the rest normal: a decoder that computes, though it says nothing.
+
+    A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's.
+    """
+    device = next(iter(places.values())).device
+    generator = torch.Generator(device).manual_seed(0)
     for name, place in places.items():
         if name.endswith("norm.weight"):
             place.fill_(1.0)
         elif name.endswith(".bias"):
             place.zero_()
-        else:
+        elif device.type == "cpu":
             place.copy_(torch.empty(place.shape, dtype=torch.float32).normal_(0.0, DUMMY_STD, generator=generator))
+        else:
+            place.normal_(0.0, DUMMY_STD, generator=generator)

@@ -7,7 +7,7 @@ kept as a running maximum and sum (Milakov, Gimelshein 2018; Dao et al., FlashAt
 A program does one chunk of one sequence and key head. With `merges` it leaves its part in the scratch, and the program
 that ends last, found by a counter that it sets back to zero, merges the parts in the order of the chunks: the order of
 arrival does not matter, and no float is added atomically. With chunks of one size a row's bits do not depend on the
-batch (`decode_plan.fixed_plan`).
+batch (`decode_plan.fixed_plan`); with `even` chunks the size follows from the row's own length.
 
 Bytes: the keys and values, 2 * sum(length) * KH * D * element size. Blocks of 64 tokens and more arrive by TMA.
 The pool must be finite everywhere: what lies past a sequence's end in its last tile is multiplied by 0, not skipped.
@@ -114,6 +114,7 @@ def _decode_attention_kernel(
     AT_ONCE: tl.constexpr,
     TMA: tl.constexpr,
     MERGES: tl.constexpr,
+    EVEN: tl.constexpr,
     WINDOWED: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -130,6 +131,8 @@ def _decode_attention_kernel(
         first = tl.maximum(length - window, 0)
     start = first
     end = length
+    if EVEN:
+        chunk_tokens = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), TILE), 1) * TILE
     if MERGES:
         start = tl.maximum(first, split * chunk_tokens)
         end = tl.minimum((split + 1) * chunk_tokens, length)
@@ -264,6 +267,7 @@ def decode_attention(
         AT_ONCE=max(2, min(16, MERGED_ELEMENTS // (group_block * dim_block))),
         TMA=tma,
         MERGES=plan.merges,
+        EVEN=plan.even,
         WINDOWED=window is not None,
         PDL=pdl,
         **launch_options(4, pdl, plan.num_stages),

@@ -14,7 +14,10 @@ FULL = 0.9  # a plan that fills this share of the places is taken before one tha
 
 @dataclass(frozen=True, slots=True)
 class DecodePlan:
-    """num_splits * chunk_tokens is at least the longest sequence; chunk i begins at token i * chunk_tokens."""
+    """num_splits * chunk_tokens is at least the longest sequence; chunk i begins at token i * chunk_tokens.
+
+    even: each sequence is cut into num_splits chunks of its own size, and chunk_tokens is the largest that one can have.
+    """
 
     num_splits: int
     chunk_tokens: int
@@ -22,6 +25,7 @@ class DecodePlan:
     """Of the pipeline, the block table's load included: 3, 5, 7 keep 1, 2, 3 tiles of keys and values in flight."""
     merges: bool
     """Whether programs leave partial results that the last of a sequence merges."""
+    even: bool = False
 
 
 def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> DecodePlan:
@@ -43,6 +47,16 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
     chunk = max(TILE, -(-max_tokens // num_splits // TILE) * TILE)
     num_splits = -(-max_tokens // chunk)
     return DecodePlan(num_splits, chunk, _stages(programs * num_splits, chunk, num_sms), merges=num_splits > 1)
+
+
+def even_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> DecodePlan:
+    """A fast plan that may be taken for any lengths up to max_tokens: short sequences get short chunks.
+
+    As many chunks as `split_plan` makes for the longest, so that one captured graph serves all lengths of a bucket.
+    """
+    plan = split_plan(num_rows, kv_heads, max_tokens, num_sms)
+    stages = _stages(num_rows * kv_heads * plan.num_splits, plan.chunk_tokens, num_sms)
+    return DecodePlan(plan.num_splits, plan.chunk_tokens, stages, plan.merges, even=plan.merges)
 
 
 def fixed_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int, chunk_tokens: int = 512) -> DecodePlan:

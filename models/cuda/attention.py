@@ -1,0 +1,74 @@
+"""Which kernel attends for parts of prompts: Hopper's, where it can, else the portable one. Chosen once, for one pool."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from kernels.triton import prefill_attention
+from models.config import ModelConfig
+from models.cuda.decoder import Attend
+from models.cuda.queue import Queue
+
+GLUON_BLOCKS = (16, 32, 64, 128)
+ITEMS_A_MULTIPROCESSOR = 2
+"""Up to so many items of the work list a program each is faster than programs that take items from a counter."""
+
+
+class ChunkAttention(Protocol):
+    """Attention of ragged chunks of sequences over their cached tokens and themselves."""
+
+    tile: int
+    """Tokens of one item of the work list."""
+
+    def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
+        """For one step; the arrays as kernels.triton.prefill_attention takes them."""
+        ...
+
+
+def choose_attention(config: ModelConfig, pool: torch.Tensor, queue: Queue, deterministic: bool) -> ChunkAttention:
+    """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do."""
+    fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.shape[3] in GLUON_BLOCKS
+    if pool.is_cuda and fits and config.sliding_window is None and not deterministic:
+        # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
+        from kernels.triton import prefill_gluon
+
+        if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.device)):
+            return _Hopper(pool, queue.num_sms)
+    return _Portable(config, pool)
+
+
+class _Portable:
+    def __init__(self, config: ModelConfig, pool: torch.Tensor) -> None:
+        self.tile = prefill_attention.block_m(config.head_dim)
+        self._config, self._pool = config, pool
+
+    def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
+        config, pool, tile = self._config, self._pool, self.tile
+
+        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+            window = config.sliding_window if config.windowed_layers[layer] else None
+            prefill_attention.prefill_attention(
+                query, pool, layer, tables, starts, lengths, work, tile, out, window=window
+            )
+
+        return attend
+
+
+class _Hopper:
+    def __init__(self, pool: torch.Tensor, num_sms: int) -> None:
+        from kernels.triton import prefill_gluon
+
+        self.tile = prefill_gluon.BLOCK_M
+        self._attention = prefill_gluon.prefill_attention
+        self._pool, self._num_sms = pool, num_sms
+        self._counter = torch.zeros(2, dtype=torch.int32, device=pool.device)
+
+    def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
+        counter = self._counter if len(work) > ITEMS_A_MULTIPROCESSOR * self._num_sms else None
+
+        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+            self._attention(query, self._pool, layer, tables, starts, lengths, work, self._num_sms, counter, out)
+
+        return attend

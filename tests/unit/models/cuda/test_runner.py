@@ -1,0 +1,160 @@
+"""The GPU's runner on CPU tensors, its kernels interpreted and its work run as late as can be: against the CPU's runner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from models.batch import Draw, Row
+from models.cuda.products import Policy, fastest, invariant, untuned
+from models.cuda.queue import HostQueue
+from models.cuda.runner import CudaRunner, Limits
+from models.runner import ModelRunner
+from models.weights import load_weights
+from node.errors import InvariantBroken
+from node.messages import SamplingParams
+
+BLOCK = 16
+
+
+def split_in_two(num_rows, shape):
+    """Parts of sums, as the tables of large models have them."""
+    n, k, fused = shape
+    tiles = untuned(num_rows, shape)
+    if fused or k % 32:
+        return tiles
+    return type(tiles)(16, 16, 16, 3, 2, prefetch=0)
+
+
+def make(folder, *, max_rows: int = 4, run_ahead: int = 1, policy: Policy = fastest, deterministic: bool = False):
+    """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks."""
+    plain = ModelRunner.load(folder)
+    plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
+    limits = Limits(max_rows, 64, run_ahead, deterministic)
+    late = CudaRunner(
+        plain.config, load_weights(plain.config, folder, torch.float32, pack=False), HostQueue(), limits, 512, policy
+    )
+    late.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)), 96)
+    return late, plain
+
+
+FAMILIES = {
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", {}),
+    "qwen3": ("qwen3", {}),
+    "mistral": ("mistral", {"sliding_window": 19}),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_equal_the_cpu_s(make_model, family):
+    """Guards every family's part: biases, norms of heads, window, and a chunk that follows a cached prefix."""
+    name, config = FAMILIES[family]
+    late, plain = make(make_model(name, num_hidden_layers=2, **config).folder, policy=fastest)
+    draw = Draw(SamplingParams(max_tokens=9, temperature=0.0), (), 0, 0)
+    first = [Row(list(range(3, 25)), 0, [5, 2, 9], None), Row([7, 8, 9], 0, [1], draw)]
+    then = [Row(list(range(40, 60)), 22, [5, 2, 9], draw)]
+    for rows in (first, then):
+        torch.testing.assert_close(late.logits(rows), plain.compute(rows)[1], rtol=2e-4, atol=2e-4)
+
+
+class Ahead:
+    """Sequences on one runner, as a decode worker drives it: each step is launched before the last one is read."""
+
+    def __init__(self, late: CudaRunner) -> None:
+        self.late = late
+        self.known: dict[int, list[int]] = {}  # by slot
+        self.computed: dict[int, int] = {}
+        self.params: dict[int, SamplingParams] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.prompts: dict[int, int] = {}
+        self.flights: list = []
+
+    def start(self, slot: int, prompt: list[int], blocks: list[int], **params) -> None:
+        self.known[slot], self.computed[slot], self.tables[slot] = list(prompt), 0, blocks
+        self.prompts[slot] = len(prompt)
+        self.params[slot] = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
+
+    def launch(self, slots: list[int], chunk: int = 100) -> None:
+        rows, drawing = [], []
+        for slot in slots:
+            known, start = self.known[slot], self.computed[slot]
+            pending = sum(slot in drawn for _, drawn in self.flights)
+            expected = len(known) + pending
+            end = min(start + chunk, expected)
+            draw = None
+            if end == expected:
+                draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot])
+                drawing.append(slot)
+            rows.append(Row(known[start:end], start, self.tables[slot][: -(-end // BLOCK)], draw, slot))
+            self.computed[slot] = end
+        self.flights.append((self.late.launch(rows), drawing))
+        if len(self.flights) > self.late.run_ahead:
+            self.read()
+
+    def read(self) -> None:
+        launched, drawing = self.flights.pop(0)
+        drawn = [entry.token_id for entry in launched.read() if entry is not None]
+        for slot, token_id in zip(drawing, drawn, strict=True):
+            self.known[slot].append(token_id)
+
+    def generated(self, slot: int) -> list[int]:
+        while self.flights:
+            self.read()
+        return self.known[slot][self.prompts[slot] :]
+
+
+def one_after_the_other(plain: ModelRunner, prompt: list[int], blocks: list[int], count: int, **params) -> list[int]:
+    known, row_start = list(prompt), 0
+    sampling = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
+    for _ in range(count):
+        draw = Draw(sampling, known, len(prompt), len(known) - len(prompt))
+        drawn = plain.step([Row(known[row_start:], row_start, blocks, draw)])[0]
+        assert drawn is not None
+        row_start = len(known)
+        known.append(drawn.token_id)
+    return known[len(prompt) :]
+
+
+PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}
+TABLES = {0: [4, 11, 2], 1: [7, 0], 2: [9, 3, 5]}
+
+
+@pytest.mark.parametrize("policy", [split_in_two, invariant], ids=["split", "deterministic"])
+@pytest.mark.parametrize("run_ahead", [0, 2])
+def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_ahead):
+    """Guards the slots: tokens that only the device knows, blocks that are added, rows that pause, come and go, a slot
+    that changes its owner, and steps of prompts between steps of decoding."""
+    folder = make_model("llama", num_hidden_layers=1, vocab_size=144).folder
+    late, plain = make(folder, run_ahead=run_ahead, policy=policy, deterministic=policy is invariant)
+    run = Ahead(late)
+    run.start(0, PROMPTS[0], TABLES[0])
+    run.start(1, PROMPTS[1], TABLES[1], temperature=1.1, seed=(5 << 33) + 7)
+    run.launch([0, 1], chunk=9)  # a part of one prompt beside the whole of another
+    run.launch([0, 1], chunk=9)
+    for _ in range(5):
+        run.launch([1, 0])
+    run.launch([0])
+    found = {1: run.generated(1)}
+    run.start(1, PROMPTS[2], TABLES[2], temperature=0.7, top_p=1.0, seed=3)
+    for slots in ([0, 1], [1], [0, 1], [1, 0]):
+        run.launch(slots)
+    found |= {0: run.generated(0), 2: run.generated(1)}
+    assert [len(found[name]) for name in (0, 1, 2)] == [10, 7, 4]
+    assert found[0] == one_after_the_other(plain, PROMPTS[0], TABLES[0], 10)
+    assert found[1] == one_after_the_other(plain, PROMPTS[1], TABLES[1], 7, temperature=1.1, seed=(5 << 33) + 7)
+    assert found[2] == one_after_the_other(plain, PROMPTS[2], TABLES[2], 4, temperature=0.7, seed=3)
+
+
+def test_a_step_that_was_not_read_holds_its_result(make_model):
+    """Guards against a result that a later step overwrites before it is read, and against launching without bound."""
+    late, _ = make(make_model("llama", num_hidden_layers=1, vocab_size=144).folder, run_ahead=1)
+    draw = Draw(SamplingParams(max_tokens=9, temperature=0.0), (), 3, 0)
+    launched = [late.launch([Row([5, 6, token], 0, [token], draw, 0)]) for token in (1, 2)]
+    with pytest.raises(InvariantBroken, match="not read"):
+        late.launch([Row([1], 0, [1], None)])
+    first, second = (step.read() for step in launched)
+    assert first == late.launch([Row([5, 6, 1], 0, [3], draw, 0)]).read()
+    assert second == late.launch([Row([5, 6, 2], 0, [3], draw, 0)]).read() != first
