@@ -16,7 +16,7 @@ FULL = 0.9  # a plan that fills this share of the places is taken before one tha
 class DecodePlan:
     """num_splits * chunk_tokens is at least the longest sequence; chunk i begins at token i * chunk_tokens.
 
-    even: each sequence is cut into num_splits chunks of its own size, and chunk_tokens is the largest that one can have.
+    even: each sequence is cut into num_splits chunks of its own size; chunk_tokens is the largest that one can have.
     """
 
     num_splits: int

@@ -35,8 +35,10 @@ class StepInputs:
 
     @classmethod
     def make(cls, num_rows: int, table_width: int, device: str) -> StepInputs:
-        rows = [torch.zeros(num_rows, dtype=torch.int32, device=device) for _ in range(4)]
-        return cls(*rows, torch.zeros(num_rows, table_width, dtype=torch.int32, device=device))
+        def zeros(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        return cls(zeros(num_rows), zeros(num_rows), zeros(num_rows), zeros(num_rows), zeros(num_rows, table_width))
 
     def first(self, num_rows: int) -> StepInputs:
         """The first rows, in the same memory."""

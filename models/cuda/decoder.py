@@ -52,7 +52,9 @@ class Activations:
 
         heads, dim = config.num_heads, config.head_dim
         return cls(
-            *(zeros(rows, config.hidden_size) for _ in range(3)),
+            zeros(rows, config.hidden_size),
+            zeros(rows, config.hidden_size),
+            zeros(rows, config.hidden_size),
             zeros(rows, (heads + 2 * config.num_kv_heads) * dim),
             zeros(rows, heads, dim),
             zeros(rows, heads, dim),
