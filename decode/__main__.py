@@ -12,7 +12,7 @@ from worker.main import serve
 
 def main() -> int:
     settings = parse(DecodeSettings, sys.argv[1:], prog="python -m decode", description="A decode worker of Baton.")
-    return serve("decode", settings, lambda worker: DecodeWorker(worker, settings, store=worker.store))
+    return serve("decode", settings, lambda worker, sizes: DecodeWorker(worker, sizes, store=worker.store))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One model on one device: loads it, and carries out steps over a pool that the caller allocated.
+"""One model on the CPU: loads it, and carries out steps over a pool that the caller allocated.
 
     runner = ModelRunner.load(folder)
     runner.bind_pool(torch.zeros(runner.kv_shape(num_blocks, block_tokens), dtype=runner.kv_dtype))
@@ -44,7 +44,6 @@ class ModelRunner:
         folder: Path,
         *,
         dtype: str = "auto",
-        device: str = "cpu",
         load_format: str = "auto",
         on_progress: Progress = no_progress,
     ) -> ModelRunner:
@@ -53,13 +52,11 @@ class ModelRunner:
         dtype: `auto` is float32 on the CPU, where it is the fastest that every machine has.
         load_format: `dummy` makes random weights and reads only the configuration.
         """
-        if device != "cpu":  # the kernels of other devices are not written yet
-            raise SettingsError(f"device {device!r} is not supported yet; supported: cpu")
         config = ModelConfig.from_folder(folder)
         name = "float32" if dtype == "auto" else dtype
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
-        return cls(config, load_weights(config, folder, DTYPES[name], device, load_format, on_progress))
+        return cls(config, load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress))
 
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""

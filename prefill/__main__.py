@@ -12,7 +12,7 @@ from worker.main import serve
 
 def main() -> int:
     settings = parse(PrefillSettings, sys.argv[1:], prog="python -m prefill", description="A prefill worker of Baton.")
-    return serve("prefill", settings, lambda worker: PrefillWorker(worker, settings, store=worker.store))
+    return serve("prefill", settings, lambda worker, sizes: PrefillWorker(worker, sizes, store=worker.store))
 
 
 if __name__ == "__main__":

@@ -6,15 +6,18 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from node.errors import SettingsError
 from node.messages import Role
 from node.telemetry import configure_logging, log_event
+from worker.engine import choose_device
 from worker.settings import WorkerSettings
 from worker.start import Worker, start
 
 logger = logging.getLogger("worker")
+
+S = TypeVar("S", bound=WorkerSettings)
 
 
 class Loop(Protocol):
@@ -27,15 +30,17 @@ class Loop(Protocol):
     def check(self) -> None: ...
 
 
-def serve(role: Role, settings: WorkerSettings, make: Callable[[Worker], Loop]) -> int:
+def serve(role: Role, given: S, make: Callable[[Worker, S], Loop]) -> int:
     """Run one worker to its end; returns the exit status: 0 drained, 1 could not start or was refused."""
-    configure_logging(settings.log_level, settings.worker_id or role)
+    configure_logging(given.log_level, given.worker_id or role)
     try:
-        worker = start(settings, role)
+        device = choose_device(given.device)
+        settings = given.for_device(device)
+        worker = start(settings, device, role)
     except SettingsError as error:
         return _complain(role, error)
     try:
-        loop = make(worker)
+        loop = make(worker, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.drain())
         loop.run()

@@ -1,4 +1,4 @@
-"""A model on a GPU over the kernels of `kernels.triton`. Imports triton: nothing on the CPU's path imports this package.
+"""A model on a GPU over the kernels of `kernels.triton`. Imports triton: nothing on the CPU's path imports it.
 
 `runner` launches steps and keeps the books of what the GPU has in its slots (`slots`); `decoder` is the model's layers
 as launches of kernels, `products` chooses the kernel of each matrix product, `attention` that of prompts, `graphs`

@@ -1,4 +1,4 @@
-"""Which kernel attends for parts of prompts: Hopper's, where it can, else the portable one. Chosen once, for one pool."""
+"""Which kernel attends for parts of prompts: Hopper's, where it can, else the portable one. Chosen once for a pool."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How large the KV pool of a GPU becomes: what is free now, less what must stay free, in whole blocks. Pure arithmetic."""
+"""How large the KV pool of a GPU becomes: what is free, less what must stay free, in whole blocks. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class DeviceMemory:
 
 
 def plan_blocks(memory: DeviceMemory, utilization: float, block_bytes: int) -> int:
-    """Blocks of the largest pool with which at most `utilization` of the GPU is in use; SettingsError if it has none."""
+    """Blocks of the largest pool with which at most `utilization` of the GPU is in use; SettingsError if none."""
     spared = int(memory.total_bytes * (1.0 - utilization))
     num_blocks = (memory.free_bytes - spared - GRAPHS_BYTES) // block_bytes
     if num_blocks < 2:

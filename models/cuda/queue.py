@@ -1,7 +1,7 @@
 """The line in which work for a GPU stands: what is put in runs later, in order, and a mark tells when it has run.
 
-`CudaQueue` is a CUDA stream. `HostQueue` runs the same work on CPU tensors, as late as its user can stand: when a mark is
-waited for. What the host changes too early under a launched step comes out wrong there, as it would on a GPU.
+`CudaQueue` is a CUDA stream. `HostQueue` runs the same work on CPU tensors, as late as its user can stand: when a mark
+is waited for. What the host changes too early under a launched step comes out wrong there, as it would on a GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ class Mark(Protocol):
     """A place in the line."""
 
     def wait(self) -> None:
-        """Until all work before it has run. Unbounded: a GPU that hangs is the business of whoever watches the worker."""
+        """Until all work before it has run. Unbounded: who watches the worker sees that it takes no more steps."""
         ...
 
 

@@ -257,7 +257,7 @@ class _Step:
 
 
 def decodes(row: Row) -> bool:
-    """Whether the row is one token that follows a drawn one; parts of prompts, however short, are computed as chunks."""
+    """Whether the row is one token that follows a drawn one; a part of a prompt, however short, is a chunk."""
     return row.num_new == 1 and row.draw is not None and row.draw.num_generated > 0
 
 

@@ -1,4 +1,4 @@
-"""What the GPU keeps for each slot from step to step, and the host's books of it: the last drawn token, the block table.
+"""What the GPU keeps for each slot from step to step, and the host's books of it: the last drawn token, block table.
 
 A row that comes with its token begins anew: all of its table is sent. A row without token continues what its slot has:
 only blocks that are new are sent. Which sequence has which slot is the worker's business.
@@ -29,7 +29,7 @@ class Slots:
         self._held[slot] = 0
 
     def changes(self, rows: Sequence[Row]) -> tuple[np.ndarray, np.ndarray]:
-        """Places in the flat tables, and the blocks to put there, int32 each; the books then say that they are there."""
+        """Places in the flat tables, and the blocks to put there, int32 each; the books now say that they are there."""
         places: list[int] = []
         blocks: list[int] = []
         for row in rows:

@@ -124,7 +124,7 @@ class Bench:
             max_model_len=MAX_MODEL_LEN,
             carrier=self.carrier,
         )
-        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **options))  # type: ignore[arg-type]
+        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **options).for_device("cpu"))
         self.prompts: dict[str, tuple[list[int], int]] = {}
 
     def request(self, name: str, prompt: list[int], max_tokens: int, remote: bool) -> None:

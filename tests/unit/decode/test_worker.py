@@ -114,7 +114,9 @@ class Bench:
             max_model_len=48,
             carrier=self.carrier,
         )
-        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **settings), lambda: self.now_s)
+        self.worker = DecodeWorker(
+            parts, DecodeSettings(spare_blocks=0, **settings).for_device("cpu"), lambda: self.now_s
+        )
 
     def _pass(self) -> None:
         self.now_s += STEP_S

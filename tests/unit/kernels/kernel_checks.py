@@ -26,6 +26,7 @@ from kernels.triton import (
     prefill_attention,
     rope_write,
     sampling,
+    step_inputs,
 )
 
 EPS = 1e-5
@@ -326,6 +327,38 @@ def check_blocks(device: str, dtype: torch.dtype, shape: tuple[int, ...], count:
     moved = torch.zeros_like(raw)
     moved[ids.cpu()] = raw[ids.cpu()]
     assert torch.equal(target.flatten(1).view(torch.uint8).cpu(), moved)
+
+
+def check_step_inputs(device: str, num_rows: int, width: int, block_tokens: int) -> None:
+    """Rows in slots of any order, the last two padding; tables longer than a program copies at a time count too."""
+    generator = torch.Generator().manual_seed(0)
+    num_slots = num_rows + 3
+    tables = torch.randint(0, 1000, (num_slots, width), generator=generator, dtype=torch.int32)
+    last = torch.randint(0, 500, (num_slots,), generator=generator, dtype=torch.int32)
+    slots = torch.randperm(num_slots, generator=generator)[:num_rows].int()
+    positions = torch.randint(0, width * block_tokens, (num_rows,), generator=generator, dtype=torch.int32)
+    positions[0], positions[1], positions[-2:] = 0, width * block_tokens - 1, -1
+    given = torch.where(torch.arange(num_rows) % 2 == 0, 600 + slots, -1).int()
+    out = step_inputs.StepInputs.make(num_rows, width, device)
+    arrays = [tensor.to(device) for tensor in (slots, positions, given, last, tables)]
+    step_inputs.gather_inputs(*arrays, block_tokens, out)
+    for row in range(num_rows):
+        slot, position = int(slots[row]), int(positions[row])
+        padding = position < 0
+        token = 0 if padding else int(given[row]) if given[row] >= 0 else int(last[slot])
+        block = int(tables[slot, max(position, 0) // block_tokens])
+        kv_slot = -1 if padding else block * block_tokens + position % block_tokens
+        found = (out.tokens[row], out.positions[row], out.lengths[row], out.kv_slots[row])
+        assert [int(value) for value in found] == [token, max(position, 0), position + 1, kv_slot]
+        used = -(-(position + 1) // block_tokens)
+        assert torch.equal(out.tables[row, :used].cpu(), tables[slot, :used])
+
+    target = torch.zeros(1000, dtype=torch.int32, device=device)
+    index = torch.randperm(1000, generator=generator)[:600].int().to(device)
+    step_inputs.set_entries(target, index, index + 1)
+    expected = torch.zeros(1000, dtype=torch.int32)
+    expected[index.long().cpu()] = index.cpu() + 1
+    assert torch.equal(target.cpu(), expected)
 
 
 def check_argmax(device: str, dtype: torch.dtype, rows: int, vocab_size: int, pdl: bool = False) -> None:

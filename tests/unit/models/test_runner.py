@@ -139,8 +139,7 @@ def test_pool_of_another_shape_dtype_or_order_is_refused(make_model):
         runner.step([Row([1], 0, [0], None)])
 
 
-@pytest.mark.parametrize("option", [{"dtype": "int4"}, {"device": "cuda"}])
-def test_unknown_dtype_or_device_is_refused(make_model, option):
+def test_unknown_dtype_is_refused(make_model):
     """Guards against a worker that starts and then fails in its first step."""
-    with pytest.raises(SettingsError, match=next(iter(option.values()))):
-        ModelRunner.load(make_model("llama").folder, **option)
+    with pytest.raises(SettingsError, match="int4"):
+        ModelRunner.load(make_model("llama").folder, dtype="int4")

@@ -104,7 +104,7 @@ class Bench:
         parts = SimpleNamespace(
             runner=self.runner, manager=self.manager, layout=layout, max_model_len=64, carrier=self.carrier
         )
-        self.worker = PrefillWorker(parts, PrefillSettings(**settings), lambda: self.now_s)
+        self.worker = PrefillWorker(parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s)
 
     def _pass(self) -> None:
         self.now_s += STEP_S

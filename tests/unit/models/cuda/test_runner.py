@@ -1,4 +1,4 @@
-"""The GPU's runner on CPU tensors, its kernels interpreted and its work run as late as can be: against the CPU's runner."""
+"""The GPU's runner on CPU tensors, its kernels interpreted and run as late as can be: against the CPU's runner."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BLOCK = 16
 
 def split_in_two(num_rows, shape):
     """Parts of sums, as the tables of large models have them."""
-    n, k, fused = shape
+    _, k, fused = shape
     tiles = untuned(num_rows, shape)
     if fused or k % 32:
         return tiles

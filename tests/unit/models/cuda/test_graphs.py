@@ -1,0 +1,116 @@
+"""The ladder of captured steps, the memory plan, and the line of work that is late: bookkeeping without a model."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from models.batch import Draw, Row
+from models.cuda.chunks import lay_out
+from models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
+from models.cuda.memory import GIB, GRAPHS_BYTES, DeviceMemory, plan_blocks
+from models.cuda.queue import HostQueue
+from models.cuda.slots import Slots
+from models.cuda.upload import BUFFERS, Upload
+from node.errors import InvariantBroken, SettingsError
+from node.messages import SamplingParams
+
+
+@given(st.integers(1, 600), st.integers(1, 200_000))
+def test_every_step_has_a_graph(max_rows, max_tokens):
+    """Guards against a step that no rung of the ladder holds, and against rungs that run far too many rows."""
+    sizes, lengths = sizes_up_to(max_rows), lengths_up_to(max_tokens, 2048, 4)
+    assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max_rows
+    assert list(lengths) == sorted(set(lengths)) and lengths[-1] == max_tokens
+    graphs = DecodeGraphs(HostQueue(), sizes, lengths, lambda *_: lambda: None)
+    for rows in range(1, max_rows + 1):
+        assert rows <= graphs.size_for(rows) < max(2 * rows, rows + 65)
+
+
+def test_the_graph_that_runs_is_the_smallest_that_holds_the_step():
+    """Guards against a graph for shorter rows than the step has: their last tokens would not be seen."""
+    ran: list[tuple[int, int]] = []
+    graphs = DecodeGraphs(HostQueue(), (1, 4, 8), (10, 100), lambda *key: lambda: ran.append(key))
+    seen: list[tuple[int, int]] = []
+    graphs.capture_all(lambda done, total: seen.append((done, total)))
+    assert ran[0] == (8, 100) and len(ran) == 6 and seen[-1] == (6, 6)
+    ran.clear()
+    for key in ((1, 10), (2, 11), (5, 3)):
+        graphs.graph_for(*key)()
+    assert ran == [(1, 10), (4, 100), (8, 10)]
+
+
+def test_the_pool_is_what_is_left_and_what_does_not_fit_is_told():
+    """Guards against a pool that leaves no room for graphs, and a start that dies of a negative number."""
+    memory = DeviceMemory(total_bytes=100 * GIB, free_bytes=80 * GIB)
+    blocks = plan_blocks(memory, 0.9, 8 << 20)
+    assert blocks * (8 << 20) <= 70 * GIB - GRAPHS_BYTES < (blocks + 1) * (8 << 20)
+    with pytest.raises(SettingsError, match="gpu-memory-utilization"):
+        plan_blocks(DeviceMemory(100 * GIB, 11 * GIB), 0.9, 8 << 20)
+
+
+def test_buffers_are_not_written_again_before_they_were_copied():
+    """Guards against numbers of a later step in an earlier one: nothing has run when all buffers have had a turn."""
+    queue = HostQueue()
+    upload, seen = Upload(queue, 8), []
+    for number in range(2 * BUFFERS + 1):
+        (there,) = upload.send((np.full(5, number, dtype=np.int32),))
+        queue.enqueue(lambda there=there: seen.append(there.tolist()))
+    queue.mark().wait()
+    assert seen == [[number] * 5 for number in range(2 * BUFFERS + 1)]
+    with pytest.raises(InvariantBroken, match="9 numbers"):
+        upload.send((np.zeros(9, dtype=np.int32),))
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(0, 3)), max_size=30))
+def test_the_books_of_the_slots_are_what_the_device_has(steps):
+    """Guards against a block table with blocks of the slot's earlier owner, or without its newest."""
+    slots, tables, device = Slots(3, 40, "cpu"), {0: [1], 1: [2], 2: [3]}, {}
+    fresh = 10
+    draw = Draw(SamplingParams(max_tokens=9), (), 1, 1)
+    begun = set()
+    for slot, anew, growth in steps:
+        if anew or slot not in begun:
+            tables[slot], begun = [fresh], begun | {slot}
+            anew = True
+        tables[slot] = tables[slot] + [fresh + 1 + more for more in range(growth)]
+        if len(tables[slot]) > 40:
+            continue
+        fresh += 5
+        places, blocks = slots.changes([Row([7] if anew else [], 3, tables[slot], draw, slot)])
+        device.update(zip(places.tolist(), blocks.tolist(), strict=True))
+        assert [device[slot * 40 + place] for place in range(len(tables[slot]))] == tables[slot]
+
+
+@given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 70), st.booleans()), min_size=1, max_size=6))
+def test_chunks_lie_where_their_tokens_belong(shapes):
+    """Guards against a token in another's block, at another's position, or a draw after the wrong token."""
+    draw = Draw(SamplingParams(max_tokens=9), (), 1, 0)
+    rows, block, first = [], 16, 0
+    for number, (count, start, draws) in enumerate(shapes):
+        blocks = list(range(first, first := first + 9))
+        rows.append(Row([number] * count, start, blocks, draw if draws else None, number))
+    arrays = lay_out(rows, block, 4, 64)
+    token = 0
+    for number, row in enumerate(rows):
+        assert arrays.query_starts[number] == token and arrays.lengths[number] == row.start + row.num_new
+        for place in range(row.start, row.start + row.num_new):
+            assert arrays.tokens[token] == number and arrays.positions[token] == place
+            assert arrays.kv_slots[token] == row.blocks[place // block] * block + place % block
+            token += 1
+        used = -(-arrays.lengths[number] // block)
+        assert arrays.tables[number, :used].tolist() == row.blocks[:used]
+    drawn = list(zip(arrays.drawn_tokens, arrays.drawn_slots, arrays.drawn_positions, strict=True))
+    assert drawn == [
+        (arrays.query_starts[number + 1] - 1, number, row.start + row.num_new)
+        for number, row in enumerate(rows)
+        if row.draw
+    ]
+    assert {tuple(item[:2]) for item in arrays.work.tolist()} == {
+        (number, tile) for number, row in enumerate(rows) for tile in range(-(-row.num_new // 64))
+    }
+    assert len(arrays.work) % 4 == 0, "each tile once for every head"

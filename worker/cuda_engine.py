@@ -1,0 +1,92 @@
+"""A model on one GPU with its pool of blocks: loads it, plans the memory, captures its steps. Needs CUDA and triton."""
+
+from __future__ import annotations
+
+import logging
+import time
+from pathlib import Path
+
+import torch
+
+from kvtransfer.blocks.device_pool import DevicePool
+from kvtransfer.blocks.layout import KVLayout
+from kvtransfer.planes.base import Plane
+from kvtransfer.planes.device import device_planes
+from models.config import ModelConfig
+from models.cuda.memory import GIB, DeviceMemory, plan_blocks
+from models.cuda.queue import CudaQueue
+from models.cuda.runner import CudaRunner, Limits
+from models.weights import load_weights
+from node.endpoint import Context
+from node.errors import SettingsError
+from node.messages import Role
+from node.telemetry import log_event
+from worker.engine import Engine, checked_planes, layout_of, longest_known, pool_blocks, progress_log
+from worker.settings import WorkerSettings
+
+logger = logging.getLogger("worker")
+
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def cuda_engine(settings: WorkerSettings, device: str, role: Role, folder: Path) -> Engine:
+    """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
+    names = checked_planes(settings.plane, ("cuda_ipc", "nccl"))
+    if settings.store:
+        raise SettingsError("--store: the KV store does not reach the blocks of a GPU yet")
+    index = torch.device(device).index or 0
+    torch.cuda.set_device(index)
+    config = ModelConfig.from_folder(folder)
+    longest = longest_known(settings, config)
+    try:
+        runner = _load(settings, folder, config, index, longest)
+        layout = layout_of(config, runner.kv_dtype, settings.block_tokens)
+        pool = DevicePool(layout, _pool_blocks(settings, layout, index), index)
+        max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
+        began_at = time.monotonic()
+        runner.bind_pool(pool.tensor, max_model_len, progress_log("capturing_graphs", "graphs"))
+        log_event(logger, "graphs_captured", took_s=round(time.monotonic() - began_at, 1))
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}") from None
+    host = settings.bind.rpartition(":")[0].removeprefix("tcp://")
+
+    def make_planes(context: Context, identity: str) -> list[Plane]:
+        return device_planes(pool.memory, context, identity, host, names=names, warm=role == "prefill")
+
+    return Engine(runner, pool, layout, max_model_len, make_planes, None)
+
+
+def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: int, longest: int) -> CudaRunner:
+    began_at = time.monotonic()
+    weights = load_weights(
+        config,
+        folder,
+        DTYPES[settings.dtype],
+        f"cuda:{index}",
+        settings.load_format,
+        progress_log("loading_weights", "tensors"),
+        pack=False,
+    )
+    log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1))
+    limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
+    return CudaRunner(config, weights, CudaQueue(index), limits, longest)
+
+
+def _pool_blocks(settings: WorkerSettings, layout: KVLayout, index: int) -> int:
+    """What was asked for, or what is free; says what it found."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    if settings.num_blocks or settings.kv_memory_gib:
+        num_blocks = pool_blocks(settings, layout)
+    else:
+        memory = DeviceMemory(total_bytes, free_bytes)
+        num_blocks = plan_blocks(memory, settings.gpu_memory_utilization, layout.block_bytes)
+    log_event(
+        logger,
+        "memory_planned",
+        gpu_gib=round(total_bytes / GIB, 1),
+        free_gib=round(free_bytes / GIB, 1),
+        kv_gib=round(num_blocks * layout.block_bytes / GIB, 1),
+        blocks=num_blocks,
+        tokens=num_blocks * layout.block_tokens,
+    )
+    return num_blocks
