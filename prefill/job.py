@@ -28,6 +28,8 @@ class Job:
     num_computed: int = 0
     num_launched: int = 0
     cached_tokens: int = 0
+    foreseen: int = 0
+    """Tokens that the pool had when it came: until it starts it is not known better what is left to compute."""
     started: bool = False
     """It holds blocks for all its tokens."""
     asked: bool = False
@@ -38,3 +40,8 @@ class Job:
     @property
     def num_tokens(self) -> int:
         return len(self.token_ids)
+
+    @property
+    def coming(self) -> tuple[bytes, ...]:
+        """The names of the blocks that it has yet to compute."""
+        return self.table.names(self.num_tokens)[self.num_computed // self.table.block_tokens :]

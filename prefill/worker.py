@@ -35,6 +35,7 @@ from worker.finish import finish_of
 from worker.legs import busy, failed, means, why_impossible
 from worker.parts import Parts
 from worker.reuse import Loaded, Reuse
+from worker.speed import Speed
 from worker.stages import LegTimes
 
 logger = logging.getLogger("prefill")
@@ -64,6 +65,7 @@ class PrefillWorker:
         layout = worker.layout
         gate = Gate(layout.block_bytes, layout.block_tokens, always=settings.store_loads == "always")
         self._reuse = Reuse(store, worker.manager, gate)
+        self._speed = Speed(settings.max_num_batched_tokens)
         self._computing_since = 0.0
         self._steps = 0
         self._prompt_tokens = 0
@@ -151,6 +153,7 @@ class PrefillWorker:
             table=BlockTable(self._manager, message.root, self._worker.layout.block_tokens, message.block_hashes),
             times=LegTimes(at),
         )
+        job.foreseen = self._manager.peek(job.table.names(job.num_tokens - 1)) * job.table.block_tokens
         self._jobs[leg] = job
         self._arrived_at[leg] = now
         self._carrier.do(
@@ -216,18 +219,30 @@ class PrefillWorker:
         works = [Work(j.num_tokens, j.num_launched, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
         sequence = order(works, self._settings.policy)
         started: list[int] = []
+        coming: set[bytes] = set()  # blocks that the started ones will make
+        num_siblings = 0
         for index in sequence:
-            if len(started) == self._settings.max_num_seqs:
+            if max(len(started), num_siblings) == self._settings.max_num_seqs:
                 break
+            if not jobs[index].started and self._lacks(jobs[index]) in coming:
+                num_siblings += 1
+                continue  # it would compute what another computes already
             if self._waits_for_store(jobs[index], now):
                 continue
             if not (jobs[index].started or self._start(jobs[index], now)):
                 break  # nobody overtakes a job that waits for blocks
             started.append(index)
+            coming.update(jobs[index].coming)
         ready = [index for index in started if not self._reuse.loading(jobs[index].leg)]
         works = [Work(j.num_tokens, j.num_launched, j.priority, 0.0) for j in jobs]
         budget, longest = self._settings.max_num_batched_tokens, self._settings.max_chunk_tokens
         return [(jobs[chunk.index], chunk) for chunk in plan(works, ready, budget, longest)]
+
+    def _lacks(self, job: Job) -> bytes:
+        """The name of its first block that is not in the pool; empty if all are."""
+        names = job.table.names(job.num_tokens - 1)
+        first = self._manager.peek(names)
+        return names[first] if first < len(names) else b""
 
     def _waits_for_store(self, job: Job, now: float) -> bool:
         """Ask the store for what the pool has not, once; whether its answer may still come in time."""
@@ -296,8 +311,9 @@ class PrefillWorker:
                 self._hand_over(job, token)
 
     def _measure(self, num_tokens: int) -> None:
-        """How fast prompts are computed, for the gate."""
+        """How fast prompts are computed, for the gate and the router."""
         now = self._clock()
+        self._speed.step(num_tokens, now - self._computing_since)
         self._reuse.gate.computed(num_tokens, now - self._computing_since, now)
         self._computing_since = now
         self._computed_tokens += num_tokens
@@ -378,11 +394,11 @@ class PrefillWorker:
         return Load(
             running=running,
             waiting=len(self._jobs) - running,
-            waiting_tokens=sum(job.num_tokens - job.num_computed for job in self._jobs.values()),
+            waiting_tokens=sum(job.num_tokens - max(job.num_computed, job.foreseen) for job in self._jobs.values()),
             free_blocks=self._manager.num_available,
             total_blocks=self._manager.num_blocks,
             steps=self._steps,
-            prefill_tokens_s=self._reuse.gate.tokens_per_s(self._clock()),
+            prefill_tokens_s=self._speed.tokens_s,
             counters={
                 "prompt_tokens": float(self._prompt_tokens),
                 "prefix_queries_tokens": float(self._prompt_tokens),

@@ -8,6 +8,7 @@ from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from kvtransfer.blocks.hashing import block_hashes
@@ -110,24 +111,21 @@ class Bench:
         self.now_s += STEP_S
 
     def prefill(self, name: str, num_tokens: int, **sampling: Any) -> None:
+        self.tell(FromProxy("proxy", self.message(name, num_tokens, **sampling), self.now_s))
+
+    def message(self, name: str, num_tokens: int, **sampling: Any) -> Prefill:
         tokens = tuple(range(num_tokens))
-        self.tell(
-            FromProxy(
-                "proxy",
-                Prefill(
-                    request_id=name,
-                    attempt=0,
-                    token_ids=tokens,
-                    prompt_len=num_tokens,
-                    root=ROOT,
-                    block_hashes=block_hashes(ROOT, tokens, BLOCK),
-                    sampling=SamplingParams(**({"max_tokens": 5} | sampling)),
-                    decode="d/1",
-                    decode_address="tcp://d",
-                    deadline_s=100.0,
-                ),
-                self.now_s,
-            )
+        return Prefill(
+            request_id=name,
+            attempt=0,
+            token_ids=tokens,
+            prompt_len=num_tokens,
+            root=ROOT,
+            block_hashes=block_hashes(ROOT, tokens, BLOCK),
+            sampling=SamplingParams(**({"max_tokens": 5} | sampling)),
+            decode="d/1",
+            decode_address="tcp://d",
+            deadline_s=100.0,
         )
 
     def tell(self, *events: Any) -> bool:
@@ -254,3 +252,47 @@ def test_the_first_token_tells_where_the_time_went() -> None:
     told = {message.request_id: message.stages for message in bench.told(Tokens)}
     assert told["a"] == Stages(prefill_s=0.5 + 3 * STEP_S)
     assert told["b"] == Stages(queue_s=STEP_S, prefill_s=2 * STEP_S)  # four of its tokens were cached
+
+
+def test_a_sibling_waits_for_what_another_computes() -> None:
+    """Guards bursts of one prefix: it is computed once, and who waits for it holds nobody else up."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    messages = [bench.message("a", 30), bench.message("b", 29), bench.message("c", 3)]
+    bench.tell(*(FromProxy("proxy", message, bench.now_s) for message in messages))
+    bench.run()
+    computed = [row for step in bench.runner.steps for row in step]
+    assert computed[:2] == [(0, 8), (0, 3)], "the third shares no full block, and does not wait"
+    assert sum(length for _, length in computed) == 30 + 1 + 3
+    assert {message.request_id: message.cached_tokens for message in bench.told(Tokens)} == {"a": 0, "b": 28, "c": 0}
+
+
+def test_a_sibling_computes_itself_when_the_other_is_cancelled() -> None:
+    """Guards against waiting for blocks that nobody will make."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    bench.prefill("a", 30)
+    bench.prefill("b", 30)
+    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), bench.now_s))
+    bench.run()
+    (tokens,) = bench.told(Tokens)
+    assert (tokens.request_id, tokens.cached_tokens) == ("b", 16)
+
+
+def test_nobody_waits_for_a_job_that_comes_later() -> None:
+    """Guards priorities: what goes first does not wait for what it has overtaken."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    bench.prefill("a", 30)
+    message = bench.message("b", 30)
+    bench.tell(FromProxy("proxy", msgspec.structs.replace(message, priority=5), bench.now_s))
+    assert bench.runner.steps[-1][0] == (8, 8), "from what the first has computed so far, in front of it"
+
+
+def test_the_load_counts_what_is_left_to_compute() -> None:
+    """Guards the router's view of a queue: tokens that the pool has are no work, before the job starts and after."""
+    bench = Bench(num_blocks=64, max_num_seqs=1, max_num_batched_tokens=10)
+    bench.prefill("a", 20)
+    bench.run()
+    assert bench.carrier.load.prefill_tokens_s == pytest.approx(10 / STEP_S)
+    bench.prefill("b", 40)
+    assert bench.carrier.load.waiting_tokens == 40 - 20 - 10
+    bench.prefill("c", 42)
+    assert bench.carrier.load.waiting_tokens == 42 - 28
