@@ -98,6 +98,7 @@ class Dispatcher:
         *,
         timeout_s: float,
         priority: int = 0,
+        session_key: bytes = b"",
         timeline: Timeline | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """See proxy.interface.Engine."""
@@ -114,6 +115,7 @@ class Dispatcher:
             priority=priority,
             turn=self._turn,
             max_attempts=self._settings.max_attempts,
+            session_key=session_key,
             timeline=timeline or Timeline(self._clock),
             clock=self._clock,
         )

@@ -183,6 +183,7 @@ class GenerateEndpoint:
                 line,
                 timeout_s=timeout_s,
                 priority=order.priority,
+                session_key=order.session_key,
             )
 
         return [source(generation, line) for generation, line in zip(made, lines, strict=True)]

@@ -112,6 +112,7 @@ async def pieces(
     *,
     timeout_s: float,
     priority: int,
+    session_key: bytes,
 ) -> AsyncGenerator[Piece, None]:
     """Pieces of one generation up to its finish; closing this, or a stop string, cancels it at the engine.
 
@@ -125,6 +126,7 @@ async def pieces(
         generation.sampling,
         timeout_s=timeout_s,
         priority=priority,
+        session_key=session_key,
         timeline=timeline,
     )
     try:

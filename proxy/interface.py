@@ -53,11 +53,13 @@ class Engine(Protocol):
         *,
         timeout_s: float,
         priority: int = 0,
+        session_key: bytes = b"",
         timeline: Timeline | None = None,
     ) -> AsyncGenerator[Delta, None]:
         """Deltas up to and including the one with a finish; nothing starts before the first iteration.
 
-        What happens to the request is stamped on `timeline`, if somebody wants to know.
+        `session_key` is what the policy `session` routes by. What happens to the request is stamped on `timeline`, if
+        somebody wants to know.
         Raises BadRequest, Overloaded, PeerLost or DeadlineExceeded on iteration. `aclose()`, or the cancellation of
         the task that iterates, cancels both legs.
         """
@@ -117,6 +119,7 @@ class Call:
     sampling: SamplingParams
     timeout_s: float
     priority: int
+    session_key: bytes
 
 
 Step = Delta | Exception | asyncio.Event
@@ -146,9 +149,10 @@ class FakeEngine:
         *,
         timeout_s: float,
         priority: int = 0,
+        session_key: bytes = b"",
         timeline: Timeline | None = None,
     ) -> AsyncGenerator[Delta, None]:
-        call = Call(request_id, prompt_ids, sampling, timeout_s, priority)
+        call = Call(request_id, prompt_ids, sampling, timeout_s, priority, session_key)
         self.calls.append(call)
         self.running.add(request_id)
         try:

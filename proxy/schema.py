@@ -11,6 +11,7 @@ Source: the OpenAI API reference (completions, chat), and vLLM's extra parameter
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal, TypeVar
@@ -32,13 +33,11 @@ IGNORED = frozenset(
     (
         "metadata",
         "parallel_tool_calls",
-        "prompt_cache_key",
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "service_tier",
         "store",
-        "user",
     )
 )
 UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
@@ -61,6 +60,7 @@ UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
 Body = TypeVar("Body", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+Key = Annotated[str, Field(max_length=4096)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -103,6 +103,8 @@ class _Sampling(_Strict):
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    prompt_cache_key: Key | None = None
+    user: Key | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -211,6 +213,8 @@ class Order:
     stream: bool
     include_usage: bool
     priority: int
+    session_key: bytes
+    """Digest of what the client calls its conversation or itself, for the router's policy `session`; empty: nothing."""
 
 
 def read_completion(body: bytes) -> Order:
@@ -289,7 +293,13 @@ def _order(
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         priority=request.priority or 0,
+        session_key=_digest(request.prompt_cache_key or request.user or ""),
     )
+
+
+def _digest(key: str) -> bytes:
+    """16 bytes; a key may name a person, and goes no further than here. None of an empty key."""
+    return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() if key else b""
 
 
 def _wish(request: _Sampling, max_tokens: int | None, logprobs: bool, top_logprobs: int) -> Wish:

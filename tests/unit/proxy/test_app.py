@@ -433,3 +433,12 @@ async def test_a_server_that_stops_cancels_what_runs(engine: FakeEngine, text: T
         with pytest.raises(asyncio.CancelledError):
             await request
     assert engine.running == set()
+
+
+async def test_the_router_is_told_of_the_clients_key(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Guards the way of `prompt_cache_key` from the body to the engine."""
+    for more in ({"prompt_cache_key": "a"}, {"prompt_cache_key": "a"}, {}):
+        answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "max_tokens": 3, **more})
+        assert answer.is_success
+    keys = [call.session_key for call in engine.calls]
+    assert keys[0] == keys[1] and len(keys[0]) == 16 and keys[2] == b""

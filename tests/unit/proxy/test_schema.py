@@ -383,3 +383,18 @@ async def test_what_the_model_or_the_settings_do_not_allow(text: Text, more: dic
     with pytest.raises(BadRequest) as raised:
         await prepared(text, COMPLETION, **more)
     assert raised.value.param == param
+
+
+def test_a_conversation_is_known_by_its_digest() -> None:
+    """Guards the policy `session`: the same key leads to the same place, and nothing but its digest goes on."""
+    for base, read in ((CHAT, read_chat), (COMPLETION, read_completion)):
+        keys = [
+            read(body(base, **more)).session_key
+            for more in ({}, {"user": "ann"}, {"user": "bob"}, {"prompt_cache_key": "ann"}, {"user": ""})
+        ]
+        assert keys[0] == keys[4] == b"" and keys[1] == keys[3] != keys[2]
+        assert {len(key) for key in keys[1:4]} == {16}
+        both = read(body(base, user="ann", prompt_cache_key="bob")).session_key
+        assert both == keys[2], "a conversation is narrower than its user"
+        assert refused(base, user=5).param == "user"
+        assert refused(base, prompt_cache_key="x" * 5000).param == "prompt_cache_key"
