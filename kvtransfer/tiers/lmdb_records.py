@@ -1,7 +1,7 @@
 """Records as values of LMDB: one environment a namespace, a value is header and block, one transaction a record.
 
     blocks   key -> record (record.py)
-    ticks    key -> u64, when it was last used; kept apart so that noting a use does not rewrite a block
+    ticks    key -> u64, when it was last used; kept apart so that a use does not rewrite a block, nor opening read all
 
 The quota gives the size of the file. It is kept 15 % free, for pages that were freed are used again only two
 transactions later, and later still if a reader (another process, looking in) holds a snapshot.
@@ -70,10 +70,10 @@ class LmdbRecords:
         self._ticks = self._environment.database(b"ticks")
 
     def load(self) -> list[tuple[bytes, int]]:
+        # Not from `blocks`: py-lmdb touches all pages of a value that a cursor comes to, even if only keys are wanted.
         with self._environment.reading() as txn:
-            ticks = {bytes(key): bytes(tick) for key, tick in txn.cursor(self._ticks)}
-            keys = [bytes(key) for key in txn.cursor(self._blocks).iternext(keys=True, values=False)]
-        return [(key, _unpack_tick(ticks.get(key, b""))) for key in keys]
+            entries = [(bytes(key), bytes(tick)) for key, tick in txn.cursor(self._ticks)]
+        return [(key, _TICK.unpack(tick)[0]) for key, tick in entries if len(tick) == _TICK.size]
 
     def read(self, key: bytes, into: memoryview) -> None:
         with self._environment.reading() as txn:
@@ -159,11 +159,6 @@ def lmdb_tier(
         return open_lmdb_records(path, namespace, block_bytes, quota_bytes, boot())
 
     return RecordTier("lmdb", block_bytes, open_records, on_change, clock)
-
-
-def _unpack_tick(packed: bytes) -> int:
-    """0, the oldest, for one that is not there: it is a hint, not worth losing the record for."""
-    return _TICK.unpack(packed)[0] if len(packed) == _TICK.size else 0
 
 
 def _copy(into: memoryview, source: memoryview) -> None:

@@ -1,8 +1,9 @@
 """The one policy over every storage of records: least recently used goes first, and a fault is a miss or a refusal.
 
 Two locks, taken in this order. `_writing` is held for a whole write, so storages are written by one at a time;
-`_state` for moments, over what is held, read and counted. A read holds neither while it copies: it pins its key, and a
-pinned record is not removed. A key that leaves while it is read is *doomed*: held no more, removed by the last reader.
+`_state` for moments, over what is held, read and counted. A read holds neither while it copies, and never waits for a
+write: it pins its key, and a pinned record is not removed. A key that leaves is *doomed*, held no more, until the
+storage is swept: at once if nobody reads or writes, else by a later read or write.
 
 A storage that breaks is taken out of service: every get misses and every put is refused until, at the earliest
 REOPEN_AFTER_S later and when nobody reads from it any more, a put opens it anew.
@@ -68,7 +69,7 @@ class RecordTier:
         self._counters = Counters()
         self._recency = Recency()
         self._pins: dict[bytes, int] = {}  # readers a key
-        self._doomed: set[bytes] = set()  # pinned, and no longer held
+        self._doomed: set[bytes] = set()  # no longer held, still in the storage
         self._records: Records | None = None  # None: out of service
         self._broken: tuple[Records, StorageBroken] | None = None  # to be ended when nobody reads from it
         self._retry_at_s = 0.0  # no write, and no reopening, before
@@ -127,10 +128,13 @@ class RecordTier:
     def drop(self, keys: Sequence[bytes]) -> None:
         check_keys(keys)
         with self._writing:
-            self._remove(keys, Eviction.DROPPED)
+            with self._state:
+                self._doom(keys, Eviction.DROPPED)
+            self._sweep()
 
     def close(self) -> None:
         with self._writing:
+            self._sweep()
             with self._state:
                 if self._closed:
                     return
@@ -165,7 +169,7 @@ class RecordTier:
             return self._records
 
     def _unpin(self, key: bytes, miss: Miss | None, duration_s: float = 0.0) -> None:
-        """End a read: count it, remember the use, and remove what could not be removed, or read."""
+        """End a read: count it, and remember the use, or let go what cannot be read."""
         with self._state:
             self._pins[key] -= 1
             if self._pins[key] == 0:
@@ -173,30 +177,25 @@ class RecordTier:
                 self._unread.notify_all()
             if miss is not None:
                 self._counters.miss(miss)
+                self._doom([key], Eviction.FAULT)
             else:
                 self._counters.hit(self.block_bytes, duration_s)
                 if key in self._recency:
                     self._recency.touch(key)
-            doomed = key in self._doomed and key not in self._pins
-            save = self._recency.num_unsaved >= SAVE_AT
-        if miss is not None or doomed:
-            with self._writing:
-                self._remove([key], Eviction.FAULT)
-        if save:
-            self._save()
+            tidy = key in self._doomed or self._recency.num_unsaved >= SAVE_AT
+        if tidy and self._writing.acquire(blocking=False):  # else somebody writes, who will do it
+            try:
+                self._sweep()
+                self._save()
+            finally:
+                self._writing.release()
 
-    def _save(self) -> None:
-        """Save uses, unless somebody writes: then they are saved with that, or at the next use."""
-        if not self._writing.acquire(blocking=False):
-            return
-        try:
-            with self._state:
-                records = self._records
-                ticks = self._recency.take_unsaved(SAVE_AT)
-            if records is not None:
-                self._change(records, lambda: records.note(ticks))
-        finally:
-            self._writing.release()
+    def _doom(self, keys: Iterable[bytes], reason: Eviction) -> None:
+        """Hold them no more; `_state` is held by the caller."""
+        gone = [key for key in keys if self._recency.remove(key)]
+        self._tell(gone, False)
+        self._counters.evicted(reason, len(gone))
+        self._doomed.update(gone)
 
     # -- writing; `_writing` is held by the caller
 
@@ -207,6 +206,7 @@ class RecordTier:
             return Refusal.PAUSED
         if self._records is None:
             self._reopen()
+        self._sweep()
         with self._state:
             records = self._records
             if key in self._recency:
@@ -246,13 +246,15 @@ class RecordTier:
             self._break(records, fault)
             return Refusal.IO_ERROR
         with self._state:
-            self._tell(victims, False)
-            self._counters.evicted(Eviction.QUOTA, len(victims))
-            self._counters.stored(self.block_bytes, self._clock() - begin_s)
-            if self._records is records:  # else it broke meanwhile, and holds nothing
+            if self._records is records:
+                self._tell(victims, False)
+                self._counters.evicted(Eviction.QUOTA, len(victims))
+                self._counters.stored(self.block_bytes, self._clock() - begin_s)
                 self._recency.add(key, tick)
                 self._tell([key], True)
-        return None
+                return None
+        self._undo(records, victims, ticks)
+        return Refusal.IO_ERROR
 
     def _undo(self, records: Records, victims: Mapping[bytes, int], ticks: Mapping[bytes, int]) -> None:
         """What a failed write took from the order of use."""
@@ -262,24 +264,30 @@ class RecordTier:
                 self._recency.not_saved(ticks)
             else:  # it broke meanwhile, for a reader: these went with the rest
                 self._tell(victims, False)
+                self._counters.evicted(Eviction.DISCARDED, len(victims))
 
     def _evict_more(self) -> None:
         with self._state:
             oldest = self._recency.keys()[: max(1, len(self._recency) // EVICT_WHEN_FULL)]
-        self._remove(oldest, Eviction.QUOTA)
+            self._doom(oldest, Eviction.QUOTA)
+        self._sweep()
 
-    def _remove(self, keys: Sequence[bytes], reason: Eviction) -> None:
-        """Hold them no more. Whoever is pinned stays in the storage until the last reader's `_unpin`."""
+    def _sweep(self) -> None:
+        """Remove from the storage what is doomed and not being read."""
         with self._state:
-            gone = [key for key in keys if self._recency.remove(key)]
-            self._tell(gone, False)
-            self._counters.evicted(reason, len(gone))
-            self._doomed.update(gone)
-            free = [key for key in dict.fromkeys(keys) if key in self._doomed and key not in self._pins]
+            free = [key for key in self._doomed if key not in self._pins]
             self._doomed.difference_update(free)
             records = self._records
         if records is not None and free:
             self._change(records, lambda: records.remove(free))
+
+    def _save(self) -> None:
+        """Save uses, if there are many that no write has saved."""
+        with self._state:
+            records = self._records
+            ticks = self._recency.take_unsaved(SAVE_AT) if self._recency.num_unsaved >= SAVE_AT else {}
+        if records is not None and ticks:
+            self._change(records, lambda: records.note(ticks))
 
     def _change(self, records: Records, change: Callable[[], None]) -> None:
         """A change that may be lost: a record that comes back is still good, and an old tick is an old tick."""
