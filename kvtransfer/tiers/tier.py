@@ -69,7 +69,7 @@ class RecordTier:
         self._counters = Counters()
         self._recency = Recency()
         self._pins: dict[bytes, int] = {}  # readers a key
-        self._doomed: set[bytes] = set()  # no longer held, still in the storage
+        self._doomed: dict[bytes, None] = {}  # in their order: no longer held, still in the storage
         self._records: Records | None = None  # None: out of service
         self._broken: tuple[Records, StorageBroken] | None = None  # to be ended when nobody reads from it
         self._retry_at_s = 0.0  # no write, and no reopening, before
@@ -195,7 +195,7 @@ class RecordTier:
         gone = [key for key in keys if self._recency.remove(key)]
         self._tell(gone, False)
         self._counters.evicted(reason, len(gone))
-        self._doomed.update(gone)
+        self._doomed.update(dict.fromkeys(gone))
 
     # -- writing; `_writing` is held by the caller
 
@@ -276,7 +276,8 @@ class RecordTier:
         """Remove from the storage what is doomed and not being read."""
         with self._state:
             free = [key for key in self._doomed if key not in self._pins]
-            self._doomed.difference_update(free)
+            for key in free:
+                del self._doomed[key]
             records = self._records
         if records is not None and free:
             self._change(records, lambda: records.remove(free))
