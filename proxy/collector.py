@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.counters import ENGINE_COUNTERS, PROMPT_SOURCES, WORKER_COUNTERS
+from proxy.counters import ENGINE_COUNTERS, GAUGES, PROMPT_SOURCES, STORE_COUNTERS, WORKER_COUNTERS
 from proxy.interface import Engine, WorkerStatus
 
 _LABEL = ("model_name",)
 _WORKER = ("worker", "role")
+_Reports = Mapping[tuple[str, ...], Mapping[str, float]]
+"""What workers count, by the values of their labels."""
 _LOADS = {
     "running": "Requests with a place in the worker's steps.",
     "waiting": "Requests that wait in the worker.",
@@ -71,6 +73,7 @@ class EngineCollector(Collector):
         yield self._moved.collect({worker.worker for worker in workers})
         yield from _counters(self._engine.counters(), self._model)
         yield from _workers(workers)
+        yield from _stores(workers)
 
     def _usage(self, workers: list[WorkerStatus]) -> Metric:
         decode = [worker.load for worker in workers if worker.role == "decode"]
@@ -142,9 +145,34 @@ def _workers(workers: list[WorkerStatus]) -> Iterable[Metric]:
         for worker in workers:
             gauge.add_metric((worker.worker, worker.role), getattr(worker.load, name))
         yield gauge
-    names = {_plain(name) for worker in workers for name in worker.load.counters} | set(WORKER_COUNTERS)
-    for name in sorted(names):
-        yield _worker_counter(name, workers)
+    counting = [worker for worker in workers if worker.role != "store"]
+    reports: _Reports = {
+        (each.worker, each.role): {**each.load.counters, "steps": each.load.steps} for each in counting
+    }
+    yield from _reported("baton:worker_", reports, WORKER_COUNTERS, _WORKER)
+
+
+def _stores(workers: list[WorkerStatus]) -> Iterable[Metric]:
+    stores: _Reports = {(each.worker,): each.load.counters for each in workers if each.role == "store"}
+    used = GaugeMetricFamily("baton:tier_used_bytes", "KV that the hosts' stores hold.", labels=("tier",))
+    capacity = GaugeMetricFamily("baton:tier_capacity_bytes", "KV that they have room for.", labels=("tier",))
+    for tier in ("ram", "disk") if stores else ():
+        used.add_metric((tier,), sum(each.get(f"{tier}_used_bytes", 0.0) for each in stores.values()))
+        capacity.add_metric((tier,), sum(each.get(f"{tier}_size_bytes", 0.0) for each in stores.values()))
+    yield used
+    yield capacity
+    yield from _reported("baton:store_", stores, STORE_COUNTERS, ("store",))
+
+
+def _reported(prefix: str, reports: _Reports, known: Mapping[str, str], labels: Sequence[str]) -> Iterable[Metric]:
+    """A family for each counter of heartbeats, known or not."""
+    for name in sorted({name for report in reports.values() for name in report} | set(known)):
+        kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+        family = kind(f"{prefix}{_plain(name)}", known.get(name, "As last reported."), labels=labels)
+        for values, report in reports.items():
+            if name in report:
+                family.add_metric(values, report[name])
+        yield family
 
 
 def _members(workers: list[WorkerStatus]) -> Metric:
@@ -156,19 +184,10 @@ def _members(workers: list[WorkerStatus]) -> Metric:
     return family
 
 
-def _worker_counter(name: str, workers: list[WorkerStatus]) -> Metric:
-    text = WORKER_COUNTERS.get(name, "As the worker last reported.")
-    family = CounterMetricFamily(f"baton:worker_{name}", text, labels=_WORKER)
-    for worker in workers:
-        values = {_plain(key): value for key, value in worker.load.counters.items()} | {"steps": worker.load.steps}
-        if name in values:
-            family.add_metric((worker.worker, worker.role), values[name])
-    return family
-
-
 def _plain(name: str) -> str:
-    """`name` as a part of a metric's name; `_total` is added by the format."""
-    return re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_total")
+    """`name` as a part of a metric's name, its unit spelled out; `_total` is added by the format."""
+    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_total").removesuffix("_sum")
+    return f"{plain}econds" if plain.endswith("_s") else plain
 
 
 def _name_of(identity: str) -> str:

@@ -1,9 +1,11 @@
-"""What the counters of the engine and of the workers mean: the help of their metrics, a line each in docs/metrics.md.
+"""What the counters of engine, workers and stores mean: the help of their metrics, a line each in docs/metrics.md.
 
 A counter that is not listed here is shown all the same, without a meaning; a test asks for it.
 """
 
 from __future__ import annotations
+
+from proxy.router import WHYS
 
 PROMPT_SOURCES = ("gpu", "ram", "disk", "peer", "computed")
 """Where the KV of a prompt's tokens may come from: the pool of the worker, a tier below it, or a step."""
@@ -18,6 +20,15 @@ ENGINE_COUNTERS: dict[str, str] = {
     "routed_local_short_total": "Attempts prefilled by decode because the prompt was short.",
     "routed_local_always_total": "Attempts prefilled by decode because all are.",
     "routed_local_no_prefill_worker_total": "Attempts prefilled by decode because there was no prefill worker.",
+    **{
+        f"routed_{role}_{why}_total": f"Attempts whose {role} worker was chosen because {text}."
+        for role in ("prefill", "decode")
+        for why, text in WHYS.items()
+    },
+    "kv_hit_predicted_tokens_total": "Tokens of prompts that the router expected to be cached.",
+    "kv_hit_actual_tokens_total": "Tokens of the same prompts that were.",
+    "kv_hit_missed_tokens_total": "Tokens that were expected to be cached, and were not.",
+    "kv_hit_unforeseen_tokens_total": "Tokens that were cached, and not expected to be.",
     "rejected_messages_total": "Messages that no worker should send to a proxy.",
     "queued_requests": "Generations that wait in the proxy for a worker.",
     "kv_index_blocks": "Blocks that the router knows a holder of.",
@@ -53,4 +64,71 @@ WORKER_COUNTERS: dict[str, str] = {
     "strange_messages": "Messages that fit no transfer.",
     "digest_retries": "Chunks that arrived damaged and were asked for once more.",
     "transfer_s_sum": "Seconds of all transfers together.",
+    "store_attached": "1 while the worker has the host's store.",
+    "store_lookups": "Prompts that the store was asked for.",
+    "store_lookups_lost": "Lookups without an answer, because there was no store.",
+    "store_lookups_late": "Lookups that were not waited for any longer.",
+    "store_loads": "Prompts with KV loaded from the store.",
+    "store_loads_stopped": "Loads that took longer than computing would have.",
+    "store_gate_refused": "Prompts whose KV was there, and computed because that was quicker.",
+    "store_loaded_bytes": "KV loaded from the store.",
+    "store_predicted_s": "Seconds that loads were expected to take.",
+    "store_actual_s": "Seconds that the same loads took.",
+    "store_written_blocks": "Blocks written to the store.",
+    "store_written_bytes": "KV written to the store.",
+    "store_dropped_blocks": "Blocks not written, because too many were being written.",
+    "store_damaged_blocks": "Blocks that the store gave and that were not what they should be.",
+    "store_failed_blocks": "Blocks that the store had found and then did not give.",
+    "store_times_lost": "Times that the store went away.",
 }
+
+STORE_COUNTERS: dict[str, str] = {
+    "ram_blocks": "Blocks in the host's memory.",
+    "ram_used_bytes": "Their size.",
+    "ram_size_bytes": "Size of the arena.",
+    "workers": "Workers that are attached.",
+    "holders": "Leases on blocks.",
+    "ram_evictions_room": "Blocks that gave way to others of their kind.",
+    "ram_evictions_region": "Blocks that gave way to those of another model.",
+    "ram_evictions_damaged": "Blocks that were not any more what they should be.",
+    "lookups": "Prompts that were asked for.",
+    "lookup_blocks": "Blocks in them.",
+    "found_ram": "Blocks found in memory.",
+    "found_disk": "Blocks found on disk.",
+    "found_peer": "Blocks found at another host's store.",
+    "put_blocks": "Blocks offered by workers.",
+    "put_granted": "Blocks that were wanted.",
+    "put_committed": "Blocks that came.",
+    "peer_bytes": "KV received from other hosts.",
+    "disk_blocks": "Blocks on disk.",
+    "disk_used_bytes": "Their size.",
+    "disk_size_bytes": "Room on disk; 0 while it is out of service.",
+    "disk_writing_blocks": "Blocks that wait to be written.",
+    "disk_writing_bytes": "Their size.",
+    "disk_open_failures": "Times that the disk could not be used.",
+    "disk_queries": "Blocks looked for on disk.",
+    "disk_hits": "Blocks read and found right.",
+    "disk_read_bytes": "KV read.",
+    "disk_read_s": "Seconds that it took.",
+    "disk_stored": "Blocks written.",
+    "disk_written_bytes": "KV written.",
+    "disk_write_s": "Seconds that it took.",
+}
+"""The disk's misses, refusals, evictions and drops come by reason beside these: disk_miss_corrupt and so on."""
+
+GAUGES = frozenset(
+    {
+        "store_attached",
+        "ram_blocks",
+        "ram_used_bytes",
+        "ram_size_bytes",
+        "workers",
+        "holders",
+        "disk_blocks",
+        "disk_used_bytes",
+        "disk_size_bytes",
+        "disk_writing_blocks",
+        "disk_writing_bytes",
+    }
+)
+"""What may fall."""

@@ -244,7 +244,8 @@ class Cluster:
 
     def store_value(self, name: str) -> float:
         """A number that the host's store reports; 0 while it does not."""
-        return next((float(line["value"]) for line in self._reports(name) if line["role"] == "store"), 0.0)
+        lines = [line for line in self.metrics() if line.startswith(f"baton:store_{name}{{")]
+        return sum(float(line.rpartition(" ")[2]) for line in lines)
 
     def counter(self, name: str) -> float:
         """A counter of the proxy's engine, such as "retries"."""

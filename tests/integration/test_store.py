@@ -31,7 +31,7 @@ def _written(cluster: Cluster) -> float:
 
 def _wait_attached(cluster: Cluster, workers: int) -> None:
     def attached() -> bool:
-        return list(cluster.worker_values("store_attached_total").values()) == [1.0] * workers
+        return list(cluster.worker_values("store_attached").values()) == [1.0] * workers
 
     cluster.wait_until(attached, f"{workers} workers at the store")
 
@@ -59,7 +59,7 @@ def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) 
         answers = _ask(cluster, oracle, prompts)
         _settle(cluster)
         assert _written(cluster) > 0
-        cluster.wait_until(lambda: cluster.store_value("ram_blocks_total") == _written(cluster), "what the store holds")
+        cluster.wait_until(lambda: cluster.store_value("ram_blocks") == _written(cluster), "what the store holds")
         for name in ("p0", "p1", "d0"):
             cluster.kill(name)
         cluster.revive()
