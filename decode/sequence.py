@@ -38,6 +38,8 @@ class Sequence:
     stay: int = 0
     """How often it was preempted: what a step computed before has gone with its blocks."""
     cached_tokens: int = 0
+    asked: bool = False
+    """The store was asked for its prefix, if there is one, since it last had blocks."""
     stored_blocks: int = 0
     """So many of its first blocks need not be offered to the store (any more)."""
     told: int = 0

@@ -31,7 +31,6 @@ from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
 from kvtransfer.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
 from kvtransfer.store.client import NO_STORE, Store
 from kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
-from kvtransfer.store.gate import Gate
 from models.batch import Draw, Row
 from node.errors import InvariantBroken, SettingsError
 from node.lifecycle import Joined, JoinRefused, ProxyLost
@@ -52,7 +51,7 @@ from worker.draining import Draining
 from worker.finish import finish_of, is_last
 from worker.legs import busy, failed, means, why_impossible
 from worker.parts import Parts
-from worker.reuse import Reuse
+from worker.reuse import Loaded, Reuse
 from worker.stages import LegTimes
 
 logger = logging.getLogger("decode")
@@ -81,9 +80,7 @@ class DecodeWorker:
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_chunk_tokens=settings.max_chunk_tokens,
         )
-        layout = worker.layout
-        gate = Gate(layout.block_bytes, layout.block_tokens, always=settings.store_loads == "always")
-        self._reuse = Reuse(store, worker.manager, gate)
+        self._reuse = Reuse(store, worker.manager, worker.layout, always=settings.store_loads == "always")
         self._legs: dict[LegKey, Sequence] = {}
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
@@ -102,7 +99,7 @@ class DecodeWorker:
         """Serve until drained."""
         worked = False
         while not self._draining.over(idle=self._idle, now=self._clock()):
-            worked = self.turn(0.0 if worked else IDLE_WAIT_S)
+            worked = self.turn(0.0 if worked else self._reuse.wake_in_s(self._clock(), IDLE_WAIT_S))
         for sequence in [*self._legs.values()]:
             self._end(sequence, failed(sequence.leg, "worker is shutting down", retryable=True))
         while self._flights:
@@ -114,6 +111,7 @@ class DecodeWorker:
         for event in events:
             self._on(event)
         self._expire(self._clock())
+        self._reuse.tick(self._clock())
         worked = self._step()
         self._carrier.load = self._load()
         self._carrier.load_at = heard_at
@@ -146,7 +144,8 @@ class DecodeWorker:
                 for sequence in [s for s in self._legs.values() if s.link == link]:
                     self._end(sequence, failed(sequence.leg, "this worker had lost its proxy", retryable=True))
             case StoreFound() | StoreLoaded() | StoreWritten():
-                self._reuse.on_event(event, self._clock())
+                if (loaded := self._reuse.on_event(event, self._clock())) is not None:
+                    self._on_loaded(loaded)
             case Joined(link):
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):
@@ -272,7 +271,8 @@ class DecodeWorker:
         if not self._running and not self._waiting:
             return False
         # Whoever was preempted while a step drew its next token waits for that token before it may come back.
-        waiting = list(takewhile(lambda sequence: not sequence.num_pending, self._waiting))
+        able = takewhile(lambda sequence: not sequence.num_pending, self._waiting)
+        waiting = [sequence for sequence in able if not self._reuse.waits(sequence, self._clock())]
         decision = plan(
             [self._item(sequence) for sequence in self._running],
             [self._item(sequence) for sequence in waiting],
@@ -298,10 +298,11 @@ class DecodeWorker:
         return bool(batch or admitted or decision.preempted)
 
     def _item(self, sequence: Sequence) -> Item:
-        """A sequence whose last token is drawn, though not read, has no work left."""
+        """A sequence whose last token is drawn, though not read, has no work left; one that is loading has none yet."""
         num_tokens, num_generated = sequence.num_expected, sequence.num_expected - sequence.prompt_len
         drawn = sequence.num_pending > 0
-        if drawn and is_last(sequence.sampling, num_generated, num_tokens, self._worker.max_model_len):
+        over = drawn and is_last(sequence.sampling, num_generated, num_tokens, self._worker.max_model_len)
+        if over or self._reuse.loading(sequence.leg):
             num_tokens = sequence.num_launched
         return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks))
 
@@ -312,6 +313,16 @@ class DecodeWorker:
             return False
         return True
 
+    def _on_loaded(self, loaded: Loaded) -> None:
+        """A cache had so many blocks more. Whoever was preempted meanwhile has no use for them."""
+        sequence = self._legs.get(loaded.leg)
+        if sequence is None or sequence not in self._running:
+            return
+        num_tokens = self._reuse.take_in(sequence, loaded)
+        if not sequence.num_generated:
+            sequence.cached_tokens += num_tokens
+            sequence.times.tier_load_s = loaded.load_s
+
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row."""
         cached_tokens = sequence.table.take_prefix(sequence.num_tokens - 1)
@@ -319,12 +330,12 @@ class DecodeWorker:
             sequence.table.release()
             return False
         sequence.num_computed = sequence.num_launched = cached_tokens
-        sequence.stored_blocks = cached_tokens // self._limits.block_tokens
         if sequence.num_generated == sequence.told and not sequence.cached_tokens:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
             self._cached_tokens += sequence.cached_tokens
         self._waiting.remove(sequence)
         self._enter(sequence)
+        self._reuse.begin(sequence, self._clock())
         return True
 
     def _enter(self, sequence: Sequence) -> None:
@@ -346,6 +357,8 @@ class DecodeWorker:
 
     def _preempt(self, sequence: Sequence) -> None:
         self._leave(sequence)
+        self._reuse.drop(sequence.leg)
+        sequence.asked = False
         sequence.num_computed = sequence.num_launched = 0
         sequence.stay += 1
         self._insert(self._waiting, sequence)
@@ -357,6 +370,8 @@ class DecodeWorker:
         for blocks in flight.left:
             self._manager.release(blocks)
         now = self._clock()
+        if (num_prompt_tokens := sum(part.length for part in flight.parts if part.length > 1)) > 0:
+            self._reuse.gate.computed(num_prompt_tokens, now - flight.began_at, now)
         told: dict[str, list[Tokens]] = defaultdict(list)
         for part, token in zip(flight.parts, drawn, strict=True):
             sequence = part.sequence
@@ -365,7 +380,7 @@ class DecodeWorker:
             if part.stay == sequence.stay:
                 sequence.num_computed += part.length
                 sequence.table.publish(sequence.token_ids, sequence.num_computed)
-                self._write_behind(sequence)
+                self._reuse.write_behind(sequence)
             if sequence.times.open:
                 sequence.times.begin(flight.began_at)
             if token is None:
@@ -383,23 +398,17 @@ class DecodeWorker:
             stages = sequence.times.drew(flight.began_at, now) if sequence.times.open else None
             told[sequence.link].append(sequence.tell(finish, stages))
             if finish:
-                self._reuse.used(sequence.table)
+                self._reuse.used(sequence)
                 self._end(sequence, None)
         for link, tokens in told.items():
             self._carrier.tell(link, Bundle(tokens=tuple(tokens)))
-
-    def _write_behind(self, sequence: Sequence) -> None:
-        """Blocks that this worker has completed go to the store: the next turn may be prefilled anywhere."""
-        full = sequence.num_computed // self._limits.block_tokens
-        if full > sequence.stored_blocks:
-            self._reuse.write(sequence.table, sequence.stored_blocks, full)
-            sequence.stored_blocks = full
 
     # -- endings
 
     def _end(self, sequence: Sequence, answer: Failed | None) -> None:
         """Forget a sequence, in whatever state, and hand its blocks back through the right door."""
         del self._legs[sequence.leg]
+        self._reuse.drop(sequence.leg)
         if transfer_id := sequence.transfer_id:
             self._reserved.pop(transfer_id)
             sequence.table.quarantine_from(sequence.first_missing_block, transfer_id)
@@ -441,7 +450,7 @@ class DecodeWorker:
                 "generated_tokens": float(self._generated_tokens),
                 "prefix_queries_tokens": float(self._prompt_tokens),
                 "prefix_hits_tokens": float(self._cached_tokens),
-                **self._reuse.counters(self._limits.block_tokens),
+                **self._reuse.counters(),
                 "preemptions": float(self._preemptions),
                 "evictions": float(self._manager.evictions),
                 **self._carrier.transfer_counters(),

@@ -21,7 +21,6 @@ from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
 from kvtransfer.exchange import LegKey, SenderEnded
 from kvtransfer.store.client import NO_STORE, Store
 from kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
-from kvtransfer.store.gate import Gate
 from models.batch import Draw, Drawn, Launched, Row
 from node.errors import InvariantBroken, SettingsError
 from node.lifecycle import Joined, JoinRefused, ProxyLost
@@ -62,9 +61,7 @@ class PrefillWorker:
         self._leased: dict[LegKey, Job] = {}  # computed or given up; the carrier still reads their blocks
         self._owed: set[LegKey] = set()  # of those, the legs whose proxy awaits the outcome
         self._flights: deque[tuple[Launched, list[tuple[Job, Chunk]]]] = deque()  # in the order of their launch
-        layout = worker.layout
-        gate = Gate(layout.block_bytes, layout.block_tokens, always=settings.store_loads == "always")
-        self._reuse = Reuse(store, worker.manager, gate)
+        self._reuse = Reuse(store, worker.manager, worker.layout, always=settings.store_loads == "always")
         self._speed = Speed(settings.max_num_batched_tokens)
         self._computing_since = 0.0
         self._steps = 0
@@ -224,13 +221,14 @@ class PrefillWorker:
         for index in sequence:
             if max(len(started), num_siblings) == self._settings.max_num_seqs:
                 break
-            if not jobs[index].started and self._lacks(jobs[index]) in coming:
-                num_siblings += 1
-                continue  # it would compute what another computes already
-            if self._waits_for_store(jobs[index], now):
-                continue
-            if not (jobs[index].started or self._start(jobs[index], now)):
-                break  # nobody overtakes a job that waits for blocks
+            if not jobs[index].started:
+                if self._lacks(jobs[index]) in coming:
+                    num_siblings += 1
+                    continue  # it would compute what another computes already
+                if self._reuse.waits(jobs[index], now):
+                    continue
+                if not self._start(jobs[index], now):
+                    break  # nobody overtakes a job that waits for blocks
             started.append(index)
             coming.update(jobs[index].coming)
         ready = [index for index in started if not self._reuse.loading(jobs[index].leg)]
@@ -244,13 +242,6 @@ class PrefillWorker:
         first = self._manager.peek(names)
         return names[first] if first < len(names) else b""
 
-    def _waits_for_store(self, job: Job, now: float) -> bool:
-        """Ask the store for what the pool has not, once; whether its answer may still come in time."""
-        if not job.asked:
-            job.asked = True
-            self._reuse.ask(job.leg, job.table, job.num_tokens - 1, now)
-        return self._reuse.waiting(job.leg, now)
-
     def _start(self, job: Job, now: float) -> bool:
         """Take the cached prefix and blocks for all the rest, and load what pays; False if there are too few."""
         cached_tokens = job.table.take_prefix(job.num_tokens - 1)
@@ -261,10 +252,9 @@ class PrefillWorker:
             return False
         job.started = True
         job.num_computed = job.num_launched = job.cached_tokens = cached_tokens
-        job.stored_blocks = cached_tokens // self._worker.layout.block_tokens
         self._cached_tokens += cached_tokens
         self._prompt_tokens += job.num_tokens
-        self._reuse.begin(job.leg, job.table, job.stored_blocks, now)
+        self._reuse.begin(job, now)
         return True
 
     def _on_loaded(self, loaded: Loaded) -> None:
@@ -272,12 +262,8 @@ class PrefillWorker:
         job = self._jobs.get(loaded.leg)
         if job is None:
             return
-        num_tokens = loaded.num_blocks * self._worker.layout.block_tokens
-        job.num_computed = job.num_launched = job.num_computed + num_tokens
-        job.cached_tokens += num_tokens
-        job.stored_blocks += loaded.num_blocks
+        job.cached_tokens += self._reuse.take_in(job, loaded)
         job.times.tier_load_s = loaded.load_s
-        job.table.publish(job.token_ids, job.num_computed)
 
     def _launch(self, chunks: list[tuple[Job, Chunk]]) -> None:
         rows = [_row(job, chunk, slot) for slot, (job, chunk) in enumerate(chunks)]
@@ -304,7 +290,7 @@ class PrefillWorker:
         for (job, chunk), token in zip(chunks, drawn, strict=True):
             job.num_computed = chunk.start + chunk.length
             job.table.publish(job.token_ids, job.num_computed)
-            self._write_behind(job)
+            self._reuse.write_behind(job)
             if token is None:
                 self._tell_blocks(job, job.num_computed // self._worker.layout.block_tokens)
             else:
@@ -317,13 +303,6 @@ class PrefillWorker:
         self._reuse.gate.computed(num_tokens, now - self._computing_since, now)
         self._computing_since = now
         self._computed_tokens += num_tokens
-
-    def _write_behind(self, job: Job) -> None:
-        """Blocks that this worker has computed go to the store."""
-        full = job.num_computed // self._worker.layout.block_tokens
-        if full > job.stored_blocks:
-            self._reuse.write(job.table, job.stored_blocks, full)
-            job.stored_blocks = full
 
     def _tell_blocks(self, job: Job, num_blocks: int) -> None:
         leg, blocks = job.leg, tuple(job.table.blocks[:num_blocks])
@@ -352,7 +331,7 @@ class PrefillWorker:
             self._tell_blocks(job, len(job.table.blocks))
             self._carrier.do(lambda exchange, now: exchange.tell_token(leg, token.token_id, token.logprob, now))
             self._owed.add(leg)
-        self._reuse.used(job.table)
+        self._reuse.used(job)
         self._lease(job)
 
     # -- endings
@@ -405,7 +384,7 @@ class PrefillWorker:
                 "prefix_hits_tokens": float(self._cached_tokens),
                 "prompt_tokens_gpu": float(self._cached_tokens),
                 "prompt_tokens_computed": float(self._computed_tokens),
-                **self._reuse.counters(self._worker.layout.block_tokens),
+                **self._reuse.counters(),
                 "evictions": float(self._manager.evictions),
                 **self._carrier.transfer_counters(),
             },

@@ -2,7 +2,7 @@
 
 It belongs to the worker's loop and is called by it alone; the store's thread answers with events. The life of a leg:
 
-    ask ──► waiting ── StoreFound, or patience over ──► settled ── begin ──► loading ── StoreLoaded ──► (gone)
+    waits ──► asked  ── StoreFound, or patience over ──► settled ── begin ──► loading ── StoreLoaded ──► (gone)
                                                            └── begin: the gate says compute ──► (gone)
 
 While a load or a put is under way its blocks are leased in the block manager, whatever becomes of the leg, because the
@@ -12,8 +12,11 @@ store's thread touches them. A step never waits for any of it.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
+from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.exchange import LegKey
@@ -23,8 +26,27 @@ from kvtransfer.store.gate import Decision, Gate
 from node.store_messages import TIER_NAMES
 
 MAX_WRITING_PART = 8
-"""At most one in so many blocks of the pool is held by writing behind; what comes then is not written."""
+"""At most one in so many blocks of the pool is held by writing behind; the next ones wait, while their work goes on."""
 MAX_PUT_BLOCKS = 1024
+
+
+class Work(Protocol):
+    """A job or a sequence, as far as it is loaded and stored here."""
+
+    leg: LegKey
+    table: BlockTable
+    num_computed: int
+    num_launched: int
+    asked: bool
+    """The store was asked for its prefix, if there is one."""
+    stored_blocks: int
+    """So many of its first blocks need not be offered to the store (any more)."""
+
+    @property
+    def token_ids(self) -> Sequence[int]: ...
+
+    @property
+    def num_tokens(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -50,10 +72,11 @@ class Loaded:
 
 
 class Reuse:
-    """See the module's docstring. `now` is the loop's clock."""
+    """See the module's docstring. `now` is the loop's clock; with `always` the gate is open."""
 
-    def __init__(self, store: Store, manager: BlockManager, gate: Gate) -> None:
-        self.gate = gate
+    def __init__(self, store: Store, manager: BlockManager, layout: KVLayout, *, always: bool) -> None:
+        self.gate = Gate(layout.block_bytes, layout.block_tokens, always=always)
+        self._block_tokens = layout.block_tokens
         self._store = store
         self._manager = manager
         self._lookups: dict[LegKey, _Lookup] = {}
@@ -68,32 +91,27 @@ class Reuse:
 
     # -- reading
 
-    def ask(self, leg: LegKey, table: BlockTable, limit_tokens: int, now: float) -> None:
-        """Ask for the blocks of a prompt that the pool has not, of its first `limit_tokens` tokens."""
-        hashes = table.names(limit_tokens)
-        first = self._manager.peek(hashes)
-        if first == len(hashes) or not self._store.attached:
-            return
-        patience_s = self.gate.patience_s((len(hashes) - first) * table.block_tokens, now)
-        self._lookups[leg] = _Lookup(first, now + patience_s)
-        self._store.lookup(leg, hashes, first)
-
-    def waiting(self, leg: LegKey, now: float) -> bool:
-        """Whether the leg should wait for the store's answer."""
-        lookup = self._lookups.get(leg)
-        if lookup is None or lookup.tiers is not None:
+    def waits(self, work: Work, now: float) -> bool:
+        """Ask for what the pool has not, once; whether the answer, or the end of an earlier load, may come in time."""
+        if not work.asked:
+            work.asked = True
+            self._ask(work, now)
+        lookup = self._lookups.get(work.leg)
+        if lookup is None or (lookup.tiers is not None and lookup.decision is None):
             return False
-        if now < lookup.until:
+        if lookup.decision is not None or now < lookup.until:
             return True
         self._counters["store_lookups_late"] += 1
-        self.drop(leg)
+        self.drop(work.leg)
         return False
 
-    def begin(self, leg: LegKey, table: BlockTable, have: int, now: float) -> bool:
-        """The table has its blocks, the first `have` of them with KV: load behind these, if that pays."""
+    def begin(self, work: Work, now: float) -> None:
+        """The table has its blocks, and KV up to `num_computed`: load behind that, if it pays."""
+        leg, table, have = work.leg, work.table, work.num_computed // self._block_tokens
+        work.stored_blocks = have
         lookup = self._lookups.get(leg)
         if lookup is None:
-            return False
+            return
         skip = have - lookup.first
         tiers = (lookup.tiers or ())[max(skip, 0) :]
         queued = sum(each.num_blocks for each in self._lookups.values())
@@ -101,13 +119,20 @@ class Reuse:
         if skip < 0 or not decision.num_blocks:
             self._counters["store_gate_refused"] += bool(tiers)
             self.drop(leg)
-            return False
+            return
         blocks = table.blocks[have : have + decision.num_blocks]
         self._manager.lease(blocks, _load_key(leg))
         lookup.decision, lookup.num_blocks, lookup.stop_at = decision, len(blocks), now + decision.stop_after_s
         self._counters["store_loads"] += 1
         self._store.load(leg, skip, blocks)
-        return True
+
+    def take_in(self, work: Work, loaded: Loaded) -> int:
+        """A cache had so many tokens more, which are returned."""
+        num_tokens = loaded.num_blocks * self._block_tokens
+        work.num_computed = work.num_launched = work.num_computed + num_tokens
+        work.stored_blocks += loaded.num_blocks
+        work.table.publish(work.token_ids, work.num_computed)
+        return num_tokens
 
     def loading(self, leg: LegKey) -> bool:
         lookup = self._lookups.get(leg)
@@ -137,24 +162,28 @@ class Reuse:
 
     # -- writing
 
-    def write(self, table: BlockTable, first: int, last: int) -> None:
-        """Blocks [first, last) of the table are computed and named: offer them to the store."""
-        if last <= first or not self._store.attached:
+    def write_behind(self, work: Work) -> None:
+        """Offer the store the blocks that were completed and are not offered yet, the first ones first."""
+        first, last = work.stored_blocks, work.num_computed // self._block_tokens
+        if not self._store.attached:
+            work.stored_blocks = last
+        last = min(last, first + self._max_writing - sum(self._writing.values()), first + MAX_PUT_BLOCKS)
+        if last <= work.stored_blocks:
             return
-        hashes, blocks = table.names()[first:last], table.blocks[first:last]
-        if len(blocks) > MAX_PUT_BLOCKS or sum(self._writing.values()) + len(blocks) > self._max_writing:
-            self._counters["store_dropped_blocks"] += len(blocks)
-            return
+        hashes, blocks = work.table.names()[first:last], work.table.blocks[first:last]
+        work.stored_blocks = last
         self._puts += 1
         key = b"put %d" % self._puts
         self._manager.lease(blocks, key)
         self._writing[key] = len(blocks)
         self._store.put(key, hashes, blocks)
 
-    def used(self, table: BlockTable) -> None:
-        """The sequence has been used to its end: its blocks are the youngest, their head last."""
-        if self._store.attached and (hashes := table.names()):
+    def used(self, work: Work) -> None:
+        """The work has used its blocks to its end: they are the youngest now, their head last. What is not offered yet
+        never will be."""
+        if self._store.attached and (hashes := work.table.names()):
             self._store.touch(hashes)
+            self._counters["store_dropped_blocks"] += work.num_computed // self._block_tokens - work.stored_blocks
 
     # -- events
 
@@ -185,6 +214,17 @@ class Reuse:
             self._actual_s += event.load_s
         return Loaded(event.key, event.num_blocks, event.load_s)
 
+    # -- inside
+
+    def _ask(self, work: Work, now: float) -> None:
+        hashes = work.table.names(work.num_tokens - 1)  # a token must be left to compute, for what it draws
+        first = self._manager.peek(hashes)
+        if first == len(hashes) or work.leg in self._lookups or not self._store.attached:
+            return
+        patience_s = self.gate.patience_s((len(hashes) - first) * self._block_tokens, now)
+        self._lookups[work.leg] = _Lookup(first, now + patience_s)
+        self._store.lookup(work.leg, hashes, first)
+
     # -- state
 
     @property
@@ -192,7 +232,7 @@ class Reuse:
         """Whether the store's thread touches no block of the pool."""
         return not self._writing and not any(each.decision for each in self._lookups.values())
 
-    def counters(self, block_tokens: int) -> dict[str, float]:
+    def counters(self) -> dict[str, float]:
         """For the heartbeat; none without a store."""
         if not (counters := self._store.counters()):
             return {}
@@ -200,7 +240,7 @@ class Reuse:
             "store_attached": float(self._store.attached),
             **{name: float(count) for name, count in self._counters.items()},
             **{
-                f"prompt_tokens_{TIER_NAMES[tier]}": float(count * block_tokens)
+                f"prompt_tokens_{TIER_NAMES[tier]}": float(count * self._block_tokens)
                 for tier, count in self._loaded_blocks.items()
             },
             "store_predicted_s": self._predicted_s,

@@ -17,6 +17,7 @@ from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.carrier import FromProxy
 from kvtransfer.exchange import KvArrived, ReceiverEnded
+from kvtransfer.store.client import NO_STORE
 from models.batch import Done, Drawn, Row
 from node.lifecycle import ProxyLost
 from node.messages import (
@@ -32,6 +33,7 @@ from node.messages import (
     SamplingParams,
     Stages,
 )
+from tests.unit.kvtransfer.store.bench import InlineStore, World
 
 ROOT = b"r" * 32
 BLOCK = 4
@@ -102,7 +104,7 @@ def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: fl
 class Bench:
     """A decode worker on its own."""
 
-    def __init__(self, num_blocks: int = 16, **settings: Any) -> None:
+    def __init__(self, num_blocks: int = 16, world: World | None = None, **settings: Any) -> None:
         self.carrier = RecordingCarrier()
         self.now_s = 1000.0
         self.manager = BlockManager(num_blocks)
@@ -114,9 +116,11 @@ class Bench:
             max_model_len=48,
             carrier=self.carrier,
         )
-        self.worker = DecodeWorker(
-            parts, DecodeSettings(spare_blocks=0, **settings).for_device("cpu"), lambda: self.now_s
-        )
+        self.store: Any = NO_STORE
+        if world is not None:
+            self.store = InlineStore(world, f"d{len(world.workers)}", num_blocks, self.carrier.inbox.put)
+        options = DecodeSettings(spare_blocks=0, **settings).for_device("cpu")
+        self.worker = DecodeWorker(parts, options, lambda: self.now_s, self.store)
 
     def _pass(self) -> None:
         self.now_s += STEP_S

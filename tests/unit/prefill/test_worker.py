@@ -16,6 +16,7 @@ from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.carrier import Command, FromProxy
 from kvtransfer.exchange import LegKey, SenderEnded
+from kvtransfer.store.client import NO_STORE
 from models.batch import Done, Drawn, Row
 from node.lifecycle import ProxyLost
 from node.messages import (
@@ -33,6 +34,7 @@ from node.messages import (
 )
 from prefill.settings import PrefillSettings
 from prefill.worker import PrefillWorker
+from tests.unit.kvtransfer.store.bench import InlineStore, World
 
 ROOT = b"r" * 32
 BLOCK = 4
@@ -97,7 +99,7 @@ class CountingRunner:
 class Bench:
     """A prefill worker on its own."""
 
-    def __init__(self, num_blocks: int = 16, run_ahead: int = 0, **settings: Any) -> None:
+    def __init__(self, num_blocks: int = 16, run_ahead: int = 0, world: World | None = None, **settings: Any) -> None:
         self.carrier, self.runner = InlineCarrier(), CountingRunner(self._pass, run_ahead)
         self.now_s = 1000.0
         self.manager = BlockManager(num_blocks)
@@ -105,7 +107,10 @@ class Bench:
         parts = SimpleNamespace(
             runner=self.runner, manager=self.manager, layout=layout, max_model_len=64, carrier=self.carrier
         )
-        self.worker = PrefillWorker(parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s)
+        self.store: Any = NO_STORE
+        if world is not None:
+            self.store = InlineStore(world, f"p{len(world.workers)}", num_blocks, self.carrier.inbox.put)
+        self.worker = PrefillWorker(parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s, self.store)
 
     def _pass(self) -> None:
         self.now_s += STEP_S

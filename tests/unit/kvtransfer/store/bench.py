@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
+from collections.abc import Callable, Sequence
 
 from kvtransfer.blocks.events import NullJournal
 from kvtransfer.blocks.memory import HostMemory
@@ -14,7 +15,7 @@ from kvtransfer.store.lower import Lower, NoLower
 from kvtransfer.store.peers import Peers
 from kvtransfer.store.server import StoreServer
 from kvtransfer.store.session import StoreSession
-from node.messages import Message
+from node.messages import Message, encode
 from node.store_messages import decode_store
 
 BLOCK_BYTES = 4096
@@ -92,8 +93,8 @@ class World:
         for name in workers:
             self.join(name)
 
-    def join(self, name: str, space: bytes = SPACE) -> Worker:
-        worker = self.workers[name] = Worker(name, self.host.wire, space=space)
+    def join(self, name: str, space: bytes = SPACE, num_blocks: int = 16) -> Worker:
+        worker = self.workers[name] = Worker(name, self.host.wire, space=space, num_blocks=num_blocks)
         self.run()
         return worker
 
@@ -123,7 +124,7 @@ class World:
         wire = self.host.wire
         for _ in range(min(count, len(wire))):
             origin, to, message = wire.popleft()
-            message = decode_store(_encoded(message))
+            message = decode_store(encode(message))
             if origin in self.lost or to in self.lost:
                 continue
             if to == "host":
@@ -166,7 +167,58 @@ class World:
         return loaded.num_blocks
 
 
-def _encoded(message: Message) -> bytes:
-    from node.messages import encode
+class InlineStore:
+    """Stands in for the client's thread (kvtransfer.store.client.Store): a worker of a World, each command run at once.
 
-    return encode(message)
+    While it is `held` commands wait; `release` runs them, and puts what comes of them into the worker's inbox.
+    """
+
+    def __init__(self, world: World, name: str, num_blocks: int, deliver: Callable[[StoreEvent], None]) -> None:
+        self.world = world
+        self.held = False
+        self.worker = world.join(name, num_blocks=num_blocks)
+        self._deliver = deliver
+        self._todo: list[Callable[[StoreSession, float], None]] = []
+
+    @property
+    def attached(self) -> bool:
+        return self.worker.session.attached
+
+    def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None:
+        self._do(lambda session, now: session.lookup(key, hashes, first, now))
+
+    def load(self, key: LegKey, skip: int, blocks: Sequence[int]) -> None:
+        self._do(lambda session, now: session.load(key, skip, blocks, now))
+
+    def stop(self, key: LegKey) -> None:
+        self._do(lambda session, now: session.stop(key, now))
+
+    def put(self, key: bytes, hashes: Sequence[bytes], blocks: Sequence[int]) -> None:
+        self._do(lambda session, now: session.put(key, hashes, blocks, now))
+
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        self._do(lambda session, now: session.touch(hashes))
+
+    def counters(self) -> dict[str, float]:
+        return {"store_lookups": float(self.worker.session.counters.lookups)}
+
+    def close(self) -> None: ...
+
+    def release(self) -> None:
+        """Run the commands that wait, before anything comes of the first of them."""
+        self.held = False
+        todo, self._todo = self._todo, []
+        for command in todo:
+            command(self.worker.session, self.world.now)
+        self.world.run()
+        self._tell()
+
+    def _do(self, command: Callable[[StoreSession, float], None]) -> None:
+        self._todo.append(command)
+        if not self.held:
+            self.release()
+
+    def _tell(self) -> None:
+        events, self.worker.events[:] = [*self.worker.events], []
+        for event in events:
+            self._deliver(event)

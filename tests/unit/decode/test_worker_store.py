@@ -1,0 +1,80 @@
+"""decode.worker with a host's store: what it completes is written behind, and prompts and preempted ones are loaded."""
+
+from __future__ import annotations
+
+from kvtransfer.carrier import FromProxy
+from kvtransfer.exchange import KvArrived
+from node.messages import Cancel
+from tests.unit.decode.test_worker import Bench
+from tests.unit.kvtransfer.store.bench import World
+
+SETTINGS = {"num_blocks": 64, "store_loads": "always"}
+
+
+def _run(bench: Bench) -> None:
+    while True:
+        bench.run()
+        if bench.carrier.inbox.empty():
+            return
+
+
+def _idle(bench: Bench) -> None:
+    _run(bench)
+    assert bench.worker._idle and bench.manager.num_available == bench.manager.num_blocks
+    bench.store.world.host.server.index.check()
+    assert bench.store.world.host.server.index.num_holders == 0
+
+
+def _counter(bench: Bench, name: str) -> float:
+    return bench.worker._load().counters[name]
+
+
+def test_completed_blocks_are_written_behind() -> None:
+    """Guards the next turn of a conversation: blocks with what decode generated, and no others, come from here."""
+    bench = Bench(world=World(), **SETTINGS)
+    bench.tell(KvArrived(bench.reserve("a", 10, max_tokens=8), 10, None, 0.0, 0.0, 0.0))
+    _idle(bench)
+    assert _counter(bench, "store_written_blocks") == 2  # of 17 tokens with KV; the first 8 were prefill's to write
+
+
+def test_a_prompt_that_is_prefilled_here_is_loaded() -> None:
+    """Guards colocated serving: another worker's blocks are loaded before what is left is computed."""
+    world = World()
+    first, second = Bench(world=world, **SETTINGS), Bench(world=world, **SETTINGS)
+    first.reserve("a", 14, prefill="")
+    _idle(first)
+    second.reserve("b", 14, prefill="")
+    _idle(second)
+    assert second.tokens("b") == first.tokens("a") == [14, 15, 16, 17, 18]
+    assert _counter(second, "prompt_tokens_ram") == 12
+    assert next(s for b in second.carrier.told if hasattr(b, "tokens") for s in b.tokens).cached_tokens == 12
+
+
+def test_who_was_preempted_is_loaded_again() -> None:
+    """Guards preemption to RAM: blocks that the pool has given to others come back from the store."""
+    bench = Bench(world=World(), num_blocks=10, store_loads="always")
+    for name in "abc":
+        bench.reserve(name, 6, prefill="", max_tokens=20)
+    _idle(bench)
+    for name in "abc":
+        assert bench.tokens(name) == list(range(6, 26))
+    assert bench.worker._preemptions > 0
+
+
+def test_a_sequence_that_is_cancelled_while_it_loads() -> None:
+    """Guards against reuse of blocks that the store's thread may still write, and against leaking them."""
+    world = World()
+    first, second = Bench(world=world, **SETTINGS), Bench(world=world, **SETTINGS)
+    first.reserve("a", 14, prefill="")
+    _idle(first)
+    second.store.held = True
+    second.reserve("b", 14, prefill="")
+    second.store.release()
+    second.store.held = True
+    second.worker.turn(0.0)
+    assert second.manager.usage().owned == 4
+    second.tell(FromProxy("proxy", Cancel(request_id="b", attempt=0), second.now_s))
+    assert second.manager.usage().leased == 3 and not second.worker._idle
+    second.store.release()
+    _idle(second)
+    assert second.tokens("b") == []

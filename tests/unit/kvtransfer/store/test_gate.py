@@ -1,0 +1,104 @@
+"""kvtransfer.store.gate: load exactly where that is expected to be faster, as far along the prompt as it pays."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kvtransfer.store.gate import HALF_LIFE_S, SLACK_S, Gate, Rate
+from node.store_messages import DISK, PEER, RAM
+
+BLOCK_BYTES, BLOCK_TOKENS = 1 << 20, 16
+LONG_S = 1e6
+"""A measurement of so many seconds leaves nothing of the assumption."""
+
+
+def _gate(*, ram: float, tokens: float, disk: float = 1e9, always: bool = False) -> Gate:
+    """A gate that has measured these rates, per second."""
+    gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=always)
+    gate.computed(int(tokens * LONG_S), LONG_S, 0.0)
+    blocks = max(1, round(ram * LONG_S / BLOCK_BYTES))
+    gate._tiers[RAM].add(blocks * BLOCK_BYTES, LONG_S, 0.0)
+    gate._tiers[DISK].add(disk * LONG_S, LONG_S, 0.0)
+    return gate
+
+
+def test_break_even_decides() -> None:
+    """Guards the rule itself: 16 tokens a MiB, so at 1600 tokens/s loading pays from 100 MiB/s on."""
+    for rate, expected in ((90, 0), (110, 4)):
+        decision = _gate(ram=rate * 2**20, tokens=1600).decide((RAM,) * 4, 0, 0.0)
+        assert decision.num_blocks == expected
+    assert decision.compute_s == pytest.approx(0.04) and decision.load_s == pytest.approx(4 / 110)
+    assert decision.stop_after_s == pytest.approx(0.04 + SLACK_S)
+
+
+def test_a_slow_tier_in_the_chain_is_left_out_with_what_lies_behind_it() -> None:
+    """Guards partial hits: RAM's blocks are loaded, the disk's computed, unless enough RAM blocks follow."""
+    gate = _gate(ram=1e9, disk=1e7, tokens=1600)
+    assert gate.decide((RAM, RAM, DISK, DISK, RAM), 0, 0.0).num_blocks == 2
+    assert gate.decide((RAM, DISK, *(RAM,) * 20), 0, 0.0).num_blocks == 22
+    assert gate.decide((DISK, DISK), 0, 0.0).num_blocks == 0
+
+
+def test_loads_before_it_count() -> None:
+    """Guards the queue: what is fast on an idle machine is not behind a thousand blocks."""
+    gate = _gate(ram=1e9, tokens=1600)
+    assert gate.decide((RAM,), 0, 0.0).num_blocks == 1
+    assert gate.decide((RAM,), 1000, 0.0).num_blocks == 0
+
+
+def test_always_loads_everything_and_waits() -> None:
+    """Guards the option: for tests, and for operators who know better."""
+    gate = _gate(ram=1.0, tokens=1e9, always=True)
+    decision = gate.decide((DISK, RAM, PEER), 1000, 0.0)
+    assert decision.num_blocks == 3 and decision.stop_after_s > 5 and gate.patience_s(1, 0.0) == 5.0
+    assert gate.decide((), 0, 0.0).num_blocks == 0
+
+
+def test_a_bad_minute_is_forgotten() -> None:
+    """Guards against never trying a tier again: without news a rate drifts back to the assumption."""
+    rate = Rate(1000.0)
+    rate.add(1.0, 10.0, 0.0)
+    assert rate.at(0.0) < 2
+    assert rate.at(20 * HALF_LIFE_S) > 990
+
+
+def test_speed_is_told_only_when_it_was_measured() -> None:
+    """Guards the router against an assumption that looks like a measurement."""
+    gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
+    assert gate.tokens_per_s(0.0) == 0.0
+    gate.computed(100, 1.0, 0.0)
+    assert gate.tokens_per_s(0.0) == pytest.approx(110 / 1.01)
+
+
+def test_what_loads_took_is_told_apart_by_tier() -> None:
+    """Guards the rates: copying is RAM's, the rest of a load is that of the tier it waited for."""
+    gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
+    for _ in range(100):
+        gate.loaded((RAM, DISK), load_s=10.0, copy_s=1.0, now=0.0)
+    assert gate._tiers[RAM].at(0.0) == pytest.approx(2 * BLOCK_BYTES, rel=0.25)
+    assert gate._tiers[DISK].at(0.0) == pytest.approx(BLOCK_BYTES / 9, rel=0.1)
+
+
+@given(
+    st.lists(st.sampled_from((RAM, DISK, PEER)), max_size=12),
+    st.floats(1e5, 1e10),
+    st.floats(1e5, 1e10),
+    st.floats(1, 1e6),
+    st.integers(0, 50),
+)
+def test_no_other_length_is_better(tiers: list[int], ram: float, disk: float, tokens: float, queued: int) -> None:
+    """Guards the choice of the length: no prefix of the blocks has a smaller sum of loading and computing the rest."""
+    gate = _gate(ram=ram, disk=disk, tokens=tokens)
+    decision = gate.decide(tiers, queued, 0.0)
+    block_s = BLOCK_TOKENS / gate.tokens_per_s(0.0)
+    cost_s = {tier: BLOCK_BYTES / rate.at(0.0) for tier, rate in gate._tiers.items()}
+
+    def total_s(count: int) -> float:
+        slow = sum(cost_s[tier] for tier in tiers[:count] if tier != RAM)
+        load_s = (queued + count) * cost_s[RAM] + slow if count else 0.0
+        return load_s + (len(tiers) - count) * block_s
+
+    best = min(total_s(count) for count in range(len(tiers) + 1))
+    assert total_s(decision.num_blocks) <= best * (1 + 1e-9) + 1e-9
