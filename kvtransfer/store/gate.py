@@ -71,12 +71,10 @@ class Gate:
         self._always = always
         self._tiers = {tier: Rate(assumed) for tier, assumed in ASSUMED_BYTES_PER_S.items()}
         self._computing = Rate(ASSUMED_TOKENS_PER_S)
-        self._has_computed = False
 
     def computed(self, num_tokens: int, spent_s: float, now: float) -> None:
         """A step took so long for so many prompt tokens."""
         self._computing.add(num_tokens, spent_s, now)
-        self._has_computed = True
 
     def loaded(self, tiers: Sequence[int], load_s: float, copy_s: float, now: float) -> None:
         """A load ended; copying is RAM's time, and what is left is that of the slower tiers."""
@@ -85,10 +83,6 @@ class Gate:
         for tier in (DISK, PEER):
             if count := tiers.count(tier):
                 self._tiers[tier].add(count * self._block_bytes, max(load_s - copy_s, 0.0), now)
-
-    def tokens_per_s(self, now: float) -> float:
-        """The speed of computing prompts, as measured; 0 before the first time."""
-        return self._computing.at(now) if self._has_computed else 0.0
 
     def patience_s(self, num_tokens: int, now: float) -> float:
         """How long an answer may take before computing `num_tokens` would have been the better bet."""

@@ -110,7 +110,9 @@ class Bench:
         self.store: Any = NO_STORE
         if world is not None:
             self.store = InlineStore(world, f"p{len(world.workers)}", num_blocks, self.carrier.inbox.put)
-        self.worker = PrefillWorker(parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s, self.store)
+        self.worker = PrefillWorker(
+            parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s, self.store
+        )
 
     def _pass(self) -> None:
         self.now_s += STEP_S

@@ -64,14 +64,6 @@ def test_a_bad_minute_is_forgotten() -> None:
     assert rate.at(20 * HALF_LIFE_S) > 990
 
 
-def test_speed_is_told_only_when_it_was_measured() -> None:
-    """Guards the router against an assumption that looks like a measurement."""
-    gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
-    assert gate.tokens_per_s(0.0) == 0.0
-    gate.computed(100, 1.0, 0.0)
-    assert gate.tokens_per_s(0.0) == pytest.approx(110 / 1.01)
-
-
 def test_what_loads_took_is_told_apart_by_tier() -> None:
     """Guards the rates: copying is RAM's, the rest of a load is that of the tier it waited for."""
     gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
@@ -92,7 +84,7 @@ def test_no_other_length_is_better(tiers: list[int], ram: float, disk: float, to
     """Guards the choice of the length: no prefix of the blocks has a smaller sum of loading and computing the rest."""
     gate = _gate(ram=ram, disk=disk, tokens=tokens)
     decision = gate.decide(tiers, queued, 0.0)
-    block_s = BLOCK_TOKENS / gate.tokens_per_s(0.0)
+    block_s = BLOCK_TOKENS / gate._computing.at(0.0)
     cost_s = {tier: BLOCK_BYTES / rate.at(0.0) for tier, rate in gate._tiers.items()}
 
     def total_s(count: int) -> float:
