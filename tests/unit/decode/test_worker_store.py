@@ -52,13 +52,15 @@ def test_a_prompt_that_is_prefilled_here_is_loaded() -> None:
 
 def test_who_was_preempted_is_loaded_again() -> None:
     """Guards preemption to RAM: blocks that the pool has given to others come back from the store."""
-    bench = Bench(world=World(), num_blocks=10, store_loads="always")
-    for name in "abc":
-        bench.reserve(name, 6, prefill="", max_tokens=20)
+    bench = Bench(world=World(), **SETTINGS)
+    bench.reserve("a", 10, prefill="", max_tokens=20)
+    while len(bench.tokens("a")) < 8:
+        bench.worker.turn(0.0)
+    bench.worker._preempt(bench.worker._running[0])
+    assert bench.manager.reset_cache() > 0
     _idle(bench)
-    for name in "abc":
-        assert bench.tokens(name) == list(range(6, 26))
-    assert bench.worker._preemptions > 0
+    assert bench.tokens("a") == list(range(10, 30))
+    assert _counter(bench, "prompt_tokens_ram") == 16  # of the 17 tokens with KV
 
 
 def test_a_sequence_that_is_cancelled_while_it_loads() -> None:
