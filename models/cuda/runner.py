@@ -68,7 +68,7 @@ class CudaRunner:
         self.config = config
         self.kv_dtype = weights.embedding.dtype
         self.run_ahead = limits.run_ahead
-        self._queue, self._limits = queue, limits
+        self.queue, self._limits = queue, limits
         policy = policy or (invariant if limits.deterministic else fastest)
         rows = limits.max_rows
         self._decoder = DeviceDecoder(config, weights, policy, max(limits.max_tokens, rows), rows, max_len)
@@ -79,7 +79,7 @@ class CudaRunner:
 
     def bind_pool(self, pool: torch.Tensor, max_model_len: int, on_progress: Progress = no_progress) -> None:
         """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
-        config, device = self.config, self._queue.device
+        config, device = self.config, self.queue.device
         shape = (pool.shape[0], config.num_layers, 2, pool.shape[3], config.num_kv_heads, config.head_dim)
         if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype or not pool.is_contiguous():
             raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
@@ -89,18 +89,18 @@ class CudaRunner:
         width = -(-max_model_len // block_tokens)
         first = FIXED_LENGTHS if self._limits.deterministic else FAST_LENGTHS
         sizes, lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *first)
-        attention = choose_attention(config, pool, self._queue, self._limits.deterministic)
+        attention = choose_attention(config, pool, self.queue, self._limits.deterministic)
         items = (self._limits.max_tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(pool)
         self._bound = _Bound(
             block_tokens=block_tokens,
             slots=Slots(rows, width, device),
             inputs=StepInputs.make(rows, width, device),
-            upload=Upload(self._queue, 3 * rows + 2 * rows * width),
+            upload=Upload(self.queue, 3 * rows + 2 * rows * width),
             attention=attention,
-            chunk_upload=Upload(self._queue, 3 * self._limits.max_tokens + rows * (width + 5) + 1 + 3 * items),
+            chunk_upload=Upload(self.queue, 3 * self._limits.max_tokens + rows * (width + 5) + 1 + 3 * items),
             scratch=self._scratch([(size, self._plan(size, length)) for size in sizes for length in lengths]),
-            graphs=DecodeGraphs(self._queue, sizes, lengths, self._decode_body),
+            graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
         )
         self._bound.upload.send((self._header([]),))  # captures run on padding alone
         self._bound.graphs.capture_all(on_progress)
@@ -118,13 +118,13 @@ class CudaRunner:
             self._launch_decode([rows[index] for index in decode], buffer[: len(decode)])
         if chunks:
             self._launch_chunks([rows[index] for index in chunks], buffer[len(decode) : len(drawing)])
-        return _Step(self._queue.mark(), buffer, drawing, len(rows), self._results.append)
+        return _Step(self.queue.mark(), buffer, drawing, len(rows), self._results.append)
 
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of parts of prompts, [rows that draw, vocab], without drawing: for tests and measurements; waits."""
         found: list[torch.Tensor] = []
         self._launch_chunks(rows, None, found.append)
-        self._queue.mark().wait()
+        self.queue.mark().wait()
         return found[0]
 
     # -- steps
@@ -147,7 +147,7 @@ class CudaRunner:
             graph()
             result.copy_(drawn, non_blocking=True)
 
-        self._queue.enqueue(work)
+        self.queue.enqueue(work)
 
     def _header(self, rows: Sequence[Row]) -> np.ndarray:
         """int32 [3, max_rows]: slots, positions and given tokens of a decode step; the rest is padding."""
@@ -169,7 +169,7 @@ class CudaRunner:
         def body() -> None:
             kept = bound.slots
             gather_inputs(slots, positions, given, kept.last, kept.tables, bound.block_tokens, inputs)
-            logits = self._decoder.decode(inputs, plan, bound.scratch, self._queue.pdl)
+            logits = self._decoder.decode(inputs, plan, bound.scratch, self.queue.pdl)
             self._sampler.draw(logits, slots, inputs.lengths, drawn)
             set_entries(kept.last, slots, drawn)
 
@@ -201,11 +201,11 @@ class CudaRunner:
                 set_entries(bound.slots.last, slots, drawn)
                 result.copy_(drawn, non_blocking=True)
 
-        self._queue.enqueue(work)
+        self.queue.enqueue(work)
 
     def _scratch(self, plans: Sequence[tuple[int, DecodePlan]]) -> DecodeScratch:
         """Room for any of the plans, each with its number of rows."""
-        config, device = self.config, self._queue.device
+        config, device = self.config, self.queue.device
         heads = max(size * plan.num_splits for size, plan in plans) * config.num_heads
         return DecodeScratch(
             parts=torch.zeros(heads * config.head_dim, dtype=torch.float32, device=device),
@@ -215,7 +215,7 @@ class CudaRunner:
 
     def _plan(self, num_rows: int, max_tokens: int) -> DecodePlan:
         make = fixed_plan if self._limits.deterministic else even_plan
-        return make(num_rows, self.config.num_kv_heads, max_tokens, self._queue.num_sms)
+        return make(num_rows, self.config.num_kv_heads, max_tokens, self.queue.num_sms)
 
     def _bind(self) -> _Bound:
         if self._bound is None:

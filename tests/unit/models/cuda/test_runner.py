@@ -15,6 +15,7 @@ from models.runner import ModelRunner
 from models.weights import load_weights
 from node.errors import InvariantBroken
 from node.messages import SamplingParams
+from tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 
 BLOCK = 16
 
@@ -58,64 +59,6 @@ def test_logits_equal_the_cpu_s(make_model, family):
     then = [Row(list(range(40, 60)), 22, [5, 2, 9], draw)]
     for rows in (first, then):
         torch.testing.assert_close(late.logits(rows), plain.compute(rows)[1], rtol=2e-4, atol=2e-4)
-
-
-class Ahead:
-    """Sequences on one runner, as a decode worker drives it: each step is launched before the last one is read."""
-
-    def __init__(self, late: CudaRunner) -> None:
-        self.late = late
-        self.known: dict[int, list[int]] = {}  # by slot
-        self.computed: dict[int, int] = {}
-        self.params: dict[int, SamplingParams] = {}
-        self.tables: dict[int, list[int]] = {}
-        self.prompts: dict[int, int] = {}
-        self.flights: list = []
-
-    def start(self, slot: int, prompt: list[int], blocks: list[int], **params) -> None:
-        self.known[slot], self.computed[slot], self.tables[slot] = list(prompt), 0, blocks
-        self.prompts[slot] = len(prompt)
-        self.params[slot] = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
-
-    def launch(self, slots: list[int], chunk: int = 100) -> None:
-        rows, drawing = [], []
-        for slot in slots:
-            known, start = self.known[slot], self.computed[slot]
-            pending = sum(slot in drawn for _, drawn in self.flights)
-            expected = len(known) + pending
-            end = min(start + chunk, expected)
-            draw = None
-            if end == expected:
-                draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot])
-                drawing.append(slot)
-            rows.append(Row(known[start:end], start, self.tables[slot][: -(-end // BLOCK)], draw, slot))
-            self.computed[slot] = end
-        self.flights.append((self.late.launch(rows), drawing))
-        if len(self.flights) > self.late.run_ahead:
-            self.read()
-
-    def read(self) -> None:
-        launched, drawing = self.flights.pop(0)
-        drawn = [entry.token_id for entry in launched.read() if entry is not None]
-        for slot, token_id in zip(drawing, drawn, strict=True):
-            self.known[slot].append(token_id)
-
-    def generated(self, slot: int) -> list[int]:
-        while self.flights:
-            self.read()
-        return self.known[slot][self.prompts[slot] :]
-
-
-def one_after_the_other(plain: ModelRunner, prompt: list[int], blocks: list[int], count: int, **params) -> list[int]:
-    known, row_start = list(prompt), 0
-    sampling = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
-    for _ in range(count):
-        draw = Draw(sampling, known, len(prompt), len(known) - len(prompt))
-        drawn = plain.step([Row(known[row_start:], row_start, blocks, draw)])[0]
-        assert drawn is not None
-        row_start = len(known)
-        known.append(drawn.token_id)
-    return known[len(prompt) :]
 
 
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}

@@ -1,0 +1,110 @@
+"""Times decode steps of a served runner on the GPU at hand: random weights, random KV, every row continuing by itself.
+
+One JSON line a cell: `step_ms` is the median wall time from one read to the next with `--run-ahead` steps under way, as
+a worker runs them (launch, read, no scheduler); `gpu_ms` the median of the GPU's own time of the captured step and the
+copies around it, launched one by one; `host_ms` what a launch takes the host.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from functools import partial
+
+import torch
+
+from models.batch import Draw, Row
+from models.cuda.runner import CudaRunner, Limits
+from node.messages import SamplingParams
+from scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
+
+CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"
+WARM_STEPS, STEPS = 5, 25
+SLEEP_CYCLES = 4_000_000  # about 2 ms
+GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
+
+
+class Cell:
+    """`num_rows` sequences which reach `context` tokens in the last step that is timed."""
+
+    def __init__(self, num_rows: int, context: int, num_blocks: int) -> None:
+        each = -(-(context + 1) // BLOCK_TOKENS)
+        blocks = random.Random(0).sample(range(num_blocks), num_rows * each)
+        self._tables = [blocks[row * each : (row + 1) * each] for row in range(num_rows)]
+        self._start = context - WARM_STEPS - STEPS
+        self._given = True
+
+    def rows(self) -> list[Row]:
+        """The next step's; the first brings its tokens, the others continue."""
+        rows = [
+            Row([1000 + slot] if self._given else [], self._start, table, Draw(GREEDY, (), 1, 1), slot)
+            for slot, table in enumerate(self._tables)
+        ]
+        self._start += 1
+        self._given = False
+        return rows
+
+
+def step_ms(runner: CudaRunner, cell: Cell) -> tuple[float, float]:
+    """Median wall time between two reads, and of a launch."""
+    flights, read_at, host = [], [], []
+    for _ in range(WARM_STEPS + STEPS):
+        rows = cell.rows()
+        began_at = time.perf_counter()
+        flights.append(runner.launch(rows))
+        host.append(time.perf_counter() - began_at)
+        if len(flights) > runner.run_ahead:
+            flights.pop(0).read()
+            read_at.append(time.perf_counter())
+    for flight in flights:
+        flight.read()
+    gaps = [after - before for before, after in zip(read_at[WARM_STEPS:], read_at[WARM_STEPS + 1 :], strict=False)]
+    return statistics.median(gaps) * 1e3, statistics.median(host[WARM_STEPS:]) * 1e3
+
+
+def gpu_ms(runner: CudaRunner, cell: Cell) -> float:
+    """Median GPU time of single steps, by events around the launch on the runner's own stream."""
+    times = []
+    for _ in range(WARM_STEPS + STEPS):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        runner.queue.enqueue(partial(torch.cuda._sleep, SLEEP_CYCLES))  # so that the GPU waits for no launch
+        runner.queue.enqueue(begin.record)
+        flight = runner.launch(cell.rows())
+        runner.queue.enqueue(end.record)
+        flight.read()
+        end.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times[WARM_STEPS:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of scripts/shapes")
+    parser.add_argument("--cells", default=CELLS, help="rows x tokens, comma separated")
+    parser.add_argument("--run-ahead", type=int, default=1)
+    parser.add_argument("--deterministic", action="store_true")
+    options = parser.parse_args()
+    cells = [tuple(int(number) for number in cell.split("x")) for cell in options.cells.split(",")]
+    config, weights = load_shape(options.shape)
+    pool = random_pool(config, max(rows * (context // BLOCK_TOKENS + 1) for rows, context in cells) + 8)
+    max_rows, longest = max(rows for rows, _ in cells), max(context for _, context in cells) + 1
+    limits = Limits(max_rows, 2048, options.run_ahead, options.deterministic)
+    runner = make_runner(config, weights, limits, pool, longest)
+    for rows, context in cells:
+        wall, host = step_ms(runner, Cell(rows, context, len(pool)))
+        line(
+            what="decode_step",
+            rows=rows,
+            context=context,
+            step_ms=round(wall, 3),
+            gpu_ms=round(gpu_ms(runner, Cell(rows, context, len(pool))), 3),
+            host_ms=round(host, 3),
+            run_ahead=options.run_ahead,
+            deterministic=options.deterministic,
+        )
+
+
+if __name__ == "__main__":
+    main()

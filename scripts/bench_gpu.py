@@ -1,0 +1,58 @@
+"""What bench_decode and bench_prefill share: a model's shape with random weights, on a GPU, over random KV."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import torch
+
+from models.config import ModelConfig
+from models.cuda.queue import CudaQueue
+from models.cuda.runner import CudaRunner, Limits
+from models.weights import Weights, load_weights
+
+SHAPES = Path(__file__).parent / "shapes"
+BLOCK_TOKENS = 64
+
+
+def line(**values: object) -> None:
+    print(json.dumps(values), flush=True)
+
+
+def load_shape(name: str) -> tuple[ModelConfig, Weights]:
+    folder = SHAPES / name
+    config = ModelConfig.from_folder(folder)
+    began_at = time.monotonic()
+    weights = load_weights(config, folder, torch.bfloat16, "cuda:0", "dummy", pack=False)
+    torch.cuda.synchronize()
+    line(
+        what="start",
+        shape=name,
+        gpu=torch.cuda.get_device_name(),
+        torch=torch.__version__,
+        weights_s=round(time.monotonic() - began_at, 2),
+    )
+    return config, weights
+
+
+def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
+    """[num_blocks, layers, 2, block_tokens, KH, D]; zeros would be quicker to compute with than what is served."""
+    shape = (num_blocks, config.num_layers, 2, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
+    pool = torch.empty(shape, dtype=torch.bfloat16, device="cuda:0")
+    some = torch.empty(256, *shape[1:], dtype=torch.bfloat16, device="cuda:0").normal_()
+    for part in pool.split(len(some)):
+        part.copy_(some[: len(part)])
+    return pool
+
+
+def make_runner(config: ModelConfig, weights: Weights, limits: Limits, pool: torch.Tensor, longest: int) -> CudaRunner:
+    """Tells how long the capture took."""
+    runner = CudaRunner(config, weights, CudaQueue(0), limits, longest)
+    began_at = time.monotonic()
+    captured = [0]
+    runner.bind_pool(pool, longest, lambda done, _: captured.__setitem__(0, done))
+    torch.cuda.synchronize()
+    line(what="captured", graphs=captured[0], seconds=round(time.monotonic() - began_at, 1), limits=str(limits))
+    return runner

@@ -1,0 +1,164 @@
+"""The runner on a GPU: captured steps and steps ahead of the host against the CPU's tokens, and against themselves.
+
+Run it in a process of its own: tests/unit/models then run on the GPU as well.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from kernels import Linear
+from models.batch import Draw, Row
+from models.config import ModelConfig
+from models.cuda.queue import CudaQueue
+from models.cuda.runner import CudaRunner, Limits
+from models.runner import ModelRunner
+from models.weights import LayerWeights, Weights, load_weights
+from node.messages import SamplingParams
+from node.modelhub import locate_model
+from tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+
+pytestmark = pytest.mark.gpu
+
+SHAPE_8B = Path(__file__).resolve().parents[2] / "scripts" / "shapes" / "llama-3.1-8b"
+LONGEST = 640
+
+
+def make(folder: Path, dtype: torch.dtype, *, max_rows: int, block_tokens: int = 64, **limits) -> CudaRunner:
+    config = ModelConfig.from_folder(folder)
+    weights = load_weights(config, folder, dtype, "cuda:0", pack=False)
+    runner = CudaRunner(config, weights, CudaQueue(0), Limits(max_rows, 2048, **limits), LONGEST)
+    num_blocks = max_rows * -(-LONGEST // block_tokens) + 1
+    shape = (num_blocks, config.num_layers, 2, block_tokens, config.num_kv_heads, config.head_dim)
+    runner.bind_pool(torch.zeros(shape, dtype=dtype, device="cuda:0"), LONGEST)
+    return runner
+
+
+def table(slot: int, block_tokens: int = 64) -> list[int]:
+    width = -(-LONGEST // block_tokens)
+    return list(range(1 + slot * width, 1 + (slot + 1) * width))
+
+
+def prompts(count: int, seed: int = 1) -> list[list[int]]:
+    chance = random.Random(seed)
+    return [[chance.randrange(2, 4000) for _ in range(chance.randrange(1, 300))] for _ in range(count)]
+
+
+def generate(runner: CudaRunner, made: list[list[int]], count: int, chunk: int, **params) -> list[list[int]]:
+    """`count` tokens after each prompt, all at once; prompts come in chunks of `chunk` tokens, a few at a time."""
+    run, done = Ahead(runner), []
+    for slot, prompt in enumerate(made):
+        run.start(slot, prompt, table(slot), **{**params, "seed": slot + 1})
+        while run.computed[slot] < len(prompt):
+            run.launch([slot, *done[-3:]], chunk)  # decoding goes on beside it
+        done.append(slot)
+    slots = list(range(len(made)))
+    while any(len(run.known[slot]) < len(made[slot]) + count for slot in slots):
+        run.launch(slots)
+    return [run.generated(slot)[:count] for slot in slots]
+
+
+def test_tokens_equal_the_cpu_s():
+    """Guards the whole of it: in float32 a trained model's greedy tokens are the CPU's, whatever runs beside them."""
+    folder, made = locate_model("demo"), prompts(7)
+    found = generate(make(folder, torch.float32, max_rows=8), made, 24, 100)
+    plain = ModelRunner.load(folder)
+    plain.bind_pool(torch.zeros(plain.kv_shape(42, 16)))
+    for prompt, tokens in zip(made, found, strict=True):
+        assert tokens == one_after_the_other(plain, prompt, list(range(1, 41)), 24)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_running_ahead_changes_no_token(temperature):
+    """Guards against a step that reads what the host has changed, or a slot before the step before has written it."""
+    folder, made = locate_model("demo"), prompts(33)
+    results = [
+        generate(make(folder, torch.bfloat16, max_rows=40, run_ahead=ahead), made, 40, 128, temperature=temperature)
+        for ahead in (0, 1, 3)
+    ]
+    assert results[0] == results[1] == results[2]
+
+
+def test_deterministic_tokens_do_not_depend_on_the_batch():
+    """Guards --deterministic: 64 sequences at once, each alone, and with other chunks, give the same tokens."""
+    folder, made = locate_model("demo"), prompts(64)
+    runner = make(folder, torch.bfloat16, max_rows=64, deterministic=True)
+    together = generate(runner, made, 32, 96, temperature=0.8)
+    again = generate(runner, made, 32, 256, temperature=0.8)
+    assert together == again
+    for slot in (0, 5, 63):
+        run = Ahead(runner)
+        run.start(slot, made[slot], table(slot), temperature=0.8, seed=slot + 1)
+        for _ in range(40):
+            run.launch([slot], 50)
+        assert run.generated(slot)[:32] == together[slot][:32]
+
+
+def two_layers(folder: Path) -> Path:
+    """The 8B shape with two layers."""
+    text = (SHAPE_8B / "config.json").read_text().replace('"num_hidden_layers": 32', '"num_hidden_layers": 2')
+    (folder / "config.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_the_8b_shape_computes_what_the_cpu_computes(tmp_path, deterministic):
+    """Guards the tuned kernels, split sums and Hopper's attention in their places: logits of a prompt, and tokens that
+    follow it through the captured steps, which must be likely ones by the CPU's float32 logits."""
+    config = ModelConfig.from_folder(two_layers(tmp_path))
+    weights = load_weights(config, tmp_path, torch.bfloat16, "cuda:0", "dummy", pack=False)
+    runner = CudaRunner(config, weights, CudaQueue(0), Limits(40, 2048, 1, deterministic), LONGEST)
+    runner.bind_pool(torch.zeros(400, 2, 2, 64, 8, 128, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
+    prompt = [random.Random(3).randrange(128_000) for _ in range(300)]
+    draw = Draw(SamplingParams(max_tokens=99, temperature=0.0), (), 300, 0)
+    whole = runner.logits([Row(prompt, 0, table(0), draw)]).float().cpu()
+    runner.logits([Row(prompt[:128], 0, table(1), draw)])
+    parts = runner.logits([Row(prompt[128:], 128, table(1), draw)]).float().cpu()
+    if deterministic:
+        assert torch.equal(whole, parts)
+    run = Ahead(runner)
+    for slot in range(9):  # the same sequence in every row
+        run.start(slot, prompt, table(slot))
+    run.launch([0, 1, 2], chunk=1000)
+    run.launch(list(range(3, 9)), chunk=1000)
+    for _ in range(6):
+        run.launch([0])
+        run.launch(list(range(1, 9)))
+    found = [run.generated(slot)[:6] for slot in range(9)]
+    known = prompt + found[0]
+    exact = exact_logits(config, weights, known)
+    assert (whole - exact[299]).norm() / exact[299].norm() < 0.02
+    for step in range(6):
+        row = exact[299 + step]
+        assert row.max() - row[known[300 + step]] < 0.05 * row.std(), step
+    assert not deterministic or all(tokens == found[0] for tokens in found)
+
+
+def exact_logits(config: ModelConfig, weights, tokens: list[int]) -> torch.Tensor:
+    """float32 [tokens, vocab] by the CPU's operations on the same weights."""
+
+    def wide(linear: Linear) -> Linear:
+        return Linear(linear.weight.float().cpu(), None)
+
+    layers = tuple(
+        LayerWeights(
+            each.input_norm.float().cpu(), wide(each.qkv), None, wide(each.o), each.post_norm.float().cpu(),
+            wide(each.gate_up), wide(each.down),
+        )
+        for each in weights.layers
+    )  # fmt: skip
+    head = wide(weights.lm_head)
+    plain = ModelRunner(config, Weights(weights.embedding.float().cpu(), layers, weights.norm.float().cpu(), head))
+    plain.bind_pool(torch.zeros(plain.kv_shape(6, 64)))
+    draw = Draw(SamplingParams(max_tokens=99, temperature=0.0), (), 1, 0)
+    rows = [Row(tokens[:300], 0, [0, 1, 2, 3, 4], draw)]
+    found = [plain.compute(rows)[1]]
+    for place in range(300, len(tokens)):
+        found.append(plain.compute([Row([tokens[place]], place, [0, 1, 2, 3, 4, 5], draw)])[1])
+    return torch.cat([torch.zeros(299, config.vocab_size), *found])

@@ -1,0 +1,66 @@
+"""Drives a GPU's runner as a decode worker does, and the CPU's a step at a time, for tests here and on a GPU."""
+
+from __future__ import annotations
+
+from models.batch import Draw, Row
+from models.cuda.runner import CudaRunner
+from models.runner import ModelRunner
+from node.messages import SamplingParams
+
+
+class Ahead:
+    """Sequences on one runner, as a decode worker drives it: each step is launched before the last one is read."""
+
+    def __init__(self, late: CudaRunner) -> None:
+        self.late = late
+        self.known: dict[int, list[int]] = {}  # by slot
+        self.computed: dict[int, int] = {}
+        self.params: dict[int, SamplingParams] = {}
+        self.tables: dict[int, list[int]] = {}
+        self.prompts: dict[int, int] = {}
+        self.flights: list = []
+
+    def start(self, slot: int, prompt: list[int], blocks: list[int], **params) -> None:
+        self.known[slot], self.computed[slot], self.tables[slot] = list(prompt), 0, blocks
+        self.prompts[slot] = len(prompt)
+        self.params[slot] = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
+
+    def launch(self, slots: list[int], chunk: int = 100) -> None:
+        rows, drawing = [], []
+        for slot in slots:
+            known, start = self.known[slot], self.computed[slot]
+            pending = sum(slot in drawn for _, drawn in self.flights)
+            expected = len(known) + pending
+            end = min(start + chunk, expected)
+            draw = None
+            if end == expected:
+                draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot])
+                drawing.append(slot)
+            rows.append(Row(known[start:end], start, self.tables[slot], draw, slot))
+            self.computed[slot] = end
+        self.flights.append((self.late.launch(rows), drawing))
+        if len(self.flights) > self.late.run_ahead:
+            self.read()
+
+    def read(self) -> None:
+        launched, drawing = self.flights.pop(0)
+        drawn = [entry.token_id for entry in launched.read() if entry is not None]
+        for slot, token_id in zip(drawing, drawn, strict=True):
+            self.known[slot].append(token_id)
+
+    def generated(self, slot: int) -> list[int]:
+        while self.flights:
+            self.read()
+        return self.known[slot][self.prompts[slot] :]
+
+
+def one_after_the_other(plain: ModelRunner, prompt: list[int], blocks: list[int], count: int, **params) -> list[int]:
+    known, row_start = list(prompt), 0
+    sampling = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
+    for _ in range(count):
+        draw = Draw(sampling, known, len(prompt), len(known) - len(prompt))
+        drawn = plain.step([Row(known[row_start:], row_start, blocks, draw)])[0]
+        assert drawn is not None
+        row_start = len(known)
+        known.append(drawn.token_id)
+    return known[len(prompt) :]
