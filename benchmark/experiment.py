@@ -7,6 +7,7 @@ client's own CPU. What a run is made of is `planner`'s, how it is sent `runner`'
 from __future__ import annotations
 
 import gc
+import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -53,6 +54,8 @@ class Run:
     warmup_errors: tuple[str, ...]
     client_cpu_cores: float
     """CPU time of this client by the time of the run: near 1 it measures itself."""
+    machine_load: float
+    """Programs that wanted a core of this machine over the last minute of the run: server, client and others."""
     summary: Summary
     records: tuple[Record, ...]
 
@@ -60,8 +63,11 @@ class Run:
 def in_turns(
     servers: Sequence[Server], rates: Sequence[float | None], seeds: Sequence[int]
 ) -> Iterator[tuple[Server, float | None, int]]:
-    """Every server at every rate with every seed; servers side by side, and who is first alternates."""
-    for number, (rate, seed) in enumerate((rate, seed) for rate in rates for seed in seeds):
+    """Every server at every rate with every seed; servers side by side, and who is first alternates.
+
+    A seed is a round over all rates, so that what disturbs the machine for a while meets a rate once, not in all seeds.
+    """
+    for number, (rate, seed) in enumerate((rate, seed) for seed in seeds for rate in rates):
         for server in servers if number % 2 == 0 else reversed(servers):
             yield server, rate, seed
 
@@ -133,6 +139,7 @@ class Experiment:
             num_warmups=len(plan.warmups),
             warmup_errors=tuple(warmup_errors),
             client_cpu_cores=cores,
+            machine_load=os.getloadavg()[0],
             summary=summarize(log.records, log.duration_s, log.num_unsent, settings.objectives, settings.percentiles),
             records=log.records,
         )

@@ -117,6 +117,7 @@ def _ours(run: Run, settings: ServingSettings, about: Circumstances) -> dict[str
         "tokens_counted_by": "server" if summary.tokens_counted else "chunks",
         "tokens_per_chunk": summary.tokens_per_chunk,
         "client_cpu_cores": run.client_cpu_cores,
+        "machine_load": run.machine_load,
         **_latency("schedule_lag", summary.schedule_lag),
         **_latency("client_queue", summary.client_queue),
     }

@@ -71,27 +71,27 @@ def of_run(run: Run, settings: ServingSettings) -> str:
     rows += [
         ("client: schedule lag, ms", _latency(summary.schedule_lag)),
         ("client: wait for a place, ms", _latency(summary.client_queue)),
-        ("client: cores used", f"{run.client_cpu_cores:.2f}"),
+        ("client: cores used", f"{run.client_cpu_cores:.2f}; load of its machine at the end {run.machine_load:.1f}"),
     ]
     return markdown(("measure", "value"), rows)
 
 
 def of_runs(runs: Sequence[Run], settings: ServingSettings) -> str:
-    """A line a run: the ladder of rates."""
+    """A line a run, by rate: the ladder."""
     head = ["server"] if any(run.server.name for run in runs) else []
     head += ["rate", "seed", "done", "failed", "req/s", "goodput", "kept %", "tokens/s"]
-    head += ["TTFT p50", "p99", "TPOT p50", "p99", "ITL p50", "p99", "lag p99"]
+    head += ["TTFT p50", "p99", "TPOT p50", "p99", "ITL p50", "p99", "lag p99", "load"]
     rows = []
-    for run in runs:
+    for run in sorted(runs, key=lambda run: (run.rate or 0.0, run.seed)):
         summary = run.summary
-        row = [run.server.name] if len(head) > 15 else []
+        row = [run.server.name] if head[0] == "server" else []
         row += [rate_text(run.rate), str(run.seed), str(summary.completed), str(summary.failed)]
         row.append(f"{summary.request_throughput:.2f}")
         row += [f"{summary.request_goodput:.2f}", f"{100 * summary.attainment:.0f}"] if settings.goodput else ["", ""]
         row.append(f"{summary.output_throughput:.0f}")
         for name in ("ttft", "tpot", "itl"):
             row += [_ms(summary.latencies[name].at(50)), _ms(summary.latencies[name].at(99))]
-        rows.append([*row, _ms(summary.schedule_lag.at(99))])
+        rows.append([*row, _ms(summary.schedule_lag.at(99)), f"{run.machine_load:.1f}"])
     return markdown(head, rows)
 
 

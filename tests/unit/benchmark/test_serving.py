@@ -155,8 +155,9 @@ def test_keys_are_no_part_of_a_report() -> None:
 def test_servers_take_turns_and_change_who_is_first() -> None:
     """What a machine does meanwhile must not meet one server only."""
     one, two = (Server(name, Origin("h", 1, False, ""), "m") for name in ("one", "two"))
-    order = [(server.name, rate, seed) for server, rate, seed in in_turns([one, two], [1.0, 2.0], [0])]
-    assert order == [("one", 1.0, 0), ("two", 1.0, 0), ("two", 2.0, 0), ("one", 2.0, 0)]
+    order = [(server.name, rate, seed) for server, rate, seed in in_turns([one, two], [1.0, 2.0], [0, 1])]
+    assert order[:4] == [("one", 1.0, 0), ("two", 1.0, 0), ("two", 2.0, 0), ("one", 2.0, 0)]
+    assert [seed for _, _, seed in order] == [0] * 4 + [1] * 4
 
 
 async def test_two_servers_are_asked_the_same_and_one_never_twice() -> None:
