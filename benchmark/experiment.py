@@ -23,7 +23,7 @@ from benchmark.planner import Inputs, make_plan
 from benchmark.progress import ProgressBar
 from benchmark.prompts import WORDS, RandomParts, words_of
 from benchmark.record import Record
-from benchmark.runner import NoWatch, RealClock, Runner
+from benchmark.runner import NoWatch, RealClock, Runner, Watch
 from benchmark.search import RateSearch
 from benchmark.settings import ServingSettings
 from benchmark.summary import Summary, summarize
@@ -128,8 +128,7 @@ class Experiment:
             log = await runner.run()
             cores = (time.process_time() - cpu_s) / (time.perf_counter() - begun_s)
             gc.unfreeze()
-            if isinstance(watch, ProgressBar):
-                watch.close()
+            watch.close()
         return Run(
             server=server,
             rate=rate,
@@ -175,7 +174,7 @@ class Experiment:
                 writer.check(turn, in_conversation=len(conversation.turns) > 1)
         return style, writer
 
-    def _watch(self, server: Server, rate: float | None, total: int) -> ProgressBar | NoWatch:
+    def _watch(self, server: Server, rate: float | None, total: int) -> Watch:
         if self._terminal is None:
             return NoWatch()
         name = " ".join(filter(None, (server.name, "" if rate is None else f"{rate:g} req/s")))

@@ -22,7 +22,7 @@ Sink = Callable[[bytes, float], bool]
 
 MAX_IDLE_S = 2.0
 """Servers close idle connections after 5 s or more; one that is closed as it is used would be a failed request."""
-MAX_ERROR_BYTES = 1 << 16
+MAX_GET_BYTES = 1 << 16
 
 
 class HttpFailed(Exception):
@@ -91,12 +91,12 @@ class HttpClient:
         return status
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body, of at most MAX_ERROR_BYTES."""
+        """Status and body, of at most MAX_GET_BYTES."""
         parts: list[bytes] = []
 
         def sink(data: bytes, _: float) -> bool:
             parts.append(data)
-            return sum(map(len, parts)) < MAX_ERROR_BYTES
+            return sum(map(len, parts)) < MAX_GET_BYTES
 
         return await self.exchange(self.request("GET", path, b""), sink), b"".join(parts)
 
