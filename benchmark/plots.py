@@ -22,8 +22,8 @@ from benchmark.results import rate_text
 from benchmark.summary import Summary
 
 MAX_LINES = 10
-MAX_POINTS = 300
-MAX_TIMELINE = 250
+MAX_POINTS = 150
+MAX_TIMELINE = 150
 
 Curve = tuple[str, Sequence[Run]]
 
