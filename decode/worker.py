@@ -93,6 +93,8 @@ class DecodeWorker:
         self._prompt_tokens = 0
         self._cached_tokens = 0
         self._local_tokens = 0
+        self._local_cached_tokens = 0
+        self._computed_tokens = 0
         self._draining = Draining(settings.drain_s)
 
     def run(self) -> None:
@@ -333,6 +335,7 @@ class DecodeWorker:
         if sequence.num_generated == sequence.told and not sequence.cached_tokens:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
             self._cached_tokens += sequence.cached_tokens
+            self._local_cached_tokens += sequence.cached_tokens
         self._waiting.remove(sequence)
         self._enter(sequence)
         self._reuse.begin(sequence, self._clock())
@@ -372,6 +375,7 @@ class DecodeWorker:
         now = self._clock()
         if (num_prompt_tokens := sum(part.length for part in flight.parts if part.length > 1)) > 0:
             self._reuse.gate.computed(num_prompt_tokens, now - flight.began_at, now)
+            self._computed_tokens += num_prompt_tokens
         told: dict[str, list[Tokens]] = defaultdict(list)
         for part, token in zip(flight.parts, drawn, strict=True):
             sequence = part.sequence
@@ -450,6 +454,8 @@ class DecodeWorker:
                 "generated_tokens": float(self._generated_tokens),
                 "prefix_queries_tokens": float(self._prompt_tokens),
                 "prefix_hits_tokens": float(self._cached_tokens),
+                "prompt_tokens_gpu": float(self._local_cached_tokens),
+                "prompt_tokens_computed": float(self._computed_tokens),
                 **self._reuse.counters(),
                 "preemptions": float(self._preemptions),
                 "evictions": float(self._manager.evictions),
