@@ -1,9 +1,9 @@
-"""What the KV store saves: conversations that share system prompts, served with and without it, and an ideal cache beside.
+"""What the KV store saves: conversations that share system prompts, served with and without it, beside an ideal cache.
 
-Every way of serving gets the same prompts: `off` has only the workers' pools, `ram` the store in RAM, `disk` a small RAM
-over a disk. In the middle every worker is killed. Prompt tokens by source come from the proxy's metrics; the ideal is an
-offline LRU over the same prompts in the same order, which forgets nothing at the restart. Prints a JSON line a way, and
-a table.
+Every way of serving gets the same prompts: `off` has only the workers' pools, `ram` the store in RAM, `disk` a small
+RAM over a disk. In the middle every worker is killed. Prompt tokens by source come from the proxy's metrics; the ideal
+is an offline LRU over the same prompts in the same order, which forgets nothing at the restart. Prints a JSON line a
+way, and a table.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Talk:
             self.prompt_tokens += answer["usage"]["prompt_tokens"]
 
     def ideal(self, capacity_blocks: int) -> float:
-        """Part of the prompt tokens that an LRU cache of so many blocks has, over the same prompts in the same order."""
+        """Part of the prompt tokens that an LRU cache of so many blocks has, over the same prompts in their order."""
         cache: OrderedDict[bytes, None] = OrderedDict()
         hits = total = 0
         for prompt, after in self.log:
