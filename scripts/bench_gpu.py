@@ -53,6 +53,6 @@ def make_runner(config: ModelConfig, weights: Weights, limits: Limits, pool: tor
     began_at = time.monotonic()
     captured = [0]
     runner.bind_pool(pool, longest, lambda done, _: captured.__setitem__(0, done))
-    torch.cuda.synchronize()
+    runner.warm_up()
     line(what="captured", graphs=captured[0], seconds=round(time.monotonic() - began_at, 1), limits=str(limits))
     return runner

@@ -33,7 +33,7 @@ def cuda_engine(settings: WorkerSettings, device: str, role: Role, folder: Path)
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(settings.plane, ("cuda_ipc", "nccl"))
     if settings.store:
-        raise SettingsError("--store: the KV store does not reach the blocks of a GPU yet")
+        log_event(logger, "store_not_used", level=logging.WARNING, reason="no copies between host and GPU yet")
     index = torch.device(device).index or 0
     torch.cuda.set_device(index)
     config = ModelConfig.from_folder(folder)
@@ -45,7 +45,8 @@ def cuda_engine(settings: WorkerSettings, device: str, role: Role, folder: Path)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
         began_at = time.monotonic()
         runner.bind_pool(pool.tensor, max_model_len, progress_log("capturing_graphs", "graphs"))
-        log_event(logger, "graphs_captured", took_s=round(time.monotonic() - began_at, 1))
+        runner.warm_up()
+        log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1))
     except torch.OutOfMemoryError as error:
         raise SettingsError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}") from None
     host = settings.bind.rpartition(":")[0].removeprefix("tcp://")

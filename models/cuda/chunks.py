@@ -12,6 +12,10 @@ import numpy as np
 
 from kernels.triton.prefill_attention import work_list
 from models.batch import Row
+from models.cuda.upload import aligned
+
+TABLE_WIDTH = 16
+"""Tables are a multiple of it wide: kernels are compiled for such strides, and again for others."""
 
 
 class ChunkArrays(NamedTuple):
@@ -22,7 +26,7 @@ class ChunkArrays(NamedTuple):
     kv_slots: np.ndarray  # [N]
     query_starts: np.ndarray  # [S + 1]
     lengths: np.ndarray  # [S]
-    tables: np.ndarray  # [S, blocks of the longest]
+    tables: np.ndarray  # [S, blocks of the longest, rounded up]
     work: np.ndarray  # [items, 3]
     drawn_tokens: np.ndarray  # [D]: number of the token that a draw follows
     drawn_slots: np.ndarray  # [D]
@@ -35,7 +39,7 @@ def lay_out(rows: Sequence[Row], block_tokens: int, num_heads: int, tile: int) -
     lengths = [row.start + count for row, count in zip(rows, counts, strict=True)]
     starts = np.cumsum([0, *counts], dtype=np.int32)
     used = [-(-length // block_tokens) for length in lengths]
-    tables = np.zeros((len(rows), max(used)), dtype=np.int32)
+    tables = np.zeros((len(rows), aligned(max(used), TABLE_WIDTH)), dtype=np.int32)
     for row, table, count in zip(rows, tables, used, strict=True):
         table[:count] = row.blocks[:count]
     positions = np.concatenate(

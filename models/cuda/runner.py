@@ -20,24 +20,26 @@ import torch
 from kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
 from kernels.triton.decode_plan import DecodePlan, even_plan, fixed_plan
 from kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
-from models.batch import Drawn, Launched, Row
+from models.batch import Draw, Drawn, Launched, Row
 from models.config import ModelConfig
 from models.cuda.attention import ChunkAttention, choose_attention
-from models.cuda.chunks import lay_out
+from models.cuda.chunks import TABLE_WIDTH, ChunkArrays, lay_out
 from models.cuda.decoder import DeviceDecoder
 from models.cuda.graphs import DecodeGraphs, Progress, lengths_up_to, no_progress, sizes_up_to
-from models.cuda.products import Policy, fastest, invariant
+from models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from models.cuda.queue import Mark, Queue, Work
 from models.cuda.sampling import SlotSampler
 from models.cuda.slots import Slots
-from models.cuda.upload import Upload
+from models.cuda.upload import ALIGNED, Upload, aligned
 from models.weights import Weights
 from node.errors import InvariantBroken, SettingsError
+from node.messages import SamplingParams
 
 FAST_LENGTHS = (8192, 1 << 30)
 """First length and factor of the lengths that get graphs of their own: longer sequences want more programs a row."""
 FIXED_LENGTHS = (2048, 4)
 """With fixed chunks a graph has a program for each chunk of its longest row, whether the row is so long or not."""
+CHUNK_ARRAYS = len(ChunkArrays._fields)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,7 @@ class CudaRunner:
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
         self._results = [queue.host_buffer(rows) for _ in range(limits.run_ahead + 1)]
         self._bound: _Bound | None = None
+        self._longest = max_len
 
     def bind_pool(self, pool: torch.Tensor, max_model_len: int, on_progress: Progress = no_progress) -> None:
         """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
@@ -84,9 +87,11 @@ class CudaRunner:
         if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype or not pool.is_contiguous():
             raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
         block_tokens, rows = pool.shape[3], self._limits.max_rows
+        self._longest = max_model_len
         if block_tokens & (block_tokens - 1):
             raise SettingsError(f"--block-tokens {block_tokens}: on a GPU it must be a power of two")
-        width = -(-max_model_len // block_tokens)
+        width = aligned(-(-max_model_len // block_tokens), TABLE_WIDTH)
+        header = 3 * aligned(rows)
         first = FIXED_LENGTHS if self._limits.deterministic else FAST_LENGTHS
         sizes, lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *first)
         attention = choose_attention(config, pool, self.queue, self._limits.deterministic)
@@ -96,14 +101,26 @@ class CudaRunner:
             block_tokens=block_tokens,
             slots=Slots(rows, width, device),
             inputs=StepInputs.make(rows, width, device),
-            upload=Upload(self.queue, 3 * rows + 2 * rows * width),
+            upload=Upload(self.queue, header + 2 * aligned(rows * width)),
             attention=attention,
-            chunk_upload=Upload(self.queue, 3 * self._limits.max_tokens + rows * (width + 5) + 1 + 3 * items),
+            chunk_upload=Upload(
+                self.queue, 3 * self._limits.max_tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED
+            ),
             scratch=self._scratch([(size, self._plan(size, length)) for size in sizes for length in lengths]),
             graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
         )
         self._bound.upload.send((self._header([]),))  # captures run on padding alone
         self._bound.graphs.capture_all(on_progress)
+
+    def warm_up(self) -> None:
+        """Run parts of prompts of every size that has kernels of its own, so that no request waits for a compiler. The
+        pool's first blocks are written; nobody must own them yet."""
+        bound = self._bind()
+        width = -(-self._longest // bound.block_tokens)
+        draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
+        for size in (*TABLED_ROWS, self._limits.max_tokens):
+            length = min(size, self._longest - 1, self._limits.max_tokens)
+            self.launch([Row([0] * length, 0, range(width), draw)]).read()
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says."""
@@ -150,8 +167,8 @@ class CudaRunner:
         self.queue.enqueue(work)
 
     def _header(self, rows: Sequence[Row]) -> np.ndarray:
-        """int32 [3, max_rows]: slots, positions and given tokens of a decode step; the rest is padding."""
-        count, header = len(rows), np.full((3, self._limits.max_rows), -1, dtype=np.int32)
+        """int32 [3, max_rows rounded up]: slots, positions and given tokens of a decode step; the rest is padding."""
+        count, header = len(rows), np.full((3, aligned(self._limits.max_rows)), -1, dtype=np.int32)
         header[0, :count] = [row.slot for row in rows]
         header[0, count:] = self._bind().slots.padding
         header[1, :count] = [row.start for row in rows]
@@ -161,7 +178,7 @@ class CudaRunner:
     def _decode_body(self, num_rows: int, max_tokens: int) -> Work:
         """The launches of a decode step, whose inputs lie where `upload` puts them."""
         bound = self._bind()
-        header = bound.upload.there[: 3 * self._limits.max_rows].view(3, -1)
+        header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
         slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
         inputs, drawn = bound.inputs.first(num_rows), self._drawn[:num_rows]
         plan = self._plan(num_rows, max_tokens)

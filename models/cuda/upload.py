@@ -1,6 +1,7 @@
 """Numbers that the host sends with a step: packed into pinned memory, one copy, and there they lie in a fixed place.
 
-The pinned buffers take turns, and none is written again before its copy has run.
+Each array begins at a multiple of 16 bytes: kernels are compiled for aligned arrays, and again for others. The pinned
+buffers take turns, and none is written again before its copy has run.
 """
 
 from __future__ import annotations
@@ -14,6 +15,13 @@ from models.cuda.queue import Mark, Queue
 from node.errors import InvariantBroken
 
 BUFFERS = 3
+ALIGNED = 4
+"""Numbers; 16 bytes."""
+
+
+def aligned(count: int, to: int = ALIGNED) -> int:
+    """`count` rounded up."""
+    return -(-count // to) * to
 
 
 class Upload:
@@ -29,13 +37,14 @@ class Upload:
         self.there = torch.zeros(capacity, dtype=torch.int32, device=queue.device)
 
     def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
-        """Enqueue the copy; the arrays on the device, flat, one behind the other, until the next `send` has run."""
+        """Enqueue the copy; the arrays on the device, flat, in their order, until the next `send` has run."""
         self._turn = (self._turn + 1) % BUFFERS
         if (mark := self._sent[self._turn]) is not None:
             mark.wait()  # long past: as many launches ago as there are buffers
         view, views, end = self._views[self._turn], [], 0
         for array in arrays:
-            begin, end = end, end + array.size
+            begin = aligned(end)
+            end = begin + array.size
             if end > self._capacity:
                 raise InvariantBroken(f"{end} numbers in an upload of {self._capacity}")
             view[begin:end] = array.ravel()

@@ -158,11 +158,22 @@ def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     module.prefill_attention(query, pool, 3, tables, starts, lengths, work, 132, counter, query)
 
 
+def inputs_of_a_step() -> None:
+    from kernels.triton import step_inputs
+
+    rows = [empty(8, dtype=torch.int32) for _ in range(4)]
+    out = step_inputs.StepInputs.make(8, 64, "meta")
+    step_inputs.gather_inputs(*rows, empty(8, 64, dtype=torch.int32), 64, out)
+    step_inputs.set_entries(*rows[:3])
+
+
+EVEN = (16, 512, 7, True, True)
 WHOLE, PARTS, DEEP = (1, 1024, 3, False), (4, 256, 5, True), (4, 256, 7, True)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
     "blocks": whole_blocks,
+    "step_inputs": inputs_of_a_step,
     "sampling": lambda: sampling(False),
     "sampling_pdl": lambda: sampling(True),
     "linear_1": lambda: linears("FASTEST", 1, True),
@@ -173,6 +184,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),
+    "decode_128_page64_even": lambda: decode(32, 8, 128, 64, EVEN, pdl=True),
     "decode_128_page16_parts": lambda: decode(32, 8, 128, 16, PARTS),
     "decode_64_page32_parts": lambda: decode(14, 2, 64, 32, PARTS),
     "decode_80_page16": lambda: decode(32, 8, 80, 16, WHOLE),

@@ -40,7 +40,9 @@ def test_no_kernel_spills(kernels):
             assert kernel["spills"] == 0 and kernel["stack_bytes"] == 0, (case, kernel)
 
 
-@pytest.mark.parametrize(("case", "count"), [("small", 4), ("small_pdl", 4), ("blocks", 4), ("sampling", 4)])
+@pytest.mark.parametrize(
+    ("case", "count"), [("small", 4), ("small_pdl", 4), ("blocks", 4), ("sampling", 4), ("step_inputs", 2)]
+)
 def test_small_kernels_leave_room(kernels, case, count):
     """Guards against a row kernel that no longer fits twice on a multiprocessor."""
     assert len(kernels[case]) == count
@@ -77,7 +79,7 @@ def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
     """Guards against a tile that falls back to scalar products, a page that is not fetched whole, and too few programs
     on a multiprocessor: 1, 2, 3 tiles in flight are to leave room for 5, 3, 2 programs in 227 KiB."""
     decode = {case: of_case[0] for case, of_case in kernels.items() if case.startswith("decode")}
-    assert len(decode) == 9 and all(kernel["mma"] for kernel in decode.values())
+    assert len(decode) == 10 and all(kernel["mma"] for kernel in decode.values())
     for case, kernel in decode.items():
         assert kernel["tma"] == ("page64" in case and "96" not in case), case
     for case, programs in {"page64": 5, "page64_parts": 3, "page64_deep": 2}.items():
