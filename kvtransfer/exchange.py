@@ -297,8 +297,11 @@ class Exchange:
 
     def wake_at(self, now: float) -> float:
         """When `tick` must be called at the latest, if nothing else happens."""
+        pending = any(plane.pending for plane in self._planes)
+        if not self.in_motion:  # most of the time of most workers
+            return now + SOON_S if pending else float("inf")
         soon = (
-            any(plane.pending for plane in self._planes)
+            pending
             or any(s.machine.state is State.STOPPING for s in self._live_senders.values())
             or any(r.machine.state is State.STOPPING for r in self._live_receivers.values())
         )

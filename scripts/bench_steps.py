@@ -73,7 +73,7 @@ def measure(runner: ModelRunner, cells: Sequence[Cell], repeat: int, pause: floa
         for taken, cell in zip(seconds, cells, strict=True):
             rows = cell.rows(runner.config.vocab_size)
             begin = time.perf_counter()
-            runner.step(rows)
+            runner.launch(rows).read()
             if turn:  # the first one warms up
                 taken.append(time.perf_counter() - begin)
             time.sleep(pause)

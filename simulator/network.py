@@ -1,6 +1,7 @@
 """What joins the simulated processes: lines that carry messages, and a data plane that takes bytes / bandwidth.
 
-A message arrives `message_s` after it was sent, in order, unless its receiver is dead then. A movement of KV waits
+A message arrives `message_s` after it was sent, in order, unless its receiver is dead then; heartbeats, most of the
+events of a thousand workers, at once if nothing is on its way that they would overtake. A movement of KV waits
 until the sender's link and the receiver's link are both free, and then occupies both. No byte is touched: the digest of
 every block is the same, and the protocol's own checks see that every block was moved.
 """
@@ -11,7 +12,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from kvtransfer.planes.base import ChunkKey, IoDone
-from node.messages import Message, Ping, PlaneAddress
+from node.messages import Heartbeat, Message, Ping, PlaneAddress
 from simulator.world import World
 
 Ready = Callable[[], object]
@@ -43,9 +44,12 @@ class Network:
         self.lines.pop(identity, None)
         self.planes.pop(identity, None)
 
-    def post(self, sender: str, target: str, message: Message) -> None:
+    def post(self, sender: str, target: str, message: Message) -> float:
+        """When it will have arrived."""
         self.messages += 1
-        self.world.later(self._message_s, self._deliver, sender, target, message)
+        arrives_at = self.world.now + self._message_s
+        self.world.at(arrives_at, self._deliver, sender, target, message)
+        return arrives_at
 
     def move(self, sender: str, receiver: str, size_bytes: int) -> float:
         """When a movement that is ready now will have arrived."""
@@ -88,6 +92,7 @@ class SimLine:
         self._on_ready = on_ready
         self._inbox: list[tuple[str, Message]] = []
         self._links: set[str] = set()
+        self._quiet_at = 0.0  # by then all that was sent has arrived
         network.lines[identity] = self
 
     @property
@@ -106,8 +111,9 @@ class SimLine:
         self._on_ready()
 
     def hear(self, sender: str, message: Message) -> None:
-        """What tells nothing but that the sender lives needs no event of its own: it is read at the next turn."""
-        self._inbox.append((sender, message))
+        """What tells nothing but that the sender lives is read at the next turn; the last of it is enough."""
+        if not self._inbox or self._inbox[-1] != (sender, message):
+            self._inbox.append((sender, message))
 
     def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]:
         inbox, self._inbox = self._inbox, []
@@ -120,8 +126,10 @@ class SimLine:
             return peer in self._links
         if isinstance(message, Ping):
             line.hear(self._identity, message)
+        elif isinstance(message, Heartbeat) and self._network.world.now >= self._quiet_at:
+            line.arrive(self._identity, message)
         else:
-            self._network.post(self._identity, peer, message)
+            self._quiet_at = self._network.post(self._identity, peer, message)
         return True
 
     def connect(self, peer: str, address: str) -> None:

@@ -21,6 +21,8 @@ from simulator.world import VirtualLoop, World
 SETTLE_S = 1.0
 """Workers register in this time, before the first request."""
 LOOK_S = 0.5
+READS_EVENTS = ("kv-aware",)
+"""Routing policies for which it matters when a worker tells of a block that a step has filled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +44,8 @@ class Scenario:
     prefill_policy: str = "fcfs"
     losses: tuple[Loss, ...] = ()
     ahead: bool = True
-    """Leave workers alone while their steps are alike; the records are the same without, and take longer."""
+    """Leave workers alone while their steps are alike, unless the router must hear of their blocks after each step; the
+    records are the same without, and take longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +125,7 @@ class _Simulation:
             role,
             self._scenario.profile,
             self._scenario.prefill_policy,
-            self._scenario.ahead,
+            self._scenario.ahead and self._scenario.proxy.policy not in READS_EVENTS,
         )
 
     def _kill(self, name: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from itertools import count
 from typing import Any
 
@@ -39,8 +39,8 @@ class World:
     def later(self, delay_s: float, call: Call, *arguments: Any) -> None:
         heapq.heappush(self._heap, (self.now + delay_s, next(self._order), call, arguments))
 
-    def run(self, until: float, interrupted: Callable[[], bool]) -> None:
-        """Events up to `until`, as long as nobody interrupts; then it is `until`, unless somebody did."""
+    def run(self, until: float, ready: Sized) -> None:
+        """Events up to `until`, as long as nothing is ready elsewhere; then it is `until`, unless something was."""
         heap = self._heap
         while heap and heap[0][0] <= until:
             when, _, call, arguments = heapq.heappop(heap)
@@ -48,7 +48,7 @@ class World:
                 self.now = when
             self.events_done += 1
             call(*arguments)
-            if interrupted():
+            if ready:
                 return
         if until == float("inf"):
             raise Standstill(f"nothing is due after {self.now:.3f} s")
@@ -71,7 +71,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         """Where another loop would wait."""
         if timeout is None or timeout > 0:
             until = float("inf") if timeout is None else self._world.now + timeout
-            self._world.run(until, self._has_ready)
+            self._world.run(until, self._ready)  # type: ignore[attr-defined]
         return []
 
     def add_reader(self, fd: Any, callback: Callable[..., Any], *args: Any) -> None:  # type: ignore[override]
@@ -82,9 +82,6 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self.readers.pop(fd, None) is not None
 
     # -- BaseEventLoop calls these
-
-    def _has_ready(self) -> bool:
-        return bool(self._ready)  # type: ignore[attr-defined]
 
     def _process_events(self, event_list: list[object]) -> None:
         assert not event_list

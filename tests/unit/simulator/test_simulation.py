@@ -17,7 +17,7 @@ from simulator.latency import load_profile
 from simulator.placement import Split, goodput, splits
 from simulator.record import Slo, summarise
 from simulator.simulation import Loss, Outcome, Scenario, simulate
-from simulator.workload import Lengths, Request, poisson
+from simulator.workload import Lengths, Request, gaps, poisson
 
 ROOT = Path(__file__).resolve().parents[3]
 PROFILE = msgspec.structs.replace(load_profile("h200-llama-8b"), num_blocks=600, max_num_seqs=24)
@@ -25,7 +25,7 @@ LOAD = poisson(60, 12.0, Lengths(3000, 0.7, 20_000), Lengths(60, 0.6, 400), seed
 
 
 def _scenario(prefill: int = 2, decode: int = 2, **proxy: object) -> Scenario:
-    settings = ProxySettings(**{"local_prefill": "never", **proxy})  # type: ignore[arg-type]
+    settings = ProxySettings(**{"local_prefill": "never", "policy": "least-loaded", **proxy})  # type: ignore[arg-type]
     return Scenario(profile=PROFILE, prefill=prefill, decode=decode, proxy=settings)
 
 
@@ -50,7 +50,7 @@ def test_every_request_gets_its_tokens_at_plausible_times() -> None:
     for record in outcome.records:
         alone = PROFILE.prefill.seconds(record.request.prompt_tokens, record.request.prompt_tokens**2)
         assert record.ttft_s >= alone + PROFILE.request_s + PROFILE.stream_s
-        assert all(gap >= PROFILE.decode.a for gap in record.token_s[2:3])
+        assert all(gap >= PROFILE.decode.a for gap in gaps(record.token_s[1:]))
     assert outcome.counters["routed_disaggregated_total"] == len(LOAD)
     assert outcome.moved_bytes > 0
 
@@ -64,9 +64,7 @@ def test_leaving_workers_alone_changes_no_time(prefill: int) -> None:
     _served(quick, LOAD)
     assert quick.counters["retries_total"] > 0
     assert [record.token_s for record in quick.records] == [record.token_s for record in slow.records]
-    names = [
-        name for name in quick.counters if name != "kv_event_batches_total"
-    ]  # those wait for a turn of the carrier
+    names = [name for name in quick.counters if not name.startswith("kv_event")]  # events wait for a carrier's turn
     assert [quick.counters[name] for name in names] == [slow.counters[name] for name in names]
     assert quick.messages < slow.messages
 
@@ -80,9 +78,9 @@ def test_a_pool_too_small_preempts_and_serves_all() -> None:
 
 
 def test_shared_prefixes_are_not_computed_twice() -> None:
-    """Guards prefix hits in a replay."""
+    """Guards prefix hits in a replay, and the way of KV events to the router: one of three workers holds the prefix."""
     prompts = [Request(n, 2.0 * n, 5000, 8, tuple(range(10))) for n in range(5)]
-    outcome = simulate(_scenario(1, 1), prompts)
+    outcome = simulate(_scenario(3, 2, policy="kv-aware"), prompts)
     _served(outcome, prompts)
     assert [record.cached_tokens for record in outcome.records] == [0, *[4992] * 4]
     assert outcome.records[1].ttft_s < outcome.records[0].ttft_s / 3
@@ -109,7 +107,7 @@ def test_one_seed_is_one_run_whatever_hashes_are() -> None:
     """Guards determinism: sets and dictionaries are ordered differently in the two processes."""
     code = (
         "from dataclasses import replace; from tests.unit.simulator import test_simulation as t; "
-        "s = replace(t._scenario(2, 3), losses=(t.Loss(1.1, 'd1'),)); "
+        "s = replace(t._scenario(2, 3, policy='kv-aware'), losses=(t.Loss(1.1, 'd1'),)); "
         "print(t._fingerprint(t.simulate(s, t.LOAD)))"
     )
     prints = []

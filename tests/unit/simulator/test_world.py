@@ -15,7 +15,7 @@ def test_equal_times_keep_their_order() -> None:
     world.at(2.0, seen.append, "c")
     world.at(1.0, seen.append, "a")
     world.at(1.0, seen.append, "b")
-    world.run(5.0, lambda: False)
+    world.run(5.0, ())
     assert (seen, world.now) == (["a", "b", "c"], 5.0)
 
 
@@ -23,7 +23,7 @@ def test_what_is_past_is_due_now() -> None:
     """Guards against time that runs backwards."""
     world, seen = World(), list[float]()
     world.at(3.0, lambda: world.at(1.0, lambda: seen.append(world.now)))
-    world.run(3.0, lambda: False)
+    world.run(3.0, ())
     assert seen == [3.0]
 
 
