@@ -324,6 +324,7 @@ class DecodeWorker:
         if not sequence.num_generated:
             sequence.cached_tokens += num_tokens
             sequence.times.tier_load_s = loaded.load_s
+            sequence.times.loaded_tokens = loaded.tokens(self._limits.block_tokens)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row."""

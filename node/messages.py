@@ -115,6 +115,8 @@ class Stages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
     """Until the step begins in which decode draws the next token."""
     step_s: Seconds = 0.0
     """That step, until its token is told."""
+    loaded_tokens: Annotated[tuple[Count, ...], Meta(max_length=8)] = ()
+    """Of the prompt, those whose KV came from tiers below the pool, in the order of node.store_messages.TIER_NAMES."""
 
 
 class PlaneAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -316,7 +318,7 @@ class Busy(Message, tag="Busy", kw_only=True):
     reason: Text
 
 
-class Tokens(Message, tag="Tokens", kw_only=True):
+class Tokens(Message, tag="Tokens", kw_only=True, omit_defaults=True):
     """New tokens; `index` counts from the first generated token of the request, over all attempts.
 
     `finish` is empty, "stop" or "length"; with a finish this is the request's terminal message.

@@ -264,6 +264,7 @@ class PrefillWorker:
             return
         job.cached_tokens += self._reuse.take_in(job, loaded)
         job.times.tier_load_s = loaded.load_s
+        job.times.loaded_tokens = loaded.tokens(self._worker.layout.block_tokens)
 
     def _launch(self, chunks: list[tuple[Job, Chunk]]) -> None:
         rows = [_row(job, chunk, slot) for slot, (job, chunk) in enumerate(chunks)]

@@ -299,6 +299,7 @@ def _unbegun(request: Request, outcome: str) -> RequestRecord:
         parts=request.timeline.parts,
         attempts=(),
         num_attempts=0,
+        loaded_tokens=(),
         prefix_hash=b"",
     )
 

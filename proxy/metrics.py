@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from proxy.collector import EngineCollector, MovedBytes
+from proxy.counters import PROMPT_SOURCES
 from proxy.failures import FAILURE_KINDS
 from proxy.interface import Engine
 from proxy.record import RequestRecord
@@ -28,7 +29,6 @@ TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 
 # fmt: on
 OPERATIONS = ("chat", "text_completion")
 PROVIDER = "baton"
-SOURCES = ("gpu", "computed")
 _LABEL = ("model_name",)
 _GEN_AI = ("gen_ai_operation_name", "gen_ai_provider_name", "gen_ai_request_model")
 _BEFORE_SCHEDULED = ("queue", "prefill_queue")
@@ -89,9 +89,8 @@ class Metrics:
             return
         decode_s, followers = last_at - first_at, record.generated_tokens - 1
         operation = record.about.operation
-        about = record.about
-        source = "gpu" if 2 * record.cached_tokens > about.prompt_tokens else "computed"
-        self._ttft_by_source[source].observe(first.total_s)
+        by_source = record.tokens_by_source()
+        self._ttft_by_source[max(by_source, key=by_source.__getitem__)].observe(first.total_s)
         self._e2e.observe(record.total_s)
         self._gen_ai_duration[operation].observe(record.total_s)
         self._decode.observe(decode_s)
@@ -121,7 +120,7 @@ class Metrics:
         self._prompt_length = self._histogram("vllm:request_prompt_tokens", "Prompt tokens of a generation.", TOKENS)
         self._answer_length = self._histogram("vllm:request_generation_tokens", "Generated tokens.", TOKENS)
         self._ttft_by_source = self._histograms(
-            "baton:ttft_by_source_seconds", "TTFT by where most of the prompt's KV came from.", "source", SOURCES
+            "baton:ttft_by_source_seconds", "TTFT by where most of the prompt's KV came from.", "source", PROMPT_SOURCES
         )
 
     def _add_latencies(self) -> None:

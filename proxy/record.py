@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from node.messages import SamplingParams
+from node.store_messages import TIER_NAMES
 from proxy.timeline import Attempt, Part
 
 SHOWN_HASH_BYTES = 8
@@ -49,12 +50,20 @@ class RequestRecord:
     attempts: tuple[Attempt, ...]
     """The last ones; the last of all is the one that ended it."""
     num_attempts: int
+    loaded_tokens: tuple[int, ...]
+    """Of the cached ones, those from each tier below the pool (TIER_NAMES); empty where there were none."""
     prefix_hash: bytes
     """Of the prompt's first block, chained to the model's; empty for a prompt that fills no block."""
 
     @property
     def total_s(self) -> float:
         return sum(part.total_s for part in self.parts)
+
+    def tokens_by_source(self) -> dict[str, int]:
+        """The prompt's tokens by where their KV came from: a worker's pool, a tier below it, or a step."""
+        loaded = dict(zip(TIER_NAMES, self.loaded_tokens, strict=False))
+        in_pool = max(0, self.cached_tokens - sum(loaded.values()))
+        return {"gpu": in_pool, **loaded, "computed": self.about.prompt_tokens - self.cached_tokens}
 
     def part(self, until: str) -> Part | None:
         """The part of this name, if the generation came to its end."""
@@ -96,6 +105,7 @@ def as_json(record: RequestRecord) -> dict[str, object]:
         "prompt_tokens": about.prompt_tokens,
         "cached_tokens": record.cached_tokens,
         "generated_tokens": record.generated_tokens,
+        "tokens_by_source": record.tokens_by_source(),
         "prefix_hash": _shown(record.prefix_hash),
         "total_s": record.total_s,
         "num_attempts": record.num_attempts,

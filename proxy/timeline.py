@@ -106,6 +106,8 @@ class Timeline:
         self.num_attempts = 0
         self.attempts: deque[Attempt] = deque(maxlen=MAX_ATTEMPTS_KEPT)
         self.prefix_hash = b""
+        self.loaded_tokens: tuple[int, ...] = ()
+        """Tokens of the prompt from tiers below a worker's pool, as the worker of the first token told."""
         self.ended = False
         self._clock = clock
         self._began_at = self._cursor = clock() if started_at is None else started_at
@@ -171,6 +173,8 @@ class Timeline:
             left_s -= took_s
         self._add("network", left_s)
         self._decoding = self._decoding or stages.step_s > 0.0
+        if self._until == FIRST_TOKEN:
+            self.loaded_tokens = stages.loaded_tokens or self.loaded_tokens
         self._stage = "decode" if self._until == LAST_TOKEN else "reply"
 
     def handed_over(self, sent_bytes: int, transfer_s: float) -> None:

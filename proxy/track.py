@@ -53,6 +53,7 @@ class Track:
             parts=line.parts,
             attempts=tuple(line.attempts),
             num_attempts=line.num_attempts,
+            loaded_tokens=line.loaded_tokens,
             prefix_hash=line.prefix_hash,
         )
         self._metrics.ended(record, first_at=self._first_at, last_at=line.told_at)

@@ -68,7 +68,13 @@ class Loaded:
 
     leg: LegKey
     num_blocks: int
+    tiers: tuple[int, ...]
+    """Of each block, as an index of TIER_NAMES."""
     load_s: float
+
+    def tokens(self, block_tokens: int) -> tuple[int, ...]:
+        """Loaded tokens from each tier."""
+        return tuple(block_tokens * self.tiers.count(tier) for tier in range(len(TIER_NAMES)))
 
 
 class Reuse:
@@ -212,7 +218,7 @@ class Reuse:
         if lookup.decision is not None and event.num_blocks == lookup.num_blocks:
             self._predicted_s += lookup.decision.load_s
             self._actual_s += event.load_s
-        return Loaded(event.key, event.num_blocks, event.load_s)
+        return Loaded(event.key, event.num_blocks, event.tiers, event.load_s)
 
     # -- inside
 

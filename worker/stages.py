@@ -18,6 +18,8 @@ class LegTimes:
     received_at: float
     tier_load_s: float = 0.0
     """Part of the wait in the queue in which KV of the prompt came from a tier; set by whoever loads it."""
+    loaded_tokens: tuple[int, ...] = ()
+    """So many tokens from each tier."""
     open: bool = True
     """There is something left to tell: looked at for every token, so that `begin` and `drew` need not be called."""
     _began_at: float | None = None
@@ -42,6 +44,7 @@ class LegTimes:
             queue_s=max(0.0, began_at - self.received_at - self.tier_load_s),
             tier_load_s=self.tier_load_s,
             prefill_s=max(0.0, now - began_at),
+            loaded_tokens=self.loaded_tokens,
         )
 
     def drew(self, began_at: float, now: float) -> Stages:

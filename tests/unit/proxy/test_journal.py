@@ -27,7 +27,7 @@ def record(request_id: str = "cmpl-1", index: int = 0, took_s: float = 2.0) -> R
     about = About(request_id, index, "text_completion", "demo", True, 7, sampling, 1_700_000_000_000_000_000, {})
     parts = (Part("first_token", True, took_s, (("prefill", took_s), ("network", 0.0))),)
     attempts = (Attempt("p0/1", "d0/1", "lost"), Attempt("p1/1", "d0/1"))
-    return RequestRecord(about, "length", 4, 3, parts, attempts, 2, bytes(range(32)))
+    return RequestRecord(about, "length", 4, 3, parts, attempts, 2, (2, 0, 0), bytes(range(32)))
 
 
 def test_one_line_a_request_with_everything_in_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -75,6 +75,7 @@ def test_json_has_the_whole_timeline() -> None:
         {"until": "first_token", "complete": True, "total_s": 2.0, "stages": {"prefill": 2.0, "network": 0.0}}
     ]
     assert [(each["decode"], each["end"]) for each in shown["attempts"]] == [("d0/1", "lost"), ("d0/1", "")]
+    assert shown["tokens_by_source"] == {"gpu": 1, "ram": 2, "disk": 0, "peer": 0, "computed": 4}
     assert shown["prefix_hash"] == "0001020304050607" and shown["began_unix_s"] == 1_700_000_000
 
 

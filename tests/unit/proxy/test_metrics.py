@@ -188,12 +188,12 @@ def test_times_are_those_of_the_clock() -> None:
     clock = Clock()
     metrics = Metrics(FakeEngine(lambda call: []), "demo", clock)
     line = Timeline(clock).fork(metrics.parts_of("chat"))
-    track = Track(metrics, Journal(), about(7), line)
+    track = Track(metrics, Journal(), about(6), line)
     line.enter("queue")
     clock.now_s += 0.25
     line.dispatch("p0/1", "d0/1", b"")
     clock.now_s += 1.0
-    line.report(Stages(queue_s=0.25, tier_load_s=0.125, prefill_s=0.5))
+    line.report(Stages(queue_s=0.25, tier_load_s=0.125, prefill_s=0.5, loaded_tokens=(0, 3, 0)))
     track.tokens(1, 4)
     clock.now_s += 0.25
     line.shown()
@@ -212,7 +212,7 @@ def test_times_are_those_of_the_clock() -> None:
     assert seen("vllm:request_queue_time_seconds_sum") == 0.5
     assert seen("vllm:request_prefill_time_seconds_sum") == 0.625
     assert seen("vllm:request_inference_time_seconds_sum") == 2.875
-    assert seen("baton:ttft_by_source_seconds_sum", source="gpu") == 1.5
+    assert seen("baton:ttft_by_source_seconds_sum", source="disk") == 1.5
     assert seen("gen_ai_server_time_to_first_token_seconds_sum", gen_ai_operation_name="chat") == 1.5
     assert seen("gen_ai_server_request_duration_seconds_sum", gen_ai_operation_name="chat") == 4.0
     stages = [s for s in seen.samples if s.name == "baton:request_stage_seconds_sum"]

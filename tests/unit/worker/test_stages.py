@@ -9,10 +9,10 @@ from worker.stages import LegTimes
 def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
     """Guards the sum: the same seconds must not be told as two stages."""
     times = LegTimes(received_at=10.0)
-    times.tier_load_s = 1.5
+    times.tier_load_s, times.loaded_tokens = 1.5, (16, 0, 0)
     times.begin(14.0)
     times.begin(15.0)  # a later chunk
-    assert times.prefilled(16.0) == Stages(queue_s=2.5, tier_load_s=1.5, prefill_s=2.0)
+    assert times.prefilled(16.0) == Stages(queue_s=2.5, tier_load_s=1.5, prefill_s=2.0, loaded_tokens=(16, 0, 0))
 
 
 def test_a_leg_without_a_transfer_tells_twice_and_then_no_more() -> None:
