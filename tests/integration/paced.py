@@ -48,10 +48,10 @@ def main() -> int:
     if role == "prefill":
         PacedPrefill.step_s = float(step_s)
         prefill = parse(PrefillSettings, arguments, prog="paced prefill", description="For tests.")
-        return serve("prefill", prefill, lambda worker: PacedPrefill(worker, prefill))
+        return serve("prefill", prefill, lambda worker, sizes: PacedPrefill(worker, sizes, store=worker.store))
     PacedDecode.step_s = float(step_s)
     decode = parse(DecodeSettings, arguments, prog="paced decode", description="For tests.")
-    return serve("decode", decode, lambda worker: PacedDecode(worker, decode))
+    return serve("decode", decode, lambda worker, sizes: PacedDecode(worker, sizes, store=worker.store))
 
 
 if __name__ == "__main__":
