@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
@@ -200,4 +200,9 @@ def test_any_order_of_calls_agrees_with_a_dictionary(open_tier: Opener) -> None:
             assert stats.hits + sum(stats.misses.values()) == stats.queries
             assert stats.stored - sum(stats.evictions.values()) == stats.blocks
 
-    run_state_machine_as_test(Against, settings=settings(max_examples=30, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(
+        Against,
+        settings=settings(
+            max_examples=20, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )

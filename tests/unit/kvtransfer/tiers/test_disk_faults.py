@@ -8,9 +8,14 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from kvtransfer.tiers.base import Eviction, Miss, Refusal
 from kvtransfer.tiers.folder import Boot
+from kvtransfer.tiers.lmdb_environment import PAGE_BYTES
+from kvtransfer.tiers.lmdb_records import SIDE_BYTES, LmdbGeometry
+from kvtransfer.tiers.record import HEADER_BYTES
 from kvtransfer.tiers.tier import PAUSE_S, REOPEN_AFTER_S, RecordTier
 from node.errors import SettingsError
 from tests.unit.kvtransfer.tiers.tier_checks import (
@@ -199,6 +204,28 @@ def test_the_quota_holds_on_the_disk(kind: str, block_bytes: int, share: float, 
     assert sum(stats.refusals.values()) == 0
     assert stats.misses[Miss.ABSENT] == stats.queries - stats.hits > 0
     tier.close()
+
+
+def test_the_whole_quota_is_taken_at_the_opening(kind: str, tmp_path: Path) -> None:
+    """Guards against a disk that others fill, when blocks would be written."""
+    quota_bytes = 4 << 20
+    tier = DISKS[kind].open(tmp_path, NAMESPACE, BLOCK_BYTES, quota_bytes)
+    assert sum(path.stat().st_blocks * 512 for path in tmp_path.rglob("*") if path.is_file()) > 0.9 * quota_bytes
+    tier.close()
+
+
+@given(st.integers(0, 1 << 42), st.integers(1, 1 << 26))
+def test_lmdb_keeps_a_part_of_its_quota_free(quota_bytes: int, block_bytes: int) -> None:
+    """Guards the room that LMDB needs to change what it holds: 15 %, and three records if that is more."""
+    try:
+        geometry = LmdbGeometry.of(quota_bytes, block_bytes)
+    except SettingsError:
+        return
+    assert geometry.map_bytes + SIDE_BYTES <= quota_bytes
+    record_bytes = -(-(16 + HEADER_BYTES + block_bytes) // PAGE_BYTES) * PAGE_BYTES
+    taken_bytes = geometry.capacity_blocks * record_bytes
+    assert 0 < taken_bytes <= 0.85 * geometry.map_bytes
+    assert geometry.map_bytes - taken_bytes >= 3 * record_bytes + 32 * PAGE_BYTES
 
 
 # ---- damage

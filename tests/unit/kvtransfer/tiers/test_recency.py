@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
@@ -98,4 +98,9 @@ class AgainstAList(RuleBasedStateMachine):
 
 def test_any_order_of_calls_agrees_with_a_list() -> None:
     """See the module's docstring."""
-    run_state_machine_as_test(AgainstAList, settings=settings(max_examples=100, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(
+        AgainstAList,
+        settings=settings(
+            max_examples=100, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from kvtransfer.tiers.base import Miss
 from kvtransfer.tiers.folder import Boot
 from kvtransfer.tiers.records import RecordFault
-from kvtransfer.tiers.slab_index import index_bytes
+from kvtransfer.tiers.slab_index import Place, SlabIndex, index_bytes
 from kvtransfer.tiers.slab_records import SCAN_WITHIN_S, SIDE_BYTES, num_slots_of
 from kvtransfer.tiers.slot_file import PAGE_BYTES, SlotFile, slot_bytes
 from kvtransfer.tiers.tier import PAUSE_S
@@ -182,6 +182,23 @@ def test_an_old_index_is_checked_by_the_slots(tmp_path: Path) -> None:
     assert found <= set(range(4)) and len(found) <= 1
     stats = tier.stats()
     assert stats.misses[Miss.CORRUPT] == 4 - len(found)
+    fill(tier, range(20, 24))
+    assert held(tier) == set(range(20, 24))
+    tier.close()
+
+
+def test_a_slot_that_two_keys_claim_goes_to_one(tmp_path: Path) -> None:
+    """Guards against two records in one place, each overwriting the other, for as long as the index lives."""
+    tier = open_disk("slab", tmp_path, 4)
+    fill(tier, range(4))
+    tier.close()
+    index = SlabIndex(tmp_path / "data" / "index", 5)
+    (slot,) = (place.slot for entry, place in index.entries() if entry == key(3))
+    index.change((), {key(7): Place(slot, 99), key(8): Place(77, 100)})
+    index.close()
+    tier = open_disk("slab", tmp_path, 4)
+    assert tier.keys() == [key(number) for number in (0, 1, 2, 7)]
+    assert held(tier) == {0, 1, 2} and tier.stats().misses[Miss.CORRUPT] == 1
     fill(tier, range(20, 24))
     assert held(tier) == set(range(20, 24))
     tier.close()

@@ -374,6 +374,25 @@ def test_what_is_dropped_while_it_is_read_goes_with_its_last_reader() -> None:
     assert set(world.kept) == {key(2), key(3)}
 
 
+def test_what_no_reader_could_remove_goes_with_the_next_write() -> None:
+    """Guards against a key that is refused for ever, since a write was under way when its last reader ended."""
+    world = World(blocks=3)
+    fill(world.tier, range(2))
+    world.records.stop.update(read=(reads := Gate()), write=(writes := Gate()))
+    reading = Running(read, world.tier, 0)
+    reads.wait_for_one()
+    world.tier.drop([key(0)])
+    writing = Running(world.tier.put, key(2), block(2))
+    writes.wait_for_one()
+    reads.open()
+    assert reading.end() is True, "it does not wait for the write"
+    assert key(0) in world.kept
+    writes.open()
+    assert writing.end() is True
+    fill(world.tier, [0])
+    assert set(world.kept) == {key(0), key(1), key(2)}
+
+
 def test_a_broken_storage_is_ended_when_nobody_reads_from_it() -> None:
     """Guards against unmapping memory that a thread copies from: that would be the end of the process."""
     world = World()

@@ -6,7 +6,7 @@ import threading
 from collections import Counter
 
 import xxhash
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
@@ -170,4 +170,9 @@ def test_any_order_of_calls_keeps_the_sums() -> None:
             assert (stats.written, sum(stats.drops.values())) == (self.written, self.dropped)
             assert self.offer.done + Counter(self.waiting) == self.accepted
 
-    run_state_machine_as_test(Against, settings=settings(max_examples=40, stateful_step_count=30, deadline=None))
+    run_state_machine_as_test(
+        Against,
+        settings=settings(
+            max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+        ),
+    )
