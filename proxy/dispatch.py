@@ -211,9 +211,9 @@ class Dispatcher:
         self._cluster.assign(leg)
         self._feed.expect(leg.worker, leg.request_id, leg.hashes)
 
-    def settle(self, worker: str, request_id: str) -> None:
+    def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
         self._cluster.settle(worker, request_id)
-        self._feed.settle(worker, request_id, self._clock())
+        self._feed.settle(worker, request_id, self._clock(), computed=computed)
         self._changed.set()
 
     def count(self, name: str, amount: int = 1) -> None:

@@ -113,11 +113,15 @@ class KvFeed:
             self._legs[worker, request_id] = hashes
             self._index.expect(worker, hashes)
 
-    def settle(self, worker: str, request_id: str, now: float) -> None:
-        """The end of that leg."""
+    def settle(self, worker: str, request_id: str, now: float, *, computed: bool) -> None:
+        """The end of that leg. What was not computed must not lead the next attempt, or a sibling, to that worker."""
         hashes = self._legs.pop((worker, request_id), None)
-        if hashes is not None:
+        if hashes is None:
+            return
+        if computed:
             self._made.append((now + MADE_GRACE_S, worker, hashes))
+        else:
+            self._index.unexpect(worker, hashes)
 
     def tidy(self, now: float) -> None:
         """To be called some times a second."""

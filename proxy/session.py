@@ -78,7 +78,8 @@ class Desk(Protocol):
 
     def assign(self, leg: Leg) -> None: ...
 
-    def settle(self, worker: str, request_id: str) -> None: ...
+    def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
+        """The leg has ended; `computed`: its prompt was, so that its blocks are there."""
 
     def count(self, name: str, amount: int = 1) -> None: ...
 
@@ -277,7 +278,7 @@ class Session:
         """Whatever ended the attempt: no leg goes on, none is counted."""
         for worker in sorted(attempt.open):
             self._desk.send(worker, Cancel(request_id=self._request_id, attempt=attempt.number))
-            self._desk.settle(worker, self._request_id)
+            self._desk.settle(worker, self._request_id, computed=attempt.hit_tokens is None)
         attempt.open.clear()
 
     async def _follow(self, attempt: _Attempt) -> AsyncGenerator[Delta, None]:
@@ -366,4 +367,4 @@ class Session:
 
     def _settle(self, attempt: _Attempt, worker: str) -> None:
         attempt.open.discard(worker)
-        self._desk.settle(worker, self._request_id)
+        self._desk.settle(worker, self._request_id, computed=attempt.hit_tokens is None)

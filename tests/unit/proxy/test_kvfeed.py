@@ -180,16 +180,18 @@ def test_blocks_on_their_way_count_until_their_leg_has_told_of_them() -> None:
     feed.expect(NAME, "r2", tuple(HASHES[:3]))
     feed.expect(NAME, "r3", ())
     assert index.match(HASHES) == {NAME: Hit(coming=3)}
-    feed.settle(NAME, "r2", 0.0)
-    feed.settle(NAME, "r2", 0.0)
-    feed.settle(NAME, "r3", 0.0)
+    feed.expect(NAME, "r4", tuple(HASHES[:5]))
+    feed.settle(NAME, "r4", 0.0, computed=False)
+    feed.settle(NAME, "r2", 0.0, computed=True)
+    feed.settle(NAME, "r2", 0.0, computed=True)
+    feed.settle(NAME, "r3", 0.0, computed=True)
     feed.tidy(MADE_GRACE_S / 2)
     assert index.match(HASHES) == {NAME: Hit(coming=3)}
     feed.tidy(MADE_GRACE_S)
     assert index.match(HASHES) == {NAME: Hit(coming=2)}
     feed.leave(NAME)
     assert index.match(HASHES) == {}
-    feed.settle(NAME, "r1", 1.0)
+    feed.settle(NAME, "r1", 1.0, computed=True)
     feed.tidy(9.0)
     feed.join(NAME)
     assert index.match(HASHES) == {} and not index._coming

@@ -50,6 +50,7 @@ class ScriptedDesk:
         self.admitted: list[RequestView] = []
         self.counted: Counter[str] = Counter()
         self.legs: list[Leg] = []
+        self.computed: dict[str, bool] = {}
         self.hit_tokens = 0
         self._script = script
         self._local = local
@@ -75,7 +76,8 @@ class ScriptedDesk:
         self.legs.append(leg)
         self.open_legs.add((leg.worker, leg.request_id))
 
-    def settle(self, worker: str, request_id: str) -> None:
+    def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
+        self.computed[worker] = computed
         self.open_legs.discard((worker, request_id))
 
     def count(self, name: str, amount: int = 1) -> None:
@@ -245,6 +247,7 @@ async def test_failures_end_after_so_many_attempts() -> None:
     with pytest.raises(PeerLost, match="3 attempts"):
         await _run(desk)
     assert len(desk.sent_of(Reserve)) == 3 and not desk.open_legs
+    assert not any(desk.computed.values())
 
 
 async def test_a_request_that_cannot_be_is_the_clients_fault() -> None:
@@ -347,3 +350,4 @@ async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() 
     decode, prefill = desk.legs
     assert (decode.tokens, decode.hashes) == (0, ())
     assert (prefill.tokens, prefill.hashes) == (1, view.hashes)
+    assert desk.computed == {"p0": True, "d0": True}
