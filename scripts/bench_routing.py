@@ -1,6 +1,6 @@
 """The routing policies on a slice of a Mooncake trace, each on a fresh cluster of the demo model on this machine.
 
-    scripts/bench_routing --trace conversation_trace.jsonl [--requests 600] [--speed 2] [--rounds 1]
+    scripts/bench_routing --trace conversation_trace.jsonl [--requests 1000] [--speed 2] [--rounds 1]
 
 A request of the trace becomes a prompt of token ids: equal block ids give equal tokens, lengths are divided by
 `--shrink`, and arrivals are moved within the 3 s to which the trace rounds them, the same for all policies. What does
@@ -161,7 +161,10 @@ def cluster(policy: str, options: argparse.Namespace) -> Iterator[str]:
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--device", "cpu", "--port", str(port)]
     command += ["--prefill", str(options.prefill), "--decode", str(options.decode), "--local-prefill", "never"]
     command += ["--store-ram-gib", str(options.store_ram_gib), f"--proxy-arg=--policy={policy}"]
-    command += [f"--worker-arg=--num-blocks={options.num_blocks}"]
+    command += [
+        f"--worker-arg=--num-blocks={options.num_blocks}",
+        f"--worker-arg=--block-tokens={options.block_tokens}",
+    ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
     with TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
@@ -288,9 +291,9 @@ def main(argv: Sequence[str]) -> int:
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench_routing", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--trace", type=Path, required=True, help="Mooncake's conversation trace, as JSON lines")
-    parser.add_argument("--requests", type=int, default=600, help="requests of the slice")
+    parser.add_argument("--requests", type=int, default=1000, help="requests of the slice")
     parser.add_argument("--skip", type=int, default=0, help="requests of the trace before the slice")
-    parser.add_argument("--shrink", type=int, default=32, help="lengths are divided by this")
+    parser.add_argument("--shrink", type=int, default=64, help="lengths are divided by this")
     parser.add_argument("--speed", type=float, default=2.0, help="the trace's time runs so many times faster")
     parser.add_argument("--seed", type=int, default=1, help="of tokens and jitter")
     parser.add_argument("--rounds", type=int, default=1, help="times that all policies run, in turns")
@@ -298,7 +301,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--prefill", type=int, default=2, help="prefill workers")
     parser.add_argument("--decode", type=int, default=2, help="decode workers")
     parser.add_argument("--num-blocks", type=int, default=4096, help="blocks of each worker's pool")
-    parser.add_argument("--block-tokens", type=int, default=16, help="size of a block, as the workers have it")
+    parser.add_argument(
+        "--block-tokens", type=int, default=8, help="size of a block of KV: a block of the trace, shrunk, by default"
+    )
     parser.add_argument("--store-ram-gib", type=float, default=0.0, help="RAM of the KV store; 0: pools alone")
     return parser.parse_args(argv)
 
