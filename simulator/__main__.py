@@ -46,8 +46,8 @@ def place(argv: Sequence[str]) -> None:
     profile = load_profile(settings.profile)
     base = rate_of(workload_of(settings, profile))
     found = []
-    for split in splits(settings.gpus):
-        scenario = split_scenario(split, profile, settings.prefill_policy)
+    for split in splits(settings.gpus, settings.chunk_tokens):
+        scenario = split_scenario(split, profile, settings.policy, settings.prefill_policy)
         found.append(
             goodput(
                 scenario,

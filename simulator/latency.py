@@ -5,7 +5,8 @@
 
 A chunk of l tokens behind s known ones counts ((s + l)^2 - s^2) for l^2: the chunks of a prompt then add up to the
 whole. A step with both kinds of rows takes the prefill's time and, on top, what the decoding rows cost beyond a step of
-none.
+none. Tokens of prompts cost at least what as many decoding rows cost without a context: prompts that are measured are
+long, and a short one reads the weights all the same.
 Coefficients are in seconds; simulator.fit finds them from measured steps.
 """
 
@@ -99,7 +100,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
         if not tokens:
             return self.decode.seconds(context, decoding)
         beside = self.decode.seconds(context, decoding) - self.decode.a
-        return self.prefill.seconds(tokens, pairs) + beside
+        return max(self.prefill.seconds(tokens, pairs), self.decode.seconds(0, tokens)) + beside
 
 
 def load_profile(name: str) -> Profile:

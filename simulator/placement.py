@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import msgspec
+
 from proxy.settings import ProxySettings
 from simulator.latency import Profile
 from simulator.record import Slo, Summary, attainment, summarise
@@ -22,14 +24,16 @@ Workload = Callable[[float], Sequence[Request]]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`prefill` 0 is colocated serving."""
+    """`prefill` 0 is colocated serving: prompts are computed in chunks of `chunk_tokens`, beside decoding."""
 
     prefill: int
     decode: int
+    chunk_tokens: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.prefill}P{self.decode}D" if self.prefill else f"{self.decode} colocated"
+        colocated = f"{self.decode} colocated, chunks of {self.chunk_tokens}"
+        return f"{self.prefill}P{self.decode}D" if self.prefill else colocated
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +51,20 @@ class Goodput:
         return self.rate / (self.split.prefill + self.split.decode)
 
 
-def splits(gpus: int) -> list[Split]:
-    """Every way to share them out, colocated serving last."""
-    return [*(Split(prefill, gpus - prefill) for prefill in range(1, gpus)), Split(0, gpus)]
+def splits(gpus: int, chunks: Sequence[int]) -> list[Split]:
+    """Every way to share them out, then colocated serving with each length of chunks: small ones spare decoding."""
+    return [
+        *(Split(prefill, gpus - prefill) for prefill in range(1, gpus)),
+        *(Split(0, gpus, chunk) for chunk in chunks),
+    ]
 
 
-def scenario_of(split: Split, profile: Profile, prefill_policy: str) -> Scenario:
+def scenario_of(split: Split, profile: Profile, policy: str, prefill_policy: str) -> Scenario:
     local = "never" if split.prefill else "always"
-    proxy = ProxySettings(local_prefill=local, max_queue=1 << 20)
+    if not split.prefill:
+        chunk = split.chunk_tokens
+        profile = msgspec.structs.replace(profile, decode_chunk_tokens=chunk, decode_budget_tokens=chunk)
+    proxy = ProxySettings(policy=policy, local_prefill=local, max_queue=1 << 20)
     return Scenario(
         profile=profile,
         prefill=split.prefill,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 
 from simulator.capacity import Hits
@@ -33,6 +34,8 @@ def as_json(rows: Sequence[Row]) -> str:
 
 
 def _shown(cell: Cell) -> str:
+    if isinstance(cell, float) and math.isnan(cell):
+        return "-"
     if isinstance(cell, float):
         return f"{cell:.4g}" if abs(cell) < 1000 else f"{cell:.0f}"
     return str(cell)

@@ -79,7 +79,11 @@ class OverloadSettings(ReplaySettings):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceSettings(SloSettings):
     gpus: int = option(4, unit="workers", help="workers to share out", minimum=2)
+    chunk_tokens: tuple[int, ...] = option(
+        (256, 512, 1024, 2048), unit="tokens", help="chunks of a prompt in colocated serving, each of them tried"
+    )
     rounds: int = option(4, help="bisections of the rate after a factor of two is known", minimum=0)
+    policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")
     prefill_policy: str = option(ORDERS[0], choices=ORDERS, help="order of prompts in a prefill worker")
 
 

@@ -38,9 +38,9 @@ def test_loss_and_overload_show_each_case(capsys: pytest.CaptureFixture[str]) ->
 
 def test_place_finds_a_split(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the table of splits."""
-    assert main(["place", *SMALL, "--gpus", "2", "--rounds", "0"]) == 0
+    assert main(["place", *SMALL, "--gpus", "2", "--rounds", "0", "--chunk-tokens", "256"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1P1D", "2 colocated"]
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1P1D", "2 colocated, chunks of 256"]
 
 
 def test_tiers_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ SHIPPED = sorted(path.stem for path in PROFILES.glob("*.json"))
 H200 = load_profile("h200-llama-8b")
 
 
-@given(st.lists(st.integers(2, 3000), min_size=1, max_size=5))
+@given(st.lists(st.integers(2000, 5000), min_size=1, max_size=5))
 def test_chunks_of_a_prompt_cost_what_the_prompt_costs(chunks: list[int]) -> None:
     """Guards the quadratic term: it counts the tokens before a chunk."""
     start, total = 0, 0.0
@@ -29,10 +29,11 @@ def test_chunks_of_a_prompt_cost_what_the_prompt_costs(chunks: list[int]) -> Non
 
 def test_a_step_of_both_kinds_reads_the_weights_once() -> None:
     """Guards mixed steps (colocated serving): the fixed part of a decode step is not paid beside a prompt."""
-    prompt, rows = [Work(0, 500)], [Work(999, 1), Work(1999, 1)]
+    prompt, rows = [Work(0, 3000)], [Work(999, 1), Work(1999, 1)]
     assert H200.step_s(rows) == pytest.approx(H200.decode.seconds(3000, 2))
     beside = H200.step_s([*prompt, *rows]) - H200.step_s(prompt)
     assert beside == pytest.approx(H200.decode.seconds(3000, 2) - H200.decode.a)
+    assert H200.step_s([Work(0, 9)]) == H200.decode.seconds(0, 9)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -122,7 +122,7 @@ def test_one_seed_is_one_run_whatever_hashes_are() -> None:
 
 def test_goodput_is_between_too_little_and_too_much() -> None:
     """Guards the bisection: what it returns is good, and more than it by its last step is not."""
-    assert [split.name for split in splits(3)] == ["1P2D", "2P1D", "3 colocated"]
+    assert [split.name for split in splits(3, [512])] == ["1P2D", "2P1D", "3 colocated, chunks of 512"]
 
     def workload(rate: float) -> list[Request]:
         return poisson(40, rate, Lengths(4000), Lengths(30), seed=1)
