@@ -1,7 +1,7 @@
 """What the KV store saves: conversations that share system prompts, served with and without it, beside an ideal cache.
 
-Every way of serving gets the same prompts: `off` has only the workers' pools, `ram` the store in RAM, `disk` a small
-RAM over a disk. In the middle every worker is killed. Prompt tokens by source come from the proxy's metrics; the ideal
+Every way of serving gets the same prompts: `off` has only the workers' pools, `ram` the store in RAM, `small` one whose
+RAM cannot hold all, `disk` the same over a disk. In the middle every worker is killed. Prompt tokens by source come from the proxy's metrics; the ideal
 is an offline LRU over the same prompts in the same order, which forgets nothing at the restart. Prints a JSON line a
 way, and a table.
 """
@@ -246,6 +246,7 @@ def main(argv: Sequence[str]) -> int:
         for way in (
             Way("off", ("--store-ram-gib", "0"), 2 * options.pool_blocks),
             Way("ram", ("--store-ram-gib", str(ram)), int(ram * BLOCKS_A_GIB)),
+            Way("small", ("--store-ram-gib", str(small)), int(small * BLOCKS_A_GIB)),
             Way("disk", small_and_disk, int((small + disk) * BLOCKS_A_GIB)),
         ):
             if way.name in options.ways:
@@ -276,17 +277,20 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="scripts/bench_reuse", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--ways", nargs="+", default=["off", "ram", "disk"], choices=("off", "ram", "disk"))
+    ways = ("off", "ram", "small", "disk")
+    parser.add_argument("--ways", nargs="+", default=ways, choices=ways, help="ways of serving")
     parser.add_argument("--conversations", type=int, default=16, help="conversations")
     parser.add_argument("--turns", type=int, default=6, help="turns of each")
     parser.add_argument("--concurrency", type=int, default=4, help="conversations at once")
     parser.add_argument("--system-words", type=int, default=100, help="length of each of the four system prompts")
     parser.add_argument("--user-words", type=int, default=40, help="length of what a user says in a turn")
     parser.add_argument("--answer-tokens", type=int, default=24, help="length of an answer")
-    parser.add_argument("--pool-blocks", type=int, default=256, help="blocks of each worker's pool")
+    parser.add_argument("--pool-blocks", type=int, default=128, help="blocks of each worker's pool")
     parser.add_argument("--ram-gib", type=float, default=0.25, help="RAM of the store of the way `ram`")
-    parser.add_argument("--small-ram-gib", type=float, default=0.0625, help="RAM of the store of the way `disk`")
-    parser.add_argument("--disk-gib", type=float, default=0.25, help="its disk")
+    parser.add_argument(
+        "--small-ram-gib", type=float, default=0.03, help="RAM of the store of the ways `small` and `disk`"
+    )
+    parser.add_argument("--disk-gib", type=float, default=0.25, help="disk of the way `disk`")
     parser.add_argument(
         "--restart", action=argparse.BooleanOptionalAction, default=True, help="kill all workers midway"
     )

@@ -13,7 +13,7 @@ from tests.integration.cluster import Cluster
 from tests.integration.conftest import Oracle
 from tests.integration.prompts import LONG
 
-pytestmark = pytest.mark.timeout(240)
+pytestmark = pytest.mark.timeout(400)
 
 BLOCK = 16
 ALWAYS = ("--store-loads", "always")
@@ -36,6 +36,20 @@ def _wait_attached(cluster: Cluster, workers: int) -> None:
     cluster.wait_until(attached, f"{workers} workers at the store")
 
 
+def _restart_workers(cluster: Cluster) -> None:
+    """SIGKILL to all at once; others take their place."""
+    for name in ("p0", "p1", "d0"):
+        cluster.kill(name)
+    cluster.revive()
+    _wait_attached(cluster, 3)
+
+
+def _wait_counted(cluster: Cluster, num_tokens: float) -> None:
+    """Until the live workers have told of so many prompt tokens."""
+    sources = ("gpu", "ram", "disk", "computed")
+    cluster.wait_until(lambda: sum(_tokens(cluster, source) for source in sources) >= num_tokens, "tokens counted")
+
+
 def _settle(cluster: Cluster) -> None:
     """Until nothing is held, so that all that is written behind has been written."""
     cluster.wait_idle()
@@ -52,31 +66,40 @@ def _ask(cluster: Cluster, oracle: Oracle, prompts: list[str], max_tokens: int =
 
 
 def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) -> None:
-    """Guards hits shared by workers and outliving them, what decode has generated among them; bytes are the same."""
-    with Cluster(2, 1, store_args=("--ram-gib", "0.1"), worker_args=ALWAYS, log_folder=tmp_path) as cluster:
+    """Guards hits shared by workers and outliving them, what decode has generated among them; bytes are the same. Then
+    the same of the store itself: what lies on disk outlives it."""
+    store = ("--ram-gib", "0.1", "--disk-gib", "0.1", "--path", str(tmp_path / "kv"))
+    with Cluster(2, 1, store_args=store, worker_args=ALWAYS, log_folder=tmp_path) as cluster:
         _wait_attached(cluster, 3)
+        cluster.wait_until(lambda: cluster.store_value("disk_size_bytes") > 0, "a disk")
         prompts = LONG[:6]
         answers = _ask(cluster, oracle, prompts)
         _settle(cluster)
         assert _written(cluster) > 0
         cluster.wait_until(lambda: cluster.store_value("ram_blocks") == _written(cluster), "what the store holds")
-        for name in ("p0", "p1", "d0"):
-            cluster.kill(name)
-        cluster.revive()
-        _wait_attached(cluster, 3)
-        before = _tokens(cluster, "computed")
+        _restart_workers(cluster)
         turns = [prompt + answer + " And then" for prompt, answer in zip(prompts, answers, strict=True)]
+        computed = _tokens(cluster, "computed")
         _ask(cluster, oracle, turns)
         lengths = [len(oracle.tokenizer(turn).input_ids) for turn in turns]
         firsts = [len(oracle.tokenizer(turn.removesuffix(" And then")).input_ids) for turn in turns]
-        cluster.wait_until(
-            lambda: sum(_tokens(cluster, source) for source in ("gpu", "ram", "computed")) - before >= sum(lengths),
-            "all prompt tokens counted",
-        )
+        _wait_counted(cluster, sum(lengths) + computed)
         # The answer's last token has no KV yet when it is drawn: a block that it completes is not stored.
         best = sum(length - (first - 1) // BLOCK * BLOCK for length, first in zip(lengths, firsts, strict=True))
-        assert _tokens(cluster, "computed") - before <= best
+        assert _tokens(cluster, "computed") - computed <= best
         assert _tokens(cluster, "ram") >= sum((first - 1) // BLOCK * BLOCK for first in firsts) / 2
+        # What was used again is on disk or on its way there; a store that ends in order writes the rest.
+        _settle(cluster)
+        cluster.signal("store", signal.SIGTERM)
+        assert cluster.wait_end("store") == 0
+        cluster.start_store(*store)
+        _restart_workers(cluster)
+        cluster.wait_until(lambda: cluster.store_value("disk_blocks") > 0, "blocks on disk")
+        computed = _tokens(cluster, "computed")
+        _ask(cluster, oracle, turns)
+        _wait_counted(cluster, sum(lengths) + computed)
+        assert _tokens(cluster, "computed") - computed <= best
+        assert _tokens(cluster, "disk") > 0
 
 
 def test_the_store_dies_freezes_and_comes_back(oracle: Oracle, tmp_path: Path) -> None:
