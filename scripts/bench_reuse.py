@@ -1,8 +1,8 @@
 """What the KV store saves: conversations that share system prompts, served with and without it, beside an ideal cache.
 
 Every way of serving gets the same prompts: `off` has only the workers' pools, `ram` the store in RAM, `small` one whose
-RAM cannot hold all, `disk` the same over a disk. In the middle every worker is killed. Prompt tokens by source come from
-the proxy's metrics; the ideal is an offline LRU over the same prompts in the same order, which forgets nothing at the
+RAM cannot hold all, `disk` the same over a disk. In the middle every worker is killed. Prompt tokens by source are the
+proxy's metrics; the ideal is an offline LRU over the same prompts in the same order, which forgets nothing at the
 restart. Prints a JSON line a way, and a table.
 """
 
