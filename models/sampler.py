@@ -42,7 +42,8 @@ def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw], positions: Sequence
     return [Drawn(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
 
 
-def _has_penalty(sampling: SamplingParams) -> bool:
+def has_penalty(sampling: SamplingParams) -> bool:
+    """Whether counts of tokens change the logits."""
     return bool(
         sampling.repetition_penalty != 1.0 or sampling.frequency_penalty != 0.0 or sampling.presence_penalty != 0.0
     )
@@ -50,7 +51,7 @@ def _has_penalty(sampling: SamplingParams) -> bool:
 
 def _is_edited(draw: Draw) -> bool:
     sampling = draw.sampling
-    return bool(sampling.logit_bias) or draw.num_generated < sampling.min_tokens or _has_penalty(sampling)
+    return bool(sampling.logit_bias) or draw.num_generated < sampling.min_tokens or has_penalty(sampling)
 
 
 def _edit(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
@@ -66,7 +67,7 @@ def _edit(logits: torch.Tensor, draws: Sequence[Draw]) -> torch.Tensor:
         if draw.num_generated < draw.sampling.min_tokens:
             stops = [token for token in draw.sampling.stop_token_ids if token < vocab_size]
             logits[row, stops] = float("-inf")
-    penalised = [row for row, draw in enumerate(draws) if _has_penalty(draw.sampling)]
+    penalised = [row for row, draw in enumerate(draws) if has_penalty(draw.sampling)]
     if penalised:
         part = logits[penalised]
         _penalise(part, [draws[row] for row in penalised])

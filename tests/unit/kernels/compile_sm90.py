@@ -137,6 +137,22 @@ def sampling(pdl: bool) -> None:
     module.draw(logits, empty(rows, dtype=torch.float32), out, out, scratch, out, pdl=pdl)
 
 
+def sampling_of_rows(dtype: torch.dtype) -> None:
+    from kernels.triton import logprobs, sampling_filter, sampling_rows
+
+    rows, vocab_size, device = 8, 151936, "meta"
+    logits, slots, out = empty(rows, vocab_size, dtype=dtype), *(empty(rows, dtype=torch.int32) for _ in range(2))
+    tables = sampling_rows.SlotTables.make(rows, vocab_size, device)
+    prepared = sampling_rows.Prepared.make(rows, vocab_size, device)
+    scratch = sampling_filter.FilterScratch.make(rows, vocab_size, device)
+    blocks = prepared.largest.shape[1]
+    best = (empty(rows, blocks, dtype=torch.float32), empty(rows, blocks, dtype=torch.int32))
+    sampling_rows.prepare(logits, slots, slots, tables, prepared)
+    sampling_filter.thresholds(prepared, slots, tables, scratch)
+    sampling_rows.draw_prepared(logits, slots, slots, tables, prepared, scratch.thresholds, best, out)
+    logprobs.logprobs(logits, slots, out, tables, logprobs.LogprobRows.make(rows, vocab_size, device))
+
+
 def linears(table: str, rows: int, pdl: bool) -> None:
     """All entries of the policy's table for so many rows, in the table's order."""
     from kernels.triton import linear as module
@@ -176,6 +192,7 @@ CASES: dict[str, Callable[[], None]] = {
     "step_inputs": inputs_of_a_step,
     "sampling": lambda: sampling(False),
     "sampling_pdl": lambda: sampling(True),
+    "sampling_rows": lambda: sampling_of_rows(torch.bfloat16),
     "linear_1": lambda: linears("FASTEST", 1, True),
     "linear_16": lambda: linears("FASTEST", 16, True),
     "linear_64": lambda: linears("FASTEST", 64, True),

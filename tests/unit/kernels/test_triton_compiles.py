@@ -49,6 +49,13 @@ def test_small_kernels_leave_room(kernels, case, count):
     assert all(kernel["registers"] <= 96 for kernel in kernels[case])
 
 
+def test_sampling_kernels_leave_room(kernels):
+    """Guards the search against a tile that no longer fits twice on a multiprocessor, and a pass too many or too few."""
+    found = kernels["sampling_rows"]
+    assert len(found) == 1 + 2 * 8 + 1 + 2 + 2
+    assert all(kernel["registers"] <= 128 and kernel["shared_bytes"] <= 32 * 1024 for kernel in found), found
+
+
 def test_prefill_attention_uses_warpgroup_instructions_and_fits(kernels):
     """Guards against a tile whose products fall back to a warp's instructions, at half the speed."""
     prefill = {case: of_case[0] for case, of_case in kernels.items() if case.startswith("prefill")}

@@ -1,0 +1,241 @@
+"""A draw with every sampling parameter, for rows whose parameters lie on the device in the table of their slot.
+
+    x = logits + bias;  x[stop ids] = -inf while position < MIN_UNTIL
+    x = x > 0 ? x / repetition : x * repetition      of tokens seen in prompt or output
+    x = x - frequency * times in the output;  x = x - presence    of tokens in the output
+    greedy: token = argmax x
+    else:   x = x / temperature;  token = argmax(x + Gumbel noise) of the tokens with x >= threshold
+
+The operations and their order are those of models.sampler on the CPU, each rounded alone (no fused multiply-add). The
+threshold is that of sampling_filter. Rows are independent: a row alone draws what it draws among others. A row that
+asks for nothing but a temperature is read once from the logits; the others are first written out edited ("prepared"),
+which the filter and the draw then read. Bytes: of a prepared row the logits once, the float32 copy twice, and its
+counts if it has penalties.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.launch import require
+from kernels.triton.sampling import gumbel, uniforms
+
+BLOCK, WARPS = 4096, 8
+MAX_BIAS, MAX_STOPS = 1024, 128
+
+# Columns of the table, int32; those marked f hold the bits of a float32.
+TEMPERATURE = tl.constexpr(0)  # f; 0: greedy
+LOG_MIN_P = tl.constexpr(1)  # f; -inf: off
+SEED = tl.constexpr(2)  # two words, the lower first
+TOP_P = tl.constexpr(4)  # f; 1 or more: off
+TOP_K = tl.constexpr(5)  # 0: off
+MIN_UNTIL = tl.constexpr(6)  # stops are suppressed at positions below it
+NUM_BIAS = tl.constexpr(7)
+NUM_STOPS = tl.constexpr(8)
+REPETITION = tl.constexpr(9)  # f
+FREQUENCY = tl.constexpr(10)  # f
+PRESENCE = tl.constexpr(11)  # f
+PREPARED = tl.constexpr(12)  # 1: anything beyond a temperature
+PENALISED = tl.constexpr(13)  # 1: the counts of the slot are kept
+NUM_TOP = tl.constexpr(14)  # likeliest tokens to name with the logprob; -1: no logprob
+COLUMNS = tl.constexpr(16)
+
+IN_PROMPT = tl.constexpr(1 << 30)  # bit of a count; the rest counts the output
+
+
+@dataclass(frozen=True, slots=True)
+class SlotTables:
+    """What the device keeps of each slot."""
+
+    table: torch.Tensor  # int32 [slots, COLUMNS]
+    bias_ids: torch.Tensor  # int32 [slots, MAX_BIAS], different in a row
+    bias_values: torch.Tensor  # float32 [slots, MAX_BIAS]
+    stop_ids: torch.Tensor  # int32 [slots, MAX_STOPS]
+    counts: torch.Tensor  # int32 [slots, V]
+
+    @classmethod
+    def make(cls, num_slots: int, vocab_size: int, device: str) -> SlotTables:
+        """All zero: greedy rows that ask for nothing. The counts are four bytes a slot and token."""
+
+        def zeros(*shape: int, dtype: torch.dtype = torch.int32) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        return cls(
+            table=zeros(num_slots, COLUMNS.value),
+            bias_ids=zeros(num_slots, MAX_BIAS),
+            bias_values=zeros(num_slots, MAX_BIAS, dtype=torch.float32),
+            stop_ids=zeros(num_slots, MAX_STOPS),
+            counts=zeros(num_slots, vocab_size),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """The rows of a step that are prepared; the others' places hold nothing of meaning."""
+
+    values: torch.Tensor  # float32 [rows, V]: edited, and divided by the temperature
+    largest: torch.Tensor  # float32 [rows, blocks]: of each block of them
+
+    @classmethod
+    def make(cls, num_rows: int, vocab_size: int, device: str) -> Prepared:
+        def empty(width: int) -> torch.Tensor:
+            return torch.empty(num_rows, width, dtype=torch.float32, device=device)
+
+        return cls(empty(vocab_size), empty(triton.cdiv(vocab_size, BLOCK)))
+
+
+@triton.jit
+def table_float(table_ptr, slot, COLUMN: tl.constexpr):
+    return tl.load(table_ptr + slot * COLUMNS + COLUMN).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _prepare_kernel(
+    logits_ptr, slot_ptr, position_ptr, table_ptr, bias_id_ptr, bias_value_ptr, stop_ptr, count_ptr,
+    value_ptr, largest_ptr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr, MAX_BIAS: tl.constexpr, MAX_STOPS: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    entry = table_ptr + slot * COLUMNS
+    if tl.load(entry + PREPARED) == 0:
+        return
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < VOCAB
+    place = value_ptr + row * VOCAB
+    x = tl.load(logits_ptr + row * VOCAB + token, mask=inside, other=float("-inf")).to(tl.float32)
+    num_bias = tl.load(entry + NUM_BIAS)
+    num_stops = tl.where(tl.load(position_ptr + row) < tl.load(entry + MIN_UNTIL), tl.load(entry + NUM_STOPS), 0)
+    if num_bias + num_stops > 0:  # single tokens: through memory, where a program owns its block
+        tl.store(place + token, x, mask=inside)
+        tl.debug_barrier()
+        for start in range(0, num_bias, 128):
+            listed = start + tl.arange(0, 128)
+            at = tl.load(bias_id_ptr + slot * MAX_BIAS + listed, mask=listed < num_bias, other=-1)
+            mine = (at >= block * BLOCK) & (at < (block + 1) * BLOCK)
+            bias = tl.load(bias_value_ptr + slot * MAX_BIAS + listed, mask=mine, other=0.0)
+            tl.store(place + at, tl.load(place + at, mask=mine, other=0.0) + bias, mask=mine)
+        tl.debug_barrier()
+        if num_stops > 0:
+            listed = tl.arange(0, MAX_STOPS)
+            at = tl.load(stop_ptr + slot * MAX_STOPS + listed, mask=listed < num_stops, other=-1)
+            mine = (at >= block * BLOCK) & (at < (block + 1) * BLOCK)
+            tl.store(place + at, tl.full([MAX_STOPS], float("-inf"), tl.float32), mask=mine)
+        tl.debug_barrier()
+        x = tl.load(place + token, mask=inside, other=float("-inf"))
+    if tl.load(entry + PENALISED) != 0:
+        count = tl.load(count_ptr + slot * VOCAB + token, mask=inside, other=0)
+        drawn = count & (IN_PROMPT - 1)
+        repetition = table_float(table_ptr, slot, REPETITION)
+        x = tl.where(count != 0, tl.where(x > 0, tl.div_rn(x, tl.zeros_like(x) + repetition), x * repetition), x)
+        x = x - table_float(table_ptr, slot, FREQUENCY) * drawn.to(tl.float32)
+        x = x - table_float(table_ptr, slot, PRESENCE) * (drawn > 0).to(tl.float32)
+    temperature = table_float(table_ptr, slot, TEMPERATURE)
+    if temperature > 0.0:
+        x = tl.div_rn(x, tl.zeros_like(x) + temperature)
+    tl.store(place + token, x, mask=inside)
+    tl.store(largest_ptr + row * tl.num_programs(1) + block, tl.max(x, 0))
+
+
+@triton.jit
+def _best_of_block_kernel(
+    logits_ptr, prepared_ptr, slot_ptr, position_ptr, threshold_ptr, table_ptr, value_ptr, token_ptr,
+    VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    token = block * BLOCK + tl.arange(0, BLOCK)
+    inside = token < VOCAB
+    temperature = table_float(table_ptr, slot, TEMPERATURE)
+    if tl.load(table_ptr + slot * COLUMNS + PREPARED) != 0:
+        x = tl.load(prepared_ptr + row * VOCAB + token, mask=inside, other=float("-inf"))
+        x = tl.where(x >= tl.load(threshold_ptr + row), x, float("-inf"))
+    else:
+        x = tl.load(logits_ptr + row * VOCAB + token, mask=inside, other=float("-inf")).to(tl.float32)
+        if temperature > 0.0:
+            x = x / temperature
+    if (temperature > 0.0) & (tl.max(x, 0) > float("-inf")):  # noise is most of the work: not for a block filtered away
+        low = tl.load(table_ptr + slot * COLUMNS + SEED).to(tl.uint32).to(tl.uint64)
+        seed = low + (tl.load(table_ptr + slot * COLUMNS + SEED + 1).to(tl.uint64) << 32)
+        x = x + gumbel(uniforms(seed, tl.load(position_ptr + row), block * BLOCK, BLOCK))
+    best, place = tl.max(x, 0, return_indices=True)
+    tl.store(value_ptr + row * tl.num_programs(1) + block, best)
+    tl.store(token_ptr + row * tl.num_programs(1) + block, block * BLOCK + place)
+
+
+@triton.jit
+def _best_of_row_kernel(
+    slot_ptr, table_ptr, count_ptr, value_ptr, token_ptr, out_ptr,
+    VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    slot = tl.load(slot_ptr + row).to(tl.int64)
+    block = tl.arange(0, BLOCKS_PADDED)
+    values = tl.load(value_ptr + row * BLOCKS + block, mask=block < BLOCKS, other=float("-inf"))
+    _, place = tl.max(values, 0, return_indices=True)
+    token = tl.load(token_ptr + row * BLOCKS + place)
+    tl.store(out_ptr + row, token.to(out_ptr.dtype.element_ty))
+    if tl.load(table_ptr + slot * COLUMNS + PENALISED) != 0:
+        counted = count_ptr + slot * VOCAB + token
+        tl.store(counted, tl.load(counted) + 1)
+
+
+def prepare(
+    logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, tables: SlotTables, out: Prepared
+) -> None:
+    """Writes the prepared rows; logits [rows, V], slots and the new tokens' positions int32 [rows]."""
+    num_rows, vocab_size = _checked(logits, slots, positions, tables, out)
+    if num_rows:
+        _prepare_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
+            logits, slots, positions, tables.table, tables.bias_ids, tables.bias_values, tables.stop_ids,
+            tables.counts, out.values, out.largest, VOCAB=vocab_size, BLOCK=BLOCK, MAX_BIAS=MAX_BIAS,
+            MAX_STOPS=MAX_STOPS, num_warps=WARPS, enable_fp_fusion=False,
+        )  # fmt: skip
+
+
+def draw_prepared(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    tables: SlotTables,
+    prepared: Prepared,
+    thresholds: torch.Tensor,
+    best: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+) -> None:
+    """out [rows], int32 or int64: the tokens, which the counts of rows with penalties now include.
+
+    thresholds float32 [rows], read of prepared rows; best: float32 and int32 [rows, blocks], scratch. Of rows with
+    penalties no two may have one slot.
+    """
+    num_rows, vocab_size = _checked(logits, slots, positions, tables, prepared)
+    require(out.shape == (num_rows,) and thresholds.shape[0] >= num_rows, "out and thresholds need one a row")
+    blocks = triton.cdiv(vocab_size, BLOCK)
+    require(all(each.numel() >= num_rows * blocks for each in best), "the scratch is too small")
+    if num_rows == 0:
+        return
+    _best_of_block_kernel[(num_rows, blocks)](
+        logits, prepared.values, slots, positions, thresholds, tables.table, *best, VOCAB=vocab_size, BLOCK=BLOCK,
+        num_warps=WARPS,
+    )  # fmt: skip
+    _best_of_row_kernel[(num_rows,)](
+        slots, tables.table, tables.counts, *best, out, VOCAB=vocab_size, BLOCKS=blocks,
+        BLOCKS_PADDED=triton.next_power_of_2(blocks), num_warps=1,
+    )  # fmt: skip
+
+
+def _checked(
+    logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, tables: SlotTables, prepared: Prepared
+) -> tuple[int, int]:
+    num_rows, vocab_size = logits.shape
+    require(logits.is_contiguous(), "logits must be contiguous")
+    require(slots.shape == positions.shape == (num_rows,), "slots and positions need one a row")
+    require(slots.is_contiguous() and positions.is_contiguous(), "slots and positions must be contiguous")
+    require(tables.counts.shape[1] == vocab_size == prepared.values.shape[1], "the tables are of another vocabulary")
+    require(prepared.values.shape[0] >= num_rows, "there is no room for so many prepared rows")
+    return num_rows, vocab_size
