@@ -55,7 +55,7 @@ def even_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> De
     As many chunks as `split_plan` makes for the longest, so that one captured graph serves all lengths of a bucket.
     """
     plan = split_plan(num_rows, kv_heads, max_tokens, num_sms)
-    stages = _stages(num_rows * kv_heads * plan.num_splits, plan.chunk_tokens, num_sms)
+    stages = min(plan.num_stages, 1 + 2 * (plan.chunk_tokens // TILE)) if plan.merges else plan.num_stages
     return DecodePlan(plan.num_splits, plan.chunk_tokens, stages, plan.merges, even=plan.merges)
 
 

@@ -27,9 +27,6 @@ from node.errors import InvariantBroken
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
 
-PDL_ROWS = 128
-"""With more rows, starting early costs more than it gains (docs/benchmarks/kernels.md)."""
-
 
 @dataclass(frozen=True, slots=True)
 class Activations:
@@ -87,7 +84,6 @@ class DeviceDecoder:
     def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row."""
         pool, config = self._bound(), self._config
-        pdl = pdl and len(inputs.tokens) <= PDL_ROWS
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
             window = config.sliding_window if config.windowed_layers[layer] else None
@@ -98,6 +94,10 @@ class DeviceDecoder:
         normed = self._layers(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl)
         return self._logits(normed, pdl)
 
+    def last_logits(self, num_rows: int) -> torch.Tensor:
+        """[num_rows, vocab] of the step that ran last, valid until the next runs."""
+        return self._act.logits[:num_rows]
+
     def prefill(
         self,
         tokens: torch.Tensor,
@@ -105,17 +105,25 @@ class DeviceDecoder:
         kv_slots: torch.Tensor,
         attend: Attend,
         drawn: torch.Tensor,
-    ) -> torch.Tensor:
-        """Logits [drawn, vocab] of the tokens number `drawn` (int32) of a step; the others int32 [N]."""
-        normed = self._layers(tokens, positions, kv_slots, attend, pdl=False)
-        last = self._act.last[: len(drawn)]
-        torch.index_select(normed, 0, drawn, out=last)
-        return self._logits(last, pdl=False)
+    ) -> None:
+        """Logits of the tokens number `drawn` (int32) of a step become `last_logits`; the other arrays are int32 [N].
+
+        Keys and values are written for all; behind the last layer's attention only drawn tokens are computed.
+        """
+        normed = self._layers(tokens, positions, kv_slots, attend, pdl=False, drawn=drawn)
+        if len(drawn):
+            self._logits(normed, pdl=False)
 
     def _layers(
-        self, tokens: torch.Tensor, positions: torch.Tensor, kv_slots: torch.Tensor, attend: Attend, pdl: bool
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        kv_slots: torch.Tensor,
+        attend: Attend,
+        pdl: bool,
+        drawn: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """The final norm's output [N, hidden]."""
+        """The final norm's output, [N, hidden], or [drawn, hidden] of these tokens."""
         count, act, eps, weights = len(tokens), self._act, self._config.rms_norm_eps, self._weights
         products, pool = self._products, self._bound()
         residual, normed, mixed = act.residual[:count], act.normed[:count], act.mixed[:count]
@@ -126,7 +134,16 @@ class DeviceDecoder:
         for index, layer in enumerate(weights.layers):
             qkv = products(layer.qkv, normed, act.qkv[:count], pdl=pdl)
             rope_and_write(qkv, positions, kv_slots, self._rope, self._norms[index], pool, index, query, pdl=pdl)
-            attend(index, query, attended)
+            if drawn is not None and index == len(weights.layers) - 1:
+                if not len(drawn):
+                    break
+                attend(index, query, attended)
+                count = len(drawn)
+                attended = torch.index_select(attended, 0, drawn, out=act.query[:count])
+                residual = torch.index_select(residual, 0, drawn, out=act.last[:count])
+                normed, mixed, gated = normed[:count], mixed[:count], gated[:count]
+            else:
+                attend(index, query, attended)
             added = products(layer.o, attended.view(count, -1), mixed, pdl=pdl)
             add_rms_norm(added, residual, layer.post_norm, eps, normed, pdl=pdl)
             products.gated(layer.gate_up, normed, gated, pdl=pdl)

@@ -28,6 +28,7 @@ from models.cuda.decoder import DeviceDecoder
 from models.cuda.graphs import DecodeGraphs, Progress, lengths_up_to, no_progress, sizes_up_to
 from models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from models.cuda.queue import Mark, Queue, Work
+from models.cuda.results import StepResult
 from models.cuda.sampling import SlotSampler
 from models.cuda.slots import Slots
 from models.cuda.upload import ALIGNED, Upload, aligned
@@ -35,11 +36,18 @@ from models.weights import Weights
 from node.errors import InvariantBroken, SettingsError
 from node.messages import SamplingParams
 
-FAST_LENGTHS = (8192, 1 << 30)
+FAST_LENGTHS = (2048, 4)
 """First length and factor of the lengths that get graphs of their own: longer sequences want more programs a row."""
 FIXED_LENGTHS = (2048, 4)
 """With fixed chunks a graph has a program for each chunk of its longest row, whether the row is so long or not."""
+PDL_ROWS, PDL_ROWS_LONG = 128, 32
+"""With more rows, of up to FAST_LENGTHS[0] and of more tokens, kernels that start early take more than they give."""
 CHUNK_ARRAYS = len(ChunkArrays._fields)
+EVERYTHING = SamplingParams(
+    max_tokens=2, min_tokens=2, top_p=0.5, top_k=5, min_p=0.1, presence_penalty=1.0, logit_bias=((0, 1.0),),
+    logprobs=True, top_logprobs=2, stop_token_ids=(0,),
+)  # fmt: skip
+"""A draw that runs every kernel of drawing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,7 @@ class CudaRunner:
         self._decoder = DeviceDecoder(config, weights, policy, max(limits.max_tokens, rows), rows, max_len)
         self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
-        self._results = [queue.host_buffer(rows) for _ in range(limits.run_ahead + 1)]
+        self._results = [StepResult(queue, rows) for _ in range(limits.run_ahead + 1)]
         self._bound: _Bound | None = None
         self._longest = max_len
 
@@ -118,9 +126,12 @@ class CudaRunner:
         bound = self._bind()
         width = -(-self._longest // bound.block_tokens)
         draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
-        for size in (*TABLED_ROWS, self._limits.max_tokens):
-            length = min(size, self._longest - 1, self._limits.max_tokens)
-            self.launch([Row([0] * length, 0, range(width), draw)]).read()
+        edited = Draw(EVERYTHING, (0, 0), 1, 1)
+        self.launch([Row([0], 1, range(width), edited)]).read()
+        for size in TABLED_ROWS:
+            self.launch([Row([0], 0, [0], draw, slot) for slot in range(min(size, self._limits.max_rows))]).read()
+        length = min(self._longest - 1, self._limits.max_tokens)
+        self.launch([Row([0] * length, 0, range(width), draw)]).read()
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says."""
@@ -129,20 +140,21 @@ class CudaRunner:
         decode = [index for index, row in enumerate(rows) if decodes(row)]
         chunks = [index for index, row in enumerate(rows) if not decodes(row)]
         drawing = decode + [index for index in chunks if rows[index].draw is not None]
-        buffer = self._results.pop()
+        result = self._results.pop()
         self._begin(rows)
         if decode:
-            self._launch_decode([rows[index] for index in decode], buffer[: len(decode)])
+            self._launch_decode([rows[index] for index in decode], result)
         if chunks:
-            self._launch_chunks([rows[index] for index in chunks], buffer[len(decode) : len(drawing)])
-        return _Step(self.queue.mark(), buffer, drawing, len(rows), self._results.append)
+            self._launch_chunks([rows[index] for index in chunks], result, len(decode))
+        num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
+        return _Step(self.queue.mark(), result, drawing, num_tops, len(rows), self._results.append)
 
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
-        """Of parts of prompts, [rows that draw, vocab], without drawing: for tests and measurements; waits."""
-        found: list[torch.Tensor] = []
-        self._launch_chunks(rows, None, found.append)
+        """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
+        result = self._results[-1]
+        self._launch_chunks(rows, result, 0)
         self.queue.mark().wait()
-        return found[0]
+        return self._decoder.last_logits(sum(row.draw is not None for row in rows))
 
     # -- steps
 
@@ -153,16 +165,21 @@ class CudaRunner:
                 self._sampler.set_row(row.slot, row.draw)
         self._sampler.flush()
 
-    def _launch_decode(self, rows: Sequence[Row], result: torch.Tensor) -> None:
+    def _launch_decode(self, rows: Sequence[Row], result: StepResult) -> None:
         bound, count = self._bind(), len(rows)
         graph = bound.graphs.graph_for(count, max(row.start for row in rows) + 1)
-        _, places, blocks = bound.upload.send((self._header(rows), *bound.slots.changes(rows)))
-        drawn = self._drawn[:count]
+        header, places, blocks = bound.upload.send((self._header(rows), *bound.slots.changes(rows)))
+        slots, positions = header[:count], bound.inputs.lengths[:count]
+        edited = any(self._sampler.edits(row.slot) for row in rows)
+        finish = self._finish(rows, slots, result, 0)
 
         def work() -> None:
             set_entries(bound.slots.tables.view(-1), places, blocks)
             graph()
-            result.copy_(drawn, non_blocking=True)
+            logits = self._decoder.last_logits(count)
+            if edited:  # the graph drew as if a temperature were all
+                self._draw(logits, slots, positions, edited=True)
+            finish(logits)
 
         self.queue.enqueue(work)
 
@@ -180,43 +197,60 @@ class CudaRunner:
         bound = self._bind()
         header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
         slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
-        inputs, drawn = bound.inputs.first(num_rows), self._drawn[:num_rows]
+        inputs = bound.inputs.first(num_rows)
         plan = self._plan(num_rows, max_tokens)
+        few = num_rows <= PDL_ROWS_LONG or (num_rows <= PDL_ROWS and max_tokens <= FAST_LENGTHS[0])
+        pdl = self.queue.pdl and few
 
         def body() -> None:
             kept = bound.slots
             gather_inputs(slots, positions, given, kept.last, kept.tables, bound.block_tokens, inputs)
-            logits = self._decoder.decode(inputs, plan, bound.scratch, self.queue.pdl)
-            self._sampler.draw(logits, slots, inputs.lengths, drawn)
-            set_entries(kept.last, slots, drawn)
+            logits = self._decoder.decode(inputs, plan, bound.scratch, pdl)
+            self._draw(logits, slots, inputs.lengths, edited=False)
 
         return body
 
-    def _launch_chunks(
-        self,
-        rows: Sequence[Row],
-        result: torch.Tensor | None,
-        on_logits: Callable[[torch.Tensor], None] | None = None,
-    ) -> None:
-        """The rows' tokens, and draws into `result`, or their logits to on_logits."""
+    def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, edited: bool) -> None:
+        """The next token of each row, kept for its slot; `edited`: with every parameter, else a temperature alone."""
+        drawn = self._drawn[: len(slots)]
+        choose = self._sampler.draw_edited if edited else self._sampler.draw
+        choose(logits, slots, positions, drawn)
+        set_entries(self._bind().slots.last, slots, drawn)
+
+    def _finish(
+        self, rows: Sequence[Row], slots: torch.Tensor, result: StepResult, first: int
+    ) -> Callable[[torch.Tensor], None]:
+        """What brings tokens that were drawn for these rows, from logits [rows, V], to the places from `first` on."""
+        drawn = self._drawn[: len(rows)]
+        wanted = any(self._sampler.num_top(row.slot) is not None for row in rows)
+
+        def finish(logits: torch.Tensor) -> None:
+            result.take_tokens(first, drawn)
+            if wanted:
+                self._sampler.logprobs(logits, slots, drawn)
+                result.take_logprobs(first, len(rows), self._sampler.found)
+
+        return finish
+
+    def _launch_chunks(self, rows: Sequence[Row], result: StepResult, first: int) -> None:
+        """Computes parts of prompts, and draws what they ask for to the places of `result` from `first` on."""
         bound = self._bind()
         arrays = lay_out(rows, bound.block_tokens, self.config.num_heads, bound.attention.tile)
         for row in rows:
             bound.slots.begin(row.slot)
         sent = bound.chunk_upload.send(arrays)
         tokens, positions, kv_slots, starts, lengths, tables, work_items, last, slots, new_positions = sent
-        count = len(arrays.drawn_tokens)
         attend = bound.attention.over(tables.view(len(rows), -1), starts, lengths, work_items.view(-1, 3))
+        drawing = [row for row in rows if row.draw is not None]
+        edited = any(self._sampler.edits(row.slot) for row in drawing)
+        finish = self._finish(drawing, slots, result, first)
 
         def work() -> None:
-            logits = self._decoder.prefill(tokens, positions, kv_slots, attend, last)
-            if on_logits is not None:
-                on_logits(logits)
-            elif count and result is not None:
-                drawn = self._drawn[:count]
-                self._sampler.draw(logits, slots, new_positions, drawn)
-                set_entries(bound.slots.last, slots, drawn)
-                result.copy_(drawn, non_blocking=True)
+            self._decoder.prefill(tokens, positions, kv_slots, attend, last)
+            if drawing:
+                logits = self._decoder.last_logits(len(drawing))
+                self._draw(logits, slots, new_positions, edited)
+                finish(logits)
 
         self.queue.enqueue(work)
 
@@ -256,21 +290,22 @@ class _Bound:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """A step on its way; its result lies in `buffer` once the mark has passed."""
+    """A step on its way; its result is there once the mark has passed."""
 
     mark: Mark
-    buffer: torch.Tensor
+    result: StepResult
     drawing: list[int]
+    num_tops: list[int | None]
     num_rows: int
-    give_back: Callable[[torch.Tensor], None]
+    give_back: Callable[[StepResult], None]
 
     def read(self) -> list[Drawn | None]:
         self.mark.wait()
-        result: list[Drawn | None] = [None] * self.num_rows
-        for index, token_id in zip(self.drawing, self.buffer[: len(self.drawing)].tolist(), strict=True):
-            result[index] = Drawn(token_id, None)
-        self.give_back(self.buffer)
-        return result
+        drawn: list[Drawn | None] = [None] * self.num_rows
+        for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
+            drawn[index] = entry
+        self.give_back(self.result)
+        return drawn
 
 
 def decodes(row: Row) -> bool:

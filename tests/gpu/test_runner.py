@@ -74,6 +74,30 @@ def test_tokens_equal_the_cpu_s():
         assert tokens == one_after_the_other(plain, prompt, list(range(1, 41)), 24)
 
 
+def test_every_sampling_parameter_draws_what_the_cpu_draws():
+    """Guards filters, penalties and log probabilities in a step: beside rows that want none, ahead of the host."""
+    folder, made = locate_model("demo"), prompts(5)
+    params = {
+        "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "frequency_penalty": 0.4,
+        "repetition_penalty": 1.1, "logit_bias": ((5, 2.0),), "min_tokens": 4, "stop_token_ids": (1,),
+    }  # fmt: skip
+    runner = make(folder, torch.float32, max_rows=8)
+    found, greedy = generate(runner, made, 24, 100, **params), generate(runner, made, 24, 100)
+    plain = ModelRunner.load(folder)
+    plain.bind_pool(torch.zeros(plain.kv_shape(42, 16)))
+    blocks = list(range(1, 41))
+    for slot, prompt in enumerate(made):
+        assert found[slot] == one_after_the_other(plain, prompt, blocks, 24, **params, seed=slot + 1)
+        assert greedy[slot] == one_after_the_other(plain, prompt, blocks, 24)
+    draw = Draw(SamplingParams(max_tokens=9, temperature=0.0, logprobs=True, top_logprobs=3), (), 1, 0)
+    device = runner.launch([Row(made[0], 0, table(0), draw), Row(made[1], 0, table(1), draw, 1)]).read()
+    for prompt, entry in zip(made, device, strict=False):
+        expected = plain.step([Row(prompt, 0, blocks, draw)])[0]
+        assert entry is not None and expected is not None and entry.logprob is not None and expected.logprob is not None
+        assert [token for token, _ in entry.logprob.top] == [token for token, _ in expected.logprob.top]
+        assert entry.logprob.logprob == pytest.approx(expected.logprob.logprob, abs=1e-3)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_running_ahead_changes_no_token(temperature):
     """Guards against a step that reads what the host has changed, or a slot before the step before has written it."""

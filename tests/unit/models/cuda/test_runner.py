@@ -29,7 +29,7 @@ def split_in_two(num_rows, shape):
     return type(tiles)(16, 16, 16, 3, 2, prefetch=0)
 
 
-def make(folder, *, max_rows: int = 4, run_ahead: int = 1, policy: Policy = fastest, deterministic: bool = False):
+def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, deterministic: bool = False):
     """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks."""
     plain = ModelRunner.load(folder)
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))

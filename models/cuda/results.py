@@ -1,0 +1,44 @@
+"""What steps bring back to the host: pinned memory that they copy into, and reading it once they have."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.triton.logprobs import MOST, LogprobRows
+from models.batch import Drawn
+from models.cuda.queue import Queue
+from node.messages import Logprob
+
+NUM_TOP = MOST.value
+
+
+class StepResult:
+    """Tokens, and where asked for log probabilities, of up to max_rows rows. Filled by work that was enqueued."""
+
+    def __init__(self, queue: Queue, max_rows: int) -> None:
+        self._tokens = queue.host_buffer(max_rows)
+        self._logprobs = queue.host_buffer(max_rows).view(torch.float32)
+        self._tops = queue.host_buffer(max_rows * NUM_TOP).view(torch.float32).view(max_rows, NUM_TOP)
+        self._top_ids = queue.host_buffer(max_rows * NUM_TOP).view(max_rows, NUM_TOP)
+
+    def take_tokens(self, first: int, drawn: torch.Tensor) -> None:
+        """Copies tokens [n] to the places from `first` on, without waiting."""
+        self._tokens[first : first + len(drawn)].copy_(drawn, non_blocking=True)
+
+    def take_logprobs(self, first: int, count: int, found: LogprobRows) -> None:
+        """The same for log probabilities of the first `count` rows of a draw."""
+        places = slice(first, first + count)
+        self._logprobs[places].copy_(found.drawn[:count], non_blocking=True)
+        self._tops[places].copy_(found.top[:count], non_blocking=True)
+        self._top_ids[places].copy_(found.top_ids[:count], non_blocking=True)
+
+    def read(self, num_tops: list[int | None]) -> list[Drawn]:
+        """The first rows; num_tops says how many likeliest tokens each names, None: no logprob."""
+        tokens = self._tokens[: len(num_tops)].tolist()
+        return [Drawn(token, self._logprob(row, num_tops[row])) for row, token in enumerate(tokens)]
+
+    def _logprob(self, row: int, num_top: int | None) -> Logprob | None:
+        if num_top is None:
+            return None
+        ids, values = self._top_ids[row, :num_top].tolist(), self._tops[row, :num_top].tolist()
+        return Logprob(float(self._logprobs[row]), tuple(zip(ids, values, strict=True)))
