@@ -6,6 +6,7 @@ Tokens of all chunks stand one behind the other; attention gets a work list that
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -59,3 +60,44 @@ def lay_out(rows: Sequence[Row], block_tokens: int, num_heads: int, tile: int) -
         drawn_slots=np.array([rows[index].slot for index in drawing], dtype=np.int32),
         drawn_positions=np.array([lengths[index] for index in drawing], dtype=np.int32),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkShape:
+    """The sizes of a captured step of parts of prompts."""
+
+    tokens: int
+    sequences: int
+    table_width: int
+    items: int
+
+    def holds(self, arrays: ChunkArrays) -> bool:
+        """Items follow: a sequence has a tile more than its tokens fill at most."""
+        return len(arrays.tokens) <= self.tokens and len(arrays.lengths) <= self.sequences
+
+    def padded(self, arrays: ChunkArrays, padding_slot: int) -> ChunkArrays:
+        """The same step in this shape: tokens that write no key, sequences that no item names, and for the rest of the
+        items the last one once more, which writes the same once more. What pads the draws goes to `padding_slot`."""
+        tokens, sequences = self.tokens, self.sequences
+        tables = np.zeros((sequences, self.table_width), dtype=np.int32)
+        tables[: len(arrays.tables), : arrays.tables.shape[1]] = arrays.tables
+        again = np.repeat(arrays.work[-1:], self.items - len(arrays.work), axis=0)
+        return ChunkArrays(
+            tokens=_filled(arrays.tokens, tokens, 0),
+            positions=_filled(arrays.positions, tokens, 0),
+            kv_slots=_filled(arrays.kv_slots, tokens, -1),
+            query_starts=_filled(arrays.query_starts, sequences + 1, len(arrays.tokens)),
+            lengths=_filled(arrays.lengths, sequences, 0),
+            tables=tables,
+            work=np.concatenate((arrays.work, again)),
+            drawn_tokens=_filled(arrays.drawn_tokens, sequences, 0),
+            drawn_slots=_filled(arrays.drawn_slots, sequences, padding_slot),
+            drawn_positions=_filled(arrays.drawn_positions, sequences, 1),
+        )
+
+
+def _filled(values: np.ndarray, count: int, value: int) -> np.ndarray:
+    """int32 [count]: the values, and `value` behind them."""
+    filled = np.full(count, value, dtype=np.int32)
+    filled[: len(values)] = values
+    return filled

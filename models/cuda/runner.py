@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
 from models.batch import Draw, Drawn, Launched, Row
 from models.config import ModelConfig
 from models.cuda.attention import ChunkAttention, choose_attention
-from models.cuda.chunks import TABLE_WIDTH, ChunkArrays, lay_out
+from models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, lay_out
 from models.cuda.decoder import DeviceDecoder
 from models.cuda.graphs import DecodeGraphs, Progress, lengths_up_to, no_progress, sizes_up_to
 from models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
@@ -42,6 +43,8 @@ FIXED_LENGTHS = (2048, 4)
 """With fixed chunks a graph has a program for each chunk of its longest row, whether the row is so long or not."""
 PDL_ROWS, PDL_ROWS_LONG = 128, 32
 """With more rows, of up to FAST_LENGTHS[0] and of more tokens, kernels that start early take more than they give."""
+CHUNK_SIZES, CHUNK_SEQUENCES = (128, 256, 512), 4
+"""Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well."""
 CHUNK_ARRAYS = len(ChunkArrays._fields)
 EVERYTHING = SamplingParams(
     max_tokens=2, min_tokens=2, top_p=0.5, top_k=5, min_p=0.1, presence_penalty=1.0, logit_bias=((0, 1.0),),
@@ -116,9 +119,11 @@ class CudaRunner:
             ),
             scratch=self._scratch([(size, self._plan(size, length)) for size in sizes for length in lengths]),
             graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
+            chunk_steps=[],
         )
         self._bound.upload.send((self._header([]),))  # captures run on padding alone
         self._bound.graphs.capture_all(on_progress)
+        self._capture_chunks(self._bound, width)
 
     def warm_up(self) -> None:
         """Run parts of prompts of every size that has kernels of its own, so that no request waits for a compiler. The
@@ -238,21 +243,43 @@ class CudaRunner:
         arrays = lay_out(rows, bound.block_tokens, self.config.num_heads, bound.attention.tile)
         for row in rows:
             bound.slots.begin(row.slot)
+        captured = next((step for step in bound.chunk_steps if step.shape.holds(arrays)), None)
+        if captured is not None:
+            arrays = captured.shape.padded(arrays, bound.slots.padding)
         sent = bound.chunk_upload.send(arrays)
-        tokens, positions, kv_slots, starts, lengths, tables, work_items, last, slots, new_positions = sent
-        attend = bound.attention.over(tables.view(len(rows), -1), starts, lengths, work_items.view(-1, 3))
+        prefill = self._prefill_body(sent) if captured is None else captured.launch
         drawing = [row for row in rows if row.draw is not None]
+        slots, new_positions = (array[: len(drawing)] for array in sent[-2:])
         edited = any(self._sampler.edits(row.slot) for row in drawing)
         finish = self._finish(drawing, slots, result, first)
 
         def work() -> None:
-            self._decoder.prefill(tokens, positions, kv_slots, attend, last)
+            prefill()
             if drawing:
                 logits = self._decoder.last_logits(len(drawing))
                 self._draw(logits, slots, new_positions, edited)
                 finish(logits)
 
         self.queue.enqueue(work)
+
+    def _prefill_body(self, sent: Sequence[torch.Tensor]) -> Work:
+        """The launches of parts of prompts over a step's arrays on the device, in the order of ChunkArrays."""
+        tokens, positions, kv_slots, starts, lengths, tables, items, last, _, _ = sent
+        attention = self._bind().attention
+        attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
+        return partial(self._decoder.prefill, tokens, positions, kv_slots, attend, last)
+
+    def _capture_chunks(self, bound: _Bound, width: int) -> None:
+        """Small steps of prompts, whose launches would take the host longer than the GPU."""
+        tile, heads = bound.attention.tile, self.config.num_heads
+        draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
+        for tokens in CHUNK_SIZES:
+            items = (-(-tokens // tile) + CHUNK_SEQUENCES) * heads
+            shape = ChunkShape(tokens, CHUNK_SEQUENCES, width, items)
+            if self._limits.max_tokens >= tokens and self._limits.max_rows >= CHUNK_SEQUENCES:
+                one = lay_out([Row([0], 0, [0], draw)], bound.block_tokens, heads, tile)
+                sent = bound.chunk_upload.send(shape.padded(one, bound.slots.padding))
+                bound.chunk_steps.append(CapturedChunks(shape, self.queue.capture(self._prefill_body(sent))))
 
     def _scratch(self, plans: Sequence[tuple[int, DecodePlan]]) -> DecodeScratch:
         """Room for any of the plans, each with its number of rows."""
@@ -275,6 +302,14 @@ class CudaRunner:
 
 
 @dataclass(frozen=True, slots=True)
+class CapturedChunks:
+    """Parts of prompts as one launch, in one shape."""
+
+    shape: ChunkShape
+    launch: Work
+
+
+@dataclass(frozen=True, slots=True)
 class _Bound:
     """What depends on the pool: how many blocks a sequence may have, and how large its blocks are."""
 
@@ -286,6 +321,8 @@ class _Bound:
     chunk_upload: Upload
     scratch: DecodeScratch
     graphs: DecodeGraphs
+    chunk_steps: list[CapturedChunks]
+    """Smallest first."""
 
 
 @dataclass(frozen=True, slots=True)

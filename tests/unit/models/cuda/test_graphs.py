@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from models.batch import Draw, Row
-from models.cuda.chunks import lay_out
+from models.cuda.chunks import ChunkShape, lay_out
 from models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
 from models.cuda.memory import GIB, GRAPHS_BYTES, DeviceMemory, plan_blocks
 from models.cuda.queue import HostQueue
@@ -114,3 +114,20 @@ def test_chunks_lie_where_their_tokens_belong(shapes):
         (number, tile) for number, row in enumerate(rows) for tile in range(-(-row.num_new // 64))
     }
     assert len(arrays.work) % 4 == 0, "each tile once for every head"
+
+
+def test_a_step_in_a_larger_shape_is_the_same_step():
+    """Guards against padding that writes a key, is attended to, or leaves a tile of a prompt out."""
+    draw = Draw(SamplingParams(max_tokens=9), (), 1, 0)
+    rows = [Row([1] * 70, 30, [3, 4, 5, 6, 7, 8, 9], None, 0), Row([2] * 5, 0, [10], draw, 7)]
+    arrays = lay_out(rows, 16, 4, 64)
+    shape = ChunkShape(tokens=128, sequences=4, table_width=32, items=(2 + 4) * 4)
+    assert shape.holds(arrays) and not shape.holds(lay_out([Row([1] * 129, 0, list(range(9)), None)], 16, 4, 64))
+    assert not shape.holds(lay_out([Row([1], 0, [number], None) for number in range(5)], 16, 4, 64))
+    padded = shape.padded(arrays, padding_slot=99)
+    assert [len(each) for each in padded] == [128, 128, 128, 5, 4, 4, 24, 4, 4, 4]
+    assert padded.kv_slots[75:].max() == -1 and padded.kv_slots[:75].tolist() == arrays.kv_slots.tolist()
+    assert padded.tokens[:75].tolist() == arrays.tokens.tolist()
+    assert {tuple(item) for item in padded.work.tolist()} == {tuple(item) for item in arrays.work.tolist()}
+    assert padded.query_starts.tolist() == [0, 70, 75, 75, 75] and padded.lengths.tolist() == [100, 5, 0, 0]
+    assert padded.drawn_slots.tolist() == [7, 99, 99, 99] and padded.drawn_tokens[0] == 74
