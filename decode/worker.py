@@ -255,7 +255,11 @@ class DecodeWorker:
         self._manager.end_quarantine(event.transfer_id)
         if (sequence := self._reserved.pop(event.transfer_id, None)) is not None:
             sequence.transfer_id = b""
-            self._end(sequence, failed(sequence.leg, f"transfer: {event.reason}", retryable=True))
+            leg = sequence.leg
+            if event.cancelled:  # by prefill: its own answer, such as a finish at the first token, is on its way
+                self._end(sequence, Cancelled(request_id=leg.request_id, attempt=leg.attempt))
+            else:
+                self._end(sequence, failed(leg, f"transfer: {event.reason}", retryable=True))
 
     # -- steps
 
@@ -410,7 +414,7 @@ class DecodeWorker:
 
     # -- endings
 
-    def _end(self, sequence: Sequence, answer: Failed | None) -> None:
+    def _end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
         """Forget a sequence, in whatever state, and hand its blocks back through the right door."""
         del self._legs[sequence.leg]
         self._reuse.drop(sequence.leg)

@@ -92,6 +92,8 @@ class ReceiverEnded:
 
     transfer_id: bytes
     reason: str
+    cancelled: bool = False
+    """One of the two sides called it off, and nothing went wrong: whoever did answers for it."""
 
 
 Event = SenderEnded | KvArrived | ReceiverEnded
@@ -457,7 +459,7 @@ class Exchange:
                 case Ended():
                     self._receiver_over(receiving, now)
                     self._count_end(action)
-                    self.events.append(ReceiverEnded(transfer_id, action.reason))
+                    self.events.append(ReceiverEnded(transfer_id, action.reason, action.cancelled))
 
     def _settle_receiver(self, receiving: _Receiving, now: float) -> None:
         if receiving.plane.idle(receiving.machine.transfer_id):

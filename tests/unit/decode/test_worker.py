@@ -244,6 +244,16 @@ def test_ends_that_are_no_finish(event: str) -> None:
     assert bench.manager.num_available == 16
 
 
+def test_a_transfer_that_prefill_called_off_is_no_failure() -> None:
+    """Guards against computing a prompt again that finished at its first token: which answer comes first is chance."""
+    bench = Bench()
+    transfer = bench.reserve("a", 10)
+    bench.tell(ReceiverEnded(transfer, "finished at its first token", cancelled=True))
+    bench.run()
+    assert isinstance(bench.carrier.told[-1], Cancelled) and bench.manager.num_available == 16
+    assert not [message for message in bench.carrier.told if isinstance(message, Failed)]
+
+
 def test_too_few_blocks_is_busy_and_takes_none() -> None:
     """Guards all-or-nothing: a reservation that does not fit holds nothing."""
     bench = Bench(num_blocks=4)

@@ -133,6 +133,23 @@ def test_nothing_to_move_is_still_handed_over(make: MakePlane) -> None:
     pair.close()
 
 
+@pytest.mark.parametrize("granted_first", [True, False])
+def test_a_sender_that_calls_off_is_told_apart_from_a_failure(make: MakePlane, granted_first: bool) -> None:
+    """Guards against a retry of what went well: a prompt that ends at its first token needs no transfer."""
+    pair = _Pair(make)
+    incoming = Incoming(b"t" * 16, LEG, "p/1", 0, (0, 1), deadline=60.0)
+    pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
+    if granted_first:
+        pair.ends["d/1"].open_receiver(incoming, pair.now)
+    pair.ends["p/1"].cancel_sender(LEG, "finished", pair.now)
+    if not granted_first:
+        pair.ends["d/1"].open_receiver(incoming, pair.now)
+    events = pair.run_until(lambda events: len(events) == 2)
+    (ended,) = [event for event in events if isinstance(event, ReceiverEnded)]
+    assert ended == ReceiverEnded(b"t" * 16, "finished", cancelled=True)
+    pair.close()
+
+
 def test_the_wait_for_a_reservation_is_told_apart_from_the_transfer() -> None:
     """Guards the timeline: prefill is ready long before decode grants, and then the bytes take their own time."""
     fabric = LoopbackFabric(lambda movement: Fate(after_polls=20))
