@@ -88,6 +88,8 @@ def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) 
         best = sum(length - (first - 1) // BLOCK * BLOCK for length, first in zip(lengths, firsts, strict=True))
         assert _tokens(cluster, "computed") - computed <= best
         assert _tokens(cluster, "ram") >= sum((first - 1) // BLOCK * BLOCK for first in firsts) / 2
+        loading = [line for line in cluster.metrics() if line.startswith("baton:request_stage_seconds_sum{")]
+        assert [line for line in loading if 'stage="tier_load"' in line and not line.endswith(" 0.0")], loading
         # What was used again is on disk or on its way there; a store that ends in order writes the rest.
         _settle(cluster)
         cluster.signal("store", signal.SIGTERM)
