@@ -69,7 +69,7 @@ class ScriptedDesk:
         self.sent.append((worker, message))
         assert self.session is not None
         for answer in self._script(worker, message):
-            self.session.inbox.put_nowait(answer if isinstance(answer, WorkerLost) else (worker, answer))
+            self.session.inbox.put_nowait(answer if isinstance(answer, WorkerLost | tuple) else (worker, answer))
         return True
 
     def assign(self, leg: Leg) -> None:
@@ -351,3 +351,16 @@ async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() 
     assert (decode.tokens, decode.hashes) == (0, ())
     assert (prefill.tokens, prefill.hashes) == (1, view.hashes)
     assert desk.computed == {"p0": True, "d0": True}
+
+
+async def test_a_decode_leg_that_ends_before_the_finish_of_prefill_is_told() -> None:
+    """Guards requests that finish at their first token: whose word comes first does not matter."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Prefill):
+            return [("d0", Cancelled(request_id="r", attempt=0)), _tokens(0, 7, finish="length")]
+        return []
+
+    desk = ScriptedDesk(script)
+    assert _ids(await _run(desk)) == [7]
+    assert len(desk.sent_of(Reserve)) == 1
