@@ -65,7 +65,7 @@ def grid(longest: int, budget: int) -> list[Cell]:
     return [*prefills, *decodes]
 
 
-def measure(runner: ModelRunner, cells: Sequence[Cell], repeat: int, pause: float) -> list[float]:
+def measure(runner: ModelRunner, cells: Sequence[Cell], repeat: int) -> list[float]:
     pool = torch.zeros(runner.kv_shape(max(cell.num_blocks for cell in cells), BLOCK_TOKENS), dtype=runner.kv_dtype)
     runner.bind_pool(pool)
     seconds: list[list[float]] = [[] for _ in cells]
@@ -76,7 +76,6 @@ def measure(runner: ModelRunner, cells: Sequence[Cell], repeat: int, pause: floa
             runner.launch(rows).read()
             if turn:  # the first one warms up
                 taken.append(time.perf_counter() - begin)
-            time.sleep(pause)
     return [statistics.median(taken) for taken in seconds]
 
 
@@ -86,13 +85,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--repeat", type=int, default=5, help="times that a step is measured, after one that warms up")
     parser.add_argument("--budget", type=int, default=512, help="most tokens in a prefill step")
     parser.add_argument("--threads", type=int, default=1, help="threads of the model")
-    parser.add_argument("--pause", type=float, default=0.0, help="seconds of rest after a step")
     options = parser.parse_args(argv)
     torch.set_num_threads(options.threads)
     runner = ModelRunner.load(locate_model(options.model))
     random.seed(0)
     cells = grid(min(runner.config.max_position_embeddings, options.budget), options.budget)
-    for cell, seconds in zip(cells, measure(runner, cells, options.repeat, options.pause), strict=True):
+    for cell, seconds in zip(cells, measure(runner, cells, options.repeat), strict=True):
         print(cell.line(seconds))
     return 0
 

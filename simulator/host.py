@@ -273,7 +273,6 @@ class Host:
     """
 
     def __init__(self, network: Network, name: str, role: Role, profile: Profile, policy: str, ahead: bool) -> None:
-        self.role = role
         self.identity = identity_of(name, 1)
         self.runner = SimRunner(profile)
         events = EventLog()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from simulator.capacity import Hits
 from simulator.fit import Fit
 from simulator.placement import Goodput
-from simulator.record import Summary
+from simulator.record import Spread, Summary
 from simulator.simulation import Outcome
 from simulator.studies import LossCost, Overload
 
@@ -59,28 +59,34 @@ def summary_row(summary: Summary) -> dict[str, Cell]:
 
 def replay_rows(summary: Summary, outcome: Outcome, good: float, took_s: float) -> list[Row]:
     """One run, one line for each number."""
-    busy = sorted(outcome.busy.items())
-    share = {
-        role: sum(seconds for name, seconds in busy if name[0] == role)
-        / max(1, sum(name[0] == role for name, _ in busy))
-        for role in "pd"
-    }
+    spreads = {"TTFT": summary.ttft, "TPOT": summary.tpot, "ITL": summary.itl, "E2E": summary.e2e}
     found: dict[str, Cell] = {
-        f"{name} (ms)" if "T" in name or name[0] == "p" else name: value for name, value in summary_row(summary).items()
-    }
-    found |= {
-        "ITL p50 (ms)": summary.itl.p50_s * 1000,
-        "ITL p99 (ms)": summary.itl.p99_s * 1000,
+        "requests": summary.requests,
+        "failed": summary.failed,
         "within the SLO": f"{good:.1%}",
-        "prefill workers busy": f"{share['p'] / outcome.simulated_s:.1%}",
-        "decode workers busy": f"{share['d'] / outcome.simulated_s:.1%}",
+        **{f"{name} {key} (ms)": seconds * 1000 for name, each in spreads.items() for key, seconds in _parts(each)},
+        "tokens/s": summary.output_tokens_per_s,
+        "cached": f"{summary.cached_share:.1%}",
+        "prefill workers busy": f"{_busy(outcome, 'p'):.1%}",
+        "decode workers busy": f"{_busy(outcome, 'd'):.1%}",
         "KV moved (GB)": outcome.moved_bytes / 1e9,
         **{name: value for name, value in outcome.counters.items() if value},
         "simulated (s)": outcome.simulated_s,
         "events": outcome.events,
+        "messages": outcome.messages,
         "took (s)": took_s,
     }
     return [{"": name, "value": value} for name, value in found.items()]
+
+
+def _parts(spread: Spread) -> Iterator[tuple[str, float]]:
+    yield from (("mean", spread.mean_s), ("p50", spread.p50_s), ("p99", spread.p99_s))
+
+
+def _busy(outcome: Outcome, role: str) -> float:
+    """The mean part of the time that workers of a role (the first letter of their names) spent in steps."""
+    seconds = [busy_s for name, busy_s in outcome.busy.items() if name.startswith(role)]
+    return sum(seconds) / len(seconds) / outcome.simulated_s if seconds else 0.0
 
 
 def place_rows(found: Sequence[Goodput]) -> list[Row]:
