@@ -4,7 +4,7 @@ On the CPU the weight is repacked into oneDNN's blocked layout. For the few rows
 times faster than the same product over a plain matrix (measured on an EPYC with AVX-512, 2 to 64 rows, one and two
 threads), because a step of a small model is mostly reading weights, and here they lie in the order in which they are
 read. The two operators are the ones that torch.compile emits; they are not public, so a build without them falls back
-to plain products. The GPU's tuned products will be chosen here as well.
+to plain products.
 """
 
 from __future__ import annotations

@@ -49,6 +49,7 @@ from node.messages import (
 
 MAX_EARLY_GRANTS = 4096
 SOON_S = 0.001
+"""When to look again at a plane that no socket tells of."""
 LOOK_AT_PAIRS_S = 30.0
 
 
@@ -156,6 +157,7 @@ class Exchange:
         chunk_blocks: int,
         window: int = 8,
         timing: Timing | None = None,
+        soon_s: float = SOON_S,
     ) -> None:
         self.counters = Counters()
         self.events: list[Event] = []
@@ -164,6 +166,7 @@ class Exchange:
         self._wire = wire
         self._chunk_blocks = chunk_blocks
         self._window = window
+        self._soon_s = soon_s
         self._timing = timing or Timing()
         self._pairs = Pairs(identity, namespace, planes, wire)
         self._waiting: dict[bytes, Incoming] = {}  # receivers whose peer has not said Hello yet
@@ -312,7 +315,7 @@ class Exchange:
             (r.machine.wake_at for r in self._live_receivers.values()),
             (i.deadline for i in self._waiting.values()),
             (self._pairs.greets_again_at(s.peer) for s in self._live_senders.values()),
-            (now + SOON_S,) if soon else (),
+            (now + self._soon_s,) if soon else (),
         )
         return min(times, default=float("inf"))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Iterable
 
 import zmq
@@ -25,6 +26,7 @@ logger = logging.getLogger("endpoint")
 
 MAX_FRAMES_A_TURN = 1024
 """So that a flood on one socket cannot keep the owner from its timers."""
+LEAST_POLL_S = 0.001
 
 
 Context = zmq.Context[zmq.Socket[bytes]]
@@ -113,12 +115,19 @@ class Endpoint:
         return True
 
     def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]:
-        """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that are there."""
+        """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that are there.
+
+        Below a millisecond, which ZeroMQ cannot wait, it looks, sleeps so long and looks again.
+        """
         extra = list(also)
         for socket in extra:
             self._poller.register(socket, zmq.POLLIN)
         try:
-            ready = self._poller.poll(max(0, int(timeout_s * 1000 + 0.999)))
+            napping = 0.0 < timeout_s < LEAST_POLL_S
+            ready = self._poller.poll(0 if napping else max(0, int(timeout_s * 1000 + 0.999)))
+            if napping and not ready:
+                time.sleep(timeout_s)
+                ready = self._poller.poll(0)
         finally:
             for socket in extra:
                 self._poller.unregister(socket)  # type: ignore[arg-type]

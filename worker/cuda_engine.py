@@ -26,6 +26,8 @@ from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
 
+SOON_S = 0.0002
+"""A chunk of 64 MiB moves in as long."""
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
@@ -54,7 +56,7 @@ def cuda_engine(settings: WorkerSettings, device: str, role: Role, folder: Path)
     def make_planes(context: Context, identity: str) -> list[Plane]:
         return device_planes(pool.memory, context, identity, host, names=names, warm=role == "prefill")
 
-    return Engine(runner, pool, layout, max_model_len, make_planes, None)
+    return Engine(runner, pool, layout, max_model_len, make_planes, None, SOON_S)
 
 
 def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: int, longest: int) -> CudaRunner:

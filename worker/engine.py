@@ -16,6 +16,7 @@ import torch
 
 from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.pool import BlockPool
+from kvtransfer.exchange import SOON_S
 from kvtransfer.planes.base import Plane
 from kvtransfer.planes.shm import ShmPlane
 from kvtransfer.planes.zeromq import ZmqPlane
@@ -67,6 +68,8 @@ class Engine:
     make_planes: MakePlanes
     host_copies: HostCopies | None
     """How blocks get to and from the host's KV store; None where they cannot."""
+    soon_s: float = SOON_S
+    """How long to wait before looking again at a data plane."""
 
 
 def make_engine(settings: WorkerSettings, device: str, role: Role, folder: Path) -> Engine:

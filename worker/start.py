@@ -90,6 +90,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
         engine.pool.digest,
         Wire(endpoint.send, endpoint.connect, endpoint.disconnect),
         chunk_blocks=max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes),
+        soon_s=engine.soon_s,
     )
     events = EventLog()
     membership = Membership(register, tuple(links), time.monotonic())
