@@ -20,7 +20,7 @@ from node.errors import SettingsError
 
 
 async def serving(settings: ServingSettings, argv: Sequence[str]) -> int:
-    """0 where every run completed a request, else 1. Raises SettingsError before anything was sent."""
+    """0 where every run had a request that did not fail, else 1. Raises SettingsError before anything was sent."""
     if settings.self_test:
         return await self_test.run()
     _check_html(settings)
@@ -41,7 +41,7 @@ async def serving(settings: ServingSettings, argv: Sequence[str]) -> int:
         await experiment.run_all(servers, on_run)
         found = []
     _finish(runs, settings, about, found)
-    return 0 if runs and all(run.summary.completed for run in runs) else 1
+    return 0 if runs and all(run.summary.completed or run.summary.cancelled for run in runs) else 1
 
 
 def command_line(argv: Sequence[str]) -> str:

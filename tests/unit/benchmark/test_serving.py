@@ -135,6 +135,12 @@ async def test_a_run_in_which_all_fails_is_a_failure(url: str, capsys: pytest.Ca
     assert "6 requests failed: HTTP 400" in said.err and "warm-ups failed" in said.err and "6 failed" in said.out
 
 
+async def test_a_run_that_the_client_gave_up_is_no_failure(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was asked to go away in the middle of every answer, and did."""
+    assert await serving(settings(url, cancel_rate=1.0), []) == 0
+    assert "0 completed, 0 failed, 6 cancelled" in capsys.readouterr().out
+
+
 async def test_no_server_is_told_before_anything_is_sent() -> None:
     with pytest.raises(SettingsError, match=r"no server: cannot connect to http://127\.0\.0\.1:1"):
         await serving(settings("http://127.0.0.1:1"), [])
