@@ -5,12 +5,13 @@ whatever becomes of the store.
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
 
 from tests.integration.cluster import Cluster
-from tests.integration.conftest import Oracle
+from tests.integration.conftest import MAX_TOKENS, Oracle
 from tests.integration.prompts import LONG
 
 pytestmark = pytest.mark.timeout(400)
@@ -18,6 +19,18 @@ pytestmark = pytest.mark.timeout(400)
 BLOCK = 16
 ALWAYS = ("--store-loads", "always")
 """Tests must not depend on which is faster here, loading or computing."""
+
+
+@dataclass(slots=True)
+class Asked:
+    """What some requests gave, in all."""
+
+    texts: list[str] = field(default_factory=list)
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    """By decode."""
+    computed_tokens: int = 0
+    """Of the prompts."""
 
 
 def _tokens(cluster: Cluster, source: str) -> float:
@@ -44,25 +57,33 @@ def _restart_workers(cluster: Cluster) -> None:
     _wait_attached(cluster, 3)
 
 
-def _wait_counted(cluster: Cluster, num_tokens: float) -> None:
-    """Until the live workers have told of so many prompt tokens."""
-    sources = ("gpu", "ram", "disk", "computed")
-    cluster.wait_until(lambda: sum(_tokens(cluster, source) for source in sources) >= num_tokens, "tokens counted")
+def _settle(cluster: Cluster, prompt_tokens: int, generated_tokens: int) -> None:
+    """Until the workers have told of so much work, and hold nothing: all that is written behind has been written.
 
+    (A heartbeat from before the last request looks idle too.)
+    """
 
-def _settle(cluster: Cluster) -> None:
-    """Until nothing is held, so that all that is written behind has been written."""
+    def told() -> bool:
+        taken = {name: value for name, value in cluster.worker_values("prompt_tokens_total").items() if name[0] == "p"}
+        generated = cluster.worker_values("generated_tokens_total").values()
+        return sum(taken.values()) >= prompt_tokens and sum(generated) >= generated_tokens
+
+    cluster.wait_until(told, "the work that was done")
     cluster.wait_idle()
 
 
-def _ask(cluster: Cluster, oracle: Oracle, prompts: list[str], max_tokens: int = 32) -> list[str]:
-    """Ask each, compare with the oracle, return the answers."""
-    texts = []
+def _ask(cluster: Cluster, oracle: Oracle, prompts: list[str]) -> Asked:
+    """Ask each, and compare with the oracle."""
+    asked = Asked()
     for prompt in prompts:
-        answer = cluster.complete(prompt, max_tokens=max_tokens)
-        texts.append(answer["choices"][0]["text"])
-        assert (texts[-1], answer["usage"]["completion_tokens"]) == oracle.answer(prompt, max_tokens), prompt
-    return texts
+        answer = cluster.complete(prompt, max_tokens=MAX_TOKENS)
+        text, usage = answer["choices"][0]["text"], answer["usage"]
+        assert (text, usage["completion_tokens"]) == oracle.answer(prompt), prompt
+        asked.texts.append(text)
+        asked.prompt_tokens += usage["prompt_tokens"]
+        asked.generated_tokens += usage["completion_tokens"] - 1  # the first one is prefill's
+        asked.computed_tokens += usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
+    return asked
 
 
 def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) -> None:
@@ -73,35 +94,31 @@ def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) 
         _wait_attached(cluster, 3)
         cluster.wait_until(lambda: cluster.store_value("disk_size_bytes") > 0, "a disk")
         prompts = LONG[:6]
-        answers = _ask(cluster, oracle, prompts)
-        _settle(cluster)
-        assert _written(cluster) > 0
-        cluster.wait_until(lambda: cluster.store_value("ram_blocks") == _written(cluster), "what the store holds")
+        first = _ask(cluster, oracle, prompts)
+        _settle(cluster, first.prompt_tokens, first.generated_tokens)
+        cluster.wait_until(lambda: cluster.store_value("ram_blocks") == _written(cluster) > 0, "what the store holds")
         _restart_workers(cluster)
-        turns = [prompt + answer + " And then" for prompt, answer in zip(prompts, answers, strict=True)]
-        computed = _tokens(cluster, "computed")
-        _ask(cluster, oracle, turns)
-        lengths = [len(oracle.tokenizer(turn).input_ids) for turn in turns]
-        firsts = [len(oracle.tokenizer(turn.removesuffix(" And then")).input_ids) for turn in turns]
-        _wait_counted(cluster, sum(lengths) + computed)
+        turns = [prompt + text + " And then" for prompt, text in zip(prompts, first.texts, strict=True)]
+        lengths = [
+            (len(oracle.tokenizer(turn.removesuffix(" And then")).input_ids), len(oracle.tokenizer(turn).input_ids))
+            for turn in turns
+        ]
         # The answer's last token has no KV yet when it is drawn: a block that it completes is not stored.
-        best = sum(length - (first - 1) // BLOCK * BLOCK for length, first in zip(lengths, firsts, strict=True))
-        assert _tokens(cluster, "computed") - computed <= best
-        assert _tokens(cluster, "ram") >= sum((first - 1) // BLOCK * BLOCK for first in firsts) / 2
+        best = sum(whole - (told - 1) // BLOCK * BLOCK for told, whole in lengths)
+        second = _ask(cluster, oracle, turns)
+        assert second.computed_tokens <= best
+        cluster.wait_until(lambda: _tokens(cluster, "ram") > 0, "tokens from RAM")
         loading = [line for line in cluster.metrics() if line.startswith("baton:request_stage_seconds_sum{")]
         assert [line for line in loading if 'stage="tier_load"' in line and not line.endswith(" 0.0")], loading
         # What was used again is on disk or on its way there; a store that ends in order writes the rest.
-        _settle(cluster)
+        _settle(cluster, second.prompt_tokens, second.generated_tokens)
         cluster.signal("store", signal.SIGTERM)
         assert cluster.wait_end("store") == 0
         cluster.start_store(*store)
         _restart_workers(cluster)
         cluster.wait_until(lambda: cluster.store_value("disk_blocks") > 0, "blocks on disk")
-        computed = _tokens(cluster, "computed")
-        _ask(cluster, oracle, turns)
-        _wait_counted(cluster, sum(lengths) + computed)
-        assert _tokens(cluster, "computed") - computed <= best
-        assert _tokens(cluster, "disk") > 0
+        assert _ask(cluster, oracle, turns).computed_tokens <= best
+        cluster.wait_until(lambda: _tokens(cluster, "disk") > 0, "tokens from disk")
 
 
 def test_the_store_dies_freezes_and_comes_back(oracle: Oracle, tmp_path: Path) -> None:
@@ -117,8 +134,8 @@ def test_the_store_dies_freezes_and_comes_back(oracle: Oracle, tmp_path: Path) -
         cluster.wait_until(lambda: all(cluster.worker_values("store_times_lost_total").values()), "a store lost")
         cluster.start_store("--ram-gib", "0.1")
         _wait_attached(cluster, 2)
-        _ask(cluster, oracle, LONG[8:])
-        _settle(cluster)
+        asked = _ask(cluster, oracle, LONG[8:])
+        _settle(cluster, asked.prompt_tokens, asked.generated_tokens)
         cluster.kill("p0")
         cluster.revive()
         _wait_attached(cluster, 2)
