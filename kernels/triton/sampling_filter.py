@@ -102,7 +102,7 @@ def _base(
 ):  # fmt: skip
     """The ordered threshold that a search starts from: the floor, or for masses what top_k found. int64"""
     base = ordered((largest + log_min_p).to(tl.int32, bitcast=True)).to(tl.int64)
-    if MASS:
+    if MASS:  # noqa: SIM102 - a constant: what is behind it is compiled only for masses
         if (top_k > 0) & (top_k < VOCAB):
             _, base, _ = _narrowed(state_ptr, sum_ptr, top_k, 0.0, False, BLOCKS, BLOCKS_PADDED)
     return base

@@ -119,10 +119,12 @@ class CudaRunner:
             ),
             scratch=self._scratch([(size, self._plan(size, length)) for size in sizes for length in lengths]),
             graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
+            edited=DecodeGraphs(self.queue, sizes, (max_model_len,), self._edited_body),
             chunk_steps=[],
         )
         self._bound.upload.send((self._header([]),))  # captures run on padding alone
         self._bound.graphs.capture_all(on_progress)
+        self._bound.edited.capture_all(no_progress)
         self._capture_chunks(self._bound, width)
 
     def warm_up(self) -> None:
@@ -174,17 +176,15 @@ class CudaRunner:
         bound, count = self._bind(), len(rows)
         graph = bound.graphs.graph_for(count, max(row.start for row in rows) + 1)
         header, places, blocks = bound.upload.send((self._header(rows), *bound.slots.changes(rows)))
-        slots, positions = header[:count], bound.inputs.lengths[:count]
-        edited = any(self._sampler.edits(row.slot) for row in rows)
-        finish = self._finish(rows, slots, result, 0)
+        edited = bound.edited.graph_for(count, 1) if any(self._sampler.edits(row.slot) for row in rows) else None
+        finish = self._finish(rows, header[:count], result, 0)
 
         def work() -> None:
             set_entries(bound.slots.tables.view(-1), places, blocks)
             graph()
-            logits = self._decoder.last_logits(count)
-            if edited:  # the graph drew as if a temperature were all
-                self._draw(logits, slots, positions, edited=True)
-            finish(logits)
+            if edited is not None:  # the graph drew as if a temperature were all
+                edited()
+            finish(self._decoder.last_logits(count))
 
         self.queue.enqueue(work)
 
@@ -214,6 +214,13 @@ class CudaRunner:
             self._draw(logits, slots, inputs.lengths, edited=False)
 
         return body
+
+    def _edited_body(self, num_rows: int, max_tokens: int) -> Work:
+        """Draws anew, with every parameter, what a decode step of any length drew."""
+        bound = self._bind()
+        slots, positions = bound.upload.there[:num_rows], bound.inputs.lengths[:num_rows]
+        logits = self._decoder.last_logits(num_rows)
+        return partial(self._draw, logits, slots, positions, edited=True)
 
     def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, edited: bool) -> None:
         """The next token of each row, kept for its slot; `edited`: with every parameter, else a temperature alone."""
@@ -321,6 +328,9 @@ class _Bound:
     chunk_upload: Upload
     scratch: DecodeScratch
     graphs: DecodeGraphs
+    edited: DecodeGraphs
+    """Drawing alone, for steps with a row that asks for more than a temperature; one kernel after the other would take
+    the host longer than the GPU."""
     chunk_steps: list[CapturedChunks]
     """Smallest first."""
 

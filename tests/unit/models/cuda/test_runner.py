@@ -81,14 +81,36 @@ def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_a
         run.launch([1, 0])
     run.launch([0])
     found = {1: run.generated(1)}
-    run.start(1, PROMPTS[2], TABLES[2], temperature=0.7, top_p=1.0, seed=3)
+    edited = {"temperature": 0.7, "top_p": 0.93, "seed": 3, "frequency_penalty": 1.6, "logit_bias": ((30, 4.0),)}
+    run.start(1, PROMPTS[2], TABLES[2], **edited)  # beside a row that wants none of this
     for slots in ([0, 1], [1], [0, 1], [1, 0]):
         run.launch(slots)
     found |= {0: run.generated(0), 2: run.generated(1)}
     assert [len(found[name]) for name in (0, 1, 2)] == [10, 7, 4]
     assert found[0] == one_after_the_other(plain, PROMPTS[0], TABLES[0], 10)
     assert found[1] == one_after_the_other(plain, PROMPTS[1], TABLES[1], 7, temperature=1.1, seed=(5 << 33) + 7)
-    assert found[2] == one_after_the_other(plain, PROMPTS[2], TABLES[2], 4, temperature=0.7, seed=3)
+    assert found[2] == one_after_the_other(plain, PROMPTS[2], TABLES[2], 4, **edited)
+
+
+def test_log_probabilities_come_with_their_rows(make_model):
+    """Guards a step's log probabilities against another row's, and against those of the step launched behind it."""
+    late, plain = make(make_model("llama", num_hidden_layers=1, vocab_size=144).folder, run_ahead=1)
+    sampling = SamplingParams(max_tokens=9, temperature=0.0, logprobs=True, top_logprobs=2)
+    quiet = SamplingParams(max_tokens=9, temperature=0.0)
+    wants, none = Draw(sampling, (), 2, 0), Draw(quiet, (), 2, 0)
+    prompts = [Row([5, 6], 0, [1], none, 0), Row([7, 8], 0, [2], wants, 1)]
+    after = [Row([], 2, [2], Draw(sampling, (), 2, 1), 1), Row([], 2, [1], Draw(quiet, (), 2, 1), 0)]
+    steps = [late.launch(prompts), late.launch(after)]
+    (_, first), (second, last) = (step.read() for step in steps)
+    assert last is not None and last.logprob is None
+    expected = plain.step(prompts)[1]
+    assert expected is not None
+    expected_then = plain.step([Row([expected.token_id], 2, [2], Draw(sampling, (), 2, 1))])[0]
+    for found, wanted in ((first, expected), (second, expected_then)):
+        assert found is not None and found.logprob is not None and wanted is not None and wanted.logprob is not None
+        assert found.token_id == wanted.token_id
+        assert found.logprob.logprob == pytest.approx(wanted.logprob.logprob, abs=1e-4)
+        assert [token for token, _ in found.logprob.top] == [token for token, _ in wanted.logprob.top]
 
 
 def test_a_step_that_was_not_read_holds_its_result(make_model):
