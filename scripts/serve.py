@@ -39,6 +39,9 @@ class ServeSettings:
     prefill: int = option(1, help="prefill workers; 0: the decode workers prefill too", minimum=0, maximum=64)
     decode: int = option(1, help="decode workers", minimum=1, maximum=64)
     device: str = option("auto", help="where the model runs", choices=("auto", "cpu", "cuda"))
+    gpus: tuple[int, ...] = option(
+        (), metavar="N", help="GPUs that the workers take in turns, prefill workers first; not given: the first for all"
+    )
     local_prefill: str | None = option(
         None, help="which prompts decode workers prefill themselves", choices=("never", "short", "always")
     )
@@ -74,12 +77,14 @@ def roles(settings: ServeSettings, control_port: int, store_port: int, environ: 
     specs = [_role("proxy", "proxy", proxy, env | ({"BATON_API_KEY": settings.api_key} if settings.api_key else {}))]
     if store:
         specs.append(_store(settings, control, store, env))
-    for role, count in (("prefill", settings.prefill), ("decode", settings.decode)):
-        for index in range(count):
-            name = f"{role}-{index}"
-            worker = ["--model", settings.model, "--proxy", control, "--device", settings.device, "--worker-id", name]
-            shared = ["--store", store] if store else []
-            specs.append(_role(name, role, [*worker, *shared, *settings.worker_arg], env))
+    names = [("prefill", index) for index in range(settings.prefill)]
+    names += [("decode", index) for index in range(settings.decode)]
+    for number, (role, index) in enumerate(names):
+        name = f"{role}-{index}"
+        worker = ["--model", settings.model, "--proxy", control, "--device", settings.device, "--worker-id", name]
+        gpu = ["--gpu", str(settings.gpus[number % len(settings.gpus)])] if settings.gpus else []
+        shared = ["--store", store] if store else []
+        specs.append(_role(name, role, [*worker, *gpu, *shared, *settings.worker_arg], env))
     return specs
 
 

@@ -31,12 +31,14 @@ SOON_S = 0.0002
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def cuda_engine(settings: WorkerSettings, device: str, role: Role, folder: Path) -> Engine:
+def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(settings.plane, ("cuda_ipc", "nccl"))
     if settings.store:
         log_event(logger, "store_not_used", level=logging.WARNING, reason="no copies between host and GPU yet")
-    index = torch.device(device).index or 0
+    index = settings.gpu
+    if index >= torch.cuda.device_count():
+        raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     torch.cuda.set_device(index)
     config = ModelConfig.from_folder(folder)
     longest = longest_known(settings, config)

@@ -78,7 +78,7 @@ def make_engine(settings: WorkerSettings, device: str, role: Role, folder: Path)
         return _cpu_engine(settings, folder)
     from worker.cuda_engine import cuda_engine
 
-    return cuda_engine(settings, device, role, folder)
+    return cuda_engine(settings, role, folder)
 
 
 def choose_device(device: str) -> str:

@@ -36,6 +36,7 @@ class WorkerSettings:
     )
     worker_id: str = option("", help="name of this worker in logs and metrics; default: its role and process id")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
+    gpu: int = option(0, help="number of the GPU, where the model runs on one", minimum=0)
     dtype: str = option(
         "auto",
         choices=("auto", "float32", "bfloat16"),

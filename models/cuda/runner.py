@@ -106,7 +106,8 @@ class CudaRunner:
         first = FIXED_LENGTHS if self._limits.deterministic else FAST_LENGTHS
         sizes, lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *first)
         attention = choose_attention(config, pool, self.queue, self._limits.deterministic)
-        items = (self._limits.max_tokens // attention.tile + rows) * config.num_heads
+        tokens = max(self._limits.max_tokens, rows)
+        items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(pool)
         self._bound = _Bound(
             block_tokens=block_tokens,
@@ -114,9 +115,7 @@ class CudaRunner:
             inputs=StepInputs.make(rows, width, device),
             upload=Upload(self.queue, header + 2 * aligned(rows * width)),
             attention=attention,
-            chunk_upload=Upload(
-                self.queue, 3 * self._limits.max_tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED
-            ),
+            chunk_upload=Upload(self.queue, 3 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED),
             scratch=self._scratch([(size, self._plan(size, length)) for size in sizes for length in lengths]),
             graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
             edited=DecodeGraphs(self.queue, sizes, (max_model_len,), self._edited_body),

@@ -85,6 +85,13 @@ def test_each_role_gets_the_options_that_it_has() -> None:
     assert options_of(specs[3].argv) == ["prefill", *worker, "--num-blocks=5"]
 
 
+def test_workers_take_the_gpus_in_turns() -> None:
+    """Two workers on one GPU while another idles would halve what the machine gives."""
+    specs = serve.roles(serve.ServeSettings(prefill=2, decode=1, device="cuda", gpus=(0, 3)), 1, 2, {})
+    given = {spec.name: spec.argv[spec.argv.index("--gpu") + 1] for spec in specs if "--gpu" in spec.argv}
+    assert given == {"prefill-0": "0", "prefill-1": "3", "decode-0": "0"}
+
+
 def test_the_store_is_as_asked_for_and_nobody_needs_it() -> None:
     """A store that cannot be kept alive must not end the serving; without RAM for one, none is started."""
     specs = serve.roles(serve.ServeSettings(store_disk_gib=2, store_path=Path("d")), 1, 2, {})
