@@ -6,10 +6,11 @@ when it has work and its step count stands still for `stall_s`.
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass, field
 
 from node.endpoint import identity_of
-from node.lifecycle import DEAD_AFTER_S
+from node.lifecycle import DEAD_AFTER_S, HEARTBEAT_S
 from node.messages import PROTOCOL_VERSION, Heartbeat, Load, Register, RegisterStore
 from proxy.interface import WorkerStatus
 from proxy.router import WorkerView
@@ -72,7 +73,8 @@ class Cluster:
         self._had_at: dict[str, float] = {}
         self._last_shape: Shape | None = None
         self._stall_s = stall_s
-        self._tokens_s = NOMINAL_TOKENS_S  # as the last worker that had measured it said
+        self._tokens_s = NOMINAL_TOKENS_S  # the median of those that were measured
+        self._median_at = float("-inf")
 
     @property
     def shape(self) -> Shape | None:
@@ -126,7 +128,10 @@ class Cluster:
         member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
         member.reported_at = now - heartbeat.load_age_s
         member.view = None
-        self._tokens_s = heartbeat.load.prefill_tokens_s or self._tokens_s
+        if now - self._median_at >= HEARTBEAT_S:
+            self._median_at = now
+            measured = [m.load.prefill_tokens_s for m in self._members.values() if m.load.prefill_tokens_s]
+            self._tokens_s = statistics.median(measured) if measured else NOMINAL_TOKENS_S
         if not member.draining:
             self._had_at[member.register.role] = now
         return True
@@ -212,5 +217,11 @@ def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
         free_blocks=max(0, load.free_blocks - sum(leg.blocks for leg in unseen)),
         total_blocks=load.total_blocks,
         max_num_seqs=member.register.max_num_seqs,
-        tokens_s=load.prefill_tokens_s or tokens_s,
+        tokens_s=_speed(load.prefill_tokens_s, tokens_s),
     )
+
+
+def _speed(own: float, median: float) -> float:
+    """A worker counts as fast as its peers until it is twice as fast, or half: less may be its neighbours' noise, and
+    an idle cluster would send all to the one that was disturbed least."""
+    return median if median / 2 <= own <= median * 2 or not own else own

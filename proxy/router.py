@@ -25,6 +25,8 @@ SWITCH_GAIN = 0.25
 """The margin: this part of the holder's cost ..."""
 SWITCH_WORTH = 2.0
 """... but at most so many times what the holder's blocks save, so that one common block leads nobody into a queue."""
+EQUAL_PART = 0.05
+"""Costs that differ by less are equal."""
 RAM_COST = 0.25
 DISK_COST = 0.75
 """Loading a token's KV from a tier, in units of computing it (Dynamo's router credits 0.75 and 0.25 of a hit)."""
@@ -50,7 +52,7 @@ class WorkerView:
     total_blocks: int
     max_num_seqs: int
     tokens_s: float
-    """Prompt tokens that it computes in a second: measured, or that of its peers until it is."""
+    """Prompt tokens that it computes in a second; that of its peers unless it is measured to differ much."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +208,10 @@ def _kv_aware(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -
     hits = [request.hits.get(worker.identity) for worker in workers]
     costs = [cost(worker, request, hit) for worker, hit in zip(workers, hits, strict=True)]
     least = min(costs)
-    equals = [place for place, each in enumerate(costs) if each == least]
-    best = equals[request.turn % len(equals)]
+    equals = [place for place, each in enumerate(costs) if each * (1.0 - EQUAL_PART) <= least]
     depths = [0 if hit is None else hit.gpu + hit.coming + hit.ram + hit.disk for hit in hits]
     deepest = max(depths)
+    best = _deepest(equals, depths, request.turn)
     if not deepest:
         return workers[best], "no_holder"
     if depths[best] < deepest:
@@ -220,6 +222,13 @@ def _kv_aware(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -
         best = holder
     hit = hits[best]
     return workers[best], "coming" if hit is not None and 2 * hit.coming > hit.blocks else "holder"
+
+
+def _deepest(places: Sequence[int], depths: Sequence[int], turn: int) -> int:
+    """Of workers that cost about the same, one that holds most; equals take turns, so that all pools are used."""
+    most = max(depths[place] for place in places)
+    found = [place for place in places if depths[place] == most]
+    return found[turn % len(found)]
 
 
 def _least_loaded(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -> Choice:

@@ -107,6 +107,12 @@ def test_speeds_are_the_workers_own_or_their_peers() -> None:
     cluster.beat("d/1", _beat(Load(prefill_tokens_s=500.0)), 1)
     cluster.beat("e/1", _beat(Load()), 1)
     assert {worker.tokens_s for worker in cluster.view()} == {500.0}
+    cluster.beat("e/1", _beat(Load(prefill_tokens_s=700.0)), 2)
+    cluster.beat("d/1", _beat(Load(prefill_tokens_s=500.0)), 2)
+    assert {worker.tokens_s for worker in cluster.view()} == {600.0}, "noise of a shared machine"
+    cluster.beat("e/1", _beat(Load(prefill_tokens_s=4000.0)), 3)
+    cluster.beat("d/1", _beat(Load(prefill_tokens_s=500.0)), 3)
+    assert [worker.tokens_s for worker in cluster.view()] == [500.0, 2250.0]
 
 
 def test_a_store_is_heard_but_given_no_work() -> None:
