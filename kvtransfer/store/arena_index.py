@@ -115,9 +115,6 @@ class ArenaIndex:
         slots = self._region_bytes // block_bytes
         self._class_of[namespace] = self._classes.setdefault(block_bytes, _Class(block_bytes, slots))
 
-    def block_bytes(self, namespace: bytes) -> int:
-        return self._class_of[namespace].block_bytes
-
     # ---- reading ------------------------------------------------------------------------------------------------
 
     def find(self, key: Key) -> Entry | None:

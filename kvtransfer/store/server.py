@@ -164,6 +164,7 @@ class StoreServer:
             "holders": float(self.index.num_holders),
             **{f"ram_evictions_{reason}": float(count) for reason, count in self.index.evictions.items()},
             **{name: float(count) for name, count in self._counters.items()},
+            **{f"loads_{name}": float(count) for name, count in self._loads.outcomes.items()},
             "peer_bytes": float(self._peers.received_bytes),
             **self._lower.stats(),
         }

@@ -1,0 +1,65 @@
+"""kvtransfer.store.folders: a bound on how many models' blocks lie on disk, and who is never removed."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from kvtransfer.store.folders import MAX_FOLDERS, Folders
+from kvtransfer.tiers.base import Tier, ignore_change
+from node.errors import SettingsError
+
+BLOCK_BYTES = 4096
+QUOTA_BYTES = 1 << 20
+
+
+def _space(number: int) -> bytes:
+    return bytes([number]) * 32
+
+
+def _age(path: Path, number: int) -> None:
+    """As if the folder had been opened at second `number`."""
+    os.utime(path / _space(number).hex() / "state.json", (number, number))
+
+
+@pytest.mark.parametrize("backend", ["slab", "lmdb"])
+def test_the_folder_opened_longest_ago_goes_unless_it_is_in_use(tmp_path: Path, backend: str) -> None:
+    """Guards the disk against models that are served no more, and those that are served against being removed."""
+    (tmp_path / "letters").mkdir()  # somebody else's
+    folders = Folders(tmp_path, backend, QUOTA_BYTES, ignore_change)
+    in_use: Tier = folders.open(_space(1), BLOCK_BYTES)
+    _age(tmp_path, 1)
+    for number in range(2, MAX_FOLDERS + 1):
+        folders.open(_space(number), BLOCK_BYTES).close()
+        _age(tmp_path, number)
+    folders.open(_space(9), BLOCK_BYTES).close()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"letters", *(_space(number).hex() for number in (1, *range(2, MAX_FOLDERS + 1), 9))}
+    in_use.close()
+    _age(tmp_path, 1)
+    folders.open(_space(10), BLOCK_BYTES).close()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"letters", *(_space(number).hex() for number in (*range(3, MAX_FOLDERS + 1), 9, 10))}
+
+
+def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
+    """Guards the name of the folder: each namespace finds its own blocks, and no other's."""
+    folders = Folders(tmp_path, "slab", QUOTA_BYTES, ignore_change)
+    key, data = b"k" * 32, memoryview(os.urandom(BLOCK_BYTES))
+    tier = folders.open(_space(1), BLOCK_BYTES)
+    assert tier.put(key, data)
+    tier.close()
+    again, other = folders.open(_space(1), BLOCK_BYTES), folders.open(_space(2), BLOCK_BYTES)
+    into = memoryview(bytearray(BLOCK_BYTES))
+    assert again.get(key, into) and into == data and not other.get(key, into)
+    again.close()
+    other.close()
+
+
+def test_a_path_that_is_no_folder_is_told_at_the_start(tmp_path: Path) -> None:
+    """Guards the operator: a store that silently has no disk looks like one whose disk is never hit."""
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SettingsError, match="--path"):
+        Folders(tmp_path / "file", "slab", QUOTA_BYTES, ignore_change)
