@@ -29,7 +29,7 @@ import httpx
 
 ROOT = Path(__file__).resolve().parents[2]
 _WORKER_LINE = re.compile(r'baton:worker_(?P<name>\w+)\{role="(?P<role>\w+)",worker="(?P<worker>\w+)"\} (?P<value>\S+)')
-START_TIMEOUT_S = 60.0
+START_TIMEOUT_S = 120.0
 STOP_TIMEOUT_S = 20.0
 
 
