@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -30,10 +31,21 @@ from kernels.triton import (
 from kernels.triton.decode_plan import fixed_plan, split_plan
 from kernels.triton.linear import linear
 from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, fastest, invariant
+from kvtransfer.blocks.device_pool import DeviceMemory
+from kvtransfer.blocks.memory import HostMemory
+from kvtransfer.planes.host_copies import DeviceCopies
+from models.batch import Draw
+from models.cuda.queue import CudaQueue
+from models.cuda.sampling import SlotSampler
+from node.messages import SamplingParams
 
 HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
 ROTATED_BYTES = 400 << 20  # several times the L2 cache
 GPU = "cuda"
+ALL_PARAMETERS = {
+    "top_p": 0.9, "top_k": 50, "min_p": 0.01, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
+    "logit_bias": ((5, 1.0),), "min_tokens": 9, "stop_token_ids": (7,), "logprobs": True, "top_logprobs": 20,
+}  # fmt: skip
 
 Call = Callable[[], object]
 
@@ -142,6 +154,20 @@ def choice(report: Report) -> None:
         report.moved("argmax", rows * VOCAB * 2, [partial(sampling.argmax, x, scratch, out) for x in logits], rows=rows)
         calls = [partial(sampling.draw, x, ones, out, out, scratch, out) for x in logits]
         report.moved("draw", rows * VOCAB * 2, calls, rows=rows)
+        for name, params in (("top_p", {"top_p": 0.9}), ("all", ALL_PARAMETERS)):
+            queue = CudaQueue(0)
+            sampler = SlotSampler(queue, rows, rows, VOCAB)
+            for slot in range(rows):
+                given = SamplingParams(max_tokens=9, temperature=1.0, seed=slot, **params)
+                sampler.set_row(slot, Draw(given, list(range(2000)), 1000, 1000))
+            sampler.flush()
+            queue.mark().wait()
+            slots, tokens = (torch.arange(rows, dtype=torch.int32, device=GPU) for _ in range(2))
+            calls = [partial(sampler.draw_edited, x, slots, slots, tokens) for x in logits]
+            report.moved("draw_edited", rows * VOCAB * 2, calls, rows=rows, parameters=name)
+            if name == "all":
+                calls = [partial(sampler.logprobs, x, slots, tokens) for x in logits]
+                report.moved("logprobs", rows * VOCAB * 2, calls, rows=rows)
 
 
 def whole_blocks(report: Report) -> None:
@@ -156,6 +182,31 @@ def whole_blocks(report: Report) -> None:
         report.moved("gather_blocks", 2 * size, calls, blocks=count)
         calls = [partial(blocks.scatter_blocks, staging, ids, pool) for ids in sets]
         report.moved("scatter_blocks", 2 * size, calls, blocks=count)
+
+
+def host_copies(report: Report) -> None:
+    """GB/s between locked host memory and blocks of 8 MiB, every other one of a pool: no two lie together."""
+    size_bytes, most = 8 << 20, 128
+    memory, host = DeviceMemory(2 * most, size_bytes, 0), HostMemory(most, size_bytes)
+    copies = DeviceCopies(memory)
+    copies.lock(host.view)
+    for count in (1, 16, most):
+        chosen, view = list(range(0, 2 * count, 2)), host.view[: count * size_bytes]
+        ways = {"to_host": partial(copies.to_host, chosen, view), "to_device": partial(copies.to_device, view, chosen)}
+        for name, begin in ways.items():
+            times = []
+            for _ in range(5):
+                began_at = time.perf_counter()
+                copy = begin()
+                while not copies.ended(copy):
+                    pass
+                times.append(time.perf_counter() - began_at)
+            took = sorted(times)[2]
+            report.line(kernel=f"blocks_{name}", blocks=count, gb_s=round(count * size_bytes / took / 1e9, 1))
+        del view, ways, begin
+    copies.close()
+    host.close()
+    memory.close()
 
 
 def decode(report: Report) -> None:
@@ -266,7 +317,7 @@ def linears(report: Report) -> None:
 def main() -> None:
     report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     torch.manual_seed(0)
-    for part in (ceilings, small, choice, whole_blocks, decode, prefill, linears):
+    for part in (ceilings, small, choice, whole_blocks, host_copies, decode, prefill, linears):
         part(report)
         torch.cuda.empty_cache()
 

@@ -49,6 +49,15 @@ def copy(target: int, source: int, size_bytes: int) -> None:
     _call(runtime.cudaMemcpy(target, source, size_bytes, runtime.cudaMemcpyKind.cudaMemcpyDefault))
 
 
+def lock_pages(pointer: int, size_bytes: int) -> None:
+    """Keep host memory, of whole pages, where it is: copies run at the bus's speed then, and wait for nobody."""
+    _call(runtime.cudaHostRegister(pointer, size_bytes, runtime.cudaHostRegisterDefault))
+
+
+def unlock_pages(pointer: int) -> None:
+    _call(runtime.cudaHostUnregister(pointer))
+
+
 def export_handle(pointer: int) -> bytes:
     """64 bytes by which another process of this host opens the allocation that starts at `pointer`."""
     return bytes(_call(runtime.cudaIpcGetMemHandle(pointer)).reserved)

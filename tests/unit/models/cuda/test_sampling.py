@@ -1,4 +1,4 @@
-"""The GPU's sampler, its kernels interpreted, token for token against the CPU's (models.sampler)."""
+"""The GPU's sampler, its kernels interpreted where there is no GPU, token for token against models.sampler's."""
 
 from __future__ import annotations
 
@@ -11,36 +11,37 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from models.batch import Draw
-from models.cuda.queue import HostQueue
+from models.cuda.queue import CudaQueue, HostQueue, Queue
 from models.cuda.sampling import SlotSampler, edits
 from models.sampler import draw_tokens
 from node.messages import SamplingParams
 
 VOCAB = 5000  # two blocks of tokens
 SLOTS = 4
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make(num_slots: int = SLOTS, vocab_size: int = VOCAB) -> tuple[HostQueue, SlotSampler]:
-    queue = HostQueue()
+def make(num_slots: int = SLOTS, vocab_size: int = VOCAB) -> tuple[Queue, SlotSampler]:
+    queue: Queue = CudaQueue(0) if torch.cuda.is_available() else HostQueue()
     return queue, SlotSampler(queue, num_slots, num_slots, vocab_size)
 
 
-def run(queue: HostQueue) -> None:
+def run(queue: Queue) -> None:
     queue.mark().wait()
 
 
 def drawn(
-    sampler: SlotSampler, queue: HostQueue, logits: torch.Tensor, slots: list[int], positions: list[int]
+    sampler: SlotSampler, queue: Queue, logits: torch.Tensor, slots: list[int], positions: list[int]
 ) -> list[int]:
     sampler.flush()
     run(queue)
-    out = torch.full((len(slots),), -1, dtype=torch.int32)
-    sampler.draw_edited(logits.clone(), as_int32(slots), as_int32(positions), out)
+    out = as_int32([-1] * len(slots))
+    sampler.draw_edited(logits.clone().to(DEVICE), as_int32(slots), as_int32(positions), out)
     return out.tolist()
 
 
 def as_int32(values: list[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
+    return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
 def draw_of(sampling: SamplingParams, prompt: list[int], output: list[int]) -> Draw:
@@ -140,7 +141,8 @@ def test_plain_and_edited_ways_draw_the_same():
     sampler.flush()
     run(queue)
     logits, slots = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2)), as_int32([2, 0, 1])
-    outs = [torch.zeros(3, dtype=torch.int32) for _ in range(2)]
+    outs = [as_int32([0, 0, 0]) for _ in range(2)]
+    logits = logits.to(DEVICE)
     sampler.draw(logits, slots, as_int32([5, 6, 7]), outs[0])
     sampler.draw_edited(logits, slots, as_int32([5, 6, 7]), outs[1])
     assert torch.equal(*outs)
@@ -167,7 +169,7 @@ def test_logprobs_equal_the_cpu_s(vocab_size):
     logits = torch.randn(3, vocab_size, generator=torch.Generator().manual_seed(4)) * 3
     tokens = drawn(sampler, queue, logits, [0, 1, 2], [1, 1, 1])
     assert tokens == [3, 3, 3] and [sampler.num_top(slot) for slot in range(3)] == [None, 0, min(20, vocab_size)]
-    sampler.logprobs(logits, as_int32([0, 1, 2]), as_int32(tokens))
+    sampler.logprobs(logits.to(DEVICE), as_int32([0, 1, 2]), as_int32(tokens))
     for row, expected in list(enumerate(draw_tokens(logits.clone(), draws, [1, 1, 1])))[1:]:
         assert expected.logprob is not None
         assert float(sampler.found.drawn[row]) == pytest.approx(expected.logprob.logprob, abs=2e-5)
