@@ -106,12 +106,12 @@ def test_counts_and_minimum_advance_on_the_device():
     """Guards penalties that do not see what was drawn since set_row, and stops that stay forbidden."""
     queue, sampler = make(2, 60)
     sampling = SamplingParams(
-        max_tokens=99, temperature=1.3, seed=3, frequency_penalty=1.5, repetition_penalty=1.2, presence_penalty=0.5,
+        max_tokens=99, temperature=1.3, seed=3, frequency_penalty=1.5, repetition_penalty=4.0, presence_penalty=0.5,
         min_tokens=4, stop_token_ids=tuple(range(50)), top_k=30,
     )  # fmt: skip
-    prompt, output = [1, 2, 55], []
-    sampler.set_row(1, draw_of(sampling, prompt, output))
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(0)) * 2
+    prompt, output = logits[0].topk(8).indices.tolist() + [55, 57], []  # what would be drawn but for the repetition
+    sampler.set_row(1, draw_of(sampling, prompt, output))
     for _ in range(7):
         position = len(prompt) + len(output)
         (expected,) = draw_tokens(logits.clone(), [draw_of(sampling, prompt, output)], [position])
