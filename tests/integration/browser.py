@@ -36,6 +36,10 @@ FLAGS = (
 )
 
 
+class DidNotStart(Exception):
+    """There is a browser, but it cannot run on this machine."""
+
+
 def find() -> str:
     """The path of a Chromium or Chrome; empty where there is none."""
     names = ("chromium", "chromium-browser", "google-chrome")
@@ -113,6 +117,7 @@ class Browser:
     async def _port(self, log: Path) -> int:
         deadline = time.monotonic() + START_TIMEOUT_S
         while not (match := re.search(r"DevTools listening on ws://127\.0\.0\.1:(\d+)/", log.read_text())):
-            assert self._process.poll() is None and time.monotonic() < deadline, log.read_text()
+            if self._process.poll() is not None or time.monotonic() > deadline:
+                raise DidNotStart(log.read_text()[-2000:])
             await asyncio.sleep(0.1)
         return int(match[1])
