@@ -69,7 +69,7 @@ class EngineCollector(Collector):
         yield self._usage(workers)
         yield self._sum_of_preemptions(workers)
         yield _cache_config(workers, self._model)
-        yield self._prompts(workers)
+        yield from self._prompts(workers)
         yield self._moved.collect({worker.worker for worker in workers})
         yield from _counters(self._engine.counters(), self._model)
         yield from _workers(workers)
@@ -88,15 +88,27 @@ class EngineCollector(Collector):
         family.add_metric((self._model,), self._preemptions.observe(workers, "preemptions"))
         return family
 
-    def _prompts(self, workers: list[WorkerStatus]) -> Metric:
+    def _prompts(self, workers: list[WorkerStatus]) -> Iterable[Metric]:
+        """By source; and as vLLM counts a cache outside of the engine: what the pool lacks is asked of it."""
+        tokens = {
+            source: total.observe(workers, f"prompt_tokens_{source}") for source, total in self._prompt_tokens.items()
+        }
         family = CounterMetricFamily(
             "baton:prompt_tokens",
             "Tokens of prompts by where their KV came from: a pool, a tier below it, or a step.",
             labels=(*_LABEL, "source"),
         )
-        for source, total in self._prompt_tokens.items():
-            family.add_metric((self._model, source), total.observe(workers, f"prompt_tokens_{source}"))
-        return family
+        for source, count in tokens.items():
+            family.add_metric((self._model, source), count)
+        yield family
+        asked = sum(count for source, count in tokens.items() if source != "gpu")
+        for name, text, count in (
+            ("queries", "Tokens of prompts that the worker's own pool had not.", asked),
+            ("hits", "Of those, the ones that came from a tier below it.", asked - tokens["computed"]),
+        ):
+            external = CounterMetricFamily(f"vllm:external_prefix_cache_{name}", text, labels=_LABEL)
+            external.add_metric((self._model,), count)
+            yield external
 
 
 class _Total:

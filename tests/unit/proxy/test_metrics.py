@@ -30,6 +30,8 @@ KNOWN = {
     "vllm:generation_tokens_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
+    "vllm:external_prefix_cache_queries_total",
+    "vllm:external_prefix_cache_hits_total",
     "vllm:num_preemptions_total",
     "vllm:request_success_total",
     "vllm:time_to_first_token_seconds_bucket",
@@ -259,6 +261,7 @@ async def test_prompt_tokens_by_source_and_pools(client: httpx.AsyncClient, engi
     seen = await scrape(client)
     found = {s.labels["source"]: s.value for s in seen.samples if s.name == "baton:prompt_tokens_total"}
     assert found == {"gpu": 6, "ram": 2, "disk": 0, "peer": 0, "computed": 7}
+    assert (seen("vllm:external_prefix_cache_queries_total"), seen("vllm:external_prefix_cache_hits_total")) == (9, 2)
     (info,) = [s for s in seen.samples if s.name == "vllm:cache_config_info"]
     assert (info.labels["engine"], info.labels["block_size"], info.labels["num_gpu_blocks"]) == ("p1", "16", "100")
 
