@@ -101,7 +101,7 @@ class DecodeWorker:
         """Serve until drained."""
         worked = False
         while not self._draining.over(idle=self._idle, now=self._clock()):
-            worked = self.turn(0.0 if worked else self._reuse.wake_in_s(self._clock(), IDLE_WAIT_S))
+            worked = self.turn(0.0 if worked else self.wait_s(IDLE_WAIT_S))
         for sequence in [*self._legs.values()]:
             self._end(sequence, failed(sequence.leg, "worker is shutting down", retryable=True))
         while self._flights:
@@ -118,6 +118,10 @@ class DecodeWorker:
         self._carrier.load = self._load()
         self._carrier.load_at = heard_at
         return worked
+
+    def wait_s(self, longest_s: float) -> float:
+        """How long it may wait for something to come in: what it awaits of the store may be given up before."""
+        return self._reuse.wake_in_s(self._clock(), longest_s)
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""

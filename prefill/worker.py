@@ -75,7 +75,7 @@ class PrefillWorker:
         """Serve until drained."""
         worked = False
         while not self._draining.over(idle=self._idle, now=self._clock()):
-            worked = self.turn(0.0 if worked else self._reuse.wake_in_s(self._clock(), IDLE_WAIT_S))
+            worked = self.turn(0.0 if worked else self.wait_s(IDLE_WAIT_S))
         self._settle()
         for job in [*self._jobs.values()]:
             self._give_up(job, failed(job.leg, "worker is shutting down", retryable=True))
@@ -95,6 +95,10 @@ class PrefillWorker:
         self._carrier.load = self._load()
         self._carrier.load_at = heard_at
         return due or bool(chunks)
+
+    def wait_s(self, longest_s: float) -> float:
+        """How long it may wait for something to come in: what it awaits of the store may be given up before."""
+        return self._reuse.wake_in_s(self._clock(), longest_s)
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""

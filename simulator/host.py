@@ -22,6 +22,8 @@ from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.carrier import Carrier, Command, Inbound
 from kvtransfer.exchange import Exchange
 from kvtransfer.pairs import Wire
+from kvtransfer.store.client import NO_STORE, Store
+from kvtransfer.store.events import StoreEvent
 from models.batch import Drawn, Row
 from node.endpoint import identity_of
 from node.lifecycle import Membership
@@ -30,6 +32,7 @@ from prefill.settings import PrefillSettings
 from prefill.worker import PrefillWorker
 from simulator.latency import Profile, Work
 from simulator.network import Network, SimLine, SimPlane, digest_of
+from simulator.store import HostStore, SimStore
 from worker.parts import Parts
 
 PROXY = "proxy"
@@ -50,6 +53,8 @@ class Loop(Protocol):
     """PrefillWorker or DecodeWorker."""
 
     def turn(self, wait_s: float) -> bool: ...
+
+    def wait_s(self, longest_s: float) -> float: ...
 
     def check(self) -> None: ...
 
@@ -269,10 +274,20 @@ class Host:
     A decode worker whose next steps are all alike is left alone until one of them matters to somebody: a last token, a
     heartbeat, a message that comes in. Then the turns in between are made up for, each at its own time (`_catch_up`),
     by the same code; only the events, and the proxy's work for each single token, are saved. `ahead=False` does
-    without.
+    without. So does a worker with a `store`, because others must find there what its steps have filled.
     """
 
-    def __init__(self, network: Network, name: str, role: Role, profile: Profile, policy: str, ahead: bool) -> None:
+    def __init__(
+        self,
+        network: Network,
+        name: str,
+        role: Role,
+        profile: Profile,
+        policy: str,
+        ahead: bool,
+        store: HostStore | None,
+        store_loads: str,
+    ) -> None:
         self.identity = identity_of(name, 1)
         self.runner = SimRunner(profile)
         events = EventLog()
@@ -280,12 +295,12 @@ class Host:
         self.manager = BlockManager(profile.num_blocks, self._journal)
         self._network = network
         self._world = network.world
-        self._ahead = ahead and role == "decode"
+        self._ahead = ahead and role == "decode" and store is None
         self._turn_at = float("inf")  # when the carrier's next turn is set
         self._past: float | None = None  # the time at which the loop is, while it is behind the world's
         self._step_end: float | None = None  # of the step under way
         self._step_at = 0.0  # when `_step_over` is set
-        self._looking = False
+        self._look_at = float("inf")  # when the loop's next turn without a reason is set
         layout = profile.kv_layout()
         line = SimLine(network, self.identity, self._ready)
         line.connect(PROXY, "")
@@ -303,7 +318,11 @@ class Host:
         self._outbox = LateTokens(network, self._carrier)
         self._carriage = DelayedCarriage(self._carrier, self.runner, self._outbox)
         parts = SimWorker(self.runner, self.manager, layout, profile.max_model_len, self._carriage)
-        self.loop = _loop(parts, role, profile, policy, self._clock)
+        self._store: Store = NO_STORE
+        if store is not None:
+            self._store = SimStore(store, self.identity, self._clock, self._hear)
+            membership.tell_store(store.identity)
+        self.loop = _loop(parts, role, profile, policy, store_loads, self._clock, self._store)
         self._ready()
 
     @property
@@ -320,12 +339,17 @@ class Host:
         self._outbox.flush()
         self._carrier.turn()
         self._network.remove(self.identity)
+        self._store.close()
 
     # -- the carrier's thread
 
     def _ready(self) -> None:
         """Something is there for the carrier: it takes its turn at this instant, after what is due already."""
         self._set_turn(self._world.now)
+
+    def _hear(self, event: StoreEvent) -> None:
+        self._carrier.inbox.put(event)
+        self._ready()
 
     def _set_turn(self, when: float) -> None:
         if when < self._turn_at:
@@ -357,9 +381,8 @@ class Host:
         worked = self.loop.turn(0.0)
         if worked:
             self._step_end = self._clock() if self.runner.step_s else self._clock() + SOON_S
-        elif not self._looking and (self.load.running or self.load.waiting):
-            self._looking = True
-            self._world.later(LOOK_S, self._look)
+        elif self.load.running or self.load.waiting:
+            self._set_look(self._world.now + max(SOON_S, self.loop.wait_s(LOOK_S)))
 
     def _set_step_over(self) -> None:
         """Come back at the end of the step under way, or of the last one of those that will be like it."""
@@ -396,8 +419,15 @@ class Host:
         if self._outbox.waiting:
             self._ready()
 
-    def _look(self) -> None:
-        self._looking = False
+    def _set_look(self, when: float) -> None:
+        if when < self._look_at:
+            self._look_at = when
+            self._world.at(when, self._look, when)
+
+    def _look(self, when: float) -> None:
+        if when != self._look_at:
+            return  # an earlier one has taken its place
+        self._look_at = float("inf")
         if self.alive and self._step_end is None:
             self._work()
             self._set_step_over()
@@ -418,18 +448,28 @@ def _register(name: str, role: Role, profile: Profile, address: str) -> Register
     )
 
 
-def _loop(parts: Parts, role: Role, profile: Profile, policy: str, clock: Callable[[], float]) -> Loop:
+def _loop(
+    parts: Parts,
+    role: Role,
+    profile: Profile,
+    policy: str,
+    store_loads: str,
+    clock: Callable[[], float],
+    store: Store,
+) -> Loop:
     if role == "prefill":
         prefill = PrefillSettings(
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.prefill_budget_tokens,
             max_chunk_tokens=profile.prefill_chunk_tokens,
             policy=policy,
+            store_loads=store_loads,
         )
-        return PrefillWorker(parts, prefill, clock)
+        return PrefillWorker(parts, prefill, clock, store)
     decode = DecodeSettings(
         max_num_seqs=profile.max_num_seqs,
         max_num_batched_tokens=profile.decode_budget_tokens,
         max_chunk_tokens=profile.decode_chunk_tokens,
+        store_loads=store_loads,
     )
-    return DecodeWorker(parts, decode, clock)
+    return DecodeWorker(parts, decode, clock, store)

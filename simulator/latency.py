@@ -54,6 +54,19 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dtype: str
 
 
+class StoreCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Of a host's KV store. Bandwidths are in bytes a second, of the whole host."""
+
+    host_workers: Annotated[int, Meta(ge=1)]
+    """Workers that share a host, and its store."""
+    answer_s: Positive
+    """From a question to its answer."""
+    gpu_bytes_s: Annotated[float, Meta(gt=0.0)]
+    """Between RAM and the workers' pools, both directions together."""
+    disk_read_bytes_s: Annotated[float, Meta(gt=0.0)]
+    disk_write_bytes_s: Annotated[float, Meta(gt=0.0)]
+
+
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """One machine and model. See docs/benchmarks/simulator.md for where the shipped ones come from."""
 
@@ -71,6 +84,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """What a movement of KV costs whatever its size."""
     link_bytes_s: Annotated[float, Meta(gt=0.0)]
     """Bandwidth of a worker in each direction, in bytes a second."""
+    store: StoreCosts
     layout: Layout
     num_blocks: Annotated[int, Meta(ge=2)]
     max_model_len: Annotated[int, Meta(ge=1)]

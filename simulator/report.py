@@ -13,6 +13,8 @@ from simulator.record import Spread, Summary
 from simulator.simulation import Outcome
 from simulator.studies import LossCost, Overload
 
+SOURCES = ("gpu", "ram", "disk", "computed")
+"""Where the KV of prompts came from."""
 Cell = str | float | int
 Row = Mapping[str, Cell]
 
@@ -69,6 +71,7 @@ def replay_rows(summary: Summary, outcome: Outcome, good: float, took_s: float) 
         "cached": f"{summary.cached_share:.1%}",
         "prefill workers busy": f"{_busy(outcome, 'p'):.1%}",
         "decode workers busy": f"{_busy(outcome, 'd'):.1%}",
+        **{f"prompt tokens, {source}": outcome.work.get(f"prompt_tokens_{source}", 0.0) for source in SOURCES},
         "KV moved (GB)": outcome.moved_bytes / 1e9,
         **{name: value for name, value in outcome.counters.items() if value},
         "simulated (s)": outcome.simulated_s,

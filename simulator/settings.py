@@ -21,6 +21,7 @@ def choices_of(settings: type, name: str) -> tuple[str, ...]:
 
 ROUTING = choices_of(ProxySettings, "policy")
 LOCAL = choices_of(ProxySettings, "local_prefill")
+LOADS = choices_of(PrefillSettings, "store_loads")
 ORDERS = choices_of(PrefillSettings, "policy")
 
 
@@ -61,6 +62,9 @@ class ReplaySettings(SloSettings):
     prefill_policy: str = option(ORDERS[0], choices=ORDERS, help="order of prompts in a prefill worker")
     max_queue: int = option(512, unit="requests", help="most requests that wait in the proxy", minimum=1)
     request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1)
+    store_ram_gib: float = option(0.0, unit="GiB", help="RAM of each host's KV store; 0: no store", minimum=0)
+    store_disk_gib: float = option(0.0, unit="GiB", help="and its disk; 0: no disk", minimum=0)
+    store_loads: str = option(LOADS[0], choices=LOADS, help="when a prefix is loaded from the store")
     step_by_step: bool = option(False, help="make every step of a decode worker an event: the same result, later")
 
 

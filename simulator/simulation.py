@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from simulator.host import PROXY, Host, token_of
 from simulator.latency import Profile
 from simulator.network import Network, SimLine
 from simulator.record import Record
+from simulator.store import Capacity, HostStore
 from simulator.workload import Request
 from simulator.world import VirtualLoop, World
 
@@ -43,6 +45,9 @@ class Scenario:
     proxy: ProxySettings = field(default_factory=ProxySettings)
     prefill_policy: str = "fcfs"
     losses: tuple[Loss, ...] = ()
+    store: Capacity | None = None
+    """Of the store that each host has; its workers are as many as the profile says, of both roles."""
+    store_loads: str = "measured"
     ahead: bool = True
     """Leave workers alone while their steps are alike, unless the router must hear of their blocks after each step; the
     records are the same without, and take longer."""
@@ -55,6 +60,8 @@ class Outcome:
     """Of the proxy."""
     busy: Mapping[str, float]
     """Seconds that each worker has spent in steps, by name."""
+    work: Mapping[str, float]
+    """The workers' own counters, summed; what the dead had told is in them."""
     events: int
     messages: int
     moved_bytes: int
@@ -73,6 +80,7 @@ class _Simulation:
         self._world = World()
         self._network = Network(self._world, profile.message_s, profile.chunk_s, profile.link_bytes_s)
         self._hosts: dict[str, Host] = {}
+        self._stores: list[HostStore] = []
         self._records: list[Record] = []
         self._clients: set[asyncio.Task[None]] = set()
         self._loop = VirtualLoop(self._world)
@@ -103,6 +111,7 @@ class _Simulation:
             records=tuple(sorted(self._records, key=lambda record: record.request.number)),
             counters=counters,
             busy={name: host.runner.busy_s for name, host in self._hosts.items()},
+            work=sum((Counter(host.load.counters) for host in self._hosts.values()), Counter()),
             events=self._world.events_done,
             messages=self._network.messages,
             moved_bytes=self._network.moved_bytes,
@@ -115,10 +124,15 @@ class _Simulation:
         """One after the other, so that their heartbeats are spread as those of real processes are."""
         roles: list[tuple[str, Role]] = [(f"p{n}", "prefill") for n in range(self._scenario.prefill)]
         roles += [(f"d{n}", "decode") for n in range(self._scenario.decode)]
+        profile, capacity = self._scenario.profile, self._scenario.store
+        num_stores = -(-len(roles) // profile.store.host_workers) if capacity is not None else 0
+        if capacity is not None:
+            self._stores = [HostStore(self._network, f"s{n}", PROXY, profile, capacity) for n in range(num_stores)]
         for number, (name, role) in enumerate(roles):
-            self._world.later(number / len(roles) * SETTLE_S / 2, self._start_host, name, role)
+            store = self._stores[number % num_stores] if num_stores else None
+            self._world.later(number / len(roles) * SETTLE_S / 2, self._start_host, name, role, store)
 
-    def _start_host(self, name: str, role: Role) -> None:
+    def _start_host(self, name: str, role: Role, store: HostStore | None) -> None:
         self._hosts[name] = Host(
             self._network,
             name,
@@ -126,6 +140,8 @@ class _Simulation:
             self._scenario.profile,
             self._scenario.prefill_policy,
             self._scenario.ahead and self._scenario.proxy.policy not in READS_EVENTS,
+            store,
+            self._scenario.store_loads,
         )
 
     def _kill(self, name: str) -> None:
@@ -145,6 +161,8 @@ class _Simulation:
         await asyncio.sleep(LOOK_S)
         for host in alive:
             host.loop.check()
+        for store in self._stores:
+            store.check()
 
     # -- clients
 

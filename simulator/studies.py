@@ -10,6 +10,7 @@ from simulator.latency import Profile
 from simulator.record import Slo, Spread, Summary, attainment, summarise
 from simulator.settings import ORDERS, ROUTING, OverloadSettings, ReplaySettings, SloSettings, WorkloadSettings
 from simulator.simulation import Loss, Outcome, Scenario, simulate
+from simulator.store import Capacity
 from simulator.workload import Lengths, Request, poisson, read_trace, speed_up
 
 HICCUP_S = 0.05
@@ -55,8 +56,17 @@ def scenario_of(settings: ReplaySettings, profile: Profile) -> Scenario:
         decode=settings.decode,
         proxy=proxy,
         prefill_policy=settings.prefill_policy,
+        store=_capacity_of(settings),
+        store_loads=settings.store_loads,
         ahead=not settings.step_by_step,
     )
+
+
+def _capacity_of(settings: ReplaySettings) -> Capacity | None:
+    if settings.store_disk_gib and not settings.store_ram_gib:
+        raise SettingsError("--store-disk-gib needs --store-ram-gib: blocks go to the disk and come back through RAM")
+    ram_bytes, disk_bytes = int(settings.store_ram_gib * (1 << 30)), int(settings.store_disk_gib * (1 << 30))
+    return Capacity(ram_bytes, disk_bytes) if ram_bytes else None
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,6 +1,6 @@
 """How the proxies hear of the store: it joins them as a store, beats, and tells which blocks it has gained and lost.
 
-The store's own socket speaks another union of messages, so this has an endpoint of its own, which calls and is never
+The store's own socket speaks another union of messages, so this has a line of its own, which calls and is never
 called. One thread makes all calls; journals may be written by others.
 """
 
@@ -9,54 +9,50 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
-from node.endpoint import Context, Endpoint, identity_of
+from kvtransfer.carrier import Line
 from node.lifecycle import Membership
 from node.messages import KvReplay, Load, RegisterStore
 
 
 class News:
-    """`proxies` are control addresses; without any nobody is told."""
+    """`links` are the names that the line, which this closes, has for the proxies; without any nobody is told."""
 
-    def __init__(self, context: Context, name: str, incarnation: int, proxies: Sequence[str], now: float) -> None:
-        self.identity = identity_of(name, incarnation)
+    def __init__(self, line: Line, name: str, incarnation: int, links: Sequence[str], now: float) -> None:
         self._log = EventLog()
-        self._endpoint = Endpoint(context, self.identity, None)
-        links = {f"proxy@{address}": address for address in proxies}
-        for link, address in links.items():
-            self._endpoint.connect(link, address)
+        self._line = line
         self._membership = Membership(RegisterStore(worker=name, incarnation=incarnation), tuple(links), now)
         self._flush_at = now
         self.ram: Journal = self._log.journal("ram")
         """Where the owner of the arena notes what comes and goes."""
-        self._disk = self._log.journal("disk")
+        self.disk: Journal = self._log.journal("disk")
 
     def on_disk(self, block_hash: bytes, held: bool) -> None:
         """A tier's news (kvtransfer.tiers.base.Changed)."""
         if held:
-            self._disk.stored(block_hash)
+            self.disk.stored(block_hash)
         else:
-            self._disk.removed(block_hash)
+            self.disk.removed(block_hash)
 
     def turn(self, counters: Callable[[], dict[str, float]], now: float) -> None:
         """Hear the proxies, and tell what is due."""
-        for link, message in self._endpoint.receive(0.0):
+        for link, message in self._line.receive(0.0):
             self._membership.on_message(link, message, now)
             if isinstance(message, KvReplay):
                 for answer in self._log.replay(message.seq):
-                    self._endpoint.send(link, answer)
+                    self._line.send(link, answer)
         if now >= self._flush_at:
             self._flush_at = now + FLUSH_EVERY_S
             for batch in self._log.flush():
                 for link in self._membership.joined:
-                    self._endpoint.send(link, batch)
+                    self._line.send(link, batch)
         if now >= self._membership.wake_at:
             messages, _ = self._membership.on_timer(now, Load(counters=counters()), kv_seq=self._log.seq)
             for link, message in messages:
-                self._endpoint.send(link, message)
+                self._line.send(link, message)
 
     def close(self) -> None:
         """Say goodbye."""
         for link, message in self._membership.farewell():
-            self._endpoint.send(link, message)
-        self._endpoint.linger()
-        self._endpoint.close()
+            self._line.send(link, message)
+        self._line.linger()
+        self._line.close()

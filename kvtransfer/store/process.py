@@ -41,7 +41,11 @@ class StoreProcess:
         name = settings.store_id or f"store-{os.getpid()}"
         identity = identity_of(name, incarnation)
         self._endpoint = Endpoint(context, identity, settings.bind, decode_store)
-        self._news = News(context, name, incarnation, settings.proxy, time.monotonic())
+        calling = Endpoint(context, identity, None)
+        proxies = {f"proxy@{address}": address for address in settings.proxy}
+        for link, address in proxies.items():
+            calling.connect(link, address)
+        self._news = News(calling, name, incarnation, tuple(proxies), time.monotonic())
         links = {f"peer@{address}": address for address in settings.peer}
         for link, address in links.items():
             self._endpoint.connect(link, address)

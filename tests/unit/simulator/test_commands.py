@@ -27,6 +27,22 @@ def test_replay_is_the_same_step_by_step(capsys: pytest.CaptureFixture[str]) -> 
     assert shown[0] == shown[1] and shown[0][:2] == (20, 0)
 
 
+def test_replay_tells_where_the_kv_of_prompts_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the options of the store: the same prompt again, for a worker that has not computed it."""
+    line = {"input_length": 5120, "output_length": 2, "hash_ids": list(range(10))}
+    trace = "".join(json.dumps({"timestamp": 3000 * n, **line}) + "\n" for n in range(8))
+    (tmp_path / "t").write_text(trace)
+    options = ("--trace", str(tmp_path / "t"), "--prefill", "2", "--policy", "round-robin", "--store-loads", "always")
+    found = []
+    for store in ((), ("--store-ram-gib", "2", "--store-disk-gib", "2")):
+        assert main(["replay", *options, *store, "--json"]) == 0
+        rows = {row[""]: row["value"] for row in _rows(capsys.readouterr().out)}
+        found.append([rows[f"prompt tokens, {source}"] for source in ("gpu", "ram", "disk", "computed")])
+    # Eight prompts of 5120 tokens on two workers. All but the last block of 64 may be had, unless it was computed here.
+    assert found[0] == [6 * 5056, 0, 0, 2 * 5120 + 6 * 64]
+    assert found[1] == [6 * 5056, 5056, 0, 5120 + 7 * 64]
+
+
 def test_loss_and_overload_show_each_case(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the studies' rows: who was lost; every pair of policies."""
     assert main(["loss", *SMALL, "--prefill", "2", "--decode", "2", "--json"]) == 0
@@ -65,6 +81,8 @@ def test_fit_writes_a_profile_that_loads(tmp_path: Path, capsys: pytest.CaptureF
         (["replay", "--profile", "none"], "no profile none"),
         (["replay", "--requests", "0"], "no --trace"),
         (["replay", "--prompt-tokens", "1000000"], "fits"),
+        (["replay", "--store-disk-gib", "1"], "needs --store-ram-gib"),
+        (["replay", "--store-ram-gib", "0.001"], "do not fit"),
         (["fit", "--steps", "/nowhere"], "cannot read"),
         (["fit", "--steps", "/nowhere", "--profile", "x"], "belong together"),
     ],

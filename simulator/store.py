@@ -1,0 +1,367 @@
+"""A host's KV store on simulated time: which block lies in which tier, and how long it takes to move it.
+
+Real are each tier's index (LRU, holders, quota), the rule that the disk takes what is used a second time, the news to
+the proxy, and all that the worker decides (worker.reuse and its gate). Arithmetic are the movements: between RAM and
+GPUs, and to and from the disk, each tier with one queue a host, in which a block waits for those before it. Questions
+are answered after a fixed time. Other hosts' stores are not asked; no byte is touched, so none is ever damaged.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvtransfer.blocks.events import FLUSH_EVERY_S, Journal
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.arena_index import ArenaIndex, Holder, Key
+from kvtransfer.store.disk import MAX_REMEMBERED
+from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from kvtransfer.store.loads import LOADER, MAX_LOADS
+from kvtransfer.store.news import News
+from kvtransfer.store.process import HELD_FOR_DISK
+from kvtransfer.store.server import SELF
+from kvtransfer.store.session import FETCH_WINDOW
+from kvtransfer.tiers.second_use import SecondUse
+from node.endpoint import identity_of
+from node.store_messages import DISK, RAM
+from simulator.latency import Profile
+from simulator.network import Network, SimLine
+
+NAMESPACE = b"simulated"
+DIGEST = b"\0" * 16
+"""Content is not simulated."""
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """Of each host's store. A disk of 0 bytes is none."""
+
+    ram_bytes: int
+    disk_bytes: int = 0
+
+
+class Link:
+    """Moves one thing after the other."""
+
+    def __init__(self) -> None:
+        self._free_at = 0.0
+
+    def take(self, now: float, size_bytes: int, bytes_s: float) -> float:
+        """When a movement that is ready now will have ended."""
+        self._free_at = max(now, self._free_at) + size_bytes / bytes_s
+        return self._free_at
+
+
+@dataclass(slots=True, eq=False)
+class Reading:
+    """A lookup, and the load that may follow it; `names` and `tiers` are of the blocks found."""
+
+    holder: Holder
+    names: list[Key]
+    tiers: list[int]
+    on_end: Callable[[], None] | None = None
+    """Called when the load has ended by itself; none before it begins."""
+    begun_at: float = 0.0
+    copy_s: float = 0.0
+    copied_at: float = 0.0
+    """When the last copy of it that is queued will have ended."""
+    ready_at: list[float] = field(default_factory=list)
+    """Of each block, when it is in the pool; infinite before its copy is queued."""
+    done: int = 0
+    """Blocks in the pool without a gap, from the first on."""
+    limit: int = 0
+    """Blocks that can still be had."""
+    to_fetch: deque[int] = field(default_factory=deque)
+    fetching: int = 0
+    over: bool = False
+
+
+class HostStore:
+    """The tiers of one host. Its workers call it through SimStore, at the instant at which it happens."""
+
+    def __init__(self, network: Network, name: str, proxy: str, profile: Profile, capacity: Capacity) -> None:
+        """Raises SettingsError for a tier that is smaller than a block."""
+        line = SimLine(network, identity_of(name, 1), lambda: None)  # what comes in is read at the next turn
+        line.connect(proxy, "")
+        self.identity = line.identity
+        self.world = network.world
+        self.block_bytes = profile.kv_layout().block_bytes
+        self.costs = profile.store
+        self._news = News(line, name, 1, (proxy,), self.world.now)
+        self.ram = self._index(capacity.ram_bytes, self._news.ram)
+        self.disk = self._index(capacity.disk_bytes, self._news.disk) if capacity.disk_bytes else None
+        self._gpu_link, self._disk_link = Link(), Link()
+        self._second_use = SecondUse(MAX_REMEMBERED)
+        self._coming: dict[Key, list[tuple[Reading, int]]] = {}  # from disk, and who waits for them
+        self._saving: set[Key] = set()
+        self._max_saving = capacity.ram_bytes // HELD_FOR_DISK // self.block_bytes
+        self._numbers = 0
+        self._turn()
+
+    def check(self) -> None:
+        """Prove the accounts of both tiers."""
+        for index in (self.ram, self.disk):
+            if index is not None:
+                index.check()
+
+    # -- told by workers
+
+    def look(self, owner: str, hashes: Sequence[bytes], first: int) -> Reading:
+        """The longest run of blocks from number `first` on; what is in RAM is held until `end`."""
+        names = [Key(NAMESPACE, each) for each in hashes]
+        reading = Reading(self._holder(owner), names[first:], [])
+        self.ram.touch(names)
+        self._use(names)
+        for name in reading.names:
+            if self.ram.acquire(name, reading.holder) is not None:
+                reading.tiers.append(RAM)
+            elif self.disk is not None and self.disk.find(name) is not None:
+                reading.tiers.append(DISK)
+            else:
+                break
+        return reading
+
+    def load(self, reading: Reading, skip: int, num_blocks: int, on_end: Callable[[], None]) -> None:
+        """Move so many of the blocks found, behind the first `skip`, to the GPU."""
+        reading.names, reading.tiers = reading.names[skip:], reading.tiers[skip:]
+        reading.limit = min(num_blocks, len(reading.tiers))
+        reading.begun_at, reading.on_end = self.world.now, on_end
+        reading.ready_at = [float("inf")] * reading.limit
+        for number in range(reading.limit):
+            if reading.tiers[number] == RAM:
+                self._copy(reading, number)
+            else:
+                reading.to_fetch.append(number)
+        self._fetch(reading)
+        self._look_at(reading)
+
+    def end(self, reading: Reading) -> None:
+        """Nothing more is wanted of it. What is queued is moved all the same."""
+        reading.over = True
+        self.ram.release(reading.holder)
+
+    def put(self, owner: str, hashes: Sequence[bytes], on_end: Callable[[int], None]) -> None:
+        """Take those blocks that are not here, as far as there is room; `on_end` is told how many came."""
+        holder, names = self._holder(owner), [Key(NAMESPACE, each) for each in hashes]
+        granted = [name for name in names if self.ram.reserve(name, holder) is not None]
+        self._use(names)
+        end = self._gpu_link.take(self.world.now, len(granted) * self.block_bytes, self.costs.gpu_bytes_s)
+        self.world.at(end, self._written, holder, granted, on_end)
+
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        self.ram.touch([Key(NAMESPACE, each) for each in hashes])
+
+    def forget(self, owner: str) -> None:
+        """This worker is dead: what it was writing is lost, what it has written stays."""
+        self.ram.release_owner(owner)
+
+    # -- movements
+
+    def _copy(self, reading: Reading, number: int) -> None:
+        end = self._gpu_link.take(self.world.now, self.block_bytes, self.costs.gpu_bytes_s)
+        reading.copy_s += end - max(self.world.now, reading.copied_at)
+        reading.copied_at = reading.ready_at[number] = end
+        self.world.at(end, self._look_at, reading)
+
+    def _fetch(self, reading: Reading) -> None:
+        """Bring its next blocks up from the disk; one that cannot be had ends the run before it."""
+        while reading.to_fetch and reading.fetching < FETCH_WINDOW and not reading.over:
+            number = reading.to_fetch.popleft()
+            name = reading.names[number]
+            if self.ram.acquire(name, reading.holder) is not None:
+                self._copy(reading, number)
+            elif name in self._coming or self._read(name):
+                self._coming[name].append((reading, number))
+                reading.fetching += 1
+            else:
+                reading.limit = number
+                reading.to_fetch.clear()
+                self._look_at(reading)
+
+    def _read(self, name: Key) -> bool:
+        holder = self._holder(LOADER)
+        if self.disk is None or len(self._coming) >= MAX_LOADS or self.disk.acquire(name, holder) is None:
+            return False
+        if self.ram.reserve(name, holder) is None:
+            self.disk.release(holder)
+            return False
+        self.disk.touch([name])
+        self._coming[name] = []
+        end = self._disk_link.take(self.world.now, self.block_bytes, self.costs.disk_read_bytes_s)
+        self.world.at(end, self._arrived, self.disk, name, holder)
+        return True
+
+    def _arrived(self, disk: ArenaIndex, name: Key, holder: Holder) -> None:
+        self.ram.commit(name, holder, DIGEST)
+        self.ram.release(holder)
+        disk.release(holder)
+        waiting = [(reading, number) for reading, number in self._coming.pop(name) if not reading.over]
+        for reading, number in waiting:  # all hold it before anything else may need its room
+            self.ram.acquire(name, reading.holder)
+            self._copy(reading, number)
+        for reading, _ in waiting:
+            reading.fetching -= 1
+            self._fetch(reading)
+
+    def _look_at(self, reading: Reading) -> None:
+        """Count what is in the pool by now, and end the load if that is all."""
+        while reading.done < reading.limit and reading.ready_at[reading.done] <= self.world.now:
+            reading.done += 1
+        if reading.on_end is not None and reading.done >= reading.limit and not reading.over:
+            reading.on_end()
+
+    def _written(self, holder: Holder, granted: Sequence[Key], on_end: Callable[[int], None]) -> None:
+        came = [name for name in granted if self.ram.commit(name, holder, DIGEST)]
+        self.ram.release(holder)
+        self._use(came)
+        on_end(len(came))
+
+    def _use(self, names: Sequence[Key]) -> None:
+        """Those of them that are in RAM are used: the second time they are written to the disk, held meanwhile."""
+        if (disk := self.disk) is None:
+            return
+        for name in names:
+            if self.ram.find(name) is None or name in self._saving or disk.find(name) is not None:
+                continue
+            if self._second_use.use(name.hash) and len(self._saving) < self._max_saving:
+                self._save(disk, name)
+
+    def _save(self, disk: ArenaIndex, name: Key) -> None:
+        holder = self._holder(SELF)
+        if disk.reserve(name, holder) is not None:
+            self.ram.acquire(name, holder)
+            self._saving.add(name)
+            end = self._disk_link.take(self.world.now, self.block_bytes, self.costs.disk_write_bytes_s)
+            self.world.at(end, self._saved, disk, name, holder)
+
+    def _saved(self, disk: ArenaIndex, name: Key, holder: Holder) -> None:
+        disk.commit(name, holder, DIGEST)
+        disk.release(holder)
+        self.ram.release(holder)
+        self._saving.discard(name)
+
+    # -- inside
+
+    def _index(self, size_bytes: int, journal: Journal) -> ArenaIndex:
+        index = ArenaIndex(1, size_bytes, journal)
+        index.register(NAMESPACE, self.block_bytes)
+        return index
+
+    def _holder(self, owner: str) -> Holder:
+        self._numbers += 1
+        return Holder(owner, self._numbers)
+
+    def _turn(self) -> None:
+        """Tell the proxy what came and went."""
+        self._news.turn(self._stats, self.world.now)
+        self.world.later(FLUSH_EVERY_S, self._turn)
+
+    def _stats(self) -> dict[str, float]:
+        stats = {"ram_used_bytes": float(self.ram.occupancy.used_bytes)}
+        if self.disk is not None:
+            stats["disk_used_bytes"] = float(self.disk.occupancy.used_bytes)
+        return stats
+
+
+class SimStore:
+    """What a worker's loop takes for a kvtransfer.store.client.StoreClient. `clock` is the loop's: it is ahead of the
+    world's in what follows a step, and what is asked then happens when the step is over."""
+
+    attached = True
+
+    def __init__(
+        self, store: HostStore, owner: str, clock: Callable[[], float], deliver: Callable[[StoreEvent], None]
+    ) -> None:
+        self._store = store
+        self._world = store.world
+        self._owner = owner
+        self._clock = clock
+        self._deliver = deliver
+        self._asked: dict[LegKey, int] = {}  # lookups without an answer, by their number
+        self._readings: dict[LegKey, Reading] = {}
+        self._counters: Counter[str] = Counter(store_lookups=0, store_loaded_bytes=0, store_written_bytes=0)
+        self._closed = False
+
+    def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None:
+        self._do(self._ask, key, tuple(hashes), first)
+
+    def load(self, key: LegKey, skip: int, blocks: Sequence[int]) -> None:
+        self._do(self._load, key, skip, len(blocks))
+
+    def stop(self, key: LegKey) -> None:
+        self._do(self._stop, key)
+
+    def put(self, key: bytes, hashes: Sequence[bytes], blocks: Sequence[int]) -> None:
+        self._do(self._offer, key, tuple(hashes))
+
+    def touch(self, hashes: Sequence[bytes]) -> None:
+        self._do(self._store.touch, tuple(hashes))
+
+    def counters(self) -> dict[str, float]:
+        return {name: float(count) for name, count in self._counters.items()}
+
+    def close(self) -> None:
+        """The worker is gone, however: nothing more is asked or answered."""
+        self._closed = True
+        self._store.forget(self._owner)
+        for reading in self._readings.values():
+            reading.over = True
+
+    # -- when it happens
+
+    def _do(self, call: Callable[..., None], *arguments: object) -> None:
+        self._world.at(self._clock(), self._unless_closed, call, *arguments)
+
+    def _unless_closed(self, call: Callable[..., None], *arguments: object) -> None:
+        if not self._closed:
+            call(*arguments)
+
+    def _after_answer(self, call: Callable[..., None], *arguments: object) -> None:
+        self._world.later(self._store.costs.answer_s, self._unless_closed, call, *arguments)
+
+    def _ask(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None:
+        self._counters["store_lookups"] += 1
+        self._asked[key] = number = self._counters["store_lookups"]
+        self._after_answer(self._look, key, number, hashes, first)
+
+    def _look(self, key: LegKey, number: int, hashes: Sequence[bytes], first: int) -> None:
+        if self._asked.get(key) != number:
+            return  # nobody waits for it any more
+        del self._asked[key]
+        reading = self._store.look(self._owner, hashes, first)
+        if reading.tiers:
+            self._readings[key] = reading
+        else:
+            self._store.end(reading)
+        self._deliver(StoreFound(key, tuple(reading.tiers)))
+
+    def _load(self, key: LegKey, skip: int, num_blocks: int) -> None:
+        if (reading := self._readings.get(key)) is None:
+            self._deliver(StoreLoaded(key, 0, (), 0.0, 0.0))
+        else:
+            self._store.load(reading, skip, num_blocks, lambda: self._end(key))
+
+    def _stop(self, key: LegKey) -> None:
+        self._asked.pop(key, None)
+        if key in self._readings:
+            self._end(key)
+
+    def _end(self, key: LegKey) -> None:
+        """A load ends with what is in the pool; without one nothing is told."""
+        reading = self._readings.pop(key)
+        self._store.end(reading)
+        if reading.on_end is not None:
+            self._counters["store_loaded_bytes"] += reading.done * self._store.block_bytes
+            load_s = self._world.now - reading.begun_at
+            tiers = tuple(reading.tiers[: reading.done])
+            self._deliver(StoreLoaded(key, reading.done, tiers, load_s, min(reading.copy_s, load_s)))
+
+    def _offer(self, key: bytes, hashes: Sequence[bytes]) -> None:
+        self._after_answer(
+            self._store.put, self._owner, hashes, lambda num_blocks: self._unless_closed(self._wrote, key, num_blocks)
+        )
+
+    def _wrote(self, key: bytes, num_blocks: int) -> None:
+        self._counters["store_written_bytes"] += num_blocks * self._store.block_bytes
+        self._deliver(StoreWritten(key, num_blocks))
