@@ -5,6 +5,6 @@ the workers, their block managers, the carrier, its membership, and the transfer
 takes time is arithmetic: a latency model stands in for the model's step, a network with delays and bandwidths for
 ZeroMQ and the data planes. Nothing here is imported by what serves, and nothing here imports torch.
 
-Read `world` (the clock), `network` (lines and plane), `host` (one worker), `simulation` (all of it, one run), then the
-studies.
+Read `world` (the clock), `network` (lines and plane), `host` (one worker), `store` (a host's KV store),
+`simulation` (all of it, one run), then the studies.
 """

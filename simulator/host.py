@@ -32,7 +32,8 @@ from prefill.settings import PrefillSettings
 from prefill.worker import PrefillWorker
 from simulator.latency import Profile, Work
 from simulator.network import Network, SimLine, SimPlane, digest_of
-from simulator.store import HostStore, SimStore
+from simulator.store import HostStore
+from simulator.store_client import SimStore
 from worker.parts import Parts
 
 PROXY = "proxy"
