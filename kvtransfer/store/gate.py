@@ -5,7 +5,8 @@
     chosen      = the n with the least load(n) + compute(all - n)
 
 Rates are measured: bytes and seconds of what was done, halved every HALF_LIFE_S, beside an assumption that weighs as
-much as ASSUMED_S seconds. So after a bad minute a tier is tried again, and a tier that was never used gets a chance.
+much as ASSUMED_S seconds. The assumptions are as fast as good hardware: a tier that was never used is tried, so that it
+is measured, and after a bad minute it is tried again. What a wrong guess costs is bounded by `Decision.stop_after_s`.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from dataclasses import dataclass
 from node.store_messages import DISK, PEER, RAM
 
 HALF_LIFE_S = 30.0
-ASSUMED_S = 0.01
-ASSUMED_BYTES_PER_S = {RAM: 4e9, DISK: 1e9, PEER: 0.5e9}
+ASSUMED_S = 0.0002
+ASSUMED_BYTES_PER_S = {RAM: 50e9, DISK: 10e9, PEER: 10e9}
 ASSUMED_TOKENS_PER_S = 1000.0
 SLACK_S = 0.05
 """A load may take so much longer than computing would, before it is stopped: messages take their time."""
