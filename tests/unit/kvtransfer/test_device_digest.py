@@ -23,7 +23,7 @@ def blocks(count: int = 5) -> torch.Tensor:
 
 
 def test_it_is_what_the_definition_says() -> None:
-    """Both ends of a transfer, and the stores to come, must agree on it."""
+    """Both ends of a transfer must agree on it, whatever computes it there."""
     data = blocks()
     expected = xxhash.xxh3_128(block_checksums(data[[3, 0]].numpy()).tobytes())
     assert BlockDigests(data).digest([3, 0]) == expected.digest()
