@@ -24,6 +24,8 @@ class Flight:
     launched: Launched
     parts: list[Part]
     began_at: float
+    behind: bool
+    """Launched while another was under way."""
     left: list[list[int]] = field(default_factory=list)
     """Blocks, tail first, of sequences that ended or were preempted meanwhile: the step may still write into them."""
 

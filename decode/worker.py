@@ -8,8 +8,9 @@ carrier says that the transfer has ended, or kept as cached prefix. Every leg en
 finish, Busy, Failed and Cancelled.
 
 Steps run ahead: up to the runner's `run_ahead` of them are launched before the first is read, so that a device never
-waits for this loop. What a step draws for a sequence that turns out to have ended is dropped, and blocks that a
-launched step may still write into rest with it until it was read.
+waits for this loop; the last of them as late as it may be (pace.py), so that who arrives meanwhile is in it. What a
+step draws for a sequence that turns out to have ended is dropped, and blocks that a launched step may still write into
+rest with it until it was read.
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from collections.abc import Callable
 from itertools import takewhile
 
 from decode.flight import Flight, Part
+from decode.pace import Pace
 from decode.scheduler import Item, Limits, plan
 from decode.sequence import Sequence
 from decode.settings import DecodeSettings
+from decode.tally import Tally
 from kvtransfer.blocks.manager import OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
 from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
@@ -86,15 +89,9 @@ class DecodeWorker:
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
         self._flights: deque[Flight] = deque()  # in the order of their launch
+        self._pace = Pace()
         self._free_slots = list(range(settings.max_num_seqs))
-        self._steps = 0
-        self._preemptions = 0
-        self._generated_tokens = 0
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._local_tokens = 0
-        self._local_cached_tokens = 0
-        self._computed_tokens = 0
+        self._tally = Tally()
         self._draining = Draining(settings.drain_s)
 
     def run(self) -> None:
@@ -120,8 +117,12 @@ class DecodeWorker:
         return worked
 
     def wait_s(self, longest_s: float) -> float:
-        """How long it may wait for something to come in: what it awaits of the store may be given up before."""
-        return self._reuse.wake_in_s(self._clock(), longest_s)
+        """How long it may wait for something to come in: before that the next step may be due, or what it awaits of the
+        store be given up."""
+        now = self._clock()
+        if self._flights:
+            longest_s = min(longest_s, max(0.0, self._pace.launch_at - now))
+        return self._reuse.wake_in_s(now, longest_s)
 
     def drain(self) -> None:
         """Take nothing new, end when all is done or the time is over."""
@@ -186,9 +187,9 @@ class DecodeWorker:
         self._legs[leg] = sequence
         if not message.prefill:
             self._insert(self._waiting, sequence)
-            self._local_tokens += sequence.num_tokens
-        self._prompt_tokens += sequence.num_tokens
-        self._cached_tokens += sequence.cached_tokens
+            self._tally.local += sequence.num_tokens
+        self._tally.prompts += sequence.num_tokens
+        self._tally.cached += sequence.cached_tokens
         self._carrier.tell(
             link,
             Reserved(request_id=leg.request_id, attempt=leg.attempt, cached_tokens=sequence.cached_tokens),
@@ -269,15 +270,18 @@ class DecodeWorker:
 
     def _step(self) -> bool:
         """Launch a step, and read one where enough are under way or none was launched; True if anything changed."""
-        before = len(self._flights)
+        before, run_ahead = len(self._flights), self._worker.runner.run_ahead
+        if before == run_ahead > 0 and self._clock() < self._pace.launch_at:
+            return False
         changed = self._launch()
-        if self._flights and (len(self._flights) == before or len(self._flights) > self._worker.runner.run_ahead):
+        if self._flights and (len(self._flights) == before or len(self._flights) > run_ahead):
             self._retire(self._flights.popleft())
             return True
         return changed
 
     def _launch(self) -> bool:
         """Carry out one plan; True if it launched or changed anything."""
+        planned_at = self._clock()
         if not self._running and not self._waiting:
             return False
         # Whoever was preempted while a step drew its next token waits for that token before it may come back.
@@ -300,8 +304,10 @@ class DecodeWorker:
             rows = [_row(sequence, length) for sequence, length in batch]
             parts = [Part(sequence, length, sequence.stay) for sequence, length in batch]
             began_at = self._clock()
-            self._flights.append(Flight(self._worker.runner.launch(rows), parts, began_at))
-            self._steps += 1
+            behind = bool(self._flights)
+            self._flights.append(Flight(self._worker.runner.launch(rows), parts, began_at, behind))
+            self._pace.launched(planned_at, self._clock(), behind)
+            self._tally.steps += 1
             for (sequence, length), row in zip(batch, rows, strict=True):
                 sequence.num_launched += length
                 sequence.num_pending += row.draw is not None
@@ -343,8 +349,8 @@ class DecodeWorker:
         sequence.num_computed = sequence.num_launched = cached_tokens
         if sequence.num_generated == sequence.told and not sequence.cached_tokens:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
-            self._cached_tokens += sequence.cached_tokens
-            self._local_cached_tokens += sequence.cached_tokens
+            self._tally.cached += sequence.cached_tokens
+            self._tally.local_cached += sequence.cached_tokens
         self._waiting.remove(sequence)
         self._enter(sequence)
         self._reuse.begin(sequence, self._clock())
@@ -374,7 +380,7 @@ class DecodeWorker:
         sequence.num_computed = sequence.num_launched = 0
         sequence.stay += 1
         self._insert(self._waiting, sequence)
-        self._preemptions += 1
+        self._tally.preemptions += 1
 
     def _retire(self, flight: Flight) -> None:
         """Take in what a step computed, and tell the proxies."""
@@ -382,9 +388,10 @@ class DecodeWorker:
         for blocks in flight.left:
             self._manager.release(blocks)
         now = self._clock()
+        self._pace.ended(flight.launched.device_time, now, flight.behind)
         if (num_prompt_tokens := sum(part.length for part in flight.parts if part.length > 1)) > 0:
             self._reuse.gate.computed(num_prompt_tokens, now - flight.began_at, now)
-            self._computed_tokens += num_prompt_tokens
+            self._tally.computed += num_prompt_tokens
         told: dict[str, list[Tokens]] = defaultdict(list)
         for part, token in zip(flight.parts, drawn, strict=True):
             sequence = part.sequence
@@ -400,7 +407,7 @@ class DecodeWorker:
                 continue
             sequence.num_pending -= 1
             sequence.append(token.token_id, token.logprob)
-            self._generated_tokens += 1
+            self._tally.generated += 1
             finish = finish_of(
                 token.token_id,
                 sequence.sampling,
@@ -456,17 +463,11 @@ class DecodeWorker:
             waiting_tokens=work,
             free_blocks=self._manager.num_available,
             total_blocks=self._manager.num_blocks,
-            steps=self._steps,
+            steps=self._tally.steps,
             counters={
-                "prompt_tokens": float(self._prompt_tokens),
-                "local_prefill_tokens": float(self._local_tokens),
-                "generated_tokens": float(self._generated_tokens),
-                "prefix_queries_tokens": float(self._prompt_tokens),
-                "prefix_hits_tokens": float(self._cached_tokens),
-                "prompt_tokens_gpu": float(self._local_cached_tokens),
-                "prompt_tokens_computed": float(self._computed_tokens),
+                **self._tally.counters(),
+                **self._pace.counters(),
                 **self._reuse.counters(),
-                "preemptions": float(self._preemptions),
                 "evictions": float(self._manager.evictions),
                 **self._carrier.transfer_counters(),
             },

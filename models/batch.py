@@ -57,11 +57,26 @@ class Drawn:
     """Only where the row's SamplingParams ask for it."""
 
 
+@dataclass(frozen=True, slots=True)
+class DeviceTime:
+    """What a step took on a device that works beside the host."""
+
+    busy_s: float
+    """From its first operation to its last."""
+    gap_s: float
+    """From the end of the step before it to its begin: the device had nothing to do. 0 for the first."""
+
+
 class Launched(Protocol):
     """A step that was launched."""
 
     def read(self) -> list[Drawn | None]:
         """One entry a row; waits until the step has ended. Once, and in the order of the launches."""
+        ...
+
+    @property
+    def device_time(self) -> DeviceTime | None:
+        """Of a step that was read; None where the host computes itself."""
         ...
 
 
@@ -70,6 +85,7 @@ class Done:
     """A step that has ended already."""
 
     drawn: list[Drawn | None]
+    device_time: DeviceTime | None = None
 
     def read(self) -> list[Drawn | None]:
         return self.drawn

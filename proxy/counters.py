@@ -43,6 +43,10 @@ ENGINE_COUNTERS: dict[str, str] = {
 
 WORKER_COUNTERS: dict[str, str] = {
     "steps": "Steps of the model.",
+    "device_busy_s": "Seconds in which the GPU computed steps.",
+    "device_gaps": "Steps that were launched while another was under way.",
+    "device_gaps_short": "Those of them that began within 50 microseconds of its end.",
+    "device_gap_s": "Seconds between the ends of steps and the begins of those that were launched behind them.",
     "prompt_tokens": "Tokens of prompts taken on.",
     "local_prefill_tokens": "Tokens of prompts that a decode worker was to compute itself.",
     "generated_tokens": "Tokens drawn by decode.",

@@ -24,7 +24,7 @@ from kvtransfer.exchange import Exchange
 from kvtransfer.pairs import Wire
 from kvtransfer.store.client import NO_STORE, Store
 from kvtransfer.store.events import StoreEvent
-from models.batch import Drawn, Row
+from models.batch import DeviceTime, Drawn, Row
 from node.endpoint import identity_of
 from node.lifecycle import Membership
 from node.messages import Bundle, Load, Message, Register, Role, Tokens
@@ -72,6 +72,7 @@ class SimStep:
     runner: SimRunner
     seconds: float
     drawn: list[Drawn | None]
+    device_time: DeviceTime | None = None
 
     def read(self) -> list[Drawn | None]:
         self.runner.spend(self.seconds)

@@ -17,6 +17,10 @@ from worker.start import Worker, start
 
 logger = logging.getLogger("worker")
 
+SWITCH_S = 0.0002
+"""A thread that wants the interpreter waits for it so long. The loop launches a GPU's kernels for milliseconds without
+a pause, while messages and transfers, of other threads, are short."""
+
 S = TypeVar("S", bound=WorkerSettings)
 
 
@@ -33,6 +37,7 @@ class Loop(Protocol):
 def serve(role: Role, given: S, make: Callable[[Worker, S], Loop]) -> int:
     """Run one worker to its end; returns the exit status: 0 drained, 1 could not start or was refused."""
     configure_logging(given.log_level, given.worker_id or role)
+    sys.setswitchinterval(SWITCH_S)
     try:
         device = choose_device(given.device)
         settings = given.for_device(device)

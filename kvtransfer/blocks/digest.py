@@ -29,7 +29,7 @@ class BlockDigests:
         self._sums = torch.empty(self.MAX_BLOCKS, dtype=torch.int64, device=data.device)
         self._host_ids = torch.empty(self.MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
         self._host_sums = torch.empty(self.MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
-        self._stream = torch.cuda.Stream(data.device, priority=0) if on_gpu else None
+        self._stream = torch.cuda.Stream(data.device, priority=-1) if on_gpu else None  # before what computes
         if on_gpu:
             torch.cuda.synchronize(data.device)
         self.digest([0])  # loads the kernels, which later would wait for the whole device: NCCL may spin there

@@ -22,6 +22,10 @@ class Mark(Protocol):
         """Until all work before it has run. Unbounded: who watches the worker sees that it takes no more steps."""
         ...
 
+    def since(self, earlier: Mark) -> float:
+        """Seconds of the device between two marks that have passed; 0 where no clock tells."""
+        ...
+
 
 class Queue(Protocol):
     """See the module's docstring."""
@@ -62,7 +66,7 @@ class CudaQueue:
             work()
 
     def mark(self) -> Mark:
-        event = torch.cuda.Event()
+        event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return _EventMark(event)
 
@@ -81,10 +85,14 @@ class CudaQueue:
 
 class _EventMark:
     def __init__(self, event: torch.cuda.Event) -> None:
-        self._event = event
+        self.event = event
 
     def wait(self) -> None:
-        self._event.synchronize()
+        self.event.synchronize()
+
+    def since(self, earlier: Mark) -> float:
+        assert isinstance(earlier, _EventMark), "marks of two kinds of queue"
+        return earlier.event.elapsed_time(self.event) / 1e3
 
 
 class HostQueue:
@@ -127,3 +135,6 @@ class _HostMark:
 
     def wait(self) -> None:
         self._queue.run_to(self._place)
+
+    def since(self, earlier: Mark) -> float:
+        return 0.0

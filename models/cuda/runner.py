@@ -21,7 +21,7 @@ import torch
 from kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
 from kernels.triton.decode_plan import DecodePlan, even_plan, fixed_plan
 from kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
-from models.batch import Draw, Drawn, Launched, Row
+from models.batch import DeviceTime, Draw, Drawn, Launched, Row
 from models.config import ModelConfig
 from models.cuda.attention import ChunkAttention, choose_attention
 from models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, lay_out
@@ -88,6 +88,7 @@ class CudaRunner:
         self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
         self._results = [StepResult(queue, rows) for _ in range(limits.run_ahead + 1)]
+        self._last: Mark | None = None
         self._bound: _Bound | None = None
         self._longest = max_len
 
@@ -148,12 +149,15 @@ class CudaRunner:
         drawing = decode + [index for index in chunks if rows[index].draw is not None]
         result = self._results.pop()
         self._begin(rows)
+        begun = []
         if decode:
-            self._launch_decode([rows[index] for index in decode], result)
+            begun.append(self._launch_decode([rows[index] for index in decode], result))
         if chunks:
-            self._launch_chunks([rows[index] for index in chunks], result, len(decode))
+            begun.append(self._launch_chunks([rows[index] for index in chunks], result, len(decode)))
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
-        return _Step(self.queue.mark(), result, drawing, num_tops, len(rows), self._results.append)
+        before, self._last = self._last or begun[0], self.queue.mark()
+        marks = _Marks(before, begun[0], self._last)
+        return _Step(marks, result, drawing, num_tops, len(rows), self._results.append)
 
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
@@ -171,7 +175,8 @@ class CudaRunner:
                 self._sampler.set_row(row.slot, row.draw)
         self._sampler.flush()
 
-    def _launch_decode(self, rows: Sequence[Row], result: StepResult) -> None:
+    def _launch_decode(self, rows: Sequence[Row], result: StepResult) -> Mark:
+        """Returns its begin on the device."""
         bound, count = self._bind(), len(rows)
         graph = bound.graphs.graph_for(count, max(row.start for row in rows) + 1)
         header, places, blocks = bound.upload.send((self._header(rows), *bound.slots.changes(rows)))
@@ -185,7 +190,9 @@ class CudaRunner:
                 edited()
             finish(self._decoder.last_logits(count))
 
+        begun = self.queue.mark()
         self.queue.enqueue(work)
+        return begun
 
     def _header(self, rows: Sequence[Row]) -> np.ndarray:
         """int32 [3, max_rows rounded up]: slots, positions and given tokens of a decode step; the rest is padding."""
@@ -243,8 +250,9 @@ class CudaRunner:
 
         return finish
 
-    def _launch_chunks(self, rows: Sequence[Row], result: StepResult, first: int) -> None:
-        """Computes parts of prompts, and draws what they ask for to the places of `result` from `first` on."""
+    def _launch_chunks(self, rows: Sequence[Row], result: StepResult, first: int) -> Mark:
+        """Computes parts of prompts, and draws what they ask for to the places of `result` from `first` on. Returns its
+        begin on the device."""
         bound = self._bind()
         arrays = lay_out(rows, bound.block_tokens, self.config.num_heads, bound.attention.tile)
         for row in rows:
@@ -266,7 +274,9 @@ class CudaRunner:
                 self._draw(logits, slots, new_positions, edited)
                 finish(logits)
 
+        begun = self.queue.mark()
         self.queue.enqueue(work)
+        return begun
 
     def _prefill_body(self, sent: Sequence[torch.Tensor]) -> Work:
         """The launches of parts of prompts over a step's arrays on the device, in the order of ChunkArrays."""
@@ -335,18 +345,35 @@ class _Bound:
 
 
 @dataclass(frozen=True, slots=True)
-class _Step:
-    """A step on its way; its result is there once the mark has passed."""
+class _Marks:
+    """The end of the step before, and this step's begin and end."""
 
-    mark: Mark
+    before: Mark
+    begun: Mark
+    ended: Mark
+
+    @property
+    def device_time(self) -> DeviceTime:
+        return DeviceTime(self.ended.since(self.begun), self.begun.since(self.before))
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """A step on its way; its result is there once its end has passed."""
+
+    marks: _Marks
     result: StepResult
     drawing: list[int]
     num_tops: list[int | None]
     num_rows: int
     give_back: Callable[[StepResult], None]
 
+    @property
+    def device_time(self) -> DeviceTime | None:
+        return self.marks.device_time
+
     def read(self) -> list[Drawn | None]:
-        self.mark.wait()
+        self.marks.ended.wait()
         drawn: list[Drawn | None] = [None] * self.num_rows
         for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
             drawn[index] = entry

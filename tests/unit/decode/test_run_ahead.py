@@ -21,7 +21,7 @@ from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.manager import BlockManager
 from kvtransfer.carrier import FromProxy
 from kvtransfer.exchange import KvArrived, ReceiverEnded
-from models.batch import Drawn, Row
+from models.batch import DeviceTime, Drawn, Row
 from node.messages import Bundle, Busy, Cancel, Failed, Load, Message, Reserve, SamplingParams
 
 ROOT, BLOCK, VOCAB, STOP = b"r" * 32, 4, 13, 5
@@ -48,6 +48,7 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
 class LateStep:
     def __init__(self, runner: LateRunner, rows: list[Row]) -> None:
         self._runner, self._rows = runner, rows
+        self.device_time: DeviceTime | None = None
 
     def read(self) -> list[Drawn | None]:
         assert self._runner.launched.pop(0) is self, "steps must be read in the order of their launch"
@@ -260,3 +261,20 @@ def test_a_device_has_its_next_step_before_the_last_one_is_read():
         under_way.append(len(bench.runner.launched))
     assert set(under_way[:-1]) == {1}
     assert bench.tokens("a") == expected([1, 2, 3], 8)
+
+
+def test_who_arrives_before_the_next_launch_is_in_the_next_step():
+    """Guards against a step launched so early that a newcomer has to wait behind it."""
+    bench = Bench(1, 30)
+    bench.request("a", [1, 2, 3], 20, remote=False)
+    for _ in range(3):
+        bench.worker.turn(0.0)
+    under_way = len(bench.runner.launched)
+    bench.worker._pace.launch_at = bench.worker._clock() + 100.0
+    assert under_way == 1 and 0.05 < bench.worker.wait_s(0.1) <= 0.1
+    bench.request("b", [4, 5], 5, remote=False)
+    assert not bench.worker.turn(0.0) and len(bench.runner.launched) == under_way
+    bench.worker._pace.launch_at = 0.0
+    bench.worker.turn(0.0)
+    bench.finish()
+    assert bench.tokens("a") == expected([1, 2, 3], 20) and bench.tokens("b") == expected([4, 5], 5)

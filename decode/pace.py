@@ -1,0 +1,62 @@
+"""When the next step is launched behind the one under way: as late as the device allows. Pure.
+
+    ──┬── step under way ───────────────┬── the next
+      began          launch_at ├─ margin ┤ expected end: the shortest of the last steps
+
+A sequence that arrives before `launch_at` is in the next step; had that been launched at once, it would have waited for
+one more. The margin is what launches took the host lately, twice, and the time to wake up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from models.batch import DeviceTime
+
+RECENT = 8
+SPARE_S = 0.0005
+SHORT_GAP_S = 50e-6
+
+
+class Pace:
+    """Times are those of the loop's clock. `launch_at` is 0, long past, while nothing is known of a device."""
+
+    def __init__(self) -> None:
+        self.launch_at = 0.0
+        self.busy_s = 0.0
+        self.gap_s = 0.0
+        self.gaps = 0
+        self.short_gaps = 0
+        self._busy: deque[float] = deque(maxlen=RECENT)
+        self._host: deque[float] = deque(maxlen=RECENT)
+
+    def launched(self, began_at: float, now: float, behind: bool) -> None:
+        """A launch took the host from `began_at` to `now`; `behind` another step, or else its step begins now."""
+        self._host.append(now - began_at)
+        if not behind:
+            self._expect_end_of_step_begun(now)
+
+    def ended(self, took: DeviceTime | None, now: float, behind: bool) -> None:
+        """A step was read, the next runs since then, if there is one; `behind`: it was launched behind another."""
+        if took is None:
+            return
+        self.busy_s += took.busy_s
+        if behind:
+            self.gaps += 1
+            self.gap_s += took.gap_s
+            self.short_gaps += took.gap_s < SHORT_GAP_S
+        self._busy.append(took.busy_s)
+        self._expect_end_of_step_begun(now)
+
+    def _expect_end_of_step_begun(self, at: float) -> None:
+        if self._busy:
+            self.launch_at = at + min(self._busy) - 2 * max(self._host) - SPARE_S
+
+    def counters(self) -> dict[str, float]:
+        """For the heartbeat."""
+        return {
+            "device_busy_s": self.busy_s,
+            "device_gaps": float(self.gaps),
+            "device_gaps_short": float(self.short_gaps),
+            "device_gap_s": self.gap_s,
+        }
