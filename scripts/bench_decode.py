@@ -29,11 +29,11 @@ GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
 class Cell:
     """`num_rows` sequences which reach `context` tokens in the last step that is timed."""
 
-    def __init__(self, num_rows: int, context: int, num_blocks: int) -> None:
+    def __init__(self, num_rows: int, context: int, num_blocks: int, steps: int = WARM_STEPS + STEPS) -> None:
         each = -(-(context + 1) // BLOCK_TOKENS)
         blocks = random.Random(0).sample(range(num_blocks), num_rows * each)
         self._tables = [blocks[row * each : (row + 1) * each] for row in range(num_rows)]
-        self._start = context - WARM_STEPS - STEPS
+        self._start = context - steps
         self._given = True
 
     def rows(self) -> list[Row]:

@@ -40,6 +40,8 @@ class Side:
         self.digests = BlockDigests(self.memory.data)
         self.plane: Plane | None = None
         self.done = 0
+        self.nap_s = 0.0
+        """Between two looks at the plane."""
 
     def make(self, kind: str, ctas: int) -> list[str]:
         if self.plane is not None:
@@ -62,7 +64,7 @@ class Side:
         for done in self.plane.poll():
             assert done.ok, done
             self.done += done.sending is sending
-        time.sleep(0)  # lets the threads of NCCL have the interpreter
+        time.sleep(self.nap_s)  # if only to let the threads of NCCL have the interpreter
 
 
 def blocks_of(number: int, size_mib: int) -> list[int]:
