@@ -62,6 +62,15 @@ def lay_out(rows: Sequence[Row], block_tokens: int, num_heads: int, tile: int) -
     )
 
 
+def behind(arrays: ChunkArrays, rows: Sequence[Row], padded: int) -> ChunkArrays:
+    """The draws of a step in which these chunks stand behind `padded` tokens, the first of which are those of `rows`:
+    the rows' draws, then the chunks'."""
+    own = np.array([(number, row.slot, row.start + 1) for number, row in enumerate(rows)], dtype=np.int32)
+    chunks = np.stack((arrays.drawn_tokens + np.int32(padded), arrays.drawn_slots, arrays.drawn_positions))
+    tokens, slots, positions = np.concatenate((own.T, chunks), axis=1)
+    return arrays._replace(drawn_tokens=tokens, drawn_slots=slots, drawn_positions=positions)
+
+
 @dataclass(frozen=True, slots=True)
 class ChunkShape:
     """The sizes of a captured step of parts of prompts."""

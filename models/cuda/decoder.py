@@ -83,6 +83,12 @@ class DeviceDecoder:
 
     def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row."""
+        attend = self.attend_rows(inputs, plan, scratch, pdl)
+        normed = self._layers(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl)
+        return self._logits(normed, pdl)
+
+    def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
+        """Attention of one new token a row."""
         pool, config = self._bound(), self._config
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
@@ -91,8 +97,7 @@ class DeviceDecoder:
                 query, pool, layer, inputs.tables, inputs.lengths, plan, scratch, out, window=window, pdl=pdl
             )
 
-        normed = self._layers(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl)
-        return self._logits(normed, pdl)
+        return attend
 
     def last_logits(self, num_rows: int) -> torch.Tensor:
         """[num_rows, vocab] of the step that ran last, valid until the next runs."""
@@ -108,7 +113,8 @@ class DeviceDecoder:
     ) -> None:
         """Logits of the tokens number `drawn` (int32) of a step become `last_logits`; the other arrays are int32 [N].
 
-        Keys and values are written for all; behind the last layer's attention only drawn tokens are computed.
+        The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
+        written for all; behind the last layer's attention only drawn tokens are computed.
         """
         normed = self._layers(tokens, positions, kv_slots, attend, pdl=False, drawn=drawn)
         if len(drawn):

@@ -57,6 +57,10 @@ class DecodeGraphs:
         """Rows of the graph that runs so many."""
         return self._sizes[bisect_left(self._sizes, num_rows)]
 
+    def length_for(self, longest: int) -> int:
+        """The tokens up to which the graph for such rows goes."""
+        return self._lengths[bisect_left(self._lengths, longest)]
+
     def graph_for(self, num_rows: int, longest: int) -> Work:
         """For rows of up to `longest` tokens, the new ones included."""
-        return self._graphs[self.size_for(num_rows), self._lengths[bisect_left(self._lengths, longest)]]
+        return self._graphs[self.size_for(num_rows), self.length_for(longest)]

@@ -4,9 +4,10 @@
     runner.bind_pool(pool, max_model_len, on_progress)       # captures the decode steps
     launched = runner.launch(rows); ...; launched.read()     # see models.batch
 
-A row that continues what its slot drew last runs in a captured decode step, the parts of prompts in one launched op by
-op behind it; both are one step to the worker. Whatever the host sends goes through pinned memory, and nothing waits for
-the GPU but `read`.
+Rows that continue what their slots drew last run in a captured decode step, parts of prompts in another launch: small
+ones captured too, larger ones op by op. Where a step has both, and not few tokens of prompts, they are one pass over
+the weights, launched op by op. Whatever the host sends goes through pinned memory, and nothing waits for the GPU but
+`read`.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import torch
 from kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
 from kernels.triton.decode_plan import DecodePlan, even_plan, fixed_plan
 from kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
-from models.batch import DeviceTime, Draw, Drawn, Launched, Row
+from models.batch import Draw, Launched, Row
 from models.config import ModelConfig
 from models.cuda.attention import ChunkAttention, choose_attention
-from models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, lay_out
+from models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, lay_out
 from models.cuda.decoder import DeviceDecoder
 from models.cuda.graphs import DecodeGraphs, Progress, lengths_up_to, no_progress, sizes_up_to
 from models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
@@ -32,6 +33,7 @@ from models.cuda.queue import Mark, Queue, Work
 from models.cuda.results import StepResult
 from models.cuda.sampling import SlotSampler
 from models.cuda.slots import Slots
+from models.cuda.step import Marks, RunningStep
 from models.cuda.upload import ALIGNED, Upload, aligned
 from models.weights import Weights
 from node.errors import InvariantBroken, SettingsError
@@ -62,6 +64,8 @@ class Limits:
     run_ahead: int = 1
     deterministic: bool = False
     """Results do not depend on what else is in the step, at a cost of up to a seventh of a step's time."""
+    mixed_tokens: int = 128
+    """From so many tokens of prompts on, these and decode rows are one pass; with fewer, its launches would bind it."""
 
 
 class CudaRunner:
@@ -84,7 +88,8 @@ class CudaRunner:
         self.queue, self._limits = queue, limits
         policy = policy or (invariant if limits.deterministic else fastest)
         rows = limits.max_rows
-        self._decoder = DeviceDecoder(config, weights, policy, max(limits.max_tokens, rows), rows, max_len)
+        self._most_tokens = max(limits.max_tokens, rows)
+        self._decoder = DeviceDecoder(config, weights, policy, self._most_tokens, rows, max_len)
         self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
         self._results = [StepResult(queue, rows) for _ in range(limits.run_ahead + 1)]
@@ -107,7 +112,7 @@ class CudaRunner:
         first = FIXED_LENGTHS if self._limits.deterministic else FAST_LENGTHS
         sizes, lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *first)
         attention = choose_attention(config, pool, self.queue, self._limits.deterministic)
-        tokens = max(self._limits.max_tokens, rows)
+        tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(pool)
         self._bound = _Bound(
@@ -120,6 +125,7 @@ class CudaRunner:
             scratch=self._scratch([(size, self._plan(size, length)) for size in sizes for length in lengths]),
             graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
             edited=DecodeGraphs(self.queue, sizes, (max_model_len,), self._edited_body),
+            both=torch.zeros(3, self._most_tokens, dtype=torch.int32, device=device),
             chunk_steps=[],
         )
         self._bound.upload.send((self._header([]),))  # captures run on padding alone
@@ -149,15 +155,11 @@ class CudaRunner:
         drawing = decode + [index for index in chunks if rows[index].draw is not None]
         result = self._results.pop()
         self._begin(rows)
-        begun = []
-        if decode:
-            begun.append(self._launch_decode([rows[index] for index in decode], result))
-        if chunks:
-            begun.append(self._launch_chunks([rows[index] for index in chunks], result, len(decode)))
+        begun = self._launch_both([rows[index] for index in decode], [rows[index] for index in chunks], result)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
-        before, self._last = self._last or begun[0], self.queue.mark()
-        marks = _Marks(before, begun[0], self._last)
-        return _Step(marks, result, drawing, num_tops, len(rows), self._results.append)
+        before, self._last = self._last or begun, self.queue.mark()
+        marks = Marks(before, begun, self._last)
+        return RunningStep(marks, result, drawing, num_tops, len(rows), self._results.append)
 
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
@@ -174,6 +176,19 @@ class CudaRunner:
             if row.token_ids and row.draw is not None:
                 self._sampler.set_row(row.slot, row.draw)
         self._sampler.flush()
+
+    def _launch_both(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult) -> Mark:
+        """Of either kind there may be none. Returns the step's begin on the device."""
+        new = sum(row.num_new for row in chunks)
+        padded = self._bind().graphs.size_for(len(decode)) if decode else 0
+        if decode and new >= self._limits.mixed_tokens and padded + new <= self._most_tokens:
+            return self._launch_mixed(decode, chunks, result, padded)
+        begun = []
+        if decode:
+            begun.append(self._launch_decode(decode, result))
+        if chunks:
+            begun.append(self._launch_chunks(chunks, result, len(decode)))
+        return begun[0]
 
     def _launch_decode(self, rows: Sequence[Row], result: StepResult) -> Mark:
         """Returns its begin on the device."""
@@ -205,21 +220,26 @@ class CudaRunner:
 
     def _decode_body(self, num_rows: int, max_tokens: int) -> Work:
         """The launches of a decode step, whose inputs lie where `upload` puts them."""
-        bound = self._bind()
-        header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
-        slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
-        inputs = bound.inputs.first(num_rows)
-        plan = self._plan(num_rows, max_tokens)
-        few = num_rows <= PDL_ROWS_LONG or (num_rows <= PDL_ROWS and max_tokens <= FAST_LENGTHS[0])
-        pdl = self.queue.pdl and few
+        bound, inputs, pdl = self._bind(), self._bind().inputs.first(num_rows), self._pdl(num_rows, max_tokens)
+        slots, plan = bound.upload.there[:num_rows], self._plan(num_rows, max_tokens)
 
         def body() -> None:
-            kept = bound.slots
-            gather_inputs(slots, positions, given, kept.last, kept.tables, bound.block_tokens, inputs)
+            self._gather(inputs)
             logits = self._decoder.decode(inputs, plan, bound.scratch, pdl)
             self._draw(logits, slots, inputs.lengths, edited=False)
 
         return body
+
+    def _gather(self, inputs: StepInputs) -> None:
+        """What the rows of a decode step compute, from the header that was sent and what their slots keep."""
+        bound, num_rows = self._bind(), len(inputs.tokens)
+        header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
+        slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
+        gather_inputs(slots, positions, given, bound.slots.last, bound.slots.tables, bound.block_tokens, inputs)
+
+    def _pdl(self, num_rows: int, max_tokens: int) -> bool:
+        few = num_rows <= PDL_ROWS_LONG or (num_rows <= PDL_ROWS and max_tokens <= FAST_LENGTHS[0])
+        return self.queue.pdl and few
 
     def _edited_body(self, num_rows: int, max_tokens: int) -> Work:
         """Draws anew, with every parameter, what a decode step of any length drew."""
@@ -273,6 +293,44 @@ class CudaRunner:
                 logits = self._decoder.last_logits(len(drawing))
                 self._draw(logits, slots, new_positions, edited)
                 finish(logits)
+
+        begun = self.queue.mark()
+        self.queue.enqueue(work)
+        return begun
+
+    def _launch_mixed(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, padded: int) -> Mark:
+        """One pass for rows that decode, padded as in their graph, and parts of prompts behind them."""
+        bound = self._bind()
+        longest = bound.graphs.length_for(max(row.start for row in decode) + 1)
+        _, places, blocks = bound.upload.send((self._header(decode), *bound.slots.changes(decode)))
+        arrays = lay_out(chunks, bound.block_tokens, self.config.num_heads, bound.attention.tile)
+        for row in chunks:
+            bound.slots.begin(row.slot)
+        sent = bound.chunk_upload.send(behind(arrays, decode, padded))
+        tokens, positions, kv_slots, starts, lengths, tables, items, last, slots, new_positions = sent
+        inputs = bound.inputs.first(padded)
+        plan, pdl = self._plan(padded, longest), self._pdl(padded, longest)
+        of_rows = self._decoder.attend_rows(inputs, plan, bound.scratch, pdl)
+        of_chunks = bound.attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
+        drawing = [*decode, *(row for row in chunks if row.draw is not None)]
+        edited = any(self._sampler.edits(row.slot) for row in drawing)
+        finish = self._finish(drawing, slots, result, 0)
+        both = bound.both[:, : padded + len(tokens)]
+
+        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+            of_rows(layer, query[:padded], out[:padded])
+            of_chunks(layer, query[padded:], out[padded:])
+
+        def work() -> None:
+            set_entries(bound.slots.tables.view(-1), places, blocks)
+            self._gather(inputs)
+            pairs = (inputs.tokens, tokens), (inputs.positions, positions), (inputs.kv_slots, kv_slots)
+            for pair, joined in zip(pairs, both, strict=True):
+                torch.cat(pair, out=joined)
+            self._decoder.prefill(both[0], both[1], both[2], attend, last)
+            logits = self._decoder.last_logits(len(drawing))
+            self._draw(logits, slots, new_positions, edited)
+            finish(logits)
 
         begun = self.queue.mark()
         self.queue.enqueue(work)
@@ -340,45 +398,10 @@ class _Bound:
     edited: DecodeGraphs
     """Drawing alone, for steps with a row that asks for more than a temperature; one kernel after the other would take
     the host longer than the GPU."""
+    both: torch.Tensor
+    """int32 [3, most tokens]: tokens, positions and KV slots of a step of both kinds."""
     chunk_steps: list[CapturedChunks]
     """Smallest first."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Marks:
-    """The end of the step before, and this step's begin and end."""
-
-    before: Mark
-    begun: Mark
-    ended: Mark
-
-    @property
-    def device_time(self) -> DeviceTime:
-        return DeviceTime(self.ended.since(self.begun), self.begun.since(self.before))
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A step on its way; its result is there once its end has passed."""
-
-    marks: _Marks
-    result: StepResult
-    drawing: list[int]
-    num_tops: list[int | None]
-    num_rows: int
-    give_back: Callable[[StepResult], None]
-
-    @property
-    def device_time(self) -> DeviceTime | None:
-        return self.marks.device_time
-
-    def read(self) -> list[Drawn | None]:
-        self.marks.ended.wait()
-        drawn: list[Drawn | None] = [None] * self.num_rows
-        for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
-            drawn[index] = entry
-        self.give_back(self.result)
-        return drawn
 
 
 def decodes(row: Row) -> bool:

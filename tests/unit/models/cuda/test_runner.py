@@ -29,14 +29,12 @@ def split_in_two(num_rows, shape):
     return type(tiles)(16, 16, 16, 3, 2, prefetch=0)
 
 
-def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, deterministic: bool = False):
+def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, **limits):
     """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks."""
     plain = ModelRunner.load(folder)
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
-    limits = Limits(max_rows, 64, run_ahead, deterministic)
-    late = CudaRunner(
-        plain.config, load_weights(plain.config, folder, torch.float32, pack=False), HostQueue(), limits, 512, policy
-    )
+    weights = load_weights(plain.config, folder, torch.float32, pack=False)
+    late = CudaRunner(plain.config, weights, HostQueue(), Limits(max_rows, 64, run_ahead, **limits), 512, policy)
     late.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)), 96)
     return late, plain
 
@@ -67,11 +65,13 @@ TABLES = {0: [4, 11, 2], 1: [7, 0], 2: [9, 3, 5]}
 
 @pytest.mark.parametrize("policy", [split_in_two, invariant], ids=["split", "deterministic"])
 @pytest.mark.parametrize("run_ahead", [0, 2])
-def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_ahead):
+@pytest.mark.parametrize("mixed_tokens", [1, 64], ids=["one pass", "two launches"])
+def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_ahead, mixed_tokens):
     """Guards the slots: tokens that only the device knows, blocks that are added, rows that pause, come and go, a slot
-    that changes its owner, and steps of prompts between steps of decoding."""
+    that changes its owner, and steps of prompts between and in steps of decoding."""
     folder = make_model("llama", num_hidden_layers=1, vocab_size=144).folder
-    late, plain = make(folder, run_ahead=run_ahead, policy=policy, deterministic=policy is invariant)
+    limits = {"deterministic": policy is invariant, "mixed_tokens": mixed_tokens}
+    late, plain = make(folder, run_ahead=run_ahead, policy=policy, **limits)
     run = Ahead(late)
     run.start(0, PROMPTS[0], TABLES[0])
     run.start(1, PROMPTS[1], TABLES[1], temperature=1.1, seed=(5 << 33) + 7)
