@@ -144,6 +144,8 @@ class Carrier:
         wait_s = min(max(self.wake_at - self._clock(), 0.0), MAX_WAIT_S)
         inbound = self._endpoint.receive(wait_s, also=self._exchange.sockets)
         now = self._clock()
+        while self._outbox:  # clients wait for these; what follows may read whole chunks for their digests
+            self._endpoint.send(*self._outbox.popleft())
         while self._todo:
             self._todo.popleft()(self._exchange, now)
         for peer, message in inbound:
@@ -156,8 +158,6 @@ class Carrier:
         )
         for change in changes:
             self.inbox.put(change)
-        while self._outbox:
-            self._endpoint.send(*self._outbox.popleft())
         for link, message in messages:
             self._endpoint.send(link, message)
 

@@ -1,0 +1,36 @@
+"""What a worker says when a GPU's memory does not suffice: a reason before it begins, and a GPU that others can use."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from decode.settings import DecodeSettings
+from node.errors import SettingsError
+from worker.engine import make_engine
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        ({"kv_memory_gib": 4000.0}, "does not fit"),
+        ({"gpu_memory_utilization": 0.05, "taken": 0.2}, "no memory for a KV pool"),
+        ({"max_num_batched_tokens": 1 << 20, "max_num_seqs": 4096, "taken": 0.97}, "does not suffice"),
+    ],
+    ids=["pool", "nothing is free", "activations"],
+)
+def test_too_little_memory_is_told_before_a_worker_begins(options, reason):
+    """Guards against a traceback, and against memory that stays taken after the refusal."""
+    from node.modelhub import locate_model
+
+    free, total = torch.cuda.mem_get_info(0)
+    hold_bytes = int(options.pop("taken", 0.0) * total) - (total - free)
+    held = torch.empty(max(0, hold_bytes), dtype=torch.uint8, device="cuda:0")
+    settings = DecodeSettings(**options).for_device("cuda")
+    with pytest.raises(SettingsError, match=reason):
+        make_engine(settings, "cuda", "decode", locate_model("demo"))
+    del held
+    torch.cuda.empty_cache()
+    assert torch.zeros(1 << 20, device="cuda:0").sum().item() == 0.0
