@@ -189,7 +189,7 @@ class _Child:
                 stderr=asyncio.subprocess.STDOUT,
                 env=dict(self.spec.env),
                 process_group=0,
-                preexec_fn=_tether(os.getpid()),
+                preexec_fn=tether(os.getpid()),
             )
         except OSError as error:
             return str(error)
@@ -229,7 +229,7 @@ class _Child:
             self._say(f"[{self.spec.name}] {text}")
 
 
-def _tether(parent_pid: int) -> Callable[[], None] | None:
+def tether(parent_pid: int) -> Callable[[], None] | None:
     """What a child does before exec, so that it cannot outlive its parent; None where the system cannot do it."""
     if not sys.platform.startswith("linux"):
         return None
