@@ -7,7 +7,7 @@ from scripts.bench_requests import Answer, random_ids
 
 
 def answer(tokens: str, logprob: float = -1.0) -> Answer:
-    return Answer(0.1, tuple(tokens), tuple(logprob for _ in tokens))
+    return Answer(tuple(tokens), tuple(logprob for _ in tokens))
 
 
 def test_tokens_count_up_to_the_first_difference() -> None:
