@@ -156,7 +156,8 @@ def cluster(
     """
     port, control_port, store_port = serve.free_ports(3)
     settings = replace(settings, port=port, served_model_name=MODEL)
-    environ = {**os.environ, "PYTHONPATH": str(ROOT)}
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     specs = [edit(spec) for spec in serve.roles(settings, control_port, store_port, environ)]
     with TemporaryDirectory() as folder:
         made = Cluster(specs, port, Path(folder), settings.start_timeout_s)
