@@ -1,10 +1,11 @@
 """Whole KV blocks: their checksums, and copies between the pool and a contiguous staging buffer.
 
-    checks[i] = kernels.checksum of the bytes of pool[ids[i]]
+    checks[i] = mix(words + sum over j of (lo_j ^ a_j) * (hi_j ^ b_j) + w_j)   w: the words of block ids[i]
+                a_j = (2 j + 1) * 0x9E3779B1, b_j = (2 j + 1) * 0x85EBCA77     mod 2**32
     gather:  staging[i] = pool[ids[i]]          scatter:  pool[ids[i]] = staging[i]
 
-Blocks are seen as rows of 64-bit words; a program does SLICE words of one block. Bytes: a checksum reads each block
-once, a copy reads and writes it once.
+Blocks are seen as rows of 64-bit words, of which lo and hi are the halves and mix is SplitMix64's finaliser; a program
+does SLICE words of one block. Bytes: a checksum reads each block once, a copy reads and writes it once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -68,7 +69,7 @@ def checksum_scratch(max_blocks: int, pool: torch.Tensor) -> torch.Tensor:
 
 
 def block_checksums(pool: torch.Tensor, ids: torch.Tensor, scratch: torch.Tensor, out: torch.Tensor) -> None:
-    """out int64 [n]: the bits of kernels.checksum.block_checksums of pool[ids]; ids int32 or int64 [n].
+    """out int64 [n]: the checksums of pool[ids]; ids int32 or int64 [n].
 
     pool [blocks, ...] of any dtype, contiguous, a multiple of 8 bytes a block; scratch from checksum_scratch.
     """

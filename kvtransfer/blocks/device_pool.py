@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from kvtransfer.blocks import cudart
-from kvtransfer.blocks.digest import WORD_BYTES, BlockDigests
+from kvtransfer.blocks.checksum import WORD_BYTES
+from kvtransfer.blocks.digest import BlockDigests
 from kvtransfer.blocks.layout import KVLayout
 from node.errors import InvariantBroken, SettingsError
 

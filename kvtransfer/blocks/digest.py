@@ -7,30 +7,59 @@ from collections.abc import Sequence
 import torch
 import xxhash
 
-from kernels.checksum import WORD_BYTES
 from kernels.triton.blocks import block_checksums, checksum_scratch
+from kvtransfer.blocks.checksum import WORD_BYTES
 from node.errors import InvariantBroken
 
-__all__ = ["WORD_BYTES", "BlockDigests"]
+
+class Checksums:
+    """Room for the checksums of up to `max_blocks` blocks of one allocation; `checksum.py` defines them.
+
+    `launch` and `result` follow each other: between them the GPU gets as far as the kernel.
+    """
+
+    def __init__(self, data: torch.Tensor, max_blocks: int) -> None:
+        """`data`: uint8 [num_blocks, block_bytes], block_bytes a multiple of WORD_BYTES."""
+        self.max_blocks = max_blocks
+        self._data = data
+        self._scratch = checksum_scratch(max_blocks, data)
+        self._ids = torch.empty(max_blocks, dtype=torch.int64, device=data.device)
+        self._sums = torch.empty(max_blocks, dtype=torch.int64, device=data.device)
+        self._host_ids = torch.empty(max_blocks, dtype=torch.int64, pin_memory=data.is_cuda)
+        self._host_sums = torch.empty(max_blocks, dtype=torch.int64, pin_memory=data.is_cuda)
+        self._count = 0
+
+    def launch(self, blocks: Sequence[int]) -> None:
+        """On torch's current stream."""
+        if any(not 0 <= block < len(self._data) for block in blocks):
+            raise InvariantBroken(f"blocks {list(blocks)} of a pool of {len(self._data)}")
+        self._count = count = len(blocks)
+        self._host_ids[:count] = torch.tensor(blocks, dtype=torch.int64)
+        self._ids[:count].copy_(self._host_ids[:count], non_blocking=True)
+        block_checksums(self._data, self._ids[:count], self._scratch, self._sums[:count])
+        self._host_sums[:count].copy_(self._sums[:count], non_blocking=True)
+
+    def result(self) -> bytes:
+        """Of the last launch, when its stream has got so far: WORD_BYTES a block."""
+        return self._host_sums[: self._count].numpy().tobytes()
+
+    def digests(self) -> list[bytes]:
+        """The same as digests of one block each, those that `checksum.sum64` makes on the host."""
+        sums = self.result()
+        return [xxhash.xxh3_128_digest(sums[at : at + WORD_BYTES]) for at in range(0, len(sums), WORD_BYTES)]
 
 
 class BlockDigests:
-    """Digests of the blocks of one allocation; `kernels.checksum` defines the checksum that they are made of."""
+    """Digests of the blocks of one allocation."""
 
     MAX_BLOCKS = 1024
     """In one launch; more take several."""
 
     def __init__(self, data: torch.Tensor) -> None:
-        """`data`: uint8 [num_blocks, block_bytes], block_bytes a multiple of 8."""
-        self._data = data
-        on_gpu = data.is_cuda
-        self._scratch = checksum_scratch(self.MAX_BLOCKS, data)
-        self._ids = torch.empty(self.MAX_BLOCKS, dtype=torch.int64, device=data.device)
-        self._sums = torch.empty(self.MAX_BLOCKS, dtype=torch.int64, device=data.device)
-        self._host_ids = torch.empty(self.MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
-        self._host_sums = torch.empty(self.MAX_BLOCKS, dtype=torch.int64, pin_memory=on_gpu)
-        self._stream = torch.cuda.Stream(data.device, priority=-1) if on_gpu else None  # before what computes
-        if on_gpu:
+        """`data`: as for Checksums."""
+        self._checksums = Checksums(data, self.MAX_BLOCKS)
+        self._stream = torch.cuda.Stream(data.device, priority=-1) if data.is_cuda else None  # before what computes
+        if data.is_cuda:
             torch.cuda.synchronize(data.device)
         self.digest([0])  # loads the kernels, which later would wait for the whole device: NCCL may spin there
 
@@ -39,27 +68,24 @@ class BlockDigests:
 
         On a GPU it waits for its own side stream alone: for about the time of reading the blocks.
         """
-        for block in blocks:
-            if not 0 <= block < len(self._data):
-                raise InvariantBroken(f"block {block} of a pool of {len(self._data)}")
         state = xxhash.xxh3_128()
-        for start in range(0, len(blocks), self.MAX_BLOCKS):
-            state.update(self._checksums(blocks[start : start + self.MAX_BLOCKS]))
+        for start in range(0, len(blocks), self._checksums.max_blocks):
+            self._run(blocks[start : start + self._checksums.max_blocks])
+            state.update(self._checksums.result())
         return state.digest()
 
-    def _checksums(self, blocks: Sequence[int]) -> bytes:
-        """8 bytes a block."""
-        if self._stream is None:
-            return self._run(blocks)
-        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
-            return self._run(blocks)
+    def each(self, blocks: Sequence[int]) -> list[bytes]:
+        """The digest of each block alone; waits as `digest` does, once for MAX_BLOCKS of them."""
+        digests: list[bytes] = []
+        for start in range(0, len(blocks), self._checksums.max_blocks):
+            self._run(blocks[start : start + self._checksums.max_blocks])
+            digests += self._checksums.digests()
+        return digests
 
-    def _run(self, blocks: Sequence[int]) -> bytes:
-        count = len(blocks)
-        self._host_ids[:count] = torch.tensor(blocks, dtype=torch.int64)
-        self._ids[:count].copy_(self._host_ids[:count], non_blocking=True)
-        block_checksums(self._data, self._ids[:count], self._scratch, self._sums[:count])
-        self._host_sums[:count].copy_(self._sums[:count], non_blocking=True)
-        if self._stream is not None:
+    def _run(self, blocks: Sequence[int]) -> None:
+        if self._stream is None:
+            self._checksums.launch(blocks)
+            return
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
+            self._checksums.launch(blocks)
             self._stream.synchronize()  # wanted: the protocol needs the digest before it may go on
-        return self._host_sums[:count].numpy().tobytes()

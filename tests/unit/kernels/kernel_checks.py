@@ -14,7 +14,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels import checksum, philox, reference
+from kernels import philox, reference
 from kernels.triton import (
     activation,
     blocks,
@@ -28,6 +28,7 @@ from kernels.triton import (
     sampling,
     step_inputs,
 )
+from kvtransfer.blocks import checksum
 
 EPS = 1e-5
 FLOAT32_ERROR = 1e-6

@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 import xxhash  # noqa: E402
 
-from kernels.checksum import block_checksums  # noqa: E402
+from kvtransfer.blocks.checksum import block_checksums, sum64  # noqa: E402
 from kvtransfer.blocks.digest import BlockDigests  # noqa: E402
 from node.errors import InvariantBroken  # noqa: E402
 
@@ -56,6 +56,15 @@ def test_more_blocks_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> N
     many = [i % 5 for i in range(11)]
     expected = xxhash.xxh3_128(block_checksums(data[many].numpy()).tobytes())
     assert BlockDigests(data).digest(many) == expected.digest()
+
+
+def test_each_block_alone_has_the_digest_that_a_host_makes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host's store looks at blocks that a GPU has put, and must find the same."""
+    monkeypatch.setattr(BlockDigests, "MAX_BLOCKS", 3)
+    data = blocks()
+    chosen = [4, 0, 2, 2, 1, 3, 0]
+    assert BlockDigests(data).each(chosen) == [sum64(memoryview(data[block].numpy())) for block in chosen]
+    assert BlockDigests(data).each([3]) == [BlockDigests(data).digest([3])]
 
 
 @pytest.mark.parametrize("block", [-1, 5])

@@ -1,11 +1,12 @@
-"""The definition of the block checksum."""
+"""The definition of the block checksum, and of the digests made of blocks."""
 
 import numpy as np
 import pytest
+import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.checksum import block_checksums
+from kvtransfer.blocks.checksum import DIGESTS, FACTOR_A, FACTOR_B, PIECE_WORDS, block_checksums
 
 
 def as_block(data: bytes) -> np.ndarray:
@@ -46,3 +47,26 @@ def test_exchanged_and_missing_pieces_are_seen(unit):
     variants = [data, swapped, repeated, zeroed, np.roll(pieces, 1, axis=0), np.zeros(2048, np.uint8)]
     checks = {int(block_checksums(variant.reshape(1, -1))[0]) for variant in variants}
     assert len(checks) == len(variants)
+
+
+@pytest.mark.parametrize("words", [1, PIECE_WORDS - 1, PIECE_WORDS, 2 * PIECE_WORDS + 3])
+def test_pieces_make_no_difference(words):
+    """Guards the sum in pieces: the terms depend on the place in the block, not in the piece."""
+    data = np.random.default_rng(words).integers(0, 1 << 64, (2, words), dtype=np.uint64)
+    for block in data:
+        total = words
+        for index, word in enumerate(map(int, block)):
+            a, b = ((2 * index + 1) * factor % 2**32 for factor in (FACTOR_A, FACTOR_B))
+            total += ((word % 2**32) ^ a) * ((word >> 32) ^ b) + word
+        x = total % 2**64
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+        x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
+        assert int(block_checksums(block[None].view(np.uint8))[0]) == x ^ x >> 31
+
+
+def test_each_digest_is_what_its_name_says():
+    """Guards the names that stores and workers tell each other: they must mean the same bytes for ever."""
+    block = memoryview(bytes(range(256)))
+    assert DIGESTS["xxh3"](block) == xxhash.xxh3_128_digest(bytes(range(256)))
+    check = int(block_checksums(as_block(bytes(range(256))))[0])
+    assert DIGESTS["sum64"](block) == xxhash.xxh3_128_digest(check.to_bytes(8, "little"))
