@@ -31,13 +31,15 @@ from kvtransfer.tiers.slot_file import PAGE_BYTES, SlotFile
 
 KIB, MIB = 1 << 10, 1 << 20
 NAMESPACE = bytes(32)
+DIGEST = bytes(16)
+"""A tier only keeps it."""
 
 
 class Store(Protocol):
     """What is measured: a tier, or a plain file."""
 
-    def put(self, key: bytes, data: memoryview) -> bool: ...
-    def get(self, key: bytes, into: memoryview) -> bool: ...
+    def put(self, key: bytes, data: memoryview, digest: bytes) -> bool: ...
+    def get(self, key: bytes, into: memoryview) -> bytes | None: ...
     def close(self) -> None: ...
 
 
@@ -50,11 +52,11 @@ class PlainFile:
         self._fd = os.open(path / "file", os.O_RDWR | os.O_CREAT | os.O_DIRECT, 0o600)
         os.posix_fallocate(self._fd, 0, quota_bytes)
 
-    def put(self, key: bytes, data: memoryview) -> bool:
+    def put(self, key: bytes, data: memoryview, digest: bytes) -> bool:
         return os.pwrite(self._fd, data, self._at(key)) == data.nbytes
 
-    def get(self, key: bytes, into: memoryview) -> bool:
-        return os.preadv(self._fd, [into], self._at(key)) == into.nbytes
+    def get(self, key: bytes, into: memoryview) -> bytes | None:
+        return DIGEST if os.preadv(self._fd, [into], self._at(key)) == into.nbytes else None
 
     def close(self) -> None:
         os.fsync(self._fd)
@@ -110,7 +112,7 @@ def write(store: Store, count: int, block_bytes: int, row: Row) -> None:
     for number in range(count):
         data[:8] = number.to_bytes(8, "little")
         call_begin_s = time.perf_counter()
-        assert store.put(key_of(number), data), "a put was refused"
+        assert store.put(key_of(number), data, DIGEST), "a put was refused"
         call_s.append(time.perf_counter() - call_begin_s)
     store.close()
     row.add(count * block_bytes, time.perf_counter() - begin_s, call_s)
@@ -122,7 +124,7 @@ def read(store: Store, numbers: list[int], block_bytes: int, threads: int, row: 
         call_s = []
         for number in part:
             begin_s = time.perf_counter()
-            assert store.get(key_of(number), into), "a block is missing"
+            assert store.get(key_of(number), into) is not None, "a block is missing"
             call_s.append(time.perf_counter() - begin_s)
             assert int.from_bytes(into[:8], "little") == number
         return call_s

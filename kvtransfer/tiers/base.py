@@ -1,8 +1,8 @@
 """What a caller knows of a tier: blocks of one namespace, all of one size, under their 32-byte hash; and its figures.
 
 A tier is a cache. Whatever goes wrong inside (disk full, bits flipped, file gone) is a counted miss or a counted
-refusal, never an exception; only opening one with settings that cannot work raises SettingsError, and a key or a buffer
-of the wrong length ValueError, which is a bug of the caller's.
+refusal, never an exception; only opening one with settings that cannot work raises SettingsError, and a key, a digest
+or a buffer of the wrong length ValueError, which is a bug of the caller's.
 
 Calls block for as long as the storage takes, so they belong in a thread. Any thread may make any call at any time:
 reads run beside each other and beside a write, writes run one after the other.
@@ -16,6 +16,8 @@ from enum import StrEnum
 from typing import Protocol
 
 KEY_BYTES = 32
+DIGEST_BYTES = 16
+"""Of a block's own digest, which its owner makes and checks; a tier only keeps it."""
 
 
 class Miss(StrEnum):
@@ -85,11 +87,14 @@ class Tier(Protocol):
         """Which of them are held, as far as is known without reading; no query is counted."""
         ...
 
-    def get(self, key: bytes, into: memoryview) -> bool:
-        """Fill `into` (uint8 [block_bytes], writable) with the verified block. False: a miss, and `into` undefined."""
+    def get(self, key: bytes, into: memoryview) -> bytes | None:
+        """Fill `into` (uint8 [block_bytes], writable) with the block, verified to be what was put; its digest.
+
+        None: a miss, and `into` undefined.
+        """
         ...
 
-    def put(self, key: bytes, data: memoryview) -> bool:
+    def put(self, key: bytes, data: memoryview, digest: bytes) -> bool:
         """Hold a copy of `data` (uint8 [block_bytes], unchanged meanwhile), evicting others. True: it is held now."""
         ...
 
@@ -112,6 +117,11 @@ def check_keys(keys: Sequence[bytes]) -> None:
     for key in keys:
         if len(key) != KEY_BYTES:
             raise ValueError(f"a key has {KEY_BYTES} bytes, not {len(key)}")
+
+
+def check_digest(digest: bytes) -> None:
+    if len(digest) != DIGEST_BYTES:
+        raise ValueError(f"a digest has {DIGEST_BYTES} bytes, not {len(digest)}")
 
 
 def check_buffer(buffer: memoryview, block_bytes: int) -> None:

@@ -33,7 +33,7 @@ from kvtransfer.tiers.records import RecordFault, StorageBroken, WriteFault
 from node.errors import SettingsError
 from node.telemetry import log_event
 
-FORMAT = 1
+FORMAT = 2
 CRASH_LOOP = 3
 """Unclean ends, the openings no longer ago than CRASH_WINDOW_S, after which the data itself is suspected."""
 CRASH_WINDOW_S = 60.0

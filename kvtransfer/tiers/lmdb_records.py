@@ -22,7 +22,7 @@ from kvtransfer.tiers.base import Changed, Miss, ignore_change
 from kvtransfer.tiers.folder import Boot, Contents, TierFolder, Trust
 from kvtransfer.tiers.lmdb_environment import PAGE_BYTES, LmdbEnvironment
 from kvtransfer.tiers.record import HEADER_BYTES, check_namespace, check_record, pack_header
-from kvtransfer.tiers.records import RecordFault, StorageBroken
+from kvtransfer.tiers.records import Block, RecordFault, StorageBroken
 from kvtransfer.tiers.tier import RecordTier
 from node.errors import SettingsError
 
@@ -75,7 +75,7 @@ class LmdbRecords:
             entries = [(bytes(key), bytes(tick)) for key, tick in txn.cursor(self._ticks)]
         return [(key, _TICK.unpack(tick)[0]) for key, tick in entries if len(tick) == _TICK.size]
 
-    def read(self, key: bytes, into: memoryview) -> None:
+    def read(self, key: bytes, into: memoryview) -> bytes:
         with self._environment.reading() as txn:
             record = txn.get(key, db=self._blocks)
             if record is None:
@@ -84,13 +84,11 @@ class LmdbRecords:
                 raise RecordFault(Miss.TRUNCATED)
             header = bytes(record[:HEADER_BYTES])
             _copy(into, memoryview(record)[HEADER_BYTES:])
-        check_record(header, into, self._namespace, key)
+        return check_record(header, into, self._namespace, key)
 
-    def write(
-        self, key: bytes, data: memoryview, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]
-    ) -> None:
-        self._record[:HEADER_BYTES] = pack_header(self._namespace, key, tick, data)
-        _copy(memoryview(self._record)[HEADER_BYTES:], data)
+    def write(self, key: bytes, block: Block, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]) -> None:
+        self._record[:HEADER_BYTES] = pack_header(self._namespace, key, tick, block.data, block.digest)
+        _copy(memoryview(self._record)[HEADER_BYTES:], block.data)
 
         def work(txn: lmdb.Transaction) -> None:
             self._remove(txn, victims)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from kvtransfer.tiers.base import Changed, Miss, ignore_change
-from kvtransfer.tiers.records import RecordFault
+from kvtransfer.tiers.records import Block, RecordFault
 from kvtransfer.tiers.tier import RecordTier
 from node.errors import SettingsError
 
@@ -18,22 +18,21 @@ class MemoryRecords:
         self.capacity_blocks = quota_bytes // block_bytes
         if self.capacity_blocks < 1:
             raise SettingsError(f"a quota of {quota_bytes} bytes holds no block of {block_bytes}")
-        self._blocks: dict[bytes, bytes] = {}
+        self._blocks: dict[bytes, tuple[bytes, bytes]] = {}  # bytes and digest
 
     def load(self) -> list[tuple[bytes, int]]:
         return []
 
-    def read(self, key: bytes, into: memoryview) -> None:
+    def read(self, key: bytes, into: memoryview) -> bytes:
         block = self._blocks.get(key)
         if block is None:
             raise RecordFault(Miss.ABSENT)
-        into.cast("B")[:] = block
+        into.cast("B")[:], digest = block
+        return digest
 
-    def write(
-        self, key: bytes, data: memoryview, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]
-    ) -> None:
+    def write(self, key: bytes, block: Block, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]) -> None:
         self.remove(victims)
-        self._blocks[key] = bytes(data)
+        self._blocks[key] = (bytes(block.data), block.digest)
 
     def remove(self, keys: Sequence[bytes]) -> None:
         for key in keys:

@@ -6,6 +6,7 @@ A storage decides nothing: which record goes to make room, and what a fault mean
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from kvtransfer.tiers.base import Miss, Refusal
@@ -36,6 +37,14 @@ class StorageBroken(Exception):
         self.keep = keep
 
 
+@dataclass(frozen=True, slots=True)
+class Block:
+    """What is stored: its bytes, and the digest that its owner made of them."""
+
+    data: memoryview
+    digest: bytes
+
+
 class Records(Protocol):
     """Uniform records under their key. Reads may run beside each other and beside one of the writing calls.
 
@@ -49,13 +58,11 @@ class Records(Protocol):
         """Key and tick (when it was last used, in writes and hits) of all records, in any order."""
         ...
 
-    def read(self, key: bytes, into: memoryview) -> None:
-        """Fill `into` with the verified block. RecordFault: `into` is undefined."""
+    def read(self, key: bytes, into: memoryview) -> bytes:
+        """Fill `into` with the verified block; its digest. RecordFault: `into` is undefined."""
         ...
 
-    def write(
-        self, key: bytes, data: memoryview, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]
-    ) -> None:
+    def write(self, key: bytes, block: Block, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]) -> None:
         """Remove `victims`, note the new ticks of others, and add the record: all of it, or WriteFault."""
         ...
 

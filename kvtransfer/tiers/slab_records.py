@@ -22,7 +22,7 @@ from pathlib import Path
 from kvtransfer.tiers.base import Changed, ignore_change
 from kvtransfer.tiers.folder import Boot, Contents, TierFolder, Trust
 from kvtransfer.tiers.record import Header, check_namespace, check_record, pack_header, parse_header
-from kvtransfer.tiers.records import RecordFault
+from kvtransfer.tiers.records import Block, RecordFault
 from kvtransfer.tiers.slab_index import INDEX_BYTES_A_SLOT, Place, SlabIndex, index_bytes, remove_index
 from kvtransfer.tiers.slot_file import OpenFile, SlotFile, slot_bytes
 from kvtransfer.tiers.tier import RecordTier
@@ -62,15 +62,14 @@ class SlabRecords:
         self._free = [slot for slot in reversed(range(self._num_slots)) if slot not in used]
         return kept
 
-    def read(self, key: bytes, into: memoryview) -> None:
+    def read(self, key: bytes, into: memoryview) -> bytes:
         header = self._slots.read(self._places[key], into)
-        check_record(header, into, self._namespace, key)
+        return check_record(header, into, self._namespace, key)
 
-    def write(
-        self, key: bytes, data: memoryview, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]
-    ) -> None:
+    def write(self, key: bytes, block: Block, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]) -> None:
         slot = self._free[-1]
-        self._slots.write(slot, pack_header(self._namespace, key, tick, data), data)
+        header = pack_header(self._namespace, key, tick, block.data, block.digest)
+        self._slots.write(slot, header, block.data)
         self._index.change(victims, {**self._placed(ticks), key: Place(slot, tick)})
         self._free.pop()
         self._places[key] = slot

@@ -23,12 +23,13 @@ from kvtransfer.tiers.base import (
     Refusal,
     TierStats,
     check_buffer,
+    check_digest,
     check_keys,
     ignore_change,
 )
 from kvtransfer.tiers.counters import Counters
 from kvtransfer.tiers.recency import Recency
-from kvtransfer.tiers.records import RecordFault, Records, StorageBroken, WriteFault
+from kvtransfer.tiers.records import Block, RecordFault, Records, StorageBroken, WriteFault
 from node.errors import SettingsError
 from node.telemetry import log_event
 
@@ -92,34 +93,35 @@ class RecordTier:
             capacity = self._records.capacity_blocks if self._records is not None else 0
             return self._counters.snapshot(len(self._recency), capacity)
 
-    def get(self, key: bytes, into: memoryview) -> bool:
+    def get(self, key: bytes, into: memoryview) -> bytes | None:
         check_keys([key])
         check_buffer(into, self.block_bytes)
         records = self._pin(key)
         if records is None:
-            return False
+            return None
         begin_s = self._clock()
         try:
-            records.read(key, into)
+            digest = records.read(key, into)
         except RecordFault as fault:
             self._unpin(key, fault.miss)
-            return False
+            return None
         except StorageBroken as fault:
             self._break(records, fault)
             self._unpin(key, fault.miss)
-            return False
+            return None
         self._unpin(key, None, self._clock() - begin_s)
-        return True
+        return digest
 
-    def put(self, key: bytes, data: memoryview) -> bool:
+    def put(self, key: bytes, data: memoryview, digest: bytes) -> bool:
         check_keys([key])
+        check_digest(digest)
         check_buffer(data, self.block_bytes)
         with self._state:
             if key in self._recency:
                 self._recency.touch(key)
                 return True
         with self._writing:
-            refusal = self._put(key, data)
+            refusal = self._put(key, Block(data, digest))
         if refusal is not None:
             with self._state:
                 self._counters.refused(refusal)
@@ -199,7 +201,7 @@ class RecordTier:
 
     # -- writing; `_writing` is held by the caller
 
-    def _put(self, key: bytes, data: memoryview) -> Refusal | None:
+    def _put(self, key: bytes, block: Block) -> Refusal | None:
         if self._closed:
             return Refusal.CLOSED
         if self._clock() < self._retry_at_s:
@@ -215,15 +217,15 @@ class RecordTier:
                 return Refusal.BUSY
         if records is None:
             return Refusal.IO_ERROR
-        refusal = self._write(records, key, data)
+        refusal = self._write(records, key, block)
         if refusal is Refusal.FULL:
             self._evict_more()
-            refusal = self._write(records, key, data)
+            refusal = self._write(records, key, block)
         if refusal in (Refusal.FULL, Refusal.IO_ERROR):
             self._retry_at_s = max(self._retry_at_s, self._clock() + PAUSE_S)
         return refusal
 
-    def _write(self, records: Records, key: bytes, data: memoryview) -> Refusal | None:
+    def _write(self, records: Records, key: bytes, block: Block) -> Refusal | None:
         begin_s = self._clock()
         with self._state:
             if self._records is not records:
@@ -236,7 +238,7 @@ class RecordTier:
             tick = self._recency.next_tick()
             ticks = self._recency.take_unsaved(SAVE_WITH_A_WRITE)
         try:
-            records.write(key, data, tick, list(victims), ticks)
+            records.write(key, block, tick, list(victims), ticks)
         except WriteFault as fault:
             log_event(logger, "tier_write_failed", level=logging.WARNING, tier=self.name, cause=str(fault))
             self._undo(records, victims, ticks)

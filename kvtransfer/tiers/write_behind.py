@@ -1,8 +1,8 @@
 """Blocks on their way into a tier, so that nobody waits for a disk. Bounded in bytes; when it is full, the newest go.
 
 The blocks are not copied: the queue holds views, and says when it has done with each, once, whatever becomes of it.
-They are checked against their digest before they are written: a block that was spoiled in memory must not get a new,
-matching digest on disk.
+They are checked against their digest before they are written: a block that was spoiled in memory is not worth its place
+on the disk.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from enum import StrEnum
 from threading import Condition, Thread
 from types import MappingProxyType
 
-import xxhash
-
+from kvtransfer.blocks.checksum import DigestOf
 from kvtransfer.tiers.base import Tier
+from kvtransfer.tiers.records import Block
 
 IDLE_S = 0.5
 """How long the thread sleeps at most before it looks if it shall end."""
@@ -48,8 +48,8 @@ class WriteBehindStats:
 class _Write:
     tier: Tier
     key: bytes
-    data: memoryview
-    digest: bytes
+    block: Block
+    digest_of: DigestOf
     done: Callable[[], None]
 
 
@@ -66,19 +66,19 @@ class WriteBehind:
         self._drops = dict.fromkeys(Drop, 0)
         self._closed = False
 
-    def offer(self, tier: Tier, key: bytes, data: memoryview, digest: bytes, done: Callable[[], None]) -> bool:
-        """Queue a block. True: `data` must stay as it is until `done` is called, by the thread that writes.
+    def offer(self, tier: Tier, key: bytes, block: Block, digest_of: DigestOf, done: Callable[[], None]) -> bool:
+        """Queue a block. True: its bytes must stay as they are until `done` is called, by the thread that writes.
 
-        `digest` is the xxh3-128 of the block (16 bytes), as those knew it who made it. False: dropped, and counted.
+        `digest_of` is how those made its digest who made it. False: dropped, and counted.
         """
         with self._changed:
-            drop = self._refusal(key, data.nbytes)
+            drop = self._refusal(key, block.data.nbytes)
             if drop is not None:
                 self._drops[drop] += 1
                 return False
-            self._queue.append(_Write(tier, key, data, digest, done))
+            self._queue.append(_Write(tier, key, block, digest_of, done))
             self._keys.add(key)
-            self._depth_bytes += data.nbytes
+            self._depth_bytes += block.data.nbytes
             self._changed.notify()
             return True
 
@@ -124,7 +124,7 @@ class WriteBehind:
     def _end(self, write: _Write, drop: Drop | None) -> None:
         with self._changed:
             self._keys.remove(write.key)
-            self._depth_bytes -= write.data.nbytes
+            self._depth_bytes -= write.block.data.nbytes
             if drop is None:
                 self._written += 1
             else:
@@ -156,6 +156,7 @@ class WriteBehindThread:
 
 
 def _write(write: _Write) -> Drop | None:
-    if xxhash.xxh3_128(write.data).digest() != write.digest:
+    data, digest = write.block.data, write.block.digest
+    if write.digest_of(data) != digest:
         return Drop.SPOILED
-    return None if write.tier.put(write.key, write.data) else Drop.REFUSED
+    return None if write.tier.put(write.key, data, digest) else Drop.REFUSED

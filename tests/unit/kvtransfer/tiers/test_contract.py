@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from kvtransfer.tiers.base import Eviction, Miss, Refusal
 from kvtransfer.tiers.tier import RecordTier
-from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, Changes, Opener, block, fill, key, read
+from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, Changes, Opener, block, digest, fill, key, put, read
 
 
 def test_what_was_put_is_got_bit_for_bit(open_tier: Opener) -> None:
@@ -41,9 +41,9 @@ def test_a_buffer_that_is_not_page_aligned_serves_too(open_tier: Opener) -> None
     for offset in (0, 1, 8, 512):
         source = bytearray(BLOCK_BYTES + offset)
         source[offset:] = block(offset)
-        assert tier.put(key(offset), memoryview(source)[offset:])
+        assert tier.put(key(offset), memoryview(source)[offset:], digest(offset))
         into = bytearray(BLOCK_BYTES + offset)
-        assert tier.get(key(offset), memoryview(into)[offset:])
+        assert tier.get(key(offset), memoryview(into)[offset:]) == digest(offset)
         assert into[offset:] == block(offset)
 
 
@@ -54,7 +54,7 @@ def test_the_least_recently_used_goes_first(open_tier: Opener) -> None:
     capacity = tier.stats().capacity_blocks
     fill(tier, range(capacity))
     assert read(tier, 0)
-    assert tier.put(key(1), block(1))
+    assert put(tier, 1)
     assert tier.contains([key(2)]) == [True]
     fill(tier, [capacity, capacity + 1])
     assert tier.keys() == [key(n) for n in [*range(4, capacity), 0, 1, capacity, capacity + 1]]
@@ -92,11 +92,13 @@ def test_wrong_lengths_are_a_bug_of_the_caller(open_tier: Opener) -> None:
     """Guards against a block of another size being kept under a good name."""
     tier = open_tier(4)
     with pytest.raises(ValueError, match="a key has 32 bytes, not 31"):
-        tier.put(key(0)[:31], block(0))
+        tier.put(key(0)[:31], block(0), digest(0))
     with pytest.raises(ValueError, match="a key has 32 bytes, not 0"):
         tier.contains([b""])
     with pytest.raises(ValueError, match="for a block of"):
-        tier.put(key(0), block(0)[:-1])
+        tier.put(key(0), block(0)[:-1], digest(0))
+    with pytest.raises(ValueError, match="a digest has 16 bytes, not 8"):
+        tier.put(key(0), block(0), digest(0)[:8])
     with pytest.raises(ValueError, match="for a block of"):
         tier.get(key(0), memoryview(bytearray(BLOCK_BYTES + 1)))
     assert tier.stats().queries == tier.stats().blocks == 0
@@ -109,7 +111,7 @@ def test_closed_it_misses_and_refuses(open_tier: Opener) -> None:
     tier.close()
     tier.close()
     assert not read(tier, 0)
-    assert not tier.put(key(1), block(1))
+    assert not put(tier, 1)
     tier.drop([key(0)])
     assert tier.contains([key(0)]) == [False] and tier.keys() == []
     stats = tier.stats()
@@ -131,7 +133,7 @@ def test_threads_read_write_and_drop_at_once(open_tier: Opener) -> None:
                 if index % 2:
                     hits[index] += read(tier, number)
                 else:
-                    tier.put(key(number), block(number))
+                    put(tier, number)
                     hits[index] += read(tier, number)
                 if index == 3 and turn % 5 == 0:
                     tier.drop([key(number)])
@@ -175,7 +177,7 @@ def test_any_order_of_calls_agrees_with_a_dictionary(open_tier: Opener) -> None:
 
         @rule(number=numbers)
         def put(self, number: int) -> None:
-            assert self.tier.put(key(number), block(number))
+            assert put(self.tier, number)
             self.use(number)
             if len(self.model) > self.capacity:
                 del self.model[next(iter(self.model))]

@@ -31,6 +31,7 @@ from tests.unit.kvtransfer.tiers.tier_checks import (
     key,
     kill_after_filling,
     open_disk,
+    put,
     read,
     run_child,
 )
@@ -196,7 +197,7 @@ def test_the_quota_holds_on_the_disk(kind: str, block_bytes: int, share: float, 
         if number % 3 == 0:
             tier.drop([key(choose.randrange(number + 1))])
         read(tier, choose.randrange(number + 1))
-        assert tier.put(key(number), block(number, block_bytes))
+        assert put(tier, number)
         if number % 64 == 0:
             assert usage(tmp_path) <= quota_bytes
     assert usage(tmp_path) <= quota_bytes
@@ -269,7 +270,7 @@ def test_a_file_that_is_cut_short_while_in_use(kind: str, tmp_path: Path) -> Non
     os.truncate(path, 5 * BLOCK_BYTES)
     assert not read(tier, 19)
     assert tier.stats().misses[Miss.TRUNCATED] == 1
-    tier.put(key(30), block(30))
+    put(tier, 30)
     clock.now_s += max(REOPEN_AFTER_S, PAUSE_S)
     serves(tier, range(30, 40))
     for number in range(20):
@@ -363,12 +364,12 @@ def test_a_full_disk(kind: str, tmp_path: Path) -> None:
         fill(tier, range(8))
         for size in (0, 16384):
             allow(size)
-            assert not tier.put(key(20), block(20))
-            assert not tier.put(key(21), block(21))
+            assert not put(tier, 20)
+            assert not put(tier, 21)
             assert held(tier) <= set(range(8)) and len(held(tier)) >= 6, held(tier)
             assert tier.drop([key(7)]) is None
             allow(resource.RLIM_INFINITY)
-            assert not tier.put(key(22), block(22))
+            assert not put(tier, 22)
             clock.now_s += PAUSE_S
             fill(tier, range(30, 34))
             assert held(tier) >= set(range(30, 34))
@@ -425,7 +426,7 @@ def test_a_reader_from_outside_that_is_killed(kind: str, tmp_path: Path) -> None
     )
     assert reader.stdout is not None and reader.stdout.readline()
     for number in range(100, 180):
-        tier.put(key(number), block(number))
+        put(tier, number)
     stats = tier.stats()
     assert stats.refusals[Refusal.FULL] > 0
     assert stats.refusals[Refusal.IO_ERROR] == 0

@@ -10,10 +10,10 @@ from kvtransfer.tiers.base import Miss
 from kvtransfer.tiers.record import HEADER_BYTES, check_namespace, check_record, pack_header, parse_header
 from kvtransfer.tiers.records import RecordFault
 from node.errors import SettingsError
-from tests.unit.kvtransfer.tiers.tier_checks import NAMESPACE, block, key
+from tests.unit.kvtransfer.tiers.tier_checks import NAMESPACE, block, digest, key
 
 PAYLOAD = block(1, 512)
-HEADER = pack_header(NAMESPACE, key(1), 77, PAYLOAD)
+HEADER = pack_header(NAMESPACE, key(1), 77, PAYLOAD, digest(1))
 
 
 def miss_of(header: bytes, payload: memoryview = PAYLOAD, namespace: bytes = NAMESPACE, number: int = 1) -> Miss:
@@ -25,9 +25,9 @@ def miss_of(header: bytes, payload: memoryview = PAYLOAD, namespace: bytes = NAM
 def test_a_record_is_read_as_it_was_written() -> None:
     """Guards against a check that never passes."""
     assert len(HEADER) == HEADER_BYTES
-    check_record(HEADER, PAYLOAD, NAMESPACE, key(1))
+    assert check_record(HEADER, PAYLOAD, NAMESPACE, key(1)) == digest(1)
     parsed = parse_header(HEADER, NAMESPACE)
-    assert (parsed.key, parsed.payload_bytes, parsed.tick) == (key(1), 512, 77)
+    assert (parsed.key, parsed.payload_bytes, parsed.tick, parsed.digest) == (key(1), 512, 77, digest(1))
 
 
 def test_each_fault_has_its_name() -> None:
@@ -38,7 +38,7 @@ def test_each_fault_has_its_name() -> None:
     assert miss_of(HEADER[:-1]) is Miss.TRUNCATED
     assert miss_of(b"") is Miss.TRUNCATED
     assert miss_of(bytes(HEADER_BYTES)) is Miss.CORRUPT
-    assert miss_of(HEADER[:4] + b"\2" + HEADER[5:]) is Miss.CORRUPT  # a format of later
+    assert miss_of(HEADER[:4] + b"\1" + HEADER[5:]) is Miss.CORRUPT  # an older format, without the block's digest
 
 
 @given(st.integers(0, 8 * (HEADER_BYTES + 512) - 1))

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from kvtransfer.tiers.base import Miss
 from kvtransfer.tiers.folder import Boot
+from kvtransfer.tiers.record import HEADER_BYTES
 from kvtransfer.tiers.records import RecordFault
 from kvtransfer.tiers.slab_index import Place, SlabIndex, index_bytes
 from kvtransfer.tiers.slab_records import SCAN_WITHIN_S, SIDE_BYTES, num_slots_of
@@ -29,6 +30,7 @@ from tests.unit.kvtransfer.tiers.tier_checks import (
     key,
     kill_after_filling,
     open_disk,
+    put,
     read,
     refuse_direct,
 )
@@ -74,10 +76,10 @@ def test_slots_keep_header_and_block_apart_from_their_neighbours(
     for slot in (1, 0, 2, 1):
         data = buffer()
         data[:] = block(slot, block_bytes)
-        slots.write(slot, bytes([slot]) * 88, data)
+        slots.write(slot, bytes([slot]) * HEADER_BYTES, data)
     for slot in range(3):
         into = buffer()
-        assert slots.read(slot, into) == slots.read_header(slot) == bytes([slot]) * 88
+        assert slots.read(slot, into) == slots.read_header(slot) == bytes([slot]) * HEADER_BYTES
         assert into == block(slot, block_bytes)
     with pytest.raises(RecordFault) as caught:
         slots.read(3, buffer())
@@ -158,7 +160,7 @@ def test_an_index_that_went_in_use_is_made_again(tmp_path: Path) -> None:
     fill(tier, range(6))
     os.truncate(tmp_path / "data" / "index" / "data.mdb", 4096)
     assert read(tier, 0), "reading needs no index"
-    assert not tier.put(key(7), block(7)) and tier.keys() == []
+    assert not put(tier, 7) and tier.keys() == []
     clock.now_s += PAUSE_S
     fill(tier, [7])
     assert held(tier) == {*range(6), 7}

@@ -11,10 +11,10 @@ import pytest
 
 from kvtransfer.tiers.base import Miss, Refusal
 from kvtransfer.tiers.memory import MemoryRecords
-from kvtransfer.tiers.records import RecordFault, StorageBroken, WriteFault
+from kvtransfer.tiers.records import Block, RecordFault, StorageBroken, WriteFault
 from kvtransfer.tiers.tier import PAUSE_S, REOPEN_AFTER_S, SAVE_AT, RecordTier
 from node.errors import SettingsError
-from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, Changes, Clock, block, fill, held, key, read
+from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, Changes, Clock, fill, held, key, put, read
 
 PATIENCE_S = 30.0
 
@@ -59,15 +59,13 @@ class Scripted(MemoryRecords):
         self._enter("load")
         return list(self.kept.items())
 
-    def read(self, key: bytes, into: memoryview) -> None:
+    def read(self, key: bytes, into: memoryview) -> bytes:
         self._enter("read")
-        super().read(key, into)
+        return super().read(key, into)
 
-    def write(
-        self, key: bytes, data: memoryview, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]
-    ) -> None:
+    def write(self, key: bytes, block: Block, tick: int, victims: Sequence[bytes], ticks: Mapping[bytes, int]) -> None:
         self._enter("write")
-        super().write(key, data, tick, victims, ticks)
+        super().write(key, block, tick, victims, ticks)
         self.kept.update({**ticks, key: tick})
 
     def remove(self, keys: Sequence[bytes]) -> None:
@@ -166,12 +164,12 @@ def test_after_a_failed_write_writing_pauses_and_reading_goes_on() -> None:
     world = World()
     fill(world.tier, range(4))
     world.records.fail["write"] = full_of("io_error")
-    assert not world.tier.put(key(9), block(9))
-    assert not world.tier.put(key(8), block(8))
+    assert not put(world.tier, 9)
+    assert not put(world.tier, 8)
     assert world.refusals() == {"io_error": 1, "paused": 1}
     assert held(world.tier) == set(range(4)), "the victims of a write that failed are held on"
     world.records.fail.clear()
-    assert not world.tier.put(key(9), block(9))
+    assert not put(world.tier, 9)
     world.clock.now_s += PAUSE_S
     fill(world.tier, [9])
     assert world.changes.held() == set(world.tier.keys()) == {key(number) for number in (1, 2, 3, 9)}
@@ -183,7 +181,7 @@ def test_a_full_storage_gets_more_room_once() -> None:
     fill(world.tier, range(30))
     world.records.fail["write"] = full_of("full")
     for _ in range(3):
-        assert not world.tier.put(key(99), block(99))
+        assert not put(world.tier, 99)
     assert world.refusals() == {"full": 1, "paused": 2}
     assert world.evictions() == {"quota": 1}
     assert world.changes.held() == set(world.tier.keys())
@@ -196,7 +194,7 @@ def test_uses_that_a_write_could_not_save_are_saved_later() -> None:
     fill(world.tier, range(3))
     assert read(world.tier, 0)
     world.records.fail["write"] = full_of("io_error")
-    assert not world.tier.put(key(9), block(9))
+    assert not put(world.tier, 9)
     world.records.fail.clear()
     world.tier.close()
     assert sorted(world.kept, key=lambda each: world.kept[each]) == [key(1), key(2), key(0)]
@@ -253,7 +251,7 @@ def test_a_broken_storage_is_opened_anew(call: str, keep: bool) -> None:
         assert not read(world.tier, 0)
         assert world.misses() == {"truncated": 1}
     elif call == "write":
-        assert not world.tier.put(key(3), block(3))
+        assert not put(world.tier, 3)
         assert world.refusals() == {"io_error": 1}
     elif call == "remove":
         world.tier.drop([key(2)])
@@ -263,7 +261,7 @@ def test_a_broken_storage_is_opened_anew(call: str, keep: bool) -> None:
     assert world.evictions().get("discarded", 0) == (0 if keep else 3 - (call == "remove"))
     before = world.misses().get("io_error", 0)
     assert not read(world.tier, 1) and world.misses()["io_error"] == before + 1
-    assert not world.tier.put(key(5), block(5)), "not so soon"
+    assert not put(world.tier, 5), "not so soon"
     world.clock.now_s += max(PAUSE_S, REOPEN_AFTER_S)
     fill(world.tier, [5])
     assert world.calls == ["abandon" if keep else "discard"] and len(world.opened) == 2
@@ -276,7 +274,7 @@ def test_victims_of_a_write_that_broke_the_storage_are_told_of() -> None:
     world = World(blocks=2)
     fill(world.tier, range(2))
     world.records.fail["write"] = StorageBroken(Miss.CORRUPT, "a test")
-    assert not world.tier.put(key(2), block(2))
+    assert not put(world.tier, 2)
     assert world.changes.held() == set() and world.evictions() == {"discarded": 2}
 
 
@@ -289,7 +287,7 @@ def test_reopening_is_tried_again() -> None:
     world.cannot_open = SettingsError("no disk")
     for _ in range(3):
         world.clock.now_s += max(PAUSE_S, REOPEN_AFTER_S)
-        assert not world.tier.put(key(3), block(3))
+        assert not put(world.tier, 3)
     assert world.calls == ["abandon"], "what is broken is ended once"
     world.cannot_open = None
     world.clock.now_s += max(PAUSE_S, REOPEN_AFTER_S)
@@ -349,7 +347,7 @@ def test_when_all_is_read_a_put_is_refused() -> None:
     world.records.stop["read"] = gate = Gate()
     reading = Running(read, world.tier, 0)
     gate.wait_for_one()
-    assert not world.tier.put(key(1), block(1)) and world.refusals() == {"busy": 1}
+    assert not put(world.tier, 1) and world.refusals() == {"busy": 1}
     gate.open()
     assert reading.end() is True
     fill(world.tier, [1])
@@ -365,7 +363,7 @@ def test_what_is_dropped_while_it_is_read_goes_with_its_last_reader() -> None:
     wait_until(lambda: world.tier._pins.get(key(0), 0) == 2)
     world.tier.drop([key(0)])
     assert world.tier.contains([key(0)]) == [False] and key(0) in world.kept
-    assert not world.tier.put(key(0), block(0)) and world.refusals() == {"busy": 1}
+    assert not put(world.tier, 0) and world.refusals() == {"busy": 1}
     fill(world.tier, [2])
     assert set(world.kept) == {key(0), key(2)}, "it counts against the capacity until it is gone"
     gate.open()
@@ -382,7 +380,7 @@ def test_what_no_reader_could_remove_goes_with_the_next_write() -> None:
     reading = Running(read, world.tier, 0)
     reads.wait_for_one()
     world.tier.drop([key(0)])
-    writing = Running(world.tier.put, key(2), block(2))
+    writing = Running(put, world.tier, 2)
     writes.wait_for_one()
     reads.open()
     assert reading.end() is True, "it does not wait for the write"
@@ -401,9 +399,9 @@ def test_a_broken_storage_is_ended_when_nobody_reads_from_it() -> None:
     reading = Running(read, world.tier, 0)
     gate.wait_for_one()
     world.records.fail["write"] = StorageBroken(Miss.CORRUPT, "a test")
-    assert not world.tier.put(key(3), block(3))
+    assert not put(world.tier, 3)
     world.clock.now_s += max(PAUSE_S, REOPEN_AFTER_S)
-    assert not world.tier.put(key(3), block(3)) and world.calls == []
+    assert not put(world.tier, 3) and world.calls == []
     gate.open()
     assert reading.end() is True
     world.clock.now_s += max(PAUSE_S, REOPEN_AFTER_S)
@@ -416,7 +414,7 @@ def test_a_write_that_ends_after_its_storage_broke_holds_nothing() -> None:
     world = World(blocks=2)
     fill(world.tier, range(2))
     world.records.stop["write"] = gate = Gate()
-    writing = Running(world.tier.put, key(2), block(2))
+    writing = Running(put, world.tier, 2)
     gate.wait_for_one()
     world.records.fail["read"] = StorageBroken(Miss.CORRUPT, "a test")
     assert not read(world.tier, 1)

@@ -5,19 +5,31 @@ from __future__ import annotations
 import threading
 from collections import Counter
 
-import xxhash
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from kvtransfer.blocks.checksum import sum64, xxh3
 from kvtransfer.tiers.memory import memory_tier
+from kvtransfer.tiers.records import Block
 from kvtransfer.tiers.tier import RecordTier
 from kvtransfer.tiers.write_behind import Drop, WriteBehind, WriteBehindThread
-from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, block, key, read
+from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, block, key
 
 
 def new_tier(blocks: int = 8) -> RecordTier:
     return memory_tier(blocks * BLOCK_BYTES, BLOCK_BYTES)
+
+
+def offered(number: int) -> Block:
+    return Block(block(number), xxh3(block(number)))
+
+
+def written(tier: RecordTier, number: int) -> bool:
+    """Whether the tier gives the block back, with the digest that came with it."""
+    into = memoryview(bytearray(BLOCK_BYTES))
+    digest = tier.get(key(number), into)
+    return digest == xxh3(into) and into == block(number)
 
 
 class Offers:
@@ -29,9 +41,8 @@ class Offers:
         self.done: Counter[int] = Counter()
 
     def __call__(self, number: int, data: memoryview | None = None) -> bool:
-        digest = xxhash.xxh3_128(block(number)).digest()
-        view = block(number) if data is None else data
-        return self.queue.offer(self.tier, key(number), view, digest, lambda: self.done.update([number]))
+        made = offered(number) if data is None else Block(data, offered(number).digest)
+        return self.queue.offer(self.tier, key(number), made, xxh3, lambda: self.done.update([number]))
 
 
 def test_blocks_are_written_in_their_order_and_let_go() -> None:
@@ -73,8 +84,17 @@ def test_a_spoiled_block_is_not_written() -> None:
     offer = Offers(queue, tier)
     assert offer(0, block(1))
     assert queue.step()
-    assert not read(tier, 0) and offer.done == {0: 1}
+    assert not written(tier, 0) and offer.done == {0: 1}
     assert queue.stats().drops[Drop.SPOILED] == 1 and queue.stats().written == 0
+
+
+def test_a_block_is_checked_the_way_its_digest_was_made() -> None:
+    """Guards the disk of workers with a GPU: their digests are no xxh3, and all would be spoiled."""
+    queue, tier = WriteBehind(8 * BLOCK_BYTES), new_tier()
+    for number in range(2):
+        made = Block(block(0), sum64(block(number)))
+        assert queue.offer(tier, key(number), made, sum64, lambda: None) and queue.step()
+    assert tier.keys() == [key(0)] and queue.stats().drops[Drop.SPOILED] == 1
 
 
 def test_what_the_tier_refuses_is_counted() -> None:
@@ -107,15 +127,14 @@ def test_closing_at_once_lets_everything_go() -> None:
 
         name, block_bytes = "slow", BLOCK_BYTES
 
-        def put(self, slow_key: bytes, data: memoryview) -> bool:
+        def put(self, slow_key: bytes, data: memoryview, digest: bytes) -> bool:
             in_write.set()
             return go_on.wait(60)
 
     slow = WriteBehind(8 * BLOCK_BYTES)
     let_go: list[int] = []
     for number in range(3):
-        digest = xxhash.xxh3_128(block(number)).digest()
-        assert slow.offer(Slow(), key(number), block(number), digest, lambda: let_go.append(1))  # type: ignore[arg-type]
+        assert slow.offer(Slow(), key(number), offered(number), xxh3, lambda: let_go.append(1))  # type: ignore[arg-type]
     thread = WriteBehindThread(slow)
     assert in_write.wait(60)
     assert not thread.close(within_s=0.0)
@@ -153,7 +172,7 @@ def test_any_order_of_calls_keeps_the_sums() -> None:
         def steps(self) -> None:
             assert self.queue.step() is bool(self.waiting)
             if self.waiting:
-                assert read(self.tier, self.waiting.pop(0))
+                assert written(self.tier, self.waiting.pop(0))
                 self.written += 1
 
         @rule()

@@ -62,6 +62,11 @@ def block(number: int, size_bytes: int = BLOCK_BYTES) -> memoryview:
     return memoryview(hashlib.shake_128(number.to_bytes(8, "little")).digest(size_bytes))
 
 
+def digest(number: int) -> bytes:
+    """What its owner calls the digest of block `number`; a tier does not know how it is made."""
+    return hashlib.shake_128(b"digest %d" % number).digest(16)
+
+
 @dataclass
 class Clock:
     """Seconds that pass when a test says so."""
@@ -91,17 +96,21 @@ class Changes:
 
 
 def read(tier: RecordTier, number: int) -> bool:
-    """Get block `number`; a hit must be bit for bit what was put."""
+    """Get block `number`; a hit must be bit for bit what was put, and so must its digest."""
     into = memoryview(bytearray(tier.block_bytes))
     hit = tier.get(key(number), into)
-    if hit:
-        assert into == block(number, tier.block_bytes)
-    return hit
+    if hit is not None:
+        assert into == block(number, tier.block_bytes) and hit == digest(number)
+    return hit is not None
+
+
+def put(tier: RecordTier, number: int) -> bool:
+    return tier.put(key(number), block(number, tier.block_bytes), digest(number))
 
 
 def fill(tier: RecordTier, numbers: Iterable[int]) -> None:
     for number in numbers:
-        assert tier.put(key(number), block(number, tier.block_bytes)), number
+        assert put(tier, number), number
 
 
 Opener = Callable[..., RecordTier]
