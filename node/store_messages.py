@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -24,6 +24,8 @@ from node.messages import MAX_BLOCKS, PROTOCOL_VERSION, Count, Message, Name, Sm
 BlockHash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 BlockHashes = Annotated[tuple[BlockHash, ...], Meta(max_length=MAX_BLOCKS)]
 Checksum = Annotated[bytes, Meta(max_length=16)]
+DigestName = Literal["xxh3", "sum64"]
+"""See kvtransfer/blocks/checksum.py."""
 Index = Annotated[int, Meta(ge=0, le=(1 << 16) - 1)]
 Tier = Annotated[int, Meta(ge=0, le=2)]
 
@@ -77,6 +79,8 @@ class Attach(Message, tag="Attach", kw_only=True):
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
     """Blocks of different namespaces never meet."""
     block_bytes: Annotated[int, Meta(ge=1, le=1 << 30)]
+    digest: DigestName
+    """How the digests of these blocks are made; all workers of a namespace make them the same way."""
 
 
 class Beat(Message, tag="Beat", kw_only=True):

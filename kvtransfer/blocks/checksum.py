@@ -17,11 +17,12 @@ give checksums that are near. Against accidents, not against an adversary: a key
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
+
+from node.store_messages import DigestName
 
 FACTOR_A, FACTOR_B = 0x9E3779B1, 0x85EBCA77
 WORD_BYTES = 8
@@ -30,7 +31,6 @@ PIECE_WORDS = 1 << 14
 _ODD = 2 * np.arange(PIECE_WORDS, dtype=np.uint32) + np.uint32(1)
 _A, _B = _ODD * np.uint32(FACTOR_A), _ODD * np.uint32(FACTOR_B)  # of the first piece; numpy's integers wrap
 
-DigestName = Literal["xxh3", "sum64"]
 DigestOf = Callable[[memoryview], bytes]
 """16 bytes: finds corruption, proves no identity. Lets other threads run meanwhile."""
 

@@ -10,12 +10,12 @@ import os
 from typing import Protocol
 
 import numpy as np
-import xxhash
 
+from kvtransfer.blocks.checksum import xxh3
 from kvtransfer.blocks.memory import BlockMemory, HostMemory, SharedFile, SharedReader
 from kvtransfer.planes.host import host_identity
 from node.errors import PeerLost, SettingsError
-from node.store_messages import Attached
+from node.store_messages import Attached, DigestName
 
 REGIONS = 16
 """So many parts can go to different sizes of blocks. A block must fit into one."""
@@ -70,6 +70,7 @@ class Copies(Protocol):
     """How blocks of a worker's pool and spans of the arena become equal. Both return the digest of the pool's bytes."""
 
     block_bytes: int
+    digest: DigestName
 
     def load(self, block: int, source: memoryview) -> bytes:
         """Arena to pool."""
@@ -85,23 +86,19 @@ class HostCopies:
 
     def __init__(self, pool: BlockMemory) -> None:
         self._pool = pool
+        self.digest: DigestName = "xxh3"
         self.block_bytes = pool.block_bytes
 
     def load(self, block: int, source: memoryview) -> bytes:
         held = self._pool.block(block)
         copy_bytes(held, source)
-        return digest_of(held)
+        return xxh3(held)
 
     def save(self, block: int, target: memoryview) -> bytes:
         held = self._pool.block(block)
         copy_bytes(target, held)
-        return digest_of(held)
+        return xxh3(held)
 
 
 def copy_bytes(target: memoryview, source: memoryview) -> None:
     np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
-
-
-def digest_of(data: memoryview) -> bytes:
-    """xxh3-128, 16 bytes: finds corruption, proves no identity."""
-    return xxhash.xxh3_128_digest(data)

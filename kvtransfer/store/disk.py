@@ -13,9 +13,11 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtransfer.blocks.checksum import DIGESTS
 from kvtransfer.store.arena_index import Key
-from kvtransfer.store.lower import ReadDone, WriteDone
+from kvtransfer.store.lower import ReadDone, Space, WriteDone
 from kvtransfer.tiers.base import Tier
+from kvtransfer.tiers.records import Block
 from kvtransfer.tiers.second_use import SecondUse
 from kvtransfer.tiers.write_behind import WriteBehind, WriteBehindThread
 from node.errors import SettingsError
@@ -39,9 +41,8 @@ class _Read:
 
 
 @dataclass(frozen=True, slots=True)
-class _Open:
-    namespace: bytes
-    block_bytes: int
+class _Drop:
+    key: Key
 
 
 class Disk:
@@ -50,35 +51,43 @@ class Disk:
     def __init__(self, open_tier: OpenTier, max_writing_bytes: int, wake: Callable[[], None]) -> None:
         self._open_tier = open_tier
         self._wake = wake
-        self._tiers: dict[bytes, Tier | None] = {}  # None: being opened, or it cannot be
+        self._spaces: dict[bytes, Space] = {}
+        self._tiers: dict[bytes, Tier] = {}  # those of `_spaces` that are open
         self._second_use = SecondUse(MAX_REMEMBERED)
         self._open_failures = 0
         self._done: deque[ReadDone | WriteDone] = deque()
         self._behind = WriteBehind(max_writing_bytes)
         self._writer = WriteBehindThread(self._behind)
-        self._todo: queue.SimpleQueue[_Read | _Open | None] = queue.SimpleQueue()
+        self._todo: queue.SimpleQueue[_Read | _Drop | Space | None] = queue.SimpleQueue()
         self._readers = [threading.Thread(target=self._run, name="disk", daemon=True) for _ in range(NUM_READERS)]
         for thread in self._readers:
             thread.start()
 
-    def open(self, namespace: bytes, block_bytes: int) -> None:
-        if namespace not in self._tiers:
-            self._tiers[namespace] = None
-            self._todo.put(_Open(namespace, block_bytes))
+    def open(self, space: Space) -> None:
+        if space.namespace not in self._spaces:
+            self._spaces[space.namespace] = space
+            self._todo.put(space)
 
     def has(self, key: Key) -> bool:
         tier = self._tiers.get(key.namespace)
         return tier is not None and tier.contains([key.hash])[0]
 
     def wants(self, key: Key) -> bool:
-        return self._tiers.get(key.namespace) is not None and not self.has(key) and self._second_use.use(key.hash)
+        return key.namespace in self._tiers and not self.has(key) and self._second_use.use(key.hash)
 
     def read(self, key: Key, into: memoryview) -> None:
         self._todo.put(_Read(key, into))
 
     def write(self, key: Key, data: memoryview, digest: bytes) -> bool:
         tier = self._tiers.get(key.namespace)
-        return tier is not None and self._behind.offer(tier, key.hash, data, digest, lambda: self._tell(WriteDone(key)))
+        if tier is None:
+            return False
+        digest_of = DIGESTS[self._spaces[key.namespace].digest]
+        block = Block(data, digest)
+        return self._behind.offer(tier, key.hash, block, digest_of, lambda: self._tell(WriteDone(key)))
+
+    def drop(self, key: Key) -> None:
+        self._todo.put(_Drop(key))
 
     def poll(self) -> list[ReadDone | WriteDone]:
         return [self._done.popleft() for _ in range(len(self._done))]
@@ -89,9 +98,8 @@ class Disk:
             open_failures=self._open_failures, writing_blocks=behind.depth_blocks, writing_bytes=behind.depth_bytes
         )
         total.update({f"dropped_{reason}": count for reason, count in behind.drops.items()})
-        for tier in self._tiers.values():
-            if tier is not None:
-                total.update(_stats(tier))
+        for tier in [*self._tiers.values()]:
+            total.update(_stats(tier))
         return {f"disk_{name}": float(value) for name, value in total.items()}
 
     def close(self) -> None:
@@ -102,24 +110,27 @@ class Disk:
         for thread in self._readers:
             thread.join(CLOSE_WITHIN_S)
         for tier in self._tiers.values():
-            if tier is not None:
-                tier.close()
+            tier.close()
 
     # -- the threads
 
     def _run(self) -> None:
         while (job := self._todo.get()) is not None:
-            if isinstance(job, _Read):
-                tier = self._tiers.get(job.key.namespace)
-                self._tell(ReadDone(job.key, tier is not None and tier.get(job.key.hash, job.into)))
-            else:
+            if isinstance(job, Space):
                 self._open(job)
                 self._wake()
+                continue
+            tier = self._tiers.get(job.key.namespace)
+            if isinstance(job, _Read):
+                digest = tier.get(job.key.hash, job.into) if tier is not None else None
+                self._tell(ReadDone(job.key, digest or b""))
+            elif tier is not None:
+                tier.drop([job.key.hash])
 
-    def _open(self, job: _Open) -> None:
-        name = job.namespace.hex()[:12]
+    def _open(self, space: Space) -> None:
+        name = space.namespace.hex()[:12]
         try:
-            tier = self._tiers[job.namespace] = self._open_tier(job.namespace, job.block_bytes)
+            tier = self._tiers[space.namespace] = self._open_tier(space.namespace, space.block_bytes)
         except SettingsError as error:
             self._open_failures += 1
             log_event(logger, "disk_unusable", level=logging.WARNING, namespace=name, reason=str(error))

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvtransfer.store.arena import digest_of
 from kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
 from kvtransfer.store.lower import Lower
 from kvtransfer.store.peers import Peers
@@ -69,14 +68,19 @@ class Loads:
             load.waiters.append(waiter)
         return load is not None
 
-    def end(self, key: Key, ok: bool) -> list[Waiter]:
-        """The bytes are in the slot, or never will be; the block can be found from now on, or not. Who has waited?"""
+    def end(self, key: Key, digest: bytes) -> list[Waiter]:
+        """The block is in its slot, and can be found from now on; without a digest: never. Who has waited?"""
         load = self._loads.pop(key)
-        if ok:
-            self._index.commit(key, load.holder, digest_of(self._span(load.entry.offset, load.entry.size_bytes)))
+        if digest:
+            self._index.commit(key, load.holder, digest)
         self._index.release(load.holder)
-        self.outcomes[f"{load.tier}_{'ok' if ok else 'failed'}"] += 1
+        self.outcomes[f"{load.tier}_{'ok' if digest else 'failed'}"] += 1
         return load.waiters
+
+    def span_of(self, key: Key) -> memoryview:
+        """The slot that this block is being loaded into."""
+        entry = self._loads[key].entry
+        return self._span(entry.offset, entry.size_bytes)
 
     def _begin(self, key: Key, peer: str | None, now: float) -> _Load | None:
         on_disk = self._lower.has(key)

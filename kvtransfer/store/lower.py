@@ -6,14 +6,16 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from kvtransfer.store.arena_index import Key
+from node.store_messages import DigestName
 
 
 @dataclass(frozen=True, slots=True)
 class ReadDone:
-    """A `read` has ended; `ok`: the block is in the view that it was given, verified."""
+    """A `read` has ended: the block that was written is in the view that it was given; without a digest: it is not."""
 
     key: Key
-    ok: bool
+    digest: bytes
+    """As it was written with the block: whoever uses the block checks it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +25,19 @@ class WriteDone:
     key: Key
 
 
+@dataclass(frozen=True, slots=True)
+class Space:
+    """A namespace: all its blocks have one size, and their digests are made one way."""
+
+    namespace: bytes
+    block_bytes: int
+    digest: DigestName
+
+
 class Lower(Protocol):
     """The tier under the arena. A fault in it is a counted miss."""
 
-    def open(self, namespace: bytes, block_bytes: int) -> None:
+    def open(self, space: Space) -> None:
         """Blocks of this namespace will come; repeated: no effect."""
         ...
 
@@ -46,6 +57,10 @@ class Lower(Protocol):
         """Begin to write `data` behind, if its digest is right; True: WriteDone follows, False: there is no room."""
         ...
 
+    def drop(self, key: Key) -> None:
+        """Forget this block: it is not what its digest says."""
+        ...
+
     def poll(self) -> list[ReadDone | WriteDone]: ...
 
     def stats(self) -> dict[str, float]: ...
@@ -56,7 +71,7 @@ class Lower(Protocol):
 class NoLower:
     """There is no disk."""
 
-    def open(self, namespace: bytes, block_bytes: int) -> None: ...
+    def open(self, space: Space) -> None: ...
 
     def has(self, key: Key) -> bool:
         return False
@@ -69,6 +84,8 @@ class NoLower:
 
     def write(self, key: Key, data: memoryview, digest: bytes) -> bool:
         return False
+
+    def drop(self, key: Key) -> None: ...
 
     def poll(self) -> list[ReadDone | WriteDone]:
         return []

@@ -4,7 +4,7 @@
     PeerFound(count)   ◄── or PATIENCE_S has passed         PeerData(piece) ◄── at most WINDOW pieces are asked for
 
 A peer that did not answer in time is left in peace for REST_S. The bytes are pulled straight to where they shall lie;
-the digest of the whole block, which comes with each piece, decides at the end.
+the digest of the whole block, which comes with each piece, is for the caller to compare.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.store.arena import digest_of
 from kvtransfer.store.arena_index import Key
 from node.messages import Message
 from node.store_messages import MAX_PIECE_BYTES, PeerData, PeerFound, PeerGet, PeerLookup
@@ -59,10 +58,11 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Pulled:
-    """A pull has ended; `ok`: the block lies, verified, where it was wanted."""
+    """A pull has ended: the peer's bytes lie where they were wanted; without a digest: they do not."""
 
     key: Key
-    ok: bool
+    digest: bytes
+    """As the peer told it; nobody has compared."""
 
 
 class Peers:
@@ -117,7 +117,7 @@ class Peers:
                 self._answer(id)
         for pull in [*self._pulls.values()]:
             if now >= pull.deadline:
-                self._end(pull, False)
+                self._end(pull, b"")
 
     def take(self) -> tuple[list[Answer], list[Pulled]]:
         """The news since the last call."""
@@ -140,7 +140,7 @@ class Peers:
             key = pull.key
             get = PeerGet(namespace=key.namespace, hash=key.hash, offset=pull.asked, size_bytes=size)
             if not self._send(pull.peer, get):
-                self._end(pull, False)
+                self._end(pull, b"")
                 return
             pull.missing.add(pull.asked)
             pull.asked += size
@@ -149,7 +149,7 @@ class Peers:
         size = min(MAX_PIECE_BYTES, len(pull.target) - message.offset)
         fits = message.offset in pull.missing and len(message.data) == size
         if not message.digest or not fits or (pull.digest and pull.digest != message.digest):
-            self._end(pull, False)
+            self._end(pull, b"")
             return
         pull.target[message.offset : message.offset + size] = message.data
         pull.digest = message.digest
@@ -157,8 +157,8 @@ class Peers:
         self.received_bytes += size
         self._ask_pieces(pull)
         if not pull.missing and pull.asked == len(pull.target):
-            self._end(pull, digest_of(pull.target) == pull.digest)
+            self._end(pull, pull.digest)
 
-    def _end(self, pull: _Pull, ok: bool) -> None:
+    def _end(self, pull: _Pull, digest: bytes) -> None:
         if self._pulls.pop(pull.key, None) is not None:
-            self._pulled.append(Pulled(pull.key, ok))
+            self._pulled.append(Pulled(pull.key, digest))

@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 from kvtransfer.store.arena import Arena
+from kvtransfer.store.checks import Checks
 from kvtransfer.store.disk import Disk
 from kvtransfer.store.folders import Folders
 from kvtransfer.store.lower import Lower, NoLower
@@ -51,7 +53,11 @@ class StoreProcess:
             self._endpoint.connect(link, address)
         self._lower = self._open_lower(settings)
         peers = Peers(tuple(links), self._endpoint.send)
-        self._server = StoreServer(self._arena, identity, self._lower, peers, self._endpoint.send, self._news.ram)
+        self._checker = ThreadPoolExecutor(1, "check")
+        checks = Checks(self._checker.submit, self._endpoint.wake)
+        self._server = StoreServer(
+            self._arena, identity, self._lower, peers, checks, self._endpoint.send, self._news.ram
+        )
         log_event(
             logger,
             "store_started",
@@ -77,6 +83,7 @@ class StoreProcess:
         self._stopping.set()
 
     def close(self) -> None:
+        self._checker.shutdown(cancel_futures=True)
         self._lower.close()
         self._news.close()
         self._endpoint.close()

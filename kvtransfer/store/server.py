@@ -26,12 +26,14 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from kvtransfer.blocks.checksum import DIGESTS, WORD_BYTES
 from kvtransfer.blocks.events import Journal
-from kvtransfer.store.arena import Arena, digest_of
+from kvtransfer.store.arena import Arena
 from kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
+from kvtransfer.store.checks import Check, Checks
 from kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
-from kvtransfer.store.lower import Lower, WriteDone
-from kvtransfer.store.peers import Peers
+from kvtransfer.store.lower import Lower, Space, WriteDone
+from kvtransfer.store.peers import Peers, Pulled
 from node.errors import SettingsError
 from node.messages import PROTOCOL_VERSION, Message
 from node.store_messages import (
@@ -96,19 +98,24 @@ class _Asked:
 class StoreServer:
     """See the module's docstring. One thread makes all calls."""
 
-    def __init__(self, arena: Arena, identity: str, lower: Lower, peers: Peers, send: Send, journal: Journal) -> None:
+    def __init__(
+        self, arena: Arena, identity: str, lower: Lower, peers: Peers, checks: Checks, send: Send, journal: Journal
+    ) -> None:
         self.index = ArenaIndex(arena.num_regions, arena.region_bytes, journal)
         self._arena = arena
         self._attached = arena.describe(identity, LEASE_S)
         self._lower = lower
         self._peers = peers
+        self._checks = checks
         self._send = send
+        self._spaces: dict[bytes, Space] = {}
         self._members: dict[str, _Member] = {}
         self._asked: dict[Holder, _Asked] = {}
         self._at_peers: dict[int, Holder] = {}  # lookups that wait for the peers, by the number of the question
         self._numbers = 0
         self._loads = Loads(self.index, arena.span, lower, peers)
         self._saving: dict[Key, Holder] = {}
+        self._checking: dict[Key, Holder] = {}  # blocks that are said to be damaged
         self._counters: Counter[str] = Counter()
 
     # ---- told by the loop
@@ -135,7 +142,7 @@ class StoreServer:
                 self._on_member(peer, member, message, now)
 
     def tick(self, now: float) -> None:
-        """Take in what disk and peers have done, and end the leases of the silent."""
+        """Take in what disk, peers and checks have done, and end the leases of the silent."""
         self._peers.tick(now)
         answers, pulled = self._peers.take()
         for answer in answers:
@@ -144,12 +151,14 @@ class StoreServer:
                 asked.peers = answer.holders
                 self._tell_found(holder, asked)
         for done in pulled:
-            self._loaded(done.key, done.ok)
+            self._on_pulled(done)
+        for check, agrees in self._checks.take():
+            self._on_checked(check, agrees)
         for each in self._lower.poll():
             if isinstance(each, WriteDone):
                 self.index.release(self._saving.pop(each.key))
             else:
-                self._loaded(each.key, each.ok)
+                self._loaded(each.key, each.digest)
         for peer in [peer for peer, member in self._members.items() if now - member.heard_at > LEASE_S]:
             self._forget(peer)
 
@@ -172,25 +181,34 @@ class StoreServer:
     # ---- workers
 
     def _on_attach(self, peer: str, message: Attach, now: float) -> None:
-        refusal = ""
-        if message.version != PROTOCOL_VERSION:
-            refusal = f"protocol version {message.version}, this store speaks {PROTOCOL_VERSION}"
-        elif peer not in self._members and len(self._members) >= MAX_MEMBERS:
-            refusal = "too many workers"
-        else:
-            try:
-                self.index.register(message.namespace, message.block_bytes)
-            except SettingsError as error:
-                refusal = str(error)
-        if refusal:
+        space = Space(message.namespace, message.block_bytes, message.digest)
+        if refusal := self._refusal(peer, message.version, space):
             self._send(peer, Detached(reason=refusal, final=True))
             return
         if peer not in self._members:
             log_event(logger, "worker_attached", worker=peer, namespace=message.namespace.hex()[:12])
         self._forget_held(peer)
         self._members[peer] = _Member(message.namespace, now)
-        self._lower.open(message.namespace, message.block_bytes)
+        self._lower.open(space)
         self._send(peer, self._attached)
+
+    def _refusal(self, peer: str, version: int, space: Space) -> str:
+        """Why this worker cannot attach; "" if it can, and then the namespace is known."""
+        if version != PROTOCOL_VERSION:
+            return f"protocol version {version}, this store speaks {PROTOCOL_VERSION}"
+        if peer not in self._members and len(self._members) >= MAX_MEMBERS:
+            return "too many workers"
+        known = self._spaces.get(space.namespace, space)
+        if known.digest != space.digest:
+            return f"digests by {space.digest}; in this namespace they are by {known.digest}"
+        if space.digest == "sum64" and space.block_bytes % WORD_BYTES:
+            return f"a block of {space.block_bytes} bytes is not made of words of {WORD_BYTES}"
+        try:
+            self.index.register(space.namespace, space.block_bytes)
+        except SettingsError as error:
+            return str(error)
+        self._spaces[space.namespace] = space
+        return ""
 
     def _on_member(self, peer: str, member: _Member, message: Message, now: float) -> None:
         match message:
@@ -290,9 +308,25 @@ class StoreServer:
 
     def _on_damaged(self, key: Key) -> None:
         """Believe it only after looking: a worker may have read a slot that was not its own any more."""
-        entry = self.index.find(key)
-        if entry is not None and digest_of(self._span(entry)) != entry.digest:
-            self.index.drop(key)
+        if key in self._checking:
+            return
+        self._numbers += 1
+        holder = Holder(SELF, self._numbers)
+        if (entry := self.index.acquire(key, holder)) is not None:
+            self._checking[key] = holder
+            self._check(Check(key, self._span(entry), entry.digest, arriving=False))
+
+    def _check(self, check: Check) -> None:
+        self._checks.begin(check, DIGESTS[self._spaces[check.key.namespace].digest])
+
+    def _on_checked(self, check: Check, agrees: bool) -> None:
+        if check.arriving:
+            self._loaded(check.key, check.digest if agrees else b"")
+            return
+        self.index.release(self._checking.pop(check.key))
+        if not agrees:
+            self.index.drop(check.key)
+            self._lower.drop(check.key)
 
     # ---- other stores
 
@@ -316,6 +350,13 @@ class StoreServer:
             )
         self._send(peer, found)
 
+    def _on_pulled(self, done: Pulled) -> None:
+        """What another store says is looked at before anybody here can find it."""
+        if done.digest:
+            self._check(Check(done.key, self._loads.span_of(done.key), done.digest, arriving=True))
+        else:
+            self._loaded(done.key, b"")
+
     # ---- disk
 
     def _use(self, keys: tuple[Key, ...] | list[Key]) -> None:
@@ -330,9 +371,9 @@ class StoreServer:
                 self.index.acquire(key, holder)
                 self._saving[key] = holder
 
-    def _loaded(self, key: Key, ok: bool) -> None:
-        """A block has come from disk or a peer, or not: tell all who wait for it."""
-        for waiter in self._loads.end(key, ok):
+    def _loaded(self, key: Key, digest: bytes) -> None:
+        """A block has come from disk or a peer, or not (then it has no digest): tell all who wait for it."""
+        for waiter in self._loads.end(key, digest):
             if isinstance(waiter, PeerWaits):
                 self._tell_piece(waiter.peer, waiter.get)
             elif (holder := waiter.holder) in self._asked:

@@ -128,7 +128,7 @@ class StoreSession:
         mapped: Callable[[Attached], SharedReader] = map_arena,
     ) -> None:
         self.counters = SessionCounters()
-        self._attach = Attach(namespace=namespace, block_bytes=copies.block_bytes)
+        self._attach = Attach(namespace=namespace, block_bytes=copies.block_bytes, digest=copies.digest)
         self._copies = copies
         self._send = send
         self._deliver = deliver

@@ -10,6 +10,7 @@ from kvtransfer.blocks.events import NullJournal
 from kvtransfer.blocks.memory import HostMemory
 from kvtransfer.exchange import LegKey
 from kvtransfer.store.arena import Arena, HostCopies
+from kvtransfer.store.checks import Checks
 from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from kvtransfer.store.lower import Lower, NoLower
 from kvtransfer.store.peers import Peers
@@ -46,8 +47,9 @@ class Host:
         self.wire: deque[tuple[str, str, Message]] = deque()
         self.arena = Arena(slots * BLOCK_BYTES)
         self.peers = Peers(links, self._send)
+        checks = Checks(lambda job: job(), lambda: None)
         self.server = StoreServer(
-            self.arena, f"{name}/{life}", lower or NoLower(), self.peers, self._send, NullJournal()
+            self.arena, f"{name}/{life}", lower or NoLower(), self.peers, checks, self._send, NullJournal()
         )
 
     def _send(self, to: str, message: Message) -> bool:

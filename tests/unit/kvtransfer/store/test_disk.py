@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from kvtransfer.blocks.checksum import xxh3
 from kvtransfer.exchange import LegKey
 from kvtransfer.store.arena_index import Key
 from kvtransfer.store.disk import Disk
@@ -14,7 +15,7 @@ from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.memory import memory_tier
 from node.errors import SettingsError
 from node.store_messages import DISK, RAM
-from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, names
+from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, content, names
 
 KEY = LegKey("b", 0)
 
@@ -100,6 +101,21 @@ def test_damaged_bytes_are_never_vouched_for(bench: Bench) -> None:
     bench.world.find("b", 1)
     bench.settle(1)
     assert bench.disk.stats()["disk_stored"] == 0 and bench.disk.stats()["disk_dropped_spoiled"] == 1
+
+
+def test_a_block_that_was_spoiled_on_its_way_to_disk_is_found_once(bench: Bench) -> None:
+    """Guards the way of the worker's digest: a tier vouches only for what it got, the worker knows what was meant."""
+    spoiled = bytes([content(1)[0] ^ 1]) + content(1)[1:]
+    tier = bench.gated.tiers[SPACE]
+    assert tier.put(names(1)[0], memoryview(spoiled), xxh3(memoryview(content(1))))
+    assert bench.world.find("b", 1) == (DISK,)
+    worker = bench.world.workers["b"]
+    worker.session.load(KEY, 0, range(8, 9), bench.world.now)
+    bench.world.run()
+    bench.settle(1)
+    assert worker.session.counters.damaged_blocks == 1
+    bench.disk.close()  # its threads have ended
+    assert tier.contains([names(1)[0]]) == [False] and bench.world.find("b", 1) == ()
 
 
 def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> None:

@@ -49,7 +49,7 @@ def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> Non
     folders = Folders(tmp_path, "slab", QUOTA_BYTES, ignore_change)
     key, data = b"k" * 32, memoryview(os.urandom(BLOCK_BYTES))
     tier = folders.open(_space(1), BLOCK_BYTES)
-    assert tier.put(key, data)
+    assert tier.put(key, data, b"d" * 16)
     tier.close()
     again, other = folders.open(_space(1), BLOCK_BYTES), folders.open(_space(2), BLOCK_BYTES)
     into = memoryview(bytearray(BLOCK_BYTES))

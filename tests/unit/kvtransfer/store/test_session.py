@@ -6,14 +6,29 @@ import random
 
 import pytest
 
+from kvtransfer.blocks.checksum import xxh3
 from kvtransfer.exchange import LegKey
 from kvtransfer.store.arena_index import Key
 from kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
 from kvtransfer.store.server import LEASE_S
 from kvtransfer.store.session import DOWN_AFTER_S
 from node.messages import PROTOCOL_VERSION
-from node.store_messages import RAM, Attach, Commit, Fetch, Lookup, Put, Release, Touch, Written
-from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, Worker, World, names
+from node.store_messages import (
+    RAM,
+    Attach,
+    Commit,
+    Damaged,
+    Detached,
+    Fetch,
+    Lookup,
+    PeerData,
+    PeerFound,
+    Put,
+    Release,
+    Touch,
+    Written,
+)
+from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, Worker, World, content, names
 
 
 def _idle(world: World) -> None:
@@ -201,6 +216,49 @@ def test_an_answer_that_comes_too_late_holds_nothing() -> None:
     _idle(world)
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_what_a_peer_gives_is_looked_at_before_anybody_finds_it(right: bool) -> None:
+    """Guards this host from another's damage: the block is in RAM for all, or was never here."""
+    world = World("a", host=Host(links=("peer",)))
+    server, (name,), data = world.host.server, names(1), content(1)
+    world.workers["a"].session.lookup(LegKey("a", 1), (name,), 0, world.now)
+    world.run()
+    server.on_message("peer", PeerFound(id=1, count=1), world.now)
+    world.run()
+    world.workers["a"].session.load(LegKey("a", 1), 0, range(1), world.now)
+    world.run()
+    digest = xxh3(memoryview(data if right else content(2)))
+    server.on_message("peer", PeerData(namespace=SPACE, hash=name, offset=0, digest=digest, data=data), world.now)
+    world.run()
+    assert world.workers["a"].holds(0, 1) is right
+    assert (server.index.find(Key(SPACE, name)) is not None) is right
+    assert server.stats()["loads_peer_ok" if right else "loads_peer_failed"] == 1
+    _idle(world)
+
+
+def test_two_ways_of_making_digests_never_meet_in_a_namespace() -> None:
+    """Guards hits between workers: a block whose digest the reader makes another way would count as damaged."""
+    world = World("a")
+    sum64 = Attach(namespace=SPACE, block_bytes=BLOCK_BYTES, digest="sum64")
+    world.host.server.on_message("b", sum64, world.now)
+    *_, (_, to, refused) = world.host.wire
+    assert to == "b" and isinstance(refused, Detached) and refused.final and "sum64" in refused.reason
+    world.host.wire.clear()
+    assert world.put("a", 1) == 1 and world.find("a", 1) == (RAM,)
+
+
+def test_a_false_alarm_removes_nothing() -> None:
+    """Guards good blocks against a worker that read a slot which was not its own any more."""
+    world = World("a")
+    world.put("a", 1)
+    for _ in range(2):
+        world.host.server.on_message("a", Damaged(hash=names(1)[0]), world.now)
+    world.run()
+    assert world.find("a", 1) == (RAM,)
+    world.let_go("a")
+    _idle(world)
+
+
 def test_what_makes_no_sense_is_survived() -> None:
     """Guards the store against workers that are not in their right mind: no message raises, nothing stays held."""
     world = World("a")
@@ -218,9 +276,10 @@ def test_what_makes_no_sense_is_survived() -> None:
         Put(id=6, hashes=names(9, 9, 9)),
         Commit(id=6, written=(Written(0, b"x" * 16), Written(0, b"y" * 16), Written(2, b"z" * 16))),
         Release(id=5),
-        Attach(version=PROTOCOL_VERSION + 1, namespace=SPACE, block_bytes=BLOCK_BYTES),
-        Attach(namespace=SPACE, block_bytes=BLOCK_BYTES + 1),
-        Attach(namespace=b"z" * 32, block_bytes=1 << 30),
+        Attach(version=PROTOCOL_VERSION + 1, namespace=SPACE, block_bytes=BLOCK_BYTES, digest="xxh3"),
+        Attach(namespace=SPACE, block_bytes=BLOCK_BYTES + 1, digest="xxh3"),
+        Attach(namespace=b"z" * 32, block_bytes=1 << 30, digest="xxh3"),
+        Attach(namespace=b"z" * 32, block_bytes=4094, digest="sum64"),
     ):
         server.on_message("a", message, world.now)
         server.on_message("stranger", message, world.now)
