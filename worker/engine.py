@@ -20,7 +20,7 @@ from kvtransfer.exchange import SOON_S
 from kvtransfer.planes.base import Plane
 from kvtransfer.planes.shm import ShmPlane
 from kvtransfer.planes.zeromq import ZmqPlane
-from kvtransfer.store.arena import HostCopies
+from kvtransfer.store.copies import Copies, HostCopies
 from models.batch import Launched, Row
 from models.config import ModelConfig
 from models.runner import ModelRunner
@@ -66,7 +66,7 @@ class Engine:
     layout: KVLayout
     max_model_len: int
     make_planes: MakePlanes
-    host_copies: HostCopies | None
+    host_copies: Copies | None
     """How blocks get to and from the host's KV store; None where they cannot."""
     soon_s: float = SOON_S
     """How long to wait before looking again at a data plane."""

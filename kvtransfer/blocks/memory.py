@@ -111,6 +111,13 @@ class SharedReader:
             self.close()
             raise PeerLost(f"the memory of process {pid} is not the one described: its nonce differs")
 
+    @property
+    def view(self) -> memoryview:
+        """All bytes; what views them keeps the memory mapped."""
+        if self._view is None:
+            raise InvariantBroken("a mapping is used after it was closed")
+        return self._view
+
     def block(self, index: int, block_bytes: int) -> memoryview:
         """The bytes of one block, read-only; what views them keeps the memory mapped.
 
@@ -120,11 +127,10 @@ class SharedReader:
 
     def span(self, offset: int, size_bytes: int) -> memoryview:
         """The bytes [offset, offset + size_bytes), as `block` gives them, writable if the mapping is."""
-        if self._view is None:
-            raise InvariantBroken("a mapping is used after it was closed")
-        if offset < 0 or size_bytes < 1 or offset + size_bytes > len(self._view):
-            raise PeerLost(f"no bytes from {offset} to {offset + size_bytes} in {len(self._view)} of the peer's memory")
-        return self._view[offset : offset + size_bytes]
+        view = self.view
+        if offset < 0 or size_bytes < 1 or offset + size_bytes > len(view):
+            raise PeerLost(f"no bytes from {offset} to {offset + size_bytes} in {len(view)} of the peer's memory")
+        return view[offset : offset + size_bytes]
 
     def close(self) -> None:
         """Unmap: at once, or with the last view of it that someone still holds. May be repeated."""

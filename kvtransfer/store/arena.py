@@ -1,4 +1,4 @@
-"""The bytes of the RAM arena: in the store, which owns them, and in a worker, which maps them and copies.
+"""The bytes of the RAM arena: in the store, which owns them, and in a worker, which maps them and copies (copies.py).
 
 A hit is one copy: from the arena into the worker's pool. The reader hashes what it has got and compares with the digest
 that the writer told the store, so it does not matter who has written to the arena meanwhile: wrong bytes are a miss.
@@ -7,15 +7,11 @@ that the writer told the store, so it does not matter who has written to the are
 from __future__ import annotations
 
 import os
-from typing import Protocol
 
-import numpy as np
-
-from kvtransfer.blocks.checksum import xxh3
-from kvtransfer.blocks.memory import BlockMemory, HostMemory, SharedFile, SharedReader
+from kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
 from kvtransfer.planes.host import host_identity
 from node.errors import PeerLost, SettingsError
-from node.store_messages import Attached, DigestName
+from node.store_messages import Attached
 
 REGIONS = 16
 """So many parts can go to different sizes of blocks. A block must fit into one."""
@@ -64,41 +60,3 @@ def map_arena(attached: Attached) -> SharedReader:
         raise PeerLost("the store runs on another host: its memory cannot be mapped here")
     shared = SharedFile(attached.fd, attached.size_bytes, attached.nonce)
     return SharedReader(attached.pid, shared, writable=True)
-
-
-class Copies(Protocol):
-    """How blocks of a worker's pool and spans of the arena become equal. Both return the digest of the pool's bytes."""
-
-    block_bytes: int
-    digest: DigestName
-
-    def load(self, block: int, source: memoryview) -> bytes:
-        """Arena to pool."""
-        ...
-
-    def save(self, block: int, target: memoryview) -> bytes:
-        """Pool to arena."""
-        ...
-
-
-class HostCopies:
-    """For pools in host memory. numpy copies and xxhash work without the interpreter's lock, beside the model."""
-
-    def __init__(self, pool: BlockMemory) -> None:
-        self._pool = pool
-        self.digest: DigestName = "xxh3"
-        self.block_bytes = pool.block_bytes
-
-    def load(self, block: int, source: memoryview) -> bytes:
-        held = self._pool.block(block)
-        copy_bytes(held, source)
-        return xxh3(held)
-
-    def save(self, block: int, target: memoryview) -> bytes:
-        held = self._pool.block(block)
-        copy_bytes(target, held)
-        return xxh3(held)
-
-
-def copy_bytes(target: memoryview, source: memoryview) -> None:
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))

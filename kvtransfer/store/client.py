@@ -14,7 +14,7 @@ from dataclasses import fields
 from typing import Protocol
 
 from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena import Copies
+from kvtransfer.store.copies import Copies
 from kvtransfer.store.events import StoreClientDied, StoreEvent
 from kvtransfer.store.session import StoreSession
 from node.endpoint import Context, Endpoint
@@ -152,8 +152,8 @@ class StoreClient:
 
     def _turn(self) -> None:
         wake_at = self._session.tick(time.monotonic())
-        wait_s = min(max(wake_at - time.monotonic(), 0.0), MAX_WAIT_S)
-        inbound = self._endpoint.receive(0.0 if self._todo or self._session.busy else wait_s)
+        wait_s = min(max(wake_at - time.monotonic(), 0.0), MAX_WAIT_S, self._session.poll_s)
+        inbound = self._endpoint.receive(0.0 if self._todo else wait_s)
         now = time.monotonic()
         while self._todo:
             self._todo.popleft()(self._session, now)

@@ -1,8 +1,10 @@
 """A worker's side of the store without thread and socket: attaching, lookups, loads into the pool, writing behind.
 
-It is told what the worker's loop wants and what the store says; it copies between pool and arena in `work`, a bounded
-piece at a time, and delivers events. Whatever the store does, every lookup ends in one StoreFound, every load in one
-StoreLoaded and every put in one StoreWritten: while it is silent, gone or foreign they say that nothing was found.
+It is told what the worker's loop wants and what the store says; in `work` it begins copies between pool and arena and
+takes in those that have ended, and it delivers events. Whatever the store does, every lookup ends in one StoreFound,
+every load in one StoreLoaded and every put in one StoreWritten: while it is silent, gone or foreign they say that
+nothing was found. A load or put ends when no copy touches its blocks any more, however it ends, and memory of a store
+that is lost is let go when no copy uses it.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from dataclasses import dataclass, field
 
 from kvtransfer.blocks.memory import SharedReader
 from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena import Copies, map_arena
+from kvtransfer.store.arena import map_arena
+from kvtransfer.store.copies import Copies, Lock, Pair
+from kvtransfer.store.copy_queue import Copied, Copy, CopyQueue
 from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from node.errors import PeerLost
 from node.messages import Message
@@ -51,8 +55,8 @@ GIVE_UP_S = 10.0
 """A lookup, load or put that has not ended by then ends with what it has."""
 FETCH_WINDOW = 64
 """Blocks on their way from disk or peers for one load."""
-WORK_BYTES = 8 << 20
-"""Copied in one call of `work`, so that messages are not kept waiting."""
+UNUSABLE_S = 120.0
+"""Until the next try where the arena cannot be made fit for copies: trying costs seconds, and memory."""
 
 
 @dataclass(slots=True)
@@ -92,6 +96,12 @@ class _Reading:
     """Blocks copied without a gap, from the first on."""
     to_fetch: deque[int] = field(default_factory=deque)
     fetching: int = 0
+    copying: int = 0
+    ending: bool = False
+    """Nothing more is wanted of it; it is over with the copies that are under way."""
+
+    def wants(self, number: int) -> bool:
+        return not self.ending and number < self.limit
 
 
 @dataclass(slots=True, eq=False)
@@ -103,17 +113,26 @@ class _Writing:
     left: int = -1
     """Blocks to copy; -1 before the store has granted slots."""
     written: list[Written] = field(default_factory=list)
+    copying: int = 0
+    ending: bool = False
+
+    def wants(self, number: int) -> bool:
+        return not self.ending
 
 
-@dataclass(frozen=True, slots=True)
-class _Copy:
-    """One block between the arena at `offset` and the pool; `number` is its place in the operation."""
+@dataclass(slots=True)
+class _Mapped:
+    """The arena of one life of the store."""
 
-    operation: _Reading | _Writing
-    number: int
-    block: int
-    offset: int
-    digest: bytes = b""
+    store: Attached
+    reader: SharedReader
+    lock: Lock
+    ready: bool = False
+    """Whether copies may use it."""
+
+    def close(self) -> None:
+        self.lock.close()
+        self.reader.close()
 
 
 class StoreSession:
@@ -130,40 +149,39 @@ class StoreSession:
         self.counters = SessionCounters()
         self._attach = Attach(namespace=namespace, block_bytes=copies.block_bytes, digest=copies.digest)
         self._copies = copies
+        self._queue: CopyQueue[_Reading | _Writing] = CopyQueue(copies)
         self._send = send
         self._deliver = deliver
         self._mapped = mapped
-        self._arena: SharedReader | None = None
-        self._store: Attached | None = None
+        self._arena: _Mapped | None = None
+        self._leaving: _Mapped | None = None  # lost, and still used by copies
         self._heard_at = 0.0
         self._next_at = 0.0
         self._numbers = 0
         self._readings: dict[int, _Reading] = {}
         self._by_key: dict[LegKey, _Reading] = {}
         self._writings: dict[int, _Writing] = {}
-        self._reads: deque[_Copy] = deque()
-        self._writes: deque[_Copy] = deque()
 
     @property
     def attached(self) -> bool:
-        return self._arena is not None
+        return self._arena is not None and self._arena.ready
 
     @property
     def store(self) -> str:
         """The identity of the store that is attached, "" while there is none."""
-        return self._store.store if self._store is not None else ""
+        return self._arena.store.store if self._arena is not None and self._arena.ready else ""
 
     @property
-    def busy(self) -> bool:
-        """Whether `work` has something to do."""
-        return bool(self._reads or self._writes)
+    def poll_s(self) -> float:
+        """How long `work` may be left alone, at most."""
+        return self._queue.poll_s
 
     # ---- told by the worker's loop
 
     def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int, now: float) -> None:
         """Ask for blocks [first, ...) of a chain; StoreFound follows. End it with `load` or `stop`."""
         self.counters.lookups += 1
-        if self._arena is None or key in self._by_key:
+        if not self.attached or key in self._by_key:
             self.counters.lookups_lost += 1
             self._deliver(StoreFound(key, ()))
             return
@@ -184,7 +202,7 @@ class StoreSession:
         reading.begun_at, reading.deadline = now, now + GIVE_UP_S
         for number, place in enumerate(reading.places[: reading.limit]):
             if place.tier == RAM:
-                self._reads.append(_Copy(reading, number, blocks[number], place.offset, place.digest))
+                self._queue_load(reading, number, place.offset, place.digest)
             else:
                 reading.to_fetch.append(number)
         self._fetch(reading)
@@ -197,7 +215,7 @@ class StoreSession:
 
     def put(self, key: bytes, hashes: Sequence[bytes], blocks: Sequence[int], now: float) -> None:
         """Offer these blocks of the pool, which must not change before StoreWritten."""
-        if self._arena is None:
+        if not self.attached:
             self._deliver(StoreWritten(key, 0))
             return
         writing = _Writing(key, self._number(), tuple(blocks), now + GIVE_UP_S)
@@ -206,7 +224,7 @@ class StoreSession:
 
     def touch(self, hashes: Sequence[bytes]) -> None:
         """A chain has been used to its end."""
-        if self._arena is not None:
+        if self.attached:
             self._send(Touch(hashes=tuple(hashes)))
 
     # ---- told by the store
@@ -222,9 +240,10 @@ class StoreSession:
             case Found():
                 self._on_found(message)
             case Fetched():
-                if (reading := self._readings.get(message.id)) is not None and reading.blocks is not None:
+                reading = self._readings.get(message.id)
+                if reading is not None and reading.blocks is not None and not reading.ending:
                     for arrival in message.arrivals:
-                        self._on_arrival(reading, reading.blocks, arrival)
+                        self._on_arrival(reading, arrival)
                     self._fetch(reading)
                     self._end_if_loaded(reading, now)
             case Granted():
@@ -237,6 +256,7 @@ class StoreSession:
         if now >= self._next_at:
             self._next_at = now + BEAT_S
             self._send(Beat() if self._arena is not None else self._attach)
+        self._look_at_lock(now)
         for reading in [each for each in self._readings.values() if now >= each.deadline]:
             self._end_reading(reading, now)
         for writing in [each for each in self._writings.values() if now >= each.deadline]:
@@ -244,41 +264,62 @@ class StoreSession:
         return self._next_at
 
     def work(self, clock: Callable[[], float]) -> None:
-        """Copy up to WORK_BYTES: loads first, since a prompt waits for them."""
-        done = 0
-        while done < WORK_BYTES and self.busy:
-            copy = self._reads.popleft() if self._reads else self._writes.popleft()
-            begun = clock()
-            if isinstance(copy.operation, _Writing):
-                self._write(copy.operation, copy)
-            elif copy.operation.id in self._readings and copy.number < copy.operation.limit:
-                self._read(copy.operation, copy)
-                copy.operation.copy_s += clock() - begun
-                self._end_if_loaded(copy.operation, clock())
-            done += self._copies.block_bytes
+        """Begin copies, and take in those that have ended."""
+        self._queue.begin(clock)
+        for done in self._queue.take(clock):
+            if isinstance(done.copy.operation, _Writing):
+                self._on_saved(done.copy.operation, done)
+            else:
+                self._on_copied(done.copy.operation, done, clock())
+        if self._leaving is not None and self._queue.idle:
+            self._leaving.close()
+            self._leaving = None
 
     def close(self) -> None:
-        """Let go of the arena; nothing is told any more."""
+        """Wait for the copies under way, and let go of the arena; nothing is told any more."""
         self._readings.clear()
         self._by_key.clear()
         self._writings.clear()
-        self._unmap()
+        self._queue.close()
+        for mapped in (self._arena, self._leaving):
+            if mapped is not None:
+                mapped.close()
+        self._arena = self._leaving = None
 
     # -- attaching
 
     def _on_attached(self, message: Attached, now: float) -> None:
-        if self._store is not None and self._store == message:
-            return
         if self._arena is not None:
+            if self._arena.store == message:
+                return
             self._lose("another life of the store", now)
+        if self._leaving is not None:
+            return  # asked again until its memory is free
         try:
-            self._arena = self._mapped(message)
+            reader = self._mapped(message)
         except PeerLost as error:
-            self._next_at = now + REFUSED_S
-            log_event(logger, "store_unusable", level=logging.WARNING, reason=str(error))
+            self._refuse(error, now + REFUSED_S)
             return
-        self._store, self._next_at = message, now + min(BEAT_S, message.lease_s / 4)
-        log_event(logger, "store_attached", size_mib=round(message.size_bytes / (1 << 20), 1))
+        self._arena = _Mapped(message, reader, self._copies.lock(reader.view))
+        self._next_at = now + min(BEAT_S, message.lease_s / 4)
+        self._look_at_lock(now)
+
+    def _look_at_lock(self, now: float) -> None:
+        """The arena counts from when copies may use it; until then the store hears beats."""
+        if (arena := self._arena) is None or arena.ready:
+            return
+        try:
+            arena.ready = arena.lock.ready()
+        except PeerLost as error:
+            self._unmap()
+            self._refuse(error, now + UNUSABLE_S)
+            return
+        if arena.ready:
+            log_event(logger, "store_attached", size_mib=round(arena.store.size_bytes / (1 << 20), 1))
+
+    def _refuse(self, error: PeerLost, until: float) -> None:
+        self._next_at = until
+        log_event(logger, "store_unusable", level=logging.WARNING, reason=str(error))
 
     def _lose(self, reason: str, now: float) -> None:
         """The store holds nothing for us any more: all that waits for it ends."""
@@ -293,11 +334,15 @@ class StoreSession:
         self._next_at = now
 
     def _unmap(self) -> None:
-        self._reads.clear()
-        self._writes.clear()
-        arena, self._arena, self._store = self._arena, None, None
-        if arena is not None:
+        """Now, or when no copy uses it any more."""
+        self._queue.drop_waiting()
+        arena, self._arena = self._arena, None
+        if arena is None:
+            return
+        if self._queue.idle:
             arena.close()
+        else:
+            self._leaving = arena
 
     # -- reading
 
@@ -323,39 +368,51 @@ class StoreSession:
         if indices:
             self._send(Fetch(id=reading.id, indices=tuple(indices)))
 
-    def _on_arrival(self, reading: _Reading, blocks: tuple[int, ...], arrival: Arrival) -> None:
+    def _on_arrival(self, reading: _Reading, arrival: Arrival) -> None:
         number = arrival.index - reading.first
         reading.fetching -= 1
         if not 0 <= number < reading.limit:
             return
         if arrival.digest:
-            self._reads.append(_Copy(reading, number, blocks[number], arrival.offset, arrival.digest))
+            self._queue_load(reading, number, arrival.offset, arrival.digest)
         else:
             self.counters.failed_blocks += 1
             reading.limit = number
 
-    def _read(self, reading: _Reading, copy: _Copy) -> None:
-        assert self._arena is not None, "a copy without an arena"
-        size = self._copies.block_bytes
+    def _queue_load(self, reading: _Reading, number: int, offset: int, digest: bytes) -> None:
+        assert reading.blocks is not None, "a load without blocks"
         try:
-            ok = self._copies.load(copy.block, self._arena.span(copy.offset, size)) == copy.digest
-        except PeerLost:  # a place outside of the arena
-            ok = False
-        if ok:
-            reading.copied.add(copy.number)
-            self.counters.loaded_bytes += size
-            return
+            span = self._span(offset)
+        except PeerLost:
+            self._on_damaged(reading, number)
+        else:
+            self._queue.load(Copy(reading, number, Pair(reading.blocks[number], span), digest))
+
+    def _on_copied(self, reading: _Reading, done: Copied[_Reading | _Writing], now: float) -> None:
+        reading.copy_s += done.took_s
+        if done.digest == done.copy.digest:
+            reading.copied.add(done.copy.number)
+            self.counters.loaded_bytes += self._copies.block_bytes
+        else:
+            self._on_damaged(reading, done.copy.number)
+        self._end_if_loaded(reading, now)
+
+    def _on_damaged(self, reading: _Reading, number: int) -> None:
         self.counters.damaged_blocks += 1
-        self._send(Damaged(hash=reading.hashes[reading.first + copy.number]))
-        reading.limit = copy.number
+        self._send(Damaged(hash=reading.hashes[reading.first + number]))
+        reading.limit = min(reading.limit, number)
 
     def _end_if_loaded(self, reading: _Reading, now: float) -> None:
         while reading.done in reading.copied:
             reading.done += 1
-        if reading.blocks is not None and reading.done >= reading.limit:
+        if reading.ending or (reading.blocks is not None and reading.done >= reading.limit):
             self._end_reading(reading, now)
 
     def _end_reading(self, reading: _Reading, now: float) -> None:
+        """Now, or with the last of its copies that are under way."""
+        reading.ending, reading.deadline = True, float("inf")
+        if reading.copying:
+            return
         if reading.blocks is None:
             if not reading.places:
                 self._deliver(StoreFound(reading.key, ()))
@@ -378,31 +435,36 @@ class StoreSession:
                 self._send(Release(id=message.id))
             return
         slots = [slot for slot in message.slots if slot.index < len(writing.blocks)]
+        try:
+            spans = [self._span(slot.offset) for slot in slots]
+        except PeerLost:
+            slots, spans = [], []
         writing.left = len(slots)
-        self._writes += [_Copy(writing, slot.index, writing.blocks[slot.index], slot.offset) for slot in slots]
+        for slot, span in zip(slots, spans, strict=True):
+            self._queue.save(Copy(writing, slot.index, Pair(writing.blocks[slot.index], span)))
         if not slots:
             self._end_writing(writing)
 
-    def _write(self, writing: _Writing, copy: _Copy) -> None:
-        assert self._arena is not None, "a copy without an arena"
-        if writing.id not in self._writings:
-            return
-        try:
-            digest = self._copies.save(copy.block, self._arena.span(copy.offset, self._copies.block_bytes))
-        except PeerLost:
-            self._end_writing(writing)
-            return
-        writing.written.append(Written(copy.number, digest))
+    def _on_saved(self, writing: _Writing, done: Copied[_Reading | _Writing]) -> None:
+        writing.written.append(Written(done.copy.number, done.digest))
         writing.left -= 1
         self.counters.written_bytes += self._copies.block_bytes
-        if not writing.left:
+        if writing.ending or not writing.left:
             self._end_writing(writing)
 
     def _end_writing(self, writing: _Writing) -> None:
-        """Commit what is written; the store takes the other slots back."""
+        """Commit what is written, when no copy is under way; the store takes the other slots back."""
+        writing.ending, writing.deadline = True, float("inf")
+        if writing.copying:
+            return
         del self._writings[writing.id]
         self._send(Commit(id=writing.id, written=tuple(writing.written)))
         self._deliver(StoreWritten(writing.key, len(writing.written)))
+
+    def _span(self, offset: int) -> memoryview:
+        """A block of the arena. Raises PeerLost for a place outside of it."""
+        assert self._arena is not None, "a copy without an arena"
+        return self._arena.reader.span(offset, self._copies.block_bytes)
 
     def _number(self) -> int:
         self._numbers += 1

@@ -9,8 +9,9 @@ from collections.abc import Callable, Sequence
 from kvtransfer.blocks.events import NullJournal
 from kvtransfer.blocks.memory import HostMemory
 from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena import Arena, HostCopies
+from kvtransfer.store.arena import Arena
 from kvtransfer.store.checks import Checks
+from kvtransfer.store.copies import HostCopies
 from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from kvtransfer.store.lower import Lower, NoLower
 from kvtransfer.store.peers import Peers

@@ -17,8 +17,8 @@ import zmq
 
 from kvtransfer.blocks.memory import HostMemory
 from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena import HostCopies
 from kvtransfer.store.client import StoreClient
+from kvtransfer.store.copies import HostCopies
 from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from node.endpoint import new_context
 from node.store_messages import DISK, PEER, RAM

@@ -1,0 +1,118 @@
+"""How blocks of a worker's pool and spans of the arena become equal: what is asked of whoever copies; the CPU's way.
+
+A GPU's is kvtransfer/planes/host_copies.py. The digest that a copy returns is always of the pool's bytes: after a load
+of what has arrived there, at a save of what was meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from kvtransfer.blocks.checksum import DIGESTS
+from kvtransfer.blocks.memory import BlockMemory
+from node.store_messages import DigestName
+
+BATCH_BYTES = 4 << 20
+"""Copied at once by the CPU, so that messages are not kept waiting."""
+
+
+class Pair(NamedTuple):
+    """A block of the pool, and the block_bytes of the arena that it is copied from or to."""
+
+    block: int
+    span: memoryview
+
+
+class Lock(Protocol):
+    """Memory that is being made fit for copies."""
+
+    def ready(self) -> bool:
+        """Whether copies may use it. Raises PeerLost if they never may."""
+        ...
+
+    def close(self) -> None:
+        """Let go of it, when no copy uses it any more. Returns at once."""
+        ...
+
+
+class Copies(Protocol):
+    """One thread makes all calls, and none but `close` waits for a copy. A number names a copy until it has ended.
+
+    Until then nobody may write to the blocks and spans of the copy, nor read those that it writes.
+    """
+
+    block_bytes: int
+    batch_blocks: int
+    """At most so many in one copy."""
+    digest: DigestName
+
+    def lock(self, memory: memoryview) -> Lock:
+        """Make the arena fit for copies, which takes seconds: `Lock.ready` tells."""
+        ...
+
+    def begin_load(self, pairs: Sequence[Pair]) -> int:
+        """Arena to pool; the blocks differ."""
+        ...
+
+    def begin_save(self, pairs: Sequence[Pair]) -> int:
+        """Pool to arena."""
+        ...
+
+    def ended(self, copy: int) -> list[bytes] | None:
+        """The digests of the blocks, in order; None: it has not ended. Raises if it failed: then all will."""
+        ...
+
+    def close(self) -> None:
+        """Wait for what runs, and let go of everything. May be repeated."""
+        ...
+
+
+class HostCopies:
+    """For pools in host memory: at once. numpy and xxhash work without the interpreter's lock, beside the model."""
+
+    def __init__(self, pool: BlockMemory) -> None:
+        self._pool = pool
+        self.digest: DigestName = "xxh3"
+        self.block_bytes = pool.block_bytes
+        self.batch_blocks = max(1, BATCH_BYTES // pool.block_bytes)
+        self._copies = 0
+        self._digests: dict[int, list[bytes]] = {}  # of copies that nobody has asked for yet
+
+    def lock(self, memory: memoryview) -> Lock:
+        return NoLock()
+
+    def begin_load(self, pairs: Sequence[Pair]) -> int:
+        for block, span in pairs:
+            _copy(self._pool.block(block), span)
+        return self._done(pairs)
+
+    def begin_save(self, pairs: Sequence[Pair]) -> int:
+        for block, span in pairs:
+            _copy(span, self._pool.block(block))
+        return self._done(pairs)
+
+    def ended(self, copy: int) -> list[bytes] | None:
+        return self._digests.pop(copy)
+
+    def close(self) -> None: ...
+
+    def _done(self, pairs: Sequence[Pair]) -> int:
+        self._copies += 1
+        self._digests[self._copies] = [DIGESTS[self.digest](self._pool.block(block)) for block, _ in pairs]
+        return self._copies
+
+
+class NoLock:
+    """Memory that is fit as it is."""
+
+    def ready(self) -> bool:
+        return True
+
+    def close(self) -> None: ...
+
+
+def _copy(target: memoryview, source: memoryview) -> None:
+    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
