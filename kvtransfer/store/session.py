@@ -457,9 +457,9 @@ class StoreSession:
         writing.ending, writing.deadline = True, float("inf")
         if writing.copying:
             return
-        del self._writings[writing.id]
         self._send(Commit(id=writing.id, written=tuple(writing.written)))
         self._deliver(StoreWritten(writing.key, len(writing.written)))
+        del self._writings[writing.id]
 
     def _span(self, offset: int) -> memoryview:
         """A block of the arena. Raises PeerLost for a place outside of it."""

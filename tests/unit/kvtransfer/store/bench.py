@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from kvtransfer.blocks.events import NullJournal
 from kvtransfer.blocks.memory import HostMemory
@@ -58,8 +59,12 @@ class Host:
         return True
 
 
+make_copies: Callable[[HostMemory], Any] = HostCopies
+"""Of each worker; tests that run over several kinds put another here."""
+
+
 class Worker:
-    """One worker's session and its pool."""
+    """One worker's session and its pool. It hears of no load or put whose blocks a copy still touches."""
 
     def __init__(
         self, name: str, wire: deque[tuple[str, str, Message]], *, num_blocks: int = 16, space: bytes = SPACE
@@ -67,9 +72,26 @@ class Worker:
         self.name = name
         self.pool = HostMemory(num_blocks, BLOCK_BYTES)
         self.events: list[StoreEvent] = []
+        self.copies = make_copies(self.pool)
         self.session = StoreSession(
-            space, HostCopies(self.pool), lambda message: wire.append((name, "host", message)), self.events.append
+            space, self.copies, lambda message: wire.append((name, "host", message)), self._on_event
         )
+
+    @property
+    def copying(self) -> bool:
+        """Whether copies are under way that end by being polled."""
+        return self.session.poll_s < float("inf") and not getattr(self.copies, "held", False)
+
+    def _on_event(self, event: StoreEvent) -> None:
+        if isinstance(event, StoreLoaded | StoreWritten):
+            operation = self.session._by_key.get(event.key) or self._writing(event.key)
+            assert operation is None or not operation.copying
+            touched = getattr(self.copies, "touched", set())
+            assert operation is None or not touched & set(operation.blocks), "told while a copy touches its blocks"
+        self.events.append(event)
+
+    def _writing(self, key: object) -> Any:
+        return next((each for each in self.session._writings.values() if each.key == key), None)
 
     def fill(self, block: int, number: int) -> None:
         self.pool.block(block)[:] = content(number)
@@ -118,7 +140,7 @@ class World:
             self.deliver()
             for worker in self.workers.values():
                 worker.session.work(lambda: self.now)
-            if not self.host.wire:
+            if not self.host.wire and not any(worker.copying for worker in self.workers.values()):
                 return
         raise AssertionError("the messages do not come to an end")
 

@@ -9,6 +9,7 @@ import pytest
 from kvtransfer.blocks.checksum import xxh3
 from kvtransfer.exchange import LegKey
 from kvtransfer.store.arena_index import Key
+from kvtransfer.store.copies import HostCopies
 from kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
 from kvtransfer.store.server import LEASE_S
 from kvtransfer.store.session import DOWN_AFTER_S
@@ -28,7 +29,15 @@ from node.store_messages import (
     Touch,
     Written,
 )
+from tests.unit.kvtransfer.store import bench
 from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, Worker, World, content, names
+from tests.unit.kvtransfer.store.late_copies import LateCopies
+
+
+@pytest.fixture(autouse=True, params=[HostCopies, LateCopies])
+def kind_of_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything holds for copies that are done at once, and for those that end later."""
+    monkeypatch.setattr(bench, "make_copies", request.param)
 
 
 def _idle(world: World) -> None:

@@ -1,0 +1,200 @@
+"""Copies between pool and arena that take their time: who is told what, and when memory may be used again."""
+
+from __future__ import annotations
+
+import pytest
+
+from kvtransfer.blocks.checksum import xxh3
+from kvtransfer.blocks.memory import HostMemory
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.copies import Copies, HostCopies, Pair
+from kvtransfer.store.copy_queue import COPY_S
+from kvtransfer.store.events import StoreLoaded, StoreWritten
+from kvtransfer.store.server import LEASE_S
+from kvtransfer.store.session import DOWN_AFTER_S, GIVE_UP_S, UNUSABLE_S
+from node.errors import InvariantBroken
+from node.store_messages import RAM
+from tests.unit.kvtransfer.store import bench
+from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, Host, World, content, names
+from tests.unit.kvtransfer.store.late_copies import LateCopies
+
+KEY = LegKey("b", 0)
+
+
+@pytest.fixture
+def late(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "make_copies", LateCopies)
+
+
+def found(*numbers: int) -> World:
+    """Worker a has put these blocks, and b has found them; b's copies do not end."""
+    world = World("a", "b", host=Host(slots=32))
+    assert world.put("a", *numbers) == len(numbers)
+    assert world.find("b", *numbers) == (RAM,) * len(numbers)
+    world.workers["b"].copies.held = True
+    return world
+
+
+def release(world: World, name: str = "b") -> None:
+    world.workers[name].copies.held = False
+    world.run()
+
+
+@pytest.mark.parametrize("make", [HostCopies, LateCopies])
+def test_every_kind_moves_the_bytes_and_tells_the_digests(make: type[HostCopies] | type[LateCopies]) -> None:
+    """The contract: bytes and digests by block, in the order of the pairs, whichever copies there are."""
+    pool, arena = HostMemory(8, BLOCK_BYTES), HostMemory(8, BLOCK_BYTES)
+    copies: Copies = make(pool)
+    lock = copies.lock(arena.view)
+    assert lock.ready()
+    for block in range(8):
+        pool.block(block)[:] = content(block)
+
+    def ended(copy: int) -> list[bytes]:
+        for _ in range(10):
+            if (digests := copies.ended(copy)) is not None:
+                return digests
+        raise AssertionError("it does not end")
+
+    save = copies.begin_save([Pair(6, arena.block(0)), Pair(2, arena.block(5))])
+    assert ended(save) == [xxh3(memoryview(content(6))), xxh3(memoryview(content(2)))]
+    load = copies.begin_load([Pair(1, arena.block(5)), Pair(7, arena.block(0))])
+    assert ended(load) == [xxh3(memoryview(content(2))), xxh3(memoryview(content(6)))]
+    assert [bytes(pool.block(block)) for block in (1, 7, 2, 6, 0)] == [content(n) for n in (2, 6, 2, 6, 0)]
+    lock.close()
+    copies.close()
+    copies.close()
+
+
+@pytest.mark.usefixtures("late")
+def test_a_load_that_is_stopped_is_told_when_no_copy_writes_any_more() -> None:
+    """Guards the blocks: they are given to others at StoreLoaded, and the GPU would write into them."""
+    world = found(1, 2, 3, 4, 5, 6)
+    worker = world.workers["b"]
+    worker.session.load(KEY, 0, range(6), world.now)
+    world.run()
+    assert worker.copies.touched == {0, 1, 2, 3}, "two batches of two"
+    worker.session.stop(KEY, world.now)
+    worker.session.stop(KEY, world.now)
+    world.run(0.5)
+    assert not worker.told(StoreLoaded) and world.host.server.index.num_holders == 1
+    release(world)
+    (loaded,) = worker.told(StoreLoaded)
+    assert isinstance(loaded, StoreLoaded) and loaded.num_blocks == 4 and worker.holds(3, 4)
+    assert len(worker.copies.begun) == 2 and world.host.server.index.num_holders == 0
+
+
+@pytest.mark.usefixtures("late")
+@pytest.mark.parametrize("kind", [StoreLoaded, StoreWritten])
+def test_a_store_that_is_lost_under_copies(kind: type) -> None:
+    """Guards pool and arena: nothing is told, unmapped or mapped anew while a copy runs; no new work meanwhile."""
+    world = found(1, 2, 3)
+    worker = world.workers["b"]
+    if kind is StoreLoaded:
+        worker.session.load(KEY, 0, range(3), world.now)
+    else:
+        worker.session.put(b"x", names(11, 12, 13), range(3), world.now)
+    world.run()
+    assert worker.copies.touched
+    world.lost.add("host")
+    world.run(DOWN_AFTER_S + 1)
+    assert not worker.session.attached and worker.session.store == "" and worker.session.counters.times_lost == 1
+    assert not worker.told(kind) and not worker.copies.locks[0].closed
+    world.lost.clear()
+    world.run(1.0)
+    assert not worker.session.attached, "the old memory is still in use"
+    release(world)
+    assert len(worker.told(kind)) == 1 and worker.copies.locks[0].closed
+    world.run(1.0)
+    assert worker.session.attached and world.find("b", 1) == (RAM,) and world.load("b", range(1)) == 1
+
+
+@pytest.mark.usefixtures("late")
+def test_a_load_that_is_given_up_waits_for_its_copies_too() -> None:
+    """Guards the deadline of a load: it stops what has not begun, and tells when the rest has ended."""
+    world = found(*range(1, 7))
+    worker = world.workers["b"]
+    worker.session.load(KEY, 0, range(6), world.now)
+    world.run(GIVE_UP_S + 1)
+    assert not worker.told(StoreLoaded)
+    release(world)
+    assert [event.num_blocks for event in worker.told(StoreLoaded)] == [4]
+
+
+@pytest.mark.usefixtures("late")
+def test_bits_that_flip_on_the_way_are_a_miss_but_the_block_stays() -> None:
+    """Guards the check of the pool's bytes: the arena is right, so the next reader has its hit."""
+    world = found(1, 2, 3)
+    worker = world.workers["b"]
+    worker.copies.held, worker.copies.spoil = False, {1}
+    assert world.load("b", range(3)) == 1 and worker.session.counters.damaged_blocks == 1
+    worker.copies.spoil = set()
+    assert world.find("b", 1, 2, 3) == (RAM,) * 3 and world.load("b", range(3)) == 3
+
+
+@pytest.mark.usefixtures("late")
+def test_loads_go_before_puts_and_batches_are_bounded() -> None:
+    """Guards prompts, which wait for loads, from the writing behind."""
+    world = found(*range(1, 7))
+    worker = world.workers["b"]
+    for block in range(8, 14):
+        worker.fill(block, 100 + block)
+    worker.session.put(b"x", names(*range(108, 114)), range(8, 14), world.now)
+    worker.session.load(KEY, 0, range(6), world.now)
+    world.run()
+    release(world)
+    order = [kind for kind, _ in worker.copies.begun]
+    assert order == ["load"] * 3 + ["save"] * 3 and all(len(blocks) == 2 for _, blocks in worker.copies.begun)
+    assert worker.told(StoreWritten)[-1].num_blocks == 6 and worker.told(StoreLoaded)[-1].num_blocks == 6
+
+
+@pytest.mark.usefixtures("late")
+def test_a_copy_that_never_ends_and_one_that_fails_end_the_worker() -> None:
+    """Guards against a worker that waits for ever for a GPU that is gone: the bug is told, the process ends."""
+    world = found(1)
+    worker = world.workers["b"]
+    worker.session.load(KEY, 0, range(1), world.now)
+    world.run()
+    world.now += COPY_S + 1
+    with pytest.raises(InvariantBroken, match="not copied"):
+        worker.session.work(lambda: world.now)
+    worker.copies.broken = True
+    with pytest.raises(RuntimeError, match="gone"):
+        worker.session.work(lambda: world.now)
+    worker.session.close()
+    assert worker.copies.closed and all(lock.closed for lock in worker.copies.locks)
+
+
+def test_an_arena_counts_when_its_pages_are_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the seconds of locking: the worker beats, asks for nothing, and neither side takes the other for gone."""
+    world = World("a")
+    made: list[LateCopies] = []
+
+    def locking(pool: HostMemory) -> LateCopies:
+        made.append(LateCopies(pool))
+        made[-1].locking = True
+        return made[-1]
+
+    monkeypatch.setattr(bench, "make_copies", locking)
+    worker = world.join("b")
+    world.run(LEASE_S + DOWN_AFTER_S)
+    assert not worker.session.attached and worker.session.store == "" and world.find("b", 1) == ()
+    assert world.host.server.stats()["workers"] == 2 and len(made[0].locks) == 1
+    made[0].locking = False
+    world.run(1.0)
+    assert worker.session.attached and worker.session.store and world.put("b", 1) == 1
+
+
+def test_an_arena_whose_pages_cannot_be_locked_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the host's memory from a try each second; the worker computes, and tries again in the end."""
+    world = World()
+    monkeypatch.setattr(bench, "make_copies", LateCopies)
+    copies = bench.Worker("x", world.host.wire).copies
+    copies.unlockable = True
+    monkeypatch.setattr(bench, "make_copies", lambda pool: copies)
+    worker = world.join("b")
+    world.run(UNUSABLE_S / 2)
+    assert not worker.session.attached and len(copies.locks) == 1 and copies.locks[0].closed
+    copies.unlockable = False
+    world.run(UNUSABLE_S)
+    assert worker.session.attached
