@@ -12,6 +12,7 @@ from kvtransfer.blocks.device_pool import DevicePool
 from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.planes.base import Plane
 from kvtransfer.planes.device import device_planes
+from kvtransfer.planes.host_copies import DeviceCopies
 from models.config import ModelConfig
 from models.cuda.memory import GIB, DeviceMemory, plan_blocks
 from models.cuda.queue import CudaQueue
@@ -34,8 +35,6 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(settings.plane, ("cuda_ipc", "nccl"))
-    if settings.store:
-        log_event(logger, "store_not_used", level=logging.WARNING, reason="no copies between host and GPU yet")
     index = settings.gpu
     if index >= torch.cuda.device_count():
         raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
@@ -58,7 +57,9 @@ def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
     def make_planes(context: Context, identity: str) -> list[Plane]:
         return device_planes(pool.memory, context, identity, host, names=names, warm=role == "prefill")
 
-    return Engine(runner, pool, layout, max_model_len, make_planes, None, SOON_S)
+    # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.
+    copies = DeviceCopies(pool.memory) if settings.store else None
+    return Engine(runner, pool, layout, max_model_len, make_planes, copies, SOON_S)
 
 
 def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: int, longest: int) -> CudaRunner:

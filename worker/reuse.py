@@ -60,6 +60,8 @@ class _Lookup:
     """Loading since it was made."""
     num_blocks: int = 0
     stop_at: float = 0.0
+    alone: bool = False
+    """No other load was under way when it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +131,7 @@ class Reuse:
         blocks = table.blocks[have : have + decision.num_blocks]
         self._manager.lease(blocks, _load_key(leg))
         lookup.decision, lookup.num_blocks, lookup.stop_at = decision, len(blocks), now + decision.stop_after_s
+        lookup.alone = not queued
         self._counters["store_loads"] += 1
         self._store.load(leg, skip, blocks)
 
@@ -213,7 +216,7 @@ class Reuse:
     def _on_loaded(self, event: StoreLoaded, now: float) -> Loaded:
         lookup = self._lookups.pop(event.key)
         self._manager.end_lease(_load_key(event.key))
-        self.gate.loaded(event.tiers, event.load_s, event.copy_s, now)
+        self.gate.loaded(event.tiers, event.load_s, event.copy_s, now, alone=lookup.alone)
         self._loaded_blocks.update(event.tiers)
         if lookup.decision is not None and event.num_blocks == lookup.num_blocks:
             self._predicted_s += lookup.decision.load_s

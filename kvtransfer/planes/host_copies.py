@@ -1,97 +1,175 @@
-"""Copies between blocks of a GPU's pool and host memory: large pieces where blocks lie together, on an own stream.
+"""Copies between blocks of a GPU's pool and the host's arena (kvtransfer/store/copies.py), each direction on a stream.
 
-Knows pointers and streams; not who owns a block or a byte. Needs a GPU. No worker uses it yet: the host's store has
-digests that are made on the host, so a worker with a GPU has no store.
+Blocks that lie together at both ends are one copy; behind a batch's copies a kernel makes the digests of the blocks in
+the pool, so that 8 bytes a block are all that the host looks at. Needs a GPU.
 """
 
 from __future__ import annotations
 
+import logging
+import threading
+import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
 from kvtransfer.blocks import cudart
 from kvtransfer.blocks.device_pool import DeviceMemory
+from kvtransfer.blocks.digest import Checksums
 from kvtransfer.planes.runs import common_runs
-from node.errors import InvariantBroken
+from kvtransfer.store.copies import Pair
+from kvtransfer.store.copy_queue import IN_FLIGHT
+from node.errors import InvariantBroken, PeerLost
+from node.store_messages import DigestName
+from node.telemetry import log_event
+
+logger = logging.getLogger("store_client")
+
+BATCH_BYTES = 128 << 20
+"""2.5 ms at 50 GB/s: ten times as long as the loop may sleep between looks."""
+MAX_BATCH_BLOCKS = 64
+"""Of small blocks, which may lie apart: as many calls to begin one batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """What one batch needs while it runs."""
+
+    checksums: Checksums
+    event: int
+
+
+class _Lane:
+    """A stream, and room for IN_FLIGHT batches on it."""
+
+    def __init__(self, memory: DeviceMemory, batch_blocks: int) -> None:
+        self.stream = cudart.create_stream()
+        self.torch_stream = torch.cuda.ExternalStream(self.stream, memory.device_index)
+        self.free = [_Slot(Checksums(memory.data, batch_blocks), cudart.create_event()) for _ in range(IN_FLIGHT)]
+
+    def digest(self, slot: _Slot, blocks: Sequence[int]) -> None:
+        with torch.cuda.device(self.torch_stream.device), torch.cuda.stream(self.torch_stream):
+            slot.checksums.launch(blocks)
+        cudart.record(slot.event, self.stream)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    lane: _Lane
+    slot: _Slot
+    pairs: Sequence[Pair]
+    """Its spans keep the arena mapped."""
 
 
 class DeviceCopies:
-    """See the module's docstring. One thread makes all calls.
-
-    A copy is a number to ask `ended` with. Until then neither end may be touched, and afterwards the number is no
-    copy's. What was written to the blocks must be complete on the GPU before, as for BlockDigests.
-    """
+    """See the module's docstring. What was written to a block must be complete on the GPU before it is saved."""
 
     def __init__(self, memory: DeviceMemory) -> None:
+        self.block_bytes = memory.block_bytes
+        self.batch_blocks = min(MAX_BATCH_BLOCKS, max(1, BATCH_BYTES // memory.block_bytes))
+        self.digest: DigestName = "sum64"
         self._memory = memory
+        self._numbers = 0
+        self._running: dict[int, _Running] = {}
         cudart.use_device(memory.device_index)
-        self._stream = cudart.create_stream()
-        self._events: list[int] = []  # free ones
-        self._locked: dict[int, memoryview] = {}  # by address
+        self._loads, self._saves = (_Lane(memory, self.batch_blocks) for _ in range(2))
+        for lane in (self._loads, self._saves):  # loads the kernels, which later would wait for the whole device
+            lane.digest(lane.free[0], [0])
+            lane.torch_stream.synchronize()
 
-    def lock(self, view: memoryview) -> None:
-        """Host memory of whole pages that copies will use, until `close`; other memory works too, several times slower
-        and while the caller waits."""
-        pointer = _address(view)
-        cudart.lock_pages(pointer, view.nbytes)
-        self._locked[pointer] = view
+    def lock(self, memory: memoryview) -> PageLock:
+        """Copies of other memory would block, at a fraction of the speed: without the lock there are none."""
+        return PageLock(memory, self._memory.device_index)
 
-    def to_host(self, blocks: Sequence[int], target: memoryview) -> int:
-        """Begin target[i] = block blocks[i]; `target` is contiguous, of len(blocks) blocks."""
-        size, host, device = self._memory.block_bytes, self._host(blocks, target), self._memory.pointer
-        return self._begin(
-            (host + run.target * size, device + run.source * size, run.length * size)
-            for run in common_runs(blocks, range(len(blocks)))
-        )
+    def begin_load(self, pairs: Sequence[Pair]) -> int:
+        size, pool = self.block_bytes, self._memory.pointer
+        runs = common_runs([_address(span) for _, span in pairs], [pool + block * size for block, _ in pairs], size)
+        return self._begin(self._loads, pairs, ((run.target, run.source, run.length * size) for run in runs))
 
-    def to_device(self, source: memoryview, blocks: Sequence[int]) -> int:
-        """Begin block blocks[i] = source[i]; the blocks differ."""
-        size, host, device = self._memory.block_bytes, self._host(blocks, source), self._memory.pointer
-        return self._begin(
-            (device + run.target * size, host + run.source * size, run.length * size)
-            for run in common_runs(range(len(blocks)), blocks)
-        )
+    def begin_save(self, pairs: Sequence[Pair]) -> int:
+        size, pool = self.block_bytes, self._memory.pointer
+        runs = common_runs([pool + block * size for block, _ in pairs], [_address(span) for _, span in pairs], size)
+        return self._begin(self._saves, pairs, ((run.target, run.source, run.length * size) for run in runs))
 
-    def ended(self, copy: int) -> bool:
-        """Raises CudaError if it failed."""
-        if not cudart.happened(copy):
-            return False
-        self._events.append(copy)
-        return True
+    def ended(self, copy: int) -> list[bytes] | None:
+        """Raises CudaError if it failed: the GPU does nothing more for this process then."""
+        running = self._running[copy]
+        if not cudart.happened(running.slot.event):
+            return None
+        del self._running[copy]
+        running.lane.free.append(running.slot)
+        return running.slot.checksums.digests()
 
     def close(self) -> None:
-        """Wait for what runs, and let go of the memory. May be repeated."""
-        if not self._stream:
+        if not self._loads.stream:
             return
         cudart.use_device(self._memory.device_index)
-        torch.cuda.ExternalStream(self._stream, self._memory.device_index).synchronize()
-        for pointer in self._locked:
-            cudart.unlock_pages(pointer)
-        for event in self._events:
-            cudart.destroy_event(event)
-        self._locked.clear()
-        self._events.clear()
-        cudart.destroy_stream(self._stream)
-        self._stream = 0
+        for lane in (self._loads, self._saves):
+            lane.torch_stream.synchronize()
+        lanes = [(running.lane, running.slot) for running in self._running.values()]
+        self._running.clear()
+        for lane, slot in lanes:
+            lane.free.append(slot)
+        for lane in (self._loads, self._saves):
+            for slot in lane.free:
+                cudart.destroy_event(slot.event)
+            lane.free.clear()
+            cudart.destroy_stream(lane.stream)
+            lane.stream = 0
 
-    def _host(self, blocks: Sequence[int], view: memoryview) -> int:
-        """The address of the host's end."""
-        if any(not 0 <= block < self._memory.num_blocks for block in blocks):
-            raise InvariantBroken(f"blocks {list(blocks)} of a pool of {self._memory.num_blocks}")
-        if view.nbytes != len(blocks) * self._memory.block_bytes:
-            raise InvariantBroken(f"{view.nbytes} bytes for {len(blocks)} blocks of {self._memory.block_bytes}")
-        return _address(view)
-
-    def _begin(self, pieces: Iterable[tuple[int, int, int]]) -> int:
+    def _begin(self, lane: _Lane, pairs: Sequence[Pair], pieces: Iterable[tuple[int, int, int]]) -> int:
         """Pieces: to, from, bytes."""
+        if not lane.free or any(span.nbytes != self.block_bytes for _, span in pairs):
+            raise InvariantBroken(f"{len(pairs)} blocks to copy, room for {len(lane.free)} batches more")
+        blocks = [block for block, _ in pairs]
+        if any(not 0 <= block < self._memory.num_blocks for block in blocks):
+            raise InvariantBroken(f"blocks {blocks} of a pool of {self._memory.num_blocks}")
         cudart.use_device(self._memory.device_index)
+        slot = lane.free.pop()
         for target, source, size_bytes in pieces:
-            cudart.copy_async(target, source, size_bytes, self._stream)
-        event = self._events.pop() if self._events else cudart.create_event()
-        cudart.record(event, self._stream)
-        return event
+            cudart.copy_async(target, source, size_bytes, lane.stream)
+        lane.digest(slot, blocks)
+        self._numbers += 1
+        self._running[self._numbers] = _Running(lane, slot, pairs)
+        return self._numbers
+
+
+class PageLock:
+    """Locks the pages of host memory, and unlocks them after `close`, in a thread: both take seconds for tens of GiB.
+
+    All of the memory is taken from the host at once. The thread keeps it mapped as long as it is locked. cuda-bindings
+    runs other threads meanwhile (from 12.9.1 on).
+    """
+
+    def __init__(self, memory: memoryview, device_index: int) -> None:
+        """`memory`: whole pages."""
+        self._device_index = device_index
+        self._error = ""
+        self._locked = threading.Event()
+        self._unwanted = threading.Event()
+        threading.Thread(target=self._run, args=(memory,), name="page-lock", daemon=True).start()
+
+    def ready(self) -> bool:
+        if self._error:
+            raise PeerLost(f"cannot lock the arena's pages: {self._error}")
+        return self._locked.is_set()
+
+    def close(self) -> None:
+        self._unwanted.set()
+
+    def _run(self, memory: memoryview) -> None:
+        pointer, began_at = _address(memory), time.monotonic()
+        try:
+            cudart.use_device(self._device_index)
+            cudart.lock_pages(pointer, memory.nbytes)
+            log_event(logger, "arena_locked", took_s=round(time.monotonic() - began_at, 1))
+            self._locked.set()
+            self._unwanted.wait()  # as long as the store and this worker live
+            cudart.unlock_pages(pointer)
+        except cudart.CudaError as error:
+            self._error = str(error)
 
 
 def _address(view: memoryview) -> int:

@@ -15,12 +15,12 @@ class Run(NamedTuple):
     length: int
 
 
-def common_runs(source: Sequence[int], target: Sequence[int]) -> list[Run]:
-    """The fewest runs that move source[i] to target[i] for every i, in order."""
+def common_runs(source: Sequence[int], target: Sequence[int], step: int = 1) -> list[Run]:
+    """The fewest runs that move source[i] to target[i] for every i, in order; neighbours are `step` apart."""
     runs: list[Run] = []
     for theirs, ours in zip(source, target, strict=True):
         last = runs[-1] if runs else None
-        if last and (theirs, ours) == (last.source + last.length, last.target + last.length):
+        if last and (theirs, ours) == (last.source + last.length * step, last.target + last.length * step):
             runs[-1] = last._replace(length=last.length + 1)
         else:
             runs.append(Run(theirs, ours, 1))

@@ -159,7 +159,7 @@ def test_a_store_that_is_gone_costs_nothing_but_hits() -> None:
 def test_what_is_slower_to_load_than_to_compute_is_computed() -> None:
     """Guards the gate: with a RAM rate that was measured to be poor, compute."""
     _, second = _two(store_loads="measured")
-    second.worker._reuse.gate.loaded((RAM,), 1e9, 1e9, second.now_s)
+    second.worker._reuse.gate.loaded((RAM,), 1e9, 1e9, second.now_s, alone=True)
     second.prefill("warm", 1)
     second.prefill("b", 14)
     _idle(second)

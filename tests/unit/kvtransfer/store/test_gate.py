@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.store.gate import HALF_LIFE_S, SLACK_S, Gate, Rate
+from kvtransfer.store.gate import ASSUMED_TURN_S, HALF_LIFE_S, SLACK_S, Gate, Rate
 from node.store_messages import DISK, PEER, RAM
 
 BLOCK_BYTES, BLOCK_TOKENS = 1 << 20, 16
@@ -24,12 +24,22 @@ def _gate(*, ram: float, tokens: float, disk: float = 1e9, always: bool = False)
     return gate
 
 
+GPU_LOAD_S, GPU_COMPUTE_S = (8 << 20) / 50e9, 64 / 44_000
+"""A block of 64 tokens of an 8B model on an H200."""
+
+
+def _gpu_gate() -> Gate:
+    gate = Gate(8 << 20, 64, always=False)
+    gate.computed(44_000_000, 1000.0, 0.0)
+    return gate
+
+
 def test_break_even_decides() -> None:
     """Guards the rule itself: 16 tokens a MiB, so at 1600 tokens/s loading pays from 100 MiB/s on."""
     for rate, expected in ((90, 0), (110, 4)):
         decision = _gate(ram=rate * 2**20, tokens=1600).decide((RAM,) * 4, 0, 0.0)
         assert decision.num_blocks == expected
-    assert decision.compute_s == pytest.approx(0.04) and decision.load_s == pytest.approx(4 / 110)
+    assert decision.compute_s == pytest.approx(0.04) and decision.load_s == pytest.approx(4 / 110 + ASSUMED_TURN_S)
     assert decision.stop_after_s == pytest.approx(0.04 + SLACK_S)
 
 
@@ -68,7 +78,7 @@ def test_what_loads_took_is_told_apart_by_tier() -> None:
     """Guards the rates: copying is RAM's, the rest of a load is that of the tier it waited for."""
     gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
     for _ in range(100):
-        gate.loaded((RAM, DISK), load_s=10.0, copy_s=1.0, now=0.0)
+        gate.loaded((RAM, DISK), load_s=10.0, copy_s=1.0, now=0.0, alone=True)
     assert gate._tiers[RAM].at(0.0) == pytest.approx(2 * BLOCK_BYTES, rel=0.25)
     assert gate._tiers[DISK].at(0.0) == pytest.approx(BLOCK_BYTES / 9, rel=0.1)
 
@@ -89,11 +99,36 @@ def test_no_other_length_is_better(tiers: list[int], ram: float, disk: float, to
 
     def total_s(count: int) -> float:
         slow = sum(cost_s[tier] for tier in tiers[:count] if tier != RAM)
-        load_s = (queued + count) * cost_s[RAM] + slow if count else 0.0
+        load_s = ASSUMED_TURN_S + (queued + count) * cost_s[RAM] + slow if count else 0.0
         return load_s + (len(tiers) - count) * block_s
 
     best = min(total_s(count) for count in range(len(tiers) + 1))
     assert total_s(decision.num_blocks) <= best * (1 + 1e-9) + 1e-9
+
+
+def test_what_a_load_takes_besides_copying_is_measured() -> None:
+    """Guards short prefixes near break-even: a block that computes in less than a turn is computed."""
+    gate = _gpu_gate()
+    assert gate.decide((RAM,), 0, 0.0).num_blocks == 1
+    for _ in range(20):
+        gate.loaded((RAM,) * 10, load_s=0.0057, copy_s=0.0017, now=0.0, alone=True)
+        gate.loaded((RAM,) * 10, load_s=0.5, copy_s=0.0017, now=0.0, alone=False)  # it waited for others
+        gate.loaded((RAM, DISK), load_s=0.5, copy_s=0.0003, now=0.0, alone=True)  # and this one for the disk
+    decision = gate.decide((RAM,) * 10, 0, 0.0)
+    assert decision.num_blocks == 10 and decision.load_s == pytest.approx(0.0057, rel=0.1)
+    assert gate.decide((RAM,) * 2, 0, 0.0).num_blocks == 0 and gate.decide((RAM,) * 4, 0, 0.0).num_blocks == 4
+
+
+@pytest.mark.parametrize("turn_s", [0.0003, 0.002, 0.01])
+def test_it_is_right_on_both_sides_of_break_even(turn_s: float) -> None:
+    """Guards a GPU's scale: whatever a turn takes, the shortest prefix that pays is loaded, and no shorter one."""
+    gate = _gpu_gate()
+    for count in range(1, 40):
+        gate.loaded((RAM,) * count, load_s=turn_s + count * GPU_LOAD_S, copy_s=count * GPU_LOAD_S, now=0.0, alone=True)
+    for count in range(1, 40):
+        pays = turn_s + count * GPU_LOAD_S < count * GPU_COMPUTE_S
+        margin = abs(turn_s + count * (GPU_LOAD_S - GPU_COMPUTE_S)) / (count * GPU_COMPUTE_S)
+        assert bool(gate.decide((RAM,) * count, 0, 0.0).num_blocks) is pays or margin < 0.03
 
 
 def test_a_tier_that_nobody_has_measured_is_tried_and_then_judged() -> None:
@@ -102,5 +137,5 @@ def test_a_tier_that_nobody_has_measured_is_tried_and_then_judged() -> None:
     gate.computed(36_000_000, 1000.0, 0.0)
     assert gate.decide((DISK,) * 4, 0, 0.0).num_blocks == 4
     for _ in range(20):
-        gate.loaded((DISK,), load_s=0.0032, copy_s=0.0002, now=0.0)  # 2.8 GB/s: slower than computing
+        gate.loaded((DISK,), load_s=0.0032, copy_s=0.0002, now=0.0, alone=True)  # 2.8 GB/s: slower than computing
     assert gate.decide((DISK,) * 4, 0, 0.0).num_blocks == 0

@@ -1,0 +1,287 @@
+"""A GPU's use of the host's KV store: digests made on the device, copies to and from locked memory, a session over both.
+
+The last test prints what it measured as a JSON line (pytest -s).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from kvtransfer.blocks.checksum import sum64
+from kvtransfer.blocks.memory import HostMemory
+from kvtransfer.exchange import LegKey
+from kvtransfer.store.arena_index import Key
+from kvtransfer.store.copies import Pair
+from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from kvtransfer.store.session import StoreSession
+from node.errors import InvariantBroken, PeerLost
+from node.store_messages import RAM
+from tests.unit.kvtransfer.store.bench import BLOCK_BYTES as BENCH_BLOCK_BYTES
+from tests.unit.kvtransfer.store.bench import SPACE, Host, names
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
+
+MIB = 1 << 20
+PATIENCE_S = 30.0
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < deadline, "it does not come"
+        time.sleep(0.0002)
+
+
+def random_memory(num_blocks: int, block_bytes: int):
+    from kvtransfer.blocks.device_pool import DeviceMemory
+
+    memory = DeviceMemory(num_blocks, block_bytes, 0)
+    memory.data.random_(0, 256)
+    torch.cuda.synchronize()
+    return memory
+
+
+class Bench:
+    """A pool of 12 blocks and 12 blocks of host memory, locked."""
+
+    def __init__(self, block_bytes: int) -> None:
+        from kvtransfer.planes.host_copies import DeviceCopies
+
+        self.memory = random_memory(12, block_bytes)
+        self.host = HostMemory(12, block_bytes)
+        self.copies = DeviceCopies(self.memory)
+        self.lock = self.copies.lock(self.host.view)
+        wait_until(self.lock.ready)
+
+    def pairs(self, blocks: list[int], places: list[int]) -> list[Pair]:
+        return [Pair(block, self.host.block(place)) for block, place in zip(blocks, places, strict=True)]
+
+    def ended(self, copy: int) -> list[bytes]:
+        digests: list[bytes] | None = None
+
+        def done() -> bool:
+            nonlocal digests
+            digests = self.copies.ended(copy)
+            return digests is not None
+
+        wait_until(done)
+        assert digests is not None
+        return digests
+
+    def close(self) -> None:
+        self.copies.close()
+        self.copies.close()
+        self.lock.close()
+        self.host.close()
+        self.memory.close()
+
+
+@pytest.fixture(params=[4096, 96 * 1024, MIB, 8 * MIB])
+def copying(request: pytest.FixtureRequest) -> Iterator[Bench]:
+    made = Bench(request.param)
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("block_bytes", [8, 64 * 1024 + 8, 8 * MIB])
+def test_the_device_makes_the_digests_that_the_host_makes(block_bytes: int) -> None:
+    """Guards blocks against each other's view: a store that looks at a GPU's block must find the same digest."""
+    from kvtransfer.blocks.digest import BlockDigests
+
+    memory = random_memory(7, block_bytes)
+    chosen = [6, 0, 3, 3, 5]
+    expected = [sum64(memoryview(memory.data[block].cpu().numpy())) for block in chosen]
+    assert BlockDigests(memory.data).each(chosen) == expected
+    memory.close()
+
+
+def test_batches_move_the_bytes_and_tell_the_digests(copying: Bench) -> None:
+    """Guards runs that are cut or joined wrongly, bytes of other blocks, and digests of other bytes than the pool's."""
+    before = copying.memory.data.cpu()
+    chosen, places, into = [3, 4, 5, 9, 0, 1], [2, 3, 4, 8, 7, 6], [2, 7, 8, 11, 10, 6]
+    expected = [sum64(memoryview(before[block].numpy())) for block in chosen]
+    assert copying.ended(copying.copies.begin_save(copying.pairs(chosen, places))) == expected
+    assert [bytes(copying.host.block(place)) for place in places] == [
+        before[block].numpy().tobytes() for block in chosen
+    ]
+    assert copying.ended(copying.copies.begin_load(copying.pairs(into, places))) == expected
+    after = before.clone()
+    after[into] = before[chosen]
+    assert torch.equal(copying.memory.data.cpu(), after)
+
+
+def test_a_flipped_bit_shows_in_the_digest(copying: Bench) -> None:
+    """Guards the only check that a hit has."""
+    (right,) = copying.ended(copying.copies.begin_save(copying.pairs([0], [0])))
+    copying.host.block(0)[copying.memory.block_bytes // 2] ^= 1
+    assert copying.ended(copying.copies.begin_load(copying.pairs([1], [0]))) != [right]
+    copying.host.block(0)[copying.memory.block_bytes // 2] ^= 1
+    assert copying.ended(copying.copies.begin_load(copying.pairs([1], [0]))) == [right]
+
+
+def test_batches_overlap_and_their_number_is_bounded(copying: Bench) -> None:
+    """Guards the buffers of the digests: each batch has its own, and there is none for a third."""
+    before = copying.memory.data.cpu()
+    save = [copying.copies.begin_save(copying.pairs([block], [block])) for block in (0, 1)]
+    with pytest.raises(InvariantBroken):
+        copying.copies.begin_save(copying.pairs([2], [2]))
+    assert [copying.ended(each) for each in save] == [[sum64(memoryview(before[n].numpy()))] for n in (0, 1)]
+    for pairs in ([Pair(12, copying.host.block(0))], [Pair(0, copying.host.block(0)[:-1])]):
+        with pytest.raises(InvariantBroken):
+            copying.copies.begin_load(pairs)
+
+
+def test_memory_that_cannot_be_locked_is_told(copying: Bench) -> None:
+    """Guards the worker from an error in a thread that nobody sees: these pages are locked already."""
+    again = copying.copies.lock(copying.host.view)
+
+    def told() -> bool:
+        try:
+            return again.ready()
+        except PeerLost:
+            return True
+
+    wait_until(told)
+    with pytest.raises(PeerLost):
+        again.ready()
+
+
+class Rig:
+    """A session with a GPU's copies, against a real server and arena in this process."""
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        from kvtransfer.planes.host_copies import DeviceCopies
+
+        self.memory = random_memory(num_blocks, block_bytes)
+        self.host = Host(slots=num_blocks * block_bytes // BENCH_BLOCK_BYTES)
+        self.events: list[StoreEvent] = []
+        self.session = StoreSession(SPACE, DeviceCopies(self.memory), self._send, self.events.append)
+        self.until(lambda: self.session.attached)
+
+    def _send(self, message: object) -> None:
+        self.host.wire.append(("w", "host", message))  # type: ignore[arg-type]
+
+    def turn(self) -> None:
+        now = time.monotonic()
+        self.session.tick(now)
+        self.host.server.tick(now)
+        while self.host.wire:
+            _, to, message = self.host.wire.popleft()
+            if to == "host":
+                self.host.server.on_message("w", message, now)
+            else:
+                self.session.on_message(message, now)
+        self.session.work(time.monotonic)
+
+    def until(self, condition: Callable[[], bool]) -> None:
+        def turned() -> bool:
+            self.turn()
+            return condition()
+
+        wait_until(turned)
+
+    def next(self, kind: type[StoreEvent]) -> StoreEvent:
+        self.until(lambda: any(isinstance(event, kind) for event in self.events))
+        (event,) = self.events
+        self.events.clear()
+        return event
+
+    def put(self, count: int) -> int:
+        self.session.put(b"put", names(*range(count)), range(count), time.monotonic())
+        written = self.next(StoreWritten)
+        assert isinstance(written, StoreWritten)
+        return written.num_blocks
+
+    def load(self, count: int, blocks: list[int]) -> StoreLoaded:
+        key = LegKey("r", time.monotonic_ns() & 0xFFFF)
+        self.session.lookup(key, names(*range(count)), 0, time.monotonic())
+        found = self.next(StoreFound)
+        assert isinstance(found, StoreFound) and found.tiers == (RAM,) * count
+        self.session.load(key, 0, blocks, time.monotonic())
+        loaded = self.next(StoreLoaded)
+        assert isinstance(loaded, StoreLoaded)
+        return loaded
+
+    def close(self) -> None:
+        self.session.close()
+        self.memory.close()
+
+
+def test_blocks_are_put_and_come_back_bit_for_bit() -> None:
+    """Guards the whole: from a GPU's pool into the arena, and back into other blocks of a pool that was zeroed."""
+    rig = Rig(64, MIB)
+    before = rig.memory.data.cpu()
+    assert rig.put(40) == 40
+    rig.memory.data.zero_()
+    torch.cuda.synchronize()
+    into = random.Random(1).sample(range(64), 40)
+    assert rig.load(40, into).num_blocks == 40
+    assert torch.equal(rig.memory.data[into].cpu(), before[:40])
+    untouched = [block for block in range(64) if block not in into]
+    assert not rig.memory.data[untouched].any()
+    rig.host.server.index.check()
+    assert rig.host.server.index.num_holders == 0
+    rig.close()
+
+
+def test_a_damaged_block_ends_the_run_and_goes() -> None:
+    """Guards against decoding from damaged KV, and the store's slow look at what a GPU has put."""
+    rig = Rig(32, MIB)
+    assert rig.put(20) == 20
+    entry = rig.host.server.index.find(Key(SPACE, names(7)[0]))
+    assert entry is not None
+    rig.host.arena.span(entry.offset + 12345, 1)[0] ^= 1
+    assert rig.load(20, list(range(20))).num_blocks == 7
+    rig.until(lambda: rig.host.server.index.find(entry.key) is None)
+    assert rig.session.counters.damaged_blocks == 1 and rig.host.server.index.evictions["damaged"] == 1
+    rig.close()
+
+
+def test_a_load_that_is_stopped_ends_when_nothing_is_written_any_more() -> None:
+    """Guards the blocks at StoreLoaded: what is put into them from then on stays."""
+    rig = Rig(256, MIB)
+    assert rig.put(256) == 256
+    key = LegKey("r", 0)
+    rig.session.lookup(key, names(*range(256)), 0, time.monotonic())
+    rig.next(StoreFound)
+    rig.session.load(key, 0, list(range(256)), time.monotonic())
+    rig.session.work(time.monotonic)
+    rig.session.stop(key, time.monotonic())
+    loaded = rig.next(StoreLoaded)
+    assert isinstance(loaded, StoreLoaded) and loaded.num_blocks < 256
+    rig.memory.data.zero_()
+    torch.cuda.synchronize()
+    time.sleep(0.05)
+    assert not rig.memory.data.any()
+    rig.close()
+
+
+def test_two_gib_at_speed() -> None:
+    """Prints GB/s (1e9) of a put and of two loads of 2 GiB in blocks of 8 MiB, in order and scattered in the pool."""
+    count, block_bytes = 256, 8 * MIB
+    began_at = time.monotonic()
+    rig = Rig(count, block_bytes)
+    attached_s = time.monotonic() - began_at
+    before = rig.memory.data.cpu()
+    began_at = time.monotonic()
+    assert rig.put(count) == count
+    put_s = time.monotonic() - began_at
+    rates = {"put_gb_s": count * block_bytes / put_s / 1e9, "attached_s": attached_s}
+    for name, into in (("in_order", list(range(count))), ("scattered", random.Random(2).sample(range(count), count))):
+        rig.memory.data.zero_()
+        torch.cuda.synchronize()
+        loaded = rig.load(count, into)
+        assert loaded.num_blocks == count and torch.equal(rig.memory.data[into].cpu(), before)
+        rates[f"load_{name}_gb_s"] = count * block_bytes / loaded.load_s / 1e9
+        rates[f"load_{name}_turn_ms"] = (loaded.load_s - loaded.copy_s) * 1e3
+    one = rig.load(1, [0])
+    rates |= {"load_one_block_ms": one.load_s * 1e3, "load_one_block_turn_ms": (one.load_s - one.copy_s) * 1e3}
+    gpu = torch.cuda.get_device_name()
+    print(json.dumps({"test": "store_copies", "gpu": gpu, **{name: round(value, 3) for name, value in rates.items()}}))
+    rig.close()
