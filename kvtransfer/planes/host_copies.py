@@ -108,10 +108,9 @@ class DeviceCopies:
         cudart.use_device(self._memory.device_index)
         for lane in (self._loads, self._saves):
             lane.torch_stream.synchronize()
-        lanes = [(running.lane, running.slot) for running in self._running.values()]
+        for running in self._running.values():
+            running.lane.free.append(running.slot)
         self._running.clear()
-        for lane, slot in lanes:
-            lane.free.append(slot)
         for lane in (self._loads, self._saves):
             for slot in lane.free:
                 cudart.destroy_event(slot.event)

@@ -1,6 +1,6 @@
 """Whether, and how far, loading a prefix is faster than computing it. Pure: rates in, a decision out; no clock.
 
-    load(n)     = turn + wait for loads before it + bytes of its RAM copies / RAM rate + of each slower tier / rate
+    load(n)     = turn + wait for loads before it + bytes of all n / RAM rate + bytes of each slower tier / its rate
     compute(n)  = tokens of the n blocks / the speed of computing
     chosen      = the n with the least load(n) + compute(all - n)
 

@@ -90,6 +90,7 @@ def test_workers_take_the_gpus_in_turns() -> None:
     specs = serve.roles(serve.ServeSettings(prefill=2, decode=1, device="cuda", gpus=(0, 3)), 1, 2, {})
     given = {spec.name: spec.argv[spec.argv.index("--gpu") + 1] for spec in specs if "--gpu" in spec.argv}
     assert given == {"prefill-0": "0", "prefill-1": "3", "decode-0": "0"}
+    assert {spec.name for spec in specs if "--store" in spec.argv} == set(given), "they share the store"
 
 
 def test_the_store_is_as_asked_for_and_nobody_needs_it() -> None:

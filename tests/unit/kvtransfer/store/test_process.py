@@ -18,11 +18,12 @@ import zmq
 from kvtransfer.blocks.memory import HostMemory
 from kvtransfer.exchange import LegKey
 from kvtransfer.store.client import StoreClient
-from kvtransfer.store.copies import HostCopies
-from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from kvtransfer.store.copies import Copies, HostCopies
+from kvtransfer.store.events import StoreClientDied, StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from node.endpoint import new_context
 from node.store_messages import DISK, PEER, RAM
 from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content, names
+from tests.unit.kvtransfer.store.late_copies import LateCopies
 
 ROOT = Path(__file__).resolve().parents[4]
 PATIENCE_S = 30.0
@@ -68,14 +69,15 @@ class Store:
 class Client:
     """A worker's client of a store, with a pool of 16 blocks; `ask` waits for the answer."""
 
-    def __init__(self, store: Store, name: str) -> None:
+    def __init__(self, store: Store, name: str, make_copies: Callable[[HostMemory], Copies] = HostCopies) -> None:
         self.pool = HostMemory(16, BLOCK_BYTES)
+        self.copies = make_copies(self.pool)
         self.events: queue.SimpleQueue[StoreEvent] = queue.SimpleQueue()
         self.stores: list[str] = []
         self._asked = 0
         self._context = new_context()
         self.client = StoreClient(
-            self._context, f"{name}/1", store.address, SPACE, HostCopies(self.pool), self.events.put, self.stores.append
+            self._context, f"{name}/1", store.address, SPACE, self.copies, self.events.put, self.stores.append
         )
         self.wait_attached()
 
@@ -138,8 +140,8 @@ def started(tmp_path: Path) -> Iterator[Callable[..., Store]]:
 def joined() -> Iterator[Callable[..., Client]]:
     clients: list[Client] = []
 
-    def join(store: Store, name: str) -> Client:
-        clients.append(Client(store, name))
+    def join(store: Store, name: str, make_copies: Callable[[HostMemory], Copies] = HostCopies) -> Client:
+        clients.append(Client(store, name, make_copies))
         return clients[-1]
 
     yield join
@@ -206,3 +208,15 @@ def test_a_store_fetches_from_the_one_that_has_it(started, joined) -> None:  # t
     b.let_go()
     far.end(signal.SIGKILL)
     assert b.load(1, 2, 3) == [True] * 3 and b.find(1, 2, 3, 4) == (RAM, RAM, RAM)
+
+
+def test_copies_that_end_later_work_and_a_failure_of_theirs_is_told(started, joined) -> None:  # type: ignore[no-untyped-def]
+    """Guards a GPU's way through the thread: it looks again by itself, and an error there reaches the worker's loop."""
+    store = started(*SMALL)
+    a = joined(store, "a", lambda pool: LateCopies(pool, polls=5))
+    assert a.put(1, 2, 3) == 3 and a.load(1, 2, 3) == [True] * 3
+    a.copies.broken = True
+    a.find(1)
+    a.client.load(LegKey("r", a._asked), 0, range(1))
+    assert isinstance(a.next(), StoreClientDied)
+    wait_until(lambda: a.copies.closed, "the copies let go")
