@@ -4,7 +4,7 @@
       began          launch_at ├─ margin ┤ expected end: the shortest of the last steps
 
 A sequence that arrives before `launch_at` is in the next step; had that been launched at once, it would have waited for
-one more. The margin is what launches took the host lately, twice, and the time to wake up.
+one more. The margin is half as much again as launches took the host lately, and the time to wake up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from collections import deque
 from models.batch import DeviceTime
 
 RECENT = 8
-SPARE_S = 0.0005
+SPARE_S = 0.0003
+HOST_PART = 1.5
 SHORT_GAP_S = 50e-6
 
 
@@ -50,7 +51,7 @@ class Pace:
 
     def _expect_end_of_step_begun(self, at: float) -> None:
         if self._busy:
-            self.launch_at = at + min(self._busy) - 2 * max(self._host) - SPARE_S
+            self.launch_at = at + min(self._busy) - HOST_PART * max(self._host) - SPARE_S
 
     def counters(self) -> dict[str, float]:
         """For the heartbeat."""

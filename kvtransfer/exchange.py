@@ -20,7 +20,7 @@ from kvtransfer.transfer import (
     Action,
     Arrived,
     CancelIo,
-    DigestOf,
+    DigestsOf,
     Ended,
     PostReceive,
     PostSend,
@@ -151,7 +151,7 @@ class Exchange:
         identity: str,
         namespace: bytes,
         planes: Sequence[Plane],
-        digest_of: DigestOf,
+        digests_of: DigestsOf,
         wire: Wire,
         *,
         chunk_blocks: int,
@@ -162,7 +162,7 @@ class Exchange:
         self.counters = Counters()
         self.events: list[Event] = []
         self._planes = tuple(planes)
-        self._digest_of = digest_of
+        self._digests_of = digests_of
         self._wire = wire
         self._chunk_blocks = chunk_blocks
         self._window = window
@@ -190,7 +190,7 @@ class Exchange:
         sending = _Sending(
             leg,
             peer,
-            Sender(self._digest_of, chunk_blocks=self._chunk_blocks, timing=self._timing, now=now, deadline=deadline),
+            Sender(self._digests_of, chunk_blocks=self._chunk_blocks, timing=self._timing, now=now, deadline=deadline),
         )
         self._senders[leg] = self._live_senders[leg] = sending
         try:
@@ -228,7 +228,7 @@ class Exchange:
             incoming.leg.attempt,
             first_block=incoming.first_block,
             blocks=incoming.blocks,
-            digest_of=self._digest_of,
+            digests_of=self._digests_of,
             pulls=plane.pulls,
             window=self._window,
             timing=self._timing,

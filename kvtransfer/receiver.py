@@ -11,7 +11,7 @@ from kvtransfer.transfer import (
     Action,
     Arrived,
     CancelIo,
-    DigestOf,
+    DigestsOf,
     Ended,
     PostReceive,
     Repeater,
@@ -50,7 +50,7 @@ class Receiver:
         *,
         first_block: int,
         blocks: Sequence[int],
-        digest_of: DigestOf,
+        digests_of: DigestsOf,
         pulls: bool,
         window: int,
         timing: Timing,
@@ -68,7 +68,7 @@ class Receiver:
         )
         self._first_block = first_block
         self._blocks = tuple(blocks)
-        self._digest_of = digest_of
+        self._digests_of = digests_of
         self._pulls = pulls
         self._window = window
         self._timing = timing
@@ -131,7 +131,7 @@ class Receiver:
             or key.retry != chunk.retry
         ):
             return []
-        if not ok or self._digest_of(self._destination(chunk.offer)) != chunk.offer.digest:
+        if not ok or self._digests_of([self._destination(chunk.offer)]) != [chunk.offer.digest]:
             return self._ask_again(chunk, now)
         if self._pulls:
             chunk.state = _Chunk.VALIDATING

@@ -9,7 +9,7 @@ from kvtransfer.planes.base import ChunkKey
 from kvtransfer.transfer import (
     Action,
     CancelIo,
-    DigestOf,
+    DigestsOf,
     Ended,
     PostSend,
     Repeater,
@@ -29,11 +29,11 @@ class _Offered:
 
 
 class Sender:
-    """Prefill's half. `digest_of(blocks)` reads the pool; it is called once a chunk, when the chunk is offered."""
+    """Prefill's half. `digests_of` reads the pool; it is called once for each chunk, when the chunk is offered."""
 
     def __init__(
         self,
-        digest_of: DigestOf,
+        digests_of: DigestsOf,
         *,
         chunk_blocks: int,
         timing: Timing,
@@ -43,7 +43,7 @@ class Sender:
         self.state = State.OPEN
         self.transfer_id: bytes | None = None
         self.started_at = 0.0
-        self._digest_of = digest_of
+        self._digests_of = digests_of
         self._chunk_blocks = chunk_blocks
         self._lease_s = timing.lease_s
         self._deadline = deadline
@@ -161,11 +161,12 @@ class Sender:
         if self.transfer_id is None:
             return []
         actions: list[Action] = []
-        while self._next_block < len(self._blocks):
-            blocks = self._blocks[self._next_block : self._next_block + self._chunk_blocks]
-            self._chunks.append(_Offered(self._next_block, blocks, self._digest_of(blocks)))
-            self._next_block += len(blocks)
+        starts = range(self._next_block, len(self._blocks), self._chunk_blocks)
+        chunks = [self._blocks[start : start + self._chunk_blocks] for start in starts]
+        for start, blocks, digest in zip(starts, chunks, self._digests_of(chunks), strict=True):
+            self._chunks.append(_Offered(start, blocks, digest))
             actions.append(Tell(self._offer_message(len(self._chunks) - 1)))
+        self._next_block = max(self._next_block, len(self._blocks))
         if self._token is not None:
             self._waited_s = max(0.0, now - self._token_at)
             actions.append(Tell(self._finish_message()))

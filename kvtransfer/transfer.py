@@ -92,7 +92,8 @@ class Ended:
 
 
 Action = Tell | PostSend | PostReceive | CancelIo | Arrived | Ended
-DigestOf = Callable[[Sequence[int]], bytes]
+DigestsOf = Callable[[Sequence[Sequence[int]]], list[bytes]]
+"""Of several chunks, each given by its blocks: a GPU is asked once for all."""
 
 
 class State(Enum):

@@ -8,7 +8,7 @@ workload and a rate; at the end `ratio` lines. Definitions:
     goodput           part of the requests that keep TTFT and TPOT of --goodput
     hand_over         first token to second at the client, and the proxy's stages until the second token, in ms: their
                       means sum to its own; percentiles come from the buckets of its histograms
-    kv                what went over the plane, and what went wrong on the way
+    kv                what went over the plane, and what went wrong on the way; gaps between decode steps on the GPU
 
 With `--device cpu` the demo model and small sizes: to try the script, not to learn from.
 """
@@ -179,6 +179,9 @@ def moved(before: Metrics, after: Metrics) -> dict[str, float]:
         "transfers_failed": "baton:worker_transfers_failed_total",
         "digest_retries": "baton:worker_digest_retries_total",
         "preemptions": "baton:worker_preemptions_total",
+        "steps_behind_others": "baton:worker_device_gaps_total",
+        "steps_within_50_us": "baton:worker_device_gaps_short_total",
+        "gap_s": "baton:worker_device_gap_seconds_total",
         "attempts_repeated": "baton:retries_total",
         "busy": "baton:busy_total",
     }

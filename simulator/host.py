@@ -31,7 +31,7 @@ from node.messages import Bundle, Load, Message, Register, Role, Tokens
 from prefill.settings import PrefillSettings
 from prefill.worker import PrefillWorker
 from simulator.latency import Profile, Work
-from simulator.network import Network, SimLine, SimPlane, digest_of
+from simulator.network import Network, SimLine, SimPlane, digests_of
 from simulator.store import HostStore
 from simulator.store_client import SimStore
 from worker.parts import Parts
@@ -311,7 +311,7 @@ class Host:
             self.identity,
             NAMESPACE,
             [plane],
-            digest_of,
+            digests_of,
             Wire(line.send, line.connect, line.disconnect),
             chunk_blocks=max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes),
         )

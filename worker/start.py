@@ -87,7 +87,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
         endpoint.identity,
         namespace,
         engine.make_planes(context, endpoint.identity),
-        engine.pool.digest,
+        engine.pool.digests,
         Wire(endpoint.send, endpoint.connect, endpoint.disconnect),
         chunk_blocks=max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes),
         soon_s=engine.soon_s,

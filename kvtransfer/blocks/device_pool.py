@@ -93,11 +93,11 @@ class DevicePool:
             raise InvariantBroken("a pool is used after it was closed")
         return self._tensor
 
-    def digest(self, blocks: Sequence[int]) -> bytes:
-        """See BlockDigests.digest; what was written to these blocks must be complete on the GPU."""
+    def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
+        """See BlockDigests.digests; what was written to these blocks must be complete on the GPU."""
         if self._tensor is None:
             raise InvariantBroken("a pool is used after it was closed")
-        return self._digests.digest(blocks)
+        return self._digests.digests(chunks)
 
     def close(self) -> None:
         """Give the memory back; views of the tensor are invalid from then on. May be repeated."""

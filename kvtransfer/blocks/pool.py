@@ -68,6 +68,10 @@ class BlockPool:
             state.update(self.block(block))
         return state.digest()
 
+    def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
+        """The digest of each of these chunks."""
+        return [self.digest(blocks) for blocks in chunks]
+
     def close(self) -> None:
         """Give the memory back; what still views it keeps it mapped. May be repeated."""
         self._tensor = None

@@ -57,8 +57,8 @@ class Pool:
 
     content: list[int] = field(default_factory=lambda: [GARBAGE] * NUM_BLOCKS)
 
-    def digest(self, blocks: Sequence[int]) -> bytes:
-        return hashlib.md5(repr([self.content[b] for b in blocks]).encode()).digest()
+    def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
+        return [hashlib.md5(repr([self.content[b] for b in blocks]).encode()).digest() for blocks in chunks]
 
 
 class SimPlane:
@@ -175,7 +175,7 @@ class SimNode:
             self.identity,
             b"n" * 32,
             self._planes,
-            self.pool.digest,
+            self.pool.digests,
             Wire(self._send, lambda peer, address: None, lambda peer: None),
             chunk_blocks=world.random.randint(1, 3),
             window=world.random.randint(1, 3),

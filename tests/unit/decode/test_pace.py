@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.pace import SPARE_S, Pace
+from decode.pace import HOST_PART, SPARE_S, Pace
 from models.batch import DeviceTime
 
 
@@ -24,10 +24,10 @@ def test_the_next_step_is_launched_a_margin_before_the_end():
     pace.launched(0.0, 0.0002, behind=False)
     pace.ended(DeviceTime(0.006, 0.0), 1.0, behind=False)
     pace.launched(1.0, 1.0001, behind=False)
-    assert pace.launch_at == pytest.approx(1.0001 + 0.006 - 2 * 0.0002 - SPARE_S)
+    assert pace.launch_at == pytest.approx(1.0001 + 0.006 - HOST_PART * 0.0002 - SPARE_S)
     pace.launched(1.0050, 1.0053, behind=True)
     pace.ended(DeviceTime(0.005, 0.0), 1.006, behind=False)
-    assert pace.launch_at == pytest.approx(1.006 + 0.005 - 2 * 0.0003 - SPARE_S)
+    assert pace.launch_at == pytest.approx(1.006 + 0.005 - HOST_PART * 0.0003 - SPARE_S)
 
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 0.01)), min_size=1, max_size=40))
@@ -38,7 +38,7 @@ def test_no_step_is_expected_to_be_longer_than_the_last_one(steps):
         pace.launched(now, now + host_s, behind=True)
         now += busy_s
         pace.ended(DeviceTime(busy_s, 0.0), now, behind=True)
-        assert pace.launch_at <= now + busy_s - 2 * host_s - SPARE_S + 1e-12
+        assert pace.launch_at <= now + busy_s - HOST_PART * host_s - SPARE_S + 1e-12
 
 
 def test_gaps_are_those_of_steps_behind_others():

@@ -58,6 +58,14 @@ def test_more_blocks_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> N
     assert BlockDigests(data).digest(many) == expected.digest()
 
 
+def test_several_chunks_at_once_have_their_own_digests(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards an Offer against the digest of another chunk of the same launch, at the bound of a launch too."""
+    monkeypatch.setattr(BlockDigests, "MAX_BLOCKS", 3)
+    digests, chunks = BlockDigests(blocks()), ([3, 0], [], [1, 4], [2])
+    assert digests.digests(chunks) == [digests.digest(chunk) for chunk in chunks]
+    assert digests.digests([]) == []
+
+
 def test_each_block_alone_has_the_digest_that_a_host_makes(monkeypatch: pytest.MonkeyPatch) -> None:
     """The host's store looks at blocks that a GPU has put, and must find the same."""
     monkeypatch.setattr(BlockDigests, "MAX_BLOCKS", 3)

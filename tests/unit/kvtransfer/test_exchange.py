@@ -37,7 +37,7 @@ class _Pair:
                 name,
                 namespace,
                 [make(name, pool)],
-                pool.digest,
+                pool.digests,
                 Wire(self._sender(name), lambda peer, address: None, lambda peer: None),
                 chunk_blocks=3,
                 window=2,
