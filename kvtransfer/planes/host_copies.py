@@ -45,14 +45,23 @@ class _Lane:
     """A stream, and room for IN_FLIGHT batches on it."""
 
     def __init__(self, memory: DeviceMemory, batch_blocks: int) -> None:
-        self.stream = cudart.create_stream()
-        self.torch_stream = torch.cuda.ExternalStream(self.stream, memory.device_index)
+        # torch's own, which is never destroyed: pinned memory that was used on a stream is given back by an event on it.
+        self._stream = torch.cuda.Stream(memory.device_index)
+        self.stream = self._stream.cuda_stream
         self.free = [_Slot(Checksums(memory.data, batch_blocks), cudart.create_event()) for _ in range(IN_FLIGHT)]
 
     def digest(self, slot: _Slot, blocks: Sequence[int]) -> None:
-        with torch.cuda.device(self.torch_stream.device), torch.cuda.stream(self.torch_stream):
+        with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             slot.checksums.launch(blocks)
         cudart.record(slot.event, self.stream)
+
+    def wait(self) -> None:
+        self._stream.synchronize()
+
+    def close(self) -> None:
+        for slot in self.free:
+            cudart.destroy_event(slot.event)
+        self.free.clear()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +86,7 @@ class DeviceCopies:
         self._loads, self._saves = (_Lane(memory, self.batch_blocks) for _ in range(2))
         for lane in (self._loads, self._saves):  # loads the kernels, which later would wait for the whole device
             lane.digest(lane.free[0], [0])
-            lane.torch_stream.synchronize()
+            lane.wait()
 
     def lock(self, memory: memoryview) -> PageLock:
         """Copies of other memory would block, at a fraction of the speed: without the lock there are none."""
@@ -103,20 +112,14 @@ class DeviceCopies:
         return running.slot.checksums.digests()
 
     def close(self) -> None:
-        if not self._loads.stream:
-            return
         cudart.use_device(self._memory.device_index)
         for lane in (self._loads, self._saves):
-            lane.torch_stream.synchronize()
+            lane.wait()
         for running in self._running.values():
             running.lane.free.append(running.slot)
         self._running.clear()
         for lane in (self._loads, self._saves):
-            for slot in lane.free:
-                cudart.destroy_event(slot.event)
-            lane.free.clear()
-            cudart.destroy_stream(lane.stream)
-            lane.stream = 0
+            lane.close()
 
     def _begin(self, lane: _Lane, pairs: Sequence[Pair], pieces: Iterable[tuple[int, int, int]]) -> int:
         """Pieces: to, from, bytes."""
