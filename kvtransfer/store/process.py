@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from kvtransfer.store.arena import Arena
@@ -31,10 +32,14 @@ HELD_FOR_DISK = 4
 """At most one in so many bytes of the arena waits for being written to disk."""
 
 
+Over = Callable[[Lower, Callable[[], None]], Lower]
+"""What a benchmark puts between store and disk; told how to wake the loop when `poll` has news."""
+
+
 class StoreProcess:
     """Everything that the store owns, from its start to `close`."""
 
-    def __init__(self, settings: StoreSettings) -> None:
+    def __init__(self, settings: StoreSettings, over: Over) -> None:
         """Raises SettingsError where the arena, the disk or the address cannot be had."""
         require_loopback(settings.bind, settings.insecure_network)
         self._stopping = threading.Event()
@@ -51,7 +56,7 @@ class StoreProcess:
         links = {f"peer@{address}": address for address in settings.peer}
         for link, address in links.items():
             self._endpoint.connect(link, address)
-        self._lower = self._open_lower(settings)
+        self._lower = over(self._open_lower(settings), self._endpoint.wake)
         peers = Peers(tuple(links), self._endpoint.send)
         self._checker = ThreadPoolExecutor(1, "check")
         checks = Checks(self._checker.submit, self._endpoint.wake)
@@ -97,11 +102,15 @@ class StoreProcess:
         return Disk(folders.open, self._arena.size_bytes // HELD_FOR_DISK, self._endpoint.wake)
 
 
-def serve(settings: StoreSettings) -> int:
+def as_it_is(lower: Lower, wake: Callable[[], None]) -> Lower:
+    return lower
+
+
+def serve(settings: StoreSettings, over: Over = as_it_is) -> int:
     """Run the store until SIGTERM; the exit status."""
     configure_logging(settings.log_level, "store")
     try:
-        process = StoreProcess(settings)
+        process = StoreProcess(settings, over)
     except SettingsError as error:
         log_event(logger, "store_refused", level=logging.ERROR, reason=str(error))
         return 1

@@ -1,0 +1,80 @@
+"""python paced_store.py PACE_FILE OPTIONS: a KV store whose disk gives so many bytes a second, for scripts/bench_gate.
+
+PACE_FILE holds a number of bytes/s, or nothing for the disk's own speed, and is looked at for each block. Blocks go
+through one line after the other: each is done when the disk has it and the line has passed it.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+
+from kvtransfer.store.arena_index import Key
+from kvtransfer.store.lower import Lower, ReadDone, WriteDone
+from kvtransfer.store.process import serve
+from kvtransfer.store.settings import StoreSettings
+from node.settings import parse
+
+MAX_STEP_S = 0.001
+"""A sleep ends a little late; what is late by less than this is not slept for."""
+
+
+class PacedLower:
+    """A Lower around another one, all of whose methods it has; only news of reads are held back."""
+
+    def __init__(self, lower: Lower, wake: Callable[[], None], pace: Callable[[], float]) -> None:
+        """`pace`: bytes a second."""
+        self._lower = lower
+        self._wake = wake
+        self._pace = pace
+        self._line_free_at = 0.0
+        self._due_at: dict[Key, float] = {}
+        self._held: queue.SimpleQueue[tuple[float, ReadDone]] = queue.SimpleQueue()
+        self._done: deque[ReadDone] = deque()
+        threading.Thread(target=self._run, name="pace", daemon=True).start()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._lower, name)
+
+    def read(self, key: Key, into: memoryview) -> None:
+        now = time.monotonic()
+        self._line_free_at = max(self._line_free_at, now) + into.nbytes / self._pace()
+        self._due_at[key] = self._line_free_at
+        self._lower.read(key, into)
+
+    def poll(self) -> list[ReadDone | WriteDone]:
+        found: list[ReadDone | WriteDone] = []
+        for each in self._lower.poll():
+            if isinstance(each, WriteDone):
+                found.append(each)
+            else:
+                self._held.put((self._due_at.pop(each.key), each))
+        return found + [self._done.popleft() for _ in range(len(self._done))]
+
+    def _run(self) -> None:
+        while True:
+            due_at, done = self._held.get()
+            if (left_s := due_at - time.monotonic()) > MAX_STEP_S:
+                time.sleep(left_s)
+            self._done.append(done)
+            self._wake()
+
+
+def pace_of(path: Path) -> float:
+    """Bytes a second; without bound where the file is empty."""
+    return float(path.read_text().strip() or "inf")
+
+
+def main(argv: list[str]) -> int:
+    path = Path(argv[0])
+    settings = parse(StoreSettings, argv[1:], prog="paced_store", description="A KV store with a slow disk.")
+    return serve(settings, lambda lower, wake: PacedLower(lower, wake, lambda: pace_of(path)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
