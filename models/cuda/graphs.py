@@ -49,7 +49,6 @@ class DecodeGraphs:
     def capture_all(self, on_progress: Progress) -> None:
         """Largest first, so that the memory of its run serves the others; on_progress counts graphs."""
         wanted = [(size, length) for length in reversed(self._lengths) for size in reversed(self._sizes)]
-        self._queue.rehearse([self._body(*key) for key in wanted])
         for number, key in enumerate(wanted, 1):
             self._graphs[key] = self._queue.capture(self._body(*key))
             on_progress(number, len(wanted))

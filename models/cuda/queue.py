@@ -7,16 +7,12 @@ is waited for. What the host changes too early under a launched step comes out w
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
 
 Work = Callable[[], None]
-
-COMPILING_THREADS = 6
-"""Each keeps 32 MiB of the GPU for cuBLAS."""
 
 
 class Mark(Protocol):
@@ -47,11 +43,6 @@ class Queue(Protocol):
 
     def mark(self) -> Mark: ...
 
-    def rehearse(self, works: Sequence[Work]) -> None:
-        """Have ready what any of them needs to be launched, such as compiled kernels. They may run, once each and in no
-        order, so what they write must not matter."""
-        ...
-
     def capture(self, work: Work) -> Work:
         """Work that repeats the launches of `work`, as one. It has run once when this returns."""
         ...
@@ -79,22 +70,10 @@ class CudaQueue:
         event.record(self._stream)
         return _EventMark(event)
 
-    def rehearse(self, works: Sequence[Work]) -> None:
-        """In threads: compilers are processes, or leave the interpreter to others. On the GPU, kernels of all threads
-        stand in one line, so that each finds the memory it shares as the one before it has left it."""
-
-        def run(work: Work) -> None:
-            torch.cuda.set_device(self.device)
-            self.enqueue(work)
-
-        with ThreadPoolExecutor(COMPILING_THREADS, "rehearse") as threads:
-            list(threads.map(run, works))
-        self._stream.synchronize()
-
     def capture(self, work: Work) -> Work:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
-            work()  # compiles what was not rehearsed, which a capture cannot
+            work()  # compiles what is not compiled yet, which a capture cannot
             self._stream.synchronize()
             graph.capture_begin(pool=self._pool)
             try:
@@ -137,8 +116,6 @@ class HostQueue:
 
     def mark(self) -> Mark:
         return _HostMark(self, self._entered)
-
-    def rehearse(self, works: Sequence[Work]) -> None: ...
 
     def capture(self, work: Work) -> Work:
         self.run_to(self._entered)
