@@ -387,10 +387,11 @@ class DecodeWorker:
         drawn = flight.launched.read()
         for blocks in flight.left:
             self._manager.release(blocks)
-        now = self._clock()
-        self._pace.ended(flight.launched.device_time, now, flight.behind)
+        now, took = self._clock(), flight.launched.device_time
+        self._pace.ended(took, now, flight.behind)
         if (num_prompt_tokens := sum(part.length for part in flight.parts if part.length > 1)) > 0:
-            self._reuse.gate.computed(num_prompt_tokens, now - flight.began_at, now)
+            # Since its launch it may have waited behind another step.
+            self._reuse.gate.computed(num_prompt_tokens, took.busy_s if took else now - flight.began_at, now)
             self._tally.computed += num_prompt_tokens
         told: dict[str, list[Tokens]] = defaultdict(list)
         for part, token in zip(flight.parts, drawn, strict=True):

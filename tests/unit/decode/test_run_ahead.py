@@ -278,3 +278,17 @@ def test_who_arrives_before_the_next_launch_is_in_the_next_step():
     bench.worker.turn(0.0)
     bench.finish()
     assert bench.tokens("a") == expected([1, 2, 3], 20) and bench.tokens("b") == expected([4, 5], 5)
+
+
+def test_the_gate_learns_what_the_device_took():
+    """Guards the choice between loading and computing against a speed halved by the wait behind the step before."""
+    bench = Bench(1, 30)
+    bench.request("a", list(range(12)), 4, remote=False)
+    told = []
+    bench.worker._reuse.gate.computed = lambda num_tokens, spent_s, now: told.append((num_tokens, spent_s))
+    for _ in range(9):
+        for step in bench.runner.launched:
+            step.device_time = DeviceTime(0.25, 0.0)
+        bench.worker._pace.launch_at = 0.0
+        bench.worker.turn(0.0)
+    assert told == [(12, 0.25)]
