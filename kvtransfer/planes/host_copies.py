@@ -45,7 +45,7 @@ class _Lane:
     """A stream, and room for IN_FLIGHT batches on it."""
 
     def __init__(self, memory: DeviceMemory, batch_blocks: int) -> None:
-        # torch's own, which is never destroyed: pinned memory that was used on a stream is given back by an event on it.
+        # Torch's own, never destroyed: pinned memory that was used on a stream is given back by an event on it.
         self._stream = torch.cuda.Stream(memory.device_index)
         self.stream = self._stream.cuda_stream
         self.free = [_Slot(Checksums(memory.data, batch_blocks), cudart.create_event()) for _ in range(IN_FLIGHT)]
