@@ -7,9 +7,9 @@ A real worker, a real store, and its disk paced to a given speed (paced_store.py
     loaded     TTFT at factor * even with `--store-loads always`: the other side, forced
     chosen     what a fresh worker does at that speed with `--store-loads measured`, after warm-up
 
-More prompts than pool and RAM hold come in turns, so each is on disk alone. A decision is right if the side that
-it took has the lower median; where they differ by less than 10 % it is a tie, judged as neither. JSON lines: `sides`
-a length, `loaded` and `case` a length and factor, `summary`.
+More prompts than pool and RAM hold come in turns, so each is on disk alone. A decision is right if the side that it
+took has the lower median; where they differ by less than 10 % it is a tie, judged as neither. JSON lines: `sides` a
+length, `loaded` and `case` a length and factor, `summary`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import count, cycle
@@ -198,10 +199,14 @@ class Bench:
         return random_ids(length + 1 + more, self._options.seed, "stored", length, number)
 
     def _ask_stored(self, length: int) -> First:
-        return first_token(self._made.port, self._prompt(length, next(self._turns[length]), 0))
+        return self._ask(self._prompt(length, next(self._turns[length]), 0))
 
     def _ask_new(self, length: int, number: int) -> First:
-        return first_token(self._made.port, random_ids(length + 1, self._options.seed, "new", length, number))
+        return self._ask(random_ids(length + 1, self._options.seed, "new", length, number))
+
+    def _ask(self, ids: Sequence[int]) -> First:
+        time.sleep(self._options.settle_s)  # what the last one left to be written behind would be part of this one
+        return first_token(self._made.port, ids)
 
 
 def _median(firsts: Sequence[First]) -> float:
@@ -285,6 +290,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--factors", type=float, nargs="+", default=list(FACTORS), help="speeds, as parts of the even one")
     add("--requests", type=int, default=5, help="requests of each kind in a case")
     add("--warmups", type=int, default=3, help="of each kind, before them")
+    add("--settle-s", type=float, default=0.2, help="before each request")
     add("--restart", action=argparse.BooleanOptionalAction, default=True, help="a fresh worker for each case")
     add("--answer-tokens", type=int, default=64, help="of what is written to the store, while it is written")
     add("--path", type=Path, help="folder for the disk; default: that of temporary files")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -146,6 +147,7 @@ class Tiers:
         )
 
     def _ask(self, length: int, number: int, max_tokens: int) -> First:
+        time.sleep(self._options.settle_s)  # what the last one left to be written behind would be part of this one
         ids = random_ids(length + 1, self._options.seed, length, number)
         return first_token(self._made.port, ids, max_tokens)
 
@@ -244,6 +246,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--repetitions", type=int, default=3, help="prompts of each length, two at least")
     add("--answer-tokens", type=int, default=128, help="of a computed prompt: its blocks are written behind meanwhile")
     add("--store-loads", default="always", choices=("always", "measured"), help="measured: where the gate lets them")
+    add("--settle-s", type=float, default=0.3, help="before each request")
     add("--path", type=Path, help="folder on the disk to measure; default: that of temporary files")
     add("--worker-arg", action="append", default=[], help="passed on to the worker")
     add("--seed", type=int, default=0, help="of the prompts")
