@@ -34,6 +34,8 @@ from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV
 from kvtransfer.blocks.device_pool import DeviceMemory
 from kvtransfer.blocks.memory import HostMemory
 from kvtransfer.planes.host_copies import DeviceCopies
+from kvtransfer.store.copies import Pair
+from kvtransfer.store.copy_queue import IN_FLIGHT
 from models.batch import Draw
 from models.cuda.queue import CudaQueue
 from models.cuda.sampling import SlotSampler
@@ -185,28 +187,39 @@ def whole_blocks(report: Report) -> None:
 
 
 def host_copies(report: Report) -> None:
-    """GB/s between locked host memory and blocks of 8 MiB, every other one of a pool: no two lie together."""
+    """GB/s between locked host memory and blocks of 8 MiB, every other one of a pool: no two lie together. With the
+    digests of the blocks, in batches as a worker's store client makes them, two under way."""
     size_bytes, most = 8 << 20, 128
     memory, host = DeviceMemory(2 * most, size_bytes, 0), HostMemory(most, size_bytes)
     copies = DeviceCopies(memory)
-    copies.lock(host.view)
+    lock = copies.lock(host.view)
+    while not lock.ready():
+        time.sleep(0.01)
     for count in (1, 16, most):
-        chosen, view = list(range(0, 2 * count, 2)), host.view[: count * size_bytes]
-        ways = {"to_host": partial(copies.to_host, chosen, view), "to_device": partial(copies.to_device, view, chosen)}
-        for name, begin in ways.items():
-            times = []
-            for _ in range(5):
-                began_at = time.perf_counter()
-                copy = begin()
-                while not copies.ended(copy):
-                    pass
-                times.append(time.perf_counter() - began_at)
-            took = sorted(times)[2]
+        pairs = [Pair(2 * number, host.block(number)) for number in range(count)]
+        batches = [pairs[first : first + copies.batch_blocks] for first in range(0, count, copies.batch_blocks)]
+        for name, begin in {"to_host": copies.begin_save, "to_device": copies.begin_load}.items():
+            took = sorted(_copied_s(copies, begin, batches) for _ in range(5))[2]
             report.line(kernel=f"blocks_{name}", blocks=count, gb_s=round(count * size_bytes / took / 1e9, 1))
-        del view, ways, begin
+        del pairs, batches
     copies.close()
+    lock.close()
     host.close()
     memory.close()
+
+
+def _copied_s(copies: DeviceCopies, begin: Callable[[Sequence[Pair]], int], batches: Sequence[Sequence[Pair]]) -> float:
+    began_at, flying = time.perf_counter(), []
+    for batch in batches:
+        flying.append(begin(batch))
+        while len(flying) == IN_FLIGHT and copies.ended(flying[0]) is None:
+            pass
+        if len(flying) == IN_FLIGHT:
+            flying.pop(0)
+    for copy in flying:
+        while copies.ended(copy) is None:
+            pass
+    return time.perf_counter() - began_at
 
 
 def decode(report: Report) -> None:
@@ -318,7 +331,8 @@ def main() -> None:
     report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     torch.manual_seed(0)
     for part in (ceilings, small, choice, whole_blocks, host_copies, decode, prefill, linears):
-        part(report)
+        if part.__name__ in sys.argv[2:] or not sys.argv[2:]:
+            part(report)
         torch.cuda.empty_cache()
 
 

@@ -20,8 +20,9 @@ from node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.planes")
 
-NCCL_CTAS = 8
-"""About 260 GB/s and 130 MiB a communicator between two H200s."""
+NCCL_CTAS = 16
+"""About 233 GB/s in chunks of 64 MiB between two H200s. Twice as fast as 8, at the same cost to the decode steps beside
+it (docs/benchmarks/planes.md)."""
 
 
 def device_planes(
