@@ -1,10 +1,11 @@
 """Times every Triton kernel on the GPU at hand against the ceilings of memory and arithmetic that it measures first.
 
-    PYTHONPATH=. python scripts/bench_kernels.py [FILE]
+    PYTHONPATH=. python scripts/bench_kernels.py [FILE [PART ...]]
 
-One JSON line a measurement on standard output, and appended to FILE. The shapes are those of an 8B model (32 query and
-8 key heads of 128, hidden 4096, FFN 14336, vocabulary 128256) in bfloat16. A time is the median of replays of a CUDA
-graph of several calls over several sets of random inputs, together larger than the L2 cache.
+One JSON line a measurement on standard output, and appended to FILE; PARTs are the functions that `main` lists. The
+shapes are those of an 8B model (32 query and 8 key heads of 128, hidden 4096, FFN 14336, vocabulary 128256) in
+bfloat16. A time is the median of replays of a CUDA graph of several calls over several sets of random inputs, together
+larger than the L2 cache.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from kernels.triton import (
 )
 from kernels.triton.decode_plan import fixed_plan, split_plan
 from kernels.triton.linear import linear
-from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, fastest, invariant
+from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, Shape, fastest, invariant
 from kvtransfer.blocks.device_pool import DeviceMemory
 from kvtransfer.blocks.memory import HostMemory
 from kvtransfer.planes.host_copies import DeviceCopies
@@ -301,8 +302,17 @@ def cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, gated: to
 
 
 def linears(report: Report) -> None:
-    names = {"qkv": QKV_8B, "o": O_8B, "gate_up": GATE_UP_8B, "down": DOWN_8B, "lm_head": HEAD_8B}
-    for name, (n, k, fused) in names.items():
+    """The products of Llama-3.1-8B."""
+    _linears(report, {"qkv": QKV_8B, "o": O_8B, "gate_up": GATE_UP_8B, "down": DOWN_8B, "lm_head": HEAD_8B})
+
+
+def qwen3_linears(report: Report) -> None:
+    """Those of Qwen3-8B that differ."""
+    _linears(report, {"gate_up": (12288, 4096, True), "down": (4096, 12288, False), "lm_head": (151936, 4096, False)})
+
+
+def _linears(report: Report, shapes: dict[str, Shape]) -> None:
+    for name, (n, k, fused) in shapes.items():
         wide = 2 * n if fused else n
         weights = [randn(wide, k).mul_(k**-0.5) for _ in range(max(3, ROTATED_BYTES // (wide * k * 2)))]
         for rows in (1, 8, 16, 32, 64, 128, 256):
@@ -330,7 +340,7 @@ def linears(report: Report) -> None:
 def main() -> None:
     report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     torch.manual_seed(0)
-    for part in (ceilings, small, choice, whole_blocks, host_copies, decode, prefill, linears):
+    for part in (ceilings, small, choice, whole_blocks, host_copies, decode, prefill, linears, qwen3_linears):
         if part.__name__ in sys.argv[2:] or not sys.argv[2:]:
             part(report)
         torch.cuda.empty_cache()

@@ -34,6 +34,12 @@ QKV_8B, O_8B, GATE_UP_8B, DOWN_8B, HEAD_8B = (
     (4096, 14336, False),
     (128256, 4096, False),
 )
+LIKE: dict[Shape, Shape] = {
+    (12288, 4096, True): GATE_UP_8B,
+    (4096, 12288, False): DOWN_8B,
+    (151936, 4096, False): HEAD_8B,
+}
+"""Shapes of Qwen3-8B, which take the tiles of those beside them (its other two are the same)."""
 
 # Measured on an H200 (docs/benchmarks/kernels.md). By the largest number of rows, then by shape.
 FASTEST: dict[int, dict[Shape, Tiles]] = {
@@ -125,4 +131,4 @@ def invariant(num_rows: int, shape: Shape) -> Tiles | None:
 
 def _look_up(table: dict[int, dict[Shape, Tiles]], num_rows: int, shape: Shape) -> Tiles | None:
     bucket = next((rows for rows in sorted(table) if num_rows <= rows), None)
-    return None if bucket is None else table[bucket].get(shape)
+    return None if bucket is None else table[bucket].get(LIKE.get(shape, shape))

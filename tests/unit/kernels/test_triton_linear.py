@@ -6,7 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from kernels.triton import linear_policy
-from kernels.triton.linear_policy import FASTEST, INVARIANT, Tiles
+from kernels.triton.linear_policy import FASTEST, INVARIANT, LIKE, Tiles
 from tests.unit.kernels import kernel_checks as checks
 
 
@@ -36,7 +36,8 @@ def test_tiles_that_do_not_divide_are_refused(device):
 def test_tables_fit_their_shapes(table):
     """Guards against an entry that the wrapper would refuse in the middle of serving."""
     for rows, entries in table.items():
-        for (n, k, fused), tiles in entries.items():
+        taken = {shape: entries[like] for shape, like in LIKE.items() if like in entries}
+        for (n, k, fused), tiles in (entries | taken).items():
             assert n % tiles.tile_n == 0 and k % (tiles.tile_k * tiles.splits) == 0
             assert not (fused and tiles.splits > 1) and (tiles.tile_m == 0) == (table is FASTEST and rows == 1)
 
