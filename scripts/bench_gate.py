@@ -71,7 +71,7 @@ class Sizes:
     @property
     def disk_gib(self) -> float:
         blocks = sum(self.num_prompts(length) * (self.blocks(length) + 2) for length in self.lengths)
-        return 2 * blocks * self.block_bytes / GIB
+        return ROOM * blocks * self.block_bytes / GIB
 
 
 @dataclass(frozen=True, slots=True)
