@@ -66,7 +66,11 @@ class WorkerSettings:
         0, unit="sequences", help="most requests in work at once; 0: 64, on a GPU 256", minimum=0, maximum=4096
     )
     max_num_batched_tokens: int = option(
-        0, unit="tokens", help="token budget of a step; 0: 512, on a GPU 8192", minimum=0, maximum=1 << 20
+        0,
+        unit="tokens",
+        help="token budget of a step; 0: 512, on a GPU 8192, to prefill 4096",
+        minimum=0,
+        maximum=1 << 20,
     )
     max_waiting: int = option(1024, unit="requests", help="most requests queued in this worker", minimum=1)
     chunk_mib: float = option(

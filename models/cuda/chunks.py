@@ -76,13 +76,14 @@ class ChunkShape:
     """The sizes of a captured step of parts of prompts."""
 
     tokens: int
+    least_tokens: int
     sequences: int
     table_width: int
     items: int
 
     def holds(self, arrays: ChunkArrays) -> bool:
         """Items follow: a sequence has a tile more than its tokens fill at most."""
-        return len(arrays.tokens) <= self.tokens and len(arrays.lengths) <= self.sequences
+        return self.least_tokens <= len(arrays.tokens) <= self.tokens and len(arrays.lengths) <= self.sequences
 
     def padded(self, arrays: ChunkArrays, padding_slot: int) -> ChunkArrays:
         """The same step in this shape: tokens that write no key, sequences that no item names, and for the rest of the

@@ -45,8 +45,9 @@ FIXED_LENGTHS = (2048, 4)
 """With fixed chunks a graph has a program for each chunk of its longest row, whether the row is so long or not."""
 PDL_ROWS, PDL_ROWS_LONG = 128, 32
 """With more rows, of up to FAST_LENGTHS[0] and of more tokens, kernels that start early take more than they give."""
-CHUNK_SIZES, CHUNK_SEQUENCES = (128, 256, 512), 4
-"""Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well."""
+CHUNK_SIZES, CHUNK_SEQUENCES = ((128, 1), (256, 1), (512, 1), (1024, 900)), 4
+"""Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well, and run so from the
+second number of tokens on: with fewer the rest, which is computed too, takes longer than launching does."""
 CHUNK_ARRAYS = len(ChunkArrays._fields)
 EVERYTHING = SamplingParams(
     max_tokens=2, min_tokens=2, top_p=0.5, top_k=5, min_p=0.1, presence_penalty=1.0, logit_bias=((0, 1.0),),
@@ -347,9 +348,9 @@ class CudaRunner:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
         tile, heads = bound.attention.tile, self.config.num_heads
         draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
-        for tokens in CHUNK_SIZES:
+        for tokens, least in CHUNK_SIZES:
             items = (-(-tokens // tile) + CHUNK_SEQUENCES) * heads
-            shape = ChunkShape(tokens, CHUNK_SEQUENCES, width, items)
+            shape = ChunkShape(tokens, least, CHUNK_SEQUENCES, width, items)
             if self._limits.max_tokens >= tokens and self._limits.max_rows >= CHUNK_SEQUENCES:
                 one = lay_out([Row([0], 0, [0], draw)], bound.block_tokens, heads, tile)
                 sent = bound.chunk_upload.send(shape.padded(one, bound.slots.padding))

@@ -121,9 +121,10 @@ def test_a_step_in_a_larger_shape_is_the_same_step():
     draw = Draw(SamplingParams(max_tokens=9), (), 1, 0)
     rows = [Row([1] * 70, 30, [3, 4, 5, 6, 7, 8, 9], None, 0), Row([2] * 5, 0, [10], draw, 7)]
     arrays = lay_out(rows, 16, 4, 64)
-    shape = ChunkShape(tokens=128, sequences=4, table_width=32, items=(2 + 4) * 4)
+    shape = ChunkShape(tokens=128, least_tokens=75, sequences=4, table_width=32, items=(2 + 4) * 4)
     assert shape.holds(arrays) and not shape.holds(lay_out([Row([1] * 129, 0, list(range(9)), None)], 16, 4, 64))
-    assert not shape.holds(lay_out([Row([1], 0, [number], None) for number in range(5)], 16, 4, 64))
+    assert not shape.holds(lay_out([Row([1] * 20, 0, [number, 9], None) for number in range(5)], 16, 4, 64))
+    assert not shape.holds(lay_out([Row([1] * 74, 0, list(range(5)), None)], 16, 4, 64))  # it would be mostly padding
     padded = shape.padded(arrays, padding_slot=99)
     assert [len(each) for each in padded] == [128, 128, 128, 5, 4, 4, 24, 4, 4, 4]
     assert padded.kv_slots[75:].max() == -1 and padded.kv_slots[:75].tolist() == arrays.kv_slots.tolist()
