@@ -20,7 +20,7 @@ from kvtransfer.store.news import News
 from kvtransfer.store.process import HELD_FOR_DISK
 from kvtransfer.store.server import SELF
 from kvtransfer.store.session import FETCH_WINDOW
-from kvtransfer.tiers.second_use import SecondUse
+from kvtransfer.tiers.second_use import FIRST_USE_PART, SecondUse
 from node.endpoint import identity_of
 from node.store_messages import DISK, RAM
 from simulator.latency import Profile
@@ -37,6 +37,8 @@ class Capacity:
 
     ram_bytes: int
     disk_bytes: int = 0
+    first_use_part: float = FIRST_USE_PART
+    """Of the disk that may be in use for a block to be written at its first use."""
 
 
 class Link:
@@ -91,6 +93,7 @@ class HostStore:
         self.disk = self._index(capacity.disk_bytes, self._news.disk) if capacity.disk_bytes else None
         self._gpu_link, self._disk_link = Link(), Link()
         self._second_use = SecondUse(MAX_REMEMBERED)
+        self._first_use_bytes = int(capacity.first_use_part * capacity.disk_bytes)
         self._coming: dict[Key, list[tuple[Reading, int]]] = {}  # from disk, and who waits for them
         self._saving: set[Key] = set()
         self._max_saving = capacity.ram_bytes // HELD_FOR_DISK // self.block_bytes
@@ -216,13 +219,16 @@ class HostStore:
         on_end(len(came))
 
     def _use(self, names: Sequence[Key]) -> None:
-        """Those of them that are in RAM are used: the second time they are written to the disk, held meanwhile."""
+        """Those of them that are in RAM are used: the second time, or while there is room the first, they are written
+        to the disk, held meanwhile."""
         if (disk := self.disk) is None:
             return
         for name in names:
             if self.ram.find(name) is None or name in self._saving or disk.find(name) is not None:
                 continue
-            if self._second_use.use(name.hash) and len(self._saving) < self._max_saving:
+            roomy = disk.occupancy.used_bytes < self._first_use_bytes
+            if (self._second_use.use(name.hash) or roomy) and len(self._saving) < self._max_saving:
+                self._second_use.forget(name.hash)
                 self._save(disk, name)
 
     def _save(self, disk: ArenaIndex, name: Key) -> None:

@@ -1,7 +1,8 @@
 """The disk under the arena: one tier a namespace, opened, read and written by threads, so that the store never waits.
 
-A block goes to disk at its second use, since most are never used again. What is written stays held in the arena until
-it is, so writing behind copies nothing; what comes while too much is held is dropped, and a later use tries again.
+A block goes to disk at its second use, since most are never used again, but while there is room at its first. What is
+written stays held in the arena until it is, so writing behind copies nothing; what comes while too much is held is
+dropped, and a later use tries again.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from kvtransfer.store.arena_index import Key
 from kvtransfer.store.lower import ReadDone, Space, WriteDone
 from kvtransfer.tiers.base import Tier
 from kvtransfer.tiers.records import Block
-from kvtransfer.tiers.second_use import SecondUse
+from kvtransfer.tiers.second_use import FIRST_USE_PART, SecondUse
 from kvtransfer.tiers.write_behind import WriteBehind, WriteBehindThread
 from node.errors import SettingsError
 from node.telemetry import log_event
@@ -48,12 +49,21 @@ class _Drop:
 class Disk:
     """A Lower (lower.py). `wake` is called by the threads when `poll` has news, and when a tier was opened."""
 
-    def __init__(self, open_tier: OpenTier, max_writing_bytes: int, wake: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        open_tier: OpenTier,
+        max_writing_bytes: int,
+        wake: Callable[[], None],
+        first_use_part: float = FIRST_USE_PART,
+    ) -> None:
+        """first_use_part: of a tier that may be in use for a block to be written at its first use."""
         self._open_tier = open_tier
         self._wake = wake
         self._spaces: dict[bytes, Space] = {}
         self._tiers: dict[bytes, Tier] = {}  # those of `_spaces` that are open
         self._second_use = SecondUse(MAX_REMEMBERED)
+        self._first_use_part = first_use_part
+        self._roomy: frozenset[bytes] = frozenset()  # namespaces, as of the last `poll`
         self._open_failures = 0
         self._done: deque[ReadDone | WriteDone] = deque()
         self._behind = WriteBehind(max_writing_bytes)
@@ -73,7 +83,9 @@ class Disk:
         return tier is not None and tier.contains([key.hash])[0]
 
     def wants(self, key: Key) -> bool:
-        return key.namespace in self._tiers and not self.has(key) and self._second_use.use(key.hash)
+        if key.namespace not in self._tiers or self.has(key):
+            return False
+        return self._second_use.use(key.hash) or key.namespace in self._roomy
 
     def read(self, key: Key, into: memoryview) -> None:
         self._todo.put(_Read(key, into))
@@ -84,12 +96,16 @@ class Disk:
             return False
         digest_of = DIGESTS[self._spaces[key.namespace].digest]
         block = Block(data, digest)
-        return self._behind.offer(tier, key.hash, block, digest_of, lambda: self._tell(WriteDone(key)))
+        taken = self._behind.offer(tier, key.hash, block, digest_of, lambda: self._tell(WriteDone(key)))
+        if taken:
+            self._second_use.forget(key.hash)
+        return taken
 
     def drop(self, key: Key) -> None:
         self._todo.put(_Drop(key))
 
     def poll(self) -> list[ReadDone | WriteDone]:
+        self._roomy = frozenset(space for space, tier in [*self._tiers.items()] if self._has_room(tier))
         return [self._done.popleft() for _ in range(len(self._done))]
 
     def stats(self) -> dict[str, float]:
@@ -111,6 +127,10 @@ class Disk:
             thread.join(CLOSE_WITHIN_S)
         for tier in self._tiers.values():
             tier.close()
+
+    def _has_room(self, tier: Tier) -> bool:
+        stats = tier.stats()
+        return stats.blocks < self._first_use_part * stats.capacity_blocks
 
     # -- the threads
 

@@ -1,9 +1,13 @@
-"""Which blocks are worth a write to disk: those that are used a second time. Pure.
+"""Which blocks are worth a write to disk: those that are used a second time, and while there is room all. Pure.
 
 Most prompts never come back; writing each block at its first use would wear the disk and crowd out what does come back.
+As long as a part of the disk is empty nothing is crowded out, and what falls out of RAM before its second use is found.
 """
 
 from __future__ import annotations
+
+FIRST_USE_PART = 0.75
+"""Of a tier: while less of it is in use, the first use of a block is enough (docs/decisions/0005)."""
 
 
 class SecondUse:
@@ -19,11 +23,14 @@ class SecondUse:
         return len(self._once)
 
     def use(self, key: bytes) -> bool:
-        """Whether this is not the first use. The key is forgotten then: the caller writes it, and knows what it has."""
+        """Whether this is not the first use, as far as it is remembered."""
         if key in self._once:
-            del self._once[key]
             return True
         self._once[key] = None
         if len(self._once) > self._num_keys:
             del self._once[next(iter(self._once))]
         return False
+
+    def forget(self, key: bytes) -> None:
+        """It is being written: whoever writes it knows what it has."""
+        self._once.pop(key, None)

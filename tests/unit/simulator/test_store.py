@@ -39,7 +39,7 @@ class _Host:
         self.world = World()
         network = Network(self.world, 0.0, 0.0, 1.0)
         profile = msgspec.structs.replace(H200, store=COSTS)
-        self.store = HostStore(network, "s0", "proxy", profile, Capacity(ram_blocks * BLOCK, disk_blocks * BLOCK))
+        self.store = HostStore(network, "s0", "proxy", profile, Capacity(ram_blocks * BLOCK, disk_blocks * BLOCK, 0.0))
         self.told: list[list[tuple[float, StoreEvent]]] = [[] for _ in range(workers)]
         self.clients = [self._client(number) for number in range(workers)]
 

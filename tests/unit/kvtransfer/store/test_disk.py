@@ -39,9 +39,9 @@ class Gated:
 class Bench:
     """A world whose host has a disk; `settle` waits for its threads."""
 
-    def __init__(self, slots: int = 16, max_writing_bytes: int = 1 << 20) -> None:
+    def __init__(self, slots: int = 16, max_writing_bytes: int = 1 << 20, first_use_part: float = 0.0) -> None:
         self.gated = Gated()
-        self.disk = Disk(self.gated.open, max_writing_bytes, self.gated.news.release)
+        self.disk = Disk(self.gated.open, max_writing_bytes, self.gated.news.release, first_use_part)
         self.world = World(host=Host(slots=slots, lower=self.disk))
         self.world.join("a")
         self.world.join("b")
@@ -90,6 +90,27 @@ def test_one_use_is_not_written(bench: Bench) -> None:
     bench.world.find("b", 1)
     bench.settle(1)
     assert bench.disk.stats()["disk_stored"] == 1
+
+
+def test_while_there_is_room_one_use_is_enough() -> None:
+    """Guards what falls out of RAM before its second use; and a disk that is nearly full from what never has one."""
+    made = Bench(first_use_part=2.5 * BLOCK_BYTES / (1 << 20))
+    for number in (1, 2, 3):
+        made.world.put("a", number)
+        made.settle(1)
+    made.world.put("a", 4)
+    assert made.disk.stats()["disk_writing_bytes"] == 0 and made.disk.stats()["disk_stored"] == 3
+    made.disk.close()
+
+
+def test_a_use_whose_write_is_refused_is_remembered() -> None:
+    """Guards a block that was used twice while too much was being written: its next use is not its first."""
+    made = Bench(max_writing_bytes=BLOCK_BYTES - 1)
+    made.world.put("a", 1)
+    made.world.find("a", 1)
+    assert made.disk.stats()["disk_dropped_queue_full"] == 1
+    assert made.disk.wants(Key(SPACE, names(1)[0]))
+    made.disk.close()
 
 
 def test_damaged_bytes_are_never_vouched_for(bench: Bench) -> None:

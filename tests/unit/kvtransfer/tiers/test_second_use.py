@@ -13,7 +13,10 @@ from tests.unit.kvtransfer.tiers.tier_checks import key
 def test_the_second_use_counts() -> None:
     """Guards against writing every block, or none."""
     uses = SecondUse(4)
-    assert [uses.use(key(number)) for number in (0, 1, 0, 2, 1, 0)] == [False, False, True, False, True, False]
+    assert [uses.use(key(number)) for number in (0, 1, 0, 2, 1, 0)] == [False, False, True, False, True, True]
+    uses.forget(key(0))
+    uses.forget(key(9))
+    assert [uses.use(key(number)) for number in (0, 1)] == [False, True]
 
 
 def test_the_longest_ago_is_forgotten() -> None:
