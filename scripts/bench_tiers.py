@@ -4,8 +4,9 @@ For each size of block and each round, every kind in turn: put (with the final s
 after the page cache was told to forget the files (cold), then once more (warm). Buffers lie at page addresses, as the
 slots of a RAM arena do; each block's content differs and each hit is verified by the tier. `file` is one preallocated
 file with O_DIRECT, without header, digest or index: what the disk gives to Python. A row tells the median and the best
-of the rounds in GB/s (1e9), and the 99th percentile of a call in ms over all rounds. One JSON line a row on standard
-output.
+of the rounds in GB/s (1e9), and the 99th percentile of a call in ms over all rounds. Before them a row of `memcpy`
+between two pieces of shared memory, and of the same as a worker on CPU does it between its pool and a store's arena,
+with the digest of each block. One JSON line a row on standard output.
 """
 
 from __future__ import annotations
@@ -20,17 +21,22 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from kvtransfer.blocks.memory import HostMemory
+from kvtransfer.store.copies import HostCopies, Pair
 from kvtransfer.tiers.lmdb_records import lmdb_tier
 from kvtransfer.tiers.slab_records import slab_tier
 from kvtransfer.tiers.slot_file import PAGE_BYTES, SlotFile
 
 KIB, MIB = 1 << 10, 1 << 20
 NAMESPACE = bytes(32)
+ARENA_MIB = 256
 DIGEST = bytes(16)
 """A tier only keeps it."""
 
@@ -182,9 +188,41 @@ def main() -> None:
         about["load_average"] = round(os.getloadavg()[0], 1)
         print(json.dumps({**about, "threads": options.threads, "total_mib": options.total_mib}), flush=True)
         for size_kib in options.sizes_kib:
+            measure_arena(size_kib, options)
+        for size_kib in options.sizes_kib:
             measure_size(folder, size_kib, options)
     finally:
         shutil.rmtree(folder)
+
+
+def measure_arena(size_kib: int, options: argparse.Namespace) -> None:
+    """Pool to arena and back, beside memcpy, one after the other in each round."""
+    size_bytes, count = size_kib * KIB, max(2, ARENA_MIB * KIB // size_kib)
+    pool, arena = HostMemory(count, size_bytes), HostMemory(count, size_bytes)
+    copies = HostCopies(pool)
+    pairs = [Pair(number, arena.block(number)) for number in range(count)]
+    plain = [(np.frombuffer(pool.block(n), np.uint8), np.frombuffer(arena.block(n), np.uint8)) for n in range(count)]
+
+    def move(begin: Callable[[Sequence[Pair]], int]) -> None:
+        for pair in pairs:
+            copies.ended(begin([pair]))
+
+    ways = {
+        "memcpy": lambda: [np.copyto(target, source) for source, target in plain],
+        "to arena": lambda: move(copies.begin_save),
+        "to pool": lambda: move(copies.begin_load),
+    }
+    rows = {name: Row() for name in ways}
+    for _ in range(options.rounds + 1):
+        for name, way in ways.items():
+            begin_s = time.perf_counter()
+            way()
+            rows[name].add(count * size_bytes, time.perf_counter() - begin_s, [])
+    for name, row in rows.items():
+        found = statistics.median(row.gb_s[1:])  # pages come to be in the first
+        print(
+            json.dumps({"kind": "arena", "size_kib": size_kib, "operation": name, "gb_s": round(found, 2)}), flush=True
+        )
 
 
 def measure_size(folder: Path, size_kib: int, options: argparse.Namespace) -> None:
