@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import numpy as np
+import xxhash
 
-from kvtransfer.blocks.checksum import DIGESTS
 from kvtransfer.blocks.memory import BlockMemory
 from node.store_messages import DigestName
 
+PIECE_BYTES = 256 << 10
 BATCH_BYTES = 4 << 20
 """Copied at once by the CPU, so that messages are not kept waiting."""
 
@@ -85,23 +86,22 @@ class HostCopies:
         return NoLock()
 
     def begin_load(self, pairs: Sequence[Pair]) -> int:
-        for block, span in pairs:
-            _copy(self._pool.block(block), span)
-        return self._done(pairs)
+        return self._done([_copy(held, span, held) for held, span in self._ends(pairs)])
 
     def begin_save(self, pairs: Sequence[Pair]) -> int:
-        for block, span in pairs:
-            _copy(span, self._pool.block(block))
-        return self._done(pairs)
+        return self._done([_copy(span, held, held) for held, span in self._ends(pairs)])
 
     def ended(self, copy: int) -> list[bytes] | None:
         return self._digests.pop(copy)
 
     def close(self) -> None: ...
 
-    def _done(self, pairs: Sequence[Pair]) -> int:
+    def _ends(self, pairs: Sequence[Pair]) -> list[tuple[memoryview, memoryview]]:
+        return [(self._pool.block(block), span) for block, span in pairs]
+
+    def _done(self, digests: list[bytes]) -> int:
         self._copies += 1
-        self._digests[self._copies] = [DIGESTS[self.digest](self._pool.block(block)) for block, _ in pairs]
+        self._digests[self._copies] = digests
         return self._copies
 
 
@@ -114,5 +114,12 @@ class NoLock:
     def close(self) -> None: ...
 
 
-def _copy(target: memoryview, source: memoryview) -> None:
-    np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8))
+def _copy(target: memoryview, source: memoryview, held: memoryview) -> bytes:
+    """The digest ("xxh3") of `held`, which is one of the two: taken piece by piece, as long as it is in the cache."""
+    into, out_of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
+    state = xxhash.xxh3_128()
+    for start in range(0, len(into), PIECE_BYTES):
+        piece = slice(start, start + PIECE_BYTES)
+        np.copyto(into[piece], out_of[piece])
+        state.update(held[piece])
+    return state.digest()
