@@ -1,4 +1,5 @@
-"""GB/s of the data planes between two GPUs of one machine, in two processes, through the planes as workers use them.
+"""GB/s of the data planes between two processes of one machine, through the planes as workers use them: `cuda_ipc` and
+`nccl` between two GPUs, `shm` and `zmq` (tcp over loopback) between two pools in host memory.
 
 The receiver is this process, the sender a child. A movement is one chunk of `size_mib`, in consecutive blocks of 1 MiB;
 `in_flight` of them are under way at once, as the protocol's window allows. Time runs from the first post to the moment
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -17,27 +19,23 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtransfer.blocks.device_pool import DeviceMemory
-from kvtransfer.blocks.digest import BlockDigests
 from kvtransfer.planes.base import ChunkKey, Plane
-from kvtransfer.planes.device import device_planes
 from node.endpoint import new_context
 from node.messages import PlaneAddress
+from scripts.bench_pools import HOST, HOST_PLANES, MIB, POOL_BLOCKS, make_pool
 
-MIB = 1 << 20
-POOL_BLOCKS = 1024
 NAMES = ("prefill/1", "decode/1")
 PATIENCE_S = 60.0
+GPU_PLANES = ("cuda_ipc", "nccl")
 
 
 class Side:
-    """One end: a pool of 1 GiB on its GPU, and one plane at a time."""
+    """One end: a pool of 1 GiB on a GPU (its number) or "host", and one plane at a time."""
 
-    def __init__(self, gpu: int, name: str) -> None:
+    def __init__(self, where: str, name: str) -> None:
         self.name = name
-        self.memory = DeviceMemory(POOL_BLOCKS, MIB, gpu)
+        self.pool = make_pool(where)
         self.context = new_context()
-        self.digests = BlockDigests(self.memory.data)
         self.plane: Plane | None = None
         self.done = 0
         self.nap_s = 0.0
@@ -46,18 +44,13 @@ class Side:
     def make(self, kind: str, ctas: int) -> list[str]:
         if self.plane is not None:
             self.plane.close()
-        (self.plane,) = device_planes(self.memory, self.context, self.name, "127.0.0.1", names=(kind,), nccl_ctas=ctas)
+        self.plane = self.pool.plane(kind, ctas, self.context, self.name)
         address = self.plane.describe()
         return [address.plane, address.host, address.address]
 
     def connect(self, peer: str, fields: Sequence[str]) -> None:
         assert self.plane is not None
         self.plane.connect(peer, PlaneAddress(plane=fields[0], host=fields[1], address=fields[2]))
-
-    def fill(self, seed: int) -> None:
-        generator = torch.Generator(self.memory.data.device).manual_seed(seed)
-        self.memory.data.view(-1).random_(0, 256, generator=generator)
-        torch.cuda.synchronize(self.memory.device_index)
 
     def poll(self, sending: bool) -> None:
         assert self.plane is not None
@@ -118,8 +111,8 @@ def receive(side: Side, row: int, size_mib: int, count: int, in_flight: int, chi
 class Child:
     """The sender's process."""
 
-    def __init__(self, gpu: int) -> None:
-        command = [sys.executable, __file__, "--serve-gpu", str(gpu)]
+    def __init__(self, where: str) -> None:
+        command = [sys.executable, __file__, "--serve", where]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
     def tell(self, *order: object) -> None:
@@ -139,9 +132,9 @@ class Child:
         return self.answer()
 
 
-def serve(gpu: int) -> None:
+def serve(where: str) -> None:
     """The child: one order a line, one answer a line."""
-    side = Side(gpu, NAMES[0])
+    side = Side(where, NAMES[0])
     for line in sys.stdin:
         order, *arguments = json.loads(line)
         answer: object = None
@@ -150,9 +143,9 @@ def serve(gpu: int) -> None:
         elif order == "connect":
             side.connect(*arguments)
         elif order == "fill":
-            side.fill(*arguments)
+            side.pool.fill(*arguments)
         elif order == "digest":
-            answer = [side.digests.digest(range(POOL_BLOCKS)).hex()]
+            answer = [side.pool.digest(range(POOL_BLOCKS)).hex()]
         else:
             send(side, *arguments)
         print(json.dumps(answer), flush=True)
@@ -164,10 +157,9 @@ def measure_row(side: Side, child: Child, row: int, size_mib: int, in_flight: in
     count = max(POOL_BLOCKS // size_mib, min(256, total_mib // size_mib), 4)
     receive(side, 2 * row, size_mib, max(POOL_BLOCKS // size_mib, 2), in_flight, child)  # warm, and the whole pool
     child.ask("fill", row)
-    side.memory.data.fill_(0xA5)
-    torch.cuda.synchronize(side.memory.device_index)
+    side.pool.poison()
     duration_s = receive(side, 2 * row + 1, size_mib, count, in_flight, child)
-    same = [side.digests.digest(range(POOL_BLOCKS)).hex()] == child.ask("digest")
+    same = [side.pool.digest(range(POOL_BLOCKS)).hex()] == child.ask("digest")
     return {
         "size_mib": size_mib,
         "in_flight": in_flight,
@@ -180,10 +172,10 @@ def measure_row(side: Side, child: Child, row: int, size_mib: int, in_flight: in
 
 def measure_digest(side: Side, size_mib: int) -> dict[str, object]:
     blocks = range(size_mib)
-    side.digests.digest(blocks)
+    side.pool.digest(blocks)
     begin = time.perf_counter()
     for _ in range(5):
-        side.digests.digest(blocks)
+        side.pool.digest(blocks)
     duration_s = (time.perf_counter() - begin) / 5
     gb_s = size_mib * MIB / duration_s / 1e9
     return {"digest_mib": size_mib, "gb_s": round(gb_s, 1), "us": round(duration_s * 1e6, 1)}
@@ -191,21 +183,28 @@ def measure_digest(side: Side, size_mib: int) -> dict[str, object]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--planes", nargs="+", default=["cuda_ipc", "nccl"])
+    parser.add_argument("--planes", nargs="+", default=list(GPU_PLANES), choices=(*GPU_PLANES, *HOST_PLANES))
     parser.add_argument("--ctas", nargs="+", type=int, default=[8, 16], help="NCCL: CTAs, a table each")
     parser.add_argument("--sizes-mib", nargs="+", type=int, default=[1, 2, 4, 8, 16, 64, 256, 1024])
     parser.add_argument("--in-flight", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--total-mib", type=int, default=8192, help="MiB to move a row, about")
-    parser.add_argument("--serve-gpu", type=int, default=-1, help=argparse.SUPPRESS)
+    parser.add_argument("--serve", default="", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve_gpu >= 0:
-        serve(options.serve_gpu)
+    if options.serve:
+        serve(options.serve)
         return
-    child, side, row = Child(0), Side(1, NAMES[1]), 0
-    print(json.dumps({"gpu": torch.cuda.get_device_name(1), "torch": torch.__version__}), flush=True)
+    print(json.dumps({"torch": torch.__version__, "cores": os.cpu_count()}), flush=True)
+    for ends, planes in ((("0", "1"), GPU_PLANES), ((HOST, HOST), HOST_PLANES)):
+        if chosen := [plane for plane in options.planes if plane in planes]:
+            measure(*ends, chosen, options)
+
+
+def measure(sender: str, receiver: str, planes: Sequence[str], options: argparse.Namespace) -> None:
+    """All rows between two pools."""
+    child, side, row = Child(sender), Side(receiver, NAMES[1]), 0
     for size_mib in (8, 64, 1024):
-        print(json.dumps(measure_digest(side, size_mib)), flush=True)
-    for plane, ctas in [(p, c) for p in options.planes for c in (options.ctas if p == "nccl" else [0])]:
+        print(json.dumps({"receiver": receiver, **measure_digest(side, size_mib)}), flush=True)
+    for plane, ctas in [(p, c) for p in planes for c in (options.ctas if p == "nccl" else [0])]:
         address, own = child.ask("make", plane, ctas), side.make(plane, ctas)
         side.connect(NAMES[0], address)
         child.ask("connect", NAMES[1], own)

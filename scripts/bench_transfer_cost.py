@@ -51,7 +51,7 @@ class Transfers:
             began_at = time.perf_counter()
             receive(self._side, self._row, CHUNK_MIB, CHUNKS, CHUNKS, self._child)
             for number in range(CHUNKS):
-                self._side.digests.digest(blocks_of(number, CHUNK_MIB))
+                self._side.pool.digest(blocks_of(number, CHUNK_MIB))
             self.took.append(time.perf_counter() - began_at)
             self._ended.release()
 
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--planes", nargs="+", default=["cuda_ipc", "nccl:8", "nccl:16", "nccl:32"], help="nccl:CTAS")
     options = parser.parse_args()
     sys.setswitchinterval(SWITCH_S)
-    child, side = Child(1), Side(0, NAMES[1])
+    child, side = Child("1"), Side("0", NAMES[1])
     side.nap_s = SOON_S
     config, weights = load_shape(options.shape)
     pool = random_pool(config, options.rows * (options.context // BLOCK_TOKENS + 1) + 8)

@@ -1,0 +1,88 @@
+"""What bench_planes moves: a pool of blocks of 1 MiB on a GPU or in host memory, filled at random and digested."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+import xxhash
+
+from kvtransfer.planes.base import Plane
+from node.endpoint import Context
+
+MIB = 1 << 20
+POOL_BLOCKS = 1024
+HOST, HOST_PLANES = "host", ("shm", "zmq")
+
+
+class Pool(Protocol):
+    def fill(self, seed: int) -> None:
+        """Random bytes, the same for a seed."""
+        ...
+
+    def poison(self) -> None: ...
+
+    def digest(self, blocks: Sequence[int]) -> bytes: ...
+
+    def plane(self, kind: str, ctas: int, context: Context, name: str) -> Plane: ...
+
+
+def make_pool(where: str) -> Pool:
+    """On GPU number `where`, or "host"."""
+    return HostPool() if where == HOST else GpuPool(int(where))
+
+
+class GpuPool:
+    def __init__(self, gpu: int) -> None:
+        # They need CUDA, which a machine for the host's planes may lack.
+        from kvtransfer.blocks.device_pool import DeviceMemory
+        from kvtransfer.blocks.digest import BlockDigests
+
+        self._memory = DeviceMemory(POOL_BLOCKS, MIB, gpu)
+        self._digests = BlockDigests(self._memory.data)
+
+    def fill(self, seed: int) -> None:
+        generator = torch.Generator(self._memory.data.device).manual_seed(seed)
+        self._memory.data.view(-1).random_(0, 256, generator=generator)
+        torch.cuda.synchronize(self._memory.device_index)
+
+    def poison(self) -> None:
+        self._memory.data.fill_(0xA5)
+        torch.cuda.synchronize(self._memory.device_index)
+
+    def digest(self, blocks: Sequence[int]) -> bytes:
+        return self._digests.digest(blocks)
+
+    def plane(self, kind: str, ctas: int, context: Context, name: str) -> Plane:
+        from kvtransfer.planes.device import device_planes
+
+        (plane,) = device_planes(self._memory, context, name, "127.0.0.1", names=(kind,), nccl_ctas=ctas)
+        return plane
+
+
+class HostPool:
+    def __init__(self) -> None:
+        from kvtransfer.blocks.memory import HostMemory
+
+        self._memory = HostMemory(POOL_BLOCKS, MIB)
+        self._bytes = np.frombuffer(self._memory.view, np.uint8)
+
+    def fill(self, seed: int) -> None:
+        self._bytes.view(np.uint64)[:] = np.random.default_rng(seed).integers(1 << 63, size=len(self._bytes) // 8)
+
+    def poison(self) -> None:
+        self._bytes.fill(0xA5)
+
+    def digest(self, blocks: Sequence[int]) -> bytes:
+        state = xxhash.xxh3_128()
+        for block in blocks:
+            state.update(self._memory.block(block))
+        return state.digest()
+
+    def plane(self, kind: str, ctas: int, context: Context, name: str) -> Plane:
+        from kvtransfer.planes.shm import ShmPlane
+        from kvtransfer.planes.zeromq import ZmqPlane
+
+        return ShmPlane(self._memory) if kind == "shm" else ZmqPlane(context, self._memory, name, "127.0.0.1")
