@@ -90,6 +90,19 @@ def test_hopper_prefill_attention(heads, block_tokens, persistent):
     checks.check_prefill_gluon(heads, ragged, block_tokens, persistent)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("lead", [0, 2, 3])
+@pytest.mark.parametrize("half", [64, 128])
+def test_hopper_product(fused, lead, half):
+    """One tile, tiles cut by the rows and by the columns, and several for each program."""
+    from kernels.triton.prefill_gluon import is_available
+
+    if not is_available(torch.cuda.get_device_capability()):
+        pytest.skip("needs Hopper and a Triton whose Gluon is known")
+    for rows, n, k in ((1, 256, 256), (333, 1096, 512), (1000, 6144, 4096), (2049, 4096, 1024)):
+        checks.check_product_gluon(rows, n, k, half, lead, fused)
+
+
 def test_blocks():
     checks.check_blocks(GPU, BF16, (20, 32, 2, 64, 8, 128), 12)
     checks.check_blocks(GPU, torch.float32, (20, 5, 2, 16, 2, 80), 20)

@@ -73,6 +73,14 @@ def test_the_hopper_prefill_specialises_its_warps(kernels):
         assert 2 * 2 * 128 * 128 * 2 < kernel["shared_bytes"] <= 226 * 1024, kernel
 
 
+def test_the_hopper_products_specialise_their_warps(kernels):
+    """Guards against a version of Triton whose Gluon splits gate from up through memory, or whose ring is too large."""
+    for case in ("product_fused", "product_fused_half64", "product_plain"):
+        (kernel,) = kernels[case]
+        assert kernel["wgmma"] and kernel["tma"] and not kernel["mma"] and kernel["registers"] == 168, kernel
+        assert 200 * 1024 < kernel["shared_bytes"] <= 226 * 1024, kernel
+
+
 def test_linears_use_warpgroup_instructions_and_fit(kernels):
     """Guards against a table entry whose tiles do not fit, or whose products fall back to a warp's instructions."""
     for rows, count in {16: 5, 64: 5, 128: 3, 256: 5}.items():

@@ -1,0 +1,228 @@
+"""y = x W^T of many rows on Hopper in Gluon, and silu(gate) * up of such a product in its epilogue.
+
+x is [M, K]; W is [N, K] as in the checkpoint, or fused [gate; up] of [2 N, K], and y [M, N] = silu(x gate^T) * x up^T:
+the wide product never reaches memory. One program a multiprocessor takes tile after tile. One warp loads (TMA) into a
+ring of stages of 64 columns of K; each of two warpgroups computes 64 rows of x by 2 * half rows of W: half of gate and
+half of up side by side, so that a thread holds a gate and its up. The ring fills for the next tile during the epilogue,
+whose result leaves through shared memory (TMA). Tiles go down group_m tiles of x before the next rows of W, so that the
+L2 cache serves what runs at the same time. K is summed in steps of 16 in one order whatever the tiles.
+
+A candidate: it has been compiled and not run on a GPU. No worker uses it before scripts/bench_products has shown where
+it is ahead of cuBLAS; where that is nowhere, it goes.
+
+bfloat16, sums in float32. Any M; N and K multiples of 8 and 64. Gluon is experimental: `prefill_gluon.is_available`.
+Bytes: W, x and y once each at best.
+"""
+# mypy: ignore-errors
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.triton.launch import require
+
+STEP = 64  # columns of K a stage: one swizzle of 128 bytes
+CONSUMERS = 2  # three would leave a thread too few registers for a product of 64 x 256
+
+
+@dataclass(frozen=True, slots=True)
+class WideTiles:
+    """How a product of many rows is cut; see the module."""
+
+    half: int = 128
+    """Rows of W in each half of a tile."""
+    stages: int = 4
+    group_m: int = 16
+    lead: int = 0
+    """Stages by which the first consumer goes ahead, so that the second computes during its epilogue; below stages."""
+
+
+@gluon.jit
+def _place(tile, tiles_m, tiles_n, group_m):
+    """Tile number -> (row, column) of tiles."""
+    first_m = tile // (group_m * tiles_n) * group_m
+    within = tile % (group_m * tiles_n)
+    size_m = gl.minimum(tiles_m - first_m, group_m)
+    return first_m + within % size_m, within // size_m
+
+
+@gluon.jit
+def _producer(
+    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m, tiles_n,
+    group_m, n, k_size, HALF: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    LEAD: gl.constexpr, FUSED: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    SPAN: gl.constexpr = HALF if FUSED else 2 * HALF
+    half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, STEP], gl.bfloat16)
+    halves = weight_tiles._reinterpret(gl.bfloat16, [STAGES * 2, HALF, STEP], half_layout)
+    step = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, group_m)
+        first_m = tile_m * (64 * CONSUMERS)
+        first_n = tile_n * SPAN
+        second_n = first_n + (n if FUSED else HALF)
+        for k in range(0, k_size, STEP):
+            stage = step % STAGES
+            bar = full.index(stage)
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(bar, (64 * CONSUMERS + 2 * HALF) * STEP * 2)
+            for i in gl.static_range(CONSUMERS):
+                tma.async_copy_global_to_shared(
+                    x_desc, [first_m + 64 * i, k], bar, x_tiles.index(stage * CONSUMERS + i)
+                )
+            tma.async_copy_global_to_shared(weight_desc, [first_n, k], bar, halves.index(stage * 2))
+            tma.async_copy_global_to_shared(weight_desc, [second_n, k], bar, halves.index(stage * 2 + 1))
+            step += 1
+
+
+@gluon.jit
+def _silu(gate):
+    """gate / (1 + exp(-gate)) in five instructions: the general ones take care of denormals, which do not matter."""
+    return gl.inline_asm_elementwise(
+        "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
+        "rcp.approx.ftz.f32 t, t; mul.f32 $0, $1, t; }",
+        "=f,f",
+        [gate],
+        dtype=gl.float32,
+        is_pure=True,
+        pack=1,
+    )
+
+
+@gluon.jit
+def _send(out_desc, out_tile, values, row, column):
+    """Stores a tile, once the one before it has left the shared memory."""
+    tma.store_wait(0)
+    out_tile.store(values.to(gl.bfloat16))
+    fence_async_shared()
+    tma.async_copy_shared_to_global(out_desc, [row, column], out_tile)
+
+
+@gluon.jit
+def _consumer(
+    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m, tiles_n,
+    group_m, n, k_size, HALF: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    LEAD: gl.constexpr, FUSED: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    SPAN: gl.constexpr = HALF if FUSED else 2 * HALF
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * HALF, 16])
+    HALVES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
+    out_tile = out_tiles.index(GROUP)
+    step = 0
+    phase = 0
+    for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, group_m)
+        if LEAD > 0 and GROUP == 1:
+            mbarrier.wait(ahead, phase)
+            phase ^= 1
+        sums = gl.zeros([64, 2 * HALF], gl.float32, layout=SUMS)
+        for k in range(0, k_size, STEP):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            flying = warpgroup_mma(
+                x_tiles.index(stage * CONSUMERS + GROUP), weight_tiles.index(stage).permute((1, 0)), sums, is_async=True
+            )
+            sums = warpgroup_mma_wait(1, deps=[flying])
+            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
+            if LEAD > 0 and GROUP == 0:
+                mbarrier.arrive(ahead, count=1, pred=k == (LEAD - 1) * STEP)
+            step += 1
+        sums = warpgroup_mma_wait(0, deps=[sums])
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
+        first, second = sums.reshape([64, 2, HALF]).permute(0, 2, 1).split()
+        first = gl.convert_layout(first, HALVES, assert_trivial=True)
+        second = gl.convert_layout(second, HALVES, assert_trivial=True)
+        row = tile_m * (64 * CONSUMERS) + 64 * GROUP
+        if FUSED:
+            _send(out_desc, out_tile, _silu(first) * second, row, tile_n * SPAN)
+        else:
+            _send(out_desc, out_tile, first, row, tile_n * SPAN)
+            _send(out_desc, out_tile, second, row, tile_n * SPAN + HALF)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["tiles_m", "tiles_n", "group_m", "n", "k_size"])
+def _product_kernel(
+    x_desc, weight_desc, out_desc, tiles_m, tiles_n, group_m, n, k_size, HALF: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LEAD: gl.constexpr, FUSED: gl.constexpr,
+):  # fmt: skip
+    x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, STEP], gl.bfloat16)
+    weight_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF, STEP], gl.bfloat16)
+    out_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, HALF], gl.bfloat16)
+    x_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES * CONSUMERS, 64, STEP], x_layout)
+    weight_tiles = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 2 * HALF, STEP], weight_layout)
+    out_tiles = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, HALF], out_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ahead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(ahead, count=1)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=CONSUMERS)
+    gl.warp_specialize(
+        [
+            (
+                _consumer,
+                (
+                    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m,
+                    tiles_n, group_m, n, k_size, HALF, STEP, STAGES, CONSUMERS, LEAD, FUSED, 0,
+                ),
+            ),
+            (
+                _consumer,
+                (
+                    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m,
+                    tiles_n, group_m, n, k_size, HALF, STEP, STAGES, CONSUMERS, LEAD, FUSED, 1,
+                ),
+            ),
+            (
+                _producer,
+                (
+                    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m,
+                    tiles_n, group_m, n, k_size, HALF, STEP, STAGES, CONSUMERS, LEAD, FUSED, 0,
+                ),
+            ),
+        ],
+        [4, 1],
+        [240, 24],
+    )  # fmt: skip
+
+
+def product(
+    x: torch.Tensor, weight: torch.Tensor, tiles: WideTiles, num_sms: int, out: torch.Tensor, *, fused: bool = False
+) -> None:
+    """Fills out [M, N]; x [M, K], weight [N, K] ([2 N, K] when fused); all bfloat16 and contiguous."""
+    (num_rows, k), n = x.shape, weight.shape[0] // (2 if fused else 1)
+    require(weight.shape[1] == k and tuple(out.shape) == (num_rows, n), f"out {tuple(out.shape)} is not [M, N]")
+    require(n % 8 == 0 and k % STEP == 0, f"a product of {k} inputs and {n} outputs")
+    require(x.dtype == weight.dtype == out.dtype == torch.bfloat16, "x, weight and out must be bfloat16")
+    require(0 <= tiles.lead < tiles.stages and tiles.stages * STEP <= k, f"{tiles} for {k} inputs")
+    for tensor in (x, weight, out):
+        require(tensor.is_contiguous(), "tensors must be contiguous")
+    if num_rows == 0:
+        return
+    tiles_m = triton.cdiv(num_rows, 64 * CONSUMERS)
+    tiles_n = triton.cdiv(n, tiles.half * (1 if fused else 2))
+    _product_kernel[(min(num_sms, tiles_m * tiles_n),)](
+        _descriptor(x, 64, STEP), _descriptor(weight, tiles.half, STEP), _descriptor(out, 64, tiles.half), tiles_m,
+        tiles_n, tiles.group_m, n, k, HALF=tiles.half, STEP=STEP, STAGES=tiles.stages, CONSUMERS=CONSUMERS,
+        LEAD=tiles.lead, FUSED=fused, num_warps=4,
+    )  # fmt: skip
+
+
+def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+    box = [rows, columns]
+    return TensorDescriptor.from_tensor(matrix, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))
