@@ -1,10 +1,11 @@
 """When the next step is launched behind the one under way: as late as the device allows. Pure.
 
     ──┬── step under way ───────────────┬── the next
-      began          launch_at ├─ margin ┤ expected end: the shortest of the last steps
+      began          launch_at ├─ margin ┤ expected end: the shortest of the last steps of decoding alone
 
 A sequence that arrives before `launch_at` is in the next step; had that been launched at once, it would have waited for
-one more. The margin is half as much again as launches took the host lately, and the time to wake up.
+one more. The margin is half as much again as launches took the host lately, and the time to wake up. Steps with parts
+of prompts are longer and tell nothing of the others: behind one of them the next is launched early.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ class Pace:
         if not behind:
             self._expect_end_of_step_begun(now)
 
-    def ended(self, took: DeviceTime | None, now: float, behind: bool) -> None:
-        """A step was read, the next runs since then, if there is one; `behind`: it was launched behind another."""
+    def ended(self, took: DeviceTime | None, now: float, behind: bool, prompts: bool) -> None:
+        """A step was read, the next runs since then, if there is one; `behind`: it was launched behind another;
+        `prompts`: parts of prompts were in it."""
         if took is None:
             return
         self.busy_s += took.busy_s
@@ -46,7 +48,8 @@ class Pace:
             self.gaps += 1
             self.gap_s += took.gap_s
             self.short_gaps += took.gap_s < SHORT_GAP_S
-        self._busy.append(took.busy_s)
+        if not prompts:
+            self._busy.append(took.busy_s)
         self._expect_end_of_step_begun(now)
 
     def _expect_end_of_step_begun(self, at: float) -> None:

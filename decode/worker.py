@@ -388,8 +388,9 @@ class DecodeWorker:
         for blocks in flight.left:
             self._manager.release(blocks)
         now, took = self._clock(), flight.launched.device_time
-        self._pace.ended(took, now, flight.behind)
-        if (num_prompt_tokens := sum(part.length for part in flight.parts if part.length > 1)) > 0:
+        num_prompt_tokens = sum(part.length for part in flight.parts if part.length > 1)
+        self._pace.ended(took, now, flight.behind, num_prompt_tokens > 0)
+        if num_prompt_tokens:
             # Since its launch it may have waited behind another step.
             self._reuse.gate.computed(num_prompt_tokens, took.busy_s if took else now - flight.began_at, now)
             self._tally.computed += num_prompt_tokens

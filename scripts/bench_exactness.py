@@ -20,7 +20,8 @@ from tempfile import TemporaryDirectory
 
 from node.modelhub import DEMO_MODEL
 from scripts.bench_cluster import MODEL, BenchmarkFailed, cluster
-from scripts.bench_model import make_model, shape_names
+from scripts.bench_model import make_model
+from scripts.bench_options import new_parser
 from scripts.bench_output import Lines, end_on_sigterm
 from scripts.bench_requests import Answer, complete_at_once, random_ids
 from scripts.serve import ServeSettings
@@ -114,19 +115,14 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench_exactness", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("scripts/bench_exactness", __doc__ or "")
     add = parser.add_argument
-    add("--shape", default="llama-3.1-8b", choices=shape_names(), help="model: one of scripts/shapes")
-    add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the demo model")
     add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs; one is enough")
     add("--ways", default="both", choices=("both", "deterministic", "default"), help="how workers compute")
     add("--requests", type=int, default=64, help="requests, all at once")
     add("--longest", type=int, default=0, help="longest prompt; 0: 2000, on CPU 400")
     add("--answer-tokens", type=int, default=64, help="length of each answer")
-    add("--worker-arg", action="append", default=[], help="passed on to each worker")
     add("--seed", type=int, default=0, help="of the prompts")
-    add("--start-timeout-s", type=float, default=180.0, help="from start to the first token")
-    add("--output", type=Path, help="file that the lines are added to")
     options = parser.parse_args(argv)
     options.longest = options.longest or (400 if options.device == "cpu" else 2000)
     return options

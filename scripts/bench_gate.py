@@ -28,7 +28,8 @@ from node.modelhub import DEMO_MODEL, locate_model
 from node.supervisor import ChildSpec
 from scripts.bench_cluster import MODEL, ROOT, BenchmarkFailed, Cluster, cluster
 from scripts.bench_metrics import Metrics
-from scripts.bench_model import block_bytes, make_model, shape_names
+from scripts.bench_model import block_bytes, make_model
+from scripts.bench_options import new_parser
 from scripts.bench_output import Lines, end_on_sigterm
 from scripts.bench_requests import First, first_token, random_ids
 from scripts.serve import ServeSettings
@@ -281,10 +282,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench_gate", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("scripts/bench_gate", __doc__ or "")
     add = parser.add_argument
-    add("--shape", default="llama-3.1-8b", choices=shape_names(), help="model: one of scripts/shapes")
-    add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the demo model")
     add("--gpu", type=int, default=0, help="the GPU")
     add("--lengths", type=int, nargs="+", help="tokens that are on disk; default 2048 8192, on CPU 256 768")
     add("--factors", type=float, nargs="+", default=list(FACTORS), help="speeds, as parts of the even one")
@@ -294,10 +293,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--restart", action=argparse.BooleanOptionalAction, default=True, help="a fresh worker for each case")
     add("--answer-tokens", type=int, default=64, help="of what is written to the store, while it is written")
     add("--path", type=Path, help="folder for the disk; default: that of temporary files")
-    add("--worker-arg", action="append", default=[], help="passed on to the worker")
     add("--seed", type=int, default=0, help="of the prompts")
-    add("--start-timeout-s", type=float, default=180.0, help="from start to the first token")
-    add("--output", type=Path, help="file that the lines are added to")
     options = parser.parse_args(argv)
     options.lengths = options.lengths or ([256, 768] if options.device == "cpu" else [2048, 8192])
     return options

@@ -28,7 +28,8 @@ from tempfile import TemporaryDirectory
 from node.modelhub import DEMO_MODEL, locate_model
 from scripts.bench_cluster import MODEL, BenchmarkFailed, Cluster, cluster
 from scripts.bench_metrics import Metrics
-from scripts.bench_model import block_bytes, make_model, shape_names
+from scripts.bench_model import block_bytes, make_model
+from scripts.bench_options import new_parser
 from scripts.bench_output import Lines, end_on_sigterm
 from scripts.bench_requests import First, first_token, random_ids
 from scripts.serve import ServeSettings
@@ -237,10 +238,8 @@ def settings_of(sizes: Sizes, model: Path, disk: Path, options: argparse.Namespa
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench_ttft_tiers", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("scripts/bench_ttft_tiers", __doc__ or "")
     add = parser.add_argument
-    add("--shape", default="llama-3.1-8b", choices=shape_names(), help="model: one of scripts/shapes")
-    add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the demo model")
     add("--gpu", type=int, default=0, help="the GPU")
     add("--lengths", type=int, nargs="+", help="tokens from a tier; default 2048 8192 32768, on CPU 256 1024")
     add("--repetitions", type=int, default=3, help="prompts of each length, two at least")
@@ -248,11 +247,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--store-loads", default="always", choices=("always", "measured"), help="measured: where the gate lets them")
     add("--settle-s", type=float, default=0.3, help="before each request")
     add("--path", type=Path, help="folder on the disk to measure; default: that of temporary files")
-    add("--worker-arg", action="append", default=[], help="passed on to the worker")
     add("--seed", type=int, default=0, help="of the prompts")
     add("--patience-s", type=float, default=30.0, help="for writes to disk, and for the store to come back")
-    add("--start-timeout-s", type=float, default=180.0, help="from start to the first token")
-    add("--output", type=Path, help="file that the lines are added to")
     options = parser.parse_args(argv)
     options.lengths = options.lengths or ([256, 1024] if options.device == "cpu" else [2048, 8192, 32768])
     if options.repetitions < 2:

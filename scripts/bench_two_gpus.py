@@ -33,7 +33,8 @@ from benchmark.summary import Distribution
 from node.modelhub import DEMO_MODEL
 from scripts.bench_cluster import MODEL, BenchmarkFailed, Cluster, cluster
 from scripts.bench_metrics import Metrics
-from scripts.bench_model import make_model, shape_names
+from scripts.bench_model import make_model
+from scripts.bench_options import new_parser
 from scripts.bench_output import Lines, end_on_sigterm
 from scripts.serve import ServeSettings
 
@@ -274,10 +275,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench_two_gpus", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("scripts/bench_two_gpus", __doc__ or "")
     add = parser.add_argument
-    add("--shape", default="llama-3.1-8b", choices=shape_names(), help="model: one of scripts/shapes")
-    add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the demo model")
     add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs")
     add("--systems", nargs="+", default=[DISAGGREGATED, COLOCATED], choices=(DISAGGREGATED, COLOCATED), help="which")
     add("--colocated-chunk-tokens", type=int, nargs="+", default=[0], help="a colocated system for each; 0: default")
@@ -285,11 +284,8 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--duration-s", type=float, default=12.0, help="requests are due within so long")
     add("--goodput", nargs="+", default=["ttft:1000", "tpot:15"], help="objectives in ms")
     add("--plane", choices=("cuda_ipc", "nccl", "shm", "zmq"), help="the only data plane; default: the best")
-    add("--worker-arg", action="append", default=[], help="passed on to each worker")
     add("--seed", type=int, default=0, help="of prompts and arrivals")
-    add("--start-timeout-s", type=float, default=180.0, help="from start to the first token")
     add("--request-timeout-s", type=float, default=60.0, help="a request that takes longer has failed")
-    add("--output", type=Path, help="file that the lines are added to")
     options = parser.parse_args(argv)
     default = CPU_WORKLOADS if options.device == "cpu" else GPU_WORKLOADS
     options.workload = options.workload or [Workload.parse(text) for text in default]
