@@ -2,9 +2,9 @@
 
     PYTHONPATH=. python scripts/bench_products.py [--parts wide,few,decode] [FILE]
 
-wide: products of 256 to 8192 rows, cuBLAS (and our silu * mul) against product_gluon. few: the products of Qwen3-8B for
-1 to 128 rows against cuBLAS. decode: ways to cut one to four long sequences. Checks every way before it is timed. One
-JSON line a measurement on standard output, and appended to FILE.
+wide: gate and up of 512 to 8192 rows, cuBLAS and our silu * mul against product_gluon. few: the products of Qwen3-8B
+for 1 to 128 rows against cuBLAS. decode: ways to cut one to eight long sequences. Checks every way before it is timed.
+One JSON line a measurement on standard output, and appended to FILE.
 
 A child measures; one that says nothing for SILENCE_S seconds, or dies, is ended and begun again without what it was
 at: a kernel whose barriers wait for each other never returns.
@@ -30,8 +30,7 @@ from kernels.triton import activation, linear_policy, product_gluon
 from kernels.triton.decode_attention import DecodeScratch, decode_attention
 from kernels.triton.decode_plan import DecodePlan, even_plan
 from kernels.triton.linear import linear
-from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, O_8B, QKV_8B, Shape, Tiles
-from kernels.triton.product_gluon import WideTiles
+from kernels.triton.linear_policy import GATE_UP_8B, Shape, Tiles
 
 GPU = "cuda"
 GATE_UP_Q8, DOWN_Q8, HEAD_Q8 = (12288, 4096, True), (4096, 12288, False), (151936, 4096, False)
@@ -41,21 +40,10 @@ MOST_RESTARTS = 8
 ROUNDS = 11
 GRAPH_S = 8e-3  # about what one replay takes
 ROTATED_BYTES = 300 << 20  # weights in turn: several times the L2 cache
-WIDE_ROWS = (256, 512, 1024, 2048, 4096, 8192)
-WIDE = {
-    "gate_up": GATE_UP_8B, "gate_up_qwen": GATE_UP_Q8, "qkv": QKV_8B, "o": O_8B, "down": DOWN_8B, "down_qwen": DOWN_Q8,
-}  # fmt: skip
+WIDE_ROWS = (512, 640, 768, 896, 1024, 1152, 1300, 1408, 1536, 1792, 2048, 2600, 3072, 4096, 6144, 8192)
+WIDE = {"gate_up": GATE_UP_8B, "gate_up_qwen": GATE_UP_Q8}
 FEW = {"gate_up_qwen": GATE_UP_Q8, "down_qwen": DOWN_Q8, "head_qwen": HEAD_Q8}
 FEW_ROWS = (1, 8, 16, 32, 64, 128)
-WIDE_WAYS = {
-    "lead0": WideTiles(),
-    "lead2": WideTiles(lead=2),
-    "lead3": WideTiles(lead=3),
-    "lead2_group8": WideTiles(lead=2, group_m=8),
-    "lead2_group32": WideTiles(lead=2, group_m=32),
-    "half64": WideTiles(half=64, stages=6),
-    "half64_lead3": WideTiles(half=64, stages=6, lead=3),
-}
 Call = Callable[[], object]
 
 
@@ -144,12 +132,6 @@ def cublas(x: torch.Tensor, weight: torch.Tensor, wide: torch.Tensor, out: torch
         activation.silu_and_mul(wide, out)
 
 
-def cublas_lt(*args: object) -> None:
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    cublas(*args)
-    torch.backends.cuda.preferred_blas_library("cublas")
-
-
 def exact_slice(x: torch.Tensor, weight: torch.Tensor, fused: bool, columns: torch.Tensor) -> torch.Tensor:
     """In float32, some columns of the result."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -174,32 +156,26 @@ def is_right(
     return True
 
 
-def wide_cell(tell: Teller, name: str, shape: Shape, weights: list[torch.Tensor], rows: int, ways: dict) -> None:
-    n, _, fused = shape
-    x, out = randn(rows, shape[1]), randn(rows, n)
-    wide = randn(rows, 2 * n) if fused else out
+def wide_cell(tell: Teller, name: str, shape: Shape, weights: list[torch.Tensor], rows: int) -> None:
+    n = shape[0]
+    x, out, wide = randn(rows, shape[1]), randn(rows, n), randn(rows, 2 * n)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     flops = 2 * rows * weights[0].numel()
     count = max(len(weights), round(GRAPH_S / (flops / 650e12)))
     used = [weights[i % len(weights)] for i in range(count)]
     columns = torch.cat([torch.arange(100), torch.arange(n - 100, n), torch.randint(0, n, (100,))]).to(GPU)
-    exact = exact_slice(x, weights[0], fused, columns)
-    calls = {"cublas": [partial(cublas, x, weight, wide, out, fused) for weight in used]}
-    if tell.tries("cublas_lt"):
-        calls["cublas_lt"] = [partial(cublas_lt, x, weight, wide, out, fused) for weight in used]
-        calls["cublas_lt"][0]()
-    for way, tiles in ways.items():
-        if not tell.tries(f"wide {way} {'fused' if fused else 'plain'}"):
-            continue
-        these = [partial(product_gluon.product, x, weight, tiles, sms, out, fused=fused) for weight in used]
-        if is_right(tell, these[0], out, exact, columns, f"{name} {rows} {way}"):
-            calls[way] = these
+    exact = exact_slice(x, weights[0], True, columns)
+    calls = {"cublas": [partial(cublas, x, weight, wide, out, True) for weight in used]}
+    if tell.tries(f"gluon {name} {rows}"):
+        these = [partial(product_gluon.gated_product, x, weight, sms, out) for weight in used]
+        if is_right(tell, these[0], out, exact, columns, f"gluon {name} {rows}"):
+            calls["gluon"] = these
     if not tell.tries(f"timing of {name} {rows}"):
         return
     times = side_by_side({way: (captured(these), count) for way, these in calls.items()})
     for way, took in times.items():
         tell.line(
-            kernel="product", weight=name, rows=rows, by=way, us=round(took * 1e6, 1),
+            kernel="gated_product", weight=name, rows=rows, by=way, us=round(took * 1e6, 1),
             tflop_s=round(flops / took / 1e12, 1), of_cublas=round(times["cublas"] / took, 3),
         )  # fmt: skip
 
@@ -207,10 +183,8 @@ def wide_cell(tell: Teller, name: str, shape: Shape, weights: list[torch.Tensor]
 def wide_parts(tell: Teller) -> Iterator[Call]:
     def part(name: str, shape: Shape) -> None:
         weights = weights_of(shape)
-        chosen = WIDE_WAYS if name in ("gate_up", "down") else ("lead0", "lead2", "lead3")
-        ways = {way: WIDE_WAYS[way] for way in chosen}
-        for rows in (333, *WIDE_ROWS) if name in ("gate_up", "qkv") else WIDE_ROWS:
-            wide_cell(tell, name, shape, weights, rows, ways)
+        for rows in WIDE_ROWS:
+            wide_cell(tell, name, shape, weights, rows)
 
     for name, shape in WIDE.items():
         yield partial(part, name, shape)
@@ -272,7 +246,7 @@ def few_parts(tell: Teller) -> Iterator[Call]:
 def decode_plans(rows: int, length: int, sms: int) -> dict[str, DecodePlan]:
     """The rule's plan, and even chunks of other numbers and depths."""
     plans = {"rule": even_plan(rows, 8, length, sms)}
-    for programs, depths in ((1, (5, 7)), (2, (3, 5)), (3, (3,)), (4, (3,))):
+    for programs, depths in ((1, (3, 5, 7)), (2, (3, 5)), (3, (3,)), (4, (3,))):
         splits = programs * sms // (rows * 8)
         chunk = -(-length // splits // 64) * 64
         splits = -(-length // chunk)
@@ -313,10 +287,10 @@ def decode_cell(tell: Teller, pool: torch.Tensor, rows: int, length: int, bucket
 
 def decode_parts(tell: Teller) -> Iterator[Call]:
     def part() -> None:
-        pool = randn(4 * 512, 16, 2, 64, 8, 128)
+        pool = randn(8 * 512, 16, 2, 64, 8, 128)
         for rows, length, bucket in (
-            (1, 1000, 2048), (1, 8000, 8192), (1, 16000, 32768), (1, 32000, 32768), (2, 8000, 8192), (2, 32000, 32768),
-            (4, 8000, 8192), (4, 32000, 32768),
+            (1, 1000, 2048), (1, 8000, 8192), (1, 10000, 32768), (1, 32000, 32768), (2, 8000, 8192), (2, 32000, 32768),
+            (4, 8000, 8192), (4, 32000, 32768), (8, 8000, 8192), (8, 10000, 32768), (8, 32000, 32768),
         ):  # fmt: skip
             decode_cell(tell, pool, rows, length, bucket)
 

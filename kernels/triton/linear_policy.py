@@ -119,6 +119,10 @@ INVARIANT: dict[int, dict[Shape, Tiles]] = {
 }
 
 
+GATED_BY_GLUON: dict[Shape, int] = {GATE_UP_8B: 1024}
+"""The fewest rows from which product_gluon is ahead of cuBLAS with silu * mul behind it."""
+
+
 def fastest(num_rows: int, shape: Shape) -> Tiles | None:
     """The fastest way for num_rows rows of x; None: cuBLAS."""
     return _look_up(FASTEST, num_rows, shape)
@@ -127,6 +131,12 @@ def fastest(num_rows: int, shape: Shape) -> Tiles | None:
 def invariant(num_rows: int, shape: Shape) -> Tiles | None:
     """The way whose bits do not depend on num_rows; None: not known for this shape or so many rows."""
     return _look_up(INVARIANT, num_rows, shape)
+
+
+def gated_by_gluon(num_rows: int, shape: Shape) -> bool:
+    """Whether product_gluon, where it runs, is the fastest way for a shape that is fused."""
+    least = GATED_BY_GLUON.get(LIKE.get(shape, shape))
+    return least is not None and num_rows >= least
 
 
 def _look_up(table: dict[int, dict[Shape, Tiles]], num_rows: int, shape: Shape) -> Tiles | None:

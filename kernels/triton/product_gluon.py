@@ -1,14 +1,15 @@
-"""y = x W^T of many rows on Hopper in Gluon, and silu(gate) * up of such a product in its epilogue.
+"""silu(x gate^T) * x up^T of many rows on Hopper, in Gluon: the wide product never reaches memory.
 
-x is [M, K]; W is [N, K] as in the checkpoint, or fused [gate; up] of [2 N, K], and y [M, N] = silu(x gate^T) * x up^T:
-the wide product never reaches memory. One program a multiprocessor takes tile after tile. One warp loads (TMA) into a
-ring of stages of 64 columns of K; each of two warpgroups computes 64 rows of x by 2 * half rows of W: half of gate and
-half of up side by side, so that a thread holds a gate and its up. The ring fills for the next tile during the epilogue,
-whose result leaves through shared memory (TMA). Tiles go down group_m tiles of x before the next rows of W, so that the
-L2 cache serves what runs at the same time. K is summed in steps of 16 in one order whatever the tiles.
+x is [M, K]; W is [gate; up] of [2 N, K] as in `models.weights`, y is [M, N]. One program a multiprocessor takes tile
+after tile. One warp loads (TMA) into a ring of stages of 64 columns of K; each of two warpgroups computes 64 rows of x
+by HALF rows of gate and the same HALF of up side by side, so that a thread holds a gate and its up. The ring fills for
+the next tile during the epilogue, whose result leaves through shared memory (TMA). Tiles go down GROUP_M tiles of x
+before the next rows of W, so that the L2 cache serves what runs at the same time. K is summed in steps of 16.
 
-A candidate: it has been compiled and not run on a GPU. No worker uses it before scripts/bench_products has shown where
-it is ahead of cuBLAS; where that is nowhere, it goes.
+From about a thousand rows on it is 7 to 9 % ahead of cuBLAS with `silu_and_mul` behind it, and not below
+(docs/benchmarks/kernels.md): `linear_policy.gated_by_gluon` says when to take it. Without the epilogue it is level with
+cuBLAS, so it has no such mode. Tried and no better: one warpgroup some stages ahead of the other, tiles of 64 + 64 rows
+of W in six stages, other GROUP_M.
 
 bfloat16, sums in float32. Any M; N and K multiples of 8 and 64. Gluon is experimental: `prefill_gluon.is_available`.
 Bytes: W, x and y once each at best.
@@ -16,8 +17,6 @@ Bytes: W, x and y once each at best.
 # mypy: ignore-errors
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -36,44 +35,30 @@ from kernels.triton.launch import require
 
 STEP = 64  # columns of K a stage: one swizzle of 128 bytes
 CONSUMERS = 2  # three would leave a thread too few registers for a product of 64 x 256
-
-
-@dataclass(frozen=True, slots=True)
-class WideTiles:
-    """How a product of many rows is cut; see the module."""
-
-    half: int = 128
-    """Rows of W in each half of a tile."""
-    stages: int = 4
-    group_m: int = 16
-    lead: int = 0
-    """Stages by which the first consumer goes ahead, so that the second computes during its epilogue; below stages."""
+HALF, STAGES, GROUP_M = 128, 4, 16
 
 
 @gluon.jit
-def _place(tile, tiles_m, tiles_n, group_m):
+def _place(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
     """Tile number -> (row, column) of tiles."""
-    first_m = tile // (group_m * tiles_n) * group_m
-    within = tile % (group_m * tiles_n)
-    size_m = gl.minimum(tiles_m - first_m, group_m)
+    first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+    within = tile % (GROUP_M * tiles_n)
+    size_m = gl.minimum(tiles_m - first_m, GROUP_M)
     return first_m + within % size_m, within // size_m
 
 
 @gluon.jit
 def _producer(
-    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m, tiles_n,
-    group_m, n, k_size, HALF: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    LEAD: gl.constexpr, FUSED: gl.constexpr, GROUP: gl.constexpr,
+    x_desc, weight_desc, x_tiles, weight_tiles, full, empty, tiles_m, tiles_n, n, k_size, HALF: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    SPAN: gl.constexpr = HALF if FUSED else 2 * HALF
     half_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([HALF, STEP], gl.bfloat16)
     halves = weight_tiles._reinterpret(gl.bfloat16, [STAGES * 2, HALF, STEP], half_layout)
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, group_m)
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
         first_m = tile_m * (64 * CONSUMERS)
-        first_n = tile_n * SPAN
-        second_n = first_n + (n if FUSED else HALF)
+        first_n = tile_n * HALF
         for k in range(0, k_size, STEP):
             stage = step % STAGES
             bar = full.index(stage)
@@ -84,7 +69,7 @@ def _producer(
                     x_desc, [first_m + 64 * i, k], bar, x_tiles.index(stage * CONSUMERS + i)
                 )
             tma.async_copy_global_to_shared(weight_desc, [first_n, k], bar, halves.index(stage * 2))
-            tma.async_copy_global_to_shared(weight_desc, [second_n, k], bar, halves.index(stage * 2 + 1))
+            tma.async_copy_global_to_shared(weight_desc, [n + first_n, k], bar, halves.index(stage * 2 + 1))
             step += 1
 
 
@@ -103,31 +88,16 @@ def _silu(gate):
 
 
 @gluon.jit
-def _send(out_desc, out_tile, values, row, column):
-    """Stores a tile, once the one before it has left the shared memory."""
-    tma.store_wait(0)
-    out_tile.store(values.to(gl.bfloat16))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(out_desc, [row, column], out_tile)
-
-
-@gluon.jit
 def _consumer(
-    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m, tiles_n,
-    group_m, n, k_size, HALF: gl.constexpr, STEP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
-    LEAD: gl.constexpr, FUSED: gl.constexpr, GROUP: gl.constexpr,
+    out_desc, x_tiles, weight_tiles, out_tiles, full, empty, tiles_m, tiles_n, k_size, HALF: gl.constexpr,
+    STEP: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, GROUP_M: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    SPAN: gl.constexpr = HALF if FUSED else 2 * HALF
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 2 * HALF, 16])
     HALVES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, HALF, 16])
     out_tile = out_tiles.index(GROUP)
     step = 0
-    phase = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, group_m)
-        if LEAD > 0 and GROUP == 1:
-            mbarrier.wait(ahead, phase)
-            phase ^= 1
+        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
         sums = gl.zeros([64, 2 * HALF], gl.float32, layout=SUMS)
         for k in range(0, k_size, STEP):
             stage = step % STAGES
@@ -137,27 +107,24 @@ def _consumer(
             )
             sums = warpgroup_mma_wait(1, deps=[flying])
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
-            if LEAD > 0 and GROUP == 0:
-                mbarrier.arrive(ahead, count=1, pred=k == (LEAD - 1) * STEP)
             step += 1
         sums = warpgroup_mma_wait(0, deps=[sums])
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1)
-        first, second = sums.reshape([64, 2, HALF]).permute(0, 2, 1).split()
-        first = gl.convert_layout(first, HALVES, assert_trivial=True)
-        second = gl.convert_layout(second, HALVES, assert_trivial=True)
+        gate, up = sums.reshape([64, 2, HALF]).permute(0, 2, 1).split()
+        gate = gl.convert_layout(gate, HALVES, assert_trivial=True)
+        up = gl.convert_layout(up, HALVES, assert_trivial=True)
+        tma.store_wait(0)  # until the tile before has left out_tile
+        out_tile.store((_silu(gate) * up).to(gl.bfloat16))
+        fence_async_shared()
         row = tile_m * (64 * CONSUMERS) + 64 * GROUP
-        if FUSED:
-            _send(out_desc, out_tile, _silu(first) * second, row, tile_n * SPAN)
-        else:
-            _send(out_desc, out_tile, first, row, tile_n * SPAN)
-            _send(out_desc, out_tile, second, row, tile_n * SPAN + HALF)
+        tma.async_copy_shared_to_global(out_desc, [row, tile_n * HALF], out_tile)
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["tiles_m", "tiles_n", "group_m", "n", "k_size"])
-def _product_kernel(
-    x_desc, weight_desc, out_desc, tiles_m, tiles_n, group_m, n, k_size, HALF: gl.constexpr, STEP: gl.constexpr,
-    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, LEAD: gl.constexpr, FUSED: gl.constexpr,
+@gluon.jit(do_not_specialize=["tiles_m", "tiles_n", "n", "k_size"])
+def _gated_product_kernel(
+    x_desc, weight_desc, out_desc, tiles_m, tiles_n, n, k_size, HALF: gl.constexpr, STEP: gl.constexpr,
+    STAGES: gl.constexpr, CONSUMERS: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     x_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, STEP], gl.bfloat16)
     weight_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([2 * HALF, STEP], gl.bfloat16)
@@ -167,8 +134,6 @@ def _product_kernel(
     out_tiles = gl.allocate_shared_memory(gl.bfloat16, [CONSUMERS, 64, HALF], out_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ahead = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    mbarrier.init(ahead, count=1)
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=CONSUMERS)
@@ -177,22 +142,22 @@ def _product_kernel(
             (
                 _consumer,
                 (
-                    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m,
-                    tiles_n, group_m, n, k_size, HALF, STEP, STAGES, CONSUMERS, LEAD, FUSED, 0,
+                    out_desc, x_tiles, weight_tiles, out_tiles, full, empty, tiles_m, tiles_n, k_size, HALF, STEP,
+                    STAGES, CONSUMERS, GROUP_M, 0,
                 ),
             ),
             (
                 _consumer,
                 (
-                    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m,
-                    tiles_n, group_m, n, k_size, HALF, STEP, STAGES, CONSUMERS, LEAD, FUSED, 1,
+                    out_desc, x_tiles, weight_tiles, out_tiles, full, empty, tiles_m, tiles_n, k_size, HALF, STEP,
+                    STAGES, CONSUMERS, GROUP_M, 1,
                 ),
             ),
             (
                 _producer,
                 (
-                    x_desc, weight_desc, out_desc, x_tiles, weight_tiles, out_tiles, full, empty, ahead, tiles_m,
-                    tiles_n, group_m, n, k_size, HALF, STEP, STAGES, CONSUMERS, LEAD, FUSED, 0,
+                    x_desc, weight_desc, x_tiles, weight_tiles, full, empty, tiles_m, tiles_n, n, k_size, HALF, STEP,
+                    STAGES, CONSUMERS, GROUP_M,
                 ),
             ),
         ],
@@ -201,25 +166,21 @@ def _product_kernel(
     )  # fmt: skip
 
 
-def product(
-    x: torch.Tensor, weight: torch.Tensor, tiles: WideTiles, num_sms: int, out: torch.Tensor, *, fused: bool = False
-) -> None:
-    """Fills out [M, N]; x [M, K], weight [N, K] ([2 N, K] when fused); all bfloat16 and contiguous."""
-    (num_rows, k), n = x.shape, weight.shape[0] // (2 if fused else 1)
-    require(weight.shape[1] == k and tuple(out.shape) == (num_rows, n), f"out {tuple(out.shape)} is not [M, N]")
+def gated_product(x: torch.Tensor, weight: torch.Tensor, num_sms: int, out: torch.Tensor) -> None:
+    """Fills out [M, N]; x [M, K], weight [2 N, K]; all bfloat16 and contiguous."""
+    (num_rows, k), n = x.shape, weight.shape[0] // 2
+    require(tuple(weight.shape) == (2 * n, k) and tuple(out.shape) == (num_rows, n), f"out {tuple(out.shape)}")
     require(n % 8 == 0 and k % STEP == 0, f"a product of {k} inputs and {n} outputs")
     require(x.dtype == weight.dtype == out.dtype == torch.bfloat16, "x, weight and out must be bfloat16")
-    require(0 <= tiles.lead < tiles.stages and tiles.stages * STEP <= k, f"{tiles} for {k} inputs")
+    require(k >= STAGES * STEP, f"{k} inputs are fewer than {STAGES} stages hold")
     for tensor in (x, weight, out):
         require(tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    tiles_m = triton.cdiv(num_rows, 64 * CONSUMERS)
-    tiles_n = triton.cdiv(n, tiles.half * (1 if fused else 2))
-    _product_kernel[(min(num_sms, tiles_m * tiles_n),)](
-        _descriptor(x, 64, STEP), _descriptor(weight, tiles.half, STEP), _descriptor(out, 64, tiles.half), tiles_m,
-        tiles_n, tiles.group_m, n, k, HALF=tiles.half, STEP=STEP, STAGES=tiles.stages, CONSUMERS=CONSUMERS,
-        LEAD=tiles.lead, FUSED=fused, num_warps=4,
+    tiles_m, tiles_n = triton.cdiv(num_rows, 64 * CONSUMERS), triton.cdiv(n, HALF)
+    _gated_product_kernel[(min(num_sms, tiles_m * tiles_n),)](
+        _descriptor(x, 64, STEP), _descriptor(weight, HALF, STEP), _descriptor(out, 64, HALF), tiles_m, tiles_n, n, k,
+        HALF=HALF, STEP=STEP, STAGES=STAGES, CONSUMERS=CONSUMERS, GROUP_M=GROUP_M, num_warps=4,
     )  # fmt: skip
 
 

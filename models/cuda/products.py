@@ -1,4 +1,4 @@
-"""Which kernel does each matrix product of a step: a tuned one for few rows, where the table has one, else cuBLAS.
+"""Which kernel does each matrix product of a step: a tuned one where a table has one, else cuBLAS.
 
 Holds the memory of what does not outlive the next kernel: the parts of split sums, and gate and up before they meet.
 """
@@ -17,6 +17,8 @@ from kernels.triton.linear_policy import Shape, Tiles
 from node.errors import SettingsError
 
 Policy = Callable[[int, Shape], Tiles | None]
+GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
+"""product(x [M, K], [gate; up] [2 N, K], out [M, N])"""
 
 TABLED_ROWS = (1, 16, 32, 64, 128, 256)
 """The tables end at the last; more rows are cuBLAS's, or in a deterministic run cut into tiles of so many."""
@@ -58,6 +60,7 @@ class Products:
         inner = max((n for n, _, fused in shapes if fused), default=0)
         self._parts = torch.empty(parts, dtype=torch.float32, device=device)
         self._wide = torch.empty(max_rows * 2 * inner, dtype=dtype, device=device)
+        self._by_gluon = _gluon_product(dtype, device)
 
     def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
         """x W^T + b, [M, N]: `out`, or float32 parts of it [splits, M, N] which the reader sums; x is [M, K]."""
@@ -87,6 +90,9 @@ class Products:
         if tiles is not None:
             linear(x, gate_up.weight, None, tiles, out, fused=True, pdl=pdl)
             return
+        if self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, (n, k, True)):
+            self._by_gluon(x, gate_up.weight, out)
+            return
         wide = self._wide[: m * 2 * n].view(m, 2 * n)
         tiles = self._policy(m, (2 * n, k, False))
         if tiles is None:
@@ -100,3 +106,16 @@ class Products:
             torch.mm(x, weights.weight.t(), out=out)
         else:
             torch.addmm(weights.bias, x, weights.weight.t(), out=out)
+
+
+def _gluon_product(dtype: torch.dtype, device: str) -> GatedProduct | None:
+    """product_gluon, where it runs."""
+    if not device.startswith("cuda") or dtype != torch.bfloat16:
+        return None
+    # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
+    from kernels.triton import prefill_gluon, product_gluon
+
+    if not prefill_gluon.is_available(torch.cuda.get_device_capability(device)):
+        return None
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+    return lambda x, weight, out: product_gluon.gated_product(x, weight, num_sms, out)

@@ -10,9 +10,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from kernels import Linear
 from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
-from kernels.triton.linear_policy import FASTEST, INVARIANT, fastest
+from kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, fastest
 from kernels.triton.prefill_attention import block_m
+from models.cuda.products import Products
 from tests.unit.kernels import kernel_checks as checks
 
 pytestmark = pytest.mark.gpu
@@ -90,17 +92,28 @@ def test_hopper_prefill_attention(heads, block_tokens, persistent):
     checks.check_prefill_gluon(heads, ragged, block_tokens, persistent)
 
 
-@pytest.mark.parametrize("fused", [False, True])
-@pytest.mark.parametrize("lead", [0, 2, 3])
-@pytest.mark.parametrize("half", [64, 128])
-def test_hopper_product(fused, lead, half):
+@pytest.mark.parametrize(("rows", "n", "k"), [(1, 256, 256), (333, 1096, 512), (1000, 6144, 4096), (2049, 4096, 1024)])
+def test_hopper_gated_product(rows, n, k):
     """One tile, tiles cut by the rows and by the columns, and several for each program."""
     from kernels.triton.prefill_gluon import is_available
 
     if not is_available(torch.cuda.get_device_capability()):
         pytest.skip("needs Hopper and a Triton whose Gluon is known")
-    for rows, n, k in ((1, 256, 256), (333, 1096, 512), (1000, 6144, 4096), (2049, 4096, 1024)):
-        checks.check_product_gluon(rows, n, k, half, lead, fused)
+    checks.check_gated_product(rows, n, k)
+
+
+@pytest.mark.parametrize("rows", [1023, 1024])
+def test_many_rows_are_gated_by_gluon(rows):
+    """Where the table says so, and with the result that cuBLAS gives."""
+    products = Products(fastest, rows, (GATE_UP_8B,), BF16, GPU)
+    asked, by_gluon = [], products._by_gluon
+    products._by_gluon = by_gluon and (lambda *args: asked.append(args) or by_gluon(*args))
+    x, weight = checks.randn((rows, 4096), BF16, GPU), checks.randn((28672, 4096), BF16, GPU, 1) / 64
+    out = checks.poison((rows, 14336), BF16, GPU)
+    products.gated(Linear(weight), x, out, pdl=False)
+    gate, up = (x @ weight.t()).float().chunk(2, -1)
+    assert checks.error(out, torch.nn.functional.silu(gate) * up) < 6e-3
+    assert len(asked) == (by_gluon is not None and rows == 1024)
 
 
 def test_blocks():

@@ -172,11 +172,10 @@ def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     module.prefill_attention(query, pool, 3, tables, starts, lengths, work, 132, counter, query)
 
 
-def product_gluon(fused: bool, half: int, stages: int, lead: int) -> None:
-    from kernels.triton import product_gluon as module
+def gated_product() -> None:
+    from kernels.triton import product_gluon
 
-    n, tiles = 14336, module.WideTiles(half, stages, lead=lead)
-    module.product(empty(2048, 4096), empty(2 * n if fused else n, 4096), tiles, 132, empty(2048, n), fused=fused)
+    product_gluon.gated_product(empty(2048, 4096), empty(28672, 4096), 132, empty(2048, 14336))
 
 
 def inputs_of_a_step() -> None:
@@ -215,9 +214,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
     "gluon_page64": lambda: prefill_gluon(64, True),
     "gluon_page16": lambda: prefill_gluon(16, False),
-    "product_fused": lambda: product_gluon(True, 128, 4, 2),
-    "product_fused_half64": lambda: product_gluon(True, 64, 6, 0),
-    "product_plain": lambda: product_gluon(False, 128, 4, 2),
+    "gated_product": gated_product,
     "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
     "prefill_128_page128": lambda: prefill(32, 8, 128, 128),
     "prefill_128_page16": lambda: prefill(32, 8, 128, 16),

@@ -428,22 +428,19 @@ def _gumbel_kernel(u_ptr, out_ptr):
     tl.store(out_ptr + tl.arange(0, 64), sampling.gumbel(tl.load(u_ptr + tl.arange(0, 64))))
 
 
-def check_product_gluon(rows: int, n: int, k: int, half: int, lead: int, fused: bool) -> None:
+def check_gated_product(rows: int, n: int, k: int) -> None:
     """On a GPU only. The error is at most twice that of rounding the result; run twice over poison."""
     from kernels.triton import product_gluon
 
-    tiles = product_gluon.WideTiles(half, stages=4, group_m=8, lead=lead)
     x = randn((rows, k), torch.bfloat16, "cuda")
-    weight = (randn(((2 if fused else 1) * n, k), torch.float32, "cuda", 1) / k**0.5).to(torch.bfloat16)
-    exact = F.linear(x.double(), weight.double())
-    if fused:
-        gate, up = exact.chunk(2, -1)
-        exact = F.silu(gate) * up
+    weight = (randn((2 * n, k), torch.float32, "cuda", 1) / k**0.5).to(torch.bfloat16)
+    gate, up = F.linear(x.double(), weight.double()).chunk(2, -1)
+    exact = F.silu(gate) * up
     bound = 2 * error(exact.to(torch.bfloat16), exact)
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     for _ in range(2):
         out = poison((rows, n), torch.bfloat16, "cuda")
-        product_gluon.product(x, weight, tiles, num_sms, out, fused=fused)
+        product_gluon.gated_product(x, weight, num_sms, out)
         assert error(out, exact) <= bound, f"error {error(out, exact):.2e}, allowed {bound:.2e}"
 
 
