@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 TILE = 64  # keys that a program reads at a time; chunks are multiples of it
 SINGLE_WAVE = 4  # programs a multiprocessor holds at most
+LONG, LONG_WAVE, LONG_STAGES = 8192, 2, 3  # for few sequences of more tokens: programs a multiprocessor, their depth
 FULL = 0.9  # a plan that fills this share of the places is taken before one that needs more programs
 
 
@@ -32,8 +33,9 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
     """The fast plan for num_rows sequences of up to max_tokens: all programs resident at once, and the GPU nearly full.
 
     Take max_tokens as the top of a bucket: one token past num_splits * chunk_tokens would not be seen. Follows the
-    optima measured on an H200 (docs/benchmarks/kernels.md): from about 32 rows of 8 heads on no split; up to 16 rows
-    beyond 8k tokens four programs a multiprocessor; one program alone on its multiprocessor needs the deepest pipeline.
+    optima measured (docs/benchmarks/kernels.md): from about 32 rows of 8 heads on no split; up to 16 rows beyond 8k
+    tokens two programs a multiprocessor, with which a chunk's time does not depend on where programs land; one program
+    alone on its multiprocessor needs the deepest pipeline.
     """
     programs = num_rows * kv_heads
     num_splits = 1
@@ -42,11 +44,13 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
         shares = {wave: wave * num_sms // programs * programs / (wave * num_sms) for wave in waves}
         best = next((wave for wave in waves if shares[wave] >= FULL), max(waves, key=shares.__getitem__))
         num_splits = best * num_sms // programs
-        if max_tokens > 8192 and programs <= num_sms:
-            num_splits = SINGLE_WAVE * num_sms // programs
+    long = max_tokens > LONG and programs <= num_sms
+    if long:
+        num_splits = LONG_WAVE * num_sms // programs
     chunk = max(TILE, -(-max_tokens // num_splits // TILE) * TILE)
     num_splits = -(-max_tokens // chunk)
-    return DecodePlan(num_splits, chunk, _stages(programs * num_splits, chunk, num_sms), merges=num_splits > 1)
+    stages = LONG_STAGES if long else _stages(programs * num_splits, chunk, num_sms)
+    return DecodePlan(num_splits, chunk, stages, merges=num_splits > 1)
 
 
 def even_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> DecodePlan:
