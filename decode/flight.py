@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from decode.sequence import Sequence
 from models.batch import Launched
 
 
-@dataclass(frozen=True, slots=True)
-class Part:
+class Part(NamedTuple):
     """`length` tokens of a sequence, in its stay number `stay`."""
 
     sequence: Sequence

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(NamedTuple):
     """A sequence as the scheduler sees it."""
 
     num_tokens: int
@@ -28,11 +28,10 @@ class Limits:
     max_chunk_tokens: int
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """Item number `index` of the running ones computes `length` tokens."""
+class Step(NamedTuple):
+    """Item number `number` of the running ones computes `length` tokens."""
 
-    index: int
+    number: int
     length: int
 
 

@@ -297,7 +297,7 @@ class DecodeWorker:
         sequences = list(self._running)
         for index in decision.preempted:
             self._preempt(sequences[index])
-        batch = [(sequences[step.index], step.length) for step in decision.steps]
+        batch = [(sequences[step.number], step.length) for step in decision.steps]
         batch = [(sequence, length) for sequence, length in batch if self._grow(sequence, length)]
         admitted = sum(self._admit(sequence) for sequence in waiting[: decision.admitted])
         if batch:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import NamedTuple
 
 from kvtransfer.pairs import Pairs, Wire
 from kvtransfer.planes.base import IoDone, Plane
@@ -53,8 +54,7 @@ SOON_S = 0.001
 LOOK_AT_PAIRS_S = 30.0
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class LegKey:
+class LegKey(NamedTuple):
     """One attempt of one request, which has at most one transfer."""
 
     request_id: str

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from node.messages import Logprob, SamplingParams
 
 
-@dataclass(frozen=True, slots=True)
-class Draw:
+class Draw(NamedTuple):
     """How the next token of a row is drawn. It becomes token number `start + len(token_ids)` of its sequence."""
 
     sampling: SamplingParams
@@ -26,8 +25,7 @@ class Draw:
     """Tokens generated before this one."""
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One sequence's part in a step: a chunk of its prompt, or its last token."""
 
     token_ids: Sequence[int]
@@ -48,8 +46,7 @@ class Row:
         return len(self.token_ids) or 1
 
 
-@dataclass(frozen=True, slots=True)
-class Drawn:
+class Drawn(NamedTuple):
     """The token that follows a row."""
 
     token_id: int

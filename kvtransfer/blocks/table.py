@@ -39,7 +39,8 @@ class BlockTable:
 
     def grow(self, num_tokens: int) -> None:
         """Make room for `num_tokens` tokens in all; raises OutOfBlocks and changes nothing if there is none."""
-        self.blocks += self._manager.allocate(self.blocks_lacking(num_tokens))
+        if lacking := self.blocks_lacking(num_tokens):
+            self.blocks += self._manager.allocate(lacking)
 
     def publish(self, token_ids: Sequence[int], num_computed: int) -> None:
         """The KV of the first `num_computed` tokens is present: name every full block, so that others may share it."""
