@@ -2,10 +2,10 @@
 
     PYTHONPATH=. python scripts/bench_kernels.py [FILE [PART ...]]
 
-One JSON line a measurement on standard output, and appended to FILE; PARTs are the functions that `main` lists. The
-shapes are those of an 8B model (32 query and 8 key heads of 128, hidden 4096, FFN 14336, vocabulary 128256) in
-bfloat16. A time is the median of replays of a CUDA graph of several calls over several sets of random inputs, together
-larger than the L2 cache.
+One JSON line a measurement on standard output, and appended to FILE; PARTs are the functions that `main` lists, and
+`ceilings` always runs. The shapes are those of an 8B model (32 query and 8 key heads of 128, hidden 4096, FFN 14336,
+vocabulary 128256) in bfloat16. A time is the median of replays of a CUDA graph of several calls over several sets of
+random inputs, together larger than the L2 cache.
 """
 
 from __future__ import annotations
@@ -41,44 +41,14 @@ from models.batch import Draw
 from models.cuda.queue import CudaQueue
 from models.cuda.sampling import SlotSampler
 from node.messages import SamplingParams
+from scripts.bench_ceilings import GPU, Call, Ceilings, randn, seconds
 
 HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
 ROTATED_BYTES = 400 << 20  # several times the L2 cache
-GPU = "cuda"
 ALL_PARAMETERS = {
     "top_p": 0.9, "top_k": 50, "min_p": 0.01, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
     "logit_bias": ((5, 1.0),), "min_tokens": 9, "stop_token_ids": (7,), "logprobs": True, "top_logprobs": 20,
 }  # fmt: skip
-
-Call = Callable[[], object]
-
-
-def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device=GPU).normal_()
-
-
-def seconds(calls: Sequence[Call], replays: int = 9) -> float:
-    """Median seconds of one call, in a graph of all of them."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
-            call()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
-        for call in calls:
-            call()
-        graph.capture_end()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(replays + 2):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return sorted(times[2:])[replays // 2] / 1e3 / len(calls)
 
 
 class Report:
@@ -86,8 +56,7 @@ class Report:
 
     def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.copy_bytes_s = 1.0
-        self.matmul_flop_s = 1.0
+        self.ceilings = Ceilings(1.0, 1.0)
 
     def line(self, **values: object) -> None:
         text = json.dumps(values)
@@ -101,21 +70,13 @@ class Report:
         rate = size_bytes / took
         self.line(
             kernel=kernel, **values, us=round(took * 1e6, 2), tb_s=round(rate / 1e12, 3),
-            of_copy=round(rate / self.copy_bytes_s, 3),
+            of_copy=round(rate / self.ceilings.copy_bytes_s, 3),
         )  # fmt: skip
 
 
 def ceilings(report: Report) -> None:
-    source, target = randn(2 << 30), randn(2 << 30)
-    took = seconds([partial(torch.neg, source, out=target)] * 4)  # copy_ in a graph is a slower memcpy
-    report.copy_bytes_s = 8 * (1 << 30) / took
-    a, b, c = (randn(8192, 8192) for _ in range(3))
-    took = seconds([partial(torch.mm, a, b, out=c)] * 10)
-    report.matmul_flop_s = 2 * 8192**3 / took
-    report.line(
-        kernel="ceiling", gpu=torch.cuda.get_device_name(), torch=torch.__version__,
-        copy_tb_s=round(report.copy_bytes_s / 1e12, 3), matmul_tflop_s=round(report.matmul_flop_s / 1e12, 1),
-    )  # fmt: skip
+    report.ceilings = Ceilings.measure()
+    report.line(kernel="ceiling", **report.ceilings.values())
 
 
 def small(report: Report) -> None:
@@ -291,7 +252,7 @@ def report_prefill(report: Report, ways: dict[str, Call], num_new: int, cached: 
         report.line(
             kernel="prefill_attention", by=name, new=num_new, cached=cached, block_tokens=block_tokens,
             us=round(took * 1e6, 1), tflop_s=round(flops / took / 1e12, 1),
-            of_matmul=round(flops / took / report.matmul_flop_s, 3),
+            of_matmul=round(flops / took / report.ceilings.matmul_flop_s, 3),
         )  # fmt: skip
 
 
@@ -341,7 +302,7 @@ def main() -> None:
     report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     torch.manual_seed(0)
     for part in (ceilings, small, choice, whole_blocks, host_copies, decode, prefill, linears, qwen3_linears):
-        if part.__name__ in sys.argv[2:] or not sys.argv[2:]:
+        if part is ceilings or part.__name__ in sys.argv[2:] or not sys.argv[2:]:
             part(report)
         torch.cuda.empty_cache()
 
