@@ -2,7 +2,8 @@
 
 One JSON line a cell: `step_ms` is the median wall time from one read to the next with `--run-ahead` steps under way, as
 a worker runs them (launch, read, no scheduler); `gpu_ms` the median of the GPU's own time of the captured step and the
-copies around it, launched one by one; `host_ms` what a launch takes the host.
+copies around it, launched one by one; `host_ms` what a launch takes the host. With `--breakdown` another line a cell,
+once all are timed: what the time goes to, and the least that it could be (scripts/step_breakdown.py).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from models.batch import Draw, Row
 from models.cuda.runner import CudaRunner, Limits
 from node.messages import SamplingParams
+from scripts import step_breakdown
 from scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
 
 CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"
@@ -79,31 +81,46 @@ def gpu_ms(runner: CudaRunner, cell: Cell) -> float:
     return statistics.median(times[WARM_STEPS:])
 
 
+def step(runner: CudaRunner, cell: Cell) -> None:
+    runner.launch(cell.rows()).read()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of scripts/shapes")
     parser.add_argument("--cells", default=CELLS, help="rows x tokens, comma separated")
     parser.add_argument("--run-ahead", type=int, default=1)
     parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--breakdown", action="store_true", help="where the time of a step goes, beside its floors")
     options = parser.parse_args()
     cells = [tuple(int(number) for number in cell.split("x")) for cell in options.cells.split(",")]
+    ceilings = step_breakdown.ceilings() if options.breakdown else None
     config, weights = load_shape(options.shape)
     pool = random_pool(config, max(rows * (context // BLOCK_TOKENS + 1) for rows, context in cells) + 8)
     max_rows, longest = max(rows for rows, _ in cells), max(context for _, context in cells) + 1
     limits = Limits(max_rows, 2048, options.run_ahead, options.deterministic)
     runner = make_runner(config, weights, limits, pool, longest)
+    profiled: list[step_breakdown.Cell] = []
     for rows, context in cells:
         wall, host = step_ms(runner, Cell(rows, context, len(pool)))
+        timed = gpu_ms(runner, Cell(rows, context, len(pool)))
         line(
             what="decode_step",
             rows=rows,
             context=context,
             step_ms=round(wall, 3),
-            gpu_ms=round(gpu_ms(runner, Cell(rows, context, len(pool))), 3),
+            gpu_ms=round(timed, 3),
             host_ms=round(host, 3),
             run_ahead=options.run_ahead,
             deterministic=options.deterministic,
         )
+        if ceilings is not None:
+            values = {"what": "decode_breakdown", "rows": rows, "context": context}
+            floors = step_breakdown.floors_s(config, [Cell(rows, context, len(pool), 1).rows()], ceilings)
+            steps = Cell(rows, context, len(pool), step_breakdown.PASSES)
+            profiled.append(step_breakdown.Cell(values, partial(step, runner, steps), timed, floors))
+    if ceilings is not None:
+        step_breakdown.report(runner.queue, profiled)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Times the computing of prompts by a served runner on the GPU at hand: random weights, prompts in chunks of a budget.
 
 One JSON line a cell: `prompts` of `tokens` each, computed in steps of `--budget` tokens with one step under way while
-the next is launched, as a worker does; tokens a second from first launch to last read, the median of three runs.
+the next is launched, as a worker does; tokens a second from first launch to last read, the median of three runs. With
+`--breakdown` another line a cell, once all are timed: what the time of a run goes to, and the least that it could be
+(scripts/step_breakdown.py).
 """
 
 from __future__ import annotations
@@ -10,10 +12,12 @@ import argparse
 import random
 import statistics
 import time
+from functools import partial
 
 from models.batch import Draw, Row
 from models.cuda.runner import CudaRunner, Limits
 from node.messages import SamplingParams
+from scripts import step_breakdown
 from scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
 
 CELLS = "1x128,1x256,1x512,1x1024,1x2048,4x2048,1x8192,1x32768"
@@ -60,12 +64,15 @@ def main() -> None:
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of scripts/shapes")
     parser.add_argument("--cells", default=CELLS, help="prompts x tokens, comma separated")
     parser.add_argument("--budget", type=int, default=8192, help="tokens a step")
+    parser.add_argument("--breakdown", action="store_true", help="where the time of a run goes, beside its floors")
     options = parser.parse_args()
     cells = [tuple(int(number) for number in cell.split("x")) for cell in options.cells.split(",")]
+    ceilings = step_breakdown.ceilings() if options.breakdown else None
     config, weights = load_shape(options.shape)
     longest, most = max(tokens for _, tokens in cells) + 1, max(prompts for prompts, _ in cells)
     pool = random_pool(config, max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8)
     runner = make_runner(config, weights, Limits(most, options.budget), pool, longest)
+    profiled: list[step_breakdown.Cell] = []
     for prompts, tokens in cells:
         batches = steps(prompts, tokens, options.budget, len(pool))
         run(runner, batches)
@@ -78,6 +85,12 @@ def main() -> None:
             ms=round(took * 1e3, 2),
             tokens_s=round(prompts * tokens / took),
         )
+        if ceilings is not None:
+            values = {"what": "prefill_breakdown", "prompts": prompts, "tokens": tokens, "budget": options.budget}
+            floors = step_breakdown.floors_s(config, batches, ceilings)
+            profiled.append(step_breakdown.Cell(values, partial(run, runner, batches), took * 1e3, floors))
+    if ceilings is not None:
+        step_breakdown.report(runner.queue, profiled)
 
 
 if __name__ == "__main__":
