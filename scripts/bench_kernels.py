@@ -41,6 +41,7 @@ from models.batch import Draw
 from models.cuda.queue import CudaQueue
 from models.cuda.sampling import SlotSampler
 from node.messages import SamplingParams
+from scripts import bench_sdpa
 from scripts.bench_ceilings import GPU, Call, Ceilings, randn, seconds
 
 HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
@@ -185,6 +186,7 @@ def _copied_s(copies: DeviceCopies, begin: Callable[[Sequence[Pair]], int], batc
 
 
 def decode(report: Report) -> None:
+    """Beside torch's attention, as `prefill`."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     memory = randn(12 << 30)  # 24 GiB, seen as pools of several shapes
     cases = [(rows, 1024) for rows in (1, 8, 16, 20, 32, 64, 128, 256)]
@@ -218,9 +220,34 @@ def decode(report: Report) -> None:
                     "decode_attention", size, calls, rows=rows, length=length, block_tokens=block_tokens, plan=name,
                     splits=plan.num_splits,
                 )  # fmt: skip
+                if name == "fast" and block_tokens == 64:
+                    calls[0]()  # of layer 0
+                    keys_values = bench_sdpa.contiguous(pool, 0, tables)
+                    others = memory[: calls_made * keys_values.numel()].view(calls_made, *keys_values.shape)
+                    report_decode_sdpa(report, query, keys_values, others, out)
+
+
+def report_decode_sdpa(
+    report: Report, query: torch.Tensor, keys_values: torch.Tensor, others: torch.Tensor, ours: torch.Tensor
+) -> None:
+    """torch's attention of one token a row over `others` [calls, 2, rows, KH, L, D], checked with `keys_values`."""
+    _, rows, _, length, _ = keys_values.shape
+    values = {"kernel": "decode_attention", "rows": rows, "length": length, "kv": "contiguous"}
+    for name, backend in bench_sdpa.BACKENDS.items():
+        try:
+            way = bench_sdpa.way(backend, query[:, :, None], *keys_values, ours[:, :, None])
+        except bench_sdpa.Refused as refused:
+            report.line(**values, by=name, refused=str(refused))
+            continue
+        if way.expanded:  # four times the bytes
+            report.line(**values, by=name, refused="shares no heads")
+            continue
+        calls = [partial(bench_sdpa.attend, backend, query[:, :, None], *each) for each in others]
+        report.moved(**values, by=name, size_bytes=keys_values.nbytes, calls=calls)
 
 
 def prefill(report: Report) -> None:
+    """Beside torch's attention, which reads contiguous keys and values where ours reads pages: see bench_sdpa."""
     counter = torch.zeros(2, dtype=torch.int32, device=GPU)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     for num_new, cached in ((512, 0), (1024, 0), (2048, 0), (4096, 0), (8192, 0), (32768, 0), (2048, 8192)):
@@ -242,18 +269,33 @@ def prefill(report: Report) -> None:
                     ways[name] = partial(
                         prefill_gluon.prefill_attention, query, pool, 0, tables, starts, lengths, work, sms, given, out
                     )
-            report_prefill(report, ways, num_new, cached, block_tokens)
+            for name, each in ways.items():
+                report_prefill(report, each, num_new, cached, by=name, block_tokens=block_tokens)
+        call()  # over the last pool, the portable kernel
+        report_prefill_sdpa(report, query, bench_sdpa.contiguous(pool, 0, tables), out)
 
 
-def report_prefill(report: Report, ways: dict[str, Call], num_new: int, cached: int, block_tokens: int) -> None:
+def report_prefill_sdpa(report: Report, query: torch.Tensor, keys_values: torch.Tensor, ours: torch.Tensor) -> None:
+    """torch's attention of one sequence: query and ours [N, H, D], keys_values [2, 1, KH, L, D]."""
+    num_new, cached = len(query), keys_values.shape[3] - len(query)
+    query, ours = (each.transpose(0, 1)[None].contiguous() for each in (query, ours))
+    for name, backend in bench_sdpa.BACKENDS.items():
+        values = {"by": name, "kv": "contiguous"}
+        try:
+            way = bench_sdpa.way(backend, query, *keys_values, ours)
+        except bench_sdpa.Refused as refused:
+            report.line(kernel="prefill_attention", new=num_new, cached=cached, **values, refused=str(refused))
+            continue
+        report_prefill(report, way.call, num_new, cached, **values, heads="copied" if way.expanded else "shared")
+
+
+def report_prefill(report: Report, call: Call, num_new: int, cached: int, **values: object) -> None:
     flops = 4 * HEADS * DIM * (num_new * cached + num_new * (num_new + 1) / 2)
-    for name, call in ways.items():
-        took = seconds([call] * (8 if num_new + cached <= 4096 else 2))
-        report.line(
-            kernel="prefill_attention", by=name, new=num_new, cached=cached, block_tokens=block_tokens,
-            us=round(took * 1e6, 1), tflop_s=round(flops / took / 1e12, 1),
-            of_matmul=round(flops / took / report.ceilings.matmul_flop_s, 3),
-        )  # fmt: skip
+    took = seconds([call] * (8 if num_new + cached <= 4096 else 2))
+    report.line(
+        kernel="prefill_attention", new=num_new, cached=cached, **values, us=round(took * 1e6, 1),
+        tflop_s=round(flops / took / 1e12, 1), of_matmul=round(flops / took / report.ceilings.matmul_flop_s, 3),
+    )  # fmt: skip
 
 
 def cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, gated: torch.Tensor, fused: bool) -> None:
