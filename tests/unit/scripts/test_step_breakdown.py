@@ -101,7 +101,7 @@ def test_every_kernel_of_a_step_has_a_group() -> None:
     [
         ("_linear_row_kernel", "linear"),
         ("_row_kernel", "draw"),
-        ("_product_kernel", "linear"),
+        ("_gated_product_kernel", "linear"),
         ("nvjet_hsh_256x128_64x4_1x2_h_bz_coopA_TNT", "linear"),
         ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_relu_bf16>(Params)", "linear"),
         ("void cublasLt::splitKreduce_kernel<32, 16, int>", "linear"),
