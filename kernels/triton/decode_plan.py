@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 TILE = 64  # keys that a program reads at a time; chunks are multiples of it
 SINGLE_WAVE = 4  # programs a multiprocessor holds at most
-LONG, LONG_WAVE, LONG_STAGES = 8192, 2, 3  # for few sequences of more tokens: programs a multiprocessor, their depth
+LONG, MOST_SPLITS, LONG_STAGES = 8192, 32, 3  # for few sequences of more tokens
 FULL = 0.9  # a plan that fills this share of the places is taken before one that needs more programs
 
 
@@ -34,8 +34,8 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
 
     Take max_tokens as the top of a bucket: one token past num_splits * chunk_tokens would not be seen. Follows the
     optima measured (docs/benchmarks/kernels.md): from about 32 rows of 8 heads on no split; up to 16 rows beyond 8k
-    tokens two programs a multiprocessor, with which a chunk's time does not depend on where programs land; one program
-    alone on its multiprocessor needs the deepest pipeline.
+    tokens four programs a multiprocessor, but no more chunks than 32 a sequence; one program alone on its
+    multiprocessor needs the deepest pipeline.
     """
     programs = num_rows * kv_heads
     num_splits = 1
@@ -46,7 +46,7 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
         num_splits = best * num_sms // programs
     long = max_tokens > LONG and programs <= num_sms
     if long:
-        num_splits = LONG_WAVE * num_sms // programs
+        num_splits = min(MOST_SPLITS, SINGLE_WAVE * num_sms // programs)
     chunk = max(TILE, -(-max_tokens // num_splits // TILE) * TILE)
     num_splits = -(-max_tokens // chunk)
     stages = LONG_STAGES if long else _stages(programs * num_splits, chunk, num_sms)
