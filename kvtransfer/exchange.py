@@ -369,7 +369,7 @@ class Exchange:
         if done.sending and (sending := self._sending.get(transfer_id)) is not None:
             self._run_sender(sending, sending.machine.on_io_done(done.key, done.ok, now), now)
         elif not done.sending and (receiving := self._receivers.get(transfer_id)) is not None:
-            self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now), now)
+            self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now, done.digest), now)
 
     def _on_grant(self, peer: str, grant: Grant, now: float) -> None:
         leg = LegKey(grant.request_id, grant.attempt)

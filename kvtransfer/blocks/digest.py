@@ -44,6 +44,10 @@ class Checksums:
         """Of the last launch, when its stream has got so far: WORD_BYTES a block."""
         return self._host_sums[: self._count].numpy().tobytes()
 
+    def digest(self) -> bytes:
+        """The same as one digest: that of BlockDigests.digest."""
+        return xxhash.xxh3_128_digest(self.result())
+
     def digests(self) -> list[bytes]:
         """The same as digests of one block each, those that `checksum.sum64` makes on the host."""
         sums = self.result()

@@ -1,4 +1,4 @@
-"""The interface of a data plane. It moves the bytes of whole blocks; it knows no request, no role and no digest.
+"""The interface of a data plane. It moves the bytes of whole blocks; it knows no request and no role.
 
 Two kinds stand behind it. On a *two-sided* plane (zmq, loopback, nccl) the sender posts a send and the receiver posts a
 receive under the same key; the protocol sees to it that the receive is posted first. On a *pulling* plane (shm,
@@ -25,12 +25,14 @@ class ChunkKey(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class IoDone:
-    """A posted operation ended. A receive with ok=True has written every byte it was posted for (unverified)."""
+    """A posted operation ended. A receive with ok=True has written every byte it was posted for (not compared)."""
 
     key: ChunkKey
     sending: bool
     ok: bool
     reason: str = ""
+    digest: bytes = b""
+    """Of the blocks that a receive has written, where the plane made it on the way; else whoever needs it makes it."""
 
 
 class Plane(Protocol):

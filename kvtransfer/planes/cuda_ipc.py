@@ -63,8 +63,9 @@ class PullEngine(Protocol):
         """Begin to copy these runs from the peer's pool; the number names the copy. Raises PeerLost."""
         ...
 
-    def ended(self, copy: int) -> bool:
-        """Whether it is over; asked until it says so, then never again. Raises PeerLost if it failed."""
+    def ended(self, copy: int) -> bytes | None:
+        """None until it is over, then, once, the digest of the blocks it has written, empty if none was made. Raises
+        PeerLost if it failed."""
         ...
 
     def shut(self) -> None:
@@ -226,15 +227,17 @@ class CudaIpcPlane:
 
     def _settle(self, pull: _Pull) -> bool:
         """Report the copy if it is over; whether it is."""
-        reason = "" if pull.mapping.wanted else "the peer is gone"
+        reason, digest = "" if pull.mapping.wanted else "the peer is gone", b""
         try:
-            if not self._engine.ended(pull.copy):
+            ended = self._engine.ended(pull.copy)
+            if ended is None:
                 return False
+            digest = ended
         except PeerLost as error:
             reason = str(error)
         pull.mapping.copies -= 1
         if self._ledger.receive(pull.key) is not None:  # else it was cancelled
-            self._ledger.end_receive(pull.key, reason)
+            self._ledger.end_receive(pull.key, reason, digest)
         return True
 
     def _drop(self, mapping: _Mapping | None) -> None:

@@ -36,10 +36,10 @@ class Ledger:
         """Whether a receive of this transfer is posted."""
         return any(key.transfer_id == transfer_id for key in self._receives)
 
-    def end_receive(self, key: ChunkKey, reason: str = "") -> None:
+    def end_receive(self, key: ChunkKey, reason: str = "", digest: bytes = b"") -> None:
         """A posted receive has all its bytes or, with a reason, has failed."""
         del self._receives[key]
-        self._ended.append(IoDone(key, sending=False, ok=not reason, reason=reason))
+        self._ended.append(IoDone(key, sending=False, ok=not reason, reason=reason, digest=digest))
 
     def end_send(self, key: ChunkKey, reason: str = "") -> None:
         """A send needs its blocks no more or, with a reason, has failed."""

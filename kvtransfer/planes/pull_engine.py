@@ -1,23 +1,36 @@
 """The copy engine behind the plane `cuda_ipc`: maps another process's pool and copies out of it on a side stream.
 
-Knows pointers, streams and events; no peer and no transfer. Needs a GPU.
+Behind each copy a kernel makes the digest of what has come, on a stream of its own, so that the next copy does not wait
+for it and the host waits for neither. Knows pointers, streams and events; no peer and no transfer. Needs a GPU.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
 from kvtransfer.blocks import cudart
+from kvtransfer.blocks.checksum import WORD_BYTES
 from kvtransfer.blocks.device_pool import NONCE_BYTES, DeviceMemory
+from kvtransfer.blocks.digest import Checksums
 from kvtransfer.planes.cuda_ipc import Exported
 from kvtransfer.planes.runs import Run
 from kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
 from node.errors import PeerLost
 
 logger = logging.getLogger("kvtransfer.cuda_ipc")
+
+DIGESTS, DIGEST_BLOCKS = 16, 64
+"""So many copies at once, of up to so many blocks each, get their digests here."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    event: int
+    checksums: Checksums | None
 
 
 class CudaPullEngine:
@@ -28,7 +41,13 @@ class CudaPullEngine:
         self._self_test = self_test
         cudart.use_device(memory.device_index)
         self._stream = cudart.create_stream()
+        # Torch's own, never destroyed: pinned memory that was used on a stream is given back by an event on it.
+        self._digest_stream = torch.cuda.Stream(memory.device_index, priority=-1)  # before what computes
+        num_digests = 0 if memory.block_bytes % WORD_BYTES else DIGESTS
+        self._checksums = [Checksums(memory.data, DIGEST_BLOCKS) for _ in range(num_digests)]  # free ones
         self._events: list[int] = []  # free ones
+        self._copies: dict[int, _Copy] = {}
+        self._numbers = 0
         self._opened: set[int] = set()
 
     @property
@@ -70,37 +89,59 @@ class CudaPullEngine:
     def pull(self, pointer: int, runs: Sequence[Run]) -> int:
         cudart.use_device(self._memory.device_index)
         size, own = self.block_bytes, self._memory.pointer
+        blocks = [block for run in runs for block in range(run.target, run.target + run.length)]
+        checksums = self._checksums.pop() if self._checksums and len(blocks) <= DIGEST_BLOCKS else None
         event = self._events.pop() if self._events else cudart.create_event()
         try:
             for run in runs:
                 source, target = pointer + run.source * size, own + run.target * size
                 cudart.copy_async(target, source, run.length * size, self._stream)
-            cudart.record(event, self._stream)
+            if checksums is None:
+                cudart.record(event, self._stream)
+            else:
+                self._digest(blocks, checksums, event)
         except cudart.CudaError as error:
             raise PeerLost(f"cannot copy from the peer's pool: {error}") from error
-        return event
+        self._numbers += 1
+        self._copies[self._numbers] = _Copy(event, checksums)
+        return self._numbers
 
-    def ended(self, copy: int) -> bool:
+    def ended(self, copy: int) -> bytes | None:
+        event, checksums = self._copies[copy].event, self._copies[copy].checksums
         try:
-            if not cudart.happened(copy):
-                return False
+            if not cudart.happened(event):
+                return None
         except cudart.CudaError as error:
             raise PeerLost(f"a copy from the peer's pool failed: {error}") from error
-        self._events.append(copy)
-        return True
+        del self._copies[copy]
+        self._events.append(event)
+        if checksums is None:
+            return b""
+        self._checksums.append(checksums)
+        return checksums.digest()
 
     def shut(self) -> None:
         if not self._stream:
             return
         cudart.use_device(self._memory.device_index)
         torch.cuda.ExternalStream(self._stream, self._memory.device_index).synchronize()
+        self._digest_stream.synchronize()
         for pointer in list(self._opened):
             self.close(pointer)
-        for event in self._events:
+        for event in (*self._events, *(copy.event for copy in self._copies.values())):
             cudart.destroy_event(event)
         self._events.clear()
+        self._copies.clear()
         cudart.destroy_stream(self._stream)
         self._stream = 0
+
+    def _digest(self, blocks: Sequence[int], checksums: Checksums, event: int) -> None:
+        """Of these blocks, when the copies that were begun are over; then the event happens."""
+        copies = torch.cuda.ExternalStream(self._stream, self._memory.device_index)
+        with torch.cuda.device(self._memory.device_index), torch.cuda.stream(self._digest_stream):
+            self._digest_stream.wait_stream(copies)
+            checksums.launch(blocks)
+        cudart.record(event, self._digest_stream.cuda_stream)
 
     def _measure(self, pointer: int, exported: Exported) -> None:
         """The self-test: pull into memory of its own, never into blocks that someone may own."""

@@ -73,7 +73,10 @@ class Ends:
         self._made.plane.post_receive(peer, _key(key), source, blocks)
 
     def poll(self) -> list[list[object]]:
-        return [[*_names(done.key), done.sending, done.ok, done.reason] for done in self._made.plane.poll()]
+        return [
+            [*_names(done.key), done.sending, done.ok, done.reason, done.digest.hex()]
+            for done in self._made.plane.poll()
+        ]
 
     def cancel(self, transfer_id: str) -> None:
         self._made.plane.cancel(transfer_id.encode())

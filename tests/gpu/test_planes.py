@@ -119,7 +119,7 @@ class RemotePlane:
 
     def poll(self) -> list[IoDone]:
         rows: list[list] = self.child("poll")  # type: ignore[assignment]
-        return [IoDone(ChunkKey(r[0].encode(), r[1], r[2]), r[3], r[4], r[5]) for r in rows]
+        return [IoDone(ChunkKey(r[0].encode(), r[1], r[2]), r[3], r[4], r[5], bytes.fromhex(r[6])) for r in rows]
 
     def cancel(self, transfer_id: bytes) -> None:
         self.child("cancel", transfer_id.decode())
@@ -224,8 +224,10 @@ def test_large_chunks_have_the_digest_they_had(rig: GpuRig, block_mib: int) -> N
     for seq, (source, blocks) in enumerate(chunks):
         rig.move(sender, receiver, ChunkKey(X, seq, 0), source, blocks)
     rig.until(lambda: len(rig.received(receiver)) == len(chunks))
-    for source, blocks in chunks:
+    found = {done.key.seq: done.digest.hex() for done in rig.done[RECEIVER]}
+    for seq, (source, blocks) in enumerate(chunks):
         assert receiver.digest(blocks) == sender.digest(source)
+        assert found[seq] == (sender.digest(source) if receiver.plane.pulls else "")  # made on the way
     receiver.child("flip", 50, 1234)
     assert receiver.digest([50]) != sender.digest([63])
 
