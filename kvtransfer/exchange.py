@@ -8,7 +8,7 @@ Blocks are only numbers here; who owns them is the block manager's business, in 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple
@@ -202,10 +202,10 @@ class Exchange:
         if early is not None and early[0] == peer:
             self._on_grant(peer, early[1], now)
 
-    def tell_blocks(self, leg: LegKey, blocks: Sequence[int], now: float) -> None:
-        """The first len(blocks) blocks of the sequence are final."""
+    def tell_blocks(self, leg: LegKey, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> None:
+        """The first len(blocks) blocks of the sequence are final. `sums`: checksums known already, by block."""
         if (sending := self._senders.get(leg)) is not None:
-            self._run_sender(sending, sending.machine.on_blocks(blocks, now), now)
+            self._run_sender(sending, sending.machine.on_blocks(blocks, sums, now), now)
 
     def tell_token(self, leg: LegKey, token_id: int, logprob: Logprob | None, now: float) -> None:
         """All blocks are told; the first token goes after them."""

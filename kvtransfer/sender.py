@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from kvtransfer.blocks.checksum import digest_of_sums
 from kvtransfer.planes.base import ChunkKey
 from kvtransfer.transfer import (
     Action,
@@ -29,7 +30,8 @@ class _Offered:
 
 
 class Sender:
-    """Prefill's half. `digests_of` reads the pool; it is called once for each chunk, when the chunk is offered."""
+    """Prefill's half. `digests_of` reads the pool; it is called for chunks that are offered, once each, unless the
+    checksums of their blocks were told."""
 
     def __init__(
         self,
@@ -49,6 +51,7 @@ class Sender:
         self._deadline = deadline
         self._heard_at = now
         self._blocks: tuple[int, ...] = ()
+        self._sums: dict[int, bytes] = {}  # checksums of blocks, as far as they were told
         self._next_block = 0  # first block not offered yet
         self._chunks: list[_Offered] = []
         self._token: tuple[int, Logprob | None] | None = None
@@ -63,11 +66,13 @@ class Sender:
 
     # -- told by the worker
 
-    def on_blocks(self, blocks: Sequence[int], now: float) -> list[Action]:
-        """The sequence's first len(blocks) blocks are final: from the first block of the prompt on, in order."""
+    def on_blocks(self, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> list[Action]:
+        """The sequence's first len(blocks) blocks are final: from the first block of the prompt on, in order. `sums`:
+        checksums of some of them."""
         if self.state is not State.OPEN:
             return []
         self._blocks = tuple(blocks)
+        self._sums.update(sums)
         return self._offer(now)
 
     def on_token(self, token_id: int, logprob: Logprob | None, now: float) -> list[Action]:
@@ -163,7 +168,7 @@ class Sender:
         actions: list[Action] = []
         starts = range(self._next_block, len(self._blocks), self._chunk_blocks)
         chunks = [self._blocks[start : start + self._chunk_blocks] for start in starts]
-        for start, blocks, digest in zip(starts, chunks, self._digests_of(chunks), strict=True):
+        for start, blocks, digest in zip(starts, chunks, self._digests(chunks), strict=True):
             self._chunks.append(_Offered(start, blocks, digest))
             actions.append(Tell(self._offer_message(len(self._chunks) - 1)))
         self._next_block = max(self._next_block, len(self._blocks))
@@ -173,6 +178,14 @@ class Sender:
         if actions:
             self._repeat.start(now)
         return actions
+
+    def _digests(self, chunks: Sequence[tuple[int, ...]]) -> list[bytes]:
+        """Of these chunks; those that need the pool are read together."""
+        sums = self._sums
+        known = {chunk: digest_of_sums([sums[block] for block in chunk]) for chunk in chunks if sums.keys() >= {*chunk}}
+        others = [chunk for chunk in chunks if chunk not in known]
+        known.update(zip(others, self._digests_of(others) if others else (), strict=True))
+        return [known[chunk] for chunk in chunks]
 
     def _offer_message(self, seq: int) -> Offer:
         chunk = self._chunks[seq]

@@ -14,6 +14,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import NamedTuple
 
 from kvtransfer.blocks.manager import OutOfBlocks
 from kvtransfer.blocks.table import BlockTable
@@ -32,7 +33,7 @@ from prefill.settings import PrefillSettings
 from worker.draining import Draining
 from worker.finish import finish_of
 from worker.legs import busy, failed, means, why_impossible
-from worker.parts import Parts
+from worker.parts import NoSums, Parts, Sums
 from worker.reuse import Loaded, Reuse
 from worker.speed import Speed
 from worker.stages import LegTimes
@@ -40,6 +41,14 @@ from worker.stages import LegTimes
 logger = logging.getLogger("prefill")
 
 IDLE_WAIT_S = 0.1
+
+
+class _Flight(NamedTuple):
+    """A step that was launched and not read yet."""
+
+    launched: Launched
+    read_sums: Callable[[], dict[int, bytes]]
+    chunks: list[tuple[Job, Chunk]]
 
 
 class PrefillWorker:
@@ -51,6 +60,7 @@ class PrefillWorker:
         settings: PrefillSettings,
         clock: Callable[[], float] = time.monotonic,
         store: Store = NO_STORE,
+        sums: Sums | None = None,
     ) -> None:
         self._worker = worker
         self._clock = clock
@@ -60,7 +70,8 @@ class PrefillWorker:
         self._jobs: dict[LegKey, Job] = {}  # in order of arrival
         self._leased: dict[LegKey, Job] = {}  # computed or given up; the carrier still reads their blocks
         self._owed: set[LegKey] = set()  # of those, the legs whose proxy awaits the outcome
-        self._flights: deque[tuple[Launched, list[tuple[Job, Chunk]]]] = deque()  # in the order of their launch
+        self._sums = sums or NoSums()
+        self._flights: deque[_Flight] = deque()  # in the order of their launch
         self._reuse = Reuse(store, worker.manager, worker.layout, always=settings.store_loads == "always")
         self._speed = Speed(settings.max_num_batched_tokens)
         self._computing_since = 0.0
@@ -277,7 +288,9 @@ class PrefillWorker:
             self._computing_since = began_at
         for job, _ in chunks:
             job.times.begin(began_at)
-        self._flights.append((self._worker.runner.launch(rows), chunks))
+        launched = self._worker.runner.launch(rows)
+        completed = [block for job, chunk in chunks for block in _completed(job, chunk)]
+        self._flights.append(_Flight(launched, self._sums.begin(completed), chunks))
         self._steps += 1
         for job, chunk in chunks:
             job.num_launched = chunk.start + chunk.length
@@ -289,17 +302,17 @@ class PrefillWorker:
 
     def _retire(self) -> None:
         """Read the oldest step, and tell what it computed."""
-        launched, chunks = self._flights.popleft()
-        drawn = launched.read()
+        launched, read_sums, chunks = self._flights.popleft()
+        drawn, sums = launched.read(), read_sums()
         self._measure(sum(chunk.length for _, chunk in chunks))
         for (job, chunk), token in zip(chunks, drawn, strict=True):
             job.num_computed = chunk.start + chunk.length
             job.table.publish(job.token_ids, job.num_computed)
             self._reuse.write_behind(job)
             if token is None:
-                self._tell_blocks(job, job.num_computed // self._worker.layout.block_tokens)
+                self._tell_blocks(job, job.num_computed // self._worker.layout.block_tokens, sums)
             else:
-                self._hand_over(job, token)
+                self._hand_over(job, token, sums)
 
     def _measure(self, num_tokens: int) -> None:
         """How fast prompts are computed, for the gate and the router."""
@@ -309,11 +322,12 @@ class PrefillWorker:
         self._computing_since = now
         self._computed_tokens += num_tokens
 
-    def _tell_blocks(self, job: Job, num_blocks: int) -> None:
+    def _tell_blocks(self, job: Job, num_blocks: int, sums: dict[int, bytes]) -> None:
         leg, blocks = job.leg, tuple(job.table.blocks[:num_blocks])
-        self._carrier.do(lambda exchange, now: exchange.tell_blocks(leg, blocks, now))
+        own = {block: sums[block] for block in blocks if block in sums}
+        self._carrier.do(lambda exchange, now: exchange.tell_blocks(leg, blocks, own, now))
 
-    def _hand_over(self, job: Job, token: Drawn) -> None:
+    def _hand_over(self, job: Job, token: Drawn, sums: dict[int, bytes]) -> None:
         """The prompt is computed: its first token goes to the proxy at once, and after the KV to decode."""
         leg, index = job.leg, job.num_tokens - job.prompt_len
         finish = finish_of(token.token_id, job.sampling, index + 1, job.num_tokens + 1, self._worker.max_model_len)
@@ -333,7 +347,7 @@ class PrefillWorker:
         if finish:
             self._cancel_sender(leg, "finished at its first token")
         else:
-            self._tell_blocks(job, len(job.table.blocks))
+            self._tell_blocks(job, len(job.table.blocks), sums)
             self._carrier.do(lambda exchange, now: exchange.tell_token(leg, token.token_id, token.logprob, now))
             self._owed.add(leg)
         self._reuse.used(job)
@@ -405,6 +419,12 @@ class PrefillWorker:
         usage = self._manager.usage()
         if self._idle and usage.free + usage.cached != usage.total:
             raise InvariantBroken(f"an idle prefill worker holds blocks: {usage}")
+
+
+def _completed(job: Job, chunk: Chunk) -> list[int]:
+    """Blocks that are final when the chunk is computed, and were not before."""
+    end, size = chunk.start + chunk.length, job.table.block_tokens
+    return job.table.blocks[chunk.start // size : None if end == job.num_tokens else end // size]
 
 
 def _row(job: Job, chunk: Chunk, slot: int) -> Row:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kvtransfer.blocks.device_pool import DevicePool
+from kvtransfer.blocks.digest import SumsBehind
 from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.planes.base import Plane
 from kvtransfer.planes.device import device_planes
@@ -59,7 +60,7 @@ def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
 
     # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.
     copies = DeviceCopies(pool.memory) if settings.store else None
-    return Engine(runner, pool, layout, max_model_len, make_planes, copies, SOON_S)
+    return Engine(runner, pool, layout, max_model_len, make_planes, copies, SOON_S, _sums(settings, role, runner, pool))
 
 
 def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: int, longest: int) -> CudaRunner:
@@ -76,6 +77,15 @@ def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: in
     log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1))
     limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
     return CudaRunner(config, weights, CudaQueue(index), limits, longest)
+
+
+def _sums(settings: WorkerSettings, role: Role, runner: CudaRunner, pool: DevicePool) -> SumsBehind | None:
+    """For a worker that offers what it computes: room for all blocks of the steps under way."""
+    if role != "prefill":
+        return None
+    most = settings.max_num_batched_tokens // pool.layout.block_tokens + settings.max_num_seqs
+    queue = runner.queue
+    return SumsBehind(pool.memory.data, most, runner.run_ahead + 1, queue.enqueue, queue.mark)
 
 
 def _pool_blocks(settings: WorkerSettings, layout: KVLayout, index: int) -> int:

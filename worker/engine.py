@@ -28,6 +28,7 @@ from node.endpoint import Context
 from node.errors import SettingsError
 from node.messages import Role
 from node.telemetry import log_event
+from worker.parts import Sums
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -70,6 +71,8 @@ class Engine:
     """How blocks get to and from the host's KV store; None where they cannot."""
     soon_s: float = SOON_S
     """How long to wait before looking again at a data plane."""
+    sums: Sums | None = None
+    """Checksums of what prefill computes, without waiting for what it computes next."""
 
 
 def make_engine(settings: WorkerSettings, device: str, role: Role, folder: Path) -> Engine:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvtransfer.blocks.layout import KVLayout
@@ -36,6 +36,22 @@ class Runner(Protocol):
     def launch(self, rows: Sequence[Row]) -> Launched:
         """Begin to compute the rows' tokens and to draw what they ask for. Steps run one after the other."""
         ...
+
+
+class Sums(Protocol):
+    """Checksums of blocks, made while the device is at the step that completes them."""
+
+    def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
+        """Called when the step is launched. What it returns is called once, after the step was read: the checksums by
+        block, or none at all, where whoever wants them reads the blocks."""
+        ...
+
+
+class NoSums:
+    """Where the host computes, and reads blocks as fast as any."""
+
+    def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
+        return dict
 
 
 class Carriage(Protocol):

@@ -31,6 +31,7 @@ from node.modelhub import locate_model
 from node.settings import require_loopback
 from node.telemetry import log_event
 from worker.engine import Pool, Runner, make_engine
+from worker.parts import Sums
 from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -48,6 +49,7 @@ class Worker:
     max_model_len: int
     carrier: Carrier
     store: Store
+    sums: Sums | None
 
     def close(self) -> None:
         self.store.close()
@@ -117,7 +119,8 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
         namespace=namespace.hex()[:12],
     )
     manager = BlockManager(num_blocks, events.journal("gpu"))
-    return Worker(endpoint.identity, engine.runner, engine.pool, manager, layout, engine.max_model_len, carrier, store)
+    runner, pool, longest, sums = engine.runner, engine.pool, engine.max_model_len, engine.sums
+    return Worker(endpoint.identity, runner, pool, manager, layout, longest, carrier, store, sums)
 
 
 def _namespace(settings: WorkerSettings, folder: Path, layout: KVLayout, config: ModelConfig) -> bytes:

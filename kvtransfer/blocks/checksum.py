@@ -16,7 +16,7 @@ give checksums that are near. Against accidents, not against an adversary: a key
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import numpy.typing as npt
@@ -49,6 +49,11 @@ def sum64(block: memoryview) -> bytes:
     """xxh3-128 of the checksum's 8 bytes, little-endian."""
     check = block_checksums(np.frombuffer(block, dtype=np.uint8)[None])
     return xxhash.xxh3_128_digest(check.astype("<u8").tobytes())
+
+
+def digest_of_sums(sums: Iterable[bytes]) -> bytes:
+    """Of a chunk whose blocks have these checksums, WORD_BYTES each: the one that a GPU makes of it."""
+    return xxhash.xxh3_128_digest(b"".join(sums))
 
 
 DIGESTS: dict[DigestName, DigestOf] = {"xxh3": xxh3, "sum64": sum64}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import accumulate
+from typing import Protocol
 
 import torch
 import xxhash
@@ -107,3 +108,42 @@ class BlockDigests:
         with torch.cuda.device(self._stream.device), torch.cuda.stream(self._stream):
             self._checksums.launch(blocks)
             self._stream.synchronize()  # wanted: the protocol needs the digest before it may go on
+
+
+class Mark(Protocol):
+    """models.cuda.queue.Mark, as it is used here."""
+
+    def wait(self) -> None: ...
+
+
+class SumsBehind:
+    """Checksums of the blocks that a step completes, made behind it on the steps' own stream: they are there when the
+    step is, and do not wait for the multiprocessors that the next one holds. See worker.parts.Sums."""
+
+    def __init__(
+        self,
+        data: torch.Tensor,
+        max_blocks: int,
+        in_flight: int,
+        enqueue: Callable[[Callable[[], None]], None],
+        mark: Callable[[], Mark],
+    ) -> None:
+        """`data`: as for Checksums. `enqueue`, `mark`: of the steps' queue."""
+        self._free = [Checksums(data, max_blocks) for _ in range(in_flight)]
+        self._max_blocks = max_blocks
+        self._enqueue, self._mark = enqueue, mark
+
+    def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
+        if not self._free or not 0 < len(blocks) <= self._max_blocks:
+            return dict
+        checksums = self._free.pop()
+        self._enqueue(lambda: checksums.launch(blocks))
+        mark = self._mark()
+
+        def read() -> dict[int, bytes]:
+            mark.wait()
+            sums = checksums.result()
+            self._free.append(checksums)
+            return {block: sums[WORD_BYTES * i :][:WORD_BYTES] for i, block in enumerate(blocks)}
+
+        return read

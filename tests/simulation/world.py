@@ -247,7 +247,7 @@ class SimNode:
         if not self.alive or table is None or request.leg in self.ends:
             return
         table.publish(request.tokens, num_blocks * BLOCK_TOKENS)
-        self.exchange.tell_blocks(request.leg, table.blocks[:num_blocks], self.world.now)
+        self.exchange.tell_blocks(request.leg, table.blocks[:num_blocks], {}, self.world.now)
         if num_blocks == len(table.blocks):
             table.lease(request.leg.request_id.encode() + bytes([request.leg.attempt]))
             self.exchange.tell_token(request.leg, request.tokens[-1], None, self.world.now)

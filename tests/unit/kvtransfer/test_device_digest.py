@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 
 import pytest
 
@@ -10,8 +11,12 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 import xxhash  # noqa: E402
 
-from kvtransfer.blocks.checksum import block_checksums, sum64  # noqa: E402
-from kvtransfer.blocks.digest import BlockDigests  # noqa: E402
+from kvtransfer.blocks.checksum import (  # noqa: E402
+    block_checksums,
+    digest_of_sums,
+    sum64,
+)
+from kvtransfer.blocks.digest import BlockDigests, Checksums, SumsBehind  # noqa: E402
 from node.errors import InvariantBroken  # noqa: E402
 
 WORDS = 37
@@ -79,3 +84,44 @@ def test_each_block_alone_has_the_digest_that_a_host_makes(monkeypatch: pytest.M
 def test_a_block_out_of_the_pool_is_refused(block: int) -> None:
     with pytest.raises(InvariantBroken):
         BlockDigests(blocks()).digest([0, block])
+
+
+class Line:
+    """What was enqueued runs when a mark behind it is waited for."""
+
+    def __init__(self) -> None:
+        self.works: list[Callable[[], None]] = []
+
+    def wait(self) -> None:
+        for work in self.works:
+            work()
+        self.works.clear()
+
+    def mark(self) -> Line:
+        return self
+
+
+def test_sums_behind_a_step_are_those_of_what_it_wrote() -> None:
+    """They make the digest that the other end will find, and room comes back with each that is read."""
+    data, line = blocks(), Line()
+    sums = SumsBehind(data, 3, 2, line.works.append, line.mark)
+    for turn in range(3):
+        read = sums.begin([4, 1])
+        line.works.insert(0, lambda turn=turn: data[4].fill_(turn))
+        found = read()
+        assert digest_of_sums([found[4], found[1]]) == BlockDigests(data).digest([4, 1])
+
+
+def test_sums_behind_a_step_are_left_out_without_room() -> None:
+    line = Line()
+    sums = SumsBehind(blocks(), 3, 1, line.works.append, line.mark)
+    assert sums.begin([0, 1, 2, 3])() == {} and sums.begin([])() == {}
+    first, second = sums.begin([0]), sums.begin([1])
+    assert second() == {} and [*first()] == [0] and [*sums.begin([1])()] == [1]
+
+
+def test_checksums_are_one_digest_too() -> None:
+    data = blocks()
+    checksums = Checksums(data, 4)
+    checksums.launch([3, 0])
+    assert checksums.digest() == BlockDigests(data).digest([3, 0])

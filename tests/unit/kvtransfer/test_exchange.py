@@ -105,7 +105,7 @@ def test_moved_kv_is_equal_bit_for_bit(make: MakePlane) -> None:
     decode.open_receiver(Incoming(b"t" * 16, LEG, "p/1", 2, target, deadline=60.0), pair.now)
     prefill.open_sender(LEG, "d/1", "here", 60.0, pair.now)
     for computed in (4, 5, 11):
-        prefill.tell_blocks(LEG, source[:computed], pair.now)
+        prefill.tell_blocks(LEG, source[:computed], {}, pair.now)
     prefill.tell_token(LEG, 42, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
     (arrived,) = [event for event in events if isinstance(event, KvArrived)]
@@ -124,7 +124,7 @@ def test_nothing_to_move_is_still_handed_over(make: MakePlane) -> None:
     pair = _Pair(make)
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 2, (), deadline=60.0), pair.now)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
-    pair.ends["p/1"].tell_blocks(LEG, [0, 1], pair.now)
+    pair.ends["p/1"].tell_blocks(LEG, [0, 1], {}, pair.now)
     pair.ends["p/1"].tell_token(LEG, 7, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
     (arrived,) = [event for event in events if isinstance(event, KvArrived)]
@@ -155,7 +155,7 @@ def test_the_wait_for_a_reservation_is_told_apart_from_the_transfer() -> None:
     fabric = LoopbackFabric(lambda movement: Fate(after_polls=20))
     pair = _Pair(lambda name, pool: fabric.plane(name, pool))
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
-    pair.ends["p/1"].tell_blocks(LEG, [3], pair.now)
+    pair.ends["p/1"].tell_blocks(LEG, [3], {}, pair.now)
     pair.ends["p/1"].tell_token(LEG, 42, None, pair.now)
     pair.now = 2.0
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (5,), deadline=60.0), pair.now)
@@ -188,7 +188,7 @@ def test_blocks_of_a_lost_peer_are_held_until_its_plane_is_idle(receiving: bool)
     name, peer, ended = ("d/1", "p/1", ReceiverEnded) if receiving else ("p/1", "d/1", SenderEnded)
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (0,), deadline=60.0), pair.now)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
-    pair.ends["p/1"].tell_blocks(LEG, [3], pair.now)
+    pair.ends["p/1"].tell_blocks(LEG, [3], {}, pair.now)
     pair.run_until(lambda _: all(_Stubborn.of(end).posted for end in pair.ends.values()))
     end, plane = pair.ends[name], _Stubborn.of(pair.ends[name])
     plane.busy = True

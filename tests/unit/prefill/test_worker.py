@@ -96,6 +96,17 @@ class CountingRunner:
         return Done([Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows])
 
 
+class RecordingSums:
+    """Of each block its number; a step's are there when it is read."""
+
+    def __init__(self) -> None:
+        self.begun: list[list[int]] = []
+
+    def begin(self, blocks: list[int]) -> Callable[[], dict[int, bytes]]:
+        self.begun.append(list(blocks))
+        return lambda: {block: b"%d" % block for block in blocks}
+
+
 class Bench:
     """A prefill worker on its own."""
 
@@ -110,8 +121,9 @@ class Bench:
         self.store: Any = NO_STORE
         if world is not None:
             self.store = InlineStore(world, f"p{len(world.workers)}", num_blocks, self.carrier.inbox.put)
+        self.sums = RecordingSums()
         self.worker = PrefillWorker(
-            parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s, self.store
+            parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s, self.store, self.sums
         )
 
     def _pass(self) -> None:
@@ -170,6 +182,10 @@ def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
         ("tell_blocks", 3),
         ("tell_blocks", 4),
     ]
+    told = [call for call in calls if call[0] == "tell_blocks"]
+    (table,) = {call[2] for call in told[-1:]}
+    assert bench.sums.begun == [[*table[:1]], [*table[1:3]], [*table[3:]]]  # each block once, when it is final
+    assert [[*call[3]] for call in told] == bench.sums.begun
     assert calls[-1] == ("tell_token", LEG, 14, None)
     (tokens,) = bench.told(Tokens)
     assert (tokens.index, tokens.ids, tokens.finish) == (0, (14,), "")

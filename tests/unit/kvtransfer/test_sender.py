@@ -1,0 +1,58 @@
+"""What the sending machine does with checksums that the worker told."""
+
+from __future__ import annotations
+
+from kvtransfer.blocks.checksum import digest_of_sums
+from kvtransfer.sender import Sender
+from kvtransfer.transfer import Action, Tell, Timing
+from node.messages import Grant, Offer
+
+ID = b"t" * 16
+SUMS = {block: bytes([block]) * 8 for block in range(10)}
+
+
+def sender() -> tuple[Sender, list[tuple[int, ...]]]:
+    """One in chunks of two blocks, and the chunks of which it asks for a digest."""
+    asked: list[tuple[int, ...]] = []
+
+    def digests_of(chunks: object) -> list[bytes]:
+        asked.extend(chunks)  # type: ignore[call-overload]
+        return [b"read %d" % chunk[0] for chunk in chunks]  # type: ignore[attr-defined]
+
+    return Sender(digests_of, chunk_blocks=2, timing=Timing(), now=0.0, deadline=9.0), asked
+
+
+def grant(machine: Sender, first_block: int = 0) -> list[Action]:
+    message = Grant(transfer_id=ID, request_id="r", attempt=0, first_block=first_block, num_blocks=8, lease_s=3.0)
+    return machine.on_message(message, 0.0)
+
+
+def offered(actions: list[Action]) -> list[tuple[tuple[int, ...], bytes]]:
+    messages = [action.message for action in actions if isinstance(action, Tell)]
+    return [(message.source, message.digest) for message in messages if isinstance(message, Offer)]
+
+
+def of(*blocks: int) -> tuple[tuple[int, ...], bytes]:
+    return blocks, digest_of_sums([SUMS[block] for block in blocks])
+
+
+def test_no_block_is_read_whose_checksum_was_told() -> None:
+    machine, asked = sender()
+    grant(machine)
+    assert offered(machine.on_blocks([5, 6, 7], SUMS, 0.0)) == [of(5, 6), of(7)] and not asked
+
+
+def test_chunks_with_an_unknown_block_are_read_together() -> None:
+    """A prefix that was computed for another request has no checksums."""
+    machine, asked = sender()
+    grant(machine)
+    actions = machine.on_blocks([1, 2, 3, 4, 5, 6], {block: SUMS[block] for block in (2, 3, 4)}, 0.0)
+    assert offered(actions) == [((1, 2), b"read 1"), of(3, 4), ((5, 6), b"read 5")]
+    assert asked == [(1, 2), (5, 6)]
+
+
+def test_checksums_wait_for_the_grant_which_says_where_chunks_begin() -> None:
+    machine, asked = sender()
+    assert machine.on_blocks([1, 2], {1: SUMS[1], 2: SUMS[2]}, 0.0) == []
+    assert machine.on_blocks([1, 2, 3, 4], {3: SUMS[3], 4: SUMS[4]}, 0.0) == []
+    assert offered(grant(machine, first_block=1)) == [of(2, 3), of(4)] and not asked
