@@ -1,0 +1,69 @@
+"""Kernels compiled ahead in processes are those that launches look for, and nobody waits for a process that died."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels.triton.compiling import Kernel, turns
+
+ROOT = Path(__file__).parents[3]
+DEADLY = """
+import os, pathlib, signal
+try:
+    pathlib.Path(__file__ + ".killed").touch(exist_ok=False)
+    os.kill(os.getpid(), signal.SIGKILL)
+except FileExistsError:
+    from kernels.triton.prefill_gluon import _prefill_kernel
+"""
+
+
+def run(folder: Path, *modules: str) -> dict:
+    """compile_ahead.py with its cache, and modules, in `folder`."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(folder / "cache")
+    environment["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), str(folder), *filter(None, [environment.get("PYTHONPATH")])]
+    )
+    command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *modules]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return json.loads(result.stdout)
+
+
+def test_launches_find_what_processes_compiled(tmp_path):
+    """Guards against a cache key that differs between the processes: everything would be compiled twice."""
+    found = run(tmp_path)
+    assert found["wanted"] == found["absent"] == 6 and found["still"] == 0
+    assert found["hits"] == [True] * 6
+
+
+def test_a_process_that_dies_takes_no_kernel_along(tmp_path):
+    """Guards against a start that fails, or waits, where compiling ahead could have been done without."""
+    (tmp_path / "deadly.py").write_text(DEADLY)
+    found = run(tmp_path, "deadly")
+    assert (tmp_path / "deadly.py.killed").exists()
+    assert found["absent"] == 6 and found["hits"] == [True] * 6
+
+
+class Gluon(ASTSource):
+    """Stands for Gluon's source."""
+
+
+def kernel(name: str, source_type: type[ASTSource] = ASTSource) -> Kernel:
+    return Kernel("a", name, "", source_type.__new__(source_type), {}, GPUTarget("cuda", 90, 32))
+
+
+def test_the_longest_come_first_and_kernels_of_one_function_apart():
+    """Guards against one process that is still at work when the others are done."""
+    assert turns([kernel("f"), kernel("f"), kernel("g"), kernel("h", Gluon)]) == [3, 0, 2, 1]
