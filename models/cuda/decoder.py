@@ -7,7 +7,8 @@ GPU, and every launch reads and writes fixed memory, so that a decode step can b
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -77,9 +78,20 @@ class DeviceDecoder:
             None if layer.qk_norm is None else HeadNorms(layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
         ]
         self._pool: torch.Tensor | None = None
+        self._indices: Sequence[int] = range(config.num_layers)
 
     def bind_pool(self, pool: torch.Tensor) -> None:
         self._pool = pool
+
+    @contextmanager
+    def abridged(self) -> Iterator[None]:
+        """Inside, steps leave out layers that launch only what others launch. What they compute is of no use."""
+        windowed = self._config.windowed_layers
+        self._indices = sorted({*map(windowed.index, windowed), len(windowed) - 1})
+        try:
+            yield
+        finally:
+            self._indices = range(len(windowed))
 
     def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row."""
@@ -137,7 +149,8 @@ class DeviceDecoder:
         torch.index_select(weights.embedding, 0, tokens, out=residual)
         rms_norm(residual, weights.layers[0].input_norm, eps, normed, pdl=pdl)
         following = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
-        for index, layer in enumerate(weights.layers):
+        for index in self._indices:
+            layer = weights.layers[index]
             qkv = products(layer.qkv, normed, act.qkv[:count], pdl=pdl)
             rope_and_write(qkv, positions, kv_slots, self._rope, self._norms[index], pool, index, query, pdl=pdl)
             if drawn is not None and index == len(weights.layers) - 1:

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from models.cuda.compiling import compile_ahead
+
 Work = Callable[[], None]
 
 
@@ -43,6 +45,10 @@ class Queue(Protocol):
 
     def mark(self) -> Mark: ...
 
+    def rehearse(self, work: Work) -> None:
+        """Have ready what the kernels of `work` need. For that it may run, captures included, but without kernels."""
+        ...
+
     def capture(self, work: Work) -> Work:
         """Work that repeats the launches of `work`, as one. It has run once when this returns."""
         ...
@@ -57,6 +63,7 @@ class CudaQueue:
         self.pdl = torch.cuda.get_device_capability(index) >= (9, 0)
         self._stream = torch.cuda.Stream(index)
         self._pool = torch.cuda.graph_pool_handle()
+        self._rehearsing = False
 
     def host_buffer(self, size: int) -> torch.Tensor:
         return torch.zeros(size, dtype=torch.int32, pin_memory=True)
@@ -70,7 +77,17 @@ class CudaQueue:
         event.record(self._stream)
         return _EventMark(event)
 
+    def rehearse(self, work: Work) -> None:
+        self._rehearsing = True
+        try:
+            compile_ahead(work)
+        finally:
+            self._rehearsing = False
+
     def capture(self, work: Work) -> Work:
+        if self._rehearsing:
+            self.enqueue(work)
+            return work
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             work()  # compiles what is not compiled yet, which a capture cannot
@@ -116,6 +133,9 @@ class HostQueue:
 
     def mark(self) -> Mark:
         return _HostMark(self, self._entered)
+
+    def rehearse(self, work: Work) -> None:
+        """Interpreted kernels need nothing."""
 
     def capture(self, work: Work) -> Work:
         self.run_to(self._entered)

@@ -1,7 +1,7 @@
 """One model on one GPU: launches steps that run ahead of the host, and reads them later.
 
     runner = CudaRunner(config, weights, queue, limits)      # weights and activations have their place now
-    runner.bind_pool(pool, max_model_len, on_progress)       # captures the decode steps
+    runner.bind_pool(pool, max_model_len, on_progress)       # compiles and captures the decode steps
     launched = runner.launch(rows); ...; launched.read()     # see models.batch
 
 Rows that continue what their slots drew last run in a captured decode step, parts of prompts in another launch: small
@@ -12,7 +12,7 @@ the weights, launched op by op. Whatever the host sends goes through pinned memo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -129,10 +129,8 @@ class CudaRunner:
             both=torch.zeros(3, self._most_tokens, dtype=torch.int32, device=device),
             chunk_steps=[],
         )
-        self._bound.upload.send((self._header([]),))  # captures run on padding alone
-        self._bound.graphs.capture_all(on_progress)
-        self._bound.edited.capture_all(no_progress)
-        self._capture_chunks(self._bound, width)
+        self.queue.rehearse(self._rehearse)
+        self._capture(self._bound, on_progress)
 
     def warm_up(self) -> None:
         """Run parts of prompts of every size that has kernels of its own, so that no request waits for a compiler. The
@@ -344,9 +342,26 @@ class CudaRunner:
         attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
         return partial(self._decoder.prefill, tokens, positions, kv_slots, attend, last)
 
-    def _capture_chunks(self, bound: _Bound, width: int) -> None:
+    def _rehearse(self) -> None:
+        """All that is launched before the first request, whatever part of it a GPU is wanted for."""
+        results = list(self._results)
+        try:
+            with self._decoder.abridged():
+                self._capture(self._bind(), no_progress)
+                self.warm_up()
+        finally:
+            self._results[:] = results  # a step that failed holds one
+
+    def _capture(self, bound: _Bound, on_progress: Progress) -> None:
+        """In place of what was captured before."""
+        bound.upload.send((self._header([]),))  # captures run on padding alone
+        bound.graphs.capture_all(on_progress)
+        bound.edited.capture_all(no_progress)
+        bound.chunk_steps[:] = self._capture_chunks(bound)
+
+    def _capture_chunks(self, bound: _Bound) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
-        tile, heads = bound.attention.tile, self.config.num_heads
+        tile, heads, width = bound.attention.tile, self.config.num_heads, bound.slots.tables.shape[1]
         draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
         for tokens, least in CHUNK_SIZES:
             items = (-(-tokens // tile) + CHUNK_SEQUENCES) * heads
@@ -354,7 +369,7 @@ class CudaRunner:
             if self._limits.max_tokens >= tokens and self._limits.max_rows >= CHUNK_SEQUENCES:
                 one = lay_out([Row([0], 0, [0], draw)], bound.block_tokens, heads, tile)
                 sent = bound.chunk_upload.send(shape.padded(one, bound.slots.padding))
-                bound.chunk_steps.append(CapturedChunks(shape, self.queue.capture(self._prefill_body(sent))))
+                yield CapturedChunks(shape, self.queue.capture(self._prefill_body(sent)))
 
     def _scratch(self, plans: Sequence[tuple[int, DecodePlan]]) -> DecodeScratch:
         """Room for any of the plans, each with its number of rows."""

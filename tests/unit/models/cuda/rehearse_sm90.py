@@ -1,0 +1,78 @@
+"""Starts a GPU's runner of the model in a folder, without a GPU and without a kernel that runs, as its own process.
+
+Prints one JSON line: launches of the rehearsal and of the start itself, and the kernels of the start that were not
+rehearsed.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from kernels.triton.compiling import Kernel, launched_by
+from models.config import ModelConfig
+from models.cuda.products import untuned
+from models.cuda.queue import HostQueue, Work
+from models.cuda.runner import CudaRunner, Limits
+from models.weights import load_weights
+from tests.unit.kernels.compile_sm90 import NoDevice
+
+BLOCK, LONGEST = 64, 4096
+
+
+class RehearsingQueue(HostQueue):
+    """A GPU's queue as far as it decides what is launched."""
+
+    num_sms = 132
+    pdl = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rehearsed: list[Kernel] = []
+        self.launches = 0
+
+    def rehearse(self, work: Work) -> None:
+        before = Launches.count
+        self.rehearsed = launched_by(work)
+        self.launches = Launches.count - before
+
+
+class Launches:
+    count = 0
+
+
+def count_launches() -> None:
+    run = JITFunction.run
+
+    def counted(self, *args, **options):
+        Launches.count += 1
+        return run(self, *args, **options)
+
+    JITFunction.run = counted
+
+
+def main(folder: Path) -> None:
+    driver.set_active(NoDevice())
+    count_launches()
+    config, queue = ModelConfig.from_folder(folder), RehearsingQueue()
+    weights = load_weights(config, folder, torch.bfloat16, pack=False)
+    runner = CudaRunner(config, weights, queue, Limits(20, 256), LONGEST, untuned)
+    shape = (2 * LONGEST // BLOCK, config.num_layers, 2, BLOCK, config.num_kv_heads, config.head_dim)
+
+    def start() -> None:
+        runner.bind_pool(torch.zeros(shape, dtype=torch.bfloat16), LONGEST)
+        runner.warm_up()
+
+    started = launched_by(start)
+    forgotten = [kernel.name for kernel in started if kernel not in queue.rehearsed]
+    launches = Launches.count - queue.launches
+    print(json.dumps({"rehearsal": queue.launches, "start": launches, "kernels": len(started), "forgotten": forgotten}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
