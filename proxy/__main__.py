@@ -15,6 +15,7 @@ from uvicorn.loops.auto import auto_loop_factory
 from node import __version__
 from node.endpoint import Endpoint, new_context
 from node.errors import SettingsError
+from node.garbage import spare_what_is_there
 from node.modelhub import locate_model
 from node.settings import parse, require_loopback
 from node.telemetry import configure_logging
@@ -60,6 +61,7 @@ async def serve(settings: ProxySettings) -> int:
     )
     server = uvicorn.Server(config)
     dispatcher.start()
+    spare_what_is_there()
     task = asyncio.create_task(server.serve(sockets=[listener]))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

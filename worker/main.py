@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from node.errors import SettingsError
+from node.garbage import spare_what_is_there
 from node.messages import Role
 from node.telemetry import configure_logging, log_event
 from worker.engine import choose_device
@@ -48,6 +49,7 @@ def serve(role: Role, given: S, make: Callable[[Worker, S], Loop]) -> int:
         loop = make(worker, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.drain())
+        spare_what_is_there()
         loop.run()
         loop.check()
     except SettingsError as error:

@@ -23,7 +23,7 @@ from node.errors import PeerLost
 
 logger = logging.getLogger("kvtransfer.cuda_ipc")
 
-DIGESTS, DIGEST_BLOCKS = 16, 64
+DIGESTS, DIGEST_BLOCKS = 16, 256
 """So many copies at once, of up to so many blocks each, get their digests here."""
 
 

@@ -21,6 +21,7 @@ from kvtransfer.store.server import StoreServer
 from kvtransfer.store.settings import StoreSettings
 from node.endpoint import Endpoint, identity_of, new_context
 from node.errors import SettingsError
+from node.garbage import spare_what_is_there
 from node.settings import require_loopback
 from node.store_messages import decode_store
 from node.telemetry import configure_logging, log_event
@@ -116,6 +117,7 @@ def serve(settings: StoreSettings, over: Over = as_it_is) -> int:
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: process.stop())
+    spare_what_is_there()
     try:
         process.run()
     finally:
