@@ -4,8 +4,9 @@
       began          launch_at ├─ margin ┤ expected end: the shortest of the last steps of decoding alone
 
 A sequence that arrives before `launch_at` is in the next step; had that been launched at once, it would have waited for
-one more. The margin is a quarter more than launches took the host lately, and the time to wake up. Steps with parts
-of prompts are longer and tell nothing of the others: behind one of them the next is launched early.
+one more. The margin is a quarter more than launches took the host lately, and the time to wake up. Steps with parts of
+prompts are longer, launched kernel by kernel, and tell nothing of the others: behind one of them the next is launched
+early, and they themselves are launched at once.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ class Pace:
         self._busy: deque[float] = deque(maxlen=RECENT)
         self._host: deque[float] = deque(maxlen=RECENT)
 
-    def launched(self, began_at: float, now: float, behind: bool) -> None:
-        """A launch took the host from `began_at` to `now`; `behind` another step, or else its step begins now."""
-        self._host.append(now - began_at)
+    def launched(self, began_at: float, now: float, behind: bool, prompts: bool) -> None:
+        """A launch took the host from `began_at` to `now`; `behind` another step, or else its step begins now;
+        `prompts`: parts of prompts are in it."""
+        if not prompts:
+            self._host.append(now - began_at)
         if not behind:
             self._expect_end_of_step_begun(now)
 
@@ -54,7 +57,7 @@ class Pace:
 
     def _expect_end_of_step_begun(self, at: float) -> None:
         if self._busy:
-            self.launch_at = at + min(self._busy) - HOST_PART * max(self._host) - SPARE_S
+            self.launch_at = at + min(self._busy) - HOST_PART * max(self._host, default=0.0) - SPARE_S
 
     def counters(self) -> dict[str, float]:
         """For the heartbeat."""

@@ -15,7 +15,7 @@ class DecodeSettings(WorkerSettings):
     max_chunk_tokens: int = option(
         0,
         unit="tokens",
-        help="longest chunk of a prompt that is computed here, beside decoding; 0: 128, on a GPU 512",
+        help="longest chunk of a prompt that is computed here, beside decoding; 0: 128, on a GPU 2048",
         minimum=0,
     )
     spare_blocks: int = option(
@@ -24,4 +24,4 @@ class DecodeSettings(WorkerSettings):
 
     def sizes_of(self, device: str) -> Mapping[str, Any]:
         sizes = WorkerSettings.sizes_of(self, device)
-        return {**sizes, "max_chunk_tokens": 128 if device == "cpu" else 512}
+        return {**sizes, "max_chunk_tokens": 128 if device == "cpu" else 2048}

@@ -90,6 +90,7 @@ class DecodeWorker:
         self._running: list[Sequence] = []  # most senior first
         self._flights: deque[Flight] = deque()  # in the order of their launch
         self._pace = Pace()
+        self._prompting = False  # the last plan left a prompt, or the rest of one, to the next
         self._free_slots = list(range(settings.max_num_seqs))
         self._tally = Tally()
         self._draining = Draining(settings.drain_s)
@@ -121,7 +122,7 @@ class DecodeWorker:
         store be given up."""
         now = self._clock()
         if self._flights:
-            longest_s = min(longest_s, max(0.0, self._pace.launch_at - now))
+            longest_s = min(longest_s, max(0.0, self._launch_at - now))
         return self._reuse.wake_in_s(now, longest_s)
 
     def drain(self) -> None:
@@ -245,9 +246,7 @@ class DecodeWorker:
             return
         sequence.transfer_id = b""
         sequence.times.arrive(event.at, event.wait_s, event.transfer_s)
-        if (
-            event.token_id >= self._worker.runner.config.vocab_size
-        ):  # a peer of this namespace, but not in its right mind
+        if event.token_id >= self._worker.runner.config.vocab_size:  # a peer of ours, but not in its right mind
             self._end(sequence, failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
             return
         sequence.num_computed = sequence.num_launched = sequence.num_tokens
@@ -271,7 +270,7 @@ class DecodeWorker:
     def _step(self) -> bool:
         """Launch a step, and read one where enough are under way or none was launched; True if anything changed."""
         before, run_ahead = len(self._flights), self._worker.runner.run_ahead
-        if before == run_ahead > 0 and self._clock() < self._pace.launch_at:
+        if before == run_ahead > 0 and self._clock() < self._launch_at:
             return False
         changed = self._launch()
         if self._flights and (len(self._flights) == before or len(self._flights) > run_ahead):
@@ -300,17 +299,19 @@ class DecodeWorker:
         batch = [(sequences[step.number], step.length) for step in decision.steps]
         batch = [(sequence, length) for sequence, length in batch if self._grow(sequence, length)]
         admitted = sum(self._admit(sequence) for sequence in waiting[: decision.admitted])
+        self._prompting = admitted > 0
         if batch:
             rows = [_row(sequence, length) for sequence, length in batch]
             parts = [Part(sequence, length, sequence.stay) for sequence, length in batch]
             began_at = self._clock()
             behind = bool(self._flights)
             self._flights.append(Flight(self._worker.runner.launch(rows), parts, began_at, behind))
-            self._pace.launched(planned_at, self._clock(), behind)
+            self._pace.launched(planned_at, self._clock(), behind, any(length > 1 for _, length in batch))
             self._tally.steps += 1
             for (sequence, length), row in zip(batch, rows, strict=True):
                 sequence.num_launched += length
                 sequence.num_pending += row.draw is not None
+            self._prompting |= any(length > 1 and s.num_launched < s.num_expected - 1 for s, length in batch)
         return bool(batch or admitted or decision.preempted)
 
     def _item(self, sequence: Sequence) -> Item:
@@ -410,13 +411,8 @@ class DecodeWorker:
             sequence.num_pending -= 1
             sequence.append(token.token_id, token.logprob)
             self._tally.generated += 1
-            finish = finish_of(
-                token.token_id,
-                sequence.sampling,
-                sequence.num_generated,
-                sequence.num_tokens,
-                self._worker.max_model_len,
-            )
+            generated, known = sequence.num_generated, sequence.num_tokens
+            finish = finish_of(token.token_id, sequence.sampling, generated, known, self._worker.max_model_len)
             stages = sequence.times.drew(flight.began_at, now) if sequence.times.open else None
             told[sequence.link].append(sequence.tell(finish, stages))
             if finish:
@@ -474,6 +470,11 @@ class DecodeWorker:
                 **self._carrier.transfer_counters(),
             },
         )
+
+    @property
+    def _launch_at(self) -> float:
+        """When the next step is, behind one under way: with parts of prompts in it at once, for that takes long."""
+        return 0.0 if self._waiting or self._prompting else self._pace.launch_at
 
     @property
     def _idle(self) -> bool:

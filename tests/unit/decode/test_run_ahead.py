@@ -272,12 +272,34 @@ def test_who_arrives_before_the_next_launch_is_in_the_next_step():
     under_way = len(bench.runner.launched)
     bench.worker._pace.launch_at = bench.worker._clock() + 100.0
     assert under_way == 1 and 0.05 < bench.worker.wait_s(0.1) <= 0.1
-    bench.request("b", [4, 5], 5, remote=False)
+    bench.request("b", [4, 5], 5, remote=True)
+    bench.hear()
+    bench.arrive()
     assert not bench.worker.turn(0.0) and len(bench.runner.launched) == under_way
     bench.worker._pace.launch_at = 0.0
     bench.worker.turn(0.0)
     bench.finish()
-    assert bench.tokens("a") == expected([1, 2, 3], 20) and bench.tokens("b") == expected([4, 5], 5)
+    assert bench.tokens("a") == expected([1, 2, 3], 20)
+    assert bench.tokens("b") == expected([4, 5], 5)
+
+
+def test_a_step_with_a_prompt_is_launched_at_once():
+    """Guards a device that runs dry while a step is launched kernel by kernel, which takes as long as a step."""
+    bench = Bench(1, 30, max_chunk_tokens=4)
+    bench.request("a", [1, 2, 3], 20, remote=False)
+    for _ in range(3):
+        bench.worker.turn(0.0)
+    bench.worker._pace.launch_at = bench.worker._clock() + 100.0
+    bench.request("b", list(range(11)), 5, remote=False)
+    lengths = []
+    for _ in range(9):
+        bench.worker.turn(0.0)
+        lengths += [row.num_new for step in bench.runner.launched[-1:] for row in step._rows if row.num_new > 1]
+    assert [*dict.fromkeys(lengths)] == [4, 3]  # chunks of 4, 4 and 3, and then it waits
+    assert len(bench.runner.launched) == 1 and bench.worker.wait_s(0.1) > 0.05
+    bench.worker._pace.launch_at = 0.0
+    bench.finish()
+    assert bench.tokens("b") == expected(list(range(11)), 5)
 
 
 def test_the_gate_learns_what_the_device_took():
