@@ -23,6 +23,7 @@ from node.messages import Cancel, Drain, KvReplay, Load, Message, Prefill, Reser
 
 MAX_WAIT_S = 0.05
 STOP_TIMEOUT_S = 5.0
+NAP_S = 0.00005
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +99,12 @@ class Carrier:
         """Send messages to a proxy."""
         self._outbox.extend((link, message) for message in messages)
         self._endpoint.wake()
+
+    def let_work(self, wait_s: float) -> None:
+        """Leave the interpreter to the carrier's thread until it has carried out what it was told, at most so long."""
+        end = self._clock() + wait_s
+        while (self._todo or self._outbox) and self._thread.is_alive() and self._clock() < end:
+            time.sleep(NAP_S)
 
     def receive(self, wait_s: float) -> list[Inbound]:
         """All that has come in, after waiting at most `wait_s` for the first of it."""

@@ -41,6 +41,8 @@ from worker.stages import LegTimes
 logger = logging.getLogger("prefill")
 
 IDLE_WAIT_S = 0.1
+HAND_OVER_S = 0.001
+"""So long at most the loop leaves the interpreter to a hand-over before it launches more: the device is at a step."""
 
 
 class _Flight(NamedTuple):
@@ -313,6 +315,8 @@ class PrefillWorker:
                 self._tell_blocks(job, job.num_computed // self._worker.layout.block_tokens, sums)
             else:
                 self._hand_over(job, token, sums)
+        if any(token is not None for token in drawn):
+            self._carrier.let_work(HAND_OVER_S)
 
     def _measure(self, num_tokens: int) -> None:
         """How fast prompts are computed, for the gate and the router."""

@@ -211,6 +211,9 @@ class DelayedCarriage:
         else:
             self._when_due(lambda _: self._carrier.tell(link, *messages))
 
+    def let_work(self, wait_s: float) -> None:
+        """It has no thread, and works when its time has come."""
+
     def transfer_counters(self) -> dict[str, float]:
         return self._carrier.transfer_counters()
 

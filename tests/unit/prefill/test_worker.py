@@ -74,6 +74,8 @@ class InlineCarrier:
     def tell(self, link: str, *messages: Message) -> None:
         self.told += messages
 
+    def let_work(self, wait_s: float) -> None: ...
+
     def transfer_counters(self) -> dict[str, float]:
         return {}
 
