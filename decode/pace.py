@@ -4,7 +4,7 @@
       began          launch_at ├─ margin ┤ expected end: the shortest of the last steps of decoding alone
 
 A sequence that arrives before `launch_at` is in the next step; had that been launched at once, it would have waited for
-one more. The margin is a quarter more than launches took the host lately, and the time to wake up. Steps with parts of
+one more. The margin is half as much again as launches took the host lately, and the time to wake up. Steps with parts of
 prompts are longer, launched kernel by kernel, and tell nothing of the others: behind one of them the next is launched
 early, and they themselves are launched at once.
 """
@@ -16,8 +16,8 @@ from collections import deque
 from models.batch import DeviceTime
 
 RECENT = 8
-SPARE_S = 0.0002
-HOST_PART = 1.25
+SPARE_S = 0.0003
+HOST_PART = 1.5
 SHORT_GAP_S = 50e-6
 
 
