@@ -90,7 +90,7 @@ class DecodeWorker:
         self._running: list[Sequence] = []  # most senior first
         self._flights: deque[Flight] = deque()  # in the order of their launch
         self._pace = Pace()
-        self._prompting = False  # the last plan left a prompt, or the rest of one, to the next
+        self._prompting = False  # the next plan has a prompt that is new, or the rest of one
         self._free_slots = list(range(settings.max_num_seqs))
         self._tally = Tally()
         self._draining = Draining(settings.drain_s)
@@ -188,6 +188,7 @@ class DecodeWorker:
         self._legs[leg] = sequence
         if not message.prefill:
             self._insert(self._waiting, sequence)
+            self._prompting = True
             self._tally.local += sequence.num_tokens
         self._tally.prompts += sequence.num_tokens
         self._tally.cached += sequence.cached_tokens
@@ -336,6 +337,7 @@ class DecodeWorker:
         if sequence is None or sequence not in self._running:
             return
         num_tokens = self._reuse.take_in(sequence, loaded)
+        self._prompting = True
         if not sequence.num_generated:
             sequence.cached_tokens += num_tokens
             sequence.times.tier_load_s = loaded.load_s
@@ -474,7 +476,7 @@ class DecodeWorker:
     @property
     def _launch_at(self) -> float:
         """When the next step is, behind one under way: with parts of prompts in it at once, for that takes long."""
-        return 0.0 if self._waiting or self._prompting else self._pace.launch_at
+        return 0.0 if self._prompting else self._pace.launch_at
 
     @property
     def _idle(self) -> bool:

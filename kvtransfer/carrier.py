@@ -152,9 +152,11 @@ class Carrier:
         inbound = self._endpoint.receive(wait_s, also=self._exchange.sockets)
         now = self._clock()
         while self._outbox:  # clients wait for these; what follows may read whole chunks for their digests
-            self._endpoint.send(*self._outbox.popleft())
+            self._endpoint.send(*self._outbox[0])
+            self._outbox.popleft()  # only now: `let_work` looks whether there is more to do
         while self._todo:
-            self._todo.popleft()(self._exchange, now)
+            self._todo[0](self._exchange, now)
+            self._todo.popleft()
         for peer, message in inbound:
             self._route(peer, message, now)
         self._exchange.tick(now)

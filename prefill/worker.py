@@ -42,7 +42,8 @@ logger = logging.getLogger("prefill")
 
 IDLE_WAIT_S = 0.1
 HAND_OVER_S = 0.001
-"""So long at most the loop leaves the interpreter to a hand-over before it launches more: the device is at a step."""
+"""While the device is at a step, the loop leaves the interpreter to a hand-over, so long at most, before it launches
+more."""
 
 
 class _Flight(NamedTuple):
@@ -315,7 +316,7 @@ class PrefillWorker:
                 self._tell_blocks(job, job.num_computed // self._worker.layout.block_tokens, sums)
             else:
                 self._hand_over(job, token, sums)
-        if any(token is not None for token in drawn):
+        if self._flights and any(token is not None for token in drawn):
             self._carrier.let_work(HAND_OVER_S)
 
     def _measure(self, num_tokens: int) -> None:

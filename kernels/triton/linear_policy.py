@@ -1,7 +1,8 @@
-"""Which kernel does a small-M product y = x W^T of a shape, and how it is cut: measured, a table and no rule.
+"""Which kernel does a product y = x W^T of a shape, and how it is cut: measured, a table and no rule.
 
 Shapes are (N, K, fused): N outputs, K inputs; fused is the product of gate and up together with silu(gate) * up, whose
-W has 2 N rows. A shape or a number of rows that is not in the table is cuBLAS's (None). Pure data; imports nothing.
+W has 2 N rows. A shape or a number of rows that is not in the tables of few rows is cuBLAS's (None), or where
+`gated_by_gluon` says so product_gluon's. Pure data; imports nothing.
 """
 
 from __future__ import annotations

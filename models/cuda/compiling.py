@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable
 
-from kernels.triton.compiling import compile_all, launched_by, missing
 from node.telemetry import log_event
 
 logger = logging.getLogger("models")
@@ -34,6 +33,9 @@ def compile_ahead(run: Callable[[], None]) -> None:
     """
     began_at = time.monotonic()
     try:
+        # It stands on Triton's inside: a Triton without that costs the time, and not the worker.
+        from kernels.triton.compiling import compile_all, launched_by, missing
+
         kernels = launched_by(run)
         absent = missing(kernels)
         rehearsed_at = time.monotonic()

@@ -21,7 +21,8 @@ GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """product(x [M, K], [gate; up] [2 N, K], out [M, N])"""
 
 TABLED_ROWS = (1, 16, 32, 64, 128, 256)
-"""The tables end at the last; more rows are cuBLAS's, or in a deterministic run cut into tiles of so many."""
+"""The tables end at the last; more rows are cuBLAS's or, gate and up, product_gluon's. In a deterministic run they are
+cut into tiles of so many."""
 
 
 def fastest(num_rows: int, shape: Shape) -> Tiles | None:
@@ -110,7 +111,7 @@ class Products:
 
 def _gluon_product(dtype: torch.dtype, device: str) -> GatedProduct | None:
     """product_gluon, where it runs."""
-    if not device.startswith("cuda") or dtype != torch.bfloat16:
+    if not device.startswith("cuda") or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
         return None
     # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
     from kernels.triton import prefill_gluon, product_gluon

@@ -302,6 +302,23 @@ def test_a_step_with_a_prompt_is_launched_at_once():
     assert bench.tokens("b") == expected(list(range(11)), 5)
 
 
+def test_a_prompt_that_does_not_fit_hurries_no_step():
+    """Guards the late launch where blocks are short: who arrives then would wait behind one step more, every time."""
+    bench = Bench(1, 7)
+    bench.request("a", list(range(5)), 12, remote=False)
+    for _ in range(4):
+        bench.worker.turn(0.0)
+    bench.request("b", [7] * 22, 5, remote=False)
+    bench.worker.turn(0.0)  # it hurries the one step in which it might have been
+    bench.worker.turn(0.0)
+    under_way, bench.worker._pace.launch_at = len(bench.runner.launched), bench.worker._clock() + 100.0
+    assert bench.worker._waiting and not any(bench.worker.turn(0.0) for _ in range(5))
+    assert len(bench.runner.launched) == under_way == 1
+    bench.worker._pace.launch_at = 0.0
+    bench.finish()
+    assert bench.tokens("b") == expected([7] * 22, 5)
+
+
 def test_the_gate_learns_what_the_device_took():
     """Guards the choice between loading and computing against a speed halved by the wait behind the step before."""
     bench = Bench(1, 30)

@@ -59,6 +59,7 @@ class InlineCarrier:
     def __init__(self) -> None:
         self.load = Load()
         self.told: list[Message] = []
+        self.let_work_calls = 0
         self.exchange = RecordingExchange()
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
@@ -74,7 +75,8 @@ class InlineCarrier:
     def tell(self, link: str, *messages: Message) -> None:
         self.told += messages
 
-    def let_work(self, wait_s: float) -> None: ...
+    def let_work(self, wait_s: float) -> None:
+        self.let_work_calls += 1
 
     def transfer_counters(self) -> dict[str, float]:
         return {}
@@ -169,6 +171,16 @@ def _ended(name: str = "a", ok: bool = True) -> SenderEnded:
 
 
 AHEAD = pytest.mark.parametrize("run_ahead", [0, 1, 2])
+
+
+@AHEAD
+def test_a_hand_over_has_the_interpreter_while_the_device_is_at_a_step(run_ahead: int) -> None:
+    """Guards both: a hand-over that waits behind the launch of the next prompt, and a device that waits for one."""
+    bench = Bench(run_ahead=run_ahead, max_num_batched_tokens=3)  # prompts too short to share a block
+    for name in ("a", "b", "c"):
+        bench.carrier.inbox.put(FromProxy("proxy", bench.message(name, 3), bench.now_s))
+    bench.run()
+    assert bench.carrier.let_work_calls == (2 if run_ahead else 0)  # the last one has no step behind it
 
 
 @AHEAD
