@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -155,16 +156,18 @@ class Exchange:
         wire: Wire,
         *,
         chunk_blocks: int,
+        pulled_chunk_blocks: int = 0,
         window: int = 8,
         timing: Timing | None = None,
         soon_s: float = SOON_S,
     ) -> None:
+        """`chunk_blocks`: most blocks in an offer; `pulled_chunk_blocks`: where the receiver pulls, if that is more."""
         self.counters = Counters()
         self.events: list[Event] = []
         self._planes = tuple(planes)
         self._digests_of = digests_of
         self._wire = wire
-        self._chunk_blocks = chunk_blocks
+        self._chunk_blocks, self._pulled_chunk_blocks = chunk_blocks, max(chunk_blocks, pulled_chunk_blocks)
         self._window = window
         self._soon_s = soon_s
         self._timing = timing or Timing()
@@ -187,11 +190,9 @@ class Exchange:
         if leg in self._senders:  # a replay: the worker has forgotten the leg, so its transfer has ended
             self.events.append(SenderEnded(leg, False, "this leg was sent before", 0, 0.0))
             return
-        sending = _Sending(
-            leg,
-            peer,
-            Sender(self._digests_of, chunk_blocks=self._chunk_blocks, timing=self._timing, now=now, deadline=deadline),
-        )
+        chunk = partial(self._chunk_of, peer)
+        machine = Sender(self._digests_of, chunk_blocks=chunk, timing=self._timing, now=now, deadline=deadline)
+        sending = _Sending(leg, peer, machine)
         self._senders[leg] = self._live_senders[leg] = sending
         try:
             self._pairs.greet(peer, address, now)
@@ -201,6 +202,11 @@ class Exchange:
         early = self._early_grants.pop(leg, None)
         if early is not None and early[0] == peer:
             self._on_grant(peer, early[1], now)
+
+    def _chunk_of(self, peer: str) -> int:
+        """Most blocks in an offer: what is sent must come in time over any link, what is pulled costs messages."""
+        plane = self._pairs.plane_of(peer)
+        return self._pulled_chunk_blocks if plane is not None and plane.pulls else self._chunk_blocks
 
     def tell_blocks(self, leg: LegKey, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> None:
         """The first len(blocks) blocks of the sequence are final. `sums`: checksums known already, by block."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 from kvtransfer.blocks.checksum import digest_of_sums
 from kvtransfer.planes.base import ChunkKey
@@ -31,13 +32,13 @@ class _Offered:
 
 class Sender:
     """Prefill's half. `digests_of` reads the pool; it is called for chunks that are offered, once each, unless the
-    checksums of their blocks were told."""
+    checksums of their blocks were told. `chunk_blocks`: how many blocks one offer may have now."""
 
     def __init__(
         self,
         digests_of: DigestsOf,
         *,
-        chunk_blocks: int,
+        chunk_blocks: Callable[[], int],
         timing: Timing,
         now: float,
         deadline: float,
@@ -166,12 +167,11 @@ class Sender:
         if self.transfer_id is None:
             return []
         actions: list[Action] = []
-        starts = range(self._next_block, len(self._blocks), self._chunk_blocks)
-        chunks = [self._blocks[start : start + self._chunk_blocks] for start in starts]
-        for start, blocks, digest in zip(starts, chunks, self._digests(chunks), strict=True):
-            self._chunks.append(_Offered(start, blocks, digest))
+        chunks = self._cut()
+        for blocks, digest in zip(chunks, self._digests(chunks), strict=True):
+            self._chunks.append(_Offered(self._next_block, blocks, digest))
+            self._next_block += len(blocks)
             actions.append(Tell(self._offer_message(len(self._chunks) - 1)))
-        self._next_block = max(self._next_block, len(self._blocks))
         if self._token is not None:
             self._waited_s = max(0.0, now - self._token_at)
             actions.append(Tell(self._finish_message()))
@@ -179,10 +179,19 @@ class Sender:
             self._repeat.start(now)
         return actions
 
+    def _cut(self) -> list[tuple[int, ...]]:
+        """What is final and was not offered, in chunks; of each, all checksums are known or none."""
+        chunks: list[tuple[int, ...]] = []
+        most = self._chunk_blocks()
+        for _, group in groupby(self._blocks[self._next_block :], self._sums.__contains__):
+            blocks = tuple(group)
+            chunks += [blocks[start : start + most] for start in range(0, len(blocks), most)]
+        return chunks
+
     def _digests(self, chunks: Sequence[tuple[int, ...]]) -> list[bytes]:
         """Of these chunks; those that need the pool are read together."""
         sums = self._sums
-        known = {chunk: digest_of_sums([sums[block] for block in chunk]) for chunk in chunks if sums.keys() >= {*chunk}}
+        known = {chunk: digest_of_sums([sums[block] for block in chunk]) for chunk in chunks if chunk[0] in sums}
         others = [chunk for chunk in chunks if chunk not in known]
         known.update(zip(others, self._digests_of(others) if others else (), strict=True))
         return [known[chunk] for chunk in chunks]

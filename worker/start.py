@@ -36,6 +36,10 @@ from worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
 
+PULLED = 4
+"""So many times --chunk-mib are one chunk between two GPUs where the receiver pulls. The KV of a prompt of 2048 tokens
+of an 8B model is one chunk then: messages take longer than its bytes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Worker:
@@ -85,13 +89,15 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
     links = {f"proxy@{address}": address for address in settings.proxy}
     for link, address in links.items():
         endpoint.connect(link, address)
+    chunk_blocks = max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes)
     exchange = Exchange(
         endpoint.identity,
         namespace,
         engine.make_planes(context, endpoint.identity),
         engine.pool.digests,
         Wire(endpoint.send, endpoint.connect, endpoint.disconnect),
-        chunk_blocks=max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes),
+        chunk_blocks=chunk_blocks,
+        pulled_chunk_blocks=chunk_blocks * (PULLED if device == "cuda" else 1),
         soon_s=engine.soon_s,
     )
     events = EventLog()

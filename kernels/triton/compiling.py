@@ -108,7 +108,9 @@ def compile_all(kernels: Sequence[Kernel], processes: int, timeout_s: float) -> 
         finally:
             for child in children:
                 child.kill()
-                child.communicate(timeout=DYING_S)
+            for child in children:
+                with suppress(subprocess.TimeoutExpired):
+                    child.communicate(timeout=DYING_S)
 
 
 def turns(kernels: Sequence[Kernel]) -> list[int]:

@@ -34,8 +34,8 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
 
     Take max_tokens as the top of a bucket: one token past num_splits * chunk_tokens would not be seen. Follows the
     optima measured (docs/benchmarks/kernels.md): from about 32 rows of 8 heads on no split; up to 16 rows beyond 8k
-    tokens four programs a multiprocessor, but no more chunks than 32 a sequence; one program alone on its
-    multiprocessor needs the deepest pipeline.
+    tokens four programs a multiprocessor, but no more chunks than 32 a sequence where two programs a multiprocessor are
+    no more; one program alone on its multiprocessor needs the deepest pipeline.
     """
     programs = num_rows * kv_heads
     num_splits = 1
@@ -46,10 +46,10 @@ def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> D
         num_splits = best * num_sms // programs
     long = max_tokens > LONG and programs <= num_sms
     if long:
-        num_splits = min(MOST_SPLITS, SINGLE_WAVE * num_sms // programs)
+        num_splits = min(max(MOST_SPLITS, 2 * num_sms // programs), SINGLE_WAVE * num_sms // programs)
     chunk = max(TILE, -(-max_tokens // num_splits // TILE) * TILE)
     num_splits = -(-max_tokens // chunk)
-    stages = LONG_STAGES if long else _stages(programs * num_splits, chunk, num_sms)
+    stages = LONG_STAGES if long and programs * num_splits > num_sms else _stages(programs * num_splits, chunk, num_sms)
     return DecodePlan(num_splits, chunk, stages, merges=num_splits > 1)
 
 

@@ -1,9 +1,10 @@
 """The data plane between two GPUs of one host: the receiver maps the sender's pool and pulls with the copy engine.
 
-It pulls: the receiver copies on a side stream that no kernel shares, the sender does nothing, no multiprocessor is used
-at either end. A mapping outlives the death of its owner, and a copy then succeeds with old bytes (measured), so the
-protocol asks the sender afterwards if its lease held. A copy that was started cannot be stopped: a cancelled transfer
-is idle when its copies are over, and a mapping is closed when no copy reads it.
+It pulls: the receiver copies on a side stream that no kernel shares, the sender does nothing, and no multiprocessor
+moves a byte; the receiver's read once what has come, for its digest. A mapping outlives the death of its owner, and a
+copy then succeeds with old bytes (measured), so the protocol asks the sender afterwards if its lease held. A copy that
+was started cannot be stopped: a cancelled transfer is idle when its copies and digests are over, and a mapping is
+closed when no copy reads it.
 
 The plane itself touches no GPU: `PullEngine` does, and a fake one passes the same contract.
 """

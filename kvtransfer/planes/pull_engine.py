@@ -23,7 +23,7 @@ from node.errors import PeerLost
 
 logger = logging.getLogger("kvtransfer.cuda_ipc")
 
-DIGESTS, DIGEST_BLOCKS = 16, 256
+DIGESTS, DIGEST_BLOCKS = 16, 1024
 """So many copies at once, of up to so many blocks each, get their digests here."""
 
 
@@ -90,17 +90,17 @@ class CudaPullEngine:
         cudart.use_device(self._memory.device_index)
         size, own = self.block_bytes, self._memory.pointer
         blocks = [block for run in runs for block in range(run.target, run.target + run.length)]
-        checksums = self._checksums.pop() if self._checksums and len(blocks) <= DIGEST_BLOCKS else None
-        event = self._events.pop() if self._events else cudart.create_event()
         try:
             for run in runs:
                 source, target = pointer + run.source * size, own + run.target * size
                 cudart.copy_async(target, source, run.length * size, self._stream)
+            event = self._events.pop() if self._events else cudart.create_event()
+            checksums = self._checksums.pop() if self._checksums and len(blocks) <= DIGEST_BLOCKS else None
             if checksums is None:
                 cudart.record(event, self._stream)
             else:
                 self._digest(blocks, checksums, event)
-        except cudart.CudaError as error:
+        except (cudart.CudaError, RuntimeError) as error:  # torch's and Triton's are the second
             raise PeerLost(f"cannot copy from the peer's pool: {error}") from error
         self._numbers += 1
         self._copies[self._numbers] = _Copy(event, checksums)
@@ -111,7 +111,8 @@ class CudaPullEngine:
         try:
             if not cudart.happened(event):
                 return None
-        except cudart.CudaError as error:
+        except cudart.CudaError as error:  # the GPU does nothing more for this process: what the copy used stays lost
+            del self._copies[copy]
             raise PeerLost(f"a copy from the peer's pool failed: {error}") from error
         del self._copies[copy]
         self._events.append(event)

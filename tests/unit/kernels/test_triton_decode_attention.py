@@ -70,3 +70,4 @@ def test_plans_that_were_measured_best():
     """Guards against a rule that drifts from the measured optima, with 8 key heads."""
     assert [split_plan(rows, 8, 1024, 132).num_splits for rows in (1, 8, 16, 20, 32, 64, 256)] == [16, 2, 1, 3, 1, 1, 1]
     assert [split_plan(rows, 8, 32768, 132).num_splits for rows in (1, 2, 8)] == [32, 32, 8]
+    assert [split_plan(1, heads, 32768, 132).num_splits for heads in (1, 2, 4)] == [256, 128, 64]  # two programs each

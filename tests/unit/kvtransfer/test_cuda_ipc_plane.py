@@ -161,6 +161,15 @@ def test_a_block_beyond_the_peers_pool_is_not_read(rig: IpcRig) -> None:
     assert len(rig.received(receiver, ok=False)) == 3 and not rig.engines[1].copies
 
 
+def test_a_receive_brings_the_digest_that_the_engine_made(rig: IpcRig) -> None:
+    """Guards against a digest that is lost on its way, and made once more while the carrier waits."""
+    sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
+    rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
+    rig.turn()
+    (done,) = [done for done in rig.done[RECEIVER] if not done.sending]
+    assert done.ok and done.digest == b"digest of copy 1"
+
+
 def test_a_copy_that_fails_is_a_failed_receive(rig: IpcRig) -> None:
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
     rig.engines[1].broken = True

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import zmq
@@ -13,7 +14,7 @@ from kvtransfer.blocks.layout import KVLayout
 from kvtransfer.blocks.pool import BlockPool
 from kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
 from kvtransfer.pairs import Wire
-from kvtransfer.planes.base import Plane
+from kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from kvtransfer.planes.loopback import Fate, LoopbackFabric
 from kvtransfer.planes.shm import ShmPlane
 from kvtransfer.planes.zeromq import ZmqPlane
@@ -28,7 +29,12 @@ MakePlane = Callable[[str, BlockPool], Plane]
 class _Pair:
     """Two exchanges in one thread; messages are carried by hand."""
 
-    def __init__(self, make: MakePlane, namespaces: tuple[bytes, bytes] = (b"n" * 32, b"n" * 32)) -> None:
+    def __init__(
+        self,
+        make: MakePlane,
+        namespaces: tuple[bytes, bytes] = (b"n" * 32, b"n" * 32),
+        pulled_chunk_blocks: int = 0,
+    ) -> None:
         self.now = 0.0
         self.pools = {name: BlockPool(LAYOUT, NUM_BLOCKS) for name in ("p/1", "d/1")}
         self._mail: deque[tuple[str, str, Message]] = deque()
@@ -40,6 +46,7 @@ class _Pair:
                 pool.digests,
                 Wire(self._sender(name), lambda peer, address: None, lambda peer: None),
                 chunk_blocks=3,
+                pulled_chunk_blocks=pulled_chunk_blocks,
                 window=2,
             )
             for (name, pool), namespace in zip(self.pools.items(), namespaces, strict=True)
@@ -130,6 +137,43 @@ def test_nothing_to_move_is_still_handed_over(make: MakePlane) -> None:
     (arrived,) = [event for event in events if isinstance(event, KvArrived)]
     assert (arrived.transfer_id, arrived.token_id, arrived.logprob) == (b"t" * 16, 7, None)
     assert arrived.transfer_s == 0.0
+    pair.close()
+
+
+class _Digesting:
+    """A plane that makes digests on the way, the first ones wrong; it notes how many blocks each movement has."""
+
+    def __init__(self, pool: BlockPool, sizes: list[int]) -> None:
+        self._plane, self._sizes = ShmPlane(pool), sizes
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._plane, name)
+
+    def post_receive(self, peer: str, key: ChunkKey, source: list[int], blocks: list[int]) -> None:
+        self._sizes.append(len(blocks))
+        self._plane.post_receive(peer, key, source, blocks)
+
+    def poll(self) -> list[IoDone]:
+        done = self._plane.poll()
+        return [each if each.sending or each.key.retry else replace(each, digest=b"wrong") for each in done]
+
+
+def test_a_digest_that_a_plane_made_is_compared_and_pulled_chunks_are_larger() -> None:
+    """Guards against bytes that nobody compares because the plane has digested them already."""
+    sizes: list[int] = []
+    pair = _Pair(lambda name, pool: _Digesting(pool, sizes), pulled_chunk_blocks=6)  # type: ignore[arg-type]
+    _fill(pair.pools["p/1"], 1)
+    prefill, decode = pair.ends["p/1"], pair.ends["d/1"]
+    decode.open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, tuple(range(10)), deadline=60.0), pair.now)
+    prefill.open_sender(LEG, "d/1", "here", 60.0, pair.now)
+    pair.run_until(lambda events: prefill._sending != {})  # the plane is agreed on, and the blocks are granted
+    prefill.tell_blocks(LEG, range(10), {}, pair.now)
+    prefill.tell_token(LEG, 42, None, pair.now)
+    events = pair.run_until(lambda events: len(events) == 2)
+    assert any(isinstance(event, KvArrived) for event in events)
+    assert sizes == [6, 4, 6, 4] and decode.counters.digest_retries == 2
+    for block in range(10):
+        assert pair.pools["d/1"].block(block) == pair.pools["p/1"].block(block)
     pair.close()
 
 

@@ -1,7 +1,7 @@
 """Starts a GPU's runner of the model in a folder, without a GPU and without a kernel that runs, as its own process.
 
 Prints one JSON line: launches of the rehearsal and of the start itself, and the kernels of the start that were not
-rehearsed.
+rehearsed. Gluon's kernels are asked for on a GPU only, so they are not among them.
 """
 
 from __future__ import annotations
