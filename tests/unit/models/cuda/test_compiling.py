@@ -13,6 +13,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from kernels.triton import compiling as inside
 from models.cuda import compiling
 from models.cuda.compiling import compile_ahead, processes_for
 
@@ -30,9 +31,9 @@ def test_processes_leave_cores_to_others_and_have_enough_to_do(num_kernels, core
 def started(monkeypatch, caplog, *, found: list, absent: list) -> tuple[list[tuple], str]:
     """What compile_ahead asks of processes on a machine of 16 cores, and what it logs."""
     calls: list[tuple] = []
-    monkeypatch.setattr(compiling, "launched_by", lambda run: run() or found)
-    monkeypatch.setattr(compiling, "missing", lambda kernels: [each for each in kernels if each in absent])
-    monkeypatch.setattr(compiling, "compile_all", lambda *call: calls.append(call))
+    monkeypatch.setattr(inside, "launched_by", lambda run: run() or found)
+    monkeypatch.setattr(inside, "missing", lambda kernels: [each for each in kernels if each in absent])
+    monkeypatch.setattr(inside, "compile_all", lambda *call: calls.append(call))
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16), raising=False)
     with caplog.at_level(logging.INFO):
         compile_ahead(lambda: None)
@@ -50,6 +51,13 @@ def test_an_empty_cache_is_filled_by_processes(monkeypatch, caplog):
     calls, log = started(monkeypatch, caplog, found=list(range(40)), absent=list(range(32)))
     assert calls == [(list(range(40)), 8, compiling.TIMEOUT_S)]
     assert "kernels_compiled kernels=32 failed=32 processes=8" in log
+
+
+def test_another_triton_costs_the_time_and_no_more(monkeypatch, caplog):
+    """Guards every GPU worker against a name that a later Triton has not: it is imported where that does no harm."""
+    monkeypatch.setitem(sys.modules, "kernels.triton.compiling", None)
+    compile_ahead(lambda: None)
+    assert "kernels_not_compiled_ahead" in caplog.text
 
 
 def test_what_fails_is_logged_and_no_more(caplog):
