@@ -44,13 +44,17 @@ def order(jobs: Sequence[Work], policy: str) -> list[int]:
     )
 
 
-def plan(jobs: Sequence[Work], sequence: Sequence[int], budget_tokens: int, max_chunk_tokens: int) -> list[Chunk]:
-    """Fill the token budget with chunks of the jobs in the order of `sequence`; a job has at most one chunk a step."""
+def plan(
+    jobs: Sequence[Work], sequence: Sequence[int], budget_tokens: int, max_chunk_tokens: int, full_tokens: int
+) -> list[Chunk]:
+    """Chunks of the jobs in the order of `sequence`, at most one of a job. The first may fill the token budget; others
+    join it up to `full_tokens` in all: so many keep the device busy, and more only keep the first one waiting."""
     chunks: list[Chunk] = []
+    room = budget_tokens
     for index in sequence:
         job = jobs[index]
-        length = min(job.num_tokens - job.num_computed, budget_tokens, max_chunk_tokens)
+        length = min(job.num_tokens - job.num_computed, room, max_chunk_tokens)
         if length > 0:
             chunks.append(Chunk(index, job.num_computed, length))
-            budget_tokens -= length
+            room = min(budget_tokens, full_tokens) - sum(chunk.length for chunk in chunks)
     return chunks

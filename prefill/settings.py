@@ -10,6 +10,8 @@ from node.settings import option
 from worker.settings import WorkerSettings
 
 GPU_CHUNK_TOKENS = 4096
+FULL_STEP_TOKENS = 1024
+"""More tokens a second than with so many in a step no GPU that was measured has (docs/benchmarks/steps.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -18,10 +20,21 @@ class PrefillSettings(WorkerSettings):
     max_chunk_tokens: int = option(
         0, unit="tokens", help="longest chunk of one prompt in a step; 0: 512, on a GPU 4096", minimum=0
     )
+    full_step_tokens: int = option(
+        0,
+        unit="tokens",
+        help="so far other prompts join the first one in a step: more only keep it waiting; 0: 512, on a GPU 1024",
+        minimum=0,
+    )
 
     def sizes_of(self, device: str) -> Mapping[str, Any]:
         sizes = WorkerSettings.sizes_of(self, device)
         if device == "cpu":
-            return {**sizes, "max_chunk_tokens": 512}
+            return {**sizes, "max_chunk_tokens": 512, "full_step_tokens": 512}
         # KV of a chunk moves while the next is computed: of a longer prompt only the last one's is waited for.
-        return {**sizes, "max_chunk_tokens": GPU_CHUNK_TOKENS, "max_num_batched_tokens": GPU_CHUNK_TOKENS}
+        return {
+            **sizes,
+            "max_chunk_tokens": GPU_CHUNK_TOKENS,
+            "max_num_batched_tokens": GPU_CHUNK_TOKENS,
+            "full_step_tokens": FULL_STEP_TOKENS,
+        }

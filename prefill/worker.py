@@ -251,8 +251,9 @@ class PrefillWorker:
             coming.update(jobs[index].coming)
         ready = [index for index in started if not self._reuse.loading(jobs[index].leg)]
         works = [Work(j.num_tokens, j.num_launched, j.priority, 0.0) for j in jobs]
-        budget, longest = self._settings.max_num_batched_tokens, self._settings.max_chunk_tokens
-        return [(jobs[chunk.index], chunk) for chunk in plan(works, ready, budget, longest)]
+        settings = self._settings
+        sizes = settings.max_num_batched_tokens, settings.max_chunk_tokens, settings.full_step_tokens
+        return [(jobs[chunk.index], chunk) for chunk in plan(works, ready, *sizes)]
 
     def _lacks(self, job: Job) -> bytes:
         """The name of its first block that is not in the pool; empty if all are."""

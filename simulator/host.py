@@ -28,7 +28,7 @@ from models.batch import DeviceTime, Drawn, Row
 from node.endpoint import identity_of
 from node.lifecycle import Membership
 from node.messages import Bundle, Load, Message, Register, Role, Tokens
-from prefill.settings import PrefillSettings
+from prefill.settings import FULL_STEP_TOKENS, PrefillSettings
 from prefill.worker import PrefillWorker
 from simulator.latency import Profile, Work
 from simulator.network import Network, SimLine, SimPlane, digests_of
@@ -467,6 +467,7 @@ def _loop(
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.prefill_budget_tokens,
             max_chunk_tokens=profile.prefill_chunk_tokens,
+            full_step_tokens=FULL_STEP_TOKENS,
             policy=policy,
             store_loads=store_loads,
         )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill.scheduler import AGING_TOKENS_PER_S, Work, order, plan
+from prefill.scheduler import AGING_TOKENS_PER_S, Chunk, Work, order, plan
 
 _work = st.builds(
     lambda tokens, done, priority, age: Work(tokens, min(done, tokens), priority, age),
@@ -16,12 +16,14 @@ _work = st.builds(
 )
 
 
-@given(st.lists(_work, max_size=12), st.integers(1, 600), st.integers(1, 128))
-def test_chunks_fill_the_budget_in_order(jobs: list[Work], budget: int, longest: int) -> None:
+@given(st.lists(_work, max_size=12), st.integers(1, 600), st.integers(1, 128), st.integers(1, 600))
+def test_chunks_fill_the_budget_in_order(jobs: list[Work], budget: int, longest: int, full: int) -> None:
     """Guards against overrun, idle budget, gaps in a prompt and a junior job served before a senior one."""
     sequence = order(jobs, "fcfs")
-    chunks = plan(jobs, sequence, budget, longest)
-    assert sum(c.length for c in chunks) == min(budget, sum(min(longest, j.num_tokens - j.num_computed) for j in jobs))
+    chunks = plan(jobs, sequence, budget, longest, full)
+    lengths = [min(longest, jobs[index].num_tokens - jobs[index].num_computed) for index in sequence]
+    first = min(budget, next((length for length in lengths if length), 0))
+    assert sum(c.length for c in chunks) == max(first, min(budget, full, sum(lengths)))
     ranks = [sequence.index(c.index) for c in chunks]
     assert ranks == sorted(ranks)
     for chunk in chunks:
@@ -31,6 +33,13 @@ def test_chunks_fill_the_budget_in_order(jobs: list[Work], budget: int, longest:
         served = {c.index for c in chunks}
         last = max(ranks)
         assert all(jobs[i].num_tokens == jobs[i].num_computed for i in sequence[:last] if i not in served)
+
+
+def test_prompts_share_a_step_only_up_to_a_full_one() -> None:
+    """Guards the first of several prompts against a wait for the others, and short ones against steps of their own."""
+    long, short = Work(3000, 0, 0, 0.0), Work(400, 0, 0, 0.0)
+    assert plan([long, short], [0, 1], 4096, 4096, 1024) == [Chunk(0, 0, 3000)]
+    assert plan([short] * 4, range(4), 4096, 4096, 1024) == [Chunk(0, 0, 400), Chunk(1, 0, 400), Chunk(2, 0, 224)]
 
 
 @given(st.lists(_work, max_size=12))
