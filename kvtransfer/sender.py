@@ -19,7 +19,20 @@ from kvtransfer.transfer import (
     Tell,
     Timing,
 )
-from node.messages import Abort, Aborted, Accept, Ack, Finish, Grant, Logprob, Message, Offer, Valid, Validate
+from node.messages import (
+    MAX_OFFER_BLOCKS,
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Finish,
+    Grant,
+    Logprob,
+    Message,
+    Offer,
+    Valid,
+    Validate,
+)
 
 
 @dataclass(slots=True)
@@ -182,7 +195,7 @@ class Sender:
     def _cut(self) -> list[tuple[int, ...]]:
         """What is final and was not offered, in chunks; of each, all checksums are known or none."""
         chunks: list[tuple[int, ...]] = []
-        most = self._chunk_blocks()
+        most = min(self._chunk_blocks(), MAX_OFFER_BLOCKS)  # of small blocks a chunk would have more
         for _, group in groupby(self._blocks[self._next_block :], self._sums.__contains__):
             blocks = tuple(group)
             chunks += [blocks[start : start + most] for start in range(0, len(blocks), most)]

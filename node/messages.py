@@ -29,7 +29,7 @@ PROTOCOL_VERSION = 1
 
 MAX_BODY_BYTES = 8 << 20
 MAX_TOKENS = 1 << 20
-MAX_BLOCKS = 1 << 16
+MAX_BLOCKS, MAX_OFFER_BLOCKS = 1 << 16, 1 << 12
 MAX_EVENT_BLOCKS = 1 << 13
 """Hashes in one list of a message about KV events."""
 
@@ -407,7 +407,7 @@ class Offer(Message, tag="Offer", kw_only=True):
     transfer_id: TransferId
     seq: Count
     first_block: Count
-    source: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=4096)]
+    source: Annotated[tuple[Count, ...], Meta(min_length=1, max_length=MAX_OFFER_BLOCKS)]
     """Block ids in the sender's pool, for planes that pull."""
     digest: Annotated[bytes, Meta(min_length=8, max_length=16)]
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 from kvtransfer.blocks.checksum import digest_of_sums
 from kvtransfer.sender import Sender
 from kvtransfer.transfer import Action, Tell, Timing
-from node.messages import Grant, Offer
+from node.messages import MAX_OFFER_BLOCKS, Grant, Offer
 
 ID = b"t" * 16
 SUMS = {block: bytes([block]) * 8 for block in range(10)}
 
 
-def sender() -> tuple[Sender, list[tuple[int, ...]]]:
-    """One in chunks of two blocks, and the chunks of which it asks for a digest."""
+def sender(chunk_blocks: int = 2) -> tuple[Sender, list[tuple[int, ...]]]:
+    """One in chunks of so many blocks, and the chunks of which it asks for a digest."""
     asked: list[tuple[int, ...]] = []
 
     def digests_of(chunks: object) -> list[bytes]:
         asked.extend(chunks)  # type: ignore[call-overload]
         return [b"read %d" % chunk[0] for chunk in chunks]  # type: ignore[attr-defined]
 
-    return Sender(digests_of, chunk_blocks=lambda: 2, timing=Timing(), now=0.0, deadline=9.0), asked
+    return Sender(digests_of, chunk_blocks=lambda: chunk_blocks, timing=Timing(), now=0.0, deadline=9.0), asked
 
 
 def grant(machine: Sender, first_block: int = 0) -> list[Action]:
@@ -56,3 +56,11 @@ def test_checksums_wait_for_the_grant_which_says_where_chunks_begin() -> None:
     assert machine.on_blocks([1, 2], {1: SUMS[1], 2: SUMS[2]}, 0.0) == []
     assert machine.on_blocks([1, 2, 3, 4], {3: SUMS[3], 4: SUMS[4]}, 0.0) == []
     assert offered(grant(machine, first_block=1)) == [of(2, 3), of(4)] and not asked
+
+
+def test_an_offer_has_no_more_blocks_than_a_message_may() -> None:
+    """Guards long prompts of small blocks: who gets a message that is too long drops it."""
+    machine, _ = sender(chunk_blocks=1 << 20)
+    grant(machine)
+    offers = offered(machine.on_blocks(range(MAX_OFFER_BLOCKS + 5), {}, 0.0))
+    assert [len(blocks) for blocks, _ in offers] == [MAX_OFFER_BLOCKS, 5]
