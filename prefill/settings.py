@@ -11,7 +11,7 @@ from worker.settings import WorkerSettings
 
 GPU_CHUNK_TOKENS = 4096
 FULL_STEP_TOKENS = 1024
-"""More tokens a second than with so many in a step no GPU that was measured has (docs/benchmarks/steps.md)."""
+"""A step of so many computes as many tokens a second as a longer one, but for 2 % (docs/benchmarks/steps.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

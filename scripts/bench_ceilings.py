@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 
 import torch
 
@@ -17,11 +17,17 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=GPU).normal_()
 
 
-def seconds(calls: Sequence[Call], replays: int = 9) -> float:
-    """Median seconds of one call, in a graph of all of them."""
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for call in calls[:2]:
+@cache
+def side_stream() -> torch.cuda.Stream:
+    """One for all: cuBLAS keeps memory for each stream."""
+    return torch.cuda.Stream()
+
+
+def captured(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+    """All of them, in one graph."""
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side_stream()):
+        for call in calls[:2]:  # compiles, which a capture cannot
             call()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
@@ -30,7 +36,12 @@ def seconds(calls: Sequence[Call], replays: int = 9) -> float:
             call()
         graph.capture_end()
     torch.cuda.synchronize()
-    times = []
+    return graph
+
+
+def seconds(calls: Sequence[Call], replays: int = 9) -> float:
+    """Median seconds of one call, in a graph of all of them."""
+    graph, times = captured(calls), []
     for _ in range(replays + 2):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,8 +31,8 @@ from kernels.triton.decode_attention import DecodeScratch, decode_attention
 from kernels.triton.decode_plan import DecodePlan, even_plan
 from kernels.triton.linear import linear
 from kernels.triton.linear_policy import GATE_UP_8B, Shape, Tiles
+from scripts.bench_ceilings import GPU, Call, captured
 
-GPU = "cuda"
 GATE_UP_Q8, DOWN_Q8, HEAD_Q8 = (12288, 4096, True), (4096, 12288, False), (151936, 4096, False)
 """Of Qwen3-8B; its other products are Llama-3.1-8B's."""
 SILENCE_S = 25.0
@@ -44,7 +44,6 @@ WIDE_ROWS = (512, 640, 768, 896, 1024, 1152, 1300, 1408, 1536, 1792, 2048, 2600,
 WIDE = {"gate_up": GATE_UP_8B, "gate_up_qwen": GATE_UP_Q8}
 FEW = {"gate_up_qwen": GATE_UP_Q8, "down_qwen": DOWN_Q8, "head_qwen": HEAD_Q8}
 FEW_ROWS = (1, 8, 16, 32, 64, 128)
-Call = Callable[[], object]
 
 
 class Teller:
@@ -74,26 +73,6 @@ class Teller:
 
 def randn(*shape: int, scale: float = 1.0, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device=GPU).normal_(std=scale)
-
-
-@cache
-def side_stream() -> torch.cuda.Stream:
-    """One for all: cuBLAS keeps memory for each stream."""
-    return torch.cuda.Stream()
-
-
-def captured(calls: list[Call]) -> torch.cuda.CUDAGraph:
-    torch.cuda.synchronize()
-    with torch.cuda.stream(side_stream()):
-        calls[0]()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        graph.capture_begin()
-        for call in calls:
-            call()
-        graph.capture_end()
-    torch.cuda.synchronize()
-    return graph
 
 
 def side_by_side(graphs: dict[str, tuple[torch.cuda.CUDAGraph, int]]) -> dict[str, float]:

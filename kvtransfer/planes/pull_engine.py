@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,7 @@ class CudaPullEngine:
         self._self_test = self_test
         cudart.use_device(memory.device_index)
         self._stream = cudart.create_stream()
+        self._pulling = torch.cuda.ExternalStream(self._stream, memory.device_index)  # the same, as torch sees it
         # Torch's own, never destroyed: pinned memory that was used on a stream is given back by an event on it.
         self._digest_stream = torch.cuda.Stream(memory.device_index, priority=-1)  # before what computes
         num_digests = 0 if memory.block_bytes % WORD_BYTES else DIGESTS
@@ -95,12 +97,12 @@ class CudaPullEngine:
                 source, target = pointer + run.source * size, own + run.target * size
                 cudart.copy_async(target, source, run.length * size, self._stream)
             event = self._events.pop() if self._events else cudart.create_event()
-            checksums = self._checksums.pop() if self._checksums and len(blocks) <= DIGEST_BLOCKS else None
+            checksums = self._digest(blocks, event)
             if checksums is None:
                 cudart.record(event, self._stream)
-            else:
-                self._digest(blocks, checksums, event)
-        except (cudart.CudaError, RuntimeError) as error:  # torch's and Triton's are the second
+        except cudart.CudaError as error:
+            with suppress(RuntimeError):  # copies that were begun must not write when the blocks count as free
+                self._pulling.synchronize()
             raise PeerLost(f"cannot copy from the peer's pool: {error}") from error
         self._numbers += 1
         self._copies[self._numbers] = _Copy(event, checksums)
@@ -125,7 +127,7 @@ class CudaPullEngine:
         if not self._stream:
             return
         cudart.use_device(self._memory.device_index)
-        torch.cuda.ExternalStream(self._stream, self._memory.device_index).synchronize()
+        self._pulling.synchronize()
         self._digest_stream.synchronize()
         for pointer in list(self._opened):
             self.close(pointer)
@@ -136,13 +138,21 @@ class CudaPullEngine:
         cudart.destroy_stream(self._stream)
         self._stream = 0
 
-    def _digest(self, blocks: Sequence[int], checksums: Checksums, event: int) -> None:
-        """Of these blocks, when the copies that were begun are over; then the event happens."""
-        copies = torch.cuda.ExternalStream(self._stream, self._memory.device_index)
-        with torch.cuda.device(self._memory.device_index), torch.cuda.stream(self._digest_stream):
-            self._digest_stream.wait_stream(copies)
-            checksums.launch(blocks)
+    def _digest(self, blocks: Sequence[int], event: int) -> Checksums | None:
+        """Of these blocks, when the copies that were begun are over; then the event happens. None where there is no
+        room, or it cannot be made here: then whoever needs it makes it."""
+        if not self._checksums or len(blocks) > DIGEST_BLOCKS:
+            return None
+        checksums = self._checksums.pop()
+        try:
+            with torch.cuda.device(self._memory.device_index), torch.cuda.stream(self._digest_stream):
+                self._digest_stream.wait_stream(self._pulling)
+                checksums.launch(blocks)
+        except RuntimeError as error:  # a part of it may run still, so its room is not used again
+            logger.warning("cannot digest what is copied from a peer's pool: %s", error)
+            return None
         cudart.record(event, self._digest_stream.cuda_stream)
+        return checksums
 
     def _measure(self, pointer: int, exported: Exported) -> None:
         """The self-test: pull into memory of its own, never into blocks that someone may own."""
@@ -158,7 +168,7 @@ class CudaPullEngine:
             cudart.record(event, self._stream)
             if event == begin:
                 cudart.copy_async(scratch.data_ptr(), pointer, size_bytes, self._stream)
-        torch.cuda.ExternalStream(self._stream, self._memory.device_index).synchronize()
+        self._pulling.synchronize()
         self._self_test.report("cuda_ipc", size_bytes, cudart.elapsed_s(begin, end))
         cudart.destroy_event(begin)
         cudart.destroy_event(end)
