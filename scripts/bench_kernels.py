@@ -227,6 +227,30 @@ def decode(report: Report) -> None:
                     report_decode_sdpa(report, query, keys_values, others, out)
 
 
+def pools(report: Report) -> None:
+    """Decode attention by the layers of the pool: they decide how far apart the blocks of a sequence lie."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    deepest = 40
+    memory = randn(4096 * deepest * 2 * 64 * KV_HEADS * DIM)  # 40 GiB
+    for layers in (8, 10, 12, 15, 16, 18, 20, 24, 25, 28, 30, 32, 35, 36, 40):
+        pool = memory[: 4096 * layers * 2 * 64 * KV_HEADS * DIM].view(4096, layers, 2, 64, KV_HEADS, DIM)
+        for rows, length in ((8, 32768), (256, 1024)):
+            query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
+            lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
+            plan = split_plan(rows, KV_HEADS, length, sms)
+            scratch = decode_attention.DecodeScratch.make(rows, plan.num_splits, HEADS, KV_HEADS, DIM, GPU)
+            for order, blocks_of in (("random", torch.randperm(4096)), ("rising", torch.arange(4096))):
+                tables = blocks_of.to(GPU).int().view(rows, -1)
+                calls = [
+                    partial(decode_attention.decode_attention, query, pool, layer, tables, lengths, plan, scratch, out)
+                    for layer in (0, layers // 2, layers - 1)
+                ]
+                report.moved(
+                    "decode_attention", rows * length * KV_HEADS * DIM * 4, calls, rows=rows, length=length,
+                    layers=layers, order=order,
+                )  # fmt: skip
+
+
 def report_decode_sdpa(
     report: Report, query: torch.Tensor, keys_values: torch.Tensor, others: torch.Tensor, ours: torch.Tensor
 ) -> None:
@@ -343,7 +367,7 @@ def _linears(report: Report, shapes: dict[str, Shape]) -> None:
 def main() -> None:
     report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     torch.manual_seed(0)
-    for part in (ceilings, small, choice, whole_blocks, host_copies, decode, prefill, linears, qwen3_linears):
+    for part in (ceilings, small, choice, whole_blocks, host_copies, decode, pools, prefill, linears, qwen3_linears):
         if part is ceilings or part.__name__ in sys.argv[2:] or not sys.argv[2:]:
             part(report)
         torch.cuda.empty_cache()
