@@ -420,8 +420,8 @@ class DecodeWorker:
             if finish:
                 self._reuse.used(sequence)
                 self._end(sequence, None)
-        for link, tokens in told.items():
-            self._carrier.tell(link, Bundle(tokens=tuple(tokens)))
+        for link, tokens in told.items():  # newcomers first: a proxy takes a bundle's tokens one by one
+            self._carrier.tell(link, Bundle(tokens=tuple(sorted(tokens, key=lambda each: each.stages is None))))
 
     # -- endings
 

@@ -183,6 +183,20 @@ def test_a_transferred_sequence_tells_its_stages_once() -> None:
     assert bench.stages() == [first, None, None, None]
 
 
+def test_who_has_just_arrived_is_told_first() -> None:
+    """Guards the hand-over: a proxy takes in a bundle in its order, and the others' clients have waited a step only."""
+    bench = Bench()
+    older, newer = bench.reserve("a", 10, max_tokens=9), bench.reserve("b", 10)
+    bench.tell(KvArrived(older, 777, None, 0.0, 0.0, 0.0))
+    bench.worker.turn(0.0)
+    bench.tell(KvArrived(newer, 888, None, 0.0, 0.0, 0.0))
+    bench.run()
+    bundles = [[t.request_id for t in each.tokens] for each in bench.carrier.told if isinstance(each, Bundle)]
+    both = [names for names in bundles if len(names) == 2]
+    assert both[0] == ["b", "a"]
+    assert all(names == ["a", "b"] for names in both[1:]) and len(both) > 1
+
+
 def test_local_prefill_tells_its_stages_with_each_of_the_first_two_tokens() -> None:
     """Guards the timeline of a colocated request: it has a queue, chunks, and a step, but no transfer."""
     bench = Bench(max_chunk_tokens=3)
