@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +29,8 @@ from kernels.triton import (
     rope_write,
     sampling,
 )
-from kernels.triton.decode_plan import fixed_plan, split_plan
+from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from kernels.triton.decode_work import share_out
 from kernels.triton.linear import linear
 from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, Shape, fastest, invariant
 from kvtransfer.blocks.device_pool import DeviceMemory
@@ -211,20 +212,64 @@ def decode(report: Report) -> None:
             ):
                 if name != "fast" and block_tokens == 16:
                     continue
-                scratch = decode_attention.DecodeScratch.make(rows, plan.num_splits, HEADS, KV_HEADS, DIM, GPU)
-                calls = [
-                    partial(decode_attention.decode_attention, query, pool, i, tables, lengths, plan, scratch, out)
-                    for i in range(calls_made)
-                ]
+                calls = decode_calls(query, pool, range(calls_made), tables, lengths, plan, out)
                 report.moved(
                     "decode_attention", size, calls, rows=rows, length=length, block_tokens=block_tokens, plan=name,
-                    splits=plan.num_splits,
+                    splits=plan.splits,
                 )  # fmt: skip
                 if name == "fast" and block_tokens == 64:
                     calls[0]()  # of layer 0
                     keys_values = bench_sdpa.contiguous(pool, 0, tables)
                     others = memory[: calls_made * keys_values.numel()].view(calls_made, *keys_values.shape)
                     report_decode_sdpa(report, query, keys_values, others, out)
+
+
+def decode_calls(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layers: Iterable[int],
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    plan: DecodePlan,
+    out: torch.Tensor,
+) -> list[Call]:
+    """A call a layer. The sharing out, once a step, is not in them."""
+    scratch = decode_attention.DecodeScratch.make(len(query), plan.num_chunks, HEADS, KV_HEADS, DIM, GPU)
+    share_out(lengths, plan, scratch.work)
+    return [
+        partial(decode_attention.decode_attention, query, pool, layer, tables, lengths, plan, scratch, out)
+        for layer in layers
+    ]
+
+
+def mixed(report: Report) -> None:
+    """Decode attention over sequences of unequal lengths, and the sharing out before it."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    pool = randn(16384, 8, 2, 64, KV_HEADS, DIM)
+    chats = (torch.randn(256, generator=torch.Generator().manual_seed(0)) + 6.5).exp().clamp(16, 16000).int().tolist()
+    cells = {
+        "1 x 32000, 7 x 1000": [32000] + [1000] * 7,
+        "1 x 32000, 31 x 1000": [32000] + [1000] * 31,
+        "1 x 32000, 63 x 1000": [32000] + [1000] * 63,
+        "4 x 32000, 60 x 1000": [32000] * 4 + [1000] * 60,
+        "63 x 1000, 1 x 32000": [1000] * 63 + [32000],
+        "33 x 1000, in steps of 48": [1000] * 33 + [0] * 15,
+        **{f"{rows} chats": chats[:rows] for rows in (8, 24, 32, 64, 128, 256)},
+    }
+    for name, each in cells.items():
+        bucket = next(size for size in (2048, 8192, 32768) if size >= max(each))
+        width, rows = bucket // 64, len(each)
+        query, out, lengths = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM), torch.tensor(each).int().to(GPU)
+        blocks, tables = torch.randperm(len(pool)).tolist(), torch.zeros(rows, width, dtype=torch.int32)
+        for row, length in enumerate(each):
+            used = -(-length // 64)
+            tables[row, :used] = torch.tensor([blocks.pop() for _ in range(used)])
+        plan = split_plan(rows, KV_HEADS, bucket, sms)
+        calls = decode_calls(query, pool, range(8), tables.to(GPU), lengths, plan, out)
+        report.moved("decode_attention", sum(each) * KV_HEADS * DIM * 4, calls, lengths=name, tokens=sum(each))
+        scratch = torch.zeros(plan.num_chunks, 8, dtype=torch.int32, device=GPU)
+        took = seconds([partial(share_out, lengths, plan, scratch)] * 8)
+        report.line(kernel="share_out", lengths=name, us=round(took * 1e6, 2))
 
 
 def pools(report: Report) -> None:
@@ -238,13 +283,9 @@ def pools(report: Report) -> None:
             query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
             lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
             plan = split_plan(rows, KV_HEADS, length, sms)
-            scratch = decode_attention.DecodeScratch.make(rows, plan.num_splits, HEADS, KV_HEADS, DIM, GPU)
             for order, blocks_of in (("random", torch.randperm(4096)), ("rising", torch.arange(4096))):
                 tables = blocks_of.to(GPU).int().view(rows, -1)
-                calls = [
-                    partial(decode_attention.decode_attention, query, pool, layer, tables, lengths, plan, scratch, out)
-                    for layer in (0, layers // 2, layers - 1)
-                ]
+                calls = decode_calls(query, pool, (0, layers // 2, layers - 1), tables, lengths, plan, out)
                 report.moved(
                     "decode_attention", rows * length * KV_HEADS * DIM * 4, calls, rows=rows, length=length,
                     layers=layers, order=order,
@@ -367,7 +408,8 @@ def _linears(report: Report, shapes: dict[str, Shape]) -> None:
 def main() -> None:
     report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
     torch.manual_seed(0)
-    for part in (ceilings, small, choice, whole_blocks, host_copies, decode, pools, prefill, linears, qwen3_linears):
+    attention = decode, mixed, pools, prefill
+    for part in (ceilings, small, choice, whole_blocks, host_copies, *attention, linears, qwen3_linears):
         if part is ceilings or part.__name__ in sys.argv[2:] or not sys.argv[2:]:
             part(report)
         torch.cuda.empty_cache()

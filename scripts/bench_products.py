@@ -3,7 +3,7 @@
     PYTHONPATH=. python scripts/bench_products.py [--parts wide,few,decode] [FILE]
 
 wide: gate and up of 512 to 8192 rows, cuBLAS and our silu * mul against product_gluon. few: the products of Qwen3-8B
-for 1 to 128 rows against cuBLAS. decode: ways to cut one to eight long sequences. Checks every way before it is timed.
+for 1 to 128 rows against cuBLAS. decode: ways to cut few sequences. Checks every way before it is timed.
 One JSON line a measurement on standard output, and appended to FILE.
 
 A child measures; one that says nothing for SILENCE_S seconds, or dies, is ended and begun again without what it was
@@ -28,7 +28,8 @@ import torch
 
 from kernels.triton import activation, linear_policy, product_gluon
 from kernels.triton.decode_attention import DecodeScratch, decode_attention
-from kernels.triton.decode_plan import DecodePlan, even_plan
+from kernels.triton.decode_plan import DecodePlan, split_plan
+from kernels.triton.decode_work import share_out
 from kernels.triton.linear import linear
 from kernels.triton.linear_policy import GATE_UP_8B, Shape, Tiles
 from scripts.bench_ceilings import GPU, Call, captured
@@ -223,14 +224,12 @@ def few_parts(tell: Teller) -> Iterator[Call]:
 
 
 def decode_plans(rows: int, length: int, sms: int) -> dict[str, DecodePlan]:
-    """The rule's plan, and even chunks of other numbers and depths."""
-    plans = {"rule": even_plan(rows, 8, length, sms)}
-    for programs, depths in ((1, (3, 5, 7)), (2, (3, 5)), (3, (3,)), (4, (3,))):
-        splits = programs * sms // (rows * 8)
-        chunk = -(-length // splits // 64) * 64
-        splits = -(-length // chunk)
+    """The rule's plan, and chunks of other numbers and depths."""
+    plans = {"rule": split_plan(rows, 8, length, sms)}
+    for programs, depths in ((1, (3, 5, 7)), (2, (3, 5, 7)), (3, (3, 5)), (4, (3,))):
+        splits = max(1, round(programs * sms / (rows * 8)))
         for stages in depths:
-            plans[f"{programs}_an_sm_depth_{stages}"] = DecodePlan(splits, chunk, stages, True, even=True)
+            plans[f"{programs}_an_sm_depth_{stages}"] = DecodePlan((splits + 1) * rows, stages, splits)
     return plans
 
 
@@ -239,22 +238,24 @@ def decode_cell(tell: Teller, pool: torch.Tensor, rows: int, length: int, bucket
     query, width = randn(rows, 32, 128), bucket // 64
     tables = torch.randperm(len(pool), device=GPU)[: rows * width].int().view(rows, width)
     lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
-    graphs, first = {}, None
+    graphs, kept, first = {}, [], None  # a graph does not keep what its launches read
     for name, plan in decode_plans(rows, bucket, sms).items():
         if not tell.tries(f"decode {rows} {length} {name}"):
             continue
         out = torch.full_like(query, float("nan"))
-        scratch = DecodeScratch.make(rows, plan.num_splits, 32, 8, 128, GPU)
+        scratch = DecodeScratch.make(rows, plan.num_chunks, 32, 8, 128, GPU)
+        share_out(lengths, plan, scratch.work)
         calls = [
             partial(decode_attention, query, pool, layer % pool.shape[1], tables, lengths, plan, scratch, out)
             for layer in range(2 * pool.shape[1])
         ]
+        kept.append(calls)
         calls[0]()
         first = out.clone() if first is None else first
         if off(out, first) > 4e-3:
             tell.line(wrong=f"decode {rows} {length} {name}", error=off(out, first))
         else:
-            graphs[f"{name} {plan.num_splits}x{plan.chunk_tokens}"] = (captured(calls), len(calls))
+            graphs[f"{name} {plan.splits}"] = (captured(calls), len(calls))
     if not tell.tries(f"timing of decode {rows} {length}"):
         return
     for way, took in side_by_side(graphs).items():
@@ -270,6 +271,8 @@ def decode_parts(tell: Teller) -> Iterator[Call]:
         for rows, length, bucket in (
             (1, 1000, 2048), (1, 8000, 8192), (1, 10000, 32768), (1, 32000, 32768), (2, 8000, 8192), (2, 32000, 32768),
             (4, 8000, 8192), (4, 32000, 32768), (8, 8000, 8192), (8, 10000, 32768), (8, 32000, 32768),
+            (1, 1000, 2048), (2, 1000, 2048), (4, 1000, 2048), (8, 1000, 2048), (12, 1000, 2048), (16, 1000, 2048),
+            (20, 1000, 2048), (24, 1000, 2048), (28, 1000, 2048), (32, 1000, 2048), (40, 1000, 2048), (48, 1000, 2048),
         ):  # fmt: skip
             decode_cell(tell, pool, rows, length, bucket)
 

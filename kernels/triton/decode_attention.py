@@ -4,10 +4,10 @@
 
 The query heads that share a key head are the rows of one matrix product, so keys and values are read once. Softmax is
 kept as a running maximum and sum (Milakov, Gimelshein 2018; Dao et al., FlashAttention, 2022), in float32 with base 2.
-A program does one chunk of one sequence and key head. With `merges` it leaves its part in the scratch, and the program
-that ends last, found by a counter that it sets back to zero, merges the parts in the order of the chunks: the order of
-arrival does not matter, and no float is added atomically. With chunks of one size a row's bits do not depend on the
-batch (`decode_plan.fixed_plan`); with `even` chunks the size follows from the row's own length.
+A program does one chunk of one sequence and key head; `decode_work` says which. Where a sequence has several, each
+program leaves its part in the scratch, and the one that ends last, found by a counter that it sets back to zero, merges
+the parts in the order of the chunks: the order of arrival does not matter, and no float is added atomically. With
+chunks of one size a row's bits do not depend on the batch (`decode_plan.fixed_plan`).
 
 Bytes: the keys and values, 2 * sum(length) * KH * D * element size. Blocks of 64 tokens and more arrive by TMA.
 The pool must be finite everywhere: what lies past a sequence's end in its last tile is multiplied by 0, not skipped.
@@ -26,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.triton.decode_plan import TILE, DecodePlan
+from kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
 from kernels.triton.launch import launch_options, require
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
@@ -34,21 +35,24 @@ MERGED_ELEMENTS = 8192  # of partial results that a merging program holds at onc
 
 @dataclass(frozen=True, slots=True)
 class DecodeScratch:
-    """Where programs leave their parts; made once, for the largest step. Kernels leave `arrived` all zero."""
+    """What a step's chunks are, and where programs leave their parts; made once, for the largest step. Kernels leave
+    `arrived` all zero."""
 
-    parts: torch.Tensor  # float32 [rows * KH * splits * group * D]
-    softmax: torch.Tensor  # float32 [rows * KH * splits * 2 * group]: maximum and sum
+    work: torch.Tensor  # int32 [chunks, COLUMNS], see decode_work
+    parts: torch.Tensor  # float32 [KH * chunks * group * D]
+    softmax: torch.Tensor  # float32 [KH * chunks * 2 * group]: maximum and sum
     arrived: torch.Tensor  # int32 [rows * KH]
 
     @classmethod
     def make(
-        cls, num_rows: int, num_splits: int, num_heads: int, kv_heads: int, head_dim: int, device
+        cls, num_rows: int, num_chunks: int, num_heads: int, kv_heads: int, head_dim: int, device
     ) -> DecodeScratch:
-        """Room for a plan of num_splits over num_rows sequences."""
-        heads = num_rows * num_splits * num_heads
+        """Room for plans of up to num_chunks over up to num_rows sequences."""
+        heads = num_chunks * num_heads
         return cls(
-            torch.empty(heads * head_dim, dtype=torch.float32, device=device),
-            torch.empty(heads * 2, dtype=torch.float32, device=device),
+            torch.zeros(num_chunks, COLUMNS.value, dtype=torch.int32, device=device),
+            torch.zeros(heads * head_dim, dtype=torch.float32, device=device),
+            torch.zeros(heads * 2, dtype=torch.float32, device=device),
             torch.zeros(num_rows * kv_heads, dtype=torch.int32, device=device),
         )
 
@@ -85,13 +89,14 @@ def _merge_parts(
     tl.store(out_ptr + head[:, None] * DIM + element[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["layer", "num_layers", "scale_log2", "chunk_tokens", "num_splits", "window"])
+@triton.jit(do_not_specialize=["layer", "num_layers", "scale_log2", "window"])
 def _decode_attention_kernel(
     query_ptr,
     pool_desc,
     pool_ptr,
     table_ptr,
     length_ptr,
+    work_ptr,
     out_ptr,
     parts_ptr,
     softmax_ptr,
@@ -100,8 +105,6 @@ def _decode_attention_kernel(
     layer,
     num_layers,
     table_stride,
-    chunk_tokens,
-    num_splits,
     window,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -113,29 +116,27 @@ def _decode_attention_kernel(
     GROUP_BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
     TMA: tl.constexpr,
-    MERGES: tl.constexpr,
-    EVEN: tl.constexpr,
     WINDOWED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    row = tl.program_id(2)
+    number = tl.program_id(1)
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.arange(0, ROWS)
     element = tl.arange(0, DIM_BLOCK)
     inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
-    length = tl.load(length_ptr + row)  # not written by the kernels of a step, so before the wait
+    chunk = work_ptr + number * COLUMNS  # not written by the kernels of a layer, nor are lengths: before the wait
+    row = tl.load(chunk + ROW)
+    start = tl.load(chunk + START)
+    end = tl.load(chunk + END)
+    first_part = tl.load(chunk + FIRST)
+    end_part = first_part + tl.load(chunk + PARTS)
     first = 0
-    if WINDOWED:
-        first = tl.maximum(length - window, 0)
-    start = first
-    end = length
-    if EVEN:
-        chunk_tokens = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), TILE), 1) * TILE
-    if MERGES:
-        start = tl.maximum(first, split * chunk_tokens)
-        end = tl.minimum((split + 1) * chunk_tokens, length)
+    if WINDOWED:  # noqa: SIM102 - a constant: what is behind it is compiled only for windows
+        if start < end:
+            first = tl.maximum(tl.load(length_ptr + row) - window, 0)
+            first_part += first // tl.load(chunk + CHUNK)
+            start = tl.maximum(start, first)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -172,21 +173,19 @@ def _decode_attention_kernel(
             total = total * shrink + tl.sum(weights, 1)
             sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
             top = new_top
-        if MERGES:
-            base = (row * KV_HEADS + kv_head) * num_splits
-            place = parts_ptr + ((base + split) * GROUP + head)[:, None] * DIM + element[None, :]
+        if end_part - first_part > 1:
+            base = kv_head * tl.num_programs(1)
+            place = parts_ptr + ((base + number) * GROUP + head)[:, None] * DIM + element[None, :]
             tl.store(place, sums, mask=inside)
-            place = softmax_ptr + (base + split) * 2 * GROUP + head
+            place = softmax_ptr + (base + number) * 2 * GROUP + head
             tl.store(place, top, mask=head < GROUP)
             tl.store(place + GROUP, total, mask=head < GROUP)
             tl.debug_barrier()
-            first_split = first // chunk_tokens
-            end_split = tl.cdiv(length, chunk_tokens)
             before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
-            if before == end_split - first_split - 1:
+            if before == end_part - first_part - 1:
                 tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
                 _merge_parts(
-                    parts_ptr, softmax_ptr, out_ptr + heads_at, base, first_split, end_split, DIM, DIM_BLOCK, GROUP,
+                    parts_ptr, softmax_ptr, out_ptr + heads_at, base, first_part, end_part, DIM, DIM_BLOCK, GROUP,
                     GROUP_BLOCK, AT_ONCE,
                 )  # fmt: skip
         else:
@@ -211,9 +210,9 @@ def decode_attention(
     """Fills out [B, H, D]; query [B, H, D], pool [blocks, layers, 2, block_tokens, KH, D], both of one dtype.
 
     block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
-    the pool; none longer than the plan allows. A row of length 0 is padding: its output is not written. window: how
-    many tokens are seen at most, the own one included. scale: D**-0.5 unless given. With `pdl` no kernel of the same
-    chain may write lengths.
+    the pool. scratch.work is what decode_work.share_out made of the lengths and the plan. A row of length 0 is padding:
+    its output is not written. window: how many tokens are seen at most, the own one included. scale: D**-0.5 unless
+    given. With `pdl` no kernel of the same chain may write lengths or the work.
     """
     num_rows, num_heads, head_dim = query.shape
     num_blocks, num_layers, _, block_tokens, kv_heads, _ = pool.shape
@@ -228,10 +227,10 @@ def decode_attention(
     require(block_tables.stride(1) == 1, "rows of block_tables must be contiguous")
     for tensor in (query, pool, lengths, out):
         require(tensor.is_contiguous(), "tensors must be contiguous")
-    if plan.merges:
-        parts = num_rows * plan.num_splits * num_heads
-        enough = scratch.parts.numel() >= parts * head_dim and scratch.softmax.numel() >= parts * 2
-        require(enough and scratch.arrived.numel() >= num_rows * kv_heads, "the scratch is too small for the plan")
+    parts = plan.num_chunks * num_heads
+    enough = scratch.parts.numel() >= parts * head_dim and scratch.softmax.numel() >= parts * 2
+    enough = enough and len(scratch.work) >= plan.num_chunks and scratch.arrived.numel() >= num_rows * kv_heads
+    require(enough, "the scratch is too small for the plan")
     require(num_blocks * num_layers * 2 * block_tokens < 2**31, "the pool has more slots than int32 counts")
     if num_rows == 0:
         return
@@ -239,12 +238,13 @@ def decode_attention(
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
     rows_of_pool = pool.view(-1, kv_heads * head_dim)
-    _decode_attention_kernel[(kv_heads, plan.num_splits, num_rows)](
+    _decode_attention_kernel[(kv_heads, plan.num_chunks)](
         query,
         TensorDescriptor.from_tensor(rows_of_pool, [TILE, head_dim]) if tma else None,
         pool,
         block_tables,
         lengths,
+        scratch.work,
         out,
         scratch.parts,
         scratch.softmax,
@@ -253,8 +253,6 @@ def decode_attention(
         layer,
         num_layers,
         block_tables.stride(0),
-        plan.chunk_tokens,
-        plan.num_splits,
         0 if window is None else window,
         HEADS=num_heads,
         KV_HEADS=kv_heads,
@@ -266,8 +264,6 @@ def decode_attention(
         GROUP_BLOCK=group_block,
         AT_ONCE=max(2, min(16, MERGED_ELEMENTS // (group_block * dim_block))),
         TMA=tma,
-        MERGES=plan.merges,
-        EVEN=plan.even,
         WINDOWED=window is not None,
         PDL=pdl,
         **launch_options(4, pdl, plan.num_stages),

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
-from kernels.triton.decode_plan import DecodePlan, even_plan, fixed_plan
+from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from kernels.triton.decode_work import share_out
 from kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
 from models.batch import Draw, Launched, Row
 from models.config import ModelConfig
@@ -123,7 +124,14 @@ class CudaRunner:
             upload=Upload(self.queue, header + 2 * aligned(rows * width)),
             attention=attention,
             chunk_upload=Upload(self.queue, 3 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED),
-            scratch=self._scratch([(size, self._plan(size, length)) for size in sizes for length in lengths]),
+            scratch=DecodeScratch.make(
+                rows,
+                max(self._plan(size, length).num_chunks for size in sizes for length in lengths),
+                config.num_heads,
+                config.num_kv_heads,
+                config.head_dim,
+                device,
+            ),
             graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
             edited=DecodeGraphs(self.queue, sizes, (max_model_len,), self._edited_body),
             both=torch.zeros(3, self._most_tokens, dtype=torch.int32, device=device),
@@ -223,18 +231,20 @@ class CudaRunner:
         slots, plan = bound.upload.there[:num_rows], self._plan(num_rows, max_tokens)
 
         def body() -> None:
-            self._gather(inputs)
+            self._gather(inputs, plan)
             logits = self._decoder.decode(inputs, plan, bound.scratch, pdl)
             self._draw(logits, slots, inputs.lengths, edited=False)
 
         return body
 
-    def _gather(self, inputs: StepInputs) -> None:
-        """What the rows of a decode step compute, from the header that was sent and what their slots keep."""
+    def _gather(self, inputs: StepInputs, plan: DecodePlan) -> None:
+        """What the rows of a decode step compute, from the header that was sent and what their slots keep, and how
+        attention shares it out."""
         bound, num_rows = self._bind(), len(inputs.tokens)
         header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
         slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
         gather_inputs(slots, positions, given, bound.slots.last, bound.slots.tables, bound.block_tokens, inputs)
+        share_out(inputs.lengths, plan, bound.scratch.work)
 
     def _pdl(self, num_rows: int, max_tokens: int) -> bool:
         few = num_rows <= PDL_ROWS_LONG or (num_rows <= PDL_ROWS and max_tokens <= FAST_LENGTHS[0])
@@ -322,7 +332,7 @@ class CudaRunner:
 
         def work() -> None:
             set_entries(bound.slots.tables.view(-1), places, blocks)
-            self._gather(inputs)
+            self._gather(inputs, plan)
             pairs = (inputs.tokens, tokens), (inputs.positions, positions), (inputs.kv_slots, kv_slots)
             for pair, joined in zip(pairs, both, strict=True):
                 torch.cat(pair, out=joined)
@@ -371,18 +381,8 @@ class CudaRunner:
                 sent = bound.chunk_upload.send(shape.padded(one, bound.slots.padding))
                 yield CapturedChunks(shape, self.queue.capture(self._prefill_body(sent)))
 
-    def _scratch(self, plans: Sequence[tuple[int, DecodePlan]]) -> DecodeScratch:
-        """Room for any of the plans, each with its number of rows."""
-        config, device = self.config, self.queue.device
-        heads = max(size * plan.num_splits for size, plan in plans) * config.num_heads
-        return DecodeScratch(
-            parts=torch.zeros(heads * config.head_dim, dtype=torch.float32, device=device),
-            softmax=torch.zeros(heads * 2, dtype=torch.float32, device=device),
-            arrived=torch.zeros(self._limits.max_rows * config.num_kv_heads, dtype=torch.int32, device=device),
-        )
-
     def _plan(self, num_rows: int, max_tokens: int) -> DecodePlan:
-        make = fixed_plan if self._limits.deterministic else even_plan
+        make = fixed_plan if self._limits.deterministic else split_plan
         return make(num_rows, self.config.num_kv_heads, max_tokens, self.queue.num_sms)
 
     def _bind(self) -> _Bound:

@@ -47,7 +47,8 @@ def test_rope_and_write(heads, normed, pdl):
 def test_decode_attention(heads, block_tokens, pdl):
     lengths = [1, 63, 64, 700, 333, 1024]
     for plan in (
-        DecodePlan(1, 1024, 5, False),
+        DecodePlan(9, 5, chunk_tokens=1024),
+        DecodePlan(70, 5, splits=9),
         split_plan(6, heads.key, 1024, 132),
         fixed_plan(6, heads.key, 1024, 132, 64),
     ):
@@ -61,7 +62,7 @@ def test_the_depth_of_the_pipeline_does_not_change_bits(block_tokens):
     lengths = [1, 63, 64, 700, 333, 1024]
     outs = [
         checks.check_decode_attention(
-            GPU, BF16, LLAMA_8B, lengths, block_tokens, DecodePlan(-(-1024 // 256) + more, 256, stages, True), None, pdl
+            GPU, BF16, LLAMA_8B, lengths, block_tokens, DecodePlan(24 + more, stages, chunk_tokens=256), None, pdl
         )
         for stages in (3, 5, 7)
         for more in (0, 5)

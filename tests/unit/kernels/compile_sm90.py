@@ -100,9 +100,17 @@ def decode(heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, 
 
     rows, plan = 8, DecodePlan(*plan)
     query, lengths = empty(rows, heads, dim), empty(rows, dtype=torch.int32)
-    scratch = module.DecodeScratch.make(rows, plan.num_splits, heads, kv_heads, dim, "meta")
+    scratch = module.DecodeScratch.make(rows, plan.num_chunks, heads, kv_heads, dim, "meta")
     pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim), empty(rows, 64, dtype=torch.int32)
     module.decode_attention(query, pool, 3, tables, lengths, plan, scratch, query, pdl=pdl)
+
+
+def share_out() -> None:
+    from kernels.triton import decode_work
+    from kernels.triton.decode_plan import DecodePlan
+
+    work = empty(512, decode_work.COLUMNS.value, dtype=torch.int32)
+    decode_work.share_out(empty(256, dtype=torch.int32), DecodePlan(512, 3), work)
 
 
 def prefill(heads: int, kv_heads: int, dim: int, block_tokens: int, window: int | None = None) -> None:
@@ -187,8 +195,7 @@ def inputs_of_a_step() -> None:
     step_inputs.set_entries(*rows[:3])
 
 
-EVEN = (16, 512, 7, True, True)
-WHOLE, PARTS, DEEP = (1, 1024, 3, False), (4, 256, 5, True), (4, 256, 7, True)
+WHOLE, PARTS, DEEP = (16, 3), (40, 5, 4), (40, 7, 4)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
@@ -205,7 +212,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),
-    "decode_128_page64_even": lambda: decode(32, 8, 128, 64, EVEN, pdl=True),
+    "share_out": lambda: share_out(),
     "decode_128_page16_parts": lambda: decode(32, 8, 128, 16, PARTS),
     "decode_64_page32_parts": lambda: decode(14, 2, 64, 32, PARTS),
     "decode_80_page16": lambda: decode(32, 8, 80, 16, WHOLE),

@@ -20,6 +20,7 @@ from kernels.triton import (
     blocks,
     decode_attention,
     decode_plan,
+    decode_work,
     linear,
     linear_policy,
     norm,
@@ -218,11 +219,12 @@ def check_decode_attention(
     paged = Paged.make(device, dtype, heads, lengths, block_tokens)
     query = randn((len(lengths), heads.query, heads.dim), dtype, device)
     scratch = decode_attention.DecodeScratch.make(
-        len(lengths), plan.num_splits, heads.query, heads.key, heads.dim, device
+        len(lengths), plan.num_chunks, heads.query, heads.key, heads.dim, device
     )
     scratch.parts.fill_(float("nan"))
     scratch.softmax.fill_(float("nan"))
     held = torch.tensor(lengths, dtype=torch.int32, device=device)
+    decode_work.share_out(held, plan, scratch.work)
     outs = [poison(tuple(query.shape), dtype, device) for _ in range(2)]
     for out in outs:
         decode_attention.decode_attention(

@@ -2,21 +2,22 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels.triton import decode_attention
+from kernels.triton import decode_attention, decode_work
 from kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
 from tests.unit.kernels import kernel_checks as checks
 
-WHOLE = DecodePlan(1, 256, 3, merges=False)
-HALVES = DecodePlan(3, 64, 3, merges=True)
+WHOLE = DecodePlan(5, 3, chunk_tokens=256)
+PIECES = DecodePlan(9, 3, chunk_tokens=64)
+SHARED = DecodePlan(30, 3, splits=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("plan", [WHOLE, HALVES])
+@pytest.mark.parametrize("plan", [WHOLE, PIECES, SHARED])
 @pytest.mark.parametrize("block_tokens", [16, 64])
 def test_dtypes_and_plans(device, dtype, plan, block_tokens):
     """Guards against tokens past the end that count, blocks of another sequence, and parts merged wrongly."""
@@ -27,10 +28,10 @@ def test_dtypes_and_plans(device, dtype, plan, block_tokens):
 @pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
 def test_shapes(device, heads, block_tokens):
     """Guards against groups and head dimensions that are no powers of two, and pages larger or smaller than a tile."""
-    checks.check_decode_attention(device, torch.bfloat16, checks.Heads(*heads), [70, 129], block_tokens, HALVES)
+    checks.check_decode_attention(device, torch.bfloat16, checks.Heads(*heads), [70, 129], block_tokens, PIECES)
 
 
-@pytest.mark.parametrize("plan", [WHOLE, HALVES])
+@pytest.mark.parametrize("plan", [WHOLE, PIECES, SHARED])
 @pytest.mark.parametrize("window", [1, 40, 64, 100, 1000])
 def test_window(device, plan, window):
     """Guards against a window that is off by one, and merged parts of chunks before it, which were never written."""
@@ -45,29 +46,66 @@ def test_fixed_chunks_do_not_depend_on_the_batch(device):
     paged = checks.Paged.make(device, torch.bfloat16, heads, [150], 64)
     tables = torch.nn.functional.pad(paged.tables, (0, 8)).repeat(3, 1)
     query = checks.randn((1, 4, 64), torch.bfloat16, device).repeat(3, 1, 1)
-    scratch = decode_attention.DecodeScratch.make(3, plans[1].num_splits, 4, 1, 64, device)
+    scratch = decode_attention.DecodeScratch.make(3, plans[1].num_chunks, 4, 1, 64, device)
     out = checks.poison((3, 4, 64), torch.bfloat16, device)
     lengths = torch.tensor([7, 150, 0], dtype=torch.int32, device=device)
+    decode_work.share_out(lengths, plans[1], scratch.work)
     decode_attention.decode_attention(query, paged.pool, 1, tables, lengths, plans[1], scratch, out)
     assert torch.equal(out[1], alone[0])
     assert bool(out[2].isnan().all()), "a row of length 0 is padding and stays as it was"
 
 
+def chunks_of(lengths: list[int], plan: DecodePlan, device: str) -> list[list[int]]:
+    """Rows of the work of a step: row, start, end, chunk, first, parts. It was full of another step's before."""
+    work = torch.full((plan.num_chunks + 3, decode_work.COLUMNS.value), 7, dtype=torch.int32, device=device)
+    decode_work.share_out(torch.tensor(lengths, dtype=torch.int32, device=device), plan, work)
+    assert bool((work[plan.num_chunks :] == 7).all()), "it wrote past the plan's chunks"
+    return [chunk[:6] for chunk in work[: plan.num_chunks].tolist() if chunk[1] < chunk[2]]
+
+
+def assert_all_is_shared_out(lengths: list[int], chunks: list[list[int]]) -> None:
+    """Every token in one chunk; the chunks of a row follow each other, and each knows where they are and how many."""
+    for row, length in enumerate(lengths):
+        mine = [(number, *chunk[1:]) for number, chunk in enumerate(chunks) if chunk[0] == row]
+        starts, ends = [chunk[1] for chunk in mine], [chunk[2] for chunk in mine]
+        assert [*starts, length] == [0, *ends], (row, mine)
+        for number, start, _, size, first, parts in mine:
+            assert size % TILE == 0 and start == (number - first) * size and parts == len(mine)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.sampled_from([0, 1, 63, 64, 65, 500, 1000, 8192, 33000]), min_size=1, max_size=20), st.integers(1, 9)
+)
+def test_every_token_is_in_one_chunk(device, lengths, splits):
+    """Guards against tokens that nobody reads, or that two do, whatever lengths come together."""
+    shared = DecodePlan((splits + 1) * len(lengths), 3, splits)
+    assert_all_is_shared_out(lengths, chunks_of(lengths, shared, device))
+    fixed = fixed_plan(len(lengths), 8, 33000, 132)
+    assert_all_is_shared_out(lengths, chunks_of(lengths, fixed, device))
+
+
+def test_a_long_sequence_is_cut_and_its_like_are_left_whole(device):
+    """Guards against a step that waits for one program with the whole of a long sequence, and against cuts of rows that
+    differ little, which cost more than they even out."""
+    plan = split_plan(64, 8, 32768, 132)
+    chunks = chunks_of([1000] * 63 + [32000], plan, device)
+    assert max(end - start for _, start, end, *_ in chunks) < 1700 and len(chunks) == 63 + 21
+    assert len(chunks_of([900, 1000, 1100, 1250] * 16, plan, device)) == 64
+
+
 @settings(max_examples=300)
 @given(st.integers(1, 512), st.sampled_from([1, 2, 4, 8, 16, 32]), st.integers(1, 131072), st.integers(1, 200))
-def test_a_plan_covers_the_longest_sequence(num_rows, kv_heads, max_tokens, num_sms):
-    """Guards against tokens that no chunk holds, and chunks that hold none."""
-    for plan in (
-        split_plan(num_rows, kv_heads, max_tokens, num_sms),
-        fixed_plan(num_rows, kv_heads, max_tokens, num_sms),
-    ):
-        assert plan.chunk_tokens % TILE == 0 and plan.num_splits * plan.chunk_tokens >= max_tokens
-        assert (plan.num_splits - 1) * plan.chunk_tokens < max_tokens
-        assert plan.merges or plan.num_splits == 1
+def test_a_plan_has_places_for_all(num_rows, kv_heads, max_tokens, num_sms):
+    """Guards against fixed chunks that do not reach the longest sequence's end."""
+    fixed = fixed_plan(num_rows, kv_heads, max_tokens, num_sms)
+    assert fixed.num_chunks * fixed.chunk_tokens >= num_rows * max_tokens
+    shared = split_plan(num_rows, kv_heads, max_tokens, num_sms)
+    assert shared.num_chunks == (shared.splits + 1) * num_rows and shared.chunk_tokens == 0 < shared.splits
 
 
 def test_plans_that_were_measured_best():
     """Guards against a rule that drifts from the measured optima, with 8 key heads."""
-    assert [split_plan(rows, 8, 1024, 132).num_splits for rows in (1, 8, 16, 20, 32, 64, 256)] == [16, 2, 1, 3, 1, 1, 1]
-    assert [split_plan(rows, 8, 32768, 132).num_splits for rows in (1, 2, 8)] == [32, 32, 8]
-    assert [split_plan(1, heads, 32768, 132).num_splits for heads in (1, 2, 4)] == [256, 128, 64]  # two programs each
+    assert [split_plan(rows, 8, 1024, 132).splits for rows in (1, 8, 16, 20, 32, 64, 256)] == [16, 2, 1, 3, 1, 1, 1]
+    assert [split_plan(rows, 8, 32768, 132).splits for rows in (1, 2, 8)] == [32, 32, 8]
+    assert [split_plan(1, heads, 32768, 132).splits for heads in (1, 2, 4)] == [256, 128, 64]  # two programs each

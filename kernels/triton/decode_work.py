@@ -1,0 +1,84 @@
+"""The chunks of a decode step, shared out on the GPU from the lengths that it finds there: once a step, for all layers.
+
+    tiles[r] = ceil(length[r] / TILE);  mean = ceil(sum(tiles) / (splits * |{r: length[r] > 0}|))
+    parts[r] = round(tiles[r] / mean), at least 1;  chunk[r] = ceil(tiles[r] / parts[r])
+    first[r] = sum(parts[:r])
+
+With fixed chunks chunk[r] is theirs and parts[r] = ceil(tiles[r] / chunk[r]). Else a sequence that is much longer than
+the others takes no longer than they do; those that differ little stay whole, for a cut costs more than it evens out.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from kernels.triton.decode_plan import TILE, DecodePlan
+from kernels.triton.launch import require
+
+WRITTEN = 128  # chunks at a time
+
+# Columns of the work, int32; a row a chunk. START = END: no chunk.
+ROW = tl.constexpr(0)
+START, END = tl.constexpr(1), tl.constexpr(2)  # tokens
+CHUNK = tl.constexpr(3)  # tokens of all chunks of the sequence but the last
+FIRST, PARTS = tl.constexpr(4), tl.constexpr(5)  # the sequence's chunks: number of the first, and how many
+COLUMNS = tl.constexpr(8)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_chunks", "splits", "fixed_tiles"])
+def _share_out_kernel(
+    length_ptr, work_ptr, num_rows, num_chunks, splits, fixed_tiles, ROWS: tl.constexpr, TILE: tl.constexpr,
+    WRITTEN: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0)
+    each = tl.arange(0, ROWS)
+    lengths = tl.load(length_ptr + each, mask=each < num_rows, other=0)
+    tiles = tl.cdiv(lengths, TILE)
+    if fixed_tiles > 0:
+        chunks = tl.zeros_like(tiles) + fixed_tiles
+    else:
+        there = tl.maximum(tl.sum((lengths > 0).to(tl.int32), 0), 1)
+        mean = tl.maximum(tl.cdiv(tl.sum(tiles, 0), splits * there), 1)
+        parts = tl.maximum((2 * tiles + mean) // (2 * mean), 1)
+        chunks = tl.maximum(tl.cdiv(tiles, parts), 1)
+    parts = tl.cdiv(tiles, chunks)
+    first = tl.sum(tl.where(each < row, parts, 0), 0)
+    count = tl.sum(tl.where(each == row, parts, 0), 0)
+    length = tl.sum(tl.where(each == row, lengths, 0), 0)
+    chunk = tl.sum(tl.where(each == row, chunks, 0), 0) * TILE
+    for start in tl.range(0, count, WRITTEN):
+        part = start + tl.arange(0, WRITTEN)
+        inside = (part < count) & (first + part < num_chunks)
+        place = work_ptr + (first + part) * COLUMNS
+        zero = tl.zeros_like(part)
+        tl.store(place + ROW, zero + row, mask=inside)
+        tl.store(place + START, part * chunk, mask=inside)
+        tl.store(place + END, tl.minimum((part + 1) * chunk, length), mask=inside)
+        tl.store(place + CHUNK, zero + chunk, mask=inside)
+        tl.store(place + FIRST, zero + first, mask=inside)
+        tl.store(place + PARTS, zero + count, mask=inside)
+    used = tl.sum(parts, 0)
+    for start in tl.range(used + row * WRITTEN, num_chunks, num_rows * WRITTEN):  # places that were used before
+        place = start + tl.arange(0, WRITTEN)
+        zero = tl.zeros_like(place)
+        tl.store(work_ptr + place * COLUMNS + START, zero, mask=place < num_chunks)
+        tl.store(work_ptr + place * COLUMNS + END, zero, mask=place < num_chunks)
+
+
+def share_out(lengths: torch.Tensor, plan: DecodePlan, work: torch.Tensor) -> None:
+    """Fills the first plan.num_chunks rows of work [chunks, COLUMNS], int32; lengths int32 [rows], 0 for padding.
+
+    The rows may be no more, and no longer, than the plan was made for: what has no place is not computed.
+    """
+    require(lengths.dim() == 1 and lengths.dtype == work.dtype == torch.int32, "lengths and work must be int32")
+    require(lengths.is_contiguous() and work.is_contiguous(), "tensors must be contiguous")
+    require(work.shape[0] >= plan.num_chunks and work.shape[1] == COLUMNS.value, "the work does not fit the plan")
+    num_rows = lengths.shape[0]
+    if num_rows:
+        _share_out_kernel[(num_rows,)](
+            lengths, work, num_rows, plan.num_chunks, plan.splits, plan.chunk_tokens // TILE,
+            ROWS=triton.next_power_of_2(num_rows), TILE=TILE, WRITTEN=WRITTEN, num_warps=4,
+        )  # fmt: skip
