@@ -30,6 +30,7 @@ from kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, S
 from kernels.triton.launch import launch_options, require
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
+DEEPEST, DEEPEST_WIDE = 9, 7  # pipelines that shared memory holds, with heads of up to 128 and of more
 MERGED_ELEMENTS = 8192  # of partial results that a merging program holds at once: 64 registers a thread
 
 
@@ -266,5 +267,5 @@ def decode_attention(
         TMA=tma,
         WINDOWED=window is not None,
         PDL=pdl,
-        **launch_options(4, pdl, plan.num_stages),
+        **launch_options(4, pdl, min(plan.num_stages, DEEPEST if dim_block <= 128 else DEEPEST_WIDE)),
     )

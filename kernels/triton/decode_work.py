@@ -1,11 +1,11 @@
 """The chunks of a decode step, shared out on the GPU from the lengths that it finds there: once a step, for all layers.
 
-    tiles[r] = ceil(length[r] / TILE);  mean = ceil(sum(tiles) / (splits * |{r: length[r] > 0}|))
-    parts[r] = round(tiles[r] / mean), at least 1;  chunk[r] = ceil(tiles[r] / parts[r])
-    first[r] = sum(parts[:r])
+    tiles[r] = ceil(length[r] / TILE);  share = sum(tiles) / (splits * |{r: length[r] > 0}|)
+    parts[r] = round(tiles[r] / share), at least 1;  chunk[r] = ceil(tiles[r] / parts[r])
 
 With fixed chunks chunk[r] is theirs and parts[r] = ceil(tiles[r] / chunk[r]). Else a sequence that is much longer than
 the others takes no longer than they do; those that differ little stay whole, for a cut costs more than it evens out.
+The largest chunks come first (R. L. Graham's rule, 1969: then the last to end is not one that began late).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -40,15 +40,16 @@ def _share_out_kernel(
     if fixed_tiles > 0:
         chunks = tl.zeros_like(tiles) + fixed_tiles
     else:
-        there = tl.maximum(tl.sum((lengths > 0).to(tl.int32), 0), 1)
-        mean = tl.maximum(tl.cdiv(tl.sum(tiles, 0), splits * there), 1)
-        parts = tl.maximum((2 * tiles + mean) // (2 * mean), 1)
+        shares = splits * tl.sum((lengths > 0).to(tl.int32), 0)
+        all_tiles = tl.maximum(tl.sum(tiles, 0), 1)
+        parts = tl.maximum((2 * tiles * shares + all_tiles) // (2 * all_tiles), 1)
         chunks = tl.maximum(tl.cdiv(tiles, parts), 1)
     parts = tl.cdiv(tiles, chunks)
-    first = tl.sum(tl.where(each < row, parts, 0), 0)
     count = tl.sum(tl.where(each == row, parts, 0), 0)
     length = tl.sum(tl.where(each == row, lengths, 0), 0)
-    chunk = tl.sum(tl.where(each == row, chunks, 0), 0) * TILE
+    chunk = tl.sum(tl.where(each == row, chunks, 0), 0)
+    first = tl.sum(tl.where((chunks > chunk) | ((chunks == chunk) & (each < row)), parts, 0), 0)
+    chunk *= TILE
     for start in tl.range(0, count, WRITTEN):
         part = start + tl.arange(0, WRITTEN)
         inside = (part < count) & (first + part < num_chunks)

@@ -64,7 +64,7 @@ def test_the_depth_of_the_pipeline_does_not_change_bits(block_tokens):
         checks.check_decode_attention(
             GPU, BF16, LLAMA_8B, lengths, block_tokens, DecodePlan(24 + more, stages, chunk_tokens=256), None, pdl
         )
-        for stages in (3, 5, 7)
+        for stages in (3, 5, 7, 9)
         for more in (0, 5)
         for pdl in (False, True)
     ]

@@ -195,7 +195,7 @@ def inputs_of_a_step() -> None:
     step_inputs.set_entries(*rows[:3])
 
 
-WHOLE, PARTS, DEEP = (16, 3), (40, 5, 4), (40, 7, 4)
+WHOLE, PARTS, DEEP, DEEPEST = (16, 3), (40, 5, 4), (40, 7, 4), (40, 9, 4)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
@@ -213,11 +213,13 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),
     "share_out": lambda: share_out(),
+    "decode_128_page64_deepest": lambda: decode(32, 8, 128, 64, DEEPEST, pdl=True),
     "decode_128_page16_parts": lambda: decode(32, 8, 128, 16, PARTS),
     "decode_64_page32_parts": lambda: decode(14, 2, 64, 32, PARTS),
     "decode_80_page16": lambda: decode(32, 8, 80, 16, WHOLE),
     "decode_96_page64_parts": lambda: decode(32, 8, 96, 64, PARTS),
     "decode_256_page64_parts": lambda: decode(16, 1, 256, 64, PARTS),
+    "decode_256_page64_deepest": lambda: decode(16, 1, 256, 64, DEEPEST),
     "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
     "gluon_page64": lambda: prefill_gluon(64, True),
     "gluon_page16": lambda: prefill_gluon(16, False),
