@@ -205,7 +205,7 @@ def decode(report: Report) -> None:
             pool = pool.view(num_blocks, layers, 2, block_tokens, KV_HEADS, DIM)
             tables = torch.randperm(num_blocks, device=GPU).int().view(rows, width)
             for name, plan in (
-                ("fast", split_plan(rows, KV_HEADS, length, sms)),
+                ("fast", split_plan(rows, KV_HEADS, sms)),
                 ("fixed_256", fixed_plan(rows, KV_HEADS, length, sms, 256)),
                 ("fixed_512", fixed_plan(rows, KV_HEADS, length, sms, 512)),
                 ("fixed_1024", fixed_plan(rows, KV_HEADS, length, sms, 1024)),
@@ -257,14 +257,13 @@ def mixed(report: Report) -> None:
         **{f"{rows} chats": chats[:rows] for rows in (8, 24, 32, 64, 128, 256)},
     }
     for name, each in cells.items():
-        bucket = next(size for size in (2048, 8192, 32768) if size >= max(each))
-        width, rows = bucket // 64, len(each)
+        width, rows = -(-max(each) // 64), len(each)
         query, out, lengths = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM), torch.tensor(each).int().to(GPU)
         blocks, tables = torch.randperm(len(pool)).tolist(), torch.zeros(rows, width, dtype=torch.int32)
         for row, length in enumerate(each):
             used = -(-length // 64)
             tables[row, :used] = torch.tensor([blocks.pop() for _ in range(used)])
-        plan = split_plan(rows, KV_HEADS, bucket, sms)
+        plan = split_plan(rows, KV_HEADS, sms)
         calls = decode_calls(query, pool, range(8), tables.to(GPU), lengths, plan, out)
         report.moved("decode_attention", sum(each) * KV_HEADS * DIM * 4, calls, lengths=name, tokens=sum(each))
         scratch = torch.zeros(plan.num_chunks, 8, dtype=torch.int32, device=GPU)
@@ -282,7 +281,7 @@ def pools(report: Report) -> None:
         for rows, length in ((8, 32768), (256, 1024)):
             query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
             lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
-            plan = split_plan(rows, KV_HEADS, length, sms)
+            plan = split_plan(rows, KV_HEADS, sms)
             for order, blocks_of in (("random", torch.randperm(4096)), ("rising", torch.arange(4096))):
                 tables = blocks_of.to(GPU).int().view(rows, -1)
                 calls = decode_calls(query, pool, (0, layers // 2, layers - 1), tables, lengths, plan, out)

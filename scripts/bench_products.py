@@ -223,23 +223,23 @@ def few_parts(tell: Teller) -> Iterator[Call]:
         yield partial(part, name, shape)
 
 
-def decode_plans(rows: int, length: int, sms: int) -> dict[str, DecodePlan]:
+def decode_plans(rows: int, sms: int) -> dict[str, DecodePlan]:
     """The rule's plan, and chunks of other numbers and depths."""
-    plans = {"rule": split_plan(rows, 8, length, sms)}
-    for programs, depths in ((1, (3, 5, 7)), (2, (3, 5, 7)), (3, (3, 5)), (4, (3,))):
+    plans = {"rule": split_plan(rows, 8, sms)}
+    for programs, depths in ((1, (3, 5, 7, 9)), (2, (3, 5, 7)), (3, (3, 5)), (4, (3,))):
         splits = max(1, round(programs * sms / (rows * 8)))
         for stages in depths:
             plans[f"{programs}_an_sm_depth_{stages}"] = DecodePlan((splits + 1) * rows, stages, splits)
     return plans
 
 
-def decode_cell(tell: Teller, pool: torch.Tensor, rows: int, length: int, bucket: int) -> None:
+def decode_cell(tell: Teller, pool: torch.Tensor, rows: int, length: int) -> None:
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    query, width = randn(rows, 32, 128), bucket // 64
+    query, width = randn(rows, 32, 128), -(-length // 64)
     tables = torch.randperm(len(pool), device=GPU)[: rows * width].int().view(rows, width)
     lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
     graphs, kept, first = {}, [], None  # a graph does not keep what its launches read
-    for name, plan in decode_plans(rows, bucket, sms).items():
+    for name, plan in decode_plans(rows, sms).items():
         if not tell.tries(f"decode {rows} {length} {name}"):
             continue
         out = torch.full_like(query, float("nan"))
@@ -260,7 +260,7 @@ def decode_cell(tell: Teller, pool: torch.Tensor, rows: int, length: int, bucket
         return
     for way, took in side_by_side(graphs).items():
         tell.line(
-            kernel="decode_attention", rows=rows, length=length, bucket=bucket, by=way, us=round(took * 1e6, 2),
+            kernel="decode_attention", rows=rows, length=length, by=way, us=round(took * 1e6, 2),
             tb_s=round(rows * length * 4096 / took / 1e12, 3),
         )  # fmt: skip
 
@@ -268,13 +268,10 @@ def decode_cell(tell: Teller, pool: torch.Tensor, rows: int, length: int, bucket
 def decode_parts(tell: Teller) -> Iterator[Call]:
     def part() -> None:
         pool = randn(8 * 512, 16, 2, 64, 8, 128)
-        for rows, length, bucket in (
-            (1, 1000, 2048), (1, 8000, 8192), (1, 10000, 32768), (1, 32000, 32768), (2, 8000, 8192), (2, 32000, 32768),
-            (4, 8000, 8192), (4, 32000, 32768), (8, 8000, 8192), (8, 10000, 32768), (8, 32000, 32768),
-            (1, 1000, 2048), (2, 1000, 2048), (4, 1000, 2048), (8, 1000, 2048), (12, 1000, 2048), (16, 1000, 2048),
-            (20, 1000, 2048), (24, 1000, 2048), (28, 1000, 2048), (32, 1000, 2048), (40, 1000, 2048), (48, 1000, 2048),
-        ):  # fmt: skip
-            decode_cell(tell, pool, rows, length, bucket)
+        few = [(rows, 1000) for rows in (1, 2, 4, 8, 12, 16, 20, 24, 28, 32, 40, 48)]
+        long = [(rows, length) for rows in (1, 2, 4, 8) for length in (8000, 10000, 32000)]
+        for rows, length in (*few, *long):
+            decode_cell(tell, pool, rows, length)
 
     yield part
 

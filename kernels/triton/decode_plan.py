@@ -27,14 +27,14 @@ class DecodePlan:
     chunk_tokens: int = 0
 
 
-def split_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int) -> DecodePlan:
-    """The fast plan for up to num_rows sequences of up to max_tokens.
+def split_plan(num_rows: int, kv_heads: int, num_sms: int) -> DecodePlan:
+    """The fast plan for up to num_rows sequences of any length.
 
     As many chunks as multiprocessors, or whole sequences where these are more: the optima measured in whole steps
     (docs/benchmarks/kernels.md). To cut them further, so that the last wave is full, costs more than it gives.
     """
     programs = num_rows * kv_heads
-    splits = min(max(1, num_sms // programs), -(-max_tokens // TILE))
+    splits = max(1, num_sms // programs)
     return DecodePlan((splits + 1) * num_rows, _stages(programs * splits, num_sms), splits)
 
 

@@ -40,12 +40,11 @@ from models.weights import Weights
 from node.errors import InvariantBroken, SettingsError
 from node.messages import SamplingParams
 
-FAST_LENGTHS = (2048, 4)
-"""First length and factor of the lengths that get graphs of their own: longer sequences want more programs a row."""
 FIXED_LENGTHS = (2048, 4)
-"""With fixed chunks a graph has a program for each chunk of its longest row, whether the row is so long or not."""
-PDL_ROWS, PDL_ROWS_LONG = 128, 32
-"""With more rows, of up to FAST_LENGTHS[0] and of more tokens, kernels that start early take more than they give."""
+"""First length and factor of the lengths that get graphs of their own where chunks are fixed: there a graph has a
+program for each chunk of its longest row, whether the row is so long or not."""
+PDL_ROWS = 128
+"""With more rows, kernels that start early take more than they give."""
 CHUNK_SIZES, CHUNK_SEQUENCES = ((128, 1), (256, 1), (512, 1), (1024, 900)), 4
 """Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well, and run so from the
 second number of tokens on: with fewer the rest, which is computed too, takes longer than launching does."""
@@ -111,7 +110,7 @@ class CudaRunner:
             raise SettingsError(f"--block-tokens {block_tokens}: on a GPU it must be a power of two")
         width = aligned(-(-max_model_len // block_tokens), TABLE_WIDTH)
         header = 3 * aligned(rows)
-        first = FIXED_LENGTHS if self._limits.deterministic else FAST_LENGTHS
+        first = FIXED_LENGTHS if self._limits.deterministic else (max_model_len, 1)
         sizes, lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *first)
         attention = choose_attention(config, pool, self.queue, self._limits.deterministic)
         tokens = self._most_tokens
@@ -227,7 +226,7 @@ class CudaRunner:
 
     def _decode_body(self, num_rows: int, max_tokens: int) -> Work:
         """The launches of a decode step, whose inputs lie where `upload` puts them."""
-        bound, inputs, pdl = self._bind(), self._bind().inputs.first(num_rows), self._pdl(num_rows, max_tokens)
+        bound, inputs, pdl = self._bind(), self._bind().inputs.first(num_rows), self._pdl(num_rows)
         slots, plan = bound.upload.there[:num_rows], self._plan(num_rows, max_tokens)
 
         def body() -> None:
@@ -246,9 +245,8 @@ class CudaRunner:
         gather_inputs(slots, positions, given, bound.slots.last, bound.slots.tables, bound.block_tokens, inputs)
         share_out(inputs.lengths, plan, bound.scratch.work)
 
-    def _pdl(self, num_rows: int, max_tokens: int) -> bool:
-        few = num_rows <= PDL_ROWS_LONG or (num_rows <= PDL_ROWS and max_tokens <= FAST_LENGTHS[0])
-        return self.queue.pdl and few
+    def _pdl(self, num_rows: int) -> bool:
+        return self.queue.pdl and num_rows <= PDL_ROWS
 
     def _edited_body(self, num_rows: int, max_tokens: int) -> Work:
         """Draws anew, with every parameter, what a decode step of any length drew."""
@@ -318,7 +316,7 @@ class CudaRunner:
         sent = bound.chunk_upload.send(behind(arrays, decode, padded))
         tokens, positions, kv_slots, starts, lengths, tables, items, last, slots, new_positions = sent
         inputs = bound.inputs.first(padded)
-        plan, pdl = self._plan(padded, longest), self._pdl(padded, longest)
+        plan, pdl = self._plan(padded, longest), self._pdl(padded)
         of_rows = self._decoder.attend_rows(inputs, plan, bound.scratch, pdl)
         of_chunks = bound.attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
         drawing = [*decode, *(row for row in chunks if row.draw is not None)]
@@ -382,8 +380,10 @@ class CudaRunner:
                 yield CapturedChunks(shape, self.queue.capture(self._prefill_body(sent)))
 
     def _plan(self, num_rows: int, max_tokens: int) -> DecodePlan:
-        make = fixed_plan if self._limits.deterministic else split_plan
-        return make(num_rows, self.config.num_kv_heads, max_tokens, self.queue.num_sms)
+        kv_heads, num_sms = self.config.num_kv_heads, self.queue.num_sms
+        if self._limits.deterministic:
+            return fixed_plan(num_rows, kv_heads, max_tokens, num_sms)
+        return split_plan(num_rows, kv_heads, num_sms)
 
     def _bind(self) -> _Bound:
         if self._bound is None:

@@ -88,7 +88,7 @@ def test_every_token_is_in_one_chunk(device, lengths, splits):
 def test_a_long_sequence_is_cut_and_its_like_are_left_whole(device):
     """Guards against a step that waits for one program with the whole of a long sequence, and against cuts of rows that
     differ little, which cost more than they even out."""
-    plan = split_plan(64, 8, 32768, 132)
+    plan = split_plan(64, 8, 132)
     chunks = chunks_of([1000] * 63 + [32000], plan, device)
     assert max(end - start for _, start, end, *_ in chunks) < 1700 and len(chunks) == 63 + 21
     assert len(chunks_of([900, 1000, 1100, 1250] * 16, plan, device)) == 64
@@ -100,12 +100,11 @@ def test_a_plan_has_places_for_all(num_rows, kv_heads, max_tokens, num_sms):
     """Guards against fixed chunks that do not reach the longest sequence's end."""
     fixed = fixed_plan(num_rows, kv_heads, max_tokens, num_sms)
     assert fixed.num_chunks * fixed.chunk_tokens >= num_rows * max_tokens
-    shared = split_plan(num_rows, kv_heads, max_tokens, num_sms)
+    shared = split_plan(num_rows, kv_heads, num_sms)
     assert shared.num_chunks == (shared.splits + 1) * num_rows and shared.chunk_tokens == 0 < shared.splits
 
 
 def test_plans_that_were_measured_best():
     """Guards against a rule that drifts from the measured optima, with 8 key heads."""
-    assert [split_plan(rows, 8, 1024, 132).splits for rows in (1, 2, 8, 9, 16, 20, 256)] == [16, 8, 2, 1, 1, 1, 1]
-    assert split_plan(1, 8, 100, 132).splits == 2, "more chunks than tiles"
-    assert [split_plan(rows, 8, 8192, 132).num_stages for rows in (1, 16, 24, 32, 48, 64, 96)] == [9, 9, 7, 7, 5, 7, 3]
+    assert [split_plan(rows, 8, 132).splits for rows in (1, 2, 8, 9, 16, 20, 256)] == [16, 8, 2, 1, 1, 1, 1]
+    assert [split_plan(rows, 8, 132).num_stages for rows in (1, 16, 24, 32, 48, 64, 96)] == [9, 9, 7, 7, 5, 7, 3]
