@@ -30,7 +30,7 @@ from kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, S
 from kernels.triton.launch import launch_options, require
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
-DEEPEST, DEEPEST_WIDE = 9, 7  # pipelines that shared memory holds, with heads of up to 128 and of more
+HEAD_BYTES = 256  # of the heads that plans are made for; of larger ones fewer tiles are in flight
 MERGED_ELEMENTS = 8192  # of partial results that a merging program holds at once: 64 registers a thread
 
 
@@ -120,8 +120,8 @@ def _decode_attention_kernel(
     WINDOWED: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    kv_head = tl.program_id(0)
-    number = tl.program_id(1)
+    kv_head = tl.program_id(0) % KV_HEADS
+    number = tl.program_id(0) // KV_HEADS
     GROUP: tl.constexpr = HEADS // KV_HEADS
     head = tl.arange(0, ROWS)
     element = tl.arange(0, DIM_BLOCK)
@@ -175,7 +175,7 @@ def _decode_attention_kernel(
             sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
             top = new_top
         if end_part - first_part > 1:
-            base = kv_head * tl.num_programs(1)
+            base = kv_head * (tl.num_programs(0) // KV_HEADS)
             place = parts_ptr + ((base + number) * GROUP + head)[:, None] * DIM + element[None, :]
             tl.store(place, sums, mask=inside)
             place = softmax_ptr + (base + number) * 2 * GROUP + head
@@ -238,8 +238,9 @@ def decode_attention(
     group_block = triton.next_power_of_2(num_heads // kv_heads)
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
+    tiles = max(1, plan.num_stages // 2 * HEAD_BYTES // max(HEAD_BYTES, dim_block * pool.element_size()))
     rows_of_pool = pool.view(-1, kv_heads * head_dim)
-    _decode_attention_kernel[(kv_heads, plan.num_chunks)](
+    _decode_attention_kernel[(kv_heads * plan.num_chunks,)](
         query,
         TensorDescriptor.from_tensor(rows_of_pool, [TILE, head_dim]) if tma else None,
         pool,
@@ -267,5 +268,5 @@ def decode_attention(
         TMA=tma,
         WINDOWED=window is not None,
         PDL=pdl,
-        **launch_options(4, pdl, min(plan.num_stages, DEEPEST if dim_block <= 128 else DEEPEST_WIDE)),
+        **launch_options(4, pdl, 1 + 2 * tiles),
     )

@@ -51,8 +51,8 @@ def fixed_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int, chun
 
 def _stages(programs: int, num_sms: int) -> int:
     """So deep that a multiprocessor holds as many programs as each has to, and no more: programs that start early,
-    while kernels before them still run, would crowd on some while others stay empty. With heads of 128 it holds one
-    program of depth 9, two of 7, three of 5, five of 3. Four are held two at a time, so that those of unequal sequences
-    even out; of still more, many at a time do.
+    while kernels before them still run, would crowd on some while others stay empty. With heads of 256 bytes it holds
+    one program of depth 9, two of 7, three of 5, five of 3. Four are held two at a time, so that those of unequal
+    sequences even out; of still more, many at a time do.
     """
     return {1: 9, 2: 7, 3: 5, 4: 7}.get(-(-programs // num_sms), 3)

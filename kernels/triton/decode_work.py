@@ -1,11 +1,12 @@
 """The chunks of a decode step, shared out on the GPU from the lengths that it finds there: once a step, for all layers.
 
     tiles[r] = ceil(length[r] / TILE);  share = sum(tiles) / (splits * |{r: length[r] > 0}|)
-    parts[r] = round(tiles[r] / share), at least 1;  chunk[r] = ceil(tiles[r] / parts[r])
+    chunk[r] = ceil(tiles[r] / max(1, round(tiles[r] / share))), or what is fixed
+    parts[r] = ceil(tiles[r] / chunk[r])
 
-With fixed chunks chunk[r] is theirs and parts[r] = ceil(tiles[r] / chunk[r]). Else a sequence that is much longer than
-the others takes no longer than they do; those that differ little stay whole, for a cut costs more than it evens out.
-The largest chunks come first (R. L. Graham's rule, 1969: then the last to end is not one that began late).
+Unless chunks are fixed, a sequence that is much longer than the others takes no longer than they do; those that differ
+little stay whole, for a cut costs more than it evens out. The largest chunks come first (R. L. Graham's rule, 1969), so
+that the last to end is not one that began late.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

@@ -15,8 +15,8 @@ SMALLEST_PROBE_BYTES = 16 << 20
 GB_S_A_CTA = 16.5
 """Of NCCL between two H200s at 32 to 64 MiB, where it uses half of the CTAs that it may."""
 
-_PEER_GB_S = {"NVIDIA H200": {"cuda_ipc": 385.0, "nccl": 340.0}}
-"""Measured at 64 MiB over NVLink; a GPU that is not here is measured and not judged."""
+_PEER_GB_S = {"NVIDIA H200": {"cuda_ipc": 385.0, "nccl": 340.0}, "NVIDIA H100 80GB HBM3": {"cuda_ipc": 347.0}}
+"""Measured at 64 MiB over NVLink (docs/benchmarks/planes.md); what is not here is measured and not judged."""
 
 
 @dataclass(frozen=True, slots=True)

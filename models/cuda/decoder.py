@@ -146,6 +146,7 @@ class DeviceDecoder:
         products, pool = self._products, self._bound()
         residual, normed, mixed = act.residual[:count], act.normed[:count], act.mixed[:count]
         query, attended, gated = act.query[:count], act.attended[:count], act.gated[:count]
+        # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
         torch.index_select(weights.embedding, 0, tokens, out=residual)
         rms_norm(residual, weights.layers[0].input_norm, eps, normed, pdl=pdl)
         following = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]

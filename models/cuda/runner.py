@@ -64,7 +64,7 @@ class Limits:
     max_tokens: int
     run_ahead: int = 1
     deterministic: bool = False
-    """Results do not depend on what else is in the step, at a cost of up to a seventh of a step's time."""
+    """Results do not depend on what else is in the step, at a cost of up to a tenth of a step's time."""
     mixed_tokens: int = 128
     """From so many tokens of prompts on, these and decode rows are one pass; with fewer, its launches would bind it."""
 
@@ -110,8 +110,8 @@ class CudaRunner:
             raise SettingsError(f"--block-tokens {block_tokens}: on a GPU it must be a power of two")
         width = aligned(-(-max_model_len // block_tokens), TABLE_WIDTH)
         header = 3 * aligned(rows)
-        first = FIXED_LENGTHS if self._limits.deterministic else (max_model_len, 1)
-        sizes, lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *first)
+        sizes, all_lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *FIXED_LENGTHS)
+        lengths = all_lengths if self._limits.deterministic else all_lengths[-1:]
         attention = choose_attention(config, pool, self.queue, self._limits.deterministic)
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads

@@ -94,14 +94,16 @@ def small_kernels(pdl: bool) -> None:
     )
 
 
-def decode(heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, pdl: bool = False) -> None:
+def decode(
+    heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, pdl: bool = False, dtype=torch.bfloat16
+) -> None:
     from kernels.triton import decode_attention as module
     from kernels.triton.decode_plan import DecodePlan
 
     rows, plan = 8, DecodePlan(*plan)
-    query, lengths = empty(rows, heads, dim), empty(rows, dtype=torch.int32)
+    query, lengths = empty(rows, heads, dim, dtype=dtype), empty(rows, dtype=torch.int32)
     scratch = module.DecodeScratch.make(rows, plan.num_chunks, heads, kv_heads, dim, "meta")
-    pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim), empty(rows, 64, dtype=torch.int32)
+    pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim, dtype=dtype), empty(rows, 64, dtype=torch.int32)
     module.decode_attention(query, pool, 3, tables, lengths, plan, scratch, query, pdl=pdl)
 
 
@@ -214,12 +216,15 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),
     "share_out": lambda: share_out(),
     "decode_128_page64_deepest": lambda: decode(32, 8, 128, 64, DEEPEST, pdl=True),
+    "decode_128_page16_deepest": lambda: decode(32, 8, 128, 16, DEEPEST),
     "decode_128_page16_parts": lambda: decode(32, 8, 128, 16, PARTS),
     "decode_64_page32_parts": lambda: decode(14, 2, 64, 32, PARTS),
     "decode_80_page16": lambda: decode(32, 8, 80, 16, WHOLE),
     "decode_96_page64_parts": lambda: decode(32, 8, 96, 64, PARTS),
     "decode_256_page64_parts": lambda: decode(16, 1, 256, 64, PARTS),
     "decode_256_page64_deepest": lambda: decode(16, 1, 256, 64, DEEPEST),
+    "float32_decode_128": lambda: decode(32, 8, 128, 64, DEEPEST, dtype=torch.float32),
+    "float32_decode_256": lambda: decode(16, 2, 256, 16, DEEPEST, dtype=torch.float32),
     "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
     "gluon_page64": lambda: prefill_gluon(64, True),
     "gluon_page16": lambda: prefill_gluon(16, False),

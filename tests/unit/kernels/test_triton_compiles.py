@@ -36,7 +36,7 @@ def test_no_kernel_spills(kernels):
     for case, kernel in ((case, kernel) for case, of_case in kernels.items() for kernel in of_case):
         if case.startswith("gluon"):  # setmaxnreg gives its groups 240, but ptxas plans the entry with 168: 16 bytes
             assert kernel["spills"] <= 14 and kernel["stack_bytes"] <= 16, (case, kernel)
-        else:
+        elif not case.startswith("float32"):  # exact products have no matrix instruction, and are slow in any case
             assert kernel["spills"] == 0 and kernel["stack_bytes"] == 0, (case, kernel)
 
 
@@ -93,10 +93,11 @@ def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
     """Guards against a tile that falls back to scalar products, a page that is not fetched whole, and too few or too
     many programs on a multiprocessor (see decode_plan): 1 to 4 tiles in flight leave room for 5, 3, 2 and 1."""
     decode = {case: of_case[0] for case, of_case in kernels.items() if case.startswith("decode_")}
-    assert len(decode) == 11 and all(kernel["mma"] for kernel in decode.values())
+    assert len(decode) == 12 and all(kernel["mma"] for kernel in decode.values())
     for case, kernel in decode.items():
         assert kernel["tma"] == ("page64" in case and "96" not in case), case
         assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
+    assert all(kernels[f"float32_decode_{dim}"][0]["shared_bytes"] + 1024 <= 227 * 1024 for dim in (128, 256))
     for case, programs in {"page64": 5, "page64_parts": 3, "page64_deep": 2, "page64_deepest": 1}.items():
         kernel = decode[f"decode_128_{case}"]
         assert 227 * 1024 // (kernel["shared_bytes"] + 1024) == programs

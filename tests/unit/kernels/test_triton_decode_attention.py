@@ -1,5 +1,7 @@
 """Decode attention over the paged pool, and the plan of its chunks."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -57,14 +59,18 @@ def test_fixed_chunks_do_not_depend_on_the_batch(device):
 
 def chunks_of(lengths: list[int], plan: DecodePlan, device: str) -> list[list[int]]:
     """Rows of the work of a step: row, start, end, chunk, first, parts. It was full of another step's before."""
-    work = torch.full((plan.num_chunks + 3, decode_work.COLUMNS.value), 7, dtype=torch.int32, device=device)
+    before = torch.arange(decode_work.COLUMNS.value, dtype=torch.int32, device=device)  # begins at 1, ends at 2
+    work = before.repeat(plan.num_chunks + 3, 1)
     decode_work.share_out(torch.tensor(lengths, dtype=torch.int32, device=device), plan, work)
-    assert bool((work[plan.num_chunks :] == 7).all()), "it wrote past the plan's chunks"
+    assert bool((work[plan.num_chunks :] == before).all()), "it wrote past the plan's chunks"
     return [chunk[:6] for chunk in work[: plan.num_chunks].tolist() if chunk[1] < chunk[2]]
 
 
 def assert_all_is_shared_out(lengths: list[int], chunks: list[list[int]]) -> None:
-    """Every token in one chunk; the chunks of a row follow each other, and each knows where they are and how many."""
+    """Every token in one chunk, the largest first; those of a row follow each other, and each knows where they are and
+    how many."""
+    sizes = [chunk[3] for chunk in chunks]
+    assert sizes == sorted(sizes, reverse=True)
     for row, length in enumerate(lengths):
         mine = [(number, *chunk[1:]) for number, chunk in enumerate(chunks) if chunk[0] == row]
         starts, ends = [chunk[1] for chunk in mine], [chunk[2] for chunk in mine]
@@ -92,6 +98,28 @@ def test_a_long_sequence_is_cut_and_its_like_are_left_whole(device):
     chunks = chunks_of([1000] * 63 + [32000], plan, device)
     assert max(end - start for _, start, end, *_ in chunks) < 1700 and len(chunks) == 63 + 21
     assert len(chunks_of([900, 1000, 1100, 1250] * 16, plan, device)) == 64
+
+
+def test_the_largest_step_can_be_launched(monkeypatch):
+    """Guards against a grid that CUDA refuses: only its first dimension may exceed 65535 programs."""
+    grids = []
+
+    class Launches:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    def empty(*shape, dtype=torch.bfloat16):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(decode_attention, "_decode_attention_kernel", Launches())
+    plan, query, pool = fixed_plan(256, 8, 131072, 132), empty(256, 8, 16), empty(2, 1, 2, 16, 8, 16)
+    tables, lengths = empty(256, 8192, dtype=torch.int32), empty(256, dtype=torch.int32)
+    scratch = decode_attention.DecodeScratch.make(256, plan.num_chunks, 8, 8, 16, "meta")
+    decode_attention.decode_attention(query, pool, 0, tables, lengths, plan, scratch, query)
+    ((first, *others),) = grids
+    assert first < 2**31 and all(size <= 65535 for size in others)
+    assert math.prod(grids[0]) == 8 * plan.num_chunks == 8 * 65536
 
 
 @settings(max_examples=300)

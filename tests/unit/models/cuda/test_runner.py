@@ -92,6 +92,23 @@ def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_a
     assert found[2] == one_after_the_other(plain, PROMPTS[2], TABLES[2], 4, **edited)
 
 
+def test_a_sequence_in_parts_gives_the_cpu_s_tokens(make_model):
+    """Guards attention of a sequence that programs share, alone and beside a short one: that the graph of a step shares
+    out by the lengths it is given, not by those that it was captured with."""
+    folder = make_model("llama", num_hidden_layers=1, vocab_size=144).folder
+    late, plain = make(folder)
+    prompt = [(7 * place) % 140 + 2 for place in range(70)]
+    tables = {0: [4, 11, 2, 9, 17, 20], 1: [7, 0]}
+    run = Ahead(late)
+    run.start(0, prompt, tables[0])
+    run.start(1, PROMPTS[1], tables[1])
+    run.launch([0], chunk=60)
+    for slots in ([0], [0], [0], [0, 1], [0, 1], [1, 0], [0]):
+        run.launch(slots)
+    assert run.generated(0) == one_after_the_other(plain, prompt, tables[0], 7)
+    assert run.generated(1) == one_after_the_other(plain, PROMPTS[1], tables[1], 3)
+
+
 def test_log_probabilities_come_with_their_rows(make_model):
     """Guards a step's log probabilities against another row's, and against those of the step launched behind it."""
     late, plain = make(make_model("llama", num_hidden_layers=1, vocab_size=144).folder, run_ahead=1)
