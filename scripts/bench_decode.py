@@ -12,7 +12,9 @@ import argparse
 import random
 import statistics
 import time
+from collections.abc import Sequence
 from functools import partial
+from itertools import islice
 
 import torch
 
@@ -20,7 +22,7 @@ from models.batch import Draw, Row
 from models.cuda.runner import CudaRunner, Limits
 from node.messages import SamplingParams
 from scripts import step_breakdown
-from scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
+from scripts.bench_gpu import BLOCK_TOKENS, chat_lengths, line, load_shape, make_runner, random_pool
 
 CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"
 WARM_STEPS, STEPS = 5, 25
@@ -28,23 +30,32 @@ SLEEP_CYCLES = 4_000_000  # about 2 ms
 GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
 
 
-class Cell:
-    """`num_rows` sequences which reach `context` tokens in the last step that is timed."""
+def contexts_of(cell: str) -> list[int]:
+    """The tokens of each row, from "64x1024" or "64xchats"."""
+    rows, _, tokens = cell.partition("x")
+    return chat_lengths(int(rows)) if tokens == "chats" else [int(tokens)] * int(rows)
 
-    def __init__(self, num_rows: int, context: int, num_blocks: int, steps: int = WARM_STEPS + STEPS) -> None:
-        each = -(-(context + 1) // BLOCK_TOKENS)
-        blocks = random.Random(0).sample(range(num_blocks), num_rows * each)
-        self._tables = [blocks[row * each : (row + 1) * each] for row in range(num_rows)]
-        self._start = context - steps
+
+def blocks_for(context: int) -> int:
+    return -(-(context + 1) // BLOCK_TOKENS)
+
+
+class Cell:
+    """A sequence a row, which reaches its number of tokens in the last step that is timed."""
+
+    def __init__(self, contexts: Sequence[int], num_blocks: int, steps: int = WARM_STEPS + STEPS) -> None:
+        blocks = iter(random.Random(0).sample(range(num_blocks), sum(map(blocks_for, contexts))))
+        self._tables = [list(islice(blocks, blocks_for(context))) for context in contexts]
+        self._starts = [context - steps for context in contexts]
         self._given = True
 
     def rows(self) -> list[Row]:
         """The next step's; the first brings its tokens, the others continue."""
         rows = [
-            Row([1000 + slot] if self._given else [], self._start, table, Draw(GREEDY, (), 1, 1), slot)
-            for slot, table in enumerate(self._tables)
+            Row([1000 + slot] if self._given else [], start, table, Draw(GREEDY, (), 1, 1), slot)
+            for slot, (start, table) in enumerate(zip(self._starts, self._tables, strict=True))
         ]
-        self._start += 1
+        self._starts = [start + 1 for start in self._starts]
         self._given = False
         return rows
 
@@ -88,26 +99,26 @@ def step(runner: CudaRunner, cell: Cell) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of scripts/shapes")
-    parser.add_argument("--cells", default=CELLS, help="rows x tokens, comma separated")
+    parser.add_argument("--cells", default=CELLS, help="rows x tokens or rows x chats, comma separated")
     parser.add_argument("--run-ahead", type=int, default=1)
     parser.add_argument("--deterministic", action="store_true")
     parser.add_argument("--breakdown", action="store_true", help="where the time of a step goes, beside its floors")
     options = parser.parse_args()
-    cells = [tuple(int(number) for number in cell.split("x")) for cell in options.cells.split(",")]
+    cells = {name: contexts_of(name) for name in options.cells.split(",")}
     ceilings = step_breakdown.ceilings() if options.breakdown else None
     config, weights = load_shape(options.shape)
-    pool = random_pool(config, max(rows * (context // BLOCK_TOKENS + 1) for rows, context in cells) + 8)
-    max_rows, longest = max(rows for rows, _ in cells), max(context for _, context in cells) + 1
+    pool = random_pool(config, max(sum(map(blocks_for, contexts)) for contexts in cells.values()) + 8)
+    max_rows, longest = max(map(len, cells.values())), max(map(max, cells.values())) + 1
     limits = Limits(max_rows, 2048, options.run_ahead, options.deterministic)
     runner = make_runner(config, weights, limits, pool, longest)
     profiled: list[step_breakdown.Cell] = []
-    for rows, context in cells:
-        wall, host = step_ms(runner, Cell(rows, context, len(pool)))
-        timed = gpu_ms(runner, Cell(rows, context, len(pool)))
+    for name, contexts in cells.items():
+        values = {"rows": len(contexts), "context": max(contexts)} | ({"cell": name} if "chats" in name else {})
+        wall, host = step_ms(runner, Cell(contexts, len(pool)))
+        timed = gpu_ms(runner, Cell(contexts, len(pool)))
         line(
             what="decode_step",
-            rows=rows,
-            context=context,
+            **values,
             step_ms=round(wall, 3),
             gpu_ms=round(timed, 3),
             host_ms=round(host, 3),
@@ -115,9 +126,9 @@ def main() -> None:
             deterministic=options.deterministic,
         )
         if ceilings is not None:
-            values = {"what": "decode_breakdown", "rows": rows, "context": context}
-            floors = step_breakdown.floors_s(config, [Cell(rows, context, len(pool), 1).rows()], ceilings)
-            steps = Cell(rows, context, len(pool), step_breakdown.PASSES)
+            floors = step_breakdown.floors_s(config, [Cell(contexts, len(pool), 1).rows()], ceilings)
+            steps = Cell(contexts, len(pool), step_breakdown.PASSES)
+            values = {"what": "decode_breakdown", **values}
             profiled.append(step_breakdown.Cell(values, partial(step, runner, steps), timed, floors))
     if ceilings is not None:
         step_breakdown.report(runner.queue, profiled)

@@ -17,6 +17,13 @@ SHAPES = Path(__file__).parent / "shapes"
 BLOCK_TOKENS = 64
 
 
+def chat_lengths(count: int) -> list[int]:
+    """Tokens of sequences as they come together when people chat: log-normal, median 665, at most 16000."""
+    drawn = torch.randn(256, generator=torch.Generator().manual_seed(0)) + 6.5
+    lengths: list[int] = drawn.exp().clamp(64, 16000).int().tolist()
+    return lengths[:count]
+
+
 def line(**values: object) -> None:
     print(json.dumps(values), flush=True)
 

@@ -30,7 +30,7 @@ from kernels.triton import (
     sampling,
 )
 from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
-from kernels.triton.decode_work import share_out
+from kernels.triton.decode_work import COLUMNS, share_out
 from kernels.triton.linear import linear
 from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, Shape, fastest, invariant
 from kvtransfer.blocks.device_pool import DeviceMemory
@@ -44,6 +44,7 @@ from models.cuda.sampling import SlotSampler
 from node.messages import SamplingParams
 from scripts import bench_sdpa
 from scripts.bench_ceilings import GPU, Call, Ceilings, randn, seconds
+from scripts.bench_gpu import chat_lengths
 
 HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
 ROTATED_BYTES = 400 << 20  # several times the L2 cache
@@ -215,7 +216,7 @@ def decode(report: Report) -> None:
                 calls = decode_calls(query, pool, range(calls_made), tables, lengths, plan, out)
                 report.moved(
                     "decode_attention", size, calls, rows=rows, length=length, block_tokens=block_tokens, plan=name,
-                    splits=plan.splits,
+                    chunks=plan.num_chunks,
                 )  # fmt: skip
                 if name == "fast" and block_tokens == 64:
                     calls[0]()  # of layer 0
@@ -246,7 +247,6 @@ def mixed(report: Report) -> None:
     """Decode attention over sequences of unequal lengths, and the sharing out before it."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     pool = randn(16384, 8, 2, 64, KV_HEADS, DIM)
-    chats = (torch.randn(256, generator=torch.Generator().manual_seed(0)) + 6.5).exp().clamp(16, 16000).int().tolist()
     cells = {
         "1 x 32000, 7 x 1000": [32000] + [1000] * 7,
         "1 x 32000, 31 x 1000": [32000] + [1000] * 31,
@@ -254,7 +254,7 @@ def mixed(report: Report) -> None:
         "4 x 32000, 60 x 1000": [32000] * 4 + [1000] * 60,
         "63 x 1000, 1 x 32000": [1000] * 63 + [32000],
         "33 x 1000, in steps of 48": [1000] * 33 + [0] * 15,
-        **{f"{rows} chats": chats[:rows] for rows in (8, 24, 32, 64, 128, 256)},
+        **{f"{rows} chats": chat_lengths(rows) for rows in (8, 24, 32, 64, 128, 256)},
     }
     for name, each in cells.items():
         width, rows = -(-max(each) // 64), len(each)
@@ -266,8 +266,8 @@ def mixed(report: Report) -> None:
         plan = split_plan(rows, KV_HEADS, sms)
         calls = decode_calls(query, pool, range(8), tables.to(GPU), lengths, plan, out)
         report.moved("decode_attention", sum(each) * KV_HEADS * DIM * 4, calls, lengths=name, tokens=sum(each))
-        scratch = torch.zeros(plan.num_chunks, 8, dtype=torch.int32, device=GPU)
-        took = seconds([partial(share_out, lengths, plan, scratch)] * 8)
+        work = torch.zeros(plan.num_chunks, COLUMNS.value, dtype=torch.int32, device=GPU)
+        took = seconds([partial(share_out, lengths, plan, work)] * 8)
         report.line(kernel="share_out", lengths=name, us=round(took * 1e6, 2))
 
 

@@ -101,7 +101,7 @@ def main() -> None:
         transfers.took.clear()
         costs, steps = [], []
         for _ in range(PAIRS):
-            cells = [Cell(options.rows, options.context, len(pool), STEPS) for _ in range(2)]
+            cells = [Cell([options.context] * options.rows, len(pool), STEPS) for _ in range(2)]
             without, beside = run(runner, cells[0], None), run(runner, cells[1], transfers)
             costs.append((beside - without) * EVERY / STEPS)
             steps.append(without / STEPS)

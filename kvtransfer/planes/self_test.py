@@ -16,7 +16,7 @@ GB_S_A_CTA = 16.5
 """Of NCCL between two H200s at 32 to 64 MiB, where it uses half of the CTAs that it may."""
 
 _PEER_GB_S = {"NVIDIA H200": {"cuda_ipc": 385.0, "nccl": 340.0}, "NVIDIA H100 80GB HBM3": {"cuda_ipc": 347.0}}
-"""Measured at 64 MiB over NVLink (docs/benchmarks/planes.md); what is not here is measured and not judged."""
+"""Measured at 64 MiB over NVLink, the H200's by bare copies and bare NCCL; what is not here is measured, not judged."""
 
 
 @dataclass(frozen=True, slots=True)
