@@ -18,9 +18,11 @@ BLOCK_TOKENS = 64
 
 
 def chat_lengths(count: int) -> list[int]:
-    """Tokens of sequences as they come together when people chat: log-normal, median 665, at most 16000."""
+    """Tokens of up to 256 sequences as they come together when people chat: log-normal, median 665, 48 to 16000."""
+    if not 0 < count <= 256:
+        raise ValueError(f"chats of {count} sequences; 1 to 256 are drawn")
     drawn = torch.randn(256, generator=torch.Generator().manual_seed(0)) + 6.5
-    lengths: list[int] = drawn.exp().clamp(64, 16000).int().tolist()
+    lengths: list[int] = drawn.exp().clamp(max=16000).int().tolist()
     return lengths[:count]
 
 
