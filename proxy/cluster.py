@@ -42,6 +42,8 @@ class _Member:
     legs: dict[str, Leg] = field(default_factory=dict)  # by request id
     reported_at: float = float("-inf")
     """When its load was as it reported last: what was sent to it since comes on top."""
+    done_tokens: int = 0
+    """Of the waiting ones that it reported: computed, or given up, since."""
     view: WorkerView | None = None
     """None where it must be made anew."""
 
@@ -127,6 +129,7 @@ class Cluster:
             member.progress_at = now
         member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
         member.reported_at = now - heartbeat.load_age_s
+        member.done_tokens = 0
         member.view = None
         if now - self._median_at >= HEARTBEAT_S:
             self._median_at = now
@@ -171,7 +174,17 @@ class Cluster:
             member.legs[leg.request_id] = leg
             member.view = None
 
+    def prompt_computed(self, worker: str, request_id: str) -> None:
+        """That leg's prompt waits no longer: the next heartbeat comes too late to tell, as it does at dispatch."""
+        member = self._members.get(worker)
+        if member is not None and (leg := member.legs.get(request_id)) is not None:
+            if leg.sent_at < member.reported_at:
+                member.done_tokens += leg.tokens
+            leg.tokens = 0
+            member.view = None
+
     def settle(self, worker: str, request_id: str) -> None:
+        self.prompt_computed(worker, request_id)
         if (member := self._members.get(worker)) is not None:
             member.legs.pop(request_id, None)
             member.view = None
@@ -213,7 +226,7 @@ def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
         role=member.register.role,
         draining=member.draining,
         requests=max(load.running + load.waiting + len(unseen), len(member.legs)),
-        tokens=load.waiting_tokens + sum(leg.tokens for leg in unseen),
+        tokens=max(0, load.waiting_tokens - member.done_tokens) + sum(leg.tokens for leg in unseen),
         free_blocks=max(0, load.free_blocks - sum(leg.blocks for leg in unseen)),
         total_blocks=load.total_blocks,
         max_num_seqs=member.register.max_num_seqs,

@@ -19,6 +19,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "rejected_queue_full_total": "Requests turned away because the queue was full.",
     "routed_disaggregated_total": "Attempts with a prefill and a decode worker.",
     "routed_local_short_total": "Attempts prefilled by decode because the prompt was short.",
+    "routed_local_sooner_total": "Attempts prefilled by decode because prefill would have been later.",
     "routed_local_always_total": "Attempts prefilled by decode because all are.",
     "routed_local_no_prefill_worker_total": "Attempts prefilled by decode because there was no prefill worker.",
     **{

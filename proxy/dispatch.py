@@ -38,6 +38,7 @@ COUNTERS = (
     "rejected_queue_full_total",
     "routed_disaggregated_total",
     "routed_local_short_total",
+    "routed_local_sooner_total",
     "routed_local_always_total",
     "routed_local_no_prefill_worker_total",
     *(f"routed_{role}_{why}_total" for role in ("prefill", "decode") for why in WHYS),
@@ -54,7 +55,12 @@ class Dispatcher:
     def __init__(self, line: Line, settings: ProxySettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
         self._settings = settings
-        self._rules = Rules(settings.policy, settings.local_prefill, settings.local_prefill_tokens)
+        self._rules = Rules(
+            settings.policy,
+            settings.local_prefill,
+            settings.local_prefill_tokens,
+            settings.local_prefill_itl_weight,
+        )
         self._cluster = Cluster(settings.stall_s)
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
@@ -210,6 +216,9 @@ class Dispatcher:
     def assign(self, leg: Leg) -> None:
         self._cluster.assign(leg)
         self._feed.expect(leg.worker, leg.request_id, leg.hashes)
+
+    def prompt_computed(self, worker: str, request_id: str) -> None:
+        self._cluster.prompt_computed(worker, request_id)
 
     def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
         self._cluster.settle(worker, request_id)

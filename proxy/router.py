@@ -6,6 +6,14 @@ The policy `kv-aware` takes the worker with the least cost in seconds:
     decode:   (tokens waiting there + TRANSFER_COST * tokens whose KV would travel) / tokens a second + crowding
     local:    the first, and crowding, for a decode worker that computes the prompt itself
 
+With `--local-prefill auto` the decode worker computes the prompt itself where that is worth it. What it computes beside
+decoding holds up the answers under way there, so the first token must come sooner by more than they lose, weighted:
+
+    (tokens waiting + to compute, at prefill)  -  (the same, at decode)  >  weight * answers * (to compute, at decode)
+
+An idle decode worker helps out as soon as somebody waits, a busy one only in a jam, and long prompts stay away from
+many answers.
+
 A worker that holds more of the prompt than any other keeps the request unless another is cheaper by a margin: loads
 are a heartbeat old, and without it a conversation would wander, computed anew at each stop. Whoever takes it over
 becomes a holder by computing it, so a hot prefix spreads as far as its load asks for, and no further.
@@ -15,7 +23,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from proxy.kvindex import Hit
 
@@ -82,6 +90,7 @@ class Rules:
     policy: str
     local_prefill: str
     local_prefill_tokens: int
+    local_prefill_itl_weight: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,30 +138,33 @@ def pick(view: Sequence[WorkerView], request: RequestView, rules: Rules) -> Rout
     prefills = _candidates(view, "prefill", request)
     if not decodes:
         return Wait("no decode worker is there", missing="decode")
-    may_be_local = rules.local_prefill == "always" or (rules.local_prefill == "short" and not prefills)
-    if not may_be_local and not prefills:
+    must_be_local = rules.local_prefill == "always" or (rules.local_prefill != "never" and not prefills)
+    if not must_be_local and not prefills:
         return Wait("no prefill worker is there", missing="prefill")
     roomy = [worker for worker in decodes if _has_room(worker, request)]
     if not roomy:
         return Wait("all decode workers are full")
     choose = _POLICIES[rules.policy]
-    decode, decode_why = choose(roomy, request, _local_cost if may_be_local else _decode_cost)
-    uncached = request.num_tokens - request.hit_tokens(decode.identity)
-    if reason := _why_local(bool(prefills), uncached, rules):
-        return Route(decode, None, reason, decode_why, "", request.hit_tokens(decode.identity))
+    decode, decode_why = choose(roomy, request, _local_cost if must_be_local else _decode_cost)
+    local = Route(decode, None, "", decode_why, "", request.hit_tokens(decode.identity))
+    if must_be_local:
+        return replace(local, reason="local_always" if rules.local_prefill == "always" else "local_no_prefill_worker")
     prefill, prefill_why = choose(prefills, request, _prefill_cost)
+    if reason := _why_local(decode, prefill, request, rules):
+        return replace(local, reason=reason)
     hit_tokens = request.hit_tokens(prefill.identity)
     return Route(decode, prefill, "disaggregated", decode_why, prefill_why, hit_tokens)
 
 
-def _why_local(prefills: bool, uncached: int, rules: Rules) -> str:
-    """The reason for prefilling on the decode worker, which lacks so many tokens, or "" for a prefill worker."""
-    if rules.local_prefill == "always":
-        return "local_always"
-    if rules.local_prefill == "short" and uncached < rules.local_prefill_tokens:
+def _why_local(decode: WorkerView, prefill: WorkerView, request: RequestView, rules: Rules) -> str:
+    """The reason for prefilling on the decode worker although this one could, or ""."""
+    uncached = request.num_tokens - request.hit_tokens(decode.identity)
+    if rules.local_prefill != "never" and uncached < rules.local_prefill_tokens:
         return "local_short"
-    if rules.local_prefill == "short" and not prefills:
-        return "local_no_prefill_worker"
+    sooner_s = _first_token_s(prefill, request) - _first_token_s(decode, request)
+    delay_s = decode.requests * uncached / decode.tokens_s
+    if rules.local_prefill == "auto" and sooner_s > rules.local_prefill_itl_weight * delay_s:
+        return "local_sooner"
     return ""
 
 
@@ -190,6 +202,11 @@ def _decode_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> f
 
 def _local_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> float:
     return _prefill_cost(worker, request, hit) + _crowding(worker)
+
+
+def _first_token_s(worker: WorkerView, request: RequestView) -> float:
+    """Until the worker would have computed the prompt, behind all that waits there."""
+    return (worker.tokens + request.num_tokens - request.hit_tokens(worker.identity)) / worker.tokens_s
 
 
 def _crowding(worker: WorkerView) -> float:

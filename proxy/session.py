@@ -78,6 +78,9 @@ class Desk(Protocol):
 
     def assign(self, leg: Leg) -> None: ...
 
+    def prompt_computed(self, worker: str, request_id: str) -> None:
+        """The leg's first token has come: its prompt waits no longer."""
+
     def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
         """The leg has ended; `computed`: its prompt was, so that its blocks are there."""
 
@@ -330,6 +333,7 @@ class Session:
         if worker == attempt.computes and attempt.hit_tokens is not None:
             self._count_hit(attempt.hit_tokens, message.cached_tokens)
             attempt.hit_tokens = None
+            self._desk.prompt_computed(worker, self._request_id)
         try:
             ids, logprobs = self._ledger.accept(message)
         except Gap as gap:

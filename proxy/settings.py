@@ -24,10 +24,11 @@ class ProxySettings:
         "one for each `prompt_cache_key` or `user` of a request",
     )
     local_prefill: str = option(
-        "short",
-        choices=("never", "short", "always"),
+        "auto",
+        choices=("never", "short", "auto", "always"),
         help="which prompts decode workers prefill themselves: none; the short ones, and all while no prefill worker "
-        "is there; or all (colocated serving)",
+        "is there; also those that would wait for a prefill worker longer than they hold up decoding; or all "
+        "(colocated serving)",
     )
     local_prefill_tokens: int = option(
         16,
@@ -35,6 +36,13 @@ class ProxySettings:
         help="prompts of which the decode worker lacks fewer tokens are short",
         minimum=0,
         maximum=1 << 20,
+    )
+    local_prefill_itl_weight: float = option(
+        0.15,
+        help="with --local-prefill auto, what a delay of one running answer weighs against that of a first token: less "
+        "lets decode workers prefill more",
+        minimum=0,
+        maximum=1e6,
     )
     kv_index_blocks: int = option(
         1 << 19,

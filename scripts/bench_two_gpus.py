@@ -1,5 +1,9 @@
 """One prefill and one decode worker against two colocated decode workers, on the same two GPUs, one after the other.
 
+    disagg      every prompt goes to the prefill worker
+    auto        the default: the decode worker computes those itself for which that is worth it
+    colocated   every prompt is computed where it is decoded
+
 Each system starts once and gets the same random prompts at the same (Poisson) times: open loop, at each rate of each
 workload for `--duration-s`, and until the last answer has ended. JSON lines: `start` a system; `cell` a system, a
 workload and a rate; at the end `ratio` lines. Definitions:
@@ -20,6 +24,7 @@ import asyncio
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,7 +43,8 @@ from scripts.bench_options import new_parser
 from scripts.bench_output import Lines, end_on_sigterm
 from scripts.serve import ServeSettings
 
-DISAGGREGATED, COLOCATED = "disagg", "colocated"
+DISAGGREGATED, AUTO, COLOCATED = SYSTEMS = ("disagg", "auto", "colocated")
+LOCAL_PREFILL = {DISAGGREGATED: "never", AUTO: "auto", COLOCATED: "always"}
 PERCENTILES = (50.0, 90.0, 99.0)
 STAGES = ("transfer_wait", "transfer", "decode_admission", "first_step", "network", "reply")
 GPU_WORKLOADS = ("2048/512@7,10,14", "8192/256@2,3.5,4.5")
@@ -87,7 +93,7 @@ class System:
     chunk_tokens: int = 0
 
     def serve(self, model: str, options: argparse.Namespace) -> ServeSettings:
-        prefill, decode = (1, 1) if self.name == DISAGGREGATED else (0, 2)
+        prefill, decode = (0, 2) if self.name == COLOCATED else (1, 1)
         chunk = (f"--max-chunk-tokens={self.chunk_tokens}",) if self.chunk_tokens else ()
         plane = (f"--plane={options.plane}",) if options.plane else ()
         return ServeSettings(
@@ -96,7 +102,7 @@ class System:
             decode=decode,
             device=options.device,
             gpus=tuple(options.gpus) if options.device == "cuda" else (),
-            local_prefill="never" if prefill else None,
+            local_prefill=LOCAL_PREFILL[self.name],
             store_ram_gib=0.0,
             worker_arg=(*model_arguments(options), *plane, *chunk, *options.worker_arg),
             start_timeout_s=options.start_timeout_s,
@@ -116,7 +122,7 @@ def model_arguments(options: argparse.Namespace) -> tuple[str, ...]:
 
 def systems(options: argparse.Namespace) -> list[System]:
     """In the order in which they run."""
-    found = [System(DISAGGREGATED)] if DISAGGREGATED in options.systems else []
+    found = [System(name) for name in (DISAGGREGATED, AUTO) if name in options.systems]
     if COLOCATED in options.systems:
         found += [System(COLOCATED, chunk) for chunk in options.colocated_chunk_tokens]
     return found
@@ -175,6 +181,7 @@ def stages(before: Metrics, after: Metrics) -> dict[str, dict[str, float]]:
 def moved(before: Metrics, after: Metrics) -> dict[str, float]:
     """Counters of the cell that tell what went between workers, and what went wrong."""
     names = {
+        "prompts_of_decode": "baton:routed_local_sooner_total",
         "bytes": "baton:transfer_bytes_total",
         "transfers": "baton:worker_transfers_received_total",
         "transfers_failed": "baton:worker_transfers_failed_total",
@@ -237,17 +244,17 @@ def measure(system: System, model: str, options: argparse.Namespace, lines: Line
 
 
 def ratios(cells: Sequence[dict[str, object]]) -> list[dict[str, object]]:
-    """Every colocated cell against the disaggregated one of its workload and rate: disaggregated / colocated."""
-    ours = {(each["workload"], each["rate"]): each for each in cells if each["system"] == DISAGGREGATED}
+    """Every cell of a system with a prefill worker against the colocated ones of its workload and rate."""
     found = []
-    for theirs in cells:
-        mine = ours.get((theirs["workload"], theirs["rate"]))
-        if mine is None or theirs is mine:
+    for mine, theirs in product(cells, cells):
+        same = {name: mine[name] for name in ("workload", "rate")}
+        if not str(theirs["system"]).startswith(COLOCATED) or str(mine["system"]).startswith(COLOCATED):
+            continue
+        if same != {name: theirs[name] for name in same}:
             continue
         values = {name: _ratio(mine[metric], theirs[metric], at) for name, (metric, at) in RATIOS.items()}
-        same = {name: theirs[name] for name in ("workload", "rate")}
         goodput = {"goodput": mine["goodput"], "goodput_colocated": theirs["goodput"]}
-        found.append({**same, "against": theirs["system"], **values, **goodput})
+        found.append({**same, "system": mine["system"], "against": theirs["system"], **values, **goodput})
     return found
 
 
@@ -278,7 +285,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = new_parser("scripts/bench_two_gpus", __doc__ or "")
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs")
-    add("--systems", nargs="+", default=[DISAGGREGATED, COLOCATED], choices=(DISAGGREGATED, COLOCATED), help="which")
+    add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, help="which")
     add("--colocated-chunk-tokens", type=int, nargs="+", default=[0], help="a colocated system for each; 0: default")
     add("--workload", type=Workload.parse, nargs="+", help=f"INPUT/OUTPUT@RATES; default {' '.join(GPU_WORKLOADS)}")
     add("--duration-s", type=float, default=12.0, help="requests are due within so long")

@@ -305,6 +305,7 @@ class Host:
         self._past: float | None = None  # the time at which the loop is, while it is behind the world's
         self._step_end: float | None = None  # of the step under way
         self._step_at = 0.0  # when `_step_over` is set
+        self._heard = False  # something new was there for the last turn: it may be in the step after
         self._look_at = float("inf")  # when the loop's next turn without a reason is set
         layout = profile.kv_layout()
         line = SimLine(network, self.identity, self._ready)
@@ -383,6 +384,7 @@ class Host:
         return (self._world.now if self._past is None else self._past) + self.runner.step_s
 
     def _work(self) -> None:
+        self._heard = not self._carrier.inbox.empty()
         worked = self.loop.turn(0.0)
         if worked:
             self._step_end = self._clock() if self.runner.step_s else self._clock() + SOON_S
@@ -394,7 +396,7 @@ class Host:
         if self._step_end is None:
             return
         end = self._step_end
-        if self._ahead and self.runner.step_s and not self.load.waiting:
+        if self._ahead and self.runner.step_s and not self._heard and not self.load.waiting:
             for step_s in self.runner.alike():
                 end += step_s
         self._set_step(end)

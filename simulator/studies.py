@@ -47,6 +47,7 @@ def scenario_of(settings: ReplaySettings, profile: Profile) -> Scenario:
         policy=settings.policy,
         local_prefill=settings.local_prefill,
         local_prefill_tokens=settings.local_prefill_tokens,
+        local_prefill_itl_weight=settings.local_prefill_itl_weight,
         max_queue=settings.max_queue,
         request_timeout_s=settings.request_timeout_s,
     )

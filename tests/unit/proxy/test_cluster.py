@@ -81,6 +81,28 @@ def test_work_counts_from_its_dispatch() -> None:
     assert cluster.view()[0].requests == 3  # until the next heartbeat says otherwise
 
 
+def test_a_computed_prompt_waits_no_longer() -> None:
+    """Guards the queue that `auto` looks at: a first token takes its prompt out of it, once, reported or not."""
+    cluster = Cluster(60)
+    cluster.join("p/1", _register("p"), 0)
+    cluster.assign(Leg("p/1", "r1", tokens=30, blocks=5, sent_at=0.5))
+    cluster.assign(Leg("p/1", "r2", tokens=20, blocks=5, sent_at=0.6))
+    beat = Heartbeat(worker="p", incarnation=1, load=Load(running=2, waiting_tokens=45, total_blocks=50))
+    cluster.beat("p/1", beat, 1)
+    cluster.assign(Leg("p/1", "r3", tokens=7, blocks=1, sent_at=1.5))
+    cluster.prompt_computed("p/1", "r1")
+    assert cluster.view()[0].tokens == 15 + 7
+    cluster.settle("p/1", "r1")
+    cluster.prompt_computed("p/1", "r3")
+    assert cluster.view()[0].tokens == 15
+    cluster.settle("p/1", "r2")  # given up
+    assert cluster.view()[0].tokens == 0  # r1 was begun when the worker reported
+    cluster.beat("p/1", beat, 2)
+    assert cluster.view()[0].tokens == 45
+    cluster.prompt_computed("gone/1", "r1")
+    cluster.prompt_computed("p/1", "gone")
+
+
 def test_unknown_heartbeats_are_told() -> None:
     """Guards rejoining: the proxy answers a stranger's heartbeat so that it registers."""
     assert Cluster(60).beat("d/1", _beat(Load()), 0) is False

@@ -30,7 +30,7 @@ def _worker(identity: str, role: str = "decode", **changes: object) -> WorkerVie
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-RULES = Rules("least-loaded", "never", 16)
+RULES = Rules("least-loaded", "never", 16, 0.15)
 REQUEST = RequestView(num_tokens=50, num_blocks=4, turn=0)
 P0, P1, D0, D1 = _worker("p0", "prefill"), _worker("p1", "prefill"), _worker("d0"), _worker("d1")
 
@@ -51,7 +51,7 @@ def test_least_loaded_looks_at_tokens_then_requests_then_blocks() -> None:
 @pytest.mark.parametrize("policy", ["least-loaded", "round-robin"])
 def test_equal_workers_take_turns(policy: str) -> None:
     """Guards against herding: a burst on idle workers is spread."""
-    rules = Rules(policy, "never", 16)
+    rules = Rules(policy, "never", 16, 0.15)
     chosen = [_route([P0, P1, D0, D1], replace(REQUEST, turn=t), rules) for t in range(4)]
     assert [r.decode.identity for r in chosen] == ["d0", "d1", "d0", "d1"]
     assert [r.prefill and r.prefill.identity for r in chosen] == ["p0", "p1", "p0", "p1"]
@@ -64,15 +64,45 @@ def test_equal_workers_take_turns(policy: str) -> None:
         ("short", 15, True, "local_short"),
         ("short", 16, True, "disaggregated"),
         ("short", 16, False, "local_no_prefill_worker"),
+        ("auto", 15, True, "local_short"),
+        ("auto", 16, True, "disaggregated"),
+        ("auto", 16, False, "local_no_prefill_worker"),
         ("always", 500, True, "local_always"),
     ],
 )
 def test_conditional_disaggregation(mode: str, num_tokens: int, prefills: bool, reason: str) -> None:
     """Guards the rule for local prefill, and that its reason is visible."""
     view = [P0, D0] if prefills else [D0]
-    route = _route(view, replace(REQUEST, num_tokens=num_tokens), Rules("least-loaded", mode, 16))
+    route = _route(view, replace(REQUEST, num_tokens=num_tokens), Rules("least-loaded", mode, 16, 0.15))
     assert route.reason == reason
     assert (route.prefill is None) == reason.startswith("local")
+
+
+def _auto(prefill: WorkerView, decode: WorkerView, request: RequestView = REQUEST, weight: float = 0.15) -> str:
+    return _route([prefill, decode], request, Rules("kv-aware", "auto", 16, weight)).reason
+
+
+def test_decode_helps_out_where_that_costs_less_than_waiting() -> None:
+    """Guards the bargain of `auto`: 50 tokens hold up 4 answers for 0.05 s, at 0.15 each that is 30 tokens of wait."""
+    busy = replace(D0, requests=4)
+    assert _auto(replace(P0, tokens=30), busy) == "disaggregated"
+    assert _auto(replace(P0, tokens=31), busy) == "local_sooner"
+    assert _auto(replace(P0, tokens=40), replace(busy, tokens=10)) == "disaggregated"
+    assert _auto(replace(P0, tokens=31), replace(busy, requests=5)) == "disaggregated"
+    assert _auto(replace(P0, tokens=31), busy, weight=0.2) == "disaggregated"
+    assert _auto(replace(P0, tokens=31), busy, replace(REQUEST, num_tokens=60)) == "disaggregated"
+
+
+def test_decode_helps_out_by_what_each_holds_and_how_fast_each_is() -> None:
+    """Guards `auto` against counting cached tokens, and tokens of a slow worker like those of a fast one."""
+    prompt = RequestView(num_tokens=1000, num_blocks=63, turn=0, block_tokens=16)
+    held = replace(prompt, hits={"d0": Hit(gpu=50)})
+    assert _auto(P0, D0, prompt) == "disaggregated"
+    assert _auto(P0, D0, held) == "local_sooner"
+    assert _auto(P0, replace(D0, max_num_seqs=99, requests=30), held) == "disaggregated"
+    assert _auto(P0, D0, replace(held, hits={"d0": Hit(gpu=50), "p0": Hit(gpu=50)})) == "disaggregated"
+    assert _auto(replace(P0, tokens=900), replace(D0, tokens_s=400.0), prompt) == "disaggregated"
+    assert _auto(replace(P0, tokens=900), D0, prompt) == "local_sooner"
 
 
 def test_missing_roles_are_named() -> None:
@@ -104,7 +134,7 @@ def test_workers_that_failed_the_request_are_avoided_if_possible() -> None:
 
 # ---- kv-aware -----------------------------------------------------------------------------------------------------
 
-KV = Rules("kv-aware", "never", 16)
+KV = Rules("kv-aware", "never", 16, 0.15)
 PROMPT = RequestView(num_tokens=1000, num_blocks=63, turn=0, block_tokens=16)
 PREFILLS = [_worker(f"p{number}", "prefill") for number in range(4)]
 
@@ -157,10 +187,10 @@ def test_decode_prefers_what_need_not_travel_while_rows_are_free() -> None:
     assert _route([P0, D0, crowded], _hits(d1=60), KV).decode.identity == "d0"
 
 
-@pytest.mark.parametrize("mode", ["short", "always"])
+@pytest.mark.parametrize("mode", ["short", "auto", "always"])
 def test_decode_computes_what_it_mostly_holds(mode: str) -> None:
     """Guards conditional disaggregation: what counts is what the decode worker lacks, not the prompt's length."""
-    route = _route([P0, D0, D1], _hits(d1=62), Rules("kv-aware", mode, 16))
+    route = _route([P0, D0, D1], _hits(d1=62), Rules("kv-aware", mode, 16, 0.15))
     assert (route.decode.identity, route.prefill, route.hit_tokens) == ("d1", None, 992)
     assert route.computes.identity == "d1"
 
@@ -210,7 +240,7 @@ def test_a_block_that_all_share_does_not_lead_all_to_one() -> None:
 
 def test_sessions_stick_and_only_those_of_a_lost_worker_move() -> None:
     """Guards rendezvous hashing: stable over restarts and order, balanced, and without a key the least loaded."""
-    rules = Rules("session", "never", 16)
+    rules = Rules("session", "never", 16, 0.15)
 
     def home(view: list[WorkerView], key: int) -> str:
         route = _route([*view, D0], replace(PROMPT, session=key.to_bytes(16, "big")), rules)
@@ -254,7 +284,7 @@ HITS: st.SearchStrategy[Mapping[str, Hit]] = st.dictionaries(
     hits=HITS,
     avoid=st.frozensets(st.sampled_from(IDENTITIES)),
     policy=st.sampled_from(POLICIES),
-    local=st.sampled_from(("never", "short", "always")),
+    local=st.sampled_from(("never", "short", "auto", "always")),
     turn=st.integers(0, 100),
 )
 def test_no_policy_picks_whom_it_must_not(
@@ -264,7 +294,7 @@ def test_no_policy_picks_whom_it_must_not(
     roles = {"p": "prefill", "d": "decode"}
     view = [replace(worker, identity=name, role=roles[name[0]]) for name, worker in workers.items()]
     request = RequestView(1000, 63, turn, avoid, 16, hits=hits, session=b"k" * (turn % 2))
-    route = pick(view, request, Rules(policy, local, 16))
+    route = pick(view, request, Rules(policy, local, 16, 0.15))
     ready = [worker for worker in view if not worker.draining]
     if isinstance(route, Wait):
         decodes = [worker for worker in ready if worker.role == "decode"]

@@ -51,6 +51,7 @@ class ScriptedDesk:
         self.counted: Counter[str] = Counter()
         self.legs: list[Leg] = []
         self.computed: dict[str, bool] = {}
+        self.first_tokens: list[str] = []
         self.hit_tokens = 0
         self._script = script
         self._local = local
@@ -75,6 +76,9 @@ class ScriptedDesk:
     def assign(self, leg: Leg) -> None:
         self.legs.append(leg)
         self.open_legs.add((leg.worker, leg.request_id))
+
+    def prompt_computed(self, worker: str, request_id: str) -> None:
+        self.first_tokens.append(worker)
 
     def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
         self.computed[worker] = computed
@@ -140,6 +144,7 @@ async def test_both_legs_go_out_at_once_and_tokens_come_back_once() -> None:
     assert reserve.block_hashes == prefill.block_hashes and len(reserve.block_hashes) == 1
     assert (reserve.prefill, prefill.decode, prefill.decode_address) == ("p0", "d0", "tcp://d0")
     assert desk.sent_of(Cancel) == []  # both legs have ended by themselves
+    assert desk.first_tokens == ["p0"]  # told once, of the worker that computed the prompt
 
 
 async def test_a_lost_decode_worker_in_mid_stream() -> None:
@@ -295,6 +300,7 @@ async def test_strangers_are_not_listened_to() -> None:
     desk.send = send  # type: ignore[method-assign]
     assert _ids(await _run(desk)) == [7]
     assert desk.sent_of(Prefill) == [] and desk.sent_of(Reserve)[0].prefill == ""
+    assert desk.first_tokens == ["d0"]
 
 
 async def test_the_deadline_ends_a_silent_request() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from scripts import bench_two_gpus as bench
@@ -27,12 +29,13 @@ def test_systems_differ_in_their_roles_alone() -> None:
     arguments = ["--colocated-chunk-tokens", "512", "2048", "--plane", "nccl", "--workload", "8000/200@2"]
     options = bench._options(arguments)
     found = {str(system): system.serve("m", options) for system in systems(options)}
-    assert list(found) == ["disagg", "colocated-512", "colocated-2048"]
+    assert list(found) == ["disagg", "auto", "colocated-512", "colocated-2048"]
     ours, theirs = found["disagg"], found["colocated-2048"]
     assert (ours.prefill, ours.decode, ours.local_prefill) == (1, 1, "never")
-    assert (theirs.prefill, theirs.decode, theirs.local_prefill) == (0, 2, None)
+    assert (theirs.prefill, theirs.decode, theirs.local_prefill) == (0, 2, "always")
     assert ours.worker_arg == ("--load-format=dummy", "--max-model-len=9216", "--plane=nccl")
     assert theirs.worker_arg == (*ours.worker_arg, "--max-chunk-tokens=2048")
+    assert replace(ours, local_prefill="auto") == found["auto"]
     assert ours.gpus == theirs.gpus == (0, 1)
 
 
@@ -52,6 +55,7 @@ def line(system: str, tpot: float, rate: float = 7.0) -> dict[str, object]:
 
 def test_ratios_are_of_the_same_workload_and_rate() -> None:
     """And of disaggregated to colocated: below 1 is better."""
-    cells = [line(str(System("disagg")), 6.0), line("colocated-512", 8.0), line("colocated-512", 9.0, rate=14.0)]
-    (found,) = ratios(cells)
-    assert (found["against"], found["rate"], found["tpot_p50"], found["ttft_p99"]) == ("colocated-512", 7.0, 0.75, None)
+    ours = [line(str(System(name)), tpot) for name, tpot in (("disagg", 6.0), ("auto", 6.8))]
+    found = ratios([*ours, line("colocated-512", 8.0), line("colocated-512", 9.0, rate=14.0)])
+    assert [(each["system"], each["tpot_p50"]) for each in found] == [("disagg", 0.75), ("auto", 0.85)]
+    assert {(each["against"], each["rate"], each["ttft_p99"]) for each in found} == {("colocated-512", 7.0, None)}

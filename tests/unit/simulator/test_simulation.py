@@ -55,11 +55,11 @@ def test_every_request_gets_its_tokens_at_plausible_times() -> None:
     assert outcome.moved_bytes > 0
 
 
-@pytest.mark.parametrize("prefill", [0, 2])
-def test_leaving_workers_alone_changes_no_time(prefill: int) -> None:
+@pytest.mark.parametrize(("prefill", "local"), [(0, "always"), (2, "never"), (2, "auto")])
+def test_leaving_workers_alone_changes_no_time(prefill: int, local: str) -> None:
     """Guards fast-forwarding: with workers dying in the middle, every token comes when it comes step by step."""
     losses = (Loss(1.1, "d1"), *([Loss(2.3, "p0")] if prefill else []))
-    scenario = replace(_scenario(prefill, 3, local_prefill="never" if prefill else "always"), losses=losses)
+    scenario = replace(_scenario(prefill, 3, local_prefill=local), losses=losses)
     quick, slow = simulate(scenario, LOAD), simulate(replace(scenario, ahead=False), LOAD)
     _served(quick, LOAD)
     assert quick.counters["retries_total"] > 0
@@ -67,6 +67,14 @@ def test_leaving_workers_alone_changes_no_time(prefill: int) -> None:
     names = [name for name in quick.counters if not name.startswith("kv_event")]  # events wait for a carrier's turn
     assert [quick.counters[name] for name in names] == [slow.counters[name] for name in names]
     assert quick.messages < slow.messages
+
+
+def test_decode_workers_help_out_where_prompts_wait() -> None:
+    """Guards `auto`: with too few prefill workers first tokens come far sooner, and not for all prompts."""
+    alone, helped = (simulate(_scenario(1, 3, local_prefill=mode), LOAD) for mode in ("never", "auto"))
+    _served(helped, LOAD)
+    assert 0 < helped.counters["routed_local_sooner_total"] < len(LOAD) / 2
+    assert summarise(helped.records).ttft.p99_s < summarise(alone.records).ttft.p99_s / 2
 
 
 def test_a_pool_too_small_preempts_and_serves_all() -> None:
