@@ -6,6 +6,7 @@ Holds the memory of what does not outlive the next kernel: the parts of split su
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -76,13 +77,13 @@ class Products:
         return out
 
     def whole(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
-        """The same into `out`, never in parts."""
+        """The same into `out`, in one part."""
         (m, k), n = x.shape, weights.weight.shape[0]
         tiles = self._policy(m, (n, k, False))
-        if tiles is None or tiles.splits > 1:
+        if tiles is None:
             self._plain(weights, x, out)
         else:
-            linear(x, weights.weight, weights.bias, tiles, out, pdl=pdl)
+            linear(x, weights.weight, weights.bias, replace(tiles, splits=1), out, pdl=pdl)
 
     def gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
         """out [M, inner] = silu(gate) * up, where x W^T + b is [gate, up]."""
@@ -95,11 +96,7 @@ class Products:
             self._by_gluon(x, gate_up.weight, out)
             return
         wide = self._wide[: m * 2 * n].view(m, 2 * n)
-        tiles = self._policy(m, (2 * n, k, False))
-        if tiles is None:
-            self._plain(gate_up, x, wide)
-        else:
-            linear(x, gate_up.weight, gate_up.bias, tiles, wide, pdl=pdl)
+        self.whole(gate_up, x, wide, pdl=pdl)
         silu_and_mul(wide, out, pdl=pdl)
 
     def _plain(self, weights: Linear, x: torch.Tensor, out: torch.Tensor) -> None:

@@ -12,9 +12,9 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from kernels import Linear
 from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
-from kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, fastest
+from kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, fastest
 from kernels.triton.prefill_attention import block_m
-from models.cuda.products import Products
+from models.cuda.products import Products, invariant
 from tests.unit.kernels import kernel_checks as checks
 
 pytestmark = pytest.mark.gpu
@@ -159,3 +159,16 @@ def test_the_invariant_table_gives_a_row_the_same_bits_for_any_number_of_rows():
             linear(x[:rows], weight, None, tiles, outs[rows], fused=fused)
         for rows, out in outs.items():
             assert torch.equal(out, outs[largest][..., :rows, :]), (n, k, rows)
+
+
+def test_an_invariant_product_in_one_part_has_the_same_bits_for_any_number_of_rows():
+    """Guards the logits of a model with as many tokens in its vocabulary as a product has outputs that sums parts."""
+    counts = (1, 16, 33, 256, 300)
+    n, k, _ = O_8B
+    products, x = Products(invariant, counts[-1], [O_8B], BF16, GPU), checks.randn((counts[-1], k), BF16, GPU)
+    weights = Linear(torch.randn(n, k, device=GPU).to(BF16), None)
+    outs = {rows: checks.poison((rows, n), BF16, GPU) for rows in counts}
+    for rows, out in outs.items():
+        products.whole(weights, x[:rows], out, pdl=False)
+    for rows, out in outs.items():
+        assert torch.equal(out, outs[counts[-1]][:rows]), rows
