@@ -38,7 +38,7 @@ class ProxySettings:
         maximum=1 << 20,
     )
     local_prefill_itl_weight: float = option(
-        0.15,
+        0.25,
         help="with --local-prefill auto, what a delay of one running answer weighs against that of a first token: less "
         "lets decode workers prefill more",
         minimum=0,

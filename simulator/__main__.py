@@ -11,6 +11,7 @@ import msgspec
 
 from node.errors import SettingsError
 from node.settings import parse
+from proxy.settings import ProxySettings
 from simulator import report
 from simulator.capacity import hit_rate
 from simulator.fit import Fit, fit, read_steps
@@ -45,9 +46,15 @@ def place(argv: Sequence[str]) -> None:
     settings = parse(PlaceSettings, argv, f"{PROG} place", place.__doc__ or "")
     profile = load_profile(settings.profile)
     base = rate_of(workload_of(settings, profile))
+    proxy = ProxySettings(
+        policy=settings.policy,
+        local_prefill=settings.local_prefill,
+        local_prefill_itl_weight=settings.local_prefill_itl_weight,
+        max_queue=1 << 20,
+    )
     found = []
     for split in splits(settings.gpus, settings.chunk_tokens):
-        scenario = split_scenario(split, profile, settings.policy, settings.prefill_policy)
+        scenario = split_scenario(split, profile, proxy, settings.prefill_policy)
         found.append(
             goodput(
                 scenario,

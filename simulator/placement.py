@@ -7,7 +7,7 @@ cluster (no prefill worker, every decode worker computes its prompts itself) is 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import msgspec
 
@@ -59,12 +59,12 @@ def splits(gpus: int, chunks: Sequence[int]) -> list[Split]:
     ]
 
 
-def scenario_of(split: Split, profile: Profile, policy: str, prefill_policy: str) -> Scenario:
-    local = "never" if split.prefill else "always"
+def scenario_of(split: Split, profile: Profile, proxy: ProxySettings, prefill_policy: str) -> Scenario:
+    """`proxy` as it is in front of splits that have prefill workers."""
     if not split.prefill:
         chunk = split.chunk_tokens
         profile = msgspec.structs.replace(profile, decode_chunk_tokens=chunk, decode_budget_tokens=chunk)
-    proxy = ProxySettings(policy=policy, local_prefill=local, max_queue=1 << 20)
+        proxy = replace(proxy, local_prefill="always")
     return Scenario(
         profile=profile,
         prefill=split.prefill,
