@@ -1,8 +1,8 @@
 """Whether a prefill and a decode worker answer with the tokens that a colocated worker answers with.
 
-The same greedy requests of random prompts, all at once, go through both: first with workers of `--deterministic`,
-where every token must be equal and its log probability bit for bit, then without, where roundings depend on what
-else is in a step, and the share that is equal is told. One JSON line each; exit status 1 if a deterministic answer differs.
+The same greedy requests of random prompts, all at once, go through both: first with workers of `--deterministic`, where
+every token must be equal and its log probability bit for bit, then without, where roundings depend on what else is in a
+step, and the share that is equal is told. One JSON line each; exit status 1 if a deterministic answer differs.
 
 The API tells no token ids. It tells tokens by their bytes, with their log probabilities: no two entries of a vocabulary
 but special tokens have equal bytes. With `--device cpu` the demo model: `--deterministic` changes nothing there.

@@ -70,6 +70,14 @@ def test_two_and_two_workers(check, plane: str, tmp_path: Path) -> None:  # type
             assert _total(cluster, "transfers_received_total", worker) > 0
 
 
+def test_decode_workers_that_help_out(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Guards `auto`, the default: prompts go both ways at once, and no token tells which."""
+    with Cluster(1, 2, proxy_args=(), log_folder=tmp_path) as cluster:
+        check(cluster, 32)
+        assert cluster.counter("routed_local_sooner") > 0
+        assert cluster.counter("routed_disaggregated") > 0
+
+
 def test_preemption(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     """Guards recompute: a decode pool far too small for 32 sequences, and a prefill pool that makes prompts wait."""
     small = ("--num-blocks", "48", "--spare-blocks", "0", "--max-model-len", "512")
