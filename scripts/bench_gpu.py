@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from models.config import ModelConfig
+from models.cuda.memory import spread_layers
 from models.cuda.queue import CudaQueue
 from models.cuda.runner import CudaRunner, Limits
 from models.weights import Weights, load_weights
@@ -48,7 +49,7 @@ def load_shape(name: str) -> tuple[ModelConfig, Weights]:
 
 def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
     """[num_blocks, layers, 2, block_tokens, KH, D]; zeros would be quicker to compute with than what is served."""
-    shape = (num_blocks, config.num_layers, 2, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
+    shape = (num_blocks, spread_layers(config.num_layers), 2, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
     pool = torch.empty(shape, dtype=torch.bfloat16, device="cuda:0")
     some = torch.empty(256, *shape[1:], dtype=torch.bfloat16, device="cuda:0").normal_()
     for part in pool.split(len(some)):

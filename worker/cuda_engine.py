@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -15,7 +16,7 @@ from kvtransfer.planes.base import Plane
 from kvtransfer.planes.device import device_planes
 from kvtransfer.planes.host_copies import DeviceCopies
 from models.config import ModelConfig
-from models.cuda.memory import GIB, DeviceMemory, plan_blocks
+from models.cuda.memory import GIB, DeviceMemory, plan_blocks, spread_layers
 from models.cuda.queue import CudaQueue
 from models.cuda.runner import CudaRunner, Limits
 from models.weights import load_weights
@@ -45,6 +46,7 @@ def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
     try:
         runner = _load(settings, folder, config, index, longest)
         layout = layout_of(config, runner.kv_dtype, settings.block_tokens)
+        layout = replace(layout, num_layers=spread_layers(layout.num_layers))
         pool = DevicePool(layout, _pool_blocks(settings, layout, index), index)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
         began_at = time.monotonic()

@@ -1,4 +1,4 @@
-"""How large the KV pool of a GPU becomes: what is free, less what must stay free, in whole blocks. Pure arithmetic."""
+"""The KV pool of a GPU: how far apart its blocks lie, and how many there are. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -9,6 +9,18 @@ from node.errors import SettingsError
 GIB = 1 << 30
 GRAPHS_BYTES = 3 * GIB // 2
 """Kept for captured graphs, libraries' workspaces and the buffers of communicators, which come after the pool."""
+
+STACKS = 5
+"""Of memory, which an H100 has."""
+
+
+def spread_layers(num_layers: int) -> int:
+    """Layers that a block has room for: one more than the model's, if these are a multiple of five.
+
+    Else one layer of all blocks lies mostly on four of the five stacks, and attention reads a fifth less a second
+    (docs/benchmarks/kernels.md). Other GPUs do as the H100 does, since blocks go from one to the other.
+    """
+    return num_layers + (num_layers % STACKS == 0)
 
 
 @dataclass(frozen=True, slots=True)

@@ -99,9 +99,11 @@ class CudaRunner:
         self._longest = max_len
 
     def bind_pool(self, pool: torch.Tensor, max_model_len: int, on_progress: Progress = no_progress) -> None:
-        """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
+        """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN. It may have
+        more layers than the model, see models.cuda.memory."""
         config, device = self.config, self.queue.device
-        shape = (pool.shape[0], config.num_layers, 2, pool.shape[3], config.num_kv_heads, config.head_dim)
+        layers = max(pool.shape[1], config.num_layers)
+        shape = (pool.shape[0], layers, 2, pool.shape[3], config.num_kv_heads, config.head_dim)
         if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype or not pool.is_contiguous():
             raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
         block_tokens, rows = pool.shape[3], self._limits.max_rows

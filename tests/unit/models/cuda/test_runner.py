@@ -29,13 +29,16 @@ def split_in_two(num_rows, shape):
     return type(tiles)(16, 16, 16, 3, 2, prefetch=0)
 
 
-def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, **limits):
-    """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks."""
+def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, spare_layers=0, **limits):
+    """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks; the former's blocks have
+    room for more layers, which nobody may read."""
     plain = ModelRunner.load(folder)
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
     weights = load_weights(plain.config, folder, torch.float32, pack=False)
     late = CudaRunner(plain.config, weights, HostQueue(), Limits(max_rows, 64, run_ahead, **limits), 512, policy)
-    late.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)), 96)
+    pool = torch.zeros(plain.kv_shape(24, BLOCK))
+    pool = torch.cat((pool, torch.full_like(pool[:, :1], float("nan")).repeat(1, spare_layers, 1, 1, 1, 1)), dim=1)
+    late.bind_pool(pool, 96)
     return late, plain
 
 
@@ -92,11 +95,12 @@ def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_a
     assert found[2] == one_after_the_other(plain, PROMPTS[2], TABLES[2], 4, **edited)
 
 
-def test_a_sequence_in_parts_gives_the_cpu_s_tokens(make_model):
+@pytest.mark.parametrize("spare_layers", [0, 1])
+def test_a_sequence_in_parts_gives_the_cpu_s_tokens(make_model, spare_layers):
     """Guards attention of a sequence that programs share, alone and beside a short one: that the graph of a step shares
-    out by the lengths it is given, not by those that it was captured with."""
+    out by the lengths it is given, not by those that it was captured with. And blocks with room for more layers."""
     folder = make_model("llama", num_hidden_layers=1, vocab_size=144).folder
-    late, plain = make(folder)
+    late, plain = make(folder, spare_layers=spare_layers)
     prompt = [(7 * place) % 140 + 2 for place in range(70)]
     tables = {0: [4, 11, 2, 9, 17, 20], 1: [7, 0]}
     run = Ahead(late)
