@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from worker.speed import Speed
+
 
 @dataclass(slots=True)
 class Tally:
     """Tokens, but for the two named otherwise."""
 
+    speed: Speed
     steps: int = 0
     preemptions: int = 0
     generated: int = 0
@@ -18,6 +21,16 @@ class Tally:
     """Of prompts that this worker computes itself."""
     local_cached: int = 0
     computed: int = 0
+
+    @classmethod
+    def new(cls, budget_tokens: int) -> Tally:
+        """Of a worker whose steps take so many tokens at most."""
+        return cls(Speed(budget_tokens))
+
+    def compute(self, num_tokens: int, spent_s: float) -> None:
+        """A step computed so many tokens of prompts, beside whatever it decoded."""
+        self.computed += num_tokens
+        self.speed.step(num_tokens, spent_s)
 
     def counters(self) -> dict[str, float]:
         """By the names that the proxy knows (proxy/counters.py)."""

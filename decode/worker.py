@@ -92,7 +92,7 @@ class DecodeWorker:
         self._pace = Pace()
         self._prompting = False  # the next plan has a prompt that is new, or the rest of one
         self._free_slots = list(range(settings.max_num_seqs))
-        self._tally = Tally()
+        self._tally = Tally.new(settings.max_num_batched_tokens)
         self._draining = Draining(settings.drain_s)
 
     def run(self) -> None:
@@ -394,9 +394,9 @@ class DecodeWorker:
         num_prompt_tokens = sum(part.length for part in flight.parts if part.length > 1)
         self._pace.ended(took, now, flight.behind, num_prompt_tokens > 0)
         if num_prompt_tokens:
-            # Since its launch it may have waited behind another step.
-            self._reuse.gate.computed(num_prompt_tokens, took.busy_s if took else now - flight.began_at, now)
-            self._tally.computed += num_prompt_tokens
+            spent_s = took.busy_s if took else now - flight.began_at  # since then it may have waited behind another
+            self._reuse.gate.computed(num_prompt_tokens, spent_s, now)
+            self._tally.compute(num_prompt_tokens, spent_s)
         told: dict[str, list[Tokens]] = defaultdict(list)
         for part, token in zip(flight.parts, drawn, strict=True):
             sequence = part.sequence
@@ -456,14 +456,14 @@ class DecodeWorker:
         group.sort(key=lambda s: (-s.priority, seniority[s.leg]))
 
     def _load(self) -> Load:
-        work = sum(s.num_tokens - s.num_computed for s in (*self._running, *self._waiting))
         return Load(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._reserved),
-            waiting_tokens=work,
+            waiting_tokens=sum(s.num_tokens - s.num_computed for s in (*self._running, *self._waiting)),
             free_blocks=self._manager.num_available,
             total_blocks=self._manager.num_blocks,
             steps=self._tally.steps,
+            prefill_tokens_s=self._tally.speed.tokens_s,
             counters={
                 **self._tally.counters(),
                 **self._pace.counters(),

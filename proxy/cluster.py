@@ -42,6 +42,8 @@ class _Member:
     legs: dict[str, Leg] = field(default_factory=dict)  # by request id
     reported_at: float = float("-inf")
     """When its load was as it reported last: what was sent to it since comes on top."""
+    begun_tokens: int = 0
+    """Of legs that it had when it reported, computed by then."""
     done_tokens: int = 0
     """Of the waiting ones that it reported: computed, or given up, since."""
     view: WorkerView | None = None
@@ -129,7 +131,8 @@ class Cluster:
             member.progress_at = now
         member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
         member.reported_at = now - heartbeat.load_age_s
-        member.done_tokens = 0
+        seen = sum(leg.tokens for leg in member.legs.values() if leg.sent_at < member.reported_at)
+        member.begun_tokens, member.done_tokens = max(0, seen - heartbeat.load.waiting_tokens), 0
         member.view = None
         if now - self._median_at >= HEARTBEAT_S:
             self._median_at = now
@@ -179,7 +182,9 @@ class Cluster:
         member = self._members.get(worker)
         if member is not None and (leg := member.legs.get(request_id)) is not None:
             if leg.sent_at < member.reported_at:
-                member.done_tokens += leg.tokens
+                begun = min(member.begun_tokens, leg.tokens)  # prompts are computed in order, or nearly
+                member.begun_tokens -= begun
+                member.done_tokens += leg.tokens - begun
             leg.tokens = 0
             member.view = None
 

@@ -7,12 +7,12 @@ The policy `kv-aware` takes the worker with the least cost in seconds:
     local:    the first, and crowding, for a decode worker that computes the prompt itself
 
 With `--local-prefill auto` the decode worker computes the prompt itself where that is worth it. What it computes beside
-decoding holds up the answers under way there, so the first token must come sooner by more than they lose, weighted:
+decoding holds up the requests that it has, so the first token must come sooner by more than they lose, weighted:
 
-    (tokens waiting + to compute, at prefill)  -  (the same, at decode)  >  weight * answers * (to compute, at decode)
+    (tokens waiting + to load + to compute, at prefill) - (the same, at decode) > weight * requests * (to compute)
 
 An idle decode worker helps out as soon as somebody waits, a busy one only in a jam, and long prompts stay away from
-many answers.
+many answers. Requests whose prompts are on their way count too: they will be answers by then.
 
 A worker that holds more of the prompt than any other keeps the request unless another is cheaper by a margin: loads
 are a heartbeat old, and without it a conversation would wander, computed anew at each stop. Whoever takes it over
@@ -205,8 +205,11 @@ def _local_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> fl
 
 
 def _first_token_s(worker: WorkerView, request: RequestView) -> float:
-    """Until the worker would have computed the prompt, behind all that waits there."""
-    return (worker.tokens + request.num_tokens - request.hit_tokens(worker.identity)) / worker.tokens_s
+    """Until the worker would have loaded and computed the prompt, behind all that waits there."""
+    work = float(request.num_tokens - request.hit_tokens(worker.identity))
+    if (hit := request.hits.get(worker.identity)) is not None:
+        work += request.block_tokens * (RAM_COST * hit.ram + DISK_COST * hit.disk)
+    return (worker.tokens + work) / worker.tokens_s
 
 
 def _crowding(worker: WorkerView) -> float:

@@ -39,8 +39,8 @@ class ProxySettings:
     )
     local_prefill_itl_weight: float = option(
         0.25,
-        help="with --local-prefill auto, what a delay of one running answer weighs against that of a first token: less "
-        "lets decode workers prefill more",
+        help="with --local-prefill auto, what a delay of one request that decode has weighs against that of a first "
+        "token: less lets decode workers prefill more",
         minimum=0,
         maximum=1e6,
     )

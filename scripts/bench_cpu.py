@@ -114,6 +114,7 @@ def side(environment: dict[str, str], *arguments: str) -> Iterator[Side]:
 def server(environment: dict[str, str], model: str, port: int, more: Sequence[str]) -> Iterator[int]:
     """The process id of scripts/serve, from the moment it says `ready`."""
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--model", model, "--port", str(port)]
+    command += ["--local-prefill", "short"]  # every prompt through the prefill worker, in order
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as out:

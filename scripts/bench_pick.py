@@ -25,7 +25,7 @@ from proxy.router import RequestView, Rules, WorkerView, pick
 BLOCK_TOKENS = 64
 WORKERS_A_STORE = 8
 SYSTEM_BLOCKS = 16
-RULES = Rules("kv-aware", "auto", 16, 0.15)
+RULES = Rules("kv-aware", "auto", 16, 0.25)
 
 
 def _hashes(rng: random.Random, count: int) -> tuple[bytes, ...]:

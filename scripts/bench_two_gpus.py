@@ -181,7 +181,7 @@ def stages(before: Metrics, after: Metrics) -> dict[str, dict[str, float]]:
 def moved(before: Metrics, after: Metrics) -> dict[str, float]:
     """Counters of the cell that tell what went between workers, and what went wrong."""
     names = {
-        "prompts_of_decode": "baton:routed_local_sooner_total",
+        "local_sooner": "baton:routed_local_sooner_total",
         "bytes": "baton:transfer_bytes_total",
         "transfers": "baton:worker_transfers_received_total",
         "transfers_failed": "baton:worker_transfers_failed_total",

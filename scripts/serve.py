@@ -43,7 +43,9 @@ class ServeSettings:
         (), metavar="N", help="GPUs that the workers take in turns, prefill workers first; not given: the first for all"
     )
     local_prefill: str | None = option(
-        None, help="which prompts decode workers prefill themselves", choices=("never", "short", "auto", "always")
+        None,
+        help="which prompts decode workers prefill themselves; not given: those that would otherwise wait too long",
+        choices=("never", "short", "auto", "always"),
     )
     store_ram_gib: float = option(0.25, unit="GiB", help="RAM of the KV store that workers share; 0: none", minimum=0)
     store_disk_gib: float = option(0.0, unit="GiB", help="disk of the KV store, for each model; 0: none", minimum=0)

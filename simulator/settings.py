@@ -19,6 +19,7 @@ def choices_of(settings: type, name: str) -> tuple[str, ...]:
     return choices
 
 
+PROXY = ProxySettings()
 ROUTING = choices_of(ProxySettings, "policy")
 LOCAL = choices_of(ProxySettings, "local_prefill")
 LOADS = choices_of(PrefillSettings, "store_loads")
@@ -57,9 +58,13 @@ class ReplaySettings(SloSettings):
     prefill: int = option(1, unit="workers", help="prefill workers", minimum=0)
     decode: int = option(1, unit="workers", help="decode workers", minimum=1)
     policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")
-    local_prefill: str = option("never", choices=LOCAL, help="which prompts decode workers prefill themselves")
+    local_prefill: str = option(
+        PROXY.local_prefill, choices=LOCAL, help="which prompts decode workers prefill themselves"
+    )
     local_prefill_tokens: int = option(16, unit="tokens", help="prompts below this length are short", minimum=0)
-    local_prefill_itl_weight: float = option(0.25, help="as the proxy's, with --local-prefill auto", minimum=0)
+    local_prefill_itl_weight: float = option(
+        PROXY.local_prefill_itl_weight, help="as the proxy's, with --local-prefill auto", minimum=0
+    )
     prefill_policy: str = option(ORDERS[0], choices=ORDERS, help="order of prompts in a prefill worker")
     max_queue: int = option(512, unit="requests", help="most requests that wait in the proxy", minimum=1)
     request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1)
@@ -89,8 +94,12 @@ class PlaceSettings(SloSettings):
     )
     rounds: int = option(4, help="bisections of the rate after a factor of two is known", minimum=0)
     policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")
-    local_prefill: str = option("never", choices=LOCAL, help="which prompts decode workers prefill themselves")
-    local_prefill_itl_weight: float = option(0.25, help="as the proxy's, with --local-prefill auto", minimum=0)
+    local_prefill: str = option(
+        PROXY.local_prefill, choices=LOCAL, help="which prompts decode workers prefill themselves"
+    )
+    local_prefill_itl_weight: float = option(
+        PROXY.local_prefill_itl_weight, help="as the proxy's, with --local-prefill auto", minimum=0
+    )
     prefill_policy: str = option(ORDERS[0], choices=ORDERS, help="order of prompts in a prefill worker")
 
 

@@ -24,7 +24,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     cluster = Cluster(
         prefill=2,
         decode=1,
-        proxy_args=("--debug-requests", "100", "--slow-request-s", "0", "--local-prefill-tokens", "16"),
+        proxy_args=("--debug-requests", "100", "--slow-request-s", "0", "--local-prefill", "short"),
         prefill_args=("--max-chunk-tokens", "2"),
         prefill_step_s=0.01,
         log_folder=tmp_path_factory.mktemp("logs"),

@@ -91,16 +91,29 @@ def test_a_computed_prompt_waits_no_longer() -> None:
     cluster.beat("p/1", beat, 1)
     cluster.assign(Leg("p/1", "r3", tokens=7, blocks=1, sent_at=1.5))
     cluster.prompt_computed("p/1", "r1")
-    assert cluster.view()[0].tokens == 15 + 7
+    assert cluster.view()[0].tokens == 20 + 7  # of r1 five were computed when the worker reported
     cluster.settle("p/1", "r1")
     cluster.prompt_computed("p/1", "r3")
-    assert cluster.view()[0].tokens == 15
+    assert cluster.view()[0].tokens == 20
     cluster.settle("p/1", "r2")  # given up
-    assert cluster.view()[0].tokens == 0  # r1 was begun when the worker reported
+    assert cluster.view()[0].tokens == 0
     cluster.beat("p/1", beat, 2)
     assert cluster.view()[0].tokens == 45
     cluster.prompt_computed("gone/1", "r1")
     cluster.prompt_computed("p/1", "gone")
+
+
+def test_a_report_that_knows_already_is_not_told_again() -> None:
+    """Guards against prompts that leave the queue twice: a report may be read before the tokens that came with it."""
+    cluster = Cluster(60)
+    cluster.join("p/1", _register("p"), 0)
+    for number in range(3):
+        cluster.assign(Leg("p/1", f"r{number}", tokens=100, blocks=5, sent_at=0.5))
+    cluster.beat("p/1", _beat(Load(running=2, waiting_tokens=150, total_blocks=50)), 1)
+    cluster.prompt_computed("p/1", "r0")
+    assert cluster.view()[0].tokens == 150
+    cluster.prompt_computed("p/1", "r1")
+    assert cluster.view()[0].tokens == 100
 
 
 def test_unknown_heartbeats_are_told() -> None:

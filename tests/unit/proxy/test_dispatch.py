@@ -12,6 +12,7 @@ from node.endpoint import Endpoint, new_context
 from node.errors import DeadlineExceeded, Overloaded, PeerLost
 from node.messages import Heartbeat, Load, Register, SamplingParams
 from proxy import dispatch
+from proxy.cluster import Leg
 from proxy.dispatch import Dispatcher
 from proxy.router import RequestView, Route
 from proxy.settings import ProxySettings
@@ -84,6 +85,15 @@ async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Di
     assert all(isinstance(route, Route) for route in routes)
     assert dispatcher.counters()["rejected_queue_full_total"] == 1
     assert dispatcher.counters()["queued_requests"] == 0
+
+
+async def test_a_computed_prompt_leaves_the_queue(dispatcher: Dispatcher) -> None:
+    """Guards the way from a session's first token to what the next request's route is chosen by."""
+    _join(dispatcher)
+    dispatcher.assign(Leg("d/1", "r", tokens=30, blocks=1, sent_at=time.monotonic() + 1))
+    assert dispatcher._cluster.view()[0].tokens == 30
+    dispatcher.prompt_computed("d/1", "r")
+    assert dispatcher._cluster.view()[0].tokens == 0
 
 
 async def test_a_deadline_ends_the_wait_for_room(dispatcher: Dispatcher) -> None:

@@ -17,6 +17,14 @@ def test_tokens_count_up_to_the_first_difference() -> None:
     assert (found["first_difference"], found["equal_logprobs"], found["distinct_tokens"]) == (2, 1, 4)
 
 
+def test_exact_is_bit_for_bit_on_a_gpu() -> None:
+    """A CPU's log probabilities differ in their last bits with the batch; a GPU that is deterministic has no excuse."""
+    same, close, other = ([answer("ab", -1.0)], [answer("ab", -1.1)], [answer("ac", -1.0)])
+    found = [bench.compare(same, theirs) for theirs in (same, close, other)]
+    assert [bench.is_exact(each, "cuda") for each in found] == [True, False, False]
+    assert [bench.is_exact(each, "cpu") for each in found] == [True, True, False]
+
+
 def test_an_answer_that_is_cut_off_is_not_equal() -> None:
     """A lost token is the worst difference of all."""
     found = bench.compare([answer("ab")], [answer("abcd")])

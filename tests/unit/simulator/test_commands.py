@@ -33,6 +33,7 @@ def test_replay_tells_where_the_kv_of_prompts_came_from(tmp_path: Path, capsys: 
     trace = "".join(json.dumps({"timestamp": 3000 * n, **line}) + "\n" for n in range(8))
     (tmp_path / "t").write_text(trace)
     options = ("--trace", str(tmp_path / "t"), "--prefill", "2", "--policy", "round-robin", "--store-loads", "always")
+    options += ("--local-prefill", "never")
     found = []
     for store in ((), ("--store-ram-gib", "2", "--store-disk-gib", "2")):
         assert main(["replay", *options, *store, "--json"]) == 0
