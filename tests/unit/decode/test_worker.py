@@ -172,6 +172,15 @@ def test_local_prefill_in_chunks() -> None:
     assert bench.tokens("a") == [10, 11, 12, 13, 14]
 
 
+def test_the_load_tells_how_fast_prompts_are_computed_here() -> None:
+    """Guards the router's comparison with prefill workers: measured in steps full of prompts."""
+    bench = Bench(max_chunk_tokens=8, max_num_batched_tokens=8)
+    assert bench.carrier.load.prefill_tokens_s == 0.0
+    bench.reserve("a", 10, prefill="")
+    bench.run()
+    assert bench.carrier.load.prefill_tokens_s == 8 / STEP_S
+
+
 def test_a_transferred_sequence_tells_its_stages_once() -> None:
     """Guards the timeline: what the carrier measured, the wait for a step, the step; then nothing a token."""
     bench = Bench()
