@@ -5,8 +5,10 @@ every token must be equal and its log probability bit for bit, then without, whe
 step, and the share that is equal is told. One JSON line each; exit status 1 if a deterministic answer differs.
 
 The API tells no token ids. It tells tokens by their bytes, with their log probabilities: no two entries of a vocabulary
-but special tokens have equal bytes. With `--device cpu` the demo model: `--deterministic` changes nothing there, and log
-probabilities may differ in their last bits.
+but special tokens have equal bytes.
+
+With `--device cpu` the demo model: `--deterministic` changes nothing there, and log probabilities may differ in their
+last bits.
 """
 
 from __future__ import annotations
