@@ -101,11 +101,9 @@ def test_decode_helps_out_by_what_each_holds_and_how_fast_each_is() -> None:
     assert _auto(P0, D0, held) == "local_sooner"
     assert _auto(P0, replace(D0, max_num_seqs=99, requests=30), held) == "disaggregated"
     assert _auto(P0, D0, replace(held, hits={"d0": Hit(gpu=50), "p0": Hit(gpu=50)})) == "disaggregated"
-    ten = replace(D0, max_num_seqs=99, requests=10)
-    assert (
-        _auto(P0, ten, replace(prompt, hits={"d0": Hit(gpu=50)})) == "local_sooner"
-    )  # 800 sooner, 10 * 200 * 0.15 later
-    assert _auto(P0, ten, replace(prompt, hits={"d0": Hit(disk=50)})) == "disaggregated"  # 200 sooner
+    ten = replace(D0, max_num_seqs=99, requests=10)  # 200 tokens to compute there weigh 300
+    assert _auto(P0, ten, replace(prompt, hits={"d0": Hit(gpu=50)})) == "local_sooner"  # by 800
+    assert _auto(P0, ten, replace(prompt, hits={"d0": Hit(disk=50)})) == "disaggregated"  # by 200
     assert _auto(replace(P0, tokens=900), replace(D0, tokens_s=400.0), prompt) == "disaggregated"
     assert _auto(replace(P0, tokens=900), D0, prompt) == "local_sooner"
 
