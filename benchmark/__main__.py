@@ -1,4 +1,4 @@
-"""python -m benchmark serving | null-server: load tests of servers that speak OpenAI's API."""
+"""python -m baton.benchmark serving | null-server: load tests of servers that speak OpenAI's API."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Sequence
 
 from uvicorn.loops.auto import auto_loop_factory
 
-from benchmark.null_server import NullServerSettings, serve
-from benchmark.serving import serving
-from benchmark.settings import ServingSettings
-from node.errors import SettingsError
-from node.settings import parse
+from baton.benchmark.null_server import NullServerSettings, serve
+from baton.benchmark.serving import serving
+from baton.benchmark.settings import ServingSettings
+from baton.node.errors import SettingsError
+from baton.node.settings import parse
 
 
 def main(argv: Sequence[str]) -> int:
@@ -23,7 +23,7 @@ def main(argv: Sequence[str]) -> int:
     elif command == "null-server":
         work = serve(parse(NullServerSettings, rest, "null-server", "Streams tokens that nobody computed."))
     else:
-        print("usage: python -m benchmark serving | null-server [--help]", file=sys.stderr)
+        print("usage: python -m baton.benchmark serving | null-server [--help]", file=sys.stderr)
         return 2
     try:
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed

@@ -8,9 +8,9 @@ from typing import cast
 
 import msgspec
 
-from benchmark.plan import PartsPrompt, Turn
-from benchmark.prompts import PartSource
-from node.errors import SettingsError
+from baton.benchmark.plan import PartsPrompt, Turn
+from baton.benchmark.prompts import PartSource
+from baton.node.errors import SettingsError
 
 Content = str | list[int] | Sequence[Mapping[str, str]]
 

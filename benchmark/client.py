@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from benchmark.bodies import BodyStyle, BodyWriter, Said
-from benchmark.http import HttpClient, HttpFailed
-from benchmark.meter import StreamMeter, Usage, message_of
-from benchmark.plan import Turn
-from node.errors import SettingsError
+from baton.benchmark.bodies import BodyStyle, BodyWriter, Said
+from baton.benchmark.http import HttpClient, HttpFailed
+from baton.benchmark.meter import StreamMeter, Usage, message_of
+from baton.benchmark.plan import Turn
+from baton.node.errors import SettingsError
 
 MAX_ERROR_BYTES = 1 << 14
 

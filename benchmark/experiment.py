@@ -15,18 +15,18 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TextIO
 
-from benchmark.bodies import BodyStyle, BodyWriter
-from benchmark.client import OpenAIClient, find_model
-from benchmark.http import HttpClient, Origin
-from benchmark.plan import Plan
-from benchmark.planner import Inputs, make_plan
-from benchmark.progress import ProgressBar
-from benchmark.prompts import WORDS, RandomParts, words_of
-from benchmark.record import Record
-from benchmark.runner import NoWatch, RealClock, Runner, Watch
-from benchmark.search import RateSearch
-from benchmark.settings import ServingSettings
-from benchmark.summary import Summary, summarize
+from baton.benchmark.bodies import BodyStyle, BodyWriter
+from baton.benchmark.client import OpenAIClient, find_model
+from baton.benchmark.http import HttpClient, Origin
+from baton.benchmark.plan import Plan
+from baton.benchmark.planner import Inputs, make_plan
+from baton.benchmark.progress import ProgressBar
+from baton.benchmark.prompts import WORDS, RandomParts, words_of
+from baton.benchmark.record import Record
+from baton.benchmark.runner import NoWatch, RealClock, Runner, Watch
+from baton.benchmark.search import RateSearch
+from baton.benchmark.settings import ServingSettings
+from baton.benchmark.summary import Summary, summarize
 
 READY_TIMEOUT_S = 30.0
 

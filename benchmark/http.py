@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 import httptools
 
-from node.errors import SettingsError
+from baton.node.errors import SettingsError
 
 Sink = Callable[[bytes, float], bool]
 """Takes body bytes and the time of their read; False closes the connection."""

@@ -1,8 +1,8 @@
 """A server that computes nothing: it streams ready-made chunks in OpenAI's format as fast as its client reads them.
 
-What a client measures here is the client. `python -m benchmark null-server` runs one; self_test measures with it. Each
-token is a write of its own, as in a real server, unless the client reads too slowly. It owns as much of HTTP as that
-takes: POST with a Content-Length, GET /v1/models. Not for a network: it checks nothing.
+What a client measures here is the client. `python -m baton.benchmark null-server` runs one; self_test measures with it.
+Each token is a write of its own, as in a real server, unless the client reads too slowly. It owns as much of HTTP as
+that takes: POST with a Content-Length, GET /v1/models. Not for a network: it checks nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import cast
 
 import msgspec
 
-from node.settings import option, require_loopback
+from baton.node.settings import option, require_loopback
 
 MAX_REQUEST_BYTES = 64 << 20
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"

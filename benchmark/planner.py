@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmark import arrivals
-from benchmark.plan import Conversation, Plan, Turn
-from benchmark.settings import DEFAULT_NUM_PROMPTS, ServingSettings
-from benchmark.traces import TraceRequest, quantum_of, read_trace
-from benchmark.workload import Lengths, file_turns, random_turns, trace_turn, warmup_turns, with_cancels
-from node.errors import SettingsError
+from baton.benchmark import arrivals
+from baton.benchmark.plan import Conversation, Plan, Turn
+from baton.benchmark.settings import DEFAULT_NUM_PROMPTS, ServingSettings
+from baton.benchmark.traces import TraceRequest, quantum_of, read_trace
+from baton.benchmark.workload import Lengths, file_turns, random_turns, trace_turn, warmup_turns, with_cancels
+from baton.node.errors import SettingsError
 
 
 @dataclass(frozen=True, slots=True)

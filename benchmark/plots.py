@@ -16,10 +16,10 @@ from matplotlib.axis import Axis
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-from benchmark.experiment import Run
-from benchmark.record import Record
-from benchmark.results import rate_text
-from benchmark.summary import Summary
+from baton.benchmark.experiment import Run
+from baton.benchmark.record import Record
+from baton.benchmark.results import rate_text
+from baton.benchmark.summary import Summary
 
 MAX_LINES = 10
 MAX_POINTS = 150

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import TextIO
 
-from benchmark.record import FAILED, Record
+from baton.benchmark.record import FAILED, Record
 
 BETWEEN_DRAWS_S = 0.2
 BAR_CHARS = 24

@@ -12,9 +12,9 @@ from typing import Protocol
 import numpy as np
 from tokenizers import Tokenizer
 
-from benchmark.plan import Part
-from node.errors import SettingsError
-from node.modelhub import locate_model
+from baton.benchmark.plan import Part
+from baton.node.errors import SettingsError
+from baton.node.modelhub import locate_model
 
 FIRST_ID = 300
 """Below it are special tokens and single bytes."""

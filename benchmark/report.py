@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from html import escape
 
-from benchmark import plots, table
-from benchmark.experiment import Run
-from benchmark.results import Circumstances, rate_text
-from benchmark.settings import ServingSettings
+from baton.benchmark import plots, table
+from baton.benchmark.experiment import Run
+from baton.benchmark.results import Circumstances, rate_text
+from baton.benchmark.settings import ServingSettings
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2em auto; max-width: 86em; padding: 0 1em; color: #222 }

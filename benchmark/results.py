@@ -10,10 +10,10 @@ from pathlib import Path
 
 import msgspec
 
-from benchmark.experiment import Run
-from benchmark.record import json_lines
-from benchmark.settings import ServingSettings
-from benchmark.summary import Distribution, Summary
+from baton.benchmark.experiment import Run
+from baton.benchmark.record import json_lines
+from baton.benchmark.settings import ServingSettings
+from baton.benchmark.summary import Distribution, Summary
 
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 

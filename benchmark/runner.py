@@ -15,10 +15,10 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-from benchmark.bodies import Said
-from benchmark.client import Outcome
-from benchmark.plan import Conversation, Plan, Turn
-from benchmark.record import CANCELLED, COMPLETED, FAILED, Record
+from baton.benchmark.bodies import Said
+from baton.benchmark.client import Outcome
+from baton.benchmark.plan import Conversation, Plan, Turn
+from baton.benchmark.record import CANCELLED, COMPLETED, FAILED, Record
 
 LOOK_AHEAD_BYTES = 64 << 20
 """Requests are made ahead of their time, up to so much memory."""

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 
-from benchmark.http import HttpClient, Origin
-from benchmark.meter import StreamMeter
+from baton.benchmark.http import HttpClient, Origin
+from baton.benchmark.meter import StreamMeter
 
 TARGET_TOKENS_PER_S = 20_000
 NUM_STREAMS = 64
@@ -83,7 +83,7 @@ async def _stream(http: HttpClient, request: bytes, tokens: int) -> int:
 @asynccontextmanager
 async def _null_server(gap_ms: float) -> AsyncIterator[Origin]:
     """One in a process of its own, so that it does not count as the client."""
-    command = (sys.executable, "-m", "benchmark", "null-server", "--gap-ms", str(gap_ms))
+    command = (sys.executable, "-P", "-m", "baton.benchmark", "null-server", "--gap-ms", str(gap_ms))
     process = await asyncio.create_subprocess_exec(*command, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     try:

@@ -11,12 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 
-from benchmark import self_test, table
-from benchmark.experiment import Experiment, Run, Server
-from benchmark.planner import read_inputs
-from benchmark.results import Circumstances, rate_text, save
-from benchmark.settings import ServingSettings
-from node.errors import SettingsError
+from baton.benchmark import self_test, table
+from baton.benchmark.experiment import Experiment, Run, Server
+from baton.benchmark.planner import read_inputs
+from baton.benchmark.results import Circumstances, rate_text, save
+from baton.benchmark.settings import ServingSettings
+from baton.node.errors import SettingsError
 
 
 async def serving(settings: ServingSettings, argv: Sequence[str]) -> int:
@@ -92,7 +92,7 @@ def _finish(runs: Sequence[Run], settings: ServingSettings, about: Circumstances
         print(line)
     print(f"prompts: --prompt-salt {about.prompt_salt}; {about.machine}; {about.date}")
     if settings.html is not None:
-        from benchmark.report import render  # needs matplotlib, which only this needs
+        from baton.benchmark.report import render  # needs matplotlib, which only this needs
 
         settings.html.parent.mkdir(parents=True, exist_ok=True)
         settings.html.write_text(render(runs, settings, about, found), encoding="utf-8")

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import msgspec
 
-from benchmark.summary import METRICS, Objectives
-from node.errors import SettingsError
-from node.settings import option
+from baton.benchmark.summary import METRICS, Objectives
+from baton.node.errors import SettingsError
+from baton.node.settings import option
 
 DEFAULT_NUM_PROMPTS = 100
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from benchmark.record import CANCELLED, FAILED, Record
-from node.errors import SettingsError
+from baton.benchmark.record import CANCELLED, FAILED, Record
+from baton.node.errors import SettingsError
 
 METRICS = ("ttft", "tpot", "itl", "e2el")
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 
-from benchmark.experiment import Run
-from benchmark.results import rate_text
-from benchmark.settings import ServingSettings
-from benchmark.summary import METRICS, Distribution, Summary
+from baton.benchmark.experiment import Run
+from baton.benchmark.results import rate_text
+from baton.benchmark.settings import ServingSettings
+from baton.benchmark.summary import METRICS, Distribution, Summary
 
 TITLES = {
     "ttft": "TTFT, ms",

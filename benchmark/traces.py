@@ -15,7 +15,7 @@ from datetime import datetime
 
 import msgspec
 
-from node.errors import SettingsError
+from baton.node.errors import SettingsError
 
 MOONCAKE_BLOCK_TOKENS = 512
 MOONCAKE_QUANTUM_S = 3.0

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 import msgspec
 import numpy as np
 
-from benchmark.plan import GivenPrompt, Part, PartsPrompt, Turn
-from benchmark.traces import MOONCAKE_BLOCK_TOKENS, TraceRequest
-from node.errors import SettingsError
+from baton.benchmark.plan import GivenPrompt, Part, PartsPrompt, Turn
+from baton.benchmark.traces import MOONCAKE_BLOCK_TOKENS, TraceRequest
+from baton.node.errors import SettingsError
 
 OWN, PREFIX, BLOCK, WARMUP = range(4)
 """First number of a part's key: a request's own tokens, a shared prefix, a block of a trace, a warm-up."""

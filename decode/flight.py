@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from decode.sequence import Sequence
-from models.batch import Launched
+from baton.decode.sequence import Sequence
+from baton.models.batch import Launched
 
 
 class Part(NamedTuple):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from models.batch import DeviceTime
+from baton.models.batch import DeviceTime
 
 RECENT = 8
 SPARE_S = 0.0003

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from worker.speed import Speed
+from baton.worker.speed import Speed
 
 
 @dataclass(slots=True)

@@ -22,40 +22,29 @@ from collections import defaultdict, deque
 from collections.abc import Callable
 from itertools import takewhile
 
-from decode.flight import Flight, Part
-from decode.pace import Pace
-from decode.scheduler import Item, Limits, plan
-from decode.sequence import Sequence
-from decode.settings import DecodeSettings
-from decode.tally import Tally
-from kvtransfer.blocks.manager import OutOfBlocks
-from kvtransfer.blocks.table import BlockTable
-from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
-from kvtransfer.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
-from kvtransfer.store.client import NO_STORE, Store
-from kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
-from models.batch import Draw, Row
-from node.errors import InvariantBroken, SettingsError
-from node.lifecycle import Joined, JoinRefused, ProxyLost
-from node.messages import (
-    Bundle,
-    Busy,
-    Cancel,
-    Cancelled,
-    Drain,
-    Failed,
-    Load,
-    Reserve,
-    Reserved,
-    Tokens,
-)
-from node.telemetry import log_event
-from worker.draining import Draining
-from worker.finish import finish_of, is_last
-from worker.legs import busy, failed, means, why_impossible
-from worker.parts import Parts
-from worker.reuse import Loaded, Reuse
-from worker.stages import LegTimes
+from baton.decode.flight import Flight, Part
+from baton.decode.pace import Pace
+from baton.decode.scheduler import Item, Limits, plan
+from baton.decode.sequence import Sequence
+from baton.decode.settings import DecodeSettings
+from baton.decode.tally import Tally
+from baton.kvtransfer.blocks.manager import OutOfBlocks
+from baton.kvtransfer.blocks.table import BlockTable
+from baton.kvtransfer.carrier import CarrierDied, FromProxy, Inbound
+from baton.kvtransfer.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
+from baton.kvtransfer.store.client import NO_STORE, Store
+from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
+from baton.models.batch import Draw, Row
+from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.lifecycle import Joined, JoinRefused, ProxyLost
+from baton.node.messages import Bundle, Busy, Cancel, Cancelled, Drain, Failed, Load, Reserve, Reserved, Tokens
+from baton.node.telemetry import log_event
+from baton.worker.draining import Draining
+from baton.worker.finish import finish_of, is_last
+from baton.worker.legs import busy, failed, means, why_impossible
+from baton.worker.parts import Parts
+from baton.worker.reuse import Loaded, Reuse
+from baton.worker.stages import LegTimes
 
 logger = logging.getLogger("decode")
 

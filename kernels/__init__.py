@@ -7,10 +7,10 @@ below are the CPU's ops; a GPU's are in `triton`, which write into memory of the
 that nothing here imports Triton.
 """
 
-from kernels.cpu_attention import DecodeGroup, Workspace, chunk_attention, decode_attention
-from kernels.cpu_sampling import draw, keep_top_k, keep_top_p
-from kernels.linear import Linear
-from kernels.reference import (
+from baton.kernels.cpu_attention import DecodeGroup, Workspace, chunk_attention, decode_attention
+from baton.kernels.cpu_sampling import draw, keep_top_k, keep_top_p
+from baton.kernels.linear import Linear
+from baton.kernels.reference import (
     add_rms_norm,
     apply_penalties,
     apply_rope,

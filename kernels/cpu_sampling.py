@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from kernels.philox import uniform, uniform_of
-from kernels.reference import NEGATIVE_INFINITY, gumbel_argmax, nucleus_floor
+from baton.kernels.philox import uniform, uniform_of
+from baton.kernels.reference import NEGATIVE_INFINITY, gumbel_argmax, nucleus_floor
 
 LIKELY = 256
 

@@ -15,11 +15,11 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, fields
 from typing import Protocol
 
-from kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
-from kvtransfer.exchange import Event, Exchange
-from kvtransfer.store.events import StoreEvent
-from node.lifecycle import Change, Membership
-from node.messages import Cancel, Drain, KvReplay, Load, Message, Prefill, Reserve
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
+from baton.kvtransfer.exchange import Event, Exchange
+from baton.kvtransfer.store.events import StoreEvent
+from baton.node.lifecycle import Change, Membership
+from baton.node.messages import Cancel, Drain, KvReplay, Load, Message, Prefill, Reserve
 
 MAX_WAIT_S = 0.05
 STOP_TIMEOUT_S = 5.0

@@ -14,11 +14,11 @@ from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
-from kvtransfer.pairs import Pairs, Wire
-from kvtransfer.planes.base import IoDone, Plane
-from kvtransfer.receiver import Receiver
-from kvtransfer.sender import Sender
-from kvtransfer.transfer import (
+from baton.kvtransfer.pairs import Pairs, Wire
+from baton.kvtransfer.planes.base import IoDone, Plane
+from baton.kvtransfer.receiver import Receiver
+from baton.kvtransfer.sender import Sender
+from baton.kvtransfer.transfer import (
     Action,
     Arrived,
     CancelIo,
@@ -30,8 +30,8 @@ from kvtransfer.transfer import (
     Tell,
     Timing,
 )
-from node.errors import SettingsError
-from node.messages import (
+from baton.node.errors import SettingsError
+from baton.node.messages import (
     Abort,
     Aborted,
     Accept,

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from kvtransfer.planes.base import Plane
-from kvtransfer.planes.select import choose
-from node.messages import PROTOCOL_VERSION, Hello, Message, Refused, Welcome
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.select import choose
+from baton.node.messages import PROTOCOL_VERSION, Hello, Message, Refused, Welcome
 
 GREET_AGAIN_S = 0.25
 GREETING_LASTS_S = 1.0

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from kvtransfer.planes.base import ChunkKey
-from kvtransfer.transfer import (
+from baton.kvtransfer.planes.base import ChunkKey
+from baton.kvtransfer.transfer import (
     Action,
     Arrived,
     CancelIo,
@@ -19,7 +19,19 @@ from kvtransfer.transfer import (
     Tell,
     Timing,
 )
-from node.messages import Abort, Aborted, Accept, Ack, Finish, Grant, Message, Offer, Renew, Valid, Validate
+from baton.node.messages import (
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Finish,
+    Grant,
+    Message,
+    Offer,
+    Renew,
+    Valid,
+    Validate,
+)
 
 
 class _Chunk(Enum):

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-from kvtransfer.blocks.checksum import digest_of_sums
-from kvtransfer.planes.base import ChunkKey
-from kvtransfer.transfer import (
+from baton.kvtransfer.blocks.checksum import digest_of_sums
+from baton.kvtransfer.planes.base import ChunkKey
+from baton.kvtransfer.transfer import (
     Action,
     CancelIo,
     DigestsOf,
@@ -19,7 +19,7 @@ from kvtransfer.transfer import (
     Tell,
     Timing,
 )
-from node.messages import (
+from baton.node.messages import (
     MAX_OFFER_BLOCKS,
     Abort,
     Aborted,

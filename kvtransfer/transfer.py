@@ -28,8 +28,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from kvtransfer.planes.base import ChunkKey
-from node.messages import Logprob, Message
+from baton.kvtransfer.planes.base import ChunkKey
+from baton.node.messages import Logprob, Message
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import torch
 
-import kernels
-from models.config import ModelConfig
-from models.step_batch import PoolShape, StepBatch
+from baton import kernels
+from baton.models.config import ModelConfig
+from baton.models.step_batch import PoolShape, StepBatch
 
 
 class PagedAttention:

@@ -9,9 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from models.folder import JsonObject
-from models.rope_config import RopeConfig, read_rope
-from node.errors import SettingsError
+from baton.models.folder import JsonObject
+from baton.models.rope_config import RopeConfig, read_rope
+from baton.node.errors import SettingsError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-import kernels
-from models.attention import PagedAttention
-from models.config import ModelConfig
-from models.rope import rotations
-from models.step_batch import StepBatch
-from models.weights import LayerWeights, Weights
+from baton import kernels
+from baton.models.attention import PagedAttention
+from baton.models.config import ModelConfig
+from baton.models.rope import rotations
+from baton.models.step_batch import StepBatch
+from baton.models.weights import LayerWeights, Weights
 
 
 def forward(

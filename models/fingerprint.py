@@ -12,8 +12,8 @@ import hashlib
 import struct
 from pathlib import Path
 
-from models.folder import JsonObject
-from node.errors import SettingsError
+from baton.models.folder import JsonObject
+from baton.node.errors import SettingsError
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -10,7 +10,7 @@ import math
 from pathlib import Path
 from typing import TypeAlias
 
-from node.errors import SettingsError
+from baton.node.errors import SettingsError
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 

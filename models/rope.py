@@ -10,7 +10,7 @@ import math
 
 import torch
 
-from models.rope_config import RopeConfig
+from baton.models.rope_config import RopeConfig
 
 
 def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:

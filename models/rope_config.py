@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from models.folder import JsonObject
-from node.errors import SettingsError
+from baton.models.folder import JsonObject
+from baton.node.errors import SettingsError
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
 DEFAULT_THETA = 10000.0

@@ -14,15 +14,15 @@ from pathlib import Path
 
 import torch
 
-from models import decoder
-from models.attention import PagedAttention
-from models.batch import Done, Drawn, Launched, Row
-from models.config import ModelConfig
-from models.rope import inverse_frequencies
-from models.sampler import draw_tokens
-from models.step_batch import StepBatch, lay_out
-from models.weights import Progress, Weights, load_weights, no_progress
-from node.errors import InvariantBroken, SettingsError
+from baton.models import decoder
+from baton.models.attention import PagedAttention
+from baton.models.batch import Done, Drawn, Launched, Row
+from baton.models.config import ModelConfig
+from baton.models.rope import inverse_frequencies
+from baton.models.sampler import draw_tokens
+from baton.models.step_batch import StepBatch, lay_out
+from baton.models.weights import Progress, Weights, load_weights, no_progress
+from baton.node.errors import InvariantBroken, SettingsError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

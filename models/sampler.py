@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 import torch
 
-import kernels
-from models.batch import Draw, Drawn
-from node.messages import Logprob, SamplingParams
+from baton import kernels
+from baton.models.batch import Draw, Drawn
+from baton.node.messages import Logprob, SamplingParams
 
 GREEDY_BELOW = 1e-5  # temperatures under this are 0, as in vLLM: dividing by them would only overflow
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kernels import DecodeGroup
-from models.batch import Row
+from baton.kernels import DecodeGroup
+from baton.models.batch import Row
 
 # A group costs a fixed time (two calls a layer, about 40 us), and padding costs a copy and a read. Measured on two
 # cores of an EPYC: up to GROUP_BYTES of keys and values of a layer the copy is still in cache when attention reads

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from kernels import Linear
-from models.config import ModelConfig
-from models.fingerprint import weight_files
-from node.errors import SettingsError
+from baton.kernels import Linear
+from baton.models.config import ModelConfig
+from baton.models.fingerprint import weight_files
+from baton.node.errors import SettingsError
 
 Progress = Callable[[int, int], None]
 

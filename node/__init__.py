@@ -2,5 +2,3 @@
 
 No torch, no blocks.
 """
-
-__version__ = "0.1.0"

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterable
 
 import zmq
 
-from node.errors import SettingsError
-from node.messages import MAX_BODY_BYTES, BadMessage, Message, decode, encode
-from node.telemetry import log_event
+from baton.node.errors import SettingsError
+from baton.node.messages import MAX_BODY_BYTES, BadMessage, Message, decode, encode
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("endpoint")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from node.messages import (
+from baton.node.messages import (
     Goodbye,
     Heartbeat,
     Load,

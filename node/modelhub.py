@@ -10,8 +10,8 @@ import logging
 import re
 from pathlib import Path
 
-from node.errors import SettingsError
-from node.telemetry import log_event
+from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
 
 DEMO_MODEL = "demo"
 

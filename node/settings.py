@@ -9,7 +9,7 @@ arguments into an instance of any dataclass made of such fields, `require_loopba
         port: int = option(8000, help="HTTP port", minimum=0, maximum=65535)                   # --port
         drain_s: float = option(10.0, unit="s", help="time that requests get to end", minimum=0)
 
-    settings = parse(ProxySettings, sys.argv[1:], prog="python -m proxy", description="The HTTP front of Baton.")
+    settings = parse(ProxySettings, sys.argv[1:], prog="baton proxy", description="The HTTP front of Baton.")
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from node.errors import SettingsError
+from baton.node.errors import SettingsError
 
 T = TypeVar("T")
 

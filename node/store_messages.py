@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from node.messages import MAX_BLOCKS, PROTOCOL_VERSION, Count, Message, Name, Small, Text, decode
+from baton.node.messages import MAX_BLOCKS, PROTOCOL_VERSION, Count, Message, Name, Small, Text, decode
 
 BlockHash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 BlockHashes = Annotated[tuple[BlockHash, ...], Meta(max_length=MAX_BLOCKS)]

@@ -1,18 +1,18 @@
-"""python -m prefill: one prefill worker."""
+"""python -m baton.prefill: one prefill worker."""
 
 from __future__ import annotations
 
 import sys
 
-from node.settings import parse
-from prefill.settings import PrefillSettings
-from prefill.worker import PrefillWorker
-from worker.main import serve
-from worker.start import Worker
+from baton.node.settings import parse
+from baton.prefill.settings import PrefillSettings
+from baton.prefill.worker import PrefillWorker
+from baton.worker.main import serve
+from baton.worker.start import Worker
 
 
 def main() -> int:
-    settings = parse(PrefillSettings, sys.argv[1:], prog="python -m prefill", description="A prefill worker of Baton.")
+    settings = parse(PrefillSettings, sys.argv[1:], prog="baton prefill", description="A prefill worker of Baton.")
 
     def make(worker: Worker, sizes: PrefillSettings) -> PrefillWorker:
         return PrefillWorker(worker, sizes, store=worker.store, sums=worker.sums)

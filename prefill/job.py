@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvtransfer.blocks.table import BlockTable
-from kvtransfer.exchange import LegKey
-from node.messages import SamplingParams
-from worker.stages import LegTimes
+from baton.kvtransfer.blocks.table import BlockTable
+from baton.kvtransfer.exchange import LegKey
+from baton.node.messages import SamplingParams
+from baton.worker.stages import LegTimes
 
 
 @dataclass(slots=True, eq=False)

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from node.settings import option
-from worker.settings import WorkerSettings
+from baton.node.settings import option
+from baton.worker.settings import WorkerSettings
 
 GPU_CHUNK_TOKENS = 4096
 FULL_STEP_TOKENS = 1024

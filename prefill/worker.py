@@ -16,27 +16,27 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
-from kvtransfer.blocks.manager import OutOfBlocks
-from kvtransfer.blocks.table import BlockTable
-from kvtransfer.carrier import CarrierDied, FromProxy, Inbound
-from kvtransfer.exchange import LegKey, SenderEnded
-from kvtransfer.store.client import NO_STORE, Store
-from kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
-from models.batch import Draw, Drawn, Launched, Row
-from node.errors import InvariantBroken, SettingsError
-from node.lifecycle import Joined, JoinRefused, ProxyLost
-from node.messages import Busy, Cancel, Cancelled, Drain, Failed, HandedOver, Load, Prefill, Tokens
-from node.telemetry import log_event
-from prefill.job import Job
-from prefill.scheduler import Chunk, Work, order, plan
-from prefill.settings import PrefillSettings
-from worker.draining import Draining
-from worker.finish import finish_of
-from worker.legs import busy, failed, means, why_impossible
-from worker.parts import NoSums, Parts, Sums
-from worker.reuse import Loaded, Reuse
-from worker.speed import Speed
-from worker.stages import LegTimes
+from baton.kvtransfer.blocks.manager import OutOfBlocks
+from baton.kvtransfer.blocks.table import BlockTable
+from baton.kvtransfer.carrier import CarrierDied, FromProxy, Inbound
+from baton.kvtransfer.exchange import LegKey, SenderEnded
+from baton.kvtransfer.store.client import NO_STORE, Store
+from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
+from baton.models.batch import Draw, Drawn, Launched, Row
+from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.lifecycle import Joined, JoinRefused, ProxyLost
+from baton.node.messages import Busy, Cancel, Cancelled, Drain, Failed, HandedOver, Load, Prefill, Tokens
+from baton.node.telemetry import log_event
+from baton.prefill.job import Job
+from baton.prefill.scheduler import Chunk, Work, order, plan
+from baton.prefill.settings import PrefillSettings
+from baton.worker.draining import Draining
+from baton.worker.finish import finish_of
+from baton.worker.legs import busy, failed, means, why_impossible
+from baton.worker.parts import NoSums, Parts, Sums
+from baton.worker.reuse import Loaded, Reuse
+from baton.worker.speed import Speed
+from baton.worker.stages import LegTimes
 
 logger = logging.getLogger("prefill")
 

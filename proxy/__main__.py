@@ -1,4 +1,4 @@
-"""python -m proxy: the HTTP front and the scheduler of a cluster."""
+"""python -m baton.proxy: the HTTP front and the scheduler of a cluster."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from pathlib import Path
 import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
-from node import __version__
-from node.endpoint import Endpoint, new_context
-from node.errors import SettingsError
-from node.garbage import spare_what_is_there
-from node.modelhub import locate_model
-from node.settings import parse, require_loopback
-from node.telemetry import configure_logging
-from proxy.app import AppSettings, create_app
-from proxy.dispatch import Dispatcher
-from proxy.journal import NoSpans, Spans
-from proxy.settings import ProxySettings
-from proxy.text import Text
+from baton import __version__
+from baton.node.endpoint import Endpoint, new_context
+from baton.node.errors import SettingsError
+from baton.node.garbage import spare_what_is_there
+from baton.node.modelhub import locate_model
+from baton.node.settings import parse, require_loopback
+from baton.node.telemetry import configure_logging
+from baton.proxy.app import AppSettings, create_app
+from baton.proxy.dispatch import Dispatcher
+from baton.proxy.journal import NoSpans, Spans
+from baton.proxy.settings import ProxySettings
+from baton.proxy.text import Text
 
 
 def main() -> int:
-    settings = parse(ProxySettings, sys.argv[1:], prog="python -m proxy", description="The HTTP front of Baton.")
+    settings = parse(ProxySettings, sys.argv[1:], prog="baton proxy", description="The HTTP front of Baton.")
     configure_logging(settings.log_level, "proxy")
     try:
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed
@@ -78,7 +78,9 @@ def _spans(otlp_endpoint: str) -> Spans:
     if not otlp_endpoint:
         return NoSpans()
     try:
-        from proxy.spans import otlp_spans  # an optional dependency: without it the proxy runs, and traces nothing
+        from baton.proxy.spans import (
+            otlp_spans,  # an optional dependency: without it the proxy runs, and traces nothing
+        )
     except ImportError as error:
         needed = "--otlp-endpoint needs OpenTelemetry: install baton-serve[otel]"
         raise SettingsError(f"{needed} ({error})") from None

@@ -18,18 +18,18 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
-from node.errors import BadRequest, BatonError, PeerLost
-from node.messages import SamplingParams
-from proxy.dashboard import add_dashboard
-from proxy.endpoint import Gate, GenerateEndpoint, Service
-from proxy.failures import Failure, failure_of, kind_of
-from proxy.http import PROBES, ApiKeyGuard, ClientGone, read_body
-from proxy.interface import AppSettings, Engine
-from proxy.journal import Journal, Spans
-from proxy.metrics import Metrics
-from proxy.record import as_json
-from proxy.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
-from proxy.text import Text
+from baton.node.errors import BadRequest, BatonError, PeerLost
+from baton.node.messages import SamplingParams
+from baton.proxy.dashboard import add_dashboard
+from baton.proxy.endpoint import Gate, GenerateEndpoint, Service
+from baton.proxy.failures import Failure, failure_of, kind_of
+from baton.proxy.http import PROBES, ApiKeyGuard, ClientGone, read_body
+from baton.proxy.interface import AppSettings, Engine
+from baton.proxy.journal import Journal, Spans
+from baton.proxy.metrics import Metrics
+from baton.proxy.record import as_json
+from baton.proxy.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
+from baton.proxy.text import Text
 
 __all__ = ["AppSettings", "create_app"]
 

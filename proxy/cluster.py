@@ -9,11 +9,11 @@ from __future__ import annotations
 import statistics
 from dataclasses import dataclass, field
 
-from node.endpoint import identity_of
-from node.lifecycle import DEAD_AFTER_S, HEARTBEAT_S
-from node.messages import PROTOCOL_VERSION, Heartbeat, Load, Register, RegisterStore
-from proxy.interface import WorkerStatus
-from proxy.router import WorkerView
+from baton.node.endpoint import identity_of
+from baton.node.lifecycle import DEAD_AFTER_S, HEARTBEAT_S
+from baton.node.messages import PROTOCOL_VERSION, Heartbeat, Load, Register, RegisterStore
+from baton.proxy.interface import WorkerStatus
+from baton.proxy.router import WorkerView
 
 NOMINAL_TOKENS_S = 10_000.0
 """Prompt tokens a second, until a worker has measured them; only ratios of costs count then."""

@@ -14,8 +14,8 @@ from itertools import product
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from proxy.counters import ENGINE_COUNTERS, GAUGES, PROMPT_SOURCES, STORE_COUNTERS, WORKER_COUNTERS
-from proxy.interface import Engine, WorkerStatus
+from baton.proxy.counters import ENGINE_COUNTERS, GAUGES, PROMPT_SOURCES, STORE_COUNTERS, WORKER_COUNTERS
+from baton.proxy.interface import Engine, WorkerStatus
 
 _LABEL = ("model_name",)
 _WORKER = ("worker", "role")

@@ -5,8 +5,8 @@ A counter that is not listed here is shown all the same, without a meaning; a te
 
 from __future__ import annotations
 
-from node.store_messages import TIER_NAMES
-from proxy.router import WHYS
+from baton.node.store_messages import TIER_NAMES
+from baton.proxy.router import WHYS
 
 PROMPT_SOURCES = ("gpu", *TIER_NAMES, "computed")
 """Where the KV of a prompt's tokens may come from: the pool of the worker, a tier below it, or a step."""

@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import replace
 
-from node.errors import DeadlineExceeded, Overloaded, PeerLost
-from node.messages import Message, SamplingParams
-from proxy.cluster import Cluster, Leg, Shape
-from proxy.interface import Delta, WorkerStatus
-from proxy.kvfeed import KvFeed
-from proxy.kvindex import KvIndex
-from proxy.router import WHYS, RequestView, Route, Rules, Wait, pick
-from proxy.session import ProxyStopping, Session, WorkerLost
-from proxy.settings import ProxySettings
-from proxy.timeline import Timeline
-from proxy.wire import Answer, Line, Wire
+from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
+from baton.node.messages import Message, SamplingParams
+from baton.proxy.cluster import Cluster, Leg, Shape
+from baton.proxy.interface import Delta, WorkerStatus
+from baton.proxy.kvfeed import KvFeed
+from baton.proxy.kvindex import KvIndex
+from baton.proxy.router import WHYS, RequestView, Route, Rules, Wait, pick
+from baton.proxy.session import ProxyStopping, Session, WorkerLost
+from baton.proxy.settings import ProxySettings
+from baton.proxy.timeline import Timeline
+from baton.proxy.wire import Answer, Line, Wire
 
 NO_WORKER_GRACE_S = 5.0
 """A role whose last worker is gone gets so long to come back, for all requests together, before they are failed."""

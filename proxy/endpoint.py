@@ -17,22 +17,22 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from node.errors import BadRequest, Overloaded, PeerLost
-from node.messages import SamplingParams
-from node.telemetry import log_event
-from proxy.answers import Answers, ChatAnswers, ChoiceText, CompletionAnswers, TokenLogprob, Usage
-from proxy.failures import failure_of, kind_of
-from proxy.generate import Assembler, Piece, StopRule, merge, pieces
-from proxy.http import ClientGone, Reply, gone, read_body
-from proxy.interface import AppSettings, Engine
-from proxy.journal import Journal
-from proxy.metrics import Metrics
-from proxy.prepare import Generation, generations
-from proxy.record import About, RequestRecord
-from proxy.schema import Order
-from proxy.text import Text
-from proxy.timeline import Timeline
-from proxy.track import CANCELLED, Track
+from baton.node.errors import BadRequest, Overloaded, PeerLost
+from baton.node.messages import SamplingParams
+from baton.node.telemetry import log_event
+from baton.proxy.answers import Answers, ChatAnswers, ChoiceText, CompletionAnswers, TokenLogprob, Usage
+from baton.proxy.failures import failure_of, kind_of
+from baton.proxy.generate import Assembler, Piece, StopRule, merge, pieces
+from baton.proxy.http import ClientGone, Reply, gone, read_body
+from baton.proxy.interface import AppSettings, Engine
+from baton.proxy.journal import Journal
+from baton.proxy.metrics import Metrics
+from baton.proxy.prepare import Generation, generations
+from baton.proxy.record import About, RequestRecord
+from baton.proxy.schema import Order
+from baton.proxy.text import Text
+from baton.proxy.timeline import Timeline
+from baton.proxy.track import CANCELLED, Track
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from node.errors import BadRequest, DeadlineExceeded, Overloaded, PeerLost, TransferFailed
+from baton.node.errors import BadRequest, DeadlineExceeded, Overloaded, PeerLost, TransferFailed
 
 
 @dataclass(frozen=True, slots=True)

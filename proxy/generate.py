@@ -10,16 +10,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from node.errors import InvariantBroken
-from node.messages import Logprob
-from proxy.answers import TokenLogprob
-from proxy.failures import kind_of
-from proxy.interface import Delta, Engine
-from proxy.prepare import Generation
-from proxy.stop import StopMatcher
-from proxy.text import Text
-from proxy.timeline import Timeline
-from proxy.track import CANCELLED, Track
+from baton.node.errors import InvariantBroken
+from baton.node.messages import Logprob
+from baton.proxy.answers import TokenLogprob
+from baton.proxy.failures import kind_of
+from baton.proxy.interface import Delta, Engine
+from baton.proxy.prepare import Generation
+from baton.proxy.stop import StopMatcher
+from baton.proxy.text import Text
+from baton.proxy.timeline import Timeline
+from baton.proxy.track import CANCELLED, Track
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,8 @@ from collections.abc import Mapping, Sequence
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from node.errors import BadRequest
-from proxy.failures import Failure, failure_of
+from baton.node.errors import BadRequest
+from baton.proxy.failures import Failure, failure_of
 
 BODY_TIMEOUT_S = 60.0
 """A client that takes longer to send a body is not waited for."""

@@ -10,8 +10,8 @@ import math
 from collections import OrderedDict
 from typing import Protocol
 
-from node.telemetry import log_event
-from proxy.record import RequestRecord, as_fields
+from baton.node.telemetry import log_event
+from baton.proxy.record import RequestRecord, as_fields
 
 logger = logging.getLogger("proxy")
 

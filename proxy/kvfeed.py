@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 
-from node.messages import KvEvents, KvReplay, KvSnapshot
-from proxy.kvindex import KvIndex
+from baton.node.messages import KvEvents, KvReplay, KvSnapshot
+from baton.proxy.kvindex import KvIndex
 
 ASK_AGAIN_S = 0.5
 MADE_GRACE_S = 0.25

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from node.messages import Tier, TierChange
+from baton.node.messages import Tier, TierChange
 
 
 @dataclass(frozen=True, slots=True)

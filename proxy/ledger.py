@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from node.messages import Logprob, Tokens
+from baton.node.messages import Logprob, Tokens
 
 
 class Gap(Exception):

@@ -14,12 +14,12 @@ from collections.abc import Callable, Iterable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from proxy.collector import EngineCollector, MovedBytes
-from proxy.counters import PROMPT_SOURCES
-from proxy.failures import FAILURE_KINDS
-from proxy.interface import Engine
-from proxy.record import RequestRecord
-from proxy.timeline import FIRST_TOKEN, USUAL, Part
+from baton.proxy.collector import EngineCollector, MovedBytes
+from baton.proxy.counters import PROMPT_SOURCES
+from baton.proxy.failures import FAILURE_KINDS
+from baton.proxy.interface import Engine
+from baton.proxy.record import RequestRecord
+from baton.proxy.timeline import FIRST_TOKEN, USUAL, Part
 
 # fmt: off
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvtransfer.blocks.hashing import block_hashes, root_hash
-from proxy.cluster import Shape
+from baton.kvtransfer.blocks.hashing import block_hashes, root_hash
+from baton.proxy.cluster import Shape
 
 
 @dataclass(frozen=True, slots=True)

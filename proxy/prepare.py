@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 import msgspec
 
-from node.errors import BadRequest
-from node.messages import SamplingParams
-from proxy.interface import AppSettings
-from proxy.schema import Order, Wish
-from proxy.text import Text
+from baton.node.errors import BadRequest
+from baton.node.messages import SamplingParams
+from baton.proxy.interface import AppSettings
+from baton.proxy.schema import Order, Wish
+from baton.proxy.text import Text
 
 _SEEDS = 1 << 63
 

@@ -9,9 +9,9 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from node.messages import SamplingParams
-from node.store_messages import TIER_NAMES
-from proxy.timeline import Attempt, Part
+from baton.node.messages import SamplingParams
+from baton.node.store_messages import TIER_NAMES
+from baton.proxy.timeline import Attempt, Part
 
 SHOWN_HASH_BYTES = 8
 

@@ -25,7 +25,7 @@ import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from proxy.kvindex import Hit
+from baton.proxy.kvindex import Hit
 
 WORK_WEIGHT = 2.0
 """A token to compute delays not only this request but whoever comes after it to that worker."""

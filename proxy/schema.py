@@ -18,8 +18,8 @@ from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from node.errors import BadRequest
-from node.messages import MAX_TOKENS
+from baton.node.errors import BadRequest
+from baton.node.messages import MAX_TOKENS
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024

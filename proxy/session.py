@@ -18,8 +18,8 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from node.errors import BadRequest, DeadlineExceeded, PeerLost
-from node.messages import (
+from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
+from baton.node.messages import (
     Busy,
     Cancel,
     Cancelled,
@@ -32,14 +32,14 @@ from node.messages import (
     SamplingParams,
     Tokens,
 )
-from node.telemetry import log_event
-from proxy.cluster import Leg, Shape
-from proxy.interface import Delta
-from proxy.ledger import Gap, Ledger
-from proxy.names import Names
-from proxy.router import RequestView, Route
-from proxy.timeline import Timeline
-from proxy.wire import Answer
+from baton.node.telemetry import log_event
+from baton.proxy.cluster import Leg, Shape
+from baton.proxy.interface import Delta
+from baton.proxy.ledger import Gap, Ledger
+from baton.proxy.names import Names
+from baton.proxy.router import RequestView, Route
+from baton.proxy.timeline import Timeline
+from baton.proxy.wire import Answer
 
 logger = logging.getLogger("proxy")
 

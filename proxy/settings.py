@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from node.settings import option
-from proxy.router import POLICIES
+from baton.node.settings import option
+from baton.proxy.router import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -17,11 +17,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
 
-from node import __version__
-from node.errors import SettingsError
-from proxy.metrics import PROVIDER
-from proxy.record import RequestRecord
-from proxy.timeline import FIRST_TOKEN, Attempt
+from baton import __version__
+from baton.node.errors import SettingsError
+from baton.proxy.metrics import PROVIDER
+from baton.proxy.record import RequestRecord
+from baton.proxy.timeline import FIRST_TOKEN, Attempt
 
 MAX_QUEUED_SPANS = 8192
 """More are dropped: a slow collector costs no request anything."""

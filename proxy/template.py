@@ -18,7 +18,7 @@ from jinja2.ext import Extension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from node.errors import BadRequest, SettingsError
+from baton.node.errors import BadRequest, SettingsError
 
 
 class ChatTemplate:

@@ -16,9 +16,9 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from node.errors import BadRequest, SettingsError
-from proxy.detokenize import Detokenizer
-from proxy.template import ChatTemplate
+from baton.node.errors import BadRequest, SettingsError
+from baton.proxy.detokenize import Detokenizer
+from baton.proxy.template import ChatTemplate
 
 LONG_TEXT_CHARS = 8192
 """About 4 ms of tokenising; longer texts leave the event loop."""

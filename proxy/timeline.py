@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from node.messages import Stages
+from baton.node.messages import Stages
 
 STAGES: dict[str, str] = {
     "admission": "From the first byte of the request until its body is read and checked.",

@@ -5,10 +5,10 @@ Owns nothing but its counts; the metrics, the timeline and the journal are told.
 
 from __future__ import annotations
 
-from proxy.journal import Journal
-from proxy.metrics import Metrics
-from proxy.record import About, RequestRecord
-from proxy.timeline import Timeline
+from baton.proxy.journal import Journal
+from baton.proxy.metrics import Metrics
+from baton.proxy.record import About, RequestRecord
+from baton.proxy.timeline import Timeline
 
 CANCELLED = "cancelled"
 

@@ -12,8 +12,8 @@ import time
 from collections.abc import Callable
 from typing import Protocol
 
-from node.lifecycle import DEAD_AFTER_S, HEARTBEAT_S
-from node.messages import (
+from baton.node.lifecycle import DEAD_AFTER_S, HEARTBEAT_S
+from baton.node.messages import (
     Bundle,
     Busy,
     Cancelled,
@@ -33,9 +33,9 @@ from node.messages import (
     Reserved,
     Tokens,
 )
-from node.telemetry import log_event
-from proxy.cluster import Cluster
-from proxy.kvfeed import KvFeed
+from baton.node.telemetry import log_event
+from baton.proxy.cluster import Cluster
+from baton.proxy.kvfeed import KvFeed
 
 logger = logging.getLogger("proxy")
 

@@ -17,9 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from node.supervisor import ChildSpec, tether
-from scripts import serve
-from scripts.bench_metrics import Metrics
+from baton.node.supervisor import ChildSpec, tether
+from baton.scripts import serve
+from baton.scripts.bench_metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = "bench"
@@ -156,8 +156,7 @@ def cluster(
     """
     port, control_port, store_port = serve.free_ports(3)
     settings = replace(settings, port=port, served_model_name=MODEL)
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environ = dict(os.environ)
     specs = [edit(spec) for spec in serve.roles(settings, control_port, store_port, environ)]
     with TemporaryDirectory() as folder:
         made = Cluster(specs, port, Path(folder), settings.start_timeout_s)

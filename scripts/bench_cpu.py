@@ -132,13 +132,13 @@ def server(environment: dict[str, str], model: str, port: int, more: Sequence[st
 
 
 def children(parent: int) -> dict[str, int]:
-    """Process ids of what runs as `python -m MODULE` under `parent`, by module; one of each is expected."""
+    """Process ids of what runs as `python -P -m baton.MODULE` under `parent`, by module; one of each is expected."""
     found = {}
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0")
-            if words[1:2] == [b"-m"] and int(_status(int(entry.name))["PPid"]) == parent:
-                found[words[2].decode()] = int(entry.name)
+            if words[2:3] == [b"-m"] and int(_status(int(entry.name))["PPid"]) == parent:
+                found[words[3].decode().removeprefix("baton.")] = int(entry.name)
         except (OSError, ValueError):  # no process, or gone
             continue
     return found
@@ -239,7 +239,6 @@ def measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> float:
     folder = ROOT / "models" / "demo" if options.model == "demo" else Path(options.model).resolve()
     environment = {
         **os.environ,
-        "PYTHONPATH": str(ROOT),
         "OMP_WAIT_POLICY": "passive",
         "TOKENIZERS_PARALLELISM": "false",
     }

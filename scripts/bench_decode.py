@@ -18,11 +18,11 @@ from itertools import islice
 
 import torch
 
-from models.batch import Draw, Row
-from models.cuda.runner import CudaRunner, Limits
-from node.messages import SamplingParams
-from scripts import step_breakdown
-from scripts.bench_gpu import BLOCK_TOKENS, chat_lengths, line, load_shape, make_runner, random_pool
+from baton.models.batch import Draw, Row
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.node.messages import SamplingParams
+from baton.scripts import step_breakdown
+from baton.scripts.bench_gpu import BLOCK_TOKENS, chat_lengths, line, load_shape, make_runner, random_pool
 
 CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"
 WARM_STEPS, STEPS = 5, 25

@@ -20,13 +20,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from node.modelhub import DEMO_MODEL
-from scripts.bench_cluster import MODEL, BenchmarkFailed, cluster
-from scripts.bench_model import make_model
-from scripts.bench_options import new_parser
-from scripts.bench_output import Lines, end_on_sigterm
-from scripts.bench_requests import Answer, complete_at_once, random_ids
-from scripts.serve import ServeSettings
+from baton.node.modelhub import DEMO_MODEL
+from baton.scripts.bench_cluster import MODEL, BenchmarkFailed, cluster
+from baton.scripts.bench_model import make_model
+from baton.scripts.bench_options import new_parser
+from baton.scripts.bench_output import Lines, end_on_sigterm
+from baton.scripts.bench_requests import Answer, complete_at_once, random_ids
+from baton.scripts.serve import ServeSettings
 
 BLOCK_TOKENS = {"cpu": 16, "cuda": 64}
 SPARE_BLOCKS = 64

@@ -24,15 +24,15 @@ from itertools import count, cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from node.modelhub import DEMO_MODEL, locate_model
-from node.supervisor import ChildSpec
-from scripts.bench_cluster import MODEL, ROOT, BenchmarkFailed, Cluster, cluster
-from scripts.bench_metrics import Metrics
-from scripts.bench_model import block_bytes, make_model
-from scripts.bench_options import new_parser
-from scripts.bench_output import Lines, end_on_sigterm
-from scripts.bench_requests import First, first_token, random_ids
-from scripts.serve import ServeSettings
+from baton.node.modelhub import DEMO_MODEL, locate_model
+from baton.node.supervisor import ChildSpec
+from baton.scripts.bench_cluster import MODEL, ROOT, BenchmarkFailed, Cluster, cluster
+from baton.scripts.bench_metrics import Metrics
+from baton.scripts.bench_model import block_bytes, make_model
+from baton.scripts.bench_options import new_parser
+from baton.scripts.bench_output import Lines, end_on_sigterm
+from baton.scripts.bench_requests import First, first_token, random_ids
+from baton.scripts.serve import ServeSettings
 
 FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
 TIE = 0.1
@@ -230,7 +230,7 @@ def paced(spec: ChildSpec, pace: Path) -> ChildSpec:
     """The store's command with a pace; others as they are."""
     if spec.name != "store":
         return spec
-    program, _, _, *arguments = spec.argv  # python -m kvtransfer ...
+    program, _, _, _, *arguments = spec.argv  # python -m kvtransfer ...
     return replace(spec, argv=(program, str(ROOT / "scripts" / "paced_store.py"), str(pace), *arguments))
 
 

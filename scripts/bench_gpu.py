@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from models.config import ModelConfig
-from models.cuda.memory import spread_layers
-from models.cuda.queue import CudaQueue
-from models.cuda.runner import CudaRunner, Limits
-from models.weights import Weights, load_weights
+from baton.models.config import ModelConfig
+from baton.models.cuda.memory import spread_layers
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.weights import Weights, load_weights
 
 SHAPES = Path(__file__).parent / "shapes"
 BLOCK_TOKENS = 64

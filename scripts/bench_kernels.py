@@ -1,6 +1,6 @@
 """Times every Triton kernel on the GPU at hand against the ceilings of memory and arithmetic that it measures first.
 
-    PYTHONPATH=. python scripts/bench_kernels.py [FILE [PART ...]]
+    PYTHONPATH=.link python scripts/bench_kernels.py [FILE [PART ...]]
 
 One JSON line a measurement on standard output, and appended to FILE; PARTs are the functions that `main` lists, and
 `ceilings` always runs. The shapes are those of an 8B model (32 query and 8 key heads of 128, hidden 4096, FFN 14336,
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 
-from kernels.triton import (
+from baton.kernels.triton import (
     activation,
     blocks,
     decode_attention,
@@ -29,22 +29,31 @@ from kernels.triton import (
     rope_write,
     sampling,
 )
-from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
-from kernels.triton.decode_work import COLUMNS, share_out
-from kernels.triton.linear import linear
-from kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, Shape, fastest, invariant
-from kvtransfer.blocks.device_pool import DeviceMemory
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.host_copies import DeviceCopies
-from kvtransfer.store.copies import Pair
-from kvtransfer.store.copy_queue import IN_FLIGHT
-from models.batch import Draw
-from models.cuda.queue import CudaQueue
-from models.cuda.sampling import SlotSampler
-from node.messages import SamplingParams
-from scripts import bench_sdpa
-from scripts.bench_ceilings import GPU, Call, Ceilings, randn, seconds
-from scripts.bench_gpu import chat_lengths
+from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.decode_work import COLUMNS, share_out
+from baton.kernels.triton.linear import linear
+from baton.kernels.triton.linear_policy import (
+    DOWN_8B,
+    GATE_UP_8B,
+    HEAD_8B,
+    O_8B,
+    QKV_8B,
+    Shape,
+    fastest,
+    invariant,
+)
+from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.host_copies import DeviceCopies
+from baton.kvtransfer.store.copies import Pair
+from baton.kvtransfer.store.copy_queue import IN_FLIGHT
+from baton.models.batch import Draw
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.sampling import SlotSampler
+from baton.node.messages import SamplingParams
+from baton.scripts import bench_sdpa
+from baton.scripts.bench_ceilings import GPU, Call, Ceilings, randn, seconds
+from baton.scripts.bench_gpu import chat_lengths
 
 HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
 ROTATED_BYTES = 400 << 20  # several times the L2 cache

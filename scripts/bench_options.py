@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from scripts.bench_model import shape_names
+from baton.scripts.bench_model import shape_names
 
 
 def new_parser(prog: str, description: str) -> argparse.ArgumentParser:

@@ -18,9 +18,9 @@ import sys
 import time
 from collections.abc import Sequence
 
-from node.messages import TierChange
-from proxy.kvindex import KvIndex
-from proxy.router import RequestView, Rules, WorkerView, pick
+from baton.node.messages import TierChange
+from baton.proxy.kvindex import KvIndex
+from baton.proxy.router import RequestView, Rules, WorkerView, pick
 
 BLOCK_TOKENS = 64
 WORKERS_A_STORE = 8

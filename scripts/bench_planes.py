@@ -19,10 +19,10 @@ from collections.abc import Sequence
 
 import torch
 
-from kvtransfer.planes.base import ChunkKey, Plane
-from node.endpoint import new_context
-from node.messages import PlaneAddress
-from scripts.bench_pools import HOST, HOST_PLANES, MIB, POOL_BLOCKS, make_pool
+from baton.kvtransfer.planes.base import ChunkKey, Plane
+from baton.node.endpoint import new_context
+from baton.node.messages import PlaneAddress
+from baton.scripts.bench_pools import HOST, HOST_PLANES, MIB, POOL_BLOCKS, make_pool
 
 NAMES = ("prefill/1", "decode/1")
 PATIENCE_S = 60.0

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 import xxhash
 
-from kvtransfer.planes.base import Plane
-from node.endpoint import Context
+from baton.kvtransfer.planes.base import Plane
+from baton.node.endpoint import Context
 
 MIB = 1 << 20
 POOL_BLOCKS = 1024
@@ -37,8 +37,8 @@ def make_pool(where: str) -> Pool:
 class GpuPool:
     def __init__(self, gpu: int) -> None:
         # They need CUDA, which a machine for the host's planes may lack.
-        from kvtransfer.blocks.device_pool import DeviceMemory
-        from kvtransfer.blocks.digest import BlockDigests
+        from baton.kvtransfer.blocks.device_pool import DeviceMemory
+        from baton.kvtransfer.blocks.digest import BlockDigests
 
         self._memory = DeviceMemory(POOL_BLOCKS, MIB, gpu)
         self._digests = BlockDigests(self._memory.data)
@@ -56,7 +56,7 @@ class GpuPool:
         return self._digests.digest(blocks)
 
     def plane(self, kind: str, ctas: int, context: Context, name: str) -> Plane:
-        from kvtransfer.planes.device import device_planes
+        from baton.kvtransfer.planes.device import device_planes
 
         (plane,) = device_planes(self._memory, context, name, "127.0.0.1", names=(kind,), nccl_ctas=ctas)
         return plane
@@ -64,7 +64,7 @@ class GpuPool:
 
 class HostPool:
     def __init__(self) -> None:
-        from kvtransfer.blocks.memory import HostMemory
+        from baton.kvtransfer.blocks.memory import HostMemory
 
         self._memory = HostMemory(POOL_BLOCKS, MIB)
         self._bytes = np.frombuffer(self._memory.view, np.uint8)
@@ -82,7 +82,7 @@ class HostPool:
         return state.digest()
 
     def plane(self, kind: str, ctas: int, context: Context, name: str) -> Plane:
-        from kvtransfer.planes.shm import ShmPlane
-        from kvtransfer.planes.zeromq import ZmqPlane
+        from baton.kvtransfer.planes.shm import ShmPlane
+        from baton.kvtransfer.planes.zeromq import ZmqPlane
 
         return ShmPlane(self._memory) if kind == "shm" else ZmqPlane(context, self._memory, name, "127.0.0.1")

@@ -14,11 +14,11 @@ import statistics
 import time
 from functools import partial
 
-from models.batch import Draw, Row
-from models.cuda.runner import CudaRunner, Limits
-from node.messages import SamplingParams
-from scripts import step_breakdown
-from scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
+from baton.models.batch import Draw, Row
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.node.messages import SamplingParams
+from baton.scripts import step_breakdown
+from baton.scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
 
 CELLS = "1x128,1x256,1x512,1x1024,1x2048,4x2048,1x8192,1x32768"
 GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)

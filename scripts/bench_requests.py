@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from scripts.bench_cluster import MODEL, BenchmarkFailed
+from baton.scripts.bench_cluster import MODEL, BenchmarkFailed
 
 REQUEST_TIMEOUT_S = 120.0
 FIRST_ID, LAST_ID = 300, 4000

@@ -32,7 +32,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.hashing import block_hashes
 
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "models" / "demo"
@@ -148,7 +148,7 @@ def _http(port: int, method: str, path: str, body: str) -> tuple[int, bytes]:
 @contextmanager
 def serving(port: int, arguments: Sequence[str]) -> Iterator[int]:
     """The process id of scripts/serve, from the moment it says `ready`."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = dict(os.environ)
     command = [sys.executable, str(ROOT / "scripts" / "serve.py"), "--port", str(port), "--device", "cpu", *arguments]
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
@@ -181,7 +181,7 @@ def workers_of(supervisor: int) -> list[int]:
             parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
         except (OSError, ValueError, IndexError):  # no process, or gone
             continue
-        if parent == supervisor and words[1:3] in ([b"-m", b"prefill"], [b"-m", b"decode"]):
+        if parent == supervisor and words[2:4] in ([b"-m", b"baton.prefill"], [b"-m", b"baton.decode"]):
             found.append(int(entry.name))
     return found
 

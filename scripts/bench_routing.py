@@ -33,9 +33,9 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from benchmark.http import HttpClient, HttpFailed, Origin
-from benchmark.meter import StreamMeter
-from benchmark.traces import MOONCAKE_BLOCK_TOKENS, MOONCAKE_QUANTUM_S, TraceRequest, read_trace
+from baton.benchmark.http import HttpClient, HttpFailed, Origin
+from baton.benchmark.meter import StreamMeter
+from baton.benchmark.traces import MOONCAKE_BLOCK_TOKENS, MOONCAKE_QUANTUM_S, TraceRequest, read_trace
 
 ROOT = Path(__file__).resolve().parents[1]
 POLICIES = ("round-robin", "least-loaded", "session", "kv-aware")
@@ -165,7 +165,7 @@ def cluster(policy: str, options: argparse.Namespace) -> Iterator[str]:
         f"--worker-arg=--num-blocks={options.num_blocks}",
         f"--worker-arg=--block-tokens={options.block_tokens}",
     ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}
     with TemporaryFile() as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:

@@ -147,9 +147,9 @@ def step_side(folder: Path, threads: int) -> Callable[[dict[str, Any]], dict[str
     """Bare decode steps of one greedy sequence with models.runner: what a token costs without any serving."""
     import torch
 
-    from models.batch import Draw, Row
-    from models.runner import ModelRunner
-    from node.messages import SamplingParams
+    from baton.models.batch import Draw, Row
+    from baton.models.runner import ModelRunner
+    from baton.node.messages import SamplingParams
 
     torch.set_num_threads(threads)
     runner = ModelRunner.load(folder)

@@ -27,16 +27,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from bench_cpu import ROOT, busy_s, cpu_s, free_port, server
 
-from benchmark.http import HttpClient, Origin
-from benchmark.meter import StreamMeter
-from proxy.settings import ProxySettings
-from simulator.fit import Step, fit
-from simulator.latency import Profile, load_profile
-from simulator.record import Record, summarise
-from simulator.simulation import Scenario, simulate
-from simulator.workload import Lengths, Request, poisson
+from baton.benchmark.http import HttpClient, Origin
+from baton.benchmark.meter import StreamMeter
+from baton.proxy.settings import ProxySettings
+from baton.scripts.bench_cpu import ROOT, busy_s, cpu_s, free_port, server
+from baton.simulator.fit import Step, fit
+from baton.simulator.latency import Profile, load_profile
+from baton.simulator.record import Record, summarise
+from baton.simulator.simulation import Scenario, simulate
+from baton.simulator.workload import Lengths, Request, poisson
 
 VOCABULARY = range(100, 4000)
 LONGEST = 480
@@ -105,7 +105,7 @@ class Client:
 def measured_steps(repeat: int, processes: int) -> list[Step]:
     """Of so many processes at once, each with one thread, as workers are."""
     command = [sys.executable, str(ROOT / "scripts" / "bench_steps.py"), "--repeat", str(repeat)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     lines = [line for process in running for line in process.communicate()[0].splitlines()]
     if any(process.returncode for process in running):
@@ -234,7 +234,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--output-tokens", type=int, default=12)
     options = parser.parse_args(argv)
     port, rows = free_port(), []
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive", "OMP_NUM_THREADS": "1"}
     more = [f"--prefill={options.prefill}", f"--decode={options.decode}", "--local-prefill=never"]
     more += ["--store-ram-gib=0", f"--worker-arg=--num-blocks={NUM_BLOCKS}", "--proxy-arg=--policy=least-loaded"]
     with server(environment, "demo", port, more) as supervisor:

@@ -1,6 +1,6 @@
 """Times the start of a decode worker on the GPU at hand, from the process's start until its steps are ready.
 
-    PYTHONPATH=. python scripts/bench_start.py [--shape llama-3.1-8b]
+    PYTHONPATH=.link python scripts/bench_start.py [--shape llama-3.1-8b]
 
 Random weights; with Triton's cache on disk empty and full, and kernels compiled ahead in processes or, as they are
 launched, one after the other. Each start is a process of its own; one JSON line each, their logs on standard error.
@@ -17,11 +17,11 @@ import time
 
 import torch
 
-from decode.settings import DecodeSettings
-from models.cuda.queue import CudaQueue
-from node.telemetry import configure_logging
-from scripts.bench_gpu import SHAPES, line
-from worker.cuda_engine import cuda_engine
+from baton.decode.settings import DecodeSettings
+from baton.models.cuda.queue import CudaQueue
+from baton.node.telemetry import configure_logging
+from baton.scripts.bench_gpu import SHAPES, line
+from baton.worker.cuda_engine import cuda_engine
 
 READY = "ready"
 TIMEOUT_S = 300
@@ -40,7 +40,7 @@ def start(shape: str, ahead: bool) -> None:
 
 def seconds_to_ready(shape: str, ahead: bool, cache: str) -> tuple[float, str]:
     """And the GPU's name."""
-    code = f"from scripts.bench_start import start; start({shape!r}, {ahead})"
+    code = f"from baton.scripts.bench_start import start; start({shape!r}, {ahead})"
     began_at = time.perf_counter()
     ran = subprocess.run(
         [sys.executable, "-c", code],

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 
 import torch
 
-from models.batch import Draw, Row
-from models.runner import ModelRunner
-from node.messages import SamplingParams
-from node.modelhub import locate_model
+from baton.models.batch import Draw, Row
+from baton.models.runner import ModelRunner
+from baton.node.messages import SamplingParams
+from baton.node.modelhub import locate_model
 
 BLOCK_TOKENS = 16
 

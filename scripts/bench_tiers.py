@@ -28,11 +28,11 @@ from typing import Protocol
 
 import numpy as np
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.store.copies import HostCopies, Pair
-from kvtransfer.tiers.lmdb_records import lmdb_tier
-from kvtransfer.tiers.slab_records import slab_tier
-from kvtransfer.tiers.slot_file import PAGE_BYTES, SlotFile
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.store.copies import HostCopies, Pair
+from baton.kvtransfer.tiers.lmdb_records import lmdb_tier
+from baton.kvtransfer.tiers.slab_records import slab_tier
+from baton.kvtransfer.tiers.slot_file import PAGE_BYTES, SlotFile
 
 KIB, MIB = 1 << 10, 1 << 20
 NAMESPACE = bytes(32)

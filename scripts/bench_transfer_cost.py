@@ -14,12 +14,12 @@ import sys
 import threading
 import time
 
-from models.cuda.runner import CudaRunner, Limits
-from scripts.bench_decode import Cell
-from scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
-from scripts.bench_planes import NAMES, PATIENCE_S, Child, Side, blocks_of, receive
-from worker.cuda_engine import SOON_S
-from worker.main import SWITCH_S
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.scripts.bench_decode import Cell
+from baton.scripts.bench_gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
+from baton.scripts.bench_planes import NAMES, PATIENCE_S, Child, Side, blocks_of, receive
+from baton.worker.cuda_engine import SOON_S
+from baton.worker.main import SWITCH_S
 
 CHUNK_MIB, CHUNKS = 64, 4
 STEPS, EVERY, PAIRS = 160, 16, 4

@@ -25,14 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from node.modelhub import DEMO_MODEL, locate_model
-from scripts.bench_cluster import MODEL, BenchmarkFailed, Cluster, cluster
-from scripts.bench_metrics import Metrics
-from scripts.bench_model import block_bytes, make_model
-from scripts.bench_options import new_parser
-from scripts.bench_output import Lines, end_on_sigterm
-from scripts.bench_requests import First, first_token, random_ids
-from scripts.serve import ServeSettings
+from baton.node.modelhub import DEMO_MODEL, locate_model
+from baton.scripts.bench_cluster import MODEL, BenchmarkFailed, Cluster, cluster
+from baton.scripts.bench_metrics import Metrics
+from baton.scripts.bench_model import block_bytes, make_model
+from baton.scripts.bench_options import new_parser
+from baton.scripts.bench_output import Lines, end_on_sigterm
+from baton.scripts.bench_requests import First, first_token, random_ids
+from baton.scripts.serve import ServeSettings
 
 COMPUTED, GPU, RAM, DISK = "computed", "gpu", "ram", "disk"
 SPARE_BLOCKS = 8

@@ -30,18 +30,18 @@ from tempfile import TemporaryDirectory
 
 from uvicorn.loops.auto import auto_loop_factory
 
-from benchmark.experiment import Experiment, Run
-from benchmark.planner import Inputs
-from benchmark.record import Record
-from benchmark.settings import ServingSettings
-from benchmark.summary import Distribution
-from node.modelhub import DEMO_MODEL
-from scripts.bench_cluster import MODEL, BenchmarkFailed, Cluster, cluster
-from scripts.bench_metrics import Metrics
-from scripts.bench_model import make_model
-from scripts.bench_options import new_parser
-from scripts.bench_output import Lines, end_on_sigterm
-from scripts.serve import ServeSettings
+from baton.benchmark.experiment import Experiment, Run
+from baton.benchmark.planner import Inputs
+from baton.benchmark.record import Record
+from baton.benchmark.settings import ServingSettings
+from baton.benchmark.summary import Distribution
+from baton.node.modelhub import DEMO_MODEL
+from baton.scripts.bench_cluster import MODEL, BenchmarkFailed, Cluster, cluster
+from baton.scripts.bench_metrics import Metrics
+from baton.scripts.bench_model import make_model
+from baton.scripts.bench_options import new_parser
+from baton.scripts.bench_output import Lines, end_on_sigterm
+from baton.scripts.serve import ServeSettings
 
 DISAGGREGATED, AUTO, COLOCATED = SYSTEMS = ("disagg", "auto", "colocated")
 LOCAL_PREFILL = {DISAGGREGATED: "never", AUTO: "auto", COLOCATED: "always"}

@@ -20,7 +20,8 @@ take_no_install() {
 
 make_environment() {
     local extra=${1:-}
-    export PYTHONPATH=$root${PYTHONPATH:+:$PYTHONPATH} # so that this checkout is what runs, whatever is installed
+    link_package
+    export PYTHONPATH=$link${PYTHONPATH:+:$PYTHONPATH} # so that this checkout is what runs, whatever is installed
     if [[ $no_install == yes ]]; then
         python=$(command -v python3 || command -v python) || fail "there is no python3 on the PATH"
         return
@@ -36,6 +37,18 @@ make_environment() {
     fi
     if ! is_installed "$wanted" "$extra"; then install_all "$wanted" "$extra"; fi
     if command -v flock >/dev/null; then exec 9>&-; fi
+}
+
+# The root of the repository is the package `baton`. `link` is a folder in which it has that name: in the checkout, or,
+# where that is read-only, in the user's cache.
+link_package() {
+    local folder
+    for folder in "$root/.link" "${XDG_CACHE_HOME:-$HOME/.cache}/baton/$(printf '%s' "$root" | cksum | tr ' ' -)"; do
+        link=$folder
+        if [[ $link/baton -ef $root ]]; then return; fi
+        if mkdir -p "$link" 2>/dev/null && ln -sfn "$root" "$link/baton" 2>/dev/null; then return; fi
+    done
+    fail "cannot make a link to $root, neither in it nor in $link"
 }
 
 is_installed() { # stamp's first line: pyproject.toml's checksum and place; second: the extra installed (test holds all)

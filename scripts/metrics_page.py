@@ -1,6 +1,6 @@
 """Writes docs/metrics.md from the code: every metric of GET /metrics, and every stage of a timeline.
 
-    python3 -m scripts.metrics_page            # after a change of the metrics; a test compares the page with the code
+    python3 -m baton.scripts.metrics_page   # after a change of the metrics; a test compares the page with the code
 
 What engine and workers count is named in proxy/counters.py; everything else describes itself.
 """
@@ -14,19 +14,19 @@ from pathlib import Path
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from node.messages import Load
-from proxy.counters import ENGINE_COUNTERS, STORE_COUNTERS, WORKER_COUNTERS
-from proxy.interface import FakeEngine, WorkerStatus
-from proxy.journal import Journal
-from proxy.metrics import COARSE_SECONDS, SECONDS, Metrics
-from proxy.record import About
-from proxy.timeline import STAGES, USUAL, Timeline
-from proxy.track import Track
+from baton.node.messages import Load
+from baton.proxy.counters import ENGINE_COUNTERS, STORE_COUNTERS, WORKER_COUNTERS
+from baton.proxy.interface import FakeEngine, WorkerStatus
+from baton.proxy.journal import Journal
+from baton.proxy.metrics import COARSE_SECONDS, SECONDS, Metrics
+from baton.proxy.record import About
+from baton.proxy.timeline import STAGES, USUAL, Timeline
+from baton.proxy.track import Track
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 HEAD = f"""# Metrics, timelines, traces
 
-Written by `python3 -m scripts.metrics_page` from the code; do not edit. Ready for use: [a scrape
+Written by `python3 -m baton.scripts.metrics_page` from the code; do not edit. Ready for use: [a scrape
 configuration](monitoring/prometheus.yml), [alerts](monitoring/alerts.yml) and [a Grafana
 dashboard](monitoring/grafana.json).
 

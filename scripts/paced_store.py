@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
-from kvtransfer.store.arena_index import Key
-from kvtransfer.store.lower import Lower, ReadDone, WriteDone
-from kvtransfer.store.process import serve
-from kvtransfer.store.settings import StoreSettings
-from node.settings import parse
+from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.lower import Lower, ReadDone, WriteDone
+from baton.kvtransfer.store.process import serve
+from baton.kvtransfer.store.settings import StoreSettings
+from baton.node.settings import parse
 
 MAX_STEP_S = 0.001
 """A sleep ends a little late; what is late by less than this is not slept for."""

@@ -18,10 +18,10 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.errors import SettingsError
-from node.modelhub import DEMO_MODEL, locate_model
-from node.settings import option, parse, require_loopback
-from node.supervisor import ChildSpec, Patience, Supervisor
+from baton.node.errors import SettingsError
+from baton.node.modelhub import DEMO_MODEL, locate_model
+from baton.node.settings import option, parse, require_loopback
+from baton.node.supervisor import ChildSpec, Patience, Supervisor
 
 PROBE_TIMEOUT_S = 30.0
 
@@ -94,7 +94,7 @@ def _store(settings: ServeSettings, control: str, address: str, env: Mapping[str
     """Nobody's request needs it, so the rest goes on where it cannot be kept alive."""
     disk = ["--disk-gib", str(settings.store_disk_gib), "--path", str(settings.store_path)]
     argv = [
-        *(sys.executable, "-m", "kvtransfer", "--store-id", "store", "--proxy", control, "--bind", address),
+        *(sys.executable, "-P", "-m", "baton.kvtransfer", "--store-id", "store", "--proxy", control, "--bind", address),
         *("--ram-gib", str(settings.store_ram_gib)),
         *(disk if settings.store_disk_gib else ()),
     ]
@@ -102,7 +102,7 @@ def _store(settings: ServeSettings, control: str, address: str, env: Mapping[str
 
 
 def _role(name: str, role: str, arguments: Sequence[str], env: Mapping[str, str]) -> ChildSpec:
-    return ChildSpec(name=name, group=role, argv=(sys.executable, "-m", role, *arguments), env=env)
+    return ChildSpec(name=name, group=role, argv=(sys.executable, "-P", "-m", f"baton.{role}", *arguments), env=env)
 
 
 def served_name(settings: ServeSettings) -> str:

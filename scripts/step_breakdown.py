@@ -24,12 +24,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from models.batch import Row
-from models.config import ModelConfig
-from models.cuda.decoder import product_shapes
-from models.cuda.queue import Queue
-from scripts.bench_ceilings import Ceilings
-from scripts.bench_gpu import line
+from baton.models.batch import Row
+from baton.models.config import ModelConfig
+from baton.models.cuda.decoder import product_shapes
+from baton.models.cuda.queue import Queue
+from baton.scripts.bench_ceilings import Ceilings
+from baton.scripts.bench_gpu import line
 
 PASSES = 7
 WAIT_CYCLES = 40_000_000

@@ -1,4 +1,4 @@
-"""python -m simulator COMMAND: replay, place, overload, loss, tiers, fit. Each has its own --help."""
+"""python -m baton.simulator COMMAND: replay, place, overload, loss, tiers, fit. Each has its own --help."""
 
 from __future__ import annotations
 
@@ -9,20 +9,27 @@ from collections.abc import Callable, Sequence
 
 import msgspec
 
-from node.errors import SettingsError
-from node.settings import parse
-from proxy.settings import ProxySettings
-from simulator import report
-from simulator.capacity import hit_rate
-from simulator.fit import Fit, fit, read_steps
-from simulator.latency import load_profile
-from simulator.placement import goodput, splits
-from simulator.placement import scenario_of as split_scenario
-from simulator.record import attainment, summarise
-from simulator.settings import FitSettings, LossSettings, OverloadSettings, PlaceSettings, ReplaySettings, TiersSettings
-from simulator.simulation import simulate
-from simulator.studies import losses, overload, scenario_of, slo_of, workload_of
-from simulator.workload import rate_of, read_trace
+from baton.node.errors import SettingsError
+from baton.node.settings import parse
+from baton.proxy.settings import ProxySettings
+from baton.simulator import report
+from baton.simulator.capacity import hit_rate
+from baton.simulator.fit import Fit, fit, read_steps
+from baton.simulator.latency import load_profile
+from baton.simulator.placement import goodput, splits
+from baton.simulator.placement import scenario_of as split_scenario
+from baton.simulator.record import attainment, summarise
+from baton.simulator.settings import (
+    FitSettings,
+    LossSettings,
+    OverloadSettings,
+    PlaceSettings,
+    ReplaySettings,
+    TiersSettings,
+)
+from baton.simulator.simulation import simulate
+from baton.simulator.studies import losses, overload, scenario_of, slo_of, workload_of
+from baton.simulator.workload import rate_of, read_trace
 
 PROG = "scripts/simulate"
 

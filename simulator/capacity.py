@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from simulator.workload import TRACE_BLOCK_TOKENS, Request
+from baton.simulator.workload import TRACE_BLOCK_TOKENS, Request
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,9 +21,9 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
-from node.errors import SettingsError
-from simulator.latency import Cost
-from simulator.record import percentile
+from baton.node.errors import SettingsError
+from baton.simulator.latency import Cost
+from baton.simulator.record import percentile
 
 Count = Annotated[int, Meta(ge=0)]
 

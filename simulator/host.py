@@ -14,27 +14,27 @@ from typing import Protocol
 
 import msgspec
 
-from decode.settings import DecodeSettings
-from decode.worker import DecodeWorker
-from kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.manager import BlockManager
-from kvtransfer.carrier import Carrier, Command, Inbound
-from kvtransfer.exchange import Exchange
-from kvtransfer.pairs import Wire
-from kvtransfer.store.client import NO_STORE, Store
-from kvtransfer.store.events import StoreEvent
-from models.batch import DeviceTime, Drawn, Row
-from node.endpoint import identity_of
-from node.lifecycle import Membership
-from node.messages import Bundle, Load, Message, Register, Role, Tokens
-from prefill.settings import FULL_STEP_TOKENS, PrefillSettings
-from prefill.worker import PrefillWorker
-from simulator.latency import Profile, Work
-from simulator.network import Network, SimLine, SimPlane, digests_of
-from simulator.store import HostStore
-from simulator.store_client import SimStore
-from worker.parts import Parts
+from baton.decode.settings import DecodeSettings
+from baton.decode.worker import DecodeWorker
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.carrier import Carrier, Command, Inbound
+from baton.kvtransfer.exchange import Exchange
+from baton.kvtransfer.pairs import Wire
+from baton.kvtransfer.store.client import NO_STORE, Store
+from baton.kvtransfer.store.events import StoreEvent
+from baton.models.batch import DeviceTime, Drawn, Row
+from baton.node.endpoint import identity_of
+from baton.node.lifecycle import Membership
+from baton.node.messages import Bundle, Load, Message, Register, Role, Tokens
+from baton.prefill.settings import FULL_STEP_TOKENS, PrefillSettings
+from baton.prefill.worker import PrefillWorker
+from baton.simulator.latency import Profile, Work
+from baton.simulator.network import Network, SimLine, SimPlane, digests_of
+from baton.simulator.store import HostStore
+from baton.simulator.store_client import SimStore
+from baton.worker.parts import Parts
 
 PROXY = "proxy"
 NAMESPACE = b"simulated namespace".ljust(32, b".")

@@ -19,8 +19,8 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from kvtransfer.blocks.layout import KVLayout
-from node.errors import SettingsError
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.node.errors import SettingsError
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
 Positive = Annotated[float, Meta(ge=0.0)]

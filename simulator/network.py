@@ -11,9 +11,9 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
-from kvtransfer.planes.base import ChunkKey, IoDone
-from node.messages import Heartbeat, Message, Ping, PlaneAddress
-from simulator.world import World
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.node.messages import Heartbeat, Message, Ping, PlaneAddress
+from baton.simulator.world import World
 
 Ready = Callable[[], object]
 

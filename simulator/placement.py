@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from proxy.settings import ProxySettings
-from simulator.latency import Profile
-from simulator.record import Slo, Summary, attainment, summarise
-from simulator.simulation import Scenario, simulate
-from simulator.workload import Request
+from baton.proxy.settings import ProxySettings
+from baton.simulator.latency import Profile
+from baton.simulator.record import Slo, Summary, attainment, summarise
+from baton.simulator.simulation import Scenario, simulate
+from baton.simulator.workload import Request
 
 ENOUGH = 0.9
 Workload = Callable[[float], Sequence[Request]]

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from simulator.workload import Request, gaps
+from baton.simulator.workload import Request, gaps
 
 
 @dataclass(slots=True)

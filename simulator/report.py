@@ -6,12 +6,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from simulator.capacity import Hits
-from simulator.fit import Fit
-from simulator.placement import Goodput
-from simulator.record import Spread, Summary
-from simulator.simulation import Outcome
-from simulator.studies import LossCost, Overload
+from baton.simulator.capacity import Hits
+from baton.simulator.fit import Fit
+from baton.simulator.placement import Goodput
+from baton.simulator.record import Spread, Summary
+from baton.simulator.simulation import Outcome
+from baton.simulator.studies import LossCost, Overload
 
 SOURCES = ("gpu", "ram", "disk", "computed")
 """Where the KV of prompts came from."""

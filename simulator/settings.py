@@ -6,10 +6,10 @@ import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.errors import SettingsError
-from node.settings import option
-from prefill.settings import PrefillSettings
-from proxy.settings import ProxySettings
+from baton.node.errors import SettingsError
+from baton.node.settings import option
+from baton.prefill.settings import PrefillSettings
+from baton.proxy.settings import ProxySettings
 
 
 def choices_of(settings: type, name: str) -> tuple[str, ...]:

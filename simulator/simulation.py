@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
-from node.errors import BatonError
-from node.messages import Role, SamplingParams
-from proxy.dispatch import Dispatcher
-from proxy.settings import ProxySettings
-from simulator.host import PROXY, Host, token_of
-from simulator.latency import Profile
-from simulator.network import Network, SimLine
-from simulator.record import Record
-from simulator.store import Capacity, HostStore
-from simulator.workload import Request
-from simulator.world import VirtualLoop, World
+from baton.node.errors import BatonError
+from baton.node.messages import Role, SamplingParams
+from baton.proxy.dispatch import Dispatcher
+from baton.proxy.settings import ProxySettings
+from baton.simulator.host import PROXY, Host, token_of
+from baton.simulator.latency import Profile
+from baton.simulator.network import Network, SimLine
+from baton.simulator.record import Record
+from baton.simulator.store import Capacity, HostStore
+from baton.simulator.workload import Request
+from baton.simulator.world import VirtualLoop, World
 
 SETTLE_S = 1.0
 """Workers register in this time, before the first request."""

@@ -12,19 +12,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.blocks.events import FLUSH_EVERY_S, Journal
-from kvtransfer.store.arena_index import ArenaIndex, Holder, Key
-from kvtransfer.store.disk import MAX_REMEMBERED
-from kvtransfer.store.loads import LOADER, MAX_LOADS
-from kvtransfer.store.news import News
-from kvtransfer.store.process import HELD_FOR_DISK
-from kvtransfer.store.server import SELF
-from kvtransfer.store.session import FETCH_WINDOW
-from kvtransfer.tiers.second_use import FIRST_USE_PART, SecondUse
-from node.endpoint import identity_of
-from node.store_messages import DISK, RAM
-from simulator.latency import Profile
-from simulator.network import Network, SimLine
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, Journal
+from baton.kvtransfer.store.arena_index import ArenaIndex, Holder, Key
+from baton.kvtransfer.store.disk import MAX_REMEMBERED
+from baton.kvtransfer.store.loads import LOADER, MAX_LOADS
+from baton.kvtransfer.store.news import News
+from baton.kvtransfer.store.process import HELD_FOR_DISK
+from baton.kvtransfer.store.server import SELF
+from baton.kvtransfer.store.session import FETCH_WINDOW
+from baton.kvtransfer.tiers.second_use import FIRST_USE_PART, SecondUse
+from baton.node.endpoint import identity_of
+from baton.node.store_messages import DISK, RAM
+from baton.simulator.latency import Profile
+from baton.simulator.network import Network, SimLine
 
 NAMESPACE = b"simulated"
 DIGEST = b"\0" * 16

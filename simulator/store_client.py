@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from simulator.store import HostStore, Reading
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.simulator.store import HostStore, Reading
 
 
 class SimStore:

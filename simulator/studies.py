@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from node.errors import SettingsError
-from proxy.settings import ProxySettings
-from simulator.latency import Profile
-from simulator.record import Slo, Spread, Summary, attainment, summarise
-from simulator.settings import ORDERS, ROUTING, OverloadSettings, ReplaySettings, SloSettings, WorkloadSettings
-from simulator.simulation import Loss, Outcome, Scenario, simulate
-from simulator.store import Capacity
-from simulator.workload import Lengths, Request, poisson, read_trace, speed_up
+from baton.node.errors import SettingsError
+from baton.proxy.settings import ProxySettings
+from baton.simulator.latency import Profile
+from baton.simulator.record import Slo, Spread, Summary, attainment, summarise
+from baton.simulator.settings import (
+    ORDERS,
+    ROUTING,
+    OverloadSettings,
+    ReplaySettings,
+    SloSettings,
+    WorkloadSettings,
+)
+from baton.simulator.simulation import Loss, Outcome, Scenario, simulate
+from baton.simulator.store import Capacity
+from baton.simulator.workload import Lengths, Request, poisson, read_trace, speed_up
 
 HICCUP_S = 0.05
 """A request was struck if its longest wait for a token grew by more than this."""

@@ -17,7 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
-from node.errors import SettingsError
+from baton.node.errors import SettingsError
 
 TRACE_BLOCK_TOKENS = 512
 QUANTUM_S = 3.0

@@ -9,23 +9,23 @@ from pathlib import Path
 
 import torch
 
-from kvtransfer.blocks.device_pool import DevicePool
-from kvtransfer.blocks.digest import SumsBehind
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.planes.base import Plane
-from kvtransfer.planes.device import device_planes
-from kvtransfer.planes.host_copies import DeviceCopies
-from models.config import ModelConfig
-from models.cuda.memory import GIB, DeviceMemory, plan_blocks, spread_layers
-from models.cuda.queue import CudaQueue
-from models.cuda.runner import CudaRunner, Limits
-from models.weights import load_weights
-from node.endpoint import Context
-from node.errors import SettingsError
-from node.messages import Role
-from node.telemetry import log_event
-from worker.engine import Engine, checked_planes, layout_of, longest_known, pool_blocks, progress_log
-from worker.settings import WorkerSettings
+from baton.kvtransfer.blocks.device_pool import DevicePool
+from baton.kvtransfer.blocks.digest import SumsBehind
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.host_copies import DeviceCopies
+from baton.models.config import ModelConfig
+from baton.models.cuda.memory import GIB, DeviceMemory, plan_blocks, spread_layers
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.weights import load_weights
+from baton.node.endpoint import Context
+from baton.node.errors import SettingsError
+from baton.node.messages import Role
+from baton.node.telemetry import log_event
+from baton.worker.engine import Engine, checked_planes, layout_of, longest_known, pool_blocks, progress_log
+from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
 

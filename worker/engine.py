@@ -14,22 +14,22 @@ from typing import Protocol
 
 import torch
 
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.pool import BlockPool
-from kvtransfer.exchange import SOON_S
-from kvtransfer.planes.base import Plane
-from kvtransfer.planes.shm import ShmPlane
-from kvtransfer.planes.zeromq import ZmqPlane
-from kvtransfer.store.copies import Copies, HostCopies
-from models.batch import Launched, Row
-from models.config import ModelConfig
-from models.runner import ModelRunner
-from node.endpoint import Context
-from node.errors import SettingsError
-from node.messages import Role
-from node.telemetry import log_event
-from worker.parts import Sums
-from worker.settings import WorkerSettings
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.pool import BlockPool
+from baton.kvtransfer.exchange import SOON_S
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.shm import ShmPlane
+from baton.kvtransfer.planes.zeromq import ZmqPlane
+from baton.kvtransfer.store.copies import Copies, HostCopies
+from baton.models.batch import Launched, Row
+from baton.models.config import ModelConfig
+from baton.models.runner import ModelRunner
+from baton.node.endpoint import Context
+from baton.node.errors import SettingsError
+from baton.node.messages import Role
+from baton.node.telemetry import log_event
+from baton.worker.parts import Sums
+from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
 
@@ -79,7 +79,7 @@ def make_engine(settings: WorkerSettings, device: str, role: Role, folder: Path)
     """Raises SettingsError for what cannot run, or does not fit."""
     if device == "cpu":
         return _cpu_engine(settings, folder)
-    from worker.cuda_engine import cuda_engine
+    from baton.worker.cuda_engine import cuda_engine
 
     return cuda_engine(settings, role, folder)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from node.messages import FinishReason, SamplingParams
+from baton.node.messages import FinishReason, SamplingParams
 
 
 def finish_of(

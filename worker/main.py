@@ -1,4 +1,4 @@
-"""What `python -m prefill` and `python -m decode` do: start, serve until SIGTERM has drained the worker, clean up."""
+"""What a worker's process does: start, serve until SIGTERM has drained the worker, clean up."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import sys
 from collections.abc import Callable
 from typing import Protocol, TypeVar
 
-from node.errors import SettingsError
-from node.garbage import spare_what_is_there
-from node.messages import Role
-from node.telemetry import configure_logging, log_event
-from worker.engine import choose_device
-from worker.settings import WorkerSettings
-from worker.start import Worker, start
+from baton.node.errors import SettingsError
+from baton.node.garbage import spare_what_is_there
+from baton.node.messages import Role
+from baton.node.telemetry import configure_logging, log_event
+from baton.worker.engine import choose_device
+from baton.worker.settings import WorkerSettings
+from baton.worker.start import Worker, start
 
 logger = logging.getLogger("worker")
 

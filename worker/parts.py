@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.manager import BlockManager
-from kvtransfer.carrier import Command, Inbound
-from models.batch import Launched, Row
-from node.messages import Load, Message
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.carrier import Command, Inbound
+from baton.models.batch import Launched, Row
+from baton.node.messages import Load, Message
 
 
 class Vocabulary(Protocol):

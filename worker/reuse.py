@@ -16,14 +16,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.manager import BlockManager
-from kvtransfer.blocks.table import BlockTable
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.client import Store
-from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from kvtransfer.store.gate import Decision, Gate
-from node.store_messages import TIER_NAMES
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.blocks.table import BlockTable
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.client import Store
+from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.kvtransfer.store.gate import Decision, Gate
+from baton.node.store_messages import TIER_NAMES
 
 MAX_WRITING_PART = 8
 """At most one in so many blocks of the pool is held by writing behind; the next ones wait, while their work goes on."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
-from node.settings import option
+from baton.node.settings import option
 
 CPU_SIZES: Mapping[str, Any] = {
     "plane": ("shm", "zmq"),

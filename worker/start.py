@@ -14,25 +14,25 @@ from pathlib import Path
 
 import torch
 
-from kvtransfer.blocks.events import EventLog
-from kvtransfer.blocks.hashing import namespace_digest, tokenizer_fingerprint
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.manager import BlockManager
-from kvtransfer.carrier import Carrier
-from kvtransfer.exchange import Exchange
-from kvtransfer.pairs import Wire
-from kvtransfer.store.client import NO_STORE, Store, StoreClient
-from models.config import ModelConfig
-from models.fingerprint import model_fingerprint
-from node.endpoint import Endpoint, identity_of, new_context
-from node.lifecycle import Membership
-from node.messages import Register, Role
-from node.modelhub import locate_model
-from node.settings import require_loopback
-from node.telemetry import log_event
-from worker.engine import Pool, Runner, make_engine
-from worker.parts import Sums
-from worker.settings import WorkerSettings
+from baton.kvtransfer.blocks.events import EventLog
+from baton.kvtransfer.blocks.hashing import namespace_digest, tokenizer_fingerprint
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.carrier import Carrier
+from baton.kvtransfer.exchange import Exchange
+from baton.kvtransfer.pairs import Wire
+from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
+from baton.models.config import ModelConfig
+from baton.models.fingerprint import model_fingerprint
+from baton.node.endpoint import Endpoint, identity_of, new_context
+from baton.node.lifecycle import Membership
+from baton.node.messages import Register, Role
+from baton.node.modelhub import locate_model
+from baton.node.settings import require_loopback
+from baton.node.telemetry import log_event
+from baton.worker.engine import Pool, Runner, make_engine
+from baton.worker.parts import Sums
+from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
 

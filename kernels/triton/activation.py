@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, require
 
 BLOCK, WARPS = 2048, 8
 

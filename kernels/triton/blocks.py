@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import require
+from baton.kernels.triton.launch import require
 
 SLICE, WARPS = 8192, 8  # 64 KiB a program
 STEP = 2048  # words that a program holds at a time: 64 bytes a thread in flight, four times over

@@ -97,7 +97,7 @@ def compile_all(kernels: Sequence[Kernel], processes: int, timeout_s: float) -> 
                 }
             )
         )
-        command = [sys.executable, "-m", "kernels.triton", folder]
+        command = [sys.executable, "-P", "-m", "baton.kernels.triton", folder]
         end = time.monotonic() + timeout_s
         try:
             for _ in range(processes):

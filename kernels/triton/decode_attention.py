@@ -25,9 +25,9 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton.decode_plan import TILE, DecodePlan
-from kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
-from kernels.triton.launch import launch_options, require
+from baton.kernels.triton.decode_plan import TILE, DecodePlan
+from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
+from baton.kernels.triton.launch import launch_options, require
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
 HEAD_BYTES = 256  # of the heads that plans are made for; of larger ones fewer tiles are in flight

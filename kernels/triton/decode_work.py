@@ -16,8 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.decode_plan import TILE, DecodePlan
-from kernels.triton.launch import require
+from baton.kernels.triton.decode_plan import TILE, DecodePlan
+from baton.kernels.triton.launch import require
 
 WRITTEN = 128  # chunks at a time
 

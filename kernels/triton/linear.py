@@ -20,8 +20,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton.launch import launch_options, require
-from kernels.triton.linear_policy import Tiles
+from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.linear_policy import Tiles
 
 
 @triton.jit

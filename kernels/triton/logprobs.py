@@ -15,8 +15,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import require
-from kernels.triton.sampling_rows import BLOCK, COLUMNS, NUM_TOP, WARPS, SlotTables
+from baton.kernels.triton.launch import require
+from baton.kernels.triton.sampling_rows import BLOCK, COLUMNS, NUM_TOP, WARPS, SlotTables
 
 MOST = tl.constexpr(20)
 PADDED = tl.constexpr(32)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, require
 
 WARPS = 16  # measured on the H200 at widths of 4096: one program reads a whole row, and there are few rows
 

@@ -24,7 +24,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, require
 
 TILE = 64
 # The maximum before the first key. Finite, so that a row that sees nothing yet has weights exp2(-inf - LOWEST) = 0. If

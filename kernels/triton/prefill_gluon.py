@@ -33,7 +33,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.triton.launch import require
+from baton.kernels.triton.launch import require
 
 BLOCK_M, TILE, BUFFERS, REGISTERS = 128, 128, 2, 240
 

@@ -31,7 +31,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.triton.launch import require
+from baton.kernels.triton.launch import require
 
 STEP = 64  # columns of K a stage: one swizzle of 128 bytes
 CONSUMERS = 2  # three would leave a thread too few registers for a product of 64 x 256

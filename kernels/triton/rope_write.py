@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from kernels.triton.launch import launch_options, require
+from baton.kernels.triton.launch import launch_options, require
 
 
 @dataclass(frozen=True, slots=True)

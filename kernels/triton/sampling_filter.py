@@ -23,8 +23,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import require
-from kernels.triton.sampling_rows import (
+from baton.kernels.triton.launch import require
+from baton.kernels.triton.sampling_rows import (
     BLOCK,
     COLUMNS,
     LOG_MIN_P,

@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import require
-from kernels.triton.sampling import gumbel, uniforms
+from baton.kernels.triton.launch import require
+from baton.kernels.triton.sampling import gumbel, uniforms
 
 BLOCK, WARPS = 4096, 8
 MAX_BIAS, MAX_STOPS = 1024, 128

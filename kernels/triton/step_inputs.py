@@ -18,7 +18,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.triton.launch import require
+from baton.kernels.triton.launch import require
 
 COPIED, SCATTERED = 256, 256
 

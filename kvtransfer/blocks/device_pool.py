@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from kvtransfer.blocks import cudart
-from kvtransfer.blocks.checksum import WORD_BYTES
-from kvtransfer.blocks.digest import BlockDigests
-from kvtransfer.blocks.layout import KVLayout
-from node.errors import InvariantBroken, SettingsError
+from baton.kvtransfer.blocks import cudart
+from baton.kvtransfer.blocks.checksum import WORD_BYTES
+from baton.kvtransfer.blocks.digest import BlockDigests
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.node.errors import InvariantBroken, SettingsError
 
 NONCE_BYTES = 16
 

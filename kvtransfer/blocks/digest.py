@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 import xxhash
 
-from kernels.triton.blocks import block_checksums, checksum_scratch
-from kvtransfer.blocks.checksum import WORD_BYTES
-from node.errors import InvariantBroken
+from baton.kernels.triton.blocks import block_checksums, checksum_scratch
+from baton.kvtransfer.blocks.checksum import WORD_BYTES
+from baton.node.errors import InvariantBroken
 
 
 class Checksums:

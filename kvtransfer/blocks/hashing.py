@@ -19,8 +19,8 @@ from pathlib import Path
 
 import msgspec
 
-from kvtransfer.blocks.layout import KVLayout
-from node.errors import SettingsError
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.node.errors import SettingsError
 
 FORMAT_VERSION = 1
 HASH_BYTES = 32

@@ -15,8 +15,8 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtransfer.blocks.events import Journal, NullJournal
-from node.errors import InvariantBroken, Overloaded
+from baton.kvtransfer.blocks.events import Journal, NullJournal
+from baton.node.errors import InvariantBroken, Overloaded
 
 
 class OutOfBlocks(Overloaded):

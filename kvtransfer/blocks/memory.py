@@ -17,7 +17,7 @@ import secrets
 import stat
 from typing import NamedTuple, Protocol
 
-from node.errors import InvariantBroken, PeerLost
+from baton.node.errors import InvariantBroken, PeerLost
 
 NONCE_BYTES = 16
 _SEALS = 0x1 | 0x2 | 0x4  # F_SEAL_SEAL, F_SEAL_SHRINK, F_SEAL_GROW of fcntl(2)

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 import xxhash
 
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.memory import HostMemory, SharedFile
-from node.errors import InvariantBroken
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.memory import HostMemory, SharedFile
+from baton.node.errors import InvariantBroken
 
 
 class BlockPool:

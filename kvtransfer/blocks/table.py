@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtransfer.blocks.hashing import extend
-from kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.blocks.hashing import extend
+from baton.kvtransfer.blocks.manager import BlockManager
 
 
 class BlockTable:

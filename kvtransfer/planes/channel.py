@@ -24,7 +24,7 @@ import msgspec
 import zmq
 from msgspec import Meta
 
-from node.errors import SettingsError
+from baton.node.errors import SettingsError
 
 MAX_WORD_BYTES = 1 << 20
 MAX_WORDS_A_POLL = 256

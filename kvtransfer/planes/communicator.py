@@ -26,11 +26,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from kvtransfer.blocks import cudart
-from kvtransfer.blocks.device_pool import DeviceMemory
-from kvtransfer.planes.nccl import Pieces, PipeState
-from kvtransfer.planes.rendezvous import TunnelStore
-from kvtransfer.planes.self_test import SelfTest
+from baton.kvtransfer.blocks import cudart
+from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.planes.nccl import Pieces, PipeState
+from baton.kvtransfer.planes.rendezvous import TunnelStore
+from baton.kvtransfer.planes.self_test import SelfTest
 
 logger = logging.getLogger("kvtransfer.nccl")
 

@@ -17,13 +17,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.planes.host import host_identity
-from kvtransfer.planes.ledger import Ledger, check_posting
-from kvtransfer.planes.runs import Run, common_runs
-from node.errors import PeerLost
-from node.messages import PlaneAddress
-from node.telemetry import log_event
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.planes.host import host_identity
+from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.kvtransfer.planes.runs import Run, common_runs
+from baton.node.errors import PeerLost
+from baton.node.messages import PlaneAddress
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.cuda_ipc")
 

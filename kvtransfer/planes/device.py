@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import logging
 
-from kvtransfer.blocks import cudart
-from kvtransfer.blocks.device_pool import DeviceMemory
-from kvtransfer.planes.base import Plane
-from kvtransfer.planes.communicator import NcclConnector
-from kvtransfer.planes.cuda_ipc import CudaIpcPlane
-from kvtransfer.planes.nccl import NcclPlane
-from kvtransfer.planes.pull_engine import CudaPullEngine
-from kvtransfer.planes.self_test import SelfTest
-from node.endpoint import Context
-from node.telemetry import log_event
+from baton.kvtransfer.blocks import cudart
+from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.communicator import NcclConnector
+from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane
+from baton.kvtransfer.planes.nccl import NcclPlane
+from baton.kvtransfer.planes.pull_engine import CudaPullEngine
+from baton.kvtransfer.planes.self_test import SelfTest
+from baton.node.endpoint import Context
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.planes")
 

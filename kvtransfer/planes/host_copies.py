@@ -15,15 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from kvtransfer.blocks import cudart
-from kvtransfer.blocks.device_pool import DeviceMemory
-from kvtransfer.blocks.digest import Checksums
-from kvtransfer.planes.runs import common_runs
-from kvtransfer.store.copies import Pair
-from kvtransfer.store.copy_queue import IN_FLIGHT
-from node.errors import InvariantBroken, PeerLost
-from node.store_messages import DigestName
-from node.telemetry import log_event
+from baton.kvtransfer.blocks import cudart
+from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.blocks.digest import Checksums
+from baton.kvtransfer.planes.runs import common_runs
+from baton.kvtransfer.store.copies import Pair
+from baton.kvtransfer.store.copy_queue import IN_FLIGHT
+from baton.node.errors import InvariantBroken, PeerLost
+from baton.node.store_messages import DigestName
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("store_client")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
-from kvtransfer.planes.base import ChunkKey, IoDone
-from node.errors import InvariantBroken
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.node.errors import InvariantBroken
 
 
 class Receive(NamedTuple):

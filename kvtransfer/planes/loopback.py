@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from enum import Enum, auto
 from typing import NamedTuple
 
-from kvtransfer.blocks.memory import BlockMemory
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.planes.ledger import Ledger, check_posting
-from node.errors import InvariantBroken
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import BlockMemory
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.node.errors import InvariantBroken
+from baton.node.messages import PlaneAddress
 
 
 class Outcome(Enum):

@@ -21,14 +21,25 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.planes.channel import Ask, Channel, Close, Go, No, Open, Put, Word, is_address, is_loopback
-from kvtransfer.planes.host import host_identity
-from kvtransfer.planes.ledger import Ledger, check_posting
-from kvtransfer.planes.runs import common_runs, cut
-from node.endpoint import Context
-from node.messages import PlaneAddress
-from node.telemetry import log_event
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.planes.channel import (
+    Ask,
+    Channel,
+    Close,
+    Go,
+    No,
+    Open,
+    Put,
+    Word,
+    is_address,
+    is_loopback,
+)
+from baton.kvtransfer.planes.host import host_identity
+from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.kvtransfer.planes.runs import common_runs, cut
+from baton.node.endpoint import Context
+from baton.node.messages import PlaneAddress
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.nccl")
 

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kvtransfer.blocks import cudart
-from kvtransfer.blocks.checksum import WORD_BYTES
-from kvtransfer.blocks.device_pool import NONCE_BYTES, DeviceMemory
-from kvtransfer.blocks.digest import Checksums
-from kvtransfer.planes.cuda_ipc import Exported
-from kvtransfer.planes.runs import Run
-from kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
-from node.errors import PeerLost
+from baton.kvtransfer.blocks import cudart
+from baton.kvtransfer.blocks.checksum import WORD_BYTES
+from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, DeviceMemory
+from baton.kvtransfer.blocks.digest import Checksums
+from baton.kvtransfer.planes.cuda_ipc import Exported
+from baton.kvtransfer.planes.runs import Run
+from baton.kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
+from baton.node.errors import PeerLost
 
 logger = logging.getLogger("kvtransfer.cuda_ipc")
 

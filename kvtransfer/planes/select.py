@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from kvtransfer.planes.base import Plane
-from node.messages import PlaneAddress
+from baton.kvtransfer.planes.base import Plane
+from baton.node.messages import PlaneAddress
 
 
 def choose(own: Sequence[Plane], peer: Sequence[PlaneAddress]) -> Plane | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass
 
-from node.telemetry import log_event
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.self_test")
 

@@ -10,12 +10,12 @@ import os
 import re
 from collections.abc import Sequence
 
-from kvtransfer.blocks.memory import SharedBlockMemory, SharedFile, SharedReader
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.planes.host import host_identity
-from kvtransfer.planes.ledger import Ledger, check_posting
-from node.errors import PeerLost
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import SharedBlockMemory, SharedFile, SharedReader
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.planes.host import host_identity
+from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.node.errors import PeerLost
+from baton.node.messages import PlaneAddress
 
 _ADDRESS = re.compile(r"([1-9][0-9]{0,9}):(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,15}):([0-9a-f]{32})", re.ASCII)
 """pid:fd:bytes:nonce."""

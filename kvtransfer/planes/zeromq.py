@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 
 import zmq
 
-from kvtransfer.blocks.memory import BlockMemory
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.planes.host import host_identity
-from kvtransfer.planes.ledger import Ledger, check_posting
-from node.errors import SettingsError
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import BlockMemory
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.planes.host import host_identity
+from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.node.errors import SettingsError
+from baton.node.messages import PlaneAddress
 
 PIECE_BYTES = 4 << 20
 MAX_MESSAGES_A_POLL = 32

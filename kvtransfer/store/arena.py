@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 
-from kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
-from kvtransfer.planes.host import host_identity
-from node.errors import PeerLost, SettingsError
-from node.store_messages import Attached
+from baton.kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
+from baton.kvtransfer.planes.host import host_identity
+from baton.node.errors import PeerLost, SettingsError
+from baton.node.store_messages import Attached
 
 REGIONS = 16
 """So many parts can go to different sizes of blocks. A block must fit into one."""

@@ -16,8 +16,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from kvtransfer.blocks.events import Journal
-from node.errors import InvariantBroken, SettingsError
+from baton.kvtransfer.blocks.events import Journal
+from baton.node.errors import InvariantBroken, SettingsError
 
 MAX_NAMESPACES = 16
 

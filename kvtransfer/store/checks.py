@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvtransfer.blocks.checksum import DigestOf
-from kvtransfer.store.arena_index import Key
+from baton.kvtransfer.blocks.checksum import DigestOf
+from baton.kvtransfer.store.arena_index import Key
 
 Run = Callable[[Callable[[], None]], object]
 """Does what it is given, at once or in a thread."""

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import xxhash
 
-from kvtransfer.blocks.memory import BlockMemory
-from node.store_messages import DigestName
+from baton.kvtransfer.blocks.memory import BlockMemory
+from baton.node.store_messages import DigestName
 
 PIECE_BYTES = 256 << 10
 BATCH_BYTES = 4 << 20

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from kvtransfer.store.copies import Copies, Pair
-from node.errors import InvariantBroken
+from baton.kvtransfer.store.copies import Copies, Pair
+from baton.node.errors import InvariantBroken
 
 IN_FLIGHT = 2
 """Batches of one direction: the next begins when the one before it ends, without a turn of the loop between them."""

@@ -14,15 +14,15 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvtransfer.blocks.checksum import DIGESTS
-from kvtransfer.store.arena_index import Key
-from kvtransfer.store.lower import ReadDone, Space, WriteDone
-from kvtransfer.tiers.base import Tier
-from kvtransfer.tiers.records import Block
-from kvtransfer.tiers.second_use import FIRST_USE_PART, SecondUse
-from kvtransfer.tiers.write_behind import WriteBehind, WriteBehindThread
-from node.errors import SettingsError
-from node.telemetry import log_event
+from baton.kvtransfer.blocks.checksum import DIGESTS
+from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.lower import ReadDone, Space, WriteDone
+from baton.kvtransfer.tiers.base import Tier
+from baton.kvtransfer.tiers.records import Block
+from baton.kvtransfer.tiers.second_use import FIRST_USE_PART, SecondUse
+from baton.kvtransfer.tiers.write_behind import WriteBehind, WriteBehindThread
+from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("store")
 

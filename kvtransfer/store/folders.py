@@ -15,11 +15,11 @@ import re
 import shutil
 from pathlib import Path
 
-from kvtransfer.tiers.base import Changed, Tier
-from kvtransfer.tiers.lmdb_records import lmdb_tier
-from kvtransfer.tiers.slab_records import slab_tier
-from node.errors import SettingsError
-from node.telemetry import log_event
+from baton.kvtransfer.tiers.base import Changed, Tier
+from baton.kvtransfer.tiers.lmdb_records import lmdb_tier
+from baton.kvtransfer.tiers.slab_records import slab_tier
+from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("store")
 

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
-from kvtransfer.store.lower import Lower
-from kvtransfer.store.peers import Peers
-from node.store_messages import PeerGet
+from baton.kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
+from baton.kvtransfer.store.lower import Lower
+from baton.kvtransfer.store.peers import Peers
+from baton.node.store_messages import PeerGet
 
 MAX_LOADS = 256
 """On their way at once; a worker asks for fewer, and asks again as they come."""

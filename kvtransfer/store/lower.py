@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.store.arena_index import Key
-from node.store_messages import DigestName
+from baton.kvtransfer.store.arena_index import Key
+from baton.node.store_messages import DigestName
 
 
 @dataclass(frozen=True, slots=True)

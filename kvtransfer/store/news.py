@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
-from kvtransfer.carrier import Line
-from node.lifecycle import Membership
-from node.messages import KvReplay, Load, RegisterStore
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
+from baton.kvtransfer.carrier import Line
+from baton.node.lifecycle import Membership
+from baton.node.messages import KvReplay, Load, RegisterStore
 
 
 class News:

@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.store.arena_index import Key
-from node.messages import Message
-from node.store_messages import MAX_PIECE_BYTES, PeerData, PeerFound, PeerGet, PeerLookup
+from baton.kvtransfer.store.arena_index import Key
+from baton.node.messages import Message
+from baton.node.store_messages import MAX_PIECE_BYTES, PeerData, PeerFound, PeerGet, PeerLookup
 
 PATIENCE_S = 0.25
 REST_S = 5.0

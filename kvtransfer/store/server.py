@@ -26,17 +26,17 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvtransfer.blocks.checksum import DIGESTS, WORD_BYTES
-from kvtransfer.blocks.events import Journal
-from kvtransfer.store.arena import Arena
-from kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
-from kvtransfer.store.checks import Check, Checks
-from kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
-from kvtransfer.store.lower import Lower, Space, WriteDone
-from kvtransfer.store.peers import Peers, Pulled
-from node.errors import SettingsError
-from node.messages import PROTOCOL_VERSION, Message
-from node.store_messages import (
+from baton.kvtransfer.blocks.checksum import DIGESTS, WORD_BYTES
+from baton.kvtransfer.blocks.events import Journal
+from baton.kvtransfer.store.arena import Arena
+from baton.kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
+from baton.kvtransfer.store.checks import Check, Checks
+from baton.kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
+from baton.kvtransfer.store.lower import Lower, Space, WriteDone
+from baton.kvtransfer.store.peers import Peers, Pulled
+from baton.node.errors import SettingsError
+from baton.node.messages import PROTOCOL_VERSION, Message
+from baton.node.store_messages import (
     DISK,
     PEER,
     RAM,
@@ -63,7 +63,7 @@ from node.store_messages import (
     Slot,
     Touch,
 )
-from node.telemetry import log_event
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("store")
 

@@ -14,15 +14,15 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from kvtransfer.blocks.memory import SharedReader
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena import map_arena
-from kvtransfer.store.copies import Copies, Lock, Pair
-from kvtransfer.store.copy_queue import Copied, Copy, CopyQueue
-from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from node.errors import PeerLost
-from node.messages import Message
-from node.store_messages import (
+from baton.kvtransfer.blocks.memory import SharedReader
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.arena import map_arena
+from baton.kvtransfer.store.copies import Copies, Lock, Pair
+from baton.kvtransfer.store.copy_queue import Copied, Copy, CopyQueue
+from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.errors import PeerLost
+from baton.node.messages import Message
+from baton.node.store_messages import (
     RAM,
     Arrival,
     Attach,
@@ -42,7 +42,7 @@ from node.store_messages import (
     Touch,
     Written,
 )
-from node.telemetry import log_event
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("store_client")
 

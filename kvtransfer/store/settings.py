@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from node.settings import option
+from baton.node.settings import option
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

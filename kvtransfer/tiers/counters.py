@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from types import MappingProxyType
 
-from kvtransfer.tiers.base import Eviction, Miss, Refusal, TierStats
+from baton.kvtransfer.tiers.base import Eviction, Miss, Refusal, TierStats
 
 
 class Counters:

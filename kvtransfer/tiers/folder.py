@@ -27,11 +27,11 @@ from pathlib import Path
 
 import msgspec
 
-from kvtransfer.planes.host import boot_id as kernel_boot_id
-from kvtransfer.tiers.base import Refusal
-from kvtransfer.tiers.records import RecordFault, StorageBroken, WriteFault
-from node.errors import SettingsError
-from node.telemetry import log_event
+from baton.kvtransfer.planes.host import boot_id as kernel_boot_id
+from baton.kvtransfer.tiers.base import Refusal
+from baton.kvtransfer.tiers.records import RecordFault, StorageBroken, WriteFault
+from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
 
 FORMAT = 2
 CRASH_LOOP = 3

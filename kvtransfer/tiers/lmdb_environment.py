@@ -17,9 +17,9 @@ from typing import Any
 
 import lmdb
 
-from kvtransfer.tiers.base import Miss, Refusal
-from kvtransfer.tiers.records import RecordFault, StorageBroken, WriteFault
-from node.errors import SettingsError
+from baton.kvtransfer.tiers.base import Miss, Refusal
+from baton.kvtransfer.tiers.records import RecordFault, StorageBroken, WriteFault
+from baton.node.errors import SettingsError
 
 PAGE_BYTES = min(PAGESIZE, 32768)  # LMDB's
 CHECK_READERS_EVERY = 64

@@ -18,13 +18,13 @@ from pathlib import Path
 import lmdb
 import numpy as np
 
-from kvtransfer.tiers.base import Changed, Miss, ignore_change
-from kvtransfer.tiers.folder import Boot, Contents, TierFolder, Trust
-from kvtransfer.tiers.lmdb_environment import PAGE_BYTES, LmdbEnvironment
-from kvtransfer.tiers.record import HEADER_BYTES, check_namespace, check_record, pack_header
-from kvtransfer.tiers.records import Block, RecordFault, StorageBroken
-from kvtransfer.tiers.tier import RecordTier
-from node.errors import SettingsError
+from baton.kvtransfer.tiers.base import Changed, Miss, ignore_change
+from baton.kvtransfer.tiers.folder import Boot, Contents, TierFolder, Trust
+from baton.kvtransfer.tiers.lmdb_environment import PAGE_BYTES, LmdbEnvironment
+from baton.kvtransfer.tiers.record import HEADER_BYTES, check_namespace, check_record, pack_header
+from baton.kvtransfer.tiers.records import Block, RecordFault, StorageBroken
+from baton.kvtransfer.tiers.tier import RecordTier
+from baton.node.errors import SettingsError
 
 SIDE_BYTES = 64 << 10
 """Of the quota: LMDB's table of readers, and the folder's own files."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from kvtransfer.tiers.base import Changed, Miss, ignore_change
-from kvtransfer.tiers.records import Block, RecordFault
-from kvtransfer.tiers.tier import RecordTier
-from node.errors import SettingsError
+from baton.kvtransfer.tiers.base import Changed, Miss, ignore_change
+from baton.kvtransfer.tiers.records import Block, RecordFault
+from baton.kvtransfer.tiers.tier import RecordTier
+from baton.node.errors import SettingsError
 
 
 class MemoryRecords:

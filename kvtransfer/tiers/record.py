@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import xxhash
 
-from kvtransfer.tiers.base import DIGEST_BYTES, KEY_BYTES, Miss
-from kvtransfer.tiers.records import RecordFault
-from node.errors import SettingsError
+from baton.kvtransfer.tiers.base import DIGEST_BYTES, KEY_BYTES, Miss
+from baton.kvtransfer.tiers.records import RecordFault
+from baton.node.errors import SettingsError
 
 MAGIC = b"BKV1"
 FORMAT = 2

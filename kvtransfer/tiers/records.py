@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from kvtransfer.tiers.base import Miss, Refusal
+from baton.kvtransfer.tiers.base import Miss, Refusal
 
 
 class RecordFault(Exception):

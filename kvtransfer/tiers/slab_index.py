@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import lmdb
 
-from kvtransfer.tiers.lmdb_environment import PAGE_BYTES, LmdbEnvironment
-from kvtransfer.tiers.records import StorageBroken
-from node.telemetry import log_event
+from baton.kvtransfer.tiers.lmdb_environment import PAGE_BYTES, LmdbEnvironment
+from baton.kvtransfer.tiers.records import StorageBroken
+from baton.node.telemetry import log_event
 
 _BASE_BYTES = 256 << 10
 INDEX_BYTES_A_SLOT = 512

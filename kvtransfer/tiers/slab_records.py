@@ -19,15 +19,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from kvtransfer.tiers.base import Changed, ignore_change
-from kvtransfer.tiers.folder import Boot, Contents, TierFolder, Trust
-from kvtransfer.tiers.record import Header, check_namespace, check_record, pack_header, parse_header
-from kvtransfer.tiers.records import Block, RecordFault
-from kvtransfer.tiers.slab_index import INDEX_BYTES_A_SLOT, Place, SlabIndex, index_bytes, remove_index
-from kvtransfer.tiers.slot_file import OpenFile, SlotFile, slot_bytes
-from kvtransfer.tiers.tier import RecordTier
-from node.errors import SettingsError
-from node.telemetry import log_event
+from baton.kvtransfer.tiers.base import Changed, ignore_change
+from baton.kvtransfer.tiers.folder import Boot, Contents, TierFolder, Trust
+from baton.kvtransfer.tiers.record import Header, check_namespace, check_record, pack_header, parse_header
+from baton.kvtransfer.tiers.records import Block, RecordFault
+from baton.kvtransfer.tiers.slab_index import INDEX_BYTES_A_SLOT, Place, SlabIndex, index_bytes, remove_index
+from baton.kvtransfer.tiers.slot_file import OpenFile, SlotFile, slot_bytes
+from baton.kvtransfer.tiers.tier import RecordTier
+from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
 
 SIDE_BYTES = 64 << 10
 """Of the quota: LMDB's table of readers, and the folder's own files."""

@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 
-from kvtransfer.tiers.base import Miss, Refusal
-from kvtransfer.tiers.record import HEADER_BYTES
-from kvtransfer.tiers.records import RecordFault, WriteFault
+from baton.kvtransfer.tiers.base import Miss, Refusal
+from baton.kvtransfer.tiers.record import HEADER_BYTES
+from baton.kvtransfer.tiers.records import RecordFault, WriteFault
 
 PAGE_BYTES = 4096
 OpenFile = Callable[[Path, int, int], int]

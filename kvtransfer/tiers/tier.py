@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from threading import Condition, Lock
 
-from kvtransfer.tiers.base import (
+from baton.kvtransfer.tiers.base import (
     Changed,
     Eviction,
     Miss,
@@ -27,11 +27,11 @@ from kvtransfer.tiers.base import (
     check_keys,
     ignore_change,
 )
-from kvtransfer.tiers.counters import Counters
-from kvtransfer.tiers.recency import Recency
-from kvtransfer.tiers.records import Block, RecordFault, Records, StorageBroken, WriteFault
-from node.errors import SettingsError
-from node.telemetry import log_event
+from baton.kvtransfer.tiers.counters import Counters
+from baton.kvtransfer.tiers.recency import Recency
+from baton.kvtransfer.tiers.records import Block, RecordFault, Records, StorageBroken, WriteFault
+from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
 
 PAUSE_S = 30.0
 """No write is tried for so long after one failed: a full disk does not become empty by asking often."""

@@ -15,9 +15,9 @@ from enum import StrEnum
 from threading import Condition, Thread
 from types import MappingProxyType
 
-from kvtransfer.blocks.checksum import DigestOf
-from kvtransfer.tiers.base import Tier
-from kvtransfer.tiers.records import Block
+from baton.kvtransfer.blocks.checksum import DigestOf
+from baton.kvtransfer.tiers.base import Tier
+from baton.kvtransfer.tiers.records import Block
 
 IDLE_S = 0.5
 """How long the thread sleeps at most before it looks if it shall end."""

@@ -6,10 +6,10 @@ from typing import Protocol
 
 import torch
 
-from kernels.triton import prefill_attention
-from models.config import ModelConfig
-from models.cuda.decoder import Attend
-from models.cuda.queue import Queue
+from baton.kernels.triton import prefill_attention
+from baton.models.config import ModelConfig
+from baton.models.cuda.decoder import Attend
+from baton.models.cuda.queue import Queue
 
 GLUON_BLOCKS = (16, 32, 64, 128)
 ITEMS_A_MULTIPROCESSOR = 2
@@ -32,7 +32,7 @@ def choose_attention(config: ModelConfig, pool: torch.Tensor, queue: Queue, dete
     fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.shape[3] in GLUON_BLOCKS
     if pool.is_cuda and fits and config.sliding_window is None and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
-        from kernels.triton import prefill_gluon
+        from baton.kernels.triton import prefill_gluon
 
         if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.device)):
             return _Hopper(pool, queue.num_sms)
@@ -58,7 +58,7 @@ class _Portable:
 
 class _Hopper:
     def __init__(self, pool: torch.Tensor, num_sms: int) -> None:
-        from kernels.triton import prefill_gluon
+        from baton.kernels.triton import prefill_gluon
 
         self.tile = prefill_gluon.BLOCK_M
         self._attention = prefill_gluon.prefill_attention

@@ -11,9 +11,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kernels.triton.prefill_attention import work_list
-from models.batch import Row
-from models.cuda.upload import aligned
+from baton.kernels.triton.prefill_attention import work_list
+from baton.models.batch import Row
+from baton.models.cuda.upload import aligned
 
 TABLE_WIDTH = 16
 """Tables are a multiple of it wide: kernels are compiled for such strides, and again for others."""

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable
 
-from node.telemetry import log_event
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("models")
 
@@ -34,7 +34,7 @@ def compile_ahead(run: Callable[[], None]) -> None:
     began_at = time.monotonic()
     try:
         # It stands on Triton's inside: a Triton without that costs the time, and not the worker.
-        from kernels.triton.compiling import compile_all, launched_by, missing
+        from baton.kernels.triton.compiling import compile_all, launched_by, missing
 
         kernels = launched_by(run)
         absent = missing(kernels)

@@ -13,17 +13,17 @@ from dataclasses import dataclass
 
 import torch
 
-from kernels.triton.decode_attention import DecodeScratch, decode_attention
-from kernels.triton.decode_plan import DecodePlan
-from kernels.triton.linear_policy import Shape
-from kernels.triton.norm import add_rms_norm, rms_norm
-from kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
-from kernels.triton.step_inputs import StepInputs
-from models.config import ModelConfig
-from models.cuda.products import Policy, Products
-from models.rope import inverse_frequencies
-from models.weights import Weights
-from node.errors import InvariantBroken
+from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
+from baton.kernels.triton.decode_plan import DecodePlan
+from baton.kernels.triton.linear_policy import Shape
+from baton.kernels.triton.norm import add_rms_norm, rms_norm
+from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
+from baton.kernels.triton.step_inputs import StepInputs
+from baton.models.config import ModelConfig
+from baton.models.cuda.products import Policy, Products
+from baton.models.rope import inverse_frequencies
+from baton.models.weights import Weights
+from baton.node.errors import InvariantBroken
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 
-from models.cuda.queue import Queue, Work
+from baton.models.cuda.queue import Queue, Work
 
 Body = Callable[[int, int], Work]
 Progress = Callable[[int, int], None]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from node.errors import SettingsError
+from baton.node.errors import SettingsError
 
 GIB = 1 << 30
 GRAPHS_BYTES = 3 * GIB // 2

@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from kernels import Linear
-from kernels.triton import linear_policy
-from kernels.triton.activation import silu_and_mul
-from kernels.triton.linear import linear
-from kernels.triton.linear_policy import Shape, Tiles
-from node.errors import SettingsError
+from baton.kernels import Linear
+from baton.kernels.triton import linear_policy
+from baton.kernels.triton.activation import silu_and_mul
+from baton.kernels.triton.linear import linear
+from baton.kernels.triton.linear_policy import Shape, Tiles
+from baton.node.errors import SettingsError
 
 Policy = Callable[[int, Shape], Tiles | None]
 GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -111,7 +111,7 @@ def _gluon_product(dtype: torch.dtype, device: str) -> GatedProduct | None:
     if not device.startswith("cuda") or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
         return None
     # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
-    from kernels.triton import prefill_gluon, product_gluon
+    from baton.kernels.triton import prefill_gluon, product_gluon
 
     if not prefill_gluon.is_available(torch.cuda.get_device_capability(device)):
         return None

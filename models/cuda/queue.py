@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from models.cuda.compiling import compile_ahead
+from baton.models.cuda.compiling import compile_ahead
 
 Work = Callable[[], None]
 

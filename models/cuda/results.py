@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from kernels.triton.logprobs import MOST, LogprobRows
-from models.batch import Drawn
-from models.cuda.queue import Queue
-from node.messages import Logprob
+from baton.kernels.triton.logprobs import MOST, LogprobRows
+from baton.models.batch import Drawn
+from baton.models.cuda.queue import Queue
+from baton.node.messages import Logprob
 
 NUM_TOP = MOST.value
 

@@ -19,26 +19,26 @@ from functools import partial
 import numpy as np
 import torch
 
-from kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
-from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
-from kernels.triton.decode_work import share_out
-from kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
-from models.batch import Draw, Launched, Row
-from models.config import ModelConfig
-from models.cuda.attention import ChunkAttention, choose_attention
-from models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, lay_out
-from models.cuda.decoder import DeviceDecoder
-from models.cuda.graphs import DecodeGraphs, Progress, lengths_up_to, no_progress, sizes_up_to
-from models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
-from models.cuda.queue import Mark, Queue, Work
-from models.cuda.results import StepResult
-from models.cuda.sampling import SlotSampler
-from models.cuda.slots import Slots
-from models.cuda.step import Marks, RunningStep
-from models.cuda.upload import ALIGNED, Upload, aligned
-from models.weights import Weights
-from node.errors import InvariantBroken, SettingsError
-from node.messages import SamplingParams
+from baton.kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
+from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.decode_work import share_out
+from baton.kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
+from baton.models.batch import Draw, Launched, Row
+from baton.models.config import ModelConfig
+from baton.models.cuda.attention import ChunkAttention, choose_attention
+from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, lay_out
+from baton.models.cuda.decoder import DeviceDecoder
+from baton.models.cuda.graphs import DecodeGraphs, Progress, lengths_up_to, no_progress, sizes_up_to
+from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
+from baton.models.cuda.queue import Mark, Queue, Work
+from baton.models.cuda.results import StepResult
+from baton.models.cuda.sampling import SlotSampler
+from baton.models.cuda.slots import Slots
+from baton.models.cuda.step import Marks, RunningStep
+from baton.models.cuda.upload import ALIGNED, Upload, aligned
+from baton.models.weights import Weights
+from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.messages import SamplingParams
 
 FIXED_LENGTHS = (2048, 4)
 """First length and factor of the lengths that get graphs of their own where chunks are fixed: there a graph has a

@@ -13,17 +13,17 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from kernels.triton import sampling_rows as columns
-from kernels.triton.logprobs import LogprobRows, logprobs
-from kernels.triton.sampling import SamplingScratch, draw
-from kernels.triton.sampling_filter import FilterScratch, thresholds
-from kernels.triton.sampling_rows import Prepared, SlotTables, draw_prepared, prepare
-from kernels.triton.step_inputs import set_entries
-from models.batch import Draw
-from models.cuda.queue import Queue
-from models.cuda.upload import Upload
-from models.sampler import GREEDY_BELOW, has_penalty
-from node.messages import SamplingParams
+from baton.kernels.triton import sampling_rows as columns
+from baton.kernels.triton.logprobs import LogprobRows, logprobs
+from baton.kernels.triton.sampling import SamplingScratch, draw
+from baton.kernels.triton.sampling_filter import FilterScratch, thresholds
+from baton.kernels.triton.sampling_rows import Prepared, SlotTables, draw_prepared, prepare
+from baton.kernels.triton.step_inputs import set_entries
+from baton.models.batch import Draw
+from baton.models.cuda.queue import Queue
+from baton.models.cuda.upload import Upload
+from baton.models.sampler import GREEDY_BELOW, has_penalty
+from baton.node.messages import SamplingParams
 
 
 class SlotSampler:

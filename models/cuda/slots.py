@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from models.batch import Row
+from baton.models.batch import Row
 
 
 class Slots:

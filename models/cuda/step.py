@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from models.batch import DeviceTime, Drawn
-from models.cuda.queue import Mark
-from models.cuda.results import StepResult
+from baton.models.batch import DeviceTime, Drawn
+from baton.models.cuda.queue import Mark
+from baton.models.cuda.results import StepResult
 
 
 @dataclass(frozen=True, slots=True)

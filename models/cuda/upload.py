@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from models.cuda.queue import Mark, Queue
-from node.errors import InvariantBroken
+from baton.models.cuda.queue import Mark, Queue
+from baton.node.errors import InvariantBroken
 
 BUFFERS = 3
 ALIGNED = 4

@@ -17,12 +17,12 @@ from dataclasses import dataclass
 import torch
 import zmq
 
-from kvtransfer.blocks.device_pool import DeviceMemory
-from kvtransfer.blocks.digest import BlockDigests
-from kvtransfer.planes.base import ChunkKey, Plane
-from kvtransfer.planes.device import device_planes
-from kvtransfer.planes.select import choose
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.blocks.digest import BlockDigests
+from baton.kvtransfer.planes.base import ChunkKey, Plane
+from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.select import choose
+from baton.node.messages import PlaneAddress
 
 
 @dataclass

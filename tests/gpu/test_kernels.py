@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels import Linear
-from kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
-from kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, fastest
-from kernels.triton.prefill_attention import block_m
-from models.cuda.products import Products, invariant
-from tests.unit.kernels import kernel_checks as checks
+from baton.kernels import Linear
+from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, fastest
+from baton.kernels.triton.prefill_attention import block_m
+from baton.models.cuda.products import Products, invariant
+from baton.tests.unit.kernels import kernel_checks as checks
 
 pytestmark = pytest.mark.gpu
 
@@ -85,7 +85,7 @@ def test_prefill_attention(heads, block_tokens, pdl):
 @pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
 @pytest.mark.parametrize("heads", [LLAMA_8B, checks.Heads(5, 1, 128)])
 def test_hopper_prefill_attention(heads, block_tokens, persistent):
-    from kernels.triton.prefill_gluon import is_available
+    from baton.kernels.triton.prefill_gluon import is_available
 
     if not is_available(torch.cuda.get_device_capability()):
         pytest.skip("needs Hopper and a Triton whose Gluon is known")
@@ -96,7 +96,7 @@ def test_hopper_prefill_attention(heads, block_tokens, persistent):
 @pytest.mark.parametrize(("rows", "n", "k"), [(1, 256, 256), (333, 1096, 512), (1000, 6144, 4096), (2049, 4096, 1024)])
 def test_hopper_gated_product(rows, n, k):
     """One tile, tiles cut by the rows and by the columns, and several for each program."""
-    from kernels.triton.prefill_gluon import is_available
+    from baton.kernels.triton.prefill_gluon import is_available
 
     if not is_available(torch.cuda.get_device_capability()):
         pytest.skip("needs Hopper and a Triton whose Gluon is known")
@@ -146,7 +146,7 @@ def test_linear(rows, pdl):
 
 def test_the_invariant_table_gives_a_row_the_same_bits_for_any_number_of_rows():
     """Guards against a batch that changes a row: --deterministic rests on this."""
-    from kernels.triton.linear import linear
+    from baton.kernels.triton.linear import linear
 
     largest = max(INVARIANT)
     for n, k, fused in INVARIANT[largest]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from decode.settings import DecodeSettings
-from node.errors import SettingsError
-from worker.engine import make_engine
+from baton.decode.settings import DecodeSettings
+from baton.node.errors import SettingsError
+from baton.worker.engine import make_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 )
 def test_too_little_memory_is_told_before_a_worker_begins(options, reason):
     """Guards against a traceback, and against memory that stays taken after the refusal."""
-    from node.modelhub import locate_model
+    from baton.node.modelhub import locate_model
 
     free, total = torch.cuda.mem_get_info(0)
     hold_bytes = int(options.pop("taken", 0.0) * total) - (total - free)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import base64
 import importlib.util
 import json
-import os
 import select
 import signal
 import subprocess
@@ -19,9 +18,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvtransfer.planes.base import ChunkKey, IoDone
-from node.errors import InvariantBroken
-from node.messages import PlaneAddress
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.node.errors import InvariantBroken
+from baton.node.messages import PlaneAddress
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,7 +66,6 @@ class Child:
             [sys.executable, str(Path(__file__).with_name("device_end.py")), str(gpu)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
         )
 
     def __call__(self, method: str, *arguments: object) -> object:

@@ -13,16 +13,16 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels import Linear
-from models.batch import Draw, Row
-from models.config import ModelConfig
-from models.cuda.queue import CudaQueue
-from models.cuda.runner import CudaRunner, Limits
-from models.runner import ModelRunner
-from models.weights import LayerWeights, Weights, load_weights
-from node.messages import SamplingParams
-from node.modelhub import locate_model
-from tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.kernels import Linear
+from baton.models.batch import Draw, Row
+from baton.models.config import ModelConfig
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.runner import ModelRunner
+from baton.models.weights import LayerWeights, Weights, load_weights
+from baton.node.messages import SamplingParams
+from baton.node.modelhub import locate_model
+from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 
 pytestmark = pytest.mark.gpu
 

@@ -7,11 +7,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from models.batch import Draw
-from models.cuda.queue import CudaQueue
-from models.cuda.sampling import SlotSampler
-from models.sampler import draw_tokens
-from node.messages import SamplingParams
+from baton.models.batch import Draw
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.sampling import SlotSampler
+from baton.models.sampler import draw_tokens
+from baton.node.messages import SamplingParams
 
 pytestmark = pytest.mark.gpu
 

@@ -13,17 +13,17 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from kvtransfer.blocks.checksum import sum64
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena_index import Key
-from kvtransfer.store.copies import Pair
-from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from kvtransfer.store.session import StoreSession
-from node.errors import InvariantBroken, PeerLost
-from node.store_messages import RAM
-from tests.unit.kvtransfer.store.bench import BLOCK_BYTES as BENCH_BLOCK_BYTES
-from tests.unit.kvtransfer.store.bench import SPACE, Host, names
+from baton.kvtransfer.blocks.checksum import sum64
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.copies import Pair
+from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.kvtransfer.store.session import StoreSession
+from baton.node.errors import InvariantBroken, PeerLost
+from baton.node.store_messages import RAM
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES as BENCH_BLOCK_BYTES
+from baton.tests.unit.kvtransfer.store.bench import SPACE, Host, names
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -39,7 +39,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def random_memory(num_blocks: int, block_bytes: int):
-    from kvtransfer.blocks.device_pool import DeviceMemory
+    from baton.kvtransfer.blocks.device_pool import DeviceMemory
 
     memory = DeviceMemory(num_blocks, block_bytes, 0)
     memory.data.random_(0, 256)
@@ -51,7 +51,7 @@ class Bench:
     """A pool of 12 blocks and 12 blocks of host memory, locked."""
 
     def __init__(self, block_bytes: int) -> None:
-        from kvtransfer.planes.host_copies import DeviceCopies
+        from baton.kvtransfer.planes.host_copies import DeviceCopies
 
         self.memory = random_memory(12, block_bytes)
         self.host = HostMemory(12, block_bytes)
@@ -92,7 +92,7 @@ def copying(request: pytest.FixtureRequest) -> Iterator[Bench]:
 @pytest.mark.parametrize("block_bytes", [4104, 64 * 1024 + 8, 8 * MIB])
 def test_the_device_makes_the_digests_that_the_host_makes(block_bytes: int) -> None:
     """Guards blocks against each other's view: a store that looks at a GPU's block must find the same digest."""
-    from kvtransfer.blocks.digest import BlockDigests
+    from baton.kvtransfer.blocks.digest import BlockDigests
 
     memory = random_memory(7, block_bytes)
     chosen = [6, 0, 3, 3, 5]
@@ -155,7 +155,7 @@ class Rig:
     """A session with a GPU's copies, against a real server and arena in this process."""
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        from kvtransfer.planes.host_copies import DeviceCopies
+        from baton.kvtransfer.planes.host_copies import DeviceCopies
 
         self.memory = random_memory(num_blocks, block_bytes)
         self.host = Host(slots=num_blocks * block_bytes // BENCH_BLOCK_BYTES)

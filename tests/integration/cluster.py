@@ -349,11 +349,14 @@ class Cluster:
         ]
 
     def _spawn(self, name: str, module: str, *arguments: str) -> None:
-        path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "PYTHONPATH": path}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
         log = subprocess.DEVNULL if self.log_folder is None else (self.log_folder / f"{name}.log").open("ab")
         self.processes[name] = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], cwd=ROOT, env=environment, stdout=log, stderr=log
+            [sys.executable, "-P", "-m", f"baton.{module}", *arguments],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
         )
         if self.log_folder is not None:
             log.close()  # type: ignore[union-attr]

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.integration.prompts import PROMPTS
+from baton.tests.integration.prompts import PROMPTS
 
 DEMO = Path(__file__).resolve().parents[2] / "models" / "demo"
 MAX_TOKENS = 32

@@ -1,7 +1,7 @@
-"""python -m tests.integration.paced ROLE SECONDS ...: a worker whose every step lasts at least so long.
+"""python -m baton.tests.integration.paced ROLE SECONDS ...: a worker whose every step lasts at least so long.
 
 The tests that disturb a request in one of its phases need that phase to last on a fast machine too. Nothing else
-differs from `python -m prefill` and `python -m decode`.
+differs from `python -m baton.prefill` and `python -m baton.decode`.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import sys
 import time
 
-from decode.settings import DecodeSettings
-from decode.worker import DecodeWorker
-from node.settings import parse
-from prefill.settings import PrefillSettings
-from prefill.worker import PrefillWorker
-from worker.main import serve
+from baton.decode.settings import DecodeSettings
+from baton.decode.worker import DecodeWorker
+from baton.node.settings import parse
+from baton.prefill.settings import PrefillSettings
+from baton.prefill.worker import PrefillWorker
+from baton.worker.main import serve
 
 
 def _rest_until(moment: float) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import zmq
 
-from node.messages import (
+from baton.node.messages import (
     Abort,
     Aborted,
     Accept,

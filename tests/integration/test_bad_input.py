@@ -18,7 +18,7 @@ import httpx
 import pytest
 import zmq
 
-from node.messages import (
+from baton.node.messages import (
     MESSAGES,
     Cancel,
     Cancelled,
@@ -34,8 +34,8 @@ from node.messages import (
     Tokens,
     encode,
 )
-from tests.integration.cluster import Cluster
-from tests.integration.strangers import Master, Stranger, one_of_each, prefill_of, register_of, reserve_of
+from baton.tests.integration.cluster import Cluster
+from baton.tests.integration.strangers import Master, Stranger, one_of_each, prefill_of, register_of, reserve_of
 
 PROMPT = "Once upon a time there was a little fox who lived in the forest. The old king had three daughters."
 ANSWER: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration import browser
-from tests.integration.browser import Browser, DidNotStart
-from tests.integration.cluster import Cluster
+from baton.tests.integration import browser
+from baton.tests.integration.browser import Browser, DidNotStart
+from baton.tests.integration.cluster import Cluster
 
 pytestmark = pytest.mark.skipif(not browser.find(), reason="there is no Chromium to open the dashboard in")
 

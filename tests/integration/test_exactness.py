@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import Cluster
-from tests.integration.conftest import MAX_TOKENS, Oracle
+from baton.tests.integration.cluster import Cluster
+from baton.tests.integration.conftest import MAX_TOKENS, Oracle
 
 pytestmark = pytest.mark.timeout(400)
 

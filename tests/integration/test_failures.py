@@ -18,8 +18,8 @@ from typing import Any
 import httpx
 import pytest
 
-from tests.integration.cluster import Cluster, Stream
-from tests.integration.prompts import BEGINNINGS
+from baton.tests.integration.cluster import Cluster, Stream
+from baton.tests.integration.prompts import BEGINNINGS
 
 NOTICED_S = 3.0 + 1.0
 """A frozen worker is noticed within three seconds; one more for a busy machine."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.integration.cluster import ROOT, Cluster, free_port
+from baton.tests.integration.cluster import ROOT, Cluster, free_port
 
 DEMO = ROOT / "models" / "demo"
 REFUSED_TIMEOUT_S = 60.0
@@ -23,7 +23,7 @@ NOBODY = "tcp://127.0.0.1:1"
 def complaint(module: str, *arguments: str) -> str:
     """The one line that a process says before it ends with status 1, without its log."""
     ended = subprocess.run(
-        [sys.executable, "-m", module, "--log-level", "error", *arguments],
+        [sys.executable, "-P", "-m", f"baton.{module}", "--log-level", "error", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

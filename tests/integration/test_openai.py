@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.integration.cluster import Cluster
+from baton.tests.integration.cluster import Cluster
 
 PROMPT = "Once upon a time there was a little fox who lived in the forest with his mother. One day"
 

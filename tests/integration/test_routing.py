@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from tests.integration.cluster import Cluster
+from baton.tests.integration.cluster import Cluster
 
 BLOCK = 16
 QUIET_S = 0.5

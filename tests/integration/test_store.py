@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.integration.cluster import Cluster
-from tests.integration.conftest import MAX_TOKENS, Oracle
-from tests.integration.prompts import LONG
+from baton.tests.integration.cluster import Cluster
+from baton.tests.integration.conftest import MAX_TOKENS, Oracle
+from baton.tests.integration.prompts import LONG
 
 pytestmark = pytest.mark.timeout(400)
 

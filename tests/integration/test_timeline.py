@@ -11,9 +11,9 @@ from typing import Any
 import httpx
 import pytest
 
-from proxy.timeline import FIRST_TOKEN, USUAL
-from tests.integration.cluster import Cluster, Stream
-from tests.integration.prompts import BEGINNINGS
+from baton.proxy.timeline import FIRST_TOKEN, USUAL
+from baton.tests.integration.cluster import Cluster, Stream
+from baton.tests.integration.prompts import BEGINNINGS
 
 LENGTH: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
 

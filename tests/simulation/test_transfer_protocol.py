@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.simulation.world import TIMING, Broken, Odds, World
+from baton.tests.simulation.world import TIMING, Broken, Odds, World
 
 CALM = Odds()
 ROUGH = {

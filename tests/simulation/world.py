@@ -17,14 +17,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 
-from kvtransfer.blocks.hashing import block_hashes
-from kvtransfer.blocks.manager import BlockManager, OutOfBlocks
-from kvtransfer.blocks.table import BlockTable
-from kvtransfer.exchange import Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
-from kvtransfer.pairs import Wire
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.transfer import Timing
-from node.messages import Message, PlaneAddress
+from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
+from baton.kvtransfer.blocks.table import BlockTable
+from baton.kvtransfer.exchange import Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
+from baton.kvtransfer.pairs import Wire
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.transfer import Timing
+from baton.node.messages import Message, PlaneAddress
 
 BLOCK_TOKENS = 4
 NUM_BLOCKS = 24

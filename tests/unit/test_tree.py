@@ -127,7 +127,7 @@ def leans_on_test_libraries(name: str, tree: ast.Module) -> Complaints:
     """What only the extra `test` installs is missing where Baton is served."""
     if name.startswith(PACKAGES):
         for line, module in imports(tree):
-            if is_in(module, "transformers", "openai", "httpx", "pytest", "hypothesis", "tests", "scripts"):
+            if is_in(module, "transformers", "openai", "httpx", "pytest", "hypothesis", "baton.tests", "baton.scripts"):
                 yield f"{name}:{line}: imports {module}"
 
 
@@ -177,7 +177,7 @@ def test_no_file_breaks_the_rule(rule: Rule) -> None:
         (reads_the_environment, "node/a.py", "parse(sys.argv[1:])"),
         (reads_the_environment, "proxy/__main__.py", "print(sys.argv)"),
         (leans_on_test_libraries, "models/a.py", "from transformers import AutoConfig"),
-        (leans_on_test_libraries, "node/a.py", "from scripts import serve"),
+        (leans_on_test_libraries, "node/a.py", "from baton.scripts import serve"),
         (is_undocumented, "a.py", "x = 1"),
         (is_undocumented, "a.py", '"""  """'),
     ],
@@ -242,10 +242,10 @@ def test_the_walk_sees_the_packages() -> None:
 def test_the_control_plane_runs_without_torch(package: str) -> None:
     """torch costs an idle proxy 200 MB and seconds of its start; import-linter cannot see an import at run time."""
     modules = [
-        name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        "baton." + name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for name in python_files()
         if name.startswith(f"{package}/") and not name.endswith("__main__.py")
     ]
     code = f"import sys, {', '.join(modules)}; print(*{{'torch', 'transformers', 'triton'}} & set(sys.modules))"
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    out = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout
     assert out.split() == []

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmark import arrivals
+from baton.benchmark import arrivals
 
 COUNTS = st.integers(1, 200)
 RATES = st.floats(0.01, 1e4)

@@ -8,14 +8,22 @@ from contextlib import closing
 
 import pytest
 
-from benchmark.bodies import BodyStyle, BodyWriter, Said
-from benchmark.client import OpenAIClient, Outcome, find_model
-from benchmark.http import HttpClient, Origin
-from benchmark.plan import GivenPrompt, Part, PartsPrompt, Turn
-from benchmark.prompts import RandomParts
-from node.errors import SettingsError
-from tests.unit.benchmark.scripted import STREAM_END, STREAM_HEAD, ManualClock, Script, framed, read_request, server
-from tests.unit.benchmark.test_meter import DONE, USAGE, chunk
+from baton.benchmark.bodies import BodyStyle, BodyWriter, Said
+from baton.benchmark.client import OpenAIClient, Outcome, find_model
+from baton.benchmark.http import HttpClient, Origin
+from baton.benchmark.plan import GivenPrompt, Part, PartsPrompt, Turn
+from baton.benchmark.prompts import RandomParts
+from baton.node.errors import SettingsError
+from baton.tests.unit.benchmark.scripted import (
+    STREAM_END,
+    STREAM_HEAD,
+    ManualClock,
+    Script,
+    framed,
+    read_request,
+    server,
+)
+from baton.tests.unit.benchmark.test_meter import DONE, USAGE, chunk
 
 TURN = Turn(GivenPrompt("hello"), 5)
 

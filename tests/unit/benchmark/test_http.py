@@ -7,9 +7,17 @@ from contextlib import closing
 
 import pytest
 
-from benchmark.http import MAX_IDLE_S, HttpClient, HttpFailed, Origin
-from node.errors import SettingsError
-from tests.unit.benchmark.scripted import STREAM_END, STREAM_HEAD, ManualClock, Script, framed, read_request, server
+from baton.benchmark.http import MAX_IDLE_S, HttpClient, HttpFailed, Origin
+from baton.node.errors import SettingsError
+from baton.tests.unit.benchmark.scripted import (
+    STREAM_END,
+    STREAM_HEAD,
+    ManualClock,
+    Script,
+    framed,
+    read_request,
+    server,
+)
 
 
 def answering(*answers: bytes, close: bool = False) -> Script:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from benchmark.__main__ import main
+from baton.benchmark.__main__ import main
 
 
 @pytest.mark.parametrize("argv", [[], ["serve"], ["--help"]])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmark.meter import EventStream, StreamMeter, message_of
+from baton.benchmark.meter import EventStream, StreamMeter, message_of
 
 
 def chunk(text: str, finish: str | None = None) -> bytes:

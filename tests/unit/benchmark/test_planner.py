@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.plan import Plan
-from benchmark.planner import make_plan, read_inputs
-from benchmark.settings import ServingSettings
-from node.errors import SettingsError
+from baton.benchmark.plan import Plan
+from baton.benchmark.planner import make_plan, read_inputs
+from baton.benchmark.settings import ServingSettings
+from baton.node.errors import SettingsError
 
 
 def planned(rate: float | None = math.inf, seed: int = 0, **options: object) -> Plan:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import io
 
-from benchmark.progress import ProgressBar
-from benchmark.record import FAILED
-from tests.unit.benchmark.test_summary import record
+from baton.benchmark.progress import ProgressBar
+from baton.benchmark.record import FAILED
+from baton.tests.unit.benchmark.test_summary import record
 
 
 def test_it_shows_what_is_done_under_way_and_failed() -> None:

@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from uvicorn.loops.auto import auto_loop_factory
 
-from benchmark.bodies import Said
-from benchmark.client import Outcome
-from benchmark.meter import Usage
-from benchmark.plan import Conversation, GivenPrompt, Plan, Turn
-from benchmark.record import CANCELLED, FAILED, Record
-from benchmark.runner import NoWatch, RealClock, Runner
+from baton.benchmark.bodies import Said
+from baton.benchmark.client import Outcome
+from baton.benchmark.meter import Usage
+from baton.benchmark.plan import Conversation, GivenPrompt, Plan, Turn
+from baton.benchmark.record import CANCELLED, FAILED, Record
+from baton.benchmark.runner import NoWatch, RealClock, Runner
 
 TURN = Turn(GivenPrompt("q"), 5)
 OUTCOME = Outcome("", False, 0.0, 0.0, (0.25,), 2, Usage(7, 2, None), "answer")

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmark.search import MAX_DOUBLINGS, MAX_HALVINGS, PRECISION, RateSearch
+from baton.benchmark.search import MAX_DOUBLINGS, MAX_HALVINGS, PRECISION, RateSearch
 
 
 @given(st.floats(0.05, 1000), st.floats(0.05, 1000))

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import pytest_asyncio
 
-from benchmark import null_server, self_test
-from benchmark.experiment import Server, in_turns
-from benchmark.http import Origin
-from benchmark.serving import command_line, serving
-from benchmark.settings import ServingSettings
-from node.errors import SettingsError
+from baton.benchmark import null_server, self_test
+from baton.benchmark.experiment import Server, in_turns
+from baton.benchmark.http import Origin
+from baton.benchmark.serving import command_line, serving
+from baton.benchmark.settings import ServingSettings
+from baton.node.errors import SettingsError
 
 MAX_HTML_BYTES = 500_000
 

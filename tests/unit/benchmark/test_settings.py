@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmark.settings import ServingSettings
-from node.settings import parse
+from baton.benchmark.settings import ServingSettings
+from baton.node.settings import parse
 
 
 def read(*argv: str) -> ServingSettings:

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmark.record import CANCELLED, COMPLETED, FAILED, Record
-from benchmark.summary import Distribution, Objectives, summarize
-from node.errors import SettingsError
+from baton.benchmark.record import CANCELLED, COMPLETED, FAILED, Record
+from baton.benchmark.summary import Distribution, Objectives, summarize
+from baton.node.errors import SettingsError
 
 
 def record(

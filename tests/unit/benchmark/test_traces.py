@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from benchmark.traces import TraceRequest, quantum_of, read_trace
-from node.errors import SettingsError
+from baton.benchmark.traces import TraceRequest, quantum_of, read_trace
+from baton.node.errors import SettingsError
 
 MOONCAKE = [
     '{"timestamp": 0, "input_length": 600, "output_length": 5, "hash_ids": [0, 1]}',

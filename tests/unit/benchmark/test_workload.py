@@ -9,11 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
-from benchmark.plan import GivenPrompt, Part, PartsPrompt, Turn
-from benchmark.prompts import FIRST_ID, WORDS, RandomParts, words_of
-from benchmark.traces import MOONCAKE_BLOCK_TOKENS, TraceRequest
-from benchmark.workload import Lengths, file_turns, random_turns, trace_turn, warmup_turns, with_cancels
-from node.errors import SettingsError
+from baton.benchmark.plan import GivenPrompt, Part, PartsPrompt, Turn
+from baton.benchmark.prompts import FIRST_ID, WORDS, RandomParts, words_of
+from baton.benchmark.traces import MOONCAKE_BLOCK_TOKENS, TraceRequest
+from baton.benchmark.workload import Lengths, file_turns, random_turns, trace_turn, warmup_turns, with_cancels
+from baton.node.errors import SettingsError
 
 DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
 KEYS = st.tuples(st.integers(0, 3), st.integers(0, 1000))

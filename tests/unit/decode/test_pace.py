@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.pace import HOST_PART, SPARE_S, Pace
-from models.batch import DeviceTime
+from baton.decode.pace import HOST_PART, SPARE_S, Pace
+from baton.models.batch import DeviceTime
 
 
 def test_without_a_device_a_step_is_launched_at_once():

@@ -14,15 +14,15 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from decode.settings import DecodeSettings
-from decode.worker import DecodeWorker
-from kvtransfer.blocks.hashing import block_hashes
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.manager import BlockManager
-from kvtransfer.carrier import FromProxy
-from kvtransfer.exchange import KvArrived, ReceiverEnded
-from models.batch import DeviceTime, Drawn, Row
-from node.messages import Bundle, Busy, Cancel, Failed, Load, Message, Reserve, SamplingParams
+from baton.decode.settings import DecodeSettings
+from baton.decode.worker import DecodeWorker
+from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.carrier import FromProxy
+from baton.kvtransfer.exchange import KvArrived, ReceiverEnded
+from baton.models.batch import DeviceTime, Drawn, Row
+from baton.node.messages import Bundle, Busy, Cancel, Failed, Load, Message, Reserve, SamplingParams
 
 ROOT, BLOCK, VOCAB, STOP = b"r" * 32, 4, 13, 5
 MAX_MODEL_LEN = 48

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from decode.scheduler import Item, Limits, plan
+from baton.decode.scheduler import Item, Limits, plan
 
 LIMITS = Limits(block_tokens=4, max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=16)
 

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 
-from decode.settings import DecodeSettings
-from decode.worker import DecodeWorker
-from kvtransfer.blocks.hashing import block_hashes
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.manager import BlockManager
-from kvtransfer.carrier import FromProxy
-from kvtransfer.exchange import KvArrived, ReceiverEnded
-from kvtransfer.store.client import NO_STORE
-from models.batch import Done, Drawn, Row
-from node.lifecycle import ProxyLost
-from node.messages import (
+from baton.decode.settings import DecodeSettings
+from baton.decode.worker import DecodeWorker
+from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.carrier import FromProxy
+from baton.kvtransfer.exchange import KvArrived, ReceiverEnded
+from baton.kvtransfer.store.client import NO_STORE
+from baton.models.batch import Done, Drawn, Row
+from baton.node.lifecycle import ProxyLost
+from baton.node.messages import (
     Bundle,
     Busy,
     Cancel,
@@ -33,7 +33,7 @@ from node.messages import (
     SamplingParams,
     Stages,
 )
-from tests.unit.kvtransfer.store.bench import InlineStore, World
+from baton.tests.unit.kvtransfer.store.bench import InlineStore, World
 
 ROOT = b"r" * 32
 BLOCK = 4

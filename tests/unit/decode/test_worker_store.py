@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from kvtransfer.carrier import FromProxy
-from kvtransfer.exchange import KvArrived
-from node.messages import Cancel
-from tests.unit.decode.test_worker import Bench
-from tests.unit.kvtransfer.store.bench import World
+from baton.kvtransfer.carrier import FromProxy
+from baton.kvtransfer.exchange import KvArrived
+from baton.node.messages import Cancel
+from baton.tests.unit.decode.test_worker import Bench
+from baton.tests.unit.kvtransfer.store.bench import World
 
 SETTINGS = {"num_blocks": 64, "store_loads": "always"}
 

@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import yaml
 
-from kvtransfer.exchange import Counters
-from node.endpoint import Endpoint, new_context
-from proxy.counters import ENGINE_COUNTERS, WORKER_COUNTERS
-from proxy.dispatch import Dispatcher
-from proxy.settings import ProxySettings
-from scripts import metrics_page
-from tests.unit.decode.test_worker import Bench as DecodeBench
-from tests.unit.prefill.test_worker import Bench as PrefillBench
+from baton.kvtransfer.exchange import Counters
+from baton.node.endpoint import Endpoint, new_context
+from baton.proxy.counters import ENGINE_COUNTERS, WORKER_COUNTERS
+from baton.proxy.dispatch import Dispatcher
+from baton.proxy.settings import ProxySettings
+from baton.scripts import metrics_page
+from baton.tests.unit.decode.test_worker import Bench as DecodeBench
+from baton.tests.unit.prefill.test_worker import Bench as PrefillBench
 
 MONITORING = Path(__file__).resolve().parents[3] / "docs" / "monitoring"
 _NAME = re.compile(r"\b(?:vllm:|baton:|gen_ai_)\w+")
@@ -46,7 +46,7 @@ def demand_sound(expression: str, known: set[str]) -> None:
 def test_the_page_is_that_of_the_code() -> None:
     """Guards against a page that tells of metrics that are gone, or not of new ones."""
     written = metrics_page.PAGE.read_text()
-    assert written == metrics_page.page(), "run: python3 -m scripts.metrics_page"
+    assert written == metrics_page.page(), "run: python3 -m baton.scripts.metrics_page"
 
 
 async def test_whatever_is_counted_has_a_meaning() -> None:

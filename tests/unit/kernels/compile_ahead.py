@@ -13,8 +13,8 @@ from dataclasses import replace
 from triton import knobs
 from triton.runtime import driver
 
-from kernels.triton.compiling import compile_all, launched_by, missing
-from tests.unit.kernels import compile_sm90
+from baton.kernels.triton.compiling import compile_all, launched_by, missing
+from baton.tests.unit.kernels import compile_sm90
 
 TIMEOUT_S = 100.0
 

@@ -71,7 +71,7 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def small_kernels(pdl: bool) -> None:
-    from kernels.triton import activation, norm, rope_write
+    from baton.kernels.triton import activation, norm, rope_write
 
     hidden, rows, heads, kv_heads, dim = 4096, 8, 32, 8, 128
     x, weight = empty(rows, hidden), empty(hidden)
@@ -97,8 +97,8 @@ def small_kernels(pdl: bool) -> None:
 def decode(
     heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, pdl: bool = False, dtype=torch.bfloat16
 ) -> None:
-    from kernels.triton import decode_attention as module
-    from kernels.triton.decode_plan import DecodePlan
+    from baton.kernels.triton import decode_attention as module
+    from baton.kernels.triton.decode_plan import DecodePlan
 
     rows, plan = 8, DecodePlan(*plan)
     query, lengths = empty(rows, heads, dim, dtype=dtype), empty(rows, dtype=torch.int32)
@@ -108,15 +108,15 @@ def decode(
 
 
 def share_out() -> None:
-    from kernels.triton import decode_work
-    from kernels.triton.decode_plan import DecodePlan
+    from baton.kernels.triton import decode_work
+    from baton.kernels.triton.decode_plan import DecodePlan
 
     work = empty(512, decode_work.COLUMNS.value, dtype=torch.int32)
     decode_work.share_out(empty(256, dtype=torch.int32), DecodePlan(512, 3), work)
 
 
 def prefill(heads: int, kv_heads: int, dim: int, block_tokens: int, window: int | None = None) -> None:
-    from kernels.triton import prefill_attention as module
+    from baton.kernels.triton import prefill_attention as module
 
     sequences, query = 4, empty(1024, heads, dim)
     pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim), empty(sequences, 64, dtype=torch.int32)
@@ -126,7 +126,7 @@ def prefill(heads: int, kv_heads: int, dim: int, block_tokens: int, window: int 
 
 
 def whole_blocks() -> None:
-    from kernels.triton import blocks
+    from baton.kernels.triton import blocks
 
     pool, ids = empty(64, 32, 2, 64, 8, 128), empty(16, dtype=torch.int32)
     blocks.block_checksums(pool, ids, blocks.checksum_scratch(16, pool), empty(16, dtype=torch.int64))
@@ -135,7 +135,7 @@ def whole_blocks() -> None:
 
 
 def sampling(pdl: bool) -> None:
-    from kernels.triton import sampling as module
+    from baton.kernels.triton import sampling as module
 
     rows, vocab_size = 8, 128256
     logits, out = empty(rows, vocab_size), empty(rows, dtype=torch.int64)
@@ -145,7 +145,7 @@ def sampling(pdl: bool) -> None:
 
 
 def sampling_of_rows(dtype: torch.dtype) -> None:
-    from kernels.triton import logprobs, sampling_filter, sampling_rows
+    from baton.kernels.triton import logprobs, sampling_filter, sampling_rows
 
     rows, vocab_size, device = 8, 151936, "meta"
     logits, slots, out = empty(rows, vocab_size, dtype=dtype), *(empty(rows, dtype=torch.int32) for _ in range(2))
@@ -163,8 +163,8 @@ def sampling_of_rows(dtype: torch.dtype) -> None:
 
 def linears(table: str, rows: int, pdl: bool) -> None:
     """All entries of the policy's table for so many rows, in the table's order."""
-    from kernels.triton import linear as module
-    from kernels.triton import linear_policy
+    from baton.kernels.triton import linear as module
+    from baton.kernels.triton import linear_policy
 
     for (n, k, fused), tiles in getattr(linear_policy, table)[rows].items():
         shape = (rows, n) if tiles.splits == 1 else (tiles.splits, rows, n)
@@ -173,7 +173,7 @@ def linears(table: str, rows: int, pdl: bool) -> None:
 
 
 def prefill_gluon(block_tokens: int, persistent: bool) -> None:
-    from kernels.triton import prefill_gluon as module
+    from baton.kernels.triton import prefill_gluon as module
 
     sequences, query = 4, empty(1024, 32, 128)
     pool, tables = empty(64, 32, 2, block_tokens, 8, 128), empty(sequences, 64, dtype=torch.int32)
@@ -183,13 +183,13 @@ def prefill_gluon(block_tokens: int, persistent: bool) -> None:
 
 
 def gated_product() -> None:
-    from kernels.triton import product_gluon
+    from baton.kernels.triton import product_gluon
 
     product_gluon.gated_product(empty(2048, 4096), empty(28672, 4096), 132, empty(2048, 14336))
 
 
 def inputs_of_a_step() -> None:
-    from kernels.triton import step_inputs
+    from baton.kernels.triton import step_inputs
 
     rows = [empty(8, dtype=torch.int32) for _ in range(4)]
     out = step_inputs.StepInputs.make(8, 64, "meta")

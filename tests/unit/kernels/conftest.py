@@ -8,7 +8,7 @@ import pytest
 import torch
 
 if importlib.util.find_spec("triton") is not None and not torch.cuda.is_available():
-    from tests.unit.kernels.interpreter_bf16 import install
+    from baton.tests.unit.kernels.interpreter_bf16 import install
 
     install()
 

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from kernels import philox, reference
-from kernels.triton import (
+from baton.kernels import philox, reference
+from baton.kernels.triton import (
     activation,
     blocks,
     decode_attention,
@@ -29,7 +29,7 @@ from kernels.triton import (
     sampling,
     step_inputs,
 )
-from kvtransfer.blocks import checksum
+from baton.kvtransfer.blocks import checksum
 
 EPS = 1e-5
 FLOAT32_ERROR = 1e-6
@@ -270,7 +270,7 @@ def check_prefill_gluon(
     heads: Heads, new_and_cached: list[tuple[int, int]], block_tokens: int, persistent: bool
 ) -> None:
     """On a GPU only. Twice with one counter: the second launch finds what the first left."""
-    from kernels.triton import prefill_gluon
+    from baton.kernels.triton import prefill_gluon
 
     new = [num_new for num_new, _ in new_and_cached]
     lengths = [num_new + cached for num_new, cached in new_and_cached]
@@ -432,7 +432,7 @@ def _gumbel_kernel(u_ptr, out_ptr):
 
 def check_gated_product(rows: int, n: int, k: int) -> None:
     """On a GPU only. The error is at most twice that of rounding the result; run twice over poison."""
-    from kernels.triton import product_gluon
+    from baton.kernels.triton import product_gluon
 
     x = randn((rows, k), torch.bfloat16, "cuda")
     weight = (randn((2 * n, k), torch.float32, "cuda", 1) / k**0.5).to(torch.bfloat16)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-import kernels
-from kernels.cpu_attention import QUERY_SLICE
-from kernels.reference import paged_attention
+from baton import kernels
+from baton.kernels.cpu_attention import QUERY_SLICE
+from baton.kernels.reference import paged_attention
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
 

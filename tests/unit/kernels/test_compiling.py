@@ -15,7 +15,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels.triton.compiling import Kernel, turns
+from baton.kernels.triton.compiling import Kernel, turns
 
 ROOT = Path(__file__).parents[3]
 DEADLY = """
@@ -24,7 +24,7 @@ try:
     pathlib.Path(__file__ + ".killed").touch(exist_ok=False)
     os.kill(os.getpid(), signal.SIGKILL)
 except FileExistsError:
-    from kernels.triton.prefill_gluon import _prefill_kernel
+    from baton.kernels.triton.prefill_gluon import _prefill_kernel
 """
 
 
@@ -32,9 +32,7 @@ def run(folder: Path, *modules: str) -> dict:
     """compile_ahead.py with its cache, and modules, in `folder`."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), str(folder), *filter(None, [environment.get("PYTHONPATH")])]
-    )
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *modules]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
     assert result.returncode == 0, result.stderr[-3000:]

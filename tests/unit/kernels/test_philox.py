@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kernels.philox import philox4x32, uniform, uniform_of
+from baton.kernels.philox import philox4x32, uniform, uniform_of
 
 # philox4x32-10 lines of kat_vectors in Random123 1.14: counter, key, answer.
 KNOWN_ANSWERS = [

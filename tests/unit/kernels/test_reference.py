@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-import kernels
+from baton import kernels
 
 
 @pytest.fixture

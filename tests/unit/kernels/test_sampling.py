@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import kernels
-from kernels import reference
-from kernels.cpu_sampling import LIKELY
-from kernels.philox import uniform
+from baton import kernels
+from baton.kernels import reference
+from baton.kernels.cpu_sampling import LIKELY
+from baton.kernels.philox import uniform
 
 VOCAB = 1500
 

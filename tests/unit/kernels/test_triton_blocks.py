@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels.triton import blocks
-from tests.unit.kernels import kernel_checks as checks
+from baton.kernels.triton import blocks
+from baton.tests.unit.kernels import kernel_checks as checks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels.triton import decode_attention, decode_work
-from kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
-from tests.unit.kernels import kernel_checks as checks
+from baton.kernels.triton import decode_attention, decode_work
+from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
+from baton.tests.unit.kernels import kernel_checks as checks
 
 WHOLE = DecodePlan(5, 3, chunk_tokens=256)
 PIECES = DecodePlan(9, 3, chunk_tokens=64)

@@ -5,9 +5,9 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels.triton import linear_policy
-from kernels.triton.linear_policy import FASTEST, INVARIANT, LIKE, Tiles
-from tests.unit.kernels import kernel_checks as checks
+from baton.kernels.triton import linear_policy
+from baton.kernels.triton.linear_policy import FASTEST, INVARIANT, LIKE, Tiles
+from baton.tests.unit.kernels import kernel_checks as checks
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels.triton import activation, norm
-from tests.unit.kernels import kernel_checks as checks
+from baton.kernels.triton import activation, norm
+from baton.tests.unit.kernels import kernel_checks as checks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -5,8 +5,8 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels.triton.prefill_attention import work_list
-from tests.unit.kernels import kernel_checks as checks
+from baton.kernels.triton.prefill_attention import work_list
+from baton.tests.unit.kernels import kernel_checks as checks
 
 RAGGED = [(40, 0), (1, 70), (17, 50), (32, 64)]  # new tokens, cached tokens
 

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from tests.unit.kernels import kernel_checks as checks
+from baton.tests.unit.kernels import kernel_checks as checks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,10 +7,10 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels import reference
-from kernels.triton import sampling_rows as columns
-from kernels.triton.sampling_filter import FilterScratch, thresholds
-from kernels.triton.sampling_rows import Prepared, SlotTables, prepare
+from baton.kernels import reference
+from baton.kernels.triton import sampling_rows as columns
+from baton.kernels.triton.sampling_filter import FilterScratch, thresholds
+from baton.kernels.triton.sampling_rows import Prepared, SlotTables, prepare
 
 VOCAB = 5000  # two blocks of tokens
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from tests.unit.kernels import kernel_checks as checks
+from baton.tests.unit.kernels import kernel_checks as checks
 
 
 @pytest.mark.parametrize("block_tokens", [16, 64])

@@ -9,8 +9,8 @@ import secrets
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.nccl import Pieces, PipeState
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.nccl import Pieces, PipeState
 
 
 @dataclass

@@ -14,11 +14,11 @@ from collections.abc import Iterator
 
 import zmq
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey, Plane
-from kvtransfer.planes.shm import ShmPlane
-from kvtransfer.planes.zeromq import ZmqPlane
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey, Plane
+from baton.kvtransfer.planes.shm import ShmPlane
+from baton.kvtransfer.planes.zeromq import ZmqPlane
+from baton.node.messages import PlaneAddress
 
 
 def lines(plane: Plane) -> Iterator[bytes]:

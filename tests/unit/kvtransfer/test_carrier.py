@@ -8,9 +8,9 @@ from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
 
-from kvtransfer.blocks.events import EventLog
-from kvtransfer.carrier import Carrier
-from node.messages import Drain, Message
+from baton.kvtransfer.blocks.events import EventLog
+from baton.kvtransfer.carrier import Carrier
+from baton.node.messages import Drain, Message
 
 
 class SlowLine:

@@ -6,7 +6,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.blocks.checksum import DIGESTS, FACTOR_A, FACTOR_B, PIECE_WORDS, block_checksums
+from baton.kvtransfer.blocks.checksum import DIGESTS, FACTOR_A, FACTOR_B, PIECE_WORDS, block_checksums
 
 
 def as_block(data: bytes) -> np.ndarray:

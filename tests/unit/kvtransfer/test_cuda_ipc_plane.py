@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey, Plane
-from kvtransfer.planes.cuda_ipc import CudaIpcPlane, Exported
-from kvtransfer.planes.runs import Run
-from node.errors import PeerLost
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey, Plane
+from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane, Exported
+from baton.kvtransfer.planes.runs import Run
+from baton.node.errors import PeerLost
 
 _spec = importlib.util.spec_from_file_location("cuda_ipc_contract", Path(__file__).with_name("test_planes.py"))
 assert _spec is not None and _spec.loader is not None

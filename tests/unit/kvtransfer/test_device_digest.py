@@ -11,13 +11,9 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 import xxhash  # noqa: E402
 
-from kvtransfer.blocks.checksum import (  # noqa: E402
-    block_checksums,
-    digest_of_sums,
-    sum64,
-)
-from kvtransfer.blocks.digest import BlockDigests, Checksums, SumsBehind  # noqa: E402
-from node.errors import InvariantBroken  # noqa: E402
+from baton.kvtransfer.blocks.checksum import block_checksums, digest_of_sums, sum64  # noqa: E402
+from baton.kvtransfer.blocks.digest import BlockDigests, Checksums, SumsBehind  # noqa: E402
+from baton.node.errors import InvariantBroken  # noqa: E402
 
 WORDS = 37
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import random
 
-from kvtransfer.blocks.events import EventLog
-from kvtransfer.blocks.manager import BlockManager
-from node.messages import MAX_EVENT_BLOCKS, KvEvents, KvSnapshot, TierChange, decode, encode
+from baton.kvtransfer.blocks.events import EventLog
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.node.messages import MAX_EVENT_BLOCKS, KvEvents, KvSnapshot, TierChange, decode, encode
 
 A, B, C = (letter * 32 for letter in (b"a", b"b", b"c"))
 

@@ -10,15 +10,15 @@ from dataclasses import replace
 import pytest
 import zmq
 
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.pool import BlockPool
-from kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
-from kvtransfer.pairs import Wire
-from kvtransfer.planes.base import ChunkKey, IoDone, Plane
-from kvtransfer.planes.loopback import Fate, LoopbackFabric
-from kvtransfer.planes.shm import ShmPlane
-from kvtransfer.planes.zeromq import ZmqPlane
-from node.messages import Message, Refused
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.pool import BlockPool
+from baton.kvtransfer.exchange import Event, Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
+from baton.kvtransfer.pairs import Wire
+from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
+from baton.kvtransfer.planes.loopback import Fate, LoopbackFabric
+from baton.kvtransfer.planes.shm import ShmPlane
+from baton.kvtransfer.planes.zeromq import ZmqPlane
+from baton.node.messages import Message, Refused
 
 LAYOUT = KVLayout(num_layers=2, kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
 NUM_BLOCKS = 24

@@ -13,9 +13,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.blocks.hashing import block_hashes, extend, namespace_digest, root_hash, tokenizer_fingerprint
-from kvtransfer.blocks.layout import KVLayout
-from node.errors import SettingsError
+from baton.kvtransfer.blocks.hashing import (
+    block_hashes,
+    extend,
+    namespace_digest,
+    root_hash,
+    tokenizer_fingerprint,
+)
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.node.errors import SettingsError
 
 LAYOUT = KVLayout(num_layers=4, kv_heads=2, head_dim=64, block_tokens=16, dtype="bfloat16")
 FIELDS = dict(
@@ -140,7 +146,7 @@ def test_an_impossible_rank_is_refused(rank: int, size: int) -> None:
 def test_the_namespace_is_the_same_in_another_process() -> None:
     """Hash seeds, dictionary order or the like in it would make every worker incompatible with itself."""
     code = (
-        "from kvtransfer.blocks.hashing import *; from kvtransfer.blocks.layout import KVLayout;"
+        "from baton.kvtransfer.blocks.hashing import *; from baton.kvtransfer.blocks.layout import KVLayout;"
         "import sys; assert 'torch' not in sys.modules, 'the proxy must not load torch';"
         "l = KVLayout(4, 2, 64, 16, 'bfloat16');"
         "print(namespace_digest(model_fingerprint=b'm'*32, layout=l, weight_dtype='bfloat16', tp_size=2, tp_rank=0,"

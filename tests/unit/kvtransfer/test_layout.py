@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.blocks.layout import DTYPE_BYTES, KVLayout
+from baton.kvtransfer.blocks.layout import DTYPE_BYTES, KVLayout
 
 LLAMA_8B = KVLayout(num_layers=32, kv_heads=8, head_dim=128, block_tokens=64, dtype="bfloat16")
 

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.planes.host import host_identity
-from kvtransfer.planes.ledger import Ledger, check_posting
-from kvtransfer.planes.loopback import LoopbackFabric
-from kvtransfer.planes.select import choose
-from kvtransfer.planes.shm import ShmPlane
-from node.errors import InvariantBroken
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.planes.host import host_identity
+from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.kvtransfer.planes.loopback import LoopbackFabric
+from baton.kvtransfer.planes.select import choose
+from baton.kvtransfer.planes.shm import ShmPlane
+from baton.node.errors import InvariantBroken
+from baton.node.messages import PlaneAddress
 
 A, B = ChunkKey(b"a" * 16, 0, 0), ChunkKey(b"b" * 16, 0, 0)
 

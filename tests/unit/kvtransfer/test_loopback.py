@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import pytest
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey, IoDone
-from kvtransfer.planes.loopback import Fate, LoopbackFabric, LoopbackPlane, Movement, Outcome, Script, deliver
-from node.errors import InvariantBroken
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey, IoDone
+from baton.kvtransfer.planes.loopback import (
+    Fate,
+    LoopbackFabric,
+    LoopbackPlane,
+    Movement,
+    Outcome,
+    Script,
+    deliver,
+)
+from baton.node.errors import InvariantBroken
 
 KEY = ChunkKey(b"x" * 16, 0, 0)
 

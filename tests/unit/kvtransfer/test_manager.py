@@ -9,8 +9,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from kvtransfer.blocks.manager import BlockManager, OutOfBlocks, Usage
-from node.errors import InvariantBroken, Overloaded
+from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks, Usage
+from baton.node.errors import InvariantBroken, Overloaded
 
 A, B, C = (bytes([n]) * 32 for n in (1, 2, 3))
 

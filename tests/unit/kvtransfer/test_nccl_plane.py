@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey, Plane
-from kvtransfer.planes.channel import Ask, Close, Go, No, Open, Put
-from kvtransfer.planes.nccl import PACK_BELOW_BYTES, NcclPlane
-from kvtransfer.planes.runs import Run, common_runs, cut
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey, Plane
+from baton.kvtransfer.planes.channel import Ask, Close, Go, No, Open, Put
+from baton.kvtransfer.planes.nccl import PACK_BELOW_BYTES, NcclPlane
+from baton.kvtransfer.planes.runs import Run, common_runs, cut
+from baton.node.messages import PlaneAddress
 
 
 def _load(name: str):

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from kvtransfer.planes.rendezvous import MAX_KEYS, MAX_VALUE_BYTES, TunnelStore
+from baton.kvtransfer.planes.rendezvous import MAX_KEYS, MAX_VALUE_BYTES, TunnelStore
 
 
 def two_ends(timeout_s: float = 20.0) -> tuple[TunnelStore, TunnelStore]:

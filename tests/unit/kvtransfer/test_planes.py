@@ -17,13 +17,13 @@ from dataclasses import dataclass
 import pytest
 import zmq
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey, IoDone, Plane
-from kvtransfer.planes.loopback import LoopbackFabric
-from kvtransfer.planes.shm import ShmPlane
-from kvtransfer.planes.zeromq import PIECE_BYTES, ZmqPlane
-from node.errors import InvariantBroken
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
+from baton.kvtransfer.planes.loopback import LoopbackFabric
+from baton.kvtransfer.planes.shm import ShmPlane
+from baton.kvtransfer.planes.zeromq import PIECE_BYTES, ZmqPlane
+from baton.node.errors import InvariantBroken
+from baton.node.messages import PlaneAddress
 
 PATIENCE_S = 20.0
 SENDER, RECEIVER, STRANGER = "prefill/1", "decode/1", "prefill/2"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import select
 import signal
@@ -16,11 +15,11 @@ from pathlib import Path
 import pytest
 import zmq
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey, IoDone, Plane
-from kvtransfer.planes.shm import ShmPlane
-from kvtransfer.planes.zeromq import ZmqPlane
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
+from baton.kvtransfer.planes.shm import ShmPlane
+from baton.kvtransfer.planes.zeromq import ZmqPlane
+from baton.node.messages import PlaneAddress
 
 PATIENCE_S = 30.0
 CHILD, PARENT = "prefill/7", "decode/7"
@@ -38,7 +37,6 @@ class Child:
             [*command, kind, CHILD, str(NUM_BLOCKS), str(BLOCK_BYTES)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
         )
         assert self.process.stdout is not None
         ready, _, _ = select.select([self.process.stdout], [], [], PATIENCE_S)

@@ -12,10 +12,10 @@ import pytest
 import torch
 import xxhash
 
-from kvtransfer.blocks.layout import DTYPE_BYTES, KVLayout
-from kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
-from kvtransfer.blocks.pool import BlockPool
-from node.errors import InvariantBroken, PeerLost
+from baton.kvtransfer.blocks.layout import DTYPE_BYTES, KVLayout
+from baton.kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
+from baton.kvtransfer.blocks.pool import BlockPool
+from baton.node.errors import InvariantBroken, PeerLost
 
 LAYOUT = KVLayout(num_layers=3, kv_heads=2, head_dim=5, block_tokens=7, dtype="bfloat16")
 linux = pytest.mark.skipif(sys.platform != "linux", reason="memfd and /proc are Linux")

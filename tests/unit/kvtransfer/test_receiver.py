@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvtransfer.planes.base import ChunkKey
-from kvtransfer.receiver import Receiver
-from kvtransfer.transfer import Action, PostReceive, Tell, Timing
-from node.messages import Accept, Offer, Validate
+from baton.kvtransfer.planes.base import ChunkKey
+from baton.kvtransfer.receiver import Receiver
+from baton.kvtransfer.transfer import Action, PostReceive, Tell, Timing
+from baton.node.messages import Accept, Offer, Validate
 
 ID, RIGHT, WRONG = b"t" * 16, b"right digest...!", b"wrong digest...!"
 

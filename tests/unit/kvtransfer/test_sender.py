@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from kvtransfer.blocks.checksum import digest_of_sums
-from kvtransfer.sender import Sender
-from kvtransfer.transfer import Action, Tell, Timing
-from node.messages import MAX_OFFER_BLOCKS, Grant, Offer
+from baton.kvtransfer.blocks.checksum import digest_of_sums
+from baton.kvtransfer.sender import Sender
+from baton.kvtransfer.transfer import Action, Tell, Timing
+from baton.node.messages import MAX_OFFER_BLOCKS, Grant, Offer
 
 ID = b"t" * 16
 SUMS = {block: bytes([block]) * 8 for block in range(10)}

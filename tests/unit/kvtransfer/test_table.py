@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.blocks.hashing import block_hashes
-from kvtransfer.blocks.manager import BlockManager, OutOfBlocks
-from kvtransfer.blocks.table import BlockTable
+from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
+from baton.kvtransfer.blocks.table import BlockTable
 
 ROOT = b"r" * 32
 BLOCK = 4

@@ -11,11 +11,11 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.planes.base import ChunkKey
-from kvtransfer.planes.zeromq import PIECE_BYTES, ZmqPlane
-from node.errors import SettingsError
-from node.messages import PlaneAddress
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.base import ChunkKey
+from baton.kvtransfer.planes.zeromq import PIECE_BYTES, ZmqPlane
+from baton.node.errors import SettingsError
+from baton.node.messages import PlaneAddress
 
 PATIENCE_S = 20.0
 HEADER = struct.Struct("<4sH16sQHIQ")

@@ -9,9 +9,9 @@ import pytest
 import torch
 import transformers
 
-from models.batch import Draw, Row
-from models.runner import ModelRunner
-from node.messages import SamplingParams
+from baton.models.batch import Draw, Row
+from baton.models.runner import ModelRunner
+from baton.node.messages import SamplingParams
 
 CONFIGS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),

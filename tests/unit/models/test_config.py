@@ -8,10 +8,10 @@ import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from models.config import ARCHITECTURES, ModelConfig, UnsupportedModel
-from models.rope import inverse_frequencies
-from models.rope_config import RopeConfig
-from node.errors import SettingsError
+from baton.models.config import ARCHITECTURES, ModelConfig, UnsupportedModel
+from baton.models.rope import inverse_frequencies
+from baton.models.rope_config import RopeConfig
+from baton.node.errors import SettingsError
 
 PLAIN = {
     "architectures": ["LlamaForCausalLM"],

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.runner import ModelRunner
+from baton.models.runner import ModelRunner
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {

@@ -5,11 +5,11 @@ import random
 import pytest
 import torch
 
-from models.batch import Draw, Row
-from models.config import ModelConfig
-from models.runner import ModelRunner
-from node.errors import InvariantBroken, SettingsError
-from node.messages import SamplingParams
+from baton.models.batch import Draw, Row
+from baton.models.config import ModelConfig
+from baton.models.runner import ModelRunner
+from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.messages import SamplingParams
 
 GREEDY = SamplingParams(max_tokens=1000, temperature=0.0)
 WINDOWED = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from models.batch import Draw
-from models.sampler import draw_tokens
-from node.messages import SamplingParams
+from baton.models.batch import Draw
+from baton.models.sampler import draw_tokens
+from baton.node.messages import SamplingParams
 
 VOCAB = 53
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.batch import Draw, Row
-from models.step_batch import GROUP_BYTES, PADDING_BYTES, PoolShape, lay_out
-from node.messages import SamplingParams
+from baton.models.batch import Draw, Row
+from baton.models.step_batch import GROUP_BYTES, PADDING_BYTES, PoolShape, lay_out
+from baton.node.messages import SamplingParams
 
 DRAW = Draw(SamplingParams(max_tokens=1), (), 0, 0)
 BLOCK_TOKENS = 4

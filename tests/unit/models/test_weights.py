@@ -7,11 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
-from models.config import ModelConfig
-from models.fingerprint import model_fingerprint
-from models.runner import ModelRunner
-from models.weights import load_weights
-from node.errors import SettingsError
+from baton.models.config import ModelConfig
+from baton.models.fingerprint import model_fingerprint
+from baton.models.runner import ModelRunner
+from baton.models.weights import load_weights
+from baton.node.errors import SettingsError
 
 
 def load(folder, **options):

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from node.endpoint import Endpoint, new_context
-from node.errors import SettingsError
-from node.messages import MAX_BODY_BYTES, Ping, Rejoin, encode
+from baton.node.endpoint import Endpoint, new_context
+from baton.node.errors import SettingsError
+from baton.node.messages import MAX_BODY_BYTES, Ping, Rejoin, encode
 
 WAIT_S = 5.0
 

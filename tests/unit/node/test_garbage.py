@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 
-from node.garbage import spare_what_is_there
+from baton.node.garbage import spare_what_is_there
 
 
 def test_what_is_there_is_not_looked_through_again() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from node.lifecycle import HEARTBEAT_S, PROXY_LEASE_S, Joined, JoinRefused, Membership, ProxyLost
-from node.messages import Goodbye, Heartbeat, Load, Ping, Refused, Register, Registered, Rejoin
+from baton.node.lifecycle import HEARTBEAT_S, PROXY_LEASE_S, Joined, JoinRefused, Membership, ProxyLost
+from baton.node.messages import Goodbye, Heartbeat, Load, Ping, Refused, Register, Registered, Rejoin
 
 REGISTER = Register(
     worker="d",

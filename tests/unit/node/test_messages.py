@@ -14,7 +14,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from node.messages import (
+from baton.node.messages import (
     MAX_BODY_BYTES,
     MAX_TOKENS,
     MESSAGES,

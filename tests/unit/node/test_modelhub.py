@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from node.errors import SettingsError
-from node.modelhub import FETCHED, locate_model
+from baton.node.errors import SettingsError
+from baton.node.modelhub import FETCHED, locate_model
 
 
 def test_demo_is_the_packaged_model() -> None:

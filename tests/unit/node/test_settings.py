@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from node.errors import SettingsError
-from node.settings import option, parse, require_loopback
+from baton.node.errors import SettingsError
+from baton.node.settings import option, parse, require_loopback
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

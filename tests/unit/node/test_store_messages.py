@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.messages import MESSAGES, BadMessage, Message, Ping, decode, encode
-from node.store_messages import STORE_MESSAGES, Beat, decode_store
-from tests.unit.node.test_messages import values
+from baton.node.messages import MESSAGES, BadMessage, Message, Ping, decode, encode
+from baton.node.store_messages import STORE_MESSAGES, Beat, decode_store
+from baton.tests.unit.node.test_messages import values
 
 
 def _any_of(cls: type[Message]) -> st.SearchStrategy[Message]:

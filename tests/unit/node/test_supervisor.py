@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from node.supervisor import ChildSpec, Patience, Supervisor
+from baton.node.supervisor import ChildSpec, Patience, Supervisor
 
 ROOT = Path(__file__).resolve().parents[3]
 WAITS = "import signal, os; print('up', os.getpid(), flush=True); signal.pause()"
@@ -288,7 +288,7 @@ def test_children_die_with_a_supervisor_that_is_killed(tmp_path: Path) -> None:
     reader = open_reader(tmp_path / "fifo")
     program = f"""
 import asyncio, os, sys
-from node.supervisor import ChildSpec, Supervisor
+from baton.node.supervisor import ChildSpec, Supervisor
 async def never():
     return "a token"
 async def main():
@@ -298,7 +298,7 @@ async def main():
 asyncio.run(main())
 """
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}) as supervisor:
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as supervisor:
         assert supervisor.stdout is not None
         assert b"up" in supervisor.stdout.readline()
         with pytest.raises(BlockingIOError):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.telemetry import MAX_VALUE_CHARS, configure_logging, format_value, log_event
+from baton.node.telemetry import MAX_VALUE_CHARS, configure_logging, format_value, log_event
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (?P<level>[A-Z]+) (?P<node>\S+) (?P<rest>.*)")
 

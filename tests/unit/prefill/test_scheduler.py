@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill.scheduler import AGING_TOKENS_PER_S, Chunk, Work, order, plan
+from baton.prefill.scheduler import AGING_TOKENS_PER_S, Chunk, Work, order, plan
 
 _work = st.builds(
     lambda tokens, done, priority, age: Work(tokens, min(done, tokens), priority, age),

@@ -11,15 +11,15 @@ from typing import Any
 import msgspec
 import pytest
 
-from kvtransfer.blocks.hashing import block_hashes
-from kvtransfer.blocks.layout import KVLayout
-from kvtransfer.blocks.manager import BlockManager
-from kvtransfer.carrier import Command, FromProxy
-from kvtransfer.exchange import LegKey, SenderEnded
-from kvtransfer.store.client import NO_STORE
-from models.batch import Done, Drawn, Row
-from node.lifecycle import ProxyLost
-from node.messages import (
+from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.carrier import Command, FromProxy
+from baton.kvtransfer.exchange import LegKey, SenderEnded
+from baton.kvtransfer.store.client import NO_STORE
+from baton.models.batch import Done, Drawn, Row
+from baton.node.lifecycle import ProxyLost
+from baton.node.messages import (
     Busy,
     Cancel,
     Cancelled,
@@ -32,9 +32,9 @@ from node.messages import (
     Stages,
     Tokens,
 )
-from prefill.settings import PrefillSettings
-from prefill.worker import PrefillWorker
-from tests.unit.kvtransfer.store.bench import InlineStore, World
+from baton.prefill.settings import PrefillSettings
+from baton.prefill.worker import PrefillWorker
+from baton.tests.unit.kvtransfer.store.bench import InlineStore, World
 
 ROOT = b"r" * 32
 BLOCK = 4

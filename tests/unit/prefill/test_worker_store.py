@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from kvtransfer.carrier import FromProxy
-from kvtransfer.exchange import SenderEnded
-from node.messages import Cancel, HandedOver, Tokens
-from node.store_messages import RAM
-from prefill.worker import PrefillWorker
-from tests.unit.kvtransfer.store.bench import World
-from tests.unit.prefill.test_worker import LEG, Bench
+from baton.kvtransfer.carrier import FromProxy
+from baton.kvtransfer.exchange import SenderEnded
+from baton.node.messages import Cancel, HandedOver, Tokens
+from baton.node.store_messages import RAM
+from baton.prefill.worker import PrefillWorker
+from baton.tests.unit.kvtransfer.store.bench import World
+from baton.tests.unit.prefill.test_worker import LEG, Bench
 
 SETTINGS = {"num_blocks": 64, "store_loads": "always"}
 

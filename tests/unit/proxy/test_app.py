@@ -11,12 +11,20 @@ from typing import Any
 import httpx
 import pytest
 
-from node.errors import BadRequest, BatonError, DeadlineExceeded, InvariantBroken, Overloaded, PeerLost, TransferFailed
-from proxy.app import create_app
-from proxy.endpoint import Gate
-from proxy.http import read_body
-from proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
-from proxy.text import Text
+from baton.node.errors import (
+    BadRequest,
+    BatonError,
+    DeadlineExceeded,
+    InvariantBroken,
+    Overloaded,
+    PeerLost,
+    TransferFailed,
+)
+from baton.proxy.app import create_app
+from baton.proxy.endpoint import Gate
+from baton.proxy.http import read_body
+from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
+from baton.proxy.text import Text
 
 Says = Callable[..., Callable[[Call], list[Step]]]
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
@@ -265,7 +273,7 @@ async def test_time_up_at_the_engine_and_at_the_app(
     engine: FakeEngine, text: Text, app_settings: AppSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a request that waits for ever on an engine that forgot its deadline."""
-    monkeypatch.setattr("proxy.endpoint.DEADLINE_GRACE_S", 0.0)
+    monkeypatch.setattr("baton.proxy.endpoint.DEADLINE_GRACE_S", 0.0)
     engine.script = lambda call: [asyncio.Event()]
     app = create_app(engine, text, replace(app_settings, request_timeout_s=0.5))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:

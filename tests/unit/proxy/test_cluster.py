@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from node.lifecycle import DEAD_AFTER_S
-from node.messages import Heartbeat, Load, Register, RegisterStore
-from proxy.cluster import NOMINAL_TOKENS_S, Cluster, Leg
+from baton.node.lifecycle import DEAD_AFTER_S
+from baton.node.messages import Heartbeat, Load, Register, RegisterStore
+from baton.proxy.cluster import NOMINAL_TOKENS_S, Cluster, Leg
 
 
 def _register(worker: str = "d", incarnation: int = 1, namespace: bytes = b"n" * 32, **changes: object) -> Register:

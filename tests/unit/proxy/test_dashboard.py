@@ -15,9 +15,9 @@ import pytest
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from proxy.app import create_app
-from proxy.interface import AppSettings, FakeEngine
-from proxy.text import Text
+from baton.proxy.app import create_app
+from baton.proxy.interface import AppSettings, FakeEngine
+from baton.proxy.text import Text
 
 FOLDER = Path(__file__).parents[3] / "proxy" / "dashboard"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.js"))

@@ -8,14 +8,14 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from node.endpoint import Endpoint, new_context
-from node.errors import DeadlineExceeded, Overloaded, PeerLost
-from node.messages import Heartbeat, Load, Register, SamplingParams
-from proxy import dispatch
-from proxy.cluster import Leg
-from proxy.dispatch import Dispatcher
-from proxy.router import RequestView, Route
-from proxy.settings import ProxySettings
+from baton.node.endpoint import Endpoint, new_context
+from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
+from baton.node.messages import Heartbeat, Load, Register, SamplingParams
+from baton.proxy import dispatch
+from baton.proxy.cluster import Leg
+from baton.proxy.dispatch import Dispatcher
+from baton.proxy.router import RequestView, Route
+from baton.proxy.settings import ProxySettings
 
 SAMPLING = SamplingParams(max_tokens=4)
 

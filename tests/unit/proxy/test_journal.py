@@ -10,13 +10,13 @@ import httpx
 import msgspec
 import pytest
 
-from node.messages import SamplingParams, Stages
-from proxy.app import create_app
-from proxy.interface import AppSettings, Call, FakeEngine, Step
-from proxy.journal import Journal
-from proxy.record import About, RequestRecord, as_json
-from proxy.text import Text
-from proxy.timeline import USUAL, Attempt, Part, Timeline
+from baton.node.messages import SamplingParams, Stages
+from baton.proxy.app import create_app
+from baton.proxy.interface import AppSettings, Call, FakeEngine, Step
+from baton.proxy.journal import Journal
+from baton.proxy.record import About, RequestRecord, as_json
+from baton.proxy.text import Text
+from baton.proxy.timeline import USUAL, Attempt, Part, Timeline
 
 SECRET = "zyzzyva"
 COMPLETION = {"model": "demo", "prompt": f"A {SECRET} said"}

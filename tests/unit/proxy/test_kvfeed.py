@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvtransfer.blocks.events import EventLog
-from node.messages import Heartbeat, KvEvents, KvReplay, KvSnapshot, Load, Message, TierChange
-from proxy.kvfeed import ASK_AGAIN_S, MADE_GRACE_S, KvFeed
-from proxy.kvindex import Hit, KvIndex
+from baton.kvtransfer.blocks.events import EventLog
+from baton.node.messages import Heartbeat, KvEvents, KvReplay, KvSnapshot, Load, Message, TierChange
+from baton.proxy.kvfeed import ASK_AGAIN_S, MADE_GRACE_S, KvFeed
+from baton.proxy.kvindex import Hit, KvIndex
 
 NAME = "p/1"
 HASHES = [bytes([number]) * 32 for number in range(12)]

@@ -8,8 +8,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from node.messages import Tier, TierChange
-from proxy.kvindex import Hit, KvIndex
+from baton.node.messages import Tier, TierChange
+from baton.proxy.kvindex import Hit, KvIndex
 
 WORKERS = ("a/1", "b/1", "c/1")
 STORES = ("s/1", "t/1")

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.messages import Logprob, Tokens
-from proxy.ledger import Gap, Ledger
+from baton.node.messages import Logprob, Tokens
+from baton.proxy.ledger import Gap, Ledger
 
 
 def _tokens(index: int, *ids: int, attempt: int = 0, finish: str = "") -> Tokens:

@@ -10,15 +10,15 @@ import httpx
 from prometheus_client.openmetrics import exposition, parser
 from prometheus_client.parser import text_string_to_metric_families
 
-from node.errors import Overloaded, PeerLost
-from node.messages import Load, SamplingParams, Stages
-from proxy.counters import ENGINE_COUNTERS, WORKER_COUNTERS
-from proxy.interface import Call, Delta, FakeEngine, Step, WorkerStatus
-from proxy.journal import Journal
-from proxy.metrics import SECONDS, Metrics
-from proxy.record import About
-from proxy.timeline import Timeline
-from proxy.track import Track
+from baton.node.errors import Overloaded, PeerLost
+from baton.node.messages import Load, SamplingParams, Stages
+from baton.proxy.counters import ENGINE_COUNTERS, WORKER_COUNTERS
+from baton.proxy.interface import Call, Delta, FakeEngine, Step, WorkerStatus
+from baton.proxy.journal import Journal
+from baton.proxy.metrics import SECONDS, Metrics
+from baton.proxy.record import About
+from baton.proxy.timeline import Timeline
+from baton.proxy.track import Track
 
 Says = Callable[..., Callable[[Call], list[Step]]]
 COMPLETION = {"model": "demo", "prompt": "Hi"}

@@ -15,10 +15,10 @@ import openai
 import pytest
 import uvicorn
 
-from node.errors import BadRequest, DeadlineExceeded, Overloaded, PeerLost
-from proxy.app import create_app
-from proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
-from proxy.text import Text
+from baton.node.errors import BadRequest, DeadlineExceeded, Overloaded, PeerLost
+from baton.proxy.app import create_app
+from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
+from baton.proxy.text import Text
 
 Says = Callable[..., Callable[[Call], list[Step]]]
 ANSWER = "Once upon a time 日本 there was."

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from proxy.kvindex import Hit
-from proxy.router import POLICIES, SWITCH_GAIN, WHYS, RequestView, Route, Rules, Wait, WorkerView, pick
+from baton.proxy.kvindex import Hit
+from baton.proxy.router import POLICIES, SWITCH_GAIN, WHYS, RequestView, Route, Rules, Wait, WorkerView, pick
 
 
 def _worker(identity: str, role: str = "decode", **changes: object) -> WorkerView:

@@ -11,11 +11,11 @@ from dataclasses import replace
 import httpx
 import pytest
 
-from node.errors import PeerLost
-from node.messages import Load
-from proxy.app import create_app
-from proxy.interface import AppSettings, Call, Delta, FakeEngine, Step, WorkerStatus
-from proxy.text import Text
+from baton.node.errors import PeerLost
+from baton.node.messages import Load
+from baton.proxy.app import create_app
+from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step, WorkerStatus
+from baton.proxy.text import Text
 
 Says = Callable[..., Callable[[Call], list[Step]]]
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}

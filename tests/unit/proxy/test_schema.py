@@ -9,12 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from node.errors import BadRequest
-from node.messages import SamplingParams
-from proxy.interface import AppSettings
-from proxy.prepare import Generation, generations
-from proxy.schema import IGNORED, UNSUPPORTED, read_chat, read_completion
-from proxy.text import Text
+from baton.node.errors import BadRequest
+from baton.node.messages import SamplingParams
+from baton.proxy.interface import AppSettings
+from baton.proxy.prepare import Generation, generations
+from baton.proxy.schema import IGNORED, UNSUPPORTED, read_chat, read_completion
+from baton.proxy.text import Text
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "demo", "prompt": "Hi"}

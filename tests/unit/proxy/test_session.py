@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from node.errors import BadRequest, DeadlineExceeded, PeerLost
-from node.messages import (
+from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
+from baton.node.messages import (
     Busy,
     Cancel,
     Cancelled,
@@ -26,11 +26,11 @@ from node.messages import (
     Stages,
     Tokens,
 )
-from proxy.cluster import Leg, Shape
-from proxy.interface import Delta
-from proxy.router import RequestView, Route, WorkerView
-from proxy.session import Session, WorkerLost
-from proxy.timeline import Timeline
+from baton.proxy.cluster import Leg, Shape
+from baton.proxy.interface import Delta
+from baton.proxy.router import RequestView, Route, WorkerView
+from baton.proxy.session import Session, WorkerLost
+from baton.proxy.timeline import Timeline
 
 SAMPLING = SamplingParams(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)

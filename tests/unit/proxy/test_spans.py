@@ -16,14 +16,14 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from node.errors import Overloaded, SettingsError
-from proxy.__main__ import _spans
-from proxy.app import create_app
-from proxy.interface import AppSettings, FakeEngine
-from proxy.journal import NoSpans
-from proxy.spans import OtelSpans, otlp_spans
-from proxy.text import Text
-from tests.unit.proxy.test_journal import record
+from baton.node.errors import Overloaded, SettingsError
+from baton.proxy.__main__ import _spans
+from baton.proxy.app import create_app
+from baton.proxy.interface import AppSettings, FakeEngine
+from baton.proxy.journal import NoSpans
+from baton.proxy.spans import OtelSpans, otlp_spans
+from baton.proxy.text import Text
+from baton.tests.unit.proxy.test_journal import record
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -150,7 +150,7 @@ def test_tracing_that_cannot_be_is_refused_at_the_start(monkeypatch: pytest.Monk
     assert isinstance(_spans(""), NoSpans)
     with pytest.raises(SettingsError, match="is a URL"):
         _spans("localhost:4317")
-    for name in [name for name in sys.modules if name.startswith("opentelemetry") or name == "proxy.spans"]:
+    for name in [name for name in sys.modules if name.startswith("opentelemetry") or name == "baton.proxy.spans"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "opentelemetry", None)
     with pytest.raises(SettingsError, match=r"baton-serve\[otel\]"):

@@ -7,7 +7,7 @@ from itertools import pairwise
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proxy.stop import StopMatcher
+from baton.proxy.stop import StopMatcher
 
 letters = st.text(alphabet="ab", max_size=24)
 stops = st.lists(st.text(alphabet="ab", min_size=1, max_size=4), max_size=4)

@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
-from node.errors import BadRequest, SettingsError
-from proxy.template import ChatTemplate
-from proxy.text import LONG_TEXT_CHARS, SamplingDefaults, Text
+from baton.node.errors import BadRequest, SettingsError
+from baton.proxy.template import ChatTemplate
+from baton.proxy.text import LONG_TEXT_CHARS, SamplingDefaults, Text
 
 BESIDE = Path(__file__).resolve().parents[4] / "shared" / "data" / "tokenizers"
 EXTRA = sorted(path.parent for path in Path(os.environ.get("BATON_TEST_TOKENIZERS", BESIDE)).glob("*/tokenizer.json"))

@@ -9,8 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.messages import Stages
-from proxy.timeline import FIRST_TOKEN, LAST_TOKEN, MAX_ATTEMPTS_KEPT, SECOND_TOKEN, STAGES, USUAL, Part, Timeline
+from baton.node.messages import Stages
+from baton.proxy.timeline import (
+    FIRST_TOKEN,
+    LAST_TOKEN,
+    MAX_ATTEMPTS_KEPT,
+    SECOND_TOKEN,
+    STAGES,
+    USUAL,
+    Part,
+    Timeline,
+)
 
 
 @dataclass(slots=True)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from scripts import bench_exactness as bench
-from scripts.bench_requests import Answer, random_ids
+from baton.scripts import bench_exactness as bench
+from baton.scripts.bench_requests import Answer, random_ids
 
 
 def answer(tokens: str, logprob: float = -1.0) -> Answer:

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.store.arena_index import Key
-from kvtransfer.store.lower import NoLower, ReadDone, WriteDone
-from node.supervisor import ChildSpec
-from scripts import bench_gate as bench
-from scripts.bench_gate import Case
-from scripts.paced_store import PacedLower, pace_of
+from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.lower import NoLower, ReadDone, WriteDone
+from baton.node.supervisor import ChildSpec
+from baton.scripts import bench_gate as bench
+from baton.scripts.bench_gate import Case
+from baton.scripts.paced_store import PacedLower, pace_of
 
 SIZES = bench.Sizes(64, 1 << 23, (8192, 2048), 64)
 
@@ -42,8 +42,10 @@ def test_a_prompt_has_left_pool_and_ram_when_its_turn_comes(length: int) -> None
 
 def test_only_the_store_is_paced() -> None:
     """Its options are those that scripts/serve gives it."""
-    store = ChildSpec(name="store", group="store", argv=("py", "-m", "kvtransfer", "--ram-gib", "1"), env={})
-    worker = ChildSpec(name="decode-0", group="decode", argv=("py", "-m", "decode"), env={})
+    store = ChildSpec(
+        name="store", group="store", argv=("py", "-P", "-m", "baton.kvtransfer", "--ram-gib", "1"), env={}
+    )
+    worker = ChildSpec(name="decode-0", group="decode", argv=("py", "-P", "-m", "baton.decode"), env={})
     program, script, *rest = bench.paced(store, Path("pace")).argv
     assert (program, Path(script).name, rest) == ("py", "paced_store.py", ["pace", "--ram-gib", "1"])
     assert bench.paced(worker, Path("pace")) is worker

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from models.config import ModelConfig
-from node.supervisor import ChildSpec
-from scripts.bench_cluster import BenchmarkFailed, Cluster
-from scripts.bench_metrics import Histogram, Metrics
-from scripts.bench_model import DEMO, block_bytes, make_model, shape_names
-from scripts.bench_output import Lines, rounded
+from baton.models.config import ModelConfig
+from baton.node.supervisor import ChildSpec
+from baton.scripts.bench_cluster import BenchmarkFailed, Cluster
+from baton.scripts.bench_metrics import Histogram, Metrics
+from baton.scripts.bench_model import DEMO, block_bytes, make_model, shape_names
+from baton.scripts.bench_output import Lines, rounded
 
 PAGE = """\
 # TYPE baton:request_stage_seconds histogram
@@ -99,7 +99,7 @@ def test_a_child_that_dies_at_the_start_is_told_and_the_others_are_ended(tmp_pat
 
 def test_a_child_that_does_not_end_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Left behind, it would hold the GPU's memory against the next system."""
-    monkeypatch.setattr("scripts.bench_cluster.STOP_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("baton.scripts.bench_cluster.STOP_TIMEOUT_S", 0.5)
     made = Cluster((spec("proxy", STUBBORN),), 1, tmp_path, start_timeout_s=20.0)
     made._spawn("proxy")
     made.wait_until(lambda: b"on" in (tmp_path / "proxy").read_bytes(), "the child", 20.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.attention import SDPBackend
 
-from scripts import bench_sdpa as bench
+from baton.scripts import bench_sdpa as bench
 
 FLASH, CUDNN = SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION
 HEADS, KV_HEADS, DIM, PAGE = 4, 2, 16, 4

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from scripts import bench_ttft_tiers as bench
-from scripts.bench_metrics import Metrics
+from baton.scripts import bench_ttft_tiers as bench
+from baton.scripts.bench_metrics import Metrics
 
 SIZES = bench.Sizes(64, 1 << 23, (32768, 2048), 3, 128)
 

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from scripts import bench_two_gpus as bench
-from scripts.bench_two_gpus import System, Workload, ratios, systems
+from baton.scripts import bench_two_gpus as bench
+from baton.scripts.bench_two_gpus import System, Workload, ratios, systems
 
 
 def test_a_workload_is_read() -> None:

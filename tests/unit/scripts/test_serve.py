@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from node.errors import SettingsError
-from scripts import serve
+from baton.node.errors import SettingsError
+from baton.scripts import serve
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -75,14 +75,14 @@ def test_each_role_gets_the_options_that_it_has() -> None:
     address = "tcp://127.0.0.1:777"
     model = ["--model", "m", "--served-model-name", "m"]
     assert options_of(specs[0].argv) == (
-        ["proxy", *model, "--host", "127.0.0.1", "--port", "9", "--control-address", address]
+        ["baton.proxy", *model, "--host", "127.0.0.1", "--port", "9", "--control-address", address]
     )
     store = "tcp://127.0.0.1:778"
     assert options_of(specs[1].argv) == (
-        ["kvtransfer", "--store-id", "store", "--proxy", address, "--bind", store, "--ram-gib", "0.25"]
+        ["baton.kvtransfer", "--store-id", "store", "--proxy", address, "--bind", store, "--ram-gib", "0.25"]
     )
     worker = ["--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", "--store", store]
-    assert options_of(specs[3].argv) == ["prefill", *worker, "--num-blocks=5"]
+    assert options_of(specs[3].argv) == ["baton.prefill", *worker, "--num-blocks=5"]
 
 
 def test_workers_take_the_gpus_in_turns() -> None:
@@ -177,9 +177,13 @@ async def test_the_probe_reads_any_answer(answer: bytes, status: int) -> None:
 
 @contextmanager
 def serving(folder: Path, port: int, *options: str, **programs: str) -> Iterator[subprocess.Popen[str]]:
-    """`scripts/serve.py` in a folder where the four programs are stand-ins."""
+    """`scripts/serve.py` with a package `baton` in which the four programs are stand-ins, and the rest is as it is."""
+    package = folder / "stand-ins" / "baton"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"__path__.append({str(ROOT)!r})")
     for role in ("proxy", "prefill", "decode", "kvtransfer"):
-        (folder / f"{role}.py").write_text(programs.get(role, FAKES.get(role, FAKE_WORKER)))
+        (package / f"{role}.py").write_text(programs.get(role, FAKES.get(role, FAKE_WORKER)))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])}
     (folder / "config.json").write_text("{}")
     command = [
         sys.executable,
@@ -190,9 +194,8 @@ def serving(folder: Path, port: int, *options: str, **programs: str) -> Iterator
         str(port),
         *options,
     ]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(
-        command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         try:
             yield process
@@ -260,7 +263,7 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path, opti
 @pytest.mark.parametrize("role", ["proxy", "prefill", "decode", "store"])
 def test_the_roles_have_the_options_that_they_are_given(role: str) -> None:
     """An option renamed in a role would only be found by starting everything; a key not read is no protection."""
-    module = importlib.import_module("kvtransfer.store.settings" if role == "store" else f"{role}.settings")
+    module = importlib.import_module("baton.kvtransfer.store.settings" if role == "store" else f"baton.{role}.settings")
     fields = getattr(module, f"{role.capitalize()}Settings").__dataclass_fields__
     specs = serve.roles(
         serve.ServeSettings(prefill=1, local_prefill="short", insecure_network=True, store_disk_gib=1), 1, 2, {}

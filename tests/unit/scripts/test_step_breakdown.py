@@ -14,13 +14,13 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from torch.autograd import DeviceType
 
-from models.batch import Draw, Row
-from models.config import ModelConfig
-from models.cuda.queue import HostQueue
-from node.messages import SamplingParams
-from scripts import step_breakdown as bench
-from scripts.bench_ceilings import Ceilings
-from scripts.bench_gpu import SHAPES
+from baton.models.batch import Draw, Row
+from baton.models.config import ModelConfig
+from baton.models.cuda.queue import HostQueue
+from baton.node.messages import SamplingParams
+from baton.scripts import step_breakdown as bench
+from baton.scripts.bench_ceilings import Ceilings
+from baton.scripts.bench_gpu import SHAPES
 
 KERNELS = Path(__file__).parents[3] / "kernels" / "triton"
 WAIT = "at::cuda::(anonymous namespace)::spin_kernel(long)"

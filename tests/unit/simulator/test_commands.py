@@ -1,4 +1,4 @@
-"""python -m simulator: each command runs and prints what it should; errors are one line."""
+"""python -m baton.simulator: each command runs and prints what it should; errors are one line."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from simulator.__main__ import COMMANDS, main
-from simulator.latency import PROFILES, load_profile
+from baton.simulator.__main__ import COMMANDS, main
+from baton.simulator.latency import PROFILES, load_profile
 
 SMALL = ("--requests", "20", "--rate", "5", "--output-tokens", "8")
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.errors import SettingsError
-from simulator.fit import Step, fit, read_steps
-from simulator.latency import PROFILES, Cost, Work, load_profile
+from baton.node.errors import SettingsError
+from baton.simulator.fit import Step, fit, read_steps
+from baton.simulator.latency import PROFILES, Cost, Work, load_profile
 
 SHIPPED = sorted(path.stem for path in PROFILES.glob("*.json"))
 H200 = load_profile("h200-llama-8b")

@@ -12,12 +12,12 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from proxy.settings import ProxySettings
-from simulator.latency import load_profile
-from simulator.placement import Split, goodput, splits
-from simulator.record import Slo, summarise
-from simulator.simulation import Loss, Outcome, Scenario, simulate
-from simulator.workload import Lengths, Request, gaps, poisson
+from baton.proxy.settings import ProxySettings
+from baton.simulator.latency import load_profile
+from baton.simulator.placement import Split, goodput, splits
+from baton.simulator.record import Slo, summarise
+from baton.simulator.simulation import Loss, Outcome, Scenario, simulate
+from baton.simulator.workload import Lengths, Request, gaps, poisson
 
 ROOT = Path(__file__).resolve().parents[3]
 PROFILE = msgspec.structs.replace(load_profile("h200-llama-8b"), num_blocks=600, max_num_seqs=24)
@@ -120,10 +120,8 @@ def test_one_seed_is_one_run_whatever_hashes_are() -> None:
     )
     prints = []
     for seed in ("1", "2"):
-        environment = {**os.environ, "PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
-        out = subprocess.run(
-            [sys.executable, "-c", code], cwd=ROOT, env=environment, check=True, capture_output=True, text=True
-        )
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        out = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
         prints.append(out.stdout)
     assert prints[0] == prints[1] and len(prints[0]) > 60
 

@@ -7,17 +7,17 @@ import random
 import msgspec
 import pytest
 
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from node.store_messages import DISK, RAM
-from proxy.settings import ProxySettings
-from simulator.latency import Cost, StoreCosts, load_profile
-from simulator.network import Network
-from simulator.simulation import Loss, Outcome, Scenario, simulate
-from simulator.store import Capacity, HostStore
-from simulator.store_client import SimStore
-from simulator.workload import Request
-from simulator.world import World
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.store_messages import DISK, RAM
+from baton.proxy.settings import ProxySettings
+from baton.simulator.latency import Cost, StoreCosts, load_profile
+from baton.simulator.network import Network
+from baton.simulator.simulation import Loss, Outcome, Scenario, simulate
+from baton.simulator.store import Capacity, HostStore
+from baton.simulator.store_client import SimStore
+from baton.simulator.workload import Request
+from baton.simulator.world import World
 
 H200 = load_profile("h200-llama-8b")
 BLOCK = H200.kv_layout().block_bytes

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from node.errors import SettingsError
-from simulator.capacity import hit_rate
-from simulator.record import Record, Slo, Spread, attainment, summarise
-from simulator.workload import Lengths, Request, poisson, read_trace, speed_up
+from baton.node.errors import SettingsError
+from baton.simulator.capacity import hit_rate
+from baton.simulator.record import Record, Slo, Spread, attainment, summarise
+from baton.simulator.workload import Lengths, Request, poisson, read_trace, speed_up
 
 LINE = '{{"timestamp": {at}, "input_length": {n}, "output_length": 3, "hash_ids": {ids}}}\n'
 

@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from simulator.world import Standstill, VirtualLoop, World
+from baton.simulator.world import Standstill, VirtualLoop, World
 
 
 def test_equal_times_keep_their_order() -> None:

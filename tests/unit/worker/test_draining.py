@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.draining import NOTICE_S, Draining
+from baton.worker.draining import NOTICE_S, Draining
 
 
 def test_an_idle_worker_stays_until_the_proxies_know() -> None:

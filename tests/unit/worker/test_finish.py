@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from node.messages import SamplingParams
-from worker.finish import finish_of
+from baton.node.messages import SamplingParams
+from baton.worker.finish import finish_of
 
 
 @pytest.mark.parametrize(

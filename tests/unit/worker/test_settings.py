@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from decode.settings import DecodeSettings
-from prefill.settings import PrefillSettings
+from baton.decode.settings import DecodeSettings
+from baton.prefill.settings import PrefillSettings
 
 
 @pytest.mark.parametrize("kind", [DecodeSettings, PrefillSettings])

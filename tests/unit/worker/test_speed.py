@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from worker.speed import Speed
+from baton.worker.speed import Speed
 
 
 def test_small_steps_say_nothing() -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from node.messages import Stages
-from worker.stages import LegTimes
+from baton.node.messages import Stages
+from baton.worker.stages import LegTimes
 
 
 def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:

@@ -7,19 +7,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kvtransfer.blocks.events import NullJournal
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena import Arena
-from kvtransfer.store.checks import Checks
-from kvtransfer.store.copies import HostCopies
-from kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from kvtransfer.store.lower import Lower, NoLower
-from kvtransfer.store.peers import Peers
-from kvtransfer.store.server import StoreServer
-from kvtransfer.store.session import StoreSession
-from node.messages import Message, encode
-from node.store_messages import decode_store
+from baton.kvtransfer.blocks.events import NullJournal
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.arena import Arena
+from baton.kvtransfer.store.checks import Checks
+from baton.kvtransfer.store.copies import HostCopies
+from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.kvtransfer.store.lower import Lower, NoLower
+from baton.kvtransfer.store.peers import Peers
+from baton.kvtransfer.store.server import StoreServer
+from baton.kvtransfer.store.session import StoreSession
+from baton.node.messages import Message, encode
+from baton.node.store_messages import decode_store
 
 BLOCK_BYTES = 4096
 SPACE = b"n" * 32

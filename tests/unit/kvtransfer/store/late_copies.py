@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvtransfer.blocks.checksum import DIGESTS
-from kvtransfer.blocks.memory import BlockMemory
-from kvtransfer.store.copies import Pair
-from node.errors import PeerLost
-from node.store_messages import DigestName
+from baton.kvtransfer.blocks.checksum import DIGESTS
+from baton.kvtransfer.blocks.memory import BlockMemory
+from baton.kvtransfer.store.copies import Pair
+from baton.node.errors import PeerLost
+from baton.node.store_messages import DigestName
 
 GARBAGE = 0xA5
 

@@ -7,9 +7,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from kvtransfer.blocks.events import NullJournal
-from kvtransfer.store.arena_index import MAX_NAMESPACES, ArenaIndex, Entry, Holder, Key
-from node.errors import SettingsError
+from baton.kvtransfer.blocks.events import NullJournal
+from baton.kvtransfer.store.arena_index import MAX_NAMESPACES, ArenaIndex, Entry, Holder, Key
+from baton.node.errors import SettingsError
 
 SMALL, OTHER, LARGE = b"s" * 32, b"o" * 32, b"l" * 32
 DIGEST = b"d" * 16

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import pytest
 
-from kvtransfer.blocks.checksum import xxh3
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.copies import Copies, HostCopies, Pair
-from kvtransfer.store.copy_queue import COPY_S
-from kvtransfer.store.events import StoreLoaded, StoreWritten
-from kvtransfer.store.server import LEASE_S
-from kvtransfer.store.session import DOWN_AFTER_S, GIVE_UP_S, UNUSABLE_S
-from node.errors import InvariantBroken
-from node.store_messages import RAM
-from tests.unit.kvtransfer.store import bench
-from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, Host, World, content, names
-from tests.unit.kvtransfer.store.late_copies import LateCopies
+from baton.kvtransfer.blocks.checksum import xxh3
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.copies import Copies, HostCopies, Pair
+from baton.kvtransfer.store.copy_queue import COPY_S
+from baton.kvtransfer.store.events import StoreLoaded, StoreWritten
+from baton.kvtransfer.store.server import LEASE_S
+from baton.kvtransfer.store.session import DOWN_AFTER_S, GIVE_UP_S, UNUSABLE_S
+from baton.node.errors import InvariantBroken
+from baton.node.store_messages import RAM
+from baton.tests.unit.kvtransfer.store import bench
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, Host, World, content, names
+from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 KEY = LegKey("b", 0)
 

@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
-from kvtransfer.blocks.checksum import xxh3
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena_index import Key
-from kvtransfer.store.disk import Disk
-from kvtransfer.tiers.base import Tier
-from kvtransfer.tiers.memory import memory_tier
-from node.errors import SettingsError
-from node.store_messages import DISK, RAM
-from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, content, names
+from baton.kvtransfer.blocks.checksum import xxh3
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.disk import Disk
+from baton.kvtransfer.tiers.base import Tier
+from baton.kvtransfer.tiers.memory import memory_tier
+from baton.node.errors import SettingsError
+from baton.node.store_messages import DISK, RAM
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, content, names
 
 KEY = LegKey("b", 0)
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.store.folders import MAX_FOLDERS, Folders
-from kvtransfer.tiers.base import Tier, ignore_change
-from node.errors import SettingsError
+from baton.kvtransfer.store.folders import MAX_FOLDERS, Folders
+from baton.kvtransfer.tiers.base import Tier, ignore_change
+from baton.node.errors import SettingsError
 
 BLOCK_BYTES = 4096
 QUOTA_BYTES = 1 << 20

@@ -15,15 +15,15 @@ from pathlib import Path
 import pytest
 import zmq
 
-from kvtransfer.blocks.memory import HostMemory
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.client import StoreClient
-from kvtransfer.store.copies import Copies, HostCopies
-from kvtransfer.store.events import StoreClientDied, StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from node.endpoint import new_context
-from node.store_messages import DISK, PEER, RAM
-from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content, names
-from tests.unit.kvtransfer.store.late_copies import LateCopies
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.client import StoreClient
+from baton.kvtransfer.store.copies import Copies, HostCopies
+from baton.kvtransfer.store.events import StoreClientDied, StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.endpoint import new_context
+from baton.node.store_messages import DISK, PEER, RAM
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content, names
+from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 ROOT = Path(__file__).resolve().parents[4]
 PATIENCE_S = 30.0
@@ -52,10 +52,9 @@ class Store:
         self.start()
 
     def start(self) -> None:
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        command = [sys.executable, "-m", "kvtransfer", "--bind", self.address, *self._arguments]
+        command = [sys.executable, "-P", "-m", "baton.kvtransfer", "--bind", self.address, *self._arguments]
         with self._log.open("wb") as log:
-            self.process = subprocess.Popen(command, cwd=ROOT, env=environment, stderr=log)
+            self.process = subprocess.Popen(command, stderr=log)
 
     def wait_for(self, event: str) -> None:
         """Until this life of the store has logged it."""

@@ -6,15 +6,15 @@ import random
 
 import pytest
 
-from kvtransfer.blocks.checksum import xxh3
-from kvtransfer.exchange import LegKey
-from kvtransfer.store.arena_index import Key
-from kvtransfer.store.copies import HostCopies
-from kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
-from kvtransfer.store.server import LEASE_S
-from kvtransfer.store.session import DOWN_AFTER_S
-from node.messages import PROTOCOL_VERSION
-from node.store_messages import (
+from baton.kvtransfer.blocks.checksum import xxh3
+from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.copies import HostCopies
+from baton.kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
+from baton.kvtransfer.store.server import LEASE_S
+from baton.kvtransfer.store.session import DOWN_AFTER_S
+from baton.node.messages import PROTOCOL_VERSION
+from baton.node.store_messages import (
     RAM,
     Attach,
     Commit,
@@ -29,9 +29,9 @@ from node.store_messages import (
     Touch,
     Written,
 )
-from tests.unit.kvtransfer.store import bench
-from tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, Worker, World, content, names
-from tests.unit.kvtransfer.store.late_copies import LateCopies
+from baton.tests.unit.kvtransfer.store import bench
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, Worker, World, content, names
+from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 
 @pytest.fixture(autouse=True, params=[HostCopies, LateCopies])

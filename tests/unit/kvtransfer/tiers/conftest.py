@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.tiers.lmdb_records import lmdb_tier
-from kvtransfer.tiers.memory import memory_tier
-from kvtransfer.tiers.slab_records import slab_tier
-from kvtransfer.tiers.tier import RecordTier
-from tests.unit.kvtransfer.tiers.tier_checks import (
+from baton.kvtransfer.tiers.lmdb_records import lmdb_tier
+from baton.kvtransfer.tiers.memory import memory_tier
+from baton.kvtransfer.tiers.slab_records import slab_tier
+from baton.kvtransfer.tiers.tier import RecordTier
+from baton.tests.unit.kvtransfer.tiers.tier_checks import (
     BLOCK_BYTES,
     NAMESPACE,
     Opener,

@@ -9,9 +9,19 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule, run_state_machine_as_test
 
-from kvtransfer.tiers.base import Eviction, Miss, Refusal
-from kvtransfer.tiers.tier import RecordTier
-from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, Changes, Opener, block, digest, fill, key, put, read
+from baton.kvtransfer.tiers.base import Eviction, Miss, Refusal
+from baton.kvtransfer.tiers.tier import RecordTier
+from baton.tests.unit.kvtransfer.tiers.tier_checks import (
+    BLOCK_BYTES,
+    Changes,
+    Opener,
+    block,
+    digest,
+    fill,
+    key,
+    put,
+    read,
+)
 
 
 def test_what_was_put_is_got_bit_for_bit(open_tier: Opener) -> None:

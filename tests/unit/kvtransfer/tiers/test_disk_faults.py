@@ -11,14 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.tiers.base import Eviction, Miss, Refusal
-from kvtransfer.tiers.folder import Boot
-from kvtransfer.tiers.lmdb_environment import PAGE_BYTES
-from kvtransfer.tiers.lmdb_records import SIDE_BYTES, LmdbGeometry
-from kvtransfer.tiers.record import HEADER_BYTES
-from kvtransfer.tiers.tier import PAUSE_S, REOPEN_AFTER_S, RecordTier
-from node.errors import SettingsError
-from tests.unit.kvtransfer.tiers.tier_checks import (
+from baton.kvtransfer.tiers.base import Eviction, Miss, Refusal
+from baton.kvtransfer.tiers.folder import Boot
+from baton.kvtransfer.tiers.lmdb_environment import PAGE_BYTES
+from baton.kvtransfer.tiers.lmdb_records import SIDE_BYTES, LmdbGeometry
+from baton.kvtransfer.tiers.record import HEADER_BYTES
+from baton.kvtransfer.tiers.tier import PAUSE_S, REOPEN_AFTER_S, RecordTier
+from baton.node.errors import SettingsError
+from baton.tests.unit.kvtransfer.tiers.tier_checks import (
     BLOCK_BYTES,
     DISKS,
     NAMESPACE,
@@ -356,7 +356,7 @@ def test_a_full_disk(kind: str, tmp_path: Path) -> None:
     run_child(
         """
         import resource
-        from kvtransfer.tiers.tier import PAUSE_S
+        from baton.kvtransfer.tiers.tier import PAUSE_S
         def allow(size):
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
         clock = Clock()
@@ -392,7 +392,7 @@ def test_a_disk_without_room_for_the_quota(kind: str, tmp_path: Path) -> None:
     run_child(
         """
         import resource
-        from node.errors import SettingsError
+        from baton.node.errors import SettingsError
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, resource.RLIM_INFINITY))
         try:
             DISKS[sys.argv[1]].open(Path(sys.argv[2]), NAMESPACE, BLOCK_BYTES, 8 << 20)

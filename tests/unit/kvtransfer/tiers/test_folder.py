@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from kvtransfer.tiers.folder import CRASH_LOOP, CRASH_WINDOW_S, Boot, Contents, TierFolder, Trust
-from node.errors import SettingsError
+from baton.kvtransfer.tiers.folder import CRASH_LOOP, CRASH_WINDOW_S, Boot, Contents, TierFolder, Trust
+from baton.node.errors import SettingsError
 
 CONTENTS = Contents("slab", bytes(32), 4096, 1 << 20)
 BOOT = Boot("this run", 1000.0)

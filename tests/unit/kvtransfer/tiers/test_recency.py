@@ -6,8 +6,8 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
 
-from kvtransfer.tiers.recency import Recency
-from tests.unit.kvtransfer.tiers.tier_checks import key
+from baton.kvtransfer.tiers.recency import Recency
+from baton.tests.unit.kvtransfer.tiers.tier_checks import key
 
 
 def test_entries_are_loaded_in_the_order_of_their_ticks() -> None:

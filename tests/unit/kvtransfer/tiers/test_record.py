@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.tiers.base import Miss
-from kvtransfer.tiers.record import HEADER_BYTES, check_namespace, check_record, pack_header, parse_header
-from kvtransfer.tiers.records import RecordFault
-from node.errors import SettingsError
-from tests.unit.kvtransfer.tiers.tier_checks import NAMESPACE, block, digest, key
+from baton.kvtransfer.tiers.base import Miss
+from baton.kvtransfer.tiers.record import HEADER_BYTES, check_namespace, check_record, pack_header, parse_header
+from baton.kvtransfer.tiers.records import RecordFault
+from baton.node.errors import SettingsError
+from baton.tests.unit.kvtransfer.tiers.tier_checks import NAMESPACE, block, digest, key
 
 PAYLOAD = block(1, 512)
 HEADER = pack_header(NAMESPACE, key(1), 77, PAYLOAD, digest(1))

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.tiers.second_use import SecondUse
-from tests.unit.kvtransfer.tiers.tier_checks import key
+from baton.kvtransfer.tiers.second_use import SecondUse
+from baton.tests.unit.kvtransfer.tiers.tier_checks import key
 
 
 def test_the_second_use_counts() -> None:

@@ -12,16 +12,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kvtransfer.tiers.base import Miss
-from kvtransfer.tiers.folder import Boot
-from kvtransfer.tiers.record import HEADER_BYTES
-from kvtransfer.tiers.records import RecordFault
-from kvtransfer.tiers.slab_index import Place, SlabIndex, index_bytes
-from kvtransfer.tiers.slab_records import SCAN_WITHIN_S, SIDE_BYTES, num_slots_of
-from kvtransfer.tiers.slot_file import PAGE_BYTES, SlotFile, slot_bytes
-from kvtransfer.tiers.tier import PAUSE_S
-from node.errors import SettingsError
-from tests.unit.kvtransfer.tiers.tier_checks import (
+from baton.kvtransfer.tiers.base import Miss
+from baton.kvtransfer.tiers.folder import Boot
+from baton.kvtransfer.tiers.record import HEADER_BYTES
+from baton.kvtransfer.tiers.records import RecordFault
+from baton.kvtransfer.tiers.slab_index import Place, SlabIndex, index_bytes
+from baton.kvtransfer.tiers.slab_records import SCAN_WITHIN_S, SIDE_BYTES, num_slots_of
+from baton.kvtransfer.tiers.slot_file import PAGE_BYTES, SlotFile, slot_bytes
+from baton.kvtransfer.tiers.tier import PAUSE_S
+from baton.node.errors import SettingsError
+from baton.tests.unit.kvtransfer.tiers.tier_checks import (
     BLOCK_BYTES,
     Clock,
     block,

@@ -9,12 +9,21 @@ from typing import Any
 
 import pytest
 
-from kvtransfer.tiers.base import Miss, Refusal
-from kvtransfer.tiers.memory import MemoryRecords
-from kvtransfer.tiers.records import Block, RecordFault, StorageBroken, WriteFault
-from kvtransfer.tiers.tier import PAUSE_S, REOPEN_AFTER_S, SAVE_AT, RecordTier
-from node.errors import SettingsError
-from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, Changes, Clock, fill, held, key, put, read
+from baton.kvtransfer.tiers.base import Miss, Refusal
+from baton.kvtransfer.tiers.memory import MemoryRecords
+from baton.kvtransfer.tiers.records import Block, RecordFault, StorageBroken, WriteFault
+from baton.kvtransfer.tiers.tier import PAUSE_S, REOPEN_AFTER_S, SAVE_AT, RecordTier
+from baton.node.errors import SettingsError
+from baton.tests.unit.kvtransfer.tiers.tier_checks import (
+    BLOCK_BYTES,
+    Changes,
+    Clock,
+    fill,
+    held,
+    key,
+    put,
+    read,
+)
 
 PATIENCE_S = 30.0
 

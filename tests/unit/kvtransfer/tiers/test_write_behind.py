@@ -9,12 +9,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
-from kvtransfer.blocks.checksum import sum64, xxh3
-from kvtransfer.tiers.memory import memory_tier
-from kvtransfer.tiers.records import Block
-from kvtransfer.tiers.tier import RecordTier
-from kvtransfer.tiers.write_behind import Drop, WriteBehind, WriteBehindThread
-from tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, block, key
+from baton.kvtransfer.blocks.checksum import sum64, xxh3
+from baton.kvtransfer.tiers.memory import memory_tier
+from baton.kvtransfer.tiers.records import Block
+from baton.kvtransfer.tiers.tier import RecordTier
+from baton.kvtransfer.tiers.write_behind import Drop, WriteBehind, WriteBehindThread
+from baton.tests.unit.kvtransfer.tiers.tier_checks import BLOCK_BYTES, block, key
 
 
 def new_tier(blocks: int = 8) -> RecordTier:

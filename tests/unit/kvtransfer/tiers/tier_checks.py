@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kvtransfer.tiers.lmdb_environment import PAGE_BYTES
-from kvtransfer.tiers.lmdb_records import LmdbGeometry, lmdb_tier
-from kvtransfer.tiers.slab_records import SPARE_SLOTS, num_slots_of, slab_tier
-from kvtransfer.tiers.tier import RecordTier
-from node.errors import SettingsError
+from baton.kvtransfer.tiers.lmdb_environment import PAGE_BYTES
+from baton.kvtransfer.tiers.lmdb_records import LmdbGeometry, lmdb_tier
+from baton.kvtransfer.tiers.slab_records import SPARE_SLOTS, num_slots_of, slab_tier
+from baton.kvtransfer.tiers.tier import RecordTier
+from baton.node.errors import SettingsError
 
 ROOT = Path(__file__).resolve().parents[4]
 BLOCK_BYTES = 8192
@@ -162,7 +162,7 @@ def kill_after_filling(kind: str, path: Path, num_blocks: int, boot_id: str) -> 
     process = child(
         """
         import os, signal
-        from kvtransfer.tiers.folder import Boot
+        from baton.kvtransfer.tiers.folder import Boot
         kind, path, num_blocks, boot_id = sys.argv[1:]
         tier = open_disk(kind, Path(path), int(num_blocks), boot=lambda: Boot(boot_id, 1.0))
         fill(tier, range(int(num_blocks)))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from models.batch import Draw, Row
-from models.cuda.runner import CudaRunner
-from models.runner import ModelRunner
-from node.messages import SamplingParams
+from baton.models.batch import Draw, Row
+from baton.models.cuda.runner import CudaRunner
+from baton.models.runner import ModelRunner
+from baton.node.messages import SamplingParams
 
 
 class Ahead:

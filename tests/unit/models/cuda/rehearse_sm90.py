@@ -14,13 +14,13 @@ import torch
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from kernels.triton.compiling import Kernel, launched_by
-from models.config import ModelConfig
-from models.cuda.products import untuned
-from models.cuda.queue import HostQueue, Work
-from models.cuda.runner import CudaRunner, Limits
-from models.weights import load_weights
-from tests.unit.kernels.compile_sm90 import NoDevice
+from baton.kernels.triton.compiling import Kernel, launched_by
+from baton.models.config import ModelConfig
+from baton.models.cuda.products import untuned
+from baton.models.cuda.queue import HostQueue, Work
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.weights import load_weights
+from baton.tests.unit.kernels.compile_sm90 import NoDevice
 
 BLOCK, LONGEST = 64, 4096
 

@@ -13,9 +13,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from kernels.triton import compiling as inside
-from models.cuda import compiling
-from models.cuda.compiling import compile_ahead, processes_for
+from baton.kernels.triton import compiling as inside
+from baton.models.cuda import compiling
+from baton.models.cuda.compiling import compile_ahead, processes_for
 
 ROOT = Path(__file__).parents[4]
 
@@ -55,7 +55,7 @@ def test_an_empty_cache_is_filled_by_processes(monkeypatch, caplog):
 
 def test_another_triton_costs_the_time_and_no_more(monkeypatch, caplog):
     """Guards every GPU worker against a name that a later Triton has not: it is imported where that does no harm."""
-    monkeypatch.setitem(sys.modules, "kernels.triton.compiling", None)
+    monkeypatch.setitem(sys.modules, "baton.kernels.triton.compiling", None)
     compile_ahead(lambda: None)
     assert "kernels_not_compiled_ahead" in caplog.text
 
@@ -84,7 +84,6 @@ def test_a_rehearsal_forgets_no_kernel_and_is_short(make_model, model):
     family, config = MODELS[model]
     folder = make_model(family, num_hidden_layers=LAYERS, hidden_size=64, vocab_size=144, **config).folder
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, str(Path(__file__).with_name("rehearse_sm90.py")), str(folder)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from models.batch import Draw, Row
-from models.cuda.chunks import ChunkShape, lay_out
-from models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
-from models.cuda.memory import GIB, GRAPHS_BYTES, DeviceMemory, plan_blocks, spread_layers
-from models.cuda.queue import HostQueue
-from models.cuda.slots import Slots
-from models.cuda.upload import BUFFERS, Upload
-from node.errors import InvariantBroken, SettingsError
-from node.messages import SamplingParams
+from baton.models.batch import Draw, Row
+from baton.models.cuda.chunks import ChunkShape, lay_out
+from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
+from baton.models.cuda.memory import GIB, GRAPHS_BYTES, DeviceMemory, plan_blocks, spread_layers
+from baton.models.cuda.queue import HostQueue
+from baton.models.cuda.slots import Slots
+from baton.models.cuda.upload import BUFFERS, Upload
+from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.messages import SamplingParams
 
 
 @given(st.integers(1, 600), st.integers(1, 200_000))

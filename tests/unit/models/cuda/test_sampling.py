@@ -10,11 +10,11 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.batch import Draw
-from models.cuda.queue import CudaQueue, HostQueue, Queue
-from models.cuda.sampling import SlotSampler, edits
-from models.sampler import draw_tokens
-from node.messages import SamplingParams
+from baton.models.batch import Draw
+from baton.models.cuda.queue import CudaQueue, HostQueue, Queue
+from baton.models.cuda.sampling import SlotSampler, edits
+from baton.models.sampler import draw_tokens
+from baton.node.messages import SamplingParams
 
 VOCAB = 5000  # two blocks of tokens
 SLOTS = 4
