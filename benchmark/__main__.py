@@ -8,9 +8,9 @@ from collections.abc import Sequence
 
 from uvicorn.loops.auto import auto_loop_factory
 
-from baton.benchmark.null_server import NullServerSettings, serve
-from baton.benchmark.serving import serving
-from baton.benchmark.settings import ServingSettings
+from baton.benchmark.load.null_server import NullServerSettings, serve
+from baton.benchmark.load.serving import serving
+from baton.benchmark.load.settings import ServingSettings
 from baton.node.errors import SettingsError
 from baton.node.settings import parse
 

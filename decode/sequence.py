@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.exchange import LegKey
-from baton.node.messages import FinishReason, Logprob, SamplingParams, Stages, Tokens
+from baton.kvtransfer.protocol.exchange import LegKey
+from baton.node.messages.base import FinishReason
+from baton.node.messages.control import Logprob, SamplingParams, Stages, Tokens
 from baton.worker.stages import LegTimes
 
 

@@ -30,21 +30,32 @@ from baton.decode.settings import DecodeSettings
 from baton.decode.tally import Tally
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.carrier import CarrierDied, FromProxy, Inbound
-from baton.kvtransfer.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
+from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
 from baton.models.batch import Draw, Row
 from baton.node.errors import InvariantBroken, SettingsError
-from baton.node.lifecycle import Joined, JoinRefused, ProxyLost
-from baton.node.messages import Bundle, Busy, Cancel, Cancelled, Drain, Failed, Load, Reserve, Reserved, Tokens
+from baton.node.membership import Joined, JoinRefused, ProxyLost
+from baton.node.messages.control import (
+    Bundle,
+    Busy,
+    Cancel,
+    Cancelled,
+    Drain,
+    Failed,
+    Load,
+    Reserve,
+    Reserved,
+    Tokens,
+)
 from baton.node.telemetry import log_event
 from baton.worker.draining import Draining
-from baton.worker.finish import finish_of, is_last
+from baton.worker.io_thread import CarrierDied, FromProxy, Inbound
 from baton.worker.legs import busy, failed, means, why_impossible
 from baton.worker.parts import Parts
-from baton.worker.reuse import Loaded, Reuse
+from baton.worker.prefix_loading import Loaded, Reuse
 from baton.worker.stages import LegTimes
+from baton.worker.stopping import finish_of, is_last
 
 logger = logging.getLogger("decode")
 

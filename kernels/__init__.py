@@ -7,8 +7,8 @@ below are the CPU's ops; a GPU's are in `triton`, which write into memory of the
 that nothing here imports Triton.
 """
 
-from baton.kernels.cpu_attention import DecodeGroup, Workspace, chunk_attention, decode_attention
-from baton.kernels.cpu_sampling import draw, keep_top_k, keep_top_p
+from baton.kernels.cpu.attention import DecodeGroup, Workspace, chunk_attention, decode_attention
+from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p
 from baton.kernels.linear import Linear
 from baton.kernels.reference import (
     add_rms_norm,

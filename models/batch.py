@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from baton.node.messages import Logprob, SamplingParams
+from baton.node.messages.control import Logprob, SamplingParams
 
 
 class Draw(NamedTuple):

@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterable
 import zmq
 
 from baton.node.errors import SettingsError
-from baton.node.messages import MAX_BODY_BYTES, BadMessage, Message, decode, encode
+from baton.node.messages.base import MAX_BODY_BYTES, BadMessage, Message, encode
+from baton.node.messages.wire import decode
 from baton.node.telemetry import log_event
 
 logger = logging.getLogger("endpoint")

@@ -8,7 +8,7 @@ from baton.node.settings import parse
 from baton.prefill.settings import PrefillSettings
 from baton.prefill.worker import PrefillWorker
 from baton.worker.main import serve
-from baton.worker.start import Worker
+from baton.worker.startup import Worker
 
 
 def main() -> int:

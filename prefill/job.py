@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.exchange import LegKey
-from baton.node.messages import SamplingParams
+from baton.kvtransfer.protocol.exchange import LegKey
+from baton.node.messages.control import SamplingParams
 from baton.worker.stages import LegTimes
 
 

@@ -18,25 +18,35 @@ from typing import NamedTuple
 
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.carrier import CarrierDied, FromProxy, Inbound
-from baton.kvtransfer.exchange import LegKey, SenderEnded
+from baton.kvtransfer.protocol.exchange import LegKey, SenderEnded
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
 from baton.models.batch import Draw, Drawn, Launched, Row
 from baton.node.errors import InvariantBroken, SettingsError
-from baton.node.lifecycle import Joined, JoinRefused, ProxyLost
-from baton.node.messages import Busy, Cancel, Cancelled, Drain, Failed, HandedOver, Load, Prefill, Tokens
+from baton.node.membership import Joined, JoinRefused, ProxyLost
+from baton.node.messages.control import (
+    Busy,
+    Cancel,
+    Cancelled,
+    Drain,
+    Failed,
+    HandedOver,
+    Load,
+    Prefill,
+    Tokens,
+)
 from baton.node.telemetry import log_event
 from baton.prefill.job import Job
 from baton.prefill.scheduler import Chunk, Work, order, plan
 from baton.prefill.settings import PrefillSettings
 from baton.worker.draining import Draining
-from baton.worker.finish import finish_of
+from baton.worker.io_thread import CarrierDied, FromProxy, Inbound
 from baton.worker.legs import busy, failed, means, why_impossible
 from baton.worker.parts import NoSums, Parts, Sums
-from baton.worker.reuse import Loaded, Reuse
+from baton.worker.prefix_loading import Loaded, Reuse
 from baton.worker.speed import Speed
 from baton.worker.stages import LegTimes
+from baton.worker.stopping import finish_of
 
 logger = logging.getLogger("prefill")
 

@@ -19,11 +19,11 @@ from baton.node.garbage import spare_what_is_there
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
 from baton.node.telemetry import configure_logging
-from baton.proxy.app import AppSettings, create_app
-from baton.proxy.dispatch import Dispatcher
-from baton.proxy.journal import NoSpans, Spans
+from baton.proxy.dispatcher import Dispatcher
+from baton.proxy.http.app import AppSettings, create_app
+from baton.proxy.metrics.journal import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
-from baton.proxy.text import Text
+from baton.proxy.text.model_text import Text
 
 
 def main() -> int:
@@ -78,9 +78,7 @@ def _spans(otlp_endpoint: str) -> Spans:
     if not otlp_endpoint:
         return NoSpans()
     try:
-        from baton.proxy.spans import (
-            otlp_spans,  # an optional dependency: without it the proxy runs, and traces nothing
-        )
+        from baton.proxy.metrics.spans import otlp_spans
     except ImportError as error:
         needed = "--otlp-endpoint needs OpenTelemetry: install baton-serve[otel]"
         raise SettingsError(f"{needed} ({error})") from None

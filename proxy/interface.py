@@ -13,8 +13,8 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from baton.node.messages import Load, Logprob, SamplingParams
-from baton.proxy.timeline import Timeline
+from baton.node.messages.control import Load, Logprob, SamplingParams
+from baton.proxy.metrics.timeline import Timeline
 
 
 @dataclass(frozen=True, slots=True)

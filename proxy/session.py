@@ -19,13 +19,13 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
-from baton.node.messages import (
+from baton.node.messages.base import Message
+from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
     Failed,
     HandedOver,
-    Message,
     Prefill,
     Reserve,
     Reserved,
@@ -33,13 +33,13 @@ from baton.node.messages import (
     Tokens,
 )
 from baton.node.telemetry import log_event
-from baton.proxy.cluster import Leg, Shape
+from baton.proxy.control import Answer
 from baton.proxy.interface import Delta
-from baton.proxy.ledger import Gap, Ledger
-from baton.proxy.names import Names
-from baton.proxy.router import RequestView, Route
-from baton.proxy.timeline import Timeline
-from baton.proxy.wire import Answer
+from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.cluster import Leg, Shape
+from baton.proxy.routing.ledger import Gap, Ledger
+from baton.proxy.routing.names import Names
+from baton.proxy.routing.router import RequestView, Route
 
 logger = logging.getLogger("proxy")
 

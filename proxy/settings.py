@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.node.settings import option
-from baton.proxy.router import POLICIES
+from baton.proxy.routing.router import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

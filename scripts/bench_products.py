@@ -26,13 +26,13 @@ from pathlib import Path
 
 import torch
 
+from baton.benchmark.gpu.ceilings import GPU, Call, captured
 from baton.kernels.triton import activation, linear_policy, product_gluon
 from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
 from baton.kernels.triton.decode_plan import DecodePlan, split_plan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_policy import GATE_UP_8B, Shape, Tiles
-from baton.scripts.bench_ceilings import GPU, Call, captured
 
 GATE_UP_Q8, DOWN_Q8, HEAD_Q8 = (12288, 4096, True), (4096, 12288, False), (151936, 4096, False)
 """Of Qwen3-8B; its other products are Llama-3.1-8B's."""

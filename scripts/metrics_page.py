@@ -14,14 +14,14 @@ from pathlib import Path
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
-from baton.node.messages import Load
-from baton.proxy.counters import ENGINE_COUNTERS, STORE_COUNTERS, WORKER_COUNTERS
+from baton.node.messages.control import Load
 from baton.proxy.interface import FakeEngine, WorkerStatus
-from baton.proxy.journal import Journal
-from baton.proxy.metrics import COARSE_SECONDS, SECONDS, Metrics
-from baton.proxy.record import About
-from baton.proxy.timeline import STAGES, USUAL, Timeline
-from baton.proxy.track import Track
+from baton.proxy.metrics.counters import ENGINE_COUNTERS, STORE_COUNTERS, WORKER_COUNTERS
+from baton.proxy.metrics.journal import Journal
+from baton.proxy.metrics.metrics import COARSE_SECONDS, SECONDS, Metrics
+from baton.proxy.metrics.record import About
+from baton.proxy.metrics.timeline import STAGES, USUAL, Timeline
+from baton.proxy.metrics.track import Track
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 HEAD = f"""# Metrics, timelines, traces

@@ -19,21 +19,22 @@ from baton.decode.worker import DecodeWorker
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.carrier import Carrier, Command, Inbound
-from baton.kvtransfer.exchange import Exchange
-from baton.kvtransfer.pairs import Wire
+from baton.kvtransfer.protocol.exchange import Exchange
+from baton.kvtransfer.protocol.pairs import Wire
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreEvent
 from baton.models.batch import DeviceTime, Drawn, Row
 from baton.node.endpoint import identity_of
-from baton.node.lifecycle import Membership
-from baton.node.messages import Bundle, Load, Message, Register, Role, Tokens
+from baton.node.membership import Membership
+from baton.node.messages.base import Message, Role
+from baton.node.messages.control import Bundle, Load, Register, Tokens
 from baton.prefill.settings import FULL_STEP_TOKENS, PrefillSettings
 from baton.prefill.worker import PrefillWorker
 from baton.simulator.latency import Profile, Work
 from baton.simulator.network import Network, SimLine, SimPlane, digests_of
 from baton.simulator.store import HostStore
 from baton.simulator.store_client import SimStore
+from baton.worker.io_thread import Carrier, Command, Inbound
 from baton.worker.parts import Parts
 
 PROXY = "proxy"

@@ -12,7 +12,9 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.node.messages import Heartbeat, Message, Ping, PlaneAddress
+from baton.node.messages.base import Message
+from baton.node.messages.control import Heartbeat, Ping
+from baton.node.messages.transfer import PlaneAddress
 from baton.simulator.world import World
 
 Ready = Callable[[], object]

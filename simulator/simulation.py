@@ -9,8 +9,9 @@ from contextlib import aclosing
 from dataclasses import dataclass, field
 
 from baton.node.errors import BatonError
-from baton.node.messages import Role, SamplingParams
-from baton.proxy.dispatch import Dispatcher
+from baton.node.messages.base import Role
+from baton.node.messages.control import SamplingParams
+from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.settings import ProxySettings
 from baton.simulator.host import PROXY, Host, token_of
 from baton.simulator.latency import Profile

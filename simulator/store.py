@@ -14,15 +14,15 @@ from dataclasses import dataclass, field
 
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, Journal
 from baton.kvtransfer.store.arena_index import ArenaIndex, Holder, Key
-from baton.kvtransfer.store.disk import MAX_REMEMBERED
+from baton.kvtransfer.store.disk.second_use import FIRST_USE_PART, SecondUse
+from baton.kvtransfer.store.disk_thread import MAX_REMEMBERED
 from baton.kvtransfer.store.loads import LOADER, MAX_LOADS
-from baton.kvtransfer.store.news import News
 from baton.kvtransfer.store.process import HELD_FOR_DISK
+from baton.kvtransfer.store.publisher import News
 from baton.kvtransfer.store.server import SELF
 from baton.kvtransfer.store.session import FETCH_WINDOW
-from baton.kvtransfer.tiers.second_use import FIRST_USE_PART, SecondUse
 from baton.node.endpoint import identity_of
-from baton.node.store_messages import DISK, RAM
+from baton.node.messages.store import DISK, RAM
 from baton.simulator.latency import Profile
 from baton.simulator.network import Network, SimLine
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.node.lifecycle import HEARTBEAT_S
+from baton.node.membership import HEARTBEAT_S
 
 NOTICE_S = 2 * HEARTBEAT_S
 """So long even an idle worker stays: a request sent before the proxy heard of it gets its Busy, not silence."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from baton.kvtransfer.exchange import LegKey
-from baton.node.messages import Busy, Cancel, Failed, Prefill, Reserve
+from baton.kvtransfer.protocol.exchange import LegKey
+from baton.node.messages.control import Busy, Cancel, Failed, Prefill, Reserve
 
 
 def why_impossible(message: Prefill | Reserve, *, max_model_len: int, vocab_size: int, block_tokens: int) -> str:

@@ -10,11 +10,11 @@ from typing import Protocol, TypeVar
 
 from baton.node.errors import SettingsError
 from baton.node.garbage import spare_what_is_there
-from baton.node.messages import Role
+from baton.node.messages.base import Role
 from baton.node.telemetry import configure_logging, log_event
-from baton.worker.engine import choose_device
+from baton.worker.build_cpu import choose_device
 from baton.worker.settings import WorkerSettings
-from baton.worker.start import Worker, start
+from baton.worker.startup import Worker, start
 
 logger = logging.getLogger("worker")
 

@@ -10,9 +10,10 @@ from typing import Protocol
 
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.carrier import Command, Inbound
 from baton.models.batch import Launched, Row
-from baton.node.messages import Load, Message
+from baton.node.messages.base import Message
+from baton.node.messages.control import Load
+from baton.worker.io_thread import Command, Inbound
 
 
 class Vocabulary(Protocol):

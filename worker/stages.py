@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.node.messages import Stages
+from baton.node.messages.control import Stages
 
 
 @dataclass(slots=True)

@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from baton.node.store_messages import DigestName
+from baton.node.messages.store import DigestName
 
 FACTOR_A, FACTOR_B = 0x9E3779B1, 0x85EBCA77
 WORD_BYTES = 8

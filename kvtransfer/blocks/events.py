@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections import deque
 from typing import Protocol
 
-from baton.node.messages import MAX_EVENT_BLOCKS, KvEvents, KvSnapshot, Tier, TierChange
+from baton.node.messages.base import MAX_EVENT_BLOCKS, Tier
+from baton.node.messages.control import KvEvents, KvSnapshot, TierChange
 
 FLUSH_EVERY_S = 0.05
 KEEP_BLOCKS = 1 << 15

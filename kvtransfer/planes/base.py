@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from baton.node.messages import PlaneAddress
+from baton.node.messages.transfer import PlaneAddress
 
 
 class ChunkKey(NamedTuple):

@@ -22,7 +22,7 @@ from baton.kvtransfer.planes.host import host_identity
 from baton.kvtransfer.planes.ledger import Ledger, check_posting
 from baton.kvtransfer.planes.runs import Run, common_runs
 from baton.node.errors import PeerLost
-from baton.node.messages import PlaneAddress
+from baton.node.messages.transfer import PlaneAddress
 from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.cuda_ipc")

@@ -22,7 +22,7 @@ from baton.kvtransfer.planes.runs import common_runs
 from baton.kvtransfer.store.copies import Pair
 from baton.kvtransfer.store.copy_queue import IN_FLIGHT
 from baton.node.errors import InvariantBroken, PeerLost
-from baton.node.store_messages import DigestName
+from baton.node.messages.store import DigestName
 from baton.node.telemetry import log_event
 
 logger = logging.getLogger("store_client")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from baton.kvtransfer.planes.base import Plane
-from baton.node.messages import PlaneAddress
+from baton.node.messages.transfer import PlaneAddress
 
 
 def choose(own: Sequence[Plane], peer: Sequence[PlaneAddress]) -> Plane | None:

@@ -15,7 +15,7 @@ from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.host import host_identity
 from baton.kvtransfer.planes.ledger import Ledger, check_posting
 from baton.node.errors import PeerLost
-from baton.node.messages import PlaneAddress
+from baton.node.messages.transfer import PlaneAddress
 
 _ADDRESS = re.compile(r"([1-9][0-9]{0,9}):(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,15}):([0-9a-f]{32})", re.ASCII)
 """pid:fd:bytes:nonce."""

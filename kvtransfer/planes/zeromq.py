@@ -27,7 +27,7 @@ from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.host import host_identity
 from baton.kvtransfer.planes.ledger import Ledger, check_posting
 from baton.node.errors import SettingsError
-from baton.node.messages import PlaneAddress
+from baton.node.messages.transfer import PlaneAddress
 
 PIECE_BYTES = 4 << 20
 MAX_MESSAGES_A_POLL = 32

@@ -11,7 +11,7 @@ import os
 from baton.kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
 from baton.kvtransfer.planes.host import host_identity
 from baton.node.errors import PeerLost, SettingsError
-from baton.node.store_messages import Attached
+from baton.node.messages.store import Attached
 
 REGIONS = 16
 """So many parts can go to different sizes of blocks. A block must fit into one."""

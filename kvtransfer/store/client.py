@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Protocol
 
-from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.copies import Copies
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent
 from baton.kvtransfer.store.session import StoreSession
 from baton.node.endpoint import Context, Endpoint
-from baton.node.store_messages import decode_store
+from baton.node.messages.store import decode_store
 
 LINK = "store"
 MAX_WAIT_S = 0.05

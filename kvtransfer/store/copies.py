@@ -13,7 +13,7 @@ import numpy as np
 import xxhash
 
 from baton.kvtransfer.blocks.memory import BlockMemory
-from baton.node.store_messages import DigestName
+from baton.node.messages.store import DigestName
 
 PIECE_BYTES = 256 << 10
 BATCH_BYTES = 4 << 20

@@ -15,9 +15,9 @@ import re
 import shutil
 from pathlib import Path
 
-from baton.kvtransfer.tiers.base import Changed, Tier
-from baton.kvtransfer.tiers.lmdb_records import lmdb_tier
-from baton.kvtransfer.tiers.slab_records import slab_tier
+from baton.kvtransfer.store.disk.base import Changed, Tier
+from baton.kvtransfer.store.disk.lmdb_records import lmdb_tier
+from baton.kvtransfer.store.disk.slab_records import slab_tier
 from baton.node.errors import SettingsError
 from baton.node.telemetry import log_event
 

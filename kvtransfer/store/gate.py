@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.node.store_messages import DISK, PEER, RAM
+from baton.node.messages.store import DISK, PEER, RAM
 
 HALF_LIFE_S = 30.0
 ASSUMED_S = 0.0002

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from baton.kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
 from baton.kvtransfer.store.lower import Lower
 from baton.kvtransfer.store.peers import Peers
-from baton.node.store_messages import PeerGet
+from baton.node.messages.store import PeerGet
 
 MAX_LOADS = 256
 """On their way at once; a worker asks for fewer, and asks again as they come."""

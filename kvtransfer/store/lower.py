@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.kvtransfer.store.arena_index import Key
-from baton.node.store_messages import DigestName
+from baton.node.messages.store import DigestName
 
 
 @dataclass(frozen=True, slots=True)

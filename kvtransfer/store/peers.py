@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.store.arena_index import Key
-from baton.node.messages import Message
-from baton.node.store_messages import MAX_PIECE_BYTES, PeerData, PeerFound, PeerGet, PeerLookup
+from baton.node.messages.base import Message
+from baton.node.messages.store import MAX_PIECE_BYTES, PeerData, PeerFound, PeerGet, PeerLookup
 
 PATIENCE_S = 0.25
 REST_S = 5.0

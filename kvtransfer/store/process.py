@@ -12,18 +12,18 @@ from concurrent.futures import ThreadPoolExecutor
 
 from baton.kvtransfer.store.arena import Arena
 from baton.kvtransfer.store.checks import Checks
-from baton.kvtransfer.store.disk import Disk
+from baton.kvtransfer.store.disk_thread import Disk
 from baton.kvtransfer.store.folders import Folders
 from baton.kvtransfer.store.lower import Lower, NoLower
-from baton.kvtransfer.store.news import News
 from baton.kvtransfer.store.peers import Peers
+from baton.kvtransfer.store.publisher import News
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.settings import StoreSettings
 from baton.node.endpoint import Endpoint, identity_of, new_context
 from baton.node.errors import SettingsError
 from baton.node.garbage import spare_what_is_there
+from baton.node.messages.store import decode_store
 from baton.node.settings import require_loopback
-from baton.node.store_messages import decode_store
 from baton.node.telemetry import configure_logging, log_event
 
 logger = logging.getLogger("store")

@@ -35,8 +35,8 @@ from baton.kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
 from baton.kvtransfer.store.lower import Lower, Space, WriteDone
 from baton.kvtransfer.store.peers import Peers, Pulled
 from baton.node.errors import SettingsError
-from baton.node.messages import PROTOCOL_VERSION, Message
-from baton.node.store_messages import (
+from baton.node.messages.base import PROTOCOL_VERSION, Message
+from baton.node.messages.store import (
     DISK,
     PEER,
     RAM,

@@ -15,14 +15,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.blocks.memory import SharedReader
-from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena import map_arena
 from baton.kvtransfer.store.copies import Copies, Lock, Pair
 from baton.kvtransfer.store.copy_queue import Copied, Copy, CopyQueue
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from baton.node.errors import PeerLost
-from baton.node.messages import Message
-from baton.node.store_messages import (
+from baton.node.messages.base import Message
+from baton.node.messages.store import (
     RAM,
     Arrival,
     Attach,

@@ -7,7 +7,7 @@ import torch
 from baton.kernels.triton.logprobs import MOST, LogprobRows
 from baton.models.batch import Drawn
 from baton.models.cuda.queue import Queue
-from baton.node.messages import Logprob
+from baton.node.messages.control import Logprob
 
 NUM_TOP = MOST.value
 

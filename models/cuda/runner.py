@@ -38,7 +38,7 @@ from baton.models.cuda.step import Marks, RunningStep
 from baton.models.cuda.upload import ALIGNED, Upload, aligned
 from baton.models.weights import Weights
 from baton.node.errors import InvariantBroken, SettingsError
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 
 FIXED_LENGTHS = (2048, 4)
 """First length and factor of the lengths that get graphs of their own where chunks are fixed: there a graph has a

@@ -20,10 +20,10 @@ from baton.kernels.triton.sampling_filter import FilterScratch, thresholds
 from baton.kernels.triton.sampling_rows import Prepared, SlotTables, draw_prepared, prepare
 from baton.kernels.triton.step_inputs import set_entries
 from baton.models.batch import Draw
+from baton.models.cpu.sampler import GREEDY_BELOW, has_penalty
 from baton.models.cuda.queue import Queue
 from baton.models.cuda.upload import Upload
-from baton.models.sampler import GREEDY_BELOW, has_penalty
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 
 
 class SlotSampler:

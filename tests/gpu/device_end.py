@@ -22,7 +22,7 @@ from baton.kvtransfer.blocks.digest import BlockDigests
 from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.kvtransfer.planes.device import device_planes
 from baton.kvtransfer.planes.select import choose
-from baton.node.messages import PlaneAddress
+from baton.node.messages.transfer import PlaneAddress
 
 
 @dataclass

@@ -7,7 +7,7 @@ import torch
 
 from baton.decode.settings import DecodeSettings
 from baton.node.errors import SettingsError
-from baton.worker.engine import make_engine
+from baton.worker.build_cpu import make_engine
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 

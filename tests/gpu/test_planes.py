@@ -20,7 +20,7 @@ import torch
 
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.node.errors import InvariantBroken
-from baton.node.messages import PlaneAddress
+from baton.node.messages.transfer import PlaneAddress
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,17 +16,17 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.kernels import Linear
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
+from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, Limits
-from baton.models.runner import ModelRunner
 from baton.models.weights import LayerWeights, Weights, load_weights
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 from baton.node.modelhub import locate_model
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 
 pytestmark = pytest.mark.gpu
 
-SHAPE_8B = Path(__file__).resolve().parents[2] / "scripts" / "shapes" / "llama-3.1-8b"
+SHAPE_8B = Path(__file__).resolve().parents[2] / "benchmark" / "shapes" / "llama-3.1-8b"
 LONGEST = 640
 
 

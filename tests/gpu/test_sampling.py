@@ -8,10 +8,10 @@ import torch
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.models.batch import Draw
+from baton.models.cpu.sampler import draw_tokens
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.sampling import SlotSampler
-from baton.models.sampler import draw_tokens
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 
 pytestmark = pytest.mark.gpu
 

@@ -15,13 +15,13 @@ import torch
 
 from baton.kvtransfer.blocks.checksum import sum64
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.copies import Pair
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from baton.kvtransfer.store.session import StoreSession
 from baton.node.errors import InvariantBroken, PeerLost
-from baton.node.store_messages import RAM
+from baton.node.messages.store import RAM
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES as BENCH_BLOCK_BYTES
 from baton.tests.unit.kvtransfer.store.bench import SPACE, Host, names
 

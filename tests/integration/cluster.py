@@ -157,7 +157,7 @@ class Cluster:
         self.killed.discard(name)
         self._spawn(
             name,
-            *(("tests.integration.paced", role, str(step_s)) if step_s else (role,)),
+            *(("testing.paced_worker", role, str(step_s)) if step_s else (role,)),
             "--model",
             self.model,
             "--proxy",

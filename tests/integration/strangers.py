@@ -9,48 +9,49 @@ from typing import Any
 
 import zmq
 
-from baton.node.messages import (
-    Abort,
-    Aborted,
-    Accept,
-    Ack,
+from baton.node.messages.base import Message, encode
+from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
     Drain,
     Failed,
-    Finish,
     Goodbye,
-    Grant,
     HandedOver,
     Heartbeat,
-    Hello,
     KvEvents,
     KvReplay,
     KvSnapshot,
     Load,
-    Message,
-    Offer,
     Ping,
-    PlaneAddress,
     Prefill,
     Refused,
     Register,
     Registered,
     RegisterStore,
     Rejoin,
-    Renew,
     Reserve,
     Reserved,
     SamplingParams,
     TierChange,
     Tokens,
+)
+from baton.node.messages.transfer import (
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Finish,
+    Grant,
+    Hello,
+    Offer,
+    PlaneAddress,
+    Renew,
     Valid,
     Validate,
     Welcome,
-    decode,
-    encode,
 )
+from baton.node.messages.wire import decode
 
 SAMPLING = SamplingParams(max_tokens=8)
 

@@ -18,8 +18,8 @@ import httpx
 import pytest
 import zmq
 
-from baton.node.messages import (
-    MESSAGES,
+from baton.node.messages.base import encode
+from baton.node.messages.control import (
     Cancel,
     Cancelled,
     Failed,
@@ -32,8 +32,8 @@ from baton.node.messages import (
     Reserved,
     SamplingParams,
     Tokens,
-    encode,
 )
+from baton.node.messages.wire import MESSAGES
 from baton.tests.integration.cluster import Cluster
 from baton.tests.integration.strangers import Master, Stranger, one_of_each, prefill_of, register_of, reserve_of
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from baton.benchmark.serving import serving
-from baton.benchmark.settings import ServingSettings
+from baton.benchmark.load.serving import serving
+from baton.benchmark.load.settings import ServingSettings
 from baton.tests.integration.cluster import Cluster
 
 SMALL = {"num_prompts": 8, "num_warmups": 0, "random_input_len": 40, "random_output_len": 12, "ignore_eos": True}

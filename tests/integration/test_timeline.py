@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 
-from baton.proxy.timeline import FIRST_TOKEN, USUAL
+from baton.proxy.metrics.timeline import FIRST_TOKEN, USUAL
 from baton.tests.integration.cluster import Cluster, Stream
 from baton.tests.integration.prompts import BEGINNINGS
 

@@ -20,11 +20,12 @@ from itertools import count
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.exchange import Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
-from baton.kvtransfer.pairs import Wire
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.transfer import Timing
-from baton.node.messages import Message, PlaneAddress
+from baton.kvtransfer.protocol.exchange import Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.pairs import Wire
+from baton.kvtransfer.protocol.transfer import Timing
+from baton.node.messages.base import Message
+from baton.node.messages.transfer import PlaneAddress
 
 BLOCK_TOKENS = 4
 NUM_BLOCKS = 24

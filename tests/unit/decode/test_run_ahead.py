@@ -19,10 +19,11 @@ from baton.decode.worker import DecodeWorker
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.carrier import FromProxy
-from baton.kvtransfer.exchange import KvArrived, ReceiverEnded
+from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
-from baton.node.messages import Bundle, Busy, Cancel, Failed, Load, Message, Reserve, SamplingParams
+from baton.node.messages.base import Message
+from baton.node.messages.control import Bundle, Busy, Cancel, Failed, Load, Reserve, SamplingParams
+from baton.worker.io_thread import FromProxy
 
 ROOT, BLOCK, VOCAB, STOP = b"r" * 32, 4, 13, 5
 MAX_MODEL_LEN = 48

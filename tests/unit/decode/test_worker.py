@@ -15,25 +15,25 @@ from baton.decode.worker import DecodeWorker
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.carrier import FromProxy
-from baton.kvtransfer.exchange import KvArrived, ReceiverEnded
+from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.batch import Done, Drawn, Row
-from baton.node.lifecycle import ProxyLost
-from baton.node.messages import (
+from baton.node.membership import ProxyLost
+from baton.node.messages.base import Message
+from baton.node.messages.control import (
     Bundle,
     Busy,
     Cancel,
     Cancelled,
     Failed,
     Load,
-    Message,
     Reserve,
     Reserved,
     SamplingParams,
     Stages,
 )
 from baton.tests.unit.kvtransfer.store.bench import InlineStore, World
+from baton.worker.io_thread import FromProxy
 
 ROOT = b"r" * 32
 BLOCK = 4

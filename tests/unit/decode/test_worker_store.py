@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from baton.kvtransfer.carrier import FromProxy
-from baton.kvtransfer.exchange import KvArrived
-from baton.node.messages import Cancel
+from baton.kvtransfer.protocol.exchange import KvArrived
+from baton.node.messages.control import Cancel
 from baton.tests.unit.decode.test_worker import Bench
 from baton.tests.unit.kvtransfer.store.bench import World
+from baton.worker.io_thread import FromProxy
 
 SETTINGS = {"num_blocks": 64, "store_loads": "always"}
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from baton.kvtransfer.exchange import Counters
+from baton.kvtransfer.protocol.exchange import Counters
 from baton.node.endpoint import Endpoint, new_context
-from baton.proxy.counters import ENGINE_COUNTERS, WORKER_COUNTERS
-from baton.proxy.dispatch import Dispatcher
+from baton.proxy.dispatcher import Dispatcher
+from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.settings import ProxySettings
 from baton.scripts import metrics_page
 from baton.tests.unit.decode.test_worker import Bench as DecodeBench
@@ -103,7 +103,7 @@ def test_the_dashboard_uses_metrics_that_exist(known: set[str]) -> None:
 
 def test_the_page_of_the_proxy_draws_metrics_that_exist(known: set[str]) -> None:
     """Guards the built-in dashboard in the same way."""
-    scripts = MONITORING.parents[1] / "proxy" / "dashboard"
+    scripts = MONITORING.parents[1] / "proxy" / "metrics" / "dashboard"
     text = "".join(path.read_text() for path in scripts.glob("*.js"))
     bases = {re.sub(r"_(bucket|sum|count)$", "", name) for name in known}
     used = set(_NAME.findall(text)) - {"baton:worker_"}

@@ -10,8 +10,8 @@ import torch
 import transformers
 
 from baton.models.batch import Draw, Row
-from baton.models.runner import ModelRunner
-from baton.node.messages import SamplingParams
+from baton.models.cpu.runner import ModelRunner
+from baton.node.messages.control import SamplingParams
 
 CONFIGS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),

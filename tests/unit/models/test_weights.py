@@ -8,8 +8,8 @@ import safetensors.torch
 import torch
 
 from baton.models.config import ModelConfig
+from baton.models.cpu.runner import ModelRunner
 from baton.models.fingerprint import model_fingerprint
-from baton.models.runner import ModelRunner
 from baton.models.weights import load_weights
 from baton.node.errors import SettingsError
 

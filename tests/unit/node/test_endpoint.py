@@ -12,7 +12,8 @@ import zmq
 
 from baton.node.endpoint import Endpoint, new_context
 from baton.node.errors import SettingsError
-from baton.node.messages import MAX_BODY_BYTES, Ping, Rejoin, encode
+from baton.node.messages.base import MAX_BODY_BYTES, encode
+from baton.node.messages.control import Ping, Rejoin
 
 WAIT_S = 5.0
 

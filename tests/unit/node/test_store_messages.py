@@ -7,8 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.node.messages import MESSAGES, BadMessage, Message, Ping, decode, encode
-from baton.node.store_messages import STORE_MESSAGES, Beat, decode_store
+from baton.node.messages.base import BadMessage, Message, encode
+from baton.node.messages.control import Ping
+from baton.node.messages.store import STORE_MESSAGES, Beat, decode_store
+from baton.node.messages.wire import MESSAGES, decode
 from baton.tests.unit.node.test_messages import values
 
 

@@ -14,19 +14,18 @@ import pytest
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.carrier import Command, FromProxy
-from baton.kvtransfer.exchange import LegKey, SenderEnded
+from baton.kvtransfer.protocol.exchange import LegKey, SenderEnded
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.batch import Done, Drawn, Row
-from baton.node.lifecycle import ProxyLost
-from baton.node.messages import (
+from baton.node.membership import ProxyLost
+from baton.node.messages.base import Message
+from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
     Failed,
     HandedOver,
     Load,
-    Message,
     Prefill,
     SamplingParams,
     Stages,
@@ -35,6 +34,7 @@ from baton.node.messages import (
 from baton.prefill.settings import PrefillSettings
 from baton.prefill.worker import PrefillWorker
 from baton.tests.unit.kvtransfer.store.bench import InlineStore, World
+from baton.worker.io_thread import Command, FromProxy
 
 ROOT = b"r" * 32
 BLOCK = 4

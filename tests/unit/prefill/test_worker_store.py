@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from baton.kvtransfer.carrier import FromProxy
-from baton.kvtransfer.exchange import SenderEnded
-from baton.node.messages import Cancel, HandedOver, Tokens
-from baton.node.store_messages import RAM
+from baton.kvtransfer.protocol.exchange import SenderEnded
+from baton.node.messages.control import Cancel, HandedOver, Tokens
+from baton.node.messages.store import RAM
 from baton.prefill.worker import PrefillWorker
 from baton.tests.unit.kvtransfer.store.bench import World
 from baton.tests.unit.prefill.test_worker import LEG, Bench
+from baton.worker.io_thread import FromProxy
 
 SETTINGS = {"num_blocks": 64, "store_loads": "always"}
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import httpx
 import pytest
 
-from baton.node.messages import Logprob
-from baton.proxy.app import create_app
+from baton.node.messages.control import Logprob
+from baton.proxy.http.app import create_app
 from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
-from baton.proxy.text import Text
+from baton.proxy.text.model_text import Text
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 

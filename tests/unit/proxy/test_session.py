@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 
 from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
-from baton.node.messages import (
+from baton.node.messages.base import Message
+from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
     Failed,
     HandedOver,
-    Message,
     Prefill,
     Reserve,
     Reserved,
@@ -26,11 +26,11 @@ from baton.node.messages import (
     Stages,
     Tokens,
 )
-from baton.proxy.cluster import Leg, Shape
 from baton.proxy.interface import Delta
-from baton.proxy.router import RequestView, Route, WorkerView
+from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.cluster import Leg, Shape
+from baton.proxy.routing.router import RequestView, Route, WorkerView
 from baton.proxy.session import Session, WorkerLost
-from baton.proxy.timeline import Timeline
 
 SAMPLING = SamplingParams(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)

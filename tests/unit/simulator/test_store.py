@@ -7,9 +7,9 @@ import random
 import msgspec
 import pytest
 
-from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from baton.node.store_messages import DISK, RAM
+from baton.node.messages.store import DISK, RAM
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Cost, StoreCosts, load_profile
 from baton.simulator.network import Network

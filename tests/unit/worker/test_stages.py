@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.node.messages import Stages
+from baton.node.messages.control import Stages
 from baton.worker.stages import LegTimes
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from baton.kvtransfer.blocks.events import NullJournal
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena import Arena
 from baton.kvtransfer.store.checks import Checks
 from baton.kvtransfer.store.copies import HostCopies
@@ -18,8 +18,8 @@ from baton.kvtransfer.store.lower import Lower, NoLower
 from baton.kvtransfer.store.peers import Peers
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.session import StoreSession
-from baton.node.messages import Message, encode
-from baton.node.store_messages import decode_store
+from baton.node.messages.base import Message, encode
+from baton.node.messages.store import decode_store
 
 BLOCK_BYTES = 4096
 SPACE = b"n" * 32

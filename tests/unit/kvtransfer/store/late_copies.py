@@ -9,7 +9,7 @@ from baton.kvtransfer.blocks.checksum import DIGESTS
 from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.kvtransfer.store.copies import Pair
 from baton.node.errors import PeerLost
-from baton.node.store_messages import DigestName
+from baton.node.messages.store import DigestName
 
 GARBAGE = 0xA5
 

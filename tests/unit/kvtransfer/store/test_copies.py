@@ -6,14 +6,14 @@ import pytest
 
 from baton.kvtransfer.blocks.checksum import xxh3
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.copies import Copies, HostCopies, Pair
 from baton.kvtransfer.store.copy_queue import COPY_S
 from baton.kvtransfer.store.events import StoreLoaded, StoreWritten
 from baton.kvtransfer.store.server import LEASE_S
 from baton.kvtransfer.store.session import DOWN_AFTER_S, GIVE_UP_S, UNUSABLE_S
 from baton.node.errors import InvariantBroken
-from baton.node.store_messages import RAM
+from baton.node.messages.store import RAM
 from baton.tests.unit.kvtransfer.store import bench
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, Host, World, content, names
 from baton.tests.unit.kvtransfer.store.late_copies import LateCopies

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from baton.kvtransfer.store.disk.base import Tier, ignore_change
 from baton.kvtransfer.store.folders import MAX_FOLDERS, Folders
-from baton.kvtransfer.tiers.base import Tier, ignore_change
 from baton.node.errors import SettingsError
 
 BLOCK_BYTES = 4096

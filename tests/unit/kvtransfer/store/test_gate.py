@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.kvtransfer.store.gate import ASSUMED_TURN_S, HALF_LIFE_S, SLACK_S, Gate, Rate
-from baton.node.store_messages import DISK, PEER, RAM
+from baton.node.messages.store import DISK, PEER, RAM
 
 BLOCK_BYTES, BLOCK_TOKENS = 1 << 20, 16
 LONG_S = 1e6

@@ -7,14 +7,14 @@ import random
 import pytest
 
 from baton.kvtransfer.blocks.checksum import xxh3
-from baton.kvtransfer.exchange import LegKey
+from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.copies import HostCopies
 from baton.kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
 from baton.kvtransfer.store.server import LEASE_S
 from baton.kvtransfer.store.session import DOWN_AFTER_S
-from baton.node.messages import PROTOCOL_VERSION
-from baton.node.store_messages import (
+from baton.node.messages.base import PROTOCOL_VERSION
+from baton.node.messages.store import (
     RAM,
     Attach,
     Commit,

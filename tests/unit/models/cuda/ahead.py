@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from baton.models.batch import Draw, Row
+from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.runner import CudaRunner
-from baton.models.runner import ModelRunner
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 
 
 class Ahead:

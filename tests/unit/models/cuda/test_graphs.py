@@ -17,7 +17,7 @@ from baton.models.cuda.queue import HostQueue
 from baton.models.cuda.slots import Slots
 from baton.models.cuda.upload import BUFFERS, Upload
 from baton.node.errors import InvariantBroken, SettingsError
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 
 
 @given(st.integers(1, 600), st.integers(1, 200_000))

@@ -8,13 +8,13 @@ import torch
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.models.batch import Draw, Row
+from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.products import Policy, fastest, invariant, untuned
 from baton.models.cuda.queue import HostQueue
 from baton.models.cuda.runner import CudaRunner, Limits
-from baton.models.runner import ModelRunner
 from baton.models.weights import load_weights
 from baton.node.errors import InvariantBroken
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 
 BLOCK = 16

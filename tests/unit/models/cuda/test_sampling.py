@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.models.batch import Draw
+from baton.models.cpu.sampler import draw_tokens
 from baton.models.cuda.queue import CudaQueue, HostQueue, Queue
 from baton.models.cuda.sampling import SlotSampler, edits
-from baton.models.sampler import draw_tokens
-from baton.node.messages import SamplingParams
+from baton.node.messages.control import SamplingParams
 
 VOCAB = 5000  # two blocks of tokens
 SLOTS = 4

@@ -1,0 +1,138 @@
+"""Whether a prefill and a decode worker answer with the tokens that a colocated worker answers with.
+
+The same greedy requests of random prompts, all at once, go through both: first with workers of `--deterministic`, where
+every token must be equal and its log probability bit for bit, then without, where roundings depend on what else is in a
+step, and the share that is equal is told. One JSON line each; exit status 1 if a deterministic answer differs.
+
+The API tells no token ids. It tells tokens by their bytes, with their log probabilities: no two entries of a vocabulary
+but special tokens have equal bytes.
+
+With `--device cpu` the demo model: `--deterministic` changes nothing there, and log probabilities may differ in their
+last bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, cluster
+from baton.benchmark.cluster.model import make_model
+from baton.benchmark.cluster.options import new_parser
+from baton.benchmark.cluster.output import Lines, end_on_sigterm
+from baton.benchmark.cluster.requests import Answer, complete_at_once, random_ids
+from baton.launch.local import ServeSettings
+from baton.node.modelhub import DEMO_MODEL
+
+BLOCK_TOKENS = {"cpu": 16, "cuda": 64}
+SPARE_BLOCKS = 64
+DISAGGREGATED, COLOCATED = (1, 1), (0, 1)
+"""Prefill and decode workers."""
+
+
+def settings_of(
+    workers: tuple[int, int], model: str, num_blocks: int, deterministic: bool, options: argparse.Namespace
+) -> ServeSettings:
+    """Pools hold all requests at once: whether one is preempted must not depend on the GPU."""
+    prefill, decode = workers
+    dummy = ("--load-format=dummy",) if options.device == "cuda" else ()
+    strict = ("--deterministic",) if deterministic else ()
+    longest = f"--max-model-len={options.longest + options.answer_tokens}"
+    return ServeSettings(
+        model=model,
+        prefill=prefill,
+        decode=decode,
+        device=options.device,
+        gpus=tuple(options.gpus) if options.device == "cuda" else (),
+        local_prefill="never" if prefill else None,
+        store_ram_gib=0.0,
+        worker_arg=(f"--num-blocks={num_blocks}", longest, *dummy, *strict, *options.worker_arg),
+        start_timeout_s=options.start_timeout_s,
+    )
+
+
+def lengths(count: int, longest: int, seed: int) -> list[int]:
+    """From 1 to `longest`, both included where there are two, in any order."""
+    draw = random.Random(f"lengths/{seed}")
+    return [1, longest, *(draw.randint(1, longest) for _ in range(count - 2))][:count]
+
+
+def blocks_for(prompt_lengths: Sequence[int], answer_tokens: int, block_tokens: int) -> int:
+    return SPARE_BLOCKS + sum(-(-(length + answer_tokens) // block_tokens) for length in prompt_lengths)
+
+
+def compare(ours: Sequence[Answer], theirs: Sequence[Answer]) -> dict[str, object]:
+    """Requests that are wholly equal, and tokens that are equal up to the first difference of their request."""
+    pairs = list(zip(ours, theirs, strict=True))
+    until_first = [_equal_until(a.tokens, b.tokens) for a, b in pairs]
+    differing = [n for n, (a, b) in zip(until_first, pairs, strict=True) if a.tokens != b.tokens]
+    return {
+        "equal": len(pairs) - len(differing),
+        "total": len(pairs),
+        "equal_tokens_share": sum(until_first) / sum(max(len(a.tokens), len(b.tokens)) for a, b in pairs),
+        "first_difference": min(differing, default=None),
+        "equal_logprobs": sum(a.logprobs == b.logprobs for a, b in pairs),
+        "distinct_tokens": len({token for a, _ in pairs for token in a.tokens}),
+    }
+
+
+def is_exact(found: Mapping[str, object], device: str) -> bool:
+    """Whether all answers of workers of `--deterministic` were equal; the CPU's are so in their tokens alone."""
+    return found["equal"] == found["total"] and (device == "cpu" or found["equal_logprobs"] == found["total"])
+
+
+def _equal_until(ours: Sequence[str], theirs: Sequence[str]) -> int:
+    return next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
+
+
+def answers(settings: ServeSettings, prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[Answer]:
+    with cluster(settings) as (made, _):
+        return complete_at_once(made.port, prompts, options.answer_tokens)
+
+
+def main(argv: Sequence[str]) -> int:
+    options = _options(argv)
+    end_on_sigterm()
+    lines, status = Lines(options.output), 0
+    lines.begin(list(argv))
+    prompt_lengths = lengths(options.requests, options.longest, options.seed)
+    prompts = [random_ids(length, options.seed, number) for number, length in enumerate(prompt_lengths)]
+    num_blocks = blocks_for(prompt_lengths, options.answer_tokens, BLOCK_TOKENS[options.device])
+    with TemporaryDirectory() as folder:
+        model = DEMO_MODEL if options.device == "cpu" else str(make_model(options.shape, Path(folder) / MODEL))
+        for deterministic in (True, False) if options.ways == "both" else (options.ways == "deterministic",):
+            try:
+                ours, theirs = (
+                    answers(settings_of(workers, model, num_blocks, deterministic, options), prompts, options)
+                    for workers in (DISAGGREGATED, COLOCATED)
+                )
+            except BenchmarkFailed as error:
+                lines.put("failed", deterministic=deterministic, error=str(error))
+                status = 1
+                continue
+            found = compare(ours, theirs)
+            lines.put("exactness", deterministic=deterministic, prompt_tokens=sum(prompt_lengths), **found)
+            status |= deterministic and not is_exact(found, options.device)
+    return status
+
+
+def _options(argv: Sequence[str]) -> argparse.Namespace:
+    parser = new_parser("scripts/bench_exactness", __doc__ or "")
+    add = parser.add_argument
+    add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs; one is enough")
+    add("--ways", default="both", choices=("both", "deterministic", "default"), help="how workers compute")
+    add("--requests", type=int, default=64, help="requests, all at once")
+    add("--longest", type=int, default=0, help="longest prompt; 0: 2000, on CPU 400")
+    add("--answer-tokens", type=int, default=64, help="length of each answer")
+    add("--seed", type=int, default=0, help="of the prompts")
+    options = parser.parse_args(argv)
+    options.longest = options.longest or (400 if options.device == "cpu" else 2000)
+    return options
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

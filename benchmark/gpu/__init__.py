@@ -1,0 +1,1 @@
+"""Measurements of kernels, steps, planes and start-up on a GPU."""

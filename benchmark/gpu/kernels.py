@@ -1,0 +1,427 @@
+"""Times every Triton kernel on the GPU at hand against the ceilings of memory and arithmetic that it measures first.
+
+    PYTHONPATH=.link python scripts/bench_kernels.py [FILE [PART ...]]
+
+One JSON line a measurement on standard output, and appended to FILE; PARTs are the functions that `main` lists, and
+`ceilings` always runs. The shapes are those of an 8B model (32 query and 8 key heads of 128, hidden 4096, FFN 14336,
+vocabulary 128256) in bfloat16. A time is the median of replays of a CUDA graph of several calls over several sets of
+random inputs, together larger than the L2 cache.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from baton.benchmark.gpu import sdpa
+from baton.benchmark.gpu.ceilings import GPU, Call, Ceilings, randn, seconds
+from baton.benchmark.gpu.gpu import chat_lengths
+from baton.kernels.triton import (
+    activation,
+    blocks,
+    decode_attention,
+    norm,
+    prefill_attention,
+    prefill_gluon,
+    rope_write,
+    sampling,
+)
+from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.decode_work import COLUMNS, share_out
+from baton.kernels.triton.linear import linear
+from baton.kernels.triton.linear_policy import (
+    DOWN_8B,
+    GATE_UP_8B,
+    HEAD_8B,
+    O_8B,
+    QKV_8B,
+    Shape,
+    fastest,
+    invariant,
+)
+from baton.kvtransfer.blocks.device_pool import DeviceMemory
+from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.planes.host_copies import DeviceCopies
+from baton.kvtransfer.store.copies import Pair
+from baton.kvtransfer.store.copy_queue import IN_FLIGHT
+from baton.models.batch import Draw
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.sampling import SlotSampler
+from baton.node.messages.control import SamplingParams
+
+HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
+ROTATED_BYTES = 400 << 20  # several times the L2 cache
+ALL_PARAMETERS = {
+    "top_p": 0.9, "top_k": 50, "min_p": 0.01, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
+    "logit_bias": ((5, 1.0),), "min_tokens": 9, "stop_token_ids": (7,), "logprobs": True, "top_logprobs": 20,
+}  # fmt: skip
+
+
+class Report:
+    """Writes the lines; knows the ceilings once they are measured."""
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self.ceilings = Ceilings(1.0, 1.0)
+
+    def line(self, **values: object) -> None:
+        text = json.dumps(values)
+        print(text, flush=True)
+        if self._path is not None:
+            with self._path.open("a") as file:
+                file.write(text + "\n")
+
+    def moved(self, kernel: str, size_bytes: float, calls: Sequence[Call], **values: object) -> None:
+        took = seconds(calls)
+        rate = size_bytes / took
+        self.line(
+            kernel=kernel, **values, us=round(took * 1e6, 2), tb_s=round(rate / 1e12, 3),
+            of_copy=round(rate / self.ceilings.copy_bytes_s, 3),
+        )  # fmt: skip
+
+
+def ceilings(report: Report) -> None:
+    report.ceilings = Ceilings.measure()
+    report.line(kernel="ceiling", **report.ceilings.values())
+
+
+def small(report: Report) -> None:
+    table = torch.rand(8192, DIM // 2, device=GPU)
+    for rows in (1, 64, 256, 2048):
+        count = 32 if rows <= 256 else 8
+        residual, weight, out = randn(count, rows, HIDDEN), randn(HIDDEN), randn(rows, HIDDEN)
+        for parts in (0, 1, 2, 4) if rows <= 256 else (0,):
+            x = randn(parts, rows, HIDDEN, dtype=torch.float32) if parts else randn(rows, HIDDEN)
+            size = x.numel() * x.element_size() + 3 * out.numel() * 2
+            for pdl in (False, True):
+                calls = [partial(norm.add_rms_norm, x, residual[i], weight, 1e-5, out, pdl=pdl) for i in range(count)]
+                report.moved("add_rms_norm", size, calls, rows=rows, parts=parts, pdl=pdl)
+        gate_up, gated = randn(count, rows, 2 * FFN), randn(rows, FFN)
+        calls = [partial(activation.silu_and_mul, gate_up[i], gated) for i in range(count)]
+        report.moved("silu_and_mul", rows * FFN * 6, calls, rows=rows)
+        width = (HEADS + 2 * KV_HEADS) * DIM
+        pool = randn(-(-rows // 64), count, 2, 64, KV_HEADS, DIM)
+        positions = torch.randint(0, 8192, (rows,), dtype=torch.int32, device=GPU)
+        slots = torch.arange(rows, dtype=torch.int32, device=GPU)
+        query, norms = randn(rows, HEADS, DIM), rope_write.HeadNorms(randn(HEADS + KV_HEADS, DIM), 1e-6)
+        rope = rope_write.RopeTables(table, table)
+        qkv = randn(count, rows, width)
+        for given in (None, norms):
+            for pdl in (False, True):
+                calls = [
+                    partial(rope_write.rope_and_write, qkv[i], positions, slots, rope, given, pool, i, query, pdl=pdl)
+                    for i in range(count)
+                ]
+                report.moved("rope_and_write", rows * width * 4, calls, rows=rows, normed=given is not None, pdl=pdl)
+
+
+def choice(report: Report) -> None:
+    for rows in (1, 64, 256):
+        logits = [randn(rows, VOCAB) for _ in range(max(2, min(64, ROTATED_BYTES // (rows * VOCAB * 2))))]
+        scratch = sampling.SamplingScratch.make(rows, VOCAB, GPU)
+        out = torch.zeros(rows, dtype=torch.int64, device=GPU)
+        ones = torch.ones(rows, device=GPU)
+        report.moved("argmax", rows * VOCAB * 2, [partial(sampling.argmax, x, scratch, out) for x in logits], rows=rows)
+        calls = [partial(sampling.draw, x, ones, out, out, scratch, out) for x in logits]
+        report.moved("draw", rows * VOCAB * 2, calls, rows=rows)
+        for name, params in (("top_p", {"top_p": 0.9}), ("all", ALL_PARAMETERS)):
+            queue = CudaQueue(0)
+            sampler = SlotSampler(queue, rows, rows, VOCAB)
+            for slot in range(rows):
+                given = SamplingParams(max_tokens=9, temperature=1.0, seed=slot, **params)
+                sampler.set_row(slot, Draw(given, list(range(2000)), 1000, 1000))
+            sampler.flush()
+            queue.mark().wait()
+            slots, tokens = (torch.arange(rows, dtype=torch.int32, device=GPU) for _ in range(2))
+            calls = [partial(sampler.draw_edited, x, slots, slots, tokens) for x in logits]
+            report.moved("draw_edited", rows * VOCAB * 2, calls, rows=rows, parameters=name)
+            if name == "all":
+                calls = [partial(sampler.logprobs, x, slots, tokens) for x in logits]
+                report.moved("logprobs", rows * VOCAB * 2, calls, rows=rows)
+
+
+def whole_blocks(report: Report) -> None:
+    pool = randn(400, 32, 2, 64, KV_HEADS, DIM)  # 8 MiB a block
+    for count in (1, 16, 128):
+        sets = [torch.randperm(400, device=GPU)[:count] for _ in range(max(2, 64 // count))]
+        scratch, checks = blocks.checksum_scratch(count, pool), torch.zeros(count, dtype=torch.int64, device=GPU)
+        staging, size = randn(count, *pool.shape[1:]), count * 8 << 20
+        calls = [partial(blocks.block_checksums, pool, ids, scratch, checks) for ids in sets]
+        report.moved("block_checksums", size, calls, blocks=count)
+        calls = [partial(blocks.gather_blocks, pool, ids, staging) for ids in sets]
+        report.moved("gather_blocks", 2 * size, calls, blocks=count)
+        calls = [partial(blocks.scatter_blocks, staging, ids, pool) for ids in sets]
+        report.moved("scatter_blocks", 2 * size, calls, blocks=count)
+
+
+def host_copies(report: Report) -> None:
+    """GB/s between locked host memory and blocks of 8 MiB, every other one of a pool: no two lie together. With the
+    digests of the blocks, in batches as a worker's store client makes them, two under way."""
+    size_bytes, most = 8 << 20, 128
+    memory, host = DeviceMemory(2 * most, size_bytes, 0), HostMemory(most, size_bytes)
+    copies = DeviceCopies(memory)
+    lock = copies.lock(host.view)
+    while not lock.ready():
+        time.sleep(0.01)
+    for count in (1, 16, most):
+        pairs = [Pair(2 * number, host.block(number)) for number in range(count)]
+        batches = [pairs[first : first + copies.batch_blocks] for first in range(0, count, copies.batch_blocks)]
+        for name, begin in {"to_host": copies.begin_save, "to_device": copies.begin_load}.items():
+            took = sorted(_copied_s(copies, begin, batches) for _ in range(5))[2]
+            report.line(kernel=f"blocks_{name}", blocks=count, gb_s=round(count * size_bytes / took / 1e9, 1))
+        del pairs, batches
+    copies.close()
+    lock.close()
+    host.close()
+    memory.close()
+
+
+def _copied_s(copies: DeviceCopies, begin: Callable[[Sequence[Pair]], int], batches: Sequence[Sequence[Pair]]) -> float:
+    began_at, flying = time.perf_counter(), []
+    for batch in batches:
+        flying.append(begin(batch))
+        while len(flying) == IN_FLIGHT and copies.ended(flying[0]) is None:
+            pass
+        if len(flying) == IN_FLIGHT:
+            flying.pop(0)
+    for copy in flying:
+        while copies.ended(copy) is None:
+            pass
+    return time.perf_counter() - began_at
+
+
+def decode(report: Report) -> None:
+    """Beside torch's attention, as `prefill`."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    memory = randn(12 << 30)  # 24 GiB, seen as pools of several shapes
+    cases = [(rows, 1024) for rows in (1, 8, 16, 20, 32, 64, 128, 256)]
+    cases += [(rows, 8192) for rows in (1, 8, 32, 64)] + [(1, 32768), (8, 32768)]
+    for rows, length in cases:
+        size = rows * length * KV_HEADS * DIM * 4
+        layers = max(2, min(32, (20 << 30) // size))
+        calls_made = min(layers, max(2, (3 << 30) // size)) if size > 8 << 20 else layers
+        query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
+        lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
+        for block_tokens in (64, 16):
+            width = length // block_tokens
+            num_blocks = rows * width
+            pool = memory[: num_blocks * layers * 2 * block_tokens * KV_HEADS * DIM]
+            pool = pool.view(num_blocks, layers, 2, block_tokens, KV_HEADS, DIM)
+            tables = torch.randperm(num_blocks, device=GPU).int().view(rows, width)
+            for name, plan in (
+                ("fast", split_plan(rows, KV_HEADS, sms)),
+                ("fixed_256", fixed_plan(rows, KV_HEADS, length, sms, 256)),
+                ("fixed_512", fixed_plan(rows, KV_HEADS, length, sms, 512)),
+                ("fixed_1024", fixed_plan(rows, KV_HEADS, length, sms, 1024)),
+            ):
+                if name != "fast" and block_tokens == 16:
+                    continue
+                calls = decode_calls(query, pool, range(calls_made), tables, lengths, plan, out)
+                report.moved(
+                    "decode_attention", size, calls, rows=rows, length=length, block_tokens=block_tokens, plan=name,
+                    chunks=plan.num_chunks,
+                )  # fmt: skip
+                if name == "fast" and block_tokens == 64:
+                    calls[0]()  # of layer 0
+                    keys_values = sdpa.contiguous(pool, 0, tables)
+                    others = memory[: calls_made * keys_values.numel()].view(calls_made, *keys_values.shape)
+                    report_decode_sdpa(report, query, keys_values, others, out)
+
+
+def decode_calls(
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layers: Iterable[int],
+    tables: torch.Tensor,
+    lengths: torch.Tensor,
+    plan: DecodePlan,
+    out: torch.Tensor,
+) -> list[Call]:
+    """A call a layer. The sharing out, once a step, is not in them."""
+    scratch = decode_attention.DecodeScratch.make(len(query), plan.num_chunks, HEADS, KV_HEADS, DIM, GPU)
+    share_out(lengths, plan, scratch.work)
+    return [
+        partial(decode_attention.decode_attention, query, pool, layer, tables, lengths, plan, scratch, out)
+        for layer in layers
+    ]
+
+
+def mixed(report: Report) -> None:
+    """Decode attention over sequences of unequal lengths, and the sharing out before it."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    pool = randn(16384, 8, 2, 64, KV_HEADS, DIM)
+    cells = {
+        "1 x 32000, 7 x 1000": [32000] + [1000] * 7,
+        "1 x 32000, 31 x 1000": [32000] + [1000] * 31,
+        "1 x 32000, 63 x 1000": [32000] + [1000] * 63,
+        "4 x 32000, 60 x 1000": [32000] * 4 + [1000] * 60,
+        "63 x 1000, 1 x 32000": [1000] * 63 + [32000],
+        "33 x 1000, in steps of 48": [1000] * 33 + [0] * 15,
+        **{f"{rows} chats": chat_lengths(rows) for rows in (8, 24, 32, 64, 128, 256)},
+    }
+    for name, each in cells.items():
+        width, rows = -(-max(each) // 64), len(each)
+        query, out, lengths = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM), torch.tensor(each).int().to(GPU)
+        blocks, tables = torch.randperm(len(pool)).tolist(), torch.zeros(rows, width, dtype=torch.int32)
+        for row, length in enumerate(each):
+            used = -(-length // 64)
+            tables[row, :used] = torch.tensor([blocks.pop() for _ in range(used)])
+        plan = split_plan(rows, KV_HEADS, sms)
+        calls = decode_calls(query, pool, range(8), tables.to(GPU), lengths, plan, out)
+        report.moved("decode_attention", sum(each) * KV_HEADS * DIM * 4, calls, lengths=name, tokens=sum(each))
+        work = torch.zeros(plan.num_chunks, COLUMNS.value, dtype=torch.int32, device=GPU)
+        took = seconds([partial(share_out, lengths, plan, work)] * 8)
+        report.line(kernel="share_out", lengths=name, us=round(took * 1e6, 2))
+
+
+def pools(report: Report) -> None:
+    """Decode attention by the layers of the pool: they decide how far apart the blocks of a sequence lie."""
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    deepest = 40
+    memory = randn(4096 * deepest * 2 * 64 * KV_HEADS * DIM)  # 40 GiB
+    for layers in (8, 10, 12, 15, 16, 18, 20, 24, 25, 28, 30, 32, 35, 36, 40):
+        pool = memory[: 4096 * layers * 2 * 64 * KV_HEADS * DIM].view(4096, layers, 2, 64, KV_HEADS, DIM)
+        for rows, length in ((8, 32768), (256, 1024)):
+            query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
+            lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
+            plan = split_plan(rows, KV_HEADS, sms)
+            for order, blocks_of in (("random", torch.randperm(4096)), ("rising", torch.arange(4096))):
+                tables = blocks_of.to(GPU).int().view(rows, -1)
+                calls = decode_calls(query, pool, (0, layers // 2, layers - 1), tables, lengths, plan, out)
+                report.moved(
+                    "decode_attention", rows * length * KV_HEADS * DIM * 4, calls, rows=rows, length=length,
+                    layers=layers, order=order,
+                )  # fmt: skip
+
+
+def report_decode_sdpa(
+    report: Report, query: torch.Tensor, keys_values: torch.Tensor, others: torch.Tensor, ours: torch.Tensor
+) -> None:
+    """torch's attention of one token a row over `others` [calls, 2, rows, KH, L, D], checked with `keys_values`."""
+    _, rows, _, length, _ = keys_values.shape
+    values = {"kernel": "decode_attention", "rows": rows, "length": length, "kv": "contiguous"}
+    for name, backend in sdpa.BACKENDS.items():
+        try:
+            way = sdpa.way(backend, query[:, :, None], *keys_values, ours[:, :, None])
+        except sdpa.Refused as refused:
+            report.line(**values, by=name, refused=str(refused))
+            continue
+        if way.expanded:  # four times the bytes
+            report.line(**values, by=name, refused="shares no heads")
+            continue
+        calls = [partial(sdpa.attend, backend, query[:, :, None], *each) for each in others]
+        report.moved(**values, by=name, size_bytes=keys_values.nbytes, calls=calls)
+
+
+def prefill(report: Report) -> None:
+    """Beside torch's attention, which reads contiguous keys and values where ours reads pages: see bench_sdpa."""
+    counter = torch.zeros(2, dtype=torch.int32, device=GPU)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    for num_new, cached in ((512, 0), (1024, 0), (2048, 0), (4096, 0), (8192, 0), (32768, 0), (2048, 8192)):
+        length = num_new + cached
+        for block_tokens in (64, 16):
+            pool = randn(length // block_tokens, 2, 2, block_tokens, KV_HEADS, DIM)
+            tables = torch.randperm(length // block_tokens, device=GPU).int()[None]
+            query, out = randn(num_new, HEADS, DIM), randn(num_new, HEADS, DIM)
+            starts = torch.tensor([0, num_new], dtype=torch.int32, device=GPU)
+            lengths = torch.tensor([length], dtype=torch.int32, device=GPU)
+            tokens = prefill_attention.block_m(DIM)
+            work = prefill_attention.work_list([num_new], [length], HEADS, tokens).to(GPU)
+            call = partial(
+                prefill_attention.prefill_attention, query, pool, 0, tables, starts, lengths, work, tokens, out
+            )
+            ways: dict[str, Call] = {"triton": call}
+            if prefill_gluon.is_available(torch.cuda.get_device_capability()):
+                for name, given in (("gluon", None), ("gluon_persistent", counter)):
+                    ways[name] = partial(
+                        prefill_gluon.prefill_attention, query, pool, 0, tables, starts, lengths, work, sms, given, out
+                    )
+            for name, each in ways.items():
+                report_prefill(report, each, num_new, cached, by=name, block_tokens=block_tokens)
+        call()  # over the last pool, the portable kernel
+        report_prefill_sdpa(report, query, sdpa.contiguous(pool, 0, tables), out)
+
+
+def report_prefill_sdpa(report: Report, query: torch.Tensor, keys_values: torch.Tensor, ours: torch.Tensor) -> None:
+    """torch's attention of one sequence: query and ours [N, H, D], keys_values [2, 1, KH, L, D]."""
+    num_new, cached = len(query), keys_values.shape[3] - len(query)
+    query, ours = (each.transpose(0, 1)[None].contiguous() for each in (query, ours))
+    for name, backend in sdpa.BACKENDS.items():
+        values = {"by": name, "kv": "contiguous"}
+        try:
+            way = sdpa.way(backend, query, *keys_values, ours)
+        except sdpa.Refused as refused:
+            report.line(kernel="prefill_attention", new=num_new, cached=cached, **values, refused=str(refused))
+            continue
+        report_prefill(report, way.call, num_new, cached, **values, heads="copied" if way.expanded else "shared")
+
+
+def report_prefill(report: Report, call: Call, num_new: int, cached: int, **values: object) -> None:
+    flops = 4 * HEADS * DIM * (num_new * cached + num_new * (num_new + 1) / 2)
+    took = seconds([call] * (8 if num_new + cached <= 4096 else 2))
+    report.line(
+        kernel="prefill_attention", new=num_new, cached=cached, **values, us=round(took * 1e6, 1),
+        tflop_s=round(flops / took / 1e12, 1), of_matmul=round(flops / took / report.ceilings.matmul_flop_s, 3),
+    )  # fmt: skip
+
+
+def cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, gated: torch.Tensor, fused: bool) -> None:
+    torch.mm(x, weight.t(), out=plain)
+    if fused:
+        activation.silu_and_mul(plain, gated)
+
+
+def linears(report: Report) -> None:
+    """The products of Llama-3.1-8B."""
+    _linears(report, {"qkv": QKV_8B, "o": O_8B, "gate_up": GATE_UP_8B, "down": DOWN_8B, "lm_head": HEAD_8B})
+
+
+def qwen3_linears(report: Report) -> None:
+    """Those of Qwen3-8B that differ."""
+    _linears(report, {"gate_up": (12288, 4096, True), "down": (4096, 12288, False), "lm_head": (151936, 4096, False)})
+
+
+def _linears(report: Report, shapes: dict[str, Shape]) -> None:
+    for name, (n, k, fused) in shapes.items():
+        wide = 2 * n if fused else n
+        weights = [randn(wide, k).mul_(k**-0.5) for _ in range(max(3, ROTATED_BYTES // (wide * k * 2)))]
+        for rows in (1, 8, 16, 32, 64, 128, 256):
+            x, plain = randn(rows, k), randn(rows, wide)
+            gated = randn(rows, n)
+
+            size = wide * k * 2
+            report.moved(
+                "linear",
+                size,
+                [partial(cublas, x, w, plain, gated, fused) for w in weights],
+                name=name,
+                rows=rows,
+                by="cublas",
+            )
+            for by, tiles in (("fastest", fastest(rows, (n, k, fused))), ("invariant", invariant(rows, (n, k, fused)))):
+                if tiles is None:
+                    continue
+                out = gated if tiles.splits == 1 else randn(tiles.splits, rows, n, dtype=torch.float32)
+                for pdl in (False, True):
+                    calls = [partial(linear, x, w, None, tiles, out, fused=fused, pdl=pdl) for w in weights]
+                    report.moved("linear", size, calls, name=name, rows=rows, by=by, pdl=pdl)
+
+
+def main() -> None:
+    report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+    torch.manual_seed(0)
+    attention = decode, mixed, pools, prefill
+    for part in (ceilings, small, choice, whole_blocks, host_copies, *attention, linears, qwen3_linears):
+        if part is ceilings or part.__name__ in sys.argv[2:] or not sys.argv[2:]:
+            part(report)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

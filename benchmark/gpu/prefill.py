@@ -1,0 +1,97 @@
+"""Times the computing of prompts by a served runner on the GPU at hand: random weights, prompts in chunks of a budget.
+
+One JSON line a cell: `prompts` of `tokens` each, computed in steps of `--budget` tokens with one step under way while
+the next is launched, as a worker does; tokens a second from first launch to last read, the median of three runs. With
+`--breakdown` another line a cell, once all are timed: what the time of a run goes to, and the least that it could be
+(scripts/step_breakdown.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import time
+from functools import partial
+
+from baton.benchmark.gpu import step_breakdown
+from baton.benchmark.gpu.gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
+from baton.models.batch import Draw, Row
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.node.messages.control import SamplingParams
+
+CELLS = "1x128,1x256,1x512,1x1024,1x2048,4x2048,1x8192,1x32768"
+GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
+RUNS = 3
+
+
+def steps(num_prompts: int, tokens: int, budget: int, num_blocks: int) -> list[list[Row]]:
+    """The prompts' chunks, packed to the budget."""
+    chance = random.Random(0)
+    each = -(-tokens // BLOCK_TOKENS)
+    blocks = chance.sample(range(num_blocks), num_prompts * each)
+    made: list[list[Row]] = [[]]
+    room = budget
+    for slot in range(num_prompts):
+        table, start = blocks[slot * each : (slot + 1) * each], 0
+        while start < tokens:
+            if room == 0:
+                made.append([])
+                room = budget
+            length = min(tokens - start, room)
+            draw = Draw(GREEDY, (), tokens, 0) if start + length == tokens else None
+            ids = [chance.randrange(100_000) for _ in range(length)]
+            made[-1].append(Row(ids, start, table, draw, slot))
+            start, room = start + length, room - length
+    return made
+
+
+def run(runner: CudaRunner, batches: list[list[Row]]) -> float:
+    """Seconds for all of them."""
+    flights = []
+    began_at = time.perf_counter()
+    for rows in batches:
+        flights.append(runner.launch(rows))
+        if len(flights) > runner.run_ahead:
+            flights.pop(0).read()
+    for flight in flights:
+        flight.read()
+    return time.perf_counter() - began_at
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
+    parser.add_argument("--cells", default=CELLS, help="prompts x tokens, comma separated")
+    parser.add_argument("--budget", type=int, default=8192, help="tokens a step")
+    parser.add_argument("--breakdown", action="store_true", help="where the time of a run goes, beside its floors")
+    options = parser.parse_args()
+    cells = [tuple(int(number) for number in cell.split("x")) for cell in options.cells.split(",")]
+    ceilings = step_breakdown.ceilings() if options.breakdown else None
+    config, weights = load_shape(options.shape)
+    longest, most = max(tokens for _, tokens in cells) + 1, max(prompts for prompts, _ in cells)
+    pool = random_pool(config, max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8)
+    runner = make_runner(config, weights, Limits(most, options.budget), pool, longest)
+    profiled: list[step_breakdown.Cell] = []
+    for prompts, tokens in cells:
+        batches = steps(prompts, tokens, options.budget, len(pool))
+        run(runner, batches)
+        took = statistics.median(run(runner, batches) for _ in range(RUNS))
+        line(
+            what="prefill",
+            prompts=prompts,
+            tokens=tokens,
+            budget=options.budget,
+            ms=round(took * 1e3, 2),
+            tokens_s=round(prompts * tokens / took),
+        )
+        if ceilings is not None:
+            values = {"what": "prefill_breakdown", "prompts": prompts, "tokens": tokens, "budget": options.budget}
+            floors = step_breakdown.floors_s(config, batches, ceilings)
+            profiled.append(step_breakdown.Cell(values, partial(run, runner, batches), took * 1e3, floors))
+    if ceilings is not None:
+        step_breakdown.report(runner.queue, profiled)
+
+
+if __name__ == "__main__":
+    main()

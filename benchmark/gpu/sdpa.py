@@ -1,0 +1,89 @@
+"""torch's fused attention beside ours: cuDNN's and FlashAttention 2, through scaled_dot_product_attention.
+
+They read keys and values that lie together, [B, KH, L, D]; ours reads pages of a pool through a table. So theirs is the
+easier task, and what a cache of pages costs is within the difference.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.functional import scaled_dot_product_attention
+
+from baton.benchmark.gpu.ceilings import Call
+
+BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
+MOST_OFF = 0.01
+"""Relative error against ours: the probabilities of both were rounded to bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    call: Call
+    expanded: bool
+    """Each key head was copied for its query heads beforehand; else the backend shares them."""
+
+
+class Refused(Exception):
+    """The backend does not compute this, or not rightly; says why."""
+
+
+def contiguous(pool: torch.Tensor, layer: int, tables: torch.Tensor) -> torch.Tensor:
+    """[2, B, KH, L, D]: keys and values of pages; pool [blocks, layers, 2, block_tokens, KH, D], tables [B, pages]."""
+    pages = pool[tables.long(), layer]  # [B, pages, 2, block_tokens, KH, D]
+    return pages.permute(2, 0, 4, 1, 3, 5).flatten(3, 4).contiguous()
+
+
+def attend(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """[B, H, N, D] of the last N of L tokens: query [B, H, N, D], keys and values [B, KH, L, D]."""
+    num_new, length = query.shape[2], keys.shape[2]
+    square = num_new == length
+    mask = None if square or num_new == 1 else causal_lower_right(num_new, length)
+    if mask is not None and backend == SDPBackend.CUDNN_ATTENTION:
+        raise Refused("torch lets cuDNN's causal mask begin at the top left only")
+    with sdpa_kernel(backend):
+        return scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, is_causal=square and num_new > 1,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )  # fmt: skip
+
+
+def way(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ours: torch.Tensor) -> Way:
+    """Checked against ours, [B, H, N, D]; with heads that are shared if the backend can, else with copies."""
+    try:
+        return Way(_checked(partial(attend, backend, query, keys, values), ours), False)
+    except Refused as error:
+        refused = str(error)
+    group = query.shape[1] // keys.shape[1]
+    copies = (each.repeat_interleave(group, dim=1) for each in (keys, values))
+    try:
+        return Way(_checked(partial(attend, backend, query, *copies), ours), True)
+    except Refused as again:
+        if str(again) == refused:
+            raise
+        raise Refused(f"{refused}; with copied heads: {again}") from again
+
+
+def _checked(call: Call, ours: torch.Tensor) -> Call:
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        try:
+            found = call()
+        except RuntimeError as error:
+            raise Refused(_reason(error, [str(each.message) for each in told])) from error
+    off = float((found - ours).float().norm() / ours.float().norm())
+    if not off <= MOST_OFF:
+        raise Refused(f"differs from ours by {off:.3g}")
+    return call
+
+
+def _reason(error: RuntimeError, told: list[str]) -> str:
+    """torch warns of what each backend lacks, and only then raises."""
+    said = [text.partition(" (Triggered")[0] for text in told]
+    why = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
+    return " ".join([*why, str(error).partition("\n")[0]])

@@ -1,0 +1,1 @@
+"""Fast CPU versions of operations whose torch reference is in `kernels.reference`."""

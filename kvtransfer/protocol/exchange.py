@@ -1,0 +1,499 @@
+"""All transfers of one worker: the machines of every transfer in motion, and which messages and movements are theirs.
+
+It owns the tables of senders and receivers, and carries out what the machines of `transfer.py` ask for. It has
+no thread and no clock: the carrier calls it with what came in and what time it is. A worker may send and receive.
+Blocks are only numbers here; who owns them is the block manager's business, in another thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import NamedTuple
+
+from baton.kvtransfer.planes.base import IoDone, Plane
+from baton.kvtransfer.protocol.pairs import Pairs, Wire
+from baton.kvtransfer.protocol.receiver import Receiver
+from baton.kvtransfer.protocol.sender import Sender
+from baton.kvtransfer.protocol.transfer import (
+    Action,
+    Arrived,
+    CancelIo,
+    DigestsOf,
+    Ended,
+    PostReceive,
+    PostSend,
+    State,
+    Tell,
+    Timing,
+)
+from baton.node.errors import SettingsError
+from baton.node.messages.base import Message
+from baton.node.messages.control import Logprob, Refused
+from baton.node.messages.transfer import (
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Finish,
+    Grant,
+    Hello,
+    Offer,
+    Renew,
+    Valid,
+    Validate,
+    Welcome,
+)
+
+MAX_EARLY_GRANTS = 4096
+SOON_S = 0.001
+"""When to look again at a plane that no socket tells of."""
+LOOK_AT_PAIRS_S = 30.0
+
+
+class LegKey(NamedTuple):
+    """One attempt of one request, which has at most one transfer."""
+
+    request_id: str
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class SenderEnded:
+    """The sent blocks are touched no more."""
+
+    leg: LegKey
+    ok: bool
+    reason: str
+    sent_blocks: int
+    transfer_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class KvArrived:
+    """Every block of the transfer has arrived and is verified."""
+
+    transfer_id: bytes
+    token_id: int
+    logprob: Logprob | None
+    at: float
+    """When that was, on this worker's clock."""
+    wait_s: float
+    """Since prefill drew the first token: nothing was in motion."""
+    transfer_s: float
+    """After that, until it had arrived."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReceiverEnded:
+    """A transfer ended without arriving; its blocks are touched no more."""
+
+    transfer_id: bytes
+    reason: str
+    cancelled: bool = False
+    """One of the two sides called it off, and nothing went wrong: whoever did answers for it."""
+
+
+Event = SenderEnded | KvArrived | ReceiverEnded
+
+
+@dataclass(slots=True)
+class _Sending:
+    leg: LegKey
+    peer: str
+    machine: Sender
+    plane: Plane | None = None  # where something was posted: it says when that is over, though the pair be forgotten
+
+
+@dataclass(slots=True)
+class _Receiving:
+    peer: str
+    machine: Receiver
+    plane: Plane
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What decode promises to receive: its own `blocks` for blocks [first_block, ...) of the sequence."""
+
+    transfer_id: bytes
+    leg: LegKey
+    peer: str
+    first_block: int
+    blocks: tuple[int, ...]
+    deadline: float
+
+
+@dataclass(slots=True)
+class Counters:
+    """What an operator wants to see; only ever grows."""
+
+    sent_blocks: int = 0
+    received_blocks: int = 0
+    transfers_sent: int = 0
+    transfers_received: int = 0
+    transfers_cancelled: int = 0
+    transfers_failed: int = 0
+    pairs_refused: int = 0
+    strange_messages: int = 0
+    digest_retries: int = 0
+    transfer_s_sum: float = 0.0
+
+
+class Exchange:
+    """See the module's docstring."""
+
+    def __init__(
+        self,
+        identity: str,
+        namespace: bytes,
+        planes: Sequence[Plane],
+        digests_of: DigestsOf,
+        wire: Wire,
+        *,
+        chunk_blocks: int,
+        pulled_chunk_blocks: int = 0,
+        window: int = 8,
+        timing: Timing | None = None,
+        soon_s: float = SOON_S,
+    ) -> None:
+        """`chunk_blocks`: most blocks in an offer; `pulled_chunk_blocks`: where the receiver pulls, if that is more."""
+        self.counters = Counters()
+        self.events: list[Event] = []
+        self._planes = tuple(planes)
+        self._digests_of = digests_of
+        self._wire = wire
+        self._chunk_blocks, self._pulled_chunk_blocks = chunk_blocks, max(chunk_blocks, pulled_chunk_blocks)
+        self._window = window
+        self._soon_s = soon_s
+        self._timing = timing or Timing()
+        self._pairs = Pairs(identity, namespace, planes, wire)
+        self._waiting: dict[bytes, Incoming] = {}  # receivers whose peer has not said Hello yet
+        self._senders: dict[LegKey, _Sending] = {}
+        self._sending: dict[bytes, _Sending] = {}  # those that know their transfer id
+        self._receivers: dict[bytes, _Receiving] = {}
+        self._ended: deque[tuple[float, _Sending | _Receiving]] = deque()  # remembered until then, in order
+        self._live_senders: dict[LegKey, _Sending] = {}
+        self._live_receivers: dict[bytes, _Receiving] = {}
+        self._early_grants: dict[LegKey, tuple[str, Grant]] = {}
+        self._lost: list[str] = []
+        self._look_at_pairs_at = 0.0
+
+    # ---- told by the worker's loop
+
+    def open_sender(self, leg: LegKey, peer: str, address: str, deadline: float, now: float) -> None:
+        """A prompt will be computed whose KV goes to `peer` at `address`."""
+        if leg in self._senders:  # a replay: the worker has forgotten the leg, so its transfer has ended
+            self.events.append(SenderEnded(leg, False, "this leg was sent before", 0, 0.0))
+            return
+        chunk = partial(self._chunk_of, peer)
+        machine = Sender(self._digests_of, chunk_blocks=chunk, timing=self._timing, now=now, deadline=deadline)
+        sending = _Sending(leg, peer, machine)
+        self._senders[leg] = self._live_senders[leg] = sending
+        try:
+            self._pairs.greet(peer, address, now)
+        except SettingsError as error:  # the address is a peer's text, and may be none
+            self._run_sender(sending, sending.machine.abort(str(error), now), now)
+            return
+        early = self._early_grants.pop(leg, None)
+        if early is not None and early[0] == peer:
+            self._on_grant(peer, early[1], now)
+
+    def _chunk_of(self, peer: str) -> int:
+        """Most blocks in an offer: what is sent must come in time over any link, what is pulled costs messages."""
+        plane = self._pairs.plane_of(peer)
+        return self._pulled_chunk_blocks if plane is not None and plane.pulls else self._chunk_blocks
+
+    def tell_blocks(self, leg: LegKey, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> None:
+        """The first len(blocks) blocks of the sequence are final. `sums`: checksums known already, by block."""
+        if (sending := self._senders.get(leg)) is not None:
+            self._run_sender(sending, sending.machine.on_blocks(blocks, sums, now), now)
+
+    def tell_token(self, leg: LegKey, token_id: int, logprob: Logprob | None, now: float) -> None:
+        """All blocks are told; the first token goes after them."""
+        if (sending := self._senders.get(leg)) is not None:
+            self._run_sender(sending, sending.machine.on_token(token_id, logprob, now), now)
+
+    def cancel_sender(self, leg: LegKey, reason: str, now: float) -> None:
+        """Nobody wants this KV any more. SenderEnded follows when nothing reads its blocks."""
+        if (sending := self._senders.get(leg)) is not None:
+            self._run_sender(sending, sending.machine.abort(reason, now, cancelled=True), now)
+
+    def open_receiver(self, incoming: Incoming, now: float) -> None:
+        plane = self._pairs.plane_of(incoming.peer)
+        if plane is None:
+            self._waiting[incoming.transfer_id] = incoming
+            return
+        machine = Receiver(
+            incoming.transfer_id,
+            incoming.leg.request_id,
+            incoming.leg.attempt,
+            first_block=incoming.first_block,
+            blocks=incoming.blocks,
+            digests_of=self._digests_of,
+            pulls=plane.pulls,
+            window=self._window,
+            timing=self._timing,
+            deadline=incoming.deadline,
+        )
+        receiving = _Receiving(incoming.peer, machine, plane)
+        self._receivers[incoming.transfer_id] = self._live_receivers[incoming.transfer_id] = receiving
+        self._run_receiver(receiving, machine.start(now), now)
+
+    def cancel_receiver(self, transfer_id: bytes, reason: str, now: float) -> None:
+        """Nobody wants this KV any more. ReceiverEnded follows when nothing writes to its blocks."""
+        if not self._end_waiting(transfer_id, reason) and (receiving := self._receivers.get(transfer_id)) is not None:
+            self._run_receiver(receiving, receiving.machine.abort(reason, now, cancelled=True), now)
+
+    def _end_waiting(self, transfer_id: bytes, reason: str) -> bool:
+        if self._waiting.pop(transfer_id, None) is None:
+            return False
+        self.events.append(ReceiverEnded(transfer_id, reason))
+        return True
+
+    # ---- told by the wire
+
+    def on_message(self, peer: str, message: Message, now: float) -> None:
+        """A message of another worker. What fits no transfer of this peer's is answered or dropped, never raised."""
+        match message:
+            case Hello():
+                self._on_hello(peer, message, now)
+            case Welcome():
+                self.counters.strange_messages += not self._pairs.on_welcome(peer, message, now)
+            case Refused():
+                self.counters.pairs_refused += 1
+                self._lose(peer, f"refused: {message.reason}", now)
+            case Grant():
+                self._on_grant(peer, message, now)
+            case Renew():
+                for transfer_id in message.transfer_ids:
+                    if not self._to_sender(peer, transfer_id, message, now):
+                        self._wire.send(peer, Abort(transfer_id=transfer_id, reason="unknown transfer"))
+            case Accept() | Validate() | Ack():
+                if not self._to_sender(peer, message.transfer_id, message, now):
+                    self._wire.send(peer, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
+            case Offer() | Valid() | Finish():
+                if not self._to_receiver(peer, message.transfer_id, message, now):
+                    self._wire.send(peer, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
+            case Abort() | Aborted():
+                known = self._to_sender(peer, message.transfer_id, message, now) or self._to_receiver(
+                    peer, message.transfer_id, message, now
+                )
+                if not known and isinstance(message, Abort):
+                    self._wire.send(peer, Aborted(transfer_id=message.transfer_id))
+            case _:
+                self.counters.strange_messages += 1
+
+    def tick(self, now: float) -> None:
+        """Advance the planes and every timer that is due."""
+        for plane in self._planes:
+            while ended := plane.poll():  # what ended makes room for more, which may end at once
+                for done in ended:
+                    self._on_io_done(done, now)
+        for sending in list(self._live_senders.values()):
+            self._tick_sender(sending, now)
+            self._pairs.greet_again(sending.peer, now)
+        for receiving in list(self._live_receivers.values()):
+            self._tick_receiver(receiving, now)
+        self._forget_ended(now)
+        self._forget_idle_pairs(now)
+        for incoming in [i for i in self._waiting.values() if now >= i.deadline]:
+            self._end_waiting(incoming.transfer_id, "the prefill worker never said hello")
+        while self._lost:
+            self._lose(self._lost.pop(), "peer lost", now)
+
+    def wake_at(self, now: float) -> float:
+        """When `tick` must be called at the latest, if nothing else happens."""
+        pending = any(plane.pending for plane in self._planes)
+        if not self.in_motion:  # most of the time of most workers
+            return now + SOON_S if pending else float("inf")
+        soon = (
+            pending
+            or any(s.machine.state is State.STOPPING for s in self._live_senders.values())
+            or any(r.machine.state is State.STOPPING for r in self._live_receivers.values())
+        )
+        times = chain(
+            (s.machine.wake_at for s in self._live_senders.values()),
+            (r.machine.wake_at for r in self._live_receivers.values()),
+            (i.deadline for i in self._waiting.values()),
+            (self._pairs.greets_again_at(s.peer) for s in self._live_senders.values()),
+            (now + self._soon_s,) if soon else (),
+        )
+        return min(times, default=float("inf"))
+
+    @property
+    def in_motion(self) -> int:
+        """Transfers that still hold blocks."""
+        return len(self._waiting) + len(self._live_senders) + len(self._live_receivers)
+
+    @property
+    def sockets(self) -> list[object]:
+        """What to wait on besides the endpoint."""
+        return [socket for plane in self._planes for socket in plane.sockets()]
+
+    def close(self) -> None:
+        for plane in self._planes:
+            plane.close()
+
+    # ---- pairs
+
+    def _on_hello(self, peer: str, hello: Hello, now: float) -> None:
+        if not self._pairs.on_hello(peer, hello, now):
+            self.counters.pairs_refused += 1
+            return
+        for incoming in [i for i in self._waiting.values() if i.peer == peer]:
+            del self._waiting[incoming.transfer_id]
+            self.open_receiver(incoming, now)
+
+    def _lose(self, peer: str, reason: str, now: float) -> None:
+        """End everything that involves `peer`."""
+        for sending in [s for s in self._live_senders.values() if s.peer == peer]:
+            self._run_sender(sending, sending.machine.abort(reason, now), now)
+        for transfer_id in [i.transfer_id for i in self._waiting.values() if i.peer == peer]:
+            self._end_waiting(transfer_id, reason)
+        for receiving in [r for r in self._live_receivers.values() if r.peer == peer]:
+            self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
+        self._pairs.forget(peer)
+
+    def _forget_idle_pairs(self, now: float) -> None:
+        if now < self._look_at_pairs_at:
+            return
+        self._look_at_pairs_at = now + LOOK_AT_PAIRS_S
+        busy = {s.peer for s in self._live_senders.values()} | {r.peer for r in self._live_receivers.values()}
+        for peer in set(self._pairs.idle(now)) - busy:
+            self._lose(peer, "idle", now)
+            self._wire.disconnect(peer)
+
+    # ---- machines
+
+    def _on_io_done(self, done: IoDone, now: float) -> None:
+        transfer_id = done.key.transfer_id
+        if done.sending and (sending := self._sending.get(transfer_id)) is not None:
+            self._run_sender(sending, sending.machine.on_io_done(done.key, done.ok, now), now)
+        elif not done.sending and (receiving := self._receivers.get(transfer_id)) is not None:
+            self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now, done.digest), now)
+
+    def _on_grant(self, peer: str, grant: Grant, now: float) -> None:
+        leg = LegKey(grant.request_id, grant.attempt)
+        sending = self._senders.get(leg)
+        if sending is None:  # the proxy's Prefill is still under way
+            while len(self._early_grants) >= MAX_EARLY_GRANTS:
+                del self._early_grants[next(iter(self._early_grants))]
+            self._early_grants[leg] = (peer, grant)
+        elif sending.peer == peer:
+            self._sending.setdefault(grant.transfer_id, sending)
+            self._run_sender(sending, sending.machine.on_message(grant, now), now)
+        else:
+            self.counters.strange_messages += 1
+
+    def _to_sender(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
+        sending = self._sending.get(transfer_id)
+        if sending is None or sending.peer != peer or sending.machine.transfer_id != transfer_id:
+            return False
+        if isinstance(message, Accept) and self._pairs.plane_of(peer) is None:
+            return True  # it has overtaken the Welcome that says over which plane; it will be repeated
+        self._run_sender(sending, sending.machine.on_message(message, now), now)
+        return True
+
+    def _to_receiver(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
+        receiving = self._receivers.get(transfer_id)
+        if receiving is None or receiving.peer != peer:
+            return False
+        self._run_receiver(receiving, receiving.machine.on_message(message, now), now)
+        return True
+
+    def _run_sender(self, sending: _Sending, actions: list[Action], now: float) -> None:
+        plane = self._pairs.plane_of(sending.peer)
+        transfer_id = sending.machine.transfer_id
+        for action in actions:
+            match action:
+                case Tell():
+                    self._wire.send(sending.peer, action.message)
+                case PostSend() if plane is not None:
+                    sending.plane = plane
+                    plane.post_send(sending.peer, action.key, action.blocks)
+                case CancelIo():
+                    if sending.plane is not None and transfer_id is not None:
+                        sending.plane.cancel(transfer_id)
+                    self._settle_sender(sending, now)
+                case Ended():
+                    self._sender_ended(sending, action, now)
+
+    def _settle_sender(self, sending: _Sending, now: float) -> None:
+        plane, transfer_id = sending.plane, sending.machine.transfer_id
+        if plane is None or transfer_id is None or plane.idle(transfer_id):
+            self._run_sender(sending, sending.machine.on_idle(now), now)
+
+    def _sender_ended(self, sending: _Sending, ended: Ended, now: float) -> None:
+        del self._live_senders[sending.leg]
+        self._ended.append((now + self._timing.forget_s, sending))
+        transfer_s = now - sending.machine.started_at if ended.ok else 0.0
+        if ended.ok:
+            self.counters.transfers_sent += 1
+            self.counters.sent_blocks += sending.machine.offered_blocks
+            self.counters.transfer_s_sum += transfer_s
+        else:
+            self._count_end(ended)
+        self.events.append(SenderEnded(sending.leg, ended.ok, ended.reason, sending.machine.offered_blocks, transfer_s))
+
+    def _count_end(self, ended: Ended) -> None:
+        if ended.cancelled:
+            self.counters.transfers_cancelled += 1
+        else:
+            self.counters.transfers_failed += 1
+
+    def _run_receiver(self, receiving: _Receiving, actions: list[Action], now: float) -> None:
+        plane, transfer_id = receiving.plane, receiving.machine.transfer_id
+        for action in actions:
+            match action:
+                case Tell():
+                    if not self._wire.send(receiving.peer, action.message):
+                        self._lost.append(receiving.peer)
+                case PostReceive():
+                    self.counters.digest_retries += action.key.retry > 0
+                    plane.post_receive(receiving.peer, action.key, action.source, action.blocks)
+                case CancelIo():
+                    plane.cancel(transfer_id)
+                    self._settle_receiver(receiving, now)
+                case Arrived():
+                    self._receiver_over(receiving, now)
+                    self.counters.transfers_received += 1
+                    self.counters.received_blocks += receiving.machine.num_blocks
+                    arrived = action.token_id, action.logprob, now, action.wait_s, action.transfer_s
+                    self.events.append(KvArrived(transfer_id, *arrived))
+                case Ended():
+                    self._receiver_over(receiving, now)
+                    self._count_end(action)
+                    self.events.append(ReceiverEnded(transfer_id, action.reason, action.cancelled))
+
+    def _settle_receiver(self, receiving: _Receiving, now: float) -> None:
+        if receiving.plane.idle(receiving.machine.transfer_id):
+            self._run_receiver(receiving, receiving.machine.on_idle(now), now)
+
+    def _receiver_over(self, receiving: _Receiving, now: float) -> None:
+        del self._live_receivers[receiving.machine.transfer_id]
+        self._ended.append((now + self._timing.forget_s, receiving))
+
+    def _tick_sender(self, sending: _Sending, now: float) -> None:
+        if sending.machine.state is State.STOPPING:
+            self._settle_sender(sending, now)
+        elif now >= sending.machine.wake_at:
+            self._run_sender(sending, sending.machine.on_timer(now), now)
+
+    def _tick_receiver(self, receiving: _Receiving, now: float) -> None:
+        if receiving.machine.state is State.STOPPING:
+            self._settle_receiver(receiving, now)
+        elif now >= receiving.machine.wake_at:
+            self._run_receiver(receiving, receiving.machine.on_timer(now), now)
+
+    def _forget_ended(self, now: float) -> None:
+        while self._ended and now >= self._ended[0][0]:
+            _, ended = self._ended.popleft()
+            if isinstance(ended, _Receiving):
+                del self._receivers[ended.machine.transfer_id]
+            else:
+                del self._senders[ended.leg]
+                self._sending.pop(ended.machine.transfer_id or b"", None)

@@ -1,0 +1,286 @@
+"""Decode's half of the transfer protocol: grant, accept in order, verify every chunk, acknowledge. See transfer.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+
+from baton.kvtransfer.planes.base import ChunkKey
+from baton.kvtransfer.protocol.transfer import (
+    Action,
+    Arrived,
+    CancelIo,
+    DigestsOf,
+    Ended,
+    PostReceive,
+    Repeater,
+    State,
+    Tell,
+    Timing,
+)
+from baton.node.messages.base import Message
+from baton.node.messages.transfer import (
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Finish,
+    Grant,
+    Offer,
+    Renew,
+    Valid,
+    Validate,
+)
+
+
+class _Chunk(Enum):
+    OFFERED = auto()
+    MOVING = auto()
+    VALIDATING = auto()
+    LANDED = auto()
+
+
+@dataclass(slots=True)
+class _Incoming:
+    offer: Offer
+    state: _Chunk = _Chunk.OFFERED
+    retry: int = 0
+    give_up_at: float = float("inf")
+
+
+class Receiver:
+    """Decode's half. `blocks` are its own ids for blocks [first_block, first_block + len(blocks)) of the sequence."""
+
+    MAX_RETRIES = 1
+
+    def __init__(
+        self,
+        transfer_id: bytes,
+        request_id: str,
+        attempt: int,
+        *,
+        first_block: int,
+        blocks: Sequence[int],
+        digests_of: DigestsOf,
+        pulls: bool,
+        window: int,
+        timing: Timing,
+        deadline: float,
+    ) -> None:
+        self.state = State.OPEN
+        self.transfer_id = transfer_id
+        self._grant = Grant(
+            transfer_id=transfer_id,
+            request_id=request_id,
+            attempt=attempt,
+            first_block=first_block,
+            num_blocks=first_block + len(blocks),
+            lease_s=timing.lease_s,
+        )
+        self._first_block = first_block
+        self._blocks = tuple(blocks)
+        self._digests_of = digests_of
+        self._pulls = pulls
+        self._window = window
+        self._timing = timing
+        self._deadline = deadline
+        self._chunks: dict[int, _Incoming] = {}
+        self._next_seq = 0  # chunks are accepted in order: NCCL matches by order alone
+        self._covered = 0  # blocks that offers cover so far, also in order
+        self._finish: Finish | None = None
+        self._finish_at = 0.0
+        self._moved_at: float | None = None  # when bytes moved again, or still, after the Finish
+        self._repeat = Repeater(timing)
+        self._renew_at = float("inf")
+        self._outcome = Ended(False, "never started")
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self._blocks)
+
+    def start(self, now: float) -> list[Action]:
+        self._repeat.start(now)
+        self._renew_at = now + self._timing.lease_s / 4
+        return [Tell(self._grant)]
+
+    def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
+        """Give up; also the way to end a transfer whose sequence was cancelled."""
+        if self.state is not State.OPEN:
+            return []
+        stop = self._stop(Ended(False, reason, cancelled))
+        return [*stop, self._say_abort()]
+
+    def on_message(self, message: Message, now: float) -> list[Action]:
+        match message:
+            case Abort():
+                return [
+                    *self._stop(Ended(False, message.reason, message.cancelled)),
+                    Tell(Aborted(transfer_id=self.transfer_id)),
+                ]
+            case Aborted():
+                return self._stop(Ended(False, "aborted by the peer"))
+        if self.state is State.DONE:
+            return [Tell(Ack(transfer_id=self.transfer_id))]
+        if self.state is not State.OPEN:
+            return [self._say_abort()]
+        match message:
+            case Offer():
+                return self._on_offer(message, now)
+            case Valid():
+                return self._on_valid(message, now)
+            case Finish():
+                return self._on_finish(message, now)
+        return []
+
+    def on_io_done(self, key: ChunkKey, ok: bool, now: float, digest: bytes = b"") -> list[Action]:
+        """A posted receive ended. What it wrote is checked here, before anyone may use it: by the digest that the plane
+        made, if it did."""
+        chunk = self._chunks.get(key.seq)
+        if (
+            self.state is not State.OPEN
+            or chunk is None
+            or chunk.state is not _Chunk.MOVING
+            or key.retry != chunk.retry
+        ):
+            return []
+        if ok and not digest:
+            (digest,) = self._digests_of([self._destination(chunk.offer)])
+        if not ok or digest != chunk.offer.digest:
+            return self._ask_again(chunk, now)
+        if self._pulls:
+            chunk.state = _Chunk.VALIDATING
+            self._repeat.start(now)
+            return [Tell(Validate(transfer_id=self.transfer_id, seq=key.seq, retry=key.retry))]
+        return self._land(chunk, now)
+
+    def on_timer(self, now: float) -> list[Action]:
+        if self.state is not State.OPEN:
+            return []
+        if now >= self._deadline:
+            return self.abort("deadline", now)
+        if any(now >= chunk.give_up_at for chunk in self._chunks.values() if chunk.state is not _Chunk.LANDED):
+            return self.abort("chunk did not arrive in time", now)
+        actions: list[Action] = []
+        if now >= self._renew_at:
+            self._renew_at = now + self._timing.lease_s / 4
+            actions.append(Tell(Renew(transfer_ids=(self.transfer_id,))))
+        if self._repeat.due(now):
+            actions += self._unanswered()
+        return actions
+
+    def on_idle(self, now: float) -> list[Action]:
+        if self.state is not State.STOPPING:
+            return []
+        self.state = State.CLOSED
+        return [self._outcome]
+
+    @property
+    def wake_at(self) -> float:
+        if self.state is not State.OPEN:
+            return float("inf")
+        chunks = (c.give_up_at for c in self._chunks.values() if c.state is not _Chunk.LANDED)
+        return min(self._deadline, self._renew_at, self._repeat.at, min(chunks, default=float("inf")))
+
+    # -- inside
+
+    def _on_offer(self, offer: Offer, now: float) -> list[Action]:
+        known = self._chunks.get(offer.seq)
+        if known is not None:
+            return [Tell(self._accept_message(known))] if known.state is _Chunk.MOVING else []
+        if offer.seq != len(self._chunks):
+            return []  # an earlier offer was lost: it will be repeated, and this one after it
+        begin = offer.first_block - self._first_block
+        if begin != self._covered or begin + len(offer.source) > len(self._blocks):
+            return self.abort(f"offer {offer.seq} does not follow on block {self._first_block + self._covered}", now)
+        self._covered += len(offer.source)
+        self._chunks[offer.seq] = _Incoming(offer)
+        return self._accept_more(now)
+
+    def _on_finish(self, finish: Finish, now: float) -> list[Action]:
+        if self._finish is None:
+            self._finish_at = now
+            self._moved_at = now if self._num_moving() else None
+        self._finish = finish
+        return self._arrive_if_whole(now)
+
+    def _num_moving(self) -> int:
+        return sum(c.state in (_Chunk.MOVING, _Chunk.VALIDATING) for c in self._chunks.values())
+
+    def _accept_more(self, now: float) -> list[Action]:
+        moving = self._num_moving()
+        actions: list[Action] = []
+        while moving < self._window and (chunk := self._chunks.get(self._next_seq)) is not None:
+            self._next_seq += 1
+            moving += 1
+            actions += self._post(chunk, now)
+        return actions
+
+    def _post(self, chunk: _Incoming, now: float) -> list[Action]:
+        chunk.state = _Chunk.MOVING
+        if self._finish is not None and self._moved_at is None:
+            self._moved_at = now
+        chunk.give_up_at = now + self._timing.chunk_s
+        self._repeat.start(now)
+        key = ChunkKey(self.transfer_id, chunk.offer.seq, chunk.retry)
+        receive = PostReceive(key, chunk.offer.source, self._destination(chunk.offer))
+        return [receive, Tell(self._accept_message(chunk))]
+
+    def _ask_again(self, chunk: _Incoming, now: float) -> list[Action]:
+        if chunk.retry >= self.MAX_RETRIES:
+            return self.abort(f"chunk {chunk.offer.seq} arrived damaged twice", now)
+        chunk.retry += 1
+        return self._post(chunk, now)
+
+    def _on_valid(self, valid: Valid, now: float) -> list[Action]:
+        chunk = self._chunks.get(valid.seq)
+        if chunk is None or chunk.state is not _Chunk.VALIDATING or valid.retry != chunk.retry:
+            return []
+        return self._land(chunk, now)
+
+    def _land(self, chunk: _Incoming, now: float) -> list[Action]:
+        chunk.state = _Chunk.LANDED
+        return [*self._accept_more(now), *self._arrive_if_whole(now)]
+
+    def _arrive_if_whole(self, now: float) -> list[Action]:
+        finish = self._finish
+        if finish is None or finish.num_chunks != len(self._chunks):
+            return []
+        if self._covered != len(self._blocks):
+            return self.abort(f"finished after {self._covered} of {len(self._blocks)} blocks", now)
+        if any(chunk.state is not _Chunk.LANDED for chunk in self._chunks.values()):
+            return []
+        self.state = State.DONE
+        moved_at = now if self._moved_at is None else self._moved_at
+        wait_s = finish.waited_s + moved_at - self._finish_at
+        arrived = Arrived(finish.token_id, finish.logprob, wait_s, now - moved_at)
+        return [arrived, Tell(Ack(transfer_id=self.transfer_id))]
+
+    def _unanswered(self) -> list[Action]:
+        if not self._chunks and self._finish is None:
+            return [Tell(self._grant)]
+        actions: list[Action] = []
+        for seq, chunk in self._chunks.items():
+            if chunk.state is _Chunk.MOVING:
+                actions.append(Tell(self._accept_message(chunk)))
+            elif chunk.state is _Chunk.VALIDATING:
+                actions.append(Tell(Validate(transfer_id=self.transfer_id, seq=seq, retry=chunk.retry)))
+        return actions
+
+    def _accept_message(self, chunk: _Incoming) -> Accept:
+        return Accept(transfer_id=self.transfer_id, seq=chunk.offer.seq, retry=chunk.retry)
+
+    def _destination(self, offer: Offer) -> tuple[int, ...]:
+        begin = offer.first_block - self._first_block
+        return self._blocks[begin : begin + len(offer.source)]
+
+    def _say_abort(self) -> Tell:
+        outcome = self._outcome
+        return Tell(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))
+
+    def _stop(self, outcome: Ended) -> list[Action]:
+        if self.state is not State.OPEN:
+            return []
+        self.state = State.STOPPING
+        self._outcome = outcome
+        return [CancelIo()]

@@ -1,0 +1,53 @@
+"""A layer's attention over a step: writes keys and values into the paged pool, then serves decode groups and chunks.
+
+Holds the views of the pool; knows the pool's shape, not who owns its blocks.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from baton import kernels
+from baton.models.config import ModelConfig
+from baton.models.cpu.step_batch import PoolShape, StepBatch
+
+
+class PagedAttention:
+    """Attention of one model over one pool [num_blocks, layers, 2, block_tokens, kv_heads, head_dim], contiguous."""
+
+    def __init__(self, config: ModelConfig, pool: torch.Tensor) -> None:
+        self._config = config
+        self.shape = PoolShape(
+            num_layers=config.num_layers,
+            block_tokens=pool.shape[3],
+            token_bytes=2 * config.num_kv_heads * config.head_dim * pool.element_size(),
+        )
+        self._slots = pool.view(-1, config.num_kv_heads * config.head_dim)
+        self._pieces = pool.view(-1, pool.shape[3] * config.num_kv_heads * config.head_dim)
+        self._workspace = kernels.Workspace()
+
+    def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch) -> torch.Tensor:
+        """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]."""
+        config, ids = self._config, step.piece_ids[layer]
+        kernels.write_kv(self._slots, step.slot_ids[layer], kv)
+        out = torch.empty_like(query, memory_format=torch.contiguous_format)
+        windowed = config.windowed_layers[layer]
+        window = config.sliding_window if windowed else None
+        for group in step.groups:
+            kernels.decode_attention(
+                query, self._pieces, ids, group, windowed, config.num_kv_heads, self._workspace, out
+            )
+        for chunk in step.chunks:
+            tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
+            chunk_ids = ids[chunk.first_id : chunk.first_id + chunk.num_ids]
+            kernels.chunk_attention(
+                query[tokens],
+                self._pieces,
+                chunk_ids,
+                chunk.start,
+                window,
+                config.num_kv_heads,
+                self._workspace,
+                out[tokens],
+            )
+        return out.flatten(1)

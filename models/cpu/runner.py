@@ -1,0 +1,105 @@
+"""One model on the CPU: loads it, and carries out steps over a pool that the caller allocated.
+
+    runner = ModelRunner.load(folder)
+    runner.bind_pool(torch.zeros(runner.kv_shape(num_blocks, block_tokens), dtype=runner.kv_dtype))
+    drawn = runner.step(rows)          # see models.batch
+
+Keeps no state between steps beyond the pool's contents: what a sequence is, the caller knows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from baton.models.batch import Done, Drawn, Launched, Row
+from baton.models.config import ModelConfig
+from baton.models.cpu import decoder
+from baton.models.cpu.attention import PagedAttention
+from baton.models.cpu.sampler import draw_tokens
+from baton.models.cpu.step_batch import StepBatch, lay_out
+from baton.models.rope import inverse_frequencies
+from baton.models.weights import Progress, Weights, load_weights, no_progress
+from baton.node.errors import InvariantBroken, SettingsError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+class ModelRunner:
+    """See the module's docstring. One thread makes all calls."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self.config = config
+        self.kv_dtype = weights.embedding.dtype
+        self._weights = weights
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(weights.embedding.device)
+        self._attention: PagedAttention | None = None
+        self.run_ahead = 0
+
+    @classmethod
+    def load(
+        cls,
+        folder: Path,
+        *,
+        dtype: str = "auto",
+        load_format: str = "auto",
+        on_progress: Progress = no_progress,
+    ) -> ModelRunner:
+        """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
+
+        dtype: `auto` is float32 on the CPU, where it is the fastest that every machine has.
+        load_format: `dummy` makes random weights and reads only the configuration.
+        """
+        config = ModelConfig.from_folder(folder)
+        name = "float32" if dtype == "auto" else dtype
+        if name not in DTYPES:
+            raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
+        return cls(config, load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress))
+
+    def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
+        """The pool's shape; its dtype is `kv_dtype`."""
+        config = self.config
+        return (num_blocks, config.num_layers, 2, block_tokens, config.num_kv_heads, config.head_dim)
+
+    def bind_pool(self, pool: torch.Tensor) -> None:
+        """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
+        if pool.dim() != 6 or tuple(pool.shape) != self.kv_shape(pool.shape[0], pool.shape[3]):
+            raise InvariantBroken(f"pool of shape {list(pool.shape)}, expected {self.kv_shape(pool.shape[0], 0)}")
+        if pool.dtype != self.kv_dtype or not pool.is_contiguous():
+            raise InvariantBroken(f"pool must be contiguous {self.kv_dtype}, is {pool.dtype}")
+        self._attention = PagedAttention(self.config, pool)
+
+    def launch(self, rows: Sequence[Row]) -> Launched:
+        """As models.batch.Runner says; the step has ended when this returns."""
+        return Done(self.step(rows))
+
+    def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
+        """Computes the rows' tokens and draws what they ask for; one entry a row."""
+        result: list[Drawn | None] = [None] * len(rows)
+        if not rows:
+            return result
+        with torch.inference_mode():
+            step, logits = self.compute(rows)
+            drawing = [rows[index] for index in step.drawn_rows]
+            draws = [row.draw for row in drawing if row.draw is not None]
+            drawn = draw_tokens(logits, draws, [row.start + len(row.token_ids) for row in drawing]) if draws else []
+        for index, entry in zip(step.drawn_rows, drawn, strict=True):
+            result[index] = entry
+        return result
+
+    def compute(self, rows: Sequence[Row]) -> tuple[StepBatch, torch.Tensor]:
+        """A step up to the logits, float32 [drawn rows, vocab], in the order of the StepBatch's drawn_rows."""
+        attention = self._attention
+        if attention is None:
+            raise InvariantBroken("no pool is bound")
+        if self.config.rope.kind == "dynamic":
+            longest = max(row.start + len(row.token_ids) for row in rows)
+            if longest > self.config.max_model_len:
+                raise InvariantBroken(
+                    f"{longest} tokens; dynamic rope is defined up to {self.config.max_model_len} only"
+                )
+        step = lay_out(rows, attention.shape, self.config.sliding_window, self.kv_dtype)
+        with torch.inference_mode():
+            return step, decoder.forward(self.config, self._weights, self._frequencies, attention, step)

@@ -1,0 +1,336 @@
+"""Messages between the proxy and everything else: who is there, what is asked for, and what came of it.
+
+Every message about a request carries `(request_id, attempt)`.
+
+    worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled
+    proxy  -> worker   Registered, Refused, Ping, Rejoin, Prefill, Reserve, Cancel, Drain
+    store  -> proxy    RegisterStore, Heartbeat, Goodbye
+    worker, store -> proxy    KvEvents, KvSnapshot
+    proxy -> worker, store    KvReplay
+"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+from msgspec import Meta
+
+from baton.node.messages.base import (
+    MAX_TOKENS,
+    PROTOCOL_VERSION,
+    Bias,
+    Count,
+    Digest,
+    EventHashes,
+    FinishReason,
+    Hashes,
+    Message,
+    Name,
+    Rate,
+    Role,
+    Seconds,
+    Small,
+    Text,
+    Tier,
+    TokenId,
+    TokenIds,
+)
+
+# ---- values inside messages -------------------------------------------------------------------------------------
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """How the tokens of one sequence are drawn, after the OpenAI and vLLM APIs; every value is explicit."""
+
+    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
+    temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
+    """0 is greedy."""
+    top_p: Annotated[float, Meta(gt=0.0, le=1.0)] = 1.0
+    top_k: Annotated[int, Meta(ge=0, le=(1 << 31) - 1)] = 0
+    """0 keeps all."""
+    min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
+    seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
+    """Drawn by the proxy where the client gave none, so that a replay draws the same tokens."""
+    presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
+    repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
+    logit_bias: Annotated[tuple[tuple[TokenId, Bias], ...], Meta(max_length=1024)] = ()
+    logprobs: bool = False
+    top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=128)] = ()
+    """With the model's end tokens in it, unless the client said ignore_eos; suppressed until min_tokens."""
+
+
+class Logprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Natural log of the probability of the drawn token under the model, and of the likeliest ones."""
+
+    logprob: float
+    top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=20)] = ()
+
+
+class Stages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """How long a leg spent in each stage, in the order in which they follow one another.
+
+    Durations of the worker's own clock, never moments: the clocks of two hosts are not compared. A stage that the leg
+    did not have, or that an earlier message told, is 0.
+    """
+
+    queue_s: Seconds = 0.0
+    """From the message's arrival to the first step with a token of it, less what the next stage took."""
+    tier_load_s: Seconds = 0.0
+    """KV of the prompt brought in from a tier below the pool, while nothing of it was computed."""
+    prefill_s: Seconds = 0.0
+    """From the beginning of its first step to its first token."""
+    transfer_wait_s: Seconds = 0.0
+    """After prefill drew the first token: nothing of the transfer is in motion (reservation, offer, credit)."""
+    transfer_s: Seconds = 0.0
+    """From then until the last block has arrived and is verified."""
+    admission_s: Seconds = 0.0
+    """Until the step begins in which decode draws the next token."""
+    step_s: Seconds = 0.0
+    """That step, until its token is told."""
+    loaded_tokens: Annotated[tuple[Count, ...], Meta(max_length=8)] = ()
+    """Of the prompt, those whose KV came from tiers below the pool, in the order of node.store_messages.TIER_NAMES."""
+
+
+class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """A worker's load at one moment, as the router sees it."""
+
+    running: Count = 0
+    waiting: Count = 0
+    waiting_tokens: Count = 0
+    """Tokens not yet computed of waiting and running work."""
+    free_blocks: Count = 0
+    total_blocks: Count = 0
+    steps: Count = 0
+    """Steps done since the start: a busy worker whose count stands still is stuck."""
+    prefill_tokens_s: Rate = 0.0
+    """Prompt tokens that it computes in a second, as measured; 0 until it has."""
+    counters: Annotated[dict[Name, float], Meta(max_length=256)] = {}
+
+
+# ---- worker <-> proxy: life cycle -------------------------------------------------------------------------------
+
+
+class Register(Message, tag="Register", kw_only=True):
+    """A worker joins; repeated until answered."""
+
+    version: Small = PROTOCOL_VERSION
+    worker: Name
+    incarnation: Count
+    role: Role
+    model: Text
+    namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
+    """Digest of all that makes KV compatible; two workers of different namespaces never meet."""
+    block_tokens: Annotated[int, Meta(ge=1, le=4096)]
+    total_blocks: Count
+    max_num_seqs: Count
+    max_model_len: Annotated[int, Meta(ge=1, le=1 << 24)]
+    address: Text
+    """Where peers connect to this worker's endpoint."""
+
+
+class Registered(Message, tag="Registered", kw_only=True):
+    proxy: Name
+    incarnation: Count
+
+
+class Refused(Message, tag="Refused", kw_only=True):
+    """The worker, or the peer, does not fit; the sender of what was refused must not try again unchanged."""
+
+    reason: Text
+
+
+class Heartbeat(Message, tag="Heartbeat", kw_only=True):
+    worker: Name
+    incarnation: Count
+    load: Load
+    load_age_s: Seconds = 0.0
+    """So old is what `load` says: requests that came since are not in it."""
+    draining: bool = False
+    kv_seq: Count = 0
+    """Number of the last KvEvents that were sent."""
+    store: Annotated[str, Meta(max_length=96)] = ""
+    """Identity of the host's store that this worker loads from now; empty: none."""
+
+
+class Goodbye(Message, tag="Goodbye", kw_only=True):
+    """A drained worker leaves."""
+
+    worker: Name
+    incarnation: Count
+
+
+class Ping(Message, tag="Ping", kw_only=True):
+    """The proxy lives; a worker that hears none for its session lease drops that proxy's requests."""
+
+    proxy: Name
+    incarnation: Count
+
+
+class Rejoin(Message, tag="Rejoin", kw_only=True):
+    """The proxy does not (any more) count this worker in: drop its requests and register anew."""
+
+
+class Drain(Message, tag="Drain", kw_only=True):
+    """Finish what runs, take nothing new, leave."""
+
+
+# ---- worker, store <-> proxy: where KV lies ---------------------------------------------------------------------
+
+
+class TierChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Blocks that a holder has gained and lost in one tier; no hash is in both lists."""
+
+    tier: Tier
+    stored: EventHashes = ()
+    removed: EventHashes = ()
+
+
+Changes = Annotated[tuple[TierChange, ...], Meta(max_length=3)]
+
+
+class RegisterStore(Message, tag="RegisterStore", kw_only=True):
+    """A host's store joins, to tell what it holds; repeated until answered with Registered or Refused."""
+
+    version: Small = PROTOCOL_VERSION
+    worker: Name
+    incarnation: Count
+
+
+class KvEvents(Message, tag="KvEvents", kw_only=True):
+    """What the sender has gained and lost since its KvEvents number `seq - 1`; the first has number 1."""
+
+    seq: Annotated[int, Meta(ge=1, le=1 << 62)]
+    changes: Changes
+
+
+class KvReplay(Message, tag="KvReplay", kw_only=True):
+    """Proxy: I lack KvEvents from `seq` on. Answered with them or, where they are forgotten, with KvSnapshots."""
+
+    seq: Annotated[int, Meta(ge=1, le=1 << 62)]
+
+
+class KvSnapshot(Message, tag="KvSnapshot", kw_only=True):
+    """Part `part` of `parts` of all that the sender held after KvEvents number `seq`; nothing is removed in it."""
+
+    seq: Count
+    part: Small
+    parts: Annotated[int, Meta(ge=1, le=1 << 20)]
+    changes: Changes
+
+
+# ---- worker <-> proxy: requests ---------------------------------------------------------------------------------
+
+
+class Prefill(Message, tag="Prefill", kw_only=True):
+    """Compute the KV of `token_ids`, sample the next token, hand both to `decode`."""
+
+    request_id: Name
+    attempt: Small
+    token_ids: TokenIds
+    prompt_len: Count
+    """The first so many of token_ids are prompt; the rest was generated by an earlier attempt."""
+    root: Digest
+    """Hash to which the first block is chained: the namespace, and whose cache it is."""
+    block_hashes: Hashes
+    sampling: SamplingParams
+    decode: Name
+    """Endpoint identity of the decode worker, `worker/incarnation`."""
+    decode_address: Text
+    deadline_s: Seconds
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+
+
+class Reserve(Message, tag="Reserve", kw_only=True):
+    """Hold the blocks of `token_ids`, to go on from the token that prefill sends. Without `prefill`, compute all."""
+
+    request_id: Name
+    attempt: Small
+    token_ids: TokenIds
+    prompt_len: Count
+    root: Digest
+    """Hash to which the first block is chained: the namespace, and whose cache it is."""
+    block_hashes: Hashes
+    sampling: SamplingParams
+    prefill: Annotated[str, Meta(max_length=96)] = ""
+    """Endpoint identity of the prefill worker; empty: this worker prefills the prompt itself."""
+    deadline_s: Seconds
+    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+
+
+class Cancel(Message, tag="Cancel", kw_only=True):
+    """Stop this request; attempts up to and including `attempt` are meant. Answered with Cancelled, always."""
+
+    request_id: Name
+    attempt: Small
+
+
+class Reserved(Message, tag="Reserved", kw_only=True):
+    """Decode to proxy: the blocks are held (or, for local prefill, the sequence is queued)."""
+
+    request_id: Name
+    attempt: Small
+    cached_tokens: Count
+    """Prompt tokens that decode's own prefix cache already had: they will not travel."""
+
+
+class Busy(Message, tag="Busy", kw_only=True):
+    """The worker has no room for this request: terminal for this leg, retry elsewhere or later."""
+
+    request_id: Name
+    attempt: Small
+    reason: Text
+
+
+class Tokens(Message, tag="Tokens", kw_only=True, omit_defaults=True):
+    """New tokens; `index` counts from the first generated token of the request, over all attempts.
+
+    `finish` is empty, "stop" or "length"; with a finish this is the request's terminal message.
+    """
+
+    request_id: Name
+    attempt: Small
+    index: Count
+    ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
+    logprobs: Annotated[tuple[Logprob, ...], Meta(max_length=65536)] = ()
+    finish: FinishReason = ""
+    cached_tokens: Count = 0
+    """Prompt tokens that this leg did not have to compute."""
+    stages: Stages | None = None
+    """Where the time went since the leg began, or since the last message that told it: with the first token of a leg,
+    and with the one that decode's first step draws."""
+
+
+class Bundle(Message, tag="Bundle", kw_only=True):
+    """All tokens that one step made for one proxy: one frame instead of one a row."""
+
+    tokens: Annotated[tuple[Tokens, ...], Meta(max_length=65536)]
+
+
+class HandedOver(Message, tag="HandedOver", kw_only=True):
+    """Prefill to proxy: decode has acknowledged the whole KV; terminal for the prefill leg."""
+
+    request_id: Name
+    attempt: Small
+    sent_bytes: Count
+    transfer_s: Seconds
+    """From the first offer to the acknowledgement."""
+
+
+class Failed(Message, tag="Failed", kw_only=True):
+    """Terminal for this leg. `retryable` tells whether another worker, or a new attempt, may succeed."""
+
+    request_id: Name
+    attempt: Small
+    reason: Text
+    retryable: bool
+
+
+class Cancelled(Message, tag="Cancelled", kw_only=True):
+    """Terminal answer to Cancel."""
+
+    request_id: Name
+    attempt: Small

@@ -1,0 +1,1 @@
+"""OpenAI's API over HTTP: routes, request bodies, answers, errors."""

@@ -1,0 +1,205 @@
+"""The proxy's routes: OpenAI's API, probes, metrics.
+
+Puts the pieces together and owns nothing itself; the two endpoints that generate are in `endpoint`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import TypeVar
+
+import msgspec
+from fastapi import FastAPI, Request, Response
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import BaseModel
+from starlette.exceptions import HTTPException
+from starlette.routing import Route
+
+from baton.node.errors import BadRequest, BatonError, PeerLost
+from baton.node.messages.control import SamplingParams
+from baton.proxy.http.asgi import PROBES, ApiKeyGuard, ClientGone, read_body
+from baton.proxy.http.endpoint import Gate, GenerateEndpoint, Service
+from baton.proxy.http.failures import Failure, failure_of, kind_of
+from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
+from baton.proxy.interface import AppSettings, Engine
+from baton.proxy.metrics.dashboard import add_dashboard
+from baton.proxy.metrics.journal import Journal, Spans
+from baton.proxy.metrics.metrics import Metrics
+from baton.proxy.metrics.record import as_json
+from baton.proxy.text.model_text import Text
+
+__all__ = ["AppSettings", "create_app"]
+
+Body = TypeVar("Body", bound=BaseModel)
+
+PROBE_TEXT = (
+    "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
+)
+"""Long enough not to be prefilled by a decode worker, where that is for short prompts only."""
+
+
+def create_app(engine: Engine, text: Text, settings: AppSettings, spans: Spans | None = None) -> FastAPI:
+    """The app to be served; it closes `text` and `spans` when it shuts down, and leaves `engine` to its owner."""
+    metrics = Metrics(engine, settings.served_model_name)
+    journal = Journal(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
+    service = Service(engine, text, settings, metrics, journal, Gate(settings.max_requests))
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        text.close()
+        await asyncio.to_thread(journal.close)
+
+    # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
+    app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
+    open_paths = PROBES | add_dashboard(app) if settings.metrics else PROBES
+    app.add_middleware(ApiKeyGuard, keys=settings.api_keys, open_paths=open_paths)
+    _add_failures(app, metrics)
+    _add_probes(app, service)
+    _add_models(app, settings, engine)
+    _add_tokenizer(app, service)
+    if settings.debug_requests:
+        _add_debug(app, journal)
+    for path, read, prefix, operation in (
+        ("/v1/completions", read_completion, "cmpl", "text_completion"),
+        ("/v1/chat/completions", read_chat, "chatcmpl", "chat"),
+    ):
+        endpoint = GenerateEndpoint(service, read, id_prefix=prefix, operation=operation)
+        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+    return app
+
+
+def _add_failures(app: FastAPI, metrics: Metrics) -> None:
+    """Errors of the routes below, in OpenAI's shape; a traceback goes to the server's log only."""
+
+    async def known(_: Request, error: Exception) -> Response:
+        metrics.failed[kind_of(error)].inc()
+        return _failed(failure_of(error))
+
+    async def of_http(_: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        return _failed(Failure(error.status_code, str(error.detail), "invalid_request_error"), error.headers)
+
+    async def client_gone(_: Request, error: Exception) -> Response:
+        metrics.failed["disconnected"].inc()
+        return Response(status_code=400)  # nobody reads it
+
+    app.add_exception_handler(BatonError, known)
+    app.add_exception_handler(TimeoutError, known)
+    app.add_exception_handler(HTTPException, of_http)
+    app.add_exception_handler(ClientGone, client_gone)
+    app.add_exception_handler(Exception, known)
+
+
+def _add_probes(app: FastAPI, service: Service) -> None:
+    one_probe = asyncio.Lock()
+
+    @app.get("/live")
+    async def live() -> Response:
+        return _json({"status": "ok"})
+
+    @app.get("/health")
+    @app.get("/ready")
+    async def ready() -> Response:
+        reason = service.engine.ready()
+        return _json({"status": "unavailable", "reason": reason}, 503) if reason else _json({"status": "ok"})
+
+    @app.get("/health_generate")
+    async def health_generate() -> Response:
+        """Real tokens through real workers, within a bound; one probe at a time, as it costs as much as a request."""
+        try:
+            async with asyncio.timeout(service.settings.probe_timeout_s), one_probe:
+                token_id = await _two_tokens(service)
+        except (BatonError, TimeoutError) as error:
+            return _json({"status": "unavailable", "reason": str(error) or "no token in time"}, 503)
+        return _json({"status": "ok", "token": token_id})
+
+    @app.get("/version")
+    async def version() -> Response:
+        return _json({"version": service.settings.version})
+
+    if service.settings.metrics:
+
+        @app.get("/metrics")
+        async def metrics() -> Response:
+            return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
+
+
+def _add_debug(app: FastAPI, journal: Journal) -> None:
+    @app.get("/debug/requests/{request_id}")
+    async def one_request(request_id: str) -> Response:
+        """A request that is over, by the id that its answer had: outcome, attempts and timeline of each generation."""
+        records = journal.find(request_id)
+        if not records:
+            raise BadRequest("no such request has ended lately", status=404, code="request_not_found")
+        return _json({"id": request_id, "generations": [as_json(record) for record in records]})
+
+
+async def _two_tokens(service: Service) -> int:
+    """The first of two tokens: one of prefill's, one of decode's, and KV that moved in between."""
+    prompt_ids = service.text.encode(PROBE_TEXT, add_special_tokens=True) or (0,)
+    sampling = SamplingParams(max_tokens=2, temperature=0.0)
+    request_id = f"health-{time.monotonic_ns()}"
+    deltas = service.engine.generate(
+        request_id, prompt_ids, sampling, timeout_s=service.settings.probe_timeout_s, priority=0
+    )
+    async with aclosing(deltas):
+        token_ids = [token_id async for delta in deltas for token_id in delta.ids]
+    if not token_ids:
+        raise PeerLost("the engine gave no token")
+    return token_ids[0]
+
+
+def _add_models(app: FastAPI, settings: AppSettings, engine: Engine) -> None:
+    created = int(time.time())
+
+    def model() -> dict[str, object]:
+        named = {"id": settings.served_model_name, "object": "model", "created": created, "owned_by": "baton"}
+        return {**named, "max_model_len": engine.max_model_len}
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        return _json({"object": "list", "data": [model()]})
+
+    @app.get("/v1/models/{name:path}")
+    async def one_model(name: str) -> Response:
+        if name != settings.served_model_name:
+            message = f"The model `{name[:128]}` does not exist"
+            raise BadRequest(message, status=404, param="model", code="model_not_found")
+        return _json(model())
+
+
+def _add_tokenizer(app: FastAPI, service: Service) -> None:
+    text = service.text
+
+    async def read(model: type[Body], request: Request) -> Body:
+        with service.gate:
+            body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
+        return parse(model, body)
+
+    @app.post("/tokenize")
+    async def tokenize(request: Request) -> Response:
+        body = await read(TokenizeBody, request)
+        limit = service.max_model_len()
+        special = body.add_special_tokens is not False
+        ids = await text.encode_bounded(body.prompt, add_special_tokens=special, max_tokens=limit, param="prompt")
+        return _json({"count": len(ids), "max_model_len": limit, "tokens": ids})
+
+    @app.post("/detokenize")
+    async def detokenize(request: Request) -> Response:
+        body = await read(DetokenizeBody, request)
+        if body.tokens and max(body.tokens) >= text.vocab_size:
+            raise BadRequest(f"token ids must be below {text.vocab_size}", param="tokens")
+        return _json({"prompt": text.decode(body.tokens, skip_special_tokens=False)})
+
+
+def _json(value: object, status: int = 200) -> Response:
+    return Response(msgspec.json.encode(value), status, media_type="application/json")
+
+
+def _failed(failure: Failure, headers: object = None) -> Response:
+    more = dict(headers) if isinstance(headers, dict) else {}
+    return Response(failure.body(), failure.status, {**more, **failure.headers}, "application/json")

@@ -1,0 +1,144 @@
+"""HTTP below the routes, as ASGI: bodies of bounded size, keys, answers that begin late and end with the client.
+
+Source: the ASGI specification, HTTP protocol 2.5; server-sent events of the WHATWG HTML standard.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+from collections.abc import Mapping, Sequence
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from baton.node.errors import BadRequest
+from baton.proxy.http.failures import Failure, failure_of
+
+BODY_TIMEOUT_S = 60.0
+"""A client that takes longer to send a body is not waited for."""
+LAST_WORD_TIMEOUT_S = 2.0
+"""For telling a failure to a client that may have stopped reading."""
+_DRAINED_BYTES = 64 << 20
+"""Of a body that is too large, so much is read and thrown away: most clients read the answer only after sending."""
+PROBES = frozenset({"/health", "/live", "/ready"})
+
+
+class ClientGone(Exception):
+    """The client closed its connection before its answer was complete."""
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """The request's whole body; raises BadRequest (413, 408) or ClientGone."""
+    declared = Headers(scope=scope).get("content-length", "0")
+    too_large = declared.isdecimal() and int(declared) > max_bytes
+    parts: list[bytes] = []
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            more = True
+            while more and num_bytes <= _DRAINED_BYTES:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                part = message.get("body", b"")
+                more = message.get("more_body", False)
+                num_bytes += len(part)
+                too_large = too_large or num_bytes > max_bytes
+                if too_large:
+                    parts.clear()
+                else:
+                    parts.append(part)
+    except TimeoutError:
+        raise BadRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s", status=408) from None
+    if too_large:
+        message_text = f"the body is larger than {max_bytes} bytes"
+        raise BadRequest(message_text, status=413, code="request_too_large")
+    return b"".join(parts)
+
+
+async def gone(receive: Receive) -> None:
+    """Returns when the client has closed its connection; to be called after the whole body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class Reply:
+    """What goes back to one client; knows whether it has begun, as an error is told differently afterwards."""
+
+    def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
+        self._send = send
+        self._headers = dict(headers)
+        self.begun = False
+        self.ended = False
+
+    async def whole(self, body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
+        """A complete JSON answer."""
+        length = {"content-type": "application/json", "content-length": str(len(body))}
+        await self._begin(status, {**length, **(headers or {})})
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": body})
+
+    async def events(self, *data: bytes) -> None:
+        """Server-sent events in one write; the first ones begin the answer."""
+        if not self.begun:
+            # Proxies in between must pass each event on at once: nginx buffers unless told by the last header.
+            kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
+            await self._begin(200, {**kind, "x-accel-buffering": "no"})
+        body = b"".join(b"data: " + event + b"\n\n" for event in data)
+        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+
+    async def end(self) -> None:
+        """The end of a stream of events."""
+        self.ended = True
+        await self._send({"type": "http.response.body", "body": b""})
+
+    async def fail(self, failure: Failure) -> None:
+        """Tell a failure: as a status where the answer has not begun, else as the stream's last event.
+
+        A stream that failed has no [DONE], so that a client that ignores the error cannot take it for complete.
+        """
+        if not self.begun:
+            await self.whole(failure.body(), status=failure.status, headers=failure.headers)
+            return
+        async with asyncio.timeout(LAST_WORD_TIMEOUT_S):
+            await self.events(failure.body())
+            await self.end()
+
+    async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.begun = True
+        raw = [(key.encode(), value.encode()) for key, value in {**self._headers, **headers}.items()]
+        await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+class ApiKeyGuard:
+    """Lets through what carries one of the keys as `Authorization: Bearer KEY`; without keys, everything.
+
+    Paths that tell nothing worth a key stay open: an orchestrator's probes, the dashboard's empty page.
+    """
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: frozenset[str]) -> None:
+        self._app = app
+        self._open_paths = open_paths
+        self._digests = tuple(_digest(key.encode()) for key in keys)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        guarded = scope["type"] == "http" and self._digests and scope["path"] not in self._open_paths
+        if guarded and not self._knows(scope):
+            error = BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key")
+            await Reply(send, {"www-authenticate": "Bearer"}).fail(failure_of(error))
+            return
+        await self._app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        """Compares with every key and in constant time, so that the time tells nothing about any."""
+        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
+        offered = _digest(key.strip().encode("latin-1", "replace"))
+        equal = [hmac.compare_digest(offered, digest) for digest in self._digests]
+        return scheme.lower() == "bearer" and any(equal)
+
+
+def _digest(key: bytes) -> bytes:
+    """Digests have one length: comparing them does not tell that of the key."""
+    return hashlib.sha256(key).digest()

@@ -1,0 +1,362 @@
+"""OpenAI's request bodies, and the only place that knows them: bytes in, a checked `Order` of plain values out.
+
+The rule for parameters:
+  * the ones that have fields here are obeyed, and checked strictly (no "5" for 5, no NaN); null means "not given";
+  * `IGNORED` ones, which have no effect on the answer of this server, are accepted and ignored;
+  * `UNSUPPORTED` ones are accepted with the value that asks for nothing, and refused with any other;
+  * every other name is refused with 400, so that a misspelt `temprature` is not silently lost.
+Transfer parameters of other servers are thereby never taken from a client. Knows no tokenizer and no HTTP.
+Source: the OpenAI API reference (completions, chat), and vLLM's extra parameters.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from baton.node.errors import BadRequest
+from baton.node.messages.base import MAX_TOKENS
+
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_LOGIT_BIAS = 1024
+MAX_MESSAGES = 10_000
+MAX_PROMPTS = 4096
+MAX_BRACKETS = 1 << 18
+"""Empty arrays are the dearest JSON a byte: ten million bytes of them would hold the event loop for 2 s."""
+
+IGNORED = frozenset(
+    (
+        "metadata",
+        "parallel_tool_calls",
+        "prompt_cache_options",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "service_tier",
+        "store",
+    )
+)
+UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
+    "suffix": ("",),
+    "tools": ([],),
+    "tool_choice": ("none",),
+    "functions": ([],),
+    "function_call": ("none",),
+    "response_format": ({"type": "text"},),
+    "modalities": (["text"], []),
+    "audio": (),
+    "prediction": (),
+    "web_search_options": (),
+    "reasoning_effort": (),
+    "verbosity": (),
+    "moderation": (),
+}
+"""Parameter -> the values, besides null, that ask for nothing."""
+
+Body = TypeVar("Body", bound=BaseModel)
+TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
+TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+Key = Annotated[str, Field(max_length=4096)]
+Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(_Strict):
+    include_usage: bool | None = None
+    include_obfuscation: bool | None = None
+    """OpenAI's padding against traffic analysis; accepted, never sent."""
+
+
+class _Sampling(_Strict):
+    """What both endpoints share; names that are not declared are looked at by `_check_extra`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    n: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
+    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
+    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-100.0, le=100.0)]],
+            Field(max_length=MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    prompt_cache_key: Key | None = None
+    user: Key | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+
+class CompletionBody(_Sampling):
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
+    )
+    add_special_tokens: bool | None = None
+    best_of: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+
+
+class TextPart(_Strict):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(BaseModel):
+    """`extra` is allowed for what an answer's own message carries when a client sends it back; see `_check_message`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
+    name: Annotated[str, Field(max_length=4096)] | None = None
+    tool_call_id: Annotated[str, Field(max_length=4096)] | None = None
+
+
+class ChatBody(_Sampling):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+
+class TokenizeBody(_Strict):
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeBody(_Strict):
+    model: str | None = None
+    tokens: TokenIds
+
+
+_FIELD_NAMES = frozenset(
+    name
+    for model in (CompletionBody, ChatBody, ChatMessage, TextPart, StreamOptions, TokenizeBody, DetokenizeBody)
+    for name in model.model_fields
+)
+_SHAPES = {
+    "prompt": (
+        "must be a string, an array of strings, an array of token ids, or an array of such arrays, "
+        f"of at most {MAX_PROMPTS} prompts"
+    ),
+    "stop": f"must be a string or an array of at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters",
+    "content": "must be a string or an array of text parts; images, audio and files are not supported",
+    "logit_bias": f"must map at most {MAX_LOGIT_BIAS} token ids, written as strings, to numbers from -100 to 100",
+}
+"""What to say instead of pydantic's words where a value may have several shapes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """How the client wants tokens to be drawn; None where it said nothing and the model's default counts."""
+
+    max_tokens: int | None
+    min_tokens: int
+    temperature: float | None
+    top_p: float | None
+    top_k: int | None
+    min_p: float | None
+    seed: int | None
+    presence_penalty: float
+    frequency_penalty: float
+    repetition_penalty: float | None
+    logit_bias: tuple[tuple[int, float], ...]
+    stop_token_ids: tuple[int, ...]
+    ignore_eos: bool
+    logprobs: bool
+    top_logprobs: int
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """One request, checked as far as it can be without the model: prompts are still text, or ids of any size."""
+
+    model: str
+    chat: bool
+    prompts: tuple[str | tuple[int, ...], ...]
+    """Of a completion; empty for a chat."""
+    messages: tuple[Mapping[str, str], ...]
+    """Of a chat; empty for a completion."""
+    add_special_tokens: bool
+    wish: Wish
+    n: int
+    stop: tuple[str, ...]
+    include_stop: bool
+    echo: bool
+    stream: bool
+    include_usage: bool
+    priority: int
+    session_key: bytes
+    """Digest of what the client calls its conversation or itself, for the router's policy `session`; empty: nothing."""
+
+
+def read_completion(body: bytes) -> Order:
+    """The order in the body of /v1/completions; raises BadRequest."""
+    request = parse(CompletionBody, body)
+    _check_extra(request)
+    if request.best_of is not None and request.best_of != (request.n or 1):
+        raise BadRequest("best_of is only supported where it equals n", param="best_of")
+    if request.echo and request.logprobs is not None:
+        raise BadRequest("echo together with logprobs is not supported", param="echo")
+    prompts = _prompts(request.prompt)
+    wish = _wish(request, request.max_tokens, request.logprobs is not None, request.logprobs or 0)
+    return _order(request, wish, prompts=prompts, special=request.add_special_tokens is not False, echo=request.echo)
+
+
+def read_chat(body: bytes) -> Order:
+    """The order in the body of /v1/chat/completions; raises BadRequest."""
+    request = parse(ChatBody, body)
+    _check_extra(request)
+    if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
+        raise BadRequest("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
+    if request.top_logprobs and not request.logprobs:
+        raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    messages = tuple(_message(index, message) for index, message in enumerate(request.messages))
+    limit = request.max_completion_tokens or request.max_tokens
+    wish = _wish(request, limit, bool(request.logprobs), request.top_logprobs or 0)
+    return _order(request, wish, messages=messages)
+
+
+def parse(model: type[Body], body: bytes) -> Body:
+    """`body` as `model`; BadRequest names the first parameter that is wrong, and never repeats its value."""
+    if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
+        raise BadRequest(f"the body is wrong: more than {MAX_BRACKETS} brackets")
+    try:
+        return model.model_validate_json(body)
+    except ValidationError as error:
+        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    if found["type"] == "json_invalid":
+        raise BadRequest(f"the body is not valid JSON in UTF-8: {found['msg']}", code="invalid_json")
+    # A location also holds the names of a union's members, which say nothing to a client.
+    path = [str(part) for part in found["loc"] if isinstance(part, int) or part in _FIELD_NAMES]
+    if found["type"] == "extra_forbidden":
+        path.append(str(found["loc"][-1])[:64])
+    if not path:
+        raise BadRequest(f"the body is wrong: {found['msg']}")
+    for place, name in enumerate(path):
+        if name in _SHAPES and found["type"] != "missing":
+            path = path[: place + 1]
+            raise BadRequest(f"{'.'.join(path)} {_SHAPES[name]}", param=".".join(path))
+    raise BadRequest(f"{'.'.join(path)}: {found['msg']}", param=".".join(path))
+
+
+def _order(
+    request: _Sampling,
+    wish: Wish,
+    *,
+    prompts: tuple[str | tuple[int, ...], ...] = (),
+    messages: tuple[Mapping[str, str], ...] = (),
+    special: bool = False,
+    echo: bool | None = False,
+) -> Order:
+    if request.stream_options is not None and not request.stream:
+        raise BadRequest("stream_options needs stream to be true", param="stream_options")
+    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    return Order(
+        model=request.model,
+        chat=bool(messages),
+        prompts=prompts,
+        messages=messages,
+        add_special_tokens=special,
+        wish=wish,
+        n=request.n or 1,
+        stop=stop,
+        include_stop=bool(request.include_stop_str_in_output),
+        echo=bool(echo),
+        stream=bool(request.stream),
+        include_usage=bool(request.stream_options and request.stream_options.include_usage),
+        priority=request.priority or 0,
+        session_key=_digest(request.prompt_cache_key or request.user or ""),
+    )
+
+
+def _digest(key: str) -> bytes:
+    """16 bytes; a key may name a person, and goes no further than here. None of an empty key."""
+    return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() if key else b""
+
+
+def _wish(request: _Sampling, max_tokens: int | None, logprobs: bool, top_logprobs: int) -> Wish:
+    if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
+        raise BadRequest("min_tokens is greater than max_tokens", param="min_tokens")
+    return Wish(
+        max_tokens=max_tokens,
+        min_tokens=request.min_tokens or 0,
+        temperature=request.temperature,
+        top_p=request.top_p,
+        top_k=None if request.top_k is None else max(0, request.top_k),
+        min_p=request.min_p,
+        seed=request.seed,
+        presence_penalty=request.presence_penalty or 0.0,
+        frequency_penalty=request.frequency_penalty or 0.0,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=tuple(sorted((int(token), bias) for token, bias in (request.logit_bias or {}).items())),
+        stop_token_ids=tuple(request.stop_token_ids or ()),
+        ignore_eos=bool(request.ignore_eos),
+        logprobs=logprobs,
+        top_logprobs=top_logprobs,
+    )
+
+
+def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> tuple[str | tuple[int, ...], ...]:
+    if isinstance(prompt, str):
+        return (prompt,)
+    if not prompt:
+        raise BadRequest("prompt is empty", param="prompt")
+    if isinstance(prompt[0], int):
+        return (tuple(prompt),)  # type: ignore[arg-type]  # a list of one type, as parsed
+    return tuple(entry if isinstance(entry, str) else tuple(entry) for entry in prompt)  # type: ignore[arg-type]
+
+
+def _message(index: int, message: ChatMessage) -> Mapping[str, str]:
+    """The fields that templates read; parts of text are joined by a line break, as vLLM does."""
+    _check_message(index, message)
+    content = message.content
+    text = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
+    fields = {"role": message.role, "content": text, "name": message.name, "tool_call_id": message.tool_call_id}
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _check_message(index: int, message: ChatMessage) -> None:
+    where = f"messages.{index}"
+    if message.content is None and message.role != "assistant":
+        raise BadRequest(f"{where}.content is missing", param=f"{where}.content")
+    for name, value in (message.model_extra or {}).items():
+        if value is not None and value != [] and name not in ("refusal", "annotations"):
+            raise BadRequest(f"{where}.{name[:64]} is not supported", param=f"{where}.{name[:64]}")
+
+
+def _check_extra(request: _Sampling) -> None:
+    for name, value in (request.model_extra or {}).items():
+        if name in IGNORED or (name in UNSUPPORTED and (value is None or value in UNSUPPORTED[name])):
+            continue
+        shown = name[:64]
+        if name in UNSUPPORTED:
+            raise BadRequest(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+        raise BadRequest(f"Unrecognized request argument supplied: {shown}", param=shown, code="unknown_parameter")

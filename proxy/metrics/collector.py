@@ -1,0 +1,212 @@
+"""What engine and workers say of themselves, read when somebody scrapes.
+
+Counters of workers come with their heartbeats. Sums over workers never fall when one leaves; what has a worker as its
+label is there only while the worker is, so that labels stay bounded.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import product
+
+from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from baton.proxy.interface import Engine, WorkerStatus
+from baton.proxy.metrics.counters import (
+    ENGINE_COUNTERS,
+    GAUGES,
+    PROMPT_SOURCES,
+    STORE_COUNTERS,
+    WORKER_COUNTERS,
+)
+
+_LABEL = ("model_name",)
+_WORKER = ("worker", "role")
+_Reports = Mapping[tuple[str, ...], Mapping[str, float]]
+"""What workers count, by the values of their labels."""
+_LOADS = {
+    "running": "Requests with a place in the worker's steps.",
+    "waiting": "Requests that wait in the worker.",
+    "waiting_tokens": "Tokens that are still to be computed.",
+    "free_blocks": "KV blocks that can be allocated, cached ones included.",
+    "total_blocks": "KV blocks of the worker's pool.",
+}
+
+
+class MovedBytes:
+    """KV that moved between two workers, for pairs whose workers are both there."""
+
+    def __init__(self) -> None:
+        self._moved: defaultdict[tuple[str, str], float] = defaultdict(float)
+
+    def add(self, prefill: str, decode: str, num_bytes: int) -> None:
+        """Workers by their endpoint identities, `worker/incarnation`."""
+        self._moved[_name_of(prefill), _name_of(decode)] += num_bytes
+
+    def collect(self, alive: set[str]) -> Metric:
+        family = CounterMetricFamily(
+            "baton:transfer_bytes", "KV handed over from one worker to another.", labels=("prefill", "decode")
+        )
+        for pair in [pair for pair in self._moved if not alive.issuperset(pair)]:
+            del self._moved[pair]
+        for pair, num_bytes in self._moved.items():
+            family.add_metric(pair, num_bytes)
+        return family
+
+
+class EngineCollector(Collector):
+    """The engine's counters and its workers' loads at the time of a scrape."""
+
+    def __init__(self, engine: Engine, model_name: str, moved: MovedBytes) -> None:
+        self._engine = engine
+        self._model = model_name
+        self._moved = moved
+        self._preemptions = _Total()
+        self._prompt_tokens = {source: _Total() for source in PROMPT_SOURCES}
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # names depend on the engine; said here so that registering does not collect
+
+    def collect(self) -> Iterable[Metric]:
+        workers = self._engine.worker_loads()
+        yield self._usage(workers)
+        yield self._sum_of_preemptions(workers)
+        yield _cache_config(workers, self._model)
+        yield from self._prompts(workers)
+        yield self._moved.collect({worker.worker for worker in workers})
+        yield from _counters(self._engine.counters(), self._model)
+        yield from _workers(workers)
+        yield from _stores(workers)
+
+    def _usage(self, workers: list[WorkerStatus]) -> Metric:
+        decode = [worker.load for worker in workers if worker.role == "decode"]
+        total = sum(load.total_blocks for load in decode)
+        used = total - sum(load.free_blocks for load in decode)
+        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Part of decode's KV in use, 0 to 1.", labels=_LABEL)
+        usage.add_metric((self._model,), used / total if total else 0.0)
+        return usage
+
+    def _sum_of_preemptions(self, workers: list[WorkerStatus]) -> Metric:
+        family = CounterMetricFamily("vllm:num_preemptions", "Sequences that gave up their KV.", labels=_LABEL)
+        family.add_metric((self._model,), self._preemptions.observe(workers, "preemptions"))
+        return family
+
+    def _prompts(self, workers: list[WorkerStatus]) -> Iterable[Metric]:
+        """By source; and as vLLM counts a cache outside of the engine: what the pool lacks is asked of it."""
+        tokens = {
+            source: total.observe(workers, f"prompt_tokens_{source}") for source, total in self._prompt_tokens.items()
+        }
+        family = CounterMetricFamily(
+            "baton:prompt_tokens",
+            "Tokens of prompts by where their KV came from: a pool, a tier below it, or a step.",
+            labels=(*_LABEL, "source"),
+        )
+        for source, count in tokens.items():
+            family.add_metric((self._model, source), count)
+        yield family
+        asked = sum(count for source, count in tokens.items() if source != "gpu")
+        for name, text, count in (
+            ("queries", "Tokens of prompts that the worker's own pool had not.", asked),
+            ("hits", "Of those, the ones that came from a tier below it.", asked - tokens["computed"]),
+        ):
+            external = CounterMetricFamily(f"vllm:external_prefix_cache_{name}", text, labels=_LABEL)
+            external.add_metric((self._model,), count)
+            yield external
+
+
+class _Total:
+    """A sum over workers' counters that never falls when a worker leaves or starts anew."""
+
+    def __init__(self) -> None:
+        self._value = 0.0
+        self._last: dict[str, float] = {}
+
+    def observe(self, workers: list[WorkerStatus], name: str) -> float:
+        now = {worker.worker: worker.load.counters.get(name, 0.0) for worker in workers}
+        for worker, value in now.items():
+            before = self._last.get(worker, 0.0)
+            self._value += value - before if value >= before else value
+        self._last |= now
+        return self._value
+
+
+def _cache_config(workers: list[WorkerStatus], model: str) -> Metric:
+    labels = (*_LABEL, "engine", "role", "block_size", "num_gpu_blocks")
+    family = GaugeMetricFamily("vllm:cache_config_info", "The KV pool of each worker; always 1.", labels=labels)
+    for worker in workers:
+        if worker.block_tokens:
+            sizes = (str(worker.block_tokens), str(worker.load.total_blocks))
+            family.add_metric((model, worker.worker, worker.role, *sizes), 1.0)
+    return family
+
+
+def _counters(counters: Mapping[str, float], model: str) -> Iterable[Metric]:
+    for name, value in sorted(counters.items()):
+        kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
+        text = ENGINE_COUNTERS.get(name, "Counted by the proxy's engine.")
+        family = kind(f"baton:{_plain(name)}", text, labels=_LABEL)
+        family.add_metric((model,), value)
+        yield family
+
+
+def _workers(workers: list[WorkerStatus]) -> Iterable[Metric]:
+    yield _members(workers)
+    up = GaugeMetricFamily("baton:worker_up", "A registered worker, by state.", labels=(*_WORKER, "state"))
+    for worker in workers:
+        up.add_metric((worker.worker, worker.role, worker.state), 1.0)
+    yield up
+    for name, text in _LOADS.items():
+        gauge = GaugeMetricFamily(f"baton:worker_{name}", text, labels=_WORKER)
+        for worker in workers:
+            gauge.add_metric((worker.worker, worker.role), getattr(worker.load, name))
+        yield gauge
+    counting = [worker for worker in workers if worker.role != "store"]
+    reports: _Reports = {
+        (each.worker, each.role): {**each.load.counters, "steps": each.load.steps} for each in counting
+    }
+    yield from _reported("baton:worker_", reports, WORKER_COUNTERS, _WORKER)
+
+
+def _stores(workers: list[WorkerStatus]) -> Iterable[Metric]:
+    stores: _Reports = {(each.worker,): each.load.counters for each in workers if each.role == "store"}
+    used = GaugeMetricFamily("baton:tier_used_bytes", "KV that the hosts' stores hold.", labels=("tier",))
+    capacity = GaugeMetricFamily("baton:tier_capacity_bytes", "KV that they have room for.", labels=("tier",))
+    for tier in ("ram", "disk") if stores else ():
+        used.add_metric((tier,), sum(each.get(f"{tier}_used_bytes", 0.0) for each in stores.values()))
+        capacity.add_metric((tier,), sum(each.get(f"{tier}_size_bytes", 0.0) for each in stores.values()))
+    yield used
+    yield capacity
+    yield from _reported("baton:store_", stores, STORE_COUNTERS, ("store",))
+
+
+def _reported(prefix: str, reports: _Reports, known: Mapping[str, str], labels: Sequence[str]) -> Iterable[Metric]:
+    """A family for each counter of heartbeats, known or not."""
+    for name in sorted({name for report in reports.values() for name in report} | set(known)):
+        kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
+        family = kind(f"{prefix}{_plain(name)}", known.get(name, "As last reported."), labels=labels)
+        for values, report in reports.items():
+            if name in report:
+                family.add_metric(values, report[name])
+        yield family
+
+
+def _members(workers: list[WorkerStatus]) -> Metric:
+    """There at 0 too, which an alert can see; a series that is missing fires nothing."""
+    family = GaugeMetricFamily("baton:workers", "Registered workers.", labels=("role", "state"))
+    for role, state in product(("prefill", "decode"), ("ready", "draining")):
+        count = sum(worker.role == role and worker.state == state for worker in workers)
+        family.add_metric((role, state), count)
+    return family
+
+
+def _plain(name: str) -> str:
+    """`name` as a part of a metric's name, its unit spelled out; `_total` is added by the format."""
+    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_total").removesuffix("_sum")
+    return f"{plain}econds" if plain.endswith("_s") else plain
+
+
+def _name_of(identity: str) -> str:
+    return identity.rpartition("/")[0]

@@ -1,0 +1,122 @@
+"""What is kept of a generation when it is over: lengths, hashes, outcome and timeline. Never text, never token ids.
+
+Knows how a record looks as JSON and as the fields of a log line, and nothing of where it goes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from baton.node.messages.control import SamplingParams
+from baton.node.messages.store import TIER_NAMES
+from baton.proxy.metrics.timeline import Attempt, Part
+
+SHOWN_HASH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What is known of a generation before it begins."""
+
+    request_id: str
+    """The HTTP request's, as its client knows it."""
+    index: int
+    """Which of the request's answers."""
+    operation: str
+    """"chat" | "text_completion", as OpenTelemetry names them."""
+    model: str
+    stream: bool
+    prompt_tokens: int
+    sampling: SamplingParams | None
+    """None for a request that was refused before it had any."""
+    began_unix_ns: int
+    """The wall clock at the request's first byte: only to say when it was."""
+    trace_headers: Mapping[str, str]
+    """`traceparent` and `tracestate`, where the client sent them."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One generation that is over."""
+
+    about: About
+    outcome: str
+    """"stop" | "length" | "cancelled" | one of proxy.failures.FAILURE_KINDS."""
+    generated_tokens: int
+    cached_tokens: int
+    parts: tuple[Part, ...]
+    attempts: tuple[Attempt, ...]
+    """The last ones; the last of all is the one that ended it."""
+    num_attempts: int
+    loaded_tokens: tuple[int, ...]
+    """Of the cached ones, those from each tier below the pool (TIER_NAMES); empty where there were none."""
+    prefix_hash: bytes
+    """Of the prompt's first block, chained to the model's; empty for a prompt that fills no block."""
+
+    @property
+    def total_s(self) -> float:
+        return sum(part.total_s for part in self.parts)
+
+    def tokens_by_source(self) -> dict[str, int]:
+        """The prompt's tokens by where their KV came from: a worker's pool, a tier below it, or a step."""
+        loaded = dict(zip(TIER_NAMES, self.loaded_tokens, strict=False))
+        in_pool = max(0, self.cached_tokens - sum(loaded.values()))
+        return {"gpu": in_pool, **loaded, "computed": self.about.prompt_tokens - self.cached_tokens}
+
+    def part(self, until: str) -> Part | None:
+        """The part of this name, if the generation came to its end."""
+        return next((part for part in self.parts if part.until == until and part.complete), None)
+
+
+def as_fields(record: RequestRecord) -> dict[str, str | int | float]:
+    """For one log line; the stages of a part stand under its name."""
+    about, last = record.about, record.attempts[-1] if record.attempts else Attempt("", "")
+    fields: dict[str, str | int | float] = {
+        "request_id": about.request_id,
+        "index": about.index,
+        "outcome": record.outcome,
+        "prompt_tokens": about.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "generated_tokens": record.generated_tokens,
+        "prefix": _shown(record.prefix_hash),
+        "attempts": record.num_attempts,
+        "prefill": last.prefill,
+        "decode": last.decode,
+        "total_s": record.total_s,
+    }
+    for part in record.parts:
+        fields[f"{part.until}_s"] = part.total_s
+        fields |= {f"{part.until}.{stage}_s": took_s for stage, took_s in part.stages}
+    return fields
+
+
+def as_json(record: RequestRecord) -> dict[str, object]:
+    """For `GET /debug/requests/{id}`."""
+    about = record.about
+    return {
+        "index": about.index,
+        "operation": about.operation,
+        "model": about.model,
+        "stream": about.stream,
+        "outcome": record.outcome,
+        "began_unix_s": about.began_unix_ns / 1e9,
+        "prompt_tokens": about.prompt_tokens,
+        "cached_tokens": record.cached_tokens,
+        "generated_tokens": record.generated_tokens,
+        "tokens_by_source": record.tokens_by_source(),
+        "prefix_hash": _shown(record.prefix_hash),
+        "total_s": record.total_s,
+        "num_attempts": record.num_attempts,
+        "attempts": [dataclasses.asdict(attempt) for attempt in record.attempts],
+        "timeline": [
+            {"until": part.until, "complete": part.complete, "total_s": part.total_s, "stages": dict(part.stages)}
+            for part in record.parts
+        ],
+    }
+
+
+def _shown(prefix_hash: bytes) -> str:
+    """Enough of a hash to see that two prompts begin alike."""
+    return prefix_hash[:SHOWN_HASH_BYTES].hex()

@@ -1,0 +1,60 @@
+"""The measurement of one generation, from its beginning to its record: what it counts, and when it is over.
+
+Owns nothing but its counts; the metrics, the timeline and the journal are told.
+"""
+
+from __future__ import annotations
+
+from baton.proxy.metrics.journal import Journal
+from baton.proxy.metrics.metrics import Metrics
+from baton.proxy.metrics.record import About, RequestRecord
+from baton.proxy.metrics.timeline import Timeline
+
+CANCELLED = "cancelled"
+
+
+class Track:
+    """Waiting until its first tokens, running until it is closed. Close it once."""
+
+    def __init__(self, metrics: Metrics, journal: Journal, about: About, timeline: Timeline) -> None:
+        self._metrics = metrics
+        self._journal = journal
+        self._about = about
+        self._timeline = timeline
+        self._first_at = 0.0
+        self._num_tokens = 0
+        self._cached_tokens = 0
+        metrics.waiting.inc()
+
+    def tokens(self, num_tokens: int, cached_tokens: int) -> None:
+        """New tokens have arrived; `cached_tokens` of the prompt nobody had to compute."""
+        metrics, line, now = self._metrics, self._timeline, self._metrics.clock()
+        if self._num_tokens:
+            metrics.itl.observe(now - line.told_at)
+        else:
+            self._first_at = now
+            self._cached_tokens = cached_tokens
+            metrics.begun(self._about.prompt_tokens, cached_tokens)
+        line.told_at = now
+        self._num_tokens += num_tokens
+        metrics.generation_tokens.inc(num_tokens)
+
+    def close(self, outcome: str) -> None:
+        """The generation is over: "stop", "length", CANCELLED, or the kind of its failure."""
+        line = self._timeline
+        finished = outcome in ("stop", "length")
+        line.end(finished=finished)
+        (self._metrics.running if self._num_tokens else self._metrics.waiting).dec()
+        record = RequestRecord(
+            about=self._about,
+            outcome=outcome,
+            generated_tokens=self._num_tokens,
+            cached_tokens=self._cached_tokens,
+            parts=line.parts,
+            attempts=tuple(line.attempts),
+            num_attempts=line.num_attempts,
+            loaded_tokens=line.loaded_tokens,
+            prefix_hash=line.prefix_hash,
+        )
+        self._metrics.ended(record, first_at=self._first_at, last_at=line.told_at)
+        self._journal.add(record)

@@ -1,0 +1,246 @@
+"""Who is alive and how loaded: the proxy's soft state of the cluster, rebuilt from registrations and heartbeats.
+
+It knows no socket and no clock. A worker is lost when it was silent for DEAD_AFTER_S, when its connection is gone, or
+when it has work and its step count stands still for `stall_s`.
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from baton.node.endpoint import identity_of
+from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S
+from baton.node.messages.base import PROTOCOL_VERSION
+from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
+from baton.proxy.interface import WorkerStatus
+from baton.proxy.routing.router import WorkerView
+
+NOMINAL_TOKENS_S = 10_000.0
+"""Prompt tokens a second, until a worker has measured them; only ratios of costs count then."""
+
+
+@dataclass(slots=True)
+class Leg:
+    """One worker's part of one attempt, from dispatch to its terminal message."""
+
+    worker: str
+    request_id: str
+    tokens: int
+    blocks: int
+    sent_at: float
+    hashes: tuple[bytes, ...] = ()
+    """Of the blocks that this leg will have computed."""
+
+
+@dataclass(slots=True)
+class _Member:
+    register: Register
+    heard_at: float
+    load: Load = field(default_factory=Load)
+    draining: bool = False
+    progress_at: float = 0.0
+    legs: dict[str, Leg] = field(default_factory=dict)  # by request id
+    reported_at: float = float("-inf")
+    """When its load was as it reported last: what was sent to it since comes on top."""
+    begun_tokens: int = 0
+    """Of legs that it had when it reported, computed by then."""
+    done_tokens: int = 0
+    """Of the waiting ones that it reported: computed, or given up, since."""
+    view: WorkerView | None = None
+    """None where it must be made anew."""
+
+
+@dataclass(slots=True)
+class _Store:
+    """A host's store: it computes nothing, and is here to be heard."""
+
+    register: RegisterStore
+    heard_at: float
+    load: Load = field(default_factory=Load)
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What all workers of this cluster agree on."""
+
+    namespace: bytes
+    block_tokens: int
+    max_model_len: int
+
+
+class Cluster:
+    """See the module's docstring. Workers are named by endpoint identity, `worker/incarnation`."""
+
+    def __init__(self, stall_s: float) -> None:
+        self._members: dict[str, _Member] = {}
+        self._stores: dict[str, _Store] = {}
+        self._had_at: dict[str, float] = {}
+        self._last_shape: Shape | None = None
+        self._stall_s = stall_s
+        self._tokens_s = NOMINAL_TOKENS_S  # the median of those that were measured
+        self._median_at = float("-inf")
+
+    @property
+    def shape(self) -> Shape | None:
+        """None until a worker has registered."""
+        members = list(self._members.values())
+        if not members:
+            return None
+        first = members[0].register
+        return Shape(first.namespace, first.block_tokens, min(m.register.max_model_len for m in members))
+
+    @property
+    def last_shape(self) -> Shape | None:
+        """The same, still known while all workers are gone."""
+        return self.shape or self._last_shape
+
+    def had_at(self, role: str) -> float:
+        """When a worker of the role was last heard that takes requests; -inf if there never was one."""
+        return self._had_at.get(role, float("-inf"))
+
+    def join(self, identity: str, register: Register, now: float) -> str:
+        """Take a worker in; returns "" or the reason for refusing it."""
+        if reason := _why_not(identity, register):
+            return reason
+        shape = self.shape
+        if shape is not None and register.namespace != shape.namespace:
+            return "another namespace: this cluster serves another model, dtype or KV layout"
+        if identity not in self._members:
+            load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
+            self._members[identity] = _Member(register, now, load, progress_at=now)
+        self._members[identity].heard_at = self._had_at[register.role] = now
+        self._last_shape = self.shape
+        return ""
+
+    def join_store(self, identity: str, register: RegisterStore, now: float) -> str:
+        """Take a store in; returns "" or the reason for refusing it."""
+        if reason := _why_not(identity, register):
+            return reason
+        self._stores.setdefault(identity, _Store(register, now)).heard_at = now
+        return ""
+
+    def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> bool:
+        """False if nobody of this name has registered."""
+        if (store := self._stores.get(identity)) is not None:
+            store.heard_at, store.load = now, heartbeat.load
+            return True
+        member = self._members.get(identity)
+        if member is None:
+            return False
+        if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
+            member.progress_at = now
+        member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
+        member.reported_at = now - heartbeat.load_age_s
+        seen = sum(leg.tokens for leg in member.legs.values() if leg.sent_at < member.reported_at)
+        member.begun_tokens, member.done_tokens = max(0, seen - heartbeat.load.waiting_tokens), 0
+        member.view = None
+        if now - self._median_at >= HEARTBEAT_S:
+            self._median_at = now
+            measured = [m.load.prefill_tokens_s for m in self._members.values() if m.load.prefill_tokens_s]
+            self._tokens_s = statistics.median(measured) if measured else NOMINAL_TOKENS_S
+        if not member.draining:
+            self._had_at[member.register.role] = now
+        return True
+
+    def lose(self, identity: str) -> bool:
+        """It left or died; whether it was here until now."""
+        return self._members.pop(identity, None) is not None or self._stores.pop(identity, None) is not None
+
+    def excuse(self, now: float) -> None:
+        """Nobody could be heard until `now`: silence and standstill count from here."""
+        for member in self._members.values():
+            member.heard_at = member.progress_at = now
+        for store in self._stores.values():
+            store.heard_at = now
+
+    def overdue(self, now: float) -> list[tuple[str, str]]:
+        """Workers to be taken for dead, each with the reason."""
+        dead = []
+        for identity, member in self._members.items():
+            if now - member.heard_at > DEAD_AFTER_S:
+                dead.append((identity, "silent"))
+            elif now - member.progress_at > self._stall_s:
+                dead.append((identity, "no step"))
+        dead += [(identity, "silent") for identity, s in self._stores.items() if now - s.heard_at > DEAD_AFTER_S]
+        return dead
+
+    def identities(self) -> list[str]:
+        """Of all who are here, stores included."""
+        return [*self._members, *self._stores]
+
+    def knows(self, identity: str) -> bool:
+        return identity in self._members or identity in self._stores
+
+    def assign(self, leg: Leg) -> None:
+        """Count work at dispatch: the next heartbeat comes too late for a burst."""
+        if (member := self._members.get(leg.worker)) is not None:
+            member.legs[leg.request_id] = leg
+            member.view = None
+
+    def prompt_computed(self, worker: str, request_id: str) -> None:
+        """That leg's prompt waits no longer: the next heartbeat comes too late to tell, as it does at dispatch."""
+        member = self._members.get(worker)
+        if member is not None and (leg := member.legs.get(request_id)) is not None:
+            if leg.sent_at < member.reported_at:
+                begun = min(member.begun_tokens, leg.tokens)  # prompts are computed in order, or nearly
+                member.begun_tokens -= begun
+                member.done_tokens += leg.tokens - begun
+            leg.tokens = 0
+            member.view = None
+
+    def settle(self, worker: str, request_id: str) -> None:
+        self.prompt_computed(worker, request_id)
+        if (member := self._members.get(worker)) is not None:
+            member.legs.pop(request_id, None)
+            member.view = None
+
+    def view(self) -> tuple[WorkerView, ...]:
+        for identity, member in self._members.items():
+            if member.view is None:
+                member.view = _view(identity, member, self._tokens_s)
+        return tuple(member.view for member in self._members.values() if member.view is not None)
+
+    def statuses(self) -> list[WorkerStatus]:
+        return [
+            WorkerStatus(
+                m.register.worker,
+                m.register.role,
+                "draining" if m.draining else "ready",
+                m.load,
+                m.register.block_tokens,
+            )
+            for m in self._members.values()
+        ] + [WorkerStatus(s.register.worker, "store", "ready", s.load) for s in self._stores.values()]
+
+
+def _why_not(identity: str, register: Register | RegisterStore) -> str:
+    """The reason for refusing whoever says this, or ""."""
+    if identity != identity_of(register.worker, register.incarnation):
+        return "the name in the message is not the name of the connection"
+    if register.version != PROTOCOL_VERSION:
+        return f"protocol version {register.version}, this proxy speaks {PROTOCOL_VERSION}"
+    return ""
+
+
+def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
+    unseen = [leg for leg in member.legs.values() if leg.sent_at >= member.reported_at]
+    load = member.load
+    return WorkerView(
+        identity=identity,
+        address=member.register.address,
+        role=member.register.role,
+        draining=member.draining,
+        requests=max(load.running + load.waiting + len(unseen), len(member.legs)),
+        tokens=max(0, load.waiting_tokens - member.done_tokens) + sum(leg.tokens for leg in unseen),
+        free_blocks=max(0, load.free_blocks - sum(leg.blocks for leg in unseen)),
+        total_blocks=load.total_blocks,
+        max_num_seqs=member.register.max_num_seqs,
+        tokens_s=_speed(load.prefill_tokens_s, tokens_s),
+    )
+
+
+def _speed(own: float, median: float) -> float:
+    """A worker counts as fast as its peers until it is twice as fast, or half: less may be its neighbours' noise, and
+    an idle cluster would send all to the one that was disturbed least."""
+    return median if median / 2 <= own <= median * 2 or not own else own

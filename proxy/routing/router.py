@@ -1,0 +1,288 @@
+"""Which workers a request goes to. Pure: a view of the cluster and a request in, a route or a reason to wait out.
+
+The policy `kv-aware` takes the worker with the least cost in seconds:
+
+    prefill:  (tokens waiting there + WORK_WEIGHT * tokens to compute + tokens to load, by tier) / its tokens a second
+    decode:   (tokens waiting there + TRANSFER_COST * tokens whose KV would travel) / tokens a second + crowding
+    local:    the first, and crowding, for a decode worker that computes the prompt itself
+
+With `--local-prefill auto` the decode worker computes the prompt itself where that is worth it. What it computes beside
+decoding holds up the requests that it has, so the first token must come sooner by more than they lose, weighted:
+
+    (tokens waiting + to load + to compute, at prefill) - (the same, at decode) > weight * requests * (to compute)
+
+An idle decode worker helps out as soon as somebody waits, a busy one only in a jam, and long prompts stay away from
+many answers. Requests whose prompts are on their way count too: they will be answers by then.
+
+A worker that holds more of the prompt than any other keeps the request unless another is cheaper by a margin: loads
+are a heartbeat old, and without it a conversation would wander, computed anew at each stop. Whoever takes it over
+becomes a holder by computing it, so a hot prefix spreads as far as its load asks for, and no further.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from baton.proxy.routing.kvindex import Hit
+
+WORK_WEIGHT = 2.0
+"""A token to compute delays not only this request but whoever comes after it to that worker."""
+SWITCH_GAIN = 0.25
+"""The margin: this part of the holder's cost ..."""
+SWITCH_WORTH = 2.0
+"""... but at most so many times what the holder's blocks save, so that one common block leads nobody into a queue."""
+EQUAL_PART = 0.05
+"""Costs that differ by less are equal."""
+RAM_COST = 0.25
+DISK_COST = 0.75
+"""Loading a token's KV from a tier, in units of computing it (Dynamo's router credits 0.75 and 0.25 of a hit)."""
+TRANSFER_COST = 0.1
+"""Moving a token's KV to decode, in the same units: 8B at 50 GB/s against 44,000 tokens a second."""
+CROWDING_S = 0.15
+"""times k / (1 - k), where k is the part of rows or blocks in use: the form of SMG's choice of a decode worker."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerView:
+    """A live worker at one moment. Its own report and what was sent to it since are added up already."""
+
+    identity: str
+    address: str
+    role: str
+    draining: bool
+    requests: int
+    """In work, queued there, or on the way."""
+    tokens: int
+    """Not computed yet."""
+    free_blocks: int
+    total_blocks: int
+    max_num_seqs: int
+    tokens_s: float
+    """Prompt tokens that it computes in a second; that of its peers unless it is measured to differ much."""
+
+
+@dataclass(frozen=True, slots=True)
+class RequestView:
+    """What routing needs to know of a request. `avoid`: workers that just refused or failed it."""
+
+    num_tokens: int
+    num_blocks: int
+    turn: int
+    """Counts requests, for round robin."""
+    avoid: frozenset[str] = frozenset()
+    block_tokens: int = 1
+    hashes: tuple[bytes, ...] = ()
+    """Of the blocks that a cache may have: all but that of the last token, which must be computed."""
+    session: bytes = b""
+    """Digest of the client's key for a conversation or a user; empty: it gave none."""
+    hits: Mapping[str, Hit] = field(default_factory=dict)
+    """What workers have of `hashes`, by identity."""
+
+    def hit_tokens(self, worker: str) -> int:
+        hit = self.hits.get(worker)
+        return hit.blocks * self.block_tokens if hit is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    policy: str
+    local_prefill: str
+    local_prefill_tokens: int
+    local_prefill_itl_weight: float
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """`prefill` is None where the decode worker computes the prompt itself."""
+
+    decode: WorkerView
+    prefill: WorkerView | None
+    reason: str
+    decode_why: str = ""
+    prefill_why: str = ""
+    """Why this worker of the role, one of WHYS; "" where there was no choice to make."""
+    hit_tokens: int = 0
+    """Tokens that whoever computes the prompt is expected to find in a cache."""
+
+    @property
+    def computes(self) -> WorkerView:
+        """The worker that computes the prompt."""
+        return self.prefill if self.prefill is not None else self.decode
+
+
+@dataclass(frozen=True, slots=True)
+class Wait:
+    """Nobody can take the request now. `missing` names a role of which there is no worker at all."""
+
+    reason: str
+    missing: str = ""
+
+
+WHYS: Mapping[str, str] = {
+    "holder": "it holds most of the prompt",
+    "coming": "most of the prompt will be there: a sibling is on its way to it",
+    "cheaper": "another holds more, but would take longer",
+    "no_holder": "nobody holds anything, it has the least to do",
+    "least_loaded": "it has the least to do",
+    "turn": "it was its turn",
+    "session": "the client's key leads to it",
+}
+"""Reasons for a choice, as they are counted and logged."""
+
+
+def pick(view: Sequence[WorkerView], request: RequestView, rules: Rules) -> Route | Wait:
+    """The route of one request. Workers in `avoid` are taken only if there is no other."""
+    decodes = _candidates(view, "decode", request)
+    prefills = _candidates(view, "prefill", request)
+    if not decodes:
+        return Wait("no decode worker is there", missing="decode")
+    must_be_local = rules.local_prefill == "always" or (rules.local_prefill != "never" and not prefills)
+    if not must_be_local and not prefills:
+        return Wait("no prefill worker is there", missing="prefill")
+    roomy = [worker for worker in decodes if _has_room(worker, request)]
+    if not roomy:
+        return Wait("all decode workers are full")
+    choose = _POLICIES[rules.policy]
+    decode, decode_why = choose(roomy, request, _local_cost if must_be_local else _decode_cost)
+    local = Route(decode, None, "", decode_why, "", request.hit_tokens(decode.identity))
+    if must_be_local:
+        return replace(local, reason="local_always" if rules.local_prefill == "always" else "local_no_prefill_worker")
+    prefill, prefill_why = choose(prefills, request, _prefill_cost)
+    if reason := _why_local(decode, prefill, request, rules):
+        return replace(local, reason=reason)
+    hit_tokens = request.hit_tokens(prefill.identity)
+    return Route(decode, prefill, "disaggregated", decode_why, prefill_why, hit_tokens)
+
+
+def _why_local(decode: WorkerView, prefill: WorkerView, request: RequestView, rules: Rules) -> str:
+    """The reason for prefilling on the decode worker although this one could, or ""."""
+    uncached = request.num_tokens - request.hit_tokens(decode.identity)
+    if rules.local_prefill != "never" and uncached < rules.local_prefill_tokens:
+        return "local_short"
+    sooner_s = _first_token_s(prefill, request) - _first_token_s(decode, request)
+    delay_s = decode.requests * uncached / decode.tokens_s
+    if rules.local_prefill == "auto" and sooner_s > rules.local_prefill_itl_weight * delay_s:
+        return "local_sooner"
+    return ""
+
+
+def _candidates(view: Sequence[WorkerView], role: str, request: RequestView) -> list[WorkerView]:
+    able = [worker for worker in view if worker.role == role and not worker.draining]
+    if not request.avoid:
+        return able
+    return [worker for worker in able if worker.identity not in request.avoid] or able
+
+
+def _has_room(worker: WorkerView, request: RequestView) -> bool:
+    """A request that would never fit still goes to an empty worker, which refuses it with its reason."""
+    if worker.requests == 0:
+        return True
+    return worker.requests < worker.max_num_seqs and request.num_blocks <= worker.free_blocks
+
+
+# ---- costs --------------------------------------------------------------------------------------------------------
+
+Cost = Callable[[WorkerView, RequestView, Hit | None], float]
+"""Seconds, not all of them this request's own."""
+
+
+def _prefill_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> float:
+    work = WORK_WEIGHT * request.num_tokens
+    if hit is not None:
+        work -= request.block_tokens * (WORK_WEIGHT * hit.blocks - RAM_COST * hit.ram - DISK_COST * hit.disk)
+    return (worker.tokens + work) / worker.tokens_s
+
+
+def _decode_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> float:
+    travelling = request.num_tokens - (hit.gpu * request.block_tokens if hit is not None else 0)
+    return (worker.tokens + TRANSFER_COST * travelling) / worker.tokens_s + _crowding(worker)
+
+
+def _local_cost(worker: WorkerView, request: RequestView, hit: Hit | None) -> float:
+    return _prefill_cost(worker, request, hit) + _crowding(worker)
+
+
+def _first_token_s(worker: WorkerView, request: RequestView) -> float:
+    """Until the worker would have loaded and computed the prompt, behind all that waits there."""
+    work = float(request.num_tokens - request.hit_tokens(worker.identity))
+    if (hit := request.hits.get(worker.identity)) is not None:
+        work += request.block_tokens * (RAM_COST * hit.ram + DISK_COST * hit.disk)
+    return (worker.tokens + work) / worker.tokens_s
+
+
+def _crowding(worker: WorkerView) -> float:
+    rows = worker.requests / worker.max_num_seqs
+    blocks = 1.0 - worker.free_blocks / worker.total_blocks if worker.total_blocks else 0.0
+    used = min(max(rows, blocks), 0.99)
+    return CROWDING_S * used / (1.0 - used)
+
+
+# ---- policies -----------------------------------------------------------------------------------------------------
+
+Choice = tuple[WorkerView, str]
+
+
+def _kv_aware(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -> Choice:
+    hits = [request.hits.get(worker.identity) for worker in workers]
+    costs = [cost(worker, request, hit) for worker, hit in zip(workers, hits, strict=True)]
+    least = min(costs)
+    equals = [place for place, each in enumerate(costs) if each * (1.0 - EQUAL_PART) <= least]
+    depths = [0 if hit is None else hit.gpu + hit.coming + hit.ram + hit.disk for hit in hits]
+    deepest = max(depths)
+    best = _deepest(equals, depths, request.turn)
+    if not deepest:
+        return workers[best], "no_holder"
+    if depths[best] < deepest:
+        held_cost, holder = min((each, place) for place, each in enumerate(costs) if depths[place] == deepest)
+        saved = cost(workers[holder], request, hits[best]) - held_cost
+        if held_cost - min(SWITCH_GAIN * held_cost, SWITCH_WORTH * saved) > least:
+            return workers[best], "cheaper"
+        best = holder
+    hit = hits[best]
+    return workers[best], "coming" if hit is not None and 2 * hit.coming > hit.blocks else "holder"
+
+
+def _deepest(places: Sequence[int], depths: Sequence[int], turn: int) -> int:
+    """Of workers that cost about the same, one that holds most; equals take turns, so that all pools are used."""
+    most = max(depths[place] for place in places)
+    found = [place for place in places if depths[place] == most]
+    return found[turn % len(found)]
+
+
+def _least_loaded(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -> Choice:
+    """Fewest tokens to compute, then fewest requests, then most free blocks; equals take turns."""
+    key = min((w.tokens, w.requests, -w.free_blocks) for w in workers)
+    equals = [w for w in workers if (w.tokens, w.requests, -w.free_blocks) == key]
+    return _in_turn(equals, request.turn), "least_loaded"
+
+
+def _round_robin(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -> Choice:
+    return _in_turn(workers, request.turn), "turn"
+
+
+def _session(workers: Sequence[WorkerView], request: RequestView, cost: Cost) -> Choice:
+    """The worker that comes first for the client's key (rendezvous hashing: when one leaves, only its own move)."""
+    if not request.session:
+        return _least_loaded(workers, request, cost)
+    return max(workers, key=lambda worker: _weight(worker, request.session)), "session"
+
+
+def _weight(worker: WorkerView, session: bytes) -> bytes:
+    """Of a worker without its incarnation: one that comes back gets back its sessions."""
+    name = worker.identity.rpartition("/")[0]
+    return hashlib.blake2b(session + name.encode(), digest_size=8).digest()
+
+
+def _in_turn(workers: Sequence[WorkerView], turn: int) -> WorkerView:
+    return workers[turn % len(workers)]
+
+
+_POLICIES: Mapping[str, Callable[[Sequence[WorkerView], RequestView, Cost], Choice]] = {
+    "kv-aware": _kv_aware,
+    "least-loaded": _least_loaded,
+    "round-robin": _round_robin,
+    "session": _session,
+}
+POLICIES = tuple(_POLICIES)

@@ -1,0 +1,1 @@
+"""A model's text side: tokenizer, chat template, detokeniser, stop strings."""

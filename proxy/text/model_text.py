@@ -1,0 +1,209 @@
+"""A Hugging Face model folder's text side: tokenizer, chat template, end tokens, default sampling.
+
+Reads `tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`, `generation_config.json` and `config.json`
+with the `tokenizers` library alone, so that the proxy needs neither torch nor transformers. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from baton.node.errors import BadRequest, SettingsError
+from baton.proxy.text.detokenize import Detokenizer
+from baton.proxy.text.template import ChatTemplate
+
+LONG_TEXT_CHARS = 8192
+"""About 4 ms of tokenising; longer texts leave the event loop."""
+
+_SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """What the model's `generation_config.json` recommends where a client says nothing; OpenAI's values elsewhere."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+class Text:
+    """The tokenizer of one folder; raises SettingsError where the folder has none, or a broken one."""
+
+    def __init__(self, folder: Path) -> None:
+        config = _read_json(folder / "config.json")
+        generation = _read_json(folder / "generation_config.json")
+        names = _read_json(folder / "tokenizer_config.json")
+        self._tokenizer = _read_tokenizer(folder / "tokenizer.json")
+        special = {key: _token_name(names.get(key)) for key in _SPECIAL_NAMES}
+        source = _template_source(folder, names)
+        self._template = ChatTemplate(source, {k: v for k, v in special.items() if v}) if source else None
+        vocab = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(_count(config, "vocab_size"), max(vocab.values(), default=-1) + 1)
+        """Token ids are below this; a model's table may be longer than its tokenizer's."""
+        self._longest_token_chars = max(map(len, vocab), default=1)
+        self.defaults = _sampling_defaults(generation)
+        eos = _ids(generation.get("eos_token_id")) + _ids(config.get("eos_token_id"))
+        eos += _ids(vocab.get(special["eos_token"]))
+        self.eos_ids = tuple(sorted({token for token in eos if token < self.vocab_size}))
+        self._added = {token: added for token, added in self._tokenizer.get_added_tokens_decoder().items()}
+        self._special_ids = frozenset(token for token, added in self._added.items() if added.special)
+        self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
+        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+
+    @property
+    def has_chat_template(self) -> bool:
+        return self._template is not None
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The prompt of a chat; special tokens are in it already. BadRequest where the model cannot chat."""
+        if self._template is None:
+            raise BadRequest(
+                "this model has no chat template, so it cannot answer /v1/chat/completions; use /v1/completions",
+                code="no_chat_template",
+            )
+        return self._template.render(messages)
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
+        """Token ids of `text`; `add_special_tokens` adds what the tokenizer puts around a text, mostly a first one."""
+        # encode_batch_fast is encode without character offsets: half the time and memory of a long text.
+        return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+
+    async def encode_bounded(
+        self, text: str, *, add_special_tokens: bool, max_tokens: int, param: str
+    ) -> tuple[int, ...]:
+        """As `encode`, off the event loop where `text` is long; BadRequest, before any work, if it cannot fit."""
+        if len(text) > max_tokens * self._longest_token_chars:
+            fewest = len(text) // self._longest_token_chars
+            raise BadRequest(
+                f"This model's maximum context length is {max_tokens} tokens. Your prompt of {len(text)} characters "
+                f"has more than {fewest} tokens.",
+                param=param,
+                code="context_length_exceeded",
+            )
+        if len(text) <= LONG_TEXT_CHARS:
+            return self.encode(text, add_special_tokens=add_special_tokens)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(
+            self._threads, lambda: self.encode(text, add_special_tokens=add_special_tokens)
+        )
+
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def detokenizer(self) -> Detokenizer:
+        """A new one, for one stream of tokens."""
+        return Detokenizer(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), self._special_ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that one token stands for, exact also where they are a part of a character; empty if unknown."""
+        if token_id in self._added:
+            return str(self._added[token_id].content).encode()
+        piece = self._tokenizer.id_to_token(token_id)
+        if piece is None:
+            return b""
+        if self._byte_level:
+            return b"".join(_BYTES_OF.get(char, char.encode()) for char in piece)
+        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
+            return bytes([int(piece[3:5], 16)])
+        return piece.replace("\u2581", " ").encode()
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _byte_alphabet() -> dict[str, bytes]:
+    """GPT-2's printable stand-in for each byte (openai/gpt-2, src/encoder.py, bytes_to_unicode), inverted."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    codes = {byte: byte for byte in printable} | {byte: 256 + rank for rank, byte in enumerate(others)}
+    return {chr(code): bytes([byte]) for byte, code in codes.items()}
+
+
+_BYTES_OF = _byte_alphabet()
+
+
+def _read_tokenizer(path: Path) -> Tokenizer:
+    if not path.is_file():
+        raise SettingsError(f"no {path.name} in {path.parent}: a tokenizer in Hugging Face's fast format is needed")
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every fault of the file
+        raise SettingsError(f"{path} is not a tokenizer: {str(error)[:300]}") from None
+    tokenizer.no_truncation()  # files of training runs carry a truncation that would silently cut prompts
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in `path`, empty where there is no such file."""
+    try:
+        value = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RecursionError) as error:
+        raise SettingsError(f"{path} cannot be read: {str(error)[:300]}") from None
+    if not isinstance(value, dict):
+        raise SettingsError(f"{path} holds no JSON object")
+    return value
+
+
+def _template_source(folder: Path, names: Mapping[str, Any]) -> str:
+    """The chat template's source, empty where there is none; a file of its own wins, as in transformers."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{path} cannot be read: {error}") from None
+    source = names.get("chat_template")
+    if isinstance(source, list):  # several named ones
+        named = {entry.get("name"): entry.get("template") for entry in source if isinstance(entry, dict)}
+        source = named.get("default")
+    if source is not None and not isinstance(source, str):
+        raise SettingsError(f"chat_template in {folder / 'tokenizer_config.json'} is no text")
+    return source or ""
+
+
+def _token_name(value: object) -> str:
+    """A special token stands in the file as its text or as {"content": text, ...}."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) else ""
+
+
+def _ids(value: object) -> list[int]:
+    values = value if isinstance(value, list) else [value]
+    return [entry for entry in values if isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0]
+
+
+def _count(config: Mapping[str, Any], key: str) -> int:
+    value = config.get(key, 0)
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+
+
+def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
+    """Values that are no number, or out of the range that a request may have, are as if not there."""
+
+    def number(key: str, low: float, high: float, otherwise: float) -> float:
+        value = generation.get(key)
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        return float(value) if usable and value is not None else otherwise
+
+    return SamplingDefaults(
+        temperature=number("temperature", 0.0, 100.0, 1.0),
+        top_p=number("top_p", 1e-9, 1.0, 1.0),
+        top_k=int(number("top_k", 0, 1 << 30, 0)),
+        min_p=number("min_p", 0.0, 1.0, 0.0),
+        repetition_penalty=number("repetition_penalty", 1e-9, 100.0, 1.0),
+    )

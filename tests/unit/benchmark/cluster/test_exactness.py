@@ -1,0 +1,57 @@
+"""Guards scripts/bench_exactness.py: what counts as equal, and that nothing but the computing decides it."""
+
+from __future__ import annotations
+
+from baton.benchmark.cluster import exactness as bench
+from baton.benchmark.cluster.requests import Answer, random_ids
+
+
+def answer(tokens: str, logprob: float = -1.0) -> Answer:
+    return Answer(tuple(tokens), tuple(logprob for _ in tokens))
+
+
+def test_tokens_count_up_to_the_first_difference() -> None:
+    """Behind it the answers have different beginnings, and what is equal there is chance."""
+    found = bench.compare([answer("abcd"), answer("abcd")], [answer("abcd", -2.0), answer("abxd")])
+    assert (found["equal"], found["total"], found["equal_tokens_share"]) == (1, 2, 6 / 8)
+    assert (found["first_difference"], found["equal_logprobs"], found["distinct_tokens"]) == (2, 1, 4)
+
+
+def test_exact_is_bit_for_bit_on_a_gpu() -> None:
+    """A CPU's log probabilities differ in their last bits with the batch; a GPU that is deterministic has no excuse."""
+    same, close, other = ([answer("ab", -1.0)], [answer("ab", -1.1)], [answer("ac", -1.0)])
+    found = [bench.compare(same, theirs) for theirs in (same, close, other)]
+    assert [bench.is_exact(each, "cuda") for each in found] == [True, False, False]
+    assert [bench.is_exact(each, "cpu") for each in found] == [True, True, False]
+
+
+def test_an_answer_that_is_cut_off_is_not_equal() -> None:
+    """A lost token is the worst difference of all."""
+    found = bench.compare([answer("ab")], [answer("abcd")])
+    assert (found["equal"], found["equal_tokens_share"], found["first_difference"]) == (0, 0.5, 2)
+
+
+def test_all_lengths_fit_and_the_ends_are_there() -> None:
+    """The shortest prompt, of one token, and the longest are where code paths differ."""
+    found = bench.lengths(64, 2000, seed=0)
+    assert (len(found), min(found), max(found)) == (64, 1, 2000)
+    assert bench.lengths(1, 2000, seed=0) == [1]
+
+
+def test_the_pool_holds_everything() -> None:
+    """A preempted sequence is computed again in other steps, so its tokens would test something else."""
+    assert bench.blocks_for([1, 64], 64, 64) == 64 + 2 + 2
+
+
+def test_both_ways_get_the_same_options() -> None:
+    """Another context or pool would change the captured steps."""
+    options = bench._options(["--gpus", "0", "--longest", "100"])
+    ours, theirs = (bench.settings_of(w, "m", 99, True, options) for w in (bench.DISAGGREGATED, bench.COLOCATED))
+    assert ours.worker_arg == theirs.worker_arg
+    assert "--deterministic" in ours.worker_arg and "--max-model-len=164" in ours.worker_arg
+    assert "--deterministic" not in bench.settings_of((1, 1), "m", 99, False, options).worker_arg
+
+
+def test_a_longer_prompt_begins_with_a_shorter_one() -> None:
+    """Prefixes are what the tier benchmarks share between prompts."""
+    assert random_ids(20, 1, "a")[:10] == random_ids(10, 1, "a") != random_ids(10, 2, "a")

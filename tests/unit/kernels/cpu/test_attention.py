@@ -1,0 +1,95 @@
+"""The CPU's attention against the obvious one, over pools whose blocks lie anywhere."""
+
+import pytest
+import torch
+
+from baton import kernels
+from baton.kernels.cpu.attention import QUERY_SLICE
+from baton.kernels.reference import paged_attention
+
+LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
+
+
+def make_pool(num_blocks: int, block_tokens: int) -> torch.Tensor:
+    shape = (num_blocks, LAYERS, 2, block_tokens, KV_HEADS, HEAD_DIM)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
+
+
+def pieces_of(pool: torch.Tensor) -> torch.Tensor:
+    return pool.view(-1, pool.shape[3] * KV_HEADS * HEAD_DIM)
+
+
+def piece_ids(tables: list[list[int]], layer: int) -> torch.Tensor:
+    """Key blocks of all rows, then their value blocks."""
+    keys = torch.tensor([block for table in tables for block in table]) * 2 * LAYERS + 2 * layer
+    return torch.cat((keys, keys + 1))
+
+
+def additive(seen: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))[:, None, None, :]
+
+
+@pytest.mark.parametrize("num_heads", [2, 6])
+@pytest.mark.parametrize("window", [None, 5])
+@pytest.mark.parametrize("block_tokens", [4, 16])
+def test_decode_attention(num_heads, window, block_tokens):
+    """Guards against heads that read another head's keys, padding that is seen, and rows of a group exchanged."""
+    pool = make_pool(40, block_tokens)
+    lengths = [31, 17, 30, 1]
+    width = -(-max(lengths) // block_tokens)
+    shuffled = torch.randperm(40, generator=torch.Generator().manual_seed(2)).tolist()
+    tables = [shuffled[row * width : (row + 1) * width] for row in range(4)]
+    places, ends = torch.arange(width * block_tokens)[None, :], torch.tensor(lengths)[:, None]
+    full = places < ends
+    windowed = full if window is None else full & (places >= ends - window)
+    prefix = torch.tensor([99, 98, 97])  # ids of another group before this one's
+    ids = torch.cat((prefix, piece_ids(tables, 1)))
+    group = kernels.DecodeGroup(2, 4, 3, len(ids) - 3, additive(full), additive(windowed))
+    query = torch.randn(7, num_heads, HEAD_DIM, generator=torch.Generator().manual_seed(3))
+    out = torch.full_like(query, 9.0)
+    kernels.decode_attention(query, pieces_of(pool), ids, group, window is not None, KV_HEADS, kernels.Workspace(), out)
+    for row, length in enumerate(lengths):
+        expected = paged_attention(query[2 + row][None], pool, 1, torch.tensor(tables[row]), length - 1, window)
+        torch.testing.assert_close(out[2 + row][None], expected, rtol=1e-4, atol=1e-5)
+    assert bool((out[[0, 1, 6]] == 9.0).all()), "rows of other groups are not touched"
+
+
+@pytest.mark.parametrize(
+    ("start", "num_new"), [(0, 1), (0, 29), (3, 1), (16, 13), (7, QUERY_SLICE + 5), (0, QUERY_SLICE + 5)]
+)
+@pytest.mark.parametrize("window", [None, 6, 40])
+def test_chunk_attention(start, num_new, window):
+    """Guards against a mask that is off by one at the start, at a slice of queries, or at the window's edge."""
+    block_tokens = 4
+    count = -(-(start + num_new) // block_tokens)
+    pool = make_pool(count + 5, block_tokens)
+    table = torch.randperm(count + 5, generator=torch.Generator().manual_seed(4))[:count]
+    query = torch.randn(num_new, 4, HEAD_DIM, generator=torch.Generator().manual_seed(5))
+    out = torch.empty_like(query)
+    ids = piece_ids([table.tolist()], 2)
+    kernels.chunk_attention(query, pieces_of(pool), ids, start, window, KV_HEADS, kernels.Workspace(), out)
+    torch.testing.assert_close(out, paged_attention(query, pool, 2, table, start, window), rtol=1e-4, atol=1e-5)
+
+
+def test_write_kv_puts_every_token_in_its_slots_and_nothing_else():
+    """Guards against keys and values exchanged, and against tokens that overwrite each other."""
+    slots = torch.zeros(20, 6)
+    slot_ids = torch.tensor([[3, 7], [19, 0], [4, 8]])
+    kv = torch.arange(1.0, 37.0).view(3, 2, 6)
+    kernels.write_kv(slots, slot_ids, kv)
+    expected = torch.zeros(20, 6)
+    for token in range(3):
+        for part in range(2):
+            expected[slot_ids[token, part]] = kv[token, part]
+    assert torch.equal(slots, expected)
+
+
+def test_workspace_keeps_its_memory_and_follows_the_dtype():
+    """Guards against an allocation a layer, and against a buffer read as another dtype."""
+    workspace = kernels.Workspace()
+    pieces = torch.randn(10, 8)
+    large = workspace.gather(pieces, torch.tensor([1, 2, 3]))
+    address = large.data_ptr()
+    assert torch.equal(large, pieces[1:4])
+    assert workspace.gather(pieces, torch.tensor([5])).data_ptr() == address
+    assert torch.equal(workspace.gather(pieces.bfloat16(), torch.tensor([4])), pieces.bfloat16()[4:5])

@@ -1,0 +1,179 @@
+"""The disk under the store: second use, loading back, and every fault of a tier a miss. Its tiers are in memory."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from baton.kvtransfer.blocks.checksum import xxh3
+from baton.kvtransfer.protocol.exchange import LegKey
+from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.disk.base import Tier
+from baton.kvtransfer.store.disk_thread import Disk
+from baton.node.errors import SettingsError
+from baton.node.messages.store import DISK, RAM
+from baton.testing.memory_records import memory_tier
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, content, names
+
+KEY = LegKey("b", 0)
+
+
+class Gated:
+    """Tiers in memory whose calls wait until a test lets them go."""
+
+    def __init__(self) -> None:
+        self.tiers: dict[bytes, Tier] = {}
+        self.news = threading.Semaphore(0)
+        self.refuse = False
+
+    def open(self, namespace: bytes, block_bytes: int) -> Tier:
+        if self.refuse:
+            raise SettingsError("no such disk")
+        tier: Tier = memory_tier(1 << 20, block_bytes)
+        self.tiers[namespace] = tier
+        return tier
+
+
+class Bench:
+    """A world whose host has a disk; `settle` waits for its threads."""
+
+    def __init__(self, slots: int = 16, max_writing_bytes: int = 1 << 20, first_use_part: float = 0.0) -> None:
+        self.gated = Gated()
+        self.disk = Disk(self.gated.open, max_writing_bytes, self.gated.news.release, first_use_part)
+        self.world = World(host=Host(slots=slots, lower=self.disk))
+        self.world.join("a")
+        self.world.join("b")
+        self.settle(1)  # the tier is open
+
+    def settle(self, count: int) -> None:
+        """Until so many reads and writes have ended."""
+        for _ in range(count):
+            assert self.gated.news.acquire(timeout=10), "the disk's threads do not answer"
+        self.world.run()
+
+    def demote(self, *numbers: int) -> None:
+        """Put, use again so that they go to disk, and push them out of RAM."""
+        self.world.put("a", *numbers)
+        self.world.find("a", *numbers)
+        self.settle(len(numbers))
+        self.world.let_go("a")
+        for start in range(100, 116, 8):
+            self.world.put("b", *range(start, start + 8))
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    made = Bench()
+    yield made
+    made.disk.close()
+
+
+def test_a_block_goes_to_disk_at_its_second_use_and_comes_back(bench: Bench) -> None:
+    """Guards the way down and up again: what was evicted from RAM is found on disk, loaded, and bit-equal."""
+    bench.demote(1, 2, 3)
+    assert bench.world.find("b", 1, 2, 3, 4) == (DISK, DISK, DISK)
+    worker = bench.world.workers["b"]
+    worker.session.load(KEY, 0, range(8, 11), bench.world.now)
+    bench.world.run()
+    bench.settle(3)
+    assert [worker.holds(8 + n, 1 + n) for n in range(3)] == [True] * 3
+    assert bench.world.find("a", 1, 2, 3) == (RAM, RAM, RAM)
+    assert bench.disk.stats()["disk_hits"] == 3
+
+
+def test_one_use_is_not_written(bench: Bench) -> None:
+    """Guards the disk from what is never used again."""
+    bench.world.put("a", 1, 2)
+    assert bench.disk.stats()["disk_writing_bytes"] == 0
+    bench.world.find("b", 1)
+    bench.settle(1)
+    assert bench.disk.stats()["disk_stored"] == 1
+
+
+def test_while_there_is_room_one_use_is_enough() -> None:
+    """Guards what falls out of RAM before its second use; and a disk that is nearly full from what never has one."""
+    made = Bench(first_use_part=2.5 * BLOCK_BYTES / (1 << 20))
+    for number in (1, 2, 3):
+        made.world.put("a", number)
+        made.settle(1)
+    made.world.put("a", 4)
+    assert made.disk.stats()["disk_writing_bytes"] == 0 and made.disk.stats()["disk_stored"] == 3
+    made.disk.close()
+
+
+def test_a_use_whose_write_is_refused_is_remembered() -> None:
+    """Guards a block that was used twice while too much was being written: its next use is not its first."""
+    made = Bench(max_writing_bytes=BLOCK_BYTES - 1)
+    made.world.put("a", 1)
+    made.world.find("a", 1)
+    assert made.disk.stats()["disk_dropped_queue_full"] == 1
+    assert made.disk.wants(Key(SPACE, names(1)[0]))
+    made.disk.close()
+
+
+def test_damaged_bytes_are_never_vouched_for(bench: Bench) -> None:
+    """Guards the tier's own digest: it is made from what it gets, so what it gets must be right."""
+    bench.world.put("a", 1)
+    entry = bench.world.host.server.index.find(Key(SPACE, names(1)[0]))
+    assert entry is not None
+    bench.world.host.arena.span(entry.offset, 1)[0] ^= 1
+    bench.world.find("b", 1)
+    bench.settle(1)
+    assert bench.disk.stats()["disk_stored"] == 0 and bench.disk.stats()["disk_dropped_spoiled"] == 1
+
+
+def test_a_block_that_was_spoiled_on_its_way_to_disk_is_found_once(bench: Bench) -> None:
+    """Guards the way of the worker's digest: a tier vouches only for what it got, the worker knows what was meant."""
+    spoiled = bytes([content(1)[0] ^ 1]) + content(1)[1:]
+    tier = bench.gated.tiers[SPACE]
+    assert tier.put(names(1)[0], memoryview(spoiled), xxh3(memoryview(content(1))))
+    assert bench.world.find("b", 1) == (DISK,)
+    worker = bench.world.workers["b"]
+    worker.session.load(KEY, 0, range(8, 9), bench.world.now)
+    bench.world.run()
+    bench.settle(1)
+    assert worker.session.counters.damaged_blocks == 1
+    bench.disk.close()  # its threads have ended
+    assert tier.contains([names(1)[0]]) == [False] and bench.world.find("b", 1) == ()
+
+
+def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> None:
+    """Guards the gap between finding and fetching: the load ends before the block, and nothing stays held."""
+    bench.demote(1, 2)
+    assert bench.world.find("b", 1, 2) == (DISK, DISK)
+    bench.gated.tiers[SPACE].drop([names(2)[0]])
+    worker = bench.world.workers["b"]
+    worker.session.load(KEY, 0, range(8, 10), bench.world.now)
+    bench.world.run()
+    bench.settle(1)
+    assert worker.holds(8, 1) and worker.session.counters.failed_blocks == 1
+    assert bench.world.host.server.index.num_holders == 0
+
+
+def test_what_is_being_written_stays_and_more_than_the_bound_is_dropped() -> None:
+    """Guards memory and order: held slots are bounded, and what was dropped is tried again when it is used on."""
+    bench = Bench(max_writing_bytes=2 * BLOCK_BYTES)
+    bench.world.put("a", 1, 2, 3)
+    bench.world.find("b", 1, 2, 3)
+    bench.settle(2)
+    assert bench.disk.stats()["disk_stored"] == 2 and bench.disk.stats()["disk_dropped_queue_full"] == 1
+    bench.world.find("a", 3)
+    bench.world.find("b", 3)
+    bench.settle(1)
+    assert bench.disk.stats()["disk_stored"] == 3
+    bench.disk.close()
+
+
+def test_a_disk_that_cannot_be_opened_is_no_disk() -> None:
+    """Guards the store against a bad path: RAM works on, and it is counted."""
+    gated = Gated()
+    gated.refuse = True
+    disk = Disk(gated.open, 1 << 20, gated.news.release)
+    world = World(host=Host(lower=disk))
+    world.join("a")
+    world.put("a", 1)
+    assert world.find("a", 1) == (RAM,) and world.find("a", 1) == (RAM,)
+    disk.close()
+    assert disk.stats()["disk_open_failures"] == 1

@@ -1,0 +1,80 @@
+"""node.lifecycle: a worker registers until answered, beats, notices a silent or a new proxy, and starts over."""
+
+from __future__ import annotations
+
+from baton.node.membership import HEARTBEAT_S, PROXY_LEASE_S, Joined, JoinRefused, Membership, ProxyLost
+from baton.node.messages.control import Goodbye, Heartbeat, Load, Ping, Refused, Register, Registered, Rejoin
+
+REGISTER = Register(
+    worker="d",
+    incarnation=1,
+    role="decode",
+    model="m",
+    namespace=b"n" * 32,
+    block_tokens=16,
+    total_blocks=5,
+    max_num_seqs=8,
+    max_model_len=512,
+    address="tcp://x",
+)
+
+
+def _due(membership: Membership, now: float) -> list[type]:
+    messages, _ = membership.on_timer(now, Load())
+    return [type(message) for _, message in messages]
+
+
+def _joined(now: float = 0.0) -> Membership:
+    membership = Membership(REGISTER, ("a",), now)
+    assert membership.on_message("a", Registered(proxy="proxy", incarnation=7), now) == [Joined("a")]
+    return membership
+
+
+def test_registers_until_answered_then_beats() -> None:
+    """Guards against a lost Register, and against beats that nobody expects."""
+    membership = Membership(REGISTER, ("a",), 0.0)
+    assert _due(membership, 0.0) == [Register]
+    assert _due(membership, HEARTBEAT_S / 2) == []
+    assert _due(membership, HEARTBEAT_S) == [Register]
+    membership.on_message("a", Registered(proxy="proxy", incarnation=7), 0.3)
+    assert _due(membership, 2 * HEARTBEAT_S) == [Heartbeat]
+
+
+def test_a_silent_proxy_is_lost_and_joined_anew() -> None:
+    """Guards orphaned requests: after the session lease they are dropped, and the worker registers again."""
+    membership = _joined()
+    _, changes = membership.on_timer(PROXY_LEASE_S + 0.1, Load())
+    assert changes == [ProxyLost("a")]
+    assert _due(membership, PROXY_LEASE_S + 0.1 + HEARTBEAT_S) == [Register]
+
+
+def test_pings_keep_the_proxy() -> None:
+    """Guards against dropping requests of a proxy that has nothing to say."""
+    membership = _joined()
+    for tenth in range(100):
+        membership.on_message("a", Ping(proxy="proxy", incarnation=7), tenth / 10)
+        _, changes = membership.on_timer(tenth / 10, Load())
+        assert changes == []
+
+
+def test_a_restarted_proxy_is_noticed_at_once() -> None:
+    """Guards against serving requests of a proxy that no longer knows them."""
+    assert _joined().on_message("a", Ping(proxy="proxy", incarnation=8), 0.1) == [ProxyLost("a")]
+    assert _joined().on_message("a", Rejoin(), 0.1) == [ProxyLost("a")]
+    changes = _joined().on_message("a", Registered(proxy="proxy", incarnation=8), 0.1)
+    assert changes == [ProxyLost("a"), Joined("a")]
+
+
+def test_a_refused_worker_does_not_insist() -> None:
+    """Guards against a registration storm by a worker that does not fit."""
+    membership = Membership(REGISTER, ("a", "b"), 0.0)
+    assert membership.on_message("a", Refused(reason="no"), 0.0) == [JoinRefused("a", "no")]
+    messages, _ = membership.on_timer(0.0, Load())
+    assert [link for link, _ in messages] == ["b"]
+
+
+def test_farewell_goes_to_those_who_count_it_in() -> None:
+    """Guards drain: every proxy that joined it hears a goodbye."""
+    membership = Membership(REGISTER, ("a", "b"), 0.0)
+    membership.on_message("a", Registered(proxy="proxy", incarnation=7), 0.0)
+    assert membership.farewell() == [("a", Goodbye(worker="d", incarnation=1))]

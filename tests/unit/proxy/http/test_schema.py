@@ -1,0 +1,400 @@
+"""Bodies of OpenAI requests: what is obeyed, ignored, refused; and what an order becomes for one model."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from baton.node.errors import BadRequest
+from baton.node.messages.control import SamplingParams
+from baton.proxy.http.prepare import Generation, generations
+from baton.proxy.http.schema import IGNORED, UNSUPPORTED, read_chat, read_completion
+from baton.proxy.interface import AppSettings
+from baton.proxy.text.model_text import Text
+
+CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+COMPLETION = {"model": "demo", "prompt": "Hi"}
+
+
+def body(base: dict[str, Any], **more: Any) -> bytes:
+    return json.dumps({**base, **more}).encode()
+
+
+def refused(base: dict[str, Any], **more: Any) -> BadRequest:
+    with pytest.raises(BadRequest) as raised:
+        (read_chat if base is CHAT else read_completion)(body(base, **more))
+    assert raised.value.status == 400
+    return raised.value
+
+
+async def prepared(text: Text, base: dict[str, Any], **more: Any) -> list[Generation]:
+    order = (read_chat if "messages" in base else read_completion)(body(base, **more))
+    return await generations(order, text, AppSettings("demo"), 2048)
+
+
+async def sampling(text: Text, base: dict[str, Any], **more: Any) -> SamplingParams:
+    return (await prepared(text, base, **more))[0].sampling
+
+
+# ---- what is refused ----------------------------------------------------------------------------------------------
+
+WRONG_VALUES = [
+    ("max_tokens", 0),
+    ("max_tokens", -1),
+    ("max_tokens", 2**70),
+    ("max_tokens", 1.5),
+    ("max_tokens", "16"),
+    ("max_tokens", True),
+    ("n", 0),
+    ("n", 2**70),
+    ("temperature", -0.1),
+    ("temperature", 1e300),
+    ("temperature", "hot"),
+    ("top_p", 0),
+    ("top_p", 1.1),
+    ("top_k", -2),
+    ("top_k", 2**40),
+    ("min_p", 2),
+    ("seed", 2**63),
+    ("seed", 0.5),
+    ("presence_penalty", 3),
+    ("frequency_penalty", -2.5),
+    ("repetition_penalty", 0),
+    ("logit_bias", {"5": 101}),
+    ("logit_bias", {"five": 1}),
+    ("logit_bias", {"-1": 1}),
+    ("logit_bias", [1]),
+    ("logit_bias", {str(n): 1 for n in range(1025)}),
+    ("stop", ["a"] * 17),
+    ("stop", ["a", ""]),
+    ("stop", ""),
+    ("stop", 5),
+    ("stop", "x" * 2000),
+    ("stop_token_ids", [-1]),
+    ("stop_token_ids", [2**40]),
+    ("stop_token_ids", [1] * 65),
+    ("min_tokens", -1),
+    ("priority", 1 << 20),
+    ("stream", 1),
+    ("stream", "true"),
+    ("ignore_eos", "no"),
+    ("model", ""),
+    ("model", 5),
+    ("model", None),
+]
+
+
+@pytest.mark.parametrize("base", [CHAT, COMPLETION], ids=["chat", "completion"])
+@pytest.mark.parametrize(("name", "value"), WRONG_VALUES)
+def test_a_wrong_value_is_refused_by_name(base: dict[str, Any], name: str, value: object) -> None:
+    """Guards against a value out of bounds or of another type reaching a worker, or an error that hides its name."""
+    error = refused(base, **{name: value})
+    assert error.param is not None and error.param.split(".")[0] == name
+    assert name in str(error)
+
+
+@pytest.mark.parametrize("base", [CHAT, COMPLETION], ids=["chat", "completion"])
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
+def test_numbers_that_are_none_are_refused(base: dict[str, Any], number: str) -> None:
+    """Guards against NaN reaching the sampler, where it passes every comparison."""
+    read = read_chat if base is CHAT else read_completion
+    with pytest.raises(BadRequest):
+        read(body(base, temperature=0.5).replace(b"0.5", number.encode()))
+
+
+PROMPTS: list[Any] = [
+    5,
+    None,
+    {},
+    [],
+    [[]],
+    [1.5],
+    [True],
+    [-1],
+    [2**40],
+    ["a", 1],
+    [1, "a"],
+    [["a"]],
+    [[1], "a"],
+    ["a"] * 5000,
+]
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: str(prompt)[:20])
+async def test_a_prompt_of_another_shape_is_refused(text: Text, prompt: object) -> None:
+    """Guards against token ids that are booleans or fractions, and against empty prompts."""
+    with pytest.raises(BadRequest) as raised:
+        await prepared(text, COMPLETION, prompt=prompt)
+    assert raised.value.param == "prompt"
+
+
+MESSAGES: list[Any] = [
+    [],
+    None,
+    "Hi",
+    [{}],
+    [{"role": "user"}],
+    [{"role": "user", "content": None}],
+    [{"role": "robot", "content": "x"}],
+    [{"content": "x"}],
+    [{"role": "user", "content": 5}],
+    [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "http://host/x.png"}}]}],
+    [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}],
+    [{"role": "user", "content": [{"type": "text"}]}],
+    [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
+    [{"role": "user", "content": "x", "surprise": 1}],
+]
+
+
+@pytest.mark.parametrize("messages", MESSAGES, ids=lambda messages: str(messages)[:60])
+def test_messages_of_another_shape_are_refused(messages: object) -> None:
+    """Guards against images silently dropped, tool calls lost, and roles that the template would guess."""
+    error = refused(CHAT, messages=messages)
+    assert error.param is not None and error.param.startswith("messages")
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b'"text"',
+        b"\xff\xfe",
+        b'{"model": "demo", "prompt": "\xff"}',
+        b'{"model": "demo", "prompt": "\\ud800"}',
+        b'{"model": "demo", "prompt": ' + b"[" * 10_000 + b"]" * 10_000 + b"}",
+        b'{"model": "demo", "prompt": "x", "metadata": ' + b'{"a":' * 10_000 + b"1" + b"}" * 10_000 + b"}",
+        b'{"model": "demo", "prompt": ' + b"[" + b"[]," * 1_000_000 + b"[]]}",
+        b'{"model": "demo", "prompt": "x", "seed": ' + b"1" * 10_000 + b"}",
+        b'{"model": "demo", "prompt": "x"} trailing',
+        b"PUT / HTTP/1.1",
+    ],
+    ids=lambda raw: repr(raw[:30]),
+)
+def test_bytes_that_are_no_request_are_refused(raw: bytes) -> None:
+    """Guards against a crash, or a stalled event loop, on JSON that is broken, deep, huge or not UTF-8."""
+    for read in (read_completion, read_chat):
+        with pytest.raises(BadRequest) as raised:
+            read(raw)
+        assert raised.value.status == 400
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=8,
+)
+names = sorted({*CHAT, *COMPLETION, *(name for name, _ in WRONG_VALUES), "logprobs", "stream_options", *UNSUPPORTED})
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(names), json_values, max_size=6))
+def test_any_json_is_an_order_or_a_bad_request(values: dict[str, Any]) -> None:
+    """Guards against any other exception, which a client would see as a failure of the server."""
+    for read, base in ((read_completion, COMPLETION), (read_chat, CHAT)):
+        try:
+            read(json.dumps({**base, **values}).encode())
+        except BadRequest as error:
+            assert str(error)
+
+
+def test_a_body_of_brackets_is_refused_before_it_is_parsed() -> None:
+    """Guards against an event loop held for seconds by the JSON that is dearest to parse."""
+    with pytest.raises(BadRequest, match="brackets"):
+        read_completion(b'{"model": "demo", "prompt": [' + b"[]," * 1_000_000 + b"[]]}")
+
+
+def test_values_are_not_repeated_in_errors() -> None:
+    """Guards against prompts in error messages, which end up in logs."""
+    assert "secret" not in str(refused(COMPLETION, max_tokens="secret words"))
+    assert "secret" not in str(refused(CHAT, messages=[{"role": "secret", "content": "secret"}]))
+
+
+@pytest.mark.parametrize(
+    "name", ["temprature", "kv_transfer_params", "do_remote_prefill", "x" * 5000, "prompt_logprobs"]
+)
+def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
+    """Guards against a misspelt parameter silently lost, and transfer parameters taken from a client."""
+    for base in (CHAT, COMPLETION):
+        error = refused(base, **{name: 1})
+        assert error.code == "unknown_parameter"
+        assert error.param == name[:64]
+
+
+@pytest.mark.parametrize("name", sorted(IGNORED))
+def test_a_parameter_without_effect_is_ignored(name: str) -> None:
+    """Guards against refusing what OpenAI's own client and its users send along."""
+    for base, read in ((CHAT, read_chat), (COMPLETION, read_completion)):
+        assert read(body(base, **{name: {"any": ["thing"]}})) == read(body(base))
+
+
+@pytest.mark.parametrize("name", sorted(UNSUPPORTED))
+def test_an_unsupported_parameter_is_refused_unless_it_asks_for_nothing(name: str) -> None:
+    """Guards against tools or a response format ignored, which the client would notice much later."""
+    assert refused(CHAT, **{name: {"type": "json_object"}}).param == name
+    for neutral in (None, *UNSUPPORTED[name]):
+        assert read_chat(body(CHAT, **{name: neutral})) == read_chat(body(CHAT))
+
+
+def test_contradictions_are_refused() -> None:
+    """Guards against one of two contradicting parameters silently winning."""
+    assert refused(COMPLETION, best_of=3, n=2).param == "best_of"
+    assert refused(COMPLETION, echo=True, logprobs=1).param == "echo"
+    assert refused(COMPLETION, logprobs=6).param == "logprobs"
+    assert refused(COMPLETION, min_tokens=5, max_tokens=4).param == "min_tokens"
+    assert refused(COMPLETION, stream_options={"include_usage": True}).param == "stream_options"
+    assert refused(COMPLETION, stream=True, stream_options={"unknown": True}).param == "stream_options.unknown"
+    assert refused(CHAT, top_logprobs=2).param == "top_logprobs"
+    assert refused(CHAT, logprobs=True, top_logprobs=21).param == "top_logprobs"
+    assert refused(CHAT, max_tokens=5, max_completion_tokens=6).param == "max_tokens"
+
+
+# ---- what is obeyed -----------------------------------------------------------------------------------------------
+
+
+async def test_every_sampling_parameter_arrives(text: Text) -> None:
+    """Guards against a parameter accepted and then dropped on the way to the worker."""
+    asked: dict[str, Any] = {
+        "max_tokens": 7,
+        "min_tokens": 3,
+        "temperature": 0.25,
+        "top_p": 0.5,
+        "top_k": 11,
+        "min_p": 0.125,
+        "seed": 42,
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "repetition_penalty": 1.25,
+    }
+    more = {"logit_bias": {"7": 1.5, "5": -100}, "stop_token_ids": [9], "logprobs": 4}
+    expected = SamplingParams(
+        **asked, logit_bias=((5, -100.0), (7, 1.5)), stop_token_ids=(0, 1, 9), logprobs=True, top_logprobs=4
+    )
+    assert await sampling(text, COMPLETION, **asked, **more) == expected
+    more["logprobs"], more["top_logprobs"] = True, 4
+    assert await sampling(text, CHAT, **asked, **more) == expected
+
+
+async def test_what_is_not_said_is_the_models_default(text: Text) -> None:
+    """Guards against null taken for a value, and against generation_config.json not read."""
+    nulls = dict.fromkeys(["temperature", "top_p", "top_k", "min_p", "stop", "n", "logprobs", "stream_options", "seed"])
+    made = await sampling(text, COMPLETION, **nulls)
+    assert (made.temperature, made.top_p, made.top_k, made.min_p) == (0.7, 0.9, 0, 0.0)
+    assert (made.logprobs, made.stop_token_ids, made.max_tokens) == (False, (0, 1), 16)
+    assert (await sampling(text, COMPLETION, temperature=0)).temperature == 0.0
+    assert (await sampling(text, COMPLETION, top_k=-1)).top_k == 0
+
+
+async def test_ignore_eos_leaves_only_the_clients_stop_tokens(text: Text) -> None:
+    """Guards against an answer ended by the model's end token although the client said to go on."""
+    assert (await sampling(text, COMPLETION, ignore_eos=True)).stop_token_ids == ()
+    assert (await sampling(text, COMPLETION, ignore_eos=True, stop_token_ids=[1])).stop_token_ids == (1,)
+
+
+async def test_seeds(text: Text) -> None:
+    """Guards against n equal answers, answers that a batch changes, and seeds out of the wire's range."""
+    seeds = [made.sampling.seed for made in await prepared(text, COMPLETION, prompt=["a", "b"], n=3, seed=5)]
+    assert seeds == [5, 6, 7, 5, 6, 7]
+    drawn = [made.sampling.seed for made in await prepared(text, COMPLETION, n=8)]
+    assert len(set(drawn)) == 8
+    for seed in (-(2**63), -1, 2**63 - 1):
+        assert all(0 <= made.sampling.seed < 2**63 for made in await prepared(text, COMPLETION, seed=seed, n=2))
+
+
+async def test_shapes_of_prompts(text: Text) -> None:
+    """Guards against a list of ids read as many prompts, and against choices in another order than prompts."""
+    hi = text.encode("Hi", add_special_tokens=True)
+    for prompt, expected in (
+        ("Hi", [hi]),
+        (["Hi", "Hi"], [hi, hi]),
+        ([5, 6], [(5, 6)]),
+        ([[5], [6, 7]], [(5,), (6, 7)]),
+    ):
+        made = await prepared(text, COMPLETION, prompt=prompt, n=2)
+        assert [generation.prompt_ids for generation in made] == [ids for ids in expected for _ in range(2)]
+        assert [generation.index for generation in made] == list(range(len(made)))
+
+
+async def test_echo(text: Text) -> None:
+    """Guards against echoing text that was not the client's, or dropping special tokens of given ids."""
+    assert [made.echo for made in await prepared(text, COMPLETION, prompt=["Hi ", "ho"], echo=True)] == ["Hi ", "ho"]
+    ids = list(text.encode("Hi<|end|>", add_special_tokens=False))
+    assert (await prepared(text, COMPLETION, prompt=ids, echo=True))[0].echo == "Hi<|end|>"
+    assert (await prepared(text, COMPLETION))[0].echo == ""
+
+
+async def test_parts_of_text_and_answers_sent_back(text: Text) -> None:
+    """Guards against refusing the message that a client got from us and sends back with the next turn."""
+    parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
+    answer: dict[str, Any] = {
+        "role": "assistant",
+        "content": "yes",
+        "refusal": None,
+        "annotations": [],
+        "audio": None,
+        "tool_calls": None,
+    }
+    messages = [{"role": "user", "content": parts}, answer, {"role": "user", "content": "on", "name": "me"}]
+    made = (await prepared(text, CHAT, messages=messages))[0]
+    shown = text.decode(made.prompt_ids, skip_special_tokens=False)
+    assert shown == "<|user|>\none\ntwo<|end|>\n<|assistant|>\nyes<|end|>\n<|user|>\non<|end|>\n<|assistant|>\n"
+
+
+# ---- what depends on the model ------------------------------------------------------------------------------------
+
+
+async def test_the_context_length(text: Text) -> None:
+    """Guards against an answer cut by the model's limit, or a request that no worker can hold, being sent on."""
+    assert (await sampling(text, COMPLETION, prompt=[5] * 2040, max_tokens=8)).max_tokens == 8
+    for more in ({"prompt": [5] * 2040, "max_tokens": 9}, {"prompt": [5] * 2048}, {"prompt": "word " * 50_000}):
+        with pytest.raises(BadRequest) as raised:
+            await prepared(text, COMPLETION, **more)
+        assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
+    assert (await sampling(text, COMPLETION, prompt=[5] * 2040)).max_tokens == 8
+    prompt_len = len((await prepared(text, CHAT))[0].prompt_ids)
+    assert (await sampling(text, CHAT)).max_tokens == 2048 - prompt_len
+    assert (await sampling(text, CHAT, max_completion_tokens=9)).max_tokens == 9
+    assert (await sampling(text, COMPLETION, min_tokens=40)).max_tokens == 40
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"prompt": [4096]}, "prompt"),
+        ({"prompt": [[5], [2**31 - 1]]}, "prompt"),
+        ({"stop_token_ids": [4096]}, "stop_token_ids"),
+        ({"logit_bias": {"4096": 1}}, "logit_bias"),
+        ({"n": 17}, "n"),
+        ({"prompt": ["a"] * 65}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
+        ({"min_tokens": 3000}, "min_tokens"),
+    ],
+    ids=str,
+)
+async def test_what_the_model_or_the_settings_do_not_allow(text: Text, more: dict[str, Any], param: str) -> None:
+    """Guards against an index outside the embedding table, and work without bounds."""
+    with pytest.raises(BadRequest) as raised:
+        await prepared(text, COMPLETION, **more)
+    assert raised.value.param == param
+
+
+def test_a_conversation_is_known_by_its_digest() -> None:
+    """Guards the policy `session`: the same key leads to the same place, and nothing but its digest goes on."""
+    for base, read in ((CHAT, read_chat), (COMPLETION, read_completion)):
+        keys = [
+            read(body(base, **more)).session_key
+            for more in ({}, {"user": "ann"}, {"user": "bob"}, {"prompt_cache_key": "ann"}, {"user": ""})
+        ]
+        assert keys[0] == keys[4] == b"" and keys[1] == keys[3] != keys[2]
+        assert {len(key) for key in keys[1:4]} == {16}
+        both = read(body(base, user="ann", prompt_cache_key="bob")).session_key
+        assert both == keys[2], "a conversation is narrower than its user"
+        assert refused(base, user=5).param == "user"
+        assert refused(base, prompt_cache_key="x" * 5000).param == "prompt_cache_key"

@@ -1,0 +1,123 @@
+"""proxy.dispatch: admission in turn, a bounded queue, clear errors while there are no workers. No socket answers."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+
+import pytest
+
+from baton.node.endpoint import Endpoint, new_context
+from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
+from baton.node.messages.control import Heartbeat, Load, Register, SamplingParams
+from baton.proxy.dispatcher import Dispatcher
+from baton.proxy.routing.cluster import Leg
+from baton.proxy.routing.router import RequestView, Route
+from baton.proxy.settings import ProxySettings
+
+SAMPLING = SamplingParams(max_tokens=4)
+
+
+@pytest.fixture
+async def dispatcher() -> AsyncIterator[Dispatcher]:
+    context = new_context()
+    endpoint = Endpoint(context, "proxy", "tcp://127.0.0.1:0")
+    made = Dispatcher(endpoint, ProxySettings(max_queue=2, local_prefill="always", drain_s=0.0))
+    yield made
+    endpoint.close()
+    context.destroy(0)
+
+
+def _join(dispatcher: Dispatcher, free_blocks: int = 100) -> None:
+    """A decode worker registers and reports, behind the wire's back."""
+    register = Register(
+        worker="d",
+        incarnation=1,
+        role="decode",
+        model="m",
+        namespace=b"n" * 32,
+        block_tokens=4,
+        total_blocks=100,
+        max_num_seqs=2,
+        max_model_len=64,
+        address="tcp://127.0.0.1:1",
+    )
+    now = time.monotonic()
+    assert dispatcher._cluster.join("d/1", register, now) == ""
+    load = Load(running=1, free_blocks=free_blocks, total_blocks=100)
+    dispatcher._cluster.beat("d/1", Heartbeat(worker="d", incarnation=1, load=load), now)
+    dispatcher._on_change()
+
+
+def _view(num_blocks: int = 1) -> RequestView:
+    return RequestView(num_tokens=4, num_blocks=num_blocks, turn=0)
+
+
+def _soon() -> float:
+    return time.monotonic() + 5.0
+
+
+async def test_requests_are_let_in_in_turn(dispatcher: Dispatcher) -> None:
+    """Guards against starvation: a large request that waits for blocks is not overtaken by a small one."""
+    _join(dispatcher, free_blocks=1)
+    large = asyncio.create_task(dispatcher.admit(_view(50), _soon(), first=True))
+    await asyncio.sleep(0)
+    small = asyncio.create_task(dispatcher.admit(_view(1), _soon(), first=True))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not large.done() and not small.done()
+    _join(dispatcher, free_blocks=100)
+    assert isinstance(await large, Route) and isinstance(await small, Route)
+
+
+async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Dispatcher) -> None:
+    """Guards the bound of the queue, and streams that have begun from it."""
+    waiting = [asyncio.create_task(dispatcher.admit(_view(), _soon(), first=True)) for _ in range(2)]
+    await asyncio.sleep(0)
+    with pytest.raises(Overloaded):
+        await dispatcher.admit(_view(), _soon(), first=True)
+    again = asyncio.create_task(dispatcher.admit(_view(), _soon(), first=False))
+    await asyncio.sleep(0)
+    _join(dispatcher)
+    routes = await asyncio.gather(*waiting, again)
+    assert all(isinstance(route, Route) for route in routes)
+    assert dispatcher.counters()["rejected_queue_full_total"] == 1
+    assert dispatcher.counters()["queued_requests"] == 0
+
+
+async def test_a_computed_prompt_leaves_the_queue(dispatcher: Dispatcher) -> None:
+    """Guards the way from a session's first token to what the next request's route is chosen by."""
+    _join(dispatcher)
+    dispatcher.assign(Leg("d/1", "r", tokens=30, blocks=1, sent_at=time.monotonic() + 1))
+    assert dispatcher._cluster.view()[0].tokens == 30
+    dispatcher.prompt_computed("d/1", "r")
+    assert dispatcher._cluster.view()[0].tokens == 0
+
+
+async def test_a_deadline_ends_the_wait_for_room(dispatcher: Dispatcher) -> None:
+    """Guards against a request that waits for ever before full workers."""
+    _join(dispatcher, free_blocks=0)
+    with pytest.raises(DeadlineExceeded):
+        await dispatcher.admit(_view(), time.monotonic() + 0.02, first=True)
+    assert dispatcher.counters()["queued_requests"] == 0
+
+
+async def test_no_worker_is_an_error_after_a_grace(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against hanging on an empty cluster: the error names the role that is missing."""
+    monkeypatch.setattr(dispatcher, "NO_WORKER_GRACE_S", 0.0)
+    assert "registered" in dispatcher.ready()
+    _join(dispatcher)
+    assert dispatcher.ready() == ""
+    dispatcher._cluster.lose("d/1")
+    with pytest.raises(PeerLost, match="no decode worker"):
+        await dispatcher.admit(_view(), _soon(), first=True)
+
+
+async def test_nothing_is_left_of_a_request(dispatcher: Dispatcher) -> None:
+    """Guards the table of sessions: a failed or closed generation is forgotten, and its id may come again."""
+    for _ in range(2):
+        with pytest.raises(PeerLost):
+            async for _ in dispatcher.generate("r", (1, 2, 3), SAMPLING, timeout_s=5.0):
+                pass
+    assert dispatcher._sessions == {}

@@ -1,0 +1,26 @@
+"""worker.finish: a sequence ends once, for the right reason."""
+
+from __future__ import annotations
+
+import pytest
+
+from baton.node.messages.control import SamplingParams
+from baton.worker.stopping import finish_of
+
+
+@pytest.mark.parametrize(
+    ("token", "generated", "tokens", "expected"),
+    [
+        (9, 5, 20, "stop"),
+        (9, 2, 20, ""),  # a stop token within min_tokens does not end it
+        (9, 3, 20, "stop"),
+        (1, 5, 20, ""),
+        (1, 8, 20, "length"),
+        (9, 8, 20, "stop"),  # both at once: the model had finished
+        (1, 5, 64, "length"),  # the model's longest sequence
+    ],
+)
+def test_reasons(token: int, generated: int, tokens: int, expected: str) -> None:
+    """Guards stop before length, min_tokens, max_tokens and the model's length, each at its border."""
+    sampling = SamplingParams(max_tokens=8, min_tokens=2, stop_token_ids=(9,))
+    assert finish_of(token, sampling, generated, tokens, max_model_len=64) == expected

@@ -1,0 +1,167 @@
+"""A model over its pool of blocks on one device: what `start` makes a worker of. Here the CPU's, and what all share.
+
+A GPU's is in `cuda_engine`, which needs triton and CUDA and is imported where it is wanted only.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.pool import BlockPool
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.shm import ShmPlane
+from baton.kvtransfer.planes.zeromq import ZmqPlane
+from baton.kvtransfer.protocol.exchange import SOON_S
+from baton.kvtransfer.store.copies import Copies, HostCopies
+from baton.models.batch import Launched, Row
+from baton.models.config import ModelConfig
+from baton.models.cpu.runner import ModelRunner
+from baton.node.endpoint import Context
+from baton.node.errors import SettingsError
+from baton.node.messages.base import Role
+from baton.node.telemetry import log_event
+from baton.worker.parts import Sums
+from baton.worker.settings import WorkerSettings
+
+logger = logging.getLogger("worker")
+
+PROGRESS_EVERY_S = 2.0
+
+MakePlanes = Callable[[Context, str], list[Plane]]
+"""The data planes of a pool for an endpoint's context and identity, best first."""
+
+
+class Runner(Protocol):
+    """What a worker needs of a model on a device; see models.batch."""
+
+    config: ModelConfig
+    run_ahead: int
+
+    def launch(self, rows: Sequence[Row]) -> Launched: ...
+
+
+class Pool(Protocol):
+    """The memory behind the block ids of a worker."""
+
+    num_blocks: int
+
+    def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """See the module's docstring."""
+
+    runner: Runner
+    pool: Pool
+    layout: KVLayout
+    max_model_len: int
+    make_planes: MakePlanes
+    host_copies: Copies | None
+    """How blocks get to and from the host's KV store; None where they cannot."""
+    soon_s: float = SOON_S
+    """How long to wait before looking again at a data plane."""
+    sums: Sums | None = None
+    """Checksums of what prefill computes, without waiting for what it computes next."""
+
+
+def make_engine(settings: WorkerSettings, device: str, role: Role, folder: Path) -> Engine:
+    """Raises SettingsError for what cannot run, or does not fit."""
+    if device == "cpu":
+        return _cpu_engine(settings, folder)
+    from baton.worker.build_cuda import cuda_engine
+
+    return cuda_engine(settings, role, folder)
+
+
+def choose_device(device: str) -> str:
+    """ "cpu" or "cuda"; `auto` is a GPU where torch sees one."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("--device cuda: this torch sees no CUDA device")
+    return device
+
+
+def layout_of(config: ModelConfig, kv_dtype: torch.dtype, block_tokens: int) -> KVLayout:
+    return KVLayout(
+        num_layers=config.num_layers,
+        kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        block_tokens=block_tokens,
+        dtype=str(kv_dtype).removeprefix("torch."),
+    )
+
+
+def pool_blocks(settings: WorkerSettings, layout: KVLayout) -> int:
+    """What the settings ask for, in blocks."""
+    num_blocks = settings.num_blocks or int(settings.kv_memory_gib * (1 << 30)) // layout.block_bytes
+    if num_blocks < 2:
+        raise SettingsError(
+            f"--kv-memory-gib {settings.kv_memory_gib}: a block of {layout.block_tokens} tokens takes "
+            f"{layout.block_bytes} bytes, so the pool would have {num_blocks} blocks"
+        )
+    return num_blocks
+
+
+def longest_known(settings: WorkerSettings, config: ModelConfig) -> int:
+    """The longest sequence that the model knows, or what was asked for if that is less."""
+    known = config.max_position_embeddings
+    if settings.max_model_len > known:
+        raise SettingsError(f"--max-model-len {settings.max_model_len}: the model's positions end at {known}")
+    return settings.max_model_len or known
+
+
+def checked_planes(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
+    """`names`; SettingsError if one is not known for this device."""
+    if unknown := [name for name in names if name not in known]:
+        raise SettingsError(f"--plane {unknown[0]}: there are {', '.join(known)}")
+    return tuple(names)
+
+
+def progress_log(event: str, thing: str) -> Callable[[int, int], None]:
+    """Called with (done, in all): a line every two seconds, none for what is done at once."""
+    logged_at = time.monotonic()
+
+    def on_progress(done: int, total: int) -> None:
+        nonlocal logged_at
+        if time.monotonic() - logged_at >= PROGRESS_EVERY_S:
+            logged_at = time.monotonic()
+            log_event(logger, event, **{thing: done}, of=total)
+
+    return on_progress
+
+
+def _cpu_engine(settings: WorkerSettings, folder: Path) -> Engine:
+    runner = ModelRunner.load(
+        folder,
+        dtype=settings.dtype,
+        load_format=settings.load_format,
+        on_progress=progress_log("loading_weights", "tensors"),
+    )
+    layout = layout_of(runner.config, runner.kv_dtype, settings.block_tokens)
+    longest = longest_known(settings, runner.config)
+    names = checked_planes(settings.plane, ("shm", "zmq"))
+    pool = BlockPool(layout, pool_blocks(settings, layout))
+    runner.bind_pool(pool.tensor)
+    host = settings.bind.rpartition(":")[0].removeprefix("tcp://")
+
+    def make_planes(context: Context, identity: str) -> list[Plane]:
+        makers: dict[str, Callable[[], Plane]] = {
+            "shm": lambda: ShmPlane(pool),
+            "zmq": lambda: ZmqPlane(context, pool, identity, host),
+        }
+        return [makers[name]() for name in names if name != "shm" or pool.shared is not None]
+
+    max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
+    return Engine(runner, pool, layout, max_model_len, make_planes, HostCopies(pool))

@@ -1,0 +1,110 @@
+"""A model on one GPU with its pool of blocks: loads it, plans the memory, captures its steps. Needs CUDA and triton."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from baton.kvtransfer.blocks.device_pool import DevicePool
+from baton.kvtransfer.blocks.digest import SumsBehind
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.planes.base import Plane
+from baton.kvtransfer.planes.device import device_planes
+from baton.kvtransfer.planes.host_copies import DeviceCopies
+from baton.models.config import ModelConfig
+from baton.models.cuda.memory import GIB, DeviceMemory, plan_blocks, spread_layers
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.weights import load_weights
+from baton.node.endpoint import Context
+from baton.node.errors import SettingsError
+from baton.node.messages.base import Role
+from baton.node.telemetry import log_event
+from baton.worker.build_cpu import Engine, checked_planes, layout_of, longest_known, pool_blocks, progress_log
+from baton.worker.settings import WorkerSettings
+
+logger = logging.getLogger("worker")
+
+SOON_S = 0.0002
+"""A fifth of what the KV of a prompt of 2048 tokens of an 8B model takes to move."""
+DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
+    """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
+    names = checked_planes(settings.plane, ("cuda_ipc", "nccl"))
+    index = settings.gpu
+    if index >= torch.cuda.device_count():
+        raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
+    torch.cuda.set_device(index)
+    config = ModelConfig.from_folder(folder)
+    longest = longest_known(settings, config)
+    try:
+        runner = _load(settings, folder, config, index, longest)
+        layout = layout_of(config, runner.kv_dtype, settings.block_tokens)
+        layout = replace(layout, num_layers=spread_layers(layout.num_layers))
+        pool = DevicePool(layout, _pool_blocks(settings, layout, index), index)
+        max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
+        began_at = time.monotonic()
+        runner.bind_pool(pool.tensor, max_model_len, progress_log("capturing_graphs", "graphs"))
+        runner.warm_up()
+        log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1))
+    except torch.OutOfMemoryError as error:
+        raise SettingsError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}") from None
+    host = settings.bind.rpartition(":")[0].removeprefix("tcp://")
+
+    def make_planes(context: Context, identity: str) -> list[Plane]:
+        return device_planes(pool.memory, context, identity, host, names=names, warm=role == "prefill")
+
+    # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.
+    copies = DeviceCopies(pool.memory) if settings.store else None
+    return Engine(runner, pool, layout, max_model_len, make_planes, copies, SOON_S, _sums(settings, role, runner, pool))
+
+
+def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: int, longest: int) -> CudaRunner:
+    began_at = time.monotonic()
+    weights = load_weights(
+        config,
+        folder,
+        DTYPES[settings.dtype],
+        f"cuda:{index}",
+        settings.load_format,
+        progress_log("loading_weights", "tensors"),
+        pack=False,
+    )
+    log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1))
+    limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
+    return CudaRunner(config, weights, CudaQueue(index), limits, longest)
+
+
+def _sums(settings: WorkerSettings, role: Role, runner: CudaRunner, pool: DevicePool) -> SumsBehind | None:
+    """For a worker that offers what it computes: room for all blocks of the steps under way."""
+    if role != "prefill":
+        return None
+    most = settings.max_num_batched_tokens // pool.layout.block_tokens + 2 * settings.max_num_seqs  # parts at both ends
+    queue = runner.queue
+    return SumsBehind(pool.memory.data, most, runner.run_ahead + 1, queue.enqueue, queue.mark)
+
+
+def _pool_blocks(settings: WorkerSettings, layout: KVLayout, index: int) -> int:
+    """What was asked for, or what is free; says what it found."""
+    free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    if settings.num_blocks or settings.kv_memory_gib:
+        num_blocks = pool_blocks(settings, layout)
+    else:
+        memory = DeviceMemory(total_bytes, free_bytes)
+        num_blocks = plan_blocks(memory, settings.gpu_memory_utilization, layout.block_bytes)
+    log_event(
+        logger,
+        "memory_planned",
+        gpu_gib=round(total_bytes / GIB, 1),
+        free_gib=round(free_bytes / GIB, 1),
+        kv_gib=round(num_blocks * layout.block_bytes / GIB, 1),
+        blocks=num_blocks,
+        tokens=num_blocks * layout.block_tokens,
+    )
+    return num_blocks

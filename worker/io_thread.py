@@ -1,0 +1,192 @@
+"""The thread that carries: it owns the worker's endpoint, its membership and its transfers, so that none of them waits
+for a step of the model, and no step waits for them.
+
+The worker's loop talks to it through `do` and `tell`, and reads `inbox`. Messages are trusted by where they come from:
+what a proxy may say is taken only from the links to proxies, everything else goes to the exchange as a peer's.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
+from baton.kvtransfer.protocol.exchange import Event, Exchange
+from baton.kvtransfer.store.events import StoreEvent
+from baton.node.line import Line
+from baton.node.membership import Change, Membership
+from baton.node.messages.base import Message
+from baton.node.messages.control import Cancel, Drain, KvReplay, Load, Prefill, Reserve
+
+MAX_WAIT_S = 0.05
+STOP_TIMEOUT_S = 5.0
+NAP_S = 0.00005
+
+
+@dataclass(frozen=True, slots=True)
+class FromProxy:
+    """A request, or the end of one, over this link to a proxy."""
+
+    link: str
+    message: Prefill | Reserve | Cancel | Drain
+    at: float
+    """When it came in: the worker's loop hears of it between two steps only."""
+
+
+@dataclass(frozen=True, slots=True)
+class CarrierDied:
+    """A bug: the worker cannot go on."""
+
+    error: BaseException
+
+
+Inbound = FromProxy | CarrierDied | Event | Change | StoreEvent
+Command = Callable[[Exchange, float], None]
+
+
+class Carrier:
+    """See the module's docstring. `load` may be replaced by the worker's loop at any time, and after it `load_at`, the
+    moment when the loop last looked into its inbox before; both are only read here."""
+
+    def __init__(
+        self,
+        endpoint: Line,
+        membership: Membership,
+        exchange: Exchange,
+        events: EventLog,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
+        self.load = Load()
+        self.load_at = clock()
+        self._kv_events = events
+        self._flush_at = 0.0
+        self._endpoint = endpoint
+        self._membership = membership
+        self._exchange = exchange
+        self._clock = clock
+        self._todo: deque[Command] = deque()
+        self._outbox: deque[tuple[str, Message]] = deque()
+        self._stopping = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def do(self, command: Command) -> None:
+        """Run `command(exchange, now)` on the carrier's thread, after all earlier ones."""
+        self._todo.append(command)
+        self._endpoint.wake()
+
+    def tell(self, link: str, *messages: Message) -> None:
+        """Send messages to a proxy."""
+        self._outbox.extend((link, message) for message in messages)
+        self._endpoint.wake()
+
+    def let_work(self, wait_s: float) -> None:
+        """Leave the interpreter to the carrier's thread until it has carried out what it was told, at most so long."""
+        end = self._clock() + wait_s
+        while (self._todo or self._outbox) and self._thread.is_alive() and self._clock() < end:
+            time.sleep(NAP_S)
+
+    def receive(self, wait_s: float) -> list[Inbound]:
+        """All that has come in, after waiting at most `wait_s` for the first of it."""
+        events: list[Inbound] = []
+        try:
+            events.append(self.inbox.get(block=wait_s > 0, timeout=wait_s or None))
+            while True:
+                events.append(self.inbox.get_nowait())
+        except queue.Empty:
+            return events
+
+    def transfer_counters(self) -> dict[str, float]:
+        """Totals of the exchange, for the heartbeat."""
+        counters = self._exchange.counters
+        return {each.name: float(getattr(counters, each.name)) for each in fields(counters)}
+
+    def drain(self) -> None:
+        """From now on heartbeats say that this worker takes nothing new."""
+        self._membership.draining = True
+
+    def stop(self) -> None:
+        """Say goodbye, end the thread and close everything it owns."""
+        self._stopping.set()
+        self._endpoint.wake()
+        self._thread.join(STOP_TIMEOUT_S)
+
+    # -- the thread
+
+    def _run(self) -> None:
+        try:
+            while not self._stopping.is_set():
+                self.turn()
+            for link, message in [*self._outbox, *self._membership.farewell()]:
+                self._endpoint.send(link, message)
+            self._endpoint.linger()
+        except BaseException as error:  # whatever it is, the worker's loop must hear of it
+            self.inbox.put(CarrierDied(error))
+        finally:
+            self._exchange.close()
+            self._endpoint.close()
+
+    def turn(self) -> None:
+        """Wait for something to come in or fall due, and deal with it. The thread does nothing else."""
+        wait_s = min(max(self.wake_at - self._clock(), 0.0), MAX_WAIT_S)
+        inbound = self._endpoint.receive(wait_s, also=self._exchange.sockets)
+        now = self._clock()
+        while self._outbox:  # clients wait for these; what follows may read whole chunks for their digests
+            self._endpoint.send(*self._outbox[0])
+            self._outbox.popleft()  # only now: `let_work` looks whether there is more to do
+        while self._todo:
+            self._todo[0](self._exchange, now)
+            self._todo.popleft()
+        for peer, message in inbound:
+            self._route(peer, message, now)
+        self._exchange.tick(now)
+        self._publish_events()
+        self._flush_kv_events(now)
+        messages, changes = self._membership.on_timer(
+            now, self.load, load_age_s=max(0.0, now - self.load_at), kv_seq=self._kv_events.seq
+        )
+        for change in changes:
+            self.inbox.put(change)
+        for link, message in messages:
+            self._endpoint.send(link, message)
+
+    @property
+    def wake_at(self) -> float:
+        """When the next turn is due, if nothing comes in."""
+        now = self._clock()
+        if self._todo or self._outbox:
+            return now
+        return min(self._membership.wake_at, self._exchange.wake_at(now))
+
+    def _route(self, peer: str, message: Message, now: float) -> None:
+        if peer not in self._membership.links:
+            self._exchange.on_message(peer, message, now)
+            return
+        for change in self._membership.on_message(peer, message, now):
+            self.inbox.put(change)
+        if isinstance(message, Prefill | Reserve | Cancel | Drain):
+            self.inbox.put(FromProxy(peer, message, now))
+        elif isinstance(message, KvReplay):
+            for answer in self._kv_events.replay(message.seq):
+                self._endpoint.send(peer, answer)
+
+    def _flush_kv_events(self, now: float) -> None:
+        """What is lost on the way is asked for again."""
+        if now < self._flush_at:
+            return
+        self._flush_at = now + FLUSH_EVERY_S
+        for batch in self._kv_events.flush():
+            for link in self._membership.joined:
+                self._endpoint.send(link, batch)
+
+    def _publish_events(self) -> None:
+        for event in self._exchange.events:
+            self.inbox.put(event)
+        self._exchange.events.clear()

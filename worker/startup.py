@@ -1,0 +1,143 @@
+"""Start-up of a worker: model, pool, planes, endpoint and carrier, made from settings and joined in one value.
+
+It decides what makes KV compatible (the namespace) and how large the pool is, and says so in the log.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from baton.kvtransfer.blocks.events import EventLog
+from baton.kvtransfer.blocks.hashing import namespace_digest, tokenizer_fingerprint
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.protocol.exchange import Exchange
+from baton.kvtransfer.protocol.pairs import Wire
+from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
+from baton.models.config import ModelConfig
+from baton.models.fingerprint import model_fingerprint
+from baton.node.endpoint import Endpoint, identity_of, new_context
+from baton.node.membership import Membership
+from baton.node.messages.base import Role
+from baton.node.messages.control import Register
+from baton.node.modelhub import locate_model
+from baton.node.settings import require_loopback
+from baton.node.telemetry import log_event
+from baton.worker.build_cpu import Pool, Runner, make_engine
+from baton.worker.io_thread import Carrier
+from baton.worker.parts import Sums
+from baton.worker.settings import WorkerSettings
+
+logger = logging.getLogger("worker")
+
+PULLED = 4
+"""So many times --chunk-mib are one chunk between two GPUs where the receiver pulls. The KV of a prompt of 2048 tokens
+of an 8B model is one chunk then: messages take longer than its bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """The parts that a role's loop works with."""
+
+    identity: str
+    runner: Runner
+    pool: Pool
+    manager: BlockManager
+    layout: KVLayout
+    max_model_len: int
+    carrier: Carrier
+    store: Store
+    sums: Sums | None
+
+    def close(self) -> None:
+        self.store.close()
+        self.carrier.stop()
+        self.pool.close()
+
+
+def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
+    """Load the model, make the pool and join the proxies; raises SettingsError where that cannot be."""
+    require_loopback(settings.bind, settings.insecure_network)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    folder = locate_model(settings.model)
+    engine = make_engine(settings, device, role, folder)
+    layout, num_blocks = engine.layout, engine.pool.num_blocks
+    namespace = _namespace(settings, folder, layout, engine.runner.config)
+    worker = settings.worker_id or f"{role}-{os.getpid()}"
+    incarnation = time.time_ns() >> 10
+    context = new_context()
+    endpoint = Endpoint(context, identity_of(worker, incarnation), settings.bind)
+    register = Register(
+        worker=worker,
+        incarnation=incarnation,
+        role=role,
+        model=folder.name,
+        namespace=namespace,
+        block_tokens=layout.block_tokens,
+        total_blocks=num_blocks,
+        max_num_seqs=settings.max_num_seqs,
+        max_model_len=engine.max_model_len,
+        address=endpoint.address,
+    )
+    links = {f"proxy@{address}": address for address in settings.proxy}
+    for link, address in links.items():
+        endpoint.connect(link, address)
+    chunk_blocks = max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes)
+    exchange = Exchange(
+        endpoint.identity,
+        namespace,
+        engine.make_planes(context, endpoint.identity),
+        engine.pool.digests,
+        Wire(endpoint.send, endpoint.connect, endpoint.disconnect),
+        chunk_blocks=chunk_blocks,
+        pulled_chunk_blocks=chunk_blocks * (PULLED if device == "cuda" else 1),
+        soon_s=engine.soon_s,
+    )
+    events = EventLog()
+    membership = Membership(register, tuple(links), time.monotonic())
+    carrier = Carrier(endpoint, membership, exchange, events)
+    carrier.start()
+    store: Store = NO_STORE
+    if settings.store and engine.host_copies is not None:
+        copies, inbox, on_store = engine.host_copies, carrier.inbox.put, membership.tell_store
+        store = StoreClient(context, endpoint.identity, settings.store, namespace, copies, inbox, on_store)
+    log_event(
+        logger,
+        "worker_started",
+        worker=endpoint.identity,
+        role=role,
+        model=folder.name,
+        dtype=layout.dtype,
+        device=device,
+        pool_blocks=num_blocks,
+        pool_mib=round(num_blocks * layout.block_bytes / (1 << 20), 1),
+        block_tokens=layout.block_tokens,
+        max_model_len=engine.max_model_len,
+        threads=torch.get_num_threads(),
+        address=endpoint.address,
+        namespace=namespace.hex()[:12],
+    )
+    manager = BlockManager(num_blocks, events.journal("gpu"))
+    runner, pool, longest, sums = engine.runner, engine.pool, engine.max_model_len, engine.sums
+    return Worker(endpoint.identity, runner, pool, manager, layout, longest, carrier, store, sums)
+
+
+def _namespace(settings: WorkerSettings, folder: Path, layout: KVLayout, config: ModelConfig) -> bytes:
+    model = model_fingerprint(folder) if settings.load_format == "auto" else hashlib.sha256(b"dummy").digest()
+    return namespace_digest(
+        model_fingerprint=model,
+        layout=layout,
+        weight_dtype=layout.dtype,
+        tp_size=1,
+        tp_rank=0,
+        rope_fingerprint=hashlib.sha256(repr(config.rope).encode()).digest(),
+        tokenizer_fingerprint=tokenizer_fingerprint(folder),
+    )
