@@ -33,9 +33,9 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 
-from baton.benchmark.load.http import HttpClient, HttpFailed, Origin
 from baton.benchmark.load.meter import StreamMeter
 from baton.benchmark.load.traces import MOONCAKE_BLOCK_TOKENS, MOONCAKE_QUANTUM_S, TraceRequest, read_trace
+from baton.node.http_client import HttpClient, HttpFailed, Origin
 
 ROOT = Path(__file__).resolve().parents[2]
 POLICIES = ("round-robin", "least-loaded", "session", "kv-aware")

@@ -29,8 +29,8 @@ from typing import Any
 import msgspec
 
 from baton.benchmark.cluster.cpu import busy_s, cpu_s, free_port, server
-from baton.benchmark.load.http import HttpClient, Origin
 from baton.benchmark.load.meter import StreamMeter
+from baton.node.http_client import HttpClient, Origin
 from baton.proxy.settings import ProxySettings
 from baton.simulator.fit import Step, fit
 from baton.simulator.latency import Profile, load_profile

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import msgspec
 
 from baton.benchmark.load.bodies import BodyStyle, BodyWriter, Said
-from baton.benchmark.load.http import HttpClient, HttpFailed
 from baton.benchmark.load.meter import StreamMeter, Usage, message_of
 from baton.benchmark.load.plan import Turn
 from baton.node.errors import SettingsError
+from baton.node.http_client import HttpClient, HttpFailed
 
 MAX_ERROR_BYTES = 1 << 14
 

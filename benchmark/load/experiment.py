@@ -17,7 +17,6 @@ from typing import TextIO
 
 from baton.benchmark.load.bodies import BodyStyle, BodyWriter
 from baton.benchmark.load.client import OpenAIClient, find_model
-from baton.benchmark.load.http import HttpClient, Origin
 from baton.benchmark.load.plan import Plan
 from baton.benchmark.load.planner import Inputs, make_plan
 from baton.benchmark.load.progress import ProgressBar
@@ -27,6 +26,7 @@ from baton.benchmark.load.runner import NoWatch, RealClock, Runner, Watch
 from baton.benchmark.load.search import RateSearch
 from baton.benchmark.load.settings import ServingSettings
 from baton.benchmark.load.summary import Summary, summarize
+from baton.node.http_client import HttpClient, Origin
 
 READY_TIMEOUT_S = 30.0
 

@@ -13,8 +13,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass
 
-from baton.benchmark.load.http import HttpClient, Origin
 from baton.benchmark.load.meter import StreamMeter
+from baton.node.http_client import HttpClient, Origin
 
 TARGET_TOKENS_PER_S = 20_000
 NUM_STREAMS = 64

@@ -10,10 +10,10 @@ import pytest
 
 from baton.benchmark.load.bodies import BodyStyle, BodyWriter, Said
 from baton.benchmark.load.client import OpenAIClient, Outcome, find_model
-from baton.benchmark.load.http import HttpClient, Origin
 from baton.benchmark.load.plan import GivenPrompt, Part, PartsPrompt, Turn
 from baton.benchmark.load.prompts import RandomParts
 from baton.node.errors import SettingsError
+from baton.node.http_client import HttpClient, Origin
 from baton.tests.unit.benchmark.load.scripted import (
     STREAM_END,
     STREAM_HEAD,

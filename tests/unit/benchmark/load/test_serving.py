@@ -14,10 +14,10 @@ import pytest_asyncio
 
 from baton.benchmark.load import null_server, self_test
 from baton.benchmark.load.experiment import Server, in_turns
-from baton.benchmark.load.http import Origin
 from baton.benchmark.load.serving import command_line, serving
 from baton.benchmark.load.settings import ServingSettings
 from baton.node.errors import SettingsError
+from baton.node.http_client import Origin
 
 MAX_HTML_BYTES = 500_000
 

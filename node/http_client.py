@@ -1,7 +1,7 @@
-"""HTTP/1.1 as a load generator needs it: a request as bytes, the answer's body as it comes with the time of each read.
+"""An HTTP/1.1 client on asyncio: a request as bytes, the answer's body as it arrives with the time of each read.
 
-httptools parses, asyncio's protocols read; nothing stands between the socket and the clock. Measured beside aiohttp in
-docs/benchmarking.md. Knows nothing of OpenAI.
+httptools parses, asyncio's protocols read; nothing stands between the socket and the clock, so that a load generator
+measures the server and not its client. Measured beside aiohttp in docs/benchmarking.md. Knows nothing of OpenAI.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class HttpClient:
         self._clock = clock
         self._ssl = ssl.create_default_context() if origin.tls else None
         host = str(origin).removesuffix(origin.prefix).partition("://")[2]
-        lines = {"Host": host, "Accept-Encoding": "identity", "User-Agent": "baton-benchmark", **headers}
+        lines = {"Host": host, "Accept-Encoding": "identity", "User-Agent": "baton", **headers}
         self._head = "".join(f"{name}: {value}\r\n" for name, value in lines.items()).encode("latin-1")
         self._idle: list[_Connection] = []
 
@@ -164,7 +164,7 @@ class _Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self._now_s = self._clock()
-        if self._done is None:  # nobody asked: the server gives up this connection
+        if self._done is None:  # no request is open: the server gives up this connection
             self.close()
             return
         try:

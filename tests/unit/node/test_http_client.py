@@ -7,8 +7,8 @@ from contextlib import closing
 
 import pytest
 
-from baton.benchmark.load.http import MAX_IDLE_S, HttpClient, HttpFailed, Origin
 from baton.node.errors import SettingsError
+from baton.node.http_client import MAX_IDLE_S, HttpClient, HttpFailed, Origin
 from baton.tests.unit.benchmark.load.scripted import (
     STREAM_END,
     STREAM_HEAD,
