@@ -30,11 +30,12 @@ from baton.decode.settings import DecodeSettings
 from baton.decode.tally import Tally
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, LegKey, ReceiverEnded
+from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, ReceiverEnded
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
 from baton.models.batch import Draw, Row
 from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.leg import LegKey
 from baton.node.membership import Joined, JoinRefused, ProxyLost
 from baton.node.messages.control import (
     Bundle,

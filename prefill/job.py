@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.protocol.exchange import LegKey
+from baton.node.leg import LegKey
 from baton.node.messages.control import SamplingParams
 from baton.worker.stages import LegTimes
 

@@ -18,11 +18,12 @@ from typing import NamedTuple
 
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.protocol.exchange import LegKey, SenderEnded
+from baton.kvtransfer.protocol.exchange import SenderEnded
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
 from baton.models.batch import Draw, Drawn, Launched, Row
 from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.leg import LegKey
 from baton.node.membership import Joined, JoinRefused, ProxyLost
 from baton.node.messages.control import (
     Busy,

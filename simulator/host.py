@@ -16,11 +16,11 @@ import msgspec
 
 from baton.decode.settings import DecodeSettings
 from baton.decode.worker import DecodeWorker
-from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import Exchange
-from baton.kvtransfer.protocol.pairs import Wire
+from baton.kvtransfer.protocol.exchange import TransferExchange
+from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreEvent
 from baton.models.batch import DeviceTime, Drawn, Row
@@ -238,7 +238,7 @@ class DelayedCarriage:
 class DelayedJournal:
     """Notes what happens to blocks; what a step has computed is there when the step is over."""
 
-    def __init__(self, journal: Journal, runner: SimRunner) -> None:
+    def __init__(self, journal: BlockJournal, runner: SimRunner) -> None:
         self._journal = journal
         self._runner = runner
         self._after: list[tuple[Callable[[bytes], None], bytes]] = []
@@ -312,12 +312,12 @@ class Host:
         line = SimLine(network, self.identity, self._ready)
         line.connect(PROXY, "")
         plane = SimPlane(network, self.identity, layout.block_bytes, self._ready)
-        exchange = Exchange(
+        exchange = TransferExchange(
             self.identity,
             NAMESPACE,
             [plane],
             digests_of,
-            Wire(line.send, line.connect, line.disconnect),
+            PeerTransport(line.send, line.connect, line.disconnect),
             chunk_blocks=max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes),
         )
         membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._world.now)

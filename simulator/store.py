@@ -12,13 +12,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, Journal
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal
 from baton.kvtransfer.store.arena_index import ArenaIndex, Holder, Key
 from baton.kvtransfer.store.disk.second_use import FIRST_USE_PART, SecondUse
 from baton.kvtransfer.store.disk_thread import MAX_REMEMBERED
 from baton.kvtransfer.store.loads import LOADER, MAX_LOADS
 from baton.kvtransfer.store.process import HELD_FOR_DISK
-from baton.kvtransfer.store.publisher import News
+from baton.kvtransfer.store.publisher import EventPublisher
 from baton.kvtransfer.store.server import SELF
 from baton.kvtransfer.store.session import FETCH_WINDOW
 from baton.node.endpoint import identity_of
@@ -88,7 +88,7 @@ class HostStore:
         self.world = network.world
         self.block_bytes = profile.kv_layout().block_bytes
         self.costs = profile.store
-        self._news = News(line, name, 1, (proxy,), self.world.now)
+        self._news = EventPublisher(line, name, 1, (proxy,), self.world.now)
         self.ram = self._index(capacity.ram_bytes, self._news.ram)
         self.disk = self._index(capacity.disk_bytes, self._news.disk) if capacity.disk_bytes else None
         self._gpu_link, self._disk_link = Link(), Link()
@@ -247,7 +247,7 @@ class HostStore:
 
     # -- inside
 
-    def _index(self, size_bytes: int, journal: Journal) -> ArenaIndex:
+    def _index(self, size_bytes: int, journal: BlockJournal) -> ArenaIndex:
         index = ArenaIndex(1, size_bytes, journal)
         index.register(NAMESPACE, self.block_bytes)
         return index

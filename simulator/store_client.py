@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.leg import LegKey
 from baton.simulator.store import HostStore, Reading
 
 

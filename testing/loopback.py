@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node.errors import InvariantBroken
 from baton.node.messages.transfer import PlaneAddress
 
@@ -127,7 +127,7 @@ class LoopbackPlane:
         self.memory = memory
         self._fabric = fabric
         self._identity = identity
-        self._ledger = Ledger()
+        self._ledger = IoLedger()
         self._peers: set[str] = set()
         self._stopping: dict[bytes, int] = {}  # polls until a cancelled transfer is idle
 

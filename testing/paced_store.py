@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.kvtransfer.store.arena_index import Key
-from baton.kvtransfer.store.lower import Lower, ReadDone, WriteDone
+from baton.kvtransfer.store.lower import LowerTier, ReadDone, WriteDone
 from baton.kvtransfer.store.process import serve
 from baton.kvtransfer.store.settings import StoreSettings
 from baton.node.settings import parse
@@ -27,7 +27,7 @@ MAX_STEP_S = 0.001
 class PacedLower:
     """A Lower around another one, all of whose methods it has; only news of reads are held back."""
 
-    def __init__(self, lower: Lower, wake: Callable[[], None], pace: Callable[[], float]) -> None:
+    def __init__(self, lower: LowerTier, wake: Callable[[], None], pace: Callable[[], float]) -> None:
         """`pace`: bytes a second."""
         self._lower = lower
         self._wake = wake

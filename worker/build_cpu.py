@@ -14,13 +14,13 @@ from typing import Protocol
 
 import torch
 
+from baton.kvtransfer.blocks.copies import Copies, HostCopies
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.exchange import SOON_S
-from baton.kvtransfer.store.copies import Copies, HostCopies
 from baton.models.batch import Launched, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner

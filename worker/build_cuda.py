@@ -9,12 +9,12 @@ from pathlib import Path
 
 import torch
 
+from baton.kvtransfer.blocks.device_copies import DeviceCopies
 from baton.kvtransfer.blocks.device_pool import DevicePool
 from baton.kvtransfer.blocks.digest import SumsBehind
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
-from baton.kvtransfer.planes.host_copies import DeviceCopies
 from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, DeviceMemory, plan_blocks, spread_layers
 from baton.models.cuda.queue import CudaQueue

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
-from baton.kvtransfer.protocol.exchange import Event, Exchange
+from baton.kvtransfer.protocol.exchange import Event, TransferExchange
 from baton.kvtransfer.store.events import StoreEvent
 from baton.node.line import Line
 from baton.node.membership import Change, Membership
@@ -45,7 +45,7 @@ class CarrierDied:
 
 
 Inbound = FromProxy | CarrierDied | Event | Change | StoreEvent
-Command = Callable[[Exchange, float], None]
+Command = Callable[[TransferExchange, float], None]
 
 
 class Carrier:
@@ -56,7 +56,7 @@ class Carrier:
         self,
         endpoint: Line,
         membership: Membership,
-        exchange: Exchange,
+        exchange: TransferExchange,
         events: EventLog,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

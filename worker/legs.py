@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from baton.kvtransfer.protocol.exchange import LegKey
+from baton.node.leg import LegKey
 from baton.node.messages.control import Busy, Cancel, Failed, Prefill, Reserve
 
 

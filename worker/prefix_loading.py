@@ -19,10 +19,10 @@ from typing import Protocol
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.client import Store
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from baton.kvtransfer.store.gate import Decision, Gate
+from baton.kvtransfer.store.gate import Decision, LoadGate
+from baton.node.leg import LegKey
 from baton.node.messages.store import TIER_NAMES
 
 MAX_WRITING_PART = 8
@@ -83,7 +83,7 @@ class Reuse:
     """See the module's docstring. `now` is the loop's clock; with `always` the gate is open."""
 
     def __init__(self, store: Store, manager: BlockManager, layout: KVLayout, *, always: bool) -> None:
-        self.gate = Gate(layout.block_bytes, layout.block_tokens, always=always)
+        self.gate = LoadGate(layout.block_bytes, layout.block_tokens, always=always)
         self._block_tokens = layout.block_tokens
         self._store = store
         self._manager = manager

@@ -18,8 +18,8 @@ from baton.kvtransfer.blocks.events import EventLog
 from baton.kvtransfer.blocks.hashing import namespace_digest, tokenizer_fingerprint
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import Exchange
-from baton.kvtransfer.protocol.pairs import Wire
+from baton.kvtransfer.protocol.exchange import TransferExchange
+from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import model_fingerprint
@@ -91,12 +91,12 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
     for link, address in links.items():
         endpoint.connect(link, address)
     chunk_blocks = max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes)
-    exchange = Exchange(
+    exchange = TransferExchange(
         endpoint.identity,
         namespace,
         engine.make_planes(context, endpoint.identity),
         engine.pool.digests,
-        Wire(endpoint.send, endpoint.connect, endpoint.disconnect),
+        PeerTransport(endpoint.send, endpoint.connect, endpoint.disconnect),
         chunk_blocks=chunk_blocks,
         pulled_chunk_blocks=chunk_blocks * (PULLED if device == "cuda" else 1),
         soon_s=engine.soon_s,

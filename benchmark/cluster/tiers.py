@@ -28,8 +28,8 @@ from typing import Protocol
 
 import numpy as np
 
+from baton.kvtransfer.blocks.copies import HostCopies, Pair
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.store.copies import HostCopies, Pair
 from baton.kvtransfer.store.disk.lmdb_records import lmdb_tier
 from baton.kvtransfer.store.disk.slab_records import slab_tier
 from baton.kvtransfer.store.disk.slot_file import PAGE_BYTES, SlotFile

@@ -45,11 +45,10 @@ from baton.kernels.triton.linear_policy import (
     fastest,
     invariant,
 )
+from baton.kvtransfer.blocks.copies import IN_FLIGHT, Pair
+from baton.kvtransfer.blocks.device_copies import DeviceCopies
 from baton.kvtransfer.blocks.device_pool import DeviceMemory
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.planes.host_copies import DeviceCopies
-from baton.kvtransfer.store.copies import Pair
-from baton.kvtransfer.store.copy_queue import IN_FLIGHT
 from baton.models.batch import Draw
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.sampling import SlotSampler

@@ -110,7 +110,7 @@ class BlockDigests:
             self._stream.synchronize()  # wanted: the protocol needs the digest before it may go on
 
 
-class Mark(Protocol):
+class Waitable(Protocol):
     """models.cuda.queue.Mark, as it is used here."""
 
     def wait(self) -> None: ...
@@ -126,7 +126,7 @@ class SumsBehind:
         max_blocks: int,
         in_flight: int,
         enqueue: Callable[[Callable[[], None]], None],
-        mark: Callable[[], Mark],
+        mark: Callable[[], Waitable],
     ) -> None:
         """`data`: as for Checksums. `enqueue`, `mark`: of the steps' queue."""
         self._free = [Checksums(data, max_blocks) for _ in range(in_flight)]

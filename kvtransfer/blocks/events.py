@@ -24,7 +24,7 @@ KEEP_BLOCKS = 1 << 15
 _TIERS: tuple[Tier, ...] = ("gpu", "ram", "disk")
 
 
-class Journal(Protocol):
+class BlockJournal(Protocol):
     """Told by the owner of blocks, at once, of each that it gains or loses; must be quick."""
 
     def stored(self, block_hash: bytes) -> None: ...

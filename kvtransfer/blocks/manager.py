@@ -15,7 +15,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.kvtransfer.blocks.events import Journal, NullJournal
+from baton.kvtransfer.blocks.events import BlockJournal, NullJournal
 from baton.node.errors import InvariantBroken, Overloaded
 
 
@@ -24,7 +24,7 @@ class OutOfBlocks(Overloaded):
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class BlockUsage:
     """How many blocks are in each state; the five sum up to `total`."""
 
     free: int
@@ -41,7 +41,7 @@ class BlockManager:
     `journal` is told of each hash that can be matched from now on, or no longer.
     """
 
-    def __init__(self, num_blocks: int, journal: Journal | None = None) -> None:
+    def __init__(self, num_blocks: int, journal: BlockJournal | None = None) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool of {num_blocks} blocks")
         self.num_blocks = num_blocks
@@ -68,10 +68,10 @@ class BlockManager:
         """Blocks that `allocate` can hand out now."""
         return len(self._free) + len(self._cached)
 
-    def usage(self) -> Usage:
+    def usage(self) -> BlockUsage:
         free, cached, quarantined = len(self._free), len(self._cached), len(self._quarantined)
         leased = self.num_blocks - free - cached - quarantined - self._num_owned
-        return Usage(free, cached, self._num_owned, leased, quarantined, self.num_blocks)
+        return BlockUsage(free, cached, self._num_owned, leased, quarantined, self.num_blocks)
 
     # ---- prefix cache -------------------------------------------------------------------------------------------
 
@@ -223,7 +223,7 @@ class BlockManager:
             found[self._state(block)].append(block)
         _demand(found["free"] == sorted(self._free), "the free blocks disagree")
         _demand(found["cached"] == sorted(self._cached), "the cached blocks disagree")
-        count = Usage(**{state: len(blocks) for state, blocks in found.items()}, total=self.num_blocks)
+        count = BlockUsage(**{state: len(blocks) for state, blocks in found.items()}, total=self.num_blocks)
         _demand(count == self.usage(), f"{count} is counted as {self.usage()}")
 
     def _state(self, block: int) -> str:

@@ -87,3 +87,12 @@ class Plane(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+def choose(own: Sequence[Plane], peer: Sequence[PlaneAddress]) -> Plane | None:
+    """The first of our own planes, by preference, that reaches a peer which described its ends as `peer`; or None."""
+    for plane in own:
+        for address in peer:
+            if address.plane == plane.name and plane.reaches(address):
+                return plane
+    return None

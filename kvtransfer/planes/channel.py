@@ -42,7 +42,7 @@ class Open(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="open"):
     way: WayId
 
 
-class Put(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="put"):
+class StorePut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="put"):
     way: WayId
     key: Annotated[str, Meta(max_length=512)]
     value: Annotated[bytes, Meta(max_length=65_536)]
@@ -76,7 +76,7 @@ class Close(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="close"
     way: WayId
 
 
-Word = Open | Put | Ask | Go | No | Close
+Word = Open | StorePut | Ask | Go | No | Close
 
 
 def is_address(text: str) -> bool:

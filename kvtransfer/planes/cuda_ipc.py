@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from baton.kvtransfer.blocks.runs import BlockRun, common_runs
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.planes.host import host_identity
-from baton.kvtransfer.planes.ledger import Ledger, check_posting
-from baton.kvtransfer.planes.runs import Run, common_runs
+from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node.errors import PeerLost
+from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.telemetry import log_event
 
@@ -60,7 +60,7 @@ class PullEngine(Protocol):
 
     def close(self, pointer: int) -> None: ...
 
-    def pull(self, pointer: int, runs: Sequence[Run]) -> int:
+    def pull(self, pointer: int, runs: Sequence[BlockRun]) -> int:
         """Begin to copy these runs from the peer's pool; the number names the copy. Raises PeerLost."""
         ...
 
@@ -113,7 +113,7 @@ class CudaIpcPlane:
     def __init__(self, engine: PullEngine) -> None:
         self._engine = engine
         self._host = host_identity()
-        self._ledger = Ledger()
+        self._ledger = IoLedger()
         self._peers: dict[str, _Peer] = {}
         self._pulls: list[_Pull] = []
         self._mappings = _Mappings()

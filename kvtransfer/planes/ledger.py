@@ -16,7 +16,7 @@ class Receive(NamedTuple):
     blocks: tuple[int, ...]
 
 
-class Ledger:
+class IoLedger:
     """Pure bookkeeping; a key is posted for receiving at most once at a time."""
 
     def __init__(self) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import Protocol
 
+from baton.kvtransfer.blocks.runs import common_runs, cut
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.channel import (
     Ask,
@@ -29,15 +30,14 @@ from baton.kvtransfer.planes.channel import (
     Go,
     No,
     Open,
-    Put,
+    StorePut,
     Word,
     is_address,
     is_loopback,
 )
-from baton.kvtransfer.planes.host import host_identity
-from baton.kvtransfer.planes.ledger import Ledger, check_posting
-from baton.kvtransfer.planes.runs import common_runs, cut
+from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node.endpoint import Context
+from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.telemetry import log_event
 
@@ -55,7 +55,7 @@ class PipeState(Enum):
     BROKEN = auto()
 
 
-class Operation(Protocol):
+class PipeOperation(Protocol):
     """One issued movement."""
 
     @property
@@ -83,9 +83,9 @@ class Pipe(Protocol):
         """The peer's word for the rendezvous."""
         ...
 
-    def send(self, pieces: Pieces, packed: bool) -> Operation: ...
+    def send(self, pieces: Pieces, packed: bool) -> PipeOperation: ...
 
-    def receive(self, pieces: Pieces, packed: bool) -> Operation: ...
+    def receive(self, pieces: Pieces, packed: bool) -> PipeOperation: ...
 
     def abort(self) -> None:
         """Begin to end it, in a thread of its own; state is BROKEN from now on. May be repeated."""
@@ -127,7 +127,7 @@ class _Move:
     key: ChunkKey
     blocks: tuple[int, ...]
     number: int = -1
-    operation: Operation | None = None
+    operation: PipeOperation | None = None
     cancelled: bool = False
 
 
@@ -182,7 +182,7 @@ class NcclPlane:
         self._clock = clock
         self._host = host_identity()
         self._channel = Channel(context, identity, host)
-        self._ledger = Ledger()
+        self._ledger = IoLedger()
         self._sources: dict[ChunkKey, tuple[int, ...]] = {}  # of posted receives, the sender's blocks
         self._addresses: dict[str, PlaneAddress] = {}
         self._ways: dict[bytes, _Way] = {}
@@ -234,7 +234,7 @@ class NcclPlane:
         while not self._told.empty():
             way_id, key, value = self._told.get_nowait()
             if (way := self._ways.get(way_id)) is not None:
-                self._channel.send(way.peer, Put(way_id, key, value))
+                self._channel.send(way.peer, StorePut(way_id, key, value))
         for peer, word in self._channel.receive():
             self._on_word(peer, word)
         for way_id, way in list(self._ways.items()):
@@ -413,7 +413,7 @@ class NcclPlane:
                 self._channel.send(peer, Close(word.way))
             return
         match word:
-            case Put():
+            case StorePut():
                 way.pipe.deliver(word.key, word.value)
             case Close():
                 self._break(word.way, way, "closed by the peer", level=logging.INFO)

@@ -17,8 +17,8 @@ from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.kvtransfer.blocks.device_pool import NONCE_BYTES, DeviceMemory
 from baton.kvtransfer.blocks.digest import Checksums
+from baton.kvtransfer.blocks.runs import BlockRun
 from baton.kvtransfer.planes.cuda_ipc import Exported
-from baton.kvtransfer.planes.runs import Run
 from baton.kvtransfer.planes.self_test import PROBE_BYTES, SelfTest
 from baton.node.errors import PeerLost
 
@@ -88,7 +88,7 @@ class CudaPullEngine:
         except cudart.CudaError as error:
             logger.warning("cannot unmap a peer's pool: %s", error)
 
-    def pull(self, pointer: int, runs: Sequence[Run]) -> int:
+    def pull(self, pointer: int, runs: Sequence[BlockRun]) -> int:
         cudart.use_device(self._memory.device_index)
         size, own = self.block_bytes, self._memory.pointer
         blocks = [block for run in runs for block in range(run.target, run.target + run.length)]

@@ -12,9 +12,9 @@ from collections.abc import Sequence
 
 from baton.kvtransfer.blocks.memory import SharedBlockMemory, SharedFile, SharedReader
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.planes.host import host_identity
-from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node.errors import PeerLost
+from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 
 _ADDRESS = re.compile(r"([1-9][0-9]{0,9}):(0|[1-9][0-9]{0,8}):([1-9][0-9]{0,15}):([0-9a-f]{32})", re.ASCII)
@@ -30,7 +30,7 @@ class ShmPlane:
     def __init__(self, memory: SharedBlockMemory) -> None:
         self._memory = memory
         self._host = host_identity()
-        self._ledger = Ledger()
+        self._ledger = IoLedger()
         self._addresses: dict[str, PlaneAddress] = {}
         self._readers: dict[str, SharedReader] = {}  # opened at the first receive from each peer
 

@@ -24,9 +24,9 @@ import zmq
 
 from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.planes.host import host_identity
-from baton.kvtransfer.planes.ledger import Ledger, check_posting
+from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node.errors import SettingsError
+from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 
 PIECE_BYTES = 4 << 20
@@ -74,7 +74,7 @@ class ZmqPlane:
         self._memory = memory
         self._identity = identity.encode()
         self._host = host_identity()
-        self._ledger = Ledger()
+        self._ledger = IoLedger()
         self._links: dict[str, _Link] = {}
         self._draining: list[tuple[bytes, zmq.MessageTracker]] = []  # of sends that are over, memory still in use
         if not 1 <= len(self._identity) <= 255 or self._identity[0] == 0:

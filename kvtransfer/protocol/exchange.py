@@ -12,10 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import NamedTuple
 
 from baton.kvtransfer.planes.base import IoDone, Plane
-from baton.kvtransfer.protocol.pairs import Pairs, Wire
+from baton.kvtransfer.protocol.pairs import Pairs, PeerTransport
 from baton.kvtransfer.protocol.receiver import Receiver
 from baton.kvtransfer.protocol.sender import Sender
 from baton.kvtransfer.protocol.transfer import (
@@ -31,6 +30,7 @@ from baton.kvtransfer.protocol.transfer import (
     Timing,
 )
 from baton.node.errors import SettingsError
+from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.control import Logprob, Refused
 from baton.node.messages.transfer import (
@@ -52,13 +52,6 @@ MAX_EARLY_GRANTS = 4096
 SOON_S = 0.001
 """When to look again at a plane that no socket tells of."""
 LOOK_AT_PAIRS_S = 30.0
-
-
-class LegKey(NamedTuple):
-    """One attempt of one request, which has at most one transfer."""
-
-    request_id: str
-    attempt: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,7 +121,7 @@ class Incoming:
 
 
 @dataclass(slots=True)
-class Counters:
+class TransferCounters:
     """What an operator wants to see; only ever grows."""
 
     sent_blocks: int = 0
@@ -143,7 +136,7 @@ class Counters:
     transfer_s_sum: float = 0.0
 
 
-class Exchange:
+class TransferExchange:
     """See the module's docstring."""
 
     def __init__(
@@ -152,7 +145,7 @@ class Exchange:
         namespace: bytes,
         planes: Sequence[Plane],
         digests_of: DigestsOf,
-        wire: Wire,
+        wire: PeerTransport,
         *,
         chunk_blocks: int,
         pulled_chunk_blocks: int = 0,
@@ -161,7 +154,7 @@ class Exchange:
         soon_s: float = SOON_S,
     ) -> None:
         """`chunk_blocks`: most blocks in an offer; `pulled_chunk_blocks`: where the receiver pulls, if that is more."""
-        self.counters = Counters()
+        self.counters = TransferCounters()
         self.events: list[Event] = []
         self._planes = tuple(planes)
         self._digests_of = digests_of

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from baton.kvtransfer.planes.base import Plane
-from baton.kvtransfer.planes.select import choose
+from baton.kvtransfer.planes.base import Plane, choose
 from baton.node.messages.base import PROTOCOL_VERSION, Message
 from baton.node.messages.control import Refused
 from baton.node.messages.transfer import Hello, Welcome
@@ -23,7 +22,7 @@ PAIR_IDLE_S = 120.0
 
 
 @dataclass(frozen=True, slots=True)
-class Wire:
+class PeerTransport:
     """How peers are reached: `send` tells whether the peer could be, `connect` opens a link to it."""
 
     send: Callable[[str, Message], bool]
@@ -47,7 +46,7 @@ class _Pair:
 class Pairs:
     """All pairs of one worker. `planes` come in the order of preference."""
 
-    def __init__(self, identity: str, namespace: bytes, planes: Sequence[Plane], wire: Wire) -> None:
+    def __init__(self, identity: str, namespace: bytes, planes: Sequence[Plane], wire: PeerTransport) -> None:
         self._identity = identity
         self._namespace = namespace
         self._planes = tuple(planes)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 
 from baton.kvtransfer.blocks.memory import HostMemory, SharedFile, SharedReader
-from baton.kvtransfer.planes.host import host_identity
 from baton.node.errors import PeerLost, SettingsError
+from baton.node.host import host_identity
 from baton.node.messages.store import Attached
 
 REGIONS = 16

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from baton.kvtransfer.blocks.events import Journal
+from baton.kvtransfer.blocks.events import BlockJournal
 from baton.node.errors import InvariantBroken, SettingsError
 
 MAX_NAMESPACES = 16
@@ -81,7 +81,7 @@ class ArenaIndex:
     `journal` is told of each hash that can be found from now on, or no longer.
     """
 
-    def __init__(self, num_regions: int, region_bytes: int, journal: Journal) -> None:
+    def __init__(self, num_regions: int, region_bytes: int, journal: BlockJournal) -> None:
         if num_regions < 1 or region_bytes < 1:
             raise ValueError(f"{num_regions} regions of {region_bytes} bytes")
         self.evictions: Counter[str] = Counter(room=0, region=0, damaged=0)

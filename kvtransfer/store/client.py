@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Protocol
 
-from baton.kvtransfer.protocol.exchange import LegKey
-from baton.kvtransfer.store.copies import Copies
+from baton.kvtransfer.blocks.copies import Copies
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent
 from baton.kvtransfer.store.session import StoreSession
 from baton.node.endpoint import Context, Endpoint
+from baton.node.leg import LegKey
 from baton.node.messages.store import decode_store
 
 LINK = "store"

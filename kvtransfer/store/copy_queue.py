@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
-from baton.kvtransfer.store.copies import Copies, Pair
+from baton.kvtransfer.blocks.copies import IN_FLIGHT, Copies, Pair
 from baton.node.errors import InvariantBroken
 
-IN_FLIGHT = 2
-"""Batches of one direction: the next begins when the one before it ends, without a turn of the loop between them."""
 POLL_S = 0.0002
 COPY_S = 30.0
 """A copy that has not ended by then never will: the GPU is gone, and with it the worker."""
 
 
-class Operation(Protocol):
+class CopyOperation(Protocol):
     copying: int
     """Blocks that a copy touches now."""
 
@@ -30,7 +28,7 @@ class Operation(Protocol):
         ...
 
 
-Op = TypeVar("Op", bound=Operation)
+Op = TypeVar("Op", bound=CopyOperation)
 
 
 @dataclass(frozen=True, slots=True)

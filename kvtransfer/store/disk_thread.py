@@ -47,7 +47,7 @@ class _Drop:
 
 
 class Disk:
-    """A Lower (lower.py). `wake` is called by the threads when `poll` has news, and when a tier was opened."""
+    """A LowerTier (lower.py). `wake` is called by the threads when `poll` has news, and when a tier was opened."""
 
     def __init__(
         self,

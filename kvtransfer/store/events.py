@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.kvtransfer.protocol.exchange import LegKey
+from baton.node.leg import LegKey
 
 
 @dataclass(frozen=True, slots=True)

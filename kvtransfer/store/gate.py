@@ -67,7 +67,7 @@ class Decision:
         return self.compute_s + SLACK_S
 
 
-class Gate:
+class LoadGate:
     """The measured speeds of one worker. `always`: load whatever is found, and wait for it."""
 
     def __init__(self, block_bytes: int, block_tokens: int, *, always: bool) -> None:

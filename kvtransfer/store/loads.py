@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from baton.kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
-from baton.kvtransfer.store.lower import Lower
+from baton.kvtransfer.store.lower import LowerTier
 from baton.kvtransfer.store.peers import Peers
 from baton.node.messages.store import PeerGet
 
@@ -47,7 +47,9 @@ class _Load:
 class Loads:
     """`span` gives the bytes of the arena."""
 
-    def __init__(self, index: ArenaIndex, span: Callable[[int, int], memoryview], lower: Lower, peers: Peers) -> None:
+    def __init__(
+        self, index: ArenaIndex, span: Callable[[int, int], memoryview], lower: LowerTier, peers: Peers
+    ) -> None:
         self.outcomes: Counter[str] = Counter(disk_ok=0, disk_failed=0, peer_ok=0, peer_failed=0)
         self._index = index
         self._span = span

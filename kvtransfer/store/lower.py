@@ -34,7 +34,7 @@ class Space:
     digest: DigestName
 
 
-class Lower(Protocol):
+class LowerTier(Protocol):
     """The tier under the arena. A fault in it is a counted miss."""
 
     def open(self, space: Space) -> None:
@@ -68,7 +68,7 @@ class Lower(Protocol):
     def close(self) -> None: ...
 
 
-class NoLower:
+class NoLowerTier:
     """There is no disk."""
 
     def open(self, space: Space) -> None: ...

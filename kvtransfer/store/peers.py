@@ -49,7 +49,7 @@ class _Pull:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
+class PeerAnswer:
     """What the peers have of a lookup's blocks: who can give which."""
 
     id: int
@@ -75,11 +75,11 @@ class Peers:
         self._questions: dict[int, _Question] = {}
         self._pulls: dict[Key, _Pull] = {}
         self._rests: dict[str, float] = {}
-        self._answers: list[Answer] = []
+        self._answers: list[PeerAnswer] = []
         self._pulled: list[Pulled] = []
 
     def ask(self, id: int, keys: Sequence[Key], now: float) -> bool:
-        """Ask who has a prefix of these blocks of one namespace; False if nobody can be asked, else an Answer follows.
+        """Ask which peers have a prefix of these blocks of one namespace; PeerAnswer follows, unless it returns False.
 
         `id` is the caller's number for it, and new.
         """
@@ -119,7 +119,7 @@ class Peers:
             if now >= pull.deadline:
                 self._end(pull, b"")
 
-    def take(self) -> tuple[list[Answer], list[Pulled]]:
+    def take(self) -> tuple[list[PeerAnswer], list[Pulled]]:
         """The news since the last call."""
         answers, self._answers = self._answers, []
         pulled, self._pulled = self._pulled, []
@@ -132,7 +132,7 @@ class Peers:
         holders: dict[Key, str] = {}
         for link, count in sorted(question.counts.items(), key=lambda each: each[1]):
             holders.update({key: link for key in question.keys[:count]})
-        self._answers.append(Answer(id, holders))
+        self._answers.append(PeerAnswer(id, holders))
 
     def _ask_pieces(self, pull: _Pull) -> None:
         while pull.asked < len(pull.target) and len(pull.missing) < WINDOW:

@@ -14,9 +14,9 @@ from baton.kvtransfer.store.arena import Arena
 from baton.kvtransfer.store.checks import Checks
 from baton.kvtransfer.store.disk_thread import Disk
 from baton.kvtransfer.store.folders import Folders
-from baton.kvtransfer.store.lower import Lower, NoLower
+from baton.kvtransfer.store.lower import LowerTier, NoLowerTier
 from baton.kvtransfer.store.peers import Peers
-from baton.kvtransfer.store.publisher import News
+from baton.kvtransfer.store.publisher import EventPublisher
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.settings import StoreSettings
 from baton.node.endpoint import Endpoint, identity_of, new_context
@@ -33,7 +33,7 @@ HELD_FOR_DISK = 4
 """At most one in so many bytes of the arena waits for being written to disk."""
 
 
-Over = Callable[[Lower, Callable[[], None]], Lower]
+Over = Callable[[LowerTier, Callable[[], None]], LowerTier]
 """What a benchmark puts between store and disk; told how to wake the loop when `poll` has news."""
 
 
@@ -53,7 +53,7 @@ class StoreProcess:
         proxies = {f"proxy@{address}": address for address in settings.proxy}
         for link, address in proxies.items():
             calling.connect(link, address)
-        self._news = News(calling, name, incarnation, tuple(proxies), time.monotonic())
+        self._news = EventPublisher(calling, name, incarnation, tuple(proxies), time.monotonic())
         links = {f"peer@{address}": address for address in settings.peer}
         for link, address in links.items():
             self._endpoint.connect(link, address)
@@ -95,15 +95,15 @@ class StoreProcess:
         self._endpoint.close()
         self._arena.close()
 
-    def _open_lower(self, settings: StoreSettings) -> Lower:
+    def _open_lower(self, settings: StoreSettings) -> LowerTier:
         quota_bytes = int(settings.disk_gib * (1 << 30))
         if not quota_bytes:
-            return NoLower()
+            return NoLowerTier()
         folders = Folders(settings.path, settings.disk, quota_bytes, self._news.on_disk)
         return Disk(folders.open, self._arena.size_bytes // HELD_FOR_DISK, self._endpoint.wake)
 
 
-def as_it_is(lower: Lower, wake: Callable[[], None]) -> Lower:
+def as_it_is(lower: LowerTier, wake: Callable[[], None]) -> LowerTier:
     return lower
 
 

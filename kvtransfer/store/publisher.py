@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog, Journal
+from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
 from baton.node.line import Line
 from baton.node.membership import Membership
 from baton.node.messages.control import KvReplay, Load, RegisterStore
 
 
-class News:
+class EventPublisher:
     """`links` are the names that the line, which this closes, has for the proxies; without any nobody is told."""
 
     def __init__(self, line: Line, name: str, incarnation: int, links: Sequence[str], now: float) -> None:
@@ -22,9 +22,9 @@ class News:
         self._line = line
         self._membership = Membership(RegisterStore(worker=name, incarnation=incarnation), tuple(links), now)
         self._flush_at = now
-        self.ram: Journal = self._log.journal("ram")
+        self.ram: BlockJournal = self._log.journal("ram")
         """Where the owner of the arena notes what comes and goes."""
-        self.disk: Journal = self._log.journal("disk")
+        self.disk: BlockJournal = self._log.journal("disk")
 
     def on_disk(self, block_hash: bytes, held: bool) -> None:
         """A tier's news (kvtransfer.tiers.base.Changed)."""

@@ -27,12 +27,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.checksum import DIGESTS, WORD_BYTES
-from baton.kvtransfer.blocks.events import Journal
+from baton.kvtransfer.blocks.events import BlockJournal
 from baton.kvtransfer.store.arena import Arena
 from baton.kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
 from baton.kvtransfer.store.checks import Check, Checks
 from baton.kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
-from baton.kvtransfer.store.lower import Lower, Space, WriteDone
+from baton.kvtransfer.store.lower import LowerTier, Space, WriteDone
 from baton.kvtransfer.store.peers import Peers, Pulled
 from baton.node.errors import SettingsError
 from baton.node.messages.base import PROTOCOL_VERSION, Message
@@ -99,7 +99,14 @@ class StoreServer:
     """See the module's docstring. One thread makes all calls."""
 
     def __init__(
-        self, arena: Arena, identity: str, lower: Lower, peers: Peers, checks: Checks, send: Send, journal: Journal
+        self,
+        arena: Arena,
+        identity: str,
+        lower: LowerTier,
+        peers: Peers,
+        checks: Checks,
+        send: Send,
+        journal: BlockJournal,
     ) -> None:
         self.index = ArenaIndex(arena.num_regions, arena.region_bytes, journal)
         self._arena = arena

@@ -14,13 +14,13 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from baton.kvtransfer.blocks.copies import Copies, Lock, Pair
 from baton.kvtransfer.blocks.memory import SharedReader
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena import map_arena
-from baton.kvtransfer.store.copies import Copies, Lock, Pair
 from baton.kvtransfer.store.copy_queue import Copied, Copy, CopyQueue
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from baton.node.errors import PeerLost
+from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.store import (
     RAM,

@@ -19,9 +19,8 @@ import zmq
 
 from baton.kvtransfer.blocks.device_pool import DeviceMemory
 from baton.kvtransfer.blocks.digest import BlockDigests
-from baton.kvtransfer.planes.base import ChunkKey, Plane
+from baton.kvtransfer.planes.base import ChunkKey, Plane, choose
 from baton.kvtransfer.planes.device import device_planes
-from baton.kvtransfer.planes.select import choose
 from baton.node.messages.transfer import PlaneAddress
 
 

@@ -14,13 +14,13 @@ import pytest
 import torch
 
 from baton.kvtransfer.blocks.checksum import sum64
+from baton.kvtransfer.blocks.copies import Pair
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena_index import Key
-from baton.kvtransfer.store.copies import Pair
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from baton.kvtransfer.store.session import StoreSession
 from baton.node.errors import InvariantBroken, PeerLost
+from baton.node.leg import LegKey
 from baton.node.messages.store import RAM
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES as BENCH_BLOCK_BYTES
 from baton.tests.unit.kvtransfer.store.bench import SPACE, Host, names
@@ -51,7 +51,7 @@ class Bench:
     """A pool of 12 blocks and 12 blocks of host memory, locked."""
 
     def __init__(self, block_bytes: int) -> None:
-        from baton.kvtransfer.planes.host_copies import DeviceCopies
+        from baton.kvtransfer.blocks.device_copies import DeviceCopies
 
         self.memory = random_memory(12, block_bytes)
         self.host = HostMemory(12, block_bytes)
@@ -155,7 +155,7 @@ class Rig:
     """A session with a GPU's copies, against a real server and arena in this process."""
 
     def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        from baton.kvtransfer.planes.host_copies import DeviceCopies
+        from baton.kvtransfer.blocks.device_copies import DeviceCopies
 
         self.memory = random_memory(num_blocks, block_bytes)
         self.host = Host(slots=num_blocks * block_bytes // BENCH_BLOCK_BYTES)

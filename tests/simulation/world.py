@@ -1,8 +1,8 @@
 """A simulated cluster around the real transfer protocol: one seed is one run.
 
-Real: Exchange, Sender, Receiver, BlockManager, BlockTable. Simulated: the clock, the network (delay, loss, duplication,
-reordering), the data planes (two-sided and pulling, with delay, loss, corruption), the pools (one integer a block), and
-both workers' loops, which compute, cancel, crash and come back at random times.
+Real: TransferExchange, Sender, Receiver, BlockManager, BlockTable. Simulated: the clock, the network (delay, loss,
+duplication, reordering), the data planes (two-sided and pulling, with delay, loss, corruption), the pools (one integer
+a block), and both workers' loops, which compute, cancel, crash and come back at random times.
 
 What must never happen is checked when it happens (`Broken`): a write into a block that the transfer does not hold,
 a sequence activated on wrong KV, a second end of one transfer, a leak.
@@ -21,9 +21,10 @@ from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.protocol.exchange import Exchange, Incoming, KvArrived, LegKey, ReceiverEnded, SenderEnded
-from baton.kvtransfer.protocol.pairs import Wire
+from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, ReceiverEnded, SenderEnded, TransferExchange
+from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.transfer import Timing
+from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.transfer import PlaneAddress
 
@@ -172,12 +173,12 @@ class SimNode:
         self.ends: dict[LegKey | bytes, str] = {}
         self._planes = [SimPlane(world, self, "pull", True), SimPlane(world, self, "push", False)]
         world.random.shuffle(self._planes)
-        self.exchange = Exchange(
+        self.exchange = TransferExchange(
             self.identity,
             b"n" * 32,
             self._planes,
             self.pool.digests,
-            Wire(self._send, lambda peer, address: None, lambda peer: None),
+            PeerTransport(self._send, lambda peer, address: None, lambda peer: None),
             chunk_blocks=world.random.randint(1, 3),
             window=world.random.randint(1, 3),
             timing=TIMING,

@@ -31,8 +31,6 @@ PACKAGES = (
     "benchmark",
     "simulator",
 )
-MAX_LINES = 500
-LONG_FILES = {"scripts/train_demo_model.py"}  # run once, read from top to bottom, imported by nobody
 
 Complaints = Iterator[str]
 Rule = Callable[[str, ast.Module], Complaints]
@@ -236,13 +234,6 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
                 if match := MACHINE_PATHS.search(line):
                     found.append(f"{name}:{number}: {match[0]}")
     assert found == []
-
-
-def test_no_file_is_too_long_to_read() -> None:
-    """Past this length a file has a second subject, which belongs in a file of its own."""
-    lengths = {name: (ROOT / name).read_text(encoding="utf-8").count("\n") for name in python_files()}
-    too_long = {name: lines for name, lines in lengths.items() if lines > MAX_LINES and name not in LONG_FILES}
-    assert too_long == {}
 
 
 def test_the_walk_sees_the_packages() -> None:

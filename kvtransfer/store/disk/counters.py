@@ -7,7 +7,7 @@ from types import MappingProxyType
 from baton.kvtransfer.store.disk.base import Eviction, Miss, Refusal, TierStats
 
 
-class Counters:
+class TierCounters:
     """Sums since the opening; `snapshot` makes a value of them."""
 
     def __init__(self) -> None:

@@ -27,10 +27,10 @@ from pathlib import Path
 
 import msgspec
 
-from baton.kvtransfer.planes.host import boot_id as kernel_boot_id
 from baton.kvtransfer.store.disk.base import Refusal
 from baton.kvtransfer.store.disk.records import RecordFault, StorageBroken, WriteFault
 from baton.node.errors import SettingsError
+from baton.node.host import boot_id as kernel_boot_id
 from baton.node.telemetry import log_event
 
 FORMAT = 2

@@ -24,7 +24,7 @@ _RECORDS, _STATE, _COMPLETE = b"records", b"state", b"complete"
 logger = logging.getLogger(__name__)
 
 
-class Place(NamedTuple):
+class SlotPlace(NamedTuple):
     """Of one record."""
 
     slot: int
@@ -57,7 +57,7 @@ class SlabIndex:
         with self._environment.reading() as txn:
             return txn.get(_COMPLETE, db=self._environment.database(_STATE)) is not None
 
-    def fill(self, places: Mapping[bytes, Place]) -> None:
+    def fill(self, places: Mapping[bytes, SlotPlace]) -> None:
         """The first entries. WriteFault."""
 
         def work(txn: lmdb.Transaction) -> None:
@@ -66,13 +66,13 @@ class SlabIndex:
 
         self._environment.change(work)
 
-    def entries(self) -> list[tuple[bytes, Place]]:
+    def entries(self) -> list[tuple[bytes, SlotPlace]]:
         """RecordFault."""
         with self._environment.reading() as txn:
             entries = [(bytes(key), bytes(entry)) for key, entry in txn.cursor(self._records)]
-        return [(key, Place(*_ENTRY.unpack(entry))) for key, entry in entries if len(entry) == _ENTRY.size]
+        return [(key, SlotPlace(*_ENTRY.unpack(entry))) for key, entry in entries if len(entry) == _ENTRY.size]
 
-    def change(self, removed: Sequence[bytes], placed: Mapping[bytes, Place]) -> None:
+    def change(self, removed: Sequence[bytes], placed: Mapping[bytes, SlotPlace]) -> None:
         """All of it, or WriteFault."""
 
         def work(txn: lmdb.Transaction) -> None:
@@ -92,7 +92,7 @@ class SlabIndex:
     def _open(self, num_slots: int) -> LmdbEnvironment:
         return LmdbEnvironment(self.path, index_bytes(num_slots), (_RECORDS, _STATE))
 
-    def _place(self, txn: lmdb.Transaction, placed: Mapping[bytes, Place]) -> None:
+    def _place(self, txn: lmdb.Transaction, placed: Mapping[bytes, SlotPlace]) -> None:
         for key, place in placed.items():
             txn.put(key, _ENTRY.pack(*place), db=self._records)
 

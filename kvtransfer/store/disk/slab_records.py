@@ -25,8 +25,8 @@ from baton.kvtransfer.store.disk.record import Header, check_namespace, check_re
 from baton.kvtransfer.store.disk.records import Block, RecordFault
 from baton.kvtransfer.store.disk.slab_index import (
     INDEX_BYTES_A_SLOT,
-    Place,
     SlabIndex,
+    SlotPlace,
     index_bytes,
     remove_index,
 )
@@ -76,7 +76,7 @@ class SlabRecords:
         slot = self._free[-1]
         header = pack_header(self._namespace, key, tick, block.data, block.digest)
         self._slots.write(slot, header, block.data)
-        self._index.change(victims, {**self._placed(ticks), key: Place(slot, tick)})
+        self._index.change(victims, {**self._placed(ticks), key: SlotPlace(slot, tick)})
         self._free.pop()
         self._places[key] = slot
         self._release(victims)
@@ -117,8 +117,8 @@ class SlabRecords:
             if slot is not None:
                 self._free.append(slot)
 
-    def _placed(self, ticks: Mapping[bytes, int]) -> dict[bytes, Place]:
-        return {key: Place(self._places[key], tick) for key, tick in ticks.items() if key in self._places}
+    def _placed(self, ticks: Mapping[bytes, int]) -> dict[bytes, SlotPlace]:
+        return {key: SlotPlace(self._places[key], tick) for key, tick in ticks.items() if key in self._places}
 
 
 def open_slab_records(
@@ -183,9 +183,9 @@ def slab_tier(
 
 def _scan(
     slots: SlotFile, num_slots: int, namespace: bytes, block_bytes: int, clock: Callable[[], float]
-) -> dict[bytes, Place]:
+) -> dict[bytes, SlotPlace]:
     """What the headers of this namespace say; of two under one key the later."""
-    found: dict[bytes, Place] = {}
+    found: dict[bytes, SlotPlace] = {}
     until_s = clock() + SCAN_WITHIN_S
     for slot in range(num_slots):
         if clock() > until_s:
@@ -195,7 +195,7 @@ def _scan(
         if header is None or header.payload_bytes != block_bytes:
             continue
         if header.key not in found or found[header.key].tick < header.tick:
-            found[header.key] = Place(slot, header.tick)
+            found[header.key] = SlotPlace(slot, header.tick)
     return found
 
 

@@ -27,7 +27,7 @@ from baton.kvtransfer.store.disk.base import (
     check_keys,
     ignore_change,
 )
-from baton.kvtransfer.store.disk.counters import Counters
+from baton.kvtransfer.store.disk.counters import TierCounters
 from baton.kvtransfer.store.disk.recency import Recency
 from baton.kvtransfer.store.disk.records import Block, RecordFault, Records, StorageBroken, WriteFault
 from baton.node.errors import SettingsError
@@ -67,7 +67,7 @@ class RecordTier:
         self._writing = Lock()
         self._state = Lock()
         self._unread = Condition(self._state)
-        self._counters = Counters()
+        self._counters = TierCounters()
         self._recency = Recency()
         self._pins: dict[bytes, int] = {}  # readers a key
         self._doomed: dict[bytes, None] = {}  # in their order: no longer held, still in the storage

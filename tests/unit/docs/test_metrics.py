@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from baton.kvtransfer.protocol.exchange import Counters
+from baton.kvtransfer.protocol.exchange import TransferCounters
 from baton.node.endpoint import Endpoint, new_context
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
@@ -57,7 +57,7 @@ async def test_whatever_is_counted_has_a_meaning() -> None:
     endpoint.close()
     context.destroy(0)
     assert counted == set(ENGINE_COUNTERS)
-    by_workers = {each.name for each in fields(Counters)}
+    by_workers = {each.name for each in fields(TransferCounters)}
     for bench in (PrefillBench(), DecodeBench()):
         by_workers |= set(bench.worker._load().counters)
     assert by_workers <= set(WORKER_COUNTERS)

@@ -14,9 +14,10 @@ import pytest
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import LegKey, SenderEnded
+from baton.kvtransfer.protocol.exchange import SenderEnded
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.batch import Done, Drawn, Row
+from baton.node.leg import LegKey
 from baton.node.membership import ProxyLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import (

@@ -7,8 +7,8 @@ import random
 import msgspec
 import pytest
 
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.leg import LegKey
 from baton.node.messages.store import DISK, RAM
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Cost, StoreCosts, load_profile

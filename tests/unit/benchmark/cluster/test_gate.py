@@ -11,7 +11,7 @@ import pytest
 from baton.benchmark.cluster import gate as bench
 from baton.benchmark.cluster.gate import Case
 from baton.kvtransfer.store.arena_index import Key
-from baton.kvtransfer.store.lower import NoLower, ReadDone, WriteDone
+from baton.kvtransfer.store.lower import NoLowerTier, ReadDone, WriteDone
 from baton.launch.supervisor import ChildSpec
 from baton.testing.paced_store import PacedLower, pace_of
 
@@ -51,7 +51,7 @@ def test_only_the_store_is_paced() -> None:
     assert bench.paced(worker, Path("pace")) is worker
 
 
-class Instant(NoLower):
+class Instant(NoLowerTier):
     """A disk that has read a block as soon as it is told to."""
 
     def __init__(self) -> None:
@@ -89,7 +89,7 @@ def test_news_of_reads_wait_for_the_line_and_writes_do_not() -> None:
 
 
 def test_what_is_not_paced_is_the_real_ones() -> None:
-    """A method that a Lower gets later must reach the disk."""
+    """A method that a LowerTier gets later must reach the disk."""
     slow = PacedLower(Instant(), lambda: None, lambda: float("inf"))
     assert slow.has(KEYS[0]) and slow.stats() == {}
 

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, multiple, rule
 
-from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks, Usage
+from baton.kvtransfer.blocks.manager import BlockManager, BlockUsage, OutOfBlocks
 from baton.node.errors import InvariantBroken, Overloaded
 
 A, B, C = (bytes([n]) * 32 for n in (1, 2, 3))
@@ -33,7 +33,7 @@ def test_allocation_is_all_or_nothing() -> None:
     with pytest.raises(OutOfBlocks) as caught:
         manager.allocate(2)
     assert isinstance(caught.value, Overloaded)
-    assert manager.usage() == Usage(free=1, cached=0, owned=3, leased=0, quarantined=0, total=4)
+    assert manager.usage() == BlockUsage(free=1, cached=0, owned=3, leased=0, quarantined=0, total=4)
     manager.check()
 
 
@@ -157,7 +157,7 @@ def test_a_lease_outlives_its_sequence() -> None:
     blocks = sequence(manager, A, B)
     manager.lease(blocks, b"t")
     manager.release(blocks)
-    assert manager.usage() == Usage(free=0, cached=0, owned=0, leased=2, quarantined=0, total=2)
+    assert manager.usage() == BlockUsage(free=0, cached=0, owned=0, leased=2, quarantined=0, total=2)
     with pytest.raises(OutOfBlocks):
         manager.allocate(1)
     assert manager.end_lease(b"t")
@@ -206,7 +206,7 @@ def test_quarantined_blocks_come_back_only_when_told() -> None:
     manager = BlockManager(3)
     blocks = manager.allocate(2)
     manager.quarantine(blocks, b"t")
-    assert manager.usage() == Usage(free=1, cached=0, owned=0, leased=0, quarantined=2, total=3)
+    assert manager.usage() == BlockUsage(free=1, cached=0, owned=0, leased=0, quarantined=2, total=3)
     with pytest.raises(OutOfBlocks):
         manager.allocate(2)
     with pytest.raises(InvariantBroken):
@@ -434,7 +434,7 @@ class AnyOrder(RuleBasedStateMachine):
     def agree(self) -> None:
         self.manager.check()
         count = Counter(self.state(block) for block in range(NUM_BLOCKS))
-        expected = Usage(*(count[s] for s in ("free", "cached", "owned", "leased", "quarantined")), NUM_BLOCKS)
+        expected = BlockUsage(*(count[s] for s in ("free", "cached", "owned", "leased", "quarantined")), NUM_BLOCKS)
         assert self.manager.usage() == expected
         assert self.manager.num_available == count["free"] + count["cached"]
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.blocks.runs import BlockRun
 from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane, Exported
-from baton.kvtransfer.planes.runs import Run
 from baton.node.errors import PeerLost
 
 _spec = importlib.util.spec_from_file_location("cuda_ipc_contract", Path(__file__).with_name("test_planes.py"))
@@ -47,7 +47,7 @@ class FakeEngine:
         self.broken = False
         self.opened: dict[int, HostMemory] = {}
         self.opens = 0
-        self.copies: dict[int, tuple[int, list[Run]]] = {}
+        self.copies: dict[int, tuple[int, list[BlockRun]]] = {}
         self._exported = Exported(
             secrets.token_bytes(64), memory.num_blocks * memory.block_bytes, secrets.token_bytes(16), "ab" * 16
         )
@@ -67,7 +67,7 @@ class FakeEngine:
         assert not any(source == pointer for source, _ in self.copies.values()), "closed under a copy"
         del self.opened[pointer]
 
-    def pull(self, pointer: int, runs: Sequence[Run]) -> int:
+    def pull(self, pointer: int, runs: Sequence[BlockRun]) -> int:
         self.copies[number := max(self.copies, default=0) + 1] = (pointer, list(runs))
         return number
 

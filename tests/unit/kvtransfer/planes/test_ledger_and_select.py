@@ -5,12 +5,11 @@ from __future__ import annotations
 import pytest
 
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.planes.host import host_identity
-from baton.kvtransfer.planes.ledger import Ledger, check_posting
-from baton.kvtransfer.planes.select import choose
+from baton.kvtransfer.planes.base import ChunkKey, IoDone, choose
+from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.node.errors import InvariantBroken
+from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 from baton.testing.loopback import LoopbackFabric
 
@@ -18,7 +17,7 @@ A, B = ChunkKey(b"a" * 16, 0, 0), ChunkKey(b"b" * 16, 0, 0)
 
 
 def test_what_has_ended_is_reported_once() -> None:
-    ledger = Ledger()
+    ledger = IoLedger()
     ledger.post_receive("p", A, [1])
     ledger.end_receive(A)
     ledger.end_send(B, "broken")
@@ -27,7 +26,7 @@ def test_what_has_ended_is_reported_once() -> None:
 
 
 def test_cancelled_operations_are_not_reported() -> None:
-    ledger = Ledger()
+    ledger = IoLedger()
     ledger.post_receive("p", A, [1])
     ledger.end_receive(A)
     ledger.post_receive("p", A._replace(seq=1), [2])
@@ -37,7 +36,7 @@ def test_cancelled_operations_are_not_reported() -> None:
 
 
 def test_forgetting_a_peer_fails_its_receives_only() -> None:
-    ledger = Ledger()
+    ledger = IoLedger()
     ledger.post_receive("p", A, [1])
     ledger.post_receive("q", B, [2])
     ledger.forget("p")
@@ -46,7 +45,7 @@ def test_forgetting_a_peer_fails_its_receives_only() -> None:
 
 
 def test_a_key_is_posted_once_at_a_time() -> None:
-    ledger = Ledger()
+    ledger = IoLedger()
     ledger.post_receive("p", A, [1])
     with pytest.raises(InvariantBroken):
         ledger.post_receive("p", A, [2])

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from baton.kvtransfer.blocks.memory import HostMemory
+from baton.kvtransfer.blocks.runs import BlockRun, common_runs, cut
 from baton.kvtransfer.planes.base import ChunkKey, Plane
-from baton.kvtransfer.planes.channel import Ask, Close, Go, No, Open, Put
+from baton.kvtransfer.planes.channel import Ask, Close, Go, No, Open, StorePut
 from baton.kvtransfer.planes.nccl import PACK_BELOW_BYTES, NcclPlane
-from baton.kvtransfer.planes.runs import Run, common_runs, cut
 from baton.node.messages.transfer import PlaneAddress
 
 
@@ -221,7 +221,7 @@ def test_a_peers_wrong_word_closes_the_way_and_breaks_nothing(pair, word) -> Non
     assert receiver.content([2]) == sender.content([2])
 
 
-@pytest.mark.parametrize("word", [Put(WAY, "k", b"v"), Ask(WAY, 0, X, 0, 0, 1, 4096), Close(WAY), No(WAY, 0)])
+@pytest.mark.parametrize("word", [StorePut(WAY, "k", b"v"), Ask(WAY, 0, X, 0, 0, 1, 4096), Close(WAY), No(WAY, 0)])
 def test_words_about_unknown_ways_are_harmless(pair, word) -> None:
     rig, sender, receiver = pair
     receiver.plane._on_word(SENDER, word)
@@ -238,8 +238,8 @@ def test_a_second_open_replaces_the_first_way(pair) -> None:
 
 
 def test_runs_are_common_to_both_ends_and_cut_checks_them() -> None:
-    assert common_runs([1, 2, 3, 7], [4, 5, 9, 10]) == [Run(1, 4, 2), Run(3, 9, 1), Run(7, 10, 1)]
-    assert common_runs([3], [0]) == [Run(3, 0, 1)]
+    assert common_runs([1, 2, 3, 7], [4, 5, 9, 10]) == [BlockRun(1, 4, 2), BlockRun(3, 9, 1), BlockRun(7, 10, 1)]
+    assert common_runs([3], [0]) == [BlockRun(3, 0, 1)]
     assert cut([1, 2, 3, 7], [2, 1, 1]) == [(1, 2), (3, 1), (7, 1)]
     assert cut([1, 2, 3, 7], [3, 1]) == [(1, 3), (7, 1)]
     for lengths in ([4], [2, 2], [3], [3, 1, 1], [3, 0, 1], []):

@@ -17,14 +17,14 @@ from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.exchange import (
     Event,
-    Exchange,
     Incoming,
     KvArrived,
-    LegKey,
     ReceiverEnded,
     SenderEnded,
+    TransferExchange,
 )
-from baton.kvtransfer.protocol.pairs import Wire
+from baton.kvtransfer.protocol.pairs import PeerTransport
+from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.control import Refused
 from baton.testing.loopback import Fate, LoopbackFabric
@@ -48,12 +48,12 @@ class _Pair:
         self.pools = {name: BlockPool(LAYOUT, NUM_BLOCKS) for name in ("p/1", "d/1")}
         self._mail: deque[tuple[str, str, Message]] = deque()
         self.ends = {
-            name: Exchange(
+            name: TransferExchange(
                 name,
                 namespace,
                 [make(name, pool)],
                 pool.digests,
-                Wire(self._sender(name), lambda peer, address: None, lambda peer: None),
+                PeerTransport(self._sender(name), lambda peer, address: None, lambda peer: None),
                 chunk_blocks=3,
                 pulled_chunk_blocks=pulled_chunk_blocks,
                 window=2,
@@ -264,7 +264,7 @@ class _Stubborn:
         self.posted = 0
 
     @staticmethod
-    def of(end: Exchange) -> _Stubborn:
+    def of(end: TransferExchange) -> _Stubborn:
         (plane,) = end._planes
         assert isinstance(plane, _Stubborn)
         return plane

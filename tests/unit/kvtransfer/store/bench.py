@@ -7,17 +7,17 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from baton.kvtransfer.blocks.copies import HostCopies
 from baton.kvtransfer.blocks.events import NullJournal
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena import Arena
 from baton.kvtransfer.store.checks import Checks
-from baton.kvtransfer.store.copies import HostCopies
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from baton.kvtransfer.store.lower import Lower, NoLower
+from baton.kvtransfer.store.lower import LowerTier, NoLowerTier
 from baton.kvtransfer.store.peers import Peers
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.session import StoreSession
+from baton.node.leg import LegKey
 from baton.node.messages.base import Message, encode
 from baton.node.messages.store import decode_store
 
@@ -42,7 +42,7 @@ class Host:
         *,
         slots: int = 16,
         life: int = 1,
-        lower: Lower | None = None,
+        lower: LowerTier | None = None,
         links: tuple[str, ...] = (),
     ) -> None:
         self.name = name
@@ -51,7 +51,7 @@ class Host:
         self.peers = Peers(links, self._send)
         checks = Checks(lambda job: job(), lambda: None)
         self.server = StoreServer(
-            self.arena, f"{name}/{life}", lower or NoLower(), self.peers, checks, self._send, NullJournal()
+            self.arena, f"{name}/{life}", lower or NoLowerTier(), self.peers, checks, self._send, NullJournal()
         )
 
     def _send(self, to: str, message: Message) -> bool:

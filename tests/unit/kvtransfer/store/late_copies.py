@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.checksum import DIGESTS
+from baton.kvtransfer.blocks.copies import Pair
 from baton.kvtransfer.blocks.memory import BlockMemory
-from baton.kvtransfer.store.copies import Pair
 from baton.node.errors import PeerLost
 from baton.node.messages.store import DigestName
 

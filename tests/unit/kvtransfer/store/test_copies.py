@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 
 from baton.kvtransfer.blocks.checksum import xxh3
+from baton.kvtransfer.blocks.copies import Copies, HostCopies, Pair
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.protocol.exchange import LegKey
-from baton.kvtransfer.store.copies import Copies, HostCopies, Pair
 from baton.kvtransfer.store.copy_queue import COPY_S
 from baton.kvtransfer.store.events import StoreLoaded, StoreWritten
 from baton.kvtransfer.store.server import LEASE_S
 from baton.kvtransfer.store.session import DOWN_AFTER_S, GIVE_UP_S, UNUSABLE_S
 from baton.node.errors import InvariantBroken
+from baton.node.leg import LegKey
 from baton.node.messages.store import RAM
 from baton.tests.unit.kvtransfer.store import bench
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, Host, World, content, names

@@ -8,11 +8,11 @@ from collections.abc import Iterator
 import pytest
 
 from baton.kvtransfer.blocks.checksum import xxh3
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.disk.base import Tier
 from baton.kvtransfer.store.disk_thread import Disk
 from baton.node.errors import SettingsError
+from baton.node.leg import LegKey
 from baton.node.messages.store import DISK, RAM
 from baton.testing.memory_records import memory_tier
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, content, names

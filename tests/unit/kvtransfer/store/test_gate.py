@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.kvtransfer.store.gate import ASSUMED_TURN_S, HALF_LIFE_S, SLACK_S, Gate, Rate
+from baton.kvtransfer.store.gate import ASSUMED_TURN_S, HALF_LIFE_S, SLACK_S, LoadGate, Rate
 from baton.node.messages.store import DISK, PEER, RAM
 
 BLOCK_BYTES, BLOCK_TOKENS = 1 << 20, 16
@@ -14,9 +14,9 @@ LONG_S = 1e6
 """A measurement of so many seconds leaves nothing of the assumption."""
 
 
-def _gate(*, ram: float, tokens: float, disk: float = 1e9, always: bool = False) -> Gate:
+def _gate(*, ram: float, tokens: float, disk: float = 1e9, always: bool = False) -> LoadGate:
     """A gate that has measured these rates, per second."""
-    gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=always)
+    gate = LoadGate(BLOCK_BYTES, BLOCK_TOKENS, always=always)
     gate.computed(int(tokens * LONG_S), LONG_S, 0.0)
     blocks = max(1, round(ram * LONG_S / BLOCK_BYTES))
     gate._tiers[RAM].add(blocks * BLOCK_BYTES, LONG_S, 0.0)
@@ -28,8 +28,8 @@ GPU_LOAD_S, GPU_COMPUTE_S = (8 << 20) / 50e9, 64 / 44_000
 """A block of 64 tokens of an 8B model on an H200."""
 
 
-def _gpu_gate() -> Gate:
-    gate = Gate(8 << 20, 64, always=False)
+def _gpu_gate() -> LoadGate:
+    gate = LoadGate(8 << 20, 64, always=False)
     gate.computed(44_000_000, 1000.0, 0.0)
     return gate
 
@@ -76,7 +76,7 @@ def test_a_bad_minute_is_forgotten() -> None:
 
 def test_what_loads_took_is_told_apart_by_tier() -> None:
     """Guards the rates: copying is RAM's, the rest of a load is that of the tier it waited for."""
-    gate = Gate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
+    gate = LoadGate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
     for _ in range(100):
         gate.loaded((RAM, DISK), load_s=10.0, copy_s=1.0, now=0.0, alone=True)
     assert gate._tiers[RAM].at(0.0) == pytest.approx(2 * BLOCK_BYTES, rel=0.25)
@@ -133,7 +133,7 @@ def test_it_is_right_on_both_sides_of_break_even(turn_s: float) -> None:
 
 def test_a_tier_that_nobody_has_measured_is_tried_and_then_judged() -> None:
     """Guards against a pessimistic guess that nothing can correct, since what is not tried is not measured."""
-    gate = Gate(8 << 20, 64, always=False)  # an 8B model on a GPU that computes 36,000 tokens/s: 1.8 ms a block
+    gate = LoadGate(8 << 20, 64, always=False)  # an 8B model on a GPU that computes 36,000 tokens/s: 1.8 ms a block
     gate.computed(36_000_000, 1000.0, 0.0)
     assert gate.decide((DISK,) * 4, 0, 0.0).num_blocks == 4
     for _ in range(20):

@@ -15,12 +15,12 @@ from pathlib import Path
 import pytest
 import zmq
 
+from baton.kvtransfer.blocks.copies import Copies, HostCopies
 from baton.kvtransfer.blocks.memory import HostMemory
-from baton.kvtransfer.protocol.exchange import LegKey
 from baton.kvtransfer.store.client import StoreClient
-from baton.kvtransfer.store.copies import Copies, HostCopies
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from baton.node.endpoint import new_context
+from baton.node.leg import LegKey
 from baton.node.messages.store import DISK, PEER, RAM
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content, names
 from baton.tests.unit.kvtransfer.store.late_copies import LateCopies

@@ -16,7 +16,7 @@ from baton.kvtransfer.store.disk.base import Miss
 from baton.kvtransfer.store.disk.folder import Boot
 from baton.kvtransfer.store.disk.record import HEADER_BYTES
 from baton.kvtransfer.store.disk.records import RecordFault
-from baton.kvtransfer.store.disk.slab_index import Place, SlabIndex, index_bytes
+from baton.kvtransfer.store.disk.slab_index import SlabIndex, SlotPlace, index_bytes
 from baton.kvtransfer.store.disk.slab_records import SCAN_WITHIN_S, SIDE_BYTES, num_slots_of
 from baton.kvtransfer.store.disk.slot_file import PAGE_BYTES, SlotFile, slot_bytes
 from baton.kvtransfer.store.disk.tier import PAUSE_S
@@ -196,7 +196,7 @@ def test_a_slot_that_two_keys_claim_goes_to_one(tmp_path: Path) -> None:
     tier.close()
     index = SlabIndex(tmp_path / "data" / "index", 5)
     (slot,) = (place.slot for entry, place in index.entries() if entry == key(3))
-    index.change((), {key(7): Place(slot, 99), key(8): Place(77, 100)})
+    index.change((), {key(7): SlotPlace(slot, 99), key(8): SlotPlace(77, 100)})
     index.close()
     tier = open_disk("slab", tmp_path, 4)
     assert tier.keys() == [key(number) for number in (0, 1, 2, 7)]

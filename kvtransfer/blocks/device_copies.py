@@ -1,4 +1,4 @@
-"""Copies between blocks of a GPU's pool and the host's arena (kvtransfer/store/copies.py), each direction on a stream.
+"""Copies between blocks of a GPU's pool and the host's arena (copies.py), each direction on a stream.
 
 Blocks that lie together at both ends are one copy; behind a batch's copies a kernel makes the digests of the blocks in
 the pool, so that 8 bytes a block are all that the host looks at. Needs a GPU.
@@ -16,11 +16,10 @@ import numpy as np
 import torch
 
 from baton.kvtransfer.blocks import cudart
+from baton.kvtransfer.blocks.copies import IN_FLIGHT, Pair
 from baton.kvtransfer.blocks.device_pool import DeviceMemory
 from baton.kvtransfer.blocks.digest import Checksums
-from baton.kvtransfer.planes.runs import common_runs
-from baton.kvtransfer.store.copies import Pair
-from baton.kvtransfer.store.copy_queue import IN_FLIGHT
+from baton.kvtransfer.blocks.runs import common_runs
 from baton.node.errors import InvariantBroken, PeerLost
 from baton.node.messages.store import DigestName
 from baton.node.telemetry import log_event

@@ -1,6 +1,6 @@
-"""How blocks of a worker's pool and spans of the arena become equal: what is asked of whoever copies; the CPU's way.
+"""Copies between blocks of a worker's pool and spans of host memory: the interface, and the implementation for a CPU.
 
-A GPU's is kvtransfer/planes/host_copies.py. The digest that a copy returns is always of the pool's bytes: after a load
+The one for a GPU is device_copies.py. The digest that a copy returns is always of the pool's bytes: after a load
 of what has arrived there, at a save of what was meant.
 """
 
@@ -15,6 +15,8 @@ import xxhash
 from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.node.messages.store import DigestName
 
+IN_FLIGHT = 2
+"""Batches of one direction: the next begins when the one before it ends, without a turn of the loop between them."""
 PIECE_BYTES = 256 << 10
 BATCH_BYTES = 4 << 20
 """Copied at once by the CPU, so that messages are not kept waiting."""

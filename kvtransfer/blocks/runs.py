@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 
-class Run(NamedTuple):
+class BlockRun(NamedTuple):
     """`length` blocks: the sender's from `source` on become the receiver's from `target` on."""
 
     source: int
@@ -15,15 +15,15 @@ class Run(NamedTuple):
     length: int
 
 
-def common_runs(source: Sequence[int], target: Sequence[int], step: int = 1) -> list[Run]:
+def common_runs(source: Sequence[int], target: Sequence[int], step: int = 1) -> list[BlockRun]:
     """The fewest runs that move source[i] to target[i] for every i, in order; neighbours are `step` apart."""
-    runs: list[Run] = []
+    runs: list[BlockRun] = []
     for theirs, ours in zip(source, target, strict=True):
         last = runs[-1] if runs else None
         if last and (theirs, ours) == (last.source + last.length * step, last.target + last.length * step):
             runs[-1] = last._replace(length=last.length + 1)
         else:
-            runs.append(Run(theirs, ours, 1))
+            runs.append(BlockRun(theirs, ours, 1))
     return runs
 
 
