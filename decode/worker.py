@@ -171,17 +171,18 @@ class DecodeWorker:
         if answer := self._refusal(leg, message):
             self._carrier.tell(link, answer)
             return
+        body = message.body
         sequence = Sequence(
             leg=leg,
             link=link,
-            token_ids=list(message.token_ids),
-            prompt_len=message.prompt_len,
-            sampling=message.sampling,
-            priority=message.priority,
-            deadline=self._clock() + message.deadline_s,
-            table=BlockTable(self._manager, message.root, self._limits.block_tokens, message.block_hashes),
+            token_ids=list(body.token_ids),
+            prompt_len=body.prompt_len,
+            sampling=body.sampling,
+            priority=body.priority,
+            deadline=self._clock() + body.deadline_s,
+            table=BlockTable(self._manager, body.root, self._limits.block_tokens, body.block_hashes),
             times=LegTimes(at),
-            told=len(message.token_ids) - message.prompt_len,
+            told=len(body.token_ids) - body.prompt_len,
         )
         if message.prefill and not self._hold_blocks(sequence, message.prefill):
             self._carrier.tell(link, busy(leg, "too few free blocks"))
@@ -200,7 +201,7 @@ class DecodeWorker:
 
     def _refusal(self, leg: LegKey, message: Reserve) -> Busy | Failed | None:
         impossible = why_impossible(
-            message,
+            message.body,
             max_model_len=self._worker.max_model_len,
             vocab_size=self._worker.runner.config.vocab_size,
             block_tokens=self._limits.block_tokens,

@@ -167,16 +167,16 @@ class PrefillWorker:
         if answer := self._refusal(leg, message):
             self._carrier.tell(link, answer)
             return
-        now = self._clock()
+        now, body = self._clock(), message.body
         job = Job(
             leg=leg,
             link=link,
-            token_ids=message.token_ids,
-            prompt_len=message.prompt_len,
-            sampling=message.sampling,
-            priority=message.priority,
-            deadline=now + message.deadline_s,
-            table=BlockTable(self._manager, message.root, self._worker.layout.block_tokens, message.block_hashes),
+            token_ids=body.token_ids,
+            prompt_len=body.prompt_len,
+            sampling=body.sampling,
+            priority=body.priority,
+            deadline=now + body.deadline_s,
+            table=BlockTable(self._manager, body.root, self._worker.layout.block_tokens, body.block_hashes),
             times=LegTimes(at),
         )
         job.foreseen = self._manager.peek(job.table.names(job.num_tokens - 1)) * job.table.block_tokens
@@ -188,7 +188,7 @@ class PrefillWorker:
 
     def _refusal(self, leg: LegKey, message: Prefill) -> Busy | Failed | None:
         impossible = why_impossible(
-            message,
+            message.body,
             max_model_len=self._worker.max_model_len,
             vocab_size=self._worker.runner.config.vocab_size,
             block_tokens=self._worker.layout.block_tokens,

@@ -24,6 +24,7 @@ from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
+    DispatchBody,
     Failed,
     HandedOver,
     Prefill,
@@ -188,34 +189,25 @@ class Session:
         route, names = await self._admit(token_ids, avoid)
         prefill = route.prefill.identity if route.prefill is not None else ""
         attempt = _Attempt(self._ledger.attempt, route.decode.identity, prefill, hit_tokens=route.hit_tokens)
-        deadline_s = max(0.0, self._deadline - self._clock())
-        reserve = Reserve(
-            request_id=self._request_id,
-            attempt=attempt.number,
+        body = DispatchBody(
             token_ids=token_ids,
             prompt_len=len(self._ledger.prompt_ids),
             root=names.root,
             block_hashes=names.hashes,
             sampling=self._sampling,
-            prefill=prefill,
-            deadline_s=deadline_s,
+            deadline_s=max(0.0, self._deadline - self._clock()),
             priority=self._priority,
         )
+        reserve = Reserve(request_id=self._request_id, attempt=attempt.number, body=body, prefill=prefill)
         self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
         self._open(attempt, attempt.decode, reserve, names)
         if route.prefill is not None:
             message = Prefill(
                 request_id=self._request_id,
                 attempt=attempt.number,
-                token_ids=token_ids,
-                prompt_len=len(self._ledger.prompt_ids),
-                root=names.root,
-                block_hashes=names.hashes,
-                sampling=self._sampling,
+                body=body,
                 decode=route.decode.identity,
                 decode_address=route.decode.address,
-                deadline_s=deadline_s,
-                priority=self._priority,
             )
             self._open(attempt, prefill, message, names)
         self._tell_route(route, attempt)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from baton.node.leg import LegKey
-from baton.node.messages.control import Busy, Cancel, Failed, Prefill, Reserve
+from baton.node.messages.control import Busy, Cancel, DispatchBody, Failed
 
 
-def why_impossible(message: Prefill | Reserve, *, max_model_len: int, vocab_size: int, block_tokens: int) -> str:
+def why_impossible(body: DispatchBody, *, max_model_len: int, vocab_size: int, block_tokens: int) -> str:
     """The reason why no worker of this model can serve the request, or ""."""
-    num_tokens = len(message.token_ids)
+    num_tokens = len(body.token_ids)
     if not 0 < num_tokens < max_model_len:
         return f"{num_tokens} tokens; this worker takes 1 to {max_model_len - 1}"
-    if not 0 < message.prompt_len <= num_tokens:
-        return f"a prompt of {message.prompt_len} in {num_tokens} tokens"
-    if max(message.token_ids) >= vocab_size:
+    if not 0 < body.prompt_len <= num_tokens:
+        return f"a prompt of {body.prompt_len} in {num_tokens} tokens"
+    if max(body.token_ids) >= vocab_size:
         return "a token id is outside the vocabulary"
-    if len(message.block_hashes) > num_tokens // block_tokens:
+    if len(body.block_hashes) > num_tokens // block_tokens:
         return "more block hashes than full blocks"
     return ""
 

@@ -14,6 +14,7 @@ from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
+    DispatchBody,
     Drain,
     Failed,
     Goodbye,
@@ -106,35 +107,26 @@ def register_of(name: str, incarnation: int, namespace: bytes) -> Register:
     )
 
 
-def prefill_of(request_id: str, decode_worker: str, **changes: Any) -> Prefill:
+def body_of(**changes: Any) -> DispatchBody:
     known: dict[str, Any] = {
-        "request_id": request_id,
-        "attempt": 0,
         "token_ids": (5, 6, 7),
         "prompt_len": 3,
         "root": b"r" * 32,
         "block_hashes": (),
         "sampling": SAMPLING,
-        "decode": decode_worker,
-        "decode_address": "tcp://127.0.0.1:1",
         "deadline_s": 3.0,
     }
-    return Prefill(**(known | changes))
+    return DispatchBody(**(known | changes))
+
+
+def prefill_of(request_id: str, decode_worker: str, **changes: Any) -> Prefill:
+    address = changes.pop("decode_address", "tcp://127.0.0.1:1")
+    body = body_of(**changes)
+    return Prefill(request_id=request_id, attempt=0, body=body, decode=decode_worker, decode_address=address)
 
 
 def reserve_of(request_id: str, prefill_worker: str, **changes: Any) -> Reserve:
-    known: dict[str, Any] = {
-        "request_id": request_id,
-        "attempt": 0,
-        "token_ids": (5, 6, 7),
-        "prompt_len": 3,
-        "root": b"r" * 32,
-        "block_hashes": (),
-        "sampling": SAMPLING,
-        "prefill": prefill_worker,
-        "deadline_s": 3.0,
-    }
-    return Reserve(**(known | changes))
+    return Reserve(request_id=request_id, attempt=0, body=body_of(**changes), prefill=prefill_worker)
 
 
 def one_of_each(request_id: str) -> list[Message]:

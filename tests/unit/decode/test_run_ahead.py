@@ -22,7 +22,7 @@ from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
 from baton.node.messages.base import Message
-from baton.node.messages.control import Bundle, Busy, Cancel, Failed, Load, Reserve, SamplingParams
+from baton.node.messages.control import Bundle, Busy, Cancel, DispatchBody, Failed, Load, Reserve, SamplingParams
 from baton.worker.io_thread import FromProxy
 
 ROOT, BLOCK, VOCAB, STOP = b"r" * 32, 4, 13, 5
@@ -134,13 +134,15 @@ class Bench:
         reserve = Reserve(
             request_id=name,
             attempt=0,
-            token_ids=tuple(prompt),
-            prompt_len=len(prompt),
-            root=ROOT,
-            block_hashes=block_hashes(ROOT, prompt, BLOCK),
-            sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,)),
             prefill="p/1" if remote else "",
-            deadline_s=100.0,
+            body=DispatchBody(
+                token_ids=tuple(prompt),
+                prompt_len=len(prompt),
+                root=ROOT,
+                block_hashes=block_hashes(ROOT, prompt, BLOCK),
+                sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,)),
+                deadline_s=100.0,
+            ),
         )
         self.carrier.inbox.put(FromProxy("proxy", reserve, 0.0))
 

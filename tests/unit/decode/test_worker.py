@@ -25,6 +25,7 @@ from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
+    DispatchBody,
     Failed,
     Load,
     Reserve,
@@ -90,13 +91,15 @@ def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: fl
     message = Reserve(
         request_id=name,
         attempt=0,
-        token_ids=tokens,
-        prompt_len=num_tokens,
-        root=ROOT,
-        block_hashes=block_hashes(ROOT, tokens, BLOCK),
-        sampling=SamplingParams(max_tokens=max_tokens),
         prefill=prefill,
-        deadline_s=100.0,
+        body=DispatchBody(
+            token_ids=tokens,
+            prompt_len=num_tokens,
+            root=ROOT,
+            block_hashes=block_hashes(ROOT, tokens, BLOCK),
+            sampling=SamplingParams(max_tokens=max_tokens),
+            deadline_s=100.0,
+        ),
     )
     return FromProxy("proxy", message, at)
 

@@ -185,6 +185,12 @@ def filled(cls: type[Message], **fields: Any) -> dict[str, Any]:
     return {**msgspec.to_builtins(message, builtin_types=(bytes,)), **fields}
 
 
+def prefill_with(**body: Any) -> dict[str, Any]:
+    """A valid Prefill as plain values, with fields of its body replaced."""
+    fields = filled(BY_NAME["Prefill"])
+    return fields | {"body": fields["body"] | body}
+
+
 def shortest(kind: Any) -> Any:
     """A small valid value of a type, for messages whose other fields do not matter."""
     kind = kind.type if isinstance(kind, inspect.Metadata) else kind
@@ -247,27 +253,41 @@ def test_no_sampling_parameter_is_nan_or_infinite(value: float) -> None:
     assert "temperature" in names and len(names) >= 6
     for parameter in names:
         with pytest.raises(BadMessage, match=parameter):
-            decode(pack(filled(BY_NAME["Prefill"], sampling=SAMPLING | {parameter: value})))
+            decode(pack(prefill_with(sampling=SAMPLING | {parameter: value})))
     with pytest.raises(BadMessage, match="logit_bias"):
-        decode(pack(filled(BY_NAME["Prefill"], sampling=SAMPLING | {"logit_bias": [[1, value]]})))
+        decode(pack(prefill_with(sampling=SAMPLING | {"logit_bias": [[1, value]]})))
     with pytest.raises(BadMessage, match="deadline_s"):
-        decode(pack(filled(BY_NAME["Prefill"], deadline_s=value)))
+        decode(pack(prefill_with(deadline_s=value)))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"token_ids": [2**31]},
+        {"token_ids": [-1]},
+        {"token_ids": [0] * (MAX_TOKENS + 1)},
+        {"token_ids": [True]},
+        {"token_ids": [1.0]},
+        {"token_ids": "1"},
+        {"block_hashes": [b"x" * 33]},
+        {"sampling": SAMPLING | {"max_tokens": 0}},
+        {"sampling": SAMPLING | {"top_p": 0.0}},
+        {"sampling": SAMPLING | {"temperature": "1"}},
+        {"sampling": SAMPLING | {"unknown": 1}},
+        {"unknown": 1},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_a_dispatch_body_out_of_bounds_is_refused(fields: dict[str, Any]) -> None:
+    """Guards the nested struct: its fields are as bounded as those of the message around it."""
+    assert decode(pack(prefill_with()))
+    with pytest.raises(BadMessage):
+        decode(pack(prefill_with(**fields)))
 
 
 @pytest.mark.parametrize(
     ("name", "fields"),
     [
-        ("Prefill", {"token_ids": [2**31]}),
-        ("Prefill", {"token_ids": [-1]}),
-        ("Prefill", {"token_ids": [0] * (MAX_TOKENS + 1)}),
-        ("Prefill", {"token_ids": [True]}),
-        ("Prefill", {"token_ids": [1.0]}),
-        ("Prefill", {"token_ids": "1"}),
-        ("Prefill", {"block_hashes": [b"x" * 33]}),
-        ("Prefill", {"sampling": SAMPLING | {"max_tokens": 0}}),
-        ("Prefill", {"sampling": SAMPLING | {"top_p": 0.0}}),
-        ("Prefill", {"sampling": SAMPLING | {"temperature": "1"}}),
-        ("Prefill", {"sampling": SAMPLING | {"unknown": 1}}),
         ("Prefill", {"request_id": ""}),
         ("Prefill", {"request_id": "x" * 97}),
         ("Register", {"role": "proxy"}),
@@ -311,7 +331,10 @@ HUGE = {"array": b"\xdd\xff\xff\xff\xff", "map": b"\xdf\xff\xff\xff\xff", "bin":
         b"\x81" + pack("t") + b"\x91" * 200_000 + b"\xc0",
         b"\x82" + pack("x") + b"\x91" * 200_000 + b"\xc0" + pack("t") + pack("Drain"),
         *HUGE.values(),
-        *(b"\x82" + pack("t") + pack("Prefill") + pack("token_ids") + length for length in HUGE.values()),
+        *(
+            b"\x82" + pack("t") + pack("Prefill") + pack("body") + b"\x81" + pack("token_ids") + length
+            for length in HUGE.values()
+        ),
         *(b"\x82" + pack("t") + pack("Ack") + pack("transfer_id") + length for length in HUGE.values()),
         *(b"\x82" + pack("x") + length + pack("t") + pack("Drain") for length in HUGE.values()),
         b"\x82" + pack("t") + pack("Refused") + pack("reason") + b"\xa2\xff\xfe",

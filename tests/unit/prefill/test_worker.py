@@ -24,6 +24,7 @@ from baton.node.messages.control import (
     Busy,
     Cancel,
     Cancelled,
+    DispatchBody,
     Failed,
     HandedOver,
     Load,
@@ -142,14 +143,16 @@ class Bench:
         return Prefill(
             request_id=name,
             attempt=0,
-            token_ids=tokens,
-            prompt_len=num_tokens,
-            root=ROOT,
-            block_hashes=block_hashes(ROOT, tokens, BLOCK),
-            sampling=SamplingParams(**({"max_tokens": 5} | sampling)),
             decode="d/1",
             decode_address="tcp://d",
-            deadline_s=100.0,
+            body=DispatchBody(
+                token_ids=tokens,
+                prompt_len=num_tokens,
+                root=ROOT,
+                block_hashes=block_hashes(ROOT, tokens, BLOCK),
+                sampling=SamplingParams(**({"max_tokens": 5} | sampling)),
+                deadline_s=100.0,
+            ),
         )
 
     def tell(self, *events: Any) -> bool:
@@ -320,7 +323,8 @@ def test_nobody_waits_for_a_job_that_comes_later() -> None:
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     bench.prefill("a", 30)
     message = bench.message("b", 30)
-    bench.tell(FromProxy("proxy", msgspec.structs.replace(message, priority=5), bench.now_s))
+    urgent = msgspec.structs.replace(message.body, priority=5)
+    bench.tell(FromProxy("proxy", msgspec.structs.replace(message, body=urgent), bench.now_s))
     assert bench.runner.steps[-1][0] == (8, 8), "from what the first has computed so far, in front of it"
 
 

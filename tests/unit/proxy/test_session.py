@@ -141,7 +141,7 @@ async def test_both_legs_go_out_at_once_and_tokens_come_back_once() -> None:
     desk.session.inbox.put_nowait(("d0", _tokens(2, 12, finish="length")))
     assert _ids(await task) == [10, 11, 12]
     (reserve,), (prefill,) = desk.sent_of(Reserve), desk.sent_of(Prefill)
-    assert reserve.block_hashes == prefill.block_hashes and len(reserve.block_hashes) == 1
+    assert reserve.body == prefill.body and len(reserve.body.block_hashes) == 1
     assert (reserve.prefill, prefill.decode, prefill.decode_address) == ("p0", "d0", "tcp://d0")
     assert desk.sent_of(Cancel) == []  # both legs have ended by themselves
     assert desk.first_tokens == ["p0"]  # told once, of the worker that computed the prompt
@@ -160,8 +160,8 @@ async def test_a_lost_decode_worker_in_mid_stream() -> None:
     desk = ScriptedDesk(script)
     assert _ids(await _run(desk)) == [10, 11, 12]
     second = desk.sent_of(Reserve)[1]
-    assert second.token_ids == (*PROMPT, 10, 11) and second.prompt_len == len(PROMPT)
-    assert second.sampling == SAMPLING and desk.admitted[1].avoid == {"d0"}
+    assert second.body.token_ids == (*PROMPT, 10, 11) and second.body.prompt_len == len(PROMPT)
+    assert second.body.sampling == SAMPLING and desk.admitted[1].avoid == {"d0"}
     assert [(w, m.attempt) for w, m in desk.sent if isinstance(m, Cancel)] == [("p0", 0), ("p0", 1)]
 
 
