@@ -413,10 +413,13 @@ class DecodeWorker:
             if token is None:
                 continue
             sequence.num_pending -= 1
-            sequence.append(token.token_id, token.logprob)
-            self._tally.generated += 1
-            generated, known = sequence.num_generated, sequence.num_tokens
-            finish = finish_of(token.token_id, sequence.sampling, generated, known, self._worker.max_model_len)
+            for place, token_id in enumerate(token.token_ids):
+                sequence.append(token_id, token.logprobs[place] if token.logprobs else None)
+                self._tally.generated += 1
+                generated, known = sequence.num_generated, sequence.num_tokens
+                finish = finish_of(token_id, sequence.sampling, generated, known, self._worker.max_model_len)
+                if finish:
+                    break
             stages = sequence.times.drew(flight.began_at, now) if sequence.times.open else None
             told[sequence.link].append(sequence.tell(finish, stages))
             if finish:

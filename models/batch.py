@@ -47,11 +47,11 @@ class Row(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The token that follows a row."""
+    """The tokens that follow a row, in order. Today's runners draw one; a runner that verifies drafts, several."""
 
-    token_id: int
-    logprob: Logprob | None
-    """Only where the row's SamplingParams ask for it."""
+    token_ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...] = ()
+    """One a token where the row's SamplingParams ask for them, else empty."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -347,15 +347,16 @@ class PrefillWorker:
     def _hand_over(self, job: Job, token: Drawn, sums: dict[int, bytes]) -> None:
         """The prompt is computed: its first token goes to the proxy at once, and after the KV to decode."""
         leg, index = job.leg, job.num_tokens - job.prompt_len
-        finish = finish_of(token.token_id, job.sampling, index + 1, job.num_tokens + 1, self._worker.max_model_len)
+        (token_id,) = token.token_ids  # a prompt's last row is no draft: one token follows it
+        finish = finish_of(token_id, job.sampling, index + 1, job.num_tokens + 1, self._worker.max_model_len)
         self._carrier.tell(
             job.link,
             Tokens(
                 request_id=leg.request_id,
                 attempt=leg.attempt,
                 index=index,
-                ids=(token.token_id,),
-                logprobs=(token.logprob,) if token.logprob is not None else (),
+                ids=(token_id,),
+                logprobs=token.logprobs,
                 finish=finish,
                 cached_tokens=min(job.cached_tokens, job.prompt_len),
                 stages=job.times.prefilled(self._clock()),
@@ -365,7 +366,8 @@ class PrefillWorker:
             self._cancel_sender(leg, "finished at its first token")
         else:
             self._tell_blocks(job, len(job.table.blocks), sums)
-            self._carrier.do(lambda exchange, now: exchange.tell_token(leg, token.token_id, token.logprob, now))
+            logprob = token.logprobs[0] if token.logprobs else None
+            self._carrier.do(lambda exchange, now: exchange.tell_token(leg, token_id, logprob, now))
             self._owed.add(leg)
         self._reuse.used(job)
         self._lease(job)

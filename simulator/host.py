@@ -133,7 +133,7 @@ class SimRunner:
 def _draw(row: Row) -> Drawn | None:
     if row.draw is None:
         return None
-    return Drawn(token_of(row.draw.sampling.seed, row.draw.num_generated), None)
+    return Drawn((token_of(row.draw.sampling.seed, row.draw.num_generated),))
 
 
 def token_of(seed: int, index: int) -> int:

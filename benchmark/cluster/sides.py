@@ -168,7 +168,7 @@ def step_side(folder: Path, threads: int) -> Callable[[dict[str, Any]], dict[str
             times_ms.append(1000 * (time.perf_counter() - begin))
             assert drawn is not None
             computed = len(ids)
-            ids.append(drawn.token_id)
+            ids.extend(drawn.token_ids)
         return {"steps_ms": times_ms[1:]}
 
     return answer

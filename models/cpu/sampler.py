@@ -33,13 +33,13 @@ def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw], positions: Sequence
         chosen = _draw(logits[random], [draws[row].sampling for row in random], [positions[row] for row in random])
         token_ids[random] = chosen
     ids = token_ids.tolist()
-    logprobs: dict[int, Logprob] = {}
+    logprobs: dict[int, tuple[Logprob, ...]] = {}
     if raw is not None:
         logprobs = {
-            row: _logprob(raw[place], ids[row], draws[row].sampling.top_logprobs)
+            row: (_logprob(raw[place], ids[row], draws[row].sampling.top_logprobs),)
             for place, row in enumerate(logprob_rows)
         }
-    return [Drawn(token_id, logprobs.get(row)) for row, token_id in enumerate(ids)]
+    return [Drawn((token_id,), logprobs.get(row, ())) for row, token_id in enumerate(ids)]
 
 
 def has_penalty(sampling: SamplingParams) -> bool:

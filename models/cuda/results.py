@@ -35,10 +35,10 @@ class StepResult:
     def read(self, num_tops: list[int | None]) -> list[Drawn]:
         """The first rows; num_tops says how many likeliest tokens each names, None: no logprob."""
         tokens = self._tokens[: len(num_tops)].tolist()
-        return [Drawn(token, self._logprob(row, num_tops[row])) for row, token in enumerate(tokens)]
+        return [Drawn((token,), self._logprobs_of(row, num_tops[row])) for row, token in enumerate(tokens)]
 
-    def _logprob(self, row: int, num_top: int | None) -> Logprob | None:
+    def _logprobs_of(self, row: int, num_top: int | None) -> tuple[Logprob, ...]:
         if num_top is None:
-            return None
+            return ()
         ids, values = self._top_ids[row, :num_top].tolist(), self._tops[row, :num_top].tolist()
-        return Logprob(float(self._logprobs[row]), tuple(zip(ids, values, strict=True)))
+        return (Logprob(float(self._logprobs[row]), tuple(zip(ids, values, strict=True))),)

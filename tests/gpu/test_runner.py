@@ -93,9 +93,9 @@ def test_every_sampling_parameter_draws_what_the_cpu_draws():
     device = runner.launch([Row(made[0], 0, table(0), draw), Row(made[1], 0, table(1), draw, 1)]).read()
     for prompt, entry in zip(made, device, strict=False):
         expected = plain.step([Row(prompt, 0, blocks, draw)])[0]
-        assert entry is not None and expected is not None and entry.logprob is not None and expected.logprob is not None
-        assert [token for token, _ in entry.logprob.top] == [token for token, _ in expected.logprob.top]
-        assert entry.logprob.logprob == pytest.approx(expected.logprob.logprob, abs=1e-3)
+        assert entry is not None and expected is not None and entry.logprobs and expected.logprobs
+        assert [token for token, _ in entry.logprobs[0].top] == [token for token, _ in expected.logprobs[0].top]
+        assert entry.logprobs[0].logprob == pytest.approx(expected.logprobs[0].logprob, abs=1e-3)
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])

@@ -65,7 +65,7 @@ class LateStep:
         assert row.draw.num_generated == length - row.draw.prompt_len
         context = [runner.pool[row.blocks[place // BLOCK], place % BLOCK] for place in range(length)]
         runner.last_drawn[row.slot] = next_token(context)
-        return Drawn(runner.last_drawn[row.slot], None)
+        return Drawn((runner.last_drawn[row.slot],))
 
 
 class LateRunner:

@@ -83,7 +83,7 @@ class CountingRunner:
         self._on_step()
         for row in rows:
             assert len(row.blocks) * BLOCK >= row.start + len(row.token_ids), "computed without blocks"
-        return Done([Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows])
+        return Done([Drawn((row.start + len(row.token_ids),)) if row.draw else None for row in rows])
 
 
 def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: float) -> FromProxy:

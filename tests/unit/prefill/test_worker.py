@@ -99,7 +99,7 @@ class CountingRunner:
     def launch(self, rows: Rows[Row]) -> Done:
         self._on_step()
         self.steps.append([(row.start, len(row.token_ids)) for row in rows])
-        return Done([Drawn(row.start + len(row.token_ids), None) if row.draw else None for row in rows])
+        return Done([Drawn((row.start + len(row.token_ids),)) if row.draw else None for row in rows])
 
 
 class RecordingSums:

@@ -57,7 +57,7 @@ def test_row_alone_equals_row_among_32(make_model, sequences):
         for i, row, drawn in zip(busy, rows, runner.step(rows), strict=True):
             assert (drawn is None) == (row.draw is None)
             if drawn is not None:
-                known[i].append(drawn.token_id)
+                known[i].append(drawn.token_ids[0])
     assert [tokens[len(prompt) :] for tokens, prompt in zip(known, prompts, strict=True)] == alone
 
 
@@ -82,7 +82,7 @@ def test_blocks_beyond_the_tokens_may_be_any(make_model, sequences, prompt):
     pool[6:] = float("nan")
     drawn = runner.step([Row(prompt, 0, [0, 1, 2, 6, 7], Draw(GREEDY, (), 0, 0))])[0]
     again = runner.step([Row(prompt[-1:], 36, [0, 1, 2, 7, 6], Draw(GREEDY, (), 0, 0)), Row([1], 90, [3] * 6, None)])[0]
-    assert drawn is not None and again is not None and drawn.token_id == again.token_id
+    assert drawn is not None and again is not None and drawn.token_ids[0] == again.token_ids[0]
 
 
 def test_no_rows_is_no_step(make_model):
@@ -104,7 +104,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(make_model, sequences):
     backwards = runner.step(rows(list(range(7, -1, -1))))
     assert together == backwards[::-1]
     assert together == [runner.step(rows([i]))[0] for i in range(8)]
-    assert len({drawn.token_id for drawn in together if drawn is not None}) > 1
+    assert len({drawn.token_ids[0] for drawn in together if drawn is not None}) > 1
 
 
 def test_dynamic_rope_stops_where_it_is_defined(make_model, sequences):

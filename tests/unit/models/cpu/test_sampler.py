@@ -39,7 +39,7 @@ def drawn_set(logits: np.ndarray, count: int = 3000, **fields) -> dict[int, int]
     """How often each token is drawn at `count` positions."""
     sampling = params(**{"temperature": 1.0, "seed": 4, **fields})
     drawn = draw(np.repeat(logits, count, axis=0), *[plain(sampling)] * count)
-    ids, counts = np.unique([each.token_id for each in drawn], return_counts=True)
+    ids, counts = np.unique([each.token_ids[0] for each in drawn], return_counts=True)
     return dict(zip(ids.tolist(), counts.tolist(), strict=True))
 
 
@@ -66,12 +66,12 @@ def assert_distributed(counts: dict[int, int], expected: np.ndarray) -> None:
 def test_greedy_takes_the_largest_and_the_lowest_of_equals():
     logits = logits_of(0, 2)
     logits[1, [40, 7, 22]] = 30.0
-    assert [each.token_id for each in draw(logits, *[plain(params())] * 2)] == [int(logits[0].argmax()), 7]
+    assert [each.token_ids[0] for each in draw(logits, *[plain(params())] * 2)] == [int(logits[0].argmax()), 7]
 
 
 def test_temperature_too_small_to_divide_by_is_greedy():
     logits = logits_of(1)
-    assert draw(logits, plain(params(temperature=1e-7)))[0].token_id == int(logits.argmax())
+    assert draw(logits, plain(params(temperature=1e-7)))[0].token_ids[0] == int(logits.argmax())
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.7])
@@ -87,7 +87,7 @@ def test_draws_of_one_position_follow_the_distribution_over_seeds():
     for shift in (0, 32):
         draws = [plain(params(temperature=1.0, seed=seed << shift)) for seed in range(3000)]
         drawn = draw(np.repeat(logits, 3000, axis=0), *draws, positions=[11] * 3000)
-        ids, counts = np.unique([each.token_id for each in drawn], return_counts=True)
+        ids, counts = np.unique([each.token_ids[0] for each in drawn], return_counts=True)
         assert_distributed(dict(zip(ids.tolist(), counts.tolist(), strict=True)), softmax(logits[0]))
 
 
@@ -96,7 +96,7 @@ def test_draws_of_neighbouring_positions_are_independent():
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, 6:] = -np.inf
     drawn = draw(np.repeat(logits, 6001, axis=0), *[plain(params(temperature=1.0, seed=9))] * 6001)
-    ids = np.array([each.token_id for each in drawn])
+    ids = np.array([each.token_ids[0] for each in drawn])
     pairs, counts = np.unique(ids[:-1] * 6 + ids[1:], return_counts=True)
     assert_distributed(dict(zip(pairs.tolist(), counts.tolist(), strict=True)), np.full(36, 1 / 36))
 
@@ -147,7 +147,7 @@ def test_rows_with_and_without_filters_do_not_mix():
     together = draw(logits, *map(plain, kinds), positions=[3, 4, 5, 6])
     for row, kind in enumerate(kinds):
         assert draw(logits[row : row + 1], plain(kind), positions=[3 + row])[0] == together[row]
-    assert [together[row].token_id for row in (1, 2, 3)] == logits[1:].argmax(-1).tolist()
+    assert [together[row].token_ids[0] for row in (1, 2, 3)] == logits[1:].argmax(-1).tolist()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def test_penalties(penalties):
     sampling = params(temperature=1.0, seed=4, **penalties)
     row = plain(sampling, history=prompt + output, prompt_len=len(prompt), num_generated=len(output))
     drawn = draw(np.repeat(logits, 3000, axis=0), *[row] * 3000)
-    ids, counts = np.unique([each.token_id for each in drawn], return_counts=True)
+    ids, counts = np.unique([each.token_ids[0] for each in drawn], return_counts=True)
     assert_distributed(dict(zip(ids.tolist(), counts.tolist(), strict=True)), softmax(expected))
 
 
@@ -182,15 +182,15 @@ def test_penalties_change_greedy_rows_too():
     logits = np.zeros((1, VOCAB), np.float32)
     logits[0, [4, 6]] = [2.0, 1.9]
     row = plain(params(frequency_penalty=0.2), history=[1, 4], prompt_len=1, num_generated=1)
-    assert draw(logits, row)[0].token_id == 6
+    assert draw(logits, row)[0].token_ids[0] == 6
 
 
 def test_logit_bias():
     """Guards against a bias that is ignored, or that an unknown token id turns into a crash."""
     logits = logits_of(9)
-    assert draw(logits, plain(params(logit_bias=((17, 100.0), (10_000, 100.0)))))[0].token_id == 17
+    assert draw(logits, plain(params(logit_bias=((17, 100.0), (10_000, 100.0)))))[0].token_ids[0] == 17
     best = int(logits.argmax())
-    assert draw(logits, plain(params(logit_bias=((best, -100.0),))))[0].token_id == int(np.argsort(-logits[0])[1])
+    assert draw(logits, plain(params(logit_bias=((best, -100.0),))))[0].token_ids[0] == int(np.argsort(-logits[0])[1])
 
 
 def test_min_tokens_suppresses_the_stop_tokens_until_then():
@@ -200,7 +200,7 @@ def test_min_tokens_suppresses_the_stop_tokens_until_then():
     biased = params(min_tokens=3, stop_token_ids=sampling.stop_token_ids, logit_bias=((int(order[5]), -1.0),))
     for num_generated, expected in ((0, order[2]), (2, order[2]), (3, order[0])):
         for each in (sampling, biased):  # also where the row is edited for another reason
-            assert draw(logits, plain(each, num_generated=num_generated))[0].token_id == expected
+            assert draw(logits, plain(each, num_generated=num_generated))[0].token_ids[0] == expected
 
 
 def test_logprobs_are_those_of_the_raw_logits():
@@ -211,11 +211,11 @@ def test_logprobs_are_those_of_the_raw_logits():
     )
     row = plain(sampling, history=[1, 2], prompt_len=1, num_generated=1)
     drawn = draw(logits, plain(params()), row, plain(params(logprobs=True)))
-    assert drawn[0].logprob is None
+    assert not drawn[0].logprobs
     expected = np.log(softmax(logits[1]))
-    assert drawn[1].token_id == 50 and drawn[1].logprob is not None
-    assert drawn[1].logprob.logprob == pytest.approx(expected[50], abs=1e-5)
-    assert [token for token, _ in drawn[1].logprob.top] == np.argsort(-expected)[:4].tolist()
-    assert [value for _, value in drawn[1].logprob.top] == pytest.approx(sorted(expected)[-1:-5:-1], abs=1e-5)
-    assert drawn[2].logprob is not None and drawn[2].logprob.top == ()
-    assert drawn[2].logprob.logprob == pytest.approx(np.log(softmax(logits[2])).max(), abs=1e-5)
+    assert drawn[1].token_ids[0] == 50 and drawn[1].logprobs
+    assert drawn[1].logprobs[0].logprob == pytest.approx(expected[50], abs=1e-5)
+    assert [token for token, _ in drawn[1].logprobs[0].top] == np.argsort(-expected)[:4].tolist()
+    assert [value for _, value in drawn[1].logprobs[0].top] == pytest.approx(sorted(expected)[-1:-5:-1], abs=1e-5)
+    assert drawn[2].logprobs and drawn[2].logprobs[0].top == ()
+    assert drawn[2].logprobs[0].logprob == pytest.approx(np.log(softmax(logits[2])).max(), abs=1e-5)

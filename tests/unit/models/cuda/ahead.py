@@ -44,7 +44,7 @@ class Ahead:
 
     def read(self) -> None:
         launched, drawing = self.flights.pop(0)
-        drawn = [entry.token_id for entry in launched.read() if entry is not None]
+        drawn = [entry.token_ids[0] for entry in launched.read() if entry is not None]
         for slot, token_id in zip(drawing, drawn, strict=True):
             self.known[slot].append(token_id)
 
@@ -62,5 +62,5 @@ def one_after_the_other(plain: ModelRunner, prompt: list[int], blocks: list[int]
         drawn = plain.step([Row(known[row_start:], row_start, blocks, draw)])[0]
         assert drawn is not None
         row_start = len(known)
-        known.append(drawn.token_id)
+        known.append(drawn.token_ids[0])
     return known[len(prompt) :]

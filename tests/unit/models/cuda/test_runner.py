@@ -123,15 +123,15 @@ def test_log_probabilities_come_with_their_rows(make_model):
     after = [Row([], 2, [2], Draw(sampling, (), 2, 1), 1), Row([], 2, [1], Draw(quiet, (), 2, 1), 0)]
     steps = [late.launch(prompts), late.launch(after)]
     (_, first), (second, last) = (step.read() for step in steps)
-    assert last is not None and last.logprob is None
+    assert last is not None and not last.logprobs
     expected = plain.step(prompts)[1]
     assert expected is not None
-    expected_then = plain.step([Row([expected.token_id], 2, [2], Draw(sampling, (), 2, 1))])[0]
+    expected_then = plain.step([Row([expected.token_ids[0]], 2, [2], Draw(sampling, (), 2, 1))])[0]
     for found, wanted in ((first, expected), (second, expected_then)):
-        assert found is not None and found.logprob is not None and wanted is not None and wanted.logprob is not None
-        assert found.token_id == wanted.token_id
-        assert found.logprob.logprob == pytest.approx(wanted.logprob.logprob, abs=1e-4)
-        assert [token for token, _ in found.logprob.top] == [token for token, _ in wanted.logprob.top]
+        assert found is not None and found.logprobs and wanted is not None and wanted.logprobs
+        assert found.token_ids[0] == wanted.token_ids[0]
+        assert found.logprobs[0].logprob == pytest.approx(wanted.logprobs[0].logprob, abs=1e-4)
+        assert [token for token, _ in found.logprobs[0].top] == [token for token, _ in wanted.logprobs[0].top]
 
 
 def test_a_step_that_was_not_read_holds_its_result(make_model):

@@ -73,7 +73,7 @@ def params(draw) -> SamplingParams:
 
 def equal_or_near(logits: torch.Tensor, draws: list[Draw], positions: list[int], found: list[int]) -> None:
     """The CPU's tokens, or where a rounding decides, those that it draws with a top_p a hair wider or narrower."""
-    expected = [each.token_id for each in draw_tokens(logits.clone(), draws, positions)]
+    expected = [each.token_ids[0] for each in draw_tokens(logits.clone(), draws, positions)]
     for row, draw in enumerate(draws):
         allowed = {expected[row]}
         for factor in (1 - 1e-5, 1 + 1e-5):
@@ -83,7 +83,7 @@ def equal_or_near(logits: torch.Tensor, draws: list[Draw], positions: list[int],
                 SamplingParams(**(fields | {"top_p": top_p})), draw.history, draw.prompt_len, draw.num_generated
             )
             (again,) = draw_tokens(logits[row : row + 1].clone(), [other], [positions[row]])
-            allowed.add(again.token_id)
+            allowed.add(again.token_ids[0])
         assert found[row] in allowed, (row, draw.sampling, found[row], expected[row])
 
 
@@ -115,8 +115,8 @@ def test_counts_and_minimum_advance_on_the_device():
     for _ in range(7):
         position = len(prompt) + len(output)
         (expected,) = draw_tokens(logits.clone(), [draw_of(sampling, prompt, output)], [position])
-        assert drawn(sampler, queue, logits, [1], [position]) == [expected.token_id]
-        output.append(expected.token_id)
+        assert drawn(sampler, queue, logits, [1], [position]) == [expected.token_ids[0]]
+        output.append(expected.token_ids[0])
     assert min(output[:4]) >= 50 > min(output[4:]), output
 
 
@@ -171,11 +171,11 @@ def test_logprobs_equal_the_cpu_s(vocab_size):
     assert tokens == [3, 3, 3] and [sampler.num_top(slot) for slot in range(3)] == [None, 0, min(20, vocab_size)]
     sampler.logprobs(logits.to(DEVICE), as_int32([0, 1, 2]), as_int32(tokens))
     for row, expected in list(enumerate(draw_tokens(logits.clone(), draws, [1, 1, 1])))[1:]:
-        assert expected.logprob is not None
-        assert float(sampler.found.drawn[row]) == pytest.approx(expected.logprob.logprob, abs=2e-5)
-        count = len(expected.logprob.top)
-        assert sampler.found.top_ids[row, :count].tolist() == [token for token, _ in expected.logprob.top]
-        values = [value for _, value in expected.logprob.top]
+        assert expected.logprobs
+        assert float(sampler.found.drawn[row]) == pytest.approx(expected.logprobs[0].logprob, abs=2e-5)
+        count = len(expected.logprobs[0].top)
+        assert sampler.found.top_ids[row, :count].tolist() == [token for token, _ in expected.logprobs[0].top]
+        values = [value for _, value in expected.logprobs[0].top]
         assert sampler.found.top[row, :count].tolist() == pytest.approx(values, abs=2e-5)
 
 
