@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from baton.kvtransfer.store.arena_index import Key
-from baton.kvtransfer.store.lower import LowerTier, ReadDone, WriteDone
+from baton.kvtransfer.store.lower import LowerTier, ReadDone, Space, WriteDone
 from baton.kvtransfer.store.process import serve
 from baton.kvtransfer.store.settings import StoreSettings
 from baton.node.settings import parse
@@ -25,7 +25,7 @@ MAX_STEP_S = 0.001
 
 
 class PacedLower:
-    """A Lower around another one, all of whose methods it has; only news of reads are held back."""
+    """Delays the reads of another LowerTier to a given rate; everything else passes through."""
 
     def __init__(self, lower: LowerTier, wake: Callable[[], None], pace: Callable[[], float]) -> None:
         """`pace`: bytes a second."""
@@ -38,8 +38,26 @@ class PacedLower:
         self._done: deque[ReadDone] = deque()
         threading.Thread(target=self._run, name="pace", daemon=True).start()
 
-    def __getattr__(self, name: str) -> object:
-        return getattr(self._lower, name)
+    def open(self, space: Space) -> None:
+        self._lower.open(space)
+
+    def has(self, key: Key) -> bool:
+        return self._lower.has(key)
+
+    def wants(self, key: Key) -> bool:
+        return self._lower.wants(key)
+
+    def write(self, key: Key, data: memoryview, digest: bytes) -> bool:
+        return self._lower.write(key, data, digest)
+
+    def drop(self, key: Key) -> None:
+        self._lower.drop(key)
+
+    def stats(self) -> dict[str, float]:
+        return self._lower.stats()
+
+    def close(self) -> None:
+        self._lower.close()
 
     def read(self, key: Key, into: memoryview) -> None:
         now = time.monotonic()

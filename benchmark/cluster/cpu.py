@@ -95,7 +95,7 @@ class Side:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self._process.args} ended")
+            raise SystemExit("a process that is measured has ended")
         return dict(json.loads(line))
 
 

@@ -175,6 +175,7 @@ def step_side(folder: Path, threads: int) -> Callable[[dict[str, Any]], dict[str
 
 
 def main(side: str, *arguments: str) -> None:
+    answer: Callable[[dict[str, Any]], dict[str, Any]]
     if side == "load":
         answer = load
     else:

@@ -184,8 +184,9 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="bench-tiers-", dir=options.path))
     try:
-        about = {"cpus": os.cpu_count(), "kernel": platform.release(), "direct_io": has_direct_io(folder)}
-        about["load_average"] = round(os.getloadavg()[0], 1)
+        load = round(os.getloadavg()[0], 1)
+        about = {"cpus": os.cpu_count(), "kernel": platform.release(), "load_average": load}
+        about["direct_io"] = has_direct_io(folder)
         print(json.dumps({**about, "threads": options.threads, "total_mib": options.total_mib}), flush=True)
         for size_kib in options.sizes_kib:
             measure_arena(size_kib, options)
@@ -207,8 +208,12 @@ def measure_arena(size_kib: int, options: argparse.Namespace) -> None:
         for pair in pairs:
             copies.ended(begin([pair]))
 
+    def copy_plain() -> None:
+        for source, target in plain:
+            np.copyto(target, source)
+
     ways = {
-        "memcpy": lambda: [np.copyto(target, source) for source, target in plain],
+        "memcpy": copy_plain,
         "to arena": lambda: move(copies.begin_save),
         "to pool": lambda: move(copies.begin_load),
     }

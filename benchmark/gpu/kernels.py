@@ -304,18 +304,18 @@ def report_decode_sdpa(
 ) -> None:
     """torch's attention of one token a row over `others` [calls, 2, rows, KH, L, D], checked with `keys_values`."""
     _, rows, _, length, _ = keys_values.shape
-    values = {"kernel": "decode_attention", "rows": rows, "length": length, "kv": "contiguous"}
+    kernel, values = "decode_attention", {"rows": rows, "length": length, "kv": "contiguous"}
     for name, backend in sdpa.BACKENDS.items():
         try:
-            way = sdpa.way(backend, query[:, :, None], *keys_values, ours[:, :, None])
-        except sdpa.Refused as refused:
-            report.line(**values, by=name, refused=str(refused))
+            way = sdpa.checked_call(backend, query[:, :, None], keys_values[0], keys_values[1], ours[:, :, None])
+        except sdpa.Unsupported as refused:
+            report.line(kernel=kernel, **values, by=name, refused=str(refused))
             continue
         if way.expanded:  # four times the bytes
-            report.line(**values, by=name, refused="shares no heads")
+            report.line(kernel=kernel, **values, by=name, refused="shares no heads")
             continue
         calls = [partial(sdpa.attend, backend, query[:, :, None], *each) for each in others]
-        report.moved(**values, by=name, size_bytes=keys_values.nbytes, calls=calls)
+        report.moved(kernel, keys_values.nbytes, calls, **values, by=name)
 
 
 def prefill(report: Report) -> None:
@@ -354,8 +354,8 @@ def report_prefill_sdpa(report: Report, query: torch.Tensor, keys_values: torch.
     for name, backend in sdpa.BACKENDS.items():
         values = {"by": name, "kv": "contiguous"}
         try:
-            way = sdpa.way(backend, query, *keys_values, ours)
-        except sdpa.Refused as refused:
+            way = sdpa.checked_call(backend, query, keys_values[0], keys_values[1], ours)
+        except sdpa.Unsupported as refused:
             report.line(kernel="prefill_attention", new=num_new, cached=cached, **values, refused=str(refused))
             continue
         report_prefill(report, way.call, num_new, cached, **values, heads="copied" if way.expanded else "shared")

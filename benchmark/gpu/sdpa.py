@@ -7,6 +7,7 @@ easier task, and what a cache of pages costs is within the difference.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
-from baton.benchmark.gpu.ceilings import Call
+TensorCall = Callable[[], torch.Tensor]
 
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 MOST_OFF = 0.01
@@ -23,14 +24,16 @@ MOST_OFF = 0.01
 
 
 @dataclass(frozen=True, slots=True)
-class Way:
-    call: Call
+class CheckedCall:
+    """torch's attention of one case, whose result was compared with ours."""
+
+    call: TensorCall
     expanded: bool
     """Each key head was copied for its query heads beforehand; else the backend shares them."""
 
 
-class Refused(Exception):
-    """The backend does not compute this, or not rightly; says why."""
+class Unsupported(Exception):
+    """The backend does not compute this, or not correctly; the message says why."""
 
 
 def contiguous(pool: torch.Tensor, layer: int, tables: torch.Tensor) -> torch.Tensor:
@@ -45,7 +48,7 @@ def attend(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values:
     square = num_new == length
     mask = None if square or num_new == 1 else causal_lower_right(num_new, length)
     if mask is not None and backend == SDPBackend.CUDNN_ATTENTION:
-        raise Refused("torch lets cuDNN's causal mask begin at the top left only")
+        raise Unsupported("torch lets cuDNN's causal mask begin at the top left only")
     with sdpa_kernel(backend):
         return scaled_dot_product_attention(
             query, keys, values, attn_mask=mask, is_causal=square and num_new > 1,
@@ -53,37 +56,39 @@ def attend(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values:
         )  # fmt: skip
 
 
-def way(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ours: torch.Tensor) -> Way:
+def checked_call(
+    backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, ours: torch.Tensor
+) -> CheckedCall:
     """Checked against ours, [B, H, N, D]; with heads that are shared if the backend can, else with copies."""
     try:
-        return Way(_checked(partial(attend, backend, query, keys, values), ours), False)
-    except Refused as error:
+        return CheckedCall(_checked(partial(attend, backend, query, keys, values), ours), False)
+    except Unsupported as error:
         refused = str(error)
     group = query.shape[1] // keys.shape[1]
     copies = (each.repeat_interleave(group, dim=1) for each in (keys, values))
     try:
-        return Way(_checked(partial(attend, backend, query, *copies), ours), True)
-    except Refused as again:
+        return CheckedCall(_checked(partial(attend, backend, query, *copies), ours), True)
+    except Unsupported as again:
         if str(again) == refused:
             raise
-        raise Refused(f"{refused}; with copied heads: {again}") from again
+        raise Unsupported(f"{refused}; with copied heads: {again}") from again
 
 
-def _checked(call: Call, ours: torch.Tensor) -> Call:
-    with warnings.catch_warnings(record=True) as told:
+def _checked(call: TensorCall, ours: torch.Tensor) -> TensorCall:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
             found = call()
         except RuntimeError as error:
-            raise Refused(_reason(error, [str(each.message) for each in told])) from error
+            raise Unsupported(_reason(error, [str(each.message) for each in caught])) from error
     off = float((found - ours).float().norm() / ours.float().norm())
     if not off <= MOST_OFF:
-        raise Refused(f"differs from ours by {off:.3g}")
+        raise Unsupported(f"differs from ours by {off:.3g}")
     return call
 
 
-def _reason(error: RuntimeError, told: list[str]) -> str:
+def _reason(error: RuntimeError, messages: list[str]) -> str:
     """torch warns of what each backend lacks, and only then raises."""
-    said = [text.partition(" (Triggered")[0] for text in told]
+    said = [text.partition(" (Triggered")[0] for text in messages]
     why = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
     return " ".join([*why, str(error).partition("\n")[0]])

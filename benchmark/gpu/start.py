@@ -14,6 +14,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import nullcontext
+from unittest.mock import patch
 
 import torch
 
@@ -30,9 +32,8 @@ TIMEOUT_S = 300
 def start(shape: str, ahead: bool) -> None:
     """In a process of its own. Leaves at once: what is timed ends here."""
     configure_logging("info", f"{shape} ahead={ahead}")
-    if not ahead:
-        CudaQueue.rehearse = lambda self, work: None
-    cuda_engine(DecodeSettings(load_format="dummy").for_device("cuda"), "decode", SHAPES / shape)
+    with nullcontext() if ahead else patch.object(CudaQueue, "rehearse"):
+        cuda_engine(DecodeSettings(load_format="dummy").for_device("cuda"), "decode", SHAPES / shape)
     torch.cuda.synchronize()
     print(READY, torch.cuda.get_device_name(), flush=True)
     os._exit(0)

@@ -38,7 +38,7 @@ def test_pages_are_brought_together() -> None:
 def test_attends_as_the_last_tokens(num_new: int, length: int, rows: int) -> None:
     """A causal mask that begins at the first key is another task, with less work."""
     *given, answer = made(num_new, length, rows)
-    way = bench.way(FLASH, *given, answer)
+    way = bench.checked_call(FLASH, *given, answer)
     torch.testing.assert_close(way.call(), answer)
     assert not way.expanded
 
@@ -46,18 +46,18 @@ def test_attends_as_the_last_tokens(num_new: int, length: int, rows: int) -> Non
 def test_an_answer_that_differs_is_refused() -> None:
     """A wrong kernel's time is no time."""
     query, keys, values, answer = made(7, 7)
-    with pytest.raises(bench.Refused, match="differs from ours"):
-        bench.way(FLASH, query, keys, values, answer * 1.05)
-    with pytest.raises(bench.Refused, match="by nan"):
-        bench.way(FLASH, query, keys, values * torch.nan, answer)
+    with pytest.raises(bench.Unsupported, match="differs from ours"):
+        bench.checked_call(FLASH, query, keys, values, answer * 1.05)
+    with pytest.raises(bench.Unsupported, match="by nan"):
+        bench.checked_call(FLASH, query, keys, values * torch.nan, answer)
 
 
 def test_a_backend_that_is_not_there_is_refused() -> None:
     """One that refuses a cell must not end the run."""
-    with pytest.raises(bench.Refused, match="No "):
-        bench.way(CUDNN, *made(7, 7))
-    with pytest.raises(bench.Refused, match=r"^torch lets cuDNN's causal mask begin at the top left only$"):
-        bench.way(CUDNN, *made(3, 8))
+    with pytest.raises(bench.Unsupported, match="No "):
+        bench.checked_call(CUDNN, *made(7, 7))
+    with pytest.raises(bench.Unsupported, match=r"^torch lets cuDNN's causal mask begin at the top left only$"):
+        bench.checked_call(CUDNN, *made(3, 8))
 
 
 def test_heads_are_copied_for_a_backend_that_shares_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +71,7 @@ def test_heads_are_copied_for_a_backend_that_shares_none(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(bench, "scaled_dot_product_attention", plain)
     *given, answer = made(7, 7)
-    way = bench.way(FLASH, *given, answer)
+    way = bench.checked_call(FLASH, *given, answer)
     torch.testing.assert_close(way.call(), answer)
     assert way.expanded
 
