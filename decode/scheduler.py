@@ -21,14 +21,14 @@ class Item(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class DecodeLimits:
     block_tokens: int
     max_num_seqs: int
     max_num_batched_tokens: int
     max_chunk_tokens: int
 
 
-class Step(NamedTuple):
+class PlannedRow(NamedTuple):
     """Item number `number` of the running ones computes `length` tokens."""
 
     number: int
@@ -36,8 +36,8 @@ class Step(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    steps: tuple[Step, ...]
+class StepPlan:
+    steps: tuple[PlannedRow, ...]
     preempted: tuple[int, ...]
     """Indices of running items that give their blocks back before the step."""
     admitted: int
@@ -45,15 +45,15 @@ class Plan:
 
 
 def plan(
-    running: Sequence[Item], waiting: Sequence[Item], free_blocks: int, limits: Limits, reserved_rows: int = 0
-) -> Plan:
+    running: Sequence[Item], waiting: Sequence[Item], free_blocks: int, limits: DecodeLimits, reserved_rows: int = 0
+) -> StepPlan:
     """`reserved_rows` are kept for sequences whose KV is on its way.
 
     `free_blocks` counts those that can be allocated now. Item.num_blocks are taken to be freed by preemption; where
     some are shared fewer come free, the row is left out of this step, and the next plan preempts further."""
     alive = len(running)
     preempted: list[int] = []
-    steps: list[Step] = []
+    steps: list[PlannedRow] = []
     budget = max(0, limits.max_num_batched_tokens - alive)
     index = 0
     while index < alive:
@@ -67,25 +67,25 @@ def plan(
         if alive == index:
             break  # it had to give way itself
         if length > 0:
-            steps.append(Step(index, length))
+            steps.append(PlannedRow(index, length))
             free_blocks -= lacking
             budget -= length - 1
         index += 1
     admitted = 0 if preempted else _admit(waiting, free_blocks, limits.max_num_seqs - alive - reserved_rows, limits)
-    return Plan(tuple(steps), tuple(preempted), admitted)
+    return StepPlan(tuple(steps), tuple(preempted), admitted)
 
 
-def _length(item: Item, budget: int, limits: Limits) -> int:
+def _length(item: Item, budget: int, limits: DecodeLimits) -> int:
     """Every running item may compute one token; more than that comes out of the budget left for chunks."""
     work = item.num_tokens - item.num_computed
     return min(work, 1 + budget, limits.max_chunk_tokens)
 
 
-def _lacking(item: Item, num_tokens: int, limits: Limits) -> int:
+def _lacking(item: Item, num_tokens: int, limits: DecodeLimits) -> int:
     return max(0, -(-num_tokens // limits.block_tokens) - item.num_blocks)
 
 
-def _admit(waiting: Sequence[Item], free_blocks: int, rows: int, limits: Limits) -> int:
+def _admit(waiting: Sequence[Item], free_blocks: int, rows: int, limits: DecodeLimits) -> int:
     """In order, and nobody overtakes: whoever does not fit makes the others wait."""
     admitted = 0
     for item in waiting[: max(0, rows)]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.worker.speed import Speed
+from baton.worker.speed import PromptSpeed
 
 
 @dataclass(slots=True)
 class Tally:
     """Tokens, but for the two named otherwise."""
 
-    speed: Speed
+    speed: PromptSpeed
     steps: int = 0
     preemptions: int = 0
     generated: int = 0
@@ -25,7 +25,7 @@ class Tally:
     @classmethod
     def new(cls, budget_tokens: int) -> Tally:
         """Of a worker whose steps take so many tokens at most."""
-        return cls(Speed(budget_tokens))
+        return cls(PromptSpeed(budget_tokens))
 
     def compute(self, num_tokens: int, spent_s: float) -> None:
         """A step computed so many tokens of prompts, beside whatever it decoded."""

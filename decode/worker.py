@@ -23,8 +23,8 @@ from collections.abc import Callable
 from itertools import takewhile
 
 from baton.decode.flight import Flight, Part
-from baton.decode.pace import Pace
-from baton.decode.scheduler import Item, Limits, plan
+from baton.decode.launch_timer import LaunchTimer
+from baton.decode.scheduler import DecodeLimits, Item, plan
 from baton.decode.sequence import Sequence
 from baton.decode.settings import DecodeSettings
 from baton.decode.tally import Tally
@@ -51,10 +51,10 @@ from baton.node.messages.control import (
 )
 from baton.node.telemetry import log_event
 from baton.worker.draining import Draining
-from baton.worker.io_thread import CarrierDied, FromProxy, Inbound
-from baton.worker.legs import busy, failed, means, why_impossible
+from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied
+from baton.worker.legs import busy, cancel_matches, failed, validation_error
 from baton.worker.parts import Parts
-from baton.worker.prefix_loading import Loaded, Reuse
+from baton.worker.prefix_loading import LoadedPrefix, PrefixLoader
 from baton.worker.stages import LegTimes
 from baton.worker.stopping import finish_of, is_last
 
@@ -78,19 +78,19 @@ class DecodeWorker:
         self._settings = settings
         self._carrier = worker.carrier
         self._manager = worker.manager
-        self._limits = Limits(
+        self._limits = DecodeLimits(
             block_tokens=worker.layout.block_tokens,
             max_num_seqs=settings.max_num_seqs,
             max_num_batched_tokens=settings.max_num_batched_tokens,
             max_chunk_tokens=settings.max_chunk_tokens,
         )
-        self._reuse = Reuse(store, worker.manager, worker.layout, always=settings.store_loads == "always")
+        self._reuse = PrefixLoader(store, worker.manager, worker.layout, always=settings.store_loads == "always")
         self._legs: dict[LegKey, Sequence] = {}
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
         self._flights: deque[Flight] = deque()  # in the order of their launch
-        self._pace = Pace()
+        self._pace = LaunchTimer()
         self._prompting = False  # the next plan has a prompt that is new, or the rest of one
         self._free_slots = list(range(settings.max_num_seqs))
         self._tally = Tally.new(settings.max_num_batched_tokens)
@@ -139,7 +139,7 @@ class DecodeWorker:
             case FromProxy(link, Reserve() as message, at):
                 self._on_reserve(link, message, at)
             case FromProxy(link, Cancel() as message):
-                for sequence in [s for s in self._legs.values() if means(message, s.leg)]:
+                for sequence in [s for s in self._legs.values() if cancel_matches(message, s.leg)]:
                     self._end(sequence, None)
                 self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
             case FromProxy(_, Drain()):
@@ -159,7 +159,7 @@ class DecodeWorker:
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):
                 raise SettingsError(f"{link} refused this worker: {reason}")
-            case CarrierDied(error):
+            case IoThreadDied(error):
                 raise InvariantBroken("the carrier thread died") from error
             case StoreClientDied(error):
                 raise InvariantBroken("the store's thread died") from error
@@ -200,7 +200,7 @@ class DecodeWorker:
         )
 
     def _refusal(self, leg: LegKey, message: Reserve) -> Busy | Failed | None:
-        impossible = why_impossible(
+        impossible = validation_error(
             message.body,
             max_model_len=self._worker.max_model_len,
             vocab_size=self._worker.runner.config.vocab_size,
@@ -333,7 +333,7 @@ class DecodeWorker:
             return False
         return True
 
-    def _on_loaded(self, loaded: Loaded) -> None:
+    def _on_loaded(self, loaded: LoadedPrefix) -> None:
         """A cache had so many blocks more. Whoever was preempted meanwhile has no use for them."""
         sequence = self._legs.get(loaded.leg)
         if sequence is None or sequence not in self._running:

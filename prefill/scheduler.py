@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Work:
+class QueuedPrompt:
     """A job as the scheduler sees it; `age_s` since it arrived."""
 
     num_tokens: int
@@ -29,7 +29,7 @@ AGING_TOKENS_PER_S = 2000.0
 """With "sjf", a job that has waited one second counts as so many tokens shorter: long prompts are not starved."""
 
 
-def order(jobs: Sequence[Work], policy: str) -> list[int]:
+def order(jobs: Sequence[QueuedPrompt], policy: str) -> list[int]:
     """Indices of `jobs` (given in order of arrival) in order of service: "fcfs", or "sjf" (shortest first, aging)."""
     if policy == "fcfs":
         return sorted(range(len(jobs)), key=lambda i: (-jobs[i].priority, i))
@@ -45,7 +45,7 @@ def order(jobs: Sequence[Work], policy: str) -> list[int]:
 
 
 def plan(
-    jobs: Sequence[Work], sequence: Sequence[int], budget_tokens: int, max_chunk_tokens: int, full_tokens: int
+    jobs: Sequence[QueuedPrompt], sequence: Sequence[int], budget_tokens: int, max_chunk_tokens: int, full_tokens: int
 ) -> list[Chunk]:
     """Chunks of the jobs in the order of `sequence`, at most one of a job. The first may fill the token budget; others
     join it up to `full_tokens` in all: so many keep the device busy, and more only keep the first one waiting."""

@@ -38,14 +38,14 @@ from baton.node.messages.control import (
 )
 from baton.node.telemetry import log_event
 from baton.prefill.job import Job
-from baton.prefill.scheduler import Chunk, Work, order, plan
+from baton.prefill.scheduler import Chunk, QueuedPrompt, order, plan
 from baton.prefill.settings import PrefillSettings
 from baton.worker.draining import Draining
-from baton.worker.io_thread import CarrierDied, FromProxy, Inbound
-from baton.worker.legs import busy, failed, means, why_impossible
-from baton.worker.parts import NoSums, Parts, Sums
-from baton.worker.prefix_loading import Loaded, Reuse
-from baton.worker.speed import Speed
+from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied
+from baton.worker.legs import busy, cancel_matches, failed, validation_error
+from baton.worker.parts import NoChecksums, Parts, StepChecksums
+from baton.worker.prefix_loading import LoadedPrefix, PrefixLoader
+from baton.worker.speed import PromptSpeed
 from baton.worker.stages import LegTimes
 from baton.worker.stopping import finish_of
 
@@ -74,7 +74,7 @@ class PrefillWorker:
         settings: PrefillSettings,
         clock: Callable[[], float] = time.monotonic,
         store: Store = NO_STORE,
-        sums: Sums | None = None,
+        sums: StepChecksums | None = None,
     ) -> None:
         self._worker = worker
         self._clock = clock
@@ -84,10 +84,10 @@ class PrefillWorker:
         self._jobs: dict[LegKey, Job] = {}  # in order of arrival
         self._leased: dict[LegKey, Job] = {}  # computed or given up; the carrier still reads their blocks
         self._owed: set[LegKey] = set()  # of those, the legs whose proxy awaits the outcome
-        self._sums = sums or NoSums()
+        self._sums = sums or NoChecksums()
         self._flights: deque[_Flight] = deque()  # in the order of their launch
-        self._reuse = Reuse(store, worker.manager, worker.layout, always=settings.store_loads == "always")
-        self._speed = Speed(settings.max_num_batched_tokens)
+        self._reuse = PrefixLoader(store, worker.manager, worker.layout, always=settings.store_loads == "always")
+        self._speed = PromptSpeed(settings.max_num_batched_tokens)
         self._computing_since = 0.0
         self._steps = 0
         self._prompt_tokens = 0
@@ -155,7 +155,7 @@ class PrefillWorker:
                 log_event(logger, "joined", link=link)
             case JoinRefused(link, reason):
                 raise SettingsError(f"{link} refused this worker: {reason}")
-            case CarrierDied(error):
+            case IoThreadDied(error):
                 raise InvariantBroken("the carrier thread died") from error
             case StoreClientDied(error):
                 raise InvariantBroken("the store's thread died") from error
@@ -187,7 +187,7 @@ class PrefillWorker:
         )
 
     def _refusal(self, leg: LegKey, message: Prefill) -> Busy | Failed | None:
-        impossible = why_impossible(
+        impossible = validation_error(
             message.body,
             max_model_len=self._worker.max_model_len,
             vocab_size=self._worker.runner.config.vocab_size,
@@ -202,11 +202,11 @@ class PrefillWorker:
         return None
 
     def _on_cancel(self, link: str, message: Cancel) -> None:
-        if any(means(message, leg) for leg in self._jobs):
+        if any(cancel_matches(message, leg) for leg in self._jobs):
             self._settle()
-        for job in [j for j in self._jobs.values() if means(message, j.leg)]:
+        for job in [j for j in self._jobs.values() if cancel_matches(message, j.leg)]:
             self._give_up(job, None)
-        for leg in [leg for leg in self._owed if means(message, leg)]:
+        for leg in [leg for leg in self._owed if cancel_matches(message, leg)]:
             self._owed.discard(leg)
             self._cancel_sender(leg, "cancelled")
         self._carrier.tell(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
@@ -242,7 +242,7 @@ class PrefillWorker:
         """Start waiting jobs, in order, as far as blocks last; then fill the budget from those that are not loading."""
         now = self._clock()
         jobs = list(self._jobs.values())
-        works = [Work(j.num_tokens, j.num_launched, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
+        works = [QueuedPrompt(j.num_tokens, j.num_launched, j.priority, now - self._arrived_at[j.leg]) for j in jobs]
         sequence = order(works, self._settings.policy)
         started: list[int] = []
         coming: set[bytes] = set()  # blocks that the started ones will make
@@ -261,7 +261,7 @@ class PrefillWorker:
             started.append(index)
             coming.update(jobs[index].coming)
         ready = [index for index in started if not self._reuse.loading(jobs[index].leg)]
-        works = [Work(j.num_tokens, j.num_launched, j.priority, 0.0) for j in jobs]
+        works = [QueuedPrompt(j.num_tokens, j.num_launched, j.priority, 0.0) for j in jobs]
         settings = self._settings
         sizes = settings.max_num_batched_tokens, settings.max_chunk_tokens, settings.full_step_tokens
         return [(jobs[chunk.index], chunk) for chunk in plan(works, ready, *sizes)]
@@ -287,7 +287,7 @@ class PrefillWorker:
         self._reuse.begin(job, now)
         return True
 
-    def _on_loaded(self, loaded: Loaded) -> None:
+    def _on_loaded(self, loaded: LoadedPrefix) -> None:
         """A cache had so many blocks more."""
         job = self._jobs.get(loaded.leg)
         if job is None:

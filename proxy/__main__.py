@@ -15,7 +15,7 @@ from uvicorn.loops.auto import auto_loop_factory
 from baton import __version__
 from baton.node.endpoint import Endpoint, new_context
 from baton.node.errors import SettingsError
-from baton.node.garbage import spare_what_is_there
+from baton.node.garbage import freeze_startup_objects
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
 from baton.node.telemetry import configure_logging
@@ -61,7 +61,7 @@ async def serve(settings: ProxySettings) -> int:
     )
     server = uvicorn.Server(config)
     dispatcher.start()
-    spare_what_is_there()
+    freeze_startup_objects()
     task = asyncio.create_task(server.serve(sockets=[listener]))
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

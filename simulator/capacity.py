@@ -10,7 +10,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.simulator.workload import TRACE_BLOCK_TOKENS, Request
+from baton.simulator.workload import TRACE_BLOCK_TOKENS, SimRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +23,7 @@ class Hits:
         return self.hit_tokens / self.tokens if self.tokens else 0.0
 
 
-def hit_rate(requests: Sequence[Request], capacity_tokens: float) -> Hits:
+def hit_rate(requests: Sequence[SimRequest], capacity_tokens: float) -> Hits:
     """`capacity_tokens` may be infinite. A prompt finds its longest prefix; then all of its blocks are the newest.
 
     Blocks are those of the trace; a last one that is not full is counted with the tokens that it has.

@@ -28,7 +28,7 @@ from baton.simulator.record import percentile
 Count = Annotated[int, Meta(ge=0)]
 
 
-class Step(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class MeasuredStep(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One measured step."""
 
     kind: Literal["prefill", "decode"]
@@ -57,7 +57,7 @@ class Fit:
     worst_error: float
 
 
-def read_steps(path: Path) -> list[Step]:
+def read_steps(path: Path) -> list[MeasuredStep]:
     """Raises SettingsError, naming the line."""
     try:
         lines = path.read_bytes().splitlines()
@@ -67,13 +67,13 @@ def read_steps(path: Path) -> list[Step]:
     for number, line in enumerate(lines, 1):
         if line.strip():
             try:
-                steps.append(msgspec.json.decode(line, type=Step))
+                steps.append(msgspec.json.decode(line, type=MeasuredStep))
             except msgspec.MsgspecError as error:
                 raise SettingsError(f"{path}:{number}: {error}") from None
     return steps
 
 
-def fit(steps: Sequence[Step]) -> Fit:
+def fit(steps: Sequence[MeasuredStep]) -> Fit:
     """Of steps of one kind; no coefficient is negative. Raises SettingsError for fewer than three different ones."""
     if len({step.terms for step in steps}) < 3:
         raise SettingsError("three different steps are needed to find three coefficients")

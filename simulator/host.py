@@ -30,11 +30,11 @@ from baton.node.messages.base import Message, Role
 from baton.node.messages.control import Bundle, Load, Register, Tokens
 from baton.prefill.settings import FULL_STEP_TOKENS, PrefillSettings
 from baton.prefill.worker import PrefillWorker
-from baton.simulator.latency import Profile, Work
+from baton.simulator.latency import Profile, RowWork
 from baton.simulator.network import Network, SimLine, SimPlane, digests_of
 from baton.simulator.store import HostStore
 from baton.simulator.store_client import SimStore
-from baton.worker.io_thread import Carrier, Command, Inbound
+from baton.worker.io_thread import Command, Inbound, IoThread
 from baton.worker.parts import Parts
 
 PROXY = "proxy"
@@ -62,7 +62,7 @@ class Loop(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Vocabulary:
+class SimVocabulary:
     vocab_size: int = VOCAB_SIZE
 
 
@@ -86,7 +86,7 @@ class SimRunner:
     Each step is read before the next is launched: with no time between them, running ahead would change nothing.
     """
 
-    config = Vocabulary()
+    config = SimVocabulary()
     run_ahead = 0
 
     def __init__(self, profile: Profile) -> None:
@@ -102,7 +102,7 @@ class SimRunner:
 
     def launch(self, rows: Sequence[Row]) -> SimStep:
         self._look_ahead(rows)
-        seconds = max(INSTANT_S, self._profile.step_s([Work(row.start, row.num_new) for row in rows]))
+        seconds = max(INSTANT_S, self._profile.step_s([RowWork(row.start, row.num_new) for row in rows]))
         return SimStep(self, seconds, [_draw(row) for row in rows])
 
     def spend(self, seconds: float) -> None:
@@ -147,7 +147,7 @@ class LateTokens:
     The client must not see late what was only told late: the network is told when each token would have come.
     """
 
-    def __init__(self, network: Network, carrier: Carrier) -> None:
+    def __init__(self, network: Network, carrier: IoThread) -> None:
         self._network = network
         self._carrier = carrier
         self._told: dict[str, dict[tuple[str, int], list[tuple[Tokens, float]]]] = {}
@@ -175,10 +175,10 @@ class LateTokens:
         return msgspec.structs.replace(first, ids=ids, finish=last.finish)
 
 
-class DelayedCarriage:
+class DelayedIo:
     """The carrier as the loop sees it: what is said after the step goes to the real one when the step is over."""
 
-    def __init__(self, carrier: Carrier, runner: SimRunner, outbox: LateTokens) -> None:
+    def __init__(self, carrier: IoThread, runner: SimRunner, outbox: LateTokens) -> None:
         self._carrier = carrier
         self._runner = runner
         self._outbox = outbox
@@ -271,7 +271,7 @@ class SimWorker:
     manager: BlockManager
     layout: KVLayout
     max_model_len: int
-    carrier: DelayedCarriage
+    carrier: DelayedIo
 
 
 class Host:
@@ -321,9 +321,9 @@ class Host:
             chunk_blocks=max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes),
         )
         membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._world.now)
-        self._carrier = Carrier(line, membership, exchange, events, self._world.clock)
+        self._carrier = IoThread(line, membership, exchange, events, self._world.clock)
         self._outbox = LateTokens(network, self._carrier)
-        self._carriage = DelayedCarriage(self._carrier, self.runner, self._outbox)
+        self._carriage = DelayedIo(self._carrier, self.runner, self._outbox)
         parts = SimWorker(self.runner, self.manager, layout, profile.max_model_len, self._carriage)
         self._store: Store = NO_STORE
         if store is not None:

@@ -37,7 +37,7 @@ class Cost(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.a + self.b * x + self.c * y
 
 
-class Work(msgspec.Struct, frozen=True):
+class RowWork(msgspec.Struct, frozen=True):
     """One row of a step: `length` tokens behind `start` known ones."""
 
     start: int
@@ -101,7 +101,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     def kv_layout(self) -> KVLayout:
         return KVLayout(**msgspec.structs.asdict(self.layout))
 
-    def step_s(self, rows: Sequence[Work]) -> float:
+    def step_s(self, rows: Sequence[RowWork]) -> float:
         """Seconds of one step over these rows."""
         tokens = pairs = context = decoding = 0
         for row in rows:

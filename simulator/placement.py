@@ -13,12 +13,12 @@ import msgspec
 
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Profile
-from baton.simulator.record import Slo, Summary, attainment, summarise
+from baton.simulator.record import RunSummary, Slo, attainment, summarise
 from baton.simulator.simulation import Scenario, simulate
-from baton.simulator.workload import Request
+from baton.simulator.workload import SimRequest
 
 ENOUGH = 0.9
-Workload = Callable[[float], Sequence[Request]]
+Workload = Callable[[float], Sequence[SimRequest]]
 """Requests at a rate of so many a second."""
 
 
@@ -42,7 +42,7 @@ class Goodput:
 
     split: Split
     rate: float
-    summary: Summary
+    summary: RunSummary
     attained: float
     runs: int
 
@@ -77,7 +77,7 @@ def scenario_of(split: Split, profile: Profile, proxy: ProxySettings, prefill_po
 def goodput(scenario: Scenario, split: Split, workload: Workload, slo: Slo, first_rate: float, rounds: int) -> Goodput:
     """Double the rate, or halve it, until one is good and one is not; then bisect, `rounds` times."""
     runs = 0
-    best: tuple[float, Summary, float] | None = None
+    best: tuple[float, RunSummary, float] | None = None
 
     def good(rate: float) -> bool:
         nonlocal runs, best

@@ -6,14 +6,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from baton.simulator.workload import Request, gaps
+from baton.simulator.workload import SimRequest, gaps
 
 
 @dataclass(slots=True)
-class Record:
+class RequestRecord:
     """One request. Times are in seconds of the simulated clock; `error` is "" for one that was served."""
 
-    request: Request
+    request: SimRequest
     token_s: list[float] = field(default_factory=list)
     """When the client had each token."""
     cached_tokens: int = 0
@@ -49,7 +49,7 @@ class Slo:
     ttft_s: float
     tpot_s: float
 
-    def met_by(self, record: Record) -> bool:
+    def met_by(self, record: RequestRecord) -> bool:
         return record.ok and record.ttft_s <= self.ttft_s and record.tpot_s <= self.tpot_s
 
 
@@ -78,7 +78,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class RunSummary:
     """A run in a line."""
 
     requests: int
@@ -98,12 +98,12 @@ class Summary:
         return self.output_tokens / self.duration_s if self.duration_s else 0.0
 
 
-def summarise(records: Sequence[Record]) -> Summary:
+def summarise(records: Sequence[RequestRecord]) -> RunSummary:
     served = [record for record in records if record.ok]
     first = min((record.request.arrival_s for record in records), default=0.0)
     last = max((record.token_s[-1] for record in served), default=first)
     prompt = sum(record.request.prompt_tokens for record in served)
-    return Summary(
+    return RunSummary(
         requests=len(records),
         failed=len(records) - len(served),
         duration_s=last - first,
@@ -116,6 +116,6 @@ def summarise(records: Sequence[Record]) -> Summary:
     )
 
 
-def attainment(records: Sequence[Record], slo: Slo) -> float:
+def attainment(records: Sequence[RequestRecord], slo: Slo) -> float:
     """The part of all requests, failed ones included, that met the SLO."""
     return sum(slo.met_by(record) for record in records) / len(records) if records else 0.0

@@ -9,8 +9,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from baton.simulator.capacity import Hits
 from baton.simulator.fit import Fit
 from baton.simulator.placement import Goodput
-from baton.simulator.record import Spread, Summary
-from baton.simulator.simulation import Outcome
+from baton.simulator.record import RunSummary, Spread
+from baton.simulator.simulation import SimOutcome
 from baton.simulator.studies import LossCost, Overload
 
 SOURCES = ("gpu", "ram", "disk", "computed")
@@ -43,7 +43,7 @@ def _shown(cell: Cell) -> str:
     return str(cell)
 
 
-def summary_row(summary: Summary) -> dict[str, Cell]:
+def summary_row(summary: RunSummary) -> dict[str, Cell]:
     """Times in milliseconds."""
     return {
         "requests": summary.requests,
@@ -59,7 +59,7 @@ def summary_row(summary: Summary) -> dict[str, Cell]:
     }
 
 
-def replay_rows(summary: Summary, outcome: Outcome, good: float, took_s: float) -> list[Row]:
+def replay_rows(summary: RunSummary, outcome: SimOutcome, good: float, took_s: float) -> list[Row]:
     """One run, one line for each number."""
     spreads = {"TTFT": summary.ttft, "TPOT": summary.tpot, "ITL": summary.itl, "E2E": summary.e2e}
     found: dict[str, Cell] = {
@@ -86,7 +86,7 @@ def _parts(spread: Spread) -> Iterator[tuple[str, float]]:
     yield from (("mean", spread.mean_s), ("p50", spread.p50_s), ("p99", spread.p99_s))
 
 
-def _busy(outcome: Outcome, role: str) -> float:
+def _busy(outcome: SimOutcome, role: str) -> float:
     """The mean part of the time that workers of a role (the first letter of their names) spent in steps."""
     seconds = [busy_s for name, busy_s in outcome.busy.items() if name.startswith(role)]
     return sum(seconds) / len(seconds) / outcome.simulated_s if seconds else 0.0

@@ -16,9 +16,9 @@ from baton.proxy.settings import ProxySettings
 from baton.simulator.host import PROXY, Host, token_of
 from baton.simulator.latency import Profile
 from baton.simulator.network import Network, SimLine
-from baton.simulator.record import Record
+from baton.simulator.record import RequestRecord
 from baton.simulator.store import Capacity, HostStore
-from baton.simulator.workload import Request
+from baton.simulator.workload import SimRequest
 from baton.simulator.world import VirtualLoop, World
 
 SETTLE_S = 1.0
@@ -55,8 +55,8 @@ class Scenario:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    records: tuple[Record, ...]
+class SimOutcome:
+    records: tuple[RequestRecord, ...]
     counters: Mapping[str, float]
     """Of the proxy."""
     busy: Mapping[str, float]
@@ -69,7 +69,7 @@ class Outcome:
     simulated_s: float
 
 
-def simulate(scenario: Scenario, requests: Sequence[Request]) -> Outcome:
+def simulate(scenario: Scenario, requests: Sequence[SimRequest]) -> SimOutcome:
     """Run the workload to its end: every request is served or has failed, and no worker holds a block."""
     return _Simulation(scenario).run(requests)
 
@@ -82,18 +82,18 @@ class _Simulation:
         self._network = Network(self._world, profile.message_s, profile.chunk_s, profile.link_bytes_s)
         self._hosts: dict[str, Host] = {}
         self._stores: list[HostStore] = []
-        self._records: list[Record] = []
+        self._records: list[RequestRecord] = []
         self._clients: set[asyncio.Task[None]] = set()
         self._loop = VirtualLoop(self._world)
         self._line = SimLine(self._network, PROXY, self._proxy_ready)
 
-    def run(self, requests: Sequence[Request]) -> Outcome:
+    def run(self, requests: Sequence[SimRequest]) -> SimOutcome:
         try:
             return self._loop.run_until_complete(self._main(requests))
         finally:
             self._loop.close()
 
-    async def _main(self, requests: Sequence[Request]) -> Outcome:
+    async def _main(self, requests: Sequence[SimRequest]) -> SimOutcome:
         dispatcher = Dispatcher(self._line, self._scenario.proxy, self._world.clock)
         dispatcher.start()
         self._start_hosts()
@@ -108,7 +108,7 @@ class _Simulation:
         counters = dict(dispatcher.counters())
         simulated_s = self._world.now
         await dispatcher.stop()
-        return Outcome(
+        return SimOutcome(
             records=tuple(sorted(self._records, key=lambda record: record.request.number)),
             counters=counters,
             busy={name: host.runner.busy_s for name, host in self._hosts.items()},
@@ -167,14 +167,14 @@ class _Simulation:
 
     # -- clients
 
-    def _send(self, dispatcher: Dispatcher, request: Request, begin: float) -> None:
-        record = Record(request)
+    def _send(self, dispatcher: Dispatcher, request: SimRequest, begin: float) -> None:
+        record = RequestRecord(request)
         self._records.append(record)
         task = self._loop.create_task(self._client(dispatcher, record, begin))
         self._clients.add(task)
         task.add_done_callback(self._clients.discard)
 
-    async def _client(self, dispatcher: Dispatcher, record: Record, begin: float) -> None:
+    async def _client(self, dispatcher: Dispatcher, record: RequestRecord, begin: float) -> None:
         request, profile = record.request, self._scenario.profile
         await asyncio.sleep(profile.request_s)
         request_id, seed = f"r{request.number}", request.number << 20

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from baton.node.errors import SettingsError
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Profile
-from baton.simulator.record import Slo, Spread, Summary, attainment, summarise
+from baton.simulator.record import RunSummary, Slo, Spread, attainment, summarise
 from baton.simulator.settings import (
     ORDERS,
     ROUTING,
@@ -16,15 +16,15 @@ from baton.simulator.settings import (
     SloSettings,
     WorkloadSettings,
 )
-from baton.simulator.simulation import Loss, Outcome, Scenario, simulate
+from baton.simulator.simulation import Loss, Scenario, SimOutcome, simulate
 from baton.simulator.store import Capacity
-from baton.simulator.workload import Lengths, Request, poisson, read_trace, speed_up
+from baton.simulator.workload import LengthSampler, SimRequest, poisson, read_trace, speed_up
 
 HICCUP_S = 0.05
 """A request was struck if its longest wait for a token grew by more than this."""
 
 
-def workload_of(settings: WorkloadSettings, profile: Profile, factor: float = 1.0) -> list[Request]:
+def workload_of(settings: WorkloadSettings, profile: Profile, factor: float = 1.0) -> list[SimRequest]:
     """The requests that the settings ask for, `factor` times as fast; those that no worker could take are left out."""
     longest = profile.max_model_len - 1
     if settings.trace is not None:
@@ -35,8 +35,8 @@ def workload_of(settings: WorkloadSettings, profile: Profile, factor: float = 1.
         requests = poisson(
             settings.requests,
             settings.rate * factor,
-            Lengths(settings.prompt_tokens, settings.prompt_spread, longest),
-            Lengths(settings.output_tokens, settings.output_spread, longest),
+            LengthSampler(settings.prompt_tokens, settings.prompt_spread, longest),
+            LengthSampler(settings.output_tokens, settings.output_spread, longest),
             settings.seed,
         )
     fitting = [request for request in requests if request.prompt_tokens + request.output_tokens <= longest]
@@ -83,7 +83,7 @@ class Overload:
 
     routing: str
     order: str
-    summary: Summary
+    summary: RunSummary
     good: float
     """Part of all requests within the SLO."""
     good_per_s: float
@@ -108,7 +108,7 @@ class LossCost:
     """One run with a worker killed in the middle, or with none; `struck` are requests that felt it."""
 
     victim: str
-    summary: Summary
+    summary: RunSummary
     struck: int
     struck_gap: Spread
     """The longest wait for a token that each of those saw."""
@@ -128,7 +128,7 @@ def losses(settings: ReplaySettings, profile: Profile, at: float) -> list[LossCo
     return found
 
 
-def _cost(victim: str, outcome: Outcome, calm: Outcome) -> LossCost:
+def _cost(victim: str, outcome: SimOutcome, calm: SimOutcome) -> LossCost:
     pairs = zip(outcome.records, calm.records, strict=True)
     struck = [after for after, before in pairs if after.longest_wait_s > before.longest_wait_s + HICCUP_S]
     return LossCost(

@@ -25,7 +25,7 @@ QUANTUM_S = 3.0
 
 
 @dataclass(frozen=True, slots=True)
-class Request:
+class SimRequest:
     """`prefix` names the blocks of `block_tokens` tokens that the prompt is made of; the last one may be in part."""
 
     number: int
@@ -50,7 +50,7 @@ class _Line(msgspec.Struct, frozen=True):
 
 
 @dataclass(frozen=True, slots=True)
-class Lengths:
+class LengthSampler:
     """Lognormal token counts of this mean; `spread` is the standard deviation of the logarithm, 0 makes all equal."""
 
     mean: int
@@ -64,19 +64,19 @@ class Lengths:
         return min(self.longest, max(1, round(value)))
 
 
-def poisson(count: int, rate: float, prompt: Lengths, output: Lengths, seed: int) -> list[Request]:
+def poisson(count: int, rate: float, prompt: LengthSampler, output: LengthSampler, seed: int) -> list[SimRequest]:
     """`count` requests at `rate` a second that share no prefix."""
     chance = random.Random(seed)
-    requests: list[Request] = []
+    requests: list[SimRequest] = []
     now = 0.0
     for number in range(count):
         now += chance.expovariate(rate)
         tokens = prompt.draw(chance)
-        requests.append(Request(number, now, tokens, output.draw(chance), (number,), tokens))
+        requests.append(SimRequest(number, now, tokens, output.draw(chance), (number,), tokens))
     return requests
 
 
-def read_trace(path: Path, seed: int) -> list[Request]:
+def read_trace(path: Path, seed: int) -> list[SimRequest]:
     """All requests of a Mooncake trace in the order of arrival; raises SettingsError for what is none."""
     chance = random.Random(seed)
     try:
@@ -90,17 +90,17 @@ def read_trace(path: Path, seed: int) -> list[Request]:
     jittered = [(line.timestamp / 1000 + chance.random() * QUANTUM_S, line) for line in decoded]
     jittered.sort(key=lambda pair: pair[0])
     return [
-        Request(number, at, line.input_length, line.output_length, line.hash_ids)
+        SimRequest(number, at, line.input_length, line.output_length, line.hash_ids)
         for number, (at, line) in enumerate(jittered)
     ]
 
 
-def speed_up(requests: Iterable[Request], factor: float) -> list[Request]:
+def speed_up(requests: Iterable[SimRequest], factor: float) -> list[SimRequest]:
     """The same requests, `factor` times as fast."""
     return [replace(request, arrival_s=request.arrival_s / factor) for request in requests]
 
 
-def rate_of(requests: Sequence[Request]) -> float:
+def rate_of(requests: Sequence[SimRequest]) -> float:
     """Requests a second between the first and the last arrival."""
     return (len(requests) - 1) / (requests[-1].arrival_s - requests[0].arrival_s) if len(requests) > 1 else 0.0
 

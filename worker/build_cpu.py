@@ -28,7 +28,7 @@ from baton.node.endpoint import Context
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.telemetry import log_event
-from baton.worker.parts import Sums
+from baton.worker.parts import StepChecksums
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -48,7 +48,7 @@ class Runner(Protocol):
     def launch(self, rows: Sequence[Row]) -> Launched: ...
 
 
-class Pool(Protocol):
+class KvPool(Protocol):
     """The memory behind the block ids of a worker."""
 
     num_blocks: int
@@ -59,11 +59,11 @@ class Pool(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Engine:
+class LoadedModel:
     """See the module's docstring."""
 
     runner: Runner
-    pool: Pool
+    pool: KvPool
     layout: KVLayout
     max_model_len: int
     make_planes: MakePlanes
@@ -71,17 +71,17 @@ class Engine:
     """How blocks get to and from the host's KV store; None where they cannot."""
     soon_s: float = SOON_S
     """How long to wait before looking again at a data plane."""
-    sums: Sums | None = None
+    sums: StepChecksums | None = None
     """Checksums of what prefill computes, without waiting for what it computes next."""
 
 
-def make_engine(settings: WorkerSettings, device: str, role: Role, folder: Path) -> Engine:
+def load_model(settings: WorkerSettings, device: str, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what cannot run, or does not fit."""
     if device == "cpu":
-        return _cpu_engine(settings, folder)
-    from baton.worker.build_cuda import cuda_engine
+        return _load_on_cpu(settings, folder)
+    from baton.worker.build_cuda import load_on_cuda
 
-    return cuda_engine(settings, role, folder)
+    return load_on_cuda(settings, role, folder)
 
 
 def choose_device(device: str) -> str:
@@ -142,7 +142,7 @@ def progress_log(event: str, thing: str) -> Callable[[int, int], None]:
     return on_progress
 
 
-def _cpu_engine(settings: WorkerSettings, folder: Path) -> Engine:
+def _load_on_cpu(settings: WorkerSettings, folder: Path) -> LoadedModel:
     runner = ModelRunner.load(
         folder,
         dtype=settings.dtype,
@@ -164,4 +164,4 @@ def _cpu_engine(settings: WorkerSettings, folder: Path) -> Engine:
         return [makers[name]() for name in names if name != "shm" or pool.shared is not None]
 
     max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
-    return Engine(runner, pool, layout, max_model_len, make_planes, HostCopies(pool))
+    return LoadedModel(runner, pool, layout, max_model_len, make_planes, HostCopies(pool))

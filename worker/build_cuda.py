@@ -24,7 +24,14 @@ from baton.node.endpoint import Context
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.telemetry import log_event
-from baton.worker.build_cpu import Engine, checked_planes, layout_of, longest_known, pool_blocks, progress_log
+from baton.worker.build_cpu import (
+    LoadedModel,
+    checked_planes,
+    layout_of,
+    longest_known,
+    pool_blocks,
+    progress_log,
+)
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -34,7 +41,7 @@ SOON_S = 0.0002
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
+def load_on_cuda(settings: WorkerSettings, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(settings.plane, ("cuda_ipc", "nccl"))
     index = settings.gpu
@@ -62,7 +69,9 @@ def cuda_engine(settings: WorkerSettings, role: Role, folder: Path) -> Engine:
 
     # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.
     copies = DeviceCopies(pool.memory) if settings.store else None
-    return Engine(runner, pool, layout, max_model_len, make_planes, copies, SOON_S, _sums(settings, role, runner, pool))
+    return LoadedModel(
+        runner, pool, layout, max_model_len, make_planes, copies, SOON_S, _sums(settings, role, runner, pool)
+    )
 
 
 def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: int, longest: int) -> CudaRunner:

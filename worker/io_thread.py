@@ -38,17 +38,17 @@ class FromProxy:
 
 
 @dataclass(frozen=True, slots=True)
-class CarrierDied:
+class IoThreadDied:
     """A bug: the worker cannot go on."""
 
     error: BaseException
 
 
-Inbound = FromProxy | CarrierDied | Event | Change | StoreEvent
+Inbound = FromProxy | IoThreadDied | Event | Change | StoreEvent
 Command = Callable[[TransferExchange, float], None]
 
 
-class Carrier:
+class IoThread:
     """See the module's docstring. `load` may be replaced by the worker's loop at any time, and after it `load_at`, the
     moment when the loop last looked into its inbox before; both are only read here."""
 
@@ -128,7 +128,7 @@ class Carrier:
                 self._endpoint.send(link, message)
             self._endpoint.linger()
         except BaseException as error:  # whatever it is, the worker's loop must hear of it
-            self.inbox.put(CarrierDied(error))
+            self.inbox.put(IoThreadDied(error))
         finally:
             self._exchange.close()
             self._endpoint.close()

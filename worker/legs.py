@@ -6,7 +6,7 @@ from baton.node.leg import LegKey
 from baton.node.messages.control import Busy, Cancel, DispatchBody, Failed
 
 
-def why_impossible(body: DispatchBody, *, max_model_len: int, vocab_size: int, block_tokens: int) -> str:
+def validation_error(body: DispatchBody, *, max_model_len: int, vocab_size: int, block_tokens: int) -> str:
     """The reason why no worker of this model can serve the request, or ""."""
     num_tokens = len(body.token_ids)
     if not 0 < num_tokens < max_model_len:
@@ -20,7 +20,7 @@ def why_impossible(body: DispatchBody, *, max_model_len: int, vocab_size: int, b
     return ""
 
 
-def means(cancel: Cancel, leg: LegKey) -> bool:
+def cancel_matches(cancel: Cancel, leg: LegKey) -> bool:
     """Whether `cancel` ends this leg: its request, and an attempt up to the one it names."""
     return leg.request_id == cancel.request_id and leg.attempt <= cancel.attempt
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Protocol, TypeVar
 
 from baton.node.errors import SettingsError
-from baton.node.garbage import spare_what_is_there
+from baton.node.garbage import freeze_startup_objects
 from baton.node.messages.base import Role
 from baton.node.telemetry import configure_logging, log_event
 from baton.worker.build_cpu import choose_device
@@ -49,7 +49,7 @@ def serve(role: Role, given: S, make: Callable[[Worker, S], Loop]) -> int:
         loop = make(worker, settings)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.drain())
-        spare_what_is_there()
+        freeze_startup_objects()
         loop.run()
         loop.check()
     except SettingsError as error:

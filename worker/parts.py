@@ -39,7 +39,7 @@ class Runner(Protocol):
         ...
 
 
-class Sums(Protocol):
+class StepChecksums(Protocol):
     """Checksums of blocks, made while the device is at the step that completes them."""
 
     def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
@@ -48,14 +48,14 @@ class Sums(Protocol):
         ...
 
 
-class NoSums:
+class NoChecksums:
     """Where the host computes, and reads blocks as fast as any."""
 
     def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
         return dict
 
 
-class Carriage(Protocol):
+class WorkerIo(Protocol):
     """kvtransfer.carrier.Carrier, as a loop uses it."""
 
     load: Load
@@ -90,4 +90,4 @@ class Parts(Protocol):
     def max_model_len(self) -> int: ...
 
     @property
-    def carrier(self) -> Carriage: ...
+    def carrier(self) -> WorkerIo: ...

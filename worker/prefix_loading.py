@@ -65,7 +65,7 @@ class _Lookup:
 
 
 @dataclass(frozen=True, slots=True)
-class Loaded:
+class LoadedPrefix:
     """So many blocks of the leg, behind those that it had, are in the pool now."""
 
     leg: LegKey
@@ -79,7 +79,7 @@ class Loaded:
         return tuple(block_tokens * self.tiers.count(tier) for tier in range(len(TIER_NAMES)))
 
 
-class Reuse:
+class PrefixLoader:
     """See the module's docstring. `now` is the loop's clock; with `always` the gate is open."""
 
     def __init__(self, store: Store, manager: BlockManager, layout: KVLayout, *, always: bool) -> None:
@@ -135,7 +135,7 @@ class Reuse:
         self._counters["store_loads"] += 1
         self._store.load(leg, skip, blocks)
 
-    def take_in(self, work: Work, loaded: Loaded) -> int:
+    def take_in(self, work: Work, loaded: LoadedPrefix) -> int:
         """A cache had so many tokens more, which are returned."""
         num_tokens = loaded.num_blocks * self._block_tokens
         work.num_computed = work.num_launched = work.num_computed + num_tokens
@@ -196,7 +196,7 @@ class Reuse:
 
     # -- events
 
-    def on_event(self, event: StoreEvent, now: float) -> Loaded | None:
+    def on_event(self, event: StoreEvent, now: float) -> LoadedPrefix | None:
         """Take in what the store's thread tells; a Loaded, if a load has ended."""
         match event:
             case StoreFound():
@@ -213,7 +213,7 @@ class Reuse:
                 del self._writing[event.key]
         return None
 
-    def _on_loaded(self, event: StoreLoaded, now: float) -> Loaded:
+    def _on_loaded(self, event: StoreLoaded, now: float) -> LoadedPrefix:
         lookup = self._lookups.pop(event.key)
         self._manager.end_lease(_load_key(event.key))
         self.gate.loaded(event.tiers, event.load_s, event.copy_s, now, alone=lookup.alone)
@@ -221,7 +221,7 @@ class Reuse:
         if lookup.decision is not None and event.num_blocks == lookup.num_blocks:
             self._predicted_s += lookup.decision.load_s
             self._actual_s += event.load_s
-        return Loaded(event.key, event.num_blocks, event.tiers, event.load_s)
+        return LoadedPrefix(event.key, event.num_blocks, event.tiers, event.load_s)
 
     # -- inside
 

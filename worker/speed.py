@@ -12,7 +12,7 @@ KEEP = 0.9
 """What the steps before count for, at each step."""
 
 
-class Speed:
+class PromptSpeed:
     """Prompt tokens a second; `budget_tokens` is the most that a step takes."""
 
     def __init__(self, budget_tokens: int) -> None:

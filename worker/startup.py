@@ -30,9 +30,9 @@ from baton.node.messages.control import Register
 from baton.node.modelhub import locate_model
 from baton.node.settings import require_loopback
 from baton.node.telemetry import log_event
-from baton.worker.build_cpu import Pool, Runner, make_engine
-from baton.worker.io_thread import Carrier
-from baton.worker.parts import Sums
+from baton.worker.build_cpu import KvPool, Runner, load_model
+from baton.worker.io_thread import IoThread
+from baton.worker.parts import StepChecksums
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -48,13 +48,13 @@ class Worker:
 
     identity: str
     runner: Runner
-    pool: Pool
+    pool: KvPool
     manager: BlockManager
     layout: KVLayout
     max_model_len: int
-    carrier: Carrier
+    carrier: IoThread
     store: Store
-    sums: Sums | None
+    sums: StepChecksums | None
 
     def close(self) -> None:
         self.store.close()
@@ -68,7 +68,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = locate_model(settings.model)
-    engine = make_engine(settings, device, role, folder)
+    engine = load_model(settings, device, role, folder)
     layout, num_blocks = engine.layout, engine.pool.num_blocks
     namespace = _namespace(settings, folder, layout, engine.runner.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
@@ -103,7 +103,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
     )
     events = EventLog()
     membership = Membership(register, tuple(links), time.monotonic())
-    carrier = Carrier(endpoint, membership, exchange, events)
+    carrier = IoThread(endpoint, membership, exchange, events)
     carrier.start()
     store: Store = NO_STORE
     if settings.store and engine.host_copies is not None:

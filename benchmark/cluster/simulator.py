@@ -32,11 +32,11 @@ from baton.benchmark.cluster.cpu import busy_s, cpu_s, free_port, server
 from baton.benchmark.load.meter import StreamMeter
 from baton.node.http_client import HttpClient, Origin
 from baton.proxy.settings import ProxySettings
-from baton.simulator.fit import Step, fit
+from baton.simulator.fit import MeasuredStep, fit
 from baton.simulator.latency import Profile, load_profile
-from baton.simulator.record import Record, summarise
+from baton.simulator.record import RequestRecord, summarise
 from baton.simulator.simulation import Scenario, simulate
-from baton.simulator.workload import Lengths, Request, poisson
+from baton.simulator.workload import LengthSampler, SimRequest, poisson
 
 VOCABULARY = range(100, 4000)
 LONGEST = 480
@@ -52,20 +52,20 @@ class Client:
         self._origin = Origin.parse(f"http://127.0.0.1:{port}")
         self._random = random.Random(seed)
 
-    def one_by_one(self, requests: Sequence[Request]) -> list[Record]:
-        async def run(http: HttpClient) -> list[Record]:
+    def one_by_one(self, requests: Sequence[SimRequest]) -> list[RequestRecord]:
+        async def run(http: HttpClient) -> list[RequestRecord]:
             return [await self._send(http, request, time.perf_counter()) for request in requests]
 
         return asyncio.run(self._with_client(run))
 
-    def load(self, requests: Sequence[Request]) -> list[Record]:
-        async def run(http: HttpClient) -> list[Record]:
+    def load(self, requests: Sequence[SimRequest]) -> list[RequestRecord]:
+        async def run(http: HttpClient) -> list[RequestRecord]:
             begin = time.perf_counter() + 0.5
             return list(await asyncio.gather(*(self._when_due(http, request, begin) for request in requests)))
 
         return asyncio.run(self._with_client(run))
 
-    async def _with_client(self, run: Any) -> list[Record]:
+    async def _with_client(self, run: Any) -> list[RequestRecord]:
         http = HttpClient(self._origin, {}, time.perf_counter)
         try:
             async with asyncio.timeout(REQUEST_TIMEOUT_S * 2):
@@ -73,12 +73,12 @@ class Client:
         finally:
             http.close()
 
-    async def _when_due(self, http: HttpClient, request: Request, begin: float) -> Record:
+    async def _when_due(self, http: HttpClient, request: SimRequest, begin: float) -> RequestRecord:
         due = begin + request.arrival_s
         await asyncio.sleep(due - time.perf_counter())
         return await self._send(http, request, due)
 
-    async def _send(self, http: HttpClient, request: Request, due: float) -> Record:
+    async def _send(self, http: HttpClient, request: SimRequest, due: float) -> RequestRecord:
         """The record's times are relative: its request arrives at its own arrival time."""
         body = {
             "model": "demo",
@@ -96,13 +96,13 @@ class Client:
 
         status = await http.exchange(http.request("POST", "/v1/completions", json.dumps(body).encode()), sink)
         if status != 200 or meter.error or meter.first_s is None:
-            return Record(request, error=f"HTTP {status} {meter.error}")
+            return RequestRecord(request, error=f"HTTP {status} {meter.error}")
         first = meter.first_s - due + request.arrival_s
         gap = (meter.last_s - meter.first_s) / max(1, request.output_tokens - 1)
-        return Record(request, [first + gap * number for number in range(request.output_tokens)])
+        return RequestRecord(request, [first + gap * number for number in range(request.output_tokens)])
 
 
-def measured_steps(repeat: int, processes: int) -> list[Step]:
+def measured_steps(repeat: int, processes: int) -> list[MeasuredStep]:
     """Of so many processes at once, each with one thread, as workers are."""
     command = [sys.executable, "-P", "-m", "baton.benchmark.cluster.steps", "--repeat", str(repeat)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
@@ -110,16 +110,16 @@ def measured_steps(repeat: int, processes: int) -> list[Step]:
     lines = [line for process in running for line in process.communicate()[0].splitlines()]
     if any(process.returncode for process in running):
         raise SystemExit("scripts/bench_steps failed")
-    return [msgspec.json.decode(line, type=Step) for line in lines]
+    return [msgspec.json.decode(line, type=MeasuredStep) for line in lines]
 
 
-def with_steps(profile: Profile, steps: Sequence[Step]) -> Profile:
+def with_steps(profile: Profile, steps: Sequence[MeasuredStep]) -> Profile:
     """`profile` with the coefficients that these steps have."""
     costs = {kind: fit([step for step in steps if step.kind == kind]).cost for kind in ("prefill", "decode")}
     return msgspec.structs.replace(profile, **costs)
 
 
-def with_loops(profile: Profile, quiet: Profile, alone: Sequence[Record]) -> Profile:
+def with_loops(profile: Profile, quiet: Profile, alone: Sequence[RequestRecord]) -> Profile:
     """`profile` with what a worker's loop adds to a step: what idle workers took beyond `quiet` steps and messages."""
     known = quiet.request_s + quiet.stream_s + 2 * quiet.message_s
     first = statistics.median(record.ttft_s - known - _step_s(quiet, record) for record in alone)
@@ -131,11 +131,11 @@ def with_loops(profile: Profile, quiet: Profile, alone: Sequence[Record]) -> Pro
     )
 
 
-def _step_s(profile: Profile, record: Record) -> float:
+def _step_s(profile: Profile, record: RequestRecord) -> float:
     return profile.prefill.seconds(record.request.prompt_tokens, record.request.prompt_tokens**2)
 
 
-def _context(record: Record) -> float:
+def _context(record: RequestRecord) -> float:
     """Mean over its decode steps."""
     return record.request.prompt_tokens + record.request.output_tokens / 2
 
@@ -153,7 +153,10 @@ class Bench:
 
     def round(self, number: int) -> dict[str, Any]:
         options = self.options
-        lengths = Lengths(options.prompt_tokens, options.prompt_spread, LONGEST), Lengths(options.output_tokens)
+        lengths = (
+            LengthSampler(options.prompt_tokens, options.prompt_spread, LONGEST),
+            LengthSampler(options.output_tokens),
+        )
         base = msgspec.structs.replace(load_profile(options.profile), num_blocks=NUM_BLOCKS)
         quiet = with_steps(base, measured_steps(options.repeat, 1))
         alone = self.client.one_by_one(poisson(options.alone, 1.0, *lengths, seed=1000 + number))
@@ -240,7 +243,7 @@ def main(argv: Sequence[str]) -> int:
     with server(environment, "demo", port, more) as supervisor:
         bench = Bench(Client(port, seed=0), options, processes_of(supervisor))
         fill = options.prefill * NUM_BLOCKS * 16 // 400
-        bench.client.one_by_one(poisson(fill, 1.0, Lengths(450), Lengths(10), seed=99))
+        bench.client.one_by_one(poisson(fill, 1.0, LengthSampler(450), LengthSampler(10), seed=99))
         for number in range(options.rounds):
             rows.append(bench.round(number))
             print(json.dumps({key: round(value, 3) for key, value in rows[-1].items()}), flush=True)

@@ -23,7 +23,7 @@ from baton.benchmark.gpu.gpu import SHAPES, line
 from baton.decode.settings import DecodeSettings
 from baton.models.cuda.queue import CudaQueue
 from baton.node.telemetry import configure_logging
-from baton.worker.build_cuda import cuda_engine
+from baton.worker.build_cuda import load_on_cuda
 
 READY = "ready"
 TIMEOUT_S = 300
@@ -33,7 +33,7 @@ def start(shape: str, ahead: bool) -> None:
     """In a process of its own. Leaves at once: what is timed ends here."""
     configure_logging("info", f"{shape} ahead={ahead}")
     with nullcontext() if ahead else patch.object(CudaQueue, "rehearse"):
-        cuda_engine(DecodeSettings(load_format="dummy").for_device("cuda"), "decode", SHAPES / shape)
+        load_on_cuda(DecodeSettings(load_format="dummy").for_device("cuda"), "decode", SHAPES / shape)
     torch.cuda.synchronize()
     print(READY, torch.cuda.get_device_name(), flush=True)
     os._exit(0)

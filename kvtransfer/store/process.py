@@ -21,7 +21,7 @@ from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.settings import StoreSettings
 from baton.node.endpoint import Endpoint, identity_of, new_context
 from baton.node.errors import SettingsError
-from baton.node.garbage import spare_what_is_there
+from baton.node.garbage import freeze_startup_objects
 from baton.node.messages.store import decode_store
 from baton.node.settings import require_loopback
 from baton.node.telemetry import configure_logging, log_event
@@ -117,7 +117,7 @@ def serve(settings: StoreSettings, over: Over = as_it_is) -> int:
         return 1
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: process.stop())
-    spare_what_is_there()
+    freeze_startup_objects()
     try:
         process.run()
     finally:

@@ -7,7 +7,7 @@ import torch
 
 from baton.decode.settings import DecodeSettings
 from baton.node.errors import SettingsError
-from baton.worker.build_cpu import make_engine
+from baton.worker.build_cpu import load_model
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
 
@@ -30,7 +30,7 @@ def test_too_little_memory_is_told_before_a_worker_begins(options, reason):
     held = torch.empty(max(0, hold_bytes), dtype=torch.uint8, device="cuda:0")
     settings = DecodeSettings(**options).for_device("cuda")
     with pytest.raises(SettingsError, match=reason):
-        make_engine(settings, "cuda", "decode", locate_model("demo"))
+        load_model(settings, "cuda", "decode", locate_model("demo"))
     del held
     torch.cuda.empty_cache()
     assert torch.zeros(1 << 20, device="cuda:0").sum().item() == 0.0

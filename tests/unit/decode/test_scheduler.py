@@ -5,9 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.decode.scheduler import Item, Limits, plan
+from baton.decode.scheduler import DecodeLimits, Item, plan
 
-LIMITS = Limits(block_tokens=4, max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=16)
+LIMITS = DecodeLimits(block_tokens=4, max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=16)
 
 
 def _blocks(num_tokens: int) -> int:

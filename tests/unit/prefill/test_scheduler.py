@@ -5,10 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.prefill.scheduler import AGING_TOKENS_PER_S, Chunk, Work, order, plan
+from baton.prefill.scheduler import AGING_TOKENS_PER_S, Chunk, QueuedPrompt, order, plan
 
 _work = st.builds(
-    lambda tokens, done, priority, age: Work(tokens, min(done, tokens), priority, age),
+    lambda tokens, done, priority, age: QueuedPrompt(tokens, min(done, tokens), priority, age),
     st.integers(1, 500),
     st.integers(0, 500),
     st.integers(-2, 2),
@@ -17,7 +17,7 @@ _work = st.builds(
 
 
 @given(st.lists(_work, max_size=12), st.integers(1, 600), st.integers(1, 128), st.integers(1, 600))
-def test_chunks_fill_the_budget_in_order(jobs: list[Work], budget: int, longest: int, full: int) -> None:
+def test_chunks_fill_the_budget_in_order(jobs: list[QueuedPrompt], budget: int, longest: int, full: int) -> None:
     """Guards against overrun, idle budget, gaps in a prompt and a junior job served before a senior one."""
     sequence = order(jobs, "fcfs")
     chunks = plan(jobs, sequence, budget, longest, full)
@@ -37,20 +37,20 @@ def test_chunks_fill_the_budget_in_order(jobs: list[Work], budget: int, longest:
 
 def test_prompts_share_a_step_only_up_to_a_full_one() -> None:
     """Guards the first of several prompts against a wait for the others, and short ones against steps of their own."""
-    long, short = Work(3000, 0, 0, 0.0), Work(400, 0, 0, 0.0)
+    long, short = QueuedPrompt(3000, 0, 0, 0.0), QueuedPrompt(400, 0, 0, 0.0)
     assert plan([long, short], [0, 1], 4096, 4096, 1024) == [Chunk(0, 0, 3000)]
     assert plan([short] * 4, range(4), 4096, 4096, 1024) == [Chunk(0, 0, 400), Chunk(1, 0, 400), Chunk(2, 0, 224)]
 
 
 @given(st.lists(_work, max_size=12))
-def test_first_come_first_served_within_a_priority(jobs: list[Work]) -> None:
+def test_first_come_first_served_within_a_priority(jobs: list[QueuedPrompt]) -> None:
     """Guards against reordering by anything but priority and arrival."""
     assert order(jobs, "fcfs") == sorted(range(len(jobs)), key=lambda i: (-jobs[i].priority, i))
 
 
 def test_shortest_first_but_a_long_wait_counts() -> None:
     """Guards both halves of "sjf": short prompts go first, and a long one is not starved by them."""
-    long, short = Work(4000, 0, 0, 0.0), Work(100, 0, 0, 0.0)
+    long, short = QueuedPrompt(4000, 0, 0, 0.0), QueuedPrompt(100, 0, 0, 0.0)
     assert order([long, short], "sjf") == [1, 0]
-    waited = Work(4000, 0, 0, 4000 / AGING_TOKENS_PER_S)
+    waited = QueuedPrompt(4000, 0, 0, 4000 / AGING_TOKENS_PER_S)
     assert order([waited, short], "sjf") == [0, 1]

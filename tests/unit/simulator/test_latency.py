@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.node.errors import SettingsError
-from baton.simulator.fit import Step, fit, read_steps
-from baton.simulator.latency import PROFILES, Cost, Work, load_profile
+from baton.simulator.fit import MeasuredStep, fit, read_steps
+from baton.simulator.latency import PROFILES, Cost, RowWork, load_profile
 
 SHIPPED = sorted(path.stem for path in PROFILES.glob("*.json"))
 H200 = load_profile("h200-llama-8b")
@@ -22,18 +22,18 @@ def test_chunks_of_a_prompt_cost_what_the_prompt_costs(chunks: list[int]) -> Non
     """Guards the quadratic term: it counts the tokens before a chunk."""
     start, total = 0, 0.0
     for length in chunks:
-        total += H200.step_s([Work(start, length)]) - H200.prefill.a
+        total += H200.step_s([RowWork(start, length)]) - H200.prefill.a
         start += length
-    assert total == pytest.approx(H200.step_s([Work(0, start)]) - H200.prefill.a)
+    assert total == pytest.approx(H200.step_s([RowWork(0, start)]) - H200.prefill.a)
 
 
 def test_a_step_of_both_kinds_reads_the_weights_once() -> None:
     """Guards mixed steps (colocated serving): the fixed part of a decode step is not paid beside a prompt."""
-    prompt, rows = [Work(0, 3000)], [Work(999, 1), Work(1999, 1)]
+    prompt, rows = [RowWork(0, 3000)], [RowWork(999, 1), RowWork(1999, 1)]
     assert H200.step_s(rows) == pytest.approx(H200.decode.seconds(3000, 2))
     beside = H200.step_s([*prompt, *rows]) - H200.step_s(prompt)
     assert beside == pytest.approx(H200.decode.seconds(3000, 2) - H200.decode.a)
-    assert H200.step_s([Work(0, 9)]) == H200.decode.seconds(0, 9)
+    assert H200.step_s([RowWork(0, 9)]) == H200.decode.seconds(0, 9)
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -55,14 +55,16 @@ def test_a_profile_that_is_none_is_told(tmp_path: Path) -> None:
         load_profile(str(file))
 
 
-def _steps(kind: str, cost: Cost, noise: float, seed: int) -> list[Step]:
+def _steps(kind: str, cost: Cost, noise: float, seed: int) -> list[MeasuredStep]:
     chance, steps = random.Random(seed), []
     for _ in range(60):
         lengths = tuple(chance.randint(1, 4000) for _ in range(chance.randint(1, 8))) if kind == "prefill" else ()
         context, batch = chance.randint(100, 500_000), chance.randint(1, 256)
-        step = Step(kind, lengths, context, len(lengths) or batch, 1.0)  # type: ignore[arg-type]
+        step = MeasuredStep(kind, lengths, context, len(lengths) or batch, 1.0)  # type: ignore[arg-type]
         seconds = sum(c * t for c, t in zip((cost.a, cost.b, cost.c), step.terms, strict=True))
-        steps.append(Step(step.kind, lengths, context, step.batch, seconds * chance.uniform(1 - noise, 1 + noise)))
+        steps.append(
+            MeasuredStep(step.kind, lengths, context, step.batch, seconds * chance.uniform(1 - noise, 1 + noise))
+        )
     return steps
 
 
@@ -80,7 +82,7 @@ def test_the_fit_finds_the_coefficients_again(kind: str, noise: float) -> None:
 
 def test_no_coefficient_is_negative() -> None:
     """Guards extrapolation: a prompt that costs less the longer it is would be nonsense."""
-    steps = [Step("prefill", (n,), 0, 1, seconds) for n, seconds in ((1000, 0.01), (2000, 0.03), (4000, 0.1))]
+    steps = [MeasuredStep("prefill", (n,), 0, 1, seconds) for n, seconds in ((1000, 0.01), (2000, 0.03), (4000, 0.1))]
     cost = fit(steps).cost
     assert min(cost.a, cost.b, cost.c) == 0.0 < max(cost.a, cost.b, cost.c)
 

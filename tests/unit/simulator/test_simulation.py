@@ -16,12 +16,12 @@ from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import load_profile
 from baton.simulator.placement import Split, goodput, splits
 from baton.simulator.record import Slo, summarise
-from baton.simulator.simulation import Loss, Outcome, Scenario, simulate
-from baton.simulator.workload import Lengths, Request, gaps, poisson
+from baton.simulator.simulation import Loss, Scenario, SimOutcome, simulate
+from baton.simulator.workload import LengthSampler, SimRequest, gaps, poisson
 
 ROOT = Path(__file__).resolve().parents[3]
 PROFILE = msgspec.structs.replace(load_profile("h200-llama-8b"), num_blocks=600, max_num_seqs=24)
-LOAD = poisson(60, 12.0, Lengths(3000, 0.7, 20_000), Lengths(60, 0.6, 400), seed=5)
+LOAD = poisson(60, 12.0, LengthSampler(3000, 0.7, 20_000), LengthSampler(60, 0.6, 400), seed=5)
 
 
 def _scenario(prefill: int = 2, decode: int = 2, **proxy: object) -> Scenario:
@@ -29,13 +29,13 @@ def _scenario(prefill: int = 2, decode: int = 2, **proxy: object) -> Scenario:
     return Scenario(profile=PROFILE, prefill=prefill, decode=decode, proxy=settings)
 
 
-def _fingerprint(outcome: Outcome) -> str:
+def _fingerprint(outcome: SimOutcome) -> str:
     """Of every time that any client saw."""
     times = [(record.request.number, record.token_s, record.error) for record in outcome.records]
     return hashlib.sha256(repr(times).encode()).hexdigest()
 
 
-def _served(outcome: Outcome, requests: list[Request]) -> None:
+def _served(outcome: SimOutcome, requests: list[SimRequest]) -> None:
     """The client itself asserts that each token is the request's own and comes in its place."""
     assert [record.error for record in outcome.records] == [""] * len(requests)
     assert [len(record.token_s) for record in outcome.records] == [request.output_tokens for request in requests]
@@ -87,7 +87,7 @@ def test_a_pool_too_small_preempts_and_serves_all() -> None:
 
 def test_shared_prefixes_are_not_computed_twice() -> None:
     """Guards prefix hits in a replay, and the way of KV events to the router: one of three workers holds the prefix."""
-    prompts = [Request(n, 2.0 * n, 5000, 8, tuple(range(10))) for n in range(5)]
+    prompts = [SimRequest(n, 2.0 * n, 5000, 8, tuple(range(10))) for n in range(5)]
     outcome = simulate(_scenario(3, 2, policy="kv-aware"), prompts)
     _served(outcome, prompts)
     assert [record.cached_tokens for record in outcome.records] == [0, *[4992] * 4]
@@ -130,8 +130,8 @@ def test_goodput_is_between_too_little_and_too_much() -> None:
     """Guards the bisection: what it returns is good, and more than it by its last step is not."""
     assert [split.name for split in splits(3, [512])] == ["1P2D", "2P1D", "3 colocated, chunks of 512"]
 
-    def workload(rate: float) -> list[Request]:
-        return poisson(40, rate, Lengths(4000), Lengths(30), seed=1)
+    def workload(rate: float) -> list[SimRequest]:
+        return poisson(40, rate, LengthSampler(4000), LengthSampler(30), seed=1)
 
     slo = Slo(0.4, 0.02)
     found = goodput(_scenario(1, 1), Split(1, 1), workload, slo, first_rate=1.0, rounds=2)

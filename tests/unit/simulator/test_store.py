@@ -13,10 +13,10 @@ from baton.node.messages.store import DISK, RAM
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Cost, StoreCosts, load_profile
 from baton.simulator.network import Network
-from baton.simulator.simulation import Loss, Outcome, Scenario, simulate
+from baton.simulator.simulation import Loss, Scenario, SimOutcome, simulate
 from baton.simulator.store import Capacity, HostStore
 from baton.simulator.store_client import SimStore
-from baton.simulator.workload import Request
+from baton.simulator.workload import SimRequest
 from baton.simulator.world import World
 
 H200 = load_profile("h200-llama-8b")
@@ -206,7 +206,7 @@ SMALL = msgspec.structs.replace(
     H200, prefill=Cost(0.0, 2.5e-4, 0.0), num_blocks=260, prefill_budget_tokens=1024, prefill_chunk_tokens=1024
 )
 """A pool holds one and a half of the prompts below; one takes 2.6 s to compute, and less to load, from disk too."""
-PROMPTS = [Request(n, 2.0 * n, 10_240, 20, tuple(range(n % 6 * 20, n % 6 * 20 + 20))) for n in range(24)]
+PROMPTS = [SimRequest(n, 2.0 * n, 10_240, 20, tuple(range(n % 6 * 20, n % 6 * 20 + 20))) for n in range(24)]
 """Six prompts, each of them four times."""
 # Six prompts have 960 blocks: one RAM holds them all; the other is too small for what comes again after five others.
 RAM_ONLY, BOTH = Capacity(1200 * BLOCK), Capacity(300 * BLOCK, 1200 * BLOCK)
@@ -217,11 +217,11 @@ def _scenario(store: Capacity | None, policy: str = "least-loaded", losses: tupl
     return Scenario(profile=SMALL, prefill=2, decode=2, proxy=proxy, store=store, losses=losses)
 
 
-def _times(outcome: Outcome) -> list[tuple[list[float], int, str]]:
+def _times(outcome: SimOutcome) -> list[tuple[list[float], int, str]]:
     return [(record.token_s, record.cached_tokens, record.error) for record in outcome.records]
 
 
-def _served(outcome: Outcome) -> None:
+def _served(outcome: SimOutcome) -> None:
     assert [record.error for record in outcome.records] == [""] * len(PROMPTS)
     assert [len(record.token_s) for record in outcome.records] == [request.output_tokens for request in PROMPTS]
 

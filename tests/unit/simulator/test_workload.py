@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from baton.node.errors import SettingsError
 from baton.simulator.capacity import hit_rate
-from baton.simulator.record import Record, Slo, Spread, attainment, summarise
-from baton.simulator.workload import Lengths, Request, poisson, read_trace, speed_up
+from baton.simulator.record import RequestRecord, Slo, Spread, attainment, summarise
+from baton.simulator.workload import LengthSampler, SimRequest, poisson, read_trace, speed_up
 
 LINE = '{{"timestamp": {at}, "input_length": {n}, "output_length": 3, "hash_ids": {ids}}}\n'
 
@@ -54,16 +54,16 @@ def test_a_file_that_is_no_trace_is_told(tmp_path: Path, line: str) -> None:
 
 def test_poisson_has_its_rate_and_lengths() -> None:
     """Guards drawn workloads."""
-    requests = poisson(4000, 5.0, Lengths(1000, 0.5), Lengths(100), seed=1)
-    assert requests == poisson(4000, 5.0, Lengths(1000, 0.5), Lengths(100), seed=1)
+    requests = poisson(4000, 5.0, LengthSampler(1000, 0.5), LengthSampler(100), seed=1)
+    assert requests == poisson(4000, 5.0, LengthSampler(1000, 0.5), LengthSampler(100), seed=1)
     assert requests[-1].arrival_s == pytest.approx(800, rel=0.1)
     assert statistics.mean(request.prompt_tokens for request in requests) == pytest.approx(1000, rel=0.1)
     assert {request.output_tokens for request in requests} == {100}
     assert len({request.prompt_ids()[:1] for request in requests}) == 4000
 
 
-def _record(arrival_s: float, *token_s: float, error: str = "") -> Record:
-    return Record(Request(0, arrival_s, 10, max(1, len(token_s)), (0,)), list(token_s), 0, error)
+def _record(arrival_s: float, *token_s: float, error: str = "") -> RequestRecord:
+    return RequestRecord(SimRequest(0, arrival_s, 10, max(1, len(token_s)), (0,)), list(token_s), 0, error)
 
 
 def test_times_are_counted_as_everybody_counts_them() -> None:
@@ -87,8 +87,8 @@ def test_percentiles_are_numpys(values: list[float]) -> None:
     assert spread.p99_s == pytest.approx(np.percentile(values, 99), rel=1e-9, abs=1e-9)
 
 
-def _prompts(*prefixes: tuple[int, ...]) -> list[Request]:
-    return [Request(n, float(n), 512 * len(prefix), 1, prefix) for n, prefix in enumerate(prefixes)]
+def _prompts(*prefixes: tuple[int, ...]) -> list[SimRequest]:
+    return [SimRequest(n, float(n), 512 * len(prefix), 1, prefix) for n, prefix in enumerate(prefixes)]
 
 
 def test_hits_of_a_tier() -> None:

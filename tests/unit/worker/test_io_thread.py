@@ -11,7 +11,7 @@ from typing import Any
 from baton.kvtransfer.blocks.events import EventLog
 from baton.node.messages.base import Message
 from baton.node.messages.control import Drain
-from baton.worker.io_thread import Carrier
+from baton.worker.io_thread import IoThread
 
 
 class SlowLine:
@@ -39,14 +39,14 @@ class SlowLine:
     def close(self) -> None: ...
 
 
-def carrier_of(line: SlowLine) -> Carrier:
+def carrier_of(line: SlowLine) -> IoThread:
     membership = SimpleNamespace(
         links={}, joined=(), wake_at=float("inf"), on_timer=lambda *_, **__: ([], []), farewell=lambda: []
     )
     exchange = SimpleNamespace(
         sockets=[], events=[], tick=lambda now: None, wake_at=lambda now: float("inf"), close=lambda: None
     )
-    made: Any = Carrier(line, membership, exchange, EventLog())  # type: ignore[arg-type]
+    made: Any = IoThread(line, membership, exchange, EventLog())  # type: ignore[arg-type]
     return made
 
 

@@ -21,7 +21,7 @@ HOST_PART = 1.5
 SHORT_GAP_S = 50e-6
 
 
-class Pace:
+class LaunchTimer:
     """Times are those of the loop's clock. `launch_at` is 0, long past, while nothing is known of a device."""
 
     def __init__(self) -> None:
