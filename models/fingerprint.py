@@ -20,6 +20,8 @@ SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
+DUMMY_SEED, DUMMY_STD = 0, 0.02
+"""Of the normal distribution that `--load-format dummy` draws weights from."""
 
 
 def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
@@ -46,15 +48,18 @@ def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
     return {shard: tuple(names) for shard, names in shards.items()}
 
 
-def model_fingerprint(folder: Path, load_format: str = "auto") -> bytes:
-    """32 bytes; `dummy` leaves the shards out, because dummy weights follow from config.json alone."""
+def model_fingerprint(folder: Path, load_format: str = "auto", device: str = "cpu") -> bytes:
+    """32 bytes. `dummy` weights are random: they follow from config.json and from the kind of device that draws them,
+    "cpu" or "cuda", so these stand in for the shards."""
     digest = hashlib.sha256(b"baton-model-1\0")
     try:
         config = (folder / "config.json").read_bytes()
     except OSError as error:
         raise SettingsError(f"{folder / 'config.json'}: cannot be read: {error.strerror}") from None
     digest.update(load_format.encode() + b"\0" + hashlib.sha256(config).digest())
-    if load_format != "dummy":
+    if load_format == "dummy":
+        digest.update(f"{device} seed {DUMMY_SEED} std {DUMMY_STD}".encode())
+    else:
         for shard in sorted(weight_files(folder)):
             digest.update(hashlib.sha256(shard.encode()).digest() + _shard_digest(folder / shard))
     return digest.digest()

@@ -15,13 +15,12 @@ from safetensors import SafetensorError, safe_open
 
 from baton.kernels import Linear
 from baton.models.config import ModelConfig
-from baton.models.fingerprint import weight_files
+from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD, weight_files
 from baton.node.errors import SettingsError
 
 Progress = Callable[[int, int], None]
 
 LOAD_FORMATS = ("auto", "dummy")
-DUMMY_STD = 0.02
 HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 MAX_TIED_COPY_BYTES = 256 << 20
 
@@ -182,7 +181,7 @@ def _fill_randomly(places: dict[str, torch.Tensor]) -> None:
     A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's.
     """
     device = next(iter(places.values())).device
-    generator = torch.Generator(device).manual_seed(0)
+    generator = torch.Generator(device).manual_seed(DUMMY_SEED)
     for name, place in places.items():
         if name.endswith("norm.weight"):
             place.fill_(1.0)

@@ -116,7 +116,7 @@ def pool_blocks(settings: WorkerSettings, layout: KVLayout) -> int:
 
 def longest_known(settings: WorkerSettings, config: ModelConfig) -> int:
     """The longest sequence that the model knows, or what was asked for if that is less."""
-    known = config.max_position_embeddings
+    known = config.max_model_len
     if settings.max_model_len > known:
         raise SettingsError(f"--max-model-len {settings.max_model_len}: the model's positions end at {known}")
     return settings.max_model_len or known

@@ -70,7 +70,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
     folder = locate_model(settings.model)
     engine = load_model(settings, device, role, folder)
     layout, num_blocks = engine.layout, engine.pool.num_blocks
-    namespace = _namespace(settings, folder, layout, engine.runner.config)
+    namespace = namespace_of(folder, settings.load_format, device, layout, engine.runner.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
     incarnation = time.time_ns() >> 10
     context = new_context()
@@ -130,10 +130,10 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
     return Worker(endpoint.identity, runner, pool, manager, layout, longest, carrier, store, sums)
 
 
-def _namespace(settings: WorkerSettings, folder: Path, layout: KVLayout, config: ModelConfig) -> bytes:
-    model = model_fingerprint(folder) if settings.load_format == "auto" else hashlib.sha256(b"dummy").digest()
+def namespace_of(folder: Path, load_format: str, device: str, layout: KVLayout, config: ModelConfig) -> bytes:
+    """Digest of all that makes KV compatible: two workers of different namespaces never exchange blocks."""
     return namespace_digest(
-        model_fingerprint=model,
+        model_fingerprint=model_fingerprint(folder, load_format, device),
         layout=layout,
         weight_dtype=layout.dtype,
         tp_size=1,
