@@ -21,9 +21,9 @@ from baton.node.settings import parse, require_loopback
 from baton.node.telemetry import configure_logging
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.http.app import AppSettings, create_app
-from baton.proxy.metrics.journal import NoSpans, Spans
+from baton.proxy.metrics.request_log import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
-from baton.proxy.text.model_text import Text
+from baton.proxy.text.model_text import ModelText
 
 
 def main() -> int:
@@ -42,7 +42,7 @@ async def serve(settings: ProxySettings) -> int:
     require_loopback(settings.host, settings.insecure_network)
     require_loopback(settings.control_address, settings.insecure_network)
     folder = locate_model(settings.model)
-    text = Text(folder)
+    text = ModelText(folder)
     listener = _listen(settings.host, settings.port)
     dispatcher = Dispatcher(Endpoint(new_context(), "proxy", settings.control_address), settings)
     app_settings = AppSettings(

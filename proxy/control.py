@@ -34,17 +34,17 @@ from baton.node.messages.control import (
     Tokens,
 )
 from baton.node.telemetry import log_event
-from baton.proxy.routing.cluster import Cluster
+from baton.proxy.routing.cluster import ClusterState
 from baton.proxy.routing.kvfeed import KvFeed
 
 logger = logging.getLogger("proxy")
 
-Answer = Reserved | Busy | Tokens | HandedOver | Failed | Cancelled
+LegMessage = Reserved | Busy | Tokens | HandedOver | Failed | Cancelled
 MANY = 256
 """So many messages in one turn mean that there may be more."""
 
 
-class Line(Protocol):
+class ControlSocket(Protocol):
     """The endpoint, as the proxy uses it: node.endpoint.Endpoint, or its stand-in in the simulator."""
 
     @property
@@ -62,15 +62,15 @@ class Line(Protocol):
     def close(self) -> None: ...
 
 
-class Wire:
+class ControlPlane:
     """See the module's docstring. Lives in one event loop."""
 
     def __init__(
         self,
-        line: Line,
-        cluster: Cluster,
+        line: ControlSocket,
+        cluster: ClusterState,
         feed: KvFeed,
-        on_message: Callable[[str, Answer], None],
+        on_message: Callable[[str, LegMessage], None],
         on_lost: Callable[[str, str], None],
         on_change: Callable[[], None],
         clock: Callable[[], float] = time.monotonic,

@@ -15,13 +15,13 @@ from dataclasses import replace
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import SamplingParams
-from baton.proxy.control import Answer, Line, Wire
+from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
 from baton.proxy.interface import Delta, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.routing.cluster import Cluster, Leg, Shape
+from baton.proxy.routing.cluster import ClusterState, Leg, Shape
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
-from baton.proxy.routing.router import WHYS, RequestView, Route, Rules, Wait, pick
+from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules, Wait, pick
 from baton.proxy.session import ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
 
@@ -42,7 +42,7 @@ COUNTERS = (
     "routed_local_sooner_total",
     "routed_local_always_total",
     "routed_local_no_prefill_worker_total",
-    *(f"routed_{role}_{why}_total" for role in ("prefill", "decode") for why in WHYS),
+    *(f"routed_{role}_{why}_total" for role in ("prefill", "decode") for why in CHOICE_REASONS),
     "kv_hit_predicted_tokens_total",
     "kv_hit_actual_tokens_total",
     "kv_hit_missed_tokens_total",
@@ -51,21 +51,25 @@ COUNTERS = (
 
 
 class Dispatcher:
-    """Implements proxy.interface.Engine and proxy.session.Desk. Lives in one event loop."""
+    """Implements proxy.interface.Engine and proxy.session.SessionHost. Lives in one event loop."""
 
-    def __init__(self, line: Line, settings: ProxySettings, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, line: ControlSocket, settings: ProxySettings, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._clock = clock
         self._settings = settings
-        self._rules = Rules(
+        self._rules = RoutingRules(
             settings.policy,
             settings.local_prefill,
             settings.local_prefill_tokens,
             settings.local_prefill_itl_weight,
         )
-        self._cluster = Cluster(settings.stall_s)
+        self._cluster = ClusterState(settings.stall_s)
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
-        self._wire = Wire(line, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock)
+        self._wire = ControlPlane(
+            line, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
+        )
         self._sessions: dict[str, Session] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._gate = asyncio.Lock()  # fair: first come, first served
@@ -167,7 +171,7 @@ class Dispatcher:
             "kv_event_snapshots_total": counts.snapshots,
         }
 
-    # -- Desk
+    # -- SessionHost
 
     async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route:
         """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded.
@@ -231,7 +235,7 @@ class Dispatcher:
 
     # -- told by the wire
 
-    def _on_message(self, worker: str, message: Answer) -> None:
+    def _on_message(self, worker: str, message: LegMessage) -> None:
         if (session := self._sessions.get(message.request_id)) is not None:
             session.inbox.put_nowait((worker, message))
 

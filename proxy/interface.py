@@ -1,16 +1,14 @@
-"""What the HTTP side of the proxy asks of the side that talks to workers, and a fake of it that ships.
+"""The interface between the HTTP side of the proxy and the side that talks to workers.
 
-`proxy.app` knows text and HTTP, an `Engine` knows requests, attempts and workers; token ids pass between them and
-nothing else does. `FakeEngine` replays a script, one step at a time if asked, so that a test decides the order in
-which things happen.
+`proxy.http` knows text and HTTP; an `Engine` knows requests, attempts and workers. Only token ids pass between them.
+`baton.testing.fake_engine` has an engine that replays a script.
 """
 
 from __future__ import annotations
 
-import asyncio
 import math
-from collections.abc import AsyncGenerator, Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import AsyncGenerator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton.node.messages.control import Load, Logprob, SamplingParams
@@ -108,77 +106,3 @@ class AppSettings:
     """Generations that are over and can be looked up at /debug/requests; 0: there is no such route."""
     metrics: bool = True
     version: str = "0"
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One `generate` that the fake has seen."""
-
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
-    timeout_s: float
-    priority: int
-    session_key: bytes
-
-
-Step = Delta | Exception | asyncio.Event
-Script = Callable[[Call], list[Step]]
-
-
-@dataclass(slots=True)
-class FakeEngine:
-    """Replays, for each call, what `script` returns: deltas are yielded, exceptions raised, events waited for."""
-
-    script: Script
-    not_ready: str = ""
-    model_len: int = 2048
-    workers: list[WorkerStatus] = field(default_factory=list)
-    totals: dict[str, float] = field(default_factory=dict)
-    calls: list[Call] = field(default_factory=list)
-    running: set[str] = field(default_factory=set)
-    cancelled: list[str] = field(default_factory=list)
-    """Request ids whose generator was closed, or whose task was cancelled, before its script's end."""
-    on_cancel: Callable[[str], None] = lambda _: None
-
-    async def generate(
-        self,
-        request_id: str,
-        prompt_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        *,
-        timeout_s: float,
-        priority: int = 0,
-        session_key: bytes = b"",
-        timeline: Timeline | None = None,
-    ) -> AsyncGenerator[Delta, None]:
-        call = Call(request_id, prompt_ids, sampling, timeout_s, priority, session_key)
-        self.calls.append(call)
-        self.running.add(request_id)
-        try:
-            for step in self.script(call):
-                if isinstance(step, asyncio.Event):
-                    await step.wait()
-                elif isinstance(step, Exception):
-                    raise step
-                else:
-                    yield step
-        except (GeneratorExit, asyncio.CancelledError):
-            self.cancelled.append(request_id)
-            self.on_cancel(request_id)
-            raise
-        finally:
-            self.running.discard(request_id)
-
-    def ready(self) -> str:
-        return self.not_ready
-
-    @property
-    def max_model_len(self) -> int:
-        return self.model_len
-
-    def worker_loads(self) -> list[WorkerStatus]:
-        return list(self.workers)
-
-    def counters(self) -> Mapping[str, float]:
-        return dict(self.totals)

@@ -34,7 +34,7 @@ from baton.node.messages.control import (
     Tokens,
 )
 from baton.node.telemetry import log_event
-from baton.proxy.control import Answer
+from baton.proxy.control import LegMessage
 from baton.proxy.interface import Delta
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import Leg, Shape
@@ -65,10 +65,10 @@ class ProxyStopping:
     """The time for draining is over."""
 
 
-Event = tuple[str, Answer] | WorkerLost | DeadlinePassed | ProxyStopping
+Event = tuple[str, LegMessage] | WorkerLost | DeadlinePassed | ProxyStopping
 
 
-class Desk(Protocol):
+class SessionHost(Protocol):
     """What a session needs of the dispatcher."""
 
     async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route: ...
@@ -120,7 +120,7 @@ class Session:
 
     def __init__(
         self,
-        desk: Desk,
+        desk: SessionHost,
         request_id: str,
         prompt_ids: tuple[int, ...],
         sampling: SamplingParams,

@@ -15,13 +15,14 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.node.messages.control import Load
-from baton.proxy.interface import FakeEngine, WorkerStatus
+from baton.proxy.interface import WorkerStatus
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, STORE_COUNTERS, WORKER_COUNTERS
-from baton.proxy.metrics.journal import Journal
-from baton.proxy.metrics.metrics import COARSE_SECONDS, SECONDS, Metrics
-from baton.proxy.metrics.record import About
+from baton.proxy.metrics.meter import GenerationMeter
+from baton.proxy.metrics.metrics import COARSE_SECONDS, SECONDS, ProxyMetrics
+from baton.proxy.metrics.record import GenerationInfo
+from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import STAGES, USUAL, Timeline
-from baton.proxy.metrics.track import Track
+from baton.testing.fake_engine import FakeEngine
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
 HEAD = f"""# Metrics, timelines, traces
@@ -94,9 +95,9 @@ def _families() -> Iterable[Metric]:
         engine.workers.append(WorkerStatus(role, role, "ready", load, block_tokens=16))
     stored = Load(counters=dict.fromkeys(STORE_COUNTERS, 0.0))
     engine.workers.append(WorkerStatus("store", "store", "ready", stored))
-    metrics = Metrics(engine, "demo", time.monotonic)
+    metrics = ProxyMetrics(engine, "demo", time.monotonic)
     line = Timeline(metrics.clock)
-    track = Track(metrics, Journal(), About("", 0, "chat", "demo", True, 1, None, 0, {}), line)
+    track = GenerationMeter(metrics, RequestLog(), GenerationInfo("", 0, "chat", "demo", True, 1, None, 0, {}), line)
     line.dispatch("prefill/1", "decode/1", b"")
     line.handed_over(1, 1.0)
     track.close("stop")

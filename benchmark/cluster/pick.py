@@ -20,12 +20,12 @@ from collections.abc import Sequence
 
 from baton.node.messages.control import TierChange
 from baton.proxy.routing.kvindex import KvIndex
-from baton.proxy.routing.router import RequestView, Rules, WorkerView, pick
+from baton.proxy.routing.router import RequestView, RoutingRules, WorkerView, pick
 
 BLOCK_TOKENS = 64
 WORKERS_A_STORE = 8
 SYSTEM_BLOCKS = 16
-RULES = Rules("kv-aware", "auto", 16, 0.25)
+RULES = RoutingRules("kv-aware", "auto", 16, 0.25)
 
 
 def _hashes(rng: random.Random, count: int) -> tuple[bytes, ...]:

@@ -28,7 +28,7 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
@@ -49,7 +49,7 @@ class ChoiceText:
 class Answers(Protocol):
     """Writes the answers of one request."""
 
-    def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> bytes: ...
+    def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes: ...
 
     def opening(self, index: int) -> bytes | None:
         """The chunk that opens a choice before any of its text, or None if the API has none."""
@@ -57,7 +57,7 @@ class Answers(Protocol):
 
     def chunk(self, choice: ChoiceText) -> bytes: ...
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: TokenUsage) -> bytes:
         """The last chunk of a stream that asked for its usage."""
         ...
 
@@ -157,7 +157,7 @@ class CompletionAnswers:
     model: str
     include_usage: bool
 
-    def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
         return self._write([_completion_choice(choice) for choice in choices], _usage(usage))
 
     def opening(self, index: int) -> bytes | None:
@@ -166,7 +166,7 @@ class CompletionAnswers:
     def chunk(self, choice: ChoiceText) -> bytes:
         return self._write([_completion_choice(choice)], None if self.include_usage else msgspec.UNSET)
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: TokenUsage) -> bytes:
         return self._write([], _usage(usage))
 
     def _write(self, choices: list[_CompletionChoice], usage: _Usage | msgspec.UnsetType | None) -> bytes:
@@ -182,7 +182,7 @@ class ChatAnswers:
     model: str
     include_usage: bool
 
-    def whole(self, choices: Sequence[ChoiceText], usage: Usage) -> bytes:
+    def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
         made = [
             _ChatChoice(
                 choice.index,
@@ -201,7 +201,7 @@ class ChatAnswers:
         delta = _Delta(content=choice.text or None)
         return self._chunk([_ChunkChoice(choice.index, delta, _chat_logprobs(choice.logprobs), choice.finish or None)])
 
-    def usage(self, usage: Usage) -> bytes:
+    def usage(self, usage: TokenUsage) -> bytes:
         return _encode(_Response(self.id, "chat.completion.chunk", self.created, self.model, [], _usage(usage)))
 
     def _chunk(self, choices: list[_ChunkChoice]) -> bytes:
@@ -209,7 +209,7 @@ class ChatAnswers:
         return _encode(_Response(self.id, "chat.completion.chunk", self.created, self.model, choices, usage))
 
 
-def _usage(usage: Usage) -> _Usage:
+def _usage(usage: TokenUsage) -> _Usage:
     total = usage.prompt_tokens + usage.completion_tokens
     details = _PromptDetails(usage.cached_tokens)
     return _Usage(usage.prompt_tokens, usage.completion_tokens, total, details)

@@ -21,15 +21,15 @@ from starlette.routing import Route
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingParams
 from baton.proxy.http.asgi import PROBES, ApiKeyGuard, ClientGone, read_body
-from baton.proxy.http.endpoint import Gate, GenerateEndpoint, Service
+from baton.proxy.http.endpoint import GenerateEndpoint, RequestLimit, Service
 from baton.proxy.http.failures import Failure, failure_of, kind_of
 from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
 from baton.proxy.interface import AppSettings, Engine
 from baton.proxy.metrics.dashboard import add_dashboard
-from baton.proxy.metrics.journal import Journal, Spans
-from baton.proxy.metrics.metrics import Metrics
+from baton.proxy.metrics.metrics import ProxyMetrics
 from baton.proxy.metrics.record import as_json
-from baton.proxy.text.model_text import Text
+from baton.proxy.metrics.request_log import RequestLog, Spans
+from baton.proxy.text.model_text import ModelText
 
 __all__ = ["AppSettings", "create_app"]
 
@@ -41,11 +41,11 @@ PROBE_TEXT = (
 """Long enough not to be prefilled by a decode worker, where that is for short prompts only."""
 
 
-def create_app(engine: Engine, text: Text, settings: AppSettings, spans: Spans | None = None) -> FastAPI:
+def create_app(engine: Engine, text: ModelText, settings: AppSettings, spans: Spans | None = None) -> FastAPI:
     """The app to be served; it closes `text` and `spans` when it shuts down, and leaves `engine` to its owner."""
-    metrics = Metrics(engine, settings.served_model_name)
-    journal = Journal(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
-    service = Service(engine, text, settings, metrics, journal, Gate(settings.max_requests))
+    metrics = ProxyMetrics(engine, settings.served_model_name)
+    journal = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
+    service = Service(engine, text, settings, metrics, journal, RequestLimit(settings.max_requests))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -72,7 +72,7 @@ def create_app(engine: Engine, text: Text, settings: AppSettings, spans: Spans |
     return app
 
 
-def _add_failures(app: FastAPI, metrics: Metrics) -> None:
+def _add_failures(app: FastAPI, metrics: ProxyMetrics) -> None:
     """Errors of the routes below, in OpenAI's shape; a traceback goes to the server's log only."""
 
     async def known(_: Request, error: Exception) -> Response:
@@ -128,7 +128,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_debug(app: FastAPI, journal: Journal) -> None:
+def _add_debug(app: FastAPI, journal: RequestLog) -> None:
     @app.get("/debug/requests/{request_id}")
     async def one_request(request_id: str) -> Response:
         """A request that is over, by the id that its answer had: outcome, attempts and timeline of each generation."""

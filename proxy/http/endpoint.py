@@ -20,19 +20,26 @@ from starlette.types import Receive, Scope, Send
 from baton.node.errors import BadRequest, Overloaded, PeerLost
 from baton.node.messages.control import SamplingParams
 from baton.node.telemetry import log_event
-from baton.proxy.http.answers import Answers, ChatAnswers, ChoiceText, CompletionAnswers, TokenLogprob, Usage
+from baton.proxy.http.answers import (
+    Answers,
+    ChatAnswers,
+    ChoiceText,
+    CompletionAnswers,
+    TokenLogprob,
+    TokenUsage,
+)
 from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.generate import Assembler, Piece, StopRule, merge, pieces
 from baton.proxy.http.prepare import Generation, generations
-from baton.proxy.http.schema import Order
+from baton.proxy.http.schema import ParsedRequest
 from baton.proxy.interface import AppSettings, Engine
-from baton.proxy.metrics.journal import Journal
-from baton.proxy.metrics.metrics import Metrics
-from baton.proxy.metrics.record import About, RequestRecord
+from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
+from baton.proxy.metrics.metrics import ProxyMetrics
+from baton.proxy.metrics.record import GenerationInfo, RequestRecord
+from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.metrics.track import CANCELLED, Track
-from baton.proxy.text.model_text import Text
+from baton.proxy.text.model_text import ModelText
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +50,7 @@ TRACE_HEADERS = ("traceparent", "tracestate")
 
 
 @dataclass(slots=True)
-class Gate:
+class RequestLimit:
     """How many requests are being answered; bounds what they hold in memory."""
 
     limit: int
@@ -63,11 +70,11 @@ class Service:
     """What all requests of one app share."""
 
     engine: Engine
-    text: Text
+    text: ModelText
     settings: AppSettings
-    metrics: Metrics
-    journal: Journal
-    gate: Gate
+    metrics: ProxyMetrics
+    journal: RequestLog
+    gate: RequestLimit
 
     def check_model(self, name: str) -> None:
         """Raises BadRequest (404) unless `name` is the model that is served."""
@@ -83,7 +90,7 @@ class Service:
 
 
 @dataclass(slots=True)
-class Request:
+class HttpRequest:
     """One HTTP request, from its first byte on."""
 
     id: str
@@ -98,8 +105,8 @@ class Request:
     begun: bool = False
     """Its generations have, and tell of themselves; until then there is only the request."""
 
-    def about(self, index: int, prompt_tokens: int, sampling: SamplingParams | None) -> About:
-        return About(
+    def about(self, index: int, prompt_tokens: int, sampling: SamplingParams | None) -> GenerationInfo:
+        return GenerationInfo(
             request_id=self.id,
             index=index,
             operation=self.operation,
@@ -115,7 +122,9 @@ class Request:
 class GenerateEndpoint:
     """The ASGI endpoint of /v1/completions or /v1/chat/completions, by how it reads a body."""
 
-    def __init__(self, service: Service, read: Callable[[bytes], Order], *, id_prefix: str, operation: str) -> None:
+    def __init__(
+        self, service: Service, read: Callable[[bytes], ParsedRequest], *, id_prefix: str, operation: str
+    ) -> None:
         self._service = service
         self._read = read
         self._id_prefix = id_prefix
@@ -138,10 +147,10 @@ class GenerateEndpoint:
             else:
                 await self._fail(request.id, reply, error)
 
-    def _request(self, scope: Scope) -> Request:
+    def _request(self, scope: Scope) -> HttpRequest:
         clock = self._service.metrics.clock
         now_s, headers = clock(), Headers(scope=scope)
-        return Request(
+        return HttpRequest(
             id=f"{self._id_prefix}-{secrets.token_hex(16)}",
             operation=self._operation,
             arrived_s=now_s,
@@ -150,7 +159,7 @@ class GenerateEndpoint:
             trace_headers={name: headers[name] for name in TRACE_HEADERS if name in headers},
         )
 
-    async def _answer(self, request: Request, body: bytes, reply: Reply) -> None:
+    async def _answer(self, request: HttpRequest, body: bytes, reply: Reply) -> None:
         service = self._service
         async with asyncio.timeout(service.settings.request_timeout_s + DEADLINE_GRACE_S):
             order = self._read(body)
@@ -167,7 +176,7 @@ class GenerateEndpoint:
                 await (exchange.stream(stream) if order.stream else exchange.whole(stream))
 
     def _sources(
-        self, request: Request, order: Order, made: list[Generation], lines: list[Timeline]
+        self, request: HttpRequest, order: ParsedRequest, made: list[Generation], lines: list[Timeline]
     ) -> list[AsyncGenerator[Piece, None]]:
         service, stop = self._service, StopRule(order.stop, order.include_stop)
         timeout_s = max(0.001, service.settings.request_timeout_s - (service.metrics.clock() - request.arrived_s))
@@ -179,7 +188,7 @@ class GenerateEndpoint:
                 f"{request.id}-{generation.index}",
                 generation,
                 Assembler(generation, service.text, stop),
-                lambda: Track(service.metrics, service.journal, about, line),
+                lambda: GenerationMeter(service.metrics, service.journal, about, line),
                 line,
                 timeout_s=timeout_s,
                 priority=order.priority,
@@ -212,7 +221,7 @@ class Exchange:
     """Turns the pieces of one request into its answer, counting what goes into `usage`."""
 
     def __init__(
-        self, order: Order, made: list[Generation], answers: Answers, reply: Reply, lines: Sequence[Timeline]
+        self, order: ParsedRequest, made: list[Generation], answers: Answers, reply: Reply, lines: Sequence[Timeline]
     ) -> None:
         self._order = order
         self._made = made
@@ -280,15 +289,15 @@ class Exchange:
         self._completion_tokens += piece.num_tokens
         self._cached_tokens[piece.index] = piece.cached_tokens
 
-    def _usage(self) -> Usage:
+    def _usage(self) -> TokenUsage:
         """A prompt counts once, however many answers it has."""
         firsts = range(0, len(self._made), self._order.n)
         prompt_tokens = sum(len(self._made[index].prompt_ids) for index in firsts)
         cached_tokens = sum(self._cached_tokens[index] for index in firsts)
-        return Usage(prompt_tokens, self._completion_tokens, cached_tokens)
+        return TokenUsage(prompt_tokens, self._completion_tokens, cached_tokens)
 
 
-def _unbegun(request: Request, outcome: str) -> RequestRecord:
+def _unbegun(request: HttpRequest, outcome: str) -> RequestRecord:
     """The record of a request that ended before there was anything to generate."""
     request.timeline.end(finished=False)
     return RequestRecord(

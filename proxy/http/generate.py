@@ -16,9 +16,9 @@ from baton.proxy.http.answers import TokenLogprob
 from baton.proxy.http.failures import kind_of
 from baton.proxy.http.prepare import Generation
 from baton.proxy.interface import Delta, Engine
+from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.metrics.track import CANCELLED, Track
-from baton.proxy.text.model_text import Text
+from baton.proxy.text.model_text import ModelText
 from baton.proxy.text.stop import StopMatcher
 
 
@@ -44,7 +44,7 @@ class StopRule:
 class Assembler:
     """Text of one generation: detokenised, ended at a stop string, with log probabilities if they come."""
 
-    def __init__(self, generation: Generation, text: Text, stop: StopRule) -> None:
+    def __init__(self, generation: Generation, text: ModelText, stop: StopRule) -> None:
         self._generation = generation
         self._text = text
         self._detokenizer = text.detokenizer()
@@ -107,7 +107,7 @@ async def pieces(
     request_id: str,
     generation: Generation,
     assembler: Assembler,
-    track: Callable[[], Track],
+    track: Callable[[], GenerationMeter],
     timeline: Timeline,
     *,
     timeout_s: float,

@@ -13,9 +13,9 @@ import msgspec
 
 from baton.node.errors import BadRequest
 from baton.node.messages.control import SamplingParams
-from baton.proxy.http.schema import Order, Wish
+from baton.proxy.http.schema import ParsedRequest, SamplingRequest
 from baton.proxy.interface import AppSettings
-from baton.proxy.text.model_text import Text
+from baton.proxy.text.model_text import ModelText
 
 _SEEDS = 1 << 63
 
@@ -32,7 +32,9 @@ class Generation:
     sampling: SamplingParams
 
 
-async def generations(order: Order, text: Text, settings: AppSettings, max_model_len: int) -> list[Generation]:
+async def generations(
+    order: ParsedRequest, text: ModelText, settings: AppSettings, max_model_len: int
+) -> list[Generation]:
     """All generations of `order`, n next to each other for each prompt; raises BadRequest.
 
     The k-th of n answers gets seed + k, so that a prompt has the same answers alone and in a batch.
@@ -52,7 +54,7 @@ async def generations(order: Order, text: Text, settings: AppSettings, max_model
     return made
 
 
-async def _tokenise(order: Order, text: Text, max_model_len: int) -> list[tuple[tuple[int, ...], str]]:
+async def _tokenise(order: ParsedRequest, text: ModelText, max_model_len: int) -> list[tuple[tuple[int, ...], str]]:
     """Ids of each prompt, checked, with the text to echo."""
     param = "messages" if order.chat else "prompt"
 
@@ -67,7 +69,7 @@ async def _tokenise(order: Order, text: Text, max_model_len: int) -> list[tuple[
 
 
 async def _tokenise_prompt(
-    prompt: str | tuple[int, ...], echo: bool, text: Text, encode: Callable[[str], Awaitable[tuple[int, ...]]]
+    prompt: str | tuple[int, ...], echo: bool, text: ModelText, encode: Callable[[str], Awaitable[tuple[int, ...]]]
 ) -> tuple[tuple[int, ...], str]:
     if isinstance(prompt, str):
         return _checked(await encode(prompt), text.vocab_size, "prompt"), prompt if echo else ""
@@ -83,13 +85,15 @@ def _checked(ids: tuple[int, ...], vocab_size: int, param: str) -> tuple[int, ..
     return ids
 
 
-def _check_ids(wish: Wish, vocab_size: int) -> None:
+def _check_ids(wish: SamplingRequest, vocab_size: int) -> None:
     for param, ids in (("stop_token_ids", wish.stop_token_ids), ("logit_bias", [t for t, _ in wish.logit_bias])):
         if ids and max(ids) >= vocab_size:
             raise BadRequest(f"token id {max(ids)} is outside the vocabulary of {vocab_size}", param=param)
 
 
-def _sampling(order: Order, text: Text, settings: AppSettings, prompt_len: int, max_model_len: int) -> SamplingParams:
+def _sampling(
+    order: ParsedRequest, text: ModelText, settings: AppSettings, prompt_len: int, max_model_len: int
+) -> SamplingParams:
     """The parameters of one prompt's answers, the seed still open."""
     wish, defaults = order.wish, text.defaults
     max_tokens = _max_tokens(order, settings, prompt_len, max_model_len)
@@ -115,7 +119,7 @@ def _sampling(order: Order, text: Text, settings: AppSettings, prompt_len: int, 
     )
 
 
-def _max_tokens(order: Order, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:
+def _max_tokens(order: ParsedRequest, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:
     fits = max_model_len - prompt_len
     asked = order.wish.max_tokens
     if fits < 1 or (asked is not None and asked > fits):

@@ -1,4 +1,4 @@
-"""OpenAI's request bodies, and the only place that knows them: bytes in, a checked `Order` of plain values out.
+"""OpenAI's request bodies, and the only place that knows them: bytes in, a checked `ParsedRequest` of plain values out.
 
 The rule for parameters:
   * the ones that have fields here are obeyed, and checked strictly (no "5" for 5, no NaN); null means "not given";
@@ -174,7 +174,7 @@ _SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class Wish:
+class SamplingRequest:
     """How the client wants tokens to be drawn; None where it said nothing and the model's default counts."""
 
     max_tokens: int | None
@@ -195,7 +195,7 @@ class Wish:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class ParsedRequest:
     """One request, checked as far as it can be without the model: prompts are still text, or ids of any size."""
 
     model: str
@@ -205,7 +205,7 @@ class Order:
     messages: tuple[Mapping[str, str], ...]
     """Of a chat; empty for a completion."""
     add_special_tokens: bool
-    wish: Wish
+    wish: SamplingRequest
     n: int
     stop: tuple[str, ...]
     include_stop: bool
@@ -217,7 +217,7 @@ class Order:
     """Digest of what the client calls its conversation or itself, for the router's policy `session`; empty: nothing."""
 
 
-def read_completion(body: bytes) -> Order:
+def read_completion(body: bytes) -> ParsedRequest:
     """The order in the body of /v1/completions; raises BadRequest."""
     request = parse(CompletionBody, body)
     _check_extra(request)
@@ -230,7 +230,7 @@ def read_completion(body: bytes) -> Order:
     return _order(request, wish, prompts=prompts, special=request.add_special_tokens is not False, echo=request.echo)
 
 
-def read_chat(body: bytes) -> Order:
+def read_chat(body: bytes) -> ParsedRequest:
     """The order in the body of /v1/chat/completions; raises BadRequest."""
     request = parse(ChatBody, body)
     _check_extra(request)
@@ -269,17 +269,17 @@ def parse(model: type[Body], body: bytes) -> Body:
 
 def _order(
     request: _Sampling,
-    wish: Wish,
+    wish: SamplingRequest,
     *,
     prompts: tuple[str | tuple[int, ...], ...] = (),
     messages: tuple[Mapping[str, str], ...] = (),
     special: bool = False,
     echo: bool | None = False,
-) -> Order:
+) -> ParsedRequest:
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
     stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    return Order(
+    return ParsedRequest(
         model=request.model,
         chat=bool(messages),
         prompts=prompts,
@@ -302,10 +302,10 @@ def _digest(key: str) -> bytes:
     return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() if key else b""
 
 
-def _wish(request: _Sampling, max_tokens: int | None, logprobs: bool, top_logprobs: int) -> Wish:
+def _wish(request: _Sampling, max_tokens: int | None, logprobs: bool, top_logprobs: int) -> SamplingRequest:
     if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
         raise BadRequest("min_tokens is greater than max_tokens", param="min_tokens")
-    return Wish(
+    return SamplingRequest(
         max_tokens=max_tokens,
         min_tokens=request.min_tokens or 0,
         temperature=request.temperature,

@@ -6,7 +6,7 @@ A counter that is not listed here is shown all the same, without a meaning; a te
 from __future__ import annotations
 
 from baton.node.messages.store import TIER_NAMES
-from baton.proxy.routing.router import WHYS
+from baton.proxy.routing.router import CHOICE_REASONS
 
 PROMPT_SOURCES = ("gpu", *TIER_NAMES, "computed")
 """Where the KV of a prompt's tokens may come from: the pool of the worker, a tier below it, or a step."""
@@ -25,7 +25,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     **{
         f"routed_{role}_{why}_total": f"Attempts whose {role} worker was chosen because {text}."
         for role in ("prefill", "decode")
-        for why, text in WHYS.items()
+        for why, text in CHOICE_REASONS.items()
     },
     "kv_hit_predicted_tokens_total": "Tokens of prompts that the router expected to be cached.",
     "kv_hit_actual_tokens_total": "Tokens of the same prompts that were.",

@@ -19,7 +19,7 @@ from baton.proxy.interface import Engine
 from baton.proxy.metrics.collector import EngineCollector, MovedBytes
 from baton.proxy.metrics.counters import PROMPT_SOURCES
 from baton.proxy.metrics.record import RequestRecord
-from baton.proxy.metrics.timeline import FIRST_TOKEN, USUAL, Part
+from baton.proxy.metrics.timeline import FIRST_TOKEN, USUAL, Segment
 
 # fmt: off
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
@@ -35,7 +35,7 @@ _BEFORE_SCHEDULED = ("queue", "prefill_queue")
 _PREFILL = ("tier_load", "prefill")
 
 
-class Metrics:
+class ProxyMetrics:
     """The metrics of one app."""
 
     def __init__(self, engine: Engine, model_name: str, clock: Callable[[], float] = time.perf_counter) -> None:
@@ -71,7 +71,7 @@ class Metrics:
         self._prefix_queries.inc(prompt_tokens)
         self._prefix_hits.inc(cached_tokens)
 
-    def parts_of(self, operation: str) -> Callable[[Part], None]:
+    def parts_of(self, operation: str) -> Callable[[Segment], None]:
         """Takes in the parts of one generation's timeline, as they end."""
         return functools.partial(self._observe_part, self._gen_ai_ttft[operation])
 
@@ -100,7 +100,7 @@ class Metrics:
             self._tpot.observe(decode_s / followers)
             self._gen_ai_tpot[operation].observe(decode_s / followers)
 
-    def _observe_part(self, gen_ai_ttft: Histogram, part: Part) -> None:
+    def _observe_part(self, gen_ai_ttft: Histogram, part: Segment) -> None:
         if not part.complete:
             return
         for stage, took_s in part.stages:

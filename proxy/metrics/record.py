@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from baton.node.messages.control import SamplingParams
 from baton.node.messages.store import TIER_NAMES
-from baton.proxy.metrics.timeline import Attempt, Part
+from baton.proxy.metrics.timeline import Attempt, Segment
 
 SHOWN_HASH_BYTES = 8
 
 
 @dataclass(frozen=True, slots=True)
-class About:
+class GenerationInfo:
     """What is known of a generation before it begins."""
 
     request_id: str
@@ -41,12 +41,12 @@ class About:
 class RequestRecord:
     """One generation that is over."""
 
-    about: About
+    about: GenerationInfo
     outcome: str
     """"stop" | "length" | "cancelled" | one of proxy.failures.FAILURE_KINDS."""
     generated_tokens: int
     cached_tokens: int
-    parts: tuple[Part, ...]
+    parts: tuple[Segment, ...]
     attempts: tuple[Attempt, ...]
     """The last ones; the last of all is the one that ended it."""
     num_attempts: int
@@ -65,7 +65,7 @@ class RequestRecord:
         in_pool = max(0, self.cached_tokens - sum(loaded.values()))
         return {"gpu": in_pool, **loaded, "computed": self.about.prompt_tokens - self.cached_tokens}
 
-    def part(self, until: str) -> Part | None:
+    def part(self, until: str) -> Segment | None:
         """The part of this name, if the generation came to its end."""
         return next((part for part in self.parts if part.until == until and part.complete), None)
 

@@ -67,7 +67,7 @@ MAX_ATTEMPTS_KEPT = 8
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Segment:
     """One part of a line; `stages` sum to `total_s`."""
 
     until: str
@@ -111,13 +111,13 @@ class Timeline:
         self.ended = False
         self._clock = clock
         self._began_at = self._cursor = clock() if started_at is None else started_at
-        self._parts: list[Part] = []
+        self._parts: list[Segment] = []
         self._stages: dict[str, float] = {}
         self._stage = "admission"
         self._decoding = False
-        self._on_part: Callable[[Part], None] = lambda part: None
+        self._on_part: Callable[[Segment], None] = lambda part: None
 
-    def fork(self, on_part: Callable[[Part], None]) -> Timeline:
+    def fork(self, on_part: Callable[[Segment], None]) -> Timeline:
         """The line of one of several generations, which have had a common beginning; complete parts go to `on_part`."""
         line = Timeline(self._clock, self._began_at)
         line._cursor, line._stage, line._stages = self._cursor, self._stage, dict(self._stages)
@@ -125,7 +125,7 @@ class Timeline:
         return line
 
     @property
-    def parts(self) -> tuple[Part, ...]:
+    def parts(self) -> tuple[Segment, ...]:
         """Those that are over, in order."""
         return tuple(self._parts)
 
@@ -210,7 +210,7 @@ class Timeline:
         self._advance(now)
         usual = USUAL[until]
         stages = tuple((s, self._stages.get(s, 0.0)) for s in STAGES if s in usual or s in self._stages)
-        part = Part(until, complete, now - self._began_at, stages)
+        part = Segment(until, complete, now - self._began_at, stages)
         self._parts.append(part)
         self._stages, self._began_at = {}, now
         self._on_part(part)

@@ -69,7 +69,7 @@ class Shape:
     max_model_len: int
 
 
-class Cluster:
+class ClusterState:
     """See the module's docstring. Workers are named by endpoint identity, `worker/incarnation`."""
 
     def __init__(self, stall_s: float) -> None:

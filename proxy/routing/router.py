@@ -86,7 +86,7 @@ class RequestView:
 
 
 @dataclass(frozen=True, slots=True)
-class Rules:
+class RoutingRules:
     policy: str
     local_prefill: str
     local_prefill_tokens: int
@@ -102,7 +102,7 @@ class Route:
     reason: str
     decode_why: str = ""
     prefill_why: str = ""
-    """Why this worker of the role, one of WHYS; "" where there was no choice to make."""
+    """Why this worker of the role, one of CHOICE_REASONS; "" where there was no choice to make."""
     hit_tokens: int = 0
     """Tokens that whoever computes the prompt is expected to find in a cache."""
 
@@ -120,7 +120,7 @@ class Wait:
     missing: str = ""
 
 
-WHYS: Mapping[str, str] = {
+CHOICE_REASONS: Mapping[str, str] = {
     "holder": "it holds most of the prompt",
     "coming": "most of the prompt will be there: a sibling is on its way to it",
     "cheaper": "another holds more, but would take longer",
@@ -132,7 +132,7 @@ WHYS: Mapping[str, str] = {
 """Reasons for a choice, as they are counted and logged."""
 
 
-def pick(view: Sequence[WorkerView], request: RequestView, rules: Rules) -> Route | Wait:
+def pick(view: Sequence[WorkerView], request: RequestView, rules: RoutingRules) -> Route | Wait:
     """The route of one request. Workers in `avoid` are taken only if there is no other."""
     decodes = _candidates(view, "decode", request)
     prefills = _candidates(view, "prefill", request)
@@ -156,7 +156,7 @@ def pick(view: Sequence[WorkerView], request: RequestView, rules: Rules) -> Rout
     return Route(decode, prefill, "disaggregated", decode_why, prefill_why, hit_tokens)
 
 
-def _why_local(decode: WorkerView, prefill: WorkerView, request: RequestView, rules: Rules) -> str:
+def _why_local(decode: WorkerView, prefill: WorkerView, request: RequestView, rules: RoutingRules) -> str:
     """The reason for prefilling on the decode worker although this one could, or ""."""
     uncached = request.num_tokens - request.hit_tokens(decode.identity)
     if rules.local_prefill != "never" and uncached < rules.local_prefill_tokens:

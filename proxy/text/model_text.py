@@ -37,7 +37,7 @@ class SamplingDefaults:
     repetition_penalty: float = 1.0
 
 
-class Text:
+class ModelText:
     """The tokenizer of one folder; raises SettingsError where the folder has none, or a broken one."""
 
     def __init__(self, folder: Path) -> None:

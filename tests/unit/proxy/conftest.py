@@ -10,12 +10,13 @@ import pytest
 
 from baton.node.messages.control import Logprob
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
-from baton.proxy.text.model_text import Text
+from baton.proxy.interface import AppSettings, Delta
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
 DEMO = Path(__file__).parents[3] / "models" / "demo"
 
-Says = Callable[..., Callable[[Call], list[Step]]]
+Says = Callable[..., Callable[[EngineCall], list[ScriptStep]]]
 
 
 @pytest.fixture(scope="session")
@@ -24,25 +25,25 @@ def demo_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def text() -> Iterator[Text]:
-    made = Text(DEMO)
+def text() -> Iterator[ModelText]:
+    made = ModelText(DEMO)
     yield made
     made.close()
 
 
 @pytest.fixture(scope="session")
-def says(text: Text) -> Says:
+def says(text: ModelText) -> Says:
     """Makes scripts: one delta a token of an answer, with probabilities where asked for, then the end token."""
 
-    def make(answer: str, finish: str = "stop", cached_tokens: int = 0) -> Callable[[Call], list[Step]]:
+    def make(answer: str, finish: str = "stop", cached_tokens: int = 0) -> Callable[[EngineCall], list[ScriptStep]]:
         ids = list(text.encode(answer, add_special_tokens=False))
         ids += [text.eos_ids[-1]] if finish == "stop" else []
 
-        def script(call: Call) -> list[Step]:
+        def script(call: EngineCall) -> list[ScriptStep]:
             logprobs = (
                 (Logprob(-0.5, ((ids[0], -0.25),) * call.sampling.top_logprobs),) if call.sampling.logprobs else ()
             )
-            steps: list[Step] = [Delta((token,), logprobs, "", cached_tokens) for token in ids[:-1]]
+            steps: list[ScriptStep] = [Delta((token,), logprobs, "", cached_tokens) for token in ids[:-1]]
             return [*steps, Delta((ids[-1],), logprobs, finish, cached_tokens)]
 
         return script
@@ -61,7 +62,7 @@ def app_settings() -> AppSettings:
 
 
 @pytest.fixture
-async def client(engine: FakeEngine, text: Text, app_settings: AppSettings) -> AsyncIterator[httpx.AsyncClient]:
+async def client(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> AsyncIterator[httpx.AsyncClient]:
     """Requests to the app without a socket; override `app_settings` for another app."""
     transport = httpx.ASGITransport(create_app(engine, text, app_settings), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as made:

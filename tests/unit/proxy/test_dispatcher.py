@@ -105,7 +105,7 @@ async def test_a_deadline_ends_the_wait_for_room(dispatcher: Dispatcher) -> None
 
 async def test_no_worker_is_an_error_after_a_grace(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against hanging on an empty cluster: the error names the role that is missing."""
-    monkeypatch.setattr(dispatcher, "NO_WORKER_GRACE_S", 0.0)
+    monkeypatch.setattr("baton.proxy.dispatcher.NO_WORKER_GRACE_S", 0.0)
     assert "registered" in dispatcher.ready()
     _join(dispatcher)
     assert dispatcher.ready() == ""

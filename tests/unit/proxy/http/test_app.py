@@ -22,11 +22,12 @@ from baton.node.errors import (
 )
 from baton.proxy.http.app import create_app
 from baton.proxy.http.asgi import read_body
-from baton.proxy.http.endpoint import Gate
-from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
-from baton.proxy.text.model_text import Text
+from baton.proxy.http.endpoint import RequestLimit
+from baton.proxy.interface import AppSettings, Delta
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
-Says = Callable[..., Callable[[Call], list[Step]]]
+Says = Callable[..., Callable[[EngineCall], list[ScriptStep]]]
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "demo", "prompt": "Hi"}
 
@@ -107,7 +108,7 @@ async def test_choices_and_prompts_run_at_once_and_keep_their_order(
     """Guards against choices one after the other, choices mixed up, and a prompt counted once for each answer."""
     every = asyncio.Event()
 
-    def script(call: Call) -> list[Step]:
+    def script(call: EngineCall) -> list[ScriptStep]:
         if len(engine.calls) == 4:
             every.set()
         return [every, *says(f"answer {call.request_id.rsplit('-', 1)[1]}")(call)]
@@ -139,7 +140,7 @@ async def test_a_stop_string_may_stay_and_waits_for_min_tokens(client: httpx.Asy
 
 @pytest.mark.parametrize(("include", "expected"), [(False, "Once upon"), (True, "Once upon a")])
 async def test_a_stop_token_is_text_only_where_asked_for(
-    client: httpx.AsyncClient, engine: FakeEngine, text: Text, include: bool, expected: str
+    client: httpx.AsyncClient, engine: FakeEngine, text: ModelText, include: bool, expected: str
 ) -> None:
     """Guards against an ordinary token that the client named as a stop token shown, as vLLM does not."""
     ids = text.encode("Once upon a", add_special_tokens=False)
@@ -150,7 +151,7 @@ async def test_a_stop_token_is_text_only_where_asked_for(
     assert answer["usage"]["completion_tokens"] == 3
 
 
-async def test_one_delta_of_many_tokens(client: httpx.AsyncClient, engine: FakeEngine, text: Text) -> None:
+async def test_one_delta_of_many_tokens(client: httpx.AsyncClient, engine: FakeEngine, text: ModelText) -> None:
     """Guards against text after a stop string, or tokens of it counted, where a delta brings several at once."""
     ids = text.encode("Once upon a time.", add_special_tokens=False)
     engine.script = lambda call: [Delta(ids, (), "length", 0)]
@@ -257,7 +258,7 @@ async def test_the_first_failure_cancels_the_other_choices(
     """Guards against siblings of a failed choice that run on for nobody."""
     others = asyncio.Event()
 
-    def script(call: Call) -> list[Step]:
+    def script(call: EngineCall) -> list[ScriptStep]:
         if len(engine.calls) == 3:
             others.set()
         return [others, PeerLost("gone")] if call.request_id.endswith("-0") else [asyncio.Event()]
@@ -270,7 +271,7 @@ async def test_the_first_failure_cancels_the_other_choices(
 
 
 async def test_time_up_at_the_engine_and_at_the_app(
-    engine: FakeEngine, text: Text, app_settings: AppSettings, monkeypatch: pytest.MonkeyPatch
+    engine: FakeEngine, text: ModelText, app_settings: AppSettings, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Guards against a request that waits for ever on an engine that forgot its deadline."""
     monkeypatch.setattr("baton.proxy.http.endpoint.DEADLINE_GRACE_S", 0.0)
@@ -334,13 +335,13 @@ async def test_a_body_without_a_length_is_bounded_too() -> None:
     assert received < 100 << 20
 
 
-async def test_too_many_requests_at_once(engine: FakeEngine, text: Text, app_settings: AppSettings) -> None:
+async def test_too_many_requests_at_once(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against memory without bound, and a place that is not given back after an answer or a failure."""
     app = create_app(engine, text, replace(app_settings, max_requests=1))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         begun, go_on = asyncio.Event(), asyncio.Event()
 
-        def script(call: Call) -> list[Step]:
+        def script(call: EngineCall) -> list[ScriptStep]:
             begun.set()
             return [go_on, Delta((300,), (), "length")]
 
@@ -357,7 +358,7 @@ async def test_too_many_requests_at_once(engine: FakeEngine, text: Text, app_set
 
 def test_a_gate_counts_down_on_every_path() -> None:
     """Guards against a place lost when what is inside raises."""
-    gate = Gate(1)
+    gate = RequestLimit(1)
     with pytest.raises(ValueError), gate:
         raise ValueError
     assert gate.inside == 0
@@ -370,12 +371,12 @@ def test_a_gate_counts_down_on_every_path() -> None:
 @pytest.mark.parametrize("tokens_before", [0, 2])
 @pytest.mark.parametrize("n", [1, 3])
 async def test_a_client_that_goes_away_cancels_every_generation(
-    engine: FakeEngine, text: Text, app_settings: AppSettings, stream: bool, tokens_before: int, n: int
+    engine: FakeEngine, text: ModelText, app_settings: AppSettings, stream: bool, tokens_before: int, n: int
 ) -> None:
     """Guards against workers that generate for nobody: while waiting, while streaming, whole answers and streams."""
     everything_runs = asyncio.Event()
 
-    def script(call: Call) -> list[Step]:
+    def script(call: EngineCall) -> list[ScriptStep]:
         if len(engine.calls) == n:
             everything_runs.set()
         return [*[Delta((300,))] * tokens_before, asyncio.Event()]
@@ -404,7 +405,7 @@ async def test_a_client_that_goes_away_cancels_every_generation(
 
 
 async def test_a_connection_closed_under_a_write_cancels_too(
-    engine: FakeEngine, text: Text, app_settings: AppSettings
+    engine: FakeEngine, text: ModelText, app_settings: AppSettings
 ) -> None:
     """Guards against a server whose send raises, which must not look like a failure of ours."""
     engine.script = lambda call: [Delta((300,)), asyncio.Event()]
@@ -424,11 +425,13 @@ async def test_a_connection_closed_under_a_write_cancels_too(
     assert len(engine.cancelled) == 1
 
 
-async def test_a_server_that_stops_cancels_what_runs(engine: FakeEngine, text: Text, app_settings: AppSettings) -> None:
+async def test_a_server_that_stops_cancels_what_runs(
+    engine: FakeEngine, text: ModelText, app_settings: AppSettings
+) -> None:
     """Guards against a generation left behind where the server cancels the task of a request."""
     begun = asyncio.Event()
 
-    def script(call: Call) -> list[Step]:
+    def script(call: EngineCall) -> list[ScriptStep]:
         begun.set()
         return [asyncio.Event()]
 

@@ -17,10 +17,11 @@ import uvicorn
 
 from baton.node.errors import BadRequest, DeadlineExceeded, Overloaded, PeerLost
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step
-from baton.proxy.text.model_text import Text
+from baton.proxy.interface import AppSettings, Delta
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
-Says = Callable[..., Callable[[Call], list[Step]]]
+Says = Callable[..., Callable[[EngineCall], list[ScriptStep]]]
 ANSWER = "Once upon a time 日本 there was."
 USER: Any = [{"role": "user", "content": "Tell me a story"}]
 
@@ -50,7 +51,7 @@ class Served:
 
 
 @pytest.fixture(scope="module")
-def server(text: Text) -> Iterator[Served]:
+def server(text: ModelText) -> Iterator[Served]:
     engine = FakeEngine(lambda call: [])
     # The text is the session's: the server must not run the app's end, which closes it.
     app = create_app(engine, text, AppSettings("demo", api_keys=("key",)))
@@ -224,7 +225,7 @@ def test_a_client_that_gives_up_waiting_cancels(served: Served) -> None:
     """Guards against an answer computed to its end for a client that closed its connection while waiting for it."""
     begun = threading.Event()
 
-    def script(call: Call) -> list[Step]:
+    def script(call: EngineCall) -> list[ScriptStep]:
         begun.set()
         return [asyncio.Event()]
 

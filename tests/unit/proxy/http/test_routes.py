@@ -14,10 +14,11 @@ import pytest
 from baton.node.errors import PeerLost
 from baton.node.messages.control import Load
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings, Call, Delta, FakeEngine, Step, WorkerStatus
-from baton.proxy.text.model_text import Text
+from baton.proxy.interface import AppSettings, Delta, WorkerStatus
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
-Says = Callable[..., Callable[[Call], list[Step]]]
+Says = Callable[..., Callable[[EngineCall], list[ScriptStep]]]
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "demo", "prompt": "Hi"}
 
@@ -44,7 +45,7 @@ async def test_probes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     assert (await client.get("/live")).status_code == 200
 
 
-async def test_health_generate_is_bounded(engine: FakeEngine, text: Text, app_settings: AppSettings) -> None:
+async def test_health_generate_is_bounded(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against a probe that hangs with the worker that it should find out about."""
     engine.script = lambda call: [asyncio.Event()]
     app = create_app(engine, text, replace(app_settings, probe_timeout_s=0.02))
@@ -58,7 +59,7 @@ async def test_probes_generate_one_at_a_time(client: httpx.AsyncClient, engine: 
     """Guards against a burst of probes that becomes a load of its own."""
     begun, go_on = asyncio.Event(), asyncio.Event()
 
-    def script(call: Call) -> list[Step]:
+    def script(call: EngineCall) -> list[ScriptStep]:
         begun.set()
         return [go_on, Delta((300,), (), "length")]
 
@@ -91,7 +92,7 @@ async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
 
 
 @pytest.fixture
-def guarded(engine: FakeEngine, text: Text, app_settings: AppSettings) -> httpx.AsyncClient:
+def guarded(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> httpx.AsyncClient:
     settings = replace(app_settings, api_keys=("first-key", "schlüssel"), debug_requests=4)
     app = create_app(engine, text, settings)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy")
@@ -140,7 +141,7 @@ async def test_a_key_beyond_ascii(guarded: httpx.AsyncClient) -> None:
     assert answer.status_code == 200
 
 
-async def test_metrics_may_be_off(engine: FakeEngine, text: Text, app_settings: AppSettings) -> None:
+async def test_metrics_may_be_off(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against a setting that does nothing."""
     app = create_app(engine, text, replace(app_settings, metrics=False))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
@@ -160,7 +161,7 @@ def test_the_proxy_needs_neither_torch_nor_transformers_and_little_memory() -> N
     """Guards against an import that costs a gigabyte and ten seconds in a process that never touches a tensor."""
     # The peak of getrusage would be that of this process too: it survives fork and exec.
     program = (
-        "import sys, proxy.app, uvicorn\n"
+        "import sys, baton.proxy.http.app, uvicorn\n"
         "assert not {'torch', 'transformers', 'numpy'} & set(sys.modules), sorted(sys.modules)\n"
         "print(open('/proc/self/status').read().split('VmHWM:')[1].split()[0])"
     )

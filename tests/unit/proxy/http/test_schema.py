@@ -14,7 +14,7 @@ from baton.node.messages.control import SamplingParams
 from baton.proxy.http.prepare import Generation, generations
 from baton.proxy.http.schema import IGNORED, UNSUPPORTED, read_chat, read_completion
 from baton.proxy.interface import AppSettings
-from baton.proxy.text.model_text import Text
+from baton.proxy.text.model_text import ModelText
 
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "demo", "prompt": "Hi"}
@@ -31,12 +31,12 @@ def refused(base: dict[str, Any], **more: Any) -> BadRequest:
     return raised.value
 
 
-async def prepared(text: Text, base: dict[str, Any], **more: Any) -> list[Generation]:
+async def prepared(text: ModelText, base: dict[str, Any], **more: Any) -> list[Generation]:
     order = (read_chat if "messages" in base else read_completion)(body(base, **more))
     return await generations(order, text, AppSettings("demo"), 2048)
 
 
-async def sampling(text: Text, base: dict[str, Any], **more: Any) -> SamplingParams:
+async def sampling(text: ModelText, base: dict[str, Any], **more: Any) -> SamplingParams:
     return (await prepared(text, base, **more))[0].sampling
 
 
@@ -125,7 +125,7 @@ PROMPTS: list[Any] = [
 
 
 @pytest.mark.parametrize("prompt", PROMPTS, ids=lambda prompt: str(prompt)[:20])
-async def test_a_prompt_of_another_shape_is_refused(text: Text, prompt: object) -> None:
+async def test_a_prompt_of_another_shape_is_refused(text: ModelText, prompt: object) -> None:
     """Guards against token ids that are booleans or fractions, and against empty prompts."""
     with pytest.raises(BadRequest) as raised:
         await prepared(text, COMPLETION, prompt=prompt)
@@ -258,7 +258,7 @@ def test_contradictions_are_refused() -> None:
 # ---- what is obeyed -----------------------------------------------------------------------------------------------
 
 
-async def test_every_sampling_parameter_arrives(text: Text) -> None:
+async def test_every_sampling_parameter_arrives(text: ModelText) -> None:
     """Guards against a parameter accepted and then dropped on the way to the worker."""
     asked: dict[str, Any] = {
         "max_tokens": 7,
@@ -281,7 +281,7 @@ async def test_every_sampling_parameter_arrives(text: Text) -> None:
     assert await sampling(text, CHAT, **asked, **more) == expected
 
 
-async def test_what_is_not_said_is_the_models_default(text: Text) -> None:
+async def test_what_is_not_said_is_the_models_default(text: ModelText) -> None:
     """Guards against null taken for a value, and against generation_config.json not read."""
     nulls = dict.fromkeys(["temperature", "top_p", "top_k", "min_p", "stop", "n", "logprobs", "stream_options", "seed"])
     made = await sampling(text, COMPLETION, **nulls)
@@ -291,13 +291,13 @@ async def test_what_is_not_said_is_the_models_default(text: Text) -> None:
     assert (await sampling(text, COMPLETION, top_k=-1)).top_k == 0
 
 
-async def test_ignore_eos_leaves_only_the_clients_stop_tokens(text: Text) -> None:
+async def test_ignore_eos_leaves_only_the_clients_stop_tokens(text: ModelText) -> None:
     """Guards against an answer ended by the model's end token although the client said to go on."""
     assert (await sampling(text, COMPLETION, ignore_eos=True)).stop_token_ids == ()
     assert (await sampling(text, COMPLETION, ignore_eos=True, stop_token_ids=[1])).stop_token_ids == (1,)
 
 
-async def test_seeds(text: Text) -> None:
+async def test_seeds(text: ModelText) -> None:
     """Guards against n equal answers, answers that a batch changes, and seeds out of the wire's range."""
     seeds = [made.sampling.seed for made in await prepared(text, COMPLETION, prompt=["a", "b"], n=3, seed=5)]
     assert seeds == [5, 6, 7, 5, 6, 7]
@@ -307,7 +307,7 @@ async def test_seeds(text: Text) -> None:
         assert all(0 <= made.sampling.seed < 2**63 for made in await prepared(text, COMPLETION, seed=seed, n=2))
 
 
-async def test_shapes_of_prompts(text: Text) -> None:
+async def test_shapes_of_prompts(text: ModelText) -> None:
     """Guards against a list of ids read as many prompts, and against choices in another order than prompts."""
     hi = text.encode("Hi", add_special_tokens=True)
     for prompt, expected in (
@@ -321,7 +321,7 @@ async def test_shapes_of_prompts(text: Text) -> None:
         assert [generation.index for generation in made] == list(range(len(made)))
 
 
-async def test_echo(text: Text) -> None:
+async def test_echo(text: ModelText) -> None:
     """Guards against echoing text that was not the client's, or dropping special tokens of given ids."""
     assert [made.echo for made in await prepared(text, COMPLETION, prompt=["Hi ", "ho"], echo=True)] == ["Hi ", "ho"]
     ids = list(text.encode("Hi<|end|>", add_special_tokens=False))
@@ -329,7 +329,7 @@ async def test_echo(text: Text) -> None:
     assert (await prepared(text, COMPLETION))[0].echo == ""
 
 
-async def test_parts_of_text_and_answers_sent_back(text: Text) -> None:
+async def test_parts_of_text_and_answers_sent_back(text: ModelText) -> None:
     """Guards against refusing the message that a client got from us and sends back with the next turn."""
     parts = [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]
     answer: dict[str, Any] = {
@@ -349,7 +349,7 @@ async def test_parts_of_text_and_answers_sent_back(text: Text) -> None:
 # ---- what depends on the model ------------------------------------------------------------------------------------
 
 
-async def test_the_context_length(text: Text) -> None:
+async def test_the_context_length(text: ModelText) -> None:
     """Guards against an answer cut by the model's limit, or a request that no worker can hold, being sent on."""
     assert (await sampling(text, COMPLETION, prompt=[5] * 2040, max_tokens=8)).max_tokens == 8
     for more in ({"prompt": [5] * 2040, "max_tokens": 9}, {"prompt": [5] * 2048}, {"prompt": "word " * 50_000}):
@@ -378,7 +378,7 @@ async def test_the_context_length(text: Text) -> None:
     ],
     ids=str,
 )
-async def test_what_the_model_or_the_settings_do_not_allow(text: Text, more: dict[str, Any], param: str) -> None:
+async def test_what_the_model_or_the_settings_do_not_allow(text: ModelText, more: dict[str, Any], param: str) -> None:
     """Guards against an index outside the embedding table, and work without bounds."""
     with pytest.raises(BadRequest) as raised:
         await prepared(text, COMPLETION, **more)

@@ -16,14 +16,15 @@ from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings, FakeEngine
-from baton.proxy.text.model_text import Text
+from baton.proxy.interface import AppSettings
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import FakeEngine
 
 FOLDER = Path(__file__).parents[4] / "proxy" / "metrics" / "dashboard"
 SCRIPTS = sorted(path.name for path in FOLDER.glob("*.js"))
 
 
-async def test_page_is_whole_and_open(engine: FakeEngine, text: Text, app_settings: AppSettings) -> None:
+async def test_page_is_whole_and_open(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards the page against a file that is not served, and the metrics against a page that opens them."""
     app = create_app(engine, text, replace(app_settings, api_keys=("secret",)))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
@@ -46,7 +47,7 @@ async def test_page_asks_no_other_host(client: httpx.AsyncClient) -> None:
         assert path.suffix not in {".html", ".css", ".js"} or "://" not in path.read_text(), path.name
 
 
-async def test_without_metrics_there_is_no_page(engine: FakeEngine, text: Text, app_settings: AppSettings) -> None:
+async def test_without_metrics_there_is_no_page(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against a page that can show nothing."""
     app = create_app(engine, text, replace(app_settings, metrics=False))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:

@@ -12,15 +12,16 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from baton.node.errors import Overloaded, PeerLost
 from baton.node.messages.control import Load, SamplingParams, Stages
-from baton.proxy.interface import Call, Delta, FakeEngine, Step, WorkerStatus
+from baton.proxy.interface import Delta, WorkerStatus
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
-from baton.proxy.metrics.journal import Journal
-from baton.proxy.metrics.metrics import SECONDS, Metrics
-from baton.proxy.metrics.record import About
+from baton.proxy.metrics.meter import GenerationMeter
+from baton.proxy.metrics.metrics import SECONDS, ProxyMetrics
+from baton.proxy.metrics.record import GenerationInfo
+from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.metrics.track import Track
+from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
-Says = Callable[..., Callable[[Call], list[Step]]]
+Says = Callable[..., Callable[[EngineCall], list[ScriptStep]]]
 COMPLETION = {"model": "demo", "prompt": "Hi"}
 KNOWN = {
     "vllm:num_requests_running",
@@ -105,7 +106,7 @@ async def test_waiting_and_running(client: httpx.AsyncClient, engine: FakeEngine
     """Guards against gauges that mix up requests before and after their first token."""
     waits, runs, go_on = asyncio.Event(), asyncio.Event(), asyncio.Event()
 
-    def script(call: Call) -> list[Step]:
+    def script(call: EngineCall) -> list[ScriptStep]:
         first = len(engine.calls) == 1
         (runs if first else waits).set()
         end = Delta((300,), (), "length")
@@ -174,8 +175,8 @@ async def test_preemptions_never_fall(client: httpx.AsyncClient, engine: FakeEng
     assert totals == [7, 8, 9]
 
 
-def about(prompt_tokens: int) -> About:
-    return About("r", 0, "chat", "demo", True, prompt_tokens, SamplingParams(max_tokens=9), 0, {})
+def about(prompt_tokens: int) -> GenerationInfo:
+    return GenerationInfo("r", 0, "chat", "demo", True, prompt_tokens, SamplingParams(max_tokens=9), 0, {})
 
 
 class Clock:
@@ -188,9 +189,9 @@ class Clock:
 def test_times_are_those_of_the_clock() -> None:
     """Guards each latency against parts of another, and the TTFT against a sum of stages that is not it."""
     clock = Clock()
-    metrics = Metrics(FakeEngine(lambda call: []), "demo", clock)
+    metrics = ProxyMetrics(FakeEngine(lambda call: []), "demo", clock)
     line = Timeline(clock).fork(metrics.parts_of("chat"))
-    track = Track(metrics, Journal(), about(6), line)
+    track = GenerationMeter(metrics, RequestLog(), about(6), line)
     line.enter("queue")
     clock.now_s += 0.25
     line.dispatch("p0/1", "d0/1", b"")
@@ -224,9 +225,9 @@ def test_times_are_those_of_the_clock() -> None:
 
 def test_a_part_that_was_not_reached_is_no_observation() -> None:
     """Guards quantiles against requests that ended before there was anything to measure."""
-    metrics = Metrics(FakeEngine(lambda call: []), "demo", Clock())
+    metrics = ProxyMetrics(FakeEngine(lambda call: []), "demo", Clock())
     line = Timeline(metrics.clock).fork(metrics.parts_of("chat"))
-    Track(metrics, Journal(), about(7), line).close("cancelled")
+    GenerationMeter(metrics, RequestLog(), about(7), line).close("cancelled")
     seen = Scrape(metrics.exposition().decode())
     assert seen("vllm:time_to_first_token_seconds_count") == 0
     assert {s.value for s in seen.samples if s.name == "baton:request_stage_seconds_count"} == {0.0}
@@ -236,9 +237,9 @@ def test_a_part_that_was_not_reached_is_no_observation() -> None:
 def test_moved_bytes_belong_to_pairs_that_are_there() -> None:
     """Guards the number of series: a worker that left, and whom it has sent to, are no labels for ever."""
     engine = FakeEngine(lambda call: [], workers=[status("p0", "prefill", 9), status("d0", "decode", 9)])
-    metrics = Metrics(engine, "demo", Clock())
+    metrics = ProxyMetrics(engine, "demo", Clock())
     line = Timeline(metrics.clock)
-    track = Track(metrics, Journal(), about(7), line)
+    track = GenerationMeter(metrics, RequestLog(), about(7), line)
     line.dispatch("p0/1", "d0/7", b"")
     line.handed_over(64, 0.5)
     line.fail_attempt("lost", busy=False)
@@ -271,7 +272,7 @@ def test_a_strict_reader_accepts_every_metric() -> None:
     worker = status("p0", "prefill", 9, **dict.fromkeys(WORKER_COUNTERS, 1.0))
     engine = FakeEngine(lambda call: [], totals=dict.fromkeys(ENGINE_COUNTERS, 1.0))
     engine.workers = [replace(worker, block_tokens=16)]
-    metrics = Metrics(engine, "demo", Clock())
+    metrics = ProxyMetrics(engine, "demo", Clock())
     strict = exposition.generate_latest(metrics._registry, escaping=exposition.ALLOWUTF8)
     names = {family.name for family in parser.text_string_to_metric_families(strict.decode())}
     assert names >= {"vllm:request_success", "baton:worker_steps", "baton:request_stage_seconds"}
@@ -279,8 +280,8 @@ def test_a_strict_reader_accepts_every_metric() -> None:
 
 def test_two_apps_share_nothing() -> None:
     """Guards against a global registry, in which a second app in one process cannot be made."""
-    first, second = (Metrics(FakeEngine(lambda call: []), "demo") for _ in range(2))
-    Track(first, Journal(), about(3), Timeline(first.clock))
+    first, second = (ProxyMetrics(FakeEngine(lambda call: []), "demo") for _ in range(2))
+    GenerationMeter(first, RequestLog(), about(3), Timeline(first.clock))
     assert Scrape(first.exposition().decode())("vllm:num_requests_waiting") == 1
     assert Scrape(second.exposition().decode())("vllm:num_requests_waiting") == 0
 

@@ -19,11 +19,12 @@ from opentelemetry.trace import SpanKind, StatusCode
 from baton.node.errors import Overloaded, SettingsError
 from baton.proxy.__main__ import _spans
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings, FakeEngine
-from baton.proxy.metrics.journal import NoSpans
+from baton.proxy.interface import AppSettings
+from baton.proxy.metrics.request_log import NoSpans
 from baton.proxy.metrics.spans import OtelSpans, otlp_spans
-from baton.proxy.text.model_text import Text
-from baton.tests.unit.proxy.metrics.test_journal import record
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import FakeEngine
+from baton.tests.unit.proxy.metrics.test_request_log import record
 
 TRACE_ID = "0af7651916cd43dd8448eb211c80319c"
 PARENT = f"00-{TRACE_ID}-b7ad6b7169203331-01"
@@ -36,7 +37,7 @@ def memory() -> InMemorySpanExporter:
 
 
 @pytest.fixture
-async def traced(engine: FakeEngine, text: Text, app_settings: AppSettings, memory: InMemorySpanExporter):  # type: ignore[no-untyped-def]
+async def traced(engine: FakeEngine, text: ModelText, app_settings: AppSettings, memory: InMemorySpanExporter):  # type: ignore[no-untyped-def]
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(memory))
     app = create_app(engine, text, app_settings, OtelSpans(provider))

@@ -17,7 +17,7 @@ from baton.proxy.metrics.timeline import (
     SECOND_TOKEN,
     STAGES,
     USUAL,
-    Part,
+    Segment,
     Timeline,
 )
 
@@ -45,7 +45,7 @@ def begun(clock: Clock) -> Timeline:
     return line
 
 
-def seconds(part: Part) -> dict[str, float]:
+def seconds(part: Segment) -> dict[str, float]:
     return {stage: took_s for stage, took_s in part.stages if took_s}
 
 

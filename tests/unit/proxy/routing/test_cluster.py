@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.node.membership import DEAD_AFTER_S
 from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
-from baton.proxy.routing.cluster import NOMINAL_TOKENS_S, Cluster, Leg
+from baton.proxy.routing.cluster import NOMINAL_TOKENS_S, ClusterState, Leg
 
 
 def _register(worker: str = "d", incarnation: int = 1, namespace: bytes = b"n" * 32, **changes: object) -> Register:
@@ -30,7 +30,7 @@ def _beat(load: Load, draining: bool = False) -> Heartbeat:
 
 def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
     """Guards against mixed models: their KV must never meet; after all have left, another model may come."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     assert cluster.join("d/1", _register(), 0) == ""
     assert "namespace" in cluster.join("e/1", _register("e", namespace=b"m" * 32), 0)
     cluster.lose("d/1")
@@ -39,14 +39,14 @@ def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
 
 def test_a_wrong_name_or_version_is_refused() -> None:
     """Guards against a worker that speaks for another one, or another protocol."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     assert "name" in cluster.join("x/1", _register(), 0)
     assert "version" in cluster.join("d/1", _register(version=99), 0)
 
 
 def test_silence_and_standstill_are_overdue() -> None:
     """Guards detection: a frozen process, and a live one whose loop is stuck while it has work."""
-    cluster = Cluster(stall_s=10)
+    cluster = ClusterState(stall_s=10)
     cluster.join("d/1", _register(), 0)
     assert cluster.overdue(DEAD_AFTER_S) == []
     assert cluster.overdue(DEAD_AFTER_S + 0.01) == [("d/1", "silent")]
@@ -59,7 +59,7 @@ def test_silence_and_standstill_are_overdue() -> None:
 
 def test_an_idle_worker_is_not_stuck() -> None:
     """Guards against killing workers for want of work."""
-    cluster = Cluster(stall_s=10)
+    cluster = ClusterState(stall_s=10)
     cluster.join("d/1", _register(), 0)
     for now in range(100):
         cluster.beat("d/1", _beat(Load(steps=5)), now)
@@ -68,7 +68,7 @@ def test_an_idle_worker_is_not_stuck() -> None:
 
 def test_work_counts_from_its_dispatch() -> None:
     """Guards against bursts: requests sent since the last heartbeat are in the view, and not counted twice after it."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     cluster.join("d/1", _register(), 0)
     cluster.beat("d/1", _beat(Load(running=2, waiting_tokens=10, free_blocks=40, total_blocks=50)), 1)
     cluster.assign(Leg("d/1", "r1", tokens=30, blocks=5, sent_at=1.5))
@@ -83,7 +83,7 @@ def test_work_counts_from_its_dispatch() -> None:
 
 def test_a_computed_prompt_waits_no_longer() -> None:
     """Guards the queue that `auto` looks at: a first token takes its prompt out of it, once, reported or not."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     cluster.join("p/1", _register("p"), 0)
     cluster.assign(Leg("p/1", "r1", tokens=30, blocks=5, sent_at=0.5))
     cluster.assign(Leg("p/1", "r2", tokens=20, blocks=5, sent_at=0.6))
@@ -105,7 +105,7 @@ def test_a_computed_prompt_waits_no_longer() -> None:
 
 def test_a_report_that_knows_already_is_not_told_again() -> None:
     """Guards against prompts that leave the queue twice: a report may be read before the tokens that came with it."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     cluster.join("p/1", _register("p"), 0)
     for number in range(3):
         cluster.assign(Leg("p/1", f"r{number}", tokens=100, blocks=5, sent_at=0.5))
@@ -118,12 +118,12 @@ def test_a_report_that_knows_already_is_not_told_again() -> None:
 
 def test_unknown_heartbeats_are_told() -> None:
     """Guards rejoining: the proxy answers a stranger's heartbeat so that it registers."""
-    assert Cluster(60).beat("d/1", _beat(Load()), 0) is False
+    assert ClusterState(60).beat("d/1", _beat(Load()), 0) is False
 
 
 def test_a_report_counts_from_when_it_was_true() -> None:
     """Guards against bursts during a long step: a heartbeat with a load from before a request does not hide it."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     cluster.join("d/1", _register(), 0)
     cluster.assign(Leg("d/1", "r1", tokens=30, blocks=5, sent_at=1.5))
     beat = Heartbeat(worker="d", incarnation=1, load=Load(free_blocks=50, total_blocks=50), load_age_s=1.0)
@@ -135,7 +135,7 @@ def test_a_report_counts_from_when_it_was_true() -> None:
 
 def test_speeds_are_the_workers_own_or_their_peers() -> None:
     """Guards a new worker from looking idle for ever, or slow for ever, beside measured ones."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     cluster.join("d/1", _register(), 0)
     cluster.join("e/1", _register("e"), 0)
     assert {worker.tokens_s for worker in cluster.view()} == {NOMINAL_TOKENS_S}
@@ -152,7 +152,7 @@ def test_speeds_are_the_workers_own_or_their_peers() -> None:
 
 def test_a_store_is_heard_but_given_no_work() -> None:
     """Guards the roles: a store is no worker, sets no shape, and is lost by silence like anyone."""
-    cluster = Cluster(60)
+    cluster = ClusterState(60)
     assert "name" in cluster.join_store("x/1", RegisterStore(worker="s", incarnation=1), 0)
     assert cluster.join_store("s/1", RegisterStore(worker="s", incarnation=1), 0) == ""
     assert cluster.shape is None and cluster.view() == () and cluster.knows("s/1")

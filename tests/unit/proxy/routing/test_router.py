@@ -12,12 +12,12 @@ from hypothesis import strategies as st
 
 from baton.proxy.routing.kvindex import Hit
 from baton.proxy.routing.router import (
+    CHOICE_REASONS,
     POLICIES,
     SWITCH_GAIN,
-    WHYS,
     RequestView,
     Route,
-    Rules,
+    RoutingRules,
     Wait,
     WorkerView,
     pick,
@@ -40,12 +40,12 @@ def _worker(identity: str, role: str = "decode", **changes: object) -> WorkerVie
     return replace(base, **changes)  # type: ignore[arg-type]
 
 
-RULES = Rules("least-loaded", "never", 16, 0.15)
+RULES = RoutingRules("least-loaded", "never", 16, 0.15)
 REQUEST = RequestView(num_tokens=50, num_blocks=4, turn=0)
 P0, P1, D0, D1 = _worker("p0", "prefill"), _worker("p1", "prefill"), _worker("d0"), _worker("d1")
 
 
-def _route(view: list[WorkerView], request: RequestView = REQUEST, rules: Rules = RULES) -> Route:
+def _route(view: list[WorkerView], request: RequestView = REQUEST, rules: RoutingRules = RULES) -> Route:
     route = pick(view, request, rules)
     assert isinstance(route, Route), route
     return route
@@ -61,7 +61,7 @@ def test_least_loaded_looks_at_tokens_then_requests_then_blocks() -> None:
 @pytest.mark.parametrize("policy", ["least-loaded", "round-robin"])
 def test_equal_workers_take_turns(policy: str) -> None:
     """Guards against herding: a burst on idle workers is spread."""
-    rules = Rules(policy, "never", 16, 0.15)
+    rules = RoutingRules(policy, "never", 16, 0.15)
     chosen = [_route([P0, P1, D0, D1], replace(REQUEST, turn=t), rules) for t in range(4)]
     assert [r.decode.identity for r in chosen] == ["d0", "d1", "d0", "d1"]
     assert [r.prefill and r.prefill.identity for r in chosen] == ["p0", "p1", "p0", "p1"]
@@ -83,13 +83,13 @@ def test_equal_workers_take_turns(policy: str) -> None:
 def test_conditional_disaggregation(mode: str, num_tokens: int, prefills: bool, reason: str) -> None:
     """Guards the rule for local prefill, and that its reason is visible."""
     view = [P0, D0] if prefills else [D0]
-    route = _route(view, replace(REQUEST, num_tokens=num_tokens), Rules("least-loaded", mode, 16, 0.15))
+    route = _route(view, replace(REQUEST, num_tokens=num_tokens), RoutingRules("least-loaded", mode, 16, 0.15))
     assert route.reason == reason
     assert (route.prefill is None) == reason.startswith("local")
 
 
 def _auto(prefill: WorkerView, decode: WorkerView, request: RequestView = REQUEST, weight: float = 0.15) -> str:
-    return _route([prefill, decode], request, Rules("kv-aware", "auto", 16, weight)).reason
+    return _route([prefill, decode], request, RoutingRules("kv-aware", "auto", 16, weight)).reason
 
 
 def test_decode_helps_out_where_that_costs_less_than_waiting() -> None:
@@ -147,7 +147,7 @@ def test_workers_that_failed_the_request_are_avoided_if_possible() -> None:
 
 # ---- kv-aware -----------------------------------------------------------------------------------------------------
 
-KV = Rules("kv-aware", "never", 16, 0.15)
+KV = RoutingRules("kv-aware", "never", 16, 0.15)
 PROMPT = RequestView(num_tokens=1000, num_blocks=63, turn=0, block_tokens=16)
 PREFILLS = [_worker(f"p{number}", "prefill") for number in range(4)]
 
@@ -203,7 +203,7 @@ def test_decode_prefers_what_need_not_travel_while_rows_are_free() -> None:
 @pytest.mark.parametrize("mode", ["short", "auto", "always"])
 def test_decode_computes_what_it_mostly_holds(mode: str) -> None:
     """Guards conditional disaggregation: what counts is what the decode worker lacks, not the prompt's length."""
-    route = _route([P0, D0, D1], _hits(d1=62), Rules("kv-aware", mode, 16, 0.15))
+    route = _route([P0, D0, D1], _hits(d1=62), RoutingRules("kv-aware", mode, 16, 0.15))
     assert (route.decode.identity, route.prefill, route.hit_tokens) == ("d1", None, 992)
     assert route.computes.identity == "d1"
 
@@ -253,7 +253,7 @@ def test_a_block_that_all_share_does_not_lead_all_to_one() -> None:
 
 def test_sessions_stick_and_only_those_of_a_lost_worker_move() -> None:
     """Guards rendezvous hashing: stable over restarts and order, balanced, and without a key the least loaded."""
-    rules = Rules("session", "never", 16, 0.15)
+    rules = RoutingRules("session", "never", 16, 0.15)
 
     def home(view: list[WorkerView], key: int) -> str:
         route = _route([*view, D0], replace(PROMPT, session=key.to_bytes(16, "big")), rules)
@@ -307,7 +307,7 @@ def test_no_policy_picks_whom_it_must_not(
     roles = {"p": "prefill", "d": "decode"}
     view = [replace(worker, identity=name, role=roles[name[0]]) for name, worker in workers.items()]
     request = RequestView(1000, 63, turn, avoid, 16, hits=hits, session=b"k" * (turn % 2))
-    route = pick(view, request, Rules(policy, local, 16, 0.15))
+    route = pick(view, request, RoutingRules(policy, local, 16, 0.15))
     ready = [worker for worker in view if not worker.draining]
     if isinstance(route, Wait):
         decodes = [worker for worker in ready if worker.role == "decode"]
@@ -322,4 +322,4 @@ def test_no_policy_picks_whom_it_must_not(
             assert all(other.identity in avoid for other in ready if other.role == role)
     assert route.decode.requests == 0 or (route.decode.requests < 8 and route.decode.free_blocks >= 63)
     assert route.hit_tokens == request.hit_tokens(route.computes.identity)
-    assert {route.decode_why, route.prefill_why} <= {*WHYS, ""} and route.decode_why
+    assert {route.decode_why, route.prefill_why} <= {*CHOICE_REASONS, ""} and route.decode_why

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from baton.node.errors import BadRequest, SettingsError
-from baton.proxy.text.model_text import LONG_TEXT_CHARS, SamplingDefaults, Text
+from baton.proxy.text.model_text import LONG_TEXT_CHARS, ModelText, SamplingDefaults
 from baton.proxy.text.template import ChatTemplate
 
 BESIDE = Path(__file__).resolve().parents[5] / "shared" / "data" / "tokenizers"
@@ -30,7 +30,7 @@ words = st.lists(
 moderate = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def streamed(text: Text, ids: Sequence[int]) -> list[str]:
+def streamed(text: ModelText, ids: Sequence[int]) -> list[str]:
     detokenizer = text.detokenizer()
     return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
 
@@ -38,12 +38,12 @@ def streamed(text: Text, ids: Sequence[int]) -> list[str]:
 @pytest.fixture(
     scope="module", params=["demo", "byte_fallback", *EXTRA], ids=lambda param: getattr(param, "name", param)
 )
-def any_text(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> Text:
+def any_text(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> ModelText:
     if request.param == "demo":
-        return Text(demo_folder)
+        return ModelText(demo_folder)
     if request.param == "byte_fallback":
-        return Text(byte_fallback_folder(tmp_path_factory.mktemp("llama2")))
-    return Text(request.param)
+        return ModelText(byte_fallback_folder(tmp_path_factory.mktemp("llama2")))
+    return ModelText(request.param)
 
 
 def byte_fallback_folder(folder: Path) -> Path:
@@ -72,7 +72,7 @@ def byte_fallback_folder(folder: Path) -> Path:
 
 @moderate
 @given(unicode_text | words)
-def test_pieces_of_real_text_join_to_it_and_never_show_half_a_character(any_text: Text, written: str) -> None:
+def test_pieces_of_real_text_join_to_it_and_never_show_half_a_character(any_text: ModelText, written: str) -> None:
     """Guards against U+FFFD in streamed text where a character is spread over tokens, and against lost spaces."""
     ids = any_text.encode(written, add_special_tokens=False)
     pieces = streamed(any_text, ids)
@@ -83,7 +83,7 @@ def test_pieces_of_real_text_join_to_it_and_never_show_half_a_character(any_text
 
 @moderate
 @given(st.data())
-def test_pieces_of_any_tokens_join_to_the_whole_decoded_at_once(any_text: Text, data: st.DataObject) -> None:
+def test_pieces_of_any_tokens_join_to_the_whole_decoded_at_once(any_text: ModelText, data: st.DataObject) -> None:
     """Guards against text lost, doubled or changed where a model produces bytes that are no text."""
     if not any_text._byte_level:
         pytest.skip("a byte-fallback decoder rewrites text already shown when a later byte is invalid")
@@ -92,7 +92,7 @@ def test_pieces_of_any_tokens_join_to_the_whole_decoded_at_once(any_text: Text, 
     assert "".join(streamed(any_text, ids)) == any_text.decode(ids)
 
 
-def test_bytes_that_never_become_a_character_are_handed_out_in_bounded_time(text: Text) -> None:
+def test_bytes_that_never_become_a_character_are_handed_out_in_bounded_time(text: ModelText) -> None:
     """Guards against a window that grows, and decoding that becomes quadratic, over endless invalid bytes."""
     stray = next(token for token in range(text.vocab_size) if text.token_bytes(token) == b"\x80")
     detokenizer, pieces = text.detokenizer(), []
@@ -102,7 +102,7 @@ def test_bytes_that_never_become_a_character_are_handed_out_in_bounded_time(text
     assert "".join(pieces) + detokenizer.flush() == text.decode([stray] * 1000)
 
 
-def test_an_unfinished_character_comes_out_at_the_end(text: Text) -> None:
+def test_an_unfinished_character_comes_out_at_the_end(text: ModelText) -> None:
     """Guards against the last bytes of an answer that hit max_tokens being lost."""
     ids = text.encode("é", add_special_tokens=False)
     assert len(ids) == 2, "the demo tokenizer is expected to spell é with two tokens"
@@ -111,7 +111,7 @@ def test_an_unfinished_character_comes_out_at_the_end(text: Text) -> None:
 
 @moderate
 @given(unicode_text)
-def test_token_bytes_joined_are_the_texts_bytes(text: Text, written: str) -> None:
+def test_token_bytes_joined_are_the_texts_bytes(text: ModelText, written: str) -> None:
     """Guards against `bytes` in logprobs that do not rebuild the answer."""
     ids = text.encode(written, add_special_tokens=False)
     assert b"".join(map(text.token_bytes, ids)) == written.encode()
@@ -119,12 +119,12 @@ def test_token_bytes_joined_are_the_texts_bytes(text: Text, written: str) -> Non
 
 def test_token_bytes_of_byte_fallback_and_unknown_ids(tmp_path: Path) -> None:
     """Guards against `<0xE6>` shown as six letters, and a crash on an id beyond the tokenizer's table."""
-    text = Text(byte_fallback_folder(tmp_path))
+    text = ModelText(byte_fallback_folder(tmp_path))
     assert b"".join(map(text.token_bytes, text.encode("the 日", add_special_tokens=False))) == " the 日".encode()
     assert text.token_bytes(100_000) == b""
 
 
-def test_the_demo_folder_is_read(text: Text) -> None:
+def test_the_demo_folder_is_read(text: ModelText) -> None:
     """Guards against end tokens or sampling defaults missed in one of the files that may hold them."""
     assert text.eos_ids == (0, 1)
     assert text.vocab_size == 4096
@@ -147,12 +147,12 @@ def test_end_tokens_may_stand_in_any_of_three_files(
     folder = copy_of(demo_folder, tmp_path)
     for other in ("generation_config.json", "config.json", "tokenizer_config.json"):
         (folder / other).write_text("{}")
-    assert Text(folder).eos_ids == ()
+    assert ModelText(folder).eos_ids == ()
     (folder / name).write_text(json.dumps(content))
-    assert Text(folder).eos_ids == {"generation_config.json": (5, 7), "config.json": (7,)}.get(name, (1,))
+    assert ModelText(folder).eos_ids == {"generation_config.json": (5, 7), "config.json": (7,)}.get(name, (1,))
 
 
-def test_a_chat_is_rendered_and_its_special_tokens_are_single_tokens(text: Text) -> None:
+def test_a_chat_is_rendered_and_its_special_tokens_are_single_tokens(text: ModelText) -> None:
     """Guards against template text tokenised as letters, and special tokens added a second time."""
     prompt = text.render([{"role": "user", "content": "Hi"}])
     assert prompt == "<|user|>\nHi<|end|>\n<|assistant|>\n"
@@ -172,7 +172,7 @@ def test_special_tokens_are_added_to_completions_as_the_tokenizer_says(tmp_path:
         "special_tokens": {"<|endoftext|>": {"id": "<|endoftext|>", "ids": [0], "tokens": ["<|endoftext|>"]}},
     }
     (folder / "tokenizer.json").write_text(json.dumps(described))
-    text = Text(folder)
+    text = ModelText(folder)
     plain = text.encode("hello", add_special_tokens=False)
     assert text.encode("hello", add_special_tokens=True) == (0, *plain)
 
@@ -184,7 +184,7 @@ def test_a_truncation_in_the_file_does_not_cut_prompts(tmp_path: Path, demo_fold
     tokenizer.enable_truncation(4)
     tokenizer.enable_padding(length=8)
     tokenizer.save(str(folder / "tokenizer.json"))
-    text = Text(folder)
+    text = ModelText(folder)
     assert (
         text.decode(text.encode("one two three four five six", add_special_tokens=True))
         == "one two three four five six"
@@ -192,7 +192,7 @@ def test_a_truncation_in_the_file_does_not_cut_prompts(tmp_path: Path, demo_fold
     assert len(text.encode("one", add_special_tokens=True)) < 4
 
 
-async def test_a_long_prompt_is_tokenised_off_the_loop_and_an_impossible_one_not_at_all(text: Text) -> None:
+async def test_a_long_prompt_is_tokenised_off_the_loop_and_an_impossible_one_not_at_all(text: ModelText) -> None:
     """Guards against other answers stalling behind a long prompt, and against work on what cannot fit."""
     long = "word " * LONG_TEXT_CHARS
     ids = await text.encode_bounded(long, add_special_tokens=False, max_tokens=1 << 20, param="prompt")
@@ -231,14 +231,14 @@ def test_a_broken_folder_is_a_settings_error(tmp_path: Path, demo_folder: Path, 
     if content is not None:
         (folder / name).write_text(content)
     with pytest.raises(SettingsError):
-        Text(folder)
+        ModelText(folder)
 
 
 def test_a_model_without_a_template_says_so(tmp_path: Path, demo_folder: Path) -> None:
     """Guards against a base model answering chats with a prompt that it was never trained on."""
     folder = copy_of(demo_folder, tmp_path)
     (folder / "tokenizer_config.json").unlink()
-    text = Text(folder)
+    text = ModelText(folder)
     assert not text.has_chat_template
     with pytest.raises(BadRequest, match="no chat template"):
         text.render([{"role": "user", "content": "Hi"}])
@@ -249,9 +249,9 @@ def test_sources_of_a_template(tmp_path: Path, demo_folder: Path) -> None:
     folder = copy_of(demo_folder, tmp_path)
     named = [{"name": "tool_use", "template": "tools"}, {"name": "default", "template": "named"}]
     (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
-    assert Text(folder).render([]) == "named"
+    assert ModelText(folder).render([]) == "named"
     (folder / "chat_template.jinja").write_text("file")
-    assert Text(folder).render([]) == "file"
+    assert ModelText(folder).render([]) == "file"
 
 
 def test_templates_have_what_hugging_face_gives_them() -> None:
@@ -306,7 +306,7 @@ def test_chats_and_prompts_are_those_of_transformers(folder: Path | str, demo_fo
     """Guards against a prompt that differs by a blank or a first token from the one that the model was trained on."""
     transformers = pytest.importorskip("transformers")
     path = demo_folder if folder == "demo" else Path(folder)
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(path), Text(path)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(path), ModelText(path)
     rendered = theirs.apply_chat_template(CONVERSATION, add_generation_prompt=True, tokenize=False)
     assert ours.render(CONVERSATION) == rendered
     for written, special in ((rendered, False), ("Hello world, é 日本", True), ("", True)):

@@ -32,7 +32,7 @@ class NoSpans:
     def close(self) -> None: ...
 
 
-class Journal:
+class RequestLog:
     """`slow_s`: a generation that took longer is told as a warning. `keep`: so many records can be looked up."""
 
     def __init__(self, *, slow_s: float = math.inf, keep: int = 0, spans: Spans | None = None) -> None:

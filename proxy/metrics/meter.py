@@ -5,18 +5,18 @@ Owns nothing but its counts; the metrics, the timeline and the journal are told.
 
 from __future__ import annotations
 
-from baton.proxy.metrics.journal import Journal
-from baton.proxy.metrics.metrics import Metrics
-from baton.proxy.metrics.record import About, RequestRecord
+from baton.proxy.metrics.metrics import ProxyMetrics
+from baton.proxy.metrics.record import GenerationInfo, RequestRecord
+from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import Timeline
 
 CANCELLED = "cancelled"
 
 
-class Track:
+class GenerationMeter:
     """Waiting until its first tokens, running until it is closed. Close it once."""
 
-    def __init__(self, metrics: Metrics, journal: Journal, about: About, timeline: Timeline) -> None:
+    def __init__(self, metrics: ProxyMetrics, journal: RequestLog, about: GenerationInfo, timeline: Timeline) -> None:
         self._metrics = metrics
         self._journal = journal
         self._about = about

@@ -12,11 +12,12 @@ import pytest
 
 from baton.node.messages.control import SamplingParams, Stages
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings, Call, FakeEngine, Step
-from baton.proxy.metrics.journal import Journal
-from baton.proxy.metrics.record import About, RequestRecord, as_json
-from baton.proxy.metrics.timeline import USUAL, Attempt, Part, Timeline
-from baton.proxy.text.model_text import Text
+from baton.proxy.interface import AppSettings
+from baton.proxy.metrics.record import GenerationInfo, RequestRecord, as_json
+from baton.proxy.metrics.request_log import RequestLog
+from baton.proxy.metrics.timeline import USUAL, Attempt, Segment, Timeline
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
 SECRET = "zyzzyva"
 COMPLETION = {"model": "demo", "prompt": f"A {SECRET} said"}
@@ -24,8 +25,10 @@ COMPLETION = {"model": "demo", "prompt": f"A {SECRET} said"}
 
 def record(request_id: str = "cmpl-1", index: int = 0, took_s: float = 2.0) -> RequestRecord:
     sampling = SamplingParams(max_tokens=4)
-    about = About(request_id, index, "text_completion", "demo", True, 7, sampling, 1_700_000_000_000_000_000, {})
-    parts = (Part("first_token", True, took_s, (("prefill", took_s), ("network", 0.0))),)
+    about = GenerationInfo(
+        request_id, index, "text_completion", "demo", True, 7, sampling, 1_700_000_000_000_000_000, {}
+    )
+    parts = (Segment("first_token", True, took_s, (("prefill", took_s), ("network", 0.0))),)
     attempts = (Attempt("p0/1", "d0/1", "lost"), Attempt("p1/1", "d0/1"))
     return RequestRecord(about, "length", 4, 3, parts, attempts, 2, (2, 0, 0), bytes(range(32)))
 
@@ -33,7 +36,7 @@ def record(request_id: str = "cmpl-1", index: int = 0, took_s: float = 2.0) -> R
 def test_one_line_a_request_with_everything_in_it(caplog: pytest.LogCaptureFixture) -> None:
     """Guards the log: outcome, lengths, workers, the hash's beginning, and each stage under its part."""
     caplog.set_level(logging.DEBUG, "proxy")
-    Journal().add(record())
+    RequestLog().add(record())
     (line,) = caplog.messages
     assert line == (
         "request_finished request_id=cmpl-1 index=0 outcome=length prompt_tokens=7 cached_tokens=3 generated_tokens=4 "
@@ -45,7 +48,7 @@ def test_one_line_a_request_with_everything_in_it(caplog: pytest.LogCaptureFixtu
 def test_only_a_slow_request_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Guards the slow-request log at the default level: it tells of slow ones, and of nothing else."""
     caplog.set_level(logging.INFO, "proxy")
-    journal = Journal(slow_s=2.0)
+    journal = RequestLog(slow_s=2.0)
     journal.add(record(took_s=2.0))
     assert caplog.messages == []
     journal.add(record(took_s=2.5))
@@ -55,7 +58,7 @@ def test_only_a_slow_request_is_a_warning(caplog: pytest.LogCaptureFixture) -> N
 
 def test_the_ring_is_bounded() -> None:
     """Guards memory: the oldest requests go, all of one's generations together; the youngest stays whole."""
-    journal = Journal(keep=3)
+    journal = RequestLog(keep=3)
     for number in range(10):
         journal.add(record(f"r{number}"))
     assert [bool(journal.find(f"r{number}")) for number in range(10)] == [False] * 7 + [True] * 3
@@ -63,7 +66,7 @@ def test_the_ring_is_bounded() -> None:
         journal.add(record("many", index))
     assert [each.about.index for each in journal.find("many")] == [0, 1, 2, 3, 4]
     assert not journal.find("r9")
-    off = Journal()
+    off = RequestLog()
     off.add(record())
     assert off.find("cmpl-1") == []
 
@@ -145,7 +148,7 @@ async def test_each_of_several_answers_has_its_own(client: httpx.AsyncClient) ->
 async def test_a_failed_and_a_refused_request_have_timelines_too(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards the requests that one asks about most: where they ended, and as what."""
 
-    def broken(call: Call) -> list[Step]:
+    def broken(call: EngineCall) -> list[ScriptStep]:
         return [ValueError("a bug")]
 
     engine.script = broken
@@ -173,7 +176,7 @@ async def test_no_text_is_logged_or_shown(client: httpx.AsyncClient, caplog: pyt
 
 
 async def test_without_the_option_there_is_no_such_route(
-    engine: FakeEngine, text: Text, app_settings: AppSettings
+    engine: FakeEngine, text: ModelText, app_settings: AppSettings
 ) -> None:
     """Guards the default: nobody looks at others' requests where nobody asked for that."""
     app = create_app(engine, text, replace(app_settings, debug_requests=0))

@@ -1,0 +1,85 @@
+"""An engine without workers: it replays a script, one step at a time, so that a test decides the order of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Mapping
+from dataclasses import dataclass, field
+
+from baton.node.messages.control import SamplingParams
+from baton.proxy.interface import Delta, WorkerStatus
+from baton.proxy.metrics.timeline import Timeline
+
+
+@dataclass(frozen=True, slots=True)
+class EngineCall:
+    """The arguments of one call of `generate`."""
+
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    timeout_s: float
+    priority: int
+    session_key: bytes
+
+
+ScriptStep = Delta | Exception | asyncio.Event
+EngineScript = Callable[[EngineCall], list[ScriptStep]]
+
+
+@dataclass(slots=True)
+class FakeEngine:
+    """Replays, for each call, what `script` returns: deltas are yielded, exceptions raised, events waited for."""
+
+    script: EngineScript
+    not_ready: str = ""
+    model_len: int = 2048
+    workers: list[WorkerStatus] = field(default_factory=list)
+    totals: dict[str, float] = field(default_factory=dict)
+    calls: list[EngineCall] = field(default_factory=list)
+    running: set[str] = field(default_factory=set)
+    cancelled: list[str] = field(default_factory=list)
+    """Request ids whose generator was closed, or whose task was cancelled, before its script's end."""
+    on_cancel: Callable[[str], None] = lambda _: None
+
+    async def generate(
+        self,
+        request_id: str,
+        prompt_ids: tuple[int, ...],
+        sampling: SamplingParams,
+        *,
+        timeout_s: float,
+        priority: int = 0,
+        session_key: bytes = b"",
+        timeline: Timeline | None = None,
+    ) -> AsyncGenerator[Delta, None]:
+        call = EngineCall(request_id, prompt_ids, sampling, timeout_s, priority, session_key)
+        self.calls.append(call)
+        self.running.add(request_id)
+        try:
+            for step in self.script(call):
+                if isinstance(step, asyncio.Event):
+                    await step.wait()
+                elif isinstance(step, Exception):
+                    raise step
+                else:
+                    yield step
+        except (GeneratorExit, asyncio.CancelledError):
+            self.cancelled.append(request_id)
+            self.on_cancel(request_id)
+            raise
+        finally:
+            self.running.discard(request_id)
+
+    def ready(self) -> str:
+        return self.not_ready
+
+    @property
+    def max_model_len(self) -> int:
+        return self.model_len
+
+    def worker_loads(self) -> list[WorkerStatus]:
+        return list(self.workers)
+
+    def counters(self) -> Mapping[str, float]:
+        return dict(self.totals)
