@@ -199,7 +199,7 @@ class _Child:
         assert process.stdout is not None
         pump = asyncio.create_task(self._pump(process.stdout))
         status = await process.wait()
-        _signal_group(process.pid, signal.SIGKILL)  # what the process itself may have left behind
+        signal_group(process.pid, signal.SIGKILL)  # what the process itself may have left behind
         await asyncio.wait([pump], timeout=1.0)
         pump.cancel()
         self._process = None
@@ -208,7 +208,7 @@ class _Child:
     def signal(self, signum: int) -> bool:
         """Send a signal to the group of the running process; False where nothing runs."""
         return (
-            self._process is not None and self._process.returncode is None and _signal_group(self._process.pid, signum)
+            self._process is not None and self._process.returncode is None and signal_group(self._process.pid, signum)
         )
 
     async def _pump(self, stream: asyncio.StreamReader) -> None:
@@ -243,7 +243,7 @@ def tether(parent_pid: int) -> Callable[[], None] | None:
     return tie
 
 
-def _signal_group(pgid: int, signum: int) -> bool:
+def signal_group(pgid: int, signum: int) -> bool:
     try:
         os.killpg(pgid, signum)
     except (ProcessLookupError, PermissionError):  # macOS says EPERM for a group of zombies

@@ -16,7 +16,7 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
 from baton.models.config import ModelConfig
-from baton.models.cuda.memory import GIB, DeviceMemory, plan_blocks, spread_layers
+from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, spread_layers
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, Limits
 from baton.models.weights import load_weights
@@ -100,12 +100,12 @@ def _sums(settings: WorkerSettings, role: Role, runner: CudaRunner, pool: Device
 
 
 def _pool_blocks(settings: WorkerSettings, layout: KVLayout, index: int) -> int:
-    """What was asked for, or what is free; says what it found."""
+    """What was asked for, or what the worker's share of the GPU leaves; logs what it found."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(index)
     if settings.num_blocks or settings.kv_memory_gib:
         num_blocks = pool_blocks(settings, layout)
     else:
-        memory = DeviceMemory(total_bytes, free_bytes)
+        memory = GpuMemory(total_bytes, free_bytes, torch.cuda.memory_reserved(index))
         num_blocks = plan_blocks(memory, settings.gpu_memory_utilization, layout.block_bytes)
     log_event(
         logger,

@@ -56,8 +56,8 @@ class WorkerSettings:
     )
     gpu_memory_utilization: float = option(
         0.9,
-        help="share of a GPU's memory that may be in use once the KV pool has its place",
-        minimum=0.05,
+        help="share of a GPU's memory that this worker may use, for weights, KV pool and graphs together",
+        minimum=0.01,
         maximum=0.99,
     )
     num_blocks: int = option(0, unit="blocks", help="size of the KV pool; 0: from --kv-memory-gib", minimum=0)

@@ -157,7 +157,9 @@ def cluster(
     port, control_port, store_port = local.free_ports(3)
     settings = replace(settings, port=port, served_model_name=MODEL)
     environ = dict(os.environ)
-    specs = [edit(spec) for spec in local.roles(settings, control_port, store_port, environ)]
+    placements = local.place_workers(settings, 0)
+    ports = local.Ports(control_port, store_port)
+    specs = [edit(spec) for spec in local.plan_nodes(settings, ports, placements, environ)]
     with TemporaryDirectory() as folder:
         made = Cluster(specs, port, Path(folder), settings.start_timeout_s)
         try:

@@ -113,7 +113,7 @@ def side(environment: dict[str, str], *arguments: str) -> Iterator[Side]:
 @contextmanager
 def server(environment: dict[str, str], model: str, port: int, more: Sequence[str]) -> Iterator[int]:
     """The process id of scripts/serve, from the moment it says `ready`."""
-    command = [sys.executable, "-P", "-m", "baton.launch.local", "--model", model, "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "baton.launch.serve", "--model", model, "--port", str(port)]
     command += ["--local-prefill", "short"]  # every prompt through the prefill worker, in order
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"

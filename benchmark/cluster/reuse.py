@@ -149,7 +149,7 @@ def _http(port: int, method: str, path: str, body: str) -> tuple[int, bytes]:
 def serving(port: int, arguments: Sequence[str]) -> Iterator[int]:
     """The process id of scripts/serve, from the moment it says `ready`."""
     environment = dict(os.environ)
-    command = [sys.executable, "-P", "-m", "baton.launch.local", "--port", str(port), "--device", "cpu", *arguments]
+    command = [sys.executable, "-P", "-m", "baton.launch.serve", "--port", str(port), "--device", "cpu", *arguments]
     with TemporaryDirectory() as folder:
         log = Path(folder) / "log"
         with log.open("wb") as out:

@@ -158,7 +158,7 @@ def cluster(policy: str, options: argparse.Namespace) -> Iterator[str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-P", "-m", "baton.launch.local", "--device", "cpu", "--port", str(port)]
+    command = [sys.executable, "-P", "-m", "baton.launch.serve", "--device", "cpu", "--port", str(port)]
     command += ["--prefill", str(options.prefill), "--decode", str(options.decode), "--local-prefill", "never"]
     command += ["--store-ram-gib", str(options.store_ram_gib), f"--proxy-arg=--policy={policy}"]
     command += [

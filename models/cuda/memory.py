@@ -10,6 +10,11 @@ GIB = 1 << 30
 GRAPHS_BYTES = 3 * GIB // 2
 """Kept for captured graphs, libraries' workspaces and the buffers of communicators, which come after the pool."""
 
+CONTEXT_BYTES = 3 * GIB // 4
+"""What a process uses of a GPU beside its own allocations: the context of CUDA, and the code of kernels."""
+MAX_SPARE = 0.05
+"""Share of a GPU that stays free beside what is planned, so that an estimate that is too low does no harm."""
+
 STACKS = 5
 """Of memory, which an H100 has."""
 
@@ -24,21 +29,31 @@ def spread_layers(num_layers: int) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """Bytes of one GPU, once weights and activations have their place."""
+class GpuMemory:
+    """Bytes of one GPU, once a worker's weights and activations have their place."""
 
     total_bytes: int
     free_bytes: int
+    """What no process uses at this moment."""
+    own_bytes: int
+    """What this process has allocated."""
 
 
-def plan_blocks(memory: DeviceMemory, utilization: float, block_bytes: int) -> int:
-    """Blocks of the largest pool with which at most `utilization` of the GPU is in use; SettingsError if none."""
-    spared = int(memory.total_bytes * (1.0 - utilization))
-    num_blocks = (memory.free_bytes - spared - GRAPHS_BYTES) // block_bytes
+def plan_blocks(memory: GpuMemory, utilization: float, block_bytes: int) -> int:
+    """Blocks of the largest pool with which this worker uses at most `utilization` of the GPU; SettingsError if none.
+
+    The plan starts from the total, since what is free changes while other workers of the same GPU start. What is free
+    is only an upper bound: memory that a foreign program holds cannot be used.
+    """
+    budget = int(memory.total_bytes * utilization) - memory.own_bytes - CONTEXT_BYTES
+    spare = int(memory.total_bytes * min(1.0 - utilization, MAX_SPARE))
+    num_blocks = (min(budget, memory.free_bytes - spare) - GRAPHS_BYTES) // block_bytes
     if num_blocks < 2:
         raise SettingsError(
-            f"no memory for a KV pool: {memory.free_bytes / GIB:.1f} of {memory.total_bytes / GIB:.1f} GiB are free "
-            f"beside the model, --gpu-memory-utilization {utilization} leaves {spared / GIB:.1f} GiB unused and "
-            f"{GRAPHS_BYTES / GIB:.1f} GiB are for graphs; a block takes {block_bytes / GIB:.4f} GiB"
+            f"no memory for a KV pool: this worker may use {memory.total_bytes * utilization / GIB:.1f} of "
+            f"{memory.total_bytes / GIB:.1f} GiB (--gpu-memory-utilization {utilization}), "
+            f"{memory.free_bytes / GIB:.1f} GiB are free, the model takes {memory.own_bytes / GIB:.1f} GiB, and "
+            f"{(GRAPHS_BYTES + CONTEXT_BYTES) / GIB:.1f} GiB are for graphs and CUDA; a block takes "
+            f"{block_bytes / GIB:.4f} GiB"
         )
     return num_blocks

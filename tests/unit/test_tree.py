@@ -118,7 +118,15 @@ OF_THE_ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "sys.argv")
 def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
     """What a process was told must be in its settings, seen in --help; nothing deep down may be steered unseen."""
     if name == "node/settings.py" or name.startswith(
-        ("tests/", "scripts/", "benchmark/gpu/", "benchmark/cluster/", "launch/local.py", "testing/")
+        (
+            "tests/",
+            "scripts/",
+            "benchmark/gpu/",
+            "benchmark/cluster/",
+            "launch/serve.py",
+            "launch/cluster.py",
+            "testing/",
+        )
     ):
         return
     for line, module in imports(tree):

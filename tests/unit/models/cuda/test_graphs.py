@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.batch import Draw, Row
 from baton.models.cuda.chunks import ChunkShape, lay_out
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
-from baton.models.cuda.memory import GIB, GRAPHS_BYTES, DeviceMemory, plan_blocks, spread_layers
+from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, spread_layers
 from baton.models.cuda.queue import HostQueue
 from baton.models.cuda.slots import Slots
 from baton.models.cuda.upload import BUFFERS, Upload
@@ -44,13 +44,33 @@ def test_the_graph_that_runs_is_the_smallest_that_holds_the_step():
     assert ran == [(1, 10), (4, 100), (8, 10)]
 
 
-def test_the_pool_is_what_is_left_and_what_does_not_fit_is_told():
-    """Guards against a pool that leaves no room for graphs, and a start that dies of a negative number."""
-    memory = DeviceMemory(total_bytes=100 * GIB, free_bytes=80 * GIB)
-    blocks = plan_blocks(memory, 0.9, 8 << 20)
-    assert blocks * (8 << 20) <= 70 * GIB - GRAPHS_BYTES < (blocks + 1) * (8 << 20)
+def pool_bytes(total: int, free: int, own: int, utilization: float) -> int:
+    """The planned pool, with blocks of one MiB."""
+    return plan_blocks(GpuMemory(total, free, own), utilization, 1 << 20) << 20
+
+
+def test_a_pool_is_what_a_workers_share_leaves():
+    """Guards against a pool that leaves no room for graphs, and a start that fails with a negative number."""
+    rest = GRAPHS_BYTES + CONTEXT_BYTES
+    assert pool_bytes(100 * GIB, 80 * GIB, 20 * GIB, 0.9) == 70 * GIB - rest
     with pytest.raises(SettingsError, match="gpu-memory-utilization"):
-        plan_blocks(DeviceMemory(100 * GIB, 11 * GIB), 0.9, 8 << 20)
+        pool_bytes(100 * GIB, 80 * GIB, 20 * GIB, 0.2)
+
+
+def test_workers_that_start_together_plan_the_same_pools():
+    """Guards against a worker that takes what another one of the same GPU has not yet allocated (`scripts/serve` on one
+    GPU: the prefill worker took all, and decode failed)."""
+    early = pool_bytes(100 * GIB, 68 * GIB, 16 * GIB, 0.45)  # both models are loaded, no pool is allocated
+    late = pool_bytes(100 * GIB, 68 * GIB - early - GRAPHS_BYTES, 16 * GIB, 0.45)
+    assert early == late <= 29 * GIB
+    assert 2 * (early + 16 * GIB + GRAPHS_BYTES) < 90 * GIB
+
+
+def test_a_pool_is_never_larger_than_what_is_free():
+    """Guards against a start that fails where a foreign program holds a part of the GPU."""
+    assert pool_bytes(100 * GIB, 30 * GIB, 20 * GIB, 0.9) == 25 * GIB - GRAPHS_BYTES
+    with pytest.raises(SettingsError, match=r"6\.0 GiB are free"):
+        pool_bytes(100 * GIB, 6 * GIB, 1 * GIB, 0.9)
 
 
 def test_no_block_is_a_multiple_of_five_layers_apart():

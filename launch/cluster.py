@@ -1,0 +1,277 @@
+"""A cluster on this machine as one object: starts the nodes that `serve` would run, and controls each of them.
+
+    with Cluster(ServeSettings(prefill=2, decode=2, device="cpu")) as cluster:
+        cluster.kill("decode-0")
+        cluster.restart("prefill-1")
+        requests go to cluster.url
+
+Tests, benchmarks and offline use start clusters with it. It owns the processes from start to end and knows no request:
+what is sent to `url` is the caller's. Ports are free ones of the loopback interface. Nodes lead process groups of their
+own, so that Ctrl-C reaches only the caller; on Linux the kernel ends them when the caller is killed. Make a Cluster in
+a thread that outlives it: Linux counts the end of the thread that started a child as the death of its parent.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import TracebackType
+from typing import Self
+
+from baton.launch.gpus import describe, visible_gpus
+from baton.launch.local import (
+    Ports,
+    ServeSettings,
+    free_ports,
+    node_environment,
+    place_workers,
+    plan_nodes,
+    plan_worker,
+    served_name,
+    sizes_pools,
+)
+from baton.launch.supervisor import ChildSpec, signal_group, tether
+
+HTTP_TIMEOUT_S = 30.0
+STOP_TIMEOUT_S = 20.0
+POLL_S = 0.05
+TAIL_BYTES = 4000
+_READY = re.compile(r'baton:worker_up\{(?=.*role="(\w+)")(?=.*state="ready")(?=.*worker="([^"]+)").*\} 1\.0')
+
+
+class ClusterError(Exception):
+    """A cluster did not start, or a node ended that should run; the message ends with the last lines of its log."""
+
+
+class Cluster:
+    """The nodes of one cluster by name: proxy, store, prefill-0, decode-0 and so on. See the example above.
+
+    `edit` may change the command of a node. Logs are files `NAME.log` in `log_folder`, by default a temporary one that
+    is removed at the end. `environ` stands in for the environment of this process.
+    """
+
+    def __init__(
+        self,
+        settings: ServeSettings,
+        *,
+        log_folder: Path | None = None,
+        edit: Callable[[ChildSpec], ChildSpec] = lambda spec: spec,
+        environ: Mapping[str, str] | None = None,
+    ) -> None:
+        http_port, control_port, store_port = free_ports(3)
+        self.settings = replace(settings, host="127.0.0.1", port=http_port)
+        self.ports = Ports(control_port, store_port)
+        self.model = served_name(settings)
+        """The name of the model in requests."""
+        environ = os.environ if environ is None else environ
+        gpus = visible_gpus(environ) if settings.device != "cpu" else []
+        placements = place_workers(settings, len(gpus))
+        self.gpu_lines = describe(placements, gpus, sizes_pools(settings))
+        """What each worker may use of a GPU, to be printed."""
+        self._edit = edit
+        self._env = node_environment(settings, environ)
+        specs = plan_nodes(self.settings, self.ports, placements, environ)
+        self._specs = {spec.name: edit(spec) for spec in specs}
+        self._temporary = TemporaryDirectory(prefix="baton-") if log_folder is None else None
+        self._log_folder = Path(self._temporary.name) if self._temporary is not None else log_folder or Path()
+        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._stopped: set[str] = set()
+        """Nodes whose end is no surprise, since they got a signal from here."""
+
+    @property
+    def port(self) -> int:
+        return self.settings.port
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    # -- the whole
+
+    def start(self) -> float:
+        """Start all nodes and wait for the first token; returns the seconds it took. On failure nothing is left."""
+        begin = time.monotonic()
+        try:
+            for name in self._specs:
+                self.start_node(name)
+            self.wait_ready()
+        except BaseException:
+            self.kill_all()
+            raise
+        return time.monotonic() - begin
+
+    def wait_ready(self, workers: int | None = None) -> None:
+        """Until so many workers (default: all that run) have joined, the store too, and a token comes through."""
+        running = {name for name in self.running() if name != "proxy"}
+        wanted = len(running - {"store"}) if workers is None else workers
+
+        def joined() -> bool:
+            ready = self.members()
+            return len(ready - {"store"}) >= wanted and ("store" not in running or "store" in ready)
+
+        self.wait_until(joined, f"{wanted} workers that have joined", self.settings.start_timeout_s)
+        self.wait_until(
+            lambda: self.get("/health_generate")[0] == 200, "the first token", self.settings.start_timeout_s
+        )
+
+    def stop(self) -> dict[str, int]:
+        """SIGTERM to all, the proxy last; returns the exit status of each that did not end well by itself.
+
+        What does not end in time is killed, and counts. What was signalled before does not.
+        """
+        expected = set(self._stopped)
+        bad: dict[str, int] = {}
+        for name in sorted(self.running(), key=lambda name: name == "proxy"):
+            self.signal(name, signal.SIGCONT)
+            self.signal(name, signal.SIGTERM)
+        deadline = time.monotonic() + STOP_TIMEOUT_S
+        for name, node in self._nodes.items():
+            try:
+                node.wait(max(0.1, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                self._reap(node)
+            if node.returncode != 0 and name not in expected:
+                bad[name] = node.returncode
+        self._remove_logs()
+        return bad
+
+    def kill_all(self) -> None:
+        """SIGKILL to all; for a way out that must not wait."""
+        for node in self._nodes.values():
+            self._reap(node)
+        self._remove_logs()
+
+    # -- one node
+
+    def running(self) -> list[str]:
+        """Names of the nodes that run."""
+        return [name for name, node in self._nodes.items() if node.poll() is None]
+
+    def names(self) -> list[str]:
+        """Names of all nodes that have been started."""
+        return list(self._nodes)
+
+    def pid(self, name: str) -> int:
+        return self._nodes[name].pid
+
+    def start_node(self, name: str, *more: str) -> None:
+        """Start a planned node (again), with `more` arguments from now on; does not wait until it has joined."""
+        spec = self._specs[name]
+        spec = self._specs[name] = replace(spec, argv=(*spec.argv, *more))
+        self._stopped.discard(name)
+        with (self._log_folder / f"{name}.log").open("ab") as log:
+            self._nodes[name] = subprocess.Popen(
+                spec.argv,
+                env=spec.env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                process_group=0,
+                preexec_fn=tether(os.getpid()),
+            )
+
+    def add_worker(self, role: str, name: str, *more: str) -> None:
+        """Start one more worker, on no GPU of its own (`more` may say --gpu); does not wait until it has joined."""
+        self._specs[name] = self._edit(plan_worker(self.settings, self.ports, role, name, None, self._env))
+        self.start_node(name, *more)
+
+    def forget(self, name: str) -> None:
+        """Of a node that has ended: it does not count any more."""
+        assert self._nodes[name].poll() is not None, f"{name} runs"
+        del self._nodes[name], self._specs[name]
+
+    def restart(self, name: str, *more: str) -> None:
+        """Kill a worker or the store, start it again with `more` arguments, and wait until the cluster is ready."""
+        self.kill(name)
+        self.wait_until(lambda: name not in self.members(), f"{name} gone", self.settings.start_timeout_s)
+        self.start_node(name, *more)
+        self.wait_until(lambda: name in self.members(), f"{name} again", self.settings.start_timeout_s)
+        self.wait_ready()
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        """Send a signal to a node. One that it may end of makes its end expected."""
+        if number not in (signal.SIGSTOP, signal.SIGCONT):
+            self._stopped.add(name)
+        self._nodes[name].send_signal(number)
+
+    def freeze(self, name: str) -> None:
+        """The node stops to run, as on a machine that hangs; its connections stay open."""
+        self.signal(name, signal.SIGSTOP)
+
+    def resume(self, name: str) -> None:
+        self.signal(name, signal.SIGCONT)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to the node and its children, and wait until it is gone."""
+        self._stopped.add(name)
+        self._reap(self._nodes[name])
+
+    def wait_end(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """The exit status of a node that ends by itself."""
+        self._stopped.add(name)
+        return self._nodes[name].wait(timeout_s)
+
+    def log(self, name: str) -> str:
+        """What a node has printed so far, over all its restarts."""
+        return (self._log_folder / f"{name}.log").read_text(errors="replace")
+
+    # -- what the proxy says
+
+    def get(self, path: str) -> tuple[int, str]:
+        """Status and body of GET `path`, with the API key; status 0 where no answer came."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S)
+        key = {"Authorization": f"Bearer {self.settings.api_key}"} if self.settings.api_key else {}
+        try:
+            connection.request("GET", path, headers=key)
+            answer = connection.getresponse()
+            return answer.status, answer.read().decode(errors="replace")
+        except (OSError, http.client.HTTPException):
+            return 0, ""
+        finally:
+            connection.close()
+
+    def members(self) -> set[str]:
+        """Names of the workers and stores that the proxy counts as ready."""
+        return {found[2] for line in self.get("/metrics")[1].splitlines() if (found := _READY.fullmatch(line))}
+
+    def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
+        """Poll until `condition` holds. ClusterError if it does not in time, or a node ends that should run."""
+        deadline = time.monotonic() + timeout_s
+        while not condition():
+            ended = [
+                name for name, node in self._nodes.items() if node.poll() is not None and name not in self._stopped
+            ]
+            if ended or time.monotonic() > deadline:
+                why = f"{ended[0]} has ended" if ended else f"not within {timeout_s:g} s"
+                raise ClusterError(f"{what}: {why}\n" + "\n".join(map(self._log_tail, ended or self.running())))
+            time.sleep(POLL_S)
+
+    # -- inside
+
+    def _log_tail(self, name: str) -> str:
+        return f"--- {name}\n" + (self._log_folder / f"{name}.log").read_bytes()[-TAIL_BYTES:].decode(errors="replace")
+
+    def _reap(self, node: subprocess.Popen[bytes]) -> None:
+        signal_group(node.pid, signal.SIGKILL)
+        node.wait(STOP_TIMEOUT_S)
+
+    def _remove_logs(self) -> None:
+        if self._temporary is not None:
+            self._temporary.cleanup()

@@ -1,0 +1,126 @@
+"""The GPUs that this machine's workers can use, and how the workers share them.
+
+It asks the CUDA driver in a process of its own, so that the launcher needs no torch, initialises no CUDA, and outlives
+a driver that hangs. The driver applies CUDA_VISIBLE_DEVICES, so the numbers are those that torch gives in a worker.
+`place` is pure.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+GIB = 1 << 30
+QUERY_TIMEOUT_S = 60.0
+USABLE = 0.9
+"""Share of a GPU that its workers may use together. The rest is for what no worker plans: the contexts of CUDA in
+several processes, and buffers of libraries."""
+
+
+@dataclass(frozen=True, slots=True)
+class Gpu:
+    """A GPU as the driver describes it."""
+
+    name: str
+    total_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where a worker runs: number of the GPU, and the share of its memory that the worker may use."""
+
+    gpu: int
+    share: float
+
+
+def place(workers: Sequence[str], gpus: Sequence[int]) -> dict[str, Placement]:
+    """Workers take `gpus` in turn; those on one GPU get equal shares of its memory. No GPUs: no placements."""
+    if not gpus:
+        return {}
+    chosen = {worker: gpus[number % len(gpus)] for number, worker in enumerate(workers)}
+    workers_on = Counter(chosen.values())
+    return {worker: Placement(gpu, int(USABLE / workers_on[gpu] * 10_000) / 10_000) for worker, gpu in chosen.items()}
+
+
+def describe(placements: Mapping[str, Placement], gpus: Sequence[Gpu], sized_by_user: bool) -> list[str]:
+    """A line for each GPU in use, with the share of each of its workers."""
+    lines = []
+    for number in sorted({placement.gpu for placement in placements.values()}):
+        known = gpus[number] if number < len(gpus) else None
+        workers = {worker: placement for worker, placement in placements.items() if placement.gpu == number}
+        parts = [_share(worker, placement.share, known, sized_by_user) for worker, placement in workers.items()]
+        title = f"GPU {number} ({known.name}, {known.total_bytes / GIB:.1f} GiB)" if known else f"GPU {number}"
+        lines.append(f"{title}: {', '.join(parts)}{'; memory as in the arguments of the workers' * sized_by_user}")
+    return lines
+
+
+def _share(worker: str, share: float, gpu: Gpu | None, sized_by_user: bool) -> str:
+    if sized_by_user:
+        return worker
+    size = f", {share * gpu.total_bytes / GIB:.1f} GiB" if gpu else ""
+    return f"{worker} may use {100 * share:.4g} % of its memory{size}"
+
+
+def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:
+    """What a worker started with `environ` will see; empty without an NVIDIA driver, or if it does not answer."""
+    if _torch_is_cpu_only():
+        return []
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-P", "-m", "baton.launch.gpus"],
+            env=environ,
+            capture_output=True,
+            text=True,
+            timeout=QUERY_TIMEOUT_S,
+            check=True,
+        )
+        return [Gpu(name, total_bytes) for name, total_bytes in json.loads(answer.stdout)]
+    except (OSError, subprocess.SubprocessError, ValueError):
+        return []
+
+
+def _torch_is_cpu_only() -> bool:
+    """Whether the installed build of torch cannot use a GPU, as its version says."""
+    try:
+        return version("torch").endswith("+cpu")
+    except PackageNotFoundError:
+        return False
+
+
+def query(driver: Any) -> list[Gpu]:
+    """The GPUs of `driver`, the loaded library of CUDA; empty where it cannot start."""
+    count = ctypes.c_int()
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return []
+    gpus = []
+    for number in range(count.value):
+        device, total_bytes, name = ctypes.c_int(), ctypes.c_size_t(), ctypes.create_string_buffer(256)
+        calls = (
+            driver.cuDeviceGet(ctypes.byref(device), number),
+            driver.cuDeviceTotalMem_v2(ctypes.byref(total_bytes), device),
+            driver.cuDeviceGetName(name, len(name), device),
+        )
+        if any(calls):
+            break  # later numbers would shift
+        gpus.append(Gpu(name.value.decode(errors="replace"), total_bytes.value))
+    return gpus
+
+
+def load_driver() -> Any | None:
+    """The CUDA driver's library; None where there is none."""
+    try:
+        return ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+
+
+if __name__ == "__main__":
+    found = load_driver()
+    print(json.dumps([(gpu.name, gpu.total_bytes) for gpu in query(found)] if found is not None else []))

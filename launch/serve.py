@@ -1,0 +1,137 @@
+"""The command `serve`: runs the plan of `launch.local` under the supervisor, and says when a token has come through.
+
+It owns the probe for "ready", the lines that a user reads, and the exit status. How children are started, watched and
+stopped is the supervisor's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import socket
+import sys
+from collections.abc import Awaitable, Callable, Sequence
+
+from baton.launch.gpus import describe, visible_gpus
+from baton.launch.local import (
+    Ports,
+    ServeSettings,
+    free_ports,
+    place_workers,
+    plan_nodes,
+    served_name,
+    sizes_pools,
+)
+from baton.launch.supervisor import ChildSpec, Patience, Supervisor
+from baton.node.errors import SettingsError
+from baton.node.modelhub import locate_model
+from baton.node.settings import parse, require_loopback
+
+PROBE_TIMEOUT_S = 30.0
+
+
+def check_port(host: str, port: int) -> None:
+    """Raise SettingsError where nothing can listen at `host:port`."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+
+
+def token_probe(host: str, port: int, api_key: str) -> Callable[[], Awaitable[str]]:
+    """A probe that asks the proxy for one real token; it returns what is missing."""
+
+    async def probe() -> str:
+        status = await http_status(host, port, "/health_generate", PROBE_TIMEOUT_S, api_key)
+        if status == 0:
+            return "the proxy does not answer yet"
+        if status == 401:
+            return "the proxy refuses the key of the probe: set it with --api-key or BATON_API_KEY, not --proxy-arg"
+        return "" if status == 200 else f"no token yet: the workers load the model (HTTP {status})"
+
+    return probe
+
+
+async def http_status(host: str, port: int, path: str, timeout_s: float, api_key: str = "") -> int:
+    """The status of GET `path`; 0 where no answer came in time."""
+    key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
+    try:
+        async with asyncio.timeout(timeout_s):
+            reader, writer = await asyncio.open_connection(host, port)
+            try:
+                writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{key}Connection: close\r\n\r\n".encode())
+                parts = (await reader.readline()).split()
+            finally:
+                writer.close()
+    except (OSError, TimeoutError):
+        return 0
+    return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
+
+
+def curl_line(settings: ServeSettings, url: str) -> str:
+    """A command to paste."""
+    body = json.dumps({"model": served_name(settings), "prompt": "Once upon a time", "max_tokens": 64})
+    key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key else ""
+    return f"curl {url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
+
+
+def plan(settings: ServeSettings) -> list[ChildSpec]:
+    """The processes to run; prints what each worker gets of a GPU."""
+    gpus = visible_gpus(os.environ) if settings.device != "cpu" else []
+    placements = place_workers(settings, len(gpus))
+    for line in describe(placements, gpus, sizes_pools(settings)):
+        say(line)
+    return plan_nodes(settings, Ports(*free_ports(2)), placements, os.environ)
+
+
+async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
+    """Run `specs` until Ctrl-C, SIGTERM or a closed terminal; the exit status."""
+    any_host = settings.host in ("", "0.0.0.0", "::")
+    host = "127.0.0.1" if any_host else settings.host
+    url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    supervisor = Supervisor(specs, say, Patience(start_s=settings.start_timeout_s, grace_s=settings.grace_s))
+
+    def on_signal() -> None:
+        say("stopping: running requests get to their end (Ctrl-C again to kill)")
+        supervisor.stop()
+
+    def on_ready() -> None:
+        say(f"ready {url}")
+        say(curl_line(settings, url))
+
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        loop.add_signal_handler(signum, on_signal)
+    status = await supervisor.run(token_probe(host, settings.port, settings.api_key), on_ready)
+    say("stopped")
+    return status
+
+
+def say(line: str) -> None:
+    """Print one line at once: a program that reads the output through a pipe waits for `ready`."""
+    print(line, flush=True)
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status; an error of settings is one line."""
+    settings = parse(ServeSettings, argv, prog="baton serve", description="Serve a model on this machine.")
+    try:
+        require_loopback(settings.host, settings.insecure_network)
+        check_port(settings.host, settings.port)
+        locate_model(settings.model)  # once, with its progress bars, before every child looks for it
+        return asyncio.run(supervise(settings, plan(settings)))
+    except SettingsError as error:
+        print(f"baton serve: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

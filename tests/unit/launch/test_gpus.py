@@ -1,0 +1,65 @@
+"""Guards launch.gpus: what the driver says of the GPUs, and the lines that say how workers share them."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+
+from baton.launch.gpus import GIB, Gpu, describe, load_driver, place, query, visible_gpus
+
+H200 = Gpu("NVIDIA H200", 140 * GIB)
+
+
+class Driver:
+    """A CUDA driver with these GPUs, as the calls of its C interface; `broken` is the number of one that has failed."""
+
+    def __init__(self, gpus: list[Gpu], status: int = 0, broken: int = -1) -> None:
+        self._gpus, self._status, self._broken = gpus, status, broken
+
+    def cuInit(self, flags: int) -> int:
+        return self._status
+
+    def cuDeviceGetCount(self, count: Any) -> int:
+        ctypes.cast(count, ctypes.POINTER(ctypes.c_int))[0] = len(self._gpus)
+        return 0
+
+    def cuDeviceGet(self, device: Any, number: int) -> int:
+        ctypes.cast(device, ctypes.POINTER(ctypes.c_int))[0] = number
+        return 101 if number == self._broken else 0
+
+    def cuDeviceTotalMem_v2(self, total_bytes: Any, device: ctypes.c_int) -> int:
+        ctypes.cast(total_bytes, ctypes.POINTER(ctypes.c_size_t))[0] = self._gpus[device.value].total_bytes
+        return 0
+
+    def cuDeviceGetName(self, name: Any, size: int, device: ctypes.c_int) -> int:
+        name.value = self._gpus[device.value].name.encode()
+        return 0
+
+
+def test_gpus_are_those_of_the_driver() -> None:
+    """A number that differs from torch's would send a worker to a GPU that does not exist."""
+    assert query(Driver([H200, Gpu("small", 8 * GIB)])) == [H200, Gpu("small", 8 * GIB)]
+    assert query(Driver([])) == [] == query(Driver([H200], status=100)), "no device: a driver without a GPU"
+    assert query(Driver([H200] * 3, broken=1)) == [H200]
+
+
+def test_a_machine_without_driver_has_no_gpus() -> None:
+    """A traceback instead of a CPU."""
+    if load_driver() is None:
+        assert visible_gpus(os.environ) == []
+    assert visible_gpus({"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}) == [], f"{sys.executable} cannot start"
+
+
+def test_the_share_of_each_worker_is_said() -> None:
+    """Users must see why a worker has less KV than the card has room for."""
+    workers = place(["prefill-0", "decode-0", "decode-1"], [0, 1])
+    assert describe(workers, [H200], sized_by_user=False) == [
+        "GPU 0 (NVIDIA H200, 140.0 GiB): prefill-0 may use 45 % of its memory, 63.0 GiB, "
+        "decode-1 may use 45 % of its memory, 63.0 GiB",
+        "GPU 1: decode-0 may use 90 % of its memory",
+    ]
+    assert describe(place(["decode-0"], [0]), [H200], sized_by_user=True) == [
+        "GPU 0 (NVIDIA H200, 140.0 GiB): decode-0; memory as in the arguments of the workers"
+    ]
