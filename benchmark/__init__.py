@@ -1,4 +1,4 @@
-"""A load generator for any server that speaks OpenAI's API: what is sent when, what came back when, what it amounts to.
+"""Benchmarks: `load` tests any server with OpenAI's API, `gpu` and `host` parts of Baton, `cluster` whole clusters.
 
-Stands beside the servers, never below them: of Baton it imports `node` only, and knows a server by its URL.
+`harness` is what the latter three share. `baton bench` lists them all. The product imports none of them.
 """

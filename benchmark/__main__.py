@@ -1,38 +1,72 @@
-"""python -m baton.benchmark serving | null-server: load tests of servers that speak OpenAI's API."""
+"""baton bench NAME ...: the table of all benchmarks. Each is imported when it runs, so that this needs no torch."""
 
 from __future__ import annotations
 
-import asyncio
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import import_module
 
-from uvicorn.loops.auto import auto_loop_factory
-
-from baton.benchmark.load.null_server import NullServerSettings, serve
-from baton.benchmark.load.serving import serving
-from baton.benchmark.load.settings import ServingSettings
 from baton.node.errors import SettingsError
-from baton.node.settings import parse
+
+PROG = "baton bench"
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A benchmark: its module has `main(argv) -> exit status`."""
+
+    module: str
+    help: str
+
+
+BENCHMARKS: dict[str, Entry] = {
+    "serving": Entry("load.serving", "load test of any server with OpenAI's API: latencies, throughput, goodput"),
+    "null-server": Entry("load.null_server", "a server that computes nothing, to measure a load generator with"),
+    "cpu": Entry("cluster.cpu", "serving on CPU against transformers, as ratios taken in one run"),
+    "exactness": Entry("cluster.exactness", "whether disaggregated and colocated workers answer with equal tokens"),
+    "two-gpus": Entry("cluster.two_gpus", "one prefill and one decode worker against two colocated ones"),
+    "reuse": Entry("cluster.reuse", "prompt tokens computed with the KV store and without, beside an ideal cache"),
+    "ttft-tiers": Entry("cluster.ttft_tiers", "TTFT by where a prompt's KV is: computed, GPU, RAM, disk"),
+    "gate": Entry("cluster.gate", "whether prefixes are loaded from the store exactly where that is faster"),
+    "routing": Entry("cluster.routing", "the routing policies on a slice of a Mooncake trace"),
+    "simulator": Entry("cluster.simulator", "the simulator against real processes, on CPU"),
+    "pick": Entry("host.pick", "the time of one routing decision in a large cluster"),
+    "steps": Entry("host.steps", "single model steps on CPU, as input of `baton simulate fit`"),
+    "tiers": Entry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
+    "decode": Entry("gpu.decode", "ms of a decode step on a GPU"),
+    "prefill": Entry("gpu.prefill", "tokens/s of prompts on a GPU"),
+    "kernels": Entry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
+    "planes": Entry("gpu.planes", "GB/s of the data planes between two processes"),
+    "transfer-cost": Entry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
+    "start": Entry("gpu.start", "seconds until a decode worker on a GPU is ready"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, BENCHMARKS))
+    lines = [f"  {name:{width}}  {entry.help}" for name, entry in BENCHMARKS.items()]
+    return "\n".join([f"usage: {PROG} NAME [options]; {PROG} NAME --help lists the options of one\n", *lines])
 
 
 def main(argv: Sequence[str]) -> int:
-    command, rest = (argv[0], argv[1:]) if argv else ("", ())
-    if command == "serving":
-        settings = parse(ServingSettings, rest, "bench_serving", "Load tests a server that speaks OpenAI's API.")
-        work = serving(settings, rest)
-    elif command == "null-server":
-        work = serve(parse(NullServerSettings, rest, "null-server", "Streams tokens that nobody computed."))
-    else:
-        print("usage: python -m baton.benchmark serving | null-server [--help]", file=sys.stderr)
+    """Run the benchmark that `argv` begins with; the exit status."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(usage(), file=sys.stdout if argv else sys.stderr)
+        return 0 if argv else 2
+    name = argv[0]
+    entry = BENCHMARKS.get(name)
+    if entry is None:
+        print(f"{PROG}: there is no benchmark {name!r}; {PROG} --help lists them", file=sys.stderr)
         return 2
     try:
-        with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed
-            return runner.run(work)
+        return int(import_module(f"baton.benchmark.{entry.module}").main(argv[1:]))
     except SettingsError as error:
-        print(f"bench_serving: {error}", file=sys.stderr)
+        print(f"{PROG} {name}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
-        print("bench_serving: interrupted", file=sys.stderr)
-    return 1
+        print(f"{PROG} {name}: interrupted", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -100,7 +100,7 @@ def tiers(argv: Sequence[str]) -> None:
 
 def fitted(argv: Sequence[str]) -> None:
     """Coefficients of the latency model from measured steps, by least squares, with their error."""
-    settings = parse(FitSettings, argv, "scripts/fit_latency", fitted.__doc__ or "")
+    settings = parse(FitSettings, argv, "scripts/simulate fit", fitted.__doc__ or "")
     steps = [step for path in settings.steps for step in read_steps(path)]
     kinds = sorted({step.kind for step in steps}, reverse=True)
     found: dict[str, Fit] = {kind: fit([step for step in steps if step.kind == kind]) for kind in kinds}

@@ -1,6 +1,6 @@
 """Finds the coefficients of the latency model from measured steps, by least squares of the relative error.
 
-A file holds one JSON object a line; scripts/bench_steps writes them:
+A file holds one JSON object a line; scripts/bench steps writes them:
 
     {"kind": "prefill", "lengths": [512, 100], "context": 0, "batch": 2, "seconds": 0.0312}
     {"kind": "decode", "lengths": [], "context": 8192, "batch": 8, "seconds": 0.0051}

@@ -114,7 +114,7 @@ class TiersSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitSettings:
-    steps: tuple[Path, ...] = option(metavar="FILE", help="measured steps, as scripts/bench_steps writes them")
+    steps: tuple[Path, ...] = option(metavar="FILE", help="measured steps, as scripts/bench steps writes them")
     profile: str = option("", help="profile whose other numbers go into --out")
     out: Path | None = option(None, help="write that profile with the coefficients found")
 

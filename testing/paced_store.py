@@ -1,4 +1,4 @@
-"""python paced_store.py PACE_FILE OPTIONS: a KV store whose disk gives so many bytes a second, for scripts/bench_gate.
+"""python paced_store.py PACE_FILE OPTIONS: a KV store whose disk gives so many bytes a second, for scripts/bench gate.
 
 PACE_FILE holds a number of bytes/s, or nothing for the disk's own speed, and is looked at for each block. Blocks go
 through one line after the other: each is done when the disk has it and the line has passed it.

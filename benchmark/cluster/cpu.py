@@ -1,6 +1,6 @@
 """Speed on the CPU: the whole system over HTTP against transformers.generate, in interleaved rounds of one run.
 
-    scripts/bench_cpu [--rounds 5] [--threads 2]
+    scripts/bench cpu [--rounds 5] [--threads 2]
 
 It prints a JSON line for each round, then a table. Only the ratios mean something on another machine. Both sides
 compute the same prompts with the same model in float32; the server is started as `scripts/serve` starts it. No prompt
@@ -29,6 +29,8 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from tokenizers import Tokenizer
+
+from baton.benchmark.harness.options import new_parser
 
 ROOT = Path(__file__).resolve().parents[2]
 START_TIMEOUT_S = 120.0
@@ -327,7 +329,7 @@ def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]], proxy_mb
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench_cpu", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("cpu", __doc__)
     parser.add_argument("--model", default="demo", help="the demo model, or a Hugging Face folder")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that count, after one that warms up")
     parser.add_argument("--concurrency", type=int, default=32, help="requests at once, and rows of the static batch")

@@ -21,10 +21,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, cluster
-from baton.benchmark.cluster.model import make_model
-from baton.benchmark.cluster.options import new_parser
-from baton.benchmark.cluster.output import Lines, end_on_sigterm
 from baton.benchmark.cluster.requests import Answer, complete_at_once, random_ids
+from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
+from baton.benchmark.harness.options import cluster_parser
+from baton.benchmark.harness.shapes import make_model
 from baton.launch.local import ServeSettings
 from baton.node.modelhub import DEMO_MODEL
 
@@ -96,9 +96,9 @@ def answers(settings: ServeSettings, prompts: Sequence[Sequence[int]], options: 
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    end_on_sigterm()
-    lines, status = Lines(options.output), 0
-    lines.begin(list(argv))
+    exit_on_sigterm()
+    lines, status = JsonLines(options.output), 0
+    lines.begin(argv)
     prompt_lengths = lengths(options.requests, options.longest, options.seed)
     prompts = [random_ids(length, options.seed, number) for number, length in enumerate(prompt_lengths)]
     num_blocks = blocks_for(prompt_lengths, options.answer_tokens, BLOCK_TOKENS[options.device])
@@ -121,7 +121,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("scripts/bench_exactness", __doc__ or "")
+    parser = cluster_parser("exactness", __doc__)
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs; one is enough")
     add("--ways", default="both", choices=("both", "deterministic", "default"), help="how workers compute")

@@ -26,10 +26,10 @@ from tempfile import TemporaryDirectory
 
 from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, Cluster, cluster
 from baton.benchmark.cluster.metrics import Metrics
-from baton.benchmark.cluster.model import block_bytes, make_model
-from baton.benchmark.cluster.options import new_parser
-from baton.benchmark.cluster.output import Lines, end_on_sigterm
 from baton.benchmark.cluster.requests import First, first_token, random_ids
+from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
+from baton.benchmark.harness.options import cluster_parser
+from baton.benchmark.harness.shapes import block_bytes, make_model
 from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
 from baton.node.modelhub import DEMO_MODEL, locate_model
@@ -99,7 +99,7 @@ class Case:
 class Bench:
     """Asks, and writes the lines. Each request costs what it costs: nothing runs beside it."""
 
-    def __init__(self, made: Cluster, sizes: Sizes, pace: Path, lines: Lines, options: argparse.Namespace) -> None:
+    def __init__(self, made: Cluster, sizes: Sizes, pace: Path, lines: JsonLines, options: argparse.Namespace) -> None:
         self._made = made
         self._sizes = sizes
         self._pace = pace
@@ -259,9 +259,9 @@ def settings_of(sizes: Sizes, model: Path, disk: Path, options: argparse.Namespa
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    end_on_sigterm()
-    lines = Lines(options.output)
-    lines.begin(list(argv))
+    exit_on_sigterm()
+    lines = JsonLines(options.output)
+    lines.begin(argv)
     on_cpu = options.device == "cpu"
     with TemporaryDirectory() as folder, TemporaryDirectory(dir=options.path) as disk:
         model = locate_model(DEMO_MODEL) if on_cpu else make_model(options.shape, Path(folder) / MODEL)
@@ -282,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("scripts/bench_gate", __doc__ or "")
+    parser = cluster_parser("gate", __doc__)
     add = parser.add_argument
     add("--gpu", type=int, default=0, help="the GPU")
     add("--lengths", type=int, nargs="+", help="tokens that are on disk; default 2048 8192, on CPU 256 768")

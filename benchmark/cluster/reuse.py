@@ -32,6 +32,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from baton.benchmark.harness.options import new_parser
 from baton.kvtransfer.blocks.hashing import block_hashes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -276,7 +277,7 @@ def report(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> str:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench_reuse", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("reuse", __doc__)
     ways = ("off", "ram", "small", "disk")
     parser.add_argument("--ways", nargs="+", default=ways, choices=ways, help="ways of serving")
     parser.add_argument("--conversations", type=int, default=16, help="conversations")

@@ -1,6 +1,6 @@
 """The routing policies on a slice of a Mooncake trace, each on a fresh cluster of the demo model on this machine.
 
-    scripts/bench_routing --trace conversation_trace.jsonl [--requests 1000] [--speed 2] [--rounds 1]
+    scripts/bench routing --trace conversation_trace.jsonl [--requests 1000] [--speed 2] [--rounds 1]
 
 A request of the trace becomes a prompt of token ids: equal block ids give equal tokens, lengths are divided by
 `--shrink`, and arrivals are moved within the 3 s to which the trace rounds them, the same for all policies. What does
@@ -33,6 +33,7 @@ from itertools import islice
 from pathlib import Path
 from tempfile import TemporaryFile
 
+from baton.benchmark.harness.options import new_parser
 from baton.benchmark.load.meter import StreamMeter
 from baton.benchmark.load.traces import MOONCAKE_BLOCK_TOKENS, MOONCAKE_QUANTUM_S, TraceRequest, read_trace
 from baton.node.http_client import HttpClient, HttpFailed, Origin
@@ -289,7 +290,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="scripts/bench_routing", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("routing", __doc__)
     parser.add_argument("--trace", type=Path, required=True, help="Mooncake's conversation trace, as JSON lines")
     parser.add_argument("--requests", type=int, default=1000, help="requests of the slice")
     parser.add_argument("--skip", type=int, default=0, help="requests of the trace before the slice")

@@ -1,8 +1,8 @@
 """The simulator against the real system on this machine's CPU: one workload, both sides, TTFT side by side.
 
-    scripts/bench_simulator [--prefill 1] [--decode 1] [--rate 6] [--rounds 5]
+    scripts/bench simulator [--prefill 1] [--decode 1] [--rate 6] [--rounds 5]
 
-A round measures single steps (scripts/bench_steps), sends requests one by one to the idle cluster, then a Poisson load,
+A round measures single steps (scripts/bench steps), sends requests one by one to the idle cluster, then a Poisson load,
 then measures steps in several processes at once, since workers that share a machine slow each other down. The simulator
 gets the latter, fitted, and of the idle cluster two numbers: what a first and what a later token take beyond their
 step. It replays the load's own arrivals and lengths; nothing of the load's times is given to it. Prints a JSON line a
@@ -29,6 +29,7 @@ from typing import Any
 import msgspec
 
 from baton.benchmark.cluster.cpu import busy_s, cpu_s, free_port, server
+from baton.benchmark.harness.options import new_parser
 from baton.benchmark.load.meter import StreamMeter
 from baton.node.http_client import HttpClient, Origin
 from baton.proxy.settings import ProxySettings
@@ -104,12 +105,12 @@ class Client:
 
 def measured_steps(repeat: int, processes: int) -> list[MeasuredStep]:
     """Of so many processes at once, each with one thread, as workers are."""
-    command = [sys.executable, "-P", "-m", "baton.benchmark.cluster.steps", "--repeat", str(repeat)]
+    command = [sys.executable, "-P", "-m", "baton.benchmark.host.steps", "--repeat", str(repeat)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
     running = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
     lines = [line for process in running for line in process.communicate()[0].splitlines()]
     if any(process.returncode for process in running):
-        raise SystemExit("scripts/bench_steps failed")
+        raise SystemExit("scripts/bench steps failed")
     return [msgspec.json.decode(line, type=MeasuredStep) for line in lines]
 
 
@@ -223,7 +224,7 @@ def processes_of(parent: int) -> tuple[int, ...]:
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_simulator", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("simulator", __doc__)
     parser.add_argument("--profile", default="cpu-demo", help="what is not measured here is taken from this one")
     parser.add_argument("--prefill", type=int, default=1)
     parser.add_argument("--decode", type=int, default=1)

@@ -27,10 +27,10 @@ from tempfile import TemporaryDirectory
 
 from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, Cluster, cluster
 from baton.benchmark.cluster.metrics import Metrics
-from baton.benchmark.cluster.model import block_bytes, make_model
-from baton.benchmark.cluster.options import new_parser
-from baton.benchmark.cluster.output import Lines, end_on_sigterm
 from baton.benchmark.cluster.requests import First, first_token, random_ids
+from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
+from baton.benchmark.harness.options import cluster_parser
+from baton.benchmark.harness.shapes import block_bytes, make_model
 from baton.launch.local import ServeSettings
 from baton.node.modelhub import DEMO_MODEL, locate_model
 
@@ -70,7 +70,7 @@ class Sizes:
 class Tiers:
     """Asks for the prompts in all states, and writes the lines."""
 
-    def __init__(self, made: Cluster, sizes: Sizes, lines: Lines, options: argparse.Namespace) -> None:
+    def __init__(self, made: Cluster, sizes: Sizes, lines: JsonLines, options: argparse.Namespace) -> None:
         self._made = made
         self._sizes = sizes
         self._lines = lines
@@ -190,9 +190,9 @@ def speeds(before: Metrics, after: Metrics) -> dict[str, float | None]:
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    end_on_sigterm()
-    lines = Lines(options.output)
-    lines.begin(list(argv))
+    exit_on_sigterm()
+    lines = JsonLines(options.output)
+    lines.begin(argv)
     on_cpu = options.device == "cpu"
     with TemporaryDirectory() as folder, TemporaryDirectory(dir=options.path) as disk:
         model = locate_model(DEMO_MODEL) if on_cpu else make_model(options.shape, Path(folder) / MODEL)
@@ -238,7 +238,7 @@ def settings_of(sizes: Sizes, model: Path, disk: Path, options: argparse.Namespa
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("scripts/bench_ttft_tiers", __doc__ or "")
+    parser = cluster_parser("ttft-tiers", __doc__)
     add = parser.add_argument
     add("--gpu", type=int, default=0, help="the GPU")
     add("--lengths", type=int, nargs="+", help="tokens from a tier; default 2048 8192 32768, on CPU 256 1024")

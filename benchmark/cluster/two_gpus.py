@@ -32,9 +32,9 @@ from uvicorn.loops.auto import auto_loop_factory
 
 from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, Cluster, cluster
 from baton.benchmark.cluster.metrics import Metrics
-from baton.benchmark.cluster.model import make_model
-from baton.benchmark.cluster.options import new_parser
-from baton.benchmark.cluster.output import Lines, end_on_sigterm
+from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
+from baton.benchmark.harness.options import cluster_parser
+from baton.benchmark.harness.shapes import make_model
 from baton.benchmark.load.experiment import Experiment, Run
 from baton.benchmark.load.planner import Inputs
 from baton.benchmark.load.record import Record
@@ -226,7 +226,7 @@ def cell(
 # ---- all of them --------------------------------------------------------------------------------------------------
 
 
-def measure(system: System, model: str, options: argparse.Namespace, lines: Lines) -> list[dict[str, object]]:
+def measure(system: System, model: str, options: argparse.Namespace, lines: JsonLines) -> list[dict[str, object]]:
     """Start the system, warm it up, and go through all cells; a cell in which everything failed ends it."""
     found = []
     with cluster(system.serve(model, options)) as (made, ready_s):
@@ -265,9 +265,9 @@ def _ratio(mine: object, theirs: object, at: str) -> float | None:
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    end_on_sigterm()
-    lines, cells, status = Lines(options.output), [], 0
-    lines.begin(list(argv))
+    exit_on_sigterm()
+    lines, cells, status = JsonLines(options.output), [], 0
+    lines.begin(argv)
     with TemporaryDirectory() as folder:
         model = DEMO_MODEL if options.device == "cpu" else str(make_model(options.shape, Path(folder) / MODEL))
         for system in systems(options):
@@ -282,7 +282,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("scripts/bench_two_gpus", __doc__ or "")
+    parser = cluster_parser("two-gpus", __doc__)
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs")
     add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, help="which")

@@ -3,14 +3,14 @@
 One JSON line a cell: `step_ms` is the median wall time from one read to the next with `--run-ahead` steps under way, as
 a worker runs them (launch, read, no scheduler); `gpu_ms` the median of the GPU's own time of the captured step and the
 copies around it, launched one by one; `host_ms` what a launch takes the host. With `--breakdown` another line a cell,
-once all are timed: what the time goes to, and the least that it could be (scripts/step_breakdown.py).
+once all are timed: what the time goes to, and the least that it could be (step_breakdown.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
+import sys
 import time
 from collections.abc import Sequence
 from functools import partial
@@ -19,7 +19,9 @@ from itertools import islice
 import torch
 
 from baton.benchmark.gpu import step_breakdown
-from baton.benchmark.gpu.gpu import BLOCK_TOKENS, chat_lengths, line, load_shape, make_runner, random_pool
+from baton.benchmark.gpu.runners import BLOCK_TOKENS, chat_lengths, load_shape, make_runner, random_pool
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
 from baton.models.cuda.runner import CudaRunner, Limits
 from baton.node.messages.control import SamplingParams
@@ -40,8 +42,8 @@ def blocks_for(context: int) -> int:
     return -(-(context + 1) // BLOCK_TOKENS)
 
 
-class Cell:
-    """A sequence a row, which reaches its number of tokens in the last step that is timed."""
+class DecodeBatch:
+    """One sequence a row; each reaches its context length in the last timed step."""
 
     def __init__(self, contexts: Sequence[int], num_blocks: int, steps: int = WARM_STEPS + STEPS) -> None:
         blocks = iter(random.Random(0).sample(range(num_blocks), sum(map(blocks_for, contexts))))
@@ -60,64 +62,67 @@ class Cell:
         return rows
 
 
-def step_ms(runner: CudaRunner, cell: Cell) -> tuple[float, float]:
+def step_ms(runner: CudaRunner, batch: DecodeBatch) -> tuple[float, float]:
     """Median wall time between two reads, and of a launch."""
-    flights, read_at, host = [], [], []
+    steps, read_at, host = [], [], []
     for _ in range(WARM_STEPS + STEPS):
-        rows = cell.rows()
+        rows = batch.rows()
         began_at = time.perf_counter()
-        flights.append(runner.launch(rows))
+        steps.append(runner.launch(rows))
         host.append(time.perf_counter() - began_at)
-        if len(flights) > runner.run_ahead:
-            flights.pop(0).read()
+        if len(steps) > runner.run_ahead:
+            steps.pop(0).read()
             read_at.append(time.perf_counter())
-    for flight in flights:
-        flight.read()
+    for launched in steps:
+        launched.read()
     gaps = [after - before for before, after in zip(read_at[WARM_STEPS:], read_at[WARM_STEPS + 1 :], strict=False)]
     return statistics.median(gaps) * 1e3, statistics.median(host[WARM_STEPS:]) * 1e3
 
 
-def gpu_ms(runner: CudaRunner, cell: Cell) -> float:
+def gpu_ms(runner: CudaRunner, batch: DecodeBatch) -> float:
     """Median GPU time of single steps, by events around the launch on the runner's own stream."""
     times = []
     for _ in range(WARM_STEPS + STEPS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         runner.queue.enqueue(partial(torch.cuda._sleep, SLEEP_CYCLES))  # so that the GPU waits for no launch
         runner.queue.enqueue(begin.record)
-        flight = runner.launch(cell.rows())
+        launched = runner.launch(batch.rows())
         runner.queue.enqueue(end.record)
-        flight.read()
+        launched.read()
         end.synchronize()
         times.append(begin.elapsed_time(end))
     return statistics.median(times[WARM_STEPS:])
 
 
-def step(runner: CudaRunner, cell: Cell) -> None:
-    runner.launch(cell.rows()).read()
+def step(runner: CudaRunner, batch: DecodeBatch) -> None:
+    runner.launch(batch.rows()).read()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = new_parser("decode", __doc__)
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
     parser.add_argument("--cells", default=CELLS, help="rows x tokens or rows x chats, comma separated")
-    parser.add_argument("--run-ahead", type=int, default=1)
-    parser.add_argument("--deterministic", action="store_true")
+    parser.add_argument("--run-ahead", type=int, default=1, help="steps launched before one is read")
+    parser.add_argument(
+        "--deterministic", action="store_true", help="kernels whose result does not depend on the batch"
+    )
     parser.add_argument("--breakdown", action="store_true", help="where the time of a step goes, beside its floors")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    lines = JsonLines(options.output)
     cells = {name: contexts_of(name) for name in options.cells.split(",")}
-    ceilings = step_breakdown.ceilings() if options.breakdown else None
-    config, weights = load_shape(options.shape)
+    ceilings = step_breakdown.ceilings(lines) if options.breakdown else None
+    config, weights = load_shape(lines, options.shape)
     pool = random_pool(config, max(sum(map(blocks_for, contexts)) for contexts in cells.values()) + 8)
     max_rows, longest = max(map(len, cells.values())), max(map(max, cells.values())) + 1
     limits = Limits(max_rows, 2048, options.run_ahead, options.deterministic)
-    runner = make_runner(config, weights, limits, pool, longest)
-    profiled: list[step_breakdown.Cell] = []
+    runner = make_runner(lines, config, weights, limits, pool, longest)
+    profiled: list[step_breakdown.Profiled] = []
     for name, contexts in cells.items():
         values = {"rows": len(contexts), "context": max(contexts)} | ({"cell": name} if "chats" in name else {})
-        wall, host = step_ms(runner, Cell(contexts, len(pool)))
-        timed = gpu_ms(runner, Cell(contexts, len(pool)))
-        line(
-            what="decode_step",
+        wall, host = step_ms(runner, DecodeBatch(contexts, len(pool)))
+        timed = gpu_ms(runner, DecodeBatch(contexts, len(pool)))
+        lines.put(
+            "decode_step",
             **values,
             step_ms=round(wall, 3),
             gpu_ms=round(timed, 3),
@@ -126,13 +131,14 @@ def main() -> None:
             deterministic=options.deterministic,
         )
         if ceilings is not None:
-            floors = step_breakdown.floors_s(config, [Cell(contexts, len(pool), 1).rows()], ceilings)
-            steps = Cell(contexts, len(pool), step_breakdown.PASSES)
+            floors = step_breakdown.floors_s(config, [DecodeBatch(contexts, len(pool), 1).rows()], ceilings)
+            steps = DecodeBatch(contexts, len(pool), step_breakdown.PASSES)
             values = {"what": "decode_breakdown", **values}
-            profiled.append(step_breakdown.Cell(values, partial(step, runner, steps), timed, floors))
+            profiled.append(step_breakdown.Profiled(values, partial(step, runner, steps), timed, floors))
     if ceilings is not None:
-        step_breakdown.report(runner.queue, profiled)
+        step_breakdown.report(lines, runner.queue, profiled)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,16 +1,13 @@
-"""Times every Triton kernel on the GPU at hand against the ceilings of memory and arithmetic that it measures first.
+"""Times every Triton kernel on the GPU at hand against the limits of memory and arithmetic that it measures first.
 
-    PYTHONPATH=.link python scripts/bench_kernels.py [FILE [PART ...]]
-
-One JSON line a measurement on standard output, and appended to FILE; PARTs are the functions that `main` lists, and
-`ceilings` always runs. The shapes are those of an 8B model (32 query and 8 key heads of 128, hidden 4096, FFN 14336,
-vocabulary 128256) in bfloat16. A time is the median of replays of a CUDA graph of several calls over several sets of
-random inputs, together larger than the L2 cache.
+One JSON line a measurement on standard output, and appended to FILE. PARTs are groups of kernels, by default all; the
+limits (`ceilings`) are always measured. The shapes are those of an 8B model (32 query and 8 key heads of 128, hidden
+4096, FFN 14336, vocabulary 128256) in bfloat16. A time is the median of replays of a CUDA graph of several calls over
+several sets of random inputs, together larger than the L2 cache.
 """
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -21,7 +18,9 @@ import torch
 
 from baton.benchmark.gpu import sdpa
 from baton.benchmark.gpu.ceilings import GPU, Call, Ceilings, randn, seconds
-from baton.benchmark.gpu.gpu import chat_lengths
+from baton.benchmark.gpu.runners import chat_lengths
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import bare_parser
 from baton.kernels.triton import (
     activation,
     blocks,
@@ -62,19 +61,12 @@ ALL_PARAMETERS = {
 }  # fmt: skip
 
 
-class Report:
-    """Writes the lines; knows the ceilings once they are measured."""
+class KernelReport:
+    """Writes the lines. `ceilings` are measured first."""
 
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
+    def __init__(self, lines: JsonLines) -> None:
+        self.line = lines.write
         self.ceilings = Ceilings(1.0, 1.0)
-
-    def line(self, **values: object) -> None:
-        text = json.dumps(values)
-        print(text, flush=True)
-        if self._path is not None:
-            with self._path.open("a") as file:
-                file.write(text + "\n")
 
     def moved(self, kernel: str, size_bytes: float, calls: Sequence[Call], **values: object) -> None:
         took = seconds(calls)
@@ -85,12 +77,12 @@ class Report:
         )  # fmt: skip
 
 
-def ceilings(report: Report) -> None:
+def ceilings(report: KernelReport) -> None:
     report.ceilings = Ceilings.measure()
     report.line(kernel="ceiling", **report.ceilings.values())
 
 
-def small(report: Report) -> None:
+def small(report: KernelReport) -> None:
     table = torch.rand(8192, DIM // 2, device=GPU)
     for rows in (1, 64, 256, 2048):
         count = 32 if rows <= 256 else 8
@@ -120,7 +112,7 @@ def small(report: Report) -> None:
                 report.moved("rope_and_write", rows * width * 4, calls, rows=rows, normed=given is not None, pdl=pdl)
 
 
-def choice(report: Report) -> None:
+def choice(report: KernelReport) -> None:
     for rows in (1, 64, 256):
         logits = [randn(rows, VOCAB) for _ in range(max(2, min(64, ROTATED_BYTES // (rows * VOCAB * 2))))]
         scratch = sampling.SamplingScratch.make(rows, VOCAB, GPU)
@@ -145,7 +137,7 @@ def choice(report: Report) -> None:
                 report.moved("logprobs", rows * VOCAB * 2, calls, rows=rows)
 
 
-def whole_blocks(report: Report) -> None:
+def whole_blocks(report: KernelReport) -> None:
     pool = randn(400, 32, 2, 64, KV_HEADS, DIM)  # 8 MiB a block
     for count in (1, 16, 128):
         sets = [torch.randperm(400, device=GPU)[:count] for _ in range(max(2, 64 // count))]
@@ -159,7 +151,7 @@ def whole_blocks(report: Report) -> None:
         report.moved("scatter_blocks", 2 * size, calls, blocks=count)
 
 
-def host_copies(report: Report) -> None:
+def host_copies(report: KernelReport) -> None:
     """GB/s between locked host memory and blocks of 8 MiB, every other one of a pool: no two lie together. With the
     digests of the blocks, in batches as a worker's store client makes them, two under way."""
     size_bytes, most = 8 << 20, 128
@@ -182,20 +174,20 @@ def host_copies(report: Report) -> None:
 
 
 def _copied_s(copies: DeviceCopies, begin: Callable[[Sequence[Pair]], int], batches: Sequence[Sequence[Pair]]) -> float:
-    began_at, flying = time.perf_counter(), []
+    began_at, pending = time.perf_counter(), []
     for batch in batches:
-        flying.append(begin(batch))
-        while len(flying) == IN_FLIGHT and copies.ended(flying[0]) is None:
+        pending.append(begin(batch))
+        while len(pending) == IN_FLIGHT and copies.ended(pending[0]) is None:
             pass
-        if len(flying) == IN_FLIGHT:
-            flying.pop(0)
-    for copy in flying:
+        if len(pending) == IN_FLIGHT:
+            pending.pop(0)
+    for copy in pending:
         while copies.ended(copy) is None:
             pass
     return time.perf_counter() - began_at
 
 
-def decode(report: Report) -> None:
+def decode(report: KernelReport) -> None:
     """Beside torch's attention, as `prefill`."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     memory = randn(12 << 30)  # 24 GiB, seen as pools of several shapes
@@ -251,7 +243,7 @@ def decode_calls(
     ]
 
 
-def mixed(report: Report) -> None:
+def mixed(report: KernelReport) -> None:
     """Decode attention over sequences of unequal lengths, and the sharing out before it."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     pool = randn(16384, 8, 2, 64, KV_HEADS, DIM)
@@ -279,7 +271,7 @@ def mixed(report: Report) -> None:
         report.line(kernel="share_out", lengths=name, us=round(took * 1e6, 2))
 
 
-def pools(report: Report) -> None:
+def pools(report: KernelReport) -> None:
     """Decode attention by the layers of the pool: they decide how far apart the blocks of a sequence lie."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     deepest = 40
@@ -300,7 +292,7 @@ def pools(report: Report) -> None:
 
 
 def report_decode_sdpa(
-    report: Report, query: torch.Tensor, keys_values: torch.Tensor, others: torch.Tensor, ours: torch.Tensor
+    report: KernelReport, query: torch.Tensor, keys_values: torch.Tensor, others: torch.Tensor, ours: torch.Tensor
 ) -> None:
     """torch's attention of one token a row over `others` [calls, 2, rows, KH, L, D], checked with `keys_values`."""
     _, rows, _, length, _ = keys_values.shape
@@ -318,8 +310,8 @@ def report_decode_sdpa(
         report.moved(kernel, keys_values.nbytes, calls, **values, by=name)
 
 
-def prefill(report: Report) -> None:
-    """Beside torch's attention, which reads contiguous keys and values where ours reads pages: see bench_sdpa."""
+def prefill(report: KernelReport) -> None:
+    """Beside torch's attention, which reads contiguous keys and values where ours reads pages: see sdpa.py."""
     counter = torch.zeros(2, dtype=torch.int32, device=GPU)
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     for num_new, cached in ((512, 0), (1024, 0), (2048, 0), (4096, 0), (8192, 0), (32768, 0), (2048, 8192)):
@@ -347,7 +339,9 @@ def prefill(report: Report) -> None:
         report_prefill_sdpa(report, query, sdpa.contiguous(pool, 0, tables), out)
 
 
-def report_prefill_sdpa(report: Report, query: torch.Tensor, keys_values: torch.Tensor, ours: torch.Tensor) -> None:
+def report_prefill_sdpa(
+    report: KernelReport, query: torch.Tensor, keys_values: torch.Tensor, ours: torch.Tensor
+) -> None:
     """torch's attention of one sequence: query and ours [N, H, D], keys_values [2, 1, KH, L, D]."""
     num_new, cached = len(query), keys_values.shape[3] - len(query)
     query, ours = (each.transpose(0, 1)[None].contiguous() for each in (query, ours))
@@ -361,7 +355,7 @@ def report_prefill_sdpa(report: Report, query: torch.Tensor, keys_values: torch.
         report_prefill(report, way.call, num_new, cached, **values, heads="copied" if way.expanded else "shared")
 
 
-def report_prefill(report: Report, call: Call, num_new: int, cached: int, **values: object) -> None:
+def report_prefill(report: KernelReport, call: Call, num_new: int, cached: int, **values: object) -> None:
     flops = 4 * HEADS * DIM * (num_new * cached + num_new * (num_new + 1) / 2)
     took = seconds([call] * (8 if num_new + cached <= 4096 else 2))
     report.line(
@@ -376,17 +370,17 @@ def cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, gated: to
         activation.silu_and_mul(plain, gated)
 
 
-def linears(report: Report) -> None:
+def linears(report: KernelReport) -> None:
     """The products of Llama-3.1-8B."""
     _linears(report, {"qkv": QKV_8B, "o": O_8B, "gate_up": GATE_UP_8B, "down": DOWN_8B, "lm_head": HEAD_8B})
 
 
-def qwen3_linears(report: Report) -> None:
+def qwen3_linears(report: KernelReport) -> None:
     """Those of Qwen3-8B that differ."""
     _linears(report, {"gate_up": (12288, 4096, True), "down": (4096, 12288, False), "lm_head": (151936, 4096, False)})
 
 
-def _linears(report: Report, shapes: dict[str, Shape]) -> None:
+def _linears(report: KernelReport, shapes: dict[str, Shape]) -> None:
     for name, (n, k, fused) in shapes.items():
         wide = 2 * n if fused else n
         weights = [randn(wide, k).mul_(k**-0.5) for _ in range(max(3, ROTATED_BYTES // (wide * k * 2)))]
@@ -412,15 +406,29 @@ def _linears(report: Report, shapes: dict[str, Shape]) -> None:
                     report.moved("linear", size, calls, name=name, rows=rows, by=by, pdl=pdl)
 
 
-def main() -> None:
-    report = Report(Path(sys.argv[1]) if len(sys.argv) > 1 else None)
+PARTS: dict[str, Callable[[KernelReport], None]] = {
+    part.__name__: part
+    for part in (
+        ceilings, small, choice, whole_blocks, host_copies, decode, mixed, pools, prefill, linears, qwen3_linears
+    )
+}  # fmt: skip
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = bare_parser("kernels", __doc__)
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="append the lines to this file as well")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    options = parser.parse_args(argv)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"PART {sorted(unknown)[0]!r}: must be one of {', '.join(PARTS)}")
+    report = KernelReport(JsonLines(options.file))
     torch.manual_seed(0)
-    attention = decode, mixed, pools, prefill
-    for part in (ceilings, small, choice, whole_blocks, host_copies, *attention, linears, qwen3_linears):
-        if part is ceilings or part.__name__ in sys.argv[2:] or not sys.argv[2:]:
+    for name, part in PARTS.items():
+        if part is ceilings or name in options.parts or not options.parts:
             part(report)
         torch.cuda.empty_cache()
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,4 @@
-"""What bench_planes moves: a pool of blocks of 1 MiB on a GPU or in host memory, filled at random and digested."""
+"""Pools that planes.py moves blocks of: 1 GiB in blocks of 1 MiB, on a GPU or in host memory, filled at random."""
 
 from __future__ import annotations
 
@@ -17,7 +17,9 @@ POOL_BLOCKS = 1024
 HOST, HOST_PLANES = "host", ("shm", "zmq")
 
 
-class Pool(Protocol):
+class TransferPool(Protocol):
+    """A pool that can be filled, compared by digest, and served by a plane."""
+
     def fill(self, seed: int) -> None:
         """Random bytes, the same for a seed."""
         ...
@@ -29,7 +31,7 @@ class Pool(Protocol):
     def plane(self, kind: str, ctas: int, context: Context, name: str) -> Plane: ...
 
 
-def make_pool(where: str) -> Pool:
+def make_pool(where: str) -> TransferPool:
     """On GPU number `where`, or "host"."""
     return HostPool() if where == HOST else GpuPool(int(where))
 

@@ -3,19 +3,22 @@
 One JSON line a cell: `prompts` of `tokens` each, computed in steps of `--budget` tokens with one step under way while
 the next is launched, as a worker does; tokens a second from first launch to last read, the median of three runs. With
 `--breakdown` another line a cell, once all are timed: what the time of a run goes to, and the least that it could be
-(scripts/step_breakdown.py).
+(step_breakdown.py).
 """
 
 from __future__ import annotations
 
-import argparse
 import random
 import statistics
+import sys
 import time
+from collections.abc import Sequence
 from functools import partial
 
 from baton.benchmark.gpu import step_breakdown
-from baton.benchmark.gpu.gpu import BLOCK_TOKENS, line, load_shape, make_runner, random_pool
+from baton.benchmark.gpu.runners import BLOCK_TOKENS, load_shape, make_runner, random_pool
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
 from baton.models.cuda.runner import CudaRunner, Limits
 from baton.node.messages.control import SamplingParams
@@ -48,37 +51,38 @@ def steps(num_prompts: int, tokens: int, budget: int, num_blocks: int) -> list[l
 
 def run(runner: CudaRunner, batches: list[list[Row]]) -> float:
     """Seconds for all of them."""
-    flights = []
+    launched = []
     began_at = time.perf_counter()
     for rows in batches:
-        flights.append(runner.launch(rows))
-        if len(flights) > runner.run_ahead:
-            flights.pop(0).read()
-    for flight in flights:
-        flight.read()
+        launched.append(runner.launch(rows))
+        if len(launched) > runner.run_ahead:
+            launched.pop(0).read()
+    for step in launched:
+        step.read()
     return time.perf_counter() - began_at
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = new_parser("prefill", __doc__)
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
     parser.add_argument("--cells", default=CELLS, help="prompts x tokens, comma separated")
     parser.add_argument("--budget", type=int, default=8192, help="tokens a step")
     parser.add_argument("--breakdown", action="store_true", help="where the time of a run goes, beside its floors")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
+    lines = JsonLines(options.output)
     cells = [tuple(int(number) for number in cell.split("x")) for cell in options.cells.split(",")]
-    ceilings = step_breakdown.ceilings() if options.breakdown else None
-    config, weights = load_shape(options.shape)
+    ceilings = step_breakdown.ceilings(lines) if options.breakdown else None
+    config, weights = load_shape(lines, options.shape)
     longest, most = max(tokens for _, tokens in cells) + 1, max(prompts for prompts, _ in cells)
     pool = random_pool(config, max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8)
-    runner = make_runner(config, weights, Limits(most, options.budget), pool, longest)
-    profiled: list[step_breakdown.Cell] = []
+    runner = make_runner(lines, config, weights, Limits(most, options.budget), pool, longest)
+    profiled: list[step_breakdown.Profiled] = []
     for prompts, tokens in cells:
         batches = steps(prompts, tokens, options.budget, len(pool))
         run(runner, batches)
         took = statistics.median(run(runner, batches) for _ in range(RUNS))
-        line(
-            what="prefill",
+        lines.put(
+            "prefill",
             prompts=prompts,
             tokens=tokens,
             budget=options.budget,
@@ -88,10 +92,11 @@ def main() -> None:
         if ceilings is not None:
             values = {"what": "prefill_breakdown", "prompts": prompts, "tokens": tokens, "budget": options.budget}
             floors = step_breakdown.floors_s(config, batches, ceilings)
-            profiled.append(step_breakdown.Cell(values, partial(run, runner, batches), took * 1e3, floors))
+            profiled.append(step_breakdown.Profiled(values, partial(run, runner, batches), took * 1e3, floors))
     if ceilings is not None:
-        step_breakdown.report(runner.queue, profiled)
+        step_breakdown.report(lines, runner.queue, profiled)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

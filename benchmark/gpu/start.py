@@ -1,25 +1,26 @@
 """Times the start of a decode worker on the GPU at hand, from the process's start until its steps are ready.
 
-    PYTHONPATH=.link python scripts/bench_start.py [--shape llama-3.1-8b]
-
-Random weights; with Triton's cache on disk empty and full, and kernels compiled ahead in processes or, as they are
-launched, one after the other. Each start is a process of its own; one JSON line each, their logs on standard error.
+Random weights; with Triton's cache on disk empty and full, and kernels compiled ahead in processes or one after the
+other as they are launched. Each start is a process of its own; one JSON line each, their logs on standard error.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from unittest.mock import patch
 
 import torch
 
-from baton.benchmark.gpu.gpu import SHAPES, line
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import new_parser
+from baton.benchmark.harness.processes import child_environment, program
+from baton.benchmark.harness.shapes import SHAPES
 from baton.decode.settings import DecodeSettings
 from baton.models.cuda.queue import CudaQueue
 from baton.node.telemetry import configure_logging
@@ -27,25 +28,25 @@ from baton.worker.build_cuda import load_on_cuda
 
 READY = "ready"
 TIMEOUT_S = 300
+AHEAD, AS_LAUNCHED = "ahead", "as-launched"
 
 
-def start(shape: str, ahead: bool) -> None:
-    """In a process of its own. Leaves at once: what is timed ends here."""
-    configure_logging("info", f"{shape} ahead={ahead}")
-    with nullcontext() if ahead else patch.object(CudaQueue, "rehearse"):
+def start_once(shape: str, compiling: str) -> None:
+    """In a process of its own, which exits at once: what is timed ends here."""
+    configure_logging("info", f"{shape} compiling={compiling}")
+    with nullcontext() if compiling == AHEAD else patch.object(CudaQueue, "rehearse"):
         load_on_cuda(DecodeSettings(load_format="dummy").for_device("cuda"), "decode", SHAPES / shape)
     torch.cuda.synchronize()
     print(READY, torch.cuda.get_device_name(), flush=True)
     os._exit(0)
 
 
-def seconds_to_ready(shape: str, ahead: bool, cache: str) -> tuple[float, str]:
-    """And the GPU's name."""
-    code = f"from baton.benchmark.gpu.start import start; start({shape!r}, {ahead})"
+def seconds_to_ready(shape: str, compiling: str, cache: str) -> tuple[float, str]:
+    """Seconds, and the GPU's name."""
     began_at = time.perf_counter()
     ran = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TRITON_CACHE_DIR": cache},
+        program("start", "--shape", shape, "--once", compiling),
+        env=child_environment(TRITON_CACHE_DIR=cache),
         stdout=subprocess.PIPE,
         text=True,
         timeout=TIMEOUT_S,
@@ -57,28 +58,33 @@ def seconds_to_ready(shape: str, ahead: bool, cache: str) -> tuple[float, str]:
     return took_s, gpu
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def main(argv: Sequence[str]) -> int:
+    parser = new_parser("start", __doc__)
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
     parser.add_argument("--repeat", type=int, default=1, help="starts of each kind")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as cache:  # not counted: it brings the libraries into memory, and fills a cache
-        seconds_to_ready(options.shape, True, cache)
+    parser.add_argument("--once", choices=(AHEAD, AS_LAUNCHED), help="start once in this process, compiling kernels so")
+    options = parser.parse_args(argv)
+    if options.once:
+        start_once(options.shape, options.once)
+    lines = JsonLines(options.output)
+    with tempfile.TemporaryDirectory() as cache:  # not counted: reads the libraries from disk, and fills a cache
+        seconds_to_ready(options.shape, AHEAD, cache)
         for _ in range(options.repeat):
-            for ahead in (False, True):
+            for compiling in (AS_LAUNCHED, AHEAD):
                 with tempfile.TemporaryDirectory() as empty:
                     for name, folder in (("empty", empty), ("full", cache)):
-                        took_s, gpu = seconds_to_ready(options.shape, ahead, folder)
-                        line(
-                            what="start",
+                        took_s, gpu = seconds_to_ready(options.shape, compiling, folder)
+                        lines.put(
+                            "start",
                             shape=options.shape,
                             gpu=gpu,
                             cores=len(os.sched_getaffinity(0)),
-                            ahead=ahead,
+                            ahead=compiling == AHEAD,
                             cache=name,
                             seconds=round(took_s, 1),
                         )
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -25,7 +25,7 @@ from torch.autograd import DeviceType  # type: ignore[attr-defined]
 from torch.profiler import ProfilerActivity, profile
 
 from baton.benchmark.gpu.ceilings import Ceilings
-from baton.benchmark.gpu.gpu import line
+from baton.benchmark.harness.json_lines import JsonLines
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.decoder import product_shapes
@@ -61,8 +61,8 @@ class Interval(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
-    """What is profiled."""
+class Profiled:
+    """One cell to profile."""
 
     values: dict[str, object]
     """What its line begins with."""
@@ -198,22 +198,22 @@ def num_pairs(new: int, cached: int, window: int | None) -> int:
 # -- on the GPU
 
 
-def ceilings() -> Ceilings:
-    """Tells them. For before a model fills the memory."""
+def ceilings(lines: JsonLines) -> Ceilings:
+    """Measured and written. Call it before a model fills the memory."""
     measured = Ceilings.measure()
     torch.cuda.empty_cache()
-    line(what="ceilings", **measured.values())
+    lines.put("ceilings", **measured.values())
     return measured
 
 
-def report(queue: Queue, cells: Sequence[Cell]) -> None:
-    """One JSON line a cell. Call it last: see the module's docstring."""
+def report(lines: JsonLines, queue: Queue, cells: Sequence[Profiled]) -> None:
+    """One JSON line a cell. Call it last: what the profiler hooks may stay slower."""
     passes = recorded(queue, [cell.run for cell in cells for _ in range(PASSES)])
     if len(passes) != PASSES * len(cells):
         raise RuntimeError(f"{PASSES * len(cells)} passes ran, the trace has {len(passes)}")
     for index, cell in enumerate(cells):
         of_cell = passes[index * PASSES : (index + 1) * PASSES]
-        line(**cell.values, **summary(of_cell, cell.timed_ms, cell.floors_s))
+        lines.write(**cell.values, **summary(of_cell, cell.timed_ms, cell.floors_s))
 
 
 def recorded(queue: Queue, runs: Sequence[Callable[[], object]]) -> list[list[Interval]]:

@@ -1,6 +1,6 @@
 """A server that computes nothing: it streams ready-made chunks in OpenAI's format as fast as its client reads them.
 
-What a client measures here is the client. `python -m baton.benchmark null-server` runs one; self_test measures with it.
+What a client measures here is the client. `baton bench null-server` runs one; self_test measures with it.
 Each token is a write of its own, as in a real server, unless the client reads too slowly. It owns as much of HTTP as
 that takes: POST with a Content-Length, GET /v1/models. Not for a network: it checks nothing.
 """
@@ -8,12 +8,14 @@ that takes: POST with a Content-Length, GET /v1/models. Not for a network: it ch
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import msgspec
+from uvicorn.loops.auto import auto_loop_factory
 
-from baton.node.settings import option, require_loopback
+from baton.node.settings import option, parse, require_loopback
 
 MAX_REQUEST_BYTES = 64 << 20
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -36,6 +38,12 @@ class NullServerSettings:
 class _Wanted(msgspec.Struct):
     max_tokens: int = 16
     prompt: list[int] | str = ""
+
+
+def main(argv: Sequence[str]) -> int:
+    settings = parse(NullServerSettings, argv, "baton bench null-server", "Streams tokens that are not computed.")
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:
+        return runner.run(serve(settings))
 
 
 async def start(settings: NullServerSettings) -> asyncio.Server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import platform
 import resource
@@ -11,12 +12,24 @@ import sys
 import time
 from collections.abc import Sequence
 
+from uvicorn.loops.auto import auto_loop_factory
+
 from baton.benchmark.load import self_test, table
 from baton.benchmark.load.experiment import Experiment, Run, Server
 from baton.benchmark.load.planner import read_inputs
 from baton.benchmark.load.results import Circumstances, rate_text, save
 from baton.benchmark.load.settings import ServingSettings
 from baton.node.errors import SettingsError
+from baton.node.settings import parse
+
+PROG = "baton bench serving"
+
+
+def main(argv: Sequence[str]) -> int:
+    """The exit status. Raises SettingsError."""
+    settings = parse(ServingSettings, argv, PROG, "Load tests a server that speaks OpenAI's API.")
+    with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed
+        return runner.run(serving(settings, argv))
 
 
 async def serving(settings: ServingSettings, argv: Sequence[str]) -> int:
@@ -52,7 +65,7 @@ def command_line(argv: Sequence[str]) -> str:
             words[place + 1] = "..."
         elif word.startswith("--api-key="):
             words[place] = "--api-key=..."
-    return shlex.join(["scripts/bench_serving", *words])
+    return shlex.join([*PROG.split(), *words])
 
 
 def _are_many(settings: ServingSettings, servers: Sequence[Server]) -> bool:

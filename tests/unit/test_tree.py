@@ -121,7 +121,7 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
         (
             "tests/",
             "scripts/",
-            "benchmark/gpu/",
+            "benchmark/harness/processes.py",  # passes it on to child processes
             "benchmark/cluster/",
             "launch/serve.py",
             "launch/cluster.py",
@@ -132,9 +132,8 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
     for line, module in imports(tree):
         if module in OF_THE_ENVIRONMENT:
             yield f"{name}:{line}: imports {module}"
-    passed_on = set()
-    if name.endswith("/__main__.py"):
-        passed_on = {id(node.value) for node in ast.walk(tree) if is_rest_of_argv(node)}
+    programs = [tree] if name.endswith("/__main__.py") else [node for node in tree.body if is_main_block(node)]
+    passed_on = {id(node.value) for program in programs for node in ast.walk(program) if is_rest_of_argv(node)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and id(node) not in passed_on and ast.unparse(node) in OF_THE_ENVIRONMENT:
             yield f"{name}:{node.lineno}: {ast.unparse(node)}"
@@ -142,6 +141,10 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
 
 def is_rest_of_argv(node: ast.AST) -> TypeGuard[ast.Subscript]:
     return isinstance(node, ast.Subscript) and ast.unparse(node) == "sys.argv[1:]"
+
+
+def is_main_block(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and ast.unparse(node.test) == "__name__ == '__main__'"
 
 
 def leans_on_test_libraries(name: str, tree: ast.Module) -> Complaints:
@@ -197,6 +200,7 @@ def test_no_file_breaks_the_rule(rule: Rule) -> None:
         (reads_the_environment, "node/a.py", "from os import getenv"),
         (reads_the_environment, "node/a.py", "parse(sys.argv[1:])"),
         (reads_the_environment, "proxy/__main__.py", "print(sys.argv)"),
+        (reads_the_environment, "node/a.py", "if __name__ == '__main__':\n    main(sys.argv)"),
         (leans_on_test_libraries, "models/a.py", "from transformers import AutoConfig"),
         (leans_on_test_libraries, "node/a.py", "from baton.scripts import serve"),
         (is_undocumented, "a.py", "x = 1"),
@@ -214,6 +218,7 @@ def test_each_rule_complains(rule: Rule, name: str, source: str) -> None:
         (runs_foreign_code, "a.py", "model.eval(); from multiprocessing import shared_memory; import multiprocess"),
         (opens_sockets, "node/endpoint.py", "import zmq"),
         (reads_the_environment, "proxy/__main__.py", "main(sys.argv[1:])"),
+        (reads_the_environment, "node/a.py", "if __name__ == '__main__':\n    main(sys.argv[1:])"),
         (leans_on_test_libraries, "tests/a.py", "import transformers"),
     ],
 )

@@ -1,4 +1,4 @@
-"""Guards scripts/bench_exactness.py: what counts as equal, and that nothing but the computing decides it."""
+"""Guards scripts/bench exactness: what counts as equal, and that nothing but the computing decides it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards scripts/bench_gate.py: what counts as a right decision, the sizes that force the disk, and the pace of it."""
+"""Guards scripts/bench gate: what counts as a right decision, the sizes that force the disk, and the pace of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards scripts/bench_ttft_tiers.py: sizes that force a prompt out of a tier, and the proof of where it came from."""
+"""Guards scripts/bench ttft-tiers: sizes that force a prompt out of a tier, and the proof of where it came from."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Guards scripts/bench_two_gpus.py: what is compared with what, and that both systems get the same."""
+"""Guards scripts/bench two-gpus: what is compared with what, and that both systems get the same."""
 
 from __future__ import annotations
 

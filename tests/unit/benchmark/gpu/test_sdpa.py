@@ -1,4 +1,4 @@
-"""Guards scripts/bench_sdpa.py: torch's attention computes what ours does, and what it cannot is told, not a crash."""
+"""Guards benchmark/gpu/sdpa.py: torch's attention computes what ours does, and what it cannot is told, not a crash."""
 
 from __future__ import annotations
 

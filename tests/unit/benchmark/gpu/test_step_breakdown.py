@@ -16,7 +16,8 @@ from torch.autograd import DeviceType
 
 from baton.benchmark.gpu import step_breakdown as bench
 from baton.benchmark.gpu.ceilings import Ceilings
-from baton.benchmark.gpu.gpu import SHAPES
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.shapes import SHAPES
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import HostQueue
@@ -185,8 +186,10 @@ def test_a_line_a_cell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFi
             queue.enqueue(lambda name=name: fake.call(name))
 
     kernels = {"small": ["_norm_kernel"], "large": ["_norm_kernel", "_linear_rows_kernel"]}
-    cells = [bench.Cell({"what": what}, lambda names=names: run(names), 0.01, {}) for what, names in kernels.items()]
-    bench.report(queue, cells)
+    cells = [
+        bench.Profiled({"what": what}, lambda names=names: run(names), 0.01, {}) for what, names in kernels.items()
+    ]
+    bench.report(JsonLines(), queue, cells)
     small, large = (json.loads(text) for text in capsys.readouterr().out.splitlines())
     assert (small["what"], small["kernels"], small["span_ms"]) == ("small", 1, 0.001)
     assert (large["what"], large["kernels"], large["span_ms"]) == ("large", 2, 0.002)
@@ -197,4 +200,4 @@ def test_a_trace_that_lost_passes_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     """Lines would name cells that they are not of."""
     monkeypatch.setattr(bench, "recorded", lambda queue, runs: [intervals(("a", 0, 1))])
     with pytest.raises(RuntimeError, match=f"{bench.PASSES} passes ran, the trace has 1"):
-        bench.report(HostQueue(), [bench.Cell({}, print, 0.0, {})])
+        bench.report(JsonLines(), HostQueue(), [bench.Profiled({}, print, 0.0, {})])

@@ -154,7 +154,7 @@ async def test_the_self_test_counts_every_token(url: str) -> None:
 
 def test_keys_are_no_part_of_a_report() -> None:
     assert command_line(["--api-key", "k1", "--api-key=k2", "a b"]) == (
-        "scripts/bench_serving --api-key ... --api-key=... 'a b'"
+        "baton bench serving --api-key ... --api-key=... 'a b'"
     )
 
 

@@ -1,15 +1,11 @@
-"""Times single steps of a model on this machine's CPU, as JSON lines for scripts/fit_latency.
-
-    scripts/bench_steps [--model demo] [--repeat 5] > steps.jsonl
+"""Times single steps of a model on this machine's CPU, as JSON lines for `baton simulate fit`.
 
 Every cell of the grid is measured `--repeat` times, in rounds over the whole grid, so that a disturbance meets all
-cells alike; a line holds the median. One thread, as a worker of scripts/serve has on two cores.
+cells alike; a line holds the median. One thread, as a worker of `baton serve` has on two cores.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import statistics
 import sys
@@ -19,6 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
 from baton.node.messages.control import SamplingParams
@@ -28,7 +26,7 @@ BLOCK_TOKENS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class Cell:
+class StepShape:
     """Prompts to compute whole, or contexts to compute one more token each of."""
 
     kind: str
@@ -48,24 +46,26 @@ class Cell:
             rows.append(Row(ids[start:], start, blocks, Draw(sampling, ids, length, 0)))
         return rows
 
-    def line(self, seconds: float) -> str:
+    def values(self, seconds: float) -> dict[str, object]:
         prefill = self.kind == "prefill"
         lengths = self.lengths if prefill else ()
         context = 0 if prefill else sum(self.lengths)
         found = {"kind": self.kind, "lengths": lengths, "context": context, "batch": len(self.lengths)}
-        return json.dumps({**found, "seconds": round(seconds, 7)})
+        return {**found, "seconds": seconds}
 
 
-def grid(longest: int, budget: int) -> list[Cell]:
+def grid(longest: int, budget: int) -> list[StepShape]:
     """Prompts of 16 to `longest` tokens, alone and packed into `budget`; 1 to 64 rows on contexts up to `longest`."""
     lengths = [n for n in (16, 32, 64, 96, 128, 192, 256, 384, 512, 1024, 2048, 4096) if n <= longest]
-    prefills = [Cell("prefill", (n,) * count) for n in lengths for count in (1, 2, 4, 8) if n * count <= budget]
+    prefills = [StepShape("prefill", (n,) * count) for n in lengths for count in (1, 2, 4, 8) if n * count <= budget]
     batches = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 64)
-    decodes = [Cell("decode", (n,) * batch) for n in (32, 64, 128, 256, 512, 1024) if n < longest for batch in batches]
+    decodes = [
+        StepShape("decode", (n,) * batch) for n in (32, 64, 128, 256, 512, 1024) if n < longest for batch in batches
+    ]
     return [*prefills, *decodes]
 
 
-def measure(runner: ModelRunner, cells: Sequence[Cell], repeat: int) -> list[float]:
+def measure(runner: ModelRunner, cells: Sequence[StepShape], repeat: int) -> list[float]:
     pool = torch.zeros(runner.kv_shape(max(cell.num_blocks for cell in cells), BLOCK_TOKENS), dtype=runner.kv_dtype)
     runner.bind_pool(pool)
     seconds: list[list[float]] = [[] for _ in cells]
@@ -80,7 +80,7 @@ def measure(runner: ModelRunner, cells: Sequence[Cell], repeat: int) -> list[flo
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_steps", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("steps", __doc__)
     parser.add_argument("--model", default="demo", help="the demo model, or a Hugging Face folder")
     parser.add_argument("--repeat", type=int, default=5, help="times that a step is measured, after one that warms up")
     parser.add_argument("--budget", type=int, default=512, help="most tokens in a prefill step")
@@ -90,8 +90,9 @@ def main(argv: Sequence[str]) -> int:
     runner = ModelRunner.load(locate_model(options.model))
     random.seed(0)
     cells = grid(min(runner.config.max_position_embeddings, options.budget), options.budget)
+    lines = JsonLines(options.output)
     for cell, seconds in zip(cells, measure(runner, cells, options.repeat), strict=True):
-        print(cell.line(seconds))
+        lines.write(**cell.values(seconds))
     return 0
 
 

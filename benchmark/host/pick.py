@@ -1,23 +1,22 @@
-"""How long one routing decision takes: looking a prompt up in the index and choosing both workers. No processes.
+"""The time of one routing decision: a lookup of the prompt in the index, and the choice of both workers.
 
-    scripts/bench_pick [--workers 1000] [--blocks 200] [--repeat 300]
-
-Half of the workers prefill, half decode; every pool holds as many blocks again that nobody else has. The cases: a
-prompt that nobody holds, one that a single worker holds, a system prompt of 16 blocks that all hold before such a one,
-a prompt of which all hold some part, and that with a store behind each eight workers and siblings on their way.
+Half of the workers prefill, half decode; every pool also holds as many blocks that no other worker has. The cases: a
+prompt that no worker holds, one that a single worker holds, such a one behind a system prompt of 16 blocks that all
+hold, a prompt of which all hold some part, and that with a store for each eight workers and siblings on their way.
 """
 
 from __future__ import annotations
 
-import argparse
-import os
-import platform
 import random
-import statistics
 import sys
 import time
 from collections.abc import Sequence
 
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import new_parser
+from baton.benchmark.harness.processes import machine_text
+from baton.benchmark.harness.statistics import percentile
+from baton.benchmark.load.table import markdown
 from baton.node.messages.control import TierChange
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.router import RequestView, RoutingRules, WorkerView, pick
@@ -47,8 +46,8 @@ def _view(number: int) -> WorkerView:
     )
 
 
-class Bench:
-    """A cluster's index and view, as a proxy has them."""
+class LargeCluster:
+    """Index and view of a large cluster, as a proxy has them."""
 
     def __init__(self, workers: int, blocks: int) -> None:
         rng = random.Random(1)
@@ -80,32 +79,35 @@ class Bench:
         )
         pick(self.view, request, RULES)
 
-    def time_ms(self, hashes: tuple[bytes, ...], repeat: int) -> list[float]:
+    def times_ms(self, hashes: tuple[bytes, ...], repeat: int) -> list[float]:
         taken = []
         for _ in range(repeat):
             begin = time.perf_counter()
             self.decide(hashes)
             taken.append((time.perf_counter() - begin) * 1000)
-        return sorted(taken)
+        return taken
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scripts/bench_pick", description=(__doc__ or "").split("\n")[0])
+    parser = new_parser("pick", __doc__)
     parser.add_argument("--workers", type=int, default=1000, help="workers of the cluster")
     parser.add_argument("--blocks", type=int, default=200, help="blocks of the prompt")
     parser.add_argument("--repeat", type=int, default=300, help="decisions of each case")
     options = parser.parse_args(argv)
-    bench = Bench(options.workers, options.blocks)
-    mixed = bench.hot[:SYSTEM_BLOCKS] + bench.one[SYSTEM_BLOCKS:]
-    cases = [("nobody", bench.cold), ("one worker", bench.one), ("all a beginning", mixed), ("all a part", bench.hot)]
-    print("| who holds the prompt | p50 | p90 | p99 |\n|---|---|---|---|")
-    for name, hashes in [*cases, ("all, with stores and siblings", bench.hot)]:
+    lines, cluster = JsonLines(options.output), LargeCluster(options.workers, options.blocks)
+    lines.begin(argv)
+    mixed = cluster.hot[:SYSTEM_BLOCKS] + cluster.one[SYSTEM_BLOCKS:]
+    cases = [("none", cluster.cold), ("one", cluster.one), ("all a prefix", mixed), ("all a part", cluster.hot)]
+    rows = []
+    for name, hashes in [*cases, ("all, with stores and siblings", cluster.hot)]:
         if name.startswith("all, with"):
-            bench.add_stores()
-        taken = bench.time_ms(hashes, options.repeat)
-        p90, p99 = (taken[min(len(taken) - 1, int(part * len(taken)))] for part in (0.9, 0.99))
-        print(f"| {name} | {statistics.median(taken):.2f} ms | {p90:.2f} ms | {p99:.2f} ms |")
-    print(f"{options.workers} workers, {options.blocks} blocks; {platform.machine()}, {os.cpu_count()} cores")
+            cluster.add_stores()
+        taken = cluster.times_ms(hashes, options.repeat)
+        found = {percent: percentile(taken, percent) for percent in (50, 90, 99)}
+        lines.put("pick", holders=name, **{f"p{percent}_ms": value for percent, value in found.items()})
+        rows.append([name, *(f"{value:.2f} ms" for value in found.values())])
+    print(markdown(("workers that hold the prompt", "p50", "p90", "p99"), rows))
+    print(f"{options.workers} workers, {options.blocks} blocks; {machine_text()}")
     return 0
 
 

@@ -1,9 +1,9 @@
 """GB/s of the tiers on disk and of plain files, side by side in one run, through the interface that a store uses.
 
 For each size of block and each round, every kind in turn: put (with the final sync), then all blocks in random order
-after the page cache was told to forget the files (cold), then once more (warm). Buffers lie at page addresses, as the
+after the files were dropped from the page cache (cold), then once more (warm). Buffers lie at page addresses, as the
 slots of a RAM arena do; each block's content differs and each hit is verified by the tier. `file` is one preallocated
-file with O_DIRECT, without header, digest or index: what the disk gives to Python. A row tells the median and the best
+file with O_DIRECT, without header, digest or index: what the disk gives to Python. A row has the median and the best
 of the rounds in GB/s (1e9), and the 99th percentile of a call in ms over all rounds. Before them a row of `memcpy`
 between two pieces of shared memory, and of the same as a worker on CPU does it between its pool and a store's arena,
 with the digest of each block. One JSON line a row on standard output.
@@ -12,13 +12,13 @@ with the digest of each block. One JSON line a row on standard output.
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import os
 import platform
 import random
 import shutil
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -28,6 +28,9 @@ from typing import Protocol
 
 import numpy as np
 
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import new_parser
+from baton.benchmark.harness.statistics import percentile
 from baton.kvtransfer.blocks.copies import HostCopies, Pair
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.store.disk.lmdb_records import lmdb_tier
@@ -41,8 +44,8 @@ DIGEST = bytes(16)
 """A tier only keeps it."""
 
 
-class Store(Protocol):
-    """What is measured: a tier, or a plain file."""
+class BlockFile(Protocol):
+    """What is measured: a disk tier, or a plain file."""
 
     def put(self, key: bytes, data: memoryview, digest: bytes) -> bool: ...
     def get(self, key: bytes, into: memoryview) -> bytes | None: ...
@@ -77,7 +80,7 @@ def buffered(path: Path, flags: int, mode: int) -> int:
     return os.open(path, flags & ~os.O_DIRECT, mode)
 
 
-KINDS: dict[str, Callable[[Path, int, int], Store]] = {
+KINDS: dict[str, Callable[[Path, int, int], BlockFile]] = {
     "file": PlainFile,
     "lmdb": lambda path, size, quota: lmdb_tier(path, NAMESPACE, size, quota),
     "slab": lambda path, size, quota: slab_tier(path, NAMESPACE, size, quota),
@@ -85,8 +88,8 @@ KINDS: dict[str, Callable[[Path, int, int], Store]] = {
 }
 
 
-class Row:
-    """One kind, size and operation, over the rounds."""
+class TierTimes:
+    """Of one kind, size and operation, over the rounds."""
 
     def __init__(self) -> None:
         self.gb_s: list[float] = []
@@ -97,9 +100,8 @@ class Row:
         self.call_s += call_s
 
     def values(self) -> dict[str, float]:
-        slowest = sorted(self.call_s)[min(len(self.call_s) - 1, len(self.call_s) * 99 // 100)]
-        median, best = statistics.median(self.gb_s), max(self.gb_s)
-        return {"gb_s": round(median, 2), "best_gb_s": round(best, 2), "p99_ms": round(slowest * 1e3, 2)}
+        median, best, p99_s = statistics.median(self.gb_s), max(self.gb_s), percentile(self.call_s, 99)
+        return {"gb_s": round(median, 2), "best_gb_s": round(best, 2), "p99_ms": round(p99_s * 1e3, 2)}
 
 
 def key_of(number: int) -> bytes:
@@ -110,7 +112,7 @@ def aligned(size_bytes: int) -> memoryview:
     return memoryview(mmap.mmap(-1, size_bytes))
 
 
-def write(store: Store, count: int, block_bytes: int, row: Row) -> None:
+def write(store: BlockFile, count: int, block_bytes: int, row: TierTimes) -> None:
     data = aligned(block_bytes)
     data[:] = random.Random(block_bytes).randbytes(block_bytes)
     call_s = []
@@ -124,7 +126,7 @@ def write(store: Store, count: int, block_bytes: int, row: Row) -> None:
     row.add(count * block_bytes, time.perf_counter() - begin_s, call_s)
 
 
-def read(store: Store, numbers: list[int], block_bytes: int, threads: int, row: Row) -> None:
+def read(store: BlockFile, numbers: list[int], block_bytes: int, threads: int, row: TierTimes) -> None:
     def work(part: list[int]) -> list[float]:
         into = aligned(block_bytes)
         call_s = []
@@ -153,7 +155,7 @@ def forget_cached(folder: Path) -> None:
             os.close(fd)
 
 
-def measure(kind: str, folder: Path, block_bytes: int, count: int, threads: int, rows: dict[str, Row]) -> None:
+def measure(kind: str, folder: Path, block_bytes: int, count: int, threads: int, rows: dict[str, TierTimes]) -> None:
     """One round of one kind."""
     quota_bytes = int(count * (block_bytes + PAGE_BYTES * 2) * 1.25) + 4 * MIB
     open_store = KINDS[kind]
@@ -173,30 +175,31 @@ def has_direct_io(folder: Path) -> bool:
     return slots.direct
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: Sequence[str]) -> int:
+    parser = new_parser("tiers", __doc__)
     parser.add_argument("--path", type=Path, default=Path("."), help="a folder on the disk to measure")
-    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS))
+    parser.add_argument("--kinds", nargs="+", choices=list(KINDS), default=list(KINDS), help="what to measure")
     parser.add_argument("--sizes-kib", nargs="+", type=int, default=[256, 2048, 8192], help="of a block")
-    parser.add_argument("--total-mib", type=int, default=1024, help="blocks of so much a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2, help="that read; one writes")
-    options = parser.parse_args()
+    parser.add_argument("--total-mib", type=int, default=1024, help="MiB of blocks a round")
+    parser.add_argument("--rounds", type=int, default=3, help="times that each kind is measured")
+    parser.add_argument("--threads", type=int, default=2, help="threads that read; one writes")
+    options = parser.parse_args(argv)
+    lines = JsonLines(options.output)
     folder = Path(tempfile.mkdtemp(prefix="bench-tiers-", dir=options.path))
     try:
         load = round(os.getloadavg()[0], 1)
         about = {"cpus": os.cpu_count(), "kernel": platform.release(), "load_average": load}
-        about["direct_io"] = has_direct_io(folder)
-        print(json.dumps({**about, "threads": options.threads, "total_mib": options.total_mib}), flush=True)
+        lines.write(**about, direct_io=has_direct_io(folder), threads=options.threads, total_mib=options.total_mib)
         for size_kib in options.sizes_kib:
-            measure_arena(size_kib, options)
+            measure_arena(size_kib, options, lines)
         for size_kib in options.sizes_kib:
-            measure_size(folder, size_kib, options)
+            measure_size(folder, size_kib, options, lines)
     finally:
         shutil.rmtree(folder)
+    return 0
 
 
-def measure_arena(size_kib: int, options: argparse.Namespace) -> None:
+def measure_arena(size_kib: int, options: argparse.Namespace, lines: JsonLines) -> None:
     """Pool to arena and back, beside memcpy, one after the other in each round."""
     size_bytes, count = size_kib * KIB, max(2, ARENA_MIB * KIB // size_kib)
     pool, arena = HostMemory(count, size_bytes), HostMemory(count, size_bytes)
@@ -217,7 +220,7 @@ def measure_arena(size_kib: int, options: argparse.Namespace) -> None:
         "to arena": lambda: move(copies.begin_save),
         "to pool": lambda: move(copies.begin_load),
     }
-    rows = {name: Row() for name in ways}
+    rows = {name: TierTimes() for name in ways}
     for _ in range(options.rounds + 1):
         for name, way in ways.items():
             begin_s = time.perf_counter()
@@ -225,13 +228,11 @@ def measure_arena(size_kib: int, options: argparse.Namespace) -> None:
             rows[name].add(count * size_bytes, time.perf_counter() - begin_s, [])
     for name, row in rows.items():
         found = statistics.median(row.gb_s[1:])  # pages come to be in the first
-        print(
-            json.dumps({"kind": "arena", "size_kib": size_kib, "operation": name, "gb_s": round(found, 2)}), flush=True
-        )
+        lines.write(kind="arena", size_kib=size_kib, operation=name, gb_s=round(found, 2))
 
 
-def measure_size(folder: Path, size_kib: int, options: argparse.Namespace) -> None:
-    rows = {kind: {name: Row() for name in ("write", "read cold", "read warm")} for kind in options.kinds}
+def measure_size(folder: Path, size_kib: int, options: argparse.Namespace, lines: JsonLines) -> None:
+    rows = {kind: {name: TierTimes() for name in ("write", "read cold", "read warm")} for kind in options.kinds}
     for turn in range(options.rounds):
         for kind in options.kinds if turn % 2 == 0 else reversed(options.kinds):
             place = folder / "round"
@@ -240,8 +241,8 @@ def measure_size(folder: Path, size_kib: int, options: argparse.Namespace) -> No
             shutil.rmtree(place)
     for kind, by_name in rows.items():
         for name, row in by_name.items():
-            print(json.dumps({"kind": kind, "size_kib": size_kib, "operation": name, **row.values()}), flush=True)
+            lines.write(kind=kind, size_kib=size_kib, operation=name, **row.values())
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,7 @@
-"""A model folder with a shape's config and the demo model's tokenizer: for random weights (`--load-format dummy`).
+"""Models of a given shape: a folder with the shape's config and the demo model's tokenizer, for random weights
+(`--load-format dummy`).
 
-The vocabulary shrinks to the tokenizer's, so that whatever random weights draw is text and can be streamed.
+The vocabulary shrinks to the tokenizer's, so that every token that random weights draw is text and can be streamed.
 """
 
 from __future__ import annotations
@@ -9,9 +10,9 @@ import json
 import shutil
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-SHAPES = ROOT / "benchmark" / "shapes"
-DEMO = ROOT / "models" / "demo"
+from baton.node.modelhub import DEMO_MODEL, locate_model
+
+SHAPES = Path(__file__).resolve().parents[1] / "shapes"
 TAKEN_FROM_DEMO = ("vocab_size", "bos_token_id", "eos_token_id")
 
 
@@ -21,18 +22,19 @@ def shape_names() -> list[str]:
 
 def make_model(shape: str, folder: Path) -> Path:
     """Write the model of `shape` into `folder`; returns the folder."""
+    demo_folder = locate_model(DEMO_MODEL)
     config = json.loads((SHAPES / shape / "config.json").read_text(encoding="utf-8"))
-    demo = json.loads((DEMO / "config.json").read_text(encoding="utf-8"))
+    demo = json.loads((demo_folder / "config.json").read_text(encoding="utf-8"))
     config |= {name: demo[name] for name in TAKEN_FROM_DEMO}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(DEMO / name, folder / name)
+        shutil.copy(demo_folder / name, folder / name)
     return folder
 
 
 def block_bytes(folder: Path, block_tokens: int, dtype_bytes: int) -> int:
-    """KV of one block: keys and values of every layer."""
+    """Size of one block of KV: keys and values of every layer."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * block_tokens * dtype_bytes)

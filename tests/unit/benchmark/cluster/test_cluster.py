@@ -1,8 +1,7 @@
-"""Guards what the benchmark scripts share: metrics read and subtracted, lines written, models made, processes ended."""
+"""Guards what cluster benchmarks share: metrics read and subtracted, processes ended."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import sys
@@ -12,10 +11,7 @@ import pytest
 
 from baton.benchmark.cluster.cluster import BenchmarkFailed, Cluster
 from baton.benchmark.cluster.metrics import Histogram, Metrics
-from baton.benchmark.cluster.model import DEMO, block_bytes, make_model, shape_names
-from baton.benchmark.cluster.output import Lines, rounded
 from baton.launch.supervisor import ChildSpec
-from baton.models.config import ModelConfig
 
 PAGE = """\
 # TYPE baton:request_stage_seconds histogram
@@ -53,31 +49,6 @@ def test_a_histogram_that_saw_nothing_is_zero() -> None:
     """A colocated system hands nothing over; that must not divide by zero."""
     empty = Metrics(PAGE).histogram("baton:request_stage_seconds", stage="retry")
     assert (empty.count, empty.mean, empty.quantile(0.99)) == (0, 0, 0)
-
-
-def test_a_line_is_in_the_file_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A run that is cut off would else lose what it had measured."""
-    lines = Lines(tmp_path / "out")
-    lines.put("cell", rate=2.0, spent={"a": [1 / 3, 2_000_000.4]}, of="x")
-    wanted = {"what": "cell", "rate": 2.0, "spent": {"a": [0.33333, 2_000_000]}, "of": "x"}
-    assert json.loads((tmp_path / "out").read_text()) == json.loads(capsys.readouterr().out) == wanted
-    Lines(tmp_path / "out").put("more")
-    assert len((tmp_path / "out").read_text().splitlines()) == 2
-
-
-def test_rounding_leaves_other_values_alone() -> None:
-    """Flags and counts are no measurements."""
-    assert rounded({"a": True, "b": 1234567, "c": None}) == {"a": True, "b": 1234567, "c": None}
-
-
-@pytest.mark.parametrize("shape", shape_names())
-def test_a_made_model_can_be_served(shape: str, tmp_path: Path) -> None:
-    """A vocabulary larger than the tokenizer's would draw tokens that are no text."""
-    folder = make_model(shape, tmp_path / "model")
-    config, demo = ModelConfig.from_folder(folder), ModelConfig.from_folder(DEMO)
-    assert config.vocab_size == demo.vocab_size
-    assert (folder / "tokenizer.json").is_file()
-    assert block_bytes(folder, 64, 2) == 2 * 2 * 64 * config.num_layers * config.num_kv_heads * config.head_dim
 
 
 def spec(name: str, code: str) -> ChildSpec:

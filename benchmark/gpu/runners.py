@@ -1,44 +1,39 @@
-"""What bench_decode and bench_prefill share: a model's shape with random weights, on a GPU, over random KV."""
+"""Served runners on a GPU: a model's shape with random weights, over random KV; each says how long it took to make."""
 
 from __future__ import annotations
 
-import json
 import time
-from pathlib import Path
 
 import torch
 
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.shapes import SHAPES
 from baton.models.config import ModelConfig
 from baton.models.cuda.memory import spread_layers
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, Limits
 from baton.models.weights import Weights, load_weights
 
-SHAPES = Path(__file__).resolve().parents[1] / "shapes"
 BLOCK_TOKENS = 64
 
 
 def chat_lengths(count: int) -> list[int]:
-    """Tokens of up to 256 sequences as they come together when people chat: log-normal, median 665, 48 to 16000."""
+    """Context lengths of up to 256 chats, in tokens: log-normal, median 665, 48 to 16000."""
     if not 0 < count <= 256:
-        raise ValueError(f"chats of {count} sequences; 1 to 256 are drawn")
+        raise ValueError(f"{count} chats: must be 1 to 256")
     drawn = torch.randn(256, generator=torch.Generator().manual_seed(0)) + 6.5
     lengths: list[int] = drawn.exp().clamp(max=16000).int().tolist()
     return lengths[:count]
 
 
-def line(**values: object) -> None:
-    print(json.dumps(values), flush=True)
-
-
-def load_shape(name: str) -> tuple[ModelConfig, Weights]:
+def load_shape(lines: JsonLines, name: str) -> tuple[ModelConfig, Weights]:
     folder = SHAPES / name
     config = ModelConfig.from_folder(folder)
     began_at = time.monotonic()
     weights = load_weights(config, folder, torch.bfloat16, "cuda:0", "dummy", pack=False)
     torch.cuda.synchronize()
-    line(
-        what="start",
+    lines.put(
+        "start",
         shape=name,
         gpu=torch.cuda.get_device_name(),
         torch=torch.__version__,
@@ -48,7 +43,7 @@ def load_shape(name: str) -> tuple[ModelConfig, Weights]:
 
 
 def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
-    """[num_blocks, layers, 2, block_tokens, KH, D]; zeros would be quicker to compute with than what is served."""
+    """[num_blocks, layers, 2, block_tokens, KH, D]; random, as zeros are quicker to compute with."""
     shape = (num_blocks, spread_layers(config.num_layers), 2, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
     pool = torch.empty(shape, dtype=torch.bfloat16, device="cuda:0")
     some = torch.empty(256, *shape[1:], dtype=torch.bfloat16, device="cuda:0").normal_()
@@ -57,12 +52,14 @@ def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
     return pool
 
 
-def make_runner(config: ModelConfig, weights: Weights, limits: Limits, pool: torch.Tensor, longest: int) -> CudaRunner:
-    """Tells how long the capture took."""
+def make_runner(
+    lines: JsonLines, config: ModelConfig, weights: Weights, limits: Limits, pool: torch.Tensor, longest: int
+) -> CudaRunner:
+    """Writes how long the capture took."""
     runner = CudaRunner(config, weights, CudaQueue(0), limits, longest)
     began_at = time.monotonic()
     captured = [0]
     runner.bind_pool(pool, longest, lambda done, _: captured.__setitem__(0, done))
     runner.warm_up()
-    line(what="captured", graphs=captured[0], seconds=round(time.monotonic() - began_at, 1), limits=str(limits))
+    lines.put("captured", graphs=captured[0], seconds=round(time.monotonic() - began_at, 1), limits=str(limits))
     return runner

@@ -1,0 +1,1 @@
+"""What benchmarks share: options, output, statistics, models of a given shape, child processes."""
