@@ -30,6 +30,7 @@ PACKAGES = (
     "testing",
     "benchmark",
     "simulator",
+    "offline",
 )
 
 Complaints = Iterator[str]
@@ -257,7 +258,7 @@ def test_the_walk_sees_the_packages() -> None:
     assert len(names) > 50
 
 
-@pytest.mark.parametrize("package", ["node", "launch", "proxy", "benchmark/load"])
+@pytest.mark.parametrize("package", ["node", "launch", "proxy", "benchmark/load", "offline"])
 def test_the_control_plane_runs_without_torch(package: str) -> None:
     """torch costs an idle proxy 200 MB and seconds of its start; import-linter cannot see an import at run time."""
     modules = [

@@ -1,0 +1,105 @@
+"""How the tokens of an answer are drawn, under vLLM's names, and the fields of a request body that say so.
+
+Checks what can be checked without a model; the server checks the rest. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+MAX_LOGPROBS = 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How the answers to one prompt are sampled. Names, meanings and defaults are vLLM's.
+
+    Every field is sent, so that a model's `generation_config.json` counts only where no SamplingParams is given.
+    Raises ValueError.
+    """
+
+    n: int = 1
+    """Answers to each prompt. The k-th of them, counted from 0, is drawn with seed + k."""
+    temperature: float = 1.0
+    """0: greedy."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 or -1: all tokens."""
+    min_p: float = 0.0
+    seed: int | None = None
+    """None: another one for each prompt."""
+    max_tokens: int | None = 16
+    """None: `generate` as many as the context holds, `chat` as the server's default says."""
+    min_tokens: int = 0
+    stop: str | Sequence[str] | None = None
+    stop_token_ids: Sequence[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    """Log probabilities of each drawn token and so many of the likeliest; None: none."""
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] | None = None
+    """Token id -> what is added to its logit, from -100 to 100."""
+
+    def __post_init__(self) -> None:
+        _check_range("n", self.n, 1, 1 << 16)
+        _check_range("temperature", self.temperature, 0.0, 100.0)
+        _check_range("top_p", self.top_p, 0.0, 1.0)
+        _check_range("top_k", self.top_k, -1, (1 << 31) - 1)
+        _check_range("min_p", self.min_p, 0.0, 1.0)
+        _check_range("min_tokens", self.min_tokens, 0, math.inf)
+        _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
+        _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
+        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
+        for name, value in (("top_p", self.top_p), ("repetition_penalty", self.repetition_penalty)):
+            if value == 0:
+                raise ValueError(f"{name} must be greater than 0")
+        if self.max_tokens is not None:
+            _check_range("max_tokens", self.max_tokens, max(1, self.min_tokens), math.inf)
+        if self.logprobs is not None:
+            _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+
+
+def _check_range(name: str, value: float, lowest: float, highest: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not lowest <= value <= highest:
+        bounds = f"at least {lowest}" if highest == math.inf else f"from {lowest} to {highest}"
+        raise ValueError(f"{name} must be {bounds}, not {value!r}")
+
+
+def sampling_fields(params: SamplingParams | None, *, chat: bool) -> dict[str, object]:
+    """The fields of a request body; those that would be null are left out. None: the defaults of model and server."""
+    if params is None:
+        return {}
+    biases = params.logit_bias or {}
+    fields: dict[str, object] = {
+        "n": params.n,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k,
+        "min_p": params.min_p,
+        "seed": params.seed,
+        "max_tokens": params.max_tokens,
+        "min_tokens": params.min_tokens,
+        "stop": [params.stop] if isinstance(params.stop, str) else list(params.stop or ()) or None,
+        "stop_token_ids": list(params.stop_token_ids or ()) or None,
+        "include_stop_str_in_output": params.include_stop_str_in_output or None,
+        "ignore_eos": params.ignore_eos or None,
+        "presence_penalty": params.presence_penalty,
+        "frequency_penalty": params.frequency_penalty,
+        "repetition_penalty": params.repetition_penalty,
+        "logit_bias": {str(token): bias for token, bias in biases.items()} or None,
+        **_logprob_fields(params.logprobs, chat),
+    }
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+def _logprob_fields(logprobs: int | None, chat: bool) -> dict[str, object]:
+    """Token ids instead of texts: two tokens may have one text."""
+    if logprobs is None:
+        return {}
+    kind: dict[str, object] = {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
+    return {**kind, "return_tokens_as_token_ids": True}
