@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import sys
 
+from baton.decode.role import decode_loop
 from baton.decode.settings import DecodeSettings
-from baton.decode.worker import DecodeWorker
 from baton.node.settings import parse
 from baton.worker.main import serve
 
 
 def main() -> int:
     settings = parse(DecodeSettings, sys.argv[1:], prog="baton decode", description="A decode worker of Baton.")
-    return serve("decode", settings, lambda worker, sizes: DecodeWorker(worker, sizes, store=worker.store))
+    return serve("decode", settings, decode_loop)
 
 
 if __name__ == "__main__":

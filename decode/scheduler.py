@@ -1,8 +1,8 @@
-"""What the next step computes, who gives way, who is let in. Pure: numbers in, a plan out; no clock, torch or socket.
+"""What the next step computes, which sequences are preempted, which are admitted. Pure: numbers in, a plan out.
 
 Running sequences come most senior first. Each gets its next token; a sequence whose tokens are not all computed yet
 (local prefill, recompute after preemption) gets a chunk from what the budget leaves. When blocks run out, the least
-senior gives all of its blocks back and is computed again later, so the most senior always gets on.
+senior gives all of its blocks back and is computed again later, so the most senior always advances. No clock, no torch.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ class DecodeLimits:
 
 
 class PlannedRow(NamedTuple):
-    """Item number `number` of the running ones computes `length` tokens."""
+    """Running item number `item` computes `length` tokens."""
 
-    number: int
+    item: int
     length: int
 
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    steps: tuple[PlannedRow, ...]
+    rows: tuple[PlannedRow, ...]
     preempted: tuple[int, ...]
     """Indices of running items that give their blocks back before the step."""
     admitted: int
-    """So many waiting items, from the first on, start running; they have blocks for all their tokens."""
+    """The first `admitted` waiting items start running; there are blocks for all their tokens."""
 
 
 def plan(
@@ -53,7 +53,7 @@ def plan(
     some are shared fewer come free, the row is left out of this step, and the next plan preempts further."""
     alive = len(running)
     preempted: list[int] = []
-    steps: list[PlannedRow] = []
+    rows: list[PlannedRow] = []
     budget = max(0, limits.max_num_batched_tokens - alive)
     index = 0
     while index < alive:
@@ -65,14 +65,14 @@ def plan(
             preempted.append(alive)
             free_blocks += running[alive].num_blocks
         if alive == index:
-            break  # it had to give way itself
+            break  # it was preempted itself
         if length > 0:
-            steps.append(PlannedRow(index, length))
+            rows.append(PlannedRow(index, length))
             free_blocks -= lacking
             budget -= length - 1
         index += 1
     admitted = 0 if preempted else _admit(waiting, free_blocks, limits.max_num_seqs - alive - reserved_rows, limits)
-    return StepPlan(tuple(steps), tuple(preempted), admitted)
+    return StepPlan(tuple(rows), tuple(preempted), admitted)
 
 
 def _length(item: Item, budget: int, limits: DecodeLimits) -> int:
@@ -85,10 +85,10 @@ def _lacking(item: Item, num_tokens: int, limits: DecodeLimits) -> int:
     return max(0, -(-num_tokens // limits.block_tokens) - item.num_blocks)
 
 
-def _admit(waiting: Sequence[Item], free_blocks: int, rows: int, limits: DecodeLimits) -> int:
-    """In order, and nobody overtakes: whoever does not fit makes the others wait."""
+def _admit(waiting: Sequence[Item], free_blocks: int, free_rows: int, limits: DecodeLimits) -> int:
+    """In order, without overtaking: an item that does not fit makes the others wait."""
     admitted = 0
-    for item in waiting[: max(0, rows)]:
+    for item in waiting[: max(0, free_rows)]:
         lacking = _lacking(item, item.num_tokens + 1, limits)
         if lacking > free_blocks:
             break

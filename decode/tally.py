@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.worker.speed import PromptSpeed
+from baton.worker.stats import PromptSpeed
 
 
 @dataclass(slots=True)
@@ -30,7 +30,7 @@ class Tally:
     def compute(self, num_tokens: int, spent_s: float) -> None:
         """A step computed so many tokens of prompts, beside whatever it decoded."""
         self.computed += num_tokens
-        self.speed.step(num_tokens, spent_s)
+        self.speed.add_step(num_tokens, spent_s)
 
     def counters(self) -> dict[str, float]:
         """By the names that the proxy knows (proxy/counters.py)."""

@@ -79,7 +79,7 @@ class Membership:
         """The links whose proxies count this worker in."""
         return tuple(proxy.link for proxy in self._proxies.values() if proxy.incarnation is not None)
 
-    def tell_store(self, store: str) -> None:
+    def set_store(self, store: str) -> None:
         """From now on heartbeats name this store; may be called by another thread."""
         self.store = store
 

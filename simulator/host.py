@@ -1,8 +1,8 @@
-"""One simulated worker: the real loop of its role, the real carrier with membership and exchange, on simulated time.
+"""One simulated worker: the real loop and role, the real I/O thread with membership and exchange, on simulated time.
 
 The loop's turn happens at one instant; the step in it takes as long as the latency model says. So what the loop does
-after its step (tell the proxy, tell the exchange, report its load) is kept back until the step is over, and what comes
-in meanwhile waits for the next turn, as it does in a process whose carrier is a thread of its own.
+after its step (messages to proxy and exchange, the report of its load) is kept back until the step is over, and what
+comes in meanwhile waits for the next turn, as it does in a process whose I/O is a thread of its own.
 """
 
 from __future__ import annotations
@@ -10,14 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Protocol
 
 import msgspec
 
+from baton.decode.role import decode_loop
 from baton.decode.settings import DecodeSettings
-from baton.decode.worker import DecodeWorker
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
-from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
@@ -28,14 +26,16 @@ from baton.node.endpoint import identity_of
 from baton.node.membership import Membership
 from baton.node.messages.base import Message, Role
 from baton.node.messages.control import Bundle, Load, Register, Tokens
+from baton.prefill.role import prefill_loop
 from baton.prefill.settings import FULL_STEP_TOKENS, PrefillSettings
-from baton.prefill.worker import PrefillWorker
 from baton.simulator.latency import Profile, RowWork
 from baton.simulator.network import Network, SimLine, SimPlane, digests_of
 from baton.simulator.store import HostStore
 from baton.simulator.store_client import SimStore
 from baton.worker.io_thread import Command, Inbound, IoThread
+from baton.worker.loop import Loop
 from baton.worker.parts import Parts
+from baton.worker.prefix_loading import PrefixLoader
 
 PROXY = "proxy"
 NAMESPACE = b"simulated namespace".ljust(32, b".")
@@ -49,16 +49,6 @@ MAX_AHEAD = 64
 """Steps that a worker is left alone for at most."""
 SOON_S = 1e-5
 """A turn that changed something without a step is followed by another at once; not at the same instant, for ever."""
-
-
-class Loop(Protocol):
-    """PrefillWorker or DecodeWorker."""
-
-    def turn(self, wait_s: float) -> bool: ...
-
-    def wait_s(self, longest_s: float) -> float: ...
-
-    def check(self) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,30 +132,30 @@ def token_of(seed: int, index: int) -> int:
 
 
 class LateTokens:
-    """Bundles of steps that are over, and when each was said; those of several steps are sent as one.
+    """Bundles of steps that are over, with the time of each; those of several steps are sent as one.
 
-    The client must not see late what was only told late: the network is told when each token would have come.
+    The network notes when each token would have come, so that the client's records do not show the delay.
     """
 
-    def __init__(self, network: Network, carrier: IoThread) -> None:
+    def __init__(self, network: Network, io: IoThread) -> None:
         self._network = network
-        self._carrier = carrier
-        self._told: dict[str, dict[tuple[str, int], list[tuple[Tokens, float]]]] = {}
+        self._io = io
+        self._unsent: dict[str, dict[tuple[str, int], list[tuple[Tokens, float]]]] = {}
 
     @property
     def waiting(self) -> bool:
-        return bool(self._told)
+        return bool(self._unsent)
 
     def put(self, link: str, bundle: Bundle, stamp: float) -> None:
-        told = self._told.setdefault(link, {})
+        requests = self._unsent.setdefault(link, {})
         for tokens in bundle.tokens:
-            told.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamp))
+            requests.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamp))
 
     def flush(self) -> None:
-        """To the carrier, which sends at this instant."""
-        told, self._told = self._told, {}
-        for link, requests in told.items():
-            self._carrier.tell(link, Bundle(tokens=tuple(self._joined(parts) for parts in requests.values())))
+        """To the I/O thread, which sends at this instant."""
+        unsent, self._unsent = self._unsent, {}
+        for link, requests in unsent.items():
+            self._io.send(link, Bundle(tokens=tuple(self._joined(parts) for parts in requests.values())))
 
     def _joined(self, parts: list[tuple[Tokens, float]]) -> Tokens:
         first, last = parts[0][0], parts[-1][0]
@@ -176,57 +166,54 @@ class LateTokens:
 
 
 class DelayedIo:
-    """The carrier as the loop sees it: what is said after the step goes to the real one when the step is over."""
+    """The I/O thread as the loop sees it: what the loop gives it after a step reaches it when the step is over."""
 
-    def __init__(self, carrier: IoThread, runner: SimRunner, outbox: LateTokens) -> None:
-        self._carrier = carrier
+    def __init__(self, io: IoThread, runner: SimRunner, network: Network) -> None:
+        self.load = Load()
+        self.late_tokens = LateTokens(network, io)
+        self._io = io
         self._runner = runner
-        self._outbox = outbox
         self._after: list[Callable[[float], None]] = []
 
     @property
-    def load(self) -> Load:
-        return self._carrier.load
+    def heartbeat_at(self) -> float:
+        """Due always: the host reads the load after each turn."""
+        return 0.0
 
-    @load.setter
-    def load(self, load: Load) -> None:
-        self._when_due(lambda _: setattr(self._carrier, "load", load))
-
-    @property
-    def load_at(self) -> float:
-        return self._carrier.load_at
-
-    @load_at.setter
-    def load_at(self, load_at: float) -> None:
-        self._when_due(lambda _: setattr(self._carrier, "load_at", load_at))
+    def report(self, load: Load, heard_at: float) -> None:
+        self._when_due(lambda _: self._report(load, heard_at))
 
     def receive(self, wait_s: float) -> list[Inbound]:
-        return self._carrier.receive(0.0)
+        return self._io.receive(0.0)
 
     def do(self, command: Command) -> None:
-        self._when_due(lambda _: self._carrier.do(command))
+        self._when_due(lambda _: self._io.do(command))
 
-    def tell(self, link: str, *messages: Message) -> None:
+    def send(self, link: str, *messages: Message) -> None:
         if len(messages) == 1 and isinstance(bundle := messages[0], Bundle):
-            self._after.append(lambda stamp: self._outbox.put(link, bundle, stamp))
+            self._after.append(lambda stamp: self.late_tokens.put(link, bundle, stamp))
         else:
-            self._when_due(lambda _: self._carrier.tell(link, *messages))
+            self._when_due(lambda _: self._io.send(link, *messages))
 
-    def let_work(self, wait_s: float) -> None:
-        """It has no thread, and works when its time has come."""
+    def yield_gil(self, wait_s: float) -> None:
+        """It has no thread."""
 
     def transfer_counters(self) -> dict[str, float]:
-        return self._carrier.transfer_counters()
+        return self._io.transfer_counters()
 
     def drain(self) -> None:
-        self._carrier.drain()
+        self._io.drain()
 
     def step_is_over(self, stamp: float) -> None:
-        """Say what was kept back; the step ended at `stamp`."""
+        """Pass on what was kept back; the step ended at `stamp`."""
         self._runner.begin()
         due, self._after = self._after, []
         for call in due:
             call(stamp)
+
+    def _report(self, load: Load, heard_at: float) -> None:
+        self.load = load
+        self._io.report(load, heard_at)
 
     def _when_due(self, call: Callable[[float], None]) -> None:
         if self._runner.step_s:
@@ -263,17 +250,6 @@ class DelayedJournal:
             note(block_hash)
 
 
-@dataclass(frozen=True, slots=True)
-class SimWorker:
-    """What the loop takes for a worker.start.Worker."""
-
-    runner: SimRunner
-    manager: BlockManager
-    layout: KVLayout
-    max_model_len: int
-    carrier: DelayedIo
-
-
 class Host:
     """One life of a worker. `name` is unique among all lives.
 
@@ -298,7 +274,7 @@ class Host:
         self.runner = SimRunner(profile)
         events = EventLog()
         self._journal = DelayedJournal(events.journal("gpu"), self.runner)
-        self.manager = BlockManager(profile.num_blocks, self._journal)
+        manager = BlockManager(profile.num_blocks, self._journal)
         self._network = network
         self._world = network.world
         self._ahead = ahead and role == "decode" and store is None
@@ -321,15 +297,22 @@ class Host:
             chunk_blocks=max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes),
         )
         membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._world.now)
-        self._carrier = IoThread(line, membership, exchange, events, self._world.clock)
-        self._outbox = LateTokens(network, self._carrier)
-        self._carriage = DelayedIo(self._carrier, self.runner, self._outbox)
-        parts = SimWorker(self.runner, self.manager, layout, profile.max_model_len, self._carriage)
+        self._io = IoThread(line, membership, exchange, events, self._world.clock)
+        self._delayed = DelayedIo(self._io, self.runner, network)
         self._store: Store = NO_STORE
         if store is not None:
             self._store = SimStore(store, self.identity, self._clock, self._hear)
-            membership.tell_store(store.identity)
-        self.loop = _loop(parts, role, profile, policy, store_loads, self._clock, self._store)
+            membership.set_store(store.identity)
+        parts = Parts(
+            runner=self.runner,
+            manager=manager,
+            layout=layout,
+            max_model_len=profile.max_model_len,
+            io=self._delayed,
+            prefixes=PrefixLoader(self._store, manager, layout, always=store_loads == "always"),
+            clock=self._clock,
+        )
+        self.loop = _loop(parts, role, profile, policy)
         self._ready()
 
     @property
@@ -338,13 +321,13 @@ class Host:
 
     @property
     def load(self) -> Load:
-        return self._carrier.load
+        return self._delayed.load
 
     def kill(self) -> None:
         """SIGKILL: what was sent by now arrives, nothing more is done."""
         self._catch_up()
-        self._outbox.flush()
-        self._carrier.turn()
+        self._delayed.late_tokens.flush()
+        self._io.turn()
         self._network.remove(self.identity)
         self._store.close()
 
@@ -355,7 +338,7 @@ class Host:
         self._set_turn(self._world.now)
 
     def _hear(self, event: StoreEvent) -> None:
-        self._carrier.inbox.put(event)
+        self._io.inbox.put(event)
         self._ready()
 
     def _set_turn(self, when: float) -> None:
@@ -367,11 +350,11 @@ class Host:
         if when != self._turn_at or not self.alive:
             return  # an earlier turn has taken its place
         self._catch_up()
-        self._outbox.flush()
+        self._delayed.late_tokens.flush()
         self._turn_at = float("inf")
-        self._carrier.turn()
-        self._set_turn(max(self._carrier.wake_at, self._world.now))
-        if self._carrier.inbox.empty():
+        self._io.turn()
+        self._set_turn(max(self._io.wake_at, self._world.now))
+        if self._io.inbox.empty():
             return
         if self._step_end is None:
             self._work()
@@ -385,7 +368,7 @@ class Host:
         return (self._world.now if self._past is None else self._past) + self.runner.step_s
 
     def _work(self) -> None:
-        self._heard = not self._carrier.inbox.empty()
+        self._heard = not self._io.inbox.empty()
         worked = self.loop.turn(0.0)
         if worked:
             self._step_end = self._clock() if self.runner.step_s else self._clock() + SOON_S
@@ -418,13 +401,13 @@ class Host:
         while self._step_end is not None and self._step_end <= self._world.now:
             self._past = stamp = self._step_end
             self._step_end = None
-            self._carriage.step_is_over(stamp)
+            self._delayed.step_is_over(stamp)
             if self._journal.step_is_over():
                 self._set_turn(self._world.now + FLUSH_EVERY_S)
             self._work()
         self._past = None
         self._set_step_over()
-        if self._outbox.waiting:
+        if self._delayed.late_tokens.waiting:
             self._ready()
 
     def _set_look(self, when: float) -> None:
@@ -456,29 +439,23 @@ def _register(name: str, role: Role, profile: Profile, address: str) -> Register
     )
 
 
-def _loop(
-    parts: Parts,
-    role: Role,
-    profile: Profile,
-    policy: str,
-    store_loads: str,
-    clock: Callable[[], float],
-    store: Store,
-) -> Loop:
+def _loop(parts: Parts, role: Role, profile: Profile, policy: str) -> Loop:
     if role == "prefill":
-        prefill = PrefillSettings(
-            max_num_seqs=profile.max_num_seqs,
-            max_num_batched_tokens=profile.prefill_budget_tokens,
-            max_chunk_tokens=profile.prefill_chunk_tokens,
-            full_step_tokens=FULL_STEP_TOKENS,
-            policy=policy,
-            store_loads=store_loads,
+        return prefill_loop(
+            parts,
+            PrefillSettings(
+                max_num_seqs=profile.max_num_seqs,
+                max_num_batched_tokens=profile.prefill_budget_tokens,
+                max_chunk_tokens=profile.prefill_chunk_tokens,
+                full_step_tokens=FULL_STEP_TOKENS,
+                policy=policy,
+            ),
         )
-        return PrefillWorker(parts, prefill, clock, store)
-    decode = DecodeSettings(
-        max_num_seqs=profile.max_num_seqs,
-        max_num_batched_tokens=profile.decode_budget_tokens,
-        max_chunk_tokens=profile.decode_chunk_tokens,
-        store_loads=store_loads,
+    return decode_loop(
+        parts,
+        DecodeSettings(
+            max_num_seqs=profile.max_num_seqs,
+            max_num_batched_tokens=profile.decode_budget_tokens,
+            max_chunk_tokens=profile.decode_chunk_tokens,
+        ),
     )
-    return DecodeWorker(parts, decode, clock, store)

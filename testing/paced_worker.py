@@ -9,49 +9,40 @@ from __future__ import annotations
 import sys
 import time
 
+from baton.decode.role import DecodeRole
 from baton.decode.settings import DecodeSettings
-from baton.decode.worker import DecodeWorker
 from baton.node.settings import parse
+from baton.prefill.role import PrefillRole
 from baton.prefill.settings import PrefillSettings
-from baton.prefill.worker import PrefillWorker
+from baton.worker.loop import Loop, WorkerRole
 from baton.worker.main import serve
+from baton.worker.parts import Parts
+from baton.worker.settings import WorkerSettings
 
 
-def _rest_until(moment: float) -> None:
-    time.sleep(max(0.0, moment - time.monotonic()))
+class PacedLoop(Loop):
+    """A loop whose turns with a step last at least `step_s`."""
 
-
-class PacedPrefill(PrefillWorker):
-    step_s = 0.0
-
-    def turn(self, wait_s: float) -> bool:
-        began = time.monotonic()
-        worked = super().turn(wait_s)
-        if worked:
-            _rest_until(began + self.step_s)
-        return worked
-
-
-class PacedDecode(DecodeWorker):
-    step_s = 0.0
+    def __init__(self, parts: Parts, role: WorkerRole, settings: WorkerSettings, step_s: float) -> None:
+        super().__init__(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
+        self._step_s = step_s
 
     def turn(self, wait_s: float) -> bool:
-        began = time.monotonic()
+        began_at = time.monotonic()
         worked = super().turn(wait_s)
         if worked:
-            _rest_until(began + self.step_s)
+            time.sleep(max(0.0, began_at + self._step_s - time.monotonic()))
         return worked
 
 
 def main() -> int:
-    role, step_s, *arguments = sys.argv[1:]
+    role, seconds, *arguments = sys.argv[1:]
+    step_s = float(seconds)
     if role == "prefill":
-        PacedPrefill.step_s = float(step_s)
         prefill = parse(PrefillSettings, arguments, prog="paced prefill", description="For tests.")
-        return serve("prefill", prefill, lambda worker, sizes: PacedPrefill(worker, sizes, store=worker.store))
-    PacedDecode.step_s = float(step_s)
+        return serve("prefill", prefill, lambda parts, s: PacedLoop(parts, PrefillRole(parts, s), s, step_s))
     decode = parse(DecodeSettings, arguments, prog="paced decode", description="For tests.")
-    return serve("decode", decode, lambda worker, sizes: PacedDecode(worker, sizes, store=worker.store))
+    return serve("decode", decode, lambda parts, s: PacedLoop(parts, DecodeRole(parts, s), s, step_s))
 
 
 if __name__ == "__main__":

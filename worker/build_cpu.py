@@ -1,6 +1,6 @@
-"""A model over its pool of blocks on one device: what `start` makes a worker of. Here the CPU's, and what all share.
+"""A model over its pool of blocks on one device: what a worker is started from. Here the CPU's, and what all share.
 
-A GPU's is in `cuda_engine`, which needs triton and CUDA and is imported where it is wanted only.
+A GPU's is in `build_cuda`, which needs triton and CUDA and is imported only where a GPU is used.
 """
 
 from __future__ import annotations
@@ -21,14 +21,13 @@ from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.exchange import SOON_S
-from baton.models.batch import Launched, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.node.endpoint import Context
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.telemetry import log_event
-from baton.worker.parts import StepChecksums
+from baton.worker.parts import NO_CHECKSUMS, Runner, StepChecksums
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -37,15 +36,6 @@ PROGRESS_EVERY_S = 2.0
 
 MakePlanes = Callable[[Context, str], list[Plane]]
 """The data planes of a pool for an endpoint's context and identity, best first."""
-
-
-class Runner(Protocol):
-    """What a worker needs of a model on a device; see models.batch."""
-
-    config: ModelConfig
-    run_ahead: int
-
-    def launch(self, rows: Sequence[Row]) -> Launched: ...
 
 
 class KvPool(Protocol):
@@ -60,8 +50,9 @@ class KvPool(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """See the module's docstring."""
+    """A model that can run: its runner bound to a pool of blocks, and the ways by which blocks leave the pool."""
 
+    config: ModelConfig
     runner: Runner
     pool: KvPool
     layout: KVLayout
@@ -71,7 +62,7 @@ class LoadedModel:
     """How blocks get to and from the host's KV store; None where they cannot."""
     soon_s: float = SOON_S
     """How long to wait before looking again at a data plane."""
-    sums: StepChecksums | None = None
+    checksums: StepChecksums = NO_CHECKSUMS
     """Checksums of what prefill computes, without waiting for what it computes next."""
 
 
@@ -104,7 +95,7 @@ def layout_of(config: ModelConfig, kv_dtype: torch.dtype, block_tokens: int) -> 
 
 
 def pool_blocks(settings: WorkerSettings, layout: KVLayout) -> int:
-    """What the settings ask for, in blocks."""
+    """The size of the pool that the settings ask for."""
     num_blocks = settings.num_blocks or int(settings.kv_memory_gib * (1 << 30)) // layout.block_bytes
     if num_blocks < 2:
         raise SettingsError(
@@ -115,7 +106,7 @@ def pool_blocks(settings: WorkerSettings, layout: KVLayout) -> int:
 
 
 def longest_known(settings: WorkerSettings, config: ModelConfig) -> int:
-    """The longest sequence that the model knows, or what was asked for if that is less."""
+    """The longest sequence that the model knows, or the setting if that is shorter."""
     known = config.max_model_len
     if settings.max_model_len > known:
         raise SettingsError(f"--max-model-len {settings.max_model_len}: the model's positions end at {known}")
@@ -130,7 +121,7 @@ def checked_planes(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...
 
 
 def progress_log(event: str, thing: str) -> Callable[[int, int], None]:
-    """Called with (done, in all): a line every two seconds, none for what is done at once."""
+    """Called with (done, total): logs a line every two seconds."""
     logged_at = time.monotonic()
 
     def on_progress(done: int, total: int) -> None:
@@ -164,4 +155,4 @@ def _load_on_cpu(settings: WorkerSettings, folder: Path) -> LoadedModel:
         return [makers[name]() for name in names if name != "shm" or pool.shared is not None]
 
     max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
-    return LoadedModel(runner, pool, layout, max_model_len, make_planes, HostCopies(pool))
+    return LoadedModel(runner.config, runner, pool, layout, max_model_len, make_planes, HostCopies(pool))

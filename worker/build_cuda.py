@@ -32,6 +32,7 @@ from baton.worker.build_cpu import (
     pool_blocks,
     progress_log,
 )
+from baton.worker.parts import NO_CHECKSUMS, StepChecksums
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -70,7 +71,15 @@ def load_on_cuda(settings: WorkerSettings, role: Role, folder: Path) -> LoadedMo
     # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.
     copies = DeviceCopies(pool.memory) if settings.store else None
     return LoadedModel(
-        runner, pool, layout, max_model_len, make_planes, copies, SOON_S, _sums(settings, role, runner, pool)
+        config,
+        runner,
+        pool,
+        layout,
+        max_model_len,
+        make_planes,
+        copies,
+        SOON_S,
+        _checksums(settings, role, runner, pool),
     )
 
 
@@ -90,17 +99,17 @@ def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: in
     return CudaRunner(config, weights, CudaQueue(index), limits, longest)
 
 
-def _sums(settings: WorkerSettings, role: Role, runner: CudaRunner, pool: DevicePool) -> SumsBehind | None:
-    """For a worker that offers what it computes: room for all blocks of the steps under way."""
+def _checksums(settings: WorkerSettings, role: Role, runner: CudaRunner, pool: DevicePool) -> StepChecksums:
+    """For a worker that offers what it computes: room for all blocks of the steps in flight."""
     if role != "prefill":
-        return None
+        return NO_CHECKSUMS
     most = settings.max_num_batched_tokens // pool.layout.block_tokens + 2 * settings.max_num_seqs  # parts at both ends
     queue = runner.queue
     return SumsBehind(pool.memory.data, most, runner.run_ahead + 1, queue.enqueue, queue.mark)
 
 
 def _pool_blocks(settings: WorkerSettings, layout: KVLayout, index: int) -> int:
-    """What was asked for, or what the worker's share of the GPU leaves; logs what it found."""
+    """The size that the settings ask for, or what the worker's share of the GPU leaves; logs both."""
     free_bytes, total_bytes = torch.cuda.mem_get_info(index)
     if settings.num_blocks or settings.kv_memory_gib:
         num_blocks = pool_blocks(settings, layout)

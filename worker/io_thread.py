@@ -1,8 +1,8 @@
-"""The thread that carries: it owns the worker's endpoint, its membership and its transfers, so that none of them waits
-for a step of the model, and no step waits for them.
+"""The I/O thread of a worker: it owns the endpoint, the membership and the transfers, so that none of them waits for a
+step of the model, and no step waits for them.
 
-The worker's loop talks to it through `do` and `tell`, and reads `inbox`. Messages are trusted by where they come from:
-what a proxy may say is taken only from the links to proxies, everything else goes to the exchange as a peer's.
+The worker's loop gives it work through `do` and `send`, and reads `inbox`. Messages are trusted by where they come
+from: what a proxy may say is taken only from the links to proxies, everything else goes to the exchange as a peer's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class FromProxy:
     link: str
     message: Prefill | Reserve | Cancel | Drain
     at: float
-    """When it came in: the worker's loop hears of it between two steps only."""
+    """When it came in; the worker's loop takes it up between two steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +49,7 @@ Command = Callable[[TransferExchange, float], None]
 
 
 class IoThread:
-    """See the module's docstring. `load` may be replaced by the worker's loop at any time, and after it `load_at`, the
-    moment when the loop last looked into its inbox before; both are only read here."""
+    """Receives, sends and transfers for one worker's loop, which calls it from the loop's own thread."""
 
     def __init__(
         self,
@@ -61,8 +60,7 @@ class IoThread:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
-        self.load = Load()
-        self.load_at = clock()
+        self._load, self._load_at = Load(), clock()
         self._kv_events = events
         self._flush_at = 0.0
         self._endpoint = endpoint
@@ -72,23 +70,23 @@ class IoThread:
         self._todo: deque[Command] = deque()
         self._outbox: deque[tuple[str, Message]] = deque()
         self._stopping = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="carrier", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="io", daemon=True)
 
     def start(self) -> None:
         self._thread.start()
 
     def do(self, command: Command) -> None:
-        """Run `command(exchange, now)` on the carrier's thread, after all earlier ones."""
+        """Run `command(exchange, now)` on the I/O thread, after all earlier ones."""
         self._todo.append(command)
         self._endpoint.wake()
 
-    def tell(self, link: str, *messages: Message) -> None:
+    def send(self, link: str, *messages: Message) -> None:
         """Send messages to a proxy."""
         self._outbox.extend((link, message) for message in messages)
         self._endpoint.wake()
 
-    def let_work(self, wait_s: float) -> None:
-        """Leave the interpreter to the carrier's thread until it has carried out what it was told, at most so long."""
+    def yield_gil(self, wait_s: float) -> None:
+        """Leave the interpreter to the I/O thread until it has done what it was given, at most `wait_s` seconds."""
         end = self._clock() + wait_s
         while (self._todo or self._outbox) and self._thread.is_alive() and self._clock() < end:
             time.sleep(NAP_S)
@@ -102,6 +100,15 @@ class IoThread:
                 events.append(self.inbox.get_nowait())
         except queue.Empty:
             return events
+
+    @property
+    def heartbeat_at(self) -> float:
+        """When the next heartbeat is due: a load that is reported before goes out with it."""
+        return self._membership.wake_at
+
+    def report(self, load: Load, heard_at: float) -> None:
+        """The load for the next heartbeats; the loop last looked into its inbox before that at `heard_at`."""
+        self._load, self._load_at = load, heard_at
 
     def transfer_counters(self) -> dict[str, float]:
         """Totals of the exchange, for the heartbeat."""
@@ -127,7 +134,7 @@ class IoThread:
             for link, message in [*self._outbox, *self._membership.farewell()]:
                 self._endpoint.send(link, message)
             self._endpoint.linger()
-        except BaseException as error:  # whatever it is, the worker's loop must hear of it
+        except BaseException as error:  # the worker's loop raises it
             self.inbox.put(IoThreadDied(error))
         finally:
             self._exchange.close()
@@ -140,7 +147,7 @@ class IoThread:
         now = self._clock()
         while self._outbox:  # clients wait for these; what follows may read whole chunks for their digests
             self._endpoint.send(*self._outbox[0])
-            self._outbox.popleft()  # only now: `let_work` looks whether there is more to do
+            self._outbox.popleft()  # only now: `yield_gil` looks whether there is more to do
         while self._todo:
             self._todo[0](self._exchange, now)
             self._todo.popleft()
@@ -150,7 +157,7 @@ class IoThread:
         self._publish_events()
         self._flush_kv_events(now)
         messages, changes = self._membership.on_timer(
-            now, self.load, load_age_s=max(0.0, now - self.load_at), kv_seq=self._kv_events.seq
+            now, self._load, load_age_s=max(0.0, now - self._load_at), kv_seq=self._kv_events.seq
         )
         for change in changes:
             self.inbox.put(change)
@@ -178,7 +185,7 @@ class IoThread:
                 self._endpoint.send(peer, answer)
 
     def _flush_kv_events(self, now: float) -> None:
-        """What is lost on the way is asked for again."""
+        """Send new KV events to the proxies, which ask again for what is lost."""
         if now < self._flush_at:
             return
         self._flush_at = now + FLUSH_EVERY_S

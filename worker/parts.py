@@ -1,11 +1,13 @@
-"""What the loop of a worker needs of its parts, as interfaces: a loop imports no torch and starts nothing.
+"""The parts that a worker's loop and its role work with; their interfaces import no torch and start nothing.
 
-`worker.start.Worker` has all of them; so has a simulated worker, whose runner and carrier are made of arithmetic.
+`worker.startup` makes them of a model, a pool and sockets; the simulator's runner and I/O are made of arithmetic.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from baton.kvtransfer.blocks.layout import KVLayout
@@ -14,17 +16,18 @@ from baton.models.batch import Launched, Row
 from baton.node.messages.base import Message
 from baton.node.messages.control import Load
 from baton.worker.io_thread import Command, Inbound
+from baton.worker.prefix_loading import PrefixLoader
 
 
 class Vocabulary(Protocol):
-    """The one thing that a loop must know of a model's configuration."""
+    """The part of a model's configuration that a loop needs."""
 
     @property
     def vocab_size(self) -> int: ...
 
 
 class Runner(Protocol):
-    """models.runner.ModelRunner, as a loop uses it."""
+    """A model on a device; see models.batch."""
 
     @property
     def config(self) -> Vocabulary: ...
@@ -44,50 +47,50 @@ class StepChecksums(Protocol):
 
     def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
         """Called when the step is launched. What it returns is called once, after the step was read: the checksums by
-        block, or none at all, where whoever wants them reads the blocks."""
+        block, or none at all, where the reader of the blocks makes them."""
         ...
 
 
 class NoChecksums:
-    """Where the host computes, and reads blocks as fast as any."""
+    """For a host that reads blocks as fast as any device."""
 
     def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
         return dict
 
 
-class WorkerIo(Protocol):
-    """kvtransfer.carrier.Carrier, as a loop uses it."""
+NO_CHECKSUMS: StepChecksums = NoChecksums()
 
-    load: Load
-    load_at: float
+
+class WorkerIo(Protocol):
+    """What a loop needs of the I/O thread; see worker.io_thread.IoThread."""
+
+    @property
+    def heartbeat_at(self) -> float: ...
+
+    def report(self, load: Load, heard_at: float) -> None: ...
 
     def receive(self, wait_s: float) -> list[Inbound]: ...
 
     def do(self, command: Command) -> None: ...
 
-    def tell(self, link: str, *messages: Message) -> None: ...
+    def send(self, link: str, *messages: Message) -> None: ...
 
-    def let_work(self, wait_s: float) -> None: ...
+    def yield_gil(self, wait_s: float) -> None: ...
 
     def transfer_counters(self) -> dict[str, float]: ...
 
     def drain(self) -> None: ...
 
 
-class Parts(Protocol):
-    """The parts that a role's loop works with."""
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What a loop and its role work with."""
 
-    @property
-    def runner(self) -> Runner: ...
-
-    @property
-    def manager(self) -> BlockManager: ...
-
-    @property
-    def layout(self) -> KVLayout: ...
-
-    @property
-    def max_model_len(self) -> int: ...
-
-    @property
-    def carrier(self) -> WorkerIo: ...
+    runner: Runner
+    manager: BlockManager
+    layout: KVLayout
+    max_model_len: int
+    io: WorkerIo
+    prefixes: PrefixLoader
+    checksums: StepChecksums = NO_CHECKSUMS
+    clock: Callable[[], float] = time.monotonic

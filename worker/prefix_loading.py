@@ -12,41 +12,20 @@ store's thread touches them. A step never waits for any of it.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.store.client import Store
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from baton.kvtransfer.store.gate import Decision, LoadGate
 from baton.node.leg import LegKey
 from baton.node.messages.store import TIER_NAMES
+from baton.worker.sequence import Sequence
 
 MAX_WRITING_PART = 8
 """At most one in so many blocks of the pool is held by writing behind; the next ones wait, while their work goes on."""
 MAX_PUT_BLOCKS = 1024
-
-
-class Work(Protocol):
-    """A job or a sequence, as far as it is loaded and stored here."""
-
-    leg: LegKey
-    table: BlockTable
-    num_computed: int
-    num_launched: int
-    asked: bool
-    """The store was asked for its prefix, if there is one."""
-    stored_blocks: int
-    """So many of its first blocks need not be offered to the store (any more)."""
-
-    @property
-    def token_ids(self) -> Sequence[int]: ...
-
-    @property
-    def num_tokens(self) -> int: ...
 
 
 @dataclass(slots=True)
@@ -99,24 +78,24 @@ class PrefixLoader:
 
     # -- reading
 
-    def waits(self, work: Work, now: float) -> bool:
+    def waits(self, sequence: Sequence, now: float) -> bool:
         """Ask for what the pool has not, once; whether the answer, or the end of an earlier load, may come in time."""
-        if not work.asked:
-            work.asked = True
-            self._ask(work, now)
-        lookup = self._lookups.get(work.leg)
+        if not sequence.store_asked:
+            sequence.store_asked = True
+            self._ask(sequence, now)
+        lookup = self._lookups.get(sequence.leg)
         if lookup is None or (lookup.tiers is not None and lookup.decision is None):
             return False
         if lookup.decision is not None or now < lookup.until:
             return True
         self._counters["store_lookups_late"] += 1
-        self.drop(work.leg)
+        self.drop(sequence.leg)
         return False
 
-    def begin(self, work: Work, now: float) -> None:
+    def begin(self, sequence: Sequence, now: float) -> None:
         """The table has its blocks, and KV up to `num_computed`: load behind that, if it pays."""
-        leg, table, have = work.leg, work.table, work.num_computed // self._block_tokens
-        work.stored_blocks = have
+        leg, table, have = sequence.leg, sequence.table, sequence.num_computed // self._block_tokens
+        sequence.stored_blocks = have
         lookup = self._lookups.get(leg)
         if lookup is None:
             return
@@ -135,12 +114,12 @@ class PrefixLoader:
         self._counters["store_loads"] += 1
         self._store.load(leg, skip, blocks)
 
-    def take_in(self, work: Work, loaded: LoadedPrefix) -> int:
+    def take_in(self, sequence: Sequence, loaded: LoadedPrefix) -> int:
         """A cache had so many tokens more, which are returned."""
         num_tokens = loaded.num_blocks * self._block_tokens
-        work.num_computed = work.num_launched = work.num_computed + num_tokens
-        work.stored_blocks += loaded.num_blocks
-        work.table.publish(work.token_ids, work.num_computed)
+        sequence.restart(sequence.num_computed + num_tokens)
+        sequence.stored_blocks += loaded.num_blocks
+        sequence.table.publish(sequence.token_ids, sequence.num_computed)
         return num_tokens
 
     def loading(self, leg: LegKey) -> bool:
@@ -171,28 +150,30 @@ class PrefixLoader:
 
     # -- writing
 
-    def write_behind(self, work: Work) -> None:
+    def write_behind(self, sequence: Sequence) -> None:
         """Offer the store the blocks that were completed and are not offered yet, the first ones first."""
-        first, last = work.stored_blocks, work.num_computed // self._block_tokens
+        first, last = sequence.stored_blocks, sequence.num_computed // self._block_tokens
         if not self._store.attached:
-            work.stored_blocks = last
+            sequence.stored_blocks = last
         last = min(last, first + self._max_writing - sum(self._writing.values()), first + MAX_PUT_BLOCKS)
-        if last <= work.stored_blocks:
+        if last <= sequence.stored_blocks:
             return
-        hashes, blocks = work.table.names()[first:last], work.table.blocks[first:last]
-        work.stored_blocks = last
+        hashes, blocks = sequence.table.names()[first:last], sequence.table.blocks[first:last]
+        sequence.stored_blocks = last
         self._puts += 1
         key = b"put %d" % self._puts
         self._manager.lease(blocks, key)
         self._writing[key] = len(blocks)
         self._store.put(key, hashes, blocks)
 
-    def used(self, work: Work) -> None:
+    def used(self, sequence: Sequence) -> None:
         """The work has used its blocks to its end: they are the youngest now, their head last. What is not offered yet
         never will be."""
-        if self._store.attached and (hashes := work.table.names()):
+        if self._store.attached and (hashes := sequence.table.names()):
             self._store.touch(hashes)
-            self._counters["store_dropped_blocks"] += work.num_computed // self._block_tokens - work.stored_blocks
+            self._counters["store_dropped_blocks"] += (
+                sequence.num_computed // self._block_tokens - sequence.stored_blocks
+            )
 
     # -- events
 
@@ -225,14 +206,14 @@ class PrefixLoader:
 
     # -- inside
 
-    def _ask(self, work: Work, now: float) -> None:
-        hashes = work.table.names(work.num_tokens - 1)  # a token must be left to compute, for what it draws
+    def _ask(self, sequence: Sequence, now: float) -> None:
+        hashes = sequence.table.names(sequence.num_tokens - 1)  # a token must be left to compute, for what it draws
         first = self._manager.peek(hashes)
-        if first == len(hashes) or work.leg in self._lookups or not self._store.attached:
+        if first == len(hashes) or sequence.leg in self._lookups or not self._store.attached:
             return
         patience_s = self.gate.patience_s((len(hashes) - first) * self._block_tokens, now)
-        self._lookups[work.leg] = _Lookup(first, now + patience_s)
-        self._store.lookup(work.leg, hashes, first)
+        self._lookups[sequence.leg] = _Lookup(first, now + patience_s)
+        self._store.lookup(sequence.leg, hashes, first)
 
     # -- state
 

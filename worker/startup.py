@@ -1,4 +1,4 @@
-"""Start-up of a worker: model, pool, planes, endpoint and carrier, made from settings and joined in one value.
+"""Start-up of a worker: model, pool, planes, endpoint and I/O thread, made from settings and joined in one value.
 
 It decides what makes KV compatible (the namespace) and how large the pool is, and says so in the log.
 """
@@ -30,9 +30,10 @@ from baton.node.messages.control import Register
 from baton.node.modelhub import locate_model
 from baton.node.settings import require_loopback
 from baton.node.telemetry import log_event
-from baton.worker.build_cpu import KvPool, Runner, load_model
+from baton.worker.build_cpu import KvPool, load_model
 from baton.worker.io_thread import IoThread
-from baton.worker.parts import StepChecksums
+from baton.worker.parts import Parts
+from baton.worker.prefix_loading import PrefixLoader
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -43,34 +44,29 @@ of an 8B model is one chunk then: messages take longer than its bytes."""
 
 
 @dataclass(frozen=True, slots=True)
-class Worker:
-    """The parts that a role's loop works with."""
+class StartedWorker:
+    """The parts for a loop, and what is closed after it."""
 
-    identity: str
-    runner: Runner
+    parts: Parts
     pool: KvPool
-    manager: BlockManager
-    layout: KVLayout
-    max_model_len: int
-    carrier: IoThread
     store: Store
-    sums: StepChecksums | None
+    io: IoThread
 
     def close(self) -> None:
         self.store.close()
-        self.carrier.stop()
+        self.io.stop()
         self.pool.close()
 
 
-def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
+def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     """Load the model, make the pool and join the proxies; raises SettingsError where that cannot be."""
     require_loopback(settings.bind, settings.insecure_network)
     if settings.threads:
         torch.set_num_threads(settings.threads)
     folder = locate_model(settings.model)
-    engine = load_model(settings, device, role, folder)
-    layout, num_blocks = engine.layout, engine.pool.num_blocks
-    namespace = namespace_of(folder, settings.load_format, device, layout, engine.runner.config)
+    model = load_model(settings, device, role, folder)
+    layout, num_blocks = model.layout, model.pool.num_blocks
+    namespace = namespace_of(folder, settings.load_format, device, layout, model.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
     incarnation = time.time_ns() >> 10
     context = new_context()
@@ -84,7 +80,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
         block_tokens=layout.block_tokens,
         total_blocks=num_blocks,
         max_num_seqs=settings.max_num_seqs,
-        max_model_len=engine.max_model_len,
+        max_model_len=model.max_model_len,
         address=endpoint.address,
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
@@ -94,20 +90,20 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
     exchange = TransferExchange(
         endpoint.identity,
         namespace,
-        engine.make_planes(context, endpoint.identity),
-        engine.pool.digests,
+        model.make_planes(context, endpoint.identity),
+        model.pool.digests,
         PeerTransport(endpoint.send, endpoint.connect, endpoint.disconnect),
         chunk_blocks=chunk_blocks,
         pulled_chunk_blocks=chunk_blocks * (PULLED if device == "cuda" else 1),
-        soon_s=engine.soon_s,
+        soon_s=model.soon_s,
     )
     events = EventLog()
     membership = Membership(register, tuple(links), time.monotonic())
-    carrier = IoThread(endpoint, membership, exchange, events)
-    carrier.start()
+    io = IoThread(endpoint, membership, exchange, events)
+    io.start()
     store: Store = NO_STORE
-    if settings.store and engine.host_copies is not None:
-        copies, inbox, on_store = engine.host_copies, carrier.inbox.put, membership.tell_store
+    if settings.store and model.host_copies is not None:
+        copies, inbox, on_store = model.host_copies, io.inbox.put, membership.set_store
         store = StoreClient(context, endpoint.identity, settings.store, namespace, copies, inbox, on_store)
     log_event(
         logger,
@@ -120,14 +116,22 @@ def start(settings: WorkerSettings, device: str, role: Role) -> Worker:
         pool_blocks=num_blocks,
         pool_mib=round(num_blocks * layout.block_bytes / (1 << 20), 1),
         block_tokens=layout.block_tokens,
-        max_model_len=engine.max_model_len,
+        max_model_len=model.max_model_len,
         threads=torch.get_num_threads(),
         address=endpoint.address,
         namespace=namespace.hex()[:12],
     )
     manager = BlockManager(num_blocks, events.journal("gpu"))
-    runner, pool, longest, sums = engine.runner, engine.pool, engine.max_model_len, engine.sums
-    return Worker(endpoint.identity, runner, pool, manager, layout, longest, carrier, store, sums)
+    parts = Parts(
+        runner=model.runner,
+        manager=manager,
+        layout=layout,
+        max_model_len=model.max_model_len,
+        io=io,
+        prefixes=PrefixLoader(store, manager, layout, always=settings.store_loads == "always"),
+        checksums=model.checksums,
+    )
+    return StartedWorker(parts, model.pool, store, io)
 
 
 def namespace_of(folder: Path, load_format: str, device: str, layout: KVLayout, config: ModelConfig) -> bytes:

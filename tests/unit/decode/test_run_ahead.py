@@ -6,7 +6,7 @@ token ids: a block that is handed out too early is overwritten by the late step,
 
 from __future__ import annotations
 
-import queue
+import time
 from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 from typing import Any
@@ -14,18 +14,18 @@ from typing import Any
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.decode.role import DecodeRole
 from baton.decode.settings import DecodeSettings
-from baton.decode.worker import DecodeWorker
 from baton.kvtransfer.blocks.hashing import block_hashes
-from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
-from baton.node.messages.base import Message
-from baton.node.messages.control import Bundle, Busy, Cancel, DispatchBody, Failed, Load, Reserve, SamplingParams
+from baton.node.messages.control import Bundle, Busy, Cancel, DispatchBody, Failed, Reserve, SamplingParams
+from baton.tests.unit.worker.bench import BLOCK, ROOT, RecordingIo, parts_of
 from baton.worker.io_thread import FromProxy
+from baton.worker.loop import Loop
 
-ROOT, BLOCK, VOCAB, STOP = b"r" * 32, 4, 13, 5
+VOCAB, STOP = 13, 5
 MAX_MODEL_LEN = 48
 
 
@@ -90,43 +90,15 @@ class LateRunner:
         return step
 
 
-class SilentCarrier:
-    def __init__(self) -> None:
-        self.load = Load()
-        self.told: list[Message] = []
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def receive(self, wait_s: float) -> list[Any]:
-        events = []
-        while not self.inbox.empty():
-            events.append(self.inbox.get())
-        return events
-
-    def do(self, command: object) -> None: ...
-
-    def tell(self, link: str, *messages: Message) -> None:
-        self.told += messages
-
-    def transfer_counters(self) -> dict[str, float]:
-        return {}
-
-    def drain(self) -> None: ...
-
-
 class Bench:
     """A decode worker over a late runner; transfers write into the pool at the moment they arrive."""
 
     def __init__(self, run_ahead: int, num_blocks: int, **options: Any) -> None:
-        self.carrier, self.runner, self.manager = SilentCarrier(), LateRunner(run_ahead), BlockManager(num_blocks)
-        layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
-        parts = SimpleNamespace(
-            runner=self.runner,
-            manager=self.manager,
-            layout=layout,
-            max_model_len=MAX_MODEL_LEN,
-            carrier=self.carrier,
-        )
-        self.worker = DecodeWorker(parts, DecodeSettings(spare_blocks=0, **options).for_device("cpu"))
+        self.io, self.runner, self.manager = RecordingIo(), LateRunner(run_ahead), BlockManager(num_blocks)
+        settings = DecodeSettings(spare_blocks=0, **options).for_device("cpu")
+        self.parts = parts_of(self.runner, self.io, self.manager, time.monotonic, max_model_len=MAX_MODEL_LEN)
+        self.role = DecodeRole(self.parts, settings)
+        self.loop = Loop(self.parts, self.role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
         self.prompts: dict[str, tuple[list[int], int]] = {}
 
     def request(self, name: str, prompt: list[int], max_tokens: int, remote: bool) -> None:
@@ -144,28 +116,28 @@ class Bench:
                 deadline_s=100.0,
             ),
         )
-        self.carrier.inbox.put(FromProxy("proxy", reserve, 0.0))
+        self.io.inbox.put(FromProxy("proxy", reserve, 0.0))
 
     def arrive(self) -> None:
         """The oldest transfer under way writes its blocks, and its sequence gets its first token."""
-        reserved = self.worker._reserved
+        reserved = self.role._reserved
         for transfer_id, sequence in list(reserved.items())[:1]:
             for place, token in enumerate(sequence.token_ids):
                 block = sequence.table.blocks[place // BLOCK]
-                if place // BLOCK >= sequence.first_missing_block:
+                if place // BLOCK >= sequence.incoming.first_block:
                     self.runner.pool[block, place % BLOCK] = token
-            self.carrier.inbox.put(KvArrived(transfer_id, next_token(sequence.token_ids), None, 0.0, 0.0, 0.0))
+            self.io.inbox.put(KvArrived(transfer_id, next_token(sequence.token_ids), None, 0.0, 0.0, 0.0))
 
     def hear(self) -> None:
         """What a turn does before its step."""
-        for event in self.carrier.receive(0.0):
-            self.worker._on(event)
+        for event in self.io.receive(0.0):
+            self.loop._on(event)
 
     def cancel(self, name: str) -> None:
-        self.carrier.inbox.put(FromProxy("proxy", Cancel(request_id=name, attempt=0), 0.0))
+        self.io.inbox.put(FromProxy("proxy", Cancel(request_id=name, attempt=0), 0.0))
 
     def tokens(self, name: str) -> list[int]:
-        told = [t for m in self.carrier.told if isinstance(m, Bundle) for t in m.tokens if t.request_id == name]
+        told = [t for m in self.io.sent if isinstance(m, Bundle) for t in m.tokens if t.request_id == name]
         assert [t.index for t in told] == [sum(len(u.ids) for u in told[:i]) for i in range(len(told))]
         return [token for tokens in told for token in tokens.ids]
 
@@ -174,13 +146,13 @@ class Bench:
         for _ in range(3000):
             self.arrive()
             for transfer_id in list(self.manager._quarantines):
-                self.carrier.inbox.put(ReceiverEnded(transfer_id, "cancelled"))
-            if not self.worker.turn(0.0) and not self.worker._legs and self.carrier.inbox.empty():
+                self.io.inbox.put(ReceiverEnded(transfer_id, "cancelled"))
+            if not self.loop.turn(0.0) and not self.role.sequences and self.io.inbox.empty():
                 break
-        assert not self.worker._legs and not self.runner.launched
-        self.worker.check()
+        assert not self.role.sequences and not self.runner.launched
+        self.loop.check()
         assert self.manager.num_available == self.manager.num_blocks
-        assert sorted(self.worker._free_slots) == list(range(len(self.worker._free_slots)))
+        assert sorted(self.role._free_slots) == list(range(len(self.role._free_slots)))
 
 
 REQUEST = st.tuples(st.just("request"), st.integers(0, 2), st.integers(1, 40), st.integers(1, 20), st.booleans())
@@ -226,12 +198,12 @@ def test_any_schedule_gives_the_tokens_of_one_step_after_the_other(actions, run_
                 bench.hear()
                 bench.arrive()
             case ("turn",):
-                bench.worker.turn(0.0)
+                bench.loop.turn(0.0)
         bench.hear()
         bench.manager.check()
     bench.finish()
-    refused = {message.request_id for message in bench.carrier.told if isinstance(message, Busy)}
-    assert not [message for message in bench.carrier.told if isinstance(message, Failed)]
+    refused = {message.request_id for message in bench.io.sent if isinstance(message, Busy)}
+    assert not [message for message in bench.io.sent if isinstance(message, Failed)]
     for name, (prompt, max_tokens) in bench.prompts.items():
         told, right = bench.tokens(name), expected(prompt, max_tokens)
         if name in cancelled:
@@ -245,11 +217,11 @@ def test_blocks_of_a_sequence_that_ended_rest_until_its_last_step_was_read():
     bench = Bench(1, 12)
     bench.request("a", [1, 2, 3], 8, remote=False)
     for _ in range(4):
-        bench.worker.turn(0.0)
+        bench.loop.turn(0.0)
     bench.cancel("a")
     held = bench.manager.usage().owned
     bench.hear()
-    assert not bench.worker._legs and bench.runner.launched
+    assert not bench.role.sequences and bench.runner.launched
     assert bench.manager.usage().owned == held > 0
     bench.finish()
 
@@ -258,9 +230,9 @@ def test_a_device_has_its_next_step_before_the_last_one_is_read():
     """Guards against a loop that waits for the tokens of a step before it launches the next."""
     bench = Bench(1, 12)
     bench.request("a", [1, 2, 3], 8, remote=False)
-    bench.worker.turn(0.0)  # admitted
+    bench.loop.turn(0.0)  # admitted
     under_way = []
-    while bench.worker.turn(0.0):
+    while bench.loop.turn(0.0):
         under_way.append(len(bench.runner.launched))
     assert set(under_way[:-1]) == {1}
     assert bench.tokens("a") == expected([1, 2, 3], 8)
@@ -271,16 +243,16 @@ def test_who_arrives_before_the_next_launch_is_in_the_next_step():
     bench = Bench(1, 30)
     bench.request("a", [1, 2, 3], 20, remote=False)
     for _ in range(3):
-        bench.worker.turn(0.0)
+        bench.loop.turn(0.0)
     under_way = len(bench.runner.launched)
-    bench.worker._pace.launch_at = bench.worker._clock() + 100.0
-    assert under_way == 1 and 0.05 < bench.worker.wait_s(0.1) <= 0.1
+    bench.role._timer.launch_at = bench.parts.clock() + 100.0
+    assert under_way == 1 and 0.05 < bench.loop.wait_s(0.1) <= 0.1
     bench.request("b", [4, 5], 5, remote=True)
     bench.hear()
     bench.arrive()
-    assert not bench.worker.turn(0.0) and len(bench.runner.launched) == under_way
-    bench.worker._pace.launch_at = 0.0
-    bench.worker.turn(0.0)
+    assert not bench.loop.turn(0.0) and len(bench.runner.launched) == under_way
+    bench.role._timer.launch_at = 0.0
+    bench.loop.turn(0.0)
     bench.finish()
     assert bench.tokens("a") == expected([1, 2, 3], 20)
     assert bench.tokens("b") == expected([4, 5], 5)
@@ -291,16 +263,16 @@ def test_a_step_with_a_prompt_is_launched_at_once():
     bench = Bench(1, 30, max_chunk_tokens=4)
     bench.request("a", [1, 2, 3], 20, remote=False)
     for _ in range(3):
-        bench.worker.turn(0.0)
-    bench.worker._pace.launch_at = bench.worker._clock() + 100.0
+        bench.loop.turn(0.0)
+    bench.role._timer.launch_at = bench.parts.clock() + 100.0
     bench.request("b", list(range(11)), 5, remote=False)
     lengths = []
     for _ in range(9):
-        bench.worker.turn(0.0)
+        bench.loop.turn(0.0)
         lengths += [row.num_new for step in bench.runner.launched[-1:] for row in step._rows if row.num_new > 1]
     assert [*dict.fromkeys(lengths)] == [4, 3]  # chunks of 4, 4 and 3, and then it waits
-    assert len(bench.runner.launched) == 1 and bench.worker.wait_s(0.1) > 0.05
-    bench.worker._pace.launch_at = 0.0
+    assert len(bench.runner.launched) == 1 and bench.loop.wait_s(0.1) > 0.05
+    bench.role._timer.launch_at = 0.0
     bench.finish()
     assert bench.tokens("b") == expected(list(range(11)), 5)
 
@@ -310,14 +282,14 @@ def test_a_prompt_that_does_not_fit_hurries_no_step():
     bench = Bench(1, 7)
     bench.request("a", list(range(5)), 12, remote=False)
     for _ in range(4):
-        bench.worker.turn(0.0)
+        bench.loop.turn(0.0)
     bench.request("b", [7] * 22, 5, remote=False)
-    bench.worker.turn(0.0)  # it hurries the one step in which it might have been
-    bench.worker.turn(0.0)
-    under_way, bench.worker._pace.launch_at = len(bench.runner.launched), bench.worker._clock() + 100.0
-    assert bench.worker._waiting and not any(bench.worker.turn(0.0) for _ in range(5))
+    bench.loop.turn(0.0)  # it hurries the one step in which it might have been
+    bench.loop.turn(0.0)
+    under_way, bench.role._timer.launch_at = len(bench.runner.launched), bench.parts.clock() + 100.0
+    assert bench.role._waiting and not any(bench.loop.turn(0.0) for _ in range(5))
     assert len(bench.runner.launched) == under_way == 1
-    bench.worker._pace.launch_at = 0.0
+    bench.role._timer.launch_at = 0.0
     bench.finish()
     assert bench.tokens("b") == expected([7] * 22, 5)
 
@@ -327,10 +299,10 @@ def test_the_gate_learns_what_the_device_took():
     bench = Bench(1, 30)
     bench.request("a", list(range(12)), 4, remote=False)
     told = []
-    bench.worker._reuse.gate.computed = lambda num_tokens, spent_s, now: told.append((num_tokens, spent_s))
+    bench.parts.prefixes.gate.computed = lambda num_tokens, spent_s, now: told.append((num_tokens, spent_s))
     for _ in range(9):
         for step in bench.runner.launched:
             step.device_time = DeviceTime(0.25, 0.0)
-        bench.worker._pace.launch_at = 0.0
-        bench.worker.turn(0.0)
+        bench.role._timer.launch_at = 0.0
+        bench.loop.turn(0.0)
     assert told == [(12, 0.25)]

@@ -31,14 +31,14 @@ def test_a_plan_can_be_carried_out(running: list[Item], waiting: list[Item], fre
     result = plan(running, waiting, free, LIMITS)
     for index in result.preempted:
         free += running[index].num_blocks
-    for step in result.steps:
-        item = running[step.number]
-        assert step.number not in result.preempted
+    for step in result.rows:
+        item = running[step.item]
+        assert step.item not in result.preempted
         assert 0 < step.length <= min(item.num_tokens - item.num_computed, LIMITS.max_chunk_tokens)
         free -= max(0, _blocks(item.num_computed + step.length) - item.num_blocks)
     free -= sum(_blocks(item.num_tokens + 1) for item in waiting[: result.admitted])
     assert free >= 0
-    assert sum(step.length for step in result.steps) <= LIMITS.max_num_batched_tokens
+    assert sum(step.length for step in result.rows) <= LIMITS.max_num_batched_tokens
     alive = len(running) - len(result.preempted)
     assert result.admitted == 0 or alive + result.admitted <= LIMITS.max_num_seqs
 
@@ -51,7 +51,7 @@ def test_the_most_senior_gets_on_or_nobody_can(running: list[Item], free: int) -
     if 0 in result.preempted:
         assert free + sum(other.num_blocks for other in running[1:]) == 0
     else:
-        assert result.steps[0].number == 0
+        assert result.rows[0].item == 0
 
 
 def test_every_running_sequence_decodes_beside_a_chunk() -> None:
@@ -59,7 +59,7 @@ def test_every_running_sequence_decodes_beside_a_chunk() -> None:
     prompt = Item(num_tokens=100, num_computed=0, num_blocks=25)
     decoding = Item(num_tokens=10, num_computed=9, num_blocks=3)
     result = plan([prompt, *[decoding] * 7], [], 0, LIMITS)
-    assert [(s.number, s.length) for s in result.steps] == [(0, 16), *[(i, 1) for i in range(1, 8)]]
+    assert [(s.item, s.length) for s in result.rows] == [(0, 16), *[(i, 1) for i in range(1, 8)]]
 
 
 def test_no_admission_while_somebody_gives_way() -> None:

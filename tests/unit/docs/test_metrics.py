@@ -19,8 +19,8 @@ from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.settings import ProxySettings
 from baton.scripts import metrics_page
-from baton.tests.unit.decode.test_worker import Bench as DecodeBench
-from baton.tests.unit.prefill.test_worker import Bench as PrefillBench
+from baton.tests.unit.decode.test_role import Bench as DecodeBench
+from baton.tests.unit.prefill.test_role import Bench as PrefillBench
 
 MONITORING = Path(__file__).resolve().parents[3] / "docs" / "monitoring"
 _NAME = re.compile(r"\b(?:vllm:|baton:|gen_ai_)\w+")
@@ -59,7 +59,7 @@ async def test_whatever_is_counted_has_a_meaning() -> None:
     assert counted == set(ENGINE_COUNTERS)
     by_workers = {each.name for each in fields(TransferCounters)}
     for bench in (PrefillBench(), DecodeBench()):
-        by_workers |= set(bench.worker._load().counters)
+        by_workers |= set(bench.loop._load().counters)
     assert by_workers <= set(WORKER_COUNTERS)
 
 

@@ -1,4 +1,4 @@
-"""How a worker's loop and the carrier's thread share the interpreter."""
+"""worker.io_thread: how a worker's loop and the I/O thread share the interpreter."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SlowLine:
     def close(self) -> None: ...
 
 
-def carrier_of(line: SlowLine) -> IoThread:
+def io_thread_of(line: SlowLine) -> IoThread:
     membership = SimpleNamespace(
         links={}, joined=(), wake_at=float("inf"), on_timer=lambda *_, **__: ([], []), farewell=lambda: []
     )
@@ -50,28 +50,28 @@ def carrier_of(line: SlowLine) -> IoThread:
     return made
 
 
-def test_the_loop_lets_the_carrier_carry_out_what_it_was_told() -> None:
+def test_yield_gil_waits_until_the_io_thread_has_done_its_work() -> None:
     line = SlowLine()
-    carrier = carrier_of(line)
-    carrier.start()
+    io = io_thread_of(line)
+    io.start()
     done: list[float] = []
-    carrier.tell("proxy", Drain(), Drain())
-    carrier.do(lambda exchange, now: done.append(now))
-    carrier.let_work(5.0)
+    io.send("proxy", Drain(), Drain())
+    io.do(lambda exchange, now: done.append(now))
+    io.yield_gil(5.0)
     assert len(line.sent) == 2 and len(done) == 1
-    carrier.stop()
+    io.stop()
     assert len(line.sent) == 2 and len(done) == 1
 
 
-def test_it_waits_for_no_thread_that_does_not_run_and_no_longer_than_it_says() -> None:
-    """Guards the loop against a carrier that is stuck, or not started."""
+def test_yield_gil_returns_when_thread_is_dead_or_timed_out() -> None:
+    """Guards the loop against an I/O thread that is stuck, or not started."""
     line = SlowLine()
-    carrier = carrier_of(line)
-    carrier.tell("proxy", *[Drain()] * 500)
-    carrier.let_work(5.0)
+    io = io_thread_of(line)
+    io.send("proxy", *[Drain()] * 500)
+    io.yield_gil(5.0)
     assert not line.sent
-    carrier.start()
-    carrier.let_work(0.03)
+    io.start()
+    io.yield_gil(0.03)
     assert len(line.sent) < 500
-    carrier._outbox.clear()
-    carrier.stop()
+    io._outbox.clear()
+    io.stop()

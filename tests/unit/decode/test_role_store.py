@@ -1,10 +1,10 @@
-"""decode.worker with a host's store: what it completes is written behind, and prompts and preempted ones are loaded."""
+"""decode.role with a host's store: what it completes is written behind, and prompts and preempted ones are loaded."""
 
 from __future__ import annotations
 
 from baton.kvtransfer.protocol.exchange import KvArrived
 from baton.node.messages.control import Cancel
-from baton.tests.unit.decode.test_worker import Bench
+from baton.tests.unit.decode.test_role import Bench
 from baton.tests.unit.kvtransfer.store.bench import World
 from baton.worker.io_thread import FromProxy
 
@@ -14,19 +14,19 @@ SETTINGS = {"num_blocks": 64, "store_loads": "always"}
 def _run(bench: Bench) -> None:
     while True:
         bench.run()
-        if bench.carrier.inbox.empty():
+        if bench.io.inbox.empty():
             return
 
 
 def _idle(bench: Bench) -> None:
     _run(bench)
-    assert bench.worker._idle and bench.manager.num_available == bench.manager.num_blocks
+    assert bench.loop.idle and bench.manager.num_available == bench.manager.num_blocks
     bench.store.world.host.server.index.check()
     assert bench.store.world.host.server.index.num_holders == 0
 
 
 def _counter(bench: Bench, name: str) -> float:
-    return bench.worker._load().counters[name]
+    return bench.loop._load().counters[name]
 
 
 def test_completed_blocks_are_written_behind() -> None:
@@ -47,7 +47,7 @@ def test_a_prompt_that_is_prefilled_here_is_loaded() -> None:
     _idle(second)
     assert second.tokens("b") == first.tokens("a") == [14, 15, 16, 17, 18]
     assert _counter(second, "prompt_tokens_ram") == 12
-    assert next(s for b in second.carrier.told if hasattr(b, "tokens") for s in b.tokens).cached_tokens == 12
+    assert next(s for b in second.io.sent if hasattr(b, "tokens") for s in b.tokens).cached_tokens == 12
 
 
 def test_who_was_preempted_is_loaded_again() -> None:
@@ -55,8 +55,8 @@ def test_who_was_preempted_is_loaded_again() -> None:
     bench = Bench(world=World(), **SETTINGS)
     bench.reserve("a", 10, prefill="", max_tokens=20)
     while len(bench.tokens("a")) < 8:
-        bench.worker.turn(0.0)
-    bench.worker._preempt(bench.worker._running[0])
+        bench.loop.turn(0.0)
+    bench.role._preempt(bench.role._running[0])
     assert bench.manager.reset_cache() > 0
     _idle(bench)
     assert bench.tokens("a") == list(range(10, 30))
@@ -73,10 +73,10 @@ def test_a_sequence_that_is_cancelled_while_it_loads() -> None:
     second.reserve("b", 14, prefill="")
     second.store.release()
     second.store.held = True
-    second.worker.turn(0.0)
+    second.loop.turn(0.0)
     assert second.manager.usage().owned == 4
     second.tell(FromProxy("proxy", Cancel(request_id="b", attempt=0), second.now_s))
-    assert second.manager.usage().leased == 3 and not second.worker._idle
+    assert second.manager.usage().leased == 3 and not second.loop.idle
     second.store.release()
     _idle(second)
     assert second.tokens("b") == []

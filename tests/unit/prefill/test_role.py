@@ -1,8 +1,7 @@
-"""prefill.worker without processes: chunks, hand-over, and that blocks stay leased until nobody reads them."""
+"""prefill.role without processes: chunks, hand-over, and that blocks stay leased until nobody reads them."""
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from types import SimpleNamespace
@@ -12,7 +11,6 @@ import msgspec
 import pytest
 
 from baton.kvtransfer.blocks.hashing import block_hashes
-from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import SenderEnded
 from baton.kvtransfer.store.client import NO_STORE
@@ -27,63 +25,19 @@ from baton.node.messages.control import (
     DispatchBody,
     Failed,
     HandedOver,
-    Load,
     Prefill,
     SamplingParams,
     Stages,
     Tokens,
 )
+from baton.prefill.role import PrefillRole
 from baton.prefill.settings import PrefillSettings
-from baton.prefill.worker import PrefillWorker
 from baton.tests.unit.kvtransfer.store.bench import InlineStore, World
-from baton.worker.io_thread import Command, FromProxy
+from baton.tests.unit.worker.bench import BLOCK, ROOT, STEP_S, RecordingIo, parts_of
+from baton.worker.io_thread import FromProxy
+from baton.worker.loop import Loop
 
-ROOT = b"r" * 32
-BLOCK = 4
-STEP_S = 0.125
-"""What a step takes on the worker's clock, which stands still otherwise."""
 LEG = LegKey("a", 0)
-
-
-class RecordingExchange:
-    """Stands in for the exchange behind the carrier: keeps the calls, by name, in order."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[Any, ...]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self.calls.append((name, *arguments[:-1]))  # without the time
-
-
-class InlineCarrier:
-    """Stands in for the thread: runs each command at once."""
-
-    def __init__(self) -> None:
-        self.load = Load()
-        self.told: list[Message] = []
-        self.let_work_calls = 0
-        self.exchange = RecordingExchange()
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def receive(self, wait_s: float) -> list[Any]:
-        events = []
-        while not self.inbox.empty():
-            events.append(self.inbox.get())
-        return events
-
-    def do(self, command: Command) -> None:
-        command(self.exchange, 0.0)  # type: ignore[arg-type]
-
-    def tell(self, link: str, *messages: Message) -> None:
-        self.told += messages
-
-    def let_work(self, wait_s: float) -> None:
-        self.let_work_calls += 1
-
-    def transfer_counters(self) -> dict[str, float]:
-        return {}
-
-    def drain(self) -> None: ...
 
 
 class CountingRunner:
@@ -102,7 +56,7 @@ class CountingRunner:
         return Done([Drawn((row.start + len(row.token_ids),)) if row.draw else None for row in rows])
 
 
-class RecordingSums:
+class RecordingChecksums:
     """Of each block its number; a step's are there when it is read."""
 
     def __init__(self) -> None:
@@ -117,20 +71,26 @@ class Bench:
     """A prefill worker on its own."""
 
     def __init__(self, num_blocks: int = 16, run_ahead: int = 0, world: World | None = None, **settings: Any) -> None:
-        self.carrier, self.runner = InlineCarrier(), CountingRunner(self._pass, run_ahead)
+        self.io, self.runner = RecordingIo(), CountingRunner(self._pass, run_ahead)
         self.now_s = 1000.0
         self.manager = BlockManager(num_blocks)
-        layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
-        parts = SimpleNamespace(
-            runner=self.runner, manager=self.manager, layout=layout, max_model_len=64, carrier=self.carrier
-        )
         self.store: Any = NO_STORE
         if world is not None:
-            self.store = InlineStore(world, f"p{len(world.workers)}", num_blocks, self.carrier.inbox.put)
-        self.sums = RecordingSums()
-        self.worker = PrefillWorker(
-            parts, PrefillSettings(**settings).for_device("cpu"), lambda: self.now_s, self.store, self.sums
+            self.store = InlineStore(world, f"p{len(world.workers)}", num_blocks, self.io.inbox.put)
+        self.checksums = RecordingChecksums()
+        options = PrefillSettings(**settings).for_device("cpu")
+        self.parts = parts_of(
+            self.runner,
+            self.io,
+            self.manager,
+            lambda: self.now_s,
+            max_model_len=64,
+            store=self.store,
+            always_load=options.store_loads == "always",
+            checksums=self.checksums,
         )
+        self.role = PrefillRole(self.parts, options)
+        self.loop = Loop(self.parts, self.role, max_waiting=options.max_waiting, drain_s=options.drain_s)
 
     def _pass(self) -> None:
         self.now_s += STEP_S
@@ -157,17 +117,17 @@ class Bench:
 
     def tell(self, *events: Any) -> bool:
         for event in events:
-            self.carrier.inbox.put(event)
-        return self.worker.turn(0.0)
+            self.io.inbox.put(event)
+        return self.loop.turn(0.0)
 
     def run(self) -> None:
         for _ in range(200):
-            if not self.worker.turn(0.0):
+            if not self.loop.turn(0.0):
                 break
-        self.worker.check()
+        self.loop.check()
 
     def told(self, kind: type[Message]) -> list[Any]:
-        return [message for message in self.carrier.told if isinstance(message, kind)]
+        return [message for message in self.io.sent if isinstance(message, kind)]
 
 
 def _ended(name: str = "a", ok: bool = True) -> SenderEnded:
@@ -182,9 +142,9 @@ def test_a_hand_over_has_the_interpreter_while_the_device_is_at_a_step(run_ahead
     """Guards both: a hand-over that waits behind the launch of the next prompt, and a device that waits for one."""
     bench = Bench(run_ahead=run_ahead, max_num_batched_tokens=3)  # prompts too short to share a block
     for name in ("a", "b", "c"):
-        bench.carrier.inbox.put(FromProxy("proxy", bench.message(name, 3), bench.now_s))
+        bench.io.inbox.put(FromProxy("proxy", bench.message(name, 3), bench.now_s))
     bench.run()
-    assert bench.carrier.let_work_calls == (2 if run_ahead else 0)  # the last one has no step behind it
+    assert bench.io.num_yields == (2 if run_ahead else 0)  # the last one has no step behind it
 
 
 @AHEAD
@@ -194,7 +154,7 @@ def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
     bench.prefill("a", 14)
     bench.run()
     assert bench.runner.steps == [[(0, 6)], [(6, 6)], [(12, 2)]]
-    calls = bench.carrier.exchange.calls
+    calls = bench.io.exchange.calls
     assert [(call[0], len(call[2])) for call in calls if call[0] == "tell_blocks"] == [
         ("tell_blocks", 1),
         ("tell_blocks", 3),
@@ -202,15 +162,15 @@ def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
     ]
     told = [call for call in calls if call[0] == "tell_blocks"]
     (table,) = {call[2] for call in told[-1:]}
-    assert bench.sums.begun == [[*table[:1]], [*table[1:3]], [*table[3:]]]  # each block once, when it is final
-    assert [[*call[3]] for call in told] == bench.sums.begun
+    assert bench.checksums.begun == [[*table[:1]], [*table[1:3]], [*table[3:]]]  # each block once, when it is final
+    assert [[*call[3]] for call in told] == bench.checksums.begun
     assert calls[-1] == ("tell_token", LEG, 14, None)
     (tokens,) = bench.told(Tokens)
     assert (tokens.index, tokens.ids, tokens.finish) == (0, (14,), "")
 
 
-def test_blocks_are_leased_until_the_transfer_has_ended() -> None:
-    """Guards against reuse of blocks that the carrier still reads, and against forgetting them."""
+def test_blocks_are_sending_until_the_transfer_has_ended() -> None:
+    """Guards against reuse of blocks that the io still reads, and against forgetting them."""
     bench = Bench(num_blocks=4)
     bench.prefill("a", 14)
     bench.run()
@@ -229,11 +189,12 @@ def test_a_request_that_ends_with_its_first_token(sampling: dict[str, Any], fini
     """Guards the one terminal message: Tokens with a finish, no hand-over, and the transfer is called off."""
     bench = Bench(run_ahead=run_ahead)
     bench.prefill("a", 6, **sampling)
+    bench.run()
     bench.tell(_ended(ok=False))
     bench.run()
     assert [message.finish for message in bench.told(Tokens)] == [finish]
     assert not bench.told(HandedOver) and not bench.told(Failed)
-    assert bench.carrier.exchange.calls[-1][:2] == ("cancel_sender", LEG)
+    assert bench.io.exchange.calls[-1][:2] == ("cancel_sender", LEG)
     assert bench.manager.num_available == 16
 
 
@@ -249,7 +210,7 @@ def test_prompts_share_a_step_and_a_prefix() -> None:
 
 @AHEAD
 @pytest.mark.parametrize("event", ["transfer failed", "cancel", "proxy lost"])
-@pytest.mark.parametrize("when", ["computing", "handed to the carrier"])
+@pytest.mark.parametrize("when", ["computing", "handed to the io"])
 def test_every_end_hands_everything_back(event: str, when: str, run_ahead: int) -> None:
     """Guards against leaks and double answers, in the middle of a prompt and after it."""
     bench = Bench(run_ahead=run_ahead, max_chunk_tokens=4)
@@ -260,7 +221,7 @@ def test_every_end_hands_everything_back(event: str, when: str, run_ahead: int) 
         bench.tell(_ended(ok=False))
     elif event == "cancel":
         bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
-        assert bench.manager.usage().leased > 0  # the carrier may still read them
+        assert bench.manager.usage().leased > 0  # the io may still read them
         bench.tell(_ended(ok=False))
         assert len(bench.told(Cancelled)) == 1
     else:
@@ -333,8 +294,8 @@ def test_the_load_counts_what_is_left_to_compute() -> None:
     bench = Bench(num_blocks=64, max_num_seqs=1, max_num_batched_tokens=10)
     bench.prefill("a", 20)
     bench.run()
-    assert bench.carrier.load.prefill_tokens_s == pytest.approx(10 / STEP_S)
+    assert bench.io.load.prefill_tokens_s == pytest.approx(10 / STEP_S)
     bench.prefill("b", 40)
-    assert bench.carrier.load.waiting_tokens == 40 - 20 - 10
+    assert bench.io.load.waiting_tokens == 40 - 20 - 10
     bench.prefill("c", 42)
-    assert bench.carrier.load.waiting_tokens == 42 - 28
+    assert bench.io.load.waiting_tokens == 42 - 28

@@ -1,14 +1,37 @@
-"""worker.stages: durations that follow one another without a gap, and are told once."""
+"""worker.stats: the speed that the router compares, and stages that follow one another without a gap."""
 
 from __future__ import annotations
 
 from baton.node.messages.control import Stages
-from baton.worker.stages import LegTimes
+from baton.worker.stats import PromptSpeed, StageTimes
+
+
+def test_small_steps_do_not_count() -> None:
+    """Guards against shunning a worker for computing only what it had not cached."""
+    speed = PromptSpeed(100)
+    speed.add_step(49, 1.0)
+    speed.add_step(100, 0.0)
+    assert speed.tokens_s == 0.0
+    speed.add_step(50, 0.1)
+    assert speed.tokens_s == 500.0
+    speed.add_step(5, 1.0)
+    assert speed.tokens_s == 500.0
+
+
+def test_speed_follows_a_change() -> None:
+    """Guards against an average over all of the past: a machine that slows down is noticed within some steps."""
+    speed = PromptSpeed(100)
+    for _ in range(100):
+        speed.add_step(100, 0.1)
+    assert abs(speed.tokens_s - 1000.0) < 1e-6
+    for _ in range(20):
+        speed.add_step(100, 1.0)
+    assert 100.0 < speed.tokens_s < 150.0
 
 
 def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
     """Guards the sum: the same seconds must not be told as two stages."""
-    times = LegTimes(received_at=10.0)
+    times = StageTimes(received_at=10.0)
     times.tier_load_s, times.loaded_tokens = 1.5, (16, 0, 0)
     times.begin(14.0)
     times.begin(15.0)  # a later chunk
@@ -17,7 +40,7 @@ def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
 
 def test_a_leg_without_a_transfer_tells_twice_and_then_no_more() -> None:
     """Guards against stages of a later step, which would be taken for the gap between the first two tokens."""
-    times = LegTimes(received_at=10.0)
+    times = StageTimes(received_at=10.0)
     times.begin(11.0)
     assert times.drew(11.0, 12.0) == Stages(queue_s=1.0, prefill_s=1.0) and times.open
     assert times.drew(12.5, 13.0) == Stages(admission_s=0.5, step_s=0.5) and not times.open
@@ -25,7 +48,7 @@ def test_a_leg_without_a_transfer_tells_twice_and_then_no_more() -> None:
 
 def test_a_handed_over_leg_tells_once() -> None:
     """Guards against decode's first step being taken for a prefill."""
-    times = LegTimes(received_at=10.0)
+    times = StageTimes(received_at=10.0)
     times.arrive(11.0, wait_s=0.25, transfer_s=0.5)
     times.begin(12.0)
     told = times.drew(12.0, 12.5)
@@ -34,7 +57,7 @@ def test_a_handed_over_leg_tells_once() -> None:
 
 def test_no_duration_is_negative() -> None:
     """Guards against a message that its reader refuses: a load longer than the wait, a step before the arrival."""
-    times = LegTimes(received_at=10.0)
+    times = StageTimes(received_at=10.0)
     times.tier_load_s = 5.0
     assert times.prefilled(9.0) == Stages(tier_load_s=5.0)
     times.arrive(12.0, 0.0, 0.0)

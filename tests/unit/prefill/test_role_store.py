@@ -1,4 +1,4 @@
-"""prefill.worker with a host's store: what another worker computed is loaded, and no fate of the store harms a job."""
+"""prefill.role with a host's store: what another worker computed is loaded, and no fate of the store harms a job."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ import pytest
 from baton.kvtransfer.protocol.exchange import SenderEnded
 from baton.node.messages.control import Cancel, HandedOver, Tokens
 from baton.node.messages.store import RAM
-from baton.prefill.worker import PrefillWorker
 from baton.tests.unit.kvtransfer.store.bench import World
-from baton.tests.unit.prefill.test_worker import LEG, Bench
+from baton.tests.unit.prefill.test_role import LEG, Bench
 from baton.worker.io_thread import FromProxy
 
 SETTINGS = {"num_blocks": 64, "store_loads": "always"}
@@ -19,17 +18,17 @@ def _run(bench: Bench) -> None:
     """Until nothing happens any more: a turn without a step may have made an event for the next one."""
     while True:
         bench.run()
-        if bench.carrier.inbox.empty():
+        if bench.io.inbox.empty():
             return
 
 
 def _idle(bench: Bench) -> None:
     """All came to its end: the worker proves that it holds nothing."""
     _run(bench)
-    for name in list(bench.worker._leased):
+    for name in list(bench.role._sending):
         bench.tell(SenderEnded(name, True, "", 0, 0.0))
     _run(bench)
-    assert bench.worker._idle and bench.manager.num_available == bench.manager.num_blocks
+    assert bench.loop.idle and bench.manager.num_available == bench.manager.num_blocks
     bench.store.world.host.server.index.check()
     assert bench.store.world.host.server.index.num_holders == 0
 
@@ -47,25 +46,25 @@ def _steps(bench: Bench) -> list[tuple[int, int]]:
     return [chunk for step in bench.runner.steps for chunk in step]
 
 
-def _counter(worker: PrefillWorker, name: str) -> float:
-    return worker._load().counters[name]
+def _counter(bench: Bench, name: str) -> float:
+    return bench.loop._load().counters[name]
 
 
 def test_what_another_worker_computed_is_loaded() -> None:
     """Guards the point of it all: only what no full block holds is computed, and the client is told what was not."""
     first, second = _two()
-    assert _counter(first.worker, "store_written_blocks") == 3
+    assert _counter(first, "store_written_blocks") == 3
     second.prefill("b", 14)
     _idle(second)
     assert _steps(second) == [(12, 2)]
     (tokens,) = second.told(Tokens)
     assert tokens.ids == (14,) and tokens.cached_tokens == 12
     names = ("prompt_tokens_ram", "prompt_tokens_computed", "prompt_tokens_gpu")
-    assert [_counter(second.worker, name) for name in names] == [12, 2, 0]
+    assert [_counter(second, name) for name in names] == [12, 2, 0]
     second.prefill("c", 14)
     _idle(second)
-    assert _counter(second.worker, "prompt_tokens_gpu") == 12  # its own pool goes first
-    assert _counter(second.worker, "store_lookups") == 1
+    assert _counter(second, "prompt_tokens_gpu") == 12  # its own pool goes first
+    assert _counter(second, "store_lookups") == 1
 
 
 def test_a_partial_hit_is_used_and_the_rest_written() -> None:
@@ -73,7 +72,7 @@ def test_a_partial_hit_is_used_and_the_rest_written() -> None:
     first, second = _two()
     second.prefill("b", 22)
     _idle(second)
-    assert _steps(second) == [(12, 10)] and _counter(second.worker, "store_written_blocks") == 2
+    assert _steps(second) == [(12, 10)] and _counter(second, "store_written_blocks") == 2
     first.prefill("c", 22)
     _idle(first)
     assert _steps(first)[-1] == (20, 2)
@@ -89,7 +88,7 @@ def test_others_compute_while_a_job_waits_and_loads() -> None:
     assert _steps(second) == [(0, 3)]
     second.store.release()  # found; the load is held again
     second.store.held = True
-    second.worker.turn(0.0)
+    second.loop.turn(0.0)
     second.prefill("shorter", 2)
     _run(second)
     assert _steps(second) == [(0, 3), (0, 2)]
@@ -107,7 +106,7 @@ def test_a_job_that_is_cancelled_gives_its_blocks_back_when_nobody_writes(when: 
     if when == "loading":
         second.store.release()
         second.store.held = True
-        second.worker.turn(0.0)
+        second.loop.turn(0.0)
     second.tell(FromProxy("proxy", Cancel(request_id="b", attempt=0), second.now_s))
     second.tell(SenderEnded(type(LEG)("b", 0), False, "cancelled", 0, 0.0))
     held = 3 if when == "loading" else 0
@@ -124,7 +123,7 @@ def test_an_answer_that_comes_too_late_is_not_waited_for() -> None:
     second.prefill("b", 14)
     second.now_s += 6.0
     _run(second)
-    assert _steps(second) == [(0, 14)] and _counter(second.worker, "store_lookups_late") == 1
+    assert _steps(second) == [(0, 14)] and _counter(second, "store_lookups_late") == 1
     second.store.release()
     _idle(second)
 
@@ -136,11 +135,11 @@ def test_a_load_that_takes_too_long_is_stopped_and_what_came_is_used() -> None:
     second.prefill("b", 14)
     second.store.release()
     second.store.held = True
-    second.worker.turn(0.0)
+    second.loop.turn(0.0)
     second.now_s += 6.0
     _run(second)
     assert _steps(second) == []  # not before the store's thread says that it writes no more
-    assert _counter(second.worker, "store_loads_stopped") == 1
+    assert _counter(second, "store_loads_stopped") == 1
     second.store.release()
     _idle(second)
     assert _steps(second) == [(0, 14)]
@@ -153,17 +152,17 @@ def test_a_store_that_is_gone_costs_nothing_but_hits() -> None:
     second.store.world.run(5.0)
     second.prefill("b", 14)
     _run(second)
-    assert _steps(second) == [(0, 14)] and second.worker._reuse.idle
+    assert _steps(second) == [(0, 14)] and second.parts.prefixes.idle
 
 
 def test_what_is_slower_to_load_than_to_compute_is_computed() -> None:
     """Guards the gate: with a RAM rate that was measured to be poor, compute."""
     _, second = _two(store_loads="measured")
-    second.worker._reuse.gate.loaded((RAM,), 1e9, 1e9, second.now_s, alone=True)
+    second.parts.prefixes.gate.loaded((RAM,), 1e9, 1e9, second.now_s, alone=True)
     second.prefill("warm", 1)
     second.prefill("b", 14)
     _idle(second)
-    assert _steps(second) == [(0, 1), (0, 14)] and _counter(second.worker, "store_gate_refused") == 1
+    assert _steps(second) == [(0, 1), (0, 14)] and _counter(second, "store_gate_refused") == 1
 
 
 def test_writing_behind_holds_only_a_part_of_the_pool() -> None:
@@ -173,7 +172,7 @@ def test_writing_behind_holds_only_a_part_of_the_pool() -> None:
     bench.prefill("a", 40)
     bench.now_s += 6.0  # no answer
     bench.run()
-    assert _counter(bench.worker, "store_dropped_blocks") == 8  # 16 blocks in the pool: two may be held
+    assert _counter(bench, "store_dropped_blocks") == 8  # 16 blocks in the pool: two may be held
     bench.store.release()
     _idle(bench)
-    assert _counter(bench.worker, "store_written_blocks") == 2 and bench.told(HandedOver)
+    assert _counter(bench, "store_written_blocks") == 2 and bench.told(HandedOver)

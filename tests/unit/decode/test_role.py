@@ -1,8 +1,7 @@
-"""decode.worker without processes: a carrier that records, a runner that counts; every path hands its blocks back."""
+"""decode.role without processes: an I/O that records, a runner that counts; every path hands its blocks back."""
 
 from __future__ import annotations
 
-import queue
 from collections.abc import Callable
 from collections.abc import Sequence as Rows
 from types import SimpleNamespace
@@ -10,16 +9,14 @@ from typing import Any
 
 import pytest
 
+from baton.decode.role import DecodeRole
 from baton.decode.settings import DecodeSettings
-from baton.decode.worker import DecodeWorker
 from baton.kvtransfer.blocks.hashing import block_hashes
-from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.batch import Done, Drawn, Row
 from baton.node.membership import ProxyLost
-from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Bundle,
     Busy,
@@ -27,46 +24,15 @@ from baton.node.messages.control import (
     Cancelled,
     DispatchBody,
     Failed,
-    Load,
     Reserve,
     Reserved,
     SamplingParams,
     Stages,
 )
 from baton.tests.unit.kvtransfer.store.bench import InlineStore, World
+from baton.tests.unit.worker.bench import BLOCK, ROOT, STEP_S, RecordingIo, parts_of
 from baton.worker.io_thread import FromProxy
-
-ROOT = b"r" * 32
-BLOCK = 4
-STEP_S = 0.125
-"""What a step takes on the worker's clock, which stands still otherwise."""
-
-
-class RecordingCarrier:
-    """Stands in for the thread: keeps what it was told, and runs no command."""
-
-    def __init__(self) -> None:
-        self.load = Load()
-        self.told: list[Message] = []
-        self.commands = 0
-        self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
-
-    def receive(self, wait_s: float) -> list[Any]:
-        events = []
-        while not self.inbox.empty():
-            events.append(self.inbox.get())
-        return events
-
-    def do(self, command: object) -> None:
-        self.commands += 1
-
-    def tell(self, link: str, *messages: Message) -> None:
-        self.told += messages
-
-    def transfer_counters(self) -> dict[str, float]:
-        return {}
-
-    def drain(self) -> None: ...
+from baton.worker.loop import Loop
 
 
 class CountingRunner:
@@ -108,51 +74,53 @@ class Bench:
     """A decode worker on its own."""
 
     def __init__(self, num_blocks: int = 16, world: World | None = None, **settings: Any) -> None:
-        self.carrier = RecordingCarrier()
+        self.io = RecordingIo()
         self.now_s = 1000.0
         self.manager = BlockManager(num_blocks)
-        layout = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
-        parts = SimpleNamespace(
-            runner=CountingRunner(self._pass),
-            manager=self.manager,
-            layout=layout,
-            max_model_len=48,
-            carrier=self.carrier,
-        )
         self.store: Any = NO_STORE
         if world is not None:
-            self.store = InlineStore(world, f"d{len(world.workers)}", num_blocks, self.carrier.inbox.put)
+            self.store = InlineStore(world, f"d{len(world.workers)}", num_blocks, self.io.inbox.put)
         options = DecodeSettings(spare_blocks=0, **settings).for_device("cpu")
-        self.worker = DecodeWorker(parts, options, lambda: self.now_s, self.store)
+        self.parts = parts_of(
+            CountingRunner(self._pass),
+            self.io,
+            self.manager,
+            lambda: self.now_s,
+            max_model_len=48,
+            store=self.store,
+            always_load=options.store_loads == "always",
+        )
+        self.role = DecodeRole(self.parts, options)
+        self.loop = Loop(self.parts, self.role, max_waiting=options.max_waiting, drain_s=options.drain_s)
 
     def _pass(self) -> None:
         self.now_s += STEP_S
 
     def reserve(self, name: str, num_tokens: int, prefill: str = "p/1", max_tokens: int = 5) -> bytes:
         """Returns the transfer id, b"" for local prefill or a refusal."""
-        before = set(self.worker._reserved)
+        before = set(self.role._reserved)
         self.tell(reserve(name, num_tokens, prefill, max_tokens, at=self.now_s))
-        return next(iter(set(self.worker._reserved) - before), b"")
+        return next(iter(set(self.role._reserved) - before), b"")
 
     def tell(self, *events: Any) -> None:
         for event in events:
-            self.carrier.inbox.put(event)
-        self.worker.turn(0.0)
+            self.io.inbox.put(event)
+        self.loop.turn(0.0)
 
     def run(self) -> None:
         for _ in range(200):
-            if not self.worker.turn(0.0):
+            if not self.loop.turn(0.0):
                 break
-        self.worker.check()
+        self.loop.check()
 
     def tokens(self, name: str) -> list[int]:
-        bundles = [message for message in self.carrier.told if isinstance(message, Bundle)]
+        bundles = [message for message in self.io.sent if isinstance(message, Bundle)]
         told = [tokens for bundle in bundles for tokens in bundle.tokens if tokens.request_id == name]
         assert [t.index for t in told] == [sum(len(u.ids) for u in told[:i]) for i in range(len(told))]
         return [token for tokens in told for token in tokens.ids]
 
     def stages(self) -> list[Stages | None]:
-        bundles = [message for message in self.carrier.told if isinstance(message, Bundle)]
+        bundles = [message for message in self.io.sent if isinstance(message, Bundle)]
         return [tokens.stages for bundle in bundles for tokens in bundle.tokens]
 
 
@@ -178,14 +146,14 @@ def test_local_prefill_in_chunks() -> None:
 def test_the_load_tells_how_fast_prompts_are_computed_here() -> None:
     """Guards the router's comparison with prefill workers: measured in steps full of prompts."""
     bench = Bench(max_chunk_tokens=8, max_num_batched_tokens=8)
-    assert bench.carrier.load.prefill_tokens_s == 0.0
+    assert bench.io.load.prefill_tokens_s == 0.0
     bench.reserve("a", 10, prefill="")
     bench.run()
-    assert bench.carrier.load.prefill_tokens_s == 8 / STEP_S
+    assert bench.io.load.prefill_tokens_s == 8 / STEP_S
 
 
 def test_a_transferred_sequence_tells_its_stages_once() -> None:
-    """Guards the timeline: what the carrier measured, the wait for a step, the step; then nothing a token."""
+    """Guards the timeline: what the io measured, the wait for a step, the step; then nothing a token."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
     bench.now_s += 3.0
@@ -200,10 +168,10 @@ def test_who_has_just_arrived_is_told_first() -> None:
     bench = Bench()
     older, newer = bench.reserve("a", 10, max_tokens=9), bench.reserve("b", 10)
     bench.tell(KvArrived(older, 777, None, 0.0, 0.0, 0.0))
-    bench.worker.turn(0.0)
+    bench.loop.turn(0.0)
     bench.tell(KvArrived(newer, 888, None, 0.0, 0.0, 0.0))
     bench.run()
-    bundles = [[t.request_id for t in each.tokens] for each in bench.carrier.told if isinstance(each, Bundle)]
+    bundles = [[t.request_id for t in each.tokens] for each in bench.io.sent if isinstance(each, Bundle)]
     both = [names for names in bundles if len(names) == 2]
     assert both[0] == ["b", "a"]
     assert all(names == ["a", "b"] for names in both[1:]) and len(both) > 1
@@ -229,7 +197,7 @@ def test_preemption_changes_no_token() -> None:
     bench.run()
     for name in "abcd":
         assert bench.tokens(name) == list(range(10, 18))
-    assert bench.worker._tally.preemptions > 0
+    assert bench.role._tally.preemptions > 0
 
 
 def test_cancel_while_kv_is_coming_quarantines() -> None:
@@ -238,7 +206,7 @@ def test_cancel_while_kv_is_coming_quarantines() -> None:
     transfer = bench.reserve("a", 10)
     bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
     assert bench.manager.usage().quarantined == 3
-    assert isinstance(bench.carrier.told[-1], Cancelled)
+    assert isinstance(bench.io.sent[-1], Cancelled)
     bench.tell(ReceiverEnded(transfer, "cancelled"))
     bench.run()
     assert bench.manager.num_available == 16
@@ -265,7 +233,7 @@ def test_ends_that_are_no_finish(event: str) -> None:
     else:
         bench.tell(ProxyLost("proxy"), ReceiverEnded(transfer, "cancelled"))
     bench.run()
-    ends = [message for message in bench.carrier.told if isinstance(message, Failed)]
+    ends = [message for message in bench.io.sent if isinstance(message, Failed)]
     assert len(ends) == 1 and ends[0].retryable
     assert bench.manager.num_available == 16
 
@@ -276,8 +244,8 @@ def test_a_transfer_that_prefill_called_off_is_no_failure() -> None:
     transfer = bench.reserve("a", 10)
     bench.tell(ReceiverEnded(transfer, "finished at its first token", cancelled=True))
     bench.run()
-    assert isinstance(bench.carrier.told[-1], Cancelled) and bench.manager.num_available == 16
-    assert not [message for message in bench.carrier.told if isinstance(message, Failed)]
+    assert isinstance(bench.io.sent[-1], Cancelled) and bench.manager.num_available == 16
+    assert not [message for message in bench.io.sent if isinstance(message, Failed)]
 
 
 def test_too_few_blocks_is_busy_and_takes_none() -> None:
@@ -285,7 +253,7 @@ def test_too_few_blocks_is_busy_and_takes_none() -> None:
     bench = Bench(num_blocks=4)
     assert bench.reserve("a", 12)
     assert not bench.reserve("b", 12)
-    assert isinstance(bench.carrier.told[-1], Busy)
+    assert isinstance(bench.io.sent[-1], Busy)
     assert bench.manager.usage().owned == 3
 
 
@@ -295,6 +263,6 @@ def test_cached_blocks_do_not_travel() -> None:
     bench.tell(KvArrived(bench.reserve("a", 10), 10, None, 0.0, 0.0, 0.0))
     bench.run()
     bench.reserve("b", 10)
-    reserved = [message for message in bench.carrier.told if isinstance(message, Reserved)]
+    reserved = [message for message in bench.io.sent if isinstance(message, Reserved)]
     assert [message.cached_tokens for message in reserved] == [0, 8]
-    assert bench.worker._legs and next(iter(bench.worker._reserved.values())).first_missing_block == 2
+    assert bench.role.sequences and next(iter(bench.role._reserved.values())).incoming.first_block == 2

@@ -1,0 +1,342 @@
+"""The role of a decode worker: reservations, admission, preemption, tokens out. It knows no prefill and no HTTP.
+
+A sequence is reserved (its blocks are held, a transfer fills them), waiting (it has none: local prefill, or preempted)
+or running. Its blocks go back in one of three ways: released once no step computes them, quarantined until the I/O
+thread says that the transfer has ended, or kept as cached prefix.
+
+Steps run ahead, the last of them launched as late as the device allows (launch_timer), so that requests that arrive
+meanwhile are in it. What a step draws for a sequence that turns out to have ended is dropped.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections import defaultdict
+from itertools import takewhile
+
+from baton.decode.launch_timer import LaunchTimer
+from baton.decode.scheduler import DecodeLimits, Item, plan
+from baton.decode.settings import DecodeSettings
+from baton.decode.tally import Tally
+from baton.kvtransfer.blocks.manager import OutOfBlocks
+from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, ReceiverEnded, SenderEnded
+from baton.models.batch import Drawn
+from baton.node.leg import LegKey
+from baton.node.messages.base import FinishReason
+from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed, Prefill, Reserve, Reserved, Tokens
+from baton.worker.in_flight import InFlightStep, InFlightSteps
+from baton.worker.loop import Loop, RoleReport
+from baton.worker.parts import Parts
+from baton.worker.prefix_loading import LoadedPrefix
+from baton.worker.sequence import Sequence, busy, cancel_matches, failed
+from baton.worker.stopping import finish_of, is_last
+
+
+class DecodeRole:
+    """Reservations, continuous batching with preemption, streams of tokens."""
+
+    name = "decode"
+
+    def __init__(self, parts: Parts, settings: DecodeSettings) -> None:
+        self.sequences: dict[LegKey, Sequence] = {}
+        self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
+        self._parts = parts
+        self._limits = DecodeLimits(
+            block_tokens=parts.layout.block_tokens,
+            max_num_seqs=settings.max_num_seqs,
+            max_num_batched_tokens=settings.max_num_batched_tokens,
+            max_chunk_tokens=settings.max_chunk_tokens,
+        )
+        self._spare_blocks = settings.spare_blocks
+        self._reserved: dict[bytes, Sequence] = {}  # by transfer id
+        self._waiting: list[Sequence] = []  # most senior first
+        self._running: list[Sequence] = []  # most senior first
+        self._free_slots = list(range(settings.max_num_seqs))
+        self._timer = LaunchTimer()
+        self._prompt_is_next = False  # the next plan has a prompt that is new, or the rest of one
+        self._tally = Tally.new(settings.max_num_batched_tokens)
+
+    @property
+    def launch_at(self) -> float:
+        """A step with chunks of prompts is launched at once, for that takes the host long."""
+        return 0.0 if self._prompt_is_next else self._timer.launch_at
+
+    @property
+    def idle(self) -> bool:
+        return not self.sequences
+
+    # -- requests and transfers
+
+    def accept(self, sequence: Sequence, message: Prefill | Reserve) -> Busy | Failed | None:
+        leg = sequence.leg
+        if not isinstance(message, Reserve):
+            return failed(leg, "a decode worker hands nothing over", retryable=False)
+        if message.prefill and len(self._running) + len(self._reserved) >= self._limits.max_num_seqs:
+            return busy(leg, "all rows are taken")
+        if message.prefill and not self._reserve(sequence, message.prefill):
+            return busy(leg, "too few free blocks")
+        self.sequences[leg] = sequence
+        if not message.prefill:
+            self._insert(self._waiting, sequence)
+            self._prompt_is_next = True
+            self._tally.local += sequence.num_tokens
+        self._tally.prompts += sequence.num_tokens
+        self._tally.cached += sequence.cached_tokens
+        reserved = Reserved(request_id=leg.request_id, attempt=leg.attempt, cached_tokens=sequence.cached_tokens)
+        self._parts.io.send(sequence.link, reserved)
+        return None
+
+    def _reserve(self, sequence: Sequence, prefill: str) -> bool:
+        """Cached prefix and blocks for the rest, all or none; then the transfer may come. Preempted sequences, and the
+        growth of running ones, go before new reservations."""
+        table = sequence.table
+        sequence.cached_tokens = table.take_prefix(sequence.num_tokens)
+        spare = self._spare_blocks if self._running else 0
+        lacking = table.blocks_lacking(sequence.num_tokens) + spare
+        owed = sum(s.table.blocks_lacking(s.num_tokens + 1) for s in self._waiting)
+        if lacking + owed > self._parts.manager.num_available:
+            table.release()
+            return False
+        first_missing = len(table.blocks)
+        table.grow(sequence.num_tokens)
+        incoming = Incoming(
+            transfer_id=secrets.token_bytes(16),
+            leg=sequence.leg,
+            peer=prefill,
+            first_block=first_missing,
+            blocks=tuple(table.blocks[first_missing:]),
+            deadline=sequence.deadline,
+        )
+        sequence.incoming = incoming
+        self._reserved[incoming.transfer_id] = sequence
+        self._parts.io.do(lambda exchange, now: exchange.open_receiver(incoming, now))
+        return True
+
+    def cancel(self, message: Cancel) -> None:
+        for sequence in [each for each in self.sequences.values() if cancel_matches(message, each.leg)]:
+            self.end(sequence, None)
+
+    def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
+        del self.sequences[sequence.leg]
+        self._parts.prefixes.drop(sequence.leg)
+        if (incoming := sequence.incoming) is not None:
+            transfer_id = incoming.transfer_id
+            del self._reserved[transfer_id]
+            sequence.table.quarantine_from(incoming.first_block, transfer_id)
+            self._parts.io.do(lambda exchange, now: exchange.cancel_receiver(transfer_id, "cancelled", now))
+        elif sequence in self._running:
+            self._stop_running(sequence)
+        else:
+            sequence.table.release()
+            if sequence in self._waiting:
+                self._waiting.remove(sequence)
+        if answer is not None:
+            self._parts.io.send(sequence.link, answer)
+
+    def on_event(self, event: SenderEnded | KvArrived | ReceiverEnded | LoadedPrefix) -> None:
+        match event:
+            case KvArrived():
+                self._on_arrived(event)
+            case ReceiverEnded():
+                self._on_receiver_ended(event)
+            case LoadedPrefix():
+                self._on_loaded(event)
+
+    def _on_arrived(self, event: KvArrived) -> None:
+        sequence = self._reserved.pop(event.transfer_id, None)
+        if sequence is None:  # it was cancelled while the last bytes came: nothing writes any more
+            self._parts.manager.end_quarantine(event.transfer_id)
+            return
+        sequence.incoming = None
+        sequence.times.arrive(event.at, event.wait_s, event.transfer_s)
+        if event.token_id >= self._parts.runner.config.vocab_size:
+            self.end(sequence, failed(sequence.leg, "the first token is outside the vocabulary", retryable=True))
+            return
+        sequence.restart(sequence.num_tokens)
+        sequence.stored_blocks = sequence.num_computed // self._limits.block_tokens  # prefill offers these
+        sequence.table.publish(sequence.token_ids, sequence.num_computed)
+        sequence.append(event.token_id, event.logprob)
+        self._run(sequence)
+
+    def _on_receiver_ended(self, event: ReceiverEnded) -> None:
+        self._parts.manager.end_quarantine(event.transfer_id)
+        if (sequence := self._reserved.pop(event.transfer_id, None)) is not None:
+            sequence.incoming = None
+            leg = sequence.leg
+            if event.cancelled:  # by prefill: its own answer, such as a finish at the first token, is on its way
+                self.end(sequence, Cancelled(request_id=leg.request_id, attempt=leg.attempt))
+            else:
+                self.end(sequence, failed(leg, f"transfer: {event.reason}", retryable=True))
+
+    def _on_loaded(self, loaded: LoadedPrefix) -> None:
+        """The store had more blocks of a prefix. A sequence that was preempted meanwhile has no use for them."""
+        sequence = self.sequences.get(loaded.leg)
+        if sequence is None or sequence not in self._running:
+            return
+        num_tokens = self._parts.prefixes.take_in(sequence, loaded)
+        self._prompt_is_next = True
+        if not sequence.num_generated:
+            sequence.cached_tokens += num_tokens
+            sequence.times.tier_load_s = loaded.load_s
+            sequence.times.loaded_tokens = loaded.tokens(self._limits.block_tokens)
+
+    # -- steps
+
+    def launch(self) -> bool:
+        clock, prefixes = self._parts.clock, self._parts.prefixes
+        planned_at = clock()
+        if not self._running and not self._waiting:
+            return False
+        # A sequence that was preempted while a step drew its next token comes back after that token was read.
+        able = takewhile(lambda sequence: not sequence.num_pending, self._waiting)
+        waiting = [sequence for sequence in able if not prefixes.waits(sequence, clock())]
+        decision = plan(
+            [self._item(sequence) for sequence in self._running],
+            [self._item(sequence) for sequence in waiting],
+            self._parts.manager.num_available,
+            self._limits,
+            len(self._reserved),
+        )
+        sequences = list(self._running)
+        for index in decision.preempted:
+            self._preempt(sequences[index])
+        batch = [(sequences[row.item], row.length) for row in decision.rows]
+        batch = [(sequence, length) for sequence, length in batch if _grow(sequence, sequence.num_launched + length)]
+        admitted = sum(self._admit(sequence) for sequence in waiting[: decision.admitted])
+        self._prompt_is_next = admitted > 0
+        if batch:
+            step = self.steps.launch(batch)
+            has_prompts = any(length > 1 for _, length in batch)
+            self._timer.launched(planned_at, clock(), step.behind, has_prompts)
+            self._tally.steps += 1
+            if has_prompts:
+                self._prompt_is_next |= any(n > 1 and s.num_launched < s.num_expected - 1 for s, n in batch)
+        return bool(batch or admitted or decision.preempted)
+
+    def _item(self, sequence: Sequence) -> Item:
+        """A sequence whose last token is drawn, though not read, has no work left; one that is loading has none yet."""
+        num_tokens = sequence.num_expected
+        drawn = sequence.num_pending > 0
+        over = drawn and is_last(
+            sequence.sampling, num_tokens - sequence.prompt_len, num_tokens, self._parts.max_model_len
+        )
+        if over or self._parts.prefixes.loading(sequence.leg):
+            num_tokens = sequence.num_launched
+        return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks))
+
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row."""
+        cached_tokens = sequence.table.take_prefix(sequence.num_tokens - 1)
+        if not _grow(sequence, sequence.num_tokens):
+            sequence.table.release()
+            return False
+        sequence.restart(cached_tokens)
+        if sequence.num_generated == sequence.num_sent and not sequence.cached_tokens:
+            sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
+            self._tally.cached += sequence.cached_tokens
+            self._tally.local_cached += sequence.cached_tokens
+        self._waiting.remove(sequence)
+        self._run(sequence)
+        self._parts.prefixes.begin(sequence, self._parts.clock())
+        return True
+
+    def _run(self, sequence: Sequence) -> None:
+        """Give a sequence a slot and let it run."""
+        sequence.slot = self._free_slots.pop()
+        self._insert(self._running, sequence)
+
+    def _stop_running(self, sequence: Sequence) -> None:
+        """Its slot is free at once, since steps follow one another; its blocks may be filled by transfers, which do
+        not."""
+        self._running.remove(sequence)
+        self._free_slots.append(sequence.slot)
+        self.steps.release(sequence)
+
+    def _preempt(self, sequence: Sequence) -> None:
+        self._stop_running(sequence)
+        self._parts.prefixes.drop(sequence.leg)
+        sequence.store_asked = False
+        sequence.restart(0)
+        sequence.preemption_epoch += 1
+        self._insert(self._waiting, sequence)
+        self._tally.preemptions += 1
+
+    def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
+        now, began_at = self._parts.clock(), step.began_at
+        self._measure(step, now)
+        bundles: dict[str, list[Tokens]] = defaultdict(list)
+        for part, token in zip(step.parts, drawn, strict=True):
+            sequence = part.sequence
+            if self.sequences.get(sequence.leg) is not sequence:
+                continue  # it has ended
+            if part.epoch == sequence.preemption_epoch:
+                sequence.num_computed += part.length
+                sequence.table.publish(sequence.token_ids, sequence.num_computed)
+                self._parts.prefixes.write_behind(sequence)
+            if sequence.times.open:
+                sequence.times.begin(began_at)
+            if token is None:
+                continue
+            finish = self._append(sequence, token)
+            stages = sequence.times.drew(began_at, now) if sequence.times.open else None
+            bundles[sequence.link].append(sequence.unsent_tokens(finish, stages))
+            if finish:
+                self._parts.prefixes.used(sequence)
+                self.end(sequence, None)
+        for link, tokens in bundles.items():  # newcomers first: a proxy takes a bundle's tokens one by one
+            self._parts.io.send(link, Bundle(tokens=tuple(sorted(tokens, key=lambda each: each.stages is None))))
+
+    def _append(self, sequence: Sequence, drawn: Drawn) -> FinishReason:
+        """Append what one row drew, up to a token that ends the sequence, and say how that ends it."""
+        sequence.num_pending -= 1
+        finish: FinishReason = ""
+        for place, token_id in enumerate(drawn.token_ids):
+            sequence.append(token_id, drawn.logprobs[place] if drawn.logprobs else None)
+            self._tally.generated += 1
+            num_generated, num_tokens = sequence.num_generated, sequence.num_tokens
+            finish = finish_of(token_id, sequence.sampling, num_generated, num_tokens, self._parts.max_model_len)
+            if finish:
+                break
+        return finish
+
+    def _measure(self, step: InFlightStep, now: float) -> None:
+        """The device's time for the next launch, the speed of prompts for the gate and the router."""
+        took = step.launched.device_time
+        num_prompt_tokens = sum(part.length for part in step.parts if part.length > 1)
+        self._timer.ended(took, now, step.behind, num_prompt_tokens > 0)
+        if num_prompt_tokens:
+            spent_s = took.busy_s if took else now - step.began_at  # since then it may have waited behind another
+            self._parts.prefixes.gate.computed(num_prompt_tokens, spent_s, now)
+            self._tally.compute(num_prompt_tokens, spent_s)
+
+    # -- state
+
+    def _insert(self, group: list[Sequence], sequence: Sequence) -> None:
+        """Keep the order of seniority: priority first, then the order of arrival."""
+        seniority = {leg: index for index, leg in enumerate(self.sequences)}
+        seniority.setdefault(sequence.leg, len(seniority))
+        group.append(sequence)
+        group.sort(key=lambda s: (-s.priority, seniority[s.leg]))
+
+    def report(self) -> RoleReport:
+        return RoleReport(
+            running=len(self._running),
+            waiting=len(self._waiting) + len(self._reserved),
+            waiting_tokens=sum(s.num_tokens - s.num_computed for s in (*self._running, *self._waiting)),
+            steps=self._tally.steps,
+            prefill_tokens_s=self._tally.speed.tokens_s,
+            counters={**self._tally.counters(), **self._timer.counters()},
+        )
+
+
+def decode_loop(parts: Parts, settings: DecodeSettings) -> Loop:
+    """The loop of a decode worker."""
+    return Loop(parts, DecodeRole(parts, settings), max_waiting=settings.max_waiting, drain_s=settings.drain_s)
+
+
+def _grow(sequence: Sequence, num_tokens: int) -> bool:
+    try:
+        sequence.table.grow(num_tokens)
+    except OutOfBlocks:
+        return False
+    return True

@@ -1,0 +1,301 @@
+"""The role of a prefill worker: compute prompts in chunks under a budget, draw the first token, hand the KV over.
+
+A sequence's blocks are referenced while it is computed and leased, under the leg's name, from then until the I/O thread
+says that the transfer touches them no more. It knows no decode and no HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.kvtransfer.blocks.manager import OutOfBlocks
+from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
+from baton.models.batch import Drawn
+from baton.node.leg import LegKey
+from baton.node.messages.control import Busy, Cancel, Cancelled, Failed, HandedOver, Prefill, Reserve
+from baton.prefill.scheduler import QueuedPrompt, plan, service_order
+from baton.prefill.settings import PrefillSettings
+from baton.worker.in_flight import InFlightStep, InFlightSteps, StepPart
+from baton.worker.loop import Loop, RoleReport
+from baton.worker.parts import Parts
+from baton.worker.prefix_loading import LoadedPrefix
+from baton.worker.sequence import Sequence, cancel_matches, failed
+from baton.worker.stats import PromptSpeed
+from baton.worker.stopping import finish_of
+
+HAND_OVER_S = 0.001
+"""While the device is at a step, the loop leaves the interpreter to a hand-over so long before it launches the next."""
+
+
+@dataclass(slots=True)
+class _Sending:
+    """A leg whose blocks the transfer still reads."""
+
+    link: str
+    awaited: bool
+    """The proxy awaits the outcome."""
+
+
+class PrefillRole:
+    """Queue of prompts, chunks, hand-over."""
+
+    name = "prefill"
+    launch_at = 0.0
+
+    def __init__(self, parts: Parts, settings: PrefillSettings) -> None:
+        self.sequences: dict[LegKey, Sequence] = {}
+        self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
+        self._parts = parts
+        self._settings = settings
+        self._block_tokens = parts.layout.block_tokens
+        self._sending: dict[LegKey, _Sending] = {}
+        self._speed = PromptSpeed(settings.max_num_batched_tokens)
+        self._computing_since = 0.0
+        self._num_steps = 0
+        self._prompt_tokens = 0
+        self._cached_tokens = 0
+        self._computed_tokens = 0
+
+    @property
+    def idle(self) -> bool:
+        return not self.sequences and not self._sending
+
+    # -- requests and transfers
+
+    def accept(self, sequence: Sequence, message: Prefill | Reserve) -> Busy | Failed | None:
+        leg = sequence.leg
+        if not isinstance(message, Prefill):
+            return failed(leg, "a prefill worker reserves nothing", retryable=False)
+        if leg in self._sending:
+            return None  # a replay of what is computed already
+        sequence.cached_tokens = self._parts.manager.peek(_wanted(sequence)) * self._block_tokens
+        self.sequences[leg] = sequence
+        peer, address, deadline = message.decode, message.decode_address, sequence.deadline
+        self._parts.io.do(lambda exchange, now: exchange.open_sender(leg, peer, address, deadline, now))
+        return None
+
+    def cancel(self, message: Cancel) -> None:
+        for sequence in [each for each in self.sequences.values() if cancel_matches(message, each.leg)]:
+            self.end(sequence, None)
+        for leg, sending in self._sending.items():
+            if sending.awaited and cancel_matches(message, leg):
+                sending.awaited = False
+                self._cancel_sender(leg, "cancelled")
+
+    def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
+        self._drop(sequence, answer)
+        self._cancel_sender(sequence.leg, "cancelled")
+        self._lease_to_sender(sequence, awaited=False)
+
+    def on_event(self, event: SenderEnded | KvArrived | ReceiverEnded | LoadedPrefix) -> None:
+        match event:
+            case SenderEnded():
+                self._on_sender_ended(event)
+            case LoadedPrefix():
+                self._on_loaded(event)
+
+    def _on_sender_ended(self, event: SenderEnded) -> None:
+        if (sequence := self.sequences.get(event.leg)) is not None:  # before all was computed
+            self._drop(sequence, failed(event.leg, f"transfer: {event.reason}", retryable=True))
+            self.steps.release(sequence)
+        elif (sending := self._sending.pop(event.leg, None)) is not None:
+            self._parts.manager.end_lease(_lease_key(event.leg))
+            if sending.awaited:
+                self._parts.io.send(sending.link, self._outcome(event))
+
+    def _outcome(self, event: SenderEnded) -> HandedOver | Failed:
+        if not event.ok:
+            return failed(event.leg, f"transfer: {event.reason}", retryable=True)
+        return HandedOver(
+            request_id=event.leg.request_id,
+            attempt=event.leg.attempt,
+            sent_bytes=event.sent_blocks * self._parts.layout.block_bytes,
+            transfer_s=event.transfer_s,
+        )
+
+    def _on_loaded(self, loaded: LoadedPrefix) -> None:
+        sequence = self.sequences.get(loaded.leg)
+        if sequence is None:
+            return
+        sequence.cached_tokens += self._parts.prefixes.take_in(sequence, loaded)
+        sequence.times.tier_load_s = loaded.load_s
+        sequence.times.loaded_tokens = loaded.tokens(self._block_tokens)
+
+    # -- steps
+
+    def launch(self) -> bool:
+        batch = self._plan()
+        if not batch:
+            return False
+        for slot, (sequence, _) in enumerate(batch):
+            sequence.slot = slot
+        step = self.steps.launch(batch)
+        self._num_steps += 1
+        if not step.behind:
+            self._computing_since = step.began_at
+        for sequence, _ in batch:
+            sequence.times.begin(step.began_at)
+        completed = [block for part in step.parts for block in self._completed(part)]
+        step.read_checksums = self._parts.checksums.begin(completed)
+        return True
+
+    def _plan(self) -> list[tuple[Sequence, int]]:
+        """Start waiting prompts, in order, as far as blocks last; then fill the budget from those not loading."""
+        now, settings, prefixes = self._parts.clock(), self._settings, self._parts.prefixes
+        sequences = list(self.sequences.values())
+        queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, now - s.times.received_at) for s in sequences]
+        order = service_order(queue, settings.policy)
+        started: list[int] = []
+        coming: set[bytes] = set()  # blocks that the started ones will make
+        num_siblings = 0
+        for index in order:
+            sequence = sequences[index]
+            if max(len(started), num_siblings) == settings.max_num_seqs:
+                break
+            if not sequence.table.blocks:
+                if self._first_missing(sequence) in coming:
+                    num_siblings += 1
+                    continue  # it would compute what another computes already
+                if prefixes.waits(sequence, now):
+                    continue
+                if not self._start(sequence, now):
+                    break  # no prompt overtakes one that waits for blocks
+            started.append(index)
+            coming.update(sequence.table.names(sequence.num_tokens)[sequence.num_computed // self._block_tokens :])
+        ready = [index for index in started if not prefixes.loading(sequences[index].leg)]
+        queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, 0.0) for s in sequences]
+        chunks = plan(
+            queue, ready, settings.max_num_batched_tokens, settings.max_chunk_tokens, settings.full_step_tokens
+        )
+        return [(sequences[chunk.prompt], chunk.length) for chunk in chunks]
+
+    def _first_missing(self, sequence: Sequence) -> bytes:
+        """The name of its first block that is not in the pool; empty if all are."""
+        names = _wanted(sequence)
+        first = self._parts.manager.peek(names)
+        return names[first] if first < len(names) else b""
+
+    def _start(self, sequence: Sequence, now: float) -> bool:
+        """Take the cached prefix and blocks for all the rest, and load what pays; False if there are too few."""
+        cached_tokens = sequence.table.take_prefix(sequence.num_tokens - 1)
+        try:
+            sequence.table.grow(sequence.num_tokens)
+        except OutOfBlocks:
+            sequence.table.release()
+            return False
+        sequence.restart(cached_tokens)
+        sequence.cached_tokens = cached_tokens
+        self._cached_tokens += cached_tokens
+        self._prompt_tokens += sequence.num_tokens
+        self._parts.prefixes.begin(sequence, now)
+        return True
+
+    def _completed(self, part: StepPart) -> list[int]:
+        """Blocks that are final when the step has computed this part, and were not before."""
+        sequence, end, size = part.sequence, part.sequence.num_launched, self._block_tokens
+        return sequence.table.blocks[(end - part.length) // size : None if end == sequence.num_tokens else end // size]
+
+    def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
+        checksums = step.read_checksums()
+        self._measure(sum(part.length for part in step.parts))
+        handed_over = False
+        for part, token in zip(step.parts, drawn, strict=True):
+            sequence = part.sequence
+            if self.sequences.get(sequence.leg) is not sequence:
+                continue  # it has ended
+            sequence.num_computed += part.length
+            sequence.table.publish(sequence.token_ids, sequence.num_computed)
+            self._parts.prefixes.write_behind(sequence)
+            if token is None:
+                self._offer_blocks(sequence, sequence.num_computed // self._block_tokens, checksums)
+            else:
+                self._hand_over(sequence, token, checksums)
+                handed_over = True
+        if self.steps and handed_over:
+            self._parts.io.yield_gil(HAND_OVER_S)
+
+    def _measure(self, num_tokens: int) -> None:
+        """How fast prompts are computed, for the gate and the router."""
+        now = self._parts.clock()
+        spent_s, self._computing_since = now - self._computing_since, now
+        self._speed.add_step(num_tokens, spent_s)
+        self._parts.prefixes.gate.computed(num_tokens, spent_s, now)
+        self._computed_tokens += num_tokens
+
+    def _offer_blocks(self, sequence: Sequence, num_blocks: int, checksums: dict[int, bytes]) -> None:
+        leg, blocks = sequence.leg, tuple(sequence.table.blocks[:num_blocks])
+        own = {block: checksums[block] for block in blocks if block in checksums}
+        self._parts.io.do(lambda exchange, now: exchange.tell_blocks(leg, blocks, own, now))
+
+    def _hand_over(self, sequence: Sequence, token: Drawn, checksums: dict[int, bytes]) -> None:
+        """The prompt is computed: its first token goes to the proxy at once, and after the KV to decode."""
+        (token_id,) = token.token_ids  # a prompt's last row is no draft: one token follows it
+        logprob = token.logprobs[0] if token.logprobs else None
+        num_blocks = len(sequence.table.blocks)
+        sequence.append(token_id, logprob)
+        finish = finish_of(
+            token_id, sequence.sampling, sequence.num_generated, sequence.num_tokens, self._parts.max_model_len
+        )
+        stages = sequence.times.prefilled(self._parts.clock())
+        self._parts.io.send(sequence.link, sequence.unsent_tokens(finish, stages))
+        if finish:
+            self._cancel_sender(sequence.leg, "finished at its first token")
+        else:
+            leg = sequence.leg
+            self._offer_blocks(sequence, num_blocks, checksums)
+            self._parts.io.do(lambda exchange, now: exchange.tell_token(leg, token_id, logprob, now))
+        self._parts.prefixes.used(sequence)
+        del self.sequences[sequence.leg]
+        self._lease_to_sender(sequence, awaited=not finish)
+
+    # -- endings
+
+    def _drop(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
+        """Remove a sequence that is not computed to its end."""
+        del self.sequences[sequence.leg]
+        self._parts.prefixes.drop(sequence.leg)
+        if answer is not None:
+            self._parts.io.send(sequence.link, answer)
+
+    def _lease_to_sender(self, sequence: Sequence, *, awaited: bool) -> None:
+        """Its blocks are leased until SenderEnded, and kept until no step computes it."""
+        self._parts.manager.lease(sequence.table.blocks, _lease_key(sequence.leg))
+        self._sending[sequence.leg] = _Sending(sequence.link, awaited)
+        self.steps.release(sequence)
+
+    def _cancel_sender(self, leg: LegKey, reason: str) -> None:
+        self._parts.io.do(lambda exchange, now: exchange.cancel_sender(leg, reason, now))
+
+    # -- state
+
+    def report(self) -> RoleReport:
+        sequences = self.sequences.values()
+        running = sum(bool(sequence.table.blocks) for sequence in sequences)
+        return RoleReport(
+            running=running,
+            waiting=len(sequences) - running,
+            waiting_tokens=sum(each.num_tokens - max(each.num_computed, each.cached_tokens) for each in sequences),
+            steps=self._num_steps,
+            prefill_tokens_s=self._speed.tokens_s,
+            counters={
+                "prompt_tokens": float(self._prompt_tokens),
+                "prefix_queries_tokens": float(self._prompt_tokens),
+                "prefix_hits_tokens": float(self._cached_tokens),
+                "prompt_tokens_gpu": float(self._cached_tokens),
+                "prompt_tokens_computed": float(self._computed_tokens),
+            },
+        )
+
+
+def prefill_loop(parts: Parts, settings: PrefillSettings) -> Loop:
+    """The loop of a prefill worker."""
+    return Loop(parts, PrefillRole(parts, settings), max_waiting=settings.max_waiting, drain_s=settings.drain_s)
+
+
+def _wanted(sequence: Sequence) -> tuple[bytes, ...]:
+    """The names of the blocks that a cache may give: one token is left to compute, for what it draws."""
+    return sequence.table.names(sequence.num_tokens - 1)
+
+
+def _lease_key(leg: LegKey) -> bytes:
+    return f"{leg.request_id}/{leg.attempt}".encode()

@@ -1,0 +1,85 @@
+"""Steps that were launched and not read yet, and the blocks that must not be reused until they have been.
+
+A device writes into the blocks of a launched step until the step has ended. A sequence that leaves meanwhile hands its
+blocks back through `InFlightSteps.release`, which keeps them until the last step that computes it was read.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.models.batch import Drawn, Launched
+from baton.worker.parts import Runner
+from baton.worker.sequence import Sequence
+
+
+class StepPart(NamedTuple):
+    """`length` tokens of a sequence in a step, launched in the sequence's preemption epoch `epoch`."""
+
+    sequence: Sequence
+    length: int
+    epoch: int
+
+
+@dataclass(slots=True)
+class InFlightStep:
+    """A launched step and the parts of sequences that it computes."""
+
+    launched: Launched
+    parts: list[StepPart]
+    began_at: float
+    behind: bool
+    """Launched while another was in flight."""
+    read_checksums: Callable[[], dict[int, bytes]] = dict
+    """Called once, after the step was read: the checksums that were made with it, by block."""
+    kept_blocks: list[list[int]] = field(default_factory=list)
+    """Blocks, tail first, of sequences that have left: released once the step was read."""
+
+
+class InFlightSteps:
+    """The launched steps of a runner, oldest first."""
+
+    def __init__(self, runner: Runner, manager: BlockManager, clock: Callable[[], float]) -> None:
+        self._runner = runner
+        self._manager = manager
+        self._clock = clock
+        self._steps: deque[InFlightStep] = deque()
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def launch(self, batch: Iterable[tuple[Sequence, int]]) -> InFlightStep:
+        """Launch the next `length` tokens of each sequence, whose tables have blocks for them."""
+        rows, parts = [], []
+        for sequence, length in batch:
+            row = sequence.row(length)
+            rows.append(row)
+            parts.append(StepPart(sequence, length, sequence.preemption_epoch))
+        began_at = self._clock()
+        step = InFlightStep(self._runner.launch(rows), parts, began_at, bool(self._steps))
+        self._steps.append(step)
+        for part, row in zip(parts, rows, strict=True):
+            part.sequence.num_launched += part.length
+            part.sequence.num_pending += row.draw is not None
+        return step
+
+    def read(self) -> tuple[InFlightStep, list[Drawn | None]]:
+        """Wait for the oldest step and return what it drew, one entry a part."""
+        step = self._steps.popleft()
+        drawn = step.launched.read()
+        for blocks in step.kept_blocks:
+            self._manager.release(blocks)
+        return step, drawn
+
+    def release(self, sequence: Sequence) -> None:
+        """Give back the blocks of a sequence that computes no more: at once, or when its last step was read."""
+        blocks = sequence.table.part_with()
+        for step in reversed(self._steps):
+            if any(part.sequence is sequence for part in step.parts):
+                step.kept_blocks.append(blocks)
+                return
+        self._manager.release(blocks)

@@ -1,0 +1,143 @@
+"""One sequence in a worker: what is known of it, how far it is computed, and the messages that it sends.
+
+`num_computed` advances when a step was read, a cache was hit or a transfer arrived; preemption sets it back. It knows
+no queue, no schedule and no clock.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.blocks.table import BlockTable
+from baton.kvtransfer.protocol.exchange import Incoming
+from baton.models.batch import Draw, Row
+from baton.node.leg import LegKey
+from baton.node.messages.base import FinishReason
+from baton.node.messages.control import Busy, Cancel, Failed, Logprob, Prefill, Reserve, SamplingParams, Stages, Tokens
+from baton.worker.stats import StageTimes
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence of tokens, of which the first `num_computed` have their KV in the pool.
+
+    Steps that were launched and not read yet run ahead: they compute up to `num_launched`, and draw `num_pending`
+    tokens whose ids are not known yet.
+    """
+
+    leg: LegKey
+    link: str
+    """The link to the proxy that sent it."""
+    token_ids: list[int]
+    prompt_len: int
+    sampling: SamplingParams
+    priority: int
+    deadline: float
+    table: BlockTable
+    times: StageTimes
+    num_computed: int = 0
+    num_launched: int = 0
+    num_pending: int = 0
+    slot: int = 0
+    """Its place in the runner's memory while it runs."""
+    preemption_epoch: int = 0
+    """How often it was preempted: what an earlier epoch's step computed has gone with the blocks."""
+    cached_tokens: int = 0
+    """Prompt tokens that a cache had; while it waits for blocks, those that the pool had when it arrived."""
+    store_asked: bool = False
+    """The host's store was asked for its prefix since it last had blocks."""
+    stored_blocks: int = 0
+    """The first `stored_blocks` blocks need not be offered to the store (any more)."""
+    num_sent: int = 0
+    """Generated tokens that the proxy has, counted from the end of the prompt."""
+    logprobs: list[Logprob] = field(default_factory=list)
+    """Of the tokens that were not sent yet."""
+    incoming: Incoming | None = None
+    """The transfer that fills its blocks, until it has ended."""
+
+    @classmethod
+    def of(
+        cls,
+        message: Prefill | Reserve,
+        link: str,
+        received_at: float,
+        now: float,
+        manager: BlockManager,
+        block_size: int,
+    ) -> Sequence:
+        """A sequence without blocks, as the proxy describes it; `block_size` in tokens."""
+        body = message.body
+        return cls(
+            leg=LegKey(message.request_id, message.attempt),
+            link=link,
+            token_ids=list(body.token_ids),
+            prompt_len=body.prompt_len,
+            sampling=body.sampling,
+            priority=body.priority,
+            deadline=now + body.deadline_s,
+            table=BlockTable(manager, body.root, block_size, body.block_hashes),
+            times=StageTimes(received_at),
+            num_sent=len(body.token_ids) - body.prompt_len,
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.token_ids)
+
+    @property
+    def num_expected(self) -> int:
+        """Known tokens, and those that launched steps draw."""
+        return len(self.token_ids) + self.num_pending
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.token_ids) - self.prompt_len
+
+    def row(self, length: int) -> Row:
+        """The next `length` tokens as a row of a step. It draws if none of the known tokens is left after it."""
+        start = self.num_launched
+        end = start + length
+        expected = len(self.token_ids) + self.num_pending
+        draw = None
+        if end == expected:
+            draw = Draw(self.sampling, self.token_ids, self.prompt_len, expected - self.prompt_len)
+        return Row(self.token_ids[start:end], start, self.table.blocks, draw, self.slot)
+
+    def append(self, token_id: int, logprob: Logprob | None) -> None:
+        self.token_ids.append(token_id)
+        if logprob is not None:
+            self.logprobs.append(logprob)
+
+    def restart(self, num_computed: int) -> None:
+        """KV up to `num_computed` is present, and no step runs ahead."""
+        self.num_computed = self.num_launched = num_computed
+
+    def unsent_tokens(self, finish: FinishReason, stages: Stages | None) -> Tokens:
+        """The message with all tokens that were not sent yet, which count as sent from now on."""
+        message = Tokens(
+            request_id=self.leg.request_id,
+            attempt=self.leg.attempt,
+            index=self.num_sent,
+            ids=tuple(self.token_ids[self.prompt_len + self.num_sent :]),
+            logprobs=tuple(self.logprobs),
+            finish=finish,
+            cached_tokens=min(self.cached_tokens, self.prompt_len),
+            stages=stages,
+        )
+        self.num_sent = len(self.token_ids) - self.prompt_len
+        self.logprobs.clear()
+        return message
+
+
+def cancel_matches(cancel: Cancel, leg: LegKey) -> bool:
+    """Whether `cancel` ends this leg: its request, and an attempt up to the one it names."""
+    return leg.request_id == cancel.request_id and leg.attempt <= cancel.attempt
+
+
+def failed(leg: LegKey, reason: str, *, retryable: bool) -> Failed:
+    return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=retryable)
+
+
+def busy(leg: LegKey, reason: str) -> Busy:
+    return Busy(request_id=leg.request_id, attempt=leg.attempt, reason=reason)
