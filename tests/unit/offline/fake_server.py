@@ -87,7 +87,10 @@ def fake_server() -> Iterator[FakeServer]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
-            self._reply(*fake.get(self.path))
+            try:
+                self._reply(*fake.get(self.path))
+            except Hangup:
+                self.close_connection = True
 
         def do_POST(self) -> None:
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
