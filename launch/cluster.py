@@ -83,8 +83,9 @@ class Cluster:
         self._temporary = TemporaryDirectory(prefix="baton-") if log_folder is None else None
         self._log_folder = Path(self._temporary.name) if self._temporary is not None else log_folder or Path()
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
-        self._stopped: set[str] = set()
-        """Nodes whose end is no surprise, since they got a signal from here."""
+        self._stopping: set[str] = set()
+        """Nodes that may end: they got a signal from here, or their end is waited for."""
+        self._killed: set[str] = set()
 
     @property
     def port(self) -> int:
@@ -132,11 +133,10 @@ class Cluster:
         )
 
     def stop(self) -> dict[str, int]:
-        """SIGTERM to all, the proxy last; returns the exit status of each that did not end well by itself.
+        """SIGTERM to all, the proxy last; returns the exit status of each that did not end with 0.
 
-        What does not end in time is killed, and counts. What was signalled before does not.
+        A node that does not end in time is killed, and counts; one that `kill` has ended does not.
         """
-        expected = set(self._stopped)
         bad: dict[str, int] = {}
         for name in sorted(self.running(), key=lambda name: name == "proxy"):
             self.signal(name, signal.SIGCONT)
@@ -147,7 +147,7 @@ class Cluster:
                 node.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 self._reap(node)
-            if node.returncode != 0 and name not in expected:
+            if node.returncode != 0 and name not in self._killed:
                 bad[name] = node.returncode
         self._remove_logs()
         return bad
@@ -175,7 +175,8 @@ class Cluster:
         """Start a planned node (again), with `more` arguments from now on; does not wait until it has joined."""
         spec = self._specs[name]
         spec = self._specs[name] = replace(spec, argv=(*spec.argv, *more))
-        self._stopped.discard(name)
+        self._stopping.discard(name)
+        self._killed.discard(name)
         with (self._log_folder / f"{name}.log").open("ab") as log:
             self._nodes[name] = subprocess.Popen(
                 spec.argv,
@@ -205,14 +206,25 @@ class Cluster:
         self.wait_until(lambda: name in self.members(), f"{name} again", self.settings.start_timeout_s)
         self.wait_ready()
 
+    def revive(self) -> None:
+        """Start again all nodes that have ended, and wait until the cluster is as it was at its start."""
+        ended = [name for name in self._specs if name not in self.running()]
+        if "proxy" not in ended:
+            self.wait_until(lambda: not self.members() & set(ended), f"{ended} gone", self.settings.start_timeout_s)
+        for name in ended:
+            self.start_node(name)
+        wanted = set(self._specs) - {"proxy"}
+        self.wait_until(lambda: wanted <= self.members(), "all members again", self.settings.start_timeout_s)
+        self.wait_ready()
+
     def signal(self, name: str, number: signal.Signals) -> None:
-        """Send a signal to a node. One that it may end of makes its end expected."""
+        """Send a signal to a node, which may end it."""
         if number not in (signal.SIGSTOP, signal.SIGCONT):
-            self._stopped.add(name)
+            self._stopping.add(name)
         self._nodes[name].send_signal(number)
 
     def freeze(self, name: str) -> None:
-        """The node stops to run, as on a machine that hangs; its connections stay open."""
+        """Stop a node as a hanging machine would: its connections stay open."""
         self.signal(name, signal.SIGSTOP)
 
     def resume(self, name: str) -> None:
@@ -220,12 +232,13 @@ class Cluster:
 
     def kill(self, name: str) -> None:
         """SIGKILL to the node and its children, and wait until it is gone."""
-        self._stopped.add(name)
+        self._stopping.add(name)
+        self._killed.add(name)
         self._reap(self._nodes[name])
 
     def wait_end(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """The exit status of a node that ends by itself."""
-        self._stopped.add(name)
+        self._stopping.add(name)
         return self._nodes[name].wait(timeout_s)
 
     def log(self, name: str) -> str:
@@ -256,7 +269,7 @@ class Cluster:
         deadline = time.monotonic() + timeout_s
         while not condition():
             ended = [
-                name for name, node in self._nodes.items() if node.poll() is not None and name not in self._stopped
+                name for name, node in self._nodes.items() if node.poll() is not None and name not in self._stopping
             ]
             if ended or time.monotonic() > deadline:
                 why = f"{ended[0]} has ended" if ended else f"not within {timeout_s:g} s"

@@ -2,7 +2,7 @@
 
     with Cluster(prefill=2, decode=2) as cluster:
         cluster.complete("Once upon a time", max_tokens=8)
-        cluster.kill("d0")
+        cluster.nodes.kill("decode-0")
 
 Every wait is bounded. On leaving, all processes must end by themselves within their drain time (a worker that holds on
 to a block fails `check()` and so its exit status), unless the test killed them.
@@ -13,30 +13,25 @@ from __future__ import annotations
 import json
 import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import httpx
 
+from baton.launch import cluster as launch
+from baton.launch.local import ServeSettings
+from baton.launch.supervisor import ChildSpec
+
 ROOT = Path(__file__).resolve().parents[2]
-_WORKER_LINE = re.compile(r'baton:worker_(?P<name>\w+)\{role="(?P<role>\w+)",worker="(?P<worker>\w+)"\} (?P<value>\S+)')
+_WORKER_LINE = re.compile(
+    r'baton:worker_(?P<name>\w+)\{role="(?P<role>\w+)",worker="(?P<worker>[\w-]+)"\} (?P<value>\S+)'
+)
 START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Stream:
@@ -78,7 +73,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Cluster:
-    """See the module's docstring. Workers are called p0, p1, ... and d0, d1, ..., the store, if there is one, store."""
+    """A cluster on the CPU as a test wants it. `nodes` starts, kills and freezes; here is what a test asks of it."""
 
     prefill: int = 1
     decode: int = 1
@@ -95,140 +90,44 @@ class Cluster:
     api_key: str = ""
     """The one that the proxy asks for; empty: none."""
     log_folder: Path | None = None
-    http_port: int = field(default_factory=free_port)
-    control_port: int = field(default_factory=free_port)
-    store_port: int = field(default_factory=free_port)
-    processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
-    killed: set[str] = field(default_factory=set)
+    nodes: launch.Cluster = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = ServeSettings(
+            model=self.model,
+            prefill=self.prefill,
+            decode=self.decode,
+            device="cpu",
+            store_ram_gib=0.0 if self.store_args is None else 0.1,
+            api_key=self.api_key,
+            proxy_arg=self.proxy_args,
+            worker_arg=("--drain-s", "10", *self.worker_args),
+            prefill_arg=self.prefill_args,
+            decode_arg=self.decode_args,
+            store_arg=self.store_args or (),
+            start_timeout_s=START_TIMEOUT_S,
+        )
+        environ = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.nodes = launch.Cluster(settings, log_folder=self.log_folder, edit=self._paced, environ=environ)
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.http_port}"
+        return self.nodes.url
 
     def __enter__(self) -> Self:
-        try:
-            self.start_proxy()
-            if self.store_args is not None:
-                self.start_store(*self.store_args)
-            for number in range(self.prefill):
-                self.start_worker("prefill", f"p{number}")
-            for number in range(self.decode):
-                self.start_worker("decode", f"d{number}")
-            self.wait_ready(self.prefill + self.decode)
-        except BaseException:
-            self._kill_all()
-            raise
+        self.nodes.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._kill_all()
+            self.nodes.kill_all()
             return
-        bad = self.stop()
+        bad = self.nodes.stop()
         assert not bad, f"these did not end cleanly: {bad}"
 
-    # -- processes
-
-    def start_proxy(self) -> None:
-        self.killed.discard("proxy")
-        self._spawn(
-            "proxy",
-            "proxy",
-            "--model",
-            self.model,
-            "--port",
-            str(self.http_port),
-            "--control-address",
-            f"tcp://127.0.0.1:{self.control_port}",
-            *(("--api-key", self.api_key) if self.api_key else ()),
-            *self.proxy_args,
-        )
-
-    def start_store(self, *arguments: str) -> None:
-        self.killed.discard("store")
-        control, bind = f"tcp://127.0.0.1:{self.control_port}", f"tcp://127.0.0.1:{self.store_port}"
-        self._spawn("store", "kvtransfer", "--store-id", "store", "--proxy", control, "--bind", bind, *arguments)
-
-    def start_worker(self, role: str, name: str, *extra: str) -> None:
-        own = self.prefill_args if role == "prefill" else self.decode_args
-        step_s = self.prefill_step_s if role == "prefill" else self.decode_step_s
-        self.killed.discard(name)
-        self._spawn(
-            name,
-            *(("testing.paced_worker", role, str(step_s)) if step_s else (role,)),
-            "--model",
-            self.model,
-            "--proxy",
-            f"tcp://127.0.0.1:{self.control_port}",
-            "--worker-id",
-            name,
-            "--device",
-            "cpu",
-            "--drain-s",
-            "10",
-            *(("--store", f"tcp://127.0.0.1:{self.store_port}") if self.store_args is not None else ()),
-            *self.worker_args,
-            *own,
-            *extra,
-        )
-
-    def revive(self) -> None:
-        """Start again what has ended, and wait until the cluster is as it was at the beginning."""
-        names = [*(f"p{n}" for n in range(self.prefill)), *(f"d{n}" for n in range(self.decode))]
-        for name in ("proxy", *names):
-            if self.processes[name].poll() is None:
-                continue
-            if name == "proxy":
-                self.start_proxy()
-            else:
-                self.start_worker("prefill" if name.startswith("p") else "decode", name)
-        self.wait_ready(len(names))
-        self.wait_workers(*names)
-
-    def signal(self, name: str, number: signal.Signals) -> None:
-        self.processes[name].send_signal(number)
-
-    def kill(self, name: str) -> None:
-        """SIGKILL, and wait until it is gone."""
-        self.killed.add(name)
-        self.processes[name].kill()
-        self.processes[name].wait(STOP_TIMEOUT_S)
-
-    def stop(self) -> dict[str, int]:
-        """SIGTERM to all, workers first; returns the exit status of those that did not end with 0."""
-        workers = [name for name in self.processes if name != "proxy"]
-        for name in [*workers, "proxy"]:
-            process = self.processes[name]
-            if process.poll() is None:
-                process.send_signal(signal.SIGCONT)
-                process.terminate()
-        bad: dict[str, int] = {}
-        deadline = time.monotonic() + STOP_TIMEOUT_S
-        for name, process in self.processes.items():
-            try:
-                process.wait(max(0.1, deadline - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait(STOP_TIMEOUT_S)
-            if process.returncode != 0 and name not in self.killed:
-                bad[name] = process.returncode
-        return bad
-
-    def wait_ready(self, workers: int) -> None:
-        """Until so many workers have joined and a token comes through."""
-        deadline = time.monotonic() + START_TIMEOUT_S
-        while time.monotonic() < deadline:
-            for name, process in self.processes.items():
-                assert process.poll() is None or name in self.killed, f"{name} ended with {process.returncode}"
-            try:
-                if self.num_workers() >= workers and self._get("/health_generate").is_success:
-                    return
-            except httpx.TransportError:
-                pass
-            time.sleep(0.1)
-        raise AssertionError(f"the cluster is not ready after {START_TIMEOUT_S} s")
+    # -- what the metrics say
 
     def num_workers(self) -> int:
         """Live workers, as the proxy's metrics count them."""
@@ -274,18 +173,9 @@ class Cluster:
         """Until no worker has work, and every block of each is free or cached."""
         self.wait_until(self._is_idle, "idle workers that hold no block", timeout_s)
 
-    def wait_end(self, name: str, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """The exit status of a process that ends by itself."""
-        return self.processes[name].wait(timeout_s)
-
-    def log(self, name: str) -> str:
-        """What a process has logged so far, in all its lives."""
-        assert self.log_folder is not None
-        return (self.log_folder / f"{name}.log").read_text(errors="replace")
-
     def ports(self, name: str) -> list[int]:
         """The TCP ports that a process listens on, as Linux tells."""
-        pid = self.processes[name].pid
+        pid = self.nodes.pid(name)
         links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
         inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
         rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
@@ -295,14 +185,14 @@ class Cluster:
 
     def complete(self, prompt: str | list[int], **body: Any) -> dict[str, Any]:
         """One non-streaming completion; greedy unless the body says otherwise."""
-        payload = {"model": self.model_name, "prompt": prompt, "temperature": 0, **body}
+        payload = {"model": self.nodes.model, "prompt": prompt, "temperature": 0, **body}
         answer = httpx.post(f"{self.url}/v1/completions", json=payload, headers=self._headers, timeout=120)
         assert answer.status_code == 200, answer.text
         return dict(answer.json())
 
     def stream(self, prompt: str | list[int], **body: Any) -> Iterator[dict[str, Any]]:
         """The chunks of one streamed completion, as they come."""
-        payload = {"model": self.model_name, "prompt": prompt, "temperature": 0, "stream": True, **body}
+        payload = {"model": self.nodes.model, "prompt": prompt, "temperature": 0, "stream": True, **body}
         with httpx.stream(
             "POST", f"{self.url}/v1/completions", json=payload, headers=self._headers, timeout=120
         ) as answer:
@@ -314,10 +204,6 @@ class Cluster:
     def begin(self, prompt: str, **body: Any) -> Stream:
         """A streamed completion that is read in a thread of its own."""
         return Stream(self.stream(prompt, **body))
-
-    @property
-    def model_name(self) -> str:
-        return Path(self.model).name
 
     # -- inside
 
@@ -348,21 +234,11 @@ class Cluster:
             if re.match(r"baton:(worker_)?\w*(up|running|waiting|blocks|requests)\{", line)
         ]
 
-    def _spawn(self, name: str, module: str, *arguments: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-        log = subprocess.DEVNULL if self.log_folder is None else (self.log_folder / f"{name}.log").open("ab")
-        self.processes[name] = subprocess.Popen(
-            [sys.executable, "-P", "-m", f"baton.{module}", *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=log,
-            stderr=log,
-        )
-        if self.log_folder is not None:
-            log.close()  # type: ignore[union-attr]
-
-    def _kill_all(self) -> None:
-        for process in self.processes.values():
-            process.kill()
-        for process in self.processes.values():
-            process.wait(STOP_TIMEOUT_S)
+    def _paced(self, spec: ChildSpec) -> ChildSpec:
+        """A worker whose steps last, where the test says so; other nodes as they are."""
+        step_s = {"prefill": self.prefill_step_s, "decode": self.decode_step_s}.get(spec.group, 0.0)
+        if not step_s:
+            return spec
+        program, _, _, _, *arguments = spec.argv  # python -P -m baton.ROLE ...
+        paced = (program, "-P", "-m", "baton.testing.paced_worker", spec.group, str(step_s))
+        return replace(spec, argv=(*paced, *arguments))

@@ -189,12 +189,12 @@ class Master:
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         self._socket.bind("tcp://127.0.0.1:*")
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._boxes: dict[str, list[Message]] = {"p0": [], "d0": []}
+        self._boxes: dict[str, list[Message]] = {"prefill-0": [], "decode-0": []}
 
     def join(self) -> tuple[Register, Register]:
         """Take both workers in; returns how prefill and decode registered."""
         found: dict[str, Register] = {}
-        self._boxes = {"p0": [], "d0": []}
+        self._boxes = {"prefill-0": [], "decode-0": []}
         for _, message in self._listen(20.0):
             if isinstance(message, Register):
                 found[message.role] = message

@@ -63,18 +63,20 @@ def shared(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 @pytest.fixture
 def cluster(shared: Cluster) -> Iterator[Cluster]:
     expected = shared.complete(PROMPT, **ANSWER)["choices"]
-    pids = {name: process.pid for name, process in shared.processes.items()}
-    joined = f"joined link=proxy@tcp://127.0.0.1:{shared.control_port}"
-    joins = [shared.log(name).count(joined) for name in ("p0", "d0")]
+    pids = {name: shared.nodes.pid(name) for name in shared.nodes.names()}
+    joined = f"joined link=proxy@tcp://127.0.0.1:{shared.nodes.ports.control}"
+    joins = [shared.nodes.log(name).count(joined) for name in ("prefill-0", "decode-0")]
     yield shared
     shared.wait_idle()
     assert shared.complete("Not cached: " + PROMPT, **ANSWER)["choices"][0]["finish_reason"] == "length"
     assert shared.complete(PROMPT, **ANSWER)["choices"] == expected
-    assert all(process.poll() is None and process.pid == pids[name] for name, process in shared.processes.items())
-    assert set(shared.worker_values("running")) == {"p0", "d0"}
-    assert joins == [shared.log(name).count(joined) for name in ("p0", "d0")], "a worker has left in between"
-    for name in shared.processes:
-        assert "Traceback" not in shared.log(name)
+    assert {name: shared.nodes.pid(name) for name in shared.nodes.running()} == pids
+    assert set(shared.worker_values("running")) == {"prefill-0", "decode-0"}
+    assert joins == [shared.nodes.log(name).count(joined) for name in ("prefill-0", "decode-0")], (
+        "a worker has left in between"
+    )
+    for name in shared.nodes.names():
+        assert "Traceback" not in shared.nodes.log(name)
     shared.wait_idle()
 
 
@@ -131,7 +133,7 @@ def test_a_10_mb_prompt_in_a_list_of_tokens_and_in_a_chat(cluster: Cluster) -> N
 def test_a_body_that_never_ends_and_one_that_is_cut(cluster: Cluster) -> None:
     """Guards against clients that send a part of a request and wait, or leave."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
-    waiting = [socket.create_connection(("127.0.0.1", cluster.http_port), timeout=5) for _ in range(20)]
+    waiting = [socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=5) for _ in range(20)]
     for number, connection in enumerate(waiting):
         connection.sendall(head + b'{"model": "demo"' * (number % 3))
     for connection in waiting[::2]:
@@ -146,13 +148,13 @@ def test_a_body_that_never_ends_and_one_that_is_cut(cluster: Cluster) -> None:
 
 def all_ports(cluster: Cluster) -> dict[str, int]:
     """Every port that any process of the cluster listens on."""
-    return {f"{name}:{port}": port for name in cluster.processes for port in cluster.ports(name)}
+    return {f"{name}:{port}": port for name in cluster.nodes.names() for port in cluster.ports(name)}
 
 
 def test_there_are_the_ports_that_are_attacked(cluster: Cluster) -> None:
     """Guards the tests below: control and HTTP of the proxy, endpoint and data of each worker."""
     names = [place.partition(":")[0] for place in all_ports(cluster)]
-    assert {name: names.count(name) for name in names} == {"proxy": 2, "p0": 2, "d0": 2}
+    assert {name: names.count(name) for name in names} == {"proxy": 2, "prefill-0": 2, "decode-0": 2}
 
 
 def test_random_bytes(cluster: Cluster) -> None:
@@ -202,7 +204,7 @@ def test_garbage_frames(cluster: Cluster) -> None:
     chance = random.Random(3)
     whole = encode(Ping(proxy="proxy", incarnation=1))
     for place, port in all_ports(cluster).items():
-        if place == f"proxy:{cluster.http_port}":
+        if place == f"proxy:{cluster.nodes.port}":
             continue
         for identity in (b"stranger/1", b"\xff\xfe", b"x" * 255):
             with Stranger(port, identity) as stranger:
@@ -217,17 +219,19 @@ def test_garbage_frames(cluster: Cluster) -> None:
         for kind in (zmq.REQ, zmq.PUSH, zmq.PUB, zmq.PAIR):
             with Stranger(port, b"", kind) as stranger:
                 stranger.frames(b"garbage")
-    assert cluster.log("proxy").count("message_rejected") and cluster.log("p0").count("message_rejected")
+    assert cluster.nodes.log("proxy").count("message_rejected") and cluster.nodes.log("prefill-0").count(
+        "message_rejected"
+    )
 
 
 def test_oversized_frames(cluster: Cluster) -> None:
     """Guards memory: a frame above the limit ends its connection before it is read."""
     for place, port in all_ports(cluster).items():
-        if place != f"proxy:{cluster.http_port}":
+        if place != f"proxy:{cluster.nodes.port}":
             with Stranger(port) as stranger:
                 stranger.frames(b"x" * (32 << 20))
-    for name, process in cluster.processes.items():
-        status = Path(f"/proc/{process.pid}/status").read_text()
+    for name in cluster.nodes.names():
+        status = Path(f"/proc/{cluster.nodes.pid(name)}/status").read_text()
         resident_kib = int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
         assert resident_kib < 2 << 20, f"{name} has grown to {resident_kib} KiB"
 
@@ -243,19 +247,19 @@ def test_every_message_is_used_by_these_tests() -> None:
 
 def identity(cluster: Cluster, name: str) -> str:
     """The endpoint identity of a worker, `name/incarnation`, as it logs it."""
-    return re.findall(rf"worker_started worker=({name}/\d+)", cluster.log(name))[-1]
+    return re.findall(rf"worker_started worker=({name}/\d+)", cluster.nodes.log(name))[-1]
 
 
 def test_strangers_and_impostors(cluster: Cluster) -> None:
     """Guards a running stream against every message from everyone who is not its proxy, prefill or decode worker,
     even under their names, which are no secret."""
-    names = ["stranger/1", identity(cluster, "p0"), identity(cluster, "d0"), "proxy"]
-    names.append(f"proxy@tcp://127.0.0.1:{cluster.control_port}")  # what a worker calls its link to the proxy
+    names = ["stranger/1", identity(cluster, "prefill-0"), identity(cluster, "decode-0"), "proxy"]
+    names.append(f"proxy@tcp://127.0.0.1:{cluster.nodes.ports.control}")  # what a worker calls its link to the proxy
     body = ANSWER | {"max_tokens": 400}
     stream = cluster.begin(PROMPT + " Strangers.", **body)
     cluster.wait_until(lambda: stream.num_chunks > 3, "the stream has begun")
     request_id = f"{stream.id}-0"
-    places = [port for place, port in all_ports(cluster).items() if place != f"proxy:{cluster.http_port}"]
+    places = [port for place, port in all_ports(cluster).items() if place != f"proxy:{cluster.nodes.port}"]
     for port in places:
         for name in names:
             with Stranger(port, name.encode()) as stranger:
@@ -264,12 +268,12 @@ def test_strangers_and_impostors(cluster: Cluster) -> None:
     assert not stream.ended, "the stream was too short for this test"
     assert stream.join().finish == "length" and stream.error is None and stream.broken is None
     assert stream.text == cluster.complete(PROMPT + " Strangers.", **body)["choices"][0]["text"]
-    assert "draining" not in cluster.log("p0") + cluster.log("d0")
+    assert "draining" not in cluster.nodes.log("prefill-0") + cluster.nodes.log("decode-0")
 
 
 def test_register_under_a_wrong_name(cluster: Cluster) -> None:
     """Guards the cluster's soft state: who lies about its name or its model is told so, and is no member."""
-    with Stranger(cluster.control_port, b"liar/1") as stranger:
+    with Stranger(cluster.nodes.ports.control, b"liar/1") as stranger:
         stranger.say(register_of("liar", 2, bytes(32)), register_of("liar", 1, bytes(32)))
         stranger.say(Heartbeat(worker="liar", incarnation=1, load=Load(running=3)))
         heard = stranger.hear(1.0)
@@ -327,8 +331,8 @@ def test_replayed_messages(cluster: Cluster, master: Master) -> None:
     master.send(decode_worker, *[cancel] * 3)
     answers = [type(answer) for answer in master.hear(decode_worker, 1000, 1.5)]
     assert answers.count(Reserved) == 0 and answers.count(Cancelled) == 3
-    reserve = reserve_of("pair", f"p0/{prefill.incarnation}", deadline_s=20.0)
-    message = prefill_of("pair", f"d0/{decode_worker.incarnation}", decode_address=decode_worker.address)
+    reserve = reserve_of("pair", f"prefill-0/{prefill.incarnation}", deadline_s=20.0)
+    message = prefill_of("pair", f"decode-0/{decode_worker.incarnation}", decode_address=decode_worker.address)
     master.send(decode_worker, *[reserve] * 5)
     master.send(prefill, *[message] * 5)
     heard = master.hear(prefill, 2)

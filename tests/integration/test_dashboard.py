@@ -54,10 +54,10 @@ async def test_live_under_load(page: Browser, tmp_path: Path) -> None:
         await page.until(f"!({TILES})['TTFT p50 / p99'].startsWith('–')")
         await page.until(f"parseFloat(({TILES})['KV hit rate']) > 0")  # the prompt came three times
         assert (await page.evaluate(TILES))["workers ready"] == "2"
-        assert await page.evaluate(ROWS) == [["d0", "decode", "ready"], ["p0", "prefill", "ready"]]
+        assert await page.evaluate(ROWS) == [["decode-0", "decode", "ready"], ["prefill-0", "prefill", "ready"]]
         for panel in PANELS:
             await page.until(DRAWN.format(panel=panel))
         await page.screenshot(tmp_path / "dashboard.png")
         assert (tmp_path / "dashboard.png").stat().st_size > 20_000
-        cluster.kill("proxy")
+        cluster.nodes.kill("proxy")
         await page.until("document.getElementById('status').className === 'bad'")

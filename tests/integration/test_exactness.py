@@ -64,9 +64,9 @@ def test_two_and_two_workers(check, plane: str, tmp_path: Path) -> None:  # type
     """Guards pairing: every prefill worker hands over to every decode worker, on each plane."""
     with Cluster(2, 2, worker_args=("--plane", plane), log_folder=tmp_path) as cluster:
         check(cluster, 32)
-        for worker in ("p0", "p1"):
+        for worker in ("prefill-0", "prefill-1"):
             assert _total(cluster, "transfers_sent_total", worker) > 0
-        for worker in ("d0", "d1"):
+        for worker in ("decode-0", "decode-1"):
             assert _total(cluster, "transfers_received_total", worker) > 0
 
 

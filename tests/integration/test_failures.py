@@ -90,7 +90,7 @@ class Leaver:
         own = {"model": "demo", "prompt": prompt, "stream": True}
         payload = json.dumps({**own, **body, "max_tokens": max_tokens}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: test\r\nContent-Length: {len(payload)}\r\n\r\n"
-        self._socket = socket.create_connection(("127.0.0.1", cluster.http_port), timeout=60)
+        self._socket = socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=60)
         self._socket.sendall(head.encode() + payload)
 
     def wait(self, events: int) -> None:
@@ -129,9 +129,9 @@ def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture
 def cluster(shared: Cluster) -> Iterator[Cluster]:
     """The shared cluster, complete at the start, idle and without a leak at the end."""
-    shared.revive()
+    shared.nodes.revive()
     yield shared
-    if shared.processes["proxy"].poll() is None:
+    if "proxy" in shared.nodes.running():
         shared.wait_idle()
 
 
@@ -146,7 +146,7 @@ class TestTwoOfEachRole:
         """Guards the reservation on decode of a prefill worker that will never say anything again."""
         requests = mixed(1, sentences=40)
         streams = begin(cluster, requests)
-        cluster.kill(wait_busy(cluster, "p"))
+        cluster.nodes.kill(wait_busy(cluster, "p"))
         assert streams[0].num_chunks == 0
         demand_undisturbed(cluster, requests, streams)
 
@@ -157,7 +157,7 @@ class TestTwoOfEachRole:
         wait_busy(cluster, "p")
         cluster.wait_until(lambda: any(s.num_chunks > 1 for s in streams), "a stream that decodes")
         assert any(not s.num_chunks for s in streams)
-        cluster.kill(wait_busy(cluster, "p"))
+        cluster.nodes.kill(wait_busy(cluster, "p"))
         demand_undisturbed(cluster, requests, streams)
 
     def test_prefill_killed_while_decode_has_not_taken_the_kv(self, cluster: Cluster) -> None:
@@ -165,10 +165,10 @@ class TestTwoOfEachRole:
         requests = mixed(1, sentences=12)
         streams = begin(cluster, requests)
         prefill, decode = wait_busy(cluster, "p"), wait_reserved(cluster)
-        cluster.signal(decode, signal.SIGSTOP)
+        cluster.nodes.signal(decode, signal.SIGSTOP)
         wait_chunks(cluster, streams, 1)  # the first token comes from prefill
-        cluster.kill(prefill)
-        cluster.signal(decode, signal.SIGCONT)
+        cluster.nodes.kill(prefill)
+        cluster.nodes.signal(decode, signal.SIGCONT)
         demand_undisturbed(cluster, requests, streams)
 
     def test_prefill_killed_after_the_transfer(self, cluster: Cluster) -> None:
@@ -177,7 +177,7 @@ class TestTwoOfEachRole:
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 4)
         retries = cluster.counter("retries")
-        cluster.kill("p0")
+        cluster.nodes.kill("prefill-0")
         demand_undisturbed(cluster, requests, streams)
         assert cluster.counter("retries") == retries
 
@@ -188,7 +188,7 @@ class TestTwoOfEachRole:
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 5)
         retries = cluster.counter("retries")
-        cluster.kill(wait_busy(cluster, "d"))
+        cluster.nodes.kill(wait_busy(cluster, "d"))
         demand_undisturbed(cluster, requests, streams)
         assert cluster.counter("retries") > retries
 
@@ -198,13 +198,13 @@ class TestTwoOfEachRole:
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 5)
         frozen = wait_busy(cluster, "d")
-        cluster.signal(frozen, signal.SIGSTOP)
+        cluster.nodes.signal(frozen, signal.SIGSTOP)
         since = time.monotonic()
         cluster.wait_until(lambda: frozen not in cluster.worker_values("running"), "the frozen worker is noticed")
         assert time.monotonic() - since < NOTICED_S
         demand_undisturbed(cluster, requests, streams)
-        cluster.signal(frozen, signal.SIGCONT)
-        cluster.wait_workers("p0", "p1", "d0", "d1")
+        cluster.nodes.signal(frozen, signal.SIGCONT)
+        cluster.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
         steps = cluster.worker_values("steps_total")[frozen]
         requests = mixed(4)
         demand_undisturbed(cluster, requests, begin(cluster, requests))
@@ -215,28 +215,31 @@ class TestTwoOfEachRole:
         requests = mixed(1, sentences=40)
         streams = begin(cluster, requests)
         frozen = wait_busy(cluster, "p")
-        cluster.signal(frozen, signal.SIGSTOP)
+        cluster.nodes.signal(frozen, signal.SIGSTOP)
         wait_chunks(cluster, streams, 2)
-        cluster.signal(frozen, signal.SIGCONT)
+        cluster.nodes.signal(frozen, signal.SIGCONT)
         demand_undisturbed(cluster, requests, streams)
-        cluster.wait_workers("p0", "p1", "d0", "d1")
+        cluster.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
 
     def test_frozen_proxy(self, cluster: Cluster) -> None:
         """Guards both leases: workers that gave the proxy up, and a proxy that wakes and believes all is as it was."""
         requests = mixed(4)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)
-        lost = {name: cluster.log(name).count("proxy_lost") for name in ("p0", "p1", "d0", "d1")}
-        cluster.signal("proxy", signal.SIGSTOP)
+        lost = {
+            name: cluster.nodes.log(name).count("proxy_lost")
+            for name in ("prefill-0", "prefill-1", "decode-0", "decode-1")
+        }
+        cluster.nodes.signal("proxy", signal.SIGSTOP)
         try:
             deadline = time.monotonic() + 20
-            while not all(cluster.log(name).count("proxy_lost") > lost[name] for name in lost):
+            while not all(cluster.nodes.log(name).count("proxy_lost") > lost[name] for name in lost):
                 assert time.monotonic() < deadline, "workers notice a frozen proxy"
                 time.sleep(0.1)
         finally:
-            cluster.signal("proxy", signal.SIGCONT)
+            cluster.nodes.signal("proxy", signal.SIGCONT)
         demand_undisturbed(cluster, requests, streams)
-        cluster.wait_workers("p0", "p1", "d0", "d1")
+        cluster.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
 
     def test_worker_drains(self, cluster: Cluster) -> None:
         """Guards SIGTERM: what runs is finished where it runs, new work goes elsewhere, the exit status is 0."""
@@ -245,12 +248,12 @@ class TestTwoOfEachRole:
         wait_chunks(cluster, streams, 3)
         retries = cluster.counter("retries")
         leaving = wait_busy(cluster, "d")
-        for name in (leaving, "p0"):
-            cluster.signal(name, signal.SIGTERM)
+        for name in (leaving, "prefill-0"):
+            cluster.nodes.signal(name, signal.SIGTERM)
         later = mixed(2)
         demand_undisturbed(cluster, later, begin(cluster, later))
-        for name in (leaving, "p0"):
-            assert cluster.wait_end(name) == 0
+        for name in (leaving, "prefill-0"):
+            assert cluster.nodes.wait_end(name) == 0
         demand_undisturbed(cluster, requests, streams)
         assert cluster.counter("retries") == retries
 
@@ -258,9 +261,9 @@ class TestTwoOfEachRole:
         """Guards workers against a proxy that forgot its requests: they drop them and register anew."""
         streams = begin(cluster, mixed(4, sentences=8))
         wait_chunks(cluster, streams[:1], 1)
-        cluster.kill("proxy")
+        cluster.nodes.kill("proxy")
         assert all(stream.join().broken or stream.finish for stream in streams)
-        cluster.revive()
+        cluster.nodes.revive()
         cluster.wait_idle()
         requests = mixed(2)
         demand_undisturbed(cluster, requests, begin(cluster, requests))
@@ -270,11 +273,11 @@ class TestTwoOfEachRole:
         requests = mixed(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)
-        cluster.signal("proxy", signal.SIGTERM)
+        cluster.nodes.signal("proxy", signal.SIGTERM)
         for stream in streams:
             assert stream.join().finish == "length"
-        assert cluster.wait_end("proxy") == 0
-        cluster.revive()
+        assert cluster.nodes.wait_end("proxy") == 0
+        cluster.nodes.revive()
         demand_undisturbed(cluster, requests, streams)
 
 
@@ -285,7 +288,7 @@ class TestOneOfEachRole:
     proxy_args = ("--drain-s", "1")
     decode_args = ("--max-num-seqs", "2")
 
-    @pytest.mark.parametrize(("name", "role"), [("d0", "decode"), ("p0", "prefill")])
+    @pytest.mark.parametrize(("name", "role"), [("decode-0", "decode"), ("prefill-0", "prefill")])
     def test_the_only_worker_killed(self, cluster: Cluster, name: str, role: str) -> None:
         """Guards clients against waiting for nobody, with an error event in a stream, with a status before it."""
         waits = role == "prefill"
@@ -294,7 +297,7 @@ class TestOneOfEachRole:
             wait_busy(cluster, "p")
         else:
             wait_chunks(cluster, streams, 3)
-        cluster.kill(name)
+        cluster.nodes.kill(name)
         since = time.monotonic()
         for stream in streams:
             stream.join()
@@ -307,8 +310,8 @@ class TestOneOfEachRole:
         answer = httpx.post(f"{cluster.url}/v1/completions", json={"model": "demo", "prompt": "Hello"}, timeout=20)
         assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error", answer.text
         assert httpx.get(f"{cluster.url}/ready", timeout=5).status_code == 503
-        cluster.start_worker(role, name)
-        cluster.wait_ready(2)
+        cluster.nodes.start_node(name)
+        cluster.nodes.wait_ready(2)
         requests = mixed(2)
         demand_undisturbed(cluster, requests, begin(cluster, requests))
 
@@ -332,25 +335,25 @@ class TestOneOfEachRole:
         cluster.wait_idle()
         moving = Leaver(cluster, *mixed(1, 12)[0], max_tokens=200)
         wait_reserved(cluster)
-        cluster.signal("d0", signal.SIGSTOP)  # for less than the two seconds after which it counts as dead
+        cluster.nodes.signal("decode-0", signal.SIGSTOP)  # for less than the two seconds after which it counts as dead
         moving.wait(1)
         moving.leave()
-        cluster.signal("d0", signal.SIGCONT)
-        cluster.wait_workers("p0", "d0")
+        cluster.nodes.signal("decode-0", signal.SIGCONT)
+        cluster.wait_workers("prefill-0", "decode-0")
         cluster.wait_idle()
         made = sum(cluster.worker_values("generated_tokens_total").values()) - before
         assert made < 1500, f"{made} tokens were made for clients that had gone"
 
     def test_worker_that_starts_later_joins(self, cluster: Cluster) -> None:
         """Guards growth: a worker that comes while the cluster is busy gets work without a restart of anything."""
-        cluster.start_worker("decode", "d1")
-        cluster.wait_workers("p0", "d0", "d1")
+        cluster.nodes.add_worker("decode", "decode-1")
+        cluster.wait_workers("prefill-0", "decode-0", "decode-1")
         requests = mixed(4)  # two rows a worker: it takes both
         demand_undisturbed(cluster, requests, begin(cluster, requests))
-        assert cluster.worker_values("steps_total")["d1"] > 0
-        cluster.signal("d1", signal.SIGTERM)
-        assert cluster.wait_end("d1") == 0
-        del cluster.processes["d1"]
+        assert cluster.worker_values("steps_total")["decode-1"] > 0
+        cluster.nodes.signal("decode-1", signal.SIGTERM)
+        assert cluster.nodes.wait_end("decode-1") == 0
+        cluster.nodes.forget("decode-1")
 
     def test_proxy_that_must_not_wait_for_its_streams(self, cluster: Cluster) -> None:
         """Guards the end of the drain time: what still runs or waits is told so, its legs are cancelled, status 0."""
@@ -359,9 +362,9 @@ class TestOneOfEachRole:
         wait_chunks(cluster, streams, 3)
         waiting = cluster.begin(new_prompt(1), **body)  # decode has two rows
         cluster.wait_until(lambda: cluster.queued() == 1, "a request that waits")
-        cluster.signal("proxy", signal.SIGTERM)
+        cluster.nodes.signal("proxy", signal.SIGTERM)
         for stream in streams:
             assert stream.join().error is not None and stream.error["code"] == "service_unavailable", stream.broken
         assert "503" in str(waiting.join().broken) or "shutting down" in str(waiting.broken), waiting.broken
-        assert cluster.wait_end("proxy") == 0
-        assert "Traceback" not in cluster.log("proxy")
+        assert cluster.nodes.wait_end("proxy") == 0
+        assert "Traceback" not in cluster.nodes.log("proxy")

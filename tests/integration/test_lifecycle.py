@@ -13,7 +13,8 @@ from pathlib import Path
 import httpx
 import pytest
 
-from baton.tests.integration.cluster import ROOT, Cluster, free_port
+from baton.launch.local import free_port
+from baton.tests.integration.cluster import ROOT, Cluster
 
 DEMO = ROOT / "models" / "demo"
 REFUSED_TIMEOUT_S = 60.0
@@ -158,12 +159,12 @@ def test_worker_of_another_namespace_is_refused(tmp_path: Path) -> None:
             "dtype": ("prefill", "--dtype", "bfloat16"),
         }
         for name, (role, *arguments) in strangers.items():
-            cluster.start_worker(role, name, *arguments)
+            cluster.nodes.add_worker(role, name, *arguments)
         for name, (role, *_) in strangers.items():
-            assert cluster.wait_end(name, REFUSED_TIMEOUT_S) == 1
-            last = cluster.log(name).splitlines()[-1]
+            assert cluster.nodes.wait_end(name, REFUSED_TIMEOUT_S) == 1
+            last = cluster.nodes.log(name).splitlines()[-1]
             assert last.startswith(f"{role}: ") and "another namespace" in last, last
-            del cluster.processes[name]
+            cluster.nodes.forget(name)
         assert cluster.num_workers() == 2
         assert cluster.complete("The old king", max_tokens=8)["choices"] == before
         cluster.wait_idle()
@@ -173,23 +174,23 @@ def test_two_proxies_over_the_same_workers(tmp_path: Path) -> None:
     """Guards workers that serve two masters: requests do not mix, and the death of one is nothing to the other."""
     second = Cluster(0, 0, log_folder=tmp_path / "second")
     (tmp_path / "second").mkdir()
-    both = ("--proxy", f"tcp://127.0.0.1:{second.control_port}")
+    both = ("--proxy", f"tcp://127.0.0.1:{second.nodes.ports.control}")
     prompts = ["The old king had three daughters", "A mouse lived under the floor", "Long ago, the moon"]
     body = {"max_tokens": 60, "ignore_eos": True}
     with Cluster(worker_args=both, log_folder=tmp_path) as first, second:
-        first.wait_workers("p0", "d0")
-        second.wait_workers("p0", "d0")
+        first.wait_workers("prefill-0", "decode-0")
+        second.wait_workers("prefill-0", "decode-0")
         streams = [cluster.begin(prompt, **body) for prompt in prompts for cluster in (first, second)]
         texts = [stream.join().text for stream in streams]
         assert texts[0::2] == texts[1::2] and all(texts)
         streams = [cluster.begin(f"Again: {prompt}", **body) for prompt in prompts for cluster in (first, second)]
         first.wait_until(lambda: all(stream.num_chunks for stream in streams), "all streams have begun")
-        second.kill("proxy")
+        second.nodes.kill("proxy")
         for stream in streams[0::2]:
             assert stream.join().finish == "length" and stream.broken is None
         first.wait_idle()
-        second.start_proxy()
-        second.wait_ready(2)
+        second.nodes.start_node("proxy")
+        second.nodes.wait_ready(2)
         again = [second.begin(f"Again: {prompt}", **body).join().text for prompt in prompts]
         assert again == [stream.text for stream in streams[0::2]]
         assert httpx.get(f"{first.url}/ready", timeout=5).is_success

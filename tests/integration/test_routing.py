@@ -15,7 +15,7 @@ from baton.tests.integration.cluster import Cluster
 BLOCK = 16
 QUIET_S = 0.5
 ARGS = ("--local-prefill", "never", "--log-level", "debug")
-ROUTED = re.compile(r"routed request=\S+ .*prefill=(p\d)/\d+ prefill_why=(\w+) .* hit_tokens=(\d+)")
+ROUTED = re.compile(r"routed request=\S+ .*prefill=(prefill-\d)/\d+ prefill_why=(\w+) .* hit_tokens=(\d+)")
 
 
 @dataclass
@@ -75,17 +75,17 @@ class Pair:
 
     def routed(self, cluster: Cluster) -> tuple[str, str, int]:
         """The prefill worker of the last request, why it was chosen, and the tokens it was expected to have."""
-        name, why, hit_tokens = ROUTED.findall(cluster.log("proxy"))[-1]
+        name, why, hit_tokens = ROUTED.findall(cluster.nodes.log("proxy"))[-1]
         return name, why, int(hit_tokens)
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     second = Cluster(0, 0, proxy_args=ARGS, log_folder=tmp_path_factory.mktemp("second"))
-    both = ("--proxy", f"tcp://127.0.0.1:{second.control_port}")
+    both = ("--proxy", f"tcp://127.0.0.1:{second.nodes.ports.control}")
     first = Cluster(2, 1, proxy_args=ARGS, worker_args=both, log_folder=tmp_path_factory.mktemp("first"))
     with first, second:
-        second.wait_workers("p0", "p1", "d0")
+        second.wait_workers("prefill-0", "prefill-1", "decode-0")
         yield Pair(first, second)
 
 
@@ -115,9 +115,9 @@ def test_a_restarted_proxy_hears_of_all_blocks(pair: Pair) -> None:
     pair.ask(pair.first, conversation.ids)
     pair.wait_told(before, 2 * conversation.blocks)
     home, _, _ = pair.routed(pair.first)
-    pair.second.kill("proxy")
-    pair.second.start_proxy()
-    pair.second.wait_ready(3)
+    pair.second.nodes.kill("proxy")
+    pair.second.nodes.start_node("proxy")
+    pair.second.nodes.wait_ready(3)
     before = pair.settle()
     assert pair.second.counter("kv_event_replays") >= 1
     assert pair.second.gauge("kv_index_blocks") == pair.first.gauge("kv_index_blocks") > 0
@@ -134,16 +134,16 @@ def test_what_a_killed_worker_held_is_forgotten_at_once(pair: Pair) -> None:
     pair.ask(pair.first, conversation.ids)
     pair.wait_told(before, 2 * conversation.blocks)
     home, _, _ = pair.routed(pair.first)
-    other = {"p0": "p1", "p1": "p0"}[home]
-    pair.first.kill(home)
-    pair.first.wait_workers(other, "d0")
+    other = {"prefill-0": "prefill-1", "prefill-1": "prefill-0"}[home]
+    pair.first.nodes.kill(home)
+    pair.first.wait_workers(other, "decode-0")
     before, held = pair.told(), conversation.next_turn()
     missed = pair.first.counter("kv_hit_missed_tokens")
     assert pair.ask(pair.first, conversation.ids) == 0
     assert pair.routed(pair.first) == (other, "no_holder", 0)
     pair.wait_told(before, 2 * conversation.blocks - held // BLOCK)  # decode had the beginning
-    pair.first.start_worker("prefill", home)
-    pair.first.wait_workers("p0", "p1", "d0")
+    pair.first.nodes.start_node(home)
+    pair.first.wait_workers("prefill-0", "prefill-1", "decode-0")
     held = conversation.next_turn()
     assert pair.ask(pair.first, conversation.ids) == held
     assert pair.routed(pair.first) == (other, "holder", held)

@@ -51,9 +51,9 @@ def _wait_attached(cluster: Cluster, workers: int) -> None:
 
 def _restart_workers(cluster: Cluster) -> None:
     """SIGKILL to all at once; others take their place."""
-    for name in ("p0", "p1", "d0"):
-        cluster.kill(name)
-    cluster.revive()
+    for name in ("prefill-0", "prefill-1", "decode-0"):
+        cluster.nodes.kill(name)
+    cluster.nodes.revive()
     _wait_attached(cluster, 3)
 
 
@@ -112,9 +112,9 @@ def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) 
         assert [line for line in loading if 'stage="tier_load"' in line and not line.endswith(" 0.0")], loading
         # What was used again is on disk or on its way there; a store that ends in order writes the rest.
         _settle(cluster, second.prompt_tokens, second.generated_tokens)
-        cluster.signal("store", signal.SIGTERM)
-        assert cluster.wait_end("store") == 0
-        cluster.start_store(*store)
+        cluster.nodes.signal("store", signal.SIGTERM)
+        assert cluster.nodes.wait_end("store") == 0
+        cluster.nodes.start_node("store")
         _restart_workers(cluster)
         cluster.wait_until(lambda: cluster.store_value("disk_blocks") > 0, "blocks on disk")
         assert _ask(cluster, oracle, turns).computed_tokens <= best
@@ -127,21 +127,21 @@ def test_the_store_dies_freezes_and_comes_back(oracle: Oracle, tmp_path: Path) -
         _wait_attached(cluster, 2)
         _ask(cluster, oracle, LONG[:2])
         streams = [cluster.begin(prompt, max_tokens=32) for prompt in LONG[:6]]
-        cluster.kill("store")
+        cluster.nodes.kill("store")
         for prompt, stream in zip(LONG[:6], streams, strict=True):
             assert stream.join().error is None and stream.text == oracle.answer(prompt)[0]
         _ask(cluster, oracle, LONG[6:8])
         cluster.wait_until(lambda: all(cluster.worker_values("store_times_lost_total").values()), "a store lost")
-        cluster.start_store("--ram-gib", "0.1")
+        cluster.nodes.start_node("store")
         _wait_attached(cluster, 2)
         asked = _ask(cluster, oracle, LONG[8:])
         _settle(cluster, asked.prompt_tokens, asked.generated_tokens)
-        cluster.kill("p0")
-        cluster.revive()
+        cluster.nodes.kill("prefill-0")
+        cluster.nodes.revive()
         _wait_attached(cluster, 2)
         _ask(cluster, oracle, LONG[8:])
         cluster.wait_until(lambda: _tokens(cluster, "ram") > 0, "tokens from RAM")
-        cluster.signal("store", signal.SIGSTOP)
+        cluster.nodes.signal("store", signal.SIGSTOP)
         _ask(cluster, oracle, LONG[:1])
-        cluster.signal("store", signal.SIGCONT)
+        cluster.nodes.signal("store", signal.SIGCONT)
         _wait_attached(cluster, 2)

@@ -73,7 +73,7 @@ def test_the_stages_of_a_streamed_request_sum_to_its_measured_ttft(cluster: Clus
     for until, worked in ((FIRST_TOKEN, ("tokenise", "prefill", "reply")), ("second_token", ("first_step",))):
         assert all(stages(generation, until)[stage] > 0.0 for stage in worked)
     (attempt,) = generation["attempts"]
-    assert attempt["prefill"].startswith("p") and attempt["decode"].startswith("d0/")
+    assert attempt["prefill"].startswith("p") and attempt["decode"].startswith("decode-0/")
     assert generation["generated_tokens"] == LENGTH["max_tokens"] and len(generation["prefix_hash"]) == 16
 
 
@@ -92,7 +92,7 @@ def test_a_worker_that_died_is_a_retry(cluster: Cluster) -> None:
     stream = cluster.begin(" ".join((BEGINNINGS * 40)[7:47]), **LENGTH)
     cluster.wait_until(lambda: any(running(cluster).values()), "work on a prefill worker")
     (busy,) = [name for name, value in running(cluster).items() if value]
-    cluster.kill(busy)
+    cluster.nodes.kill(busy)
     generation = ended(cluster, stream)
     first, second = generation["attempts"]
     assert first["prefill"].startswith(f"{busy}/") and "lost" in first["end"] and second["end"] == ""
@@ -107,7 +107,7 @@ def test_slow_requests_are_logged_without_their_text(cluster: Cluster) -> None:
     """Guards the line that an operator searches for, and the users' words."""
     stream = cluster.begin("The old fox waited quietly by the river until morning came and the frogs sang", **LENGTH)
     generation = ended(cluster, stream)
-    lines = [line for line in cluster.log("proxy").splitlines() if f"request_slow request_id={stream.id}" in line]
+    lines = [line for line in cluster.nodes.log("proxy").splitlines() if f"request_slow request_id={stream.id}" in line]
     assert len(lines) == 1
     assert f"prompt_tokens={generation['prompt_tokens']}" in lines[0] and "first_token.prefill_s=" in lines[0]
-    assert "quietly" not in cluster.log("proxy")
+    assert "quietly" not in cluster.nodes.log("proxy")
