@@ -156,8 +156,10 @@ class Session:
             attempt = await self._dispatch(frozenset(avoid))
             alarm = self._alarm()
             try:
-                async for delta in self._follow(attempt):
-                    yield delta
+                while not self._ledger.finish:
+                    delta = self._on_event(attempt, await self.inbox.get())
+                    if delta is not None:
+                        yield delta
                 return
             except _TryElsewhere as retry:
                 failures += retry.counts
@@ -275,12 +277,6 @@ class Session:
             self._desk.send(worker, Cancel(request_id=self._request_id, attempt=attempt.number))
             self._desk.settle(worker, self._request_id, computed=attempt.hit_tokens is None)
         attempt.open.clear()
-
-    async def _follow(self, attempt: _Attempt) -> AsyncGenerator[Delta, None]:
-        while not self._ledger.finish:
-            delta = self._on_event(attempt, await self.inbox.get())
-            if delta is not None:
-                yield delta
 
     def _alarm(self) -> asyncio.TimerHandle:
         """One timer for an attempt: a timeout around each wait would be a fifth of the proxy's work for a token."""

@@ -21,9 +21,11 @@ from starlette.routing import Route
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingParams
 from baton.proxy.http.asgi import PROBES, ApiKeyGuard, ClientGone, read_body
-from baton.proxy.http.endpoint import GenerateEndpoint, RequestLimit, Service
+from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
+from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.failures import Failure, failure_of, kind_of
 from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
+from baton.proxy.http.service import RequestLimit, Service
 from baton.proxy.interface import AppSettings, Engine
 from baton.proxy.metrics.dashboard import add_dashboard
 from baton.proxy.metrics.metrics import ProxyMetrics
@@ -35,6 +37,10 @@ __all__ = ["AppSettings", "create_app"]
 
 Body = TypeVar("Body", bound=BaseModel)
 
+APIS = (
+    Api("/v1/completions", read_completion, CompletionEncoder, "cmpl", "text_completion"),
+    Api("/v1/chat/completions", read_chat, ChatEncoder, "chatcmpl", "chat"),
+)
 PROBE_TEXT = (
     "one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen"
 )
@@ -44,14 +50,14 @@ PROBE_TEXT = (
 def create_app(engine: Engine, text: ModelText, settings: AppSettings, spans: Spans | None = None) -> FastAPI:
     """The app to be served; it closes `text` and `spans` when it shuts down, and leaves `engine` to its owner."""
     metrics = ProxyMetrics(engine, settings.served_model_name)
-    journal = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
-    service = Service(engine, text, settings, metrics, journal, RequestLimit(settings.max_requests))
+    log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
+    service = Service(engine, text, settings, metrics, log, RequestLimit(settings.max_requests))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
         text.close()
-        await asyncio.to_thread(journal.close)
+        await asyncio.to_thread(log.close)
 
     # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
@@ -62,13 +68,9 @@ def create_app(engine: Engine, text: ModelText, settings: AppSettings, spans: Sp
     _add_models(app, settings, engine)
     _add_tokenizer(app, service)
     if settings.debug_requests:
-        _add_debug(app, journal)
-    for path, read, prefix, operation in (
-        ("/v1/completions", read_completion, "cmpl", "text_completion"),
-        ("/v1/chat/completions", read_chat, "chatcmpl", "chat"),
-    ):
-        endpoint = GenerateEndpoint(service, read, id_prefix=prefix, operation=operation)
-        app.router.routes.append(Route(path, endpoint, methods=["POST"]))
+        _add_debug(app, log)
+    for api in APIS:
+        app.router.routes.append(Route(api.path, GenerateEndpoint(service, api), methods=["POST"]))
     return app
 
 
@@ -128,11 +130,11 @@ def _add_probes(app: FastAPI, service: Service) -> None:
             return Response(service.metrics.exposition(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_debug(app: FastAPI, journal: RequestLog) -> None:
+def _add_debug(app: FastAPI, log: RequestLog) -> None:
     @app.get("/debug/requests/{request_id}")
     async def one_request(request_id: str) -> Response:
         """A request that is over, by the id that its answer had: outcome, attempts and timeline of each generation."""
-        records = journal.find(request_id)
+        records = log.find(request_id)
         if not records:
             raise BadRequest("no such request has ended lately", status=404, code="request_not_found")
         return _json({"id": request_id, "generations": [as_json(record) for record in records]})
@@ -176,7 +178,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     text = service.text
 
     async def read(model: type[Body], request: Request) -> Body:
-        with service.gate:
+        with service.limit:
             body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
         return parse(model, body)
 

@@ -16,10 +16,10 @@ CANCELLED = "cancelled"
 class GenerationMeter:
     """Waiting until its first tokens, running until it is closed. Close it once."""
 
-    def __init__(self, metrics: ProxyMetrics, journal: RequestLog, about: GenerationInfo, timeline: Timeline) -> None:
+    def __init__(self, metrics: ProxyMetrics, journal: RequestLog, info: GenerationInfo, timeline: Timeline) -> None:
         self._metrics = metrics
         self._journal = journal
-        self._about = about
+        self._info = info
         self._timeline = timeline
         self._first_at = 0.0
         self._num_tokens = 0
@@ -34,7 +34,7 @@ class GenerationMeter:
         else:
             self._first_at = now
             self._cached_tokens = cached_tokens
-            metrics.begun(self._about.prompt_tokens, cached_tokens)
+            metrics.begun(self._info.prompt_tokens, cached_tokens)
         line.told_at = now
         self._num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)
@@ -46,11 +46,11 @@ class GenerationMeter:
         line.end(finished=finished)
         (self._metrics.running if self._num_tokens else self._metrics.waiting).dec()
         record = RequestRecord(
-            about=self._about,
+            info=self._info,
             outcome=outcome,
             generated_tokens=self._num_tokens,
             cached_tokens=self._cached_tokens,
-            parts=line.parts,
+            segments=line.segments,
             attempts=tuple(line.attempts),
             num_attempts=line.num_attempts,
             loaded_tokens=line.loaded_tokens,

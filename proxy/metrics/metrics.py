@@ -71,9 +71,9 @@ class ProxyMetrics:
         self._prefix_queries.inc(prompt_tokens)
         self._prefix_hits.inc(cached_tokens)
 
-    def parts_of(self, operation: str) -> Callable[[Segment], None]:
-        """Takes in the parts of one generation's timeline, as they end."""
-        return functools.partial(self._observe_part, self._gen_ai_ttft[operation])
+    def segments_of(self, operation: str) -> Callable[[Segment], None]:
+        """Takes in the segments of one generation's timeline, as they end."""
+        return functools.partial(self._observe_segment, self._gen_ai_ttft[operation])
 
     def ended(self, record: RequestRecord, *, first_at: float, last_at: float) -> None:
         """A generation is over; its tokens arrived between these moments of `clock`."""
@@ -84,11 +84,11 @@ class ProxyMetrics:
             if attempt.handed_over:
                 self._transfer.observe(attempt.transfer_s)
                 self._moved.add(attempt.prefill, attempt.decode, attempt.sent_bytes)
-        first = record.part(FIRST_TOKEN)
+        first = record.segment(FIRST_TOKEN)
         if first is None or not finished:
             return
         decode_s, followers = last_at - first_at, record.generated_tokens - 1
-        operation = record.about.operation
+        operation = record.info.operation
         by_source = record.tokens_by_source()
         self._ttft_by_source[max(by_source, key=by_source.__getitem__)].observe(first.total_s)
         self._e2e.observe(record.total_s)
@@ -100,16 +100,16 @@ class ProxyMetrics:
             self._tpot.observe(decode_s / followers)
             self._gen_ai_tpot[operation].observe(decode_s / followers)
 
-    def _observe_part(self, gen_ai_ttft: Histogram, part: Segment) -> None:
-        if not part.complete:
+    def _observe_segment(self, gen_ai_ttft: Histogram, segment: Segment) -> None:
+        if not segment.complete:
             return
-        for stage, took_s in part.stages:
-            self._stage(part.until, stage).observe(took_s)
-        if part.until == FIRST_TOKEN:
-            self._ttft.observe(part.total_s)
-            gen_ai_ttft.observe(part.total_s)
-            self._queue.observe(part.seconds(*_BEFORE_SCHEDULED))
-            self._prefill.observe(part.seconds(*_PREFILL))
+        for stage, took_s in segment.stages:
+            self._stage(segment.until, stage).observe(took_s)
+        if segment.until == FIRST_TOKEN:
+            self._ttft.observe(segment.total_s)
+            gen_ai_ttft.observe(segment.total_s)
+            self._queue.observe(segment.seconds(*_BEFORE_SCHEDULED))
+            self._prefill.observe(segment.seconds(*_PREFILL))
 
     # -- making them
 
@@ -148,7 +148,7 @@ class ProxyMetrics:
         )
 
     def _add_stages(self) -> None:
-        """One histogram for all stages; the usual ones of each part exist from the start."""
+        """One histogram for all stages; the usual ones of each segment exist from the start."""
         self._stages = Histogram(
             "baton:request_stage_seconds",
             "Time of a request in a stage of its timeline; the stages until a token sum to the time until that token.",

@@ -41,12 +41,12 @@ class GenerationInfo:
 class RequestRecord:
     """One generation that is over."""
 
-    about: GenerationInfo
+    info: GenerationInfo
     outcome: str
     """"stop" | "length" | "cancelled" | one of proxy.failures.FAILURE_KINDS."""
     generated_tokens: int
     cached_tokens: int
-    parts: tuple[Segment, ...]
+    segments: tuple[Segment, ...]
     attempts: tuple[Attempt, ...]
     """The last ones; the last of all is the one that ended it."""
     num_attempts: int
@@ -57,27 +57,27 @@ class RequestRecord:
 
     @property
     def total_s(self) -> float:
-        return sum(part.total_s for part in self.parts)
+        return sum(segment.total_s for segment in self.segments)
 
     def tokens_by_source(self) -> dict[str, int]:
         """The prompt's tokens by where their KV came from: a worker's pool, a tier below it, or a step."""
         loaded = dict(zip(TIER_NAMES, self.loaded_tokens, strict=False))
         in_pool = max(0, self.cached_tokens - sum(loaded.values()))
-        return {"gpu": in_pool, **loaded, "computed": self.about.prompt_tokens - self.cached_tokens}
+        return {"gpu": in_pool, **loaded, "computed": self.info.prompt_tokens - self.cached_tokens}
 
-    def part(self, until: str) -> Segment | None:
-        """The part of this name, if the generation came to its end."""
-        return next((part for part in self.parts if part.until == until and part.complete), None)
+    def segment(self, until: str) -> Segment | None:
+        """The segment of this name, if the generation came to its end."""
+        return next((segment for segment in self.segments if segment.until == until and segment.complete), None)
 
 
 def as_fields(record: RequestRecord) -> dict[str, str | int | float]:
-    """For one log line; the stages of a part stand under its name."""
-    about, last = record.about, record.attempts[-1] if record.attempts else Attempt("", "")
+    """For one log line; the stages of a segment stand under its name."""
+    info, last = record.info, record.attempts[-1] if record.attempts else Attempt("", "")
     fields: dict[str, str | int | float] = {
-        "request_id": about.request_id,
-        "index": about.index,
+        "request_id": info.request_id,
+        "index": info.index,
         "outcome": record.outcome,
-        "prompt_tokens": about.prompt_tokens,
+        "prompt_tokens": info.prompt_tokens,
         "cached_tokens": record.cached_tokens,
         "generated_tokens": record.generated_tokens,
         "prefix": _shown(record.prefix_hash),
@@ -86,23 +86,23 @@ def as_fields(record: RequestRecord) -> dict[str, str | int | float]:
         "decode": last.decode,
         "total_s": record.total_s,
     }
-    for part in record.parts:
-        fields[f"{part.until}_s"] = part.total_s
-        fields |= {f"{part.until}.{stage}_s": took_s for stage, took_s in part.stages}
+    for segment in record.segments:
+        fields[f"{segment.until}_s"] = segment.total_s
+        fields |= {f"{segment.until}.{stage}_s": took_s for stage, took_s in segment.stages}
     return fields
 
 
 def as_json(record: RequestRecord) -> dict[str, object]:
     """For `GET /debug/requests/{id}`."""
-    about = record.about
+    info = record.info
     return {
-        "index": about.index,
-        "operation": about.operation,
-        "model": about.model,
-        "stream": about.stream,
+        "index": info.index,
+        "operation": info.operation,
+        "model": info.model,
+        "stream": info.stream,
         "outcome": record.outcome,
-        "began_unix_s": about.began_unix_ns / 1e9,
-        "prompt_tokens": about.prompt_tokens,
+        "began_unix_s": info.began_unix_ns / 1e9,
+        "prompt_tokens": info.prompt_tokens,
         "cached_tokens": record.cached_tokens,
         "generated_tokens": record.generated_tokens,
         "tokens_by_source": record.tokens_by_source(),
@@ -111,8 +111,13 @@ def as_json(record: RequestRecord) -> dict[str, object]:
         "num_attempts": record.num_attempts,
         "attempts": [dataclasses.asdict(attempt) for attempt in record.attempts],
         "timeline": [
-            {"until": part.until, "complete": part.complete, "total_s": part.total_s, "stages": dict(part.stages)}
-            for part in record.parts
+            {
+                "until": segment.until,
+                "complete": segment.complete,
+                "total_s": segment.total_s,
+                "stages": dict(segment.stages),
+            }
+            for segment in record.segments
         ],
     }
 

@@ -33,7 +33,7 @@ class NoSpans:
 
 
 class RequestLog:
-    """`slow_s`: a generation that took longer is told as a warning. `keep`: so many records can be looked up."""
+    """`slow_s`: a generation that took longer is logged as a warning. `keep`: so many records can be looked up."""
 
     def __init__(self, *, slow_s: float = math.inf, keep: int = 0, spans: Spans | None = None) -> None:
         self._slow_s = slow_s
@@ -61,7 +61,7 @@ class RequestLog:
         self._spans.close()
 
     def _put(self, record: RequestRecord) -> None:
-        self._kept.setdefault(record.about.request_id, []).append(record)
+        self._kept.setdefault(record.info.request_id, []).append(record)
         self._num_kept += 1
         while self._num_kept > self._keep and len(self._kept) > 1:
             _, oldest = self._kept.popitem(last=False)

@@ -47,10 +47,10 @@ class OtelSpans:
         self._propagator = TraceContextTextMapPropagator()
 
     def export(self, record: RequestRecord) -> None:
-        about, began_ns = record.about, record.about.began_unix_ns
+        info, began_ns = record.info, record.info.began_unix_ns
         span = self._tracer.start_span(
-            f"{about.operation} {about.model}".rstrip(),
-            context=self._propagator.extract(about.trace_headers),
+            f"{info.operation} {info.model}".rstrip(),
+            context=self._propagator.extract(info.trace_headers),
             kind=trace.SpanKind.SERVER,
             attributes=_attributes(record),
             start_time=began_ns,
@@ -68,27 +68,27 @@ class OtelSpans:
     def _export_stages(self, record: RequestRecord, parent: trace.Span) -> None:
         """One after the other, as STAGES has them: the length of a stage is measured, its place is not."""
         context = trace.set_span_in_context(parent)
-        at_ns = record.about.began_unix_ns
-        for part in record.parts:
-            for stage, took_s in part.stages:
+        at_ns = record.info.began_unix_ns
+        for segment in record.segments:
+            for stage, took_s in segment.stages:
                 if took_s > 0.0:
-                    attributes = {"baton.timeline.until": part.until}
+                    attributes = {"baton.timeline.until": segment.until}
                     span = self._tracer.start_span(stage, context, attributes=attributes, start_time=at_ns)
                     at_ns += _ns(took_s)
                     span.end(at_ns)
 
 
 def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
-    about, sampling = record.about, record.about.sampling
+    info, sampling = record.info, record.info.sampling
     last = record.attempts[-1] if record.attempts else Attempt("", "")
     attributes: dict[str, AttributeValue] = {
-        "gen_ai.operation.name": about.operation,
+        "gen_ai.operation.name": info.operation,
         "gen_ai.provider.name": PROVIDER,
-        "gen_ai.request.model": about.model,
-        "gen_ai.response.model": about.model,
-        "gen_ai.response.id": about.request_id,
-        "gen_ai.request.stream": about.stream,
-        "gen_ai.usage.input_tokens": about.prompt_tokens,
+        "gen_ai.request.model": info.model,
+        "gen_ai.response.model": info.model,
+        "gen_ai.response.id": info.request_id,
+        "gen_ai.request.stream": info.stream,
+        "gen_ai.usage.input_tokens": info.prompt_tokens,
         "gen_ai.usage.output_tokens": record.generated_tokens,
         "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
         "gen_ai.response.finish_reasons": [record.outcome],
@@ -103,7 +103,7 @@ def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
         attributes["gen_ai.request.top_p"] = sampling.top_p
     if record.outcome not in ("stop", "length"):
         attributes["error.type"] = record.outcome
-    if (first := record.part(FIRST_TOKEN)) is not None:
+    if (first := record.segment(FIRST_TOKEN)) is not None:
         attributes["gen_ai.response.time_to_first_chunk"] = first.total_s
         attributes["gen_ai.latency.time_to_first_token"] = first.total_s
         attributes["gen_ai.latency.time_in_queue"] = first.seconds("queue", "prefill_queue")

@@ -1,12 +1,12 @@
 """Where the time of one generation went: a line without gaps from the first byte of its request to its end.
 
-The line has three parts, cut where the client was given something:
+The line has three segments, cut where the client was given something:
 
     first byte ── first_token ──► first answer written ── second_token ──► second one ── last_token ──► end
 
-Every moment of a part belongs to one stage, so the stages of a part sum to its length exactly; the first part's length
-is the TTFT. The proxy's own stages are stamps of one clock. Time with a worker is told by the worker
-as durations of its own clock (`node.messages.Stages`); they are laid against the end of the time that passed here, and
+Every moment of a segment belongs to one stage, so the stages of a segment sum to its length exactly; the length of the
+first is the TTFT. The proxy's own stages are stamps of one clock. Time with a worker is reported by the worker as
+durations of its own clock (`node.messages.Stages`); they are laid against the end of the time that passed here, and
 what they leave over is `network`. So no clock is compared between hosts, and nothing is negative.
 
 Knows no worker, no socket and no metric.
@@ -49,7 +49,7 @@ USUAL: dict[str, tuple[str, ...]] = {
     LAST_TOKEN: ("decode", "retry"),
 }
 # fmt: on
-"""The parts of a line, and the stages that each shows even if they took no time; others only if they took some."""
+"""The segments of a line, and the stages that each shows even if they took no time; others only if they took some."""
 _UNTIL = tuple(USUAL)
 
 _TOLD: tuple[tuple[str, str], ...] = (
@@ -68,7 +68,7 @@ MAX_ATTEMPTS_KEPT = 8
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One part of a line; `stages` sum to `total_s`."""
+    """One segment of a line; `stages` sum to `total_s`."""
 
     until: str
     complete: bool
@@ -111,23 +111,23 @@ class Timeline:
         self.ended = False
         self._clock = clock
         self._began_at = self._cursor = clock() if started_at is None else started_at
-        self._parts: list[Segment] = []
+        self._segments: list[Segment] = []
         self._stages: dict[str, float] = {}
         self._stage = "admission"
         self._decoding = False
-        self._on_part: Callable[[Segment], None] = lambda part: None
+        self._on_segment: Callable[[Segment], None] = lambda segment: None
 
-    def fork(self, on_part: Callable[[Segment], None]) -> Timeline:
-        """The line of one of several generations, which have had a common beginning; complete parts go to `on_part`."""
+    def fork(self, on_segment: Callable[[Segment], None]) -> Timeline:
+        """The line of one of several generations with a common beginning; complete segments go to `on_segment`."""
         line = Timeline(self._clock, self._began_at)
         line._cursor, line._stage, line._stages = self._cursor, self._stage, dict(self._stages)
-        line._on_part = on_part
+        line._on_segment = on_segment
         return line
 
     @property
-    def parts(self) -> tuple[Segment, ...]:
+    def segments(self) -> tuple[Segment, ...]:
         """Those that are over, in order."""
-        return tuple(self._parts)
+        return tuple(self._segments)
 
     # -- the proxy's own stages
 
@@ -183,7 +183,7 @@ class Timeline:
         attempt.handed_over, attempt.sent_bytes, attempt.transfer_s = True, sent_bytes, transfer_s
 
     def shown(self) -> bool:
-        """The client was given an answer: the part ends. False if the cuts are made, and nobody need call again."""
+        """The client was given an answer: the segment ends. False if the cuts are made, and nobody need call again."""
         if self.ended or self._until == LAST_TOKEN:
             return False
         self._cut(complete=True)
@@ -195,7 +195,7 @@ class Timeline:
 
     @property
     def _until(self) -> str:
-        return _UNTIL[min(len(self._parts), len(_UNTIL) - 1)]
+        return _UNTIL[min(len(self._segments), len(_UNTIL) - 1)]
 
     def _advance(self, now: float) -> None:
         self._add(self._stage, now - self._cursor)
@@ -210,7 +210,7 @@ class Timeline:
         self._advance(now)
         usual = USUAL[until]
         stages = tuple((s, self._stages.get(s, 0.0)) for s in STAGES if s in usual or s in self._stages)
-        part = Segment(until, complete, now - self._began_at, stages)
-        self._parts.append(part)
+        segment = Segment(until, complete, now - self._began_at, stages)
+        self._segments.append(segment)
         self._stages, self._began_at = {}, now
-        self._on_part(part)
+        self._on_segment(segment)

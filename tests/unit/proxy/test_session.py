@@ -211,7 +211,7 @@ async def test_the_timeline_holds_every_attempt() -> None:
     task = asyncio.create_task(_run(desk, timeline=timeline))
     assert _ids(await task) == [7, 8]
     timeline.end(finished=True)
-    stages = dict(timeline.parts[0].stages)
+    stages = dict(timeline.segments[0].stages)
     assert stages["retry"] > 0.0 and stages["queue"] > 0.0 and stages["prefill_queue"] > 0.0
     assert [bool(attempt.end) for attempt in timeline.attempts] == [True, True, False]
     assert timeline.num_attempts == 3 and len(timeline.prefix_hash) == 32

@@ -22,7 +22,7 @@ from baton.node.errors import (
 )
 from baton.proxy.http.app import create_app
 from baton.proxy.http.asgi import read_body
-from baton.proxy.http.endpoint import RequestLimit
+from baton.proxy.http.service import RequestLimit
 from baton.proxy.interface import AppSettings, Delta
 from baton.proxy.text.model_text import ModelText
 from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep

@@ -175,7 +175,7 @@ async def test_preemptions_never_fall(client: httpx.AsyncClient, engine: FakeEng
     assert totals == [7, 8, 9]
 
 
-def about(prompt_tokens: int) -> GenerationInfo:
+def info(prompt_tokens: int) -> GenerationInfo:
     return GenerationInfo("r", 0, "chat", "demo", True, prompt_tokens, SamplingParams(max_tokens=9), 0, {})
 
 
@@ -190,8 +190,8 @@ def test_times_are_those_of_the_clock() -> None:
     """Guards each latency against parts of another, and the TTFT against a sum of stages that is not it."""
     clock = Clock()
     metrics = ProxyMetrics(FakeEngine(lambda call: []), "demo", clock)
-    line = Timeline(clock).fork(metrics.parts_of("chat"))
-    track = GenerationMeter(metrics, RequestLog(), about(6), line)
+    line = Timeline(clock).fork(metrics.segments_of("chat"))
+    track = GenerationMeter(metrics, RequestLog(), info(6), line)
     line.enter("queue")
     clock.now_s += 0.25
     line.dispatch("p0/1", "d0/1", b"")
@@ -226,8 +226,8 @@ def test_times_are_those_of_the_clock() -> None:
 def test_a_part_that_was_not_reached_is_no_observation() -> None:
     """Guards quantiles against requests that ended before there was anything to measure."""
     metrics = ProxyMetrics(FakeEngine(lambda call: []), "demo", Clock())
-    line = Timeline(metrics.clock).fork(metrics.parts_of("chat"))
-    GenerationMeter(metrics, RequestLog(), about(7), line).close("cancelled")
+    line = Timeline(metrics.clock).fork(metrics.segments_of("chat"))
+    GenerationMeter(metrics, RequestLog(), info(7), line).close("cancelled")
     seen = Scrape(metrics.exposition().decode())
     assert seen("vllm:time_to_first_token_seconds_count") == 0
     assert {s.value for s in seen.samples if s.name == "baton:request_stage_seconds_count"} == {0.0}
@@ -239,7 +239,7 @@ def test_moved_bytes_belong_to_pairs_that_are_there() -> None:
     engine = FakeEngine(lambda call: [], workers=[status("p0", "prefill", 9), status("d0", "decode", 9)])
     metrics = ProxyMetrics(engine, "demo", Clock())
     line = Timeline(metrics.clock)
-    track = GenerationMeter(metrics, RequestLog(), about(7), line)
+    track = GenerationMeter(metrics, RequestLog(), info(7), line)
     line.dispatch("p0/1", "d0/7", b"")
     line.handed_over(64, 0.5)
     line.fail_attempt("lost", busy=False)
@@ -281,7 +281,7 @@ def test_a_strict_reader_accepts_every_metric() -> None:
 def test_two_apps_share_nothing() -> None:
     """Guards against a global registry, in which a second app in one process cannot be made."""
     first, second = (ProxyMetrics(FakeEngine(lambda call: []), "demo") for _ in range(2))
-    GenerationMeter(first, RequestLog(), about(3), Timeline(first.clock))
+    GenerationMeter(first, RequestLog(), info(3), Timeline(first.clock))
     assert Scrape(first.exposition().decode())("vllm:num_requests_waiting") == 1
     assert Scrape(second.exposition().decode())("vllm:num_requests_waiting") == 0
 

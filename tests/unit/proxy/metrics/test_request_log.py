@@ -25,16 +25,16 @@ COMPLETION = {"model": "demo", "prompt": f"A {SECRET} said"}
 
 def record(request_id: str = "cmpl-1", index: int = 0, took_s: float = 2.0) -> RequestRecord:
     sampling = SamplingParams(max_tokens=4)
-    about = GenerationInfo(
+    info = GenerationInfo(
         request_id, index, "text_completion", "demo", True, 7, sampling, 1_700_000_000_000_000_000, {}
     )
-    parts = (Segment("first_token", True, took_s, (("prefill", took_s), ("network", 0.0))),)
+    segments = (Segment("first_token", True, took_s, (("prefill", took_s), ("network", 0.0))),)
     attempts = (Attempt("p0/1", "d0/1", "lost"), Attempt("p1/1", "d0/1"))
-    return RequestRecord(about, "length", 4, 3, parts, attempts, 2, (2, 0, 0), bytes(range(32)))
+    return RequestRecord(info, "length", 4, 3, segments, attempts, 2, (2, 0, 0), bytes(range(32)))
 
 
 def test_one_line_a_request_with_everything_in_it(caplog: pytest.LogCaptureFixture) -> None:
-    """Guards the log: outcome, lengths, workers, the hash's beginning, and each stage under its part."""
+    """Guards the log: outcome, lengths, workers, the hash's beginning, and each stage under its segment."""
     caplog.set_level(logging.DEBUG, "proxy")
     RequestLog().add(record())
     (line,) = caplog.messages
@@ -64,7 +64,7 @@ def test_the_ring_is_bounded() -> None:
     assert [bool(journal.find(f"r{number}")) for number in range(10)] == [False] * 7 + [True] * 3
     for index in range(5):
         journal.add(record("many", index))
-    assert [each.about.index for each in journal.find("many")] == [0, 1, 2, 3, 4]
+    assert [each.info.index for each in journal.find("many")] == [0, 1, 2, 3, 4]
     assert not journal.find("r9")
     off = RequestLog()
     off.add(record())
@@ -115,19 +115,19 @@ async def look_up(client: httpx.AsyncClient, answer: httpx.Response) -> list[dic
 
 
 def demand_sums(generation: dict) -> None:  # type: ignore[type-arg]
-    for part in generation["timeline"]:
-        assert sum(part["stages"].values()) == pytest.approx(part["total_s"], abs=1e-9)
-        assert all(took_s >= 0.0 for took_s in part["stages"].values())
+    for segment in generation["timeline"]:
+        assert sum(segment["stages"].values()) == pytest.approx(segment["total_s"], abs=1e-9)
+        assert all(took_s >= 0.0 for took_s in segment["stages"].values())
 
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_finished_request_can_be_looked_up(client: httpx.AsyncClient, stream: bool) -> None:
-    """Guards the way from the first byte to the record: every part complete, all its stages there, their sum exact."""
+    """Guards the way from the first byte to the record: every segment complete, all stages there, their sum exact."""
     answer = await client.post("/v1/completions", json={**COMPLETION, "stream": stream})
     (generation,) = await look_up(client, answer)
-    assert [(part["until"], part["complete"]) for part in generation["timeline"]] == [(u, True) for u in USUAL]
-    for part in generation["timeline"]:
-        assert set(part["stages"]) >= set(USUAL[part["until"]])
+    assert [(segment["until"], segment["complete"]) for segment in generation["timeline"]] == [(u, True) for u in USUAL]
+    for segment in generation["timeline"]:
+        assert set(segment["stages"]) >= set(USUAL[segment["until"]])
     demand_sums(generation)
     assert generation["outcome"] == "stop" and generation["stream"] == stream
     assert generation["prefix_hash"] == "abababababababab"
@@ -155,8 +155,8 @@ async def test_a_failed_and_a_refused_request_have_timelines_too(client: httpx.A
     failed = await client.post("/v1/completions", json=COMPLETION)
     (generation,) = await look_up(client, failed)
     assert (failed.status_code, generation["outcome"]) == (500, "internal")
-    (part,) = generation["timeline"]
-    assert not part["complete"] and part["stages"]["in_flight"] > 0.0
+    (segment,) = generation["timeline"]
+    assert not segment["complete"] and segment["stages"]["in_flight"] > 0.0
     demand_sums(generation)
     refused = await client.post("/v1/completions", json={**COMPLETION, "max_tokens": -1})
     (generation,) = await look_up(client, refused)

@@ -1,4 +1,4 @@
-"""proxy.timeline on a clock of the test's own: the stages of a part sum to it, whatever happens in whatever order."""
+"""The timeline on a clock of the test's own: the stages of a segment sum to it, whatever happens in whatever order."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def begun(clock: Clock) -> Timeline:
     return line
 
 
-def seconds(part: Segment) -> dict[str, float]:
-    return {stage: took_s for stage, took_s in part.stages if took_s}
+def seconds(segment: Segment) -> dict[str, float]:
+    return {stage: took_s for stage, took_s in segment.stages if took_s}
 
 
 def test_a_request_from_its_first_byte_to_its_end() -> None:
@@ -63,17 +63,17 @@ def test_a_request_from_its_first_byte_to_its_end() -> None:
     assert not line.shown()
     clock.now_s += 7.0
     line.end(finished=True)
-    first, second, last = line.parts
+    first, second, last = line.segments
     proxy = {"admission": 0.5, "tokenise": 0.5, "queue": 0.5, "route": 0.5}
     workers = {"prefill_queue": 1.0, "tier_load": 0.5, "prefill": 2.0, "network": 0.5, "reply": 0.25}
     assert seconds(first) == proxy | workers and first.total_s == 6.25
     worker = {"transfer_wait": 0.25, "transfer": 1.0, "decode_admission": 0.125, "first_step": 0.5}
     assert seconds(second) == worker | {"network": 0.125, "reply": 0.25} and second.total_s == 2.25
     assert seconds(last) == {"decode": 7.0}
-    assert [(part.until, part.complete) for part in line.parts] == [(until, True) for until in USUAL]
-    for part in line.parts:
-        assert [stage for stage, _ in part.stages if stage in USUAL[part.until]] == sorted(
-            USUAL[part.until], key=list(STAGES).index
+    assert [(segment.until, segment.complete) for segment in line.segments] == [(until, True) for until in USUAL]
+    for segment in line.segments:
+        assert [stage for stage, _ in segment.stages if stage in USUAL[segment.until]] == sorted(
+            USUAL[segment.until], key=list(STAGES).index
         )
 
 
@@ -87,7 +87,7 @@ def test_a_worker_that_counts_more_than_passed_here_is_cut_from_its_beginning() 
     clock.now_s += 1.0
     line.report(DECODE)
     line.shown()
-    assert seconds(line.parts[1]) == {"transfer": 0.375, "decode_admission": 0.125, "first_step": 0.5}
+    assert seconds(line.segments[1]) == {"transfer": 0.375, "decode_admission": 0.125, "first_step": 0.5}
 
 
 def test_failed_attempts_are_retry_and_busy_ones_are_queue() -> None:
@@ -108,7 +108,7 @@ def test_failed_attempts_are_retry_and_busy_ones_are_queue() -> None:
     clock.now_s += 4.0
     line.report(PREFILL)
     line.shown()
-    (first,) = line.parts
+    (first,) = line.segments
     assert seconds(first)["retry"] == 8.0 and seconds(first)["queue"] == 0.5 + 3.0 + 0.5
     assert math.isclose(sum(seconds(first).values()), first.total_s)
     assert [(each.prefill, each.end) for each in line.attempts] == [
@@ -137,13 +137,13 @@ def test_a_worker_lost_in_mid_stream_costs_from_the_last_token_on() -> None:
     line.report(PREFILL)
     clock.now_s += 6.0
     line.end(finished=True)
-    last = seconds(line.parts[2])
+    last = seconds(line.segments[2])
     assert (last["decode"], last["retry"], last["prefill"]) == (11.0, 2.0, 2.0)
 
 
 @pytest.mark.parametrize("shown", [0, 1, 2])
 def test_a_generation_that_fails_ends_where_it_was(shown: int) -> None:
-    """Guards the timelines of cancelled and failed requests: the part they ended in is there, and not complete."""
+    """Guards the timelines of cancelled and failed requests: the segment they ended in is there, and not complete."""
     clock = Clock()
     line = begun(clock)
     for stages in (PREFILL, DECODE)[:shown]:
@@ -153,8 +153,8 @@ def test_a_generation_that_fails_ends_where_it_was(shown: int) -> None:
     line.end(finished=False)
     line.end(finished=False)
     assert not line.shown()
-    assert [part.complete for part in line.parts] == [True] * shown + [False]
-    assert seconds(line.parts[-1])["in_flight" if shown < 2 else "decode"] == 1.5
+    assert [segment.complete for segment in line.segments] == [True] * shown + [False]
+    assert seconds(line.segments[-1])["in_flight" if shown < 2 else "decode"] == 1.5
 
 
 def test_one_token_is_all() -> None:
@@ -165,8 +165,11 @@ def test_one_token_is_all() -> None:
     line.shown()
     clock.now_s += 0.5
     line.end(finished=True)
-    assert [(part.until, part.complete) for part in line.parts] == [(FIRST_TOKEN, True), (SECOND_TOKEN, False)]
-    assert seconds(line.parts[1]) == {"reply": 0.5}
+    assert [(segment.until, segment.complete) for segment in line.segments] == [
+        (FIRST_TOKEN, True),
+        (SECOND_TOKEN, False),
+    ]
+    assert seconds(line.segments[1]) == {"reply": 0.5}
 
 
 def test_generations_of_one_request_share_its_beginning_only() -> None:
@@ -181,11 +184,11 @@ def test_generations_of_one_request_share_its_beginning_only() -> None:
         clock.now_s += 1.0
         line.enter("queue")
         line.end(finished=False)
-    assert [dict(seconds(part)) for part in told] == [
+    assert [dict(seconds(segment)) for segment in told] == [
         {"admission": 1.0, "tokenise": 3.0},
         {"admission": 1.0, "tokenise": 4.0},
     ]
-    assert common.parts == ()
+    assert common.segments == ()
 
 
 def test_attempts_are_bounded() -> None:
@@ -209,7 +212,7 @@ events = st.one_of(
 
 @given(st.lists(st.tuples(durations, events), max_size=30), st.booleans())
 def test_no_order_of_events_breaks_the_sums(steps: list[tuple[float, tuple[str, object]]], finished: bool) -> None:
-    """Guards exactness on every path: parts follow one another without a gap, and no stage is negative or unknown."""
+    """Guards exactness on every path: segments follow one another without a gap, no stage is negative or unknown."""
     clock = Clock()
     line = begun(clock)
     for wait_s, (event, value) in steps:
@@ -228,10 +231,10 @@ def test_no_order_of_events_breaks_the_sums(steps: list[tuple[float, tuple[str, 
             case "told", _:
                 line.told_at = clock.now_s
     line.end(finished=finished)
-    assert math.isclose(sum(part.total_s for part in line.parts), clock.now_s - 100.0, abs_tol=1e-9)
-    for part in line.parts:
-        assert math.isclose(sum(took_s for _, took_s in part.stages), part.total_s, abs_tol=1e-9)
-        assert all(took_s >= 0.0 and stage in STAGES for stage, took_s in part.stages)
-    assert [part.until for part in line.parts] == list(USUAL)[: len(line.parts)]
-    assert [part.complete for part in line.parts[:-1]] == [True] * (len(line.parts) - 1)
-    assert line.parts[-1].complete == (finished and line.parts[-1].until == LAST_TOKEN)
+    assert math.isclose(sum(segment.total_s for segment in line.segments), clock.now_s - 100.0, abs_tol=1e-9)
+    for segment in line.segments:
+        assert math.isclose(sum(took_s for _, took_s in segment.stages), segment.total_s, abs_tol=1e-9)
+        assert all(took_s >= 0.0 and stage in STAGES for stage, took_s in segment.stages)
+    assert [segment.until for segment in line.segments] == list(USUAL)[: len(line.segments)]
+    assert [segment.complete for segment in line.segments[:-1]] == [True] * (len(line.segments) - 1)
+    assert line.segments[-1].complete == (finished and line.segments[-1].until == LAST_TOKEN)

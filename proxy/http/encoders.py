@@ -1,4 +1,4 @@
-"""OpenAI's answers: plain values in, the JSON of a response or of one streamed chunk out.
+"""Encoders of OpenAI's APIs: choices of plain text in, the JSON of a response or of one streamed chunk out.
 
 Owns the shapes of `text_completion`, `chat.completion` and their chunks. Encoded by msgspec, as a chunk is written for
 each token. Knows no HTTP and no tokenizer. Source: the OpenAI API reference.
@@ -12,42 +12,13 @@ from typing import Protocol
 
 import msgspec
 
+from baton.proxy.http.events import ChoiceText, TokenLogprob, TokenUsage
+
 _encode = msgspec.json.Encoder().encode
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """One generated token with its probability, as bytes: it may be a part of a character."""
-
-    token: bytes
-    logprob: float
-    top: tuple[tuple[bytes, float], ...]
-    """The likeliest tokens at this place."""
-    offset_chars: int
-    """Characters of the answer before this token."""
-
-
-@dataclass(frozen=True, slots=True)
-class TokenUsage:
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-
-
-@dataclass(frozen=True, slots=True)
-class ChoiceText:
-    """One choice: all of it, or what a chunk adds to it."""
-
-    index: int
-    text: str
-    logprobs: tuple[TokenLogprob, ...] | None
-    """None where the request asked for none."""
-    finish: str
-    """Empty while it is not finished."""
-
-
-class Answers(Protocol):
-    """Writes the answers of one request."""
+class Encoder(Protocol):
+    """Writes the answer to one request in the shapes of one API."""
 
     def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes: ...
 
@@ -134,12 +105,15 @@ class _ChatChoice(msgspec.Struct):
     finish_reason: str | None
 
 
+_Choices = Sequence[_CompletionChoice | _ChunkChoice | _ChatChoice]
+
+
 class _Response(msgspec.Struct):
     id: str
     object: str
     created: int
     model: str
-    choices: Sequence[_CompletionChoice | _ChunkChoice | _ChatChoice]
+    choices: _Choices
     usage: _Usage | msgspec.UnsetType | None = msgspec.UNSET
     """In a chunk: absent unless asked for, then null in all chunks but the last."""
     system_fingerprint: None = None
@@ -149,64 +123,78 @@ class _Response(msgspec.Struct):
 
 
 @dataclass(frozen=True, slots=True)
-class CompletionAnswers:
-    """Answers of /v1/completions."""
+class AnswerHeader:
+    """What all parts of one answer repeat, and what its client asked to see in them."""
 
     id: str
     created: int
     model: str
+    logprobs: bool
     include_usage: bool
+    """Of a stream: every chunk has the field, the last one a value."""
+
+    def encode(self, kind: str, choices: _Choices, usage: TokenUsage) -> bytes:
+        """A whole answer, or the chunk of a stream that has the usage."""
+        return _encode(_Response(self.id, kind, self.created, self.model, choices, _usage(usage)))
+
+    def encode_chunk(self, kind: str, choice: _CompletionChoice | _ChunkChoice) -> bytes:
+        usage = None if self.include_usage else msgspec.UNSET
+        return _encode(_Response(self.id, kind, self.created, self.model, (choice,), usage))
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionEncoder:
+    """Writes answers of /v1/completions."""
+
+    header: AnswerHeader
 
     def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
-        return self._write([_completion_choice(choice) for choice in choices], _usage(usage))
+        return self.header.encode("text_completion", [self._choice(choice) for choice in choices], usage)
 
     def opening(self, index: int) -> bytes | None:
         return None
 
     def chunk(self, choice: ChoiceText) -> bytes:
-        return self._write([_completion_choice(choice)], None if self.include_usage else msgspec.UNSET)
+        return self.header.encode_chunk("text_completion", self._choice(choice))
 
     def usage(self, usage: TokenUsage) -> bytes:
-        return self._write([], _usage(usage))
+        return self.header.encode("text_completion", [], usage)
 
-    def _write(self, choices: list[_CompletionChoice], usage: _Usage | msgspec.UnsetType | None) -> bytes:
-        return _encode(_Response(self.id, "text_completion", self.created, self.model, choices, usage))
+    def _choice(self, choice: ChoiceText) -> _CompletionChoice:
+        logprobs = _completion_logprobs(choice.logprobs) if self.header.logprobs else None
+        return _CompletionChoice(choice.index, choice.text, logprobs, choice.finish or None)
 
 
 @dataclass(frozen=True, slots=True)
-class ChatAnswers:
-    """Answers of /v1/chat/completions."""
+class ChatEncoder:
+    """Writes answers of /v1/chat/completions."""
 
-    id: str
-    created: int
-    model: str
-    include_usage: bool
+    header: AnswerHeader
 
     def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
         made = [
             _ChatChoice(
-                choice.index,
-                _ChatMessage("assistant", choice.text),
-                _chat_logprobs(choice.logprobs),
-                choice.finish or None,
+                choice.index, _ChatMessage("assistant", choice.text), self._logprobs(choice), choice.finish or None
             )
             for choice in choices
         ]
-        return _encode(_Response(self.id, "chat.completion", self.created, self.model, made, _usage(usage)))
+        return self.header.encode("chat.completion", made, usage)
 
     def opening(self, index: int) -> bytes | None:
-        return self._chunk([_ChunkChoice(index, _Delta("assistant", ""), None, None)])
+        return self._chunk(_ChunkChoice(index, _Delta("assistant", ""), None, None))
 
     def chunk(self, choice: ChoiceText) -> bytes:
         delta = _Delta(content=choice.text or None)
-        return self._chunk([_ChunkChoice(choice.index, delta, _chat_logprobs(choice.logprobs), choice.finish or None)])
+        return self._chunk(_ChunkChoice(choice.index, delta, self._logprobs(choice), choice.finish or None))
 
     def usage(self, usage: TokenUsage) -> bytes:
-        return _encode(_Response(self.id, "chat.completion.chunk", self.created, self.model, [], _usage(usage)))
+        return self.header.encode("chat.completion.chunk", [], usage)
 
-    def _chunk(self, choices: list[_ChunkChoice]) -> bytes:
-        usage = None if self.include_usage else msgspec.UNSET
-        return _encode(_Response(self.id, "chat.completion.chunk", self.created, self.model, choices, usage))
+    def _chunk(self, choice: _ChunkChoice) -> bytes:
+        return self.header.encode_chunk("chat.completion.chunk", choice)
+
+    def _logprobs(self, choice: ChoiceText) -> _ChatLogprobs | None:
+        return _chat_logprobs(choice.logprobs) if self.header.logprobs else None
 
 
 def _usage(usage: TokenUsage) -> _Usage:
@@ -215,14 +203,8 @@ def _usage(usage: TokenUsage) -> _Usage:
     return _Usage(usage.prompt_tokens, usage.completion_tokens, total, details)
 
 
-def _completion_choice(choice: ChoiceText) -> _CompletionChoice:
-    return _CompletionChoice(choice.index, choice.text, _completion_logprobs(choice.logprobs), choice.finish or None)
-
-
-def _completion_logprobs(tokens: tuple[TokenLogprob, ...] | None) -> _CompletionLogprobs | None:
-    """The legacy shape; the drawn token is always among the likeliest, so there may be one more than asked for."""
-    if tokens is None:
-        return None
+def _completion_logprobs(tokens: Sequence[TokenLogprob]) -> _CompletionLogprobs:
+    """The legacy shape; the drawn token is always among the most likely, so there may be one more than asked for."""
     return _CompletionLogprobs(
         tokens=[_shown(token.token) for token in tokens],
         token_logprobs=[_finite(token.logprob) for token in tokens],
@@ -234,9 +216,7 @@ def _completion_logprobs(tokens: tuple[TokenLogprob, ...] | None) -> _Completion
     )
 
 
-def _chat_logprobs(tokens: tuple[TokenLogprob, ...] | None) -> _ChatLogprobs | None:
-    if tokens is None:
-        return None
+def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> _ChatLogprobs:
     return _ChatLogprobs(
         [
             _ChatLogprob(

@@ -1,0 +1,89 @@
+"""From the engine's tokens to the events of one choice: detokenised text, stop strings, log probabilities, usage.
+
+Knows no engine and no HTTP.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.node.messages.control import Logprob
+from baton.proxy.http.events import Content, Event, Finish, TokenLogprob, TokenUsage
+from baton.proxy.http.prepare import Generation
+from baton.proxy.interface import Delta
+from baton.proxy.text.model_text import ModelText
+from baton.proxy.text.stop import StopMatcher
+
+
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """The client's stop strings."""
+
+    strings: tuple[str, ...]
+    include: bool
+    """Keep the string, or token, that stopped the text in it."""
+
+
+class Assembler:
+    """The events of one generation; `finish` is empty until the last of them were made."""
+
+    def __init__(self, generation: Generation, text: ModelText, stop: StopRule) -> None:
+        self.finish = ""
+        self.num_tokens = 0
+        self._generation = generation
+        self._text = text
+        self._detokenizer = text.detokenizer()
+        self._stop = StopMatcher(stop.strings, include=stop.include)
+        self._include_stop = stop.include
+        self._unsent = generation.echo
+        self._num_chars = 0
+        """Characters detokenised so far, held ones included."""
+
+    def feed(self, delta: Delta) -> list[Event]:
+        """What `delta` adds, maybe nothing. Tokens after a stop string are dropped and not counted."""
+        text, self._unsent = self._unsent, ""
+        logprobs: list[TokenLogprob] = []
+        last = len(delta.ids) - 1
+        for place, token_id in enumerate(delta.ids):
+            if delta.logprobs:
+                logprobs.append(self._logprob(token_id, delta.logprobs[place]))
+            self.num_tokens += 1
+            if place == last and delta.finish and self._hides(token_id, delta.finish):
+                continue
+            piece, matched = self._match(self._detokenizer.push(token_id))
+            text += piece
+            if matched:
+                self.finish = "stop"
+                break
+        if not self.finish and delta.finish:
+            piece, matched = self._flush()
+            text += piece
+            self.finish = "stop" if matched else delta.finish
+        events: list[Event] = [Content(text, tuple(logprobs))] if text or logprobs else []
+        if self.finish:
+            usage = TokenUsage(len(self._generation.prompt_ids), self.num_tokens, delta.cached_tokens)
+            events += (Finish(self.finish), usage)
+        return events
+
+    def _match(self, text: str) -> tuple[str, str]:
+        """The text that may be sent, and the stop string that it completed, or "".
+
+        Stop strings count from the token on that fulfils min_tokens; text before it is not searched.
+        """
+        self._num_chars += len(text)
+        if self.num_tokens < self._generation.sampling.min_tokens:
+            return text, ""
+        return self._stop.push(text)
+
+    def _flush(self) -> tuple[str, str]:
+        text, matched = self._match(self._detokenizer.flush())
+        return (text, matched) if matched else (text + self._stop.flush(), "")
+
+    def _hides(self, token_id: int, finish: str) -> bool:
+        """A token that ended the answer is no part of its text, unless the client asked for what stopped it."""
+        stopped = finish == "stop" and token_id in self._generation.sampling.stop_token_ids
+        return stopped and not self._include_stop
+
+    def _logprob(self, token_id: int, logprob: Logprob) -> TokenLogprob:
+        top = tuple((self._text.token_bytes(token), value) for token, value in logprob.top)
+        return TokenLogprob(self._text.token_bytes(token_id), logprob.logprob, top, self._num_chars)

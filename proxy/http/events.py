@@ -1,0 +1,86 @@
+"""The typed stream between detokeniser and HTTP: what each choice of an answer consists of, event by event.
+
+The assembler makes the events, encoders write them in the shape of one API, streamed or at once. Reasoning and tool
+calls will be further members of `Event`. Knows no JSON, no HTTP and no tokenizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """One generated token with its probability, as bytes: it may be a part of a character."""
+
+    token: bytes
+    logprob: float
+    top: tuple[tuple[bytes, float], ...]
+    """The most likely tokens at this place."""
+    offset_chars: int
+    """Characters of the answer before this token."""
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """Visible text. It is empty where tokens have log probabilities but complete no character yet."""
+
+    text: str
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Finish:
+    """The choice is complete."""
+
+    reason: str
+    """"stop" | "length"."""
+
+
+@dataclass(frozen=True, slots=True)
+class TokenUsage:
+    """What a choice took; follows its Finish, as the last event."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+Event = Content | Finish | TokenUsage
+
+
+@dataclass(frozen=True, slots=True)
+class ChoiceText:
+    """Consecutive events of one choice joined: those of one delta for a chunk, all of them for a whole answer."""
+
+    index: int
+    text: str
+    logprobs: tuple[TokenLogprob, ...]
+    finish: str
+    """Empty while the choice is not complete."""
+
+
+def join_events(index: int, events: Iterable[Event]) -> ChoiceText:
+    """The text, log probabilities and finish in `events`."""
+    texts: list[str] = []
+    logprobs: list[TokenLogprob] = []
+    finish = ""
+    for event in events:
+        if type(event) is Content:
+            texts.append(event.text)
+            logprobs.extend(event.logprobs)
+        elif type(event) is Finish:
+            finish = event.reason
+    return ChoiceText(index, "".join(texts), tuple(logprobs), finish)
+
+
+def total_usage(usages: Iterable[TokenUsage], choices_per_prompt: int) -> TokenUsage:
+    """The usage of a whole request: a prompt counts once, however many choices it has."""
+    prompt_tokens = completion_tokens = cached_tokens = 0
+    for index, usage in enumerate(usages):
+        completion_tokens += usage.completion_tokens
+        if index % choices_per_prompt == 0:
+            prompt_tokens += usage.prompt_tokens
+            cached_tokens += usage.cached_tokens
+    return TokenUsage(prompt_tokens, completion_tokens, cached_tokens)
