@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 
+from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.node.errors import SettingsError
 
 PROG = "baton bench"
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         return int(import_module(f"baton.benchmark.{entry.module}").main(argv[1:]))
-    except SettingsError as error:
+    except (SettingsError, BenchmarkFailed) as error:
         print(f"{PROG} {name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

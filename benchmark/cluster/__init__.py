@@ -1,1 +1,1 @@
-"""Measurements of a whole cluster on one machine."""
+"""Benchmarks of whole clusters on one machine."""

@@ -1,40 +1,46 @@
 """Speed on the CPU: the whole system over HTTP against transformers.generate, in interleaved rounds of one run.
 
-    scripts/bench cpu [--rounds 5] [--threads 2]
-
-It prints a JSON line for each round, then a table. Only the ratios mean something on another machine. Both sides
-compute the same prompts with the same model in float32; the server is started as `scripts/serve` starts it. No prompt
-comes twice, so no prefix cache helps. On a machine that others use as well, look at "cores used by other programs" and
-at "tokens a CPU second", which does not depend on them. It owns the plan of the rounds and the arithmetic; the clocks
-are in bench_sides.
+A JSON line for each round, then a table. Only the ratios are comparable between machines. Both sides compute the same
+prompts with the same model in float32; the server is started as `baton serve` starts it. No prompt comes twice, so no
+prefix cache helps. On a machine that others use as well, see "cores used by other programs" and "tokens a CPU second",
+which does not depend on them. The plan of the rounds and the arithmetic are here; what runs beside the server is in
+sides.py.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
 import random
-import socket
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, TypeVar
 
 from tokenizers import Tokenizer
 
+from baton.benchmark.cluster.completions import CompletionClient
+from baton.benchmark.cluster.running import running
+from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
 from baton.benchmark.harness.options import new_parser
+from baton.benchmark.harness.processes import (
+    MeasuringChild,
+    answer_requests,
+    busy_s,
+    child_environment,
+    cpu_s,
+    machine_text,
+    peak_memory_mb,
+)
+from baton.benchmark.harness.statistics import median_text
+from baton.benchmark.load.table import markdown
+from baton.launch.local import ServeSettings
+from baton.node.modelhub import locate_model
 
-ROOT = Path(__file__).resolve().parents[2]
-START_TIMEOUT_S = 120.0
-STOP_TIMEOUT_S = 30.0
+T = TypeVar("T")
 
 SENTENCES = """\
 Once upon a time there was a little fox who lived in the forest.
@@ -79,111 +85,21 @@ class Prompts:
         return str(self._tokenizer.decode(self._tokenizer.encode(text, add_special_tokens=False).ids[:length]))
 
 
-class Side:
-    """A process of bench_sides.py that answers requests, one at a time."""
-
-    def __init__(self, process: subprocess.Popen[str]) -> None:
-        self.pid = process.pid
-        self._process = process
-        self._read()
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            raise SystemExit("a process that is measured has ended")
-        return dict(json.loads(line))
-
-
-@contextmanager
-def side(environment: dict[str, str], *arguments: str) -> Iterator[Side]:
-    command = [sys.executable, "-P", "-m", "baton.benchmark.cluster.sides", *arguments]
-    process = subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    try:
-        yield Side(process)
-    finally:
-        process.kill()
-        process.wait(STOP_TIMEOUT_S)
-
-
-@contextmanager
-def server(environment: dict[str, str], model: str, port: int, more: Sequence[str]) -> Iterator[int]:
-    """The process id of scripts/serve, from the moment it says `ready`."""
-    command = [sys.executable, "-P", "-m", "baton.launch.serve", "--model", model, "--port", str(port)]
-    command += ["--local-prefill", "short"]  # every prompt through the prefill worker, in order
-    with TemporaryDirectory() as folder:
-        log = Path(folder) / "log"
-        with log.open("wb") as out:
-            process = subprocess.Popen([*command, "--device", "cpu", *more], env=environment, stdout=out, stderr=out)
-        try:
-            deadline = time.monotonic() + START_TIMEOUT_S
-            while b"ready http://" not in log.read_bytes():
-                if process.poll() is not None or time.monotonic() > deadline:
-                    raise SystemExit(f"scripts/serve is not ready:\n{log.read_text()}")
-                time.sleep(0.2)
-            yield process.pid
-        finally:
-            process.terminate()
-            process.wait(STOP_TIMEOUT_S)
-
-
-def children(parent: int) -> dict[str, int]:
-    """Process ids of what runs as `python -P -m baton.MODULE` under `parent`, by module; one of each is expected."""
-    found = {}
-    for entry in Path("/proc").iterdir():
-        try:
-            words = (entry / "cmdline").read_bytes().split(b"\0")
-            if words[2:3] == [b"-m"] and int(_status(int(entry.name))["PPid"]) == parent:
-                found[words[3].decode().removeprefix("baton.")] = int(entry.name)
-        except (OSError, ValueError):  # no process, or gone
-            continue
-    return found
-
-
-def peak_memory_mb(pid: int) -> float:
-    """VmHWM in MB of 10**6 bytes."""
-    return int(_status(pid)["VmHWM"].split()[0]) * 1024 / 1e6
-
-
-def cpu_s(pids: Iterable[int]) -> float:
-    """CPU time that processes have used, in user and kernel."""
-    stats = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split() for pid in pids]
-    return sum(int(stat[11]) + int(stat[12]) for stat in stats) / os.sysconf("SC_CLK_TCK")
-
-
-def busy_s() -> float:
-    """CPU time of everything on this machine since it started, stolen time included."""
-    user, nice, system, _, _, irq, softirq, steal = map(int, Path("/proc/stat").read_text().split("\n")[0].split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _status(pid: int) -> dict[str, str]:
-    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-
-
 @dataclass(frozen=True, slots=True)
-class Bench:
+class CpuBenchmark:
     """What a round needs. Throughputs are tokens/s; CPU figures are CPU seconds of all processes for 1000 tokens."""
 
     prompts: Prompts
-    client: Side
-    reference: Side
-    bare: Side
+    client: CompletionClient
+    reference: MeasuringChild
+    """transformers."""
+    bare: MeasuringChild
     """Our model's bare decode step."""
     served: tuple[int, ...]
     """Process ids of the proxy and the workers."""
-    model: str
-    port: int
     options: argparse.Namespace
 
-    def round(self, number: int) -> dict[str, Any]:
+    def round(self) -> dict[str, Any]:
         """Our side runs before and after the reference, so that a drift of the machine meets both."""
         many = self.prompts.take(self.options.concurrency)
         before = self._serve(many)
@@ -193,12 +109,10 @@ class Bench:
         gaps_ms, steps_ms = [], []
         for text in self.prompts.take(2):
             gaps_ms += self._serve([text])["gaps_ms"]
-            asked = self.bare.ask(prompt=self.prompts.ids(text), new_tokens=self.options.new_tokens)
-            steps_ms += asked["steps_ms"]
+            steps_ms += self.bare.ask({"prompt": self.prompts.ids(text), "new_tokens": self.options.new_tokens})
         served = {name: before[name] + after[name] for name in ("tokens", "seconds", "cpu_s", "cached_tokens")}
         expected = [self.prompts.text(ids) for ids in ones["ids"]]
         return {
-            "round": number,
             "served": served["tokens"] / served["seconds"],
             "static_batch": batch["tokens"] / batch["seconds"],
             "one_by_one": ones["tokens"] / ones["seconds"],
@@ -218,75 +132,84 @@ class Bench:
         }
 
     def _serve(self, texts: list[str]) -> dict[str, Any]:
-        request = {"port": self.port, "model": self.model, "prompts": texts, "new_tokens": self.options.new_tokens}
-        return _timed(self.served, self.client, request)
+        answers, spent = timed(self.served, os.getpid(), lambda: self.client.at_once(texts, self.options.new_tokens))
+        return {
+            "seconds": max(answer.outcome.last_s for answer in answers) - answers[0].due_s,
+            "tokens": sum(answer.completion_tokens for answer in answers),
+            "cached_tokens": sum(answer.cached_tokens for answer in answers),
+            "ttft_ms": 1000 * statistics.median(answer.ttft_s for answer in answers),
+            "gaps_ms": [1000 * gap for answer in answers for gap in answer.outcome.gaps_s],
+            "texts": [answer.outcome.text for answer in answers],
+            **spent,
+        }
 
     def _generate(self, texts: list[str], *, batched: bool) -> dict[str, Any]:
         ids = [self.prompts.ids(text) for text in texts]
         request = {"prompts": ids, "new_tokens": self.options.new_tokens, "batched": batched}
-        return _timed((self.reference.pid,), self.reference, request)
+        answer, spent = timed((self.reference.pid,), self.reference.pid, lambda: self.reference.ask(request))
+        return {**answer, **spent}
 
 
-def _timed(pids: tuple[int, ...], side: Side, request: dict[str, Any]) -> dict[str, Any]:
-    """The side's answer, the CPU time of `pids` meanwhile, and how many cores all others used (the client is ours)."""
-    ours = {*pids, side.pid}
+def timed(pids: tuple[int, ...], own: int, work: Callable[[], T]) -> tuple[T, dict[str, float]]:
+    """What `work` returns; the CPU time of `pids` meanwhile, and how many cores other processes than these and `own`
+    used."""
+    ours = {*pids, own}
     cpu_before, ours_before, busy_before, begin = cpu_s(pids), cpu_s(ours), busy_s(), time.perf_counter()
-    answer = side.ask(**request)
+    found = work()
     used_s, all_s, passed_s = cpu_s(ours) - ours_before, busy_s() - busy_before, time.perf_counter() - begin
-    return {**answer, "cpu_s": cpu_s(pids) - cpu_before, "others": max(0.0, all_s - used_s) / passed_s}
+    return found, {"cpu_s": cpu_s(pids) - cpu_before, "others": max(0.0, all_s - used_s) / passed_s}
 
 
-def measure(options: argparse.Namespace, rows: list[dict[str, Any]]) -> float:
-    """Fills `rows`, one a round; returns the idle proxy's peak memory in MB."""
-    folder = ROOT / "models" / "demo" if options.model == "demo" else Path(options.model).resolve()
-    environment = {
-        **os.environ,
-        "OMP_WAIT_POLICY": "passive",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    environment.pop("OMP_NUM_THREADS", None)  # scripts/serve shares the cores out itself
-    port = free_port()
-    with ExitStack() as stack:
-        supervisor = stack.enter_context(server(environment, options.model, port, options.serve_arg))
-        processes = children(supervisor)
-        proxy_mb = peak_memory_mb(processes["proxy"])
-        bench = Bench(
-            prompts=Prompts(Tokenizer.from_file(str(folder / "tokenizer.json"))),
-            client=stack.enter_context(side(environment, "load")),
-            reference=stack.enter_context(side(environment, "transformers", str(folder), str(options.threads))),
-            bare=stack.enter_context(side(environment, "step", str(folder), str(options.step_threads))),
-            served=tuple(processes.values()),
-            model=folder.name,
-            port=port,
-            options=options,
-        )
-        bench.round(-1)  # warms up
+def measure(options: argparse.Namespace, lines: JsonLines) -> tuple[list[dict[str, Any]], float]:
+    """A row for each round, and the idle proxy's peak memory in MB."""
+    folder, environment, rows = locate_model(options.model), child_environment(), []
+    environment.pop("OMP_NUM_THREADS", None)  # workers share the cores; a measuring process has an option for it
+    settings = ServeSettings(
+        model=options.model,
+        device="cpu",
+        local_prefill="short",  # every prompt through the prefill worker
+        worker_arg=tuple(options.worker_arg),
+        proxy_arg=tuple(options.proxy_arg),
+    )
+    transformers = ("cpu", "--side=transformers", f"--model={folder}", f"--threads={options.threads}")
+    step = ("cpu", "--side=step", f"--model={folder}", f"--threads={options.step_threads}")
+    with (
+        running(settings, environ=environment) as (cluster, _),
+        MeasuringChild(*transformers, environment=environment) as reference,
+        MeasuringChild(*step, environment=environment) as bare,
+    ):
+        proxy_mb = peak_memory_mb(cluster.pid("proxy"))
+        reference.receive()  # it has loaded the model
+        bare.receive()
+        prompts = Prompts(Tokenizer.from_file(str(folder / "tokenizer.json")))
+        served = tuple(map(cluster.pid, cluster.running()))
+        client = CompletionClient(cluster.url, cluster.model)
+        benchmark = CpuBenchmark(prompts, client, reference, bare, served, options)
+        benchmark.round()  # warms up
         for number in range(options.rounds):
-            rows.append(bench.round(number))
-            rounded = {name: round(value, 3) if isinstance(value, float) else value for name, value in rows[-1].items()}
-            print(json.dumps(rounded), flush=True)
-    return proxy_mb
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+            rows.append({"round": number, **benchmark.round()})
+            lines.write(**rows[-1])
+    return rows, proxy_mb
 
 
 def main(argv: Sequence[str]) -> int:
     options = _options(argv)
-    rows: list[dict[str, Any]] = []
-    proxy_mb = measure(options, rows)
+    if options.side:
+        from baton.benchmark.cluster import sides  # torch, which the client does not need
+
+        make = sides.transformers_side if options.side == "transformers" else sides.step_side
+        answer = make(Path(options.model), options.threads)
+        print('"ready"', flush=True)
+        answer_requests(answer)
+        return 0
+    exit_on_sigterm()
+    rows, proxy_mb = measure(options, JsonLines(options.output))
     print(report(options, rows, proxy_mb))
     return 0
 
 
 def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]], proxy_mb: float) -> str:
     """Medians over the rounds; a ratio is the median of the rounds' ratios, with the least and the largest."""
-
-    def spread(values: list[float]) -> str:
-        return f"{statistics.median(values):.2f} ({min(values):.2f} .. {max(values):.2f})"
 
     def median(name: str) -> float:
         return statistics.median([row[name] for row in rows])
@@ -296,17 +219,13 @@ def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]], proxy_mb
     cpu_over_batch = [row["static_batch_cpu"] / row["served_cpu"] for row in rows]
     overhead = [row["gap_ms"] - row["step_ms"] for row in rows]
     mean_overhead = [row["gap_mean_ms"] - row["step_mean_ms"] for row in rows]
-    lines = [
-        f"| {'measure':52} | {'value (least .. largest of the rounds)':40} | {'target':9} |",
-        f"|{'-' * 54}|{'-' * 42}|{'-' * 11}|",
-    ]
-    for name, value, target in (
-        (f"served, {options.concurrency} at once / transformers one by one", spread(over_one), ">= 4"),
-        (f"served, {options.concurrency} at once / transformers' static batch", spread(over_batch), ">= 1"),
-        ("serving overhead a token, 1 at once, p50, ms", spread(overhead), "< 3"),
-        ("the same, of the means", spread(mean_overhead), ""),
+    table = [
+        (f"served, {options.concurrency} at once / transformers one by one", median_text(over_one), ">= 4"),
+        (f"served, {options.concurrency} at once / transformers' static batch", median_text(over_batch), ">= 1"),
+        ("serving overhead a token, 1 at once, p50, ms", median_text(overhead), "< 3"),
+        ("the same, of the means", median_text(mean_overhead), ""),
         ("peak memory of the idle proxy, MB", f"{proxy_mb:.0f}", "< 250"),
-        ("tokens a CPU second, served / static batch", spread(cpu_over_batch), ""),
+        ("tokens a CPU second, served / static batch", median_text(cpu_over_batch), ""),
         ("served, tokens/s", f"{median('served'):.0f}", ""),
         ("transformers one by one, tokens/s", f"{median('one_by_one'):.0f}", ""),
         ("transformers' static batch, tokens/s", f"{median('static_batch'):.0f}", ""),
@@ -315,17 +234,17 @@ def report(options: argparse.Namespace, rows: Sequence[dict[str, Any]], proxy_mb
         ("CPU seconds for 1000 tokens: served", f"{median('served_cpu'):.2f}", ""),
         ("... transformers' static batch", f"{median('static_batch_cpu'):.2f}", ""),
         ("... transformers one by one", f"{median('one_by_one_cpu'):.2f}", ""),
-        ("cores used by other programs while served", spread([row["others_served"] for row in rows]), ""),
-        ("... while the static batch ran", spread([row["others_static_batch"] for row in rows]), ""),
+        ("cores used by other programs while served", median_text([row["others_served"] for row in rows]), ""),
+        ("... while the static batch ran", median_text([row["others_static_batch"] for row in rows]), ""),
         (f"time to first token, {options.concurrency} at once, p50, ms", f"{median('ttft_ms'):.0f}", ""),
-    ):
-        lines.append(f"| {name:52} | {value:40} | {target:9} |")
-    lines.append(
-        f"{platform.machine()}, {os.cpu_count()} cores, {time.strftime('%Y-%m-%d')}; {len(rows)} rounds; "
-        f"{options.new_tokens} tokens a request; "
-        f"threads: transformers {options.threads}, bare step {options.step_threads}, workers: as scripts/serve"
+    ]
+    return "\n".join(
+        [
+            markdown(("measure", "median (range of the rounds)", "target"), table),
+            f"{machine_text()}; {len(rows)} rounds; {options.new_tokens} tokens a request; "
+            f"threads: transformers {options.threads}, bare step {options.step_threads}, workers: as baton serve",
+        ]
     )
-    return "\n".join(lines)
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
@@ -337,13 +256,9 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--one-by-one", type=int, default=4, help="requests that transformers gets one after the other")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="threads of transformers")
     parser.add_argument("--step-threads", type=int, default=1, help="threads of the bare step: those of a worker")
-    parser.add_argument(
-        "--serve-arg",
-        action="append",
-        default=[],
-        metavar="ARGUMENT",
-        help="passed on to scripts/serve; may be repeated",
-    )
+    parser.add_argument("--worker-arg", action="append", default=[], help="passed on to each worker")
+    parser.add_argument("--proxy-arg", action="append", default=[], help="passed on to the proxy")
+    parser.add_argument("--side", choices=("transformers", "step"), help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 

@@ -2,13 +2,11 @@
 
 The same greedy requests of random prompts, all at once, go through both: first with workers of `--deterministic`, where
 every token must be equal and its log probability bit for bit, then without, where roundings depend on what else is in a
-step, and the share that is equal is told. One JSON line each; exit status 1 if a deterministic answer differs.
+step, and the share of equal tokens is reported. One JSON line each; exit status 1 if a deterministic answer differs.
 
-The API tells no token ids. It tells tokens by their bytes, with their log probabilities: no two entries of a vocabulary
-but special tokens have equal bytes.
-
-With `--device cpu` the demo model: `--deterministic` changes nothing there, and log probabilities may differ in their
-last bits.
+The API shows no token ids, but tokens by their bytes, with their log probabilities: in a vocabulary only special tokens
+have equal bytes. With `--device cpu` the demo model: `--deterministic` changes nothing there, and log probabilities may
+differ in their last bits.
 """
 
 from __future__ import annotations
@@ -17,40 +15,35 @@ import argparse
 import random
 import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, cluster
-from baton.benchmark.cluster.requests import Answer, complete_at_once, random_ids
+from baton.benchmark.cluster.completions import Completion, CompletionClient, random_ids
+from baton.benchmark.cluster.running import ServedModel, running, served_model
+from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
 from baton.benchmark.harness.options import cluster_parser
-from baton.benchmark.harness.shapes import make_model
 from baton.launch.local import ServeSettings
-from baton.node.modelhub import DEMO_MODEL
 
-BLOCK_TOKENS = {"cpu": 16, "cuda": 64}
 SPARE_BLOCKS = 64
 DISAGGREGATED, COLOCATED = (1, 1), (0, 1)
 """Prefill and decode workers."""
 
 
 def settings_of(
-    workers: tuple[int, int], model: str, num_blocks: int, deterministic: bool, options: argparse.Namespace
+    workers: tuple[int, int], model: ServedModel, num_blocks: int, deterministic: bool, options: argparse.Namespace
 ) -> ServeSettings:
     """Pools hold all requests at once: whether one is preempted must not depend on the GPU."""
     prefill, decode = workers
-    dummy = ("--load-format=dummy",) if options.device == "cuda" else ()
     strict = ("--deterministic",) if deterministic else ()
     longest = f"--max-model-len={options.longest + options.answer_tokens}"
     return ServeSettings(
-        model=model,
+        model=model.name,
         prefill=prefill,
         decode=decode,
         device=options.device,
         gpus=tuple(options.gpus) if options.device == "cuda" else (),
         local_prefill="never" if prefill else None,
         store_ram_gib=0.0,
-        worker_arg=(f"--num-blocks={num_blocks}", longest, *dummy, *strict, *options.worker_arg),
+        worker_arg=(f"--num-blocks={num_blocks}", longest, *model.worker_args, *strict, *options.worker_arg),
         start_timeout_s=options.start_timeout_s,
     )
 
@@ -65,7 +58,7 @@ def blocks_for(prompt_lengths: Sequence[int], answer_tokens: int, block_tokens: 
     return SPARE_BLOCKS + sum(-(-(length + answer_tokens) // block_tokens) for length in prompt_lengths)
 
 
-def compare(ours: Sequence[Answer], theirs: Sequence[Answer]) -> dict[str, object]:
+def compare(ours: Sequence[Completion], theirs: Sequence[Completion]) -> dict[str, object]:
     """Requests that are wholly equal, and tokens that are equal up to the first difference of their request."""
     pairs = list(zip(ours, theirs, strict=True))
     until_first = [_equal_until(a.tokens, b.tokens) for a, b in pairs]
@@ -89,9 +82,9 @@ def _equal_until(ours: Sequence[str], theirs: Sequence[str]) -> int:
     return next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
-def answers(settings: ServeSettings, prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[Answer]:
-    with cluster(settings) as (made, _):
-        return complete_at_once(made.port, prompts, options.answer_tokens)
+def answers(settings: ServeSettings, prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[Completion]:
+    with running(settings) as (cluster, _):
+        return CompletionClient(cluster.url, cluster.model).complete_all(prompts, options.answer_tokens)
 
 
 def main(argv: Sequence[str]) -> int:
@@ -101,9 +94,8 @@ def main(argv: Sequence[str]) -> int:
     lines.begin(argv)
     prompt_lengths = lengths(options.requests, options.longest, options.seed)
     prompts = [random_ids(length, options.seed, number) for number, length in enumerate(prompt_lengths)]
-    num_blocks = blocks_for(prompt_lengths, options.answer_tokens, BLOCK_TOKENS[options.device])
-    with TemporaryDirectory() as folder:
-        model = DEMO_MODEL if options.device == "cpu" else str(make_model(options.shape, Path(folder) / MODEL))
+    with served_model(options) as model:
+        num_blocks = blocks_for(prompt_lengths, options.answer_tokens, model.block_tokens)
         for deterministic in (True, False) if options.ways == "both" else (options.ways == "deterministic",):
             try:
                 ours, theirs = (

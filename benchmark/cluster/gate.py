@@ -1,6 +1,6 @@
 """Whether a worker loads a prefix from the store where that is faster than computing it, and only there.
 
-A real worker, a real store, and its disk paced to a given speed (paced_store.py). For each length of prompt:
+A real worker and a real store whose disk is slowed to a given rate (testing/paced_store.py). For each prompt length:
 
     computed   TTFT of new prompts: the one side, forced
     even       bytes of a prompt / (computed - TTFT of a prompt in the pool): the speed of disk where both are equal
@@ -24,29 +24,35 @@ from itertools import count, cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, Cluster, cluster
-from baton.benchmark.cluster.metrics import Metrics
-from baton.benchmark.cluster.requests import First, first_token, random_ids
+from baton.benchmark.cluster.completions import CompletionClient, Streamed, random_ids
+from baton.benchmark.cluster.metrics import MetricsPage
+from baton.benchmark.cluster.running import (
+    ServedModel,
+    metrics,
+    running,
+    served_model,
+    wait_metrics,
+)
+from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
 from baton.benchmark.harness.options import cluster_parser
-from baton.benchmark.harness.shapes import block_bytes, make_model
+from baton.launch.cluster import Cluster
 from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
-from baton.node.modelhub import DEMO_MODEL, locate_model
 
 FACTORS = (0.5, 0.7, 0.85, 1.2, 1.5, 2.0)
 TIE = 0.1
 SPARE_BLOCKS = 8
 ROOM = 1.25
 GIB = 1 << 30
-PATIENCE_S = 20.0
+DISK_TIMEOUT_S = 20.0
 WORKER = "decode-0"
 COUNTERS = ("loads", "gate_refused", "loads_stopped", "lookups_late")
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What forces prompts out of pool and RAM. `lengths` fall."""
+class GateSizes:
+    """Sizes that force prompts out of pool and RAM. `lengths` fall."""
 
     block_tokens: int
     block_bytes: int
@@ -62,7 +68,7 @@ class Sizes:
 
     @property
     def ram_blocks(self) -> int:
-        """A quarter of it may wait for being written to disk: a prompt."""
+        """A quarter of it, a prompt, may wait to be written to disk."""
         return 9 * self.pool_blocks // 2
 
     def num_prompts(self, length: int) -> int:
@@ -76,8 +82,8 @@ class Sizes:
 
 
 @dataclass(frozen=True, slots=True)
-class Case:
-    """Medians of both sides in seconds, and of how many requests the KV was loaded."""
+class GateCase:
+    """Medians of both sides in seconds, and the number of requests whose KV was loaded."""
 
     computed_s: float
     loaded_s: float
@@ -96,11 +102,14 @@ class Case:
         return self.took_load if self.loaded_s < self.computed_s else self.requests - self.took_load
 
 
-class Bench:
-    """Asks, and writes the lines. Each request costs what it costs: nothing runs beside it."""
+class GateBenchmark:
+    """Sends the requests, one at a time, and writes the lines."""
 
-    def __init__(self, made: Cluster, sizes: Sizes, pace: Path, lines: JsonLines, options: argparse.Namespace) -> None:
-        self._made = made
+    def __init__(
+        self, cluster: Cluster, sizes: GateSizes, pace: Path, lines: JsonLines, options: argparse.Namespace
+    ) -> None:
+        self._cluster = cluster
+        self._client = CompletionClient(cluster.url, cluster.model)
         self._sizes = sizes
         self._pace = pace
         self._lines = lines
@@ -115,7 +124,7 @@ class Bench:
             self._fill_disk(length)
         for length in self._sizes.lengths:
             self._sides(length)
-        self._made.restart(WORKER, "--store-loads=measured")
+        self._cluster.restart(WORKER, "--store-loads=measured")
         cases = []
         for length in self._sizes.lengths:
             for factor in self._options.factors:
@@ -133,14 +142,14 @@ class Bench:
     def _fill_disk(self, length: int) -> None:
         """A block goes to disk at its second use: when it is looked up with another block behind it."""
         for number in range(self._sizes.num_prompts(length)):
-            first_token(self._made.port, self._prompt(length, number, 0), self._sizes.answer_tokens)
-            self._made.metrics(0.3)
-            first_token(self._made.port, self._prompt(length, number, self._sizes.block_tokens))
-            if not self._made.wait_metrics(_has_written, "writing", PATIENCE_S):
-                raise BenchmarkFailed(f"blocks were not on disk within {PATIENCE_S:g} s")
+            self._client.first_token(self._prompt(length, number, 0), self._sizes.answer_tokens)
+            metrics(self._cluster, 0.3)
+            self._client.first_token(self._prompt(length, number, self._sizes.block_tokens))
+            if not wait_metrics(self._cluster, _has_written, DISK_TIMEOUT_S):
+                raise BenchmarkFailed(f"blocks were not on disk within {DISK_TIMEOUT_S:g} s")
 
     def _sides(self, length: int) -> None:
-        """What each side takes by itself."""
+        """The time of each side, forced."""
         num = self._options.requests
         computed, again = [], []
         for number in [next(self._new) for _ in range(num + 1)]:
@@ -151,10 +160,10 @@ class Bench:
         even = self._even[length] = size / max(computed_s - pool_s, 1e-4)
         for factor in self._options.factors:
             self._pace.write_text(str(factor * even))
-            before = self._made.metrics()
+            before = metrics(self._cluster)
             firsts = [self._ask_stored(length) for _ in range(num)]
             self._loaded_s[length, factor] = _median(firsts)
-            disk = _counted("prompt_tokens", before, self._made.metrics(), source="disk") / (num * length)
+            disk = _counted("prompt_tokens", before, metrics(self._cluster), source="disk") / (num * length)
             self._lines.put("loaded", length=length, factor=factor, ttft_ms=_ms(firsts), from_disk=disk)
         self._lines.put(
             "sides",
@@ -165,22 +174,22 @@ class Bench:
             prompts_in_turns=self._sizes.num_prompts(length),
         )
 
-    def _case(self, length: int, factor: float) -> Case:
-        """Warm up at the speed, then let it choose; new prompts in between show what computing takes now."""
+    def _case(self, length: int, factor: float) -> GateCase:
+        """Warm up at this rate, then let the worker choose; new prompts in between show what computing takes now."""
         self._pace.write_text(str(factor * self._even[length]))
         if self._options.restart:
-            self._made.restart(WORKER)
+            self._cluster.restart(WORKER)
         for _ in range(self._options.warmups):
             self._ask_new(length, next(self._new))
             self._ask_stored(length)
-        before = self._made.metrics()
+        before = metrics(self._cluster)
         computed, chosen = [], []
         for _ in range(self._options.requests):
             computed.append(self._ask_new(length, next(self._new)))
             chosen.append(self._ask_stored(length))
-        after = self._made.metrics()
+        after = metrics(self._cluster)
         took_load = sum(first.cached_tokens >= length / 2 for first in chosen)
-        case = Case(_median(computed), self._loaded_s[length, factor], took_load, len(chosen))
+        case = GateCase(_median(computed), self._loaded_s[length, factor], took_load, len(chosen))
         self._lines.put(
             "case",
             length=length,
@@ -199,46 +208,45 @@ class Bench:
     def _prompt(self, length: int, number: int, more: int) -> list[int]:
         return random_ids(length + 1 + more, self._options.seed, "stored", length, number)
 
-    def _ask_stored(self, length: int) -> First:
+    def _ask_stored(self, length: int) -> Streamed:
         return self._ask(self._prompt(length, next(self._turns[length]), 0))
 
-    def _ask_new(self, length: int, number: int) -> First:
+    def _ask_new(self, length: int, number: int) -> Streamed:
         return self._ask(random_ids(length + 1, self._options.seed, "new", length, number))
 
-    def _ask(self, ids: Sequence[int]) -> First:
-        time.sleep(self._options.settle_s)  # what the last one left to be written behind would be part of this one
-        return first_token(self._made.port, ids)
+    def _ask(self, ids: Sequence[int]) -> Streamed:
+        time.sleep(self._options.settle_s)  # the write-behind of the last request must not slow this one
+        return self._client.first_token(ids)
 
 
-def _median(firsts: Sequence[First]) -> float:
+def _median(firsts: Sequence[Streamed]) -> float:
     return statistics.median(first.ttft_s for first in firsts)
 
 
-def _ms(firsts: Sequence[First]) -> list[float]:
+def _ms(firsts: Sequence[Streamed]) -> list[float]:
     return [1000 * first.ttft_s for first in firsts]
 
 
-def _has_written(page: Metrics) -> bool:
+def _has_written(page: MetricsPage) -> bool:
     return page.total("baton:store_disk_writing_blocks") == 0
 
 
-def _counted(name: str, before: Metrics, after: Metrics, **labels: str) -> float:
+def _counted(name: str, before: MetricsPage, after: MetricsPage, **labels: str) -> float:
     return after.total(f"baton:{name}_total", **labels) - before.total(f"baton:{name}_total", **labels)
 
 
 def paced(spec: ChildSpec, pace: Path) -> ChildSpec:
-    """The store's command with a pace; others as they are."""
+    """The store's command with a slowed disk; other commands unchanged."""
     if spec.name != "store":
         return spec
     program, _, _, _, *arguments = spec.argv  # python -m kvtransfer ...
     return replace(spec, argv=(program, "-P", "-m", "baton.testing.paced_store", str(pace), *arguments))
 
 
-def settings_of(sizes: Sizes, model: Path, disk: Path, options: argparse.Namespace) -> ServeSettings:
-    dummy = ("--load-format=dummy",) if options.device == "cuda" else ()
+def settings_of(sizes: GateSizes, model: ServedModel, disk: Path, options: argparse.Namespace) -> ServeSettings:
     longest = sizes.lengths[0] + sizes.block_tokens + 1 + sizes.answer_tokens
     return ServeSettings(
-        model=str(model),
+        model=model.name,
         prefill=0,
         decode=1,
         device=options.device,
@@ -250,7 +258,7 @@ def settings_of(sizes: Sizes, model: Path, disk: Path, options: argparse.Namespa
             f"--num-blocks={sizes.pool_blocks}",
             f"--max-model-len={longest}",
             "--store-loads=always",
-            *dummy,
+            *model.worker_args,
             *options.worker_arg,
         ),
         start_timeout_s=options.start_timeout_s,
@@ -262,19 +270,16 @@ def main(argv: Sequence[str]) -> int:
     exit_on_sigterm()
     lines = JsonLines(options.output)
     lines.begin(argv)
-    on_cpu = options.device == "cpu"
-    with TemporaryDirectory() as folder, TemporaryDirectory(dir=options.path) as disk:
-        model = locate_model(DEMO_MODEL) if on_cpu else make_model(options.shape, Path(folder) / MODEL)
-        block_tokens, dtype_bytes = (16, 4) if on_cpu else (64, 2)
-        one = block_bytes(model, block_tokens, dtype_bytes)
-        sizes = Sizes(block_tokens, one, tuple(sorted(options.lengths, reverse=True)), options.answer_tokens)
-        pace = Path(folder) / "pace"
+    lengths = tuple(sorted(options.lengths, reverse=True))
+    with TemporaryDirectory(dir=options.path) as disk, served_model(options) as model:
+        sizes = GateSizes(model.block_tokens, model.block_bytes, lengths, options.answer_tokens)
+        pace = Path(disk) / "pace"
         pace.write_text("")
         try:
-            settings = settings_of(sizes, model, Path(disk), options)
-            with cluster(settings, lambda spec: paced(spec, pace)) as (made, ready_s):
+            settings = settings_of(sizes, model, Path(disk) / "store", options)
+            with running(settings, edit=lambda spec: paced(spec, pace)) as (cluster, ready_s):
                 lines.put("start", ready_s=ready_s, disk_gib=sizes.disk_gib, ram_gib=settings.store_ram_gib)
-                Bench(made, sizes, pace, lines, options).run()
+                GateBenchmark(cluster, sizes, pace, lines, options).run()
         except BenchmarkFailed as error:
             lines.put("failed", error=str(error))
             return 1

@@ -1,4 +1,4 @@
-"""What a /metrics page says, and what passed between two of them. Pure."""
+"""A /metrics page, and differences between two of them. Pure."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Histogram:
         return 0.0
 
 
-class Metrics:
-    """One page. What it does not name is 0."""
+class MetricsPage:
+    """A /metrics page, parsed. A series that is not on it is 0."""
 
     def __init__(self, text: str) -> None:
         self._samples: dict[str, list[Sample]] = {}

@@ -8,7 +8,7 @@ token is left to compute; each is asked for once in each state:
     ram        again after prompts that fill the pool, which is no larger than the longest
     disk       again after that, the store having been killed: RAM is empty, the disk has what was used twice
 
-Where the KV came from is what the proxy's metrics say: `as_claimed` is false where less than 95 % of the prompts came
+The source of the KV is read from the proxy's metrics: `as_claimed` is false where less than 95 % of the prompts came
 from there (computed: where anything was cached). JSON lines: `start`; `ttft` a state and length, medians over
 `--repetitions`; loads also in GB/s, over the time from the request to the store until the last block is in the pool.
 With `--device cpu` the demo model and small sizes: to try the script, not to learn from.
@@ -25,14 +25,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, Cluster, cluster
-from baton.benchmark.cluster.metrics import Metrics
-from baton.benchmark.cluster.requests import First, first_token, random_ids
+from baton.benchmark.cluster.completions import CompletionClient, Streamed, random_ids
+from baton.benchmark.cluster.metrics import MetricsPage
+from baton.benchmark.cluster.running import (
+    ServedModel,
+    metrics,
+    running,
+    served_model,
+    wait_metrics,
+)
+from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
 from baton.benchmark.harness.options import cluster_parser
-from baton.benchmark.harness.shapes import block_bytes, make_model
+from baton.launch.cluster import Cluster
 from baton.launch.local import ServeSettings
-from baton.node.modelhub import DEMO_MODEL, locate_model
 
 COMPUTED, GPU, RAM, DISK = "computed", "gpu", "ram", "disk"
 SPARE_BLOCKS = 8
@@ -43,8 +49,8 @@ GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
-class Sizes:
-    """What a device's blocks are, and what pool and store must hold. `lengths` fall."""
+class TierSizes:
+    """Sizes of blocks, pool and store. `lengths` fall."""
 
     block_tokens: int
     block_bytes: int
@@ -67,11 +73,12 @@ class Sizes:
         return ROOM * (self.repetitions + 1) * each * self.block_bytes / GIB
 
 
-class Tiers:
-    """Asks for the prompts in all states, and writes the lines."""
+class TierBenchmark:
+    """Sends the prompts in all states, and writes the lines."""
 
-    def __init__(self, made: Cluster, sizes: Sizes, lines: JsonLines, options: argparse.Namespace) -> None:
-        self._made = made
+    def __init__(self, cluster: Cluster, sizes: TierSizes, lines: JsonLines, options: argparse.Namespace) -> None:
+        self._cluster = cluster
+        self._client = CompletionClient(cluster.url, cluster.model)
         self._sizes = sizes
         self._lines = lines
         self._options = options
@@ -86,19 +93,19 @@ class Tiers:
         for length in self._sizes.lengths:
             self._from_store(RAM, length)
         self._wait_written()
-        self._made.restart("store")
-        if not self._made.wait_metrics(_has_disk, "the store", self._options.patience_s):
+        self._cluster.restart("store")
+        if not wait_metrics(self._cluster, _has_disk, self._options.patience_s):
             raise BenchmarkFailed("the store did not come back with its disk")
         for length in self._sizes.lengths:
             self._from_store(DISK, length)
 
     def _computed_and_gpu(self, length: int) -> None:
-        before = self._made.metrics()
-        firsts: dict[str, list[First]] = {COMPUTED: [], GPU: []}
+        before = metrics(self._cluster)
+        firsts: dict[str, list[Streamed]] = {COMPUTED: [], GPU: []}
         for number in range(self._sizes.repetitions):
             firsts[COMPUTED].append(self._ask(length, number, self._sizes.answer_tokens))
             firsts[GPU].append(self._ask(length, number, 1))
-        after = self._made.metrics()
+        after = metrics(self._cluster)
         was_cached = sum(first.cached_tokens for first in firsts[COMPUTED])
         self._computed_ms[length] = 1000 * statistics.median(first.ttft_s for first in firsts[COMPUTED])
         mine = {COMPUTED: float((length + 1) * self._sizes.repetitions - was_cached), "cached": float(was_cached)}
@@ -108,13 +115,13 @@ class Tiers:
         self._put(GPU, length, firsts[GPU], found, found.get(GPU, 0.0) >= self._wanted(length))
 
     def _from_store(self, state: str, length: int) -> None:
-        before = self._made.metrics()
+        before = metrics(self._cluster)
         firsts = []
         for number in range(self._sizes.repetitions):
             firsts.append(self._ask(length, number, 1))
             if state == RAM:
                 self._wait_written()
-        after = self._made.metrics()
+        after = metrics(self._cluster)
         found = sources(before, after)
         as_claimed = found.get(state, 0.0) >= self._wanted(length)
         self._put(state, length, firsts, found, as_claimed, **speeds(before, after))
@@ -128,7 +135,7 @@ class Tiers:
         self,
         state: str,
         length: int,
-        firsts: Sequence[First],
+        firsts: Sequence[Streamed],
         tokens: dict[str, float],
         as_claimed: bool,
         **more: float | None,
@@ -147,35 +154,35 @@ class Tiers:
             **more,
         )
 
-    def _ask(self, length: int, number: int, max_tokens: int) -> First:
-        time.sleep(self._options.settle_s)  # what the last one left to be written behind would be part of this one
+    def _ask(self, length: int, number: int, max_tokens: int) -> Streamed:
+        time.sleep(self._options.settle_s)  # the write-behind of the last request must not slow this one
         ids = random_ids(length + 1, self._options.seed, length, number)
-        return first_token(self._made.port, ids, max_tokens)
+        return self._client.first_token(ids, max_tokens)
 
     def _wait_written(self) -> None:
         """Blocks go to disk at their second use; while too many wait for it, others would be left out."""
-        self._made.metrics()
-        self._made.wait_metrics(_has_written, "blocks on disk", self._options.patience_s)
+        metrics(self._cluster)
+        wait_metrics(self._cluster, _has_written, self._options.patience_s)
 
 
-def _has_written(page: Metrics) -> bool:
+def _has_written(page: MetricsPage) -> bool:
     return page.total("baton:store_disk_writing_blocks") == 0
 
 
-def _has_disk(page: Metrics) -> bool:
-    """The store is another one by now, which has blocks on disk that it did not write, and a worker."""
+def _has_disk(page: MetricsPage) -> bool:
+    """The new store has a worker, and blocks on disk that it did not write itself."""
     attached = page.total("baton:store_workers") and page.total("baton:worker_store_attached")
     return bool(attached and page.total("baton:store_disk_blocks") > page.total("baton:store_disk_stored_total"))
 
 
-def sources(before: Metrics, after: Metrics) -> dict[str, float]:
+def sources(before: MetricsPage, after: MetricsPage) -> dict[str, float]:
     """Prompt tokens by where their KV came from."""
     name = "baton:prompt_tokens_total"
     earlier = before.by(name, "source")
     return {source: value - earlier.get(source, 0.0) for source, value in after.by(name, "source").items()}
 
 
-def speeds(before: Metrics, after: Metrics) -> dict[str, float | None]:
+def speeds(before: MetricsPage, after: MetricsPage) -> dict[str, float | None]:
     """Bytes by seconds of loads as the worker counts them, and of reads as the disk does."""
     pairs = {
         "load_gb_per_s": ("baton:worker_store_loaded_bytes_total", "baton:worker_store_actual_seconds_total"),
@@ -193,32 +200,28 @@ def main(argv: Sequence[str]) -> int:
     exit_on_sigterm()
     lines = JsonLines(options.output)
     lines.begin(argv)
-    on_cpu = options.device == "cpu"
-    with TemporaryDirectory() as folder, TemporaryDirectory(dir=options.path) as disk:
-        model = locate_model(DEMO_MODEL) if on_cpu else make_model(options.shape, Path(folder) / MODEL)
-        block_tokens, dtype_bytes = (16, 4) if on_cpu else (64, 2)
-        sizes = Sizes(
-            block_tokens,
-            block_bytes(model, block_tokens, dtype_bytes),
+    with TemporaryDirectory(dir=options.path) as disk, served_model(options) as model:
+        sizes = TierSizes(
+            model.block_tokens,
+            model.block_bytes,
             tuple(sorted(options.lengths, reverse=True)),
             options.repetitions,
             options.answer_tokens,
         )
         try:
-            with cluster(settings_of(sizes, model, Path(disk), options)) as (made, ready_s):
+            with running(settings_of(sizes, model, Path(disk), options)) as (cluster, ready_s):
                 lines.put("start", ready_s=ready_s, store_gib=sizes.store_gib, pool_blocks=sizes.pool_blocks)
-                Tiers(made, sizes, lines, options).run()
+                TierBenchmark(cluster, sizes, lines, options).run()
         except BenchmarkFailed as error:
             lines.put("failed", error=str(error))
             return 1
     return 0
 
 
-def settings_of(sizes: Sizes, model: Path, disk: Path, options: argparse.Namespace) -> ServeSettings:
-    dummy = ("--load-format=dummy",) if options.device == "cuda" else ()
+def settings_of(sizes: TierSizes, model: ServedModel, disk: Path, options: argparse.Namespace) -> ServeSettings:
     longest = sizes.lengths[0] + 1 + sizes.answer_tokens
     return ServeSettings(
-        model=str(model),
+        model=model.name,
         prefill=0,
         decode=1,
         device=options.device,
@@ -230,7 +233,7 @@ def settings_of(sizes: Sizes, model: Path, disk: Path, options: argparse.Namespa
             f"--num-blocks={sizes.pool_blocks}",
             f"--max-model-len={longest}",
             f"--store-loads={options.store_loads}",
-            *dummy,
+            *model.worker_args,
             *options.worker_arg,
         ),
         start_timeout_s=options.start_timeout_s,

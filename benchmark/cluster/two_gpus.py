@@ -8,11 +8,11 @@ Each system starts once and gets the same random prompts at the same (Poisson) t
 workload for `--duration-s`, and until the last answer has ended. JSON lines: `start` a system; `cell` a system, a
 workload and a rate; at the end `ratio` lines. Definitions:
 
-    ttft, tpot, itl   as benchmark/ has them, at the client, in ms
+    ttft, tpot, itl   as the load test defines them, at the client, in ms
     goodput           part of the requests that keep TTFT and TPOT of --goodput
     hand_over         first token to second at the client, and the proxy's stages until the second token, in ms: their
                       means sum to its own; percentiles come from the buckets of its histograms
-    kv                what went over the plane, and what went wrong on the way; gaps between decode steps on the GPU
+    kv                transfers between workers and their failures; gaps between decode steps on the GPU
 
 With `--device cpu` the demo model and small sizes: to try the script, not to learn from.
 """
@@ -25,23 +25,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from uvicorn.loops.auto import auto_loop_factory
 
-from baton.benchmark.cluster.cluster import MODEL, BenchmarkFailed, Cluster, cluster
-from baton.benchmark.cluster.metrics import Metrics
+from baton.benchmark.cluster.metrics import MetricsPage
+from baton.benchmark.cluster.running import ServedModel, metrics, running, served_model
+from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
 from baton.benchmark.harness.options import cluster_parser
-from baton.benchmark.harness.shapes import make_model
 from baton.benchmark.load.experiment import Experiment, Run
 from baton.benchmark.load.planner import Inputs
 from baton.benchmark.load.record import Record
 from baton.benchmark.load.settings import ServingSettings
 from baton.benchmark.load.summary import Distribution
+from baton.launch.cluster import Cluster
 from baton.launch.local import ServeSettings
-from baton.node.modelhub import DEMO_MODEL
 
 DISAGGREGATED, AUTO, COLOCATED = SYSTEMS = ("disagg", "auto", "colocated")
 LOCAL_PREFILL = {DISAGGREGATED: "never", AUTO: "auto", COLOCATED: "always"}
@@ -92,19 +90,19 @@ class System:
     name: str
     chunk_tokens: int = 0
 
-    def serve(self, model: str, options: argparse.Namespace) -> ServeSettings:
+    def serve(self, model: ServedModel, options: argparse.Namespace) -> ServeSettings:
         prefill, decode = (0, 2) if self.name == COLOCATED else (1, 1)
         chunk = (f"--max-chunk-tokens={self.chunk_tokens}",) if self.chunk_tokens else ()
         plane = (f"--plane={options.plane}",) if options.plane else ()
         return ServeSettings(
-            model=model,
+            model=model.name,
             prefill=prefill,
             decode=decode,
             device=options.device,
             gpus=tuple(options.gpus) if options.device == "cuda" else (),
             local_prefill=LOCAL_PREFILL[self.name],
             store_ram_gib=0.0,
-            worker_arg=(*model_arguments(options), *plane, *chunk, *options.worker_arg),
+            worker_arg=(*model.worker_args, *longest_argument(options), *plane, *chunk, *options.worker_arg),
             start_timeout_s=options.start_timeout_s,
         )
 
@@ -112,12 +110,12 @@ class System:
         return f"{self.name}-{self.chunk_tokens}" if self.chunk_tokens else self.name
 
 
-def model_arguments(options: argparse.Namespace) -> tuple[str, ...]:
-    """Random weights, and room for the longest sequence of the workloads."""
+def longest_argument(options: argparse.Namespace) -> tuple[str, ...]:
+    """Room for the longest sequence of the workloads; the demo model has a length of its own."""
     if options.device == "cpu":
         return ()
     longest = max(workload.input_tokens + workload.output_tokens for workload in options.workload)
-    return ("--load-format=dummy", f"--max-model-len={1024 * -(-longest // 1024)}")
+    return (f"--max-model-len={1024 * -(-longest // 1024)}",)
 
 
 def systems(options: argparse.Namespace) -> list[System]:
@@ -131,11 +129,11 @@ def systems(options: argparse.Namespace) -> list[System]:
 # ---- one cell -----------------------------------------------------------------------------------------------------
 
 
-def send(made: Cluster, workload: Workload, rate: float | None, salt: int, options: argparse.Namespace) -> Run:
+def send(cluster: Cluster, workload: Workload, rate: float | None, salt: int, options: argparse.Namespace) -> Run:
     """One run of the load generator; with no rate a warm-up."""
     settings = ServingSettings(
-        base_url=made.url,
-        model=(MODEL,),
+        base_url=cluster.url,
+        model=(cluster.model,),
         random_input_len=workload.input_tokens,
         random_output_len=workload.output_tokens if rate else min(WARMUP_TOKENS, workload.output_tokens),
         request_rate=(f"{rate}",) if rate else (),
@@ -167,7 +165,7 @@ def client_hand_over(records: Sequence[Record]) -> Distribution:
     return Distribution.of([each.gaps_s[0] for each in records if each.completed and each.gaps_s], PERCENTILES)
 
 
-def stages(before: Metrics, after: Metrics) -> dict[str, dict[str, float]]:
+def stages(before: MetricsPage, after: MetricsPage) -> dict[str, dict[str, float]]:
     """Of the time from the first token to the second, in ms, by the proxy's clock."""
     name, found = "baton:request_stage_seconds", {}
     for stage in STAGES:
@@ -178,7 +176,7 @@ def stages(before: Metrics, after: Metrics) -> dict[str, dict[str, float]]:
     return found
 
 
-def moved(before: Metrics, after: Metrics) -> dict[str, float]:
+def moved(before: MetricsPage, after: MetricsPage) -> dict[str, float]:
     """Counters of the cell that tell what went between workers, and what went wrong."""
     names = {
         "local_sooner": "baton:routed_local_sooner_total",
@@ -197,7 +195,7 @@ def moved(before: Metrics, after: Metrics) -> dict[str, float]:
 
 
 def cell(
-    system: System, workload: Workload, rate: float, run: Run, pages: tuple[Metrics, Metrics]
+    system: System, workload: Workload, rate: float, run: Run, pages: tuple[MetricsPage, MetricsPage]
 ) -> dict[str, object]:
     """The line of one system, workload and rate; `pages` are the metrics before and after."""
     summary = run.summary
@@ -226,17 +224,19 @@ def cell(
 # ---- all of them --------------------------------------------------------------------------------------------------
 
 
-def measure(system: System, model: str, options: argparse.Namespace, lines: JsonLines) -> list[dict[str, object]]:
+def measure(
+    system: System, model: ServedModel, options: argparse.Namespace, lines: JsonLines
+) -> list[dict[str, object]]:
     """Start the system, warm it up, and go through all cells; a cell in which everything failed ends it."""
     found = []
-    with cluster(system.serve(model, options)) as (made, ready_s):
+    with running(system.serve(model, options)) as (cluster, ready_s):
         lines.put("start", system=str(system), ready_s=ready_s)
         for place, workload in enumerate(options.workload):
-            send(made, workload, None, 1000 * options.seed + place, options)
+            send(cluster, workload, None, 1000 * options.seed + place, options)
             for number, rate in enumerate(workload.rates):
-                before = made.metrics()
-                run = send(made, workload, rate, 1000 * options.seed + 100 * (place + 1) + number, options)
-                found.append(cell(system, workload, rate, run, (before, made.metrics())))
+                before = metrics(cluster)
+                run = send(cluster, workload, rate, 1000 * options.seed + 100 * (place + 1) + number, options)
+                found.append(cell(system, workload, rate, run, (before, metrics(cluster))))
                 lines.put("cell", **found[-1])
                 if not run.summary.completed:
                     raise BenchmarkFailed(f"{system}: no request was answered: {run.summary.failures}")
@@ -268,8 +268,7 @@ def main(argv: Sequence[str]) -> int:
     exit_on_sigterm()
     lines, cells, status = JsonLines(options.output), [], 0
     lines.begin(argv)
-    with TemporaryDirectory() as folder:
-        model = DEMO_MODEL if options.device == "cpu" else str(make_model(options.shape, Path(folder) / MODEL))
+    with served_model(options) as model:
         for system in systems(options):
             try:
                 cells += measure(system, model, options, lines)

@@ -1,4 +1,4 @@
-"""One request of a load test, sent and metered: a turn in, its outcome out, whatever happens on the way."""
+"""One request of a load test, sent and metered: a turn in, its outcome out, whether it succeeds or fails."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MAX_ERROR_BYTES = 1 << 14
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
-    """What came back. Times are the clock's."""
+class StreamOutcome:
+    """What came back for one request. Times are the clock's."""
 
     error: str
     """Why it failed, beginning with its kind; empty if it did not."""
@@ -34,7 +34,7 @@ class Outcome:
 
 
 class OpenAIClient:
-    """One server and one way to ask it. `close` ends its connections."""
+    """Sends requests of one style to one server. `close` ends its connections."""
 
     def __init__(self, http: HttpClient, writer: BodyWriter, style: BodyStyle, timeout_s: float) -> None:
         self._http = http
@@ -43,7 +43,7 @@ class OpenAIClient:
         self._timeout_s = timeout_s
 
     def prepare(self, turn: Turn, before: Sequence[Said]) -> bytes:
-        """The bytes to send: the dear part, done before the request is due."""
+        """The bytes to send: costly, so done before the request is due."""
         return self._http.request("POST", self._path, self._writer.body(turn, before))
 
     def user_text(self, turn: Turn) -> str:
@@ -51,35 +51,47 @@ class OpenAIClient:
 
     async def send(
         self, request: bytes, cancel_after: int | None, keep_text: bool, clock: Callable[[], float]
-    ) -> Outcome:
-        """Never raises for what a server or a network does: that is an outcome."""
-        meter = StreamMeter(keep_text)
-        answer = _Answer(meter, cancel_after)
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                status = await self._http.exchange(request, answer.sink)
-            error = answer.error_at(status, clock())
-        except HttpFailed as failure:
-            error = str(failure)
-        except TimeoutError:
-            error = f"timeout: not done after {self._timeout_s:g} s"
-        return Outcome(
-            error=error,
-            cancelled=answer.cancelled and not error,
-            first_s=meter.first_s,
-            last_s=clock() if meter.first_s is None else meter.last_s,
-            gaps_s=tuple(meter.gaps_s),
-            num_text_chunks=meter.num_text_chunks,
-            usage=meter.usage,
-            text=meter.text,
-        )
+    ) -> StreamOutcome:
+        return await send(self._http, request, self._timeout_s, clock, cancel_after=cancel_after, keep_text=keep_text)
 
     def close(self) -> None:
         self._http.close()
 
 
-class _Answer:
-    """Takes one answer's body: into the meter, or, as it may be an error's JSON, its beginning aside."""
+async def send(
+    http: HttpClient,
+    request: bytes,
+    timeout_s: float,
+    clock: Callable[[], float],
+    *,
+    cancel_after: int | None = None,
+    keep_text: bool = False,
+) -> StreamOutcome:
+    """Send and meter one request. Never raises for what a server or a network does: that is an outcome."""
+    meter = StreamMeter(keep_text)
+    body = _MeteredBody(meter, cancel_after)
+    try:
+        async with asyncio.timeout(timeout_s):
+            status = await http.exchange(request, body.sink)
+        error = body.error_at(status, clock())
+    except HttpFailed as failure:
+        error = str(failure)
+    except TimeoutError:
+        error = f"timeout: not done after {timeout_s:g} s"
+    return StreamOutcome(
+        error=error,
+        cancelled=body.cancelled and not error,
+        first_s=meter.first_s,
+        last_s=clock() if meter.first_s is None else meter.last_s,
+        gaps_s=tuple(meter.gaps_s),
+        num_text_chunks=meter.num_text_chunks,
+        usage=meter.usage,
+        text=meter.text,
+    )
+
+
+class _MeteredBody:
+    """Feeds one answer's body to the meter, and keeps its beginning, which may be an error's JSON."""
 
     def __init__(self, meter: StreamMeter, cancel_after: int | None) -> None:
         self.cancelled = False

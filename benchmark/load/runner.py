@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.benchmark.load.bodies import Said
-from baton.benchmark.load.client import Outcome
+from baton.benchmark.load.client import StreamOutcome
 from baton.benchmark.load.plan import Conversation, Plan, Turn
 from baton.benchmark.load.record import CANCELLED, COMPLETED, FAILED, Record
 
@@ -31,7 +31,7 @@ class Sender(Protocol):
 
     async def send(
         self, request: bytes, cancel_after: int | None, keep_text: bool, clock: Callable[[], float]
-    ) -> Outcome: ...
+    ) -> StreamOutcome: ...
 
 
 class Clock(Protocol):
@@ -133,7 +133,7 @@ class Runner:
 
     async def _request(
         self, request: bytes, turn: Turn, keep_text: bool, due_s: float, place: tuple[int, int, int]
-    ) -> tuple[Outcome, Record]:
+    ) -> tuple[StreamOutcome, Record]:
         begun_s = self._now_s()
         async with self._places:
             sent_s = self._now_s()
@@ -144,7 +144,7 @@ class Runner:
         return outcome, self._record(outcome, turn, (due_s, begun_s, sent_s), place)
 
     def _record(
-        self, outcome: Outcome, turn: Turn, times_s: tuple[float, float, float], place: tuple[int, int, int]
+        self, outcome: StreamOutcome, turn: Turn, times_s: tuple[float, float, float], place: tuple[int, int, int]
     ) -> Record:
         usage = outcome.usage
         details = usage.prompt_tokens_details if usage else None

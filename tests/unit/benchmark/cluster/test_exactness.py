@@ -1,13 +1,16 @@
-"""Guards scripts/bench exactness: what counts as equal, and that nothing but the computing decides it."""
+"""Guards `baton bench exactness`: what counts as equal, and that both sides differ only in who computes the prompt."""
 
 from __future__ import annotations
 
 from baton.benchmark.cluster import exactness as bench
-from baton.benchmark.cluster.requests import Answer, random_ids
+from baton.benchmark.cluster.completions import Completion, random_ids
+from baton.benchmark.cluster.running import ServedModel
+
+MODEL = ServedModel("m", ("--load-format=dummy",), 64, 1 << 23)
 
 
-def answer(tokens: str, logprob: float = -1.0) -> Answer:
-    return Answer(tuple(tokens), tuple(logprob for _ in tokens))
+def answer(tokens: str, logprob: float = -1.0) -> Completion:
+    return Completion(tokens, tuple(tokens), tuple(logprob for _ in tokens), prompt_tokens=1)
 
 
 def test_tokens_count_up_to_the_first_difference() -> None:
@@ -43,13 +46,13 @@ def test_the_pool_holds_everything() -> None:
     assert bench.blocks_for([1, 64], 64, 64) == 64 + 2 + 2
 
 
-def test_both_ways_get_the_same_options() -> None:
+def test_both_sides_get_the_same_options() -> None:
     """Another context or pool would change the captured steps."""
     options = bench._options(["--gpus", "0", "--longest", "100"])
-    ours, theirs = (bench.settings_of(w, "m", 99, True, options) for w in (bench.DISAGGREGATED, bench.COLOCATED))
+    ours, theirs = (bench.settings_of(w, MODEL, 99, True, options) for w in (bench.DISAGGREGATED, bench.COLOCATED))
     assert ours.worker_arg == theirs.worker_arg
     assert "--deterministic" in ours.worker_arg and "--max-model-len=164" in ours.worker_arg
-    assert "--deterministic" not in bench.settings_of((1, 1), "m", 99, False, options).worker_arg
+    assert "--deterministic" not in bench.settings_of((1, 1), MODEL, 99, False, options).worker_arg
 
 
 def test_a_longer_prompt_begins_with_a_shorter_one() -> None:

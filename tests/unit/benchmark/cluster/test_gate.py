@@ -1,4 +1,4 @@
-"""Guards scripts/bench gate: what counts as a right decision, the sizes that force the disk, and the pace of it."""
+"""Guards `baton bench gate`: what counts as a right decision, the sizes that force the disk, and its rate."""
 
 from __future__ import annotations
 
@@ -9,25 +9,25 @@ from pathlib import Path
 import pytest
 
 from baton.benchmark.cluster import gate as bench
-from baton.benchmark.cluster.gate import Case
+from baton.benchmark.cluster.gate import GateCase
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.lower import NoLowerTier, ReadDone, WriteDone
 from baton.launch.supervisor import ChildSpec
 from baton.testing.paced_store import PacedLower, pace_of
 
-SIZES = bench.Sizes(64, 1 << 23, (8192, 2048), 64)
+SIZES = bench.GateSizes(64, 1 << 23, (8192, 2048), 64)
 
 
 @pytest.mark.parametrize(
     ("case", "tie", "right"),
     [
-        (Case(1.0, 0.5, took_load=4, requests=5), False, 4),
-        (Case(0.5, 1.0, took_load=4, requests=5), False, 1),
-        (Case(1.0, 1.05, took_load=5, requests=5), True, 0),
-        (Case(1.05, 1.0, took_load=0, requests=5), True, 0),
+        (GateCase(1.0, 0.5, took_load=4, requests=5), False, 4),
+        (GateCase(0.5, 1.0, took_load=4, requests=5), False, 1),
+        (GateCase(1.0, 1.05, took_load=5, requests=5), True, 0),
+        (GateCase(1.05, 1.0, took_load=0, requests=5), True, 0),
     ],
 )
-def test_a_decision_is_right_where_its_side_was_faster(case: Case, tie: bool, right: int) -> None:
+def test_a_decision_is_right_where_its_side_was_faster(case: GateCase, tie: bool, right: int) -> None:
     """A coin's toss between equals is no merit and no fault."""
     assert (case.tie, case.right) == (tie, right)
 
@@ -71,8 +71,8 @@ class Instant(NoLowerTier):
 KEYS = [Key(b"n", bytes([number])) for number in range(3)]
 
 
-def test_news_of_reads_wait_for_the_line_and_writes_do_not() -> None:
-    """A read that is told early makes the disk faster than was said; the loop must be woken for one that was held."""
+def test_reads_are_delayed_and_writes_are_not() -> None:
+    """A read that ends early makes the disk faster than its rate; the loop must be woken for one that was delayed."""
     lower, woken = Instant(), threading.Semaphore(0)
     slow = PacedLower(lower, woken.release, lambda: 1000.0)
     begin = time.monotonic()
@@ -88,13 +88,13 @@ def test_news_of_reads_wait_for_the_line_and_writes_do_not() -> None:
     assert time.monotonic() - begin >= 0.03 - 0.002
 
 
-def test_what_is_not_paced_is_the_real_ones() -> None:
+def test_other_calls_pass_through() -> None:
     """A method that a LowerTier gets later must reach the disk."""
     slow = PacedLower(Instant(), lambda: None, lambda: float("inf"))
     assert slow.has(KEYS[0]) and slow.stats() == {}
 
 
-def test_an_empty_file_sets_no_pace(tmp_path: Path) -> None:
+def test_an_empty_file_sets_no_rate(tmp_path: Path) -> None:
     """Filling the disk is not what is measured."""
     (tmp_path / "pace").write_text("")
     assert pace_of(tmp_path / "pace") == float("inf")

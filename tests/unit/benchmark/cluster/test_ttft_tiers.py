@@ -1,13 +1,14 @@
-"""Guards scripts/bench ttft-tiers: sizes that force a prompt out of a tier, and the proof of where it came from."""
+"""Guards `baton bench ttft-tiers`: sizes that force a prompt out of a tier, and the proof of where it came from."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from baton.benchmark.cluster import ttft_tiers as bench
-from baton.benchmark.cluster.metrics import Metrics
+from baton.benchmark.cluster.metrics import MetricsPage
+from baton.benchmark.cluster.running import ServedModel
 
-SIZES = bench.Sizes(64, 1 << 23, (32768, 2048), 3, 128)
+SIZES = bench.TierSizes(64, 1 << 23, (32768, 2048), 3, 128)
 
 
 def test_a_longest_prompt_fills_the_pool() -> None:
@@ -25,14 +26,14 @@ def test_the_store_holds_every_prompt() -> None:
 def test_what_is_served_is_what_was_sized() -> None:
     """A context below the longest request would refuse it after all others were measured."""
     options = bench._options(["--worker-arg=--x"])
-    settings = bench.settings_of(SIZES, Path("model"), Path("disk"), options)
+    settings = bench.settings_of(SIZES, ServedModel("model", ("--load-format=dummy",), 64, 1), Path("disk"), options)
     assert settings.worker_arg[:2] == (f"--num-blocks={SIZES.pool_blocks}", "--max-model-len=32897")
     assert settings.worker_arg[-2:] == ("--load-format=dummy", "--x")
     assert (settings.prefill, settings.decode, settings.store_disk_gib) == (0, 1, SIZES.store_gib)
 
 
-def page(ram: float, disk: float, loaded_bytes: float, seconds: float) -> Metrics:
-    return Metrics(
+def page(ram: float, disk: float, loaded_bytes: float, seconds: float) -> MetricsPage:
+    return MetricsPage(
         "# TYPE baton:prompt_tokens counter\n"
         f'baton:prompt_tokens_total{{source="ram"}} {ram}\nbaton:prompt_tokens_total{{source="disk"}} {disk}\n'
         f"# TYPE baton:worker_store_loaded_bytes counter\nbaton:worker_store_loaded_bytes_total {loaded_bytes}\n"

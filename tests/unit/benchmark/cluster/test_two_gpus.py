@@ -1,4 +1,4 @@
-"""Guards scripts/bench two-gpus: what is compared with what, and that both systems get the same."""
+"""Guards `baton bench two-gpus`: what is compared with what, and that both systems get the same."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from baton.benchmark.cluster import two_gpus as bench
+from baton.benchmark.cluster.running import ServedModel
 from baton.benchmark.cluster.two_gpus import System, Workload, ratios, systems
 
 
@@ -28,7 +29,10 @@ def test_systems_differ_in_their_roles_alone() -> None:
     """Another chunk size, plane or context for one side would decide the comparison."""
     arguments = ["--colocated-chunk-tokens", "512", "2048", "--plane", "nccl", "--workload", "8000/200@2"]
     options = bench._options(arguments)
-    found = {str(system): system.serve("m", options) for system in systems(options)}
+    found = {
+        str(system): system.serve(ServedModel("m", ("--load-format=dummy",), 64, 1), options)
+        for system in systems(options)
+    }
     assert list(found) == ["disagg", "auto", "colocated-512", "colocated-2048"]
     ours, theirs = found["disagg"], found["colocated-2048"]
     assert (ours.prefill, ours.decode, ours.local_prefill) == (1, 1, "never")
@@ -43,7 +47,7 @@ def test_a_cpu_needs_no_gpu() -> None:
     """The script must be tried before a machine is borrowed."""
     options = bench._options(["--device", "cpu", "--systems", "colocated"])
     (system,) = systems(options)
-    settings = system.serve("demo", options)
+    settings = system.serve(ServedModel("demo", (), 16, 1), options)
     assert (str(system), settings.gpus, settings.worker_arg) == ("colocated", (), ())
 
 

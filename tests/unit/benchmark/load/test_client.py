@@ -9,7 +9,7 @@ from contextlib import closing
 import pytest
 
 from baton.benchmark.load.bodies import BodyStyle, BodyWriter, Said
-from baton.benchmark.load.client import OpenAIClient, Outcome, find_model
+from baton.benchmark.load.client import OpenAIClient, StreamOutcome, find_model
 from baton.benchmark.load.plan import GivenPrompt, Part, PartsPrompt, Turn
 from baton.benchmark.load.prompts import RandomParts
 from baton.node.errors import SettingsError
@@ -32,7 +32,9 @@ def style(chat: bool = False, as_ids: bool = True, **extra: object) -> BodyStyle
     return BodyStyle("m", chat, as_ids, temperature=0.0, ignore_eos=True, include_usage=True, extra=extra)
 
 
-async def ask(origin: Origin, clock: ManualClock, cancel_after: int | None = None, timeout_s: float = 30.0) -> Outcome:
+async def ask(
+    origin: Origin, clock: ManualClock, cancel_after: int | None = None, timeout_s: float = 30.0
+) -> StreamOutcome:
     http = HttpClient(origin, {}, clock.now_s)
     writer = BodyWriter(style(), RandomParts(0, 2000))
     with closing(OpenAIClient(http, writer, style(), timeout_s)) as client:

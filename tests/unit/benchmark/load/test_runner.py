@@ -10,14 +10,14 @@ import pytest
 from uvicorn.loops.auto import auto_loop_factory
 
 from baton.benchmark.load.bodies import Said
-from baton.benchmark.load.client import Outcome
+from baton.benchmark.load.client import StreamOutcome
 from baton.benchmark.load.meter import Usage
 from baton.benchmark.load.plan import Conversation, GivenPrompt, Plan, Turn
 from baton.benchmark.load.record import CANCELLED, FAILED, Record
 from baton.benchmark.load.runner import NoWatch, RealClock, Runner
 
 TURN = Turn(GivenPrompt("q"), 5)
-OUTCOME = Outcome("", False, 0.0, 0.0, (0.25,), 2, Usage(7, 2, None), "answer")
+OUTCOME = StreamOutcome("", False, 0.0, 0.0, (0.25,), 2, Usage(7, 2, None), "answer")
 
 
 async def others() -> None:
@@ -43,7 +43,7 @@ class JumpingClock:
 class FakeSender:
     """Answers after `release`, a token 1 s after the sending and the last 0.25 s later; notes what it is asked."""
 
-    def __init__(self, clock: JumpingClock, outcome: Outcome = OUTCOME) -> None:
+    def __init__(self, clock: JumpingClock, outcome: StreamOutcome = OUTCOME) -> None:
         self.release = asyncio.Event()
         self.sent: list[tuple[bytes, float]] = []
         self.now = self.most = 0
@@ -60,7 +60,7 @@ class FakeSender:
 
     async def send(
         self, request: bytes, cancel_after: int | None, keep_text: bool, clock: Callable[[], float]
-    ) -> Outcome:
+    ) -> StreamOutcome:
         self.sent.append((request, clock()))
         self.now += 1
         self.most = max(self.most, self.now)
@@ -157,7 +157,9 @@ async def test_a_conversation_goes_on_after_its_answer() -> None:
     ("outcome", "status"),
     [(replace(OUTCOME, error="HTTP 500: x"), FAILED), (replace(OUTCOME, cancelled=True), CANCELLED)],
 )
-async def test_a_conversation_that_broke_off_is_not_continued_and_that_is_told(outcome: Outcome, status: str) -> None:
+async def test_a_conversation_that_broke_off_is_not_continued_and_that_is_told(
+    outcome: StreamOutcome, status: str
+) -> None:
     """Turns that nobody sent must not vanish: a server could improve its figures by failing first turns."""
     clock = JumpingClock()
     sender = FakeSender(clock, outcome)
