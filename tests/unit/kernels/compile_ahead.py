@@ -16,7 +16,8 @@ from triton.runtime import driver
 from baton.kernels.triton.compiling import compile_all, launched_by, missing
 from baton.tests.unit.kernels import compile_sm90
 
-TIMEOUT_S = 100.0
+TIMEOUT_S = 1500.0
+"""None, as far as a busy machine is concerned: the test that starts this has the limit."""
 
 
 def launches() -> None:

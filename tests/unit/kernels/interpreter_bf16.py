@@ -1,7 +1,10 @@
-"""Makes Triton's interpreter compute with bfloat16 as a GPU does (Triton 3.6 to 3.8).
+"""Makes Triton's interpreter compute with bfloat16, and multiply matrices, as a GPU does (Triton 3.6 to 3.8).
 
 Left alone it adds, multiplies and takes dot products of the raw 16 bits as if they were integers, and cuts float32 off
 instead of rounding it. Reductions stay wrong, because they run in numpy on the raw bits: kernels reduce in float32.
+
+Its matrix products are BLAS's, which on some CPUs gives a row other bits at another place of the tile. Summed in
+float64 and rounded once, a row's bits depend on that row alone, as they do in a GPU's matrix instructions.
 """
 
 from __future__ import annotations
@@ -46,8 +49,12 @@ def install() -> None:
         return TensorHandle(_rounded(op(_widened(value.data))), tl.bfloat16)
 
     def new_create_dot(self, left, right, *rest):
-        wide = [TensorHandle(_widened(v.data), tl.float32) if _is_bf16(v) else v for v in (left, right)]
-        return create_dot(self, *wide, *rest)
+        wide = [_widened(v.data) if _is_bf16(v) else v.data for v in (left, right)]
+        if any(data.dtype not in (np.float16, np.float32) for data in wide):
+            return create_dot(self, left, right, *rest)
+        added = rest[0]
+        product = np.matmul(wide[0].astype(np.float64), wide[1].astype(np.float64)).astype(added.data.dtype)
+        return TensorHandle(product + added.data, added.dtype.scalar)
 
     def new_cast_impl(self, source, target):
         before, after = source.dtype.scalar, target.scalar

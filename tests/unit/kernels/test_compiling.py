@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 
 from baton.kernels.triton.compiling import Kernel, turns
 
-ROOT = Path(__file__).parents[3]
+pytestmark = pytest.mark.timeout(1800)  # Triton compiles in processes; a busy machine may take long
 DEADLY = """
 import os, pathlib, signal
 try:
@@ -34,7 +34,7 @@ def run(folder: Path, *modules: str) -> dict:
     environment["TRITON_CACHE_DIR"] = str(folder / "cache")
     environment["PYTHONPATH"] = os.pathsep.join([str(folder), *filter(None, [environment.get("PYTHONPATH")])])
     command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *modules]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=200)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     return json.loads(result.stdout)
 

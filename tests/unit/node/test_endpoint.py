@@ -98,12 +98,10 @@ def test_an_oversized_frame_does_not_arrive(
 
 
 def test_wake_ends_a_wait_from_another_thread(pair: tuple[Endpoint, Endpoint]) -> None:
-    """Guards latency: the carrier must not sleep through a command; without the wake this takes the whole minute."""
+    """Guards latency: the I/O thread must not sleep through a command; without the wake this test hangs."""
     server, _ = pair
     threading.Timer(0.05, server.wake).start()
-    started = time.monotonic()
-    assert server.receive(60.0) == []
-    assert time.monotonic() - started < 30.0
+    assert server.receive(3600.0) == []
 
 
 def test_a_taken_address_is_a_settings_error(
