@@ -26,8 +26,22 @@ def test_dtypes_and_plans(device, dtype, plan, block_tokens):
     checks.check_decode_attention(device, dtype, checks.Heads(4, 2, 64), [1, 64, 150], block_tokens, plan)
 
 
-@pytest.mark.parametrize("heads", [(1, 1, 64), (5, 1, 80), (8, 2, 96), (7, 1, 128), (16, 1, 256)])
-@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize(
+    ("heads", "block_tokens"),
+    [
+        ((1, 1, 64), 16),
+        ((1, 1, 64), 128),
+        ((5, 1, 80), 32),
+        ((5, 1, 80), 64),
+        ((8, 2, 96), 64),
+        ((8, 2, 96), 128),
+        ((7, 1, 128), 16),
+        ((7, 1, 128), 32),
+        ((7, 1, 128), 64),
+        ((16, 1, 256), 64),
+        ((16, 1, 256), 128),
+    ],
+)
 def test_shapes(device, heads, block_tokens):
     """Guards against groups and head dimensions that are no powers of two, and pages larger or smaller than a tile."""
     checks.check_decode_attention(device, torch.bfloat16, checks.Heads(*heads), [70, 129], block_tokens, PIECES)
@@ -42,7 +56,7 @@ def test_window(device, plan, window):
 
 def test_fixed_chunks_do_not_depend_on_the_batch(device):
     """Guards against a row whose bits change with what else is in the step: --deterministic rests on this."""
-    heads, plans = checks.Heads(4, 1, 64), [fixed_plan(1, 1, 150, 132, 64), fixed_plan(200, 1, 700, 132, 64)]
+    heads, plans = checks.Heads(4, 1, 64), [fixed_plan(1, 1, 150, 132, 64), fixed_plan(30, 1, 700, 132, 64)]
     alone = checks.check_decode_attention(device, torch.bfloat16, heads, [150], 64, plans[0])
     # The same first query row and the same contents of blocks cannot be had of another pool: build one by hand.
     paged = checks.Paged.make(device, torch.bfloat16, heads, [150], 64)
@@ -79,25 +93,23 @@ def assert_all_is_shared_out(lengths: list[int], chunks: list[list[int]]) -> Non
             assert size % TILE == 0 and start == (number - first) * size and parts == len(mine)
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    st.lists(st.sampled_from([0, 1, 63, 64, 65, 500, 1000, 8192, 33000]), min_size=1, max_size=20), st.integers(1, 9)
-)
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from([0, 1, 63, 64, 65, 500, 1000, 8192, 33000]), min_size=1, max_size=9), st.integers(1, 5))
 def test_every_token_is_in_one_chunk(device, lengths, splits):
     """Guards against tokens that nobody reads, or that two do, whatever lengths come together."""
     shared = DecodePlan((splits + 1) * len(lengths), 3, splits)
     assert_all_is_shared_out(lengths, chunks_of(lengths, shared, device))
-    fixed = fixed_plan(len(lengths), 8, 33000, 132)
+    fixed = fixed_plan(len(lengths), 8, 33000, 132, 4096)
     assert_all_is_shared_out(lengths, chunks_of(lengths, fixed, device))
 
 
 def test_a_long_sequence_is_cut_and_its_like_are_left_whole(device):
     """Guards against a step that waits for one program with the whole of a long sequence, and against cuts of rows that
     differ little, which cost more than they even out."""
-    plan = split_plan(64, 8, 132)
-    chunks = chunks_of([1000] * 63 + [32000], plan, device)
-    assert max(end - start for _, start, end, *_ in chunks) < 1700 and len(chunks) == 63 + 21
-    assert len(chunks_of([900, 1000, 1100, 1250] * 16, plan, device)) == 64
+    plan = split_plan(16, 32, 132)
+    chunks = chunks_of([1000] * 15 + [8000], plan, device)
+    assert max(end - start for _, start, end, *_ in chunks) < 1700 and len(chunks) == 15 + 5
+    assert len(chunks_of([900, 1000, 1100, 1250] * 4, plan, device)) == 16
 
 
 def test_the_largest_step_can_be_launched(monkeypatch):

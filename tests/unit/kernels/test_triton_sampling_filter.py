@@ -44,17 +44,17 @@ def kept_by_reference(x: torch.Tensor, top_k: int, top_p: float, min_p: float) -
     return row[0] > float("-inf")
 
 
-@pytest.mark.parametrize("rounded", [False, True], ids=["distinct", "equals"])
-def test_what_is_kept(device, rounded):
+@pytest.mark.parametrize(("rounded", "cases"), [(False, CASES), (True, CASES[1::3])], ids=["distinct", "equals"])
+def test_what_is_kept(device, rounded, cases):
     """Guards against a filter that keeps one token too many or too few, in the wrong order, or parts of equals."""
-    count = len(CASES)
+    count = len(cases)
     logits = torch.randn(count, VOCAB, generator=torch.Generator().manual_seed(1))
-    logits = logits * torch.tensor([case[3] for case in CASES])[:, None] - 1.0
+    logits = logits * torch.tensor([case[3] for case in cases])[:, None] - 1.0
     if rounded:  # to powers of two: sums of masses of equals are still far from any top_p here
         logits = (logits * 4).round() / 4
     tables = SlotTables.make(count, VOCAB, device)
     floats = tables.table.view(torch.float32)
-    for slot, (top_k, top_p, min_p, _) in enumerate(CASES):
+    for slot, (top_k, top_p, min_p, _) in enumerate(cases):
         floats[slot, columns.TEMPERATURE.value] = 1.0
         floats[slot, columns.LOG_MIN_P.value] = torch.tensor(min_p).log()
         floats[slot, columns.TOP_P.value] = top_p
@@ -67,6 +67,6 @@ def test_what_is_kept(device, rounded):
     thresholds(prepared, slots, tables, scratch)
     assert torch.equal(prepared.values.cpu(), logits)
     kept = prepared.values >= scratch.thresholds[:, None]
-    for row, (top_k, top_p, min_p, scale) in enumerate(CASES):
+    for row, (top_k, top_p, min_p, scale) in enumerate(cases):
         expected = kept_by_reference(logits[row], top_k, top_p, min_p)
         assert torch.equal(kept[row].cpu(), expected), (top_k, top_p, min_p, scale, kept[row].sum(), expected.sum())

@@ -66,9 +66,11 @@ PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [1
 TABLES = {0: [4, 11, 2], 1: [7, 0], 2: [9, 3, 5]}
 
 
-@pytest.mark.parametrize("policy", [split_in_two, invariant], ids=["split", "deterministic"])
-@pytest.mark.parametrize("run_ahead", [0, 2])
-@pytest.mark.parametrize("mixed_tokens", [1, 64], ids=["one pass", "two launches"])
+@pytest.mark.parametrize(  # every pair of the three, not every three
+    ("policy", "run_ahead", "mixed_tokens"),
+    [(split_in_two, 0, 1), (split_in_two, 2, 64), (invariant, 2, 1), (invariant, 0, 64)],
+    ids=["split one pass", "split ahead two launches", "deterministic ahead one pass", "deterministic two launches"],
+)
 def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_ahead, mixed_tokens):
     """Guards the slots: tokens that only the device knows, blocks that are added, rows that pause, come and go, a slot
     that changes its owner, and steps of prompts between and in steps of decoding."""
