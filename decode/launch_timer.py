@@ -18,7 +18,6 @@ from baton.models.batch import DeviceTime
 RECENT = 8
 SPARE_S = 0.0003
 HOST_PART = 1.5
-SHORT_GAP_S = 50e-6
 
 
 class LaunchTimer:
@@ -26,10 +25,6 @@ class LaunchTimer:
 
     def __init__(self) -> None:
         self.launch_at = 0.0
-        self.busy_s = 0.0
-        self.gap_s = 0.0
-        self.gaps = 0
-        self.short_gaps = 0
         self._busy: deque[float] = deque(maxlen=RECENT)
         self._host: deque[float] = deque(maxlen=RECENT)
 
@@ -41,16 +36,11 @@ class LaunchTimer:
         if not behind:
             self._expect_end_of_step_begun(now)
 
-    def ended(self, took: DeviceTime | None, now: float, behind: bool, prompts: bool) -> None:
+    def ended(self, took: DeviceTime | None, now: float, prompts: bool) -> None:
         """A step was read, the next runs since then, if there is one; `behind`: it was launched behind another;
         `prompts`: parts of prompts were in it."""
         if took is None:
             return
-        self.busy_s += took.busy_s
-        if behind:
-            self.gaps += 1
-            self.gap_s += took.gap_s
-            self.short_gaps += took.gap_s < SHORT_GAP_S
         if not prompts:
             self._busy.append(took.busy_s)
         self._expect_end_of_step_begun(now)
@@ -58,12 +48,3 @@ class LaunchTimer:
     def _expect_end_of_step_begun(self, at: float) -> None:
         if self._busy:
             self.launch_at = at + min(self._busy) - HOST_PART * max(self._host, default=0.0) - SPARE_S
-
-    def counters(self) -> dict[str, float]:
-        """For the heartbeat."""
-        return {
-            "device_busy_s": self.busy_s,
-            "device_gaps": float(self.gaps),
-            "device_gaps_short": float(self.short_gaps),
-            "device_gap_s": self.gap_s,
-        }

@@ -17,10 +17,10 @@ from itertools import takewhile
 from baton.decode.launch_timer import LaunchTimer
 from baton.decode.scheduler import DecodeLimits, Item, plan
 from baton.decode.settings import DecodeSettings
-from baton.decode.tally import Tally
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, ReceiverEnded, SenderEnded
-from baton.models.batch import Drawn
+from baton.models.batch import DeviceTime, Drawn
+from baton.node.counters import DecodeCounters
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed, Prefill, Reserve, Reserved, Tokens
@@ -29,7 +29,10 @@ from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, cancel_matches, failed
+from baton.worker.stats import PromptSpeed
 from baton.worker.stopping import finish_of, is_last
+
+SHORT_GAP_S = 50e-6
 
 
 class DecodeRole:
@@ -39,6 +42,7 @@ class DecodeRole:
 
     def __init__(self, parts: Parts, settings: DecodeSettings) -> None:
         self.sequences: dict[LegKey, Sequence] = {}
+        self.counters = DecodeCounters()
         self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
         self._parts = parts
         self._limits = DecodeLimits(
@@ -54,7 +58,7 @@ class DecodeRole:
         self._free_slots = list(range(settings.max_num_seqs))
         self._timer = LaunchTimer()
         self._prompt_is_next = False  # the next plan has a prompt that is new, or the rest of one
-        self._tally = Tally.new(settings.max_num_batched_tokens)
+        self._speed = PromptSpeed(settings.max_num_batched_tokens)
 
     @property
     def launch_at(self) -> float:
@@ -79,9 +83,10 @@ class DecodeRole:
         if not message.prefill:
             self._insert(self._waiting, sequence)
             self._prompt_is_next = True
-            self._tally.local += sequence.num_tokens
-        self._tally.prompts += sequence.num_tokens
-        self._tally.cached += sequence.cached_tokens
+            self.counters.local_prefill_tokens += sequence.num_tokens
+        self.counters.prompt_tokens += sequence.num_tokens
+        self.counters.prefix_queries_tokens += sequence.num_tokens
+        self.counters.prefix_hits_tokens += sequence.cached_tokens
         reserved = Reserved(request_id=leg.request_id, attempt=leg.attempt, cached_tokens=sequence.cached_tokens)
         self._parts.io.send(sequence.link, reserved)
         return None
@@ -208,7 +213,7 @@ class DecodeRole:
             step = self.steps.launch(batch)
             has_prompts = any(length > 1 for _, length in batch)
             self._timer.launched(planned_at, clock(), step.behind, has_prompts)
-            self._tally.steps += 1
+            self.counters.steps += 1
             if has_prompts:
                 self._prompt_is_next |= any(n > 1 and s.num_launched < s.num_expected - 1 for s, n in batch)
         return bool(batch or admitted or decision.preempted)
@@ -233,8 +238,8 @@ class DecodeRole:
         sequence.restart(cached_tokens)
         if sequence.num_generated == sequence.num_sent and not sequence.cached_tokens:
             sequence.cached_tokens = min(cached_tokens, sequence.prompt_len)
-            self._tally.cached += sequence.cached_tokens
-            self._tally.local_cached += sequence.cached_tokens
+            self.counters.prefix_hits_tokens += sequence.cached_tokens
+            self.counters.prompt_tokens_gpu += sequence.cached_tokens
         self._waiting.remove(sequence)
         self._run(sequence)
         self._parts.prefixes.begin(sequence, self._parts.clock())
@@ -259,7 +264,7 @@ class DecodeRole:
         sequence.restart(0)
         sequence.preemption_epoch += 1
         self._insert(self._waiting, sequence)
-        self._tally.preemptions += 1
+        self.counters.preemptions += 1
 
     def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
         now, began_at = self._parts.clock(), step.began_at
@@ -292,22 +297,33 @@ class DecodeRole:
         finish: FinishReason = ""
         for place, token_id in enumerate(drawn.token_ids):
             sequence.append(token_id, drawn.logprobs[place] if drawn.logprobs else None)
-            self._tally.generated += 1
             num_generated, num_tokens = sequence.num_generated, sequence.num_tokens
             finish = finish_of(token_id, sequence.sampling, num_generated, num_tokens, self._parts.max_model_len)
             if finish:
                 break
+        self.counters.generated_tokens += place + 1
         return finish
 
     def _measure(self, step: InFlightStep, now: float) -> None:
         """The device's time for the next launch, the speed of prompts for the gate and the router."""
         took = step.launched.device_time
         num_prompt_tokens = sum(part.length for part in step.parts if part.length > 1)
-        self._timer.ended(took, now, step.behind, num_prompt_tokens > 0)
+        self._timer.ended(took, now, num_prompt_tokens > 0)
+        if took is not None:
+            self._count_device_time(took, step.behind)
         if num_prompt_tokens:
             spent_s = took.busy_s if took else now - step.began_at  # since then it may have waited behind another
             self._parts.prefixes.gate.computed(num_prompt_tokens, spent_s, now)
-            self._tally.compute(num_prompt_tokens, spent_s)
+            self.counters.prompt_tokens_computed += num_prompt_tokens
+            self._speed.add_step(num_prompt_tokens, spent_s)
+
+    def _count_device_time(self, took: DeviceTime, behind: bool) -> None:
+        counters = self.counters
+        counters.device_busy_seconds += took.busy_s
+        if behind:
+            counters.device_gaps += 1
+            counters.device_gap_seconds += took.gap_s
+            counters.device_gaps_short += took.gap_s < SHORT_GAP_S
 
     # -- state
 
@@ -323,9 +339,7 @@ class DecodeRole:
             running=len(self._running),
             waiting=len(self._waiting) + len(self._reserved),
             waiting_tokens=sum(s.num_tokens - s.num_computed for s in (*self._running, *self._waiting)),
-            steps=self._tally.steps,
-            prefill_tokens_s=self._tally.speed.tokens_s,
-            counters={**self._tally.counters(), **self._timer.counters()},
+            prefill_tokens_s=self._speed.tokens_s,
         )
 
 

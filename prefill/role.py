@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
 from baton.models.batch import Drawn
+from baton.node.counters import WorkerCounters
 from baton.node.leg import LegKey
 from baton.node.messages.control import Busy, Cancel, Cancelled, Failed, HandedOver, Prefill, Reserve
 from baton.prefill.scheduler import QueuedPrompt, plan, service_order
@@ -44,6 +45,7 @@ class PrefillRole:
 
     def __init__(self, parts: Parts, settings: PrefillSettings) -> None:
         self.sequences: dict[LegKey, Sequence] = {}
+        self.counters = WorkerCounters()
         self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
         self._parts = parts
         self._settings = settings
@@ -51,10 +53,6 @@ class PrefillRole:
         self._sending: dict[LegKey, _Sending] = {}
         self._speed = PromptSpeed(settings.max_num_batched_tokens)
         self._computing_since = 0.0
-        self._num_steps = 0
-        self._prompt_tokens = 0
-        self._cached_tokens = 0
-        self._computed_tokens = 0
 
     @property
     def idle(self) -> bool:
@@ -130,7 +128,7 @@ class PrefillRole:
         for slot, (sequence, _) in enumerate(batch):
             sequence.slot = slot
         step = self.steps.launch(batch)
-        self._num_steps += 1
+        self.counters.steps += 1
         if not step.behind:
             self._computing_since = step.began_at
         for sequence, _ in batch:
@@ -185,8 +183,10 @@ class PrefillRole:
             return False
         sequence.restart(cached_tokens)
         sequence.cached_tokens = cached_tokens
-        self._cached_tokens += cached_tokens
-        self._prompt_tokens += sequence.num_tokens
+        self.counters.prompt_tokens += sequence.num_tokens
+        self.counters.prefix_queries_tokens += sequence.num_tokens
+        self.counters.prefix_hits_tokens += cached_tokens
+        self.counters.prompt_tokens_gpu += cached_tokens
         self._parts.prefixes.begin(sequence, now)
         return True
 
@@ -220,7 +220,7 @@ class PrefillRole:
         spent_s, self._computing_since = now - self._computing_since, now
         self._speed.add_step(num_tokens, spent_s)
         self._parts.prefixes.gate.computed(num_tokens, spent_s, now)
-        self._computed_tokens += num_tokens
+        self.counters.prompt_tokens_computed += num_tokens
 
     def _offer_blocks(self, sequence: Sequence, num_blocks: int, checksums: dict[int, bytes]) -> None:
         leg, blocks = sequence.leg, tuple(sequence.table.blocks[:num_blocks])
@@ -275,15 +275,7 @@ class PrefillRole:
             running=running,
             waiting=len(sequences) - running,
             waiting_tokens=sum(each.num_tokens - max(each.num_computed, each.cached_tokens) for each in sequences),
-            steps=self._num_steps,
             prefill_tokens_s=self._speed.tokens_s,
-            counters={
-                "prompt_tokens": float(self._prompt_tokens),
-                "prefix_queries_tokens": float(self._prompt_tokens),
-                "prefix_hits_tokens": float(self._cached_tokens),
-                "prompt_tokens_gpu": float(self._cached_tokens),
-                "prompt_tokens_computed": float(self._computed_tokens),
-            },
         )
 
 

@@ -22,6 +22,7 @@ from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreEvent
 from baton.models.batch import DeviceTime, Drawn, Row
+from baton.node.counters import TransferCounters
 from baton.node.endpoint import identity_of
 from baton.node.membership import Membership
 from baton.node.messages.base import Message, Role
@@ -198,8 +199,9 @@ class DelayedIo:
     def yield_gil(self, wait_s: float) -> None:
         """It has no thread."""
 
-    def transfer_counters(self) -> dict[str, float]:
-        return self._io.transfer_counters()
+    @property
+    def transfer_counters(self) -> TransferCounters:
+        return self._io.transfer_counters
 
     def drain(self) -> None:
         self._io.drain()

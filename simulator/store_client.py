@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.counters import StoreClientCounters
 from baton.node.leg import LegKey
 from baton.simulator.store import HostStore, Reading
 
@@ -26,7 +26,7 @@ class SimStore:
         self._deliver = deliver
         self._asked: dict[LegKey, int] = {}  # lookups without an answer, by their number
         self._readings: dict[LegKey, Reading] = {}
-        self._counters: Counter[str] = Counter(store_lookups=0, store_loaded_bytes=0, store_written_bytes=0)
+        self.counters = StoreClientCounters()
         self._closed = False
 
     def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None:
@@ -43,9 +43,6 @@ class SimStore:
 
     def touch(self, hashes: Sequence[bytes]) -> None:
         self._do(self._store.touch, tuple(hashes))
-
-    def counters(self) -> dict[str, float]:
-        return {name: float(count) for name, count in self._counters.items()}
 
     def close(self) -> None:
         """The worker is gone, however: nothing more is asked or answered."""
@@ -67,8 +64,8 @@ class SimStore:
         self._world.later(self._store.costs.answer_s, self._unless_closed, call, *arguments)
 
     def _ask(self, key: LegKey, hashes: Sequence[bytes], first: int) -> None:
-        self._counters["store_lookups"] += 1
-        self._asked[key] = number = self._counters["store_lookups"]
+        self.counters.store_lookups += 1
+        self._asked[key] = number = self.counters.store_lookups
         self._after_answer(self._look, key, number, hashes, first)
 
     def _look(self, key: LegKey, number: int, hashes: Sequence[bytes], first: int) -> None:
@@ -98,7 +95,7 @@ class SimStore:
         reading = self._readings.pop(key)
         self._store.end(reading)
         if reading.on_end is not None:
-            self._counters["store_loaded_bytes"] += reading.done * self._store.block_bytes
+            self.counters.store_loaded_bytes += reading.done * self._store.block_bytes
             load_s = self._world.now - reading.begun_at
             tiers = tuple(reading.tiers[: reading.done])
             self._deliver(StoreLoaded(key, reading.done, tiers, load_s, min(reading.copy_s, load_s)))
@@ -109,5 +106,5 @@ class SimStore:
         )
 
     def _wrote(self, key: bytes, num_blocks: int) -> None:
-        self._counters["store_written_bytes"] += num_blocks * self._store.block_bytes
+        self.counters.store_written_bytes += num_blocks * self._store.block_bytes
         self._deliver(StoreWritten(key, num_blocks))

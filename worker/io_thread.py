@@ -12,11 +12,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, EventLog
 from baton.kvtransfer.protocol.exchange import Event, TransferExchange
 from baton.kvtransfer.store.events import StoreEvent
+from baton.node.counters import TransferCounters
 from baton.node.line import Line
 from baton.node.membership import Change, Membership
 from baton.node.messages.base import Message
@@ -110,10 +111,9 @@ class IoThread:
         """The load for the next heartbeats; the loop last looked into its inbox before that at `heard_at`."""
         self._load, self._load_at = load, heard_at
 
-    def transfer_counters(self) -> dict[str, float]:
-        """Totals of the exchange, for the heartbeat."""
-        counters = self._exchange.counters
-        return {each.name: float(getattr(counters, each.name)) for each in fields(counters)}
+    @property
+    def transfer_counters(self) -> TransferCounters:
+        return self._exchange.counters
 
     def drain(self) -> None:
         """From now on heartbeats say that this worker takes nothing new."""

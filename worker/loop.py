@@ -16,6 +16,7 @@ from typing import NamedTuple, Protocol
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
 from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
 from baton.models.batch import Drawn
+from baton.node.counters import WorkerCounters, values
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.leg import LegKey
 from baton.node.membership import HEARTBEAT_S, Joined, JoinRefused, ProxyLost
@@ -35,14 +36,12 @@ LOAD_LEAD_S = 0.02
 
 
 class RoleReport(NamedTuple):
-    """What a role says of its queue, and what it has counted."""
+    """What a role says of its queue."""
 
     running: int
     waiting: int
     waiting_tokens: int
-    steps: int
     prefill_tokens_s: float
-    counters: dict[str, float]
 
 
 class WorkerRole(Protocol):
@@ -52,6 +51,9 @@ class WorkerRole(Protocol):
     sequences: dict[LegKey, Sequence]
     """Those that have not ended, in the order of their arrival; the role adds and removes them."""
     steps: InFlightSteps
+
+    @property
+    def counters(self) -> WorkerCounters: ...
 
     @property
     def launch_at(self) -> float:
@@ -267,21 +269,17 @@ class Loop:
             self._parts.io.report(self._load(), heard_at)
 
     def _load(self) -> Load:
-        parts, report = self._parts, self.role.report()
+        parts, report, counters = self._parts, self.role.report(), self.role.counters
+        counters.evictions = parts.manager.evictions
         return Load(
             running=report.running,
             waiting=report.waiting,
             waiting_tokens=report.waiting_tokens,
             free_blocks=parts.manager.num_available,
             total_blocks=parts.manager.num_blocks,
-            steps=report.steps,
+            steps=counters.steps,
             prefill_tokens_s=report.prefill_tokens_s,
-            counters={
-                **report.counters,
-                **parts.prefixes.counters(),
-                "evictions": float(parts.manager.evictions),
-                **parts.io.transfer_counters(),
-            },
+            counters=values(counters, *parts.prefixes.counters, parts.io.transfer_counters),
         )
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.models.batch import Launched, Row
+from baton.node.counters import TransferCounters
 from baton.node.messages.base import Message
 from baton.node.messages.control import Load
 from baton.worker.io_thread import Command, Inbound
@@ -77,7 +78,8 @@ class WorkerIo(Protocol):
 
     def yield_gil(self, wait_s: float) -> None: ...
 
-    def transfer_counters(self) -> dict[str, float]: ...
+    @property
+    def transfer_counters(self) -> TransferCounters: ...
 
     def drain(self) -> None: ...
 

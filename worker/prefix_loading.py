@@ -11,7 +11,6 @@ store's thread touches them. A step never waits for any of it.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.layout import KVLayout
@@ -19,8 +18,9 @@ from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import Store
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
 from baton.kvtransfer.store.gate import Decision, LoadGate
+from baton.node.counters import PrefixCounters, StoreClientCounters
 from baton.node.leg import LegKey
-from baton.node.messages.store import TIER_NAMES
+from baton.node.messages.store import DISK, PEER, RAM, TIER_NAMES
 from baton.worker.sequence import Sequence
 
 MAX_WRITING_PART = 8
@@ -70,11 +70,7 @@ class PrefixLoader:
         self._writing: dict[bytes, int] = {}  # blocks of each put
         self._max_writing = max(1, manager.num_blocks // MAX_WRITING_PART)
         self._puts = 0
-        names = ("loads", "gate_refused", "lookups_late", "loads_stopped", "written_blocks", "dropped_blocks")
-        self._counters: Counter[str] = Counter({f"store_{name}": 0 for name in names})
-        self._loaded_blocks: Counter[int] = Counter(dict.fromkeys(range(len(TIER_NAMES)), 0))
-        self._predicted_s = 0.0
-        self._actual_s = 0.0
+        self._counters = PrefixCounters()
 
     # -- reading
 
@@ -88,7 +84,7 @@ class PrefixLoader:
             return False
         if lookup.decision is not None or now < lookup.until:
             return True
-        self._counters["store_lookups_late"] += 1
+        self._counters.store_lookups_late += 1
         self.drop(sequence.leg)
         return False
 
@@ -104,14 +100,14 @@ class PrefixLoader:
         queued = sum(each.num_blocks for each in self._lookups.values())
         decision = self.gate.decide(tiers, queued, now)
         if skip < 0 or not decision.num_blocks:
-            self._counters["store_gate_refused"] += bool(tiers)
+            self._counters.store_gate_refused += bool(tiers)
             self.drop(leg)
             return
         blocks = table.blocks[have : have + decision.num_blocks]
         self._manager.lease(blocks, _load_key(leg))
         lookup.decision, lookup.num_blocks, lookup.stop_at = decision, len(blocks), now + decision.stop_after_s
         lookup.alone = not queued
-        self._counters["store_loads"] += 1
+        self._counters.store_loads += 1
         self._store.load(leg, skip, blocks)
 
     def take_in(self, sequence: Sequence, loaded: LoadedPrefix) -> int:
@@ -140,7 +136,7 @@ class PrefixLoader:
         for leg, lookup in self._lookups.items():
             if lookup.decision is not None and now >= lookup.stop_at:
                 lookup.stop_at = float("inf")
-                self._counters["store_loads_stopped"] += 1
+                self._counters.store_loads_stopped += 1
                 self._store.stop(leg)
 
     def wake_in_s(self, now: float, longest_s: float) -> float:
@@ -171,9 +167,7 @@ class PrefixLoader:
         never will be."""
         if self._store.attached and (hashes := sequence.table.names()):
             self._store.touch(hashes)
-            self._counters["store_dropped_blocks"] += (
-                sequence.num_computed // self._block_tokens - sequence.stored_blocks
-            )
+            self._counters.store_dropped_blocks += sequence.num_computed // self._block_tokens - sequence.stored_blocks
 
     # -- events
 
@@ -190,7 +184,7 @@ class PrefixLoader:
                 return self._on_loaded(event, now)
             case StoreWritten():
                 self._manager.end_lease(event.key)
-                self._counters["store_written_blocks"] += event.num_blocks
+                self._counters.store_written_blocks += event.num_blocks
                 del self._writing[event.key]
         return None
 
@@ -198,10 +192,12 @@ class PrefixLoader:
         lookup = self._lookups.pop(event.key)
         self._manager.end_lease(_load_key(event.key))
         self.gate.loaded(event.tiers, event.load_s, event.copy_s, now, alone=lookup.alone)
-        self._loaded_blocks.update(event.tiers)
+        self._counters.prompt_tokens_ram += event.tiers.count(RAM) * self._block_tokens
+        self._counters.prompt_tokens_disk += event.tiers.count(DISK) * self._block_tokens
+        self._counters.prompt_tokens_peer += event.tiers.count(PEER) * self._block_tokens
         if lookup.decision is not None and event.num_blocks == lookup.num_blocks:
-            self._predicted_s += lookup.decision.load_s
-            self._actual_s += event.load_s
+            self._counters.store_predicted_seconds += lookup.decision.load_s
+            self._counters.store_actual_seconds += event.load_s
         return LoadedPrefix(event.key, event.num_blocks, event.tiers, event.load_s)
 
     # -- inside
@@ -222,21 +218,14 @@ class PrefixLoader:
         """Whether the store's thread touches no block of the pool."""
         return not self._writing and not any(each.decision for each in self._lookups.values())
 
-    def counters(self) -> dict[str, float]:
-        """For the heartbeat; none without a store."""
-        if not (counters := self._store.counters()):
-            return {}
-        return {
-            "store_attached": float(self._store.attached),
-            **{name: float(count) for name, count in self._counters.items()},
-            **{
-                f"prompt_tokens_{TIER_NAMES[tier]}": float(count * self._block_tokens)
-                for tier, count in self._loaded_blocks.items()
-            },
-            "store_predicted_s": self._predicted_s,
-            "store_actual_s": self._actual_s,
-            **counters,
-        }
+    @property
+    def counters(self) -> tuple[PrefixCounters, StoreClientCounters] | tuple[()]:
+        """None without a store."""
+        client = self._store.counters
+        if client is None:
+            return ()
+        self._counters.store_attached = int(self._store.attached)
+        return self._counters, client
 
 
 def _load_key(leg: LegKey) -> bytes:

@@ -29,6 +29,7 @@ from baton.kvtransfer.protocol.transfer import (
     Tell,
     Timing,
 )
+from baton.node.counters import TransferCounters
 from baton.node.errors import SettingsError
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message
@@ -118,22 +119,6 @@ class Incoming:
     first_block: int
     blocks: tuple[int, ...]
     deadline: float
-
-
-@dataclass(slots=True)
-class TransferCounters:
-    """What an operator wants to see; only ever grows."""
-
-    sent_blocks: int = 0
-    received_blocks: int = 0
-    transfers_sent: int = 0
-    transfers_received: int = 0
-    transfers_cancelled: int = 0
-    transfers_failed: int = 0
-    pairs_refused: int = 0
-    strange_messages: int = 0
-    digest_retries: int = 0
-    transfer_s_sum: float = 0.0
 
 
 class TransferExchange:
@@ -255,7 +240,7 @@ class TransferExchange:
             case Hello():
                 self._on_hello(peer, message, now)
             case Welcome():
-                self.counters.strange_messages += not self._pairs.on_welcome(peer, message, now)
+                self.counters.unexpected_messages += not self._pairs.on_welcome(peer, message, now)
             case Refused():
                 self.counters.pairs_refused += 1
                 self._lose(peer, f"refused: {message.reason}", now)
@@ -278,7 +263,7 @@ class TransferExchange:
                 if not known and isinstance(message, Abort):
                     self._wire.send(peer, Aborted(transfer_id=message.transfer_id))
             case _:
-                self.counters.strange_messages += 1
+                self.counters.unexpected_messages += 1
 
     def tick(self, now: float) -> None:
         """Advance the planes and every timer that is due."""
@@ -380,7 +365,7 @@ class TransferExchange:
             self._sending.setdefault(grant.transfer_id, sending)
             self._run_sender(sending, sending.machine.on_message(grant, now), now)
         else:
-            self.counters.strange_messages += 1
+            self.counters.unexpected_messages += 1
 
     def _to_sender(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
         sending = self._sending.get(transfer_id)
@@ -427,7 +412,7 @@ class TransferExchange:
         if ended.ok:
             self.counters.transfers_sent += 1
             self.counters.sent_blocks += sending.machine.offered_blocks
-            self.counters.transfer_s_sum += transfer_s
+            self.counters.transfer_seconds += transfer_s
         else:
             self._count_end(ended)
         self.events.append(SenderEnded(sending.leg, ended.ok, ended.reason, sending.machine.offered_blocks, transfer_s))

@@ -10,12 +10,12 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import fields
 from typing import Protocol
 
 from baton.kvtransfer.blocks.copies import Copies
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent
 from baton.kvtransfer.store.session import StoreSession
+from baton.node.counters import StoreClientCounters
 from baton.node.endpoint import Context, Endpoint
 from baton.node.leg import LegKey
 from baton.node.messages.store import decode_store
@@ -46,8 +46,9 @@ class Store(Protocol):
 
     def touch(self, hashes: Sequence[bytes]) -> None: ...
 
-    def counters(self) -> dict[str, float]:
-        """Of this worker's use of it, for the heartbeat."""
+    @property
+    def counters(self) -> StoreClientCounters | None:
+        """Of this worker's use of it; None where there is no store."""
         ...
 
     def close(self) -> None: ...
@@ -68,8 +69,7 @@ class NoStore:
 
     def touch(self, hashes: Sequence[bytes]) -> None: ...
 
-    def counters(self) -> dict[str, float]:
-        return {}
+    counters = None
 
     def close(self) -> None: ...
 
@@ -124,9 +124,9 @@ class StoreClient:
     def touch(self, hashes: Sequence[bytes]) -> None:
         self._do(lambda session, now: session.touch(hashes))
 
-    def counters(self) -> dict[str, float]:
-        counters = self._session.counters
-        return {f"store_{each.name}": float(getattr(counters, each.name)) for each in fields(counters)}
+    @property
+    def counters(self) -> StoreClientCounters:
+        return self._session.counters
 
     def close(self) -> None:
         """End the thread; the store notices the silence."""

@@ -19,6 +19,7 @@ from baton.kvtransfer.blocks.memory import SharedReader
 from baton.kvtransfer.store.arena import map_arena
 from baton.kvtransfer.store.copy_queue import Copied, Copy, CopyQueue
 from baton.kvtransfer.store.events import StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.counters import StoreClientCounters
 from baton.node.errors import PeerLost
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message
@@ -57,22 +58,6 @@ FETCH_WINDOW = 64
 """Blocks on their way from disk or peers for one load."""
 UNUSABLE_S = 120.0
 """Until the next try where the arena cannot be made fit for copies: trying costs seconds, and memory."""
-
-
-@dataclass(slots=True)
-class SessionCounters:
-    """Only ever grow."""
-
-    lookups: int = 0
-    lookups_lost: int = 0
-    """Answered with nothing because there was no store to ask."""
-    loaded_bytes: int = 0
-    written_bytes: int = 0
-    damaged_blocks: int = 0
-    failed_blocks: int = 0
-    """Found, and then not to be had."""
-    times_lost: int = 0
-    """The store went away."""
 
 
 @dataclass(slots=True, eq=False)
@@ -146,7 +131,7 @@ class StoreSession:
         deliver: Callable[[StoreEvent], None],
         mapped: Callable[[Attached], SharedReader] = map_arena,
     ) -> None:
-        self.counters = SessionCounters()
+        self.counters = StoreClientCounters()
         self._attach = Attach(namespace=namespace, block_bytes=copies.block_bytes, digest=copies.digest)
         self._copies = copies
         self._queue: CopyQueue[_Reading | _Writing] = CopyQueue(copies)
@@ -180,9 +165,9 @@ class StoreSession:
 
     def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int, now: float) -> None:
         """Ask for blocks [first, ...) of a chain; StoreFound follows. End it with `load` or `stop`."""
-        self.counters.lookups += 1
+        self.counters.store_lookups += 1
         if not self.attached or key in self._by_key:
-            self.counters.lookups_lost += 1
+            self.counters.store_lookups_lost += 1
             self._deliver(StoreFound(key, ()))
             return
         reading = _Reading(key, self._number(), tuple(hashes), first, now + GIVE_UP_S)
@@ -324,7 +309,7 @@ class StoreSession:
     def _lose(self, reason: str, now: float) -> None:
         """The store holds nothing for us any more: all that waits for it ends."""
         if self._arena is not None:
-            self.counters.times_lost += 1
+            self.counters.store_disconnects += 1
             log_event(logger, "store_lost", level=logging.WARNING, reason=reason)
         for reading in [*self._readings.values()]:
             self._end_reading(reading, now)
@@ -376,7 +361,7 @@ class StoreSession:
         if arrival.digest:
             self._queue_load(reading, number, arrival.offset, arrival.digest)
         else:
-            self.counters.failed_blocks += 1
+            self.counters.store_failed_blocks += 1
             reading.limit = number
 
     def _queue_load(self, reading: _Reading, number: int, offset: int, digest: bytes) -> None:
@@ -392,13 +377,13 @@ class StoreSession:
         reading.copy_s += done.took_s
         if done.digest == done.copy.digest:
             reading.copied.add(done.copy.number)
-            self.counters.loaded_bytes += self._copies.block_bytes
+            self.counters.store_loaded_bytes += self._copies.block_bytes
         else:
             self._on_damaged(reading, done.copy.number)
         self._end_if_loaded(reading, now)
 
     def _on_damaged(self, reading: _Reading, number: int) -> None:
-        self.counters.damaged_blocks += 1
+        self.counters.store_damaged_blocks += 1
         self._send(Damaged(hash=reading.hashes[reading.first + number]))
         reading.limit = min(reading.limit, number)
 
@@ -448,7 +433,7 @@ class StoreSession:
     def _on_saved(self, writing: _Writing, done: Copied[_Reading | _Writing]) -> None:
         writing.written.append(Written(done.copy.number, done.digest))
         writing.left -= 1
-        self.counters.written_bytes += self._copies.block_bytes
+        self.counters.store_written_bytes += self._copies.block_bytes
         if writing.ending or not writing.left:
             self._end_writing(writing)
 

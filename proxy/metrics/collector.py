@@ -6,7 +6,6 @@ label is there only while the worker is, so that labels stay bounded.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -14,10 +13,10 @@ from itertools import product
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from baton.node.counters import MetricInfo
 from baton.proxy.interface import Engine, WorkerStatus
 from baton.proxy.metrics.counters import (
     ENGINE_COUNTERS,
-    GAUGES,
     PROMPT_SOURCES,
     STORE_COUNTERS,
     WORKER_COUNTERS,
@@ -25,6 +24,7 @@ from baton.proxy.metrics.counters import (
 
 _LABEL = ("model_name",)
 _WORKER = ("worker", "role")
+_UNDESCRIBED = MetricInfo("As last reported.")
 _Reports = Mapping[tuple[str, ...], Mapping[str, float]]
 """What workers count, by the values of their labels."""
 _LOADS = {
@@ -147,7 +147,7 @@ def _counters(counters: Mapping[str, float], model: str) -> Iterable[Metric]:
     for name, value in sorted(counters.items()):
         kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
         text = ENGINE_COUNTERS.get(name, "Counted by the proxy's engine.")
-        family = kind(f"baton:{_plain(name)}", text, labels=_LABEL)
+        family = kind(f"baton:{name}", text, labels=_LABEL)
         family.add_metric((model,), value)
         yield family
 
@@ -164,9 +164,7 @@ def _workers(workers: list[WorkerStatus]) -> Iterable[Metric]:
             gauge.add_metric((worker.worker, worker.role), getattr(worker.load, name))
         yield gauge
     counting = [worker for worker in workers if worker.role != "store"]
-    reports: _Reports = {
-        (each.worker, each.role): {**each.load.counters, "steps": each.load.steps} for each in counting
-    }
+    reports: _Reports = {(each.worker, each.role): each.load.counters for each in counting}
     yield from _reported("baton:worker_", reports, WORKER_COUNTERS, _WORKER)
 
 
@@ -182,11 +180,16 @@ def _stores(workers: list[WorkerStatus]) -> Iterable[Metric]:
     yield from _reported("baton:store_", stores, STORE_COUNTERS, ("store",))
 
 
-def _reported(prefix: str, reports: _Reports, known: Mapping[str, str], labels: Sequence[str]) -> Iterable[Metric]:
-    """A family for each counter of heartbeats, known or not."""
+def _reported(
+    prefix: str, reports: _Reports, known: Mapping[str, MetricInfo], labels: Sequence[str]
+) -> Iterable[Metric]:
+    """A family for each counter of heartbeats, described or not, as long as its name can be a metric's."""
     for name in sorted({name for report in reports.values() for name in report} | set(known)):
-        kind = GaugeMetricFamily if name in GAUGES else CounterMetricFamily
-        family = kind(f"{prefix}{_plain(name)}", known.get(name, "As last reported."), labels=labels)
+        if not (name.isascii() and name.isidentifier()):
+            continue
+        info = known.get(name, _UNDESCRIBED)
+        kind = GaugeMetricFamily if info.is_gauge else CounterMetricFamily
+        family = kind(f"{prefix}{name}", info.help, labels=labels)
         for values, report in reports.items():
             if name in report:
                 family.add_metric(values, report[name])
@@ -200,12 +203,6 @@ def _members(workers: list[WorkerStatus]) -> Metric:
         count = sum(worker.role == role and worker.state == state for worker in workers)
         family.add_metric((role, state), count)
     return family
-
-
-def _plain(name: str) -> str:
-    """`name` as a part of a metric's name, its unit spelled out; `_total` is added by the format."""
-    plain = re.sub(r"[^a-zA-Z0-9_]", "_", name).removesuffix("_total").removesuffix("_sum")
-    return f"{plain}econds" if plain.endswith("_s") else plain
 
 
 def _name_of(identity: str) -> str:

@@ -131,7 +131,7 @@ def test_the_store_dies_freezes_and_comes_back(oracle: Oracle, tmp_path: Path) -
         for prompt, stream in zip(LONG[:6], streams, strict=True):
             assert stream.join().error is None and stream.text == oracle.answer(prompt)[0]
         _ask(cluster, oracle, LONG[6:8])
-        cluster.wait_until(lambda: all(cluster.worker_values("store_times_lost_total").values()), "a store lost")
+        cluster.wait_until(lambda: all(cluster.worker_values("store_disconnects_total").values()), "a store lost")
         cluster.nodes.start_node("store")
         _wait_attached(cluster, 2)
         asked = _ask(cluster, oracle, LONG[8:])

@@ -197,7 +197,7 @@ def test_preemption_changes_no_token() -> None:
     bench.run()
     for name in "abcd":
         assert bench.tokens(name) == list(range(10, 18))
-    assert bench.role._tally.preemptions > 0
+    assert bench.role.counters.preemptions > 0
 
 
 def test_cancel_while_kv_is_coming_quarantines() -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -306,3 +307,19 @@ def test_the_gate_learns_what_the_device_took():
         bench.role._timer.launch_at = 0.0
         bench.loop.turn(0.0)
     assert told == [(12, 0.25)]
+
+
+def test_gaps_are_those_of_steps_behind_others():
+    """Guards the share of short gaps against the pauses of an idle worker."""
+    bench = Bench(1, 30)
+    bench.request("a", [1, 2, 3], 4, remote=False)
+    gaps = iter((30.0, 20e-6, 90e-6, 10.0))
+    bench.loop.turn(0.0)
+    while bench.loop.turn(0.0) or bench.runner.launched:
+        for step in bench.runner.launched:
+            step.device_time = step.device_time or DeviceTime(0.004, next(gaps, 0.0))
+        bench.role._timer.launch_at = 0.0
+    counters = bench.role.counters
+    assert counters.steps == 4 and counters.device_busy_seconds == pytest.approx(4 * 0.004)
+    assert (counters.device_gaps, counters.device_gaps_short) == (3, 1)
+    assert counters.device_gap_seconds == pytest.approx(20e-6 + 90e-6 + 10.0)

@@ -9,6 +9,7 @@ from typing import Any
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import NO_STORE, Store
+from baton.node.counters import TransferCounters
 from baton.node.messages.base import Message
 from baton.node.messages.control import Load
 from baton.worker.io_thread import Command
@@ -65,8 +66,9 @@ class RecordingIo:
     def yield_gil(self, wait_s: float) -> None:
         self.num_yields += 1
 
-    def transfer_counters(self) -> dict[str, float]:
-        return {}
+    @property
+    def transfer_counters(self) -> TransferCounters:
+        return TransferCounters()
 
     def drain(self) -> None:
         self.draining = True

@@ -17,6 +17,7 @@ from baton.kvtransfer.store.lower import LowerTier, NoLowerTier
 from baton.kvtransfer.store.peers import Peers
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.session import StoreSession
+from baton.node.counters import StoreClientCounters
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message, encode
 from baton.node.messages.store import decode_store
@@ -224,8 +225,9 @@ class InlineStore:
     def touch(self, hashes: Sequence[bytes]) -> None:
         self._do(lambda session, now: session.touch(hashes))
 
-    def counters(self) -> dict[str, float]:
-        return {"store_lookups": float(self.worker.session.counters.lookups)}
+    @property
+    def counters(self) -> StoreClientCounters:
+        return self.worker.session.counters
 
     def close(self) -> None: ...
 

@@ -98,7 +98,7 @@ def test_a_store_that_is_lost_under_copies(kind: type) -> None:
     assert worker.copies.touched
     world.lost.add("host")
     world.run(DOWN_AFTER_S + 1)
-    assert not worker.session.attached and worker.session.store == "" and worker.session.counters.times_lost == 1
+    assert not worker.session.attached and worker.session.store == "" and worker.session.counters.store_disconnects == 1
     assert not worker.told(kind) and not worker.copies.locks[0].closed
     world.lost.clear()
     world.run(1.0)
@@ -127,7 +127,7 @@ def test_bits_that_flip_on_the_way_are_a_miss_but_the_block_stays() -> None:
     world = found(1, 2, 3)
     worker = world.workers["b"]
     worker.copies.held, worker.copies.spoil = False, {1}
-    assert world.load("b", range(3)) == 1 and worker.session.counters.damaged_blocks == 1
+    assert world.load("b", range(3)) == 1 and worker.session.counters.store_damaged_blocks == 1
     worker.copies.spoil = set()
     assert world.find("b", 1, 2, 3) == (RAM,) * 3 and world.load("b", range(3)) == 3
 

@@ -134,7 +134,7 @@ def test_a_block_that_was_spoiled_on_its_way_to_disk_is_found_once(bench: Bench)
     worker.session.load(KEY, 0, range(8, 9), bench.world.now)
     bench.world.run()
     bench.settle(1)
-    assert worker.session.counters.damaged_blocks == 1
+    assert worker.session.counters.store_damaged_blocks == 1
     bench.disk.close()  # its threads have ended
     assert tier.contains([names(1)[0]]) == [False] and bench.world.find("b", 1) == ()
 
@@ -148,7 +148,7 @@ def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> Non
     worker.session.load(KEY, 0, range(8, 10), bench.world.now)
     bench.world.run()
     bench.settle(1)
-    assert worker.holds(8, 1) and worker.session.counters.failed_blocks == 1
+    assert worker.holds(8, 1) and worker.session.counters.store_failed_blocks == 1
     assert bench.world.host.server.index.num_holders == 0
 
 

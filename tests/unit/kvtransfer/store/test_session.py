@@ -80,7 +80,7 @@ def test_a_block_is_stored_once() -> None:
     world = World("a", "b")
     assert world.put("a", 1, 2) == 2
     assert world.put("b", 1, 2, 3) == 1
-    assert world.workers["b"].session.counters.written_bytes == BLOCK_BYTES
+    assert world.workers["b"].session.counters.store_written_bytes == BLOCK_BYTES
 
 
 def test_a_full_store_evicts_the_oldest() -> None:
@@ -101,7 +101,7 @@ def test_bits_flipped_in_the_arena_are_a_miss_and_the_block_goes() -> None:
     world.host.arena.span(entry.offset, 1)[0] ^= 1
     assert len(world.find("b", 1, 2, 3)) == 3
     assert world.load("b", range(3)) == 1
-    assert world.workers["b"].session.counters.damaged_blocks == 1
+    assert world.workers["b"].session.counters.store_damaged_blocks == 1
     assert len(world.find("b", 1, 2, 3)) == 1
     world.workers["b"].session.stop(LegKey("b", 0), world.now)
     world.run()
@@ -180,8 +180,8 @@ def test_a_store_that_falls_silent_ends_everything_as_a_miss(phase: str) -> None
     assert not worker.session.attached
     kind = {"asking": StoreFound, "putting": StoreWritten}.get(phase, StoreLoaded)
     assert len(worker.told(kind)) == 1
-    assert world.find("a", 1) == () and world.workers["a"].session.counters.lookups_lost == 1
-    assert world.workers["a"].session.counters.times_lost == 1
+    assert world.find("a", 1) == () and world.workers["a"].session.counters.store_lookups_lost == 1
+    assert world.workers["a"].session.counters.store_disconnects == 1
 
 
 def test_a_store_that_is_restarted_is_found_again() -> None:

@@ -151,12 +151,14 @@ def status(name: str, role: str, free: int, **counters: float) -> WorkerStatus:
 async def test_the_engines_and_the_workers_own_counters(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards against what workers report being lost on the way, and a name that breaks the format."""
     engine.totals = {"attempts_total": 3.0, "routed_local_total": 1.0}
-    engine.workers = [status("p0", "prefill", 90, transfers=4), status("d0", "decode", 25, **{"odd name-1": 5})]
+    odd = {"odd name-1": 5, "unheard_of": 6}
+    engine.workers = [status("p0", "prefill", 90, transfers=4), status("d0", "decode", 25, **odd)]
     seen = await scrape(client)
     assert seen("baton:attempts_total") == 3
     assert seen("baton:routed_local_total") == 1
     assert seen("baton:worker_transfers_total", worker="p0", role="prefill") == 4
-    assert seen("baton:worker_odd_name_1_total", worker="d0") == 5
+    assert seen("baton:worker_unheard_of_total", worker="d0") == 6
+    assert not [sample for sample in seen.samples if "odd" in sample.name], "no metric can have this name"
     assert seen("baton:worker_running", worker="d0") == 2
     assert seen("baton:worker_up", worker="p0", state="up") == 1
     assert seen("vllm:kv_cache_usage_perc") == 0.75

@@ -1,0 +1,118 @@
+"""What workers count, for their heartbeats: one field a metric, with its help beside it.
+
+A field's name is its metric's name: `preemptions` is counted under this name, sent under it, and shown by the proxy as
+`baton:worker_preemptions_total`. Time is in `_seconds`, sizes in `_bytes`; the exposition format appends `_total` to
+what only grows. Nothing here knows who counts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+
+class MetricInfo(NamedTuple):
+    """What /metrics says of a metric."""
+
+    help: str
+    is_gauge: bool = False
+    """It may fall."""
+
+
+def counted(help: str) -> Any:
+    """A dataclass field that starts at 0 and only grows."""
+    return field(default=0, metadata={"metric": MetricInfo(help)})
+
+
+def measured(help: str) -> Any:
+    """A dataclass field that starts at 0 and may fall."""
+    return field(default=0, metadata={"metric": MetricInfo(help, is_gauge=True)})
+
+
+@dataclass(slots=True)
+class WorkerCounters:
+    """What every worker counts."""
+
+    steps: int = counted("Steps of the model.")
+    prompt_tokens: int = counted("Tokens of the prompts that were taken on.")
+    prefix_queries_tokens: int = counted("Tokens looked up in the worker's own pool.")
+    prefix_hits_tokens: int = counted("Tokens found there.")
+    prompt_tokens_gpu: int = counted("Tokens of prompts whose KV was in the worker's own pool.")
+    prompt_tokens_computed: int = counted("Tokens of prompts that were computed.")
+    evictions: int = counted("Cached blocks that were evicted.")
+
+
+@dataclass(slots=True)
+class DecodeCounters(WorkerCounters):
+    """What a decode worker counts besides."""
+
+    local_prefill_tokens: int = counted("Tokens of prompts that a decode worker was to compute itself.")
+    generated_tokens: int = counted("Tokens drawn by decode.")
+    preemptions: int = counted("Sequences that were preempted: they gave up their KV.")
+    device_busy_seconds: float = counted("Seconds in which the GPU computed steps.")
+    device_gaps: int = counted("Steps that were launched while another was in flight.")
+    device_gaps_short: int = counted("Those of them that began within 50 microseconds of its end.")
+    device_gap_seconds: float = counted(
+        "Seconds between the ends of steps and the begins of those launched behind them."
+    )
+
+
+@dataclass(slots=True)
+class TransferCounters:
+    """What a worker's end of the transfer protocol counts."""
+
+    sent_blocks: int = counted("Blocks sent to decode.")
+    received_blocks: int = counted("Blocks received from prefill.")
+    transfers_sent: int = counted("Transfers that were handed over.")
+    transfers_received: int = counted("Transfers that were received.")
+    transfers_cancelled: int = counted("Transfers that were cancelled.")
+    transfers_failed: int = counted("Transfers that failed.")
+    pairs_refused: int = counted("Workers that this one cannot exchange KV with.")
+    unexpected_messages: int = counted("Messages that fit no transfer.")
+    digest_retries: int = counted("Chunks that arrived damaged and were requested once more.")
+    transfer_seconds: float = counted("Seconds of all transfers together.")
+
+
+@dataclass(slots=True)
+class PrefixCounters:
+    """What a worker counts of loading prefixes from the host's store, and of writing blocks behind."""
+
+    store_attached: int = measured("1 while the worker has the host's store.")
+    prompt_tokens_ram: int = counted("Tokens of prompts whose KV came from the host's memory.")
+    prompt_tokens_disk: int = counted("Tokens of prompts whose KV came from the host's disk.")
+    prompt_tokens_peer: int = counted("Tokens of prompts whose KV came from another host's store.")
+    store_lookups_late: int = counted("Lookups that were not waited for any longer.")
+    store_loads: int = counted("Prompts with KV loaded from the store.")
+    store_loads_stopped: int = counted("Loads that took longer than computing would have.")
+    store_gate_refused: int = counted("Prompts with KV in the store that were computed because that was quicker.")
+    store_predicted_seconds: float = counted("Seconds that loads were expected to take.")
+    store_actual_seconds: float = counted("Seconds that the same loads took.")
+    store_written_blocks: int = counted("Blocks written to the store.")
+    store_dropped_blocks: int = counted("Blocks not written, because too many were being written.")
+
+
+@dataclass(slots=True)
+class StoreClientCounters:
+    """What a worker's client of the host's store counts."""
+
+    store_lookups: int = counted("Prompts that were looked up in the store.")
+    store_lookups_lost: int = counted("Lookups without an answer, because there was no store.")
+    store_loaded_bytes: int = counted("KV loaded from the store.")
+    store_written_bytes: int = counted("KV written to the store.")
+    store_damaged_blocks: int = counted("Blocks from the store that failed their digest.")
+    store_failed_blocks: int = counted("Blocks that the store had found and then did not give.")
+    store_disconnects: int = counted("Times that the connection to the store was lost.")
+
+
+Counters = WorkerCounters | TransferCounters | PrefixCounters | StoreClientCounters
+WORKER_GROUPS: tuple[type[Counters], ...] = (DecodeCounters, TransferCounters, PrefixCounters, StoreClientCounters)
+
+
+def values(*groups: Counters) -> dict[str, float]:
+    """All fields by name."""
+    return {each.name: float(getattr(group, each.name)) for group in groups for each in fields(group)}
+
+
+def infos(*groups: type[Counters]) -> dict[str, MetricInfo]:
+    """What each field means, by name."""
+    return {each.name: each.metadata["metric"] for group in groups for each in fields(group)}
