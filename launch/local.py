@@ -30,7 +30,10 @@ class ServeSettings:
     """The settings of `serve`. What is not here is passed on with the `_arg` options."""
 
     model: str = option(
-        DEMO_MODEL, metavar="FOLDER_OR_HUB_ID", help="the demo model, a Hugging Face model folder, or a hub id org/name"
+        DEMO_MODEL,
+        metavar="MODEL",
+        help="the demo model, a Hugging Face model folder, or a hub id org/name",
+        positional=True,
     )
     served_model_name: str = option("", help="name of the model in the API; default: the folder's name, or the hub id")
     host: str = option("127.0.0.1", help="address of the HTTP API")

@@ -32,6 +32,7 @@ from baton.node.errors import SettingsError
 T = TypeVar("T")
 
 _METADATA_KEY = "option"
+_POSITIONAL = " positional"
 _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 
@@ -47,6 +48,8 @@ class OptionInfo:
     metavar: str = ""
     env: str = ""
     """Environment variable that gives the default: for secrets, which do not belong in a process list."""
+    positional: bool = False
+    """The value may also be the argument without an option's name."""
 
 
 def option(
@@ -59,14 +62,15 @@ def option(
     maximum: float | None = None,
     metavar: str = "",
     env: str = "",
+    positional: bool = False,
 ) -> Any:
     """A dataclass field that becomes `--its-name`. Without `default` it is required.
 
     The field's annotation is one of bool, int, float, str, Path, any of these `| None` (not given is None), or
     `tuple[X, ...]` of int, float, str or Path (the option takes one or more values, and may be repeated). `minimum` and
-    `maximum` are inclusive; a number must always be finite.
+    `maximum` are inclusive; a number must always be finite. One field of a dataclass may be `positional`.
     """
-    info = OptionInfo(help, unit, tuple(choices), minimum, maximum, metavar, env)
+    info = OptionInfo(help, unit, tuple(choices), minimum, maximum, metavar, env, positional)
     return dataclasses.field(default=default, metadata={_METADATA_KEY: info})
 
 
@@ -88,6 +92,12 @@ def parse(
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
         _add_argument(parser, field, _Kind.of(field.name, hints[field.name]), env)
     values = vars(parser.parse_args(list(argv)))
+    for name in [name for name in values if name.endswith(_POSITIONAL)]:
+        if (value := values.pop(name)) is not None:
+            option_name = name.removesuffix(_POSITIONAL)
+            if values[option_name] not in (value, parser.get_default(option_name)):
+                parser.error(f"two values for {option_name}: {value!r} and {values[option_name]!r}")
+            values[option_name] = value
     try:
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except SettingsError as error:
@@ -176,6 +186,10 @@ def _add_argument(
         metavar=info.metavar or ("{" + ",".join(info.choices) + "}" if info.choices else _METAVARS[kind.base]),
         help=help_text,
     )
+    if info.positional:
+        parser.add_argument(
+            field.name + _POSITIONAL, nargs="?", type=convert, metavar=info.metavar or None, help=f"the same as {flag}"
+        )
 
 
 def _converter(base: type, info: OptionInfo) -> Callable[[str], Any]:
@@ -186,9 +200,9 @@ def _converter(base: type, info: OptionInfo) -> Callable[[str], Any]:
             value = base(text)
         except ValueError:
             wanted = {int: "a whole number", float: "a number"}[base]
-            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None
+            raise argparse.ArgumentTypeError(f"must be {wanted}, not {text!r}") from None
         if info.choices and value not in info.choices:
-            raise argparse.ArgumentTypeError(f"{text!r} is none of {', '.join(info.choices)}")
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(info.choices)}, not {text!r}")
         if base in (int, float):
             _check_number(value, info)
         return value
@@ -199,11 +213,11 @@ def _converter(base: type, info: OptionInfo) -> Callable[[str], Any]:
 def _check_number(value: float, info: OptionInfo) -> None:
     unit = f" {info.unit}" if info.unit else ""
     if isinstance(value, float) and not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{value} is not a finite number")
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {value}")
     if info.minimum is not None and value < info.minimum:
-        raise argparse.ArgumentTypeError(f"{value} is too small: at least {info.minimum}{unit}")
+        raise argparse.ArgumentTypeError(f"must be at least {info.minimum}{unit}, not {value}")
     if info.maximum is not None and value > info.maximum:
-        raise argparse.ArgumentTypeError(f"{value} is too large: at most {info.maximum}{unit}")
+        raise argparse.ArgumentTypeError(f"must be at most {info.maximum}{unit}, not {value}")
 
 
 def _help_text(info: OptionInfo, kind: _Kind, default: Any) -> str:

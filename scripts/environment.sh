@@ -1,13 +1,23 @@
 # Sourced by the other scripts: the Python environment that they run in, and nothing else.
 #
-#   take_no_install "$@"      sets `no_install` (yes or no) and `arguments` (the rest)
-#   make_environment [extra]  sets `python`; makes or renews .venv unless no_install is yes
+#   run_baton EXTRA COMMAND [argument ...]  runs `baton COMMAND` in an environment with EXTRA (may be empty)
+#   take_no_install "$@"                    sets `no_install` (yes or no) and `arguments` (the rest)
+#   make_environment [extra]                sets `python`; makes or renews .venv unless no_install is yes
 #
+# --no-install among the arguments: use the python3 on the PATH, with what is installed there, instead of .venv.
 # Renewing is skipped, in well under a second, as long as the stamp in .venv names the same pyproject.toml in the same place.
 
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+set -euo pipefail
+root=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 torch_cpu="torch==2.13.0"
 torch_cpu_index="https://download.pytorch.org/whl/cpu"
+
+run_baton() {
+    local extra=$1 command=$2
+    take_no_install "${@:3}"
+    make_environment "$extra"
+    exec "$python" -P -m baton "$command" ${arguments[@]+"${arguments[@]}"}
+}
 
 take_no_install() {
     no_install=no
@@ -94,12 +104,12 @@ pip_install() { # progress bars on a terminal; silent in a log, but for errors
 find_python() {
     local candidate
     for candidate in python3 python3.13 python3.12 python3.11; do
-        if "$candidate" -c "import sys; raise SystemExit(sys.version_info < (3, 11))" 2>/dev/null; then
+        if "$candidate" -c "import sys; raise SystemExit(not (3, 11) <= sys.version_info < (3, 14))" 2>/dev/null; then
             command -v "$candidate"
             return
         fi
     done
-    fail "Python 3.11 or newer is needed, and none was found on the PATH"
+    fail "Python 3.11, 3.12 or 3.13 is needed, and none was found on the PATH"
 }
 
 say() { printf '%s\n' "baton: $*" >&2; }

@@ -123,6 +123,7 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
             "tests/",
             "scripts/",
             "benchmark/harness/processes.py",  # passes it on to child processes
+            "cli.py",
             "launch/serve.py",
             "launch/cluster.py",
             "testing/",

@@ -76,17 +76,17 @@ def test_a_repeated_option_replaces_its_default_and_never_leaks_into_the_next_pa
     ("argv", "said"),
     [
         ([], "--model"),
-        (["--model", "m", "--port", "0"], "--port: 0 is too small: at least 1"),
-        (["--model", "m", "--port", "65536"], "--port: 65536 is too large: at most 65535"),
-        (["--model", "m", "--port", "80x"], "--port: '80x' is not a whole number"),
-        (["--model", "m", "--port", "1e3"], "--port: '1e3' is not a whole number"),
-        (["--model", "m", "--drain-s", "-1"], "--drain-s: -1.0 is too small: at least 0 s"),
-        (["--model", "m", "--drain-s", "nan"], "--drain-s: nan is not a finite number"),
-        (["--model", "m", "--drain-s", "inf"], "--drain-s: inf is not a finite number"),
-        (["--model", "m", "--drain-s", "soon"], "--drain-s: 'soon' is not a number"),
-        (["--model", "m", "--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda"),
-        (["--model", "m", "--sizes", "0"], "--sizes: 0 is too small"),
-        (["--model", "m", "--num-blocks", "0"], "--num-blocks: 0 is too small"),
+        (["--model", "m", "--port", "0"], "--port: must be at least 1, not 0"),
+        (["--model", "m", "--port", "65536"], "--port: must be at most 65535, not 65536"),
+        (["--model", "m", "--port", "80x"], "--port: must be a whole number, not '80x'"),
+        (["--model", "m", "--port", "1e3"], "--port: must be a whole number, not '1e3'"),
+        (["--model", "m", "--drain-s", "-1"], "--drain-s: must be at least 0 s, not -1.0"),
+        (["--model", "m", "--drain-s", "nan"], "--drain-s: must be a finite number, not nan"),
+        (["--model", "m", "--drain-s", "inf"], "--drain-s: must be a finite number, not inf"),
+        (["--model", "m", "--drain-s", "soon"], "--drain-s: must be a number, not 'soon'"),
+        (["--model", "m", "--device", "tpu"], "--device: must be one of auto, cpu, cuda, not 'tpu'"),
+        (["--model", "m", "--sizes", "0"], "--sizes: must be at least 1"),
+        (["--model", "m", "--num-blocks", "0"], "--num-blocks: must be at least 1"),
         (["--model", "m", "--por", "9"], "--por"),
         (["--model", "m", "stray"], "stray"),
     ],
@@ -96,6 +96,35 @@ def test_a_wrong_argument_is_one_line_that_names_it(
 ) -> None:
     """A bound that is not checked here fails far from its cause; an abbreviated option breaks when another is added."""
     assert said in error_of(capsys, *argv)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WithPositional:
+    model: str = option("demo", help="model", metavar="MODEL", positional=True)
+    gpus: tuple[int, ...] = option((), help="GPUs")
+
+
+@pytest.mark.parametrize(
+    ("argv", "model"),
+    [
+        ([], "demo"),
+        (["org/name"], "org/name"),
+        (["--model", "org/name"], "org/name"),
+        (["org/name", "--gpus", "0", "1"], "org/name"),
+        (["--gpus=0", "org/name"], "org/name"),
+        (["org/name", "--model", "org/name"], "org/name"),
+    ],
+)
+def test_a_value_may_be_given_without_the_options_name(argv: list[str], model: str) -> None:
+    """`serve MODEL` is what users of other servers type."""
+    assert parse(WithPositional, argv, prog="example", description="", environ={}).model == model
+
+
+def test_two_different_values_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """Serving the other one of two models is found out late."""
+    with pytest.raises(SystemExit):
+        parse(WithPositional, ["a", "--model", "b"], prog="example", description="", environ={})
+    assert "two values for model: 'a' and 'b'" in capsys.readouterr().err
 
 
 def test_help_names_every_option_with_unit_default_and_bounds(capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +161,7 @@ def test_a_variable_of_the_environment_is_checked_like_an_argument(capsys: pytes
 
     with pytest.raises(SystemExit):
         parse(FromEnv, [], prog="x", description="", environ={"SIZE": "0"})
-    assert "SIZE: 0 is too small" in capsys.readouterr().err
+    assert "SIZE: must be at least" in capsys.readouterr().err
 
 
 def test_an_error_of_the_dataclass_itself_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:

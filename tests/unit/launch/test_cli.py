@@ -1,0 +1,57 @@
+"""Guards the command `baton`: every subcommand is there with its own help, and loads only what it needs."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+
+import pytest
+
+from baton import __version__, cli
+
+
+def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    """What everybody types first."""
+    assert cli.main(["--help"]) == 0
+    listed = capsys.readouterr().out
+    assert all(f"\n  {name} " in listed for name in cli.SUBCOMMANDS)
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"baton {__version__}\n"
+
+
+@pytest.mark.parametrize("argv", [[], ["sevre"], ["--model", "x"]])
+def test_a_wrong_command_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """A traceback of runpy says nothing to a user."""
+    assert cli.main(argv) == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", cli.SUBCOMMANDS)
+def test_each_subcommand_is_a_module(name: str) -> None:
+    """A module that was moved would only be missed by a user."""
+    assert importlib.util.find_spec(cli.SUBCOMMANDS[name].module) is not None
+
+
+def loaded(*argv: str) -> set[str]:
+    """The large libraries that `baton ARGV` has loaded at its end, in a process of its own."""
+    code = (
+        "import sys; from baton.cli import main; status = main(sys.argv[1:])\n"
+        "print('loaded', *{'torch', 'transformers', 'triton', 'zmq', 'fastapi'} & set(sys.modules)); sys.exit(status)"
+    )
+    command = [sys.executable, "-P", "-c", code, *argv]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return set(done.stdout.splitlines()[-1].split()[1:])
+
+
+def test_the_help_loads_nothing_and_the_proxy_no_torch() -> None:
+    """torch costs seconds and 200 MB; a proxy that loads it was started by a command that imports all roles."""
+    assert loaded("--help") == set()
+    assert loaded("serve", "--help") == set()
+    assert "torch" not in loaded("proxy", "--help")
+
+
+def test_a_subcommands_errors_and_status_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    """The name of a command that does not exist in an error message leads nowhere."""
+    assert cli.main(["proxy", "--port", "many"]) == 2
+    assert capsys.readouterr().err.startswith("baton proxy: error: argument --port: must be a whole number")
