@@ -31,7 +31,7 @@ from baton.simulator.simulation import simulate
 from baton.simulator.studies import losses, overload, scenario_of, slo_of, workload_of
 from baton.simulator.workload import rate_of, read_trace
 
-PROG = "scripts/simulate"
+PROG = "baton simulate"
 
 
 def replay(argv: Sequence[str]) -> None:
@@ -100,7 +100,7 @@ def tiers(argv: Sequence[str]) -> None:
 
 def fitted(argv: Sequence[str]) -> None:
     """Coefficients of the latency model from measured steps, by least squares, with their error."""
-    settings = parse(FitSettings, argv, "scripts/simulate fit", fitted.__doc__ or "")
+    settings = parse(FitSettings, argv, "baton simulate fit", fitted.__doc__ or "")
     steps = [step for path in settings.steps for step in read_steps(path)]
     kinds = sorted({step.kind for step in steps}, reverse=True)
     found: dict[str, Fit] = {kind: fit([step for step in steps if step.kind == kind]) for kind in kinds}
