@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.node.messages.control import Logprob
-from baton.proxy.http.events import Content, Event, Finish, TokenLogprob, TokenUsage
+from baton.proxy.http.events import Content, Event, Finish, PromptIds, TokenLogprob, TokenUsage
 from baton.proxy.http.prepare import Generation
 from baton.proxy.interface import Delta
 from baton.proxy.text.model_text import ModelText
@@ -24,10 +24,20 @@ class StopRule:
     """Keep the string, or token, that stopped the text in it."""
 
 
+@dataclass(frozen=True, slots=True)
+class IdRule:
+    """Where the client wants token ids."""
+
+    show: bool
+    """Those of prompt and answer, beside the text."""
+    logprobs_by_id: bool
+    """Tokens of log probabilities named by id: texts of two tokens may be equal."""
+
+
 class Assembler:
     """The events of one generation; `finish` is empty until the last of them were made."""
 
-    def __init__(self, generation: Generation, text: ModelText, stop: StopRule) -> None:
+    def __init__(self, generation: Generation, text: ModelText, stop: StopRule, ids: IdRule) -> None:
         self.finish = ""
         self.num_tokens = 0
         self._generation = generation
@@ -35,6 +45,9 @@ class Assembler:
         self._detokenizer = text.detokenizer()
         self._stop = StopMatcher(stop.strings, include=stop.include)
         self._include_stop = stop.include
+        self._show_ids = ids.show
+        self._begun = False
+        self._token_name = _id_name if ids.logprobs_by_id else text.token_bytes
         self._unsent = generation.echo
         self._num_chars = 0
         """Characters detokenised so far, held ones included."""
@@ -43,7 +56,8 @@ class Assembler:
         """What `delta` adds, maybe nothing. Tokens after a stop string are dropped and not counted."""
         text, self._unsent = self._unsent, ""
         logprobs: list[TokenLogprob] = []
-        last = len(delta.ids) - 1
+        matched = ""
+        last, before = len(delta.ids) - 1, self.num_tokens
         for place, token_id in enumerate(delta.ids):
             if delta.logprobs:
                 logprobs.append(self._logprob(token_id, delta.logprobs[place]))
@@ -59,10 +73,15 @@ class Assembler:
             piece, matched = self._flush()
             text += piece
             self.finish = "stop" if matched else delta.finish
-        events: list[Event] = [Content(text, tuple(logprobs))] if text or logprobs else []
+        ids = delta.ids[: self.num_tokens - before] if self._show_ids else ()
+        events: list[Event] = [Content(text, tuple(logprobs), ids)] if text or logprobs or ids else []
+        if self._show_ids and not self._begun:
+            events.insert(0, PromptIds(self._generation.prompt_ids))
+        self._begun = True
         if self.finish:
+            stop_reason = matched or (self._stop_token(delta) if self.finish == "stop" else None)
             usage = TokenUsage(len(self._generation.prompt_ids), self.num_tokens, delta.cached_tokens)
-            events += (Finish(self.finish), usage)
+            events += (Finish(self.finish, stop_reason), usage)
         return events
 
     def _match(self, text: str) -> tuple[str, str]:
@@ -84,6 +103,17 @@ class Assembler:
         stopped = finish == "stop" and token_id in self._generation.sampling.stop_token_ids
         return stopped and not self._include_stop
 
+    def _stop_token(self, delta: Delta) -> int | None:
+        """The token that ended the answer, where the client named it and it is no end token of the model."""
+        token_id = delta.ids[-1] if delta.ids else -1
+        named = token_id in self._generation.sampling.stop_token_ids and token_id not in self._text.eos_ids
+        return token_id if named else None
+
     def _logprob(self, token_id: int, logprob: Logprob) -> TokenLogprob:
-        top = tuple((self._text.token_bytes(token), value) for token, value in logprob.top)
-        return TokenLogprob(self._text.token_bytes(token_id), logprob.logprob, top, self._num_chars)
+        top = tuple((self._token_name(token), value) for token, value in logprob.top)
+        return TokenLogprob(self._token_name(token_id), logprob.logprob, top, self._num_chars)
+
+
+def _id_name(token_id: int) -> bytes:
+    """vLLM's form of a token that is named by its id."""
+    return b"token_id:%d" % token_id

@@ -14,6 +14,7 @@ import msgspec
 
 from baton.proxy.http.events import ChoiceText, TokenLogprob, TokenUsage
 
+CHAT_CHUNK = "chat.completion.chunk"
 _encode = msgspec.json.Encoder().encode
 
 
@@ -34,6 +35,12 @@ class Encoder(Protocol):
 
 
 # ---- shapes, named as in the API ----------------------------------------------------------------------------------
+
+
+_Ids = Sequence[int] | msgspec.UnsetType
+"""vLLM's fields; absent unless asked for, of a prompt also after the first chunk."""
+_StopReason = int | str | msgspec.UnsetType
+"""vLLM's field; absent where there is none."""
 
 
 class _PromptDetails(msgspec.Struct):
@@ -59,6 +66,9 @@ class _CompletionChoice(msgspec.Struct):
     text: str
     logprobs: _CompletionLogprobs | None
     finish_reason: str | None
+    stop_reason: _StopReason
+    token_ids: _Ids
+    prompt_token_ids: _Ids
 
 
 class _TopLogprob(msgspec.Struct):
@@ -90,6 +100,8 @@ class _ChunkChoice(msgspec.Struct):
     delta: _Delta
     logprobs: _ChatLogprobs | None
     finish_reason: str | None
+    stop_reason: _StopReason = msgspec.UNSET
+    token_ids: _Ids = msgspec.UNSET
 
 
 class _ChatMessage(msgspec.Struct):
@@ -103,6 +115,8 @@ class _ChatChoice(msgspec.Struct):
     message: _ChatMessage
     logprobs: _ChatLogprobs | None
     finish_reason: str | None
+    stop_reason: _StopReason = msgspec.UNSET
+    token_ids: _Ids = msgspec.UNSET
 
 
 _Choices = Sequence[_CompletionChoice | _ChunkChoice | _ChatChoice]
@@ -117,6 +131,8 @@ class _Response(msgspec.Struct):
     usage: _Usage | msgspec.UnsetType | None = msgspec.UNSET
     """In a chunk: absent unless asked for, then null in all chunks but the last."""
     system_fingerprint: None = None
+    prompt_token_ids: _Ids = msgspec.UNSET
+    """Of a chat, which has one prompt; a completion has them in its choices."""
 
 
 # ---- the two endpoints --------------------------------------------------------------------------------------------
@@ -130,16 +146,24 @@ class AnswerHeader:
     created: int
     model: str
     logprobs: bool
+    token_ids: bool
     include_usage: bool
     """Of a stream: every chunk has the field, the last one a value."""
 
-    def encode(self, kind: str, choices: _Choices, usage: TokenUsage) -> bytes:
+    def encode(self, kind: str, choices: _Choices, usage: TokenUsage, prompt_ids: _Ids = msgspec.UNSET) -> bytes:
         """A whole answer, or the chunk of a stream that has the usage."""
-        return _encode(_Response(self.id, kind, self.created, self.model, choices, _usage(usage)))
+        shape = _Response(self.id, kind, self.created, self.model, choices, _usage(usage), prompt_token_ids=prompt_ids)
+        return _encode(shape)
 
-    def encode_chunk(self, kind: str, choice: _CompletionChoice | _ChunkChoice) -> bytes:
+    def encode_chunk(
+        self, kind: str, choice: _CompletionChoice | _ChunkChoice, prompt_ids: _Ids = msgspec.UNSET
+    ) -> bytes:
         usage = None if self.include_usage else msgspec.UNSET
-        return _encode(_Response(self.id, kind, self.created, self.model, (choice,), usage))
+        shape = _Response(self.id, kind, self.created, self.model, (choice,), usage, prompt_token_ids=prompt_ids)
+        return _encode(shape)
+
+    def ids_of(self, choice: ChoiceText) -> _Ids:
+        return choice.token_ids if self.token_ids else msgspec.UNSET
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +186,15 @@ class CompletionEncoder:
 
     def _choice(self, choice: ChoiceText) -> _CompletionChoice:
         logprobs = _completion_logprobs(choice.logprobs) if self.header.logprobs else None
-        return _CompletionChoice(choice.index, choice.text, logprobs, choice.finish or None)
+        return _CompletionChoice(
+            choice.index,
+            choice.text,
+            logprobs,
+            choice.finish or None,
+            _stop_reason(choice),
+            self.header.ids_of(choice),
+            choice.prompt_ids or msgspec.UNSET,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,27 +206,41 @@ class ChatEncoder:
     def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
         made = [
             _ChatChoice(
-                choice.index, _ChatMessage("assistant", choice.text), self._logprobs(choice), choice.finish or None
+                choice.index,
+                _ChatMessage("assistant", choice.text),
+                self._logprobs(choice),
+                choice.finish or None,
+                _stop_reason(choice),
+                self.header.ids_of(choice),
             )
             for choice in choices
         ]
-        return self.header.encode("chat.completion", made, usage)
+        return self.header.encode("chat.completion", made, usage, choices[0].prompt_ids or msgspec.UNSET)
 
     def opening(self, index: int) -> bytes | None:
-        return self._chunk(_ChunkChoice(index, _Delta("assistant", ""), None, None))
+        return self.header.encode_chunk(CHAT_CHUNK, _ChunkChoice(index, _Delta("assistant", ""), None, None))
 
     def chunk(self, choice: ChoiceText) -> bytes:
         delta = _Delta(content=choice.text or None)
-        return self._chunk(_ChunkChoice(choice.index, delta, self._logprobs(choice), choice.finish or None))
+        made = _ChunkChoice(
+            choice.index,
+            delta,
+            self._logprobs(choice),
+            choice.finish or None,
+            _stop_reason(choice),
+            self.header.ids_of(choice),
+        )
+        return self.header.encode_chunk(CHAT_CHUNK, made, choice.prompt_ids or msgspec.UNSET)
 
     def usage(self, usage: TokenUsage) -> bytes:
-        return self.header.encode("chat.completion.chunk", [], usage)
-
-    def _chunk(self, choice: _ChunkChoice) -> bytes:
-        return self.header.encode_chunk("chat.completion.chunk", choice)
+        return self.header.encode(CHAT_CHUNK, [], usage)
 
     def _logprobs(self, choice: ChoiceText) -> _ChatLogprobs | None:
         return _chat_logprobs(choice.logprobs) if self.header.logprobs else None
+
+
+def _stop_reason(choice: ChoiceText) -> _StopReason:
+    return msgspec.UNSET if choice.stop_reason is None else choice.stop_reason
 
 
 def _usage(usage: TokenUsage) -> _Usage:

@@ -21,7 +21,7 @@ from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingParams
 from baton.node.telemetry import log_event
 from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
-from baton.proxy.http.assembler import Assembler, StopRule
+from baton.proxy.http.assembler import Assembler, IdRule, StopRule
 from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.prepare import Generation, generations
@@ -128,7 +128,12 @@ class GenerateEndpoint:
             made = await generations(parsed, service.text, service.settings, service.max_model_len())
             timelines = [request.timeline.fork(service.metrics.segments_of(request.operation)) for _ in made]
             header = AnswerHeader(
-                request.id, int(time.time()), parsed.model, parsed.wish.logprobs, parsed.include_usage
+                id=request.id,
+                created=int(time.time()),
+                model=parsed.model,
+                logprobs=parsed.wish.logprobs,
+                token_ids=parsed.token_ids,
+                include_usage=parsed.include_usage,
             )
             responder = Responder(
                 reply, self._api.encoder(header), timelines, stream=parsed.stream, include_usage=parsed.include_usage
@@ -152,7 +157,8 @@ class GenerateEndpoint:
     ) -> None:
         """One choice, from the engine's tokens to the responder; a stop string cancels it at the engine."""
         service = self._service
-        assembler = Assembler(generation, service.text, StopRule(parsed.stop, parsed.include_stop))
+        stop, ids = StopRule(parsed.stop, parsed.include_stop), IdRule(parsed.token_ids, parsed.logprobs_by_id)
+        assembler = Assembler(generation, service.text, stop, ids)
         info = request.info(generation.index, len(generation.prompt_ids), generation.sampling)
         meter = GenerationMeter(service.metrics, service.log, info, timeline)
         outcome = CANCELLED

@@ -23,11 +23,20 @@ class TokenLogprob:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptIds:
+    """The token ids of the choice's prompt; the first event, where the client asked for ids."""
+
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Content:
-    """Visible text. It is empty where tokens have log probabilities but complete no character yet."""
+    """Visible text. It is empty where tokens have log probabilities or ids to show but complete no character yet."""
 
     text: str
     logprobs: tuple[TokenLogprob, ...] = ()
+    token_ids: tuple[int, ...] = ()
+    """Empty where the client did not ask for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +45,8 @@ class Finish:
 
     reason: str
     """"stop" | "length"."""
+    stop_reason: str | int | None = None
+    """The stop string, or the id of the client's stop token, that ended it; None for an end token of the model."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +58,7 @@ class TokenUsage:
     cached_tokens: int
 
 
-Event = Content | Finish | TokenUsage
+Event = PromptIds | Content | Finish | TokenUsage
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,20 +70,28 @@ class ChoiceText:
     logprobs: tuple[TokenLogprob, ...]
     finish: str
     """Empty while the choice is not complete."""
+    stop_reason: str | int | None = None
+    token_ids: tuple[int, ...] = ()
+    prompt_ids: tuple[int, ...] = ()
 
 
 def join_events(index: int, events: Iterable[Event]) -> ChoiceText:
-    """The text, log probabilities and finish in `events`."""
+    """What `events` say, but for the usage."""
     texts: list[str] = []
     logprobs: list[TokenLogprob] = []
-    finish = ""
+    token_ids: list[int] = []
+    prompt_ids: tuple[int, ...] = ()
+    finish, stop_reason = "", None
     for event in events:
         if type(event) is Content:
             texts.append(event.text)
             logprobs.extend(event.logprobs)
+            token_ids.extend(event.token_ids)
         elif type(event) is Finish:
-            finish = event.reason
-    return ChoiceText(index, "".join(texts), tuple(logprobs), finish)
+            finish, stop_reason = event.reason, event.stop_reason
+        elif type(event) is PromptIds:
+            prompt_ids = event.token_ids
+    return ChoiceText(index, "".join(texts), tuple(logprobs), finish, stop_reason, tuple(token_ids), prompt_ids)
 
 
 def total_usage(usages: Iterable[TokenUsage], choices_per_prompt: int) -> TokenUsage:

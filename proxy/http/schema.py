@@ -102,6 +102,8 @@ class _Sampling(_Strict):
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     prompt_cache_key: Key | None = None
     user: Key | None = None
@@ -210,6 +212,10 @@ class ParsedRequest:
     stop: tuple[str, ...]
     include_stop: bool
     echo: bool
+    token_ids: bool
+    """The answer has the token ids of prompt and choices (`return_token_ids`)."""
+    logprobs_by_id: bool
+    """Tokens of log probabilities are written as "token_id:5" instead of text (`return_tokens_as_token_ids`)."""
     stream: bool
     include_usage: bool
     priority: int
@@ -290,6 +296,8 @@ def _order(
         stop=stop,
         include_stop=bool(request.include_stop_str_in_output),
         echo=bool(echo),
+        token_ids=bool(request.return_token_ids),
+        logprobs_by_id=bool(request.return_tokens_as_token_ids),
         stream=bool(request.stream),
         include_usage=bool(request.stream_options and request.stream_options.include_usage),
         priority=request.priority or 0,

@@ -148,6 +148,7 @@ async def test_a_stop_token_is_text_only_where_asked_for(
     asked = {**COMPLETION, "stop_token_ids": [ids[-1]], "include_stop_str_in_output": include}
     answer = (await client.post("/v1/completions", json=asked)).json()
     assert answer["choices"][0]["text"] == expected
+    assert answer["choices"][0]["stop_reason"] == ids[-1]
     assert answer["usage"]["completion_tokens"] == 3
 
 

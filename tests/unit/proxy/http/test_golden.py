@@ -47,6 +47,12 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "chat_n2_stream": CHAT | {"n": 2, "logprobs": True} | USAGE,
     "chat_stop_stream": CHAT | {"stop": ["te", "."], "include_stop_str_in_output": True} | STREAM,
     "chat_failure_stream": CHAT | STREAM | {"seed": 1},
+    "completion_ids": COMPLETION | {"return_token_ids": True, "prompt": ["Hi", "Hi there"], "stop": "quo"},
+    "completion_ids_stream": COMPLETION | {"return_token_ids": True} | STREAM,
+    "completion_ids_logprobs": COMPLETION | {"return_tokens_as_token_ids": True, "logprobs": 1},
+    "chat_ids": CHAT | {"return_token_ids": True, "n": 2},
+    "chat_ids_stream": CHAT | {"return_token_ids": True} | STREAM,
+    "chat_ids_logprobs": CHAT | {"return_tokens_as_token_ids": True, "logprobs": True, "top_logprobs": 1},
     "completion_refused": COMPLETION | {"temprature": 1.0},
 }
 
