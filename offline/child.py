@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import select
+import shutil
 import signal
 import sys
 import threading
@@ -22,7 +23,11 @@ def main() -> int:
     parent_pid = os.getppid()
     order = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=stop_with_parent, args=(sys.stdin.fileno(), parent_pid), daemon=True).start()
-    return serve([*order["argv"], "--api-key", order["api_key"]])
+    try:
+        return serve([*order["argv"], "--api-key", order["api_key"]])
+    finally:
+        if os.getppid() != parent_pid:  # else the parent still reads the output in it
+            shutil.rmtree(order["folder"], ignore_errors=True)
 
 
 def stop_with_parent(pipe: int, parent_pid: int) -> None:

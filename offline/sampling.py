@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
+MAX_COMPLETION_LOGPROBS = 5
+"""The limit of /v1/completions, as in OpenAI's API."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,5 +103,7 @@ def _logprob_fields(logprobs: int | None, chat: bool) -> dict[str, object]:
     """Token ids instead of texts: two tokens may have one text."""
     if logprobs is None:
         return {}
+    if not chat and logprobs > MAX_COMPLETION_LOGPROBS:
+        raise ValueError(f"logprobs must be at most {MAX_COMPLETION_LOGPROBS} in generate, not {logprobs}")
     kind: dict[str, object] = {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
     return {**kind, "return_tokens_as_token_ids": True}

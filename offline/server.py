@@ -50,7 +50,9 @@ class PrivateServer:
         argv = [f"--model={model}", f"--port={port}", *as_arguments(own)]
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps({"argv": argv, "api_key": self.api_key}).encode() + b"\n")
+            self._process.stdin.write(
+                json.dumps({"argv": argv, "api_key": self.api_key, "folder": str(self._folder)}).encode() + b"\n"
+            )
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended already, which `ended` tells
