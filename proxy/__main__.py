@@ -20,7 +20,8 @@ from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
 from baton.node.telemetry import configure_logging
 from baton.proxy.dispatcher import Dispatcher
-from baton.proxy.http.app import AppSettings, create_app
+from baton.proxy.http.app import create_app
+from baton.proxy.interface import AppSettings
 from baton.proxy.metrics.request_log import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
 from baton.proxy.text.model_text import ModelText

@@ -9,20 +9,21 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
 from baton.node.messages.base import Message
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import Cancel
 from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
-from baton.proxy.interface import Delta, WorkerStatus
+from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.routing.cluster import ClusterState, Leg, Shape
+from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules, Wait, pick
-from baton.proxy.session import ProxyStopping, Session, WorkerLost
+from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
 
 NO_WORKER_GRACE_S = 5.0
@@ -67,10 +68,10 @@ class Dispatcher:
         self._cluster = ClusterState(settings.stall_s)
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
-        self._wire = ControlPlane(
+        self._control = ControlPlane(
             line, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
         )
-        self._sessions: dict[str, Session] = {}
+        self._inboxes: dict[str, asyncio.Queue[Event]] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._gate = asyncio.Lock()  # fair: first come, first served
         self._changed = asyncio.Event()
@@ -81,64 +82,38 @@ class Dispatcher:
         self._started_at = self._clock()
 
     def start(self) -> None:
-        self._wire.start()
+        self._control.start()
 
     async def stop(self) -> None:
         """Let running requests end, for at most `drain_s`, fail and cancel the others, then close."""
         self._draining = True
-        await self._sessions_end(self._settings.drain_s)
+        await self._requests_end(self._settings.drain_s)
         self._stopping = True
-        for session in self._sessions.values():
-            session.inbox.put_nowait(ProxyStopping())
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(ProxyStopping())
         self._changed.set()
-        await self._sessions_end(LAST_WORDS_S)
-        await self._wire.stop()
+        await self._requests_end(LAST_WORDS_S)
+        await self._control.stop()
 
-    async def _sessions_end(self, wait_s: float) -> None:
+    async def _requests_end(self, wait_s: float) -> None:
         until = self._clock() + wait_s
-        while self._sessions and self._clock() < until:
+        while self._inboxes and self._clock() < until:
             await asyncio.sleep(LOOK_AGAIN_S)
 
     # -- Engine
 
-    async def generate(
-        self,
-        request_id: str,
-        prompt_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        *,
-        timeout_s: float,
-        priority: int = 0,
-        session_key: bytes = b"",
-        timeline: Timeline | None = None,
-    ) -> AsyncGenerator[Delta, None]:
-        """See proxy.interface.Engine."""
-        if self._draining:
-            raise PeerLost("the proxy is shutting down")
+    def generate(self, generation: Generation, timeline: Timeline, *, timeout_s: float) -> AsyncGenerator[Delta, None]:
         self._turn += 1
-        self.count("requests_total")
         session = Session(
             self,
-            request_id,
-            prompt_ids,
-            sampling,
+            generation,
+            timeline,
             deadline=self._clock() + timeout_s,
-            priority=priority,
             turn=self._turn,
             max_attempts=self._settings.max_attempts,
-            session_key=session_key,
-            timeline=timeline or Timeline(self._clock),
             clock=self._clock,
         )
-        assert request_id not in self._sessions, request_id
-        self._sessions[request_id] = session
-        run = session.run()
-        try:
-            async for delta in run:
-                yield delta
-        finally:
-            await run.aclose()
-            del self._sessions[request_id]
+        return session.run()
 
     def ready(self) -> str:
         if self._draining:
@@ -160,7 +135,7 @@ class Dispatcher:
         counts = self._feed.counts
         return {
             **self._counters,
-            "rejected_messages_total": self._wire.rejected,
+            "rejected_messages_total": self._control.rejected,
             "queued_requests": self._waiting,
             "kv_index_blocks": len(self._index),
             "kv_index_evictions_total": self._index.evicted,
@@ -173,10 +148,24 @@ class Dispatcher:
 
     # -- SessionHost
 
-    async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route:
+    @contextmanager
+    def registered(self, request_id: str, inbox: asyncio.Queue[Event]) -> Iterator[None]:
+        if self._draining:
+            raise PeerLost("the proxy is shutting down")
+        self.count("requests_total")
+        assert request_id not in self._inboxes, request_id
+        self._inboxes[request_id] = inbox
+        try:
+            yield
+        finally:
+            del self._inboxes[request_id]
+
+    async def admit(
+        self, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+    ) -> tuple[Route, ClusterShape]:
         """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded.
 
-        Only who comes for the first time may find the queue full: a stream that lost its worker has begun already.
+        Only a first attempt may find the queue full: a stream that lost its worker has begun already.
         """
         if first and self._waiting >= self._settings.max_queue:
             self.count("rejected_queue_full_total")
@@ -184,19 +173,23 @@ class Dispatcher:
         self._waiting += 1
         try:
             async with asyncio.timeout_at(self._loop_time(deadline)), self._gate:
-                return await self._find_route(request)
+                return await self._find_route(view_of)
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed before a worker had room for it") from None
         finally:
             self._waiting -= 1
 
-    async def _find_route(self, request: RequestView) -> Route:
+    async def _find_route(self, view_of: Callable[[ClusterShape], RequestView]) -> tuple[Route, ClusterShape]:
         while True:
             self._changed.clear()
+            shape = self._cluster.last_shape
+            if shape is None:
+                raise PeerLost("no worker is there")
+            request = view_of(shape)
             seen = replace(request, hits=self._index.match(request.hashes))
             route = pick(self._cluster.view(), seen, self._rules)
             if isinstance(route, Route):
-                return route
+                return route, shape
             if self._stopping:
                 raise PeerLost("the proxy is shutting down")
             if route.missing and self._clock() - self._had_at(route.missing) >= NO_WORKER_GRACE_S:
@@ -209,23 +202,17 @@ class Dispatcher:
     def _had_at(self, role: str) -> float:
         return max(self._cluster.had_at(role), self._started_at)
 
-    def shape(self) -> Shape:
-        shape = self._cluster.last_shape
-        if shape is None:
-            raise PeerLost("no worker is there")
-        return shape
-
-    def send(self, worker: str, message: Message) -> bool:
-        return self._wire.send(worker, message)
-
-    def assign(self, leg: Leg) -> None:
+    def open_leg(self, leg: Leg, message: Message) -> None:
         self._cluster.assign(leg)
         self._feed.expect(leg.worker, leg.request_id, leg.hashes)
+        self._control.send(leg.worker, message)
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
         self._cluster.prompt_computed(worker, request_id)
 
-    def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
+    def close_leg(self, worker: str, request_id: str, *, computed: bool, cancel: Cancel | None = None) -> None:
+        if cancel is not None:
+            self._control.send(worker, cancel)
         self._cluster.settle(worker, request_id)
         self._feed.settle(worker, request_id, self._clock(), computed=computed)
         self._changed.set()
@@ -236,13 +223,13 @@ class Dispatcher:
     # -- told by the wire
 
     def _on_message(self, worker: str, message: LegMessage) -> None:
-        if (session := self._sessions.get(message.request_id)) is not None:
-            session.inbox.put_nowait((worker, message))
+        if (inbox := self._inboxes.get(message.request_id)) is not None:
+            inbox.put_nowait((worker, message))
 
     def _on_lost(self, worker: str, reason: str) -> None:
         self.count("worker_lost_total")
-        for session in self._sessions.values():
-            session.inbox.put_nowait(WorkerLost(worker, reason))
+        for inbox in self._inboxes.values():
+            inbox.put_nowait(WorkerLost(worker, reason))
         self._changed.set()
 
     def _on_change(self) -> None:

@@ -40,24 +40,25 @@ class WorkerStatus:
     """0: it has no pool."""
 
 
-class Engine(Protocol):
-    """Turns a prompt into tokens; `proxy.app` is its only caller."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One answer to be generated; an HTTP request has one for each prompt and each of its n."""
 
-    def generate(
-        self,
-        request_id: str,
-        prompt_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        *,
-        timeout_s: float,
-        priority: int = 0,
-        session_key: bytes = b"",
-        timeline: Timeline | None = None,
-    ) -> AsyncGenerator[Delta, None]:
+    request_id: str
+    prompt_ids: tuple[int, ...]
+    sampling: SamplingParams
+    priority: int = 0
+    session_key: bytes = b""
+    """What the policy `session` routes by; empty: nothing."""
+
+
+class Engine(Protocol):
+    """Turns prompts into tokens; the HTTP side is its only caller."""
+
+    def generate(self, generation: Generation, timeline: Timeline, *, timeout_s: float) -> AsyncGenerator[Delta, None]:
         """Deltas up to and including the one with a finish; nothing starts before the first iteration.
 
-        `session_key` is what the policy `session` routes by. What happens to the request is stamped on `timeline`, if
-        somebody wants to know.
+        What happens to the request is stamped on `timeline`.
         Raises BadRequest, Overloaded, PeerLost or DeadlineExceeded on iteration. `aclose()`, or the cancellation of
         the task that iterates, cancels both legs.
         """

@@ -15,6 +15,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncGenerator, Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -30,16 +31,15 @@ from baton.node.messages.control import (
     Prefill,
     Reserve,
     Reserved,
-    SamplingParams,
     Tokens,
 )
 from baton.node.telemetry import log_event
 from baton.proxy.control import LegMessage
-from baton.proxy.interface import Delta
+from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.routing.cluster import Leg, Shape
+from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.ledger import Gap, Ledger
-from baton.proxy.routing.names import Names
+from baton.proxy.routing.prompt_blocks import BlockNames, PromptBlocks
 from baton.proxy.routing.router import RequestView, Route
 
 logger = logging.getLogger("proxy")
@@ -71,19 +71,22 @@ Event = tuple[str, LegMessage] | WorkerLost | DeadlinePassed | ProxyStopping
 class SessionHost(Protocol):
     """What a session needs of the dispatcher."""
 
-    async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route: ...
+    def registered(self, request_id: str, inbox: asyncio.Queue[Event]) -> AbstractContextManager[None]:
+        """Inside it, messages about the request reach the inbox. Raises PeerLost where the proxy shuts down."""
 
-    def shape(self) -> Shape: ...
+    async def admit(
+        self, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+    ) -> tuple[Route, ClusterShape]:
+        """Wait for a route; returns it with the shape of the cluster that it leads to."""
 
-    def send(self, worker: str, message: Message) -> bool: ...
-
-    def assign(self, leg: Leg) -> None: ...
+    def open_leg(self, leg: Leg, message: Message) -> None:
+        """Count the leg and send its message; a failure comes back as WorkerLost."""
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
         """The leg's first token has come: its prompt waits no longer."""
 
-    def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
-        """The leg has ended; `computed`: its prompt was, so that its blocks are there."""
+    def close_leg(self, worker: str, request_id: str, *, computed: bool, cancel: Cancel | None = None) -> None:
+        """The leg has ended, or is cancelled; `computed`: its prompt was, so that its blocks are there."""
 
     def count(self, name: str, amount: int = 1) -> None: ...
 
@@ -116,92 +119,87 @@ class _Attempt:
 
 
 class Session:
-    """See the module's docstring."""
+    """One generation: admitted, dispatched, followed, and tried again where a worker fails."""
 
     def __init__(
         self,
-        desk: SessionHost,
-        request_id: str,
-        prompt_ids: tuple[int, ...],
-        sampling: SamplingParams,
+        host: SessionHost,
+        generation: Generation,
+        timeline: Timeline,
         *,
         deadline: float,
-        priority: int,
         turn: int,
         max_attempts: int,
-        timeline: Timeline,
-        session_key: bytes = b"",
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.inbox: asyncio.Queue[Event] = asyncio.Queue()
-        self._desk = desk
-        self._request_id = request_id
-        self._sampling = sampling
+        """`turn` counts requests, for round robin."""
+        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        self._host = host
+        self._request_id = generation.request_id
+        self._generation = generation
+        self._timeline = timeline
         self._deadline = deadline
-        self._priority = priority
         self._turn = turn
         self._max_attempts = max_attempts
         self._clock = clock
-        self._timeline = timeline
-        self._session_key = session_key
-        self._ledger = Ledger(prompt_ids)
-        self._names: Names | None = None
+        self._ledger = Ledger(generation.prompt_ids)
+        self._blocks = PromptBlocks(generation.prompt_ids)
         self._cached_tokens = 0
 
     async def run(self) -> AsyncGenerator[Delta, None]:
         """Deltas up to the finish. Raises the errors of proxy.interface.Engine.generate."""
-        failures = 0
-        avoid: set[str] = set()
-        while True:
-            attempt = await self._dispatch(frozenset(avoid))
-            alarm = self._alarm()
-            try:
-                while not self._ledger.finish:
-                    delta = self._on_event(attempt, await self.inbox.get())
-                    if delta is not None:
-                        yield delta
-                return
-            except _TryElsewhere as retry:
-                failures += retry.counts
-                self._timeline.fail_attempt(str(retry), busy=not retry.counts)
-                self._desk.count("retries_total" if retry.counts else "busy_total")
-                log_event(
-                    logger,
-                    "attempt_ended",
-                    level=logging.INFO if retry.counts else logging.DEBUG,
-                    request=self._request_id,
-                    attempt=attempt.number,
-                    reason=str(retry),
-                    accepted=len(self._ledger.accepted),
-                )
-                if failures >= self._max_attempts:
-                    raise PeerLost(f"gave up after {failures} attempts; the last one: {retry}") from None
-                avoid = {retry.blame} if retry.counts else avoid | {retry.blame}
-                pause_s = 0.0 if retry.counts else BUSY_PAUSE_S
-            finally:
-                alarm.cancel()
-                self._close(attempt)
-            self._ledger.next_attempt()
-            await asyncio.sleep(pause_s)
+        with self._host.registered(self._request_id, self._inbox):
+            failures = 0
+            avoid: set[str] = set()
+            while True:
+                attempt = await self._dispatch(frozenset(avoid))
+                alarm = self._alarm()
+                try:
+                    while not self._ledger.finish:
+                        delta = self._on_event(attempt, await self._inbox.get())
+                        if delta is not None:
+                            yield delta
+                    return
+                except _TryElsewhere as retry:
+                    failures += retry.counts
+                    self._timeline.fail_attempt(str(retry), busy=not retry.counts)
+                    self._host.count("retries_total" if retry.counts else "busy_total")
+                    log_event(
+                        logger,
+                        "attempt_ended",
+                        level=logging.INFO if retry.counts else logging.DEBUG,
+                        request=self._request_id,
+                        attempt=attempt.number,
+                        reason=str(retry),
+                        accepted=len(self._ledger.accepted),
+                    )
+                    if failures >= self._max_attempts:
+                        raise PeerLost(f"gave up after {failures} attempts; the last one: {retry}") from None
+                    avoid = {retry.blame} if retry.counts else avoid | {retry.blame}
+                    pause_s = 0.0 if retry.counts else BUSY_PAUSE_S
+                finally:
+                    alarm.cancel()
+                    self._close(attempt)
+                self._ledger.next_attempt()
+                await asyncio.sleep(pause_s)
 
     # -- an attempt
 
     async def _dispatch(self, avoid: frozenset[str]) -> _Attempt:
-        token_ids = self._ledger.token_ids()
-        route, names = await self._admit(token_ids, avoid)
+        route, names = await self._admit(avoid)
         prefill = route.prefill.identity if route.prefill is not None else ""
         attempt = _Attempt(self._ledger.attempt, route.decode.identity, prefill, hit_tokens=route.hit_tokens)
         body = DispatchBody(
-            token_ids=token_ids,
+            token_ids=self._blocks.token_ids,
             prompt_len=len(self._ledger.prompt_ids),
             root=names.root,
             block_hashes=names.hashes,
-            sampling=self._sampling,
+            sampling=self._generation.sampling,
             deadline_s=max(0.0, self._deadline - self._clock()),
-            priority=self._priority,
+            priority=self._generation.priority,
         )
-        reserve = Reserve(request_id=self._request_id, attempt=attempt.number, body=body, prefill=prefill)
         self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
+        reserve = Reserve(request_id=self._request_id, attempt=attempt.number, body=body, prefill=prefill)
         self._open(attempt, attempt.decode, reserve, names)
         if route.prefill is not None:
             message = Prefill(
@@ -212,36 +210,31 @@ class Session:
                 decode_address=route.decode.address,
             )
             self._open(attempt, prefill, message, names)
-        self._tell_route(route, attempt)
+        self._report_route(route, attempt)
         return attempt
 
-    async def _admit(self, token_ids: tuple[int, ...], avoid: frozenset[str]) -> tuple[Route, Names]:
-        """A route, and the names of the blocks in the cluster that it leads to: that may have changed meanwhile."""
-        while True:
-            self._timeline.enter("route")
-            names = self._names
-            if names is None or not names.name(self._desk.shape(), len(token_ids)):
-                names = self._names = Names.of(self._desk.shape(), token_ids)
-            view = RequestView(
-                num_tokens=names.num_tokens,
-                num_blocks=-(-names.num_tokens // names.shape.block_tokens),
-                turn=self._turn,
-                avoid=avoid,
-                block_tokens=names.shape.block_tokens,
-                hashes=names.cacheable,
-                session=self._session_key,
-            )
-            self._timeline.enter("queue")
-            route = await self._desk.admit(view, self._deadline, first=self._ledger.attempt == 0)
-            self._timeline.enter("route")
-            if names.name(self._desk.shape(), len(token_ids)):
-                return route, names
+    async def _admit(self, avoid: frozenset[str]) -> tuple[Route, BlockNames]:
+        """A route for what is known of the sequence by now, and the names of its blocks where the route leads."""
+        if len(self._blocks.token_ids) != self._ledger.num_tokens:
+            self._blocks = PromptBlocks(self._ledger.token_ids())
+        blocks, turn, session = self._blocks, self._turn, self._generation.session_key
 
-    def _tell_route(self, route: Route, attempt: _Attempt) -> None:
-        self._desk.count(f"routed_{route.reason}_total")
+        def view_of(shape: ClusterShape) -> RequestView:
+            self._timeline.enter("route")
+            view = blocks.under(shape).view(turn=turn, avoid=avoid, session=session)
+            self._timeline.enter("queue")
+            return view
+
+        self._timeline.enter("queue")
+        route, shape = await self._host.admit(view_of, self._deadline, first=self._ledger.attempt == 0)
+        self._timeline.enter("route")
+        return route, blocks.under(shape)
+
+    def _report_route(self, route: Route, attempt: _Attempt) -> None:
+        self._host.count(f"routed_{route.reason}_total")
         for role, why in (("decode", route.decode_why), ("prefill", route.prefill_why)):
             if why:
-                self._desk.count(f"routed_{role}_{why}_total")
+                self._host.count(f"routed_{role}_{why}_total")
         log_event(
             logger,
             "routed",
@@ -253,35 +246,34 @@ class Session:
             prefill_why=route.prefill_why,
             decode=attempt.decode,
             decode_why=route.decode_why,
-            tokens=len(self._ledger.prompt_ids) + len(self._ledger.accepted),
+            tokens=self._ledger.num_tokens,
             hit_tokens=route.hit_tokens,
         )
 
-    def _open(self, attempt: _Attempt, worker: str, message: Message, names: Names) -> None:
+    def _open(self, attempt: _Attempt, worker: str, message: Message, names: BlockNames) -> None:
         computes = worker == attempt.computes
         leg = Leg(
             worker,
             self._request_id,
             tokens=names.num_tokens - (attempt.hit_tokens or 0) if computes else 0,
-            blocks=-(-names.num_tokens // names.shape.block_tokens),
+            blocks=names.num_blocks,
             sent_at=self._clock(),
             hashes=names.cacheable if computes else (),
         )
-        self._desk.assign(leg)
         attempt.open.add(worker)
-        self._desk.send(worker, message)  # a failure comes back as WorkerLost
+        self._host.open_leg(leg, message)
 
     def _close(self, attempt: _Attempt) -> None:
-        """Whatever ended the attempt: no leg goes on, none is counted."""
+        """However the attempt ended: cancel the legs that are still open."""
+        cancel = Cancel(request_id=self._request_id, attempt=attempt.number)
         for worker in sorted(attempt.open):
-            self._desk.send(worker, Cancel(request_id=self._request_id, attempt=attempt.number))
-            self._desk.settle(worker, self._request_id, computed=attempt.hit_tokens is None)
+            self._host.close_leg(worker, self._request_id, computed=attempt.hit_tokens is None, cancel=cancel)
         attempt.open.clear()
 
     def _alarm(self) -> asyncio.TimerHandle:
         """One timer for an attempt: a timeout around each wait would be a fifth of the proxy's work for a token."""
         delay_s = max(0.0, self._deadline - self._clock())
-        return asyncio.get_running_loop().call_later(delay_s, self.inbox.put_nowait, DeadlinePassed())
+        return asyncio.get_running_loop().call_later(delay_s, self._inbox.put_nowait, DeadlinePassed())
 
     def _on_event(self, attempt: _Attempt, event: Event) -> Delta | None:
         if isinstance(event, DeadlinePassed):
@@ -321,7 +313,7 @@ class Session:
         if worker == attempt.computes and attempt.hit_tokens is not None:
             self._count_hit(attempt.hit_tokens, message.cached_tokens)
             attempt.hit_tokens = None
-            self._desk.prompt_computed(worker, self._request_id)
+            self._host.prompt_computed(worker, self._request_id)
         try:
             ids, logprobs = self._ledger.accept(message)
         except Gap as gap:
@@ -337,10 +329,10 @@ class Session:
     def _count_hit(self, predicted: int, actual: int) -> None:
         """In tokens of the prompt: what the router foresaw, and what the worker that computed it found."""
         predicted = min(predicted, len(self._ledger.prompt_ids))
-        self._desk.count("kv_hit_predicted_tokens_total", predicted)
-        self._desk.count("kv_hit_actual_tokens_total", actual)
-        self._desk.count("kv_hit_missed_tokens_total", max(0, predicted - actual))
-        self._desk.count("kv_hit_unforeseen_tokens_total", max(0, actual - predicted))
+        self._host.count("kv_hit_predicted_tokens_total", predicted)
+        self._host.count("kv_hit_actual_tokens_total", actual)
+        self._host.count("kv_hit_missed_tokens_total", max(0, predicted - actual))
+        self._host.count("kv_hit_unforeseen_tokens_total", max(0, actual - predicted))
 
     def _on_failed(self, worker: str, message: Failed) -> None:
         if message.retryable:
@@ -359,4 +351,4 @@ class Session:
 
     def _settle(self, attempt: _Attempt, worker: str) -> None:
         attempt.open.discard(worker)
-        self._desk.settle(worker, self._request_id, computed=attempt.hit_tokens is None)
+        self._host.close_leg(worker, self._request_id, computed=attempt.hit_tokens is None)

@@ -12,6 +12,8 @@ from baton.node.errors import BatonError
 from baton.node.messages.base import Role
 from baton.node.messages.control import SamplingParams
 from baton.proxy.dispatcher import Dispatcher
+from baton.proxy.interface import Generation
+from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.settings import ProxySettings
 from baton.simulator.host import PROXY, Host, token_of
 from baton.simulator.latency import Profile
@@ -178,12 +180,13 @@ class _Simulation:
         request, profile = record.request, self._scenario.profile
         await asyncio.sleep(profile.request_s)
         request_id, seed = f"r{request.number}", request.number << 20
-        stream = dispatcher.generate(
-            request_id,
-            request.prompt_ids(),
-            SamplingParams(max_tokens=request.output_tokens, seed=seed),
-            timeout_s=self._scenario.proxy.request_timeout_s,
+        generation = Generation(
+            request_id=request_id,
+            prompt_ids=request.prompt_ids(),
+            sampling=SamplingParams(max_tokens=request.output_tokens, seed=seed),
         )
+        timeline, timeout_s = Timeline(self._world.clock), self._scenario.proxy.request_timeout_s
+        stream = dispatcher.generate(generation, timeline, timeout_s=timeout_s)
         try:
             async with aclosing(stream):
                 async for delta in stream:

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
 from baton.node.messages.control import SamplingParams
-from baton.proxy.interface import Delta, WorkerStatus
+from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
 
 
@@ -15,12 +15,20 @@ from baton.proxy.metrics.timeline import Timeline
 class EngineCall:
     """The arguments of one call of `generate`."""
 
-    request_id: str
-    prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
+    generation: Generation
     timeout_s: float
-    priority: int
-    session_key: bytes
+
+    @property
+    def request_id(self) -> str:
+        return self.generation.request_id
+
+    @property
+    def prompt_ids(self) -> tuple[int, ...]:
+        return self.generation.prompt_ids
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.generation.sampling
 
 
 ScriptStep = Delta | Exception | asyncio.Event
@@ -43,17 +51,10 @@ class FakeEngine:
     on_cancel: Callable[[str], None] = lambda _: None
 
     async def generate(
-        self,
-        request_id: str,
-        prompt_ids: tuple[int, ...],
-        sampling: SamplingParams,
-        *,
-        timeout_s: float,
-        priority: int = 0,
-        session_key: bytes = b"",
-        timeline: Timeline | None = None,
+        self, generation: Generation, timeline: Timeline, *, timeout_s: float
     ) -> AsyncGenerator[Delta, None]:
-        call = EngineCall(request_id, prompt_ids, sampling, timeout_s, priority, session_key)
+        request_id = generation.request_id
+        call = EngineCall(generation, timeout_s)
         self.calls.append(call)
         self.running.add(request_id)
         try:

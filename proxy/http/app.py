@@ -26,14 +26,13 @@ from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.failures import Failure, failure_of, kind_of
 from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
 from baton.proxy.http.service import RequestLimit, Service
-from baton.proxy.interface import AppSettings, Engine
+from baton.proxy.interface import AppSettings, Engine, Generation
 from baton.proxy.metrics.dashboard import add_dashboard
 from baton.proxy.metrics.metrics import ProxyMetrics
 from baton.proxy.metrics.record import as_json
 from baton.proxy.metrics.request_log import RequestLog, Spans
+from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.text.model_text import ModelText
-
-__all__ = ["AppSettings", "create_app"]
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -144,10 +143,9 @@ async def _two_tokens(service: Service) -> int:
     """The first of two tokens: one of prefill's, one of decode's, and KV that moved in between."""
     prompt_ids = service.text.encode(PROBE_TEXT, add_special_tokens=True) or (0,)
     sampling = SamplingParams(max_tokens=2, temperature=0.0)
-    request_id = f"health-{time.monotonic_ns()}"
-    deltas = service.engine.generate(
-        request_id, prompt_ids, sampling, timeout_s=service.settings.probe_timeout_s, priority=0
-    )
+    probe = Generation(request_id=f"health-{time.monotonic_ns()}", prompt_ids=prompt_ids, sampling=sampling)
+    timeline = Timeline(service.metrics.clock)
+    deltas = service.engine.generate(probe, timeline, timeout_s=service.settings.probe_timeout_s)
     async with aclosing(deltas):
         token_ids = [token_id async for delta in deltas for token_id in delta.ids]
     if not token_ids:

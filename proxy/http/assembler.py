@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 from baton.node.messages.control import Logprob
 from baton.proxy.http.events import Content, Event, Finish, PromptIds, TokenLogprob, TokenUsage
-from baton.proxy.http.prepare import Generation
-from baton.proxy.interface import Delta
+from baton.proxy.interface import Delta, Generation
 from baton.proxy.text.model_text import ModelText
 from baton.proxy.text.stop import StopMatcher
 
@@ -37,7 +36,7 @@ class IdRule:
 class Assembler:
     """The events of one generation; `finish` is empty until the last of them were made."""
 
-    def __init__(self, generation: Generation, text: ModelText, stop: StopRule, ids: IdRule) -> None:
+    def __init__(self, generation: Generation, echo: str, text: ModelText, stop: StopRule, ids: IdRule) -> None:
         self.finish = ""
         self.num_tokens = 0
         self._generation = generation
@@ -48,7 +47,7 @@ class Assembler:
         self._show_ids = ids.show
         self._begun = False
         self._token_name = _id_name if ids.logprobs_by_id else text.token_bytes
-        self._unsent = generation.echo
+        self._unsent = echo
         self._num_chars = 0
         """Characters detokenised so far, held ones included."""
 

@@ -24,12 +24,12 @@ from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
 from baton.proxy.http.assembler import Assembler, IdRule, StopRule
 from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.failures import failure_of, kind_of
-from baton.proxy.http.prepare import Generation, generations
+from baton.proxy.http.prepare import Choice, choices_of
 from baton.proxy.http.responder import Responder
 from baton.proxy.http.schema import ParsedRequest
 from baton.proxy.http.service import Service
 from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
-from baton.proxy.metrics.record import GenerationInfo, RequestRecord
+from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.timeline import Timeline
 
 logger = logging.getLogger(__name__)
@@ -125,13 +125,13 @@ class GenerateEndpoint:
             service.check_model(parsed.model)
             request.model, request.stream = parsed.model, parsed.stream
             request.timeline.enter("tokenise")
-            made = await generations(parsed, service.text, service.settings, service.max_model_len())
+            made = await choices_of(parsed, service.text, service.settings, service.max_model_len(), request.id)
             timelines = [request.timeline.fork(service.metrics.segments_of(request.operation)) for _ in made]
             header = AnswerHeader(
                 id=request.id,
                 created=int(time.time()),
                 model=parsed.model,
-                logprobs=parsed.wish.logprobs,
+                logprobs=parsed.logprobs,
                 token_ids=parsed.token_ids,
                 include_usage=parsed.include_usage,
             )
@@ -141,8 +141,8 @@ class GenerateEndpoint:
             request.begun = True
             await _all(
                 [
-                    self._generate(request, parsed, generation, timeline, responder)
-                    for generation, timeline in zip(made, timelines, strict=True)
+                    self._generate(request, parsed, choice, timeline, responder)
+                    for choice, timeline in zip(made, timelines, strict=True)
                 ]
             )
             await responder.end(parsed.n)
@@ -151,25 +151,20 @@ class GenerateEndpoint:
         self,
         request: HttpRequest,
         parsed: ParsedRequest,
-        generation: Generation,
+        choice: Choice,
         timeline: Timeline,
         responder: Responder,
     ) -> None:
         """One choice, from the engine's tokens to the responder; a stop string cancels it at the engine."""
-        service = self._service
+        service, generation = self._service, choice.generation
         stop, ids = StopRule(parsed.stop, parsed.include_stop), IdRule(parsed.token_ids, parsed.logprobs_by_id)
-        assembler = Assembler(generation, service.text, stop, ids)
-        info = request.info(generation.index, len(generation.prompt_ids), generation.sampling)
+        assembler = Assembler(generation, choice.echo, service.text, stop, ids)
+        info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
         meter = GenerationMeter(service.metrics, service.log, info, timeline)
         outcome = CANCELLED
+        spent_s = service.metrics.clock() - request.arrived_s
         deltas = service.engine.generate(
-            f"{request.id}-{generation.index}",
-            generation.prompt_ids,
-            generation.sampling,
-            timeout_s=max(0.001, service.settings.request_timeout_s - (service.metrics.clock() - request.arrived_s)),
-            priority=parsed.priority,
-            session_key=parsed.session_key,
-            timeline=timeline,
+            generation, timeline, timeout_s=max(0.001, service.settings.request_timeout_s - spent_s)
         )
         try:
             async with aclosing(deltas):
@@ -179,10 +174,10 @@ class GenerateEndpoint:
                     if assembler.num_tokens > before:
                         meter.tokens(assembler.num_tokens - before, delta.cached_tokens)
                     outcome = assembler.finish or CANCELLED
-                    await responder.take(generation.index, events)
+                    await responder.take(choice.index, events)
                     if assembler.finish:
                         return
-            raise InvariantBroken(f"generation {request.id}-{generation.index} ended without a finish")
+            raise InvariantBroken(f"generation {generation.request_id} ended without a finish")
         except Exception as error:
             outcome = kind_of(error)
             raise
@@ -225,10 +220,10 @@ async def _all(choices: Sequence[Coroutine[None, None, None]]) -> None:
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def _record_without_generation(request: HttpRequest, outcome: str) -> RequestRecord:
+def _record_without_generation(request: HttpRequest, outcome: str) -> GenerationRecord:
     """The record of a request that ended before there was anything to generate."""
     request.timeline.end(finished=False)
-    return RequestRecord(
+    return GenerationRecord(
         info=request.info(0, 0, None),
         outcome=outcome,
         generated_tokens=0,

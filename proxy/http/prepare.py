@@ -1,10 +1,11 @@
-"""An order and a model make generations: token ids and sampling parameters, everything checked before any work.
+"""A parsed request and a model make choices: token ids and sampling parameters, everything checked before any work.
 
-The place where text becomes tokens and the client's silence becomes the model's defaults. Knows no HTTP.
+The place where text becomes tokens, and where the model's defaults replace what the client did not say. Knows no HTTP.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
@@ -14,58 +15,69 @@ import msgspec
 from baton.node.errors import BadRequest
 from baton.node.messages.control import SamplingParams
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest
-from baton.proxy.interface import AppSettings
+from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.text.model_text import ModelText
 
 _SEEDS = 1 << 63
+_BY_NAME = tuple(
+    name for name in SamplingRequest.model_fields if name in SamplingParams.__struct_fields__ and name != "seed"
+)
+"""Sampling parameters that a client may set under the name that workers know."""
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
-    """One answer to be made; a request has one for each prompt and each of its n."""
+class Choice:
+    """One choice of the answer, before it is generated."""
 
     index: int
-    """The `index` of its choice in the answer."""
-    prompt_ids: tuple[int, ...]
+    generation: Generation
     echo: str
     """Text of the prompt that the answer begins with, mostly empty."""
-    sampling: SamplingParams
 
 
-async def generations(
-    order: ParsedRequest, text: ModelText, settings: AppSettings, max_model_len: int
-) -> list[Generation]:
-    """All generations of `order`, n next to each other for each prompt; raises BadRequest.
+async def choices_of(
+    request: ParsedRequest, text: ModelText, settings: AppSettings, max_model_len: int, request_id: str
+) -> list[Choice]:
+    """All choices of `request`, n next to each other for each prompt; raises BadRequest.
 
     The k-th of n answers gets seed + k, so that a prompt has the same answers alone and in a batch.
     """
-    if order.n > settings.max_n:
-        raise BadRequest(f"n is {order.n}, at most {settings.max_n} are allowed", param="n")
-    if len(order.prompts) > settings.max_prompts:
-        raise BadRequest(f"{len(order.prompts)} prompts, at most {settings.max_prompts} are allowed", param="prompt")
-    _check_ids(order.wish, text.vocab_size)
-    prompts = await _tokenise(order, text, max_model_len)
-    made: list[Generation] = []
-    for ids, echo in prompts:
-        sampling = _sampling(order, text, settings, len(ids), max_model_len)
-        for k in range(order.n):
-            seed = secrets.randbits(63) if order.wish.seed is None else (order.wish.seed + k) % _SEEDS
-            made.append(Generation(len(made), ids, echo, msgspec.structs.replace(sampling, seed=seed)))
+    if request.n > settings.max_n:
+        raise BadRequest(f"n is {request.n}, at most {settings.max_n} are allowed", param="n")
+    if len(request.prompts) > settings.max_prompts:
+        raise BadRequest(f"{len(request.prompts)} prompts, at most {settings.max_prompts} are allowed", param="prompt")
+    _check_ids(request.sampling, text.vocab_size)
+    made: list[Choice] = []
+    for ids, echo in await _tokenise(request, text, max_model_len):
+        sampling = _sampling(request, text, _max_tokens(request, settings, len(ids), max_model_len))
+        for k in range(request.n):
+            seed = secrets.randbits(63) if request.sampling.seed is None else (request.sampling.seed + k) % _SEEDS
+            generation = Generation(
+                request_id=f"{request_id}-{len(made)}",
+                prompt_ids=ids,
+                sampling=msgspec.structs.replace(sampling, seed=seed),
+                priority=request.priority,
+                session_key=request.session_key,
+            )
+            made.append(Choice(len(made), generation, echo))
     return made
 
 
-async def _tokenise(order: ParsedRequest, text: ModelText, max_model_len: int) -> list[tuple[tuple[int, ...], str]]:
+async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int) -> list[tuple[tuple[int, ...], str]]:
     """Ids of each prompt, checked, with the text to echo."""
-    param = "messages" if order.chat else "prompt"
 
     async def encode(prompt: str) -> tuple[int, ...]:
         return await text.encode_bounded(
-            prompt, add_special_tokens=order.add_special_tokens, max_tokens=max_model_len, param=param
+            prompt,
+            add_special_tokens=request.add_special_tokens,
+            max_tokens=max_model_len,
+            param=request.prompt_param,
         )
 
-    if order.chat:
-        return [(_checked(await encode(text.render(order.messages)), text.vocab_size, param), "")]
-    return [await _tokenise_prompt(prompt, order.echo, text, encode) for prompt in order.prompts]
+    if request.messages:
+        ids = await encode(text.render(request.messages))
+        return [(_checked(ids, text.vocab_size, "messages"), "")]
+    return [await _tokenise_prompt(prompt, request.echo, text, encode) for prompt in request.prompts]
 
 
 async def _tokenise_prompt(
@@ -85,45 +97,36 @@ def _checked(ids: tuple[int, ...], vocab_size: int, param: str) -> tuple[int, ..
     return ids
 
 
-def _check_ids(wish: SamplingRequest, vocab_size: int) -> None:
-    for param, ids in (("stop_token_ids", wish.stop_token_ids), ("logit_bias", [t for t, _ in wish.logit_bias])):
+def _check_ids(asked: SamplingRequest, vocab_size: int) -> None:
+    biased = [int(token) for token in asked.logit_bias or ()]
+    for param, ids in (("stop_token_ids", asked.stop_token_ids or ()), ("logit_bias", biased)):
         if ids and max(ids) >= vocab_size:
             raise BadRequest(f"token id {max(ids)} is outside the vocabulary of {vocab_size}", param=param)
 
 
-def _sampling(
-    order: ParsedRequest, text: ModelText, settings: AppSettings, prompt_len: int, max_model_len: int
-) -> SamplingParams:
-    """The parameters of one prompt's answers, the seed still open."""
-    wish, defaults = order.wish, text.defaults
-    max_tokens = _max_tokens(order, settings, prompt_len, max_model_len)
-    if wish.min_tokens > max_tokens:
+def _sampling(request: ParsedRequest, text: ModelText, max_tokens: int) -> SamplingParams:
+    """The parameters of one prompt's answers, the seed still open: the client's, else the model's, else OpenAI's."""
+    asked = request.sampling
+    if (asked.min_tokens or 0) > max_tokens:
         raise BadRequest(
-            f"min_tokens is {wish.min_tokens}, but only {max_tokens} tokens can follow", param="min_tokens"
+            f"min_tokens is {asked.min_tokens}, but only {max_tokens} tokens can follow", param="min_tokens"
         )
-    eos = () if wish.ignore_eos else text.eos_ids
-    return SamplingParams(
-        max_tokens=max_tokens,
-        min_tokens=wish.min_tokens,
-        temperature=_given(wish.temperature, defaults.temperature),
-        top_p=_given(wish.top_p, defaults.top_p),
-        top_k=defaults.top_k if wish.top_k is None else wish.top_k,
-        min_p=_given(wish.min_p, defaults.min_p),
-        presence_penalty=wish.presence_penalty,
-        frequency_penalty=wish.frequency_penalty,
-        repetition_penalty=_given(wish.repetition_penalty, defaults.repetition_penalty),
-        logit_bias=wish.logit_bias,
-        logprobs=wish.logprobs,
-        top_logprobs=wish.top_logprobs,
-        stop_token_ids=tuple(sorted({*eos, *wish.stop_token_ids})),
-    )
+    given = {name: value for name in _BY_NAME if (value := getattr(asked, name)) is not None}
+    converted = {
+        "top_k": max(0, text.defaults.top_k if asked.top_k is None else asked.top_k),
+        "max_tokens": max_tokens,
+        "logit_bias": tuple(sorted((int(token), bias) for token, bias in (asked.logit_bias or {}).items())),
+        "stop_token_ids": tuple(sorted({*(() if asked.ignore_eos else text.eos_ids), *(asked.stop_token_ids or ())})),
+        "logprobs": request.logprobs,
+        "top_logprobs": request.top_logprobs,
+    }
+    return SamplingParams(**{**dataclasses.asdict(text.defaults), **given, **converted})
 
 
-def _max_tokens(order: ParsedRequest, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:
-    fits = max_model_len - prompt_len
-    asked = order.wish.max_tokens
+def _max_tokens(request: ParsedRequest, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:
+    fits, asked = max_model_len - prompt_len, request.max_tokens
     if fits < 1 or (asked is not None and asked > fits):
-        param = "messages" if order.chat else "prompt"
+        param = request.prompt_param
         answer = f" and {asked} in the completion" if asked is not None else ""
         raise BadRequest(
             f"This model's maximum context length is {max_model_len} tokens. However, you requested {prompt_len} "
@@ -131,9 +134,5 @@ def _max_tokens(order: ParsedRequest, settings: AppSettings, prompt_len: int, ma
             param=param,
             code="context_length_exceeded",
         )
-    default = settings.default_chat_tokens if order.chat else settings.default_completion_tokens
-    return asked if asked is not None else min(fits, max(default, order.wish.min_tokens))
-
-
-def _given(value: float | None, default: float) -> float:
-    return default if value is None else value
+    default = settings.default_chat_tokens if request.messages else settings.default_completion_tokens
+    return asked if asked is not None else min(fits, max(default, request.sampling.min_tokens or 0))

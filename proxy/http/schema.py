@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -74,15 +74,13 @@ class StreamOptions(_Strict):
     """OpenAI's padding against traffic analysis; accepted, never sent."""
 
 
-class _Sampling(_Strict):
-    """What both endpoints share; names that are not declared are looked at by `_check_extra`."""
+class SamplingRequest(_Strict):
+    """How the client wants tokens to be drawn; null means that the model's default counts.
 
-    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+    A field of the name of one of `SamplingParams` reaches the workers by that name, without further code here.
+    """
 
-    model: Annotated[str, Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    n: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
@@ -98,10 +96,20 @@ class _Sampling(_Strict):
         ]
         | None
     ) = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
-    include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
+
+
+class _Body(SamplingRequest):
+    """What both endpoints share; names that are not declared are looked at by `_check_extra`."""
+
+    model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
+
+    model: Annotated[str, Field(min_length=1, max_length=4096)]
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    n: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
@@ -111,7 +119,7 @@ class _Sampling(_Strict):
     stream_options: StreamOptions | None = None
 
 
-class CompletionBody(_Sampling):
+class CompletionBody(_Body):
     prompt: (
         str
         | TokenIds
@@ -140,7 +148,7 @@ class ChatMessage(BaseModel):
     tool_call_id: Annotated[str, Field(max_length=4096)] | None = None
 
 
-class ChatBody(_Sampling):
+class ChatBody(_Body):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
@@ -175,43 +183,24 @@ _SHAPES = {
 """What to say instead of pydantic's words where a value may have several shapes."""
 
 
-@dataclass(frozen=True, slots=True)
-class SamplingRequest:
-    """How the client wants tokens to be drawn; None where it said nothing and the model's default counts."""
-
-    max_tokens: int | None
-    min_tokens: int
-    temperature: float | None
-    top_p: float | None
-    top_k: int | None
-    min_p: float | None
-    seed: int | None
-    presence_penalty: float
-    frequency_penalty: float
-    repetition_penalty: float | None
-    logit_bias: tuple[tuple[int, float], ...]
-    stop_token_ids: tuple[int, ...]
-    ignore_eos: bool
-    logprobs: bool
-    top_logprobs: int
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
     """One request, checked as far as it can be without the model: prompts are still text, or ids of any size."""
 
     model: str
-    chat: bool
-    prompts: tuple[str | tuple[int, ...], ...]
+    prompts: tuple[str | tuple[int, ...], ...] = ()
     """Of a completion; empty for a chat."""
-    messages: tuple[Mapping[str, str], ...]
+    messages: tuple[Mapping[str, str], ...] = ()
     """Of a chat; empty for a completion."""
-    add_special_tokens: bool
-    wish: SamplingRequest
+    add_special_tokens: bool = False
+    sampling: SamplingRequest
+    max_tokens: int | None
+    logprobs: bool
+    top_logprobs: int
     n: int
     stop: tuple[str, ...]
     include_stop: bool
-    echo: bool
+    echo: bool = False
     token_ids: bool
     """The answer has the token ids of prompt and choices (`return_token_ids`)."""
     logprobs_by_id: bool
@@ -220,34 +209,46 @@ class ParsedRequest:
     include_usage: bool
     priority: int
     session_key: bytes
-    """Digest of what the client calls its conversation or itself, for the router's policy `session`; empty: nothing."""
+    """Digest of the client's name for its conversation or itself, for the policy `session`; empty: it gave none."""
+
+    @property
+    def prompt_param(self) -> str:
+        """The parameter that the prompt comes from, for errors."""
+        return "messages" if self.messages else "prompt"
 
 
 def read_completion(body: bytes) -> ParsedRequest:
-    """The order in the body of /v1/completions; raises BadRequest."""
+    """The request in the body of /v1/completions; raises BadRequest."""
     request = parse(CompletionBody, body)
     _check_extra(request)
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is only supported where it equals n", param="best_of")
     if request.echo and request.logprobs is not None:
         raise BadRequest("echo together with logprobs is not supported", param="echo")
-    prompts = _prompts(request.prompt)
-    wish = _wish(request, request.max_tokens, request.logprobs is not None, request.logprobs or 0)
-    return _order(request, wish, prompts=prompts, special=request.add_special_tokens is not False, echo=request.echo)
+    return ParsedRequest(
+        **_shared(request, request.max_tokens),
+        prompts=_prompts(request.prompt),
+        add_special_tokens=request.add_special_tokens is not False,
+        logprobs=request.logprobs is not None,
+        top_logprobs=request.logprobs or 0,
+        echo=bool(request.echo),
+    )
 
 
 def read_chat(body: bytes) -> ParsedRequest:
-    """The order in the body of /v1/chat/completions; raises BadRequest."""
+    """The request in the body of /v1/chat/completions; raises BadRequest."""
     request = parse(ChatBody, body)
     _check_extra(request)
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise BadRequest("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
-    messages = tuple(_message(index, message) for index, message in enumerate(request.messages))
-    limit = request.max_completion_tokens or request.max_tokens
-    wish = _wish(request, limit, bool(request.logprobs), request.top_logprobs or 0)
-    return _order(request, wish, messages=messages)
+    return ParsedRequest(
+        **_shared(request, request.max_completion_tokens or request.max_tokens),
+        messages=tuple(_message(index, message) for index, message in enumerate(request.messages)),
+        logprobs=bool(request.logprobs),
+        top_logprobs=request.top_logprobs or 0,
+    )
 
 
 def parse(model: type[Body], body: bytes) -> Body:
@@ -273,63 +274,33 @@ def parse(model: type[Body], body: bytes) -> Body:
     raise BadRequest(f"{'.'.join(path)}: {found['msg']}", param=".".join(path))
 
 
-def _order(
-    request: _Sampling,
-    wish: SamplingRequest,
-    *,
-    prompts: tuple[str | tuple[int, ...], ...] = (),
-    messages: tuple[Mapping[str, str], ...] = (),
-    special: bool = False,
-    echo: bool | None = False,
-) -> ParsedRequest:
+def _shared(request: _Body, max_tokens: int | None) -> dict[str, Any]:
+    """The fields of a ParsedRequest that do not depend on the endpoint."""
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
-    stop = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    return ParsedRequest(
-        model=request.model,
-        chat=bool(messages),
-        prompts=prompts,
-        messages=messages,
-        add_special_tokens=special,
-        wish=wish,
-        n=request.n or 1,
-        stop=stop,
-        include_stop=bool(request.include_stop_str_in_output),
-        echo=bool(echo),
-        token_ids=bool(request.return_token_ids),
-        logprobs_by_id=bool(request.return_tokens_as_token_ids),
-        stream=bool(request.stream),
-        include_usage=bool(request.stream_options and request.stream_options.include_usage),
-        priority=request.priority or 0,
-        session_key=_digest(request.prompt_cache_key or request.user or ""),
-    )
+    if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
+        raise BadRequest("min_tokens is greater than max_tokens", param="min_tokens")
+    return {
+        "model": request.model,
+        "sampling": SamplingRequest.model_construct(
+            **{name: getattr(request, name) for name in SamplingRequest.model_fields}
+        ),
+        "max_tokens": max_tokens,
+        "n": request.n or 1,
+        "stop": (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
+        "include_stop": bool(request.include_stop_str_in_output),
+        "token_ids": bool(request.return_token_ids),
+        "logprobs_by_id": bool(request.return_tokens_as_token_ids),
+        "stream": bool(request.stream),
+        "include_usage": bool(request.stream_options and request.stream_options.include_usage),
+        "priority": request.priority or 0,
+        "session_key": _digest(request.prompt_cache_key or request.user or ""),
+    }
 
 
 def _digest(key: str) -> bytes:
     """16 bytes; a key may name a person, and goes no further than here. None of an empty key."""
     return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() if key else b""
-
-
-def _wish(request: _Sampling, max_tokens: int | None, logprobs: bool, top_logprobs: int) -> SamplingRequest:
-    if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
-        raise BadRequest("min_tokens is greater than max_tokens", param="min_tokens")
-    return SamplingRequest(
-        max_tokens=max_tokens,
-        min_tokens=request.min_tokens or 0,
-        temperature=request.temperature,
-        top_p=request.top_p,
-        top_k=None if request.top_k is None else max(0, request.top_k),
-        min_p=request.min_p,
-        seed=request.seed,
-        presence_penalty=request.presence_penalty or 0.0,
-        frequency_penalty=request.frequency_penalty or 0.0,
-        repetition_penalty=request.repetition_penalty,
-        logit_bias=tuple(sorted((int(token), bias) for token, bias in (request.logit_bias or {}).items())),
-        stop_token_ids=tuple(request.stop_token_ids or ()),
-        ignore_eos=bool(request.ignore_eos),
-        logprobs=logprobs,
-        top_logprobs=top_logprobs,
-    )
 
 
 def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> tuple[str | tuple[int, ...], ...]:
@@ -360,7 +331,7 @@ def _check_message(index: int, message: ChatMessage) -> None:
             raise BadRequest(f"{where}.{name[:64]} is not supported", param=f"{where}.{name[:64]}")
 
 
-def _check_extra(request: _Sampling) -> None:
+def _check_extra(request: _Body) -> None:
     for name, value in (request.model_extra or {}).items():
         if name in IGNORED or (name in UNSUPPORTED and (value is None or value in UNSUPPORTED[name])):
             continue

@@ -6,7 +6,7 @@ Owns nothing but its counts; the metrics, the timeline and the journal are told.
 from __future__ import annotations
 
 from baton.proxy.metrics.metrics import ProxyMetrics
-from baton.proxy.metrics.record import GenerationInfo, RequestRecord
+from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import Timeline
 
@@ -45,7 +45,7 @@ class GenerationMeter:
         finished = outcome in ("stop", "length")
         line.end(finished=finished)
         (self._metrics.running if self._num_tokens else self._metrics.waiting).dec()
-        record = RequestRecord(
+        record = GenerationRecord(
             info=self._info,
             outcome=outcome,
             generated_tokens=self._num_tokens,

@@ -18,7 +18,7 @@ from baton.proxy.http.failures import FAILURE_KINDS
 from baton.proxy.interface import Engine
 from baton.proxy.metrics.collector import EngineCollector, MovedBytes
 from baton.proxy.metrics.counters import PROMPT_SOURCES
-from baton.proxy.metrics.record import RequestRecord
+from baton.proxy.metrics.record import GenerationRecord
 from baton.proxy.metrics.timeline import FIRST_TOKEN, USUAL, Segment
 
 # fmt: off
@@ -75,7 +75,7 @@ class ProxyMetrics:
         """Takes in the segments of one generation's timeline, as they end."""
         return functools.partial(self._observe_segment, self._gen_ai_ttft[operation])
 
-    def ended(self, record: RequestRecord, *, first_at: float, last_at: float) -> None:
+    def ended(self, record: GenerationRecord, *, first_at: float, last_at: float) -> None:
         """A generation is over; its tokens arrived between these moments of `clock`."""
         finished = record.outcome in ("stop", "length")
         reason = record.outcome if finished else "abort" if record.outcome == "cancelled" else "error"

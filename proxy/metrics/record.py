@@ -38,7 +38,7 @@ class GenerationInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class RequestRecord:
+class GenerationRecord:
     """One generation that is over."""
 
     info: GenerationInfo
@@ -70,7 +70,7 @@ class RequestRecord:
         return next((segment for segment in self.segments if segment.until == until and segment.complete), None)
 
 
-def as_fields(record: RequestRecord) -> dict[str, str | int | float]:
+def as_fields(record: GenerationRecord) -> dict[str, str | int | float]:
     """For one log line; the stages of a segment stand under its name."""
     info, last = record.info, record.attempts[-1] if record.attempts else Attempt("", "")
     fields: dict[str, str | int | float] = {
@@ -92,7 +92,7 @@ def as_fields(record: RequestRecord) -> dict[str, str | int | float]:
     return fields
 
 
-def as_json(record: RequestRecord) -> dict[str, object]:
+def as_json(record: GenerationRecord) -> dict[str, object]:
     """For `GET /debug/requests/{id}`."""
     info = record.info
     return {

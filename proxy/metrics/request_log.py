@@ -11,7 +11,7 @@ from collections import OrderedDict
 from typing import Protocol
 
 from baton.node.telemetry import log_event
-from baton.proxy.metrics.record import RequestRecord, as_fields
+from baton.proxy.metrics.record import GenerationRecord, as_fields
 
 logger = logging.getLogger("proxy")
 
@@ -19,7 +19,7 @@ logger = logging.getLogger("proxy")
 class Spans(Protocol):
     """Tells a tracing system of a generation."""
 
-    def export(self, record: RequestRecord) -> None: ...
+    def export(self, record: GenerationRecord) -> None: ...
 
     def close(self) -> None: ...
 
@@ -27,7 +27,7 @@ class Spans(Protocol):
 class NoSpans:
     """There is no tracing system."""
 
-    def export(self, record: RequestRecord) -> None: ...
+    def export(self, record: GenerationRecord) -> None: ...
 
     def close(self) -> None: ...
 
@@ -39,10 +39,10 @@ class RequestLog:
         self._slow_s = slow_s
         self._keep = keep
         self._spans = spans or NoSpans()
-        self._kept: OrderedDict[str, list[RequestRecord]] = OrderedDict()  # by request id, the oldest first
+        self._kept: OrderedDict[str, list[GenerationRecord]] = OrderedDict()  # by request id, the oldest first
         self._num_kept = 0
 
-    def add(self, record: RequestRecord) -> None:
+    def add(self, record: GenerationRecord) -> None:
         """A generation is over."""
         if record.total_s > self._slow_s:
             log_event(logger, "request_slow", level=logging.WARNING, **as_fields(record))
@@ -52,7 +52,7 @@ class RequestLog:
         if self._keep:
             self._put(record)
 
-    def find(self, request_id: str) -> list[RequestRecord]:
+    def find(self, request_id: str) -> list[GenerationRecord]:
         """The generations of a request, in the order in which they ended; empty if none is known (any more)."""
         return list(self._kept.get(request_id, ()))
 
@@ -60,7 +60,7 @@ class RequestLog:
         """Hand over what the exporter still holds."""
         self._spans.close()
 
-    def _put(self, record: RequestRecord) -> None:
+    def _put(self, record: GenerationRecord) -> None:
         self._kept.setdefault(record.info.request_id, []).append(record)
         self._num_kept += 1
         while self._num_kept > self._keep and len(self._kept) > 1:

@@ -20,7 +20,7 @@ from opentelemetry.util.types import AttributeValue
 from baton import __version__
 from baton.node.errors import SettingsError
 from baton.proxy.metrics.metrics import PROVIDER
-from baton.proxy.metrics.record import RequestRecord
+from baton.proxy.metrics.record import GenerationRecord
 from baton.proxy.metrics.timeline import FIRST_TOKEN, Attempt
 
 MAX_QUEUED_SPANS = 8192
@@ -46,7 +46,7 @@ class OtelSpans:
         self._tracer = provider.get_tracer("baton.proxy", __version__)
         self._propagator = TraceContextTextMapPropagator()
 
-    def export(self, record: RequestRecord) -> None:
+    def export(self, record: GenerationRecord) -> None:
         info, began_ns = record.info, record.info.began_unix_ns
         span = self._tracer.start_span(
             f"{info.operation} {info.model}".rstrip(),
@@ -65,7 +65,7 @@ class OtelSpans:
         self._provider.force_flush(CLOSE_TIMEOUT_MS)
         self._provider.shutdown()
 
-    def _export_stages(self, record: RequestRecord, parent: trace.Span) -> None:
+    def _export_stages(self, record: GenerationRecord, parent: trace.Span) -> None:
         """One after the other, as STAGES has them: the length of a stage is measured, its place is not."""
         context = trace.set_span_in_context(parent)
         at_ns = record.info.began_unix_ns
@@ -78,7 +78,7 @@ class OtelSpans:
                     span.end(at_ns)
 
 
-def _attributes(record: RequestRecord) -> dict[str, AttributeValue]:
+def _attributes(record: GenerationRecord) -> dict[str, AttributeValue]:
     info, sampling = record.info, record.info.sampling
     last = record.attempts[-1] if record.attempts else Attempt("", "")
     attributes: dict[str, AttributeValue] = {

@@ -61,7 +61,7 @@ class _Store:
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class ClusterShape:
     """What all workers of this cluster agree on."""
 
     namespace: bytes
@@ -76,22 +76,22 @@ class ClusterState:
         self._members: dict[str, _Member] = {}
         self._stores: dict[str, _Store] = {}
         self._had_at: dict[str, float] = {}
-        self._last_shape: Shape | None = None
+        self._last_shape: ClusterShape | None = None
         self._stall_s = stall_s
         self._tokens_s = NOMINAL_TOKENS_S  # the median of those that were measured
         self._median_at = float("-inf")
 
     @property
-    def shape(self) -> Shape | None:
+    def shape(self) -> ClusterShape | None:
         """None until a worker has registered."""
         members = list(self._members.values())
         if not members:
             return None
         first = members[0].register
-        return Shape(first.namespace, first.block_tokens, min(m.register.max_model_len for m in members))
+        return ClusterShape(first.namespace, first.block_tokens, min(m.register.max_model_len for m in members))
 
     @property
-    def last_shape(self) -> Shape | None:
+    def last_shape(self) -> ClusterShape | None:
         """The same, still known while all workers are gone."""
         return self.shape or self._last_shape
 

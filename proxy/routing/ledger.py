@@ -24,6 +24,10 @@ class Ledger:
     accepted: list[int] = field(default_factory=list)
     finish: str = ""
 
+    @property
+    def num_tokens(self) -> int:
+        return len(self.prompt_ids) + len(self.accepted)
+
     def token_ids(self) -> tuple[int, ...]:
         return (*self.prompt_ids, *self.accepted)
 

@@ -61,10 +61,6 @@ class ModelText:
         self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
-    @property
-    def has_chat_template(self) -> bool:
-        return self._template is not None
-
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt of a chat; special tokens are in it already. BadRequest where the model cannot chat."""
         if self._template is None:

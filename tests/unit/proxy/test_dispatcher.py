@@ -4,33 +4,48 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import Callable
 
 import pytest
 
-from baton.node.endpoint import Endpoint, new_context
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
-from baton.node.messages.control import Heartbeat, Load, Register, SamplingParams
+from baton.node.messages.base import Message
+from baton.node.messages.control import Cancel, Heartbeat, Load, Register, SamplingParams
 from baton.proxy.dispatcher import Dispatcher
-from baton.proxy.routing.cluster import Leg
+from baton.proxy.interface import Generation
+from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route
 from baton.proxy.settings import ProxySettings
 
-SAMPLING = SamplingParams(max_tokens=4)
+GENERATION = Generation(request_id="r", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4))
+
+
+class SilentSocket:
+    """Takes every message and brings none."""
+
+    identity = "proxy/1"
+    address = "inproc://proxy"
+
+    def fileno(self) -> int:
+        raise AssertionError("the dispatcher was not started")
+
+    def receive(self, timeout_s: float) -> list[tuple[str, Message]]:
+        return []
+
+    def send(self, peer: str, message: Message) -> bool:
+        return True
+
+    def close(self) -> None: ...
 
 
 @pytest.fixture
-async def dispatcher() -> AsyncIterator[Dispatcher]:
-    context = new_context()
-    endpoint = Endpoint(context, "proxy", "tcp://127.0.0.1:0")
-    made = Dispatcher(endpoint, ProxySettings(max_queue=2, local_prefill="always", drain_s=0.0))
-    yield made
-    endpoint.close()
-    context.destroy(0)
+async def dispatcher() -> Dispatcher:
+    return Dispatcher(SilentSocket(), ProxySettings(max_queue=2, local_prefill="always", drain_s=0.0))
 
 
 def _join(dispatcher: Dispatcher, free_blocks: int = 100) -> None:
-    """A decode worker registers and reports, behind the wire's back."""
+    """A decode worker registers and reports, behind the socket's back."""
     register = Register(
         worker="d",
         incarnation=1,
@@ -50,8 +65,8 @@ def _join(dispatcher: Dispatcher, free_blocks: int = 100) -> None:
     dispatcher._on_change()
 
 
-def _view(num_blocks: int = 1) -> RequestView:
-    return RequestView(num_tokens=4, num_blocks=num_blocks, turn=0)
+def _view(num_blocks: int = 1) -> Callable[[ClusterShape], RequestView]:
+    return lambda shape: RequestView(num_tokens=4, num_blocks=num_blocks, turn=0)
 
 
 def _soon() -> float:
@@ -68,11 +83,12 @@ async def test_requests_are_let_in_in_turn(dispatcher: Dispatcher) -> None:
         await asyncio.sleep(0)
     assert not large.done() and not small.done()
     _join(dispatcher, free_blocks=100)
-    assert isinstance(await large, Route) and isinstance(await small, Route)
+    assert isinstance((await large)[0], Route) and isinstance((await small)[0], Route)
 
 
 async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Dispatcher) -> None:
     """Guards the bound of the queue, and streams that have begun from it."""
+    _join(dispatcher, free_blocks=0)
     waiting = [asyncio.create_task(dispatcher.admit(_view(), _soon(), first=True)) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
@@ -81,7 +97,7 @@ async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Di
     await asyncio.sleep(0)
     _join(dispatcher)
     routes = await asyncio.gather(*waiting, again)
-    assert all(isinstance(route, Route) for route in routes)
+    assert all(isinstance(route, Route) for route, _ in routes)
     assert dispatcher.counters()["rejected_queue_full_total"] == 1
     assert dispatcher.counters()["queued_requests"] == 0
 
@@ -89,7 +105,8 @@ async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Di
 async def test_a_computed_prompt_leaves_the_queue(dispatcher: Dispatcher) -> None:
     """Guards the way from a session's first token to what the next request's route is chosen by."""
     _join(dispatcher)
-    dispatcher.assign(Leg("d/1", "r", tokens=30, blocks=1, sent_at=time.monotonic() + 1))
+    leg = Leg("d/1", "r", tokens=30, blocks=1, sent_at=time.monotonic() + 1)
+    dispatcher.open_leg(leg, Cancel(request_id="r", attempt=0))
     assert dispatcher._cluster.view()[0].tokens == 30
     dispatcher.prompt_computed("d/1", "r")
     assert dispatcher._cluster.view()[0].tokens == 0
@@ -118,6 +135,6 @@ async def test_nothing_is_left_of_a_request(dispatcher: Dispatcher) -> None:
     """Guards the table of sessions: a failed or closed generation is forgotten, and its id may come again."""
     for _ in range(2):
         with pytest.raises(PeerLost):
-            async for _ in dispatcher.generate("r", (1, 2, 3), SAMPLING, timeout_s=5.0):
+            async for _ in dispatcher.generate(GENERATION, Timeline(time.monotonic), timeout_s=5.0):
                 pass
-    assert dispatcher._sessions == {}
+    assert dispatcher._inboxes == {}

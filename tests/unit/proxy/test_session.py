@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
-from contextlib import aclosing
+from collections.abc import Callable, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import pytest
 
+from baton.kvtransfer.blocks.hashing import root_hash
 from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
@@ -26,11 +27,11 @@ from baton.node.messages.control import (
     Stages,
     Tokens,
 )
-from baton.proxy.interface import Delta
+from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.routing.cluster import Leg, Shape
+from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route, WorkerView
-from baton.proxy.session import Session, WorkerLost
+from baton.proxy.session import Event, Session, WorkerLost
 
 SAMPLING = SamplingParams(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)
@@ -40,11 +41,11 @@ def _view(identity: str) -> WorkerView:
     return WorkerView(identity, f"tcp://{identity}", identity[0], False, 0, 0, 100, 100, 8, 1000.0)
 
 
-class ScriptedDesk:
+class ScriptedHost:
     """Plays dispatcher and workers: `script(worker, message)` answers what a worker was sent."""
 
     def __init__(self, script: Callable[[str, Message], list[Any]], *, local: bool = False) -> None:
-        self.session: Session | None = None
+        self.inbox: asyncio.Queue[Event] | None = None
         self.sent: list[tuple[str, Message]] = []
         self.open_legs: set[tuple[str, str]] = set()
         self.admitted: list[RequestView] = []
@@ -53,34 +54,49 @@ class ScriptedDesk:
         self.computed: dict[str, bool] = {}
         self.first_tokens: list[str] = []
         self.hit_tokens = 0
+        self.shapes = [ClusterShape(b"n" * 32, 4, 64)]
+        """What the cluster serves at each admission; the last one stays."""
         self._script = script
         self._local = local
 
-    async def admit(self, request: RequestView, deadline: float, *, first: bool) -> Route:
+    @contextmanager
+    def registered(self, request_id: str, inbox: asyncio.Queue[Event]) -> Iterator[None]:
+        self.inbox = inbox
+        yield
+
+    async def admit(
+        self, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+    ) -> tuple[Route, ClusterShape]:
+        view_of(self.shapes[0])
+        shape = self.shapes[min(len(self.admitted), len(self.shapes) - 1)]
+        request = view_of(shape)
         assert first == (not self.admitted), "only the first attempt may be turned away by a full queue"
         self.admitted.append(request)
         decode = "d1" if "d0" in request.avoid else "d0"
         prefill = "p1" if "p0" in request.avoid else "p0"
-        return Route(_view(decode), None if self._local else _view(prefill), "test", hit_tokens=self.hit_tokens)
+        route = Route(_view(decode), None if self._local else _view(prefill), "test", hit_tokens=self.hit_tokens)
+        return route, shape
 
-    def shape(self) -> Shape:
-        return Shape(b"n" * 32, 4, 64)
-
-    def send(self, worker: str, message: Message) -> bool:
+    def _send(self, worker: str, message: Message) -> None:
         self.sent.append((worker, message))
-        assert self.session is not None
         for answer in self._script(worker, message):
-            self.session.inbox.put_nowait(answer if isinstance(answer, WorkerLost | tuple) else (worker, answer))
-        return True
+            self.hear(answer if isinstance(answer, WorkerLost | tuple) else (worker, answer))
 
-    def assign(self, leg: Leg) -> None:
+    def hear(self, event: Event) -> None:
+        assert self.inbox is not None
+        self.inbox.put_nowait(event)
+
+    def open_leg(self, leg: Leg, message: Message) -> None:
         self.legs.append(leg)
         self.open_legs.add((leg.worker, leg.request_id))
+        self._send(leg.worker, message)
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
         self.first_tokens.append(worker)
 
-    def settle(self, worker: str, request_id: str, *, computed: bool) -> None:
+    def close_leg(self, worker: str, request_id: str, *, computed: bool, cancel: Cancel | None = None) -> None:
+        if cancel is not None:
+            self._send(worker, cancel)
         self.computed[worker] = computed
         self.open_legs.discard((worker, request_id))
 
@@ -95,25 +111,25 @@ def _tokens(index: int, *ids: int, attempt: int = 0, finish: str = "") -> Tokens
     return Tokens(request_id="r", attempt=attempt, index=index, ids=ids, finish=finish)  # type: ignore[arg-type]
 
 
-async def _run(
-    desk: ScriptedDesk, timeout_s: float = 5.0, max_attempts: int = 3, timeline: Timeline | None = None
-) -> list[Delta]:
-    desk.session = Session(
-        desk,
-        "r",
-        PROMPT,
-        SAMPLING,
+def _session(host: ScriptedHost, timeout_s: float, max_attempts: int, timeline: Timeline | None = None) -> Session:
+    return Session(
+        host,
+        Generation(request_id="r", prompt_ids=PROMPT, sampling=SAMPLING),
+        timeline or Timeline(time.monotonic),
         deadline=time.monotonic() + timeout_s,
-        priority=0,
         turn=0,
         max_attempts=max_attempts,
-        timeline=timeline or Timeline(time.monotonic),
     )
+
+
+async def _run(
+    host: ScriptedHost, timeout_s: float = 5.0, max_attempts: int = 3, timeline: Timeline | None = None
+) -> list[Delta]:
     deltas = []
-    async with aclosing(desk.session.run()) as run:
+    async with aclosing(_session(host, timeout_s, max_attempts, timeline).run()) as run:
         async for delta in run:
             deltas.append(delta)
-    assert not desk.open_legs, "a leg is still counted"
+    assert not host.open_legs, "a leg is still counted"
     return deltas
 
 
@@ -132,19 +148,18 @@ async def test_both_legs_go_out_at_once_and_tokens_come_back_once() -> None:
                 return [Reserved(request_id="r", attempt=0, cached_tokens=0)]
         return []
 
-    desk = ScriptedDesk(script)
-    task = asyncio.create_task(_run(desk))
-    while len(desk.sent) < 2:
+    host = ScriptedHost(script)
+    task = asyncio.create_task(_run(host))
+    while len(host.sent) < 2:
         await asyncio.sleep(0)
-    assert desk.session is not None
-    desk.session.inbox.put_nowait(("d0", _tokens(0, 10, 11)))
-    desk.session.inbox.put_nowait(("d0", _tokens(2, 12, finish="length")))
+    host.hear(("d0", _tokens(0, 10, 11)))
+    host.hear(("d0", _tokens(2, 12, finish="length")))
     assert _ids(await task) == [10, 11, 12]
-    (reserve,), (prefill,) = desk.sent_of(Reserve), desk.sent_of(Prefill)
+    (reserve,), (prefill,) = host.sent_of(Reserve), host.sent_of(Prefill)
     assert reserve.body == prefill.body and len(reserve.body.block_hashes) == 1
     assert (reserve.prefill, prefill.decode, prefill.decode_address) == ("p0", "d0", "tcp://d0")
-    assert desk.sent_of(Cancel) == []  # both legs have ended by themselves
-    assert desk.first_tokens == ["p0"]  # told once, of the worker that computed the prompt
+    assert host.sent_of(Cancel) == []  # both legs have ended by themselves
+    assert host.first_tokens == ["p0"]  # told once, of the worker that computed the prompt
 
 
 async def test_a_lost_decode_worker_in_mid_stream() -> None:
@@ -157,12 +172,12 @@ async def test_a_lost_decode_worker_in_mid_stream() -> None:
             return [_tokens(1, 99, attempt=0), _tokens(2, 12, attempt=1, finish="stop")]
         return []
 
-    desk = ScriptedDesk(script)
-    assert _ids(await _run(desk)) == [10, 11, 12]
-    second = desk.sent_of(Reserve)[1]
+    host = ScriptedHost(script)
+    assert _ids(await _run(host)) == [10, 11, 12]
+    second = host.sent_of(Reserve)[1]
     assert second.body.token_ids == (*PROMPT, 10, 11) and second.body.prompt_len == len(PROMPT)
-    assert second.body.sampling == SAMPLING and desk.admitted[1].avoid == {"d0"}
-    assert [(w, m.attempt) for w, m in desk.sent if isinstance(m, Cancel)] == [("p0", 0), ("p0", 1)]
+    assert second.body.sampling == SAMPLING and host.admitted[1].avoid == {"d0"}
+    assert [(w, m.attempt) for w, m in host.sent if isinstance(m, Cancel)] == [("p0", 0), ("p0", 1)]
 
 
 async def test_a_lost_prefill_worker_matters_only_before_decode_streams() -> None:
@@ -173,9 +188,9 @@ async def test_a_lost_prefill_worker_matters_only_before_decode_streams() -> Non
             return [_tokens(0, 10, 11), WorkerLost("p0", "killed"), _tokens(2, 12, finish="stop")]
         return []
 
-    desk = ScriptedDesk(script)
-    assert _ids(await _run(desk)) == [10, 11, 12]
-    assert len(desk.sent_of(Reserve)) == 1
+    host = ScriptedHost(script)
+    assert _ids(await _run(host)) == [10, 11, 12]
+    assert len(host.sent_of(Reserve)) == 1
 
     def early(worker: str, message: Message) -> list[Any]:
         if isinstance(message, Prefill) and message.attempt == 0:
@@ -184,9 +199,9 @@ async def test_a_lost_prefill_worker_matters_only_before_decode_streams() -> Non
             return [_tokens(0, 7, attempt=1, finish="stop")]
         return []
 
-    desk = ScriptedDesk(early)
-    assert _ids(await _run(desk)) == [7]
-    assert desk.admitted[1].avoid == {"p0"}
+    host = ScriptedHost(early)
+    assert _ids(await _run(host)) == [7]
+    assert host.admitted[1].avoid == {"p0"}
 
 
 async def test_the_timeline_holds_every_attempt() -> None:
@@ -207,8 +222,8 @@ async def test_the_timeline_holds_every_attempt() -> None:
 
     now = iter(range(1000))
     timeline = Timeline(lambda: float(next(now)))
-    desk = ScriptedDesk(script)
-    task = asyncio.create_task(_run(desk, timeline=timeline))
+    host = ScriptedHost(script)
+    task = asyncio.create_task(_run(host, timeline=timeline))
     assert _ids(await task) == [7, 8]
     timeline.end(finished=True)
     stages = dict(timeline.segments[0].stages)
@@ -234,9 +249,9 @@ async def test_busy_is_no_failure() -> None:
             return [_tokens(0, 7, attempt=message.attempt, finish="stop")]
         return []
 
-    desk = ScriptedDesk(script)
-    assert _ids(await _run(desk, max_attempts=2)) == [7]
-    cancelled = [(worker, message.attempt) for worker, message in desk.sent if isinstance(message, Cancel)]
+    host = ScriptedHost(script)
+    assert _ids(await _run(host, max_attempts=2)) == [7]
+    cancelled = [(worker, message.attempt) for worker, message in host.sent if isinstance(message, Cancel)]
     assert [attempt for _, attempt in cancelled] == list(range(7))
 
 
@@ -248,11 +263,11 @@ async def test_failures_end_after_so_many_attempts() -> None:
             return [Failed(request_id="r", attempt=message.attempt, reason="broken", retryable=True)]
         return []
 
-    desk = ScriptedDesk(script)
+    host = ScriptedHost(script)
     with pytest.raises(PeerLost, match="3 attempts"):
-        await _run(desk)
-    assert len(desk.sent_of(Reserve)) == 3 and not desk.open_legs
-    assert not any(desk.computed.values())
+        await _run(host)
+    assert len(host.sent_of(Reserve)) == 3 and not host.open_legs
+    assert not any(host.computed.values())
 
 
 async def test_a_request_that_cannot_be_is_the_clients_fault() -> None:
@@ -263,10 +278,10 @@ async def test_a_request_that_cannot_be_is_the_clients_fault() -> None:
             return [Failed(request_id="r", attempt=0, reason="too long", retryable=False)]
         return []
 
-    desk = ScriptedDesk(script)
+    host = ScriptedHost(script)
     with pytest.raises(BadRequest, match="too long"):
-        await _run(desk)
-    assert len(desk.sent_of(Reserve)) == 1 and not desk.open_legs
+        await _run(host)
+    assert len(host.sent_of(Reserve)) == 1 and not host.open_legs
 
 
 async def test_a_gap_starts_anew() -> None:
@@ -279,37 +294,31 @@ async def test_a_gap_starts_anew() -> None:
             return [_tokens(1, 11, attempt=1, finish="stop")]
         return []
 
-    assert _ids(await _run(ScriptedDesk(script))) == [10, 11]
+    assert _ids(await _run(ScriptedHost(script))) == [10, 11]
 
 
 async def test_strangers_are_not_listened_to() -> None:
     """Guards against messages about this request from a worker that has no leg of it."""
 
     def script(worker: str, message: Message) -> list[Any]:
-        return [_tokens(0, 7, finish="stop")] if isinstance(message, Reserve) else []
+        if not isinstance(message, Reserve):
+            return []
+        stranger = [("x9", _tokens(0, 66, finish="stop")), ("x9", Cancelled(request_id="r", attempt=0))]
+        return [*stranger, _tokens(0, 7, finish="stop")]
 
-    desk = ScriptedDesk(script, local=True)
-    original = desk.send
-
-    def send(worker: str, message: Message) -> bool:
-        assert desk.session is not None
-        desk.session.inbox.put_nowait(("x9", _tokens(0, 66, finish="stop")))
-        desk.session.inbox.put_nowait(("x9", Cancelled(request_id="r", attempt=0)))
-        return original(worker, message)
-
-    desk.send = send  # type: ignore[method-assign]
-    assert _ids(await _run(desk)) == [7]
-    assert desk.sent_of(Prefill) == [] and desk.sent_of(Reserve)[0].prefill == ""
-    assert desk.first_tokens == ["d0"]
+    host = ScriptedHost(script, local=True)
+    assert _ids(await _run(host)) == [7]
+    assert host.sent_of(Prefill) == [] and host.sent_of(Reserve)[0].prefill == ""
+    assert host.first_tokens == ["d0"]
 
 
 async def test_the_deadline_ends_a_silent_request() -> None:
     """Guards every wait: workers that say nothing cost no more than the deadline, and are told to stop."""
-    desk = ScriptedDesk(lambda worker, message: [])
+    host = ScriptedHost(lambda worker, message: [])
     with pytest.raises(DeadlineExceeded):
-        await _run(desk, timeout_s=0.05)
-    assert {worker for worker, message in desk.sent if isinstance(message, Cancel)} == {"p0", "d0"}
-    assert not desk.open_legs
+        await _run(host, timeout_s=0.05)
+    assert {worker for worker, message in host.sent if isinstance(message, Cancel)} == {"p0", "d0"}
+    assert not host.open_legs
 
 
 async def test_a_client_that_goes_away_cancels_both_legs() -> None:
@@ -318,23 +327,12 @@ async def test_a_client_that_goes_away_cancels_both_legs() -> None:
     def script(worker: str, message: Message) -> list[Any]:
         return [_tokens(0, 10)] if isinstance(message, Prefill) else []
 
-    desk = ScriptedDesk(script)
-    desk.session = Session(
-        desk,
-        "r",
-        PROMPT,
-        SAMPLING,
-        deadline=time.monotonic() + 5,
-        priority=0,
-        turn=0,
-        max_attempts=2,
-        timeline=Timeline(time.monotonic),
-    )
-    run = desk.session.run()
+    host = ScriptedHost(script)
+    run = _session(host, timeout_s=5.0, max_attempts=2).run()
     assert (await anext(run)).ids == (10,)
     await run.aclose()
-    assert {worker for worker, message in desk.sent if isinstance(message, Cancel)} == {"p0", "d0"}
-    assert not desk.open_legs
+    assert {worker for worker, message in host.sent if isinstance(message, Cancel)} == {"p0", "d0"}
+    assert not host.open_legs
 
 
 async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() -> None:
@@ -346,17 +344,17 @@ async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() 
             return [told, _tokens(1, 8, finish="stop")]
         return []
 
-    desk = ScriptedDesk(script)
-    desk.hit_tokens = 4
-    assert _ids(await _run(desk)) == [7, 8]
+    host = ScriptedHost(script)
+    host.hit_tokens = 4
+    assert _ids(await _run(host)) == [7, 8]
     kinds = ("predicted", "actual", "missed", "unforeseen")
-    assert [desk.counted[f"kv_hit_{kind}_tokens_total"] for kind in kinds] == [4, 1, 3, 0]
-    (view,) = desk.admitted
+    assert [host.counted[f"kv_hit_{kind}_tokens_total"] for kind in kinds] == [4, 1, 3, 0]
+    (view,) = host.admitted
     assert len(view.hashes) == 1 and view.block_tokens == 4
-    decode, prefill = desk.legs
+    decode, prefill = host.legs
     assert (decode.tokens, decode.hashes) == (0, ())
     assert (prefill.tokens, prefill.hashes) == (1, view.hashes)
-    assert desk.computed == {"p0": True, "d0": True}
+    assert host.computed == {"p0": True, "d0": True}
 
 
 async def test_a_decode_leg_that_ends_before_the_finish_of_prefill_is_told() -> None:
@@ -367,6 +365,27 @@ async def test_a_decode_leg_that_ends_before_the_finish_of_prefill_is_told() -> 
             return [("d0", Cancelled(request_id="r", attempt=0)), _tokens(0, 7, finish="length")]
         return []
 
-    desk = ScriptedDesk(script)
-    assert _ids(await _run(desk)) == [7]
-    assert len(desk.sent_of(Reserve)) == 1
+    host = ScriptedHost(script)
+    assert _ids(await _run(host)) == [7]
+    assert len(host.sent_of(Reserve)) == 1
+
+
+async def test_blocks_are_named_for_the_cluster_that_the_route_leads_to() -> None:
+    """Guards against KV stored under the names of a model that has left while the request waited for a worker."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        match message:
+            case Reserve(attempt=0):
+                return [Busy(request_id="r", attempt=0, reason="full")]
+            case Reserve():
+                return [_tokens(0, 7, attempt=1, finish="stop")]
+        return []
+
+    host = ScriptedHost(script, local=True)
+    first, second = ClusterShape(b"n" * 32, 4, 64), ClusterShape(b"m" * 32, 2, 64)
+    host.shapes = [first, second]
+    assert _ids(await _run(host)) == [7]
+    roots = [message.body.root for message in host.sent_of(Reserve)]
+    assert roots == [root_hash(first.namespace), root_hash(second.namespace)]
+    assert [len(message.body.block_hashes) for message in host.sent_of(Reserve)] == [1, 2]
+    assert [view.num_blocks for view in host.admitted] == [2, 3]

@@ -452,5 +452,5 @@ async def test_the_router_is_told_of_the_clients_key(client: httpx.AsyncClient, 
     for more in ({"prompt_cache_key": "a"}, {"prompt_cache_key": "a"}, {}):
         answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "max_tokens": 3, **more})
         assert answer.is_success
-    keys = [call.session_key for call in engine.calls]
+    keys = [call.generation.session_key for call in engine.calls]
     assert keys[0] == keys[1] and len(keys[0]) == 16 and keys[2] == b""

@@ -145,7 +145,12 @@ def test_extra_parameters_reach_the_engine(client: openai.OpenAI, served: Served
     more = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "priority": 3, "min_tokens": 2}
     client.chat.completions.create(model="demo", messages=USER, extra_body=more, logit_bias={"50": -1}, seed=3)
     (call,) = served.engine.calls
-    assert (call.sampling.top_k, call.sampling.min_p, call.sampling.min_tokens, call.priority) == (5, 0.1, 2, 3)
+    assert (call.sampling.top_k, call.sampling.min_p, call.sampling.min_tokens, call.generation.priority) == (
+        5,
+        0.1,
+        2,
+        3,
+    )
     assert (call.sampling.stop_token_ids, call.sampling.logit_bias, call.sampling.seed) == ((), ((50, -1.0),), 3)
 
 

@@ -1,4 +1,4 @@
-"""Bodies of OpenAI requests: what is obeyed, ignored, refused; and what an order becomes for one model."""
+"""Bodies of OpenAI requests: what is obeyed, ignored, refused; and what a request becomes for one model."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from baton.node.errors import BadRequest
 from baton.node.messages.control import SamplingParams
-from baton.proxy.http.prepare import Generation, generations
+from baton.proxy.http.prepare import Choice, choices_of
 from baton.proxy.http.schema import IGNORED, UNSUPPORTED, read_chat, read_completion
 from baton.proxy.interface import AppSettings
 from baton.proxy.text.model_text import ModelText
@@ -31,13 +31,13 @@ def refused(base: dict[str, Any], **more: Any) -> BadRequest:
     return raised.value
 
 
-async def prepared(text: ModelText, base: dict[str, Any], **more: Any) -> list[Generation]:
-    order = (read_chat if "messages" in base else read_completion)(body(base, **more))
-    return await generations(order, text, AppSettings("demo"), 2048)
+async def prepared(text: ModelText, base: dict[str, Any], **more: Any) -> list[Choice]:
+    request = (read_chat if "messages" in base else read_completion)(body(base, **more))
+    return await choices_of(request, text, AppSettings("demo"), 2048, "r")
 
 
 async def sampling(text: ModelText, base: dict[str, Any], **more: Any) -> SamplingParams:
-    return (await prepared(text, base, **more))[0].sampling
+    return (await prepared(text, base, **more))[0].generation.sampling
 
 
 # ---- what is refused ----------------------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ names = sorted({*CHAT, *COMPLETION, *(name for name, _ in WRONG_VALUES), "logpro
 
 @settings(max_examples=300)
 @given(st.dictionaries(st.sampled_from(names), json_values, max_size=6))
-def test_any_json_is_an_order_or_a_bad_request(values: dict[str, Any]) -> None:
+def test_any_json_is_parsed_or_a_bad_request(values: dict[str, Any]) -> None:
     """Guards against any other exception, which a client would see as a failure of the server."""
     for read, base in ((read_completion, COMPLETION), (read_chat, CHAT)):
         try:
@@ -299,12 +299,14 @@ async def test_ignore_eos_leaves_only_the_clients_stop_tokens(text: ModelText) -
 
 async def test_seeds(text: ModelText) -> None:
     """Guards against n equal answers, answers that a batch changes, and seeds out of the wire's range."""
-    seeds = [made.sampling.seed for made in await prepared(text, COMPLETION, prompt=["a", "b"], n=3, seed=5)]
+    seeds = [made.generation.sampling.seed for made in await prepared(text, COMPLETION, prompt=["a", "b"], n=3, seed=5)]
     assert seeds == [5, 6, 7, 5, 6, 7]
-    drawn = [made.sampling.seed for made in await prepared(text, COMPLETION, n=8)]
+    drawn = [made.generation.sampling.seed for made in await prepared(text, COMPLETION, n=8)]
     assert len(set(drawn)) == 8
     for seed in (-(2**63), -1, 2**63 - 1):
-        assert all(0 <= made.sampling.seed < 2**63 for made in await prepared(text, COMPLETION, seed=seed, n=2))
+        assert all(
+            0 <= made.generation.sampling.seed < 2**63 for made in await prepared(text, COMPLETION, seed=seed, n=2)
+        )
 
 
 async def test_shapes_of_prompts(text: ModelText) -> None:
@@ -317,8 +319,8 @@ async def test_shapes_of_prompts(text: ModelText) -> None:
         ([[5], [6, 7]], [(5,), (6, 7)]),
     ):
         made = await prepared(text, COMPLETION, prompt=prompt, n=2)
-        assert [generation.prompt_ids for generation in made] == [ids for ids in expected for _ in range(2)]
-        assert [generation.index for generation in made] == list(range(len(made)))
+        assert [choice.generation.prompt_ids for choice in made] == [ids for ids in expected for _ in range(2)]
+        assert [choice.index for choice in made] == list(range(len(made)))
 
 
 async def test_echo(text: ModelText) -> None:
@@ -342,7 +344,7 @@ async def test_parts_of_text_and_answers_sent_back(text: ModelText) -> None:
     }
     messages = [{"role": "user", "content": parts}, answer, {"role": "user", "content": "on", "name": "me"}]
     made = (await prepared(text, CHAT, messages=messages))[0]
-    shown = text.decode(made.prompt_ids, skip_special_tokens=False)
+    shown = text.decode(made.generation.prompt_ids, skip_special_tokens=False)
     assert shown == "<|user|>\none\ntwo<|end|>\n<|assistant|>\nyes<|end|>\n<|user|>\non<|end|>\n<|assistant|>\n"
 
 
@@ -357,7 +359,7 @@ async def test_the_context_length(text: ModelText) -> None:
             await prepared(text, COMPLETION, **more)
         assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
     assert (await sampling(text, COMPLETION, prompt=[5] * 2040)).max_tokens == 8
-    prompt_len = len((await prepared(text, CHAT))[0].prompt_ids)
+    prompt_len = len((await prepared(text, CHAT))[0].generation.prompt_ids)
     assert (await sampling(text, CHAT)).max_tokens == 2048 - prompt_len
     assert (await sampling(text, CHAT, max_completion_tokens=9)).max_tokens == 9
     assert (await sampling(text, COMPLETION, min_tokens=40)).max_tokens == 40

@@ -13,7 +13,7 @@ import pytest
 from baton.node.messages.control import SamplingParams, Stages
 from baton.proxy.http.app import create_app
 from baton.proxy.interface import AppSettings
-from baton.proxy.metrics.record import GenerationInfo, RequestRecord, as_json
+from baton.proxy.metrics.record import GenerationInfo, GenerationRecord, as_json
 from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import USUAL, Attempt, Segment, Timeline
 from baton.proxy.text.model_text import ModelText
@@ -23,14 +23,14 @@ SECRET = "zyzzyva"
 COMPLETION = {"model": "demo", "prompt": f"A {SECRET} said"}
 
 
-def record(request_id: str = "cmpl-1", index: int = 0, took_s: float = 2.0) -> RequestRecord:
+def record(request_id: str = "cmpl-1", index: int = 0, took_s: float = 2.0) -> GenerationRecord:
     sampling = SamplingParams(max_tokens=4)
     info = GenerationInfo(
         request_id, index, "text_completion", "demo", True, 7, sampling, 1_700_000_000_000_000_000, {}
     )
     segments = (Segment("first_token", True, took_s, (("prefill", took_s), ("network", 0.0))),)
     attempts = (Attempt("p0/1", "d0/1", "lost"), Attempt("p1/1", "d0/1"))
-    return RequestRecord(info, "length", 4, 3, segments, attempts, 2, (2, 0, 0), bytes(range(32)))
+    return GenerationRecord(info, "length", 4, 3, segments, attempts, 2, (2, 0, 0), bytes(range(32)))
 
 
 def test_one_line_a_request_with_everything_in_it(caplog: pytest.LogCaptureFixture) -> None:

@@ -129,7 +129,6 @@ def test_the_demo_folder_is_read(text: ModelText) -> None:
     assert text.eos_ids == (0, 1)
     assert text.vocab_size == 4096
     assert text.defaults == SamplingDefaults(temperature=0.7, top_p=0.9)
-    assert text.has_chat_template
 
 
 @pytest.mark.parametrize(
@@ -239,7 +238,6 @@ def test_a_model_without_a_template_says_so(tmp_path: Path, demo_folder: Path) -
     folder = copy_of(demo_folder, tmp_path)
     (folder / "tokenizer_config.json").unlink()
     text = ModelText(folder)
-    assert not text.has_chat_template
     with pytest.raises(BadRequest, match="no chat template"):
         text.render([{"role": "user", "content": "Hi"}])
 
