@@ -128,10 +128,12 @@ def _show(rows: Sequence[report.Row], as_json: bool) -> None:
 def main(argv: Sequence[str]) -> int:
     logging.basicConfig(level=logging.ERROR)
     if not argv or argv[0] not in COMMANDS:
-        print(f"usage: {PROG} COMMAND [options]; COMMAND --help lists them\n", file=sys.stderr)
+        asked = bool(argv) and argv[0] in ("-h", "--help")
+        out = sys.stdout if asked else sys.stderr
+        print(f"usage: {PROG} COMMAND [options]; COMMAND --help lists them\n", file=out)
         for name, command in COMMANDS.items():
-            print(f"  {name:9} {command.__doc__}", file=sys.stderr)
-        return 0 if argv and argv[0] in ("-h", "--help") else 2
+            print(f"  {name:9} {command.__doc__}", file=out)
+        return 0 if asked else 2
     try:
         COMMANDS[argv[0]](argv[1:])
     except SettingsError as error:
