@@ -39,7 +39,7 @@ class BatchSettings:
 
     input: Path = option(metavar="FILE", help="requests, one a line, in OpenAI's batch format (-i)")
     output: Path = option(metavar="FILE", help="answers, one a line; those that it holds are not asked again (-o)")
-    model: str = option("", metavar="FOLDER_OR_HUB_ID", help="model to serve; not given: the demo model")
+    model: str = option("", metavar="FOLDER_OR_HUB_ID", help="model to serve; default: the demo model", positional=True)
     base_url: str = option("", metavar="URL", help="a running server to use instead, with the model of this name")
     api_key: str = option("", help="key of that server", env="BATON_API_KEY")
     serve_arg: tuple[str, ...] = option(
@@ -73,9 +73,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _long_options(argv: Sequence[str]) -> list[str]:
-    """`argv` with -i and -o spelt out, and with the first argument as the model if it is no option."""
-    arguments = [SHORT_OPTIONS.get(argument, argument) for argument in argv]
-    return ["--model", *arguments] if arguments and not arguments[0].startswith("-") else arguments
+    """`argv` with -i and -o spelt out."""
+    return [SHORT_OPTIONS.get(argument, argument) for argument in argv]
 
 
 def _answer_file(settings: BatchSettings, counts: BatchCounts) -> int:

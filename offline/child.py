@@ -1,7 +1,7 @@
 """python -m baton.offline.child: `baton serve` for one parent process, which it does not outlive.
 
 Its arguments come as one line of JSON on standard input: a command line is visible to all users of the machine, an API
-key must not be. Standard input then stays open, and its end is the order to stop.
+key must not be. Standard input then stays open; its end makes this process stop.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ CHECK_S = 1.0
 
 def main() -> int:
     parent_pid = os.getppid()
-    order = json.loads(sys.stdin.buffer.readline())
+    start = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=stop_with_parent, args=(sys.stdin.fileno(), parent_pid), daemon=True).start()
     try:
-        return serve([*order["argv"], "--api-key", order["api_key"]])
+        return serve([*start["argv"], "--api-key", start["api_key"]])
     finally:
         if os.getppid() != parent_pid:  # else the parent still reads the output in it
-            shutil.rmtree(order["folder"], ignore_errors=True)
+            shutil.rmtree(start["folder"], ignore_errors=True)
 
 
 def stop_with_parent(pipe: int, parent_pid: int) -> None:

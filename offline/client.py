@@ -20,9 +20,10 @@ T = TypeVar("T")
 MAX_ANSWER_BYTES = 256 << 20
 MAX_ATTEMPTS = 6
 FIRST_RETRY_S = 0.5
-"""Doubled for each further one: about 15 s in all, in which a dead worker or proxy has been restarted."""
-RETRIED = (429, 503)
-"""Overload, and workers that are being restarted. No token has been handed out, so a retry is the same request."""
+MAX_RETRY_S = 8.0
+"""Delays double: six attempts take about 15 s, in which a dead worker or proxy has been restarted."""
+OVERLOADED, UNAVAILABLE = 429, 503
+"""Statuses that are retried. No token has been handed out, so a retry is the same request."""
 PROBE_TIMEOUT_S = 30.0
 CANCEL_TIMEOUT_S = 5.0
 
@@ -60,11 +61,15 @@ class ApiClient:
             raise NoAnswer(str(error)) from None
 
     async def post(self, path: str, body: bytes) -> HttpAnswer:
-        """Retried while the server is overloaded or cannot be reached; raises NoAnswer."""
+        """Repeated while the server cannot be reached or has no workers, a few times, and while it is overloaded, for
+        the time limit of a request; raises NoAnswer.
+        """
         request = self._http.request("POST", path, body)
         delay_s = FIRST_RETRY_S
-        attempts = 1 if self._unreachable else MAX_ATTEMPTS
-        for left in reversed(range(attempts)):
+        left = 1 if self._unreachable else MAX_ATTEMPTS
+        overload_ends_s = time.monotonic() + self._timeout_s
+        while True:
+            left -= 1
             try:
                 answer = await self._once(request, self._timeout_s)
             except HttpFailed as error:
@@ -73,11 +78,12 @@ class ApiClient:
                     raise NoAnswer(reason) from None
             else:
                 self._unreachable = False
-                if answer.status not in RETRIED or not left:
+                if answer.status == OVERLOADED and time.monotonic() < overload_ends_s:
+                    left += 1
+                elif answer.status not in (OVERLOADED, UNAVAILABLE) or not left:
                     return answer
             await asyncio.sleep(delay_s)
-            delay_s *= 2
-        raise AssertionError("the last attempt returns or raises")
+            delay_s = min(2 * delay_s, MAX_RETRY_S)
 
     async def reachable(self) -> bool:
         """Whether the server answers anything at all."""
@@ -141,6 +147,9 @@ class LoopThread:
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """The result of `work`. Ctrl-C in the caller's thread cancels it, and waits for its end."""
+        if self._loop.is_closed():
+            work.close()
+            raise RuntimeError("this was closed before")
         ended = threading.Event()
 
         async def run() -> T:

@@ -16,7 +16,7 @@ import msgspec
 from baton.node.errors import SettingsError
 from baton.offline.client import ApiClient, LoopThread, NoAnswer
 from baton.offline.outputs import failure_message
-from baton.offline.server import PrivateServer
+from baton.offline.server import PrivateServer, strings
 
 T = TypeVar("T")
 
@@ -27,7 +27,7 @@ ANSWER_GRACE_S = 30.0
 START_TIMEOUT_S = 600.0
 READY_POLL_S = 0.1
 ROWS_PER_WORKER = 256
-"""Requests in flight for each decode worker: as many as one on a GPU computes in a step."""
+"""Requests in flight for each decode worker: as many as one on a GPU computes in a step, unless its settings differ."""
 MAX_IN_FLIGHT = 1000
 """The proxy answers so many requests at once, and a few probes."""
 
@@ -65,7 +65,7 @@ class ServerConnection:
             raise TypeError("model is missing" if not model else "api_key belongs to base_url")
         if max_in_flight is not None and max_in_flight < 1:
             raise ValueError(f"max_in_flight must be at least 1, not {max_in_flight}")
-        self.max_in_flight = max_in_flight or min(ROWS_PER_WORKER * int(settings.get("decode", 1)), MAX_IN_FLIGHT)
+        self.max_in_flight = max_in_flight or min(num_rows(settings), MAX_IN_FLIGHT)
         server = None if base_url else PrivateServer(model, settings, request_timeout_s)
         url, key, ended = (server.url, server.api_key, server.ended) if server else (base_url, api_key, lambda: "")
         self._loop = LoopThread("baton-client")
@@ -125,6 +125,17 @@ class ServerConnection:
         if not found:
             raise SettingsError(f"no model {name!r} there, but {', '.join(model.id for model in served) or 'none'}")
         return found[0]
+
+
+def num_rows(settings: Mapping[str, Any]) -> int:
+    """Sequences that the decode workers of `serve` compute at once with these settings, as far as those say it."""
+    arguments = [part for name in ("worker_arg", "decode_arg") for part in strings(settings.get(name, ()))]
+    rows = ROWS_PER_WORKER
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name == "--max-num-seqs" and value.isdecimal():
+            rows = max(1, int(value))
+    return rows * int(settings.get("decode", 1))
 
 
 def _close(pid: int, loop: LoopThread, client: ApiClient | None, server: PrivateServer | None) -> None:

@@ -201,7 +201,8 @@ class LLM:
                 outputs[index] = await self._output(ids[index], jobs[index], decode)
                 bar.update(1)
 
-            self._server.run(run_bounded(range(len(jobs)), self._server.max_in_flight, run_one))
+            limit = max(1, self._server.max_in_flight // max((job.n for job in jobs), default=1))
+            self._server.run(run_bounded(range(len(jobs)), limit, run_one))
         return [output for output in outputs if output is not None]
 
     async def _output(self, request_id: str, job: _Job, decode: Callable[[int], str] | None) -> RequestOutput:

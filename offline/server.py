@@ -1,7 +1,7 @@
 """A server of our own: `baton serve` as a child process on a free loopback port, with a random API key.
 
-The child is told its arguments and its key through a pipe, which it also watches: it ends when the pipe closes, so it
-cannot outlive this process, however that ends. Its output goes to a file in a private folder. Knows no requests.
+The child reads its arguments and its key from a pipe, and ends when the pipe closes, so it cannot outlive this process,
+however that ends. Its output goes to a file in a private folder. Knows no requests.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class PrivateServer:
         port = free_ports(1)[0]
         self.url = f"http://127.0.0.1:{port}"
         own = {"store_path": self._folder / "kvstore", "grace_s": 10.0, **settings}
-        own["proxy_arg"] = (f"--request-timeout-s={request_timeout_s:g}", *_strings(settings.get("proxy_arg", ())))
+        own["proxy_arg"] = (f"--request-timeout-s={request_timeout_s:g}", *strings(settings.get("proxy_arg", ())))
         self.log = self._folder / "server.log"
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -50,9 +50,8 @@ class PrivateServer:
         argv = [f"--model={model}", f"--port={port}", *as_arguments(own)]
         assert self._process.stdin is not None
         try:
-            self._process.stdin.write(
-                json.dumps({"argv": argv, "api_key": self.api_key, "folder": str(self._folder)}).encode() + b"\n"
-            )
+            start = {"argv": argv, "api_key": self.api_key, "folder": str(self._folder)}
+            self._process.stdin.write(json.dumps(start).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
             pass  # it has ended already, which `ended` tells
@@ -80,6 +79,8 @@ class PrivateServer:
             pass
         try:
             self._process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            pass
         finally:
             if self._process.poll() is None:
                 self._process.kill()
@@ -107,12 +108,12 @@ def as_arguments(settings: Mapping[str, Any]) -> list[str]:
             if value != defaults[name]:
                 arguments.append(flag if value else f"--no-{flag[2:]}")
         elif isinstance(defaults[name], tuple):
-            arguments += [f"{flag}={entry}" for entry in _strings(value)]
+            arguments += [f"{flag}={entry}" for entry in strings(value)]
         else:
             arguments.append(f"{flag}={value}")
     return arguments
 
 
-def _strings(value: Any) -> tuple[str, ...]:
+def strings(value: Any) -> tuple[str, ...]:
     """One value or several, as text."""
     return tuple(map(str, value)) if isinstance(value, list | tuple) else (str(value),)

@@ -218,9 +218,10 @@ def test_the_batch_on_the_page_runs(tmp_path: Path) -> None:
     lines, shape = blocks("json")
     (tmp_path / "in.jsonl").write_text(lines)
     (command,) = blocks("bash")
-    program, name, *arguments = shlex.split(command)
-    assert (program, name) == ("baton", "batch")
-    done = subprocess.run(batch_command(*arguments), cwd=tmp_path, capture_output=True, text=True)
+    program, *arguments = shlex.split(command)
+    assert program == "baton"
+    command = [sys.executable, "-P", "-m", "baton.cli", *arguments]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "baton batch: 2 answered, 0 failed, 0 skipped\n"
     written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]

@@ -85,6 +85,28 @@ def test_a_bad_prompt_fails_alone(fake: FakeServer, llm: LLM) -> None:
     assert texts(outputs) == ["answer to a", "", "answer to b"]
 
 
+def test_overload_is_waited_out(fake: FakeServer, llm: LLM) -> None:
+    """Others may use the server too: more attempts than a restart gets, as nobody waits for one prompt here."""
+    answers = iter([failure(429, "full")] * 20)
+    fake.answers["/v1/completions"] = lambda body: next(answers, completion(body))
+    assert texts(llm.generate("a", use_tqdm=False)) == ["answer to a"]
+    assert len(fake.bodies) == 21
+
+
+def test_several_answers_a_prompt_count_as_several(fake: FakeServer, llm: LLM) -> None:
+    """Each is a row of a worker: 256 prompts of 16 answers would overrun every queue."""
+    llm.generate(["a"] * 8, SamplingParams(n=3), use_tqdm=False)
+    assert fake.most_at_once == 1
+
+
+def test_a_closed_one_says_so(fake: FakeServer) -> None:
+    llm = LLM(base_url=fake.url)
+    llm.close()
+    llm.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        llm.generate("a", use_tqdm=False)
+
+
 def test_overload_and_lost_connections_are_retried(fake: FakeServer, llm: LLM) -> None:
     """A worker that restarts costs a wait, and no answers."""
     troubles = iter((failure(429, "full"), failure(503, "restarting"), None))

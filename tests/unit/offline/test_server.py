@@ -1,4 +1,4 @@
-"""The private server's arguments: the settings of `serve`, and no secret among them."""
+"""The private server's settings: as arguments of `serve`, and what they say of its size."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 
 from baton.launch.local import ServeSettings
 from baton.node.settings import parse
+from baton.offline.connection import ROWS_PER_WORKER, num_rows
 from baton.offline.server import as_arguments
 
 
@@ -34,3 +35,10 @@ def test_arguments_give_the_settings_back() -> None:
         worker_arg=("--max-num-seqs=8", "--dtype=float32"),
         proxy_arg=("--log-level=debug",),
     )
+
+
+def test_as_many_requests_as_the_workers_have_rows() -> None:
+    """Fewer in flight would leave rows empty whatever the GPU."""
+    assert num_rows({}) == ROWS_PER_WORKER
+    assert num_rows({"decode": 2, "worker_arg": ["--max-num-seqs=64", "--dtype=float32"]}) == 128
+    assert num_rows({"worker_arg": "--max-num-seqs=64", "decode_arg": ("--max-num-seqs=512",)}) == 512
