@@ -14,33 +14,41 @@ PROG = "baton bench"
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
+class BenchmarkEntry:
     """A benchmark: its module has `main(argv) -> exit status`."""
 
     module: str
     help: str
 
 
-BENCHMARKS: dict[str, Entry] = {
-    "serving": Entry("load.serving", "load test of any server with OpenAI's API: latencies, throughput, goodput"),
-    "null-server": Entry("load.null_server", "a server that computes nothing, to measure a load generator with"),
-    "cpu": Entry("cluster.cpu", "serving on CPU against transformers, as ratios taken in one run"),
-    "exactness": Entry("cluster.exactness", "whether disaggregated and colocated workers answer with equal tokens"),
-    "two-gpus": Entry("cluster.two_gpus", "one prefill and one decode worker against two colocated ones"),
-    "reuse": Entry("cluster.reuse", "prompt tokens computed with the KV store and without, beside an ideal cache"),
-    "ttft-tiers": Entry("cluster.ttft_tiers", "TTFT by where a prompt's KV is: computed, GPU, RAM, disk"),
-    "gate": Entry("cluster.gate", "whether prefixes are loaded from the store exactly where that is faster"),
-    "routing": Entry("cluster.routing", "the routing policies on a slice of a Mooncake trace"),
-    "simulator": Entry("cluster.simulator", "the simulator against real processes, on CPU"),
-    "pick": Entry("host.pick", "the time of one routing decision in a large cluster"),
-    "steps": Entry("host.steps", "single model steps on CPU, as input of `baton simulate fit`"),
-    "tiers": Entry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
-    "decode": Entry("gpu.decode", "ms of a decode step on a GPU"),
-    "prefill": Entry("gpu.prefill", "tokens/s of prompts on a GPU"),
-    "kernels": Entry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
-    "planes": Entry("gpu.planes", "GB/s of the data planes between two processes"),
-    "transfer-cost": Entry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
-    "start": Entry("gpu.start", "seconds until a decode worker on a GPU is ready"),
+BENCHMARKS: dict[str, BenchmarkEntry] = {
+    "serving": BenchmarkEntry(
+        "load.serving", "load test of any server with OpenAI's API: latencies, throughput, goodput"
+    ),
+    "null-server": BenchmarkEntry(
+        "load.null_server", "a server that computes nothing, to measure a load generator with"
+    ),
+    "cpu": BenchmarkEntry("cluster.cpu", "serving on CPU against transformers, as ratios taken in one run"),
+    "exactness": BenchmarkEntry(
+        "cluster.exactness", "whether disaggregated and colocated workers answer with equal tokens"
+    ),
+    "two-gpus": BenchmarkEntry("cluster.two_gpus", "one prefill and one decode worker against two colocated ones"),
+    "reuse": BenchmarkEntry(
+        "cluster.reuse", "prompt tokens computed with the KV store and without, beside an ideal cache"
+    ),
+    "ttft-tiers": BenchmarkEntry("cluster.ttft_tiers", "TTFT by where a prompt's KV is: computed, GPU, RAM, disk"),
+    "gate": BenchmarkEntry("cluster.gate", "whether prefixes are loaded from the store exactly where that is faster"),
+    "routing": BenchmarkEntry("cluster.routing", "the routing policies on a slice of a Mooncake trace"),
+    "simulator": BenchmarkEntry("cluster.simulator", "the simulator against real processes, on CPU"),
+    "pick": BenchmarkEntry("host.pick", "the time of one routing decision in a large cluster"),
+    "steps": BenchmarkEntry("host.steps", "single model steps on CPU, as input of `baton simulate fit`"),
+    "tiers": BenchmarkEntry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
+    "decode": BenchmarkEntry("gpu.decode", "ms of a decode step on a GPU"),
+    "prefill": BenchmarkEntry("gpu.prefill", "tokens/s of prompts on a GPU"),
+    "kernels": BenchmarkEntry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
+    "planes": BenchmarkEntry("gpu.planes", "GB/s of the data planes between two processes"),
+    "transfer-cost": BenchmarkEntry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
+    "start": BenchmarkEntry("gpu.start", "seconds until a decode worker on a GPU is ready"),
 }
 
 

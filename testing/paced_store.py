@@ -1,7 +1,7 @@
-"""python paced_store.py PACE_FILE OPTIONS: a KV store whose disk gives so many bytes a second, for scripts/bench gate.
+"""python -m baton.testing.paced_store RATE_FILE OPTIONS: a KV store with a slow disk, for `baton bench gate`.
 
-PACE_FILE holds a number of bytes/s, or nothing for the disk's own speed, and is looked at for each block. Blocks go
-through one line after the other: each is done when the disk has it and the line has passed it.
+RATE_FILE holds bytes/s, or nothing for the disk's own speed, and is read for each block. Blocks pass one after the
+other: a read is done when the disk has ended it, and the time for its bytes at that rate is over.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ MAX_STEP_S = 0.001
 class PacedLower:
     """Delays the reads of another LowerTier to a given rate; everything else passes through."""
 
-    def __init__(self, lower: LowerTier, wake: Callable[[], None], pace: Callable[[], float]) -> None:
-        """`pace`: bytes a second."""
+    def __init__(self, lower: LowerTier, wake: Callable[[], None], bytes_per_s: Callable[[], float]) -> None:
+        """`bytes_per_s` gives the current rate."""
         self._lower = lower
         self._wake = wake
-        self._pace = pace
-        self._line_free_at = 0.0
+        self._bytes_per_s = bytes_per_s
+        self._free_at = 0.0
         self._due_at: dict[Key, float] = {}
         self._held: queue.SimpleQueue[tuple[float, ReadDone]] = queue.SimpleQueue()
         self._done: deque[ReadDone] = deque()
-        threading.Thread(target=self._run, name="pace", daemon=True).start()
+        threading.Thread(target=self._run, name="delay", daemon=True).start()
 
     def open(self, space: Space) -> None:
         self._lower.open(space)
@@ -61,8 +61,8 @@ class PacedLower:
 
     def read(self, key: Key, into: memoryview) -> None:
         now = time.monotonic()
-        self._line_free_at = max(self._line_free_at, now) + into.nbytes / self._pace()
-        self._due_at[key] = self._line_free_at
+        self._free_at = max(self._free_at, now) + into.nbytes / self._bytes_per_s()
+        self._due_at[key] = self._free_at
         self._lower.read(key, into)
 
     def poll(self) -> list[ReadDone | WriteDone]:
@@ -83,15 +83,15 @@ class PacedLower:
             self._wake()
 
 
-def pace_of(path: Path) -> float:
-    """Bytes a second; without bound where the file is empty."""
+def rate_of(path: Path) -> float:
+    """Bytes/s; unlimited where the file is empty."""
     return float(path.read_text().strip() or "inf")
 
 
 def main(argv: list[str]) -> int:
     path = Path(argv[0])
     settings = parse(StoreSettings, argv[1:], prog="paced_store", description="A KV store with a slow disk.")
-    return serve(settings, lambda lower, wake: PacedLower(lower, wake, lambda: pace_of(path)))
+    return serve(settings, lambda lower, wake: PacedLower(lower, wake, lambda: rate_of(path)))
 
 
 if __name__ == "__main__":

@@ -106,12 +106,12 @@ class GateBenchmark:
     """Sends the requests, one at a time, and writes the lines."""
 
     def __init__(
-        self, cluster: Cluster, sizes: GateSizes, pace: Path, lines: JsonLines, options: argparse.Namespace
+        self, cluster: Cluster, sizes: GateSizes, rate_file: Path, lines: JsonLines, options: argparse.Namespace
     ) -> None:
         self._cluster = cluster
         self._client = CompletionClient(cluster.url, cluster.model)
         self._sizes = sizes
-        self._pace = pace
+        self._rate_file = rate_file
         self._lines = lines
         self._options = options
         self._new = count()
@@ -159,7 +159,7 @@ class GateBenchmark:
         size = self._sizes.blocks(length) * self._sizes.block_bytes
         even = self._even[length] = size / max(computed_s - pool_s, 1e-4)
         for factor in self._options.factors:
-            self._pace.write_text(str(factor * even))
+            self._rate_file.write_text(str(factor * even))
             before = metrics(self._cluster)
             firsts = [self._ask_stored(length) for _ in range(num)]
             self._loaded_s[length, factor] = _median(firsts)
@@ -176,7 +176,7 @@ class GateBenchmark:
 
     def _case(self, length: int, factor: float) -> GateCase:
         """Warm up at this rate, then let the worker choose; new prompts in between show what computing takes now."""
-        self._pace.write_text(str(factor * self._even[length]))
+        self._rate_file.write_text(str(factor * self._even[length]))
         if self._options.restart:
             self._cluster.restart(WORKER)
         for _ in range(self._options.warmups):
@@ -235,12 +235,12 @@ def _counted(name: str, before: MetricsPage, after: MetricsPage, **labels: str) 
     return after.total(f"baton:{name}_total", **labels) - before.total(f"baton:{name}_total", **labels)
 
 
-def paced(spec: ChildSpec, pace: Path) -> ChildSpec:
+def slowed(spec: ChildSpec, rate_file: Path) -> ChildSpec:
     """The store's command with a slowed disk; other commands unchanged."""
     if spec.name != "store":
         return spec
     program, _, _, _, *arguments = spec.argv  # python -m kvtransfer ...
-    return replace(spec, argv=(program, "-P", "-m", "baton.testing.paced_store", str(pace), *arguments))
+    return replace(spec, argv=(program, "-P", "-m", "baton.testing.paced_store", str(rate_file), *arguments))
 
 
 def settings_of(sizes: GateSizes, model: ServedModel, disk: Path, options: argparse.Namespace) -> ServeSettings:
@@ -273,13 +273,13 @@ def main(argv: Sequence[str]) -> int:
     lengths = tuple(sorted(options.lengths, reverse=True))
     with TemporaryDirectory(dir=options.path) as disk, served_model(options) as model:
         sizes = GateSizes(model.block_tokens, model.block_bytes, lengths, options.answer_tokens)
-        pace = Path(disk) / "pace"
-        pace.write_text("")
+        rate_file = Path(disk) / "rate"
+        rate_file.write_text("")
         try:
             settings = settings_of(sizes, model, Path(disk) / "store", options)
-            with running(settings, edit=lambda spec: paced(spec, pace)) as (cluster, ready_s):
+            with running(settings, edit=lambda spec: slowed(spec, rate_file)) as (cluster, ready_s):
                 lines.put("start", ready_s=ready_s, disk_gib=sizes.disk_gib, ram_gib=settings.store_ram_gib)
-                GateBenchmark(cluster, sizes, pace, lines, options).run()
+                GateBenchmark(cluster, sizes, rate_file, lines, options).run()
         except BenchmarkFailed as error:
             lines.put("failed", error=str(error))
             return 1

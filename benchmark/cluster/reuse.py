@@ -66,14 +66,14 @@ class Conversations:
     def play(self, client: CompletionClient, turns: Sequence[int]) -> None:
         """These turns of every conversation, several conversations at once."""
         for turn in turns:
-            prompts = [history + said for history, said in zip(self.histories, self._user_texts(turn), strict=True)]
+            prompts = [history + text for history, text in zip(self.histories, self._user_texts(turn), strict=True)]
             answers = client.complete_all(prompts, self.options.answer_tokens, self.options.concurrency)
             self.histories = [prompt + answer.text for prompt, answer in zip(prompts, answers, strict=True)]
             self.log += zip(prompts, self.histories, strict=True)
             self.prompt_tokens += sum(answer.prompt_tokens for answer in answers)
 
     def _user_texts(self, turn: int) -> list[str]:
-        """What the user of each conversation says; in the first turn behind one of the system prompts."""
+        """The next text of each conversation's user; in the first turn behind one of the system prompts."""
         rng = random.Random(f"{self.options.seed}/{turn}")
         words = sorted(word[1:] for word in self.tokenizer.get_vocab() if re.fullmatch(r"Ġ[a-z]{3,}", word))
 

@@ -177,7 +177,7 @@ def stages(before: MetricsPage, after: MetricsPage) -> dict[str, dict[str, float
 
 
 def moved(before: MetricsPage, after: MetricsPage) -> dict[str, float]:
-    """Counters of the cell that tell what went between workers, and what went wrong."""
+    """Counters of the cell: transfers between workers, and failures."""
     names = {
         "local_sooner": "baton:routed_local_sooner_total",
         "bytes": "baton:transfer_bytes_total",
@@ -284,7 +284,7 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     parser = cluster_parser("two-gpus", __doc__)
     add = parser.add_argument
     add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs")
-    add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, help="which")
+    add("--systems", nargs="+", default=list(SYSTEMS), choices=SYSTEMS, help="systems to measure")
     add("--colocated-chunk-tokens", type=int, nargs="+", default=[0], help="a colocated system for each; 0: default")
     add("--workload", type=Workload.parse, nargs="+", help=f"INPUT/OUTPUT@RATES; default {' '.join(GPU_WORKLOADS)}")
     add("--duration-s", type=float, default=12.0, help="requests are due within so long")

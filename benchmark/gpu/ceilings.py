@@ -1,4 +1,4 @@
-"""What the GPU at hand can do at most, measured: bytes moved and bf16 operations a second. And how a call is timed."""
+"""Limits of the GPU at hand, measured: bytes moved and bf16 operations a second. And how a call is timed."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class Ceilings:
         return cls(2 * source.nbytes / copied_s, 2 * 8192**3 / multiplied_s)
 
     def values(self) -> dict[str, object]:
-        """As a line of results tells them."""
+        """For a line of results."""
         return {
             "gpu": torch.cuda.get_device_name(),
             "torch": torch.__version__,

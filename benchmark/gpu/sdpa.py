@@ -88,7 +88,7 @@ def _checked(call: TensorCall, ours: torch.Tensor) -> TensorCall:
 
 
 def _reason(error: RuntimeError, messages: list[str]) -> str:
-    """torch warns of what each backend lacks, and only then raises."""
-    said = [text.partition(" (Triggered")[0] for text in messages]
-    why = [text for text in said if "not used because" not in text and "runtime disabled" not in text]
-    return " ".join([*why, str(error).partition("\n")[0]])
+    """torch first warns of what each backend lacks, then raises."""
+    reasons = [text.partition(" (Triggered")[0] for text in messages]
+    reasons = [text for text in reasons if "not used because" not in text and "runtime disabled" not in text]
+    return " ".join([*reasons, str(error).partition("\n")[0]])

@@ -1,7 +1,7 @@
-"""What the time of a step goes to: its kernels by group, the gaps between them, and the least that a group can take.
+"""The time of a step by groups of kernels and gaps between them, beside the least that each group can take.
 
-A pass is what is measured as one: a decode step, or all chunks of a cell's prompts. Passes are told apart in the trace
-by a kernel that only waits: it runs before each, so that a pass of one step is launched before its first kernel runs.
+A pass is measured as a whole: a decode step, or all chunks of a cell's prompts. Passes are separated in the trace by a
+kernel that only waits: it runs before each, so that a pass of one step is launched before its first kernel runs.
 
 Kernels that start early (programmatic dependent launch) overlap the end of the one before, and wait for it. So each
 moment belongs to the kernel that began first among those that run; kernels and gap then sum to the pass, exactly.

@@ -146,7 +146,7 @@ def read(store: BlockFile, numbers: list[int], block_bytes: int, threads: int, r
 
 
 def forget_cached(folder: Path) -> None:
-    """Tell the kernel that it may drop the pages of all files, which are written out first."""
+    """Drop all files from the page cache, after writing them out."""
     for path in folder.rglob("*"):
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)

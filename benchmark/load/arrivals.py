@@ -1,4 +1,4 @@
-"""When requests are due: seconds from the start of a run, drawn ahead of it. Pure and seeded; nobody waits here.
+"""When requests are due: seconds from the start of a run, drawn ahead of it. Pure and seeded.
 
 Gaps between arrivals are gamma distributed with shape `burstiness`, so 1 is a Poisson process, below 1 comes in
 bursts, above 1 is more even; or they are constant. As in `vllm bench serve` the sum is scaled to the time that the rate

@@ -1,4 +1,4 @@
-"""The JSON of a request: a turn, and what was said before it, in the shape of one of OpenAI's two endpoints."""
+"""The JSON of a request: a turn behind the earlier turns of its conversation, for one of OpenAI's two endpoints."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Content = str | list[int] | Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True, slots=True)
-class Said:
+class PastTurn:
     """An earlier turn of a conversation."""
 
     user: str
@@ -25,7 +25,7 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class BodyStyle:
-    """What is the same in every request of a run."""
+    """What all requests of a run have in common."""
 
     model: str
     chat: bool
@@ -35,7 +35,7 @@ class BodyStyle:
     ignore_eos: bool
     include_usage: bool
     extra: Mapping[str, object]
-    """Fields as the user gave them; they win."""
+    """More fields, which overrule the others."""
 
     @property
     def path(self) -> str:
@@ -43,7 +43,7 @@ class BodyStyle:
 
 
 class BodyWriter:
-    """See the module's docstring."""
+    """Makes the bodies of one run's requests."""
 
     def __init__(self, style: BodyStyle, parts: PartSource) -> None:
         self._style = style
@@ -58,12 +58,12 @@ class BodyWriter:
             raise SettingsError(f"prompts that are {kind} cannot be sent {where}")
 
     def user_text(self, turn: Turn) -> str:
-        """What the user says in this turn, of a conversation."""
+        """The user's text in this turn of a conversation."""
         content = self._content(turn)
-        assert isinstance(content, str), "conversations are text: `check` saw to that"
+        assert isinstance(content, str), "conversations are text: `check` refuses others"
         return content
 
-    def body(self, turn: Turn, before: Sequence[Said]) -> bytes:
+    def body(self, turn: Turn, before: Sequence[PastTurn]) -> bytes:
         style = self._style
         content = self._content(turn)
         fields: dict[str, object] = {"model": style.model, "max_tokens": turn.max_tokens, "stream": True}
@@ -88,15 +88,15 @@ class BodyWriter:
         return "".join(self._parts.text(part) for part in prompt.parts)
 
     @staticmethod
-    def _joined(content: Content, before: Sequence[Said]) -> str:
-        assert isinstance(content, str), "conversations are text: `check` saw to that"
-        return "".join(said.user + said.answer for said in before) + content
+    def _joined(content: Content, before: Sequence[PastTurn]) -> str:
+        assert isinstance(content, str), "conversations are text: `check` refuses others"
+        return "".join(past.user + past.answer for past in before) + content
 
     @staticmethod
-    def _messages(content: Content, before: Sequence[Said]) -> list[Mapping[str, str]]:
+    def _messages(content: Content, before: Sequence[PastTurn]) -> list[Mapping[str, str]]:
         if not isinstance(content, str):
-            return list(content)  # type: ignore[arg-type]  # messages: `check` saw to that
+            return list(content)  # type: ignore[arg-type]  # messages: `check` refuses others
         history: list[Mapping[str, str]] = []
-        for said in before:
-            history += [{"role": "user", "content": said.user}, {"role": "assistant", "content": said.answer}]
+        for past in before:
+            history += [{"role": "user", "content": past.user}, {"role": "assistant", "content": past.answer}]
         return [*history, {"role": "user", "content": content}]

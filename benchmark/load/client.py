@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from baton.benchmark.load.bodies import BodyStyle, BodyWriter, Said
+from baton.benchmark.load.bodies import BodyStyle, BodyWriter, PastTurn
 from baton.benchmark.load.meter import StreamMeter, Usage, message_of
 from baton.benchmark.load.plan import Turn
 from baton.node.errors import SettingsError
@@ -42,7 +42,7 @@ class OpenAIClient:
         self._path = style.path
         self._timeout_s = timeout_s
 
-    def prepare(self, turn: Turn, before: Sequence[Said]) -> bytes:
+    def prepare(self, turn: Turn, before: Sequence[PastTurn]) -> bytes:
         """The bytes to send: costly, so done before the request is due."""
         return self._http.request("POST", self._path, self._writer.body(turn, before))
 

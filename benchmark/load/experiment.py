@@ -1,7 +1,7 @@
 """One or many runs: against which server, at which rate, with which seed, in which order; each becomes a `Run`.
 
-It owns the order (servers take turns, and change who comes first), the preparation of a run and the look at the
-client's own CPU. What a run is made of is `planner`'s, how it is sent `runner`'s, what it amounts to `summary`'s.
+It owns the order (servers take turns, and alternate in going first), the preparation of a run and the measurement of
+the client's own CPU time. `planner` makes the plan of a run, `runner` sends it, `summary` computes its figures.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from baton.benchmark.load.planner import Inputs, make_plan
 from baton.benchmark.load.progress import ProgressBar
 from baton.benchmark.load.prompts import WORDS, RandomParts, words_of
 from baton.benchmark.load.record import Record
-from baton.benchmark.load.runner import NoWatch, RealClock, Runner, Watch
+from baton.benchmark.load.runner import LoadRunner, NoWatch, RealClock, Watch
 from baton.benchmark.load.search import RateSearch
 from baton.benchmark.load.settings import ServingSettings
 from baton.benchmark.load.summary import Summary, summarize
@@ -41,7 +41,7 @@ class Server:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
-    """One run and what came of it."""
+    """One run and its results."""
 
     server: Server
     rate: float | None
@@ -53,9 +53,9 @@ class Run:
     num_warmups: int
     warmup_errors: tuple[str, ...]
     client_cpu_cores: float
-    """CPU time of this client by the time of the run: near 1 it measures itself."""
+    """CPU time of this client divided by the run's duration: near 1 it measures itself."""
     machine_load: float
-    """Programs that wanted a core of this machine over the last minute of the run: server, client and others."""
+    """Load average of this machine over the last minute of the run: server, client and others."""
     summary: Summary
     records: tuple[Record, ...]
 
@@ -63,9 +63,9 @@ class Run:
 def in_turns(
     servers: Sequence[Server], rates: Sequence[float | None], seeds: Sequence[int]
 ) -> Iterator[tuple[Server, float | None, int]]:
-    """Every server at every rate with every seed; servers side by side, and who is first alternates.
+    """Every server at every rate with every seed; servers take turns, and alternate in going first.
 
-    A seed is a round over all rates, so that what disturbs the machine for a while meets a rate once, not in all seeds.
+    A seed is a round over all rates, so that a passing disturbance of the machine meets a rate once, not in all seeds.
     """
     for number, (rate, seed) in enumerate((rate, seed) for seed in seeds for rate in rates):
         for server in servers if number % 2 == 0 else reversed(servers):
@@ -73,7 +73,7 @@ def in_turns(
 
 
 class Experiment:
-    """All runs of one call. Its `salt`, and the number of a run against a server, say which prompts that run has."""
+    """All runs of one command. The prompts of a run follow from `salt` and the number of the run against its server."""
 
     def __init__(self, settings: ServingSettings, inputs: Inputs, salt: int, terminal: TextIO | None) -> None:
         self._settings = settings
@@ -84,7 +84,7 @@ class Experiment:
         self._num_runs: Counter[Origin] = Counter()
 
     async def find_servers(self) -> list[Server]:
-        """Those of the settings, with their models; raises SettingsError where one is not there."""
+        """Those of the settings, with their models; raises SettingsError where one does not answer."""
         texts = self._settings.compare or (self._settings.base_url,)
         servers = [self._server(text) for text in texts]
         if len({server.name for server in servers}) < len(servers):  # the same twice: how far do two equals differ?
@@ -103,7 +103,7 @@ class Experiment:
             on_run(await self.run(server, rate, seed))
 
     async def find_rate(self, server: Server, on_run: Callable[[Run], None]) -> float | None:
-        """The highest rate that keeps the objectives, within a tenth; None if there is none."""
+        """The highest rate that meets the objectives, within a tenth; None if there is none."""
         rates = self._settings.rates
         search = RateSearch(rates[0] if rates[0] and self._settings.request_rate else 1.0)
         while (rate := search.next_rate()) is not None:
@@ -120,10 +120,10 @@ class Experiment:
         style, writer = self._writer(server, plan)
         with closing(OpenAIClient(self._http(server.origin), writer, style, settings.request_timeout_s)) as client:
             watch = self._watch(server, rate, plan.num_requests)
-            runner = Runner(plan, client, RealClock(), settings.max_concurrency, watch)
+            runner = LoadRunner(plan, client, RealClock(), settings.max_concurrency, watch)
             warmup_errors = await runner.warm_up()
             gc.collect()
-            gc.freeze()  # what is there now need not be looked through again while the clock runs
+            gc.freeze()  # no collection of what exists now while the clock runs
             begun_s, cpu_s = time.perf_counter(), time.process_time()
             log = await runner.run()
             cores = (time.process_time() - cpu_s) / (time.perf_counter() - begun_s)

@@ -32,7 +32,7 @@ class _PromptDetails(msgspec.Struct):
 
 
 class Usage(msgspec.Struct):
-    """What the server counted."""
+    """The server's count of tokens."""
 
     prompt_tokens: int = 0
     completion_tokens: int = 0
@@ -76,7 +76,7 @@ def _data_of(event: bytes) -> bytes:
 
 
 class StreamMeter:
-    """See the module's docstring. Times are those that `feed` is told."""
+    """Meters one answer: first token, gaps, text chunks, usage, error. Times are those given to `feed`."""
 
     def __init__(self, keep_text: bool = False) -> None:
         self.first_s: float | None = None
@@ -84,7 +84,7 @@ class StreamMeter:
         self.last_s = 0.0
         self.gaps_s: list[float] = []
         self.num_text_chunks = 0
-        """Chunks that brought text: the count of tokens where the server tells none."""
+        """Chunks with text: the count of tokens where the server counts none."""
         self.usage: Usage | None = None
         self.error = ""
         self._events = EventStream()
@@ -97,11 +97,11 @@ class StreamMeter:
 
     @property
     def text(self) -> str:
-        """What was generated, where it was to be kept."""
+        """The generated text, if it is kept."""
         return "".join(self._texts or ())
 
     def feed(self, data: bytes, now_s: float) -> None:
-        """Bytes of the body that were read at `now_s`; what is wrong with them is told in `error`."""
+        """Bytes of the body that were read at `now_s`. Sets `error` where they are no OpenAI stream."""
         try:
             for event in self._events.feed(data):
                 self._event(event, now_s)
@@ -158,7 +158,7 @@ class _Error(msgspec.Struct):
 
 
 def message_of(body: bytes) -> str:
-    """What an error's JSON says, in one short line; its bytes where it is no such JSON."""
+    """The message of an error's JSON, in one short line; its bytes where it is no such JSON."""
     try:
         found = msgspec.json.decode(body, type=_Error)
         inner = found.error if isinstance(found.error, str) else found.error.message if found.error else ""

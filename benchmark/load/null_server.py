@@ -53,7 +53,7 @@ async def start(settings: NullServerSettings) -> asyncio.Server:
 
 
 async def serve(settings: NullServerSettings) -> int:
-    """Until it is cancelled."""
+    """Serve until cancelled."""
     server = await start(settings)
     host, port = server.sockets[0].getsockname()[:2]
     print(f"ready http://{host}:{port}", flush=True)

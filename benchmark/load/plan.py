@@ -1,4 +1,4 @@
-"""What a run will send: conversations of turns, with the time when each is due. Plain values, made before the run.
+"""The requests of a run: conversations of turns, with the time when each is due. Plain values, made before the run.
 
 A prompt of token ids is a recipe, not a list: a trace of 12,000 prompts of 12,000 tokens would not fit otherwise. Parts
 with equal keys hold equal tokens; that is how prompts share prefixes.
@@ -27,7 +27,7 @@ class PartsPrompt:
 
 @dataclass(frozen=True, slots=True)
 class GivenPrompt:
-    """What a prompt file says: text, token ids, or messages of a chat."""
+    """A prompt of a file: text, token ids, or messages of a chat."""
 
     content: str | tuple[int, ...] | tuple[Mapping[str, str], ...]
 
@@ -37,12 +37,12 @@ Prompt = PartsPrompt | GivenPrompt
 
 @dataclass(frozen=True, slots=True)
 class Turn:
-    """One request. In a conversation its prompt comes after all that was said before."""
+    """One request. In a conversation its prompt follows all earlier turns."""
 
     prompt: Prompt
     max_tokens: int
     cancel_after: int | None = None
-    """The client goes away after so many chunks."""
+    """The client cancels after so many chunks."""
 
     @property
     def prompt_tokens(self) -> int | None:

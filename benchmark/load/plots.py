@@ -63,8 +63,8 @@ def ladder(runs: Sequence[Run], title: str, metric: str) -> str:
 
 
 def goodput(runs: Sequence[Run], attainment: float) -> str:
-    """Requests/s that kept the objectives, by the rate that was offered; grey is all of them."""
-    figure, axes = _figure("Goodput", "offered, requests/s", "requests/s that kept the objectives")
+    """Requests/s that met the objectives, by the rate that was offered; grey is all of them."""
+    figure, axes = _figure("Goodput", "offered, requests/s", "requests/s that met the objectives")
     most = 0.0
     for name, group in _by_server(runs):
         rates, values = _points(group, lambda summary: summary.request_goodput)
@@ -122,7 +122,7 @@ def _svg(figure: Figure, axes: Axes) -> str:
 
 
 def _thinned(groups: Sequence[Curve]) -> Sequence[Curve]:
-    """At most MAX_LINES of them, evenly chosen: more cannot be told apart."""
+    """At most MAX_LINES of them, evenly chosen: more cannot be distinguished."""
     if len(groups) <= MAX_LINES:
         return groups
     return [groups[round(place)] for place in np.linspace(0, len(groups) - 1, MAX_LINES)]

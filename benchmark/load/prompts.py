@@ -1,7 +1,7 @@
-"""Which tokens or words stand for a part of a prompt: random, the same for the same key and salt.
+"""The tokens or words of a part of a prompt: random, equal for equal key and salt.
 
-Ids are drawn below a bound that every vocabulary exceeds unless told otherwise. Words are short English ones; with the
-model's tokenizer only those are taken that are one token each, so that a text's length in tokens is known.
+Ids are drawn below `vocab_size`, by default a bound that every vocabulary exceeds. Words are short English ones; with
+the model's tokenizer only those that are one token each, so that a text's length in tokens is known.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class PartSource(Protocol):
 
 
 class RandomParts:
-    """See the module's docstring."""
+    """Random ids and words, drawn from a part's key and the salt of the run."""
 
     def __init__(self, salt: int, vocab_size: int, words: Sequence[str] = WORDS) -> None:
         if vocab_size <= FIRST_ID:

@@ -1,4 +1,4 @@
-"""What became of each request: the record that every figure is computed from, and its JSON line.
+"""The record of each request, which every figure is computed from, and its JSON line.
 
 Times are seconds from the start of the run. Lengths only: no text of a prompt or an answer is kept.
 """
@@ -17,7 +17,7 @@ COMPLETED, FAILED, CANCELLED = "completed", "failed", "cancelled"
 class Record:
     """One request.
 
-    `due_s` is where its latencies begin: when the schedule says, or, without a schedule, when the client could send it.
+    `due_s` is where its latencies begin: its scheduled time, or, without a schedule, when the client could send it.
     """
 
     index: int
@@ -28,9 +28,9 @@ class Record:
     error: str
     due_s: float
     begun_s: float
-    """When the client turned to it; what is lost here is the client's fault."""
+    """When the client began to handle it; a delay up to here is the client's."""
     sent_s: float
-    """When it was written, after it had waited for one of `--max-concurrency` places."""
+    """When it was written, after it had waited for one of `--max-concurrency` slots."""
     first_s: float | None
     """When its first token was read; None if there was none."""
     last_s: float
@@ -54,7 +54,7 @@ class Record:
 
     @property
     def queue_s(self) -> float:
-        """How long it waited in the client for a place, after it was due."""
+        """How long it waited in the client for a slot, after it was due."""
         return max(0.0, self.sent_s - max(self.begun_s, self.due_s))
 
     @property

@@ -1,8 +1,8 @@
-"""Sends what a plan says when it says so, and writes down what becomes of it.
+"""Sends the requests of a plan when they are due, and records their outcomes.
 
-Open loop: nothing that a server does delays a request, but those that follow it in its own conversation and, where
-there is a limit on concurrency, the wait for a place, which counts as part of the latency. Knows no HTTP: it drives a
-`Sender`, by a `Clock`, so that tests run it in no time.
+Open loop: no server delays a request, except later turns of a conversation and, where there is a limit on concurrency,
+requests that wait for a slot, which counts as part of the latency. Knows no HTTP: it drives a `RequestSender` by a
+`Clock`, so that tests need no real time.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
-from baton.benchmark.load.bodies import Said
+from baton.benchmark.load.bodies import PastTurn
 from baton.benchmark.load.client import StreamOutcome
 from baton.benchmark.load.plan import Conversation, Plan, Turn
 from baton.benchmark.load.record import CANCELLED, COMPLETED, FAILED, Record
 
 LOOK_AHEAD_BYTES = 64 << 20
-"""Requests are made ahead of their time, up to so much memory."""
+"""Requests are encoded ahead of their time, up to so much memory."""
 
 
-class Sender(Protocol):
-    def prepare(self, turn: Turn, before: Sequence[Said]) -> bytes: ...
+class RequestSender(Protocol):
+    def prepare(self, turn: Turn, before: Sequence[PastTurn]) -> bytes: ...
 
     def user_text(self, turn: Turn) -> str: ...
 
@@ -38,7 +38,7 @@ class Clock(Protocol):
     def now_s(self) -> float: ...
 
     async def sleep_until(self, at_s: float) -> None:
-        """At once where that is past; other tasks get their turn in any case."""
+        """Returns at once where that is past, after other tasks had their turn."""
         ...
 
 
@@ -48,12 +48,12 @@ class RealClock:
 
     async def sleep_until(self, at_s: float) -> None:
         await asyncio.sleep(max(0.0, at_s - time.perf_counter()))
-        while (left_s := at_s - time.perf_counter()) > 0:  # loops round to milliseconds: it woke up early
+        while (left_s := at_s - time.perf_counter()) > 0:  # event loops round to milliseconds and may wake early
             await asyncio.sleep(left_s)
 
 
 class Watch(Protocol):
-    """Is told of every request: a progress bar, or nobody."""
+    """Observes every request: a progress bar, or nothing."""
 
     def sent(self) -> None: ...
 
@@ -79,21 +79,23 @@ class RunLog:
     """Later turns of conversations that failed or were cancelled."""
 
 
-class Runner:
+class LoadRunner:
     """One run of one plan."""
 
-    def __init__(self, plan: Plan, sender: Sender, clock: Clock, max_concurrency: int | None, watch: Watch) -> None:
+    def __init__(
+        self, plan: Plan, sender: RequestSender, clock: Clock, max_concurrency: int | None, watch: Watch
+    ) -> None:
         self._plan = plan
         self._sender = sender
         self._clock = clock
         self._limited = max_concurrency is not None
-        self._places = nullcontext() if max_concurrency is None else asyncio.Semaphore(max_concurrency)
+        self._slots = nullcontext() if max_concurrency is None else asyncio.Semaphore(max_concurrency)
         self._watch = watch
         self._records: list[Record] = []
         self._start_s = 0.0
 
     async def warm_up(self) -> list[str]:
-        """Send the warm-ups, all at once; returns what went wrong."""
+        """Send the warm-ups, all at once; returns their errors."""
         async with asyncio.TaskGroup() as tasks:
             sent = [tasks.create_task(self._warm_up(turn)) for turn in self._plan.warmups]
         return [error for task in sent if (error := task.result())]
@@ -113,12 +115,12 @@ class Runner:
         return RunLog(records, duration_s, self._plan.num_requests - len(records))
 
     async def _warm_up(self, turn: Turn) -> str:
-        async with self._places:
+        async with self._slots:
             return (await self._sender.send(self._sender.prepare(turn, ()), None, False, self._clock.now_s)).error
 
     async def _converse(self, number: int, first_index: int, conversation: Conversation, request: bytes) -> None:
         due_s = conversation.due_s
-        said: list[Said] = []
+        past: list[PastTurn] = []
         for place, turn in enumerate(conversation.turns):
             goes_on = place + 1 < len(conversation.turns)
             outcome, record = await self._request(request, turn, goes_on, due_s, (first_index + place, number, place))
@@ -126,16 +128,16 @@ class Runner:
             self._watch.ended(record)
             if not goes_on or not record.completed:
                 return
-            said.append(Said(self._sender.user_text(turn), outcome.text))
+            past.append(PastTurn(self._sender.user_text(turn), outcome.text))
             due_s = record.last_s + conversation.think_s
-            request = self._sender.prepare(conversation.turns[place + 1], said)
+            request = self._sender.prepare(conversation.turns[place + 1], past)
             await self._clock.sleep_until(self._start_s + due_s)
 
     async def _request(
         self, request: bytes, turn: Turn, keep_text: bool, due_s: float, place: tuple[int, int, int]
     ) -> tuple[StreamOutcome, Record]:
         begun_s = self._now_s()
-        async with self._places:
+        async with self._slots:
             sent_s = self._now_s()
             if self._limited and not self._plan.scheduled and place[2] == 0:
                 due_s = begun_s = sent_s  # a closed loop: it could not have been sent before
@@ -173,7 +175,7 @@ class Runner:
 class _Ahead:
     """First requests of conversations, made before they are due."""
 
-    def __init__(self, sender: Sender, conversations: Sequence[Conversation]) -> None:
+    def __init__(self, sender: RequestSender, conversations: Sequence[Conversation]) -> None:
         self._sender = sender
         self._left = deque(conversations)
         self._made: deque[bytes] = deque()

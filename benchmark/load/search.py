@@ -1,8 +1,8 @@
-"""The search for the highest rate that still keeps the objectives: DistServe's goodput. Pure: rates out, verdicts in.
+"""The search for the highest rate that still meets the objectives: DistServe's goodput. Pure: rates out, results in.
 
 The rate doubles until it is too high (or halves until it is not), then the bracket is cut at its geometric middle until
-its ends are within a tenth of each other. A server that is fast by luck once is not asked again: several seeds a rate
-are the caller's way to steadier verdicts. Source: DistServe (OSDI '24), section 4.
+its ends are within a tenth of each other. A rate is tried once: for steadier results the caller runs several seeds a
+rate. Source: DistServe (OSDI '24), section 4.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ MAX_DOUBLINGS, MAX_HALVINGS = 16, 6
 
 
 class RateSearch:
-    """Ask `next_rate`, run it, tell `observe`, until `next_rate` is None; then `found` is the answer."""
+    """Call `next_rate`, run it, report to `observe`, until `next_rate` is None; then `found` is the result."""
 
     def __init__(self, start_rate: float) -> None:
         self.found: float | None = None
-        """The highest rate that was seen to keep the objectives; None if none did."""
+        """The highest rate so far that met the objectives; None if none did."""
         self._too_high: float | None = None
         self._next = start_rate
         self._doublings = self._halvings = 0
@@ -29,7 +29,7 @@ class RateSearch:
         return None if self._doublings > MAX_DOUBLINGS or self._halvings > MAX_HALVINGS else self._next
 
     def observe(self, rate: float, kept: bool) -> None:
-        """The verdict on `rate`, the one last given."""
+        """The result of `rate`, the one given last."""
         if kept:
             self.found = max(rate, self.found or 0.0)
         else:

@@ -38,10 +38,13 @@ class ServingSettings:
 
     # -- when
     num_prompts: int | None = option(
-        None, unit="requests", help="how many (conversations, with --turns); default 100, or all of a trace", minimum=1
+        None,
+        unit="requests",
+        help="number of requests (with --turns: of conversations); default 100, or all of a trace",
+        minimum=1,
     )
     duration_s: float | None = option(
-        None, unit="s", help="instead of --num-prompts: as many as are due in this time", minimum=0.1
+        None, unit="s", help="instead of --num-prompts: the requests that are due in this time", minimum=0.1
     )
     request_rate: tuple[str, ...] = option(
         (),
@@ -56,13 +59,13 @@ class ServingSettings:
     ramp_up_start_rps: float = option(1.0, unit="requests/s", help="rate at the start of a ramp", minimum=0.001)
     ramp_up_end_rps: float = option(10.0, unit="requests/s", help="rate at its end", minimum=0.001)
     max_concurrency: int | None = option(
-        None, unit="requests", help="most under way at once; the wait for a place counts in the latency", minimum=1
+        None, unit="requests", help="limit on requests in flight; waiting for a slot counts in the latency", minimum=1
     )
     num_warmups: int = option(4, unit="requests", help="sent before each run and not counted", minimum=0)
     seed: tuple[int, ...] = option((0,), help="of lengths, arrivals and cancels; several are run one by one", minimum=0)
     cancel_rate: float = option(
         0.0,
-        help="part of requests (of conversations: in their last turn) that the client gives up",
+        help="fraction of requests (of conversations: in their last turn) that the client cancels",
         minimum=0,
         maximum=1,
     )
@@ -73,7 +76,7 @@ class ServingSettings:
     random_range_ratio: float = option(0.0, help="lengths vary by this part up and down", minimum=0, maximum=1)
     random_prefix_len: int = option(0, unit="tokens", help="in front of random prompts, and shared", minimum=0)
     num_prefixes: int = option(1, help="how many different prefixes the prompts share", minimum=1)
-    turns: int = option(1, help="turns of a conversation: each asks again with all that was said", minimum=1)
+    turns: int = option(1, help="turns of a conversation; each prompt holds all earlier turns", minimum=1)
     think_s: float = option(0.0, unit="s", help="from an answer to the next turn", minimum=0)
     dataset_path: Path | None = option(None, help="JSON lines with prompt (text or ids) or messages, and max_tokens")
     trace: Path | None = option(None, help="a trace of Mooncake (JSON lines) or Azure (CSV): its times and lengths")
@@ -92,13 +95,18 @@ class ServingSettings:
         "", metavar="MODEL", help="model folder or hub id: text of words that are one token each in it"
     )
     prompt_salt: int | None = option(
-        None, help="makes prompts differ from those of other runs; default: drawn anew, and told", minimum=0
+        None, help="makes prompts differ from those of other runs; default: random, and printed", minimum=0
     )
 
     # -- judging and showing
     goodput: tuple[str, ...] = option((), metavar="NAME:MS", help="objectives: ttft:1000 tpot:15 e2el:5000")
-    find_rate: bool = option(False, help="search the highest rate at which --attainment of requests keep --goodput")
-    attainment: float = option(0.9, help="part of requests that --find-rate wants", minimum=0.01, maximum=1)
+    find_rate: bool = option(False, help="search the highest rate at which --attainment of requests meet --goodput")
+    attainment: float = option(
+        0.9,
+        help="fraction of requests that must meet --goodput at the rate that --find-rate looks for",
+        minimum=0.01,
+        maximum=1,
+    )
     percentile_metrics: str = option("ttft,tpot,itl,e2el", metavar="NAMES", help="latencies to show and save")
     metric_percentiles: str = option("50,90,95,99", metavar="NUMBERS", help="their percentiles")
     label: str = option("", help="name of this run in files; default: the backend")
@@ -107,10 +115,10 @@ class ServingSettings:
     save_requests: bool = option(False, help="write JSON lines, a request each")
     result_dir: Path = option(Path("."), help="where those files go")
     html: Path | None = option(None, help="write a report with plots that opens offline (needs the extra 'bench')")
-    self_test: bool = option(False, help="measure this client against a server that computes nothing, and end")
+    self_test: bool = option(False, help="measure this client against a server that computes nothing, and exit")
 
     def __post_init__(self) -> None:
-        """Everything that can be known to be wrong before the first request."""
+        """Checks everything that can be checked before the first request."""
         for text in self.request_rate:
             rate_of(text)
         if self.compare and len(self.compare) < 2:
@@ -126,16 +134,16 @@ class ServingSettings:
         if self.chat and self.prompt_as == "ids":
             raise SettingsError("a chat has no token ids: --prompt-as text")
         if self.ramp_up_strategy and (self.request_rate or self.trace or self.find_rate):
-            raise SettingsError("--ramp-up-strategy says the rate itself: no --request-rate, --trace or --find-rate")
+            raise SettingsError("--ramp-up-strategy sets the rate; it excludes --request-rate, --trace and --find-rate")
         if self.trace and self.request_rate and self.trace_speed != 1:
-            raise SettingsError("--request-rate and --trace-speed both say how fast the trace goes")
+            raise SettingsError("--request-rate and --trace-speed exclude one another: both scale the trace's time")
         self._check_search()
         self._check_duration()
         _ = self.objectives, self.percentiles, self.shown_metrics, self.extra_fields
 
     def _check_search(self) -> None:
         if self.find_rate and not self.goodput:
-            raise SettingsError("--find-rate needs --goodput: it searches for the rate that keeps it")
+            raise SettingsError("--find-rate needs --goodput, the objectives to meet")
         if self.find_rate and (len(self.request_rate) > 1 or "inf" in self.request_rate):
             raise SettingsError("--find-rate begins at one --request-rate")
 
@@ -159,7 +167,7 @@ class ServingSettings:
 
     @property
     def rates(self) -> tuple[float | None, ...]:
-        """In requests/s; infinity for all at once; None where the trace or the ramp says it."""
+        """In requests/s; infinity for all at once; None where the trace or the ramp sets it."""
         if self.request_rate:
             return tuple(map(rate_of, self.request_rate))
         return (None,) if self.trace or self.ramp_up_strategy else (math.inf,)

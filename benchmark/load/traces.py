@@ -3,7 +3,7 @@
 * Mooncake, JSON lines: {"timestamp": ms, "input_length", "output_length", "hash_ids": [one a block of 512 tokens]}.
   Equal ids are equal blocks after equal prefixes. Source: the traces published with "Mooncake: A KVCache-centric
   Disaggregated Architecture for LLM Serving".
-* Azure, CSV: TIMESTAMP,ContextTokens,GeneratedTokens; no word of what prompts share. Source: AzurePublicDataset, 2023.
+* Azure, CSV: TIMESTAMP,ContextTokens,GeneratedTokens; no shared blocks. Source: AzurePublicDataset, 2023.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from baton.node.errors import SettingsError
 
 MOONCAKE_BLOCK_TOKENS = 512
 MOONCAKE_QUANTUM_S = 3.0
-"""The conversation trace's clock ticks every 3 s: whoever replays it as it is sends bursts that never were."""
+"""The tick of the conversation trace's clock: replayed as it is, the trace has bursts that the users did not send."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class TraceRequest:
     input_tokens: int
     output_tokens: int
     blocks: tuple[int, ...]
-    """Ids of the prompt's blocks; empty where the trace tells none."""
+    """Ids of the prompt's blocks; empty where the trace has none."""
 
 
 class _MooncakeLine(msgspec.Struct):

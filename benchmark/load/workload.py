@@ -1,7 +1,7 @@
 """What the requests of a run are: random lengths, shared prefixes, conversations, a prompt file, or a trace.
 
-Pure: settings' values and a seed in, turns out; the same seed gives the same lengths. Which tokens stand for a part is
-`prompts`' business, when requests are due `arrivals`'.
+Pure: settings' values and a seed in, turns out; the same seed gives the same lengths. `prompts` knows the tokens of a
+part, `arrivals` when requests are due.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def file_turns(lines: Sequence[str], count: int, default_max_tokens: int) -> lis
 
 
 def with_cancels(conversations: Sequence[tuple[Turn, ...]], rate: float, seed: int) -> list[tuple[Turn, ...]]:
-    """A part `rate` of the conversations, chosen at random, is given up in the first half of its last answer."""
+    """A part `rate` of the conversations, chosen at random, is cancelled in the first half of its last answer."""
     random = np.random.default_rng([seed, 2])
     chosen = set(random.permutation(len(conversations))[: round(rate * len(conversations))].tolist())
 

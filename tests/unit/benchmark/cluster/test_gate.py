@@ -13,7 +13,7 @@ from baton.benchmark.cluster.gate import GateCase
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.lower import NoLowerTier, ReadDone, WriteDone
 from baton.launch.supervisor import ChildSpec
-from baton.testing.paced_store import PacedLower, pace_of
+from baton.testing.paced_store import PacedLower, rate_of
 
 SIZES = bench.GateSizes(64, 1 << 23, (8192, 2048), 64)
 
@@ -46,9 +46,9 @@ def test_only_the_store_is_paced() -> None:
         name="store", group="store", argv=("py", "-P", "-m", "baton.kvtransfer", "--ram-gib", "1"), env={}
     )
     worker = ChildSpec(name="decode-0", group="decode", argv=("py", "-P", "-m", "baton.decode"), env={})
-    program, _, _, module, *rest = bench.paced(store, Path("pace")).argv
+    program, _, _, module, *rest = bench.slowed(store, Path("pace")).argv
     assert (program, module, rest) == ("py", "baton.testing.paced_store", ["pace", "--ram-gib", "1"])
-    assert bench.paced(worker, Path("pace")) is worker
+    assert bench.slowed(worker, Path("pace")) is worker
 
 
 class Instant(NoLowerTier):
@@ -97,6 +97,6 @@ def test_other_calls_pass_through() -> None:
 def test_an_empty_file_sets_no_rate(tmp_path: Path) -> None:
     """Filling the disk is not what is measured."""
     (tmp_path / "pace").write_text("")
-    assert pace_of(tmp_path / "pace") == float("inf")
+    assert rate_of(tmp_path / "pace") == float("inf")
     (tmp_path / "pace").write_text("1e9")
-    assert pace_of(tmp_path / "pace") == 1e9
+    assert rate_of(tmp_path / "pace") == 1e9

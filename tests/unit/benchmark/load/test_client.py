@@ -8,7 +8,7 @@ from contextlib import closing
 
 import pytest
 
-from baton.benchmark.load.bodies import BodyStyle, BodyWriter, Said
+from baton.benchmark.load.bodies import BodyStyle, BodyWriter, PastTurn
 from baton.benchmark.load.client import OpenAIClient, StreamOutcome, find_model
 from baton.benchmark.load.plan import GivenPrompt, Part, PartsPrompt, Turn
 from baton.benchmark.load.prompts import RandomParts
@@ -167,7 +167,7 @@ async def test_no_run_begins_without_its_model(answer: bytes, wanted: str, said:
             await find_model(http, wanted, 30.0)
 
 
-def body(turn: Turn, *before: Said, chat: bool = False, as_ids: bool = True, **extra: object) -> dict[str, object]:
+def body(turn: Turn, *before: PastTurn, chat: bool = False, as_ids: bool = True, **extra: object) -> dict[str, object]:
     return dict(json.loads(BodyWriter(style(chat, as_ids, **extra), RandomParts(0, 2000)).body(turn, before)))
 
 
@@ -192,7 +192,7 @@ def test_bodies() -> None:
 
 def test_a_conversation_says_again_what_was_said() -> None:
     """Without the answers in it, the next turn's prefix is not what the server has cached."""
-    said = (Said("one", " two"), Said(" three", " four"))
+    said = (PastTurn("one", " two"), PastTurn(" three", " four"))
     assert body(TURN, *said)["prompt"] == "one two three fourhello"
     roles = body(TURN, *said, chat=True)["messages"]
     assert isinstance(roles, list)

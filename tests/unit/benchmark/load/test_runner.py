@@ -9,12 +9,12 @@ from dataclasses import replace
 import pytest
 from uvicorn.loops.auto import auto_loop_factory
 
-from baton.benchmark.load.bodies import Said
+from baton.benchmark.load.bodies import PastTurn
 from baton.benchmark.load.client import StreamOutcome
 from baton.benchmark.load.meter import Usage
 from baton.benchmark.load.plan import Conversation, GivenPrompt, Plan, Turn
 from baton.benchmark.load.record import CANCELLED, FAILED, Record
-from baton.benchmark.load.runner import NoWatch, RealClock, Runner
+from baton.benchmark.load.runner import LoadRunner, NoWatch, RealClock
 
 TURN = Turn(GivenPrompt("q"), 5)
 OUTCOME = StreamOutcome("", False, 0.0, 0.0, (0.25,), 2, Usage(7, 2, None), "answer")
@@ -50,7 +50,7 @@ class FakeSender:
         self._clock = clock
         self._outcome = outcome
 
-    def prepare(self, turn: Turn, before: Sequence[Said]) -> bytes:
+    def prepare(self, turn: Turn, before: Sequence[PastTurn]) -> bytes:
         assert isinstance(turn.prompt, GivenPrompt)
         return "|".join([*(f"{said.user}>{said.answer}" for said in before), str(turn.prompt.content)]).encode()
 
@@ -75,7 +75,7 @@ def plan(*due_s: float, turns: tuple[Turn, ...] = (TURN,), scheduled: bool = Tru
     return Plan(tuple(Conversation(at_s, turns, think_s) for at_s in due_s), (TURN, TURN), scheduled)
 
 
-async def run(runner: Runner) -> tuple[tuple[Record, ...], float, int]:
+async def run(runner: LoadRunner) -> tuple[tuple[Record, ...], float, int]:
     async with asyncio.timeout(30):
         log = await runner.run()
     return log.records, log.duration_s, log.num_unsent
@@ -85,7 +85,7 @@ async def test_no_request_waits_for_another() -> None:
     """A server that answers nothing is sent every request when it is due: the load is the schedule's, not its own."""
     clock = JumpingClock()
     sender = FakeSender(clock)
-    task = asyncio.create_task(run(Runner(plan(0.0, 0.5, 2.0, 9.0), sender, clock, None, NoWatch())))
+    task = asyncio.create_task(run(LoadRunner(plan(0.0, 0.5, 2.0, 9.0), sender, clock, None, NoWatch())))
     async with asyncio.timeout(30):
         while len(sender.sent) < 4:
             await asyncio.sleep(0)
@@ -101,7 +101,7 @@ async def test_waiting_for_a_place_is_part_of_the_latency() -> None:
     """Left out, as clients with a semaphore do, an overloaded server looks as fast as an idle one."""
     clock = JumpingClock()
     sender = FakeSender(clock)
-    task = asyncio.create_task(run(Runner(plan(0.0, 1.0, 2.0), sender, clock, 1, NoWatch())))
+    task = asyncio.create_task(run(LoadRunner(plan(0.0, 1.0, 2.0), sender, clock, 1, NoWatch())))
     async with asyncio.timeout(30):
         while clock.now < 52.0 or not sender.sent:
             await asyncio.sleep(0)
@@ -120,7 +120,7 @@ async def test_a_closed_loop_begins_to_count_when_it_can_send() -> None:
     """Where all are due at once and places are few, there is no schedule that a wait could be counted from."""
     clock = JumpingClock()
     sender = FakeSender(clock)
-    task = asyncio.create_task(run(Runner(plan(0.0, 0.0, scheduled=False), sender, clock, 1, NoWatch())))
+    task = asyncio.create_task(run(LoadRunner(plan(0.0, 0.0, scheduled=False), sender, clock, 1, NoWatch())))
     async with asyncio.timeout(30):
         while not sender.sent:
             await asyncio.sleep(0)
@@ -136,7 +136,7 @@ async def test_all_at_once_without_a_limit_counts_from_the_start() -> None:
     clock = JumpingClock()
     sender = FakeSender(clock)
     sender.release.set()
-    records, _, _ = await run(Runner(plan(0.0, 0.0, scheduled=False), sender, clock, None, NoWatch()))
+    records, _, _ = await run(LoadRunner(plan(0.0, 0.0, scheduled=False), sender, clock, None, NoWatch()))
     assert [record.due_s for record in records] == [0.0, 0.0]
 
 
@@ -146,7 +146,7 @@ async def test_a_conversation_goes_on_after_its_answer() -> None:
     sender = FakeSender(clock)
     sender.release.set()
     turns = tuple(Turn(GivenPrompt(text), 5) for text in ("a", "b", "c"))
-    records, _, unsent = await run(Runner(plan(1.0, turns=turns, think_s=10.0), sender, clock, None, NoWatch()))
+    records, _, unsent = await run(LoadRunner(plan(1.0, turns=turns, think_s=10.0), sender, clock, None, NoWatch()))
     assert [request for request, _ in sender.sent] == [b"a", b"a>answer|b", b"a>answer|b>answer|c"]
     assert [record.due_s for record in records] == [1.0, 12.25, 23.5] and unsent == 0
     assert [(record.index, record.conversation, record.turn) for record in records] == [(0, 0, 0), (1, 0, 1), (2, 0, 2)]
@@ -164,7 +164,7 @@ async def test_a_conversation_that_broke_off_is_not_continued_and_that_is_told(
     clock = JumpingClock()
     sender = FakeSender(clock, outcome)
     sender.release.set()
-    records, _, unsent = await run(Runner(plan(0.0, 1.0, turns=(TURN, TURN, TURN)), sender, clock, None, NoWatch()))
+    records, _, unsent = await run(LoadRunner(plan(0.0, 1.0, turns=(TURN, TURN, TURN)), sender, clock, None, NoWatch()))
     assert [record.status for record in records] == [status, status] and unsent == 4
     assert [record.index for record in records] == [0, 3]
 
@@ -174,7 +174,7 @@ async def test_warm_ups_are_counted_nowhere() -> None:
     clock = JumpingClock()
     sender = FakeSender(clock, replace(OUTCOME, error="no"))
     sender.release.set()
-    runner = Runner(plan(0.0), sender, clock, None, NoWatch())
+    runner = LoadRunner(plan(0.0), sender, clock, None, NoWatch())
     assert await runner.warm_up() == ["no", "no"]
     records, _, _ = await run(runner)
     assert len(records) == 1 and len(sender.sent) == 3
@@ -184,7 +184,7 @@ async def test_tokens_are_counted_by_chunks_where_the_server_does_not() -> None:
     clock = JumpingClock()
     sender = FakeSender(clock, replace(OUTCOME, usage=None))
     sender.release.set()
-    records, _, _ = await run(Runner(plan(0.0), sender, clock, None, NoWatch()))
+    records, _, _ = await run(LoadRunner(plan(0.0), sender, clock, None, NoWatch()))
     assert (records[0].output_tokens, records[0].counted, records[0].prompt_tokens) == (2, False, 0)
 
 
