@@ -268,16 +268,17 @@ class DecodeRole:
 
     def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
         now, began_at = self._parts.clock(), step.began_at
+        live, prefixes = self.sequences, self._parts.prefixes
         self._measure(step, now)
         bundles: dict[str, list[Tokens]] = defaultdict(list)
         for part, token in zip(step.parts, drawn, strict=True):
             sequence = part.sequence
-            if self.sequences.get(sequence.leg) is not sequence:
+            if live.get(sequence.leg) is not sequence:
                 continue  # it has ended
             if part.epoch == sequence.preemption_epoch:
                 sequence.num_computed += part.length
                 sequence.table.publish(sequence.token_ids, sequence.num_computed)
-                self._parts.prefixes.write_behind(sequence)
+                prefixes.write_behind(sequence)
             if sequence.times.open:
                 sequence.times.begin(began_at)
             if token is None:
@@ -286,7 +287,7 @@ class DecodeRole:
             stages = sequence.times.drew(began_at, now) if sequence.times.open else None
             bundles[sequence.link].append(sequence.unsent_tokens(finish, stages))
             if finish:
-                self._parts.prefixes.used(sequence)
+                prefixes.used(sequence)
                 self.end(sequence, None)
         for link, tokens in bundles.items():  # newcomers first: a proxy takes a bundle's tokens one by one
             self._parts.io.send(link, Bundle(tokens=tuple(sorted(tokens, key=lambda each: each.stages is None))))

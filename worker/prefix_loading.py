@@ -149,6 +149,8 @@ class PrefixLoader:
     def write_behind(self, sequence: Sequence) -> None:
         """Offer the store the blocks that were completed and are not offered yet, the first ones first."""
         first, last = sequence.stored_blocks, sequence.num_computed // self._block_tokens
+        if last <= first:
+            return
         if not self._store.attached:
             sequence.stored_blocks = last
         last = min(last, first + self._max_writing - sum(self._writing.values()), first + MAX_PUT_BLOCKS)

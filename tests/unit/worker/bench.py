@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import queue
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
+from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import NO_STORE, Store
+from baton.models.batch import Drawn, Row
 from baton.node.counters import TransferCounters
 from baton.node.messages.base import Message
-from baton.node.messages.control import Load
-from baton.worker.io_thread import Command
+from baton.node.messages.control import DispatchBody, Load, Reserve, SamplingParams
+from baton.worker.io_thread import Command, FromProxy
 from baton.worker.parts import NO_CHECKSUMS, Parts, StepChecksums
 from baton.worker.prefix_loading import PrefixLoader
+from baton.worker.sequence import Sequence as WorkerSequence
 
 ROOT = b"r" * 32
 BLOCK = 4
@@ -90,3 +94,61 @@ def parts_of(
 ) -> Parts:
     prefixes = PrefixLoader(store, manager, LAYOUT, always=always_load)
     return Parts(runner, manager, LAYOUT, max_model_len, io, prefixes, checksums, clock)
+
+
+class ManualStep:
+    """A launched step that tells when it is read."""
+
+    device_time = None
+
+    def __init__(self, log: list[str], number: int, drawn: list[Drawn | None]) -> None:
+        self._log, self._number, self._drawn = log, number, drawn
+
+    def read(self) -> list[Drawn | None]:
+        self._log.append(f"read {self._number}")
+        return self._drawn
+
+
+class ManualRunner:
+    """Draws token 7 for each row that draws, and logs launches and reads."""
+
+    config = SimpleNamespace(vocab_size=1000)
+
+    def __init__(self, run_ahead: int = 0) -> None:
+        self.run_ahead = run_ahead
+        self.log: list[str] = []
+        self.rows: list[list[Row]] = []
+
+    def launch(self, rows: Sequence[Row]) -> ManualStep:
+        self.rows.append(list(rows))
+        self.log.append(f"launch {len(self.rows)}")
+        return ManualStep(self.log, len(self.rows), [Drawn((7,)) if row.draw else None for row in rows])
+
+
+def reserve(
+    name: str = "a",
+    num_tokens: int = 6,
+    *,
+    attempt: int = 0,
+    deadline_s: float = 100.0,
+    link: str = "proxy",
+    at: float = 0.0,
+    **body: Any,
+) -> FromProxy:
+    tokens = tuple(range(num_tokens))
+    fields = {
+        "token_ids": tokens,
+        "prompt_len": num_tokens,
+        "root": ROOT,
+        "block_hashes": block_hashes(ROOT, tokens, BLOCK),
+        "sampling": SamplingParams(max_tokens=5),
+        "deadline_s": deadline_s,
+    }
+    return FromProxy(link, Reserve(request_id=name, attempt=attempt, body=DispatchBody(**fields | body)), at)
+
+
+def sequence_of(manager: BlockManager, name: str = "a", num_tokens: int = 6, **body: Any) -> WorkerSequence:
+    """As the loop makes it from a message."""
+    request = reserve(name, num_tokens, **body)
+    assert isinstance(request.message, Reserve)
+    return WorkerSequence.of(request.message, request.link, request.at, 0.0, manager, BLOCK)
