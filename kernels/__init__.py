@@ -9,7 +9,7 @@ that nothing here imports Triton.
 
 from baton.kernels.cpu.attention import DecodeGroup, Workspace, chunk_attention, decode_attention
 from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p
-from baton.kernels.linear import Linear
+from baton.kernels.linear import DenseLinear, Linear
 from baton.kernels.reference import (
     add_rms_norm,
     apply_penalties,
@@ -22,6 +22,7 @@ from baton.kernels.reference import (
 
 __all__ = [
     "DecodeGroup",
+    "DenseLinear",
     "Linear",
     "Workspace",
     "add_rms_norm",

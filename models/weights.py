@@ -7,45 +7,58 @@ three or two. Rows are copied shard by shard into the merged tensors, so that me
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from baton.kernels import Linear
+from baton.kernels import DenseLinear, Linear
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD, weight_files
+from baton.models.layers import WHOLE, AttentionWeights, DenseMlpWeights, LayerWeights, Rank, Weights, describe
 from baton.node.errors import SettingsError
 
 Progress = Callable[[int, int], None]
 
 LOAD_FORMATS = ("auto", "dummy")
-HEAD_NORMS = (".q_norm.weight", ".k_norm.weight")
 MAX_TIED_COPY_BYTES = 256 << 20
 
 
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer. Linears are [out, in]; Q = num_heads * head_dim, K = num_kv_heads * head_dim."""
+class Cut(NamedTuple):
+    """What a rank reads of the rows, or of the columns, of a tensor in a checkpoint."""
 
-    input_norm: torch.Tensor  # [hidden]
-    qkv: Linear  # [Q + 2 K, hidden]
-    qk_norm: torch.Tensor | None  # [num_heads + num_kv_heads, head_dim]: the query's for each head, then the key's
-    o: Linear  # [hidden, Q]
-    post_norm: torch.Tensor  # [hidden]
-    gate_up: Linear  # [2 * intermediate, hidden]
-    down: Linear  # [hidden, intermediate]
+    total: int
+    part: range
+
+    @classmethod
+    def whole(cls, total: int) -> Cut:
+        return cls(total, range(total))
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.part.start, self.part.stop)
+
+    def times(self, width: int) -> Cut:
+        """The same of things that are `width` rows each."""
+        return Cut(self.total * width, range(self.part.start * width, self.part.stop * width))
 
 
-@dataclass(frozen=True, slots=True)
-class Weights:
-    """A whole decoder."""
+class Place(NamedTuple):
+    """Where a tensor of a checkpoint goes."""
 
-    embedding: torch.Tensor  # [vocab, hidden]
-    layers: tuple[LayerWeights, ...]
-    norm: torch.Tensor  # [hidden]
-    lm_head: Linear  # [vocab, hidden]; over the embedding itself where the two are tied
+    target: torch.Tensor
+    """Broadcast to, where it has more dimensions."""
+    cuts: tuple[Cut, ...]
+    """What is read of it, for each of its dimensions."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor in the checkpoint."""
+        return tuple(cut.total for cut in self.cuts)
+
+    def fill(self, tensor: torch.Tensor) -> None:
+        self.target.copy_(tensor[tuple(cut.slice for cut in self.cuts)])
 
 
 def no_progress(done: int, total: int) -> None:
@@ -60,52 +73,51 @@ def load_weights(
     load_format: str = "auto",
     on_progress: Progress = no_progress,
     pack: bool = True,
+    rank: Rank = WHOLE,
 ) -> Weights:
     """The folder's weights in `dtype`; `dummy` makes random ones, the same in every process, without reading any.
 
-    pack: prepare them for the CPU's products; without it every weight stays a plain matrix.
+    pack: prepare them for the CPU's products; without it every weight stays as it was loaded.
+    rank: whose part of them.
 
     on_progress(done, total) counts tensors. Raises SettingsError for a missing shard or tensor, a file that is cut
     off or no safetensors, and a wrong shape, naming it.
     """
     if load_format not in LOAD_FORMATS:
         raise SettingsError(f"load_format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
-    weights, places = _allocate(config, dtype, device)
+    weights, places = _allocate(config, rank, dtype, device)
     if load_format == "dummy":
         _fill_randomly(places)
     else:
         _fill_from_shards(folder, places, on_progress)
     if pack:
-        _pack(weights)
+        _pack(weights, config.tie_word_embeddings)
     return weights
 
 
-def _fill_from_shards(folder: Path, places: dict[str, torch.Tensor], on_progress: Progress) -> None:
+def _fill_from_shards(folder: Path, places: dict[str, Place], on_progress: Progress) -> None:
     missing = dict(places)
     for name, tensor in _tensors(folder, places):
         place = missing.pop(name)
-        # The norm of queries and keys is one row in the file, and stands once for each head here.
-        expected = place.shape[-tensor.dim() :] if name.endswith(HEAD_NORMS) else place.shape
-        if tensor.shape != expected or not tensor.is_floating_point():
-            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"floating point {list(expected)}"
+        if tensor.shape != place.shape or not tensor.is_floating_point():
+            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"floating point {list(place.shape)}"
             raise SettingsError(f"{folder}: tensor {name} is {found}, expected {wanted}")
-        place.copy_(tensor)
+        place.fill(tensor)
         on_progress(len(places) - len(missing), len(places))
     if missing:
         raise SettingsError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} of {len(places)} are)")
 
 
-def _pack(weights: Weights) -> None:
+def _pack(weights: Weights, tied: bool) -> None:
     """Prepares all products. A large tied head stays as it is: its packed copy would come on top of the embedding."""
     for layer in weights.layers:
-        for linear in (layer.qkv, layer.o, layer.gate_up, layer.down):
+        for linear in layer.linears:
             linear.pack()
-    tied = weights.lm_head.weight is weights.embedding
     if not tied or weights.embedding.nbytes <= MAX_TIED_COPY_BYTES:
         weights.lm_head.pack(keep_weight=tied)
 
 
-def _tensors(folder: Path, wanted: dict[str, torch.Tensor]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(folder: Path, wanted: dict[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:
     """The wanted tensors, file by file."""
     for shard, listed in weight_files(folder).items():
         path = folder / shard
@@ -121,73 +133,80 @@ def _tensors(folder: Path, wanted: dict[str, torch.Tensor]) -> Iterator[tuple[st
             raise SettingsError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _allocate(config: ModelConfig, dtype: torch.dtype, device: str) -> tuple[Weights, dict[str, torch.Tensor]]:
-    """Uninitialised weights, and by Hugging Face name the part of them that each tensor fills."""
-    places: dict[str, torch.Tensor] = {}
+def _allocate(config: ModelConfig, rank: Rank, dtype: torch.dtype, device: str) -> tuple[Weights, dict[str, Place]]:
+    """Uninitialised weights, and by Hugging Face name where each tensor goes."""
+    places: dict[str, Place] = {}
+    hidden = Cut.whole(config.hidden_size)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def named(name: str, *shape: int) -> torch.Tensor:
-        places[name] = empty(*shape)
-        return places[name]
+    def named(name: str, *cuts: Cut) -> torch.Tensor:
+        places[name] = Place(empty(*(len(cut.part) for cut in cuts)), cuts)
+        return places[name].target
 
-    def linear(prefix: str, parts: dict[str, int], columns: int, with_bias: bool) -> Linear:
-        """The projections `parts`, by name with their rows, as one."""
-        rows = sum(parts.values())
-        made = Linear(empty(rows, columns), empty(rows) if with_bias else None)
+    def linear(prefix: str, outputs: dict[str, Cut], inputs: Cut, with_bias: bool) -> Linear:
+        """The projections of these names as one."""
+        rows = sum(len(cut.part) for cut in outputs.values())
+        made = DenseLinear(empty(rows, len(inputs.part)), empty(rows) if with_bias else None)
         first = 0
-        for name, size in parts.items():
-            places[f"{prefix}{name}.weight"] = made.weight[first : first + size]
+        for name, cut in outputs.items():
+            end = first + len(cut.part)
+            places[f"{prefix}{name}.weight"] = Place(made.weight[first:end], (cut, inputs))
             if made.bias is not None:
-                places[f"{prefix}{name}.bias"] = made.bias[first : first + size]
-            first += size
+                places[f"{prefix}{name}.bias"] = Place(made.bias[first:end], (cut,))
+            first = end
         return made
 
-    def head_norms(prefix: str) -> torch.Tensor:
-        norms = empty(config.num_heads + config.num_kv_heads, config.head_dim)
-        places[f"{prefix}q_norm.weight"] = norms[: config.num_heads]
-        places[f"{prefix}k_norm.weight"] = norms[config.num_heads :]
+    def head_norms(prefix: str, num_heads: int, num_kv_heads: int) -> torch.Tensor:
+        norms, cuts = empty(num_heads + num_kv_heads, config.head_dim), (Cut.whole(config.head_dim),)
+        places[f"{prefix}q_norm.weight"] = Place(norms[:num_heads], cuts)
+        places[f"{prefix}k_norm.weight"] = Place(norms[num_heads:], cuts)
         return norms
 
-    hidden, inner = config.hidden_size, config.intermediate_size
-    q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    embedding = named("model.embed_tokens.weight", config.vocab_size, hidden)
+    query = Cut(config.num_heads, rank.share(config.num_heads, "query heads")).times(config.head_dim)
+    key = Cut(config.num_kv_heads, rank.key_heads(config.num_kv_heads)).times(config.head_dim)
+    inner = Cut(config.intermediate_size, rank.share(config.intermediate_size, "rows of an MLP"))
+    embedding = named("model.embed_tokens.weight", Cut.whole(config.vocab_size), hidden)
     layers = []
-    for index in range(config.num_layers):
+    for index, shape in enumerate(describe(config, rank)):
         layer = f"model.layers.{index}."
         attention, mlp = f"{layer}self_attn.", f"{layer}mlp."
-        qkv = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        layers.append(
-            LayerWeights(
-                input_norm=named(f"{layer}input_layernorm.weight", hidden),
-                qkv=linear(attention, qkv, hidden, config.qkv_bias),
-                qk_norm=head_norms(attention) if config.qk_norm else None,
-                o=linear(attention, {"o_proj": hidden}, q_size, config.o_bias),
-                post_norm=named(f"{layer}post_attention_layernorm.weight", hidden),
-                gate_up=linear(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, config.mlp_bias),
-                down=linear(mlp, {"down_proj": hidden}, inner, config.mlp_bias),
-            )
-        )
+        of_attention, of_mlp = shape.attention, shape.mlp
+        input_norm = named(f"{layer}input_layernorm.weight", hidden)
+        qkv = linear(attention, {"q_proj": query, "k_proj": key, "v_proj": key}, hidden, of_attention.qkv_bias)
+        heads = of_attention.num_heads, of_attention.num_kv_heads
+        norms = head_norms(attention, *heads) if of_attention.head_norms else None
+        o = linear(attention, {"o_proj": hidden}, query, of_attention.o_bias)
+        post_norm = named(f"{layer}post_attention_layernorm.weight", hidden)
+        gate_up = linear(mlp, {"gate_proj": inner, "up_proj": inner}, hidden, of_mlp.gate_bias)
+        down = linear(mlp, {"down_proj": hidden}, inner, of_mlp.down_bias)
+        parts = AttentionWeights(qkv, norms, o), post_norm, DenseMlpWeights(gate_up, down)
+        layers.append(LayerWeights(shape, input_norm, *parts))
     norm = named("model.norm.weight", hidden)
     if config.tie_word_embeddings:
-        return Weights(embedding, tuple(layers), norm, Linear(embedding)), places
-    return Weights(embedding, tuple(layers), norm, linear("", {"lm_head": config.vocab_size}, hidden, False)), places
+        return Weights(embedding, tuple(layers), norm, DenseLinear(embedding)), places
+    head = linear("", {"lm_head": Cut.whole(config.vocab_size)}, hidden, False)
+    return Weights(embedding, tuple(layers), norm, head), places
 
 
-def _fill_randomly(places: dict[str, torch.Tensor]) -> None:
+def _fill_randomly(places: dict[str, Place]) -> None:
     """Norm weights 1, biases 0, the rest normal: a decoder that computes, though it says nothing.
 
-    A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's.
+    A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's. Of a tensor that ranks share
+    each draws the whole, so that together they have the numbers of one rank.
     """
-    device = next(iter(places.values())).device
+    device = next(iter(places.values())).target.device
     generator = torch.Generator(device).manual_seed(DUMMY_SEED)
     for name, place in places.items():
+        target = place.target
         if name.endswith("norm.weight"):
-            place.fill_(1.0)
+            target.fill_(1.0)
         elif name.endswith(".bias"):
-            place.zero_()
-        elif device.type == "cpu":
-            place.copy_(torch.empty(place.shape, dtype=torch.float32).normal_(0.0, DUMMY_STD, generator=generator))
+            target.zero_()
+        elif device.type != "cpu" and target.shape == place.shape:
+            target.normal_(0.0, DUMMY_STD, generator=generator)  # in place: there is no room for two of the largest
         else:
-            place.normal_(0.0, DUMMY_STD, generator=generator)
+            dtype = torch.float32 if device.type == "cpu" else target.dtype
+            whole = torch.empty(place.shape, dtype=dtype, device=device)
+            place.fill(whole.normal_(0.0, DUMMY_STD, generator=generator))

@@ -377,11 +377,14 @@ def linears(report: KernelReport) -> None:
 
 def qwen3_linears(report: KernelReport) -> None:
     """Those of Qwen3-8B that differ."""
-    _linears(report, {"gate_up": (12288, 4096, True), "down": (4096, 12288, False), "lm_head": (151936, 4096, False)})
+    _linears(
+        report, {"gate_up": Shape(12288, 4096, fused=True), "down": Shape(4096, 12288), "lm_head": Shape(151936, 4096)}
+    )
 
 
 def _linears(report: KernelReport, shapes: dict[str, Shape]) -> None:
-    for name, (n, k, fused) in shapes.items():
+    for name, shape in shapes.items():
+        n, k, fused = shape.outputs, shape.inputs, shape.fused
         wide = 2 * n if fused else n
         weights = [randn(wide, k).mul_(k**-0.5) for _ in range(max(3, ROTATED_BYTES // (wide * k * 2)))]
         for rows in (1, 8, 16, 32, 64, 128, 256):
@@ -397,7 +400,7 @@ def _linears(report: KernelReport, shapes: dict[str, Shape]) -> None:
                 rows=rows,
                 by="cublas",
             )
-            for by, tiles in (("fastest", fastest(rows, (n, k, fused))), ("invariant", invariant(rows, (n, k, fused)))):
+            for by, tiles in (("fastest", fastest(rows, shape)), ("invariant", invariant(rows, shape))):
                 if tiles is None:
                     continue
                 out = gated if tiles.splits == 1 else randn(tiles.splits, rows, n, dtype=torch.float32)

@@ -12,7 +12,8 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.memory import spread_layers
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, Limits
-from baton.models.weights import Weights, load_weights
+from baton.models.layers import Weights
+from baton.models.weights import load_weights
 
 BLOCK_TOKENS = 64
 

@@ -28,7 +28,6 @@ from baton.benchmark.gpu.ceilings import Ceilings
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.decoder import product_shapes
 from baton.models.cuda.queue import Queue
 
 PASSES = 7
@@ -150,7 +149,10 @@ def floors_s(config: ModelConfig, steps: Sequence[Sequence[Row]], ceilings: Ceil
 
 def _products_s(config: ModelConfig, rows: Sequence[Row], ceilings: Ceilings) -> float:
     """Behind the last layer's attention only rows that draw are computed."""
-    qkv, o, gate_up, down, head = (n * k * (2 if fused else 1) for n, k, fused in product_shapes(config))
+    hidden, dim = config.hidden_size, config.head_dim
+    qkv = (config.num_heads + 2 * config.num_kv_heads) * dim * hidden
+    o, gate_up = hidden * config.num_heads * dim, 2 * config.intermediate_size * hidden
+    down, head = hidden * config.intermediate_size, config.vocab_size * hidden
     new, drawn, behind = sum(row.num_new for row in rows), _drawn(rows), o + gate_up + down
     before_last = config.num_layers * qkv + (config.num_layers - 1) * behind
     return _product_s(before_last, new, ceilings) + _product_s(behind + head, drawn, ceilings)

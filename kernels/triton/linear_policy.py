@@ -1,13 +1,24 @@
 """Which kernel does a product y = x W^T of a shape, and how it is cut: measured, a table and no rule.
 
-Shapes are (N, K, fused): N outputs, K inputs; fused is the product of gate and up together with silu(gate) * up, whose
-W has 2 N rows. A shape or a number of rows that is not in the tables of few rows is cuBLAS's (None), or where
-`gated_by_gluon` says so product_gluon's. Pure data; imports nothing.
+A shape or a number of rows that is not in the tables of few rows is cuBLAS's (None), or where `gated_by_gluon` says so
+product_gluon's. Pure data; imports nothing.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Shape(NamedTuple):
+    """What a kernel is chosen by, beside the number of rows of x."""
+
+    outputs: int
+    inputs: int
+    fused: bool = False
+    """The product of gate and up together with silu(gate) * up, whose W has 2 * outputs rows."""
+    weight_format: str = "dense"
+    """As kernels.linear names it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,19 +37,17 @@ class Tiles:
     """Columns of W asked for before the kernel before has ended (with pdl)."""
 
 
-Shape = tuple[int, int, bool]
-
 QKV_8B, O_8B, GATE_UP_8B, DOWN_8B, HEAD_8B = (
-    (6144, 4096, False),
-    (4096, 4096, False),
-    (14336, 4096, True),
-    (4096, 14336, False),
-    (128256, 4096, False),
+    Shape(6144, 4096),
+    Shape(4096, 4096),
+    Shape(14336, 4096, fused=True),
+    Shape(4096, 14336),
+    Shape(128256, 4096),
 )
 LIKE: dict[Shape, Shape] = {
-    (12288, 4096, True): GATE_UP_8B,
-    (4096, 12288, False): DOWN_8B,
-    (151936, 4096, False): HEAD_8B,
+    Shape(12288, 4096, fused=True): GATE_UP_8B,
+    Shape(4096, 12288): DOWN_8B,
+    Shape(151936, 4096): HEAD_8B,
 }
 """Shapes of Qwen3-8B, which take the tiles of those beside them (its other two are the same)."""
 

@@ -1,10 +1,11 @@
-"""The one dense decoder of all families: token ids of a step in, logits of the rows that draw out.
+"""The CPU's operations of a layer, and a whole step with them: token ids in, logits of the rows that draw out.
 
-What differs between Llama, Mistral, Qwen2 and Qwen3 is data: biases and norms that are there or not (weights), rope and
-window (config). Formula a layer, with pre-norm residuals:  h += O(attention(norm(h)));  h += down(silu(gate) * up).
+The order of a layer's parts is that of models.layers, which a GPU follows too.
 """
 
 from __future__ import annotations
+
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -13,39 +14,76 @@ from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.step_batch import StepBatch
-from baton.models.rope import rotations
-from baton.models.weights import LayerWeights, Weights
+from baton.models.layers import LayerWeights, Weights, run_layers
+from baton.models.rope import inverse_frequencies, rotations
 
 
-def forward(
-    config: ModelConfig, weights: Weights, frequencies: torch.Tensor, attention: PagedAttention, step: StepBatch
-) -> torch.Tensor:
-    """float32 logits [drawn rows, vocab]; keys and values of all tokens are in the pool afterwards."""
-    rope = rotations(step.positions, frequencies, config.rope.attention_factor, weights.embedding.dtype)
-    residual = F.embedding(step.token_ids, weights.embedding)  # [N, hidden]
-    mixed = torch.zeros_like(residual)
-    for index, layer in enumerate(weights.layers):
-        normed, residual = kernels.add_rms_norm(mixed, residual, layer.input_norm, config.rms_norm_eps)
-        query, kv = _project(config, layer, normed, rope)
-        attended = layer.o(attention(index, query, kv, step))
-        normed, residual = kernels.add_rms_norm(attended, residual, layer.post_norm, config.rms_norm_eps)
-        gated = kernels.silu_and_mul(layer.gate_up(normed))
-        mixed = layer.down(gated)
-    if step.drawn_tokens is not None:
-        mixed, residual = mixed[step.drawn_tokens], residual[step.drawn_tokens]
-    normed, _ = kernels.add_rms_norm(mixed, residual, weights.norm, config.rms_norm_eps)
-    return weights.lm_head(normed).float()
+class Decoder(Protocol):
+    """A model that a CPU runner computes steps with."""
+
+    def __call__(self, attention: PagedAttention, step: StepBatch) -> torch.Tensor:
+        """float32 logits [drawn rows, vocab]; keys and values of all tokens are in the pool afterwards."""
+        ...
 
 
-def _project(
-    config: ModelConfig, layer: LayerWeights, normed: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""
-    qkv = layer.qkv(normed)
-    rotated = config.num_heads + config.num_kv_heads
-    heads = qkv.view(len(qkv), -1, config.head_dim)  # [N, num_heads + 2 num_kv_heads, head_dim]
-    query_key = heads[:, :rotated]
-    if layer.qk_norm is not None:
-        query_key.copy_(kernels.rms_norm(query_key, layer.qk_norm, config.rms_norm_eps))
-    kernels.apply_rope(query_key, *rope)
-    return heads[:, : config.num_heads], qkv[:, config.num_heads * config.head_dim :].view(len(qkv), 2, -1)
+class DenseDecoder:
+    """The decoder of all families that models.layers describes."""
+
+    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+        self._config, self._weights = config, weights
+        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(weights.embedding.device)
+
+    def __call__(self, attention: PagedAttention, step: StepBatch) -> torch.Tensor:
+        config, weights = self._config, self._weights
+        rope = rotations(step.positions, self._frequencies, config.rope.attention_factor, weights.embedding.dtype)
+        residual = F.embedding(step.token_ids, weights.embedding)  # [N, hidden]
+        ops = _StepOps(config.rms_norm_eps, attention, step, rope, residual)
+        normed = run_layers(weights, ops, range(len(weights.layers)))
+        assert normed is not None, "the operations below leave no layer out"
+        return weights.lm_head(normed).float()
+
+
+class _StepOps:
+    """models.layers.LayerOps of one step."""
+
+    def __init__(
+        self,
+        eps: float,
+        attention: PagedAttention,
+        step: StepBatch,
+        rope: tuple[torch.Tensor, torch.Tensor],
+        residual: torch.Tensor,
+    ) -> None:
+        self._eps, self._attention, self._step, self._rope = eps, attention, step, rope
+        self._residual = residual
+
+    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.add_and_norm(torch.zeros_like(self._residual), weight)
+
+    def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        query, kv = self._project(layer, x)
+        return layer.attention.o(self._attention(index, query, kv, self._step))
+
+    def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        return layer.mlp.down(kernels.silu_and_mul(layer.mlp.gate_up(x)))
+
+    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed, self._residual = kernels.add_rms_norm(added, self._residual, weight, self._eps)
+        return normed
+
+    def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        drawn = self._step.drawn_tokens
+        if drawn is not None:
+            added, self._residual = added[drawn], self._residual[drawn]
+        return self.add_and_norm(added, weight)
+
+    def _project(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""
+        shape, weights = layer.shape.attention, layer.attention
+        qkv = weights.qkv(x)
+        heads = qkv.view(len(qkv), -1, shape.head_dim)  # [N, num_heads + 2 num_kv_heads, head_dim]
+        query_key = heads[:, : shape.num_heads + shape.num_kv_heads]
+        if weights.head_norms is not None:
+            query_key.copy_(kernels.rms_norm(query_key, weights.head_norms, self._eps))
+        kernels.apply_rope(query_key, *self._rope)
+        return heads[:, : shape.num_heads], qkv[:, shape.num_heads * shape.head_dim :].view(len(qkv), 2, -1)

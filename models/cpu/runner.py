@@ -16,25 +16,23 @@ import torch
 
 from baton.models.batch import Done, Drawn, Launched, Row
 from baton.models.config import ModelConfig
-from baton.models.cpu import decoder
 from baton.models.cpu.attention import PagedAttention
+from baton.models.cpu.decoder import Decoder, DenseDecoder
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
-from baton.models.rope import inverse_frequencies
-from baton.models.weights import Progress, Weights, load_weights, no_progress
+from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class ModelRunner:
-    """See the module's docstring. One thread makes all calls."""
+    """Carries out steps of one decoder over one pool. One thread makes all calls."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
+    def __init__(self, config: ModelConfig, decoder: Decoder, kv_dtype: torch.dtype) -> None:
         self.config = config
-        self.kv_dtype = weights.embedding.dtype
-        self._weights = weights
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(weights.embedding.device)
+        self.kv_dtype = kv_dtype
+        self._decoder = decoder
         self._attention: PagedAttention | None = None
         self.run_ahead = 0
 
@@ -56,7 +54,8 @@ class ModelRunner:
         name = "float32" if dtype == "auto" else dtype
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
-        return cls(config, load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress))
+        weights = load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress)
+        return cls(config, DenseDecoder(config, weights), DTYPES[name])
 
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""
@@ -102,4 +101,4 @@ class ModelRunner:
                 )
         step = lay_out(rows, attention.shape, self.config.sliding_window, self.kv_dtype)
         with torch.inference_mode():
-            return step, decoder.forward(self.config, self._weights, self._frequencies, attention, step)
+            return step, self._decoder(attention, step)

@@ -1,4 +1,4 @@
-"""The decoder of all supported families as launches of kernels: the GPU's counterpart of models.decoder, op for op.
+"""A GPU's operations of a layer as launches of kernels, and whole steps with them; models.layers says in which order.
 
 A layer of a decode step is eight launches: qkv · rope and KV write · attention · o · add and norm · gate_up with silu ·
 down · add and norm; parts of split products are summed by the launch after. Nothing is allocated, nothing waits for the
@@ -20,9 +20,9 @@ from baton.kernels.triton.norm import add_rms_norm, rms_norm
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
-from baton.models.cuda.products import Policy, Products
+from baton.models.cuda.products import Policy, Products, shape_of
+from baton.models.layers import LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies
-from baton.models.weights import Weights
 from baton.node.errors import InvariantBroken
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -72,13 +72,14 @@ class DeviceDecoder:
         self._config, self._weights = config, weights
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         self._act = Activations.make(config, max_tokens, max_drawn, dtype, device)
-        self._products = Products(policy, max_tokens, product_shapes(config), dtype, device)
+        self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
         self._rope = _rope_tables(config, max_len, device)
         self._norms = [
-            None if layer.qk_norm is None else HeadNorms(layer.qk_norm, config.rms_norm_eps) for layer in weights.layers
+            None if norms is None else HeadNorms(norms, config.rms_norm_eps)
+            for norms in (layer.attention.head_norms for layer in weights.layers)
         ]
         self._pool: torch.Tensor | None = None
-        self._indices: Sequence[int] = range(config.num_layers)
+        self._indices: Sequence[int] = range(len(weights.layers))
 
     def bind_pool(self, pool: torch.Tensor) -> None:
         self._pool = pool
@@ -86,25 +87,26 @@ class DeviceDecoder:
     @contextmanager
     def abridged(self) -> Iterator[None]:
         """Inside, steps leave out layers that launch only what others launch. What they compute is of no use."""
-        windowed = self._config.windowed_layers
-        self._indices = sorted({*map(windowed.index, windowed), len(windowed) - 1})
+        shapes = [layer.shape for layer in self._weights.layers]
+        self._indices = sorted({*map(shapes.index, shapes), len(shapes) - 1})
         try:
             yield
         finally:
-            self._indices = range(len(windowed))
+            self._indices = range(len(shapes))
 
     def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row."""
         attend = self.attend_rows(inputs, plan, scratch, pdl)
-        normed = self._layers(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl)
+        normed = self._layers(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl, None)
+        assert normed is not None, "all rows draw"
         return self._logits(normed, pdl)
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
         """Attention of one new token a row."""
-        pool, config = self._bound(), self._config
+        pool, layers = self._bound(), self._weights.layers
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            window = config.sliding_window if config.windowed_layers[layer] else None
+            window = layers[layer].shape.attention.window
             decode_attention(
                 query, pool, layer, inputs.tables, inputs.lengths, plan, scratch, out, window=window, pdl=pdl
             )
@@ -128,8 +130,8 @@ class DeviceDecoder:
         The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
         written for all; behind the last layer's attention only drawn tokens are computed.
         """
-        normed = self._layers(tokens, positions, kv_slots, attend, pdl=False, drawn=drawn)
-        if len(drawn):
+        normed = self._layers(tokens, positions, kv_slots, attend, False, drawn)
+        if normed is not None:
             self._logits(normed, pdl=False)
 
     def _layers(
@@ -139,37 +141,22 @@ class DeviceDecoder:
         kv_slots: torch.Tensor,
         attend: Attend,
         pdl: bool,
-        drawn: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """The final norm's output, [N, hidden], or [drawn, hidden] of these tokens."""
-        count, act, eps, weights = len(tokens), self._act, self._config.rms_norm_eps, self._weights
-        products, pool = self._products, self._bound()
-        residual, normed, mixed = act.residual[:count], act.normed[:count], act.mixed[:count]
-        query, attended, gated = act.query[:count], act.attended[:count], act.gated[:count]
+        drawn: torch.Tensor | None,
+    ) -> torch.Tensor | None:
+        """The final norm's output, [N, hidden], or of these tokens; None if they are none."""
+        act, config = self._act, self._config
         # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
-        torch.index_select(weights.embedding, 0, tokens, out=residual)
-        rms_norm(residual, weights.layers[0].input_norm, eps, normed, pdl=pdl)
-        following = [layer.input_norm for layer in weights.layers[1:]] + [weights.norm]
-        for index in self._indices:
-            layer = weights.layers[index]
-            qkv = products(layer.qkv, normed, act.qkv[:count], pdl=pdl)
-            rope_and_write(qkv, positions, kv_slots, self._rope, self._norms[index], pool, index, query, pdl=pdl)
-            if drawn is not None and index == len(weights.layers) - 1:
-                if not len(drawn):
-                    break
-                attend(index, query, attended)
-                count = len(drawn)
-                attended = torch.index_select(attended, 0, drawn, out=act.query[:count])
-                residual = torch.index_select(residual, 0, drawn, out=act.last[:count])
-                normed, mixed, gated = normed[:count], mixed[:count], gated[:count]
-            else:
-                attend(index, query, attended)
-            added = products(layer.o, attended.view(count, -1), mixed, pdl=pdl)
-            add_rms_norm(added, residual, layer.post_norm, eps, normed, pdl=pdl)
-            products.gated(layer.gate_up, normed, gated, pdl=pdl)
-            added = products(layer.down, gated, mixed, pdl=pdl)
-            add_rms_norm(added, residual, following[index], eps, normed, pdl=pdl)
-        return normed
+        torch.index_select(self._weights.embedding, 0, tokens, out=act.residual[: len(tokens)])
+
+        def rope_and_write_layer(index: int, qkv: torch.Tensor, query: torch.Tensor) -> None:
+            norms, pool = self._norms[index], self._bound()
+            rope_and_write(qkv, positions, kv_slots, self._rope, norms, pool, index, query, pdl=pdl)
+
+        ops = _StepOps(
+            act, self._products, config.rms_norm_eps, config.num_layers - 1, len(tokens), pdl,
+            rope_and_write_layer, attend, drawn,
+        )  # fmt: skip
+        return run_layers(self._weights, ops, self._indices)
 
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
         logits = self._act.logits[: len(normed)]
@@ -182,16 +169,74 @@ class DeviceDecoder:
         return self._pool
 
 
-def product_shapes(config: ModelConfig) -> tuple[Shape, ...]:
-    """(outputs, inputs, fused) of all products of the model."""
-    hidden, inner, q_size = config.hidden_size, config.intermediate_size, config.num_heads * config.head_dim
-    return (
-        (q_size + 2 * config.num_kv_heads * config.head_dim, hidden, False),
-        (hidden, q_size, False),
-        (inner, hidden, True),
-        (hidden, inner, False),
-        (config.vocab_size, hidden, False),
-    )
+class _StepOps:
+    """models.layers.LayerOps of one step, over the memory that all steps share."""
+
+    def __init__(
+        self,
+        act: Activations,
+        products: Products,
+        eps: float,
+        last: int,
+        num_tokens: int,
+        pdl: bool,
+        rope_and_write: Callable[[int, torch.Tensor, torch.Tensor], None],
+        attend: Attend,
+        drawn: torch.Tensor | None,
+    ) -> None:
+        """last: number of the last layer. drawn: the tokens that are computed behind its attention; None: all."""
+        self._act, self._products, self._eps, self._last, self._pdl = act, products, eps, last, pdl
+        self._rope_and_write, self._attend, self._drawn = rope_and_write, attend, drawn
+        self._count = num_tokens
+        self._residual = act.residual[:num_tokens]
+
+    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+        normed = self._act.normed[: self._count]
+        rms_norm(self._residual, weight, self._eps, normed, pdl=self._pdl)
+        return normed
+
+    def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor | None:
+        act, count = self._act, self._count
+        query, attended = act.query[:count], act.attended[:count]
+        qkv = self._products(layer.attention.qkv, x, act.qkv[:count], pdl=self._pdl)
+        self._rope_and_write(index, qkv, query)
+        if self._drawn is None or index != self._last:
+            self._attend(index, query, attended)
+        elif not len(self._drawn):
+            return None
+        else:
+            self._attend(index, query, attended)
+            self._count = count = len(self._drawn)
+            attended = torch.index_select(attended, 0, self._drawn, out=act.query[:count])
+            self._residual = torch.index_select(self._residual, 0, self._drawn, out=act.last[:count])
+        return self._products(layer.attention.o, attended.view(count, -1), act.mixed[:count], pdl=self._pdl)
+
+    def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        act, count = self._act, self._count
+        gated = act.gated[:count]
+        self._products.gated(layer.mlp.gate_up, x, gated, pdl=self._pdl)
+        return self._products(layer.mlp.down, gated, act.mixed[:count], pdl=self._pdl)
+
+    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed = self._act.normed[: self._count]
+        add_rms_norm(added, self._residual, weight, self._eps, normed, pdl=self._pdl)
+        return normed
+
+    finish = add_and_norm
+
+
+def product_shapes(weights: Weights) -> tuple[Shape, ...]:
+    """Of all products of the model, each once."""
+    shapes = [shape_of(weights.lm_head)]
+    for layer in weights.layers:
+        attention, mlp = layer.attention, layer.mlp
+        shapes += [
+            shape_of(attention.qkv),
+            shape_of(attention.o),
+            shape_of(mlp.gate_up, fused=True),
+            shape_of(mlp.down),
+        ]
+    return tuple(dict.fromkeys(shapes))
 
 
 def _rope_tables(config: ModelConfig, max_len: int, device: str) -> RopeTables:

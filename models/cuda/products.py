@@ -10,12 +10,12 @@ from dataclasses import replace
 
 import torch
 
-from baton.kernels import Linear
+from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_policy import Shape, Tiles
-from baton.node.errors import SettingsError
+from baton.node.errors import InvariantBroken, SettingsError
 
 Policy = Callable[[int, Shape], Tiles | None]
 GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -41,7 +41,7 @@ def invariant(num_rows: int, shape: Shape) -> Tiles:
 
 def untuned(num_rows: int, shape: Shape) -> Tiles:
     """Tiles for any shape: the largest that divide it, and one split. SettingsError if none does."""
-    n, k, _ = shape
+    n, k = shape.outputs, shape.inputs
     tile_n = next((size for size in (64, 32, 16) if n % size == 0), 0)
     tile_k = next((size for size in (64, 32, 16) if k % size == 0), 0)
     if not tile_n or not tile_k:
@@ -57,53 +57,65 @@ class Products:
         """shapes: of all products that will be asked for."""
         self._policy = policy
         rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
-        found = [(policy(m, shape), m * shape[0]) for m in rows for shape in shapes]
+        found = [(policy(m, shape), m * shape.outputs) for m in rows for shape in shapes]
         parts = max((tiles.splits * size for tiles, size in found if tiles and tiles.splits > 1), default=0)
-        inner = max((n for n, _, fused in shapes if fused), default=0)
+        inner = max((shape.outputs for shape in shapes if shape.fused), default=0)
         self._parts = torch.empty(parts, dtype=torch.float32, device=device)
         self._wide = torch.empty(max_rows * 2 * inner, dtype=dtype, device=device)
         self._by_gluon = _gluon_product(dtype, device)
 
     def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
         """x W^T + b, [M, N]: `out`, or float32 parts of it [splits, M, N] which the reader sums; x is [M, K]."""
-        (m, k), n = x.shape, weights.weight.shape[0]
-        tiles = self._policy(m, (n, k, False))
+        m, shape = len(x), shape_of(weights)
+        tiles = self._policy(m, shape)
         if tiles is None:
             self._plain(weights, x, out)
             return out
         if tiles.splits > 1:
-            out = self._parts[: tiles.splits * m * n].view(tiles.splits, m, n)
-        linear(x, weights.weight, weights.bias, tiles, out, pdl=pdl)
+            out = self._parts[: tiles.splits * m * shape.outputs].view(tiles.splits, m, shape.outputs)
+        linear(x, _dense(weights), weights.bias, tiles, out, pdl=pdl)
         return out
 
     def whole(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
         """The same into `out`, in one part."""
-        (m, k), n = x.shape, weights.weight.shape[0]
-        tiles = self._policy(m, (n, k, False))
+        tiles = self._policy(len(x), shape_of(weights))
         if tiles is None:
             self._plain(weights, x, out)
         else:
-            linear(x, weights.weight, weights.bias, replace(tiles, splits=1), out, pdl=pdl)
+            linear(x, _dense(weights), weights.bias, replace(tiles, splits=1), out, pdl=pdl)
 
     def gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
         """out [M, inner] = silu(gate) * up, where x W^T + b is [gate, up]."""
-        (m, k), n = x.shape, gate_up.weight.shape[0] // 2
-        tiles = None if gate_up.bias is not None else self._policy(m, (n, k, True))
+        m, shape = len(x), shape_of(gate_up, fused=True)
+        tiles = None if gate_up.bias is not None else self._policy(m, shape)
         if tiles is not None:
-            linear(x, gate_up.weight, None, tiles, out, fused=True, pdl=pdl)
+            linear(x, _dense(gate_up), None, tiles, out, fused=True, pdl=pdl)
             return
-        if self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, (n, k, True)):
-            self._by_gluon(x, gate_up.weight, out)
+        if self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, shape):
+            self._by_gluon(x, _dense(gate_up), out)
             return
-        wide = self._wide[: m * 2 * n].view(m, 2 * n)
+        wide = self._wide[: m * 2 * shape.outputs].view(m, 2 * shape.outputs)
         self.whole(gate_up, x, wide, pdl=pdl)
         silu_and_mul(wide, out, pdl=pdl)
 
     def _plain(self, weights: Linear, x: torch.Tensor, out: torch.Tensor) -> None:
         if weights.bias is None:
-            torch.mm(x, weights.weight.t(), out=out)
+            torch.mm(x, _dense(weights).t(), out=out)
         else:
-            torch.addmm(weights.bias, x, weights.weight.t(), out=out)
+            torch.addmm(weights.bias, x, _dense(weights).t(), out=out)
+
+
+def shape_of(weights: Linear, fused: bool = False) -> Shape:
+    """The key of a product in the policies; `fused`: of gate and up, with silu(gate) * up behind it."""
+    outputs = weights.num_outputs // 2 if fused else weights.num_outputs
+    return Shape(outputs, weights.num_inputs, fused, weights.weight_format)
+
+
+def _dense(weights: Linear) -> torch.Tensor:
+    """[N, K], as the kernels here read it."""
+    if not isinstance(weights, DenseLinear):
+        raise InvariantBroken(f"no kernel here reads a weight of the format {weights.weight_format}")
+    return weights.weight
 
 
 def _gluon_product(dtype: torch.dtype, device: str) -> GatedProduct | None:

@@ -36,7 +36,7 @@ from baton.models.cuda.sampling import SlotSampler
 from baton.models.cuda.slots import Slots
 from baton.models.cuda.step import Marks, RunningStep
 from baton.models.cuda.upload import ALIGNED, Upload, aligned
-from baton.models.weights import Weights
+from baton.models.layers import Weights
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import SamplingParams
 

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels import Linear
+from baton.kernels import DenseLinear
 from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.linear_policy import FASTEST, GATE_UP_8B, INVARIANT, O_8B, fastest
 from baton.kernels.triton.prefill_attention import block_m
@@ -111,7 +111,7 @@ def test_many_rows_are_gated_by_gluon(rows):
     products._by_gluon = by_gluon and (lambda *args: asked.append(args) or by_gluon(*args))
     x, weight = checks.randn((rows, 4096), BF16, GPU), checks.randn((28672, 4096), BF16, GPU, 1) / 64
     out = checks.poison((rows, 14336), BF16, GPU)
-    products.gated(Linear(weight), x, out, pdl=False)
+    products.gated(DenseLinear(weight), x, out, pdl=False)
     gate, up = (x @ weight.t()).float().chunk(2, -1)
     assert checks.error(out, torch.nn.functional.silu(gate) * up) < 6e-3
     assert len(asked) == (by_gluon is not None and rows == 1024)
@@ -138,8 +138,8 @@ def test_random_numbers():
 @pytest.mark.parametrize("rows", [1, 8, 16, 23, 64, 100, 128])
 def test_linear(rows, pdl):
     """Every entry of the table, on the shapes that it was made for, with rows that do not fill its tile."""
-    for n, k, fused in FASTEST[1]:
-        tiles = fastest(rows, (n, k, fused))
+    for shape in FASTEST[1]:
+        n, k, fused, tiles = shape.outputs, shape.inputs, shape.fused, fastest(rows, shape)
         if tiles is not None:
             checks.check_linear(GPU, BF16, rows, n, k, tiles, fused, not fused, pdl)
 
@@ -149,11 +149,12 @@ def test_the_invariant_table_gives_a_row_the_same_bits_for_any_number_of_rows():
     from baton.kernels.triton.linear import linear
 
     largest = max(INVARIANT)
-    for n, k, fused in INVARIANT[largest]:
+    for key in INVARIANT[largest]:
+        n, k, fused = key.outputs, key.inputs, key.fused
         x, weight = checks.randn((largest, k), BF16, GPU), torch.randn(2 * n if fused else n, k, device=GPU).to(BF16)
         outs = {}
         for rows, entries in INVARIANT.items():
-            tiles = entries[n, k, fused]
+            tiles = entries[key]
             shape = (tiles.splits, rows, n) if tiles.splits > 1 else (rows, n)
             outs[rows] = checks.poison(shape, torch.float32 if tiles.splits > 1 else BF16, GPU)
             linear(x[:rows], weight, None, tiles, outs[rows], fused=fused)
@@ -164,9 +165,9 @@ def test_the_invariant_table_gives_a_row_the_same_bits_for_any_number_of_rows():
 def test_an_invariant_product_in_one_part_has_the_same_bits_for_any_number_of_rows():
     """Guards the logits of a model with as many tokens in its vocabulary as a product has outputs that sums parts."""
     counts = (1, 16, 33, 256, 300)
-    n, k, _ = O_8B
+    n, k = O_8B.outputs, O_8B.inputs
     products, x = Products(invariant, counts[-1], [O_8B], BF16, GPU), checks.randn((counts[-1], k), BF16, GPU)
-    weights = Linear(torch.randn(n, k, device=GPU).to(BF16), None)
+    weights = DenseLinear(torch.randn(n, k, device=GPU).to(BF16), None)
     outs = {rows: checks.poison((rows, n), BF16, GPU) for rows in counts}
     for rows, out in outs.items():
         products.whole(weights, x[:rows], out, pdl=False)

@@ -13,13 +13,15 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels import Linear
+from baton.kernels import DenseLinear, Linear
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
+from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, Limits
-from baton.models.weights import LayerWeights, Weights, load_weights
+from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
+from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingParams
 from baton.node.modelhub import locate_model
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
@@ -170,18 +172,22 @@ def test_the_8b_shape_computes_what_the_cpu_computes(tmp_path, deterministic):
 def exact_logits(config: ModelConfig, weights, tokens: list[int]) -> torch.Tensor:
     """float32 [tokens, vocab] by the CPU's operations on the same weights."""
 
-    def wide(linear: Linear) -> Linear:
-        return Linear(linear.weight.float().cpu(), None)
+    def wide(linear: Linear) -> DenseLinear:
+        assert isinstance(linear, DenseLinear) and linear.bias is None
+        return DenseLinear(linear.weight.float().cpu())
 
     layers = tuple(
         LayerWeights(
-            each.input_norm.float().cpu(), wide(each.qkv), None, wide(each.o), each.post_norm.float().cpu(),
-            wide(each.gate_up), wide(each.down),
+            each.shape,
+            each.input_norm.float().cpu(),
+            AttentionWeights(wide(each.attention.qkv), None, wide(each.attention.o)),
+            each.post_norm.float().cpu(),
+            DenseMlpWeights(wide(each.mlp.gate_up), wide(each.mlp.down)),
         )
         for each in weights.layers
-    )  # fmt: skip
-    head = wide(weights.lm_head)
-    plain = ModelRunner(config, Weights(weights.embedding.float().cpu(), layers, weights.norm.float().cpu(), head))
+    )
+    whole = Weights(weights.embedding.float().cpu(), layers, weights.norm.float().cpu(), wide(weights.lm_head))
+    plain = ModelRunner(config, DenseDecoder(config, whole), torch.float32)
     plain.bind_pool(torch.zeros(plain.kv_shape(6, 64)))
     draw = Draw(SamplingParams(max_tokens=99, temperature=0.0), (), 1, 0)
     rows = [Row(tokens[:300], 0, [0, 1, 2, 3, 4], draw)]

@@ -167,7 +167,7 @@ def linears(table: str, rows: int, pdl: bool) -> None:
     from baton.kernels.triton import linear as module
     from baton.kernels.triton import linear_policy
 
-    for (n, k, fused), tiles in getattr(linear_policy, table)[rows].items():
+    for (n, k, fused, _), tiles in getattr(linear_policy, table)[rows].items():
         shape = (rows, n) if tiles.splits == 1 else (tiles.splits, rows, n)
         out = empty(*shape, dtype=torch.bfloat16 if tiles.splits == 1 else torch.float32)
         module.linear(empty(rows, k), empty(2 * n if fused else n, k), None, tiles, out, fused=fused, pdl=pdl)

@@ -61,7 +61,7 @@ def test_packed_linear_equals_the_plain_product(generator, rows, bias, size_in, 
     offset = torch.randn(size_out, generator=generator) if bias else None
     x = torch.randn(rows, size_in, generator=generator)
     expected = x.double() @ weight.double().T + (offset.double() if offset is not None else 0)
-    linear = kernels.Linear(weight.clone(), offset)
+    linear = kernels.DenseLinear(weight.clone(), offset)
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-4)
     linear.pack()
     torch.testing.assert_close(linear(x).double(), expected, rtol=1e-4, atol=1e-4)
@@ -70,7 +70,7 @@ def test_packed_linear_equals_the_plain_product(generator, rows, bias, size_in, 
 def test_packing_frees_the_plain_weight_unless_it_is_kept(generator):
     """Guards against a model that takes twice its memory."""
     weight = torch.randn(8, 8, generator=generator)
-    linear, kept = kernels.Linear(weight.clone()), kernels.Linear(weight)
+    linear, kept = kernels.DenseLinear(weight.clone()), kernels.DenseLinear(weight)
     linear.pack()
     kept.pack(keep_weight=True)
     assert kept.weight is weight

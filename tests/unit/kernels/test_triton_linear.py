@@ -37,7 +37,7 @@ def test_tables_fit_their_shapes(table):
     """Guards against an entry that the wrapper would refuse in the middle of serving."""
     for rows, entries in table.items():
         taken = {shape: entries[like] for shape, like in LIKE.items() if like in entries}
-        for (n, k, fused), tiles in (entries | taken).items():
+        for (n, k, fused, _), tiles in (entries | taken).items():
             assert n % tiles.tile_n == 0 and k % (tiles.tile_k * tiles.splits) == 0
             assert not (fused and tiles.splits > 1) and (tiles.tile_m == 0) == (table is FASTEST and rows == 1)
 
@@ -52,7 +52,9 @@ def test_the_invariant_table_has_one_split_a_weight():
 
 
 def test_unknown_shapes_are_left_to_cublas():
-    assert linear_policy.fastest(1, (100, 100, False)) is None
+    assert linear_policy.fastest(1, linear_policy.Shape(100, 100)) is None
     assert linear_policy.fastest(300, linear_policy.O_8B) is None
     assert linear_policy.fastest(17, linear_policy.O_8B) is FASTEST[32][linear_policy.O_8B]
     assert linear_policy.invariant(1, linear_policy.O_8B) is INVARIANT[16][linear_policy.O_8B]
+    other = linear_policy.O_8B._replace(weight_format="fp8")
+    assert linear_policy.fastest(17, other) is None, "tiles that were measured with another format's weights"

@@ -7,9 +7,11 @@ import pytest
 import safetensors.torch
 import torch
 
+from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.models.fingerprint import model_fingerprint
+from baton.models.layers import Rank
 from baton.models.weights import load_weights
 from baton.node.errors import SettingsError
 
@@ -153,3 +155,46 @@ def test_fingerprint_of_a_broken_file_is_an_error(make_model):
         path.write_bytes(content)
         with pytest.raises(SettingsError, match="not a whole safetensors file"):
             model_fingerprint(folder)
+
+
+def test_ranks_hold_the_whole_model_together(make_model):
+    """Guards a cut through the wrong dimension, or in the middle of a head: parts must join to what one rank reads."""
+    made = make_model("qwen2", num_attention_heads=4, num_key_value_heads=2)
+    config = ModelConfig.from_folder(made.folder)
+    whole = load(made.folder, pack=False)
+    for count in (2, 4):
+        parts = [load(made.folder, pack=False, rank=Rank(index, count)) for index in range(count)]
+        for number, layer in enumerate(whole.layers):
+            of = [part.layers[number] for part in parts]
+            x = torch.randn(3, config.hidden_size)
+            split = [config.num_heads * config.head_dim, *[config.num_kv_heads * config.head_dim] * 2]
+            query, key, value = layer.attention.qkv(x).split(split, -1)
+            shapes = [each.shape.attention for each in of]
+            own = [
+                each.attention.qkv(x).split([s.num_heads * s.head_dim, *[s.num_kv_heads * s.head_dim] * 2], -1)
+                for each, s in zip(of, shapes, strict=True)
+            ]
+            copies = count // config.num_kv_heads  # ranks that hold the same key head
+            for joined, wanted in ((0, query), (1, key), (2, value)):
+                step = 1 if joined == 0 else copies
+                torch.testing.assert_close(torch.cat([each[joined] for each in own[::step]], -1), wanted)
+            attended = torch.randn(3, config.num_heads * config.head_dim)
+            sums = sum(each.attention.o(a) for each, a in zip(of, attended.chunk(count, -1), strict=True))
+            torch.testing.assert_close(sums, layer.attention.o(attended))
+            gated = [kernels.silu_and_mul(each.mlp.gate_up(x)) for each in of]
+            torch.testing.assert_close(torch.cat(gated, -1), kernels.silu_and_mul(layer.mlp.gate_up(x)))
+            summed = sum(each.mlp.down(g) for each, g in zip(of, gated, strict=True))
+            torch.testing.assert_close(summed, layer.mlp.down(torch.cat(gated, -1)))
+    with pytest.raises(SettingsError, match="4 query heads"):
+        load(made.folder, rank=Rank(0, 3))
+
+
+def test_ranks_of_a_dummy_model_hold_one_model(make_model):
+    """Guards against ranks that draw numbers of their own, and a bias behind a sum that every rank adds."""
+    folder = make_model("llama", attention_bias=True, mlp_bias=True).folder
+    options = {"load_format": "dummy", "pack": False}
+    whole, parts = load(folder, **options), [load(folder, **options, rank=Rank(index, 2)) for index in range(2)]
+    down = torch.cat([part.layers[1].mlp.down.weight for part in parts], dim=1)
+    assert torch.equal(down, whole.layers[1].mlp.down.weight)
+    assert [part.layers[0].attention.o.bias is None for part in parts] == [False, True]
+    assert [part.layers[0].mlp.down.bias is None for part in parts] == [False, True]

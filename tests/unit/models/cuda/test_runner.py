@@ -22,9 +22,8 @@ BLOCK = 16
 
 def split_in_two(num_rows, shape):
     """Parts of sums, as the tables of large models have them."""
-    _, k, fused = shape
     tiles = untuned(num_rows, shape)
-    if fused or k % 32:
+    if shape.fused or shape.inputs % 32:
         return tiles
     return type(tiles)(16, 16, 16, 3, 2, prefetch=0)
 

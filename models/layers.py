@@ -1,0 +1,198 @@
+"""What a decoder layer is: its description, its weights, and the order of its parts, which both devices execute.
+
+A family differs from another in data: which norms and biases there are, which layers see a window, how wide the MLP is.
+`describe` says so layer by layer; `run_layers` walks a step through them, and a device brings the operations. What an
+operation reads and writes is the device's part, and where a tensor lies in a checkpoint that of models.weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from baton.kernels import Linear
+from baton.models.config import ModelConfig
+from baton.node.errors import SettingsError
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of the `count` ranks that hold a model together; rank 0 of 1 holds all of it.
+
+    Heads and the MLP's width are cut, so that each rank computes a part of what a layer adds to the residual, and the
+    parts are summed. Embedding, norms and head every rank holds whole; a bias behind the sum only rank 0.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def share(self, total: int, what: str) -> range:
+        """This rank's of `total` things; SettingsError if they cannot be shared out evenly."""
+        if total % self.count:
+            raise SettingsError(f"{total} {what} cannot be shared out to {self.count} ranks")
+        size = total // self.count
+        return range(self.index * size, (self.index + 1) * size)
+
+    def key_heads(self, total: int) -> range:
+        """This rank's key heads. Where there are fewer than ranks, several ranks hold the same one."""
+        if self.count <= total or self.count % total:
+            return self.share(total, "key heads")
+        head = self.index * total // self.count
+        return range(head, head + 1)
+
+
+WHOLE = Rank()
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedAttention:
+    """Causal attention with rope over cached keys and values, of which a group of query heads shares one."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int | None
+    """A token sees itself and the window - 1 before it; None: all before it."""
+    qkv_bias: bool
+    o_bias: bool
+    head_norms: bool
+    """Queries and keys are normed head by head before rope."""
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlp:
+    """down(silu(gate x) * up x)"""
+
+    width: int
+    gate_bias: bool
+    """Of gate and up."""
+    down_bias: bool
+
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """One layer with pre-norm residuals:  h += attention(norm(h));  h += mlp(norm(h))."""
+
+    attention: GroupedAttention
+    mlp: DenseMlp
+
+
+def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
+    """The layers of a model as `rank` computes them, first to last; SettingsError if its ranks cannot share them."""
+    num_heads = len(rank.share(config.num_heads, "query heads"))
+    num_kv_heads = len(rank.key_heads(config.num_kv_heads))
+    adds_bias = rank.index == 0
+    mlp = DenseMlp(
+        width=len(rank.share(config.intermediate_size, "rows of an MLP")),
+        gate_bias=config.mlp_bias,
+        down_bias=config.mlp_bias and adds_bias,
+    )
+    return tuple(
+        LayerShape(
+            GroupedAttention(
+                num_heads=num_heads,
+                num_kv_heads=num_kv_heads,
+                head_dim=config.head_dim,
+                window=config.sliding_window if windowed else None,
+                qkv_bias=config.qkv_bias,
+                o_bias=config.o_bias and adds_bias,
+                head_norms=config.qk_norm,
+            ),
+            mlp,
+        )
+        for windowed in config.windowed_layers
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionWeights:
+    """Q = num_heads * head_dim, K = num_kv_heads * head_dim."""
+
+    qkv: Linear  # [Q + 2 K, hidden]
+    head_norms: torch.Tensor | None  # [num_heads + num_kv_heads, head_dim]: the query's for each head, then the key's
+    o: Linear  # [hidden, Q]
+
+
+@dataclass(frozen=True, slots=True)
+class DenseMlpWeights:
+    """Of a DenseMlp."""
+
+    gate_up: Linear  # [2 * width, hidden]
+    down: Linear  # [hidden, width]
+
+
+@dataclass(frozen=True, slots=True)
+class LayerWeights:
+    """One layer, and what it is."""
+
+    shape: LayerShape
+    input_norm: torch.Tensor  # [hidden]
+    attention: AttentionWeights
+    post_norm: torch.Tensor  # [hidden]
+    mlp: DenseMlpWeights
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """A whole decoder."""
+
+    embedding: torch.Tensor  # [vocab, hidden]
+    layers: tuple[LayerWeights, ...]
+    norm: torch.Tensor  # [hidden]
+    lm_head: Linear  # [vocab, hidden]; over the embedding itself where the two are tied
+
+
+class LayerOps(Protocol):
+    """A device's operations on one step, which holds its residual h [N, hidden].
+
+    What an operation returns may be parts that the next `add_and_norm` sums.
+    """
+
+    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+        """Of the residual, [N, hidden]."""
+        ...
+
+    def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor | None:
+        """What layer number `index` adds to the residual, with keys and values written to the pool. None: no token of
+        the step draws and this is the last layer, so that nothing behind its keys and values is of use."""
+        ...
+
+    def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+        """What the layer's MLP adds to the residual."""
+        ...
+
+    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The residual takes `added`; its norm."""
+        ...
+
+    def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """The same behind the last layer, of the tokens that draw: [drawn, hidden]."""
+        ...
+
+
+def run_layers(weights: Weights, ops: LayerOps, indices: Iterable[int]) -> torch.Tensor | None:
+    """The final norm's output of the tokens that draw, [drawn, hidden]; None if none does.
+
+    indices: of the layers to run, in rising order and with the last; all of them, but for a rehearsal.
+    """
+    layers = weights.layers
+    x = ops.norm(layers[0].input_norm)
+    for index in indices:
+        layer = layers[index]
+        attended = ops.attention(index, layer, x)
+        if attended is None:
+            return None
+        x = ops.add_and_norm(attended, layer.post_norm)
+        added = ops.mlp(layer, x)
+        if index + 1 < len(layers):
+            x = ops.add_and_norm(added, layers[index + 1].input_norm)
+        else:
+            x = ops.finish(added, weights.norm)
+    return x
