@@ -6,7 +6,7 @@
     greedy: token = argmax x
     else:   x = x / temperature;  token = argmax(x + Gumbel noise) of the tokens with x >= threshold
 
-The operations and their order are those of models.sampler on the CPU, each rounded alone (no fused multiply-add). The
+The operations and their order are those of the CPU's sampler, each rounded alone (no fused multiply-add). The
 threshold is that of sampling_filter. Rows are independent: a row alone draws what it draws among others. A row that
 asks for nothing but a temperature is read once from the logits; the others are first written out edited ("prepared"),
 which the filter and the draw then read. Bytes: of a prepared row the logits once, the float32 copy twice, and its

@@ -37,6 +37,7 @@ from baton.models.cuda.slots import Slots
 from baton.models.cuda.step import Marks, RunningStep
 from baton.models.cuda.upload import ALIGNED, Upload, aligned
 from baton.models.layers import Weights
+from baton.models.sampling_rules import EVERYTHING
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import SamplingParams
 
@@ -49,11 +50,6 @@ CHUNK_SIZES, CHUNK_SEQUENCES = ((128, 1), (256, 1), (512, 1), (1024, 900)), 4
 """Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well, and run so from the
 second number of tokens on: with fewer the rest, which is computed too, takes longer than launching does."""
 CHUNK_ARRAYS = len(ChunkArrays._fields)
-EVERYTHING = SamplingParams(
-    max_tokens=2, min_tokens=2, top_p=0.5, top_k=5, min_p=0.1, presence_penalty=1.0, logit_bias=((0, 1.0),),
-    logprobs=True, top_logprobs=2, stop_token_ids=(0,),
-)  # fmt: skip
-"""A draw that runs every kernel of drawing."""
 
 
 @dataclass(frozen=True, slots=True)

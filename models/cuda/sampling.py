@@ -1,8 +1,8 @@
-"""What the GPU keeps for each slot to draw its tokens, and the drawing, with what models.sampler does on the CPU.
+"""What the GPU keeps for each slot to draw its tokens by models.sampling_rules, and the drawing.
 
     sampler.set_row(slot, draw); sampler.flush()                  # host to device, what changed
     sampler.draw(logits, slots, positions, out)                   # temperature alone: what most rows want
-    sampler.draw_edited(logits, slots, positions, out)            # everything, for a step with a row that `edits`
+    sampler.draw_edited(logits, slots, positions, out)            # everything, for a step with a row that needs it
     sampler.logprobs(logits, slots, out)                          # for a step with a row that wants them
 
 The three last only launch kernels on fixed memory, so a graph can hold them.
@@ -20,10 +20,9 @@ from baton.kernels.triton.sampling_filter import FilterScratch, thresholds
 from baton.kernels.triton.sampling_rows import Prepared, SlotTables, draw_prepared, prepare
 from baton.kernels.triton.step_inputs import set_entries
 from baton.models.batch import Draw
-from baton.models.cpu.sampler import GREEDY_BELOW, has_penalty
 from baton.models.cuda.queue import Queue
 from baton.models.cuda.upload import Upload
-from baton.node.messages.control import SamplingParams
+from baton.models.sampling_rules import DrawRules, rules_of
 
 
 class SlotSampler:
@@ -42,25 +41,23 @@ class SlotSampler:
         self._scratch = SamplingScratch.make(max_rows, vocab_size, device)
         self._upload = Upload(queue, 2 * num_slots * columns.COLUMNS.value)
         self._changed: dict[int, np.ndarray] = {}
-        self._edits: set[int] = set()
+        self._edited: set[int] = set()  # slots that need more than a temperature
         self._logprobs: dict[int, int] = {}  # likeliest tokens to name, by slot
 
     def set_row(self, slot: int, draw: Draw) -> None:
         """From the next `flush` on this slot draws so; its penalties count the tokens of draw.history."""
-        sampling = draw.sampling
-        self._changed[slot] = _entry(draw, self._vocab_size)
-        self._edits.discard(slot)
+        rules = rules_of(draw.sampling, self._vocab_size)
+        self._changed[slot] = _entry(rules, draw.prompt_len)
+        self._edited.discard(slot)
         self._logprobs.pop(slot, None)
-        if edits(sampling, self._vocab_size):
-            self._edits.add(slot)
-        if sampling.logprobs:
-            self._logprobs[slot] = min(sampling.top_logprobs, self._vocab_size)
-        bias = [(token, value) for token, value in _bias_sums(sampling) if token < self._vocab_size]
-        self._put(self._tables.bias_ids[slot], np.array([token for token, _ in bias], np.int32))
-        self._put(self._tables.bias_values[slot], np.array([value for _, value in bias], np.float32))
-        if sampling.min_tokens:
-            self._put(self._tables.stop_ids[slot], np.array(_stops(sampling, self._vocab_size), np.int32))
-        if has_penalty(sampling):
+        if rules.needs_more_than_temperature:
+            self._edited.add(slot)
+        if rules.num_top is not None:
+            self._logprobs[slot] = rules.num_top
+        self._put(self._tables.bias_ids[slot], np.array([token for token, _ in rules.bias], np.int32))
+        self._put(self._tables.bias_values[slot], np.array([value for _, value in rules.bias], np.float32))
+        self._put(self._tables.stop_ids[slot], np.array(rules.forbidden, np.int32))
+        if rules.is_penalised:
             self._count(self._tables.counts[slot], np.array(draw.history, np.int32), draw.prompt_len)
 
     def flush(self) -> None:
@@ -76,7 +73,7 @@ class SlotSampler:
 
     def edits(self, slot: int) -> bool:
         """Whether the slot's row needs draw_edited."""
-        return slot in self._edits
+        return slot in self._edited
 
     def num_top(self, slot: int) -> int | None:
         """How many likeliest tokens the slot's row names beside its logprob; None: it wants no logprob."""
@@ -130,47 +127,26 @@ class SlotSampler:
         return buffer
 
 
-def edits(sampling: SamplingParams, vocab_size: int) -> bool:
-    """Whether a draw needs more than a temperature."""
-    filters = sampling.min_p > 0.0 or sampling.top_p < 1.0 or 0 < sampling.top_k < vocab_size
-    random = sampling.temperature >= GREEDY_BELOW
-    stops = sampling.min_tokens > 0 and bool(sampling.stop_token_ids)
-    return (random and filters) or stops or bool(sampling.logit_bias) or has_penalty(sampling)
-
-
-def _entry(draw: Draw, vocab_size: int) -> np.ndarray:
+def _entry(rules: DrawRules, prompt_len: int) -> np.ndarray:
     """The slot's line of the table, int32 [COLUMNS]."""
-    sampling, line = draw.sampling, np.zeros(columns.COLUMNS.value, dtype=np.int32)
+    line = np.zeros(columns.COLUMNS.value, dtype=np.int32)
     floats = line.view(np.float32)
-    random = sampling.temperature >= GREEDY_BELOW
-    floats[columns.TEMPERATURE.value] = sampling.temperature if random else 0.0
-    floats[columns.LOG_MIN_P.value] = torch.tensor(sampling.min_p).log() if sampling.min_p > 0.0 else -np.inf
-    floats[columns.TOP_P.value] = sampling.top_p
-    floats[columns.REPETITION.value] = sampling.repetition_penalty
-    floats[columns.FREQUENCY.value] = sampling.frequency_penalty
-    floats[columns.PRESENCE.value] = sampling.presence_penalty
+    floats[columns.TEMPERATURE.value] = rules.temperature
+    floats[columns.LOG_MIN_P.value] = torch.tensor(rules.min_p).log() if rules.min_p > 0.0 else -np.inf
+    floats[columns.TOP_P.value] = rules.top_p
+    floats[columns.REPETITION.value] = rules.repetition_penalty
+    floats[columns.FREQUENCY.value] = rules.frequency_penalty
+    floats[columns.PRESENCE.value] = rules.presence_penalty
     first = columns.SEED.value
-    line[first : first + 2] = np.array([sampling.seed], dtype=np.int64).view(np.int32)
-    line[columns.TOP_K.value] = sampling.top_k
-    line[columns.MIN_UNTIL.value] = draw.prompt_len + sampling.min_tokens
-    line[columns.NUM_BIAS.value] = sum(token < vocab_size for token, _ in _bias_sums(sampling))
-    line[columns.NUM_STOPS.value] = len(_stops(sampling, vocab_size)) if sampling.min_tokens else 0
-    line[columns.PREPARED.value] = edits(sampling, vocab_size)
-    line[columns.PENALISED.value] = has_penalty(sampling)
-    line[columns.NUM_TOP.value] = min(sampling.top_logprobs, vocab_size) if sampling.logprobs else -1
+    line[first : first + 2] = np.array([rules.seed], dtype=np.int64).view(np.int32)
+    line[columns.TOP_K.value] = rules.top_k
+    line[columns.MIN_UNTIL.value] = prompt_len + rules.min_tokens
+    line[columns.NUM_BIAS.value] = len(rules.bias)
+    line[columns.NUM_STOPS.value] = len(rules.forbidden)
+    line[columns.PREPARED.value] = rules.needs_more_than_temperature
+    line[columns.PENALISED.value] = rules.is_penalised
+    line[columns.NUM_TOP.value] = -1 if rules.num_top is None else rules.num_top
     return line
-
-
-def _bias_sums(sampling: SamplingParams) -> list[tuple[int, float]]:
-    """logit_bias with each token once."""
-    sums: dict[int, float] = {}
-    for token, value in sampling.logit_bias:
-        sums[token] = sums.get(token, 0.0) + value
-    return list(sums.items())
-
-
-def _stops(sampling: SamplingParams, vocab_size: int) -> list[int]:
-    return [token for token in sampling.stop_token_ids if token < vocab_size]
 
 
 def _copy(target: torch.Tensor, source: torch.Tensor) -> None:

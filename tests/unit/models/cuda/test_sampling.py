@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from baton.models.batch import Draw
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cuda.queue import CudaQueue, HostQueue, Queue
-from baton.models.cuda.sampling import SlotSampler, edits
+from baton.models.cuda.sampling import SlotSampler
+from baton.models.sampling_rules import rules_of
 from baton.node.messages.control import SamplingParams
 
 VOCAB = 5000  # two blocks of tokens
@@ -137,7 +138,7 @@ def test_plain_and_edited_ways_draw_the_same():
     for slot, temperature in enumerate((0.0, 0.8, 1.5)):
         sampling = SamplingParams(max_tokens=9, temperature=temperature, seed=(9 << 40) + slot)
         sampler.set_row(slot, draw_of(sampling, [1], []))
-        assert not edits(sampling, VOCAB)
+        assert not rules_of(sampling, VOCAB).needs_more_than_temperature
     sampler.flush()
     run(queue)
     logits, slots = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(2)), as_int32([2, 0, 1])
