@@ -29,7 +29,7 @@ class Row(NamedTuple):
     """One sequence's part in a step: a chunk of its prompt, or its last token."""
 
     token_ids: Sequence[int]
-    """Tokens to compute now. None at all: the one that this slot drew last, which nobody has read yet."""
+    """Tokens to compute now. Empty: the token that this slot drew last, which the host has not read yet."""
     start: int
     """Tokens before them, whose KV is in the pool."""
     blocks: Sequence[int]

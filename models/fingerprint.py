@@ -2,7 +2,7 @@
 
 The digest covers config.json and of each shard its name, its size, the SHA-256 of its safetensors header, which lists
 every tensor with dtype, shape and place, and that of 64 samples of 4 KiB spread evenly over the file. The samples
-tell a model from its fine-tune, which has the same header; a change of a few single weights can slip between them.
+differ between a model and its fine-tune, whose header is the same; a change of a few single weights can slip between.
 Reading all weights would cost a start of a 16 GB model many seconds in a process that has no other use for them.
 """
 

@@ -25,31 +25,31 @@ LOAD_FORMATS = ("auto", "dummy")
 MAX_TIED_COPY_BYTES = 256 << 20
 
 
-class Cut(NamedTuple):
+class WeightCut(NamedTuple):
     """What a rank reads of the rows, or of the columns, of a tensor in a checkpoint."""
 
     total: int
     part: range
 
     @classmethod
-    def whole(cls, total: int) -> Cut:
+    def whole(cls, total: int) -> WeightCut:
         return cls(total, range(total))
 
     @property
     def slice(self) -> slice:
         return slice(self.part.start, self.part.stop)
 
-    def times(self, width: int) -> Cut:
+    def times(self, width: int) -> WeightCut:
         """The same of things that are `width` rows each."""
-        return Cut(self.total * width, range(self.part.start * width, self.part.stop * width))
+        return WeightCut(self.total * width, range(self.part.start * width, self.part.stop * width))
 
 
-class Place(NamedTuple):
+class WeightPlace(NamedTuple):
     """Where a tensor of a checkpoint goes."""
 
     target: torch.Tensor
     """Broadcast to, where it has more dimensions."""
-    cuts: tuple[Cut, ...]
+    cuts: tuple[WeightCut, ...]
     """What is read of it, for each of its dimensions."""
 
     @property
@@ -62,7 +62,7 @@ class Place(NamedTuple):
 
 
 def no_progress(done: int, total: int) -> None:
-    """The on_progress that tells nobody."""
+    """An on_progress that reports nothing."""
 
 
 def load_weights(
@@ -95,7 +95,7 @@ def load_weights(
     return weights
 
 
-def _fill_from_shards(folder: Path, places: dict[str, Place], on_progress: Progress) -> None:
+def _fill_from_shards(folder: Path, places: dict[str, WeightPlace], on_progress: Progress) -> None:
     missing = dict(places)
     for name, tensor in _tensors(folder, places):
         place = missing.pop(name)
@@ -117,7 +117,7 @@ def _pack(weights: Weights, tied: bool) -> None:
         weights.lm_head.pack(keep_weight=tied)
 
 
-def _tensors(folder: Path, wanted: dict[str, Place]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(folder: Path, wanted: dict[str, WeightPlace]) -> Iterator[tuple[str, torch.Tensor]]:
     """The wanted tensors, file by file."""
     for shard, listed in weight_files(folder).items():
         path = folder / shard
@@ -133,41 +133,43 @@ def _tensors(folder: Path, wanted: dict[str, Place]) -> Iterator[tuple[str, torc
             raise SettingsError(f"{path}: not a whole safetensors file: {error}") from None
 
 
-def _allocate(config: ModelConfig, rank: Rank, dtype: torch.dtype, device: str) -> tuple[Weights, dict[str, Place]]:
+def _allocate(
+    config: ModelConfig, rank: Rank, dtype: torch.dtype, device: str
+) -> tuple[Weights, dict[str, WeightPlace]]:
     """Uninitialised weights, and by Hugging Face name where each tensor goes."""
-    places: dict[str, Place] = {}
-    hidden = Cut.whole(config.hidden_size)
+    places: dict[str, WeightPlace] = {}
+    hidden = WeightCut.whole(config.hidden_size)
 
     def empty(*shape: int) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=device)
 
-    def named(name: str, *cuts: Cut) -> torch.Tensor:
-        places[name] = Place(empty(*(len(cut.part) for cut in cuts)), cuts)
+    def named(name: str, *cuts: WeightCut) -> torch.Tensor:
+        places[name] = WeightPlace(empty(*(len(cut.part) for cut in cuts)), cuts)
         return places[name].target
 
-    def linear(prefix: str, outputs: dict[str, Cut], inputs: Cut, with_bias: bool) -> Linear:
+    def linear(prefix: str, outputs: dict[str, WeightCut], inputs: WeightCut, with_bias: bool) -> Linear:
         """The projections of these names as one."""
         rows = sum(len(cut.part) for cut in outputs.values())
         made = DenseLinear(empty(rows, len(inputs.part)), empty(rows) if with_bias else None)
         first = 0
         for name, cut in outputs.items():
             end = first + len(cut.part)
-            places[f"{prefix}{name}.weight"] = Place(made.weight[first:end], (cut, inputs))
+            places[f"{prefix}{name}.weight"] = WeightPlace(made.weight[first:end], (cut, inputs))
             if made.bias is not None:
-                places[f"{prefix}{name}.bias"] = Place(made.bias[first:end], (cut,))
+                places[f"{prefix}{name}.bias"] = WeightPlace(made.bias[first:end], (cut,))
             first = end
         return made
 
     def head_norms(prefix: str, num_heads: int, num_kv_heads: int) -> torch.Tensor:
-        norms, cuts = empty(num_heads + num_kv_heads, config.head_dim), (Cut.whole(config.head_dim),)
-        places[f"{prefix}q_norm.weight"] = Place(norms[:num_heads], cuts)
-        places[f"{prefix}k_norm.weight"] = Place(norms[num_heads:], cuts)
+        norms, cuts = empty(num_heads + num_kv_heads, config.head_dim), (WeightCut.whole(config.head_dim),)
+        places[f"{prefix}q_norm.weight"] = WeightPlace(norms[:num_heads], cuts)
+        places[f"{prefix}k_norm.weight"] = WeightPlace(norms[num_heads:], cuts)
         return norms
 
-    query = Cut(config.num_heads, rank.share(config.num_heads, "query heads")).times(config.head_dim)
-    key = Cut(config.num_kv_heads, rank.key_heads(config.num_kv_heads)).times(config.head_dim)
-    inner = Cut(config.intermediate_size, rank.share(config.intermediate_size, "rows of an MLP"))
-    embedding = named("model.embed_tokens.weight", Cut.whole(config.vocab_size), hidden)
+    query = WeightCut(config.num_heads, rank.share(config.num_heads, "query heads")).times(config.head_dim)
+    key = WeightCut(config.num_kv_heads, rank.key_heads(config.num_kv_heads)).times(config.head_dim)
+    inner = WeightCut(config.intermediate_size, rank.share(config.intermediate_size, "rows of an MLP"))
+    embedding = named("model.embed_tokens.weight", WeightCut.whole(config.vocab_size), hidden)
     layers = []
     for index, shape in enumerate(describe(config, rank)):
         layer = f"model.layers.{index}."
@@ -186,11 +188,11 @@ def _allocate(config: ModelConfig, rank: Rank, dtype: torch.dtype, device: str) 
     norm = named("model.norm.weight", hidden)
     if config.tie_word_embeddings:
         return Weights(embedding, tuple(layers), norm, DenseLinear(embedding)), places
-    head = linear("", {"lm_head": Cut.whole(config.vocab_size)}, hidden, False)
+    head = linear("", {"lm_head": WeightCut.whole(config.vocab_size)}, hidden, False)
     return Weights(embedding, tuple(layers), norm, head), places
 
 
-def _fill_randomly(places: dict[str, Place]) -> None:
+def _fill_randomly(places: dict[str, WeightPlace]) -> None:
     """Norm weights 1, biases 0, the rest normal: a decoder that computes, though it says nothing.
 
     A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's. Of a tensor that ranks share

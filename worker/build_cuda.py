@@ -18,7 +18,7 @@ from baton.kvtransfer.planes.device import device_planes
 from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, spread_layers
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
 from baton.node.endpoint import Context
 from baton.node.errors import SettingsError
@@ -95,7 +95,9 @@ def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: in
         pack=False,
     )
     log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1))
-    limits = Limits(settings.max_num_seqs, settings.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
+    limits = StepLimits(
+        settings.max_num_seqs, settings.max_num_batched_tokens, settings.run_ahead, settings.deterministic
+    )
     return CudaRunner(config, weights, CudaQueue(index), limits, longest)
 
 

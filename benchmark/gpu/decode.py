@@ -23,7 +23,7 @@ from baton.benchmark.gpu.runners import BLOCK_TOKENS, chat_lengths, load_shape, 
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.node.messages.control import SamplingParams
 
 CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"
@@ -114,7 +114,7 @@ def main(argv: Sequence[str]) -> int:
     config, weights = load_shape(lines, options.shape)
     pool = random_pool(config, max(sum(map(blocks_for, contexts)) for contexts in cells.values()) + 8)
     max_rows, longest = max(map(len, cells.values())), max(map(max, cells.values())) + 1
-    limits = Limits(max_rows, 2048, options.run_ahead, options.deterministic)
+    limits = StepLimits(max_rows, 2048, options.run_ahead, options.deterministic)
     runner = make_runner(lines, config, weights, limits, pool, longest)
     profiled: list[step_breakdown.Profiled] = []
     for name, contexts in cells.items():

@@ -40,7 +40,7 @@ from baton.kernels.triton.linear_policy import (
     HEAD_8B,
     O_8B,
     QKV_8B,
-    Shape,
+    ProductShape,
     fastest,
     invariant,
 )
@@ -50,7 +50,7 @@ from baton.kvtransfer.blocks.device_pool import DeviceMemory
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.models.batch import Draw
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.sampling import SlotSampler
+from baton.models.cuda.slots import SlotSampler
 from baton.node.messages.control import SamplingParams
 
 HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
@@ -378,11 +378,16 @@ def linears(report: KernelReport) -> None:
 def qwen3_linears(report: KernelReport) -> None:
     """Those of Qwen3-8B that differ."""
     _linears(
-        report, {"gate_up": Shape(12288, 4096, fused=True), "down": Shape(4096, 12288), "lm_head": Shape(151936, 4096)}
+        report,
+        {
+            "gate_up": ProductShape(12288, 4096, fused=True),
+            "down": ProductShape(4096, 12288),
+            "lm_head": ProductShape(151936, 4096),
+        },
     )
 
 
-def _linears(report: KernelReport, shapes: dict[str, Shape]) -> None:
+def _linears(report: KernelReport, shapes: dict[str, ProductShape]) -> None:
     for name, shape in shapes.items():
         n, k, fused = shape.outputs, shape.inputs, shape.fused
         wide = 2 * n if fused else n

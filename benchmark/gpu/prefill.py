@@ -20,7 +20,7 @@ from baton.benchmark.gpu.runners import BLOCK_TOKENS, load_shape, make_runner, r
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.node.messages.control import SamplingParams
 
 CELLS = "1x128,1x256,1x512,1x1024,1x2048,4x2048,1x8192,1x32768"
@@ -75,7 +75,7 @@ def main(argv: Sequence[str]) -> int:
     config, weights = load_shape(lines, options.shape)
     longest, most = max(tokens for _, tokens in cells) + 1, max(prompts for prompts, _ in cells)
     pool = random_pool(config, max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8)
-    runner = make_runner(lines, config, weights, Limits(most, options.budget), pool, longest)
+    runner = make_runner(lines, config, weights, StepLimits(most, options.budget), pool, longest)
     profiled: list[step_breakdown.Profiled] = []
     for prompts, tokens in cells:
         batches = steps(prompts, tokens, options.budget, len(pool))

@@ -11,7 +11,7 @@ from baton.benchmark.harness.shapes import SHAPES
 from baton.models.config import ModelConfig
 from baton.models.cuda.memory import spread_layers
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.layers import Weights
 from baton.models.weights import load_weights
 
@@ -54,7 +54,7 @@ def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
 
 
 def make_runner(
-    lines: JsonLines, config: ModelConfig, weights: Weights, limits: Limits, pool: torch.Tensor, longest: int
+    lines: JsonLines, config: ModelConfig, weights: Weights, limits: StepLimits, pool: torch.Tensor, longest: int
 ) -> CudaRunner:
     """Writes how long the capture took."""
     runner = CudaRunner(config, weights, CudaQueue(0), limits, longest)

@@ -21,7 +21,7 @@ from baton.benchmark.gpu.runners import BLOCK_TOKENS, load_shape, make_runner, r
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.benchmark.harness.processes import MeasuringChild
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.worker.build_cuda import SOON_S
 from baton.worker.main import SWITCH_S
 
@@ -93,7 +93,7 @@ def main(argv: Sequence[str]) -> int:
         end.poll_interval_s = SOON_S
         config, weights = load_shape(lines, options.shape)
         pool = random_pool(config, options.rows * (options.context // BLOCK_TOKENS + 1) + 8)
-        runner = make_runner(lines, config, weights, Limits(options.rows, 2048), pool, options.context + 1)
+        runner = make_runner(lines, config, weights, StepLimits(options.rows, 2048), pool, options.context + 1)
         for plane in options.planes:
             kind, _, ctas = plane.partition(":")
             connect(end, child, kind, int(ctas or 0))

@@ -1,11 +1,11 @@
 """Kernels compiled before their first launch, in several processes: Triton's compiler keeps the interpreter to itself.
 
-    kernels = launched_by(run)                     # run() launches nothing, and tells what it would launch
+    kernels = launched_by(run)                     # run() launches nothing: what it would launch
     if missing(kernels):                           # in Triton's cache on disk
         compile_all(kernels, processes=8, timeout_s=120.0)
 
 The processes leave their work in that cache, where a launch looks before it compiles, and touch no GPU. This stands on
-parts of Triton 3.6 to 3.8 that are not its public interface: whoever calls it must be ready for any exception. Launches
+parts of Triton 3.6 to 3.8 that are not its public interface: a caller must expect any exception. Launches
 then compile as they always do.
 """
 
@@ -80,7 +80,7 @@ def missing(kernels: Iterable[Kernel]) -> list[Kernel]:
 
 
 def compile_all(kernels: Sequence[Kernel], processes: int, timeout_s: float) -> None:
-    """Into the cache on disk. What fails, or is not done in time, is left out: `missing` tells.
+    """Into the cache on disk. What fails, or is not done in time, is left out: see `missing`.
 
     kernels: all that launched_by found, in its order, and for one target. A function's hash in Triton 3.6 depends on
     which were hashed before it, so the processes do that in the order of this one; what is on disk already costs them
@@ -136,13 +136,13 @@ def compile_in_turn(folder: str) -> None:
         function.cache_key  # noqa: B018 - a hash that is kept
     for number in listed["turns"]:
         if _begin(Path(folder, str(number))):
-            with suppress(Exception):  # who launches it compiles it again, and is told what is wrong with it
+            with suppress(Exception):  # a launch compiles it again, and raises what is wrong with it
                 compiled = functions[number].preload(listed["kernels"][number][2])
                 CudaLauncher(compiled.src, compiled.metadata)  # up to Triton 3.6 this compiles too, in C
 
 
 def _kernel(function: Any, compile: dict[str, Any]) -> Kernel:
-    """From what Triton tells its jit_cache_hook."""
+    """From the arguments of Triton's jit_cache_hook."""
     specialization = compile["specialization_data"]
     options = {name: _hashable(value) for name, value in json.loads(specialization)["options"].items()}
     source = function.ASTSource(function, compile["signature"], compile["constants"], compile["configs"][0])
@@ -185,7 +185,7 @@ class _TargetAlone:
 
 
 def _begin(mark: Path) -> bool:
-    """Whether nobody has yet."""
+    """Whether no process has begun this kernel yet."""
     try:
         mark.touch(exist_ok=False)
     except FileExistsError:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 
-class Shape(NamedTuple):
+class ProductShape(NamedTuple):
     """What a kernel is chosen by, beside the number of rows of x."""
 
     outputs: int
@@ -38,21 +38,21 @@ class Tiles:
 
 
 QKV_8B, O_8B, GATE_UP_8B, DOWN_8B, HEAD_8B = (
-    Shape(6144, 4096),
-    Shape(4096, 4096),
-    Shape(14336, 4096, fused=True),
-    Shape(4096, 14336),
-    Shape(128256, 4096),
+    ProductShape(6144, 4096),
+    ProductShape(4096, 4096),
+    ProductShape(14336, 4096, fused=True),
+    ProductShape(4096, 14336),
+    ProductShape(128256, 4096),
 )
-LIKE: dict[Shape, Shape] = {
-    Shape(12288, 4096, fused=True): GATE_UP_8B,
-    Shape(4096, 12288): DOWN_8B,
-    Shape(151936, 4096): HEAD_8B,
+LIKE: dict[ProductShape, ProductShape] = {
+    ProductShape(12288, 4096, fused=True): GATE_UP_8B,
+    ProductShape(4096, 12288): DOWN_8B,
+    ProductShape(151936, 4096): HEAD_8B,
 }
 """Shapes of Qwen3-8B, which take the tiles of those beside them (its other two are the same)."""
 
 # Measured on an H200 (docs/benchmarks/kernels.md). By the largest number of rows, then by shape.
-FASTEST: dict[int, dict[Shape, Tiles]] = {
+FASTEST: dict[int, dict[ProductShape, Tiles]] = {
     1: {
         QKV_8B: Tiles(2, 4096, 0, 1, 1, 8),
         O_8B: Tiles(1, 4096, 0, 1, 1, 4),
@@ -90,7 +90,7 @@ FASTEST: dict[int, dict[Shape, Tiles]] = {
 
 # One number of splits a weight for every number of rows: a row's bits do not depend on the batch. Each table entry
 # sums K in steps of 16 in one order, so other tiles do not change the bits.
-INVARIANT: dict[int, dict[Shape, Tiles]] = {
+INVARIANT: dict[int, dict[ProductShape, Tiles]] = {
     16: {
         QKV_8B: Tiles(64, 128, 16, 5, 2),
         O_8B: Tiles(64, 128, 16, 5, 4),
@@ -129,26 +129,26 @@ INVARIANT: dict[int, dict[Shape, Tiles]] = {
 }
 
 
-GATED_BY_GLUON: dict[Shape, int] = {GATE_UP_8B: 1024}
+GATED_BY_GLUON: dict[ProductShape, int] = {GATE_UP_8B: 1024}
 """The fewest rows from which product_gluon is ahead of cuBLAS with silu * mul behind it."""
 
 
-def fastest(num_rows: int, shape: Shape) -> Tiles | None:
+def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The fastest way for num_rows rows of x; None: cuBLAS."""
     return _look_up(FASTEST, num_rows, shape)
 
 
-def invariant(num_rows: int, shape: Shape) -> Tiles | None:
+def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The way whose bits do not depend on num_rows; None: not known for this shape or so many rows."""
     return _look_up(INVARIANT, num_rows, shape)
 
 
-def gated_by_gluon(num_rows: int, shape: Shape) -> bool:
+def gated_by_gluon(num_rows: int, shape: ProductShape) -> bool:
     """Whether product_gluon, where it runs, is the fastest way for a shape that is fused."""
     least = GATED_BY_GLUON.get(LIKE.get(shape, shape))
     return least is not None and num_rows >= least
 
 
-def _look_up(table: dict[int, dict[Shape, Tiles]], num_rows: int, shape: Shape) -> Tiles | None:
+def _look_up(table: dict[int, dict[ProductShape, Tiles]], num_rows: int, shape: ProductShape) -> Tiles | None:
     bucket = next((rows for rows in sorted(table) if num_rows <= rows), None)
     return None if bucket is None else table[bucket].get(LIKE.get(shape, shape))

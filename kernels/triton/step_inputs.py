@@ -1,12 +1,12 @@
 """The inputs of a decode step, gathered on the GPU from what it keeps for each slot; and bringing that up to date.
 
-    token[r] = given[r] if given[r] >= 0 else last[slot[r]]        the token to compute: told, or drawn last
+    token[r] = given[r] if given[r] >= 0 else last[slot[r]]        the token to compute: given, or drawn last
     at[r] = max(position[r], 0);  length[r] = position[r] + 1
     kv_slot[r] = tables[slot[r], at // block_tokens] * block_tokens + at % block_tokens
     table[r, :used] = tables[slot[r], :used],  used = ceil(length / block_tokens)
 
 A position below 0 is a row of padding: length 0, kv_slot -1, token 0. `set_entries` scatters; the indices of one call
-differ, but for the slot that padding shares and nobody reads. Bytes: the tables in use, twice.
+differ, but for the slot that padding shares and no kernel reads. Bytes: the tables in use, twice.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 

@@ -124,7 +124,7 @@ def _slots(tables: list[np.ndarray], positions: np.ndarray, lengths: np.ndarray,
 def _padded_ids(tables: list[np.ndarray], shape: PoolShape) -> np.ndarray:
     """Layer 0's pieces of some rows, keys then values, each row padded to the first row's length.
 
-    The padding is the row's own first block: whatever a mask hides must at least be numbers, and nobody else's.
+    The padding is the row's own first block: what a mask hides must be finite, and of the same sequence.
     """
     width = len(tables[0])
     ids = np.stack([np.concatenate((table, np.full(width - len(table), table[0]))) for table in tables])

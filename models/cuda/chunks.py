@@ -13,7 +13,7 @@ import numpy as np
 
 from baton.kernels.triton.prefill_attention import work_list
 from baton.models.batch import Row
-from baton.models.cuda.upload import aligned
+from baton.models.cuda.queue import aligned
 
 TABLE_WIDTH = 16
 """Tables are a multiple of it wide: kernels are compiled for such strides, and again for others."""

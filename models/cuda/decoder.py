@@ -15,7 +15,7 @@ import torch
 
 from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
 from baton.kernels.triton.decode_plan import DecodePlan
-from baton.kernels.triton.linear_policy import Shape
+from baton.kernels.triton.linear_policy import ProductShape
 from baton.kernels.triton.norm import add_rms_norm, rms_norm
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.step_inputs import StepInputs
@@ -225,7 +225,7 @@ class _StepOps:
     finish = add_and_norm
 
 
-def product_shapes(weights: Weights) -> tuple[Shape, ...]:
+def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
     """Of all products of the model, each once."""
     shapes = [shape_of(weights.lm_head)]
     for layer in weights.layers:

@@ -9,15 +9,9 @@ from bisect import bisect_left
 from collections.abc import Callable
 
 from baton.models.cuda.queue import Queue, Work
+from baton.models.weights import Progress
 
 Body = Callable[[int, int], Work]
-Progress = Callable[[int, int], None]
-
-
-def no_progress(done: int, total: int) -> None:
-    """The on_progress that tells nobody."""
-
-
 SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 LARGE_STEP = 64
 
@@ -38,7 +32,7 @@ def lengths_up_to(max_tokens: int, first: int, factor: int) -> tuple[int, ...]:
 
 
 class DecodeGraphs:
-    """See the module's docstring."""
+    """Captured decode steps by number of rows and length."""
 
     def __init__(self, queue: Queue, sizes: tuple[int, ...], lengths: tuple[int, ...], body: Body) -> None:
         self._queue = queue

@@ -14,10 +14,10 @@ from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
-from baton.kernels.triton.linear_policy import Shape, Tiles
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.node.errors import InvariantBroken, SettingsError
 
-Policy = Callable[[int, Shape], Tiles | None]
+Policy = Callable[[int, ProductShape], Tiles | None]
 GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """product(x [M, K], [gate; up] [2 N, K], out [M, N])"""
 
@@ -26,20 +26,20 @@ TABLED_ROWS = (1, 16, 32, 64, 128, 256)
 cut into tiles of so many."""
 
 
-def fastest(num_rows: int, shape: Shape) -> Tiles | None:
+def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The policy of speed."""
     return linear_policy.fastest(num_rows, shape)
 
 
-def invariant(num_rows: int, shape: Shape) -> Tiles:
+def invariant(num_rows: int, shape: ProductShape) -> Tiles:
     """The policy whose bits do not depend on num_rows: one number of splits for every number of rows, never cuBLAS.
 
-    Shapes that were not measured get tiles that fit; nobody has tuned those.
+    Shapes that were not measured get tiles that fit, untuned.
     """
     return linear_policy.invariant(min(num_rows, TABLED_ROWS[-1]), shape) or untuned(num_rows, shape)
 
 
-def untuned(num_rows: int, shape: Shape) -> Tiles:
+def untuned(num_rows: int, shape: ProductShape) -> Tiles:
     """Tiles for any shape: the largest that divide it, and one split. SettingsError if none does."""
     n, k = shape.outputs, shape.inputs
     tile_n = next((size for size in (64, 32, 16) if n % size == 0), 0)
@@ -53,7 +53,9 @@ def untuned(num_rows: int, shape: Shape) -> Tiles:
 class Products:
     """The products of one model for up to max_rows rows; not for two steps at a time."""
 
-    def __init__(self, policy: Policy, max_rows: int, shapes: Sequence[Shape], dtype: torch.dtype, device: str) -> None:
+    def __init__(
+        self, policy: Policy, max_rows: int, shapes: Sequence[ProductShape], dtype: torch.dtype, device: str
+    ) -> None:
         """shapes: of all products that will be asked for."""
         self._policy = policy
         rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
@@ -105,10 +107,10 @@ class Products:
             torch.addmm(weights.bias, x, _dense(weights).t(), out=out)
 
 
-def shape_of(weights: Linear, fused: bool = False) -> Shape:
+def shape_of(weights: Linear, fused: bool = False) -> ProductShape:
     """The key of a product in the policies; `fused`: of gate and up, with silu(gate) * up behind it."""
     outputs = weights.num_outputs // 2 if fused else weights.num_outputs
-    return Shape(outputs, weights.num_inputs, fused, weights.weight_format)
+    return ProductShape(outputs, weights.num_inputs, fused, weights.weight_format)
 
 
 def _dense(weights: Linear) -> torch.Tensor:

@@ -1,36 +1,41 @@
-"""The line in which work for a GPU stands: what is put in runs later, in order, and a mark tells when it has run.
+"""A GPU's stream of work, and what the host sends along with it.
 
-`CudaQueue` is a CUDA stream. `HostQueue` runs the same work on CPU tensors, as late as its user can stand: when a mark
-is waited for. What the host changes too early under a launched step comes out wrong there, as it would on a GPU.
+What is put into a `Queue` runs later, in order, and a mark says when it has run. `CudaQueue` is a CUDA stream;
+`testing.late_queue` runs the same work on CPU tensors.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
 
 from baton.models.cuda.compiling import compile_ahead
+from baton.node.errors import InvariantBroken
 
 Work = Callable[[], None]
 
+BUFFERS = 3
+ALIGNED = 4
+"""Numbers; 16 bytes."""
 
-class Mark(Protocol):
-    """A place in the line."""
+
+class QueueMark(Protocol):
+    """A place in the stream."""
 
     def wait(self) -> None:
-        """Until all work before it has run. Unbounded: who watches the worker sees that it takes no more steps."""
+        """Until all work before it has run. Unbounded: a worker whose steps stand still shows in its heartbeats."""
         ...
 
-    def since(self, earlier: Mark) -> float:
-        """Seconds of the device between two marks that have passed; 0 where no clock tells."""
+    def since(self, earlier: QueueMark) -> float:
+        """Seconds of the device between two marks that have passed; 0 where the device has no clock."""
         ...
 
 
 class Queue(Protocol):
-    """See the module's docstring."""
+    """An ordered stream of device work."""
 
     device: str
     num_sms: int
@@ -43,7 +48,7 @@ class Queue(Protocol):
 
     def enqueue(self, work: Work) -> None: ...
 
-    def mark(self) -> Mark: ...
+    def mark(self) -> QueueMark: ...
 
     def rehearse(self, work: Work) -> None:
         """Have ready what the kernels of `work` need. For that it may run, captures included, but without kernels."""
@@ -72,7 +77,7 @@ class CudaQueue:
         with torch.cuda.stream(self._stream):
             work()
 
-    def mark(self) -> Mark:
+    def mark(self) -> QueueMark:
         event = torch.cuda.Event(enable_timing=True)
         event.record(self._stream)
         return _EventMark(event)
@@ -107,54 +112,52 @@ class _EventMark:
     def wait(self) -> None:
         self.event.synchronize()
 
-    def since(self, earlier: Mark) -> float:
+    def since(self, earlier: QueueMark) -> float:
         assert isinstance(earlier, _EventMark), "marks of two kinds of queue"
         return earlier.event.elapsed_time(self.event) / 1e3
 
 
-class HostQueue:
-    """See the module's docstring."""
-
-    device = "cpu"
-    num_sms = 4
-    pdl = False
-
-    def __init__(self) -> None:
-        self._line: deque[Work] = deque()
-        self._entered = 0
-        self._run = 0
-
-    def host_buffer(self, size: int) -> torch.Tensor:
-        return torch.zeros(size, dtype=torch.int32)
-
-    def enqueue(self, work: Work) -> None:
-        self._line.append(work)
-        self._entered += 1
-
-    def mark(self) -> Mark:
-        return _HostMark(self, self._entered)
-
-    def rehearse(self, work: Work) -> None:
-        """Interpreted kernels need nothing."""
-
-    def capture(self, work: Work) -> Work:
-        self.run_to(self._entered)
-        work()
-        return work
-
-    def run_to(self, count: int) -> None:
-        """Run the first `count` pieces of work that ever entered."""
-        while self._run < count:
-            self._run += 1
-            self._line.popleft()()
+def aligned(count: int, to: int = ALIGNED) -> int:
+    """`count` rounded up."""
+    return -(-count // to) * to
 
 
-class _HostMark:
-    def __init__(self, queue: HostQueue, place: int) -> None:
-        self._queue, self._place = queue, place
+class Upload:
+    """Numbers that the host sends with a step, up to `capacity` int32 a time: packed into pinned memory, one copy, and
+    there they lie in a fixed place.
 
-    def wait(self) -> None:
-        self._queue.run_to(self._place)
+    Each array begins at a multiple of 16 bytes: kernels are compiled for aligned arrays, and again for others. The
+    pinned buffers take turns, and none is written again before its copy has run.
+    """
 
-    def since(self, earlier: Mark) -> float:
-        return 0.0
+    def __init__(self, queue: Queue, capacity: int) -> None:
+        self._queue = queue
+        self._capacity = capacity
+        self._buffers = [queue.host_buffer(capacity) for _ in range(BUFFERS)]
+        self._views = [buffer.numpy() for buffer in self._buffers]
+        self._sent: list[QueueMark | None] = [None] * BUFFERS
+        self._turn = 0
+        self.there = torch.zeros(capacity, dtype=torch.int32, device=queue.device)
+
+    def send(self, arrays: Sequence[np.ndarray]) -> list[torch.Tensor]:
+        """Enqueue the copy; the arrays on the device, flat, in their order, until the next `send` has run."""
+        self._turn = (self._turn + 1) % BUFFERS
+        if (mark := self._sent[self._turn]) is not None:
+            mark.wait()  # long past: as many launches ago as there are buffers
+        view, views, end = self._views[self._turn], [], 0
+        for array in arrays:
+            begin = aligned(end)
+            end = begin + array.size
+            if end > self._capacity:
+                raise InvariantBroken(f"{end} numbers in an upload of {self._capacity}")
+            view[begin:end] = array.ravel()
+            views.append(self.there[begin:end])
+        source, target = self._buffers[self._turn][:end], self.there[:end]
+        self._queue.enqueue(lambda: copy_async(target, source))
+        self._sent[self._turn] = self._queue.mark()
+        return views
+
+
+def copy_async(target: torch.Tensor, source: torch.Tensor) -> None:
+    """To or from pinned memory, without waiting."""
+    target.copy_(source, non_blocking=True)

@@ -28,16 +28,14 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.attention import ChunkAttention, choose_attention
 from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, lay_out
 from baton.models.cuda.decoder import DeviceDecoder
-from baton.models.cuda.graphs import DecodeGraphs, Progress, lengths_up_to, no_progress, sizes_up_to
+from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
+from baton.models.cuda.launched import LaunchedStep, StepMarks, StepResult
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
-from baton.models.cuda.queue import Mark, Queue, Work
-from baton.models.cuda.results import StepResult
-from baton.models.cuda.sampling import SlotSampler
-from baton.models.cuda.slots import Slots
-from baton.models.cuda.step import Marks, RunningStep
-from baton.models.cuda.upload import ALIGNED, Upload, aligned
+from baton.models.cuda.queue import ALIGNED, Queue, QueueMark, Upload, Work, aligned
+from baton.models.cuda.slots import Slots, SlotSampler
 from baton.models.layers import Weights
 from baton.models.sampling_rules import EVERYTHING
+from baton.models.weights import Progress, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import SamplingParams
 
@@ -53,7 +51,7 @@ CHUNK_ARRAYS = len(ChunkArrays._fields)
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class StepLimits:
     """What one step may hold, and how it is computed."""
 
     max_rows: int
@@ -66,19 +64,19 @@ class Limits:
 
 
 class CudaRunner:
-    """See the module's docstring. One thread makes all calls."""
+    """Launches steps of one model over one pool. One thread makes all calls."""
 
     def __init__(
         self,
         config: ModelConfig,
         weights: Weights,
         queue: Queue,
-        limits: Limits,
+        limits: StepLimits,
         max_len: int,
         policy: Policy | None = None,
     ) -> None:
         """max_len: no sequence gets longer. policy: of matrix products, by default that of the limits."""
-        _refuse_what_no_kernel_does(config)
+        _check_supported(config)
         self.config = config
         self.kv_dtype = weights.embedding.dtype
         self.run_ahead = limits.run_ahead
@@ -90,7 +88,7 @@ class CudaRunner:
         self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
         self._results = [StepResult(queue, rows) for _ in range(limits.run_ahead + 1)]
-        self._last: Mark | None = None
+        self._last: QueueMark | None = None
         self._bound: _Bound | None = None
         self._longest = max_len
 
@@ -139,7 +137,7 @@ class CudaRunner:
 
     def warm_up(self) -> None:
         """Run parts of prompts of every size that has kernels of its own, so that no request waits for a compiler. The
-        pool's first blocks are written; nobody must own them yet."""
+        pool's first blocks are written: no sequence may own them yet."""
         bound = self._bind()
         width = -(-self._longest // bound.block_tokens)
         draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
@@ -162,8 +160,8 @@ class CudaRunner:
         begun = self._launch_both([rows[index] for index in decode], [rows[index] for index in chunks], result)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before, self._last = self._last or begun, self.queue.mark()
-        marks = Marks(before, begun, self._last)
-        return RunningStep(marks, result, drawing, num_tops, len(rows), self._results.append)
+        marks = StepMarks(before, begun, self._last)
+        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append)
 
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
@@ -181,7 +179,7 @@ class CudaRunner:
                 self._sampler.set_row(row.slot, row.draw)
         self._sampler.flush()
 
-    def _launch_both(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult) -> Mark:
+    def _launch_both(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult) -> QueueMark:
         """Of either kind there may be none. Returns the step's begin on the device."""
         new = sum(row.num_new for row in chunks)
         padded = self._bind().graphs.size_for(len(decode)) if decode else 0
@@ -194,7 +192,7 @@ class CudaRunner:
             begun.append(self._launch_chunks(chunks, result, len(decode)))
         return begun[0]
 
-    def _launch_decode(self, rows: Sequence[Row], result: StepResult) -> Mark:
+    def _launch_decode(self, rows: Sequence[Row], result: StepResult) -> QueueMark:
         """Returns its begin on the device."""
         bound, count = self._bind(), len(rows)
         graph = bound.graphs.graph_for(count, max(row.start for row in rows) + 1)
@@ -275,7 +273,7 @@ class CudaRunner:
 
         return finish
 
-    def _launch_chunks(self, rows: Sequence[Row], result: StepResult, first: int) -> Mark:
+    def _launch_chunks(self, rows: Sequence[Row], result: StepResult, first: int) -> QueueMark:
         """Computes parts of prompts, and draws what they ask for to the places of `result` from `first` on. Returns its
         begin on the device."""
         bound = self._bind()
@@ -303,7 +301,7 @@ class CudaRunner:
         self.queue.enqueue(work)
         return begun
 
-    def _launch_mixed(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, padded: int) -> Mark:
+    def _launch_mixed(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, padded: int) -> QueueMark:
         """One pass for rows that decode, padded as in their graph, and parts of prompts behind them."""
         bound = self._bind()
         longest = bound.graphs.length_for(max(row.start for row in decode) + 1)
@@ -423,7 +421,7 @@ def decodes(row: Row) -> bool:
     return row.num_new == 1 and row.draw is not None and row.draw.num_generated > 0
 
 
-def _refuse_what_no_kernel_does(config: ModelConfig) -> None:
+def _check_supported(config: ModelConfig) -> None:
     if config.head_dim % 16 or config.head_dim > 256:
         raise SettingsError(f"head_dim {config.head_dim}: the GPU's attention needs a multiple of 16 up to 256")
     if config.group_size > GROUP_ROWS:

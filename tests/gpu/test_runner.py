@@ -19,7 +19,7 @@ from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingParams
@@ -35,7 +35,7 @@ LONGEST = 640
 def make(folder: Path, dtype: torch.dtype, *, max_rows: int, block_tokens: int = 64, **limits) -> CudaRunner:
     config = ModelConfig.from_folder(folder)
     weights = load_weights(config, folder, dtype, "cuda:0", pack=False)
-    runner = CudaRunner(config, weights, CudaQueue(0), Limits(max_rows, 2048, **limits), LONGEST)
+    runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(max_rows, 2048, **limits), LONGEST)
     num_blocks = max_rows * -(-LONGEST // block_tokens) + 1
     shape = (num_blocks, config.num_layers, 2, block_tokens, config.num_kv_heads, config.head_dim)
     runner.bind_pool(torch.zeros(shape, dtype=dtype, device="cuda:0"), LONGEST)
@@ -142,7 +142,7 @@ def test_the_8b_shape_computes_what_the_cpu_computes(tmp_path, deterministic):
     follow it through the captured steps, which must be likely ones by the CPU's float32 logits."""
     config = ModelConfig.from_folder(two_layers(tmp_path))
     weights = load_weights(config, tmp_path, torch.bfloat16, "cuda:0", "dummy", pack=False)
-    runner = CudaRunner(config, weights, CudaQueue(0), Limits(40, 2048, 1, deterministic), LONGEST)
+    runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(40, 2048, 1, deterministic), LONGEST)
     runner.bind_pool(torch.zeros(400, 2, 2, 64, 8, 128, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
     prompt = [random.Random(3).randrange(128_000) for _ in range(300)]
     draw = Draw(SamplingParams(max_tokens=99, temperature=0.0), (), 300, 0)

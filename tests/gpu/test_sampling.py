@@ -10,7 +10,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.batch import Draw
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.sampling import SlotSampler
+from baton.models.cuda.slots import SlotSampler
 from baton.node.messages.control import SamplingParams
 
 pytestmark = pytest.mark.gpu

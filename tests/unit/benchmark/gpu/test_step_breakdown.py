@@ -20,8 +20,8 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.shapes import SHAPES
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
-from baton.models.cuda.queue import HostQueue
 from baton.node.messages.control import SamplingParams
+from baton.testing.late_queue import LateQueue
 
 KERNELS = Path(__file__).parents[4] / "kernels" / "triton"
 WAIT = "at::cuda::(anonymous namespace)::spin_kernel(long)"
@@ -176,7 +176,7 @@ class FakeProfile:
 
 def test_a_line_a_cell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """A cell that got another's passes would tell the other's time."""
-    fake, queue = FakeProfile(), HostQueue()
+    fake, queue = FakeProfile(), LateQueue()
     monkeypatch.setattr(bench, "profile", lambda activities: fake)
     monkeypatch.setattr(bench.torch.cuda, "_sleep", lambda cycles: fake.call(WAIT), raising=False)
 
@@ -200,4 +200,4 @@ def test_a_trace_that_lost_passes_is_an_error(monkeypatch: pytest.MonkeyPatch) -
     """Lines would name cells that they are not of."""
     monkeypatch.setattr(bench, "recorded", lambda queue, runs: [intervals(("a", 0, 1))])
     with pytest.raises(RuntimeError, match=f"{bench.PASSES} passes ran, the trace has 1"):
-        bench.report(JsonLines(), HostQueue(), [bench.Profiled({}, print, 0.0, {})])
+        bench.report(JsonLines(), LateQueue(), [bench.Profiled({}, print, 0.0, {})])

@@ -17,15 +17,16 @@ from triton.runtime.jit import JITFunction
 from baton.kernels.triton.compiling import Kernel, launched_by
 from baton.models.config import ModelConfig
 from baton.models.cuda.products import untuned
-from baton.models.cuda.queue import HostQueue, Work
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.queue import Work
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
+from baton.testing.late_queue import LateQueue
 from baton.tests.unit.kernels.compile_sm90 import NoDevice
 
 BLOCK, LONGEST = 64, 4096
 
 
-class RehearsingQueue(HostQueue):
+class RehearsingQueue(LateQueue):
     """A GPU's queue as far as it decides what is launched."""
 
     num_sms = 132
@@ -61,7 +62,7 @@ def main(folder: Path) -> None:
     count_launches()
     config, queue = ModelConfig.from_folder(folder), RehearsingQueue()
     weights = load_weights(config, folder, torch.bfloat16, pack=False)
-    runner = CudaRunner(config, weights, queue, Limits(20, 256), LONGEST, untuned)
+    runner = CudaRunner(config, weights, queue, StepLimits(20, 256), LONGEST, untuned)
     shape = (2 * LONGEST // BLOCK, config.num_layers, 2, BLOCK, config.num_kv_heads, config.head_dim)
 
     def start() -> None:

@@ -13,11 +13,11 @@ from baton.models.batch import Draw, Row
 from baton.models.cuda.chunks import ChunkShape, lay_out
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
 from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, spread_layers
-from baton.models.cuda.queue import HostQueue
+from baton.models.cuda.queue import BUFFERS, Upload
 from baton.models.cuda.slots import Slots
-from baton.models.cuda.upload import BUFFERS, Upload
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import SamplingParams
+from baton.testing.late_queue import LateQueue
 
 
 @given(st.integers(1, 600), st.integers(1, 200_000))
@@ -26,7 +26,7 @@ def test_every_step_has_a_graph(max_rows, max_tokens):
     sizes, lengths = sizes_up_to(max_rows), lengths_up_to(max_tokens, 2048, 4)
     assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max_rows
     assert list(lengths) == sorted(set(lengths)) and lengths[-1] == max_tokens
-    graphs = DecodeGraphs(HostQueue(), sizes, lengths, lambda *_: lambda: None)
+    graphs = DecodeGraphs(LateQueue(), sizes, lengths, lambda *_: lambda: None)
     for rows in range(1, max_rows + 1):
         assert rows <= graphs.size_for(rows) < max(2 * rows, rows + 65)
 
@@ -34,7 +34,7 @@ def test_every_step_has_a_graph(max_rows, max_tokens):
 def test_the_graph_that_runs_is_the_smallest_that_holds_the_step():
     """Guards against a graph for shorter rows than the step has: their last tokens would not be seen."""
     ran: list[tuple[int, int]] = []
-    graphs = DecodeGraphs(HostQueue(), (1, 4, 8), (10, 100), lambda *key: lambda: ran.append(key))
+    graphs = DecodeGraphs(LateQueue(), (1, 4, 8), (10, 100), lambda *key: lambda: ran.append(key))
     seen: list[tuple[int, int]] = []
     graphs.capture_all(lambda done, total: seen.append((done, total)))
     assert ran[0] == (8, 100) and len(ran) == 6 and seen[-1] == (6, 6)
@@ -80,7 +80,7 @@ def test_no_block_is_a_multiple_of_five_layers_apart():
 
 def test_buffers_are_not_written_again_before_they_were_copied():
     """Guards against numbers of a later step in an earlier one: nothing has run when all buffers have had a turn."""
-    queue = HostQueue()
+    queue = LateQueue()
     upload, seen = Upload(queue, 8), []
     for number in range(2 * BUFFERS + 1):
         (there,) = upload.send((np.full(5, number, dtype=np.int32),))

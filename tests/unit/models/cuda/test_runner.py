@@ -10,11 +10,11 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.products import Policy, fastest, invariant, untuned
-from baton.models.cuda.queue import HostQueue
-from baton.models.cuda.runner import CudaRunner, Limits
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingParams
+from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 
 BLOCK = 16
@@ -34,7 +34,7 @@ def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fast
     plain = ModelRunner.load(folder)
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
     weights = load_weights(plain.config, folder, torch.float32, pack=False)
-    late = CudaRunner(plain.config, weights, HostQueue(), Limits(max_rows, 64, run_ahead, **limits), 512, policy)
+    late = CudaRunner(plain.config, weights, LateQueue(), StepLimits(max_rows, 64, run_ahead, **limits), 512, policy)
     pool = torch.zeros(plain.kv_shape(24, BLOCK))
     pool = torch.cat((pool, torch.full_like(pool[:, :1], float("nan")).repeat(1, spare_layers, 1, 1, 1, 1)), dim=1)
     late.bind_pool(pool, 96)

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from baton.models.batch import Draw
 from baton.models.cpu.sampler import draw_tokens
-from baton.models.cuda.queue import CudaQueue, HostQueue, Queue
-from baton.models.cuda.sampling import SlotSampler
+from baton.models.cuda.queue import CudaQueue, Queue
+from baton.models.cuda.slots import SlotSampler
 from baton.models.sampling_rules import rules_of
 from baton.node.messages.control import SamplingParams
+from baton.testing.late_queue import LateQueue
 
 VOCAB = 5000  # two blocks of tokens
 SLOTS = 4
@@ -23,7 +24,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make(num_slots: int = SLOTS, vocab_size: int = VOCAB) -> tuple[Queue, SlotSampler]:
-    queue: Queue = CudaQueue(0) if torch.cuda.is_available() else HostQueue()
+    queue: Queue = CudaQueue(0) if torch.cuda.is_available() else LateQueue()
     return queue, SlotSampler(queue, num_slots, num_slots, vocab_size)
 
 

@@ -1,12 +1,15 @@
-"""What steps bring back to the host: pinned memory that they copy into, and reading it once they have."""
+"""A step that was launched on a device: when its result is there, what it brings back to the host, and what it took."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
 from baton.kernels.triton.logprobs import MOST, LogprobRows
-from baton.models.batch import Drawn
-from baton.models.cuda.queue import Queue
+from baton.models.batch import DeviceTime, Drawn
+from baton.models.cuda.queue import Queue, QueueMark
 from baton.node.messages.control import Logprob
 
 NUM_TOP = MOST.value
@@ -42,3 +45,40 @@ class StepResult:
             return ()
         ids, values = self._top_ids[row, :num_top].tolist(), self._tops[row, :num_top].tolist()
         return (Logprob(float(self._logprobs[row]), tuple(zip(ids, values, strict=True))),)
+
+
+@dataclass(frozen=True, slots=True)
+class StepMarks:
+    """The end of the step before, and this step's begin and end."""
+
+    before: QueueMark
+    begun: QueueMark
+    ended: QueueMark
+
+    @property
+    def device_time(self) -> DeviceTime:
+        return DeviceTime(self.ended.since(self.begun), self.begun.since(self.before))
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchedStep:
+    """A step on its way; its result is there once its end has passed."""
+
+    marks: StepMarks
+    result: StepResult
+    drawing: list[int]
+    num_tops: list[int | None]
+    num_rows: int
+    give_back: Callable[[StepResult], None]
+
+    @property
+    def device_time(self) -> DeviceTime | None:
+        return self.marks.device_time
+
+    def read(self) -> list[Drawn | None]:
+        self.marks.ended.wait()
+        drawn: list[Drawn | None] = [None] * self.num_rows
+        for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
+            drawn[index] = entry
+        self.give_back(self.result)
+        return drawn
