@@ -1,4 +1,4 @@
-"""Kernels compiled ahead in processes are those that launches look for, and nobody waits for a process that died."""
+"""Kernels compiled ahead in processes are those that launches look for, and a process that died delays nothing."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def assert_all_is_shared_out(lengths: list[int], chunks: list[list[int]]) -> Non
 @settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from([0, 1, 63, 64, 65, 500, 1000, 8192, 33000]), min_size=1, max_size=9), st.integers(1, 5))
 def test_every_token_is_in_one_chunk(device, lengths, splits):
-    """Guards against tokens that nobody reads, or that two do, whatever lengths come together."""
+    """Guards against tokens that no program reads, or that two do, whatever lengths come together."""
     shared = DecodePlan((splits + 1) * len(lengths), 3, splits)
     assert_all_is_shared_out(lengths, chunks_of(lengths, shared, device))
     fixed = fixed_plan(len(lengths), 8, 33000, 132, 4096)

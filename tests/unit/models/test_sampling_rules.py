@@ -53,7 +53,7 @@ def test_biases_of_one_token_are_summed():
 
 
 def test_the_example_of_everything_takes_every_path():
-    """Guards a start against kernels that the first request would have to wait for: whoever adds a parameter adds it to
+    """Guards a start against kernels that the first request would have to wait for: a new parameter belongs into
     EVERYTHING, which a runner warms up with."""
     plain = SamplingParams(max_tokens=1)
     harmless = {"max_tokens", "temperature", "seed"}

@@ -37,7 +37,7 @@ def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
     """Guards against a token that is lost, stands twice, or is written to or read from another row's block."""
     shape = PoolShape(NUM_LAYERS, BLOCK_TOKENS, token_kib << 10)
     step = lay_out(rows, shape, None, torch.float32)
-    # Each token names its row and its place in it, so it tells where everything about it must be.
+    # Each token names its row and its place in it, from which follows where everything about it must be.
     assert sorted(step.token_ids.tolist()) == sorted(token for row in rows for token in row.token_ids)
     for index, token in enumerate(step.token_ids.tolist()):
         row, position = rows[token // 1000], rows[token // 1000].start + token % 1000

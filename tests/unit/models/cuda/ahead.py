@@ -18,7 +18,7 @@ class Ahead:
         self.params: dict[int, SamplingParams] = {}
         self.tables: dict[int, list[int]] = {}
         self.prompts: dict[int, int] = {}
-        self.flights: list = []
+        self.in_flight: list = []
 
     def start(self, slot: int, prompt: list[int], blocks: list[int], **params) -> None:
         self.known[slot], self.computed[slot], self.tables[slot] = list(prompt), 0, blocks
@@ -29,7 +29,7 @@ class Ahead:
         rows, drawing = [], []
         for slot in slots:
             known, start = self.known[slot], self.computed[slot]
-            pending = sum(slot in drawn for _, drawn in self.flights)
+            pending = sum(slot in drawn for _, drawn in self.in_flight)
             expected = len(known) + pending
             end = min(start + chunk, expected)
             draw = None
@@ -38,18 +38,18 @@ class Ahead:
                 drawing.append(slot)
             rows.append(Row(known[start:end], start, self.tables[slot], draw, slot))
             self.computed[slot] = end
-        self.flights.append((self.late.launch(rows), drawing))
-        if len(self.flights) > self.late.run_ahead:
+        self.in_flight.append((self.late.launch(rows), drawing))
+        if len(self.in_flight) > self.late.run_ahead:
             self.read()
 
     def read(self) -> None:
-        launched, drawing = self.flights.pop(0)
+        launched, drawing = self.in_flight.pop(0)
         drawn = [entry.token_ids[0] for entry in launched.read() if entry is not None]
         for slot, token_id in zip(drawing, drawn, strict=True):
             self.known[slot].append(token_id)
 
     def generated(self, slot: int) -> list[int]:
-        while self.flights:
+        while self.in_flight:
             self.read()
         return self.known[slot][self.prompts[slot] :]
 

@@ -45,7 +45,7 @@ def test_a_full_cache_starts_no_process(monkeypatch, caplog):
 
 
 def test_an_empty_cache_is_filled_by_processes(monkeypatch, caplog):
-    """Guards what the log tells: how many kernels, how many of them failed, by how many processes."""
+    """Guards the log line: how many kernels, how many of them failed, by how many processes."""
     calls, log = started(monkeypatch, caplog, found=list(range(40)), absent=list(range(32)))
     assert calls == [(list(range(40)), 8, compiling.TIMEOUT_S)]
     assert "kernels_compiled kernels=32 failed=32 processes=8" in log

@@ -92,7 +92,7 @@ def test_buffers_are_not_written_again_before_they_were_copied():
 
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.booleans(), st.integers(0, 3)), max_size=30))
-def test_the_books_of_the_slots_are_what_the_device_has(steps):
+def test_slots_agree_with_what_was_sent(steps):
     """Guards against a block table with blocks of the slot's earlier owner, or without its newest."""
     slots, tables, device = Slots(3, 40, "cpu"), {0: [1], 1: [2], 2: [3]}, {}
     fresh = 10

@@ -30,7 +30,7 @@ def split_in_two(num_rows, shape):
 
 def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, spare_layers=0, **limits):
     """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks; the former's blocks have
-    room for more layers, which nobody may read."""
+    room for more layers, which no kernel may read."""
     plain = ModelRunner.load(folder)
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
     weights = load_weights(plain.config, folder, torch.float32, pack=False)
@@ -135,7 +135,7 @@ def test_log_probabilities_come_with_their_rows(make_model):
         assert [token for token, _ in found.logprobs[0].top] == [token for token, _ in wanted.logprobs[0].top]
 
 
-def test_a_step_that_was_not_read_holds_its_result(make_model):
+def test_an_unread_step_keeps_its_result(make_model):
     """Guards against a result that a later step overwrites before it is read, and against launching without bound."""
     late, _ = make(make_model("llama", num_hidden_layers=1, vocab_size=144).folder, run_ahead=1)
     draw = Draw(SamplingParams(max_tokens=9, temperature=0.0), (), 3, 0)
