@@ -25,7 +25,7 @@ from baton.launch.local import (
     served_name,
     sizes_pools,
 )
-from baton.launch.supervisor import ChildSpec, Patience, Supervisor
+from baton.launch.supervisor import ChildSpec, Supervisor, SupervisorLimits
 from baton.node.errors import SettingsError
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
@@ -95,7 +95,7 @@ async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
     any_host = settings.host in ("", "0.0.0.0", "::")
     host = "127.0.0.1" if any_host else settings.host
     url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
-    supervisor = Supervisor(specs, say, Patience(start_s=settings.start_timeout_s, grace_s=settings.grace_s))
+    supervisor = Supervisor(specs, say, SupervisorLimits(start_s=settings.start_timeout_s, grace_s=settings.grace_s))
 
     def on_signal() -> None:
         say("stopping: running requests get to their end (Ctrl-C again to kill)")

@@ -1,8 +1,8 @@
 """Runs the processes of one machine as children: shows their output, restarts what dies, leaves nothing behind.
 
-It owns child processes and knows no role: what to run, and when the whole is ready, it is told. Each child leads a
-process group of its own, so a Ctrl-C on the terminal reaches only the supervisor, which then drains the children in
-order. On Linux the kernel kills the children when the supervisor dies (prctl(2), PR_SET_PDEATHSIG).
+It owns child processes and knows no role: the caller gives what to run, and the test for "ready". Each child leads a
+process group of its own, so a Ctrl-C on the terminal reaches only the supervisor, which then drains the children.
+On Linux the kernel kills the children when the supervisor dies (prctl(2), PR_SET_PDEATHSIG).
 """
 
 from __future__ import annotations
@@ -26,31 +26,31 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
-    """One process to run. Children of one `group` stand in for each other: while one of them runs, the group lives."""
+    """One process to run. Children of one `group` can replace each other: while one of them runs, the group lives."""
 
     name: str
     group: str
     argv: tuple[str, ...]
     env: Mapping[str, str]
     needed: bool = True
-    """Without its group the whole ends; the others go on without one that is not needed."""
+    """Whether all ends when no child of its group is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Patience:
-    """Every bound of the supervisor."""
+class SupervisorLimits:
+    """Timeouts and bounds of the supervisor."""
 
     start_s: float = 600.0
-    """From the start of the children until the whole is ready: loading weights from a slow disk takes minutes."""
+    """From the start of the children until all serve: loading weights from a slow disk takes minutes."""
     grace_s: float = 30.0
     """From SIGTERM to SIGKILL."""
     max_restarts: int = 5
-    """Of one child within `restart_window_s`; one more death and it is given up."""
+    """Of one child within `restart_window_s`; after one more exit it is given up."""
     restart_window_s: float = 60.0
     restart_delay_s: float = 0.5
     """Before the first restart; doubled for each further one in the window."""
     report_s: float = 5.0
-    """Between two lines that tell what the start waits for."""
+    """Between two lines that say what the start waits for."""
 
 
 class Supervisor:
@@ -59,74 +59,74 @@ class Supervisor:
     (The kernel counts the death of the *thread* that started a child as the death of its parent.)
     """
 
-    def __init__(self, specs: Sequence[ChildSpec], say: Say, patience: Patience | None = None) -> None:
+    def __init__(self, specs: Sequence[ChildSpec], say: Say, limits: SupervisorLimits | None = None) -> None:
         self._say = say
-        self._patience = patience or Patience()
+        self._limits = limits or SupervisorLimits()
         self._children = [_Child(spec, say) for spec in specs]
         self._stop = asyncio.Event()
-        self._hurry = asyncio.Event()
+        self._kill = asyncio.Event()
         self._serving = False
 
     def stop(self) -> None:
         """Drain and end. A second call kills at once."""
         if self._stop.is_set():
-            self._hurry.set()
+            self._kill.set()
         self._stop.set()
 
     async def run(self, ready: Callable[[], Awaitable[str]], on_ready: Callable[[], None]) -> int:
-        """Run the children until `stop` is called or a group is given up; returns the exit status of the whole.
+        """Run the children until `stop` is called or a group is given up; returns the exit status.
 
-        `ready` returns an empty string once the children serve, else what is still missing; it is asked again and
-        again, must not block the loop, and bounds its own waits. Until then any death of a child ends the whole.
+        `ready` returns an empty string once the children serve, else what is still missing; it is called repeatedly,
+        must not block the loop, and bounds its own waits. Until then any exit of a child ends the start.
         """
-        keepers = {asyncio.create_task(self._keep(child)): child for child in self._children}
+        tasks = {asyncio.create_task(self._run_child(child)): child for child in self._children}
         starting = asyncio.create_task(self._await_ready(ready))
         stopping = asyncio.create_task(self._stop.wait())
         failed = False
         try:
-            await asyncio.wait([starting, stopping, *keepers], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([starting, stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
             if starting.done() and starting.result():
                 self._serving = True
                 on_ready()
-                failed = await self._serve(keepers, stopping)
+                failed = await self._serve(tasks, stopping)
             else:
                 failed = not self._stop.is_set()
             return 1 if failed else 0
         finally:
             starting.cancel()
-            await self._end(list(keepers))
+            await self._end(list(tasks))
             stopping.cancel()
 
     async def _await_ready(self, ready: Callable[[], Awaitable[str]]) -> bool:
-        """Ask until the answer is yes; False when the time is up."""
+        """Call `ready` until nothing is missing; False when the time is up."""
         loop = asyncio.get_running_loop()
         started = reported = loop.time()
         while missing := await ready():
             now = loop.time()
-            if now - started > self._patience.start_s:
-                self._say(f"not ready after {self._patience.start_s:.0f} s: {missing}")
+            if now - started > self._limits.start_s:
+                self._say(f"not ready after {self._limits.start_s:.0f} s: {missing}")
                 return False
-            if now - reported >= self._patience.report_s:
+            if now - reported >= self._limits.report_s:
                 self._say(f"waiting ({now - started:.0f} s): {missing}")
                 reported = now
             await asyncio.sleep(0.1)
         return True
 
-    async def _serve(self, keepers: Mapping[asyncio.Task[None], _Child], stopping: asyncio.Task[bool]) -> bool:
-        """Until stopped; True if a group has no child left. A keeper ends when it gives its child up."""
-        pending: set[asyncio.Task[None]] = set(keepers)
+    async def _serve(self, tasks: Mapping[asyncio.Task[None], _Child], stopping: asyncio.Task[bool]) -> bool:
+        """Until stopped; True if a group has no child left. A task ends when it gives its child up."""
+        pending: set[asyncio.Task[None]] = set(tasks)
         while not self._stop.is_set():
             await asyncio.wait([stopping, *pending], return_when=asyncio.FIRST_COMPLETED)
             pending = {task for task in pending if not task.done()}
-            alive = {keepers[task].spec.group for task in pending}
-            lost = {child.spec.group for child in keepers.values() if child.spec.needed} - alive
+            alive = {tasks[task].spec.group for task in pending}
+            lost = {child.spec.group for child in tasks.values() if child.spec.needed} - alive
             if lost and not self._stop.is_set():
                 self._say(f"giving up: no {' and no '.join(sorted(lost))} process is left")
                 return True
         return False
 
-    async def _keep(self, child: _Child) -> None:
-        """Run one child, again and again while serving, until it is given up or the whole stops."""
+    async def _run_child(self, child: _Child) -> None:
+        """Run one child, again and again while serving, until it is given up or all stop."""
         clock = asyncio.get_running_loop().time
         restarts: deque[float] = deque()
         while True:
@@ -134,37 +134,39 @@ class Supervisor:
             if self._stop.is_set():
                 return
             if not self._serving:
-                self._say(f"{child.spec.name} ended during the start ({_told(status)}); its last lines:")
+                self._say(f"{child.spec.name} ended during the start ({_describe_status(status)}); its last lines:")
                 for line in child.tail:
                     self._say(f"    {line}")
                 return
-            while restarts and clock() - restarts[0] > self._patience.restart_window_s:
+            while restarts and clock() - restarts[0] > self._limits.restart_window_s:
                 restarts.popleft()
-            if len(restarts) >= self._patience.max_restarts:
-                self._say(f"{child.spec.name} ended ({_told(status)}) after {len(restarts)} restarts: given up")
+            if len(restarts) >= self._limits.max_restarts:
+                self._say(
+                    f"{child.spec.name} ended ({_describe_status(status)}) after {len(restarts)} restarts: given up"
+                )
                 return
-            delay_s = self._patience.restart_delay_s * 2 ** len(restarts)
-            self._say(f"{child.spec.name} ended ({_told(status)}); restart in {delay_s:.1f} s")
-            if await _happens(self._stop, delay_s):
+            delay_s = self._limits.restart_delay_s * 2 ** len(restarts)
+            self._say(f"{child.spec.name} ended ({_describe_status(status)}); restart in {delay_s:.1f} s")
+            if await _wait_for(self._stop, delay_s):
                 return
             restarts.append(clock())
 
-    async def _end(self, keepers: list[asyncio.Task[None]]) -> None:
-        """SIGTERM; SIGKILL when the grace time is over or somebody hurries; back when all children are gone."""
+    async def _end(self, tasks: list[asyncio.Task[None]]) -> None:
+        """SIGTERM; SIGKILL when the grace time is over or at a second `stop`; returns when all are gone."""
         self._stop.set()
         for child in self._children:
             child.signal(signal.SIGTERM)
-        hurry = asyncio.create_task(_happens(self._hurry, self._patience.grace_s))
-        gone = asyncio.create_task(asyncio.wait(keepers))
+        kill = asyncio.create_task(_wait_for(self._kill, self._limits.grace_s))
+        gone = asyncio.create_task(asyncio.wait(tasks))
         try:
-            await asyncio.wait([hurry, gone], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([kill, gone], return_when=asyncio.FIRST_COMPLETED)
         finally:
-            hurry.cancel()
+            kill.cancel()
             for child in self._children:
                 if child.signal(signal.SIGKILL):
                     self._say(f"{child.spec.name} killed: it had not ended in time")
         await asyncio.wait([gone], timeout=10.0)  # what was killed is gone at once, unless it hangs in the kernel
-        for task in keepers:
+        for task in tasks:
             if task.done() and (error := task.exception()) is not None:
                 raise error
 
@@ -251,7 +253,7 @@ def signal_group(pgid: int, signum: int) -> bool:
     return True
 
 
-async def _happens(event: asyncio.Event, timeout_s: float) -> bool:
+async def _wait_for(event: asyncio.Event, timeout_s: float) -> bool:
     """Whether `event` is set within the time."""
     try:
         async with asyncio.timeout(timeout_s):
@@ -260,7 +262,7 @@ async def _happens(event: asyncio.Event, timeout_s: float) -> bool:
         return False
 
 
-def _told(status: int | str) -> str:
+def _describe_status(status: int | str) -> str:
     """An exit status in words."""
     if isinstance(status, str):
         return status

@@ -1,7 +1,7 @@
 """Where a model's files are: the demo model, a folder, or a download from the Hugging Face hub.
 
-It owns the way from the name that a user gives to a folder on this machine. It reads no file in it: what a model is,
-`models` and `proxy` find out. Only safetensors are ever fetched: a .bin or .pt file is a pickle, which can run code.
+It owns the way from the name that a user gives to a folder on this machine. It reads no file in it; `models` and
+`proxy` do. Only safetensors are ever fetched: a .bin or .pt file is a pickle, which can run code.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings: one frozen dataclass a node; the command line is made from it, and errors are told in one line.
+"""Settings: one frozen dataclass a node. The command line is made from it, and an error is one line.
 
 The only reader of the command line and of the environment. It knows no node: `option` describes a field, `parse` turns
 arguments into an instance of any dataclass made of such fields, `require_loopback` guards what a node binds to.
@@ -84,7 +84,7 @@ def parse(
     """An instance of the settings dataclass `cls` from command-line arguments (without the program's name).
 
     Ends the process: status 0 after --help, status 2 with one line on stderr where an argument is wrong or missing.
-    `environ` stands in for the process environment. A `SettingsError` out of `cls.__post_init__` is told the same way.
+    `environ` replaces the process environment. A `SettingsError` out of `cls.__post_init__` ends it in the same way.
     """
     parser = _OneLineParser(prog=prog, description=description, allow_abbrev=False, formatter_class=_HelpFormatter)
     hints = typing.get_type_hints(cls)
@@ -105,7 +105,7 @@ def parse(
 
 
 def require_loopback(address: str, insecure_network: bool) -> None:
-    """Raise SettingsError where a bind to `address` would be reachable from other machines and nobody asked for it.
+    """Raise SettingsError where a bind to `address` would be reachable from other machines without --insecure-network.
 
     `address` is a host ("127.0.0.1", "localhost", "::1") or a ZeroMQ endpoint ("tcp://127.0.0.1:0", "ipc://...").
     A host name other than localhost counts as a network: where it points to can change.

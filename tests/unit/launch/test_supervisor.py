@@ -1,4 +1,4 @@
-"""Guards node.supervisor with real child processes: what dies is restarted within bounds, and nothing is left behind.
+"""Guards launch.supervisor with real child processes: what dies is restarted within bounds, and nothing is left behind.
 
 Children are small Python programs. Whether a process is gone is told by a named pipe that it holds open: its reader
 sees the end of the file exactly when the last holder is dead, which no process id can tell for sure.
@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from baton.launch.supervisor import ChildSpec, Patience, Supervisor
+from baton.launch.supervisor import ChildSpec, Supervisor, SupervisorLimits
 
 ROOT = Path(__file__).resolve().parents[3]
 WAITS = "import signal, os; print('up', os.getpid(), flush=True); signal.pause()"
@@ -40,11 +40,11 @@ class Log:
 
     def __init__(self) -> None:
         self.lines: list[str] = []
-        self._news = asyncio.Event()
+        self._changed = asyncio.Event()
 
     def __call__(self, line: str) -> None:
         self.lines.append(line)
-        self._news.set()
+        self._changed.set()
 
     def having(self, text: str) -> list[str]:
         return [line for line in self.lines if text in line]
@@ -52,8 +52,8 @@ class Log:
     async def until(self, text: str, count: int = 1) -> str:
         async with asyncio.timeout(60):
             while len(self.having(text)) < count:
-                self._news.clear()
-                await self._news.wait()
+                self._changed.clear()
+                await self._changed.wait()
         return self.having(text)[-1]
 
 
@@ -71,10 +71,10 @@ def ready_when(log: Log, text: str, count: int = 1) -> Callable[[], Awaitable[st
 
 @asynccontextmanager
 async def running(
-    log: Log, *specs: ChildSpec, patience: Patience | None = None, text: str = "up", count: int = 1
+    log: Log, *specs: ChildSpec, limits: SupervisorLimits | None = None, text: str = "up", count: int = 1
 ) -> AsyncIterator[tuple[Supervisor, asyncio.Task[int]]]:
     """A supervisor whose children are ready."""
-    supervisor = Supervisor(specs, log, patience)
+    supervisor = Supervisor(specs, log, limits)
     task = asyncio.create_task(supervisor.run(ready_when(log, text, count), lambda: log("READY")))
     try:
         await log.until("READY")
@@ -130,12 +130,12 @@ async def test_a_program_that_cannot_be_started_is_an_end_like_any_other() -> No
 async def test_a_start_that_takes_too_long_is_given_up_and_said() -> None:
     """A start-up wait without a bound never tells anyone what is missing."""
     log = Log()
-    patience = Patience(start_s=0.0, report_s=0.0)
+    limits = SupervisorLimits(start_s=0.0, report_s=0.0)
 
     async def never() -> str:
         return "a token of the workers"
 
-    assert await finished(asyncio.create_task(Supervisor([child(WAITS)], log, patience).run(never, lambda: None))) == 1
+    assert await finished(asyncio.create_task(Supervisor([child(WAITS)], log, limits).run(never, lambda: None))) == 1
     assert log.having("not ready after 0 s: a token of the workers")
 
 
@@ -156,7 +156,7 @@ async def test_a_stop_during_the_start_is_a_clean_end() -> None:
 async def test_a_dead_child_is_restarted() -> None:
     """Without it one crash takes a role away until somebody looks."""
     log = Log()
-    async with running(log, child(WAITS), patience=Patience(restart_delay_s=0.0)):
+    async with running(log, child(WAITS), limits=SupervisorLimits(restart_delay_s=0.0)):
         first = int((await log.until("up")).split()[-1])
         os.kill(first, signal.SIGKILL)
         second = int((await log.until("up", 2)).split()[-1])
@@ -174,7 +174,7 @@ async def test_restarts_are_bounded_and_the_last_of_a_group_ends_the_whole(tmp_p
     """A worker that cannot start any more would be restarted for ever, behind a proxy that can only refuse."""
     log = Log()
     specs = [crash_loop(tmp_path / "m", "decode-0"), child(DRAINS, "proxy", "proxy")]
-    async with running(log, *specs, patience=Patience(restart_delay_s=0.0, max_restarts=2), count=2) as (_, task):
+    async with running(log, *specs, limits=SupervisorLimits(restart_delay_s=0.0, max_restarts=2), count=2) as (_, task):
         os.kill(int(log.having("[decode-0] up")[0].split()[-1]), signal.SIGKILL)
         assert await finished(task) == 1
     assert len(log.having("restart in")) == 2
@@ -187,7 +187,10 @@ async def test_a_child_given_up_leaves_its_twin_serving(tmp_path: Path) -> None:
     """One broken worker of two must not stop the service."""
     log = Log()
     specs = [crash_loop(tmp_path / "m", "decode-0"), child(WAITS, "decode-1")]
-    async with running(log, *specs, patience=Patience(restart_delay_s=0.0, max_restarts=0), count=2) as (sup, task):
+    async with running(log, *specs, limits=SupervisorLimits(restart_delay_s=0.0, max_restarts=0), count=2) as (
+        sup,
+        task,
+    ):
         os.kill(int(log.having("[decode-0] up")[0].split()[-1]), signal.SIGKILL)
         await log.until("given up")
         assert not task.done()
@@ -199,8 +202,8 @@ async def test_the_rest_goes_on_without_a_child_that_is_not_needed(tmp_path: Pat
     """A store that cannot run would take a service down that works without it."""
     log = Log()
     store = replace(crash_loop(tmp_path / "m", "store"), group="store", needed=False)
-    patience = Patience(restart_delay_s=0.0, max_restarts=0)
-    async with running(log, store, child(WAITS, "decode-1"), patience=patience, count=2) as (supervisor, task):
+    limits = SupervisorLimits(restart_delay_s=0.0, max_restarts=0)
+    async with running(log, store, child(WAITS, "decode-1"), limits=limits, count=2) as (supervisor, task):
         os.kill(int(log.having("[store] up")[0].split()[-1]), signal.SIGKILL)
         await log.until("given up")
         for _ in range(10):
@@ -213,7 +216,7 @@ async def test_the_rest_goes_on_without_a_child_that_is_not_needed(tmp_path: Pat
 async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_time() -> None:
     """A hung worker would keep Ctrl-C waiting for ever."""
     log = Log()
-    async with running(log, child(IGNORES), patience=Patience(grace_s=0.0)) as (supervisor, task):
+    async with running(log, child(IGNORES), limits=SupervisorLimits(grace_s=0.0)) as (supervisor, task):
         supervisor.stop()
         assert await finished(task) == 0
     assert log.having("decode-0 killed")
@@ -222,7 +225,7 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_time() -> 
 async def test_a_second_stop_kills_at_once() -> None:
     """Whoever presses Ctrl-C twice does not want to wait a day."""
     log = Log()
-    async with running(log, child(IGNORES), patience=Patience(grace_s=86400.0)) as (supervisor, task):
+    async with running(log, child(IGNORES), limits=SupervisorLimits(grace_s=86400.0)) as (supervisor, task):
         supervisor.stop()
         supervisor.stop()
         assert await finished(task) == 0
@@ -277,7 +280,7 @@ async def test_what_a_child_leaves_behind_goes_with_it(tmp_path: Path) -> None:
 
 
 def is_closed(reader: int) -> bool:
-    """Whether all holders of the pipe are dead, waiting a bounded time for the kernel to bury them."""
+    """Whether all holders of the pipe are dead, within the time that the kernel takes to reap them."""
     ready, _, _ = select.select([reader], [], [], 30)
     return bool(ready) and os.read(reader, 1) == b""
 
