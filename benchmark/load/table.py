@@ -46,7 +46,7 @@ def of_run(run: Run, settings: ServingSettings) -> str:
         how = how.replace("conversations", "requests")
     if settings.max_concurrency:
         how += f", at most {settings.max_concurrency} under way"
-        how += "" if run.offered_rate else ": a closed loop, clocks start as places get free"
+        how += "" if run.offered_rate else ": a closed loop, clocks start as slots become free"
     counts = f"{summary.completed} completed, {summary.failed} failed, {summary.cancelled} cancelled"
     rows = [
         ("requests", counts + (f", {summary.unsent} not sent" if summary.unsent else "")),
@@ -70,7 +70,7 @@ def of_run(run: Run, settings: ServingSettings) -> str:
     rows += [(TITLES[name], _latency(summary.latencies[name])) for name in settings.shown_metrics]
     rows += [
         ("client: schedule lag, ms", _latency(summary.schedule_lag)),
-        ("client: wait for a place, ms", _latency(summary.client_queue)),
+        ("client: wait for a slot, ms", _latency(summary.client_queue)),
         ("client: cores used", f"{run.client_cpu_cores:.2f}; load of its machine at the end {run.machine_load:.1f}"),
     ]
     return markdown(("measure", "value"), rows)
