@@ -45,9 +45,9 @@ async def serve(settings: ProxySettings) -> int:
     folder = locate_model(settings.model)
     text = ModelText(folder)
     listener = _listen(settings.host, settings.port)
-    dispatcher = Dispatcher(Endpoint(new_context(), "proxy", settings.control_address), settings)
+    name = settings.served_model_name or _name_of(settings.model)
+    dispatcher = Dispatcher(Endpoint(new_context(), "proxy", settings.control_address), settings, [name])
     app_settings = AppSettings(
-        served_model_name=settings.served_model_name or _name_of(settings.model),
         api_keys=settings.api_key,
         request_timeout_s=settings.request_timeout_s,
         slow_request_s=math.inf if settings.slow_request_s is None else settings.slow_request_s,
@@ -55,7 +55,7 @@ async def serve(settings: ProxySettings) -> int:
         version=__version__,
     )
     config = uvicorn.Config(
-        create_app(dispatcher, text, app_settings, _spans(settings.otlp_endpoint)),
+        create_app(dispatcher, {name: text}, app_settings, _spans(settings.otlp_endpoint)),
         log_config=None,
         access_log=False,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,

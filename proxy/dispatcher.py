@@ -1,7 +1,6 @@
-"""The engine behind the HTTP side: admission, sessions, and the workers' messages brought to the sessions they concern.
+"""The engine behind the HTTP side: it makes a session of each generation and brings it the workers' messages.
 
-It owns the table of sessions and the queue before the workers. Requests are let in one after the other, in order, so a
-small one never starves a large one; the queue is bounded, and who finds it full is told to come again.
+It owns the table of inboxes and the counters; the queue before the workers is `routing.admission`, one a model.
 """
 
 from __future__ import annotations
@@ -9,35 +8,32 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import AsyncGenerator, Callable, Iterator, Mapping
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
-from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
+from baton.node.errors import PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import Cancel
 from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.admission import Admission
 from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
-from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules, Wait, pick
+from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules
 from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
 
-NO_WORKER_GRACE_S = 5.0
-"""A role whose last worker is gone gets so long to come back, for all requests together, before they are failed."""
-LOOK_AGAIN_S = 0.1
-LAST_WORDS_S = 2.0
-"""For telling the clients of unfinished requests, and the workers, that the proxy goes."""
+POLL_S = 0.1
+LAST_MESSAGES_S = 2.0
+"""For telling the clients of unfinished requests, and the workers, that the proxy stops."""
 
 COUNTERS = (
     "requests_total",
     "retries_total",
     "busy_total",
     "worker_lost_total",
-    "rejected_queue_full_total",
     "routed_disaggregated_total",
     "routed_local_short_total",
     "routed_local_sooner_total",
@@ -55,31 +51,35 @@ class Dispatcher:
     """Implements proxy.interface.Engine and proxy.session.SessionHost. Lives in one event loop."""
 
     def __init__(
-        self, line: ControlSocket, settings: ProxySettings, clock: Callable[[], float] = time.monotonic
+        self,
+        socket: ControlSocket,
+        settings: ProxySettings,
+        models: Sequence[str],
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """`models`: names under which they are served."""
         self._clock = clock
         self._settings = settings
-        self._rules = RoutingRules(
+        rules = RoutingRules(
             settings.policy,
             settings.local_prefill,
             settings.local_prefill_tokens,
             settings.local_prefill_itl_weight,
         )
-        self._cluster = ClusterState(settings.stall_s)
+        self._cluster = ClusterState(settings.stall_s, models)
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
+        self._admissions = {
+            name: Admission(workers, self._index, rules, settings.max_queue, clock)
+            for name, workers in self._cluster.models.items()
+        }
         self._control = ControlPlane(
-            line, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
+            socket, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
         )
         self._inboxes: dict[str, asyncio.Queue[Event]] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
-        self._gate = asyncio.Lock()  # fair: first come, first served
-        self._changed = asyncio.Event()
-        self._waiting = 0
         self._turn = 0
         self._draining = False
-        self._stopping = False
-        self._started_at = self._clock()
 
     def start(self) -> None:
         self._control.start()
@@ -88,17 +88,17 @@ class Dispatcher:
         """Let running requests end, for at most `drain_s`, fail and cancel the others, then close."""
         self._draining = True
         await self._requests_end(self._settings.drain_s)
-        self._stopping = True
         for inbox in self._inboxes.values():
             inbox.put_nowait(ProxyStopping())
-        self._changed.set()
-        await self._requests_end(LAST_WORDS_S)
+        for admission in self._admissions.values():
+            admission.stop()
+        await self._requests_end(LAST_MESSAGES_S)
         await self._control.stop()
 
     async def _requests_end(self, wait_s: float) -> None:
         until = self._clock() + wait_s
         while self._inboxes and self._clock() < until:
-            await asyncio.sleep(LOOK_AGAIN_S)
+            await asyncio.sleep(POLL_S)
 
     # -- Engine
 
@@ -118,14 +118,10 @@ class Dispatcher:
     def ready(self) -> str:
         if self._draining:
             return "shutting down"
-        if self._cluster.shape is None:
-            return "no worker has registered"
-        route = pick(self._cluster.view(), RequestView(1 << 20, 0, 0), self._rules)
-        return route.reason if isinstance(route, Wait) and route.missing else ""
+        return next((reason for each in self._admissions.values() if (reason := each.unready())), "")
 
-    @property
-    def max_model_len(self) -> int:
-        shape = self._cluster.shape
+    def max_model_len(self, model: str) -> int:
+        shape = self._admissions[model].workers.shape
         return shape.max_model_len if shape is not None else 0
 
     def worker_loads(self) -> list[WorkerStatus]:
@@ -136,7 +132,8 @@ class Dispatcher:
         return {
             **self._counters,
             "rejected_messages_total": self._control.rejected,
-            "queued_requests": self._waiting,
+            "rejected_queue_full_total": sum(each.rejected for each in self._admissions.values()),
+            "queued_requests": sum(each.waiting for each in self._admissions.values()),
             "kv_index_blocks": len(self._index),
             "kv_index_evictions_total": self._index.evicted,
             "kv_event_batches_total": counts.batches,
@@ -161,46 +158,9 @@ class Dispatcher:
             del self._inboxes[request_id]
 
     async def admit(
-        self, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+        self, model: str, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
     ) -> tuple[Route, ClusterShape]:
-        """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded.
-
-        Only a first attempt may find the queue full: a stream that lost its worker has begun already.
-        """
-        if first and self._waiting >= self._settings.max_queue:
-            self.count("rejected_queue_full_total")
-            raise Overloaded(f"{self._waiting} requests are waiting already")
-        self._waiting += 1
-        try:
-            async with asyncio.timeout_at(self._loop_time(deadline)), self._gate:
-                return await self._find_route(view_of)
-        except TimeoutError:
-            raise DeadlineExceeded("the request's deadline passed before a worker had room for it") from None
-        finally:
-            self._waiting -= 1
-
-    async def _find_route(self, view_of: Callable[[ClusterShape], RequestView]) -> tuple[Route, ClusterShape]:
-        while True:
-            self._changed.clear()
-            shape = self._cluster.last_shape
-            if shape is None:
-                raise PeerLost("no worker is there")
-            request = view_of(shape)
-            seen = replace(request, hits=self._index.match(request.hashes))
-            route = pick(self._cluster.view(), seen, self._rules)
-            if isinstance(route, Route):
-                return route, shape
-            if self._stopping:
-                raise PeerLost("the proxy is shutting down")
-            if route.missing and self._clock() - self._had_at(route.missing) >= NO_WORKER_GRACE_S:
-                raise PeerLost(route.reason)
-            try:
-                await asyncio.wait_for(self._changed.wait(), LOOK_AGAIN_S)
-            except TimeoutError:
-                continue
-
-    def _had_at(self, role: str) -> float:
-        return max(self._cluster.had_at(role), self._started_at)
+        return await self._admissions[model].admit(view_of, deadline, first=first)
 
     def open_leg(self, leg: Leg, message: Message) -> None:
         self._cluster.assign(leg)
@@ -215,12 +175,12 @@ class Dispatcher:
             self._control.send(worker, cancel)
         self._cluster.settle(worker, request_id)
         self._feed.settle(worker, request_id, self._clock(), computed=computed)
-        self._changed.set()
+        self._on_change()
 
     def count(self, name: str, amount: int = 1) -> None:
         self._counters[name] += amount
 
-    # -- told by the wire
+    # -- from the control plane
 
     def _on_message(self, worker: str, message: LegMessage) -> None:
         if (inbox := self._inboxes.get(message.request_id)) is not None:
@@ -230,11 +190,8 @@ class Dispatcher:
         self.count("worker_lost_total")
         for inbox in self._inboxes.values():
             inbox.put_nowait(WorkerLost(worker, reason))
-        self._changed.set()
+        self._on_change()
 
     def _on_change(self) -> None:
-        self._changed.set()
-
-    def _loop_time(self, deadline: float) -> float:
-        """A deadline of our clock on the event loop's."""
-        return asyncio.get_running_loop().time() + deadline - self._clock()
+        for admission in self._admissions.values():
+            admission.cluster_changed()

@@ -25,7 +25,7 @@ class Delta:
     finish: str = ""
     """"" | "stop" | "length"."""
     cached_tokens: int = 0
-    """Prompt tokens that nobody had to compute; valid from the first delta on."""
+    """Prompt tokens whose KV a cache had; valid from the first delta on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +38,8 @@ class WorkerStatus:
     load: Load
     block_tokens: int = 0
     """0: it has no pool."""
+    model: str = ""
+    """The name under which its model is served; empty: it serves all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +47,8 @@ class Generation:
     """One answer to be generated; an HTTP request has one for each prompt and each of its n."""
 
     request_id: str
+    model: str
+    """The name under which it is served."""
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
     priority: int = 0
@@ -65,12 +69,11 @@ class Engine(Protocol):
         ...
 
     def ready(self) -> str:
-        """Empty if a request can be served now, else the reason why not."""
+        """Empty if requests to all models can be served now, else the reason why not."""
         ...
 
-    @property
-    def max_model_len(self) -> int:
-        """Tokens of prompt and answer together; 0 until a worker has registered."""
+    def max_model_len(self, model: str) -> int:
+        """Tokens of prompt and answer together; 0 until a worker of the model has registered."""
         ...
 
     def worker_loads(self) -> list[WorkerStatus]: ...
@@ -82,11 +85,10 @@ class Engine(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class AppSettings:
-    """What the HTTP side must be told; all sizes, counts and times of a request are bounded by these."""
+    """Settings of the HTTP side; all sizes, counts and times of a request are bounded by these."""
 
-    served_model_name: str
     api_keys: tuple[str, ...] = ()
-    """Empty: no key is asked for."""
+    """Empty: requests need no key."""
     request_timeout_s: float = 600.0
     max_body_bytes: int = 10 << 20
     max_prompts: int = 64
@@ -102,7 +104,7 @@ class AppSettings:
     probe_timeout_s: float = 10.0
     """How long /health_generate waits for its token."""
     slow_request_s: float = math.inf
-    """A generation that takes longer is told in the log, with its whole timeline."""
+    """A generation that takes longer is logged with its whole timeline."""
     debug_requests: int = 0
     """Generations that are over and can be looked up at /debug/requests; 0: there is no such route."""
     metrics: bool = True

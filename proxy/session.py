@@ -75,7 +75,7 @@ class SessionHost(Protocol):
         """Inside it, messages about the request reach the inbox. Raises PeerLost where the proxy shuts down."""
 
     async def admit(
-        self, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+        self, model: str, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
     ) -> tuple[Route, ClusterShape]:
         """Wait for a route; returns it with the shape of the cluster that it leads to."""
 
@@ -226,7 +226,9 @@ class Session:
             return view
 
         self._timeline.enter("queue")
-        route, shape = await self._host.admit(view_of, self._deadline, first=self._ledger.attempt == 0)
+        route, shape = await self._host.admit(
+            self._generation.model, view_of, self._deadline, first=self._ledger.attempt == 0
+        )
         self._timeline.enter("route")
         return route, blocks.under(shape)
 

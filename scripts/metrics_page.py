@@ -92,12 +92,14 @@ def _families() -> Iterable[Metric]:
     engine = FakeEngine(lambda call: [], totals=dict.fromkeys(ENGINE_COUNTERS, 0.0))
     for role in ("prefill", "decode"):
         load = Load(counters=dict.fromkeys(WORKER_COUNTERS, 0.0))
-        engine.workers.append(WorkerStatus(role, role, "ready", load, block_tokens=16))
+        engine.workers.append(WorkerStatus(role, role, "ready", load, block_tokens=16, model="demo"))
     stored = Load(counters=dict.fromkeys(STORE_COUNTERS, 0.0))
     engine.workers.append(WorkerStatus("store", "store", "ready", stored))
-    metrics = ProxyMetrics(engine, "demo", time.monotonic)
+    metrics = ProxyMetrics(engine, ["demo"], time.monotonic)
     line = Timeline(metrics.clock)
-    track = GenerationMeter(metrics, RequestLog(), GenerationInfo("", 0, "chat", "demo", True, 1, None, 0, {}), line)
+    track = GenerationMeter(
+        metrics.of("demo"), RequestLog(), GenerationInfo("", 0, "chat", "demo", True, 1, None, 0, {}), line
+    )
     line.dispatch("prefill/1", "decode/1", b"")
     line.handed_over(1, 1.0)
     track.close("stop")

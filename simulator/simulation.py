@@ -23,6 +23,7 @@ from baton.simulator.store import Capacity, HostStore
 from baton.simulator.workload import SimRequest
 from baton.simulator.world import VirtualLoop, World
 
+MODEL = "simulated"
 SETTLE_S = 1.0
 """Workers register in this time, before the first request."""
 LOOK_S = 0.5
@@ -96,7 +97,7 @@ class _Simulation:
             self._loop.close()
 
     async def _main(self, requests: Sequence[SimRequest]) -> SimOutcome:
-        dispatcher = Dispatcher(self._line, self._scenario.proxy, self._world.clock)
+        dispatcher = Dispatcher(self._line, self._scenario.proxy, [MODEL], self._world.clock)
         dispatcher.start()
         self._start_hosts()
         begin = SETTLE_S - (requests[0].arrival_s if requests else 0.0)
@@ -182,6 +183,7 @@ class _Simulation:
         request_id, seed = f"r{request.number}", request.number << 20
         generation = Generation(
             request_id=request_id,
+            model=MODEL,
             prompt_ids=request.prompt_ids(),
             sampling=SamplingParams(max_tokens=request.output_tokens, seed=seed),
         )

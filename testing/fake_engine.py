@@ -75,8 +75,7 @@ class FakeEngine:
     def ready(self) -> str:
         return self.not_ready
 
-    @property
-    def max_model_len(self) -> int:
+    def max_model_len(self, model: str) -> int:
         return self.model_len
 
     def worker_loads(self) -> list[WorkerStatus]:

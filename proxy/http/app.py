@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from typing import TypeVar
 
@@ -25,7 +25,7 @@ from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.failures import Failure, failure_of, kind_of
 from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
-from baton.proxy.http.service import RequestLimit, Service
+from baton.proxy.http.service import RequestLimit, ServedModel, Service
 from baton.proxy.interface import AppSettings, Engine, Generation
 from baton.proxy.metrics.dashboard import add_dashboard
 from baton.proxy.metrics.metrics import ProxyMetrics
@@ -46,16 +46,23 @@ PROBE_TEXT = (
 """Long enough not to be prefilled by a decode worker, where that is for short prompts only."""
 
 
-def create_app(engine: Engine, text: ModelText, settings: AppSettings, spans: Spans | None = None) -> FastAPI:
-    """The app to be served; it closes `text` and `spans` when it shuts down, and leaves `engine` to its owner."""
-    metrics = ProxyMetrics(engine, settings.served_model_name)
+def create_app(
+    engine: Engine, texts: Mapping[str, ModelText], settings: AppSettings, spans: Spans | None = None
+) -> FastAPI:
+    """The app to be served: `texts` are the text sides of its models, by the names under which they are served.
+
+    It closes them and `spans` when it shuts down, and leaves `engine` to its owner.
+    """
+    metrics = ProxyMetrics(engine, tuple(texts))
+    models = {name: ServedModel(name, text, metrics.of(name)) for name, text in texts.items()}
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
-    service = Service(engine, text, settings, metrics, log, RequestLimit(settings.max_requests))
+    service = Service(engine, models, settings, metrics, log, RequestLimit(settings.max_requests))
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        text.close()
+        for text in texts.values():
+            text.close()
         await asyncio.to_thread(log.close)
 
     # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
@@ -64,7 +71,7 @@ def create_app(engine: Engine, text: ModelText, settings: AppSettings, spans: Sp
     app.add_middleware(ApiKeyGuard, keys=settings.api_keys, open_paths=open_paths)
     _add_failures(app, metrics)
     _add_probes(app, service)
-    _add_models(app, settings, engine)
+    _add_models(app, service)
     _add_tokenizer(app, service)
     if settings.debug_requests:
         _add_debug(app, log)
@@ -141,9 +148,13 @@ def _add_debug(app: FastAPI, log: RequestLog) -> None:
 
 async def _two_tokens(service: Service) -> int:
     """The first of two tokens: one of prefill's, one of decode's, and KV that moved in between."""
-    prompt_ids = service.text.encode(PROBE_TEXT, add_special_tokens=True) or (0,)
-    sampling = SamplingParams(max_tokens=2, temperature=0.0)
-    probe = Generation(request_id=f"health-{time.monotonic_ns()}", prompt_ids=prompt_ids, sampling=sampling)
+    model = service.default_model
+    probe = Generation(
+        request_id=f"health-{time.monotonic_ns()}",
+        model=model.name,
+        prompt_ids=model.text.encode(PROBE_TEXT, add_special_tokens=True) or (0,),
+        sampling=SamplingParams(max_tokens=2, temperature=0.0),
+    )
     timeline = Timeline(service.metrics.clock)
     deltas = service.engine.generate(probe, timeline, timeout_s=service.settings.probe_timeout_s)
     async with aclosing(deltas):
@@ -153,44 +164,44 @@ async def _two_tokens(service: Service) -> int:
     return token_ids[0]
 
 
-def _add_models(app: FastAPI, settings: AppSettings, engine: Engine) -> None:
+def _add_models(app: FastAPI, service: Service) -> None:
     created = int(time.time())
 
-    def model() -> dict[str, object]:
-        named = {"id": settings.served_model_name, "object": "model", "created": created, "owned_by": "baton"}
-        return {**named, "max_model_len": engine.max_model_len}
+    def shown(model: ServedModel) -> dict[str, object]:
+        named = {"id": model.name, "object": "model", "created": created, "owned_by": "baton"}
+        return {**named, "max_model_len": service.engine.max_model_len(model.name)}
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [model()]})
+        return _json({"object": "list", "data": [shown(model) for model in service.models.values()]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        if name != settings.served_model_name:
-            message = f"The model `{name[:128]}` does not exist"
-            raise BadRequest(message, status=404, param="model", code="model_not_found")
-        return _json(model())
+        return _json(shown(service.model(name)))
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:
-    text = service.text
-
-    async def read(model: type[Body], request: Request) -> Body:
+    async def read(kind: type[Body], request: Request) -> Body:
         with service.limit:
             body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
-        return parse(model, body)
+        return parse(kind, body)
+
+    def model_of(name: str | None) -> ServedModel:
+        return service.models.get(name or "", service.default_model)
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         body = await read(TokenizeBody, request)
-        limit = service.max_model_len()
+        model = model_of(body.model)
+        limit = service.max_model_len(model.name)
         special = body.add_special_tokens is not False
-        ids = await text.encode_bounded(body.prompt, add_special_tokens=special, max_tokens=limit, param="prompt")
+        ids = await model.text.encode_bounded(body.prompt, add_special_tokens=special, max_tokens=limit, param="prompt")
         return _json({"count": len(ids), "max_model_len": limit, "tokens": ids})
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
         body = await read(DetokenizeBody, request)
+        text = model_of(body.model).text
         if body.tokens and max(body.tokens) >= text.vocab_size:
             raise BadRequest(f"token ids must be below {text.vocab_size}", param="tokens")
         return _json({"prompt": text.decode(body.tokens, skip_special_tokens=False)})

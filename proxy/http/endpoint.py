@@ -27,7 +27,7 @@ from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.prepare import Choice, choices_of
 from baton.proxy.http.responder import Responder
 from baton.proxy.http.schema import ParsedRequest
-from baton.proxy.http.service import Service
+from baton.proxy.http.service import ServedModel, Service
 from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.timeline import Timeline
@@ -122,11 +122,11 @@ class GenerateEndpoint:
         service = self._service
         async with asyncio.timeout(service.settings.request_timeout_s + DEADLINE_GRACE_S):
             parsed = self._api.read(body)
-            service.check_model(parsed.model)
+            model = service.model(parsed.model)
             request.model, request.stream = parsed.model, parsed.stream
             request.timeline.enter("tokenise")
-            made = await choices_of(parsed, service.text, service.settings, service.max_model_len(), request.id)
-            timelines = [request.timeline.fork(service.metrics.segments_of(request.operation)) for _ in made]
+            made = await choices_of(parsed, model.text, service.settings, service.max_model_len(model.name), request.id)
+            timelines = [request.timeline.fork(model.metrics.segments_of(request.operation)) for _ in made]
             header = AnswerHeader(
                 id=request.id,
                 created=int(time.time()),
@@ -141,7 +141,7 @@ class GenerateEndpoint:
             request.begun = True
             await _all(
                 [
-                    self._generate(request, parsed, choice, timeline, responder)
+                    self._generate(request, parsed, model, choice, timeline, responder)
                     for choice, timeline in zip(made, timelines, strict=True)
                 ]
             )
@@ -151,6 +151,7 @@ class GenerateEndpoint:
         self,
         request: HttpRequest,
         parsed: ParsedRequest,
+        model: ServedModel,
         choice: Choice,
         timeline: Timeline,
         responder: Responder,
@@ -158,9 +159,9 @@ class GenerateEndpoint:
         """One choice, from the engine's tokens to the responder; a stop string cancels it at the engine."""
         service, generation = self._service, choice.generation
         stop, ids = StopRule(parsed.stop, parsed.include_stop), IdRule(parsed.token_ids, parsed.logprobs_by_id)
-        assembler = Assembler(generation, choice.echo, service.text, stop, ids)
+        assembler = Assembler(generation, choice.echo, model.text, stop, ids)
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
-        meter = GenerationMeter(service.metrics, service.log, info, timeline)
+        meter = GenerationMeter(model.metrics, service.log, info, timeline)
         outcome = CANCELLED
         spent_s = service.metrics.clock() - request.arrived_s
         deltas = service.engine.generate(

@@ -54,6 +54,7 @@ async def choices_of(
             seed = secrets.randbits(63) if request.sampling.seed is None else (request.sampling.seed + k) % _SEEDS
             generation = Generation(
                 request_id=f"{request_id}-{len(made)}",
+                model=request.model,
                 prompt_ids=ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed),
                 priority=request.priority,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from baton.node.errors import BadRequest, Overloaded, PeerLost
 from baton.proxy.interface import AppSettings, Engine
-from baton.proxy.metrics.metrics import ProxyMetrics
+from baton.proxy.metrics.metrics import ModelMetrics, ProxyMetrics
 from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.text.model_text import ModelText
 
@@ -28,24 +29,42 @@ class RequestLimit:
 
 
 @dataclass(frozen=True, slots=True)
+class ServedModel:
+    """All that the HTTP side has of one model."""
+
+    name: str
+    text: ModelText
+    metrics: ModelMetrics
+
+
+@dataclass(frozen=True, slots=True)
 class Service:
-    """The engine, the model's text side and what is measured."""
+    """The engine, the models by name and what is measured."""
 
     engine: Engine
-    text: ModelText
+    models: Mapping[str, ServedModel]
     settings: AppSettings
     metrics: ProxyMetrics
     log: RequestLog
     limit: RequestLimit
 
-    def check_model(self, name: str) -> None:
-        """Raises BadRequest (404) unless `name` is the model that is served."""
-        if name != self.settings.served_model_name:
-            message = f"The model `{name[:128]}` does not exist; this server has `{self.settings.served_model_name}`."
-            raise BadRequest(message, status=404, param="model", code="model_not_found")
+    @property
+    def default_model(self) -> ServedModel:
+        """The first one, for what names no model."""
+        return next(iter(self.models.values()))
 
-    def max_model_len(self) -> int:
-        """Raises PeerLost while no worker has registered."""
-        if not self.engine.max_model_len:
+    def model(self, name: str) -> ServedModel:
+        """Raises BadRequest (404) unless `name` is served."""
+        found = self.models.get(name)
+        if found is None:
+            served = ", ".join(f"`{each}`" for each in self.models)
+            message = f"The model `{name[:128]}` does not exist; this server has {served}."
+            raise BadRequest(message, status=404, param="model", code="model_not_found")
+        return found
+
+    def max_model_len(self, model: str) -> int:
+        """Raises PeerLost while no worker of the model has registered."""
+        max_model_len = self.engine.max_model_len(model)
+        if not max_model_len:
             raise PeerLost(self.engine.ready() or "no worker has registered yet")
-        return self.engine.max_model_len
+        return max_model_len

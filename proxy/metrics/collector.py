@@ -60,12 +60,12 @@ class MovedBytes:
 class EngineCollector(Collector):
     """The engine's counters and its workers' loads at the time of a scrape."""
 
-    def __init__(self, engine: Engine, model_name: str, moved: MovedBytes) -> None:
+    def __init__(self, engine: Engine, models: Sequence[str], moved: MovedBytes) -> None:
         self._engine = engine
-        self._model = model_name
+        self._models = tuple(models)
         self._moved = moved
-        self._preemptions = _Total()
-        self._prompt_tokens = {source: _Total() for source in PROMPT_SOURCES}
+        self._totals: defaultdict[tuple[str, str], _Total] = defaultdict(_Total)
+        """By model and counter."""
 
     def describe(self) -> Iterable[Metric]:
         return ()  # names depend on the engine; said here so that registering does not collect
@@ -74,47 +74,52 @@ class EngineCollector(Collector):
         workers = self._engine.worker_loads()
         yield self._usage(workers)
         yield self._sum_of_preemptions(workers)
-        yield _cache_config(workers, self._model)
+        yield _cache_config(workers)
         yield from self._prompts(workers)
         yield self._moved.collect({worker.worker for worker in workers})
-        yield from _counters(self._engine.counters(), self._model)
+        yield from _counters(self._engine.counters(), ",".join(self._models))
         yield from _workers(workers)
         yield from _stores(workers)
 
     def _usage(self, workers: list[WorkerStatus]) -> Metric:
-        decode = [worker.load for worker in workers if worker.role == "decode"]
-        total = sum(load.total_blocks for load in decode)
-        used = total - sum(load.free_blocks for load in decode)
         usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Part of decode's KV in use, 0 to 1.", labels=_LABEL)
-        usage.add_metric((self._model,), used / total if total else 0.0)
+        for model in self._models:
+            decode = [worker.load for worker in _of(model, workers) if worker.role == "decode"]
+            total = sum(load.total_blocks for load in decode)
+            used = total - sum(load.free_blocks for load in decode)
+            usage.add_metric((model,), used / total if total else 0.0)
         return usage
 
     def _sum_of_preemptions(self, workers: list[WorkerStatus]) -> Metric:
         family = CounterMetricFamily("vllm:num_preemptions", "Sequences that gave up their KV.", labels=_LABEL)
-        family.add_metric((self._model,), self._preemptions.observe(workers, "preemptions"))
+        for model in self._models:
+            family.add_metric((model,), self._total(model, "preemptions", workers))
         return family
+
+    def _total(self, model: str, name: str, workers: list[WorkerStatus]) -> float:
+        return self._totals[model, name].observe(_of(model, workers), name)
 
     def _prompts(self, workers: list[WorkerStatus]) -> Iterable[Metric]:
         """By source; and as vLLM counts a cache outside of the engine: what the pool lacks is asked of it."""
-        tokens = {
-            source: total.observe(workers, f"prompt_tokens_{source}") for source, total in self._prompt_tokens.items()
-        }
         family = CounterMetricFamily(
             "baton:prompt_tokens",
             "Tokens of prompts by where their KV came from: a pool, a tier below it, or a step.",
             labels=(*_LABEL, "source"),
         )
-        for source, count in tokens.items():
-            family.add_metric((self._model, source), count)
-        yield family
-        asked = sum(count for source, count in tokens.items() if source != "gpu")
-        for name, text, count in (
-            ("queries", "Tokens of prompts that the worker's own pool had not.", asked),
-            ("hits", "Of those, the ones that came from a tier below it.", asked - tokens["computed"]),
-        ):
-            external = CounterMetricFamily(f"vllm:external_prefix_cache_{name}", text, labels=_LABEL)
-            external.add_metric((self._model,), count)
-            yield external
+        queries = CounterMetricFamily(
+            "vllm:external_prefix_cache_queries", "Tokens of prompts that the worker's own pool had not.", labels=_LABEL
+        )
+        hits = CounterMetricFamily(
+            "vllm:external_prefix_cache_hits", "Of those, the ones that came from a tier below it.", labels=_LABEL
+        )
+        for model in self._models:
+            tokens = {source: self._total(model, f"prompt_tokens_{source}", workers) for source in PROMPT_SOURCES}
+            for source, count in tokens.items():
+                family.add_metric((model, source), count)
+            asked = sum(count for source, count in tokens.items() if source != "gpu")
+            queries.add_metric((model,), asked)
+            hits.add_metric((model,), asked - tokens["computed"])
+        yield from (family, queries, hits)
 
 
 class _Total:
@@ -133,13 +138,17 @@ class _Total:
         return self._value
 
 
-def _cache_config(workers: list[WorkerStatus], model: str) -> Metric:
+def _of(model: str, workers: list[WorkerStatus]) -> list[WorkerStatus]:
+    return [worker for worker in workers if worker.model in (model, "")]
+
+
+def _cache_config(workers: list[WorkerStatus]) -> Metric:
     labels = (*_LABEL, "engine", "role", "block_size", "num_gpu_blocks")
     family = GaugeMetricFamily("vllm:cache_config_info", "The KV pool of each worker; always 1.", labels=labels)
     for worker in workers:
         if worker.block_tokens:
             sizes = (str(worker.block_tokens), str(worker.load.total_blocks))
-            family.add_metric((model, worker.worker, worker.role, *sizes), 1.0)
+            family.add_metric((worker.model, worker.worker, worker.role, *sizes), 1.0)
     return family
 
 

@@ -1,11 +1,11 @@
 """The measurement of one generation, from its beginning to its record: what it counts, and when it is over.
 
-Owns nothing but its counts; the metrics, the timeline and the journal are told.
+Owns nothing but its counts; it writes to the metrics, the timeline and the request log.
 """
 
 from __future__ import annotations
 
-from baton.proxy.metrics.metrics import ProxyMetrics
+from baton.proxy.metrics.metrics import ModelMetrics
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import Timeline
@@ -16,9 +16,9 @@ CANCELLED = "cancelled"
 class GenerationMeter:
     """Waiting until its first tokens, running until it is closed. Close it once."""
 
-    def __init__(self, metrics: ProxyMetrics, journal: RequestLog, info: GenerationInfo, timeline: Timeline) -> None:
+    def __init__(self, metrics: ModelMetrics, log: RequestLog, info: GenerationInfo, timeline: Timeline) -> None:
         self._metrics = metrics
-        self._journal = journal
+        self._log = log
         self._info = info
         self._timeline = timeline
         self._first_at = 0.0
@@ -27,7 +27,7 @@ class GenerationMeter:
         metrics.waiting.inc()
 
     def tokens(self, num_tokens: int, cached_tokens: int) -> None:
-        """New tokens have arrived; `cached_tokens` of the prompt nobody had to compute."""
+        """New tokens have arrived; a cache had `cached_tokens` of the prompt."""
         metrics, line, now = self._metrics, self._timeline, self._metrics.clock()
         if self._num_tokens:
             metrics.itl.observe(now - line.told_at)
@@ -57,4 +57,4 @@ class GenerationMeter:
             prefix_hash=line.prefix_hash,
         )
         self._metrics.ended(record, first_at=self._first_at, last_at=line.told_at)
-        self._journal.add(record)
+        self._log.add(record)

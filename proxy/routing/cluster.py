@@ -1,4 +1,4 @@
-"""Who is alive and how loaded: the proxy's soft state of the cluster, rebuilt from registrations and heartbeats.
+"""Which workers are alive and how loaded: the proxy's soft state, rebuilt from registrations and heartbeats.
 
 It knows no socket and no clock. A worker is lost when it was silent for DEAD_AFTER_S, when its connection is gone, or
 when it has work and its step count stands still for `stall_s`.
@@ -7,6 +7,7 @@ when it has work and its step count stands still for `stall_s`.
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from baton.node.endpoint import identity_of
@@ -53,7 +54,7 @@ class _Member:
 
 @dataclass(slots=True)
 class _Store:
-    """A host's store: it computes nothing, and is here to be heard."""
+    """A host's store: it computes nothing; its heartbeats and block events are all that counts."""
 
     register: RegisterStore
     heard_at: float
@@ -62,29 +63,27 @@ class _Store:
 
 @dataclass(frozen=True, slots=True)
 class ClusterShape:
-    """What all workers of this cluster agree on."""
+    """What all workers of a model agree on."""
 
     namespace: bytes
     block_tokens: int
     max_model_len: int
 
 
-class ClusterState:
-    """See the module's docstring. Workers are named by endpoint identity, `worker/incarnation`."""
+class ModelWorkers:
+    """The workers of one model; they share a namespace. Named by endpoint identity, `worker/incarnation`."""
 
-    def __init__(self, stall_s: float) -> None:
-        self._members: dict[str, _Member] = {}
-        self._stores: dict[str, _Store] = {}
+    def __init__(self) -> None:
+        self.members: dict[str, _Member] = {}
         self._had_at: dict[str, float] = {}
         self._last_shape: ClusterShape | None = None
-        self._stall_s = stall_s
         self._tokens_s = NOMINAL_TOKENS_S  # the median of those that were measured
         self._median_at = float("-inf")
 
     @property
     def shape(self) -> ClusterShape | None:
         """None until a worker has registered."""
-        members = list(self._members.values())
+        members = list(self.members.values())
         if not members:
             return None
         first = members[0].register
@@ -101,33 +100,18 @@ class ClusterState:
 
     def join(self, identity: str, register: Register, now: float) -> str:
         """Take a worker in; returns "" or the reason for refusing it."""
-        if reason := _why_not(identity, register):
-            return reason
         shape = self.shape
         if shape is not None and register.namespace != shape.namespace:
             return "another namespace: this cluster serves another model, dtype or KV layout"
-        if identity not in self._members:
+        if identity not in self.members:
             load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
-            self._members[identity] = _Member(register, now, load, progress_at=now)
-        self._members[identity].heard_at = self._had_at[register.role] = now
+            self.members[identity] = _Member(register, now, load, progress_at=now)
+        self.members[identity].heard_at = self._had_at[register.role] = now
         self._last_shape = self.shape
         return ""
 
-    def join_store(self, identity: str, register: RegisterStore, now: float) -> str:
-        """Take a store in; returns "" or the reason for refusing it."""
-        if reason := _why_not(identity, register):
-            return reason
-        self._stores.setdefault(identity, _Store(register, now)).heard_at = now
-        return ""
-
-    def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> bool:
-        """False if nobody of this name has registered."""
-        if (store := self._stores.get(identity)) is not None:
-            store.heard_at, store.load = now, heartbeat.load
-            return True
-        member = self._members.get(identity)
-        if member is None:
-            return False
+    def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> None:
+        member = self.members[identity]
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
         member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
@@ -137,19 +121,65 @@ class ClusterState:
         member.view = None
         if now - self._median_at >= HEARTBEAT_S:
             self._median_at = now
-            measured = [m.load.prefill_tokens_s for m in self._members.values() if m.load.prefill_tokens_s]
+            measured = [m.load.prefill_tokens_s for m in self.members.values() if m.load.prefill_tokens_s]
             self._tokens_s = statistics.median(measured) if measured else NOMINAL_TOKENS_S
         if not member.draining:
             self._had_at[member.register.role] = now
+
+    def view(self) -> tuple[WorkerView, ...]:
+        for identity, member in self.members.items():
+            if member.view is None:
+                member.view = _view(identity, member, self._tokens_s)
+        return tuple(member.view for member in self.members.values() if member.view is not None)
+
+
+class ClusterState:
+    """The workers of all models, and the hosts' stores, which belong to none."""
+
+    def __init__(self, stall_s: float, models: Sequence[str]) -> None:
+        """`models`: names under which they are served."""
+        self.models = {name: ModelWorkers() for name in models}
+        self._stores: dict[str, _Store] = {}
+        self._stall_s = stall_s
+
+    def join(self, identity: str, register: Register, now: float) -> str:
+        """Take a worker in; returns "" or the reason for refusing it."""
+        if reason := _refusal(identity, register):
+            return reason
+        workers = self._model_of(register)
+        if workers is None:
+            return f"this proxy serves {', '.join(self.models)}, not {register.model}"
+        return workers.join(identity, register, now)
+
+    def join_store(self, identity: str, register: RegisterStore, now: float) -> str:
+        """Take a store in; returns "" or the reason for refusing it."""
+        if reason := _refusal(identity, register):
+            return reason
+        self._stores.setdefault(identity, _Store(register, now)).heard_at = now
+        return ""
+
+    def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> bool:
+        """False if nothing of this name has registered."""
+        if (store := self._stores.get(identity)) is not None:
+            store.heard_at, store.load = now, heartbeat.load
+            return True
+        workers = self._workers_with(identity)
+        if workers is None:
+            return False
+        workers.beat(identity, heartbeat, now)
         return True
 
     def lose(self, identity: str) -> bool:
         """It left or died; whether it was here until now."""
-        return self._members.pop(identity, None) is not None or self._stores.pop(identity, None) is not None
+        workers = self._workers_with(identity)
+        if workers is not None:
+            del workers.members[identity]
+            return True
+        return self._stores.pop(identity, None) is not None
 
     def excuse(self, now: float) -> None:
-        """Nobody could be heard until `now`: silence and standstill count from here."""
-        for member in self._members.values():
+        """This process could hear nothing until `now`: silence and standstill count from here."""
+        for _, member in self._members():
             member.heard_at = member.progress_at = now
         for store in self._stores.values():
             store.heard_at = now
@@ -157,7 +187,7 @@ class ClusterState:
     def overdue(self, now: float) -> list[tuple[str, str]]:
         """Workers to be taken for dead, each with the reason."""
         dead = []
-        for identity, member in self._members.items():
+        for identity, member in self._members():
             if now - member.heard_at > DEAD_AFTER_S:
                 dead.append((identity, "silent"))
             elif now - member.progress_at > self._stall_s:
@@ -166,21 +196,21 @@ class ClusterState:
         return dead
 
     def identities(self) -> list[str]:
-        """Of all who are here, stores included."""
-        return [*self._members, *self._stores]
+        """Of all workers and stores."""
+        return [*(identity for identity, _ in self._members()), *self._stores]
 
     def knows(self, identity: str) -> bool:
-        return identity in self._members or identity in self._stores
+        return self._workers_with(identity) is not None or identity in self._stores
 
     def assign(self, leg: Leg) -> None:
         """Count work at dispatch: the next heartbeat comes too late for a burst."""
-        if (member := self._members.get(leg.worker)) is not None:
+        if (member := self._member(leg.worker)) is not None:
             member.legs[leg.request_id] = leg
             member.view = None
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
         """That leg's prompt waits no longer: the next heartbeat comes too late to tell, as it does at dispatch."""
-        member = self._members.get(worker)
+        member = self._member(worker)
         if member is not None and (leg := member.legs.get(request_id)) is not None:
             if leg.sent_at < member.reported_at:
                 begun = min(member.begun_tokens, leg.tokens)  # prompts are computed in order, or nearly
@@ -191,31 +221,46 @@ class ClusterState:
 
     def settle(self, worker: str, request_id: str) -> None:
         self.prompt_computed(worker, request_id)
-        if (member := self._members.get(worker)) is not None:
+        if (member := self._member(worker)) is not None:
             member.legs.pop(request_id, None)
             member.view = None
 
-    def view(self) -> tuple[WorkerView, ...]:
-        for identity, member in self._members.items():
-            if member.view is None:
-                member.view = _view(identity, member, self._tokens_s)
-        return tuple(member.view for member in self._members.values() if member.view is not None)
-
     def statuses(self) -> list[WorkerStatus]:
-        return [
+        found = [
             WorkerStatus(
                 m.register.worker,
                 m.register.role,
                 "draining" if m.draining else "ready",
                 m.load,
                 m.register.block_tokens,
+                model,
             )
-            for m in self._members.values()
-        ] + [WorkerStatus(s.register.worker, "store", "ready", s.load) for s in self._stores.values()]
+            for model, workers in self.models.items()
+            for m in workers.members.values()
+        ]
+        return found + [WorkerStatus(s.register.worker, "store", "ready", s.load) for s in self._stores.values()]
+
+    def _model_of(self, register: Register) -> ModelWorkers | None:
+        """The entry that a worker joins: the only one, whatever its folder is called, else that of its model's name."""
+        if len(self.models) == 1:
+            (only,) = self.models.values()
+            return only
+        return self.models.get(register.model)
+
+    def _workers_with(self, identity: str) -> ModelWorkers | None:
+        return next((workers for workers in self.models.values() if identity in workers.members), None)
+
+    def _member(self, identity: str) -> _Member | None:
+        workers = self._workers_with(identity)
+        return workers.members[identity] if workers is not None else None
+
+    def _members(self) -> Iterator[tuple[str, _Member]]:
+        for workers in self.models.values():
+            yield from workers.members.items()
 
 
-def _why_not(identity: str, register: Register | RegisterStore) -> str:
-    """The reason for refusing whoever says this, or ""."""
+def _refusal(identity: str, register: Register | RegisterStore) -> str:
+    """The reason for refusing the sender, or ""."""
     if identity != identity_of(register.worker, register.incarnation):
         return "the name in the message is not the name of the connection"
     if register.version != PROTOCOL_VERSION:

@@ -53,7 +53,7 @@ async def test_whatever_is_counted_has_a_meaning() -> None:
     """Guards against a counter of the engine or of a worker that nobody explains: add it to proxy/counters.py."""
     context = new_context()
     endpoint = Endpoint(context, "proxy", "tcp://127.0.0.1:0")
-    counted = set(Dispatcher(endpoint, ProxySettings()).counters())
+    counted = set(Dispatcher(endpoint, ProxySettings(), ["m"]).counters())
     endpoint.close()
     context.destroy(0)
     assert counted == set(ENGINE_COUNTERS)

@@ -58,12 +58,12 @@ def engine(says: Says) -> FakeEngine:
 
 @pytest.fixture
 def app_settings() -> AppSettings:
-    return AppSettings(served_model_name="demo")
+    return AppSettings()
 
 
 @pytest.fixture
 async def client(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> AsyncIterator[httpx.AsyncClient]:
     """Requests to the app without a socket; override `app_settings` for another app."""
-    transport = httpx.ASGITransport(create_app(engine, text, app_settings), raise_app_exceptions=False)
+    transport = httpx.ASGITransport(create_app(engine, {"demo": text}, app_settings), raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://proxy") as made:
         yield made

@@ -18,7 +18,7 @@ from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route
 from baton.proxy.settings import ProxySettings
 
-GENERATION = Generation(request_id="r", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4))
+GENERATION = Generation(request_id="r", model="m", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4))
 
 
 class SilentSocket:
@@ -41,7 +41,7 @@ class SilentSocket:
 
 @pytest.fixture
 async def dispatcher() -> Dispatcher:
-    return Dispatcher(SilentSocket(), ProxySettings(max_queue=2, local_prefill="always", drain_s=0.0))
+    return Dispatcher(SilentSocket(), ProxySettings(max_queue=2, local_prefill="always", drain_s=0.0), ["m"])
 
 
 def _join(dispatcher: Dispatcher, free_blocks: int = 100) -> None:
@@ -76,9 +76,9 @@ def _soon() -> float:
 async def test_requests_are_let_in_in_turn(dispatcher: Dispatcher) -> None:
     """Guards against starvation: a large request that waits for blocks is not overtaken by a small one."""
     _join(dispatcher, free_blocks=1)
-    large = asyncio.create_task(dispatcher.admit(_view(50), _soon(), first=True))
+    large = asyncio.create_task(dispatcher.admit("m", _view(50), _soon(), first=True))
     await asyncio.sleep(0)
-    small = asyncio.create_task(dispatcher.admit(_view(1), _soon(), first=True))
+    small = asyncio.create_task(dispatcher.admit("m", _view(1), _soon(), first=True))
     for _ in range(20):
         await asyncio.sleep(0)
     assert not large.done() and not small.done()
@@ -89,11 +89,11 @@ async def test_requests_are_let_in_in_turn(dispatcher: Dispatcher) -> None:
 async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Dispatcher) -> None:
     """Guards the bound of the queue, and streams that have begun from it."""
     _join(dispatcher, free_blocks=0)
-    waiting = [asyncio.create_task(dispatcher.admit(_view(), _soon(), first=True)) for _ in range(2)]
+    waiting = [asyncio.create_task(dispatcher.admit("m", _view(), _soon(), first=True)) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
-        await dispatcher.admit(_view(), _soon(), first=True)
-    again = asyncio.create_task(dispatcher.admit(_view(), _soon(), first=False))
+        await dispatcher.admit("m", _view(), _soon(), first=True)
+    again = asyncio.create_task(dispatcher.admit("m", _view(), _soon(), first=False))
     await asyncio.sleep(0)
     _join(dispatcher)
     routes = await asyncio.gather(*waiting, again)
@@ -107,28 +107,28 @@ async def test_a_computed_prompt_leaves_the_queue(dispatcher: Dispatcher) -> Non
     _join(dispatcher)
     leg = Leg("d/1", "r", tokens=30, blocks=1, sent_at=time.monotonic() + 1)
     dispatcher.open_leg(leg, Cancel(request_id="r", attempt=0))
-    assert dispatcher._cluster.view()[0].tokens == 30
+    assert dispatcher._cluster.models["m"].view()[0].tokens == 30
     dispatcher.prompt_computed("d/1", "r")
-    assert dispatcher._cluster.view()[0].tokens == 0
+    assert dispatcher._cluster.models["m"].view()[0].tokens == 0
 
 
 async def test_a_deadline_ends_the_wait_for_room(dispatcher: Dispatcher) -> None:
     """Guards against a request that waits for ever before full workers."""
     _join(dispatcher, free_blocks=0)
     with pytest.raises(DeadlineExceeded):
-        await dispatcher.admit(_view(), time.monotonic() + 0.02, first=True)
+        await dispatcher.admit("m", _view(), time.monotonic() + 0.02, first=True)
     assert dispatcher.counters()["queued_requests"] == 0
 
 
 async def test_no_worker_is_an_error_after_a_grace(dispatcher: Dispatcher, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against hanging on an empty cluster: the error names the role that is missing."""
-    monkeypatch.setattr("baton.proxy.dispatcher.NO_WORKER_GRACE_S", 0.0)
+    monkeypatch.setattr("baton.proxy.routing.admission.NO_WORKER_GRACE_S", 0.0)
     assert "registered" in dispatcher.ready()
     _join(dispatcher)
     assert dispatcher.ready() == ""
     dispatcher._cluster.lose("d/1")
     with pytest.raises(PeerLost, match="no decode worker"):
-        await dispatcher.admit(_view(), _soon(), first=True)
+        await dispatcher.admit("m", _view(), _soon(), first=True)
 
 
 async def test_nothing_is_left_of_a_request(dispatcher: Dispatcher) -> None:

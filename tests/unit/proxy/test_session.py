@@ -65,7 +65,7 @@ class ScriptedHost:
         yield
 
     async def admit(
-        self, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+        self, model: str, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
     ) -> tuple[Route, ClusterShape]:
         view_of(self.shapes[0])
         shape = self.shapes[min(len(self.admitted), len(self.shapes) - 1)]
@@ -114,7 +114,7 @@ def _tokens(index: int, *ids: int, attempt: int = 0, finish: str = "") -> Tokens
 def _session(host: ScriptedHost, timeout_s: float, max_attempts: int, timeline: Timeline | None = None) -> Session:
     return Session(
         host,
-        Generation(request_id="r", prompt_ids=PROMPT, sampling=SAMPLING),
+        Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=SAMPLING),
         timeline or Timeline(time.monotonic),
         deadline=time.monotonic() + timeout_s,
         turn=0,

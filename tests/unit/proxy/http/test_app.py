@@ -277,7 +277,7 @@ async def test_time_up_at_the_engine_and_at_the_app(
     """Guards against a request that waits for ever on an engine that forgot its deadline."""
     monkeypatch.setattr("baton.proxy.http.endpoint.DEADLINE_GRACE_S", 0.0)
     engine.script = lambda call: [asyncio.Event()]
-    app = create_app(engine, text, replace(app_settings, request_timeout_s=0.5))
+    app = create_app(engine, {"demo": text}, replace(app_settings, request_timeout_s=0.5))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         answer = await client.post("/v1/completions", json=COMPLETION)
     assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
@@ -338,7 +338,7 @@ async def test_a_body_without_a_length_is_bounded_too() -> None:
 
 async def test_too_many_requests_at_once(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against memory without bound, and a place that is not given back after an answer or a failure."""
-    app = create_app(engine, text, replace(app_settings, max_requests=1))
+    app = create_app(engine, {"demo": text}, replace(app_settings, max_requests=1))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         begun, go_on = asyncio.Event(), asyncio.Event()
 
@@ -397,7 +397,7 @@ async def test_a_client_that_goes_away_cancels_every_generation(
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    app = create_app(engine, text, app_settings)
+    app = create_app(engine, {"demo": text}, app_settings)
     await asyncio.wait_for(app(scope, receive, send), timeout=30)
     assert sorted(engine.cancelled) == sorted(call.request_id for call in engine.calls)
     assert len(engine.calls) == n
@@ -422,7 +422,7 @@ async def test_a_connection_closed_under_a_write_cancels_too(
         raise OSError("connection closed")
 
     scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
-    await asyncio.wait_for(create_app(engine, text, app_settings)(scope, receive, send), timeout=30)
+    await asyncio.wait_for(create_app(engine, {"demo": text}, app_settings)(scope, receive, send), timeout=30)
     assert len(engine.cancelled) == 1
 
 
@@ -437,7 +437,7 @@ async def test_a_server_that_stops_cancels_what_runs(
         return [asyncio.Event()]
 
     engine.script = script
-    app = create_app(engine, text, app_settings)
+    app = create_app(engine, {"demo": text}, app_settings)
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         request = asyncio.create_task(client.post("/v1/completions", json={**COMPLETION, "n": 2}))
         await begun.wait()

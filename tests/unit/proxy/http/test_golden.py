@@ -71,7 +71,7 @@ def script(text: ModelText, call: EngineCall) -> list[ScriptStep]:
 async def answer(text: ModelText, name: str) -> str:
     """Status, headers that say what it is, and the body, with its events sorted by choice."""
     engine = FakeEngine(lambda call: script(text, call))
-    app = create_app(engine, text, AppSettings(served_model_name="demo"))
+    app = create_app(engine, {"demo": text}, AppSettings())
     path = "/v1/chat/completions" if name.startswith("chat") else "/v1/completions"
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         got = await client.post(path, json=REQUESTS[name])

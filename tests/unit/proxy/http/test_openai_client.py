@@ -54,7 +54,7 @@ class Served:
 def server(text: ModelText) -> Iterator[Served]:
     engine = FakeEngine(lambda call: [])
     # The text is the session's: the server must not run the app's end, which closes it.
-    app = create_app(engine, text, AppSettings("demo", api_keys=("key",)))
+    app = create_app(engine, {"demo": text}, AppSettings(api_keys=("key",)))
     bound = socket.create_server(("127.0.0.1", 0))
     running = Server(uvicorn.Config(app, log_level="warning", lifespan="off"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [bound]}, daemon=True)

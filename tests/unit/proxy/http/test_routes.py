@@ -31,6 +31,22 @@ async def test_models(client: httpx.AsyncClient) -> None:
     assert (listed["data"][0]["id"], listed["data"][0]["max_model_len"]) == ("demo", 2048)
 
 
+async def test_a_second_model_is_one_more_entry(engine: FakeEngine, text: ModelText) -> None:
+    """Guards names: each request reaches the engine under its model's, and is counted under it."""
+    app = create_app(engine, {"demo": text, "other": text}, AppSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in listed] == ["demo", "other"]
+        answer = await client.post("/v1/completions", json={"model": "other", "prompt": "Hi"})
+        assert answer.json()["model"] == "other" and engine.calls[0].generation.model == "other"
+        metrics = (await client.get("/metrics")).text
+        refused = await client.post("/v1/completions", json={"model": "third", "prompt": "Hi"})
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="other"} 1.0' in metrics
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="demo"} 0.0' in metrics
+    assert metrics.count("# TYPE vllm:generation_tokens_total counter") == 1
+    assert refused.status_code == 404
+
+
 async def test_probes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards against an orchestrator that sends traffic to a proxy without workers, or kills one that only waits."""
     for path in ("/health", "/ready", "/live", "/health_generate"):
@@ -48,7 +64,7 @@ async def test_probes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
 async def test_health_generate_is_bounded(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against a probe that hangs with the worker that it should find out about."""
     engine.script = lambda call: [asyncio.Event()]
-    app = create_app(engine, text, replace(app_settings, probe_timeout_s=0.02))
+    app = create_app(engine, {"demo": text}, replace(app_settings, probe_timeout_s=0.02))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         answers = await asyncio.gather(*(client.get("/health_generate") for _ in range(3)))
     assert [answer.status_code for answer in answers] == [503] * 3
@@ -94,7 +110,7 @@ async def test_unknown_routes_and_methods(client: httpx.AsyncClient) -> None:
 @pytest.fixture
 def guarded(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> httpx.AsyncClient:
     settings = replace(app_settings, api_keys=("first-key", "schlüssel"), debug_requests=4)
-    app = create_app(engine, text, settings)
+    app = create_app(engine, {"demo": text}, settings)
     return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy")
 
 
@@ -143,7 +159,7 @@ async def test_a_key_beyond_ascii(guarded: httpx.AsyncClient) -> None:
 
 async def test_metrics_may_be_off(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against a setting that does nothing."""
-    app = create_app(engine, text, replace(app_settings, metrics=False))
+    app = create_app(engine, {"demo": text}, replace(app_settings, metrics=False))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         assert (await client.get("/metrics")).status_code == 404
 

@@ -33,7 +33,7 @@ def refused(base: dict[str, Any], **more: Any) -> BadRequest:
 
 async def prepared(text: ModelText, base: dict[str, Any], **more: Any) -> list[Choice]:
     request = (read_chat if "messages" in base else read_completion)(body(base, **more))
-    return await choices_of(request, text, AppSettings("demo"), 2048, "r")
+    return await choices_of(request, text, AppSettings(), 2048, "r")
 
 
 async def sampling(text: ModelText, base: dict[str, Any], **more: Any) -> SamplingParams:

@@ -26,7 +26,7 @@ SCRIPTS = sorted(path.name for path in FOLDER.glob("*.js"))
 
 async def test_page_is_whole_and_open(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards the page against a file that is not served, and the metrics against a page that opens them."""
-    app = create_app(engine, text, replace(app_settings, api_keys=("secret",)))
+    app = create_app(engine, {"demo": text}, replace(app_settings, api_keys=("secret",)))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         page = await client.get("/dashboard")
         assert page.status_code == 200 and page.headers["content-type"].startswith("text/html")
@@ -49,7 +49,7 @@ async def test_page_asks_no_other_host(client: httpx.AsyncClient) -> None:
 
 async def test_without_metrics_there_is_no_page(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
     """Guards against a page that can show nothing."""
-    app = create_app(engine, text, replace(app_settings, metrics=False))
+    app = create_app(engine, {"demo": text}, replace(app_settings, metrics=False))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         assert (await client.get("/dashboard")).status_code == 404
 

@@ -191,9 +191,9 @@ class Clock:
 def test_times_are_those_of_the_clock() -> None:
     """Guards each latency against parts of another, and the TTFT against a sum of stages that is not it."""
     clock = Clock()
-    metrics = ProxyMetrics(FakeEngine(lambda call: []), "demo", clock)
-    line = Timeline(clock).fork(metrics.segments_of("chat"))
-    track = GenerationMeter(metrics, RequestLog(), info(6), line)
+    metrics = ProxyMetrics(FakeEngine(lambda call: []), ["demo"], clock)
+    line = Timeline(clock).fork(metrics.of("demo").segments_of("chat"))
+    track = GenerationMeter(metrics.of("demo"), RequestLog(), info(6), line)
     line.enter("queue")
     clock.now_s += 0.25
     line.dispatch("p0/1", "d0/1", b"")
@@ -227,9 +227,9 @@ def test_times_are_those_of_the_clock() -> None:
 
 def test_a_part_that_was_not_reached_is_no_observation() -> None:
     """Guards quantiles against requests that ended before there was anything to measure."""
-    metrics = ProxyMetrics(FakeEngine(lambda call: []), "demo", Clock())
-    line = Timeline(metrics.clock).fork(metrics.segments_of("chat"))
-    GenerationMeter(metrics, RequestLog(), info(7), line).close("cancelled")
+    metrics = ProxyMetrics(FakeEngine(lambda call: []), ["demo"], Clock())
+    line = Timeline(metrics.clock).fork(metrics.of("demo").segments_of("chat"))
+    GenerationMeter(metrics.of("demo"), RequestLog(), info(7), line).close("cancelled")
     seen = Scrape(metrics.exposition().decode())
     assert seen("vllm:time_to_first_token_seconds_count") == 0
     assert {s.value for s in seen.samples if s.name == "baton:request_stage_seconds_count"} == {0.0}
@@ -239,9 +239,9 @@ def test_a_part_that_was_not_reached_is_no_observation() -> None:
 def test_moved_bytes_belong_to_pairs_that_are_there() -> None:
     """Guards the number of series: a worker that left, and whom it has sent to, are no labels for ever."""
     engine = FakeEngine(lambda call: [], workers=[status("p0", "prefill", 9), status("d0", "decode", 9)])
-    metrics = ProxyMetrics(engine, "demo", Clock())
+    metrics = ProxyMetrics(engine, ["demo"], Clock())
     line = Timeline(metrics.clock)
-    track = GenerationMeter(metrics, RequestLog(), info(7), line)
+    track = GenerationMeter(metrics.of("demo"), RequestLog(), info(7), line)
     line.dispatch("p0/1", "d0/7", b"")
     line.handed_over(64, 0.5)
     line.fail_attempt("lost", busy=False)
@@ -274,16 +274,16 @@ def test_a_strict_reader_accepts_every_metric() -> None:
     worker = status("p0", "prefill", 9, **dict.fromkeys(WORKER_COUNTERS, 1.0))
     engine = FakeEngine(lambda call: [], totals=dict.fromkeys(ENGINE_COUNTERS, 1.0))
     engine.workers = [replace(worker, block_tokens=16)]
-    metrics = ProxyMetrics(engine, "demo", Clock())
-    strict = exposition.generate_latest(metrics._registry, escaping=exposition.ALLOWUTF8)
+    metrics = ProxyMetrics(engine, ["demo"], Clock())
+    strict = exposition.generate_latest(metrics._families.registry, escaping=exposition.ALLOWUTF8)
     names = {family.name for family in parser.text_string_to_metric_families(strict.decode())}
     assert names >= {"vllm:request_success", "baton:worker_steps", "baton:request_stage_seconds"}
 
 
 def test_two_apps_share_nothing() -> None:
     """Guards against a global registry, in which a second app in one process cannot be made."""
-    first, second = (ProxyMetrics(FakeEngine(lambda call: []), "demo") for _ in range(2))
-    GenerationMeter(first, RequestLog(), info(3), Timeline(first.clock))
+    first, second = (ProxyMetrics(FakeEngine(lambda call: []), ["demo"]) for _ in range(2))
+    GenerationMeter(first.of("demo"), RequestLog(), info(3), Timeline(first.clock))
     assert Scrape(first.exposition().decode())("vllm:num_requests_waiting") == 1
     assert Scrape(second.exposition().decode())("vllm:num_requests_waiting") == 0
 

@@ -1,9 +1,10 @@
-"""proxy.journal and proxy.record: what is logged and kept of a request that is over, and what never is."""
+"""The request log and its records: what is logged and kept of a request that is over, and what never is."""
 
 from __future__ import annotations
 
 import json
 import logging
+from collections.abc import AsyncGenerator
 from dataclasses import replace
 
 import httpx
@@ -12,7 +13,7 @@ import pytest
 
 from baton.node.messages.control import SamplingParams, Stages
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings
+from baton.proxy.interface import AppSettings, Delta, Generation
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord, as_json
 from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import USUAL, Attempt, Segment, Timeline
@@ -48,24 +49,24 @@ def test_one_line_a_request_with_everything_in_it(caplog: pytest.LogCaptureFixtu
 def test_only_a_slow_request_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     """Guards the slow-request log at the default level: it tells of slow ones, and of nothing else."""
     caplog.set_level(logging.INFO, "proxy")
-    journal = RequestLog(slow_s=2.0)
-    journal.add(record(took_s=2.0))
+    log = RequestLog(slow_s=2.0)
+    log.add(record(took_s=2.0))
     assert caplog.messages == []
-    journal.add(record(took_s=2.5))
+    log.add(record(took_s=2.5))
     (line,) = caplog.records
     assert line.levelno == logging.WARNING and line.message.startswith("request_slow request_id=cmpl-1 ")
 
 
 def test_the_ring_is_bounded() -> None:
     """Guards memory: the oldest requests go, all of one's generations together; the youngest stays whole."""
-    journal = RequestLog(keep=3)
+    log = RequestLog(keep=3)
     for number in range(10):
-        journal.add(record(f"r{number}"))
-    assert [bool(journal.find(f"r{number}")) for number in range(10)] == [False] * 7 + [True] * 3
+        log.add(record(f"r{number}"))
+    assert [bool(log.find(f"r{number}")) for number in range(10)] == [False] * 7 + [True] * 3
     for index in range(5):
-        journal.add(record("many", index))
-    assert [each.info.index for each in journal.find("many")] == [0, 1, 2, 3, 4]
-    assert not journal.find("r9")
+        log.add(record("many", index))
+    assert [each.info.index for each in log.find("many")] == [0, 1, 2, 3, 4]
+    assert not log.find("r9")
     off = RequestLog()
     off.add(record())
     assert off.find("cmpl-1") == []
@@ -85,12 +86,14 @@ def test_json_has_the_whole_timeline() -> None:
 class StampingEngine(FakeEngine):
     """The fake, which stamps the timeline as the real engine would."""
 
-    async def generate(self, *arguments, timeline: Timeline, **named):  # type: ignore[no-untyped-def, override]
+    async def generate(
+        self, generation: Generation, timeline: Timeline, *, timeout_s: float
+    ) -> AsyncGenerator[Delta, None]:
         timeline.enter("queue")
         timeline.enter("route")
         timeline.dispatch("p0/1", "d0/1", b"\xab" * 32)
         told = [Stages(queue_s=1e-9, prefill_s=1e-9), Stages(transfer_s=1e-9, step_s=1e-9)]
-        async for delta in super().generate(*arguments, timeline=timeline, **named):
+        async for delta in super().generate(generation, timeline, timeout_s=timeout_s):
             if told:
                 timeline.report(told.pop(0))
             yield delta
@@ -103,7 +106,7 @@ def engine(says) -> FakeEngine:  # type: ignore[no-untyped-def]
 
 @pytest.fixture
 def app_settings() -> AppSettings:
-    return AppSettings(served_model_name="demo", debug_requests=100)
+    return AppSettings(debug_requests=100)
 
 
 async def look_up(client: httpx.AsyncClient, answer: httpx.Response) -> list[dict]:  # type: ignore[type-arg]
@@ -179,12 +182,12 @@ async def test_without_the_option_there_is_no_such_route(
     engine: FakeEngine, text: ModelText, app_settings: AppSettings
 ) -> None:
     """Guards the default: nobody looks at others' requests where nobody asked for that."""
-    app = create_app(engine, text, replace(app_settings, debug_requests=0))
+    app = create_app(engine, {"demo": text}, replace(app_settings, debug_requests=0))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         answer = await client.post("/v1/completions", json=COMPLETION)
         found = await client.get(f"/debug/requests/{answer.headers['x-request-id']}")
         assert found.status_code == 404
     async with httpx.AsyncClient(
-        transport=httpx.ASGITransport(create_app(engine, text, app_settings)), base_url="http://proxy"
+        transport=httpx.ASGITransport(create_app(engine, {"demo": text}, app_settings)), base_url="http://proxy"
     ) as client:
         assert (await client.get("/debug/requests/cmpl-unknown")).json()["error"]["code"] == "request_not_found"

@@ -40,7 +40,7 @@ def memory() -> InMemorySpanExporter:
 async def traced(engine: FakeEngine, text: ModelText, app_settings: AppSettings, memory: InMemorySpanExporter):  # type: ignore[no-untyped-def]
     provider = TracerProvider(shutdown_on_exit=False)
     provider.add_span_processor(SimpleSpanProcessor(memory))
-    app = create_app(engine, text, app_settings, OtelSpans(provider))
+    app = create_app(engine, {"demo": text}, app_settings, OtelSpans(provider))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         yield client
 

@@ -30,7 +30,7 @@ def _beat(load: Load, draining: bool = False) -> Heartbeat:
 
 def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
     """Guards against mixed models: their KV must never meet; after all have left, another model may come."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     assert cluster.join("d/1", _register(), 0) == ""
     assert "namespace" in cluster.join("e/1", _register("e", namespace=b"m" * 32), 0)
     cluster.lose("d/1")
@@ -39,14 +39,14 @@ def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
 
 def test_a_wrong_name_or_version_is_refused() -> None:
     """Guards against a worker that speaks for another one, or another protocol."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     assert "name" in cluster.join("x/1", _register(), 0)
     assert "version" in cluster.join("d/1", _register(version=99), 0)
 
 
 def test_silence_and_standstill_are_overdue() -> None:
     """Guards detection: a frozen process, and a live one whose loop is stuck while it has work."""
-    cluster = ClusterState(stall_s=10)
+    cluster = ClusterState(stall_s=10, models=["m"])
     cluster.join("d/1", _register(), 0)
     assert cluster.overdue(DEAD_AFTER_S) == []
     assert cluster.overdue(DEAD_AFTER_S + 0.01) == [("d/1", "silent")]
@@ -59,7 +59,7 @@ def test_silence_and_standstill_are_overdue() -> None:
 
 def test_an_idle_worker_is_not_stuck() -> None:
     """Guards against killing workers for want of work."""
-    cluster = ClusterState(stall_s=10)
+    cluster = ClusterState(stall_s=10, models=["m"])
     cluster.join("d/1", _register(), 0)
     for now in range(100):
         cluster.beat("d/1", _beat(Load(steps=5)), now)
@@ -68,22 +68,22 @@ def test_an_idle_worker_is_not_stuck() -> None:
 
 def test_work_counts_from_its_dispatch() -> None:
     """Guards against bursts: requests sent since the last heartbeat are in the view, and not counted twice after it."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     cluster.join("d/1", _register(), 0)
     cluster.beat("d/1", _beat(Load(running=2, waiting_tokens=10, free_blocks=40, total_blocks=50)), 1)
     cluster.assign(Leg("d/1", "r1", tokens=30, blocks=5, sent_at=1.5))
-    (view,) = cluster.view()
+    (view,) = cluster.models["m"].view()
     assert (view.requests, view.tokens, view.free_blocks) == (3, 40, 35)
     cluster.beat("d/1", _beat(Load(running=3, waiting_tokens=30, free_blocks=35, total_blocks=50)), 2)
-    (view,) = cluster.view()
+    (view,) = cluster.models["m"].view()
     assert (view.requests, view.tokens, view.free_blocks) == (3, 30, 35)
     cluster.settle("d/1", "r1")
-    assert cluster.view()[0].requests == 3  # until the next heartbeat says otherwise
+    assert cluster.models["m"].view()[0].requests == 3  # until the next heartbeat says otherwise
 
 
 def test_a_computed_prompt_waits_no_longer() -> None:
     """Guards the queue that `auto` looks at: a first token takes its prompt out of it, once, reported or not."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     cluster.join("p/1", _register("p"), 0)
     cluster.assign(Leg("p/1", "r1", tokens=30, blocks=5, sent_at=0.5))
     cluster.assign(Leg("p/1", "r2", tokens=20, blocks=5, sent_at=0.6))
@@ -91,72 +91,86 @@ def test_a_computed_prompt_waits_no_longer() -> None:
     cluster.beat("p/1", beat, 1)
     cluster.assign(Leg("p/1", "r3", tokens=7, blocks=1, sent_at=1.5))
     cluster.prompt_computed("p/1", "r1")
-    assert cluster.view()[0].tokens == 20 + 7  # of r1 five were computed when the worker reported
+    assert cluster.models["m"].view()[0].tokens == 20 + 7  # of r1 five were computed when the worker reported
     cluster.settle("p/1", "r1")
     cluster.prompt_computed("p/1", "r3")
-    assert cluster.view()[0].tokens == 20
+    assert cluster.models["m"].view()[0].tokens == 20
     cluster.settle("p/1", "r2")  # given up
-    assert cluster.view()[0].tokens == 0
+    assert cluster.models["m"].view()[0].tokens == 0
     cluster.beat("p/1", beat, 2)
-    assert cluster.view()[0].tokens == 45
+    assert cluster.models["m"].view()[0].tokens == 45
     cluster.prompt_computed("gone/1", "r1")
     cluster.prompt_computed("p/1", "gone")
 
 
 def test_a_report_that_knows_already_is_not_told_again() -> None:
     """Guards against prompts that leave the queue twice: a report may be read before the tokens that came with it."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     cluster.join("p/1", _register("p"), 0)
     for number in range(3):
         cluster.assign(Leg("p/1", f"r{number}", tokens=100, blocks=5, sent_at=0.5))
     cluster.beat("p/1", _beat(Load(running=2, waiting_tokens=150, total_blocks=50)), 1)
     cluster.prompt_computed("p/1", "r0")
-    assert cluster.view()[0].tokens == 150
+    assert cluster.models["m"].view()[0].tokens == 150
     cluster.prompt_computed("p/1", "r1")
-    assert cluster.view()[0].tokens == 100
+    assert cluster.models["m"].view()[0].tokens == 100
 
 
 def test_unknown_heartbeats_are_told() -> None:
     """Guards rejoining: the proxy answers a stranger's heartbeat so that it registers."""
-    assert ClusterState(60).beat("d/1", _beat(Load()), 0) is False
+    assert ClusterState(60, ["m"]).beat("d/1", _beat(Load()), 0) is False
 
 
 def test_a_report_counts_from_when_it_was_true() -> None:
     """Guards against bursts during a long step: a heartbeat with a load from before a request does not hide it."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     cluster.join("d/1", _register(), 0)
     cluster.assign(Leg("d/1", "r1", tokens=30, blocks=5, sent_at=1.5))
     beat = Heartbeat(worker="d", incarnation=1, load=Load(free_blocks=50, total_blocks=50), load_age_s=1.0)
     cluster.beat("d/1", beat, 2.0)
-    assert (cluster.view()[0].requests, cluster.view()[0].tokens) == (1, 30)
+    assert (cluster.models["m"].view()[0].requests, cluster.models["m"].view()[0].tokens) == (1, 30)
     cluster.beat("d/1", beat, 3.0)
-    assert (cluster.view()[0].requests, cluster.view()[0].tokens) == (1, 0)
+    assert (cluster.models["m"].view()[0].requests, cluster.models["m"].view()[0].tokens) == (1, 0)
 
 
 def test_speeds_are_the_workers_own_or_their_peers() -> None:
     """Guards a new worker from looking idle for ever, or slow for ever, beside measured ones."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     cluster.join("d/1", _register(), 0)
     cluster.join("e/1", _register("e"), 0)
-    assert {worker.tokens_s for worker in cluster.view()} == {NOMINAL_TOKENS_S}
+    assert {worker.tokens_s for worker in cluster.models["m"].view()} == {NOMINAL_TOKENS_S}
     cluster.beat("d/1", _beat(Load(prefill_tokens_s=500.0)), 1)
     cluster.beat("e/1", _beat(Load()), 1)
-    assert {worker.tokens_s for worker in cluster.view()} == {500.0}
+    assert {worker.tokens_s for worker in cluster.models["m"].view()} == {500.0}
     cluster.beat("e/1", _beat(Load(prefill_tokens_s=700.0)), 2)
     cluster.beat("d/1", _beat(Load(prefill_tokens_s=500.0)), 2)
-    assert {worker.tokens_s for worker in cluster.view()} == {600.0}, "noise of a shared machine"
+    assert {worker.tokens_s for worker in cluster.models["m"].view()} == {600.0}, "noise of a shared machine"
     cluster.beat("e/1", _beat(Load(prefill_tokens_s=4000.0)), 3)
     cluster.beat("d/1", _beat(Load(prefill_tokens_s=500.0)), 3)
-    assert [worker.tokens_s for worker in cluster.view()] == [500.0, 2250.0]
+    assert [worker.tokens_s for worker in cluster.models["m"].view()] == [500.0, 2250.0]
 
 
 def test_a_store_is_heard_but_given_no_work() -> None:
     """Guards the roles: a store is no worker, sets no shape, and is lost by silence like anyone."""
-    cluster = ClusterState(60)
+    cluster = ClusterState(60, ["m"])
     assert "name" in cluster.join_store("x/1", RegisterStore(worker="s", incarnation=1), 0)
     assert cluster.join_store("s/1", RegisterStore(worker="s", incarnation=1), 0) == ""
-    assert cluster.shape is None and cluster.view() == () and cluster.knows("s/1")
+    assert cluster.models["m"].shape is None and cluster.models["m"].view() == () and cluster.knows("s/1")
     assert cluster.beat("s/1", Heartbeat(worker="s", incarnation=1, load=Load()), 1)
     assert [status.role for status in cluster.statuses()] == ["store"]
     assert cluster.overdue(1 + DEAD_AFTER_S + 0.01) == [("s/1", "silent")]
     assert cluster.lose("s/1") and not cluster.lose("s/1") and cluster.identities() == []
+
+
+def test_each_worker_joins_the_entry_of_its_model() -> None:
+    """Guards two models behind one proxy: a route of one never leads to a worker of the other."""
+    cluster = ClusterState(60, ["a", "b"])
+    assert cluster.join("d0/1", _register("d0", model="a"), 0) == ""
+    assert cluster.join("d1/1", _register("d1", model="b", namespace=b"o" * 32), 0) == ""
+    assert cluster.join("d2/1", _register("d2", model="c"), 0) == "this proxy serves a, b, not c"
+    assert [[worker.identity for worker in entry.view()] for entry in cluster.models.values()] == [["d0/1"], ["d1/1"]]
+    assert [status.model for status in cluster.statuses()] == ["a", "b"]
+    cluster.assign(Leg("d1/1", "r", tokens=9, blocks=1, sent_at=1))
+    assert [entry.view()[0].tokens for entry in cluster.models.values()] == [0, 9]
+    assert cluster.lose("d1/1") and not cluster.lose("d1/1")
+    assert cluster.models["b"].shape is None and cluster.models["a"].shape is not None
