@@ -45,6 +45,16 @@ PENALISED = tl.constexpr(13)  # 1: the counts of the slot are kept
 NUM_TOP = tl.constexpr(14)  # likeliest tokens to name with the logprob; -1: no logprob
 COLUMNS = tl.constexpr(16)
 
+# Columns that hold a parameter as it is, by its name in models.sampling_rules.
+FLOATS = {
+    "temperature": TEMPERATURE,
+    "top_p": TOP_P,
+    "repetition_penalty": REPETITION,
+    "frequency_penalty": FREQUENCY,
+    "presence_penalty": PRESENCE,
+}
+INTEGERS = {"top_k": TOP_K}
+
 IN_PROMPT = tl.constexpr(1 << 30)  # bit of a count; the rest counts the output
 
 

@@ -169,15 +169,13 @@ def _entry(rules: DrawRules, prompt_len: int) -> np.ndarray:
     """The slot's line of the table, int32 [COLUMNS]."""
     line = np.zeros(columns.COLUMNS.value, dtype=np.int32)
     floats = line.view(np.float32)
-    floats[columns.TEMPERATURE.value] = rules.temperature
+    for name, column in columns.FLOATS.items():
+        floats[column.value] = getattr(rules, name)
+    for name, column in columns.INTEGERS.items():
+        line[column.value] = getattr(rules, name)
     floats[columns.LOG_MIN_P.value] = torch.tensor(rules.min_p).log() if rules.min_p > 0.0 else -np.inf
-    floats[columns.TOP_P.value] = rules.top_p
-    floats[columns.REPETITION.value] = rules.repetition_penalty
-    floats[columns.FREQUENCY.value] = rules.frequency_penalty
-    floats[columns.PRESENCE.value] = rules.presence_penalty
     first = columns.SEED.value
     line[first : first + 2] = np.array([rules.seed], dtype=np.int64).view(np.int32)
-    line[columns.TOP_K.value] = rules.top_k
     line[columns.MIN_UNTIL.value] = prompt_len + rules.min_tokens
     line[columns.NUM_BIAS.value] = len(rules.bias)
     line[columns.NUM_STOPS.value] = len(rules.forbidden)
