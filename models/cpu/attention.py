@@ -1,6 +1,6 @@
 """A layer's attention over a step: writes keys and values into the paged pool, then serves decode groups and chunks.
 
-Holds the views of the pool; knows the pool's shape, not who owns its blocks.
+Holds the views of the pool; knows the pool's shape, not which sequence owns a block.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import torch
 from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.step_batch import PoolShape, StepBatch
+from baton.models.layers import describe
 
 
 class PagedAttention:
@@ -25,17 +26,17 @@ class PagedAttention:
         self._slots = pool.view(-1, config.num_kv_heads * config.head_dim)
         self._pieces = pool.view(-1, pool.shape[3] * config.num_kv_heads * config.head_dim)
         self._workspace = kernels.Workspace()
+        self._windows = [shape.attention.window for shape in describe(config)]
 
     def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch) -> torch.Tensor:
         """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]."""
         config, ids = self._config, step.piece_ids[layer]
         kernels.write_kv(self._slots, step.slot_ids[layer], kv)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        windowed = config.windowed_layers[layer]
-        window = config.sliding_window if windowed else None
+        window = self._windows[layer]
         for group in step.groups:
             kernels.decode_attention(
-                query, self._pieces, ids, group, windowed, config.num_kv_heads, self._workspace, out
+                query, self._pieces, ids, group, window is not None, config.num_kv_heads, self._workspace, out
             )
         for chunk in step.chunks:
             tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)

@@ -10,6 +10,7 @@ from baton.kernels.triton import prefill_attention
 from baton.models.config import ModelConfig
 from baton.models.cuda.decoder import Attend
 from baton.models.cuda.queue import Queue
+from baton.models.layers import describe
 
 GLUON_BLOCKS = (16, 32, 64, 128)
 ITEMS_A_MULTIPROCESSOR = 2
@@ -42,13 +43,13 @@ def choose_attention(config: ModelConfig, pool: torch.Tensor, queue: Queue, dete
 class _Portable:
     def __init__(self, config: ModelConfig, pool: torch.Tensor) -> None:
         self.tile = prefill_attention.block_m(config.head_dim)
-        self._config, self._pool = config, pool
+        self._windows, self._pool = [shape.attention.window for shape in describe(config)], pool
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
-        config, pool, tile = self._config, self._pool, self.tile
+        windows, pool, tile = self._windows, self._pool, self.tile
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            window = config.sliding_window if config.windowed_layers[layer] else None
+            window = windows[layer]
             prefill_attention.prefill_attention(
                 query, pool, layer, tables, starts, lengths, work, tile, out, window=window
             )
