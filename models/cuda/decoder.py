@@ -187,40 +187,41 @@ class _StepOps:
         """last: number of the last layer. drawn: the tokens that are computed behind its attention; None: all."""
         self._act, self._products, self._eps, self._last, self._pdl = act, products, eps, last, pdl
         self._rope_and_write, self._attend, self._drawn = rope_and_write, attend, drawn
-        self._count = num_tokens
-        self._residual = act.residual[:num_tokens]
+        self._residual, self._qkv = act.residual[:num_tokens], act.qkv[:num_tokens]
+        self._query, self._attended = act.query[:num_tokens], act.attended[:num_tokens]
+        self._normed, self._mixed = act.normed[:num_tokens], act.mixed[:num_tokens]
+        self._gated, self._flat = act.gated[:num_tokens], self._attended.view(num_tokens, -1)
 
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
-        normed = self._act.normed[: self._count]
-        rms_norm(self._residual, weight, self._eps, normed, pdl=self._pdl)
-        return normed
+        rms_norm(self._residual, weight, self._eps, self._normed, pdl=self._pdl)
+        return self._normed
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor | None:
-        act, count = self._act, self._count
-        query, attended = act.query[:count], act.attended[:count]
-        qkv = self._products(layer.attention.qkv, x, act.qkv[:count], pdl=self._pdl)
-        self._rope_and_write(index, qkv, query)
-        if self._drawn is None or index != self._last:
-            self._attend(index, query, attended)
-        elif not len(self._drawn):
-            return None
+        qkv = self._products(layer.attention.qkv, x, self._qkv, pdl=self._pdl)
+        self._rope_and_write(index, qkv, self._query)
+        if self._drawn is not None and index == self._last:
+            if not len(self._drawn):
+                return None
+            self._attend(index, self._query, self._attended)
+            self._keep(self._drawn)
         else:
-            self._attend(index, query, attended)
-            self._count = count = len(self._drawn)
-            attended = torch.index_select(attended, 0, self._drawn, out=act.query[:count])
-            self._residual = torch.index_select(self._residual, 0, self._drawn, out=act.last[:count])
-        return self._products(layer.attention.o, attended.view(count, -1), act.mixed[:count], pdl=self._pdl)
+            self._attend(index, self._query, self._attended)
+        return self._products(layer.attention.o, self._flat, self._mixed, pdl=self._pdl)
+
+    def _keep(self, drawn: torch.Tensor) -> None:
+        """From now on the step has these of its tokens."""
+        act, count = self._act, len(drawn)
+        self._flat = torch.index_select(self._attended, 0, drawn, out=act.query[:count]).view(count, -1)
+        self._residual = torch.index_select(self._residual, 0, drawn, out=act.last[:count])
+        self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        act, count = self._act, self._count
-        gated = act.gated[:count]
-        self._products.gated(layer.mlp.gate_up, x, gated, pdl=self._pdl)
-        return self._products(layer.mlp.down, gated, act.mixed[:count], pdl=self._pdl)
+        self._products.gated(layer.mlp.gate_up, x, self._gated, pdl=self._pdl)
+        return self._products(layer.mlp.down, self._gated, self._mixed, pdl=self._pdl)
 
     def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        normed = self._act.normed[: self._count]
-        add_rms_norm(added, self._residual, weight, self._eps, normed, pdl=self._pdl)
-        return normed
+        add_rms_norm(added, self._residual, weight, self._eps, self._normed, pdl=self._pdl)
+        return self._normed
 
     finish = add_and_norm
 

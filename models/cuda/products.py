@@ -68,7 +68,7 @@ class Products:
 
     def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
         """x W^T + b, [M, N]: `out`, or float32 parts of it [splits, M, N] which the reader sums; x is [M, K]."""
-        m, shape = len(x), shape_of(weights)
+        m, shape = x.shape[0], shape_of(weights)
         tiles = self._policy(m, shape)
         if tiles is None:
             self._plain(weights, x, out)
@@ -80,7 +80,7 @@ class Products:
 
     def whole(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
         """The same into `out`, in one part."""
-        tiles = self._policy(len(x), shape_of(weights))
+        tiles = self._policy(x.shape[0], shape_of(weights))
         if tiles is None:
             self._plain(weights, x, out)
         else:
@@ -88,7 +88,7 @@ class Products:
 
     def gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
         """out [M, inner] = silu(gate) * up, where x W^T + b is [gate, up]."""
-        m, shape = len(x), shape_of(gate_up, fused=True)
+        m, shape = x.shape[0], shape_of(gate_up, fused=True)
         tiles = None if gate_up.bias is not None else self._policy(m, shape)
         if tiles is not None:
             linear(x, _dense(gate_up), None, tiles, out, fused=True, pdl=pdl)
