@@ -1,7 +1,7 @@
 """Slow, obvious torch versions of every op: the oracle in tests, and what the CPU runs where nothing faster is needed.
 
 Shapes: N tokens of a step, H query heads, KH key heads (H a multiple of KH), D head_dim, V vocabulary. The pool is
-[num_blocks, layers, 2, block_tokens, KH, D], key before value; token t of a sequence lies in block `blocks[t //
+[num_blocks, KH, layers, 2, block_tokens, D], key before value; token t of a sequence lies in block `blocks[t //
 block_tokens]` at `t % block_tokens`. Knows no model.
 """
 
@@ -50,10 +50,10 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
 def write_kv(slots: torch.Tensor, slot_ids: torch.Tensor, kv: torch.Tensor) -> None:
     """Puts keys and values into the pool: slots[slot_ids[n, i]] = kv[n, i].
 
-    slots: the pool as [num_blocks * layers * 2 * block_tokens, KH * D]; slot_ids int64 [N, 2] and kv [N, 2, KH * D],
-    keys and values.
+    slots: the pool as [num_blocks * KH * layers * 2 * block_tokens, D]; slot_ids int64 [N, 2, KH] and kv
+    [N, 2, KH * D], keys and values.
     """
-    slots[slot_ids] = kv.to(slots.dtype)
+    slots[slot_ids] = kv.to(slots.dtype).unflatten(-1, slot_ids.shape[2:] + slots.shape[1:])
 
 
 def paged_attention(
@@ -66,7 +66,9 @@ def paged_attention(
     """
     num_new, num_heads, head_dim = query.shape
     total = start + num_new
-    keys, values = (pool[blocks, layer, i].flatten(0, 1)[:total].float() for i in (0, 1))  # [total, KH, D]
+    keys, values = (  # [total, KH, D]
+        pool[blocks, :, layer, i].transpose(1, 2).flatten(0, 1)[:total].float() for i in (0, 1)
+    )
     group = num_heads // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
     scores = torch.einsum("nhd,thd->hnt", query.float(), keys) * head_dim**-0.5

@@ -92,7 +92,8 @@ def tiers(argv: Sequence[str]) -> None:
     """The hit rate that one shared LRU tier of a given size has at most, over a trace."""
     settings = parse(TiersSettings, argv, f"{PROG} tiers", tiers.__doc__ or "")
     requests = read_trace(settings.trace, settings.seed)
-    token_bytes = load_profile(settings.profile).kv_layout().token_bytes
+    layout = load_profile(settings.profile).kv_layout()
+    token_bytes = layout.block_bytes // layout.block_tokens
     sizes = [*settings.million_tokens, float("inf")]
     found = [(million, hit_rate(requests, million * 1e6)) for million in sizes]
     _show(report.tier_rows(found, token_bytes), settings.json)

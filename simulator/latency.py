@@ -99,7 +99,7 @@ class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     """KV bytes in one transfer message."""
 
     def kv_layout(self) -> KVLayout:
-        return KVLayout(**msgspec.structs.asdict(self.layout))
+        return KVLayout.of_model(**msgspec.structs.asdict(self.layout))
 
     def step_s(self, rows: Sequence[RowWork]) -> float:
         """Seconds of one step over these rows."""

@@ -85,7 +85,7 @@ def choose_device(device: str) -> str:
 
 
 def layout_of(config: ModelConfig, kv_dtype: torch.dtype, block_tokens: int) -> KVLayout:
-    return KVLayout(
+    return KVLayout.of_model(
         num_layers=config.num_layers,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,

@@ -16,7 +16,7 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
 from baton.models.config import ModelConfig
-from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, spread_layers
+from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
@@ -54,7 +54,7 @@ def load_on_cuda(settings: WorkerSettings, role: Role, folder: Path) -> LoadedMo
     try:
         runner = _load(settings, folder, config, index, longest)
         layout = layout_of(config, runner.kv_dtype, settings.block_tokens)
-        layout = replace(layout, num_layers=spread_layers(layout.num_layers))
+        layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes))
         pool = DevicePool(layout, _pool_blocks(settings, layout, index), index)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
         began_at = time.monotonic()

@@ -140,8 +140,6 @@ def namespace_of(folder: Path, load_format: str, device: str, layout: KVLayout, 
         model_fingerprint=model_fingerprint(folder, load_format, device),
         layout=layout,
         weight_dtype=layout.dtype,
-        tp_size=1,
-        tp_rank=0,
         rope_fingerprint=hashlib.sha256(repr(config.rope).encode()).digest(),
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
     )

@@ -44,6 +44,7 @@ from baton.kernels.triton.linear_policy import (
     fastest,
     invariant,
 )
+from baton.kernels.triton.pool import PagedPool
 from baton.kvtransfer.blocks.copies import IN_FLIGHT, Pair
 from baton.kvtransfer.blocks.device_copies import DeviceCopies
 from baton.kvtransfer.blocks.device_pool import DeviceMemory
@@ -97,7 +98,7 @@ def small(report: KernelReport) -> None:
         calls = [partial(activation.silu_and_mul, gate_up[i], gated) for i in range(count)]
         report.moved("silu_and_mul", rows * FFN * 6, calls, rows=rows)
         width = (HEADS + 2 * KV_HEADS) * DIM
-        pool = randn(-(-rows // 64), count, 2, 64, KV_HEADS, DIM)
+        pool = PagedPool.of(randn(-(-rows // 64), KV_HEADS, count, 2, 64, DIM))
         positions = torch.randint(0, 8192, (rows,), dtype=torch.int32, device=GPU)
         slots = torch.arange(rows, dtype=torch.int32, device=GPU)
         query, norms = randn(rows, HEADS, DIM), rope_write.HeadNorms(randn(HEADS + KV_HEADS, DIM), 1e-6)
@@ -138,12 +139,16 @@ def choice(report: KernelReport) -> None:
 
 
 def whole_blocks(report: KernelReport) -> None:
-    pool = randn(400, 32, 2, 64, KV_HEADS, DIM)  # 8 MiB a block
+    pool = randn(400, KV_HEADS, 32, 2, 64, DIM)  # 8 MiB a block
+    units = pool.flatten(0, 1)
     for count in (1, 16, 128):
         sets = [torch.randperm(400, device=GPU)[:count] for _ in range(max(2, 64 // count))]
-        scratch, checks = blocks.checksum_scratch(count, pool), torch.zeros(count, dtype=torch.int64, device=GPU)
+        most = count * KV_HEADS
+        scratch, checks = blocks.checksum_scratch(most, units), torch.zeros(most, dtype=torch.int64, device=GPU)
         staging, size = randn(count, *pool.shape[1:]), count * 8 << 20
-        calls = [partial(blocks.block_checksums, pool, ids, scratch, checks) for ids in sets]
+        heads = torch.arange(KV_HEADS, device=GPU)
+        unit_sets = [(ids[:, None] * KV_HEADS + heads).flatten() for ids in sets]
+        calls = [partial(blocks.block_checksums, units, ids, scratch, checks) for ids in unit_sets]
         report.moved("block_checksums", size, calls, blocks=count)
         calls = [partial(blocks.gather_blocks, pool, ids, staging) for ids in sets]
         report.moved("gather_blocks", 2 * size, calls, blocks=count)
@@ -203,7 +208,7 @@ def decode(report: KernelReport) -> None:
             width = length // block_tokens
             num_blocks = rows * width
             pool = memory[: num_blocks * layers * 2 * block_tokens * KV_HEADS * DIM]
-            pool = pool.view(num_blocks, layers, 2, block_tokens, KV_HEADS, DIM)
+            pool = pool.view(num_blocks, KV_HEADS, layers, 2, block_tokens, DIM)
             tables = torch.randperm(num_blocks, device=GPU).int().view(rows, width)
             for name, plan in (
                 ("fast", split_plan(rows, KV_HEADS, sms)),
@@ -227,7 +232,7 @@ def decode(report: KernelReport) -> None:
 
 def decode_calls(
     query: torch.Tensor,
-    pool: torch.Tensor,
+    pool: torch.Tensor,  # [blocks, KH, layers, 2, block_tokens, D]
     layers: Iterable[int],
     tables: torch.Tensor,
     lengths: torch.Tensor,
@@ -237,8 +242,9 @@ def decode_calls(
     """A call a layer. The sharing out, once a step, is not in them."""
     scratch = decode_attention.DecodeScratch.make(len(query), plan.num_chunks, HEADS, KV_HEADS, DIM, GPU)
     share_out(lengths, plan, scratch.work)
+    paged = PagedPool.of(pool)
     return [
-        partial(decode_attention.decode_attention, query, pool, layer, tables, lengths, plan, scratch, out)
+        partial(decode_attention.decode_attention, query, paged, layer, tables, lengths, plan, scratch, out)
         for layer in layers
     ]
 
@@ -246,7 +252,7 @@ def decode_calls(
 def mixed(report: KernelReport) -> None:
     """Decode attention over sequences of unequal lengths, and the sharing out before it."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
-    pool = randn(16384, 8, 2, 64, KV_HEADS, DIM)
+    pool = randn(16384, KV_HEADS, 8, 2, 64, DIM)
     cells = {
         "1 x 32000, 7 x 1000": [32000] + [1000] * 7,
         "1 x 32000, 31 x 1000": [32000] + [1000] * 31,
@@ -272,12 +278,12 @@ def mixed(report: KernelReport) -> None:
 
 
 def pools(report: KernelReport) -> None:
-    """Decode attention by the layers of the pool: they decide how far apart the blocks of a sequence lie."""
+    """Decode attention by the layers of the pool: they decide how far apart the units of a sequence lie."""
     sms = torch.cuda.get_device_properties(0).multi_processor_count
     deepest = 40
     memory = randn(4096 * deepest * 2 * 64 * KV_HEADS * DIM)  # 40 GiB
     for layers in (8, 10, 12, 15, 16, 18, 20, 24, 25, 28, 30, 32, 35, 36, 40):
-        pool = memory[: 4096 * layers * 2 * 64 * KV_HEADS * DIM].view(4096, layers, 2, 64, KV_HEADS, DIM)
+        pool = memory[: 4096 * layers * 2 * 64 * KV_HEADS * DIM].view(4096, KV_HEADS, layers, 2, 64, DIM)
         for rows, length in ((8, 32768), (256, 1024)):
             query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
             lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
@@ -317,7 +323,8 @@ def prefill(report: KernelReport) -> None:
     for num_new, cached in ((512, 0), (1024, 0), (2048, 0), (4096, 0), (8192, 0), (32768, 0), (2048, 8192)):
         length = num_new + cached
         for block_tokens in (64, 16):
-            pool = randn(length // block_tokens, 2, 2, block_tokens, KV_HEADS, DIM)
+            pool = randn(length // block_tokens, KV_HEADS, 2, 2, block_tokens, DIM)
+            paged = PagedPool.of(pool)
             tables = torch.randperm(length // block_tokens, device=GPU).int()[None]
             query, out = randn(num_new, HEADS, DIM), randn(num_new, HEADS, DIM)
             starts = torch.tensor([0, num_new], dtype=torch.int32, device=GPU)
@@ -325,13 +332,13 @@ def prefill(report: KernelReport) -> None:
             tokens = prefill_attention.block_m(DIM)
             work = prefill_attention.work_list([num_new], [length], HEADS, tokens).to(GPU)
             call = partial(
-                prefill_attention.prefill_attention, query, pool, 0, tables, starts, lengths, work, tokens, out
+                prefill_attention.prefill_attention, query, paged, 0, tables, starts, lengths, work, tokens, out
             )
             ways: dict[str, Call] = {"triton": call}
             if prefill_gluon.is_available(torch.cuda.get_device_capability()):
                 for name, given in (("gluon", None), ("gluon_persistent", counter)):
                     ways[name] = partial(
-                        prefill_gluon.prefill_attention, query, pool, 0, tables, starts, lengths, work, sms, given, out
+                        prefill_gluon.prefill_attention, query, paged, 0, tables, starts, lengths, work, sms, given, out
                     )
             for name, each in ways.items():
                 report_prefill(report, each, num_new, cached, by=name, block_tokens=block_tokens)

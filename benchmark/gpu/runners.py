@@ -9,7 +9,7 @@ import torch
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.shapes import SHAPES
 from baton.models.config import ModelConfig
-from baton.models.cuda.memory import spread_layers
+from baton.models.cuda.memory import unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.layers import Weights
@@ -44,13 +44,15 @@ def load_shape(lines: JsonLines, name: str) -> tuple[ModelConfig, Weights]:
 
 
 def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
-    """[num_blocks, layers, 2, block_tokens, KH, D]; random, as zeros are quicker to compute with."""
-    shape = (num_blocks, spread_layers(config.num_layers), 2, BLOCK_TOKENS, config.num_kv_heads, config.head_dim)
-    pool = torch.empty(shape, dtype=torch.bfloat16, device="cuda:0")
-    some = torch.empty(256, *shape[1:], dtype=torch.bfloat16, device="cuda:0").normal_()
-    for part in pool.split(len(some)):
+    """[num_blocks, KH, layers, 2, block_tokens, D]; random, as zeros are quicker to compute with."""
+    layer = 2 * BLOCK_TOKENS * config.head_dim
+    unit = config.num_layers * layer + unit_padding(config.num_layers, layer)
+    memory = torch.empty(num_blocks, config.num_kv_heads, unit, dtype=torch.bfloat16, device="cuda:0")
+    some = torch.empty(256, *memory.shape[1:], dtype=torch.bfloat16, device="cuda:0").normal_()
+    for part in memory.split(len(some)):
         part.copy_(some[: len(part)])
-    return pool
+    layers = memory[:, :, : config.num_layers * layer]
+    return layers.unflatten(2, (config.num_layers, 2, BLOCK_TOKENS, config.head_dim))
 
 
 def make_runner(

@@ -37,9 +37,9 @@ class Unsupported(Exception):
 
 
 def contiguous(pool: torch.Tensor, layer: int, tables: torch.Tensor) -> torch.Tensor:
-    """[2, B, KH, L, D]: keys and values of pages; pool [blocks, layers, 2, block_tokens, KH, D], tables [B, pages]."""
-    pages = pool[tables.long(), layer]  # [B, pages, 2, block_tokens, KH, D]
-    return pages.permute(2, 0, 4, 1, 3, 5).flatten(3, 4).contiguous()
+    """[2, B, KH, L, D]: keys and values of pages; pool [blocks, KH, layers, 2, block_tokens, D], tables [B, pages]."""
+    pages = pool[:, :, layer][tables.long()]  # [B, pages, KH, 2, block_tokens, D]
+    return pages.permute(3, 0, 2, 1, 4, 5).flatten(3, 4).contiguous()
 
 
 def attend(backend: SDPBackend, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:

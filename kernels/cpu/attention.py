@@ -37,7 +37,8 @@ class DecodeGroup:
     first_row: int
     num_rows: int
     first_id: int
-    """Where its pieces begin in the step's piece ids: its key blocks row by row, then its value blocks."""
+    """Where its pieces begin in the step's piece ids: row by row and head by head its key blocks, then its value
+    blocks."""
     num_ids: int
     mask: torch.Tensor
     """Added to the scores, [num_rows, 1, 1, T]: 0 or -inf."""
@@ -57,7 +58,7 @@ def decode_attention(
 ) -> None:
     """Writes the group's rows of out; one query token a row.
 
-    query and out [N, H, D]; pieces: the pool as [num_blocks * layers * 2, block_tokens * KH * D]; piece_ids: this
+    query and out [N, H, D]; pieces: the pool as [num_blocks * KH * layers * 2, block_tokens * D]; piece_ids: this
     layer's, int64. The heads that share a key head stand as if they were query tokens: all of them read the same
     keys, so nothing has to be repeated.
     """
@@ -65,7 +66,7 @@ def decode_attention(
     gathered = workspace.gather(pieces, piece_ids[group.first_id : group.first_id + group.num_ids])
     mask = group.window_mask if windowed else group.mask
     heads = query[rows].view(group.num_rows, num_kv_heads, -1, query.shape[2])  # [rows, KH, group size, D]
-    keys, values = gathered.view(2, group.num_rows, -1, num_kv_heads, heads.shape[-1]).transpose(2, 3)
+    keys, values = gathered.view(2, group.num_rows, num_kv_heads, -1, heads.shape[-1])
     out[rows].view(heads.shape).copy_(F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask))
 
 
@@ -81,14 +82,14 @@ def chunk_attention(
 ) -> None:
     """Attention of one sequence's tokens start .. start + n - 1 over all up to each; query and out [n, H, D].
 
-    piece_ids: this layer's key blocks and then value blocks of the sequence. A window hides all but the last `window`
-    tokens, the own one included.
+    piece_ids: this layer's key blocks of the sequence, head by head, and then value blocks. A window hides all but the
+    last `window` tokens, the own one included.
     """
     num_new, num_heads, head_dim = query.shape
-    gathered = workspace.gather(pieces, piece_ids).view(2, -1, num_kv_heads, 1, head_dim)
+    gathered = workspace.gather(pieces, piece_ids).view(2, num_kv_heads, 1, -1, head_dim)
     # As a batch of key heads, each with its query heads: [KH, group size, tokens, D]. The expansion copies nothing.
     heads = query.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    keys, values = gathered.expand(-1, -1, -1, num_heads // num_kv_heads, -1).permute(0, 2, 3, 1, 4)
+    keys, values = gathered.expand(-1, -1, num_heads // num_kv_heads, -1, -1)
     target = out.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     if start == 0 and (window is None or num_new <= window):
         seen = slice(0, num_new)

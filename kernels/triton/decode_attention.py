@@ -28,6 +28,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from baton.kernels.triton.decode_plan import TILE, DecodePlan
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
 from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.pool import PagedPool
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
 HEAD_BYTES = 256  # of the heads that plans are made for; of larger ones fewer tiles are in flight
@@ -90,7 +91,7 @@ def _merge_parts(
     tl.store(out_ptr + head[:, None] * DIM + element[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["layer", "num_layers", "scale_log2", "window"])
+@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window"])
 def _decode_attention_kernel(
     query_ptr,
     pool_desc,
@@ -104,7 +105,7 @@ def _decode_attention_kernel(
     arrived_ptr,
     scale_log2,
     layer,
-    num_layers,
+    unit_rows,
     table_stride,
     window,
     HEADS: tl.constexpr,
@@ -147,6 +148,8 @@ def _decode_attention_kernel(
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
+        block_rows = KV_HEADS * unit_rows
+        first_row = kv_head * unit_rows + layer * (2 * BLOCK_TOKENS)
         for tile in tl.range(start // TILE * TILE, end, TILE):
             token = tile + tl.arange(0, TILE)
             seen = token < end
@@ -154,18 +157,18 @@ def _decode_attention_kernel(
                 seen = seen & (token >= first)
             if TMA:
                 block = tl.load(table_ptr + row * table_stride + tile // BLOCK_TOKENS)
-                slot = ((block * num_layers + layer) * 2) * BLOCK_TOKENS + tile % BLOCK_TOKENS
-                keys = pool_desc.load([slot, kv_head * DIM])
-                values = pool_desc.load([slot + BLOCK_TOKENS, kv_head * DIM])
+                slot = block * block_rows + first_row + tile % BLOCK_TOKENS
+                keys = pool_desc.load([slot, 0])
+                values = pool_desc.load([slot + BLOCK_TOKENS, 0])
             else:
                 blocks = tl.load(table_ptr + row * table_stride + token // BLOCK_TOKENS, mask=seen, other=0).to(
                     tl.int64
                 )
-                slots = ((blocks * num_layers + layer) * 2) * BLOCK_TOKENS + token % BLOCK_TOKENS
-                place = pool_ptr + slots[:, None] * (KV_HEADS * DIM) + kv_head * DIM + element[None, :]
+                slots = blocks * block_rows + first_row + token % BLOCK_TOKENS
+                place = pool_ptr + slots[:, None] * DIM + element[None, :]
                 read = seen[:, None] & (element < DIM)[None, :]
                 keys = tl.load(place, mask=read, other=0.0)
-                values = tl.load(place + BLOCK_TOKENS * KV_HEADS * DIM, mask=read, other=0.0)
+                values = tl.load(place + BLOCK_TOKENS * DIM, mask=read, other=0.0)
             scores = tl.dot(query, keys.T, input_precision="ieee") * scale_log2
             scores = tl.where(seen[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
@@ -196,7 +199,7 @@ def _decode_attention_kernel(
 
 def decode_attention(
     query: torch.Tensor,
-    pool: torch.Tensor,
+    pool: PagedPool,
     layer: int,
     block_tables: torch.Tensor,
     lengths: torch.Tensor,
@@ -208,7 +211,7 @@ def decode_attention(
     scale: float | None = None,
     pdl: bool = False,
 ) -> None:
-    """Fills out [B, H, D]; query [B, H, D], pool [blocks, layers, 2, block_tokens, KH, D], both of one dtype.
+    """Fills out [B, H, D]; query [B, H, D], pool with KH units, both of one dtype.
 
     block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
     the pool. scratch.work is what decode_work.share_out made of the lengths and the plan. A row of length 0 is padding:
@@ -216,34 +219,32 @@ def decode_attention(
     given. With `pdl` no kernel of the same chain may write lengths or the work.
     """
     num_rows, num_heads, head_dim = query.shape
-    num_blocks, num_layers, _, block_tokens, kv_heads, _ = pool.shape
-    require(query.shape == out.shape and pool.shape[5] == head_dim, "query, out and pool differ in shape")
+    kv_heads, block_tokens = pool.num_units, pool.block_tokens
+    pool.require_layer(layer)
+    require(query.shape == out.shape and pool.head_dim == head_dim, "query, out and pool differ in shape")
     require(num_heads % kv_heads == 0 and num_heads // kv_heads <= GROUP_ROWS, f"{num_heads} on {kv_heads} heads")
     require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
     require(block_tokens & (block_tokens - 1) == 0, f"block_tokens {block_tokens} is no power of two")
     require(query.dtype == pool.dtype == out.dtype, "query, pool and out differ in dtype")
-    require(0 <= layer < num_layers, f"layer {layer} of {num_layers}")
     require(block_tables.shape[0] == num_rows and lengths.shape == (num_rows,), "tables and lengths need a row each")
     require(block_tables.dtype == lengths.dtype == torch.int32, "tables and lengths must be int32")
     require(block_tables.stride(1) == 1, "rows of block_tables must be contiguous")
-    for tensor in (query, pool, lengths, out):
+    for tensor in (query, lengths, out):
         require(tensor.is_contiguous(), "tensors must be contiguous")
     parts = plan.num_chunks * num_heads
     enough = scratch.parts.numel() >= parts * head_dim and scratch.softmax.numel() >= parts * 2
     enough = enough and len(scratch.work) >= plan.num_chunks and scratch.arrived.numel() >= num_rows * kv_heads
     require(enough, "the scratch is too small for the plan")
-    require(num_blocks * num_layers * 2 * block_tokens < 2**31, "the pool has more slots than int32 counts")
     if num_rows == 0:
         return
     group_block = triton.next_power_of_2(num_heads // kv_heads)
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
-    tiles = max(1, plan.num_stages // 2 * HEAD_BYTES // max(HEAD_BYTES, dim_block * pool.element_size()))
-    rows_of_pool = pool.view(-1, kv_heads * head_dim)
+    tiles = max(1, plan.num_stages // 2 * HEAD_BYTES // max(HEAD_BYTES, dim_block * pool.tensor.element_size()))
     _decode_attention_kernel[(kv_heads * plan.num_chunks,)](
         query,
-        TensorDescriptor.from_tensor(rows_of_pool, [TILE, head_dim]) if tma else None,
-        pool,
+        TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None,
+        pool.tensor,
         block_tables,
         lengths,
         scratch.work,
@@ -253,7 +254,7 @@ def decode_attention(
         scratch.arrived,
         (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         layer,
-        num_layers,
+        pool.unit_rows,
         block_tables.stride(0),
         0 if window is None else window,
         HEADS=num_heads,

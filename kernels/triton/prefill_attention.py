@@ -25,6 +25,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.pool import PagedPool
 
 TILE = 64
 # The maximum before the first key. Finite, so that a row that sees nothing yet has weights exp2(-inf - LOWEST) = 0. If
@@ -56,8 +57,8 @@ def work_list(query_lengths: Sequence[int], lengths: Sequence[int], num_heads: i
 
 @triton.jit
 def _attend_tiles(
-    state, query, start, end, positions, table_ptr, pool_desc, pool_ptr, kv_head, length, window, scale_log2, layer,
-    num_layers, KV_HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    state, query, start, end, positions, table_ptr, pool_desc, pool_ptr, first_row, block_rows, length, window,
+    scale_log2, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """The state (maximum, sum, weighted values) after the tiles start .. end - 1."""
@@ -66,14 +67,13 @@ def _attend_tiles(
     for tile in tl.range(start, end, TILE):
         token = tile + tl.arange(0, TILE)
         if TMA:
-            slot = ((tl.load(table_ptr + tile // BLOCK_TOKENS) * num_layers + layer) * 2) * BLOCK_TOKENS
-            slot += tile % BLOCK_TOKENS
-            keys = pool_desc.load([slot, kv_head * DIM])
+            slot = tl.load(table_ptr + tile // BLOCK_TOKENS) * block_rows + first_row + tile % BLOCK_TOKENS
+            keys = pool_desc.load([slot, 0])
         else:
             there = token < length
             blocks = tl.load(table_ptr + token // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
-            slots = ((blocks * num_layers + layer) * 2) * BLOCK_TOKENS + token % BLOCK_TOKENS
-            place = pool_ptr + slots[:, None] * (KV_HEADS * DIM) + kv_head * DIM + element[None, :]
+            slots = blocks * block_rows + first_row + token % BLOCK_TOKENS
+            place = pool_ptr + slots[:, None] * DIM + element[None, :]
             read = there[:, None] & (element < DIM)[None, :]
             keys = tl.load(place, mask=read, other=0.0)
         scores = tl.dot(query, keys.T, input_precision="ieee")
@@ -88,15 +88,15 @@ def _attend_tiles(
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None]
         if TMA:
-            values = pool_desc.load([slot + BLOCK_TOKENS, kv_head * DIM])
+            values = pool_desc.load([slot + BLOCK_TOKENS, 0])
         else:
-            values = tl.load(place + BLOCK_TOKENS * KV_HEADS * DIM, mask=read, other=0.0)
+            values = tl.load(place + BLOCK_TOKENS * DIM, mask=read, other=0.0)
         sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
         top = new_top
     return top, total, sums
 
 
-@triton.jit(do_not_specialize=["layer", "num_layers", "scale_log2", "window"])
+@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window"])
 def _prefill_attention_kernel(
     query_ptr,
     pool_desc,
@@ -108,7 +108,7 @@ def _prefill_attention_kernel(
     table_ptr,
     scale_log2,
     layer,
-    num_layers,
+    unit_rows,
     table_stride,
     window,
     HEADS: tl.constexpr,
@@ -142,7 +142,8 @@ def _prefill_attention_kernel(
     positions = start + tl.arange(0, BLOCK_M)
     end = tl.minimum(start + BLOCK_M, length)
     table = table_ptr + sequence * table_stride
-    kv_head = head // (HEADS // KV_HEADS)
+    first_row = head // (HEADS // KV_HEADS) * unit_rows + layer * (2 * BLOCK_TOKENS)
+    block_rows = KV_HEADS * unit_rows
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     state = (top, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32))
     if WINDOWED:
@@ -150,12 +151,12 @@ def _prefill_attention_kernel(
     else:
         masked_from = (start + 1) // TILE * TILE
         state = _attend_tiles(
-            state, query, 0, masked_from, positions, table, pool_desc, pool_ptr, kv_head, length, window, scale_log2,
-            layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, False, False,
+            state, query, 0, masked_from, positions, table, pool_desc, pool_ptr, first_row, block_rows, length, window,
+            scale_log2, DIM, BLOCK_TOKENS, TILE, TMA, False, False,
         )  # fmt: skip
     top, total, sums = _attend_tiles(
-        state, query, masked_from, end, positions, table, pool_desc, pool_ptr, kv_head, length, window, scale_log2,
-        layer, num_layers, KV_HEADS, DIM, BLOCK_TOKENS, TILE, TMA, True, WINDOWED,
+        state, query, masked_from, end, positions, table, pool_desc, pool_ptr, first_row, block_rows, length, window,
+        scale_log2, DIM, BLOCK_TOKENS, TILE, TMA, True, WINDOWED,
     )  # fmt: skip
     result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, result, mask=inside)
@@ -163,7 +164,7 @@ def _prefill_attention_kernel(
 
 def prefill_attention(
     query: torch.Tensor,
-    pool: torch.Tensor,
+    pool: PagedPool,
     layer: int,
     block_tables: torch.Tensor,
     query_starts: torch.Tensor,
@@ -176,7 +177,7 @@ def prefill_attention(
     scale: float | None = None,
     pdl: bool = False,
 ) -> None:
-    """Fills out [N, H, D] of one dtype with query [N, H, D] and pool [blocks, layers, 2, block_tokens, KH, D].
+    """Fills out [N, H, D] of one dtype with query [N, H, D] and pool, which has KH units.
 
     block_tables int32 [S, blocks of the longest]; query_starts int32 [S + 1], where each sequence's new tokens begin in
     query; lengths int32 [S], tokens in all, the new ones included, whose keys and values are in the pool. work and
@@ -184,32 +185,30 @@ def prefill_attention(
     included. With `pdl` no kernel of the same chain may write the integers.
     """
     _, num_heads, head_dim = query.shape
-    num_blocks, num_layers, _, block_tokens, kv_heads, _ = pool.shape
+    kv_heads, block_tokens = pool.num_units, pool.block_tokens
+    pool.require_layer(layer)
     num_sequences = lengths.shape[0]
-    require(query.shape == out.shape and pool.shape[5] == head_dim, "query, out and pool differ in shape")
+    require(query.shape == out.shape and pool.head_dim == head_dim, "query, out and pool differ in shape")
     require(num_heads % kv_heads == 0, f"{num_heads} on {kv_heads} heads")
     require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
     require(block_tokens & (block_tokens - 1) == 0, f"block_tokens {block_tokens} is no power of two")
     require(query.dtype == pool.dtype == out.dtype, "query, pool and out differ in dtype")
-    require(0 <= layer < num_layers, f"layer {layer} of {num_layers}")
     require(query_starts.shape == (num_sequences + 1,), "query_starts needs one more than the sequences")
     require(block_tables.shape[0] == num_sequences and block_tables.stride(1) == 1, "tables need a row a sequence")
     require(work.dim() == 2 and work.shape[1] == 3, "work is not [items, 3]")
     for integers in (block_tables, query_starts, lengths, work):
         require(integers.dtype == torch.int32, "tables, starts, lengths and work must be int32")
-    for tensor in (query, pool, out, query_starts, lengths, work):
+    for tensor in (query, out, query_starts, lengths, work):
         require(tensor.is_contiguous(), "tensors must be contiguous")
-    require(num_blocks * num_layers * 2 * block_tokens < 2**31, "the pool has more slots than int32 counts")
     if work.shape[0] == 0:
         return
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
-    rows_of_pool = pool.view(-1, kv_heads * head_dim)
     stages = 5 if tma and head_dim <= 128 else 3  # of the pipeline, the block table's load included
     _prefill_attention_kernel[(work.shape[0],)](
         query,
-        TensorDescriptor.from_tensor(rows_of_pool, [TILE, head_dim]) if tma else None,
-        pool,
+        TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None,
+        pool.tensor,
         out,
         work,
         query_starts,
@@ -217,7 +216,7 @@ def prefill_attention(
         block_tables,
         (head_dim**-0.5 if scale is None else scale) * math.log2(math.e),
         layer,
-        num_layers,
+        pool.unit_rows,
         block_tables.stride(0),
         0 if window is None else window,
         HEADS=num_heads,

@@ -34,6 +34,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.triton.launch import require
+from baton.kernels.triton.pool import PagedPool
 
 BLOCK_M, TILE, BUFFERS, REGISTERS = 128, 128, 2, 240
 
@@ -48,7 +49,7 @@ def is_available(capability: tuple[int, int]) -> bool:
 def _producer(
     query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty,
     v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr, length_ptr, table_ptr,
-    table_stride, layer_slot, scale_log2, block_slots, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    table_stride, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, BUFFERS: gl.constexpr,
     PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -59,6 +60,7 @@ def _producer(
     box_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([BOX, 64], gl.bfloat16)
     k_boxes = k_tiles._reinterpret(gl.bfloat16, [BUFFERS * HALVES * PIECES, BOX, 64], box_layout)
     v_boxes = v_tiles._reinterpret(gl.bfloat16, [BUFFERS * HALVES * PIECES, BOX, 64], box_layout)
+    block_rows = KV_HEADS * unit_rows
     loaded = 0
     item = 0
     work = gl.program_id(0)
@@ -74,7 +76,7 @@ def _producer(
         length = gl.load(length_ptr + sequence)
         cached = length - (query_end - query_start)
         num_tiles = gl.cdiv(gl.minimum(cached + (tile_m + 1) * BLOCK_M, length), TILE)
-        column = (head // (HEADS // KV_HEADS)) * DIM
+        first_row = head // (HEADS // KV_HEADS) * unit_rows + layer_row
         mbarrier.wait(q_empty, (item & 1) ^ 1)
         if PERSISTENT:
             item_tile.store(gl.full([1], work, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
@@ -95,14 +97,14 @@ def _producer(
             for piece in gl.static_range(PIECES):
                 token = gl.minimum(n + piece * BOX, length - 1)
                 slot = (
-                    gl.load(table_ptr + sequence * table_stride + token // BLOCK_TOKENS) * block_slots
-                    + layer_slot
+                    gl.load(table_ptr + sequence * table_stride + token // BLOCK_TOKENS) * block_rows
+                    + first_row
                     + (n + piece * BOX) % BLOCK_TOKENS
                 )
                 for half in gl.static_range(HALVES):
                     tma.async_copy_global_to_shared(
                         pool_desc,
-                        [slot, column + half * 64],
+                        [slot, half * 64],
                         k_full.index(b),
                         k_boxes.index((b * HALVES + half) * PIECES + piece),
                     )
@@ -111,15 +113,15 @@ def _producer(
             for piece in gl.static_range(PIECES):
                 token = gl.minimum(n + piece * BOX, length - 1)
                 slot = (
-                    gl.load(table_ptr + sequence * table_stride + token // BLOCK_TOKENS) * block_slots
-                    + layer_slot
+                    gl.load(table_ptr + sequence * table_stride + token // BLOCK_TOKENS) * block_rows
+                    + first_row
                     + BLOCK_TOKENS
                     + (n + piece * BOX) % BLOCK_TOKENS
                 )
                 for half in gl.static_range(HALVES):
                     tma.async_copy_global_to_shared(
                         pool_desc,
-                        [slot, column + half * 64],
+                        [slot, half * 64],
                         v_full.index(b),
                         v_boxes.index((b * HALVES + half) * PIECES + piece),
                     )
@@ -159,7 +161,7 @@ def _pin(total):
 def _consumer(
     query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty,
     v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr, length_ptr, table_ptr,
-    table_stride, layer_slot, scale_log2, block_slots, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    table_stride, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, BUFFERS: gl.constexpr,
     PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
@@ -281,10 +283,10 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_items", "layer_slot", "scale_log2", "block_slots"])
+@gluon.jit(do_not_specialize=["n_items", "layer_row", "scale_log2", "unit_rows"])
 def _prefill_kernel(
     query_desc, pool_desc, out_desc, out_ptr, counter_ptr, work_ptr, n_items, query_start_ptr, length_ptr, table_ptr,
-    table_stride, layer_slot, scale_log2, block_slots, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    table_stride, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
     BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, BUFFERS: gl.constexpr,
     PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -320,7 +322,7 @@ def _prefill_kernel(
                 (
                     query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty,
                     k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
-                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_slot, scale_log2, block_slots, HEADS,
+                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_row, scale_log2, unit_rows, HEADS,
                     KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, 0,
                 ),
             ),
@@ -329,7 +331,7 @@ def _prefill_kernel(
                 (
                     query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty,
                     k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
-                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_slot, scale_log2, block_slots, HEADS,
+                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_row, scale_log2, unit_rows, HEADS,
                     KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, 1,
                 ),
             ),
@@ -338,7 +340,7 @@ def _prefill_kernel(
                 (
                     query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty,
                     k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
-                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_slot, scale_log2, block_slots, HEADS,
+                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_row, scale_log2, unit_rows, HEADS,
                     KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, 0,
                 ),
             ),
@@ -350,7 +352,7 @@ def _prefill_kernel(
 
 def prefill_attention(
     query: torch.Tensor,
-    pool: torch.Tensor,
+    pool: PagedPool,
     layer: int,
     block_tables: torch.Tensor,
     query_starts: torch.Tensor,
@@ -365,25 +367,24 @@ def prefill_attention(
     counter: int32 [2], all zero before and after, not shared by launches that may overlap; None: a program an item.
     """
     num_tokens, num_heads, head_dim = query.shape
-    _, num_layers, _, block_tokens, kv_heads, _ = pool.shape
-    require(query.shape == out.shape and pool.shape[5] == head_dim == 128, "query, out and pool must have head_dim 128")
+    kv_heads, block_tokens = pool.num_units, pool.block_tokens
+    pool.require_layer(layer)
+    require(query.shape == out.shape and pool.head_dim == head_dim == 128, "query, out and pool must have head_dim 128")
     require(query.dtype == pool.dtype == out.dtype == torch.bfloat16, "query, pool and out must be bfloat16")
     require(block_tokens in (16, 32, 64, 128), f"blocks of {block_tokens} tokens")
     require(num_heads % kv_heads == 0, f"{num_heads} on {kv_heads} heads")
-    require(0 <= layer < num_layers, f"layer {layer} of {num_layers}")
     require(query_starts.shape[0] - 1 == lengths.shape[0] == block_tables.shape[0], "a row for each sequence")
     require(block_tables.stride(1) == 1 and work.dim() == 2 and work.shape[1] == 3, "work is not [items, 3]")
     for integers in (block_tables, query_starts, lengths, work):
         require(integers.dtype == torch.int32, "tables, starts, lengths and work must be int32")
-    for tensor in (query, pool, out, query_starts, lengths, work):
+    for tensor in (query, out, query_starts, lengths, work):
         require(tensor.is_contiguous(), "tensors must be contiguous")
-    require(pool.shape[0] * num_layers * 2 * block_tokens < 2**31, "the pool has more slots than int32 counts")
     num_items = work.shape[0]
     if num_items == 0:
         return
     _prefill_kernel[(num_items if counter is None else min(num_sms, num_items),)](
         _descriptor(query.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
-        _descriptor(pool.view(-1, kv_heads * head_dim), [min(block_tokens, TILE), 64]),
+        _descriptor(pool.rows, [min(block_tokens, TILE), 64]),
         _descriptor(out.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
         out,
         counter,
@@ -395,7 +396,7 @@ def prefill_attention(
         block_tables.stride(0),
         layer * 2 * block_tokens,
         head_dim**-0.5 * math.log2(math.e),  # no other: see LOWEST in prefill_attention
-        num_layers * 2 * block_tokens,
+        pool.unit_rows,
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         DIM=head_dim,

@@ -2,7 +2,7 @@
 
     q, k = x / sqrt(mean(x**2) + eps) * weight              each head by itself; models without these norms skip it
     (a, b) -> (a * cos - b * sin, b * cos + a * sin)        a, b: first and second half of a head of q or k
-    query[n] = q;  pool[block, layer, 0, offset] = k;  pool[block, layer, 1, offset] = v
+    query[n] = q;  pool[block, :, layer, 0, offset] = k;  pool[block, :, layer, 1, offset] = v
 
 block and offset are slot // block_tokens and slot % block_tokens; a negative slot is a row of padding, which writes no
 key or value. qkv is [N, (H + 2 KH) * D], or [S, N, ...] partial sums of the product before, added in order. In float32
@@ -21,6 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.pool import PagedPool
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class HeadNorms:
     eps: float
 
 
-@triton.jit(do_not_specialize=["num_tokens", "layer", "num_layers", "eps"])
+@triton.jit(do_not_specialize=["num_tokens", "layer", "unit_rows", "eps"])
 def _rope_write_kernel(
     qkv_ptr,
     weight_ptr,
@@ -51,7 +52,7 @@ def _rope_write_kernel(
     query_ptr,
     num_tokens,
     layer,
-    num_layers,
+    unit_rows,
     eps,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
@@ -98,10 +99,9 @@ def _rope_write_kernel(
     else:
         slot = tl.load(slot_ptr + token).to(tl.int64)
         which = (first_head - HEADS) // KV_HEADS  # 0: key, 1: value
-        row = (slot // BLOCK_TOKENS * num_layers + layer) * 2 + which
-        row = row * BLOCK_TOKENS + slot % BLOCK_TOKENS
-        kv_head = head - HEADS - which * KV_HEADS
-        target = pool_ptr + row * (KV_HEADS * DIM) + kv_head[:, None] * DIM + element[None, :]
+        unit = slot // BLOCK_TOKENS * KV_HEADS + head - HEADS - which * KV_HEADS
+        row = unit * unit_rows + (layer * 2 + which) * BLOCK_TOKENS + slot % BLOCK_TOKENS
+        target = pool_ptr + row[:, None] * DIM + element[None, :]
         written = inside & (slot >= 0)
     tl.store(target, low.to(pool_ptr.dtype.element_ty), mask=written)
     tl.store(target + HALF, high.to(pool_ptr.dtype.element_ty), mask=written)
@@ -113,29 +113,29 @@ def rope_and_write(
     slots: torch.Tensor,
     rope: RopeTables,
     norms: HeadNorms | None,
-    pool: torch.Tensor,
+    pool: PagedPool,
     layer: int,
     query: torch.Tensor,
     *,
     pdl: bool = False,
 ) -> None:
-    """Fills query [N, H, D] and the slots [N] of one layer of the pool [blocks, layers, 2, block_tokens, KH, D].
+    """Fills query [N, H, D] and the slots [N] of one layer of the pool, which has KH units.
 
     positions and slots: int32 or int64 [N]; a position must lie below the length of the tables. query and pool have one
     dtype. Everything is contiguous.
     """
     num_tokens, num_heads, head_dim = query.shape
-    num_layers, _, block_tokens, kv_heads = pool.shape[1:5]
-    require(pool.shape[5] == head_dim and head_dim % 2 == 0, f"head_dim of pool {pool.shape[5]} and query {head_dim}")
+    kv_heads = pool.num_units
+    pool.require_layer(layer)
+    require(pool.head_dim == head_dim and head_dim % 2 == 0, f"head_dim of pool {pool.head_dim} and query {head_dim}")
     width = (num_heads + 2 * kv_heads) * head_dim
     require(tuple(qkv.shape[-2:]) == (num_tokens, width), f"qkv {tuple(qkv.shape)} is not [{num_tokens}, {width}]")
     require(rope.cos.shape == rope.sin.shape and rope.cos.shape[1] == head_dim // 2, "tables are not [., head_dim / 2]")
-    require(0 <= layer < num_layers, f"layer {layer} of {num_layers}")
     require(positions.shape == slots.shape == (num_tokens,), "positions and slots must be [num_tokens]")
     require(query.dtype == pool.dtype, f"query is {query.dtype}, the pool {pool.dtype}")
     norm_shape = (num_heads + kv_heads, head_dim)
     require(norms is None or norms.weight.shape == norm_shape, f"norms must be {list(norm_shape)}")
-    for tensor in (qkv, rope.cos, rope.sin, positions, slots, pool, query, None if norms is None else norms.weight):
+    for tensor in (qkv, rope.cos, rope.sin, positions, slots, query, None if norms is None else norms.weight):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_tokens == 0:
         return
@@ -147,17 +147,17 @@ def rope_and_write(
         rope.sin,
         positions,
         slots,
-        pool,
+        pool.tensor,
         query,
         num_tokens,
         layer,
-        num_layers,
+        pool.unit_rows,
         0.0 if norms is None else norms.eps,
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         DIM=head_dim,
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
-        BLOCK_TOKENS=block_tokens,
+        BLOCK_TOKENS=pool.block_tokens,
         HEADS_AT_ONCE=at_once,
         PARTIALS=qkv.shape[0] if qkv.dim() == 3 else 1,
         NORM=norms is not None,

@@ -1,22 +1,26 @@
-"""The two digests of a KV block, 16 bytes each: xxh3-128 of its bytes, or of a checksum that a GPU makes at full speed.
+"""The digests of KV blocks, 16 bytes each: xxh3-128 over the sums of their units, in order.
+
+The sum of a unit is the xxh3-128 of its bytes ("xxh3"), or a checksum that a GPU makes at full speed ("sum64"). So a
+digest of any units can be made of their sums, wherever each was made.
 
 The checksum is 64 bits that depend on every byte and its place. Defined here once, in numpy; the kernel that computes
 it on a GPU is in kernels/triton/blocks.py.
 
-    w_i   = little-endian 64-bit word i of the block;  lo_i, hi_i: its lower and upper half
+    w_i   = little-endian 64-bit word i of the unit;  lo_i, hi_i: its lower and upper half
     a_i   = ((2 i + 1) * 0x9E3779B1) mod 2**32,  b_i = ((2 i + 1) * 0x85EBCA77) mod 2**32
     sum   = sum over i of  (lo_i ^ a_i) * (hi_i ^ b_i) + w_i          mod 2**64
     check = mix(sum + number of words)                                mod 2**64
 
 The terms are those of XXH3's accumulators (Y. Collet, xxHash, the XXH3 specification): one wide product a word, which a
 GPU does at the speed of its memory. A sum of integers does not depend on the order, so any number of programs may share
-a block. mix is the finaliser of SplitMix64 (G. Steele, D. Lea, C. Flood, OOPSLA'14), so that sums that are near do not
+a unit. mix is the finaliser of SplitMix64 (G. Steele, D. Lea, C. Flood, OOPSLA'14), so that sums that are near do not
 give checksums that are near. Against accidents, not against an adversary: a key is not part of it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -35,28 +39,38 @@ DigestOf = Callable[[memoryview], bytes]
 """16 bytes: finds corruption, proves no identity. Lets other threads run meanwhile."""
 
 
-def block_checksums(blocks: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """The checksums [n] of blocks [n, bytes]; bytes is a multiple of 8."""
-    words = np.ascontiguousarray(blocks).view("<u8")
-    return np.array([_checksum(block) for block in words], dtype=np.uint64)
+def unit_checksums(units: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """The checksums [n] of units [n, bytes]; bytes is a multiple of 8."""
+    words = np.ascontiguousarray(units).view("<u8")
+    return np.array([_checksum(unit) for unit in words], dtype=np.uint64)
 
 
-def xxh3(block: memoryview) -> bytes:
-    return xxhash.xxh3_128_digest(block)
+def xxh3(block: memoryview, num_units: int = 1) -> bytes:
+    """The digest of a block of so many equal units, of which each is summed up by xxh3-128."""
+    return digest_of_sums([xxh3_sums(block, num_units)])
 
 
-def sum64(block: memoryview) -> bytes:
-    """xxh3-128 of the checksum's 8 bytes, little-endian."""
-    check = block_checksums(np.frombuffer(block, dtype=np.uint8)[None])
-    return xxhash.xxh3_128_digest(check.astype("<u8").tobytes())
+def xxh3_sums(block: memoryview, num_units: int) -> bytes:
+    """The xxh3-128 of each of its units."""
+    unit_bytes = len(block) // num_units
+    starts = range(0, len(block), unit_bytes)
+    return b"".join([xxhash.xxh3_128_digest(block[start : start + unit_bytes]) for start in starts])
+
+
+def sum64(block: memoryview, num_units: int = 1) -> bytes:
+    """The digest of a block of so many equal units, of which each is summed up by the checksum, little-endian."""
+    checks = unit_checksums(np.frombuffer(block, dtype=np.uint8).reshape(num_units, -1))
+    return digest_of_sums([checks.astype("<u8").tobytes()])
 
 
 def digest_of_sums(sums: Iterable[bytes]) -> bytes:
-    """Of a chunk whose blocks have these checksums, WORD_BYTES each: the one that a GPU makes of it."""
+    """The digest of units of which these are the sums, in order; an item may hold the sums of several units."""
     return xxhash.xxh3_128_digest(b"".join(sums))
 
 
-DIGESTS: dict[DigestName, DigestOf] = {"xxh3": xxh3, "sum64": sum64}
+def digest_by(name: DigestName, num_units: int) -> DigestOf:
+    """The digest called `name`, of blocks of so many units."""
+    return partial({"xxh3": xxh3, "sum64": sum64}[name], num_units=num_units)
 
 
 def _checksum(words: npt.NDArray[np.uint64]) -> int:

@@ -12,6 +12,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import xxhash
 
+from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.node.messages.store import DigestName
 
@@ -48,9 +49,11 @@ class Copies(Protocol):
     """
 
     block_bytes: int
+    num_units: int
     batch_blocks: int
     """At most so many in one copy."""
     digest: DigestName
+    """How the units of a block are summed up."""
 
     def lock(self, memory: memoryview) -> Lock:
         """Make the arena fit for copies, which takes seconds: `Lock.ready` tells."""
@@ -80,6 +83,7 @@ class HostCopies:
         self._pool = pool
         self.digest: DigestName = "xxh3"
         self.block_bytes = pool.block_bytes
+        self.num_units = pool.num_units
         self.batch_blocks = max(1, BATCH_BYTES // pool.block_bytes)
         self._copies = 0
         self._digests: dict[int, list[bytes]] = {}  # of copies that nobody has asked for yet
@@ -88,10 +92,10 @@ class HostCopies:
         return NoLock()
 
     def begin_load(self, pairs: Sequence[Pair]) -> int:
-        return self._done([_copy(held, span, held) for held, span in self._ends(pairs)])
+        return self._done([self._copy(held, span, held) for held, span in self._ends(pairs)])
 
     def begin_save(self, pairs: Sequence[Pair]) -> int:
-        return self._done([_copy(span, held, held) for held, span in self._ends(pairs)])
+        return self._done([self._copy(span, held, held) for held, span in self._ends(pairs)])
 
     def ended(self, copy: int) -> list[bytes] | None:
         return self._digests.pop(copy)
@@ -100,6 +104,19 @@ class HostCopies:
 
     def _ends(self, pairs: Sequence[Pair]) -> list[tuple[memoryview, memoryview]]:
         return [(self._pool.block(block), span) for block, span in pairs]
+
+    def _copy(self, target: memoryview, source: memoryview, held: memoryview) -> bytes:
+        """The digest of `held`, which is one of the two: taken piece by piece, as long as it is in the cache."""
+        into, out_of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
+        unit_bytes, sums = self.block_bytes // self.num_units, []
+        for unit in range(0, self.block_bytes, unit_bytes):
+            state = xxhash.xxh3_128()
+            for start in range(unit, unit + unit_bytes, PIECE_BYTES):
+                piece = slice(start, min(start + PIECE_BYTES, unit + unit_bytes))
+                np.copyto(into[piece], out_of[piece])
+                state.update(held[piece])
+            sums.append(state.digest())
+        return digest_of_sums(sums)
 
     def _done(self, digests: list[bytes]) -> int:
         self._copies += 1
@@ -114,14 +131,3 @@ class NoLock:
         return True
 
     def close(self) -> None: ...
-
-
-def _copy(target: memoryview, source: memoryview, held: memoryview) -> bytes:
-    """The digest ("xxh3") of `held`, which is one of the two: taken piece by piece, as long as it is in the cache."""
-    into, out_of = np.frombuffer(target, np.uint8), np.frombuffer(source, np.uint8)
-    state = xxhash.xxh3_128()
-    for start in range(0, len(into), PIECE_BYTES):
-        piece = slice(start, start + PIECE_BYTES)
-        np.copyto(into[piece], out_of[piece])
-        state.update(held[piece])
-    return state.digest()

@@ -1,7 +1,7 @@
 """Copies between blocks of a GPU's pool and the host's arena (copies.py), each direction on a stream.
 
 Blocks that lie together at both ends are one copy; behind a batch's copies a kernel makes the digests of the blocks in
-the pool, so that 8 bytes a block are all that the host looks at. Needs a GPU.
+the pool, so that 8 bytes a unit are all that the host looks at. Needs a GPU.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ class DeviceCopies:
 
     def __init__(self, memory: DeviceMemory) -> None:
         self.block_bytes = memory.block_bytes
+        self.num_units = memory.num_units
         self.batch_blocks = min(MAX_BATCH_BLOCKS, max(1, BATCH_BYTES // memory.block_bytes))
         self.digest: DigestName = "sum64"
         self._memory = memory

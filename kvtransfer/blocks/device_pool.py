@@ -25,12 +25,13 @@ NONCE_BYTES = 16
 class DeviceMemory:
     """Zeroed memory of `num_blocks` blocks on GPU `device_index`; block i lies at i * block_bytes."""
 
-    def __init__(self, num_blocks: int, block_bytes: int, device_index: int) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, device_index: int, num_units: int = 1) -> None:
         """Raises SettingsError if the GPU has no room for it."""
-        if num_blocks < 1 or block_bytes < 1:
-            raise ValueError(f"memory for {num_blocks} blocks of {block_bytes} bytes")
+        if num_blocks < 1 or block_bytes < 1 or block_bytes % num_units:
+            raise ValueError(f"memory for {num_blocks} blocks of {num_units} units in {block_bytes} bytes")
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
+        self.num_units = num_units
         self.payload_bytes = num_blocks * block_bytes
         self.device_index = device_index
         self.device_uuid = cudart.device_uuid(device_index)
@@ -56,11 +57,11 @@ class DeviceMemory:
 
     @property
     def data(self) -> torch.Tensor:
-        """All blocks as uint8 [num_blocks, block_bytes]; it does not keep the memory alive."""
+        """All blocks as uint8 [num_blocks, num_units, unit_bytes]; it does not keep the memory alive."""
         array = _CudaArray(self.pointer, self.payload_bytes)
         flat = torch.as_tensor(array, device=f"cuda:{self.device_index}")
         assert flat.data_ptr() == self.pointer, "torch made a copy of the pool"
-        return flat.view(self.num_blocks, self.block_bytes)
+        return flat.view(self.num_blocks, self.num_units, -1)
 
     def close(self) -> None:
         """Give the memory back. No tensor over it may be used, and no peer may read it, after that. May be repeated."""
@@ -74,21 +75,22 @@ class DevicePool:
     """`num_blocks` zeroed blocks of `layout` on one GPU: BlockPool's twin."""
 
     def __init__(self, layout: KVLayout, num_blocks: int, device_index: int) -> None:
-        """Raises SettingsError if there is no room, or if a block is not made of whole 64-bit words."""
-        if layout.block_bytes % WORD_BYTES:
-            raise SettingsError(f"a block of {layout.block_bytes} bytes is not made of words of {WORD_BYTES}")
+        """Raises SettingsError if there is no room, or if a unit is not made of whole 64-bit words."""
+        if layout.unit_bytes % WORD_BYTES:
+            raise SettingsError(f"a unit of {layout.unit_bytes} bytes is not made of words of {WORD_BYTES}")
         self.layout = layout
         self.num_blocks = num_blocks
         self.block_bytes = layout.block_bytes
         self.device = f"cuda:{device_index}"
-        self.memory = DeviceMemory(num_blocks, layout.block_bytes, device_index)
+        self.memory = DeviceMemory(num_blocks, layout.block_bytes, device_index, layout.num_units)
         dtype: torch.dtype = getattr(torch, layout.dtype)  # a key of DTYPE_BYTES, never text of a peer
-        self._tensor: torch.Tensor | None = self.memory.data.view(-1).view(dtype).view(layout.shape(num_blocks))
+        flat = self.memory.data.view(-1).view(dtype)
+        self._tensor: torch.Tensor | None = flat.as_strided(layout.shape(num_blocks), layout.strides)
         self._digests = BlockDigests(self.memory.data)
 
     @property
     def tensor(self) -> torch.Tensor:
-        """All blocks: [num_blocks, num_layers, 2, block_tokens, kv_heads, head_dim]."""
+        """All blocks: [num_blocks, num_units, num_layers, 2, block_tokens, head_dim]."""
         if self._tensor is None:
             raise InvariantBroken("a pool is used after it was closed")
         return self._tensor

@@ -1,4 +1,4 @@
-"""Digests of blocks that lie in device memory, computed there by a kernel: 8 bytes a block come to the host."""
+"""Digests of blocks that lie in device memory, computed there by a kernel: 8 bytes a unit come to the host."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from itertools import accumulate
 from typing import Protocol
 
+import numpy as np
 import torch
 import xxhash
 
@@ -13,36 +14,47 @@ from baton.kernels.triton.blocks import block_checksums, checksum_scratch
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.node.errors import InvariantBroken
 
+MAX_ROWS = 65_535
+"""Units in one launch: the size of a grid's second dimension."""
+
 
 class Checksums:
-    """Room for the checksums of up to `max_blocks` blocks of one allocation; `checksum.py` defines them.
+    """Room for the checksums of all units of up to `max_blocks` blocks of one allocation; `checksum.py` defines them.
 
     `launch` and `result` follow each other: between them the GPU gets as far as the kernel.
     """
 
     def __init__(self, data: torch.Tensor, max_blocks: int) -> None:
-        """`data`: uint8 [num_blocks, block_bytes], block_bytes a multiple of WORD_BYTES."""
-        self.max_blocks = max_blocks
-        self._data = data
-        self._scratch = checksum_scratch(max_blocks, data)
-        self._ids = torch.empty(max_blocks, dtype=torch.int64, device=data.device)
-        self._sums = torch.empty(max_blocks, dtype=torch.int64, device=data.device)
-        self._host_ids = torch.empty(max_blocks, dtype=torch.int64, pin_memory=data.is_cuda)
-        self._host_sums = torch.empty(max_blocks, dtype=torch.int64, pin_memory=data.is_cuda)
+        """`data`: uint8 [num_blocks, num_units, unit_bytes], unit_bytes a multiple of WORD_BYTES."""
+        self._num_blocks, self._num_units = data.shape[:2]
+        self.max_blocks = min(max_blocks, MAX_ROWS // self._num_units)
+        self._rows = data.flatten(0, 1)  # unit u of block b: b * num_units + u
+        most = self.max_blocks * self._num_units
+        self._scratch = checksum_scratch(most, self._rows)
+        self._ids = torch.empty(most, dtype=torch.int64, device=data.device)
+        self._sums = torch.empty(most, dtype=torch.int64, device=data.device)
+        self._host_ids = torch.empty(most, dtype=torch.int64, pin_memory=data.is_cuda)
+        self._host_sums = torch.empty(most, dtype=torch.int64, pin_memory=data.is_cuda)
         self._count = 0
+
+    @property
+    def block_sums_bytes(self) -> int:
+        """Bytes of the sums of one block."""
+        return self._num_units * WORD_BYTES
 
     def launch(self, blocks: Sequence[int]) -> None:
         """On torch's current stream."""
-        if any(not 0 <= block < len(self._data) for block in blocks):
-            raise InvariantBroken(f"blocks {list(blocks)} of a pool of {len(self._data)}")
-        self._count = count = len(blocks)
-        self._host_ids[:count] = torch.tensor(blocks, dtype=torch.int64)
+        if any(not 0 <= block < self._num_blocks for block in blocks):
+            raise InvariantBroken(f"blocks {list(blocks)} of a pool of {self._num_blocks}")
+        self._count = count = len(blocks) * self._num_units
+        firsts = np.array(blocks, dtype=np.int64) * self._num_units
+        self._host_ids[:count] = torch.from_numpy((firsts[:, None] + np.arange(self._num_units)).ravel())
         self._ids[:count].copy_(self._host_ids[:count], non_blocking=True)
-        block_checksums(self._data, self._ids[:count], self._scratch, self._sums[:count])
+        block_checksums(self._rows, self._ids[:count], self._scratch, self._sums[:count])
         self._host_sums[:count].copy_(self._sums[:count], non_blocking=True)
 
     def result(self) -> bytes:
-        """Of the last launch, when its stream has got so far: WORD_BYTES a block."""
+        """The sums of the last launch, when its stream has got so far: WORD_BYTES a unit, block by block."""
         return self._host_sums[: self._count].numpy().tobytes()
 
     def digest(self) -> bytes:
@@ -51,8 +63,8 @@ class Checksums:
 
     def digests(self) -> list[bytes]:
         """The same as digests of one block each, those that `checksum.sum64` makes on the host."""
-        sums = self.result()
-        return [xxhash.xxh3_128_digest(sums[at : at + WORD_BYTES]) for at in range(0, len(sums), WORD_BYTES)]
+        sums, size = self.result(), self.block_sums_bytes
+        return [xxhash.xxh3_128_digest(sums[at : at + size]) for at in range(0, len(sums), size)]
 
 
 class BlockDigests:
@@ -70,7 +82,7 @@ class BlockDigests:
         self.digest([0])  # loads the kernels, which later would wait for the whole device: NCCL may spin there
 
     def digest(self, blocks: Sequence[int]) -> bytes:
-        """xxh3-128 over the checksums of these blocks in this order, 16 bytes: finds corruption, proves no identity.
+        """The digest ("sum64") of the units of these blocks in this order: finds corruption, proves no identity.
 
         On a GPU it waits for its own side stream alone: for about the time of reading the blocks.
         """
@@ -78,15 +90,18 @@ class BlockDigests:
 
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
         """The same for several chunks, which wait together: beside steps of prompts each wait is long."""
-        sums = memoryview(self._sums([block for blocks in chunks for block in blocks]))
-        ends = accumulate(len(blocks) * WORD_BYTES for blocks in chunks)
+        sums, size = (
+            memoryview(self._sums([block for blocks in chunks for block in blocks])),
+            self._checksums.block_sums_bytes,
+        )
+        ends = accumulate(len(blocks) * size for blocks in chunks)
         return [
-            xxhash.xxh3_128_digest(sums[end - len(blocks) * WORD_BYTES : end])
+            xxhash.xxh3_128_digest(sums[end - len(blocks) * size : end])
             for blocks, end in zip(chunks, ends, strict=True)
         ]
 
     def _sums(self, blocks: Sequence[int]) -> bytes:
-        """WORD_BYTES a block."""
+        """WORD_BYTES a unit."""
         sums = bytearray()
         for start in range(0, len(blocks), self._checksums.max_blocks):
             self._run(blocks[start : start + self._checksums.max_blocks])
@@ -130,7 +145,7 @@ class SumsBehind:
     ) -> None:
         """`data`: as for Checksums. `enqueue`, `mark`: of the steps' queue."""
         self._free = [Checksums(data, max_blocks) for _ in range(in_flight)]
-        self._max_blocks = max_blocks
+        self._max_blocks = self._free[0].max_blocks
         self._enqueue, self._mark = enqueue, mark
 
     def begin(self, blocks: Sequence[int]) -> Callable[[], dict[int, bytes]]:
@@ -144,6 +159,7 @@ class SumsBehind:
             mark.wait()
             sums = checksums.result()
             self._free.append(checksums)
-            return {block: sums[WORD_BYTES * i :][:WORD_BYTES] for i, block in enumerate(blocks)}
+            size = checksums.block_sums_bytes
+            return {block: sums[size * i :][:size] for i, block in enumerate(blocks)}
 
         return read

@@ -22,7 +22,7 @@ import msgspec
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.node.errors import SettingsError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HASH_BYTES = 32
 
 _TOKENIZER_FILES = (
@@ -42,26 +42,20 @@ def namespace_digest(
     model_fingerprint: bytes,
     layout: KVLayout,
     weight_dtype: str,
-    tp_size: int,
-    tp_rank: int,
     rope_fingerprint: bytes,
     tokenizer_fingerprint: bytes,
 ) -> bytes:
-    """32 bytes that are equal exactly if KV of the one can be used by the other.
+    """32 bytes that are equal exactly if KV of the one can be used by the other, whatever units each of them holds.
 
     The record is a MessagePack array, which writes type and length of each item before it (bytes and text are different
     types, integers have one shortest form), so equal bytes mean equal fields.
     """
-    if not 0 <= tp_rank < tp_size:
-        raise ValueError(f"tensor-parallel rank {tp_rank} of {tp_size}")
     record = (
         "kvns",
         FORMAT_VERSION,
         bytes(model_fingerprint),
         list(layout.fingerprint_fields()),
         weight_dtype,
-        tp_size,
-        tp_rank,
         bytes(rope_fingerprint),
         bytes(tokenizer_fingerprint),
     )

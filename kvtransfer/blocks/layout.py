@@ -1,7 +1,12 @@
-"""The arithmetic of KV memory: what a block is, how large it is, how a pool of blocks is shaped. No torch, no memory.
+"""The arithmetic of KV memory: what a unit and a block are, how large they are, where they lie in a pool. No torch.
 
-A pool is block-first, `[num_blocks, num_layers, 2, block_tokens, kv_heads, head_dim]`: one block is contiguous over all
-layers (K then V in each), so whatever moves or stores a block handles one large piece.
+A unit is one KV head's part of a block: its keys and values of `block_tokens` tokens in all layers, one contiguous
+piece. A block is the units of one rank, one behind the other, and a pool is blocks:
+
+    [num_blocks, units, layers, planes, block_tokens, head_dim]      planes: keys, values
+
+So whatever moves or stores a block handles one large piece, and a rank with other heads takes whole units of it. All
+units of a pool lie equally far apart: unit u of block b is row b * num_units + u of a pool of units.
 """
 
 from __future__ import annotations
@@ -16,6 +21,8 @@ DTYPE_BYTES = {
     "float8_e5m2": 1,
 }
 """Bytes of one element by the dtype's name, as torch spells it."""
+PLANES = 2
+"""Keys and values."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,45 +30,78 @@ class KVLayout:
     """The shape of one rank's KV. Two ends may exchange blocks only if their layouts are equal."""
 
     num_layers: int
-    kv_heads: int
-    """KV heads of this rank, so the model's divided by the tensor-parallel size."""
+    first_unit: int
+    """The first KV head of this rank, of the model's `total_units`."""
+    num_units: int
+    """KV heads of this rank."""
+    total_units: int
     head_dim: int
     block_tokens: int
     dtype: str
+    padding_bytes: int = 0
+    """Behind each unit, unused: a distance between units that spreads over a GPU's memory channels."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "kv_heads", "head_dim", "block_tokens"):
+        for name in ("num_layers", "num_units", "total_units", "head_dim", "block_tokens"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, at least 1 is needed")
+        if not 0 <= self.first_unit <= self.total_units - self.num_units:
+            raise ValueError(f"{self.num_units} units from {self.first_unit} on, of {self.total_units}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"KV dtype {self.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        if self.padding_bytes < 0 or self.padding_bytes % self.row_bytes:
+            raise ValueError(f"padding of {self.padding_bytes} bytes is not made of rows of {self.row_bytes}")
+
+    @classmethod
+    def of_model(
+        cls, *, num_layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, padding_bytes: int = 0
+    ) -> KVLayout:
+        """The layout of a rank that holds all heads of a model."""
+        return cls(num_layers, 0, kv_heads, kv_heads, head_dim, block_tokens, dtype, padding_bytes)
 
     @property
-    def token_bytes(self) -> int:
-        """Bytes of K and V of one token over all layers."""
-        return self.num_layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+    def row_bytes(self) -> int:
+        """Bytes of the key or the value of one token, in one head and layer."""
+        return self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def layer_bytes(self) -> int:
+        """Distance between two layers of a unit, which lie without gaps."""
+        return PLANES * self.block_tokens * self.row_bytes
+
+    @property
+    def unit_bytes(self) -> int:
+        """Distance between two units."""
+        return self.num_layers * self.layer_bytes + self.padding_bytes
 
     @property
     def block_bytes(self) -> int:
-        return self.token_bytes * self.block_tokens
+        """Distance between two blocks."""
+        return self.num_units * self.unit_bytes
 
     def shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
-        """[num_blocks, num_layers, 2, block_tokens, kv_heads, head_dim]."""
-        return (num_blocks, self.num_layers, 2, self.block_tokens, self.kv_heads, self.head_dim)
+        """[num_blocks, num_units, num_layers, 2, block_tokens, head_dim]."""
+        return (num_blocks, self.num_units, self.num_layers, PLANES, self.block_tokens, self.head_dim)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens, the last one perhaps in part."""
-        if num_tokens < 0:
-            raise ValueError(f"{num_tokens} tokens")
-        return -(-num_tokens // self.block_tokens)
+    @property
+    def strides(self) -> tuple[int, int, int, int, int, int]:
+        """Of that shape, in elements."""
+        size = DTYPE_BYTES[self.dtype]
+        plane = self.block_tokens * self.head_dim
+        return (self.block_bytes // size, self.unit_bytes // size, PLANES * plane, plane, self.head_dim, 1)
 
     def fingerprint_fields(self) -> tuple[str | int, ...]:
-        """Every fact that decides what a byte of a block means, in a fixed order; goes into the namespace digest."""
+        """Every fact that decides what a byte of a unit means, in a fixed order; goes into the namespace digest.
+
+        Which units a rank holds is none of them: ranks of any number exchange units.
+        """
         return (
-            "block,layer,kv,token,head,dim",
+            "unit,layer,plane,token,dim",
+            self.total_units,
             self.num_layers,
-            self.kv_heads,
+            PLANES,
             self.head_dim,
             self.block_tokens,
             self.dtype,
+            self.unit_bytes,
         )

@@ -41,6 +41,11 @@ class BlockMemory(Protocol):
     @property
     def block_bytes(self) -> int: ...
 
+    @property
+    def num_units(self) -> int:
+        """Equal parts of a block, which are summed up one by one."""
+        ...
+
     def block(self, index: int) -> memoryview:
         """The writable bytes of one block, [block_bytes]."""
         ...
@@ -56,11 +61,12 @@ class SharedBlockMemory(BlockMemory, Protocol):
 class HostMemory:
     """Zeroed memory of `num_blocks` blocks in this process; `shared` is None where the platform has no memfd."""
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
-        if num_blocks < 1 or block_bytes < 1:
-            raise ValueError(f"memory for {num_blocks} blocks of {block_bytes} bytes")
+    def __init__(self, num_blocks: int, block_bytes: int, num_units: int = 1) -> None:
+        if num_blocks < 1 or block_bytes < 1 or block_bytes % num_units:
+            raise ValueError(f"memory for {num_blocks} blocks of {num_units} units in {block_bytes} bytes")
         self.num_blocks = num_blocks
         self.block_bytes = block_bytes
+        self.num_units = num_units
         payload_bytes = num_blocks * block_bytes
         size_bytes = -(-payload_bytes // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE
         self.shared = _create(size_bytes)

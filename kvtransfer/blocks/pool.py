@@ -1,7 +1,6 @@
-"""The memory behind the block ids of one rank: one allocation, block-first. Knows bytes, not who owns which block.
+"""The memory behind the block ids of one rank on the CPU: one allocation that other processes of the host can map.
 
-On CPU the memory is host memory that other processes of the host can map (memory.py), and blocks are also reachable as
-memoryviews. On any other device it is a plain tensor for now.
+Knows bytes, not the owners of blocks. On a GPU it is device_pool.py.
 """
 
 from __future__ import annotations
@@ -9,8 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import xxhash
 
+from baton.kvtransfer.blocks.checksum import digest_of_sums, xxh3_sums
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.memory import HostMemory, SharedFile
 from baton.node.errors import InvariantBroken
@@ -19,27 +18,22 @@ from baton.node.errors import InvariantBroken
 class BlockPool:
     """`num_blocks` zeroed blocks of `layout`. Meets SharedBlockMemory, so that data planes need no torch."""
 
-    def __init__(self, layout: KVLayout, num_blocks: int, device: str = "cpu") -> None:
+    def __init__(self, layout: KVLayout, num_blocks: int) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool of {num_blocks} blocks")
         self.layout = layout
         self.num_blocks = num_blocks
+        self.num_units = layout.num_units
         self.block_bytes = layout.block_bytes
-        self.device = device
+        self._memory = HostMemory(num_blocks, self.block_bytes, self.num_units)
         dtype: torch.dtype = getattr(torch, layout.dtype)  # a key of DTYPE_BYTES, never text of a peer
-        shape = layout.shape(num_blocks)  # [num_blocks, num_layers, 2, block_tokens, kv_heads, head_dim]
-        self._memory: HostMemory | None = None
-        self._tensor: torch.Tensor | None
-        if torch.device(device).type == "cpu":
-            self._memory = HostMemory(num_blocks, self.block_bytes)
-            # frombuffer keeps the memoryview, and with it the mapping, for as long as any view of the tensor lives
-            self._tensor = torch.frombuffer(self._memory.view, dtype=dtype).view(shape)
-        else:
-            self._tensor = torch.zeros(shape, dtype=dtype, device=device)
+        # frombuffer keeps the memoryview, and with it the mapping, for as long as any view of the tensor lives
+        flat = torch.frombuffer(self._memory.view, dtype=dtype)
+        self._tensor: torch.Tensor | None = flat.as_strided(layout.shape(num_blocks), layout.strides)
 
     @property
     def tensor(self) -> torch.Tensor:
-        """All blocks: [num_blocks, num_layers, 2, block_tokens, kv_heads, head_dim]."""
+        """All blocks: [num_blocks, num_units, num_layers, 2, block_tokens, head_dim]."""
         if self._tensor is None:
             raise InvariantBroken("a pool is used after it was closed")
         return self._tensor
@@ -47,12 +41,10 @@ class BlockPool:
     @property
     def shared(self) -> SharedFile | None:
         """How a process of this host maps the pool; None where it cannot."""
-        return self._memory.shared if self._memory else None
+        return self._memory.shared
 
     def block(self, index: int) -> memoryview:
-        """The writable bytes of one block, [block_bytes]; host memory only."""
-        if self._memory is None:
-            raise InvariantBroken(f"blocks on {self.device} have no host bytes")
+        """The writable bytes of one block, [block_bytes]."""
         return self._memory.block(index)
 
     def write(self, index: int, data: bytes | bytearray | memoryview) -> None:
@@ -62,11 +54,8 @@ class BlockPool:
         self.block(index)[:] = data
 
     def digest(self, blocks: Sequence[int]) -> bytes:
-        """xxh3-128 over the bytes of these blocks in this order, 16 bytes: finds corruption, proves no identity."""
-        state = xxhash.xxh3_128()
-        for block in blocks:
-            state.update(self.block(block))
-        return state.digest()
+        """The digest ("xxh3") of the units of these blocks in this order: finds corruption, proves no identity."""
+        return digest_of_sums(xxh3_sums(self.block(block), self.num_units) for block in blocks)
 
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
         """The digest of each of these chunks."""
@@ -75,5 +64,4 @@ class BlockPool:
     def close(self) -> None:
         """Give the memory back; what still views it keeps it mapped. May be repeated."""
         self._tensor = None
-        if self._memory:
-            self._memory.close()
+        self._memory.close()

@@ -45,7 +45,7 @@ class CudaPullEngine:
         self._pulling = torch.cuda.ExternalStream(self._stream, memory.device_index)  # the same, as torch sees it
         # Torch's own, never destroyed: pinned memory that was used on a stream is given back by an event on it.
         self._digest_stream = torch.cuda.Stream(memory.device_index, priority=-1)  # before what computes
-        num_digests = 0 if memory.block_bytes % WORD_BYTES else DIGESTS
+        num_digests = 0 if memory.block_bytes // memory.num_units % WORD_BYTES else DIGESTS
         self._checksums = [Checksums(memory.data, DIGEST_BLOCKS) for _ in range(num_digests)]  # free ones
         self._events: list[int] = []  # free ones
         self._copies: dict[int, _Copy] = {}
@@ -141,7 +141,7 @@ class CudaPullEngine:
     def _digest(self, blocks: Sequence[int], event: int) -> Checksums | None:
         """Of these blocks, when the copies that were begun are over; then the event happens. None where there is no
         room, or it cannot be made here: then whoever needs it makes it."""
-        if not self._checksums or len(blocks) > DIGEST_BLOCKS:
+        if not self._checksums or len(blocks) > self._checksums[0].max_blocks:
             return None
         checksums = self._checksums.pop()
         try:

@@ -14,7 +14,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from baton.kvtransfer.blocks.checksum import DIGESTS
+from baton.kvtransfer.blocks.checksum import digest_by
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.disk.base import Tier
 from baton.kvtransfer.store.disk.records import Block
@@ -94,9 +94,11 @@ class Disk:
         tier = self._tiers.get(key.namespace)
         if tier is None:
             return False
-        digest_of = DIGESTS[self._spaces[key.namespace].digest]
+        space = self._spaces[key.namespace]
         block = Block(data, digest)
-        taken = self._behind.offer(tier, key.hash, block, digest_of, lambda: self._tell(WriteDone(key)))
+        taken = self._behind.offer(
+            tier, key.hash, block, digest_by(space.digest, space.num_units), lambda: self._tell(WriteDone(key))
+        )
         if taken:
             self._second_use.forget(key.hash)
         return taken

@@ -27,10 +27,11 @@ class WriteDone:
 
 @dataclass(frozen=True, slots=True)
 class Space:
-    """A namespace: all its blocks have one size, and their digests are made one way."""
+    """A namespace: all its blocks have one size and so many units, and their digests are made one way."""
 
     namespace: bytes
     block_bytes: int
+    num_units: int
     digest: DigestName
 
 

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from baton.kvtransfer.blocks.checksum import DIGESTS, WORD_BYTES
+from baton.kvtransfer.blocks.checksum import WORD_BYTES, digest_by
 from baton.kvtransfer.blocks.events import BlockJournal
 from baton.kvtransfer.store.arena import Arena
 from baton.kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
@@ -188,7 +188,7 @@ class StoreServer:
     # ---- workers
 
     def _on_attach(self, peer: str, message: Attach, now: float) -> None:
-        space = Space(message.namespace, message.block_bytes, message.digest)
+        space = Space(message.namespace, message.block_bytes, message.num_units, message.digest)
         if refusal := self._refusal(peer, message.version, space):
             self._send(peer, Detached(reason=refusal, final=True))
             return
@@ -206,10 +206,13 @@ class StoreServer:
         if peer not in self._members and len(self._members) >= MAX_MEMBERS:
             return "too many workers"
         known = self._spaces.get(space.namespace, space)
-        if known.digest != space.digest:
-            return f"digests by {space.digest}; in this namespace they are by {known.digest}"
-        if space.digest == "sum64" and space.block_bytes % WORD_BYTES:
-            return f"a block of {space.block_bytes} bytes is not made of words of {WORD_BYTES}"
+        if known.digest != space.digest or known.num_units != space.num_units:
+            return (
+                f"digests by {space.digest} of {space.num_units} units; in this namespace they are by {known.digest} "
+                f"of {known.num_units}"
+            )
+        if space.block_bytes % (space.num_units * (WORD_BYTES if space.digest == "sum64" else 1)):
+            return f"a block of {space.block_bytes} bytes is not made of {space.num_units} units of whole words"
         try:
             self.index.register(space.namespace, space.block_bytes)
         except SettingsError as error:
@@ -324,7 +327,8 @@ class StoreServer:
             self._check(Check(key, self._span(entry), entry.digest, arriving=False))
 
     def _check(self, check: Check) -> None:
-        self._checks.begin(check, DIGESTS[self._spaces[check.key.namespace].digest])
+        space = self._spaces[check.key.namespace]
+        self._checks.begin(check, digest_by(space.digest, space.num_units))
 
     def _on_checked(self, check: Check, agrees: bool) -> None:
         if check.arriving:

@@ -132,7 +132,9 @@ class StoreSession:
         mapped: Callable[[Attached], SharedReader] = map_arena,
     ) -> None:
         self.counters = StoreClientCounters()
-        self._attach = Attach(namespace=namespace, block_bytes=copies.block_bytes, digest=copies.digest)
+        self._attach = Attach(
+            namespace=namespace, block_bytes=copies.block_bytes, num_units=copies.num_units, digest=copies.digest
+        )
         self._copies = copies
         self._queue: CopyQueue[_Reading | _Writing] = CopyQueue(copies)
         self._send = send

@@ -14,17 +14,18 @@ from baton.models.layers import describe
 
 
 class PagedAttention:
-    """Attention of one model over one pool [num_blocks, layers, 2, block_tokens, kv_heads, head_dim], contiguous."""
+    """Attention of one model over one pool [num_blocks, kv_heads, layers, 2, block_tokens, head_dim], contiguous."""
 
     def __init__(self, config: ModelConfig, pool: torch.Tensor) -> None:
         self._config = config
         self.shape = PoolShape(
+            num_units=config.num_kv_heads,
             num_layers=config.num_layers,
-            block_tokens=pool.shape[3],
+            block_tokens=pool.shape[4],
             token_bytes=2 * config.num_kv_heads * config.head_dim * pool.element_size(),
         )
-        self._slots = pool.view(-1, config.num_kv_heads * config.head_dim)
-        self._pieces = pool.view(-1, pool.shape[3] * config.num_kv_heads * config.head_dim)
+        self._slots = pool.view(-1, config.head_dim)
+        self._pieces = pool.view(-1, pool.shape[4] * config.head_dim)
         self._workspace = kernels.Workspace()
         self._windows = [shape.attention.window for shape in describe(config)]
 

@@ -60,11 +60,11 @@ class ModelRunner:
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""
         config = self.config
-        return (num_blocks, config.num_layers, 2, block_tokens, config.num_kv_heads, config.head_dim)
+        return (num_blocks, config.num_kv_heads, config.num_layers, 2, block_tokens, config.head_dim)
 
     def bind_pool(self, pool: torch.Tensor) -> None:
         """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
-        if pool.dim() != 6 or tuple(pool.shape) != self.kv_shape(pool.shape[0], pool.shape[3]):
+        if pool.dim() != 6 or tuple(pool.shape) != self.kv_shape(pool.shape[0], pool.shape[4]):
             raise InvariantBroken(f"pool of shape {list(pool.shape)}, expected {self.kv_shape(pool.shape[0], 0)}")
         if pool.dtype != self.kv_dtype or not pool.is_contiguous():
             raise InvariantBroken(f"pool must be contiguous {self.kv_dtype}, is {pool.dtype}")

@@ -24,8 +24,10 @@ PADDING_BYTES = 384 << 10
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
-    """[num_blocks, layers, 2, block_tokens, kv_heads, head_dim] as far as indices need it."""
+    """[num_blocks, kv_heads, layers, 2, block_tokens, head_dim] as far as indices need it."""
 
+    num_units: int
+    """Key heads."""
     num_layers: int
     block_tokens: int
     token_bytes: int
@@ -49,12 +51,10 @@ class StepBatch:
 
     token_ids: torch.Tensor  # int64 [N]
     positions: torch.Tensor  # int64 [N]
-    slot_ids: (
-        torch.Tensor
-    )  # int64 [L, N, 2]: where keys and values go, rows of the pool as [slots, kv_heads * head_dim]
+    slot_ids: torch.Tensor  # int64 [L, N, 2, units]: where keys and values go, rows of the pool as [slots, head_dim]
     piece_ids: (
         torch.Tensor
-    )  # int64 [L, P]: what attention gathers, rows of the pool as [pieces, one block's keys or values]
+    )  # int64 [L, P]: what attention gathers, rows of the pool as [pieces, one unit's keys or values]
     groups: tuple[DecodeGroup, ...]
     chunks: tuple[ChunkSpan, ...]
     drawn_rows: tuple[int, ...]
@@ -97,7 +97,7 @@ def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: to
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
         slot_ids=torch.from_numpy(
-            _slots(tables, positions, lengths, shape)[None] + layers[:, None, None] * 2 * shape.block_tokens
+            _slots(tables, positions, lengths, shape)[None] + layers[:, None, None, None] * 2 * shape.block_tokens
         ),
         piece_ids=torch.from_numpy(np.concatenate(piece_ids)[None] + 2 * layers[:, None]),
         groups=tuple(groups),
@@ -114,21 +114,23 @@ def _table(row: Row, block_tokens: int) -> np.ndarray:
 
 
 def _slots(tables: list[np.ndarray], positions: np.ndarray, lengths: np.ndarray, shape: PoolShape) -> np.ndarray:
-    """Layer 0's slots of every token's key and value, [N, 2]."""
+    """Layer 0's slots of every token's key and value in each unit, [N, 2, units]."""
     offsets = np.cumsum([len(table) for table in tables]) - [len(table) for table in tables]
     blocks = np.concatenate(tables)[np.repeat(offsets, lengths) + positions // shape.block_tokens]
-    keys = blocks * (2 * shape.num_layers * shape.block_tokens) + positions % shape.block_tokens
+    units = blocks[:, None] * shape.num_units + np.arange(shape.num_units)
+    keys = units * (2 * shape.num_layers * shape.block_tokens) + (positions % shape.block_tokens)[:, None]
     return np.stack((keys, keys + shape.block_tokens), axis=1)
 
 
 def _padded_ids(tables: list[np.ndarray], shape: PoolShape) -> np.ndarray:
-    """Layer 0's pieces of some rows, keys then values, each row padded to the first row's length.
+    """Layer 0's pieces of some rows, keys then values, row by row and unit by unit; each padded to the first's length.
 
     The padding is the row's own first block: what a mask hides must be finite, and of the same sequence.
     """
     width = len(tables[0])
     ids = np.stack([np.concatenate((table, np.full(width - len(table), table[0]))) for table in tables])
-    keys = ids.ravel() * (2 * shape.num_layers)
+    units = ids[:, None, :] * shape.num_units + np.arange(shape.num_units)[:, None]  # [rows, units, width]
+    keys = units.ravel() * (2 * shape.num_layers)
     return np.concatenate((keys, keys + 1))
 
 

@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from baton.kernels.triton import prefill_attention
+from baton.kernels.triton.pool import PagedPool
 from baton.models.config import ModelConfig
 from baton.models.cuda.decoder import Attend
 from baton.models.cuda.queue import Queue
@@ -30,18 +31,18 @@ class ChunkAttention(Protocol):
 
 def choose_attention(config: ModelConfig, pool: torch.Tensor, queue: Queue, deterministic: bool) -> ChunkAttention:
     """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do."""
-    fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.shape[3] in GLUON_BLOCKS
+    fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.shape[4] in GLUON_BLOCKS
     if pool.is_cuda and fits and config.sliding_window is None and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
         from baton.kernels.triton import prefill_gluon
 
         if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.device)):
-            return _Hopper(pool, queue.num_sms)
-    return _Portable(config, pool)
+            return _Hopper(PagedPool.of(pool), queue.num_sms)
+    return _Portable(config, PagedPool.of(pool))
 
 
 class _Portable:
-    def __init__(self, config: ModelConfig, pool: torch.Tensor) -> None:
+    def __init__(self, config: ModelConfig, pool: PagedPool) -> None:
         self.tile = prefill_attention.block_m(config.head_dim)
         self._windows, self._pool = [shape.attention.window for shape in describe(config)], pool
 
@@ -58,13 +59,13 @@ class _Portable:
 
 
 class _Hopper:
-    def __init__(self, pool: torch.Tensor, num_sms: int) -> None:
+    def __init__(self, pool: PagedPool, num_sms: int) -> None:
         from baton.kernels.triton import prefill_gluon
 
         self.tile = prefill_gluon.BLOCK_M
         self._attention = prefill_gluon.prefill_attention
         self._pool, self._num_sms = pool, num_sms
-        self._counter = torch.zeros(2, dtype=torch.int32, device=pool.device)
+        self._counter = torch.zeros(2, dtype=torch.int32, device=pool.rows.device)
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
         counter = self._counter if len(work) > ITEMS_A_MULTIPROCESSOR * self._num_sms else None

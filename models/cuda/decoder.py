@@ -17,6 +17,7 @@ from baton.kernels.triton.decode_attention import DecodeScratch, decode_attentio
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
 from baton.kernels.triton.norm import add_rms_norm, rms_norm
+from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
@@ -63,7 +64,7 @@ class Activations:
 
 
 class DeviceDecoder:
-    """One model's forward over one pool. Pool: [num_blocks, layers, 2, block_tokens, KH, D], of the weights' dtype."""
+    """One model's forward over one pool. The pool is of the weights' dtype."""
 
     def __init__(
         self, config: ModelConfig, weights: Weights, policy: Policy, max_tokens: int, max_drawn: int, max_len: int
@@ -78,11 +79,11 @@ class DeviceDecoder:
             None if norms is None else HeadNorms(norms, config.rms_norm_eps)
             for norms in (layer.attention.head_norms for layer in weights.layers)
         ]
-        self._pool: torch.Tensor | None = None
+        self._pool: PagedPool | None = None
         self._indices: Sequence[int] = range(len(weights.layers))
 
     def bind_pool(self, pool: torch.Tensor) -> None:
-        self._pool = pool
+        self._pool = PagedPool.of(pool)
 
     @contextmanager
     def abridged(self) -> Iterator[None]:
@@ -163,7 +164,7 @@ class DeviceDecoder:
         self._products.whole(self._weights.lm_head, normed, logits, pdl=pdl)
         return logits
 
-    def _bound(self) -> torch.Tensor:
+    def _bound(self) -> PagedPool:
         if self._pool is None:
             raise InvariantBroken("no pool is bound")
         return self._pool

@@ -1,4 +1,4 @@
-"""The KV pool of a GPU: how far apart its blocks lie, and how many there are. Pure arithmetic."""
+"""The KV pool of a GPU: how far apart its units lie, and how many blocks there are. Pure arithmetic."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ STACKS = 5
 """Of memory, which an H100 has."""
 
 
-def spread_layers(num_layers: int) -> int:
-    """Layers that a block has room for: one more than the model's, if these are a multiple of five.
+def unit_padding(num_layers: int, layer_bytes: int) -> int:
+    """Bytes behind each unit of a pool: those of a layer, if a unit's layers are a multiple of five; else none.
 
-    Else one layer of all blocks lies mostly on four of the five stacks, and attention reads a fifth less a second
-    (docs/benchmarks/kernels.md). Other GPUs do as the H100 does, since blocks go from one to the other.
+    Without it one layer of all units lies on few of the five stacks, and attention reads at a fraction of the speed
+    (docs/benchmarks/kernels.md). Other GPUs do as the H100 does, since units go from one to the other.
     """
-    return num_layers + (num_layers % STACKS == 0)
+    return layer_bytes if num_layers % STACKS == 0 else 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -93,14 +93,13 @@ class CudaRunner:
         self._longest = max_len
 
     def bind_pool(self, pool: torch.Tensor, max_model_len: int, on_progress: Progress = no_progress) -> None:
-        """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN. It may have
-        more layers than the model, see models.cuda.memory."""
+        """Steps use this pool from now on, as kernels.triton.pool describes it. It must be zeroed: masks hide numbers,
+        not NaN."""
         config, device = self.config, self.queue.device
-        layers = max(pool.shape[1], config.num_layers)
-        shape = (pool.shape[0], layers, 2, pool.shape[3], config.num_kv_heads, config.head_dim)
-        if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype or not pool.is_contiguous():
+        shape = (pool.shape[0], config.num_kv_heads, config.num_layers, 2, pool.shape[4], config.head_dim)
+        if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype:
             raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
-        block_tokens, rows = pool.shape[3], self._limits.max_rows
+        block_tokens, rows = pool.shape[4], self._limits.max_rows
         self._longest = max_model_len
         if block_tokens & (block_tokens - 1):
             raise SettingsError(f"--block-tokens {block_tokens}: on a GPU it must be a power of two")

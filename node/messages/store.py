@@ -79,8 +79,11 @@ class Attach(Message, tag="Attach", kw_only=True):
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
     """Blocks of different namespaces never meet."""
     block_bytes: Annotated[int, Meta(ge=1, le=1 << 30)]
+    """Of a record: a block with all units of the model."""
+    num_units: Annotated[int, Meta(ge=1, le=1 << 16)]
+    """Equal parts of a record, one behind the other."""
     digest: DigestName
-    """How the digests of these blocks are made; all workers of a namespace make them the same way."""
+    """How the units are summed up for a record's digest; all workers of a namespace do it the same way."""
 
 
 class Beat(Message, tag="Beat", kw_only=True):

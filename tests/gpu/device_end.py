@@ -100,7 +100,7 @@ class Ends:
         return self._made.digests.digest(blocks).hex()
 
     def flip(self, block: int, position: int) -> None:
-        self._made.memory.data[block, position] ^= 1
+        self._made.memory.data[block, 0, position] ^= 1
         torch.cuda.synchronize(self.gpu)
 
     def gib_free(self) -> float:

@@ -37,7 +37,7 @@ def make(folder: Path, dtype: torch.dtype, *, max_rows: int, block_tokens: int =
     weights = load_weights(config, folder, dtype, "cuda:0", pack=False)
     runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(max_rows, 2048, **limits), LONGEST)
     num_blocks = max_rows * -(-LONGEST // block_tokens) + 1
-    shape = (num_blocks, config.num_layers, 2, block_tokens, config.num_kv_heads, config.head_dim)
+    shape = (num_blocks, config.num_kv_heads, config.num_layers, 2, block_tokens, config.head_dim)
     runner.bind_pool(torch.zeros(shape, dtype=dtype, device="cuda:0"), LONGEST)
     return runner
 
@@ -143,7 +143,7 @@ def test_the_8b_shape_computes_what_the_cpu_computes(tmp_path, deterministic):
     config = ModelConfig.from_folder(two_layers(tmp_path))
     weights = load_weights(config, tmp_path, torch.bfloat16, "cuda:0", "dummy", pack=False)
     runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(40, 2048, 1, deterministic), LONGEST)
-    runner.bind_pool(torch.zeros(400, 2, 2, 64, 8, 128, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
+    runner.bind_pool(torch.zeros(400, 8, 2, 2, 64, 128, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
     prompt = [random.Random(3).randrange(128_000) for _ in range(300)]
     draw = Draw(SamplingParams(max_tokens=99, temperature=0.0), (), 300, 0)
     whole = runner.logits([Row(prompt, 0, table(0), draw)]).float().cpu()

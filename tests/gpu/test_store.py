@@ -38,10 +38,15 @@ def wait_until(condition: Callable[[], bool]) -> None:
         time.sleep(0.0002)
 
 
+def units_of(block_bytes: int) -> int:
+    """Units of whole words, several where that is possible."""
+    return next(count for count in (8, 3, 1) if block_bytes % (8 * count) == 0)
+
+
 def random_memory(num_blocks: int, block_bytes: int):
     from baton.kvtransfer.blocks.device_pool import DeviceMemory
 
-    memory = DeviceMemory(num_blocks, block_bytes, 0)
+    memory = DeviceMemory(num_blocks, block_bytes, 0, units_of(block_bytes))
     memory.data.random_(0, 256)
     torch.cuda.synchronize()
     return memory
@@ -96,7 +101,7 @@ def test_the_device_makes_the_digests_that_the_host_makes(block_bytes: int) -> N
 
     memory = random_memory(7, block_bytes)
     chosen = [6, 0, 3, 3, 5]
-    expected = [sum64(memoryview(memory.data[block].cpu().numpy())) for block in chosen]
+    expected = [sum64(memoryview(memory.data[block].cpu().numpy()), memory.num_units) for block in chosen]
     assert BlockDigests(memory.data).each(chosen) == expected
     memory.close()
 
@@ -105,7 +110,7 @@ def test_batches_move_the_bytes_and_tell_the_digests(copying: Bench) -> None:
     """Guards runs that are cut or joined wrongly, bytes of other blocks, and digests of other bytes than the pool's."""
     before = copying.memory.data.cpu()
     chosen, places, into = [3, 4, 5, 9, 0, 1], [2, 3, 4, 8, 7, 6], [2, 7, 8, 11, 10, 6]
-    expected = [sum64(memoryview(before[block].numpy())) for block in chosen]
+    expected = [sum64(memoryview(before[block].numpy()), copying.memory.num_units) for block in chosen]
     assert copying.ended(copying.copies.begin_save(copying.pairs(chosen, places))) == expected
     saved = b"".join(bytes(copying.host.block(place)) for place in places)
     assert saved == before[chosen].numpy().tobytes()
@@ -130,7 +135,8 @@ def test_batches_overlap_and_their_number_is_bounded(copying: Bench) -> None:
     save = [copying.copies.begin_save(copying.pairs([block], [block])) for block in (0, 1)]
     with pytest.raises(InvariantBroken):
         copying.copies.begin_save(copying.pairs([2], [2]))
-    assert [copying.ended(each) for each in save] == [[sum64(memoryview(before[n].numpy()))] for n in (0, 1)]
+    expected = [[sum64(memoryview(before[block].numpy()), copying.memory.num_units)] for block in (0, 1)]
+    assert [copying.ended(each) for each in save] == expected
     for pairs in ([Pair(12, copying.host.block(0))], [Pair(0, copying.host.block(0)[:-1])]):
         with pytest.raises(InvariantBroken):
             copying.copies.begin_load(pairs)

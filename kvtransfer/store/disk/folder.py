@@ -33,7 +33,7 @@ from baton.node.errors import SettingsError
 from baton.node.host import boot_id as kernel_boot_id
 from baton.node.telemetry import log_event
 
-FORMAT = 2
+FORMAT = 3
 CRASH_LOOP = 3
 """Unclean ends, the openings no longer ago than CRASH_WINDOW_S, after which the data itself is suspected."""
 CRASH_WINDOW_S = 60.0

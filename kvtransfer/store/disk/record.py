@@ -1,4 +1,5 @@
-"""The header before every block on disk, and the check of both. A record is its header and the block's bytes.
+"""The header before every block on disk, and the check of both. A record is its header and the block's bytes,
+which are the units of all heads in order, however many ranks have written them.
 
     magic "BKV1" | u32 format | namespace, first 16 bytes | key, 32 | u64 payload bytes | u64 tick | digest, 16 | check
 
@@ -19,7 +20,7 @@ from baton.kvtransfer.store.disk.records import RecordFault
 from baton.node.errors import SettingsError
 
 MAGIC = b"BKV1"
-FORMAT = 2
+FORMAT = 3
 NAMESPACE_PREFIX_BYTES = 16
 _FIELDS = struct.Struct(f"<4sI{NAMESPACE_PREFIX_BYTES}s{KEY_BYTES}sQQ{DIGEST_BYTES}s")
 _CHECK_BYTES = 16

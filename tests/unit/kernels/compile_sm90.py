@@ -71,6 +71,12 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
+def pool(kv_heads: int, block_tokens: int, dim: int, dtype=torch.bfloat16):
+    from baton.kernels.triton.pool import PagedPool
+
+    return PagedPool.of(empty(64, kv_heads, 32, 2, block_tokens, dim, dtype=dtype))
+
+
 def small_kernels(pdl: bool) -> None:
     from baton.kernels.triton import activation, norm, rope_write
 
@@ -88,7 +94,7 @@ def small_kernels(pdl: bool) -> None:
         ids,
         tables,
         norms,
-        empty(64, 32, 2, 64, kv_heads, dim),
+        pool(kv_heads, 64, dim),
         3,
         empty(rows, heads, dim),
         pdl=pdl,
@@ -104,8 +110,8 @@ def decode(
     rows, plan = 8, DecodePlan(*plan)
     query, lengths = empty(rows, heads, dim, dtype=dtype), empty(rows, dtype=torch.int32)
     scratch = module.DecodeScratch.make(rows, plan.num_chunks, heads, kv_heads, dim, "meta")
-    pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim, dtype=dtype), empty(rows, 64, dtype=torch.int32)
-    module.decode_attention(query, pool, 3, tables, lengths, plan, scratch, query, pdl=pdl)
+    paged, tables = pool(kv_heads, block_tokens, dim, dtype), empty(rows, 64, dtype=torch.int32)
+    module.decode_attention(query, paged, 3, tables, lengths, plan, scratch, query, pdl=pdl)
 
 
 def share_out() -> None:
@@ -120,19 +126,19 @@ def prefill(heads: int, kv_heads: int, dim: int, block_tokens: int, window: int 
     from baton.kernels.triton import prefill_attention as module
 
     sequences, query = 4, empty(1024, heads, dim)
-    pool, tables = empty(64, 32, 2, block_tokens, kv_heads, dim), empty(sequences, 64, dtype=torch.int32)
+    paged, tables = pool(kv_heads, block_tokens, dim), empty(sequences, 64, dtype=torch.int32)
     starts, lengths = empty(sequences + 1, dtype=torch.int32), empty(sequences, dtype=torch.int32)
     work, tokens = empty(500, 3, dtype=torch.int32), module.block_m(dim)
-    module.prefill_attention(query, pool, 3, tables, starts, lengths, work, tokens, query, window=window)
+    module.prefill_attention(query, paged, 3, tables, starts, lengths, work, tokens, query, window=window)
 
 
 def whole_blocks() -> None:
     from baton.kernels.triton import blocks
 
-    pool, ids = empty(64, 32, 2, 64, 8, 128), empty(16, dtype=torch.int32)
-    blocks.block_checksums(pool, ids, blocks.checksum_scratch(16, pool), empty(16, dtype=torch.int64))
-    blocks.gather_blocks(pool, ids, pool)
-    blocks.scatter_blocks(pool, ids, pool)
+    units, ids = empty(512, 32, 2, 64, 128), empty(16, dtype=torch.int32)
+    blocks.block_checksums(units, ids, blocks.checksum_scratch(16, units), empty(16, dtype=torch.int64))
+    blocks.gather_blocks(units, ids, units)
+    blocks.scatter_blocks(units, ids, units)
 
 
 def sampling(pdl: bool) -> None:
@@ -177,10 +183,10 @@ def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     from baton.kernels.triton import prefill_gluon as module
 
     sequences, query = 4, empty(1024, 32, 128)
-    pool, tables = empty(64, 32, 2, block_tokens, 8, 128), empty(sequences, 64, dtype=torch.int32)
+    paged, tables = pool(8, block_tokens, 128), empty(sequences, 64, dtype=torch.int32)
     starts, lengths = empty(sequences + 1, dtype=torch.int32), empty(sequences, dtype=torch.int32)
     work, counter = empty(500, 3, dtype=torch.int32), empty(2, dtype=torch.int32) if persistent else None
-    module.prefill_attention(query, pool, 3, tables, starts, lengths, work, 132, counter, query)
+    module.prefill_attention(query, paged, 3, tables, starts, lengths, work, 132, counter, query)
 
 
 def gated_product() -> None:

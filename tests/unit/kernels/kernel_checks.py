@@ -29,6 +29,7 @@ from baton.kernels.triton import (
     sampling,
     step_inputs,
 )
+from baton.kernels.triton.pool import PagedPool
 from baton.kvtransfer.blocks import checksum
 
 EPS = 1e-5
@@ -38,6 +39,15 @@ FLOAT32_ERROR = 1e-6
 def randn(shape: tuple[int, ...], dtype: torch.dtype, device: str, seed: int = 0) -> torch.Tensor:
     """The same numbers on every device."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(device)
+
+
+def make_pool(
+    num_blocks: int, layers: int, block_tokens: int, heads: Heads, dtype: torch.dtype, device: str, seed: int
+) -> PagedPool:
+    """Random, with a layer's room of NaN behind each unit, which no kernel may touch."""
+    pool = randn((num_blocks, heads.key, layers + 1, 2, block_tokens, heads.dim), dtype, device, seed)
+    pool[:, :, layers] = float("nan")
+    return PagedPool.of(pool[:, :, :layers])
 
 
 def poison(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -140,22 +150,21 @@ def check_rope_and_write(
     positions = torch.randint(0, max_positions, (rows,), generator=generator).to(device)
     slots = torch.randperm(num_blocks * block_tokens, generator=generator)[:rows].to(device)
     slots[-1] = -1
-    pool = randn((num_blocks, layers, 2, block_tokens, heads.key, heads.dim), dtype, device, 4)
-    before = pool.clone()
+    paged = make_pool(num_blocks, layers, block_tokens, heads, dtype, device, 4)
+    pool, before = paged.tensor, paged.tensor.clone()
     query = poison((rows, heads.query, heads.dim), dtype, device)
     norms = rope_write.HeadNorms(weight, EPS) if normed else None
-    rope_write.rope_and_write(qkv, positions.int(), slots, rope, norms, pool, layer, query, pdl=pdl)
+    rope_write.rope_and_write(qkv, positions.int(), slots, rope, norms, paged, layer, query, pdl=pdl)
 
     whole = qkv.sum(0) if partials else qkv
     exact = plain_rope_write(whole.float(), positions, rope, weight.float() if normed else None, heads)
     plain = plain_rope_write(whole.to(dtype), positions, rope, weight if normed else None, heads)
     kept = slots[:-1]
-    found = pool[kept // block_tokens, layer, :, kept % block_tokens].flatten(1, 2)  # [rows - 1, 2 KH, D]
+    written = (kept // block_tokens, slice(None), layer, slice(None), kept % block_tokens)
+    found = pool[written].transpose(1, 2).flatten(1, 2)  # [rows - 1, 2 KH, D]
     assert_close(query, exact[:, : heads.query], plain[:, : heads.query])
     assert_close(found, exact[:-1, heads.query :], plain[:-1, heads.query :])
-    pool[kept // block_tokens, layer, :, kept % block_tokens] = before[
-        kept // block_tokens, layer, :, kept % block_tokens
-    ]
+    pool[written] = before[written]
     assert torch.equal(pool, before), "a slot that is not the step's was written"
 
 
@@ -163,7 +172,7 @@ def check_rope_and_write(
 class Paged:
     """A pool whose unused slots are large numbers, and the sequences in it."""
 
-    pool: torch.Tensor  # [blocks, layers, 2, block_tokens, KH, D]
+    pool: PagedPool
     tables: torch.Tensor  # int32 [B, blocks of the longest]; past a sequence's end some other sequence's block
     lengths: list[int]
 
@@ -171,15 +180,15 @@ class Paged:
     def make(cls, device: str, dtype: torch.dtype, heads: Heads, lengths: list[int], block_tokens: int) -> Paged:
         layers, width = 2, -(-max(lengths) // block_tokens)
         num_blocks = width * len(lengths) + 2
-        pool = randn((num_blocks, layers, 2, block_tokens, heads.key, heads.dim), dtype, device, 1)
+        paged = make_pool(num_blocks, layers, block_tokens, heads, dtype, device, 1)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2))
         tables = order[: width * len(lengths)].view(len(lengths), width)
         for row, length in enumerate(lengths):
             used = -(-length // block_tokens)
             if length % block_tokens:
-                pool[tables[row, used - 1], :, :, length % block_tokens :] = 1000.0
-            pool[tables[row, used:], :, :] = 1000.0
-        return cls(pool, tables.int().to(device), lengths)
+                paged.tensor[tables[row, used - 1], ..., length % block_tokens :, :] = 1000.0
+            paged.tensor[tables[row, used:]] = 1000.0
+        return cls(paged, tables.int().to(device), lengths)
 
 
 def paged_attention(
@@ -187,7 +196,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """reference.paged_attention of ragged sequences in one dtype; float32 arithmetic, rounded at the end."""
     pieces = query.to(dtype).split(query_lengths)
-    pool = paged.pool.to(dtype)
+    pool = paged.pool.tensor.to(dtype)
     with query.device:  # where the reference makes its masks
         found = [
             reference.paged_attention(piece, pool, layer, table.long(), length - len(piece), window)
@@ -319,7 +328,7 @@ def check_blocks(device: str, dtype: torch.dtype, shape: tuple[int, ...], count:
     ids = torch.randperm(shape[0], generator=generator)[:count].to(device)
     checks = torch.zeros(count, dtype=torch.int64, device=device)
     blocks.block_checksums(pool, ids.int(), blocks.checksum_scratch(count, pool), checks)
-    expected = checksum.block_checksums(raw[ids.cpu()].numpy())
+    expected = checksum.unit_checksums(raw[ids.cpu()].numpy())
     assert checks.cpu().numpy().view("uint64").tolist() == expected.tolist()
 
     staging = torch.zeros_like(pool[:count])

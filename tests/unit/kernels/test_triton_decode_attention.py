@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.triton import decode_attention, decode_work
 from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.pool import PagedPool
 from baton.tests.unit.kernels import kernel_checks as checks
 
 WHOLE = DecodePlan(5, 3, chunk_tokens=256)
@@ -125,7 +126,7 @@ def test_the_largest_step_can_be_launched(monkeypatch):
         return torch.empty(shape, dtype=dtype, device="meta")
 
     monkeypatch.setattr(decode_attention, "_decode_attention_kernel", Launches())
-    plan, query, pool = fixed_plan(256, 8, 131072, 132), empty(256, 8, 16), empty(2, 1, 2, 16, 8, 16)
+    plan, query, pool = fixed_plan(256, 8, 131072, 132), empty(256, 8, 16), PagedPool.of(empty(2, 8, 1, 2, 16, 16))
     tables, lengths = empty(256, 8192, dtype=torch.int32), empty(256, dtype=torch.int32)
     scratch = decode_attention.DecodeScratch.make(256, plan.num_chunks, 8, 8, 16, "meta")
     decode_attention.decode_attention(query, pool, 0, tables, lengths, plan, scratch, query)

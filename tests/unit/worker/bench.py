@@ -24,7 +24,7 @@ ROOT = b"r" * 32
 BLOCK = 4
 STEP_S = 0.125
 """What a step takes on the worker's clock, which stands still otherwise."""
-LAYOUT = KVLayout(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
+LAYOUT = KVLayout.of_model(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BLOCK, dtype="float32")
 
 
 class RecordingExchange:

@@ -11,17 +11,18 @@ LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
 
 
 def make_pool(num_blocks: int, block_tokens: int) -> torch.Tensor:
-    shape = (num_blocks, LAYERS, 2, block_tokens, KV_HEADS, HEAD_DIM)
+    shape = (num_blocks, KV_HEADS, LAYERS, 2, block_tokens, HEAD_DIM)
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def pieces_of(pool: torch.Tensor) -> torch.Tensor:
-    return pool.view(-1, pool.shape[3] * KV_HEADS * HEAD_DIM)
+    return pool.view(-1, pool.shape[4] * HEAD_DIM)
 
 
 def piece_ids(tables: list[list[int]], layer: int) -> torch.Tensor:
-    """Key blocks of all rows, then their value blocks."""
-    keys = torch.tensor([block for table in tables for block in table]) * 2 * LAYERS + 2 * layer
+    """Key blocks of all rows, head by head, then their value blocks."""
+    units = [block * KV_HEADS + head for table in tables for head in range(KV_HEADS) for block in table]
+    keys = torch.tensor(units) * 2 * LAYERS + 2 * layer
     return torch.cat((keys, keys + 1))
 
 
@@ -73,14 +74,15 @@ def test_chunk_attention(start, num_new, window):
 
 def test_write_kv_puts_every_token_in_its_slots_and_nothing_else():
     """Guards against keys and values exchanged, and against tokens that overwrite each other."""
-    slots = torch.zeros(20, 6)
-    slot_ids = torch.tensor([[3, 7], [19, 0], [4, 8]])
+    slots = torch.zeros(20, 3)
+    slot_ids = torch.tensor([[[3, 13], [7, 17]], [[9, 19], [0, 10]], [[4, 14], [8, 18]]])
     kv = torch.arange(1.0, 37.0).view(3, 2, 6)
     kernels.write_kv(slots, slot_ids, kv)
-    expected = torch.zeros(20, 6)
+    expected = torch.zeros(20, 3)
     for token in range(3):
         for part in range(2):
-            expected[slot_ids[token, part]] = kv[token, part]
+            for head in range(2):
+                expected[slot_ids[token, part, head]] = kv[token, part, 3 * head : 3 * head + 3]
     assert torch.equal(slots, expected)
 
 

@@ -1,4 +1,4 @@
-"""The definition of the block checksum, and of the digests made of blocks."""
+"""The definition of the checksum of a unit, and of the digests made of blocks."""
 
 import numpy as np
 import pytest
@@ -6,7 +6,7 @@ import xxhash
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.kvtransfer.blocks.checksum import DIGESTS, FACTOR_A, FACTOR_B, PIECE_WORDS, block_checksums
+from baton.kvtransfer.blocks.checksum import FACTOR_A, FACTOR_B, PIECE_WORDS, digest_by, unit_checksums
 
 
 def as_block(data: bytes) -> np.ndarray:
@@ -24,7 +24,7 @@ def test_the_definition_word_by_word():
     x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
     x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
     data = b"".join(word.to_bytes(8, "little") for word in words)
-    assert int(block_checksums(as_block(data))[0]) == x ^ (x >> 31)
+    assert int(unit_checksums(as_block(data))[0]) == x ^ (x >> 31)
 
 
 @given(st.binary(min_size=64, max_size=64), st.integers(0, 511))
@@ -32,7 +32,7 @@ def test_every_flipped_bit_is_seen(data, bit):
     """Guards against words or bits that the sum leaves out."""
     flipped = bytearray(data)
     flipped[bit // 8] ^= 1 << bit % 8
-    assert block_checksums(as_block(data)) != block_checksums(as_block(bytes(flipped)))
+    assert unit_checksums(as_block(data)) != unit_checksums(as_block(bytes(flipped)))
 
 
 @pytest.mark.parametrize("unit", [8, 16, 64, 512])
@@ -45,7 +45,7 @@ def test_exchanged_and_missing_pieces_are_seen(unit):
     repeated[1] = pieces[0]
     zeroed[2] = 0
     variants = [data, swapped, repeated, zeroed, np.roll(pieces, 1, axis=0), np.zeros(2048, np.uint8)]
-    checks = {int(block_checksums(variant.reshape(1, -1))[0]) for variant in variants}
+    checks = {int(unit_checksums(variant.reshape(1, -1))[0]) for variant in variants}
     assert len(checks) == len(variants)
 
 
@@ -61,12 +61,14 @@ def test_pieces_make_no_difference(words):
         x = total % 2**64
         x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 % 2**64
         x = (x ^ x >> 27) * 0x94D049BB133111EB % 2**64
-        assert int(block_checksums(block[None].view(np.uint8))[0]) == x ^ x >> 31
+        assert int(unit_checksums(block[None].view(np.uint8))[0]) == x ^ x >> 31
 
 
 def test_each_digest_is_what_its_name_says():
     """Guards the names that stores and workers tell each other: they must mean the same bytes for ever."""
-    block = memoryview(bytes(range(256)))
-    assert DIGESTS["xxh3"](block) == xxhash.xxh3_128_digest(bytes(range(256)))
-    check = int(block_checksums(as_block(bytes(range(256))))[0])
-    assert DIGESTS["sum64"](block) == xxhash.xxh3_128_digest(check.to_bytes(8, "little"))
+    block, units = memoryview(bytes(range(256))), [bytes(range(64 * i, 64 * i + 64)) for i in range(4)]
+    sums = b"".join(map(xxhash.xxh3_128_digest, units))
+    assert digest_by("xxh3", 4)(block) == xxhash.xxh3_128_digest(sums)
+    checks = [int(unit_checksums(as_block(unit))[0]).to_bytes(8, "little") for unit in units]
+    assert digest_by("sum64", 4)(block) == xxhash.xxh3_128_digest(b"".join(checks))
+    assert len({digest_by(name, count)(block) for name in ("xxh3", "sum64") for count in (1, 2, 4)}) == 6

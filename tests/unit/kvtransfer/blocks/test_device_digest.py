@@ -11,22 +11,22 @@ torch = pytest.importorskip("torch")
 pytest.importorskip("triton")
 import xxhash  # noqa: E402
 
-from baton.kvtransfer.blocks.checksum import block_checksums, digest_of_sums, sum64  # noqa: E402
+from baton.kvtransfer.blocks.checksum import digest_of_sums, sum64, unit_checksums  # noqa: E402
 from baton.kvtransfer.blocks.digest import BlockDigests, Checksums, SumsBehind  # noqa: E402
 from baton.node.errors import InvariantBroken  # noqa: E402
 
-WORDS = 37
+WORDS, UNITS = 37, 3
 
 
 def blocks(count: int = 5) -> torch.Tensor:
-    data = bytearray(random.Random(1).randbytes(count * WORDS * 8))
-    return torch.frombuffer(data, dtype=torch.uint8).view(count, WORDS * 8)
+    data = bytearray(random.Random(1).randbytes(count * UNITS * WORDS * 8))
+    return torch.frombuffer(data, dtype=torch.uint8).view(count, UNITS, WORDS * 8)
 
 
 def test_it_is_what_the_definition_says() -> None:
     """Both ends of a transfer must agree on it, whatever computes it there."""
     data = blocks()
-    expected = xxhash.xxh3_128(block_checksums(data[[3, 0]].numpy()).tobytes())
+    expected = xxhash.xxh3_128(unit_checksums(data[[3, 0]].flatten(0, 1).numpy()).tobytes())
     assert BlockDigests(data).digest([3, 0]) == expected.digest()
 
 
@@ -36,12 +36,15 @@ def test_every_changed_bit_and_every_swap_shows() -> None:
     before = digests.digest([1])
     for position in range(0, WORDS * 8, 11):
         for bit in range(8):
-            data[1, position] ^= 1 << bit
+            data[1, position % UNITS, position] ^= 1 << bit
             assert digests.digest([1]) != before
-            data[1, position] ^= 1 << bit
-    words = data[1].view(torch.int64)
+            data[1, position % UNITS, position] ^= 1 << bit
+    words = data[1, 2].view(torch.int64)
     words[[2, 30]] = words[[30, 2]]
     assert digests.digest([1]) != before
+    words[[2, 30]] = words[[30, 2]]
+    data[1, [0, 2]] = data[1, [2, 0]]
+    assert digests.digest([1]) != before, "units swapped"
 
 
 def test_the_order_and_the_number_of_blocks_count() -> None:
@@ -55,7 +58,7 @@ def test_more_blocks_than_one_launch_takes(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(BlockDigests, "MAX_BLOCKS", 4)
     data = blocks()
     many = [i % 5 for i in range(11)]
-    expected = xxhash.xxh3_128(block_checksums(data[many].numpy()).tobytes())
+    expected = xxhash.xxh3_128(unit_checksums(data[many].flatten(0, 1).numpy()).tobytes())
     assert BlockDigests(data).digest(many) == expected.digest()
 
 
@@ -72,7 +75,7 @@ def test_each_block_alone_has_the_digest_that_a_host_makes(monkeypatch: pytest.M
     monkeypatch.setattr(BlockDigests, "MAX_BLOCKS", 3)
     data = blocks()
     chosen = [4, 0, 2, 2, 1, 3, 0]
-    assert BlockDigests(data).each(chosen) == [sum64(memoryview(data[block].numpy())) for block in chosen]
+    assert BlockDigests(data).each(chosen) == [sum64(memoryview(data[block].numpy()), UNITS) for block in chosen]
     assert BlockDigests(data).each([3]) == [BlockDigests(data).digest([3])]
 
 

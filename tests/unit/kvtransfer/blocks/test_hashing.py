@@ -23,13 +23,11 @@ from baton.kvtransfer.blocks.hashing import (
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.node.errors import SettingsError
 
-LAYOUT = KVLayout(num_layers=4, kv_heads=2, head_dim=64, block_tokens=16, dtype="bfloat16")
+LAYOUT = KVLayout.of_model(num_layers=4, kv_heads=2, head_dim=64, block_tokens=16, dtype="bfloat16")
 FIELDS = dict(
     model_fingerprint=b"m" * 32,
     layout=LAYOUT,
     weight_dtype="bfloat16",
-    tp_size=2,
-    tp_rank=0,
     rope_fingerprint=b"r" * 32,
     tokenizer_fingerprint=b"t" * 32,
 )
@@ -99,8 +97,7 @@ def test_every_field_of_the_namespace_counts() -> None:
         dict(layout=replace(LAYOUT, block_tokens=32)),
         dict(layout=replace(LAYOUT, dtype="float16")),
         dict(weight_dtype="float16"),
-        dict(tp_size=4),
-        dict(tp_rank=1),
+        dict(layout=replace(LAYOUT, total_units=4)),
         dict(rope_fingerprint=b"R" * 32),
         dict(tokenizer_fingerprint=b"T" * 32),
     ]
@@ -137,10 +134,10 @@ def test_a_shortened_namespace_is_refused() -> None:
         root_hash(NAMESPACE[:16])
 
 
-@pytest.mark.parametrize(("rank", "size"), [(-1, 1), (1, 1), (0, 0)])
-def test_an_impossible_rank_is_refused(rank: int, size: int) -> None:
-    with pytest.raises(ValueError):
-        namespace_digest(**{**FIELDS, "tp_rank": rank, "tp_size": size})
+def test_ranks_of_a_model_share_its_namespace() -> None:
+    """Guards hits between workers of different tensor-parallel sizes, which hold the same units."""
+    rank = replace(LAYOUT, first_unit=1, num_units=1)
+    assert namespace_digest(**{**FIELDS, "layout": rank}) == NAMESPACE
 
 
 def test_the_namespace_is_the_same_in_another_process() -> None:
@@ -148,8 +145,8 @@ def test_the_namespace_is_the_same_in_another_process() -> None:
     code = (
         "from baton.kvtransfer.blocks.hashing import *; from baton.kvtransfer.blocks.layout import KVLayout;"
         "import sys; assert 'torch' not in sys.modules, 'the proxy must not load torch';"
-        "l = KVLayout(4, 2, 64, 16, 'bfloat16');"
-        "print(namespace_digest(model_fingerprint=b'm'*32, layout=l, weight_dtype='bfloat16', tp_size=2, tp_rank=0,"
+        "l = KVLayout(4, 0, 2, 2, 64, 16, 'bfloat16');"
+        "print(namespace_digest(model_fingerprint=b'm'*32, layout=l, weight_dtype='bfloat16',"
         "rope_fingerprint=b'r'*32, tokenizer_fingerprint=b't'*32).hex())"
     )
     root = Path(__file__).parents[4]

@@ -29,7 +29,7 @@ from baton.node.messages.base import Message
 from baton.node.messages.control import Refused
 from baton.testing.loopback import Fate, LoopbackFabric
 
-LAYOUT = KVLayout(num_layers=2, kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
+LAYOUT = KVLayout.of_model(num_layers=2, kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
 NUM_BLOCKS = 24
 LEG = LegKey("r", 0)
 MakePlane = Callable[[str, BlockPool], Plane]

@@ -22,7 +22,7 @@ from baton.node.leg import LegKey
 from baton.node.messages.base import Message, encode
 from baton.node.messages.store import decode_store
 
-BLOCK_BYTES = 4096
+BLOCK_BYTES, NUM_UNITS = 4096, 2
 SPACE = b"n" * 32
 
 
@@ -71,7 +71,7 @@ class Worker:
         self, name: str, wire: deque[tuple[str, str, Message]], *, num_blocks: int = 16, space: bytes = SPACE
     ) -> None:
         self.name = name
-        self.pool = HostMemory(num_blocks, BLOCK_BYTES)
+        self.pool = HostMemory(num_blocks, BLOCK_BYTES, NUM_UNITS)
         self.events: list[StoreEvent] = []
         self.copies = make_copies(self.pool)
         self.session = StoreSession(

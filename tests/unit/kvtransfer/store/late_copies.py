@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from baton.kvtransfer.blocks.checksum import DIGESTS
+from baton.kvtransfer.blocks.checksum import digest_by
 from baton.kvtransfer.blocks.copies import Pair
 from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.node.errors import PeerLost
@@ -39,7 +39,7 @@ class LateCopies:
     """
 
     def __init__(self, pool: BlockMemory, *, polls: int = 2, batch_blocks: int = 2) -> None:
-        self.block_bytes, self.batch_blocks = pool.block_bytes, batch_blocks
+        self.block_bytes, self.num_units, self.batch_blocks = pool.block_bytes, pool.num_units, batch_blocks
         self.digest: DigestName = "xxh3"
         self.polls = polls
         self.held = self.locking = self.unlockable = self.broken = self.closed = False
@@ -99,4 +99,4 @@ class LateCopies:
             held[:] = span
             if block in self.spoil:
                 held[0] ^= 1
-        return [DIGESTS[self.digest](self._pool.block(block)) for block, _ in pairs]
+        return [digest_by(self.digest, self.num_units)(self._pool.block(block)) for block, _ in pairs]

@@ -15,7 +15,7 @@ from baton.node.errors import InvariantBroken
 from baton.node.leg import LegKey
 from baton.node.messages.store import RAM
 from baton.tests.unit.kvtransfer.store import bench
-from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, Host, World, content, names
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, NUM_UNITS, Host, World, content, names
 from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 KEY = LegKey("b", 0)
@@ -43,7 +43,7 @@ def release(world: World, name: str = "b") -> None:
 @pytest.mark.parametrize("make", [HostCopies, LateCopies])
 def test_every_kind_moves_the_bytes_and_tells_the_digests(make: type[HostCopies] | type[LateCopies]) -> None:
     """The contract: bytes and digests by block, in the order of the pairs, whichever copies there are."""
-    pool, arena = HostMemory(8, BLOCK_BYTES), HostMemory(8, BLOCK_BYTES)
+    pool, arena = HostMemory(8, BLOCK_BYTES, NUM_UNITS), HostMemory(8, BLOCK_BYTES)
     copies: Copies = make(pool)
     lock = copies.lock(arena.view)
     assert lock.ready()
@@ -57,9 +57,9 @@ def test_every_kind_moves_the_bytes_and_tells_the_digests(make: type[HostCopies]
         raise AssertionError("it does not end")
 
     save = copies.begin_save([Pair(6, arena.block(0)), Pair(2, arena.block(5))])
-    assert ended(save) == [xxh3(memoryview(content(6))), xxh3(memoryview(content(2)))]
+    assert ended(save) == [xxh3(memoryview(content(6)), NUM_UNITS), xxh3(memoryview(content(2)), NUM_UNITS)]
     load = copies.begin_load([Pair(1, arena.block(5)), Pair(7, arena.block(0))])
-    assert ended(load) == [xxh3(memoryview(content(2))), xxh3(memoryview(content(6)))]
+    assert ended(load) == [xxh3(memoryview(content(2)), NUM_UNITS), xxh3(memoryview(content(6)), NUM_UNITS)]
     assert [bytes(pool.block(block)) for block in (1, 7, 2, 6, 0)] == [content(n) for n in (2, 6, 2, 6, 0)]
     lock.close()
     copies.close()

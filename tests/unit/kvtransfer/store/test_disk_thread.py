@@ -15,7 +15,7 @@ from baton.node.errors import SettingsError
 from baton.node.leg import LegKey
 from baton.node.messages.store import DISK, RAM
 from baton.testing.memory_records import memory_tier
-from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, World, content, names
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, NUM_UNITS, SPACE, Host, World, content, names
 
 KEY = LegKey("b", 0)
 
@@ -128,7 +128,7 @@ def test_a_block_that_was_spoiled_on_its_way_to_disk_is_found_once(bench: Bench)
     """Guards the way of the worker's digest: a tier vouches only for what it got, the worker knows what was meant."""
     spoiled = bytes([content(1)[0] ^ 1]) + content(1)[1:]
     tier = bench.gated.tiers[SPACE]
-    assert tier.put(names(1)[0], memoryview(spoiled), xxh3(memoryview(content(1))))
+    assert tier.put(names(1)[0], memoryview(spoiled), xxh3(memoryview(content(1)), NUM_UNITS))
     assert bench.world.find("b", 1) == (DISK,)
     worker = bench.world.workers["b"]
     worker.session.load(KEY, 0, range(8, 9), bench.world.now)

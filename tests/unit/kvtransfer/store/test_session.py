@@ -30,7 +30,7 @@ from baton.node.messages.store import (
     Written,
 )
 from baton.tests.unit.kvtransfer.store import bench
-from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, Host, Worker, World, content, names
+from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, NUM_UNITS, SPACE, Host, Worker, World, content, names
 from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 
@@ -236,7 +236,7 @@ def test_what_a_peer_gives_is_looked_at_before_anybody_finds_it(right: bool) -> 
     world.run()
     world.workers["a"].session.load(LegKey("a", 1), 0, range(1), world.now)
     world.run()
-    digest = xxh3(memoryview(data if right else content(2)))
+    digest = xxh3(memoryview(data if right else content(2)), NUM_UNITS)
     server.on_message("peer", PeerData(namespace=SPACE, hash=name, offset=0, digest=digest, data=data), world.now)
     world.run()
     assert world.workers["a"].holds(0, 1) is right
@@ -248,7 +248,7 @@ def test_what_a_peer_gives_is_looked_at_before_anybody_finds_it(right: bool) -> 
 def test_two_ways_of_making_digests_never_meet_in_a_namespace() -> None:
     """Guards hits between workers: a block whose digest the reader makes another way would count as damaged."""
     world = World("a")
-    sum64 = Attach(namespace=SPACE, block_bytes=BLOCK_BYTES, digest="sum64")
+    sum64 = Attach(namespace=SPACE, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS, digest="sum64")
     world.host.server.on_message("b", sum64, world.now)
     *_, (_, to, refused) = world.host.wire
     assert to == "b" and isinstance(refused, Detached) and refused.final and "sum64" in refused.reason
@@ -285,10 +285,14 @@ def test_what_makes_no_sense_is_survived() -> None:
         Put(id=6, hashes=names(9, 9, 9)),
         Commit(id=6, written=(Written(0, b"x" * 16), Written(0, b"y" * 16), Written(2, b"z" * 16))),
         Release(id=5),
-        Attach(version=PROTOCOL_VERSION + 1, namespace=SPACE, block_bytes=BLOCK_BYTES, digest="xxh3"),
-        Attach(namespace=SPACE, block_bytes=BLOCK_BYTES + 1, digest="xxh3"),
-        Attach(namespace=b"z" * 32, block_bytes=1 << 30, digest="xxh3"),
-        Attach(namespace=b"z" * 32, block_bytes=4094, digest="sum64"),
+        Attach(
+            version=PROTOCOL_VERSION + 1, namespace=SPACE, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS, digest="xxh3"
+        ),
+        Attach(namespace=SPACE, block_bytes=BLOCK_BYTES + 1, num_units=1, digest="xxh3"),
+        Attach(namespace=SPACE, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS + 1, digest="xxh3"),
+        Attach(namespace=b"z" * 32, block_bytes=1 << 30, num_units=1, digest="xxh3"),
+        Attach(namespace=b"z" * 32, block_bytes=4094, num_units=1, digest="sum64"),
+        Attach(namespace=b"z" * 32, block_bytes=4096, num_units=3, digest="xxh3"),
     ):
         server.on_message("a", message, world.now)
         server.on_message("stranger", message, world.now)

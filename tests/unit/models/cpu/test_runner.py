@@ -68,9 +68,9 @@ def test_step_writes_only_the_slots_of_its_rows(make_model, sequences):
     runner.bind_pool(pool)
     pool.fill_(7.0)
     runner.step([Row([1, 2, 3], 14, [4, 2], None), Row([9], 3, [5], None)])
-    touched = {(int(block), int(slot)) for block, slot in (pool != 7.0).any(dim=(1, 2, 4, 5)).nonzero()}
+    touched = {(int(block), int(slot)) for block, slot in (pool != 7.0).any(dim=(1, 2, 3, 5)).nonzero()}
     assert touched == {(4, 14), (4, 15), (2, 0), (5, 3)}
-    written = (pool != 7.0)[[4, 4, 2, 5], :, :, [14, 15, 0, 3]]
+    written = (pool != 7.0)[[4, 4, 2, 5], :, :, :, [14, 15, 0, 3]]
     assert bool(written.all()), "keys and values of every layer and head"
 
 
@@ -126,12 +126,12 @@ def test_pool_of_another_shape_dtype_or_order_is_refused(make_model):
     """Guards against reading a pool as something that it is not."""
     runner = ModelRunner.load(make_model("llama").folder)
     shape = runner.kv_shape(4, 16)
-    assert shape == (4, 3, 2, 16, 2, 16)
+    assert shape == (4, 2, 3, 2, 16, 16)
     for pool in (
         torch.zeros(shape[:-1]),
         torch.zeros(runner.kv_shape(4, 16)[:-1] + (8,)),
         torch.zeros(shape, dtype=torch.bfloat16),
-        torch.zeros(shape).transpose(4, 5).transpose(4, 5)[:, :, :, ::2],
+        torch.zeros(shape)[:, :, :, :, ::2],
     ):
         with pytest.raises(InvariantBroken):
             runner.bind_pool(pool)

@@ -1,5 +1,7 @@
 """The layout of a step: every token once, every block where its row says, groups that hold what they promise."""
 
+from itertools import product
+
 import numpy as np
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from baton.node.messages.control import SamplingParams
 DRAW = Draw(SamplingParams(max_tokens=1), (), 0, 0)
 BLOCK_TOKENS = 4
 NUM_LAYERS = 3
+NUM_UNITS = 2
 
 
 @st.composite
@@ -27,15 +30,15 @@ def steps(draw: st.DrawFn) -> list[Row]:
     return rows
 
 
-def piece(block: int, layer: int, part: int) -> int:
-    return (block * NUM_LAYERS + layer) * 2 + part
+def piece(block: int, unit: int, layer: int, part: int) -> int:
+    return ((block * NUM_UNITS + unit) * NUM_LAYERS + layer) * 2 + part
 
 
 @settings(max_examples=60)
 @given(rows=steps(), token_kib=st.sampled_from([1, 64, 700]))
 def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
     """Guards against a token that is lost, stands twice, or is written to or read from another row's block."""
-    shape = PoolShape(NUM_LAYERS, BLOCK_TOKENS, token_kib << 10)
+    shape = PoolShape(NUM_UNITS, NUM_LAYERS, BLOCK_TOKENS, token_kib << 10)
     step = lay_out(rows, shape, None, torch.float32)
     # Each token names its row and its place in it, from which follows where everything about it must be.
     assert sorted(step.token_ids.tolist()) == sorted(token for row in rows for token in row.token_ids)
@@ -44,22 +47,25 @@ def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
         assert int(step.positions[index]) == position
         for layer in range(NUM_LAYERS):
             block = row.blocks[position // BLOCK_TOKENS]
-            expected = [piece(block, layer, part) * BLOCK_TOKENS + position % BLOCK_TOKENS for part in (0, 1)]
+            expected = [
+                [piece(block, unit, layer, part) * BLOCK_TOKENS + position % BLOCK_TOKENS for unit in range(NUM_UNITS)]
+                for part in (0, 1)
+            ]
             assert step.slot_ids[layer, index].tolist() == expected
 
     served = np.zeros(len(step.token_ids), dtype=int)
     for group in step.groups:
-        ids = step.piece_ids[:, group.first_id : group.first_id + group.num_ids].view(NUM_LAYERS, 2, group.num_rows, -1)
+        ids = step.piece_ids[:, group.first_id : group.first_id + group.num_ids]
+        ids = ids.view(NUM_LAYERS, 2, group.num_rows, NUM_UNITS, -1)
         for place in range(group.num_rows):
             served[group.first_row + place] += 1
             row = rows[int(step.token_ids[group.first_row + place]) // 1000]
             total = row.start + 1
             width = -(-total // BLOCK_TOKENS)
-            for layer in range(NUM_LAYERS):
-                for part in (0, 1):
-                    found = ids[layer, part, place].tolist()
-                    assert found[:width] == [piece(block, layer, part) for block in row.blocks[:width]]
-                    assert set(found[width:]) <= {piece(row.blocks[0], layer, part)}, "padding is the row's own"
+            for layer, part, unit in product(range(NUM_LAYERS), (0, 1), range(NUM_UNITS)):
+                found = ids[layer, part, place, unit].tolist()
+                assert found[:width] == [piece(block, unit, layer, part) for block in row.blocks[:width]]
+                assert set(found[width:]) <= {piece(row.blocks[0], unit, layer, part)}, "padding is the row's own"
             assert (group.mask[place, 0, 0] == 0).nonzero().flatten().tolist() == list(range(total))
         if group.num_rows > 1:
             members = step.token_ids[group.first_row :][: group.num_rows].tolist()
@@ -73,7 +79,9 @@ def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
         assert (chunk.start, chunk.num_tokens) == (row.start, len(row.token_ids))
         width = -(-(row.start + len(row.token_ids)) // BLOCK_TOKENS)
         ids = step.piece_ids[1, chunk.first_id : chunk.first_id + chunk.num_ids].tolist()
-        assert ids == [piece(block, 1, part) for part in (0, 1) for block in row.blocks[:width]]
+        assert ids == [
+            piece(block, unit, 1, part) for part in (0, 1) for unit in range(NUM_UNITS) for block in row.blocks[:width]
+        ]
     assert served.tolist() == [1] * len(served)
 
     lasts = step.token_ids if step.drawn_tokens is None else step.token_ids[step.drawn_tokens]
@@ -84,7 +92,7 @@ def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
 @given(length=st.integers(1, 40), window=st.integers(1, 12))
 def test_window_mask_shows_the_last_tokens(length: int, window: int) -> None:
     """Guards against a window that is one token too long or too short in decode."""
-    shape = PoolShape(NUM_LAYERS, BLOCK_TOKENS, 64)
+    shape = PoolShape(NUM_UNITS, NUM_LAYERS, BLOCK_TOKENS, 64)
     step = lay_out([Row([5], length - 1, list(range(20)), DRAW)], shape, window, torch.float32)
     seen = (step.groups[0].window_mask[0, 0, 0] == 0).nonzero().flatten().tolist()
     assert seen == list(range(max(0, length - window), length))

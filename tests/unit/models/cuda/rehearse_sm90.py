@@ -63,7 +63,7 @@ def main(folder: Path) -> None:
     config, queue = ModelConfig.from_folder(folder), RehearsingQueue()
     weights = load_weights(config, folder, torch.bfloat16, pack=False)
     runner = CudaRunner(config, weights, queue, StepLimits(20, 256), LONGEST, untuned)
-    shape = (2 * LONGEST // BLOCK, config.num_layers, 2, BLOCK, config.num_kv_heads, config.head_dim)
+    shape = (2 * LONGEST // BLOCK, config.num_kv_heads, config.num_layers, 2, BLOCK, config.head_dim)
 
     def start() -> None:
         runner.bind_pool(torch.zeros(shape, dtype=torch.bfloat16), LONGEST)

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from baton.models.batch import Draw, Row
 from baton.models.cuda.chunks import ChunkShape, lay_out
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
-from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, spread_layers
+from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import BUFFERS, Upload
 from baton.models.cuda.slots import Slots
 from baton.node.errors import InvariantBroken, SettingsError
@@ -73,9 +73,9 @@ def test_a_pool_is_never_larger_than_what_is_free():
         pool_bytes(100 * GIB, 6 * GIB, 1 * GIB, 0.9)
 
 
-def test_no_block_is_a_multiple_of_five_layers_apart():
-    """Guards against the distance at which an H100 reads a fifth less, and against memory for nothing."""
-    assert [spread_layers(layers) for layers in (1, 5, 32, 36, 40, 80)] == [1, 6, 32, 36, 41, 81]
+def test_no_unit_is_a_multiple_of_five_layers_apart():
+    """Guards against the distance at which few of an H100's memory stacks are read, and against memory for nothing."""
+    assert [unit_padding(layers, 100) for layers in (1, 5, 32, 36, 40, 80)] == [0, 100, 0, 0, 100, 100]
 
 
 def test_buffers_are_not_written_again_before_they_were_copied():

@@ -29,15 +29,16 @@ def split_in_two(num_rows, shape):
 
 
 def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, spare_layers=0, **limits):
-    """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks; the former's blocks have
-    room for more layers, which no kernel may read."""
+    """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks; the former's units have
+    room for more layers behind them, which no kernel may read."""
     plain = ModelRunner.load(folder)
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
     weights = load_weights(plain.config, folder, torch.float32, pack=False)
     late = CudaRunner(plain.config, weights, LateQueue(), StepLimits(max_rows, 64, run_ahead, **limits), 512, policy)
     pool = torch.zeros(plain.kv_shape(24, BLOCK))
-    pool = torch.cat((pool, torch.full_like(pool[:, :1], float("nan")).repeat(1, spare_layers, 1, 1, 1, 1)), dim=1)
-    late.bind_pool(pool, 96)
+    layers = pool.shape[2]
+    pool = torch.cat((pool, torch.full_like(pool[:, :, :1], float("nan")).repeat(1, 1, spare_layers, 1, 1, 1)), dim=2)
+    late.bind_pool(pool[:, :, :layers], 96)
     return late, plain
 
 

@@ -1,0 +1,159 @@
+"""The one place that opens ZeroMQ sockets: how they are bound, connected, named and bounded.
+
+A user of a socket says in `Options` what differs: sizes, queues, heartbeats. What all share is here: no linger, IPv6 where
+the address asks for it, a checked name, and errors that say what was wrong with an address.
+
+Facts used (libzmq's zmq_setsockopt(3)): HANDSHAKE_IVL and MAXMSGSIZE bound what a stranger can do, heartbeats find a dead
+host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, ROUTER_HANDOVER lets a peer that reconnects replace
+its own dead connection, IMMEDIATE queues only on established connections.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import zmq
+
+from baton.node.errors import SettingsError
+
+Context = zmq.Context[zmq.Socket[bytes]]
+Socket = zmq.Socket[bytes]
+
+MAX_IDENTITY_BYTES = 255
+
+_ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):([1-9][0-9]{0,4})", re.ASCII)
+_LOOPBACK = re.compile(r"tcp://(?:127\.|localhost:|\[::1\])")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What one kind of socket is allowed; None leaves what libzmq does."""
+
+    max_message_bytes: int
+    heartbeat_ms: int
+    heartbeat_timeout_ms: int
+    handshake_ms: int | None = None
+    queued_messages: int | None = None
+    """High-water mark of both directions."""
+    reconnect_ms: tuple[int, int] | None = None
+    """First pause before a connection is tried again, and the longest."""
+    immediate: bool = False
+    """Queue only on established connections."""
+
+
+def new_context() -> Context:
+    """The ZeroMQ context of a process, which is passed to all that opens sockets."""
+    return zmq.Context()
+
+
+def open_router(
+    context: Context, address: str, options: Options, *, identity: str = "", mandatory: bool = False
+) -> Socket:
+    """A ROUTER bound at `address`. It reports peers that are gone if `mandatory`, else it lets them reconnect under
+    their name. Raises SettingsError if it cannot be bound."""
+    router = _open(context, zmq.ROUTER, address, options)
+    if identity:
+        router.setsockopt_string(zmq.ROUTING_ID, identity)
+    router.setsockopt(zmq.ROUTER_MANDATORY if mandatory else zmq.ROUTER_HANDOVER, 1)
+    try:
+        router.bind(address)
+    except zmq.ZMQError as error:
+        router.close(0)
+        raise SettingsError(f"cannot listen on {address!r}: {error}") from None
+    return router
+
+
+def open_dealer(context: Context, address: str, options: Options, *, identity: str) -> Socket:
+    """A DEALER called `identity` that connects to `address` in the background. Raises SettingsError for no address."""
+    dealer = _open(context, zmq.DEALER, address, options)
+    dealer.setsockopt_string(zmq.ROUTING_ID, identity)
+    try:
+        dealer.connect(address)
+    except zmq.ZMQError as error:
+        dealer.close(0)
+        raise SettingsError(f"cannot connect to {address!r}: {error}") from None
+    return dealer
+
+
+def open_pair(context: Context, name: str) -> tuple[Socket, Socket]:
+    """Two ends within this process; each may be used by one thread at a time. A full queue refuses, and that is soon."""
+    first, second = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    for socket in (first, second):
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 16)
+    second.bind(f"inproc://{name}")
+    first.connect(f"inproc://{name}")
+    return first, second
+
+
+def linger(socket: Socket, timeout_s: float) -> None:
+    """What was sent may go out for so long after the socket is closed."""
+    socket.setsockopt(zmq.LINGER, int(timeout_s * 1000))
+
+
+def bound_address(socket: Socket) -> str:
+    """Where peers connect to."""
+    return socket.getsockopt_string(zmq.LAST_ENDPOINT)
+
+
+def any_port(host: str, identity: str) -> str:
+    """The address that binds a free port of `host`, for a socket whose peers are called as `identity` is.
+
+    Raises SettingsError if peers cannot connect to such a host, or the identity cannot name a socket.
+    """
+    name = identity.encode()
+    if not 1 <= len(name) <= MAX_IDENTITY_BYTES or name[0] == 0:
+        raise SettingsError(f"{identity!r} cannot name a socket")
+    if host in ("", "*", "0.0.0.0", "::"):
+        raise SettingsError(f"{host!r} is no address that a peer can connect to")
+    return f"tcp://{f'[{host}]' if ':' in host else host}:*"
+
+
+def is_address(text: str) -> bool:
+    """Whether a peer's text is an address over TCP that may be connected to."""
+    match = _ADDRESS.fullmatch(text)
+    return match is not None and int(match.group(1)) <= 65_535
+
+
+def is_loopback(text: str) -> bool:
+    """Whether an address makes sense on its own host only."""
+    return _LOOPBACK.match(text) is not None
+
+
+def receive_frames(socket: Socket) -> list[bytes] | None:
+    """One message, if one is there."""
+    try:
+        return socket.recv_multipart(zmq.NOBLOCK)
+    except zmq.Again:
+        return None
+
+
+def send_frames(socket: Socket, frames: list[bytes]) -> bool:
+    """Hand a message to the transport; False if the peer is gone or its queue is full."""
+    try:
+        socket.send_multipart(frames, zmq.NOBLOCK)
+    except zmq.ZMQError as error:
+        if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
+            return False
+        raise
+    return True
+
+
+def _open(context: Context, kind: int, address: str, options: Options) -> Socket:
+    socket = context.socket(kind)
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.IPV6, "[" in address)
+    socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
+    socket.setsockopt(zmq.HEARTBEAT_IVL, options.heartbeat_ms)
+    socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, options.heartbeat_timeout_ms)
+    socket.setsockopt(zmq.IMMEDIATE, options.immediate)
+    if options.handshake_ms is not None:
+        socket.setsockopt(zmq.HANDSHAKE_IVL, options.handshake_ms)
+    if options.queued_messages is not None:
+        socket.setsockopt(zmq.SNDHWM, options.queued_messages)
+        socket.setsockopt(zmq.RCVHWM, options.queued_messages)
+    if options.reconnect_ms is not None:
+        socket.setsockopt(zmq.RECONNECT_IVL, options.reconnect_ms[0])
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, options.reconnect_ms[1])
+    return socket
