@@ -5,22 +5,23 @@ identity, `worker/incarnation`, which never comes back after a restart. What is 
 counted and dropped: no input raises out of `receive`. A caller names itself, so it may not take the name of a peer that
 is called from here: that peer is known by its address. Delivery is not guaranteed; whoever needs an answer repeats.
 
-Facts used: ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, HANDSHAKE_IVL and MAXMSGSIZE bound what a
-stranger can do, ZMTP heartbeats find a dead host (libzmq's zmq_setsockopt(3)).
+How its sockets are bounded is in `OPTIONS`, how they are opened in sockets.py.
 """
 
 from __future__ import annotations
 
 import logging
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
 
 import zmq
 
-from baton.node.errors import SettingsError
+from baton.node import sockets
 from baton.node.messages.base import MAX_BODY_BYTES, BadMessage, Message, encode
 from baton.node.messages.wire import decode
+from baton.node.sockets import Context, Socket
 from baton.node.telemetry import log_event
 
 logger = logging.getLogger("endpoint")
@@ -30,12 +31,14 @@ MAX_FRAMES_A_TURN = 1024
 LEAST_POLL_S = 0.001
 
 
-Context = zmq.Context[zmq.Socket[bytes]]
-
-
-def new_context() -> Context:
-    """The ZeroMQ context of a process; whoever needs sockets is given it."""
-    return zmq.Context()
+OPTIONS = sockets.Options(
+    max_message_bytes=MAX_BODY_BYTES,
+    heartbeat_ms=1000,
+    heartbeat_timeout_ms=5000,
+    handshake_ms=5000,
+    queued_messages=100_000,
+    reconnect_ms=(20, 500),
+)
 
 
 def identity_of(worker: str, incarnation: int) -> str:
@@ -56,8 +59,8 @@ class Endpoint:
         self._understand = understand
         self.rejected = 0
         self._context = context
-        self._links: dict[str, zmq.Socket[bytes]] = {}
-        self._names: dict[zmq.Socket[bytes], str] = {}
+        self._links: dict[str, Socket] = {}
+        self._names: dict[Socket, str] = {}
         self._poller = zmq.Poller()
         self._router = self._open_router(bind) if bind is not None else None
         self._waker, self._wakee = self._open_waker()
@@ -68,7 +71,7 @@ class Endpoint:
     def address(self) -> str:
         """Where peers connect to."""
         assert self._router is not None, "this endpoint accepts nobody"
-        return self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        return sockets.bound_address(self._router)
 
     def fileno(self) -> int:
         """Becomes readable when the ROUTER may have something; edge-triggered: drain with `receive(0)`."""
@@ -79,13 +82,7 @@ class Endpoint:
         """Open a link to `peer`; connecting goes on in the background, and again whenever the link breaks."""
         if peer in self._links:
             return
-        socket = self._new_socket(zmq.DEALER)
-        socket.setsockopt_string(zmq.IDENTITY, self.identity)
-        try:
-            socket.connect(address)
-        except zmq.ZMQError as error:
-            socket.close(0)
-            raise SettingsError(f"cannot connect to {address!r}: {error}") from None
+        socket = sockets.open_dealer(self._context, address, OPTIONS, identity=self.identity)
         self._links[peer] = socket
         self._names[socket] = peer
         self._poller.register(socket, zmq.POLLIN)
@@ -102,18 +99,9 @@ class Endpoint:
         """Hand `message` to the transport; False if the peer is not connected or its queue is full."""
         body = encode(message)
         link = self._links.get(peer)
-        try:
-            if link is not None:
-                link.send(body, zmq.NOBLOCK)
-            elif self._router is not None:
-                self._router.send_multipart([peer.encode(), body], zmq.NOBLOCK)
-            else:
-                return False
-        except zmq.ZMQError as error:
-            if error.errno in (zmq.EHOSTUNREACH, zmq.EAGAIN):
-                return False
-            raise
-        return True
+        if link is not None:
+            return sockets.send_frames(link, [body])
+        return self._router is not None and sockets.send_frames(self._router, [peer.encode(), body])
 
     def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]:
         """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that are there.
@@ -146,74 +134,40 @@ class Endpoint:
         """Make a `receive` in progress, or the next one, return at once. May be called from any thread."""
         with self._wake_lock:
             if not self._closed:
-                try:
-                    self._waker.send(b"", zmq.NOBLOCK)
-                except zmq.Again:
-                    pass  # it is full of wakes already
+                sockets.send_frames(self._waker, [b""])  # refused if it is full of wakes already
 
     def linger(self, timeout_s: float = 0.5) -> None:
         """Let what was sent go out after `close`, for at most so long."""
         for socket in self._names:
-            socket.setsockopt(zmq.LINGER, int(timeout_s * 1000))
+            sockets.linger(socket, timeout_s)
 
     def close(self) -> None:
         with self._wake_lock:
             self._closed = True
-            sockets = [self._waker, self._wakee, *self._links.values(), *([self._router] if self._router else [])]
-            for socket in sockets:
+            for socket in [self._waker, self._wakee, *self._links.values(), *([self._router] if self._router else [])]:
                 socket.close()
 
     # -- inside
 
-    def _new_socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_BODY_BYTES)
-        socket.setsockopt(zmq.HANDSHAKE_IVL, 5000)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, 1000)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, 5000)
-        socket.setsockopt(zmq.SNDHWM, 100_000)
-        socket.setsockopt(zmq.RCVHWM, 100_000)
-        socket.setsockopt(zmq.RECONNECT_IVL, 20)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, 500)
-        return socket
-
-    def _open_router(self, bind: str) -> zmq.Socket[bytes]:
-        router = self._new_socket(zmq.ROUTER)
-        router.setsockopt_string(zmq.IDENTITY, self.identity)
-        router.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        try:
-            router.bind(bind)
-        except zmq.ZMQError as error:
-            router.close(0)
-            raise SettingsError(f"cannot listen on {bind!r}: {error}") from None
+    def _open_router(self, bind: str) -> Socket:
+        router = sockets.open_router(self._context, bind, OPTIONS, identity=self.identity, mandatory=True)
         self._poller.register(router, zmq.POLLIN)
         return router
 
-    def _open_waker(self) -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-        waker, wakee = self._context.socket(zmq.PAIR), self._context.socket(zmq.PAIR)
-        for socket in (waker, wakee):
-            socket.setsockopt(zmq.LINGER, 0)
-            socket.setsockopt(zmq.SNDHWM, 16)
-        name = f"inproc://wake-{id(self)}-{id(wakee)}"
-        wakee.bind(name)
-        waker.connect(name)
+    def _open_waker(self) -> tuple[Socket, Socket]:
+        waker, wakee = sockets.open_pair(self._context, f"wake-{id(self)}-{secrets.token_hex(8)}")
         self._poller.register(wakee, zmq.POLLIN)
         return waker, wakee
 
     def _drain_wakes(self) -> None:
-        while True:
-            try:
-                self._wakee.recv(zmq.NOBLOCK)
-            except zmq.Again:
-                return
+        while sockets.receive_frames(self._wakee) is not None:
+            pass
 
     def _drain_router(self, inbox: list[tuple[str, Message]]) -> None:
         assert self._router is not None
         for _ in range(MAX_FRAMES_A_TURN):
-            try:
-                frames = self._router.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = sockets.receive_frames(self._router)
+            if frames is None:
                 return
             if len(frames) != 2:
                 self._reject(f"{len(frames)} frames")
@@ -222,11 +176,10 @@ class Endpoint:
             else:
                 self._admit(frames[0], frames[1], inbox)
 
-    def _drain_link(self, socket: zmq.Socket[bytes], inbox: list[tuple[str, Message]]) -> None:
+    def _drain_link(self, socket: Socket, inbox: list[tuple[str, Message]]) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = sockets.receive_frames(socket)
+            if frames is None:
                 return
             if len(frames) == 1:
                 self._admit(self._names[socket].encode(), frames[0], inbox)

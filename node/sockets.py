@@ -1,11 +1,11 @@
 """The one place that opens ZeroMQ sockets: how they are bound, connected, named and bounded.
 
-A user of a socket says in `Options` what differs: sizes, queues, heartbeats. What all share is here: no linger, IPv6 where
-the address asks for it, a checked name, and errors that say what was wrong with an address.
+`Options` holds what differs from use to use: sizes, queues, heartbeats. What all share is here: no linger, IPv6 where
+the address asks for it, a checked name, and errors that say what is wrong with an address.
 
-Facts used (libzmq's zmq_setsockopt(3)): HANDSHAKE_IVL and MAXMSGSIZE bound what a stranger can do, heartbeats find a dead
-host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, ROUTER_HANDOVER lets a peer that reconnects replace
-its own dead connection, IMMEDIATE queues only on established connections.
+Facts used (libzmq's zmq_setsockopt(3)): HANDSHAKE_IVL and MAXMSGSIZE bound what a stranger can do, heartbeats find a
+dead host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, ROUTER_HANDOVER lets a peer that reconnects
+replace its own dead connection, IMMEDIATE queues only on established connections.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def open_dealer(context: Context, address: str, options: Options, *, identity: s
 
 
 def open_pair(context: Context, name: str) -> tuple[Socket, Socket]:
-    """Two ends within this process; each may be used by one thread at a time. A full queue refuses, and that is soon."""
+    """Two ends within this process, each for one thread at a time. The queue between them is short."""
     first, second = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
     for socket in (first, second):
         socket.setsockopt(zmq.LINGER, 0)

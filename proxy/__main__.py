@@ -13,11 +13,12 @@ import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
 from baton import __version__
-from baton.node.endpoint import Endpoint, new_context
+from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
+from baton.node.sockets import new_context
 from baton.node.telemetry import configure_logging
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.http.app import create_app

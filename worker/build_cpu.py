@@ -23,9 +23,9 @@ from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.exchange import SOON_S
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
-from baton.node.endpoint import Context
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
+from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.parts import NO_CHECKSUMS, Runner, StepChecksums
 from baton.worker.settings import WorkerSettings

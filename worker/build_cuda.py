@@ -20,9 +20,9 @@ from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
-from baton.node.endpoint import Context
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
+from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import (
     LoadedModel,

@@ -23,12 +23,13 @@ from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import model_fingerprint
-from baton.node.endpoint import Endpoint, identity_of, new_context
+from baton.node.endpoint import Endpoint, identity_of
 from baton.node.membership import Membership
 from baton.node.messages.base import Role
 from baton.node.messages.control import Register
 from baton.node.modelhub import locate_model
 from baton.node.settings import require_loopback
+from baton.node.sockets import new_context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import KvPool, load_model
 from baton.worker.io_thread import IoThread

@@ -24,8 +24,8 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.benchmark.harness.processes import MeasuringChild, answer_requests
 from baton.kvtransfer.planes.base import ChunkKey, Plane
-from baton.node.endpoint import new_context
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import new_context
 
 NAMES = ("prefill/1", "decode/1")
 TIMEOUT_S = 60.0

@@ -10,7 +10,7 @@ import torch
 import xxhash
 
 from baton.kvtransfer.planes.base import Plane
-from baton.node.endpoint import Context
+from baton.node.sockets import Context
 
 MIB = 1 << 20
 POOL_BLOCKS = 1024

@@ -16,23 +16,18 @@ Asks are numbered from 0 and answered in order; whoever sees another order close
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from typing import Annotated
 
 import msgspec
-import zmq
 from msgspec import Meta
 
+from baton.node import sockets
 from baton.node.errors import SettingsError
 
 MAX_WORD_BYTES = 1 << 20
 MAX_WORDS_A_POLL = 256
-HEARTBEAT_INTERVAL_MS = 500
-HEARTBEAT_TIMEOUT_MS = 1_500
-
-_ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):([1-9][0-9]{0,4})", re.ASCII)
-_LOOPBACK = re.compile(r"tcp://(?:127\.|localhost:|\[::1\])")
+OPTIONS = sockets.Options(max_message_bytes=MAX_WORD_BYTES, heartbeat_ms=500, heartbeat_timeout_ms=1_500)
 
 WayId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Number = Annotated[int, Meta(ge=0, le=1 << 62)]
@@ -79,55 +74,30 @@ class Close(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="close"
 Word = Open | StorePut | Ask | Go | No | Close
 
 
-def is_address(text: str) -> bool:
-    match = _ADDRESS.fullmatch(text)
-    return match is not None and int(match.group(1)) <= 65_535
-
-
-def is_loopback(text: str) -> bool:
-    return _LOOPBACK.match(text) is not None
-
-
 class Channel:
     """One end: a ROUTER that hears, and a DEALER to each peer that speaks. One thread owns it."""
 
-    def __init__(self, context: zmq.Context[zmq.Socket[bytes]], identity: str, host: str) -> None:
+    def __init__(self, context: sockets.Context, identity: str, host: str) -> None:
         """Raises SettingsError if `host` is no address of this machine, or the identity is too long for a socket."""
         self.dropped: Counter[str] = Counter()
         """Words that came in and were not passed on, by reason: stranger, malformed."""
         self._context = context
-        self._identity = identity.encode()
-        self._dealers: dict[str, zmq.Socket[bytes]] = {}
+        self._identity = identity
+        self._dealers: dict[str, sockets.Socket] = {}
         self._decoder = msgspec.msgpack.Decoder(Word)
         self._encoder = msgspec.msgpack.Encoder()
-        if not 1 <= len(self._identity) <= 255 or self._identity[0] == 0:
-            raise SettingsError(f"{identity!r} cannot name a socket")
-        if host in ("", "*", "0.0.0.0", "::"):
-            raise SettingsError(f"{host!r} is no address that a peer can connect to")
-        self.socket = self._socket(zmq.ROUTER)
-        self.socket.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        self.socket.setsockopt(zmq.IPV6, ":" in host)
-        try:
-            self.socket.bind(f"tcp://{f'[{host}]' if ':' in host else host}:*")
-        except zmq.ZMQError as error:
-            self.socket.close(0)
-            raise SettingsError(f"cannot bind a socket on {host!r}: {error}") from None
-        self.address = self.socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.socket = sockets.open_router(context, sockets.any_port(host, identity), OPTIONS)
+        self.address = sockets.bound_address(self.socket)
 
     def connect(self, peer: str, address: str) -> bool:
         """False if the address is none; connecting itself goes on in the background."""
         self.disconnect(peer)
-        if not is_address(address):
+        if not sockets.is_address(address):
             return False
-        dealer = self._socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, self._identity)
-        dealer.setsockopt(zmq.IPV6, "[" in address)
         try:
-            dealer.connect(address)
-        except zmq.ZMQError:
-            dealer.close(0)
+            self._dealers[peer] = sockets.open_dealer(self._context, address, OPTIONS, identity=self._identity)
+        except SettingsError:
             return False
-        self._dealers[peer] = dealer
         return True
 
     def disconnect(self, peer: str, linger_ms: int = 0) -> None:
@@ -141,21 +111,14 @@ class Channel:
     def send(self, peer: str, word: Word) -> bool:
         """False if the peer is not connected or its queue is full."""
         dealer = self._dealers.get(peer)
-        if dealer is None:
-            return False
-        try:
-            dealer.send(self._encoder.encode(word), zmq.NOBLOCK)
-        except zmq.ZMQError:
-            return False
-        return True
+        return dealer is not None and sockets.send_frames(dealer, [self._encoder.encode(word)])
 
     def receive(self) -> list[tuple[str, Word]]:
         """What has come in from connected peers, at most MAX_WORDS_A_POLL."""
         words: list[tuple[str, Word]] = []
         for _ in range(MAX_WORDS_A_POLL):
-            try:
-                frames = self.socket.recv_multipart(zmq.NOBLOCK)
-            except zmq.Again:
+            frames = sockets.receive_frames(self.socket)
+            if frames is None:
                 break
             self._take(frames, words)
         return words
@@ -176,11 +139,3 @@ class Channel:
             words.append((peer, self._decoder.decode(frames[1] if len(frames) == 2 else b"")))
         except (msgspec.DecodeError, msgspec.ValidationError):
             self.dropped["malformed"] += 1
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_WORD_BYTES)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        return socket

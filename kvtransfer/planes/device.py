@@ -15,7 +15,7 @@ from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane
 from baton.kvtransfer.planes.nccl import NcclPlane
 from baton.kvtransfer.planes.pull_engine import CudaPullEngine
 from baton.kvtransfer.planes.self_test import SelfTest
-from baton.node.endpoint import Context
+from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.planes")

@@ -32,13 +32,11 @@ from baton.kvtransfer.planes.channel import (
     Open,
     StorePut,
     Word,
-    is_address,
-    is_loopback,
 )
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
-from baton.node.endpoint import Context
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import Context, is_address, is_loopback
 from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.nccl")

@@ -6,42 +6,46 @@ copies a message into its blocks only if it has posted that very movement for th
 anything else is counted in `dropped` and has no effect. How much is under way is bounded by the protocol's credits,
 with the high-water marks of the sockets behind them.
 
-Facts used (libzmq's zmq_setsockopt(3), zmq_msg_send(3)): IMMEDIATE queues only on established connections and drops the
-queue when one breaks, so heartbeats bound the time for which a cancelled send still refers to memory; ROUTER_HANDOVER
-lets a peer that reconnects replace its own dead connection; the parts of a message are taken all or none, unless the
-connection breaks in between.
+Facts used (libzmq's zmq_setsockopt(3), zmq_msg_send(3)): IMMEDIATE drops the queue when a connection breaks, so
+heartbeats bound the time for which a cancelled send still refers to memory; the parts of a message are taken all or
+none, unless the connection breaks in between.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import zmq
 
 from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
+from baton.node import sockets
 from baton.node.errors import SettingsError
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import Socket
 
 PIECE_BYTES = 4 << 20
 MAX_MESSAGES_A_POLL = 32
 """So that a flood cannot keep the owner from its timers; the socket stays readable."""
 MAX_QUEUED_MESSAGES = 256
-HEARTBEAT_INTERVAL_MS = 1_000
-HEARTBEAT_TIMEOUT_MS = 5_000
-HANDSHAKE_TIMEOUT_MS = 5_000
+RECEIVING = sockets.Options(
+    max_message_bytes=PIECE_BYTES,
+    heartbeat_ms=1_000,
+    heartbeat_timeout_ms=5_000,
+    handshake_ms=5_000,
+    queued_messages=MAX_QUEUED_MESSAGES,
+)
+SENDING = replace(RECEIVING, max_message_bytes=4096, immediate=True)
+"""Peers answer nothing here but the handshake and heartbeats."""
 
 _HEADER = struct.Struct("<4sH16sQHIQ")
 """Magic, version, transfer id, seq, retry, blocks, bytes a block."""
 _MAGIC, _VERSION = b"BKVX", 1
-_ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):[1-9][0-9]{0,4}", re.ASCII)
-_LOOPBACK = re.compile(r"tcp://(?:127\.|localhost:|\[::1\])")
 
 
 @dataclass(slots=True)
@@ -53,7 +57,7 @@ class _Send:
 @dataclass(slots=True)
 class _Link:
     address: PlaneAddress
-    socket: zmq.Socket[bytes]
+    socket: Socket
     queue: deque[_Send] = field(default_factory=deque)  # not yet taken by the socket
     taken: dict[ChunkKey, list[zmq.MessageTracker]] = field(default_factory=dict)  # whose memory the socket may read
 
@@ -64,34 +68,28 @@ class ZmqPlane:
     name = "zmq"
     pulls = False
 
-    def __init__(
-        self, context: zmq.Context[zmq.Socket[bytes]], memory: BlockMemory, identity: str, host: str = "127.0.0.1"
-    ) -> None:
+    def __init__(self, context: sockets.Context, memory: BlockMemory, identity: str, host: str = "127.0.0.1") -> None:
         """Raises SettingsError if `host` is no address of this machine, or the identity is too long for a socket."""
         self.dropped: Counter[str] = Counter()
         """Messages that arrived and were not taken, by reason: header, unknown, stranger, size."""
         self._context = context
         self._memory = memory
-        self._identity = identity.encode()
+        self._identity = identity
         self._host = host_identity()
         self._ledger = IoLedger()
         self._links: dict[str, _Link] = {}
         self._draining: list[tuple[bytes, zmq.MessageTracker]] = []  # of sends that are over, memory still in use
-        if not 1 <= len(self._identity) <= 255 or self._identity[0] == 0:
-            raise SettingsError(f"{identity!r} cannot name a socket")
-        if host in ("", "*", "0.0.0.0", "::"):
-            raise SettingsError(f"{host!r} is no address that a peer can connect to")
-        self._router = self._bind(host)
+        self._router = sockets.open_router(context, sockets.any_port(host, identity), RECEIVING)
 
     def describe(self) -> PlaneAddress:
-        text = self._router.getsockopt_string(zmq.LAST_ENDPOINT)
+        text = sockets.bound_address(self._router)
         return PlaneAddress(plane=self.name, host=self._host, address=text)
 
     def reaches(self, peer: PlaneAddress) -> bool:
         """Whether the address makes sense from here; nothing is sent to find out."""
-        if peer.plane != self.name or not _is_address(peer.address):
+        if peer.plane != self.name or not sockets.is_address(peer.address):
             return False
-        return peer.host == self._host or not _LOOPBACK.match(peer.address)
+        return peer.host == self._host or not sockets.is_loopback(peer.address)
 
     def connect(self, peer: str, address: PlaneAddress) -> None:
         """Connecting goes on in the background, so that the first chunk need not wait for it.
@@ -172,36 +170,13 @@ class ZmqPlane:
 
     # -- sockets
 
-    def _bind(self, host: str) -> zmq.Socket[bytes]:
-        router = self._socket(zmq.ROUTER)
-        router.setsockopt(zmq.RCVHWM, MAX_QUEUED_MESSAGES)
-        router.setsockopt(zmq.MAXMSGSIZE, PIECE_BYTES)
-        router.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_TIMEOUT_MS)
-        router.setsockopt(zmq.ROUTER_HANDOVER, 1)
-        router.setsockopt(zmq.IPV6, ":" in host)
-        try:
-            router.bind(f"tcp://{f'[{host}]' if ':' in host else host}:*")
-        except zmq.ZMQError as error:
-            router.close(0)
-            raise SettingsError(f"cannot bind a data socket on {host!r}: {error}") from None
-        return router
-
-    def _dial(self, address: PlaneAddress) -> zmq.Socket[bytes] | None:
-        if not _is_address(address.address):
+    def _dial(self, address: PlaneAddress) -> Socket | None:
+        if not sockets.is_address(address.address):
             return None
-        dealer = self._socket(zmq.DEALER)
-        dealer.setsockopt(zmq.ROUTING_ID, self._identity)
-        dealer.setsockopt(zmq.SNDHWM, MAX_QUEUED_MESSAGES)
-        dealer.setsockopt(zmq.SNDTIMEO, 0)
-        dealer.setsockopt(zmq.IMMEDIATE, 1)
-        dealer.setsockopt(zmq.MAXMSGSIZE, 4096)  # nobody answers here, but for the handshake and heartbeats
-        dealer.setsockopt(zmq.IPV6, "[" in address.address)
         try:
-            dealer.connect(address.address)
-        except zmq.ZMQError:
-            dealer.close(0)
+            return sockets.open_dealer(self._context, address.address, SENDING, identity=self._identity)
+        except SettingsError:
             return None
-        return dealer
 
     def _hang_up(self, peer: str) -> None:
         """Close the connection: what the socket had taken and not sent is dropped, and its memory let go."""
@@ -211,13 +186,6 @@ class ZmqPlane:
             self._draining += [(key.transfer_id, tracker) for tracker in trackers]
         for key in [*link.taken, *(send.key for send in link.queue)]:
             self._ledger.end_send(key, "the peer is gone")
-
-    def _socket(self, kind: int) -> zmq.Socket[bytes]:
-        socket = self._context.socket(kind)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_INTERVAL_MS)
-        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-        return socket
 
     # -- sending
 
@@ -230,9 +198,7 @@ class ZmqPlane:
                 self.connect(peer, link.address)
                 return
 
-    def _hand_over(
-        self, socket: zmq.Socket[bytes], send: _Send, taken: dict[ChunkKey, list[zmq.MessageTracker]]
-    ) -> bool:
+    def _hand_over(self, socket: Socket, send: _Send, taken: dict[ChunkKey, list[zmq.MessageTracker]]) -> bool:
         """Send one message; False if the connection broke inside it: this socket would drop parts of the next one."""
         header = _HEADER.pack(_MAGIC, _VERSION, *send.key, len(send.blocks), self._memory.block_bytes)
         trackers = taken[send.key] = []
@@ -300,7 +266,3 @@ def _parse(header: memoryview) -> tuple[ChunkKey, int, int] | None:
     if (magic, version) != (_MAGIC, _VERSION):
         return None
     return ChunkKey(transfer_id, seq, retry), num_blocks, block_bytes
-
-
-def _is_address(text: str) -> bool:
-    return _ADDRESS.fullmatch(text) is not None and int(text.rpartition(":")[2]) <= 65535

@@ -16,9 +16,10 @@ from baton.kvtransfer.blocks.copies import Copies
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent
 from baton.kvtransfer.store.session import StoreSession
 from baton.node.counters import StoreClientCounters
-from baton.node.endpoint import Context, Endpoint
+from baton.node.endpoint import Endpoint
 from baton.node.leg import LegKey
 from baton.node.messages.store import decode_store
+from baton.node.sockets import Context
 
 LINK = "store"
 MAX_WAIT_S = 0.05

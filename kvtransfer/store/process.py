@@ -19,11 +19,12 @@ from baton.kvtransfer.store.peers import Peers
 from baton.kvtransfer.store.publisher import EventPublisher
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.settings import StoreSettings
-from baton.node.endpoint import Endpoint, identity_of, new_context
+from baton.node.endpoint import Endpoint, identity_of
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.messages.store import decode_store
 from baton.node.settings import require_loopback
+from baton.node.sockets import new_context
 from baton.node.telemetry import configure_logging, log_event
 
 logger = logging.getLogger("store")

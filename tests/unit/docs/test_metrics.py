@@ -14,7 +14,8 @@ import pytest
 import yaml
 
 from baton.kvtransfer.protocol.exchange import TransferCounters
-from baton.node.endpoint import Endpoint, new_context
+from baton.node.endpoint import Endpoint
+from baton.node.sockets import new_context
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.settings import ProxySettings

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
-from baton.node.endpoint import Endpoint, new_context
+from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.messages.base import MAX_BODY_BYTES, encode
 from baton.node.messages.control import Ping, Rejoin
+from baton.node.sockets import new_context
 
 WAIT_S = 5.0
 

@@ -19,9 +19,9 @@ from baton.kvtransfer.blocks.copies import Copies, HostCopies
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.store.client import StoreClient
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent, StoreFound, StoreLoaded, StoreWritten
-from baton.node.endpoint import new_context
 from baton.node.leg import LegKey
 from baton.node.messages.store import DISK, PEER, RAM
+from baton.node.sockets import new_context
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content, names
 from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
