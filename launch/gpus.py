@@ -64,8 +64,8 @@ def describe(placements: Mapping[str, Placement], gpus: Sequence[Gpu], sized_by_
 def _share(worker: str, share: float, gpu: Gpu | None, sized_by_user: bool) -> str:
     if sized_by_user:
         return worker
-    size = f", {share * gpu.total_bytes / GIB:.1f} GiB" if gpu else ""
-    return f"{worker} may use {100 * share:.4g} % of its memory{size}"
+    part = f"{100 * share:.4g} %"
+    return f"{worker} up to {share * gpu.total_bytes / GIB:.1f} GiB ({part})" if gpu else f"{worker} up to {part}"
 
 
 def visible_gpus(environ: Mapping[str, str]) -> list[Gpu]:

@@ -56,9 +56,8 @@ def test_the_share_of_each_worker_is_said() -> None:
     """Users must see why a worker has less KV than the card has room for."""
     workers = place(["prefill-0", "decode-0", "decode-1"], [0, 1])
     assert describe(workers, [H200], sized_by_user=False) == [
-        "GPU 0 (NVIDIA H200, 140.0 GiB): prefill-0 may use 45 % of its memory, 63.0 GiB, "
-        "decode-1 may use 45 % of its memory, 63.0 GiB",
-        "GPU 1: decode-0 may use 90 % of its memory",
+        "GPU 0 (NVIDIA H200, 140.0 GiB): prefill-0 up to 63.0 GiB (45 %), decode-1 up to 63.0 GiB (45 %)",
+        "GPU 1: decode-0 up to 90 %",
     ]
     assert describe(place(["decode-0"], [0]), [H200], sized_by_user=True) == [
         "GPU 0 (NVIDIA H200, 140.0 GiB): decode-0; memory as in the arguments of the workers"
