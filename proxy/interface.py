@@ -11,12 +11,13 @@ from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
 from baton.node.messages.control import Load, Logprob, SamplingParams
 from baton.proxy.metrics.timeline import Timeline
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
+class Delta(msgspec.Struct, frozen=True):
     """New tokens of one generation; the last one of a generation has a `finish`, and none follows it."""
 
     ids: tuple[int, ...]

@@ -6,12 +6,12 @@ calls will be further members of `Event`. Knows no JSON, no HTTP and no tokenize
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Sequence
+
+import msgspec
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
+class TokenLogprob(msgspec.Struct, frozen=True):
     """One generated token with its probability, as bytes: it may be a part of a character."""
 
     token: bytes
@@ -22,15 +22,13 @@ class TokenLogprob:
     """Characters of the answer before this token."""
 
 
-@dataclass(frozen=True, slots=True)
-class PromptIds:
+class PromptIds(msgspec.Struct, frozen=True):
     """The token ids of the choice's prompt; the first event, where the client asked for ids."""
 
     token_ids: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Content:
+class Content(msgspec.Struct, frozen=True):
     """Visible text. It is empty where tokens have log probabilities or ids to show but complete no character yet."""
 
     text: str
@@ -39,8 +37,7 @@ class Content:
     """Empty where the client did not ask for them."""
 
 
-@dataclass(frozen=True, slots=True)
-class Finish:
+class Finish(msgspec.Struct, frozen=True):
     """The choice is complete."""
 
     reason: str
@@ -49,8 +46,7 @@ class Finish:
     """The stop string, or the id of the client's stop token, that ended it; None for an end token of the model."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenUsage:
+class TokenUsage(msgspec.Struct, frozen=True):
     """What a choice took; follows its Finish, as the last event."""
 
     prompt_tokens: int
@@ -61,8 +57,7 @@ class TokenUsage:
 Event = PromptIds | Content | Finish | TokenUsage
 
 
-@dataclass(frozen=True, slots=True)
-class ChoiceText:
+class ChoiceText(msgspec.Struct, frozen=True):
     """Consecutive events of one choice joined: those of one delta for a chunk, all of them for a whole answer."""
 
     index: int
@@ -75,8 +70,10 @@ class ChoiceText:
     prompt_ids: tuple[int, ...] = ()
 
 
-def join_events(index: int, events: Iterable[Event]) -> ChoiceText:
+def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
     """What `events` say, but for the usage."""
+    if len(events) == 1 and type(event := events[0]) is Content:  # what most tokens make
+        return ChoiceText(index, event.text, event.logprobs, "", None, event.token_ids)
     texts: list[str] = []
     logprobs: list[TokenLogprob] = []
     token_ids: list[int] = []
@@ -94,7 +91,7 @@ def join_events(index: int, events: Iterable[Event]) -> ChoiceText:
     return ChoiceText(index, "".join(texts), tuple(logprobs), finish, stop_reason, tuple(token_ids), prompt_ids)
 
 
-def total_usage(usages: Iterable[TokenUsage], choices_per_prompt: int) -> TokenUsage:
+def total_usage(usages: Sequence[TokenUsage], choices_per_prompt: int) -> TokenUsage:
     """The usage of a whole request: a prompt counts once, however many choices it has."""
     prompt_tokens = completion_tokens = cached_tokens = 0
     for index, usage in enumerate(usages):

@@ -30,7 +30,8 @@ class Responder:
         self._unopened = set(range(len(timelines)))
         self._untimed = dict(enumerate(timelines))
         """Timelines that wait for their first or second answer to be written; soon empty, as each token looks here."""
-        self._writing = asyncio.Lock()  # the answer's head goes before any chunk, also where several choices begin
+        self._begun = False
+        self._beginning = asyncio.Lock()  # where several choices begin at once, the answer's head goes first
 
     async def take(self, index: int, events: list[Event]) -> None:
         """What one delta has added to a choice. The answer begins with the first token, not before."""
@@ -63,10 +64,15 @@ class Responder:
                 chunks.append(opening)
         if events:
             chunks.append(self._encoder.chunk(join_events(index, events)))
-        if chunks:
-            async with self._writing:
+        if not chunks:
+            return False
+        if self._begun:
+            await self._reply.events(*chunks)
+        else:
+            async with self._beginning:
                 await self._reply.events(*chunks)
-        return bool(chunks)
+                self._begun = True
+        return True
 
     def _mark_shown(self, index: int) -> None:
         """This choice's tokens were given to the client, or kept for an answer in one piece."""
