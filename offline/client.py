@@ -54,9 +54,14 @@ class ApiClient:
         """The last request got no answer: while that is so, one attempt must do."""
 
     async def get(self, path: str) -> HttpAnswer:
-        """One attempt; raises NoAnswer."""
+        """At most two attempts, as a kept connection may be closed when it is used; raises NoAnswer."""
+        request = self._http.request("GET", path, b"")
         try:
-            return await self._once(self._http.request("GET", path, b""), PROBE_TIMEOUT_S)
+            return await self._once(request, PROBE_TIMEOUT_S)
+        except HttpFailed:
+            pass
+        try:
+            return await self._once(request, PROBE_TIMEOUT_S)
         except HttpFailed as error:
             raise NoAnswer(str(error)) from None
 
@@ -149,7 +154,7 @@ class LoopThread:
         """The result of `work`. Ctrl-C in the caller's thread cancels it, and waits for its end."""
         if self._loop.is_closed():
             work.close()
-            raise RuntimeError("this was closed before")
+            raise RuntimeError("the connection to the server was closed")
         ended = threading.Event()
 
         async def run() -> T:

@@ -21,7 +21,7 @@ from baton.offline.server import PrivateServer, strings
 T = TypeVar("T")
 
 REQUEST_TIMEOUT_S = 3600.0
-"""Of one request, by default: no user is waiting who would give up sooner."""
+"""Of one request, by default: no user waits for a single answer."""
 ANSWER_GRACE_S = 30.0
 """The server ends a request at its deadline; so much later the client does."""
 START_TIMEOUT_S = 600.0

@@ -38,6 +38,7 @@ class PrivateServer:
         self.url = f"http://127.0.0.1:{port}"
         own = {"store_path": self._folder / "kvstore", "grace_s": 10.0, **settings}
         own["proxy_arg"] = (f"--request-timeout-s={request_timeout_s:g}", *strings(settings.get("proxy_arg", ())))
+        argv = [f"--model={model}", f"--port={port}", *as_arguments(own)]
         self.log = self._folder / "server.log"
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -47,7 +48,6 @@ class PrivateServer:
                 stderr=output,
                 start_new_session=True,  # a Ctrl-C on the terminal is the caller's to handle
             )
-        argv = [f"--model={model}", f"--port={port}", *as_arguments(own)]
         assert self._process.stdin is not None
         try:
             start = {"argv": argv, "api_key": self.api_key, "folder": str(self._folder)}

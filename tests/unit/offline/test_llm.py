@@ -86,7 +86,7 @@ def test_a_bad_prompt_fails_alone(fake: FakeServer, llm: LLM) -> None:
 
 
 def test_overload_is_waited_out(fake: FakeServer, llm: LLM) -> None:
-    """Others may use the server too: more attempts than a restart gets, as nobody waits for one prompt here."""
+    """Others may use the server too. An error after as few attempts as a restart gets would lose the prompt."""
     answers = iter([failure(429, "full")] * 20)
     fake.answers["/v1/completions"] = lambda body: next(answers, completion(body))
     assert texts(llm.generate("a", use_tqdm=False)) == ["answer to a"]
@@ -227,6 +227,21 @@ def test_the_model_of_a_running_server(fake: FakeServer) -> None:
         assert (llm.model, llm.max_model_len) == ("second", 50)
     with pytest.raises(SettingsError, match="no model 'third' there, but fake, second"):
         LLM("third", base_url=fake.url)
+
+
+def test_a_connection_that_closes_once_does_not_end_the_start(fake: FakeServer) -> None:
+    """A server may close a kept connection in the moment in which it is used."""
+    closes = iter((True, False))
+    get = fake.get
+
+    def closes_once(path: str) -> Reply:
+        if next(closes, False):
+            raise Hangup
+        return get(path)
+
+    fake.get = closes_once  # type: ignore[method-assign]
+    with LLM(base_url=fake.url) as llm:
+        assert llm.model == "fake"
 
 
 def test_no_server_at_all_is_said_at_once() -> None:

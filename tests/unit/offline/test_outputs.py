@@ -39,7 +39,7 @@ def test_a_chat_has_its_prompts_ids_at_the_top() -> None:
 
 
 def test_log_probabilities_of_a_completion() -> None:
-    """The drawn token stands beside the likeliest; counted as one of them it would have a rank that nobody computed."""
+    """The drawn token stands beside the likeliest; counted as one of them it would have a wrong rank."""
     logprobs = {
         "tokens": ["token_id:5", "token_id:6"],
         "token_logprobs": [-0.5, -4.0],
@@ -74,7 +74,7 @@ def test_log_probabilities_of_a_chat() -> None:
     ],
 )
 def test_an_answer_without_token_ids_is_an_error(body: bytes) -> None:
-    """Ids from tokenising the text again would be wrong now and then, and nobody would notice."""
+    """Ids from tokenising the text again would be wrong now and then, without any sign."""
     with pytest.raises(ValueError):
         request_output("0", None, body)
 
