@@ -1,1 +1,1 @@
-"""Blocks: layout, identity, who owns them, the memory behind them, the table of one sequence's blocks."""
+"""Blocks: layout, identity, their owners, the memory behind them, the table of one sequence's blocks."""

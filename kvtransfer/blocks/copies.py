@@ -45,7 +45,7 @@ class Lock(Protocol):
 class Copies(Protocol):
     """One thread makes all calls, and none but `close` waits for a copy. A number names a copy until it has ended.
 
-    Until then nobody may write to the blocks and spans of the copy, nor read those that it writes.
+    Until then the blocks and spans of the copy must not be written, nor those that it writes be read.
     """
 
     block_bytes: int
@@ -56,7 +56,7 @@ class Copies(Protocol):
     """How the units of a block are summed up."""
 
     def lock(self, memory: memoryview) -> Lock:
-        """Make the arena fit for copies, which takes seconds: `Lock.ready` tells."""
+        """Make the arena fit for copies, which takes seconds; see `Lock.ready`."""
         ...
 
     def begin_load(self, pairs: Sequence[Pair]) -> int:
@@ -86,7 +86,7 @@ class HostCopies:
         self.num_units = pool.num_units
         self.batch_blocks = max(1, BATCH_BYTES // pool.block_bytes)
         self._copies = 0
-        self._digests: dict[int, list[bytes]] = {}  # of copies that nobody has asked for yet
+        self._digests: dict[int, list[bytes]] = {}  # of copies whose end was not asked for yet
 
     def lock(self, memory: memoryview) -> Lock:
         return NoLock()

@@ -50,7 +50,7 @@ def copy(target: int, source: int, size_bytes: int) -> None:
 
 
 def lock_pages(pointer: int, size_bytes: int) -> None:
-    """Keep host memory, of whole pages, where it is: copies run at the bus's speed then, and wait for nobody."""
+    """Keep host memory, of whole pages, where it is: copies then run at the bus's speed, and asynchronously."""
     _call(runtime.cudaHostRegister(pointer, size_bytes, runtime.cudaHostRegisterDefault))
 
 
@@ -75,7 +75,7 @@ def close_handle(pointer: int) -> None:
 
 
 def create_stream(priority: int = LEAST_PRIORITY) -> int:
-    """A stream of its own, shared with nobody, that does not synchronise with the default stream."""
+    """A stream of its own, not shared, that does not synchronise with the default stream."""
     return int(_call(runtime.cudaStreamCreateWithPriority(runtime.cudaStreamNonBlocking, priority)))
 
 

@@ -72,7 +72,10 @@ class _Running:
 
 
 class DeviceCopies:
-    """See the module's docstring. What was written to a block must be complete on the GPU before it is saved."""
+    """Copies between a GPU's pool and host memory.
+
+    What was written to a block must be complete on the GPU before it is saved.
+    """
 
     def __init__(self, memory: DeviceMemory) -> None:
         self.block_bytes = memory.block_bytes

@@ -1,12 +1,12 @@
-"""What a holder of blocks (a worker's pool, a host's store) tells the proxies: which it has gained and lost. No torch.
+"""The KV events of a holder of blocks (a worker's pool, a host's store): which it has gained and lost. No torch.
 
     owner's thread                                carrier's thread
     journal("gpu").stored(hash) ── queue ──► flush() ──► KvEvents 1, 2, 3 ...   to every proxy, at most each 50 ms
                         removed(hash)        replay(seq) ──► those from seq on, or KvSnapshots of all that is held
 
 A batch says what differs after it, so it is the same whether a block came and went once or ten times in between, and
-taking one in twice changes nothing. Whoever misses a number asks for it; the number of the last one goes into each
-heartbeat, so that nobody misses the end of a burst for longer than that.
+taking one in twice changes nothing. A proxy that misses a number asks for it; the number of the last one goes into
+each heartbeat, so that the end of a burst is missed for no longer than that.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from baton.node.messages.control import KvEvents, KvSnapshot, TierChange
 
 FLUSH_EVERY_S = 0.05
 KEEP_BLOCKS = 1 << 15
-"""Hashes in the batches that are kept for replay; who misses more gets a snapshot."""
+"""Hashes in the batches that are kept for replay; a proxy that misses more gets a snapshot."""
 
 _TIERS: tuple[Tier, ...] = ("gpu", "ram", "disk")
 
 
 class BlockJournal(Protocol):
-    """Told by the owner of blocks, at once, of each that it gains or loses; must be quick."""
+    """Called by the owner of blocks, at once, for each that it gains or loses; must be quick."""
 
     def stored(self, block_hash: bytes) -> None: ...
 
@@ -33,7 +33,7 @@ class BlockJournal(Protocol):
 
 
 class NullJournal:
-    """Nobody wants to know."""
+    """Discards all events."""
 
     def stored(self, block_hash: bytes) -> None: ...
 
@@ -55,7 +55,7 @@ class TierJournal:
 
 
 class EventLog:
-    """See the module's docstring. Journals may be written by other threads; everything else belongs to one."""
+    """The log of one holder's events. Journals may be written by other threads; everything else belongs to one."""
 
     def __init__(self, keep_blocks: int = KEEP_BLOCKS, batch_blocks: int = MAX_EVENT_BLOCKS) -> None:
         self.seq = 0
@@ -99,7 +99,7 @@ class EventLog:
         return last
 
     def _net(self, last: dict[tuple[Tier, bytes], bool]) -> tuple[TierChange, ...]:
-        """Bring `held` up to date, and tell the difference."""
+        """Bring `held` up to date, and return the difference."""
         changes = []
         for tier in _TIERS:
             held, stored, removed = self._held[tier], [], []

@@ -20,7 +20,7 @@ from baton.node.errors import InvariantBroken, Overloaded
 
 
 class OutOfBlocks(Overloaded):
-    """The pool has fewer free and cached blocks than were asked for."""
+    """The pool has fewer free and cached blocks than were requested."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,19 +36,15 @@ class BlockUsage:
 
 
 class BlockManager:
-    """See the module's docstring. Every call either happens whole or raises and changes nothing.
+    """The owners of the blocks of one pool. Every call either happens whole or raises and changes nothing.
 
-    `journal` is told of each hash that can be matched from now on, or no longer.
+    `journal` gets each hash that can be matched from now on, or no longer.
     """
 
     def __init__(self, num_blocks: int, journal: BlockJournal | None = None) -> None:
         if num_blocks < 1:
             raise ValueError(f"a pool of {num_blocks} blocks")
         self.num_blocks = num_blocks
-        self.queries = 0
-        """Blocks that `match` was asked for."""
-        self.hits = 0
-        """Blocks that `match` found."""
         self.evictions = 0
         """Cached blocks that `allocate` took for something else."""
         self._journal = journal or NullJournal()
@@ -85,8 +81,6 @@ class BlockManager:
     def match(self, hashes: Sequence[bytes]) -> list[int]:
         """The blocks of the longest prefix of `hashes` that is here, with one reference taken on each."""
         blocks = [self._block_of[block_hash] for block_hash in hashes[: self.peek(hashes)]]
-        self.queries += len(hashes)
-        self.hits += len(blocks)
         for block in blocks:
             self._cached.pop(block, None)
             self._refer(block)
@@ -99,7 +93,7 @@ class BlockManager:
         InvariantBroken if the block is not owned or has another name.
         """
         if not self._in_pool(block) or self._refs[block] == 0:
-            raise InvariantBroken(f"block {block} is published, but nobody owns it")
+            raise InvariantBroken(f"block {block} is published, but not owned")
         name = self._hash_of.get(block)
         if name is not None and name != block_hash:
             raise InvariantBroken(f"block {block} is published twice, as {name.hex()[:16]} and {block_hash.hex()[:16]}")
@@ -109,13 +103,6 @@ class BlockManager:
             self._hash_of[block] = block_hash
             self._journal.stored(block_hash)
         return True
-
-    def reset_cache(self) -> int:
-        """Forget all cached blocks, and return how many; what is owned or leased keeps its name."""
-        forgotten = len(self._cached)
-        while self._cached:
-            self._free.append(self._evict_oldest())
-        return forgotten
 
     # ---- references ---------------------------------------------------------------------------------------------
 
@@ -127,7 +114,7 @@ class BlockManager:
         if num_blocks < 0:
             raise ValueError(f"{num_blocks} blocks cannot be allocated")
         if num_blocks > self.num_available:
-            raise OutOfBlocks(f"{num_blocks} blocks asked for, {self.num_available} of {self.num_blocks} available")
+            raise OutOfBlocks(f"{num_blocks} blocks requested, {self.num_available} of {self.num_blocks} available")
         blocks = []
         for _ in range(num_blocks):
             if self._free:
@@ -142,7 +129,7 @@ class BlockManager:
     def release(self, blocks: Sequence[int]) -> None:
         """Drop one reference of each, in this order; give the blocks of a sequence tail first.
 
-        What nobody holds any more becomes cached if it is published, else free. What is released first is evicted
+        What is not held any more becomes cached if it is published, else free. What is released first is evicted
         first: a head without its tail is a useful prefix, a tail without its head is none. Raises InvariantBroken if a
         block has fewer references than are dropped.
         """
@@ -159,13 +146,13 @@ class BlockManager:
     def lease(self, blocks: Sequence[int], key: bytes) -> None:
         """Hold `blocks` (each already owned or leased) under a name until `end_lease(key)`; give a sequence head first.
 
-        Raises InvariantBroken if the name is in use, or if a block is held by nobody: it might have been reused.
+        Raises InvariantBroken if the name is in use, or if a block is not held: it might have been reused.
         """
         if key in self._leases:
             raise InvariantBroken(f"lease {key.hex()} is taken twice")
         for block in blocks:
             if not self._in_pool(block) or not (self._refs[block] or self._lease_count[block]):
-                raise InvariantBroken(f"block {block} is leased, but nobody holds it")
+                raise InvariantBroken(f"block {block} is leased, but not held")
         self._leases[key] = tuple(blocks)
         self._lease_count.update(blocks)
 
@@ -213,24 +200,24 @@ class BlockManager:
     def check(self) -> None:
         """Recompute every block's state from scratch; raises InvariantBroken where a count or an index disagrees."""
         leases = Counter(block for blocks in self._leases.values() for block in blocks)
-        _demand(leases == self._lease_count, "the leases on each block are miscounted")
+        _require(leases == self._lease_count, "the leases on each block are miscounted")
         quarantined = [block for blocks in self._quarantines.values() for block in blocks]
-        _demand(sorted(quarantined) == sorted(self._quarantined), "the blocks in quarantine disagree")
+        _require(sorted(quarantined) == sorted(self._quarantined), "the blocks in quarantine disagree")
         names = {block: block_hash for block_hash, block in self._block_of.items()}
-        _demand(names == self._hash_of and len(names) == len(self._block_of), "names and blocks do not pair up")
+        _require(names == self._hash_of and len(names) == len(self._block_of), "names and blocks do not pair up")
         found: dict[str, list[int]] = {state: [] for state in ("free", "cached", "owned", "leased", "quarantined")}
         for block in range(self.num_blocks):
             found[self._state(block)].append(block)
-        _demand(found["free"] == sorted(self._free), "the free blocks disagree")
-        _demand(found["cached"] == sorted(self._cached), "the cached blocks disagree")
+        _require(found["free"] == sorted(self._free), "the free blocks disagree")
+        _require(found["cached"] == sorted(self._cached), "the cached blocks disagree")
         count = BlockUsage(**{state: len(blocks) for state, blocks in found.items()}, total=self.num_blocks)
-        _demand(count == self.usage(), f"{count} is counted as {self.usage()}")
+        _require(count == self.usage(), f"{count} is counted as {self.usage()}")
 
     def _state(self, block: int) -> str:
         refs, leases, named = self._refs[block], self._lease_count[block], block in self._hash_of
-        _demand(refs >= 0 and leases >= 0, f"block {block} has {refs} references and {leases} leases")
+        _require(refs >= 0 and leases >= 0, f"block {block} has {refs} references and {leases} leases")
         if block in self._quarantined:
-            _demand(not (refs or leases or named), f"block {block} is quarantined, but still in use")
+            _require(not (refs or leases or named), f"block {block} is quarantined, but still in use")
             return "quarantined"
         if refs:
             return "owned"
@@ -264,6 +251,6 @@ class BlockManager:
         return block
 
 
-def _demand(holds: bool, otherwise: str) -> None:
+def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise InvariantBroken(otherwise)

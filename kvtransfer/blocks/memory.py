@@ -78,7 +78,7 @@ class HostMemory:
 
     @property
     def view(self) -> memoryview:
-        """All blocks, [num_blocks * block_bytes], writable. Whoever keeps a view keeps the memory mapped."""
+        """All blocks, [num_blocks * block_bytes], writable. A view keeps the memory mapped."""
         if self._view is None:
             raise InvariantBroken("memory is used after it was closed")
         return self._view
@@ -178,6 +178,6 @@ def _open(pid: int, shared: SharedFile, writable: bool) -> int:
 
 
 def _unmap(mapping: mmap.mmap) -> None:
-    """Close now if nobody holds a view; else the mapping goes with the last view."""
+    """Close now if there is no view; else the mapping goes with the last view."""
     with contextlib.suppress(BufferError):
         mapping.close()

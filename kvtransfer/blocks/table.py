@@ -58,7 +58,7 @@ class BlockTable:
         self._manager.release(self.part_with())
 
     def part_with(self) -> list[int]:
-        """All blocks, tail first; whoever gets them releases the references. The table is empty afterwards."""
+        """All blocks, tail first; the caller releases the references. The table is empty afterwards."""
         blocks, self.blocks = self.blocks[::-1], []
         self._named = 0
         return blocks

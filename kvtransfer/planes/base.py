@@ -32,11 +32,11 @@ class IoDone:
     ok: bool
     reason: str = ""
     digest: bytes = b""
-    """Of the blocks that a receive has written, where the plane made it on the way; else whoever needs it makes it."""
+    """Of the blocks that a receive has written, where the plane made it on the way; else the receiver makes it."""
 
 
 class Plane(Protocol):
-    """See the module's docstring. No call blocks for longer than a copy takes."""
+    """One end of a data plane, of one pool. No call blocks for longer than a copy takes."""
 
     name: str
     pulls: bool
@@ -79,7 +79,7 @@ class Plane(Protocol):
 
     @property
     def pending(self) -> bool:
-        """Whether `poll` should be called again within a millisecond or so, though no socket will tell."""
+        """Whether `poll` should be called again within a millisecond or so, though no socket becomes readable."""
         ...
 
     def sockets(self) -> list[object]:

@@ -11,7 +11,7 @@ receiver has a number of its own, a *way*: 16 random bytes, never used again.
       the send is issued
       Close(way)       ◄─────────────────────►   by either end: the communicator is aborted at both
 
-Asks are numbered from 0 and answered in order; whoever sees another order closes the way.
+Asks are numbered from 0 and answered in order; an end that sees another order closes the way.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 Each is a ProcessGroupNCCL that is built directly, as torchft does, with a non-blocking communicator, so that it can be
 aborted at any point (NCCL user guide, "Fault Tolerance"). One thread a GPU issues all sends and receives; each
-communicator is made in a thread of its own and aborted in another, so that a peer that is dead or slow holds up nobody
-else. Nothing here knows peers, transfers or their order: that is nccl.py's. Needs a GPU.
+communicator is made in a thread of its own and aborted in another, so that a peer that is dead or slow delays no
+other. Nothing here knows peers, transfers or their order: that is nccl.py's. Needs a GPU.
 
 Facts used (measured, torch 2.11 and NCCL 2.28): an abort returns in about 0.5 s, also with the peer dead; what was
 waited for then seems finished, so success is judged by the digest alone; c10d's own watchdog would end the process
@@ -96,9 +96,9 @@ class NcclConnector:
     def block_bytes(self) -> int:
         return self.memory.block_bytes
 
-    def open(self, sending: bool, tell: Callable[[str, bytes], None]) -> NcclPipe:
+    def open(self, sending: bool, put: Callable[[str, bytes], None]) -> NcclPipe:
         self._pipes = [pipe for pipe in self._pipes if not pipe.stopped]
-        pipe = NcclPipe(self, sending, tell)
+        pipe = NcclPipe(self, sending, put)
         self._pipes.append(pipe)
         return pipe
 
@@ -164,13 +164,13 @@ class NcclOperation:
 class NcclPipe:
     """One communicator: rank 0 sends to rank 1."""
 
-    def __init__(self, connector: NcclConnector, sending: bool, tell: Callable[[str, bytes], None]) -> None:
+    def __init__(self, connector: NcclConnector, sending: bool, put: Callable[[str, bytes], None]) -> None:
         self.state = PipeState.OPENING
         self.reason = ""
         self.stopped = False
         self._connector = connector
         self._sending = sending
-        self._store = TunnelStore(tell, connector.open_s)
+        self._store = TunnelStore(put, connector.open_s)
         self._device = torch.device("cuda", connector.memory.device_index)
         self._group: dist.ProcessGroupNCCL | None = None
         self._stream = 0

@@ -10,7 +10,7 @@ from baton.node.errors import InvariantBroken
 
 
 class Receive(NamedTuple):
-    """A posted receive: who alone may fill which blocks of the local pool."""
+    """A posted receive: the only peer that may fill which blocks of the local pool."""
 
     peer: str
     blocks: tuple[int, ...]

@@ -109,8 +109,8 @@ class Connector(Protocol):
         """What must differ between the two ends (a GPU), a colon, and what must be equal (the version of NCCL)."""
         ...
 
-    def open(self, sending: bool, tell: Callable[[str, bytes], None]) -> Pipe:
-        """Begin to make one; `tell` carries a word to the other end's `deliver`, from any thread."""
+    def open(self, sending: bool, put: Callable[[str, bytes], None]) -> Pipe:
+        """Begin to make one; `put` carries a key and its value to the other end's `deliver`, from any thread."""
         ...
 
     def close(self, patience_s: float) -> None:
@@ -184,9 +184,9 @@ class NcclPlane:
         self._sources: dict[ChunkKey, tuple[int, ...]] = {}  # of posted receives, the sender's blocks
         self._addresses: dict[str, PlaneAddress] = {}
         self._ways: dict[bytes, _Way] = {}
-        self._dying: list[_Way] = []
+        self._stopping: list[_Way] = []
         self._waiting: dict[str, deque[_Move]] = {}  # sends that were not asked for yet, by peer
-        self._told: queue.SimpleQueue[tuple[bytes, str, bytes]] = queue.SimpleQueue()  # by threads of pipes
+        self._outbox: queue.SimpleQueue[tuple[bytes, str, bytes]] = queue.SimpleQueue()  # by threads of pipes
 
     def describe(self) -> PlaneAddress:
         text = f"{self._channel.address}|{self._connector.device}"
@@ -229,8 +229,8 @@ class NcclPlane:
         self._sources[key] = tuple(source)
 
     def poll(self) -> list[IoDone]:
-        while not self._told.empty():
-            way_id, key, value = self._told.get_nowait()
+        while not self._outbox.empty():
+            way_id, key, value = self._outbox.get_nowait()
             if (way := self._ways.get(way_id)) is not None:
                 self._channel.send(way.peer, StorePut(way_id, key, value))
         for peer, word in self._channel.receive():
@@ -239,7 +239,7 @@ class NcclPlane:
             self._advance(way_id, way)
         for peer in [peer for peer, moves in self._waiting.items() if moves]:
             self._ask(peer)
-        self._dying = [way for way in self._dying if not self._bury(way)]
+        self._stopping = [way for way in self._stopping if not self._reap(way)]
         return self._ledger.report()
 
     def cancel(self, transfer_id: bytes) -> None:
@@ -248,7 +248,7 @@ class NcclPlane:
             del self._sources[key]
         for peer, moves in self._waiting.items():
             self._waiting[peer] = deque(move for move in moves if move.key.transfer_id != transfer_id)
-        for way in (*self._ways.values(), *self._dying):
+        for way in (*self._ways.values(), *self._stopping):
             for move in (*way.asked, *way.issued):
                 move.cancelled |= move.key.transfer_id == transfer_id
 
@@ -258,7 +258,7 @@ class NcclPlane:
             return False
         if any(move.key.transfer_id == transfer_id for moves in self._waiting.values() for move in moves):
             return False
-        return not any(way.touches(transfer_id) for way in (*self._ways.values(), *self._dying))
+        return not any(way.touches(transfer_id) for way in (*self._ways.values(), *self._stopping))
 
     def forget(self, peer: str) -> None:
         """Abort every way to and from it. What was issued fails as soon as nothing can touch its blocks."""
@@ -266,7 +266,7 @@ class NcclPlane:
             self._ledger.end_send(move.key, "the peer is gone")
         for way_id, way in [(way_id, way) for way_id, way in self._ways.items() if way.peer == peer]:
             self._break(way_id, way, "the peer is gone", level=logging.INFO)
-        self._ledger.forget(peer, but={move.key for way in self._dying for move in way.issued})
+        self._ledger.forget(peer, but={move.key for way in self._stopping for move in way.issued})
         self._channel.disconnect(peer, FAREWELL_MS)
         self._addresses.pop(peer, None)
 
@@ -274,7 +274,7 @@ class NcclPlane:
     def pending(self) -> bool:
         """A pipe that opens, a movement that was agreed upon, or an abort under way."""
         opening = any(way.pipe.state is not PipeState.READY or way.busy for way in self._ways.values())
-        return bool(opening or self._dying or any(self._waiting.values()))
+        return bool(opening or self._stopping or any(self._waiting.values()))
 
     def sockets(self) -> list[object]:
         return [self._channel.socket]
@@ -286,7 +286,7 @@ class NcclPlane:
         self._connector.close(patience_s=5.0)
         self._channel.close()
         self._ledger.clear()
-        self._dying.clear()
+        self._stopping.clear()
         self._sources.clear()
 
     # -- ways
@@ -298,7 +298,7 @@ class NcclPlane:
         return way
 
     def _new_way(self, way_id: bytes, peer: str, sending: bool) -> _Way:
-        pipe = self._connector.open(sending, lambda key, value: self._told.put((way_id, key, value)))
+        pipe = self._connector.open(sending, lambda key, value: self._outbox.put((way_id, key, value)))
         return _Way(peer, sending, pipe, self._clock())
 
     def _outgoing(self, peer: str) -> tuple[bytes, _Way] | None:
@@ -346,9 +346,9 @@ class NcclPlane:
         if way.sending and not way.was_ready:
             for move in self._waiting.pop(way.peer, ()):
                 self._ledger.end_send(move.key, reason)
-        self._dying.append(way)
+        self._stopping.append(way)
 
-    def _bury(self, way: _Way) -> bool:
+    def _reap(self, way: _Way) -> bool:
         """Report what was issued on an aborted way, when nothing can touch its blocks any more."""
         if not way.pipe.stopped:
             return False
@@ -447,7 +447,7 @@ class NcclPlane:
             refusal = "size"
         if receive is None or refusal:
             self.dropped[refusal] += 1
-            self._say(way_id, way, No(way_id, ask.number))
+            self._answer(way_id, way, No(way_id, ask.number))
             return
         runs = common_runs(self._sources.pop(key), receive.blocks)
         packed = len(runs) > 1 and len(receive.blocks) * self._connector.block_bytes < PACK_BELOW_BYTES * len(runs)
@@ -455,8 +455,8 @@ class NcclPlane:
             way.progress_at = self._clock()
         operation = way.pipe.receive([(run.target, run.length) for run in runs], packed)
         way.issued.append(_Move(key, receive.blocks, ask.number, operation))
-        self._say(way_id, way, Go(way_id, ask.number, tuple(run.length for run in runs), packed))
+        self._answer(way_id, way, Go(way_id, ask.number, tuple(run.length for run in runs), packed))
 
-    def _say(self, way_id: bytes, way: _Way, word: Go | No) -> None:
+    def _answer(self, way_id: bytes, way: _Way, word: Go | No) -> None:
         if not self._channel.send(way.peer, word):
-            self._break(way_id, way, "the peer cannot be told")
+            self._break(way_id, way, "the answer cannot be sent")

@@ -140,7 +140,7 @@ class CudaPullEngine:
 
     def _digest(self, blocks: Sequence[int], event: int) -> Checksums | None:
         """Of these blocks, when the copies that were begun are over; then the event happens. None where there is no
-        room, or it cannot be made here: then whoever needs it makes it."""
+        room, or it cannot be made here: then the receiver makes it."""
         if not self._checksums or len(blocks) > self._checksums[0].max_blocks:
             return None
         checksums = self._checksums.pop()

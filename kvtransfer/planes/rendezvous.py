@@ -1,6 +1,6 @@
 """How the two ranks of a communicator find each other without a TCPStore: a torch Store of two processes, tunnelled.
 
-What one end sets is told to the other by a function that is handed in (the plane's own channel behind it), so no port
+What one end sets is sent to the other by a function that is passed in (the plane's own channel behind it), so no port
 is opened for it. One store serves one communicator and is thrown away with it: keys are never used twice.
 Source: torch.distributed.Store, whose Python subclasses c10d calls back (torch/csrc/distributed/c10d/init.cpp).
 """
@@ -19,14 +19,14 @@ MAX_VALUE_BYTES = 65_536
 
 
 class TunnelStore(dist.Store):  # type: ignore[name-defined, misc]
-    """One end. `tell(key, value)` must reach the other end's `deliver`; both may be called by any thread.
+    """One end. `put(key, value)` must reach the other end's `deliver`; both may be called by any thread.
 
-    Whoever made it keeps a reference for as long as a process group uses it: c10d holds the C++ half only.
+    Its maker keeps a reference for as long as a process group uses it: c10d holds the C++ half only.
     """
 
-    def __init__(self, tell: Callable[[str, bytes], None], timeout_s: float) -> None:
+    def __init__(self, put: Callable[[str, bytes], None], timeout_s: float) -> None:
         super().__init__()
-        self._tell = tell
+        self._put = put
         self._timeout_s = timeout_s
         self._values: dict[str, bytes] = {}
         self._changed = threading.Condition()
@@ -40,7 +40,7 @@ class TunnelStore(dist.Store):  # type: ignore[name-defined, misc]
                 self._changed.notify_all()
 
     def shut(self) -> None:
-        """Whoever waits fails at once."""
+        """All waiting calls fail at once."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
@@ -52,7 +52,7 @@ class TunnelStore(dist.Store):  # type: ignore[name-defined, misc]
         if len(data) > MAX_VALUE_BYTES:
             raise ValueError(f"{len(data)} bytes for the rendezvous of two ranks")
         self.deliver(key, data)
-        self._tell(key, data)
+        self._put(key, data)
 
     def get(self, key: str) -> bytes:
         self.wait([key])
@@ -60,7 +60,7 @@ class TunnelStore(dist.Store):  # type: ignore[name-defined, misc]
             return self._values[key]
 
     def add(self, key: str, amount: int) -> int:
-        """A counter of this end alone: two ranks that find each other need none, and it is not told."""
+        """A counter of this end alone: two ranks that find each other need none, and it is not sent."""
         with self._changed:
             value = int(self._values.get(key, b"0")) + amount
             self._values[key] = str(value).encode()

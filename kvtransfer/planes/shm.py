@@ -1,7 +1,7 @@
 """The data plane of one host without a network: the receiver maps the sender's pool and copies out of it.
 
 It pulls: the receiver copies when it posts, the sender does nothing, and the protocol asks the sender afterwards if its
-lease held. A mapping outlives the death of its owner, so a copy succeeds even then; only that question tells.
+lease held. A mapping outlives the death of its owner, so a copy succeeds even then; only that question shows it.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 It owns the tables of senders and receivers, and carries out what the machines of `transfer.py` ask for. It has
 no thread and no clock: the carrier calls it with what came in and what time it is. A worker may send and receive.
-Blocks are only numbers here; who owns them is the block manager's business, in another thread.
+Blocks are only numbers here; their owners are known to the block manager, in another thread.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ from baton.node.messages.transfer import (
 
 MAX_EARLY_GRANTS = 4096
 SOON_S = 0.001
-"""When to look again at a plane that no socket tells of."""
+"""When to poll a plane again that has no readable socket."""
 LOOK_AT_PAIRS_S = 30.0
 
 
@@ -88,7 +88,7 @@ class ReceiverEnded:
     transfer_id: bytes
     reason: str
     cancelled: bool = False
-    """One of the two sides called it off, and nothing went wrong: whoever did answers for it."""
+    """One of the two sides called it off, and nothing went wrong: that side answers for it."""
 
 
 Event = SenderEnded | KvArrived | ReceiverEnded
@@ -122,7 +122,7 @@ class Incoming:
 
 
 class TransferExchange:
-    """See the module's docstring."""
+    """All transfers of one worker, in both directions."""
 
     def __init__(
         self,
@@ -160,7 +160,7 @@ class TransferExchange:
         self._lost: list[str] = []
         self._look_at_pairs_at = 0.0
 
-    # ---- told by the worker's loop
+    # ---- called by the worker's loop
 
     def open_sender(self, leg: LegKey, peer: str, address: str, deadline: float, now: float) -> None:
         """A prompt will be computed whose KV goes to `peer` at `address`."""
@@ -191,12 +191,12 @@ class TransferExchange:
             self._run_sender(sending, sending.machine.on_blocks(blocks, sums, now), now)
 
     def tell_token(self, leg: LegKey, token_id: int, logprob: Logprob | None, now: float) -> None:
-        """All blocks are told; the first token goes after them."""
+        """All blocks are final; the first token goes after them."""
         if (sending := self._senders.get(leg)) is not None:
             self._run_sender(sending, sending.machine.on_token(token_id, logprob, now), now)
 
     def cancel_sender(self, leg: LegKey, reason: str, now: float) -> None:
-        """Nobody wants this KV any more. SenderEnded follows when nothing reads its blocks."""
+        """This KV is not needed any more. SenderEnded follows when nothing reads its blocks."""
         if (sending := self._senders.get(leg)) is not None:
             self._run_sender(sending, sending.machine.abort(reason, now, cancelled=True), now)
 
@@ -222,7 +222,7 @@ class TransferExchange:
         self._run_receiver(receiving, machine.start(now), now)
 
     def cancel_receiver(self, transfer_id: bytes, reason: str, now: float) -> None:
-        """Nobody wants this KV any more. ReceiverEnded follows when nothing writes to its blocks."""
+        """This KV is not needed any more. ReceiverEnded follows when nothing writes to its blocks."""
         if not self._end_waiting(transfer_id, reason) and (receiving := self._receivers.get(transfer_id)) is not None:
             self._run_receiver(receiving, receiving.machine.abort(reason, now, cancelled=True), now)
 
@@ -232,7 +232,7 @@ class TransferExchange:
         self.events.append(ReceiverEnded(transfer_id, reason))
         return True
 
-    # ---- told by the wire
+    # ---- called for messages
 
     def on_message(self, peer: str, message: Message, now: float) -> None:
         """A message of another worker. What fits no transfer of this peer's is answered or dropped, never raised."""

@@ -1,4 +1,4 @@
-"""Who pairs with whom over which data plane: greetings, refusals, and forgetting.
+"""Which workers pair over which data plane: greetings, refusals, and forgetting.
 
 Prefill greets (Hello, with the planes it offers), decode chooses one and answers (Welcome), or says why not (Refused).
 A pair of different namespaces is never made.
@@ -23,7 +23,7 @@ PAIR_IDLE_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class PeerTransport:
-    """How peers are reached: `send` tells whether the peer could be, `connect` opens a link to it."""
+    """How peers are reached: `send` returns whether the peer could be reached, `connect` opens a link to it."""
 
     send: Callable[[str, Message], bool]
     connect: Callable[[str, str], None]
@@ -91,7 +91,7 @@ class Pairs:
         return True
 
     def on_welcome(self, peer: str, welcome: Welcome, now: float) -> bool:
-        """Prefill's side; False for a welcome that nobody waits for."""
+        """Prefill's side; False for an unexpected welcome."""
         pair = self._pairs.get(peer)
         plane = next((p for p in self._planes if p.name == welcome.plane.plane), None)
         if pair is None or plane is None or welcome.worker != peer:

@@ -109,7 +109,7 @@ class Receiver:
         if self.state is not State.OPEN:
             return []
         stop = self._stop(Ended(False, reason, cancelled))
-        return [*stop, self._say_abort()]
+        return [*stop, self._abort_message()]
 
     def on_message(self, message: Message, now: float) -> list[Action]:
         match message:
@@ -123,7 +123,7 @@ class Receiver:
         if self.state is State.DONE:
             return [Tell(Ack(transfer_id=self.transfer_id))]
         if self.state is not State.OPEN:
-            return [self._say_abort()]
+            return [self._abort_message()]
         match message:
             case Offer():
                 return self._on_offer(message, now)
@@ -274,7 +274,7 @@ class Receiver:
         begin = offer.first_block - self._first_block
         return self._blocks[begin : begin + len(offer.source)]
 
-    def _say_abort(self) -> Tell:
+    def _abort_message(self) -> Tell:
         outcome = self._outcome
         return Tell(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))
 

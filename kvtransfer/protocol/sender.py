@@ -34,7 +34,7 @@ class _Offered:
 
 class Sender:
     """Prefill's half. `digests_of` reads the pool; it is called for chunks that are offered, once each, unless the
-    checksums of their blocks were told. `chunk_blocks`: how many blocks one offer may have now."""
+    checksums of their blocks are known. `chunk_blocks`: how many blocks one offer may have now."""
 
     def __init__(
         self,
@@ -54,7 +54,7 @@ class Sender:
         self._deadline = deadline
         self._heard_at = now
         self._blocks: tuple[int, ...] = ()
-        self._sums: dict[int, bytes] = {}  # checksums of blocks, as far as they were told
+        self._sums: dict[int, bytes] = {}  # checksums of blocks, as far as they are known
         self._next_block = 0  # first block not offered yet
         self._chunks: list[_Offered] = []
         self._token: tuple[int, Logprob | None] | None = None
@@ -67,7 +67,7 @@ class Sender:
     def offered_blocks(self) -> int:
         return sum(len(chunk.blocks) for chunk in self._chunks)
 
-    # -- told by the worker
+    # -- called by the worker
 
     def on_blocks(self, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> list[Action]:
         """The sequence's first len(blocks) blocks are final: from the first block of the prompt on, in order. `sums`:
@@ -79,7 +79,7 @@ class Sender:
         return self._offer(now)
 
     def on_token(self, token_id: int, logprob: Logprob | None, now: float) -> list[Action]:
-        """All blocks were told; this is the first token."""
+        """All blocks are final; this is the first token."""
         if self.state is not State.OPEN:
             return []
         self._token = (token_id, logprob)
@@ -89,9 +89,9 @@ class Sender:
     def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
         if self.state is not State.OPEN:
             return []
-        return [*self._stop(Ended(False, reason, cancelled)), *self._say_abort()]
+        return [*self._stop(Ended(False, reason, cancelled)), *self._abort_messages()]
 
-    # -- told by the wire
+    # -- called for messages
 
     def on_message(self, message: Message, now: float) -> list[Action]:
         self._heard_at = now
@@ -108,7 +108,7 @@ class Sender:
             case Ack():
                 return self._stop(Ended(True))
         if self.state is not State.OPEN:
-            return [] if self._outcome.ok else self._say_abort()
+            return [] if self._outcome.ok else self._abort_messages()
         match message:
             case Accept():
                 return self._on_accept(message)
@@ -152,7 +152,7 @@ class Sender:
         self._lease_s = min(self._lease_s, grant.lease_s)
         self.started_at = now
         self._next_block = grant.first_block
-        return self._offer(now) if self.state is State.OPEN else self._say_abort()
+        return self._offer(now) if self.state is State.OPEN else self._abort_messages()
 
     def _on_accept(self, accept: Accept) -> list[Action]:
         if accept.seq >= len(self._chunks):
@@ -229,7 +229,7 @@ class Sender:
             actions.append(Tell(self._finish_message()))
         return actions
 
-    def _say_abort(self) -> list[Action]:
+    def _abort_messages(self) -> list[Action]:
         if self.transfer_id is None:
             return []
         outcome = self._outcome

@@ -1,7 +1,7 @@
 """One request's KV in motion: the two halves of the transfer protocol, as state machines without IO.
 
-A machine is told what happened (`on_message`, `on_io_done`, `on_timer`, ...) and returns what is to be done: a list of
-actions for whoever owns the sockets and the plane. It reads no clock, holds no socket and touches no block.
+A machine is called with what happened (`on_message`, `on_io_done`, `on_timer`, ...) and returns what is to be done: a
+list of actions for the owner of the sockets and the plane. It reads no clock, holds no socket and touches no block.
 
     Sender (prefill)                                   Receiver (decode)
       opened, computing        <── Grant ──────────      blocks held, receive-side lease begins
@@ -16,10 +16,10 @@ actions for whoever owns the sockets and the plane. It reads no clock, holds no 
 
 Rules that make it hold:
 - The receiver writes its own memory, so it alone decides when its blocks are free: after CancelIo and `on_idle`.
-- Whoever waits repeats its last message; every handler is idempotent; a transfer ends at its deadline at the latest.
+- A waiting peer retransmits its last message; every handler is idempotent; a transfer ends at its deadline or before.
 - The sender's lease ends when nothing was heard of the receiver for `lease_s`; it never says Valid after that.
-- Abort may come from either side at any time and is answered with Aborted, also by one who never knew the transfer.
-  It is said once: whoever did not hear it repeats or renews something, and is told again.
+- Abort may come from either side at any time and is answered with Aborted, also by a peer that never knew the
+  transfer. It is sent once: a peer that missed it retransmits or renews something, and is answered with it again.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class Ended:
     ok: bool
     reason: str = ""
     cancelled: bool = False
-    """Not ok, but nothing went wrong: nobody wanted it any more."""
+    """Not ok, but nothing went wrong: it was not needed any more."""
 
 
 Action = Tell | PostSend | PostReceive | CancelIo | Arrived | Ended

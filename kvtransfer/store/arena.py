@@ -1,7 +1,7 @@
 """The bytes of the RAM arena: in the store, which owns them, and in a worker, which maps them and copies (copies.py).
 
 A hit is one copy: from the arena into the worker's pool. The reader hashes what it has got and compares with the digest
-that the writer told the store, so it does not matter who has written to the arena meanwhile: wrong bytes are a miss.
+that the writer sent to the store, so later writes to the arena do not matter: wrong bytes are a miss.
 """
 
 from __future__ import annotations

@@ -1,12 +1,12 @@
-"""Which block lies where in the RAM arena, who reads or writes it, and what has to go. Pure: no bytes, clock or socket.
+"""Where each block lies in the RAM arena, its readers and writers, and what is evicted. Pure: no bytes, no clock.
 
     (absent) ── reserve ──► writing ── commit ──► ready ── acquire ──► read by holders ── release ──► ready
-                               └── release ──► (absent)   └── evicted, oldest first, when nobody reads it ──► (absent)
+                               └── release ──► (absent)   └── evicted, oldest first, when it has no reader ──► (absent)
 
 A *holder* is one lookup or put of one worker; `release` and `release_owner` give back all that it has, so that a dead
 worker leaves nothing behind. The arena is cut into equal regions; a region belongs to one size of block, so namespaces
 with equal blocks share room, and the others take regions from each other down to equal shares. A slot is a block's
-place in a region; it is reused only when nobody reads it and it is not being written. `check()` proves the sum.
+place in a region; it is reused only when it has no reader and is not being written. `check()` proves the sum.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Entry:
     digest: bytes = b""
     readers: int = 0
     dropped: bool = False
-    """Nobody finds it any more; the slot is free when the last reader has gone."""
+    """It is not found any more; the slot is free when the last reader has gone."""
 
 
 @dataclass(slots=True)
@@ -76,9 +76,9 @@ class Occupancy:
 
 
 class ArenaIndex:
-    """See the module's docstring. One thread makes all calls; each happens whole or not at all.
+    """The index of one arena. One thread makes all calls; each happens whole or not at all.
 
-    `journal` is told of each hash that can be found from now on, or no longer.
+    `journal` gets each hash that can be found from now on, or no longer.
     """
 
     def __init__(self, num_regions: int, region_bytes: int, journal: BlockJournal) -> None:
@@ -208,17 +208,17 @@ class ArenaIndex:
         writing = [entry for held in self._held.values() for entry in held.writing.values()]
         dropped = {id(entry): entry for entry in reading if entry.dropped}
         ready = [entry for blocks in self._classes.values() for entry in blocks.ready.values()]
-        _demand(len(dropped) == self._dropped, "dropped blocks are miscounted")
-        _demand(sorted(id(e) for e in [*ready, *writing]) == sorted(map(id, self._entries.values())), "entries differ")
+        _require(len(dropped) == self._dropped, "dropped blocks are miscounted")
+        _require(sorted(id(e) for e in [*ready, *writing]) == sorted(map(id, self._entries.values())), "entries differ")
         readers = Counter(id(entry) for entry in reading)
         for entry in [*ready, *dropped.values()]:
-            _demand(entry.readers == readers[id(entry)], f"{entry} has other readers")
+            _require(entry.readers == readers[id(entry)], f"{entry} has other readers")
         owned = [region for blocks in self._classes.values() for region in blocks.regions]
-        _demand(sorted([*owned, *self._free_regions]) == list(range(self._num_regions)), "regions are lost or shared")
+        _require(sorted([*owned, *self._free_regions]) == list(range(self._num_regions)), "regions are lost or shared")
         for blocks in self._classes.values():
             used = [e.offset for e in [*ready, *writing, *dropped.values()] if e.size_bytes == blocks.block_bytes]
             slots = [offset for region in blocks.regions for offset in self._offsets(blocks, region)]
-            _demand(sorted([*used, *blocks.free]) == sorted(slots), f"slots of {blocks.block_bytes} bytes disagree")
+            _require(sorted([*used, *blocks.free]) == sorted(slots), f"slots of {blocks.block_bytes} bytes disagree")
 
     # ---- inside -------------------------------------------------------------------------------------------------
 
@@ -237,7 +237,7 @@ class ArenaIndex:
         return blocks.free.pop()
 
     def _take_over(self, blocks: _Class) -> bool:
-        """Take a region that nobody is using from the size with the most, if that has more than its share."""
+        """Take an unused region from the size with the most, if that has more than its share."""
         share = max(1, self._num_regions // len(self._classes))
         richest = max(self._classes.values(), key=lambda other: len(other.regions))
         if len(blocks.regions) >= share or len(richest.regions) <= share or richest is blocks:
@@ -266,7 +266,7 @@ class ArenaIndex:
         return entry.offset // self._region_bytes
 
     def _remove(self, key: Key, reason: str) -> None:
-        """A ready block cannot be found any more; its slot is free once nobody reads it."""
+        """A ready block cannot be found any more; its slot is free once it has no reader."""
         entry = self._entries.pop(key)
         del self._class_of[key.namespace].ready[key]
         self.evictions[reason] += 1
@@ -281,6 +281,6 @@ class ArenaIndex:
         self._classes[entry.size_bytes].free.append(entry.offset)
 
 
-def _demand(holds: bool, otherwise: str) -> None:
+def _require(holds: bool, otherwise: str) -> None:
     if not holds:
         raise InvariantBroken(otherwise)

@@ -1,5 +1,5 @@
 """Comparing blocks in the arena with their digests, in a thread: for 8 MiB of a GPU's worker that takes milliseconds,
-in which the store's loop would answer nobody. Whoever orders a check holds the block until it has ended.
+in which the store's loop would not answer. The caller of `begin` holds the block until the check has ended.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Run = Callable[[Callable[[], None]], object]
 
 @dataclass(frozen=True, slots=True)
 class Check:
-    """A block whose bytes are `data`; `arriving`: it has come from a peer, and nobody can find it yet."""
+    """A block whose bytes are `data`; `arriving`: it has come from a peer, and is not found yet."""
 
     key: Key
     data: memoryview

@@ -56,7 +56,7 @@ class Store(Protocol):
 
 
 class NoStore:
-    """There is no store: nobody may ask it for anything, since it is never attached."""
+    """There is no store: it is never attached, so it must not be asked for anything."""
 
     attached = False
 

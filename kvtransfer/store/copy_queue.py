@@ -1,7 +1,7 @@
 """Blocks that wait to be copied between arena and pool, and the batches under way: loads first, a few at a time.
 
 Knows no messages. An *operation* is a load or a put; it counts how many of its blocks are being copied, since until
-none is nobody may be told that it is over.
+none is it must not be reported as over.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class _Lane(Generic[Op]):
     """One direction."""
 
     waiting: deque[Copy[Op]] = field(default_factory=deque)
-    flying: deque[_Batch[Op]] = field(default_factory=deque)
+    in_flight: deque[_Batch[Op]] = field(default_factory=deque)
     """In their order, in which they end."""
     ended_at: float = 0.0
 
@@ -78,7 +78,7 @@ class _Lane(Generic[Op]):
 
 
 class CopyQueue(Generic[Op]):
-    """See the module's docstring."""
+    """The copies of one worker, in both directions."""
 
     def __init__(self, copies: Copies) -> None:
         self._copies = copies
@@ -94,13 +94,13 @@ class CopyQueue(Generic[Op]):
     @property
     def idle(self) -> bool:
         """Whether no copy touches pool or arena."""
-        return not self._loads.flying and not self._saves.flying
+        return not self._loads.in_flight and not self._saves.in_flight
 
     @property
     def poll_s(self) -> float:
         """How long `begin` and `take` may be left alone, at most."""
         lanes = (self._loads, self._saves)
-        if any(lane.waiting and len(lane.flying) < IN_FLIGHT for lane in lanes):
+        if any(lane.waiting and len(lane.in_flight) < IN_FLIGHT for lane in lanes):
             return 0.0
         return float("inf") if self.idle else POLL_S
 
@@ -127,26 +127,26 @@ class CopyQueue(Generic[Op]):
         """Wait for what is under way, and forget it."""
         self.drop_waiting()
         self._copies.close()
-        self._loads.flying.clear()
-        self._saves.flying.clear()
+        self._loads.in_flight.clear()
+        self._saves.in_flight.clear()
 
     def _begin(self, lane: _Lane[Op], begin: Callable[[Sequence[Pair]], int], clock: Callable[[], float]) -> None:
-        while len(lane.flying) < IN_FLIGHT and (batch := lane.next_batch(self._copies.batch_blocks)):
+        while len(lane.in_flight) < IN_FLIGHT and (batch := lane.next_batch(self._copies.batch_blocks)):
             now = clock()
-            lane.flying.append(_Batch(begin([copy.pair for copy in batch]), now, batch))
+            lane.in_flight.append(_Batch(begin([copy.pair for copy in batch]), now, batch))
             for copy in batch:
                 copy.operation.copying += 1
 
     def _take(self, lane: _Lane[Op], clock: Callable[[], float]) -> Iterator[Copied[Op]]:
-        while lane.flying:
-            batch = lane.flying[0]
+        while lane.in_flight:
+            batch = lane.in_flight[0]
             digests = self._copies.ended(batch.id)
             now = clock()
             if digests is None:
                 if now - batch.begun_at > COPY_S:
                     raise InvariantBroken(f"{len(batch.copies)} blocks are not copied after {COPY_S} s")
                 return
-            lane.flying.popleft()
+            lane.in_flight.popleft()
             took_s = (now - max(batch.begun_at, lane.ended_at)) / len(batch.copies)
             lane.ended_at = now
             for copy, digest in zip(batch.copies, digests, strict=True):

@@ -47,7 +47,7 @@ class _Drop:
 
 
 class Disk:
-    """A LowerTier (lower.py). `wake` is called by the threads when `poll` has news, and when a tier was opened."""
+    """A LowerTier (lower.py). `wake` is called by the threads when `poll` has results, and when a tier was opened."""
 
     def __init__(
         self,
@@ -97,7 +97,7 @@ class Disk:
         space = self._spaces[key.namespace]
         block = Block(data, digest)
         taken = self._behind.offer(
-            tier, key.hash, block, digest_by(space.digest, space.num_units), lambda: self._tell(WriteDone(key))
+            tier, key.hash, block, digest_by(space.digest, space.num_units), lambda: self._report(WriteDone(key))
         )
         if taken:
             self._second_use.forget(key.hash)
@@ -145,7 +145,7 @@ class Disk:
             tier = self._tiers.get(job.key.namespace)
             if isinstance(job, _Read):
                 digest = tier.get(job.key.hash, job.into) if tier is not None else None
-                self._tell(ReadDone(job.key, digest or b""))
+                self._report(ReadDone(job.key, digest or b""))
             elif tier is not None:
                 tier.drop([job.key.hash])
 
@@ -159,7 +159,7 @@ class Disk:
         else:
             log_event(logger, "disk_opened", namespace=name, tier=tier.name, blocks=tier.stats().blocks)
 
-    def _tell(self, done: ReadDone | WriteDone) -> None:
+    def _report(self, done: ReadDone | WriteDone) -> None:
         self._done.append(done)
         self._wake()
 

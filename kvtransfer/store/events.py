@@ -1,4 +1,4 @@
-"""What the store's side of a worker tells the worker's loop."""
+"""Events of a worker's store client for the worker's loop."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class StoreFound:
 
 @dataclass(frozen=True, slots=True)
 class StoreLoaded:
-    """So many blocks of the load, from its first on, are in the pool, verified; nobody writes to any more."""
+    """So many blocks of the load, from its first on, are in the pool, verified; none is written any more."""
 
     key: LegKey
     num_blocks: int
@@ -31,7 +31,7 @@ class StoreLoaded:
 
 @dataclass(frozen=True, slots=True)
 class StoreWritten:
-    """Nobody reads the blocks of this put any more; so many are in the store now that were not."""
+    """The blocks of this put are not read any more; so many are in the store now that were not."""
 
     key: bytes
     num_blocks: int

@@ -1,6 +1,6 @@
 """The folder of the store on disk: one folder in it for each namespace, of which only so many are kept.
 
-    PATH/<namespace as hex>/     a tier's own (kvtransfer.tiers.folder)
+    PATH/<namespace as hex>/     a tier's own (disk/folder.py)
 
 A model that is served no more leaves its folder behind; beyond MAX_FOLDERS the one that was opened longest ago goes,
 unless a process uses it.
@@ -29,7 +29,7 @@ _NAME = re.compile(r"[0-9a-f]{64}", re.ASCII)
 
 
 class Folders:
-    """Opens the tiers of one store: each of at most `quota_bytes`, `on_change` told of what they gain and lose."""
+    """Opens the tiers of one store: each of at most `quota_bytes`, `on_change` called for what they gain and lose."""
 
     def __init__(self, path: Path, backend: str, quota_bytes: int, on_change: Changed) -> None:
         """Raises SettingsError if the folder cannot be made or written."""
@@ -67,7 +67,7 @@ def _opened_at(folder: Path) -> float:
 
 
 def _remove(folder: Path) -> bool:
-    """Delete a namespace's folder; False if somebody uses it."""
+    """Delete a namespace's folder; False if it is in use."""
     try:
         fd = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError:

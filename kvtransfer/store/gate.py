@@ -4,7 +4,7 @@
     compute(n)  = tokens of the n blocks / the speed of computing
     chosen      = the n with the least load(n) + compute(all - n)
 
-The turn is what any load takes besides copying: from thread to thread, and until somebody sees that a copy has ended.
+The turn is what any load takes besides copying: from thread to thread, and until the end of a copy is seen.
 
 Rates are measured: bytes and seconds of what was done, halved every HALF_LIFE_S, beside an assumption that weighs as
 much as ASSUMED_S seconds. The assumptions are as fast as good hardware: a tier that was never used is tried, so that it

@@ -1,4 +1,4 @@
-"""Blocks on their way from disk or a peer into a slot of the arena, and who waits for each. Decides nothing else."""
+"""Blocks on their way from disk or a peer into a slot of the arena, and the waiters for each. Decides nothing else."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Loads:
         return load is not None
 
     def end(self, key: Key, digest: bytes) -> list[Waiter]:
-        """The block is in its slot, and can be found from now on; without a digest: never. Who has waited?"""
+        """The block is in its slot, and can be found from now on; without a digest: never. Returns its waiters."""
         load = self._loads.pop(key)
         if digest:
             self._index.commit(key, load.holder, digest)

@@ -1,4 +1,4 @@
-"""What lies under the arena, as the server sees it: the disk. Its calls return at once; news come through `poll`."""
+"""What lies under the arena, as the server sees it: the disk. Its calls return at once; results come through `poll`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class ReadDone:
 
     key: Key
     digest: bytes
-    """As it was written with the block: whoever uses the block checks it."""
+    """As it was written with the block: the user of the block checks it."""
 
 
 @dataclass(frozen=True, slots=True)
 class WriteDone:
-    """A `write` has ended, one way or the other: nobody reads the view that it was given any more."""
+    """A `write` has ended, one way or the other: the view that it was given is not read any more."""
 
     key: Key
 
@@ -47,7 +47,7 @@ class LowerTier(Protocol):
         ...
 
     def wants(self, key: Key) -> bool:
-        """Told of each use of a block in RAM: whether it should be written here now."""
+        """Called at each use of a block in RAM: whether it should be written here now."""
         ...
 
     def read(self, key: Key, into: memoryview) -> None:

@@ -1,4 +1,4 @@
-"""Blocks from other hosts' stores: whom to ask, and pulling a block piece by piece. No sockets, no clock.
+"""Blocks from other hosts' stores: which peers to ask, and pulling a block piece by piece. No sockets, no clock.
 
     PeerLookup(hashes) ──► every peer that answers          PeerGet(piece) ──► the peer that has the block
     PeerFound(count)   ◄── or PATIENCE_S has passed         PeerData(piece) ◄── at most WINDOW pieces are asked for
@@ -50,7 +50,7 @@ class _Pull:
 
 @dataclass(frozen=True, slots=True)
 class PeerAnswer:
-    """What the peers have of a lookup's blocks: who can give which."""
+    """What the peers have of a lookup's blocks: which peer can give which."""
 
     id: int
     holders: dict[Key, str]
@@ -62,7 +62,7 @@ class Pulled:
 
     key: Key
     digest: bytes
-    """As the peer told it; nobody has compared."""
+    """As the peer sent it; not compared yet."""
 
 
 class Peers:
@@ -120,7 +120,7 @@ class Peers:
                 self._end(pull, b"")
 
     def take(self) -> tuple[list[PeerAnswer], list[Pulled]]:
-        """The news since the last call."""
+        """What has come since the last call."""
         answers, self._answers = self._answers, []
         pulled, self._pulled = self._pulled, []
         return answers, pulled

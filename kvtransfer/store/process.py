@@ -35,7 +35,7 @@ HELD_FOR_DISK = 4
 
 
 Over = Callable[[LowerTier, Callable[[], None]], LowerTier]
-"""What a benchmark puts between store and disk; told how to wake the loop when `poll` has news."""
+"""What a benchmark puts between store and disk; called with what wakes the loop when `poll` has results."""
 
 
 class StoreProcess:
@@ -54,7 +54,7 @@ class StoreProcess:
         proxies = {f"proxy@{address}": address for address in settings.proxy}
         for link, address in proxies.items():
             calling.connect(link, address)
-        self._news = EventPublisher(calling, name, incarnation, tuple(proxies), time.monotonic())
+        self._events = EventPublisher(calling, name, incarnation, tuple(proxies), time.monotonic())
         links = {f"peer@{address}": address for address in settings.peer}
         for link, address in links.items():
             self._endpoint.connect(link, address)
@@ -63,7 +63,7 @@ class StoreProcess:
         self._checker = ThreadPoolExecutor(1, "check")
         checks = Checks(self._checker.submit, self._endpoint.wake)
         self._server = StoreServer(
-            self._arena, identity, self._lower, peers, checks, self._endpoint.send, self._news.ram
+            self._arena, identity, self._lower, peers, checks, self._endpoint.send, self._events.ram
         )
         log_event(
             logger,
@@ -83,7 +83,7 @@ class StoreProcess:
             for peer, message in inbound:
                 self._server.on_message(peer, message, now)
             self._server.tick(now)
-            self._news.turn(self._server.stats, now)
+            self._events.turn(self._server.stats, now)
 
     def stop(self) -> None:
         """May be called from any thread and from a signal handler."""
@@ -92,7 +92,7 @@ class StoreProcess:
     def close(self) -> None:
         self._checker.shutdown(cancel_futures=True)
         self._lower.close()
-        self._news.close()
+        self._events.close()
         self._endpoint.close()
         self._arena.close()
 
@@ -100,7 +100,7 @@ class StoreProcess:
         quota_bytes = int(settings.disk_gib * (1 << 30))
         if not quota_bytes:
             return NoLowerTier()
-        folders = Folders(settings.path, settings.disk, quota_bytes, self._news.on_disk)
+        folders = Folders(settings.path, settings.disk, quota_bytes, self._events.on_disk)
         return Disk(folders.open, self._arena.size_bytes // HELD_FOR_DISK, self._endpoint.wake)
 
 

@@ -1,4 +1,4 @@
-"""How the proxies hear of the store: it joins them as a store, beats, and tells which blocks it has gained and lost.
+"""The store at the proxies: it joins them as a store, beats, and publishes which blocks it has gained and lost.
 
 The store's own socket speaks another union of messages, so this has a line of its own, which calls and is never
 called. One thread makes all calls; journals may be written by others.
@@ -15,7 +15,7 @@ from baton.node.messages.control import KvReplay, Load, RegisterStore
 
 
 class EventPublisher:
-    """`links` are the names that the line, which this closes, has for the proxies; without any nobody is told."""
+    """`links` are the names that the line, which this closes, has for the proxies; there may be none."""
 
     def __init__(self, line: Line, name: str, incarnation: int, links: Sequence[str], now: float) -> None:
         self._log = EventLog()
@@ -27,14 +27,14 @@ class EventPublisher:
         self.disk: BlockJournal = self._log.journal("disk")
 
     def on_disk(self, block_hash: bytes, held: bool) -> None:
-        """A tier's news (kvtransfer.tiers.base.Changed)."""
+        """A tier's change (disk/base.py, Changed)."""
         if held:
             self.disk.stored(block_hash)
         else:
             self.disk.removed(block_hash)
 
     def turn(self, counters: Callable[[], dict[str, float]], now: float) -> None:
-        """Hear the proxies, and tell what is due."""
+        """Take in messages of the proxies, and send what is due."""
         for link, message in self._line.receive(0.0):
             self._membership.on_message(link, message, now)
             if isinstance(message, KvReplay):

@@ -1,4 +1,4 @@
-"""The store without its socket: who is attached, what they look up, fetch and put. It is told what came in and when.
+"""The store without its socket: which workers are attached, what they look up, fetch and put.
 
     worker                                     store
       Attach(namespace)    ───────────────────►  registers the namespace
@@ -13,7 +13,7 @@
       Put(id, hashes)      ───────────────────►  slots for those that are not here
                            ◄──── Granted(id) ──
       (copies, hashes)
-      Commit(id, digests)  ───────────────────►  found by everybody from now on
+      Commit(id, digests)  ───────────────────►  found by all workers from now on
 
 What a worker holds ends with Release or Commit, or when it was silent for LEASE_S: whatever it does to a slot after
 that, the next reader's digest shows it. No message raises: what makes no sense is dropped or answered with Detached.
@@ -92,11 +92,11 @@ class _Asked:
     keys: tuple[Key, ...]
     first: int
     peers: dict[Key, str]
-    """Which peer has which block, of those that nobody here has."""
+    """Which peer has which block, of those that are not here."""
 
 
 class StoreServer:
-    """See the module's docstring. One thread makes all calls."""
+    """One host's store. One thread makes all calls."""
 
     def __init__(
         self,
@@ -125,7 +125,7 @@ class StoreServer:
         self._checking: dict[Key, Holder] = {}  # blocks that are said to be damaged
         self._counters: Counter[str] = Counter()
 
-    # ---- told by the loop
+    # ---- called by the loop
 
     def on_message(self, peer: str, message: Message, now: float) -> None:
         """One message of a worker or of another store."""
@@ -264,7 +264,7 @@ class StoreServer:
         return len(keys)
 
     def _tell_found(self, holder: Holder, asked: _Asked) -> None:
-        """Hold what is in RAM, and tell where the longest run of blocks is."""
+        """Hold what is in RAM, and answer where the longest run of blocks is."""
         places: list[Place] = []
         for key in asked.keys[asked.first :]:
             entry = self.index.acquire(key, holder)
@@ -362,7 +362,7 @@ class StoreServer:
         self._send(peer, found)
 
     def _on_pulled(self, done: Pulled) -> None:
-        """What another store says is looked at before anybody here can find it."""
+        """What another store says is looked at before it can be found here."""
         if done.digest:
             self._check(Check(done.key, self._loads.span_of(done.key), done.digest, arriving=True))
         else:
@@ -383,7 +383,7 @@ class StoreServer:
                 self._saving[key] = holder
 
     def _loaded(self, key: Key, digest: bytes) -> None:
-        """A block has come from disk or a peer, or not (then it has no digest): tell all who wait for it."""
+        """A block has come from disk or a peer, or not (then it has no digest): answer all that wait for it."""
         for waiter in self._loads.end(key, digest):
             if isinstance(waiter, PeerWaits):
                 self._tell_piece(waiter.peer, waiter.get)

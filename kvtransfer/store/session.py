@@ -1,10 +1,10 @@
 """A worker's side of the store without thread and socket: attaching, lookups, loads into the pool, writing behind.
 
-It is told what the worker's loop wants and what the store says; in `work` it begins copies between pool and arena and
-takes in those that have ended, and it delivers events. Whatever the store does, every lookup ends in one StoreFound,
-every load in one StoreLoaded and every put in one StoreWritten: while it is silent, gone or foreign they say that
-nothing was found. A load or put ends when no copy touches its blocks any more, however it ends, and memory of a store
-that is lost is let go when no copy uses it.
+It is called with commands of the worker's loop and messages of the store; in `work` it begins copies between pool and
+arena and takes in those that have ended, and it delivers events. Whatever the store does, every lookup ends in one
+StoreFound, every load in one StoreLoaded and every put in one StoreWritten: while it is silent, gone or foreign they
+say that nothing was found. A load or put ends when no copy touches its blocks any more, however it ends, and memory of
+a store that is lost is let go when no copy uses it.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class _Mapped:
 
 
 class StoreSession:
-    """`send` says a message to the store, `deliver` tells the worker's loop."""
+    """One worker's session with the store: `send` goes to the store, `deliver` to the worker's loop."""
 
     def __init__(
         self,
@@ -163,7 +163,7 @@ class StoreSession:
         """How long `work` may be left alone, at most."""
         return self._queue.poll_s
 
-    # ---- told by the worker's loop
+    # ---- called by the worker's loop
 
     def lookup(self, key: LegKey, hashes: Sequence[bytes], first: int, now: float) -> None:
         """Ask for blocks [first, ...) of a chain; StoreFound follows. End it with `load` or `stop`."""
@@ -214,7 +214,7 @@ class StoreSession:
         if self.attached:
             self._send(Touch(hashes=tuple(hashes)))
 
-    # ---- told by the store
+    # ---- called for messages
 
     def on_message(self, message: Message, now: float) -> None:
         self._heard_at = now
@@ -263,7 +263,7 @@ class StoreSession:
             self._leaving = None
 
     def close(self) -> None:
-        """Wait for the copies under way, and let go of the arena; nothing is told any more."""
+        """Wait for the copies under way, and let go of the arena; nothing is delivered any more."""
         self._readings.clear()
         self._by_key.clear()
         self._writings.clear()
@@ -340,7 +340,7 @@ class StoreSession:
                 self._send(Release(id=message.id))  # it came too late
             return
         reading.places = message.places[: len(reading.hashes) - reading.first]
-        reading.deadline = float("inf")  # it is held until the worker's loop says `load` or `stop`
+        reading.deadline = float("inf")  # it is held until the worker's loop calls `load` or `stop`
         self._deliver(StoreFound(reading.key, tuple(place.tier for place in reading.places)))
         if not reading.places:
             self._forget(reading)

@@ -12,7 +12,9 @@ from baton.node.settings import option
 class StoreSettings:
     store_id: str = option("", help="name of this store in logs and metrics; default: store and its process id")
     proxy: tuple[str, ...] = option(
-        (), metavar="ADDRESS", help="control address of a proxy to tell what lies here; repeat it for several"
+        (),
+        metavar="ADDRESS",
+        help="control address of a proxy that receives the KV events of this store; repeat it for several",
     )
     bind: str = option("tcp://127.0.0.1:5571", metavar="ADDRESS", help="where workers and other stores connect")
     insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")

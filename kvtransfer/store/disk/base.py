@@ -69,16 +69,16 @@ class TierStats:
 
 
 Changed = Callable[[bytes, bool], None]
-"""Told of each key that came (True) or left (False), in order, from the thread that caused it. It must return at once
-and call no tier: it puts the news into somebody's inbox."""
+"""Called for each key that came (True) or left (False), in order, from the thread that caused it. It must return at
+once and call no tier: it puts the change into an inbox."""
 
 
 def ignore_change(key: bytes, held: bool) -> None:
-    """For those who do not follow what a tier holds."""
+    """Follows nothing."""
 
 
 class Tier(Protocol):
-    """See the module's docstring."""
+    """Blocks of one namespace on disk or in memory."""
 
     name: str
     block_bytes: int

@@ -1,4 +1,4 @@
-"""The folder of one tier on disk: who owns it, and whether what lies in it may be trusted.
+"""The folder of one tier on disk: its owner, and whether what lies in it may be trusted.
 
     PATH/lock        held by flock while a process uses the folder
     PATH/state.json  what the data is, and how the last user ended
@@ -160,7 +160,7 @@ class TierFolder:
         if not self.data.is_dir() or not any(self.data.iterdir()):
             return Trust.EMPTY
         state = self._read_state()
-        cause = self._strangeness(state)
+        cause = self._mismatch(state)
         if state is None or cause:
             log_event(logger, "tier_data_discarded", level=logging.WARNING, path=str(self._path), cause=cause)
             self._rename_data()
@@ -177,7 +177,7 @@ class TierFolder:
             return Trust.EMPTY
         return Trust.WHOLE
 
-    def _strangeness(self, state: _State | None) -> str:
+    def _mismatch(self, state: _State | None) -> str:
         """Why this is not the data of this tier; empty if it is."""
         want = self._contents
         if state is None:

@@ -1,7 +1,7 @@
 """One LMDB environment, as safe as a cache needs it: its errors are ours, its file has its full size from the start.
 
 The file is preallocated to the size of the map and never grows, so a disk that others fill does no harm. `sync` is off
-while it is open (folder.py tells why that is sound); the map is read-only, so a stray write cannot reach the file.
+while it is open (folder.py explains why that is sound); the map is read-only, so a stray write cannot reach the file.
 LMDB reads through its mapping, so a file that was cut short would end the process: the size is looked at before every
 transaction. Sources: https://lmdb.readthedocs.io, and lmdb.h (MDB_NOSYNC, caveats).
 """
@@ -91,7 +91,7 @@ class LmdbEnvironment:
             self._environment.sync(True)
 
     def close(self) -> None:
-        """Nobody may be reading: the mapping goes."""
+        """Only without readers: the mapping goes."""
         self._environment.close()
         if self._file_fd >= 0:
             os.close(self._file_fd)

@@ -32,5 +32,5 @@ class SecondUse:
         return False
 
     def forget(self, key: bytes) -> None:
-        """It is being written: whoever writes it knows what it has."""
+        """It is being written: from then on its tier knows it."""
         self._once.pop(key, None)

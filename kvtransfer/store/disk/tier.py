@@ -3,10 +3,10 @@
 Two locks, taken in this order. `_writing` is held for a whole write, so storages are written by one at a time;
 `_state` for moments, over what is held, read and counted. A read holds neither while it copies, and never waits for a
 write: it pins its key, and a pinned record is not removed. A key that leaves is *doomed*, held no more, until the
-storage is swept: at once if nobody reads or writes, else by a later read or write.
+storage is swept: at once if there is no reader or writer, else by a later read or write.
 
 A storage that breaks is taken out of service: every get misses and every put is refused until, at the earliest
-REOPEN_AFTER_S later and when nobody reads from it any more, a put opens it anew.
+REOPEN_AFTER_S later and when it has no readers any more, a put opens it anew.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class RecordTier:
         self._pins: dict[bytes, int] = {}  # readers a key
         self._doomed: dict[bytes, None] = {}  # in their order: no longer held, still in the storage
         self._records: Records | None = None  # None: out of service
-        self._broken: tuple[Records, StorageBroken] | None = None  # to be ended when nobody reads from it
+        self._broken: tuple[Records, StorageBroken] | None = None  # to be ended when it has no readers
         self._retry_at_s = 0.0  # no write, and no reopening, before
         self._closed = False
         self._open()
@@ -185,7 +185,7 @@ class RecordTier:
                 if key in self._recency:
                     self._recency.touch(key)
             tidy = key in self._doomed or self._recency.num_unsaved >= SAVE_AT
-        if tidy and self._writing.acquire(blocking=False):  # else somebody writes, who will do it
+        if tidy and self._writing.acquire(blocking=False):  # else a write runs, which will do it
             try:
                 self._sweep()
                 self._save()
@@ -195,7 +195,7 @@ class RecordTier:
     def _doom(self, keys: Iterable[bytes], reason: Eviction) -> None:
         """Hold them no more; `_state` is held by the caller."""
         gone = [key for key in keys if self._recency.remove(key)]
-        self._tell(gone, False)
+        self._report(gone, False)
         self._counters.evicted(reason, len(gone))
         self._doomed.update(dict.fromkeys(gone))
 
@@ -249,11 +249,11 @@ class RecordTier:
             return Refusal.IO_ERROR
         with self._state:
             if self._records is records:
-                self._tell(victims, False)
+                self._report(victims, False)
                 self._counters.evicted(Eviction.QUOTA, len(victims))
                 self._counters.stored(self.block_bytes, self._clock() - begin_s)
                 self._recency.add(key, tick)
-                self._tell([key], True)
+                self._report([key], True)
                 return None
         self._undo(records, victims, ticks)
         return Refusal.IO_ERROR
@@ -265,7 +265,7 @@ class RecordTier:
                 self._recency.put_back(victims)
                 self._recency.not_saved(ticks)
             else:  # it broke meanwhile, for a reader: these went with the rest
-                self._tell(victims, False)
+                self._report(victims, False)
                 self._counters.evicted(Eviction.DISCARDED, len(victims))
 
     def _evict_more(self) -> None:
@@ -315,7 +315,7 @@ class RecordTier:
         with self._state:
             self._records = records
             self._recency = Recency(entries)
-            self._tell(self._recency.keys(), True)
+            self._report(self._recency.keys(), True)
 
     def _open_again(self) -> tuple[Records, list[tuple[bytes, int]]]:
         records = self._open_records()
@@ -333,7 +333,7 @@ class RecordTier:
             self._records = None
             self._broken = (records, fault)
             self._retry_at_s = self._clock() + REOPEN_AFTER_S
-            self._tell(self._recency.keys(), False)
+            self._report(self._recency.keys(), False)
             if not fault.keep:
                 self._counters.evicted(Eviction.DISCARDED, len(self._recency))
             self._recency = Recency()
@@ -350,7 +350,7 @@ class RecordTier:
                 records.discard()
 
     def _reopen(self) -> None:
-        """Try to be in service again; `_records` tells."""
+        """Try to be in service again; see `_records`."""
         with self._state:
             if self._pins:
                 return
@@ -363,6 +363,6 @@ class RecordTier:
         else:
             log_event(logger, "tier_reopened", tier=self.name, blocks=len(self._recency))
 
-    def _tell(self, keys: Iterable[bytes], held: bool) -> None:
+    def _report(self, keys: Iterable[bytes], held: bool) -> None:
         for key in keys:
             self._on_change(key, held)

@@ -1,4 +1,4 @@
-"""Blocks on their way into a tier, so that nobody waits for a disk. Bounded in bytes; when it is full, the newest go.
+"""Blocks on their way into a tier, so that no caller waits for a disk. Bounded in bytes; when full, the newest go.
 
 The blocks are not copied: the queue holds views, and says when it has done with each, once, whatever becomes of it.
 They are checked against their digest before they are written: a block that was spoiled in memory is not worth its place
@@ -69,7 +69,7 @@ class WriteBehind:
     def offer(self, tier: Tier, key: bytes, block: Block, digest_of: DigestOf, done: Callable[[], None]) -> bool:
         """Queue a block. True: its bytes must stay as they are until `done` is called, by the thread that writes.
 
-        `digest_of` is how those made its digest who made it. False: dropped, and counted.
+        `digest_of` makes the digest as the owner of the block did. False: dropped, and counted.
         """
         with self._changed:
             drop = self._refusal(key, block.data.nbytes)

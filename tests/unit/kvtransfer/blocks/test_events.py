@@ -82,7 +82,7 @@ def test_a_manager_notes_exactly_what_can_be_matched() -> None:
             case 3:
                 owned += manager.match([rng.choice(names)])
             case 4 if rng.random() < 0.05:
-                manager.reset_cache()
+                manager.release(manager.allocate(manager.num_available))
         for batch in log.flush():
             for change in batch.changes:
                 assert not told & set(change.stored) and set(change.removed) <= told, "said twice"

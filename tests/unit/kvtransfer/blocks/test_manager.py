@@ -72,7 +72,6 @@ def test_a_released_sequence_is_found_again_with_its_references() -> None:
     assert manager.peek([A, B, C]) == 2
     assert manager.match([A, B, C]) == blocks
     assert manager.match([A]) == blocks[:1]
-    assert (manager.queries, manager.hits) == (4, 3)
     manager.release(blocks)
     assert manager.usage().owned == 1
     manager.release(blocks[:1])
@@ -137,15 +136,6 @@ def test_publishing_an_unowned_block_is_a_bug(block: int) -> None:
     with pytest.raises(InvariantBroken):
         manager.publish(block, A)
     assert manager.peek([A]) == 0
-
-
-def test_a_reset_forgets_only_what_nobody_uses() -> None:
-    manager = BlockManager(4)
-    manager.release(sequence(manager, A))
-    sequence(manager, B)
-    assert manager.reset_cache() == 1
-    assert (manager.peek([A]), manager.peek([B]), manager.evictions) == (0, 1, 0)
-    manager.check()
 
 
 # ---- leases and quarantine ------------------------------------------------------------------------------------------
@@ -409,13 +399,6 @@ class AnyOrder(RuleBasedStateMachine):
     def end_quarantine(self, key: bytes) -> None:
         assert self.manager.end_quarantine(key) == (key in self.away)
         self.away.pop(key, None)
-
-    @rule()
-    def reset_cache(self) -> None:
-        assert self.manager.reset_cache() == len(self.order)
-        for block in self.order:
-            del self.name[block]
-        self.order.clear()
 
     @rule(block=st.integers(-1, NUM_BLOCKS))
     def misuse(self, block: int) -> None:
