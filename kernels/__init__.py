@@ -1,10 +1,10 @@
 """The ops that a step is made of, over plain tensors. Knows no model, no batch object and nothing else of ours.
 
-`reference` holds the slow, obvious torch version of every op: the oracle of every test here and of every kernel.
-`cpu_attention` and `cpu_sampling` hold what the CPU runs instead where that would be slow: the same results by
-fewer operations. `linear` prepares weights for the machine. `philox` is the counter-based generator. The names
-below are the CPU's ops; a GPU's are in `triton`, which write into memory of the caller's and are called by name, so
-that nothing here imports Triton.
+`reference` holds the slow, obvious torch version of every op: the oracle of every test here and of every kernel. `cpu`
+holds what the CPU runs instead where that would be slow: the same results by fewer operations. `linear` says what a
+product with a weight is, in any format. `philox` is the counter-based generator. The names below are the CPU's ops; a
+GPU's are in `triton`, which write into memory of the caller's and are called by name, so that nothing here imports
+Triton.
 """
 
 from baton.kernels.cpu.attention import DecodeGroup, Workspace, chunk_attention, decode_attention

@@ -1,7 +1,8 @@
-"""The weights of a decoder as plain tensors, read from safetensors shards. Only safetensors: nothing is unpickled.
+"""Loads the weights that models.layers describes from safetensors shards. Only safetensors: nothing is unpickled.
 
-Query, key and value projections are merged into one matrix, gate and up into another: one multiplication instead of
-three or two. Rows are copied shard by shard into the merged tensors, so that memory peaks at the model plus one tensor.
+Each tensor of a checkpoint has a place: the rows or columns that a rank reads of it, and where they go. Query, key and
+value projections are merged into one matrix, gate and up into another: one multiplication instead of three or two.
+Tensors are copied shard by shard, so that memory peaks at the rank's part of the model plus one tensor.
 """
 
 from __future__ import annotations
