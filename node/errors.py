@@ -6,7 +6,7 @@ BatonError
 ├── PeerLost          a worker or a transfer failed: another may do it   (HTTP 503 when none is left)
 ├── TransferFailed    the same, seen from inside a transfer
 ├── DeadlineExceeded  the request's time is up                           (HTTP 504)
-├── SettingsError     this process cannot start as it was told to
+├── SettingsError     a setting, a model folder or a port makes starting impossible
 └── InvariantBroken   a bug: crash, loudly
 
 Only the proxy's HTTP layer turns them into status codes.

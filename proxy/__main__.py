@@ -93,7 +93,7 @@ def _name_of(model: str) -> str:
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Bind before anything else starts, so that a taken port is told at once."""
+    """Bind before anything else starts, so that a taken port is reported at once."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

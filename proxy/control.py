@@ -1,7 +1,7 @@
-"""The proxy's side of the control plane: one endpoint driven by the event loop, the cluster, and the pulse.
+"""The proxy's side of the control plane: one endpoint driven by the event loop, the cluster's state, and heartbeats.
 
-It owns the sockets and the membership, brings what workers and stores say of their blocks to the feed, and hands
-messages about requests to `on_message` and losses to `on_lost`.
+It owns the socket and the membership, passes block events of workers and stores to the feed, messages about requests
+to `on_message` and losses to `on_lost`.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from baton.proxy.routing.kvfeed import KvFeed
 logger = logging.getLogger("proxy")
 
 LegMessage = Reserved | Busy | Tokens | HandedOver | Failed | Cancelled
-MANY = 256
-"""So many messages in one turn mean that there may be more."""
+FULL_BATCH = 256
+"""After a batch of this many messages there may be more."""
 
 
 class ControlSocket(Protocol):
-    """The endpoint, as the proxy uses it: node.endpoint.Endpoint, or its stand-in in the simulator."""
+    """The endpoint as the proxy uses it: `node.endpoint.Endpoint`, or the simulator's."""
 
     @property
     def identity(self) -> str: ...
@@ -63,11 +63,11 @@ class ControlSocket(Protocol):
 
 
 class ControlPlane:
-    """See the module's docstring. Lives in one event loop."""
+    """Drives the control socket from the event loop: membership, heartbeats, block events, messages about requests."""
 
     def __init__(
         self,
-        line: ControlSocket,
+        socket: ControlSocket,
         cluster: ClusterState,
         feed: KvFeed,
         on_message: Callable[[str, LegMessage], None],
@@ -76,7 +76,7 @@ class ControlPlane:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rejected = 0
-        self._line = line
+        self._socket = socket
         self._cluster = cluster
         self._feed = feed
         self._on_message = on_message
@@ -84,58 +84,58 @@ class ControlPlane:
         self._on_change = on_change
         self._clock = clock
         self._incarnation = time.time_ns() >> 10
-        self._pump_due = False
-        self._pulse: asyncio.Task[None] | None = None
+        self._receive_due = False
+        self._heartbeat_task: asyncio.Task[None] | None = None
 
     @property
     def address(self) -> str:
-        return self._line.address
+        return self._socket.address
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
-        loop.add_reader(self._line.fileno(), self._pump)
-        self._pulse = loop.create_task(self._beat())
+        loop.add_reader(self._socket.fileno(), self._receive)
+        self._heartbeat_task = loop.create_task(self._heartbeat())
 
     async def stop(self) -> None:
-        asyncio.get_running_loop().remove_reader(self._line.fileno())
-        if self._pulse is not None:
-            self._pulse.cancel()
-        self._line.close()
+        asyncio.get_running_loop().remove_reader(self._socket.fileno())
+        if self._heartbeat_task is not None:
+            self._heartbeat_task.cancel()
+        self._socket.close()
 
     def send(self, identity: str, message: Message) -> bool:
         """False if the worker cannot be reached, which also ends its membership."""
-        sent = self._line.send(identity, message)
-        self._pump_soon()  # sending may swallow the edge that tells of something to read
+        sent = self._socket.send(identity, message)
+        self._receive_soon()  # sending may consume the edge-triggered event for messages to read
         if not sent:
             self._lose(identity, "connection is gone")
         return sent
 
     # -- inside
 
-    def _pump_soon(self) -> None:
-        if not self._pump_due:
-            self._pump_due = True
-            asyncio.get_running_loop().call_soon(self._pump)
+    def _receive_soon(self) -> None:
+        if not self._receive_due:
+            self._receive_due = True
+            asyncio.get_running_loop().call_soon(self._receive)
 
-    def _pump(self) -> None:
-        self._pump_due = False
-        inbound = self._line.receive(0)
+    def _receive(self) -> None:
+        self._receive_due = False
+        inbound = self._socket.receive(0)
         now = self._clock()
         for identity, message in inbound:
             self._route(identity, message, now)
-        if len(inbound) >= MANY:
-            self._pump_soon()
+        if len(inbound) >= FULL_BATCH:
+            self._receive_soon()
 
-    async def _beat(self) -> None:
-        beaten_at = self._clock()
+    async def _heartbeat(self) -> None:
+        last_beat_at = self._clock()
         while True:
-            if self._clock() - beaten_at > DEAD_AFTER_S / 2:  # it was this process that stood still
+            if self._clock() - last_beat_at > DEAD_AFTER_S / 2:  # this process was stopped, not the workers
                 self._cluster.excuse(self._clock())
-            beaten_at = self._clock()
+            last_beat_at = self._clock()
             for identity in self._cluster.identities():
-                self.send(identity, Ping(proxy=self._line.identity, incarnation=self._incarnation))
+                self.send(identity, Ping(proxy=self._socket.identity, incarnation=self._incarnation))
             self._feed.tidy(self._clock())
-            self._pump()  # before anyone is judged by silence
+            self._receive()  # so that no worker is judged by messages that wait here
             for identity, reason in self._cluster.overdue(self._clock()):
                 self._lose(identity, reason)
             await asyncio.sleep(HEARTBEAT_S / 2)
@@ -171,10 +171,10 @@ class ControlPlane:
             role, reason = "store", self._cluster.join_store(identity, message, now)
         if reason:
             log_event(logger, "worker_refused", level=logging.WARNING, worker=identity, reason=reason)
-            self._line.send(identity, Refused(reason=reason))
+            self._socket.send(identity, Refused(reason=reason))
             return
         self._feed.join(identity)
-        self._line.send(identity, Registered(proxy=self._line.identity, incarnation=self._incarnation))
+        self._socket.send(identity, Registered(proxy=self._socket.identity, incarnation=self._incarnation))
         if not known:
             log_event(logger, "worker_joined", worker=identity, role=role)
             self._on_change()
@@ -184,11 +184,11 @@ class ControlPlane:
             self._answer(identity, self._feed.on_beat(identity, message.kv_seq, message.store, now))
             self._on_change()
         else:  # it registered with an earlier life of this proxy, or was taken for dead: it must register anew
-            self._line.send(identity, Rejoin())
+            self._socket.send(identity, Rejoin())
 
     def _answer(self, identity: str, message: Message | None) -> None:
         if message is not None:
-            self._line.send(identity, message)
+            self._socket.send(identity, message)
 
     def _lose(self, identity: str, reason: str) -> None:
         if self._cluster.lose(identity):

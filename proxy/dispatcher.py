@@ -39,7 +39,7 @@ COUNTERS = (
     "routed_local_sooner_total",
     "routed_local_always_total",
     "routed_local_no_prefill_worker_total",
-    *(f"routed_{role}_{why}_total" for role in ("prefill", "decode") for why in CHOICE_REASONS),
+    *(f"routed_{role}_{choice}_total" for role in ("prefill", "decode") for choice in CHOICE_REASONS),
     "kv_hit_predicted_tokens_total",
     "kv_hit_actual_tokens_total",
     "kv_hit_missed_tokens_total",

@@ -5,8 +5,8 @@
        └────────────────────┤ Failed, worker lost, tokens missing   (a new attempt that starts from the accepted tokens)
                             └ client gone, deadline                 (cancel both legs)
 
-A session is one coroutine; the dispatcher puts what concerns it into its inbox. It never trusts a late message: the
-ledger takes tokens of the current attempt only, and only the next ones.
+A session is one async generator; the dispatcher puts messages about its request into its inbox. It accepts nothing
+late: the ledger takes only the next tokens, and only of the current attempt.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class DeadlinePassed:
 
 @dataclass(frozen=True, slots=True)
 class ProxyStopping:
-    """The time for draining is over."""
+    """The proxy stops: the time for draining is over."""
 
 
 Event = tuple[str, LegMessage] | WorkerLost | DeadlinePassed | ProxyStopping
@@ -91,12 +91,12 @@ class SessionHost(Protocol):
     def count(self, name: str, amount: int = 1) -> None: ...
 
 
-class _TryElsewhere(Exception):
-    """This attempt is over; `blame` are workers to avoid. `counts`: it counts against the limit of attempts."""
+class _AttemptFailed(Exception):
+    """This attempt is over; `worker` is to be avoided. `counts`: it counts against the limit of attempts."""
 
-    def __init__(self, reason: str, blame: str, *, counts: bool) -> None:
+    def __init__(self, reason: str, worker: str, *, counts: bool) -> None:
         super().__init__(reason)
-        self.blame = blame
+        self.worker = worker
         self.counts = counts
 
 
@@ -111,7 +111,7 @@ class _Attempt:
     decoding: bool = False
     """Decode has sent tokens: the prefill leg does not matter any more."""
     hit_tokens: int | None = None
-    """Prompt tokens that the router expects the computing worker to have; None once that worker has told."""
+    """Prompt tokens that the router expects the computing worker to have; None once that worker has reported."""
 
     @property
     def computes(self) -> str:
@@ -160,7 +160,7 @@ class Session:
                         if delta is not None:
                             yield delta
                     return
-                except _TryElsewhere as retry:
+                except _AttemptFailed as retry:
                     failures += retry.counts
                     self._timeline.fail_attempt(str(retry), busy=not retry.counts)
                     self._host.count("retries_total" if retry.counts else "busy_total")
@@ -175,7 +175,7 @@ class Session:
                     )
                     if failures >= self._max_attempts:
                         raise PeerLost(f"gave up after {failures} attempts; the last one: {retry}") from None
-                    avoid = {retry.blame} if retry.counts else avoid | {retry.blame}
+                    avoid = {retry.worker} if retry.counts else avoid | {retry.worker}
                     pause_s = 0.0 if retry.counts else BUSY_PAUSE_S
                 finally:
                     alarm.cancel()
@@ -234,9 +234,9 @@ class Session:
 
     def _report_route(self, route: Route, attempt: _Attempt) -> None:
         self._host.count(f"routed_{route.reason}_total")
-        for role, why in (("decode", route.decode_why), ("prefill", route.prefill_why)):
-            if why:
-                self._host.count(f"routed_{role}_{why}_total")
+        for role, choice in (("decode", route.decode_reason), ("prefill", route.prefill_reason)):
+            if choice:
+                self._host.count(f"routed_{role}_{choice}_total")
         log_event(
             logger,
             "routed",
@@ -245,9 +245,9 @@ class Session:
             attempt=attempt.number,
             reason=route.reason,
             prefill=attempt.prefill,
-            prefill_why=route.prefill_why,
+            prefill_reason=route.prefill_reason,
             decode=attempt.decode,
-            decode_why=route.decode_why,
+            decode_reason=route.decode_reason,
             tokens=self._ledger.num_tokens,
             hit_tokens=route.hit_tokens,
         )
@@ -273,7 +273,7 @@ class Session:
         attempt.open.clear()
 
     def _alarm(self) -> asyncio.TimerHandle:
-        """One timer for an attempt: a timeout around each wait would be a fifth of the proxy's work for a token."""
+        """One timer an attempt: a timeout around each wait would be a fifth of the proxy's work for a token."""
         delay_s = max(0.0, self._deadline - self._clock())
         return asyncio.get_running_loop().call_later(delay_s, self._inbox.put_nowait, DeadlinePassed())
 
@@ -298,7 +298,7 @@ class Session:
                 self._settle(attempt, worker)
             case Busy():
                 self._settle(attempt, worker)
-                raise _TryElsewhere(f"{worker} is busy: {message.reason}", worker, counts=False)
+                raise _AttemptFailed(f"{worker} is busy: {message.reason}", worker, counts=False)
             case Failed() if not (worker == attempt.prefill and attempt.decoding):
                 self._settle(attempt, worker)
                 self._on_failed(worker, message)
@@ -319,7 +319,7 @@ class Session:
         try:
             ids, logprobs = self._ledger.accept(message)
         except Gap as gap:
-            raise _TryElsewhere(str(gap), worker, counts=True) from None
+            raise _AttemptFailed(str(gap), worker, counts=True) from None
         if message.finish:
             self._settle(attempt, worker)
         if not ids:
@@ -338,7 +338,7 @@ class Session:
 
     def _on_failed(self, worker: str, message: Failed) -> None:
         if message.retryable:
-            raise _TryElsewhere(f"{worker}: {message.reason}", worker, counts=True)
+            raise _AttemptFailed(f"{worker}: {message.reason}", worker, counts=True)
         if message.reason == "deadline":
             raise DeadlineExceeded("the request's deadline passed")
         raise BadRequest(message.reason)
@@ -349,7 +349,7 @@ class Session:
         self._settle(attempt, lost.worker)
         if lost.worker == attempt.prefill and attempt.decoding:
             return
-        raise _TryElsewhere(f"{lost.worker} was lost: {lost.reason}", lost.worker, counts=True)
+        raise _AttemptFailed(f"{lost.worker} was lost: {lost.reason}", lost.worker, counts=True)
 
     def _settle(self, attempt: _Attempt, worker: str) -> None:
         attempt.open.discard(worker)

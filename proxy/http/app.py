@@ -93,7 +93,7 @@ def _add_failures(app: FastAPI, metrics: ProxyMetrics) -> None:
 
     async def client_gone(_: Request, error: Exception) -> Response:
         metrics.failed["disconnected"].inc()
-        return Response(status_code=400)  # nobody reads it
+        return Response(status_code=400)  # the connection is closed
 
     app.add_exception_handler(BatonError, known)
     app.add_exception_handler(TimeoutError, known)

@@ -17,9 +17,9 @@ from baton.node.errors import BadRequest
 from baton.proxy.http.failures import Failure, failure_of
 
 BODY_TIMEOUT_S = 60.0
-"""A client that takes longer to send a body is not waited for."""
-LAST_WORD_TIMEOUT_S = 2.0
-"""For telling a failure to a client that may have stopped reading."""
+"""Longest time a client may take to send a body."""
+FAILURE_TIMEOUT_S = 2.0
+"""Longest wait for a client that may have stopped reading to take a failure."""
 _DRAINED_BYTES = 64 << 20
 """Of a body that is too large, so much is read and thrown away: most clients read the answer only after sending."""
 PROBES = frozenset({"/health", "/live", "/ready"})
@@ -65,7 +65,7 @@ async def gone(receive: Receive) -> None:
 
 
 class Reply:
-    """What goes back to one client; knows whether it has begun, as an error is told differently afterwards."""
+    """The answer to one client; knows whether it has begun, since an error is sent differently afterwards."""
 
     def __init__(self, send: Send, headers: Mapping[str, str]) -> None:
         self._send = send
@@ -83,7 +83,7 @@ class Reply:
     async def events(self, *data: bytes) -> None:
         """Server-sent events in one write; the first ones begin the answer."""
         if not self.begun:
-            # Proxies in between must pass each event on at once: nginx buffers unless told by the last header.
+            # Proxies in between must pass each event on at once: the last header stops nginx from buffering.
             kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
             await self._begin(200, {**kind, "x-accel-buffering": "no"})
         body = b"".join(b"data: " + event + b"\n\n" for event in data)
@@ -95,14 +95,14 @@ class Reply:
         await self._send({"type": "http.response.body", "body": b""})
 
     async def fail(self, failure: Failure) -> None:
-        """Tell a failure: as a status where the answer has not begun, else as the stream's last event.
+        """Send a failure: as a status where the answer has not begun, else as the stream's last event.
 
         A stream that failed has no [DONE], so that a client that ignores the error cannot take it for complete.
         """
         if not self.begun:
             await self.whole(failure.body(), status=failure.status, headers=failure.headers)
             return
-        async with asyncio.timeout(LAST_WORD_TIMEOUT_S):
+        async with asyncio.timeout(FAILURE_TIMEOUT_S):
             await self.events(failure.body())
             await self.end()
 
@@ -113,9 +113,9 @@ class Reply:
 
 
 class ApiKeyGuard:
-    """Lets through what carries one of the keys as `Authorization: Bearer KEY`; without keys, everything.
+    """Admits requests that carry one of the keys as `Authorization: Bearer KEY`; without keys, all requests.
 
-    Paths that tell nothing worth a key stay open: an orchestrator's probes, the dashboard's empty page.
+    Paths that disclose nothing stay open: an orchestrator's probes, the dashboard's empty page.
     """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: frozenset[str]) -> None:
@@ -125,14 +125,14 @@ class ApiKeyGuard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and self._digests and scope["path"] not in self._open_paths
-        if guarded and not self._knows(scope):
+        if guarded and not self._has_key(scope):
             error = BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key")
             await Reply(send, {"www-authenticate": "Bearer"}).fail(failure_of(error))
             return
         await self._app(scope, receive, send)
 
-    def _knows(self, scope: Scope) -> bool:
-        """Compares with every key and in constant time, so that the time tells nothing about any."""
+    def _has_key(self, scope: Scope) -> bool:
+        """Compares with every key in constant time, so that timing discloses nothing about any."""
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         offered = _digest(key.strip().encode("latin-1", "replace"))
         equal = [hmac.compare_digest(offered, digest) for digest in self._digests]
@@ -140,5 +140,5 @@ class ApiKeyGuard:
 
 
 def _digest(key: bytes) -> bytes:
-    """Digests have one length: comparing them does not tell that of the key."""
+    """Digests have one length: comparing them does not disclose that of the key."""
     return hashlib.sha256(key).digest()

@@ -15,7 +15,7 @@ from baton.node.errors import BadRequest, DeadlineExceeded, Overloaded, PeerLost
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What a client is told."""
+    """An error as its client sees it."""
 
     status: int
     message: str
@@ -38,7 +38,7 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """How `error` is told to the client; what it did not cause itself is told without details."""
+    """`error` as the client sees it; without details where the client did not cause it."""
     match error:
         case BadRequest():
             return Failure(error.status, str(error), "invalid_request_error", error.param, error.code)

@@ -27,7 +27,7 @@ MAX_LOGIT_BIAS = 1024
 MAX_MESSAGES = 10_000
 MAX_PROMPTS = 4096
 MAX_BRACKETS = 1 << 18
-"""Empty arrays are the dearest JSON a byte: ten million bytes of them would hold the event loop for 2 s."""
+"""Empty arrays are the most expensive JSON per byte: ten million bytes of them would block the event loop for 2 s."""
 
 IGNORED = frozenset(
     (
@@ -101,7 +101,7 @@ class SamplingRequest(_Strict):
 
 
 class _Body(SamplingRequest):
-    """What both endpoints share; names that are not declared are looked at by `_check_extra`."""
+    """What both endpoints share; undeclared names are checked by `_check_extra`."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
@@ -138,7 +138,7 @@ class TextPart(_Strict):
 
 
 class ChatMessage(BaseModel):
-    """`extra` is allowed for what an answer's own message carries when a client sends it back; see `_check_message`."""
+    """One message of a conversation. A client may send back an answer's message with its extra fields."""
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
@@ -180,7 +180,7 @@ _SHAPES = {
     "content": "must be a string or an array of text parts; images, audio and files are not supported",
     "logit_bias": f"must map at most {MAX_LOGIT_BIAS} token ids, written as strings, to numbers from -100 to 100",
 }
-"""What to say instead of pydantic's words where a value may have several shapes."""
+"""Errors in place of pydantic's for values that may have several shapes."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -254,7 +254,7 @@ def read_chat(body: bytes) -> ParsedRequest:
 def parse(model: type[Body], body: bytes) -> Body:
     """`body` as `model`; BadRequest names the first parameter that is wrong, and never repeats its value."""
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
-        raise BadRequest(f"the body is wrong: more than {MAX_BRACKETS} brackets")
+        raise BadRequest(f"invalid body: more than {MAX_BRACKETS} brackets")
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -266,7 +266,7 @@ def parse(model: type[Body], body: bytes) -> Body:
     if found["type"] == "extra_forbidden":
         path.append(str(found["loc"][-1])[:64])
     if not path:
-        raise BadRequest(f"the body is wrong: {found['msg']}")
+        raise BadRequest(f"invalid body: {found['msg']}")
     for place, name in enumerate(path):
         if name in _SHAPES and found["type"] != "missing":
             path = path[: place + 1]

@@ -1,4 +1,4 @@
-"""What engine and workers say of themselves, read when somebody scrapes.
+"""Counters and loads of the engine and its workers, read at each scrape.
 
 Counters of workers come with their heartbeats. Sums over workers never fall when one leaves; what has a worker as its
 label is there only while the worker is, so that labels stay bounded.
@@ -68,7 +68,7 @@ class EngineCollector(Collector):
         """By model and counter."""
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # names depend on the engine; said here so that registering does not collect
+        return ()  # names depend on the engine; defined so that registering does not collect
 
     def collect(self) -> Iterable[Metric]:
         workers = self._engine.worker_loads()

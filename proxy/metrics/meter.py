@@ -30,12 +30,12 @@ class GenerationMeter:
         """New tokens have arrived; a cache had `cached_tokens` of the prompt."""
         metrics, line, now = self._metrics, self._timeline, self._metrics.clock()
         if self._num_tokens:
-            metrics.itl.observe(now - line.told_at)
+            metrics.itl.observe(now - line.last_tokens_at)
         else:
             self._first_at = now
             self._cached_tokens = cached_tokens
             metrics.begun(self._info.prompt_tokens, cached_tokens)
-        line.told_at = now
+        line.last_tokens_at = now
         self._num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)
 
@@ -56,5 +56,5 @@ class GenerationMeter:
             loaded_tokens=line.loaded_tokens,
             prefix_hash=line.prefix_hash,
         )
-        self._metrics.ended(record, first_at=self._first_at, last_at=line.told_at)
+        self._metrics.ended(record, first_at=self._first_at, last_at=line.last_tokens_at)
         self._log.add(record)

@@ -43,7 +43,7 @@ class GenerationRecord:
 
     info: GenerationInfo
     outcome: str
-    """"stop" | "length" | "cancelled" | one of proxy.failures.FAILURE_KINDS."""
+    """"stop" | "length" | "cancelled" | one of FAILURE_KINDS."""
     generated_tokens: int
     cached_tokens: int
     segments: tuple[Segment, ...]

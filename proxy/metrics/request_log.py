@@ -17,7 +17,7 @@ logger = logging.getLogger("proxy")
 
 
 class Spans(Protocol):
-    """Tells a tracing system of a generation."""
+    """Exports finished generations to a tracing system."""
 
     def export(self, record: GenerationRecord) -> None: ...
 
@@ -25,7 +25,7 @@ class Spans(Protocol):
 
 
 class NoSpans:
-    """There is no tracing system."""
+    """No tracing system."""
 
     def export(self, record: GenerationRecord) -> None: ...
 
@@ -33,7 +33,7 @@ class NoSpans:
 
 
 class RequestLog:
-    """`slow_s`: a generation that took longer is logged as a warning. `keep`: so many records can be looked up."""
+    """`slow_s`: a generation that took longer is logged as a warning. `keep`: number of records to keep."""
 
     def __init__(self, *, slow_s: float = math.inf, keep: int = 0, spans: Spans | None = None) -> None:
         self._slow_s = slow_s

@@ -39,7 +39,7 @@ def otlp_spans(endpoint: str) -> OtelSpans:
 
 
 class OtelSpans:
-    """Implements proxy.journal.Spans over a provider, which it closes."""
+    """Implements `request_log.Spans` over a provider, which it closes."""
 
     def __init__(self, provider: TracerProvider) -> None:
         self._provider = provider

@@ -1,13 +1,13 @@
-"""Where the time of one generation went: a line without gaps from the first byte of its request to its end.
+"""Where the time of one generation went: a timeline without gaps from the first byte of its request to its end.
 
-The line has three segments, cut where the client was given something:
+It has three segments, cut where an answer was written to the client:
 
     first byte ── first_token ──► first answer written ── second_token ──► second one ── last_token ──► end
 
 Every moment of a segment belongs to one stage, so the stages of a segment sum to its length exactly; the length of the
 first is the TTFT. The proxy's own stages are stamps of one clock. Time with a worker is reported by the worker as
 durations of its own clock (`node.messages.Stages`); they are laid against the end of the time that passed here, and
-what they leave over is `network`. So no clock is compared between hosts, and nothing is negative.
+the rest is `network`. So no clock is compared between hosts, and nothing is negative.
 
 Knows no worker, no socket and no metric.
 """
@@ -26,7 +26,7 @@ STAGES: dict[str, str] = {
     "queue": "Waiting in the proxy for a worker with room, attempts that a worker answered with Busy included.",
     "route": "Hashing the prompt's blocks, and making the messages to the workers.",
     "retry": "Attempts that failed, from their dispatch (or their last token) to the failure.",
-    "in_flight": "With the workers, where the request ended before they told more.",
+    "in_flight": "With the workers, where the request ended before they reported more.",
     "prefill_queue": "Waiting in the worker that computes the prompt.",
     "tier_load": "Loading KV of the prompt from a tier below the worker's pool.",
     "prefill": "From the first step with a token of the prompt to the first token.",
@@ -49,10 +49,10 @@ USUAL: dict[str, tuple[str, ...]] = {
     LAST_TOKEN: ("decode", "retry"),
 }
 # fmt: on
-"""The segments of a line, and the stages that each shows even if they took no time; others only if they took some."""
+"""The segments of a timeline, with the stages that each always shows; others only where they took time."""
 _UNTIL = tuple(USUAL)
 
-_TOLD: tuple[tuple[str, str], ...] = (
+_REPORTED: tuple[tuple[str, str], ...] = (
     ("first_step", "step_s"),
     ("decode_admission", "admission_s"),
     ("transfer", "transfer_s"),
@@ -68,7 +68,7 @@ MAX_ATTEMPTS_KEPT = 8
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """One segment of a line; `stages` sum to `total_s`."""
+    """One segment of a timeline; `stages` sum to `total_s`."""
 
     until: str
     complete: bool
@@ -91,23 +91,23 @@ class Attempt:
     end: str = ""
     """Why it failed; empty while it has not."""
     handed_over: bool = False
-    """Prefill has told so."""
+    """Prefill has reported it."""
     sent_bytes: int = 0
     transfer_s: float = 0.0
     """Of the whole transfer, from its first offer on: most of it happens while later chunks are computed."""
 
 
 class Timeline:
-    """See the module's docstring. Starts in the stage `admission`."""
+    """The stages of one generation, from its first byte on. Starts in the stage `admission`."""
 
     def __init__(self, clock: Callable[[], float], started_at: float | None = None) -> None:
-        self.told_at = 0.0
-        """When the last tokens arrived; written by whoever takes them in."""
+        self.last_tokens_at = 0.0
+        """When the last tokens arrived; written by the meter."""
         self.num_attempts = 0
         self.attempts: deque[Attempt] = deque(maxlen=MAX_ATTEMPTS_KEPT)
         self.prefix_hash = b""
         self.loaded_tokens: tuple[int, ...] = ()
-        """Tokens of the prompt from tiers below a worker's pool, as the worker of the first token told."""
+        """Tokens of the prompt from tiers below a worker's pool, as reported with the first token."""
         self.ended = False
         self._clock = clock
         self._began_at = self._cursor = clock() if started_at is None else started_at
@@ -146,7 +146,7 @@ class Timeline:
     def fail_attempt(self, reason: str, *, busy: bool) -> None:
         """The attempt is over: what it took was a retry, or, if a worker was `busy`, a way of queueing."""
         if self._stage == "decode":  # what it brought the client until its last token was not lost
-            self._advance(min(max(self.told_at, self._cursor), self._clock()))
+            self._advance(min(max(self.last_tokens_at, self._cursor), self._clock()))
         self._stage = "queue" if busy else "retry"
         self._advance(self._clock())
         self.attempts[-1].end = reason
@@ -160,14 +160,14 @@ class Timeline:
             self._stage = "reply"  # there is nothing more to come from the workers
         self._cut(complete=finished and self._until == LAST_TOKEN)
 
-    # -- told by a worker, and by whoever writes answers
+    # -- reports of workers, and answers written
 
     def report(self, stages: Stages) -> None:
-        """Tokens came that tell what their leg did since it told last: the end of the time since then is theirs."""
+        """Tokens came with the stages of their leg since its last report: they end now, the rest is `network`."""
         now = self._clock()
         left_s = now - self._cursor
         self._cursor = now
-        for stage, field in _TOLD:
+        for stage, field in _REPORTED:
             took_s = min(getattr(stages, field), left_s)
             self._add(stage, took_s)
             left_s -= took_s
@@ -183,7 +183,7 @@ class Timeline:
         attempt.handed_over, attempt.sent_bytes, attempt.transfer_s = True, sent_bytes, transfer_s
 
     def shown(self) -> bool:
-        """The client was given an answer: the segment ends. False if the cuts are made, and nobody need call again."""
+        """An answer was written to the client: the segment ends. False once no further call is needed."""
         if self.ended or self._until == LAST_TOKEN:
             return False
         self._cut(complete=True)

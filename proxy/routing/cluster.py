@@ -209,7 +209,7 @@ class ClusterState:
             member.view = None
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
-        """That leg's prompt waits no longer: the next heartbeat comes too late to tell, as it does at dispatch."""
+        """That leg's prompt waits no longer: the next heartbeat would show it too late, as at dispatch."""
         member = self._member(worker)
         if member is not None and (leg := member.legs.get(request_id)) is not None:
             if leg.sent_at < member.reported_at:

@@ -1,8 +1,8 @@
-"""Keeps the index true to what holders tell, over links that lose, double and reorder: numbers, gaps, replays. Pure.
+"""Applies block events to the index, over links that lose, duplicate and reorder: numbers, gaps, replays. Pure.
 
 For each holder it knows the number of the next KvEvents. A later number, or a heartbeat that names one, is a gap: the
-holder is asked for the rest, and again after ASK_AGAIN_S. Until then the index says less than is there, or more: both
-cost a wrong guess of the router and nothing else.
+holder is asked for the rest, and again after ASK_AGAIN_S. Until then the index is wrong about that holder, which costs
+a worse choice of the router and nothing else.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from baton.proxy.routing.kvindex import KvIndex
 
 ASK_AGAIN_S = 0.5
 MADE_GRACE_S = 0.25
-"""So long after a leg's end its worker has told what it made."""
+"""This long after a leg's end, its worker's events have reported the blocks it computed."""
 SWEEP_BLOCKS = 5000
 """About two milliseconds' work."""
 
@@ -36,7 +36,7 @@ class FeedCounts:
 
     batches: int = 0
     blocks: int = 0
-    """Told of: stored, removed, or in a snapshot."""
+    """In them: stored, removed, or in a snapshot."""
     gaps: int = 0
     replays: int = 0
     """Times that a holder was asked for what is missing."""
@@ -45,7 +45,7 @@ class FeedCounts:
 
 
 class KvFeed:
-    """See the module's docstring. Every method that takes a message may return one to answer with."""
+    """Follows the events of all holders. Methods that take a message may return one to answer with."""
 
     def __init__(self, index: KvIndex) -> None:
         self.counts = FeedCounts()

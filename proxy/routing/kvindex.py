@@ -34,7 +34,7 @@ class Hit:
 
 
 class KvIndex:
-    """See the module's docstring. Holders are named by endpoint identity."""
+    """Block hash to holders, bounded. Holders are named by endpoint identity."""
 
     def __init__(self, max_blocks: int) -> None:
         self.evicted = 0
@@ -59,7 +59,7 @@ class KvIndex:
         self._reach = None
 
     def leave(self, holder: str) -> None:
-        """It is gone, and what it held with it."""
+        """It is gone, and its blocks with it."""
         self._store_of.pop(holder, None)
         self._bits.drop(holder)
         self._reach = None
@@ -102,7 +102,7 @@ class KvIndex:
             makers[worker] = makers.get(worker, 0) + 1
 
     def unexpect(self, worker: str, hashes: Iterable[bytes]) -> None:
-        """The end of one `expect`: `worker` has told of what it made, or will not make it."""
+        """The end of one `expect`: `worker` has reported what it computed, or will not compute it."""
         for block_hash in hashes:
             makers = self._coming[block_hash]
             makers[worker] -= 1
@@ -202,7 +202,7 @@ class _Bits:
 
     def __init__(self) -> None:
         self.workers = 0
-        """The gpu bits that mean somebody."""
+        """The gpu bits that are in use."""
         self.stores = 0
         """The same of the other tiers."""
         self.sweeping = 0
@@ -259,12 +259,12 @@ class _Walk:
     """
 
     def __init__(self, workers: int) -> None:
-        self._alive = [workers]  # who got past all blocks so far: one mask, or one a source
-        self._ended: list[list[tuple[int, int]]] = [[]]  # (blocks, who got exactly so far), for each of them
+        self._alive = [workers]  # workers that have all blocks so far: one mask, or one a source
+        self._ended: list[list[tuple[int, int]]] = [[]]  # (blocks, workers with exactly so many), for each of them
         self._length = 0
 
     def step(self, gpu: int, coming: int, ram: int, disk: int) -> bool:
-        """The next block is held by these workers; False if nobody gets past it."""
+        """The next block is held by these workers; False if no worker has all blocks up to it."""
         if len(self._alive) == 1 and (coming or ram or disk):
             self._alive = self._alive * 4
             self._ended = [[*self._ended[0]] for _ in range(4)]

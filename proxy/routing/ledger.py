@@ -1,4 +1,4 @@
-"""What the client of one request has been given, and the rule for what comes next: no token is lost, doubled or late.
+"""The accepted tokens of one request, and the rule for the next: none is lost, duplicated or from a late attempt.
 
 Pure. A token is accepted only if its attempt is current and its index is the next one; a message may repeat accepted
 tokens (decode repeats the first one, in case prefill's own message was lost), and they must be the same.
@@ -44,7 +44,7 @@ class Ledger:
             raise Gap(f"token {message.index} came, {len(self.accepted)} is next")
         repeated = message.ids[:known]
         if tuple(self.accepted[message.index : message.index + len(repeated)]) != repeated:
-            raise Gap(f"token {message.index} was told differently before")
+            raise Gap(f"token {message.index} differs from the one accepted before")
         new = message.ids[known:]
         if not new and not message.finish:
             return (), ()

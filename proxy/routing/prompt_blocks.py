@@ -28,7 +28,7 @@ class BlockNames:
         return -(-self.num_tokens // self.shape.block_tokens)
 
     def view(self, *, turn: int, avoid: frozenset[str], session: bytes) -> RequestView:
-        """What the router is told of them."""
+        """The request as the router sees it."""
         return RequestView(
             num_tokens=self.num_tokens,
             num_blocks=self.num_blocks,

@@ -11,12 +11,12 @@ decoding holds up the requests that it has, so the first token must come sooner 
 
     (tokens waiting + to load + to compute, at prefill) - (the same, at decode) > weight * requests * (to compute)
 
-An idle decode worker helps out as soon as somebody waits, a busy one only in a jam, and long prompts stay away from
-many answers. Requests whose prompts are on their way count too: they will be answers by then.
+An idle decode worker prefills as soon as a request waits, a busy one only when prefill is far behind, and long prompts
+stay away from workers with many answers. Requests whose prompts are on their way count as answers.
 
 A worker that holds more of the prompt than any other keeps the request unless another is cheaper by a margin: loads
-are a heartbeat old, and without it a conversation would wander, computed anew at each stop. Whoever takes it over
-becomes a holder by computing it, so a hot prefix spreads as far as its load asks for, and no further.
+are a heartbeat old, and without it a conversation would move between workers and be computed anew on each. A worker
+that takes it over becomes a holder by computing it, so a hot prefix spreads only as far as its load asks for.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dataclasses import dataclass, field, replace
 from baton.proxy.routing.kvindex import Hit
 
 WORK_WEIGHT = 2.0
-"""A token to compute delays not only this request but whoever comes after it to that worker."""
+"""A token to compute delays not only this request but also those that follow it to that worker."""
 SWITCH_GAIN = 0.25
 """The margin: this part of the holder's cost ..."""
 SWITCH_WORTH = 2.0
-"""... but at most so many times what the holder's blocks save, so that one common block leads nobody into a queue."""
+"""... but at most this many times what its blocks save, so that one common block leads no request into a queue."""
 EQUAL_PART = 0.05
 """Costs that differ by less are equal."""
 RAM_COST = 0.25
@@ -65,7 +65,7 @@ class WorkerView:
 
 @dataclass(frozen=True, slots=True)
 class RequestView:
-    """What routing needs to know of a request. `avoid`: workers that just refused or failed it."""
+    """A request as the router sees it. `avoid`: workers that just refused or failed it."""
 
     num_tokens: int
     num_blocks: int
@@ -100,11 +100,11 @@ class Route:
     decode: WorkerView
     prefill: WorkerView | None
     reason: str
-    decode_why: str = ""
-    prefill_why: str = ""
+    decode_reason: str = ""
+    prefill_reason: str = ""
     """Why this worker of the role, one of CHOICE_REASONS; "" where there was no choice to make."""
     hit_tokens: int = 0
-    """Tokens that whoever computes the prompt is expected to find in a cache."""
+    """Tokens that the worker that computes the prompt is expected to find in a cache."""
 
     @property
     def computes(self) -> WorkerView:
@@ -114,7 +114,7 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """Nobody can take the request now. `missing` names a role of which there is no worker at all."""
+    """No worker can take the request now. `missing` names a role that has no worker at all."""
 
     reason: str
     missing: str = ""
@@ -124,7 +124,7 @@ CHOICE_REASONS: Mapping[str, str] = {
     "holder": "it holds most of the prompt",
     "coming": "most of the prompt will be there: a sibling is on its way to it",
     "cheaper": "another holds more, but would take longer",
-    "no_holder": "nobody holds anything, it has the least to do",
+    "no_holder": "no worker holds any of it, and it has the least to do",
     "least_loaded": "it has the least to do",
     "turn": "it was its turn",
     "session": "the client's key leads to it",
@@ -145,18 +145,18 @@ def pick(view: Sequence[WorkerView], request: RequestView, rules: RoutingRules) 
     if not roomy:
         return Wait("all decode workers are full")
     choose = _POLICIES[rules.policy]
-    decode, decode_why = choose(roomy, request, _local_cost if must_be_local else _decode_cost)
-    local = Route(decode, None, "", decode_why, "", request.hit_tokens(decode.identity))
+    decode, decode_reason = choose(roomy, request, _local_cost if must_be_local else _decode_cost)
+    local = Route(decode, None, "", decode_reason, "", request.hit_tokens(decode.identity))
     if must_be_local:
         return replace(local, reason="local_always" if rules.local_prefill == "always" else "local_no_prefill_worker")
-    prefill, prefill_why = choose(prefills, request, _prefill_cost)
-    if reason := _why_local(decode, prefill, request, rules):
+    prefill, prefill_reason = choose(prefills, request, _prefill_cost)
+    if reason := _local_reason(decode, prefill, request, rules):
         return replace(local, reason=reason)
     hit_tokens = request.hit_tokens(prefill.identity)
-    return Route(decode, prefill, "disaggregated", decode_why, prefill_why, hit_tokens)
+    return Route(decode, prefill, "disaggregated", decode_reason, prefill_reason, hit_tokens)
 
 
-def _why_local(decode: WorkerView, prefill: WorkerView, request: RequestView, rules: RoutingRules) -> str:
+def _local_reason(decode: WorkerView, prefill: WorkerView, request: RequestView, rules: RoutingRules) -> str:
     """The reason for prefilling on the decode worker although this one could, or ""."""
     uncached = request.num_tokens - request.hit_tokens(decode.identity)
     if rules.local_prefill != "never" and uncached < rules.local_prefill_tokens:

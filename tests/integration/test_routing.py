@@ -15,7 +15,7 @@ from baton.tests.integration.cluster import Cluster
 BLOCK = 16
 QUIET_S = 0.5
 ARGS = ("--local-prefill", "never", "--log-level", "debug")
-ROUTED = re.compile(r"routed request=\S+ .*prefill=(prefill-\d)/\d+ prefill_why=(\w+) .* hit_tokens=(\d+)")
+ROUTED = re.compile(r"routed request=\S+ .*prefill=(prefill-\d)/\d+ prefill_reason=(\w+) .* hit_tokens=(\d+)")
 
 
 @dataclass

@@ -159,7 +159,7 @@ async def test_both_legs_go_out_at_once_and_tokens_come_back_once() -> None:
     assert reserve.body == prefill.body and len(reserve.body.block_hashes) == 1
     assert (reserve.prefill, prefill.decode, prefill.decode_address) == ("p0", "d0", "tcp://d0")
     assert host.sent_of(Cancel) == []  # both legs have ended by themselves
-    assert host.first_tokens == ["p0"]  # told once, of the worker that computed the prompt
+    assert host.first_tokens == ["p0"]  # reported once, of the worker that computed the prompt
 
 
 async def test_a_lost_decode_worker_in_mid_stream() -> None:
@@ -181,7 +181,7 @@ async def test_a_lost_decode_worker_in_mid_stream() -> None:
 
 
 async def test_a_lost_prefill_worker_matters_only_before_decode_streams() -> None:
-    """Guards both sides of the hand-over: after it the death of prefill is nobody's business."""
+    """Guards both sides of the hand-over: after it the death of prefill does not matter."""
 
     def script(worker: str, message: Message) -> list[Any]:
         if isinstance(message, Reserve) and message.attempt == 0:
@@ -205,7 +205,7 @@ async def test_a_lost_prefill_worker_matters_only_before_decode_streams() -> Non
 
 
 async def test_the_timeline_holds_every_attempt() -> None:
-    """Guards what an operator is told: who failed and why, whose stages count, and what prefill's leg has moved."""
+    """Guards what an operator sees: which worker failed and why, which stages count, what prefill moved."""
 
     def script(worker: str, message: Message) -> list[Any]:
         attempt = getattr(message, "attempt", 0)
@@ -215,9 +215,9 @@ async def test_the_timeline_holds_every_attempt() -> None:
         if isinstance(message, Reserve) and attempt == 1:
             return [WorkerLost(worker, "killed")]
         if isinstance(message, Prefill) and attempt == 2:
-            told = Tokens(**leg, index=0, ids=(7,), stages=Stages(queue_s=1e6))
+            first = Tokens(**leg, index=0, ids=(7,), stages=Stages(queue_s=1e6))
             moved = HandedOver(**leg, sent_bytes=64, transfer_s=0.5)
-            return [told, moved, _tokens(1, 8, attempt=2, finish="stop")]
+            return [first, moved, _tokens(1, 8, attempt=2, finish="stop")]
         return []
 
     now = iter(range(1000))
@@ -313,7 +313,7 @@ async def test_strangers_are_not_listened_to() -> None:
 
 
 async def test_the_deadline_ends_a_silent_request() -> None:
-    """Guards every wait: workers that say nothing cost no more than the deadline, and are told to stop."""
+    """Guards every wait: workers that say nothing cost no more than the deadline, and are cancelled."""
     host = ScriptedHost(lambda worker, message: [])
     with pytest.raises(DeadlineExceeded):
         await _run(host, timeout_s=0.05)
@@ -340,8 +340,8 @@ async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() 
 
     def script(worker: str, message: Message) -> list[Any]:
         if isinstance(message, Prefill):
-            told = Tokens(request_id="r", attempt=0, index=0, ids=(7,), cached_tokens=1)
-            return [told, _tokens(1, 8, finish="stop")]
+            first = Tokens(request_id="r", attempt=0, index=0, ids=(7,), cached_tokens=1)
+            return [first, _tokens(1, 8, finish="stop")]
         return []
 
     host = ScriptedHost(script)
@@ -357,7 +357,7 @@ async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() 
     assert host.computed == {"p0": True, "d0": True}
 
 
-async def test_a_decode_leg_that_ends_before_the_finish_of_prefill_is_told() -> None:
+async def test_a_decode_leg_that_ends_before_the_finish_of_prefill_is_known() -> None:
     """Guards requests that finish at their first token: whose word comes first does not matter."""
 
     def script(worker: str, message: Message) -> list[Any]:

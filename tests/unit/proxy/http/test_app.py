@@ -122,7 +122,7 @@ async def test_choices_and_prompts_run_at_once_and_keep_their_order(
 
 
 async def test_a_stop_string_cancels_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
-    """Guards against a worker that goes on generating what nobody will see, and tokens counted after the stop."""
+    """Guards against a worker that generates after the stop, and against tokens counted after it."""
     answer = (await client.post("/v1/completions", json={**COMPLETION, "stop": " a"})).json()
     assert answer["choices"][0]["text"] == "Once upon"
     assert answer["choices"][0]["finish_reason"] == "stop"
@@ -225,9 +225,9 @@ async def test_a_failure_before_the_first_token_is_a_status(
     engine.script = lambda call: [error]
     answer = await client.post("/v1/completions", json={**COMPLETION, "stream": stream})
     assert answer.status_code == status
-    told = answer.json()["error"]
-    assert set(told) == {"message", "type", "param", "code"}
-    assert (str(error) in told["message"]) == isinstance(error, BatonError) * (status != 500)
+    error_body = answer.json()["error"]
+    assert set(error_body) == {"message", "type", "param", "code"}
+    assert (str(error) in error_body["message"]) == isinstance(error, BatonError) * (status != 500)
     assert "secret" not in answer.text and "Traceback" not in answer.text
     assert answer.headers.get("retry-after") == {429: "3", 503: "1"}.get(status)
 
@@ -256,7 +256,7 @@ async def test_an_engine_that_ends_without_a_finish_is_a_failure(client: httpx.A
 async def test_the_first_failure_cancels_the_other_choices(
     client: httpx.AsyncClient, engine: FakeEngine, stream: bool
 ) -> None:
-    """Guards against siblings of a failed choice that run on for nobody."""
+    """Guards against siblings of a failed choice that run on although the request has failed."""
     others = asyncio.Event()
 
     def script(call: EngineCall) -> list[ScriptStep]:
@@ -374,7 +374,7 @@ def test_a_gate_counts_down_on_every_path() -> None:
 async def test_a_client_that_goes_away_cancels_every_generation(
     engine: FakeEngine, text: ModelText, app_settings: AppSettings, stream: bool, tokens_before: int, n: int
 ) -> None:
-    """Guards against workers that generate for nobody: while waiting, while streaming, whole answers and streams."""
+    """Guards against generating for a client that is gone: while it waits, whole answers and streams."""
     everything_runs = asyncio.Event()
 
     def script(call: EngineCall) -> list[ScriptStep]:
@@ -447,7 +447,7 @@ async def test_a_server_that_stops_cancels_what_runs(
     assert engine.running == set()
 
 
-async def test_the_router_is_told_of_the_clients_key(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+async def test_the_clients_key_reaches_the_router(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards the way of `prompt_cache_key` from the body to the engine."""
     for more in ({"prompt_cache_key": "a"}, {"prompt_cache_key": "a"}, {}):
         answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "max_tokens": 3, **more})

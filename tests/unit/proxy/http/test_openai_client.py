@@ -27,7 +27,7 @@ USER: Any = [{"role": "user", "content": "Tell me a story"}]
 
 
 class Server(uvicorn.Server):
-    """Says when it serves, so that nobody has to poll."""
+    """Sets an event when it serves, so that tests need not poll."""
 
     def __init__(self, config: uvicorn.Config) -> None:
         super().__init__(config)

@@ -92,10 +92,10 @@ class StampingEngine(FakeEngine):
         timeline.enter("queue")
         timeline.enter("route")
         timeline.dispatch("p0/1", "d0/1", b"\xab" * 32)
-        told = [Stages(queue_s=1e-9, prefill_s=1e-9), Stages(transfer_s=1e-9, step_s=1e-9)]
+        reports = [Stages(queue_s=1e-9, prefill_s=1e-9), Stages(transfer_s=1e-9, step_s=1e-9)]
         async for delta in super().generate(generation, timeline, timeout_s=timeout_s):
-            if told:
-                timeline.report(told.pop(0))
+            if reports:
+                timeline.report(reports.pop(0))
             yield delta
 
 
@@ -181,7 +181,7 @@ async def test_no_text_is_logged_or_shown(client: httpx.AsyncClient, caplog: pyt
 async def test_without_the_option_there_is_no_such_route(
     engine: FakeEngine, text: ModelText, app_settings: AppSettings
 ) -> None:
-    """Guards the default: nobody looks at others' requests where nobody asked for that."""
+    """Guards the default: requests cannot be looked up unless that is switched on."""
     app = create_app(engine, {"demo": text}, replace(app_settings, debug_requests=0))
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         answer = await client.post("/v1/completions", json=COMPLETION)

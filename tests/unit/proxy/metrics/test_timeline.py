@@ -127,7 +127,7 @@ def test_a_worker_lost_in_mid_stream_costs_from_the_last_token_on() -> None:
     line.report(DECODE)
     line.shown()
     clock.now_s += 5.0
-    line.told_at = clock.now_s
+    line.last_tokens_at = clock.now_s
     clock.now_s += 2.0
     line.fail_attempt("d0 was lost", busy=False)
     line.enter("queue")
@@ -158,7 +158,7 @@ def test_a_generation_that_fails_ends_where_it_was(shown: int) -> None:
 
 
 def test_one_token_is_all() -> None:
-    """Guards an answer that ends with its first token: nobody waits for decode, and no gap to a second one is told."""
+    """Guards an answer that ends with its first token: there is no wait for decode, and no gap to a second one."""
     clock = Clock()
     line = begun(clock)
     line.report(PREFILL)
@@ -175,16 +175,16 @@ def test_one_token_is_all() -> None:
 def test_generations_of_one_request_share_its_beginning_only() -> None:
     """Guards n > 1: admission and tokenising belong to each, nothing after does."""
     clock = Clock()
-    common, told = Timeline(clock), []
+    common, reported = Timeline(clock), []
     clock.now_s += 1.0
     common.enter("tokenise")
     clock.now_s += 2.0
-    lines = [common.fork(told.append) for _ in range(2)]
+    lines = [common.fork(reported.append) for _ in range(2)]
     for line in lines:
         clock.now_s += 1.0
         line.enter("queue")
         line.end(finished=False)
-    assert [dict(seconds(segment)) for segment in told] == [
+    assert [dict(seconds(segment)) for segment in reported] == [
         {"admission": 1.0, "tokenise": 3.0},
         {"admission": 1.0, "tokenise": 4.0},
     ]
@@ -205,7 +205,7 @@ stages = st.builds(Stages, durations, durations, durations, durations, durations
 events = st.one_of(
     st.tuples(st.just("enter"), st.sampled_from(["tokenise", "queue", "route"])),
     st.tuples(st.just("report"), stages),
-    st.tuples(st.sampled_from(["shown", "dispatch", "told"]), st.none()),
+    st.tuples(st.sampled_from(["shown", "dispatch", "reported"]), st.none()),
     st.tuples(st.just("fail"), st.booleans()),
 )
 
@@ -228,8 +228,8 @@ def test_no_order_of_events_breaks_the_sums(steps: list[tuple[float, tuple[str, 
                 line.shown()
             case "dispatch", _:
                 line.dispatch("p0", "d0", b"")
-            case "told", _:
-                line.told_at = clock.now_s
+            case "reported", _:
+                line.last_tokens_at = clock.now_s
     line.end(finished=finished)
     assert math.isclose(sum(segment.total_s for segment in line.segments), clock.now_s - 100.0, abs_tol=1e-9)
     for segment in line.segments:

@@ -1,4 +1,4 @@
-"""proxy.cluster: who is in, who is out, and how loaded a worker is between two heartbeats."""
+"""The cluster's state: which workers are members, and how loaded they are between two heartbeats."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_computed_prompt_waits_no_longer() -> None:
     cluster.prompt_computed("p/1", "gone")
 
 
-def test_a_report_that_knows_already_is_not_told_again() -> None:
+def test_work_that_a_report_includes_is_not_counted_twice() -> None:
     """Guards against prompts that leave the queue twice: a report may be read before the tokens that came with it."""
     cluster = ClusterState(60, ["m"])
     cluster.join("p/1", _register("p"), 0)
@@ -116,7 +116,7 @@ def test_a_report_that_knows_already_is_not_told_again() -> None:
     assert cluster.models["m"].view()[0].tokens == 100
 
 
-def test_unknown_heartbeats_are_told() -> None:
+def test_the_heartbeat_of_a_stranger_is_refused() -> None:
     """Guards rejoining: the proxy answers a stranger's heartbeat so that it registers."""
     assert ClusterState(60, ["m"]).beat("d/1", _beat(Load()), 0) is False
 

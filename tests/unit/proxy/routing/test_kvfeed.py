@@ -119,7 +119,7 @@ def test_what_comes_in_order_needs_no_replay() -> None:
 
 
 def test_a_proxy_that_comes_late_gets_a_snapshot() -> None:
-    """Guards a restarted proxy, and a worker's part of the state: it need not know who has heard what."""
+    """Guards a restarted proxy, and a worker's part of the state: it need not know what each proxy has received."""
     log = EventLog(keep_blocks=2, batch_blocks=2)
     for block_hash in HASHES[:5]:
         log.journal("gpu").stored(block_hash)
@@ -156,7 +156,7 @@ def test_a_snapshot_without_its_middle_is_asked_for_again() -> None:
     assert index.match(HASHES) == {NAME: Hit(gpu=3)}
 
 
-def test_nobody_is_believed_who_has_not_joined_or_has_left() -> None:
+def test_events_of_holders_that_are_not_members_are_ignored() -> None:
     """Guards the index from strangers, and from the last words of the dead."""
     feed = KvFeed(index := KvIndex(100))
     events = KvEvents(seq=1, changes=(TierChange("gpu", (HASHES[0],)),))
@@ -173,8 +173,8 @@ def test_nobody_is_believed_who_has_not_joined_or_has_left() -> None:
     assert index.match(HASHES) == {NAME: Hit(gpu=1)}
 
 
-def test_blocks_on_their_way_count_until_their_leg_has_told_of_them() -> None:
-    """Guards the burst of siblings: from dispatch to a moment after the end, and no longer, whoever dies meanwhile."""
+def test_blocks_on_their_way_count_until_their_leg_has_reported_them() -> None:
+    """Guards the burst of siblings: from dispatch to a moment after the end, also where a worker dies meanwhile."""
     feed = KvFeed(index := KvIndex(100))
     feed.join(NAME)
     feed.expect(NAME, "r1", tuple(HASHES[:2]))

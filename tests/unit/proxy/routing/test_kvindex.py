@@ -111,7 +111,7 @@ class AgainstSets(RuleBasedStateMachine):
 
     @invariant()
     def nothing_is_kept_for_ever(self) -> None:
-        """A block that nobody holds goes with its last holder's event or with a sweep."""
+        """A block without a holder goes with its last holder's event or with a sweep."""
         for _ in range(2):
             if not self.joined:
                 self.index.sweep(1000)

@@ -159,7 +159,7 @@ def _hits(request: RequestView = PROMPT, **blocks: int) -> RequestView:
 def _prefill(view: list[WorkerView], request: RequestView) -> tuple[str, str]:
     route = _route([*view, D0], request, KV)
     assert route.prefill is not None
-    return route.prefill.identity, route.prefill_why
+    return route.prefill.identity, route.prefill_reason
 
 
 def test_a_request_goes_to_the_holder_of_its_prefix() -> None:
@@ -195,7 +195,7 @@ def test_a_faster_worker_is_given_more() -> None:
 def test_decode_prefers_what_need_not_travel_while_rows_are_free() -> None:
     """Guards the decode stage: its own prefix hits count, and load counts more."""
     assert _route([P0, D0, D1], _hits(d1=60), KV).decode.identity == "d1"
-    assert _route([P0, D0, D1], _hits(d1=60), KV).decode_why == "holder"
+    assert _route([P0, D0, D1], _hits(d1=60), KV).decode_reason == "holder"
     crowded = replace(D1, requests=7)
     assert _route([P0, D0, crowded], _hits(d1=60), KV).decode.identity == "d0"
 
@@ -257,7 +257,7 @@ def test_sessions_stick_and_only_those_of_a_lost_worker_move() -> None:
 
     def home(view: list[WorkerView], key: int) -> str:
         route = _route([*view, D0], replace(PROMPT, session=key.to_bytes(16, "big")), rules)
-        assert route.prefill is not None and route.prefill_why == "session"
+        assert route.prefill is not None and route.prefill_reason == "session"
         return route.prefill.identity.partition("/")[0]
 
     view = [replace(worker, identity=f"{worker.identity}/1", tokens=7) for worker in PREFILLS]
@@ -269,7 +269,7 @@ def test_sessions_stick_and_only_those_of_a_lost_worker_move() -> None:
     assert moved == {key for key in homes if homes[key] == "p3"}
     free = replace(view[2], tokens=0)
     without = _route([view[0], free, D0], PROMPT, rules)
-    assert without.prefill == free and without.prefill_why == "least_loaded"
+    assert without.prefill == free and without.prefill_reason == "least_loaded"
 
 
 IDENTITIES = ("p0", "p1", "p2", "d0", "d1", "d2")
@@ -322,4 +322,4 @@ def test_no_policy_picks_whom_it_must_not(
             assert all(other.identity in avoid for other in ready if other.role == role)
     assert route.decode.requests == 0 or (route.decode.requests < 8 and route.decode.free_blocks >= 63)
     assert route.hit_tokens == request.hit_tokens(route.computes.identity)
-    assert {route.decode_why, route.prefill_why} <= {*CHOICE_REASONS, ""} and route.decode_why
+    assert {route.decode_reason, route.prefill_reason} <= {*CHOICE_REASONS, ""} and route.decode_reason
