@@ -16,7 +16,7 @@ from itertools import takewhile
 
 from baton.decode.launch_timer import LaunchTimer
 from baton.decode.scheduler import DecodeLimits, Item, plan
-from baton.decode.settings import DecodeSettings
+from baton.decode.settings import DecodeSettings, DecodeSizes
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, ReceiverEnded, SenderEnded
 from baton.models.batch import DeviceTime, Drawn
@@ -40,25 +40,25 @@ class DecodeRole:
 
     name = "decode"
 
-    def __init__(self, parts: Parts, settings: DecodeSettings) -> None:
+    def __init__(self, parts: Parts, sizes: DecodeSizes, spare_blocks: int) -> None:
         self.sequences: dict[LegKey, Sequence] = {}
         self.counters = DecodeCounters()
         self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
         self._parts = parts
         self._limits = DecodeLimits(
             block_tokens=parts.layout.block_tokens,
-            max_num_seqs=settings.max_num_seqs,
-            max_num_batched_tokens=settings.max_num_batched_tokens,
-            max_chunk_tokens=settings.max_chunk_tokens,
+            max_num_seqs=sizes.worker.max_num_seqs,
+            max_num_batched_tokens=sizes.worker.max_num_batched_tokens,
+            max_chunk_tokens=sizes.max_chunk_tokens,
         )
-        self._spare_blocks = settings.spare_blocks
+        self._spare_blocks = spare_blocks
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
-        self._free_slots = list(range(settings.max_num_seqs))
+        self._free_slots = list(range(sizes.worker.max_num_seqs))
         self._timer = LaunchTimer()
         self._prompt_is_next = False  # the next plan has a prompt that is new, or the rest of one
-        self._speed = PromptSpeed(settings.max_num_batched_tokens)
+        self._speed = PromptSpeed(sizes.worker.max_num_batched_tokens)
 
     @property
     def launch_at(self) -> float:
@@ -344,9 +344,10 @@ class DecodeRole:
         )
 
 
-def decode_loop(parts: Parts, settings: DecodeSettings) -> Loop:
-    """The loop of a decode worker."""
-    return Loop(parts, DecodeRole(parts, settings), max_waiting=settings.max_waiting, drain_s=settings.drain_s)
+def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
+    """The loop of a decode worker on "cpu" or "cuda"."""
+    role = DecodeRole(parts, settings.sizes(device), settings.spare_blocks)
+    return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
 
 
 def _grow(sequence: Sequence, num_tokens: int) -> bool:

@@ -1,27 +1,34 @@
-"""The settings of a decode worker."""
+"""The settings of a decode worker, and the sizes that follow from them on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from baton.node.settings import option
-from baton.worker.settings import WorkerSettings
+from baton.worker.settings import WorkerSettings, WorkerSizes
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeSizes:
+    """Sizes of a decode worker on its device: as given, else the device's defaults."""
+
+    worker: WorkerSizes
+    max_chunk_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DecodeSettings(WorkerSettings):
-    max_chunk_tokens: int = option(
-        0,
+    max_chunk_tokens: int | None = option(
+        None,
         unit="tokens",
-        help="longest chunk of a prompt that is computed here, beside decoding; 0: 128, on a GPU 2048",
-        minimum=0,
+        help="longest chunk of a prompt that is computed here, beside decoding; default 128, on a GPU 2048",
+        minimum=1,
     )
     spare_blocks: int = option(
         4, unit="blocks", help="blocks that a reservation must leave free for running sequences to grow", minimum=0
     )
 
-    def sizes_of(self, device: str) -> Mapping[str, Any]:
-        sizes = WorkerSettings.sizes_of(self, device)
-        return {**sizes, "max_chunk_tokens": 128 if device == "cpu" else 2048}
+    def sizes(self, device: str) -> DecodeSizes:
+        """The sizes on "cpu" or "cuda"."""
+        default = 128 if device == "cpu" else 2048
+        return DecodeSizes(self.worker_sizes(device), self.max_chunk_tokens or default)

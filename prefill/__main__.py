@@ -12,7 +12,7 @@ from baton.worker.main import serve
 
 def main() -> int:
     settings = parse(PrefillSettings, sys.argv[1:], prog="baton prefill", description="A prefill worker of Baton.")
-    return serve("prefill", settings, prefill_loop)
+    return serve("prefill", settings, lambda parts, device: prefill_loop(parts, settings, device))
 
 
 if __name__ == "__main__":

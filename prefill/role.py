@@ -15,7 +15,7 @@ from baton.node.counters import WorkerCounters
 from baton.node.leg import LegKey
 from baton.node.messages.control import Busy, Cancel, Cancelled, Failed, HandedOver, Prefill, Reserve
 from baton.prefill.scheduler import QueuedPrompt, plan, service_order
-from baton.prefill.settings import PrefillSettings
+from baton.prefill.settings import PrefillSettings, PrefillSizes
 from baton.worker.in_flight import InFlightStep, InFlightSteps, StepPart
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
@@ -43,15 +43,16 @@ class PrefillRole:
     name = "prefill"
     launch_at = 0.0
 
-    def __init__(self, parts: Parts, settings: PrefillSettings) -> None:
+    def __init__(self, parts: Parts, sizes: PrefillSizes, policy: str) -> None:
         self.sequences: dict[LegKey, Sequence] = {}
         self.counters = WorkerCounters()
         self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
         self._parts = parts
-        self._settings = settings
+        self._sizes = sizes
+        self._policy = policy
         self._block_tokens = parts.layout.block_tokens
         self._sending: dict[LegKey, _Sending] = {}
-        self._speed = PromptSpeed(settings.max_num_batched_tokens)
+        self._speed = PromptSpeed(sizes.worker.max_num_batched_tokens)
         self._computing_since = 0.0
 
     @property
@@ -139,16 +140,16 @@ class PrefillRole:
 
     def _plan(self) -> list[tuple[Sequence, int]]:
         """Start waiting prompts, in order, as far as blocks last; then fill the budget from those not loading."""
-        now, settings, prefixes = self._parts.clock(), self._settings, self._parts.prefixes
+        now, sizes, prefixes = self._parts.clock(), self._sizes, self._parts.prefixes
         sequences = list(self.sequences.values())
         queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, now - s.times.received_at) for s in sequences]
-        order = service_order(queue, settings.policy)
+        order = service_order(queue, self._policy)
         started: list[int] = []
         coming: set[bytes] = set()  # blocks that the started ones will make
         num_siblings = 0
         for index in order:
             sequence = sequences[index]
-            if max(len(started), num_siblings) == settings.max_num_seqs:
+            if max(len(started), num_siblings) == sizes.worker.max_num_seqs:
                 break
             if not sequence.table.blocks:
                 if self._first_missing(sequence) in coming:
@@ -162,9 +163,7 @@ class PrefillRole:
             coming.update(sequence.table.names(sequence.num_tokens)[sequence.num_computed // self._block_tokens :])
         ready = [index for index in started if not prefixes.loading(sequences[index].leg)]
         queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, 0.0) for s in sequences]
-        chunks = plan(
-            queue, ready, settings.max_num_batched_tokens, settings.max_chunk_tokens, settings.full_step_tokens
-        )
+        chunks = plan(queue, ready, sizes.worker.max_num_batched_tokens, sizes.max_chunk_tokens, sizes.full_step_tokens)
         return [(sequences[chunk.prompt], chunk.length) for chunk in chunks]
 
     def _first_missing(self, sequence: Sequence) -> bytes:
@@ -279,9 +278,10 @@ class PrefillRole:
         )
 
 
-def prefill_loop(parts: Parts, settings: PrefillSettings) -> Loop:
-    """The loop of a prefill worker."""
-    return Loop(parts, PrefillRole(parts, settings), max_waiting=settings.max_waiting, drain_s=settings.drain_s)
+def prefill_loop(parts: Parts, settings: PrefillSettings, device: str) -> Loop:
+    """The loop of a prefill worker on "cpu" or "cuda"."""
+    role = PrefillRole(parts, settings.sizes(device), settings.policy)
+    return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
 
 
 def _wanted(sequence: Sequence) -> tuple[bytes, ...]:

@@ -1,40 +1,47 @@
-"""The settings of a prefill worker."""
+"""The settings of a prefill worker, and the sizes that follow from them on a device."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 from baton.node.settings import option
-from baton.worker.settings import WorkerSettings
+from baton.worker.settings import CPU_SIZES, CUDA_SIZES, WorkerSettings, WorkerSizes
 
 GPU_CHUNK_TOKENS = 4096
+"""KV of a chunk moves while the next is computed: of a longer prompt only the last chunk's is waited for."""
 FULL_STEP_TOKENS = 1024
-"""A step of so many computes as many tokens a second as a longer one, but for 2 % (docs/benchmarks/steps.md)."""
+"""A step of this many tokens computes as many a second as a longer one, but for 2 % (docs/benchmarks/steps.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillSizes:
+    """Sizes of a prefill worker on its device: as given, else the device's defaults."""
+
+    worker: WorkerSizes
+    max_chunk_tokens: int
+    full_step_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillSettings(WorkerSettings):
     policy: str = option("fcfs", choices=("fcfs", "sjf"), help="order of prompts: arrival, or shortest first, aging")
-    max_chunk_tokens: int = option(
-        0, unit="tokens", help="longest chunk of one prompt in a step; 0: 512, on a GPU 4096", minimum=0
+    max_chunk_tokens: int | None = option(
+        None, unit="tokens", help="longest chunk of one prompt in a step; default 512, on a GPU 4096", minimum=1
     )
-    full_step_tokens: int = option(
-        0,
+    full_step_tokens: int | None = option(
+        None,
         unit="tokens",
-        help="so far other prompts join the first one in a step: more only keep it waiting; 0: 512, on a GPU 1024",
-        minimum=0,
+        help="stop adding prompts to a step beyond this many tokens; default 512, on a GPU 1024",
+        minimum=1,
     )
 
-    def sizes_of(self, device: str) -> Mapping[str, Any]:
-        sizes = WorkerSettings.sizes_of(self, device)
-        if device == "cpu":
-            return {**sizes, "max_chunk_tokens": 512, "full_step_tokens": 512}
-        # KV of a chunk moves while the next is computed: of a longer prompt only the last one's is waited for.
-        return {
-            **sizes,
-            "max_chunk_tokens": GPU_CHUNK_TOKENS,
-            "max_num_batched_tokens": GPU_CHUNK_TOKENS,
-            "full_step_tokens": FULL_STEP_TOKENS,
-        }
+    def worker_sizes(self, device: str) -> WorkerSizes:
+        on_gpu = replace(CUDA_SIZES, max_num_batched_tokens=GPU_CHUNK_TOKENS)
+        return self.resolved(CPU_SIZES if device == "cpu" else on_gpu)
+
+    def sizes(self, device: str) -> PrefillSizes:
+        """The sizes on "cpu" or "cuda"."""
+        chunk_tokens, full_tokens = (512, 512) if device == "cpu" else (GPU_CHUNK_TOKENS, FULL_STEP_TOKENS)
+        return PrefillSizes(
+            self.worker_sizes(device), self.max_chunk_tokens or chunk_tokens, self.full_step_tokens or full_tokens
+        )

@@ -452,6 +452,7 @@ def _loop(parts: Parts, role: Role, profile: Profile, policy: str) -> Loop:
                 full_step_tokens=FULL_STEP_TOKENS,
                 policy=policy,
             ),
+            "cuda",
         )
     return decode_loop(
         parts,
@@ -460,4 +461,5 @@ def _loop(parts: Parts, role: Role, profile: Profile, policy: str) -> Loop:
             max_num_batched_tokens=profile.decode_budget_tokens,
             max_chunk_tokens=profile.decode_chunk_tokens,
         ),
+        "cuda",
     )

@@ -40,9 +40,21 @@ def main() -> int:
     step_s = float(seconds)
     if role == "prefill":
         prefill = parse(PrefillSettings, arguments, prog="paced prefill", description="For tests.")
-        return serve("prefill", prefill, lambda parts, s: PacedLoop(parts, PrefillRole(parts, s), s, step_s))
+        return serve(
+            "prefill",
+            prefill,
+            lambda parts, device: PacedLoop(
+                parts, PrefillRole(parts, prefill.sizes(device), prefill.policy), prefill, step_s
+            ),
+        )
     decode = parse(DecodeSettings, arguments, prog="paced decode", description="For tests.")
-    return serve("decode", decode, lambda parts, s: PacedLoop(parts, DecodeRole(parts, s), s, step_s))
+    return serve(
+        "decode",
+        decode,
+        lambda parts, device: PacedLoop(
+            parts, DecodeRole(parts, decode.sizes(device), decode.spare_blocks), decode, step_s
+        ),
+    )
 
 
 if __name__ == "__main__":

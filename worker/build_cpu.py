@@ -28,7 +28,7 @@ from baton.node.messages.base import Role
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.parts import NO_CHECKSUMS, Runner, StepChecksums
-from baton.worker.settings import WorkerSettings
+from baton.worker.settings import WorkerSettings, WorkerSizes
 
 logger = logging.getLogger("worker")
 
@@ -66,13 +66,13 @@ class LoadedModel:
     """Checksums of what prefill computes, without waiting for what it computes next."""
 
 
-def load_model(settings: WorkerSettings, device: str, role: Role, folder: Path) -> LoadedModel:
+def load_model(settings: WorkerSettings, sizes: WorkerSizes, device: str, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what cannot run, or does not fit."""
     if device == "cpu":
-        return _load_on_cpu(settings, folder)
+        return _load_on_cpu(settings, sizes, folder)
     from baton.worker.build_cuda import load_on_cuda
 
-    return load_on_cuda(settings, role, folder)
+    return load_on_cuda(settings, sizes, role, folder)
 
 
 def choose_device(device: str) -> str:
@@ -94,23 +94,26 @@ def layout_of(config: ModelConfig, kv_dtype: torch.dtype, block_tokens: int) -> 
     )
 
 
-def pool_blocks(settings: WorkerSettings, layout: KVLayout) -> int:
+def pool_blocks(num_blocks: int | None, kv_memory_gib: float, layout: KVLayout) -> int:
     """The size of the pool that the settings ask for."""
-    num_blocks = settings.num_blocks or int(settings.kv_memory_gib * (1 << 30)) // layout.block_bytes
+    if num_blocks is None:
+        num_blocks = int(kv_memory_gib * (1 << 30)) // layout.block_bytes
     if num_blocks < 2:
         raise SettingsError(
-            f"--kv-memory-gib {settings.kv_memory_gib}: a block of {layout.block_tokens} tokens takes "
+            f"--kv-memory-gib {kv_memory_gib}: a block of {layout.block_tokens} tokens takes "
             f"{layout.block_bytes} bytes, so the pool would have {num_blocks} blocks"
         )
     return num_blocks
 
 
-def longest_known(settings: WorkerSettings, config: ModelConfig) -> int:
+def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
     """The longest sequence that the model knows, or the setting if that is shorter."""
     known = config.max_model_len
-    if settings.max_model_len > known:
-        raise SettingsError(f"--max-model-len {settings.max_model_len}: the model's positions end at {known}")
-    return settings.max_model_len or known
+    if max_model_len is None:
+        return known
+    if max_model_len > known:
+        raise SettingsError(f"--max-model-len {max_model_len}: the model's positions end at {known}")
+    return max_model_len
 
 
 def checked_planes(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:
@@ -133,17 +136,17 @@ def progress_log(event: str, thing: str) -> Callable[[int, int], None]:
     return on_progress
 
 
-def _load_on_cpu(settings: WorkerSettings, folder: Path) -> LoadedModel:
+def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> LoadedModel:
     runner = ModelRunner.load(
         folder,
         dtype=settings.dtype,
         load_format=settings.load_format,
         on_progress=progress_log("loading_weights", "tensors"),
     )
-    layout = layout_of(runner.config, runner.kv_dtype, settings.block_tokens)
-    longest = longest_known(settings, runner.config)
-    names = checked_planes(settings.plane, ("shm", "zmq"))
-    pool = BlockPool(layout, pool_blocks(settings, layout))
+    layout = layout_of(runner.config, runner.kv_dtype, sizes.block_tokens)
+    longest = longest_known(settings.max_model_len, runner.config)
+    names = checked_planes(sizes.plane, ("shm", "zmq"))
+    pool = BlockPool(layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))
     runner.bind_pool(pool.tensor)
     host = settings.bind.rpartition(":")[0].removeprefix("tcp://")
 

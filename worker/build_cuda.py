@@ -33,7 +33,7 @@ from baton.worker.build_cpu import (
     progress_log,
 )
 from baton.worker.parts import NO_CHECKSUMS, StepChecksums
-from baton.worker.settings import WorkerSettings
+from baton.worker.settings import WorkerSettings, WorkerSizes
 
 logger = logging.getLogger("worker")
 
@@ -42,20 +42,20 @@ SOON_S = 0.0002
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load_on_cuda(settings: WorkerSettings, role: Role, folder: Path) -> LoadedModel:
+def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
-    names = checked_planes(settings.plane, ("cuda_ipc", "nccl"))
+    names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
     index = settings.gpu
     if index >= torch.cuda.device_count():
         raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     torch.cuda.set_device(index)
     config = ModelConfig.from_folder(folder)
-    longest = longest_known(settings, config)
+    longest = longest_known(settings.max_model_len, config)
     try:
-        runner = _load(settings, folder, config, index, longest)
-        layout = layout_of(config, runner.kv_dtype, settings.block_tokens)
+        runner = _load(settings, sizes, folder, config, longest)
+        layout = layout_of(config, runner.kv_dtype, sizes.block_tokens)
         layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes))
-        pool = DevicePool(layout, _pool_blocks(settings, layout, index), index)
+        pool = DevicePool(layout, _pool_blocks(settings, sizes, layout), index)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
         began_at = time.monotonic()
         runner.bind_pool(pool.tensor, max_model_len, progress_log("capturing_graphs", "graphs"))
@@ -79,42 +79,41 @@ def load_on_cuda(settings: WorkerSettings, role: Role, folder: Path) -> LoadedMo
         make_planes,
         copies,
         SOON_S,
-        _checksums(settings, role, runner, pool),
+        _checksums(sizes, role, runner, pool),
     )
 
 
-def _load(settings: WorkerSettings, folder: Path, config: ModelConfig, index: int, longest: int) -> CudaRunner:
+def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int) -> CudaRunner:
     began_at = time.monotonic()
     weights = load_weights(
         config,
         folder,
         DTYPES[settings.dtype],
-        f"cuda:{index}",
+        f"cuda:{settings.gpu}",
         settings.load_format,
         progress_log("loading_weights", "tensors"),
         pack=False,
     )
     log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1))
-    limits = StepLimits(
-        settings.max_num_seqs, settings.max_num_batched_tokens, settings.run_ahead, settings.deterministic
-    )
-    return CudaRunner(config, weights, CudaQueue(index), limits, longest)
+    limits = StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
+    return CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest)
 
 
-def _checksums(settings: WorkerSettings, role: Role, runner: CudaRunner, pool: DevicePool) -> StepChecksums:
+def _checksums(sizes: WorkerSizes, role: Role, runner: CudaRunner, pool: DevicePool) -> StepChecksums:
     """For a worker that offers what it computes: room for all blocks of the steps in flight."""
     if role != "prefill":
         return NO_CHECKSUMS
-    most = settings.max_num_batched_tokens // pool.layout.block_tokens + 2 * settings.max_num_seqs  # parts at both ends
+    most = sizes.max_num_batched_tokens // pool.layout.block_tokens + 2 * sizes.max_num_seqs  # parts at both ends
     queue = runner.queue
     return SumsBehind(pool.memory.data, most, runner.run_ahead + 1, queue.enqueue, queue.mark)
 
 
-def _pool_blocks(settings: WorkerSettings, layout: KVLayout, index: int) -> int:
+def _pool_blocks(settings: WorkerSettings, sizes: WorkerSizes, layout: KVLayout) -> int:
     """The size that the settings ask for, or what the worker's share of the GPU leaves; logs both."""
+    index = settings.gpu
     free_bytes, total_bytes = torch.cuda.mem_get_info(index)
-    if settings.num_blocks or settings.kv_memory_gib:
-        num_blocks = pool_blocks(settings, layout)
+    if settings.num_blocks is not None or sizes.kv_memory_gib is not None:
+        num_blocks = pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout)
     else:
         memory = GpuMemory(total_bytes, free_bytes, torch.cuda.memory_reserved(index))
         num_blocks = plan_blocks(memory, settings.gpu_memory_utilization, layout.block_bytes)

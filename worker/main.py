@@ -6,7 +6,6 @@ import logging
 import signal
 import sys
 from collections.abc import Callable
-from typing import TypeVar
 
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
@@ -24,21 +23,19 @@ SWITCH_S = 0.0002
 """How long a thread waits for the interpreter before it asks for it. The loop launches a GPU's kernels for milliseconds
 without a pause, while messages and transfers, of other threads, are short."""
 
-S = TypeVar("S", bound=WorkerSettings)
 
-
-def serve(role: Role, given: S, make_loop: Callable[[Parts, S], Loop]) -> int:
-    """Run one worker to its end; returns the exit status: 0 drained, 1 could not start or was refused."""
-    configure_logging(given.log_level, given.worker_id or role)
+def serve(role: Role, settings: WorkerSettings, make_loop: Callable[[Parts, str], Loop]) -> int:
+    """Run one worker to its end; `make_loop` gets its parts and device. Returns the exit status: 0 drained, 1 could not
+    start or was refused."""
+    configure_logging(settings.log_level, settings.worker_id or role)
     sys.setswitchinterval(SWITCH_S)
     try:
-        device = choose_device(given.device)
-        settings = given.for_device(device)
+        device = choose_device(settings.device)
         worker = start(settings, device, role)
     except SettingsError as error:
         return _print_error(role, error)
     try:
-        loop = make_loop(worker.parts, settings)
+        loop = make_loop(worker.parts, device)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: loop.drain())
         freeze_startup_objects()

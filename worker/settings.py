@@ -1,31 +1,45 @@
-"""The settings that both kinds of worker have. A role adds its own by extending the dataclass.
+"""The settings that both kinds of worker have, and the sizes that follow from them on a device.
 
-Sizes that are left at 0 depend on the device: `for_device` gives the settings with those filled in.
+A role adds its own settings by extending the dataclass. Sizes that are not given depend on the device: `worker_sizes`
+returns them resolved, as a value of its own.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import Any, Self
+from dataclasses import dataclass, fields, replace
 
 from baton.node.settings import option
 
-CPU_SIZES: Mapping[str, Any] = {
-    "plane": ("shm", "zmq"),
-    "block_tokens": 16,
-    "kv_memory_gib": 0.5,
-    "max_num_seqs": 64,
-    "max_num_batched_tokens": 512,
-    "chunk_mib": 4.0,
-}
-CUDA_SIZES: Mapping[str, Any] = {
-    "plane": ("cuda_ipc", "nccl"),
-    "block_tokens": 64,
-    "max_num_seqs": 256,
-    "max_num_batched_tokens": 8192,
-    "chunk_mib": 64.0,
-}
+
+@dataclass(frozen=True, slots=True)
+class WorkerSizes:
+    """Sizes of a worker on its device: as given, else the device's defaults."""
+
+    plane: tuple[str, ...]
+    block_tokens: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    chunk_mib: float
+    kv_memory_gib: float | None
+    """None: what the worker's share of the device leaves."""
+
+
+CPU_SIZES = WorkerSizes(
+    plane=("shm", "zmq"),
+    block_tokens=16,
+    max_num_seqs=64,
+    max_num_batched_tokens=512,
+    chunk_mib=4.0,
+    kv_memory_gib=0.5,
+)
+CUDA_SIZES = WorkerSizes(
+    plane=("cuda_ipc", "nccl"),
+    block_tokens=64,
+    max_num_seqs=256,
+    max_num_batched_tokens=8192,
+    chunk_mib=64.0,
+    kv_memory_gib=None,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,9 +64,11 @@ class WorkerSettings:
         metavar="{shm,zmq,cuda_ipc,nccl}",
         help="data planes to offer, best first; default: shm zmq, on a GPU cuda_ipc nccl",
     )
-    block_tokens: int = option(0, unit="tokens", help="size of a KV block; 0: 16, on a GPU 64", minimum=0, maximum=1024)
-    kv_memory_gib: float = option(
-        0.0, unit="GiB", help="size of the KV pool; 0: 0.5, on a GPU from --gpu-memory-utilization", minimum=0
+    block_tokens: int | None = option(
+        None, unit="tokens", help="size of a KV block; default 16, on a GPU 64", minimum=1, maximum=1024
+    )
+    kv_memory_gib: float | None = option(
+        None, unit="GiB", help="size of the KV pool; default 0.5, on a GPU from --gpu-memory-utilization", minimum=0
     )
     gpu_memory_utilization: float = option(
         0.9,
@@ -60,23 +76,31 @@ class WorkerSettings:
         minimum=0.01,
         maximum=0.99,
     )
-    num_blocks: int = option(0, unit="blocks", help="size of the KV pool; 0: from --kv-memory-gib", minimum=0)
-    max_model_len: int = option(0, unit="tokens", help="longest sequence; 0: what the model's config says", minimum=0)
-    max_num_seqs: int = option(
-        0, unit="sequences", help="most requests in work at once; 0: 64, on a GPU 256", minimum=0, maximum=4096
+    num_blocks: int | None = option(
+        None, unit="blocks", help="size of the KV pool; default: from --kv-memory-gib", minimum=1
     )
-    max_num_batched_tokens: int = option(
-        0,
+    max_model_len: int | None = option(
+        None, unit="tokens", help="longest sequence; default: what the model's config says", minimum=1
+    )
+    max_num_seqs: int | None = option(
+        None,
+        unit="sequences",
+        help="most requests in work at once; default 64, on a GPU 256",
+        minimum=1,
+        maximum=4096,
+    )
+    max_num_batched_tokens: int | None = option(
+        None,
         unit="tokens",
-        help="token budget of a step; 0: 512, on a GPU 8192, to prefill 4096",
-        minimum=0,
+        help="token budget of a step; default 512, on a GPU 8192, to prefill 4096",
+        minimum=1,
         maximum=1 << 20,
     )
     max_waiting: int = option(1024, unit="requests", help="most requests queued in this worker", minimum=1)
-    chunk_mib: float = option(
-        0.0,
+    chunk_mib: float | None = option(
+        None,
         unit="MiB",
-        help="most KV bytes in one transfer message, four times as many over cuda_ipc; 0: 4, on a GPU 64",
+        help="most KV bytes in one transfer message, four times as many over cuda_ipc; default 4, on a GPU 64",
         minimum=0,
         maximum=1024,
     )
@@ -86,7 +110,9 @@ class WorkerSettings:
     deterministic: bool = option(
         False, help="on a GPU: tokens that do not depend on what else is in a step, a little slower"
     )
-    threads: int = option(0, unit="threads", help="CPU threads of the model; 0: torch's default", minimum=0)
+    threads: int | None = option(
+        None, unit="threads", help="CPU threads of the model; default: as torch chooses", minimum=1
+    )
     store: str = option("", metavar="ADDRESS", help="address of the host's KV store; not given: none is used")
     store_loads: str = option(
         "measured",
@@ -96,10 +122,11 @@ class WorkerSettings:
     drain_s: float = option(30.0, unit="s", help="time that running requests get to end after SIGTERM", minimum=0)
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")
 
-    def sizes_of(self, device: str) -> Mapping[str, Any]:
-        """What is meant where a setting is left to the device, "cpu" or "cuda"."""
-        return CPU_SIZES if device == "cpu" else CUDA_SIZES
+    def worker_sizes(self, device: str) -> WorkerSizes:
+        """The sizes on "cpu" or "cuda"."""
+        return self.resolved(CPU_SIZES if device == "cpu" else CUDA_SIZES)
 
-    def for_device(self, device: str) -> Self:
-        """These settings, with what was left to the device filled in."""
-        return replace(self, **{name: size for name, size in self.sizes_of(device).items() if not getattr(self, name)})
+    def resolved(self, defaults: WorkerSizes) -> WorkerSizes:
+        """`defaults` with what is given."""
+        given = {each.name: getattr(self, each.name) for each in fields(defaults)}
+        return replace(defaults, **{name: value for name, value in given.items() if value not in (None, ())})

@@ -62,10 +62,10 @@ class StartedWorker:
 def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     """Load the model, make the pool and join the proxies; raises SettingsError where that cannot be."""
     require_loopback(settings.bind, settings.insecure_network)
-    if settings.threads:
+    if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    folder = locate_model(settings.model)
-    model = load_model(settings, device, role, folder)
+    folder, sizes = locate_model(settings.model), settings.worker_sizes(device)
+    model = load_model(settings, sizes, device, role, folder)
     layout, num_blocks = model.layout, model.pool.num_blocks
     namespace = namespace_of(folder, settings.load_format, device, layout, model.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
@@ -80,14 +80,14 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         namespace=namespace,
         block_tokens=layout.block_tokens,
         total_blocks=num_blocks,
-        max_num_seqs=settings.max_num_seqs,
+        max_num_seqs=sizes.max_num_seqs,
         max_model_len=model.max_model_len,
         address=endpoint.address,
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
     for link, address in links.items():
         endpoint.connect(link, address)
-    chunk_blocks = max(1, int(settings.chunk_mib * (1 << 20)) // layout.block_bytes)
+    chunk_blocks = max(1, int(sizes.chunk_mib * (1 << 20)) // layout.block_bytes)
     exchange = TransferExchange(
         endpoint.identity,
         namespace,

@@ -35,7 +35,8 @@ def start_once(shape: str, compiling: str) -> None:
     """In a process of its own, which exits at once: what is timed ends here."""
     configure_logging("info", f"{shape} compiling={compiling}")
     with nullcontext() if compiling == AHEAD else patch.object(CudaQueue, "rehearse"):
-        load_on_cuda(DecodeSettings(load_format="dummy").for_device("cuda"), "decode", SHAPES / shape)
+        settings = DecodeSettings(load_format="dummy")
+        load_on_cuda(settings, settings.worker_sizes("cuda"), "decode", SHAPES / shape)
     torch.cuda.synchronize()
     print(READY, torch.cuda.get_device_name(), flush=True)
     os._exit(0)

@@ -28,9 +28,9 @@ def test_too_little_memory_is_told_before_a_worker_begins(options, reason):
     free, total = torch.cuda.mem_get_info(0)
     hold_bytes = int(options.pop("taken", 0.0) * total) - (total - free)
     held = torch.empty(max(0, hold_bytes), dtype=torch.uint8, device="cuda:0")
-    settings = DecodeSettings(**options).for_device("cuda")
+    settings = DecodeSettings(**options)
     with pytest.raises(SettingsError, match=reason):
-        load_model(settings, "cuda", "decode", locate_model("demo"))
+        load_model(settings, settings.worker_sizes("cuda"), "cuda", "decode", locate_model("demo"))
     del held
     torch.cuda.empty_cache()
     assert torch.zeros(1 << 20, device="cuda:0").sum().item() == 0.0

@@ -80,7 +80,7 @@ class Bench:
         self.store: Any = NO_STORE
         if world is not None:
             self.store = InlineStore(world, f"d{len(world.workers)}", num_blocks, self.io.inbox.put)
-        options = DecodeSettings(spare_blocks=0, **settings).for_device("cpu")
+        options = DecodeSettings(spare_blocks=0, **settings)
         self.parts = parts_of(
             CountingRunner(self._pass),
             self.io,
@@ -90,7 +90,7 @@ class Bench:
             store=self.store,
             always_load=options.store_loads == "always",
         )
-        self.role = DecodeRole(self.parts, options)
+        self.role = DecodeRole(self.parts, options.sizes("cpu"), options.spare_blocks)
         self.loop = Loop(self.parts, self.role, max_waiting=options.max_waiting, drain_s=options.drain_s)
 
     def _pass(self) -> None:

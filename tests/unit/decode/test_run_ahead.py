@@ -96,9 +96,9 @@ class Bench:
 
     def __init__(self, run_ahead: int, num_blocks: int, **options: Any) -> None:
         self.io, self.runner, self.manager = RecordingIo(), LateRunner(run_ahead), BlockManager(num_blocks)
-        settings = DecodeSettings(spare_blocks=0, **options).for_device("cpu")
+        settings = DecodeSettings(spare_blocks=0, **options)
         self.parts = parts_of(self.runner, self.io, self.manager, time.monotonic, max_model_len=MAX_MODEL_LEN)
-        self.role = DecodeRole(self.parts, settings)
+        self.role = DecodeRole(self.parts, settings.sizes("cpu"), settings.spare_blocks)
         self.loop = Loop(self.parts, self.role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
         self.prompts: dict[str, tuple[list[int], int]] = {}
 

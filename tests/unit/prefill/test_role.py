@@ -78,7 +78,7 @@ class Bench:
         if world is not None:
             self.store = InlineStore(world, f"p{len(world.workers)}", num_blocks, self.io.inbox.put)
         self.checksums = RecordingChecksums()
-        options = PrefillSettings(**settings).for_device("cpu")
+        options = PrefillSettings(**settings)
         self.parts = parts_of(
             self.runner,
             self.io,
@@ -89,7 +89,7 @@ class Bench:
             always_load=options.store_loads == "always",
             checksums=self.checksums,
         )
-        self.role = PrefillRole(self.parts, options)
+        self.role = PrefillRole(self.parts, options.sizes("cpu"), options.policy)
         self.loop = Loop(self.parts, self.role, max_waiting=options.max_waiting, drain_s=options.drain_s)
 
     def _pass(self) -> None:

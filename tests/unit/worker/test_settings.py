@@ -1,24 +1,46 @@
-"""Sizes that are left to the device, and those that are not."""
+"""Sizes that follow from the device, and those that are given."""
 
 from __future__ import annotations
 
 import pytest
 
 from baton.decode.settings import DecodeSettings
+from baton.node.settings import parse
 from baton.prefill.settings import PrefillSettings
 
 
 @pytest.mark.parametrize("kind", [DecodeSettings, PrefillSettings])
-def test_what_is_left_to_the_device_is_filled_in(kind):
-    """Guards against a loop that runs with a size of 0, and against a device that overrules its user."""
-    cpu, gpu = kind().for_device("cpu"), kind().for_device("cuda")
-    assert (cpu.block_tokens, gpu.block_tokens) == (16, 64)
-    assert (cpu.plane[0], gpu.plane[0]) == ("shm", "cuda_ipc")
-    for settings in (cpu, gpu):
-        sizes = (settings.max_num_seqs, settings.max_num_batched_tokens, settings.max_chunk_tokens, settings.chunk_mib)
-        assert all(size > 0 for size in sizes)
-    assert cpu.kv_memory_gib == 0.5 and gpu.kv_memory_gib == 0.0, "on a GPU the pool is planned from what is free"
-    chosen = kind(block_tokens=32, max_chunk_tokens=7, plane=("zmq",))
-    for device in ("cpu", "cuda"):
-        filled = chosen.for_device(device)
-        assert (filled.block_tokens, filled.max_chunk_tokens, filled.plane) == (32, 7, ("zmq",))
+def test_sizes_that_are_not_given_are_the_devices(kind: type[DecodeSettings | PrefillSettings]) -> None:
+    """Guards against a loop that runs without a size."""
+    cpu, gpu = kind().sizes("cpu"), kind().sizes("cuda")
+    assert (cpu.worker.block_tokens, gpu.worker.block_tokens) == (16, 64)
+    assert (cpu.worker.plane[0], gpu.worker.plane[0]) == ("shm", "cuda_ipc")
+    for sizes in (cpu, gpu):
+        worker = sizes.worker
+        assert min(worker.max_num_seqs, worker.max_num_batched_tokens, worker.chunk_mib, sizes.max_chunk_tokens) > 0
+    assert cpu.worker.kv_memory_gib == 0.5
+    assert gpu.worker.kv_memory_gib is None, "on a GPU the pool is planned from what is free"
+
+
+@pytest.mark.parametrize("kind", [DecodeSettings, PrefillSettings])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_given_sizes_are_kept(kind: type[DecodeSettings | PrefillSettings], device: str) -> None:
+    """Guards against a device that overrules its user."""
+    sizes = kind(block_tokens=32, max_chunk_tokens=7, plane=("zmq",), max_num_batched_tokens=9).sizes(device)
+    assert (sizes.worker.block_tokens, sizes.max_chunk_tokens, sizes.worker.plane) == (32, 7, ("zmq",))
+    assert sizes.worker.max_num_batched_tokens == 9
+
+
+def test_a_prefill_step_on_a_gpu_is_a_chunk() -> None:
+    """Guards hand-over: KV of a chunk moves while the next is computed, so a step is no longer than a chunk."""
+    sizes = PrefillSettings().sizes("cuda")
+    assert sizes.worker.max_num_batched_tokens == sizes.max_chunk_tokens == 4096
+    assert DecodeSettings().sizes("cuda").worker.max_num_batched_tokens == 8192
+
+
+@pytest.mark.parametrize("option", ["--block-tokens", "--max-num-seqs", "--num-blocks", "--max-model-len", "--threads"])
+def test_a_size_of_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a number with a meaning of its own: what is left to the device is not given."""
+    with pytest.raises(SystemExit):
+        parse(DecodeSettings, [option, "0"], prog="baton decode", description="")
+    assert f"{option}:" in capsys.readouterr().err

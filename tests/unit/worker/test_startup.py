@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from baton.decode.settings import DecodeSettings
+from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.node.errors import SettingsError
-from baton.worker.build_cpu import layout_of, longest_known
-from baton.worker.settings import WorkerSettings
-from baton.worker.startup import namespace_of
+from baton.node.messages.control import SamplingParams
+from baton.node.modelhub import locate_model
+from baton.worker.build_cpu import checked_planes, choose_device, layout_of, load_model, longest_known, pool_blocks
+from baton.worker.main import serve
+from baton.worker.startup import namespace_of, start
 
 SHAPE = {
     "architectures": ["Qwen2ForCausalLM"],
@@ -54,10 +60,10 @@ def folder_of(path: Path, **fields: object) -> Path:
 def test_longest_sequence_counts_the_rope_scaling(tmp_path, fields, longest):
     """Guards against a worker that refuses the length which YaRN gives a model, or takes one that rope does not."""
     config = ModelConfig.from_folder(folder_of(tmp_path, **fields))
-    assert longest_known(WorkerSettings(), config) == longest
-    assert longest_known(WorkerSettings(max_model_len=longest), config) == longest
+    assert longest_known(None, config) == longest
+    assert longest_known(longest, config) == longest
     with pytest.raises(SettingsError, match=str(longest)):
-        longest_known(WorkerSettings(max_model_len=longest + 1), config)
+        longest_known(longest + 1, config)
 
 
 def dummy_namespace(folder: Path, device: str = "cpu") -> bytes:
@@ -73,3 +79,89 @@ def test_dummy_models_of_one_layout_do_not_share_kv(tmp_path):
     assert dummy_namespace(plain) == dummy_namespace(plain)
     assert dummy_namespace(plain) != dummy_namespace(wider)
     assert dummy_namespace(plain) != dummy_namespace(plain, "cuda"), "a GPU draws other numbers"
+
+
+# ---- pool, planes, device
+
+
+def test_the_pool_is_as_large_as_asked_for(tmp_path):
+    """Guards the two ways to say it, and a pool in which no sequence could grow."""
+    layout = layout_of(ModelConfig.from_folder(folder_of(tmp_path)), torch.float32, 16)
+    assert pool_blocks(7, 0.5, layout) == 7
+    assert pool_blocks(None, 0.5, layout) == (1 << 29) // layout.block_bytes
+    with pytest.raises(SettingsError, match="would have 0 blocks"):
+        pool_blocks(None, 0.0, layout)
+    with pytest.raises(SettingsError, match="would have 1 blocks"):
+        pool_blocks(1, 0.5, layout)
+
+
+def test_planes_are_those_of_the_device():
+    """Guards against a worker that joins with a plane which it cannot use, and against another order."""
+    assert checked_planes(["zmq", "shm"], ["shm", "zmq"]) == ("zmq", "shm")
+    with pytest.raises(SettingsError, match="--plane nccl: there are shm, zmq"):
+        checked_planes(["shm", "nccl"], ["shm", "zmq"])
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    """Guards against a traceback of torch where the machine has no GPU."""
+    assert choose_device("cpu") == "cpu"
+    if torch.cuda.is_available():
+        assert choose_device("auto") == choose_device("cuda") == "cuda"
+        return
+    assert choose_device("auto") == "cpu"
+    with pytest.raises(SettingsError, match="no CUDA device"):
+        choose_device("cuda")
+
+
+def test_a_model_is_bound_to_its_pool():
+    """Guards the first step: the runner writes into the pool that the planes read, and no sequence outgrows it."""
+    settings = DecodeSettings(num_blocks=4, block_tokens=8)
+    model = load_model(settings, settings.worker_sizes("cpu"), "cpu", "decode", locate_model("demo"))
+    assert (model.pool.num_blocks, model.layout.block_tokens, model.max_model_len) == (4, 8, 32)
+    before = model.pool.digests([[2]])
+    draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), [1, 2, 3], 3, 0)
+    (drawn,) = model.runner.launch([Row([1, 2, 3], 0, [2], draw)]).read()
+    assert drawn is not None and 0 <= drawn.token_ids[0] < model.config.vocab_size
+    assert model.pool.digests([[2]]) != before
+    model.pool.close()
+
+
+# ---- start and end
+
+
+def test_a_started_worker_has_its_parts_and_ends():
+    """Guards start-up without a proxy: it waits for one, and leaves no thread behind."""
+    settings = DecodeSettings(num_blocks=4, proxy=("tcp://127.0.0.1:9",))
+    worker = start(settings, "cpu", "decode")
+    try:
+        parts = worker.parts
+        assert (parts.manager.num_blocks, parts.layout.block_tokens, parts.max_model_len) == (4, 16, 64)
+        assert parts.prefixes.counters == () and parts.io.receive(0.0) == []
+    finally:
+        worker.close()
+    assert not worker.io._thread.is_alive()
+
+
+@pytest.fixture
+def process_settings():
+    """Puts back what `serve` sets for its process."""
+    interval, handlers = sys.getswitchinterval(), logging.root.handlers[:]
+    yield
+    sys.setswitchinterval(interval)
+    logging.root.handlers[:] = handlers
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"bind": "tcp://0.0.0.0:0"}, "refusing to bind"),
+        ({"plane": ("nccl",)}, "--plane nccl"),
+        ({"num_blocks": 1}, "would have 1 blocks"),
+    ],
+)
+@pytest.mark.usefixtures("process_settings")
+def test_a_worker_that_cannot_start_says_so_in_a_line(options, reason, capsys):
+    """Guards the launcher's log: status 1 and one line, no traceback."""
+    assert serve("decode", DecodeSettings(device="cpu", **options), lambda parts, device: pytest.fail("started")) == 1
+    error = capsys.readouterr().err.strip().splitlines()
+    assert error[-1].startswith("decode: ") and reason in error[-1]

@@ -129,12 +129,12 @@ class Bench:
 
 def make_prefill(parts: Parts) -> Loop:
     options = PrefillSettings(max_chunk_tokens=5, max_num_seqs=3, max_waiting=6, drain_s=0.0)
-    return prefill_loop(parts, options.for_device("cpu"))
+    return prefill_loop(parts, options, "cpu")
 
 
 def make_decode(parts: Parts) -> Loop:
     options = DecodeSettings(max_chunk_tokens=5, max_num_seqs=3, max_waiting=6, spare_blocks=0, drain_s=0.0)
-    return decode_loop(parts, options.for_device("cpu"))
+    return decode_loop(parts, options, "cpu")
 
 
 ACTION = st.one_of(
