@@ -110,7 +110,7 @@ class Bench:
         for _ in range(400):
             for transfer in list(self.transfers()):
                 self.loop._on(self.end_transfer(transfer, good=not shut_down))
-            if not self.turn() and self.loop.idle and self.io.inbox.empty():
+            if not self.turn() and self.loop.idle and self.io.inbox.empty() and not list(self.transfers()):
                 break
         self.loop.check()
         assert self.loop.idle and self.manager.num_available == self.manager.num_blocks
