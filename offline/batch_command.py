@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import fields
 from itertools import chain
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from tqdm import tqdm
 from baton.launch.local import ServeSettings
 from baton.node.errors import SettingsError
 from baton.node.modelhub import DEMO_MODEL
-from baton.node.settings import option, parse
+from baton.node.settings import parse
 from baton.offline.batch import (
     BatchCounts,
     BatchOutput,
@@ -29,24 +29,9 @@ from baton.offline.batch import (
 )
 from baton.offline.client import run_bounded
 from baton.offline.connection import ServerConnection
+from baton.offline.settings import BatchSettings
 
 SHORT_OPTIONS = {"-i": "--input", "-o": "--output"}
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class BatchSettings:
-    """What `baton batch` can be given."""
-
-    input: Path = option(metavar="FILE", help="requests, one a line, in OpenAI's batch format (-i)")
-    output: Path = option(metavar="FILE", help="answers, one a line; those that it holds are not asked again (-o)")
-    model: str = option("", metavar="FOLDER_OR_HUB_ID", help="model to serve; default: the demo model", positional=True)
-    base_url: str = option("", metavar="URL", help="a running server to use instead, with the model of this name")
-    api_key: str = option("", help="key of that server", env="BATON_API_KEY")
-    serve_arg: tuple[str, ...] = option(
-        (), metavar="ARGUMENT", help="option of the server that is started, as in --serve-arg=--decode=2"
-    )
-    max_in_flight: int | None = option(None, help="most requests at once; default: by the workers", minimum=1)
-    request_timeout_s: float = option(3600.0, unit="s", help="time limit of one request", minimum=1, maximum=86400)
 
 
 def main(argv: Sequence[str]) -> int:

@@ -217,10 +217,10 @@ def test_the_program_on_the_page_runs(tmp_path: Path) -> None:
 def test_the_batch_on_the_page_runs(tmp_path: Path) -> None:
     lines, shape = blocks("json")
     (tmp_path / "in.jsonl").write_text(lines)
-    (command,) = blocks("bash")
-    program, *arguments = shlex.split(command)
+    (line,) = blocks("bash")
+    program, *arguments = shlex.split(line)
     assert program == "baton"
-    command = [sys.executable, "-P", "-m", "baton.cli", *arguments]
+    command = [sys.executable, "-P", "-m", "baton", *arguments]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert done.stdout == "baton batch: 2 answered, 0 failed, 0 skipped\n"
