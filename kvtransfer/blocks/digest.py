@@ -126,7 +126,7 @@ class BlockDigests:
 
 
 class Waitable(Protocol):
-    """models.cuda.queue.Mark, as it is used here."""
+    """A place in a stream of device work: models.cuda.queue.QueueMark, as it is used here."""
 
     def wait(self) -> None: ...
 

@@ -44,7 +44,7 @@ def test_tables_fit_their_shapes(table):
 
 def test_the_invariant_table_has_one_split_a_weight():
     """Guards against a row whose sum is split otherwise in a larger batch."""
-    splits: dict[linear_policy.Shape, set[int]] = {}
+    splits: dict[linear_policy.ProductShape, set[int]] = {}
     for entries in INVARIANT.values():
         for shape, tiles in entries.items():
             splits.setdefault(shape, set()).add(tiles.splits)
@@ -52,7 +52,7 @@ def test_the_invariant_table_has_one_split_a_weight():
 
 
 def test_unknown_shapes_are_left_to_cublas():
-    assert linear_policy.fastest(1, linear_policy.Shape(100, 100)) is None
+    assert linear_policy.fastest(1, linear_policy.ProductShape(100, 100)) is None
     assert linear_policy.fastest(300, linear_policy.O_8B) is None
     assert linear_policy.fastest(17, linear_policy.O_8B) is FASTEST[32][linear_policy.O_8B]
     assert linear_policy.invariant(1, linear_policy.O_8B) is INVARIANT[16][linear_policy.O_8B]
