@@ -114,7 +114,7 @@ def test_a_lost_role_fails_its_requests() -> None:
 def test_one_seed_is_one_run_whatever_hashes_are() -> None:
     """Guards determinism: sets and dictionaries are ordered differently in the two processes."""
     code = (
-        "from dataclasses import replace; from tests.unit.simulator import test_simulation as t; "
+        "from dataclasses import replace; from baton.tests.unit.simulator import test_simulation as t; "
         "s = replace(t._scenario(2, 3, policy='kv-aware'), losses=(t.Loss(1.1, 'd1'),)); "
         "print(t._fingerprint(t.simulate(s, t.LOAD)))"
     )

@@ -34,11 +34,11 @@ def test_every_changed_bit_and_every_swap_shows() -> None:
     data = blocks(2)
     digests = BlockDigests(data)
     before = digests.digest([1])
-    for position in range(0, WORDS * 8, 11):
-        for bit in range(8):
-            data[1, position % UNITS, position] ^= 1 << bit
-            assert digests.digest([1]) != before
-            data[1, position % UNITS, position] ^= 1 << bit
+    for place in range(0, UNITS * WORDS * 8, 13):  # each bit of a byte, in each unit
+        unit, position = divmod(place, WORDS * 8)
+        data[1, unit, position] ^= 1 << place % 8
+        assert digests.digest([1]) != before
+        data[1, unit, position] ^= 1 << place % 8
     words = data[1, 2].view(torch.int64)
     words[[2, 30]] = words[[30, 2]]
     assert digests.digest([1]) != before
