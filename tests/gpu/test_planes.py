@@ -28,7 +28,7 @@ pytestmark = [
     pytest.mark.timeout(90),
 ]
 ROOT = Path(__file__).parents[2]
-_spec = importlib.util.spec_from_file_location("gpu_contract", ROOT / "tests/unit/kvtransfer/test_planes.py")
+_spec = importlib.util.spec_from_file_location("gpu_contract", ROOT / "tests/unit/kvtransfer/planes/test_planes.py")
 assert _spec is not None and _spec.loader is not None
 contract = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = contract

@@ -252,7 +252,7 @@ def test_a_damaged_block_ends_the_run_and_goes() -> None:
     rig.host.arena.span(entry.offset + 12345, 1)[0] ^= 1
     assert rig.load(20, list(range(20))).num_blocks == 7
     rig.until(lambda: rig.host.server.index.find(entry.key) is None)
-    assert rig.session.counters.damaged_blocks == 1 and rig.host.server.index.evictions["damaged"] == 1
+    assert rig.session.counters.store_damaged_blocks == 1 and rig.host.server.index.evictions["damaged"] == 1
     rig.close()
 
 
