@@ -145,7 +145,7 @@ def held(tier: RecordTier) -> set[int]:
 def child(code: str, *arguments: object) -> subprocess.Popen[str]:
     """Runs `code` in a process of its own, after the imports of these checks."""
     head = "import sys\nfrom pathlib import Path\nfrom baton.tests.unit.kvtransfer.store.disk.tier_checks import *\n"
-    command = [sys.executable, "-c", head + textwrap.dedent(code), *map(str, arguments)]
+    command = [sys.executable, "-P", "-c", head + textwrap.dedent(code), *map(str, arguments)]
     return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
 
