@@ -25,7 +25,7 @@ from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.failures import Failure, failure_of, kind_of
 from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
-from baton.proxy.http.service import RequestLimit, ServedModel, Service
+from baton.proxy.http.service import ModelEntry, RequestLimit, Service
 from baton.proxy.interface import AppSettings, Engine, Generation
 from baton.proxy.metrics.dashboard import add_dashboard
 from baton.proxy.metrics.metrics import ProxyMetrics
@@ -54,7 +54,7 @@ def create_app(
     It closes them and `spans` when it shuts down, and leaves `engine` to its owner.
     """
     metrics = ProxyMetrics(engine, tuple(texts))
-    models = {name: ServedModel(name, text, metrics.of(name)) for name, text in texts.items()}
+    models = {name: ModelEntry(name, text, metrics.of(name)) for name, text in texts.items()}
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
     service = Service(engine, models, settings, metrics, log, RequestLimit(settings.max_requests))
 
@@ -167,7 +167,7 @@ async def _two_tokens(service: Service) -> int:
 def _add_models(app: FastAPI, service: Service) -> None:
     created = int(time.time())
 
-    def shown(model: ServedModel) -> dict[str, object]:
+    def shown(model: ModelEntry) -> dict[str, object]:
         named = {"id": model.name, "object": "model", "created": created, "owned_by": "baton"}
         return {**named, "max_model_len": service.engine.max_model_len(model.name)}
 
@@ -186,7 +186,7 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
             body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
         return parse(kind, body)
 
-    def model_of(name: str | None) -> ServedModel:
+    def model_of(name: str | None) -> ModelEntry:
         return service.models.get(name or "", service.default_model)
 
     @app.post("/tokenize")

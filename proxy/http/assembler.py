@@ -5,32 +5,12 @@ Knows no engine and no HTTP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from baton.node.messages.control import Logprob
-from baton.proxy.http.events import Content, Event, Finish, PromptIds, TokenLogprob, TokenUsage
+from baton.proxy.http.events import ChoiceEnd, Content, Event, PromptIds, TokenLogprob, TokenUsage
+from baton.proxy.http.schema import IdRule, StopRule
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.text.model_text import ModelText
 from baton.proxy.text.stop import StopMatcher
-
-
-@dataclass(frozen=True, slots=True)
-class StopRule:
-    """The client's stop strings."""
-
-    strings: tuple[str, ...]
-    include: bool
-    """Keep the string, or token, that stopped the text in it."""
-
-
-@dataclass(frozen=True, slots=True)
-class IdRule:
-    """Where the client wants token ids."""
-
-    show: bool
-    """Those of prompt and answer, beside the text."""
-    logprobs_by_id: bool
-    """Tokens of log probabilities named by id: texts of two tokens may be equal."""
 
 
 class Assembler:
@@ -80,7 +60,7 @@ class Assembler:
         if self.finish:
             stop_reason = matched or (self._stop_token(delta) if self.finish == "stop" else None)
             usage = TokenUsage(len(self._generation.prompt_ids), self.num_tokens, delta.cached_tokens)
-            events += (Finish(self.finish, stop_reason), usage)
+            events += (ChoiceEnd(self.finish, stop_reason), usage)
         return events
 
     def _match(self, text: str) -> tuple[str, str]:

@@ -21,13 +21,13 @@ from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingParams
 from baton.node.telemetry import log_event
 from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
-from baton.proxy.http.assembler import Assembler, IdRule, StopRule
+from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.prepare import Choice, choices_of
 from baton.proxy.http.responder import Responder
 from baton.proxy.http.schema import ParsedRequest
-from baton.proxy.http.service import ServedModel, Service
+from baton.proxy.http.service import ModelEntry, Service
 from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.timeline import Timeline
@@ -131,8 +131,8 @@ class GenerateEndpoint:
                 id=request.id,
                 created=int(time.time()),
                 model=parsed.model,
-                logprobs=parsed.logprobs,
-                token_ids=parsed.token_ids,
+                logprobs=parsed.top_logprobs is not None,
+                token_ids=parsed.ids.show,
                 include_usage=parsed.include_usage,
             )
             responder = Responder(
@@ -151,15 +151,14 @@ class GenerateEndpoint:
         self,
         request: HttpRequest,
         parsed: ParsedRequest,
-        model: ServedModel,
+        model: ModelEntry,
         choice: Choice,
         timeline: Timeline,
         responder: Responder,
     ) -> None:
         """One choice, from the engine's tokens to the responder; a stop string cancels it at the engine."""
         service, generation = self._service, choice.generation
-        stop, ids = StopRule(parsed.stop, parsed.include_stop), IdRule(parsed.token_ids, parsed.logprobs_by_id)
-        assembler = Assembler(generation, choice.echo, model.text, stop, ids)
+        assembler = Assembler(generation, choice.echo, model.text, parsed.stop, parsed.ids)
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
         meter = GenerationMeter(model.metrics, service.log, info, timeline)
         outcome = CANCELLED

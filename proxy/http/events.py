@@ -37,7 +37,7 @@ class Content(msgspec.Struct, frozen=True):
     """Empty where the client did not ask for them."""
 
 
-class Finish(msgspec.Struct, frozen=True):
+class ChoiceEnd(msgspec.Struct, frozen=True):
     """The choice is complete."""
 
     reason: str
@@ -47,14 +47,14 @@ class Finish(msgspec.Struct, frozen=True):
 
 
 class TokenUsage(msgspec.Struct, frozen=True):
-    """What a choice took; follows its Finish, as the last event."""
+    """What a choice took; follows its ChoiceEnd, as the last event."""
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
 
 
-Event = PromptIds | Content | Finish | TokenUsage
+Event = PromptIds | Content | ChoiceEnd | TokenUsage
 
 
 class ChoiceText(msgspec.Struct, frozen=True):
@@ -84,7 +84,7 @@ def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
             texts.append(event.text)
             logprobs.extend(event.logprobs)
             token_ids.extend(event.token_ids)
-        elif type(event) is Finish:
+        elif type(event) is ChoiceEnd:
             finish, stop_reason = event.reason, event.stop_reason
         elif type(event) is PromptIds:
             prompt_ids = event.token_ids

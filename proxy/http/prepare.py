@@ -118,8 +118,8 @@ def _sampling(request: ParsedRequest, text: ModelText, max_tokens: int) -> Sampl
         "max_tokens": max_tokens,
         "logit_bias": tuple(sorted((int(token), bias) for token, bias in (asked.logit_bias or {}).items())),
         "stop_token_ids": tuple(sorted({*(() if asked.ignore_eos else text.eos_ids), *(asked.stop_token_ids or ())})),
-        "logprobs": request.logprobs,
-        "top_logprobs": request.top_logprobs,
+        "logprobs": request.top_logprobs is not None,
+        "top_logprobs": request.top_logprobs or 0,
     }
     return SamplingParams(**{**dataclasses.asdict(text.defaults), **given, **converted})
 

@@ -183,6 +183,25 @@ _SHAPES = {
 """Errors in place of pydantic's for values that may have several shapes."""
 
 
+@dataclass(frozen=True, slots=True)
+class StopRule:
+    """The client's stop strings."""
+
+    strings: tuple[str, ...]
+    include: bool
+    """Keep the string, or token, that stopped the text in it."""
+
+
+@dataclass(frozen=True, slots=True)
+class IdRule:
+    """Where the client wants token ids."""
+
+    show: bool
+    """The answer has the token ids of prompt and choices (`return_token_ids`)."""
+    logprobs_by_id: bool
+    """Tokens of log probabilities are written as "token_id:5" instead of text (`return_tokens_as_token_ids`)."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
     """One request, checked as far as it can be without the model: prompts are still text, or ids of any size."""
@@ -195,16 +214,12 @@ class ParsedRequest:
     add_special_tokens: bool = False
     sampling: SamplingRequest
     max_tokens: int | None
-    logprobs: bool
-    top_logprobs: int
+    top_logprobs: int | None
+    """Alternatives beside each token's log probability; None: no log probabilities."""
     n: int
-    stop: tuple[str, ...]
-    include_stop: bool
+    stop: StopRule
     echo: bool = False
-    token_ids: bool
-    """The answer has the token ids of prompt and choices (`return_token_ids`)."""
-    logprobs_by_id: bool
-    """Tokens of log probabilities are written as "token_id:5" instead of text (`return_tokens_as_token_ids`)."""
+    ids: IdRule
     stream: bool
     include_usage: bool
     priority: int
@@ -229,8 +244,7 @@ def read_completion(body: bytes) -> ParsedRequest:
         **_shared(request, request.max_tokens),
         prompts=_prompts(request.prompt),
         add_special_tokens=request.add_special_tokens is not False,
-        logprobs=request.logprobs is not None,
-        top_logprobs=request.logprobs or 0,
+        top_logprobs=request.logprobs,
         echo=bool(request.echo),
     )
 
@@ -246,8 +260,7 @@ def read_chat(body: bytes) -> ParsedRequest:
     return ParsedRequest(
         **_shared(request, request.max_completion_tokens or request.max_tokens),
         messages=tuple(_message(index, message) for index, message in enumerate(request.messages)),
-        logprobs=bool(request.logprobs),
-        top_logprobs=request.top_logprobs or 0,
+        top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 
 
@@ -287,10 +300,11 @@ def _shared(request: _Body, max_tokens: int | None) -> dict[str, Any]:
         ),
         "max_tokens": max_tokens,
         "n": request.n or 1,
-        "stop": (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
-        "include_stop": bool(request.include_stop_str_in_output),
-        "token_ids": bool(request.return_token_ids),
-        "logprobs_by_id": bool(request.return_tokens_as_token_ids),
+        "stop": StopRule(
+            (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
+            bool(request.include_stop_str_in_output),
+        ),
+        "ids": IdRule(bool(request.return_token_ids), bool(request.return_tokens_as_token_ids)),
         "stream": bool(request.stream),
         "include_usage": bool(request.stream_options and request.stream_options.include_usage),
         "priority": request.priority or 0,

@@ -29,7 +29,7 @@ class RequestLimit:
 
 
 @dataclass(frozen=True, slots=True)
-class ServedModel:
+class ModelEntry:
     """All that the HTTP side has of one model."""
 
     name: str
@@ -42,18 +42,18 @@ class Service:
     """The engine, the models by name and what is measured."""
 
     engine: Engine
-    models: Mapping[str, ServedModel]
+    models: Mapping[str, ModelEntry]
     settings: AppSettings
     metrics: ProxyMetrics
     log: RequestLog
     limit: RequestLimit
 
     @property
-    def default_model(self) -> ServedModel:
+    def default_model(self) -> ModelEntry:
         """The first one, for what names no model."""
         return next(iter(self.models.values()))
 
-    def model(self, name: str) -> ServedModel:
+    def model(self, name: str) -> ModelEntry:
         """Raises BadRequest (404) unless `name` is served."""
         found = self.models.get(name)
         if found is None:

@@ -1,4 +1,4 @@
-"""proxy.dispatch: admission in turn, a bounded queue, clear errors while there are no workers. No socket answers."""
+"""The dispatcher: admission in turn, a bounded queue, clear errors while there are no workers. No socket answers."""
 
 from __future__ import annotations
 
