@@ -173,7 +173,9 @@ def _workers(workers: list[WorkerStatus]) -> Iterable[Metric]:
             gauge.add_metric((worker.worker, worker.role), getattr(worker.load, name))
         yield gauge
     counting = [worker for worker in workers if worker.role != "store"]
-    reports: _Reports = {(each.worker, each.role): each.load.counters for each in counting}
+    reports: _Reports = {
+        (each.worker, each.role): {"steps": each.load.steps, **each.load.counters} for each in counting
+    }
     yield from _reported("baton:worker_", reports, WORKER_COUNTERS, _WORKER)
 
 
