@@ -1,11 +1,11 @@
-"""When the next step is launched behind the one under way: as late as the device allows. Pure.
+"""When the next step is launched behind the one in flight: as late as the device allows. Pure.
 
-    ──┬── step under way ───────────────┬── the next
+    ──┬── step in flight ───────────────┬── the next
       began          launch_at ├─ margin ┤ expected end: the shortest of the last steps of decoding alone
 
 A sequence that arrives before `launch_at` is in the next step; had that been launched at once, it would have waited for
 one more. The margin is half as much again as launches took the host lately, and the time to wake up. Steps with parts
-of prompts are longer, launched kernel by kernel, and tell nothing of the others: behind one of them the next is
+of prompts are longer, launched kernel by kernel, and say nothing of the others: behind one of them the next is
 launched early, and they themselves are launched at once.
 """
 

@@ -2,7 +2,7 @@
 
 A field's name is its metric's name: `preemptions` is counted under this name, sent under it, and shown by the proxy as
 `baton:worker_preemptions_total`. Time is in `_seconds`, sizes in `_bytes`; the exposition format appends `_total` to
-what only grows. Nothing here knows who counts.
+what only grows.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """A worker's membership of the cluster: register with every proxy, beat, notice silence, leave. No sockets, no clock.
 
-A worker registers with all proxies it was told of and repeats until it is answered. It beats four times a second from
+A worker registers with all proxies that it is given and repeats until it is answered. It beats four times a second from
 then on. A proxy that has been silent for the session lease is lost: its requests are dropped, and the worker registers
 anew, since the proxy may have been restarted (a Ping of a new incarnation, or a Rejoin, says the same at once).
 """

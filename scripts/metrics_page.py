@@ -44,8 +44,8 @@ TIMELINE = """
 
 Each generation has a timeline in three parts: from the first byte of its request to the first answer written (the
 TTFT), from there to the second answer, from there to the end. The stages of a part sum to it. The proxy's own stages
-are stamps of its clock; workers tell theirs as durations, which are laid against the end of the time that passed in the
-proxy, and `network` is what they leave. No clock is compared between hosts, and no stage is negative. For an answer
+are stamps of its clock; workers report theirs as durations, which are laid against the end of the time that passed in
+the proxy, and `network` is what they leave. No clock is compared between hosts, and no stage is negative. For an answer
 that is not streamed, a token counts as shown when the proxy has it.
 
 | stage | what it is | until first token | until second token | until the end |

@@ -1,7 +1,7 @@
 """The whole system on a simulated clock: plan for a thousand GPUs on one core.
 
 What decides is the real code: the proxy's dispatcher, sessions, router and cluster view, the loops and schedulers of
-the workers, their block managers, the carrier, its membership, and the transfer protocol, message by message. What
+the workers, their block managers, the I/O thread, its membership, and the transfer protocol, message by message. What
 takes time is arithmetic: a latency model stands in for the model's step, a network with delays and bandwidths for
 ZeroMQ and the data planes. Nothing here is imported by what serves, and nothing here imports torch.
 

@@ -41,7 +41,7 @@ from baton.worker.prefix_loading import PrefixLoader
 PROXY = "proxy"
 NAMESPACE = b"simulated namespace".ljust(32, b".")
 VOCAB_SIZE = (1 << 31) - 1
-"""Token ids say who drew them: a request's seed, plus how many were generated before."""
+"""A token id is the request's seed plus the number of tokens generated before."""
 LOOK_S = 1.0
 """A worker that holds something but has no step to do looks for passed deadlines so often."""
 INSTANT_S = 1e-9
@@ -59,7 +59,7 @@ class SimVocabulary:
 
 @dataclass(frozen=True, slots=True)
 class SimStep:
-    """A step that was launched. Who reads it has waited for it."""
+    """A step that was launched. Reading it waits for it."""
 
     runner: SimRunner
     seconds: float
@@ -255,7 +255,7 @@ class DelayedJournal:
 class Host:
     """One life of a worker. `name` is unique among all lives.
 
-    A decode worker whose next steps are all alike is left alone until one of them matters to somebody: a last token, a
+    A decode worker whose next steps are all alike is left alone until one of them matters: a last token, a
     heartbeat, a message that comes in. Then the turns in between are made up for, each at its own time (`_catch_up`),
     by the same code; only the events, and the proxy's work for each single token, are saved. `ahead=False` does
     without. So does a worker with a `store`, because others must find there what its steps have filled.
@@ -278,9 +278,8 @@ class Host:
         self._journal = DelayedJournal(events.journal("gpu"), self.runner)
         manager = BlockManager(profile.num_blocks, self._journal)
         self._network = network
-        self._world = network.world
         self._ahead = ahead and role == "decode" and store is None
-        self._turn_at = float("inf")  # when the carrier's next turn is set
+        self._turn_at = float("inf")  # when the I/O thread's next turn is set
         self._past: float | None = None  # the time at which the loop is, while it is behind the world's
         self._step_end: float | None = None  # of the step under way
         self._step_at = 0.0  # when `_step_over` is set
@@ -298,8 +297,8 @@ class Host:
             PeerTransport(line.send, line.connect, line.disconnect),
             chunk_blocks=max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes),
         )
-        membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._world.now)
-        self._io = IoThread(line, membership, exchange, events, self._world.clock)
+        membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._network.world.now)
+        self._io = IoThread(line, membership, exchange, events, self._network.world.clock)
         self._delayed = DelayedIo(self._io, self.runner, network)
         self._store: Store = NO_STORE
         if store is not None:
@@ -333,11 +332,11 @@ class Host:
         self._network.remove(self.identity)
         self._store.close()
 
-    # -- the carrier's thread
+    # -- the I/O thread
 
     def _ready(self) -> None:
-        """Something is there for the carrier: it takes its turn at this instant, after what is due already."""
-        self._set_turn(self._world.now)
+        """Something is there for the I/O thread: it takes its turn at this instant, after what is due already."""
+        self._set_turn(self._network.world.now)
 
     def _hear(self, event: StoreEvent) -> None:
         self._io.inbox.put(event)
@@ -346,7 +345,7 @@ class Host:
     def _set_turn(self, when: float) -> None:
         if when < self._turn_at:
             self._turn_at = when
-            self._world.at(when, self._carry, when)
+            self._network.world.at(when, self._carry, when)
 
     def _carry(self, when: float) -> None:
         if when != self._turn_at or not self.alive:
@@ -355,7 +354,7 @@ class Host:
         self._delayed.late_tokens.flush()
         self._turn_at = float("inf")
         self._io.turn()
-        self._set_turn(max(self._io.wake_at, self._world.now))
+        self._set_turn(max(self._io.wake_at, self._network.world.now))
         if self._io.inbox.empty():
             return
         if self._step_end is None:
@@ -367,7 +366,7 @@ class Host:
     # -- the loop's thread
 
     def _clock(self) -> float:
-        return (self._world.now if self._past is None else self._past) + self.runner.step_s
+        return (self._network.world.now if self._past is None else self._past) + self.runner.step_s
 
     def _work(self) -> None:
         self._heard = not self._io.inbox.empty()
@@ -375,7 +374,7 @@ class Host:
         if worked:
             self._step_end = self._clock() if self.runner.step_s else self._clock() + SOON_S
         elif self.load.running or self.load.waiting:
-            self._set_look(self._world.now + max(SOON_S, self.loop.wait_s(LOOK_S)))
+            self._set_look(self._network.world.now + max(SOON_S, self.loop.wait_s(LOOK_S)))
 
     def _set_step_over(self) -> None:
         """Come back at the end of the step under way, or of the last one of those that will be like it."""
@@ -390,7 +389,7 @@ class Host:
     def _set_step(self, when: float) -> None:
         if when != self._step_at:
             self._step_at = when
-            self._world.at(when, self._step_over, when)
+            self._network.world.at(when, self._step_over, when)
 
     def _step_over(self, when: float) -> None:
         if when == self._step_at and self.alive:
@@ -398,14 +397,14 @@ class Host:
 
     def _catch_up(self) -> None:
         """Make up for all steps that have ended by now, one after the other."""
-        if self._step_end is None or self._step_end > self._world.now:
+        if self._step_end is None or self._step_end > self._network.world.now:
             return
-        while self._step_end is not None and self._step_end <= self._world.now:
+        while self._step_end is not None and self._step_end <= self._network.world.now:
             self._past = stamp = self._step_end
             self._step_end = None
             self._delayed.step_is_over(stamp)
             if self._journal.step_is_over():
-                self._set_turn(self._world.now + FLUSH_EVERY_S)
+                self._set_turn(self._network.world.now + FLUSH_EVERY_S)
             self._work()
         self._past = None
         self._set_step_over()
@@ -415,7 +414,7 @@ class Host:
     def _set_look(self, when: float) -> None:
         if when < self._look_at:
             self._look_at = when
-            self._world.at(when, self._look, when)
+            self._network.world.at(when, self._look, when)
 
     def _look(self, when: float) -> None:
         if when != self._look_at:

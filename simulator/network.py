@@ -67,7 +67,7 @@ class Network:
         self._late[request_id].append((self.world.now + self._message_s, index, times))
 
     def times_of(self, request_id: str, index: int, count: int) -> list[float]:
-        """When the proxy had the tokens [index, index + count) of which it was told at this instant."""
+        """When the proxy had the tokens [index, index + count) that were sent to it at this instant."""
         late = self._late[request_id]
         while late and late[0][0] < self.world.now:
             late.popleft()
@@ -86,7 +86,7 @@ class Network:
 
 
 class SimLine:
-    """The endpoint of one process: what the proxy's wire and a worker's carrier take for node.endpoint.Endpoint."""
+    """The endpoint of one process: what the proxy and a worker's I/O thread take for node.endpoint.Endpoint."""
 
     def __init__(self, network: Network, identity: str, on_ready: Ready) -> None:
         self._identity = identity
@@ -154,7 +154,7 @@ class SimPlane:
 
     name = "sim"
     pulls = False
-    pending = False  # whatever ends wakes the carrier
+    pending = False  # whatever ends wakes the I/O thread
 
     def __init__(self, network: Network, identity: str, block_bytes: int, on_ready: Ready) -> None:
         self._network = network

@@ -91,7 +91,7 @@ class RunSummary:
     e2e: Spread
     output_tokens: int
     cached_share: float
-    """Of the prompt tokens, those that nobody had to compute."""
+    """Of the prompt tokens, those that were not computed."""
 
     @property
     def output_tokens_per_s(self) -> float:

@@ -65,7 +65,7 @@ class SimOutcome:
     busy: Mapping[str, float]
     """Seconds that each worker has spent in steps, by name."""
     work: Mapping[str, float]
-    """The workers' own counters, summed; what the dead had told is in them."""
+    """The workers' own counters, summed, those of killed workers included."""
     events: int
     messages: int
     moved_bytes: int

@@ -94,7 +94,7 @@ class HostStore:
         self._gpu_link, self._disk_link = Link(), Link()
         self._second_use = SecondUse(MAX_REMEMBERED)
         self._first_use_bytes = int(capacity.first_use_part * capacity.disk_bytes)
-        self._coming: dict[Key, list[tuple[Reading, int]]] = {}  # from disk, and who waits for them
+        self._coming: dict[Key, list[tuple[Reading, int]]] = {}  # from disk, and the readings that wait for them
         self._saving: set[Key] = set()
         self._max_saving = capacity.ram_bytes // HELD_FOR_DISK // self.block_bytes
         self._numbers = 0
@@ -106,7 +106,7 @@ class HostStore:
             if index is not None:
                 index.check()
 
-    # -- told by workers
+    # -- called by workers
 
     def look(self, owner: str, hashes: Sequence[bytes], first: int) -> Reading:
         """The longest run of blocks from number `first` on; what is in RAM is held until `end`."""
@@ -143,7 +143,7 @@ class HostStore:
         self.ram.release(reading.holder)
 
     def put(self, owner: str, hashes: Sequence[bytes], on_end: Callable[[int], None]) -> None:
-        """Take those blocks that are not here, as far as there is room; `on_end` is told how many came."""
+        """Take those blocks that are not here, as far as there is room; `on_end` gets how many came."""
         holder, names = self._holder(owner), [Key(NAMESPACE, each) for each in hashes]
         granted = [name for name in names if self.ram.reserve(name, holder) is not None]
         self._use(names)

@@ -70,7 +70,7 @@ class SimStore:
 
     def _look(self, key: LegKey, number: int, hashes: Sequence[bytes], first: int) -> None:
         if self._asked.get(key) != number:
-            return  # nobody waits for it any more
+            return  # its leg has ended
         del self._asked[key]
         reading = self._store.look(self._owner, hashes, first)
         if reading.tiers:
@@ -91,7 +91,7 @@ class SimStore:
             self._end(key)
 
     def _end(self, key: LegKey) -> None:
-        """A load ends with what is in the pool; without one nothing is told."""
+        """A load ends with what is in the pool; without one there is no event."""
         reading = self._readings.pop(key)
         self._store.end(reading)
         if reading.on_end is not None:

@@ -17,7 +17,7 @@ Call = Callable[..., object]
 
 
 class Standstill(RuntimeError):
-    """Somebody waits, and nothing will ever happen."""
+    """A waiter is left, and nothing will ever happen."""
 
 
 class World:

@@ -5,8 +5,8 @@ It belongs to the worker's loop and is called by it alone; the store's thread an
     waits ──► asked  ── StoreFound, or patience over ──► settled ── begin ──► loading ── StoreLoaded ──► (gone)
                                                            └── begin: the gate says compute ──► (gone)
 
-While a load or a put is under way its blocks are leased in the block manager, whatever becomes of the leg, because the
-store's thread touches them. A step never waits for any of it.
+While a load or a put is in progress its blocks are leased in the block manager, whatever becomes of the leg, because
+the store's thread touches them. A step never waits for any of it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from baton.node.messages.store import DISK, PEER, RAM, TIER_NAMES
 from baton.worker.sequence import Sequence
 
 MAX_WRITING_PART = 8
-"""At most one in so many blocks of the pool is held by writing behind; the next ones wait, while their work goes on."""
+"""Writing behind holds at most this part of the pool, 1/8; further blocks wait until others were written."""
 MAX_PUT_BLOCKS = 1024
 
 
@@ -40,7 +40,7 @@ class _Lookup:
     num_blocks: int = 0
     stop_at: float = 0.0
     alone: bool = False
-    """No other load was under way when it began."""
+    """No other load was in progress when it began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +59,7 @@ class LoadedPrefix:
 
 
 class PrefixLoader:
-    """See the module's docstring. `now` is the loop's clock; with `always` the gate is open."""
+    """Loads prefixes from the store, writes blocks to it. `now` is the loop's clock; `always` opens the gate."""
 
     def __init__(self, store: Store, manager: BlockManager, layout: KVLayout, *, always: bool) -> None:
         self.gate = LoadGate(layout.block_bytes, layout.block_tokens, always=always)
@@ -165,7 +165,7 @@ class PrefixLoader:
         self._store.put(key, hashes, blocks)
 
     def used(self, sequence: Sequence) -> None:
-        """The work has used its blocks to its end: they are the youngest now, their head last. What is not offered yet
+        """The sequence has ended: its blocks are the most recently used, their head last. What is not offered yet
         never will be."""
         if self._store.attached and (hashes := sequence.table.names()):
             self._store.touch(hashes)
@@ -174,7 +174,7 @@ class PrefixLoader:
     # -- events
 
     def on_event(self, event: StoreEvent, now: float) -> LoadedPrefix | None:
-        """Take in what the store's thread tells; a Loaded, if a load has ended."""
+        """Take in an event of the store's thread; returns a LoadedPrefix if a load has ended."""
         match event:
             case StoreFound():
                 lookup = self._lookups.get(event.key)

@@ -74,7 +74,7 @@ class Stages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
     """How long a leg spent in each stage, in the order in which they follow one another.
 
     Durations of the worker's own clock, never moments: the clocks of two hosts are not compared. A stage that the leg
-    did not have, or that an earlier message told, is 0.
+    did not have, or that an earlier message reported, is 0.
     """
 
     queue_s: Seconds = 0.0
@@ -90,9 +90,9 @@ class Stages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like
     admission_s: Seconds = 0.0
     """Until the step begins in which decode draws the next token."""
     step_s: Seconds = 0.0
-    """That step, until its token is told."""
+    """That step, until its token is sent."""
     loaded_tokens: Annotated[tuple[Count, ...], Meta(max_length=8)] = ()
-    """Of the prompt, those whose KV came from tiers below the pool, in the order of node.store_messages.TIER_NAMES."""
+    """Of the prompt, those whose KV came from tiers below the pool, in the order of node.messages.store.TIER_NAMES."""
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -40,7 +40,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "kv_event_batches_total": "Messages about gained and lost blocks.",
     "kv_event_blocks_total": "Blocks in them.",
     "kv_event_gaps_total": "Times that such a message was missing.",
-    "kv_event_replays_total": "Times that a holder was asked for what is missing.",
+    "kv_event_replays_total": "Requests to a holder for what is missing.",
     "kv_event_snapshots_total": "Whole lists of blocks that holders sent instead.",
 }
 

@@ -11,7 +11,7 @@ from baton.models.batch import DeviceTime
 
 
 def test_without_a_device_a_step_is_launched_at_once():
-    """Guards the CPU's loop against waiting for a clock that nobody reads."""
+    """Guards the CPU's loop against waiting for a device that it does not have."""
     timer = LaunchTimer()
     timer.launched(1.0, 1.1, behind=False, prompts=False)
     timer.ended(None, 2.0, prompts=False)
@@ -19,7 +19,7 @@ def test_without_a_device_a_step_is_launched_at_once():
 
 
 def test_the_next_step_is_launched_a_margin_before_the_end():
-    """Guards against a launch so late that the device runs dry, or so early that nobody is waited for."""
+    """Guards against a launch so late that the device runs dry, or so early that newcomers miss it."""
     timer = LaunchTimer()
     timer.launched(0.0, 0.0002, behind=False, prompts=False)
     timer.ended(DeviceTime(0.006, 0.0), 1.0, prompts=False)
@@ -52,7 +52,7 @@ def test_steps_with_prompts_do_not_delay_the_launch_behind_a_short_one():
 
 
 def test_launches_of_prompts_do_not_lengthen_the_margin():
-    """Guards against a margin of a whole step, with which nobody is waited for."""
+    """Guards against a margin of a whole step, with which newcomers miss the step."""
     timer = LaunchTimer()
     timer.launched(0.0, 0.0002, behind=False, prompts=False)
     timer.launched(0.5, 0.512, behind=True, prompts=True)

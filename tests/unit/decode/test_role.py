@@ -125,7 +125,7 @@ class Bench:
 
 
 def test_a_transferred_sequence_streams_from_its_first_token() -> None:
-    """Guards step 8 and 9: prefill's token is told again, nothing is computed twice, blocks stay only as cache."""
+    """Guards step 8 and 9: prefill's token is sent again, nothing is computed twice, blocks stay only as cache."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
     assert bench.manager.usage().owned == 3
@@ -143,7 +143,7 @@ def test_local_prefill_in_chunks() -> None:
     assert bench.tokens("a") == [10, 11, 12, 13, 14]
 
 
-def test_the_load_tells_how_fast_prompts_are_computed_here() -> None:
+def test_the_load_reports_the_speed_of_prompts() -> None:
     """Guards the router's comparison with prefill workers: measured in steps full of prompts."""
     bench = Bench(max_chunk_tokens=8, max_num_batched_tokens=8)
     assert bench.io.load.prefill_tokens_s == 0.0
@@ -152,7 +152,7 @@ def test_the_load_tells_how_fast_prompts_are_computed_here() -> None:
     assert bench.io.load.prefill_tokens_s == 8 / STEP_S
 
 
-def test_a_transferred_sequence_tells_its_stages_once() -> None:
+def test_a_transferred_sequence_reports_its_stages_once() -> None:
     """Guards the timeline: what the io measured, the wait for a step, the step; then nothing a token."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
@@ -163,7 +163,7 @@ def test_a_transferred_sequence_tells_its_stages_once() -> None:
     assert bench.stages() == [first, None, None, None]
 
 
-def test_who_has_just_arrived_is_told_first() -> None:
+def test_newcomers_tokens_are_sent_first() -> None:
     """Guards the hand-over: a proxy takes in a bundle in its order, and the others' clients have waited a step only."""
     bench = Bench()
     older, newer = bench.reserve("a", 10, max_tokens=9), bench.reserve("b", 10)
@@ -177,7 +177,7 @@ def test_who_has_just_arrived_is_told_first() -> None:
     assert all(names == ["a", "b"] for names in both[1:]) and len(both) > 1
 
 
-def test_local_prefill_tells_its_stages_with_each_of_the_first_two_tokens() -> None:
+def test_local_prefill_reports_its_stages_with_each_of_the_first_two_tokens() -> None:
     """Guards the timeline of a colocated request: it has a queue, chunks, and a step, but no transfer."""
     bench = Bench(max_chunk_tokens=3)
     bench.now_s += 2.0
@@ -213,7 +213,7 @@ def test_cancel_while_kv_is_coming_quarantines() -> None:
 
 
 def test_cancel_that_crosses_the_arrival() -> None:
-    """Guards the race of Cancel and KvArrived: blocks come out of quarantine, nobody is told a token."""
+    """Guards the race of Cancel and KvArrived: blocks come out of quarantine, no token is sent."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
     bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0), KvArrived(transfer, 7, None, 0.0, 0.0, 0.0))

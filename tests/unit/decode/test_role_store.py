@@ -50,7 +50,7 @@ def test_a_prompt_that_is_prefilled_here_is_loaded() -> None:
     assert next(s for b in second.io.sent if hasattr(b, "tokens") for s in b.tokens).cached_tokens == 12
 
 
-def test_who_was_preempted_is_loaded_again() -> None:
+def test_a_preempted_sequence_is_loaded_again() -> None:
     """Guards preemption to RAM: blocks that the pool has given to others come back from the store."""
     bench = Bench(world=World(), **SETTINGS)
     bench.reserve("a", 10, prefill="", max_tokens=20)

@@ -239,7 +239,7 @@ def test_a_device_has_its_next_step_before_the_last_one_is_read():
     assert bench.tokens("a") == expected([1, 2, 3], 8)
 
 
-def test_who_arrives_before_the_next_launch_is_in_the_next_step():
+def test_a_request_before_the_next_launch_is_in_the_next_step():
     """Guards against a step launched so early that a newcomer has to wait behind it."""
     bench = Bench(1, 30)
     bench.request("a", [1, 2, 3], 20, remote=False)
@@ -279,7 +279,7 @@ def test_a_step_with_a_prompt_is_launched_at_once():
 
 
 def test_a_prompt_that_does_not_fit_hurries_no_step():
-    """Guards the late launch where blocks are short: who arrives then would wait behind one step more, every time."""
+    """Guards the late launch where blocks are short: newcomers would wait behind one step more, every time."""
     bench = Bench(1, 7)
     bench.request("a", list(range(5)), 12, remote=False)
     for _ in range(4):

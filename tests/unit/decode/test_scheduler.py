@@ -1,4 +1,4 @@
-"""decode.scheduler: nobody computes without blocks, the most senior always gets on, nobody overtakes."""
+"""decode.scheduler: nothing computes without blocks, the most senior always advances, nothing overtakes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _waiting = st.integers(1, 60).map(lambda n: Item(n, 0, 0))
 
 @given(st.lists(_running(), max_size=8), st.lists(_waiting, max_size=4), st.integers(0, 40))
 def test_a_plan_can_be_carried_out(running: list[Item], waiting: list[Item], free: int) -> None:
-    """Guards against over-commitment: blocks, token budget, rows, and a row for someone who was preempted."""
+    """Guards against over-commitment: blocks, token budget, rows, and a row for a preempted sequence."""
     result = plan(running, waiting, free, LIMITS)
     for index in result.preempted:
         free += running[index].num_blocks
@@ -44,7 +44,7 @@ def test_a_plan_can_be_carried_out(running: list[Item], waiting: list[Item], fre
 
 
 @given(st.lists(_running(), min_size=1, max_size=8), st.integers(0, 40))
-def test_the_most_senior_gets_on_or_nobody_can(running: list[Item], free: int) -> None:
+def test_the_most_senior_advances_or_none_can(running: list[Item], free: int) -> None:
     """Guards against livelock: juniors give way, in order, before the most senior stands still."""
     result = plan(running, [], free, LIMITS)
     assert result.preempted == tuple(range(len(running) - 1, len(running) - 1 - len(result.preempted), -1))
@@ -62,7 +62,7 @@ def test_every_running_sequence_decodes_beside_a_chunk() -> None:
     assert [(s.item, s.length) for s in result.rows] == [(0, 16), *[(i, 1) for i in range(1, 8)]]
 
 
-def test_no_admission_while_somebody_gives_way() -> None:
+def test_no_admission_while_a_sequence_is_preempted() -> None:
     """Guards against thrashing: blocks freed by preemption belong to the running ones."""
     result = plan([Item(5, 4, 1), Item(9, 8, 2)], [Item(1, 0, 0)], 0, LIMITS)
     assert result.preempted == (1,) and result.admitted == 0

@@ -50,8 +50,8 @@ def test_the_page_is_that_of_the_code() -> None:
     assert written == metrics_page.page(), "run: python3 -m baton.scripts.metrics_page"
 
 
-async def test_whatever_is_counted_has_a_meaning() -> None:
-    """Guards against a counter of the engine or of a worker that nobody explains: add it to proxy/counters.py."""
+async def test_each_counter_has_a_description() -> None:
+    """Guards against a counter of the engine or of a worker without a description."""
     context = new_context()
     endpoint = Endpoint(context, "proxy", "tcp://127.0.0.1:0")
     counted = set(Dispatcher(endpoint, ProxySettings(), ["m"]).counters())

@@ -1,4 +1,4 @@
-"""prefill.role without processes: chunks, hand-over, and that blocks stay leased until nobody reads them."""
+"""prefill.role without processes: chunks, hand-over, and that blocks stay leased until the transfer has ended."""
 
 from __future__ import annotations
 
@@ -126,7 +126,7 @@ class Bench:
                 break
         self.loop.check()
 
-    def told(self, kind: type[Message]) -> list[Any]:
+    def sent(self, kind: type[Message]) -> list[Any]:
         return [message for message in self.io.sent if isinstance(message, kind)]
 
 
@@ -160,12 +160,12 @@ def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
         ("tell_blocks", 3),
         ("tell_blocks", 4),
     ]
-    told = [call for call in calls if call[0] == "tell_blocks"]
-    (table,) = {call[2] for call in told[-1:]}
+    offers = [call for call in calls if call[0] == "tell_blocks"]
+    (table,) = {call[2] for call in offers[-1:]}
     assert bench.checksums.begun == [[*table[:1]], [*table[1:3]], [*table[3:]]]  # each block once, when it is final
-    assert [[*call[3]] for call in told] == bench.checksums.begun
+    assert [[*call[3]] for call in offers] == bench.checksums.begun
     assert calls[-1] == ("tell_token", LEG, 14, None)
-    (tokens,) = bench.told(Tokens)
+    (tokens,) = bench.sent(Tokens)
     assert (tokens.index, tokens.ids, tokens.finish) == (0, (14,), "")
 
 
@@ -176,11 +176,11 @@ def test_blocks_are_sending_until_the_transfer_has_ended() -> None:
     bench.run()
     assert bench.manager.usage().leased == 4 and bench.manager.num_available == 0
     bench.prefill("b", 5)
-    assert bench.told(Tokens)[-1].request_id == "a"  # "b" waits for blocks
+    assert bench.sent(Tokens)[-1].request_id == "a"  # "b" waits for blocks
     bench.tell(_ended())
     bench.run()
-    assert [message.request_id for message in bench.told(HandedOver)] == ["a"]
-    assert bench.told(Tokens)[-1].request_id == "b"
+    assert [message.request_id for message in bench.sent(HandedOver)] == ["a"]
+    assert bench.sent(Tokens)[-1].request_id == "b"
 
 
 @AHEAD
@@ -192,8 +192,8 @@ def test_a_request_that_ends_with_its_first_token(sampling: dict[str, Any], fini
     bench.run()
     bench.tell(_ended(ok=False))
     bench.run()
-    assert [message.finish for message in bench.told(Tokens)] == [finish]
-    assert not bench.told(HandedOver) and not bench.told(Failed)
+    assert [message.finish for message in bench.sent(Tokens)] == [finish]
+    assert not bench.sent(HandedOver) and not bench.sent(Failed)
     assert bench.io.exchange.calls[-1][:2] == ("cancel_sender", LEG)
     assert bench.manager.num_available == 16
 
@@ -205,7 +205,7 @@ def test_prompts_share_a_step_and_a_prefix() -> None:
     bench.prefill("b", 14)
     bench.run()
     assert bench.runner.steps == [[(0, 10)], [(8, 6)]]
-    assert [message.cached_tokens for message in bench.told(Tokens)] == [0, 8]
+    assert [message.cached_tokens for message in bench.sent(Tokens)] == [0, 8]
 
 
 @AHEAD
@@ -223,14 +223,14 @@ def test_every_end_hands_everything_back(event: str, when: str, run_ahead: int) 
         bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
         assert bench.manager.usage().leased > 0  # the io may still read them
         bench.tell(_ended(ok=False))
-        assert len(bench.told(Cancelled)) == 1
+        assert len(bench.sent(Cancelled)) == 1
     else:
         bench.tell(ProxyLost("proxy"))
         bench.tell(_ended(ok=False))
     bench.run()
     assert bench.manager.num_available == 16
-    assert len(bench.told(Failed)) == (0 if event == "cancel" else 1)
-    assert not bench.told(HandedOver)
+    assert len(bench.sent(Failed)) == (0 if event == "cancel" else 1)
+    assert not bench.sent(HandedOver)
 
 
 def test_refusals_take_nothing() -> None:
@@ -239,25 +239,25 @@ def test_refusals_take_nothing() -> None:
     bench.prefill("long", 64)
     bench.prefill("a", 9)  # three blocks: more than there are, so it waits
     bench.prefill("b", 1)
-    assert [(message.request_id, message.retryable) for message in bench.told(Failed)] == [("long", False)]
-    assert [message.request_id for message in bench.told(Busy)] == ["b"]
+    assert [(message.request_id, message.retryable) for message in bench.sent(Failed)] == [("long", False)]
+    assert [message.request_id for message in bench.sent(Busy)] == ["b"]
     assert bench.manager.num_available == 2
 
 
-def test_the_first_token_tells_where_the_time_went() -> None:
+def test_the_first_token_reports_where_the_time_went() -> None:
     """Guards the timeline: the wait behind another prompt is queue, from its own first chunk on it is prefill."""
     bench = Bench(max_num_batched_tokens=4, max_chunk_tokens=4, policy="fcfs")
     bench.prefill("a", 10)
     bench.now_s += 0.5
     bench.prefill("b", 8)
     bench.run()
-    told = {message.request_id: message.stages for message in bench.told(Tokens)}
+    told = {message.request_id: message.stages for message in bench.sent(Tokens)}
     assert told["a"] == Stages(prefill_s=0.5 + 3 * STEP_S)
     assert told["b"] == Stages(queue_s=STEP_S, prefill_s=2 * STEP_S)  # four of its tokens were cached
 
 
 def test_a_sibling_waits_for_what_another_computes() -> None:
-    """Guards bursts of one prefix: it is computed once, and who waits for it holds nobody else up."""
+    """Guards bursts of one prefix: it is computed once, and a prompt that waits for it holds no other up."""
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     messages = [bench.message("a", 30), bench.message("b", 29), bench.message("c", 3)]
     bench.tell(*(FromProxy("proxy", message, bench.now_s) for message in messages))
@@ -265,21 +265,21 @@ def test_a_sibling_waits_for_what_another_computes() -> None:
     computed = [row for step in bench.runner.steps for row in step]
     assert computed[:2] == [(0, 8), (0, 3)], "the third shares no full block, and does not wait"
     assert sum(length for _, length in computed) == 30 + 1 + 3
-    assert {message.request_id: message.cached_tokens for message in bench.told(Tokens)} == {"a": 0, "b": 28, "c": 0}
+    assert {message.request_id: message.cached_tokens for message in bench.sent(Tokens)} == {"a": 0, "b": 28, "c": 0}
 
 
 def test_a_sibling_computes_itself_when_the_other_is_cancelled() -> None:
-    """Guards against waiting for blocks that nobody will make."""
+    """Guards against waiting for blocks that will never be made."""
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     bench.prefill("a", 30)
     bench.prefill("b", 30)
     bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), bench.now_s))
     bench.run()
-    (tokens,) = bench.told(Tokens)
+    (tokens,) = bench.sent(Tokens)
     assert (tokens.request_id, tokens.cached_tokens) == ("b", 16)
 
 
-def test_nobody_waits_for_a_job_that_comes_later() -> None:
+def test_no_prompt_waits_for_one_that_comes_later() -> None:
     """Guards priorities: what goes first does not wait for what it has overtaken."""
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     bench.prefill("a", 30)

@@ -57,7 +57,7 @@ def test_what_another_worker_computed_is_loaded() -> None:
     second.prefill("b", 14)
     _idle(second)
     assert _steps(second) == [(12, 2)]
-    (tokens,) = second.told(Tokens)
+    (tokens,) = second.sent(Tokens)
     assert tokens.ids == (14,) and tokens.cached_tokens == 12
     names = ("prompt_tokens_ram", "prompt_tokens_computed", "prompt_tokens_gpu")
     assert [_counter(second, name) for name in names] == [12, 2, 0]
@@ -79,7 +79,7 @@ def test_a_partial_hit_is_used_and_the_rest_written() -> None:
 
 
 def test_others_compute_while_a_job_waits_and_loads() -> None:
-    """Guards the overlap: a step never waits for the store, whoever does not need it overtakes."""
+    """Guards the overlap: a step never waits for the store, a prompt that does not need it overtakes."""
     _, second = _two()
     second.store.held = True
     second.prefill("b", 14)
@@ -98,7 +98,7 @@ def test_others_compute_while_a_job_waits_and_loads() -> None:
 
 
 @pytest.mark.parametrize("when", ["asked", "loading"])
-def test_a_job_that_is_cancelled_gives_its_blocks_back_when_nobody_writes(when: str) -> None:
+def test_a_cancelled_prompt_gives_its_blocks_back_when_the_load_has_ended(when: str) -> None:
     """Guards against reuse of blocks that the store's thread may still write, and against leaking them."""
     _, second = _two()
     second.store.held = True
@@ -175,4 +175,4 @@ def test_writing_behind_holds_only_a_part_of_the_pool() -> None:
     assert _counter(bench, "store_dropped_blocks") == 8  # 16 blocks in the pool: two may be held
     bench.store.release()
     _idle(bench)
-    assert _counter(bench, "store_written_blocks") == 2 and bench.told(HandedOver)
+    assert _counter(bench, "store_written_blocks") == 2 and bench.sent(HandedOver)

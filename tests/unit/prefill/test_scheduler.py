@@ -1,4 +1,4 @@
-"""prefill.scheduler: the budget is kept and used, order is kept, nobody waits for ever."""
+"""prefill.scheduler: the budget is kept and used, order is kept, no prompt waits for ever."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_chunks_fill_the_budget_in_order(jobs: list[QueuedPrompt], budget: int, 
     assert ranks == sorted(ranks)
     for chunk in chunks:
         assert chunk.length <= jobs[chunk.prompt].num_tokens - jobs[chunk.prompt].num_computed
-    if chunks:  # whoever was left out either had no work or came after the budget was gone
+    if chunks:  # a prompt that was left out either had no work or came after the budget was gone
         served = {c.prompt for c in chunks}
         last = max(ranks)
         assert all(jobs[i].num_tokens == jobs[i].num_computed for i in sequence[:last] if i not in served)

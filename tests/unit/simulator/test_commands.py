@@ -27,7 +27,7 @@ def test_replay_is_the_same_step_by_step(capsys: pytest.CaptureFixture[str]) -> 
     assert shown[0] == shown[1] and shown[0][:2] == (20, 0)
 
 
-def test_replay_tells_where_the_kv_of_prompts_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_replay_shows_where_the_kv_of_prompts_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the options of the store: the same prompt again, for a worker that has not computed it."""
     line = {"input_length": 5120, "output_length": 2, "hash_ids": list(range(10))}
     trace = "".join(json.dumps({"timestamp": 3000 * n, **line}) + "\n" for n in range(8))

@@ -45,7 +45,7 @@ def test_shipped_profiles_are_fitted_to_their_steps(name: str) -> None:
         assert (cost.a, cost.b, cost.c) == pytest.approx((found.a, found.b, found.c), rel=1e-3)
 
 
-def test_a_profile_that_is_none_is_told(tmp_path: Path) -> None:
+def test_an_invalid_profile_is_an_error(tmp_path: Path) -> None:
     """Guards the command line: no traceback for a wrong name or file."""
     with pytest.raises(SettingsError, match="shipped are"):
         load_profile("h100")

@@ -105,7 +105,7 @@ def test_overload_is_refused_not_forgotten() -> None:
 
 
 def test_a_lost_role_fails_its_requests() -> None:
-    """Guards the end of a run in which nobody can serve: errors, no standstill."""
+    """Guards the end of a run in which no worker can serve: errors, no standstill."""
     outcome = simulate(replace(_scenario(1, 1), losses=(Loss(1.0, "d0"),)), LOAD)
     assert any(record.error.startswith("PeerLost") for record in outcome.records)
     assert any(record.ok for record in outcome.records)

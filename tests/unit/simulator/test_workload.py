@@ -45,7 +45,7 @@ def test_a_trace_is_spread_within_its_quantum_by_its_seed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("line", ["{}", LINE.format(at=0, n=1000, ids=[1]), LINE.format(at=0, n=10, ids=[-1]), "x"])
-def test_a_file_that_is_no_trace_is_told(tmp_path: Path, line: str) -> None:
+def test_a_file_that_is_no_trace_is_an_error(tmp_path: Path, line: str) -> None:
     """Guards the command line: no traceback, and no run on garbage."""
     (tmp_path / "t").write_text(line + "\n")
     with pytest.raises(SettingsError, match="t"):

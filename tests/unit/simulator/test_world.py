@@ -54,7 +54,7 @@ def test_hours_pass_at_once_and_in_order() -> None:
 
 
 def test_waiting_for_nothing_is_an_error() -> None:
-    """Guards against a simulation that hangs: nothing is due, and somebody waits."""
+    """Guards against a simulation that hangs: nothing is due, and a waiter is left."""
     loop = VirtualLoop(World())
     try:
         with pytest.raises(Standstill):

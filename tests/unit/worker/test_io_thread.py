@@ -199,7 +199,7 @@ def test_a_drained_worker_says_so_in_its_heartbeats(bench: Bench) -> None:
     assert [beat.draining for beat in bench.sent(Heartbeat)] == [True]
 
 
-def test_gained_blocks_are_told_and_told_again_on_request(bench: Bench) -> None:
+def test_gained_blocks_are_sent_and_sent_again_on_request(bench: Bench) -> None:
     """Guards the router's index: batches have numbers, and a lost one is sent once more."""
     bench.events.journal("gpu").stored(b"h" * 32)
     bench.now_s = 1.0

@@ -147,14 +147,14 @@ def test_a_full_queue_is_busy(bench: Bench) -> None:
 
 def test_a_cancel_is_answered_always(bench: Bench) -> None:
     """Guards the proxy's wait for Cancelled, also for a request that this worker does not know."""
-    cancel = Cancel(request_id="nobody", attempt=3)
+    cancel = Cancel(request_id="unknown", attempt=3)
     bench.give(FromProxy("proxy", cancel, 0.0))
     assert bench.role.events == [cancel]
-    assert bench.io.sent == [Cancelled(request_id="nobody", attempt=3)]
+    assert bench.io.sent == [Cancelled(request_id="unknown", attempt=3)]
 
 
 def test_transfers_are_the_roles_affair(bench: Bench) -> None:
-    """Guards against an event that nobody handles: its blocks would be held for ever."""
+    """Guards against an event that is not handled: its blocks would be held for ever."""
     events = [
         SenderEnded(LegKey("a", 0), True, "", 1, 0.1),
         KvArrived(b"t", 1, None, 0.0, 0.0, 0.0),

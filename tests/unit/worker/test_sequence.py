@@ -44,7 +44,7 @@ def test_only_the_row_that_reaches_the_last_known_token_draws(sequence: Sequence
 
 
 def test_a_row_behind_a_pending_token_names_its_place_and_no_token(sequence: Sequence) -> None:
-    """Guards run-ahead: the position of a token that nobody has read is known, its id is not."""
+    """Guards run-ahead: the position of a token that was not read yet is known, its id is not."""
     launch(sequence, 6)
     assert (sequence.num_expected, sequence.num_tokens) == (7, 6)
     row = sequence.row(1)

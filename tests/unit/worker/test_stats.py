@@ -30,7 +30,7 @@ def test_speed_follows_a_change() -> None:
 
 
 def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
-    """Guards the sum: the same seconds must not be told as two stages."""
+    """Guards the sum: the same seconds must not be reported as two stages."""
     times = StageTimes(received_at=10.0)
     times.tier_load_s, times.loaded_tokens = 1.5, (16, 0, 0)
     times.begin(14.0)
@@ -38,7 +38,7 @@ def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
     assert times.prefilled(16.0) == Stages(queue_s=2.5, tier_load_s=1.5, prefill_s=2.0, loaded_tokens=(16, 0, 0))
 
 
-def test_a_leg_without_a_transfer_tells_twice_and_then_no_more() -> None:
+def test_a_leg_without_a_transfer_reports_twice_and_then_no_more() -> None:
     """Guards against stages of a later step, which would be taken for the gap between the first two tokens."""
     times = StageTimes(received_at=10.0)
     times.begin(11.0)
@@ -46,13 +46,13 @@ def test_a_leg_without_a_transfer_tells_twice_and_then_no_more() -> None:
     assert times.drew(12.5, 13.0) == Stages(admission_s=0.5, step_s=0.5) and not times.open
 
 
-def test_a_handed_over_leg_tells_once() -> None:
+def test_a_handed_over_leg_reports_once() -> None:
     """Guards against decode's first step being taken for a prefill."""
     times = StageTimes(received_at=10.0)
     times.arrive(11.0, wait_s=0.25, transfer_s=0.5)
     times.begin(12.0)
-    told = times.drew(12.0, 12.5)
-    assert told == Stages(transfer_wait_s=0.25, transfer_s=0.5, admission_s=1.0, step_s=0.5) and not times.open
+    stages = times.drew(12.0, 12.5)
+    assert stages == Stages(transfer_wait_s=0.25, transfer_s=0.5, admission_s=1.0, step_s=0.5) and not times.open
 
 
 def test_no_duration_is_negative() -> None:
