@@ -1,0 +1,64 @@
+"""When an answer is written, on a reply whose client is slow."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import MutableMapping
+from typing import Any
+
+from baton.proxy.http.asgi import Reply
+from baton.proxy.http.encoders import AnswerHeader, CompletionEncoder
+from baton.proxy.http.events import ChoiceEnd, Content, TokenUsage, join_events, total_usage
+from baton.proxy.http.responder import Responder
+from baton.proxy.metrics.timeline import Timeline
+
+HEADER = AnswerHeader(id="cmpl-1", created=0, model="m", logprobs=False, token_ids=False, include_usage=False)
+
+
+class SlowClient:
+    """Takes the head of an answer only after other tasks have had several turns, and all else after one."""
+
+    def __init__(self) -> None:
+        self.got: list[MutableMapping[str, Any]] = []
+
+    async def send(self, message: MutableMapping[str, Any]) -> None:
+        for _ in range(9 if message["type"] == "http.response.start" else 1):
+            await asyncio.sleep(0)
+        self.got.append(message)
+
+
+async def test_the_head_goes_before_every_chunk() -> None:
+    """Guards choices that begin at once: a body before the head is a protocol error, which ends the connection."""
+    client = SlowClient()
+    timelines = [Timeline(time.monotonic) for _ in range(3)]
+    reply = Reply(client.send, {})
+    responder = Responder(reply, CompletionEncoder(HEADER), timelines, stream=True, include_usage=False)
+
+    async def choice(index: int) -> None:
+        await responder.take(index, [Content("a")])
+        await responder.take(index, [Content("b"), ChoiceEnd("stop"), TokenUsage(1, 2, 0)])
+
+    await asyncio.gather(*map(choice, range(3)))
+    await responder.end(1)
+    kinds = [message["type"] for message in client.got]
+    assert kinds[0] == "http.response.start" and kinds.count("http.response.start") == 1
+    chunks = [message["body"] for message in client.got[1:] if message["body"]]
+    assert len(chunks) == 7 and chunks[-1] == b"data: [DONE]\n\n"
+    for index in range(3):
+        mine = [chunk for chunk in chunks if b'"index":%d' % index in chunk]
+        assert [b'"text":"a"' in chunk for chunk in mine] == [True, False], "the order within a choice"
+
+
+def test_joined_events_are_those_of_one_delta_or_of_all() -> None:
+    """Guards the whole answer against text, reason or usage that the stream had and it has not."""
+    parts = [[Content("a")], [], [Content("", ()), Content("b")], [ChoiceEnd("stop", "END"), TokenUsage(5, 3, 1)]]
+    whole = join_events(2, [event for events in parts for event in events])
+    assert (whole.index, whole.text, whole.finish, whole.stop_reason) == (2, "ab", "stop", "END")
+    assert "".join(join_events(2, events).text for events in parts) == whole.text
+
+
+def test_a_prompt_counts_once() -> None:
+    """Guards usage with n > 1: the prompt's tokens are not those of each of its choices."""
+    usages = [TokenUsage(5, 1, 4), TokenUsage(5, 2, 4), TokenUsage(7, 3, 0), TokenUsage(7, 4, 0)]
+    assert total_usage(usages, 2) == TokenUsage(12, 10, 4)
