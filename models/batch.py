@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
-from baton.node.messages.control import Logprob, SamplingParams
+from baton.node.messages.control import Logprob, SamplingSpec
 
 
 class Draw(NamedTuple):
     """How the next token of a row is drawn. It becomes token number `start + len(token_ids)` of its sequence."""
 
-    sampling: SamplingParams
+    sampling: SamplingSpec
     history: Sequence[int]
     """All known tokens of the sequence, prompt and generated; read only when a penalty is set, else may be empty."""
     prompt_len: int
@@ -51,7 +51,7 @@ class Drawn(NamedTuple):
 
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...] = ()
-    """One a token where the row's SamplingParams ask for them, else empty."""
+    """One a token where the row's SamplingSpec asks for them, else empty."""
 
 
 @dataclass(frozen=True, slots=True)

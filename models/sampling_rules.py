@@ -10,11 +10,11 @@ from __future__ import annotations
 from functools import lru_cache
 from typing import NamedTuple
 
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 GREEDY_BELOW = 1e-5  # temperatures under this are 0, as in vLLM: dividing by them would only overflow
 
-EVERYTHING = SamplingParams(
+EVERYTHING = SamplingSpec(
     max_tokens=2, min_tokens=2, top_p=0.5, top_k=5, min_p=0.1, presence_penalty=1.0, frequency_penalty=1.0,
     repetition_penalty=1.1, logit_bias=((0, 1.0),), logprobs=True, top_logprobs=2, stop_token_ids=(0,),
 )  # fmt: skip
@@ -65,7 +65,7 @@ class DrawRules(NamedTuple):
 
 
 @lru_cache(maxsize=4096)  # a runner asks at each of a row's tokens
-def rules_of(sampling: SamplingParams, vocab_size: int) -> DrawRules:
+def rules_of(sampling: SamplingSpec, vocab_size: int) -> DrawRules:
     """The draw that these parameters ask of a model with so many tokens."""
     is_random = sampling.temperature >= GREEDY_BELOW
     bias: dict[int, float] = {}

@@ -13,7 +13,7 @@ from typing import Protocol
 
 import msgspec
 
-from baton.node.messages.control import Load, Logprob, SamplingParams
+from baton.node.messages.control import Load, Logprob, SamplingSpec
 from baton.proxy.metrics.timeline import Timeline
 
 
@@ -51,7 +51,7 @@ class Generation:
     model: str
     """The name under which it is served."""
     prompt_ids: tuple[int, ...]
-    sampling: SamplingParams
+    sampling: SamplingSpec
     priority: int = 0
     session_key: bytes = b""
     """What the policy `session` routes by; empty: nothing."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from baton.node.errors import BatonError
 from baton.node.messages.base import Role
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
@@ -185,7 +185,7 @@ class _Simulation:
             request_id=request_id,
             model=MODEL,
             prompt_ids=request.prompt_ids(),
-            sampling=SamplingParams(max_tokens=request.output_tokens, seed=seed),
+            sampling=SamplingSpec(max_tokens=request.output_tokens, seed=seed),
         )
         timeline, timeout_s = Timeline(self._world.clock), self._scenario.proxy.request_timeout_s
         stream = dispatcher.generate(generation, timeline, timeout_s=timeout_s)

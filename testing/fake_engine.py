@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
 
@@ -27,7 +27,7 @@ class EngineCall:
         return self.generation.prompt_ids
 
     @property
-    def sampling(self) -> SamplingParams:
+    def sampling(self) -> SamplingSpec:
         return self.generation.sampling
 
 

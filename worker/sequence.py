@@ -14,7 +14,17 @@ from baton.kvtransfer.protocol.exchange import Incoming
 from baton.models.batch import Draw, Row
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
-from baton.node.messages.control import Busy, Cancel, Failed, Logprob, Prefill, Reserve, SamplingParams, Stages, Tokens
+from baton.node.messages.control import (
+    Busy,
+    Cancel,
+    Failed,
+    Logprob,
+    Prefill,
+    Reserve,
+    SamplingSpec,
+    Stages,
+    Tokens,
+)
 from baton.worker.stats import StageTimes
 
 
@@ -31,7 +41,7 @@ class Sequence:
     """The link to the proxy that sent it."""
     token_ids: list[int]
     prompt_len: int
-    sampling: SamplingParams
+    sampling: SamplingSpec
     priority: int
     deadline: float
     table: BlockTable

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from baton.node.messages.base import FinishReason
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 
 def finish_of(
-    token_id: int, sampling: SamplingParams, num_generated: int, num_tokens: int, max_model_len: int
+    token_id: int, sampling: SamplingSpec, num_generated: int, num_tokens: int, max_model_len: int
 ) -> FinishReason:
     """ "stop", "length" or "" after `token_id` became generated token number `num_generated` (the first is 1).
 
@@ -19,6 +19,6 @@ def finish_of(
     return "length" if is_last(sampling, num_generated, num_tokens, max_model_len) else ""
 
 
-def is_last(sampling: SamplingParams, num_generated: int, num_tokens: int, max_model_len: int) -> bool:
+def is_last(sampling: SamplingSpec, num_generated: int, num_tokens: int, max_model_len: int) -> bool:
     """Whether generated token number `num_generated` is the last, whatever it is."""
     return num_generated >= sampling.max_tokens or num_tokens >= max_model_len

@@ -15,7 +15,7 @@ import torch
 
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 STEP_BLOCK_TOKENS = 16
 
@@ -59,7 +59,7 @@ def step_side(folder: Path, threads: int) -> Callable[[dict[str, Any]], object]:
         prompt_len = len(ids)
         blocks = list(range(1 + (prompt_len + new_tokens) // STEP_BLOCK_TOKENS))
         runner.bind_pool(torch.zeros(runner.kv_shape(len(blocks), STEP_BLOCK_TOKENS), dtype=runner.kv_dtype))
-        sampling = SamplingParams(max_tokens=new_tokens, temperature=0.0)
+        sampling = SamplingSpec(max_tokens=new_tokens, temperature=0.0)
         computed, times_ms = 0, []
         for num_generated in range(new_tokens):
             begin = time.perf_counter()

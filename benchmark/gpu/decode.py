@@ -24,12 +24,12 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
 from baton.models.cuda.runner import CudaRunner, StepLimits
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"
 WARM_STEPS, STEPS = 5, 25
 SLEEP_CYCLES = 4_000_000  # about 2 ms
-GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
+GREEDY = SamplingSpec(max_tokens=1 << 20, temperature=0.0)
 
 
 def contexts_of(cell: str) -> list[int]:

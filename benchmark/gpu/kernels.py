@@ -47,7 +47,7 @@ from baton.kvtransfer.blocks.memory import HostMemory
 from baton.models.batch import Draw
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.slots import SlotSampler
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 ROTATED_BYTES = 400 << 20  # several times the L2 cache
 ALL_PARAMETERS = {
@@ -104,7 +104,7 @@ def choice(report: KernelReport) -> None:
             queue = CudaQueue(0)
             sampler = SlotSampler(queue, rows, rows, VOCAB)
             for slot in range(rows):
-                given = SamplingParams(max_tokens=9, temperature=1.0, seed=slot, **params)
+                given = SamplingSpec(max_tokens=9, temperature=1.0, seed=slot, **params)
                 sampler.set_row(slot, Draw(given, list(range(2000)), 1000, 1000))
             sampler.flush()
             queue.mark().wait()

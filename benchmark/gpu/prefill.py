@@ -21,10 +21,10 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
 from baton.models.cuda.runner import CudaRunner, StepLimits
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 CELLS = "1x128,1x256,1x512,1x1024,1x2048,4x2048,1x8192,1x32768"
-GREEDY = SamplingParams(max_tokens=1 << 20, temperature=0.0)
+GREEDY = SamplingSpec(max_tokens=1 << 20, temperature=0.0)
 RUNS = 3
 
 

@@ -19,7 +19,7 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
 
 BLOCK_TOKENS = 16
@@ -37,7 +37,7 @@ class StepShape:
         return sum(-(-length // BLOCK_TOKENS) for length in self.lengths)
 
     def rows(self, vocab_size: int) -> list[Row]:
-        sampling, rows, block = SamplingParams(max_tokens=1 << 19, temperature=0.0), [], 0
+        sampling, rows, block = SamplingSpec(max_tokens=1 << 19, temperature=0.0), [], 0
         for length in self.lengths:
             blocks = tuple(range(block, block + -(-length // BLOCK_TOKENS)))
             block += len(blocks)

@@ -37,7 +37,7 @@ from baton.models.layers import Weights
 from baton.models.sampling_rules import EVERYTHING
 from baton.models.weights import Progress, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 FIXED_LENGTHS = (2048, 4)
 """First length and factor of the lengths that get graphs of their own where chunks are fixed: there a graph has a
@@ -139,7 +139,7 @@ class CudaRunner:
         pool's first blocks are written: no sequence may own them yet."""
         bound = self._bind()
         width = -(-self._longest // bound.block_tokens)
-        draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
+        draw = Draw(SamplingSpec(max_tokens=1, temperature=0.0), (), 1, 0)
         edited = Draw(EVERYTHING, (0, 0), 1, 1)
         self.launch([Row([0], 1, range(width), edited)]).read()
         for size in TABLED_ROWS:
@@ -365,7 +365,7 @@ class CudaRunner:
     def _capture_chunks(self, bound: _Bound) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
         tile, heads, width = bound.attention.tile, self.config.num_heads, bound.slots.tables.shape[1]
-        draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), (), 1, 0)
+        draw = Draw(SamplingSpec(max_tokens=1, temperature=0.0), (), 1, 0)
         for tokens, least in CHUNK_SIZES:
             items = (-(-tokens // tile) + CHUNK_SEQUENCES) * heads
             shape = ChunkShape(tokens, least, CHUNK_SEQUENCES, width, items)

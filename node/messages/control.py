@@ -40,7 +40,7 @@ from baton.node.messages.base import (
 # ---- values inside messages -------------------------------------------------------------------------------------
 
 
-class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the tokens of one sequence are drawn, after the OpenAI and vLLM APIs; every value is explicit."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
@@ -234,7 +234,7 @@ class DispatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     root: Digest
     """Hash to which the first block is chained: the namespace and the owner of the cache."""
     block_hashes: Hashes
-    sampling: SamplingParams
+    sampling: SamplingSpec
     deadline_s: Seconds
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
 

@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import Route
 
 from baton.node.errors import BadRequest, BatonError, PeerLost
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.proxy.http.asgi import PROBES, ApiKeyGuard, ClientGone, read_body
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
@@ -153,7 +153,7 @@ async def _two_tokens(service: Service) -> int:
         request_id=f"health-{time.monotonic_ns()}",
         model=model.name,
         prompt_ids=model.text.encode(PROBE_TEXT, add_special_tokens=True) or (0,),
-        sampling=SamplingParams(max_tokens=2, temperature=0.0),
+        sampling=SamplingSpec(max_tokens=2, temperature=0.0),
     )
     timeline = Timeline(service.metrics.clock)
     deltas = service.engine.generate(probe, timeline, timeout_s=service.settings.probe_timeout_s)

@@ -18,7 +18,7 @@ from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
 from baton.node.errors import InvariantBroken
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.node.telemetry import log_event
 from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
 from baton.proxy.http.assembler import Assembler
@@ -68,7 +68,7 @@ class HttpRequest:
     begun: bool = False
     """Its generations have begun, and each has a record of its own; until then the request has one."""
 
-    def info(self, index: int, prompt_tokens: int, sampling: SamplingParams | None) -> GenerationInfo:
+    def info(self, index: int, prompt_tokens: int, sampling: SamplingSpec | None) -> GenerationInfo:
         return GenerationInfo(
             request_id=self.id,
             index=index,

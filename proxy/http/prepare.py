@@ -13,14 +13,14 @@ from dataclasses import dataclass
 import msgspec
 
 from baton.node.errors import BadRequest
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest
 from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.text.model_text import ModelText
 
 _SEEDS = 1 << 63
 _BY_NAME = tuple(
-    name for name in SamplingRequest.model_fields if name in SamplingParams.__struct_fields__ and name != "seed"
+    name for name in SamplingRequest.model_fields if name in SamplingSpec.__struct_fields__ and name != "seed"
 )
 """Sampling parameters that a client may set under the name that workers know."""
 
@@ -105,7 +105,7 @@ def _check_ids(asked: SamplingRequest, vocab_size: int) -> None:
             raise BadRequest(f"token id {max(ids)} is outside the vocabulary of {vocab_size}", param=param)
 
 
-def _sampling(request: ParsedRequest, text: ModelText, max_tokens: int) -> SamplingParams:
+def _sampling(request: ParsedRequest, text: ModelText, max_tokens: int) -> SamplingSpec:
     """The parameters of one prompt's answers, the seed still open: the client's, else the model's, else OpenAI's."""
     asked = request.sampling
     if (asked.min_tokens or 0) > max_tokens:
@@ -121,7 +121,7 @@ def _sampling(request: ParsedRequest, text: ModelText, max_tokens: int) -> Sampl
         "logprobs": request.top_logprobs is not None,
         "top_logprobs": request.top_logprobs or 0,
     }
-    return SamplingParams(**{**dataclasses.asdict(text.defaults), **given, **converted})
+    return SamplingSpec(**{**dataclasses.asdict(text.defaults), **given, **converted})
 
 
 def _max_tokens(request: ParsedRequest, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:

@@ -77,7 +77,7 @@ class StreamOptions(_Strict):
 class SamplingRequest(_Strict):
     """How the client wants tokens to be drawn; null means that the model's default counts.
 
-    A field of the name of one of `SamplingParams` reaches the workers by that name, without further code here.
+    A field of the name of one of `SamplingSpec` reaches the workers by that name, without further code here.
     """
 
     min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None

@@ -9,7 +9,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.node.messages.store import TIER_NAMES
 from baton.proxy.metrics.timeline import Attempt, Segment
 
@@ -29,7 +29,7 @@ class GenerationInfo:
     model: str
     stream: bool
     prompt_tokens: int
-    sampling: SamplingParams | None
+    sampling: SamplingSpec | None
     """None for a request that was refused before it had any."""
     began_unix_ns: int
     """The wall clock at the request's first byte: only to say when it was."""

@@ -22,7 +22,7 @@ from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
 from baton.models.weights import load_weights
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 
@@ -91,7 +91,7 @@ def test_every_sampling_parameter_draws_what_the_cpu_draws():
     for slot, prompt in enumerate(made):
         assert found[slot] == one_after_the_other(plain, prompt, blocks, 24, **params, seed=slot + 1)
         assert greedy[slot] == one_after_the_other(plain, prompt, blocks, 24)
-    draw = Draw(SamplingParams(max_tokens=9, temperature=0.0, logprobs=True, top_logprobs=3), (), 1, 0)
+    draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0, logprobs=True, top_logprobs=3), (), 1, 0)
     device = runner.launch([Row(made[0], 0, table(0), draw), Row(made[1], 0, table(1), draw, 1)]).read()
     for prompt, entry in zip(made, device, strict=False):
         expected = plain.step([Row(prompt, 0, blocks, draw)])[0]
@@ -145,7 +145,7 @@ def test_the_8b_shape_computes_what_the_cpu_computes(tmp_path, deterministic):
     runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(40, 2048, 1, deterministic), LONGEST)
     runner.bind_pool(torch.zeros(400, 8, 2, 2, 64, 128, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
     prompt = [random.Random(3).randrange(128_000) for _ in range(300)]
-    draw = Draw(SamplingParams(max_tokens=99, temperature=0.0), (), 300, 0)
+    draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 300, 0)
     whole = runner.logits([Row(prompt, 0, table(0), draw)]).float().cpu()
     runner.logits([Row(prompt[:128], 0, table(1), draw)])
     parts = runner.logits([Row(prompt[128:], 128, table(1), draw)]).float().cpu()
@@ -189,7 +189,7 @@ def exact_logits(config: ModelConfig, weights, tokens: list[int]) -> torch.Tenso
     whole = Weights(weights.embedding.float().cpu(), layers, weights.norm.float().cpu(), wide(weights.lm_head))
     plain = ModelRunner(config, DenseDecoder(config, whole), torch.float32)
     plain.bind_pool(torch.zeros(plain.kv_shape(6, 64)))
-    draw = Draw(SamplingParams(max_tokens=99, temperature=0.0), (), 1, 0)
+    draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 1, 0)
     rows = [Row(tokens[:300], 0, [0, 1, 2, 3, 4], draw)]
     found = [plain.compute(rows)[1]]
     for place in range(300, len(tokens)):

@@ -11,7 +11,7 @@ from baton.models.batch import Draw
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.slots import SlotSampler
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 pytestmark = pytest.mark.gpu
 
@@ -40,7 +40,7 @@ def test_tokens_equal_the_cpu_s(vocab_size, dtype):
     for row in range(rows):
         fields = {"max_tokens": 99, "temperature": 0.8, "seed": (row << 40) + 3, **FILTERS[row % len(FILTERS)]}
         best = logits[row].float().topk(6).indices.tolist()  # the tokens that penalties must bring down
-        draws.append(Draw(SamplingParams(**fields), (*range(500), *best, *best[:3]), 503, 6))
+        draws.append(Draw(SamplingSpec(**fields), (*range(500), *best, *best[:3]), 503, 6))
         sampler.set_row(row, draws[row])
     sampler.flush()
     queue.mark().wait()

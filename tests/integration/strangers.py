@@ -33,7 +33,7 @@ from baton.node.messages.control import (
     Rejoin,
     Reserve,
     Reserved,
-    SamplingParams,
+    SamplingSpec,
     TierChange,
     Tokens,
 )
@@ -54,7 +54,7 @@ from baton.node.messages.transfer import (
 )
 from baton.node.messages.wire import decode
 
-SAMPLING = SamplingParams(max_tokens=8)
+SAMPLING = SamplingSpec(max_tokens=8)
 
 
 class Stranger:

@@ -30,7 +30,7 @@ from baton.node.messages.control import (
     Refused,
     Rejoin,
     Reserved,
-    SamplingParams,
+    SamplingSpec,
     Tokens,
 )
 from baton.node.messages.wire import MESSAGES
@@ -324,7 +324,7 @@ def test_peers_that_cannot_be_reached(cluster: Cluster, master: Master) -> None:
 def test_replayed_messages(cluster: Cluster, master: Master) -> None:
     """Guards against messages that come twice: a leg is worked on once, and every Cancel is answered."""
     prefill, decode_worker = master.join()
-    reserve = reserve_of("again", "", sampling=SamplingParams(max_tokens=200, min_tokens=200), deadline_s=20.0)
+    reserve = reserve_of("again", "", sampling=SamplingSpec(max_tokens=200, min_tokens=200), deadline_s=20.0)
     master.send(decode_worker, *[reserve] * 20)
     cancel = Cancel(request_id="again", attempt=0)
     assert isinstance(master.hear(decode_worker, 1)[0], Reserved)

@@ -26,7 +26,7 @@ from baton.node.messages.control import (
     Failed,
     Reserve,
     Reserved,
-    SamplingParams,
+    SamplingSpec,
     Stages,
 )
 from baton.tests.unit.kvtransfer.store.bench import InlineStore, World
@@ -63,7 +63,7 @@ def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: fl
             prompt_len=num_tokens,
             root=ROOT,
             block_hashes=block_hashes(ROOT, tokens, BLOCK),
-            sampling=SamplingParams(max_tokens=max_tokens),
+            sampling=SamplingSpec(max_tokens=max_tokens),
             deadline_s=100.0,
         ),
     )

@@ -21,7 +21,7 @@ from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
-from baton.node.messages.control import Bundle, Busy, Cancel, DispatchBody, Failed, Reserve, SamplingParams
+from baton.node.messages.control import Bundle, Busy, Cancel, DispatchBody, Failed, Reserve, SamplingSpec
 from baton.tests.unit.worker.bench import BLOCK, ROOT, RecordingIo, parts_of
 from baton.worker.io_thread import FromProxy
 from baton.worker.loop import Loop
@@ -113,7 +113,7 @@ class Bench:
                 prompt_len=len(prompt),
                 root=ROOT,
                 block_hashes=block_hashes(ROOT, prompt, BLOCK),
-                sampling=SamplingParams(max_tokens=max_tokens, stop_token_ids=(STOP,)),
+                sampling=SamplingSpec(max_tokens=max_tokens, stop_token_ids=(STOP,)),
                 deadline_s=100.0,
             ),
         )

@@ -11,7 +11,7 @@ import transformers
 
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 CONFIGS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -73,7 +73,7 @@ def edit_config_fixture() -> Callable[..., None]:
     return edit_config
 
 
-GREEDY = Draw(SamplingParams(max_tokens=1000, temperature=0.0), (), 0, 0)
+GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
 
 
 class Sequences:

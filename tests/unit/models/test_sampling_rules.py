@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from baton.models.sampling_rules import EVERYTHING, GREEDY_BELOW, rules_of
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 VOCAB = 50
 
 
-def params(**fields) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 9, **fields})
+def params(**fields) -> SamplingSpec:
+    return SamplingSpec(**{"max_tokens": 9, **fields})
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_biases_of_one_token_are_summed():
 def test_the_example_of_everything_takes_every_path():
     """Guards a start against kernels that the first request would have to wait for: a new parameter belongs into
     EVERYTHING, which a runner warms up with."""
-    plain = SamplingParams(max_tokens=1)
+    plain = SamplingSpec(max_tokens=1)
     harmless = {"max_tokens", "temperature", "seed"}
     unset = {name for name in plain.__struct_fields__ if getattr(plain, name) == getattr(EVERYTHING, name)}
     assert unset <= harmless

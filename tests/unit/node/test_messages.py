@@ -15,7 +15,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from baton.node.messages.base import MAX_BODY_BYTES, MAX_TOKENS, BadMessage, Message, encode
-from baton.node.messages.control import Cancel, Drain, SamplingParams
+from baton.node.messages.control import Cancel, Drain, SamplingSpec
 from baton.node.messages.wire import MESSAGES, decode
 
 MAX_ITEMS = 4
@@ -248,7 +248,7 @@ def test_an_unknown_tag_is_refused(tag: object) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_sampling_parameter_is_nan_or_infinite(value: float) -> None:
     """One NaN in a batch of logits makes every row of the kernel undefined. (NaN compares false with every bound.)"""
-    kind: Any = inspect.type_info(SamplingParams)
+    kind: Any = inspect.type_info(SamplingSpec)
     names = [field.name for field in kind.fields if isinstance(field.type, inspect.FloatType)]
     assert "temperature" in names and len(names) >= 6
     for parameter in names:

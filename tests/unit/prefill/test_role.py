@@ -26,7 +26,7 @@ from baton.node.messages.control import (
     Failed,
     HandedOver,
     Prefill,
-    SamplingParams,
+    SamplingSpec,
     Stages,
     Tokens,
 )
@@ -110,7 +110,7 @@ class Bench:
                 prompt_len=num_tokens,
                 root=ROOT,
                 block_hashes=block_hashes(ROOT, tokens, BLOCK),
-                sampling=SamplingParams(**({"max_tokens": 5} | sampling)),
+                sampling=SamplingSpec(**({"max_tokens": 5} | sampling)),
                 deadline_s=100.0,
             ),
         )

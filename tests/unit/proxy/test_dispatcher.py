@@ -10,7 +10,7 @@ import pytest
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
 from baton.node.messages.base import Message
-from baton.node.messages.control import Cancel, Heartbeat, Load, Register, SamplingParams
+from baton.node.messages.control import Cancel, Heartbeat, Load, Register, SamplingSpec
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
@@ -18,7 +18,7 @@ from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route
 from baton.proxy.settings import ProxySettings
 
-GENERATION = Generation(request_id="r", model="m", prompt_ids=(1, 2, 3), sampling=SamplingParams(max_tokens=4))
+GENERATION = Generation(request_id="r", model="m", prompt_ids=(1, 2, 3), sampling=SamplingSpec(max_tokens=4))
 
 
 class SilentSocket:

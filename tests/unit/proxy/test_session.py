@@ -23,7 +23,7 @@ from baton.node.messages.control import (
     Prefill,
     Reserve,
     Reserved,
-    SamplingParams,
+    SamplingSpec,
     Stages,
     Tokens,
 )
@@ -33,7 +33,7 @@ from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route, WorkerView
 from baton.proxy.session import Event, Session, WorkerLost
 
-SAMPLING = SamplingParams(max_tokens=8, seed=5)
+SAMPLING = SamplingSpec(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)
 
 

@@ -14,7 +14,7 @@ from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.models.batch import Drawn, Row
 from baton.node.counters import TransferCounters
 from baton.node.messages.base import Message
-from baton.node.messages.control import DispatchBody, Load, Reserve, SamplingParams
+from baton.node.messages.control import DispatchBody, Load, Reserve, SamplingSpec
 from baton.worker.io_thread import Command, FromProxy
 from baton.worker.parts import NO_CHECKSUMS, Parts, StepChecksums
 from baton.worker.prefix_loading import PrefixLoader
@@ -141,7 +141,7 @@ def reserve(
         "prompt_len": num_tokens,
         "root": ROOT,
         "block_hashes": block_hashes(ROOT, tokens, BLOCK),
-        "sampling": SamplingParams(max_tokens=5),
+        "sampling": SamplingSpec(max_tokens=5),
         "deadline_s": deadline_s,
     }
     return FromProxy(link, Reserve(request_id=name, attempt=attempt, body=DispatchBody(**fields | body)), at)

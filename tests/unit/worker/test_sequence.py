@@ -6,7 +6,7 @@ import pytest
 
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.node.leg import LegKey
-from baton.node.messages.control import Cancel, Logprob, SamplingParams, Stages
+from baton.node.messages.control import Cancel, Logprob, SamplingSpec, Stages
 from baton.tests.unit.worker.bench import reserve, sequence_of
 from baton.worker.sequence import Sequence, cancel_matches
 
@@ -79,8 +79,8 @@ def test_a_restart_forgets_what_was_launched(sequence: Sequence) -> None:
 def test_a_repeated_prompt_takes_its_sampling_from_its_own_message() -> None:
     """Guards against parameters of one request in the draws of another."""
     manager = BlockManager(8)
-    greedy = sequence_of(manager, "a", sampling=SamplingParams(max_tokens=1, temperature=0.0))
-    warm = sequence_of(manager, "b", sampling=SamplingParams(max_tokens=1, seed=7))
+    greedy = sequence_of(manager, "a", sampling=SamplingSpec(max_tokens=1, temperature=0.0))
+    warm = sequence_of(manager, "b", sampling=SamplingSpec(max_tokens=1, seed=7))
     one, other = greedy.row(6).draw, warm.row(6).draw
     assert one is not None and other is not None
     assert (one.sampling.temperature, other.sampling.seed) == (0.0, 7)

@@ -14,7 +14,7 @@ from baton.decode.settings import DecodeSettings
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.node.errors import SettingsError
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
 from baton.worker.build_cpu import checked_planes, choose_device, layout_of, load_model, longest_known, pool_blocks
 from baton.worker.main import serve
@@ -119,7 +119,7 @@ def test_a_model_is_bound_to_its_pool():
     model = load_model(settings, settings.worker_sizes("cpu"), "cpu", "decode", locate_model("demo"))
     assert (model.pool.num_blocks, model.layout.block_tokens, model.max_model_len) == (4, 8, 32)
     before = model.pool.digests([[2]])
-    draw = Draw(SamplingParams(max_tokens=1, temperature=0.0), [1, 2, 3], 3, 0)
+    draw = Draw(SamplingSpec(max_tokens=1, temperature=0.0), [1, 2, 3], 3, 0)
     (drawn,) = model.runner.launch([Row([1, 2, 3], 0, [2], draw)]).read()
     assert drawn is not None and 0 <= drawn.token_ids[0] < model.config.vocab_size
     assert model.pool.digests([[2]]) != before

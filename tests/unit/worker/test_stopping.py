@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.worker.stopping import finish_of
 
 
@@ -22,5 +22,5 @@ from baton.worker.stopping import finish_of
 )
 def test_reasons(token: int, generated: int, tokens: int, expected: str) -> None:
     """Guards stop before length, min_tokens, max_tokens and the model's length, each at its border."""
-    sampling = SamplingParams(max_tokens=8, min_tokens=2, stop_token_ids=(9,))
+    sampling = SamplingSpec(max_tokens=8, min_tokens=2, stop_token_ids=(9,))
     assert finish_of(token, sampling, generated, tokens, max_model_len=64) == expected

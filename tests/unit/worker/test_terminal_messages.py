@@ -31,7 +31,7 @@ from baton.node.messages.control import (
     HandedOver,
     Prefill,
     Reserve,
-    SamplingParams,
+    SamplingSpec,
     Tokens,
 )
 from baton.prefill.role import prefill_loop
@@ -69,7 +69,7 @@ class Bench:
             prompt_len=length,
             root=ROOT,
             block_hashes=block_hashes(ROOT, tokens, BLOCK),
-            sampling=SamplingParams(max_tokens=max_tokens),
+            sampling=SamplingSpec(max_tokens=max_tokens),
             deadline_s=6.0,
         )
         message: Prefill | Reserve = Reserve(request_id=name, attempt=0, body=body, prefill="p/1" if remote else "")

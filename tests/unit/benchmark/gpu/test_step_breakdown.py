@@ -20,12 +20,12 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.shapes import SHAPES
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 
 KERNELS = Path(__file__).parents[4] / "kernels" / "triton"
 WAIT = "at::cuda::(anonymous namespace)::spin_kernel(long)"
-DRAW = Draw(SamplingParams(max_tokens=9, temperature=0.0), (), 0, 1)
+DRAW = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 1)
 COPY_ONLY, COMPUTE_ONLY = Ceilings(1.0, float("inf")), Ceilings(float("inf"), 1.0)
 
 

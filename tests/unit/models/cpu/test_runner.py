@@ -9,9 +9,9 @@ from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.node.errors import InvariantBroken, SettingsError
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
-GREEDY = SamplingParams(max_tokens=1000, temperature=0.0)
+GREEDY = SamplingSpec(max_tokens=1000, temperature=0.0)
 WINDOWED = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}
 
 
@@ -97,7 +97,7 @@ def test_seeded_draws_do_not_depend_on_the_batch(make_model, sequences):
     prompts = [[i + 1, 2, 3] for i in range(8)]
 
     def rows(order: list[int]) -> list[Row]:
-        params = SamplingParams(max_tokens=9, temperature=1.3, top_p=0.95, seed=77)
+        params = SamplingSpec(max_tokens=9, temperature=1.3, top_p=0.95, seed=77)
         return [Row(prompts[i], 0, run.tables[i], Draw(params, (), 3, 0)) for i in order]
 
     together = runner.step(rows(list(range(8))))

@@ -8,16 +8,16 @@ import torch
 
 from baton.models.batch import Draw
 from baton.models.cpu.sampler import draw_tokens
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 VOCAB = 53
 
 
-def params(**fields) -> SamplingParams:
-    return SamplingParams(**{"max_tokens": 100, "temperature": 0.0, **fields})
+def params(**fields) -> SamplingSpec:
+    return SamplingSpec(**{"max_tokens": 100, "temperature": 0.0, **fields})
 
 
-def plain(sampling: SamplingParams, **fields) -> Draw:
+def plain(sampling: SamplingSpec, **fields) -> Draw:
     return Draw(**{"sampling": sampling, "history": (), "prompt_len": 0, "num_generated": 0, **fields})
 
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from baton.models.batch import Draw, Row
 from baton.models.cpu.step_batch import GROUP_BYTES, PADDING_BYTES, PoolShape, lay_out
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
-DRAW = Draw(SamplingParams(max_tokens=1), (), 0, 0)
+DRAW = Draw(SamplingSpec(max_tokens=1), (), 0, 0)
 BLOCK_TOKENS = 4
 NUM_LAYERS = 3
 NUM_UNITS = 2

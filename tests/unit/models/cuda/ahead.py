@@ -5,7 +5,7 @@ from __future__ import annotations
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.runner import CudaRunner
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 
 
 class Ahead:
@@ -15,7 +15,7 @@ class Ahead:
         self.late = late
         self.known: dict[int, list[int]] = {}  # by slot
         self.computed: dict[int, int] = {}
-        self.params: dict[int, SamplingParams] = {}
+        self.params: dict[int, SamplingSpec] = {}
         self.tables: dict[int, list[int]] = {}
         self.prompts: dict[int, int] = {}
         self.in_flight: list = []
@@ -23,7 +23,7 @@ class Ahead:
     def start(self, slot: int, prompt: list[int], blocks: list[int], **params) -> None:
         self.known[slot], self.computed[slot], self.tables[slot] = list(prompt), 0, blocks
         self.prompts[slot] = len(prompt)
-        self.params[slot] = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
+        self.params[slot] = SamplingSpec(**({"max_tokens": 99, "temperature": 0.0} | params))
 
     def launch(self, slots: list[int], chunk: int = 100) -> None:
         rows, drawing = [], []
@@ -56,7 +56,7 @@ class Ahead:
 
 def one_after_the_other(plain: ModelRunner, prompt: list[int], blocks: list[int], count: int, **params) -> list[int]:
     known, row_start = list(prompt), 0
-    sampling = SamplingParams(**({"max_tokens": 99, "temperature": 0.0} | params))
+    sampling = SamplingSpec(**({"max_tokens": 99, "temperature": 0.0} | params))
     for _ in range(count):
         draw = Draw(sampling, known, len(prompt), len(known) - len(prompt))
         drawn = plain.step([Row(known[row_start:], row_start, blocks, draw)])[0]

@@ -16,7 +16,7 @@ from baton.models.cuda.memory import CONTEXT_BYTES, GIB, GRAPHS_BYTES, GpuMemory
 from baton.models.cuda.queue import BUFFERS, Upload
 from baton.models.cuda.slots import Slots
 from baton.node.errors import InvariantBroken, SettingsError
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 
 
@@ -96,7 +96,7 @@ def test_slots_agree_with_what_was_sent(steps):
     """Guards against a block table with blocks of the slot's earlier owner, or without its newest."""
     slots, tables, device = Slots(3, 40, "cpu"), {0: [1], 1: [2], 2: [3]}, {}
     fresh = 10
-    draw = Draw(SamplingParams(max_tokens=9), (), 1, 1)
+    draw = Draw(SamplingSpec(max_tokens=9), (), 1, 1)
     begun = set()
     for slot, anew, growth in steps:
         if anew or slot not in begun:
@@ -114,7 +114,7 @@ def test_slots_agree_with_what_was_sent(steps):
 @given(st.lists(st.tuples(st.integers(1, 50), st.integers(0, 70), st.booleans()), min_size=1, max_size=6))
 def test_chunks_lie_where_their_tokens_belong(shapes):
     """Guards against a token in another's block, at another's position, or a draw after the wrong token."""
-    draw = Draw(SamplingParams(max_tokens=9), (), 1, 0)
+    draw = Draw(SamplingSpec(max_tokens=9), (), 1, 0)
     rows, block, first = [], 16, 0
     for number, (count, start, draws) in enumerate(shapes):
         blocks = list(range(first, first := first + 9))
@@ -143,7 +143,7 @@ def test_chunks_lie_where_their_tokens_belong(shapes):
 
 def test_a_step_in_a_larger_shape_is_the_same_step():
     """Guards against padding that writes a key, is attended to, or leaves a tile of a prompt out."""
-    draw = Draw(SamplingParams(max_tokens=9), (), 1, 0)
+    draw = Draw(SamplingSpec(max_tokens=9), (), 1, 0)
     rows = [Row([1] * 70, 30, [3, 4, 5, 6, 7, 8, 9], None, 0), Row([2] * 5, 0, [10], draw, 7)]
     arrays = lay_out(rows, 16, 4, 64)
     shape = ChunkShape(tokens=128, least_tokens=75, sequences=4, table_width=32, items=(2 + 4) * 4)

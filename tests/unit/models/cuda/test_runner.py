@@ -13,7 +13,7 @@ from baton.models.cuda.products import Policy, fastest, invariant, untuned
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
 from baton.node.errors import InvariantBroken
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
 
@@ -55,7 +55,7 @@ def test_logits_equal_the_cpu_s(make_model, family):
     """Guards every family's part: biases, norms of heads, window, and a chunk that follows a cached prefix."""
     name, config = FAMILIES[family]
     late, plain = make(make_model(name, num_hidden_layers=2, **config).folder, policy=fastest)
-    draw = Draw(SamplingParams(max_tokens=9, temperature=0.0), (), 0, 0)
+    draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
     first = [Row(list(range(3, 25)), 0, [5, 2, 9], None), Row([7, 8, 9], 0, [1], draw)]
     then = [Row(list(range(40, 60)), 22, [5, 2, 9], draw)]
     for rows in (first, then):
@@ -118,8 +118,8 @@ def test_a_sequence_in_parts_gives_the_cpu_s_tokens(make_model, spare_layers):
 def test_log_probabilities_come_with_their_rows(make_model):
     """Guards a step's log probabilities against another row's, and against those of the step launched behind it."""
     late, plain = make(make_model("llama", num_hidden_layers=1, vocab_size=144).folder, run_ahead=1)
-    sampling = SamplingParams(max_tokens=9, temperature=0.0, logprobs=True, top_logprobs=2)
-    quiet = SamplingParams(max_tokens=9, temperature=0.0)
+    sampling = SamplingSpec(max_tokens=9, temperature=0.0, logprobs=True, top_logprobs=2)
+    quiet = SamplingSpec(max_tokens=9, temperature=0.0)
     wants, none = Draw(sampling, (), 2, 0), Draw(quiet, (), 2, 0)
     prompts = [Row([5, 6], 0, [1], none, 0), Row([7, 8], 0, [2], wants, 1)]
     after = [Row([], 2, [2], Draw(sampling, (), 2, 1), 1), Row([], 2, [1], Draw(quiet, (), 2, 1), 0)]
@@ -139,7 +139,7 @@ def test_log_probabilities_come_with_their_rows(make_model):
 def test_an_unread_step_keeps_its_result(make_model):
     """Guards against a result that a later step overwrites before it is read, and against launching without bound."""
     late, _ = make(make_model("llama", num_hidden_layers=1, vocab_size=144).folder, run_ahead=1)
-    draw = Draw(SamplingParams(max_tokens=9, temperature=0.0), (), 3, 0)
+    draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 3, 0)
     launched = [late.launch([Row([5, 6, token], 0, [token], draw, 0)]) for token in (1, 2)]
     with pytest.raises(InvariantBroken, match="not read"):
         late.launch([Row([1], 0, [1], None)])

@@ -15,7 +15,7 @@ from baton.models.cpu.sampler import draw_tokens
 from baton.models.cuda.queue import CudaQueue, Queue
 from baton.models.cuda.slots import SlotSampler
 from baton.models.sampling_rules import rules_of
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 
 VOCAB = 5000  # two blocks of tokens
@@ -46,7 +46,7 @@ def as_int32(values: list[int]) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.int32, device=DEVICE)
 
 
-def draw_of(sampling: SamplingParams, prompt: list[int], output: list[int]) -> Draw:
+def draw_of(sampling: SamplingSpec, prompt: list[int], output: list[int]) -> Draw:
     return Draw(sampling, (*prompt, *output), len(prompt), len(output))
 
 
@@ -55,7 +55,7 @@ PROMPTS = st.lists(st.integers(0, 40), min_size=1, max_size=12)
 
 
 @st.composite
-def params(draw) -> SamplingParams:
+def params(draw) -> SamplingSpec:
     penalised = draw(st.booleans())
     fields = {
         "temperature": draw(st.sampled_from([0.0, 0.3, 1.0, 1.7])),
@@ -70,7 +70,7 @@ def params(draw) -> SamplingParams:
         "frequency_penalty": draw(st.sampled_from([-1.1, 0.0, 0.37])) if penalised else 0.0,
         "presence_penalty": draw(st.sampled_from([0.0, 1.9])) if penalised else 0.0,
     }
-    return SamplingParams(max_tokens=99, **fields)
+    return SamplingSpec(max_tokens=99, **fields)
 
 
 def equal_or_near(logits: torch.Tensor, draws: list[Draw], positions: list[int], found: list[int]) -> None:
@@ -81,9 +81,7 @@ def equal_or_near(logits: torch.Tensor, draws: list[Draw], positions: list[int],
         for factor in (1 - 1e-5, 1 + 1e-5):
             top_p = min(1.0, draw.sampling.top_p * factor) if draw.sampling.top_p < 1.0 else 1.0
             fields = {name: getattr(draw.sampling, name) for name in draw.sampling.__struct_fields__}
-            other = Draw(
-                SamplingParams(**(fields | {"top_p": top_p})), draw.history, draw.prompt_len, draw.num_generated
-            )
+            other = Draw(SamplingSpec(**(fields | {"top_p": top_p})), draw.history, draw.prompt_len, draw.num_generated)
             (again,) = draw_tokens(logits[row : row + 1].clone(), [other], [positions[row]])
             allowed.add(again.token_ids[0])
         assert found[row] in allowed, (row, draw.sampling, found[row], expected[row])
@@ -107,7 +105,7 @@ def test_every_parameter_draws_the_cpu_s_token(rows, seed):
 def test_counts_and_minimum_advance_on_the_device():
     """Guards penalties that do not see what was drawn since set_row, and stops that stay forbidden."""
     queue, sampler = make(2, 60)
-    sampling = SamplingParams(
+    sampling = SamplingSpec(
         max_tokens=99, temperature=1.3, seed=3, frequency_penalty=1.5, repetition_penalty=4.0, presence_penalty=0.5,
         min_tokens=4, stop_token_ids=tuple(range(50)), top_k=30,
     )  # fmt: skip
@@ -126,10 +124,10 @@ def test_a_slot_forgets_the_row_before():
     """Guards a slot's next owner against counts, bias and filters of the last."""
     queue, sampler = make(1, 60)
     logits = torch.randn(1, 60, generator=torch.Generator().manual_seed(1))
-    heavy = SamplingParams(max_tokens=9, temperature=0.0, logit_bias=((7, 99.0),), presence_penalty=1.0)
+    heavy = SamplingSpec(max_tokens=9, temperature=0.0, logit_bias=((7, 99.0),), presence_penalty=1.0)
     sampler.set_row(0, draw_of(heavy, [1], [7, 7]))
     assert sampler.edits(0) and drawn(sampler, queue, logits, [0], [3]) == [7]
-    sampler.set_row(0, draw_of(SamplingParams(max_tokens=9, temperature=0.0), [1], []))
+    sampler.set_row(0, draw_of(SamplingSpec(max_tokens=9, temperature=0.0), [1], []))
     assert not sampler.edits(0) and drawn(sampler, queue, logits, [0], [1]) == [int(logits.argmax())]
 
 
@@ -137,7 +135,7 @@ def test_plain_and_edited_ways_draw_the_same():
     """Guards a plain row whose token changes when a neighbour makes the step go the other way."""
     queue, sampler = make(3, VOCAB)
     for slot, temperature in enumerate((0.0, 0.8, 1.5)):
-        sampling = SamplingParams(max_tokens=9, temperature=temperature, seed=(9 << 40) + slot)
+        sampling = SamplingSpec(max_tokens=9, temperature=temperature, seed=(9 << 40) + slot)
         sampler.set_row(slot, draw_of(sampling, [1], []))
         assert not rules_of(sampling, VOCAB).needs_more_than_temperature
     sampler.flush()
@@ -157,7 +155,7 @@ def test_logprobs_equal_the_cpu_s(vocab_size):
     wants = (None, 0, 20)
     draws = [
         draw_of(
-            SamplingParams(
+            SamplingSpec(
                 max_tokens=9, temperature=0.0, logprobs=wanted is not None, top_logprobs=wanted or 0,
                 logit_bias=((3, 50.0),),
             ),
@@ -188,5 +186,5 @@ def test_top_k_keeps_equals_of_the_last():
     logits = torch.zeros(count, 64)
     logits[:, [3, 9, 11]] = torch.tensor([2.0, 1.5, 1.5])
     for slot in range(count):
-        sampler.set_row(slot, draw_of(SamplingParams(max_tokens=9, temperature=1.0, top_k=2, seed=slot), [1], []))
+        sampler.set_row(slot, draw_of(SamplingSpec(max_tokens=9, temperature=1.0, top_k=2, seed=slot), [1], []))
     assert set(drawn(sampler, queue, logits, list(range(count)), [1] * count)) == {3, 9, 11}

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from baton.node.errors import BadRequest
-from baton.node.messages.control import SamplingParams
+from baton.node.messages.control import SamplingSpec
 from baton.proxy.http.prepare import Choice, choices_of
 from baton.proxy.http.schema import IGNORED, UNSUPPORTED, read_chat, read_completion
 from baton.proxy.interface import AppSettings
@@ -36,7 +36,7 @@ async def prepared(text: ModelText, base: dict[str, Any], **more: Any) -> list[C
     return await choices_of(request, text, AppSettings(), 2048, "r")
 
 
-async def sampling(text: ModelText, base: dict[str, Any], **more: Any) -> SamplingParams:
+async def sampling(text: ModelText, base: dict[str, Any], **more: Any) -> SamplingSpec:
     return (await prepared(text, base, **more))[0].generation.sampling
 
 
@@ -273,7 +273,7 @@ async def test_every_sampling_parameter_arrives(text: ModelText) -> None:
         "repetition_penalty": 1.25,
     }
     more = {"logit_bias": {"7": 1.5, "5": -100}, "stop_token_ids": [9], "logprobs": 4}
-    expected = SamplingParams(
+    expected = SamplingSpec(
         **asked, logit_bias=((5, -100.0), (7, 1.5)), stop_token_ids=(0, 1, 9), logprobs=True, top_logprobs=4
     )
     assert await sampling(text, COMPLETION, **asked, **more) == expected

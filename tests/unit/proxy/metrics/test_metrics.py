@@ -11,7 +11,7 @@ from prometheus_client.openmetrics import exposition, parser
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.node.errors import Overloaded, PeerLost
-from baton.node.messages.control import Load, SamplingParams, Stages
+from baton.node.messages.control import Load, SamplingSpec, Stages
 from baton.proxy.interface import Delta, WorkerStatus
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.metrics.meter import GenerationMeter
@@ -178,7 +178,7 @@ async def test_preemptions_never_fall(client: httpx.AsyncClient, engine: FakeEng
 
 
 def info(prompt_tokens: int) -> GenerationInfo:
-    return GenerationInfo("r", 0, "chat", "demo", True, prompt_tokens, SamplingParams(max_tokens=9), 0, {})
+    return GenerationInfo("r", 0, "chat", "demo", True, prompt_tokens, SamplingSpec(max_tokens=9), 0, {})
 
 
 class Clock:

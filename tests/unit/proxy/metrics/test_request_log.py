@@ -11,7 +11,7 @@ import httpx
 import msgspec
 import pytest
 
-from baton.node.messages.control import SamplingParams, Stages
+from baton.node.messages.control import SamplingSpec, Stages
 from baton.proxy.http.app import create_app
 from baton.proxy.interface import AppSettings, Delta, Generation
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord, as_json
@@ -25,7 +25,7 @@ COMPLETION = {"model": "demo", "prompt": f"A {SECRET} said"}
 
 
 def record(request_id: str = "cmpl-1", index: int = 0, took_s: float = 2.0) -> GenerationRecord:
-    sampling = SamplingParams(max_tokens=4)
+    sampling = SamplingSpec(max_tokens=4)
     info = GenerationInfo(
         request_id, index, "text_completion", "demo", True, 7, sampling, 1_700_000_000_000_000_000, {}
     )
