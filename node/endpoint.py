@@ -1,11 +1,12 @@
-"""A ZeroMQ endpoint that carries messages: one ROUTER bound for whoever connects, one DEALER for each peer it calls.
+"""A ZeroMQ message endpoint: one bound ROUTER for incoming connections, one DEALER for each peer that it connects to.
 
-It owns its sockets and belongs to one thread; only `wake` may be called from others. Peers are named by endpoint
-identity, `worker/incarnation`, which never comes back after a restart. What is not exactly one valid message is
-counted and dropped: no input raises out of `receive`. A caller names itself, so it may not take the name of a peer that
-is called from here: that peer is known by its address. Delivery is not guaranteed; whoever needs an answer repeats.
+It owns its sockets and belongs to one thread; only `wake` may be called from other threads. Peers are identified by
+endpoint identity, `worker/incarnation`, which is never reused after a restart. Anything that is not exactly one valid
+message is counted and dropped: no input raises out of `receive`. An incoming peer states its own identity, so it must
+not use that of a peer that this endpoint connects to, which is known by its address. Delivery is not guaranteed: a
+sender that needs an answer retransmits.
 
-How its sockets are bounded is in `OPTIONS`, how they are opened in sockets.py.
+Socket limits are in `OPTIONS`; sockets.py opens the sockets.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from baton.node.telemetry import log_event
 logger = logging.getLogger("endpoint")
 
 MAX_FRAMES_A_TURN = 1024
-"""So that a flood on one socket cannot keep the owner from its timers."""
+"""Bounds one `receive`, so that a flood on one socket cannot starve the owner's timers."""
 LEAST_POLL_S = 0.001
 
 
@@ -42,21 +43,22 @@ OPTIONS = sockets.Options(
 
 
 def identity_of(worker: str, incarnation: int) -> str:
-    """The endpoint identity of one life of a worker."""
+    """The endpoint identity of one incarnation of a worker."""
     return f"{worker}/{incarnation}"
 
 
 class Endpoint:
-    """See the module's docstring. `bind` is an address such as tcp://127.0.0.1:0; None accepts nobody.
+    """Sends and receives typed messages over a ROUTER and any number of DEALER links.
 
-    `understand` turns bytes into one of the messages that this endpoint takes, or raises BadMessage.
+    `bind` is an address such as tcp://127.0.0.1:0; None accepts no connections. `decode_body` turns bytes into one of
+    the messages that this endpoint accepts, or raises BadMessage.
     """
 
     def __init__(
-        self, context: Context, identity: str, bind: str | None, understand: Callable[[bytes], Message] = decode
+        self, context: Context, identity: str, bind: str | None, decode_body: Callable[[bytes], Message] = decode
     ) -> None:
         self.identity = identity
-        self._understand = understand
+        self._decode_body = decode_body
         self.rejected = 0
         self._context = context
         self._links: dict[str, Socket] = {}
@@ -69,8 +71,8 @@ class Endpoint:
 
     @property
     def address(self) -> str:
-        """Where peers connect to."""
-        assert self._router is not None, "this endpoint accepts nobody"
+        """The bound address that peers connect to."""
+        assert self._router is not None, "this endpoint accepts no connections"
         return sockets.bound_address(self._router)
 
     def fileno(self) -> int:
@@ -79,7 +81,7 @@ class Endpoint:
         return int(self._router.getsockopt(zmq.FD))
 
     def connect(self, peer: str, address: str) -> None:
-        """Open a link to `peer`; connecting goes on in the background, and again whenever the link breaks."""
+        """Open a link to `peer`; it connects in the background and reconnects when the connection breaks."""
         if peer in self._links:
             return
         socket = sockets.open_dealer(self._context, address, OPTIONS, identity=self.identity)
@@ -104,9 +106,9 @@ class Endpoint:
         return self._router is not None and sockets.send_frames(self._router, [peer.encode(), body])
 
     def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]:
-        """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that are there.
+        """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that have arrived.
 
-        Below a millisecond, which ZeroMQ cannot wait, it looks, sleeps so long and looks again.
+        ZeroMQ cannot wait less than a millisecond: for shorter timeouts this polls, sleeps and polls again.
         """
         extra = list(also)
         for socket in extra:
@@ -134,10 +136,10 @@ class Endpoint:
         """Make a `receive` in progress, or the next one, return at once. May be called from any thread."""
         with self._wake_lock:
             if not self._closed:
-                sockets.send_frames(self._waker, [b""])  # refused if it is full of wakes already
+                sockets.send_frames(self._waker, [b""])  # fails if the queue is already full of wakes
 
     def linger(self, timeout_s: float = 0.5) -> None:
-        """Let what was sent go out after `close`, for at most so long."""
+        """Keep sending queued messages for at most `timeout_s` after `close`."""
         for socket in self._names:
             sockets.linger(socket, timeout_s)
 
@@ -147,7 +149,7 @@ class Endpoint:
             for socket in [self._waker, self._wakee, *self._links.values(), *([self._router] if self._router else [])]:
                 socket.close()
 
-    # -- inside
+    # -- internals
 
     def _open_router(self, bind: str) -> Socket:
         router = sockets.open_router(self._context, bind, OPTIONS, identity=self.identity, mandatory=True)
@@ -172,7 +174,7 @@ class Endpoint:
             if len(frames) != 2:
                 self._reject(f"{len(frames)} frames")
             elif frames[0].decode(errors="replace") in self._links:
-                self._reject("a caller has taken the name of a peer that this endpoint calls")
+                self._reject("an incoming peer uses the identity of a peer that this endpoint connects to")
             else:
                 self._admit(frames[0], frames[1], inbox)
 
@@ -188,7 +190,7 @@ class Endpoint:
 
     def _admit(self, peer: bytes, body: bytes, inbox: list[tuple[str, Message]]) -> None:
         try:
-            inbox.append((peer.decode(), self._understand(body)))
+            inbox.append((peer.decode(), self._decode_body(body)))
         except (BadMessage, UnicodeDecodeError) as error:
             self._reject(str(error))
 

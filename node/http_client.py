@@ -1,7 +1,8 @@
-"""An HTTP/1.1 client on asyncio: a request as bytes, the answer's body as it arrives with the time of each read.
+"""An HTTP/1.1 client on asyncio: takes request bytes, returns the response body with the time of each read.
 
-httptools parses, asyncio's protocols read; nothing stands between the socket and the clock, so that a load generator
-measures the server and not its client. Measured beside aiohttp in docs/benchmarking.md. Knows nothing of OpenAI.
+httptools parses what asyncio's protocols read. The path from the socket to the timestamp is short, so that a load
+generator measures the server and not its client; docs/benchmarking.md compares it with aiohttp. It does not know the
+OpenAI API.
 """
 
 from __future__ import annotations
@@ -21,17 +22,18 @@ Sink = Callable[[bytes, float], bool]
 """Takes body bytes and the time of their read; False closes the connection."""
 
 MAX_IDLE_S = 2.0
-"""Servers close idle connections after 5 s or more; one that is closed as it is used would be a failed request."""
+"""Longest idle time of a reused connection. Servers close idle ones after 5 s or more; a request sent on a connection
+that is just being closed would fail."""
 MAX_GET_BYTES = 1 << 16
 
 
 class HttpFailed(Exception):
-    """The answer did not come, or not whole; the message says why, in one line."""
+    """The response is missing or incomplete; the message gives the reason in one line."""
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """Where a server is."""
+    """The address of a server, parsed from its URL."""
 
     host: str
     port: int
@@ -41,7 +43,7 @@ class Origin:
 
     @classmethod
     def parse(cls, url: str) -> Origin:
-        """Raises SettingsError. A trailing /v1, as OpenAI's clients are told, is taken off."""
+        """Parse `url`, without a trailing /v1, which OpenAI clients include. Raises SettingsError."""
         try:
             parts = urlsplit(url)
             port = parts.port
@@ -71,13 +73,13 @@ class HttpClient:
         self._idle: list[_Connection] = []
 
     def request(self, method: str, path: str, body: bytes) -> bytes:
-        """The bytes of a request: made ahead of the time when they are to be sent."""
+        """The bytes of a request, so that they can be built before the time at which they are sent."""
         first = f"{method} {self.origin.prefix}{path} HTTP/1.1\r\n".encode()
         length = b"Content-Type: application/json\r\nContent-Length: %d\r\n" % len(body) if body else b""
         return b"".join((first, self._head, length, b"\r\n", body))
 
     async def exchange(self, request: bytes, sink: Sink) -> int:
-        """Send, and feed the answer's body to `sink`; returns its status. Raises HttpFailed."""
+        """Send, and pass the response body to `sink`; returns the status. Raises HttpFailed."""
         connection = self._take() or await self._connect()
         try:
             status = await connection.exchange(request, sink)
@@ -91,7 +93,7 @@ class HttpClient:
         return status
 
     async def get(self, path: str) -> tuple[int, bytes]:
-        """Status and body, of at most MAX_GET_BYTES."""
+        """Status and body; the body is at most MAX_GET_BYTES."""
         parts: list[bytes] = []
 
         def sink(data: bytes, _: float) -> bool:
@@ -160,11 +162,11 @@ class _Connection(asyncio.Protocol):
     # -- asyncio
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's are none by inheritance
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports do not inherit from it
 
     def data_received(self, data: bytes) -> None:
         self._now_s = self._clock()
-        if self._done is None:  # no request is open: the server gives up this connection
+        if self._done is None:  # no request is in flight: the server closes this connection
             self.close()
             return
         try:
@@ -195,7 +197,7 @@ class _Connection(asyncio.Protocol):
             self._finish()
 
     def on_message_complete(self) -> None:
-        if self._status < 200:  # an interim answer
+        if self._status < 200:  # an interim response
             self._status = 0
             return
         self.reusable = self._parser.should_keep_alive() and not self._until_close

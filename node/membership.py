@@ -1,8 +1,8 @@
-"""A worker's membership of the cluster: register with every proxy, beat, notice silence, leave. No sockets, no clock.
+"""A worker's membership of the cluster: registration, heartbeats, session leases, leaving. No sockets, no clock.
 
-A worker registers with all proxies that it is given and repeats until it is answered. It beats four times a second from
-then on. A proxy that has been silent for the session lease is lost: its requests are dropped, and the worker registers
-anew, since the proxy may have been restarted (a Ping of a new incarnation, or a Rejoin, says the same at once).
+A worker registers with every configured proxy and retransmits until it is answered; then it sends four heartbeats a
+second. A proxy that is silent for the session lease is lost: its requests are dropped, and the worker registers again,
+since the proxy may have restarted. A Ping of a new incarnation, or a Rejoin, has the same effect at once.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from baton.node.messages.control import (
 
 HEARTBEAT_S = 0.25
 DEAD_AFTER_S = 2.0
-"""A worker that was silent for so long is taken for dead (frozen counts as dead)."""
+"""A worker that is silent for this long is treated as dead; a frozen process counts as dead."""
 PROXY_LEASE_S = 5.0
 
 
@@ -33,7 +33,7 @@ PROXY_LEASE_S = 5.0
 class _Proxy:
     link: str
     incarnation: int | None = None
-    heard_at: float = 0.0
+    last_message_at: float = 0.0
     next_at: float = 0.0
     refused: str = ""
 
@@ -47,7 +47,7 @@ class ProxyLost:
 
 @dataclass(frozen=True, slots=True)
 class JoinRefused:
-    """A proxy will never take this worker as it is."""
+    """A proxy has refused this worker for good; the worker does not retry."""
 
     link: str
     reason: str
@@ -55,6 +55,8 @@ class JoinRefused:
 
 @dataclass(frozen=True, slots=True)
 class Joined:
+    """A proxy has accepted this worker's registration."""
+
     link: str
 
 
@@ -62,13 +64,16 @@ Change = ProxyLost | JoinRefused | Joined
 
 
 class Membership:
-    """`links` are the endpoint's names of the links to the proxies. `draining` and `store` go into each heartbeat."""
+    """Decides what a worker sends to each proxy to join, stay in and leave the cluster.
+
+    `links` are the endpoint's names of the links to the proxies. Each heartbeat carries `draining` and `store`.
+    """
 
     def __init__(self, register: Register | RegisterStore, links: Sequence[str], now: float) -> None:
         self.draining = False
         self.store = ""
         self._register = register
-        self._proxies = {link: _Proxy(link, heard_at=now, next_at=now) for link in links}
+        self._proxies = {link: _Proxy(link, last_message_at=now, next_at=now) for link in links}
 
     @property
     def links(self) -> tuple[str, ...]:
@@ -76,20 +81,20 @@ class Membership:
 
     @property
     def joined(self) -> tuple[str, ...]:
-        """The links whose proxies count this worker in."""
+        """The links to proxies that have accepted this worker."""
         return tuple(proxy.link for proxy in self._proxies.values() if proxy.incarnation is not None)
 
     def set_store(self, store: str) -> None:
-        """From now on heartbeats name this store; may be called by another thread."""
+        """Name this store in later heartbeats; may be called from another thread."""
         self.store = store
 
     def on_message(self, link: str, message: Message, now: float) -> list[Change]:
-        """Any message of a proxy proves that it lives; Registered, Refused and Ping change the membership."""
+        """Every message renews the proxy's lease; Registered, Refused, Ping and Rejoin change the membership."""
         proxy = self._proxies[link]
-        proxy.heard_at = now
+        proxy.last_message_at = now
         match message:
             case Registered():
-                lost = self._is_new(proxy, message.incarnation)
+                lost = self._lost_if_restarted(proxy, message.incarnation)
                 joined = proxy.incarnation != message.incarnation
                 proxy.incarnation = message.incarnation
                 return [*lost, *([Joined(link)] if joined else [])]
@@ -97,29 +102,29 @@ class Membership:
                 proxy.refused = message.reason
                 return [JoinRefused(link, message.reason)]
             case Ping() if proxy.incarnation not in (None, message.incarnation):
-                return self._start_over(proxy, now)
+                return self._register_again(proxy, now)
             case Rejoin() if proxy.incarnation is not None:
-                return self._start_over(proxy, now)
+                return self._register_again(proxy, now)
         return []
 
     def on_timer(
         self, now: float, load: Load, *, load_age_s: float = 0.0, kv_seq: int = 0
     ) -> tuple[list[tuple[str, Message]], list[Change]]:
-        """The messages that are due, and what silence has changed. `kv_seq`: the last KvEvents that were sent."""
+        """The messages that are due, and the proxies whose lease has expired. `kv_seq`: the last KvEvents sent."""
         due: list[tuple[str, Message]] = []
         changes: list[Change] = []
         for proxy in self._proxies.values():
-            if proxy.incarnation is not None and now - proxy.heard_at > PROXY_LEASE_S:
+            if proxy.incarnation is not None and now - proxy.last_message_at > PROXY_LEASE_S:
                 proxy.incarnation = None
                 changes.append(ProxyLost(proxy.link))
             if now >= proxy.next_at and not proxy.refused:
                 proxy.next_at = now + HEARTBEAT_S
-                is_in = proxy.incarnation is not None
-                due.append((proxy.link, self._beat(load, load_age_s, kv_seq) if is_in else self._register))
+                is_joined = proxy.incarnation is not None
+                due.append((proxy.link, self._heartbeat(load, load_age_s, kv_seq) if is_joined else self._register))
         return due, changes
 
-    def farewell(self) -> list[tuple[str, Message]]:
-        """What to say on leaving."""
+    def goodbyes(self) -> list[tuple[str, Message]]:
+        """A Goodbye for each proxy that has accepted this worker."""
         goodbye = Goodbye(worker=self._register.worker, incarnation=self._register.incarnation)
         return [(link, goodbye) for link in self.joined]
 
@@ -127,15 +132,15 @@ class Membership:
     def wake_at(self) -> float:
         return min((p.next_at for p in self._proxies.values() if not p.refused), default=float("inf"))
 
-    def _start_over(self, proxy: _Proxy, now: float) -> list[Change]:
+    def _register_again(self, proxy: _Proxy, now: float) -> list[Change]:
         proxy.incarnation = None
         proxy.next_at = now
         return [ProxyLost(proxy.link)]
 
-    def _is_new(self, proxy: _Proxy, incarnation: int) -> list[Change]:
+    def _lost_if_restarted(self, proxy: _Proxy, incarnation: int) -> list[Change]:
         return [ProxyLost(proxy.link)] if proxy.incarnation not in (None, incarnation) else []
 
-    def _beat(self, load: Load, load_age_s: float, kv_seq: int) -> Heartbeat:
+    def _heartbeat(self, load: Load, load_age_s: float, kv_seq: int) -> Heartbeat:
         return Heartbeat(
             worker=self._register.worker,
             incarnation=self._register.incarnation,

@@ -1,13 +1,13 @@
-"""Settings: one frozen dataclass a node. The command line is made from it, and an error is one line.
+"""Settings: one frozen dataclass a node; the command line is generated from it, and an error is one line.
 
-The only reader of the command line and of the environment. It knows no node: `option` describes a field, `parse` turns
-arguments into an instance of any dataclass made of such fields, `require_loopback` guards what a node binds to.
+Only this module reads the command line and the environment. It does not know any node: `option` describes a field,
+`parse` turns arguments into an instance of any dataclass of such fields, `require_loopback` checks a bind address.
 
     @dataclass(frozen=True, slots=True, kw_only=True)
     class ProxySettings:
         model: str = option(help="model folder or hub id")                                     # required: --model
         port: int = option(8000, help="HTTP port", minimum=0, maximum=65535)                   # --port
-        drain_s: float = option(10.0, unit="s", help="time that requests get to end", minimum=0)
+        drain_s: float = option(10.0, unit="s", help="time for running requests to finish", minimum=0)
 
     settings = parse(ProxySettings, sys.argv[1:], prog="baton proxy", description="The HTTP front of Baton.")
 """
@@ -38,7 +38,7 @@ _METAVARS: dict[type, str] = {int: "N", float: "X", str: "TEXT", Path: "PATH"}
 
 @dataclass(frozen=True, slots=True)
 class OptionInfo:
-    """What a field's metadata says besides its name, type and default."""
+    """A field's metadata: everything but its name, type and default."""
 
     help: str
     unit: str = ""

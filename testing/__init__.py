@@ -1,1 +1,1 @@
-"""Fakes that ship: what stands in for a device, a network or a store in tests and benchmarks."""
+"""Fakes that ship with the package: stand-ins for a device, a network or a store in tests and benchmarks."""

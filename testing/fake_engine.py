@@ -1,4 +1,4 @@
-"""An engine without workers: it replays a script, one step at a time, so that a test decides the order of events."""
+"""An engine without workers: it replays a script step by step, so that a test controls the order of events."""
 
 from __future__ import annotations
 

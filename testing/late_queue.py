@@ -1,6 +1,6 @@
-"""A queue of device work on CPU tensors that runs as late as its user can stand: when a mark is waited for.
+"""A queue of device work on CPU tensors that runs work as late as is legal: when a mark behind it is waited for.
 
-What the host changes too early under a launched step comes out wrong here, as it would on a GPU.
+If the host overwrites the inputs of a launched step too early, the result is wrong here, as it would be on a GPU.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from baton.models.cuda.queue import QueueMark, Work
 
 
 class LateQueue:
-    """A queue whose work runs when a mark behind it is waited for."""
+    """A work queue that runs its work only when a mark behind it is waited for."""
 
     device = "cpu"
     num_sms = 4
@@ -35,7 +35,7 @@ class LateQueue:
         return _LateMark(self, self._entered)
 
     def rehearse(self, work: Work) -> None:
-        """Interpreted kernels need nothing."""
+        """Does nothing: interpreted kernels need no warm-up."""
 
     def capture(self, work: Work) -> Work:
         self.run_to(self._entered)
@@ -43,7 +43,7 @@ class LateQueue:
         return work
 
     def run_to(self, count: int) -> None:
-        """Run the first `count` pieces of work that ever entered."""
+        """Run queued work until `count` pieces have run since the start."""
         while self._run < count:
             self._run += 1
             self._pending.popleft()()

@@ -1,8 +1,8 @@
-"""The data plane within one process, and the double of every other plane in tests: what happens is written in a script.
+"""A scripted data plane within one process: the fake of every other plane in tests.
 
-A `LoopbackFabric` joins several ends. For each movement (a chunk that is sent once) the script says whether it is
-delivered, after how many polls of the receiver, whether a byte is wrong, whether it is lost, or whether both ends are
-told that it failed. There is no clock and no chance: the same calls give the same results.
+A `LoopbackFabric` connects several ends. For each movement (one send of a chunk) the script decides whether it is
+delivered, after how many polls of the receiver, with a corrupt byte, lost, or reported as failed to both ends. There is
+no clock and no randomness: the same calls give the same results.
 """
 
 from __future__ import annotations
@@ -25,23 +25,23 @@ class Outcome(Enum):
     CORRUPT = auto()
     """Delivered with one bit of one byte flipped."""
     LOSE = auto()
-    """The sender believes that it was sent."""
+    """Reported as sent to the sender, and never delivered."""
     FAIL = auto()
-    """Both ends are told."""
+    """Reported as failed to both ends."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fate:
-    """What becomes of one movement, at the receiver's poll number `after_polls` from now (at least 1)."""
+    """The outcome of one movement, at the receiver's poll number `after_polls` from now (at least 1)."""
 
     outcome: Outcome = Outcome.DELIVER
     after_polls: int = 1
     corrupt_at: int = 0
-    """Which byte of the chunk is damaged, modulo its size."""
+    """Index of the corrupted byte of the chunk, modulo its size."""
 
 
 class Movement(NamedTuple):
-    """What a script decides about."""
+    """One send of a chunk: the argument of a script."""
 
     sender: str
     receiver: str
@@ -52,12 +52,12 @@ Script = Callable[[Movement], Fate]
 
 
 def deliver(movement: Movement) -> Fate:
-    """The script in which nothing goes wrong."""
+    """The script without faults."""
     return Fate()
 
 
 @dataclass(slots=True)
-class _Flight:
+class _InFlightMovement:
     movement: Movement
     blocks: tuple[int, ...]  # of the sender
     fate: Fate
@@ -65,65 +65,65 @@ class _Flight:
 
 
 class LoopbackFabric:
-    """Joins the ends that are made of it. `polls_to_stop`: for so many polls a cancelled receive stays busy."""
+    """Connects the ends that it creates. `polls_to_stop`: number of polls for which a cancelled receive stays busy."""
 
     def __init__(self, script: Script = deliver, polls_to_stop: int = 0) -> None:
         self.script = script
         self.polls_to_stop = polls_to_stop
         self._ends: dict[str, LoopbackPlane] = {}
-        self._flights: list[_Flight] = []
+        self._in_flight: list[_InFlightMovement] = []
 
     def plane(self, identity: str, memory: BlockMemory) -> LoopbackPlane:
-        """A new end, called `identity` as its worker is."""
+        """A new end with the identity of its worker."""
         if identity in self._ends:
-            raise InvariantBroken(f"two ends are called {identity}")
+            raise InvariantBroken(f"two ends have the identity {identity}")
         self._ends[identity] = LoopbackPlane(self, identity, memory)
         return self._ends[identity]
 
-    # -- for its ends
+    # -- called by the ends
 
     def end(self, identity: str) -> LoopbackPlane | None:
-        """The end of that name, unless it was closed."""
+        """The end with this identity; None if it is closed."""
         return self._ends.get(identity)
 
     def launch(self, movement: Movement, blocks: Sequence[int]) -> None:
         """Start a movement of the sender's `blocks`."""
         fate = self.script(movement)
-        self._flights.append(_Flight(movement, tuple(blocks), fate, max(1, fate.after_polls)))
+        self._in_flight.append(_InFlightMovement(movement, tuple(blocks), fate, max(1, fate.after_polls)))
 
-    def land(self, receiver: str) -> list[_Flight]:
-        """One poll of `receiver`: the flights that arrive with it."""
-        mine = [flight for flight in self._flights if flight.movement.receiver == receiver]
-        for flight in mine:
-            flight.polls_left -= 1
-        landed = [flight for flight in mine if flight.polls_left == 0]
-        self._flights = [flight for flight in self._flights if flight.polls_left > 0]
+    def land(self, receiver: str) -> list[_InFlightMovement]:
+        """Advance `receiver` by one poll, and take the movements that arrive with it."""
+        mine = [entry for entry in self._in_flight if entry.movement.receiver == receiver]
+        for entry in mine:
+            entry.polls_left -= 1
+        landed = [entry for entry in mine if entry.polls_left == 0]
+        self._in_flight = [entry for entry in self._in_flight if entry.polls_left > 0]
         return landed
 
     def in_flight(self, sender: str, transfer_id: bytes) -> bool:
-        return any(f.movement.sender == sender and f.movement.key.transfer_id == transfer_id for f in self._flights)
+        return any(f.movement.sender == sender and f.movement.key.transfer_id == transfer_id for f in self._in_flight)
 
-    def drop(self, which: Callable[[Movement], bool]) -> list[Movement]:
-        """Take movements out of the air."""
-        dropped = [flight.movement for flight in self._flights if which(flight.movement)]
-        self._flights = [flight for flight in self._flights if not which(flight.movement)]
+    def drop(self, matches: Callable[[Movement], bool]) -> list[Movement]:
+        """Discard the movements in flight that match."""
+        dropped = [entry.movement for entry in self._in_flight if matches(entry.movement)]
+        self._in_flight = [entry for entry in self._in_flight if not matches(entry.movement)]
         return dropped
 
     def leave(self, identity: str) -> None:
-        """An end closes: what it sent and what was sent to it is lost."""
+        """Close an end: movements to and from it are lost."""
         self._ends.pop(identity, None)
         self.drop(lambda movement: identity in (movement.sender, movement.receiver))
 
 
 class LoopbackPlane:
-    """One end; made by `LoopbackFabric.plane`."""
+    """One end of a `LoopbackFabric`, created by its `plane`."""
 
     name = "loopback"
     pulls = False
 
     def __init__(self, fabric: LoopbackFabric, identity: str, memory: BlockMemory) -> None:
         self.dropped: Counter[str] = Counter()
-        """Movements that arrived and were not taken, by reason: unknown, stranger, size."""
+        """Arrived movements that were rejected, by reason: unknown, stranger, size."""
         self.memory = memory
         self._fabric = fabric
         self._identity = identity
@@ -153,8 +153,8 @@ class LoopbackPlane:
 
     def poll(self) -> list[IoDone]:
         self._stopping = {transfer_id: left - 1 for transfer_id, left in self._stopping.items() if left > 1}
-        for flight in self._fabric.land(self._identity):
-            self._land(flight)
+        for entry in self._fabric.land(self._identity):
+            self._land(entry)
         return self._ledger.report()
 
     def cancel(self, transfer_id: bytes) -> None:
@@ -186,16 +186,16 @@ class LoopbackPlane:
         self._ledger.clear()
 
     def sent(self, key: ChunkKey, reason: str) -> None:
-        """The fabric's word to a sender: this send is over."""
+        """Called by the fabric when a send of this end has ended; `reason` is empty for success."""
         self._ledger.end_send(key, reason)
 
-    # -- inside
+    # -- internals
 
-    def _land(self, flight: _Flight) -> None:
-        movement, fate = flight.movement, flight.fate
+    def _land(self, entry: _InFlightMovement) -> None:
+        movement, fate = entry.movement, entry.fate
         sender, receive = self._fabric.end(movement.sender), self._ledger.receive(movement.key)
-        assert sender is not None, "a closed end took its flights with it"
-        failed = "as the script says" if fate.outcome is Outcome.FAIL else ""
+        assert sender is not None, "closing an end discards its movements"
+        failed = "failed by the script" if fate.outcome is Outcome.FAIL else ""
         sender.sent(movement.key, failed)
         if fate.outcome is Outcome.LOSE:
             return
@@ -205,15 +205,15 @@ class LoopbackPlane:
             self.dropped["stranger"] += 1
         elif failed:
             self._ledger.end_receive(movement.key, failed)
-        elif len(receive.blocks) != len(flight.blocks) or self.memory.block_bytes != sender.memory.block_bytes:
+        elif len(receive.blocks) != len(entry.blocks) or self.memory.block_bytes != sender.memory.block_bytes:
             self.dropped["size"] += 1
         else:
-            self._copy(sender.memory, flight, receive.blocks)
+            self._copy(sender.memory, entry, receive.blocks)
             self._ledger.end_receive(movement.key)
 
-    def _copy(self, source: BlockMemory, flight: _Flight, blocks: Sequence[int]) -> None:
-        for theirs, ours in zip(flight.blocks, blocks, strict=True):
+    def _copy(self, source: BlockMemory, entry: _InFlightMovement, blocks: Sequence[int]) -> None:
+        for theirs, ours in zip(entry.blocks, blocks, strict=True):
             self.memory.block(ours)[:] = source.block(theirs)
-        if flight.fate.outcome is Outcome.CORRUPT:
-            index, offset = divmod(flight.fate.corrupt_at % (len(blocks) * source.block_bytes), source.block_bytes)
+        if entry.fate.outcome is Outcome.CORRUPT:
+            index, offset = divmod(entry.fate.corrupt_at % (len(blocks) * source.block_bytes), source.block_bytes)
             self.memory.block(blocks[index])[offset] ^= 1

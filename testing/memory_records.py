@@ -1,4 +1,4 @@
-"""Records in memory: for tests, and for what should be tried without a disk. A restart finds nothing."""
+"""Block records in memory, for tests and trials without a disk. Nothing survives a restart."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from baton.node.errors import SettingsError
 
 
 class MemoryRecords:
-    """Copies under their key. They are written once and never changed, so there is nothing to verify."""
+    """Holds a copy of each block under its key. Copies never change, so reads verify nothing."""
 
     def __init__(self, quota_bytes: int, block_bytes: int) -> None:
         self.capacity_blocks = quota_bytes // block_bytes
@@ -39,7 +39,7 @@ class MemoryRecords:
             self._blocks.pop(key, None)
 
     def note(self, ticks: Mapping[bytes, int]) -> None:
-        """There is no restart that would want them."""
+        """Does nothing: recency is only needed after a restart."""
 
     def close(self) -> None:
         self._blocks.clear()
@@ -57,5 +57,5 @@ def memory_tier(
     on_change: Changed = ignore_change,
     clock: Callable[[], float] = time.monotonic,
 ) -> RecordTier:
-    """A tier in memory that never holds more than `quota_bytes` of blocks."""
+    """A tier over `MemoryRecords` of at most `quota_bytes`."""
     return RecordTier("memory", block_bytes, lambda: MemoryRecords(quota_bytes, block_bytes), on_change, clock)

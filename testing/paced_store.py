@@ -1,7 +1,7 @@
 """python -m baton.testing.paced_store RATE_FILE OPTIONS: a KV store with a slow disk, for `baton bench gate`.
 
-RATE_FILE holds bytes/s, or nothing for the disk's own speed, and is read for each block. Blocks pass one after the
-other: a read is done when the disk has ended it, and the time for its bytes at that rate is over.
+RATE_FILE holds a rate in bytes/s and is read for each block; if it is empty, reads run at the disk's own speed. Blocks
+are read one after the other: a read completes when the disk has returned it and its bytes have taken their time.
 """
 
 from __future__ import annotations

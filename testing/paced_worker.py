@@ -1,7 +1,7 @@
-"""python -m baton.testing.paced_worker ROLE SECONDS ...: a worker whose every step lasts at least so long.
+"""python -m baton.testing.paced_worker ROLE SECONDS ...: a worker whose steps last at least SECONDS.
 
-The tests that disturb a request in one of its phases need that phase to last on a fast machine too. Nothing else
-differs from `python -m baton.prefill` and `python -m baton.decode`.
+Tests that inject a fault into one phase of a request need that phase to last on a fast machine too. Otherwise it is
+the same as `python -m baton.prefill` and `python -m baton.decode`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from baton.worker.settings import WorkerSettings
 
 
 class PacedLoop(Loop):
-    """A loop whose turns with a step last at least `step_s`."""
+    """A worker loop in which a turn with a step lasts at least `step_s`."""
 
     def __init__(self, parts: Parts, role: WorkerRole, settings: WorkerSettings, step_s: float) -> None:
         super().__init__(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)

@@ -131,7 +131,7 @@ class IoThread:
         try:
             while not self._stopping.is_set():
                 self.turn()
-            for link, message in [*self._outbox, *self._membership.farewell()]:
+            for link, message in [*self._outbox, *self._membership.goodbyes()]:
                 self._endpoint.send(link, message)
             self._endpoint.linger()
         except BaseException as error:  # the worker's loop raises it

@@ -1,6 +1,6 @@
 """The KV events of a holder of blocks (a worker's pool, a host's store): which it has gained and lost. No torch.
 
-    owner's thread                                carrier's thread
+    owner's thread                                I/O thread
     journal("gpu").stored(hash) ── queue ──► flush() ──► KvEvents 1, 2, 3 ...   to every proxy, at most each 50 ms
                         removed(hash)        replay(seq) ──► those from seq on, or KvSnapshots of all that is held
 

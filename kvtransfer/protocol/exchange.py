@@ -1,7 +1,7 @@
 """All transfers of one worker: the machines of every transfer in motion, and which messages and movements are theirs.
 
 It owns the tables of senders and receivers, and carries out what the machines of `transfer.py` ask for. It has
-no thread and no clock: the carrier calls it with what came in and what time it is. A worker may send and receive.
+no thread and no clock: the I/O thread passes it messages and the current time. A worker may send and receive.
 Blocks are only numbers here; their owners are known to the block manager, in another thread.
 """
 

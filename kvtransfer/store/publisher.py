@@ -52,7 +52,7 @@ class EventPublisher:
 
     def close(self) -> None:
         """Say goodbye."""
-        for link, message in self._membership.farewell():
+        for link, message in self._membership.goodbyes():
             self._line.send(link, message)
         self._line.linger()
         self._line.close()

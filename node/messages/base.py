@@ -1,7 +1,7 @@
-"""What all messages share: bounded types of their fields, the base class, MessagePack there and back.
+"""What all messages share: bounded field types, the base class, MessagePack encoding and decoding.
 
-An unknown tag, an unknown field, a value out of bounds or trailing bytes make `decode_as` raise `BadMessage`; nothing
-else ever leaves it.
+An unknown tag, an unknown field, a value out of bounds or trailing bytes make `decode_as` raise `BadMessage`, and no
+other exception.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ EventHashes = Annotated[tuple[Digest, ...], Meta(max_length=MAX_EVENT_BLOCKS)]
 
 
 class BadMessage(ValueError):
-    """Bytes that are no message of ours."""
+    """The bytes are not a valid message."""
 
 
 class Message(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="t", kw_only=True):

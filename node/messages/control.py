@@ -1,4 +1,4 @@
-"""Messages between the proxy and everything else: who is there, what is asked for, and what came of it.
+"""Messages between the proxy and workers or stores: membership, dispatched requests, results, KV events.
 
 Every message about a request carries `(request_id, attempt)`.
 
@@ -41,7 +41,7 @@ from baton.node.messages.base import (
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How the tokens of one sequence are drawn, after the OpenAI and vLLM APIs; every value is explicit."""
+    """How the tokens of one sequence are sampled, after the OpenAI and vLLM APIs; every value is explicit."""
 
     max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
@@ -52,7 +52,7 @@ class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """0 keeps all."""
     min_p: Annotated[float, Meta(ge=0.0, le=1.0)] = 0.0
     seed: Annotated[int, Meta(ge=0, le=(1 << 63) - 1)] = 0
-    """Drawn by the proxy where the client gave none, so that a replay draws the same tokens."""
+    """Chosen by the proxy if the client gives none, so that a replay samples the same tokens."""
     presence_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
@@ -60,39 +60,39 @@ class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=128)] = ()
-    """With the model's end tokens in it, unless the client said ignore_eos; suppressed until min_tokens."""
+    """Includes the model's end tokens unless the client sets ignore_eos; suppressed until min_tokens."""
 
 
 class Logprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Natural log of the probability of the drawn token under the model, and of the likeliest ones."""
+    """Log probability (natural log) of the sampled token, and those of the most likely tokens."""
 
     logprob: float
     top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=20)] = ()
 
 
 class Stages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """How long a leg spent in each stage, in the order in which they follow one another.
+    """The time that a leg spent in each stage, in order.
 
-    Durations of the worker's own clock, never moments: the clocks of two hosts are not compared. A stage that the leg
+    Durations by the worker's own clock, never timestamps: clocks of two hosts are not compared. A stage that the leg
     did not have, or that an earlier message reported, is 0.
     """
 
     queue_s: Seconds = 0.0
-    """From the message's arrival to the first step with a token of it, less what the next stage took."""
+    """From the message's arrival to the first step with a token of it, minus the next stage."""
     tier_load_s: Seconds = 0.0
-    """KV of the prompt brought in from a tier below the pool, while nothing of it was computed."""
+    """Loading the prompt's KV from a tier below the pool, while none of it is computed."""
     prefill_s: Seconds = 0.0
-    """From the beginning of its first step to its first token."""
+    """From the start of its first step to its first token."""
     transfer_wait_s: Seconds = 0.0
-    """After prefill drew the first token: nothing of the transfer is in motion (reservation, offer, credit)."""
+    """After prefill sampled the first token, while no bytes are in flight (reservation, offer, credit)."""
     transfer_s: Seconds = 0.0
-    """From then until the last block has arrived and is verified."""
+    """From then until the last block has arrived and has been verified."""
     admission_s: Seconds = 0.0
-    """Until the step begins in which decode draws the next token."""
+    """Until the start of the step in which decode samples the next token."""
     step_s: Seconds = 0.0
     """That step, until its token is sent."""
     loaded_tokens: Annotated[tuple[Count, ...], Meta(max_length=8)] = ()
-    """Of the prompt, those whose KV came from tiers below the pool, in the order of node.messages.store.TIER_NAMES."""
+    """Prompt tokens whose KV came from each tier below the pool, in the order of node.messages.store.TIER_NAMES."""
 
 
 class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -101,21 +101,21 @@ class Load(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True
     running: Count = 0
     waiting: Count = 0
     waiting_tokens: Count = 0
-    """Tokens not yet computed of waiting and running work."""
+    """Uncomputed tokens of waiting and running sequences."""
     free_blocks: Count = 0
     total_blocks: Count = 0
     steps: Count = 0
-    """Steps done since the start: a busy worker whose count stands still is stuck."""
+    """Steps since the start: a busy worker whose count does not grow is stuck."""
     prefill_tokens_s: Rate = 0.0
-    """Prompt tokens that it computes in a second, as measured; 0 until it has."""
+    """Measured prompt tokens computed per second; 0 before the first measurement."""
     counters: Annotated[dict[Name, float], Meta(max_length=256)] = {}
 
 
-# ---- worker <-> proxy: life cycle -------------------------------------------------------------------------------
+# ---- worker <-> proxy: membership -------------------------------------------------------------------------------
 
 
 class Register(Message, tag="Register", kw_only=True):
-    """A worker joins; repeated until answered."""
+    """A worker joins the cluster; retransmitted until answered."""
 
     version: Small = PROTOCOL_VERSION
     worker: Name
@@ -123,13 +123,13 @@ class Register(Message, tag="Register", kw_only=True):
     role: Role
     model: Text
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    """Digest of all that makes KV compatible; two workers of different namespaces never meet."""
+    """Digest of everything that makes KV compatible; workers of different namespaces are never paired."""
     block_tokens: Annotated[int, Meta(ge=1, le=4096)]
     total_blocks: Count
     max_num_seqs: Count
     max_model_len: Annotated[int, Meta(ge=1, le=1 << 24)]
     address: Text
-    """Where peers connect to this worker's endpoint."""
+    """Address at which peers connect to this worker's endpoint."""
 
 
 class Registered(Message, tag="Registered", kw_only=True):
@@ -138,7 +138,7 @@ class Registered(Message, tag="Registered", kw_only=True):
 
 
 class Refused(Message, tag="Refused", kw_only=True):
-    """The worker, or the peer, does not fit; the sender of what was refused must not try again unchanged."""
+    """The worker, or the peer, is incompatible; the refused sender must not retry unchanged."""
 
     reason: Text
 
@@ -148,12 +148,12 @@ class Heartbeat(Message, tag="Heartbeat", kw_only=True):
     incarnation: Count
     load: Load
     load_age_s: Seconds = 0.0
-    """So old is what `load` says: requests that came since are not in it."""
+    """Age of `load`: later requests are not counted in it."""
     draining: bool = False
     kv_seq: Count = 0
-    """Number of the last KvEvents that were sent."""
+    """Number of the last KvEvents sent."""
     store: Annotated[str, Meta(max_length=96)] = ""
-    """Identity of the host's store that this worker loads from now; empty: none."""
+    """Identity of the host's store that this worker is attached to; empty: none."""
 
 
 class Goodbye(Message, tag="Goodbye", kw_only=True):
@@ -164,25 +164,25 @@ class Goodbye(Message, tag="Goodbye", kw_only=True):
 
 
 class Ping(Message, tag="Ping", kw_only=True):
-    """The proxy lives; a worker that hears none for its session lease drops that proxy's requests."""
+    """The proxy is alive; a worker that receives none for the session lease drops that proxy's requests."""
 
     proxy: Name
     incarnation: Count
 
 
 class Rejoin(Message, tag="Rejoin", kw_only=True):
-    """The proxy does not (any more) count this worker in: drop its requests and register anew."""
+    """The proxy does not (or no longer) know this worker: drop the proxy's requests and register again."""
 
 
 class Drain(Message, tag="Drain", kw_only=True):
-    """Finish what runs, take nothing new, leave."""
+    """Finish running requests, admit no new ones, then leave."""
 
 
-# ---- worker, store <-> proxy: where KV lies ---------------------------------------------------------------------
+# ---- worker, store <-> proxy: KV locations ---------------------------------------------------------------------
 
 
 class TierChange(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Blocks that a holder has gained and lost in one tier; no hash is in both lists."""
+    """Blocks added to and removed from one tier of a holder; no hash is in both lists."""
 
     tier: Tier
     stored: EventHashes = ()
@@ -193,7 +193,7 @@ Changes = Annotated[tuple[TierChange, ...], Meta(max_length=3)]
 
 
 class RegisterStore(Message, tag="RegisterStore", kw_only=True):
-    """A host's store joins, to tell what it holds; repeated until answered with Registered or Refused."""
+    """A host's store joins, to publish its contents; retransmitted until answered with Registered or Refused."""
 
     version: Small = PROTOCOL_VERSION
     worker: Name
@@ -201,20 +201,20 @@ class RegisterStore(Message, tag="RegisterStore", kw_only=True):
 
 
 class KvEvents(Message, tag="KvEvents", kw_only=True):
-    """What the sender has gained and lost since its KvEvents number `seq - 1`; the first has number 1."""
+    """Changes of the sender's contents since its KvEvents number `seq - 1`; the first has number 1."""
 
     seq: Annotated[int, Meta(ge=1, le=1 << 62)]
     changes: Changes
 
 
 class KvReplay(Message, tag="KvReplay", kw_only=True):
-    """Proxy: I lack KvEvents from `seq` on. Answered with them or, where they are forgotten, with KvSnapshots."""
+    """The proxy lacks KvEvents from `seq` on. Answered with them or, if they are no longer kept, with KvSnapshots."""
 
     seq: Annotated[int, Meta(ge=1, le=1 << 62)]
 
 
 class KvSnapshot(Message, tag="KvSnapshot", kw_only=True):
-    """Part `part` of `parts` of all that the sender held after KvEvents number `seq`; nothing is removed in it."""
+    """Part `part` of `parts` of the sender's contents after KvEvents number `seq`; it removes nothing."""
 
     seq: Count
     part: Small
@@ -226,13 +226,13 @@ class KvSnapshot(Message, tag="KvSnapshot", kw_only=True):
 
 
 class DispatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What both legs of an attempt are sent: the sequence to generate, and how."""
+    """The part of a dispatch that both legs of an attempt share: the sequence and how to generate it."""
 
     token_ids: TokenIds
     prompt_len: Count
     """The first `prompt_len` of `token_ids` are the prompt; an earlier attempt generated the rest."""
     root: Digest
-    """Hash to which the first block is chained: the namespace and the owner of the cache."""
+    """Hash that the first block is chained to: the namespace and the cache's owner."""
     block_hashes: Hashes
     sampling: SamplingSpec
     deadline_s: Seconds
@@ -251,7 +251,7 @@ class Prefill(Message, tag="Prefill", kw_only=True):
 
 
 class Reserve(Message, tag="Reserve", kw_only=True):
-    """Hold blocks for the body's tokens and continue from the token that prefill sends, or compute all of them."""
+    """Reserve blocks for the body's tokens; continue after prefill's first token, or compute the prompt locally."""
 
     request_id: Name
     attempt: Small
@@ -261,19 +261,19 @@ class Reserve(Message, tag="Reserve", kw_only=True):
 
 
 class Cancel(Message, tag="Cancel", kw_only=True):
-    """Stop this request; attempts up to and including `attempt` are meant. Answered with Cancelled, always."""
+    """Stop this request's attempts up to and including `attempt`. Always answered with Cancelled."""
 
     request_id: Name
     attempt: Small
 
 
 class Reserved(Message, tag="Reserved", kw_only=True):
-    """Decode to proxy: the blocks are held (or, for local prefill, the sequence is queued)."""
+    """Decode to proxy: the blocks are reserved (or, for local prefill, the sequence is queued)."""
 
     request_id: Name
     attempt: Small
     cached_tokens: Count
-    """Prompt tokens that decode's own prefix cache already had: they will not travel."""
+    """Prompt tokens found in decode's own prefix cache, which are not transferred."""
 
 
 class Busy(Message, tag="Busy", kw_only=True):
@@ -297,14 +297,14 @@ class Tokens(Message, tag="Tokens", kw_only=True, omit_defaults=True):
     logprobs: Annotated[tuple[Logprob, ...], Meta(max_length=65536)] = ()
     finish: FinishReason = ""
     cached_tokens: Count = 0
-    """Prompt tokens that this leg did not have to compute."""
+    """Prompt tokens that this leg did not compute."""
     stages: Stages | None = None
-    """Where the time went since the leg began, or since the last message that told it: with the first token of a leg,
-    and with the one that decode's first step draws."""
+    """Time since the leg began or since the last report; sent with a leg's first token and with the first token that
+    a decode step samples."""
 
 
 class Bundle(Message, tag="Bundle", kw_only=True):
-    """All tokens that one step made for one proxy: one frame instead of one a row."""
+    """All tokens of one step for one proxy: one frame instead of one a row."""
 
     tokens: Annotated[tuple[Tokens, ...], Meta(max_length=65536)]
 
@@ -320,7 +320,7 @@ class HandedOver(Message, tag="HandedOver", kw_only=True):
 
 
 class Failed(Message, tag="Failed", kw_only=True):
-    """Terminal for this leg. `retryable` tells whether another worker, or a new attempt, may succeed."""
+    """Terminal for this leg. `retryable`: another worker, or a new attempt, may succeed."""
 
     request_id: Name
     attempt: Small

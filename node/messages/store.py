@@ -1,9 +1,7 @@
-"""Every message to and from a host's KV store: a union of its own, so that no other node can be sent one of them.
+"""Messages to and from a host's KV store: a separate union, so that no other node can be sent one of them.
 
-A worker numbers its lookups and puts itself; `(worker, id)` names what the store holds for it. The store keeps whatever
-it holds for a worker as long as it hears of the worker at least every `lease_s`, on its own clock.
-
-Who sends what:
+A worker numbers its own lookups and puts; `(worker, id)` names what the store holds for it. The store holds it while
+messages of the worker arrive at least every `lease_s` by the store's clock.
 
     worker -> store   Attach, Beat, Lookup, Fetch, Put, Commit, Release, Touch, Damaged
     store  -> worker  Attached, Detached, Alive, Found, Fetched, Granted
@@ -40,7 +38,7 @@ MAX_PIECE_BYTES = 1 << 20
 
 
 class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Where a block is. In RAM it lies at `offset` of the arena, is held for whoever asked, and has this digest."""
+    """A block's tier. In RAM, the block is at `offset` of the arena with this digest, and is held for the requester."""
 
     tier: Tier
     offset: Count = 0
@@ -48,7 +46,7 @@ class Place(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=
 
 
 class Arrival(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Block number `index` of a lookup is in RAM now; without a digest: it could not be had."""
+    """Block number `index` of a lookup is now in RAM; without a digest: it could not be loaded."""
 
     index: Index
     offset: Count = 0
@@ -63,7 +61,7 @@ class Slot(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=T
 
 
 class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
-    """Block number `index` of a put has been copied into its slot; the digest is of the bytes that were meant."""
+    """Block number `index` of a put has been copied into its slot; `digest` is of the source bytes."""
 
     index: Index
     digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
@@ -73,25 +71,25 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
 
 class Attach(Message, tag="Attach", kw_only=True):
-    """A worker wants to use the store; repeated until answered."""
+    """A worker asks to use the store; retransmitted until answered."""
 
     version: Small = PROTOCOL_VERSION
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
-    """Blocks of different namespaces never meet."""
+    """Blocks of different namespaces are never shared."""
     block_bytes: Annotated[int, Meta(ge=1, le=1 << 30)]
-    """Of a record: a block with all units of the model."""
+    """Size of a record: a block with all units of the model."""
     num_units: Annotated[int, Meta(ge=1, le=1 << 16)]
     """Equal parts of a record, one behind the other."""
     digest: DigestName
-    """How the units are summed up for a record's digest; all workers of a namespace do it the same way."""
+    """How a record's digest is computed from its units; equal for all workers of a namespace."""
 
 
 class Beat(Message, tag="Beat", kw_only=True):
-    """The worker lives; answered with Alive, or with Detached by a store that does not know it."""
+    """The worker is alive; answered with Alive, or with Detached if the store does not know it."""
 
 
 class Lookup(Message, tag="Lookup", kw_only=True):
-    """Which of a chain of blocks can be had, from number `first` on? Those before it are used too: keep them young."""
+    """Find a chain of blocks from number `first` on. Those before it count as used too, which defers their eviction."""
 
     id: Count
     first: Index
@@ -99,40 +97,40 @@ class Lookup(Message, tag="Lookup", kw_only=True):
 
 
 class Fetch(Message, tag="Fetch", kw_only=True):
-    """Bring these blocks of a lookup, which are not in RAM, there."""
+    """Load these blocks of a lookup into RAM."""
 
     id: Count
     indices: Annotated[tuple[Index, ...], Meta(max_length=4096)]
 
 
 class Put(Message, tag="Put", kw_only=True):
-    """The worker has these blocks: which does the store want, and where?"""
+    """The worker offers these blocks; the store answers with slots for those it takes."""
 
     id: Count
     hashes: BlockHashes
 
 
 class Commit(Message, tag="Commit", kw_only=True):
-    """These blocks of a put are written; slots that are not named are given back."""
+    """These blocks of a put are written; slots that are not named are freed."""
 
     id: Count
     written: Annotated[tuple[Written, ...], Meta(max_length=4096)]
 
 
 class Release(Message, tag="Release", kw_only=True):
-    """All that is held under `id` is used no more."""
+    """Free everything held under `id`."""
 
     id: Count
 
 
 class Touch(Message, tag="Touch", kw_only=True):
-    """This chain of blocks has been used: of all blocks it goes last, its head after its tail."""
+    """This chain of blocks has been used: evict it last, its tail before its head."""
 
     hashes: BlockHashes
 
 
 class Damaged(Message, tag="Damaged", kw_only=True):
-    """This block's bytes in the arena do not have its digest."""
+    """This block's bytes in the arena do not match its digest."""
 
     hash: BlockHash
 
@@ -144,7 +142,7 @@ class Attached(Message, tag="Attached", kw_only=True):
     """How a process of the same host maps the arena (see kvtransfer.blocks.memory)."""
 
     store: Name
-    """Identity of this life of the store, `name/incarnation`."""
+    """Endpoint identity of this incarnation of the store, `name/incarnation`."""
     host: Name
     pid: Count
     fd: Count
@@ -154,7 +152,7 @@ class Attached(Message, tag="Attached", kw_only=True):
 
 
 class Detached(Message, tag="Detached", kw_only=True):
-    """The store holds nothing for this worker, which may attach (again), unless `final`."""
+    """The store holds nothing for this worker, which may attach again unless `final`."""
 
     reason: Text
     final: bool = False
@@ -165,7 +163,7 @@ class Alive(Message, tag="Alive", kw_only=True):
 
 
 class Found(Message, tag="Found", kw_only=True):
-    """The longest run of blocks, from the lookup's `first` on, that can be had."""
+    """The longest run of available blocks from the lookup's `first` on."""
 
     id: Count
     places: Annotated[tuple[Place, ...], Meta(max_length=1 << 16)]
@@ -177,7 +175,7 @@ class Fetched(Message, tag="Fetched", kw_only=True):
 
 
 class Granted(Message, tag="Granted", kw_only=True):
-    """Slots for those blocks of a put that the store wants."""
+    """Slots for those blocks of a put that the store accepts."""
 
     id: Count
     slots: Annotated[tuple[Slot, ...], Meta(max_length=1 << 16)]
@@ -187,7 +185,7 @@ class Granted(Message, tag="Granted", kw_only=True):
 
 
 class PeerLookup(Message, tag="PeerLookup", kw_only=True):
-    """How many of these blocks, from the first on, can that store give away?"""
+    """Ask how many of these blocks, from the first on, the peer's store can serve."""
 
     id: Count
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
@@ -200,7 +198,7 @@ class PeerFound(Message, tag="PeerFound", kw_only=True):
 
 
 class PeerGet(Message, tag="PeerGet", kw_only=True):
-    """The bytes [offset, offset + size_bytes) of a block, please."""
+    """Request the bytes [offset, offset + size_bytes) of a block."""
 
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
     hash: BlockHash
@@ -209,7 +207,7 @@ class PeerGet(Message, tag="PeerGet", kw_only=True):
 
 
 class PeerData(Message, tag="PeerData", kw_only=True):
-    """The answer to PeerGet. The digest is the whole block's; without one the block cannot be had."""
+    """The answer to PeerGet. The digest is the whole block's; without one the block is not available."""
 
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
     hash: BlockHash
@@ -228,5 +226,5 @@ _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(functools.r
 
 
 def decode_store(body: bytes | memoryview) -> Message:
-    """The message in `body`; raises BadMessage for anything that is not exactly one of a store's."""
+    """The store message in `body`; raises BadMessage for anything that is not exactly one."""
     return decode_as(body, _decoder)

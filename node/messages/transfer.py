@@ -1,7 +1,7 @@
-"""Messages between a prefill and a decode worker: one transfer of KV, from the first offer to the last acknowledgement.
+"""Messages between a prefill and a decode worker: one KV transfer, from the first offer to the last acknowledgement.
 
-Every message about a transfer carries `transfer_id`, which the receiver drew at random for one attempt of one request,
-so a late message of an old attempt matches no transfer.
+Every message about a transfer carries `transfer_id`, which the receiver chooses at random for one attempt of one
+request, so that a late message of an old attempt matches no transfer.
 
     prefill -> decode  Hello, Offer, Valid, Finish, Abort, Aborted
     decode -> prefill  Welcome, Grant, Accept, Validate, Renew, Ack, Abort, Aborted
@@ -30,7 +30,7 @@ from baton.node.messages.control import Logprob
 
 
 class PlaneAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """How one end of a data plane is reached; only the plane of that name reads `address`."""
+    """The address of one end of a data plane; only the plane of that name reads `address`."""
 
     plane: Name
     host: Name
@@ -42,7 +42,7 @@ class PlaneAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 
 
 class Hello(Message, tag="Hello", kw_only=True):
-    """Prefill introduces itself to a decode worker, once a connection; repeated until answered."""
+    """Prefill to decode, once a connection: its namespace and planes; retransmitted until answered."""
 
     version: Small = PROTOCOL_VERSION
     worker: Name
@@ -52,26 +52,26 @@ class Hello(Message, tag="Hello", kw_only=True):
 
 
 class Welcome(Message, tag="Welcome", kw_only=True):
-    """Decode's answer: the plane that this pair will use."""
+    """The answer to Hello: the plane that this pair will use."""
 
     worker: Name
     plane: PlaneAddress
 
 
 class Grant(Message, tag="Grant", kw_only=True):
-    """Decode to prefill: the reservation stands; blocks before `first_block` need not travel."""
+    """Decode to prefill: blocks are reserved; those before `first_block` are not transferred."""
 
     transfer_id: TransferId
     request_id: Name
     attempt: Small
     first_block: Count
     num_blocks: Count
-    """Blocks of the whole sequence, so [first_block, num_blocks) will travel."""
+    """Blocks of the whole sequence; [first_block, num_blocks) are transferred."""
     lease_s: Seconds
 
 
 class Offer(Message, tag="Offer", kw_only=True):
-    """Prefill: blocks [first_block, first_block + len(source)) are computed and held under the lease."""
+    """Prefill to decode: blocks [first_block, first_block + len(source)) are computed and held under the lease."""
 
     transfer_id: TransferId
     seq: Count
@@ -82,7 +82,7 @@ class Offer(Message, tag="Offer", kw_only=True):
 
 
 class Accept(Message, tag="Accept", kw_only=True):
-    """Decode: the receive of chunk `seq` is posted; this is the credit to send it. `retry` > 0 asks for it anew."""
+    """Decode to prefill: the receive of chunk `seq` is posted, send it. `retry` > 0 requests it again."""
 
     transfer_id: TransferId
     seq: Count
@@ -90,7 +90,7 @@ class Accept(Message, tag="Accept", kw_only=True):
 
 
 class Validate(Message, tag="Validate", kw_only=True):
-    """Decode, on planes that pull: I have copied chunk `seq`; did the lease hold until now?"""
+    """Decode to prefill, on planes that pull: chunk `seq` is copied; confirm that the lease held until now."""
 
     transfer_id: TransferId
     seq: Count
@@ -98,7 +98,7 @@ class Validate(Message, tag="Validate", kw_only=True):
 
 
 class Valid(Message, tag="Valid", kw_only=True):
-    """Prefill: the blocks of chunk `seq` were held all along. (Silence or Aborted means: they were not.)"""
+    """Prefill to decode: the blocks of chunk `seq` were held throughout. Without this message they were not."""
 
     transfer_id: TransferId
     seq: Count
@@ -106,38 +106,38 @@ class Valid(Message, tag="Valid", kw_only=True):
 
 
 class Finish(Message, tag="Finish", kw_only=True):
-    """Prefill: all chunks are offered; with them goes the first token. Repeated until acknowledged."""
+    """Prefill to decode: all chunks are offered, and the first token. Retransmitted until acknowledged."""
 
     transfer_id: TransferId
     num_chunks: Count
     token_id: TokenId
     logprob: Logprob | None = None
     waited_s: Seconds = 0.0
-    """From the first token to the first time that this was said: decode had not granted the transfer before."""
+    """From the first token to the first Finish: the time in which decode had not granted the transfer."""
 
 
 class Renew(Message, tag="Renew", kw_only=True):
-    """Decode: the lease of these transfers starts anew."""
+    """Decode to prefill: renew the lease of these transfers."""
 
     transfer_ids: Annotated[tuple[TransferId, ...], Meta(max_length=4096)]
 
 
 class Ack(Message, tag="Ack", kw_only=True):
-    """Decode: every block has arrived and is verified; the sender may free its blocks."""
+    """Decode to prefill: every block has arrived and is verified; the sender may free its blocks."""
 
     transfer_id: TransferId
 
 
 class Abort(Message, tag="Abort", kw_only=True):
-    """Either side: this transfer is over. Answered with Aborted, also by one who never knew it."""
+    """Either side: this transfer is over. Answered with Aborted, also by a peer that does not know it."""
 
     transfer_id: TransferId
     reason: Text
     cancelled: bool = False
-    """Nothing went wrong: nobody wants the KV any more."""
+    """Not a failure: the KV is no longer needed."""
 
 
 class Aborted(Message, tag="Aborted", kw_only=True):
-    """The sender of this touches nothing of the transfer any more."""
+    """The sender of this message no longer reads or writes any block of the transfer."""
 
     transfer_id: TransferId

@@ -1,4 +1,4 @@
-"""The union of what a worker's or a proxy's endpoint takes: one MessagePack decoder for all of it."""
+"""The union of all messages that a worker's or a proxy's endpoint accepts, with one MessagePack decoder."""
 
 from __future__ import annotations
 
