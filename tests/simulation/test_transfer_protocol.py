@@ -1,4 +1,4 @@
-"""Random schedules of the transfer protocol. A failure names its seed: `World(seed, odds, n).run()` is that run."""
+"""Random schedules of the transfer protocol. A failure names its seed: `World(seed, odds, n).run()` repeats it."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def _run(seed: int, odds: Odds, num_requests: int = 5) -> World:
     return world
 
 
-def test_a_calm_cluster_hands_over_every_request_that_found_blocks() -> None:
-    """Guards against lost wake-ups: without any fault nothing may be left to a time-out."""
+def test_without_faults_every_admitted_request_is_handed_over() -> None:
+    """Guards against lost wake-ups: without faults nothing may depend on a timeout."""
     arrived = 0
     for seed in range(RUNS):
         world = _run(seed, CALM)
@@ -44,9 +44,9 @@ def test_a_calm_cluster_hands_over_every_request_that_found_blocks() -> None:
 
 @pytest.mark.parametrize("kind", ROUGH)
 def test_no_schedule_breaks_an_invariant(kind: str) -> None:
-    """Guards against foreign writes, activation on wrong KV, double ends and leaked blocks."""
+    """Guards against writes into foreign blocks, activation on wrong KV, double ends and leaked blocks."""
     arrived = sum(len(_run(seed, ROUGH[kind]).arrived) for seed in range(RUNS))
-    assert arrived > RUNS  # the faults do not simply stop everything
+    assert arrived > RUNS  # the faults do not stop all transfers
 
 
 def test_a_seed_reproduces_its_run() -> None:
@@ -59,11 +59,11 @@ def test_a_seed_reproduces_its_run() -> None:
     )
 
 
-class _Forgetful(World):
-    """A world whose decode workers free blocks without waiting for the plane: the mistake that must be seen."""
+class _EarlyFreeWorld(World):
+    """A world with a deliberate bug: decode workers free blocks without waiting for the plane."""
 
-    def _born(self, name: str):  # type: ignore[no-untyped-def]
-        node = super()._born(name)
+    def _start_node(self, name: str):  # type: ignore[no-untyped-def]
+        node = super()._start_node(name)
         node._stop_writing = lambda transfer_id: None  # type: ignore[method-assign]
         cancel = node.cancel_decode
 
@@ -77,9 +77,9 @@ class _Forgetful(World):
         return node
 
 
-def test_the_simulation_sees_a_write_after_free() -> None:
-    """Guards the guard: a worker that frees blocks under a running transfer is caught."""
+def test_the_simulation_detects_a_write_after_free() -> None:
+    """Guards the check itself: a worker that frees blocks during a transfer must be detected."""
     with pytest.raises(Broken):
         for seed in range(500):
-            world = _Forgetful(seed, Odds(cancel=0.9), 5)
+            world = _EarlyFreeWorld(seed, Odds(cancel=0.9), 5)
             world.run()

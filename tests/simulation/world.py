@@ -1,11 +1,11 @@
-"""A simulated cluster around the real transfer protocol: one seed is one run.
+"""A simulated cluster around the real transfer protocol: a seed determines the run.
 
 Real: TransferExchange, Sender, Receiver, BlockManager, BlockTable. Simulated: the clock, the network (delay, loss,
 duplication, reordering), the data planes (two-sided and pulling, with delay, loss, corruption), the pools (one integer
-a block), and both workers' loops, which compute, cancel, crash and come back at random times.
+a block), and both workers' loops, which compute, cancel, crash and restart at random times.
 
-What must never happen is checked when it happens (`Broken`): a write into a block that the transfer does not hold,
-a sequence activated on wrong KV, a second end of one transfer, a leak.
+`Broken` is raised as soon as an invariant fails: a write into a block that the transfer does not hold, a sequence
+activated on wrong KV, a second end of one transfer, a leak.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Broken(AssertionError):
 
 @dataclass(frozen=True, slots=True)
 class Odds:
-    """Probabilities of what goes wrong, for each message or movement."""
+    """Probabilities of faults, for each message or movement."""
 
     loss: float = 0.0
     duplicate: float = 0.0
@@ -64,7 +64,7 @@ class Pool:
 
 
 class SimPlane:
-    """Meets planes.base.Plane over the world's clock. A posted receive holds its blocks until done or cancelled."""
+    """A `Plane` on the world's clock. A posted receive holds its blocks until done or cancelled."""
 
     def __init__(self, world: World, node: SimNode, name: str, pulls: bool) -> None:
         self.name, self.pulls = name, pulls
@@ -107,7 +107,7 @@ class SimPlane:
         self._finish(key, ok)
 
     def _pull(self, key: ChunkKey, position: int) -> None:
-        """Copy one block, then the next a while later: the source may change between two."""
+        """Copy one block, and the next one later: the source may change between the two."""
         if not self._node.alive or key not in self._receives:
             return
         peer, source, blocks = self._receives[key]
@@ -138,7 +138,7 @@ class SimPlane:
         for key in [k for k in self._receives if k.transfer_id == transfer_id]:
             if self._world.chance(0.5):
                 del self._receives[key]
-            else:  # it cannot be stopped at once: idle only later
+            else:  # it does not stop at once, and becomes idle later
                 self._world.later(self._world.io_delay() * 3, self._receives.pop, key, None)
 
     def idle(self, transfer_id: bytes) -> bool:
@@ -159,7 +159,7 @@ class SimPlane:
 
 
 class SimNode:
-    """One life of a worker: its exchange, its blocks, and a loop that plays prefill or decode."""
+    """One incarnation of a worker: its exchange, its blocks, and a simplified prefill or decode loop."""
 
     def __init__(self, world: World, name: str, life: int) -> None:
         self.identity = f"{name}/{life}"
@@ -204,7 +204,7 @@ class SimNode:
             self.settle()
 
     def settle(self) -> None:
-        """Take the events out, and come back when the exchange wants to."""
+        """Handle the exchange's events, and schedule the next tick at its next timer."""
         events, self.exchange.events = self.exchange.events, []
         for event in events:
             match event:
@@ -274,7 +274,7 @@ class SimNode:
         self.reuse_blocks()
 
     def reuse_blocks(self) -> None:
-        """Somebody else takes blocks that came free, and writes something else into them."""
+        """Another sequence allocates freed blocks and overwrites them."""
         blocks = self.manager.allocate(self.world.random.randint(0, self.manager.num_available))
         for block in blocks:
             if block in self.writable:
@@ -377,7 +377,7 @@ class Request:
 
 
 class World:
-    """See the module's docstring."""
+    """The clock, the network, the nodes and the requests of one run."""
 
     def __init__(self, seed: int, odds: Odds, num_requests: int) -> None:
         self.random = random.Random(seed)
@@ -391,7 +391,7 @@ class World:
         self._heap: list[tuple[float, int, Callable[..., object], tuple[object, ...]]] = []
         self._order = count()
         self._lives = count(1)
-        self._current = {name: self._born(name) for name in ("p0", "p1", "d0", "d1")}
+        self._current = {name: self._start_node(name) for name in ("p0", "p1", "d0", "d1")}
         for number in range(num_requests):
             self.later(self.random.uniform(0.0, 2.0), self._arrive, number)
         for name in self._current:
@@ -399,7 +399,7 @@ class World:
                 self.later(self.random.uniform(0.0, 3.0), self._crash, name)
 
     def run(self) -> None:
-        """To the end of all events; then nothing may be held anywhere."""
+        """Run all events; then no node may hold anything."""
         for _ in range(200_000):
             if not self._heap:
                 break
@@ -429,7 +429,7 @@ class World:
             self.later(self.random.expovariate(200.0), target.receive, sender, message)
         return True
 
-    def _born(self, name: str) -> SimNode:
+    def _start_node(self, name: str) -> SimNode:
         node = SimNode(self, name, next(self._lives))
         self.nodes[node.identity] = node
         return node
@@ -440,7 +440,7 @@ class World:
         del self.nodes[node.identity]
         for transfer_id in [t for t, (owner, _, _) in self.held.items() if owner is node]:
             del self.held[transfer_id]
-        self._current[name] = self._born(name)
+        self._current[name] = self._start_node(name)
 
     def _arrive(self, number: int) -> None:
         length = self.random.randint(1, 6 * BLOCK_TOKENS)

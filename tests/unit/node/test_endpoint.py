@@ -1,4 +1,4 @@
-"""node.endpoint: messages go both ways, strangers' bytes go nowhere, nothing blocks."""
+"""node.endpoint: messages pass in both directions, invalid input is dropped, and no call blocks."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def _next(endpoint: Endpoint) -> list[tuple[str, object]]:
     return []
 
 
-def test_messages_carry_the_peer_they_come_from(pair: tuple[Endpoint, Endpoint]) -> None:
-    """Guards identity: the server names the client by its identity, the client the server by its link."""
+def test_received_messages_name_their_sender(pair: tuple[Endpoint, Endpoint]) -> None:
+    """Guards against misattribution: a ROUTER names a peer by its identity, a DEALER by its link."""
     server, client = pair
     assert client.send("server", Rejoin())
     assert _next(server) == [("client/1", Rejoin())]
@@ -52,54 +52,54 @@ def test_messages_carry_the_peer_they_come_from(pair: tuple[Endpoint, Endpoint])
     assert _next(client) == [("server", Ping(proxy="p", incarnation=1))]
 
 
-def test_an_unknown_peer_is_told_by_false(pair: tuple[Endpoint, Endpoint]) -> None:
-    """Guards loss detection: a peer that is not connected cannot be sent to, and nothing is raised."""
+def test_send_to_an_unconnected_peer_returns_false(pair: tuple[Endpoint, Endpoint]) -> None:
+    """Guards loss detection: a send to a peer that is not connected reports failure and raises nothing."""
     server, client = pair
-    assert not server.send("nobody/1", Rejoin())
-    assert not client.send("nobody/1", Rejoin())
+    assert not server.send("unknown/1", Rejoin())
+    assert not client.send("unknown/1", Rejoin())
 
 
 def test_garbage_is_counted_and_dropped(
     pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    """Guards the loop: raw bytes, wrong frame counts, non-messages, hostile identities; then a real message."""
+    """Guards the loop against raw bytes, wrong frame counts, invalid messages and invalid identities."""
     server, client = pair
     port = int(server.address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as raw:
         raw.sendall(b"\x00garbage" * 1000)
-    stranger = context.socket(zmq.DEALER)
-    stranger.setsockopt(zmq.LINGER, 0)
-    stranger.setsockopt(zmq.IDENTITY, b"\xff\xfe bad")
-    stranger.connect(server.address)
-    stranger.send(encode(Rejoin()))
-    stranger.send_multipart([b"a", b"b", b"c"])
-    stranger.send(b"\xc1" * 100)
+    invalid_peer = context.socket(zmq.DEALER)
+    invalid_peer.setsockopt(zmq.LINGER, 0)
+    invalid_peer.setsockopt(zmq.IDENTITY, b"\xff\xfe bad")
+    invalid_peer.connect(server.address)
+    invalid_peer.send(encode(Rejoin()))
+    invalid_peer.send_multipart([b"a", b"b", b"c"])
+    invalid_peer.send(b"\xc1" * 100)
     deadline = time.monotonic() + WAIT_S
     while server.rejected < 3 and time.monotonic() < deadline:
         assert server.receive(0.1) == []
     assert server.rejected == 3
     assert client.send("server", Rejoin())
     assert _next(server) == [("client/1", Rejoin())]
-    stranger.close(0)
+    invalid_peer.close(0)
 
 
 def test_an_oversized_frame_does_not_arrive(
     pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    """Guards memory: a frame beyond the bound ends its connection and nobody else's."""
+    """Guards memory: a frame beyond the bound closes its own connection and no other."""
     server, client = pair
-    stranger = context.socket(zmq.DEALER)
-    stranger.setsockopt(zmq.LINGER, 0)
-    stranger.connect(server.address)
-    stranger.send(b"x" * (MAX_BODY_BYTES + 1))
+    invalid_peer = context.socket(zmq.DEALER)
+    invalid_peer.setsockopt(zmq.LINGER, 0)
+    invalid_peer.connect(server.address)
+    invalid_peer.send(b"x" * (MAX_BODY_BYTES + 1))
     assert client.send("server", Rejoin())
     assert _next(server) == [("client/1", Rejoin())]
     assert server.rejected == 0
-    stranger.close(0)
+    invalid_peer.close(0)
 
 
 def test_wake_ends_a_wait_from_another_thread(pair: tuple[Endpoint, Endpoint]) -> None:
-    """Guards latency: the I/O thread must not sleep through a command; without the wake this test hangs."""
+    """Guards latency: a command wakes the I/O thread; without the wake this test hangs."""
     server, _ = pair
     threading.Timer(0.05, server.wake).start()
     assert server.receive(3600.0) == []
@@ -108,6 +108,6 @@ def test_wake_ends_a_wait_from_another_thread(pair: tuple[Endpoint, Endpoint]) -
 def test_a_taken_address_is_a_settings_error(
     pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
 ) -> None:
-    """Guards start-up: the user is told which address, not shown a traceback."""
+    """Guards start-up: the error names the address instead of ending in a traceback."""
     with pytest.raises(SettingsError, match="cannot listen"):
         Endpoint(context, "other", pair[0].address)

@@ -1,4 +1,4 @@
-"""What the collector looks through after a start."""
+"""node.garbage: objects that exist after start-up are excluded from later collections."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import gc
 from baton.node.garbage import freeze_startup_objects
 
 
-def test_what_is_there_is_not_looked_through_again() -> None:
-    """Guards against pauses of a tenth of a second; what comes later is still collected."""
+def test_startup_objects_are_not_scanned_again() -> None:
+    """Guards against collector pauses of 0.1 s; objects that are created later are still collected."""
     here: list[object] = []
     try:
         freeze_startup_objects()

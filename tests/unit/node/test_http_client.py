@@ -1,4 +1,4 @@
-"""The HTTP client against scripted servers: bodies of every framing, connections kept and lost, and clear reasons."""
+"""node.http_client against scripted servers: every body framing, kept and lost connections, clear errors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from baton.tests.unit.benchmark.load.scripted import (
 
 
 def answering(*answers: bytes, close: bool = False) -> Script:
-    """Answers one request after the other with these bytes."""
+    """A server script that answers successive requests with these bytes."""
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         for answer in answers:
@@ -55,14 +55,14 @@ async def test_bodies_of_every_framing(answer: bytes, expected: tuple[int, bytes
 
 
 async def test_a_body_that_ends_with_its_connection() -> None:
-    """Small servers answer so; taken for a lost connection, they would never complete a request."""
+    """Guards against failing every request to a server that ends bodies by closing the connection."""
     async with server(answering(b"HTTP/1.1 200 OK\r\n\r\nhello", close=True)) as origin:
         with closing(HttpClient(origin, {}, ManualClock().now_s)) as http:
             assert await get(http) == (200, b"hello")
 
 
 @pytest.mark.parametrize(
-    ("answer", "said"),
+    ("answer", "reason"),
     [
         (b"", "connection lost before an answer"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\nhello", "in the middle of an answer"),
@@ -70,23 +70,23 @@ async def test_a_body_that_ends_with_its_connection() -> None:
         (b"SSH-2.0-OpenSSH_9.6\r\n", "not HTTP"),
     ],
 )
-async def test_an_answer_that_is_cut_has_failed(answer: bytes, said: str) -> None:
-    """Taken for complete, a server that dies is a fast one."""
+async def test_a_truncated_response_is_a_failure(answer: bytes, reason: str) -> None:
+    """Guards measurements: a truncated response counted as complete makes a dying server look fast."""
     async with server(answering(answer, close=True)) as origin:
         http = HttpClient(origin, {}, ManualClock().now_s)
-        with closing(http), pytest.raises(HttpFailed, match=said):
+        with closing(http), pytest.raises(HttpFailed, match=reason):
             await get(http)
 
 
-async def test_no_server_is_told_with_its_address() -> None:
-    nobody = Origin("127.0.0.1", 1, False, "")
-    with closing(HttpClient(nobody, {}, ManualClock().now_s)) as http, pytest.raises(HttpFailed) as failure:
+async def test_a_refused_connection_names_the_address() -> None:
+    unreachable = Origin("127.0.0.1", 1, False, "")
+    with closing(HttpClient(unreachable, {}, ManualClock().now_s)) as http, pytest.raises(HttpFailed) as failure:
         await get(http)
     assert "cannot connect to http://127.0.0.1:1: " in str(failure.value)
 
 
-async def test_a_connection_is_used_again_but_not_after_a_while() -> None:
-    """A connection a request costs a round trip; one that the server is about to close costs the request."""
+async def test_connections_are_reused_until_idle_too_long() -> None:
+    """Guards against a round trip per request, and against requests on a connection that is about to close."""
     clock, connections = ManualClock(), []
     ok = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
 
@@ -104,15 +104,15 @@ async def test_a_connection_is_used_again_but_not_after_a_while() -> None:
             assert len(connections) == 2
 
 
-async def test_a_server_that_closes_is_not_asked_on_that_connection() -> None:
+async def test_a_connection_that_the_server_closes_is_not_reused() -> None:
     close = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n"
     async with server(answering(close)) as origin:
         with closing(HttpClient(origin, {}, ManualClock().now_s)) as http:
             assert [await get(http) for _ in range(3)] == [(200, b"")] * 3
 
 
-async def test_a_sink_that_has_enough_ends_the_exchange_and_the_connection() -> None:
-    """A client that goes away must be seen to go away: the server's reads end."""
+async def test_a_sink_that_returns_false_ends_the_exchange_and_the_connection() -> None:
+    """Guards disconnect tests: the server must see the end of the connection."""
     gone = asyncio.Event()
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -131,8 +131,8 @@ async def test_a_sink_that_has_enough_ends_the_exchange_and_the_connection() -> 
                 await gone.wait()
 
 
-async def test_what_is_sent() -> None:
-    """A wrong length or a missing key shows up as a server's error, far from here."""
+async def test_the_request_bytes() -> None:
+    """Guards against a wrong length or missing key, which would only appear as a server's error."""
     asked = []
 
     async def script(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -167,6 +167,6 @@ def test_urls(url: str, origin: Origin) -> None:
 @pytest.mark.parametrize(
     "url", ["", "127.0.0.1:8000", "ftp://host", "http://", "http://host:port", "http://host:99999"]
 )
-def test_what_is_no_url_is_told(url: str) -> None:
+def test_an_invalid_url_is_a_settings_error(url: str) -> None:
     with pytest.raises(SettingsError, match="URL"):
         Origin.parse(url)

@@ -1,4 +1,4 @@
-"""node.lifecycle: a worker registers until answered, beats, notices a silent or a new proxy, and starts over."""
+"""node.membership: a worker registers until answered, sends heartbeats, and registers again with a lost proxy."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def _joined(now: float = 0.0) -> Membership:
     return membership
 
 
-def test_registers_until_answered_then_beats() -> None:
-    """Guards against a lost Register, and against beats that nobody expects."""
+def test_registers_until_answered_then_sends_heartbeats() -> None:
+    """Guards against a lost Register, and against heartbeats before the registration is accepted."""
     membership = Membership(REGISTER, ("a",), 0.0)
     assert _due(membership, 0.0) == [Register]
     assert _due(membership, HEARTBEAT_S / 2) == []
@@ -40,7 +40,7 @@ def test_registers_until_answered_then_beats() -> None:
     assert _due(membership, 2 * HEARTBEAT_S) == [Heartbeat]
 
 
-def test_a_silent_proxy_is_lost_and_joined_anew() -> None:
+def test_a_silent_proxy_is_lost_and_registered_with_again() -> None:
     """Guards orphaned requests: after the session lease they are dropped, and the worker registers again."""
     membership = _joined()
     _, changes = membership.on_timer(PROXY_LEASE_S + 0.1, Load())
@@ -49,7 +49,7 @@ def test_a_silent_proxy_is_lost_and_joined_anew() -> None:
 
 
 def test_pings_keep_the_proxy() -> None:
-    """Guards against dropping requests of a proxy that has nothing to say."""
+    """Guards against dropping the requests of an idle proxy."""
     membership = _joined()
     for tenth in range(100):
         membership.on_message("a", Ping(proxy="proxy", incarnation=7), tenth / 10)
@@ -57,24 +57,24 @@ def test_pings_keep_the_proxy() -> None:
         assert changes == []
 
 
-def test_a_restarted_proxy_is_noticed_at_once() -> None:
-    """Guards against serving requests of a proxy that no longer knows them."""
+def test_a_restarted_proxy_is_detected_at_once() -> None:
+    """Guards against computing requests that a restarted proxy has lost."""
     assert _joined().on_message("a", Ping(proxy="proxy", incarnation=8), 0.1) == [ProxyLost("a")]
     assert _joined().on_message("a", Rejoin(), 0.1) == [ProxyLost("a")]
     changes = _joined().on_message("a", Registered(proxy="proxy", incarnation=8), 0.1)
     assert changes == [ProxyLost("a"), Joined("a")]
 
 
-def test_a_refused_worker_does_not_insist() -> None:
-    """Guards against a registration storm by a worker that does not fit."""
+def test_a_refused_worker_does_not_retry() -> None:
+    """Guards against a registration storm by an incompatible worker."""
     membership = Membership(REGISTER, ("a", "b"), 0.0)
     assert membership.on_message("a", Refused(reason="no"), 0.0) == [JoinRefused("a", "no")]
     messages, _ = membership.on_timer(0.0, Load())
     assert [link for link, _ in messages] == ["b"]
 
 
-def test_farewell_goes_to_those_who_count_it_in() -> None:
-    """Guards drain: every proxy that joined it hears a goodbye."""
+def test_goodbyes_go_to_the_proxies_that_accepted_it() -> None:
+    """Guards drain: every proxy that accepted the worker gets a Goodbye."""
     membership = Membership(REGISTER, ("a", "b"), 0.0)
     membership.on_message("a", Registered(proxy="proxy", incarnation=7), 0.0)
-    assert membership.farewell() == [("a", Goodbye(worker="d", incarnation=1))]
+    assert membership.goodbyes() == [("a", Goodbye(worker="d", incarnation=1))]

@@ -1,6 +1,6 @@
-"""Guards node.messages: what is sent arrives equal, and no bytes of a stranger get past the bounds or out as an error.
+"""Guards node.messages: messages survive a round trip, and any other bytes raise BadMessage and nothing else.
 
-Strategies are made from the types themselves (msgspec.inspect), so a new message or field is covered as it is written.
+Strategies are derived from the types (msgspec.inspect), so that new messages and fields are covered automatically.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ MAKERS: dict[type, Any] = {
 
 
 def values(kind: Any) -> st.SearchStrategy[Any]:
-    """Valid values of a msgspec type; a KeyError is a type that no message had before."""
+    """Valid values of a msgspec type; a KeyError means a field type that this file does not cover yet."""
     kind = kind.type if isinstance(kind, inspect.Metadata) else kind
     strategy: st.SearchStrategy[Any] = MAKERS[type(kind)](kind)
     return strategy
@@ -90,18 +90,18 @@ ANY: st.SearchStrategy[Message] = st.one_of(*EACH.values())
 
 
 def is_refused_or_whole(body: bytes) -> bool:
-    """Whether `body` is refused, or is a message that survives another round; any other exception is a failure."""
+    """Whether `body` raises BadMessage or decodes to a message that survives a round trip."""
     try:
         message = decode(body)
     except BadMessage:
         return True
-    # Compared as bytes: a mutation may have made a NaN out of a float without bounds.
+    # Compared as bytes: a mutation may turn an unbounded float into a NaN.
     return isinstance(message, MESSAGES) and encode(decode(encode(message))) == encode(message)
 
 
 @pytest.mark.parametrize("cls", MESSAGES, ids=lambda cls: cls.__name__)
-def test_a_message_arrives_as_it_was_sent(cls: type[Message]) -> None:
-    """A field that is lost or changed on the way (an empty tuple, an extreme count) breaks exactness silently."""
+def test_messages_survive_a_round_trip(cls: type[Message]) -> None:
+    """Guards exactness: a field lost or changed in encoding (an empty tuple, an extreme count) is silent."""
 
     @given(EACH[cls])
     def check(message: Message) -> None:
@@ -112,7 +112,7 @@ def test_a_message_arrives_as_it_was_sent(cls: type[Message]) -> None:
 
 
 def test_every_message_class_is_in_the_table() -> None:
-    """One that is forgotten there can be sent, and is refused by everyone."""
+    """Guards against a message that can be sent but that every decoder rejects."""
     ours = {"baton.node.messages.control", "baton.node.messages.transfer"}
     assert {cls for cls in Message.__subclasses__() if cls.__module__ in ours} == set(MESSAGES)
     assert len({cls.__struct_config__.tag for cls in MESSAGES}) == len(MESSAGES)
@@ -120,7 +120,7 @@ def test_every_message_class_is_in_the_table() -> None:
 
 @given(ANY, st.data())
 def test_flipped_bits_are_a_message_or_refused(message: Message, data: st.DataObject) -> None:
-    """An exception of another kind out of `decode` ends the loop of a worker: one bad frame, all requests lost."""
+    """Guards the worker's loop: another exception out of `decode` would end it and lose all requests."""
     body = bytearray(encode(message))
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))
@@ -129,7 +129,7 @@ def test_flipped_bits_are_a_message_or_refused(message: Message, data: st.DataOb
 
 @given(ANY, st.data())
 def test_a_truncated_message_is_refused(message: Message, data: st.DataObject) -> None:
-    """A prefix of a message that decodes would be a message that nobody sent."""
+    """Guards against taking a prefix of a message for a message."""
     body = encode(message)
     with pytest.raises(BadMessage):
         decode(body[: data.draw(st.integers(0, len(body) - 1))])
@@ -137,14 +137,14 @@ def test_a_truncated_message_is_refused(message: Message, data: st.DataObject) -
 
 @given(ANY, st.binary(min_size=1, max_size=8))
 def test_trailing_bytes_are_refused(message: Message, more: bytes) -> None:
-    """Two messages in a frame: the second would vanish."""
+    """Guards against silently dropping a second message in the same frame."""
     with pytest.raises(BadMessage):
         decode(encode(message) + more)
 
 
 @given(ANY, st.data())
 def test_a_spliced_message_is_a_message_or_refused(message: Message, data: st.DataObject) -> None:
-    """Insertions shift lengths onto other bytes: the way to a huge allocation or an odd type."""
+    """Guards against shifted length bytes, which cause huge allocations or unexpected types."""
     body = encode(message)
     at = data.draw(st.integers(0, len(body)))
     assert is_refused_or_whole(body[:at] + data.draw(st.binary(min_size=1, max_size=6)) + body[at:])
@@ -152,7 +152,7 @@ def test_a_spliced_message_is_a_message_or_refused(message: Message, data: st.Da
 
 @given(st.binary(max_size=200))
 def test_random_bytes_are_a_message_or_refused(body: bytes) -> None:
-    """A stranger may send anything."""
+    """Guards against arbitrary input from an untrusted peer."""
     assert is_refused_or_whole(body)
 
 
@@ -170,7 +170,7 @@ JUNK = st.recursive(
 
 @given(ANY, st.data(), JUNK)
 def test_a_field_of_any_other_value_is_a_message_or_refused(message: Message, data: st.DataObject, junk: Any) -> None:
-    """Well-formed MessagePack of the wrong shape must not get further than the decoder."""
+    """Guards against well-formed MessagePack of the wrong shape getting past the decoder."""
     fields = msgspec.msgpack.decode(encode(message))
     fields[data.draw(st.sampled_from(sorted(fields)))] = junk
     assert is_refused_or_whole(pack(fields))
@@ -221,7 +221,7 @@ BY_NAME: dict[str, type[Message]] = {cls.__name__: cls for cls in MESSAGES}
 
 @pytest.mark.parametrize("cls", MESSAGES, ids=lambda cls: cls.__name__)
 def test_an_unknown_field_is_refused_in_every_message(cls: type[Message]) -> None:
-    """A peer of another version means something by it that would be ignored."""
+    """Guards against silently ignoring a field of another protocol version."""
     assert type(decode(pack(filled(cls)))) is cls
     with pytest.raises(BadMessage, match="unknown field"):
         decode(pack(filled(cls, extra=1)))
@@ -229,7 +229,7 @@ def test_an_unknown_field_is_refused_in_every_message(cls: type[Message]) -> Non
 
 @pytest.mark.parametrize("cls", MESSAGES, ids=lambda cls: cls.__name__)
 def test_a_missing_field_is_refused_in_every_message(cls: type[Message]) -> None:
-    """A default that was not meant would take its place."""
+    """Guards against a default silently replacing a missing required field."""
     for field in msgspec.structs.fields(cls):
         if field.required:
             fields = filled(cls)
@@ -240,14 +240,14 @@ def test_a_missing_field_is_refused_in_every_message(cls: type[Message]) -> None
 
 @pytest.mark.parametrize("tag", ["Nope", "", "cancel", "Message", "x" * 100_000, 1, None, ["Cancel"], b"Cancel"])
 def test_an_unknown_tag_is_refused(tag: object) -> None:
-    """A message of another version must not be taken for one of ours."""
+    """Guards against decoding a message of another protocol version."""
     with pytest.raises(BadMessage):
         decode(pack({"t": tag, "request_id": "r", "attempt": 0}))
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_no_sampling_parameter_is_nan_or_infinite(value: float) -> None:
-    """One NaN in a batch of logits makes every row of the kernel undefined. (NaN compares false with every bound.)"""
+    """Guards the sampling kernel against NaN, which compares false with every bound and passes a naive check."""
     kind: Any = inspect.type_info(SamplingSpec)
     names = [field.name for field in kind.fields if isinstance(field.type, inspect.FloatType)]
     assert "temperature" in names and len(names) >= 6
@@ -279,7 +279,7 @@ def test_no_sampling_parameter_is_nan_or_infinite(value: float) -> None:
     ids=lambda fields: next(iter(fields)),
 )
 def test_a_dispatch_body_out_of_bounds_is_refused(fields: dict[str, Any]) -> None:
-    """Guards the nested struct: its fields are as bounded as those of the message around it."""
+    """Guards the nested struct: its fields are bounded as those of the enclosing message are."""
     assert decode(pack(prefill_with()))
     with pytest.raises(BadMessage):
         decode(pack(prefill_with(**fields)))
@@ -305,13 +305,13 @@ def test_a_dispatch_body_out_of_bounds_is_refused(fields: dict[str, Any]) -> Non
     ],
 )
 def test_a_value_out_of_bounds_is_refused(name: str, fields: dict[str, Any]) -> None:
-    """An index past a tensor, a negative count, an unbounded text."""
+    """Guards against an index past a tensor, a negative count, an unbounded text."""
     with pytest.raises(BadMessage):
         decode(pack(filled(BY_NAME[name], **fields)))
 
 
-def test_of_a_doubled_key_the_last_counts_and_a_doubled_tag_is_refused() -> None:
-    """Two readers that differ in which one counts could be shown two messages in one; here there is one reader."""
+def test_duplicate_keys_take_the_last_value_and_duplicate_tags_are_refused() -> None:
+    """Guards against ambiguous frames: every process decodes a duplicate key in the same way."""
     start = b"\x84" + pack("t") + pack("Cancel") + pack("request_id") + pack("a") + pack("attempt") + pack(1)
     assert decode(start + pack("request_id") + pack("b")) == Cancel(request_id="b", attempt=1)
     with pytest.raises(BadMessage):
@@ -347,13 +347,13 @@ HUGE = {"array": b"\xdd\xff\xff\xff\xff", "map": b"\xdf\xff\xff\xff\xff", "bin":
     ids=lambda body: body[:24].hex() + f"-{len(body)}",
 )
 def test_nesting_false_lengths_bad_text_and_extension_types_are_refused(body: bytes) -> None:
-    """A stack overflow or 4 GB claimed by five bytes kills a worker; an extension type is a door to other decoders."""
+    """Guards against stack overflow, a 4 GB length in a 5-byte frame, and extension decoders."""
     with pytest.raises(BadMessage):
         decode(body)
 
 
-def test_an_oversized_frame_is_refused_unread() -> None:
-    """Time and memory of decoding are bounded by the size of what is decoded."""
+def test_an_oversized_frame_is_refused_before_decoding() -> None:
+    """Guards decoding time and memory, which the frame's size bounds."""
     with pytest.raises(BadMessage, match="at most"):
         decode(encode(Drain()) + bytes(MAX_BODY_BYTES))
 
@@ -361,15 +361,15 @@ def test_an_oversized_frame_is_refused_unread() -> None:
 @given(ANY)
 @example(Drain())
 def test_a_view_of_a_frame_decodes_like_bytes(message: Message) -> None:
-    """Sockets hand out memoryviews, which must not be kept alive by, or shared with, what is decoded."""
+    """Guards against decoded messages that keep, or share memory with, the memoryview of a socket."""
     frame = bytearray(encode(message))
     arrived = decode(memoryview(frame))
     frame[:] = bytes(len(frame))
     assert arrived == message
 
 
-def test_the_error_is_short_whatever_the_frame_says() -> None:
-    """It goes into a log line and, as a reason, into other messages."""
+def test_the_error_is_short_for_any_frame() -> None:
+    """Guards log lines and the `reason` fields of messages, which carry the error."""
     with pytest.raises(BadMessage) as caught:
         decode(pack({"t": "x" * 1_000_000}))
     assert len(str(caught.value)) <= 300

@@ -1,4 +1,4 @@
-"""Guards node.modelhub: a name leads to a folder with a model in it, or to one clear error; never to a pickle."""
+"""Guards node.modelhub: a name resolves to a model folder or one clear error; pickles are never downloaded."""
 
 from __future__ import annotations
 
@@ -12,33 +12,33 @@ from baton.node.modelhub import FETCHED, locate_model
 
 
 def test_demo_is_the_packaged_model() -> None:
-    """`scripts/serve` without options would have nothing to serve."""
+    """Guards `baton serve` without options, which serves the packaged model."""
     folder = locate_model("demo")
     assert (folder / "config.json").is_file() and (folder / "model.safetensors").is_file()
 
 
 def test_an_existing_folder_is_taken_as_it_is(tmp_path: Path) -> None:
-    """A local model must never be looked up, or downloaded, elsewhere."""
+    """Guards against looking up or downloading a model that is a local folder."""
     (tmp_path / "config.json").write_text("{}")
     assert locate_model(str(tmp_path)) == tmp_path.resolve()
 
 
 @pytest.mark.parametrize("name", ["missing", "./org/name", "/no/such/folder", "a/b/c", "org/", "", "org/../x", "-x/y"])
-def test_what_is_no_folder_and_no_hub_id_is_told_so(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A mistyped folder must not turn into a download, nor the current folder into a model."""
+def test_an_invalid_model_name_is_an_error(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a download for a mistyped folder, and against serving the current folder."""
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SettingsError, match="model"):
         locate_model(name)
 
 
 def test_a_folder_without_config_is_refused(tmp_path: Path) -> None:
-    """The error should name the folder, not a missing key deep in a loader."""
+    """Guards the error message: it names the folder, not a key missing deep in a loader."""
     with pytest.raises(SettingsError, match=r"config\.json"):
         locate_model(str(tmp_path))
 
 
 def test_a_file_is_refused(tmp_path: Path) -> None:
-    """--model model.safetensors is a mistake that people make."""
+    """Guards against the common mistake `--model model.safetensors`."""
     file = tmp_path / "model.safetensors"
     file.write_bytes(b"")
     with pytest.raises(SettingsError, match="is a file"):
@@ -46,7 +46,7 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unreachable_hub_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without network the library raises a page of causes."""
+    """Guards against the library's page of chained exceptions when there is no network."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -57,7 +57,7 @@ def test_an_unreachable_hub_is_a_clear_error(tmp_path: Path, monkeypatch: pytest
 
 
 def test_a_model_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second start of a downloaded model must work offline."""
+    """Guards offline use: a downloaded model starts without network."""
     constants = pytest.importorskip("huggingface_hub.constants")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
@@ -74,5 +74,5 @@ def test_a_model_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "model.py", "model.ckpt"])
 def test_no_file_that_can_hold_code_is_fetched(name: str) -> None:
-    """Pickles and scripts run code when they are loaded."""
+    """Guards against pickles and scripts, which run code when they are loaded."""
     assert not any(fnmatch(name, pattern) for pattern in FETCHED)

@@ -1,4 +1,4 @@
-"""Guards node.settings: every kind of field becomes an option, every wrong argument is one clear line and status 2."""
+"""Guards node.settings: every field type becomes an option; every wrong argument is one clear line and status 2."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def read(*argv: str, **environ: str) -> Example:
 
 
 def error_of(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> str:
-    """The one line that wrong arguments give."""
+    """The one-line error that wrong arguments print."""
     with pytest.raises(SystemExit) as ended:
         read(*argv, **environ)
     assert ended.value.code == 2
@@ -44,12 +44,12 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> 
 
 
 def test_defaults_are_those_of_the_dataclass() -> None:
-    """A default lost on the way through argparse would change a node's behaviour silently."""
+    """Guards against a default lost in argparse, which would silently change a node's behaviour."""
     assert read("--model", "m") == Example(model="m")
 
 
 def test_every_kind_of_option_is_read() -> None:
-    """A kind converted wrongly would leave a string where a number is expected."""
+    """Guards against a string where a number is expected."""
     argv = "--model m --port 9 --drain-s 1.5 --device cpu --insecure-network --no-prefix-cache --folder a/b"
     assert read(*argv.split(), "--extra=--x=1", "--extra", "y", "--sizes", "7", "--num-blocks", "5") == Example(
         model="m",
@@ -66,7 +66,7 @@ def test_every_kind_of_option_is_read() -> None:
 
 
 def test_a_repeated_option_replaces_its_default_and_never_leaks_into_the_next_parse() -> None:
-    """argparse's own `append` adds to the default list, and shares it."""
+    """Guards against argparse's `append`, which extends the shared default list."""
     assert read("--model", "m", "--sizes", "7", "--sizes", "8").sizes == (7, 8)
     assert read("--model", "m", "--sizes", "7", "8", "--sizes", "9").sizes == (7, 8, 9)
     assert read("--model", "m").sizes == (1, 2)
@@ -94,7 +94,7 @@ def test_a_repeated_option_replaces_its_default_and_never_leaks_into_the_next_pa
 def test_a_wrong_argument_is_one_line_that_names_it(
     capsys: pytest.CaptureFixture[str], argv: list[str], said: str
 ) -> None:
-    """A bound that is not checked here fails far from its cause; an abbreviated option breaks when another is added."""
+    """Guards against values out of bounds failing far from their cause, and against abbreviated options."""
     assert said in error_of(capsys, *argv)
 
 
@@ -115,20 +115,20 @@ class WithPositional:
         (["org/name", "--model", "org/name"], "org/name"),
     ],
 )
-def test_a_value_may_be_given_without_the_options_name(argv: list[str], model: str) -> None:
-    """`serve MODEL` is what users of other servers type."""
+def test_a_positional_argument_sets_the_option(argv: list[str], model: str) -> None:
+    """Guards `serve MODEL`, the form that other servers use."""
     assert parse(WithPositional, argv, prog="example", description="", environ={}).model == model
 
 
 def test_two_different_values_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    """Serving the other one of two models is found out late."""
+    """Guards against serving the wrong one of two given models."""
     with pytest.raises(SystemExit):
         parse(WithPositional, ["a", "--model", "b"], prog="example", description="", environ={})
     assert "two values for model: 'a' and 'b'" in capsys.readouterr().err
 
 
 def test_help_names_every_option_with_unit_default_and_bounds(capsys: pytest.CaptureFixture[str]) -> None:
-    """Help that crashes on a percent sign, or hides a default, is no help."""
+    """Guards against help that fails on a percent sign or omits a default."""
     with pytest.raises(SystemExit) as ended:
         read("--help", EXAMPLE_KEY="hunter2")
     assert ended.value.code == 0
@@ -147,13 +147,13 @@ def test_help_names_every_option_with_unit_default_and_bounds(capsys: pytest.Cap
 
 
 def test_the_environment_gives_a_default_that_the_command_line_overrides() -> None:
-    """A secret that only fits on the command line is visible to every user of the machine."""
+    """Guards secrets: on the command line they are visible to every user of the machine."""
     assert read("--model", "m", EXAMPLE_KEY="k").api_key == "k"
     assert read("--model", "m", "--api-key", "other", EXAMPLE_KEY="k").api_key == "other"
 
 
 def test_a_variable_of_the_environment_is_checked_like_an_argument(capsys: pytest.CaptureFixture[str]) -> None:
-    """A bad value would otherwise enter unchecked through the back door."""
+    """Guards against unchecked values from the environment."""
 
     @dataclass(frozen=True)
     class FromEnv:
@@ -164,8 +164,8 @@ def test_a_variable_of_the_environment_is_checked_like_an_argument(capsys: pytes
     assert "SIZE: must be at least" in capsys.readouterr().err
 
 
-def test_an_error_of_the_dataclass_itself_is_told_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """A check across two fields must not end in a traceback."""
+def test_an_error_of_post_init_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards checks across two fields, which must not end in a traceback."""
 
     @dataclass(frozen=True)
     class Refusing:
@@ -180,8 +180,8 @@ def test_an_error_of_the_dataclass_itself_is_told_in_one_line(capsys: pytest.Cap
     assert capsys.readouterr().err == "x: error: low is above high (see --help)\n"
 
 
-def test_a_field_without_a_command_line_form_is_a_bug() -> None:
-    """A dict or a nested tuple would be read as text."""
+def test_an_unsupported_field_type_is_a_type_error() -> None:
+    """Guards against reading a dict or a nested tuple as text."""
 
     @dataclass(frozen=True)
     class Odd:
@@ -205,7 +205,7 @@ def test_a_field_without_a_command_line_form_is_a_bug() -> None:
     ],
 )
 def test_loopback_is_accepted(address: str) -> None:
-    """The default bind must work without any option."""
+    """Guards the default bind address, which needs no option."""
     require_loopback(address, insecure_network=False)
 
 
@@ -215,7 +215,7 @@ def test_loopback_is_accepted(address: str) -> None:
     + ["gpu-host", "127.0.0.1.example.com", "localhost.example.com", "tcp://localhost.example.com:1"],
 )
 def test_a_network_address_is_refused_unless_asked_for(address: str) -> None:
-    """An unauthenticated port open to the network runs requests, and reads prompts, for anyone."""
+    """Guards against an unauthenticated port that is open to the network."""
     with pytest.raises(SettingsError, match="--insecure-network"):
         require_loopback(address, insecure_network=False)
     require_loopback(address, insecure_network=True)

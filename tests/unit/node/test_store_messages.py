@@ -1,4 +1,4 @@
-"""Guards node.store_messages: what is sent arrives equal, strangers' bytes are refused, the two unions never meet."""
+"""Guards node.messages.store: messages survive a round trip, other bytes are refused, the two unions are disjoint."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ ANY = st.sampled_from(STORE_MESSAGES).flatmap(_any_of)
 
 
 @pytest.mark.parametrize("cls", STORE_MESSAGES, ids=lambda cls: cls.__name__)
-def test_a_message_arrives_as_it_was_sent(cls: type[Message]) -> None:
-    """A field whose bounds refuse what its sender may say would be dropped silently on the wire."""
+def test_messages_survive_a_round_trip(cls: type[Message]) -> None:
+    """Guards against field bounds that reject what a sender may send."""
 
     @given(_any_of(cls))
     def check(message: Message) -> None:
@@ -33,14 +33,14 @@ def test_a_message_arrives_as_it_was_sent(cls: type[Message]) -> None:
 
 
 def test_every_message_class_is_in_the_table() -> None:
-    """One that is forgotten there can be sent, and is refused by everyone."""
+    """Guards against a message that can be sent but that every decoder rejects."""
     assert {cls for cls in Message.__subclasses__() if cls.__module__ == Beat.__module__} == set(STORE_MESSAGES)
     tags = [cls.__struct_config__.tag for cls in (*MESSAGES, *STORE_MESSAGES)]
     assert len(set(tags)) == len(tags)
 
 
-def test_the_unions_refuse_each_other() -> None:
-    """A store that took a proxy's messages, or a worker that took a store's for a proxy's, would trust strangers."""
+def test_the_unions_are_disjoint() -> None:
+    """Guards against a store that accepts a proxy's messages, and a worker that accepts a store's as a proxy's."""
     with pytest.raises(BadMessage):
         decode(encode(Beat()))
     with pytest.raises(BadMessage):
@@ -49,7 +49,7 @@ def test_the_unions_refuse_each_other() -> None:
 
 @given(ANY, st.data())
 def test_flipped_bits_are_a_message_or_refused(message: Message, data: st.DataObject) -> None:
-    """An exception of another kind would end the store: one bad frame, all hits lost."""
+    """Guards the store: another exception out of the decoder would end it."""
     body = bytearray(encode(message))
     for _ in range(data.draw(st.integers(1, 4))):
         body[data.draw(st.integers(0, len(body) - 1))] ^= 1 << data.draw(st.integers(0, 7))

@@ -1,4 +1,4 @@
-"""Guards node.telemetry: one line an event whatever the values are, so that a log can be read by a program."""
+"""Guards node.telemetry: one line an event for any values, so that programs can read the log."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (?P<level>[A-Z]+) (?P
 
 @pytest.fixture
 def log() -> Iterator[io.StringIO]:
-    """The process's log at level info, in memory; pytest's own handlers are put back afterwards."""
+    """The process's log at level info, in memory; pytest's own handlers are restored afterwards."""
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     stream = io.StringIO()
@@ -30,7 +30,7 @@ def log() -> Iterator[io.StringIO]:
 
 
 def test_an_event_is_one_line_with_time_level_node_and_fields(log: io.StringIO) -> None:
-    """A missing part makes two nodes' logs impossible to merge."""
+    """Guards merging the logs of several nodes, which needs every part of the line."""
     log_event(logging.getLogger("x"), "registered", worker="decode-0", blocks=128, wait_s=0.25, ok=True, peer=None)
     match = LINE.fullmatch(log.getvalue().removesuffix("\n"))
     assert match is not None, log.getvalue()
@@ -39,20 +39,20 @@ def test_an_event_is_one_line_with_time_level_node_and_fields(log: io.StringIO) 
 
 
 def test_debug_is_silent_at_info(log: io.StringIO) -> None:
-    """Request lines are DEBUG: at INFO they would be most of the log."""
+    """Guards against request lines at INFO, which would be most of the log."""
     log_event(logging.getLogger("x"), "request", level=logging.DEBUG, request_id="r")
     log_event(logging.getLogger("x"), "worker_lost", level=logging.WARNING)
     assert [line.split(" ", 3)[1:] for line in log.getvalue().splitlines()] == [["WARNING", "decode-0", "worker_lost"]]
 
 
-def test_a_librarys_message_of_many_lines_is_one_line(log: io.StringIO) -> None:
-    """A client-controlled line break (in a path, say) could forge an event."""
+def test_a_multi_line_message_of_a_library_is_one_line(log: io.StringIO) -> None:
+    """Guards against forged events: a client may put a line break into a path."""
     logging.getLogger("lib").warning("bad path %s", "/x\r\n2026-01-01T00:00:00.000Z INFO decode-0 registered")
     assert log.getvalue().count("\n") == 1
 
 
 def test_a_traceback_is_kept(log: io.StringIO) -> None:
-    """A crash without its traceback cannot be mended."""
+    """Guards against losing the traceback of a crash."""
     try:
         raise ValueError("the cause")
     except ValueError:
@@ -76,18 +76,18 @@ def test_a_traceback_is_kept(log: io.StringIO) -> None:
     ],
 )
 def test_values_are_quoted_only_where_needed(value: str | float | bytes, text: str) -> None:
-    """`key=two words` would be read as a key and a stray word."""
+    """Guards parsing: an unquoted `key=two words` would be read as a key and a separate word."""
     assert format_value(value) == text
 
 
 @given(st.text(st.characters(exclude_categories=())))
 def test_any_text_stays_one_printable_token(text: str) -> None:
-    """Control characters, line separators and lone surrogates of a peer's reason must not reach the terminal."""
+    """Guards the terminal against control characters, line separators and lone surrogates from a peer."""
     shown = format_value(text)
     assert shown.isprintable()
     assert shown.startswith('"') or " " not in shown
 
 
 def test_a_long_value_is_cut() -> None:
-    """An exception's message can hold a megabyte of input."""
+    """Guards the log against an exception message with a megabyte of input."""
     assert len(format_value("x" * 100_000)) < MAX_VALUE_CHARS + 10

@@ -1,4 +1,4 @@
-"""python -m baton.simulator: each command runs and prints what it should; errors are one line."""
+"""python -m baton.simulator: each command prints its table or JSON; errors are one line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _rows(text: str) -> list[dict[str, object]]:
 
 
 def test_replay_is_the_same_step_by_step(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the option, and the JSON."""
+    """Guards the option and the JSON output."""
     shown = []
     for more in ((), ("--step-by-step",)):
         assert main(["replay", *SMALL, "--json", *more]) == 0
@@ -27,8 +27,8 @@ def test_replay_is_the_same_step_by_step(capsys: pytest.CaptureFixture[str]) -> 
     assert shown[0] == shown[1] and shown[0][:2] == (20, 0)
 
 
-def test_replay_shows_where_the_kv_of_prompts_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the options of the store: the same prompt again, for a worker that has not computed it."""
+def test_replay_shows_the_source_of_the_prompts_kv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards the options of the store: a worker loads a prompt that another worker computed."""
     line = {"input_length": 5120, "output_length": 2, "hash_ids": list(range(10))}
     trace = "".join(json.dumps({"timestamp": 3000 * n, **line}) + "\n" for n in range(8))
     (tmp_path / "t").write_text(trace)
@@ -39,13 +39,13 @@ def test_replay_shows_where_the_kv_of_prompts_came_from(tmp_path: Path, capsys: 
         assert main(["replay", *options, *store, "--json"]) == 0
         rows = {row[""]: row["value"] for row in _rows(capsys.readouterr().out)}
         found.append([rows[f"prompt tokens, {source}"] for source in ("gpu", "ram", "disk", "computed")])
-    # Eight prompts of 5120 tokens on two workers. All but the last block of 64 may be had, unless it was computed here.
+    # Eight prompts of 5120 tokens on two workers. All but the last block of 64 can be loaded, unless computed locally.
     assert found[0] == [6 * 5056, 0, 0, 2 * 5120 + 6 * 64]
     assert found[1] == [6 * 5056, 5056, 0, 5120 + 7 * 64]
 
 
 def test_loss_and_overload_show_each_case(capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the studies' rows: who was lost; every pair of policies."""
+    """Guards the rows of the studies: the lost worker; every pair of policies."""
     assert main(["loss", *SMALL, "--prefill", "2", "--decode", "2", "--json"]) == 0
     assert [row["lost"] for row in _rows(capsys.readouterr().out)] == ["nobody", "p0", "d0"]
     assert main(["overload", *SMALL, "--factor", "50", "--max-queue", "2", "--json"]) == 0
@@ -69,7 +69,7 @@ def test_tiers_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 
 def test_fit_writes_a_profile_that_loads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards the way from measured steps to a profile."""
+    """Guards fitting a profile to measured steps."""
     steps, out = PROFILES / "h200-llama-8b.steps.jsonl", tmp_path / "mine.json"
     assert main(["fit", "--steps", str(steps), "--profile", "h200-llama-8b", "--out", str(out)]) == 0
     assert "error p50" in capsys.readouterr().out

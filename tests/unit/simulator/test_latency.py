@@ -1,4 +1,4 @@
-"""simulator.latency and simulator.fit: the model is what its formula says, and the fit finds it again."""
+"""simulator.latency and simulator.fit: the model follows its formula, and the fit recovers its coefficients."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_chunks_of_a_prompt_cost_what_the_prompt_costs(chunks: list[int]) -> Non
 
 
 def test_a_step_of_both_kinds_reads_the_weights_once() -> None:
-    """Guards mixed steps (colocated serving): the fixed part of a decode step is not paid beside a prompt."""
+    """Guards mixed steps (colocated serving): the fixed cost of a decode step is not added to a prompt's."""
     prompt, rows = [RowWork(0, 3000)], [RowWork(999, 1), RowWork(1999, 1)]
     assert H200.step_s(rows) == pytest.approx(H200.decode.seconds(3000, 2))
     beside = H200.step_s([*prompt, *rows]) - H200.step_s(prompt)
@@ -38,7 +38,7 @@ def test_a_step_of_both_kinds_reads_the_weights_once() -> None:
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_shipped_profiles_are_fitted_to_their_steps(name: str) -> None:
-    """Guards against a profile whose numbers come from nowhere: the steps beside it give its coefficients."""
+    """Guards against a profile without measurements: the steps beside it give its coefficients."""
     profile, steps = load_profile(name), read_steps(PROFILES / f"{name}.steps.jsonl")
     for kind, cost in (("prefill", profile.prefill), ("decode", profile.decode)):
         found = fit([step for step in steps if step.kind == kind]).cost
@@ -46,7 +46,7 @@ def test_shipped_profiles_are_fitted_to_their_steps(name: str) -> None:
 
 
 def test_an_invalid_profile_is_an_error(tmp_path: Path) -> None:
-    """Guards the command line: no traceback for a wrong name or file."""
+    """Guards the command line against a traceback for a wrong name or file."""
     with pytest.raises(SettingsError, match="shipped are"):
         load_profile("h100")
     file = tmp_path / "p.json"
@@ -70,8 +70,8 @@ def _steps(kind: str, cost: Cost, noise: float, seed: int) -> list[MeasuredStep]
 
 @pytest.mark.parametrize("kind", ["prefill", "decode"])
 @pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_the_fit_finds_the_coefficients_again(kind: str, noise: float) -> None:
-    """Guards the least squares, with and without noise; the printed error is that of the noise."""
+def test_the_fit_recovers_the_coefficients(kind: str, noise: float) -> None:
+    """Guards the least squares with and without noise; the reported error matches the noise."""
     cost = Cost(0.004, 2e-5, 4e-10) if kind == "prefill" else Cost(0.004, 3e-8, 1.5e-5)
     found = fit(_steps(kind, cost, noise, seed=3))
     tolerance = 1e-6 if not noise else 0.1
@@ -81,7 +81,7 @@ def test_the_fit_finds_the_coefficients_again(kind: str, noise: float) -> None:
 
 
 def test_no_coefficient_is_negative() -> None:
-    """Guards extrapolation: a prompt that costs less the longer it is would be nonsense."""
+    """Guards extrapolation: a longer prompt must not cost less."""
     steps = [MeasuredStep("prefill", (n,), 0, 1, seconds) for n, seconds in ((1000, 0.01), (2000, 0.03), (4000, 0.1))]
     cost = fit(steps).cost
     assert min(cost.a, cost.b, cost.c) == 0.0 < max(cost.a, cost.b, cost.c)

@@ -1,4 +1,4 @@
-"""The whole simulation, small: every request gets exactly its tokens, whatever dies, and one seed is one run."""
+"""simulator.simulation, small: every request gets exactly its tokens under faults, and a seed determines the run."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def _scenario(prefill: int = 2, decode: int = 2, **proxy: object) -> Scenario:
 
 
 def _fingerprint(outcome: SimOutcome) -> str:
-    """Of every time that any client saw."""
+    """A digest of all token times of all clients."""
     times = [(record.request.number, record.token_s, record.error) for record in outcome.records]
     return hashlib.sha256(repr(times).encode()).hexdigest()
 
 
 def _served(outcome: SimOutcome, requests: list[SimRequest]) -> None:
-    """The client itself asserts that each token is the request's own and comes in its place."""
+    """Check that all requests completed; the client asserts each token's value and position."""
     assert [record.error for record in outcome.records] == [""] * len(requests)
     assert [len(record.token_s) for record in outcome.records] == [request.output_tokens for request in requests]
     for record in outcome.records:
@@ -44,7 +44,7 @@ def _served(outcome: SimOutcome, requests: list[SimRequest]) -> None:
 
 
 def test_every_request_gets_its_tokens_at_plausible_times() -> None:
-    """Guards the whole: no request is lost, none is faster than its own steps."""
+    """Guards against a lost request, and against one that is faster than its own steps."""
     outcome = simulate(_scenario(), LOAD)
     _served(outcome, LOAD)
     for record in outcome.records:
@@ -56,29 +56,29 @@ def test_every_request_gets_its_tokens_at_plausible_times() -> None:
 
 
 @pytest.mark.parametrize(("prefill", "local"), [(0, "always"), (2, "never"), (2, "auto")])
-def test_leaving_workers_alone_changes_no_time(prefill: int, local: str) -> None:
-    """Guards fast-forwarding: with workers dying in the middle, every token comes when it comes step by step."""
+def test_fast_forwarding_changes_no_time(prefill: int, local: str) -> None:
+    """Guards fast-forwarding: token times equal those of step-by-step simulation, also when workers die."""
     losses = (Loss(1.1, "d1"), *([Loss(2.3, "p0")] if prefill else []))
     scenario = replace(_scenario(prefill, 3, local_prefill=local), losses=losses)
     quick, slow = simulate(scenario, LOAD), simulate(replace(scenario, ahead=False), LOAD)
     _served(quick, LOAD)
     assert quick.counters["retries_total"] > 0
     assert [record.token_s for record in quick.records] == [record.token_s for record in slow.records]
-    names = [name for name in quick.counters if not name.startswith("kv_event")]  # events wait for a carrier's turn
+    names = [name for name in quick.counters if not name.startswith("kv_event")]  # events wait for the I/O thread
     assert [quick.counters[name] for name in names] == [slow.counters[name] for name in names]
     assert quick.messages < slow.messages
 
 
-def test_decode_workers_help_out_where_prompts_wait() -> None:
-    """Guards `auto`: with too few prefill workers first tokens come far sooner, and not for all prompts."""
+def test_decode_workers_prefill_locally_where_prompts_wait() -> None:
+    """Guards `auto`: with too few prefill workers it lowers TTFT by prefilling some prompts locally."""
     alone, helped = (simulate(_scenario(1, 3, local_prefill=mode), LOAD) for mode in ("never", "auto"))
     _served(helped, LOAD)
     assert 0 < helped.counters["routed_local_sooner_total"] < len(LOAD) / 2
     assert summarise(helped.records).ttft.p99_s < summarise(alone.records).ttft.p99_s / 2
 
 
-def test_a_pool_too_small_preempts_and_serves_all() -> None:
-    """Guards the real block manager under the simulation: refusals, preemption, recompute, and nothing left over."""
+def test_a_small_pool_preempts_and_serves_all() -> None:
+    """Guards refusal, preemption and recompute by the real block manager, without leaked blocks."""
     tight = msgspec.structs.replace(PROFILE, num_blocks=340)
     outcome = simulate(replace(_scenario(2, 1), profile=tight), LOAD)
     _served(outcome, LOAD)
@@ -86,7 +86,7 @@ def test_a_pool_too_small_preempts_and_serves_all() -> None:
 
 
 def test_shared_prefixes_are_not_computed_twice() -> None:
-    """Guards prefix hits in a replay, and the way of KV events to the router: one of three workers holds the prefix."""
+    """Guards prefix hits in a replay: KV events lead the router to the one worker of three with the prefix."""
     prompts = [SimRequest(n, 2.0 * n, 5000, 8, tuple(range(10))) for n in range(5)]
     outcome = simulate(_scenario(3, 2, policy="kv-aware"), prompts)
     _served(outcome, prompts)
@@ -94,8 +94,8 @@ def test_shared_prefixes_are_not_computed_twice() -> None:
     assert outcome.records[1].ttft_s < outcome.records[0].ttft_s / 3
 
 
-def test_overload_is_refused_not_forgotten() -> None:
-    """Guards the ending of every request: served, or turned away with the proxy's own error."""
+def test_overload_is_refused_and_no_request_is_lost() -> None:
+    """Guards termination: every request is served or refused with the proxy's own error."""
     scenario = replace(_scenario(1, 1, max_queue=3), profile=msgspec.structs.replace(PROFILE, max_num_seqs=2))
     outcome = simulate(scenario, LOAD)
     failed = [record for record in outcome.records if not record.ok]
@@ -105,14 +105,14 @@ def test_overload_is_refused_not_forgotten() -> None:
 
 
 def test_a_lost_role_fails_its_requests() -> None:
-    """Guards the end of a run in which no worker can serve: errors, no standstill."""
+    """Guards against a run that never ends when no worker can serve."""
     outcome = simulate(replace(_scenario(1, 1), losses=(Loss(1.0, "d0"),)), LOAD)
     assert any(record.error.startswith("PeerLost") for record in outcome.records)
     assert any(record.ok for record in outcome.records)
 
 
-def test_one_seed_is_one_run_whatever_hashes_are() -> None:
-    """Guards determinism: sets and dictionaries are ordered differently in the two processes."""
+def test_a_seed_determines_the_run_for_any_hash_seed() -> None:
+    """Guards determinism: hash seeds, and so the order of sets, differ in the two processes."""
     code = (
         "from dataclasses import replace; from baton.tests.unit.simulator import test_simulation as t; "
         "s = replace(t._scenario(2, 3, policy='kv-aware'), losses=(t.Loss(1.1, 'd1'),)); "
@@ -127,7 +127,7 @@ def test_one_seed_is_one_run_whatever_hashes_are() -> None:
 
 
 def test_goodput_is_between_too_little_and_too_much() -> None:
-    """Guards the bisection: what it returns is good, and more than it by its last step is not."""
+    """Guards the bisection: the returned rate meets the SLO, and the next higher step does not."""
     assert [split.name for split in splits(3, [512])] == ["1P2D", "2P1D", "3 colocated, chunks of 512"]
 
     def workload(rate: float) -> list[SimRequest]:

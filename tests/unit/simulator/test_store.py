@@ -1,4 +1,4 @@
-"""simulator.store and store_client: what the tiers of a host hold, and how long it takes to have it from there."""
+"""simulator.store and simulator.store_client: the contents of a host's tiers, and the time of loading from them."""
 
 from __future__ import annotations
 
@@ -33,19 +33,19 @@ COPY_S, READ_S, WRITE_S = 1 / 8, 1 / 2, 1.0
 
 
 class _Host:
-    """A store with some workers; `told` is what each of them heard, and when."""
+    """A store with some workers; `events` has each worker's events with their times."""
 
     def __init__(self, ram_blocks: int, disk_blocks: int = 0, workers: int = 2) -> None:
         self.world = World()
         network = Network(self.world, 0.0, 0.0, 1.0)
         profile = msgspec.structs.replace(H200, store=COSTS)
         self.store = HostStore(network, "s0", "proxy", profile, Capacity(ram_blocks * BLOCK, disk_blocks * BLOCK, 0.0))
-        self.told: list[list[tuple[float, StoreEvent]]] = [[] for _ in range(workers)]
+        self.events: list[list[tuple[float, StoreEvent]]] = [[] for _ in range(workers)]
         self.clients = [self._client(number) for number in range(workers)]
 
     def _client(self, number: int) -> SimStore:
         def deliver(event: StoreEvent) -> None:
-            self.told[number].append((self.world.now, event))
+            self.events[number].append((self.world.now, event))
 
         return SimStore(self.store, f"w{number}/1", self.world.clock, deliver)
 
@@ -53,7 +53,7 @@ class _Host:
         self.world.run(until, ())
 
     def put(self, worker: int, names: str) -> None:
-        """And wait until all is quiet."""
+        """Put these blocks and run until nothing is pending."""
         self.clients[worker].put(names.encode(), _hashes(names), range(len(names)))
         self.run(self.world.now + 32.0)
 
@@ -66,52 +66,52 @@ def _leg(number: int) -> LegKey:
     return LegKey(f"r{number}", 0)
 
 
-def test_loads_from_ram_take_their_bytes_and_wait_for_each_other() -> None:
-    """Guards the arithmetic: 4 blocks and 2 blocks, asked for at once by two workers, over one link to the GPUs."""
+def test_loads_from_ram_share_one_link_in_order() -> None:
+    """Guards the arithmetic: two workers load 4 and 2 blocks at the same time over one link to the GPUs."""
     host = _Host(ram_blocks=8)
     host.clients[0].put(b"put", _hashes("abcd"), range(4))
     host.run(32.0)
-    assert host.told[0] == [(ANSWER_S + 4 * COPY_S, StoreWritten(b"put", 4))]
+    assert host.events[0] == [(ANSWER_S + 4 * COPY_S, StoreWritten(b"put", 4))]
     for number, (client, names) in enumerate(zip(host.clients, ("abcd", "abx"), strict=True)):
         client.lookup(_leg(number), _hashes(names), 0)
     host.run(33.0)
     for number, count in enumerate((4, 2)):
-        assert host.told[number][-1] == (32.0 + ANSWER_S, StoreFound(_leg(number), (RAM,) * count))
+        assert host.events[number][-1] == (32.0 + ANSWER_S, StoreFound(_leg(number), (RAM,) * count))
         host.clients[number].load(_leg(number), 0, range(count))
     host.run(64.0)
-    assert host.told[0][-1] == (33.0 + 4 * COPY_S, StoreLoaded(_leg(0), 4, (RAM,) * 4, 4 * COPY_S, 4 * COPY_S))
-    assert host.told[1][-1] == (33.0 + 6 * COPY_S, StoreLoaded(_leg(1), 2, (RAM,) * 2, 6 * COPY_S, 6 * COPY_S))
+    assert host.events[0][-1] == (33.0 + 4 * COPY_S, StoreLoaded(_leg(0), 4, (RAM,) * 4, 4 * COPY_S, 4 * COPY_S))
+    assert host.events[1][-1] == (33.0 + 6 * COPY_S, StoreLoaded(_leg(1), 2, (RAM,) * 2, 6 * COPY_S, 6 * COPY_S))
     assert not host.store.ram.num_holders
 
 
 def _on_disk() -> _Host:
-    """The blocks a and b are on disk only; c and d are in RAM too, e and f in RAM only."""
+    """A host with blocks a and b on disk only, c and d on disk and in RAM, e and f in RAM only."""
     host = _Host(ram_blocks=8, disk_blocks=8)
-    for names in ("ab", "ab", "ijklmnop", "cd", "cd", "ef"):  # the disk takes what is used twice
+    for names in ("ab", "ab", "ijklmnop", "cd", "cd", "ef"):  # blocks are written to disk on their second use
         host.put(0, names)
     assert host.store.ram.occupancy.blocks == 8
     return host
 
 
-def test_loads_from_disk_are_read_and_copied_in_a_row() -> None:
-    """Guards the disk: blocks are read one after the other, each is copied when it is there, and stays in RAM."""
+def test_loads_from_disk_read_and_copy_block_by_block() -> None:
+    """Guards the disk: blocks are read in order, each is copied once it is read, and stays in RAM."""
     host = _on_disk()
     now = host.world.now
     host.clients[0].lookup(_leg(0), _hashes("abcd"), 0)
     host.run(now + 1.0)
-    assert host.told[0][-1][1] == StoreFound(_leg(0), (DISK, DISK, RAM, RAM))
+    assert host.events[0][-1][1] == StoreFound(_leg(0), (DISK, DISK, RAM, RAM))
     host.clients[0].load(_leg(0), 0, range(4))
     host.run(now + 32.0)
     load_s = 2 * READ_S + COPY_S
     loaded = StoreLoaded(_leg(0), 4, (DISK, DISK, RAM, RAM), load_s, 4 * COPY_S)
-    assert host.told[0][-1] == (now + 1.0 + load_s, loaded)
+    assert host.events[0][-1] == (now + 1.0 + load_s, loaded)
     host.clients[1].lookup(_leg(1), _hashes("ab"), 0)
     host.run(now + 64.0)
-    assert host.told[1][-1][1] == StoreFound(_leg(1), (RAM, RAM))
+    assert host.events[1][-1][1] == StoreFound(_leg(1), (RAM, RAM))
 
 
-def test_two_that_want_a_block_from_disk_read_it_once() -> None:
-    """Guards the queue of the disk: a second reader waits for the first one's block, not behind it."""
+def test_two_loads_of_a_block_read_it_from_disk_once() -> None:
+    """Guards the disk's queue: a second load of a block waits for the first read instead of queuing another."""
     host = _on_disk()
     now = host.world.now
     for number, client in enumerate(host.clients):
@@ -120,12 +120,12 @@ def test_two_that_want_a_block_from_disk_read_it_once() -> None:
     for number, client in enumerate(host.clients):
         client.load(_leg(number), 0, range(2))
     host.run(now + 32.0)
-    ends = [told[-1][0] - now - 1.0 for told in host.told]
+    ends = [events[-1][0] - now - 1.0 for events in host.events]
     assert ends == [2 * READ_S + COPY_S, 2 * READ_S + 2 * COPY_S]
 
 
-def test_writing_behind_to_disk_delays_a_read() -> None:
-    """Guards the one queue of a tier: a read waits for the writes before it."""
+def test_write_behind_delays_a_read() -> None:
+    """Guards a tier's single queue: a read waits for the writes before it."""
     host = _on_disk()
     now = host.world.now
     host.clients[0].lookup(_leg(0), _hashes("ab"), 0)
@@ -134,11 +134,11 @@ def test_writing_behind_to_disk_delays_a_read() -> None:
     host.run(now + 1.0 + ANSWER_S)
     host.clients[0].load(_leg(0), 0, range(2))
     host.run(now + 32.0)
-    assert host.told[0][-1][0] == now + 1.0 + ANSWER_S + 2 * WRITE_S + 2 * READ_S + COPY_S
+    assert host.events[0][-1][0] == now + 1.0 + ANSWER_S + 2 * WRITE_S + 2 * READ_S + COPY_S
 
 
-def test_a_stopped_load_ends_with_what_it_has() -> None:
-    """Guards the gate's way out: the event comes at once, and tells the blocks that are there."""
+def test_a_stopped_load_reports_the_blocks_loaded_so_far() -> None:
+    """Guards stopping a load: its event follows at once, with the blocks that are in the pool."""
     host = _Host(ram_blocks=8)
     host.put(0, "abcd")
     host.clients[0].lookup(_leg(0), _hashes("abcd"), 0)
@@ -147,28 +147,28 @@ def test_a_stopped_load_ends_with_what_it_has() -> None:
     host.run(33.0 + 2 * COPY_S)
     host.clients[0].stop(_leg(0))
     host.run(64.0)
-    at, event = host.told[0][-1]
+    at, event = host.events[0][-1]
     assert (at, event) == (33.0 + 2 * COPY_S, StoreLoaded(_leg(0), 2, (RAM,) * 2, 2 * COPY_S, 2 * COPY_S))
     assert not host.store.ram.num_holders
 
 
-def test_the_death_of_a_worker_loses_what_it_was_writing_and_nothing_else() -> None:
-    """Guards the reason for a store of the host's: it outlives its workers."""
+def test_a_dead_worker_loses_only_its_unfinished_puts() -> None:
+    """Guards the store's contents, which must survive the death of a worker."""
     host = _Host(ram_blocks=8)
     host.put(0, "ab")
     host.clients[0].put(b"late", _hashes("cd"), range(2))
-    host.run(32.0 + ANSWER_S)  # it is being copied
+    host.run(32.0 + ANSWER_S)  # the copy is in progress
     host.clients[0].close()
     host.run(64.0)
-    assert len(host.told[0]) == 1
+    assert len(host.events[0]) == 1
     host.clients[1].lookup(_leg(1), _hashes("abcd"), 0)
     host.run(96.0)
-    assert host.told[1][-1][1] == StoreFound(_leg(1), (RAM, RAM))
+    assert host.events[1][-1][1] == StoreFound(_leg(1), (RAM, RAM))
     host.store.check()
 
 
-def test_no_tier_is_ever_fuller_than_it_is_large() -> None:
-    """Guards the quota, and that the oldest goes: random puts, lookups, loads and stops, looked at all the time."""
+def test_tiers_never_exceed_their_quota() -> None:
+    """Guards the quota and LRU order under random puts, lookups, loads and stops."""
     host, chance = _Host(ram_blocks=6, disk_blocks=9, workers=3), random.Random(1)
     ram, disk = host.store.ram, host.store.disk
     assert disk is not None
@@ -197,7 +197,7 @@ def test_no_tier_is_ever_fuller_than_it_is_large() -> None:
     host.put(0, "z")
     host.clients[0].lookup(_leg(-1), _hashes("z"), 0)
     host.run(host.world.now + 1.0)
-    assert host.told[0][-1][1] == StoreFound(_leg(-1), (RAM,))
+    assert host.events[0][-1][1] == StoreFound(_leg(-1), (RAM,))
 
 
 # -- in the whole simulation
@@ -208,7 +208,7 @@ SMALL = msgspec.structs.replace(
 """A pool holds one and a half of the prompts below; one takes 2.6 s to compute, and less to load, from disk too."""
 PROMPTS = [SimRequest(n, 2.0 * n, 10_240, 20, tuple(range(n % 6 * 20, n % 6 * 20 + 20))) for n in range(24)]
 """Six prompts, each of them four times."""
-# Six prompts have 960 blocks: one RAM holds them all; the other is too small for what comes again after five others.
+# Six prompts have 960 blocks: the larger RAM holds all of them, the smaller one evicts a prompt before its next use.
 RAM_ONLY, BOTH = Capacity(1200 * BLOCK), Capacity(300 * BLOCK, 1200 * BLOCK)
 
 
@@ -229,7 +229,7 @@ def _served(outcome: SimOutcome) -> None:
 @pytest.mark.parametrize(("store", "source"), [(RAM_ONLY, "ram"), (BOTH, "disk")])
 @pytest.mark.parametrize("policy", ["least-loaded", "kv-aware"])
 def test_a_store_raises_the_hit_rate_and_loses_nothing(store: Capacity, source: str, policy: str) -> None:
-    """Guards the whole: the real gate loads what is quicker to load, the router hears of it, and runs are alike."""
+    """Guards the whole: the gate loads what is faster to load, KV events reach the router, and runs are repeatable."""
     without, with_store = simulate(_scenario(None, policy), PROMPTS), simulate(_scenario(store, policy), PROMPTS)
     _served(without)
     _served(with_store)
@@ -245,8 +245,8 @@ def test_a_store_raises_the_hit_rate_and_loses_nothing(store: Capacity, source: 
     assert _times(with_store) == _times(simulate(_scenario(store, policy), PROMPTS))
 
 
-def test_a_worker_that_dies_leaves_its_blocks_to_the_other() -> None:
-    """Guards the store's way through a loss: what the dead prefill worker computed is loaded by the other one."""
+def test_blocks_of_a_dead_worker_are_loaded_by_another() -> None:
+    """Guards recovery: another prefill worker loads from the store what the dead one computed."""
     outcome = simulate(_scenario(RAM_ONLY, losses=(Loss(23.5, "p0"),)), PROMPTS)
     _served(outcome)
     assert all(record.cached_tokens > 10_000 for record in outcome.records[12:])

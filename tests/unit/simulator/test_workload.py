@@ -1,4 +1,4 @@
-"""simulator.workload, record and capacity: requests out of seeds and traces, and what is counted of them."""
+"""simulator.workload, record and capacity: requests from seeds and traces, and their metrics."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def _trace(path: Path, *lines: tuple[int, int, list[int]]) -> Path:
     return path
 
 
-def test_prompts_share_exactly_the_prefix_that_the_trace_says(tmp_path: Path) -> None:
-    """Guards what the prefix cache sees of a replay."""
+def test_prompts_share_exactly_the_prefix_of_the_trace(tmp_path: Path) -> None:
+    """Guards the hit rate of a replay's prefix cache."""
     trace = _trace(tmp_path / "t", (0, 1200, [7, 8, 9]), (3000, 1030, [7, 8, 5]))
     first, second = (request.prompt_ids() for request in read_trace(trace, 0))
     assert (len(first), len(second)) == (1200, 1030)
@@ -33,7 +33,7 @@ def test_prompts_share_exactly_the_prefix_that_the_trace_says(tmp_path: Path) ->
 
 
 def test_a_trace_is_spread_within_its_quantum_by_its_seed(tmp_path: Path) -> None:
-    """Guards arrivals: time stamps are rounded to 3 s, and a burst of them would be no workload anybody had."""
+    """Guards arrivals: time stamps are rounded to 3 s, and replaying them as bursts would be unrealistic."""
     trace = _trace(tmp_path / "t", *[(3000 * (n // 10), 100, [n]) for n in range(40)])
     one, again, other = read_trace(trace, 1), read_trace(trace, 1), read_trace(trace, 2)
     assert one == again != other
@@ -45,15 +45,15 @@ def test_a_trace_is_spread_within_its_quantum_by_its_seed(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("line", ["{}", LINE.format(at=0, n=1000, ids=[1]), LINE.format(at=0, n=10, ids=[-1]), "x"])
-def test_a_file_that_is_no_trace_is_an_error(tmp_path: Path, line: str) -> None:
-    """Guards the command line: no traceback, and no run on garbage."""
+def test_an_invalid_trace_is_an_error(tmp_path: Path, line: str) -> None:
+    """Guards the command line against a traceback, and against a run on invalid input."""
     (tmp_path / "t").write_text(line + "\n")
     with pytest.raises(SettingsError, match="t"):
         read_trace(tmp_path / "t", 0)
 
 
 def test_poisson_has_its_rate_and_lengths() -> None:
-    """Guards drawn workloads."""
+    """Guards the distributions of generated workloads."""
     requests = poisson(4000, 5.0, LengthSampler(1000, 0.5), LengthSampler(100), seed=1)
     assert requests == poisson(4000, 5.0, LengthSampler(1000, 0.5), LengthSampler(100), seed=1)
     assert requests[-1].arrival_s == pytest.approx(800, rel=0.1)
@@ -66,8 +66,8 @@ def _record(arrival_s: float, *token_s: float, error: str = "") -> RequestRecord
     return RequestRecord(SimRequest(0, arrival_s, 10, max(1, len(token_s)), (0,)), list(token_s), 0, error)
 
 
-def test_times_are_counted_as_everybody_counts_them() -> None:
-    """Guards the definitions: TTFT from arrival, TPOT without the first token, goodput of all that came."""
+def test_latencies_follow_the_usual_definitions() -> None:
+    """Guards the definitions: TTFT from arrival, TPOT without the first token, goodput over all arrivals."""
     record = _record(1.0, 1.5, 1.6, 1.9)
     assert (record.ttft_s, record.e2e_s) == (0.5, pytest.approx(0.9))
     assert record.tpot_s == pytest.approx(0.2) and record.longest_wait_s == 0.5
@@ -80,8 +80,8 @@ def test_times_are_counted_as_everybody_counts_them() -> None:
 
 
 @given(st.lists(st.floats(0, 1e3), min_size=1, max_size=50))
-def test_percentiles_are_numpys(values: list[float]) -> None:
-    """Guards the percentiles."""
+def test_percentiles_equal_numpys(values: list[float]) -> None:
+    """Guards the interpolation between ranks."""
     spread = Spread.of(values)
     assert spread.p50_s == pytest.approx(np.percentile(values, 50), rel=1e-9, abs=1e-9)
     assert spread.p99_s == pytest.approx(np.percentile(values, 99), rel=1e-9, abs=1e-9)
@@ -91,8 +91,8 @@ def _prompts(*prefixes: tuple[int, ...]) -> list[SimRequest]:
     return [SimRequest(n, float(n), 512 * len(prefix), 1, prefix) for n, prefix in enumerate(prefixes)]
 
 
-def test_hits_of_a_tier() -> None:
-    """Guards the LRU: a prefix only, the oldest goes first, a tail before its head."""
+def test_hit_rate_of_a_tier() -> None:
+    """Guards the LRU: hits are prefixes, the oldest block is evicted first, a tail before its head."""
     requests = _prompts((1, 2, 3), (4,), (1, 2, 3), (2, 3))
     assert hit_rate(requests, float("inf")).hit_tokens == 3 * 512 + 2 * 512
     assert hit_rate(requests, 3 * 512).hit_tokens == 2 * 512 + 2 * 512
@@ -100,7 +100,7 @@ def test_hits_of_a_tier() -> None:
 
 
 def test_a_larger_tier_never_hits_less() -> None:
-    """Guards the inclusion that an LRU has."""
+    """Guards the inclusion property of LRU."""
     chance = random.Random(0)
     requests = _prompts(
         *(

@@ -1,4 +1,4 @@
-"""simulator.world: time that passes only by events, and an asyncio that cannot tell."""
+"""simulator.world: time advances by events only, also for asyncio code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import pytest
 from baton.simulator.world import Standstill, VirtualLoop, World
 
 
-def test_equal_times_keep_their_order() -> None:
-    """Guards determinism: what was set first happens first."""
+def test_events_at_equal_times_keep_their_order() -> None:
+    """Guards determinism: events scheduled first run first."""
     world, seen = World(), list[str]()
     world.at(2.0, seen.append, "c")
     world.at(1.0, seen.append, "a")
@@ -19,16 +19,16 @@ def test_equal_times_keep_their_order() -> None:
     assert (seen, world.now) == (["a", "b", "c"], 5.0)
 
 
-def test_what_is_past_is_due_now() -> None:
-    """Guards against time that runs backwards."""
+def test_an_event_in_the_past_is_due_now() -> None:
+    """Guards against a clock that runs backwards."""
     world, seen = World(), list[float]()
     world.at(3.0, lambda: world.at(1.0, lambda: seen.append(world.now)))
     world.run(3.0, ())
     assert seen == [3.0]
 
 
-def test_hours_pass_at_once_and_in_order() -> None:
-    """Guards the loop: sleeps, timeouts and events of the world share one clock."""
+def test_hours_are_skipped_in_order() -> None:
+    """Guards the event loop: sleeps, timeouts and the world's events share one clock."""
     world = World()
     loop = VirtualLoop(world)
     seen: list[tuple[str, float]] = []
@@ -53,8 +53,8 @@ def test_hours_pass_at_once_and_in_order() -> None:
     assert [at for _, at in seen] == pytest.approx([3610.0, 7210.0], abs=1e-6)
 
 
-def test_waiting_for_nothing_is_an_error() -> None:
-    """Guards against a simulation that hangs: nothing is due, and a waiter is left."""
+def test_waiting_with_no_event_due_is_an_error() -> None:
+    """Guards against a simulation that hangs with a waiter and no event due."""
     loop = VirtualLoop(World())
     try:
         with pytest.raises(Standstill):

@@ -1,4 +1,4 @@
-"""Guards the test double: a script must do what it says, or every test built on it proves nothing."""
+"""Guards testing.loopback: scripted outcomes happen as scripted, since other tests depend on them."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def content(plane: LoopbackPlane) -> bytes:
     return bytes(plane.memory.block(2)) + bytes(plane.memory.block(3))
 
 
-def test_delivery_takes_as_many_polls_as_written() -> None:
+def test_delivery_takes_the_scripted_number_of_polls() -> None:
     _, sender, receiver = pair(lambda m: Fate(after_polls=3))
     assert receiver.poll() == receiver.poll() == sender.poll() == []
     assert content(receiver) == bytes(16) and not sender.idle(KEY.transfer_id)
@@ -39,7 +39,7 @@ def test_delivery_takes_as_many_polls_as_written() -> None:
 
 
 def test_bytes_are_read_when_they_arrive() -> None:
-    """As on a real plane: whoever changes blocks under a send damages the transfer."""
+    """Guards fidelity: as on a real plane, changing blocks during a send corrupts the transfer."""
     _, sender, receiver = pair(deliver)
     sender.memory.block(0)[:] = b"\2" * 8
     receiver.poll()
@@ -56,35 +56,35 @@ def test_corruption_flips_one_bit_of_the_receiver_only(corrupt_at: int) -> None:
     assert bytes(sender.memory.block(0)) == bytes(sender.memory.block(1)) == b"\1" * 8
 
 
-def test_a_loss_is_seen_by_nobody() -> None:
+def test_a_loss_is_reported_to_neither_end() -> None:
     _, sender, receiver = pair(lambda m: Fate(Outcome.LOSE))
     assert receiver.poll() == []
     assert sender.poll() == [IoDone(KEY, sending=True, ok=True)]
     assert content(receiver) == bytes(16) and not receiver.idle(KEY.transfer_id)
 
 
-def test_a_failure_is_told_to_both_and_writes_nothing() -> None:
+def test_a_failure_is_reported_to_both_ends_and_writes_nothing() -> None:
     _, sender, receiver = pair(lambda m: Fate(Outcome.FAIL))
     assert [(done.sending, done.ok) for done in receiver.poll() + sender.poll()] == [(False, False), (True, False)]
     assert content(receiver) == bytes(16)
 
 
-def test_the_script_is_asked_once_a_movement_and_knows_it() -> None:
-    asked: list[Movement] = []
+def test_the_script_is_called_once_a_movement_with_its_key() -> None:
+    movements: list[Movement] = []
 
     def script(movement: Movement) -> Fate:
-        asked.append(movement)
+        movements.append(movement)
         return Fate()
 
     _, sender, receiver = pair(script)
     sender.post_send("d", KEY._replace(retry=1), [0, 1])
     receiver.poll()
-    assert asked == [Movement("p", "d", KEY), Movement("p", "d", KEY._replace(retry=1))]
+    assert movements == [Movement("p", "d", KEY), Movement("p", "d", KEY._replace(retry=1))]
     assert receiver.dropped["unknown"] == 1
 
 
-def test_a_cancelled_receive_stays_busy_as_long_as_written_and_writes_nothing() -> None:
-    """Stands for NCCL, where the stream must run dry first: the blocks' quarantine is tested with it."""
+def test_a_cancelled_receive_stays_busy_for_polls_to_stop_and_writes_nothing() -> None:
+    """Models NCCL, whose stream must drain first; tests of the blocks' quarantine depend on it."""
     _, _, receiver = pair(deliver, polls_to_stop=2)
     receiver.cancel(KEY.transfer_id)
     busy = []
@@ -97,20 +97,20 @@ def test_a_cancelled_receive_stays_busy_as_long_as_written_and_writes_nothing() 
     assert receiver.idle(b"never seen 16 by")
 
 
-@pytest.mark.parametrize("who", ["p", "d"])
-def test_a_dead_end_takes_its_flights_with_it(who: str) -> None:
+@pytest.mark.parametrize("identity", ["p", "d"])
+def test_closing_an_end_discards_its_movements(identity: str) -> None:
     fabric, sender, receiver = pair(lambda m: Fate(after_polls=2))
-    end = fabric.end(who)
+    end = fabric.end(identity)
     assert end is not None
     end.close()
     assert receiver.poll() == receiver.poll() == []
     assert content(receiver) == bytes(16)
-    assert not (receiver if who == "p" else sender).reaches(end.describe())
+    assert not (receiver if identity == "p" else sender).reaches(end.describe())
     sender.post_send("d", KEY._replace(seq=1), [0])
-    assert fabric.end(who) is None
+    assert fabric.end(identity) is None
 
 
-def test_names_are_unique_in_a_fabric() -> None:
+def test_identities_are_unique_in_a_fabric() -> None:
     fabric, *_ = pair(deliver)
     with pytest.raises(InvariantBroken):
         fabric.plane("p", HostMemory(1, 1))
