@@ -121,7 +121,7 @@ def losses(settings: ReplaySettings, profile: Profile, at: float) -> list[LossCo
     scenario = scenario_of(settings, profile)
     moment = at * (requests[-1].arrival_s - requests[0].arrival_s)
     calm = simulate(scenario, requests)
-    found = [LossCost("nobody", summarise(calm.records), 0, Spread.of([]), calm.counters["retries_total"])]
+    found = [LossCost("none", summarise(calm.records), 0, Spread.of([]), calm.counters["retries_total"])]
     for victim in (["p0"] if settings.prefill > 1 else []) + (["d0"] if settings.decode > 1 else []):
         outcome = simulate(replace(scenario, losses=(Loss(moment, victim),)), requests)
         found.append(_cost(victim, outcome, calm))

@@ -47,7 +47,7 @@ def test_replay_shows_the_source_of_the_prompts_kv(tmp_path: Path, capsys: pytes
 def test_loss_and_overload_show_each_case(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the rows of the studies: the lost worker; every pair of policies."""
     assert main(["loss", *SMALL, "--prefill", "2", "--decode", "2", "--json"]) == 0
-    assert [row["lost"] for row in _rows(capsys.readouterr().out)] == ["nobody", "p0", "d0"]
+    assert [row["lost"] for row in _rows(capsys.readouterr().out)] == ["none", "p0", "d0"]
     assert main(["overload", *SMALL, "--factor", "50", "--max-queue", "2", "--json"]) == 0
     rows = _rows(capsys.readouterr().out)
     assert {row["prefill order"] for row in rows} == {"fcfs", "sjf"} and {row["requests"] for row in rows} == {20}
