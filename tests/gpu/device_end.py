@@ -1,7 +1,7 @@
-"""Ends of the GPU planes in a process of its own, driven over its standard streams by test_planes.py.
+"""Ends of the GPU planes in a separate process, driven over its standard streams by test_planes.py.
 
 Reads a JSON line [method, arguments ...], answers with a JSON line [kind, value]: "ok" and the result, or the name of
-the exception. One end exists at a time; `make` makes it. Bytes travel as base64.
+the exception. One end exists at a time; `make` creates it. Bytes are sent as base64.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ def _names(key: ChunkKey) -> list[object]:
 
 
 def main() -> None:
-    # NCCL may print: its lines must not come between ours
+    # NCCL may print to stdout, which must not mix with our lines
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     logging.basicConfig(level=os.environ.get("BATON_TEST_LOG", "WARNING"))

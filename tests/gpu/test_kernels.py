@@ -1,6 +1,6 @@
-"""The checks of tests/unit/kernels on a GPU, with the shapes that are served and launches chained with pdl.
+"""The checks of tests/unit/kernels on a GPU, with the shapes of served models and launches chained with PDL.
 
-Run them in a process of their own or with tests/unit/kernels, which then run on the GPU as well.
+Run them in a separate process or with tests/unit/kernels, which then run on the GPU as well.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_decode_attention(heads, block_tokens, pdl):
 
 @pytest.mark.parametrize("block_tokens", [16, 64])
 def test_the_depth_of_the_pipeline_does_not_change_bits(block_tokens):
-    """Guards against a fixed plan whose results depend on the number of rows after all."""
+    """Guards the fixed plan against results that depend on the number of rows."""
     lengths = [1, 63, 64, 700, 333, 1024]
     outs = [
         checks.check_decode_attention(
@@ -104,8 +104,8 @@ def test_hopper_gated_product(rows, n, k):
 
 
 @pytest.mark.parametrize("rows", [1023, 1024])
-def test_many_rows_are_gated_by_gluon(rows):
-    """Where the table says so, and with the result that cuBLAS gives."""
+def test_many_rows_use_the_gluon_kernel(rows):
+    """Guards the choice by the table, and equality with the cuBLAS result."""
     products = Products(fastest, rows, (GATE_UP_8B,), BF16, GPU)
     asked, by_gluon = [], products._by_gluon
     products._by_gluon = by_gluon and (lambda *args: asked.append(args) or by_gluon(*args))
@@ -137,7 +137,7 @@ def test_random_numbers():
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("rows", [1, 8, 16, 23, 64, 100, 128])
 def test_linear(rows, pdl):
-    """Every entry of the table, on the shapes that it was made for, with rows that do not fill its tile."""
+    """Every entry of the table, on the shapes that it was tuned for, with rows that do not fill its tile."""
     for shape in FASTEST[1]:
         n, k, fused, tiles = shape.outputs, shape.inputs, shape.fused, fastest(rows, shape)
         if tiles is not None:
@@ -145,7 +145,7 @@ def test_linear(rows, pdl):
 
 
 def test_the_invariant_table_gives_a_row_the_same_bits_for_any_number_of_rows():
-    """Guards against a batch that changes a row: --deterministic rests on this."""
+    """Guards --deterministic: the batch must not change a row's bits."""
     from baton.kernels.triton.linear import linear
 
     largest = max(INVARIANT)
@@ -163,7 +163,7 @@ def test_the_invariant_table_gives_a_row_the_same_bits_for_any_number_of_rows():
 
 
 def test_an_invariant_product_in_one_part_has_the_same_bits_for_any_number_of_rows():
-    """Guards the logits of a model with as many tokens in its vocabulary as a product has outputs that sums parts."""
+    """Guards the logits of models whose vocabulary size equals the outputs of a split product."""
     counts = (1, 16, 33, 256, 300)
     n, k = O_8B.outputs, O_8B.inputs
     products, x = Products(invariant, counts[-1], [O_8B], BF16, GPU), checks.randn((counts[-1], k), BF16, GPU)

@@ -1,4 +1,4 @@
-"""What a worker says when a GPU's memory does not suffice: a reason before it begins, and a GPU that others can use."""
+"""A worker on a GPU with too little memory: it gives the reason before it starts, and frees the GPU."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.timeout(120)]
     ],
     ids=["pool", "too small a share", "activations"],
 )
-def test_too_little_memory_is_told_before_a_worker_begins(options, reason):
-    """Guards against a traceback, and against memory that stays taken after the refusal."""
+def test_too_little_memory_is_an_error_at_startup(options, reason):
+    """Guards against a traceback, and against memory that stays allocated after the error."""
     from baton.node.modelhub import locate_model
 
     free, total = torch.cuda.mem_get_info(0)

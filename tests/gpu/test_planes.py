@@ -1,5 +1,5 @@
 """Guards the planes `cuda_ipc` and `nccl` between processes on two GPUs: the contract of every plane, the sudden death
-of a peer in mid-transfer, and that all bytes that were moved have the digest they had."""
+of a peer in mid-transfer, and unchanged digests of all moved bytes."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ assert _spec is not None and _spec.loader is not None
 contract = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = contract
 _spec.loader.exec_module(contract)
-SENDER, RECEIVER, STRANGER, X, Y = contract.SENDER, contract.RECEIVER, contract.STRANGER, contract.X, contract.Y
-GPU_OF = {SENDER: 0, RECEIVER: 1, STRANGER: 0}
+SENDER, RECEIVER, OTHER, X, Y = contract.SENDER, contract.RECEIVER, contract.OTHER, contract.X, contract.Y
+GPU_OF = {SENDER: 0, RECEIVER: 1, OTHER: 0}
 MIB = 1 << 20
 
 test_bytes_arrive = contract.test_bytes_arrive_bit_for_bit_and_nowhere_else
@@ -44,7 +44,7 @@ test_a_cancelled_transfer = contract.test_a_cancelled_transfer_is_not_reported_a
 test_a_receive_that_is_never_sent = contract.test_a_receive_that_is_never_sent_can_be_cancelled
 test_late_data = contract.test_late_data_of_a_cancelled_transfer_is_ignored
 test_late_retry = contract.test_late_data_of_an_old_retry_is_ignored
-test_a_stranger = contract.test_another_peer_cannot_fill_a_posted_receive
+test_another_peer = contract.test_another_peer_cannot_fill_a_posted_receive
 test_another_length = contract.test_a_chunk_of_another_length_is_not_written
 test_forgetting = contract.test_forgetting_a_peer_fails_what_was_posted_for_it_and_nothing_else
 test_connected_anew = contract.test_after_forgetting_a_peer_it_can_be_connected_anew
@@ -156,7 +156,7 @@ class RemoteEnd:
 
 
 class GpuRig(contract.Rig):
-    """Ends in processes of their own, which live as long as all tests."""
+    """Ends in separate processes, which are kept for all tests."""
 
     def __init__(self, kind: str, children: dict[str, Child]) -> None:
         super().__init__(kind)
@@ -176,7 +176,7 @@ class GpuRig(contract.Rig):
         return end
 
     def leave(self, end: RemoteEnd) -> None:
-        """Its process is dead."""
+        """Kill the process of an end."""
         self.ends.remove(end)
         end.child.process.wait(15)
 
@@ -210,8 +210,8 @@ def two_sided(children: dict[str, Child]) -> Iterator[GpuRig]:
 
 
 @pytest.mark.parametrize("block_mib", [1, 8])
-def test_large_chunks_have_the_digest_they_had(rig: GpuRig, block_mib: int) -> None:
-    """All of a pool, in consecutive and in scattered blocks, several chunks under way."""
+def test_large_chunks_keep_their_digest(rig: GpuRig, block_mib: int) -> None:
+    """A whole pool, in consecutive and in scattered blocks, with several chunks in flight."""
     sender, receiver = rig.end(SENDER, 64, block_mib * MIB), rig.end(RECEIVER, 64, block_mib * MIB)
     chunks = [
         ([*range(16)], [*range(16)]),
@@ -229,8 +229,8 @@ def test_large_chunks_have_the_digest_they_had(rig: GpuRig, block_mib: int) -> N
     assert receiver.digest([50]) != sender.digest([63])
 
 
-def test_a_dead_owners_pool_is_let_go(children: dict[str, Child]) -> None:
-    """The mapping outlives its owner; after `forget` a new owner of the same name is read, not the old memory."""
+def test_the_pool_of_a_dead_owner_is_unmapped(children: dict[str, Child]) -> None:
+    """Guards against stale memory: a mapping outlives its owner, and after `forget` a new owner's memory is read."""
     rig = GpuRig("cuda_ipc", children)
     sender, receiver = rig.end(SENDER, 12, MIB), rig.end(RECEIVER, 12, MIB)
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [3], [3])
@@ -248,7 +248,7 @@ def test_a_dead_owners_pool_is_let_go(children: dict[str, Child]) -> None:
 
 
 def until_receive_is_issued(rig: GpuRig, sender: RemoteEnd, receiver: RemoteEnd) -> None:
-    """The sender has asked, the receiver has issued its receive and said Go, which the sender never reads."""
+    """Wait until the receiver has issued its receive and sent Go, which the sender never reads."""
     rig.move(sender, receiver, ChunkKey(Y, 0, 0), [0], [0])
     rig.until(lambda: ChunkKey(Y, 0, 0) in rig.received(receiver) and ChunkKey(Y, 0, 0) in rig.sent(sender))
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [1, 2], [1, 2])
@@ -259,8 +259,8 @@ def until_receive_is_issued(rig: GpuRig, sender: RemoteEnd, receiver: RemoteEnd)
 
 @pytest.fixture
 def crowd(two_sided: GpuRig) -> Iterator[tuple[GpuRig, RemoteEnd, RemoteEnd, RemoteEnd]]:
-    """A sender that will die, another one, and their receiver; ways are open."""
-    sender, other, receiver = (two_sided.end(name, 12, MIB) for name in (SENDER, STRANGER, RECEIVER))
+    """A sender that will be killed, another one, and their receiver, with open connections."""
+    sender, other, receiver = (two_sided.end(name, 12, MIB) for name in (SENDER, OTHER, RECEIVER))
     two_sided.move(other, receiver, ChunkKey(Y, 9, 0), [9], [9])
     two_sided.until(lambda: ChunkKey(Y, 9, 0) in two_sided.received(receiver))
     yield two_sided, sender, other, receiver
@@ -272,7 +272,7 @@ def crowd(two_sided: GpuRig) -> Iterator[tuple[GpuRig, RemoteEnd, RemoteEnd, Rem
 def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
     crowd: tuple[GpuRig, RemoteEnd, RemoteEnd, RemoteEnd], how: str
 ) -> None:
-    """A receive kernel spins for a peer that will never send: blocks, GPU and other peers must come free in time."""
+    """Guards against a receive kernel that spins for a dead peer: blocks and GPU are freed in time."""
     rig, sender, other, receiver = crowd
     until_receive_is_issued(rig, sender, receiver)
     sender.child.process.send_signal(signal.SIGSTOP if how == "frozen" else signal.SIGKILL)
@@ -304,7 +304,7 @@ def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
 
 
 def test_a_sender_killed_while_bytes_flow(two_sided: GpuRig) -> None:
-    """The survivor comes free, and what it then receives from a new process is whole."""
+    """Guards the survivor: it is freed, and data that it then receives from a new process is correct."""
     rig = two_sided
     sender, receiver = rig.end(SENDER, 64, 16 * MIB), rig.end(RECEIVER, 64, 16 * MIB)
     rig.move(sender, receiver, ChunkKey(Y, 0, 0), [0], [0])
@@ -327,8 +327,8 @@ def test_a_sender_killed_while_bytes_flow(two_sided: GpuRig) -> None:
     assert receiver.digest(list(range(64))) == again.digest(list(range(64)))
 
 
-def test_the_planes_choose_themselves(children: dict[str, Child]) -> None:
-    """The copy engine before NCCL, and NCCL where only it is offered."""
+def test_the_preferred_plane_is_chosen(children: dict[str, Child]) -> None:
+    """The copy engine is preferred to NCCL, which is used if it is the only one offered."""
     for name in (SENDER, RECEIVER):
         if name not in children or children[name].process.poll() is not None:
             children[name] = Child(GPU_OF[name])
@@ -342,8 +342,8 @@ def test_the_planes_choose_themselves(children: dict[str, Child]) -> None:
         children[name]("close")
 
 
-def test_planes_give_back_what_they_took(rig: GpuRig) -> None:
-    """A communicator takes 130 MiB: pairs come and go while a worker serves. The first one may leave what all share."""
+def test_planes_free_their_memory(rig: GpuRig) -> None:
+    """Guards against leaking the 130 MiB of each communicator as pairs come and go. The first may keep some."""
     free: list[float] = []
     for number in range(3):
         sender, receiver = rig.end(SENDER), rig.end(RECEIVER)

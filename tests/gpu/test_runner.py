@@ -1,6 +1,6 @@
-"""The runner on a GPU: captured steps and steps ahead of the host against the CPU's tokens, and against themselves.
+"""The runner on a GPU: captured graphs and steps ahead of the host give the CPU's tokens, and repeatable ones.
 
-Run it in a process of its own: tests/unit/models then run on the GPU as well.
+Run it in a separate process: tests/unit/models would then run on the GPU as well.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def prompts(count: int, longest: int = 300) -> list[list[int]]:
 
 
 def generate(runner: CudaRunner, made: list[list[int]], count: int, chunk: int, **params) -> list[list[int]]:
-    """`count` tokens after each prompt, all at once; prompts come in chunks of `chunk` tokens, a few at a time."""
+    """`count` tokens after each prompt, in one batch; prompts are computed in chunks of `chunk`, a few at a time."""
     run, done = Ahead(runner), []
     for slot, prompt in enumerate(made):
         run.start(slot, prompt, table(slot), **{**params, "seed": slot + 1})
@@ -67,7 +67,7 @@ def generate(runner: CudaRunner, made: list[list[int]], count: int, chunk: int, 
 
 
 def test_tokens_equal_the_cpu_s():
-    """Guards the whole of it: in float32 a trained model's greedy tokens are the CPU's, whatever runs beside them."""
+    """Guards the whole runner: in float32 the greedy tokens equal the CPU's for any batch."""
     folder, made = locate_model("demo"), prompts(7)
     found = generate(make(folder, torch.float32, max_rows=8), made, 24, 100)
     plain = ModelRunner.load(folder)
@@ -76,8 +76,8 @@ def test_tokens_equal_the_cpu_s():
         assert tokens == one_after_the_other(plain, prompt, list(range(1, 41)), 24)
 
 
-def test_every_sampling_parameter_draws_what_the_cpu_draws():
-    """Guards filters, penalties and log probabilities in a step: beside rows that want none, ahead of the host."""
+def test_every_sampling_parameter_samples_as_on_the_cpu():
+    """Guards filters, penalties and log probabilities in mixed batches that run ahead of the host."""
     folder, made = locate_model("demo"), prompts(5)
     params = {
         "temperature": 0.8, "top_p": 0.9, "top_k": 40, "min_p": 0.02, "frequency_penalty": 0.4,
@@ -102,7 +102,7 @@ def test_every_sampling_parameter_draws_what_the_cpu_draws():
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_running_ahead_changes_no_token(temperature):
-    """Guards against a step that reads what the host has changed, or a slot before the step before has written it."""
+    """Guards against a step that reads inputs the host has overwritten, or a slot that is not written yet."""
     folder, made = locate_model("demo"), prompts(33)
     results = [
         generate(make(folder, torch.bfloat16, max_rows=40, run_ahead=ahead), made, 40, 128, temperature=temperature)
@@ -112,8 +112,8 @@ def test_running_ahead_changes_no_token(temperature):
 
 
 def test_deterministic_tokens_do_not_depend_on_the_batch():
-    """Guards --deterministic: 64 sequences at once, each alone, and with other chunks, give the same tokens; some have
-    more tokens than one program of attention reads."""
+    """Guards --deterministic: 64 sequences in one batch, each alone, and with other chunks, give the same tokens; some
+    are longer than one attention program reads."""
     folder, made = locate_model("demo"), prompts(64, longest=590)
     alone = (0, 12, 15, 63)
     assert len(made[12]) > 512 < len(made[15])
@@ -137,9 +137,9 @@ def two_layers(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_8b_shape_computes_what_the_cpu_computes(tmp_path, deterministic):
-    """Guards the tuned kernels, split sums and Hopper's attention in their places: logits of a prompt, and tokens that
-    follow it through the captured steps, which must be likely ones by the CPU's float32 logits."""
+def test_the_8b_shape_matches_the_cpu(tmp_path, deterministic):
+    """Guards the tuned kernels, split sums and Hopper attention in place: logits of a prompt, and tokens of captured
+    steps after it, which must be among the most likely by the CPU's float32 logits."""
     config = ModelConfig.from_folder(two_layers(tmp_path))
     weights = load_weights(config, tmp_path, torch.bfloat16, "cuda:0", "dummy", pack=False)
     runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(40, 2048, 1, deterministic), LONGEST)

@@ -1,4 +1,4 @@
-"""The sampler on a GPU against the CPU's, with the vocabularies and rows that are served, launched and captured."""
+"""The sampler on a GPU against the CPU's, with the vocabularies and rows of served models, launched and captured."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ FILTERS: tuple[dict[str, object], ...] = (
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("vocab_size", [128256, 151936])
 def test_tokens_equal_the_cpu_s(vocab_size, dtype):
-    """Guards the compiled kernels: barriers between single tokens and whole blocks, divisions that must be exact, and
-    a capture that differs from a launch. One token of 64 may differ: logarithms and sums of masses are rounded."""
+    """Guards the compiled kernels: barriers between tokens and blocks, exact divisions, and captures that differ from
+    launches. One token of 64 may differ: logarithms and sums of masses are rounded."""
     rows, queue = 64, CudaQueue(0)
     sampler = SlotSampler(queue, rows, rows, vocab_size)
     generator = torch.Generator().manual_seed(0)

@@ -1,4 +1,4 @@
-"""A GPU's use of the host's KV store: digests made on the device, copies to and from locked memory, and a session.
+"""The host's KV store with a GPU: digests computed on the device, copies to and from pinned memory, and a session.
 
 The last test prints what it measured as a JSON line (pytest -s).
 """
@@ -39,7 +39,7 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 def units_of(block_bytes: int) -> int:
-    """Units of whole words, several where that is possible."""
+    """Number of units of whole words: several if possible."""
     return next(count for count in (8, 3, 1) if block_bytes % (8 * count) == 0)
 
 
@@ -53,7 +53,7 @@ def random_memory(num_blocks: int, block_bytes: int):
 
 
 class Bench:
-    """A pool of 12 blocks and 12 blocks of host memory, locked."""
+    """A pool of 12 blocks and 12 blocks of pinned host memory."""
 
     def __init__(self, block_bytes: int) -> None:
         from baton.kvtransfer.blocks.device_copies import DeviceCopies
@@ -95,8 +95,8 @@ def copying(request: pytest.FixtureRequest) -> Iterator[Bench]:
 
 
 @pytest.mark.parametrize("block_bytes", [4104, 64 * 1024 + 8, 8 * MIB])
-def test_the_device_makes_the_digests_that_the_host_makes(block_bytes: int) -> None:
-    """Guards blocks against each other's view: a store that looks at a GPU's block must find the same digest."""
+def test_device_digests_equal_host_digests(block_bytes: int) -> None:
+    """Guards verification: the store must compute the same digest for a block as the GPU that put it."""
     from baton.kvtransfer.blocks.digest import BlockDigests
 
     memory = random_memory(7, block_bytes)
@@ -106,8 +106,8 @@ def test_the_device_makes_the_digests_that_the_host_makes(block_bytes: int) -> N
     memory.close()
 
 
-def test_batches_move_the_bytes_and_tell_the_digests(copying: Bench) -> None:
-    """Guards runs that are cut or joined wrongly, bytes of other blocks, and digests of other bytes than the pool's."""
+def test_batches_move_the_bytes_and_report_the_digests(copying: Bench) -> None:
+    """Guards against wrongly split or merged runs, bytes of other blocks, and digests of bytes not in the pool."""
     before = copying.memory.data.cpu()
     chosen, places, into = [3, 4, 5, 9, 0, 1], [2, 3, 4, 8, 7, 6], [2, 7, 8, 11, 10, 6]
     expected = [sum64(memoryview(before[block].numpy()), copying.memory.num_units) for block in chosen]
@@ -120,8 +120,8 @@ def test_batches_move_the_bytes_and_tell_the_digests(copying: Bench) -> None:
     assert torch.equal(copying.memory.data.cpu(), after)
 
 
-def test_a_flipped_bit_shows_in_the_digest(copying: Bench) -> None:
-    """Guards the only check that a hit has."""
+def test_a_flipped_bit_changes_the_digest(copying: Bench) -> None:
+    """Guards the only check of a hit."""
     (right,) = copying.ended(copying.copies.begin_save(copying.pairs([0], [0])))
     copying.host.block(0)[copying.memory.block_bytes // 2] ^= 1
     assert copying.ended(copying.copies.begin_load(copying.pairs([1], [0]))) != [right]
@@ -130,7 +130,7 @@ def test_a_flipped_bit_shows_in_the_digest(copying: Bench) -> None:
 
 
 def test_batches_overlap_and_their_number_is_bounded(copying: Bench) -> None:
-    """Guards the buffers of the digests: each batch has its own, and there is none for a third."""
+    """Guards the digest buffers: each of two batches has its own, and a third batch waits."""
     before = copying.memory.data.cpu()
     save = [copying.copies.begin_save(copying.pairs([block], [block])) for block in (0, 1)]
     with pytest.raises(InvariantBroken):
@@ -142,17 +142,17 @@ def test_batches_overlap_and_their_number_is_bounded(copying: Bench) -> None:
             copying.copies.begin_load(pairs)
 
 
-def test_memory_that_cannot_be_locked_is_told(copying: Bench) -> None:
-    """Guards the worker from an error in a thread that nobody sees: these pages are locked already."""
+def test_memory_that_cannot_be_pinned_is_reported(copying: Bench) -> None:
+    """Guards against an unseen error in a thread: these pages are already pinned."""
     again = copying.copies.lock(copying.host.view)
 
-    def told() -> bool:
+    def is_reported() -> bool:
         try:
             return again.ready()
         except PeerLost:
             return True
 
-    wait_until(told)
+    wait_until(is_reported)
     with pytest.raises(PeerLost):
         again.ready()
 
@@ -170,7 +170,7 @@ class Rig:
         self.attach()
 
     def attach(self) -> None:
-        """Anew, if the test itself took so long that the store seems to have been silent."""
+        """Attach again if the test was slow enough for the store's lease to expire."""
         self.turn()
         self.until(lambda: self.session.attached)
 
@@ -198,7 +198,7 @@ class Rig:
 
     def next(self, kind: type[StoreEvent]) -> StoreEvent:
         self.until(lambda: any(isinstance(event, kind) for event in self.events))
-        self.turn()  # the store hears of the end
+        self.turn()  # the store receives the release
         (event,) = self.events
         self.events.clear()
         return event
@@ -227,7 +227,7 @@ class Rig:
 
 
 def test_blocks_are_put_and_come_back_bit_for_bit() -> None:
-    """Guards the whole: from a GPU's pool into the arena, and back into other blocks of a pool that was zeroed."""
+    """Guards the whole path: from a GPU's pool into the arena, and back into other blocks of a zeroed pool."""
     rig = Rig(64, MIB)
     before = rig.memory.data.cpu()
     assert rig.put(40) == 40
@@ -243,8 +243,8 @@ def test_blocks_are_put_and_come_back_bit_for_bit() -> None:
     rig.close()
 
 
-def test_a_damaged_block_ends_the_run_and_goes() -> None:
-    """Guards against decoding from damaged KV, and the store's slow look at what a GPU has put."""
+def test_a_damaged_block_ends_the_run_and_is_removed() -> None:
+    """Guards against decoding from damaged KV, and the store's own verification of a GPU's blocks."""
     rig = Rig(32, MIB)
     assert rig.put(20) == 20
     entry = rig.host.server.index.find(Key(SPACE, names(7)[0]))
@@ -256,8 +256,8 @@ def test_a_damaged_block_ends_the_run_and_goes() -> None:
     rig.close()
 
 
-def test_a_load_that_is_stopped_ends_when_nothing_is_written_any_more() -> None:
-    """Guards the blocks at StoreLoaded: what is put into them from then on stays."""
+def test_a_stopped_load_ends_after_its_last_write() -> None:
+    """Guards blocks after StoreLoaded: the load must not overwrite their next contents."""
     rig = Rig(256, MIB)
     assert rig.put(256) == 256
     rig.attach()

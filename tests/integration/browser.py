@@ -1,4 +1,4 @@
-"""A headless Chromium for tests of pages, driven over its DevTools protocol; `find()` tells whether there is one.
+"""A headless Chromium for tests of pages, driven over its DevTools protocol; `find()` locates one.
 
 Source: the Chrome DevTools Protocol, domains Page and Runtime.
 """
@@ -20,7 +20,7 @@ import aiohttp
 
 START_TIMEOUT_S = 60.0
 CALL_TIMEOUT_S = 30.0
-# Without those on background work and synchronising, it looks for hosts that a closed network does not have.
+# The flags against background work and sync stop look-ups of hosts that an isolated network does not have.
 FLAGS = (
     "--headless",
     "--no-sandbox",
@@ -37,11 +37,11 @@ FLAGS = (
 
 
 class DidNotStart(Exception):
-    """There is a browser, but it cannot run on this machine."""
+    """A browser is installed but cannot run on this machine."""
 
 
 def find() -> str:
-    """The path of a Chromium or Chrome; empty where there is none."""
+    """The path of a Chromium or Chrome; empty if none is installed."""
     names = ("chromium", "chromium-browser", "google-chrome")
     return next((path for path in map(shutil.which, names) if path), "")
 
@@ -81,7 +81,7 @@ class Browser:
         self._process.wait(CALL_TIMEOUT_S)
 
     async def open(self, url: str) -> None:
-        """Go there, and wait until the page and its scripts are loaded."""
+        """Navigate to `url`, and wait until the page and its scripts are loaded."""
         await self._call("Page.navigate", url=url)
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 

@@ -4,8 +4,8 @@
         cluster.complete("Once upon a time", max_tokens=8)
         cluster.nodes.kill("decode-0")
 
-Every wait is bounded. On leaving, all processes must end by themselves within their drain time (a worker that holds on
-to a block fails `check()` and so its exit status), unless the test killed them.
+Every wait is bounded. On leaving, all processes must exit within their drain time (a worker that leaks a block fails
+`check()` and so exits with an error), unless the test killed them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ START_TIMEOUT_S = 120.0
 
 
 class Stream:
-    """One streamed completion, read by a thread: what has come so far, and how it ended."""
+    """One streamed completion, read by a thread: the chunks received so far, and how it ended."""
 
     def __init__(self, chunks: Iterator[dict[str, Any]]) -> None:
         self.id = ""
@@ -53,7 +53,7 @@ class Stream:
         return not self._thread.is_alive()
 
     def join(self, timeout_s: float = 120.0) -> Self:
-        """Wait for its end."""
+        """Wait for the end of the stream."""
         self._thread.join(timeout_s)
         assert self.ended, f"a stream has not ended after {timeout_s} s, {self.num_chunks} chunks"
         return self
@@ -73,7 +73,7 @@ class Stream:
 
 @dataclass(slots=True)
 class Cluster:
-    """A cluster on the CPU as a test wants it. `nodes` starts, kills and freezes; here is what a test asks of it."""
+    """A cluster on the CPU for tests: requests, metrics and waits. `nodes` starts, kills and freezes its processes."""
 
     prefill: int = 1
     decode: int = 1
@@ -127,10 +127,10 @@ class Cluster:
         bad = self.nodes.stop()
         assert not bad, f"these did not end cleanly: {bad}"
 
-    # -- what the metrics say
+    # -- metrics
 
     def num_workers(self) -> int:
-        """Live workers, as the proxy's metrics count them."""
+        """Live workers according to the proxy's metrics."""
         lines = [line for line in self.metrics() if line.startswith("baton:worker_up{") and line.endswith(" 1.0")]
         return len([line for line in lines if 'role="store"' not in line])
 
@@ -138,11 +138,11 @@ class Cluster:
         return self._get("/metrics").text.splitlines()
 
     def worker_values(self, name: str) -> dict[str, float]:
-        """A number that every live worker reports, such as "running", by worker."""
+        """A metric of every live worker, such as "running", by worker."""
         return {line["worker"]: float(line["value"]) for line in self._reports(name) if line["role"] != "store"}
 
     def store_value(self, name: str) -> float:
-        """A number that the host's store reports; 0 while it does not."""
+        """A metric of the host's store; 0 while it reports none."""
         lines = [line for line in self.metrics() if line.startswith(f"baton:store_{name}{{")]
         return sum(float(line.rpartition(" ")[2]) for line in lines)
 
@@ -155,11 +155,11 @@ class Cluster:
         return self._sum(f"baton:{name}")
 
     def queued(self) -> float:
-        """Requests that wait in the proxy for a worker."""
+        """Requests that are queued in the proxy."""
         return self.gauge("queued_requests")
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 30.0) -> None:
-        """Poll until `condition` holds; `what` says what was waited for."""
+        """Poll until `condition` holds; `what` describes it in the error."""
         deadline = time.monotonic() + timeout_s
         while not condition():
             assert time.monotonic() < deadline, f"{what}: not within {timeout_s} s\n" + "\n".join(self._worker_lines())
@@ -174,7 +174,7 @@ class Cluster:
         self.wait_until(self._is_idle, "idle workers that hold no block", timeout_s)
 
     def ports(self, name: str) -> list[int]:
-        """The TCP ports that a process listens on, as Linux tells."""
+        """The TCP ports that a process listens on, from /proc."""
         pid = self.nodes.pid(name)
         links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
         inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
@@ -191,7 +191,7 @@ class Cluster:
         return dict(answer.json())
 
     def stream(self, prompt: str | list[int], **body: Any) -> Iterator[dict[str, Any]]:
-        """The chunks of one streamed completion, as they come."""
+        """The chunks of one streamed completion, as they arrive."""
         payload = {"model": self.nodes.model, "prompt": prompt, "temperature": 0, "stream": True, **body}
         with httpx.stream(
             "POST", f"{self.url}/v1/completions", json=payload, headers=self._headers, timeout=120
@@ -205,7 +205,7 @@ class Cluster:
         """A streamed completion that is read in a thread of its own."""
         return Stream(self.stream(prompt, **body))
 
-    # -- inside
+    # -- internals
 
     def _reports(self, name: str) -> list[re.Match[str]]:
         found = (_WORKER_LINE.fullmatch(line) for line in self.metrics())
@@ -235,7 +235,7 @@ class Cluster:
         ]
 
     def _paced(self, spec: ChildSpec) -> ChildSpec:
-        """A worker whose steps last, where the test says so; other nodes as they are."""
+        """Replace a worker by a paced one if the test asks for it; other nodes are unchanged."""
         step_s = {"prefill": self.prefill_step_s, "decode": self.decode_step_s}.get(spec.group, 0.0)
         if not step_s:
             return spec

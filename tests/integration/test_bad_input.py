@@ -1,6 +1,6 @@
-"""Nonsense over HTTP and hostile bytes on every port of real processes: a clear answer or none, and nothing is harmed.
+"""Invalid HTTP requests and hostile bytes on every port of real processes: a clear error or none, and no damage.
 
-After every test the cluster must still answer as before, with every block free or cached, and the same processes.
+After every test the cluster must answer as before, with every block free or cached, in the same processes.
 """
 
 from __future__ import annotations
@@ -35,25 +35,32 @@ from baton.node.messages.control import (
 )
 from baton.node.messages.wire import MESSAGES
 from baton.tests.integration.cluster import Cluster
-from baton.tests.integration.strangers import Master, Stranger, one_of_each, prefill_of, register_of, reserve_of
+from baton.tests.integration.untrusted import (
+    RawClient,
+    SecondProxy,
+    one_of_each,
+    prefill_of,
+    register_of,
+    reserve_of,
+)
 
 PROMPT = "Once upon a time there was a little fox who lived in the forest. The old king had three daughters."
 ANSWER: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def master() -> Iterator[Master]:
-    playing = Master()
+def second_proxy() -> Iterator[SecondProxy]:
+    playing = SecondProxy()
     yield playing
     playing.close()
 
 
 @pytest.fixture(scope="module")
-def shared(master: Master, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """KV moves over ZeroMQ, so that there is a data port to attack, and the test is a second proxy of the workers."""
+def shared(second_proxy: SecondProxy, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A cluster with a data port to attack, since KV moves over ZeroMQ; the test acts as a second proxy."""
     cluster = Cluster(
         proxy_args=("--local-prefill", "never", "--request-timeout-s", "60"),
-        worker_args=("--plane", "zmq", "--proxy", master.address, "--num-blocks", "256"),
+        worker_args=("--plane", "zmq", "--proxy", second_proxy.address, "--num-blocks", "256"),
         log_folder=tmp_path_factory.mktemp("logs"),
     )
     with cluster:
@@ -110,7 +117,7 @@ BAD_BODIES: dict[str, tuple[int, Any]] = {
 
 
 def test_bad_bodies(cluster: Cluster) -> None:
-    """Guards every layer that a body passes: each is refused by name, in OpenAI's shape, and quickly."""
+    """Guards every layer that reads a body: each error names the field, in OpenAI's format."""
     with httpx.Client(base_url=cluster.url, timeout=30) as client:
         for name, (status, body) in BAD_BODIES.items():
             content = body if isinstance(body, bytes) else json.dumps(body).encode()
@@ -121,7 +128,7 @@ def test_bad_bodies(cluster: Cluster) -> None:
 
 
 def test_a_10_mb_prompt_in_a_list_of_tokens_and_in_a_chat(cluster: Cluster) -> None:
-    """Guards the other doors against the same."""
+    """Guards the token-list and chat entry points against oversized prompts."""
     with httpx.Client(base_url=cluster.url, timeout=30) as client:
         chat = {"model": "demo", "messages": [{"role": "user", "content": "x" * 10_000_000}]}
         assert client.post("/v1/chat/completions", json=chat).status_code == 400
@@ -131,7 +138,7 @@ def test_a_10_mb_prompt_in_a_list_of_tokens_and_in_a_chat(cluster: Cluster) -> N
 
 
 def test_a_body_that_never_ends_and_one_that_is_cut(cluster: Cluster) -> None:
-    """Guards against clients that send a part of a request and wait, or leave."""
+    """Guards against clients that send a part of a request and stall or disconnect."""
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n"
     waiting = [socket.create_connection(("127.0.0.1", cluster.nodes.port), timeout=5) for _ in range(20)]
     for number, connection in enumerate(waiting):
@@ -151,21 +158,21 @@ def all_ports(cluster: Cluster) -> dict[str, int]:
     return {f"{name}:{port}": port for name in cluster.nodes.names() for port in cluster.ports(name)}
 
 
-def test_there_are_the_ports_that_are_attacked(cluster: Cluster) -> None:
-    """Guards the tests below: control and HTTP of the proxy, endpoint and data of each worker."""
+def test_the_attacked_ports_exist(cluster: Cluster) -> None:
+    """Guards against a missed port: control and HTTP of the proxy; endpoint and data of each worker."""
     names = [place.partition(":")[0] for place in all_ports(cluster)]
     assert {name: names.count(name) for name in names} == {"proxy": 2, "prefill-0": 2, "decode-0": 2}
 
 
 def test_random_bytes(cluster: Cluster) -> None:
-    """Guards every listener against what speaks no protocol at all, closes at once, or stays and says nothing."""
+    """Guards every listener against random bytes, connections closed at once, and silent ones."""
     chance = random.Random(1)
     opened = []
     for port in all_ports(cluster).values():
         for length in (0, 1, 9, 10, 64, 65, 1000, 100_000):
             connection = socket.create_connection(("127.0.0.1", port), timeout=5)
             opened.append(connection)
-            with contextlib.suppress(OSError):  # it may hang up while we send
+            with contextlib.suppress(OSError):  # it may close while we send
                 connection.sendall(chance.randbytes(length))
     streams = [cluster.begin(PROMPT, **ANSWER) for _ in range(4)]
     assert all(stream.join().finish == "length" for stream in streams)
@@ -177,7 +184,7 @@ ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" +
 
 
 def test_broken_zmtp(cluster: Cluster) -> None:
-    """Guards against a handshake that goes well and is followed by nonsense, or by a frame of 2^63 bytes."""
+    """Guards against a valid handshake that is followed by garbage, or by a frame of 2^63 bytes."""
     chance = random.Random(2)
     ready = b"\x04\x26\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
     frames = [
@@ -194,31 +201,31 @@ def test_broken_zmtp(cluster: Cluster) -> None:
             opened.append(connection)
             with contextlib.suppress(OSError):
                 connection.sendall(ZMTP_GREETING + ready + frame)
-    assert cluster.complete(PROMPT + " With a stranger.", **ANSWER)["usage"]["completion_tokens"] == 24
+    assert cluster.complete(PROMPT + " After random bytes.", **ANSWER)["usage"]["completion_tokens"] == 24
     for connection in opened:
         connection.close()
 
 
 def test_garbage_frames(cluster: Cluster) -> None:
-    """Guards against well-framed nonsense: no message, half a message, too many frames, a name that is no text."""
+    """Guards against well-framed garbage: no message, half a message, too many frames, an identity that is not text."""
     chance = random.Random(3)
     whole = encode(Ping(proxy="proxy", incarnation=1))
     for place, port in all_ports(cluster).items():
         if place == f"proxy:{cluster.nodes.port}":
             continue
-        for identity in (b"stranger/1", b"\xff\xfe", b"x" * 255):
-            with Stranger(port, identity) as stranger:
+        for identity in (b"unknown/1", b"\xff\xfe", b"x" * 255):
+            with RawClient(port, identity) as client:
                 for length in (0, 1, 2, 33, 1000):
-                    stranger.frames(chance.randbytes(length))
-                stranger.frames(b"", whole)
-                stranger.frames(*[b"x"] * 200)
-                stranger.frames(whole[:-1])
-                stranger.frames(whole + b"\x00")
-                stranger.frames(b"\xc1" * 10)
-                stranger.frames(b"\x91" * 5000)
+                    client.frames(chance.randbytes(length))
+                client.frames(b"", whole)
+                client.frames(*[b"x"] * 200)
+                client.frames(whole[:-1])
+                client.frames(whole + b"\x00")
+                client.frames(b"\xc1" * 10)
+                client.frames(b"\x91" * 5000)
         for kind in (zmq.REQ, zmq.PUSH, zmq.PUB, zmq.PAIR):
-            with Stranger(port, b"", kind) as stranger:
-                stranger.frames(b"garbage")
+            with RawClient(port, b"", kind) as client:
+                client.frames(b"garbage")
     assert cluster.nodes.log("proxy").count("message_rejected") and cluster.nodes.log("prefill-0").count(
         "message_rejected"
     )
@@ -228,63 +235,63 @@ def test_oversized_frames(cluster: Cluster) -> None:
     """Guards memory: a frame above the limit ends its connection before it is read."""
     for place, port in all_ports(cluster).items():
         if place != f"proxy:{cluster.nodes.port}":
-            with Stranger(port) as stranger:
-                stranger.frames(b"x" * (32 << 20))
+            with RawClient(port) as client:
+                client.frames(b"x" * (32 << 20))
     for name in cluster.nodes.names():
         status = Path(f"/proc/{cluster.nodes.pid(name)}/status").read_text()
         resident_kib = int(re.findall(r"VmRSS:\s+(\d+)", status)[0])
         assert resident_kib < 2 << 20, f"{name} has grown to {resident_kib} KiB"
 
 
-# ---- valid messages of someone who must not send them -----------------------------------------------------------
+# ---- valid messages from the wrong peer -------------------------------------------------------------------------
 
 
 def test_every_message_is_used_by_these_tests() -> None:
-    """Guards the list below against a message that is added later."""
+    """Guards the list below against missing a message that is added later."""
     names = {type(message).__name__ for message in one_of_each("x")} | {"Bundle"}
     assert names == {kind.__name__ for kind in MESSAGES}
 
 
 def identity(cluster: Cluster, name: str) -> str:
-    """The endpoint identity of a worker, `name/incarnation`, as it logs it."""
+    """The endpoint identity of a worker, `name/incarnation`, from its log."""
     return re.findall(rf"worker_started worker=({name}/\d+)", cluster.nodes.log(name))[-1]
 
 
-def test_strangers_and_impostors(cluster: Cluster) -> None:
-    """Guards a running stream against every message from everyone who is not its proxy, prefill or decode worker,
-    even under their names, which are no secret."""
-    names = ["stranger/1", identity(cluster, "prefill-0"), identity(cluster, "decode-0"), "proxy"]
-    names.append(f"proxy@tcp://127.0.0.1:{cluster.nodes.ports.control}")  # what a worker calls its link to the proxy
+def test_messages_of_unknown_and_impersonating_peers(cluster: Cluster) -> None:
+    """Guards a running stream against every message type from any peer other than its proxy, prefill or decode worker,
+    also under their identities, which are not secret."""
+    names = ["unknown/1", identity(cluster, "prefill-0"), identity(cluster, "decode-0"), "proxy"]
+    names.append(f"proxy@tcp://127.0.0.1:{cluster.nodes.ports.control}")  # a worker's name of its link to the proxy
     body = ANSWER | {"max_tokens": 400}
-    stream = cluster.begin(PROMPT + " Strangers.", **body)
+    stream = cluster.begin(PROMPT + " Untrusted.", **body)
     cluster.wait_until(lambda: stream.num_chunks > 3, "the stream has begun")
     request_id = f"{stream.id}-0"
     places = [port for place, port in all_ports(cluster).items() if place != f"proxy:{cluster.nodes.port}"]
     for port in places:
         for name in names:
-            with Stranger(port, name.encode()) as stranger:
-                stranger.say(*one_of_each(request_id))
-                stranger.say(*one_of_each(request_id)[::-1])
+            with RawClient(port, name.encode()) as client:
+                client.send(*one_of_each(request_id))
+                client.send(*one_of_each(request_id)[::-1])
     assert not stream.ended, "the stream was too short for this test"
     assert stream.join().finish == "length" and stream.error is None and stream.broken is None
-    assert stream.text == cluster.complete(PROMPT + " Strangers.", **body)["choices"][0]["text"]
+    assert stream.text == cluster.complete(PROMPT + " Untrusted.", **body)["choices"][0]["text"]
     assert "draining" not in cluster.nodes.log("prefill-0") + cluster.nodes.log("decode-0")
 
 
 def test_register_under_a_wrong_name(cluster: Cluster) -> None:
-    """Guards the cluster's soft state: who lies about its name or its model is told so, and is no member."""
-    with Stranger(cluster.nodes.ports.control, b"liar/1") as stranger:
-        stranger.say(register_of("liar", 2, bytes(32)), register_of("liar", 1, bytes(32)))
-        stranger.say(Heartbeat(worker="liar", incarnation=1, load=Load(running=3)))
-        heard = stranger.hear(1.0)
-    assert [type(message) for message in heard] == [Refused, Refused, Rejoin]
-    assert isinstance(heard[1], Refused) and "namespace" in heard[1].reason
+    """Guards membership: a worker that registers with a wrong name or model is refused and does not become a member."""
+    with RawClient(cluster.nodes.ports.control, b"liar/1") as client:
+        client.send(register_of("liar", 2, bytes(32)), register_of("liar", 1, bytes(32)))
+        client.send(Heartbeat(worker="liar", incarnation=1, load=Load(running=3)))
+        received = client.receive(1.0)
+    assert [type(message) for message in received] == [Refused, Refused, Rejoin]
+    assert isinstance(received[1], Refused) and "namespace" in received[1].reason
 
 
-# ---- a proxy that is not in its right mind ----------------------------------------------------------------------
+# ---- a faulty proxy ---------------------------------------------------------------------------------------------
 
 
-MAD: dict[str, dict[str, Any]] = {
+INVALID_BODIES: dict[str, dict[str, Any]] = {
     "no tokens": {"token_ids": (), "prompt_len": 0},
     "more prompt than tokens": {"prompt_len": 2000},
     "no prompt": {"prompt_len": 0},
@@ -294,51 +301,51 @@ MAD: dict[str, dict[str, Any]] = {
 }
 
 
-def test_requests_that_cannot_be(cluster: Cluster, master: Master) -> None:
-    """Guards workers against a proxy of another version or with a bug: one terminal answer each, nothing crashes."""
-    prefill, decode_worker = master.join()
-    for number, changes in enumerate(MAD.values()):
-        master.send(prefill, prefill_of(f"mad-{number}", "nobody/1", **changes))
-        master.send(decode_worker, reserve_of(f"mad-{number}", "", **changes))
+def test_impossible_requests_fail(cluster: Cluster, second_proxy: SecondProxy) -> None:
+    """Guards workers against a proxy of another version or with a bug: one terminal message each, and no crash."""
+    prefill, decode_worker = second_proxy.join()
+    for number, changes in enumerate(INVALID_BODIES.values()):
+        second_proxy.send(prefill, prefill_of(f"invalid-{number}", "unknown/1", **changes))
+        second_proxy.send(decode_worker, reserve_of(f"invalid-{number}", "", **changes))
     for worker in (prefill, decode_worker):
-        answers = master.hear(worker, len(MAD))
-        for number, (name, answer) in enumerate(zip(MAD, answers, strict=True)):
-            assert isinstance(answer, Failed) and answer.request_id == f"mad-{number}", (name, answer)
+        answers = second_proxy.receive(worker, len(INVALID_BODIES))
+        for number, (name, answer) in enumerate(zip(INVALID_BODIES, answers, strict=True)):
+            assert isinstance(answer, Failed) and answer.request_id == f"invalid-{number}", (name, answer)
             assert not answer.retryable and answer.reason
 
 
-def test_peers_that_cannot_be_reached(cluster: Cluster, master: Master) -> None:
-    """Guards a worker against the address of a peer that is none, and against a peer that never says hello."""
-    prefill, decode_worker = master.join()
+def test_unreachable_peers(cluster: Cluster, second_proxy: SecondProxy) -> None:
+    """Guards a worker against an invalid peer address, and against a peer that never sends Hello."""
+    prefill, decode_worker = second_proxy.join()
     addresses = ("", "nonsense", "tcp://", "tcp://127.0.0.1:99999999", "tcp://127.0.0.1:1", "udp://127.0.0.1:1")
     for number, address in enumerate(addresses):
-        message = prefill_of(f"far-{number}", f"nobody/{number}", decode_address=address, deadline_s=2.0)
-        master.send(prefill, message)
-    master.send(decode_worker, reserve_of("far", "nobody/1", deadline_s=1.0))
-    answers = master.hear(prefill, 2 * len(addresses), 10.0)
+        message = prefill_of(f"far-{number}", f"unknown/{number}", decode_address=address, deadline_s=2.0)
+        second_proxy.send(prefill, message)
+    second_proxy.send(decode_worker, reserve_of("far", "unknown/1", deadline_s=1.0))
+    answers = second_proxy.receive(prefill, 2 * len(addresses), 10.0)
     ends = [answer.request_id for answer in answers if isinstance(answer, Failed)]
     assert sorted(ends) == [f"far-{number}" for number in range(len(addresses))], answers
-    assert [type(answer) for answer in master.hear(decode_worker, 2, 10.0)] == [Reserved, Failed]
+    assert [type(answer) for answer in second_proxy.receive(decode_worker, 2, 10.0)] == [Reserved, Failed]
 
 
-def test_replayed_messages(cluster: Cluster, master: Master) -> None:
-    """Guards against messages that come twice: a leg is worked on once, and every Cancel is answered."""
-    prefill, decode_worker = master.join()
+def test_replayed_messages(cluster: Cluster, second_proxy: SecondProxy) -> None:
+    """Guards against duplicate messages: a leg is computed once, and every Cancel is answered."""
+    prefill, decode_worker = second_proxy.join()
     reserve = reserve_of("again", "", sampling=SamplingSpec(max_tokens=200, min_tokens=200), deadline_s=20.0)
-    master.send(decode_worker, *[reserve] * 20)
+    second_proxy.send(decode_worker, *[reserve] * 20)
     cancel = Cancel(request_id="again", attempt=0)
-    assert isinstance(master.hear(decode_worker, 1)[0], Reserved)
-    master.send(decode_worker, *[cancel] * 3)
-    answers = [type(answer) for answer in master.hear(decode_worker, 1000, 1.5)]
+    assert isinstance(second_proxy.receive(decode_worker, 1)[0], Reserved)
+    second_proxy.send(decode_worker, *[cancel] * 3)
+    answers = [type(answer) for answer in second_proxy.receive(decode_worker, 1000, 1.5)]
     assert answers.count(Reserved) == 0 and answers.count(Cancelled) == 3
     reserve = reserve_of("pair", f"prefill-0/{prefill.incarnation}", deadline_s=20.0)
     message = prefill_of("pair", f"decode-0/{decode_worker.incarnation}", decode_address=decode_worker.address)
-    master.send(decode_worker, *[reserve] * 5)
-    master.send(prefill, *[message] * 5)
-    heard = master.hear(prefill, 2)
-    assert [type(answer) for answer in heard] == [Tokens, HandedOver]
-    master.send(prefill, *[message] * 5)  # its transfer has ended, and decode does not wait for it any more
-    replay = next(answer for answer in master.hear(prefill, 2) if not isinstance(answer, Tokens))
+    second_proxy.send(decode_worker, *[reserve] * 5)
+    second_proxy.send(prefill, *[message] * 5)
+    received = second_proxy.receive(prefill, 2)
+    assert [type(answer) for answer in received] == [Tokens, HandedOver]
+    second_proxy.send(prefill, *[message] * 5)  # its transfer has ended, and decode does not wait for it any more
+    replay = next(answer for answer in second_proxy.receive(prefill, 2) if not isinstance(answer, Tokens))
     assert isinstance(replay, Failed) and "before" in replay.reason
-    master.send(prefill, Cancel(request_id="pair", attempt=0))
-    master.send(decode_worker, Cancel(request_id="pair", attempt=0))
+    second_proxy.send(prefill, Cancel(request_id="pair", attempt=0))
+    second_proxy.send(decode_worker, Cancel(request_id="pair", attempt=0))

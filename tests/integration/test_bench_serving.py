@@ -1,4 +1,4 @@
-"""The load generator against a real cluster: it counts what the server counted, and leaves nothing behind."""
+"""The load generator against a real cluster: its counts equal the server's, and it leaves no work behind."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def cluster() -> Iterator[Cluster]:
 
 
 async def result_of(cluster: Cluster, folder: Path, **more: object) -> dict[str, object]:
-    """The JSON of a small run, which must end well."""
+    """The JSON of a small run, which must succeed."""
     settings = ServingSettings(base_url=cluster.url, save_detailed=True, result_dir=folder, **{**SMALL, **more})  # type: ignore[arg-type]
     assert await serving(settings, []) == 0
     return dict(json.loads(next(folder.glob("*.json")).read_text()))
@@ -35,7 +35,7 @@ def counted(cluster: Cluster, name: str) -> float:
 
 
 async def test_its_token_sums_are_the_servers(cluster: Cluster, tmp_path: Path) -> None:
-    """A client that loses or doubles tokens reports a throughput that no server has."""
+    """Guards throughput figures against a client that loses or doubles tokens."""
     before = {name: counted(cluster, name) for name in ("prompt_tokens", "generation_tokens")}
     result = await result_of(cluster, tmp_path, request_rate=("20",), max_concurrency=4)
     assert (result["completed"], result["failed"], result["total_output_tokens"]) == (8, 0, 96)
@@ -45,8 +45,8 @@ async def test_its_token_sums_are_the_servers(cluster: Cluster, tmp_path: Path) 
     assert counted(cluster, "generation_tokens") - before["generation_tokens"] == 96
 
 
-async def test_conversations_find_what_was_said(cluster: Cluster, tmp_path: Path) -> None:
-    """Turns whose prompts do not begin as the last ones did would measure a cache that never hits."""
+async def test_conversations_hit_the_prefix_cache(cluster: Cluster, tmp_path: Path) -> None:
+    """Guards against turns whose prompt does not extend the previous one and so never hits the cache."""
     chats = {"backend": "openai-chat", "turns": 3, "num_prompts": 2, "tokenizer": "demo"}
     result = await result_of(cluster, tmp_path, **chats)
     assert (result["completed"], result["total_output_tokens"]) == (6, 72)
@@ -54,8 +54,8 @@ async def test_conversations_find_what_was_said(cluster: Cluster, tmp_path: Path
     assert isinstance(cached, int) and cached >= 2 * (40 + 80) - 6 * 16  # whole blocks of 16
 
 
-async def test_a_client_that_goes_away_leaves_nothing_behind(cluster: Cluster, tmp_path: Path) -> None:
-    """A benchmark with cancels must not leave the server busy for the next one."""
+async def test_a_disconnected_client_leaves_no_work_behind(cluster: Cluster, tmp_path: Path) -> None:
+    """Guards the next benchmark against work left by one with cancels."""
     result = await result_of(cluster, tmp_path, cancel_rate=1.0, random_output_len=200)
-    assert result["failed"] == 0 and result["cancelled"] != 0  # which are too late is the speed of this machine
+    assert result["failed"] == 0 and result["cancelled"] != 0  # how many complete depends on the machine's speed
     cluster.wait_idle()

@@ -1,4 +1,4 @@
-"""The dashboard in a real browser, over a real cluster under load, with a key: what is drawn is what /metrics says."""
+"""The dashboard in a real browser, on a real cluster under load, with an API key: it shows the values of /metrics."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ async def page(tmp_path: Path) -> AsyncIterator[Browser]:
 
 
 async def test_live_under_load(page: Browser, tmp_path: Path) -> None:
-    """Guards the whole way: served, let in by the key, read, computed and drawn while requests run."""
+    """Guards the whole path: served, authorised, polled, computed and drawn while requests run."""
     with Cluster(api_key=KEY, log_folder=tmp_path) as cluster:
         await page.open(f"{cluster.url}/dashboard")
         await page.until("!document.getElementById('key').hidden")
@@ -52,7 +52,7 @@ async def test_live_under_load(page: Browser, tmp_path: Path) -> None:
         for _ in range(3):
             await asyncio.to_thread(cluster.complete, PROMPT, max_tokens=20, ignore_eos=True)
         await page.until(f"!({TILES})['TTFT p50 / p99'].startsWith('–')")
-        await page.until(f"parseFloat(({TILES})['KV hit rate']) > 0")  # the prompt came three times
+        await page.until(f"parseFloat(({TILES})['KV hit rate']) > 0")  # the prompt was sent three times
         assert (await page.evaluate(TILES))["workers ready"] == "2"
         assert await page.evaluate(ROWS) == [["decode-0", "decode", "ready"], ["prefill-0", "prefill", "ready"]]
         for panel in PANELS:

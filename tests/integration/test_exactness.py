@@ -1,4 +1,4 @@
-"""Greedy tokens of the whole disaggregated system equal those of `transformers`, whatever the circumstances."""
+"""Greedy tokens of the whole disaggregated system equal those of `transformers`, for every way of serving."""
 
 from __future__ import annotations
 
@@ -70,8 +70,8 @@ def test_two_and_two_workers(check, plane: str, tmp_path: Path) -> None:  # type
             assert _total(cluster, "transfers_received_total", worker) > 0
 
 
-def test_decode_workers_that_help_out(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Guards `auto`, the default: prompts go both ways at once, and no token tells which."""
+def test_local_prefill_on_decode_workers(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Guards `auto`, the default: local and remote prefill at the same time give the same tokens."""
     with Cluster(1, 2, proxy_args=(), log_folder=tmp_path) as cluster:
         check(cluster, 32)
         assert cluster.counter("routed_local_sooner") > 0
@@ -79,7 +79,7 @@ def test_decode_workers_that_help_out(check, tmp_path: Path) -> None:  # type: i
 
 
 def test_preemption(check, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Guards recompute: a decode pool far too small for 32 sequences, and a prefill pool that makes prompts wait."""
+    """Guards recompute: a decode pool that is far too small for 32 sequences, a prefill pool that queues prompts."""
     small = ("--num-blocks", "48", "--spare-blocks", "0", "--max-model-len", "512")
     with Cluster(
         decode_args=small, prefill_args=("--num-blocks", "40", "--max-model-len", "512"), log_folder=tmp_path

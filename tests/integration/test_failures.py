@@ -1,8 +1,8 @@
-"""Workers and proxies that die, freeze or leave, and clients that go away: streams go on, or end with one clear error.
+"""Workers and proxies that die, freeze or leave, and clients that disconnect: streams go on or end in one clear error.
 
-Every stream that went on is compared with an undisturbed run of the same request (made afterwards, since its prefix
-would be cached otherwise), and after every test no worker may hold a block. On leaving, each worker proves its block
-accounting by its exit status.
+Every stream that goes on is compared with a run of the same request without a fault (made afterwards, since its prefix
+would be cached otherwise), and after every test no worker may hold a block. Each worker checks its block accounting as
+it exits; its exit status shows the result.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ _turn = itertools.count()
 
 
 def new_prompt(sentences: int = 4) -> str:
-    """A prompt that no cache knows, of about 12 tokens a sentence."""
+    """A prompt that is in no cache, of about 12 tokens a sentence."""
     turn = next(_turn)
     lines = [BEGINNINGS[(turn + n) % len(BEGINNINGS)] for n in range(sentences)]
     return f"Story number {turn}. " + " ".join(lines)
 
 
 def mixed(count: int, sentences: int = 4) -> list[tuple[str, dict[str, Any]]]:
-    """Requests of different prompts, greedy and seeded in turn."""
+    """Requests of different prompts, alternately greedy and seeded."""
     return [(new_prompt(sentences), SEEDED | {"seed": n} if n % 2 else GREEDY) for n in range(count)]
 
 
@@ -43,7 +43,7 @@ def begin(cluster: Cluster, requests: list[tuple[str, dict[str, Any]]]) -> list[
 
 
 def demand_undisturbed(cluster: Cluster, requests: list[tuple[str, dict[str, Any]]], streams: list[Stream]) -> None:
-    """Every stream ended whole, with the text of a run that nobody disturbed."""
+    """Check that every stream is complete, with the text of a run without faults."""
     for stream in streams:
         stream.join()
         assert stream.broken is None and stream.error is None, (stream.broken, stream.error)
@@ -63,7 +63,7 @@ def wait_busy(cluster: Cluster, role: str) -> str:
 
 
 def wait_report(cluster: Cluster, number: str, role: str) -> str:
-    """The first worker of a role that reports more than 0 of something."""
+    """The first worker of a role whose metric is above 0."""
     found: list[str] = []
 
     def look() -> bool:
@@ -89,7 +89,7 @@ class Leaver:
         self._socket.sendall(head.encode() + payload)
 
     def wait(self, events: int) -> None:
-        """Until so many events have come."""
+        """Wait until this many events have arrived."""
         seen = b""
         while seen.count(b"data: ") < events:
             received = self._socket.recv(65536)
@@ -104,8 +104,8 @@ class Leaver:
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """One cluster for the tests of a class, of `size` workers a role.
 
-    The phases of a request last on any machine: prefill computes two tokens in 10 ms at the quickest (a sentence in
-    60), decode one token in 20. A worker's report of work is at most 250 ms old.
+    Paced workers make each phase of a request last on any machine: prefill takes at least 10 ms for two tokens (60 ms
+    a sentence), decode 20 ms for one. A worker's load report is at most 250 ms old.
     """
     cluster = Cluster(
         request.cls.size,
@@ -131,22 +131,22 @@ def cluster(shared: Cluster) -> Iterator[Cluster]:
 
 
 class TestTwoOfEachRole:
-    """Another worker of the role is there: no client notices."""
+    """Faults with a second worker of the role: no client notices them."""
 
     size = 2
     proxy_args = ("--drain-s", "20")
     decode_args = ()
 
-    def test_prefill_killed_while_it_computes(self, cluster: Cluster) -> None:
-        """Guards the reservation on decode of a prefill worker that will never say anything again."""
+    def test_prefill_killed_while_computing(self, cluster: Cluster) -> None:
+        """Guards against a decode reservation that is held forever for a dead prefill worker."""
         requests = mixed(1, sentences=40)
         streams = begin(cluster, requests)
         cluster.nodes.kill(wait_busy(cluster, "p"))
         assert streams[0].num_chunks == 0
         demand_undisturbed(cluster, requests, streams)
 
-    def test_prefill_killed_in_the_middle_of_everything(self, cluster: Cluster) -> None:
-        """Guards eight streams that wait for, are in, and are past the transfer from one dead worker."""
+    def test_prefill_killed_with_streams_in_every_phase(self, cluster: Cluster) -> None:
+        """Guards eight streams that are before, in and past the transfer from the dead worker."""
         requests = [request for pair in zip(mixed(4, 2), mixed(4, 30), strict=True) for request in pair]
         streams = begin(cluster, requests)
         wait_busy(cluster, "p")
@@ -155,8 +155,8 @@ class TestTwoOfEachRole:
         cluster.nodes.kill(wait_busy(cluster, "p"))
         demand_undisturbed(cluster, requests, streams)
 
-    def test_prefill_killed_while_decode_has_not_taken_the_kv(self, cluster: Cluster) -> None:
-        """Guards the transfer itself: all is offered and nothing accepted when the sender dies."""
+    def test_prefill_killed_before_decode_accepts_the_kv(self, cluster: Cluster) -> None:
+        """Guards the transfer: everything is offered and nothing accepted when the sender dies."""
         requests = mixed(1, sentences=12)
         streams = begin(cluster, requests)
         prefill, decode = wait_busy(cluster, "p"), wait_reserved(cluster)
@@ -167,7 +167,7 @@ class TestTwoOfEachRole:
         demand_undisturbed(cluster, requests, streams)
 
     def test_prefill_killed_after_the_transfer(self, cluster: Cluster) -> None:
-        """Guards streams that do not need the dead worker any more: they are not even tried again."""
+        """Guards against retries of streams that no longer need the dead worker."""
         requests = mixed(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 4)
@@ -177,8 +177,8 @@ class TestTwoOfEachRole:
         assert cluster.counter("retries") == retries
 
     @pytest.mark.parametrize("count", [1, 8])
-    def test_decode_killed_in_mid_stream(self, cluster: Cluster, count: int) -> None:
-        """Guards the new attempt: it starts from the accepted tokens, and none is lost, doubled or drawn anew."""
+    def test_decode_killed_mid_stream(self, cluster: Cluster, count: int) -> None:
+        """Guards the new attempt: it continues after the accepted tokens; none is lost, doubled or sampled again."""
         requests = mixed(count + 1)[1:]
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 5)
@@ -188,7 +188,7 @@ class TestTwoOfEachRole:
         assert cluster.counter("retries") > retries
 
     def test_frozen_decode_worker(self, cluster: Cluster) -> None:
-        """Guards silence: a worker that is there but does nothing is noticed, replaced, and welcome when it wakes."""
+        """Guards against a frozen worker: it is detected and replaced, and joins again when it resumes."""
         requests = mixed(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 5)
@@ -204,7 +204,7 @@ class TestTwoOfEachRole:
         cluster.wait_until(lambda: cluster.worker_values("steps_total")[frozen] > steps, "it serves again")
 
     def test_frozen_prefill_worker(self, cluster: Cluster) -> None:
-        """Guards against stale KV: what the sleeper goes on sending when it wakes belongs to nobody."""
+        """Guards against stale KV: data that the resumed worker still sends matches no transfer."""
         requests = mixed(1, sentences=40)
         streams = begin(cluster, requests)
         frozen = wait_busy(cluster, "p")
@@ -215,7 +215,7 @@ class TestTwoOfEachRole:
         cluster.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
 
     def test_frozen_proxy(self, cluster: Cluster) -> None:
-        """Guards both leases: workers that gave the proxy up, and a proxy that wakes and believes all is as it was."""
+        """Guards both leases: workers have dropped the proxy when it resumes with its old state."""
         requests = mixed(4)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)
@@ -235,7 +235,7 @@ class TestTwoOfEachRole:
         cluster.wait_workers("prefill-0", "prefill-1", "decode-0", "decode-1")
 
     def test_worker_drains(self, cluster: Cluster) -> None:
-        """Guards SIGTERM: what runs is finished where it runs, new work goes elsewhere, the exit status is 0."""
+        """Guards SIGTERM: running requests finish on the worker, new ones go elsewhere, the exit status is 0."""
         requests = mixed(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)
@@ -251,7 +251,7 @@ class TestTwoOfEachRole:
         assert cluster.counter("retries") == retries
 
     def test_proxy_killed_and_restarted(self, cluster: Cluster) -> None:
-        """Guards workers against a proxy that forgot its requests: they drop them and register anew."""
+        """Guards against orphaned requests: workers drop those of a restarted proxy and register again."""
         streams = begin(cluster, mixed(4, sentences=8))
         wait_chunks(cluster, streams[:1], 1)
         cluster.nodes.kill("proxy")
@@ -262,7 +262,7 @@ class TestTwoOfEachRole:
         demand_undisturbed(cluster, requests, begin(cluster, requests))
 
     def test_proxy_drains(self, cluster: Cluster) -> None:
-        """Guards SIGTERM to the proxy: running streams end whole, the exit status is 0."""
+        """Guards SIGTERM to the proxy: running streams complete, the exit status is 0."""
         requests = mixed(2)
         streams = begin(cluster, requests)
         wait_chunks(cluster, streams, 3)
@@ -275,7 +275,7 @@ class TestTwoOfEachRole:
 
 
 class TestOneOfEachRole:
-    """Nobody can stand in: one clear error, and service again as soon as a worker comes."""
+    """Faults without a second worker: one clear error, and service again as soon as a worker joins."""
 
     size = 1
     proxy_args = ("--drain-s", "1")
@@ -283,7 +283,7 @@ class TestOneOfEachRole:
 
     @pytest.mark.parametrize(("name", "role"), [("decode-0", "decode"), ("prefill-0", "prefill")])
     def test_the_only_worker_killed(self, cluster: Cluster, name: str, role: str) -> None:
-        """Guards clients against waiting for nobody, with an error event in a stream, with a status before it."""
+        """Guards clients against waiting forever: an error event in a stream, a status before it starts."""
         waits = role == "prefill"
         streams = begin(cluster, mixed(2, sentences=40 if waits else 2))
         if waits:
@@ -306,8 +306,8 @@ class TestOneOfEachRole:
         requests = mixed(2)
         demand_undisturbed(cluster, requests, begin(cluster, requests))
 
-    def test_client_gone_in_each_phase(self, cluster: Cluster) -> None:
-        """Guards both legs of a request that nobody waits for any more: they end, and hold nothing."""
+    def test_client_disconnects_in_each_phase(self, cluster: Cluster) -> None:
+        """Guards against work and blocks held by either leg of a request whose client has disconnected."""
         before = sum(cluster.worker_values("generated_tokens_total").values())
         running = [Leaver(cluster, *request) for request in mixed(2, 1)]  # all rows of decode are taken
         for leaver in running:
@@ -315,7 +315,7 @@ class TestOneOfEachRole:
         waiting = Leaver(cluster, *mixed(1)[0])
         cluster.wait_until(lambda: cluster.queued() == 1, "a request that waits")
         waiting.leave()
-        cluster.wait_until(lambda: cluster.queued() == 0, "nobody waits")
+        cluster.wait_until(lambda: cluster.queued() == 0, "an empty queue")
         wait_busy(cluster, "d")
         for leaver in running:
             leaver.leave()  # while it decodes
@@ -335,19 +335,19 @@ class TestOneOfEachRole:
         made = sum(cluster.worker_values("generated_tokens_total").values()) - before
         assert made < 1500, f"{made} tokens were made for clients that had gone"
 
-    def test_worker_that_starts_later_joins(self, cluster: Cluster) -> None:
-        """Guards growth: a worker that comes while the cluster is busy gets work without a restart of anything."""
+    def test_a_worker_started_later_joins(self, cluster: Cluster) -> None:
+        """Guards growth: a worker that joins a busy cluster gets requests without a restart of any node."""
         cluster.nodes.add_worker("decode", "decode-1")
         cluster.wait_workers("prefill-0", "decode-0", "decode-1")
-        requests = mixed(4)  # two rows a worker: it takes both
+        requests = mixed(4)  # two rows a worker: both workers are needed
         demand_undisturbed(cluster, requests, begin(cluster, requests))
         assert cluster.worker_values("steps_total")["decode-1"] > 0
         cluster.nodes.signal("decode-1", signal.SIGTERM)
         assert cluster.nodes.wait_end("decode-1") == 0
         cluster.nodes.forget("decode-1")
 
-    def test_proxy_that_must_not_wait_for_its_streams(self, cluster: Cluster) -> None:
-        """Guards the end of the drain time: what still runs or waits is told so, its legs are cancelled, status 0."""
+    def test_the_drain_time_of_the_proxy_ends(self, cluster: Cluster) -> None:
+        """Guards the end of the drain time: open requests fail, their legs are cancelled, the exit status is 0."""
         body = {"max_tokens": 1500, "ignore_eos": True}
         streams = [cluster.begin(new_prompt(1), **body) for _ in range(2)]
         wait_chunks(cluster, streams, 3)

@@ -1,4 +1,4 @@
-"""Baton as users get it: a wheel in a fresh environment, a checkout in an awkward place, a hostile current folder."""
+"""Installations: a wheel in a fresh environment, a read-only checkout in a path with spaces, a hostile folder."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clean_environment(**more: str) -> dict[str, str]:
-    """Without what makes this checkout importable; `python3` is the one that runs the tests."""
+    """The environment without this checkout on its path; `python3` is the one that runs the tests."""
     environ = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "BATON_API_KEY")}
     path = os.pathsep.join([str(Path(sys.executable).parent), environ["PATH"]])
     return {**environ, "PATH": path, "OMP_NUM_THREADS": "1", **more}
@@ -47,7 +47,7 @@ def clean_environment(**more: str) -> dict[str, str]:
 
 @contextmanager
 def serving(command: Sequence[str | Path], folder: Path, environ: dict[str, str]) -> Iterator[str]:
-    """The URL of a started `serve`; afterwards it must end by itself on SIGINT."""
+    """The URL of a started `serve`, which must exit on SIGINT afterwards."""
     port = free_port()
     with subprocess.Popen(
         [*command, "--port", str(port), "--device", "cpu", "--store-ram-gib", "0.05"],
@@ -82,7 +82,7 @@ def complete(url: str) -> str:
 
 @pytest.fixture(scope="module")
 def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy: setuptools leaves folders where it builds."""
+    """The wheel, built from a copy because setuptools leaves folders in the source tree."""
     source, out = tmp_path_factory.mktemp("source") / "baton", tmp_path_factory.mktemp("wheel")
     shutil.copytree(checkout, source)
     options = ("-q", "--no-deps", "--no-build-isolation", "--no-index", "--wheel-dir", str(out))
@@ -92,8 +92,8 @@ def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_wheel_holds_baton_and_nothing_else(wheel: Path) -> None:
-    """Folders named `kernels` or `models` in site-packages collide with other people's packages; a package or a data
-    file that is not listed in pyproject.toml is missing only where Baton is installed."""
+    """Guards against top-level folders such as `models` in site-packages, which collide with others, and against
+    packages or data files that pyproject.toml does not list."""
     names = set(ZipFile(wheel).namelist())
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"baton"}
@@ -105,8 +105,7 @@ def test_a_wheel_holds_baton_and_nothing_else(wheel: Path) -> None:
 
 
 def test_an_installed_baton_serves_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
-    """What `pipx install` makes: a fresh environment in which only the wheel is Baton. It failed where code needed the
-    repository around it."""
+    """Guards `pipx install`: no code may need the repository around the package."""
     home, empty = tmp_path / "environment", tmp_path / "empty"
     empty.mkdir()
     venv.create(home, with_pip=False, symlinks=True)
@@ -114,7 +113,7 @@ def test_an_installed_baton_serves_from_an_empty_folder(wheel: Path, tmp_path: P
     install = ("--python", str(python), "install", "-q", "--no-deps", "--no-index", str(wheel))
     subprocess.run([sys.executable, "-m", "pip", *install], check=True, cwd=empty, env=clean_environment())
     (packages,) = home.glob("lib/python*/site-packages")
-    # The dependencies, from the environment of the tests; files that are named in .pth files there are not followed.
+    # The dependencies come from the tests' environment; its .pth files are not processed.
     (packages / "dependencies.pth").write_text("\n".join([*site.getsitepackages(), ""]))
     environ = clean_environment(VIRTUAL_ENV=str(home))
     where = subprocess.run(
@@ -132,11 +131,11 @@ def test_an_installed_baton_serves_from_an_empty_folder(wheel: Path, tmp_path: P
 
 
 def test_every_launcher_works_from_a_read_only_checkout(checkout: Path, tmp_path: Path) -> None:
-    """Guards paths with spaces, which shell scripts split, and a checkout that its user must not write to."""
+    """Guards paths with spaces, which shell scripts may split, and checkouts without write permission."""
     for path in [checkout, *checkout.rglob("*")]:
         path.chmod(path.stat().st_mode & ~0o222)
     try:
-        # Root may write all the same: this name cannot become a folder.
+        # Root ignores permissions, so a file takes the name of the folder that must not be created.
         checkout.chmod(0o755)
         (checkout / ".link").touch()
         checkout.chmod(0o555)
@@ -155,7 +154,7 @@ def test_every_launcher_works_from_a_read_only_checkout(checkout: Path, tmp_path
 
 
 def test_files_of_the_current_folder_are_not_executed(tmp_path: Path) -> None:
-    """Code that a user has downloaded beside a model runs as the user, where Python looks for modules there."""
+    """Guards against running code from the current folder, such as files downloaded beside a model."""
     mark = tmp_path / "executed"
     folder = tmp_path / "hostile"
     for name in HOSTILE:

@@ -1,4 +1,4 @@
-"""Starting, joining and being refused: what cannot work is told at once in one line, and what runs is not disturbed."""
+"""Start-up, joining and refusal: a wrong configuration ends with one line, and running nodes are not affected."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from baton.tests.integration.cluster import ROOT, Cluster
 
 DEMO = ROOT / "models" / "demo"
 REFUSED_TIMEOUT_S = 60.0
-NOBODY = "tcp://127.0.0.1:1"
+NO_PROXY = "tcp://127.0.0.1:1"
 
 
-def complaint(module: str, *arguments: str) -> str:
-    """The one line that a process says before it ends with status 1, without its log."""
+def error_line(module: str, *arguments: str) -> str:
+    """The one line that a process prints before it exits with status 1, without its log."""
     ended = subprocess.run(
         [sys.executable, "-P", "-m", f"baton.{module}", "--log-level", "error", *arguments],
         cwd=ROOT,
@@ -79,23 +79,25 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_worker_names_what_is_wrong_with_a_model_folder(fault: str, tmp_path: Path) -> None:
-    """Guards operators: not a traceback from the depth of a library, but the file or the key."""
+def test_a_worker_names_the_fault_of_a_model_folder(fault: str, tmp_path: Path) -> None:
+    """Guards the error message: it names the file or the key instead of ending in a library's traceback."""
     folder = tmp_path / "model"
     shutil.copytree(DEMO, folder)
     break_it, named = FAULTS[fault]
     break_it(folder)
-    line = complaint("decode", "--model", str(folder), "--proxy", NOBODY, "--device", "cpu")
+    line = error_line("decode", "--model", str(folder), "--proxy", NO_PROXY, "--device", "cpu")
     assert all(name in line for name in named), line
 
 
 @pytest.mark.parametrize("broken", ["tokenizer.json", "tokenizer_config.json"])
-def test_proxy_names_what_is_wrong_with_a_tokenizer(broken: str, tmp_path: Path) -> None:
-    """Guards the same on the proxy's side."""
+def test_the_proxy_names_the_fault_of_a_tokenizer(broken: str, tmp_path: Path) -> None:
+    """Guards the proxy's error message for a broken tokenizer."""
     folder = tmp_path / "model"
     shutil.copytree(DEMO, folder)
     (folder / broken).write_text('{"version": ')
-    assert broken in complaint("proxy", "--model", str(folder), "--port", "0", "--control-address", "tcp://127.0.0.1:0")
+    assert broken in error_line(
+        "proxy", "--model", str(folder), "--port", "0", "--control-address", "tcp://127.0.0.1:0"
+    )
 
 
 @pytest.fixture
@@ -107,21 +109,21 @@ def taken_port() -> Iterator[int]:
 
 
 def test_port_in_use(taken_port: int) -> None:
-    """Guards against a process that seems to run and is heard by nobody."""
+    """Guards against a process that runs but does not listen."""
     control = f"tcp://127.0.0.1:{taken_port}"
-    assert str(taken_port) in complaint("proxy", "--port", str(taken_port), "--control-address", "tcp://127.0.0.1:0")
-    assert control in complaint("proxy", "--port", "0", "--control-address", control)
-    assert control in complaint("prefill", "--proxy", NOBODY, "--device", "cpu", "--bind", control)
+    assert str(taken_port) in error_line("proxy", "--port", str(taken_port), "--control-address", "tcp://127.0.0.1:0")
+    assert control in error_line("proxy", "--port", "0", "--control-address", control)
+    assert control in error_line("prefill", "--proxy", NO_PROXY, "--device", "cpu", "--bind", control)
 
 
-def test_binding_to_the_network_needs_a_word(taken_port: int) -> None:
-    """Guards against a control plane without keys that the whole network can reach by accident."""
+def test_binding_to_the_network_needs_an_option(taken_port: int) -> None:
+    """Guards against exposing the unauthenticated control plane to the network by accident."""
     everywhere = f"tcp://0.0.0.0:{free_port()}"
     for line in (
-        complaint("proxy", "--host", "0.0.0.0", "--port", "0", "--control-address", "tcp://127.0.0.1:0"),
-        complaint("proxy", "--port", "0", "--control-address", everywhere),
-        complaint("prefill", "--proxy", NOBODY, "--bind", everywhere),
-        complaint("decode", "--proxy", NOBODY, "--bind", everywhere),
+        error_line("proxy", "--host", "0.0.0.0", "--port", "0", "--control-address", "tcp://127.0.0.1:0"),
+        error_line("proxy", "--port", "0", "--control-address", everywhere),
+        error_line("prefill", "--proxy", NO_PROXY, "--bind", everywhere),
+        error_line("decode", "--proxy", NO_PROXY, "--bind", everywhere),
     ):
         assert "--insecure-network" in line
 
@@ -149,18 +151,18 @@ def make_other_model(folder: Path) -> None:
 
 
 def test_worker_of_another_namespace_is_refused(tmp_path: Path) -> None:
-    """Guards against KV of one model, or of one block size, ever reaching another."""
+    """Guards against KV transfers between different models or block sizes."""
     make_other_model(tmp_path / "other")
     with Cluster(log_folder=tmp_path) as cluster:
         before = cluster.complete("The old king", max_tokens=8)["choices"]
-        strangers = {
+        incompatible = {
             "model": ("prefill", "--model", str(tmp_path / "other")),
             "blocks": ("decode", "--block-tokens", "32"),
             "dtype": ("prefill", "--dtype", "bfloat16"),
         }
-        for name, (role, *arguments) in strangers.items():
+        for name, (role, *arguments) in incompatible.items():
             cluster.nodes.add_worker(role, name, *arguments)
-        for name, (role, *_) in strangers.items():
+        for name, (role, *_) in incompatible.items():
             assert cluster.nodes.wait_end(name, REFUSED_TIMEOUT_S) == 1
             last = cluster.nodes.log(name).splitlines()[-1]
             assert last.startswith(f"{role}: ") and "another namespace" in last, last
@@ -171,7 +173,7 @@ def test_worker_of_another_namespace_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_proxies_over_the_same_workers(tmp_path: Path) -> None:
-    """Guards workers that serve two masters: requests do not mix, and the death of one is nothing to the other."""
+    """Guards workers of two proxies: requests do not mix, and the death of one proxy does not affect the other."""
     second = Cluster(0, 0, log_folder=tmp_path / "second")
     (tmp_path / "second").mkdir()
     both = ("--proxy", f"tcp://127.0.0.1:{second.nodes.ports.control}")

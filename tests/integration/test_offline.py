@@ -1,4 +1,4 @@
-"""Offline use with real processes and the demo model: `LLM` and `baton batch` against a server, and their ends."""
+"""Offline use with real processes and the demo model: `LLM` and `baton batch` against a server, and their shutdown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ SMALL: dict[str, Any] = {**SETTINGS, "prefill": 0}
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
-    """A server that others started."""
+    """An already running server."""
     with Cluster(ServeSettings(device="cpu", api_key=KEY)) as cluster:
         yield cluster
 
@@ -51,7 +51,7 @@ def ask(cluster: Cluster, path: str = "/v1/completions", **body: Any) -> dict[st
 
 
 def test_greedy_answers_are_the_servers(llm: LLM, cluster: Cluster) -> None:
-    """Texts, ids and ends; in the order of the prompts, whose answers differ in length."""
+    """Guards texts, ids and finish reasons, in the order of the prompts, whose answers differ in length."""
     prompts = PROMPTS[:6]
     outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=24), use_tqdm=False)
     assert [output.prompt for output in outputs] == prompts
@@ -63,7 +63,7 @@ def test_greedy_answers_are_the_servers(llm: LLM, cluster: Cluster) -> None:
 
 
 def test_seeded_answers_are_the_servers(llm: LLM, cluster: Cluster) -> None:
-    """The k-th of n has seed + k, alone and in a batch; log probabilities are the same numbers."""
+    """Guards seeds: the k-th of n choices has seed + k, alone and in a batch; log probabilities are equal."""
     params = SamplingParams(temperature=0.8, top_p=0.9, seed=7, n=2, max_tokens=12, logprobs=2)
     output = llm.generate([PROMPTS[0]] * 3, params, use_tqdm=False)[1]
     fields = {"temperature": 0.8, "top_p": 0.9, "seed": 7, "n": 2, "max_tokens": 12, "logprobs": 2}
@@ -79,7 +79,7 @@ def test_seeded_answers_are_the_servers(llm: LLM, cluster: Cluster) -> None:
 
 
 def test_a_chat_and_a_running_server(llm: LLM, cluster: Cluster) -> None:
-    """The same conversation by both ways of `LLM`, and by hand."""
+    """Guards `chat`: both forms of `LLM` and a plain request give the same answer."""
     messages = [{"role": "user", "content": "Tell me a story about a cat."}]
     params = SamplingParams(temperature=0, max_tokens=12)
     with LLM(base_url=cluster.url, api_key=KEY) as remote:
@@ -93,8 +93,8 @@ def test_a_chat_and_a_running_server(llm: LLM, cluster: Cluster) -> None:
     assert outputs[0].prompt_token_ids == llm.get_tokenizer().apply_chat_template(messages)
 
 
-def test_bad_prompts_among_good_ones(llm: LLM) -> None:
-    """Each says what is wrong with it, and costs no other its answer."""
+def test_invalid_prompts_in_a_batch(llm: LLM) -> None:
+    """Guards the other prompts of a batch; each invalid one has its own error."""
     bad = ["", {"prompt_token_ids": [10**6]}, {"prompt_token_ids": [1] * 3000}]
     outputs = llm.generate([PROMPTS[0], *bad, PROMPTS[1]], SamplingParams(temperature=0), use_tqdm=False)
     errors = [output.error or "" for output in outputs]
@@ -102,27 +102,27 @@ def test_bad_prompts_among_good_ones(llm: LLM) -> None:
     assert "empty" in errors[1] and "outside the vocabulary" in errors[2] and "maximum context length" in errors[3]
 
 
-def test_as_many_tokens_as_the_context_holds(llm: LLM) -> None:
-    """vLLM's max_tokens=None; the completions API has 16 for it."""
+def test_max_tokens_none_fills_the_context(llm: LLM) -> None:
+    """Guards vLLM's max_tokens=None against the completions API's default of 16."""
     prompt = {"prompt_token_ids": [1] * (llm.max_model_len - 20)}
     output = llm.generate(prompt, SamplingParams(max_tokens=None, ignore_eos=True), use_tqdm=False)[0]
     assert len(output.outputs[0].token_ids) == 20
 
 
-def test_two_at_once_and_one_after_the_other(llm: LLM) -> None:
-    """Equal ports or folders would mix them up; the end of one must not be the end of the other."""
+def test_two_instances_at_once_and_in_sequence(llm: LLM) -> None:
+    """Guards against shared ports or folders; closing one must not end the other."""
     params = SamplingParams(temperature=0)
     with LLM("demo", **SMALL) as second:
         answers = [each.generate(PROMPTS[0], params, use_tqdm=False)[0].outputs[0].text for each in (llm, second)]
     assert answers[0] == answers[1] == llm.generate(PROMPTS[0], params, use_tqdm=False)[0].outputs[0].text
 
 
-def test_a_server_that_cannot_start_says_why() -> None:
+def test_a_server_that_cannot_start_gives_the_reason() -> None:
     with pytest.raises(SettingsError, match="device"):
         LLM("demo", device="abacus")
 
 
-# ---- ends -----------------------------------------------------------------------------------------------------------
+# ---- shutdown -------------------------------------------------------------------------------------------------------
 
 
 def processes_with(mark: str) -> set[int]:
@@ -148,7 +148,7 @@ def wait_until_gone(mark: str) -> None:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="looks into /proc")
 @pytest.mark.parametrize("end", ["killed", "left open"])
 def test_no_process_is_left(end: str, tmp_path: Path) -> None:
-    """A parent that is killed cannot close anything; one that forgets to must not hang, or leave a GPU full."""
+    """Guards against processes that outlive a killed parent, or one that does not call `close`."""
     mark = f"BATON_TEST_MARK_{uuid.uuid4().hex}"
     code = f"""
 import sys
@@ -177,8 +177,8 @@ def batch_command(*arguments: str) -> list[str]:
     return [sys.executable, "-P", "-m", "baton.offline.batch_command", *arguments]
 
 
-def test_a_killed_batch_goes_on_where_it_stopped(cluster: Cluster, tmp_path: Path) -> None:
-    """Each id once, whenever the first run was killed."""
+def test_a_killed_batch_resumes(cluster: Cluster, tmp_path: Path) -> None:
+    """Guards the output file: each id once, whenever the first run was killed."""
     source, target = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
     body = {"prompt": PROMPTS[0], "temperature": 0, "max_tokens": 16}
     lines = [{"custom_id": f"r{n}", "method": "POST", "url": "/v1/completions", "body": body} for n in range(60)]
@@ -198,7 +198,7 @@ def test_a_killed_batch_goes_on_where_it_stopped(cluster: Cluster, tmp_path: Pat
     assert len({answer["response"]["body"]["choices"][0]["text"] for answer in answers}) == 1
 
 
-# ---- the page -------------------------------------------------------------------------------------------------------
+# ---- the documentation page -----------------------------------------------------------------------------------------
 
 
 def blocks(language: str) -> list[str]:
@@ -207,7 +207,7 @@ def blocks(language: str) -> list[str]:
 
 
 def test_the_program_on_the_page_runs(tmp_path: Path) -> None:
-    """An example that does not run is the first thing that a newcomer meets."""
+    """Guards the first example of the documentation."""
     (code,) = blocks("python")
     done = subprocess.run([sys.executable, "-P", "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

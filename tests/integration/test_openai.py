@@ -23,8 +23,8 @@ def client(cluster: Cluster) -> openai.OpenAI:
     return openai.OpenAI(base_url=f"{cluster.url}/v1", api_key="none", max_retries=0, timeout=60)
 
 
-def test_a_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
-    """Guards the chat path end to end: template, stream, usage, and the end that the model itself makes."""
+def test_a_streamed_chat_equals_a_whole_one(client: openai.OpenAI) -> None:
+    """Guards the chat path end to end: template, stream, usage, and the model's own end token."""
     messages = [{"role": "user", "content": "Please tell me a long and happy story about a little dog and a red ball."}]
     whole = client.chat.completions.create(model="demo", messages=messages, temperature=0, max_tokens=400)
     chunks = list(
@@ -41,7 +41,7 @@ def test_a_chat_streams_what_it_answers_whole(client: openai.OpenAI) -> None:
     assert text == whole.choices[0].message.content and len(text) > 50
     assert whole.choices[0].finish_reason == "stop" and "<|" not in text
     assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
-    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # the first request left its prefix
+    assert chunks[-1].usage.prompt_tokens_details.cached_tokens > 0  # the first request cached its prefix
 
 
 def test_seeds_choose_and_repeat(client: openai.OpenAI) -> None:
@@ -70,7 +70,7 @@ def test_logprobs_of_greedy_tokens_are_the_highest(client: openai.OpenAI) -> Non
 
 
 def test_stop_strings_end_the_stream_and_the_work(client: openai.OpenAI, cluster: Cluster) -> None:
-    """Guards stops: the text is cut before the string, and the workers are told."""
+    """Guards stops: the text is cut before the string, and the workers stop generating."""
     body = {"model": "demo", "prompt": PROMPT, "temperature": 0}
     text = client.completions.create(**body, max_tokens=40).choices[0].text
     stop = text[len(text) // 2 :][:6]
@@ -80,7 +80,7 @@ def test_stop_strings_end_the_stream_and_the_work(client: openai.OpenAI, cluster
 
 
 def test_penalties_and_bias_reach_the_workers(client: openai.OpenAI) -> None:
-    """Guards parameters on their way: a banned token does not come, a forced one does, on both sides."""
+    """Guards passing parameters to both workers: a banned token never appears, a forced one always."""
     body = {"model": "demo", "prompt": PROMPT, "temperature": 0, "max_tokens": 8}
     plain = client.completions.create(**body, logprobs=1).choices[0]
     forced = client.completions.create(**body, logit_bias={"300": 100}).choices[0]

@@ -1,4 +1,4 @@
-"""Requests find their KV over real processes: conversations return to their holder, through either of two proxies."""
+"""Prefix-aware routing over real processes: conversations return to their holder, through either of two proxies."""
 
 from __future__ import annotations
 
@@ -45,36 +45,36 @@ class Pair:
     second: Cluster
 
     def ask(self, cluster: Cluster, ids: list[int]) -> int:
-        """Returns the tokens that were cached."""
+        """Send a request; returns its cached tokens."""
         usage = cluster.complete(ids, max_tokens=2, ignore_eos=True)["usage"]
         return int(usage["prompt_tokens_details"]["cached_tokens"])
 
-    def told(self) -> dict[str, float]:
-        """How many blocks each proxy was told of, once for every worker that has it; nothing is evicted here."""
+    def indexed(self) -> dict[str, float]:
+        """Blocks that each proxy's index has received, counted once a holder; nothing is evicted in these tests."""
         return {cluster.url: cluster.counter("kv_event_blocks") for cluster in (self.first, self.second)}
 
-    def wait_told(self, before: dict[str, float], more: int) -> None:
-        """Until both proxies have heard of so many more."""
+    def wait_indexed(self, before: dict[str, float], more: int) -> None:
+        """Wait until both proxies have received `more` further blocks."""
         self.first.wait_until(
-            lambda: self.told() == {url: count + more for url, count in before.items()}, f"{more} more than {before}"
+            lambda: self.indexed() == {url: count + more for url, count in before.items()}, f"{more} more than {before}"
         )
 
     def settle(self) -> dict[str, float]:
-        """Until all is told that there is to tell: of the probes too, which compute a block each now and then."""
-        quiet_since, seen = time.monotonic(), self.told()
+        """Wait until no KV events are pending, including those of probes, which compute a block now and then."""
+        quiet_since, seen = time.monotonic(), self.indexed()
 
         def is_quiet() -> bool:
             nonlocal quiet_since, seen
-            now, told = time.monotonic(), self.told()
-            if told != seen or len(set(told.values())) > 1:
-                quiet_since, seen = now, told
+            now, indexed = time.monotonic(), self.indexed()
+            if indexed != seen or len(set(indexed.values())) > 1:
+                quiet_since, seen = now, indexed
             return now - quiet_since > QUIET_S
 
-        self.first.wait_until(is_quiet, "proxies that were told the same")
+        self.first.wait_until(is_quiet, "equal indexes of both proxies")
         return seen
 
     def routed(self, cluster: Cluster) -> tuple[str, str, int]:
-        """The prefill worker of the last request, why it was chosen, and the tokens it was expected to have."""
+        """The prefill worker of the last request, the routing reason, and its expected prefix tokens."""
         name, why, hit_tokens = ROUTED.findall(cluster.nodes.log("proxy"))[-1]
         return name, why, int(hit_tokens)
 
@@ -90,30 +90,30 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 
 def test_conversations_return_to_their_holders_through_either_proxy(pair: Pair) -> None:
-    """Guards the way from a worker's blocks to a route: every turn finds all of the last one, as was foreseen."""
+    """Guards KV events and routing: every turn hits the whole previous one, as the router predicted."""
     pair.settle()
     rng = random.Random(1)
     conversations = [Conversation(rng) for _ in range(4)]
     homes: dict[int, str] = {}
     for turn in range(3):
         for number, conversation in enumerate(conversations):
-            before, held = pair.told(), conversation.next_turn()
+            before, held = pair.indexed(), conversation.next_turn()
             cluster = (pair.first, pair.second)[(turn + number) % 2]
             assert pair.ask(cluster, conversation.ids) == held
             name, why, foreseen = pair.routed(cluster)
             assert (why, foreseen) == ("holder" if turn else "no_holder", held)
             assert homes.setdefault(number, name) == name
-            pair.wait_told(before, 2 * (conversation.blocks - held // BLOCK))
+            pair.wait_indexed(before, 2 * (conversation.blocks - held // BLOCK))
     for cluster in (pair.first, pair.second):
         assert cluster.counter("kv_hit_predicted_tokens") > 0 == cluster.counter("kv_hit_missed_tokens")
 
 
-def test_a_restarted_proxy_hears_of_all_blocks(pair: Pair) -> None:
-    """Guards replay: the index is rebuilt from what workers kept, and routes as before."""
+def test_a_restarted_proxy_rebuilds_its_index(pair: Pair) -> None:
+    """Guards replay: the index is rebuilt from the workers' journals and routes as before."""
     before, conversation = pair.settle(), Conversation(random.Random(2))
     conversation.next_turn()
     pair.ask(pair.first, conversation.ids)
-    pair.wait_told(before, 2 * conversation.blocks)
+    pair.wait_indexed(before, 2 * conversation.blocks)
     home, _, _ = pair.routed(pair.first)
     pair.second.nodes.kill("proxy")
     pair.second.nodes.start_node("proxy")
@@ -124,24 +124,24 @@ def test_a_restarted_proxy_hears_of_all_blocks(pair: Pair) -> None:
     held = conversation.next_turn()
     assert pair.ask(pair.second, conversation.ids) == held
     assert pair.routed(pair.second) == (home, "holder", held)
-    pair.wait_told(before, 2 * (conversation.blocks - held // BLOCK))
+    pair.wait_indexed(before, 2 * (conversation.blocks - held // BLOCK))
 
 
-def test_what_a_killed_worker_held_is_forgotten_at_once(pair: Pair) -> None:
-    """Guards against routing to the dead, or to their blocks under a new life of the same name."""
+def test_blocks_of_a_killed_worker_leave_the_index_at_once(pair: Pair) -> None:
+    """Guards against routing to a dead worker, or to its blocks under a new incarnation of the same name."""
     before, conversation = pair.settle(), Conversation(random.Random(3))
     conversation.next_turn()
     pair.ask(pair.first, conversation.ids)
-    pair.wait_told(before, 2 * conversation.blocks)
+    pair.wait_indexed(before, 2 * conversation.blocks)
     home, _, _ = pair.routed(pair.first)
     other = {"prefill-0": "prefill-1", "prefill-1": "prefill-0"}[home]
     pair.first.nodes.kill(home)
     pair.first.wait_workers(other, "decode-0")
-    before, held = pair.told(), conversation.next_turn()
+    before, held = pair.indexed(), conversation.next_turn()
     missed = pair.first.counter("kv_hit_missed_tokens")
     assert pair.ask(pair.first, conversation.ids) == 0
     assert pair.routed(pair.first) == (other, "no_holder", 0)
-    pair.wait_told(before, 2 * conversation.blocks - held // BLOCK)  # decode had the beginning
+    pair.wait_indexed(before, 2 * conversation.blocks - held // BLOCK)  # decode held the prefix
     pair.first.nodes.start_node(home)
     pair.first.wait_workers("prefill-0", "prefill-1", "decode-0")
     held = conversation.next_turn()

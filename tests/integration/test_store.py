@@ -1,5 +1,5 @@
-"""The host's KV store under real workers: answers are those of `transformers`, whether KV was computed or loaded, and
-whatever becomes of the store.
+"""The host's KV store with real workers: answers equal those of `transformers`, whether KV was computed or loaded, and
+when the store fails.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ ALWAYS = ("--store-loads", "always")
 
 @dataclass(slots=True)
 class Asked:
-    """What some requests gave, in all."""
+    """Totals over some requests."""
 
     texts: list[str] = field(default_factory=list)
     prompt_tokens: int = 0
@@ -34,7 +34,7 @@ class Asked:
 
 
 def _tokens(cluster: Cluster, source: str) -> float:
-    """Prompt tokens that prefill workers have had from this source, of those that live now."""
+    """Prompt tokens that the live prefill workers took from this source."""
     return sum(cluster.worker_values(f"prompt_tokens_{source}_total").values())
 
 
@@ -50,7 +50,7 @@ def _wait_attached(cluster: Cluster, workers: int) -> None:
 
 
 def _restart_workers(cluster: Cluster) -> None:
-    """SIGKILL to all at once; others take their place."""
+    """Kill all workers at once with SIGKILL, and start others."""
     for name in ("prefill-0", "prefill-1", "decode-0"):
         cluster.nodes.kill(name)
     cluster.nodes.revive()
@@ -58,22 +58,22 @@ def _restart_workers(cluster: Cluster) -> None:
 
 
 def _settle(cluster: Cluster, prompt_tokens: int, generated_tokens: int) -> None:
-    """Until the workers have told of so much work, and hold nothing: all that is written behind has been written.
+    """Wait until the workers have reported this much work and hold nothing: write-behind has finished.
 
-    (A heartbeat from before the last request looks idle too.)
+    Idle metrics alone are not enough: a heartbeat from before the last request shows them too.
     """
 
-    def told() -> bool:
+    def is_reported() -> bool:
         taken = {name: value for name, value in cluster.worker_values("prompt_tokens_total").items() if name[0] == "p"}
         generated = cluster.worker_values("generated_tokens_total").values()
         return sum(taken.values()) >= prompt_tokens and sum(generated) >= generated_tokens
 
-    cluster.wait_until(told, "the work that was done")
+    cluster.wait_until(is_reported, "the work that was done")
     cluster.wait_idle()
 
 
 def _ask(cluster: Cluster, oracle: Oracle, prompts: list[str]) -> Asked:
-    """Ask each, and compare with the oracle."""
+    """Send each prompt, and compare the answers with the oracle."""
     asked = Asked()
     for prompt in prompts:
         answer = cluster.complete(prompt, max_tokens=MAX_TOKENS)
@@ -81,14 +81,14 @@ def _ask(cluster: Cluster, oracle: Oracle, prompts: list[str]) -> Asked:
         assert (text, usage["completion_tokens"]) == oracle.answer(prompt), prompt
         asked.texts.append(text)
         asked.prompt_tokens += usage["prompt_tokens"]
-        asked.generated_tokens += usage["completion_tokens"] - 1  # the first one is prefill's
+        asked.generated_tokens += usage["completion_tokens"] - 1  # prefill generates the first one
         asked.computed_tokens += usage["prompt_tokens"] - usage["prompt_tokens_details"]["cached_tokens"]
     return asked
 
 
 def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) -> None:
-    """Guards hits shared by workers and outliving them, what decode has generated among them; bytes are the same. Then
-    the same of the store itself: what lies on disk outlives it."""
+    """Guards hits across workers and their restarts, including blocks that decode generated. Blocks on disk survive a
+    restart of the store itself."""
     store = ("--ram-gib", "0.1", "--disk-gib", "0.1", "--path", str(tmp_path / "kv"))
     with Cluster(2, 1, store_args=store, worker_args=ALWAYS, log_folder=tmp_path) as cluster:
         _wait_attached(cluster, 3)
@@ -103,14 +103,14 @@ def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) 
             (len(oracle.tokenizer(turn.removesuffix(" And then")).input_ids), len(oracle.tokenizer(turn).input_ids))
             for turn in turns
         ]
-        # The answer's last token has no KV yet when it is drawn: a block that it completes is not stored.
-        best = sum(whole - (told - 1) // BLOCK * BLOCK for told, whole in lengths)
+        # The last token of an answer has no KV yet: a block that it completes is not stored.
+        best = sum(whole - (known - 1) // BLOCK * BLOCK for known, whole in lengths)
         second = _ask(cluster, oracle, turns)
         assert second.computed_tokens <= best
         cluster.wait_until(lambda: _tokens(cluster, "ram") > 0, "tokens from RAM")
         loading = [line for line in cluster.metrics() if line.startswith("baton:request_stage_seconds_sum{")]
         assert [line for line in loading if 'stage="tier_load"' in line and not line.endswith(" 0.0")], loading
-        # What was used again is on disk or on its way there; a store that ends in order writes the rest.
+        # Blocks that were used twice are on disk or queued for it; a store that shuts down in order writes the rest.
         _settle(cluster, second.prompt_tokens, second.generated_tokens)
         cluster.nodes.signal("store", signal.SIGTERM)
         assert cluster.nodes.wait_end("store") == 0
@@ -121,8 +121,8 @@ def test_a_restart_of_every_worker_loses_no_hit(oracle: Oracle, tmp_path: Path) 
         cluster.wait_until(lambda: _tokens(cluster, "disk") > 0, "tokens from disk")
 
 
-def test_the_store_dies_freezes_and_comes_back(oracle: Oracle, tmp_path: Path) -> None:
-    """Guards every request against the store: killed, frozen, restarted empty; then hits come again by themselves."""
+def test_the_store_is_killed_frozen_and_restarted(oracle: Oracle, tmp_path: Path) -> None:
+    """Guards requests against a store that is killed, frozen or restarted empty; hits resume without intervention."""
     with Cluster(1, 1, store_args=("--ram-gib", "0.1"), worker_args=ALWAYS, log_folder=tmp_path) as cluster:
         _wait_attached(cluster, 2)
         _ask(cluster, oracle, LONG[:2])

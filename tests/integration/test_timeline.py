@@ -1,4 +1,4 @@
-"""One request's timeline on real processes: every stage is there, and they sum to what was measured.
+"""One request's timeline on real processes: every stage is reported, and the stages sum to the measured time.
 
 Only sums are compared, never times with a clock of the test.
 """
@@ -20,7 +20,7 @@ LENGTH: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Prefill is slow, two tokens a step, so that a long prompt is met while it is computed."""
+    """A cluster with a slow prefill worker, two tokens a step, so that a test can act while a prompt is computed."""
     cluster = Cluster(
         prefill=2,
         decode=1,
@@ -34,7 +34,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 def ended(cluster: Cluster, stream: Stream) -> dict[str, Any]:
-    """The record of a stream that has come to its end, its timeline's sums proved."""
+    """The record of a stream that has ended, after checking the sums of its timeline."""
     stream.join()
     assert stream.broken is None and stream.error is None and stream.finish == "length"
     answer = httpx.get(f"{cluster.url}/debug/requests/{stream.id}", timeout=10)
@@ -59,7 +59,7 @@ def total(cluster: Cluster, name: str) -> float:
 
 
 def test_the_stages_of_a_streamed_request_sum_to_its_measured_ttft(cluster: Cluster) -> None:
-    """Guards the whole way: what workers tell of their own clocks, and the TTFT that Prometheus is told."""
+    """Guards against a mismatch of the workers' stage durations and the TTFT in Prometheus."""
     names = [
         "vllm:time_to_first_token_seconds_sum{",
         'baton:request_stage_seconds_sum{model_name="demo",stage="prefill"',
@@ -78,7 +78,7 @@ def test_the_stages_of_a_streamed_request_sum_to_its_measured_ttft(cluster: Clus
 
 
 def test_a_prompt_that_decode_computed_itself_has_no_transfer(cluster: Cluster) -> None:
-    """Guards local prefill: the queue and the prefill are the decode worker's, and nothing moved."""
+    """Guards local prefill: queue and prefill are those of the decode worker, and there is no transfer."""
     generation = ended(cluster, cluster.begin("Once upon a time", **LENGTH))
     (attempt,) = generation["attempts"]
     assert attempt["prefill"] == "" and not attempt["handed_over"]
@@ -87,8 +87,8 @@ def test_a_prompt_that_decode_computed_itself_has_no_transfer(cluster: Cluster) 
     assert second["first_step"] > 0.0 and second["transfer_wait"] == second["transfer"] == 0.0
 
 
-def test_a_worker_that_died_is_a_retry(cluster: Cluster) -> None:
-    """Guards what an operator sees of a failure: who it was, and the time that it cost."""
+def test_a_dead_worker_shows_as_a_retry(cluster: Cluster) -> None:
+    """Guards what an operator sees of a failure: the worker, and the lost time."""
     stream = cluster.begin(" ".join((BEGINNINGS * 40)[7:47]), **LENGTH)
     cluster.wait_until(lambda: any(running(cluster).values()), "work on a prefill worker")
     (busy,) = [name for name, value in running(cluster).items() if value]
@@ -104,7 +104,7 @@ def running(cluster: Cluster) -> dict[str, float]:
 
 
 def test_slow_requests_are_logged_without_their_text(cluster: Cluster) -> None:
-    """Guards the line that an operator searches for, and the users' words."""
+    """Guards the log line of slow requests, and the privacy of their text."""
     stream = cluster.begin("The old fox waited quietly by the river until morning came and the frogs sang", **LENGTH)
     generation = ended(cluster, stream)
     lines = [line for line in cluster.nodes.log("proxy").splitlines() if f"request_slow request_id={stream.id}" in line]

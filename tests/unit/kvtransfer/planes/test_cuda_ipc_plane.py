@@ -22,7 +22,7 @@ assert _spec is not None and _spec.loader is not None
 contract = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = contract
 _spec.loader.exec_module(contract)
-SENDER, RECEIVER, STRANGER, X, Y = contract.SENDER, contract.RECEIVER, contract.STRANGER, contract.X, contract.Y
+SENDER, RECEIVER, OTHER, X, Y = contract.SENDER, contract.RECEIVER, contract.OTHER, contract.X, contract.Y
 
 test_bytes_arrive = contract.test_bytes_arrive_bit_for_bit_and_nowhere_else
 test_several_transfers_interleave = contract.test_several_transfers_interleave
@@ -135,7 +135,7 @@ def test_forgetting_a_peer_fails_its_copies_and_closes_the_mapping_after_them(ri
 def test_a_pool_is_mapped_once_whether_it_was_asked_for_or_not(rig: IpcRig) -> None:
     """Every greeting asks `reaches`; a mapping each would exhaust the address space, and one left over would leak."""
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
-    other = rig.end(STRANGER)
+    other = rig.end(OTHER)
     engine = rig.engines[1]
     receiver.plane.forget(SENDER)
     for _ in range(3):
@@ -143,7 +143,7 @@ def test_a_pool_is_mapped_once_whether_it_was_asked_for_or_not(rig: IpcRig) -> N
     assert engine.opens == 1
     receiver.plane.connect(SENDER, sender.plane.describe())
     assert receiver.plane.reaches(sender.plane.describe()) and engine.opens == 1
-    receiver.plane.forget(STRANGER)
+    receiver.plane.forget(OTHER)
     assert receiver.plane.reaches(other.plane.describe()) and receiver.plane.reaches(sender.plane.describe())
     receiver.plane.forget(SENDER)
     assert receiver.plane.reaches(sender.plane.describe())  # it replaces the one that nobody connected to

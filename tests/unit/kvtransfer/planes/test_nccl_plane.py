@@ -30,7 +30,7 @@ def _load(name: str):
 
 contract = _load("test_planes")
 fake = _load("nccl_fake")
-SENDER, RECEIVER, STRANGER, X, Y = contract.SENDER, contract.RECEIVER, contract.STRANGER, contract.X, contract.Y
+SENDER, RECEIVER, OTHER, X, Y = contract.SENDER, contract.RECEIVER, contract.OTHER, contract.X, contract.Y
 
 test_bytes_arrive = contract.test_bytes_arrive_bit_for_bit_and_nowhere_else
 test_several_transfers_interleave = contract.test_several_transfers_interleave

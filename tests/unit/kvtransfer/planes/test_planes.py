@@ -26,7 +26,7 @@ from baton.node.messages.transfer import PlaneAddress
 from baton.testing.loopback import LoopbackFabric
 
 PATIENCE_S = 20.0
-SENDER, RECEIVER, STRANGER = "prefill/1", "decode/1", "prefill/2"
+SENDER, RECEIVER, OTHER = "prefill/1", "decode/1", "prefill/2"
 X, Y, Z = b"x" * 16, b"y" * 16, b"z" * 16
 
 
@@ -219,7 +219,7 @@ def test_late_data_of_an_old_retry_is_ignored(two_sided: Rig) -> None:
 
 def test_another_peer_cannot_fill_a_posted_receive(two_sided: Rig) -> None:
     two_sided.end(SENDER)
-    stranger, receiver = two_sided.end(STRANGER), two_sided.end(RECEIVER)
+    stranger, receiver = two_sided.end(OTHER), two_sided.end(RECEIVER)
     before = receiver.content([0])
     receiver.plane.post_receive(SENDER, ChunkKey(X, 0, 0), [5], [0])
     stranger.plane.post_send(RECEIVER, ChunkKey(X, 0, 0), [5])
@@ -248,9 +248,9 @@ def test_blocks_of_another_size_are_not_written(two_sided: Rig) -> None:
 
 
 def test_forgetting_a_peer_fails_what_was_posted_for_it_and_nothing_else(two_sided: Rig) -> None:
-    sender, other, receiver = two_sided.end(SENDER), two_sided.end(STRANGER), two_sided.end(RECEIVER)
+    sender, other, receiver = two_sided.end(SENDER), two_sided.end(OTHER), two_sided.end(RECEIVER)
     receiver.plane.post_receive(SENDER, ChunkKey(X, 0, 0), [0], [0])
-    receiver.plane.post_receive(STRANGER, ChunkKey(Y, 0, 0), [1], [1])
+    receiver.plane.post_receive(OTHER, ChunkKey(Y, 0, 0), [1], [1])
     receiver.plane.forget(SENDER)
     two_sided.until(lambda: two_sided.received(receiver, ok=False) == {ChunkKey(X, 0, 0)})
     assert receiver.plane.idle(X)
@@ -337,7 +337,7 @@ def test_a_peers_nonsense_is_not_reached_and_breaks_nothing(rig: Rig, text: str)
 def test_a_peer_with_a_new_address_is_used_there(kind: str) -> None:
     """The old memory may still be mapped and the old socket still connected: both would give stale blocks."""
     rig = Rig(kind)
-    old, new, receiver = rig.end(SENDER), rig.end(STRANGER), rig.end(RECEIVER)
+    old, new, receiver = rig.end(SENDER), rig.end(OTHER), rig.end(RECEIVER)
     rig.move(old, receiver, ChunkKey(X, 0, 0), [0], [0])
     rig.until(lambda: bool(rig.received(receiver)))
     if receiver.plane.pulls:

@@ -1,4 +1,4 @@
-"""Who talks to a cluster and should not: strangers on its ports, and a second proxy played by a test."""
+"""Untrusted peers of a cluster: raw ZeroMQ clients on its ports, and a second proxy that a test controls."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ from baton.node.messages.wire import decode
 SAMPLING = SamplingSpec(max_tokens=8)
 
 
-class Stranger:
-    """A ZeroMQ client that may call itself anything."""
+class RawClient:
+    """A ZeroMQ client with any identity, which sends any frames."""
 
-    def __init__(self, port: int, identity: bytes = b"stranger/1", kind: int = zmq.DEALER) -> None:
+    def __init__(self, port: int, identity: bytes = b"unknown/1", kind: int = zmq.DEALER) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(kind)
         self._socket.setsockopt(zmq.LINGER, 500)
@@ -69,13 +69,13 @@ class Stranger:
             self._socket.setsockopt(zmq.IDENTITY, identity)
         self._socket.connect(f"tcp://127.0.0.1:{port}")
 
-    def __enter__(self) -> Stranger:
+    def __enter__(self) -> RawClient:
         return self
 
     def __exit__(self, *_: object) -> None:
         self._context.destroy(500)
 
-    def say(self, *messages: Message) -> None:
+    def send(self, *messages: Message) -> None:
         for message in messages:
             self.frames(encode(message))
 
@@ -83,13 +83,13 @@ class Stranger:
         with contextlib.suppress(zmq.Again):
             self._socket.send_multipart(frames)
 
-    def hear(self, wait_s: float) -> list[Message]:
-        """What comes within that time."""
-        heard = []
+    def receive(self, wait_s: float) -> list[Message]:
+        """All messages that arrive within `wait_s`."""
+        received = []
         until = time.monotonic() + wait_s
         while self._socket.poll(max(0, int((until - time.monotonic()) * 1000))):
-            heard.append(decode(self._socket.recv()))
-        return heard
+            received.append(decode(self._socket.recv()))
+        return received
 
 
 def register_of(name: str, incarnation: int, namespace: bytes) -> Register:
@@ -130,22 +130,22 @@ def reserve_of(request_id: str, prefill_worker: str, **changes: Any) -> Reserve:
 
 
 def one_of_each(request_id: str) -> list[Message]:
-    """Every message there is, about a request that exists and a transfer that does not."""
+    """One message of every type, about an existing request and a transfer that does not exist."""
     transfer = b"t" * 16
-    own: dict[str, Any] = {"worker": "stranger", "incarnation": 1}
+    own: dict[str, Any] = {"worker": "unknown", "incarnation": 1}
     leg: dict[str, Any] = {"request_id": request_id, "attempt": 0}
     plane = PlaneAddress(plane="zmq", host="nowhere", address="tcp://127.0.0.1:1")
     made: list[Message] = [
-        register_of("stranger", 1, bytes(32)),
+        register_of("unknown", 1, bytes(32)),
         register_of("another", 1, bytes(32)),
-        Registered(proxy="stranger", incarnation=1),
+        Registered(proxy="unknown", incarnation=1),
         Heartbeat(**own, load=Load(running=5, counters={'x"}\n': float("nan")})),
         Goodbye(**own),
-        Ping(proxy="stranger", incarnation=1),
+        Ping(proxy="unknown", incarnation=1),
         Rejoin(),
         Drain(),
-        prefill_of(request_id, "stranger/1"),
-        reserve_of(request_id, "stranger/1"),
+        prefill_of(request_id, "unknown/1"),
+        reserve_of(request_id, "unknown/1"),
         reserve_of(request_id, ""),
         Reserved(**leg, cached_tokens=0),
         Busy(**leg, reason="x"),
@@ -155,9 +155,9 @@ def one_of_each(request_id: str) -> list[Message]:
         Failed(**leg, reason="x", retryable=False),
         Cancelled(**leg),
         Cancel(**leg),
-        Hello(worker="stranger/1", namespace=bytes(32), planes=(plane,)),
+        Hello(worker="unknown/1", namespace=bytes(32), planes=(plane,)),
         Hello(worker="another/1", namespace=bytes(32), planes=()),
-        Welcome(worker="stranger/1", plane=plane),
+        Welcome(worker="unknown/1", plane=plane),
         Grant(transfer_id=transfer, **leg, first_block=0, num_blocks=1, lease_s=1e7),
         Offer(transfer_id=transfer, seq=0, first_block=0, source=(1,), digest=b"d" * 16),
         Accept(transfer_id=transfer, seq=0),
@@ -169,7 +169,7 @@ def one_of_each(request_id: str) -> list[Message]:
         Abort(transfer_id=transfer, reason="x" * 4096),
         Aborted(transfer_id=transfer),
         Refused(reason="go away"),
-        RegisterStore(worker="stranger", incarnation=1),
+        RegisterStore(worker="unknown", incarnation=1),
         RegisterStore(worker="another", incarnation=1),
         KvEvents(seq=1 << 62, changes=()),
         KvEvents(seq=1, changes=(TierChange("gpu", (b"h",) * 100, (b"", b"h" * 32)), TierChange("disk", (b"h",)))),
@@ -179,8 +179,8 @@ def one_of_each(request_id: str) -> list[Message]:
     return made
 
 
-class Master:
-    """A second proxy of the workers, played by the test."""
+class SecondProxy:
+    """A second proxy of the workers, controlled by the test."""
 
     def __init__(self) -> None:
         self._context = zmq.Context()
@@ -192,7 +192,7 @@ class Master:
         self._boxes: dict[str, list[Message]] = {"prefill-0": [], "decode-0": []}
 
     def join(self) -> tuple[Register, Register]:
-        """Take both workers in; returns how prefill and decode registered."""
+        """Accept both workers; returns the Register of prefill and of decode."""
         found: dict[str, Register] = {}
         self._boxes = {"prefill-0": [], "decode-0": []}
         for _, message in self._listen(20.0):
@@ -206,15 +206,15 @@ class Master:
         for message in messages:
             self._socket.send_multipart([f"{worker.worker}/{worker.incarnation}".encode(), encode(message)])
 
-    def hear(self, worker: Register, count: int, wait_s: float = 20.0) -> list[Message]:
-        """The next answers of a worker about requests: `count`, or as many as come within that time."""
+    def receive(self, worker: Register, count: int, wait_s: float = 20.0) -> list[Message]:
+        """A worker's next messages about requests: `count`, or as many as arrive within `wait_s`."""
         box = self._boxes[worker.worker]
         if len(box) < count:
             for _ in self._listen(wait_s):
                 if len(box) >= count:
                     break
-        heard, self._boxes[worker.worker] = box[:count], box[count:]
-        return heard
+        received, self._boxes[worker.worker] = box[:count], box[count:]
+        return received
 
     def close(self) -> None:
         self._context.destroy(500)
@@ -223,10 +223,10 @@ class Master:
         until = time.monotonic() + wait_s
         while time.monotonic() < until:
             if self._socket.poll(100):
-                who, body = self._socket.recv_multipart()
+                peer, body = self._socket.recv_multipart()
                 message = decode(body)
                 if isinstance(message, Register):
-                    self._socket.send_multipart([who, encode(Registered(proxy="master", incarnation=1))])
+                    self._socket.send_multipart([peer, encode(Registered(proxy="second", incarnation=1))])
                 elif not isinstance(message, Heartbeat | KvEvents):
-                    self._boxes[who.decode().partition("/")[0]].append(message)
-                yield who.decode(), message
+                    self._boxes[peer.decode().partition("/")[0]].append(message)
+                yield peer.decode(), message
