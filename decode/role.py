@@ -18,7 +18,8 @@ from baton.decode.launch_timer import LaunchTimer
 from baton.decode.scheduler import DecodeLimits, Item, plan
 from baton.decode.settings import DecodeSettings, DecodeSizes
 from baton.kvtransfer.blocks.manager import OutOfBlocks
-from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
+from baton.kvtransfer.protocol.receiver import Incoming
 from baton.models.batch import DeviceTime, Drawn
 from baton.node.counters import DecodeCounters
 from baton.node.leg import LegKey

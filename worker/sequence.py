@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.blocks.table import BlockTable
-from baton.kvtransfer.protocol.exchange import Incoming
+from baton.kvtransfer.protocol.receiver import Incoming
 from baton.models.batch import Draw, Row
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason

@@ -15,7 +15,7 @@ from itertools import chain
 
 from baton.kvtransfer.planes.base import IoDone, Plane
 from baton.kvtransfer.protocol.pairs import Pairs, PeerTransport
-from baton.kvtransfer.protocol.receiver import Receiver
+from baton.kvtransfer.protocol.receiver import Incoming, Receiver
 from baton.kvtransfer.protocol.sender import Sender
 from baton.kvtransfer.protocol.transfer import (
     Action,
@@ -109,18 +109,6 @@ class _Receiving:
     plane: Plane
 
 
-@dataclass(frozen=True, slots=True)
-class Incoming:
-    """What decode promises to receive: its own `blocks` for blocks [first_block, ...) of the sequence."""
-
-    transfer_id: bytes
-    leg: LegKey
-    peer: str
-    first_block: int
-    blocks: tuple[int, ...]
-    deadline: float
-
-
 class TransferExchange:
     """All transfers of one worker, in both directions."""
 
@@ -205,18 +193,7 @@ class TransferExchange:
         if plane is None:
             self._waiting[incoming.transfer_id] = incoming
             return
-        machine = Receiver(
-            incoming.transfer_id,
-            incoming.leg.request_id,
-            incoming.leg.attempt,
-            first_block=incoming.first_block,
-            blocks=incoming.blocks,
-            digests_of=self._digests_of,
-            pulls=plane.pulls,
-            window=self._window,
-            timing=self._timing,
-            deadline=incoming.deadline,
-        )
+        machine = Receiver(incoming, self._digests_of, pulls=plane.pulls, window=self._window, timing=self._timing)
         receiving = _Receiving(incoming.peer, machine, plane)
         self._receivers[incoming.transfer_id] = self._live_receivers[incoming.transfer_id] = receiving
         self._run_receiver(receiving, machine.start(now), now)

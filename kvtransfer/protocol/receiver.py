@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
@@ -19,6 +18,7 @@ from baton.kvtransfer.protocol.transfer import (
     Tell,
     Timing,
 )
+from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.transfer import (
     Abort,
@@ -34,7 +34,25 @@ from baton.node.messages.transfer import (
 )
 
 
-class _Chunk(Enum):
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """What decode promises to receive: its own `blocks` for blocks [first_block, first_block + len(blocks)) of the
+    sequence, from `peer`, until `deadline`."""
+
+    transfer_id: bytes
+    leg: LegKey
+    peer: str
+    first_block: int
+    blocks: tuple[int, ...]
+    deadline: float
+
+    def destination(self, offer: Offer) -> tuple[int, ...]:
+        """The blocks that an offer's chunk is written to."""
+        begin = offer.first_block - self.first_block
+        return self.blocks[begin : begin + len(offer.source)]
+
+
+class _ChunkState(Enum):
     OFFERED = auto()
     MOVING = auto()
     VALIDATING = auto()
@@ -42,67 +60,58 @@ class _Chunk(Enum):
 
 
 @dataclass(slots=True)
-class _Incoming:
+class _Chunk:
     offer: Offer
-    state: _Chunk = _Chunk.OFFERED
+    state: _ChunkState = _ChunkState.OFFERED
     retry: int = 0
     give_up_at: float = float("inf")
 
 
+@dataclass(slots=True)
+class _Finished:
+    """The sender's Finish: when it first came, and from when on bytes moved after it."""
+
+    message: Finish
+    at: float
+    moved_at: float | None
+    """None: nothing has moved since."""
+
+    def arrived(self, now: float) -> Arrived:
+        moved_at = now if self.moved_at is None else self.moved_at
+        wait_s = self.message.waited_s + moved_at - self.at
+        return Arrived(self.message.token_id, self.message.logprob, wait_s, now - moved_at)
+
+
 class Receiver:
-    """Decode's half. `blocks` are its own ids for blocks [first_block, first_block + len(blocks)) of the sequence."""
+    """Decode's half of one transfer."""
 
     MAX_RETRIES = 1
 
-    def __init__(
-        self,
-        transfer_id: bytes,
-        request_id: str,
-        attempt: int,
-        *,
-        first_block: int,
-        blocks: Sequence[int],
-        digests_of: DigestsOf,
-        pulls: bool,
-        window: int,
-        timing: Timing,
-        deadline: float,
-    ) -> None:
+    def __init__(self, incoming: Incoming, digests_of: DigestsOf, *, pulls: bool, window: int, timing: Timing) -> None:
+        """`pulls`: the plane reads the sender's memory. `window`: most chunks in flight."""
         self.state = State.OPEN
-        self.transfer_id = transfer_id
-        self._grant = Grant(
-            transfer_id=transfer_id,
-            request_id=request_id,
-            attempt=attempt,
-            first_block=first_block,
-            num_blocks=first_block + len(blocks),
-            lease_s=timing.lease_s,
-        )
-        self._first_block = first_block
-        self._blocks = tuple(blocks)
+        self.transfer_id = incoming.transfer_id
+        self._incoming = incoming
         self._digests_of = digests_of
         self._pulls = pulls
         self._window = window
         self._timing = timing
-        self._deadline = deadline
-        self._chunks: dict[int, _Incoming] = {}
+        self._chunks: dict[int, _Chunk] = {}
         self._next_seq = 0  # chunks are accepted in order: NCCL matches by order alone
         self._covered = 0  # blocks that offers cover so far, also in order
-        self._finish: Finish | None = None
-        self._finish_at = 0.0
-        self._moved_at: float | None = None  # when bytes moved again, or still, after the Finish
+        self._finished: _Finished | None = None
         self._repeat = Repeater(timing)
         self._renew_at = float("inf")
         self._outcome = Ended(False, "never started")
 
     @property
     def num_blocks(self) -> int:
-        return len(self._blocks)
+        return len(self._incoming.blocks)
 
     def start(self, now: float) -> list[Action]:
         self._repeat.start(now)
         self._renew_at = now + self._timing.lease_s / 4
-        return [Tell(self._grant)]
+        return [Tell(self._grant_message())]
 
     def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
         """Give up; also the way to end a transfer whose sequence was cancelled."""
@@ -140,16 +149,16 @@ class Receiver:
         if (
             self.state is not State.OPEN
             or chunk is None
-            or chunk.state is not _Chunk.MOVING
+            or chunk.state is not _ChunkState.MOVING
             or key.retry != chunk.retry
         ):
             return []
         if ok and not digest:
-            (digest,) = self._digests_of([self._destination(chunk.offer)])
+            (digest,) = self._digests_of([self._incoming.destination(chunk.offer)])
         if not ok or digest != chunk.offer.digest:
             return self._ask_again(chunk, now)
         if self._pulls:
-            chunk.state = _Chunk.VALIDATING
+            chunk.state = _ChunkState.VALIDATING
             self._repeat.start(now)
             return [Tell(Validate(transfer_id=self.transfer_id, seq=key.seq, retry=key.retry))]
         return self._land(chunk, now)
@@ -157,9 +166,9 @@ class Receiver:
     def on_timer(self, now: float) -> list[Action]:
         if self.state is not State.OPEN:
             return []
-        if now >= self._deadline:
+        if now >= self._incoming.deadline:
             return self.abort("deadline", now)
-        if any(now >= chunk.give_up_at for chunk in self._chunks.values() if chunk.state is not _Chunk.LANDED):
+        if any(now >= chunk.give_up_at for chunk in self._chunks.values() if chunk.state is not _ChunkState.LANDED):
             return self.abort("chunk did not arrive in time", now)
         actions: list[Action] = []
         if now >= self._renew_at:
@@ -179,33 +188,33 @@ class Receiver:
     def wake_at(self) -> float:
         if self.state is not State.OPEN:
             return float("inf")
-        chunks = (c.give_up_at for c in self._chunks.values() if c.state is not _Chunk.LANDED)
-        return min(self._deadline, self._renew_at, self._repeat.at, min(chunks, default=float("inf")))
+        chunks = (c.give_up_at for c in self._chunks.values() if c.state is not _ChunkState.LANDED)
+        return min(self._incoming.deadline, self._renew_at, self._repeat.at, min(chunks, default=float("inf")))
 
     # -- inside
 
     def _on_offer(self, offer: Offer, now: float) -> list[Action]:
         known = self._chunks.get(offer.seq)
         if known is not None:
-            return [Tell(self._accept_message(known))] if known.state is _Chunk.MOVING else []
+            return [Tell(self._accept_message(known))] if known.state is _ChunkState.MOVING else []
         if offer.seq != len(self._chunks):
             return []  # an earlier offer was lost: it will be repeated, and this one after it
-        begin = offer.first_block - self._first_block
-        if begin != self._covered or begin + len(offer.source) > len(self._blocks):
-            return self.abort(f"offer {offer.seq} does not follow on block {self._first_block + self._covered}", now)
+        first_block = self._incoming.first_block
+        begin = offer.first_block - first_block
+        if begin != self._covered or begin + len(offer.source) > self.num_blocks:
+            return self.abort(f"offer {offer.seq} does not follow on block {first_block + self._covered}", now)
         self._covered += len(offer.source)
-        self._chunks[offer.seq] = _Incoming(offer)
+        self._chunks[offer.seq] = _Chunk(offer)
         return self._accept_more(now)
 
     def _on_finish(self, finish: Finish, now: float) -> list[Action]:
-        if self._finish is None:
-            self._finish_at = now
-            self._moved_at = now if self._num_moving() else None
-        self._finish = finish
+        if self._finished is None:
+            self._finished = _Finished(finish, now, now if self._num_moving() else None)
+        self._finished.message = finish
         return self._arrive_if_whole(now)
 
     def _num_moving(self) -> int:
-        return sum(c.state in (_Chunk.MOVING, _Chunk.VALIDATING) for c in self._chunks.values())
+        return sum(c.state in (_ChunkState.MOVING, _ChunkState.VALIDATING) for c in self._chunks.values())
 
     def _accept_more(self, now: float) -> list[Action]:
         moving = self._num_moving()
@@ -216,17 +225,17 @@ class Receiver:
             actions += self._post(chunk, now)
         return actions
 
-    def _post(self, chunk: _Incoming, now: float) -> list[Action]:
-        chunk.state = _Chunk.MOVING
-        if self._finish is not None and self._moved_at is None:
-            self._moved_at = now
+    def _post(self, chunk: _Chunk, now: float) -> list[Action]:
+        chunk.state = _ChunkState.MOVING
+        if self._finished is not None and self._finished.moved_at is None:
+            self._finished.moved_at = now
         chunk.give_up_at = now + self._timing.chunk_s
         self._repeat.start(now)
         key = ChunkKey(self.transfer_id, chunk.offer.seq, chunk.retry)
-        receive = PostReceive(key, chunk.offer.source, self._destination(chunk.offer))
+        receive = PostReceive(key, chunk.offer.source, self._incoming.destination(chunk.offer))
         return [receive, Tell(self._accept_message(chunk))]
 
-    def _ask_again(self, chunk: _Incoming, now: float) -> list[Action]:
+    def _ask_again(self, chunk: _Chunk, now: float) -> list[Action]:
         if chunk.retry >= self.MAX_RETRIES:
             return self.abort(f"chunk {chunk.offer.seq} arrived damaged twice", now)
         chunk.retry += 1
@@ -234,45 +243,49 @@ class Receiver:
 
     def _on_valid(self, valid: Valid, now: float) -> list[Action]:
         chunk = self._chunks.get(valid.seq)
-        if chunk is None or chunk.state is not _Chunk.VALIDATING or valid.retry != chunk.retry:
+        if chunk is None or chunk.state is not _ChunkState.VALIDATING or valid.retry != chunk.retry:
             return []
         return self._land(chunk, now)
 
-    def _land(self, chunk: _Incoming, now: float) -> list[Action]:
-        chunk.state = _Chunk.LANDED
+    def _land(self, chunk: _Chunk, now: float) -> list[Action]:
+        chunk.state = _ChunkState.LANDED
         return [*self._accept_more(now), *self._arrive_if_whole(now)]
 
     def _arrive_if_whole(self, now: float) -> list[Action]:
-        finish = self._finish
-        if finish is None or finish.num_chunks != len(self._chunks):
+        finished = self._finished
+        if finished is None or finished.message.num_chunks != len(self._chunks):
             return []
-        if self._covered != len(self._blocks):
-            return self.abort(f"finished after {self._covered} of {len(self._blocks)} blocks", now)
-        if any(chunk.state is not _Chunk.LANDED for chunk in self._chunks.values()):
+        if self._covered != self.num_blocks:
+            return self.abort(f"finished after {self._covered} of {self.num_blocks} blocks", now)
+        if any(chunk.state is not _ChunkState.LANDED for chunk in self._chunks.values()):
             return []
         self.state = State.DONE
-        moved_at = now if self._moved_at is None else self._moved_at
-        wait_s = finish.waited_s + moved_at - self._finish_at
-        arrived = Arrived(finish.token_id, finish.logprob, wait_s, now - moved_at)
-        return [arrived, Tell(Ack(transfer_id=self.transfer_id))]
+        return [finished.arrived(now), Tell(Ack(transfer_id=self.transfer_id))]
 
     def _unanswered(self) -> list[Action]:
-        if not self._chunks and self._finish is None:
-            return [Tell(self._grant)]
+        if not self._chunks and self._finished is None:
+            return [Tell(self._grant_message())]
         actions: list[Action] = []
         for seq, chunk in self._chunks.items():
-            if chunk.state is _Chunk.MOVING:
+            if chunk.state is _ChunkState.MOVING:
                 actions.append(Tell(self._accept_message(chunk)))
-            elif chunk.state is _Chunk.VALIDATING:
+            elif chunk.state is _ChunkState.VALIDATING:
                 actions.append(Tell(Validate(transfer_id=self.transfer_id, seq=seq, retry=chunk.retry)))
         return actions
 
-    def _accept_message(self, chunk: _Incoming) -> Accept:
+    def _accept_message(self, chunk: _Chunk) -> Accept:
         return Accept(transfer_id=self.transfer_id, seq=chunk.offer.seq, retry=chunk.retry)
 
-    def _destination(self, offer: Offer) -> tuple[int, ...]:
-        begin = offer.first_block - self._first_block
-        return self._blocks[begin : begin + len(offer.source)]
+    def _grant_message(self) -> Grant:
+        incoming = self._incoming
+        return Grant(
+            transfer_id=incoming.transfer_id,
+            request_id=incoming.leg.request_id,
+            attempt=incoming.leg.attempt,
+            first_block=incoming.first_block,
+            num_blocks=incoming.first_block + len(incoming.blocks),
+            lease_s=self._timing.lease_s,
+        )
 
     def _abort_message(self) -> Tell:
         outcome = self._outcome

@@ -21,8 +21,9 @@ from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.protocol.exchange import Incoming, KvArrived, ReceiverEnded, SenderEnded, TransferExchange
+from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
+from baton.kvtransfer.protocol.receiver import Incoming
 from baton.kvtransfer.protocol.transfer import Timing
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message

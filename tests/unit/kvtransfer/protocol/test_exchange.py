@@ -17,13 +17,13 @@ from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.exchange import (
     Event,
-    Incoming,
     KvArrived,
     ReceiverEnded,
     SenderEnded,
     TransferExchange,
 )
 from baton.kvtransfer.protocol.pairs import PeerTransport
+from baton.kvtransfer.protocol.receiver import Incoming
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.control import Refused
