@@ -32,6 +32,29 @@ class _Offered:
     posted: set[int] = field(default_factory=set)  # retries for which a send was posted
 
 
+@dataclass(slots=True)
+class _FirstToken:
+    token_id: int
+    logprob: Logprob | None
+    drawn_at: float
+    waited_s: float = 0.0  # from then to the first Finish
+
+
+@dataclass(slots=True)
+class _Lease:
+    """The sender holds its blocks while messages of the receiver renew this."""
+
+    duration_s: float
+    renewed_at: float
+
+    def expired(self, now: float) -> bool:
+        return now - self.renewed_at > self.duration_s
+
+    @property
+    def ends_at(self) -> float:
+        return self.renewed_at + self.duration_s
+
+
 class Sender:
     """Prefill's half. `digests_of` reads the pool; it is called for chunks that are offered, once each, unless the
     checksums of their blocks are known. `chunk_blocks`: how many blocks one offer may have now."""
@@ -50,16 +73,13 @@ class Sender:
         self.started_at = 0.0
         self._digests_of = digests_of
         self._chunk_blocks = chunk_blocks
-        self._lease_s = timing.lease_s
+        self._lease = _Lease(timing.lease_s, now)
         self._deadline = deadline
-        self._heard_at = now
         self._blocks: tuple[int, ...] = ()
         self._sums: dict[int, bytes] = {}  # checksums of blocks, as far as they are known
         self._next_block = 0  # first block not offered yet
         self._chunks: list[_Offered] = []
-        self._token: tuple[int, Logprob | None] | None = None
-        self._token_at = 0.0
-        self._waited_s = 0.0  # from the token to the first Finish
+        self._token: _FirstToken | None = None
         self._repeat = Repeater(timing)
         self._outcome = Ended(False, "never started")
 
@@ -82,8 +102,7 @@ class Sender:
         """All blocks are final; this is the first token."""
         if self.state is not State.OPEN:
             return []
-        self._token = (token_id, logprob)
-        self._token_at = now
+        self._token = _FirstToken(token_id, logprob, now)
         return self._offer(now)
 
     def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
@@ -94,7 +113,7 @@ class Sender:
     # -- called for messages
 
     def on_message(self, message: Message, now: float) -> list[Action]:
-        self._heard_at = now
+        self._lease.renewed_at = now
         match message:
             case Grant():
                 return self._on_grant(message, now)
@@ -120,7 +139,7 @@ class Sender:
         """Call at `wake_at` at the latest."""
         if self.state is State.OPEN and now >= self._deadline:
             return self.abort("deadline", now)
-        if self.state is State.OPEN and self.transfer_id is not None and now - self._heard_at > self._lease_s:
+        if self.state is State.OPEN and self.transfer_id is not None and self._lease.expired(now):
             return self.abort("lease expired", now)
         if self.state is not State.OPEN or not self._repeat.due(now):
             return []
@@ -140,7 +159,7 @@ class Sender:
     def wake_at(self) -> float:
         if self.state is not State.OPEN:
             return float("inf")
-        lease_end = self._heard_at + self._lease_s if self.transfer_id is not None else float("inf")
+        lease_end = self._lease.ends_at if self.transfer_id is not None else float("inf")
         return min(self._deadline, lease_end, self._repeat.at)
 
     # -- inside
@@ -149,7 +168,7 @@ class Sender:
         if self.transfer_id is not None:
             return []
         self.transfer_id = grant.transfer_id
-        self._lease_s = min(self._lease_s, grant.lease_s)
+        self._lease.duration_s = min(self._lease.duration_s, grant.lease_s)
         self.started_at = now
         self._next_block = grant.first_block
         return self._offer(now) if self.state is State.OPEN else self._abort_messages()
@@ -175,7 +194,7 @@ class Sender:
             self._next_block += len(blocks)
             actions.append(Tell(self._offer_message(len(self._chunks) - 1)))
         if self._token is not None:
-            self._waited_s = max(0.0, now - self._token_at)
+            self._token.waited_s = max(0.0, now - self._token.drawn_at)
             actions.append(Tell(self._finish_message()))
         if actions:
             self._repeat.start(now)
@@ -211,13 +230,12 @@ class Sender:
 
     def _finish_message(self) -> Finish:
         assert self.transfer_id is not None and self._token is not None
-        token_id, logprob = self._token
         return Finish(
             transfer_id=self.transfer_id,
             num_chunks=len(self._chunks),
-            token_id=token_id,
-            logprob=logprob,
-            waited_s=self._waited_s,
+            token_id=self._token.token_id,
+            logprob=self._token.logprob,
+            waited_s=self._token.waited_s,
         )
 
     def _unanswered(self) -> list[Action]:

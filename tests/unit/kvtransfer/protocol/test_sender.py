@@ -1,12 +1,12 @@
-"""What the sending machine does with checksums that the worker told."""
+"""The sending machine: chunks and their checksums, its lease, and the wait of the first token."""
 
 from __future__ import annotations
 
 from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.protocol.sender import Sender
-from baton.kvtransfer.protocol.transfer import Action, Tell, Timing
+from baton.kvtransfer.protocol.transfer import Action, CancelIo, Tell, Timing
 from baton.node.messages.base import MAX_OFFER_BLOCKS
-from baton.node.messages.transfer import Grant, Offer
+from baton.node.messages.transfer import Abort, Finish, Grant, Offer, Renew, Validate
 
 ID = b"t" * 16
 SUMS = {block: bytes([block]) * 8 for block in range(10)}
@@ -37,7 +37,7 @@ def of(*blocks: int) -> tuple[tuple[int, ...], bytes]:
     return blocks, digest_of_sums([SUMS[block] for block in blocks])
 
 
-def test_no_block_is_read_whose_checksum_was_told() -> None:
+def test_no_block_is_read_whose_checksum_is_known() -> None:
     machine, asked = sender()
     grant(machine)
     assert offered(machine.on_blocks([5, 6, 7], SUMS, 0.0)) == [of(5, 6), of(7)] and not asked
@@ -65,3 +65,26 @@ def test_an_offer_has_no_more_blocks_than_a_message_may() -> None:
     grant(machine)
     offers = offered(machine.on_blocks(range(MAX_OFFER_BLOCKS + 5), {}, 0.0))
     assert [len(blocks) for blocks, _ in offers] == [MAX_OFFER_BLOCKS, 5]
+
+
+def test_the_receiver_renews_the_lease_of_the_sender() -> None:
+    """Guards the blocks: after a silence of the granted lease the sender never says Valid again."""
+    machine, _ = sender()
+    grant(machine)
+    machine.on_message(Renew(transfer_ids=(ID,)), 2.0)
+    assert machine.on_timer(5.0) == [] and machine.wake_at == 5.0
+    assert machine.on_timer(5.5) == [
+        CancelIo(),
+        Tell(Abort(transfer_id=ID, reason="lease expired", cancelled=False)),
+    ]
+    validate = Validate(transfer_id=ID, seq=0, retry=0)
+    assert machine.on_message(validate, 5.6) == [Tell(Abort(transfer_id=ID, reason="lease expired", cancelled=False))]
+
+
+def test_the_finish_says_how_long_the_first_token_waited_for_the_grant() -> None:
+    """Guards the timeline: a repeated Finish must say the same."""
+    machine, _ = sender()
+    machine.on_token(7, None, 1.0)
+    machine.on_message(Grant(transfer_id=ID, request_id="r", attempt=0, first_block=0, num_blocks=0, lease_s=3.0), 1.5)
+    finish = Finish(transfer_id=ID, num_chunks=0, token_id=7, logprob=None, waited_s=0.5)
+    assert machine.on_timer(2.0) == [Tell(finish)] == machine.on_timer(3.0)
