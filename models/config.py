@@ -14,6 +14,9 @@ from baton.models.rope_config import RopeConfig, read_rope
 from baton.node.errors import SettingsError
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+MODEL_TYPES = dict(zip(("llama", "mistral", "qwen2", "qwen3"), ARCHITECTURES, strict=True))
+DEFAULT_KV_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
+"""Where num_key_value_heads is absent; where it is null, and in Llama, there are as many as query heads."""
 
 
 class UnsupportedModel(SettingsError):
@@ -50,7 +53,6 @@ class ModelConfig:
     """Which layers use the window; all False when there is none."""
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
-    dtype: str
 
     @property
     def max_model_len(self) -> int:
@@ -85,9 +87,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         raise SettingsError(f"{config.where}: quantised weights ('quantization_config') are not supported")
     hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
     num_layers, max_position = config.integer("num_hidden_layers"), config.integer("max_position_embeddings")
-    num_kv_heads = config.integer("num_key_value_heads", num_heads if llama else None)
-    if num_heads % num_kv_heads:
-        raise config.wrong("num_key_value_heads", f"a divisor of num_attention_heads ({num_heads})")
+    num_kv_heads = _num_kv_heads(config, architecture, num_heads)
     if not qwen3 and not config.has("head_dim") and hidden_size % num_heads:
         raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({num_heads})")
     head_dim = config.integer("head_dim", 128 if qwen3 else hidden_size // num_heads)
@@ -115,17 +115,44 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         windowed_layers=windowed,
         max_position_embeddings=max_position,
         eos_token_ids=_eos_token_ids(config, generation_path),
-        dtype=_dtype(config),
     )
 
 
 def _architecture(config: JsonObject) -> str:
+    """The class that runs the model. Folders without `architectures` are known by `model_type`, as in transformers, and
+    a folder saved from the decoder without a head (`LlamaModel`) holds a causal language model too."""
+    family = config.text("model_type") if config.has("model_type") else None
+    if config.fields.get("architectures") in (None, []):
+        if family is None:
+            raise SettingsError(f"{config.where}: 'architectures' is missing, and so is 'model_type'")
+        if family not in MODEL_TYPES:
+            raise UnsupportedModel(f"of model_type {family!r}")
+        return MODEL_TYPES[family]
     names = config.texts("architectures")
     if len(names) != 1:
         raise config.wrong("architectures", "a list of one name")
-    if names[0] not in ARCHITECTURES:
-        raise UnsupportedModel(names[0])
-    return names[0]
+    name = names[0]
+    architecture = f"{name.removesuffix('Model')}ForCausalLM" if name.endswith("Model") else name
+    if architecture not in ARCHITECTURES:
+        raise UnsupportedModel(name)
+    if family is not None and MODEL_TYPES.get(family) != architecture:
+        raise config.wrong("model_type", f"that of 'architectures' ({name})")
+    return architecture
+
+
+def _num_kv_heads(config: JsonObject, architecture: str, num_heads: int) -> int:
+    if "num_key_value_heads" in config.fields:
+        num_kv_heads = config.integer("num_key_value_heads", num_heads)
+    else:
+        num_kv_heads = DEFAULT_KV_HEADS.get(architecture, num_heads)
+    if num_heads % num_kv_heads:
+        expected = f"a divisor of num_attention_heads ({num_heads})"
+        if "num_key_value_heads" in config.fields:
+            raise config.wrong("num_key_value_heads", expected)
+        raise SettingsError(
+            f"{config.where}: 'num_key_value_heads' is missing, and its default, {num_kv_heads}, is not {expected}"
+        )
+    return num_kv_heads
 
 
 def _windows(config: JsonObject, architecture: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
@@ -164,10 +191,3 @@ def _eos_token_ids(config: JsonObject, generation_path: Path) -> tuple[int, ...]
     if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
         raise source.wrong("eos_token_id", "a token id or a list of them")
     return tuple(item for item in ids if isinstance(item, int))
-
-
-def _dtype(config: JsonObject) -> str:
-    name = config.text("dtype", config.text("torch_dtype", "float32"))
-    if name not in ("float32", "bfloat16", "float16"):
-        raise config.wrong("dtype" if config.has("dtype") else "torch_dtype", "float32, bfloat16 or float16")
-    return name

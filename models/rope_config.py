@@ -36,7 +36,9 @@ class RopeConfig:
 
 def read_rope(config: JsonObject, max_position: int) -> RopeConfig:
     """The rope of a config.json; SettingsError names an unknown type or a missing key."""
-    rope = config.child("rope_scaling") or config.child("rope_parameters") or JsonObject(config.where, {})
+    rope = _rope_object(config)
+    if "rope_theta" in config.fields and not config.has("rope_theta") and not rope.has("rope_theta"):
+        raise config.wrong("rope_theta", "a number")
     theta = rope.number("rope_theta", config.number("rope_theta", DEFAULT_THETA))
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_KINDS:
@@ -60,6 +62,15 @@ def read_rope(config: JsonObject, max_position: int) -> RopeConfig:
             raise SettingsError(f"{rope.where}: 'high_freq_factor' must be above 'low_freq_factor'")
         return RopeConfig(kind, theta, factor, original, low, high)
     return RopeConfig(kind, theta, factor, max_position)
+
+
+def _rope_object(config: JsonObject) -> JsonObject:
+    """`rope_scaling`, unless it is empty; then `rope_parameters`: tools that know both spellings leave an empty one."""
+    for key in ("rope_scaling", "rope_parameters"):
+        found = config.child(key)
+        if found is not None and found.fields:
+            return found
+    return JsonObject(config.where, {})
 
 
 def _yarn(rope: JsonObject, theta: float, original: int, max_position: int) -> RopeConfig:

@@ -46,7 +46,7 @@ def test_defaults_of_a_short_config(tmp_path):
     assert config.rope == RopeConfig("default", theirs.rope_parameters["rope_theta"])
     assert not (config.tie_word_embeddings or config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
     assert config.sliding_window is None and config.windowed_layers == (False,) * 4
-    assert config.eos_token_ids == (3,) and config.dtype == "float32"
+    assert config.eos_token_ids == (3,)
     assert config.max_model_len == 256 and config.group_size == 2
 
 
@@ -147,6 +147,82 @@ def test_unknown_rope_type_is_refused_by_name(tmp_path, spelling):
         read(tmp_path, PLAIN | {"rope_scaling": {spelling: "longrope", "factor": 2.0}})
 
 
+@pytest.mark.parametrize("empty", [{}, None])
+def test_empty_rope_scaling_leaves_rope_parameters_in_force(tmp_path, empty):
+    """Guards against the default rope in silence: tools that know both spellings leave an empty `rope_scaling`."""
+    parameters = {"rope_type": "linear", "factor": 4.0, "rope_theta": 777.0}
+    plain = {key: value for key, value in PLAIN.items() if key != "architectures"}
+    theirs = transformers.LlamaConfig(**plain, rope_scaling=empty, rope_parameters=dict(parameters)).rope_parameters
+    rope = read(tmp_path, PLAIN | {"rope_scaling": empty, "rope_parameters": parameters}).rope
+    assert (rope.kind, rope.theta, rope.factor) == (theirs["rope_type"], theirs["rope_theta"], theirs["factor"])
+
+
+def test_null_rope_theta_is_refused(tmp_path):
+    """Guards against a base that is guessed: transformers has none for it either."""
+    with pytest.raises(SettingsError, match=r"config\.json.*rope_theta"):
+        read(tmp_path, PLAIN | {"rope_theta": None})
+
+
+FAMILIES = {
+    "LlamaForCausalLM": transformers.LlamaConfig,
+    "MistralForCausalLM": transformers.MistralConfig,
+    "Qwen2ForCausalLM": transformers.Qwen2Config,
+    "Qwen3ForCausalLM": transformers.Qwen3Config,
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_absent_key_heads_are_those_of_transformers(tmp_path, architecture):
+    shape = {key: value for key, value in PLAIN.items() if key not in ("architectures", "num_key_value_heads")}
+    shape |= {"num_attention_heads": 32}
+    config = read(tmp_path, shape | {"architectures": [architecture]})
+    assert config.num_kv_heads == FAMILIES[architecture](**shape).num_key_value_heads
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_null_key_heads_are_as_many_as_query_heads(tmp_path, architecture):
+    """Old folders of models without grouped queries say null."""
+    null = {"architectures": [architecture], "num_key_value_heads": None}
+    assert read(tmp_path, PLAIN | null).num_kv_heads == 4
+
+
+def test_default_key_heads_that_do_not_fit_are_refused(tmp_path):
+    short = {key: value for key, value in PLAIN.items() if key != "num_key_value_heads"}
+    with pytest.raises(SettingsError, match="'num_key_value_heads' is missing, and its default, 8"):
+        read(tmp_path, short | {"architectures": ["MistralForCausalLM"]})
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float64", None])
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+def test_dtype_of_a_folder_decides_nothing(tmp_path, key, dtype):
+    """Guards against a refusal for a key that no worker reads: --dtype says in what weights are held."""
+    assert read(tmp_path, PLAIN | {key: dtype}) == read(tmp_path, PLAIN)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("absent", [None, []])
+def test_model_type_stands_in_for_absent_architectures(tmp_path, architecture, absent):
+    model_type = FAMILIES[architecture].model_type
+    config = read(tmp_path, PLAIN | {"architectures": absent, "model_type": model_type})
+    assert config.architecture == architecture
+
+
+@pytest.mark.parametrize("name", ["LlamaModel", "Qwen3Model"])
+def test_folder_saved_without_a_head_names_its_family(tmp_path, name):
+    assert read(tmp_path, PLAIN | {"architectures": [name]}).architecture == name.replace("Model", "ForCausalLM")
+
+
+def test_unsupported_model_type_is_refused_by_name(tmp_path):
+    with pytest.raises(UnsupportedModel, match="gpt2"):
+        read(tmp_path, PLAIN | {"architectures": None, "model_type": "gpt2"})
+
+
+def test_model_type_of_another_family_is_refused(tmp_path):
+    """Guards against another model in silence: transformers goes by model_type, we by the architecture."""
+    with pytest.raises(SettingsError, match="'model_type' must be that of 'architectures'"):
+        read(tmp_path, PLAIN | {"model_type": "mistral"})
+
+
 @pytest.mark.parametrize("key", [key for key in PLAIN if key != "num_key_value_heads"])
 def test_missing_key_is_named(tmp_path, key):
     with pytest.raises(SettingsError, match=f"config.json.*'{key}' is missing"):
@@ -173,7 +249,6 @@ def test_missing_key_is_named(tmp_path, key):
         ("architectures", []),
         ("architectures", [1]),
         ("hidden_act", "gelu"),
-        ("torch_dtype", "int8"),
         ("rope_scaling", "linear"),
         ("rope_scaling", {"type": "linear"}),
         ("rope_scaling", {"type": "linear", "factor": "2"}),
