@@ -202,8 +202,8 @@ def _add_tokenizer(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         body = await read(DetokenizeBody, request)
         text = model_of(body.model).text
-        if body.tokens and max(body.tokens) >= text.vocab_size:
-            raise BadRequest(f"token ids must be below {text.vocab_size}", param="tokens")
+        if body.tokens and max(body.tokens) >= text.num_decodable:
+            raise BadRequest(f"token ids must be below {text.num_decodable}", param="tokens")
         return _json({"prompt": text.decode(body.tokens, skip_special_tokens=False)})
 
 

@@ -254,12 +254,18 @@ def _completion_logprobs(tokens: Sequence[TokenLogprob]) -> _CompletionLogprobs:
     return _CompletionLogprobs(
         tokens=[_shown(token.token) for token in tokens],
         token_logprobs=[_finite(token.logprob) for token in tokens],
-        top_logprobs=[
-            {_shown(piece): _finite(value) for piece, value in (*token.top, (token.token, token.logprob))}
-            for token in tokens
-        ],
+        top_logprobs=[_by_text((*token.top, (token.token, token.logprob))) for token in tokens],
         text_offset=[token.offset_chars for token in tokens],
     )
+
+
+def _by_text(tokens: Sequence[tuple[bytes, float]]) -> dict[str, float]:
+    """Several tokens may have one text (a comma, and the byte of a comma): the likeliest of them counts."""
+    found: dict[str, float] = {}
+    for token, logprob in tokens:
+        shown, value = _shown(token), _finite(logprob)
+        found[shown] = max(value, found.get(shown, value))
+    return found
 
 
 def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> _ChatLogprobs:

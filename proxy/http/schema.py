@@ -91,7 +91,7 @@ class SamplingRequest(_Strict):
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
     logit_bias: (
         Annotated[
-            dict[Annotated[str, Field(pattern=r"^\d{1,10}$")], Annotated[float, Field(ge=-100.0, le=100.0)]],
+            dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100.0, le=100.0)]],
             Field(max_length=MAX_LOGIT_BIAS),
         ]
         | None

@@ -49,8 +49,11 @@ class ModelText:
         source = _template_source(folder, names)
         self._template = ChatTemplate(source, {k: v for k, v in special.items() if v}) if source else None
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(_count(config, "vocab_size"), max(vocab.values(), default=-1) + 1)
-        """Token ids are below this; a model's table may be longer than its tokenizer's."""
+        known_ids = max(vocab.values(), default=-1) + 1
+        self.vocab_size = _count(config, "vocab_size") or known_ids
+        """Rows of the model's table: token ids of a request are below this, whatever the tokenizer knows."""
+        self.num_decodable = max(self.vocab_size, known_ids)
+        """Token ids that can be asked for as text are below this."""
         self._longest_token_chars = max(map(len, vocab), default=1)
         self.defaults = _sampling_defaults(generation)
         eos = _ids(generation.get("eos_token_id")) + _ids(config.get("eos_token_id"))

@@ -18,6 +18,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from baton.node.errors import BadRequest, SettingsError
+from baton.proxy.http.prepare import choices_of
+from baton.proxy.http.schema import read_completion
+from baton.proxy.interface import AppSettings
 from baton.proxy.text.model_text import LONG_TEXT_CHARS, ModelText, SamplingDefaults
 from baton.proxy.text.template import ChatTemplate
 
@@ -310,3 +313,18 @@ def test_chats_and_prompts_are_those_of_transformers(folder: Path | str, demo_fo
     for written, special in ((rendered, False), ("Hello world, é 日本", True), ("", True)):
         expected = tuple(theirs(written, add_special_tokens=special)["input_ids"])
         assert ours.encode(written, add_special_tokens=special) == expected
+
+
+async def test_a_token_beyond_the_models_table_is_refused_though_the_tokenizer_knows_it(
+    tmp_path: Path, demo_folder: Path
+) -> None:
+    """Guards against a bias that is silently lost, and a prompt outside the embedding table."""
+    folder = copy_of(demo_folder, tmp_path)
+    (folder / "config.json").write_text('{"vocab_size": 4000}')
+    text = ModelText(folder)
+    assert (text.vocab_size, text.num_decodable) == (4000, 4096)
+    base = {"model": "m", "prompt": [5], "max_tokens": 1}
+    for more, param in (({"logit_bias": {"4000": 1}}, "logit_bias"), ({"prompt": [4000]}, "prompt")):
+        with pytest.raises(BadRequest) as raised:
+            await choices_of(read_completion(json.dumps(base | more).encode()), text, AppSettings(), 2048, "r")
+        assert raised.value.param == param
