@@ -21,7 +21,7 @@ class DecodeSettings(WorkerSettings):
     max_chunk_tokens: int | None = option(
         None,
         unit="tokens",
-        help="longest chunk of a prompt that is computed here, beside decoding; default 128, on a GPU 2048",
+        help="longest chunk of a prompt in a step, beside decode rows; default 128, on a GPU 2048",
         minimum=1,
     )
     spare_blocks: int = option(

@@ -76,7 +76,7 @@ class ServeSettings:
     decode_arg: tuple[str, ...] = option((), metavar="ARGUMENT", help="argument for each decode worker")
     store_arg: tuple[str, ...] = option((), metavar="ARGUMENT", help="argument for the KV store")
     start_timeout_s: float = option(600.0, unit="s", help="time limit for the start, up to the first token", minimum=1)
-    grace_s: float = option(45.0, unit="s", help="time that processes get to drain before they are killed", minimum=0)
+    grace_s: float = option(45.0, unit="s", help="time for processes to drain before they are killed", minimum=0)
 
 
 @dataclass(frozen=True, slots=True)

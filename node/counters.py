@@ -36,7 +36,7 @@ class WorkerCounters:
     steps: int = counted("Steps of the model.")
     prompt_tokens: int = counted("Tokens of the prompts that were taken on.")
     prefix_queries_tokens: int = counted("Tokens looked up in the worker's own pool.")
-    prefix_hits_tokens: int = counted("Tokens found there.")
+    prefix_hits_tokens: int = counted("Tokens found in the worker's own pool.")
     prompt_tokens_gpu: int = counted("Tokens of prompts whose KV was in the worker's own pool.")
     prompt_tokens_computed: int = counted("Tokens of prompts that were computed.")
     evictions: int = counted("Cached blocks that were evicted.")
@@ -51,9 +51,9 @@ class DecodeCounters(WorkerCounters):
     preemptions: int = counted("Sequences that were preempted: they gave up their KV.")
     device_busy_seconds: float = counted("Seconds in which the GPU computed steps.")
     device_gaps: int = counted("Steps that were launched while another was in flight.")
-    device_gaps_short: int = counted("Those of them that began within 50 microseconds of its end.")
+    device_gaps_short: int = counted("Steps of these that began within 50 microseconds of its end.")
     device_gap_seconds: float = counted(
-        "Seconds between the ends of steps and the begins of those launched behind them."
+        "Seconds between the end of a step and the begin of the one launched behind it."
     )
 
 
@@ -70,7 +70,7 @@ class TransferCounters:
     pairs_refused: int = counted("Workers that this one cannot exchange KV with.")
     unexpected_messages: int = counted("Messages that fit no transfer.")
     digest_retries: int = counted("Chunks that arrived damaged and were requested once more.")
-    transfer_seconds: float = counted("Seconds of all transfers together.")
+    transfer_seconds: float = counted("Total time of all transfers, in seconds.")
 
 
 @dataclass(slots=True)
@@ -81,12 +81,12 @@ class PrefixCounters:
     prompt_tokens_ram: int = counted("Tokens of prompts whose KV came from the host's memory.")
     prompt_tokens_disk: int = counted("Tokens of prompts whose KV came from the host's disk.")
     prompt_tokens_peer: int = counted("Tokens of prompts whose KV came from another host's store.")
-    store_lookups_late: int = counted("Lookups that were not waited for any longer.")
+    store_lookups_late: int = counted("Lookups that the worker stopped waiting for.")
     store_loads: int = counted("Prompts with KV loaded from the store.")
-    store_loads_stopped: int = counted("Loads that took longer than computing would have.")
+    store_loads_stopped: int = counted("Loads that were stopped because they took longer than computing would have.")
     store_gate_refused: int = counted("Prompts with KV in the store that were computed because that was quicker.")
     store_predicted_seconds: float = counted("Seconds that loads were expected to take.")
-    store_actual_seconds: float = counted("Seconds that the same loads took.")
+    store_actual_seconds: float = counted("Seconds that these loads took.")
     store_written_blocks: int = counted("Blocks written to the store.")
     store_dropped_blocks: int = counted("Blocks not written, because too many were being written.")
 

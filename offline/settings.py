@@ -16,7 +16,9 @@ class BatchSettings:
     """What `baton batch` can be given."""
 
     input: Path = option(metavar="FILE", help="requests, one a line, in OpenAI's batch format (-i)")
-    output: Path = option(metavar="FILE", help="answers, one a line; those that it holds are not asked again (-o)")
+    output: Path = option(
+        metavar="FILE", help="answers, one a line; requests that have an answer in it are skipped (-o)"
+    )
     model: str = option("", metavar="FOLDER_OR_HUB_ID", help="model to serve; default: the demo model", positional=True)
     base_url: str = option("", metavar="URL", help="a running server to use instead, with the model of this name")
     api_key: str = option("", help="key of that server", env="BATON_API_KEY")

@@ -24,7 +24,9 @@ class PrefillSizes:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PrefillSettings(WorkerSettings):
-    policy: str = option("fcfs", choices=("fcfs", "sjf"), help="order of prompts: arrival, or shortest first, aging")
+    policy: str = option(
+        "fcfs", choices=("fcfs", "sjf"), help="order of prompts: by arrival, or shortest first with aging"
+    )
     max_chunk_tokens: int | None = option(
         None, unit="tokens", help="longest chunk of one prompt in a step; default 512, on a GPU 4096", minimum=1
     )

@@ -72,4 +72,4 @@ class ProxySettings:
         env="OTEL_EXPORTER_OTLP_ENDPOINT",
         help="send a trace of each request to this address, by OTLP over HTTP; needs the extra 'otel'",
     )
-    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")

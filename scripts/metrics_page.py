@@ -32,9 +32,9 @@ configuration](monitoring/prometheus.yml), [alerts](monitoring/alerts.yml) and [
 dashboard](monitoring/grafana.json).
 
 `GET /metrics` of the proxy is all there is to scrape: what workers and stores count reaches it with their heartbeats.
-`vllm:` names mean what they mean in vLLM, counted per generation (each of `n` answers to each prompt is one) and as the
-client sees it. Units are seconds, bytes and tokens. Every counter of the proxy, and every value of a bounded label, is
-there from the start, at 0. What has a worker in its labels is there as long as the worker.
+`vllm:` names have vLLM's meaning, counted per generation (each of `n` answers to each prompt is one) and as the client
+sees it. Units are seconds, bytes and tokens. Every counter of the proxy, and every value of a bounded label, exists
+from the start, at 0. A series with a worker in its labels exists as long as the worker.
 
 Buckets reach from {SECONDS[0] * 1000:g} ms to {SECONDS[-1]:g} s: {len(SECONDS)} of them, or {len(COARSE_SECONDS)}
 where there are many labels.
@@ -43,16 +43,16 @@ TIMELINE = """
 ## Where the time went
 
 Each generation has a timeline in three parts: from the first byte of its request to the first answer written (the
-TTFT), from there to the second answer, from there to the end. The stages of a part sum to it. The proxy's own stages
-are stamps of its clock; workers report theirs as durations, which are laid against the end of the time that passed in
-the proxy, and `network` is what they leave. No clock is compared between hosts, and no stage is negative. For an answer
-that is not streamed, a token counts as shown when the proxy has it.
+TTFT), from there to the second answer, from there to the end. The stages of a part sum to it. The proxy measures its
+own stages with its clock. Workers report theirs as durations, which are placed at the end of the time that passed in
+the proxy; `network` is the remainder. No clock is compared between hosts, and no stage is negative. For an answer that
+is not streamed, a token counts as shown when the proxy has it.
 
 | stage | what it is | until first token | until second token | until the end |
 |---|---|:-:|:-:|:-:|
 """
 SHOWN = """
-"yes": always there, if only with 0; the others only where they took time.
+"yes": always present, possibly with 0; other stages are present only if they took time.
 
 - `GET /metrics`: `baton:request_stage_seconds{until="first_token",stage="prefill"}` and so on, for parts that were
   reached.
@@ -62,8 +62,8 @@ SHOWN = """
   by the id that the answer had (`id`, `x-request-id`). The API key guards it. Cancelled and failed ones are there too.
 - Traces with `--otlp-endpoint URL` (or `OTEL_EXPORTER_OTLP_ENDPOINT`; needs `pip install 'baton-serve[otel]'`): a span
   a generation with OpenTelemetry's `gen_ai.*` attributes, and one for each stage below it, one after the other. A
-  client's `traceparent` is honoured. Other `OTEL_*` variables (headers, service name, sampler) mean what they always
-  mean.
+  client's `traceparent` is honoured. Other `OTEL_*` variables (headers, service name, sampler) have their usual
+  meaning.
 """
 NOTE = """
 A disk's misses, refusals, evictions and drops come by reason beside these, as `baton:store_disk_miss_corrupt_total`.

@@ -32,14 +32,14 @@ class WorkloadSettings:
 
     profile: str = option("h200-llama-8b", help="latency profile: the name of a shipped one, or a JSON file")
     trace: Path | None = option(None, help="Mooncake trace to replay (JSON lines); else requests are drawn")
-    speed: float = option(1.0, help="replay the trace so many times as fast", minimum=0.001)
-    requests: int = option(1000, unit="requests", help="so many of the workload; 0: all of the trace", minimum=0)
+    speed: float = option(1.0, help="replay the trace this many times faster", minimum=0.001)
+    requests: int = option(1000, unit="requests", help="number of requests; 0: all of the trace", minimum=0)
     rate: float = option(4.0, unit="requests/s", help="Poisson arrivals of drawn requests", minimum=0.001)
     prompt_tokens: int = option(2048, unit="tokens", help="mean length of drawn prompts", minimum=1)
     prompt_spread: float = option(0.0, help="standard deviation of the logarithm of their length", minimum=0)
     output_tokens: int = option(256, unit="tokens", help="mean length of drawn answers", minimum=1)
     output_spread: float = option(0.0, help="standard deviation of the logarithm of their length", minimum=0)
-    seed: int = option(0, help="of all that is drawn; one seed is one run", minimum=0)
+    seed: int = option(0, help="seed of everything that is drawn; equal seeds give equal runs", minimum=0)
     json: bool = option(False, help="print JSON instead of a table")
 
     def __post_init__(self) -> None:
@@ -49,8 +49,8 @@ class WorkloadSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SloSettings(WorkloadSettings):
-    ttft_ms: float = option(1000.0, unit="ms", help="a good request has its first token within", minimum=0.001)
-    tpot_ms: float = option(15.0, unit="ms", help="and a mean time a token after it of at most", minimum=0.001)
+    ttft_ms: float = option(1000.0, unit="ms", help="objective: time to the first token", minimum=0.001)
+    tpot_ms: float = option(15.0, unit="ms", help="objective: mean time of each later token", minimum=0.001)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,7 +69,7 @@ class ReplaySettings(SloSettings):
     max_queue: int = option(512, unit="requests", help="most requests that wait in the proxy", minimum=1)
     request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1)
     store_ram_gib: float = option(0.0, unit="GiB", help="RAM of each host's KV store; 0: no store", minimum=0)
-    store_disk_gib: float = option(0.0, unit="GiB", help="and its disk; 0: no disk", minimum=0)
+    store_disk_gib: float = option(0.0, unit="GiB", help="disk of each host's KV store; 0: no disk", minimum=0)
     store_loads: str = option(LOADS[0], choices=LOADS, help="when a prefix is loaded from the store")
     step_by_step: bool = option(False, help="make every step of a decode worker an event: the same result, later")
 
@@ -77,20 +77,20 @@ class ReplaySettings(SloSettings):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LossSettings(ReplaySettings):
     at: float = option(
-        0.5, help="when the worker is killed, as a part of the time of the arrivals", minimum=0, maximum=1
+        0.5, help="when the worker is killed, as a fraction of the time of all arrivals", minimum=0, maximum=1
     )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class OverloadSettings(ReplaySettings):
-    factor: float = option(3.0, help="so many times the rate (or speed) is sent", minimum=0.001)
+    factor: float = option(3.0, help="multiply the rate (or speed) of the load by this", minimum=0.001)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PlaceSettings(SloSettings):
-    gpus: int = option(4, unit="workers", help="workers to share out", minimum=2)
+    gpus: int = option(4, unit="workers", help="workers to divide into prefill and decode", minimum=2)
     chunk_tokens: tuple[int, ...] = option(
-        (256, 512, 1024, 2048), unit="tokens", help="chunks of a prompt in colocated serving, each of them tried"
+        (256, 512, 1024, 2048), unit="tokens", help="chunk lengths to try in colocated serving"
     )
     rounds: int = option(4, help="bisections of the rate after a factor of two is known", minimum=0)
     policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")
@@ -106,15 +106,15 @@ class PlaceSettings(SloSettings):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TiersSettings:
     trace: Path = option(help="Mooncake trace (JSON lines)")
-    profile: str = option("h200-llama-8b", help="latency profile: tells the bytes of a token")
+    profile: str = option("h200-llama-8b", help="latency profile, for the bytes of a token")
     million_tokens: tuple[float, ...] = option((1.0, 3.0, 10.0, 30.0), help="sizes of the tier")
-    seed: int = option(0, help="of the arrivals within a time stamp", minimum=0)
+    seed: int = option(0, help="seed of the arrivals within a time stamp", minimum=0)
     json: bool = option(False, help="print JSON instead of a table")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FitSettings:
-    steps: tuple[Path, ...] = option(metavar="FILE", help="measured steps, as scripts/bench steps writes them")
+    steps: tuple[Path, ...] = option(metavar="FILE", help="measured steps, as `baton bench steps` writes them")
     profile: str = option("", help="profile whose other numbers go into --out")
     out: Path | None = option(None, help="write that profile with the coefficients found")
 

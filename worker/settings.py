@@ -50,14 +50,14 @@ class WorkerSettings:
     )
     worker_id: str = option("", help="name of this worker in logs and metrics; default: its role and process id")
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
-    gpu: int = option(0, help="number of the GPU, where the model runs on one", minimum=0)
+    gpu: int = option(0, help="number of the GPU, if the model runs on one", minimum=0)
     dtype: str = option(
         "auto",
         choices=("auto", "float32", "bfloat16"),
         help="dtype of weights and KV; auto: float32, on a GPU bfloat16",
     )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
-    bind: str = option("tcp://127.0.0.1:0", help="address for peers; port 0 takes a free one")
+    bind: str = option("tcp://127.0.0.1:0", help="address that other workers connect to; port 0: a free one")
     insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
     plane: tuple[str, ...] = option(
         (),
@@ -85,14 +85,14 @@ class WorkerSettings:
     max_num_seqs: int | None = option(
         None,
         unit="sequences",
-        help="most requests in work at once; default 64, on a GPU 256",
+        help="most sequences that run at once; default 64, on a GPU 256",
         minimum=1,
         maximum=4096,
     )
     max_num_batched_tokens: int | None = option(
         None,
         unit="tokens",
-        help="token budget of a step; default 512, on a GPU 8192, to prefill 4096",
+        help="token budget of a step; default 512, on a GPU 8192, for prefill 4096",
         minimum=1,
         maximum=1 << 20,
     )
@@ -105,22 +105,22 @@ class WorkerSettings:
         maximum=1024,
     )
     run_ahead: int = option(
-        1, unit="steps", help="steps that a GPU is given before the last one is read", minimum=0, maximum=4
+        1, unit="steps", help="steps that are launched on a GPU before the last one is read", minimum=0, maximum=4
     )
     deterministic: bool = option(
-        False, help="on a GPU: tokens that do not depend on what else is in a step, a little slower"
+        False, help="on a GPU: make tokens independent of the other requests in a step, a little slower"
     )
     threads: int | None = option(
-        None, unit="threads", help="CPU threads of the model; default: as torch chooses", minimum=1
+        None, unit="threads", help="CPU threads of the model; default: torch's choice", minimum=1
     )
-    store: str = option("", metavar="ADDRESS", help="address of the host's KV store; not given: none is used")
+    store: str = option("", metavar="ADDRESS", help="address of the host's KV store; default: none")
     store_loads: str = option(
         "measured",
         choices=("measured", "always"),
         help="load a prefix from the store when that is measured to be faster than computing it, or always",
     )
-    drain_s: float = option(30.0, unit="s", help="time that running requests get to end after SIGTERM", minimum=0)
-    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")
+    drain_s: float = option(30.0, unit="s", help="time for running requests to finish after SIGTERM", minimum=0)
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")
 
     def worker_sizes(self, device: str) -> WorkerSizes:
         """The sizes on "cpu" or "cuda"."""

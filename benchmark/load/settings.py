@@ -29,10 +29,10 @@ class ServingSettings:
     backend: str = option(
         "openai", choices=("openai", "openai-chat"), help="which endpoint: /v1/completions or /v1/chat/completions"
     )
-    api_key: str = option("", env="OPENAI_API_KEY", help="sent as a bearer token")
-    temperature: float = option(0.0, help="of every request", minimum=0)
+    api_key: str = option("", env="OPENAI_API_KEY", help="API key, sent as a bearer token")
+    temperature: float = option(0.0, help="sampling temperature of every request", minimum=0)
     ignore_eos: bool = option(False, help="ask for all of max_tokens (vLLM's and Baton's parameter)")
-    include_usage: bool = option(True, help="ask the server to count tokens; without, chunks with text are counted")
+    include_usage: bool = option(True, help="ask the server to count tokens; otherwise chunks with text are counted")
     extra_body: str = option("", metavar="JSON", help="more fields of every request, as a JSON object")
     request_timeout_s: float = option(600.0, unit="s", help="a request that takes longer has failed", minimum=0.1)
 
@@ -57,12 +57,16 @@ class ServingSettings:
     arrivals: str = option("gamma", choices=("gamma", "constant"), help="how requests are spread at a rate")
     ramp_up_strategy: str = option("", choices=("", "linear", "exponential"), help="a rate that changes over the run")
     ramp_up_start_rps: float = option(1.0, unit="requests/s", help="rate at the start of a ramp", minimum=0.001)
-    ramp_up_end_rps: float = option(10.0, unit="requests/s", help="rate at its end", minimum=0.001)
+    ramp_up_end_rps: float = option(10.0, unit="requests/s", help="rate at the end of a ramp", minimum=0.001)
     max_concurrency: int | None = option(
         None, unit="requests", help="limit on requests in flight; waiting for a slot counts in the latency", minimum=1
     )
-    num_warmups: int = option(4, unit="requests", help="sent before each run and not counted", minimum=0)
-    seed: tuple[int, ...] = option((0,), help="of lengths, arrivals and cancels; several are run one by one", minimum=0)
+    num_warmups: int = option(
+        4, unit="requests", help="requests that are sent before each run and not counted", minimum=0
+    )
+    seed: tuple[int, ...] = option(
+        (0,), help="seed of lengths, arrivals and cancellations; several are run one by one", minimum=0
+    )
     cancel_rate: float = option(
         0.0,
         help="fraction of requests (of conversations: in their last turn) that the client cancels",
@@ -71,17 +75,19 @@ class ServingSettings:
     )
 
     # -- what
-    random_input_len: int = option(1024, unit="tokens", help="of a random prompt, or of one turn", minimum=1)
-    random_output_len: int = option(128, unit="tokens", help="max_tokens", minimum=1)
-    random_range_ratio: float = option(0.0, help="lengths vary by this part up and down", minimum=0, maximum=1)
-    random_prefix_len: int = option(0, unit="tokens", help="in front of random prompts, and shared", minimum=0)
+    random_input_len: int = option(1024, unit="tokens", help="length of a random prompt, or of one turn", minimum=1)
+    random_output_len: int = option(128, unit="tokens", help="max_tokens of each request", minimum=1)
+    random_range_ratio: float = option(0.0, help="lengths vary by this fraction up and down", minimum=0, maximum=1)
+    random_prefix_len: int = option(0, unit="tokens", help="length of a prefix that random prompts share", minimum=0)
     num_prefixes: int = option(1, help="how many different prefixes the prompts share", minimum=1)
     turns: int = option(1, help="turns of a conversation; each prompt holds all earlier turns", minimum=1)
-    think_s: float = option(0.0, unit="s", help="from an answer to the next turn", minimum=0)
+    think_s: float = option(0.0, unit="s", help="pause between an answer and the next turn", minimum=0)
     dataset_path: Path | None = option(None, help="JSON lines with prompt (text or ids) or messages, and max_tokens")
-    trace: Path | None = option(None, help="a trace of Mooncake (JSON lines) or Azure (CSV): its times and lengths")
-    trace_speed: float = option(1.0, help="replay its time so many times faster", minimum=0.001)
-    trace_length_scale: float = option(1.0, help="shrink its lengths by this factor", minimum=0.0001, maximum=1)
+    trace: Path | None = option(
+        None, help="Mooncake (JSON lines) or Azure (CSV) trace, whose times and lengths are used"
+    )
+    trace_speed: float = option(1.0, help="replay a trace this many times faster", minimum=0.001)
+    trace_length_scale: float = option(1.0, help="multiply the lengths of a trace by this", minimum=0.0001, maximum=1)
     trace_jitter_s: float | None = option(
         None, unit="s", help="move arrivals by up to this much; default: the tick of the trace's clock", minimum=0
     )
@@ -108,12 +114,12 @@ class ServingSettings:
         maximum=1,
     )
     percentile_metrics: str = option("ttft,tpot,itl,e2el", metavar="NAMES", help="latencies to show and save")
-    metric_percentiles: str = option("50,90,95,99", metavar="NUMBERS", help="their percentiles")
+    metric_percentiles: str = option("50,90,95,99", metavar="NUMBERS", help="percentiles of these latencies")
     label: str = option("", help="name of this run in files; default: the backend")
     save_result: bool = option(False, help="write a JSON file a run, with vLLM's keys")
-    save_detailed: bool = option(False, help="with every request's numbers in it, as vLLM does")
-    save_requests: bool = option(False, help="write JSON lines, a request each")
-    result_dir: Path = option(Path("."), help="where those files go")
+    save_detailed: bool = option(False, help="include the numbers of every request, as vLLM does")
+    save_requests: bool = option(False, help="write JSON lines, one for each request")
+    result_dir: Path = option(Path("."), help="folder of these files")
     html: Path | None = option(None, help="write a report with plots that opens offline (needs the extra 'bench')")
     self_test: bool = option(False, help="measure this client against a server that computes nothing, and exit")
 

@@ -16,11 +16,15 @@ class StoreSettings:
         metavar="ADDRESS",
         help="control address of a proxy that receives the KV events of this store; repeat it for several",
     )
-    bind: str = option("tcp://127.0.0.1:5571", metavar="ADDRESS", help="where workers and other stores connect")
+    bind: str = option(
+        "tcp://127.0.0.1:5571", metavar="ADDRESS", help="address that workers and other stores connect to"
+    )
     insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
     ram_gib: float = option(1.0, unit="GiB", help="size of the arena in RAM, never exceeded", minimum=0.0001)
     disk_gib: float = option(0.0, unit="GiB", help="size on disk, for each model that is served; 0: no disk", minimum=0)
-    disk: str = option("slab", choices=("slab", "lmdb"), help="how blocks lie on disk: slots of a file, or in LMDB")
-    path: Path = option(Path("kvstore"), metavar="FOLDER", help="where blocks rest on disk")
+    disk: str = option(
+        "slab", choices=("slab", "lmdb"), help="how blocks are stored on disk: in slots of a file, or in LMDB"
+    )
+    path: Path = option(Path("kvstore"), metavar="FOLDER", help="folder of the blocks on disk")
     peer: tuple[str, ...] = option((), metavar="ADDRESS", help="another host's store; repeat it for several")
-    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="least level that is logged")
+    log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")

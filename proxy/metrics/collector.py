@@ -28,8 +28,8 @@ _UNDESCRIBED = MetricInfo("As last reported.")
 _Reports = Mapping[tuple[str, ...], Mapping[str, float]]
 """What workers count, by the values of their labels."""
 _LOADS = {
-    "running": "Requests with a place in the worker's steps.",
-    "waiting": "Requests that wait in the worker.",
+    "running": "Requests that are running in the worker.",
+    "waiting": "Requests that are waiting in the worker.",
     "waiting_tokens": "Tokens that are still to be computed.",
     "free_blocks": "KV blocks that can be allocated, cached ones included.",
     "total_blocks": "KV blocks of the worker's pool.",
@@ -82,7 +82,9 @@ class EngineCollector(Collector):
         yield from _stores(workers)
 
     def _usage(self, workers: list[WorkerStatus]) -> Metric:
-        usage = GaugeMetricFamily("vllm:kv_cache_usage_perc", "Part of decode's KV in use, 0 to 1.", labels=_LABEL)
+        usage = GaugeMetricFamily(
+            "vllm:kv_cache_usage_perc", "Fraction of the decode workers' KV in use, 0 to 1.", labels=_LABEL
+        )
         for model in self._models:
             decode = [worker.load for worker in _of(model, workers) if worker.role == "decode"]
             total = sum(load.total_blocks for load in decode)
@@ -91,7 +93,9 @@ class EngineCollector(Collector):
         return usage
 
     def _sum_of_preemptions(self, workers: list[WorkerStatus]) -> Metric:
-        family = CounterMetricFamily("vllm:num_preemptions", "Sequences that gave up their KV.", labels=_LABEL)
+        family = CounterMetricFamily(
+            "vllm:num_preemptions", "Sequences that were preempted: they gave up their KV.", labels=_LABEL
+        )
         for model in self._models:
             family.add_metric((model,), self._total(model, "preemptions", workers))
         return family
@@ -107,10 +111,12 @@ class EngineCollector(Collector):
             labels=(*_LABEL, "source"),
         )
         queries = CounterMetricFamily(
-            "vllm:external_prefix_cache_queries", "Tokens of prompts that the worker's own pool had not.", labels=_LABEL
+            "vllm:external_prefix_cache_queries", "Prompt tokens that were not in the worker's own pool.", labels=_LABEL
         )
         hits = CounterMetricFamily(
-            "vllm:external_prefix_cache_hits", "Of those, the ones that came from a tier below it.", labels=_LABEL
+            "vllm:external_prefix_cache_hits",
+            "Prompt tokens of these that came from a tier below the pool.",
+            labels=_LABEL,
         )
         for model in self._models:
             tokens = {source: self._total(model, f"prompt_tokens_{source}", workers) for source in PROMPT_SOURCES}
@@ -182,7 +188,7 @@ def _workers(workers: list[WorkerStatus]) -> Iterable[Metric]:
 def _stores(workers: list[WorkerStatus]) -> Iterable[Metric]:
     stores: _Reports = {(each.worker,): each.load.counters for each in workers if each.role == "store"}
     used = GaugeMetricFamily("baton:tier_used_bytes", "KV that the hosts' stores hold.", labels=("tier",))
-    capacity = GaugeMetricFamily("baton:tier_capacity_bytes", "KV that they have room for.", labels=("tier",))
+    capacity = GaugeMetricFamily("baton:tier_capacity_bytes", "Capacity of the hosts' stores.", labels=("tier",))
     for tier in ("ram", "disk") if stores else ():
         used.add_metric((tier,), sum(each.get(f"{tier}_used_bytes", 0.0) for each in stores.values()))
         capacity.add_metric((tier,), sum(each.get(f"{tier}_size_bytes", 0.0) for each in stores.values()))

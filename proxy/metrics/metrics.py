@@ -162,9 +162,9 @@ class ModelMetrics:
             model
         )
         self.generation_tokens = families.counter("vllm:generation_tokens", "Generated tokens.").labels(model)
-        self.itl = families.histogram("vllm:inter_token_latency_seconds", "Between two arrivals of tokens.").labels(
-            model
-        )
+        self.itl = families.histogram(
+            "vllm:inter_token_latency_seconds", "Time between two arrivals of tokens."
+        ).labels(model)
         self._prompts = _PromptMetrics.make(families, model)
         self._latencies = _Latencies.make(families, model)
         self._gen_ai = _GenAi.make(families, model)

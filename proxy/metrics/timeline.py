@@ -32,9 +32,9 @@ STAGES: dict[str, str] = {
     "prefill": "From the first step with a token of the prompt to the first token.",
     "transfer_wait": "After the first token: waiting until KV moves (reservation, offer, credit).",
     "transfer": "After that: until the last block has arrived and is verified.",
-    "decode_admission": "Arrived, waiting for decode's next step.",
-    "first_step": "The step that draws the token after.",
-    "network": "What is left of a leg: messages that are sent, under way, and waiting to be read.",
+    "decode_admission": "KV has arrived; waiting for decode's next step.",
+    "first_step": "The step that draws the next token.",
+    "network": "The rest of a leg: messages that are being sent, in flight, or waiting to be read.",
     "reply": "From the token's arrival in the proxy to its answer written: text, JSON, the client's socket.",
     "decode": "Decoding from the second token on.",
 }
