@@ -23,6 +23,7 @@ class Assembler:
         self._text = text
         self._detokenizer = text.detokenizer()
         self._stop = StopMatcher(stop.strings, include=stop.include)
+        self._stop_tokens = text.special_tokens_in(stop.strings)
         self._include_stop = stop.include
         self._show_ids = ids.show
         self._begun = False
@@ -43,7 +44,8 @@ class Assembler:
             self.num_tokens += 1
             if place == last and delta.finish and self._hides(token_id, delta.finish):
                 continue
-            piece, matched = self._match(self._detokenizer.push(token_id))
+            special = self._stop_tokens.get(token_id)
+            piece, matched = self._match(special or self._detokenizer.push(token_id), shown=special is None)
             text += piece
             if matched:
                 self.finish = "stop"
@@ -63,15 +65,15 @@ class Assembler:
             events += (ChoiceEnd(self.finish, stop_reason), usage)
         return events
 
-    def _match(self, text: str) -> tuple[str, str]:
+    def _match(self, text: str, shown: bool = True) -> tuple[str, str]:
         """The text that may be sent, and the stop string that it completed, or "".
 
-        Stop strings count from the token on that fulfils min_tokens; text before it is not searched.
+        A stop string counts if it is complete at the token that fulfils min_tokens, or later.
         """
-        self._num_chars += len(text)
-        if self.num_tokens < self._generation.sampling.min_tokens:
-            return text, ""
-        return self._stop.push(text)
+        if shown:
+            self._num_chars += len(text)
+        early = self.num_tokens < self._generation.sampling.min_tokens
+        return self._stop.push(text, shown=shown, early=early)
 
     def _flush(self) -> tuple[str, str]:
         text, matched = self._match(self._detokenizer.flush())

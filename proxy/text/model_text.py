@@ -104,6 +104,13 @@ class ModelText:
         """A new one, for one stream of tokens."""
         return Detokenizer(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), self._special_ids)
 
+    def special_tokens_in(self, strings: Sequence[str]) -> dict[int, str]:
+        """Special tokens whose text is part of one of `strings`; they are no part of an answer's text."""
+        if not strings:
+            return {}
+        texts = ((token, str(self._added[token].content)) for token in self._special_ids)
+        return {token: text for token, text in texts if any(text in string for string in strings)}
+
     def token_bytes(self, token_id: int) -> bytes:
         """The bytes that one token stands for, exact also where they are a part of a character; empty if unknown."""
         if token_id in self._added:

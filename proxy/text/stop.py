@@ -1,12 +1,14 @@
 """Stop strings in a stream of text: where the answer ends, and how much of it may go out before that is known.
 
 The text ends where the first stop string is complete (of several that end at one character, the longest counts). This
-does not depend on how the text was cut into pieces, so streaming and not streaming give the same answer. Knows no
+does not depend on how the text was cut into pieces, so streaming and not streaming give the same answer. A match may
+begin in text that is too early to stop at, and may lie in text that is never shown, as that of special tokens. Knows no
 tokens.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 
@@ -24,26 +26,40 @@ class StopMatcher:
         self._states = [0] * len(self._strings)
         self._include = include
         self._held = ""
+        """What matches so far, of which only the characters at `_shown` may go out."""
+        self._shown: list[bool] = []
 
-    def push(self, piece: str) -> tuple[str, str]:
-        """The text that may go out, and the stop string that ended it, or ""; after a match nothing may be pushed."""
+    def push(self, piece: str, *, shown: bool = True, early: bool = False) -> tuple[str, str]:
+        """The text that may go out, and the stop string that ended it, or ""; after a match nothing may be pushed.
+
+        `shown` is False for a piece that is searched but never goes out, except in a match that stays in the text;
+        `early` is True where no string that is complete within `piece` counts, though one may begin there.
+        """
         if not self._strings:
-            return piece, ""
+            return piece if shown else "", ""
         text = self._held + piece
+        self._shown += [shown] * len(piece)
         for index, char in enumerate(piece, start=len(self._held)):
             found = self._step(char)
-            if found:
-                end = index + 1
-                self._held = ""
-                return text[: end if self._include else end - len(found)], found
+            if found and not early:
+                out = self._visible(text, index + 1 - len(found)) + (found if self._include else "")
+                self._held, self._shown = "", []
+                return out, found
         cut = len(text) - max(self._states)
-        self._held = text[cut:]
-        return text[:cut], ""
+        out = self._visible(text, cut)
+        self._held, self._shown = text[cut:], self._shown[cut:]
+        return out, ""
 
     def flush(self) -> str:
         """What is still held, at the end of the text."""
-        held, self._held = self._held, ""
+        held = self._visible(self._held, len(self._held))
+        self._held, self._shown = "", []
         return held
+
+    def _visible(self, text: str, end: int) -> str:
+        """What may go out of the first `end` characters of `text`."""
+        shown = self._shown[:end]
+        return text[:end] if all(shown) else "".join(itertools.compress(text, shown))
 
     def _step(self, char: str) -> str:
         """Advance every automaton by one character; the longest string that is complete now, or ""."""
@@ -54,9 +70,10 @@ class StopMatcher:
                 state = borders[state - 1]
             if string[state] == char:
                 state += 1
+            if state == len(string):
+                found = max(found, string, key=len)
+                state = borders[-1]  # where the match does not count, the next one may overlap it
             self._states[which] = state
-            if state == len(string) and state > len(found):
-                found = string
         return found
 
 

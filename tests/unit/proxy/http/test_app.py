@@ -138,6 +138,39 @@ async def test_a_stop_string_may_stay_and_waits_for_min_tokens(client: httpx.Asy
     assert (await client.post("/v1/completions", json=asked)).json()["choices"][0]["text"] == "Once upon a time"
 
 
+@pytest.mark.parametrize("min_tokens", [0, 1, 2, 3])
+async def test_a_stop_string_may_begin_before_min_tokens(client: httpx.AsyncClient, min_tokens: int) -> None:
+    """Guards against an answer that runs on because its stop string lies across the border of min_tokens."""
+    asked = {**COMPLETION, "stop": "upon a", "min_tokens": min_tokens}
+    answer = (await client.post("/v1/completions", json=asked)).json()
+    choice = answer["choices"][0]
+    assert (choice["text"], choice["finish_reason"], choice["stop_reason"]) == ("Once ", "stop", "upon a")
+    assert answer["usage"]["completion_tokens"] == 3
+
+
+@pytest.mark.parametrize(
+    ("stop", "include", "expected"),
+    [
+        ("<|user|>", False, "Once upon"),
+        ("upon<|user|>", False, "Once "),
+        ("<|user|>", True, "Once upon<|user|>"),
+        ("<|user|>!", False, "Once upon a time."),
+    ],
+)
+async def test_a_stop_string_may_be_a_special_token(
+    client: httpx.AsyncClient, engine: FakeEngine, text: ModelText, stop: str, include: bool, expected: str
+) -> None:
+    """Guards against an answer that runs on past the special token at which its client wants it to end."""
+    ids = text.encode("Once upon<|user|> a time.", add_special_tokens=False)
+    engine.script = lambda call: [*(Delta((token,)) for token in ids[:-1]), Delta(ids[-1:], (), "length")]
+    asked = {**COMPLETION, "stop": [stop], "include_stop_str_in_output": include}
+    choice = (await client.post("/v1/completions", json=asked)).json()["choices"][0]
+    assert choice["text"] == expected
+    assert (choice["finish_reason"], choice.get("stop_reason")) == (
+        ("length", None) if stop.endswith("!") else ("stop", stop)
+    )
+
+
 @pytest.mark.parametrize(("include", "expected"), [(False, "Once upon"), (True, "Once upon a")])
 async def test_a_stop_token_is_text_only_where_asked_for(
     client: httpx.AsyncClient, engine: FakeEngine, text: ModelText, include: bool, expected: str

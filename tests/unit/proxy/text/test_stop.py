@@ -64,6 +64,38 @@ def test_what_goes_out_is_never_taken_back_and_never_held_without_reason(text: s
         assert held == max((b for b in beginnings if text[:end].endswith(b)), key=len, default="")
 
 
+@settings(max_examples=300)
+@given(letters, stops, st.integers(0, 24), st.booleans())
+def test_a_match_may_begin_where_none_counts_yet(text: str, strings: list[str], begin: int, include: bool) -> None:
+    """Guards against a stop string missed over the border of min_tokens, or one within it that ends the answer."""
+    matcher, out, found = StopMatcher(strings, include=include), "", ""
+    for index, char in enumerate(text):
+        piece, found = matcher.push(char, early=index < begin)
+        out += piece
+        if found:
+            break
+    ends = [e for e in range(min(begin, len(text)) + 1, len(text) + 1) if text[:e].endswith(tuple(strings))]
+    if not ends:
+        assert (out + matcher.flush(), found) == (text, "")
+    else:
+        longest = max((string for string in strings if text[: ends[0]].endswith(string)), key=len)
+        assert (out, found) == (text[: ends[0] if include else ends[0] - len(longest)], longest)
+
+
+def test_a_match_may_lie_in_text_that_is_not_shown() -> None:
+    """Guards against a stop at a special token that is never seen, and against its text shown where it is none."""
+    for include, out in ((False, "y"), (True, "y.<sep>")):
+        matcher = StopMatcher([".<sep>", "<sep><sep>"], include=include)
+        assert matcher.push("y.") == ("y", "")
+        assert matcher.push("<sep>", shown=False) == (out[1:], ".<sep>")
+    matcher = StopMatcher(["<sep>x"])
+    assert matcher.push("a") == ("a", "")
+    assert matcher.push("<sep>", shown=False) == ("", "")
+    assert matcher.push("y<s") == ("y", "")
+    assert matcher.push("ep>", shown=False) == ("", "")
+    assert matcher.flush() == "<s"
+
+
 def test_without_stop_strings_text_passes() -> None:
     """Guards against text lost or held where no one asked for stops."""
     matcher = StopMatcher(())
