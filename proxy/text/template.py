@@ -20,6 +20,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.node.errors import BadRequest, SettingsError
 
+_DEVELOPER = "developer"
+
 
 class ChatTemplate:
     """One compiled template; raises SettingsError where its source is no template."""
@@ -33,15 +35,17 @@ class ChatTemplate:
         environment.globals["strftime_now"] = _strftime_now
         try:
             self._template = environment.from_string(source)
+            constants = [node.value for node in environment.parse(source).find_all(nodes.Const)]
         except jinja2.TemplateError as error:
             raise SettingsError(f"the model's chat template cannot be read: {error}") from None
+        self._knows_developer = any(isinstance(value, str) and _DEVELOPER in value for value in constants)
         self._special_tokens = dict(special_tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The prompt text that asks the assistant for its next message; BadRequest where the template refuses."""
         try:
             return self._template.render(
-                messages=[dict(message) for message in messages],
+                messages=[self._known(message) for message in messages],
                 tools=None,
                 documents=None,
                 add_generation_prompt=True,
@@ -53,6 +57,12 @@ class ChatTemplate:
             raise BadRequest(
                 f"the model's chat template does not accept these messages: {error}", param="messages"
             ) from None
+
+    def _known(self, message: Mapping[str, str]) -> dict[str, str]:
+        """`developer` is OpenAI's newer name of `system`; most templates drop a role that they do not know."""
+        if self._knows_developer or message.get("role") != _DEVELOPER:
+            return dict(message)
+        return {**message, "role": "system"}
 
 
 class _GenerationTag(Extension):

@@ -255,6 +255,21 @@ def test_sources_of_a_template(tmp_path: Path, demo_folder: Path) -> None:
     assert ModelText(folder).render([]) == "file"
 
 
+@pytest.mark.parametrize(
+    ("source", "role"),
+    [
+        ("{{ messages[0].role }}", "system"),
+        ("{# developer #}developer {{ messages[0]['role'] }}", "developer system"),
+        ("{% if messages[0].role in ['system', 'user'] %}{{ messages[0].role }}{% endif %}", "system"),
+        ("{% if messages[0].role in ['system', 'developer'] %}{{ messages[0].role }}{% endif %}", "developer"),
+        ("{% set own = {'developer': 1} %}{{ messages[0].role }}", "developer"),
+    ],
+)
+def test_a_developer_message_reaches_the_model(source: str, role: str) -> None:
+    """Guards against instructions that vanish because the template renders only the roles that it knows."""
+    assert ChatTemplate(source, {}).render([{"role": "developer", "content": "Be brief."}]) == role
+
+
 def test_templates_have_what_hugging_face_gives_them() -> None:
     """Guards against a template of a real model failing on a filter, tag, variable or function that it relies on."""
     source = """
