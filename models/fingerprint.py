@@ -12,40 +12,14 @@ import hashlib
 import struct
 from pathlib import Path
 
-from baton.models.folder import JsonObject
+from baton.models.checkpoint import Checkpoint
 from baton.node.errors import SettingsError
 
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 MAX_HEADER_BYTES = 100_000_000  # the limit of the safetensors format
 NUM_SAMPLES = 64
 SAMPLE_BYTES = 4096
 DUMMY_SEED, DUMMY_STD = 0, 0.02
 """Of the normal distribution that `--load-format dummy` draws weights from."""
-
-
-def weight_files(folder: Path) -> dict[str, tuple[str, ...]]:
-    """Tensor names by shard file name, after the index; a single file gives an empty tuple (all its tensors).
-
-    SettingsError when there are no weights, or a shard that the index names is missing.
-    """
-    if not (folder / INDEX_NAME).exists():
-        if not (folder / SINGLE_NAME).exists():
-            raise SettingsError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
-        return {SINGLE_NAME: ()}
-    index = JsonObject.from_file(folder / INDEX_NAME)
-    weight_map = index.child("weight_map")
-    if weight_map is None:
-        raise SettingsError(f"{index.where}: 'weight_map' is missing")
-    shards: dict[str, list[str]] = {}
-    for name in weight_map.fields:
-        shards.setdefault(weight_map.text(name), []).append(name)
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise SettingsError(f"{index.where}: shard {shard!r} is not a plain file name")
-        if not (folder / shard).is_file():
-            raise SettingsError(f"{folder / shard}: shard is missing; {INDEX_NAME} names it")
-    return {shard: tuple(names) for shard, names in shards.items()}
 
 
 def model_fingerprint(folder: Path, load_format: str = "auto", device: str = "cpu") -> bytes:
@@ -60,7 +34,7 @@ def model_fingerprint(folder: Path, load_format: str = "auto", device: str = "cp
     if load_format == "dummy":
         digest.update(f"{device} seed {DUMMY_SEED} std {DUMMY_STD}".encode())
     else:
-        for shard in sorted(weight_files(folder)):
+        for shard in Checkpoint.open(folder).files:
             digest.update(hashlib.sha256(shard.encode()).digest() + _shard_digest(folder / shard))
     return digest.digest()
 

@@ -2,12 +2,16 @@
 
 Each tensor of a checkpoint has a place: the rows or columns that a rank reads of it, and where they go. Query, key and
 value projections are merged into one matrix, gate and up into another: one multiplication instead of three or two.
-Tensors are copied shard by shard, so that memory peaks at the rank's part of the model plus one tensor.
+Tensors are copied shard by shard, so that memory peaks at the rank's part of the model plus one tensor. A head is tied
+to the embedding when the config says so, unless the files hold both and they differ: then each is what was saved.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,15 +19,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from baton.kernels import DenseLinear, Linear
+from baton.models.checkpoint import Checkpoint, StoredTensor
 from baton.models.config import ModelConfig
-from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD, weight_files
+from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD
 from baton.models.layers import WHOLE, AttentionWeights, DenseMlpWeights, LayerWeights, Rank, Weights, describe
 from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
+
+logger = logging.getLogger("weights")
 
 Progress = Callable[[int, int], None]
 
 LOAD_FORMATS = ("auto", "dummy")
 MAX_TIED_COPY_BYTES = 256 << 20
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+UNUSED_SUFFIX = ".rotary_emb.inv_freq"  # of old folders: follows from the config
 
 
 class WeightCut(NamedTuple):
@@ -86,27 +96,78 @@ def load_weights(
     """
     if load_format not in LOAD_FORMATS:
         raise SettingsError(f"load_format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
-    weights, places = _allocate(config, rank, dtype, device)
+    tied = config.tie_word_embeddings
     if load_format == "dummy":
+        weights, places = _allocate(config, tied, rank, dtype, device)
         _fill_randomly(places)
     else:
-        _fill_from_shards(folder, places, on_progress)
+        checkpoint = Checkpoint.open(folder)
+        tied = tied and not _has_own_head(checkpoint)
+        weights, places = _allocate(config, tied, rank, dtype, device)
+        _fill_from_files(checkpoint, places, tied, on_progress)
     if pack:
-        _pack(weights, config.tie_word_embeddings)
+        _pack(weights, tied)
     return weights
 
 
-def _fill_from_shards(folder: Path, places: dict[str, WeightPlace], on_progress: Progress) -> None:
-    missing = dict(places)
-    for name, tensor in _tensors(folder, places):
-        place = missing.pop(name)
+def _has_own_head(checkpoint: Checkpoint) -> bool:
+    """Whether the files hold a head that differs from the embedding: then the config that ties them is wrong."""
+    stored = checkpoint.find(EMBEDDING), checkpoint.find(HEAD)
+    if stored[0] is None or stored[1] is None:
+        return False
+    _, embedding = next(_tensors(checkpoint, [stored[0]]))
+    _, head = next(_tensors(checkpoint, [stored[1]]))
+    if embedding.dtype == head.dtype and torch.equal(embedding, head):
+        return False
+    log_event(
+        logger,
+        "head_not_tied",
+        level=logging.WARNING,
+        folder=checkpoint.folder.name,
+        why="lm_head differs from embedding",
+    )
+    return True
+
+
+def _fill_from_files(checkpoint: Checkpoint, places: dict[str, WeightPlace], tied: bool, on_progress: Progress) -> None:
+    names: dict[StoredTensor, str] = {}
+    missing = []
+    for name in places:
+        stored = checkpoint.find(name)
+        if stored is None and tied and name == EMBEDDING:
+            stored = checkpoint.find(HEAD)  # of two tensors in one memory safetensors may save either
+        if stored is None:
+            missing.append(name)
+        else:
+            names[stored] = name
+    if missing:
+        raise SettingsError(
+            f"{checkpoint.folder}: tensor {min(missing)} is missing ({len(missing)} of {len(places)} are)"
+        )
+    _log_unused(checkpoint, names, tied)
+    for done, (stored, tensor) in enumerate(_tensors(checkpoint, names), start=1):
+        place = places[names[stored]]
         if tensor.shape != place.shape or not tensor.is_floating_point():
             found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"floating point {list(place.shape)}"
-            raise SettingsError(f"{folder}: tensor {name} is {found}, expected {wanted}")
+            raise SettingsError(f"{checkpoint.folder}: tensor {stored.name} is {found}, expected {wanted}")
         place.fill(tensor)
-        on_progress(len(places) - len(missing), len(places))
-    if missing:
-        raise SettingsError(f"{folder}: tensor {min(missing)} is missing ({len(missing)} of {len(places)} are)")
+        on_progress(done, len(places))
+
+
+def _log_unused(checkpoint: Checkpoint, used: Collection[StoredTensor], tied: bool) -> None:
+    """Tensors that the model of this config has no place for are left out, as transformers does."""
+    unused = checkpoint.holders.keys() - {stored.name for stored in used}
+    head = checkpoint.find(HEAD) if tied else None
+    unused = {name for name in unused if not name.endswith(UNUSED_SUFFIX) and (head is None or name != head.name)}
+    if unused:
+        log_event(
+            logger,
+            "tensors_unused",
+            level=logging.WARNING,
+            folder=checkpoint.folder.name,
+            count=len(unused),
+            first=min(unused),
+        )
 
 
 def _pack(weights: Weights, tied: bool) -> None:
@@ -118,24 +179,20 @@ def _pack(weights: Weights, tied: bool) -> None:
         weights.lm_head.pack(keep_weight=tied)
 
 
-def _tensors(folder: Path, wanted: dict[str, WeightPlace]) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(checkpoint: Checkpoint, wanted: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
     """The wanted tensors, file by file."""
-    for shard, listed in weight_files(folder).items():
-        path = folder / shard
+    for file_name, stored_in_file in groupby(sorted(wanted, key=attrgetter("file", "name")), attrgetter("file")):
+        path = checkpoint.folder / file_name
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                held = set(file.keys())
-                for name in listed:
-                    if name in wanted and name not in held:
-                        raise SettingsError(f"{path}: tensor {name} is missing; the index says it is here")
-                for name in sorted(held & wanted.keys()):
-                    yield name, file.get_tensor(name)
+                for stored in stored_in_file:
+                    yield stored, file.get_tensor(stored.name)
         except (SafetensorError, OSError) as error:
             raise SettingsError(f"{path}: not a whole safetensors file: {error}") from None
 
 
 def _allocate(
-    config: ModelConfig, rank: Rank, dtype: torch.dtype, device: str
+    config: ModelConfig, tied: bool, rank: Rank, dtype: torch.dtype, device: str
 ) -> tuple[Weights, dict[str, WeightPlace]]:
     """Uninitialised weights, and by Hugging Face name where each tensor goes."""
     places: dict[str, WeightPlace] = {}
@@ -170,7 +227,7 @@ def _allocate(
     query = WeightCut(config.num_heads, rank.share(config.num_heads, "query heads")).times(config.head_dim)
     key = WeightCut(config.num_kv_heads, rank.key_heads(config.num_kv_heads)).times(config.head_dim)
     inner = WeightCut(config.intermediate_size, rank.share(config.intermediate_size, "rows of an MLP"))
-    embedding = named("model.embed_tokens.weight", WeightCut.whole(config.vocab_size), hidden)
+    embedding = named(EMBEDDING, WeightCut.whole(config.vocab_size), hidden)
     layers = []
     for index, shape in enumerate(describe(config, rank)):
         layer = f"model.layers.{index}."
@@ -187,7 +244,7 @@ def _allocate(
         parts = AttentionWeights(qkv, norms, o), post_norm, DenseMlpWeights(gate_up, down)
         layers.append(LayerWeights(shape, input_norm, *parts))
     norm = named("model.norm.weight", hidden)
-    if config.tie_word_embeddings:
+    if tied:
         return Weights(embedding, tuple(layers), norm, DenseLinear(embedding)), places
     head = linear("", {"lm_head": WeightCut.whole(config.vocab_size)}, hidden, False)
     return Weights(embedding, tuple(layers), norm, head), places

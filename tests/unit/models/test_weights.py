@@ -6,6 +6,7 @@ import re
 import pytest
 import safetensors.torch
 import torch
+import transformers
 
 from baton import kernels
 from baton.models.config import ModelConfig
@@ -24,7 +25,7 @@ def change_tensors(folder, change):
     path = folder / "model.safetensors"
     tensors = safetensors.torch.load_file(path)
     change(tensors)
-    safetensors.torch.save_file(tensors, path)
+    safetensors.torch.save_file(tensors, path, metadata={"format": "pt"})
 
 
 def test_missing_tensor_is_named(make_model):
@@ -93,7 +94,120 @@ def test_shard_outside_the_folder_is_refused(make_model):
         load(folder)
 
 
-def test_tensor_that_the_index_names_but_the_shard_lacks(make_model):
+def logits(model, prompt):
+    with torch.no_grad():
+        return model(torch.tensor([prompt])).logits[0, -1:].float()
+
+
+@pytest.fixture
+def as_transformers(sequences, prompt):
+    """Asserts that the runner reads of a folder what transformers reads; gives the logits."""
+
+    def check(folder):
+        theirs = logits(transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32), prompt)
+        ours = sequences(ModelRunner.load(folder), 1, 64).greedy(0, prompt, 1)[1]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+        return ours
+
+    return check
+
+
+def random_like(tensor):
+    return torch.randn(tensor.shape, generator=torch.Generator().manual_seed(4)) * 0.2
+
+
+def test_own_head_of_a_folder_that_says_tied_is_used(make_model, as_transformers, prompt):
+    """Guards against another model in silence: the config ties what the files do not."""
+    made = make_model("llama", tie_word_embeddings=True)
+
+    def add_head(tensors):
+        tensors["lm_head.weight"] = random_like(tensors["model.embed_tokens.weight"])
+
+    change_tensors(made.folder, add_head)
+    assert not torch.allclose(as_transformers(made.folder), logits(made.reference, prompt), atol=0.1)
+
+
+def test_equal_head_of_a_tied_folder_is_not_kept_twice(make_model):
+    folder = make_model("llama", tie_word_embeddings=True).folder
+    change_tensors(
+        folder, lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})
+    )
+    weights = load(folder, pack=False)
+    assert weights.lm_head.weight is weights.embedding
+
+
+def test_tied_folder_that_holds_only_the_head(make_model, as_transformers, prompt):
+    """safetensors saves one of two tensors in one memory, the first by name."""
+    made = make_model("llama", tie_word_embeddings=True)
+    change_tensors(
+        made.folder, lambda tensors: tensors.update({"lm_head.weight": tensors.pop("model.embed_tokens.weight")})
+    )
+    torch.testing.assert_close(as_transformers(made.folder), logits(made.reference, prompt), rtol=1e-4, atol=1e-4)
+
+
+def test_untied_folder_without_an_embedding_is_refused(make_model):
+    folder = make_model("llama").folder
+    change_tensors(folder, lambda tensors: tensors.pop("model.embed_tokens.weight"))
+    with pytest.raises(SettingsError, match=re.escape("model.embed_tokens.weight is missing")):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: name.removeprefix("model."),
+        lambda name: f"model.{name}",
+        lambda name: f"model.{name.removeprefix('model.')}",
+    ],
+)
+def test_names_with_one_prefix_less_or_more(make_model, as_transformers, rename):
+    """Folders saved from the decoder without its head, and those of trainers that wrap the model."""
+    folder = make_model("qwen3").folder
+
+    def rename_all(tensors):
+        renamed = {rename(name): tensor for name, tensor in tensors.items()}
+        tensors.clear()
+        tensors.update(renamed)
+
+    change_tensors(folder, rename_all)
+    as_transformers(folder)
+
+
+def test_two_tensors_of_one_meaning_are_refused(make_model):
+    folder = make_model("llama").folder
+    change_tensors(folder, lambda tensors: tensors.update({"norm.weight": random_like(tensors["model.norm.weight"])}))
+    with pytest.raises(SettingsError, match=re.escape("model.norm.weight and norm.weight are both model.norm.weight")):
+        load(folder)
+
+
+def test_whole_file_comes_before_an_index(make_model, as_transformers, prompt):
+    """Guards against the old weights of a folder into which one file of new ones was saved."""
+    made = make_model("llama", shard_size="60KB")
+    tensors = {}
+    for shard in made.folder.glob("model-*.safetensors"):
+        tensors |= safetensors.torch.load_file(shard)
+    tensors["lm_head.weight"] = random_like(tensors["lm_head.weight"])
+    safetensors.torch.save_file(tensors, made.folder / "model.safetensors", metadata={"format": "pt"})
+    with_shards = model_fingerprint(made.folder)
+    assert not torch.allclose(as_transformers(made.folder), logits(made.reference, prompt), atol=0.1)
+    (made.folder / "model.safetensors.index.json").unlink()
+    assert model_fingerprint(made.folder) == with_shards  # shards that are not read are no part of the identity
+
+
+@pytest.mark.parametrize("position", [0, -1])
+def test_unlisted_copy_of_a_tensor_in_a_shard(make_model, as_transformers, position):
+    """Guards against a traceback, and against the copy that transformers does not take."""
+    folder = make_model("llama", shard_size="60KB").folder
+    shard = sorted(folder.glob("model-*.safetensors"))[position]
+    tensors = safetensors.torch.load_file(shard)
+    held = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    copied = next(name for name, file in held.items() if file != shard.name and name.endswith("up_proj.weight"))
+    tensors[copied] = torch.ones(80, 48) * 0.1
+    safetensors.torch.save_file(tensors, shard, metadata={"format": "pt"})
+    as_transformers(folder)
+
+
+def test_tensor_in_another_shard_than_the_index_says(make_model, as_transformers):
     folder = make_model("llama", shard_size="60KB").folder
     path = folder / "model.safetensors.index.json"
     index = json.loads(path.read_text())
@@ -101,8 +215,14 @@ def test_tensor_that_the_index_names_but_the_shard_lacks(make_model):
     here = index["weight_map"]["model.norm.weight"]
     index["weight_map"]["model.norm.weight"] = next(shard for shard in shards if shard != here)
     path.write_text(json.dumps(index))
-    with pytest.raises(SettingsError, match=re.escape("model.norm.weight is missing")):
-        load(folder)
+    as_transformers(folder)
+
+
+def test_tensors_without_a_place_are_named_in_the_log(make_model, as_transformers, caplog):
+    folder = make_model("llama").folder
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(64)}))
+    as_transformers(folder)
+    assert "tensors_unused" in caplog.text and "q_proj.bias" in caplog.text
 
 
 def test_folder_without_weights(make_model):

@@ -1,0 +1,87 @@
+"""Which file of a model folder holds each weight, by the rules of transformers' from_pretrained. No torch: of the files
+only the headers are read.
+
+`model.safetensors` comes before an index. Of an index only the files that it names count, with all that they hold; of
+several copies of a tensor that in the last file by name is taken. Names may lack the leading `model.` (saved from the
+decoder without its head) or have it once more than they should.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+from baton.models.folder import JsonObject
+from baton.node.errors import SettingsError
+from baton.node.telemetry import log_event
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PREFIX = "model."
+
+logger = logging.getLogger("checkpoint")
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """A tensor of a safetensors file of the folder."""
+
+    file: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """The weights of a folder: its safetensors files, and by name the file that each stored tensor is read from."""
+
+    folder: Path
+    files: tuple[str, ...]
+    holders: dict[str, str]
+
+    @classmethod
+    def open(cls, folder: Path) -> Checkpoint:
+        """SettingsError when there are no weights, a file is missing or cut off, or the index is wrong."""
+        files = _files(folder)
+        holders = {name: file for file in files for name in _names(folder / file)}
+        return cls(folder, files, holders)
+
+    def find(self, name: str) -> StoredTensor | None:
+        """The tensor that fills the weight `name`, or None; SettingsError when two names mean it."""
+        spellings = dict.fromkeys((name, PREFIX + name, name.removeprefix(PREFIX)))
+        found = [spelling for spelling in spellings if spelling in self.holders]
+        if len(found) > 1:
+            raise SettingsError(f"{self.folder}: tensors {' and '.join(found)} are both {name}")
+        return StoredTensor(self.holders[found[0]], found[0]) if found else None
+
+
+def _files(folder: Path) -> tuple[str, ...]:
+    single, index = folder / SINGLE_NAME, folder / INDEX_NAME
+    if single.is_file():
+        if index.exists():
+            log_event(
+                logger, "index_ignored", level=logging.WARNING, folder=folder.name, file=SINGLE_NAME, index=INDEX_NAME
+            )
+        return (SINGLE_NAME,)
+    if not index.exists():
+        raise SettingsError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+    weight_map = JsonObject.from_file(index).child("weight_map")
+    if weight_map is None:
+        raise SettingsError(f"{index}: 'weight_map' is missing")
+    files = sorted({weight_map.text(name) for name in weight_map.fields})
+    for file in files:
+        if Path(file).name != file:
+            raise SettingsError(f"{index}: shard {file!r} is not a plain file name")
+        if not (folder / file).is_file():
+            raise SettingsError(f"{folder / file}: shard is missing; {INDEX_NAME} names it")
+    return tuple(files)
+
+
+def _names(path: Path) -> list[str]:
+    try:
+        with safe_open(path, framework="np") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise SettingsError(f"{path}: not a whole safetensors file: {error}") from None
