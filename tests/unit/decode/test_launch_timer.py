@@ -1,4 +1,4 @@
-"""When the next step is launched, and what is counted of the device's time."""
+"""decode.launch_timer: when the next step is launched, and the measured device time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from baton.models.batch import DeviceTime
 
 
 def test_without_a_device_a_step_is_launched_at_once():
-    """Guards the CPU's loop against waiting for a device that it does not have."""
+    """Guards the CPU loop against waiting for a device."""
     timer = LaunchTimer()
     timer.launched(1.0, 1.1, behind=False, prompts=False)
     timer.ended(None, 2.0, prompts=False)
@@ -19,7 +19,7 @@ def test_without_a_device_a_step_is_launched_at_once():
 
 
 def test_the_next_step_is_launched_a_margin_before_the_end():
-    """Guards against a launch so late that the device runs dry, or so early that newcomers miss it."""
+    """Guards against a launch so late that the device idles, or so early that new requests miss the step."""
     timer = LaunchTimer()
     timer.launched(0.0, 0.0002, behind=False, prompts=False)
     timer.ended(DeviceTime(0.006, 0.0), 1.0, prompts=False)
@@ -32,7 +32,7 @@ def test_the_next_step_is_launched_a_margin_before_the_end():
 
 @given(st.lists(st.tuples(st.floats(0.0, 0.1), st.floats(0.0, 0.01)), min_size=1, max_size=40))
 def test_no_step_is_expected_to_be_longer_than_the_last_one(steps):
-    """Guards against a long step, of prompts say, after which the device would run dry behind a short one."""
+    """Guards against an idle device behind a short step that follows a long one."""
     timer, now = LaunchTimer(), 0.0
     for busy_s, host_s in steps:
         timer.launched(now, now + host_s, behind=True, prompts=False)
@@ -42,7 +42,7 @@ def test_no_step_is_expected_to_be_longer_than_the_last_one(steps):
 
 
 def test_steps_with_prompts_do_not_delay_the_launch_behind_a_short_one():
-    """Guards the step after a burst of prompts: expected to last as long as theirs, it would leave the device dry."""
+    """Guards against an idle device after a burst of prompts, whose steps are longer than the next one."""
     timer = LaunchTimer()
     timer.launched(0.0, 0.0002, behind=False, prompts=False)
     timer.ended(DeviceTime(0.005, 0.0), 1.0, prompts=False)
@@ -52,7 +52,7 @@ def test_steps_with_prompts_do_not_delay_the_launch_behind_a_short_one():
 
 
 def test_launches_of_prompts_do_not_lengthen_the_margin():
-    """Guards against a margin of a whole step, with which newcomers miss the step."""
+    """Guards against a margin of a whole step, with which new requests miss the step."""
     timer = LaunchTimer()
     timer.launched(0.0, 0.0002, behind=False, prompts=False)
     timer.launched(0.5, 0.512, behind=True, prompts=True)

@@ -1,4 +1,4 @@
-"""decode.role without processes: an I/O that records, a runner that counts; every path hands its blocks back."""
+"""decode.role without processes, over a recording I/O and a counting runner: every path frees its blocks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from baton.worker.loop import Loop
 
 
 class CountingRunner:
-    """The next token is the number of known tokens."""
+    """A runner whose next token is the number of known tokens."""
 
     config = SimpleNamespace(vocab_size=1000)
 
@@ -71,7 +71,7 @@ def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: fl
 
 
 class Bench:
-    """A decode worker on its own."""
+    """A decode worker without processes."""
 
     def __init__(self, num_blocks: int = 16, world: World | None = None, **settings: Any) -> None:
         self.io = RecordingIo()
@@ -97,12 +97,12 @@ class Bench:
         self.now_s += STEP_S
 
     def reserve(self, name: str, num_tokens: int, prefill: str = "p/1", max_tokens: int = 5) -> bytes:
-        """Returns the transfer id, b"" for local prefill or a refusal."""
+        """Send a Reserve; returns the transfer id, b"" for local prefill or a refusal."""
         before = set(self.role._reserved)
-        self.tell(reserve(name, num_tokens, prefill, max_tokens, at=self.now_s))
+        self.deliver(reserve(name, num_tokens, prefill, max_tokens, at=self.now_s))
         return next(iter(set(self.role._reserved) - before), b"")
 
-    def tell(self, *events: Any) -> None:
+    def deliver(self, *events: Any) -> None:
         for event in events:
             self.io.inbox.put(event)
         self.loop.turn(0.0)
@@ -115,9 +115,9 @@ class Bench:
 
     def tokens(self, name: str) -> list[int]:
         bundles = [message for message in self.io.sent if isinstance(message, Bundle)]
-        told = [tokens for bundle in bundles for tokens in bundle.tokens if tokens.request_id == name]
-        assert [t.index for t in told] == [sum(len(u.ids) for u in told[:i]) for i in range(len(told))]
-        return [token for tokens in told for token in tokens.ids]
+        sent = [tokens for bundle in bundles for tokens in bundle.tokens if tokens.request_id == name]
+        assert [t.index for t in sent] == [sum(len(u.ids) for u in sent[:i]) for i in range(len(sent))]
+        return [token for tokens in sent for token in tokens.ids]
 
     def stages(self) -> list[Stages | None]:
         bundles = [message for message in self.io.sent if isinstance(message, Bundle)]
@@ -125,18 +125,18 @@ class Bench:
 
 
 def test_a_transferred_sequence_streams_from_its_first_token() -> None:
-    """Guards step 8 and 9: prefill's token is sent again, nothing is computed twice, blocks stay only as cache."""
+    """Guards the hand-over: prefill's token is sent first, nothing is computed twice, blocks end up cached or free."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
     assert bench.manager.usage().owned == 3
-    bench.tell(KvArrived(transfer, 777, None, 0.0, 0.0, 0.0))
+    bench.deliver(KvArrived(transfer, 777, None, 0.0, 0.0, 0.0))
     bench.run()
     assert bench.tokens("a") == [777, 11, 12, 13, 14]
     assert bench.manager.num_available == 16
 
 
 def test_local_prefill_in_chunks() -> None:
-    """Guards the colocated path: chunks, then tokens, under one budget."""
+    """Guards the colocated path: chunks, then tokens, within one token budget."""
     bench = Bench(max_chunk_tokens=3)
     bench.reserve("a", 10, prefill="")
     bench.run()
@@ -144,7 +144,7 @@ def test_local_prefill_in_chunks() -> None:
 
 
 def test_the_load_reports_the_speed_of_prompts() -> None:
-    """Guards the router's comparison with prefill workers: measured in steps full of prompts."""
+    """Guards the router's comparison with prefill workers: speed is measured in steps full of prompts."""
     bench = Bench(max_chunk_tokens=8, max_num_batched_tokens=8)
     assert bench.io.load.prefill_tokens_s == 0.0
     bench.reserve("a", 10, prefill="")
@@ -153,23 +153,23 @@ def test_the_load_reports_the_speed_of_prompts() -> None:
 
 
 def test_a_transferred_sequence_reports_its_stages_once() -> None:
-    """Guards the timeline: what the io measured, the wait for a step, the step; then nothing a token."""
+    """Guards the timeline: transfer, admission and first step are reported once, later tokens report nothing."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
     bench.now_s += 3.0
-    bench.tell(KvArrived(transfer, 777, None, bench.now_s - 0.5, 0.25, 1.0))
+    bench.deliver(KvArrived(transfer, 777, None, bench.now_s - 0.5, 0.25, 1.0))
     bench.run()
     first = Stages(transfer_wait_s=0.25, transfer_s=1.0, admission_s=0.5, step_s=STEP_S)
     assert bench.stages() == [first, None, None, None]
 
 
-def test_newcomers_tokens_are_sent_first() -> None:
-    """Guards the hand-over: a proxy takes in a bundle in its order, and the others' clients have waited a step only."""
+def test_first_tokens_are_sent_before_other_tokens() -> None:
+    """Guards TTFT: a proxy processes a bundle in order, and a first token has waited longer than the others."""
     bench = Bench()
     older, newer = bench.reserve("a", 10, max_tokens=9), bench.reserve("b", 10)
-    bench.tell(KvArrived(older, 777, None, 0.0, 0.0, 0.0))
+    bench.deliver(KvArrived(older, 777, None, 0.0, 0.0, 0.0))
     bench.loop.turn(0.0)
-    bench.tell(KvArrived(newer, 888, None, 0.0, 0.0, 0.0))
+    bench.deliver(KvArrived(newer, 888, None, 0.0, 0.0, 0.0))
     bench.run()
     bundles = [[t.request_id for t in each.tokens] for each in bench.io.sent if isinstance(each, Bundle)]
     both = [names for names in bundles if len(names) == 2]
@@ -181,7 +181,7 @@ def test_local_prefill_reports_its_stages_with_each_of_the_first_two_tokens() ->
     """Guards the timeline of a colocated request: it has a queue, chunks, and a step, but no transfer."""
     bench = Bench(max_chunk_tokens=3)
     bench.now_s += 2.0
-    bench.tell(reserve("a", 10, "", 5, at=bench.now_s - 1.5))
+    bench.deliver(reserve("a", 10, "", 5, at=bench.now_s - 1.5))
     bench.run()
     first, second, *rest = bench.stages()
     assert first == Stages(queue_s=1.5, prefill_s=4 * STEP_S)
@@ -190,7 +190,7 @@ def test_local_prefill_reports_its_stages_with_each_of_the_first_two_tokens() ->
 
 
 def test_preemption_changes_no_token() -> None:
-    """Guards recompute: a pool for one and a half sequences serves four to the same end."""
+    """Guards recompute: four sequences in a pool for one and a half get the same tokens."""
     bench = Bench(num_blocks=6)
     for name in "abcd":
         bench.reserve(name, 10, prefill="", max_tokens=8)
@@ -200,56 +200,58 @@ def test_preemption_changes_no_token() -> None:
     assert bench.role.counters.preemptions > 0
 
 
-def test_cancel_while_kv_is_coming_quarantines() -> None:
+def test_cancel_during_a_transfer_quarantines_its_blocks() -> None:
     """Guards against reuse of blocks that a transfer may still write to."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
-    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
+    bench.deliver(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
     assert bench.manager.usage().quarantined == 3
     assert isinstance(bench.io.sent[-1], Cancelled)
-    bench.tell(ReceiverEnded(transfer, "cancelled"))
+    bench.deliver(ReceiverEnded(transfer, "cancelled"))
     bench.run()
     assert bench.manager.num_available == 16
 
 
-def test_cancel_that_crosses_the_arrival() -> None:
-    """Guards the race of Cancel and KvArrived: blocks come out of quarantine, no token is sent."""
+def test_cancel_that_races_with_the_arrival() -> None:
+    """Guards the race of Cancel and KvArrived: blocks leave the quarantine, no token is sent."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
-    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0), KvArrived(transfer, 7, None, 0.0, 0.0, 0.0))
+    bench.deliver(
+        FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0), KvArrived(transfer, 7, None, 0.0, 0.0, 0.0)
+    )
     bench.run()
     assert bench.manager.num_available == 16 and bench.tokens("a") == []
 
 
 @pytest.mark.parametrize("event", ["failed", "bad token", "proxy lost"])
-def test_ends_that_are_no_finish(event: str) -> None:
-    """Guards one terminal answer and the return of all blocks when a transfer fails or its owner is gone."""
+def test_failures_end_in_one_terminal_message(event: str) -> None:
+    """Guards against a missing or second terminal message, or leaked blocks, on a failed transfer or lost proxy."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
     if event == "failed":
-        bench.tell(ReceiverEnded(transfer, "deadline"))
+        bench.deliver(ReceiverEnded(transfer, "deadline"))
     elif event == "bad token":
-        bench.tell(KvArrived(transfer, 1000, None, 0.0, 0.0, 0.0))
+        bench.deliver(KvArrived(transfer, 1000, None, 0.0, 0.0, 0.0))
     else:
-        bench.tell(ProxyLost("proxy"), ReceiverEnded(transfer, "cancelled"))
+        bench.deliver(ProxyLost("proxy"), ReceiverEnded(transfer, "cancelled"))
     bench.run()
     ends = [message for message in bench.io.sent if isinstance(message, Failed)]
     assert len(ends) == 1 and ends[0].retryable
     assert bench.manager.num_available == 16
 
 
-def test_a_transfer_that_prefill_called_off_is_no_failure() -> None:
-    """Guards against computing a prompt again that finished at its first token: which answer comes first is chance."""
+def test_a_transfer_that_prefill_aborted_is_not_a_failure() -> None:
+    """Guards against recomputing a prompt that finished at its first token, whichever message arrives first."""
     bench = Bench()
     transfer = bench.reserve("a", 10)
-    bench.tell(ReceiverEnded(transfer, "finished at its first token", cancelled=True))
+    bench.deliver(ReceiverEnded(transfer, "finished at its first token", cancelled=True))
     bench.run()
     assert isinstance(bench.io.sent[-1], Cancelled) and bench.manager.num_available == 16
     assert not [message for message in bench.io.sent if isinstance(message, Failed)]
 
 
 def test_too_few_blocks_is_busy_and_takes_none() -> None:
-    """Guards all-or-nothing: a reservation that does not fit holds nothing."""
+    """Guards against a partial reservation: one that does not fit holds nothing."""
     bench = Bench(num_blocks=4)
     assert bench.reserve("a", 12)
     assert not bench.reserve("b", 12)
@@ -257,10 +259,10 @@ def test_too_few_blocks_is_busy_and_takes_none() -> None:
     assert bench.manager.usage().owned == 3
 
 
-def test_cached_blocks_do_not_travel() -> None:
-    """Guards decode-side prefix hits: the second reservation of a prompt misses only what was not full."""
+def test_cached_blocks_are_not_transferred() -> None:
+    """Guards decode-side prefix hits: a repeated prompt transfers only its last partial block."""
     bench = Bench()
-    bench.tell(KvArrived(bench.reserve("a", 10), 10, None, 0.0, 0.0, 0.0))
+    bench.deliver(KvArrived(bench.reserve("a", 10), 10, None, 0.0, 0.0, 0.0))
     bench.run()
     bench.reserve("b", 10)
     reserved = [message for message in bench.io.sent if isinstance(message, Reserved)]

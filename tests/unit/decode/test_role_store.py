@@ -1,4 +1,4 @@
-"""decode.role with a host's store: what it completes is written behind, and prompts and preempted ones are loaded."""
+"""decode.role with a host's store: completed blocks are written behind; prompts and preempted sequences are loaded."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ def _counter(bench: Bench, name: str) -> float:
 
 
 def test_completed_blocks_are_written_behind() -> None:
-    """Guards the next turn of a conversation: blocks with what decode generated, and no others, come from here."""
+    """Guards the next turn of a conversation: decode writes the blocks that it generated, and no others."""
     bench = Bench(world=World(), **SETTINGS)
-    bench.tell(KvArrived(bench.reserve("a", 10, max_tokens=8), 10, None, 0.0, 0.0, 0.0))
+    bench.deliver(KvArrived(bench.reserve("a", 10, max_tokens=8), 10, None, 0.0, 0.0, 0.0))
     _idle(bench)
-    assert _counter(bench, "store_written_blocks") == 2  # of 17 tokens with KV; the first 8 were prefill's to write
+    assert _counter(bench, "store_written_blocks") == 2  # of 17 tokens with KV; prefill writes the first 8
 
 
-def test_a_prompt_that_is_prefilled_here_is_loaded() -> None:
-    """Guards colocated serving: another worker's blocks are loaded before what is left is computed."""
+def test_a_locally_prefilled_prompt_is_loaded() -> None:
+    """Guards colocated serving: another worker's blocks are loaded, and the rest is computed."""
     world = World()
     first, second = Bench(world=world, **SETTINGS), Bench(world=world, **SETTINGS)
     first.reserve("a", 14, prefill="")
@@ -51,7 +51,7 @@ def test_a_prompt_that_is_prefilled_here_is_loaded() -> None:
 
 
 def test_a_preempted_sequence_is_loaded_again() -> None:
-    """Guards preemption to RAM: blocks that the pool has given to others come back from the store."""
+    """Guards preemption with a store: evicted blocks are loaded instead of recomputed."""
     bench = Bench(world=World(), **SETTINGS)
     bench.reserve("a", 10, prefill="", max_tokens=20)
     while len(bench.tokens("a")) < 8:
@@ -64,8 +64,8 @@ def test_a_preempted_sequence_is_loaded_again() -> None:
     assert _counter(bench, "prompt_tokens_ram") == 16  # of the 17 tokens with KV
 
 
-def test_a_sequence_that_is_cancelled_while_it_loads() -> None:
-    """Guards against reuse of blocks that the store's thread may still write, and against leaking them."""
+def test_cancel_during_a_load() -> None:
+    """Guards against reusing blocks that the store's thread may still write, and against leaking them."""
     world = World()
     first, second = Bench(world=world, **SETTINGS), Bench(world=world, **SETTINGS)
     first.reserve("a", 14, prefill="")
@@ -76,7 +76,7 @@ def test_a_sequence_that_is_cancelled_while_it_loads() -> None:
     second.store.held = True
     second.loop.turn(0.0)
     assert second.manager.usage().owned == 4
-    second.tell(FromProxy("proxy", Cancel(request_id="b", attempt=0), second.now_s))
+    second.deliver(FromProxy("proxy", Cancel(request_id="b", attempt=0), second.now_s))
     assert second.manager.usage().leased == 3 and not second.loop.idle
     second.store.release()
     _idle(second)

@@ -1,7 +1,7 @@
-"""Steps that run ahead of the host: whatever comes and goes between them, a sequence gets the tokens that are its own.
+"""Steps that run ahead of the host: each sequence gets its own tokens under any arrivals, cancels and preemptions.
 
-The runner here computes a step only when it is read, as a device would that is late, out of a pool whose slots hold
-token ids: a block that is handed out too early is overwritten by the late step, and the next tokens are wrong.
+The runner computes a step only when it is read, as a late device would, from a pool whose slots hold token ids: a block
+that is freed too early is overwritten by the late step, and the next tokens are wrong.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ MAX_MODEL_LEN = 48
 
 
 def next_token(context: list[int]) -> int:
-    """Depends on every token before it, and on their order."""
+    """The next token: a hash of all previous tokens in order."""
     value = 7
     for token in context:
         value = (value * 31 + token + 1) % 10007
@@ -70,7 +70,7 @@ class LateStep:
 
 
 class LateRunner:
-    """Keeps for each slot the token that it drew last."""
+    """A runner that computes a step when it is read, and keeps each slot's last token."""
 
     config = SimpleNamespace(vocab_size=VOCAB)
 
@@ -84,7 +84,7 @@ class LateRunner:
         assert len({row.slot for row in rows}) == len(rows), "two rows in one slot"
         for row in rows:
             assert len(row.blocks) * BLOCK >= row.start + row.num_new, "computed without blocks"
-        # The worker's lists change after the launch, and what was launched does not.
+        # The worker changes its lists after the launch, which must not affect the step.
         step = LateStep(self, [Row(list(r.token_ids), r.start, list(r.blocks), r.draw, r.slot) for r in rows])
         self.launched.append(step)
         assert len(self.launched) <= self.run_ahead + 1
@@ -92,7 +92,7 @@ class LateRunner:
 
 
 class Bench:
-    """A decode worker over a late runner; transfers write into the pool at the moment they arrive."""
+    """A decode worker over a late runner; transfers write into the pool when they arrive."""
 
     def __init__(self, run_ahead: int, num_blocks: int, **options: Any) -> None:
         self.io, self.runner, self.manager = RecordingIo(), LateRunner(run_ahead), BlockManager(num_blocks)
@@ -120,7 +120,7 @@ class Bench:
         self.io.inbox.put(FromProxy("proxy", reserve, 0.0))
 
     def arrive(self) -> None:
-        """The oldest transfer under way writes its blocks, and its sequence gets its first token."""
+        """Complete the oldest transfer: write its blocks, and give its sequence the first token."""
         reserved = self.role._reserved
         for transfer_id, sequence in list(reserved.items())[:1]:
             for place, token in enumerate(sequence.token_ids):
@@ -130,7 +130,7 @@ class Bench:
             self.io.inbox.put(KvArrived(transfer_id, next_token(sequence.token_ids), None, 0.0, 0.0, 0.0))
 
     def hear(self) -> None:
-        """What a turn does before its step."""
+        """The part of a turn before its step."""
         for event in self.io.receive(0.0):
             self.loop._on(event)
 
@@ -138,12 +138,12 @@ class Bench:
         self.io.inbox.put(FromProxy("proxy", Cancel(request_id=name, attempt=0), 0.0))
 
     def tokens(self, name: str) -> list[int]:
-        told = [t for m in self.io.sent if isinstance(m, Bundle) for t in m.tokens if t.request_id == name]
-        assert [t.index for t in told] == [sum(len(u.ids) for u in told[:i]) for i in range(len(told))]
-        return [token for tokens in told for token in tokens.ids]
+        sent = [t for m in self.io.sent if isinstance(m, Bundle) for t in m.tokens if t.request_id == name]
+        assert [t.index for t in sent] == [sum(len(u.ids) for u in sent[:i]) for i in range(len(sent))]
+        return [token for tokens in sent for token in tokens.ids]
 
     def finish(self) -> None:
-        """Everything that is still open comes to its end, and all blocks are handed back."""
+        """End everything that is open, and check that all blocks are freed."""
         for _ in range(3000):
             self.arrive()
             for transfer_id in list(self.manager._quarantines):
@@ -173,9 +173,9 @@ ACTION = st.one_of(
     st.integers(1, 6),
     st.integers(1, 9),
 )
-def test_any_schedule_gives_the_tokens_of_one_step_after_the_other(actions, run_ahead, num_blocks, rows, chunk):
-    """Guards against tokens of a sequence that has ended, of a slot's earlier owner or of blocks that were given to
-    another too early, and against blocks or slots that are never handed back, with arrivals, cancels and preemption."""
+def test_any_schedule_gives_the_tokens_of_synchronous_steps(actions, run_ahead, num_blocks, rows, chunk):
+    """Guards against tokens of an ended sequence, of a slot's previous owner or of blocks reused too early, and
+    against leaked blocks or slots, with arrivals, cancels and preemption."""
     bench = Bench(run_ahead, num_blocks, max_num_seqs=rows, max_chunk_tokens=chunk, max_num_batched_tokens=24)
     cancelled = set()
     for action in actions:
@@ -191,7 +191,7 @@ def test_any_schedule_gives_the_tokens_of_one_step_after_the_other(actions, run_
                 cancelled.add(f"r{number}")
                 bench.cancel(f"r{number}")
             case ("take over", number, length):
-                # The blocks of one that goes are wanted by a transfer that is there at once.
+                # A transfer takes the blocks of a cancelled sequence at once.
                 cancelled.add(f"r{number}")
                 bench.cancel(f"r{number}")
                 bench.hear()
@@ -206,15 +206,15 @@ def test_any_schedule_gives_the_tokens_of_one_step_after_the_other(actions, run_
     refused = {message.request_id for message in bench.io.sent if isinstance(message, Busy)}
     assert not [message for message in bench.io.sent if isinstance(message, Failed)]
     for name, (prompt, max_tokens) in bench.prompts.items():
-        told, right = bench.tokens(name), expected(prompt, max_tokens)
+        sent, right = bench.tokens(name), expected(prompt, max_tokens)
         if name in cancelled:
-            assert told == right[: len(told)]
+            assert sent == right[: len(sent)]
         else:
-            assert told == ([] if name in refused else right)
+            assert sent == ([] if name in refused else right)
 
 
-def test_blocks_of_a_sequence_that_ended_rest_until_its_last_step_was_read():
-    """Guards the test above against a pool so large that nothing is ever reused: here the blocks are wanted at once."""
+def test_blocks_of_an_ended_sequence_are_held_until_its_last_step_is_read():
+    """Guards against reuse under a running step, here with a pool in which the blocks are needed at once."""
     bench = Bench(1, 12)
     bench.request("a", [1, 2, 3], 8, remote=False)
     for _ in range(4):
@@ -227,7 +227,7 @@ def test_blocks_of_a_sequence_that_ended_rest_until_its_last_step_was_read():
     bench.finish()
 
 
-def test_a_device_has_its_next_step_before_the_last_one_is_read():
+def test_the_next_step_is_launched_before_the_last_one_is_read():
     """Guards against a loop that waits for the tokens of a step before it launches the next."""
     bench = Bench(1, 12)
     bench.request("a", [1, 2, 3], 8, remote=False)
@@ -240,7 +240,7 @@ def test_a_device_has_its_next_step_before_the_last_one_is_read():
 
 
 def test_a_request_before_the_next_launch_is_in_the_next_step():
-    """Guards against a step launched so early that a newcomer has to wait behind it."""
+    """Guards against a step launched so early that a new request waits behind it."""
     bench = Bench(1, 30)
     bench.request("a", [1, 2, 3], 20, remote=False)
     for _ in range(3):
@@ -260,7 +260,7 @@ def test_a_request_before_the_next_launch_is_in_the_next_step():
 
 
 def test_a_step_with_a_prompt_is_launched_at_once():
-    """Guards a device that runs dry while a step is launched kernel by kernel, which takes as long as a step."""
+    """Guards against an idle device during a launch kernel by kernel, which takes as long as a step."""
     bench = Bench(1, 30, max_chunk_tokens=4)
     bench.request("a", [1, 2, 3], 20, remote=False)
     for _ in range(3):
@@ -271,21 +271,21 @@ def test_a_step_with_a_prompt_is_launched_at_once():
     for _ in range(9):
         bench.loop.turn(0.0)
         lengths += [row.num_new for step in bench.runner.launched[-1:] for row in step._rows if row.num_new > 1]
-    assert [*dict.fromkeys(lengths)] == [4, 3]  # chunks of 4, 4 and 3, and then it waits
+    assert [*dict.fromkeys(lengths)] == [4, 3]  # chunks of 4, 4 and 3, then the launch waits again
     assert len(bench.runner.launched) == 1 and bench.loop.wait_s(0.1) > 0.05
     bench.role._timer.launch_at = 0.0
     bench.finish()
     assert bench.tokens("b") == expected(list(range(11)), 5)
 
 
-def test_a_prompt_that_does_not_fit_hurries_no_step():
-    """Guards the late launch where blocks are short: newcomers would wait behind one step more, every time."""
+def test_a_prompt_that_does_not_fit_keeps_the_launch_late():
+    """Guards the late launch when blocks are short: an early one makes new requests wait for another step."""
     bench = Bench(1, 7)
     bench.request("a", list(range(5)), 12, remote=False)
     for _ in range(4):
         bench.loop.turn(0.0)
     bench.request("b", [7] * 22, 5, remote=False)
-    bench.loop.turn(0.0)  # it hurries the one step in which it might have been
+    bench.loop.turn(0.0)  # it makes only the next step launch early
     bench.loop.turn(0.0)
     under_way, bench.role._timer.launch_at = len(bench.runner.launched), bench.parts.clock() + 100.0
     assert bench.role._waiting and not any(bench.loop.turn(0.0) for _ in range(5))
@@ -295,22 +295,22 @@ def test_a_prompt_that_does_not_fit_hurries_no_step():
     assert bench.tokens("b") == expected([7] * 22, 5)
 
 
-def test_the_gate_learns_what_the_device_took():
-    """Guards the choice between loading and computing against a speed halved by the wait behind the step before."""
+def test_the_gate_measures_device_time():
+    """Guards the choice between loading and computing: the measured speed excludes the wait for the previous step."""
     bench = Bench(1, 30)
     bench.request("a", list(range(12)), 4, remote=False)
-    told = []
-    bench.parts.prefixes.gate.computed = lambda num_tokens, spent_s, now: told.append((num_tokens, spent_s))
+    measured = []
+    bench.parts.prefixes.gate.computed = lambda num_tokens, spent_s, now: measured.append((num_tokens, spent_s))
     for _ in range(9):
         for step in bench.runner.launched:
             step.device_time = DeviceTime(0.25, 0.0)
         bench.role._timer.launch_at = 0.0
         bench.loop.turn(0.0)
-    assert told == [(12, 0.25)]
+    assert measured == [(12, 0.25)]
 
 
-def test_gaps_are_those_of_steps_behind_others():
-    """Guards the share of short gaps against the pauses of an idle worker."""
+def test_gaps_are_counted_between_consecutive_steps_only():
+    """Guards the gap metric against the pauses of an idle worker."""
     bench = Bench(1, 30)
     bench.request("a", [1, 2, 3], 4, remote=False)
     gaps = iter((30.0, 20e-6, 90e-6, 10.0))

@@ -1,4 +1,4 @@
-"""decode.scheduler: nothing computes without blocks, the most senior always advances, nothing overtakes."""
+"""decode.scheduler: no row without blocks, the oldest sequence always advances, admission is in order."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _blocks(num_tokens: int) -> int:
 
 @st.composite
 def _running(draw: st.DrawFn) -> Item:
-    """Admission gives blocks for all tokens; then each step may append one that has none yet."""
+    """A running sequence: blocks for all tokens at admission, and at most one appended token without a block."""
     num_tokens = draw(st.integers(1, 60))
     num_computed = draw(st.integers(0, num_tokens - 1))
     return Item(num_tokens, num_computed, _blocks(num_tokens - draw(st.integers(0, 1))))
@@ -26,7 +26,7 @@ _waiting = st.integers(1, 60).map(lambda n: Item(n, 0, 0))
 
 
 @given(st.lists(_running(), max_size=8), st.lists(_waiting, max_size=4), st.integers(0, 40))
-def test_a_plan_can_be_carried_out(running: list[Item], waiting: list[Item], free: int) -> None:
+def test_a_plan_is_feasible(running: list[Item], waiting: list[Item], free: int) -> None:
     """Guards against over-commitment: blocks, token budget, rows, and a row for a preempted sequence."""
     result = plan(running, waiting, free, LIMITS)
     for index in result.preempted:
@@ -44,8 +44,8 @@ def test_a_plan_can_be_carried_out(running: list[Item], waiting: list[Item], fre
 
 
 @given(st.lists(_running(), min_size=1, max_size=8), st.integers(0, 40))
-def test_the_most_senior_advances_or_none_can(running: list[Item], free: int) -> None:
-    """Guards against livelock: juniors give way, in order, before the most senior stands still."""
+def test_the_oldest_advances_or_none_can(running: list[Item], free: int) -> None:
+    """Guards against livelock: younger sequences are preempted, in order, before the oldest stalls."""
     result = plan(running, [], free, LIMITS)
     assert result.preempted == tuple(range(len(running) - 1, len(running) - 1 - len(result.preempted), -1))
     if 0 in result.preempted:
@@ -55,7 +55,7 @@ def test_the_most_senior_advances_or_none_can(running: list[Item], free: int) ->
 
 
 def test_every_running_sequence_decodes_beside_a_chunk() -> None:
-    """Guards TBT: a long prompt takes only what the budget leaves beside one token for everybody."""
+    """Guards TBT: a prompt's chunk takes only the budget left after one token for each running sequence."""
     prompt = Item(num_tokens=100, num_computed=0, num_blocks=25)
     decoding = Item(num_tokens=10, num_computed=9, num_blocks=3)
     result = plan([prompt, *[decoding] * 7], [], 0, LIMITS)

@@ -1,4 +1,4 @@
-"""prefill.role without processes: chunks, hand-over, and that blocks stay leased until the transfer has ended."""
+"""prefill.role without processes: chunks, hand-over, and blocks that stay leased until the transfer has ended."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ LEG = LegKey("a", 0)
 
 
 class CountingRunner:
-    """The next token is the number of known tokens."""
+    """A runner whose next token is the number of known tokens."""
 
     config = SimpleNamespace(vocab_size=1000)
 
@@ -57,7 +57,7 @@ class CountingRunner:
 
 
 class RecordingChecksums:
-    """Of each block its number; a step's are there when it is read."""
+    """Checksums that are the block's number, available when the step is read."""
 
     def __init__(self) -> None:
         self.begun: list[list[int]] = []
@@ -68,7 +68,7 @@ class RecordingChecksums:
 
 
 class Bench:
-    """A prefill worker on its own."""
+    """A prefill worker without processes."""
 
     def __init__(self, num_blocks: int = 16, run_ahead: int = 0, world: World | None = None, **settings: Any) -> None:
         self.io, self.runner = RecordingIo(), CountingRunner(self._pass, run_ahead)
@@ -96,7 +96,7 @@ class Bench:
         self.now_s += STEP_S
 
     def prefill(self, name: str, num_tokens: int, **sampling: Any) -> None:
-        self.tell(FromProxy("proxy", self.message(name, num_tokens, **sampling), self.now_s))
+        self.deliver(FromProxy("proxy", self.message(name, num_tokens, **sampling), self.now_s))
 
     def message(self, name: str, num_tokens: int, **sampling: Any) -> Prefill:
         tokens = tuple(range(num_tokens))
@@ -115,7 +115,7 @@ class Bench:
             ),
         )
 
-    def tell(self, *events: Any) -> bool:
+    def deliver(self, *events: Any) -> bool:
         for event in events:
             self.io.inbox.put(event)
         return self.loop.turn(0.0)
@@ -138,18 +138,18 @@ AHEAD = pytest.mark.parametrize("run_ahead", [0, 1, 2])
 
 
 @AHEAD
-def test_a_hand_over_has_the_interpreter_while_the_device_is_at_a_step(run_ahead: int) -> None:
-    """Guards both: a hand-over that waits behind the launch of the next prompt, and a device that waits for one."""
-    bench = Bench(run_ahead=run_ahead, max_num_batched_tokens=3)  # prompts too short to share a block
+def test_the_gil_is_yielded_to_a_hand_over_during_a_step(run_ahead: int) -> None:
+    """Guards against a hand-over that waits for the next launch, and a device that waits for a hand-over."""
+    bench = Bench(run_ahead=run_ahead, max_num_batched_tokens=3)  # prompts that are too short to share a block
     for name in ("a", "b", "c"):
         bench.io.inbox.put(FromProxy("proxy", bench.message(name, 3), bench.now_s))
     bench.run()
-    assert bench.io.num_yields == (2 if run_ahead else 0)  # the last one has no step behind it
+    assert bench.io.num_yields == (2 if run_ahead else 0)  # no step follows the last one
 
 
 @AHEAD
 def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
-    """Guards the overlap of computing and moving: full blocks after each chunk, the rest and the token at the end."""
+    """Guards the overlap of computing and transfer: full blocks after each chunk, the rest and the token at the end."""
     bench = Bench(run_ahead=run_ahead, max_chunk_tokens=6)
     bench.prefill("a", 14)
     bench.run()
@@ -162,7 +162,7 @@ def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
     ]
     offers = [call for call in calls if call[0] == "tell_blocks"]
     (table,) = {call[2] for call in offers[-1:]}
-    assert bench.checksums.begun == [[*table[:1]], [*table[1:3]], [*table[3:]]]  # each block once, when it is final
+    assert bench.checksums.begun == [[*table[:1]], [*table[1:3]], [*table[3:]]]  # each block once, when it is complete
     assert [[*call[3]] for call in offers] == bench.checksums.begun
     assert calls[-1] == ("tell_token", LEG, 14, None)
     (tokens,) = bench.sent(Tokens)
@@ -170,14 +170,14 @@ def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
 
 
 def test_blocks_are_sending_until_the_transfer_has_ended() -> None:
-    """Guards against reuse of blocks that the io still reads, and against forgetting them."""
+    """Guards against reusing blocks that the I/O thread still reads, and against leaking them."""
     bench = Bench(num_blocks=4)
     bench.prefill("a", 14)
     bench.run()
     assert bench.manager.usage().leased == 4 and bench.manager.num_available == 0
     bench.prefill("b", 5)
     assert bench.sent(Tokens)[-1].request_id == "a"  # "b" waits for blocks
-    bench.tell(_ended())
+    bench.deliver(_ended())
     bench.run()
     assert [message.request_id for message in bench.sent(HandedOver)] == ["a"]
     assert bench.sent(Tokens)[-1].request_id == "b"
@@ -186,11 +186,11 @@ def test_blocks_are_sending_until_the_transfer_has_ended() -> None:
 @AHEAD
 @pytest.mark.parametrize(("sampling", "finish"), [({"max_tokens": 1}, "length"), ({"stop_token_ids": (6,)}, "stop")])
 def test_a_request_that_ends_with_its_first_token(sampling: dict[str, Any], finish: str, run_ahead: int) -> None:
-    """Guards the one terminal message: Tokens with a finish, no hand-over, and the transfer is called off."""
+    """Guards the single terminal message: Tokens with a finish, no hand-over, and an aborted transfer."""
     bench = Bench(run_ahead=run_ahead)
     bench.prefill("a", 6, **sampling)
     bench.run()
-    bench.tell(_ended(ok=False))
+    bench.deliver(_ended(ok=False))
     bench.run()
     assert [message.finish for message in bench.sent(Tokens)] == [finish]
     assert not bench.sent(HandedOver) and not bench.sent(Failed)
@@ -199,7 +199,7 @@ def test_a_request_that_ends_with_its_first_token(sampling: dict[str, Any], fini
 
 
 def test_prompts_share_a_step_and_a_prefix() -> None:
-    """Guards batching over jobs and the prefix cache: the second prompt computes only what is new."""
+    """Guards batching and the prefix cache: the second prompt computes only its new tokens."""
     bench = Bench(max_num_batched_tokens=20)
     bench.prefill("a", 10)
     bench.prefill("b", 14)
@@ -211,56 +211,56 @@ def test_prompts_share_a_step_and_a_prefix() -> None:
 @AHEAD
 @pytest.mark.parametrize("event", ["transfer failed", "cancel", "proxy lost"])
 @pytest.mark.parametrize("when", ["computing", "handed to the io"])
-def test_every_end_hands_everything_back(event: str, when: str, run_ahead: int) -> None:
-    """Guards against leaks and double answers, in the middle of a prompt and after it."""
+def test_every_end_frees_everything(event: str, when: str, run_ahead: int) -> None:
+    """Guards against leaks and second terminal messages, in the middle of a prompt and after it."""
     bench = Bench(run_ahead=run_ahead, max_chunk_tokens=4)
     bench.prefill("a", 14)
     if when != "computing":
         bench.run()
     if event == "transfer failed":
-        bench.tell(_ended(ok=False))
+        bench.deliver(_ended(ok=False))
     elif event == "cancel":
-        bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
-        assert bench.manager.usage().leased > 0  # the io may still read them
-        bench.tell(_ended(ok=False))
+        bench.deliver(FromProxy("proxy", Cancel(request_id="a", attempt=0), 0.0))
+        assert bench.manager.usage().leased > 0  # the I/O thread may still read them
+        bench.deliver(_ended(ok=False))
         assert len(bench.sent(Cancelled)) == 1
     else:
-        bench.tell(ProxyLost("proxy"))
-        bench.tell(_ended(ok=False))
+        bench.deliver(ProxyLost("proxy"))
+        bench.deliver(_ended(ok=False))
     bench.run()
     assert bench.manager.num_available == 16
     assert len(bench.sent(Failed)) == (0 if event == "cancel" else 1)
     assert not bench.sent(HandedOver)
 
 
-def test_refusals_take_nothing() -> None:
-    """Guards admission: too long is the client's fault, a full queue is not."""
+def test_refusals_hold_nothing() -> None:
+    """Guards admission: a prompt that is too long fails for good, a full queue is Busy."""
     bench = Bench(num_blocks=2, max_waiting=1)
     bench.prefill("long", 64)
-    bench.prefill("a", 9)  # three blocks: more than there are, so it waits
+    bench.prefill("a", 9)  # needs three blocks, more than are free, so it waits
     bench.prefill("b", 1)
     assert [(message.request_id, message.retryable) for message in bench.sent(Failed)] == [("long", False)]
     assert [message.request_id for message in bench.sent(Busy)] == ["b"]
     assert bench.manager.num_available == 2
 
 
-def test_the_first_token_reports_where_the_time_went() -> None:
-    """Guards the timeline: the wait behind another prompt is queue, from its own first chunk on it is prefill."""
+def test_the_first_token_reports_its_stages() -> None:
+    """Guards the timeline: the wait behind another prompt is queue; prefill starts at the first chunk."""
     bench = Bench(max_num_batched_tokens=4, max_chunk_tokens=4, policy="fcfs")
     bench.prefill("a", 10)
     bench.now_s += 0.5
     bench.prefill("b", 8)
     bench.run()
-    told = {message.request_id: message.stages for message in bench.sent(Tokens)}
-    assert told["a"] == Stages(prefill_s=0.5 + 3 * STEP_S)
-    assert told["b"] == Stages(queue_s=STEP_S, prefill_s=2 * STEP_S)  # four of its tokens were cached
+    stages = {message.request_id: message.stages for message in bench.sent(Tokens)}
+    assert stages["a"] == Stages(prefill_s=0.5 + 3 * STEP_S)
+    assert stages["b"] == Stages(queue_s=STEP_S, prefill_s=2 * STEP_S)  # four of its tokens were cached
 
 
-def test_a_sibling_waits_for_what_another_computes() -> None:
-    """Guards bursts of one prefix: it is computed once, and a prompt that waits for it holds no other up."""
+def test_a_sibling_waits_for_a_shared_prefix() -> None:
+    """Guards bursts with a shared prefix: it is computed once, and a waiting prompt does not block others."""
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     messages = [bench.message("a", 30), bench.message("b", 29), bench.message("c", 3)]
-    bench.tell(*(FromProxy("proxy", message, bench.now_s) for message in messages))
+    bench.deliver(*(FromProxy("proxy", message, bench.now_s) for message in messages))
     bench.run()
     computed = [row for step in bench.runner.steps for row in step]
     assert computed[:2] == [(0, 8), (0, 3)], "the third shares no full block, and does not wait"
@@ -268,29 +268,29 @@ def test_a_sibling_waits_for_what_another_computes() -> None:
     assert {message.request_id: message.cached_tokens for message in bench.sent(Tokens)} == {"a": 0, "b": 28, "c": 0}
 
 
-def test_a_sibling_computes_itself_when_the_other_is_cancelled() -> None:
-    """Guards against waiting for blocks that will never be made."""
+def test_a_sibling_computes_the_prefix_if_the_other_is_cancelled() -> None:
+    """Guards against waiting for blocks that will never be computed."""
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     bench.prefill("a", 30)
     bench.prefill("b", 30)
-    bench.tell(FromProxy("proxy", Cancel(request_id="a", attempt=0), bench.now_s))
+    bench.deliver(FromProxy("proxy", Cancel(request_id="a", attempt=0), bench.now_s))
     bench.run()
     (tokens,) = bench.sent(Tokens)
     assert (tokens.request_id, tokens.cached_tokens) == ("b", 16)
 
 
 def test_no_prompt_waits_for_one_that_comes_later() -> None:
-    """Guards priorities: what goes first does not wait for what it has overtaken."""
+    """Guards priorities: a prompt does not wait for one that it has overtaken."""
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     bench.prefill("a", 30)
     message = bench.message("b", 30)
     urgent = msgspec.structs.replace(message.body, priority=5)
-    bench.tell(FromProxy("proxy", msgspec.structs.replace(message, body=urgent), bench.now_s))
+    bench.deliver(FromProxy("proxy", msgspec.structs.replace(message, body=urgent), bench.now_s))
     assert bench.runner.steps[-1][0] == (8, 8), "from what the first has computed so far, in front of it"
 
 
-def test_the_load_counts_what_is_left_to_compute() -> None:
-    """Guards the router's view of a queue: tokens that the pool has are no work, before the job starts and after."""
+def test_the_load_counts_uncomputed_tokens() -> None:
+    """Guards the router's view of the queue: cached tokens are not work, before a prompt starts and after."""
     bench = Bench(num_blocks=64, max_num_seqs=1, max_num_batched_tokens=10)
     bench.prefill("a", 20)
     bench.run()

@@ -1,4 +1,4 @@
-"""prefill.role with a host's store: what another worker computed is loaded, and no fate of the store harms a job."""
+"""prefill.role with a host's store: blocks of other workers are loaded, and no fault of the store harms a request."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SETTINGS = {"num_blocks": 64, "store_loads": "always"}
 
 
 def _run(bench: Bench) -> None:
-    """Until nothing happens any more: a turn without a step may have made an event for the next one."""
+    """Run until idle: a turn without a step may still create an event for the next one."""
     while True:
         bench.run()
         if bench.io.inbox.empty():
@@ -23,10 +23,10 @@ def _run(bench: Bench) -> None:
 
 
 def _idle(bench: Bench) -> None:
-    """All came to its end: the worker proves that it holds nothing."""
+    """Check that all requests have ended and that the worker holds nothing."""
     _run(bench)
     for name in list(bench.role._sending):
-        bench.tell(SenderEnded(name, True, "", 0, 0.0))
+        bench.deliver(SenderEnded(name, True, "", 0, 0.0))
     _run(bench)
     assert bench.loop.idle and bench.manager.num_available == bench.manager.num_blocks
     bench.store.world.host.server.index.check()
@@ -50,8 +50,8 @@ def _counter(bench: Bench, name: str) -> float:
     return bench.loop._load().counters[name]
 
 
-def test_what_another_worker_computed_is_loaded() -> None:
-    """Guards the point of it all: only what no full block holds is computed, and the client is told what was not."""
+def test_blocks_of_another_worker_are_loaded() -> None:
+    """Guards reuse: only tokens outside full blocks are computed, and the others are reported as cached."""
     first, second = _two()
     assert _counter(first, "store_written_blocks") == 3
     second.prefill("b", 14)
@@ -63,12 +63,12 @@ def test_what_another_worker_computed_is_loaded() -> None:
     assert [_counter(second, name) for name in names] == [12, 2, 0]
     second.prefill("c", 14)
     _idle(second)
-    assert _counter(second, "prompt_tokens_gpu") == 12  # its own pool goes first
+    assert _counter(second, "prompt_tokens_gpu") == 12  # its own pool is used first
     assert _counter(second, "store_lookups") == 1
 
 
 def test_a_partial_hit_is_used_and_the_rest_written() -> None:
-    """Guards a longer prompt: loading ends where the store's chain ends, what is computed behind it goes there."""
+    """Guards a longer prompt: loading ends where the store's chain ends, and later blocks are written."""
     first, second = _two()
     second.prefill("b", 22)
     _idle(second)
@@ -79,14 +79,14 @@ def test_a_partial_hit_is_used_and_the_rest_written() -> None:
 
 
 def test_others_compute_while_a_job_waits_and_loads() -> None:
-    """Guards the overlap: a step never waits for the store, a prompt that does not need it overtakes."""
+    """Guards overlap: a step never waits for the store, and a prompt that does not need it overtakes."""
     _, second = _two()
     second.store.held = True
     second.prefill("b", 14)
     second.prefill("short", 3)
     _run(second)
     assert _steps(second) == [(0, 3)]
-    second.store.release()  # found; the load is held again
+    second.store.release()  # found; the load itself is held
     second.store.held = True
     second.loop.turn(0.0)
     second.prefill("shorter", 2)
@@ -99,7 +99,7 @@ def test_others_compute_while_a_job_waits_and_loads() -> None:
 
 @pytest.mark.parametrize("when", ["asked", "loading"])
 def test_a_cancelled_prompt_gives_its_blocks_back_when_the_load_has_ended(when: str) -> None:
-    """Guards against reuse of blocks that the store's thread may still write, and against leaking them."""
+    """Guards against reusing blocks that the store's thread may still write, and against leaking them."""
     _, second = _two()
     second.store.held = True
     second.prefill("b", 14)
@@ -107,8 +107,8 @@ def test_a_cancelled_prompt_gives_its_blocks_back_when_the_load_has_ended(when: 
         second.store.release()
         second.store.held = True
         second.loop.turn(0.0)
-    second.tell(FromProxy("proxy", Cancel(request_id="b", attempt=0), second.now_s))
-    second.tell(SenderEnded(type(LEG)("b", 0), False, "cancelled", 0, 0.0))
+    second.deliver(FromProxy("proxy", Cancel(request_id="b", attempt=0), second.now_s))
+    second.deliver(SenderEnded(type(LEG)("b", 0), False, "cancelled", 0, 0.0))
     held = 3 if when == "loading" else 0
     assert second.manager.usage().leased == held
     second.store.release()
@@ -116,7 +116,7 @@ def test_a_cancelled_prompt_gives_its_blocks_back_when_the_load_has_ended(when: 
     assert _steps(second) == []
 
 
-def test_an_answer_that_comes_too_late_is_not_waited_for() -> None:
+def test_a_late_lookup_is_not_waited_for() -> None:
     """Guards a prompt against a store that is slow or frozen."""
     _, second = _two()
     second.store.held = True
@@ -128,8 +128,8 @@ def test_an_answer_that_comes_too_late_is_not_waited_for() -> None:
     _idle(second)
 
 
-def test_a_load_that_takes_too_long_is_stopped_and_what_came_is_used() -> None:
-    """Guards the deadline of a load: computing goes on behind the blocks that are there."""
+def test_a_slow_load_is_stopped_and_its_blocks_are_used() -> None:
+    """Guards the deadline of a load: computing continues behind the loaded blocks."""
     _, second = _two()
     second.store.held = True
     second.prefill("b", 14)
@@ -138,15 +138,15 @@ def test_a_load_that_takes_too_long_is_stopped_and_what_came_is_used() -> None:
     second.loop.turn(0.0)
     second.now_s += 6.0
     _run(second)
-    assert _steps(second) == []  # not before the store's thread says that it writes no more
+    assert _steps(second) == []  # not before the store's thread has stopped writing
     assert _counter(second, "store_loads_stopped") == 1
     second.store.release()
     _idle(second)
     assert _steps(second) == [(0, 14)]
 
 
-def test_a_store_that_is_gone_costs_nothing_but_hits() -> None:
-    """Guards serving without the store: nothing is asked, nothing is held."""
+def test_a_lost_store_costs_only_hits() -> None:
+    """Guards serving without the store: no lookups, and nothing is held."""
     _, second = _two()
     second.store.world.lost.add("host")
     second.store.world.run(5.0)
@@ -155,8 +155,8 @@ def test_a_store_that_is_gone_costs_nothing_but_hits() -> None:
     assert _steps(second) == [(0, 14)] and second.parts.prefixes.idle
 
 
-def test_what_is_slower_to_load_than_to_compute_is_computed() -> None:
-    """Guards the gate: with a RAM rate that was measured to be poor, compute."""
+def test_blocks_that_load_slower_than_they_compute_are_computed() -> None:
+    """Guards the gate: with a low measured RAM rate it computes."""
     _, second = _two(store_loads="measured")
     second.parts.prefixes.gate.loaded((RAM,), 1e9, 1e9, second.now_s, alone=True)
     second.prefill("warm", 1)
@@ -165,8 +165,8 @@ def test_what_is_slower_to_load_than_to_compute_is_computed() -> None:
     assert _steps(second) == [(0, 1), (0, 14)] and _counter(second, "store_gate_refused") == 1
 
 
-def test_writing_behind_holds_only_a_part_of_the_pool() -> None:
-    """Guards prompts against a store that takes blocks slowly: the first go first, what is left over is dropped."""
+def test_write_behind_holds_only_a_part_of_the_pool() -> None:
+    """Guards prompts against a slow store: blocks are written in order, and those beyond the bound are dropped."""
     bench = Bench(world=World(), max_chunk_tokens=8, **(SETTINGS | {"num_blocks": 16}))
     bench.store.held = True
     bench.prefill("a", 40)

@@ -1,4 +1,4 @@
-"""prefill.scheduler: the budget is kept and used, order is kept, no prompt waits for ever."""
+"""prefill.scheduler: the budget is respected and used, order is kept, no prompt starves."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _work = st.builds(
 
 @given(st.lists(_work, max_size=12), st.integers(1, 600), st.integers(1, 128), st.integers(1, 600))
 def test_chunks_fill_the_budget_in_order(jobs: list[QueuedPrompt], budget: int, longest: int, full: int) -> None:
-    """Guards against overrun, idle budget, gaps in a prompt and a junior job served before a senior one."""
+    """Guards against an exceeded or unused budget, gaps in a prompt, and overtaking."""
     sequence = service_order(jobs, "fcfs")
     chunks = plan(jobs, sequence, budget, longest, full)
     lengths = [min(longest, jobs[index].num_tokens - jobs[index].num_computed) for index in sequence]
@@ -28,7 +28,7 @@ def test_chunks_fill_the_budget_in_order(jobs: list[QueuedPrompt], budget: int, 
     assert ranks == sorted(ranks)
     for chunk in chunks:
         assert chunk.length <= jobs[chunk.prompt].num_tokens - jobs[chunk.prompt].num_computed
-    if chunks:  # a prompt that was left out either had no work or came after the budget was gone
+    if chunks:  # a prompt without a chunk had no work, or came after the budget was used up
         served = {c.prompt for c in chunks}
         last = max(ranks)
         assert all(jobs[i].num_tokens == jobs[i].num_computed for i in sequence[:last] if i not in served)

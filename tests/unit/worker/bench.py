@@ -1,4 +1,4 @@
-"""The parts of a worker without processes: an I/O that records what it is given, a clock that only tests move."""
+"""The parts of a worker without processes: a recording I/O thread and exchange, and a manual clock."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LAYOUT = KVLayout.of_model(num_layers=1, kv_heads=1, head_dim=8, block_tokens=BL
 
 
 class RecordingExchange:
-    """Keeps the calls, by name, in order."""
+    """An exchange that records its calls in order."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -38,7 +38,7 @@ class RecordingExchange:
 
 
 class RecordingIo:
-    """Stands in for the I/O thread: runs each command at once, keeps each message."""
+    """A fake I/O thread that runs each command at once and records each message."""
 
     def __init__(self) -> None:
         self.load = Load()
@@ -97,7 +97,7 @@ def parts_of(
 
 
 class ManualStep:
-    """A launched step that tells when it is read."""
+    """A launched step that logs when it is read."""
 
     device_time = None
 
@@ -110,7 +110,7 @@ class ManualStep:
 
 
 class ManualRunner:
-    """Draws token 7 for each row that draws, and logs launches and reads."""
+    """A runner that samples token 7 for each sampling row, and logs launches and reads."""
 
     config = SimpleNamespace(vocab_size=1000)
 
@@ -148,7 +148,7 @@ def reserve(
 
 
 def sequence_of(manager: BlockManager, name: str = "a", num_tokens: int = 6, **body: Any) -> WorkerSequence:
-    """As the loop makes it from a message."""
+    """A sequence as the loop creates it from a message."""
     request = reserve(name, num_tokens, **body)
     assert isinstance(request.message, Reserve)
     return WorkerSequence.of(request.message, request.link, request.at, 0.0, manager, BLOCK)

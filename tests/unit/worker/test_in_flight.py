@@ -1,4 +1,4 @@
-"""worker.in_flight: steps are read in order, and blocks come back when no step can write into them."""
+"""worker.in_flight: steps are read in order, and blocks are freed when no step can write into them."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def bench() -> Bench:
     return Bench()
 
 
-def test_a_launch_moves_what_is_launched_and_pending(bench: Bench) -> None:
-    """Guards the next plan: it must not compute the same tokens again."""
+def test_a_launch_advances_the_launched_and_pending_counts(bench: Bench) -> None:
+    """Guards against a next plan that computes the same tokens again."""
     step = bench.steps.launch([(bench.a, 4), (bench.b, 6)])
     assert (bench.a.num_launched, bench.a.num_pending) == (4, 0)
     assert (bench.b.num_launched, bench.b.num_pending) == (6, 1)
@@ -43,7 +43,7 @@ def test_a_launch_moves_what_is_launched_and_pending(bench: Bench) -> None:
 
 
 def test_steps_are_read_in_the_order_of_their_launch(bench: Bench) -> None:
-    """Guards tokens: those of the second step follow those of the first."""
+    """Guards the order of tokens: those of the second step follow those of the first."""
     first = bench.steps.launch([(bench.a, 4)])
     second = bench.steps.launch([(bench.a, 2)])
     assert len(bench.steps) == 2 and second.behind
@@ -53,15 +53,15 @@ def test_steps_are_read_in_the_order_of_their_launch(bench: Bench) -> None:
     assert bench.runner.log == ["launch 1", "launch 2", "read 1", "read 2"]
 
 
-def test_blocks_of_an_idle_sequence_come_back_at_once(bench: Bench) -> None:
-    """Guards a cancelled prompt in the queue: its blocks are wanted by others."""
+def test_blocks_of_an_idle_sequence_are_freed_at_once(bench: Bench) -> None:
+    """Guards the pool: a cancelled prompt in the queue must not hold blocks."""
     bench.steps.launch([(bench.a, 4)])
     bench.steps.release(bench.b)
     assert bench.manager.num_available == 6 and not bench.b.table.blocks
 
 
-def test_blocks_rest_until_the_last_step_that_computes_them_was_read(bench: Bench) -> None:
-    """Guards against a device that writes into blocks which a transfer fills for another sequence."""
+def test_blocks_are_held_until_their_last_step_is_read(bench: Bench) -> None:
+    """Guards against a step that writes into blocks that a transfer fills for another sequence."""
     for _ in range(2):
         bench.steps.launch([(bench.a, 2)])
     bench.steps.launch([(bench.b, 2)])
@@ -74,8 +74,8 @@ def test_blocks_rest_until_the_last_step_that_computes_them_was_read(bench: Benc
     bench.manager.check()
 
 
-def test_checksums_are_those_of_the_step(bench: Bench) -> None:
-    """Guards against a digest of blocks that another step has completed."""
+def test_checksums_belong_to_the_step_that_was_read(bench: Bench) -> None:
+    """Guards against a digest of blocks that another step completed."""
     step = bench.steps.launch([(bench.a, 4)])
     assert step.read_checksums() == {}
     step.read_checksums = lambda: {0: b"zero"}
@@ -84,7 +84,7 @@ def test_checksums_are_those_of_the_step(bench: Bench) -> None:
 
 @given(st.lists(st.sampled_from(["launch", "read", "leave", "come"]), max_size=40), st.integers(0, 3))
 def test_no_order_of_launches_and_departures_loses_a_block(actions: list[str], run_ahead: int) -> None:
-    """Guards the sum: whatever leaves while steps run, each block comes back exactly once, and none too early."""
+    """Guards block accounting: for any departures during steps, each block is freed exactly once and not too early."""
     bench = Bench()
     here, written = [bench.a, bench.b], []
     for number, action in enumerate(actions):

@@ -1,4 +1,4 @@
-"""worker.io_thread, turn by turn without its thread, and how it shares the interpreter with the worker's loop."""
+"""worker.io_thread: its turns without a thread, and how it shares the GIL with the worker's loop."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ CANCEL = Cancel(request_id="a", attempt=0)
 
 
 class ScriptedLine:
-    """Gives what tests put into it, keeps what is sent; `gate` holds each send back while it is closed."""
+    """An endpoint with scripted input that records what is sent; while `gate` is closed, sends block."""
 
     def __init__(self) -> None:
         self.inbound: list[tuple[str, Message]] = []
@@ -76,7 +76,7 @@ class ScriptedLine:
 
 
 class QuietExchange:
-    """Keeps the messages of peers; it has nothing to do by itself."""
+    """An exchange that records the messages of peers and has no timers."""
 
     sockets: tuple[object, ...] = ()
 
@@ -101,7 +101,7 @@ class QuietExchange:
 
 
 class Bench:
-    """An I/O thread that has joined its proxy. Its clock moves by `tick_s` at each look."""
+    """An I/O thread that has joined its proxy. Each read of its clock advances it by `tick_s`."""
 
     def __init__(self, tick_s: float = 0.0) -> None:
         self.line, self.exchange, self.events = ScriptedLine(), QuietExchange(), EventLog()
@@ -134,25 +134,25 @@ def bench() -> Bench:
     return bench
 
 
-# ---- what comes in
+# ---- input
 
 
 def test_a_proxys_messages_go_to_the_loop_with_their_time(bench: Bench) -> None:
-    """Guards the stages of a request: the loop looks into its inbox only between two steps."""
+    """Guards a request's stages: the loop reads its inbox only between steps, so arrival times are taken here."""
     bench.now_s = 3.0
     bench.turn(("proxy", CANCEL))
     assert bench.io.receive(0.0) == [FromProxy("proxy", CANCEL, 3.0)]
     assert not bench.exchange.messages
 
 
-def test_a_peer_is_no_proxy(bench: Bench) -> None:
-    """Guards against a worker that cancels requests, or drains others: only the links to proxies may."""
+def test_a_peer_cannot_act_as_a_proxy(bench: Bench) -> None:
+    """Guards against a peer that cancels requests or drains a worker: only links to proxies may."""
     bench.turn(("p/1", CANCEL), ("p/1", Drain()))
     assert bench.io.receive(0.0) == []
     assert [peer for peer, _ in bench.exchange.messages] == ["p/1", "p/1"]
 
 
-def test_what_the_exchange_says_comes_once(bench: Bench) -> None:
+def test_events_of_the_exchange_are_delivered_once(bench: Bench) -> None:
     """Guards against an event that ends a lease twice."""
     ended = SenderEnded(LegKey("a", 0), True, "", 1, 0.5)
     bench.exchange.events.append(ended)
@@ -162,17 +162,17 @@ def test_what_the_exchange_says_comes_once(bench: Bench) -> None:
 
 
 def test_a_silent_proxy_is_lost(bench: Bench) -> None:
-    """Guards requests whose proxy is gone: the loop must hear of it."""
+    """Guards against requests that outlive their proxy: the loop must be notified."""
     bench.now_s = PROXY_LEASE_S + 1.0
     bench.turn()
     assert bench.io.receive(0.0) == [ProxyLost("proxy")]
 
 
-# ---- what goes out
+# ---- output
 
 
 def test_messages_and_commands_are_done_in_order(bench: Bench) -> None:
-    """Guards hand-over: the offer of the last blocks goes before the token, and clients' tokens before both."""
+    """Guards hand-over: clients' tokens go first, then the offer of the last blocks, then the first token."""
     order: list[str] = []
     bench.io.do(lambda exchange, now: order.append("first"))
     bench.io.do(lambda exchange, now: order.append("second"))
@@ -182,7 +182,7 @@ def test_messages_and_commands_are_done_in_order(bench: Bench) -> None:
 
 
 def test_a_heartbeat_carries_the_last_report_and_its_age(bench: Bench) -> None:
-    """Guards the router's view: the load, and how long ago the loop looked for requests."""
+    """Guards the router's view: the load, and the time since the loop last read its inbox."""
     bench.now_s = 1.0
     bench.io.report(Load(running=3), 0.75)
     bench.turn()
@@ -191,16 +191,16 @@ def test_a_heartbeat_carries_the_last_report_and_its_age(bench: Bench) -> None:
     assert bench.io.heartbeat_at == 1.0 + HEARTBEAT_S
 
 
-def test_a_drained_worker_says_so_in_its_heartbeats(bench: Bench) -> None:
-    """Guards against requests that are sent to a worker which leaves."""
+def test_heartbeats_of_a_draining_worker_carry_the_flag(bench: Bench) -> None:
+    """Guards against new requests for a worker that is leaving."""
     bench.io.drain()
     bench.now_s = 1.0
     bench.turn()
     assert [beat.draining for beat in bench.sent(Heartbeat)] == [True]
 
 
-def test_gained_blocks_are_sent_and_sent_again_on_request(bench: Bench) -> None:
-    """Guards the router's index: batches have numbers, and a lost one is sent once more."""
+def test_kv_events_are_sent_and_replayed(bench: Bench) -> None:
+    """Guards the router's index: batches are numbered, and a lost one is sent again."""
     bench.events.journal("gpu").stored(b"h" * 32)
     bench.now_s = 1.0
     bench.turn()
@@ -211,7 +211,7 @@ def test_gained_blocks_are_sent_and_sent_again_on_request(bench: Bench) -> None:
 
 
 def test_the_thread_sleeps_until_something_is_due(bench: Bench) -> None:
-    """Guards both: a heartbeat that comes late, and a thread that spins."""
+    """Guards against late heartbeats and against a spinning thread."""
     bench.turn()
     assert bench.io.wake_at == bench.io.heartbeat_at
     assert max(bench.line.waited) <= MAX_WAIT_S
@@ -222,8 +222,8 @@ def test_the_thread_sleeps_until_something_is_due(bench: Bench) -> None:
 # ---- the thread
 
 
-def test_stop_says_goodbye_after_all_messages(bench: Bench) -> None:
-    """Guards the last answers of a worker that leaves, and the proxy against waiting for its lease."""
+def test_stop_sends_goodbye_after_all_messages(bench: Bench) -> None:
+    """Guards the last messages of a leaving worker, and the proxy against waiting for the lease to expire."""
     bench.io.start()
     bench.io.send("proxy", CANCEL)
     bench.io.stop()
@@ -232,7 +232,7 @@ def test_stop_says_goodbye_after_all_messages(bench: Bench) -> None:
 
 
 def test_a_failure_of_the_thread_reaches_the_loop(bench: Bench) -> None:
-    """Guards against a worker that goes on without its sockets."""
+    """Guards against a worker that continues without its sockets."""
 
     def fail(exchange: object, now: float) -> None:
         raise RuntimeError("a bug")
@@ -246,7 +246,7 @@ def test_a_failure_of_the_thread_reaches_the_loop(bench: Bench) -> None:
 
 
 def test_yield_gil_waits_until_the_io_thread_has_done_its_work(bench: Bench) -> None:
-    """Guards hand-over: its messages leave before the loop launches the next step for milliseconds."""
+    """Guards hand-over: its messages are sent before the loop spends milliseconds on the next launch."""
     bench.io.start()
     done: list[float] = []
     bench.io.send("proxy", CANCEL, Drain())

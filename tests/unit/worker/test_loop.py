@@ -1,4 +1,4 @@
-"""worker.loop over a role that only records: requests, refusals, deadlines, order of steps, load, draining."""
+"""worker.loop over a recording role: requests, refusals, deadlines, order of steps, load, draining."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from baton.worker.sequence import Sequence, busy
 
 
 class RecordingRole:
-    """Takes everything, launches as often as a test wants, records what the loop asks of it."""
+    """A role that accepts everything, launches a set number of steps, and records the loop's calls."""
 
     name = "role"
 
@@ -85,7 +85,7 @@ class RecordingRole:
 
 
 class Bench:
-    """A loop on its own, with room for two requests."""
+    """A loop without a real role or I/O, with room for two requests."""
 
     def __init__(self, run_ahead: int = 0, drain_s: float = 30.0) -> None:
         self.io, self.runner, self.now_s = RecordingIo(), ManualRunner(run_ahead), 1000.0
@@ -109,13 +109,13 @@ def bench() -> Bench:
 
 
 def test_a_request_reaches_the_role_once(bench: Bench) -> None:
-    """Guards against a replay that is computed twice."""
+    """Guards against computing a duplicate message twice."""
     bench.give(reserve("a"), reserve("a"), reserve("a", attempt=1))
     assert list(bench.role.sequences) == [LegKey("a", 0), LegKey("a", 1)] and not bench.io.sent
 
 
 def test_the_roles_refusal_is_the_answer(bench: Bench) -> None:
-    """Guards the one answer of a request that was not taken."""
+    """Guards the single terminal message of a refused request."""
     bench.role.answer = busy(LegKey("a", 0), "no room")
     bench.give(reserve("a"))
     assert bench.io.sent == [busy(LegKey("a", 0), "no room")] and not bench.role.sequences
@@ -133,28 +133,28 @@ def test_the_roles_refusal_is_the_answer(bench: Bench) -> None:
     ],
 )
 def test_a_request_that_no_worker_can_serve_fails_for_good(bench: Bench, body: dict[str, Any], reason: str) -> None:
-    """Guards the pool and the runner against a message that is wrong, and the proxy against trying it again."""
+    """Guards the pool and the runner against invalid requests, and the proxy against retrying them."""
     bench.give(reserve("a", **body))
     (failed,) = bench.io.of(Failed)
     assert reason in failed.reason and not failed.retryable and not bench.role.sequences
 
 
 def test_a_full_queue_is_busy(bench: Bench) -> None:
-    """Guards the bound on what a worker keeps."""
+    """Guards the bound of the queue."""
     bench.give(reserve("a"), reserve("b"), reserve("c"))
     assert [(each.request_id, each.reason) for each in bench.io.of(Busy)] == [("c", "queue is full")]
 
 
-def test_a_cancel_is_answered_always(bench: Bench) -> None:
-    """Guards the proxy's wait for Cancelled, also for a request that this worker does not know."""
+def test_a_cancel_is_always_answered(bench: Bench) -> None:
+    """Guards the proxy's wait for Cancelled, also if the worker does not know the request."""
     cancel = Cancel(request_id="unknown", attempt=3)
     bench.give(FromProxy("proxy", cancel, 0.0))
     assert bench.role.events == [cancel]
     assert bench.io.sent == [Cancelled(request_id="unknown", attempt=3)]
 
 
-def test_transfers_are_the_roles_affair(bench: Bench) -> None:
-    """Guards against an event that is not handled: its blocks would be held for ever."""
+def test_transfer_events_go_to_the_role(bench: Bench) -> None:
+    """Guards against an unhandled event, whose blocks would be held forever."""
     events = [
         SenderEnded(LegKey("a", 0), True, "", 1, 0.1),
         KvArrived(b"t", 1, None, 0.0, 0.0, 0.0),
@@ -168,7 +168,7 @@ def test_transfers_are_the_roles_affair(bench: Bench) -> None:
 
 
 def test_deadlines_end_requests_and_no_others(bench: Bench) -> None:
-    """Guards both: a request that holds its blocks for ever, and one that is ended early."""
+    """Guards against a request that holds its blocks forever, and one that ends early."""
     bench.give(reserve("late", deadline_s=50.0), reserve("soon", deadline_s=10.0))
     bench.now_s += 9.9
     bench.give()
@@ -183,8 +183,8 @@ def test_deadlines_end_requests_and_no_others(bench: Bench) -> None:
     assert [name for name, _ in bench.role.ended] == ["soon", "late"]
 
 
-def test_a_deadline_is_found_after_an_earlier_one_has_gone(bench: Bench) -> None:
-    """Guards the memory of the next deadline: the request that it came from may have ended, and others come."""
+def test_a_deadline_is_found_after_an_earlier_one_is_removed(bench: Bench) -> None:
+    """Guards the cached next deadline: its request may have ended, and new requests may arrive."""
     bench.give(reserve("first", deadline_s=10.0))
     bench.role.end(bench.role.sequences[LegKey("first", 0)], None)
     bench.now_s += 11.0
@@ -194,24 +194,24 @@ def test_a_deadline_is_found_after_an_earlier_one_has_gone(bench: Bench) -> None
     assert [name for name, _ in bench.role.ended] == ["first", "second"]
 
 
-def test_a_lost_proxy_takes_only_its_requests_with_it(bench: Bench) -> None:
-    """Guards the requests of other proxies, and against blocks that an orphan holds."""
+def test_a_lost_proxy_ends_only_its_own_requests(bench: Bench) -> None:
+    """Guards the requests of other proxies, and against blocks held by orphaned requests."""
     bench.give(reserve("a", link="proxy 1"), reserve("b", link="proxy 2"), ProxyLost("proxy 1"))
     ((name, answer),) = bench.role.ended
     assert name == "a" and isinstance(answer, Failed) and answer.retryable
     assert list(bench.role.sequences) == [LegKey("b", 0)]
 
 
-def test_a_refused_worker_says_why(bench: Bench) -> None:
-    """Guards against a worker that runs on without a proxy that will ever take it."""
+def test_a_refused_worker_exits_with_the_reason(bench: Bench) -> None:
+    """Guards against a worker that keeps running although no proxy accepts it."""
     bench.give(Joined("proxy"))
     with pytest.raises(SettingsError, match="another model"):
         bench.give(JoinRefused("proxy", "another model"))
 
 
 @pytest.mark.parametrize("died", [IoThreadDied(OSError("gone")), StoreClientDied(OSError("gone"))])
-def test_a_dead_thread_is_the_end_of_the_worker(bench: Bench, died: object) -> None:
-    """Guards against a worker that computes what cannot be sent: it must crash, with the cause."""
+def test_a_dead_thread_ends_the_worker(bench: Bench, died: object) -> None:
+    """Guards against a worker that computes what it cannot send: it must crash with the cause."""
     with pytest.raises(InvariantBroken) as caught:
         bench.give(died)
     assert isinstance(caught.value.__cause__, OSError)
@@ -229,7 +229,7 @@ def test_a_dead_thread_is_the_end_of_the_worker(bench: Bench, died: object) -> N
     ],
 )
 def test_steps_are_launched_ahead_of_reading(run_ahead: int, order: list[str]) -> None:
-    """Guards a device that waits for the host, and more steps in flight than a runner has room for."""
+    """Guards against an idle device, and against more steps in flight than the runner supports."""
     bench = Bench(run_ahead)
     bench.role.to_launch = 3
     while bench.give():
@@ -237,8 +237,8 @@ def test_steps_are_launched_ahead_of_reading(run_ahead: int, order: list[str]) -
     assert bench.runner.log == order and len(bench.role.taken_in) == 3
 
 
-def test_a_step_behind_another_waits_for_its_time() -> None:
-    """Guards newcomers: until the launch they join the next step. The first step of all waits for nothing."""
+def test_a_step_behind_another_is_launched_late() -> None:
+    """Guards new requests, which can join the next step until its launch. The first step is launched at once."""
     bench = Bench(run_ahead=1)
     bench.role.to_launch, bench.role.launch_at = 3, bench.now_s + 0.03
     assert bench.give() and bench.runner.log == ["launch 1"]
@@ -249,15 +249,15 @@ def test_a_step_behind_another_waits_for_its_time() -> None:
 
 
 def test_a_worker_without_steps_waits_for_messages(bench: Bench) -> None:
-    """Guards an idle worker against spinning."""
+    """Guards against an idle worker that spins."""
     assert not bench.give() and bench.loop.wait_s(0.1) == 0.1
 
 
 # ---- load
 
 
-def test_the_load_says_what_the_role_and_the_pool_say(bench: Bench) -> None:
-    """Guards the router's view, and the one name that each counter has."""
+def test_the_load_combines_role_and_pool(bench: Bench) -> None:
+    """Guards the router's view, and the names of the counters."""
     bench.role.counters.steps = 5
     bench.manager.evictions = 6
     bench.give(reserve("a"))
@@ -269,7 +269,7 @@ def test_the_load_says_what_the_role_and_the_pool_say(bench: Bench) -> None:
 
 
 def test_the_load_is_built_when_a_heartbeat_is_due(bench: Bench) -> None:
-    """Guards the step against a report of each turn, of which a heartbeat carries one in fifty."""
+    """Guards the step's speed against building a load each turn, of which heartbeats send one in fifty."""
     bench.io.heartbeat_at = bench.now_s + 0.25
     for _ in range(int(0.25 / 0.005)):
         bench.now_s += 0.005
@@ -279,15 +279,15 @@ def test_the_load_is_built_when_a_heartbeat_is_due(bench: Bench) -> None:
 
 
 def test_a_long_turn_reports_before_the_heartbeat_is_missed(bench: Bench) -> None:
-    """Guards the router against a load as old as a heartbeat: the next turn may end only after it."""
+    """Guards the router against a load that is a heartbeat old: a long turn may end after the heartbeat is due."""
     bench.io.heartbeat_at = bench.now_s + 0.25
     bench.now_s += 0.1
     bench.give()
     assert bench.io.num_reports == 1, "a turn took 0.1 s, and two more end after the heartbeat"
 
 
-def test_the_load_is_as_old_as_the_last_look_into_the_inbox(bench: Bench) -> None:
-    """Guards the router's correction: requests that came during the step are not in the load."""
+def test_the_load_is_as_old_as_the_last_read_of_the_inbox(bench: Bench) -> None:
+    """Guards the router's correction: requests that arrive during a step are not in the load."""
     bench.role.to_launch = 1
     began_at, launch = bench.now_s, bench.role.launch
 
@@ -303,8 +303,8 @@ def test_the_load_is_as_old_as_the_last_look_into_the_inbox(bench: Bench) -> Non
 # ---- draining
 
 
-def test_a_draining_worker_takes_nothing_new_and_ends_when_idle(bench: Bench) -> None:
-    """Guards requests on their way: they get Busy, not silence, and the worker leaves once the proxies know."""
+def test_a_draining_worker_refuses_requests_and_exits_when_idle(bench: Bench) -> None:
+    """Guards requests in flight: they get Busy, and the worker exits once the proxies know that it drains."""
     bench.give(FromProxy("proxy", Drain(), 0.0), FromProxy("proxy", Drain(), 0.0), reserve("a"))
     assert bench.io.draining and [each.reason for each in bench.io.of(Busy)] == ["draining"]
     bench.io.receive = _clockwork(bench, DRAIN_NOTICE_S / 4)  # type: ignore[method-assign]
@@ -313,8 +313,8 @@ def test_a_draining_worker_takes_nothing_new_and_ends_when_idle(bench: Bench) ->
     assert bench.now_s - began_at <= DRAIN_NOTICE_S * 1.5
 
 
-def test_what_runs_too_long_fails_at_the_end_of_the_drain_and_may_be_tried_again() -> None:
-    """Guards the terminal message of each leg at shutdown, and that every launched step is read."""
+def test_requests_that_outlast_the_drain_fail_as_retryable() -> None:
+    """Guards the terminal message of each leg at shutdown, and against unread steps."""
     bench = Bench(run_ahead=1, drain_s=2.0)
     bench.give(reserve("a"), reserve("b"))
     bench.role.to_launch = 100
@@ -326,7 +326,7 @@ def test_what_runs_too_long_fails_at_the_end_of_the_drain_and_may_be_tried_again
 
 
 def _clockwork(bench: Bench, tick_s: float) -> Any:
-    """An inbox that stays empty, and at each look of which time passes."""
+    """An empty inbox that advances the clock at each read."""
 
     def receive(wait_s: float) -> list[Any]:
         bench.now_s += tick_s
@@ -335,8 +335,8 @@ def _clockwork(bench: Bench, tick_s: float) -> Any:
     return receive
 
 
-def test_an_idle_worker_stays_until_the_proxies_know() -> None:
-    """Guards requests on their way to a worker that has just begun to drain."""
+def test_an_idle_worker_stays_until_the_proxies_know_that_it_drains() -> None:
+    """Guards requests in flight to a worker that has just begun to drain."""
     draining = Draining(30.0)
     assert not draining.is_over(idle=True, now=1e9)
     assert draining.begin(10.0) and draining.begun
@@ -344,8 +344,8 @@ def test_an_idle_worker_stays_until_the_proxies_know() -> None:
     assert draining.is_over(idle=True, now=10.0 + DRAIN_NOTICE_S)
 
 
-def test_work_is_waited_for_no_longer_than_the_drain_lasts() -> None:
-    """Guards running streams, and the bound on waiting for them; a second SIGTERM starts nothing anew."""
+def test_the_drain_time_bounds_the_wait_for_work() -> None:
+    """Guards running streams and the bound of the wait; a second SIGTERM does not restart it."""
     draining = Draining(30.0)
     draining.begin(10.0)
     assert not draining.begin(20.0)
@@ -353,18 +353,18 @@ def test_work_is_waited_for_no_longer_than_the_drain_lasts() -> None:
     assert draining.is_over(idle=False, now=40.0)
 
 
-def test_a_drain_of_no_time_is_over_at_once() -> None:
-    """Guards --drain-s 0."""
+def test_a_drain_time_of_zero_ends_at_once() -> None:
+    """Guards `--drain-s 0`."""
     draining = Draining(0.0)
     draining.begin(10.0)
     assert draining.is_over(idle=False, now=10.0)
 
 
-# ---- the proof
+# ---- block accounting
 
 
-def test_an_idle_worker_that_holds_blocks_is_found_out(bench: Bench) -> None:
-    """Guards against a leak that shows only when the pool has run dry."""
+def test_an_idle_worker_that_holds_blocks_fails_its_check(bench: Bench) -> None:
+    """Guards against a leak that shows only when the pool is exhausted."""
     bench.loop.check()
     blocks = bench.manager.allocate(2)
     with pytest.raises(InvariantBroken, match="idle role worker holds blocks"):

@@ -1,4 +1,4 @@
-"""worker.prefix_loading with a store that tests answer for: lookups, the gate, loads, writing behind."""
+"""worker.prefix_loading with a scripted store: lookups, the gate, loads, write-behind."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEG = LegKey("a", 0)
 
 
 class AskedStore:
-    """Keeps what it is asked for."""
+    """A store that records its calls."""
 
     def __init__(self) -> None:
         self.attached = True
@@ -50,7 +50,7 @@ class AskedStore:
 
 
 class Bench:
-    """A loader whose gate is open, and a sequence of 14 tokens: three full blocks."""
+    """A loader with an open gate, and a sequence of 14 tokens with three full blocks."""
 
     def __init__(self, num_blocks: int = 32, always: bool = True) -> None:
         self.store, self.manager = AskedStore(), BlockManager(num_blocks)
@@ -58,7 +58,7 @@ class Bench:
         self.sequence = sequence_of(self.manager, "a", 14)
 
     def start(self, now: float = 1.0) -> None:
-        """Give the sequence its blocks and begin what was found."""
+        """Allocate the sequence's blocks and begin its load."""
         self.sequence.table.grow(self.sequence.num_tokens)
         self.loader.begin(self.sequence, now)
 
@@ -78,11 +78,11 @@ def bench() -> Bench:
     return Bench()
 
 
-# ---- looking up
+# ---- lookup
 
 
-def test_the_store_is_asked_once_for_what_the_pool_lacks(bench: Bench) -> None:
-    """Guards against a lookup at each turn, and for blocks that are here."""
+def test_blocks_missing_from_the_pool_are_looked_up_once(bench: Bench) -> None:
+    """Guards against a lookup each turn, and against one for blocks in the pool."""
     other = sequence_of(bench.manager, "b", 6)
     other.table.grow(6)
     other.table.publish(other.token_ids, 4)
@@ -90,8 +90,8 @@ def test_the_store_is_asked_once_for_what_the_pool_lacks(bench: Bench) -> None:
     assert bench.store.lookups == [(LEG, 3, 1)]
 
 
-def test_a_token_is_left_to_compute() -> None:
-    """Guards the draw: a prompt whose every block is in the store still computes its last token."""
+def test_the_last_token_is_always_computed() -> None:
+    """Guards sampling: a prompt whose blocks are all in the store still computes its last token."""
     bench = Bench()
     bench.sequence = sequence_of(bench.manager, "a", 12)
     bench.loader.waits(bench.sequence, 0.0)
@@ -107,13 +107,13 @@ def test_without_a_store_nothing_waits(bench: Bench) -> None:
 
 
 def test_a_miss_ends_the_wait(bench: Bench) -> None:
-    """Guards prompts that the store does not know against the whole of the patience."""
+    """Guards prompts that miss against waiting for the lookup's full timeout."""
     bench.find()
     assert not bench.loader.waits(bench.sequence, 0.6)
 
 
-def test_patience_ends(bench: Bench) -> None:
-    """Guards prompts against a store that does not answer, and against an answer that comes too late."""
+def test_a_lookup_times_out(bench: Bench) -> None:
+    """Guards prompts against a store that does not answer, or answers late."""
     assert bench.loader.waits(bench.sequence, 0.0)
     assert 0.0 < bench.loader.wake_in_s(0.0, 100.0) < 100.0
     assert not bench.loader.waits(bench.sequence, 1000.0)
@@ -126,8 +126,8 @@ def test_patience_ends(bench: Bench) -> None:
 # ---- loading
 
 
-def test_found_blocks_are_loaded_behind_what_the_pool_has(bench: Bench) -> None:
-    """Guards the order of blocks: the load fills those that follow the sequence's own prefix, and leases them."""
+def test_found_blocks_are_loaded_behind_the_cached_prefix(bench: Bench) -> None:
+    """Guards the order of blocks: the load fills and leases those behind the sequence's cached prefix."""
     bench.find(RAM, RAM, DISK)
     bench.start()
     assert bench.store.loads == [(LEG, 0, bench.sequence.table.blocks[:3])]
@@ -139,8 +139,8 @@ def test_found_blocks_are_loaded_behind_what_the_pool_has(bench: Bench) -> None:
     assert bench.loader.idle and not bench.loader.loading(LEG)
 
 
-def test_what_the_pool_got_meanwhile_is_not_loaded(bench: Bench) -> None:
-    """Guards against loading over blocks that another sequence shares by now."""
+def test_blocks_that_entered_the_pool_meanwhile_are_not_loaded(bench: Bench) -> None:
+    """Guards against overwriting blocks that another sequence now shares."""
     bench.find(RAM, RAM, RAM)
     other = sequence_of(bench.manager, "b", 6)
     other.table.grow(6)
@@ -162,8 +162,8 @@ def test_a_closed_gate_computes() -> None:
     assert prefix.store_gate_refused == 1
 
 
-def test_a_leg_that_ends_leaves_its_blocks_leased_until_the_load_has_ended(bench: Bench) -> None:
-    """Guards blocks that the store's thread still writes."""
+def test_blocks_of_an_ended_leg_stay_leased_until_the_load_ends(bench: Bench) -> None:
+    """Guards against reusing blocks that the store's thread still writes."""
     bench.find(RAM)
     bench.start()
     bench.loader.drop(LEG)
@@ -174,8 +174,8 @@ def test_a_leg_that_ends_leaves_its_blocks_leased_until_the_load_has_ended(bench
     assert bench.loader.idle and bench.manager.num_available == 32
 
 
-def test_a_load_that_takes_too_long_is_stopped_once(bench: Bench) -> None:
-    """Guards the deadline of a load, and the store's thread against a stop at each turn."""
+def test_a_slow_load_is_stopped_once(bench: Bench) -> None:
+    """Guards the deadline of a load, and the store's thread against a stop each turn."""
     bench.find(RAM)
     bench.start(now=1.0)
     due_s = bench.loader.wake_in_s(1.0, 1e6)
@@ -186,8 +186,8 @@ def test_a_load_that_takes_too_long_is_stopped_once(bench: Bench) -> None:
     assert bench.store.stopped == [LEG] and bench.loader.wake_in_s(1.0 + due_s, 5.0) == 5.0
 
 
-def test_the_counters_say_what_was_loaded(bench: Bench) -> None:
-    """Guards the share of each tier, and prediction against outcome for loads that came whole only."""
+def test_the_counters_of_loads(bench: Bench) -> None:
+    """Guards the tokens of each tier; predictions are compared only for loads that completed."""
     bench.find(RAM, DISK)
     bench.start()
     bench.loader.on_event(StoreLoaded(LEG, 2, (RAM, DISK), 0.5, 0.1), 2.0)
@@ -201,7 +201,7 @@ def test_the_counters_say_what_was_loaded(bench: Bench) -> None:
 
 
 def test_completed_blocks_are_offered_once_and_in_order(bench: Bench) -> None:
-    """Guards against blocks that are put twice, or before they are full."""
+    """Guards against putting a block twice, or before it is full."""
     bench.start()
     for num_tokens in (3, 4, 7, 12):
         bench.compute(num_tokens)
@@ -216,8 +216,8 @@ def test_completed_blocks_are_offered_once_and_in_order(bench: Bench) -> None:
     assert prefix.store_written_blocks == 2
 
 
-def test_writing_holds_a_part_of_the_pool_and_catches_up() -> None:
-    """Guards prompts against a store that takes blocks slowly; what waits is offered when there is room."""
+def test_write_behind_holds_a_part_of_the_pool_and_catches_up() -> None:
+    """Guards prompts against a slow store; waiting blocks are offered when there is room."""
     bench = Bench(num_blocks=2 * MAX_WRITING_PART)
     bench.sequence = sequence_of(bench.manager, "a", 14)
     bench.start()
@@ -231,7 +231,7 @@ def test_writing_holds_a_part_of_the_pool_and_catches_up() -> None:
     assert [len(blocks) for blocks in bench.store.puts.values()] == [2, 1]
 
 
-def test_a_store_that_comes_later_gets_what_is_computed_then(bench: Bench) -> None:
+def test_a_store_that_attaches_later_gets_only_new_blocks(bench: Bench) -> None:
     """Guards against a burst of old blocks when a store appears."""
     bench.store.attached = False
     bench.start()
@@ -241,8 +241,8 @@ def test_a_store_that_comes_later_gets_what_is_computed_then(bench: Bench) -> No
     assert list(bench.store.puts.values()) == [bench.sequence.table.blocks[2:3]]
 
 
-def test_used_blocks_are_touched_and_what_is_left_counts_as_dropped() -> None:
-    """Guards the store's order of eviction, and the count of blocks that never got there."""
+def test_used_blocks_are_touched_and_unwritten_ones_count_as_dropped() -> None:
+    """Guards the store's eviction order, and the count of blocks that were never written."""
     bench = Bench(num_blocks=8)
     bench.start()
     bench.compute(12)

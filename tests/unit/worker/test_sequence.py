@@ -1,4 +1,4 @@
-"""worker.sequence: rows, positions and messages of one sequence, with steps that run ahead of what is known."""
+"""worker.sequence: rows, positions and messages of one sequence, with steps that run ahead of the host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from baton.worker.sequence import Sequence, cancel_matches
 
 
 def launch(sequence: Sequence, length: int) -> None:
-    """What a launch does to it."""
+    """The effect of a launch on the sequence."""
     drawing = sequence.row(length).draw is not None
     sequence.num_launched += length
     sequence.num_pending += drawing
@@ -23,8 +23,8 @@ def sequence() -> Sequence:
     return sequence_of(BlockManager(8))
 
 
-def test_a_message_becomes_a_sequence_that_holds_nothing() -> None:
-    """Guards migration: what an earlier attempt generated is known and was sent already."""
+def test_a_new_sequence_holds_nothing() -> None:
+    """Guards migration: tokens of an earlier attempt are known and already sent."""
     manager = BlockManager(8)
     sequence = sequence_of(manager, "a", 9, attempt=2, prompt_len=6, priority=3, deadline_s=5.0, at=1.5, link="proxy 2")
     assert (sequence.leg, sequence.link, sequence.priority) == (LegKey("a", 2), "proxy 2", 3)
@@ -33,8 +33,8 @@ def test_a_message_becomes_a_sequence_that_holds_nothing() -> None:
     assert manager.num_available == 8 and not sequence.table.blocks
 
 
-def test_only_the_row_that_reaches_the_last_known_token_draws(sequence: Sequence) -> None:
-    """Guards chunks: a token drawn in the middle of a prompt is no token of the answer."""
+def test_only_the_row_with_the_last_known_token_samples(sequence: Sequence) -> None:
+    """Guards chunks: a token sampled in the middle of a prompt is not part of the answer."""
     row = sequence.row(4)
     assert (row.token_ids, row.start, row.draw) == ([0, 1, 2, 3], 0, None)
     launch(sequence, 4)
@@ -43,8 +43,8 @@ def test_only_the_row_that_reaches_the_last_known_token_draws(sequence: Sequence
     assert row.draw is not None and (row.draw.prompt_len, row.draw.num_generated) == (6, 0)
 
 
-def test_a_row_behind_a_pending_token_names_its_place_and_no_token(sequence: Sequence) -> None:
-    """Guards run-ahead: the position of a token that was not read yet is known, its id is not."""
+def test_a_row_behind_a_pending_token_has_a_position_and_no_token(sequence: Sequence) -> None:
+    """Guards run-ahead: the position of an unread token is known, its id is not."""
     launch(sequence, 6)
     assert (sequence.num_expected, sequence.num_tokens) == (7, 6)
     row = sequence.row(1)
@@ -55,7 +55,7 @@ def test_a_row_behind_a_pending_token_names_its_place_and_no_token(sequence: Seq
 
 
 def test_tokens_are_sent_once_and_in_order(sequence: Sequence) -> None:
-    """Guards the index, by which the proxy refuses a token twice and a gap."""
+    """Guards the index, by which the proxy detects duplicates and gaps."""
     sequence.cached_tokens = 99
     sequence.append(40, Logprob(-1.0))
     sequence.append(41, Logprob(-2.0))
@@ -68,8 +68,8 @@ def test_tokens_are_sent_once_and_in_order(sequence: Sequence) -> None:
     assert (message.index, message.ids, message.logprobs, message.finish) == (2, (42,), (), "stop")
 
 
-def test_a_restart_forgets_what_was_launched(sequence: Sequence) -> None:
-    """Guards recompute: after preemption, work begins at the first token again."""
+def test_preemption_resets_the_launched_count(sequence: Sequence) -> None:
+    """Guards recompute: after preemption, computing restarts at the first token."""
     launch(sequence, 4)
     sequence.restart(0)
     assert (sequence.num_computed, sequence.num_launched) == (0, 0)
@@ -77,7 +77,7 @@ def test_a_restart_forgets_what_was_launched(sequence: Sequence) -> None:
 
 
 def test_a_repeated_prompt_takes_its_sampling_from_its_own_message() -> None:
-    """Guards against parameters of one request in the draws of another."""
+    """Guards against sampling with another request's parameters."""
     manager = BlockManager(8)
     greedy = sequence_of(manager, "a", sampling=SamplingSpec(max_tokens=1, temperature=0.0))
     warm = sequence_of(manager, "b", sampling=SamplingSpec(max_tokens=1, seed=7))
@@ -87,13 +87,13 @@ def test_a_repeated_prompt_takes_its_sampling_from_its_own_message() -> None:
 
 
 @pytest.mark.parametrize(("request_id", "attempt", "matches"), [("a", 1, True), ("a", 0, False), ("b", 9, False)])
-def test_a_cancel_means_its_request_up_to_its_attempt(request_id: str, attempt: int, matches: bool) -> None:
-    """Guards an attempt that began after the Cancel was sent, and other requests."""
+def test_a_cancel_matches_its_request_up_to_its_attempt(request_id: str, attempt: int, matches: bool) -> None:
+    """Guards attempts that began after the Cancel was sent, and other requests."""
     leg = LegKey("a", 1)
     assert cancel_matches(Cancel(request_id=request_id, attempt=attempt), leg) is matches
 
 
-def test_the_bench_makes_messages_that_a_worker_takes() -> None:
+def test_the_benchs_default_request_is_valid() -> None:
     """Guards the tests of this folder: their default request fits its own block hashes."""
     message = reserve().message
     assert len(message.body.block_hashes) == 1  # type: ignore[union-attr]

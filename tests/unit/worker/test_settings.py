@@ -1,4 +1,4 @@
-"""Sizes that follow from the device, and those that are given."""
+"""worker.settings: sizes derived from the device, and sizes set by the user."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from baton.prefill.settings import PrefillSettings
 
 
 @pytest.mark.parametrize("kind", [DecodeSettings, PrefillSettings])
-def test_sizes_that_are_not_given_are_the_devices(kind: type[DecodeSettings | PrefillSettings]) -> None:
+def test_sizes_that_are_not_set_depend_on_the_device(kind: type[DecodeSettings | PrefillSettings]) -> None:
     """Guards against a loop that runs without a size."""
     cpu, gpu = kind().sizes("cpu"), kind().sizes("cuda")
     assert (cpu.worker.block_tokens, gpu.worker.block_tokens) == (16, 64)
@@ -25,22 +25,22 @@ def test_sizes_that_are_not_given_are_the_devices(kind: type[DecodeSettings | Pr
 @pytest.mark.parametrize("kind", [DecodeSettings, PrefillSettings])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_given_sizes_are_kept(kind: type[DecodeSettings | PrefillSettings], device: str) -> None:
-    """Guards against a device that overrules its user."""
+    """Guards against a device default that overrides the user's value."""
     sizes = kind(block_tokens=32, max_chunk_tokens=7, plane=("zmq",), max_num_batched_tokens=9).sizes(device)
     assert (sizes.worker.block_tokens, sizes.max_chunk_tokens, sizes.worker.plane) == (32, 7, ("zmq",))
     assert sizes.worker.max_num_batched_tokens == 9
 
 
 def test_a_prefill_step_on_a_gpu_is_a_chunk() -> None:
-    """Guards hand-over: KV of a chunk moves while the next is computed, so a step is no longer than a chunk."""
+    """Guards the overlap of transfer and compute: KV of a chunk is sent while the next chunk is computed."""
     sizes = PrefillSettings().sizes("cuda")
     assert sizes.worker.max_num_batched_tokens == sizes.max_chunk_tokens == 4096
     assert DecodeSettings().sizes("cuda").worker.max_num_batched_tokens == 8192
 
 
 @pytest.mark.parametrize("option", ["--block-tokens", "--max-num-seqs", "--num-blocks", "--max-model-len", "--threads"])
-def test_a_size_of_nothing_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Guards against a number with a meaning of its own: what is left to the device is not given."""
+def test_a_size_of_zero_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against 0 as a special value: a size left to the device is not given at all."""
     with pytest.raises(SystemExit):
         parse(DecodeSettings, [option, "0"], prog="baton decode", description="")
     assert f"{option}:" in capsys.readouterr().err

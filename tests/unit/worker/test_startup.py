@@ -1,4 +1,4 @@
-"""What a worker derives from its model's folder before it joins: the longest sequence, and the namespace of its KV."""
+"""worker.startup: what a worker derives from its model before it joins: longest sequence, namespace, pool, planes."""
 
 from __future__ import annotations
 
@@ -51,14 +51,14 @@ def folder_of(path: Path, **fields: object) -> Path:
     ("fields", "longest"),
     [
         ({}, 32768),
-        ({"rope_scaling": YARN}, 131072),  # as the cards of Qwen2.5 and Qwen3 say to extend them
+        ({"rope_scaling": YARN}, 131072),  # as the model cards of Qwen2.5 and Qwen3 recommend
         ({"rope_scaling": YARN, "max_position_embeddings": 163840}, 163840),
         ({"rope_scaling": LLAMA3, "max_position_embeddings": 131072}, 131072),  # the folder names the scaled length
         ({"rope_scaling": {"type": "dynamic", "factor": 4.0}}, 32768),  # past it rope would depend on the steps
     ],
 )
 def test_longest_sequence_counts_the_rope_scaling(tmp_path, fields, longest):
-    """Guards against a worker that refuses the length which YaRN gives a model, or takes one that rope does not."""
+    """Guards against refusing lengths that YaRN supports, or accepting lengths that rope does not."""
     config = ModelConfig.from_folder(folder_of(tmp_path, **fields))
     assert longest_known(None, config) == longest
     assert longest_known(longest, config) == longest
@@ -73,7 +73,7 @@ def dummy_namespace(folder: Path, device: str = "cpu") -> bytes:
 
 
 def test_dummy_models_of_one_layout_do_not_share_kv(tmp_path):
-    """Guards against KV of one random model being taken for another's: what differs may not show in the layout."""
+    """Guards against sharing KV between random models of equal layout."""
     plain = folder_of(tmp_path / "plain")
     wider = folder_of(tmp_path / "wider", intermediate_size=96)
     assert dummy_namespace(plain) == dummy_namespace(plain)
@@ -84,8 +84,8 @@ def test_dummy_models_of_one_layout_do_not_share_kv(tmp_path):
 # ---- pool, planes, device
 
 
-def test_the_pool_is_as_large_as_asked_for(tmp_path):
-    """Guards the two ways to say it, and a pool in which no sequence could grow."""
+def test_the_pool_has_the_requested_size(tmp_path):
+    """Guards both options for the pool's size, and against a pool that is too small for a sequence."""
     layout = layout_of(ModelConfig.from_folder(folder_of(tmp_path)), torch.float32, 16)
     assert pool_blocks(7, 0.5, layout) == 7
     assert pool_blocks(None, 0.5, layout) == (1 << 29) // layout.block_bytes
@@ -95,15 +95,15 @@ def test_the_pool_is_as_large_as_asked_for(tmp_path):
         pool_blocks(1, 0.5, layout)
 
 
-def test_planes_are_those_of_the_device():
-    """Guards against a worker that joins with a plane which it cannot use, and against another order."""
+def test_planes_depend_on_the_device():
+    """Guards against offering a plane that the device cannot use, and against another order of preference."""
     assert checked_planes(["zmq", "shm"], ["shm", "zmq"]) == ("zmq", "shm")
     with pytest.raises(SettingsError, match="--plane nccl: there are shm, zmq"):
         checked_planes(["shm", "nccl"], ["shm", "zmq"])
 
 
-def test_a_gpu_that_is_not_there_is_refused():
-    """Guards against a traceback of torch where the machine has no GPU."""
+def test_a_missing_gpu_is_an_error():
+    """Guards against a traceback of torch on a machine without a GPU."""
     assert choose_device("cpu") == "cpu"
     if torch.cuda.is_available():
         assert choose_device("auto") == choose_device("cuda") == "cuda"
@@ -114,7 +114,7 @@ def test_a_gpu_that_is_not_there_is_refused():
 
 
 def test_a_model_is_bound_to_its_pool():
-    """Guards the first step: the runner writes into the pool that the planes read, and no sequence outgrows it."""
+    """Guards the first step: the runner writes into the pool that the planes read, and no sequence exceeds it."""
     settings = DecodeSettings(num_blocks=4, block_tokens=8)
     model = load_model(settings, settings.worker_sizes("cpu"), "cpu", "decode", locate_model("demo"))
     assert (model.pool.num_blocks, model.layout.block_tokens, model.max_model_len) == (4, 8, 32)
@@ -129,8 +129,8 @@ def test_a_model_is_bound_to_its_pool():
 # ---- start and end
 
 
-def test_a_started_worker_has_its_parts_and_ends():
-    """Guards start-up without a proxy: it waits for one, and leaves no thread behind."""
+def test_a_worker_starts_and_stops():
+    """Guards start-up without a proxy: the worker waits for one, and stops without leaving a thread."""
     settings = DecodeSettings(num_blocks=4, proxy=("tcp://127.0.0.1:9",))
     worker = start(settings, "cpu", "decode")
     try:
@@ -144,7 +144,7 @@ def test_a_started_worker_has_its_parts_and_ends():
 
 @pytest.fixture
 def process_settings():
-    """Puts back what `serve` sets for its process."""
+    """Restores process-wide settings that `serve` changes."""
     interval, handlers = sys.getswitchinterval(), logging.root.handlers[:]
     yield
     sys.setswitchinterval(interval)
@@ -160,8 +160,8 @@ def process_settings():
     ],
 )
 @pytest.mark.usefixtures("process_settings")
-def test_a_worker_that_cannot_start_says_so_in_a_line(options, reason, capsys):
-    """Guards the launcher's log: status 1 and one line, no traceback."""
+def test_a_failed_start_is_one_line(options, reason, capsys):
+    """Guards the launcher's log: status 1 and one line without a traceback."""
     assert serve("decode", DecodeSettings(device="cpu", **options), lambda parts, device: pytest.fail("started")) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("decode: ") and reason in error[-1]

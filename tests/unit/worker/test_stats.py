@@ -1,4 +1,4 @@
-"""worker.stats: the speed that the router compares, and stages that follow one another without a gap."""
+"""worker.stats: the measured speed that the router compares, and consecutive stages without gaps."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from baton.worker.stats import PromptSpeed, StageTimes
 
 
 def test_small_steps_do_not_count() -> None:
-    """Guards against shunning a worker for computing only what it had not cached."""
+    """Guards against rating a worker as slow because most of its prompts were cached."""
     speed = PromptSpeed(100)
     speed.add_step(49, 1.0)
     speed.add_step(100, 0.0)
@@ -19,7 +19,7 @@ def test_small_steps_do_not_count() -> None:
 
 
 def test_speed_follows_a_change() -> None:
-    """Guards against an average over all of the past: a machine that slows down is noticed within some steps."""
+    """Guards against an average over the whole past: a slower machine shows within some steps."""
     speed = PromptSpeed(100)
     for _ in range(100):
         speed.add_step(100, 0.1)
@@ -29,8 +29,8 @@ def test_speed_follows_a_change() -> None:
     assert 100.0 < speed.tokens_s < 150.0
 
 
-def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
-    """Guards the sum: the same seconds must not be reported as two stages."""
+def test_loading_from_a_tier_is_not_queue_time() -> None:
+    """Guards against reporting the same seconds in two stages."""
     times = StageTimes(received_at=10.0)
     times.tier_load_s, times.loaded_tokens = 1.5, (16, 0, 0)
     times.begin(14.0)
@@ -38,8 +38,8 @@ def test_a_load_from_a_tier_is_no_part_of_the_queue() -> None:
     assert times.prefilled(16.0) == Stages(queue_s=2.5, tier_load_s=1.5, prefill_s=2.0, loaded_tokens=(16, 0, 0))
 
 
-def test_a_leg_without_a_transfer_reports_twice_and_then_no_more() -> None:
-    """Guards against stages of a later step, which would be taken for the gap between the first two tokens."""
+def test_a_leg_without_a_transfer_reports_exactly_twice() -> None:
+    """Guards against stages of a later step, which would be read as the gap between the first two tokens."""
     times = StageTimes(received_at=10.0)
     times.begin(11.0)
     assert times.drew(11.0, 12.0) == Stages(queue_s=1.0, prefill_s=1.0) and times.open
@@ -47,7 +47,7 @@ def test_a_leg_without_a_transfer_reports_twice_and_then_no_more() -> None:
 
 
 def test_a_handed_over_leg_reports_once() -> None:
-    """Guards against decode's first step being taken for a prefill."""
+    """Guards against reporting decode's first step as prefill."""
     times = StageTimes(received_at=10.0)
     times.arrive(11.0, wait_s=0.25, transfer_s=0.5)
     times.begin(12.0)
@@ -56,7 +56,7 @@ def test_a_handed_over_leg_reports_once() -> None:
 
 
 def test_no_duration_is_negative() -> None:
-    """Guards against a message that its reader refuses: a load longer than the wait, a step before the arrival."""
+    """Guards against messages out of bounds: a load longer than the wait, a step before the arrival."""
     times = StageTimes(received_at=10.0)
     times.tier_load_s = 5.0
     assert times.prefilled(9.0) == Stages(tier_load_s=5.0)

@@ -1,4 +1,4 @@
-"""worker.finish: a sequence ends once, for the right reason."""
+"""worker.stopping: a sequence ends once, with the right finish reason."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from baton.worker.stopping import finish_of
         (9, 3, 20, "stop"),
         (1, 5, 20, ""),
         (1, 8, 20, "length"),
-        (9, 8, 20, "stop"),  # both at once: the model had finished
+        (9, 8, 20, "stop"),  # both at once: the stop token takes precedence
         (1, 5, 64, "length"),  # the model's longest sequence
     ],
 )

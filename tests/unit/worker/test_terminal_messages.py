@@ -1,7 +1,7 @@
-"""Both roles on the loop, through random schedules: each leg ends in one terminal message, each block comes back once.
+"""Both roles under random schedules: each leg ends in exactly one terminal message, each block is freed exactly once.
 
-Requests, cancels, deadlines, lost proxies, transfers that end well or badly, steps that run ahead, and a shutdown amid
-it all.
+Schedules have requests, cancels, deadlines, lost proxies, transfers that succeed or fail, steps that run ahead, and a
+shutdown at any time.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ STEP_S = 0.25
 
 
 class Bench:
-    """One worker of either role, and the transfers that its exchange was asked for."""
+    """One worker of either role, and the transfers that it has started."""
 
     def __init__(self, make: Callable[[Parts], Loop], run_ahead: int, num_blocks: int) -> None:
         self.io, self.runner, self.now_s = RecordingIo(), ManualRunner(run_ahead), 100.0
@@ -83,7 +83,7 @@ class Bench:
         self.io.inbox.put(FromProxy("proxy 0", Cancel(request_id=f"r{number}", attempt=0), self.now_s))
 
     def transfers(self) -> Iterator[LegKey | Incoming]:
-        """Those that go on, the oldest first."""
+        """Open transfers, the oldest first."""
         for name, first, *_ in self.io.exchange.calls:
             if name in ("open_sender", "open_receiver"):
                 key = first.transfer_id if isinstance(first, Incoming) else first
@@ -91,7 +91,7 @@ class Bench:
                     yield first
 
     def end_transfer(self, transfer: LegKey | Incoming, good: bool) -> Any:
-        """The event with which one ends; a good end is only one of what was computed, or was not cancelled."""
+        """The event that ends a transfer; it can only succeed if its KV was computed and it was not cancelled."""
         called = self.io.exchange.calls
         if isinstance(transfer, Incoming):
             self.over.add(transfer.transfer_id)
@@ -103,7 +103,7 @@ class Bench:
         return SenderEnded(transfer, ok, "" if ok else "broken", 1, 0.1)
 
     def finish(self, shut_down: bool) -> None:
-        """Everything comes to its end, or is ended."""
+        """End everything that is still open."""
         if shut_down:
             self.turn()
             self.loop.drain()
@@ -117,7 +117,7 @@ class Bench:
         assert self.loop.idle and self.manager.num_available == self.manager.num_blocks
 
     def terminals(self) -> Counter[str]:
-        """Terminal messages by request; Cancelled only where it is not the answer to a Cancel."""
+        """Terminal messages by request, without Cancelled that answers a Cancel."""
         found: Counter[str] = Counter()
         for message in self.io.sent:
             for each in message.tokens if isinstance(message, Bundle) else (message,):
@@ -155,10 +155,10 @@ ACTION = st.one_of(
 @pytest.mark.parametrize("make", [make_prefill, make_decode])
 @settings(max_examples=120)
 @given(st.lists(ACTION, max_size=40), st.integers(0, 2), st.integers(8, 24), st.booleans())
-def test_each_leg_has_one_terminal_message_and_each_block_comes_back(
+def test_each_leg_has_one_terminal_message_and_frees_its_blocks(
     make: Callable[[Parts], Loop], actions: list[Any], run_ahead: int, num_blocks: int, shut_down: bool
 ) -> None:
-    """Guards every way in which a leg can end, in whatever phase it is: two answers, none, or blocks that stay."""
+    """Guards every end of a leg, in every phase, against two or no terminal messages and leaked blocks."""
     bench = Bench(make, run_ahead, num_blocks)
     for action in actions:
         match action:
