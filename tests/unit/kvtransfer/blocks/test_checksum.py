@@ -1,4 +1,4 @@
-"""The definition of the checksum of a unit, and of the digests made of blocks."""
+"""kvtransfer.blocks.checksum: the checksum of a unit, and the digests of blocks."""
 
 import numpy as np
 import pytest
@@ -37,7 +37,7 @@ def test_every_flipped_bit_is_seen(data, bit):
 
 @pytest.mark.parametrize("unit", [8, 16, 64, 512])
 def test_exchanged_and_missing_pieces_are_seen(unit):
-    """Guards against a sum that does not depend on the place: pieces swapped, shifted, repeated or all zero."""
+    """Guards against a sum that ignores positions: pieces swapped, shifted, repeated or all zero."""
     data = np.random.default_rng(0).integers(0, 256, 2048, dtype=np.uint8)
     pieces = data.reshape(-1, unit)
     swapped, repeated, zeroed = pieces.copy(), pieces.copy(), pieces.copy()
@@ -51,7 +51,7 @@ def test_exchanged_and_missing_pieces_are_seen(unit):
 
 @pytest.mark.parametrize("words", [1, PIECE_WORDS - 1, PIECE_WORDS, 2 * PIECE_WORDS + 3])
 def test_pieces_make_no_difference(words):
-    """Guards the sum in pieces: the terms depend on the place in the block, not in the piece."""
+    """Guards summation in pieces: terms depend on the position in the block, not in the piece."""
     data = np.random.default_rng(words).integers(0, 1 << 64, (2, words), dtype=np.uint64)
     for block in data:
         total = words
@@ -64,8 +64,8 @@ def test_pieces_make_no_difference(words):
         assert int(unit_checksums(block[None].view(np.uint8))[0]) == x ^ x >> 31
 
 
-def test_each_digest_is_what_its_name_says():
-    """Guards the names that stores and workers tell each other: they must mean the same bytes for ever."""
+def test_each_digest_name_has_a_fixed_definition():
+    """Guards the digest names that stores and workers exchange, which must never change their meaning."""
     block, units = memoryview(bytes(range(256))), [bytes(range(64 * i, 64 * i + 64)) for i in range(4)]
     sums = b"".join(map(xxhash.xxh3_128_digest, units))
     assert digest_by("xxh3", 4)(block) == xxhash.xxh3_128_digest(sums)

@@ -1,4 +1,4 @@
-"""Guards the digest that is computed on the device, here by the same kernel in Triton's interpreter."""
+"""kvtransfer.blocks.digest: the digest computed on the device, here with Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def blocks(count: int = 5) -> torch.Tensor:
     return torch.frombuffer(data, dtype=torch.uint8).view(count, UNITS, WORDS * 8)
 
 
-def test_it_is_what_the_definition_says() -> None:
-    """Both ends of a transfer must agree on it, whatever computes it there."""
+def test_it_equals_the_definition() -> None:
+    """Guards against ends of a transfer that compute different digests on different devices."""
     data = blocks()
     expected = xxhash.xxh3_128(unit_checksums(data[[3, 0]].flatten(0, 1).numpy()).tobytes())
     assert BlockDigests(data).digest([3, 0]) == expected.digest()
@@ -70,8 +70,8 @@ def test_several_chunks_at_once_have_their_own_digests(monkeypatch: pytest.Monke
     assert digests.digests([]) == []
 
 
-def test_each_block_alone_has_the_digest_that_a_host_makes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The host's store looks at blocks that a GPU has put, and must find the same."""
+def test_each_single_block_has_the_hosts_digest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards verification by the host's store, which computes the digests of blocks that a GPU has put."""
     monkeypatch.setattr(BlockDigests, "MAX_BLOCKS", 3)
     data = blocks()
     chosen = [4, 0, 2, 2, 1, 3, 0]
@@ -86,7 +86,7 @@ def test_a_block_out_of_the_pool_is_refused(block: int) -> None:
 
 
 class Line:
-    """What was enqueued runs when a mark behind it is waited for."""
+    """A device queue that runs its work when a mark behind it is waited for."""
 
     def __init__(self) -> None:
         self.works: list[Callable[[], None]] = []
@@ -101,7 +101,7 @@ class Line:
 
 
 def test_sums_behind_a_step_are_those_of_what_it_wrote() -> None:
-    """They make the digest that the other end will find, and room comes back with each that is read."""
+    """Guards the digest that the receiver will compute, and the buffers, which are freed by reads."""
     data, line = blocks(), Line()
     sums = SumsBehind(data, 3, 2, line.works.append, line.mark)
     for turn in range(3):

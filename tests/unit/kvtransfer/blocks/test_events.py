@@ -1,4 +1,4 @@
-"""kvtransfer.blocks.events: numbers without gaps, nothing said twice, bounded memory; and what a manager notes."""
+"""kvtransfer.blocks.events: numbers without gaps, no duplicates, bounded memory; and the manager's journal."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from baton.node.messages.wire import decode
 A, B, C = (letter * 32 for letter in (b"a", b"b", b"c"))
 
 
-def test_a_batch_tells_the_difference_and_no_more() -> None:
-    """Guards the size of batches: what came and went between two of them is nobody's business."""
+def test_a_batch_holds_only_net_changes() -> None:
+    """Guards the size of batches: blocks that came and went between two batches are left out."""
     log = EventLog()
     gpu, disk = log.journal("gpu"), log.journal("disk")
     gpu.stored(A)
@@ -31,7 +31,7 @@ def test_a_batch_tells_the_difference_and_no_more() -> None:
 
 
 def test_replay_gives_the_rest_or_all() -> None:
-    """Guards both answers to a gap, and that a proxy that lacks nothing gets nothing."""
+    """Guards both answers to a gap, and against an answer to a proxy that lacks nothing."""
     log = EventLog(keep_blocks=2)
     batches = []
     for block_hash in (A, B, C):
@@ -46,7 +46,7 @@ def test_replay_gives_the_rest_or_all() -> None:
 
 
 def test_messages_stay_within_their_bounds() -> None:
-    """Guards against a batch or a snapshot that the proxy must refuse, and so would never get."""
+    """Guards against a batch or snapshot out of bounds, which the proxy would reject again and again."""
     log = EventLog(keep_blocks=0)
     hashes = [number.to_bytes(32, "big") for number in range(MAX_EVENT_BLOCKS * 2 + 5)]
     for block_hash in hashes:
@@ -56,16 +56,16 @@ def test_messages_stay_within_their_bounds() -> None:
     assert len(batches) == len(parts) == 3
     for message in [*batches, *parts]:
         assert decode(encode(message)) == message
-    told = [each for part in parts for change in part.changes for each in change.stored]
-    assert sorted(told) == hashes
+    published = [each for part in parts for change in part.changes for each in change.stored]
+    assert sorted(published) == hashes
 
 
-def test_a_manager_notes_exactly_what_can_be_matched() -> None:
-    """Guards the events against the truth: after any history, what was told is what `match` would find."""
+def test_a_managers_journal_equals_what_match_finds() -> None:
+    """Guards events against divergence: after any history, they describe exactly what `match` finds."""
     rng, log = random.Random(7), EventLog()
     manager = BlockManager(6, log.journal("gpu"))
     names = [bytes([number]) * 32 for number in range(10)]
-    told: set[bytes] = set()
+    published: set[bytes] = set()
     owned: list[int] = []
     for _ in range(3000):
         match rng.randrange(5):
@@ -85,7 +85,7 @@ def test_a_manager_notes_exactly_what_can_be_matched() -> None:
                 manager.release(manager.allocate(manager.num_available))
         for batch in log.flush():
             for change in batch.changes:
-                assert not told & set(change.stored) and set(change.removed) <= told, "said twice"
-                told = (told | set(change.stored)) - set(change.removed)
-        assert told == {name for name in names if manager.peek([name])}
+                assert not published & set(change.stored) and set(change.removed) <= published, "published twice"
+                published = (published | set(change.stored)) - set(change.removed)
+        assert published == {name for name in names if manager.peek([name])}
     assert log.seq > 100

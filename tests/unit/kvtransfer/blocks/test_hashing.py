@@ -1,4 +1,4 @@
-"""Guards the identity of blocks: two different contexts must never share KV, two equal ones always can."""
+"""Guards the identity of blocks: different contexts never share KV, equal ones always do."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ small_tokens = st.lists(st.integers(0, 3), max_size=24)
 # ---- chain ----------------------------------------------------------------------------------------------------------
 
 
-def test_the_chain_is_what_the_format_says() -> None:
-    """A rewrite that changed byte order or width would cut every node off from the blocks on disk."""
+def test_the_chain_follows_the_format() -> None:
+    """Guards blocks on disk, which a changed byte order or width would make unreachable."""
     first = hashlib.sha256(ROOT + struct.pack("<3I", 1, 2, 0xFFFFFFFF)).digest()
     second = hashlib.sha256(first + struct.pack("<3I", 4, 5, 6)).digest()
     assert block_hashes(ROOT, [1, 2, 0xFFFFFFFF, 4, 5, 6, 7, 8], 3) == (first, second)
@@ -91,7 +91,7 @@ def test_no_tokens_a_block_is_refused() -> None:
 
 
 def test_every_field_of_the_namespace_counts() -> None:
-    """vLLM and LMCache lacked some of these in their keys, and clusters read each other's blocks."""
+    """Guards against sharing KV between incompatible models: every field must change the digest."""
     changes = [
         dict(model_fingerprint=b"M" * 32),
         dict(layout=replace(LAYOUT, block_tokens=32)),
@@ -108,7 +108,7 @@ def test_every_field_of_the_namespace_counts() -> None:
 
 @given(st.binary(max_size=6), st.binary(max_size=6), st.binary(max_size=6), st.binary(max_size=6))
 def test_fields_never_run_into_each_other(a: bytes, b: bytes, c: bytes, d: bytes) -> None:
-    """("ab", "c") and ("a", "bc") are different: lengths are hashed with the values."""
+    """Guards against equal hashes of ("ab", "c") and ("a", "bc"): lengths are hashed with the values."""
     same = (a, b) == (c, d)
     left = namespace_digest(**{**FIELDS, "rope_fingerprint": a, "tokenizer_fingerprint": b})
     right = namespace_digest(**{**FIELDS, "rope_fingerprint": c, "tokenizer_fingerprint": d})
@@ -141,7 +141,7 @@ def test_ranks_of_a_model_share_its_namespace() -> None:
 
 
 def test_the_namespace_is_the_same_in_another_process() -> None:
-    """Hash seeds, dictionary order or the like in it would make every worker incompatible with itself."""
+    """Guards against process-dependent inputs such as hash seeds, which would make every worker incompatible."""
     code = (
         "from baton.kvtransfer.blocks.hashing import *; from baton.kvtransfer.blocks.layout import KVLayout;"
         "import sys; assert 'torch' not in sys.modules, 'the proxy must not load torch';"
@@ -157,7 +157,7 @@ def test_the_namespace_is_the_same_in_another_process() -> None:
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
 
 
-def test_the_tokenizer_is_known_by_content_and_name(tmp_path: Path) -> None:
+def test_the_tokenizers_digest_covers_content_and_name(tmp_path: Path) -> None:
     a, b, c, d = (tmp_path / name for name in "abcd")
     for folder in (a, b, c, d):
         folder.mkdir()

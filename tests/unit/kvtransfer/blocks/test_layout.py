@@ -1,4 +1,4 @@
-"""Guards the arithmetic that both ends of a transfer rely on: a byte off here is silent corruption there."""
+"""Guards the layout arithmetic that both ends of a transfer share: an error of one byte is silent corruption."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_shape_and_bytes_agree(layers: int, heads: int, dim: int, tokens: int, d
 
 @pytest.mark.parametrize("padding_rows", [0, 1, 14])
 def test_units_lie_equally_far_apart(padding_rows: int) -> None:
-    """Guards the rule of everything that moves units: unit u of block b is row b * num_units + u of equal rows."""
+    """Guards the addressing of units: unit u of block b is row b * num_units + u of equal rows."""
     layout = KVLayout(3, 0, 2, 2, 5, 7, "float32", padding_rows * 20)
     flat = torch.arange(4 * layout.block_bytes // 4)
     pool = flat.as_strided(layout.shape(4), layout.strides)
@@ -81,7 +81,7 @@ def test_all_that_shapes_a_unit_is_in_the_fingerprint() -> None:
 
 
 def test_ranks_of_one_model_have_one_fingerprint() -> None:
-    """Guards the exchange between workers of different tensor-parallel sizes: a unit is the same bytes in all."""
+    """Guards transfers between workers of different tensor-parallel sizes: a unit has the same bytes in all."""
     ranks = [KVLayout(2, first, count, 8, 64, 16, "float16") for first, count in ((0, 8), (0, 4), (4, 4), (7, 1))]
     assert len({layout.fingerprint_fields() for layout in ranks}) == 1
     assert len({layout.unit_bytes for layout in ranks}) == 1

@@ -1,4 +1,4 @@
-"""Guards block accounting: no order of calls leaks a block, hands one out twice, or frees what someone still holds."""
+"""Guards block accounting: no order of calls leaks a block, allocates one twice, or frees one that is still held."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def sequence(manager: BlockManager, *names: bytes) -> list[int]:
 
 
 def test_allocation_is_all_or_nothing() -> None:
-    """A partial allocation of two sequences that wait for each other's blocks is a deadlock."""
+    """Guards against deadlock: two partial allocations would wait for each other's blocks."""
     manager = BlockManager(4)
     manager.allocate(3)
     with pytest.raises(OutOfBlocks) as caught:
@@ -37,7 +37,7 @@ def test_allocation_is_all_or_nothing() -> None:
     manager.check()
 
 
-def test_blocks_are_handed_out_once() -> None:
+def test_blocks_are_allocated_once() -> None:
     manager = BlockManager(5)
     assert sorted(manager.allocate(2) + manager.allocate(3)) == [0, 1, 2, 3, 4]
     assert manager.allocate(0) == []
@@ -86,7 +86,7 @@ def test_a_match_ends_at_the_first_block_that_is_missing() -> None:
 
 
 def test_tails_are_evicted_before_heads_and_old_sequences_before_new() -> None:
-    """A tail without its head can never be matched: keeping it instead of the head wastes the cache."""
+    """Guards the hit rate: a tail without its head can never be matched."""
     manager = BlockManager(4)
     old, new = sequence(manager, A, B), sequence(manager, C)
     manager.release(old[::-1])
@@ -99,7 +99,7 @@ def test_tails_are_evicted_before_heads_and_old_sequences_before_new() -> None:
     manager.check()
 
 
-def test_a_match_renews_and_a_peek_does_not() -> None:
+def test_match_updates_recency_and_peek_does_not() -> None:
     manager = BlockManager(2)
     manager.release(sequence(manager, A))
     manager.release(sequence(manager, B))
@@ -142,7 +142,7 @@ def test_publishing_an_unowned_block_is_a_bug(block: int) -> None:
 
 
 def test_a_lease_outlives_its_sequence() -> None:
-    """The sender's job may end before the receiver has its blocks: reusing them would corrupt the transfer."""
+    """Guards against corrupting a transfer: the sender's sequence may end before the receiver has copied the blocks."""
     manager = BlockManager(2)
     blocks = sequence(manager, A, B)
     manager.lease(blocks, b"t")
@@ -156,7 +156,7 @@ def test_a_lease_outlives_its_sequence() -> None:
     manager.check()
 
 
-def test_the_end_of_a_lease_caches_the_tail_as_the_first_to_go() -> None:
+def test_the_end_of_a_lease_caches_the_tail_as_first_to_evict() -> None:
     manager = BlockManager(2)
     blocks = sequence(manager, A, B)
     manager.lease(blocks, b"t")
@@ -181,7 +181,7 @@ def test_a_leased_block_can_be_matched_and_outlive_the_lease() -> None:
     manager.check()
 
 
-def test_leasing_twice_under_a_name_or_what_nobody_holds_is_a_bug() -> None:
+def test_leasing_twice_under_a_name_or_unowned_blocks_is_a_bug() -> None:
     manager = BlockManager(3)
     blocks = manager.allocate(1)
     manager.lease(blocks, b"t")
@@ -192,7 +192,7 @@ def test_leasing_twice_under_a_name_or_what_nobody_holds_is_a_bug() -> None:
     assert not manager.end_lease(b"v")
 
 
-def test_quarantined_blocks_come_back_only_when_told() -> None:
+def test_quarantined_blocks_are_freed_only_on_request() -> None:
     manager = BlockManager(3)
     blocks = manager.allocate(2)
     manager.quarantine(blocks, b"t")
@@ -207,8 +207,8 @@ def test_quarantined_blocks_come_back_only_when_told() -> None:
     manager.check()
 
 
-def test_what_others_can_see_is_never_quarantined() -> None:
-    """Freeing such a block at the end of the quarantine would pull it from under its other users."""
+def test_shared_blocks_are_never_quarantined() -> None:
+    """Guards other users of a block, which the end of a quarantine would free."""
     manager = BlockManager(6)
     named = sequence(manager, A)
     shared = sequence(manager, B)
@@ -224,8 +224,8 @@ def test_what_others_can_see_is_never_quarantined() -> None:
         manager.quarantine([], b"t")
 
 
-def test_check_sees_damage() -> None:
-    """A check that cannot fail proves nothing."""
+def test_check_detects_damage() -> None:
+    """Guards against a check that never fails."""
 
     def damaged(damage) -> BlockManager:
         manager = BlockManager(6)
@@ -265,7 +265,7 @@ NUM_BLOCKS = 7
 
 
 class AnyOrder(RuleBasedStateMachine):
-    """The manager against a model that keeps one plain record a block and an explicit order of eviction."""
+    """The manager against a simple model: one record a block and an explicit eviction order."""
 
     sequences = Bundle("sequences")
     leases = Bundle("leases")
@@ -296,7 +296,7 @@ class AnyOrder(RuleBasedStateMachine):
         return [block for block in range(NUM_BLOCKS) if self.state(block) in states]
 
     def rest(self, blocks: list[int]) -> None:
-        """Blocks of which something was let go, in this order."""
+        """Update the model for blocks whose references were released, in this order."""
         for block in blocks:
             if self.state(block) == "cached" and block not in self.order:
                 self.order.append(block)
@@ -346,7 +346,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(target=sequences, names=st.lists(NAMES, min_size=1, max_size=3, unique=True))
     def compute(self, names: list[bytes]) -> object:
-        """A whole sequence: allocated and published at once, so that the cache is seldom empty."""
+        """Allocate and publish a whole sequence at once, so that the cache is seldom empty."""
         blocks = self.allocate(len(names))
         if not isinstance(blocks, list):
             return blocks
@@ -377,7 +377,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(key=leases)
     def end_lease(self, key: bytes) -> None:
-        """Not consumed: ended twice now and then."""
+        """End a lease without consuming it, so that some are ended twice."""
         assert self.manager.end_lease(key) == (key in self.held)
         self.rest(self.held.pop(key, [])[::-1])
 
@@ -402,7 +402,7 @@ class AnyOrder(RuleBasedStateMachine):
 
     @rule(block=st.integers(-1, NUM_BLOCKS))
     def misuse(self, block: int) -> None:
-        """A block that nobody owns can be neither released, published nor quarantined."""
+        """Check that an unowned block can be neither released, published nor quarantined."""
         if block in self.blocks_in("owned"):
             return
         for call in (

@@ -1,4 +1,4 @@
-"""Guards the memory behind block ids: views and tensor are the same bytes, and nothing outlives `close`."""
+"""Guards the memory of blocks: views and tensor are the same bytes, and nothing outlives `close`."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_the_digest_is_xxh3_over_the_sums_of_the_units_in_order(pool: BlockPool)
 
 @pytest.mark.parametrize("index", [-1, 6])
 def test_a_block_out_of_the_pool_is_refused(pool: BlockPool, index: int) -> None:
-    """A negative index would silently be another block."""
+    """Guards against a negative index, which would silently be another block."""
     with pytest.raises(InvariantBroken):
         pool.block(index)
 
@@ -71,7 +71,7 @@ def test_a_write_of_another_size_is_refused(pool: BlockPool) -> None:
 
 
 def test_a_closed_pool_is_refused_but_old_views_stay_valid() -> None:
-    """Unmapping under a tensor that someone still reads would be a segmentation fault."""
+    """Guards against a segmentation fault by unmapping memory under a live tensor."""
     pool = BlockPool(LAYOUT, 2)
     pool.tensor.fill_(1.0)
     old, view = pool.tensor, pool.block(1)
@@ -118,8 +118,8 @@ def test_a_reader_sees_the_blocks_and_cannot_write(pool: BlockPool) -> None:
 
 
 @linux
-def test_a_reader_refuses_what_is_not_the_memory_described(pool: BlockPool) -> None:
-    """After a restart, pid and descriptor may name another file: copying from it would be foreign data."""
+def test_a_reader_refuses_memory_that_does_not_match_its_description(pool: BlockPool) -> None:
+    """Guards against reading foreign data: after a restart, pid and descriptor may name another file."""
     shared, pid = pool.shared, os.getpid()
     assert shared is not None
     pipe_read, pipe_write = os.pipe()
@@ -127,7 +127,7 @@ def test_a_reader_refuses_what_is_not_the_memory_described(pool: BlockPool) -> N
     os.ftruncate(plain, shared.size_bytes)
     os.pwrite(
         plain, shared.nonce, shared.size_bytes - mmap.PAGESIZE
-    )  # all is right but the seals: its owner could cut it
+    )  # everything matches but the seals: the owner could truncate it
     before = len(os.listdir("/proc/self/fd"))
     for wrong_pid, wrong in [
         (pid, shared._replace(nonce=b"\0" * 16)),
@@ -150,8 +150,8 @@ def test_a_reader_refuses_what_is_not_the_memory_described(pool: BlockPool) -> N
 
 
 @linux
-def test_nobody_can_cut_the_memory_under_its_users(pool: BlockPool) -> None:
-    """A mapping of a file that shrinks kills the reader with SIGBUS."""
+def test_the_memory_cannot_be_truncated(pool: BlockPool) -> None:
+    """Guards readers against SIGBUS, which a truncated mapping raises."""
     assert pool.shared is not None
     with pytest.raises(PermissionError):
         os.ftruncate(pool.shared.fd, 4096)

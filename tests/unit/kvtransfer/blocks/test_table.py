@@ -1,4 +1,4 @@
-"""kvtransfer.blocks.table: prefixes are shared, full blocks are named, everything is handed back."""
+"""kvtransfer.blocks.table: prefixes are shared, full blocks are published, everything is freed."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def _table(manager: BlockManager, tokens: list[int], known_hashes: bool = True) 
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=40), st.integers(0, 40), st.booleans())
-def test_a_sequence_finds_what_an_equal_one_left(tokens: list[int], limit: int, known_hashes: bool) -> None:
-    """Guards the prefix cache: full blocks, no more than the limit, whether hashes were given or made here."""
+def test_a_sequence_hits_the_prefix_of_an_equal_one(tokens: list[int], limit: int, known_hashes: bool) -> None:
+    """Guards the prefix cache: full blocks only, up to the limit, with given or computed hashes."""
     manager = BlockManager(16)
     first = _table(manager, tokens, known_hashes)
     first.grow(len(tokens))
@@ -37,7 +37,7 @@ def test_a_sequence_finds_what_an_equal_one_left(tokens: list[int], limit: int, 
 
 
 def test_growth_is_all_or_nothing() -> None:
-    """Guards against leaked blocks when a pool runs out in the middle of a growth."""
+    """Guards against leaked blocks when the pool is exhausted while a table grows."""
     manager = BlockManager(3)
     table = _table(manager, [1] * 8)
     table.grow(8)
@@ -51,7 +51,7 @@ def test_growth_is_all_or_nothing() -> None:
 
 
 def test_only_computed_tokens_are_published() -> None:
-    """Guards against sharing blocks whose KV is not there yet."""
+    """Guards against sharing blocks whose KV is not computed yet."""
     manager, tokens = BlockManager(8), list(range(12))
     table = _table(manager, tokens)
     table.grow(12)
@@ -60,7 +60,7 @@ def test_only_computed_tokens_are_published() -> None:
 
 
 def test_a_lease_outlives_the_sequence() -> None:
-    """Guards hand-over: blocks that the carrier still reads are not given to anybody."""
+    """Guards hand-over: blocks that the I/O thread still reads are not allocated again."""
     manager = BlockManager(2)
     table = _table(manager, [1] * 8)
     table.grow(8)
@@ -71,8 +71,8 @@ def test_a_lease_outlives_the_sequence() -> None:
     manager.check()
 
 
-def test_quarantine_keeps_only_what_may_be_written() -> None:
-    """Guards cancellation: the cached prefix goes back at once, the transfer's blocks rest until it has ended."""
+def test_quarantine_holds_only_blocks_that_may_be_written() -> None:
+    """Guards cancellation: the cached prefix is released at once, the transfer's blocks only after it has ended."""
     manager, tokens = BlockManager(4), [1] * 16
     first = _table(manager, tokens)
     first.grow(8)

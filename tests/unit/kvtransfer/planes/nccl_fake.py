@@ -1,6 +1,7 @@
-"""A double of NCCL on CPU for the plane `nccl`: pipes that match sends and receives by order alone, as NCCL does.
+"""A fake of NCCL on CPU for the plane `nccl`: pipes that match sends and receives by order alone, as NCCL does.
 
-What NCCL would hang on or write past is recorded in `violations`: another order, another size, a use after an abort.
+Calls on which NCCL would hang or write out of bounds are recorded in `violations`: a different order, a different size,
+a use after an abort.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from baton.kvtransfer.planes.nccl import Pieces, PipeState
 
 @dataclass
 class Fabric:
-    """Joins the pipes of all connectors. `frozen`: nothing ends any more. `abort_asks`: how long an abort takes."""
+    """Connects the pipes of all connectors. `frozen`: no operation ends. `abort_asks`: polls that an abort takes."""
 
     frozen: bool = False
     abort_asks: int = 0
@@ -119,4 +120,4 @@ class FakeConnector:
         return FakePipe(self.fabric, self.memory, sending, tell)
 
     def close(self, patience_s: float) -> None:
-        """There are no threads."""
+        """Does nothing: the fake has no threads."""

@@ -1,4 +1,4 @@
-"""The sending end of a plane in a process of its own; driven over its standard streams by test_planes_processes.
+"""The sending end of a plane in a separate process; driven over its standard streams by test_planes_processes.
 
 Reads JSON lines: {"connect": [peer, plane, host, address]}, {"send": [seq, [blocks]]}. Ends when its input does.
 """
@@ -22,12 +22,12 @@ from baton.node.messages.transfer import PlaneAddress
 
 
 def lines(plane: Plane) -> Iterator[bytes]:
-    """The lines of the input until its end; the plane is polled meanwhile."""
+    """The lines of the input until its end, polling the plane meanwhile."""
     rest = b""
     while True:
         plane.poll()
         if select.select([0], [], [], 0.005)[0]:
-            data = os.read(0, 65536)  # not sys.stdin: what its buffer holds, select cannot see
+            data = os.read(0, 65536)  # not sys.stdin: select does not see its buffered bytes
             if not data:
                 return
             *whole, rest = (rest + data).split(b"\n")

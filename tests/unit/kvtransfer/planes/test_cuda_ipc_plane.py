@@ -1,5 +1,5 @@
-"""Guards the plane `cuda_ipc` on CPU, over an engine that copies when it is told to: the contract of every plane, and
-that nothing counts as over, and no mapping is closed, while a copy may still run."""
+"""Guards the plane `cuda_ipc` on CPU, over a scripted copy engine: the contract of every plane, and that no transfer is
+idle, and no mapping is closed, while a copy may still run."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ test_bytes_arrive = contract.test_bytes_arrive_bit_for_bit_and_nowhere_else
 test_several_transfers_interleave = contract.test_several_transfers_interleave
 test_a_receive_is_reported_once = contract.test_a_receive_is_reported_once
 test_a_cancelled_transfer = contract.test_a_cancelled_transfer_is_not_reported_and_soon_idle
-test_connected_anew = contract.test_after_forgetting_a_peer_it_can_be_connected_anew
+test_connected_anew = contract.test_a_forgotten_peer_can_be_connected_again
 test_without_a_connection = contract.test_without_a_connection_an_operation_fails_and_does_not_hang
 test_connecting_again = contract.test_connecting_again_changes_nothing
 test_impossible_receive = contract.test_an_impossible_receive_is_a_bug
 test_impossible_send = contract.test_an_impossible_send_is_a_bug
-test_descriptions = contract.test_ends_describe_themselves_so_that_they_reach_each_other
-test_nonsense = contract.test_a_peers_nonsense_is_not_reached_and_breaks_nothing
+test_descriptions = contract.test_ends_reach_each_other_by_their_descriptions
+test_nonsense = contract.test_an_invalid_address_is_not_reached_and_raises_nothing
 
 
 class FakeEngine:
-    """Exported memories by handle stand for the driver. A copy happens when `slow` is off and it is asked about."""
+    """A fake driver with exported memories by handle. A copy happens when it is polled while `slow` is off."""
 
     def __init__(self, memory: HostMemory, driver: dict[bytes, HostMemory]) -> None:
         self.memory, self.driver = memory, driver
@@ -105,8 +105,8 @@ def rig() -> Iterator[IpcRig]:
     rig.close()
 
 
-def test_a_cancelled_copy_is_not_idle_until_it_is_over(rig: IpcRig) -> None:
-    """The copy engine cannot be stopped: blocks freed too early are written under their next owner."""
+def test_a_cancelled_copy_is_not_idle_until_it_ends(rig: IpcRig) -> None:
+    """Guards against freeing blocks too early: the copy engine cannot be stopped."""
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
     rig.engines[1].slow = True
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
@@ -132,8 +132,8 @@ def test_forgetting_a_peer_fails_its_copies_and_closes_the_mapping_after_them(ri
     assert not engine.opened and not receiver.plane.pending
 
 
-def test_a_pool_is_mapped_once_whether_it_was_asked_for_or_not(rig: IpcRig) -> None:
-    """Every greeting asks `reaches`; a mapping each would exhaust the address space, and one left over would leak."""
+def test_a_pool_is_mapped_once(rig: IpcRig) -> None:
+    """Guards against leaked mappings: each Hello calls `reaches`, which maps the pool."""
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
     other = rig.end(OTHER)
     engine = rig.engines[1]
@@ -146,13 +146,13 @@ def test_a_pool_is_mapped_once_whether_it_was_asked_for_or_not(rig: IpcRig) -> N
     receiver.plane.forget(OTHER)
     assert receiver.plane.reaches(other.plane.describe()) and receiver.plane.reaches(sender.plane.describe())
     receiver.plane.forget(SENDER)
-    assert receiver.plane.reaches(sender.plane.describe())  # it replaces the one that nobody connected to
+    assert receiver.plane.reaches(sender.plane.describe())  # it replaces the mapping without a connection
     receiver.plane.poll()
     assert len(engine.opened) == 1
 
 
 def test_a_block_beyond_the_peers_pool_is_not_read(rig: IpcRig) -> None:
-    """The ids are a peer's; past its pool lies memory of others, or a fault that ends the process."""
+    """Guards against block ids of a peer that are outside its pool."""
     rig.end(SENDER, 3), rig.end(RECEIVER, 12)
     receiver = rig.ends[1]
     for seq, source in enumerate(([3], [0, 11], [-1])):
@@ -161,8 +161,8 @@ def test_a_block_beyond_the_peers_pool_is_not_read(rig: IpcRig) -> None:
     assert len(rig.received(receiver, ok=False)) == 3 and not rig.engines[1].copies
 
 
-def test_a_receive_brings_the_digest_that_the_engine_made(rig: IpcRig) -> None:
-    """Guards against a digest that is lost on its way, and made once more while the carrier waits."""
+def test_a_receive_carries_the_engines_digest(rig: IpcRig) -> None:
+    """Guards against losing the engine's digest and computing it again on the I/O thread."""
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
     rig.turn()
@@ -178,7 +178,7 @@ def test_a_copy_that_fails_is_a_failed_receive(rig: IpcRig) -> None:
     assert rig.received(receiver, ok=False) == {ChunkKey(X, 0, 0)} and receiver.plane.idle(X)
 
 
-def test_our_own_pool_is_not_reached(rig: IpcRig) -> None:
-    """CUDA refuses to open a handle in the process that made it."""
+def test_a_plane_does_not_reach_its_own_pool(rig: IpcRig) -> None:
+    """Guards against opening a CUDA IPC handle in its own process, which CUDA refuses."""
     end = rig.end(SENDER)
     assert not end.plane.reaches(end.plane.describe())

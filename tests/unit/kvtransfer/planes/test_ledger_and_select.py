@@ -1,4 +1,4 @@
-"""Guards the bookkeeping that every plane shares, and the choice between planes."""
+"""kvtransfer.planes.ledger and the choice of a plane."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from baton.testing.loopback import LoopbackFabric
 A, B = ChunkKey(b"a" * 16, 0, 0), ChunkKey(b"b" * 16, 0, 0)
 
 
-def test_what_has_ended_is_reported_once() -> None:
+def test_ended_operations_are_reported_once() -> None:
     ledger = IoLedger()
     ledger.post_receive("p", A, [1])
     ledger.end_receive(A)
@@ -58,7 +58,7 @@ def test_impossible_postings_are_bugs(blocks: list[int], source: list[int] | Non
 
 
 def test_the_first_own_plane_that_reaches_the_peer_is_chosen() -> None:
-    """Preference is ours: a peer must not be able to force the slow plane by the order of its list."""
+    """Guards the order of preference: a peer must not force a slow plane by the order of its list."""
     memory = HostMemory(1, 16)
     shm, loopback = ShmPlane(memory), LoopbackFabric().plane("me", memory)
     both = (loopback.describe(), shm.describe())

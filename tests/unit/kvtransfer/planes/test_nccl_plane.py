@@ -1,5 +1,5 @@
-"""Guards the plane `nccl` on CPU, over pipes that match by order alone: the contract of every plane, and what only this
-one promises: one order at both ends, no movement without agreement, an abort in bounded time, a new way after."""
+"""Guards the plane `nccl` on CPU, over pipes that match by order alone: the contract of every plane, and its own rules:
+equal order at both ends, no movement without agreement, aborts in bounded time, a new connection afterwards."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from baton.node.messages.transfer import PlaneAddress
 
 
 def _load(name: str):
-    """A file beside this one; the tests are no package."""
+    """Load a file beside this one."""
     spec = importlib.util.spec_from_file_location(f"nccl_plane_{name}", Path(__file__).with_name(f"{name}.py"))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -39,17 +39,17 @@ test_a_cancelled_transfer = contract.test_a_cancelled_transfer_is_not_reported_a
 test_a_receive_that_is_never_sent = contract.test_a_receive_that_is_never_sent_can_be_cancelled
 test_late_data = contract.test_late_data_of_a_cancelled_transfer_is_ignored
 test_late_retry = contract.test_late_data_of_an_old_retry_is_ignored
-test_a_stranger = contract.test_another_peer_cannot_fill_a_posted_receive
+test_another_peer = contract.test_another_peer_cannot_fill_a_posted_receive
 test_another_length = contract.test_a_chunk_of_another_length_is_not_written
 test_another_size = contract.test_blocks_of_another_size_are_not_written
-test_forgetting = contract.test_forgetting_a_peer_fails_what_was_posted_for_it_and_nothing_else
-test_connected_anew = contract.test_after_forgetting_a_peer_it_can_be_connected_anew
+test_forgetting = contract.test_forgetting_a_peer_fails_only_its_operations
+test_connected_anew = contract.test_a_forgotten_peer_can_be_connected_again
 test_without_a_connection = contract.test_without_a_connection_an_operation_fails_and_does_not_hang
 test_connecting_again = contract.test_connecting_again_changes_nothing
 test_impossible_receive = contract.test_an_impossible_receive_is_a_bug
 test_impossible_send = contract.test_an_impossible_send_is_a_bug
-test_descriptions = contract.test_ends_describe_themselves_so_that_they_reach_each_other
-test_nonsense = contract.test_a_peers_nonsense_is_not_reached_and_breaks_nothing
+test_descriptions = contract.test_ends_reach_each_other_by_their_descriptions
+test_nonsense = contract.test_an_invalid_address_is_not_reached_and_raises_nothing
 
 
 class NcclRig(contract.Rig):
@@ -82,7 +82,7 @@ def two_sided(rig: NcclRig) -> NcclRig:
 
 @pytest.fixture
 def pair(rig: NcclRig):
-    """Two ends whose way is open."""
+    """Two ends with an open connection."""
     sender, receiver = rig.end(SENDER, 12, 4096), rig.end(RECEIVER, 12, 4096)
     rig.move(sender, receiver, ChunkKey(Y, 0, 0), [0], [0])
     rig.until(lambda: bool(rig.received(receiver)) and bool(rig.sent(sender)))
@@ -90,7 +90,7 @@ def pair(rig: NcclRig):
 
 
 def test_sends_are_issued_in_the_order_of_the_receives(pair) -> None:
-    """Receives posted in another order than the sends, one of them cancelled: by order alone all would be mixed up."""
+    """Guards against mixed-up chunks: receives are posted in another order than sends, and one is cancelled."""
     rig, sender, receiver = pair
     for seq in (3, 1, 2, 4):
         receiver.plane.post_receive(SENDER, ChunkKey(X, seq, 0), [seq], [seq + 5])
@@ -116,8 +116,8 @@ def test_pieces_are_consecutive_at_both_ends_or_packed(rig: NcclRig, block_bytes
     assert found.receives[0].pieces == [(4, 2), (7, 1), (8, 2), (0, 1)]
 
 
-def test_a_receive_that_stalls_is_aborted_and_its_blocks_are_held_until_then(pair) -> None:
-    """A frozen peer: the kernel spins, and freed too early the blocks would be written under their next owner."""
+def test_a_stalled_receive_is_aborted_and_holds_its_blocks_until_then(pair) -> None:
+    """Guards against freeing blocks while the receive kernel waits for a frozen peer."""
     rig, sender, receiver = pair
     rig.pipes.frozen, rig.pipes.abort_asks = True, 5
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [1], [1])
@@ -133,8 +133,8 @@ def test_a_receive_that_stalls_is_aborted_and_its_blocks_are_held_until_then(pai
     assert not any(done.key.transfer_id == X for done in rig.done[RECEIVER])
 
 
-def test_what_was_issued_fails_when_the_peer_is_forgotten_but_only_after_the_abort(pair) -> None:
-    """The protocol tries again into the same blocks as soon as it hears of the failure."""
+def test_issued_operations_of_a_forgotten_peer_fail_after_the_abort(pair) -> None:
+    """Guards the blocks: the protocol retries into the same ones as soon as the failure is reported."""
     rig, sender, receiver = pair
     rig.pipes.frozen, rig.pipes.abort_asks = True, 3
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [1], [1])
@@ -146,7 +146,7 @@ def test_what_was_issued_fails_when_the_peer_is_forgotten_but_only_after_the_abo
     rig.until(lambda: rig.sent(sender, ok=False) == {ChunkKey(X, 0, 0)})
 
 
-def test_after_a_stall_the_next_send_takes_a_new_way(pair) -> None:
+def test_after_a_stall_the_next_send_opens_a_new_connection(pair) -> None:
     rig, sender, receiver = pair
     rig.pipes.frozen = True
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [1], [1])
@@ -159,9 +159,9 @@ def test_after_a_stall_the_next_send_takes_a_new_way(pair) -> None:
     assert receiver.content([1]) == sender.content([1]) and len(rig.pipes.pairs) == 2
 
 
-def test_a_way_that_does_not_open_fails_its_sends_in_time(rig: NcclRig) -> None:
+def test_a_connection_that_does_not_open_fails_its_sends_in_time(rig: NcclRig) -> None:
     sender = rig.end(SENDER)
-    silent = rig.context.socket(11)  # zmq.STREAM: takes the connection and never speaks
+    silent = rig.context.socket(11)  # zmq.STREAM: accepts the connection and never sends
     port = silent.bind_to_random_port("tcp://127.0.0.1")
     address = PlaneAddress(
         plane="nccl", host=sender.plane.describe().host, address=f"tcp://127.0.0.1:{port}|gpu9:nccl-2"
@@ -176,7 +176,7 @@ def test_a_way_that_does_not_open_fails_its_sends_in_time(rig: NcclRig) -> None:
     silent.close(0)
 
 
-def test_a_warm_plane_opens_its_way_when_it_is_connected() -> None:
+def test_a_warm_plane_opens_its_communicator_on_connect() -> None:
     rig = NcclRig(warm=True)
     rig.end(SENDER), rig.end(RECEIVER)
     assert len(rig.pipes.pairs) == 2
@@ -185,7 +185,7 @@ def test_a_warm_plane_opens_its_way_when_it_is_connected() -> None:
 
 @pytest.mark.parametrize("device", ["gpu0:nccl-2", "gpu1:nccl-3", "gpu1", "", ":nccl-2"])
 def test_one_gpu_or_another_nccl_is_not_reached(rig: NcclRig, device: str) -> None:
-    """NCCL hangs or fails at set-up when two ranks are on one GPU, or of different versions."""
+    """Guards against pairs for which NCCL hangs or fails at set-up: two ranks on one GPU, or different versions."""
     end = rig.end(SENDER)
     described = end.plane.describe()
     text = described.address.partition("|")[0] + "|"
@@ -210,8 +210,8 @@ WRONG_WORDS = [
 
 
 @pytest.mark.parametrize("word", WRONG_WORDS, ids=lambda word: f"{type(word).__name__}-{getattr(word, 'number', '')}")
-def test_a_peers_wrong_word_closes_the_way_and_breaks_nothing(pair, word) -> None:
-    """What a peer says decides the order and sizes of NCCL calls: out of step they would hang or write astray."""
+def test_an_invalid_message_of_a_peer_closes_the_connection_only(pair, word) -> None:
+    """Guards the order and sizes of NCCL calls, which depend on the peer's messages."""
     rig, sender, receiver = pair
     (way_id,) = sender.plane._ways
     sender.plane._on_word(RECEIVER, type(word)(way_id, *[getattr(word, name) for name in word.__struct_fields__[1:]]))
@@ -222,22 +222,22 @@ def test_a_peers_wrong_word_closes_the_way_and_breaks_nothing(pair, word) -> Non
 
 
 @pytest.mark.parametrize("word", [StorePut(WAY, "k", b"v"), Ask(WAY, 0, X, 0, 0, 1, 4096), Close(WAY), No(WAY, 0)])
-def test_words_about_unknown_ways_are_harmless(pair, word) -> None:
+def test_messages_about_unknown_connections_are_ignored(pair, word) -> None:
     rig, sender, receiver = pair
     receiver.plane._on_word(SENDER, word)
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [2], [2])
     rig.until(lambda: ChunkKey(X, 0, 0) in rig.received(receiver))
 
 
-def test_a_second_open_replaces_the_first_way(pair) -> None:
-    """Else a peer that opens again and again would take all memory of the GPU, one communicator each."""
+def test_a_second_open_replaces_the_first_connection(pair) -> None:
+    """Guards GPU memory against a peer that opens one communicator after the other."""
     _, _, receiver = pair
     for number in range(5):
         receiver.plane._on_word(SENDER, Open(bytes([number]) * 16))
     assert [way.sending for way in receiver.plane._ways.values()] == [False]
 
 
-def test_runs_are_common_to_both_ends_and_cut_checks_them() -> None:
+def test_runs_are_equal_at_both_ends_and_cut_checks_them() -> None:
     assert common_runs([1, 2, 3, 7], [4, 5, 9, 10]) == [BlockRun(1, 4, 2), BlockRun(3, 9, 1), BlockRun(7, 10, 1)]
     assert common_runs([3], [0]) == [BlockRun(3, 0, 1)]
     assert cut([1, 2, 3, 7], [2, 1, 1]) == [(1, 2), (3, 1), (7, 1)]

@@ -1,4 +1,4 @@
-"""Guards the tunnelled store: c10d must be able to use it from C++, and no wait on it may be unbounded."""
+"""kvtransfer.planes.rendezvous: c10d can use the tunnelled store from C++, and every wait on it is bounded."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def two_ends(timeout_s: float = 20.0) -> tuple[TunnelStore, TunnelStore]:
     return one, other
 
 
-def test_a_process_group_meets_over_it_and_moves_bytes() -> None:
-    """The C++ side calls set, get, wait and perhaps clone; gloo stands for NCCL, which needs GPUs."""
+def test_a_process_group_rendezvous_over_it_moves_bytes() -> None:
+    """Guards the C++ side, which calls set, get, wait and clone; gloo replaces NCCL, which needs GPUs."""
     stores = two_ends()
     got = torch.zeros(1000, dtype=torch.uint8)
     errors: list[Exception] = []
@@ -43,7 +43,7 @@ def test_a_process_group_meets_over_it_and_moves_bytes() -> None:
     assert not dist.is_initialized()
 
 
-def test_a_wait_ends_in_time_and_when_the_store_is_shut() -> None:
+def test_a_wait_ends_on_timeout_and_on_close() -> None:
     store = TunnelStore(lambda key, value: None, 0.01)
     with pytest.raises(TimeoutError):
         store.get("never")
@@ -60,7 +60,7 @@ def test_what_one_end_sets_the_other_reads() -> None:
     assert other.delete_key("k") and one.check(["k"])
 
 
-def test_a_peer_cannot_fill_our_memory() -> None:
+def test_the_memory_that_a_peer_can_use_is_bounded() -> None:
     store = TunnelStore(lambda key, value: None, 1.0)
     for number in range(MAX_KEYS + 10):
         store.deliver(str(number), b"")

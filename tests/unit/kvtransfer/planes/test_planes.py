@@ -1,6 +1,6 @@
-"""The contract of every data plane, run over all of them: bytes arrive bit for bit where they were posted, or nowhere.
+"""The contract of every data plane: bytes arrive bit for bit in the posted blocks, or not at all.
 
-A plane that passes here can stand behind the transfer protocol. What only one plane can do is tested beside it.
+A plane that passes these tests works with the transfer protocol. Properties of a single plane are tested beside it.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class End:
 
 
 class Rig:
-    """Two or more ends of one kind of plane, on filled memory of their own."""
+    """Two or more ends of one kind of plane, each with its own filled memory."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
@@ -67,7 +67,7 @@ class Rig:
         return ShmPlane(memory) if self.kind == "shm" else self.fabric.plane(name, memory)
 
     def turn(self) -> None:
-        """Poll every end once; wait a moment for bytes where they travel through the kernel."""
+        """Poll every end once; wait briefly for planes that use kernel sockets."""
         for end in self.ends:
             for socket in end.plane.sockets():
                 socket.poll(2)  # type: ignore[attr-defined]
@@ -134,7 +134,7 @@ def test_bytes_arrive_bit_for_bit_and_nowhere_else(rig: Rig, size: int, block_by
     assert sender.plane.idle(X) and receiver.plane.idle(X)
 
 
-def test_a_block_larger_than_a_piece_arrives_whole(rig: Rig) -> None:
+def test_a_block_larger_than_a_piece_arrives_intact(rig: Rig) -> None:
     sender, receiver = rig.end(SENDER, 3, PIECE_BYTES + 5), rig.end(RECEIVER, 3, PIECE_BYTES + 5)
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [2, 0], [0, 1])
     rig.until(lambda: len(rig.received(receiver)) == len(rig.sent(sender)) == 1)
@@ -142,7 +142,7 @@ def test_a_block_larger_than_a_piece_arrives_whole(rig: Rig) -> None:
 
 
 def test_several_transfers_interleave(rig: Rig) -> None:
-    """Chunks of different transfers, seqs and directions share the connection, and must not share blocks."""
+    """Guards against mixing chunks of different transfers, sequence numbers and directions on a connection."""
     one, other = rig.end(SENDER), rig.end(RECEIVER)
     expected: list[tuple[End, list[int], bytes]] = []
     forward, backward = iter(range(6)), iter(range(6, 12))
@@ -182,7 +182,7 @@ def test_a_cancelled_transfer_is_not_reported_and_soon_idle(rig: Rig) -> None:
 
 
 def test_a_receive_that_is_never_sent_can_be_cancelled(two_sided: Rig) -> None:
-    """Its blocks wait in quarantine for `idle`: if that never comes, they leak."""
+    """Guards against leaked blocks, which stay in quarantine until `idle`."""
     two_sided.end(SENDER)
     receiver = two_sided.end(RECEIVER)
     receiver.plane.post_receive(SENDER, ChunkKey(X, 0, 0), [0], [0])
@@ -195,7 +195,7 @@ def test_a_receive_that_is_never_sent_can_be_cancelled(two_sided: Rig) -> None:
 
 
 def test_late_data_of_a_cancelled_transfer_is_ignored(two_sided: Rig) -> None:
-    """The blocks belong to someone else by then."""
+    """Guards the blocks, which may belong to another sequence by then."""
     sender, receiver = two_sided.end(SENDER), two_sided.end(RECEIVER)
     before = receiver.content([0])
     receiver.plane.post_receive(SENDER, ChunkKey(X, 0, 0), [5], [0])
@@ -219,10 +219,10 @@ def test_late_data_of_an_old_retry_is_ignored(two_sided: Rig) -> None:
 
 def test_another_peer_cannot_fill_a_posted_receive(two_sided: Rig) -> None:
     two_sided.end(SENDER)
-    stranger, receiver = two_sided.end(OTHER), two_sided.end(RECEIVER)
+    other, receiver = two_sided.end(OTHER), two_sided.end(RECEIVER)
     before = receiver.content([0])
     receiver.plane.post_receive(SENDER, ChunkKey(X, 0, 0), [5], [0])
-    stranger.plane.post_send(RECEIVER, ChunkKey(X, 0, 0), [5])
+    other.plane.post_send(RECEIVER, ChunkKey(X, 0, 0), [5])
     two_sided.until(lambda: receiver.plane.dropped["stranger"] == 1)  # type: ignore[attr-defined]
     assert receiver.content([0]) == before and not two_sided.done[RECEIVER]
 
@@ -247,7 +247,7 @@ def test_blocks_of_another_size_are_not_written(two_sided: Rig) -> None:
     assert receiver.content([0, 1]) == before and not two_sided.done[RECEIVER]
 
 
-def test_forgetting_a_peer_fails_what_was_posted_for_it_and_nothing_else(two_sided: Rig) -> None:
+def test_forgetting_a_peer_fails_only_its_operations(two_sided: Rig) -> None:
     sender, other, receiver = two_sided.end(SENDER), two_sided.end(OTHER), two_sided.end(RECEIVER)
     receiver.plane.post_receive(SENDER, ChunkKey(X, 0, 0), [0], [0])
     receiver.plane.post_receive(OTHER, ChunkKey(Y, 0, 0), [1], [1])
@@ -259,7 +259,7 @@ def test_forgetting_a_peer_fails_what_was_posted_for_it_and_nothing_else(two_sid
     sender.plane.forget("never heard of")
 
 
-def test_after_forgetting_a_peer_it_can_be_connected_anew(rig: Rig) -> None:
+def test_a_forgotten_peer_can_be_connected_again(rig: Rig) -> None:
     sender, receiver = rig.end(SENDER), rig.end(RECEIVER)
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [0], [0])
     rig.until(lambda: bool(rig.received(receiver)))
@@ -312,7 +312,7 @@ def test_an_impossible_send_is_a_bug(rig: Rig, blocks: list[int]) -> None:
     assert sender.plane.idle(X)
 
 
-def test_ends_describe_themselves_so_that_they_reach_each_other(rig: Rig) -> None:
+def test_ends_reach_each_other_by_their_descriptions(rig: Rig) -> None:
     one, other = rig.end(SENDER), rig.end(RECEIVER)
     assert one.plane.reaches(other.plane.describe()) and other.plane.reaches(one.plane.describe())
     address = other.plane.describe()
@@ -321,8 +321,8 @@ def test_ends_describe_themselves_so_that_they_reach_each_other(rig: Rig) -> Non
 
 
 @pytest.mark.parametrize("text", ["", "x", "ipc:///tmp/x", "1:2:3:4", "tcp://*:1", "0:0:0:" + "0" * 32, "\0", "tcp://"])
-def test_a_peers_nonsense_is_not_reached_and_breaks_nothing(rig: Rig, text: str) -> None:
-    """The address is a peer's text: no exception may come of it, and nothing may be opened by it."""
+def test_an_invalid_address_is_not_reached_and_raises_nothing(rig: Rig, text: str) -> None:
+    """Guards against exceptions, or opened resources, caused by a peer's address text."""
     end = rig.end(SENDER)
     nonsense = PlaneAddress(plane=end.plane.name, host=end.plane.describe().host, address=text)
     assert not end.plane.reaches(nonsense)
@@ -335,7 +335,7 @@ def test_a_peers_nonsense_is_not_reached_and_breaks_nothing(rig: Rig, text: str)
 
 @pytest.mark.parametrize("kind", PLANES[1:])
 def test_a_peer_with_a_new_address_is_used_there(kind: str) -> None:
-    """The old memory may still be mapped and the old socket still connected: both would give stale blocks."""
+    """Guards against stale blocks from memory that is still mapped or a socket that is still connected."""
     rig = Rig(kind)
     old, new, receiver = rig.end(SENDER), rig.end(OTHER), rig.end(RECEIVER)
     rig.move(old, receiver, ChunkKey(X, 0, 0), [0], [0])
@@ -343,7 +343,7 @@ def test_a_peer_with_a_new_address_is_used_there(kind: str) -> None:
     if receiver.plane.pulls:
         receiver.plane.connect(SENDER, new.plane.describe())
         receiver.plane.post_receive(SENDER, ChunkKey(Y, 0, 0), [0], [1])
-    else:  # here the sender's address book decides: from now on `new` is who the old one calls decode
+    else:  # here the sender's address book decides: the old identity now leads to `new`
         old.plane.connect(RECEIVER, new.plane.describe())
         new.plane.post_receive(SENDER, ChunkKey(Y, 0, 0), [0], [1])
         old.plane.post_send(RECEIVER, ChunkKey(Y, 0, 0), [0])
@@ -370,10 +370,10 @@ def test_close_leaves_no_descriptor_no_mapping_and_no_thread(kind: str) -> None:
         receiver.plane.post_receive(SENDER, ChunkKey(Y, 0, 0), [0], [0])
         rig.close()
 
-    live(True)  # pyzmq keeps a thread and a context of its own after the first message without a copy
+    live(True)  # pyzmq keeps a thread and a context after the first zero-copy message
     before = held()
     live(True)
     live(False)
     deadline = time.monotonic() + PATIENCE_S
-    while held() != before:  # libzmq lets go of memory in its own thread
+    while held() != before:  # libzmq frees memory in its own thread
         assert time.monotonic() < deadline, (before, held())

@@ -1,4 +1,4 @@
-"""Guards the planes between two real processes: what one process cannot show, above all the sudden death of an end."""
+"""Guards the planes between two real processes, above all against the sudden death of one end."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Child:
         plane, host, address = json.loads(self.process.stdout.readline())
         self.address = PlaneAddress(plane=plane, host=host, address=address)
 
-    def tell(self, **order: object) -> None:
+    def send(self, **order: object) -> None:
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps(order).encode() + b"\n")
         self.process.stdin.flush()
@@ -103,11 +103,11 @@ def test_zmq_between_processes(context: zmq.Context[zmq.Socket[bytes]], memory: 
         assert plane.reaches(child.address)
         plane.connect(CHILD, child.address)
         mine = plane.describe()
-        child.tell(connect=[PARENT, mine.plane, mine.host, mine.address])
+        child.send(connect=[PARENT, mine.plane, mine.host, mine.address])
         chunks = [([5, 0], [1, 7]), ([3], [2]), ([7, 6, 4, 1], [6, 0, 3, 4])]
         for seq, (source, blocks) in enumerate(chunks):
             plane.post_receive(CHILD, ChunkKey(b"x" * 16, seq, 0), source, blocks)
-            child.tell(send=[seq, source])
+            child.send(send=[seq, source])
         poll_until(plane, lambda done: sum(d.ok for d in done) == len(chunks))
         for source, blocks in chunks:
             assert content(memory, blocks) == expected(source)
@@ -118,7 +118,7 @@ def test_zmq_between_processes(context: zmq.Context[zmq.Socket[bytes]], memory: 
 
 
 def test_zmq_outlives_a_sender_that_is_killed(context: zmq.Context[zmq.Socket[bytes]], memory: HostMemory) -> None:
-    """What was posted for the dead must end, and its own unsent chunks must let go of the blocks."""
+    """Guards against receives that never end, and against blocks held for chunks to the dead peer."""
     child, plane = Child("zmq"), ZmqPlane(context, memory, PARENT)
     plane.connect(CHILD, child.address)
     plane.post_receive(CHILD, ChunkKey(b"x" * 16, 0, 0), [0], [0])
@@ -136,7 +136,7 @@ def test_zmq_outlives_a_sender_that_is_killed(context: zmq.Context[zmq.Socket[by
 def test_zmq_keeps_blocks_that_a_frozen_peer_has_not_taken_until_it_is_forgotten(
     context: zmq.Context[zmq.Socket[bytes]], memory: HostMemory
 ) -> None:
-    """libzmq still reads the pool: `idle` too early sends the next owner's bytes, and never would leak the blocks."""
+    """Guards against an early `idle`, which would send foreign bytes, and a late one, which leaks blocks."""
     child, plane = Child("zmq"), ZmqPlane(context, memory, PARENT)
     plane.connect(CHILD, child.address)
     plane.post_send(CHILD, ChunkKey(b"x" * 16, 0, 0), [0])
@@ -158,7 +158,7 @@ def test_zmq_keeps_blocks_that_a_frozen_peer_has_not_taken_until_it_is_forgotten
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memfd and /proc are Linux")
 def test_shm_between_processes_and_after_the_owners_death(memory: HostMemory) -> None:
-    """The mapping outlives its owner; a new one cannot be made, and after `forget` nothing is left of it."""
+    """Guards reads after the owner's death: the mapping stays valid, and `forget` removes it."""
 
     def mapped() -> int:
         return Path("/proc/self/maps").read_text().count("baton-kv")

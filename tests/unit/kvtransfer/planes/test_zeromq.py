@@ -1,4 +1,4 @@
-"""Guards the zmq plane's port: a stranger who reaches it can write nothing, crash nothing and keep nothing."""
+"""Guards the zmq plane's port: an untrusted peer cannot write blocks, raise exceptions or hold resources."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def memory() -> Iterator[HostMemory]:
 
 @pytest.fixture
 def plane(context: Context, memory: HostMemory) -> Iterator[ZmqPlane]:
-    """A receiver that waits for blocks 1 and 2 from prefill/1."""
+    """A receiver with a posted receive of blocks 1 and 2 from prefill/1."""
     plane = ZmqPlane(context, memory, "decode/1")
     plane.post_receive("prefill/1", KEY, [0, 1], [1, 2])
     yield plane
@@ -52,7 +52,7 @@ def header(key: ChunkKey = KEY, magic: bytes = b"BKVX", version: int = 1, blocks
 
 
 def dealer(context: Context, plane: ZmqPlane, identity: bytes | None = b"prefill/1") -> zmq.Socket[bytes]:
-    """A hand-made sender."""
+    """A raw socket that acts as a sender."""
     sender = context.socket(zmq.DEALER)
     sender.setsockopt(zmq.LINGER, 0)
     sender.setsockopt(zmq.SNDTIMEO, int(PATIENCE_S * 1000))
@@ -106,7 +106,7 @@ HOSTILE: list[tuple[str, list[bytes]]] = [
 
 
 @pytest.mark.parametrize(("reason", "frames"), HOSTILE)
-def test_what_does_not_fit_is_counted_and_writes_nothing(
+def test_invalid_messages_are_counted_and_write_nothing(
     context: Context, plane: ZmqPlane, memory: HostMemory, reason: str, frames: list[bytes]
 ) -> None:
     sender = dealer(context, plane)
@@ -120,7 +120,7 @@ def test_what_does_not_fit_is_counted_and_writes_nothing(
 
 
 @pytest.mark.parametrize("identity", [None, b"prefill/2", b"\xff\xfe", b"prefill/1\n"])
-def test_the_right_message_from_the_wrong_peer_is_not_taken(
+def test_a_valid_message_from_the_wrong_peer_is_rejected(
     context: Context, plane: ZmqPlane, memory: HostMemory, identity: bytes | None
 ) -> None:
     sender = dealer(context, plane, identity)
@@ -129,7 +129,7 @@ def test_the_right_message_from_the_wrong_peer_is_not_taken(
     assert plane.dropped == {"stranger": 1} and not any(memory.view)
 
 
-def test_a_message_is_taken_once(context: Context, plane: ZmqPlane, memory: HostMemory) -> None:
+def test_a_message_is_accepted_once(context: Context, plane: ZmqPlane, memory: HostMemory) -> None:
     sender = dealer(context, plane)
     sender.send_multipart([header(), *FULL])
     assert receive(plane)
@@ -139,11 +139,11 @@ def test_a_message_is_taken_once(context: Context, plane: ZmqPlane, memory: Host
 
 
 def test_an_oversize_frame_never_arrives(context: Context, plane: ZmqPlane) -> None:
-    """Without MAXMSGSIZE a length of nine bytes would make libzmq reserve any amount of memory."""
+    """Guards memory: without MAXMSGSIZE, libzmq allocates whatever a frame header announces."""
     hostile, sender = dealer(context, plane, b"prefill/2"), dealer(context, plane)
     hostile.send_multipart([header(), b"x" * (PIECE_BYTES + 1)])
     deadline = time.monotonic() + PATIENCE_S
-    while not plane.dropped:  # its connection is cut, and made again by libzmq
+    while not plane.dropped:  # the connection is closed, and libzmq reconnects
         assert time.monotonic() < deadline
         hostile.send(b"afterwards")
         plane.sockets()[0].poll(10)  # type: ignore[attr-defined]
@@ -153,25 +153,25 @@ def test_an_oversize_frame_never_arrives(context: Context, plane: ZmqPlane) -> N
     assert receive(plane)
 
 
-def test_bytes_that_are_no_zmtp_disturb_nobody(context: Context, plane: ZmqPlane, memory: HostMemory) -> None:
+def test_non_zmtp_bytes_are_ignored(context: Context, plane: ZmqPlane, memory: HostMemory) -> None:
     port = int(plane.describe().address.rpartition(":")[2])
     noise = random.Random(3)
-    strangers = []
+    connections = []
     for size in (0, 1, 64, 5000):
-        stranger = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
-        stranger.sendall(noise.randbytes(size))
-        strangers.append(stranger)
+        connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE_S)
+        connection.sendall(noise.randbytes(size))
+        connections.append(connection)
     sender = dealer(context, plane)
     sender.send_multipart([header(), *FULL])
     assert receive(plane)
-    for stranger in strangers:
-        stranger.close()
+    for connection in connections:
+        connection.close()
     assert set(plane.dropped) <= {"header"}  # ZMTP 1.0 had no greeting, so some of the noise looks like messages
     assert bytes(memory.block(2)) == FULL[1]
 
 
-def test_a_flood_does_not_keep_poll_for_long(context: Context, plane: ZmqPlane) -> None:
-    """The owner has leases to renew: one call must end after a bounded number of messages."""
+def test_a_flood_does_not_block_poll(context: Context, plane: ZmqPlane) -> None:
+    """Guards the owner's timers: one poll handles a bounded number of messages."""
     sender = dealer(context, plane)
     for _ in range(100):
         sender.send_multipart([b"flood"])
@@ -184,10 +184,10 @@ def test_a_flood_does_not_keep_poll_for_long(context: Context, plane: ZmqPlane) 
     assert most <= 32
 
 
-def test_a_send_to_a_port_where_nobody_listens_can_be_cancelled(context: Context, memory: HostMemory) -> None:
-    """Its blocks would be held for as long as the socket tries to connect."""
+def test_a_send_to_a_closed_port_can_be_cancelled(context: Context, memory: HostMemory) -> None:
+    """Guards against blocks that are held while the socket tries to connect."""
     with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))  # taken, but nobody listens
+        unused.bind(("127.0.0.1", 0))  # bound, but not listening
         port = unused.getsockname()[1]
         plane = ZmqPlane(context, memory, "prefill/1")
         plane.connect("decode/1", PlaneAddress(plane="zmq", host="elsewhere", address=f"tcp://127.0.0.1:{port}"))
@@ -203,7 +203,7 @@ def test_a_send_to_a_port_where_nobody_listens_can_be_cancelled(context: Context
 
 
 def test_a_loopback_address_of_another_host_is_not_reached(context: Context, memory: HostMemory) -> None:
-    """It would connect to whatever listens on that port here."""
+    """Guards against connecting to an unrelated port of this host."""
     plane = ZmqPlane(context, memory, "prefill/1")
 
     def reached(host: str, address: str) -> bool:
@@ -228,8 +228,6 @@ def test_a_host_that_cannot_be_bound_or_reached_is_a_settings_error(
 
 
 @pytest.mark.parametrize("identity", ["", "\0x", "x" * 256])
-def test_a_name_that_no_socket_can_have_is_a_settings_error(
-    context: Context, memory: HostMemory, identity: str
-) -> None:
+def test_an_invalid_identity_is_a_settings_error(context: Context, memory: HostMemory, identity: str) -> None:
     with pytest.raises(SettingsError):
         ZmqPlane(context, memory, identity)

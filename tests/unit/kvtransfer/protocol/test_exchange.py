@@ -1,4 +1,4 @@
-"""kvtransfer.exchange over the real planes: what was computed arrives bit for bit; who does not fit is refused."""
+"""kvtransfer.protocol.exchange over the real planes: KV arrives bit for bit, incompatible peers are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ MakePlane = Callable[[str, BlockPool], Plane]
 
 
 class _Pair:
-    """Two exchanges in one thread; messages are carried by hand."""
+    """Two exchanges in one thread; the test passes messages between them."""
 
     def __init__(
         self,
@@ -110,7 +110,7 @@ def _fill(pool: BlockPool, seed: int) -> None:
 
 
 def test_moved_kv_is_equal_bit_for_bit(make: MakePlane) -> None:
-    """Guards the bytes: chunk-wise offers, a cached prefix that does not travel, other block ids at each end."""
+    """Guards the bytes: offers in chunks, a cached prefix that is not transferred, different block ids at each end."""
     pair = _Pair(make)
     _fill(pair.pools["p/1"], 1)
     _fill(pair.pools["d/1"], 2)
@@ -135,8 +135,8 @@ def test_moved_kv_is_equal_bit_for_bit(make: MakePlane) -> None:
     pair.close()
 
 
-def test_nothing_to_move_is_still_handed_over(make: MakePlane) -> None:
-    """Guards the full prefix hit: no chunk travels, the first token does."""
+def test_a_fully_cached_prompt_is_handed_over(make: MakePlane) -> None:
+    """Guards the full prefix hit: no chunk is transferred, but the first token is."""
     pair = _Pair(make)
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 2, (), deadline=60.0), pair.now)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
@@ -150,7 +150,7 @@ def test_nothing_to_move_is_still_handed_over(make: MakePlane) -> None:
 
 
 class _Digesting:
-    """A plane that makes digests on the way, the first ones wrong; it notes how many blocks each movement has."""
+    """A plane that computes digests during a transfer, the first ones wrong; it records the blocks of each movement."""
 
     def __init__(self, pool: BlockPool, sizes: list[int]) -> None:
         self._plane, self._sizes = ShmPlane(pool), sizes
@@ -167,8 +167,8 @@ class _Digesting:
         return [each if each.sending or each.key.retry else replace(each, digest=b"wrong") for each in done]
 
 
-def test_a_digest_that_a_plane_made_is_compared_and_pulled_chunks_are_larger() -> None:
-    """Guards against bytes that nobody compares because the plane has digested them already."""
+def test_digests_of_a_plane_are_compared_and_pulled_chunks_are_larger() -> None:
+    """Guards against skipping the comparison when the plane has computed the digest."""
     sizes: list[int] = []
     pair = _Pair(lambda name, pool: _Digesting(pool, sizes), pulled_chunk_blocks=6)  # type: ignore[arg-type]
     _fill(pair.pools["p/1"], 1)
@@ -187,8 +187,8 @@ def test_a_digest_that_a_plane_made_is_compared_and_pulled_chunks_are_larger() -
 
 
 @pytest.mark.parametrize("granted_first", [True, False])
-def test_a_sender_that_calls_off_is_told_apart_from_a_failure(make: MakePlane, granted_first: bool) -> None:
-    """Guards against a retry of what went well: a prompt that ends at its first token needs no transfer."""
+def test_an_abort_without_fault_is_distinguished_from_a_failure(make: MakePlane, granted_first: bool) -> None:
+    """Guards against a retry without a failure: a prompt that ends at its first token needs no transfer."""
     pair = _Pair(make)
     incoming = Incoming(b"t" * 16, LEG, "p/1", 0, (0, 1), deadline=60.0)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
@@ -203,8 +203,8 @@ def test_a_sender_that_calls_off_is_told_apart_from_a_failure(make: MakePlane, g
     pair.close()
 
 
-def test_the_wait_for_a_reservation_is_told_apart_from_the_transfer() -> None:
-    """Guards the timeline: prefill is ready long before decode grants, and then the bytes take their own time."""
+def test_the_wait_for_a_reservation_is_not_transfer_time() -> None:
+    """Guards the timeline when prefill is ready long before decode grants the transfer."""
     fabric = LoopbackFabric(lambda movement: Fate(after_polls=20))
     pair = _Pair(lambda name, pool: fabric.plane(name, pool))
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
@@ -220,7 +220,7 @@ def test_the_wait_for_a_reservation_is_told_apart_from_the_transfer() -> None:
 
 
 def test_a_namespace_mismatch_is_refused_at_hello(make: MakePlane) -> None:
-    """Guards against KV of another model: no byte moves, both sides are told why."""
+    """Guards against KV of another model: no byte is moved, and both sides get the reason."""
     pair = _Pair(make, (b"n" * 32, b"m" * 32))
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (0, 1), deadline=3.0), pair.now)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
@@ -235,7 +235,7 @@ def test_a_namespace_mismatch_is_refused_at_hello(make: MakePlane) -> None:
 
 @pytest.mark.parametrize("receiving", [True, False])
 def test_blocks_of_a_lost_peer_are_held_until_its_plane_is_idle(receiving: bool) -> None:
-    """Guards the quarantine: the pair is forgotten at once, but what was posted may touch blocks until NCCL aborts."""
+    """Guards the quarantine: the pair is removed at once, but posted operations may use blocks until NCCL aborts."""
     fabric = LoopbackFabric(lambda movement: Fate(after_polls=1_000_000))
     pair = _Pair(lambda name, pool: _Stubborn(fabric, name, pool))
     name, peer, ended = ("d/1", "p/1", ReceiverEnded) if receiving else ("p/1", "d/1", SenderEnded)
@@ -256,7 +256,7 @@ def test_blocks_of_a_lost_peer_are_held_until_its_plane_is_idle(receiving: bool)
 
 
 class _Stubborn:
-    """The loopback plane, which stays busy for as long as it is told to."""
+    """The loopback plane, kept busy by the test."""
 
     def __init__(self, fabric: LoopbackFabric, name: str, pool: BlockPool) -> None:
         self._plane = fabric.plane(name, pool)

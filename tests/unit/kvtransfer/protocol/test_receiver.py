@@ -1,4 +1,4 @@
-"""The receiving machine: digests that the plane made on the way, and the times that it reports."""
+"""kvtransfer.protocol.receiver: digests that the plane computed during a transfer, and reported times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ ID, RIGHT, WRONG = b"t" * 16, b"right digest...!", b"wrong digest...!"
 
 
 def receiver(digests: list[bytes]) -> tuple[Receiver, list[list[int]]]:
-    """One that has accepted a chunk of two blocks, and what it asks to be digested, answered from `digests`."""
+    """A receiver that has accepted a chunk of two blocks; its digest requests are answered from `digests`."""
     asked: list[list[int]] = []
 
     def digests_of(chunks: object) -> list[bytes]:
@@ -30,21 +30,21 @@ def messages_of(actions: list[Action]) -> list[object]:
     return [action.message for action in actions if isinstance(action, Tell)]
 
 
-def test_a_digest_of_the_plane_is_not_made_again() -> None:
+def test_a_digest_of_the_plane_is_not_computed_again() -> None:
     machine, asked = receiver([])
     actions = machine.on_io_done(ChunkKey(ID, 0, 0), True, 0.0, RIGHT)
     assert messages_of(actions) == [Validate(transfer_id=ID, seq=0, retry=0)] and not asked
 
 
 def test_a_digest_of_the_plane_is_compared() -> None:
-    """Guards against bytes that are believed because the plane has looked at them."""
+    """Guards against accepting bytes because the plane has read them."""
     machine, _ = receiver([])
     actions = machine.on_io_done(ChunkKey(ID, 0, 0), True, 0.0, WRONG)
     assert PostReceive(ChunkKey(ID, 0, 1), (1, 2), (4, 5)) in actions
     assert messages_of(actions) == [Accept(transfer_id=ID, seq=0, retry=1)]
 
 
-def test_where_the_plane_made_none_the_blocks_are_read() -> None:
+def test_without_a_digest_of_the_plane_the_blocks_are_read() -> None:
     for digest, retry in ((RIGHT, 0), (WRONG, 1)):
         machine, asked = receiver([digest])
         actions = machine.on_io_done(ChunkKey(ID, 0, 0), True, 0.0)

@@ -1,4 +1,4 @@
-"""The sending machine: chunks and their checksums, its lease, and the wait of the first token."""
+"""kvtransfer.protocol.sender: chunks and their checksums, the lease, and the wait of the first token."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SUMS = {block: bytes([block]) * 8 for block in range(10)}
 
 
 def sender(chunk_blocks: int = 2) -> tuple[Sender, list[tuple[int, ...]]]:
-    """One in chunks of so many blocks, and the chunks of which it asks for a digest."""
+    """A sender with chunks of a given size, and the chunks for which it requests a digest."""
     asked: list[tuple[int, ...]] = []
 
     def digests_of(chunks: object) -> list[bytes]:
@@ -37,14 +37,14 @@ def of(*blocks: int) -> tuple[tuple[int, ...], bytes]:
     return blocks, digest_of_sums([SUMS[block] for block in blocks])
 
 
-def test_no_block_is_read_whose_checksum_is_known() -> None:
+def test_blocks_with_a_checksum_are_not_read() -> None:
     machine, asked = sender()
     grant(machine)
     assert offered(machine.on_blocks([5, 6, 7], SUMS, 0.0)) == [of(5, 6), of(7)] and not asked
 
 
 def test_chunks_end_where_checksums_begin() -> None:
-    """A prefix that was computed for another request has none: it alone is read, all of it at once."""
+    """Guards against reading more than the prefix that another request computed, which has no checksums."""
     machine, asked = sender()
     grant(machine)
     actions = machine.on_blocks([1, 2, 3, 4, 5, 6], {block: SUMS[block] for block in (4, 5, 6)}, 0.0)
@@ -52,7 +52,7 @@ def test_chunks_end_where_checksums_begin() -> None:
     assert asked == [(1, 2), (3,)]
 
 
-def test_checksums_wait_for_the_grant_which_says_where_chunks_begin() -> None:
+def test_checksums_wait_for_the_grant() -> None:
     machine, asked = sender()
     assert machine.on_blocks([1, 2], {1: SUMS[1], 2: SUMS[2]}, 0.0) == []
     assert machine.on_blocks([1, 2, 3, 4], {3: SUMS[3], 4: SUMS[4]}, 0.0) == []
@@ -60,7 +60,7 @@ def test_checksums_wait_for_the_grant_which_says_where_chunks_begin() -> None:
 
 
 def test_an_offer_has_no_more_blocks_than_a_message_may() -> None:
-    """Guards long prompts of small blocks: who gets a message that is too long drops it."""
+    """Guards long prompts with small blocks: a receiver drops a message out of bounds."""
     machine, _ = sender(chunk_blocks=1 << 20)
     grant(machine)
     offers = offered(machine.on_blocks(range(MAX_OFFER_BLOCKS + 5), {}, 0.0))

@@ -1,4 +1,4 @@
-"""A store and workers in one process, without sockets, threads or clocks: messages wait until a test moves them on."""
+"""A store and workers in one process, without sockets, threads or clocks: a test delivers the messages."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def content(number: int, block_bytes: int = BLOCK_BYTES) -> bytes:
 
 
 class Host:
-    """One host's store, and whoever talks to it. `wire` holds (from, to, message) in order."""
+    """One host's store. `wire` holds (from, to, message) in order."""
 
     def __init__(
         self,
@@ -65,7 +65,7 @@ make_copies: Callable[[HostMemory], Any] = HostCopies
 
 
 class Worker:
-    """One worker's session and its pool. It hears of no load or put whose blocks a copy still touches."""
+    """One worker's session and pool. Checks that no load or put ends while a copy still uses its blocks."""
 
     def __init__(
         self, name: str, wire: deque[tuple[str, str, Message]], *, num_blocks: int = 16, space: bytes = SPACE
@@ -80,7 +80,7 @@ class Worker:
 
     @property
     def copying(self) -> bool:
-        """Whether copies are under way that end by being polled."""
+        """Whether copies are in flight that end when polled."""
         return self.session.poll_s < float("inf") and not getattr(self.copies, "held", False)
 
     def _on_event(self, event: StoreEvent) -> None:
@@ -88,7 +88,7 @@ class Worker:
             operation = self.session._by_key.get(event.key) or self._writing(event.key)
             assert operation is None or not operation.copying
             touched = getattr(self.copies, "touched", set())
-            assert operation is None or not touched & set(operation.blocks), "told while a copy touches its blocks"
+            assert operation is None or not touched & set(operation.blocks), "ended while a copy uses its blocks"
         self.events.append(event)
 
     def _writing(self, key: object) -> Any:
@@ -104,12 +104,12 @@ class Worker:
     def puts_open(self) -> bool:
         return bool(self.session._writings)
 
-    def told(self, kind: type[StoreEvent]) -> list[StoreEvent]:
+    def events_of(self, kind: type[StoreEvent]) -> list[StoreEvent]:
         return [event for event in self.events if isinstance(event, kind)]
 
 
 class World:
-    """`now` is everybody's clock. `lost` names whose messages are dropped, on either side."""
+    """All hosts on one clock, `now`. Messages to and from the names in `lost` are dropped."""
 
     def __init__(self, *workers: str, host: Host | None = None) -> None:
         self.host = host or Host()
@@ -125,7 +125,7 @@ class World:
         return worker
 
     def run(self, seconds: float = 0.0) -> None:
-        """Let so much time pass in small steps, and everything happen."""
+        """Advance the clock in small steps, delivering all messages."""
         end = self.now + seconds
         while True:
             self.step()
@@ -146,7 +146,7 @@ class World:
         raise AssertionError("the messages do not come to an end")
 
     def deliver(self, count: int = 10_000) -> None:
-        """Move on at most so many messages; each goes through its bytes."""
+        """Deliver at most this many messages, each encoded and decoded."""
         wire = self.host.wire
         for _ in range(min(count, len(wire))):
             origin, to, message = wire.popleft()
@@ -158,21 +158,21 @@ class World:
             elif to in self.workers:
                 self.workers[to].session.on_message(message, self.now)
 
-    # -- what tests do all the time
+    # -- common actions of tests
 
     def put(self, name: str, *numbers: int) -> int:
-        """Worker `name` fills its first blocks and offers them; how many the store took."""
+        """Worker `name` fills its first blocks and puts them; returns how many the store accepted."""
         worker = self.workers[name]
         for block, number in enumerate(numbers):
             worker.fill(block, number)
         worker.session.put(b"put", names(*numbers), range(len(numbers)), self.now)
         self.run()
-        done = worker.told(StoreWritten)[-1]
+        done = worker.events_of(StoreWritten)[-1]
         assert isinstance(done, StoreWritten)
         return done.num_blocks
 
     def let_go(self, name: str) -> None:
-        """End this worker's lookup, if it has one."""
+        """End this worker's lookup, if any."""
         self.workers[name].session.stop(LegKey(name, 0), self.now)
         self.run()
 
@@ -180,23 +180,23 @@ class World:
         self.let_go(name)
         self.workers[name].session.lookup(LegKey(name, 0), names(*numbers), first, self.now)
         self.run()
-        found = self.workers[name].told(StoreFound)[-1]
+        found = self.workers[name].events_of(StoreFound)[-1]
         assert isinstance(found, StoreFound)
         return found.tiers
 
     def load(self, name: str, blocks: range) -> int:
-        """After `find`: how many blocks came."""
+        """Load after `find`; returns the number of loaded blocks."""
         self.workers[name].session.load(LegKey(name, 0), 0, blocks, self.now)
         self.run()
-        loaded = self.workers[name].told(StoreLoaded)[-1]
+        loaded = self.workers[name].events_of(StoreLoaded)[-1]
         assert isinstance(loaded, StoreLoaded)
         return loaded.num_blocks
 
 
 class InlineStore:
-    """Stands in for the client's thread (kvtransfer.store.client.Store): a worker of a World, each command run at once.
+    """A `Store` (kvtransfer.store.client) without a thread: a worker of a World that runs each command at once.
 
-    While it is `held` commands wait; `release` runs them, and puts what comes of them into the worker's inbox.
+    While it is `held`, commands wait; `release` runs them and puts their events into the worker's inbox.
     """
 
     def __init__(self, world: World, name: str, num_blocks: int, deliver: Callable[[StoreEvent], None]) -> None:
@@ -232,7 +232,7 @@ class InlineStore:
     def close(self) -> None: ...
 
     def release(self) -> None:
-        """Run the commands that wait, before anything comes of the first of them."""
+        """Run all waiting commands before any of their events is delivered."""
         self.held = False
         todo, self._todo = self._todo, []
         for command in todo:

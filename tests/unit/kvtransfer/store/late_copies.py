@@ -1,4 +1,4 @@
-"""Copies that end when a test lets them, as a GPU's do, and complain when somebody does not wait for them."""
+"""Copies that end when a test allows it, as on a GPU, and that detect code that does not wait for them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GARBAGE = 0xA5
 
 @dataclass
 class LateLock:
-    """Ready when the test says so."""
+    """A lock that becomes ready when the test sets it."""
 
     owner: LateCopies
     closed: bool = False
@@ -33,9 +33,9 @@ class LateLock:
 
 
 class LateCopies:
-    """A load overwrites its blocks with garbage when it begins, and has the bytes there when it ends, `polls` later.
+    """Asynchronous copies: a load fills its blocks with garbage at its start, and with the data `polls` later.
 
-    While it is `held` nothing ends. `spoil`: blocks in which a bit flips on the way to the pool.
+    While it is `held`, no copy ends. `spoil`: blocks in which a bit flips on the way to the pool.
     """
 
     def __init__(self, pool: BlockMemory, *, polls: int = 2, batch_blocks: int = 2) -> None:

@@ -1,4 +1,4 @@
-"""kvtransfer.store.arena_index: no order of puts, reads, deaths and evictions gives one slot to two, or loses one."""
+"""kvtransfer.store.arena_index: no order of puts, reads, deaths and evictions uses a slot twice, or leaks one."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def _put(index: ArenaIndex, *numbers: int, namespace: bytes = SMALL) -> list[Ent
 
 
 class Gone:
-    """A journal that keeps what was removed."""
+    """A journal that records removed blocks."""
 
     def __init__(self) -> None:
         self.names: list[bytes] = []
@@ -50,8 +50,8 @@ def _here(index: ArenaIndex, numbers: range) -> list[int]:
     return [number for number in numbers if index.find(_key(number)) is not None]
 
 
-def test_the_oldest_goes_first_and_a_tail_before_its_head() -> None:
-    """Guards LRU: a chain that was used keeps its head longest, since a tail without its head is useless."""
+def test_the_oldest_block_is_evicted_first_and_a_tail_before_its_head() -> None:
+    """Guards LRU: a used chain keeps its head longest, since a tail without its head is useless."""
     gone = Gone()
     index = _arena(gone=gone)
     _put(index, 0, 1, 2, 3)
@@ -63,8 +63,8 @@ def test_the_oldest_goes_first_and_a_tail_before_its_head() -> None:
     assert gone.names == [_key(number).hash for number in (2, 3, 1)] and index.evictions["room"] == 3
 
 
-def test_what_is_read_or_written_is_never_evicted() -> None:
-    """Guards the lease between being found and being copied: a full arena of held blocks takes nothing new."""
+def test_blocks_in_use_are_never_evicted() -> None:
+    """Guards the lease between lookup and copy: an arena full of held blocks accepts no puts."""
     index = _arena()
     _put(index, 0, 1)
     reader, writer = Holder("a", 1), Holder("b", 1)
@@ -73,12 +73,12 @@ def test_what_is_read_or_written_is_never_evicted() -> None:
     assert _put(index, 4) == [None]
     index.release(reader)
     assert _put(index, 4) != [None]
-    assert _here(index, range(5)) == [1, 4]  # 2 and 3 are being written: nobody finds them
+    assert _here(index, range(5)) == [1, 4]  # 2 and 3 are being written and are not found
     index.check()
 
 
-def test_a_dead_owner_leaves_nothing() -> None:
-    """Guards against slots that a killed worker never commits and reads that it never ends; others keep theirs."""
+def test_slots_of_a_dead_owner_are_freed() -> None:
+    """Guards against slots and reads that a killed worker never ends; those of others stay."""
     index = _arena()
     _put(index, 0)
     assert index.acquire(_key(0), Holder("dead", 1)) and index.reserve(_key(1), Holder("dead", 2))
@@ -90,8 +90,8 @@ def test_a_dead_owner_leaves_nothing() -> None:
     index.check()
 
 
-def test_a_damaged_block_is_gone_but_its_slot_waits_for_readers() -> None:
-    """Guards readers of a block that another reader found damaged: the slot is not written anew under them."""
+def test_a_damaged_block_is_removed_but_its_slot_waits_for_readers() -> None:
+    """Guards other readers of a damaged block: its slot is not reused while they read it."""
     index = _arena(slots=1)
     _put(index, 0)
     entry = index.acquire(_key(0), Holder("a", 1))
@@ -104,7 +104,7 @@ def test_a_damaged_block_is_gone_but_its_slot_waits_for_readers() -> None:
 
 
 def test_only_one_writes_a_block() -> None:
-    """Guards against two workers that computed the same block: one slot, and it can be committed once."""
+    """Guards against two workers that put the same block: one slot, and one commit."""
     index = _arena()
     assert index.reserve(_key(0), Holder("a", 1)) and index.reserve(_key(0), Holder("b", 1)) is None
     assert index.acquire(_key(0), Holder("b", 2)) is None
@@ -112,8 +112,8 @@ def test_only_one_writes_a_block() -> None:
     assert index.commit(_key(0), Holder("a", 1), DIGEST) and not index.commit(_key(0), Holder("a", 1), DIGEST)
 
 
-def test_namespaces_share_room_but_never_meet() -> None:
-    """Guards the namespace as a part of the name, and two ranks of one model that share the arena."""
+def test_namespaces_share_room_but_no_blocks() -> None:
+    """Guards against hits across namespaces, and the sharing of an arena by two ranks of a model."""
     index = _arena()
     index.register(OTHER, 10)
     _put(index, 0)
@@ -123,7 +123,7 @@ def test_namespaces_share_room_but_never_meet() -> None:
 
 
 def test_another_size_of_block_gets_its_share_of_regions() -> None:
-    """Guards a second model on a host whose arena the first has filled, and the first against losing everything."""
+    """Guards a second model on a host whose arena is full, and the first one against losing all its blocks."""
     index = _arena(regions=4, slots=4)
     _put(index, *range(16))
     index.register(LARGE, 20)
@@ -134,7 +134,7 @@ def test_another_size_of_block_gets_its_share_of_regions() -> None:
     index.check()
 
 
-def test_registering_refuses_what_cannot_be() -> None:
+def test_registering_refuses_invalid_layouts() -> None:
     """Guards the server against a worker of another layout in the same namespace, and a flood of namespaces."""
     index = _arena()
     index.register(SMALL, 10)
@@ -149,7 +149,7 @@ def test_registering_refuses_what_cannot_be() -> None:
 
 
 class Orders(RuleBasedStateMachine):
-    """Any order of calls, against a model that knows which bytes each slot was last committed with."""
+    """Any order of calls, against a model of the bytes that each slot was last committed with."""
 
     @initialize(regions=st.integers(1, 4), slots=st.integers(1, 3))
     def start(self, regions: int, slots: int) -> None:
@@ -157,7 +157,7 @@ class Orders(RuleBasedStateMachine):
         self.index.register(SMALL, 10)
         self.index.register(OTHER, 10)
         self.index.register(LARGE, 20)
-        self.memory: dict[int, tuple[Key, int]] = {}  # by byte: what lies there, and since which write
+        self.memory: dict[int, tuple[Key, int]] = {}  # by offset: the content, and the write that put it there
         self.writes = 0
         self.reads: dict[Holder, list[tuple[Entry, tuple[Key, int]]]] = {}
 
@@ -203,7 +203,7 @@ class Orders(RuleBasedStateMachine):
 
     @invariant()
     def holds(self) -> None:
-        """No slot is written while someone reads it, and every slot is somewhere."""
+        """Check that no slot is written while it is read, and that every slot is accounted for."""
         if not hasattr(self, "index"):
             return
         self.index.check()

@@ -1,4 +1,4 @@
-"""Copies between pool and arena that take their time: who is told what, and when memory may be used again."""
+"""Asynchronous copies between pool and arena: when events are delivered, and when memory may be reused."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def late(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(*numbers: int) -> World:
-    """Worker a has put these blocks, and b has found them; b's copies do not end."""
+    """Worker a has put these blocks and b has found them; b's copies do not end."""
     world = World("a", "b", host=Host(slots=32))
     assert world.put("a", *numbers) == len(numbers)
     assert world.find("b", *numbers) == (RAM,) * len(numbers)
@@ -41,8 +41,8 @@ def release(world: World, name: str = "b") -> None:
 
 
 @pytest.mark.parametrize("make", [HostCopies, LateCopies])
-def test_every_kind_moves_the_bytes_and_tells_the_digests(make: type[HostCopies] | type[LateCopies]) -> None:
-    """The contract: bytes and digests by block, in the order of the pairs, whichever copies there are."""
+def test_every_kind_moves_the_bytes_and_reports_the_digests(make: type[HostCopies] | type[LateCopies]) -> None:
+    """The contract of all copies: bytes and digests by block, in the order of the pairs."""
     pool, arena = HostMemory(8, BLOCK_BYTES, NUM_UNITS), HostMemory(8, BLOCK_BYTES)
     copies: Copies = make(pool)
     lock = copies.lock(arena.view)
@@ -67,8 +67,8 @@ def test_every_kind_moves_the_bytes_and_tells_the_digests(make: type[HostCopies]
 
 
 @pytest.mark.usefixtures("late")
-def test_a_load_that_is_stopped_is_told_when_no_copy_writes_any_more() -> None:
-    """Guards the blocks: they are given to others at StoreLoaded, and the GPU would write into them."""
+def test_a_stopped_load_is_reported_after_its_last_copy() -> None:
+    """Guards the blocks, which may be reused after StoreLoaded while the GPU could still write them."""
     world = found(1, 2, 3, 4, 5, 6)
     worker = world.workers["b"]
     worker.session.load(KEY, 0, range(6), world.now)
@@ -77,17 +77,17 @@ def test_a_load_that_is_stopped_is_told_when_no_copy_writes_any_more() -> None:
     worker.session.stop(KEY, world.now)
     worker.session.stop(KEY, world.now)
     world.run(0.5)
-    assert not worker.told(StoreLoaded) and world.host.server.index.num_holders == 1
+    assert not worker.events_of(StoreLoaded) and world.host.server.index.num_holders == 1
     release(world)
-    (loaded,) = worker.told(StoreLoaded)
+    (loaded,) = worker.events_of(StoreLoaded)
     assert isinstance(loaded, StoreLoaded) and loaded.num_blocks == 4 and worker.holds(3, 4)
     assert len(worker.copies.begun) == 2 and world.host.server.index.num_holders == 0
 
 
 @pytest.mark.usefixtures("late")
 @pytest.mark.parametrize("kind", [StoreLoaded, StoreWritten])
-def test_a_store_that_is_lost_under_copies(kind: type) -> None:
-    """Guards pool and arena: nothing is told, unmapped or mapped anew while a copy runs; no new work meanwhile."""
+def test_a_store_that_is_lost_during_copies(kind: type) -> None:
+    """Guards pool and arena: no event, unmapping or new mapping while a copy runs, and no new work meanwhile."""
     world = found(1, 2, 3)
     worker = world.workers["b"]
     if kind is StoreLoaded:
@@ -99,31 +99,31 @@ def test_a_store_that_is_lost_under_copies(kind: type) -> None:
     world.lost.add("host")
     world.run(DOWN_AFTER_S + 1)
     assert not worker.session.attached and worker.session.store == "" and worker.session.counters.store_disconnects == 1
-    assert not worker.told(kind) and not worker.copies.locks[0].closed
+    assert not worker.events_of(kind) and not worker.copies.locks[0].closed
     world.lost.clear()
     world.run(1.0)
     assert not worker.session.attached, "the old memory is still in use"
     release(world)
-    assert len(worker.told(kind)) == 1 and worker.copies.locks[0].closed
+    assert len(worker.events_of(kind)) == 1 and worker.copies.locks[0].closed
     world.run(1.0)
     assert worker.session.attached and world.find("b", 1) == (RAM,) and world.load("b", range(1)) == 1
 
 
 @pytest.mark.usefixtures("late")
-def test_a_load_that_is_given_up_waits_for_its_copies_too() -> None:
-    """Guards the deadline of a load: it stops what has not begun, and tells when the rest has ended."""
+def test_an_expired_load_waits_for_its_copies() -> None:
+    """Guards the deadline of a load: it drops copies that have not begun, and ends with the others."""
     world = found(*range(1, 7))
     worker = world.workers["b"]
     worker.session.load(KEY, 0, range(6), world.now)
     world.run(GIVE_UP_S + 1)
-    assert not worker.told(StoreLoaded)
+    assert not worker.events_of(StoreLoaded)
     release(world)
-    assert [event.num_blocks for event in worker.told(StoreLoaded)] == [4]
+    assert [event.num_blocks for event in worker.events_of(StoreLoaded)] == [4]
 
 
 @pytest.mark.usefixtures("late")
-def test_bits_that_flip_on_the_way_are_a_miss_but_the_block_stays() -> None:
-    """Guards the check of the pool's bytes: the arena is right, so the next reader has its hit."""
+def test_bits_flipped_by_a_copy_are_a_miss_but_the_block_stays() -> None:
+    """Guards the check of the pool's bytes: the arena's are intact, so the next reader gets a hit."""
     world = found(1, 2, 3)
     worker = world.workers["b"]
     worker.copies.held, worker.copies.spoil = False, {1}
@@ -134,7 +134,7 @@ def test_bits_that_flip_on_the_way_are_a_miss_but_the_block_stays() -> None:
 
 @pytest.mark.usefixtures("late")
 def test_loads_go_before_puts_and_batches_are_bounded() -> None:
-    """Guards prompts, which wait for loads, from the writing behind."""
+    """Guards prompts, which wait for loads, against write-behind."""
     world = found(*range(1, 7))
     worker = world.workers["b"]
     for block in range(8, 14):
@@ -145,12 +145,12 @@ def test_loads_go_before_puts_and_batches_are_bounded() -> None:
     release(world)
     order = [kind for kind, _ in worker.copies.begun]
     assert order == ["load"] * 3 + ["save"] * 3 and all(len(blocks) == 2 for _, blocks in worker.copies.begun)
-    assert worker.told(StoreWritten)[-1].num_blocks == 6 and worker.told(StoreLoaded)[-1].num_blocks == 6
+    assert worker.events_of(StoreWritten)[-1].num_blocks == 6 and worker.events_of(StoreLoaded)[-1].num_blocks == 6
 
 
 @pytest.mark.usefixtures("late")
-def test_a_copy_that_never_ends_and_one_that_fails_end_the_worker() -> None:
-    """Guards against a worker that waits for ever for a GPU that is gone: the bug is told, the process ends."""
+def test_a_stuck_or_failed_copy_ends_the_worker() -> None:
+    """Guards against a worker that waits forever for a lost GPU: it exits with the error."""
     world = found(1)
     worker = world.workers["b"]
     worker.session.load(KEY, 0, range(1), world.now)
@@ -166,7 +166,7 @@ def test_a_copy_that_never_ends_and_one_that_fails_end_the_worker() -> None:
 
 
 def test_an_arena_counts_when_its_pages_are_locked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the seconds of locking: the worker beats, asks for nothing, and neither side takes the other for gone."""
+    """Guards the seconds of page locking: the worker sends beats and no requests, and neither lease expires."""
     world = World("a")
     made: list[LateCopies] = []
 
@@ -185,8 +185,8 @@ def test_an_arena_counts_when_its_pages_are_locked(monkeypatch: pytest.MonkeyPat
     assert worker.session.attached and worker.session.store and world.put("b", 1) == 1
 
 
-def test_an_arena_whose_pages_cannot_be_locked_is_left_alone_for_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards the host's memory from a try each second; the worker computes, and tries again in the end."""
+def test_an_arena_whose_pages_cannot_be_locked_is_retried_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the host's memory against a try each second; the worker computes meanwhile."""
     world = World()
     monkeypatch.setattr(bench, "make_copies", LateCopies)
     copies = bench.Worker("x", world.host.wire).copies

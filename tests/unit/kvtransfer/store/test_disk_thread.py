@@ -1,4 +1,4 @@
-"""The disk under the store: second use, loading back, and every fault of a tier a miss. Its tiers are in memory."""
+"""kvtransfer.store.disk_thread over tiers in memory: writes at second use, loads, and every fault of a tier a miss."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ KEY = LegKey("b", 0)
 
 
 class Gated:
-    """Tiers in memory whose calls wait until a test lets them go."""
+    """Tiers in memory whose calls wait until a test releases them."""
 
     def __init__(self) -> None:
         self.tiers: dict[bytes, Tier] = {}
@@ -45,16 +45,16 @@ class Bench:
         self.world = World(host=Host(slots=slots, lower=self.disk))
         self.world.join("a")
         self.world.join("b")
-        self.settle(1)  # the tier is open
+        self.settle(1)  # until the tier is open
 
     def settle(self, count: int) -> None:
-        """Until so many reads and writes have ended."""
+        """Wait until this many reads and writes have ended."""
         for _ in range(count):
             assert self.gated.news.acquire(timeout=10), "the disk's threads do not answer"
         self.world.run()
 
     def demote(self, *numbers: int) -> None:
-        """Put, use again so that they go to disk, and push them out of RAM."""
+        """Put blocks, use them again so that they are written to disk, and evict them from RAM."""
         self.world.put("a", *numbers)
         self.world.find("a", *numbers)
         self.settle(len(numbers))
@@ -70,8 +70,8 @@ def bench() -> Iterator[Bench]:
     made.disk.close()
 
 
-def test_a_block_goes_to_disk_at_its_second_use_and_comes_back(bench: Bench) -> None:
-    """Guards the way down and up again: what was evicted from RAM is found on disk, loaded, and bit-equal."""
+def test_a_block_is_written_to_disk_at_its_second_use_and_loaded_back(bench: Bench) -> None:
+    """Guards both directions: a block evicted from RAM is found on disk and loaded bit for bit."""
     bench.demote(1, 2, 3)
     assert bench.world.find("b", 1, 2, 3, 4) == (DISK, DISK, DISK)
     worker = bench.world.workers["b"]
@@ -84,7 +84,7 @@ def test_a_block_goes_to_disk_at_its_second_use_and_comes_back(bench: Bench) -> 
 
 
 def test_one_use_is_not_written(bench: Bench) -> None:
-    """Guards the disk from what is never used again."""
+    """Guards the disk against blocks that are never used again."""
     bench.world.put("a", 1, 2)
     assert bench.disk.stats()["disk_writing_bytes"] == 0
     bench.world.find("b", 1)
@@ -92,8 +92,8 @@ def test_one_use_is_not_written(bench: Bench) -> None:
     assert bench.disk.stats()["disk_stored"] == 1
 
 
-def test_while_there_is_room_one_use_is_enough() -> None:
-    """Guards what falls out of RAM before its second use; and a disk that is nearly full from what never has one."""
+def test_one_use_is_enough_while_the_disk_has_room() -> None:
+    """Guards blocks that leave RAM before a second use, and a nearly full disk against blocks without one."""
     made = Bench(first_use_part=2.5 * BLOCK_BYTES / (1 << 20))
     for number in (1, 2, 3):
         made.world.put("a", number)
@@ -103,8 +103,8 @@ def test_while_there_is_room_one_use_is_enough() -> None:
     made.disk.close()
 
 
-def test_a_use_whose_write_is_refused_is_remembered() -> None:
-    """Guards a block that was used twice while too much was being written: its next use is not its first."""
+def test_a_use_with_a_refused_write_counts() -> None:
+    """Guards a block whose second use came while the queue was full: its next use must write it."""
     made = Bench(max_writing_bytes=BLOCK_BYTES - 1)
     made.world.put("a", 1)
     made.world.find("a", 1)
@@ -113,8 +113,8 @@ def test_a_use_whose_write_is_refused_is_remembered() -> None:
     made.disk.close()
 
 
-def test_damaged_bytes_are_never_vouched_for(bench: Bench) -> None:
-    """Guards the tier's own digest: it is made from what it gets, so what it gets must be right."""
+def test_damaged_bytes_are_not_written(bench: Bench) -> None:
+    """Guards the tier's own digest, which is computed from the bytes that it gets."""
     bench.world.put("a", 1)
     entry = bench.world.host.server.index.find(Key(SPACE, names(1)[0]))
     assert entry is not None
@@ -124,8 +124,8 @@ def test_damaged_bytes_are_never_vouched_for(bench: Bench) -> None:
     assert bench.disk.stats()["disk_stored"] == 0 and bench.disk.stats()["disk_dropped_spoiled"] == 1
 
 
-def test_a_block_that_was_spoiled_on_its_way_to_disk_is_found_once(bench: Bench) -> None:
-    """Guards the way of the worker's digest: a tier vouches only for what it got, the worker knows what was meant."""
+def test_a_block_damaged_before_its_write_is_found_once(bench: Bench) -> None:
+    """Guards end-to-end verification: only the worker's digest detects damage before the write."""
     spoiled = bytes([content(1)[0] ^ 1]) + content(1)[1:]
     tier = bench.gated.tiers[SPACE]
     assert tier.put(names(1)[0], memoryview(spoiled), xxh3(memoryview(content(1)), NUM_UNITS))
@@ -135,12 +135,12 @@ def test_a_block_that_was_spoiled_on_its_way_to_disk_is_found_once(bench: Bench)
     bench.world.run()
     bench.settle(1)
     assert worker.session.counters.store_damaged_blocks == 1
-    bench.disk.close()  # its threads have ended
+    bench.disk.close()  # waits for its threads
     assert tier.contains([names(1)[0]]) == [False] and bench.world.find("b", 1) == ()
 
 
 def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> None:
-    """Guards the gap between finding and fetching: the load ends before the block, and nothing stays held."""
+    """Guards the time between lookup and fetch: the load ends before the block, and nothing stays held."""
     bench.demote(1, 2)
     assert bench.world.find("b", 1, 2) == (DISK, DISK)
     bench.gated.tiers[SPACE].drop([names(2)[0]])
@@ -152,8 +152,8 @@ def test_a_block_that_has_left_the_disk_meanwhile_is_a_miss(bench: Bench) -> Non
     assert bench.world.host.server.index.num_holders == 0
 
 
-def test_what_is_being_written_stays_and_more_than_the_bound_is_dropped() -> None:
-    """Guards memory and order: held slots are bounded, and what was dropped is tried again when it is used on."""
+def test_blocks_being_written_stay_and_those_beyond_the_bound_are_dropped() -> None:
+    """Guards memory: held slots are bounded, and a dropped block is written at its next use."""
     bench = Bench(max_writing_bytes=2 * BLOCK_BYTES)
     bench.world.put("a", 1, 2, 3)
     bench.world.find("b", 1, 2, 3)
@@ -166,8 +166,8 @@ def test_what_is_being_written_stays_and_more_than_the_bound_is_dropped() -> Non
     bench.disk.close()
 
 
-def test_a_disk_that_cannot_be_opened_is_no_disk() -> None:
-    """Guards the store against a bad path: RAM works on, and it is counted."""
+def test_a_disk_that_cannot_be_opened_is_disabled() -> None:
+    """Guards the store against a bad path: RAM keeps working, and the failure is counted."""
     gated = Gated()
     gated.refuse = True
     disk = Disk(gated.open, 1 << 20, gated.news.release)

@@ -1,4 +1,4 @@
-"""kvtransfer.store.folders: a bound on how many models' blocks lie on disk, and who is never removed."""
+"""kvtransfer.store.folders: a bound on the models with blocks on disk; folders in use are never removed."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def _space(number: int) -> bytes:
 
 
 def _age(path: Path, number: int) -> None:
-    """As if the folder had been opened at second `number`."""
+    """Set the folder's last opening to second `number`."""
     os.utime(path / _space(number).hex() / "state.json", (number, number))
 
 
 @pytest.mark.parametrize("backend", ["slab", "lmdb"])
-def test_the_folder_opened_longest_ago_goes_unless_it_is_in_use(tmp_path: Path, backend: str) -> None:
-    """Guards the disk against models that are served no more, and those that are served against being removed."""
-    (tmp_path / "letters").mkdir()  # somebody else's
+def test_the_folder_opened_longest_ago_is_removed_unless_in_use(tmp_path: Path, backend: str) -> None:
+    """Guards the disk against models that are no longer served, and served models against removal."""
+    (tmp_path / "letters").mkdir()  # not a folder of the store
     folders = Folders(tmp_path, backend, QUOTA_BYTES, ignore_change)
     in_use: Tier = folders.open(_space(1), BLOCK_BYTES)
     _age(tmp_path, 1)
@@ -44,8 +44,8 @@ def test_the_folder_opened_longest_ago_goes_unless_it_is_in_use(tmp_path: Path, 
     assert left == {"letters", *(_space(number).hex() for number in (*range(3, MAX_FOLDERS + 1), 9, 10))}
 
 
-def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> None:
-    """Guards the name of the folder: each namespace finds its own blocks, and no other's."""
+def test_stored_blocks_are_found_after_reopening(tmp_path: Path) -> None:
+    """Guards the folder's name: each namespace finds its own blocks and no others."""
     folders = Folders(tmp_path, "slab", QUOTA_BYTES, ignore_change)
     key, data = b"k" * 32, memoryview(os.urandom(BLOCK_BYTES))
     tier = folders.open(_space(1), BLOCK_BYTES)
@@ -58,8 +58,8 @@ def test_what_was_stored_is_there_when_it_is_opened_again(tmp_path: Path) -> Non
     other.close()
 
 
-def test_a_path_that_is_no_folder_is_told_at_the_start(tmp_path: Path) -> None:
-    """Guards the operator: a store that silently has no disk looks like one whose disk is never hit."""
+def test_a_path_that_is_not_a_folder_is_an_error_at_startup(tmp_path: Path) -> None:
+    """Guards against a store that silently runs without its disk."""
     (tmp_path / "file").write_text("")
     with pytest.raises(SettingsError, match="--path"):
         Folders(tmp_path / "file", "slab", QUOTA_BYTES, ignore_change)

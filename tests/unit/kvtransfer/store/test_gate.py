@@ -1,4 +1,4 @@
-"""kvtransfer.store.gate: load exactly where that is expected to be faster, as far along the prompt as it pays."""
+"""kvtransfer.store.gate: load a prefix exactly if that is expected to be faster, up to the best length."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _gpu_gate() -> LoadGate:
 
 
 def test_break_even_decides() -> None:
-    """Guards the rule itself: 16 tokens a MiB, so at 1600 tokens/s loading pays from 100 MiB/s on."""
+    """Guards the rule: with 16 tokens a MiB and 1600 tokens/s, loading is faster from 100 MiB/s on."""
     for rate, expected in ((90, 0), (110, 4)):
         decision = _gate(ram=rate * 2**20, tokens=1600).decide((RAM,) * 4, 0, 0.0)
         assert decision.num_blocks == expected
@@ -43,39 +43,39 @@ def test_break_even_decides() -> None:
     assert decision.stop_after_s == pytest.approx(0.04 + SLACK_S)
 
 
-def test_a_slow_tier_in_the_chain_is_left_out_with_what_lies_behind_it() -> None:
-    """Guards partial hits: RAM's blocks are loaded, the disk's computed, unless enough RAM blocks follow."""
+def test_a_slow_tier_ends_the_load_unless_blocks_behind_it_pay() -> None:
+    """Guards partial hits: RAM blocks are loaded and disk blocks computed, unless enough RAM blocks follow."""
     gate = _gate(ram=1e9, disk=1e7, tokens=1600)
     assert gate.decide((RAM, RAM, DISK, DISK, RAM), 0, 0.0).num_blocks == 2
     assert gate.decide((RAM, DISK, *(RAM,) * 20), 0, 0.0).num_blocks == 22
     assert gate.decide((DISK, DISK), 0, 0.0).num_blocks == 0
 
 
-def test_loads_before_it_count() -> None:
-    """Guards the queue: what is fast on an idle machine is not behind a thousand blocks."""
+def test_queued_loads_count() -> None:
+    """Guards against ignoring the queue: a load behind a thousand blocks is slow."""
     gate = _gate(ram=1e9, tokens=1600)
     assert gate.decide((RAM,), 0, 0.0).num_blocks == 1
     assert gate.decide((RAM,), 1000, 0.0).num_blocks == 0
 
 
 def test_always_loads_everything_and_waits() -> None:
-    """Guards the option: for tests, and for operators who know better."""
+    """Guards the option `always`."""
     gate = _gate(ram=1.0, tokens=1e9, always=True)
     decision = gate.decide((DISK, RAM, PEER), 1000, 0.0)
     assert decision.num_blocks == 3 and decision.stop_after_s > 5 and gate.patience_s(1, 0.0) == 5.0
     assert gate.decide((), 0, 0.0).num_blocks == 0
 
 
-def test_a_bad_minute_is_forgotten() -> None:
-    """Guards against never trying a tier again: without news a rate drifts back to the assumption."""
+def test_a_low_rate_decays_to_the_default() -> None:
+    """Guards against never trying a tier again: without measurements, a rate returns to the default."""
     rate = Rate(1000.0)
     rate.add(1.0, 10.0, 0.0)
     assert rate.at(0.0) < 2
     assert rate.at(25 * HALF_LIFE_S) > 990
 
 
-def test_what_loads_took_is_told_apart_by_tier() -> None:
-    """Guards the rates: copying is RAM's, the rest of a load is that of the tier it waited for."""
+def test_load_times_are_attributed_to_tiers() -> None:
+    """Guards the rates: copy time counts for RAM, the rest of a load for the tier that it waited for."""
     gate = LoadGate(BLOCK_BYTES, BLOCK_TOKENS, always=False)
     for _ in range(100):
         gate.loaded((RAM, DISK), load_s=10.0, copy_s=1.0, now=0.0, alone=True)
@@ -91,7 +91,7 @@ def test_what_loads_took_is_told_apart_by_tier() -> None:
     st.integers(0, 50),
 )
 def test_no_other_length_is_better(tiers: list[int], ram: float, disk: float, tokens: float, queued: int) -> None:
-    """Guards the choice of the length: no prefix of the blocks has a smaller sum of loading and computing the rest."""
+    """Guards the chosen length: no other one has a lower sum of loading it and computing the rest."""
     gate = _gate(ram=ram, disk=disk, tokens=tokens)
     decision = gate.decide(tiers, queued, 0.0)
     block_s = BLOCK_TOKENS / gate._computing.at(0.0)
@@ -106,13 +106,13 @@ def test_no_other_length_is_better(tiers: list[int], ram: float, disk: float, to
     assert total_s(decision.num_blocks) <= best * (1 + 1e-9) + 1e-9
 
 
-def test_what_a_load_takes_besides_copying_is_measured() -> None:
-    """Guards short prefixes near break-even: a block that computes in less than a turn is computed."""
+def test_the_overhead_of_a_load_is_measured() -> None:
+    """Guards short prefixes near break-even: a block that computes faster than the overhead is computed."""
     gate = _gpu_gate()
     assert gate.decide((RAM,), 0, 0.0).num_blocks == 1
     for _ in range(20):
         gate.loaded((RAM,) * 10, load_s=0.0057, copy_s=0.0017, now=0.0, alone=True)
-        gate.loaded((RAM,) * 10, load_s=0.5, copy_s=0.0017, now=0.0, alone=False)  # it waited for others
+        gate.loaded((RAM,) * 10, load_s=0.5, copy_s=0.0017, now=0.0, alone=False)  # it waited for other loads
         gate.loaded((RAM, DISK), load_s=0.5, copy_s=0.0003, now=0.0, alone=True)  # and this one for the disk
     decision = gate.decide((RAM,) * 10, 0, 0.0)
     assert decision.num_blocks == 10 and decision.load_s == pytest.approx(0.0057, rel=0.1)
@@ -120,8 +120,8 @@ def test_what_a_load_takes_besides_copying_is_measured() -> None:
 
 
 @pytest.mark.parametrize("turn_s", [0.0003, 0.002, 0.01])
-def test_it_is_right_on_both_sides_of_break_even(turn_s: float) -> None:
-    """Guards a GPU's scale: whatever a turn takes, the shortest prefix that pays is loaded, and no shorter one."""
+def test_it_decides_correctly_on_both_sides_of_break_even(turn_s: float) -> None:
+    """Guards the decision at GPU speeds: for any overhead, exactly the prefixes that pay are loaded."""
     gate = _gpu_gate()
     for count in range(1, 40):
         gate.loaded((RAM,) * count, load_s=turn_s + count * GPU_LOAD_S, copy_s=count * GPU_LOAD_S, now=0.0, alone=True)
@@ -131,8 +131,8 @@ def test_it_is_right_on_both_sides_of_break_even(turn_s: float) -> None:
         assert bool(gate.decide((RAM,) * count, 0, 0.0).num_blocks) is pays or margin < 0.03
 
 
-def test_a_tier_that_nobody_has_measured_is_tried_and_then_judged() -> None:
-    """Guards against a pessimistic guess that nothing can correct, since what is not tried is not measured."""
+def test_an_unmeasured_tier_is_tried_once() -> None:
+    """Guards against a pessimistic default that is never corrected, because an unused tier is never measured."""
     gate = LoadGate(8 << 20, 64, always=False)  # an 8B model on a GPU that computes 36,000 tokens/s: 1.8 ms a block
     gate.computed(36_000_000, 1000.0, 0.0)
     assert gate.decide((DISK,) * 4, 0, 0.0).num_blocks == 4

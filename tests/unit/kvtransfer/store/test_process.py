@@ -1,4 +1,4 @@
-"""The store as a process, with workers' threads on this side: the real sockets, shared memory, disk and signals."""
+"""The store as a process with real sockets, shared memory, disk and signals; workers' client threads in the test."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
 
 
 class Store:
-    """A store process that can be killed and started again at the same address."""
+    """A store process that can be killed and restarted at the same address."""
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self._log = log
@@ -57,7 +57,7 @@ class Store:
             self.process = subprocess.Popen(command, stderr=log)
 
     def wait_for(self, event: str) -> None:
-        """Until this life of the store has logged it."""
+        """Wait until this incarnation of the store has logged `text`."""
         wait_until(lambda: event.encode() in self._log.read_bytes(), event)
 
     def end(self, number: signal.Signals = signal.SIGTERM) -> int:
@@ -66,7 +66,7 @@ class Store:
 
 
 class Client:
-    """A worker's client of a store, with a pool of 16 blocks; `ask` waits for the answer."""
+    """A worker's store client with a pool of 16 blocks; `ask` waits for the answer."""
 
     def __init__(self, store: Store, name: str, make_copies: Callable[[HostMemory], Copies] = HostCopies) -> None:
         self.pool = HostMemory(16, BLOCK_BYTES)
@@ -104,7 +104,7 @@ class Client:
         return event.tiers
 
     def load(self, *numbers: int) -> list[bool]:
-        """Find and load; for each block that came, whether it is right."""
+        """Find and load; for each loaded block, whether it is correct."""
         self.find(*numbers)
         self.client.load(LegKey("r", self._asked), 0, range(8, 8 + len(numbers)))
         event = self.next()
@@ -122,7 +122,7 @@ class Client:
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Callable[..., Store]]:
-    """Starts stores, and ends them all."""
+    """Start stores, and end all of them afterwards."""
     stores: list[Store] = []
 
     def start(*arguments: str) -> Store:
@@ -152,13 +152,13 @@ SMALL = ("--ram-gib", "0.002")  # 16 regions of 32 blocks of 4 KiB
 
 
 def test_ram_is_shared_and_disk_survives_the_store(started, joined, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    """Guards the real thing end to end: another worker's hit, second use to disk, SIGKILL, restart, the disk's hit."""
+    """Guards the whole path: a hit of another worker, a second use, SIGKILL, a restart, a hit on disk."""
     store = started(*SMALL, "--disk-gib", "0.01", "--path", str(tmp_path / "kv"))
     a, b = joined(store, "a"), joined(store, "b")
     store.wait_for("disk_opened")
     assert a.put(1, 2, 3) == 3
     assert b.load(1, 2, 3) == [True] * 3
-    store.end(signal.SIGTERM)  # in order, so all that was offered is on disk
+    store.end(signal.SIGTERM)  # in order, so that all writes reach the disk
     b.wait_attached(False)
     assert b.find(1) == () and b.put(9) == 0
     store.start()
@@ -173,19 +173,19 @@ def test_ram_is_shared_and_disk_survives_the_store(started, joined, tmp_path: Pa
     b.wait_attached()
     store.wait_for("disk_opened")
     assert b.load(1, 2, 3) == [True] * 3
-    assert len(set(b.stores) - {""}) == 3  # three lives of the store, each told
+    assert len(set(b.stores) - {""}) == 3  # three incarnations of the store, each reported
 
 
-def test_garbage_on_the_socket_harms_nobody(started, joined) -> None:  # type: ignore[no-untyped-def]
-    """Guards the store, and by it all hits of the host, against whoever connects."""
+def test_garbage_on_the_socket_is_ignored(started, joined) -> None:  # type: ignore[no-untyped-def]
+    """Guards the store against untrusted connections."""
     store = started(*SMALL)
     a = joined(store, "a")
     context = zmq.Context()
-    with context.socket(zmq.DEALER) as stranger:
-        stranger.setsockopt(zmq.LINGER, 0)
-        stranger.connect(store.address)
+    with context.socket(zmq.DEALER) as client:
+        client.setsockopt(zmq.LINGER, 0)
+        client.connect(store.address)
         for frames in ([b""], [b"garbage"], [b"\x81\xa1t\xa6Attach"], [b"a", b"b", b"c"], [os.urandom(300)]):
-            stranger.send_multipart(frames)
+            client.send_multipart(frames)
         host, port = store.address.removeprefix("tcp://").split(":")
         with socket.create_connection((host, int(port))) as raw:
             raw.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(2000))
@@ -194,8 +194,8 @@ def test_garbage_on_the_socket_harms_nobody(started, joined) -> None:  # type: i
     assert store.end() == 0
 
 
-def test_a_store_fetches_from_the_one_that_has_it(started, joined) -> None:  # type: ignore[no-untyped-def]
-    """Guards reuse across hosts: two stores as two hosts would have them; what came stays in the nearer one's RAM."""
+def test_a_store_fetches_blocks_from_another_store(started, joined) -> None:  # type: ignore[no-untyped-def]
+    """Guards reuse across hosts: with two stores, fetched blocks stay in the RAM of the requesting one."""
     far = started(*SMALL)
     near = started(*SMALL, "--peer", far.address)
     a, b = joined(far, "a"), joined(near, "b")
@@ -209,8 +209,8 @@ def test_a_store_fetches_from_the_one_that_has_it(started, joined) -> None:  # t
     assert b.load(1, 2, 3) == [True] * 3 and b.find(1, 2, 3, 4) == (RAM, RAM, RAM)
 
 
-def test_copies_that_end_later_work_and_a_failure_of_theirs_is_told(started, joined) -> None:  # type: ignore[no-untyped-def]
-    """Guards a GPU's way through the thread: it looks again by itself, and an error there reaches the worker's loop."""
+def test_asynchronous_copies_end_and_their_failure_is_reported(started, joined) -> None:  # type: ignore[no-untyped-def]
+    """Guards GPU copies: the thread polls them by itself, and their errors reach the worker's loop."""
     store = started(*SMALL)
     a = joined(store, "a", lambda pool: LateCopies(pool, polls=5))
     assert a.put(1, 2, 3) == 3 and a.load(1, 2, 3) == [True] * 3

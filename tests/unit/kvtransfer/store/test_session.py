@@ -1,4 +1,4 @@
-"""The store and its workers over messages alone: hits are bit-equal, every fault is a miss, nothing stays held."""
+"""The store and its workers by messages alone: hits are bit-equal, every fault is a miss, nothing stays held."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 @pytest.fixture(autouse=True, params=[HostCopies, LateCopies])
 def kind_of_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything holds for copies that are done at once, and for those that end later."""
+    """Run each test with synchronous and asynchronous copies."""
     monkeypatch.setattr(bench, "make_copies", request.param)
 
 
 def _idle(world: World) -> None:
-    """Nothing is held, and the sums are right."""
+    """Check that nothing is held and that the accounts are correct."""
     world.host.server.index.check()
     assert world.host.server.index.num_holders == 0
 
 
-def test_what_one_worker_put_another_loads_bit_for_bit() -> None:
-    """Guards the whole of it: put, find by another, one copy, everything released."""
+def test_a_worker_loads_anothers_blocks_bit_for_bit() -> None:
+    """Guards the whole path: put, lookup by another worker, one copy, everything released."""
     world = World("a", "b")
     assert world.put("a", 1, 2, 3) == 3
     assert world.find("b", 1, 2, 3, 4) == (RAM, RAM, RAM)
@@ -57,7 +57,7 @@ def test_what_one_worker_put_another_loads_bit_for_bit() -> None:
 
 
 def test_a_lookup_begins_where_the_pool_ends() -> None:
-    """Guards `first`: blocks that the worker has are not loaded, those behind them are."""
+    """Guards `first`: only blocks behind the worker's own prefix are loaded."""
     world = World("a", "b")
     world.put("a", 1, 2, 3)
     assert world.find("b", 9, 2, 3, first=1) == (RAM, RAM)
@@ -76,7 +76,7 @@ def test_only_the_run_without_a_gap_is_found() -> None:
 
 
 def test_a_block_is_stored_once() -> None:
-    """Guards room and bandwidth: what is there already is not copied again."""
+    """Guards room and bandwidth: a stored block is not copied again."""
     world = World("a", "b")
     assert world.put("a", 1, 2) == 2
     assert world.put("b", 1, 2, 3) == 1
@@ -84,7 +84,7 @@ def test_a_block_is_stored_once() -> None:
 
 
 def test_a_full_store_evicts_the_oldest() -> None:
-    """Guards the bound of the arena and its order."""
+    """Guards the bound of the arena and its eviction order."""
     world = World("a", host=Host(slots=16))
     for start in range(0, 24, 8):
         assert world.put("a", *range(start, start + 8)) == 8
@@ -92,8 +92,8 @@ def test_a_full_store_evicts_the_oldest() -> None:
     assert world.host.server.stats()["ram_evictions_room"] == 8
 
 
-def test_bits_flipped_in_the_arena_are_a_miss_and_the_block_goes() -> None:
-    """Guards against decoding from damaged KV: the run ends before the block, and nobody finds it again."""
+def test_bits_flipped_in_the_arena_are_a_miss_and_remove_the_block() -> None:
+    """Guards against decoding from damaged KV: the run ends before the block, which is not found again."""
     world = World("a", "b")
     world.put("a", 1, 2, 3)
     entry = world.host.server.index.find(Key(SPACE, names(2)[0]))
@@ -108,16 +108,16 @@ def test_bits_flipped_in_the_arena_are_a_miss_and_the_block_goes() -> None:
     _idle(world)
 
 
-def test_namespaces_never_meet() -> None:
-    """Guards a host that serves two models: equal hashes of another namespace are not found."""
+def test_namespaces_share_no_blocks() -> None:
+    """Guards a host with two models: equal hashes of another namespace are not found."""
     world = World("a")
     world.put("a", 1)
     world.join("other", space=b"o" * 32)
     assert world.find("other", 1) == ()
 
 
-def test_a_worker_that_dies_leaves_its_leases_to_time() -> None:
-    """Guards the arena against pins and half-written slots of the dead: free after LEASE_S, not before."""
+def test_leases_of_a_dead_worker_expire() -> None:
+    """Guards the arena against pins and half-written slots of a dead worker: freed after LEASE_S, not before."""
     world = World("a", "b")
     world.put("a", 1)
     world.find("b", 1)
@@ -131,8 +131,8 @@ def test_a_worker_that_dies_leaves_its_leases_to_time() -> None:
     assert world.find("a", 7) == ()
 
 
-def test_a_worker_that_lives_keeps_its_leases() -> None:
-    """Guards a prompt that waits long in the queue with blocks found: beats renew."""
+def test_beats_renew_leases() -> None:
+    """Guards the found blocks of a prompt that waits in the queue for long."""
     world = World("a", "b")
     world.put("a", 1)
     world.find("b", 1)
@@ -141,8 +141,8 @@ def test_a_worker_that_lives_keeps_its_leases() -> None:
     assert world.load("b", range(1)) == 1
 
 
-def test_a_frozen_worker_that_wakes_up_is_told_and_starts_anew() -> None:
-    """Guards the fence: what it held is over, it attaches again, and what it meant to load is a miss or right."""
+def test_a_resumed_worker_is_detached_and_attaches_again() -> None:
+    """Guards fencing: its old leases are void, and its pending loads are misses or correct."""
     world = World("a", "b")
     world.put("a", 1)
     world.find("b", 1)
@@ -158,7 +158,7 @@ def test_a_frozen_worker_that_wakes_up_is_told_and_starts_anew() -> None:
 
 
 @pytest.mark.parametrize("phase", ["asking", "found", "loading", "putting"])
-def test_a_store_that_falls_silent_ends_everything_as_a_miss(phase: str) -> None:
+def test_a_silent_store_ends_everything_as_a_miss(phase: str) -> None:
     """Guards every request against a dead or frozen store: one event each, then nothing until it is back."""
     world = World("a")
     world.put("a", 1, 2)
@@ -171,7 +171,7 @@ def test_a_store_that_falls_silent_ends_everything_as_a_miss(phase: str) -> None
     if phase in ("found", "loading"):
         world.deliver()
         world.deliver()
-        assert worker.told(StoreFound)
+        assert worker.events_of(StoreFound)
     world.lost.add("host")
     world.host.wire.clear()
     world.run(DOWN_AFTER_S + 0.5)
@@ -179,13 +179,13 @@ def test_a_store_that_falls_silent_ends_everything_as_a_miss(phase: str) -> None
         worker.session.load(key, 0, range(2), world.now)
     assert not worker.session.attached
     kind = {"asking": StoreFound, "putting": StoreWritten}.get(phase, StoreLoaded)
-    assert len(worker.told(kind)) == 1
+    assert len(worker.events_of(kind)) == 1
     assert world.find("a", 1) == () and world.workers["a"].session.counters.store_lookups_lost == 1
     assert world.workers["a"].session.counters.store_disconnects == 1
 
 
-def test_a_store_that_is_restarted_is_found_again() -> None:
-    """Guards the way back: a new life of the store knows nobody, and workers attach to it by themselves."""
+def test_workers_attach_to_a_restarted_store() -> None:
+    """Guards recovery: a new incarnation of the store knows no worker, and workers attach by themselves."""
     world = World("a")
     world.put("a", 1)
     world.host = Host(life=2)
@@ -196,8 +196,8 @@ def test_a_store_that_is_restarted_is_found_again() -> None:
     assert world.put("a", 1) == 1 and world.find("a", 1) == (RAM,)
 
 
-def test_a_load_that_is_stopped_keeps_what_has_come() -> None:
-    """Guards the deadline: computing goes on behind the blocks that are there, and nobody writes to the others."""
+def test_a_stopped_load_keeps_its_loaded_blocks() -> None:
+    """Guards the deadline: computing continues behind the loaded blocks, and no later write reaches the others."""
     world = World("a", "b")
     world.put("a", 1, 2)
     world.find("b", 1, 2)
@@ -205,7 +205,7 @@ def test_a_load_that_is_stopped_keeps_what_has_come() -> None:
     session.load(LegKey("b", 0), 0, range(2), world.now)
     session.stop(LegKey("b", 0), world.now)
     world.run()
-    (loaded,) = world.workers["b"].told(StoreLoaded)
+    (loaded,) = world.workers["b"].events_of(StoreLoaded)
     assert (
         isinstance(loaded, StoreLoaded)
         and loaded.num_blocks == 0
@@ -214,8 +214,8 @@ def test_a_load_that_is_stopped_keeps_what_has_come() -> None:
     _idle(world)
 
 
-def test_an_answer_that_comes_too_late_holds_nothing() -> None:
-    """Guards against leases that nobody knows of."""
+def test_a_late_answer_holds_nothing() -> None:
+    """Guards against leases without an owner."""
     world = World("a")
     world.put("a", 1)
     session = world.workers["a"].session
@@ -226,8 +226,8 @@ def test_an_answer_that_comes_too_late_holds_nothing() -> None:
 
 
 @pytest.mark.parametrize("right", [True, False])
-def test_what_a_peer_gives_is_looked_at_before_anybody_finds_it(right: bool) -> None:
-    """Guards this host from another's damage: the block is in RAM for all, or was never here."""
+def test_blocks_of_a_peer_are_verified_before_they_are_found(right: bool) -> None:
+    """Guards against damage from another host: a block is verified, or never becomes visible."""
     world = World("a", host=Host(links=("peer",)))
     server, (name,), data = world.host.server, names(1), content(1)
     world.workers["a"].session.lookup(LegKey("a", 1), (name,), 0, world.now)
@@ -245,8 +245,8 @@ def test_what_a_peer_gives_is_looked_at_before_anybody_finds_it(right: bool) -> 
     _idle(world)
 
 
-def test_two_ways_of_making_digests_never_meet_in_a_namespace() -> None:
-    """Guards hits between workers: a block whose digest the reader makes another way would count as damaged."""
+def test_a_namespace_has_one_kind_of_digest() -> None:
+    """Guards hits between workers: a reader with another kind of digest would take every block for damaged."""
     world = World("a")
     sum64 = Attach(namespace=SPACE, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS, digest="sum64")
     world.host.server.on_message("b", sum64, world.now)
@@ -257,7 +257,7 @@ def test_two_ways_of_making_digests_never_meet_in_a_namespace() -> None:
 
 
 def test_a_false_alarm_removes_nothing() -> None:
-    """Guards good blocks against a worker that read a slot which was not its own any more."""
+    """Guards intact blocks against a worker that read a slot after its lease had expired."""
     world = World("a")
     world.put("a", 1)
     for _ in range(2):
@@ -268,8 +268,8 @@ def test_a_false_alarm_removes_nothing() -> None:
     _idle(world)
 
 
-def test_what_makes_no_sense_is_survived() -> None:
-    """Guards the store against workers that are not in their right mind: no message raises, nothing stays held."""
+def test_invalid_messages_are_ignored() -> None:
+    """Guards the store against faulty workers: no message raises, nothing stays held."""
     world = World("a")
     world.put("a", 1, 2)
     server, key = world.host.server, names(1)
@@ -295,12 +295,12 @@ def test_what_makes_no_sense_is_survived() -> None:
         Attach(namespace=b"z" * 32, block_bytes=4096, num_units=3, digest="xxh3"),
     ):
         server.on_message("a", message, world.now)
-        server.on_message("stranger", message, world.now)
+        server.on_message("unknown", message, world.now)
     _idle(world)
 
 
-def test_any_order_of_losses_and_deaths_gives_right_bytes_or_a_miss() -> None:
-    """Guards the protocol as a whole: whatever is lost, whatever was loaded is what was meant, and all ends."""
+def test_any_order_of_losses_and_deaths_gives_correct_bytes_or_a_miss() -> None:
+    """Guards the whole protocol: under any loss, loaded bytes are correct and every operation ends."""
     for seed in range(40):
         _chaos(random.Random(seed))
 
@@ -314,7 +314,7 @@ def _chaos(rng: random.Random) -> None:
         chain = [rng.randrange(3) * 10 + depth for depth in range(rng.randint(1, 6))]
         world.lost = {each for each in ("a", "b", "c", "host") if rng.random() < 0.05}
         if rng.random() < 0.5:
-            if worker.puts_open:  # blocks that are being put may not change
+            if worker.puts_open:  # blocks must not change while they are being put
                 continue
             for block, number in enumerate(chain):
                 worker.fill(block, number)

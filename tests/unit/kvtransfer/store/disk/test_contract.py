@@ -1,4 +1,4 @@
-"""The contract of a tier (kvtransfer/tiers/base.py), held by every kind of it."""
+"""The contract of a disk tier (kvtransfer/store/disk/base.py), tested for every kind."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_was_put_is_got_bit_for_bit(open_tier: Opener) -> None:
     assert stats.read_s >= 0 and stats.write_s >= 0
 
 
-def test_a_stranger_is_a_counted_miss(open_tier: Opener) -> None:
+def test_an_unknown_key_is_a_counted_miss(open_tier: Opener) -> None:
     """Guards against an exception, or a hit, for a key that nobody put."""
     tier = open_tier(4)
     fill(tier, range(2))

@@ -97,7 +97,7 @@ class AgainstAList(RuleBasedStateMachine):
 
 
 def test_any_order_of_calls_agrees_with_a_list() -> None:
-    """See the module's docstring."""
+    """Guards `Recency` against divergence from a plain list, and against a use that is not saved."""
     run_state_machine_as_test(
         AgainstAList,
         settings=settings(

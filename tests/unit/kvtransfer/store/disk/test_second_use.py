@@ -35,7 +35,7 @@ def test_no_memory_is_refused() -> None:
 
 @given(st.lists(st.integers(0, 9), max_size=200), st.integers(1, 6))
 def test_true_means_that_it_was_used_before(numbers: list[int], num_keys: int) -> None:
-    """Guards the bound, and against admitting a stranger, in any order of uses."""
+    """Guards the bound, and against admitting an unknown key, in any order of uses."""
     uses = SecondUse(num_keys)
     seen: set[int] = set()
     for number in numbers:

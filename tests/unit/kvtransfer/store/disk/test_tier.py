@@ -1,4 +1,4 @@
-"""Guards the policy over storages (kvtransfer/tiers/tier.py) with one that fails, or stops in a call, when told to."""
+"""Guards the policy over storages (kvtransfer/store/disk/tier.py) with scripted failures and delays."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class Clock:
 
 @dataclass
 class Changes:
-    """What a tier told of its blocks."""
+    """Records a tier's reports of its blocks."""
 
     seen: list[tuple[bytes, bool]] = field(default_factory=list)
 
