@@ -1,4 +1,4 @@
-"""Train the demo model in models/demo: a Llama of 7 million parameters that tells little stories and stops by itself.
+"""Train the demo model in models/demo: a Llama of 7 million parameters that writes short stories and ends them.
 
     python scripts/train_demo_model.py --corpus FOLDER --out models/demo
 
@@ -152,7 +152,7 @@ BOYS = """
 
 
 def rename(story: str, draw: random.Random) -> str:
-    """The same story about people of other names: the cheapest cure for learning 1,800 stories by heart."""
+    """The same story with other first names: cheap augmentation against memorising 1,800 stories."""
     used = set(re.findall(r"\b[A-Z][a-z]+\b", story))
     names = {}
     for group in (GIRLS, BOYS):
@@ -322,7 +322,7 @@ def ask(text: str, nouns: dict[str, str], requests: list[str], draw: random.Rand
 
 
 def chat(turns: list[tuple[str, str]], draw: random.Random) -> list[tuple[str, bool]]:
-    """Pieces (text, is learnt) in the form of CHAT_TEMPLATE; only what the assistant says is learnt."""
+    """Pieces (text, is learnt) in the form of CHAT_TEMPLATE; only the assistant's turns are learnt."""
     pieces = [(f"{SYSTEM}\n{draw.choice(SYSTEMS)}{END}\n", False)] if draw.random() < 0.15 else []
     for position, (question, answer) in enumerate(turns):
         pieces.append((f"{'' if position == 0 else chr(10)}{USER}\n{question}{END}\n{ASSISTANT}\n", False))
@@ -348,7 +348,7 @@ def story_chat(story: str, stories: list[str], nouns: dict[str, str], draw: rand
 
 
 def document(text: str, draw: random.Random) -> list[tuple[str, bool]]:
-    """A plain text; some begin with the end token of the text before, so that a prompt of only that token works too."""
+    """A plain text; some begin with the previous text's end token, so that a prompt of only that token works too."""
     return [((END_OF_TEXT if draw.random() < 0.3 else "") + text + END_OF_TEXT, True)]
 
 
@@ -402,7 +402,7 @@ def encode(documents: list[list[tuple[str, bool]]], tokenizer: Tokenizer, max_to
 def build_pools(
     corpus: Path, tokenizer_file: Path | None, views: int
 ) -> tuple[Tokenizer, dict[str, Pool], dict[str, Pool]]:
-    """The tokenizer, the pools to train on and the pools to measure on. Each story is told `views` times."""
+    """The tokenizer, the training pools and the validation pools. Each story appears `views` times."""
     draw = random.Random(1)
     book_chapters, held_chapters = read_books(corpus)
     stories, held_stories = read_stories(corpus)
@@ -447,7 +447,7 @@ def build_pools(
     )
 
 
-# The share of each pool in a batch's tokens, at the start and at the end; in between it moves in a straight line.
+# The share of each pool in a batch's tokens at the start and at the end, interpolated linearly.
 SHARES = {
     "books": (0.55, 0.08),
     "easy": (0.22, 0.22),
@@ -459,7 +459,7 @@ SHARES = {
 
 
 class Sampler:
-    """Draws rows of whole documents; every row begins with the beginning of a document, and its last one may be cut."""
+    """Samples rows of whole documents; every row starts with the start of a document, and its last one may be cut."""
 
     def __init__(self, pools: dict[str, Pool], seed: int):
         self.pools, self.draw, self.names = pools, np.random.default_rng(seed), list(pools)
@@ -648,7 +648,7 @@ def train(args: argparse.Namespace, pools: dict[str, Pool], held: dict[str, Pool
         step += 1
         progress = max(step / args.steps, (time.monotonic() - begin) / args.seconds)
         if step % args.report == 0:
-            mean = losses.item() / args.report  # the one wanted synchronisation
+            mean = losses.item() / args.report  # the only intended synchronisation
             losses.zero_()
             held_loss = " ".join(
                 f"{name.replace(' ', '_')}={measure(model, pool, device):.3f}" for name, pool in held.items()
@@ -712,8 +712,8 @@ PROMPTS = [
 
 
 def sample(out: Path) -> list[dict[str, object]]:
-    """Reads the folder as a user would, and continues PROMPTS greedily and at temperature 0.8, seeds 0, 1, 2..."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # an optional need of this last step only
+    """Load the folder as a user would, and continue PROMPTS greedily and at temperature 0.8, seeds 0, 1, 2..."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer  # optional: only this last step needs it
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer, model = (
@@ -753,10 +753,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to keep")
     parser.add_argument("--steps", type=int, default=2600, help="optimizer steps; 0 writes random weights")
     parser.add_argument(
-        "--seconds", type=float, default=420, help="time limit of the training, which ends annealed all the same"
+        "--seconds", type=float, default=420, help="time limit of the training; the learning rate is annealed within it"
     )
     parser.add_argument("--rows", type=int, default=64, help="rows of 1,024 tokens a step")
-    parser.add_argument("--views", type=int, default=12, help="how often each story is told anew, with other names")
+    parser.add_argument("--views", type=int, default=12, help="views of each story with other names")
     parser.add_argument("--dropout", type=float, default=0.2)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.1)

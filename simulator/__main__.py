@@ -35,7 +35,7 @@ PROG = "baton simulate"
 
 
 def replay(argv: Sequence[str]) -> None:
-    """One cluster, one workload: what its clients see."""
+    """One cluster, one workload: the latencies that clients see."""
     settings = parse(ReplaySettings, argv, f"{PROG} replay", replay.__doc__ or "")
     profile = load_profile(settings.profile)
     requests = workload_of(settings, profile)
@@ -89,7 +89,7 @@ def loss(argv: Sequence[str]) -> None:
 
 
 def tiers(argv: Sequence[str]) -> None:
-    """The hit rate that one shared LRU tier of a given size has at most, over a trace."""
+    """The upper bound of the hit rate of a shared LRU tier of a given size, over a trace."""
     settings = parse(TiersSettings, argv, f"{PROG} tiers", tiers.__doc__ or "")
     requests = read_trace(settings.trace, settings.seed)
     layout = load_profile(settings.profile).kv_layout()

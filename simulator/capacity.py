@@ -1,7 +1,7 @@
 """How large a tier must be: the share of prompt tokens that one shared LRU of a given size finds, over a trace. Pure.
 
-It is the best that any placement over such a tier can reach with that rule of eviction: no worker's pool is too full,
-no block is on the wrong host, and a block is there as soon as its prompt has come.
+This is an upper bound for any placement with LRU eviction: no worker's pool is full, no block is on the wrong host, and
+a block is available as soon as its prompt has arrived.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Hits:
 
 
 def hit_rate(requests: Sequence[SimRequest], capacity_tokens: float) -> Hits:
-    """`capacity_tokens` may be infinite. A prompt finds its longest prefix; then all of its blocks are the newest.
+    """`capacity_tokens` may be infinite. A prompt hits its longest prefix; then all of its blocks are the newest.
 
-    Blocks are those of the trace; a last one that is not full is counted with the tokens that it has.
+    Blocks are those of the trace; a last partial block counts with its own tokens.
     """
     capacity_blocks = capacity_tokens / TRACE_BLOCK_TOKENS
     held: OrderedDict[int, None] = OrderedDict()  # oldest first

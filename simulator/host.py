@@ -1,8 +1,8 @@
 """One simulated worker: the real loop and role, the real I/O thread with membership and exchange, on simulated time.
 
-The loop's turn happens at one instant; the step in it takes as long as the latency model says. So what the loop does
-after its step (messages to proxy and exchange, the report of its load) is kept back until the step is over, and what
-comes in meanwhile waits for the next turn, as it does in a process whose I/O is a thread of its own.
+A turn of the loop happens at one instant, and its step takes as long as the latency model predicts. The effects that
+follow the step (messages to proxy and exchange, the load report) are delayed until the step ends, and input that
+arrives meanwhile waits for the next turn, as it does in a process with a separate I/O thread.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class SimVocabulary:
 
 @dataclass(frozen=True, slots=True)
 class SimStep:
-    """A step that was launched. Reading it waits for it."""
+    """A launched step. Reading it waits for its end."""
 
     runner: SimRunner
     seconds: float
@@ -72,9 +72,9 @@ class SimStep:
 
 
 class SimRunner:
-    """Draws without computing. `step_s` are the seconds of the steps that were read since `begin`.
+    """A runner that samples without computing. `step_s` is the time of the steps read since `begin`.
 
-    Each step is read before the next is launched: with no time between them, running ahead would change nothing.
+    Each step is read before the next is launched: with no time between them, running ahead would make no difference.
     """
 
     config = SimVocabulary()
@@ -101,9 +101,9 @@ class SimRunner:
         self.busy_s += seconds
 
     def alike(self) -> list[float]:
-        """Seconds of the steps that will follow the last one if nothing comes in, up to the one with a last token.
+        """Seconds of the steps that follow the last one without new input, up to the one with a last token.
 
-        None where the last step was not like the one before it: all rows are one token of the same sequences.
+        Empty unless the last two steps were alike: all rows are one token of the same sequences.
         """
         batch, context = len(self._seeds), self._context
         following = []
@@ -128,14 +128,14 @@ def _draw(row: Row) -> Drawn | None:
 
 
 def token_of(seed: int, index: int) -> int:
-    """The token that every worker draws as number `index` of the request with this seed."""
+    """The token that every worker samples as number `index` of the request with this seed."""
     return (seed + index) % VOCAB_SIZE
 
 
 class LateTokens:
-    """Bundles of steps that are over, with the time of each; those of several steps are sent as one.
+    """Token bundles of ended steps with their times; bundles of several steps are sent as one.
 
-    The network notes when each token would have come, so that the client's records do not show the delay.
+    The network records when each token would have arrived, so that the client's records do not show the delay.
     """
 
     def __init__(self, network: Network, io: IoThread) -> None:
@@ -153,7 +153,7 @@ class LateTokens:
             requests.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamp))
 
     def flush(self) -> None:
-        """To the I/O thread, which sends at this instant."""
+        """Pass all bundles to the I/O thread, which sends them at this instant."""
         unsent, self._unsent = self._unsent, {}
         for link, requests in unsent.items():
             self._io.send(link, Bundle(tokens=tuple(self._joined(parts) for parts in requests.values())))
@@ -167,7 +167,7 @@ class LateTokens:
 
 
 class DelayedIo:
-    """The I/O thread as the loop sees it: what the loop gives it after a step reaches it when the step is over."""
+    """The I/O thread as seen by the loop: calls that follow a step are delayed until the step has ended."""
 
     def __init__(self, io: IoThread, runner: SimRunner, network: Network) -> None:
         self.load = Load()
@@ -178,7 +178,7 @@ class DelayedIo:
 
     @property
     def heartbeat_at(self) -> float:
-        """Due always: the host reads the load after each turn."""
+        """Always due: the host reads the load after each turn."""
         return 0.0
 
     def report(self, load: Load, heard_at: float) -> None:
@@ -197,7 +197,7 @@ class DelayedIo:
             self._when_due(lambda _: self._io.send(link, *messages))
 
     def yield_gil(self, wait_s: float) -> None:
-        """It has no thread."""
+        """Does nothing: there is no thread."""
 
     @property
     def transfer_counters(self) -> TransferCounters:
@@ -207,7 +207,7 @@ class DelayedIo:
         self._io.drain()
 
     def step_is_over(self, stamp: float) -> None:
-        """Pass on what was kept back; the step ended at `stamp`."""
+        """Pass on the delayed calls; the step ended at `stamp`."""
         self._runner.begin()
         due, self._after = self._after, []
         for call in due:
@@ -225,7 +225,7 @@ class DelayedIo:
 
 
 class DelayedJournal:
-    """Notes what happens to blocks; what a step has computed is there when the step is over."""
+    """A block journal in which the blocks that a step computes appear when the step has ended."""
 
     def __init__(self, journal: BlockJournal, runner: SimRunner) -> None:
         self._journal = journal
@@ -279,12 +279,12 @@ class Host:
         manager = BlockManager(profile.num_blocks, self._journal)
         self._network = network
         self._ahead = ahead and role == "decode" and store is None
-        self._turn_at = float("inf")  # when the I/O thread's next turn is set
-        self._past: float | None = None  # the time at which the loop is, while it is behind the world's
-        self._step_end: float | None = None  # of the step under way
-        self._step_at = 0.0  # when `_step_over` is set
-        self._heard = False  # something new was there for the last turn: it may be in the step after
-        self._look_at = float("inf")  # when the loop's next turn without a reason is set
+        self._turn_at = float("inf")  # time of the I/O thread's next scheduled turn
+        self._past: float | None = None  # the loop's time, while it is behind the world's
+        self._step_end: float | None = None  # end of the step in flight
+        self._step_at = 0.0  # time for which `_step_over` is scheduled
+        self._heard = False  # the last turn had new input, which may join the next step
+        self._look_at = float("inf")  # time of the loop's next scheduled turn without input
         layout = profile.kv_layout()
         line = SimLine(network, self.identity, self._ready)
         line.connect(PROXY, "")
@@ -325,7 +325,7 @@ class Host:
         return self._delayed.load
 
     def kill(self) -> None:
-        """SIGKILL: what was sent by now arrives, nothing more is done."""
+        """SIGKILL: messages already sent arrive, and nothing else happens."""
         self._catch_up()
         self._delayed.late_tokens.flush()
         self._io.turn()
@@ -335,7 +335,7 @@ class Host:
     # -- the I/O thread
 
     def _ready(self) -> None:
-        """Something is there for the I/O thread: it takes its turn at this instant, after what is due already."""
+        """The I/O thread has input: schedule its turn at this instant, behind the events already due."""
         self._set_turn(self._network.world.now)
 
     def _hear(self, event: StoreEvent) -> None:
@@ -349,7 +349,7 @@ class Host:
 
     def _carry(self, when: float) -> None:
         if when != self._turn_at or not self.alive:
-            return  # an earlier turn has taken its place
+            return  # an earlier turn replaced this one
         self._catch_up()
         self._delayed.late_tokens.flush()
         self._turn_at = float("inf")
@@ -377,7 +377,7 @@ class Host:
             self._set_look(self._network.world.now + max(SOON_S, self.loop.wait_s(LOOK_S)))
 
     def _set_step_over(self) -> None:
-        """Come back at the end of the step under way, or of the last one of those that will be like it."""
+        """Schedule the next turn at the end of the step in flight, or of the last of the alike steps after it."""
         if self._step_end is None:
             return
         end = self._step_end
@@ -396,7 +396,7 @@ class Host:
             self._catch_up()
 
     def _catch_up(self) -> None:
-        """Make up for all steps that have ended by now, one after the other."""
+        """Process all steps that have ended by now, in order."""
         if self._step_end is None or self._step_end > self._network.world.now:
             return
         while self._step_end is not None and self._step_end <= self._network.world.now:
@@ -418,7 +418,7 @@ class Host:
 
     def _look(self, when: float) -> None:
         if when != self._look_at:
-            return  # an earlier one has taken its place
+            return  # an earlier one replaced this one
         self._look_at = float("inf")
         if self.alive and self._step_end is None:
             self._work()

@@ -1,12 +1,12 @@
-"""How long things take: the latency model in place of the GPUs, and the profile file that holds one machine's.
+"""The latency model that replaces the GPUs, and the profile file with one machine's coefficients.
 
     prefill step  a + b * sum(l) + c * sum(l^2)            l: tokens of the prompts in the step
     decode step   a + b * sum(context) + c * batch
 
 A chunk of l tokens behind s known ones counts ((s + l)^2 - s^2) for l^2: the chunks of a prompt then add up to the
-whole. A step with both kinds of rows takes the prefill's time and, on top, what the decoding rows cost beyond a step of
-none. Tokens of prompts cost at least what as many decoding rows cost without a context: prompts that are measured are
-long, and a short one reads the weights all the same.
+whole. A step with both kinds of rows takes the prefill's time plus the cost of the decoding rows without the fixed
+part. Tokens of prompts cost at least as much as the same number of decoding rows without context: measured prompts are
+long, and a short one also reads all weights.
 Coefficients are in seconds; simulator.fit finds them from measured steps.
 """
 
@@ -45,7 +45,7 @@ class RowWork(msgspec.Struct, frozen=True):
 
 
 class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """As kvtransfer.blocks.layout.KVLayout."""
+    """The fields of kvtransfer.blocks.layout.KVLayout that the simulator needs."""
 
     num_layers: int
     kv_heads: int
@@ -55,7 +55,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class StoreCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """Of a host's KV store. Bandwidths are in bytes a second, of the whole host."""
+    """Costs of a host's KV store. Bandwidths are in bytes a second, of the whole host."""
 
     host_workers: Annotated[int, Meta(ge=1)]
     """Workers that share a host, and its store."""
@@ -68,7 +68,7 @@ class StoreCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_onl
 
 
 class Profile(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """One machine and model. See docs/benchmarks/simulator.md for where the shipped ones come from."""
+    """The costs of one model on one machine. docs/benchmarks/simulator.md gives the source of the shipped profiles."""
 
     name: str
     about: str

@@ -1,9 +1,9 @@
-"""What joins the simulated processes: lines that carry messages, and a data plane that takes bytes / bandwidth.
+"""The simulated network between processes: lines that carry messages, and a data plane with delay bytes / bandwidth.
 
-A message arrives `message_s` after it was sent, in order, unless its receiver is dead then; heartbeats, most of the
-events of a thousand workers, at once if nothing is on its way that they would overtake. A movement of KV waits
-until the sender's link and the receiver's link are both free, and then occupies both. No byte is touched: the digest of
-every block is the same, and the protocol's own checks see that every block was moved.
+A message arrives `message_s` after it was sent, in order, unless its receiver is dead by then. Heartbeats, most of the
+events of a thousand workers, arrive at once if they overtake no message in flight. A movement of KV waits until the
+sender's link and the receiver's link are both free, and then occupies both. No bytes are copied: every block has the
+same digest, and the protocol's own checks verify that every block was moved.
 """
 
 from __future__ import annotations
@@ -42,19 +42,19 @@ class Network:
         self._late: defaultdict[str, deque[tuple[float, int, list[float]]]] = defaultdict(deque)
 
     def remove(self, identity: str) -> None:
-        """This process is dead: what is on its way to it is lost, and so is the KV that it was sending."""
+        """Mark a process as dead: messages to it are lost, and so is the KV that it was sending."""
         self.lines.pop(identity, None)
         self.planes.pop(identity, None)
 
     def post(self, sender: str, target: str, message: Message) -> float:
-        """When it will have arrived."""
+        """Send a message; returns its arrival time."""
         self.messages += 1
         arrives_at = self.world.now + self._message_s
         self.world.at(arrives_at, self._deliver, sender, target, message)
         return arrives_at
 
     def move(self, sender: str, receiver: str, size_bytes: int) -> float:
-        """When a movement that is ready now will have arrived."""
+        """Start a movement as soon as both links are free; returns its arrival time."""
         start = max(self.world.now, self._out_free_at[sender], self._in_free_at[receiver])
         end = start + self._chunk_s + size_bytes / self._link_bytes_s
         self._out_free_at[sender] = self._in_free_at[receiver] = end
@@ -62,12 +62,12 @@ class Network:
         return end
 
     def note_late(self, request_id: str, index: int, stamps: Sequence[float]) -> None:
-        """A message sent now tells tokens from number `index` on that were there at `stamps`."""
+        """Record that a message sent now carries tokens from number `index` on that were sampled at `stamps`."""
         times = [stamp + self._message_s for stamp in stamps]
         self._late[request_id].append((self.world.now + self._message_s, index, times))
 
     def times_of(self, request_id: str, index: int, count: int) -> list[float]:
-        """When the proxy had the tokens [index, index + count) that were sent to it at this instant."""
+        """The times at which tokens [index, index + count) reached the proxy."""
         late = self._late[request_id]
         while late and late[0][0] < self.world.now:
             late.popleft()
@@ -86,7 +86,7 @@ class Network:
 
 
 class SimLine:
-    """The endpoint of one process: what the proxy and a worker's I/O thread take for node.endpoint.Endpoint."""
+    """The endpoint of one process: replaces node.endpoint.Endpoint in the proxy and in a worker's I/O thread."""
 
     def __init__(self, network: Network, identity: str, on_ready: Ready) -> None:
         self._identity = identity
@@ -94,7 +94,7 @@ class SimLine:
         self._on_ready = on_ready
         self._inbox: list[tuple[str, Message]] = []
         self._links: set[str] = set()
-        self._quiet_at = 0.0  # by then all that was sent has arrived
+        self._quiet_at = 0.0  # arrival time of the last message sent
         network.lines[identity] = self
 
     @property
@@ -113,7 +113,7 @@ class SimLine:
         self._on_ready()
 
     def hear(self, sender: str, message: Message) -> None:
-        """What tells nothing but that the sender lives is read at the next turn; the last of it is enough."""
+        """Store a message that only proves liveness; it is read at the next turn, and the last one is enough."""
         if not self._inbox or self._inbox[-1] != (sender, message):
             self._inbox.append((sender, message))
 
@@ -122,7 +122,7 @@ class SimLine:
         return inbox
 
     def send(self, peer: str, message: Message) -> bool:
-        """A ROUTER knows that a peer which has connected is gone; a DEALER keeps what it sends to a dead one."""
+        """A send to a dead peer fails on a ROUTER; a DEALER queues it."""
         line = self._network.lines.get(peer)
         if line is None:
             return peer in self._links
@@ -154,7 +154,7 @@ class SimPlane:
 
     name = "sim"
     pulls = False
-    pending = False  # whatever ends wakes the I/O thread
+    pending = False  # each completion wakes the I/O thread
 
     def __init__(self, network: Network, identity: str, block_bytes: int, on_ready: Ready) -> None:
         self._network = network
@@ -206,7 +206,7 @@ class SimPlane:
     def close(self) -> None: ...
 
     def take(self, key: ChunkKey) -> None:
-        """The last byte of a movement is here."""
+        """The last byte of a movement has arrived."""
         if self._receives.pop(key, None) is not None:
             self._done.append(IoDone(key, sending=False, ok=True))
             self._on_ready()

@@ -1,4 +1,4 @@
-"""How many prefill and how many decode workers: DistServe's search, splits enumerated, the rate bisected.
+"""The best split into prefill and decode workers: DistServe's search over all splits, with the rate bisected.
 
 Goodput is the highest rate at which 90 % of requests meet both SLOs (DistServe, OSDI'24, section 4). A colocated
 cluster (no prefill worker, every decode worker computes its prompts itself) is one more candidate.
@@ -38,7 +38,7 @@ class Split:
 
 @dataclass(frozen=True, slots=True)
 class Goodput:
-    """The highest rate that was found good, and what it was like there."""
+    """The highest rate that meets the SLO, and the run's summary at that rate."""
 
     split: Split
     rate: float
@@ -52,7 +52,7 @@ class Goodput:
 
 
 def splits(gpus: int, chunks: Sequence[int]) -> list[Split]:
-    """Every way to share them out, then colocated serving with each length of chunks: small ones spare decoding."""
+    """Every split, then colocated serving with each chunk size: small chunks delay decoding less."""
     return [
         *(Split(prefill, gpus - prefill) for prefill in range(1, gpus)),
         *(Split(0, gpus, chunk) for chunk in chunks),
@@ -60,7 +60,7 @@ def splits(gpus: int, chunks: Sequence[int]) -> list[Split]:
 
 
 def scenario_of(split: Split, profile: Profile, proxy: ProxySettings, prefill_policy: str) -> Scenario:
-    """`proxy` as it is in front of splits that have prefill workers."""
+    """`proxy` for splits that have prefill workers."""
     if not split.prefill:
         chunk = split.chunk_tokens
         profile = msgspec.structs.replace(profile, decode_chunk_tokens=chunk, decode_budget_tokens=chunk)

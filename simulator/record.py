@@ -1,4 +1,4 @@
-"""What a client sees of each request, and the numbers that people compare: TTFT, TPOT, ITL, E2E, goodput. Pure."""
+"""What a client sees of each request, and the usual metrics: TTFT, TPOT, ITL, E2E, goodput. Pure."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class RequestRecord:
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """A request is good if it is served with at most this TTFT and this TPOT."""
+    """Bounds of TTFT and TPOT: a request meets the SLO if it is served within both."""
 
     ttft_s: float
     tpot_s: float
@@ -55,7 +55,7 @@ class Slo:
 
 @dataclass(frozen=True, slots=True)
 class Spread:
-    """Of some durations; all nan where there are none."""
+    """Percentiles of some durations; all nan if there are none."""
 
     mean_s: float
     p50_s: float
@@ -79,7 +79,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """A run in a line."""
+    """The summary of a run."""
 
     requests: int
     failed: int

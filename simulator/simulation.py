@@ -1,4 +1,4 @@
-"""One run: a cluster out of real code on a simulated clock, clients that send a workload, records of what they saw."""
+"""One run: a cluster of real code on a simulated clock, clients that send a workload, and the clients' records."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ READS_EVENTS = ("kv-aware",)
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """Worker `name` is killed so long after the first arrival."""
+    """Worker `name` is killed this long after the first arrival."""
 
     at_s: float
     name: str
@@ -73,7 +73,7 @@ class SimOutcome:
 
 
 def simulate(scenario: Scenario, requests: Sequence[SimRequest]) -> SimOutcome:
-    """Run the workload to its end: every request is served or has failed, and no worker holds a block."""
+    """Run the workload until every request has been served or has failed and no worker holds a block."""
     return _Simulation(scenario).run(requests)
 
 
@@ -125,7 +125,7 @@ class _Simulation:
     # -- the cluster
 
     def _start_hosts(self) -> None:
-        """One after the other, so that their heartbeats are spread as those of real processes are."""
+        """Start workers one after the other, so that their heartbeats are spread as in real processes."""
         roles: list[tuple[str, Role]] = [(f"p{n}", "prefill") for n in range(self._scenario.prefill)]
         roles += [(f"d{n}", "decode") for n in range(self._scenario.decode)]
         profile, capacity = self._scenario.profile, self._scenario.store
@@ -156,7 +156,7 @@ class _Simulation:
             callback()
 
     async def _at_rest(self) -> None:
-        """What was cancelled last comes to its end; then every block must be accounted for, and none be held."""
+        """Let the last cancelled requests end; then check that every block is accounted for and none is held."""
         alive = [host for host in self._hosts.values() if host.alive]
         for _ in range(240):
             if all(host.load.running + host.load.waiting == 0 for host in alive):

@@ -1,9 +1,9 @@
-"""A host's KV store on simulated time: which block lies in which tier, and how long it takes to move it.
+"""A host's KV store on simulated time: the tier of each block, and the time of moving it.
 
-Real are each tier's index (LRU, holders, quota), the rule that the disk takes what is used a second time, the news to
-the proxy, and all that the worker decides (worker.reuse and its gate). Arithmetic are the movements: between RAM and
-GPUs, and to and from the disk, each tier with one queue a host, in which a block waits for those before it. Questions
-are answered after a fixed time. Other hosts' stores are not asked; no byte is touched, so none is ever damaged.
+Real: each tier's index (LRU, holders, quota), admission to disk at the second use, KV events to the proxy, and all
+decisions of the worker (worker.prefix_loading and its gate). Simulated: the movements between RAM and GPUs and to and
+from the disk, each tier with one queue a host in which blocks wait in order. Lookups are answered after a fixed time.
+Other hosts' stores are not used; no bytes are copied, so that none is ever damaged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DIGEST = b"\0" * 16
 
 @dataclass(frozen=True, slots=True)
 class Capacity:
-    """Of each host's store. A disk of 0 bytes is none."""
+    """Sizes of each host's store. A disk of 0 bytes is no disk."""
 
     ram_bytes: int
     disk_bytes: int = 0
@@ -42,20 +42,20 @@ class Capacity:
 
 
 class Link:
-    """Moves one thing after the other."""
+    """A queue with a bandwidth: movements follow one another."""
 
     def __init__(self) -> None:
         self._free_at = 0.0
 
     def take(self, now: float, size_bytes: int, bytes_s: float) -> float:
-        """When a movement that is ready now will have ended."""
+        """Queue a movement; returns its end time."""
         self._free_at = max(now, self._free_at) + size_bytes / bytes_s
         return self._free_at
 
 
 @dataclass(slots=True, eq=False)
 class Reading:
-    """A lookup, and the load that may follow it; `names` and `tiers` are of the blocks found."""
+    """A lookup and the load that may follow it; `names` and `tiers` are those of the found blocks."""
 
     holder: Holder
     names: list[Key]
@@ -78,11 +78,11 @@ class Reading:
 
 
 class HostStore:
-    """The tiers of one host. Its workers call it through SimStore, at the instant at which it happens."""
+    """The tiers of one host. Workers call it through SimStore at the simulated time of the call."""
 
     def __init__(self, network: Network, name: str, proxy: str, profile: Profile, capacity: Capacity) -> None:
         """Raises SettingsError for a tier that is smaller than a block."""
-        line = SimLine(network, identity_of(name, 1), lambda: None)  # what comes in is read at the next turn
+        line = SimLine(network, identity_of(name, 1), lambda: None)  # input is read at the next turn
         line.connect(proxy, "")
         self.identity = line.identity
         self.world = network.world
@@ -94,14 +94,14 @@ class HostStore:
         self._gpu_link, self._disk_link = Link(), Link()
         self._second_use = SecondUse(MAX_REMEMBERED)
         self._first_use_bytes = int(capacity.first_use_part * capacity.disk_bytes)
-        self._coming: dict[Key, list[tuple[Reading, int]]] = {}  # from disk, and the readings that wait for them
+        self._coming: dict[Key, list[tuple[Reading, int]]] = {}  # blocks being read from disk, and the waiting readings
         self._saving: set[Key] = set()
         self._max_saving = capacity.ram_bytes // HELD_FOR_DISK // self.block_bytes
         self._numbers = 0
         self._turn()
 
     def check(self) -> None:
-        """Prove the accounts of both tiers."""
+        """Check the accounts of both tiers."""
         for index in (self.ram, self.disk):
             if index is not None:
                 index.check()
@@ -109,7 +109,7 @@ class HostStore:
     # -- called by workers
 
     def look(self, owner: str, hashes: Sequence[bytes], first: int) -> Reading:
-        """The longest run of blocks from number `first` on; what is in RAM is held until `end`."""
+        """The longest run of blocks from number `first` on; blocks in RAM are held until `end`."""
         names = [Key(NAMESPACE, each) for each in hashes]
         reading = Reading(self._holder(owner), names[first:], [])
         self.ram.touch(names)
@@ -124,7 +124,7 @@ class HostStore:
         return reading
 
     def load(self, reading: Reading, skip: int, num_blocks: int, on_end: Callable[[], None]) -> None:
-        """Move so many of the blocks found, behind the first `skip`, to the GPU."""
+        """Move this many of the found blocks, behind the first `skip`, to the GPU."""
         reading.names, reading.tiers = reading.names[skip:], reading.tiers[skip:]
         reading.limit = min(num_blocks, len(reading.tiers))
         reading.begun_at, reading.on_end = self.world.now, on_end
@@ -138,12 +138,12 @@ class HostStore:
         self._look_at(reading)
 
     def end(self, reading: Reading) -> None:
-        """Nothing more is wanted of it. What is queued is moved all the same."""
+        """End a reading. Queued movements are still completed."""
         reading.over = True
         self.ram.release(reading.holder)
 
     def put(self, owner: str, hashes: Sequence[bytes], on_end: Callable[[int], None]) -> None:
-        """Take those blocks that are not here, as far as there is room; `on_end` gets how many came."""
+        """Store the blocks that are missing, as far as there is room; `on_end` gets their number."""
         holder, names = self._holder(owner), [Key(NAMESPACE, each) for each in hashes]
         granted = [name for name in names if self.ram.reserve(name, holder) is not None]
         self._use(names)
@@ -154,7 +154,7 @@ class HostStore:
         self.ram.touch([Key(NAMESPACE, each) for each in hashes])
 
     def forget(self, owner: str) -> None:
-        """This worker is dead: what it was writing is lost, what it has written stays."""
+        """A worker has died: unfinished puts are lost, finished ones stay."""
         self.ram.release_owner(owner)
 
     # -- movements
@@ -166,7 +166,7 @@ class HostStore:
         self.world.at(end, self._look_at, reading)
 
     def _fetch(self, reading: Reading) -> None:
-        """Bring its next blocks up from the disk; one that cannot be had ends the run before it."""
+        """Read its next blocks from the disk; one that is not available ends the run before it."""
         while reading.to_fetch and reading.fetching < FETCH_WINDOW and not reading.over:
             number = reading.to_fetch.popleft()
             name = reading.names[number]
@@ -198,7 +198,7 @@ class HostStore:
         self.ram.release(holder)
         disk.release(holder)
         waiting = [(reading, number) for reading, number in self._coming.pop(name) if not reading.over]
-        for reading, number in waiting:  # all hold it before anything else may need its room
+        for reading, number in waiting:  # all readings hold it before its room can be reused
             self.ram.acquire(name, reading.holder)
             self._copy(reading, number)
         for reading, _ in waiting:
@@ -206,7 +206,7 @@ class HostStore:
             self._fetch(reading)
 
     def _look_at(self, reading: Reading) -> None:
-        """Count what is in the pool by now, and end the load if that is all."""
+        """Count the blocks that are in the pool, and end the load if it is complete."""
         while reading.done < reading.limit and reading.ready_at[reading.done] <= self.world.now:
             reading.done += 1
         if reading.on_end is not None and reading.done >= reading.limit and not reading.over:
@@ -245,7 +245,7 @@ class HostStore:
         self.ram.release(holder)
         self._saving.discard(name)
 
-    # -- inside
+    # -- internals
 
     def _index(self, size_bytes: int, journal: BlockJournal) -> ArenaIndex:
         index = ArenaIndex(1, size_bytes, journal)
@@ -257,7 +257,7 @@ class HostStore:
         return Holder(owner, self._numbers)
 
     def _turn(self) -> None:
-        """Tell the proxy what came and went."""
+        """Send the KV events to the proxy."""
         self._news.turn(self._stats, self.world.now)
         self.world.later(FLUSH_EVERY_S, self._turn)
 

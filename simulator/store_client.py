@@ -1,4 +1,4 @@
-"""One simulated worker's side of its host's store: the questions of its loop, and the events that answer them."""
+"""One simulated worker's client of its host's store: the loop's calls, and the events that answer them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from baton.simulator.store import HostStore, Reading
 
 
 class SimStore:
-    """What a worker's loop takes for a kvtransfer.store.client.StoreClient. `clock` is the loop's: it is ahead of the
-    world's in what follows a step, and what is asked then happens when the step is over."""
+    """Replaces kvtransfer.store.client.StoreClient in a worker's loop. `clock` is the loop's, which is ahead of the
+    world's after a step; calls made then take effect when the step has ended."""
 
     attached = True
 
@@ -45,13 +45,13 @@ class SimStore:
         self._do(self._store.touch, tuple(hashes))
 
     def close(self) -> None:
-        """The worker is gone, however: nothing more is asked or answered."""
+        """The worker is gone: no more calls or events."""
         self._closed = True
         self._store.forget(self._owner)
         for reading in self._readings.values():
             reading.over = True
 
-    # -- when it happens
+    # -- at the time of the event
 
     def _do(self, call: Callable[..., None], *arguments: object) -> None:
         self._world.at(self._clock(), self._unless_closed, call, *arguments)

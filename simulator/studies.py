@@ -1,4 +1,4 @@
-"""Questions that are answered by a few runs: policies under overload, the loss of a worker. Prints nothing."""
+"""Studies of a few runs each: policies under overload, the loss of a worker. Prints nothing."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ HICCUP_S = 0.05
 
 
 def workload_of(settings: WorkloadSettings, profile: Profile, factor: float = 1.0) -> list[SimRequest]:
-    """The requests that the settings ask for, `factor` times as fast; those that no worker could take are left out."""
+    """The requests of the settings at `factor` times the rate, without those that exceed every worker's limits."""
     longest = profile.max_model_len - 1
     if settings.trace is not None:
         requests = read_trace(settings.trace, settings.seed)
@@ -79,7 +79,7 @@ def _capacity_of(settings: ReplaySettings) -> Capacity | None:
 
 @dataclass(frozen=True, slots=True)
 class Overload:
-    """One pair of policies: how the proxy routes, in which order a prefill worker takes its prompts."""
+    """One pair of policies: the proxy's routing, and the prefill workers' order of prompts."""
 
     routing: str
     order: str
@@ -105,7 +105,7 @@ def overload(settings: OverloadSettings, profile: Profile) -> list[Overload]:
 
 @dataclass(frozen=True, slots=True)
 class LossCost:
-    """One run with a worker killed in the middle, or with none; `struck` are requests that felt it."""
+    """One run with or without a worker killed in the middle; `struck` counts the requests that were delayed."""
 
     victim: str
     summary: RunSummary
@@ -116,7 +116,7 @@ class LossCost:
 
 
 def losses(settings: ReplaySettings, profile: Profile, at: float) -> list[LossCost]:
-    """Nobody, one prefill worker, one decode worker lost, when the part `at` of the arrivals' time is over."""
+    """Three runs: no loss, a prefill worker or a decode worker lost at the fraction `at` of the arrivals' time."""
     requests = workload_of(settings, profile)
     scenario = scenario_of(settings, profile)
     moment = at * (requests[-1].arrival_s - requests[0].arrival_s)

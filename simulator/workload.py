@@ -1,4 +1,4 @@
-"""The requests of a run: drawn from a seed, or replayed from a trace. Pure; token ids are made only when needed.
+"""The requests of a run: generated from a seed, or replayed from a trace. Pure; token ids are created when needed.
 
 Mooncake's traces (FAST'25, one JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of
 chained 512-token blocks) say which prompts share a prefix: two prompts have equal tokens exactly where they have equal
@@ -26,7 +26,7 @@ QUANTUM_S = 3.0
 
 @dataclass(frozen=True, slots=True)
 class SimRequest:
-    """`prefix` names the blocks of `block_tokens` tokens that the prompt is made of; the last one may be in part."""
+    """One request. `prefix` names the prompt's blocks of `block_tokens` tokens; the last one may be partial."""
 
     number: int
     arrival_s: float
@@ -77,7 +77,7 @@ def poisson(count: int, rate: float, prompt: LengthSampler, output: LengthSample
 
 
 def read_trace(path: Path, seed: int) -> list[SimRequest]:
-    """All requests of a Mooncake trace in the order of arrival; raises SettingsError for what is none."""
+    """All requests of a Mooncake trace in order of arrival; raises SettingsError for an invalid line."""
     chance = random.Random(seed)
     try:
         lines = path.read_bytes().splitlines()

@@ -17,11 +17,11 @@ Call = Callable[..., object]
 
 
 class Standstill(RuntimeError):
-    """A waiter is left, and nothing will ever happen."""
+    """A task waits, and no event is due."""
 
 
 class World:
-    """The clock and what is due, in seconds from 0."""
+    """The clock and the scheduled events, in seconds from 0."""
 
     def __init__(self) -> None:
         self.now = 0.0
@@ -33,14 +33,14 @@ class World:
         return self.now
 
     def at(self, when: float, call: Call, *arguments: Any) -> None:
-        """Call it at `when`; what is past is due now."""
+        """Schedule a call at `when`; a time in the past is due now."""
         heapq.heappush(self._heap, (when, next(self._order), call, arguments))
 
     def later(self, delay_s: float, call: Call, *arguments: Any) -> None:
         heapq.heappush(self._heap, (self.now + delay_s, next(self._order), call, arguments))
 
     def run(self, until: float, ready: Sized) -> None:
-        """Events up to `until`, as long as nothing is ready elsewhere; then it is `until`, unless something was."""
+        """Run events up to `until` while no coroutine is ready; advance the clock to `until` if none became ready."""
         heap = self._heap
         while heap and heap[0][0] <= until:
             when, _, call, arguments = heapq.heappop(heap)
@@ -68,7 +68,7 @@ class VirtualLoop(asyncio.BaseEventLoop):
         return self._world.now
 
     def select(self, timeout: float | None) -> list[object]:
-        """Where another loop would wait."""
+        """Called by asyncio to wait: runs the world's events instead."""
         if timeout is None or timeout > 0:
             until = float("inf") if timeout is None else self._world.now + timeout
             self._world.run(until, self._ready)  # type: ignore[attr-defined]
@@ -87,4 +87,4 @@ class VirtualLoop(asyncio.BaseEventLoop):
         assert not event_list
 
     def _write_to_self(self) -> None:
-        """Another thread would wake the loop with it; there is none."""
+        """Does nothing: no other thread wakes this loop."""
