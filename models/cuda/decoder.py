@@ -63,6 +63,19 @@ class Activations:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What a step computes: N tokens, which are not changed while it runs."""
+
+    tokens: torch.Tensor  # [N] int32
+    positions: torch.Tensor  # [N] int32
+    kv_slots: torch.Tensor  # [N] int32
+    attend: Attend
+    drawn: torch.Tensor | None = None
+    """The tokens, by number (int32), that are computed behind the last layer's attention; None: all."""
+    pdl: bool = False
+
+
 class DeviceDecoder:
     """One model's forward over one pool. The pool is of the weights' dtype."""
 
@@ -98,7 +111,7 @@ class DeviceDecoder:
     def decode(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> torch.Tensor:
         """Logits [rows, vocab] of one new token a row."""
         attend = self.attend_rows(inputs, plan, scratch, pdl)
-        normed = self._layers(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl, None)
+        normed = self._layers(_Step(inputs.tokens, inputs.positions, inputs.kv_slots, attend, pdl=pdl))
         assert normed is not None, "all rows draw"
         return self._logits(normed, pdl)
 
@@ -131,32 +144,22 @@ class DeviceDecoder:
         The tokens may be those of chunks and of decode rows together, if `attend` attends for both. Keys and values are
         written for all; behind the last layer's attention only drawn tokens are computed.
         """
-        normed = self._layers(tokens, positions, kv_slots, attend, False, drawn)
+        normed = self._layers(_Step(tokens, positions, kv_slots, attend, drawn))
         if normed is not None:
             self._logits(normed, pdl=False)
 
-    def _layers(
-        self,
-        tokens: torch.Tensor,
-        positions: torch.Tensor,
-        kv_slots: torch.Tensor,
-        attend: Attend,
-        pdl: bool,
-        drawn: torch.Tensor | None,
-    ) -> torch.Tensor | None:
-        """The final norm's output, [N, hidden], or of these tokens; None if they are none."""
+    def _layers(self, step: _Step) -> torch.Tensor | None:
+        """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
         act, config = self._act, self._config
         # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
-        torch.index_select(self._weights.embedding, 0, tokens, out=act.residual[: len(tokens)])
+        torch.index_select(self._weights.embedding, 0, step.tokens, out=act.residual[: len(step.tokens)])
 
         def rope_and_write_layer(index: int, qkv: torch.Tensor, query: torch.Tensor) -> None:
             norms, pool = self._norms[index], self._bound()
-            rope_and_write(qkv, positions, kv_slots, self._rope, norms, pool, index, query, pdl=pdl)
+            rope_and_write(qkv, step.positions, step.kv_slots, self._rope, norms, pool, index, query, pdl=step.pdl)
 
-        ops = _StepOps(
-            act, self._products, config.rms_norm_eps, config.num_layers - 1, len(tokens), pdl,
-            rope_and_write_layer, attend, drawn,
-        )  # fmt: skip
+        last = config.num_layers - 1
+        ops = _StepOps(act, self._products, step, rope_and_write_layer, last, config.rms_norm_eps)
         return run_layers(self._weights, ops, self._indices)
 
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
@@ -177,37 +180,34 @@ class _StepOps:
         self,
         act: Activations,
         products: Products,
-        eps: float,
-        last: int,
-        num_tokens: int,
-        pdl: bool,
+        step: _Step,
         rope_and_write: Callable[[int, torch.Tensor, torch.Tensor], None],
-        attend: Attend,
-        drawn: torch.Tensor | None,
+        last: int,
+        eps: float,
     ) -> None:
-        """last: number of the last layer. drawn: the tokens that are computed behind its attention; None: all."""
-        self._act, self._products, self._eps, self._last, self._pdl = act, products, eps, last, pdl
-        self._rope_and_write, self._attend, self._drawn = rope_and_write, attend, drawn
+        """last: number of the last layer."""
+        self._act, self._products, self._step = act, products, step
+        self._rope_and_write, self._last, self._eps = rope_and_write, last, eps
+        num_tokens = len(step.tokens)
         self._residual, self._qkv = act.residual[:num_tokens], act.qkv[:num_tokens]
         self._query, self._attended = act.query[:num_tokens], act.attended[:num_tokens]
         self._normed, self._mixed = act.normed[:num_tokens], act.mixed[:num_tokens]
         self._gated, self._flat = act.gated[:num_tokens], self._attended.view(num_tokens, -1)
 
     def norm(self, weight: torch.Tensor) -> torch.Tensor:
-        rms_norm(self._residual, weight, self._eps, self._normed, pdl=self._pdl)
+        rms_norm(self._residual, weight, self._eps, self._normed, pdl=self._step.pdl)
         return self._normed
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor | None:
-        qkv = self._products(layer.attention.qkv, x, self._qkv, pdl=self._pdl)
+        qkv = self._products(layer.attention.qkv, x, self._qkv, pdl=self._step.pdl)
         self._rope_and_write(index, qkv, self._query)
-        if self._drawn is not None and index == self._last:
-            if not len(self._drawn):
-                return None
-            self._attend(index, self._query, self._attended)
-            self._keep(self._drawn)
-        else:
-            self._attend(index, self._query, self._attended)
-        return self._products(layer.attention.o, self._flat, self._mixed, pdl=self._pdl)
+        drawn = self._step.drawn if index == self._last else None
+        if drawn is not None and not len(drawn):
+            return None
+        self._step.attend(index, self._query, self._attended)
+        if drawn is not None:
+            self._keep(drawn)
+        return self._products(layer.attention.o, self._flat, self._mixed, pdl=self._step.pdl)
 
     def _keep(self, drawn: torch.Tensor) -> None:
         """From now on the step has these of its tokens."""
@@ -217,11 +217,11 @@ class _StepOps:
         self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        self._products.gated(layer.mlp.gate_up, x, self._gated, pdl=self._pdl)
-        return self._products(layer.mlp.down, self._gated, self._mixed, pdl=self._pdl)
+        self._products.gated(layer.mlp.gate_up, x, self._gated, pdl=self._step.pdl)
+        return self._products(layer.mlp.down, self._gated, self._mixed, pdl=self._step.pdl)
 
     def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        add_rms_norm(added, self._residual, weight, self._eps, self._normed, pdl=self._pdl)
+        add_rms_norm(added, self._residual, weight, self._eps, self._normed, pdl=self._step.pdl)
         return self._normed
 
     finish = add_and_norm
