@@ -2,8 +2,8 @@
 
 Two locks, taken in this order. `_writing` is held for a whole write, so storages are written by one at a time;
 `_state` for moments, over what is held, read and counted. A read holds neither while it copies, and never waits for a
-write: it pins its key, and a pinned record is not removed. A key that leaves is *doomed*, held no more, until the
-storage is swept: at once if there is no reader or writer, else by a later read or write.
+write: it pins its key, and a pinned record is not removed. A key that leaves is marked for removal, held no more,
+until the storage is swept: at once if there is no reader or writer, else by a later read or write.
 
 A storage that breaks is taken out of service: every get misses and every put is refused until, at the earliest
 REOPEN_AFTER_S later and when it has no readers any more, a put opens it anew.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from threading import Condition, Lock
+from threading import Lock
 
 from baton.kvtransfer.store.disk.base import (
     Changed,
@@ -28,6 +28,7 @@ from baton.kvtransfer.store.disk.base import (
     ignore_change,
 )
 from baton.kvtransfer.store.disk.counters import TierCounters
+from baton.kvtransfer.store.disk.readers import Readers
 from baton.kvtransfer.store.disk.recency import Recency
 from baton.kvtransfer.store.disk.records import Block, RecordFault, Records, StorageBroken, WriteFault
 from baton.node.errors import SettingsError
@@ -66,11 +67,10 @@ class RecordTier:
         self._clock = clock
         self._writing = Lock()
         self._state = Lock()
-        self._unread = Condition(self._state)
         self._counters = TierCounters()
         self._recency = Recency()
-        self._pins: dict[bytes, int] = {}  # readers a key
-        self._doomed: dict[bytes, None] = {}  # in their order: no longer held, still in the storage
+        self._readers = Readers(self._state)
+        self._to_remove: dict[bytes, None] = {}  # in their order: no longer held, still in the storage
         self._records: Records | None = None  # None: out of service
         self._broken: tuple[Records, StorageBroken] | None = None  # to be ended when it has no readers
         self._retry_at_s = 0.0  # no write, and no reopening, before
@@ -131,7 +131,7 @@ class RecordTier:
         check_keys(keys)
         with self._writing:
             with self._state:
-                self._doom(keys, Eviction.DROPPED)
+                self._mark_for_removal(keys, Eviction.DROPPED)
             self._sweep()
 
     def close(self) -> None:
@@ -144,7 +144,7 @@ class RecordTier:
                 records, self._records = self._records, None
                 ticks = self._recency.take_unsaved(len(self._recency))
                 self._recency = Recency()
-                unread = self._unread.wait_for(lambda: not self._pins, timeout=CLOSE_WITHIN_S)
+                unread = self._readers.wait_for_none(CLOSE_WITHIN_S)
             if not unread:
                 return
             self._end_broken()
@@ -167,24 +167,21 @@ class RecordTier:
             if key not in self._recency:
                 self._counters.miss(Miss.ABSENT)
                 return None
-            self._pins[key] = self._pins.get(key, 0) + 1
+            self._readers.add(key)
             return self._records
 
     def _unpin(self, key: bytes, miss: Miss | None, duration_s: float = 0.0) -> None:
         """End a read: count it, and remember the use, or let go what cannot be read."""
         with self._state:
-            self._pins[key] -= 1
-            if self._pins[key] == 0:
-                del self._pins[key]
-                self._unread.notify_all()
+            self._readers.remove(key)
             if miss is not None:
                 self._counters.miss(miss)
-                self._doom([key], Eviction.FAULT)
+                self._mark_for_removal([key], Eviction.FAULT)
             else:
                 self._counters.hit(self.block_bytes, duration_s)
                 if key in self._recency:
                     self._recency.touch(key)
-            tidy = key in self._doomed or self._recency.num_unsaved >= SAVE_AT
+            tidy = key in self._to_remove or self._recency.num_unsaved >= SAVE_AT
         if tidy and self._writing.acquire(blocking=False):  # else a write runs, which will do it
             try:
                 self._sweep()
@@ -192,12 +189,12 @@ class RecordTier:
             finally:
                 self._writing.release()
 
-    def _doom(self, keys: Iterable[bytes], reason: Eviction) -> None:
+    def _mark_for_removal(self, keys: Iterable[bytes], reason: Eviction) -> None:
         """Hold them no more; `_state` is held by the caller."""
         gone = [key for key in keys if self._recency.remove(key)]
         self._report(gone, False)
         self._counters.evicted(reason, len(gone))
-        self._doomed.update(dict.fromkeys(gone))
+        self._to_remove.update(dict.fromkeys(gone))
 
     # -- writing; `_writing` is held by the caller
 
@@ -213,7 +210,7 @@ class RecordTier:
             records = self._records
             if key in self._recency:
                 return None
-            if key in self._doomed:
+            if key in self._to_remove:
                 return Refusal.BUSY
         if records is None:
             return Refusal.IO_ERROR
@@ -230,8 +227,8 @@ class RecordTier:
         with self._state:
             if self._records is not records:
                 return Refusal.IO_ERROR
-            room = records.capacity_blocks - len(self._doomed)
-            victims = self._recency.take_oldest(len(self._recency) + 1 - room, self._pins)
+            room = records.capacity_blocks - len(self._to_remove)
+            victims = self._recency.take_oldest(len(self._recency) + 1 - room, self._readers)
             if len(self._recency) >= room:
                 self._recency.put_back(victims)
                 return Refusal.BUSY
@@ -271,15 +268,15 @@ class RecordTier:
     def _evict_more(self) -> None:
         with self._state:
             oldest = self._recency.keys()[: max(1, len(self._recency) // EVICT_WHEN_FULL)]
-            self._doom(oldest, Eviction.QUOTA)
+            self._mark_for_removal(oldest, Eviction.QUOTA)
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove from the storage what is doomed and not being read."""
+        """Remove from the storage what is marked for removal and not being read."""
         with self._state:
-            free = [key for key in self._doomed if key not in self._pins]
+            free = [key for key in self._to_remove if key not in self._readers]
             for key in free:
-                del self._doomed[key]
+                del self._to_remove[key]
             records = self._records
         if records is not None and free:
             self._change(records, lambda: records.remove(free))
@@ -337,7 +334,7 @@ class RecordTier:
             if not fault.keep:
                 self._counters.evicted(Eviction.DISCARDED, len(self._recency))
             self._recency = Recency()
-            self._doomed.clear()
+            self._to_remove.clear()
         log_event(logger, "tier_broken", level=logging.ERROR, tier=self.name, cause=str(fault), keep=fault.keep)
 
     def _end_broken(self) -> None:
@@ -352,7 +349,7 @@ class RecordTier:
     def _reopen(self) -> None:
         """Try to be in service again; see `_records`."""
         with self._state:
-            if self._pins:
+            if len(self._readers):
                 return
         self._end_broken()
         try:

@@ -29,12 +29,14 @@ PATIENCE_S = 30.0
 
 
 class Gate:
-    """Stops whoever comes until it is opened."""
+    """Stops each thread that comes until it is opened."""
 
     def __init__(self) -> None:
         self._arrived, self._go = threading.Event(), threading.Event()
+        self.stopped: list[str] = []
 
     def stop(self) -> None:
+        self.stopped.append(threading.current_thread().name)
         self._arrived.set()
         assert self._go.wait(PATIENCE_S)
 
@@ -368,8 +370,7 @@ def test_what_is_dropped_while_it_is_read_goes_with_its_last_reader() -> None:
     fill(world.tier, range(2))
     world.records.stop["read"] = gate = Gate()
     readings = [Running(read, world.tier, 0) for _ in range(2)]
-    gate.wait_for_one()
-    wait_until(lambda: world.tier._pins.get(key(0), 0) == 2)
+    wait_until(lambda: len(gate.stopped) == 2)
     world.tier.drop([key(0)])
     assert world.tier.contains([key(0)]) == [False] and key(0) in world.kept
     assert not put(world.tier, 0) and world.refusals() == {"busy": 1}
@@ -442,7 +443,7 @@ def test_closing_waits_for_readers() -> None:
     reading = Running(read, world.tier, 0)
     gate.wait_for_one()
     closing = Running(world.tier.close)
-    wait_until(lambda: world.tier._closed)
+    wait_until(lambda: world.tier.keys() == [])
     assert world.calls == []
     gate.open()
     assert reading.end() is True
