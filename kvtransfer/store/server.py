@@ -24,7 +24,6 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from baton.kvtransfer.blocks.checksum import WORD_BYTES, digest_by
 from baton.kvtransfer.blocks.events import BlockJournal
@@ -33,6 +32,7 @@ from baton.kvtransfer.store.arena_index import ArenaIndex, Entry, Holder, Key
 from baton.kvtransfer.store.checks import Check, Checks
 from baton.kvtransfer.store.loads import Loads, PeerWaits, WorkerWaits
 from baton.kvtransfer.store.lower import LowerTier, Space, WriteDone
+from baton.kvtransfer.store.members import LEASE_S, Member, Members, OpenRequest
 from baton.kvtransfer.store.peers import Peers, Pulled
 from baton.node.errors import SettingsError
 from baton.node.messages.base import PROTOCOL_VERSION, Message
@@ -67,32 +67,10 @@ from baton.node.telemetry import log_event
 
 logger = logging.getLogger("store")
 
-LEASE_S = 5.0
-MAX_MEMBERS = 4096
-MAX_OPEN = 4096
-"""Lookups and puts of one worker; more are answered with nothing found and nothing granted."""
 SELF = ""
 """The owner's name of what the store itself holds: no endpoint has it."""
 
 Send = Callable[[str, Message], bool]
-
-
-@dataclass(slots=True)
-class _Member:
-    namespace: bytes
-    heard_at: float
-    open: int = 0
-    """Lookups and puts that it has not released."""
-
-
-@dataclass(slots=True)
-class _Asked:
-    """A lookup or a put between its beginning and its release."""
-
-    keys: tuple[Key, ...]
-    first: int
-    peers: dict[Key, str]
-    """Which peer has which block, of those that are not here."""
 
 
 class StoreServer:
@@ -116,8 +94,7 @@ class StoreServer:
         self._checks = checks
         self._send = send
         self._spaces: dict[bytes, Space] = {}
-        self._members: dict[str, _Member] = {}
-        self._asked: dict[Holder, _Asked] = {}
+        self._members = Members()
         self._at_peers: dict[int, Holder] = {}  # lookups that wait for the peers, by the number of the question
         self._numbers = 0
         self._loads = Loads(self.index, arena.span, lower, peers)
@@ -145,7 +122,7 @@ class StoreServer:
                 if member is None:
                     self._send(peer, Detached(reason="not attached"))
                     return
-                member.heard_at = now
+                member.last_seen_at = now
                 self._on_member(peer, member, message, now)
 
     def tick(self, now: float) -> None:
@@ -154,9 +131,9 @@ class StoreServer:
         answers, pulled = self._peers.take()
         for answer in answers:
             holder = self._at_peers.pop(answer.id)
-            if (asked := self._asked.get(holder)) is not None:
-                asked.peers = answer.holders
-                self._tell_found(holder, asked)
+            if (request := self._members.request(holder)) is not None:
+                request.peers = answer.holders
+                self._send_found(holder, request)
         for done in pulled:
             self._on_pulled(done)
         for check, agrees in self._checks.take():
@@ -166,7 +143,7 @@ class StoreServer:
                 self.index.release(self._saving.pop(each.key))
             else:
                 self._loaded(each.key, each.digest)
-        for peer in [peer for peer, member in self._members.items() if now - member.heard_at > LEASE_S]:
+        for peer in self._members.silent(now):
             self._forget(peer)
 
     def stats(self) -> dict[str, float]:
@@ -192,10 +169,9 @@ class StoreServer:
         if refusal := self._refusal(peer, message.version, space):
             self._send(peer, Detached(reason=refusal, final=True))
             return
-        if peer not in self._members:
+        if self._members.attach(peer, message.namespace, now):
             log_event(logger, "worker_attached", worker=peer, namespace=message.namespace.hex()[:12])
-        self._forget_held(peer)
-        self._members[peer] = _Member(message.namespace, now)
+        self.index.release_owner(peer)
         self._lower.open(space)
         self._send(peer, self._attached)
 
@@ -203,7 +179,7 @@ class StoreServer:
         """Why this worker cannot attach; "" if it can, and then the namespace is known."""
         if version != PROTOCOL_VERSION:
             return f"protocol version {version}, this store speaks {PROTOCOL_VERSION}"
-        if peer not in self._members and len(self._members) >= MAX_MEMBERS:
+        if not self._members.has_room(peer):
             return "too many workers"
         known = self._spaces.get(space.namespace, space)
         if known.digest != space.digest or known.num_units != space.num_units:
@@ -220,7 +196,7 @@ class StoreServer:
         self._spaces[space.namespace] = space
         return ""
 
-    def _on_member(self, peer: str, member: _Member, message: Message, now: float) -> None:
+    def _on_member(self, peer: str, member: Member, message: Message, now: float) -> None:
         match message:
             case Beat():
                 self._send(peer, Alive())
@@ -239,11 +215,11 @@ class StoreServer:
             case Damaged():
                 self._on_damaged(Key(member.namespace, message.hash))
 
-    def _on_lookup(self, peer: str, member: _Member, message: Lookup, now: float) -> None:
+    def _on_lookup(self, peer: str, member: Member, message: Lookup, now: float) -> None:
         holder = Holder(peer, message.id)
         keys = tuple(Key(member.namespace, each) for each in message.hashes)
-        asked = self._open(holder, member, _Asked(keys, message.first, {}))
-        if asked is None:
+        request = OpenRequest(keys, message.first, {})
+        if not self._members.open(holder, request):
             self._send(peer, Found(id=message.id, places=()))
             return
         self.index.touch(keys)
@@ -254,7 +230,7 @@ class StoreServer:
             if self._peers.ask(self._numbers, keys[end:], now):
                 self._at_peers[self._numbers] = holder
                 return
-        self._tell_found(holder, asked)
+        self._send_found(holder, request)
 
     def _run_here(self, keys: tuple[Key, ...] | list[Key]) -> int:
         """How many of these, from the first on, this host has in RAM or on disk."""
@@ -263,43 +239,43 @@ class StoreServer:
                 return number
         return len(keys)
 
-    def _tell_found(self, holder: Holder, asked: _Asked) -> None:
+    def _send_found(self, holder: Holder, request: OpenRequest) -> None:
         """Hold what is in RAM, and answer where the longest run of blocks is."""
         places: list[Place] = []
-        for key in asked.keys[asked.first :]:
+        for key in request.keys[request.first :]:
             entry = self.index.acquire(key, holder)
             if entry is not None:
                 places.append(Place(RAM, entry.offset, entry.digest))
             elif self._lower.has(key):
                 places.append(Place(DISK))
-            elif key in asked.peers:
+            elif key in request.peers:
                 places.append(Place(PEER))
             else:
                 break
         self._counters["lookups"] += 1
-        self._counters["lookup_blocks"] += len(asked.keys) - asked.first
+        self._counters["lookup_blocks"] += len(request.keys) - request.first
         self._counters.update(f"found_{TIER_NAMES[place.tier]}" for place in places)
         self._send(holder.owner, Found(id=holder.id, places=tuple(places)))
 
     def _on_fetch(self, holder: Holder, message: Fetch, now: float) -> None:
-        asked = self._asked.get(holder)
+        request = self._members.request(holder)
         arrivals: list[Arrival] = []
         for index in message.indices:
-            key = asked.keys[index] if asked is not None and index < len(asked.keys) else None
-            if asked is None or key is None:
+            key = request.keys[index] if request is not None and index < len(request.keys) else None
+            if request is None or key is None:
                 arrivals.append(Arrival(index))
             elif (entry := self.index.acquire(key, holder)) is not None:
                 arrivals.append(Arrival(index, entry.offset, entry.digest))
-            elif not self._loads.want(key, WorkerWaits(holder, index), asked.peers.get(key), now):
+            elif not self._loads.want(key, WorkerWaits(holder, index), request.peers.get(key), now):
                 arrivals.append(Arrival(index))
         if arrivals:
             self._send(holder.owner, Fetched(id=message.id, arrivals=tuple(arrivals)))
 
-    def _on_put(self, holder: Holder, member: _Member, message: Put) -> None:
+    def _on_put(self, holder: Holder, member: Member, message: Put) -> None:
         keys = tuple(Key(member.namespace, each) for each in message.hashes)
         slots = []
-        asked = self._open(holder, member, _Asked(keys, 0, {}))
-        for index, key in enumerate(keys if asked is not None else ()):
+        opened = self._members.open(holder, OpenRequest(keys, 0, {}))
+        for index, key in enumerate(keys if opened else ()):
             if (entry := self.index.reserve(key, holder)) is not None:
                 slots.append(Slot(index, entry.offset))
         self._use([key for key in keys if self.index.find(key) is not None])
@@ -308,8 +284,8 @@ class StoreServer:
         self._send(holder.owner, Granted(id=message.id, slots=tuple(slots)))
 
     def _on_commit(self, holder: Holder, message: Commit) -> None:
-        asked = self._asked.get(holder)
-        keys = asked.keys if asked is not None else ()
+        request = self._members.request(holder)
+        keys = request.keys if request is not None else ()
         for written in message.written:
             if written.index < len(keys) and self.index.commit(keys[written.index], holder, written.digest):
                 self._counters["put_committed"] += 1
@@ -345,9 +321,9 @@ class StoreServer:
         key = Key(message.namespace, message.hash)
         if self.index.find(key) is None and self._loads.want(key, PeerWaits(peer, message), None, now):
             return
-        self._tell_piece(peer, message)
+        self._send_piece(peer, message)
 
-    def _tell_piece(self, peer: str, message: PeerGet) -> None:
+    def _send_piece(self, peer: str, message: PeerGet) -> None:
         entry = self.index.find(Key(message.namespace, message.hash))
         found = PeerData(namespace=message.namespace, hash=message.hash, offset=message.offset)
         if entry is not None and message.offset + message.size_bytes <= entry.size_bytes:
@@ -386,36 +362,21 @@ class StoreServer:
         """A block has come from disk or a peer, or not (then it has no digest): answer all that wait for it."""
         for waiter in self._loads.end(key, digest):
             if isinstance(waiter, PeerWaits):
-                self._tell_piece(waiter.peer, waiter.get)
-            elif (holder := waiter.holder) in self._asked:
+                self._send_piece(waiter.peer, waiter.get)
+            elif self._members.request(holder := waiter.holder) is not None:
                 entry = self.index.acquire(key, holder)
                 place = (entry.offset, entry.digest) if entry is not None else ()
                 self._send(holder.owner, Fetched(id=holder.id, arrivals=(Arrival(waiter.index, *place),)))
 
     # ---- leases
 
-    def _open(self, holder: Holder, member: _Member, asked: _Asked) -> _Asked | None:
-        """None if the number is in use, or there are too many."""
-        if holder in self._asked or member.open >= MAX_OPEN:
-            return None
-        member.open += 1
-        self._asked[holder] = asked
-        return asked
-
     def _release(self, holder: Holder) -> None:
-        if self._asked.pop(holder, None) is not None:
-            self._members[holder.owner].open -= 1
+        self._members.close(holder)
         self.index.release(holder)
 
     def _forget(self, peer: str) -> None:
-        del self._members[peer]
-        held = self._forget_held(peer)
-        log_event(logger, "worker_silent", worker=peer, held=held)
-
-    def _forget_held(self, peer: str) -> int:
-        for holder in [holder for holder in self._asked if holder.owner == peer]:
-            del self._asked[holder]
-        return self.index.release_owner(peer)
+        self._members.detach(peer)
+        log_event(logger, "worker_silent", worker=peer, held=self.index.release_owner(peer))
 
     def _span(self, entry: Entry) -> memoryview:
         return self._arena.span(entry.offset, entry.size_bytes)

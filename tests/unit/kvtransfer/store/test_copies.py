@@ -9,7 +9,7 @@ from baton.kvtransfer.blocks.copies import Copies, HostCopies, Pair
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.store.copy_queue import COPY_S
 from baton.kvtransfer.store.events import StoreLoaded, StoreWritten
-from baton.kvtransfer.store.server import LEASE_S
+from baton.kvtransfer.store.members import LEASE_S
 from baton.kvtransfer.store.session import DOWN_AFTER_S, GIVE_UP_S, UNUSABLE_S
 from baton.node.errors import InvariantBroken
 from baton.node.leg import LegKey

@@ -10,7 +10,7 @@ from baton.kvtransfer.blocks.checksum import xxh3
 from baton.kvtransfer.blocks.copies import HostCopies
 from baton.kvtransfer.store.arena_index import Key
 from baton.kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
-from baton.kvtransfer.store.server import LEASE_S
+from baton.kvtransfer.store.members import LEASE_S
 from baton.kvtransfer.store.session import DOWN_AFTER_S
 from baton.node.leg import LegKey
 from baton.node.messages.base import PROTOCOL_VERSION
