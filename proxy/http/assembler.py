@@ -21,7 +21,7 @@ class Assembler:
         self.num_tokens = 0
         self._generation = generation
         self._text = text
-        self._detokenizer = text.detokenizer()
+        self._detokenizer = text.detokenizer(generation.prompt_ids)
         self._stop = StopMatcher(stop.strings, include=stop.include)
         self._stop_tokens = text.special_tokens_in(stop.strings)
         self._include_stop = stop.include
@@ -91,10 +91,11 @@ class Assembler:
         return token_id if named else None
 
     def _logprob(self, token_id: int, logprob: Logprob) -> TokenLogprob:
-        top = tuple((self._token_name(token), value) for token, value in logprob.top)
-        return TokenLogprob(self._token_name(token_id), logprob.logprob, top, self._num_chars)
+        first = self._detokenizer.at_start
+        top = tuple((self._token_name(token, first), value) for token, value in logprob.top)
+        return TokenLogprob(self._token_name(token_id, first), logprob.logprob, top, self._num_chars)
 
 
-def _id_name(token_id: int) -> bytes:
+def _id_name(token_id: int, first: bool) -> bytes:
     """vLLM's form of a token that is named by its id."""
     return b"token_id:%d" % token_id

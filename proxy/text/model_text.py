@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from baton.node.errors import BadRequest, SettingsError
-from baton.proxy.text.detokenize import Detokenizer
+from baton.proxy.text.detokenize import Decoding, Detokenizer
 from baton.proxy.text.template import ChatTemplate
 
 LONG_TEXT_CHARS = 8192
@@ -62,6 +63,11 @@ class ModelText:
         self._added = {token: added for token, added in self._tokenizer.get_added_tokens_decoder().items()}
         self._special_ids = frozenset(token for token, added in self._added.items() if added.special)
         self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
+        self._byte_values = _byte_values(vocab) if "ByteFallback" in str(self._tokenizer.decoder) else {}
+        self._inner_pieces: dict[int, bytes] = {}
+        """Of tokens that were asked for: what each adds to a text that has begun."""
+        self._before = None if self._byte_level else self._token_to_follow(vocab)
+        self._decoding = Decoding(self._decode_all, self._special_ids, self._byte_values, self.token_bytes)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -100,9 +106,9 @@ class ModelText:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self) -> Detokenizer:
-        """A new one, for one stream of tokens."""
-        return Detokenizer(lambda ids: self._tokenizer.decode(ids, skip_special_tokens=False), self._special_ids)
+    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+        """A new one, for the stream of tokens that follows `prompt_ids`."""
+        return Detokenizer(self._decoding, prompt_ids)
 
     def special_tokens_in(self, strings: Sequence[str]) -> dict[int, str]:
         """Special tokens whose text is part of one of `strings`; they are no part of an answer's text."""
@@ -111,18 +117,40 @@ class ModelText:
         texts = ((token, str(self._added[token].content)) for token in self._special_ids)
         return {token: text for token, text in texts if any(text in string for string in strings)}
 
-    def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for, exact also where they are a part of a character; empty if unknown."""
-        if token_id in self._added:
+    def token_bytes(self, token_id: int, first: bool = False) -> bytes:
+        """The bytes that one token stands for, exact also where they are a part of a character; empty if unknown.
+
+        `first`: as the first token of a text, which many tokenizers give no leading space.
+        """
+        if token_id in self._special_ids or (self._byte_level and token_id in self._added):
             return str(self._added[token_id].content).encode()
-        piece = self._tokenizer.id_to_token(token_id)
-        if piece is None:
-            return b""
         if self._byte_level:
+            piece = self._tokenizer.id_to_token(token_id) or ""
             return b"".join(_BYTES_OF.get(char, char.encode()) for char in piece)
-        if len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">"):
-            return bytes([int(piece[3:5], 16)])
-        return piece.replace("\u2581", " ").encode()
+        if token_id in self._byte_values:
+            return self._byte_values[token_id]
+        if first:
+            return self._decode_all([token_id]).encode()
+        known = self._inner_pieces.get(token_id)
+        if known is None:
+            known = self._inner_pieces[token_id] = self._inner_piece(token_id).encode()
+        return known
+
+    def _inner_piece(self, token_id: int) -> str:
+        if self._before is None:
+            return (self._tokenizer.id_to_token(token_id) or "").replace("\u2581", " ")
+        return self._decode_all([self._before, token_id])[len(self._decode_all([self._before])) :]
+
+    def _token_to_follow(self, vocab: Mapping[str, int]) -> int | None:
+        """A token whose text stays as it is, whatever follows; None where the tokenizer has none."""
+        for token_id in sorted(vocab.values()):
+            text = "" if token_id in self._added else self._decode_all([token_id])
+            if text.isalnum() and self._decode_all([token_id, token_id]).startswith(text):
+                return token_id
+        return None
+
+    def _decode_all(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -137,6 +165,12 @@ def _byte_alphabet() -> dict[str, bytes]:
 
 
 _BYTES_OF = _byte_alphabet()
+
+
+def _byte_values(vocab: Mapping[str, int]) -> dict[int, bytes]:
+    """The byte tokens of a vocabulary, written `<0x0A>`."""
+    found = ((token_id, re.fullmatch("<0x([0-9A-Fa-f]{2})>", piece)) for piece, token_id in vocab.items())
+    return {token_id: bytes.fromhex(match[1]) for token_id, match in found if match}
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

@@ -6,10 +6,12 @@ import asyncio
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from baton.node.errors import (
     BadRequest,
@@ -20,6 +22,7 @@ from baton.node.errors import (
     PeerLost,
     TransferFailed,
 )
+from baton.node.messages.control import Logprob
 from baton.proxy.http.app import create_app
 from baton.proxy.http.asgi import read_body
 from baton.proxy.http.service import RequestLimit
@@ -487,3 +490,30 @@ async def test_the_clients_key_reaches_the_router(client: httpx.AsyncClient, eng
         assert answer.is_success
     keys = [call.generation.session_key for call in engine.calls]
     assert keys[0] == keys[1] and len(keys[0]) == 16 and keys[2] == b""
+
+
+@pytest.fixture
+def metaspace(tmp_path: Path) -> ModelText:
+    """A tokenizer of SentencePiece's kind: decoding strips the space before a text's first word."""
+    pieces = ["<unk>", "\u2581the", "\u2581red", "\u2581fox"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -float(rank)) for rank, piece in enumerate(pieces)], unk_id=0))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return ModelText(tmp_path)
+
+
+async def test_an_answer_keeps_the_space_between_it_and_its_prompt(engine: FakeEngine, metaspace: ModelText) -> None:
+    """Guards against prompt and answer that run together, and against log probabilities of another text."""
+    likely = Logprob(-0.5, ((3, -0.25),))
+    engine.script = lambda call: [Delta((2,), (likely,)), Delta((3,), (likely,), "length")]
+    app = create_app(engine, {"demo": metaspace}, AppSettings())
+    asked = {"model": "demo", "prompt": "the", "max_tokens": 2}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        whole = (await client.post("/v1/completions", json={**asked, "logprobs": 1})).json()["choices"][0]
+        echoed = (await client.post("/v1/completions", json={**asked, "echo": True})).json()["choices"][0]
+        *streamed, _ = events(await client.post("/v1/completions", json={**asked, "stream": True}))
+    assert whole["text"] == "".join(chunk["choices"][0]["text"] for chunk in streamed) == " red fox"
+    assert echoed["text"] == "the red fox"
+    assert whole["logprobs"]["tokens"] == [" red", " fox"]
+    assert whole["logprobs"]["top_logprobs"][0] == {" fox": -0.25, " red": -0.5}
+    assert whole["logprobs"]["text_offset"] == [0, 4]

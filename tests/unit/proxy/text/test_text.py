@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from baton.node.errors import BadRequest, SettingsError
 from baton.proxy.http.prepare import choices_of
@@ -33,20 +33,40 @@ words = st.lists(
 moderate = settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
-def streamed(text: ModelText, ids: Sequence[int]) -> list[str]:
-    detokenizer = text.detokenizer()
+def streamed(text: ModelText, ids: Sequence[int], prompt_ids: Sequence[int] = ()) -> list[str]:
+    detokenizer = text.detokenizer(prompt_ids)
     return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
 
 
 @pytest.fixture(
-    scope="module", params=["demo", "byte_fallback", *EXTRA], ids=lambda param: getattr(param, "name", param)
+    scope="module",
+    params=["demo", "byte_fallback", "unigram", "wordpiece", *EXTRA],
+    ids=lambda param: getattr(param, "name", param),
 )
 def any_text(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, demo_folder: Path) -> ModelText:
     if request.param == "demo":
         return ModelText(demo_folder)
     if request.param == "byte_fallback":
         return ModelText(byte_fallback_folder(tmp_path_factory.mktemp("llama2")))
+    if request.param in ("unigram", "wordpiece"):
+        return ModelText(word_folder(request.param, tmp_path_factory.mktemp(request.param)))
     return ModelText(request.param)
+
+
+def word_folder(kind: str, folder: Path) -> Path:
+    """A tokenizer whose decoder puts spaces between tokens but none before the first: SentencePiece's or BERT's."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    if kind == "unigram":
+        pieces = ["<unk>", "\u2581", "\u2581the", "\u2581red", "\u2581fox", "es", *letters]
+        tokenizer = Tokenizer(models.Unigram([(piece, -float(rank)) for rank, piece in enumerate(pieces)], unk_id=0))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    else:
+        pieces = ["[UNK]", "the", "red", "fox", "##es", *letters, *(f"##{letter}" for letter in letters)]
+        vocab = {piece: rank for rank, piece in enumerate(pieces)}
+        tokenizer = Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
+        tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.BertPreTokenizer(), decoders.WordPiece()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
 
 
 def byte_fallback_folder(folder: Path) -> Path:
@@ -82,6 +102,43 @@ def test_pieces_of_real_text_join_to_it_and_never_show_half_a_character(any_text
     assert "".join(pieces) == any_text.decode(ids)
     if "\ufffd" not in written:
         assert not any("\ufffd" in piece for piece in pieces)
+
+
+@moderate
+@given(unicode_text | words, st.integers(0, 60))
+def test_an_answer_goes_on_where_its_prompt_ends(any_text: ModelText, written: str, cut: int) -> None:
+    """Guards against an answer's first space or character lost because its first token is taken for a text's first."""
+    ids = any_text.encode(written, add_special_tokens=False)
+    *begun, _ = streamed(any_text, ids[:cut])  # without the bytes of a character that the answer completes
+    assert "".join(begun) + "".join(streamed(any_text, ids[cut:], ids[:cut])) == any_text.decode(ids)
+
+
+@pytest.mark.parametrize("prompt", ["", "the"])
+def test_tokens_of_log_probabilities_join_to_the_text(any_text: ModelText, prompt: str) -> None:
+    """Guards against a space that the answer has, or lacks, and the tokens beside it do not."""
+    written = "the red foxes."
+    ids = any_text.encode(written, add_special_tokens=False)
+    cut = len(any_text.encode(prompt, add_special_tokens=False)) if prompt else 0
+    detokenizer, pieces, tokens = any_text.detokenizer(ids[:cut]), "", b""
+    for token in ids[cut:]:
+        tokens += any_text.token_bytes(token, detokenizer.at_start)
+        pieces += detokenizer.push(token)
+    assert pieces + detokenizer.flush() == tokens.decode() == written[len(prompt) :]
+
+
+def test_bytes_that_are_no_character_are_replaced_once(tmp_path: Path) -> None:
+    """Guards against three signs for one character cut off, and against bytes that wait for good."""
+    text = ModelText(byte_fallback_folder(tmp_path))
+    start, *three = text.encode("日", add_special_tokens=False)
+    (the,) = text.encode("th", add_special_tokens=False)
+    assert streamed(text, [start, *three]) == ["", "", "", "日", ""]
+    assert streamed(text, [start, *three[:2]]) == ["", "", "", "\ufffd"]
+    assert streamed(text, [*three[:2], the]) == ["", "", "\ufffd th", ""]
+    assert streamed(text, three[2:] * 3, three[:2]) == ["日", "\ufffd", "\ufffd", ""]
+    detokenizer = text.detokenizer()
+    for _ in range(100):
+        assert detokenizer.push(three[0]) in ("", "\ufffd")
+        assert len(detokenizer._window) <= 64
 
 
 @moderate
