@@ -12,7 +12,7 @@ from baton import __version__, cli
 
 
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
-    """What everybody types first."""
+    """Guards the first commands that a user types."""
     assert cli.main(["--help"]) == 0
     listed = capsys.readouterr().out
     assert all(f"\n  {name} " in listed for name in cli.SUBCOMMANDS)
@@ -22,14 +22,14 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize("argv", [[], ["sevre"], ["--model", "x"]])
 def test_a_wrong_command_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """A traceback of runpy says nothing to a user."""
+    """Guards against a traceback of runpy for a mistyped command."""
     assert cli.main(argv) == 2
     assert capsys.readouterr().err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", cli.SUBCOMMANDS)
 def test_each_subcommand_is_a_module(name: str) -> None:
-    """A module that was moved would only be missed by a user."""
+    """Guards against a subcommand whose module was moved."""
     assert importlib.util.find_spec(cli.SUBCOMMANDS[name].module) is not None
 
 
@@ -51,7 +51,7 @@ def test_the_help_loads_nothing_and_the_proxy_no_torch() -> None:
     assert "torch" not in loaded("proxy", "--help")
 
 
-def test_a_subcommands_errors_and_status_are_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_subcommand_reports_its_own_errors_and_status(capsys: pytest.CaptureFixture[str]) -> None:
     """The name of a command that does not exist in an error message leads nowhere."""
     assert cli.main(["proxy", "--port", "many"]) == 2
     assert capsys.readouterr().err.startswith("baton proxy: error: argument --port: must be a whole number")

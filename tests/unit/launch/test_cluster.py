@@ -1,4 +1,4 @@
-"""Guards launch.cluster with stand-ins for the nodes: what starts, what ends, and what a caller learns of it."""
+"""Guards launch.cluster with fake nodes: starts, ends, and the errors that a caller gets."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_all_nodes_run_and_end(tmp_path: Path) -> None:
             os.kill(pid, 0)
 
 
-def test_a_node_is_killed_and_comes_back_with_more_arguments(tmp_path: Path) -> None:
+def test_a_node_is_killed_and_restarted_with_more_arguments(tmp_path: Path) -> None:
     """A restart that waits for the dead node's registration would be ready at once, without the node."""
     with make(tmp_path) as cluster:
         pid = cluster.pid("decode-0")
@@ -110,7 +110,7 @@ def test_one_more_worker_joins_and_is_forgotten(tmp_path: Path) -> None:
         assert "guest" not in cluster.names()
 
 
-def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
+def test_a_failed_start_gives_the_reason_and_leaves_nothing(tmp_path: Path) -> None:
     """The reason is in a log of a temporary folder, and the other nodes hold ports and memory."""
     cluster = make(tmp_path, decode_arg=("--fail",))
     with pytest.raises(ClusterError, match=r"decode-0 has ended(.|\n)*no such model"):
@@ -118,7 +118,7 @@ def test_a_start_that_fails_says_why_and_leaves_nothing(tmp_path: Path) -> None:
     assert cluster.running() == []
 
 
-def test_a_node_that_does_not_end_well_is_reported(tmp_path: Path) -> None:
+def test_a_node_that_exits_with_an_error_is_reported(tmp_path: Path) -> None:
     """A worker that holds a block at its end fails its check, and only its status says so."""
     with make(tmp_path, decode_arg=("--bad-end",)) as cluster:
         assert cluster.stop() == {"decode-0": 3}

@@ -1,4 +1,4 @@
-"""Guards launch.gpus: what the driver says of the GPUs, and the lines that say how workers share them."""
+"""Guards launch.gpus: the driver's list of GPUs, and the lines that show how workers share them."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_a_machine_without_driver_has_no_gpus() -> None:
     assert visible_gpus({"PYTHONPATH": "/nowhere", "PYTHONHOME": "/nowhere"}) == [], f"{sys.executable} cannot start"
 
 
-def test_the_share_of_each_worker_is_said() -> None:
+def test_the_share_of_each_worker_is_printed() -> None:
     """Users must see why a worker has less KV than the card has room for."""
     workers = place(["prefill-0", "decode-0", "decode-1"], [0, 1])
     assert describe(workers, [H200], sized_by_user=False) == [

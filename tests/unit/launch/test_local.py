@@ -26,7 +26,7 @@ def options_of(argv: tuple[str, ...]) -> list[str]:
 
 
 def test_each_role_gets_the_options_that_it_has() -> None:
-    """A worker that is told another proxy, or the same name as its twin, never serves."""
+    """Guards against a worker with a wrong proxy address or a duplicate name, which never serves."""
     settings = ServeSettings(model="m", port=9, prefill=2, device="cpu", worker_arg=("--num-blocks=5",))
     specs = plan(settings)
     assert [(spec.name, spec.group) for spec in specs] == [
@@ -72,7 +72,7 @@ def test_two_gpus_are_used_one_each() -> None:
     assert gpu_options(ServeSettings(), 2) == {"prefill-0": ("0", "0.9"), "decode-0": ("1", "0.9")}
 
 
-def test_the_users_gpus_overrule() -> None:
+def test_the_users_gpus_override_the_plan() -> None:
     """Some GPUs may belong to other programs."""
     given = gpu_options(ServeSettings(prefill=2, decode=1, device="cuda", gpus=(0, 3)), 4)
     assert given == {"prefill-0": ("0", "0.45"), "prefill-1": ("3", "0.9"), "decode-0": ("0", "0.45")}
@@ -80,7 +80,7 @@ def test_the_users_gpus_overrule() -> None:
         local.place_workers(ServeSettings(gpus=(0, 3)), 2)
 
 
-def test_the_users_sizes_overrule_the_share() -> None:
+def test_the_users_sizes_override_the_share() -> None:
     """An argument of the user must come after the planned one, of which it says the opposite."""
     settings = ServeSettings(worker_arg=("--gpu-memory-utilization", "0.2"), decode_arg=("--num-blocks=5",))
     assert gpu_options(settings, 1)["prefill-0"] == ("0", "0.2")
@@ -94,7 +94,7 @@ def test_a_cpu_has_no_shares(settings: ServeSettings) -> None:
     assert gpu_options(settings, 0) == {}
 
 
-def test_the_store_is_as_asked_for_and_nobody_needs_it() -> None:
+def test_the_store_follows_the_settings_and_is_optional() -> None:
     """A store that cannot be kept alive must not end the serving; without RAM for one, none is started."""
     specs = plan(ServeSettings(store_disk_gib=2, store_path=Path("d")))
     assert options_of(specs[1].argv)[-4:] == ["--disk-gib", "2", "--path", "d"]
@@ -103,8 +103,8 @@ def test_the_store_is_as_asked_for_and_nobody_needs_it() -> None:
     assert "store" not in [spec.name for spec in specs] and "--store" not in specs[1].argv
 
 
-def test_clients_call_a_model_by_a_name_not_by_a_path(tmp_path: Path) -> None:
-    """The path of a folder on the server is nobody's business, and differs between machines."""
+def test_the_served_model_name_is_not_a_path(tmp_path: Path) -> None:
+    """Guards against exposing the server's paths, which also differ between machines."""
     folder = tmp_path / "my-model"
     folder.mkdir()
     assert local.served_name(ServeSettings(model=f"{folder}/")) == "my-model"
@@ -114,7 +114,7 @@ def test_clients_call_a_model_by_a_name_not_by_a_path(tmp_path: Path) -> None:
 
 
 def test_without_prefill_workers_decode_workers_prefill() -> None:
-    """`--prefill 0` would wait for ever for a prefill worker that nobody starts."""
+    """Guards `--prefill 0` against waiting forever for a prefill worker."""
     argv = plan(ServeSettings(prefill=0))[0].argv
     assert argv[argv.index("--local-prefill") + 1] == "always"
     argv = plan(ServeSettings(prefill=0, local_prefill="short"))[0].argv

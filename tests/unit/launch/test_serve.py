@@ -69,7 +69,7 @@ def test_the_curl_line_can_be_pasted() -> None:
     assert json.loads(words[words.index("-d") + 1])["model"] == 'it\'s "m"'
 
 
-def test_a_port_in_use_is_told_at_once() -> None:
+def test_a_port_in_use_is_an_error_at_once() -> None:
     """Else the proxy dies after the weights were loaded, in the middle of the other output."""
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -150,7 +150,7 @@ def lines_until(process: subprocess.Popen[str], text: str) -> list[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_whole_life(tmp_path: Path, signum: int) -> None:
+def test_start_serve_restart_and_drain(tmp_path: Path, signum: int) -> None:
     """From the first process to `ready`, the command to paste, a restart, and a drain on Ctrl-C or SIGTERM."""
     port = local.free_port()
     with serving(tmp_path, port, "--prefill", "2") as process:
@@ -169,7 +169,7 @@ def test_a_whole_life(tmp_path: Path, signum: int) -> None:
     serve.check_port("127.0.0.1", port)
 
 
-def test_a_key_opens_the_door_to_the_own_probe_too(tmp_path: Path) -> None:
+def test_the_probe_sends_the_api_key(tmp_path: Path) -> None:
     """`serve --api-key X` never became ready: its own probe got a 401. The key is in no other command line."""
     port = local.free_port()
     with serving(tmp_path, port, "--prefill", "2", "--api-key", "hunter2") as process:
@@ -187,7 +187,7 @@ def command_line(pid: int) -> bytes:
     return Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
-def test_a_worker_that_cannot_start_ends_the_start_with_its_last_words(tmp_path: Path) -> None:
+def test_a_worker_that_cannot_start_ends_serve_with_its_error(tmp_path: Path) -> None:
     """The user must see the worker's reason last, and get the shell back."""
     with serving(tmp_path, local.free_port(), decode="import sys; sys.exit('the pool does not fit')") as process:
         lines = lines_until(process, "no such line")

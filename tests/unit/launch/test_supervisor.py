@@ -36,7 +36,7 @@ signal.pause()
 
 
 class Log:
-    """What the supervisor said; `until` waits for a line."""
+    """The supervisor's log; `until` waits for a line."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -100,7 +100,7 @@ async def test_a_stop_lets_children_drain() -> None:
     assert log.having("killed") == []
 
 
-async def test_a_child_that_dies_at_the_start_ends_the_whole_and_shows_why() -> None:
+async def test_a_child_that_dies_at_the_start_ends_the_start_with_its_reason() -> None:
     """Waiting for a worker that is gone would hang the start, with the reason scrolled away."""
     log = Log()
     specs = [child(DRAINS, "proxy", "proxy"), child("import sys; print('no such model'); sys.exit(3)")]
@@ -115,7 +115,7 @@ async def test_a_child_that_dies_at_the_start_ends_the_whole_and_shows_why() -> 
     assert log.having("READY") == []
 
 
-async def test_a_program_that_cannot_be_started_is_an_end_like_any_other() -> None:
+async def test_a_program_that_cannot_be_started_ends_the_start() -> None:
     """An exception out of the supervisor would leave the other children behind."""
     log = Log()
     spec = ChildSpec(name="proxy", group="proxy", argv=("/no/such/program",), env={})
@@ -127,7 +127,7 @@ async def test_a_program_that_cannot_be_started_is_an_end_like_any_other() -> No
     assert log.having("No such file")
 
 
-async def test_a_start_that_takes_too_long_is_given_up_and_said() -> None:
+async def test_a_start_times_out_with_a_message() -> None:
     """A start-up wait without a bound never tells anyone what is missing."""
     log = Log()
     limits = SupervisorLimits(start_s=0.0, report_s=0.0)
@@ -154,7 +154,7 @@ async def test_a_stop_during_the_start_is_a_clean_end() -> None:
 
 
 async def test_a_dead_child_is_restarted() -> None:
-    """Without it one crash takes a role away until somebody looks."""
+    """Guards against losing a role to a single crash."""
     log = Log()
     async with running(log, child(WAITS), limits=SupervisorLimits(restart_delay_s=0.0)):
         first = int((await log.until("up")).split()[-1])
@@ -170,7 +170,7 @@ def crash_loop(marker: Path, name: str) -> ChildSpec:
     return child(code, name)
 
 
-async def test_restarts_are_bounded_and_the_last_of_a_group_ends_the_whole(tmp_path: Path) -> None:
+async def test_restarts_are_bounded_and_the_last_of_a_group_ends_the_service(tmp_path: Path) -> None:
     """A worker that cannot start any more would be restarted for ever, behind a proxy that can only refuse."""
     log = Log()
     specs = [crash_loop(tmp_path / "m", "decode-0"), child(DRAINS, "proxy", "proxy")]
@@ -183,7 +183,7 @@ async def test_restarts_are_bounded_and_the_last_of_a_group_ends_the_whole(tmp_p
     assert log.having("[proxy] drained")
 
 
-async def test_a_child_given_up_leaves_its_twin_serving(tmp_path: Path) -> None:
+async def test_a_failed_child_leaves_its_twin_serving(tmp_path: Path) -> None:
     """One broken worker of two must not stop the service."""
     log = Log()
     specs = [crash_loop(tmp_path / "m", "decode-0"), child(WAITS, "decode-1")]
@@ -198,7 +198,7 @@ async def test_a_child_given_up_leaves_its_twin_serving(tmp_path: Path) -> None:
         assert await finished(task) == 0
 
 
-async def test_the_rest_goes_on_without_a_child_that_is_not_needed(tmp_path: Path) -> None:
+async def test_the_service_continues_without_an_optional_child(tmp_path: Path) -> None:
     """A store that cannot run would take a service down that works without it."""
     log = Log()
     store = replace(crash_loop(tmp_path / "m", "store"), group="store", needed=False)
@@ -223,7 +223,7 @@ async def test_a_child_that_ignores_sigterm_is_killed_after_the_grace_time() -> 
 
 
 async def test_a_second_stop_kills_at_once() -> None:
-    """Whoever presses Ctrl-C twice does not want to wait a day."""
+    """Guards the second Ctrl-C, which must end the drain at once."""
     log = Log()
     async with running(log, child(IGNORES), limits=SupervisorLimits(grace_s=86400.0)) as (supervisor, task):
         supervisor.stop()
@@ -232,7 +232,7 @@ async def test_a_second_stop_kills_at_once() -> None:
     assert log.having("decode-0 killed")
 
 
-async def test_output_is_passed_on_whole_whatever_it_is() -> None:
+async def test_any_output_is_passed_on_completely() -> None:
     """A progress bar, a line without end, bytes that are no text, or a megabyte on one line must not stop the pump."""
     code = r"""
 import sys
@@ -262,7 +262,7 @@ def open_reader(fifo: Path) -> int:
     return os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
 
 
-async def test_what_a_child_leaves_behind_goes_with_it(tmp_path: Path) -> None:
+async def test_grandchildren_are_killed_with_their_child(tmp_path: Path) -> None:
     """A rank's process that outlives its worker keeps the GPU's memory."""
     reader = open_reader(tmp_path / "fifo")
     code = (

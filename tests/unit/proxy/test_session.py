@@ -1,4 +1,4 @@
-"""proxy.session: what happens to a request when a leg is busy, fails, dies, lies or is late; both legs always close."""
+"""proxy.session: requests whose legs are busy, fail, die, misbehave or are late; both legs are always closed."""
 
 from __future__ import annotations
 
@@ -270,8 +270,8 @@ async def test_failures_end_after_so_many_attempts() -> None:
     assert not any(host.computed.values())
 
 
-async def test_a_request_that_cannot_be_is_the_clients_fault() -> None:
-    """Guards against retrying what no worker can do."""
+async def test_an_impossible_request_is_the_clients_error() -> None:
+    """Guards against retrying requests that no worker can serve."""
 
     def script(worker: str, message: Message) -> list[Any]:
         if isinstance(message, Reserve):
@@ -284,7 +284,7 @@ async def test_a_request_that_cannot_be_is_the_clients_fault() -> None:
     assert len(host.sent_of(Reserve)) == 1 and not host.open_legs
 
 
-async def test_a_gap_starts_anew() -> None:
+async def test_a_gap_starts_a_new_attempt() -> None:
     """Guards against a lost message of tokens: nothing after the gap is given out."""
 
     def script(worker: str, message: Message) -> list[Any]:
@@ -297,7 +297,7 @@ async def test_a_gap_starts_anew() -> None:
     assert _ids(await _run(ScriptedHost(script))) == [10, 11]
 
 
-async def test_strangers_are_not_listened_to() -> None:
+async def test_messages_of_other_workers_are_ignored() -> None:
     """Guards against messages about this request from a worker that has no leg of it."""
 
     def script(worker: str, message: Message) -> list[Any]:
@@ -321,7 +321,7 @@ async def test_the_deadline_ends_a_silent_request() -> None:
     assert not host.open_legs
 
 
-async def test_a_client_that_goes_away_cancels_both_legs() -> None:
+async def test_a_disconnected_client_cancels_both_legs() -> None:
     """Guards step 10 on the way out through aclose."""
 
     def script(worker: str, message: Message) -> list[Any]:
@@ -335,7 +335,7 @@ async def test_a_client_that_goes_away_cancels_both_legs() -> None:
     assert not host.open_legs
 
 
-async def test_what_the_router_foresaw_is_compared_with_what_the_worker_found() -> None:
+async def test_predicted_hits_are_compared_with_actual_ones() -> None:
     """Guards the counters by which wrong predictions are seen, and the work that is counted at dispatch."""
 
     def script(worker: str, message: Message) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Guards scripts/step_breakdown.py: no moment of a step counts twice or is lost, no kernel hides, floors are floors."""
+"""Guards benchmark/gpu/step_breakdown.py: the parts of a step sum to its span, and no kernel is left out."""
 
 from __future__ import annotations
 

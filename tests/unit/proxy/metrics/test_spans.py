@@ -1,4 +1,4 @@
-"""proxy.spans: what a tracing system receives, with OpenTelemetry's exporter in memory, and over HTTP on loopback."""
+"""proxy.metrics.spans: the spans that a tracing system receives, in memory and over HTTP on loopback."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
 
 
 def test_a_wrong_name_or_version_is_refused() -> None:
-    """Guards against a worker that speaks for another one, or another protocol."""
+    """Guards against a worker with another's name or another protocol version."""
     cluster = ClusterState(60, ["m"])
     assert "name" in cluster.join("x/1", _register(), 0)
     assert "version" in cluster.join("d/1", _register(version=99), 0)
@@ -116,8 +116,8 @@ def test_work_that_a_report_includes_is_not_counted_twice() -> None:
     assert cluster.models["m"].view()[0].tokens == 100
 
 
-def test_the_heartbeat_of_a_stranger_is_refused() -> None:
-    """Guards rejoining: the proxy answers a stranger's heartbeat so that it registers."""
+def test_the_heartbeat_of_an_unknown_worker_is_refused() -> None:
+    """Guards rejoining: the proxy answers an unknown worker's heartbeat so that it registers."""
     assert ClusterState(60, ["m"]).beat("d/1", _beat(Load()), 0) is False
 
 
@@ -150,7 +150,7 @@ def test_speeds_are_the_workers_own_or_their_peers() -> None:
     assert [worker.tokens_s for worker in cluster.models["m"].view()] == [500.0, 2250.0]
 
 
-def test_a_store_is_heard_but_given_no_work() -> None:
+def test_a_store_is_a_member_without_work() -> None:
     """Guards the roles: a store is no worker, sets no shape, and is lost by silence like anyone."""
     cluster = ClusterState(60, ["m"])
     assert "name" in cluster.join_store("x/1", RegisterStore(worker="s", incarnation=1), 0)

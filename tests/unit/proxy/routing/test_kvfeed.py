@@ -1,4 +1,4 @@
-"""proxy.kvfeed with kvtransfer.blocks.events: whatever the network does, the index comes to say what is held."""
+"""proxy.routing.kvfeed with kvtransfer.blocks.events: the index converges to the holders' contents under any faults."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ class Link:
         self.send([Heartbeat(worker="p", incarnation=1, load=Load(), kv_seq=self.log.seq)])
 
     def heal(self) -> None:
-        """From now on nothing is lost; the heartbeats of some seconds must bring all in."""
+        """Stop all losses; the heartbeats of some seconds must complete the index."""
         self._fault = 0.0
         for _ in range(4):
             self.send(self.log.flush())
@@ -157,7 +157,7 @@ def test_a_snapshot_without_its_middle_is_asked_for_again() -> None:
 
 
 def test_events_of_holders_that_are_not_members_are_ignored() -> None:
-    """Guards the index from strangers, and from the last words of the dead."""
+    """Guards the index against events of unknown holders and of dead ones."""
     feed = KvFeed(index := KvIndex(100))
     events = KvEvents(seq=1, changes=(TierChange("gpu", (HASHES[0],)),))
     snapshot = KvSnapshot(seq=1, part=0, parts=1, changes=events.changes)

@@ -1,4 +1,4 @@
-"""proxy.kvindex: against a model made of plain sets, whatever the order of joining, storing, dying and sweeping."""
+"""proxy.routing.kvindex against a model of plain sets, for any order of joins, events, deaths and sweeps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""proxy.ledger: no token lost, doubled or late, whatever order messages come in."""
+"""proxy.routing.ledger: no token lost, doubled or late, whatever order messages come in."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""proxy.router: the right worker, the reason for each choice, and waiting instead of overloading."""
+"""proxy.routing.router: the right worker, the reason for each choice, and waiting instead of overloading."""
 
 from __future__ import annotations
 
