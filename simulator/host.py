@@ -17,7 +17,7 @@ from baton.decode.role import decode_loop
 from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import TransferExchange
+from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreEvent
@@ -295,7 +295,7 @@ class Host:
             [plane],
             digests_of,
             PeerTransport(line.send, line.connect, line.disconnect),
-            chunk_blocks=max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes),
+            ChunkLimits(max(1, int(profile.chunk_mib * (1 << 20)) // layout.block_bytes)),
         )
         membership = Membership(_register(name, role, profile, line.address), (PROXY,), self._network.world.now)
         self._io = IoThread(line, membership, exchange, events, self._network.world.clock)

@@ -20,7 +20,7 @@ from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
-from baton.kvtransfer.protocol.exchange import SOON_S
+from baton.kvtransfer.protocol.transfer import POLL_S
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.node.errors import SettingsError
@@ -60,7 +60,7 @@ class LoadedModel:
     make_planes: MakePlanes
     host_copies: Copies | None
     """How blocks get to and from the host's KV store; None where they cannot."""
-    soon_s: float = SOON_S
+    poll_s: float = POLL_S
     """How long to wait before looking again at a data plane."""
     checksums: StepChecksums = NO_CHECKSUMS
     """Checksums of what prefill computes, without waiting for what it computes next."""

@@ -37,7 +37,7 @@ from baton.worker.settings import WorkerSettings, WorkerSizes
 
 logger = logging.getLogger("worker")
 
-SOON_S = 0.0002
+POLL_S = 0.0002
 """A fifth of what the KV of a prompt of 2048 tokens of an 8B model takes to move."""
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
@@ -78,7 +78,7 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
         max_model_len,
         make_planes,
         copies,
-        SOON_S,
+        POLL_S,
         _checksums(sizes, role, runner, pool),
     )
 

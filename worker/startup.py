@@ -18,8 +18,9 @@ from baton.kvtransfer.blocks.events import EventLog
 from baton.kvtransfer.blocks.hashing import namespace_digest, tokenizer_fingerprint
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
-from baton.kvtransfer.protocol.exchange import TransferExchange
+from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
+from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import model_fingerprint
@@ -94,9 +95,8 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         model.make_planes(context, endpoint.identity),
         model.pool.digests,
         PeerTransport(endpoint.send, endpoint.connect, endpoint.disconnect),
-        chunk_blocks=chunk_blocks,
-        pulled_chunk_blocks=chunk_blocks * (PULLED if device == "cuda" else 1),
-        soon_s=model.soon_s,
+        ChunkLimits(chunk_blocks, pulled_blocks=chunk_blocks * (PULLED if device == "cuda" else 1)),
+        Timing(poll_s=model.poll_s),
     )
     events = EventLog()
     membership = Membership(register, tuple(links), time.monotonic())

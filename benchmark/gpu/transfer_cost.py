@@ -22,7 +22,7 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.benchmark.harness.processes import MeasuringChild
 from baton.models.cuda.runner import CudaRunner, StepLimits
-from baton.worker.build_cuda import SOON_S
+from baton.worker.build_cuda import POLL_S
 from baton.worker.main import SWITCH_S
 
 CHUNK_MIB, CHUNKS = 64, 4
@@ -90,7 +90,7 @@ def main(argv: Sequence[str]) -> int:
     sys.setswitchinterval(SWITCH_S)
     with start_sender("1") as child:
         end = PlaneEnd("0", NAMES[1])
-        end.poll_interval_s = SOON_S
+        end.poll_interval_s = POLL_S
         config, weights = load_shape(lines, options.shape)
         pool = random_pool(config, options.rows * (options.context // BLOCK_TOKENS + 1) + 8)
         runner = make_runner(lines, config, weights, StepLimits(options.rows, 2048), pool, options.context + 1)

@@ -1,13 +1,12 @@
-"""All transfers of one worker: the machines of every transfer in motion, and which messages and movements are theirs.
+"""All transfers of one worker: passes messages, ended movements and timers to the machines of the transfers.
 
-It owns the tables of senders and receivers, and carries out what the machines of `transfer.py` ask for. It has
-no thread and no clock: the I/O thread passes it messages and the current time. A worker may send and receive.
-Blocks are only numbers here; their owners are known to the block manager, in another thread.
+It carries out what the machines of `transfer.py` ask for. It has no thread and no clock: the I/O thread passes it
+messages and the current time. A worker may send and receive. Blocks are only numbers here; their owners are known to
+the block manager, in another thread.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,7 +16,9 @@ from baton.kvtransfer.planes.base import IoDone, Plane
 from baton.kvtransfer.protocol.pairs import Pairs, PeerTransport
 from baton.kvtransfer.protocol.receiver import Incoming, Receiver
 from baton.kvtransfer.protocol.sender import Sender
+from baton.kvtransfer.protocol.tables import ReceiverTable, Receiving, SenderTable, Sending
 from baton.kvtransfer.protocol.transfer import (
+    POLL_S,
     Action,
     Arrived,
     CancelIo,
@@ -49,9 +50,6 @@ from baton.node.messages.transfer import (
     Welcome,
 )
 
-MAX_EARLY_GRANTS = 4096
-SOON_S = 0.001
-"""When to poll a plane again that has no readable socket."""
 LOOK_AT_PAIRS_S = 30.0
 
 
@@ -94,19 +92,16 @@ class ReceiverEnded:
 Event = SenderEnded | KvArrived | ReceiverEnded
 
 
-@dataclass(slots=True)
-class _Sending:
-    leg: LegKey
-    peer: str
-    machine: Sender
-    plane: Plane | None = None  # where something was posted: it says when that is over, though the pair be forgotten
+@dataclass(frozen=True, slots=True)
+class ChunkLimits:
+    """How large a chunk may be, and how many of a transfer are in flight."""
 
-
-@dataclass(slots=True)
-class _Receiving:
-    peer: str
-    machine: Receiver
-    plane: Plane
+    blocks: int
+    """Most blocks in an offer."""
+    pulled_blocks: int = 0
+    """The same where the receiver pulls, if that is more."""
+    window: int = 8
+    """Most chunks of a transfer that are accepted and have not landed."""
 
 
 class TransferExchange:
@@ -119,32 +114,20 @@ class TransferExchange:
         planes: Sequence[Plane],
         digests_of: DigestsOf,
         wire: PeerTransport,
-        *,
-        chunk_blocks: int,
-        pulled_chunk_blocks: int = 0,
-        window: int = 8,
+        chunks: ChunkLimits,
         timing: Timing | None = None,
-        soon_s: float = SOON_S,
     ) -> None:
-        """`chunk_blocks`: most blocks in an offer; `pulled_chunk_blocks`: where the receiver pulls, if that is more."""
+        """`planes` come in the order of preference."""
         self.counters = TransferCounters()
         self.events: list[Event] = []
         self._planes = tuple(planes)
         self._digests_of = digests_of
         self._wire = wire
-        self._chunk_blocks, self._pulled_chunk_blocks = chunk_blocks, max(chunk_blocks, pulled_chunk_blocks)
-        self._window = window
-        self._soon_s = soon_s
+        self._chunks = chunks
         self._timing = timing or Timing()
         self._pairs = Pairs(identity, namespace, planes, wire)
-        self._waiting: dict[bytes, Incoming] = {}  # receivers whose peer has not said Hello yet
-        self._senders: dict[LegKey, _Sending] = {}
-        self._sending: dict[bytes, _Sending] = {}  # those that know their transfer id
-        self._receivers: dict[bytes, _Receiving] = {}
-        self._ended: deque[tuple[float, _Sending | _Receiving]] = deque()  # remembered until then, in order
-        self._live_senders: dict[LegKey, _Sending] = {}
-        self._live_receivers: dict[bytes, _Receiving] = {}
-        self._early_grants: dict[LegKey, tuple[str, Grant]] = {}
+        self._senders = SenderTable()
+        self._receivers = ReceiverTable()
         self._lost: list[str] = []
         self._look_at_pairs_at = 0.0
 
@@ -152,59 +135,64 @@ class TransferExchange:
 
     def open_sender(self, leg: LegKey, peer: str, address: str, deadline: float, now: float) -> None:
         """A prompt will be computed whose KV goes to `peer` at `address`."""
-        if leg in self._senders:  # a replay: the worker has forgotten the leg, so its transfer has ended
+        if self._senders.of_leg(leg) is not None:  # a replay of a leg whose transfer has ended
             self.events.append(SenderEnded(leg, False, "this leg was sent before", 0, 0.0))
             return
         chunk = partial(self._chunk_of, peer)
         machine = Sender(self._digests_of, chunk_blocks=chunk, timing=self._timing, now=now, deadline=deadline)
-        sending = _Sending(leg, peer, machine)
-        self._senders[leg] = self._live_senders[leg] = sending
+        sending = Sending(leg, peer, machine)
+        self._senders.add(sending)
         try:
             self._pairs.greet(peer, address, now)
         except SettingsError as error:  # the address is a peer's text, and may be none
             self._run_sender(sending, sending.machine.abort(str(error), now), now)
             return
-        early = self._early_grants.pop(leg, None)
-        if early is not None and early[0] == peer:
-            self._on_grant(peer, early[1], now)
+        if (grant := self._senders.take_grant(leg, peer)) is not None:
+            self._on_grant(peer, grant, now)
 
     def _chunk_of(self, peer: str) -> int:
         """Most blocks in an offer: what is sent must come in time over any link, what is pulled costs messages."""
         plane = self._pairs.plane_of(peer)
-        return self._pulled_chunk_blocks if plane is not None and plane.pulls else self._chunk_blocks
+        pulled = plane is not None and plane.pulls
+        return max(self._chunks.blocks, self._chunks.pulled_blocks) if pulled else self._chunks.blocks
 
     def tell_blocks(self, leg: LegKey, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> None:
         """The first len(blocks) blocks of the sequence are final. `sums`: checksums known already, by block."""
-        if (sending := self._senders.get(leg)) is not None:
+        if (sending := self._senders.of_leg(leg)) is not None:
             self._run_sender(sending, sending.machine.on_blocks(blocks, sums, now), now)
 
     def tell_token(self, leg: LegKey, token_id: int, logprob: Logprob | None, now: float) -> None:
         """All blocks are final; the first token goes after them."""
-        if (sending := self._senders.get(leg)) is not None:
+        if (sending := self._senders.of_leg(leg)) is not None:
             self._run_sender(sending, sending.machine.on_token(token_id, logprob, now), now)
 
     def cancel_sender(self, leg: LegKey, reason: str, now: float) -> None:
         """This KV is not needed any more. SenderEnded follows when nothing reads its blocks."""
-        if (sending := self._senders.get(leg)) is not None:
+        if (sending := self._senders.of_leg(leg)) is not None:
             self._run_sender(sending, sending.machine.abort(reason, now, cancelled=True), now)
 
     def open_receiver(self, incoming: Incoming, now: float) -> None:
         plane = self._pairs.plane_of(incoming.peer)
         if plane is None:
-            self._waiting[incoming.transfer_id] = incoming
+            self._receivers.waiting[incoming.transfer_id] = incoming
             return
-        machine = Receiver(incoming, self._digests_of, pulls=plane.pulls, window=self._window, timing=self._timing)
-        receiving = _Receiving(incoming.peer, machine, plane)
-        self._receivers[incoming.transfer_id] = self._live_receivers[incoming.transfer_id] = receiving
+        machine = Receiver(
+            incoming, self._digests_of, pulls=plane.pulls, window=self._chunks.window, timing=self._timing
+        )
+        receiving = Receiving(incoming.peer, machine, plane)
+        self._receivers.add(receiving)
         self._run_receiver(receiving, machine.start(now), now)
 
     def cancel_receiver(self, transfer_id: bytes, reason: str, now: float) -> None:
         """This KV is not needed any more. ReceiverEnded follows when nothing writes to its blocks."""
-        if not self._end_waiting(transfer_id, reason) and (receiving := self._receivers.get(transfer_id)) is not None:
+        if (
+            not self._end_waiting(transfer_id, reason)
+            and (receiving := self._receivers.of_transfer(transfer_id)) is not None
+        ):
             self._run_receiver(receiving, receiving.machine.abort(reason, now, cancelled=True), now)
 
     def _end_waiting(self, transfer_id: bytes, reason: str) -> bool:
-        if self._waiting.pop(transfer_id, None) is None:
+        if self._receivers.waiting.pop(transfer_id, None) is None:
             return False
         self.events.append(ReceiverEnded(transfer_id, reason))
         return True
@@ -248,14 +236,15 @@ class TransferExchange:
             while ended := plane.poll():  # what ended makes room for more, which may end at once
                 for done in ended:
                     self._on_io_done(done, now)
-        for sending in list(self._live_senders.values()):
+        for sending in list(self._senders.live.values()):
             self._tick_sender(sending, now)
             self._pairs.greet_again(sending.peer, now)
-        for receiving in list(self._live_receivers.values()):
+        for receiving in list(self._receivers.live.values()):
             self._tick_receiver(receiving, now)
-        self._forget_ended(now)
+        self._senders.forget_ended(now)
+        self._receivers.forget_ended(now)
         self._forget_idle_pairs(now)
-        for incoming in [i for i in self._waiting.values() if now >= i.deadline]:
+        for incoming in self._receivers.overdue(now):
             self._end_waiting(incoming.transfer_id, "the prefill worker never said hello")
         while self._lost:
             self._lose(self._lost.pop(), "peer lost", now)
@@ -264,25 +253,25 @@ class TransferExchange:
         """When `tick` must be called at the latest, if nothing else happens."""
         pending = any(plane.pending for plane in self._planes)
         if not self.in_motion:  # most of the time of most workers
-            return now + SOON_S if pending else float("inf")
+            return now + POLL_S if pending else float("inf")
         soon = (
             pending
-            or any(s.machine.state is State.STOPPING for s in self._live_senders.values())
-            or any(r.machine.state is State.STOPPING for r in self._live_receivers.values())
+            or any(s.machine.state is State.STOPPING for s in self._senders.live.values())
+            or any(r.machine.state is State.STOPPING for r in self._receivers.live.values())
         )
         times = chain(
-            (s.machine.wake_at for s in self._live_senders.values()),
-            (r.machine.wake_at for r in self._live_receivers.values()),
-            (i.deadline for i in self._waiting.values()),
-            (self._pairs.greets_again_at(s.peer) for s in self._live_senders.values()),
-            (now + self._soon_s,) if soon else (),
+            (s.machine.wake_at for s in self._senders.live.values()),
+            (r.machine.wake_at for r in self._receivers.live.values()),
+            (i.deadline for i in self._receivers.waiting.values()),
+            (self._pairs.greets_again_at(s.peer) for s in self._senders.live.values()),
+            (now + self._timing.poll_s,) if soon else (),
         )
         return min(times, default=float("inf"))
 
     @property
     def in_motion(self) -> int:
         """Transfers that still hold blocks."""
-        return len(self._waiting) + len(self._live_senders) + len(self._live_receivers)
+        return len(self._receivers.waiting) + len(self._senders.live) + len(self._receivers.live)
 
     @property
     def sockets(self) -> list[object]:
@@ -299,17 +288,17 @@ class TransferExchange:
         if not self._pairs.on_hello(peer, hello, now):
             self.counters.pairs_refused += 1
             return
-        for incoming in [i for i in self._waiting.values() if i.peer == peer]:
-            del self._waiting[incoming.transfer_id]
+        for incoming in self._receivers.waiting_for(peer):
+            del self._receivers.waiting[incoming.transfer_id]
             self.open_receiver(incoming, now)
 
     def _lose(self, peer: str, reason: str, now: float) -> None:
         """End everything that involves `peer`."""
-        for sending in [s for s in self._live_senders.values() if s.peer == peer]:
+        for sending in [s for s in self._senders.live.values() if s.peer == peer]:
             self._run_sender(sending, sending.machine.abort(reason, now), now)
-        for transfer_id in [i.transfer_id for i in self._waiting.values() if i.peer == peer]:
-            self._end_waiting(transfer_id, reason)
-        for receiving in [r for r in self._live_receivers.values() if r.peer == peer]:
+        for incoming in self._receivers.waiting_for(peer):
+            self._end_waiting(incoming.transfer_id, reason)
+        for receiving in [r for r in self._receivers.live.values() if r.peer == peer]:
             self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
         self._pairs.forget(peer)
 
@@ -317,7 +306,7 @@ class TransferExchange:
         if now < self._look_at_pairs_at:
             return
         self._look_at_pairs_at = now + LOOK_AT_PAIRS_S
-        busy = {s.peer for s in self._live_senders.values()} | {r.peer for r in self._live_receivers.values()}
+        busy = {s.peer for s in self._senders.live.values()} | {r.peer for r in self._receivers.live.values()}
         for peer in set(self._pairs.idle(now)) - busy:
             self._lose(peer, "idle", now)
             self._wire.disconnect(peer)
@@ -326,26 +315,24 @@ class TransferExchange:
 
     def _on_io_done(self, done: IoDone, now: float) -> None:
         transfer_id = done.key.transfer_id
-        if done.sending and (sending := self._sending.get(transfer_id)) is not None:
+        if done.sending and (sending := self._senders.of_transfer(transfer_id)) is not None:
             self._run_sender(sending, sending.machine.on_io_done(done.key, done.ok, now), now)
-        elif not done.sending and (receiving := self._receivers.get(transfer_id)) is not None:
+        elif not done.sending and (receiving := self._receivers.of_transfer(transfer_id)) is not None:
             self._run_receiver(receiving, receiving.machine.on_io_done(done.key, done.ok, now, done.digest), now)
 
     def _on_grant(self, peer: str, grant: Grant, now: float) -> None:
         leg = LegKey(grant.request_id, grant.attempt)
-        sending = self._senders.get(leg)
+        sending = self._senders.of_leg(leg)
         if sending is None:  # the proxy's Prefill is still under way
-            while len(self._early_grants) >= MAX_EARLY_GRANTS:
-                del self._early_grants[next(iter(self._early_grants))]
-            self._early_grants[leg] = (peer, grant)
+            self._senders.keep_grant(leg, peer, grant)
         elif sending.peer == peer:
-            self._sending.setdefault(grant.transfer_id, sending)
+            self._senders.bind(grant.transfer_id, sending)
             self._run_sender(sending, sending.machine.on_message(grant, now), now)
         else:
             self.counters.unexpected_messages += 1
 
     def _to_sender(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
-        sending = self._sending.get(transfer_id)
+        sending = self._senders.of_transfer(transfer_id)
         if sending is None or sending.peer != peer or sending.machine.transfer_id != transfer_id:
             return False
         if isinstance(message, Accept) and self._pairs.plane_of(peer) is None:
@@ -354,13 +341,13 @@ class TransferExchange:
         return True
 
     def _to_receiver(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
-        receiving = self._receivers.get(transfer_id)
+        receiving = self._receivers.of_transfer(transfer_id)
         if receiving is None or receiving.peer != peer:
             return False
         self._run_receiver(receiving, receiving.machine.on_message(message, now), now)
         return True
 
-    def _run_sender(self, sending: _Sending, actions: list[Action], now: float) -> None:
+    def _run_sender(self, sending: Sending, actions: list[Action], now: float) -> None:
         plane = self._pairs.plane_of(sending.peer)
         transfer_id = sending.machine.transfer_id
         for action in actions:
@@ -377,14 +364,13 @@ class TransferExchange:
                 case Ended():
                     self._sender_ended(sending, action, now)
 
-    def _settle_sender(self, sending: _Sending, now: float) -> None:
+    def _settle_sender(self, sending: Sending, now: float) -> None:
         plane, transfer_id = sending.plane, sending.machine.transfer_id
         if plane is None or transfer_id is None or plane.idle(transfer_id):
             self._run_sender(sending, sending.machine.on_idle(now), now)
 
-    def _sender_ended(self, sending: _Sending, ended: Ended, now: float) -> None:
-        del self._live_senders[sending.leg]
-        self._ended.append((now + self._timing.forget_s, sending))
+    def _sender_ended(self, sending: Sending, ended: Ended, now: float) -> None:
+        self._senders.end(sending, now + self._timing.forget_s)
         transfer_s = now - sending.machine.started_at if ended.ok else 0.0
         if ended.ok:
             self.counters.transfers_sent += 1
@@ -400,7 +386,7 @@ class TransferExchange:
         else:
             self.counters.transfers_failed += 1
 
-    def _run_receiver(self, receiving: _Receiving, actions: list[Action], now: float) -> None:
+    def _run_receiver(self, receiving: Receiving, actions: list[Action], now: float) -> None:
         plane, transfer_id = receiving.plane, receiving.machine.transfer_id
         for action in actions:
             match action:
@@ -424,31 +410,21 @@ class TransferExchange:
                     self._count_end(action)
                     self.events.append(ReceiverEnded(transfer_id, action.reason, action.cancelled))
 
-    def _settle_receiver(self, receiving: _Receiving, now: float) -> None:
+    def _settle_receiver(self, receiving: Receiving, now: float) -> None:
         if receiving.plane.idle(receiving.machine.transfer_id):
             self._run_receiver(receiving, receiving.machine.on_idle(now), now)
 
-    def _receiver_over(self, receiving: _Receiving, now: float) -> None:
-        del self._live_receivers[receiving.machine.transfer_id]
-        self._ended.append((now + self._timing.forget_s, receiving))
+    def _receiver_over(self, receiving: Receiving, now: float) -> None:
+        self._receivers.end(receiving, now + self._timing.forget_s)
 
-    def _tick_sender(self, sending: _Sending, now: float) -> None:
+    def _tick_sender(self, sending: Sending, now: float) -> None:
         if sending.machine.state is State.STOPPING:
             self._settle_sender(sending, now)
         elif now >= sending.machine.wake_at:
             self._run_sender(sending, sending.machine.on_timer(now), now)
 
-    def _tick_receiver(self, receiving: _Receiving, now: float) -> None:
+    def _tick_receiver(self, receiving: Receiving, now: float) -> None:
         if receiving.machine.state is State.STOPPING:
             self._settle_receiver(receiving, now)
         elif now >= receiving.machine.wake_at:
             self._run_receiver(receiving, receiving.machine.on_timer(now), now)
-
-    def _forget_ended(self, now: float) -> None:
-        while self._ended and now >= self._ended[0][0]:
-            _, ended = self._ended.popleft()
-            if isinstance(ended, _Receiving):
-                del self._receivers[ended.machine.transfer_id]
-            else:
-                del self._senders[ended.leg]
-                self._sending.pop(ended.machine.transfer_id or b"", None)

@@ -32,6 +32,8 @@ from baton.kvtransfer.planes.base import ChunkKey
 from baton.node.messages.base import Message
 from baton.node.messages.control import Logprob
 
+POLL_S = 0.001
+
 
 @dataclass(frozen=True, slots=True)
 class Timing:
@@ -45,6 +47,8 @@ class Timing:
     """An accepted chunk must have landed by then."""
     forget_s: float = 20.0
     """How long an ended transfer is remembered, to answer late messages."""
+    poll_s: float = POLL_S
+    """When to poll a plane again that has no readable socket, while transfers are live."""
 
 
 @dataclass(frozen=True, slots=True)

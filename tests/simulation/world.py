@@ -21,7 +21,7 @@ from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
-from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded, TransferExchange
+from baton.kvtransfer.protocol.exchange import ChunkLimits, KvArrived, ReceiverEnded, SenderEnded, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.kvtransfer.protocol.transfer import Timing
@@ -180,9 +180,8 @@ class SimNode:
             self._planes,
             self.pool.digests,
             PeerTransport(self._send, lambda peer, address: None, lambda peer: None),
-            chunk_blocks=world.random.randint(1, 3),
-            window=world.random.randint(1, 3),
-            timing=TIMING,
+            ChunkLimits(world.random.randint(1, 3), window=world.random.randint(1, 3)),
+            TIMING,
         )
 
     def plane(self, name: str) -> SimPlane:

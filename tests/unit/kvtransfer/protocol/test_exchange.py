@@ -16,6 +16,7 @@ from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.exchange import (
+    ChunkLimits,
     Event,
     KvArrived,
     ReceiverEnded,
@@ -27,6 +28,7 @@ from baton.kvtransfer.protocol.receiver import Incoming
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.control import Refused
+from baton.node.messages.transfer import Grant
 from baton.testing.loopback import Fate, LoopbackFabric
 
 LAYOUT = KVLayout.of_model(num_layers=2, kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
@@ -46,17 +48,17 @@ class _Pair:
     ) -> None:
         self.now = 0.0
         self.pools = {name: BlockPool(LAYOUT, NUM_BLOCKS) for name in ("p/1", "d/1")}
+        self.delivered: list[Message] = []
         self._mail: deque[tuple[str, str, Message]] = deque()
+        self.planes = {name: make(name, pool) for name, pool in self.pools.items()}
         self.ends = {
             name: TransferExchange(
                 name,
                 namespace,
-                [make(name, pool)],
+                [self.planes[name]],
                 pool.digests,
                 PeerTransport(self._sender(name), lambda peer, address: None, lambda peer: None),
-                chunk_blocks=3,
-                pulled_chunk_blocks=pulled_chunk_blocks,
-                window=2,
+                ChunkLimits(3, pulled_chunk_blocks, window=2),
             )
             for (name, pool), namespace in zip(self.pools.items(), namespaces, strict=True)
         }
@@ -74,6 +76,7 @@ class _Pair:
             while self._mail:
                 sender, peer, message = self._mail.popleft()
                 self.ends[peer].on_message(sender, message, self.now)
+                self.delivered.append(message)
             for end in self.ends.values():
                 end.tick(self.now)
                 events += end.events
@@ -175,7 +178,7 @@ def test_digests_of_a_plane_are_compared_and_pulled_chunks_are_larger() -> None:
     prefill, decode = pair.ends["p/1"], pair.ends["d/1"]
     decode.open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, tuple(range(10)), deadline=60.0), pair.now)
     prefill.open_sender(LEG, "d/1", "here", 60.0, pair.now)
-    pair.run_until(lambda events: prefill._sending != {})  # the plane is agreed on, and the blocks are granted
+    pair.run_until(lambda _: any(isinstance(message, Grant) for message in pair.delivered))
     prefill.tell_blocks(LEG, range(10), {}, pair.now)
     prefill.tell_token(LEG, 42, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
@@ -242,8 +245,8 @@ def test_blocks_of_a_lost_peer_are_held_until_its_plane_is_idle(receiving: bool)
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (0,), deadline=60.0), pair.now)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
     pair.ends["p/1"].tell_blocks(LEG, [3], {}, pair.now)
-    pair.run_until(lambda _: all(_Stubborn.of(end).posted for end in pair.ends.values()))
-    end, plane = pair.ends[name], _Stubborn.of(pair.ends[name])
+    pair.run_until(lambda _: all(_Stubborn.of(pair, each).posted for each in pair.ends))
+    end, plane = pair.ends[name], _Stubborn.of(pair, name)
     plane.busy = True
     end.on_message(peer, Refused(reason="it is gone"), pair.now)
     for _ in range(5):
@@ -264,8 +267,8 @@ class _Stubborn:
         self.posted = 0
 
     @staticmethod
-    def of(end: TransferExchange) -> _Stubborn:
-        (plane,) = end._planes
+    def of(pair: _Pair, name: str) -> _Stubborn:
+        plane = pair.planes[name]
         assert isinstance(plane, _Stubborn)
         return plane
 
