@@ -17,7 +17,7 @@ list of actions for the owner of the sockets and the plane. It reads no clock, h
 Rules that make it hold:
 - The receiver writes its own memory, so it alone decides when its blocks are free: after CancelIo and `on_idle`.
 - A waiting peer retransmits its last message; every handler is idempotent; a transfer ends at its deadline or before.
-- The sender's lease ends when nothing was heard of the receiver for `lease_s`; it never says Valid after that.
+- The sender's lease ends `lease_s` after the receiver's last message; it never says Valid after that.
 - Abort may come from either side at any time and is answered with Aborted, also by a peer that never knew the
   transfer. It is sent once: a peer that missed it retransmits or renews something, and is answered with it again.
 """

@@ -278,7 +278,7 @@ class SimNode:
         blocks = self.manager.allocate(self.world.random.randint(0, self.manager.num_available))
         for block in blocks:
             if block in self.writable:
-                raise Broken(f"block {block} is given to somebody while a transfer may write to it")
+                raise Broken(f"block {block} is allocated while a transfer may write to it")
             self.pool.content[block] = GARBAGE
         self.manager.release(blocks)
 
