@@ -23,7 +23,7 @@ from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
 from baton.models.config import ModelConfig
-from baton.models.fingerprint import model_fingerprint
+from baton.models.fingerprint import FingerprintTask
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.membership import Membership
 from baton.node.messages.base import Role
@@ -66,9 +66,13 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder, sizes = locate_model(settings.model), settings.worker_sizes(device)
-    model = load_model(settings, sizes, device, role, folder)
+    with FingerprintTask(folder, settings.load_format, device) as hashing:
+        model = load_model(settings, sizes, device, role, folder)
+        began_at = time.monotonic()
+        fingerprint = hashing.result()
+    log_event(logger, "weights_hashed", waited_s=round(time.monotonic() - began_at, 1))
     layout, num_blocks = model.layout, model.pool.num_blocks
-    namespace = namespace_of(folder, settings.load_format, device, layout, model.config)
+    namespace = namespace_of(folder, fingerprint, layout, model.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
     incarnation = time.time_ns() >> 10
     context = new_context()
@@ -135,10 +139,10 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     return StartedWorker(parts, model.pool, store, io)
 
 
-def namespace_of(folder: Path, load_format: str, device: str, layout: KVLayout, config: ModelConfig) -> bytes:
+def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, config: ModelConfig) -> bytes:
     """Digest of all that makes KV compatible: two workers of different namespaces never exchange blocks."""
     return namespace_digest(
-        model_fingerprint=model_fingerprint(folder, load_format, device),
+        model_fingerprint=fingerprint,
         layout=layout,
         weight_dtype=layout.dtype,
         rope_fingerprint=hashlib.sha256(repr(config.rope).encode()).digest(),

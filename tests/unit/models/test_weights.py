@@ -2,6 +2,8 @@
 
 import json
 import re
+import shutil
+import threading
 
 import pytest
 import safetensors.torch
@@ -11,7 +13,7 @@ import transformers
 from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
-from baton.models.fingerprint import model_fingerprint
+from baton.models.fingerprint import CHUNK_BYTES, FingerprintTask, model_fingerprint
 from baton.models.layers import Rank
 from baton.models.weights import load_weights
 from baton.node.errors import SettingsError
@@ -266,6 +268,75 @@ def test_fingerprint_tells_folders_apart(make_model, edit_config):
     seen.add(model_fingerprint(folder))
     assert len(seen) == 4
     assert all(len(digest) == 32 for digest in seen)
+
+
+def write_bytes_at(path, offset, content):
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def test_fingerprint_covers_every_byte(make_model):
+    """Guards against KV of edited weights in use: a sample of the file misses whole matrices."""
+    folder = make_model("llama").folder
+    path = folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(path) | {"unused": torch.zeros(2 * CHUNK_BYTES // 4)}
+    safetensors.torch.save_file(tensors, path)
+    size_bytes = path.stat().st_size
+    seen = {model_fingerprint(folder)}
+    offsets = [
+        size_bytes - 1,
+        size_bytes // 3,
+        CHUNK_BYTES - 1,
+        CHUNK_BYTES,
+        *range(CHUNK_BYTES + 5000, size_bytes, 7_000_003),
+    ]
+    for count, offset in enumerate(offsets, start=2):
+        write_bytes_at(path, offset, b"\x55")
+        seen.add(model_fingerprint(folder))
+        assert len(seen) == count, offset
+
+
+def test_fingerprint_follows_the_order_of_chunks(make_model):
+    """Guards against a tree of digests in which two parts of a file may change places."""
+    folder = make_model("llama").folder
+    path = folder / "model.safetensors"
+    part = CHUNK_BYTES // 4
+    tensors = safetensors.torch.load_file(path) | {"unused": torch.cat([torch.zeros(2 * part), torch.ones(2 * part)])}
+    safetensors.torch.save_file(tensors, path)
+    before, content = model_fingerprint(folder), path.read_bytes()
+    chunks = [content[start : start + CHUNK_BYTES] for start in range(0, len(content), CHUNK_BYTES)]
+    chunks[1], chunks[3] = chunks[3], chunks[1]
+    write_bytes_at(path, 0, b"".join(chunks))
+    assert model_fingerprint(folder) != before
+
+
+def test_fingerprint_does_not_depend_on_time_or_place(make_model, tmp_path_factory):
+    """Two hosts with copies of one folder exchange KV, and nothing of an earlier start is trusted."""
+    folder = make_model("llama", shard_size="60KB").folder
+    copy = tmp_path_factory.mktemp("elsewhere") / "copy"
+    shutil.copytree(folder, copy)
+    assert model_fingerprint(copy) == model_fingerprint(folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+def test_file_that_is_written_during_the_load_is_an_error(make_model, name):
+    """Guards against an identity of other bytes than those that were loaded."""
+    folder = make_model("llama").folder
+    with FingerprintTask(folder) as task:
+        task.result()
+        replacement = folder / "new"
+        replacement.write_bytes((folder / name).read_bytes())
+        replacement.replace(folder / name)
+        with pytest.raises(SettingsError, match=f"{name}: was changed"):
+            task.result()
+
+
+def test_fingerprint_that_is_not_waited_for_ends(make_model):
+    """Guards against a worker whose load fails and that does not exit until 16 GB are hashed."""
+    with FingerprintTask(make_model("llama").folder):
+        pass
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("fingerprint")]
 
 
 def test_fingerprint_of_a_broken_file_is_an_error(make_model):

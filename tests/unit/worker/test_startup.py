@@ -13,6 +13,7 @@ import torch
 from baton.decode.settings import DecodeSettings
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
+from baton.models.fingerprint import model_fingerprint
 from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
@@ -69,7 +70,7 @@ def test_longest_sequence_counts_the_rope_scaling(tmp_path, fields, longest):
 def dummy_namespace(folder: Path, device: str = "cpu") -> bytes:
     config = ModelConfig.from_folder(folder)
     layout = layout_of(config, torch.float32, 16)
-    return namespace_of(folder, "dummy", device, layout, config)
+    return namespace_of(folder, model_fingerprint(folder, "dummy", device), layout, config)
 
 
 def test_dummy_models_of_one_layout_do_not_share_kv(tmp_path):
