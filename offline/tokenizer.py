@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from baton.proxy.text.model_text import ModelText, SamplingDefaults
+from baton.proxy.text.model_files import SamplingDefaults
+from baton.proxy.text.model_text import ModelText
 
 
 class OfflineTokenizer:

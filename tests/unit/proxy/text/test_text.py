@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 
@@ -21,7 +21,8 @@ from baton.node.errors import BadRequest, SettingsError
 from baton.proxy.http.prepare import choices_of
 from baton.proxy.http.schema import read_completion
 from baton.proxy.interface import AppSettings
-from baton.proxy.text.model_text import LONG_TEXT_CHARS, ModelText, SamplingDefaults
+from baton.proxy.text.model_files import SamplingDefaults
+from baton.proxy.text.model_text import LONG_TEXT_CHARS, ModelText
 from baton.proxy.text.template import ChatTemplate
 
 BESIDE = Path(__file__).resolve().parents[5] / "shared" / "data" / "tokenizers"
@@ -108,9 +109,10 @@ def test_pieces_of_real_text_join_to_it_and_never_show_half_a_character(any_text
 @given(unicode_text | words, st.integers(0, 60))
 def test_an_answer_goes_on_where_its_prompt_ends(any_text: ModelText, written: str, cut: int) -> None:
     """Guards against an answer's first space or character lost because its first token is taken for a text's first."""
+    assume("\ufffd" not in written)
     ids = any_text.encode(written, add_special_tokens=False)
-    *begun, _ = streamed(any_text, ids[:cut])  # without the bytes of a character that the answer completes
-    assert "".join(begun) + "".join(streamed(any_text, ids[cut:], ids[:cut])) == any_text.decode(ids)
+    begun = "".join(streamed(any_text, ids[:cut])).removesuffix("\ufffd")  # the answer completes the character
+    assert begun + "".join(streamed(any_text, ids[cut:], ids[:cut])) == any_text.decode(ids)
 
 
 @pytest.mark.parametrize("prompt", ["", "the"])
