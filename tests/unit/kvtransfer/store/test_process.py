@@ -27,6 +27,7 @@ from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
 ROOT = Path(__file__).resolve().parents[4]
 PATIENCE_S = 30.0
+ATTEMPTS = 5
 
 
 def _free_port() -> int:
@@ -104,12 +105,19 @@ class Client:
         return event.tiers
 
     def load(self, *numbers: int) -> list[bool]:
-        """Find and load; for each loaded block, whether it is correct."""
-        self.find(*numbers)
-        self.client.load(LegKey("r", self._asked), 0, range(8, 8 + len(numbers)))
-        event = self.next()
-        assert isinstance(event, StoreLoaded)
-        return [bytes(self.pool.block(8 + n)) == content(numbers[n]) for n in range(event.num_blocks)]
+        """Find and load; for each loaded block, whether it is correct.
+
+        On a busy machine a store may be silent so long that its client takes it for lost: it then tries again.
+        """
+        for _ in range(ATTEMPTS):
+            self.wait_attached()
+            self.find(*numbers)
+            self.client.load(LegKey("r", self._asked), 0, range(8, 8 + len(numbers)))
+            event = self.next()
+            assert isinstance(event, StoreLoaded)
+            if event.num_blocks:
+                return [bytes(self.pool.block(8 + n)) == content(numbers[n]) for n in range(event.num_blocks)]
+        return []
 
     def let_go(self) -> None:
         self.client.stop(LegKey("r", self._asked))
