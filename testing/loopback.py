@@ -123,7 +123,7 @@ class LoopbackPlane:
 
     def __init__(self, fabric: LoopbackFabric, identity: str, memory: BlockMemory) -> None:
         self.dropped: Counter[str] = Counter()
-        """Arrived movements that were rejected, by reason: unknown, stranger, size."""
+        """Arrived movements that were rejected, by reason: unknown, wrong_peer, size."""
         self.memory = memory
         self._fabric = fabric
         self._identity = identity
@@ -202,7 +202,7 @@ class LoopbackPlane:
         if receive is None:
             self.dropped["unknown"] += 1
         elif receive.peer != movement.sender:
-            self.dropped["stranger"] += 1
+            self.dropped["wrong_peer"] += 1
         elif failed:
             self._ledger.end_receive(movement.key, failed)
         elif len(receive.blocks) != len(entry.blocks) or self.memory.block_bytes != sender.memory.block_bytes:

@@ -1,17 +1,17 @@
-"""The words that two NCCL planes exchange, and the sockets they travel over. Carries no KV and knows no GPU.
+"""The messages that two NCCL planes exchange, and the sockets they travel over. Carries no KV and knows no GPU.
 
-NCCL matches sends and receives by their order alone, so the order is agreed here first. Each way from a sender to a
-receiver has a number of its own, a *way*: 16 random bytes, never used again.
+NCCL matches sends and receives by their order alone, so the order is agreed here first. Each one-way *connection*
+from a sender to a receiver has an id of its own: 16 random bytes, never used again.
 
-    sender                                     receiver
-      Open(way)        ──────────────────────►   both make their rank of a communicator of two,
-      Put(way, ...)    ◄─────────────────────►   ... with a store that is tunnelled by Put
-      Ask(way, n, key, sizes)  ──────────────►   is this receive posted, of this peer, of this size?
-                       ◄──────────────────────   Go(way, n, runs): the receive is issued; or No(way, n)
+    sender                                  receiver
+      Open(id)                ──────────►     both make their rank of a communicator of two,
+      StorePut(id, ...)       ◄────────►      with a store that is tunnelled by StorePut
+      SendRequest(id, n, key, sizes)  ──►     is this receive posted, for this peer, of this size?
+                              ◄──────────     SendGranted(id, n, runs): the receive is issued; or SendRefused(id, n)
       the send is issued
-      Close(way)       ◄─────────────────────►   by either end: the communicator is aborted at both
+      Close(id)               ◄────────►      by either end: the communicator is aborted at both
 
-Asks are numbered from 0 and answered in order; an end that sees another order closes the way.
+Requests are numbered from 0 and answered in order; an end that sees another order closes the connection.
 """
 
 from __future__ import annotations
@@ -25,26 +25,26 @@ from msgspec import Meta
 from baton.node import sockets
 from baton.node.errors import SettingsError
 
-MAX_WORD_BYTES = 1 << 20
-MAX_WORDS_A_POLL = 256
-OPTIONS = sockets.Options(max_message_bytes=MAX_WORD_BYTES, heartbeat_ms=500, heartbeat_timeout_ms=1_500)
+MAX_MESSAGE_BYTES = 1 << 20
+MAX_MESSAGES_PER_POLL = 256
+OPTIONS = sockets.Options(max_message_bytes=MAX_MESSAGE_BYTES, heartbeat_ms=500, heartbeat_timeout_ms=1_500)
 
-WayId = Annotated[bytes, Meta(min_length=16, max_length=16)]
+ConnectionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Number = Annotated[int, Meta(ge=0, le=1 << 62)]
 
 
 class Open(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="open"):
-    way: WayId
+    connection: ConnectionId
 
 
 class StorePut(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="put"):
-    way: WayId
+    connection: ConnectionId
     key: Annotated[str, Meta(max_length=512)]
     value: Annotated[bytes, Meta(max_length=65_536)]
 
 
-class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ask"):
-    way: WayId
+class SendRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="request"):
+    connection: ConnectionId
     number: Number
     transfer_id: Annotated[bytes, Meta(min_length=16, max_length=16)]
     seq: Number
@@ -53,8 +53,8 @@ class Ask(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="ask"):
     block_bytes: Number
 
 
-class Go(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="go"):
-    way: WayId
+class SendGranted(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="granted"):
+    connection: ConnectionId
     number: Number
     lengths: Annotated[tuple[Number, ...], Meta(min_length=1, max_length=65_536)]
     """Blocks of each piece, in the order of the chunk; each is consecutive in both pools."""
@@ -62,29 +62,29 @@ class Go(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="go"):
     """The pieces are sent as one, through a buffer at both ends."""
 
 
-class No(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="no"):
-    way: WayId
+class SendRefused(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="refused"):
+    connection: ConnectionId
     number: Number
 
 
 class Close(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag="close"):
-    way: WayId
+    connection: ConnectionId
 
 
-Word = Open | StorePut | Ask | Go | No | Close
+ChannelMessage = Open | StorePut | SendRequest | SendGranted | SendRefused | Close
 
 
 class Channel:
-    """One end: a ROUTER that hears, and a DEALER to each peer that speaks. One thread owns it."""
+    """One end: a ROUTER that receives, and a DEALER to each peer. One thread owns it."""
 
     def __init__(self, context: sockets.Context, identity: str, host: str) -> None:
         """Raises SettingsError if `host` is no address of this machine, or the identity is too long for a socket."""
         self.dropped: Counter[str] = Counter()
-        """Words that came in and were not passed on, by reason: stranger, malformed."""
+        """Messages that came in and were not passed on, by reason: wrong_peer, malformed."""
         self._context = context
         self._identity = identity
         self._dealers: dict[str, sockets.Socket] = {}
-        self._decoder = msgspec.msgpack.Decoder(Word)
+        self._decoder = msgspec.msgpack.Decoder(ChannelMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self.socket = sockets.open_router(context, sockets.any_port(host, identity), OPTIONS)
         self.address = sockets.bound_address(self.socket)
@@ -108,20 +108,20 @@ class Channel:
     def connected(self, peer: str) -> bool:
         return peer in self._dealers
 
-    def send(self, peer: str, word: Word) -> bool:
+    def send(self, peer: str, message: ChannelMessage) -> bool:
         """False if the peer is not connected or its queue is full."""
         dealer = self._dealers.get(peer)
-        return dealer is not None and sockets.send_frames(dealer, [self._encoder.encode(word)])
+        return dealer is not None and sockets.send_frames(dealer, [self._encoder.encode(message)])
 
-    def receive(self) -> list[tuple[str, Word]]:
-        """What has come in from connected peers, at most MAX_WORDS_A_POLL."""
-        words: list[tuple[str, Word]] = []
-        for _ in range(MAX_WORDS_A_POLL):
+    def receive(self) -> list[tuple[str, ChannelMessage]]:
+        """What has come in from connected peers, at most MAX_MESSAGES_PER_POLL."""
+        messages: list[tuple[str, ChannelMessage]] = []
+        for _ in range(MAX_MESSAGES_PER_POLL):
             frames = sockets.receive_frames(self.socket)
             if frames is None:
                 break
-            self._take(frames, words)
-        return words
+            self._take(frames, messages)
+        return messages
 
     def close(self) -> None:
         for peer in list(self._dealers):
@@ -130,12 +130,12 @@ class Channel:
 
     # -- inside
 
-    def _take(self, frames: list[bytes], words: list[tuple[str, Word]]) -> None:
+    def _take(self, frames: list[bytes], messages: list[tuple[str, ChannelMessage]]) -> None:
         peer = frames[0].decode(errors="replace")
         if peer not in self._dealers:
-            self.dropped["stranger"] += 1
+            self.dropped["wrong_peer"] += 1
             return
         try:
-            words.append((peer, self._decoder.decode(frames[1] if len(frames) == 2 else b"")))
+            messages.append((peer, self._decoder.decode(frames[1] if len(frames) == 2 else b"")))
         except (msgspec.DecodeError, msgspec.ValidationError):
             self.dropped["malformed"] += 1

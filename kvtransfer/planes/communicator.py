@@ -153,7 +153,7 @@ class NcclOperation:
 
     @property
     def done(self) -> bool:
-        with self._lock:  # the plane's thread and the watcher ask
+        with self._lock:  # the plane's thread and the watcher request
             if not self._done and self._event and cudart.happened(self._event):
                 self._done = True
                 self.buffer = None
@@ -284,7 +284,7 @@ class NcclPipe:
                 if not self._issued:
                     self._progress_at = time.monotonic()
                 self._issued.append(operation)
-            except Exception as error:  # the way is broken: the plane aborts it at both ends
+            except Exception as error:  # the connection is broken: the plane aborts it at both ends
                 self._fail(error)
 
     def _issue_pieces(self, pieces: Pieces) -> None:

@@ -1,9 +1,10 @@
-"""The two-sided data plane between GPUs over NCCL: a communicator of two ranks for each way from sender to receiver.
+"""The two-sided data plane between GPUs over NCCL: a communicator of two ranks for each one-way connection of a pair.
 
 NCCL has no tags, matches by order, and a kernel that waits for a dead peer spins until its communicator is aborted. So
-a movement is agreed upon first (channel.py): a receive that is posted and not asked for costs nothing and is cancelled
-at once; what was agreed is issued at both ends in one order, and happens. A way on which nothing ends for `stall_s` is
-aborted at both ends and its blocks stay held until nothing can touch them; the next send opens a new way.
+a movement is agreed upon first (channel.py): a receive that is posted and never requested costs nothing and is
+cancelled at once; what was agreed is issued at both ends in one order, and happens. A connection on which nothing ends
+for `stall_s` is aborted at both ends and its blocks stay held until nothing can touch them; the next send opens a new
+connection.
 
 The plane itself touches no GPU and issues no NCCL call: `Connector` and `Pipe` do (communicator.py), in threads of
 their own; a fake pair passes the same contract on CPU, and fails if order or size differ at the two ends.
@@ -24,14 +25,14 @@ from typing import Protocol
 from baton.kvtransfer.blocks.runs import common_runs, cut
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.channel import (
-    Ask,
     Channel,
+    ChannelMessage,
     Close,
-    Go,
-    No,
     Open,
+    SendGranted,
+    SendRefused,
+    SendRequest,
     StorePut,
-    Word,
 )
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node.host import host_identity
@@ -78,7 +79,7 @@ class Pipe(Protocol):
         ...
 
     def deliver(self, key: str, value: bytes) -> None:
-        """The peer's word for the rendezvous."""
+        """The peer's message for the rendezvous."""
         ...
 
     def send(self, pieces: Pieces, packed: bool) -> PipeOperation: ...
@@ -130,29 +131,29 @@ class _Move:
 
 
 @dataclass(slots=True)
-class _Way:
+class _Connection:
     peer: str
     sending: bool
     pipe: Pipe
     progress_at: float
     next_number: int = 0
-    asked: deque[_Move] = field(default_factory=deque)  # of the sender: no answer yet
+    requested: deque[_Move] = field(default_factory=deque)  # of the sender: no answer yet
     issued: deque[_Move] = field(default_factory=deque)
-    early: deque[Ask] = field(default_factory=deque)  # of the receiver: before the pipe was ready
+    early: deque[SendRequest] = field(default_factory=deque)  # of the receiver: before the pipe was ready
     was_ready: bool = False
 
     @property
     def busy(self) -> bool:
-        return bool(self.asked or self.issued)
+        return bool(self.requested or self.issued)
 
     def touches(self, transfer_id: bytes) -> bool:
-        return any(move.key.transfer_id == transfer_id for move in (*self.asked, *self.issued))
+        return any(move.key.transfer_id == transfer_id for move in (*self.requested, *self.issued))
 
 
 class NcclPlane:
     """One end, called `identity` as its worker's endpoint is; `host` is the address that peers reach its channel by.
 
-    `warm`: open the way to a peer as soon as it is connected, not at the first send (for workers that send).
+    `warm`: open the connection to a peer as soon as it is connected, not at the first send (for workers that send).
     """
 
     name = "nccl"
@@ -172,7 +173,7 @@ class NcclPlane:
     ) -> None:
         """Raises SettingsError as Channel does."""
         self.dropped: Counter[str] = Counter()
-        """Asks that were refused, by reason: unknown, stranger, size."""
+        """Requests that were refused, by reason: unknown, wrong_peer, size."""
         self._connector = connector
         self._warm = warm
         self._stall_s = stall_s
@@ -183,9 +184,9 @@ class NcclPlane:
         self._ledger = IoLedger()
         self._sources: dict[ChunkKey, tuple[int, ...]] = {}  # of posted receives, the sender's blocks
         self._addresses: dict[str, PlaneAddress] = {}
-        self._ways: dict[bytes, _Way] = {}
-        self._stopping: list[_Way] = []
-        self._waiting: dict[str, deque[_Move]] = {}  # sends that were not asked for yet, by peer
+        self._connections: dict[bytes, _Connection] = {}
+        self._stopping: list[_Connection] = []
+        self._waiting: dict[str, deque[_Move]] = {}  # sends that were not requested for yet, by peer
         self._outbox: queue.SimpleQueue[tuple[bytes, str, bytes]] = queue.SimpleQueue()  # by threads of pipes
 
     def describe(self) -> PlaneAddress:
@@ -230,16 +231,16 @@ class NcclPlane:
 
     def poll(self) -> list[IoDone]:
         while not self._outbox.empty():
-            way_id, key, value = self._outbox.get_nowait()
-            if (way := self._ways.get(way_id)) is not None:
-                self._channel.send(way.peer, StorePut(way_id, key, value))
-        for peer, word in self._channel.receive():
-            self._on_word(peer, word)
-        for way_id, way in list(self._ways.items()):
-            self._advance(way_id, way)
+            connection_id, key, value = self._outbox.get_nowait()
+            if (connection := self._connections.get(connection_id)) is not None:
+                self._channel.send(connection.peer, StorePut(connection_id, key, value))
+        for peer, message in self._channel.receive():
+            self._on_message(peer, message)
+        for connection_id, connection in list(self._connections.items()):
+            self._advance(connection_id, connection)
         for peer in [peer for peer, moves in self._waiting.items() if moves]:
             self._ask(peer)
-        self._stopping = [way for way in self._stopping if not self._reap(way)]
+        self._stopping = [connection for connection in self._stopping if not self._reap(connection)]
         return self._ledger.report()
 
     def cancel(self, transfer_id: bytes) -> None:
@@ -248,32 +249,38 @@ class NcclPlane:
             del self._sources[key]
         for peer, moves in self._waiting.items():
             self._waiting[peer] = deque(move for move in moves if move.key.transfer_id != transfer_id)
-        for way in (*self._ways.values(), *self._stopping):
-            for move in (*way.asked, *way.issued):
+        for connection in (*self._connections.values(), *self._stopping):
+            for move in (*connection.requested, *connection.issued):
                 move.cancelled |= move.key.transfer_id == transfer_id
 
     def idle(self, transfer_id: bytes) -> bool:
-        """Whether nothing is posted, agreed upon or issued; what was agreed upon ends, or its way is aborted."""
+        """Whether nothing is posted, agreed upon or issued; what was agreed upon ends, or its connection is aborted."""
         if self._ledger.receiving(transfer_id):
             return False
         if any(move.key.transfer_id == transfer_id for moves in self._waiting.values() for move in moves):
             return False
-        return not any(way.touches(transfer_id) for way in (*self._ways.values(), *self._stopping))
+        return not any(connection.touches(transfer_id) for connection in (*self._connections.values(), *self._stopping))
 
     def forget(self, peer: str) -> None:
-        """Abort every way to and from it. What was issued fails as soon as nothing can touch its blocks."""
+        """Abort every connection to and from it. What was issued fails as soon as nothing can touch its blocks."""
         for move in self._waiting.pop(peer, ()):
             self._ledger.end_send(move.key, "the peer is gone")
-        for way_id, way in [(way_id, way) for way_id, way in self._ways.items() if way.peer == peer]:
-            self._break(way_id, way, "the peer is gone", level=logging.INFO)
-        self._ledger.forget(peer, but={move.key for way in self._stopping for move in way.issued})
+        for connection_id, connection in [
+            (connection_id, connection)
+            for connection_id, connection in self._connections.items()
+            if connection.peer == peer
+        ]:
+            self._break(connection_id, connection, "the peer is gone", level=logging.INFO)
+        self._ledger.forget(peer, but={move.key for connection in self._stopping for move in connection.issued})
         self._channel.disconnect(peer, FAREWELL_MS)
         self._addresses.pop(peer, None)
 
     @property
     def pending(self) -> bool:
         """A pipe that opens, a movement that was agreed upon, or an abort under way."""
-        opening = any(way.pipe.state is not PipeState.READY or way.busy for way in self._ways.values())
+        opening = any(
+            connection.pipe.state is not PipeState.READY or connection.busy for connection in self._connections.values()
+        )
         return bool(opening or self._stopping or any(self._waiting.values()))
 
     def sockets(self) -> list[object]:
@@ -289,174 +296,187 @@ class NcclPlane:
         self._stopping.clear()
         self._sources.clear()
 
-    # -- ways
+    # -- connections
 
-    def _open_way(self, peer: str) -> _Way:
-        way_id = secrets.token_bytes(16)
-        way = self._ways[way_id] = self._new_way(way_id, peer, sending=True)
-        self._channel.send(peer, Open(way_id))
-        return way
+    def _open_way(self, peer: str) -> _Connection:
+        connection_id = secrets.token_bytes(16)
+        connection = self._connections[connection_id] = self._new_way(connection_id, peer, sending=True)
+        self._channel.send(peer, Open(connection_id))
+        return connection
 
-    def _new_way(self, way_id: bytes, peer: str, sending: bool) -> _Way:
-        pipe = self._connector.open(sending, lambda key, value: self._outbox.put((way_id, key, value)))
-        return _Way(peer, sending, pipe, self._clock())
+    def _new_way(self, connection_id: bytes, peer: str, sending: bool) -> _Connection:
+        pipe = self._connector.open(sending, lambda key, value: self._outbox.put((connection_id, key, value)))
+        return _Connection(peer, sending, pipe, self._clock())
 
-    def _outgoing(self, peer: str) -> tuple[bytes, _Way] | None:
-        ways = self._ways.items()
-        return next(((way_id, way) for way_id, way in ways if way.sending and way.peer == peer), None)
+    def _outgoing(self, peer: str) -> tuple[bytes, _Connection] | None:
+        connections = self._connections.items()
+        return next(
+            (
+                (connection_id, connection)
+                for connection_id, connection in connections
+                if connection.sending and connection.peer == peer
+            ),
+            None,
+        )
 
-    def _advance(self, way_id: bytes, way: _Way) -> None:
-        """End what has ended, and break the way if it is broken or makes no progress."""
+    def _advance(self, connection_id: bytes, connection: _Connection) -> None:
+        """End what has ended, and break the connection if it is broken or makes no progress."""
         now = self._clock()
-        if way.pipe.state is PipeState.BROKEN:
-            self._break(way_id, way, way.pipe.reason)
+        if connection.pipe.state is PipeState.BROKEN:
+            self._break(connection_id, connection, connection.pipe.reason)
             return
-        if way.pipe.state is PipeState.OPENING:
-            if now - way.progress_at > self._open_s:
-                self._break(way_id, way, f"no communicator after {self._open_s} s")
+        if connection.pipe.state is PipeState.OPENING:
+            if now - connection.progress_at > self._open_s:
+                self._break(connection_id, connection, f"no communicator after {self._open_s} s")
             return
-        if not way.was_ready:
-            way.was_ready, way.progress_at = True, now
-        while way.early and way_id in self._ways:
-            self._on_ask(way_id, way, way.early.popleft())
-        while way.issued and way.issued[0].operation is not None and way.issued[0].operation.done:
-            self._end(way, way.issued.popleft(), "")
-            way.progress_at = now
-        if way.busy and now - way.progress_at > self._stall_s:
-            self._break(way_id, way, f"nothing moved for {self._stall_s} s")
+        if not connection.was_ready:
+            connection.was_ready, connection.progress_at = True, now
+        while connection.early and connection_id in self._connections:
+            self._on_request(connection_id, connection, connection.early.popleft())
+        while connection.issued and connection.issued[0].operation is not None and connection.issued[0].operation.done:
+            self._end(connection, connection.issued.popleft(), "")
+            connection.progress_at = now
+        if connection.busy and now - connection.progress_at > self._stall_s:
+            self._break(connection_id, connection, f"nothing moved for {self._stall_s} s")
 
-    def _end(self, way: _Way, move: _Move, reason: str) -> None:
+    def _end(self, connection: _Connection, move: _Move, reason: str) -> None:
         if move.cancelled:
             return
-        if way.sending:
+        if connection.sending:
             self._ledger.end_send(move.key, reason)
         elif self._ledger.receive(move.key) is not None:
             self._sources.pop(move.key, None)
             self._ledger.end_receive(move.key, reason)
 
-    def _break(self, way_id: bytes, way: _Way, reason: str, level: int = logging.WARNING) -> None:
-        """Abort it here and ask the peer to do the same. Asks without an answer fail; what was issued waits for
-        the end of the abort. Sends that were not asked for stay, for a new way, unless none can be made."""
-        del self._ways[way_id]
-        self._channel.send(way.peer, Close(way_id))
-        way.pipe.abort()
-        log_event(logger, "way_broken", level=level, peer=way.peer, sending=way.sending, reason=reason)
-        while way.asked:
-            self._end(way, way.asked.popleft(), reason)
-        if way.sending and not way.was_ready:
-            for move in self._waiting.pop(way.peer, ()):
+    def _break(self, connection_id: bytes, connection: _Connection, reason: str, level: int = logging.WARNING) -> None:
+        """Abort it here and request the peer to do the same. Asks without an answer fail; what was issued waits for
+        the end of the abort. Sends that were not requested for stay, for a new connection, unless none can be made."""
+        del self._connections[connection_id]
+        self._channel.send(connection.peer, Close(connection_id))
+        connection.pipe.abort()
+        log_event(logger, "way_broken", level=level, peer=connection.peer, sending=connection.sending, reason=reason)
+        while connection.requested:
+            self._end(connection, connection.requested.popleft(), reason)
+        if connection.sending and not connection.was_ready:
+            for move in self._waiting.pop(connection.peer, ()):
                 self._ledger.end_send(move.key, reason)
-        self._stopping.append(way)
+        self._stopping.append(connection)
 
-    def _reap(self, way: _Way) -> bool:
-        """Report what was issued on an aborted way, when nothing can touch its blocks any more."""
-        if not way.pipe.stopped:
+    def _reap(self, connection: _Connection) -> bool:
+        """Report what was issued on an aborted connection, when nothing can touch its blocks any more."""
+        if not connection.pipe.stopped:
             return False
-        while way.issued:
-            self._end(way, way.issued.popleft(), "the communicator was aborted")
+        while connection.issued:
+            self._end(connection, connection.issued.popleft(), "the communicator was aborted")
         return True
 
     # -- sending
 
     def _ask(self, peer: str) -> None:
-        """Ask for every waiting send, in order; without a way one is opened."""
+        """Request every waiting send, in order; without a connection one is opened."""
         found = self._outgoing(peer)
         if found is None:
             self._open_way(peer)
             return
-        way_id, way = found
-        if way.pipe.state is not PipeState.READY:
+        connection_id, connection = found
+        if connection.pipe.state is not PipeState.READY:
             return
         waiting = self._waiting.get(peer, deque())
-        while waiting and self._channel.send(peer, self._ask_for(way_id, way, waiting[0])):
+        while waiting and self._channel.send(peer, self._request_for(connection_id, connection, waiting[0])):
             move = waiting.popleft()
-            if not way.busy:
-                way.progress_at = self._clock()
-            move.number = way.next_number
-            way.next_number += 1
-            way.asked.append(move)
+            if not connection.busy:
+                connection.progress_at = self._clock()
+            move.number = connection.next_number
+            connection.next_number += 1
+            connection.requested.append(move)
 
-    def _ask_for(self, way_id: bytes, way: _Way, move: _Move) -> Ask:
+    def _request_for(self, connection_id: bytes, connection: _Connection, move: _Move) -> SendRequest:
         key, size = move.key, self._connector.block_bytes
-        return Ask(way_id, way.next_number, key.transfer_id, key.seq, key.retry, len(move.blocks), size)
+        return SendRequest(
+            connection_id, connection.next_number, key.transfer_id, key.seq, key.retry, len(move.blocks), size
+        )
 
-    def _on_answer(self, way_id: bytes, way: _Way, answer: Go | No) -> None:
-        """Answers come in the order of the asks: anything else means that words were lost."""
-        if not way.asked or way.asked[0].number != answer.number:
-            self._break(way_id, way, f"answer {answer.number} is out of order")
+    def _on_answer(self, connection_id: bytes, connection: _Connection, answer: SendGranted | SendRefused) -> None:
+        """Answers come in the order of the asks: anything else means that messages were lost."""
+        if not connection.requested or connection.requested[0].number != answer.number:
+            self._break(connection_id, connection, f"answer {answer.number} is out of order")
             return
-        move = way.asked.popleft()
-        way.progress_at = self._clock()
-        if isinstance(answer, No):
-            self._end(way, move, "the peer does not want it")
+        move = connection.requested.popleft()
+        connection.progress_at = self._clock()
+        if isinstance(answer, SendRefused):
+            self._end(connection, move, "the peer does not want it")
             return
         pieces = cut(move.blocks, answer.lengths)
-        if pieces is None or way.pipe.state is not PipeState.READY:
-            way.asked.appendleft(move)
-            self._break(way_id, way, "the peer's pieces do not fit")
+        if pieces is None or connection.pipe.state is not PipeState.READY:
+            connection.requested.appendleft(move)
+            self._break(connection_id, connection, "the peer's pieces do not fit")
             return
-        move.operation = way.pipe.send(pieces, answer.packed)
-        way.issued.append(move)
+        move.operation = connection.pipe.send(pieces, answer.packed)
+        connection.issued.append(move)
 
     # -- receiving
 
-    def _on_word(self, peer: str, word: Word) -> None:
-        way = self._ways.get(word.way)
-        if isinstance(word, Open):
-            if way is None:
-                self._on_open(peer, word.way)
+    def _on_message(self, peer: str, message: ChannelMessage) -> None:
+        connection = self._connections.get(message.connection)
+        if isinstance(message, Open):
+            if connection is None:
+                self._on_open(peer, message.connection)
             return
-        if way is None or way.peer != peer:
-            if not isinstance(word, Close):
-                self._channel.send(peer, Close(word.way))
+        if connection is None or connection.peer != peer:
+            if not isinstance(message, Close):
+                self._channel.send(peer, Close(message.connection))
             return
-        match word:
+        match message:
             case StorePut():
-                way.pipe.deliver(word.key, word.value)
+                connection.pipe.deliver(message.key, message.value)
             case Close():
-                self._break(word.way, way, "closed by the peer", level=logging.INFO)
-            case Ask() if not way.sending:
-                if len(way.early) < MAX_EARLY_ASKS:
-                    way.early.append(word)
-                    self._advance(word.way, way)
-            case Go() | No() if way.sending:
-                self._on_answer(word.way, way, word)
+                self._break(message.connection, connection, "closed by the peer", level=logging.INFO)
+            case SendRequest() if not connection.sending:
+                if len(connection.early) < MAX_EARLY_ASKS:
+                    connection.early.append(message)
+                    self._advance(message.connection, connection)
+            case SendGranted() | SendRefused() if connection.sending:
+                self._on_answer(message.connection, connection, message)
             case _:
-                self._break(word.way, way, "a word in the wrong direction")
+                self._break(message.connection, connection, "a message in the wrong direction")
 
-    def _on_open(self, peer: str, way_id: bytes) -> None:
-        """A peer has one way to us: an older one is broken, though its Close was lost."""
-        for old_id, old in [(i, w) for i, w in self._ways.items() if w.peer == peer and not w.sending]:
-            self._break(old_id, old, "the peer opens a new way")
-        self._ways[way_id] = self._new_way(way_id, peer, sending=False)
+    def _on_open(self, peer: str, connection_id: bytes) -> None:
+        """A peer has one connection to us: an older one is broken, though its Close was lost."""
+        for old_id, old in [(i, w) for i, w in self._connections.items() if w.peer == peer and not w.sending]:
+            self._break(old_id, old, "the peer opens a new connection")
+        self._connections[connection_id] = self._new_way(connection_id, peer, sending=False)
 
-    def _on_ask(self, way_id: bytes, way: _Way, ask: Ask) -> None:
-        """Issue the receive and say Go, or say No; the order of Go is the order of the receives."""
-        if ask.number != way.next_number:
-            self._break(way_id, way, f"ask {ask.number} is out of order")
+    def _on_request(self, connection_id: bytes, connection: _Connection, request: SendRequest) -> None:
+        """Issue the receive and grant the send, or refuse it; the order of SendGranted is the order of the receives."""
+        if request.number != connection.next_number:
+            self._break(connection_id, connection, f"request {request.number} is out of order")
             return
-        way.next_number += 1
-        key = ChunkKey(ask.transfer_id, ask.seq, ask.retry)
+        connection.next_number += 1
+        key = ChunkKey(request.transfer_id, request.seq, request.retry)
         receive = self._ledger.receive(key)
         refusal = ""
         if receive is None or key not in self._sources:
             refusal = "unknown"
-        elif receive.peer != way.peer:
-            refusal = "stranger"
-        elif (ask.num_blocks, ask.block_bytes) != (len(receive.blocks), self._connector.block_bytes):
+        elif receive.peer != connection.peer:
+            refusal = "wrong_peer"
+        elif (request.num_blocks, request.block_bytes) != (len(receive.blocks), self._connector.block_bytes):
             refusal = "size"
         if receive is None or refusal:
             self.dropped[refusal] += 1
-            self._answer(way_id, way, No(way_id, ask.number))
+            self._answer(connection_id, connection, SendRefused(connection_id, request.number))
             return
         runs = common_runs(self._sources.pop(key), receive.blocks)
         packed = len(runs) > 1 and len(receive.blocks) * self._connector.block_bytes < PACK_BELOW_BYTES * len(runs)
-        if not way.busy:
-            way.progress_at = self._clock()
-        operation = way.pipe.receive([(run.target, run.length) for run in runs], packed)
-        way.issued.append(_Move(key, receive.blocks, ask.number, operation))
-        self._answer(way_id, way, Go(way_id, ask.number, tuple(run.length for run in runs), packed))
+        if not connection.busy:
+            connection.progress_at = self._clock()
+        operation = connection.pipe.receive([(run.target, run.length) for run in runs], packed)
+        connection.issued.append(_Move(key, receive.blocks, request.number, operation))
+        self._answer(
+            connection_id,
+            connection,
+            SendGranted(connection_id, request.number, tuple(run.length for run in runs), packed),
+        )
 
-    def _answer(self, way_id: bytes, way: _Way, word: Go | No) -> None:
-        if not self._channel.send(way.peer, word):
-            self._break(way_id, way, "the answer cannot be sent")
+    def _answer(self, connection_id: bytes, connection: _Connection, message: SendGranted | SendRefused) -> None:
+        if not self._channel.send(connection.peer, message):
+            self._break(connection_id, connection, "the answer cannot be sent")

@@ -71,7 +71,7 @@ class ZmqPlane:
     def __init__(self, context: sockets.Context, memory: BlockMemory, identity: str, host: str = "127.0.0.1") -> None:
         """Raises SettingsError if `host` is no address of this machine, or the identity is too long for a socket."""
         self.dropped: Counter[str] = Counter()
-        """Messages that arrived and were not taken, by reason: header, unknown, stranger, size."""
+        """Messages that arrived and were not taken, by reason: header, unknown, wrong_peer, size."""
         self._context = context
         self._memory = memory
         self._identity = identity
@@ -240,7 +240,7 @@ class ZmqPlane:
         if receive is None:
             self.dropped["unknown"] += 1
         elif frames[0].bytes != receive.peer.encode():
-            self.dropped["stranger"] += 1
+            self.dropped["wrong_peer"] += 1
         elif (num_blocks, block_bytes) == (len(receive.blocks), self._memory.block_bytes) and self._copy(
             [frame.buffer for frame in frames[2:]], receive.blocks
         ):

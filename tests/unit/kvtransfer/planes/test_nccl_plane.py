@@ -13,7 +13,7 @@ import pytest
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.blocks.runs import BlockRun, common_runs, cut
 from baton.kvtransfer.planes.base import ChunkKey, Plane
-from baton.kvtransfer.planes.channel import Ask, Close, Go, No, Open, StorePut
+from baton.kvtransfer.planes.channel import Close, Open, SendGranted, SendRefused, SendRequest, StorePut
 from baton.kvtransfer.planes.nccl import PACK_BELOW_BYTES, NcclPlane
 from baton.node.messages.transfer import PlaneAddress
 
@@ -199,32 +199,44 @@ def test_a_peer_of_another_host_is_not_reached_over_loopback(rig: NcclRig) -> No
     assert not end.plane.reaches(PlaneAddress(plane="nccl", host="elsewhere", address=text))
 
 
-WAY = b"w" * 16
+CONNECTION = b"w" * 16
 WRONG_WORDS = [
-    Go(WAY, 7, (1,), False),
-    No(WAY, 0),
-    Go(WAY, 0, (5,), False),
-    Go(WAY, 0, (1, 1), False),
-    Ask(WAY, 0, X, 0, 0, 1, 4096),
+    SendGranted(CONNECTION, 7, (1,), False),
+    SendRefused(CONNECTION, 0),
+    SendGranted(CONNECTION, 0, (5,), False),
+    SendGranted(CONNECTION, 0, (1, 1), False),
+    SendRequest(CONNECTION, 0, X, 0, 0, 1, 4096),
 ]
 
 
-@pytest.mark.parametrize("word", WRONG_WORDS, ids=lambda word: f"{type(word).__name__}-{getattr(word, 'number', '')}")
-def test_an_invalid_message_of_a_peer_closes_the_connection_only(pair, word) -> None:
+@pytest.mark.parametrize(
+    "message", WRONG_WORDS, ids=lambda message: f"{type(message).__name__}-{getattr(message, 'number', '')}"
+)
+def test_an_invalid_message_of_a_peer_closes_the_connection_only(pair, message) -> None:
     """Guards the order and sizes of NCCL calls, which depend on the peer's messages."""
     rig, sender, receiver = pair
-    (way_id,) = sender.plane._ways
-    sender.plane._on_word(RECEIVER, type(word)(way_id, *[getattr(word, name) for name in word.__struct_fields__[1:]]))
-    assert way_id not in sender.plane._ways
+    (connection_id,) = sender.plane._connections
+    sender.plane._on_message(
+        RECEIVER, type(message)(connection_id, *[getattr(message, name) for name in message.__struct_fields__[1:]])
+    )
+    assert connection_id not in sender.plane._connections
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [2], [2])
     rig.until(lambda: ChunkKey(X, 0, 0) in rig.received(receiver))
     assert receiver.content([2]) == sender.content([2])
 
 
-@pytest.mark.parametrize("word", [StorePut(WAY, "k", b"v"), Ask(WAY, 0, X, 0, 0, 1, 4096), Close(WAY), No(WAY, 0)])
-def test_messages_about_unknown_connections_are_ignored(pair, word) -> None:
+@pytest.mark.parametrize(
+    "message",
+    [
+        StorePut(CONNECTION, "k", b"v"),
+        SendRequest(CONNECTION, 0, X, 0, 0, 1, 4096),
+        Close(CONNECTION),
+        SendRefused(CONNECTION, 0),
+    ],
+)
+def test_messages_about_unknown_connections_are_ignored(pair, message) -> None:
     rig, sender, receiver = pair
-    receiver.plane._on_word(SENDER, word)
+    receiver.plane._on_message(SENDER, message)
     rig.move(sender, receiver, ChunkKey(X, 0, 0), [2], [2])
     rig.until(lambda: ChunkKey(X, 0, 0) in rig.received(receiver))
 
@@ -233,8 +245,8 @@ def test_a_second_open_replaces_the_first_connection(pair) -> None:
     """Guards GPU memory against a peer that opens one communicator after the other."""
     _, _, receiver = pair
     for number in range(5):
-        receiver.plane._on_word(SENDER, Open(bytes([number]) * 16))
-    assert [way.sending for way in receiver.plane._ways.values()] == [False]
+        receiver.plane._on_message(SENDER, Open(bytes([number]) * 16))
+    assert [connection.sending for connection in receiver.plane._connections.values()] == [False]
 
 
 def test_runs_are_equal_at_both_ends_and_cut_checks_them() -> None:

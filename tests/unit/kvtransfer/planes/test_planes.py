@@ -223,7 +223,7 @@ def test_another_peer_cannot_fill_a_posted_receive(two_sided: Rig) -> None:
     before = receiver.content([0])
     receiver.plane.post_receive(SENDER, ChunkKey(X, 0, 0), [5], [0])
     other.plane.post_send(RECEIVER, ChunkKey(X, 0, 0), [5])
-    two_sided.until(lambda: receiver.plane.dropped["stranger"] == 1)  # type: ignore[attr-defined]
+    two_sided.until(lambda: receiver.plane.dropped["wrong_peer"] == 1)  # type: ignore[attr-defined]
     assert receiver.content([0]) == before and not two_sided.done[RECEIVER]
 
 

@@ -126,7 +126,7 @@ def test_a_valid_message_from_the_wrong_peer_is_rejected(
     sender = dealer(context, plane, identity)
     sender.send_multipart([header(), *FULL])
     poll_until_dropped(plane, 1)
-    assert plane.dropped == {"stranger": 1} and not any(memory.view)
+    assert plane.dropped == {"wrong_peer": 1} and not any(memory.view)
 
 
 def test_a_message_is_accepted_once(context: Context, plane: ZmqPlane, memory: HostMemory) -> None:
