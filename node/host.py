@@ -21,7 +21,7 @@ def host_identity() -> str:
 
 
 def boot_id() -> str:
-    """Differs after every start of the kernel; "" where the kernel does not tell."""
+    """Differs after every start of the kernel; "" where the kernel does not say."""
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:

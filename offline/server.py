@@ -54,7 +54,7 @@ class PrivateServer:
             self._process.stdin.write(json.dumps(start).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            pass  # it has ended already, which `ended` tells
+            pass  # it has ended already, which `ended` reports
 
     def ended(self) -> str:
         """Why the server is gone, with its last lines; empty while it runs."""

@@ -224,7 +224,7 @@ class PrefillRole:
     def _offer_blocks(self, sequence: Sequence, num_blocks: int, checksums: dict[int, bytes]) -> None:
         leg, blocks = sequence.leg, tuple(sequence.table.blocks[:num_blocks])
         own = {block: checksums[block] for block in blocks if block in checksums}
-        self._parts.io.do(lambda exchange, now: exchange.tell_blocks(leg, blocks, own, now))
+        self._parts.io.do(lambda exchange, now: exchange.blocks_computed(leg, blocks, own, now))
 
     def _hand_over(self, sequence: Sequence, token: Drawn, checksums: dict[int, bytes]) -> None:
         """The prompt is computed: its first token goes to the proxy at once, and after the KV to decode."""
@@ -242,7 +242,7 @@ class PrefillRole:
         else:
             leg = sequence.leg
             self._offer_blocks(sequence, num_blocks, checksums)
-            self._parts.io.do(lambda exchange, now: exchange.tell_token(leg, token_id, logprob, now))
+            self._parts.io.do(lambda exchange, now: exchange.token_drawn(leg, token_id, logprob, now))
         self._parts.prefixes.used(sequence)
         del self.sequences[sequence.leg]
         self._lease_to_sender(sequence, awaited=not finish)

@@ -181,8 +181,8 @@ class DelayedIo:
         """Always due: the host reads the load after each turn."""
         return 0.0
 
-    def report(self, load: Load, heard_at: float) -> None:
-        self._when_due(lambda _: self._report(load, heard_at))
+    def report(self, load: Load, last_message_at: float) -> None:
+        self._when_due(lambda _: self._report(load, last_message_at))
 
     def receive(self, wait_s: float) -> list[Inbound]:
         return self._io.receive(0.0)
@@ -213,9 +213,9 @@ class DelayedIo:
         for call in due:
             call(stamp)
 
-    def _report(self, load: Load, heard_at: float) -> None:
+    def _report(self, load: Load, last_message_at: float) -> None:
         self.load = load
-        self._io.report(load, heard_at)
+        self._io.report(load, last_message_at)
 
     def _when_due(self, call: Callable[[float], None]) -> None:
         if self._runner.step_s:

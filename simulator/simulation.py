@@ -28,7 +28,7 @@ SETTLE_S = 1.0
 """Workers register in this time, before the first request."""
 LOOK_S = 0.5
 READS_EVENTS = ("kv-aware",)
-"""Routing policies for which it matters when a worker tells of a block that a step has filled."""
+"""Routing policies for which it matters when a worker reports a block that a step has filled."""
 
 
 @dataclass(frozen=True, slots=True)

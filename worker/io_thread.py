@@ -107,9 +107,9 @@ class IoThread:
         """When the next heartbeat is due: a load that is reported before goes out with it."""
         return self._membership.wake_at
 
-    def report(self, load: Load, heard_at: float) -> None:
-        """The load for the next heartbeats; the loop last looked into its inbox before that at `heard_at`."""
-        self._load, self._load_at = load, heard_at
+    def report(self, load: Load, received_at: float) -> None:
+        """The load for the next heartbeats; the loop last looked into its inbox before that at `received_at`."""
+        self._load, self._load_at = load, received_at
 
     @property
     def transfer_counters(self) -> TransferCounters:

@@ -145,7 +145,7 @@ class Loop:
 
     def turn(self, wait_s: float) -> bool:
         """Handle what came in, waiting at most `wait_s` for something; True if it computed or read something."""
-        inbound, heard_at = self._parts.io.receive(wait_s), self._clock()
+        inbound, received_at = self._parts.io.receive(wait_s), self._clock()
         for event in inbound:
             self._on(event)
         now = self._clock()
@@ -153,7 +153,7 @@ class Loop:
             self._expire(now)
         self._parts.prefixes.tick(now)
         worked = self._step()
-        self._report_load(heard_at)
+        self._report_load(received_at)
         return worked
 
     def wait_s(self, longest_s: float) -> float:
@@ -261,12 +261,12 @@ class Loop:
 
     # -- load
 
-    def _report_load(self, heard_at: float) -> None:
+    def _report_load(self, received_at: float) -> None:
         """Give the load to the next heartbeat if that is due before another turn has surely ended."""
         now = self._clock()
         turn_s, self._reported_at = now - self._reported_at, now
         if now + max(2 * turn_s, LOAD_LEAD_S) >= self._parts.io.heartbeat_at:
-            self._parts.io.report(self._load(), heard_at)
+            self._parts.io.report(self._load(), received_at)
 
     def _load(self) -> Load:
         parts, report, counters = self._parts, self.role.report(), self.role.counters

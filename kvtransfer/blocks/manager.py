@@ -1,4 +1,4 @@
-"""Who owns each block of one pool: references, prefix cache, leases, quarantine. No torch, no bytes, no clock.
+"""The owner of each block of one pool: references, prefix cache, leases, quarantine. No torch, no bytes, no clock.
 
     free ── allocate ──► owned ── release ──► free               (its content has no name)
                            │  └── release ──► cached ── match ──► owned      (published; evicted oldest first)

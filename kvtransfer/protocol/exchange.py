@@ -26,8 +26,8 @@ from baton.kvtransfer.protocol.transfer import (
     Ended,
     PostReceive,
     PostSend,
+    SendMessage,
     State,
-    Tell,
     Timing,
 )
 from baton.node.counters import TransferCounters
@@ -156,12 +156,12 @@ class TransferExchange:
         pulled = plane is not None and plane.pulls
         return max(self._chunks.blocks, self._chunks.pulled_blocks) if pulled else self._chunks.blocks
 
-    def tell_blocks(self, leg: LegKey, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> None:
+    def blocks_computed(self, leg: LegKey, blocks: Sequence[int], sums: Mapping[int, bytes], now: float) -> None:
         """The first len(blocks) blocks of the sequence are final. `sums`: checksums known already, by block."""
         if (sending := self._senders.of_leg(leg)) is not None:
             self._run_sender(sending, sending.machine.on_blocks(blocks, sums, now), now)
 
-    def tell_token(self, leg: LegKey, token_id: int, logprob: Logprob | None, now: float) -> None:
+    def token_drawn(self, leg: LegKey, token_id: int, logprob: Logprob | None, now: float) -> None:
         """All blocks are final; the first token goes after them."""
         if (sending := self._senders.of_leg(leg)) is not None:
             self._run_sender(sending, sending.machine.on_token(token_id, logprob, now), now)
@@ -352,7 +352,7 @@ class TransferExchange:
         transfer_id = sending.machine.transfer_id
         for action in actions:
             match action:
-                case Tell():
+                case SendMessage():
                     self._wire.send(sending.peer, action.message)
                 case PostSend() if plane is not None:
                     sending.plane = plane
@@ -390,7 +390,7 @@ class TransferExchange:
         plane, transfer_id = receiving.plane, receiving.machine.transfer_id
         for action in actions:
             match action:
-                case Tell():
+                case SendMessage():
                     if not self._wire.send(receiving.peer, action.message):
                         self._lost.append(receiving.peer)
                 case PostReceive():

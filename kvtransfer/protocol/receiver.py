@@ -14,8 +14,8 @@ from baton.kvtransfer.protocol.transfer import (
     Ended,
     PostReceive,
     Repeater,
+    SendMessage,
     State,
-    Tell,
     Timing,
 )
 from baton.node.leg import LegKey
@@ -111,7 +111,7 @@ class Receiver:
     def start(self, now: float) -> list[Action]:
         self._repeat.start(now)
         self._renew_at = now + self._timing.lease_s / 4
-        return [Tell(self._grant_message())]
+        return [SendMessage(self._grant_message())]
 
     def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
         """Give up; also the way to end a transfer whose sequence was cancelled."""
@@ -125,12 +125,12 @@ class Receiver:
             case Abort():
                 return [
                     *self._stop(Ended(False, message.reason, message.cancelled)),
-                    Tell(Aborted(transfer_id=self.transfer_id)),
+                    SendMessage(Aborted(transfer_id=self.transfer_id)),
                 ]
             case Aborted():
                 return self._stop(Ended(False, "aborted by the peer"))
         if self.state is State.DONE:
-            return [Tell(Ack(transfer_id=self.transfer_id))]
+            return [SendMessage(Ack(transfer_id=self.transfer_id))]
         if self.state is not State.OPEN:
             return [self._abort_message()]
         match message:
@@ -160,7 +160,7 @@ class Receiver:
         if self._pulls:
             chunk.state = _ChunkState.VALIDATING
             self._repeat.start(now)
-            return [Tell(Validate(transfer_id=self.transfer_id, seq=key.seq, retry=key.retry))]
+            return [SendMessage(Validate(transfer_id=self.transfer_id, seq=key.seq, retry=key.retry))]
         return self._land(chunk, now)
 
     def on_timer(self, now: float) -> list[Action]:
@@ -173,7 +173,7 @@ class Receiver:
         actions: list[Action] = []
         if now >= self._renew_at:
             self._renew_at = now + self._timing.lease_s / 4
-            actions.append(Tell(Renew(transfer_ids=(self.transfer_id,))))
+            actions.append(SendMessage(Renew(transfer_ids=(self.transfer_id,))))
         if self._repeat.due(now):
             actions += self._unanswered()
         return actions
@@ -196,7 +196,7 @@ class Receiver:
     def _on_offer(self, offer: Offer, now: float) -> list[Action]:
         known = self._chunks.get(offer.seq)
         if known is not None:
-            return [Tell(self._accept_message(known))] if known.state is _ChunkState.MOVING else []
+            return [SendMessage(self._accept_message(known))] if known.state is _ChunkState.MOVING else []
         if offer.seq != len(self._chunks):
             return []  # an earlier offer was lost: it will be repeated, and this one after it
         first_block = self._incoming.first_block
@@ -233,7 +233,7 @@ class Receiver:
         self._repeat.start(now)
         key = ChunkKey(self.transfer_id, chunk.offer.seq, chunk.retry)
         receive = PostReceive(key, chunk.offer.source, self._incoming.destination(chunk.offer))
-        return [receive, Tell(self._accept_message(chunk))]
+        return [receive, SendMessage(self._accept_message(chunk))]
 
     def _ask_again(self, chunk: _Chunk, now: float) -> list[Action]:
         if chunk.retry >= self.MAX_RETRIES:
@@ -260,17 +260,17 @@ class Receiver:
         if any(chunk.state is not _ChunkState.LANDED for chunk in self._chunks.values()):
             return []
         self.state = State.DONE
-        return [finished.arrived(now), Tell(Ack(transfer_id=self.transfer_id))]
+        return [finished.arrived(now), SendMessage(Ack(transfer_id=self.transfer_id))]
 
     def _unanswered(self) -> list[Action]:
         if not self._chunks and self._finished is None:
-            return [Tell(self._grant_message())]
+            return [SendMessage(self._grant_message())]
         actions: list[Action] = []
         for seq, chunk in self._chunks.items():
             if chunk.state is _ChunkState.MOVING:
-                actions.append(Tell(self._accept_message(chunk)))
+                actions.append(SendMessage(self._accept_message(chunk)))
             elif chunk.state is _ChunkState.VALIDATING:
-                actions.append(Tell(Validate(transfer_id=self.transfer_id, seq=seq, retry=chunk.retry)))
+                actions.append(SendMessage(Validate(transfer_id=self.transfer_id, seq=seq, retry=chunk.retry)))
         return actions
 
     def _accept_message(self, chunk: _Chunk) -> Accept:
@@ -287,9 +287,9 @@ class Receiver:
             lease_s=self._timing.lease_s,
         )
 
-    def _abort_message(self) -> Tell:
+    def _abort_message(self) -> SendMessage:
         outcome = self._outcome
-        return Tell(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))
+        return SendMessage(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))
 
     def _stop(self, outcome: Ended) -> list[Action]:
         if self.state is not State.OPEN:

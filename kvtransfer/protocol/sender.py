@@ -15,8 +15,8 @@ from baton.kvtransfer.protocol.transfer import (
     Ended,
     PostSend,
     Repeater,
+    SendMessage,
     State,
-    Tell,
     Timing,
 )
 from baton.node.messages.base import MAX_OFFER_BLOCKS, Message
@@ -120,7 +120,7 @@ class Sender:
             case Abort():
                 return [
                     *self._stop(Ended(False, message.reason, message.cancelled)),
-                    Tell(Aborted(transfer_id=message.transfer_id)),
+                    SendMessage(Aborted(transfer_id=message.transfer_id)),
                 ]
             case Aborted():
                 return self._stop(Ended(False, "aborted by the peer"))
@@ -132,7 +132,7 @@ class Sender:
             case Accept():
                 return self._on_accept(message)
             case Validate():
-                return [Tell(Valid(transfer_id=message.transfer_id, seq=message.seq, retry=message.retry))]
+                return [SendMessage(Valid(transfer_id=message.transfer_id, seq=message.seq, retry=message.retry))]
         return []
 
     def on_timer(self, now: float) -> list[Action]:
@@ -192,10 +192,10 @@ class Sender:
         for blocks, digest in zip(chunks, self._digests(chunks), strict=True):
             self._chunks.append(_Offered(self._next_block, blocks, digest))
             self._next_block += len(blocks)
-            actions.append(Tell(self._offer_message(len(self._chunks) - 1)))
+            actions.append(SendMessage(self._offer_message(len(self._chunks) - 1)))
         if self._token is not None:
             self._token.waited_s = max(0.0, now - self._token.drawn_at)
-            actions.append(Tell(self._finish_message()))
+            actions.append(SendMessage(self._finish_message()))
         if actions:
             self._repeat.start(now)
         return actions
@@ -241,17 +241,17 @@ class Sender:
     def _unanswered(self) -> list[Action]:
         """Offers that were never accepted, and the Finish, once more."""
         actions: list[Action] = [
-            Tell(self._offer_message(seq)) for seq, chunk in enumerate(self._chunks) if not chunk.posted
+            SendMessage(self._offer_message(seq)) for seq, chunk in enumerate(self._chunks) if not chunk.posted
         ]
         if self._token is not None:
-            actions.append(Tell(self._finish_message()))
+            actions.append(SendMessage(self._finish_message()))
         return actions
 
     def _abort_messages(self) -> list[Action]:
         if self.transfer_id is None:
             return []
         outcome = self._outcome
-        return [Tell(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))]
+        return [SendMessage(Abort(transfer_id=self.transfer_id, reason=outcome.reason, cancelled=outcome.cancelled))]
 
     def _stop(self, outcome: Ended) -> list[Action]:
         if self.state is not State.OPEN:

@@ -52,7 +52,9 @@ class Timing:
 
 
 @dataclass(frozen=True, slots=True)
-class Tell:
+class SendMessage:
+    """Send `message` to the peer."""
+
     message: Message
 
 
@@ -96,7 +98,7 @@ class Ended:
     """Not ok, but nothing went wrong: it was not needed any more."""
 
 
-Action = Tell | PostSend | PostReceive | CancelIo | Arrived | Ended
+Action = SendMessage | PostSend | PostReceive | CancelIo | Arrived | Ended
 DigestsOf = Callable[[Sequence[Sequence[int]]], list[bytes]]
 """Of several chunks, each given by its blocks: a GPU is asked once for all."""
 

@@ -142,7 +142,7 @@ class StoreSession:
         self._mapped = mapped
         self._arena: _Mapped | None = None
         self._leaving: _Mapped | None = None  # lost, and still used by copies
-        self._heard_at = 0.0
+        self._last_message_at = 0.0
         self._next_at = 0.0
         self._numbers = 0
         self._readings: dict[int, _Reading] = {}
@@ -217,7 +217,7 @@ class StoreSession:
     # ---- called for messages
 
     def on_message(self, message: Message, now: float) -> None:
-        self._heard_at = now
+        self._last_message_at = now
         match message:
             case Attached():
                 self._on_attached(message, now)
@@ -238,7 +238,7 @@ class StoreSession:
 
     def tick(self, now: float) -> float:
         """Beat, attach, give up what waits too long; returns when to call again."""
-        if self._arena is not None and now - self._heard_at > DOWN_AFTER_S:
+        if self._arena is not None and now - self._last_message_at > DOWN_AFTER_S:
             self._lose("silent", now)
         if now >= self._next_at:
             self._next_at = now + BEAT_S
@@ -292,7 +292,7 @@ class StoreSession:
         self._look_at_lock(now)
 
     def _look_at_lock(self, now: float) -> None:
-        """The arena counts from when copies may use it; until then the store hears beats."""
+        """The arena counts from when copies may use it; until then the store gets beats."""
         if (arena := self._arena) is None or arena.ready:
             return
         try:

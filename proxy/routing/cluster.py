@@ -37,7 +37,7 @@ class Leg:
 @dataclass(slots=True)
 class _Member:
     register: Register
-    heard_at: float
+    last_message_at: float
     load: Load = field(default_factory=Load)
     draining: bool = False
     progress_at: float = 0.0
@@ -57,7 +57,7 @@ class _Store:
     """A host's store: it computes nothing; its heartbeats and block events are all that counts."""
 
     register: RegisterStore
-    heard_at: float
+    last_message_at: float
     load: Load = field(default_factory=Load)
 
 
@@ -95,7 +95,7 @@ class ModelWorkers:
         return self.shape or self._last_shape
 
     def had_at(self, role: str) -> float:
-        """When a worker of the role was last heard that takes requests; -inf if there never was one."""
+        """Time of the last message of a worker of the role that takes requests; -inf if there never was one."""
         return self._had_at.get(role, float("-inf"))
 
     def join(self, identity: str, register: Register, now: float) -> str:
@@ -106,7 +106,7 @@ class ModelWorkers:
         if identity not in self.members:
             load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
             self.members[identity] = _Member(register, now, load, progress_at=now)
-        self.members[identity].heard_at = self._had_at[register.role] = now
+        self.members[identity].last_message_at = self._had_at[register.role] = now
         self._last_shape = self.shape
         return ""
 
@@ -114,7 +114,7 @@ class ModelWorkers:
         member = self.members[identity]
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
-        member.load, member.draining, member.heard_at = heartbeat.load, heartbeat.draining, now
+        member.load, member.draining, member.last_message_at = heartbeat.load, heartbeat.draining, now
         member.reported_at = now - heartbeat.load_age_s
         seen = sum(leg.tokens for leg in member.legs.values() if leg.sent_at < member.reported_at)
         member.begun_tokens, member.done_tokens = max(0, seen - heartbeat.load.waiting_tokens), 0
@@ -155,13 +155,13 @@ class ClusterState:
         """Take a store in; returns "" or the reason for refusing it."""
         if reason := _refusal(identity, register):
             return reason
-        self._stores.setdefault(identity, _Store(register, now)).heard_at = now
+        self._stores.setdefault(identity, _Store(register, now)).last_message_at = now
         return ""
 
     def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> bool:
         """False if nothing of this name has registered."""
         if (store := self._stores.get(identity)) is not None:
-            store.heard_at, store.load = now, heartbeat.load
+            store.last_message_at, store.load = now, heartbeat.load
             return True
         workers = self._workers_with(identity)
         if workers is None:
@@ -180,19 +180,19 @@ class ClusterState:
     def excuse(self, now: float) -> None:
         """This process could hear nothing until `now`: silence and standstill count from here."""
         for _, member in self._members():
-            member.heard_at = member.progress_at = now
+            member.last_message_at = member.progress_at = now
         for store in self._stores.values():
-            store.heard_at = now
+            store.last_message_at = now
 
     def overdue(self, now: float) -> list[tuple[str, str]]:
         """Workers to be taken for dead, each with the reason."""
         dead = []
         for identity, member in self._members():
-            if now - member.heard_at > DEAD_AFTER_S:
+            if now - member.last_message_at > DEAD_AFTER_S:
                 dead.append((identity, "silent"))
             elif now - member.progress_at > self._stall_s:
                 dead.append((identity, "no step"))
-        dead += [(identity, "silent") for identity, s in self._stores.items() if now - s.heard_at > DEAD_AFTER_S]
+        dead += [(identity, "silent") for identity, s in self._stores.items() if now - s.last_message_at > DEAD_AFTER_S]
         return dead
 
     def identities(self) -> list[str]:

@@ -249,10 +249,10 @@ class SimNode:
         if not self.alive or table is None or request.leg in self.ends:
             return
         table.publish(request.tokens, num_blocks * BLOCK_TOKENS)
-        self.exchange.tell_blocks(request.leg, table.blocks[:num_blocks], {}, self.world.now)
+        self.exchange.blocks_computed(request.leg, table.blocks[:num_blocks], {}, self.world.now)
         if num_blocks == len(table.blocks):
             table.lease(request.leg.request_id.encode() + bytes([request.leg.attempt]))
-            self.exchange.tell_token(request.leg, request.tokens[-1], None, self.world.now)
+            self.exchange.token_drawn(request.leg, request.tokens[-1], None, self.world.now)
             request.computed = True
             request.computed_at = min(request.computed_at, self.world.now)
         else:

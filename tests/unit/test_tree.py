@@ -123,7 +123,7 @@ OF_THE_ENVIRONMENT = ("os.environ", "os.environb", "os.getenv", "sys.argv")
 
 
 def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
-    """What a process was told must be in its settings, seen in --help; nothing deep down may be steered unseen."""
+    """All inputs of a process must be settings, listed in --help; no module may read others."""
     if name == "node/settings.py" or name.startswith(
         (
             "tests/",
@@ -163,7 +163,7 @@ def leans_on_test_libraries(name: str, tree: ast.Module) -> Complaints:
 
 
 def is_undocumented(name: str, tree: ast.Module) -> Complaints:
-    """A file opens with what it owns; without that nobody knows what belongs into it."""
+    """A file opens with what it owns; without that a reader cannot know what belongs in it."""
     if not (ast.get_docstring(tree) or "").strip():
         yield f"{name}:1: no module docstring"
 
@@ -244,7 +244,7 @@ MACHINE_PATHS = re.compile(
 
 
 def test_no_file_names_a_path_of_somebodys_machine() -> None:
-    """It works only there, and tells strangers how that machine is laid out."""
+    """It works only there, and discloses the layout of that machine."""
     for end in ("work/main", "root/.cache", "home/me/x", "Users/me/x", "tmp/venv/bin", "opt/wheels"):
         assert MACHINE_PATHS.search(f"cd '/{end}'"), end
     assert MACHINE_PATHS.search("see .." + "/shared/x.md")

@@ -45,7 +45,7 @@ def demand_sound(expression: str, known: set[str]) -> None:
 
 
 def test_the_page_is_that_of_the_code() -> None:
-    """Guards against a page that tells of metrics that are gone, or not of new ones."""
+    """Guards against a page that lists removed metrics or lacks new ones."""
     written = metrics_page.PAGE.read_text()
     assert written == metrics_page.page(), "run: python3 -m baton.scripts.metrics_page"
 

@@ -1,7 +1,7 @@
 """Guards launch.supervisor with real child processes: what dies is restarted within bounds, and nothing is left behind.
 
-Children are small Python programs. Whether a process is gone is told by a named pipe that it holds open: its reader
-sees the end of the file exactly when the last holder is dead, which no process id can tell for sure.
+Children are small Python programs. Whether a process is gone is known by a named pipe that it holds open: its reader
+sees the end of the file exactly when the last holder is dead, which no process id shows for sure.
 """
 
 from __future__ import annotations
@@ -128,7 +128,7 @@ async def test_a_program_that_cannot_be_started_ends_the_start() -> None:
 
 
 async def test_a_start_times_out_with_a_message() -> None:
-    """A start-up wait without a bound never tells anyone what is missing."""
+    """A start-up wait without a bound never reports what is missing."""
     log = Log()
     limits = SupervisorLimits(start_s=0.0, report_s=0.0)
 

@@ -155,16 +155,16 @@ def test_chunks_are_offered_as_they_are_computed(run_ahead: int) -> None:
     bench.run()
     assert bench.runner.steps == [[(0, 6)], [(6, 6)], [(12, 2)]]
     calls = bench.io.exchange.calls
-    assert [(call[0], len(call[2])) for call in calls if call[0] == "tell_blocks"] == [
-        ("tell_blocks", 1),
-        ("tell_blocks", 3),
-        ("tell_blocks", 4),
+    assert [(call[0], len(call[2])) for call in calls if call[0] == "blocks_computed"] == [
+        ("blocks_computed", 1),
+        ("blocks_computed", 3),
+        ("blocks_computed", 4),
     ]
-    offers = [call for call in calls if call[0] == "tell_blocks"]
+    offers = [call for call in calls if call[0] == "blocks_computed"]
     (table,) = {call[2] for call in offers[-1:]}
     assert bench.checksums.begun == [[*table[:1]], [*table[1:3]], [*table[3:]]]  # each block once, when it is complete
     assert [[*call[3]] for call in offers] == bench.checksums.begun
-    assert calls[-1] == ("tell_token", LEG, 14, None)
+    assert calls[-1] == ("token_drawn", LEG, 14, None)
     (tokens,) = bench.sent(Tokens)
     assert (tokens.index, tokens.ids, tokens.finish) == (0, (14,), "")
 

@@ -42,7 +42,7 @@ class RecordingIo:
 
     def __init__(self) -> None:
         self.load = Load()
-        self.heard_at = 0.0
+        self.last_message_at = 0.0
         self.num_reports = 0
         self.heartbeat_at = 0.0
         self.sent: list[Message] = []
@@ -51,8 +51,8 @@ class RecordingIo:
         self.exchange = RecordingExchange()
         self.inbox: queue.SimpleQueue[Any] = queue.SimpleQueue()
 
-    def report(self, load: Load, heard_at: float) -> None:
-        self.load, self.heard_at = load, heard_at
+    def report(self, load: Load, last_message_at: float) -> None:
+        self.load, self.last_message_at = load, last_message_at
         self.num_reports += 1
 
     def receive(self, wait_s: float) -> list[Any]:

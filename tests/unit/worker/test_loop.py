@@ -275,7 +275,7 @@ def test_the_load_is_built_when_a_heartbeat_is_due(bench: Bench) -> None:
         bench.now_s += 0.005
         bench.give()
     assert 1 <= bench.io.num_reports <= LOAD_LEAD_S / 0.005 + 1
-    assert bench.io.heard_at == bench.now_s
+    assert bench.io.last_message_at == bench.now_s
 
 
 def test_a_long_turn_reports_before_the_heartbeat_is_missed(bench: Bench) -> None:
@@ -297,7 +297,7 @@ def test_the_load_is_as_old_as_the_last_read_of_the_inbox(bench: Bench) -> None:
 
     bench.role.launch = long_step  # type: ignore[method-assign]
     bench.give()
-    assert bench.io.heard_at == began_at
+    assert bench.io.last_message_at == began_at
 
 
 # ---- draining

@@ -99,7 +99,7 @@ class Bench:
                 return KvArrived(transfer.transfer_id, 7, None, self.now_s, 0.0, 0.0)
             return ReceiverEnded(transfer.transfer_id, "broken")
         self.over.add(transfer)
-        ok = good and any(call[:2] == ("tell_token", transfer) for call in called)
+        ok = good and any(call[:2] == ("token_drawn", transfer) for call in called)
         return SenderEnded(transfer, ok, "" if ok else "broken", 1, 0.1)
 
     def finish(self, shut_down: bool) -> None:

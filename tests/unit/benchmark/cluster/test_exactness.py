@@ -1,4 +1,4 @@
-"""Guards `baton bench exactness`: what counts as equal, and that both sides differ only in who computes the prompt."""
+"""Guards `baton bench exactness`: what counts as equal; both sides differ only in the worker that prefills."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def test_only_the_store_is_paced() -> None:
 
 
 class Instant(NoLowerTier):
-    """A disk that has read a block as soon as it is told to."""
+    """A disk that reads a block at once."""
 
     def __init__(self) -> None:
         self.done: list[ReadDone | WriteDone] = []

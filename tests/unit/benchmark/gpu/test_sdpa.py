@@ -78,11 +78,13 @@ def test_heads_are_copied_for_a_backend_that_shares_none(monkeypatch: pytest.Mon
 
 
 def test_the_reason_is_what_the_backend_lacks() -> None:
-    """torch tells of every backend, of those too that were switched off for the test."""
-    told = [
+    """torch warns about every backend, also those that the test has disabled."""
+    warnings = [
         "Flash attention kernel not used because: (Triggered internally at sdp_utils.cpp:1.)",
         "Flash attention has been runtime disabled. (Triggered internally at sdp_utils.cpp:2.)",
         "head_dim should be no more than 128 (Triggered internally at sdp_utils.cpp:3.)",
     ]
     error = RuntimeError("No available kernel. Aborting execution.\nmore")
-    assert bench._reason(error, told) == "head_dim should be no more than 128 No available kernel. Aborting execution."
+    assert (
+        bench._reason(error, warnings) == "head_dim should be no more than 128 No available kernel. Aborting execution."
+    )

@@ -63,7 +63,7 @@ def test_passes_begin_behind_their_waits() -> None:
 
 
 def test_the_parts_sum_to_the_span_and_nothing_hides() -> None:
-    """A share that is not told would be looked for in vain."""
+    """A share missing from the report could not be found."""
     linear, attention = "_linear_rows_kernel", "_decode_attention_kernel"
     step = intervals(
         ("Memcpy HtoD (Pinned -> Device)", 0, 1_000), (linear, 2_000, 50_000), (attention, 48_000, 90_000),
@@ -175,7 +175,7 @@ class FakeProfile:
 
 
 def test_a_line_a_cell(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """A cell that got another's passes would tell the other's time."""
+    """A cell that got another's passes would report the other's time."""
     fake, queue = FakeProfile(), LateQueue()
     monkeypatch.setattr(bench, "profile", lambda activities: fake)
     monkeypatch.setattr(bench.torch.cuda, "_sleep", lambda cycles: fake.call(WAIT), raising=False)

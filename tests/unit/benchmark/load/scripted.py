@@ -23,7 +23,7 @@ class ManualClock:
         return self.now
 
     async def read_again(self) -> None:
-        """Until somebody has looked at this clock: the client, as it reads bytes."""
+        """Until this clock has been read: the client, as it reads bytes."""
         before = self.reads
         async with asyncio.timeout(30):
             while self.reads == before:

@@ -135,5 +135,5 @@ def test_an_endless_event_ends() -> None:
     ],
 )
 def test_errors_are_told_in_one_short_line(body: bytes, said: str) -> None:
-    """Reasons are counted by their words: a page of HTML a request helps nobody."""
+    """Reasons are counted by their words: a page of HTML for each request is useless."""
     assert message_of(body) == said

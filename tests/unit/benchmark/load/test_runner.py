@@ -1,4 +1,4 @@
-"""The runner with a sender and a clock that obey the test: an open loop stays open, and every wait is somebody's."""
+"""The runner with a scripted sender and clock: an open loop stays open, and every wait has a waiter."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def others() -> None:
 
 
 class JumpingClock:
-    """Time that jumps to where somebody wants to be, once all others have done what they can."""
+    """Time that jumps to the next waiter once all tasks are blocked."""
 
     def __init__(self) -> None:
         self.now = 50.0
@@ -160,7 +160,7 @@ async def test_a_conversation_goes_on_after_its_answer() -> None:
 async def test_a_conversation_that_broke_off_is_not_continued_and_that_is_told(
     outcome: StreamOutcome, status: str
 ) -> None:
-    """Turns that nobody sent must not vanish: a server could improve its figures by failing first turns."""
+    """Turns that were never sent must not vanish: a server could improve its figures by failing first turns."""
     clock = JumpingClock()
     sender = FakeSender(clock, outcome)
     sender.release.set()

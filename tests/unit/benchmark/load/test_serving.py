@@ -113,7 +113,7 @@ async def test_a_server_beside_itself_has_two_names(url: str, capsys: pytest.Cap
 
 
 async def test_a_search_says_what_it_found(url: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A limit that nobody can keep: the search ends, and says so."""
+    """A limit that no server can keep: the search ends, and says so."""
     wanted = settings(url, find_rate=True, goodput=("ttft:0",), request_rate=("100000",), num_prompts=2)
     assert await serving(wanted, []) == 0
     assert "no rate at which 90 % of requests keep ttft ≤ 0 ms" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Settings that contradict one another are told before the first request, in words that name the option."""
+"""Contradicting settings are rejected before the first request, by an error that names the option."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_defaults() -> None:
     ],
 )
 def test_contradictions_are_told(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Told after an hour's run, or never, they cost that hour."""
+    """Reported after an hour's run, or never, they cost that hour."""
     with pytest.raises(SystemExit) as ended:
         read(*argv)
     assert ended.value.code == 2 and said in capsys.readouterr().err

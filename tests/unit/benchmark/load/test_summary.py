@@ -125,7 +125,7 @@ def _ties(records: list[Record], ttft_ms: float, tpot_ms: float) -> int:
 
 
 def test_nothing_is_no_division_by_zero() -> None:
-    """A run in which all failed must still be told."""
+    """A run in which all failed must still be summarised."""
     found = summarize([], 0.0, 0, NONE, (50.0, 99.0))
     assert (found.request_throughput, found.attainment, found.tokens_per_chunk) == (0, 0, 0)
     assert found.latencies["ttft"] == Distribution(0, 0, 0, 0, ((50.0, 0), (99.0, 0)))

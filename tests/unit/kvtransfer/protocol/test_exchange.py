@@ -124,8 +124,8 @@ def test_moved_kv_is_equal_bit_for_bit(make: MakePlane) -> None:
     decode.open_receiver(Incoming(b"t" * 16, LEG, "p/1", 2, target, deadline=60.0), pair.now)
     prefill.open_sender(LEG, "d/1", "here", 60.0, pair.now)
     for computed in (4, 5, 11):
-        prefill.tell_blocks(LEG, source[:computed], {}, pair.now)
-    prefill.tell_token(LEG, 42, None, pair.now)
+        prefill.blocks_computed(LEG, source[:computed], {}, pair.now)
+    prefill.token_drawn(LEG, 42, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
     (arrived,) = [event for event in events if isinstance(event, KvArrived)]
     assert (arrived.transfer_id, arrived.token_id, arrived.logprob) == (b"t" * 16, 42, None)
@@ -143,8 +143,8 @@ def test_a_fully_cached_prompt_is_handed_over(make: MakePlane) -> None:
     pair = _Pair(make)
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 2, (), deadline=60.0), pair.now)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
-    pair.ends["p/1"].tell_blocks(LEG, [0, 1], {}, pair.now)
-    pair.ends["p/1"].tell_token(LEG, 7, None, pair.now)
+    pair.ends["p/1"].blocks_computed(LEG, [0, 1], {}, pair.now)
+    pair.ends["p/1"].token_drawn(LEG, 7, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
     (arrived,) = [event for event in events if isinstance(event, KvArrived)]
     assert (arrived.transfer_id, arrived.token_id, arrived.logprob) == (b"t" * 16, 7, None)
@@ -179,8 +179,8 @@ def test_digests_of_a_plane_are_compared_and_pulled_chunks_are_larger() -> None:
     decode.open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, tuple(range(10)), deadline=60.0), pair.now)
     prefill.open_sender(LEG, "d/1", "here", 60.0, pair.now)
     pair.run_until(lambda _: any(isinstance(message, Grant) for message in pair.delivered))
-    prefill.tell_blocks(LEG, range(10), {}, pair.now)
-    prefill.tell_token(LEG, 42, None, pair.now)
+    prefill.blocks_computed(LEG, range(10), {}, pair.now)
+    prefill.token_drawn(LEG, 42, None, pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
     assert any(isinstance(event, KvArrived) for event in events)
     assert sizes == [6, 4, 6, 4] and decode.counters.digest_retries == 2
@@ -211,8 +211,8 @@ def test_the_wait_for_a_reservation_is_not_transfer_time() -> None:
     fabric = LoopbackFabric(lambda movement: Fate(after_polls=20))
     pair = _Pair(lambda name, pool: fabric.plane(name, pool))
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
-    pair.ends["p/1"].tell_blocks(LEG, [3], {}, pair.now)
-    pair.ends["p/1"].tell_token(LEG, 42, None, pair.now)
+    pair.ends["p/1"].blocks_computed(LEG, [3], {}, pair.now)
+    pair.ends["p/1"].token_drawn(LEG, 42, None, pair.now)
     pair.now = 2.0
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (5,), deadline=60.0), pair.now)
     events = pair.run_until(lambda events: len(events) == 2)
@@ -244,7 +244,7 @@ def test_blocks_of_a_lost_peer_are_held_until_its_plane_is_idle(receiving: bool)
     name, peer, ended = ("d/1", "p/1", ReceiverEnded) if receiving else ("p/1", "d/1", SenderEnded)
     pair.ends["d/1"].open_receiver(Incoming(b"t" * 16, LEG, "p/1", 0, (0,), deadline=60.0), pair.now)
     pair.ends["p/1"].open_sender(LEG, "d/1", "here", 60.0, pair.now)
-    pair.ends["p/1"].tell_blocks(LEG, [3], {}, pair.now)
+    pair.ends["p/1"].blocks_computed(LEG, [3], {}, pair.now)
     pair.run_until(lambda _: all(_Stubborn.of(pair, each).posted for each in pair.ends))
     end, plane = pair.ends[name], _Stubborn.of(pair, name)
     plane.busy = True

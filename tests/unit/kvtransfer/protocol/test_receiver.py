@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.kvtransfer.planes.base import ChunkKey
 from baton.kvtransfer.protocol.receiver import Incoming, Receiver
-from baton.kvtransfer.protocol.transfer import Action, Arrived, PostReceive, Tell, Timing
+from baton.kvtransfer.protocol.transfer import Action, Arrived, PostReceive, SendMessage, Timing
 from baton.node.leg import LegKey
 from baton.node.messages.transfer import Accept, Finish, Offer, Valid, Validate
 
@@ -27,7 +27,7 @@ def receiver(digests: list[bytes]) -> tuple[Receiver, list[list[int]]]:
 
 
 def messages_of(actions: list[Action]) -> list[object]:
-    return [action.message for action in actions if isinstance(action, Tell)]
+    return [action.message for action in actions if isinstance(action, SendMessage)]
 
 
 def test_a_digest_of_the_plane_is_not_computed_again() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from baton.kvtransfer.blocks.checksum import digest_of_sums
 from baton.kvtransfer.protocol.sender import Sender
-from baton.kvtransfer.protocol.transfer import Action, CancelIo, Tell, Timing
+from baton.kvtransfer.protocol.transfer import Action, CancelIo, SendMessage, Timing
 from baton.node.messages.base import MAX_OFFER_BLOCKS
 from baton.node.messages.transfer import Abort, Finish, Grant, Offer, Renew, Validate
 
@@ -29,7 +29,7 @@ def grant(machine: Sender, first_block: int = 0) -> list[Action]:
 
 
 def offered(actions: list[Action]) -> list[tuple[tuple[int, ...], bytes]]:
-    messages = [action.message for action in actions if isinstance(action, Tell)]
+    messages = [action.message for action in actions if isinstance(action, SendMessage)]
     return [(message.source, message.digest) for message in messages if isinstance(message, Offer)]
 
 
@@ -75,10 +75,12 @@ def test_the_receiver_renews_the_lease_of_the_sender() -> None:
     assert machine.on_timer(5.0) == [] and machine.wake_at == 5.0
     assert machine.on_timer(5.5) == [
         CancelIo(),
-        Tell(Abort(transfer_id=ID, reason="lease expired", cancelled=False)),
+        SendMessage(Abort(transfer_id=ID, reason="lease expired", cancelled=False)),
     ]
     validate = Validate(transfer_id=ID, seq=0, retry=0)
-    assert machine.on_message(validate, 5.6) == [Tell(Abort(transfer_id=ID, reason="lease expired", cancelled=False))]
+    assert machine.on_message(validate, 5.6) == [
+        SendMessage(Abort(transfer_id=ID, reason="lease expired", cancelled=False))
+    ]
 
 
 def test_the_finish_says_how_long_the_first_token_waited_for_the_grant() -> None:
@@ -87,4 +89,4 @@ def test_the_finish_says_how_long_the_first_token_waited_for_the_grant() -> None
     machine.on_token(7, None, 1.0)
     machine.on_message(Grant(transfer_id=ID, request_id="r", attempt=0, first_block=0, num_blocks=0, lease_s=3.0), 1.5)
     finish = Finish(transfer_id=ID, num_chunks=0, token_id=7, logprob=None, waited_s=0.5)
-    assert machine.on_timer(2.0) == [Tell(finish)] == machine.on_timer(3.0)
+    assert machine.on_timer(2.0) == [SendMessage(finish)] == machine.on_timer(3.0)

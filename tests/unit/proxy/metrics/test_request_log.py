@@ -47,7 +47,7 @@ def test_one_line_a_request_with_everything_in_it(caplog: pytest.LogCaptureFixtu
 
 
 def test_only_a_slow_request_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    """Guards the slow-request log at the default level: it tells of slow ones, and of nothing else."""
+    """Guards the slow-request log at the default level: it has slow ones and nothing else."""
     caplog.set_level(logging.INFO, "proxy")
     log = RequestLog(slow_s=2.0)
     log.add(record(took_s=2.0))

@@ -147,7 +147,7 @@ def test_spans_reach_a_collector(
 
 
 def test_tracing_that_cannot_be_is_refused_at_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Guards against an operator who asked for traces and gets neither traces nor an error."""
+    """Guards against a proxy configured for traces that gives neither traces nor an error."""
     assert isinstance(_spans(""), NoSpans)
     with pytest.raises(SettingsError, match="is a URL"):
         _spans("localhost:4317")

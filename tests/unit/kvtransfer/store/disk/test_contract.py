@@ -36,7 +36,7 @@ def test_what_was_put_is_got_bit_for_bit(open_tier: Opener) -> None:
 
 
 def test_an_unknown_key_is_a_counted_miss(open_tier: Opener) -> None:
-    """Guards against an exception, or a hit, for a key that nobody put."""
+    """Guards against an exception, or a hit, for a key that was never put."""
     tier = open_tier(4)
     fill(tier, range(2))
     assert not read(tier, 7)

@@ -233,7 +233,7 @@ def test_lmdb_keeps_a_part_of_its_quota_free(quota_bytes: int, block_bytes: int)
 
 
 def test_a_flipped_bit_is_a_miss(kind: str, tmp_path: Path) -> None:
-    """Guards against wrong KV in somebody's context: anywhere in the block, while the tier is in use."""
+    """Guards against wrong KV in a request's context: anywhere in the block, while the tier is in use."""
     tier = open_disk(kind, tmp_path, 8)
     fill(tier, range(8))
     path = tmp_path / DISKS[kind].blocks
@@ -409,7 +409,7 @@ def test_a_disk_without_room_for_the_quota(kind: str, tmp_path: Path) -> None:
 
 
 def test_a_reader_from_outside_that_is_killed(kind: str, tmp_path: Path) -> None:
-    """Guards against a snapshot that nobody ends: its pages are wanted back when the reader is dead, and while it
+    """Guards against a snapshot that is never ended: its pages are wanted back when the reader is dead, and while it
     lives nothing worse happens than refusals."""
     clock = Clock()
     tier = open_disk(kind, tmp_path, 30, clock=clock)

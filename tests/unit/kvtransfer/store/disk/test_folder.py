@@ -19,7 +19,7 @@ BOOT = Boot("this run", 1000.0)
 
 @contextmanager
 def used(path: Path, contents: Contents = CONTENTS, boot: Boot = BOOT, *, end: bool = False) -> Iterator[TierFolder]:
-    """A user of the folder who puts a file into it, and ends in order or not."""
+    """A user of the folder that puts a file into it, and ends in order or not."""
     folder = TierFolder(path, contents, boot)
     try:
         folder.begin()
@@ -80,7 +80,7 @@ def test_other_data_is_set_aside(other: Contents, kept: bool, tmp_path: Path) ->
 
 
 def test_data_without_a_state_is_set_aside(tmp_path: Path) -> None:
-    """Guards against somebody else's files."""
+    """Guards against files of other programs."""
     with used(tmp_path, end=True):
         pass
     (tmp_path / "state.json").unlink()
