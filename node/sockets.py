@@ -4,8 +4,8 @@
 the address asks for it, a checked name, and errors that say what is wrong with an address.
 
 Facts used (libzmq's zmq_setsockopt(3)): HANDSHAKE_IVL and MAXMSGSIZE bound what an untrusted peer can do, heartbeats
-find a dead host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, ROUTER_HANDOVER lets a peer that reconnects
-replace its own dead connection, IMMEDIATE queues only on established connections.
+find a dead host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, ROUTER_HANDOVER lets a peer that
+reconnects replace its own dead connection, IMMEDIATE queues only on established connections.
 """
 
 from __future__ import annotations
