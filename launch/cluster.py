@@ -39,6 +39,7 @@ from baton.launch.local import (
     sizes_pools,
 )
 from baton.launch.supervisor import ChildSpec, signal_group, tether
+from baton.node.api_settings import api_keys
 
 HTTP_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
@@ -250,7 +251,7 @@ class Cluster:
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of GET `path`, with the API key; status 0 where no answer came."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S)
-        key = {"Authorization": f"Bearer {self.settings.api_key}"} if self.settings.api_key else {}
+        key = {"Authorization": f"Bearer {keys[0]}"} if (keys := api_keys(self.settings)) else {}
         try:
             connection.request("GET", path, headers=key)
             answer = connection.getresponse()

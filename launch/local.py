@@ -11,23 +11,24 @@ import secrets
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from baton.launch.gpus import Placement, place
 from baton.launch.supervisor import ChildSpec
+from baton.node.api_settings import KEY_VARIABLE, ApiSettings
 from baton.node.errors import SettingsError
 from baton.node.modelhub import DEMO_MODEL
-from baton.node.settings import option
+from baton.node.settings import as_arguments, option
 
-KEY_VARIABLE = "BATON_API_KEY"
 POOL_OPTIONS = ("--gpu-memory-utilization", "--kv-memory-gib", "--num-blocks")
 """Options of a worker with which a user sizes its memory."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ServeSettings:
-    """The settings of `serve`. What is not here is passed on with the `_arg` options."""
+class ServeSettings(ApiSettings):
+    """The settings of `serve`; those of ApiSettings are the proxy's. What is not here is passed on with the `_arg`
+    options."""
 
     model: str = option(
         DEMO_MODEL,
@@ -35,8 +36,6 @@ class ServeSettings:
         help="the demo model, a Hugging Face model folder, or a hub id org/name",
         positional=True,
     )
-    served_model_name: str = option("", help="name of the model in the API; default: the folder's name, or the hub id")
-    host: str = option("127.0.0.1", help="address of the HTTP API")
     port: int = option(8000, help="port of the HTTP API", minimum=1, maximum=65535)
     prefill: int = option(1, help="number of prefill workers; 0: decode workers prefill too", minimum=0, maximum=64)
     decode: int = option(1, help="number of decode workers", minimum=1, maximum=64)
@@ -60,12 +59,6 @@ class ServeSettings:
         0.0, unit="GiB", help="disk space of the KV store, for each model; 0: no disk", minimum=0
     )
     store_path: Path = option(Path("kvstore"), metavar="FOLDER", help="where the KV store keeps blocks on disk")
-    api_key: str = option(
-        "",
-        help="key that clients must send; in a command line, other users of this machine can read it",
-        env=KEY_VARIABLE,
-    )
-    insecure_network: bool = option(False, help="allow a --host that other machines can reach")
     proxy_arg: tuple[str, ...] = option(
         (), metavar="ARGUMENT", help="argument for the proxy, as in --proxy-arg=--log-level=debug"
     )
@@ -113,7 +106,7 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
 def plan_nodes(
     settings: ServeSettings, ports: Ports, placements: Mapping[str, Placement], environ: Mapping[str, str]
 ) -> list[ChildSpec]:
-    """The processes to run. Only the proxy gets the API key, by its environment."""
+    """The processes to run. Only the proxy gets the API keys, by its environment."""
     env = node_environment(settings, environ)
     specs = [_proxy(settings, ports, env)]
     if settings.store_ram_gib:
@@ -124,7 +117,7 @@ def plan_nodes(
 
 
 def node_environment(settings: ServeSettings, environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` without the API key, with as many threads a worker as the cores suffice for."""
+    """`environ` without the API keys, with as many threads a worker as the cores suffice for."""
     env = {name: value for name, value in environ.items() if name != KEY_VARIABLE}
     env |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
     env.setdefault("OMP_NUM_THREADS", str(threads_per_worker(len(_cores()), settings.prefill + settings.decode)))
@@ -155,14 +148,15 @@ def sizes_pools(settings: ServeSettings) -> bool:
 
 def _proxy(settings: ServeSettings, ports: Ports, env: Mapping[str, str]) -> ChildSpec:
     local_prefill = settings.local_prefill or ("" if settings.prefill else "always")
+    api = {field.name: getattr(settings, field.name) for field in fields(ApiSettings) if field.name != "api_key"}
+    api["served_model_name"] = settings.served_model_name or (served_name(settings),)
     arguments = (
-        *("--model", settings.model, "--served-model-name", served_name(settings)),
-        *("--host", settings.host, "--port", str(settings.port), "--control-address", ports.control_address),
+        *("--model", settings.model, "--control-address", ports.control_address),
+        *as_arguments(ApiSettings, api),
         *(("--local-prefill", local_prefill) if local_prefill else ()),
-        *(("--insecure-network",) if settings.insecure_network else ()),
         *settings.proxy_arg,
     )
-    key = {KEY_VARIABLE: settings.api_key} if settings.api_key else {}
+    key = {KEY_VARIABLE: "\n".join(settings.api_key)} if settings.api_key else {}
     return _node("proxy", "proxy", "baton.proxy", arguments, {**env, **key})
 
 
@@ -187,9 +181,9 @@ def _node(
 
 
 def served_name(settings: ServeSettings) -> str:
-    """What clients call the model."""
+    """What clients call the model: the first of its names."""
     if settings.served_model_name:
-        return settings.served_model_name
+        return settings.served_model_name[0]
     folder = Path(settings.model).expanduser()
     return folder.resolve().name if settings.model != DEMO_MODEL and folder.is_dir() else settings.model
 

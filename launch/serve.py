@@ -26,6 +26,7 @@ from baton.launch.local import (
     sizes_pools,
 )
 from baton.launch.supervisor import ChildSpec, Supervisor, SupervisorLimits
+from baton.node.api_settings import api_keys
 from baton.node.errors import SettingsError
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
@@ -77,7 +78,7 @@ async def http_status(host: str, port: int, path: str, timeout_s: float, api_key
 def curl_line(settings: ServeSettings, url: str) -> str:
     """A command to paste."""
     body = json.dumps({"model": served_name(settings), "prompt": "Once upon a time", "max_tokens": 64})
-    key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key else ""
+    key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key or settings.api_key_file else ""
     return f"curl {url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
 
 
@@ -108,7 +109,8 @@ async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
     loop = asyncio.get_running_loop()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(signum, on_signal)
-    status = await supervisor.run(token_probe(host, settings.port, settings.api_key), on_ready)
+    key = next(iter(api_keys(settings)), "")
+    status = await supervisor.run(token_probe(host, settings.port, key), on_ready)
     say("stopped")
     return status
 
@@ -124,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         require_loopback(settings.host, settings.insecure_network)
         check_port(settings.host, settings.port)
+        api_keys(settings)
         locate_model(settings.model)  # once, with its progress bars, before every child looks for it
         return asyncio.run(supervise(settings, plan(settings)))
     except SettingsError as error:

@@ -50,6 +50,8 @@ class OptionInfo:
     """Environment variable that gives the default: for secrets, which do not belong in a process list."""
     positional: bool = False
     """The value may also be the argument without an option's name."""
+    separate: bool = False
+    """Of a tuple: the option takes one value each time it is given, so that a positional argument may follow it."""
 
 
 def option(
@@ -63,14 +65,16 @@ def option(
     metavar: str = "",
     env: str = "",
     positional: bool = False,
+    separate: bool = False,
 ) -> Any:
     """A dataclass field that becomes `--its-name`. Without `default` it is required.
 
     The field's annotation is one of bool, int, float, str, Path, any of these `| None` (not given is None), or
-    `tuple[X, ...]` of int, float, str or Path (the option takes one or more values, and may be repeated). `minimum` and
-    `maximum` are inclusive; a number must always be finite. One field of a dataclass may be `positional`.
+    `tuple[X, ...]` of int, float, str or Path (the option takes one or more values, and may be repeated; where it is
+    `separate`, one value each time). `minimum` and `maximum` are inclusive; a number must always be finite. One field
+    of a dataclass may be `positional`. Each line of `env` is a value of a tuple.
     """
-    info = OptionInfo(help, unit, tuple(choices), minimum, maximum, metavar, env, positional)
+    info = OptionInfo(help, unit, tuple(choices), minimum, maximum, metavar, env, positional, separate)
     return dataclasses.field(default=default, metadata={_METADATA_KEY: info})
 
 
@@ -102,6 +106,23 @@ def parse(
         return cls(**{name: tuple(value) if isinstance(value, list) else value for name, value in values.items()})
     except SettingsError as error:
         parser.error(str(error))
+
+
+def as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
+    """The command line that gives these fields of `cls` these values; fields with their default need no argument."""
+    arguments: list[str] = []
+    for field in dataclasses.fields(cls):
+        value = values.get(field.name)
+        flag = "--" + field.name.replace("_", "-")
+        if value is None or value == field.default:
+            continue
+        if isinstance(value, bool):
+            arguments.append(flag if value else f"--no-{flag[2:]}")
+        elif isinstance(field.default, tuple):
+            arguments += [f"{flag}={entry}" for entry in (value if isinstance(value, list | tuple) else (value,))]
+        else:
+            arguments.append(f"{flag}={value}")
+    return arguments
 
 
 def require_loopback(address: str, insecure_network: bool) -> None:
@@ -172,14 +193,14 @@ def _add_argument(
     convert = _converter(kind.base, info)
     if env.get(info.env):
         try:
-            default = convert(env[info.env])
+            given = [convert(text) for text in (env[info.env].splitlines() if kind.repeated else [env[info.env]])]
         except argparse.ArgumentTypeError as error:
             parser.error(f"environment variable {info.env}: {error}")
-        default = (default,) if kind.repeated else default
+        default = tuple(given) if kind.repeated else given[0]
     parser.add_argument(
         flag,
         action=_AppendAnew if kind.repeated else "store",
-        nargs="+" if kind.repeated else None,
+        nargs="+" if kind.repeated and not info.separate else None,
         type=convert,
         default=default,
         required=required,
@@ -224,7 +245,7 @@ def _help_text(info: OptionInfo, kind: _Kind, default: Any) -> str:
     """The line of help with unit, default and bounds; the value of an environment variable is never shown."""
     facts = [f"in {info.unit}"] if info.unit else []
     if kind.repeated:
-        facts.append("one or more")
+        facts.append("may be repeated" if info.separate else "one or more")
     if default is dataclasses.MISSING:
         facts.append("required")
     elif default not in (None, "", ()):
@@ -257,7 +278,8 @@ class _AppendAnew(argparse.Action):
         option_string: str | None = None,
     ) -> None:
         given = getattr(namespace, self.dest)
-        setattr(namespace, self.dest, [*given, *values] if isinstance(given, list) else values)
+        added = values if isinstance(values, list) else [values]
+        setattr(namespace, self.dest, [*given, *added] if isinstance(given, list) else added)
 
 
 class _HelpFormatter(argparse.HelpFormatter):

@@ -19,8 +19,9 @@ from typing import Any
 
 from baton.launch.local import ServeSettings, free_ports
 from baton.node.modelhub import locate_model
+from baton.node.settings import as_arguments
 
-OWN_SETTINGS = ("model", "host", "port", "api_key", "insecure_network")
+OWN_SETTINGS = ("model", "host", "port", "api_key", "api_key_file", "insecure_network")
 """Settings of `serve` that are not the caller's choice."""
 TAIL_LINES = 20
 
@@ -38,7 +39,7 @@ class PrivateServer:
         self.url = f"http://127.0.0.1:{port}"
         own = {"store_path": self._folder / "kvstore", "grace_s": 10.0, **settings}
         own["proxy_arg"] = (f"--request-timeout-s={request_timeout_s:g}", *strings(settings.get("proxy_arg", ())))
-        argv = [f"--model={model}", f"--port={port}", *as_arguments(own)]
+        argv = [f"--model={model}", f"--port={port}", *as_arguments(ServeSettings, own)]
         self.log = self._folder / "server.log"
         with self.log.open("wb") as output:
             self._process = subprocess.Popen(
@@ -94,24 +95,6 @@ def check_names(settings: Mapping[str, Any]) -> None:
     for name in settings:
         if name not in names:
             raise TypeError(f"unknown setting {name!r}; there are {', '.join(sorted(names))}")
-
-
-def as_arguments(settings: Mapping[str, Any]) -> list[str]:
-    """The settings as options of `serve`, which checks their values."""
-    defaults = {field.name: field.default for field in dataclasses.fields(ServeSettings)}
-    arguments: list[str] = []
-    for name, value in settings.items():
-        flag = "--" + name.replace("_", "-")
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            if value != defaults[name]:
-                arguments.append(flag if value else f"--no-{flag[2:]}")
-        elif isinstance(defaults[name], tuple):
-            arguments += [f"{flag}={entry}" for entry in strings(value)]
-        else:
-            arguments.append(f"{flag}={value}")
-    return arguments
 
 
 def strings(value: Any) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
 from baton import __version__
+from baton.node.api_settings import api_keys
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
@@ -46,10 +47,15 @@ async def serve(settings: ProxySettings) -> int:
     folder = locate_model(settings.model)
     text = ModelText(folder)
     listener = _listen(settings.host, settings.port)
-    name = settings.served_model_name or _name_of(settings.model)
+    name, *aliases = settings.served_model_name or (_name_of(settings.model),)
     dispatcher = Dispatcher(Endpoint(new_context(), "proxy", settings.control_address), settings, [name])
     app_settings = AppSettings(
-        api_keys=settings.api_key,
+        aliases=tuple(aliases),
+        api_keys=api_keys(settings),
+        max_requests=settings.max_requests,
+        max_body_bytes=int(settings.max_body_mib * (1 << 20)),
+        max_prompts=settings.max_prompts,
+        max_n=settings.max_n,
         request_timeout_s=settings.request_timeout_s,
         slow_request_s=math.inf if settings.slow_request_s is None else settings.slow_request_s,
         debug_requests=settings.debug_requests,

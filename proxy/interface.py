@@ -88,6 +88,9 @@ class Engine(Protocol):
 class AppSettings:
     """Settings of the HTTP side; all sizes, counts and times of a request are bounded by these."""
 
+    aliases: tuple[str, ...] = ()
+    """Further names of the first model."""
+
     api_keys: tuple[str, ...] = ()
     """Empty: requests need no key."""
     request_timeout_s: float = 600.0

@@ -4,19 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baton.node.api_settings import ApiSettings
 from baton.node.settings import option
 from baton.proxy.routing.router import POLICIES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ProxySettings:
+class ProxySettings(ApiSettings):
     model: str = option("demo", help="model whose tokenizer and chat template to use: a folder, a hub id, or 'demo'")
-    served_model_name: str = option("", help="name of the model in the API; default: the folder's name")
-    host: str = option("127.0.0.1", help="address of the HTTP server")
-    port: int = option(8000, help="port of the HTTP server", minimum=0, maximum=65535)
     control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="address that workers connect to")
-    insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
-    api_key: tuple[str, ...] = option((), env="BATON_API_KEY", help="key that guards every route but the probes")
     policy: str = option(
         "kv-aware",
         choices=POLICIES,

@@ -49,12 +49,13 @@ PROBE_TEXT = (
 def create_app(
     engine: Engine, texts: Mapping[str, ModelText], settings: AppSettings, spans: Spans | None = None
 ) -> FastAPI:
-    """The app to be served: `texts` are the text sides of its models, by the names under which they are served.
+    """The app to be served: `texts` are the text sides of its models, by the first of the names that they have.
 
     It closes them and `spans` when it shuts down, and leaves `engine` to its owner.
     """
     metrics = ProxyMetrics(engine, tuple(texts))
     models = {name: ModelEntry(name, text, metrics.of(name)) for name, text in texts.items()}
+    models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
     service = Service(engine, models, settings, metrics, log, RequestLimit(settings.max_requests))
 
@@ -167,17 +168,17 @@ async def _two_tokens(service: Service) -> int:
 def _add_models(app: FastAPI, service: Service) -> None:
     created = int(time.time())
 
-    def shown(model: ModelEntry) -> dict[str, object]:
-        named = {"id": model.name, "object": "model", "created": created, "owned_by": "baton"}
+    def shown(name: str, model: ModelEntry) -> dict[str, object]:
+        named = {"id": name, "object": "model", "created": created, "owned_by": "baton"}
         return {**named, "max_model_len": service.engine.max_model_len(model.name)}
 
     @app.get("/v1/models")
     async def models() -> Response:
-        return _json({"object": "list", "data": [shown(model) for model in service.models.values()]})
+        return _json({"object": "list", "data": [shown(*item) for item in service.models.items()]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        return _json(shown(service.model(name)))
+        return _json(shown(name, service.model(name)))
 
 
 def _add_tokenizer(app: FastAPI, service: Service) -> None:

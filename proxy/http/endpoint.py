@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -125,7 +125,8 @@ class GenerateEndpoint:
             model = service.model(parsed.model)
             request.model, request.stream = parsed.model, parsed.stream
             request.timeline.enter("tokenise")
-            made = await choices_of(parsed, model.text, service.settings, service.max_model_len(model.name), request.id)
+            known = parsed if parsed.model == model.name else replace(parsed, model=model.name)
+            made = await choices_of(known, model.text, service.settings, service.max_model_len(model.name), request.id)
             timelines = [request.timeline.fork(model.metrics.segments_of(request.operation)) for _ in made]
             header = AnswerHeader(
                 id=request.id,

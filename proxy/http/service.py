@@ -33,13 +33,14 @@ class ModelEntry:
     """All that the HTTP side has of one model."""
 
     name: str
+    """The first of its names, which engine and metrics know."""
     text: ModelText
     metrics: ModelMetrics
 
 
 @dataclass(frozen=True, slots=True)
 class Service:
-    """The engine, the models by name and what is measured."""
+    """The engine, the models by all of their names and what is measured."""
 
     engine: Engine
     models: Mapping[str, ModelEntry]

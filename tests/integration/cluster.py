@@ -99,7 +99,7 @@ class Cluster:
             decode=self.decode,
             device="cpu",
             store_ram_gib=0.0 if self.store_args is None else 0.1,
-            api_key=self.api_key,
+            api_key=(self.api_key,) if self.api_key else (),
             proxy_arg=self.proxy_args,
             worker_arg=("--drain-s", "10", *self.worker_args),
             prefill_arg=self.prefill_args,

@@ -33,7 +33,7 @@ SMALL: dict[str, Any] = {**SETTINGS, "prefill": 0}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """An already running server."""
-    with Cluster(ServeSettings(device="cpu", api_key=KEY)) as cluster:
+    with Cluster(ServeSettings(device="cpu", api_key=(KEY,))) as cluster:
         yield cluster
 
 

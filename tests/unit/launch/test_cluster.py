@@ -18,7 +18,7 @@ from baton.launch.supervisor import ChildSpec
 # A node writes a file with its name while it runs; the proxy's metrics list the files.
 PROXY = """
 import glob, http.server, os, signal, sys
-options = dict(zip(sys.argv[1:], sys.argv[2:]))
+options = dict(zip(sys.argv[1:], sys.argv[2:])) | dict(word.split("=", 1) for word in sys.argv if "=" in word)
 folder = FOLDER
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
@@ -44,7 +44,7 @@ print("arguments", *sys.argv[1:], flush=True)
 if "--fail" in sys.argv:
     sys.exit("no such model")
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(3 if "--bad-end" in sys.argv else 0))
-options = dict(zip(sys.argv[1:], sys.argv[2:]))
+options = dict(zip(sys.argv[1:], sys.argv[2:])) | dict(word.split("=", 1) for word in sys.argv if "=" in word)
 name = options.get("--worker-id", "store")
 with open(FOLDER + "/." + name, "w") as file:
     file.write(str(os.getpid()))
@@ -74,7 +74,7 @@ def make(tmp_path: Path, **settings: object) -> Cluster:
 
 def test_all_nodes_run_and_end(tmp_path: Path) -> None:
     """A node that is not started, or outlives its cluster."""
-    with make(tmp_path, prefill=2, api_key="hunter2") as cluster:
+    with make(tmp_path, prefill=2, api_key=("hunter2",)) as cluster:
         assert cluster.running() == ["proxy", "store", "prefill-0", "prefill-1", "decode-0"]
         assert cluster.members() == {"store", "prefill-0", "prefill-1", "decode-0"}, "the key opens /metrics"
         assert cluster.get("/metrics")[0] == 200

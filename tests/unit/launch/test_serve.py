@@ -24,7 +24,7 @@ ROOT = Path(__file__).resolve().parents[3]
 # The stand-ins drain on SIGTERM, as the real ones do; the proxy has a token as soon as three workers and the store run.
 FAKE_PROXY = """
 import glob, http.server, os, signal, sys
-options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+options = dict(word.split("=", 1) for word in sys.argv if "=" in word)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         ready = self.path == "/health_generate" and len(glob.glob("*.up")) == 4
@@ -38,7 +38,7 @@ def end(*_):
     print("drained", flush=True)
     sys.exit(0)
 signal.signal(signal.SIGTERM, end)
-http.server.HTTPServer((options["--host"], int(options["--port"])), Handler).serve_forever()
+http.server.HTTPServer(("127.0.0.1", int(options["--port"])), Handler).serve_forever()
 """
 FAKE_WORKER = """
 import signal, sys
@@ -60,7 +60,7 @@ FAKES = {"proxy": FAKE_PROXY, "kvtransfer": FAKE_STORE}
 
 def test_the_curl_line_shows_no_key() -> None:
     """Output ends in logs."""
-    assert "hunter2" not in serve.curl_line(local.ServeSettings(api_key="hunter2"), "http://x")
+    assert "hunter2" not in serve.curl_line(local.ServeSettings(api_key=("hunter2",)), "http://x")
 
 
 def test_the_curl_line_can_be_pasted() -> None:

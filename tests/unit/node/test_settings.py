@@ -43,6 +43,25 @@ def error_of(capsys: pytest.CaptureFixture[str], *argv: str, **environ: str) -> 
     return captured.err
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Separate:
+    """A tuple that takes one value each time, beside a positional argument."""
+
+    model: str = option("demo", help="model", positional=True)
+    name: tuple[str, ...] = option((), help="name", separate=True, env="EXAMPLE_NAMES")
+
+
+def test_a_separate_option_leaves_the_positional_argument_alone() -> None:
+    """`serve --served-model-name x MODEL` would serve another model, under two names."""
+
+    def read(*argv: str, **environ: str) -> Separate:
+        return parse(Separate, argv, prog="example", description="", environ=environ)
+
+    assert read("--name", "x", "m") == Separate(model="m", name=("x",))
+    assert read("m", "--name", "x", "--name", "y", EXAMPLE_NAMES="z") == Separate(model="m", name=("x", "y"))
+    assert read(EXAMPLE_NAMES="x\ny z\n") == Separate(name=("x", "y z"))
+
+
 def test_defaults_are_those_of_the_dataclass() -> None:
     """Guards against a default lost in argparse, which would silently change a node's behaviour."""
     assert read("--model", "m") == Example(model="m")

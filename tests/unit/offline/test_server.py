@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from baton.launch.local import ServeSettings
-from baton.node.settings import parse
+from baton.node.settings import as_arguments, parse
 from baton.offline.connection import ROWS_PER_WORKER, num_rows
-from baton.offline.server import as_arguments
 
 
 def test_arguments_give_the_settings_back() -> None:
@@ -24,7 +23,7 @@ def test_arguments_give_the_settings_back() -> None:
         "insecure_network": False,
         "served_model_name": None,
     }
-    settings = parse(ServeSettings, as_arguments(given), prog="serve", description="")
+    settings = parse(ServeSettings, as_arguments(ServeSettings, given), prog="serve", description="")
     assert settings == ServeSettings(
         prefill=2,
         device="cpu",

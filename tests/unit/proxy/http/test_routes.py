@@ -47,6 +47,24 @@ async def test_a_second_model_is_one_more_entry(engine: FakeEngine, text: ModelT
     assert refused.status_code == 404
 
 
+async def test_further_names_of_a_model(engine: FakeEngine, text: ModelText) -> None:
+    """Guards against a name that is listed but refused, an answer under another name than was asked for, and an engine
+    that is asked for a model that no worker has."""
+    app = create_app(engine, {"demo": text}, AppSettings(aliases=("gpt-4o", "org/x")))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        listed = (await client.get("/v1/models")).json()["data"]
+        assert [model["id"] for model in listed] == ["demo", "gpt-4o", "org/x"]
+        assert (await client.get("/v1/models/org/x")).json() == listed[2]
+        for path, body in (("/v1/completions", COMPLETION), ("/v1/chat/completions", CHAT)):
+            answer = await client.post(path, json={**body, "model": "gpt-4o"})
+            assert (answer.status_code, answer.json()["model"]) == (200, "gpt-4o")
+        assert (await client.post("/tokenize", json={"model": "gpt-4o", "prompt": "Hi"})).status_code == 200
+        metrics = (await client.get("/metrics")).text
+    assert {call.generation.model for call in engine.calls} == {"demo"}
+    assert 'vllm:request_success_total{finished_reason="stop",model_name="demo"} 2.0' in metrics
+    assert "gpt-4o" not in metrics
+
+
 async def test_probes(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards against an orchestrator that sends traffic to a proxy without workers, or kills one that only waits."""
     for path in ("/health", "/ready", "/live", "/health_generate"):

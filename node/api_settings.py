@@ -1,0 +1,76 @@
+"""Options of the HTTP API that `baton serve` and `baton proxy` share: the former passes them on to the latter.
+
+It owns the keys that clients may send, and where they are read from. It does not know what the API answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from baton.node.errors import SettingsError
+from baton.node.settings import option
+
+KEY_VARIABLE = "BATON_API_KEY"
+MAX_KEY_FILE_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ApiSettings:
+    """Where the API listens, under which names, for which keys, and its limits."""
+
+    served_model_name: tuple[str, ...] = option(
+        (),
+        separate=True,
+        metavar="NAME",
+        help="name of the model in the API, once for each name: /v1/models lists all, answers have the one that was "
+        "asked for; default: the folder's name, or the hub id",
+    )
+    host: str = option("127.0.0.1", help="address of the HTTP API")
+    port: int = option(8000, help="port of the HTTP API", minimum=0, maximum=65535)
+    insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
+    api_key: tuple[str, ...] = option(
+        (),
+        separate=True,
+        metavar="KEY",
+        env=KEY_VARIABLE,
+        help="key that clients must send, once for each key; guards every route but the probes. In a command line, "
+        "other users of this machine can read it",
+    )
+    api_key_file: Path | None = option(
+        None,
+        metavar="FILE",
+        help="file with more keys, one a line; empty lines and lines that begin with # do not count",
+    )
+    max_requests: int = option(
+        1024, unit="requests", help="most HTTP requests that are answered at once; further ones get a 429", minimum=1
+    )
+    max_body_mib: float = option(
+        10.0, unit="MiB", help="largest body of a request; a larger one gets a 413", minimum=0.001, maximum=1024
+    )
+    max_prompts: int = option(64, help="most prompts in one completion request", minimum=1, maximum=4096)
+    max_n: int = option(16, help="most answers to one prompt (n)", minimum=1, maximum=1 << 16)
+
+    def __post_init__(self) -> None:
+        if not all(self.api_key):
+            raise SettingsError("--api-key is empty; leave it out to serve without keys")
+
+
+def api_keys(settings: ApiSettings) -> tuple[str, ...]:
+    """All keys that clients may send; empty where none is needed. Raises SettingsError for a file without any."""
+    return settings.api_key + (() if settings.api_key_file is None else _keys_of(settings.api_key_file))
+
+
+def _keys_of(path: Path) -> tuple[str, ...]:
+    try:
+        if path.stat().st_size > MAX_KEY_FILE_BYTES:
+            raise SettingsError(f"--api-key-file {path}: larger than {MAX_KEY_FILE_BYTES} bytes")
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise SettingsError(f"--api-key-file {path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise SettingsError(f"--api-key-file {path}: not UTF-8") from None
+    keys = tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
+    if not keys:
+        raise SettingsError(f"--api-key-file {path}: holds no key")
+    return keys
