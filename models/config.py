@@ -6,7 +6,7 @@ the shape of a real model is an error instead.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.models.folder import JsonObject
@@ -72,6 +72,10 @@ class ModelConfig:
         """Query heads that share one key head."""
         return self.num_heads // self.num_kv_heads
 
+    def up_to(self, max_model_len: int) -> ModelConfig:
+        """The configuration of a server whose sequences have at most so many tokens."""
+        return replace(self, rope=self.rope.up_to(max_model_len))
+
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
         """Reads the folder's configuration; raises SettingsError, or UnsupportedModel, which is one."""
@@ -105,7 +109,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         head_dim=head_dim,
         intermediate_size=config.integer("intermediate_size"),
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=read_rope(config, max_position),
+        rope=read_rope(config, max_position, head_dim),
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         o_bias=attention_bias,

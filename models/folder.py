@@ -65,6 +65,15 @@ class JsonObject:
             raise self.wrong(key, "a finite number above zero")
         return float(value)
 
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of finite numbers above zero; the key must be there."""
+        value = self._required(key)
+        numbers = value if isinstance(value, list) else []
+        found = tuple(float(item) for item in numbers if isinstance(item, int | float) and not isinstance(item, bool))
+        if not found or len(found) != len(numbers) or not all(math.isfinite(item) and item > 0 for item in found):
+            raise self.wrong(key, "a list of finite numbers above zero")
+        return found
+
     def flag(self, key: str, default: bool) -> bool:
         if not self.has(key):
             return default

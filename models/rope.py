@@ -24,6 +24,9 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         return frequencies / rope.factor
     if rope.kind == "llama3":
         return _llama3(frequencies, rope)
+    if rope.kind == "longrope":
+        factors = rope.long_factors if rope.use_long_factors else rope.short_factors
+        return 1.0 / (torch.tensor(factors, dtype=torch.float32) * rope.theta**exponents)
     if rope.kind == "yarn":
         return _yarn(rope.theta**exponents, rope, head_dim)
     return frequencies

@@ -7,12 +7,12 @@ Old folders write `rope_theta` and `rope_scaling` {`type` or `rope_type`, ...}; 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.models.folder import JsonObject
 from baton.node.errors import SettingsError
 
-ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn")
+ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0
 
 
@@ -24,17 +24,32 @@ class RopeConfig:
     theta: float
     factor: float = 1.0
     original_max_position: int = 0
-    """Length of the pre-training, tokens (llama3, yarn)."""
+    """Length of the pre-training, tokens (llama3, yarn, longrope)."""
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
     attention_factor: float = 1.0
-    """cos and sin are multiplied by it (yarn)."""
+    """cos and sin are multiplied by it (yarn, longrope)."""
+    short_factors: tuple[float, ...] = ()
+    """One for each pair of elements (longrope); wavelengths are multiplied by them."""
+    long_factors: tuple[float, ...] = ()
+    use_long_factors: bool = False
+
+    def up_to(self, max_model_len: int) -> RopeConfig:
+        """The rope of a server whose sequences have at most so many tokens.
+
+        Longrope has two sets of factors. transformers picks one at each step by the longest sequence in it, so that KV
+        would depend on a sequence's neighbours and on its own later length. Here, as in vLLM, a server that serves
+        sequences beyond the pre-training's length uses the long factors for all.
+        """
+        if self.kind != "longrope":
+            return self
+        return replace(self, use_long_factors=max_model_len > self.original_max_position)
 
 
-def read_rope(config: JsonObject, max_position: int) -> RopeConfig:
+def read_rope(config: JsonObject, max_position: int, head_dim: int) -> RopeConfig:
     """The rope of a config.json; SettingsError names an unknown type or a missing key."""
     rope = _rope_object(config)
     if "rope_theta" in config.fields and not config.has("rope_theta") and not rope.has("rope_theta"):
@@ -55,6 +70,8 @@ def read_rope(config: JsonObject, max_position: int) -> RopeConfig:
     )
     if kind == "yarn":
         return _yarn(rope, theta, original, max_position)
+    if kind == "longrope":
+        return _longrope(rope, theta, original, max_position, head_dim // 2)
     factor = rope.number("factor")
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
@@ -92,6 +109,33 @@ def _yarn(rope: JsonObject, theta: float, original: int, max_position: int) -> R
         truncate=rope.flag("truncate", True),
         attention_factor=attention_factor,
     )
+
+
+def _longrope(rope: JsonObject, theta: float, original: int, max_position: int, num_pairs: int) -> RopeConfig:
+    """LongRoPE, https://arxiv.org/abs/2402.13753, with the defaults of transformers."""
+    factors = {key: rope.numbers(key) for key in ("short_factor", "long_factor")}
+    for key, values in factors.items():
+        if len(values) != num_pairs:
+            raise rope.wrong(key, f"a list of {num_pairs} numbers, half of head_dim")
+    factor = rope.number("factor", max_position / original)
+    if rope.has("attention_factor"):
+        attention_factor = rope.number("attention_factor")
+    elif factor <= 1.0:
+        attention_factor = 1.0
+    elif original < 2:
+        raise rope.wrong("original_max_position_embeddings", "at least 2")
+    else:
+        attention_factor = math.sqrt(1 + math.log(factor) / math.log(original))
+    longrope = RopeConfig(
+        "longrope",
+        theta,
+        factor,
+        original,
+        attention_factor=attention_factor,
+        short_factors=factors["short_factor"],
+        long_factors=factors["long_factor"],
+    )
+    return longrope.up_to(max_position)
 
 
 def _mscale(factor: float, mscale: float) -> float:

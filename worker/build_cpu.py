@@ -141,6 +141,7 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
         folder,
         dtype=settings.dtype,
         load_format=settings.load_format,
+        max_model_len=settings.max_model_len,
         on_progress=progress_log("loading_weights", "tensors"),
     )
     layout = layout_of(runner.config, runner.kv_dtype, sizes.block_tokens)

@@ -51,6 +51,7 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
     torch.cuda.set_device(index)
     config = ModelConfig.from_folder(folder)
     longest = longest_known(settings.max_model_len, config)
+    config = config.up_to(longest)
     try:
         runner = _load(settings, sizes, folder, config, longest)
         layout = layout_of(config, runner.kv_dtype, sizes.block_tokens)

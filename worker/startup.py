@@ -71,6 +71,8 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         began_at = time.monotonic()
         fingerprint = hashing.result()
     log_event(logger, "weights_hashed", waited_s=round(time.monotonic() - began_at, 1))
+    if model.config.rope.kind == "longrope":
+        log_event(logger, "longrope", factors="long" if model.config.rope.use_long_factors else "short")
     layout, num_blocks = model.layout, model.pool.num_blocks
     namespace = namespace_of(folder, fingerprint, layout, model.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"

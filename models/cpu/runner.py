@@ -43,14 +43,17 @@ class ModelRunner:
         *,
         dtype: str = "auto",
         load_format: str = "auto",
+        max_model_len: int | None = None,
         on_progress: Progress = no_progress,
     ) -> ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 
         dtype: `auto` is float32 on the CPU, where it is the fastest that every machine has.
         load_format: `dummy` makes random weights and reads only the configuration.
+        max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
         """
         config = ModelConfig.from_folder(folder)
+        config = config.up_to(config.max_model_len if max_model_len is None else max_model_len)
         name = "float32" if dtype == "auto" else dtype
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")

@@ -127,6 +127,50 @@ def test_frequencies_equal_those_of_transformers_bit_for_bit(tmp_path, rope, spe
     assert config.rope.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6, 1.7],
+    "long_factor": [1.0, 2.0, 4.0, 6.5, 8.0, 16.0, 32.0, 64.0],
+    "original_max_position_embeddings": 64,
+}
+
+
+@pytest.mark.parametrize("longest", [64, 65], ids=["short", "long"])
+@pytest.mark.parametrize("more", [{}, {"factor": 4.0}, {"attention_factor": 1.25}, {"factor": 0.5}], ids=str)
+def test_longrope_factors_follow_the_served_length(tmp_path, more, longest):
+    """Guards against the factors of the other range, and against a scale of cos and sin that is left out."""
+    rope = LONGROPE | more
+    theirs = transformers.LlamaConfig(
+        **{key: value for key, value in PLAIN.items() if key != "architectures"},
+        rope_parameters=rope | {"rope_theta": 5e5},
+    )
+    config = read(tmp_path, PLAIN | {"rope_parameters": rope | {"rope_theta": 5e5}}).up_to(longest)
+    expected, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, torch.device("cpu"), seq_len=longest)
+    assert torch.equal(inverse_frequencies(config.rope, config.head_dim), expected)
+    assert config.rope.attention_factor == pytest.approx(factor, rel=1e-12)
+
+
+def test_longrope_of_other_served_lengths_is_another_rope(tmp_path):
+    """Guards against KV exchanged between workers that rotated keys with different factors: the identity is repr."""
+    config = read(tmp_path, PLAIN | {"rope_parameters": LONGROPE})
+    assert repr(config.up_to(64).rope) != repr(config.up_to(65).rope) == repr(config.up_to(100).rope)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"short_factor": None}, "'short_factor' is missing"),
+        ({"long_factor": [1.0, 2.0]}, "'long_factor' must be a list of 8 numbers"),
+        ({"long_factor": "1"}, "'long_factor' must be a list of finite numbers"),
+        ({"short_factor": [1.0] * 7 + [0]}, "'short_factor' must be a list of finite numbers"),
+        ({"original_max_position_embeddings": 1}, "must be at least 2"),
+    ],
+)
+def test_broken_longrope_is_refused_by_its_key(tmp_path, change, message):
+    with pytest.raises(SettingsError, match=message):
+        read(tmp_path, PLAIN | {"rope_parameters": LONGROPE | change})
+
+
 def test_yarn_folder_may_be_used_beyond_its_original_length(tmp_path):
     """Guards against long prompts refused: Qwen's yarn folders keep the original length in max_position_embeddings."""
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
@@ -143,8 +187,8 @@ def test_unsupported_architecture_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("spelling", ["type", "rope_type"])
 def test_unknown_rope_type_is_refused_by_name(tmp_path, spelling):
-    with pytest.raises(SettingsError, match=r"longrope.*supported: default, linear"):
-        read(tmp_path, PLAIN | {"rope_scaling": {spelling: "longrope", "factor": 2.0}})
+    with pytest.raises(SettingsError, match=r"proportional.*supported: default, linear"):
+        read(tmp_path, PLAIN | {"rope_scaling": {spelling: "proportional", "factor": 2.0}})
 
 
 @pytest.mark.parametrize("empty", [{}, None])

@@ -30,6 +30,18 @@ FAMILIES = {
         },
     ),
     "yarn rope, attention factor": ("qwen3", {"rope_parameters": YARN | {"attention_factor": 1.3}}),
+    "longrope": (
+        "llama",
+        {
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "short_factor": [1.0] * 8,
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 8.0, 12.0, 16.0],
+                "original_max_position_embeddings": 64,
+                "rope_theta": 10000.0,
+            }
+        },
+    ),
     "mistral": ("mistral", {"sliding_window": None}),
     "mistral, window": ("mistral", {"sliding_window": 24}),
     "qwen2, tied": ("qwen2", {"tie_word_embeddings": True}),
