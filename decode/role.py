@@ -118,8 +118,9 @@ class DecodeRole:
         self._parts.io.do(lambda exchange, now: exchange.open_receiver(incoming, now))
         return True
 
-    def cancel(self, message: Cancel) -> None:
-        for sequence in [each for each in self.sequences.values() if cancel_matches(message, each.leg)]:
+    def cancel(self, link: str, message: Cancel) -> None:
+        own = [each for each in self.sequences.values() if each.link == link and cancel_matches(message, each.leg)]
+        for sequence in own:
             self.end(sequence, None)
 
     def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:

@@ -73,11 +73,12 @@ class PrefillRole:
         self._parts.io.do(lambda exchange, now: exchange.open_sender(leg, peer, address, deadline, now))
         return None
 
-    def cancel(self, message: Cancel) -> None:
-        for sequence in [each for each in self.sequences.values() if cancel_matches(message, each.leg)]:
+    def cancel(self, link: str, message: Cancel) -> None:
+        own = [each for each in self.sequences.values() if each.link == link and cancel_matches(message, each.leg)]
+        for sequence in own:
             self.end(sequence, None)
         for leg, sending in self._sending.items():
-            if sending.awaited and cancel_matches(message, leg):
+            if sending.awaited and sending.link == link and cancel_matches(message, leg):
                 sending.awaited = False
                 self._cancel_sender(leg, "cancelled")
 

@@ -48,6 +48,7 @@ class Generation:
     """One answer to be generated; an HTTP request has one for each prompt and each of its n."""
 
     request_id: str
+    """Drawn at random, never a client's text: workers serve several proxies and know requests by it."""
     model: str
     """The name under which it is served."""
     prompt_ids: tuple[int, ...]

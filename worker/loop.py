@@ -31,6 +31,7 @@ from baton.worker.sequence import Sequence, busy, failed
 IDLE_WAIT_S = 0.1
 DRAIN_NOTICE_S = 2 * HEARTBEAT_S
 """Even an idle worker stays so long: a request that was sent before the proxy knew gets its Busy, not silence."""
+ID_IN_USE = "another proxy has a request of this id"
 LOAD_LEAD_S = 0.02
 """The load is built this long before a heartbeat is due, or two turns before, if that is earlier."""
 
@@ -69,8 +70,8 @@ class WorkerRole(Protocol):
         """Take on a sequence, or say why not."""
         ...
 
-    def cancel(self, message: Cancel) -> None:
-        """End what the message names, without an answer."""
+    def cancel(self, link: str, message: Cancel) -> None:
+        """End what the message names of that link's requests, without an answer."""
         ...
 
     def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
@@ -187,7 +188,7 @@ class Loop:
             case FromProxy(link, Prefill() | Reserve() as message, at):
                 self._on_request(link, message, at)
             case FromProxy(link, Cancel() as message):
-                self.role.cancel(message)
+                self.role.cancel(link, message)
                 self._parts.io.send(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
             case FromProxy(_, Drain()):
                 self.drain()
@@ -210,9 +211,9 @@ class Loop:
 
     def _on_request(self, link: str, message: Prefill | Reserve, at: float) -> None:
         leg = LegKey(message.request_id, message.attempt)
-        if leg in self.role.sequences:
+        if (known := self.role.sequences.get(leg)) is not None and known.link == link:
             return
-        answer = self._refusal(leg, message.body)
+        answer = self._refusal(leg, message.body) if known is None else failed(leg, ID_IN_USE, retryable=True)
         if answer is None:
             parts, now = self._parts, self._clock()
             sequence = Sequence.of(message, link, at, now, parts.manager, parts.layout.block_tokens)

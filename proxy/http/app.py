@@ -6,6 +6,7 @@ Puts the pieces together and owns nothing itself; the two endpoints that generat
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
@@ -151,7 +152,7 @@ async def _two_tokens(service: Service) -> int:
     """The first of two tokens: one of prefill's, one of decode's, and KV that moved in between."""
     model = service.default_model
     probe = Generation(
-        request_id=f"health-{time.monotonic_ns()}",
+        request_id=f"health-{secrets.token_hex(16)}",
         model=model.name,
         prompt_ids=model.text.encode(PROBE_TEXT, add_special_tokens=True) or (0,),
         sampling=SamplingSpec(max_tokens=2, temperature=0.0),

@@ -212,6 +212,14 @@ def test_cancel_during_a_transfer_quarantines_its_blocks() -> None:
     assert bench.manager.num_available == 16
 
 
+def test_a_proxy_cancels_only_its_own_requests() -> None:
+    """Guards the requests of one proxy against a Cancel of another that uses the same id."""
+    bench = Bench()
+    transfer = bench.reserve("a", 6)
+    bench.deliver(FromProxy("proxy 2", Cancel(request_id="a", attempt=0), bench.now_s))
+    assert set(bench.role._reserved) == {transfer} and bench.role.sequences
+
+
 def test_cancel_that_races_with_the_arrival() -> None:
     """Guards the race of Cancel and KvArrived: blocks leave the quarantine, no token is sent."""
     bench = Bench()

@@ -73,6 +73,20 @@ def test_a_refused_worker_does_not_retry() -> None:
     assert [link for link, _ in messages] == ["b"]
 
 
+def test_one_of_two_proxies_is_lost_and_the_other_stays() -> None:
+    """Guards the requests of a proxy while another is silent, has restarted, or comes back."""
+    membership = Membership(REGISTER, ("a", "b"), 0.0)
+    for link in ("a", "b"):
+        membership.on_message(link, Registered(proxy=link, incarnation=7), 0.0)
+    membership.on_message("b", Ping(proxy="b", incarnation=7), PROXY_LEASE_S)
+    _, changes = membership.on_timer(PROXY_LEASE_S + 0.1, Load())
+    assert changes == [ProxyLost("a")] and membership.joined == ("b",)
+    messages, _ = membership.on_timer(PROXY_LEASE_S + 0.1 + HEARTBEAT_S, Load())
+    assert {link: type(message) for link, message in messages} == {"a": Register, "b": Heartbeat}
+    joined = membership.on_message("a", Registered(proxy="a", incarnation=8), PROXY_LEASE_S + 0.5)
+    assert joined == [Joined("a")] and membership.joined == ("a", "b")
+
+
 def test_goodbyes_go_to_the_proxies_that_accepted_it() -> None:
     """Guards drain: every proxy that accepted the worker gets a Goodbye."""
     membership = Membership(REGISTER, ("a", "b"), 0.0)

@@ -208,6 +208,20 @@ def test_prompts_share_a_step_and_a_prefix() -> None:
     assert [message.cached_tokens for message in bench.sent(Tokens)] == [0, 8]
 
 
+@pytest.mark.parametrize("num_turns", [0, 9])
+def test_a_proxy_cancels_only_its_own_requests(num_turns: int) -> None:
+    """Guards a prompt that waits, and KV on its way, against a Cancel of another proxy that uses the same id."""
+    bench = Bench()
+    bench.prefill("a", 6)
+    for _ in range(num_turns):
+        bench.loop.turn(0.0)
+    calls = list(bench.io.exchange.calls)
+    bench.role.cancel("proxy 2", Cancel(request_id="a", attempt=0))
+    assert bench.io.exchange.calls == calls
+    bench.role.cancel("proxy", Cancel(request_id="a", attempt=0))
+    assert bench.io.exchange.calls[len(calls) :][0][:2] == ("cancel_sender", LEG)
+
+
 @AHEAD
 @pytest.mark.parametrize("event", ["transfer failed", "cancel", "proxy lost"])
 @pytest.mark.parametrize("when", ["computing", "handed to the io"])

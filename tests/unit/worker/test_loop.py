@@ -58,8 +58,8 @@ class RecordingRole:
             self.sequences[sequence.leg] = sequence
         return self.answer
 
-    def cancel(self, message: Cancel) -> None:
-        self.events.append(message)
+    def cancel(self, link: str, message: Cancel) -> None:
+        self.events.append((link, message))
 
     def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
         del self.sequences[sequence.leg]
@@ -114,6 +114,14 @@ def test_a_request_reaches_the_role_once(bench: Bench) -> None:
     assert list(bench.role.sequences) == [LegKey("a", 0), LegKey("a", 1)] and not bench.io.sent
 
 
+def test_an_id_that_another_proxy_uses_is_answered(bench: Bench) -> None:
+    """Guards the second proxy against waiting for an answer that goes to the first."""
+    bench.give(reserve("a", link="proxy 1"), reserve("a", link="proxy 2"))
+    (failed,) = bench.io.of(Failed)
+    assert failed.retryable and "another proxy" in failed.reason
+    assert bench.role.sequences[LegKey("a", 0)].link == "proxy 1"
+
+
 def test_the_roles_refusal_is_the_answer(bench: Bench) -> None:
     """Guards the single terminal message of a refused request."""
     bench.role.answer = busy(LegKey("a", 0), "no room")
@@ -149,7 +157,7 @@ def test_a_cancel_is_always_answered(bench: Bench) -> None:
     """Guards the proxy's wait for Cancelled, also if the worker does not know the request."""
     cancel = Cancel(request_id="unknown", attempt=3)
     bench.give(FromProxy("proxy", cancel, 0.0))
-    assert bench.role.events == [cancel]
+    assert bench.role.events == [("proxy", cancel)]
     assert bench.io.sent == [Cancelled(request_id="unknown", attempt=3)]
 
 
