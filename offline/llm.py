@@ -124,7 +124,8 @@ class LLM:
     ) -> list[RequestOutput]:
         """One output for each prompt, in their order.
 
-        A prompt is a str, {"prompt": str} or {"prompt_token_ids": [int]}. `sampling_params` are for all prompts, or
+        A prompt is a str, {"prompt": str} or {"prompt_token_ids": [int]}; a dict may have a "cache_salt", and prompts
+        of different salts share no KV. `sampling_params` are for all prompts, or
         one for each; None: the defaults that the model recommends. A prompt that cannot be answered has an output with
         `error`; the others are answered.
         """
@@ -180,6 +181,8 @@ class LLM:
 
     def _completion_job(self, prompt: OfflinePrompt, params: SamplingParams | None) -> _Job:
         body: dict[str, object] = {"prompt": list(prompt.token_ids) if prompt.text is None else prompt.text}
+        if prompt.cache_salt:
+            body["cache_salt"] = prompt.cache_salt
         return self._job("/v1/completions", body, prompt, params)
 
     def _chat_job(self, messages: list[Mapping[str, Any]], params: SamplingParams | None) -> _Job:

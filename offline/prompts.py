@@ -20,10 +20,15 @@ class OfflinePrompt:
     text: str | None
     """None where token ids were given."""
     token_ids: tuple[int, ...] = ()
+    cache_salt: str = ""
+    """Only prompts of the same salt share KV; empty: those without."""
 
 
 def read_prompts(prompts: Any) -> list[OfflinePrompt]:
-    """One prompt or a list of them, each a str, {"prompt": str} or {"prompt_token_ids": [int]}."""
+    """One prompt or a list of them, each a str, {"prompt": str} or {"prompt_token_ids": [int]}.
+
+    A dict may have a "cache_salt" too.
+    """
     if isinstance(prompts, str | Mapping):
         return [_read_prompt(prompts, "prompts")]
     if not isinstance(prompts, Sequence):
@@ -36,17 +41,19 @@ def _read_prompt(prompt: Any, where: str) -> OfflinePrompt:
         return OfflinePrompt(prompt)
     if not isinstance(prompt, Mapping):
         raise TypeError(f"{where} must be a str or a dict, not {type(prompt).__name__}")
-    unknown = [name for name in prompt if name not in ("prompt", "prompt_token_ids")]
+    unknown = [name for name in prompt if name not in ("prompt", "prompt_token_ids", "cache_salt")]
     if unknown:
         raise ValueError(f"{where}: {unknown[0]!r} is not supported")
-    ids, text = prompt.get("prompt_token_ids"), prompt.get("prompt")
+    ids, text, salt = prompt.get("prompt_token_ids"), prompt.get("prompt"), prompt.get("cache_salt") or ""
+    if not isinstance(salt, str):
+        raise TypeError(f"{where}['cache_salt'] must be a str")
     if ids is not None:
         if not isinstance(ids, Sequence) or not all(isinstance(token, int) for token in ids):
             raise TypeError(f"{where}['prompt_token_ids'] must be a list of int")
-        return OfflinePrompt(text if isinstance(text, str) else None, tuple(ids))
+        return OfflinePrompt(text if isinstance(text, str) else None, tuple(ids), salt)
     if not isinstance(text, str):
         raise TypeError(f"{where} needs 'prompt' or 'prompt_token_ids'")
-    return OfflinePrompt(text)
+    return OfflinePrompt(text, cache_salt=salt)
 
 
 def read_conversations(messages: Any) -> list[list[Mapping[str, Any]]]:

@@ -56,6 +56,8 @@ class Generation:
     priority: int = 0
     session_key: bytes = b""
     """What the policy `session` routes by; empty: nothing."""
+    cache_salt: bytes = b""
+    """Only generations of one salt share KV; see kvtransfer.blocks.hashing."""
 
 
 class Engine(Protocol):

@@ -143,7 +143,7 @@ class Session:
         self._max_attempts = max_attempts
         self._clock = clock
         self._ledger = Ledger(generation.prompt_ids)
-        self._blocks = PromptBlocks(generation.prompt_ids)
+        self._blocks = PromptBlocks(generation.prompt_ids, generation.cache_salt)
         self._cached_tokens = 0
 
     async def run(self) -> AsyncGenerator[Delta, None]:
@@ -216,7 +216,7 @@ class Session:
     async def _admit(self, avoid: frozenset[str]) -> tuple[Route, BlockNames]:
         """A route for what is known of the sequence by now, and the names of its blocks where the route leads."""
         if len(self._blocks.token_ids) != self._ledger.num_tokens:
-            self._blocks = PromptBlocks(self._ledger.token_ids())
+            self._blocks = PromptBlocks(self._ledger.token_ids(), self._generation.cache_salt)
         blocks, turn, session = self._blocks, self._turn, self._generation.session_key
 
         def view_of(shape: ClusterShape) -> RequestView:

@@ -1,6 +1,7 @@
 """The identity of blocks: what two nodes must agree on before one may use the other's KV. No torch: the proxy uses it.
 
     namespace   SHA-256 over a typed, length-prefixed record of everything that makes KV bytes compatible
+    salt        SHA-256(len(tenant) tenant || len(client salt) client salt), or empty where both are
     root        SHA-256("kvblk1" || namespace || len(lora) lora || len(salt) salt)
     block i     SHA-256(block i-1, or root || its tokens as little-endian u32)
 
@@ -77,8 +78,19 @@ def tokenizer_fingerprint(folder: str | Path) -> bytes:
     return hashlib.sha256(msgspec.msgpack.encode(("tokenizer", FORMAT_VERSION, files))).digest()
 
 
+def cache_salt(client_salt: str, tenant: str = "") -> bytes:
+    """The salt of a root for what a client and its tenant chose; 32 bytes, or empty where neither is given.
+
+    A digest with lengths: no choice of characters leads into the cache of another pair.
+    """
+    if not (client_salt or tenant):
+        return b""
+    parts = (each.encode(errors="surrogatepass") for each in (tenant, client_salt))
+    return hashlib.sha256(b"".join(map(_prefixed, parts))).digest()
+
+
 def root_hash(namespace: bytes, salt: bytes = b"", lora: bytes = b"") -> bytes:
-    """The parent of every first block in `namespace`, for one tenant (salt) and one adapter (digest of the LoRA)."""
+    """The parent of every first block in `namespace`, for one `cache_salt` and one adapter (digest of the LoRA)."""
     if len(namespace) != HASH_BYTES:
         raise ValueError(f"a namespace has {HASH_BYTES} bytes, not {len(namespace)}")
     return hashlib.sha256(b"kvblk1" + namespace + _prefixed(lora) + _prefixed(salt)).digest()

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import BadRequest
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest
@@ -59,6 +60,7 @@ async def choices_of(
                 sampling=msgspec.structs.replace(sampling, seed=seed),
                 priority=request.priority,
                 session_key=request.session_key,
+                cache_salt=cache_salt(request.cache_salt),
             )
             made.append(Choice(len(made), generation, echo))
     return made

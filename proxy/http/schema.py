@@ -24,6 +24,7 @@ from baton.node.messages.base import MAX_TOKENS
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
+MAX_SALT_CHARS = 1024
 MAX_MESSAGES = 10_000
 MAX_PROMPTS = 4096
 MAX_BRACKETS = 1 << 18
@@ -114,6 +115,7 @@ class _Body(SamplingRequest):
     return_tokens_as_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
     prompt_cache_key: Key | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: Key | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -223,6 +225,8 @@ class ParsedRequest:
     stream: bool
     include_usage: bool
     priority: int
+    cache_salt: str
+    """Only requests of the same salt share KV; empty: those that give none."""
     session_key: bytes
     """Digest of the client's name for its conversation or itself, for the policy `session`; empty: it gave none."""
 
@@ -308,6 +312,7 @@ def _shared(request: _Body, max_tokens: int | None) -> dict[str, Any]:
         "stream": bool(request.stream),
         "include_usage": bool(request.stream_options and request.stream_options.include_usage),
         "priority": request.priority or 0,
+        "cache_salt": request.cache_salt or "",
         "session_key": _digest(request.prompt_cache_key or request.user or ""),
     }
 

@@ -20,6 +20,8 @@ IDS = OfflinePrompt(None, (1, 2))
         ({"prompt_token_ids": [1, 2]}, [IDS]),
         ({"prompt": "text", "prompt_token_ids": [1, 2]}, [OfflinePrompt("text", (1, 2))]),
         ([{"prompt_token_ids": [1, 2]}, "a"], [IDS, OfflinePrompt("a")]),
+        ({"prompt": "a", "cache_salt": "s"}, [OfflinePrompt("a", cache_salt="s")]),
+        ({"prompt_token_ids": [1, 2], "cache_salt": "s"}, [OfflinePrompt(None, (1, 2), "s")]),
         ([], []),
     ],
 )
@@ -34,6 +36,7 @@ def test_forms_of_prompts(given: Any, read: list[OfflinePrompt]) -> None:
         (["a", None], TypeError, r"prompts\[1\]"),
         ([{}], TypeError, "needs 'prompt'"),
         ([{"prompt_token_ids": "12"}], TypeError, "list of int"),
+        ([{"prompt": "a", "cache_salt": 5}], TypeError, "cache_salt"),
         ([{"prompt": "a", "multi_modal_data": {}}], ValueError, "multi_modal_data"),
     ],
 )

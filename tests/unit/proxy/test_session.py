@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from baton.kvtransfer.blocks.hashing import root_hash
+from baton.kvtransfer.blocks.hashing import block_hashes, cache_salt, root_hash
 from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
@@ -111,10 +111,16 @@ def _tokens(index: int, *ids: int, attempt: int = 0, finish: str = "") -> Tokens
     return Tokens(request_id="r", attempt=attempt, index=index, ids=ids, finish=finish)  # type: ignore[arg-type]
 
 
-def _session(host: ScriptedHost, timeout_s: float, max_attempts: int, timeline: Timeline | None = None) -> Session:
+def _session(
+    host: ScriptedHost,
+    timeout_s: float,
+    max_attempts: int,
+    timeline: Timeline | None = None,
+    cache_salt: bytes = b"",
+) -> Session:
     return Session(
         host,
-        Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=SAMPLING),
+        Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=SAMPLING, cache_salt=cache_salt),
         timeline or Timeline(time.monotonic),
         deadline=time.monotonic() + timeout_s,
         turn=0,
@@ -123,10 +129,14 @@ def _session(host: ScriptedHost, timeout_s: float, max_attempts: int, timeline: 
 
 
 async def _run(
-    host: ScriptedHost, timeout_s: float = 5.0, max_attempts: int = 3, timeline: Timeline | None = None
+    host: ScriptedHost,
+    timeout_s: float = 5.0,
+    max_attempts: int = 3,
+    timeline: Timeline | None = None,
+    cache_salt: bytes = b"",
 ) -> list[Delta]:
     deltas = []
-    async with aclosing(_session(host, timeout_s, max_attempts, timeline).run()) as run:
+    async with aclosing(_session(host, timeout_s, max_attempts, timeline, cache_salt).run()) as run:
         async for delta in run:
             deltas.append(delta)
     assert not host.open_legs, "a leg is still counted"
@@ -389,3 +399,27 @@ async def test_blocks_are_named_for_the_cluster_that_the_route_leads_to() -> Non
     assert roots == [root_hash(first.namespace), root_hash(second.namespace)]
     assert [len(message.body.block_hashes) for message in host.sent_of(Reserve)] == [1, 2]
     assert [view.num_blocks for view in host.admitted] == [2, 3]
+
+
+async def test_the_salt_names_the_blocks_of_both_legs_and_of_each_attempt() -> None:
+    """Guards against KV that is shared between salts: in routing, in the prefill pool, in decode's and after a retry,
+    whose blocks hold tokens that were generated."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        match message:
+            case Prefill(attempt=0):
+                return [_tokens(0, 7, 8, 9), WorkerLost("d0", "killed")]
+            case Reserve(attempt=1):
+                return [_tokens(3, 10, attempt=1, finish="stop")]
+        return []
+
+    roots = {}
+    for salt in (b"", cache_salt("a"), cache_salt("b")):
+        host = ScriptedHost(script)
+        assert _ids(await _run(host, cache_salt=salt)) == [7, 8, 9, 10]
+        root = roots[salt] = root_hash(b"n" * 32, salt)
+        bodies = [message.body for _, message in host.sent if isinstance(message, Prefill | Reserve)]
+        assert len(bodies) == 4 and [len(body.block_hashes) for body in bodies] == [1, 1, 2, 2]
+        assert all(body.root == root and body.block_hashes == block_hashes(root, body.token_ids, 4) for body in bodies)
+        assert [view.hashes for view in host.admitted] == [bodies[0].block_hashes, bodies[2].block_hashes[:1]]
+    assert len(set(roots.values())) == 3

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from baton.kvtransfer.blocks.hashing import (
     block_hashes,
+    cache_salt,
     extend,
     namespace_digest,
     root_hash,
@@ -127,6 +128,14 @@ def test_another_namespace_or_salt_shares_no_block(ns: bytes, salt: bytes, other
 def test_concatenation_of_salt_and_adapter_is_unambiguous() -> None:
     assert root_hash(NAMESPACE, salt=b"ab", lora=b"c") != root_hash(NAMESPACE, salt=b"b", lora=b"ca")
     assert root_hash(NAMESPACE, salt=b"x") != root_hash(NAMESPACE, lora=b"x")
+
+
+def test_a_salt_is_a_digest_of_tenant_and_client() -> None:
+    """Guards tenants: no client reaches another's cache by the characters that it chooses."""
+    pairs = [("", ""), ("a", ""), ("", "a"), ("ab", "c"), ("a", "bc"), ("a", "b"), ("", "\0"), ("", "\ud800")]
+    salts = [cache_salt(client, tenant) for tenant, client in pairs]
+    assert len(set(salts)) == len(pairs) and {len(salt) for salt in salts[1:]} == {32}
+    assert root_hash(NAMESPACE, cache_salt("")) == ROOT, "without a salt, KV that exists stays reachable"
 
 
 def test_a_shortened_namespace_is_refused() -> None:

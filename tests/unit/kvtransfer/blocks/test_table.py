@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.hashing import block_hashes, cache_salt, root_hash
 from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
 from baton.kvtransfer.blocks.table import BlockTable
 
@@ -34,6 +34,25 @@ def test_a_sequence_hits_the_prefix_of_an_equal_one(tokens: list[int], limit: in
     second.release()
     manager.check()
     assert manager.num_available == 16
+
+
+@given(st.lists(st.integers(0, 1), min_size=1, max_size=20), st.integers(0, 5))
+def test_equal_prompts_of_different_salts_share_no_block(tokens: list[int], known: int) -> None:
+    """Guards blocks of generated tokens too: a worker names them, from the root where the prompt fills no block. A
+    sequence that was preempted finds its own again."""
+    manager = BlockManager(64)
+    prompt = tokens[: known * BLOCK]
+    roots = [root_hash(ROOT, cache_salt(salt)) for salt in ("a", "b", "")]
+    for root in roots:
+        tables = [BlockTable(manager, root, BLOCK, block_hashes(root, part, BLOCK)) for part in (prompt, tokens)]
+        assert tables[1].take_prefix(len(tokens)) == 0
+        tables[0].grow(len(tokens))
+        tables[0].publish(tokens, len(tokens))
+        tables[0].release()
+        assert tables[0].take_prefix(len(tokens)) == tables[1].take_prefix(len(tokens)) == len(tokens) // BLOCK * BLOCK
+        tables[0].release()
+        tables[1].release()
+    manager.check()
 
 
 def test_growth_is_all_or_nothing() -> None:

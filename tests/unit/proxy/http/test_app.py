@@ -13,6 +13,7 @@ import httpx
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import (
     BadRequest,
     BatonError,
@@ -490,6 +491,18 @@ async def test_the_clients_key_reaches_the_router(client: httpx.AsyncClient, eng
         assert answer.is_success
     keys = [call.generation.session_key for call in engine.calls]
     assert keys[0] == keys[1] and len(keys[0]) == 16 and keys[2] == b""
+
+
+async def test_the_salt_reaches_the_engine_as_a_digest(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Guards the way of `cache_salt` from the body to the engine, and its bounds."""
+    for more in ({"cache_salt": "a"}, {"cache_salt": "b"}, {"cache_salt": None}, {}):
+        answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "max_tokens": 3, **more})
+        assert answer.is_success
+    salts = [call.generation.cache_salt for call in engine.calls]
+    assert salts == [cache_salt("a"), cache_salt("b"), b"", b""]
+    for wrong in ("", "x" * 1025, 5):
+        answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "Hi", "cache_salt": wrong})
+        assert (answer.status_code, answer.json()["error"]["param"]) == (400, "cache_salt")
 
 
 @pytest.fixture
