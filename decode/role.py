@@ -28,6 +28,7 @@ from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed,
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
+from baton.worker.pending_prefixes import PendingPrefixes
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, cancel_matches, failed
 from baton.worker.stats import PromptSpeed
@@ -190,13 +191,11 @@ class DecodeRole:
     # -- steps
 
     def launch(self) -> bool:
-        clock, prefixes = self._parts.clock, self._parts.prefixes
+        clock = self._parts.clock
         planned_at = clock()
         if not self._running and not self._waiting:
             return False
-        # A sequence that was preempted while a step drew its next token comes back after that token was read.
-        able = takewhile(lambda sequence: not sequence.num_pending, self._waiting)
-        waiting = [sequence for sequence in able if not prefixes.waits(sequence, clock())]
+        waiting = self._ready(planned_at)
         decision = plan(
             [self._item(sequence) for sequence in self._running],
             [self._item(sequence) for sequence in waiting],
@@ -219,6 +218,21 @@ class DecodeRole:
             if has_prompts:
                 self._prompt_is_next |= any(n > 1 and s.num_launched < s.num_expected - 1 for s, n in batch)
         return bool(batch or admitted or decision.preempted)
+
+    def _ready(self, now: float) -> list[Sequence]:
+        """The waiting ones that may be admitted: of those with one prefix only the first, until it is computed."""
+        if not self._waiting:
+            return []
+        ready: list[Sequence] = []
+        pending = PendingPrefixes(self._parts.manager)
+        for sequence in self._running:
+            pending.add(sequence)
+        # A sequence that was preempted while a step drew its next token comes back after that token was read.
+        for sequence in takewhile(lambda each: not each.num_pending, self._waiting):
+            if not (pending.awaited_by(sequence) or self._parts.prefixes.waits(sequence, now)):
+                ready.append(sequence)
+                pending.add(sequence)
+        return ready
 
     def _item(self, sequence: Sequence) -> Item:
         """A sequence whose last token is drawn, though not read, has no work left; one that is loading has none yet."""

@@ -19,6 +19,7 @@ from baton.prefill.settings import PrefillSettings, PrefillSizes
 from baton.worker.in_flight import InFlightStep, InFlightSteps, StepPart
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
+from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, cancel_matches, failed
 from baton.worker.stats import PromptSpeed
@@ -67,7 +68,7 @@ class PrefillRole:
             return failed(leg, "a prefill worker reserves nothing", retryable=False)
         if leg in self._sending:
             return None  # a replay of what is computed already
-        sequence.cached_tokens = self._parts.manager.peek(_wanted(sequence)) * self._block_tokens
+        sequence.cached_tokens = self._parts.manager.peek(cacheable_names(sequence)) * self._block_tokens
         self.sequences[leg] = sequence
         peer, address, deadline = message.decode, message.decode_address, sequence.deadline
         self._parts.io.do(lambda exchange, now: exchange.open_sender(leg, peer, address, deadline, now))
@@ -146,32 +147,26 @@ class PrefillRole:
         queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, now - s.times.received_at) for s in sequences]
         order = service_order(queue, self._policy)
         started: list[int] = []
-        coming: set[bytes] = set()  # blocks that the started ones will make
+        pending = PendingPrefixes(self._parts.manager)
         num_siblings = 0
         for index in order:
             sequence = sequences[index]
             if max(len(started), num_siblings) == sizes.worker.max_num_seqs:
                 break
             if not sequence.table.blocks:
-                if self._first_missing(sequence) in coming:
+                if pending.awaited_by(sequence):
                     num_siblings += 1
-                    continue  # it would compute what another computes already
+                    continue
                 if prefixes.waits(sequence, now):
                     continue
                 if not self._start(sequence, now):
                     break  # no prompt overtakes one that waits for blocks
             started.append(index)
-            coming.update(sequence.table.names(sequence.num_tokens)[sequence.num_computed // self._block_tokens :])
+            pending.add(sequence)
         ready = [index for index in started if not prefixes.loading(sequences[index].leg)]
         queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, 0.0) for s in sequences]
         chunks = plan(queue, ready, sizes.worker.max_num_batched_tokens, sizes.max_chunk_tokens, sizes.full_step_tokens)
         return [(sequences[chunk.prompt], chunk.length) for chunk in chunks]
-
-    def _first_missing(self, sequence: Sequence) -> bytes:
-        """The name of its first block that is not in the pool; empty if all are."""
-        names = _wanted(sequence)
-        first = self._parts.manager.peek(names)
-        return names[first] if first < len(names) else b""
 
     def _start(self, sequence: Sequence, now: float) -> bool:
         """Take the cached prefix and blocks for all the rest, and load what pays; False if there are too few."""
@@ -283,11 +278,6 @@ def prefill_loop(parts: Parts, settings: PrefillSettings, device: str) -> Loop:
     """The loop of a prefill worker on "cpu" or "cuda"."""
     role = PrefillRole(parts, settings.sizes(device), settings.policy)
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
-
-
-def _wanted(sequence: Sequence) -> tuple[bytes, ...]:
-    """The names of the blocks that a cache may give: one token is left to compute, for what it draws."""
-    return sequence.table.names(sequence.num_tokens - 1)
 
 
 def _lease_key(leg: LegKey) -> bytes:

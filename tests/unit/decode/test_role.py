@@ -7,6 +7,7 @@ from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 
 from baton.decode.role import DecodeRole
@@ -42,17 +43,20 @@ class CountingRunner:
 
     def __init__(self, on_step: Callable[[], None]) -> None:
         self._on_step = on_step
+        self.steps: list[list[tuple[int, int]]] = []
+        """Start and length of each row."""
 
     run_ahead = 0
 
     def launch(self, rows: Rows[Row]) -> Done:
         self._on_step()
+        self.steps.append([(row.start, row.num_new) for row in rows])
         for row in rows:
             assert len(row.blocks) * BLOCK >= row.start + len(row.token_ids), "computed without blocks"
         return Done([Drawn((row.start + len(row.token_ids),)) if row.draw else None for row in rows])
 
 
-def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: float) -> FromProxy:
+def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: float, priority: int = 0) -> FromProxy:
     tokens = tuple(range(num_tokens))
     message = Reserve(
         request_id=name,
@@ -65,6 +69,7 @@ def reserve(name: str, num_tokens: int, prefill: str, max_tokens: int, *, at: fl
             block_hashes=block_hashes(ROOT, tokens, BLOCK),
             sampling=SamplingSpec(max_tokens=max_tokens),
             deadline_s=100.0,
+            priority=priority,
         ),
     )
     return FromProxy("proxy", message, at)
@@ -81,8 +86,9 @@ class Bench:
         if world is not None:
             self.store = InlineStore(world, f"d{len(world.workers)}", num_blocks, self.io.inbox.put)
         options = DecodeSettings(spare_blocks=0, **settings)
+        self.runner = CountingRunner(self._pass)
         self.parts = parts_of(
-            CountingRunner(self._pass),
+            self.runner,
             self.io,
             self.manager,
             lambda: self.now_s,
@@ -276,3 +282,70 @@ def test_cached_blocks_are_not_transferred() -> None:
     reserved = [message for message in bench.io.sent if isinstance(message, Reserved)]
     assert [message.cached_tokens for message in reserved] == [0, 8]
     assert bench.role.sequences and next(iter(bench.role._reserved.values())).incoming.first_block == 2
+
+
+def _local(bench: Bench, *names: str, num_tokens: int = 30, priority: int = 0) -> None:
+    """Requests for local prefill that arrive together; their prompts are the same."""
+    bench.deliver(*(reserve(name, num_tokens, "", 5, at=bench.now_s, priority=priority) for name in names))
+
+
+def _prompts(bench: Bench) -> list[list[tuple[int, int]]]:
+    """Start and length of the parts of prompts in each step."""
+    return [[row for row in step if row[1] > 1] for step in bench.runner.steps]
+
+
+def test_requests_that_arrive_together_compute_their_prefix_once() -> None:
+    """Guards bursts with a shared prefix on a decode worker that computes prompts itself."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    _local(bench, "a", "b", "c")
+    bench.run()
+    computed = [row for step in _prompts(bench) for row in step]
+    assert computed == [(0, 8), (8, 8), (16, 8), (24, 6), (28, 2), (28, 2)]
+    for name in "abc":
+        assert bench.tokens(name) == [30, 31, 32, 33, 34]
+    assert bench.role.counters.prefix_hits_tokens == 2 * 28
+
+
+def test_a_request_waits_for_a_prefix_that_a_running_one_computes() -> None:
+    """Guards against a wait that begins with the same turn only; a request that shares nothing does not wait."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    _local(bench, "a")
+    bench.loop.turn(0.0)
+    _local(bench, "b")
+    _local(bench, "short", num_tokens=3)
+    bench.run()
+    computed = [row for step in _prompts(bench) for row in step]
+    assert computed.index((0, 3)) < computed.index((28, 2))
+    assert sum(length for _, length in computed) == 30 + 3 + 2
+
+
+@pytest.mark.parametrize("event", ["cancel", "deadline", "proxy lost"])
+def test_a_waiting_request_computes_the_prefix_where_the_other_ends(event: str) -> None:
+    """Guards against a wait for blocks that will never be computed."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    first = reserve("a", 30, "", 5, at=bench.now_s)
+    if event == "deadline":
+        body = msgspec.structs.replace(first.message.body, deadline_s=2.5 * STEP_S)
+        first = FromProxy("proxy", msgspec.structs.replace(first.message, body=body), bench.now_s)
+    bench.deliver(FromProxy("other proxy", first.message, bench.now_s))
+    _local(bench, "b")
+    bench.loop.turn(0.0)
+    if event == "cancel":
+        bench.deliver(FromProxy("other proxy", Cancel(request_id="a", attempt=0), 0.0))
+    elif event == "proxy lost":
+        bench.deliver(ProxyLost("other proxy"))
+    bench.run()
+    assert bench.tokens("a") == [] and bench.tokens("b") == [30, 31, 32, 33, 34]
+    starts = [start for step in _prompts(bench) for start, _ in step]
+    assert starts == sorted(set(starts)), "it goes on from what the first has computed"
+    assert bench.manager.num_available == 64
+
+
+def test_an_urgent_request_does_not_wait_for_another() -> None:
+    """Guards priorities: chunks of the first may come after those of all others."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    _local(bench, "a")
+    bench.loop.turn(0.0)
+    _local(bench, "b", priority=5)
+    bench.run()
+    assert _prompts(bench)[2] == [(8, 8), (16, 8)], "from what the first had computed so far, in front of it"

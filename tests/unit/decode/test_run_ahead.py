@@ -7,6 +7,7 @@ that is freed too early is overwritten by the late step, and the next tokens are
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Sequence as Rows
 from types import SimpleNamespace
 from typing import Any
@@ -23,8 +24,11 @@ from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
 from baton.node.messages.control import Bundle, Busy, Cancel, DispatchBody, Failed, Reserve, SamplingSpec
 from baton.tests.unit.worker.bench import BLOCK, ROOT, RecordingIo, parts_of
+from baton.worker.in_flight import InFlightStep
 from baton.worker.io_thread import FromProxy
 from baton.worker.loop import Loop
+from baton.worker.pending_prefixes import cacheable_names
+from baton.worker.sequence import Sequence
 
 VOCAB, STOP = 13, 5
 MAX_MODEL_LEN = 48
@@ -45,6 +49,11 @@ def expected(prompt: list[int], max_tokens: int) -> list[int]:
         done = len(known) - len(prompt) == max_tokens or len(known) == MAX_MODEL_LEN
         if known[-1] == STOP or done:
             return known[len(prompt) :]
+
+
+def prompt_of(seed: int, length: int) -> list[int]:
+    """Prompts of one seed are prefixes of one another."""
+    return [(seed * 7 + place * place) % VOCAB for place in range(length)]
 
 
 class LateStep:
@@ -102,7 +111,7 @@ class Bench:
         self.loop = Loop(self.parts, self.role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
         self.prompts: dict[str, tuple[list[int], int]] = {}
 
-    def request(self, name: str, prompt: list[int], max_tokens: int, remote: bool) -> None:
+    def request(self, name: str, prompt: list[int], max_tokens: int, remote: bool, priority: int = 0) -> None:
         self.prompts[name] = (prompt, max_tokens)
         reserve = Reserve(
             request_id=name,
@@ -115,6 +124,7 @@ class Bench:
                 block_hashes=block_hashes(ROOT, prompt, BLOCK),
                 sampling=SamplingSpec(max_tokens=max_tokens, stop_token_ids=(STOP,)),
                 deadline_s=100.0,
+                priority=priority,
             ),
         )
         self.io.inbox.put(FromProxy("proxy", reserve, 0.0))
@@ -156,7 +166,14 @@ class Bench:
         assert sorted(self.role._free_slots) == list(range(len(self.role._free_slots)))
 
 
-REQUEST = st.tuples(st.just("request"), st.integers(0, 2), st.integers(1, 40), st.integers(1, 20), st.booleans())
+REQUEST = st.tuples(
+    st.just("request"),
+    st.integers(0, 2),
+    st.integers(1, 40),
+    st.integers(1, 20),
+    st.booleans(),
+    st.sampled_from([0, 0, 0, 1]),
+)
 ACTION = st.one_of(
     REQUEST,
     st.tuples(st.sampled_from(["arrive", "turn", "turn", "turn"])),
@@ -181,10 +198,10 @@ def test_any_schedule_gives_the_tokens_of_synchronous_steps(actions, run_ahead, 
     for action in actions:
         name = f"r{len(bench.prompts)}"
         match action:
-            case ("request", seed, length, max_tokens, remote):
-                prompt = [(seed * 7 + place * place) % VOCAB for place in range(length)]
+            case ("request", seed, length, max_tokens, remote, priority):
+                prompt = prompt_of(seed, length)
                 first_is_last = next_token(prompt) == STOP or max_tokens == 1
-                bench.request(name, prompt, max_tokens, remote and not first_is_last)
+                bench.request(name, prompt, max_tokens, remote and not first_is_last, priority)
             case ("arrive",):
                 bench.arrive()
             case ("cancel", number):
@@ -211,6 +228,37 @@ def test_any_schedule_gives_the_tokens_of_synchronous_steps(actions, run_ahead, 
             assert sent == right[: len(sent)]
         else:
             assert sent == ([] if name in refused else right)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(st.integers(0, 2), st.integers(1, 40), st.integers(0, 3)), min_size=2, max_size=12),
+    st.integers(0, 2),
+    st.integers(1, 6),
+    st.integers(1, 9),
+)
+def test_no_block_of_a_shared_prefix_is_computed_twice(requests, run_ahead, rows, chunk):
+    """Guards against computing what another request computes, with any arrivals, and against a wait without an end."""
+    bench = Bench(run_ahead, 200, max_num_seqs=rows, max_chunk_tokens=chunk, max_num_batched_tokens=24)
+    computed: Counter[bytes] = Counter()
+    launch = bench.role.steps.launch
+
+    def launch_and_count(batch: list[tuple[Sequence, int]]) -> InFlightStep:
+        for sequence, length in batch:
+            names = cacheable_names(sequence)
+            places = range(sequence.num_launched, sequence.num_launched + length)
+            computed.update(names[place // BLOCK] for place in places if place // BLOCK < len(names))
+        return launch(batch)
+
+    bench.role.steps.launch = launch_and_count
+    for number, (seed, length, turns) in enumerate(requests):
+        bench.request(f"r{number}", prompt_of(seed, length), 3, remote=False)
+        for _ in range(turns):
+            bench.loop.turn(0.0)
+    bench.finish()
+    assert not [name for name, times in computed.items() if times > BLOCK]
+    for name, (prompt, max_tokens) in bench.prompts.items():
+        assert bench.tokens(name) == expected(prompt, max_tokens)
 
 
 def test_blocks_of_an_ended_sequence_are_held_until_its_last_step_is_read():

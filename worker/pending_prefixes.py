@@ -1,0 +1,43 @@
+"""Which blocks of the pool sequences are about to complete, so that others with the same prefix wait for them. Pure.
+
+It is made anew for each plan from the sequences that compute, in the order in which they are served. So a sequence
+waits only as long as another computes its next block: where that one is cancelled, preempted or fails, the next plan no
+longer finds the block, and the sequence computes it itself.
+"""
+
+from __future__ import annotations
+
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.worker.sequence import Sequence
+
+
+class PendingPrefixes:
+    """Names of full blocks that are not in the pool of `manager` yet, but will be."""
+
+    def __init__(self, manager: BlockManager) -> None:
+        self._manager = manager
+        self._priorities: dict[bytes, int] = {}  # of the first sequence that computes the block
+
+    def add(self, sequence: Sequence) -> None:
+        """The sequence computes all its known tokens from `num_computed` on. Higher priorities come first."""
+        block_tokens = sequence.table.block_tokens
+        first = sequence.num_computed // block_tokens
+        if sequence.num_tokens // block_tokens > first:
+            for name in sequence.table.names(sequence.num_tokens)[first:]:
+                self._priorities.setdefault(name, sequence.priority)
+
+    def awaited_by(self, sequence: Sequence) -> bool:
+        """Whether the first block that the sequence lacks is one of them; no sequence waits for a lower priority."""
+        if not self._priorities:
+            return False
+        names = cacheable_names(sequence)
+        first = self._manager.peek(names)
+        if first == len(names):
+            return False
+        priority = self._priorities.get(names[first])
+        return priority is not None and priority >= sequence.priority
+
+
+def cacheable_names(sequence: Sequence) -> tuple[bytes, ...]:
+    """The names of the blocks that a cache may give: one token is left to compute, for what it draws."""
+    return sequence.table.names(sequence.num_tokens - 1)
