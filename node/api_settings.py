@@ -5,6 +5,7 @@ It owns the keys that clients may send, and where they are read from. It does no
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from baton.node.settings import option
 
 KEY_VARIABLE = "BATON_API_KEY"
 MAX_KEY_FILE_BYTES = 1 << 20
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,6 +44,15 @@ class ApiSettings:
         metavar="FILE",
         help="file with more keys, one a line; empty lines and lines that begin with # do not count",
     )
+    cors_origin: tuple[str, ...] = option(
+        (),
+        separate=True,
+        metavar="ORIGIN",
+        help="origin whose pages may use the API in a browser, such as https://chat.example.com, once for each; *: all",
+    )
+    access_log: bool = option(
+        False, help="log a line a request: method, path, status, milliseconds, id; no bodies and no keys"
+    )
     max_requests: int = option(
         1024, unit="requests", help="most HTTP requests that are answered at once; further ones get a 429", minimum=1
     )
@@ -54,6 +65,9 @@ class ApiSettings:
     def __post_init__(self) -> None:
         if not all(self.api_key):
             raise SettingsError("--api-key is empty; leave it out to serve without keys")
+        for origin in self.cors_origin:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise SettingsError(f"--cors-origin {origin}: an origin is scheme://host[:port] without a path, or *")
 
 
 def api_keys(settings: ApiSettings) -> tuple[str, ...]:

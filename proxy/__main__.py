@@ -52,6 +52,8 @@ async def serve(settings: ProxySettings) -> int:
     app_settings = AppSettings(
         aliases=tuple(aliases),
         api_keys=api_keys(settings),
+        cors_origins=settings.cors_origin,
+        access_log=settings.access_log,
         max_requests=settings.max_requests,
         max_body_bytes=int(settings.max_body_mib * (1 << 20)),
         max_prompts=settings.max_prompts,

@@ -96,6 +96,10 @@ class AppSettings:
 
     api_keys: tuple[str, ...] = ()
     """Empty: requests need no key."""
+    cors_origins: tuple[str, ...] = ()
+    """Origins whose pages may read answers in a browser; "*": all."""
+    access_log: bool = False
+    """Log a line a request."""
     request_timeout_s: float = 600.0
     max_body_bytes: int = 10 << 20
     max_prompts: int = 64

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
@@ -118,16 +118,25 @@ class ApiKeyGuard:
     Paths that disclose nothing stay open: an orchestrator's probes, the dashboard's empty page.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str], open_paths: frozenset[str]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        keys: Sequence[str],
+        open_paths: frozenset[str],
+        on_refused: Callable[[Failure, str], None],
+    ) -> None:
+        """`on_refused` gets the error and the path of a request that is not admitted."""
         self._app = app
+        self._on_refused = on_refused
         self._open_paths = open_paths
         self._digests = tuple(_digest(key.encode()) for key in keys)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         guarded = scope["type"] == "http" and self._digests and scope["path"] not in self._open_paths
         if guarded and not self._has_key(scope):
-            error = BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key")
-            await Reply(send, {"www-authenticate": "Bearer"}).fail(failure_of(error))
+            failure = failure_of(BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key"))
+            self._on_refused(failure, scope["path"])
+            await Reply(send, {"www-authenticate": "Bearer"}).fail(failure)
             return
         await self._app(scope, receive, send)
 

@@ -187,20 +187,14 @@ class GenerateEndpoint:
 
     async def _fail(self, request_id: str, reply: Reply, error: Exception) -> None:
         """Answer with the error. An unexpected one is logged with its traceback, which never goes to the client."""
+        failure = failure_of(error)
         self._service.metrics.failed[kind_of(error)].inc()
         if kind_of(error) == "internal":
             logger.error("request_failed request_id=%s", request_id, exc_info=error)
         else:
-            log_event(
-                logger,
-                "request_failed",
-                level=logging.DEBUG,
-                request_id=request_id,
-                kind=kind_of(error),
-                reason=str(error),
-            )
+            self._service.refusals.add(failure, self._api.path, request_id)
         try:
-            await reply.fail(failure_of(error))
+            await reply.fail(failure)
         except OSError:  # TimeoutError is one: the client has gone, or stopped reading
             log_event(logger, "client_gone", level=logging.DEBUG, request_id=request_id)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from baton.node.errors import BadRequest, Overloaded, PeerLost
+from baton.proxy.http.refusals import RefusalLog
 from baton.proxy.interface import AppSettings, Engine
 from baton.proxy.metrics.metrics import ModelMetrics, ProxyMetrics
 from baton.proxy.metrics.request_log import RequestLog
@@ -47,6 +48,7 @@ class Service:
     settings: AppSettings
     metrics: ProxyMetrics
     log: RequestLog
+    refusals: RefusalLog
     limit: RequestLimit
 
     @property

@@ -55,6 +55,8 @@ def test_serve_passes_every_option_on() -> None:
         "insecure_network": True,
         "api_key": ("k",),
         "api_key_file": Path("f"),
+        "cors_origin": ("https://a", "*"),
+        "access_log": True,
         "max_requests": 2,
         "max_body_mib": 0.5,
         "max_prompts": 3,
