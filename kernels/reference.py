@@ -81,6 +81,13 @@ def paged_attention(
 # ---- sampling: float32 logits [rows, V], changed in place ---------------------------------------------------------
 
 
+def keep_tokens(logits: torch.Tensor, token_ids: torch.Tensor) -> None:
+    """Drops all tokens of one row [V] but these, int64."""
+    kept = logits[token_ids]
+    logits.fill_(NEGATIVE_INFINITY)
+    logits[token_ids] = kept
+
+
 def apply_penalties(
     logits: torch.Tensor,
     prompt_counts: torch.Tensor,

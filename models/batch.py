@@ -18,7 +18,7 @@ class Draw(NamedTuple):
 
     sampling: SamplingSpec
     history: Sequence[int]
-    """All known tokens of the sequence, prompt and generated; read only when a penalty is set, else may be empty."""
+    """All known tokens of the sequence, prompt and generated; read for penalties and bad words, else may be empty."""
     prompt_len: int
     """The first so many of `history` are prompt."""
     num_generated: int

@@ -1,8 +1,9 @@
 """What each sampling parameter asks of a draw, for both devices: which rows need what, with which numbers. No torch.
 
-The order is vLLM's: log probabilities are taken from the raw logits; then logit_bias, the stop tokens that min_tokens
-forbids, and penalties edit them; then the argmax (temperature 0), or temperature, min_p, top_k, top_p and a draw by
-Gumbel-max. models.cpu.sampler carries it out with tensors, kernels.triton.sampling_rows from a table of numbers a slot.
+The order is vLLM's: log probabilities are taken from the raw logits; then allowed_token_ids, logit_bias, bad_words, the
+stop tokens that min_tokens forbids, and penalties edit them (what is forbidden stays so, whatever follows); then the
+argmax (temperature 0), or temperature, min_p, top_k, top_p and a draw by Gumbel-max. models.cpu.sampler carries it out
+with tensors, kernels.triton.sampling_rows from a table of numbers a slot.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ GREEDY_BELOW = 1e-5  # temperatures under this are 0, as in vLLM: dividing by th
 EVERYTHING = SamplingSpec(
     max_tokens=2, min_tokens=2, top_p=0.5, top_k=5, min_p=0.1, presence_penalty=1.0, frequency_penalty=1.0,
     repetition_penalty=1.1, logit_bias=((0, 1.0),), logprobs=True, top_logprobs=2, stop_token_ids=(0,),
+    allowed_token_ids=(0, 1, 2), bad_words=((1, 2),),
 )  # fmt: skip
 """Parameters that take every path of drawing."""
 
@@ -29,6 +31,10 @@ class DrawRules(NamedTuple):
     seed: int
     bias: tuple[tuple[int, float], ...]
     """Tokens of the vocabulary, each once."""
+    allowed: tuple[int, ...]
+    """Tokens of the vocabulary; empty: all."""
+    bad_words: tuple[tuple[int, ...], ...]
+    """Sequences of tokens of the vocabulary, whose last is not drawn after the others."""
     forbidden: tuple[int, ...]
     """Tokens of the vocabulary that are not drawn until `min_tokens` are generated."""
     min_tokens: int
@@ -55,7 +61,8 @@ class DrawRules(NamedTuple):
 
     def edits_logits(self, num_generated: int) -> bool:
         """Before the draw of the token that follows so many generated ones."""
-        return bool(self.bias) or self.is_penalised or (bool(self.forbidden) and num_generated < self.min_tokens)
+        always = self.bias or self.allowed or self.bad_words or self.is_penalised
+        return bool(always or (self.forbidden and num_generated < self.min_tokens))
 
     @property
     def needs_more_than_temperature(self) -> bool:
@@ -76,6 +83,8 @@ def rules_of(sampling: SamplingSpec, vocab_size: int) -> DrawRules:
         temperature=sampling.temperature if is_random else 0.0,
         seed=sampling.seed,
         bias=tuple(bias.items()),
+        allowed=tuple(token for token in sampling.allowed_token_ids if token < vocab_size),
+        bad_words=tuple(word for word in sampling.bad_words if max(word) < vocab_size),
         forbidden=tuple(token for token in sampling.stop_token_ids if token < vocab_size)
         if sampling.min_tokens
         else (),

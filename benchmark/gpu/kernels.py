@@ -53,6 +53,7 @@ ROTATED_BYTES = 400 << 20  # several times the L2 cache
 ALL_PARAMETERS = {
     "top_p": 0.9, "top_k": 50, "min_p": 0.01, "frequency_penalty": 0.5, "repetition_penalty": 1.1,
     "logit_bias": ((5, 1.0),), "min_tokens": 9, "stop_token_ids": (7,), "logprobs": True, "top_logprobs": 20,
+    "allowed_token_ids": tuple(range(0, 100_000, 100)), "bad_words": tuple((token, 5) for token in range(100)),
 }  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """A draw with every sampling parameter, for rows whose parameters lie on the device in the table of their slot.
 
-    x = logits + bias;  x[stop ids] = -inf while position < MIN_UNTIL
+    x = logits, or -inf where the mask's bit is 0;  x = x + bias;  x[stop ids] = -inf while position < MIN_UNTIL
+    x[last token of a bad word] = -inf where the row's last tokens are those before it
     x = x > 0 ? x / repetition : x * repetition      of tokens seen in prompt or output
     x = x - frequency * times in the output;  x = x - presence    of tokens in the output
     greedy: token = argmax x
@@ -27,6 +28,7 @@ from baton.kernels.triton.sampling import gumbel, uniforms
 
 BLOCK, WARPS = 4096, 8
 MAX_BIAS, MAX_STOPS = 1024, 128
+MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 128, 32
 
 # Columns of the table, int32; those marked f hold the bits of a float32.
 TEMPERATURE = tl.constexpr(0)  # f; 0: greedy
@@ -43,7 +45,9 @@ PRESENCE = tl.constexpr(11)  # f
 PREPARED = tl.constexpr(12)  # 1: anything beyond a temperature
 PENALISED = tl.constexpr(13)  # 1: the counts of the slot are kept
 NUM_TOP = tl.constexpr(14)  # likeliest tokens to name with the logprob; -1: no logprob
-COLUMNS = tl.constexpr(16)
+MASKED = tl.constexpr(15)  # 1: only tokens whose bit in the slot's mask is 1 are drawn
+NUM_BAD_WORDS = tl.constexpr(16)  # above 0: the slot's last tokens are kept
+COLUMNS = tl.constexpr(20)
 
 # Columns that hold a parameter as it is, by its name in models.sampling_rules.
 FLOATS = {
@@ -67,6 +71,9 @@ class SlotTables:
     bias_values: torch.Tensor  # float32 [slots, MAX_BIAS]
     stop_ids: torch.Tensor  # int32 [slots, MAX_STOPS]
     counts: torch.Tensor  # int32 [slots, V]
+    masks: torch.Tensor  # int32 [slots, ceil(V / 32)]: bit v % 32 of word v // 32 belongs to token v
+    bad_words: torch.Tensor  # int32 [slots, MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS]: ends last, -1 before a shorter one
+    recent: torch.Tensor  # int32 [slots, MAX_BAD_WORD_TOKENS]: of position p at p % MAX_BAD_WORD_TOKENS; -1: a prompt's
 
     @classmethod
     def make(cls, num_slots: int, vocab_size: int, device: str) -> SlotTables:
@@ -81,6 +88,9 @@ class SlotTables:
             bias_values=zeros(num_slots, MAX_BIAS, dtype=torch.float32),
             stop_ids=zeros(num_slots, MAX_STOPS),
             counts=zeros(num_slots, vocab_size),
+            masks=zeros(num_slots, triton.cdiv(vocab_size, 32)),
+            bad_words=zeros(num_slots, MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS),
+            recent=zeros(num_slots, MAX_BAD_WORD_TOKENS),
         )
 
 
@@ -106,9 +116,10 @@ def table_float(table_ptr, slot, COLUMN: tl.constexpr):
 
 @triton.jit
 def _prepare_kernel(
-    logits_ptr, slot_ptr, position_ptr, table_ptr, bias_id_ptr, bias_value_ptr, stop_ptr, count_ptr,
-    value_ptr, largest_ptr,
+    logits_ptr, slot_ptr, position_ptr, table_ptr, bias_id_ptr, bias_value_ptr, stop_ptr, count_ptr, mask_ptr,
+    bad_word_ptr, recent_ptr, value_ptr, largest_ptr,
     VOCAB: tl.constexpr, BLOCK: tl.constexpr, MAX_BIAS: tl.constexpr, MAX_STOPS: tl.constexpr,
+    MAX_BAD_WORDS: tl.constexpr, MAX_BAD_WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     row, block = tl.program_id(0).to(tl.int64), tl.program_id(1)
     slot = tl.load(slot_ptr + row).to(tl.int64)
@@ -119,9 +130,13 @@ def _prepare_kernel(
     inside = token < VOCAB
     place = value_ptr + row * VOCAB
     x = tl.load(logits_ptr + row * VOCAB + token, mask=inside, other=float("-inf")).to(tl.float32)
-    num_bias = tl.load(entry + NUM_BIAS)
-    num_stops = tl.where(tl.load(position_ptr + row) < tl.load(entry + MIN_UNTIL), tl.load(entry + NUM_STOPS), 0)
-    if num_bias + num_stops > 0:  # single tokens: through memory, where a program owns its block
+    if tl.load(entry + MASKED) != 0:
+        word = tl.load(mask_ptr + slot * tl.cdiv(VOCAB, 32) + token // 32, mask=inside, other=0)
+        x = tl.where((word >> (token % 32)) & 1 != 0, x, float("-inf"))
+    position = tl.load(position_ptr + row)
+    num_bias, num_bad = tl.load(entry + NUM_BIAS), tl.load(entry + NUM_BAD_WORDS)
+    num_stops = tl.where(position < tl.load(entry + MIN_UNTIL), tl.load(entry + NUM_STOPS), 0)
+    if num_bias + num_stops + num_bad > 0:  # single tokens: through memory, where a program owns its block
         tl.store(place + token, x, mask=inside)
         tl.debug_barrier()
         for start in range(0, num_bias, 128):
@@ -136,6 +151,16 @@ def _prepare_kernel(
             at = tl.load(stop_ptr + slot * MAX_STOPS + listed, mask=listed < num_stops, other=-1)
             mine = (at >= block * BLOCK) & (at < (block + 1) * BLOCK)
             tl.store(place + at, tl.full([MAX_STOPS], float("-inf"), tl.float32), mask=mine)
+        if num_bad > 0:
+            listed = tl.arange(0, MAX_BAD_WORDS)
+            words = bad_word_ptr + slot * MAX_BAD_WORD_TOKENS * MAX_BAD_WORDS + listed
+            at = tl.load(words + (MAX_BAD_WORD_TOKENS - 1) * MAX_BAD_WORDS, mask=listed < num_bad, other=-1)
+            mine = (at >= block * BLOCK) & (at < (block + 1) * BLOCK)
+            for back in range(1, MAX_BAD_WORD_TOKENS):
+                before = tl.load(words + (MAX_BAD_WORD_TOKENS - 1 - back) * MAX_BAD_WORDS, mask=mine, other=-1)
+                turn = (position + MAX_BAD_WORD_TOKENS - back) % MAX_BAD_WORD_TOKENS
+                mine = mine & ((before < 0) | (before == tl.load(recent_ptr + slot * MAX_BAD_WORD_TOKENS + turn)))
+            tl.store(place + at, tl.full([MAX_BAD_WORDS], float("-inf"), tl.float32), mask=mine)
         tl.debug_barrier()
         x = tl.load(place + token, mask=inside, other=float("-inf"))
     if tl.load(entry + PENALISED) != 0:
@@ -180,8 +205,8 @@ def _best_of_block_kernel(
 
 @triton.jit
 def _best_of_row_kernel(
-    slot_ptr, table_ptr, count_ptr, value_ptr, token_ptr, out_ptr,
-    VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr,
+    slot_ptr, position_ptr, table_ptr, count_ptr, recent_ptr, value_ptr, token_ptr, out_ptr,
+    VOCAB: tl.constexpr, BLOCKS: tl.constexpr, BLOCKS_PADDED: tl.constexpr, MAX_BAD_WORD_TOKENS: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0)
     slot = tl.load(slot_ptr + row).to(tl.int64)
@@ -193,6 +218,9 @@ def _best_of_row_kernel(
     if tl.load(table_ptr + slot * COLUMNS + PENALISED) != 0:
         counted = count_ptr + slot * VOCAB + token
         tl.store(counted, tl.load(counted) + 1)
+    if tl.load(table_ptr + slot * COLUMNS + NUM_BAD_WORDS) != 0:
+        turn = tl.load(position_ptr + row) % MAX_BAD_WORD_TOKENS
+        tl.store(recent_ptr + slot * MAX_BAD_WORD_TOKENS + turn, token)
 
 
 def prepare(
@@ -203,8 +231,9 @@ def prepare(
     if num_rows:
         _prepare_kernel[(num_rows, triton.cdiv(vocab_size, BLOCK))](
             logits, slots, positions, tables.table, tables.bias_ids, tables.bias_values, tables.stop_ids,
-            tables.counts, out.values, out.largest, VOCAB=vocab_size, BLOCK=BLOCK, MAX_BIAS=MAX_BIAS,
-            MAX_STOPS=MAX_STOPS, num_warps=WARPS, enable_fp_fusion=False,
+            tables.counts, tables.masks, tables.bad_words, tables.recent, out.values, out.largest, VOCAB=vocab_size,
+            BLOCK=BLOCK, MAX_BIAS=MAX_BIAS, MAX_STOPS=MAX_STOPS, MAX_BAD_WORDS=MAX_BAD_WORDS,
+            MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, num_warps=WARPS, enable_fp_fusion=False,
         )  # fmt: skip
 
 
@@ -218,10 +247,10 @@ def draw_prepared(
     best: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
 ) -> None:
-    """out [rows], int32 or int64: the tokens, which the counts of rows with penalties now include.
+    """out [rows], int32 or int64: the tokens, which the counts and last tokens of rows that use them now include.
 
     thresholds float32 [rows], read of prepared rows; best: float32 and int32 [rows, blocks], scratch. Of rows with
-    penalties no two may have one slot.
+    penalties or bad words no two may have one slot.
     """
     num_rows, vocab_size = _checked(logits, slots, positions, tables, prepared)
     require(out.shape == (num_rows,) and thresholds.shape[0] >= num_rows, "out and thresholds need one a row")
@@ -234,8 +263,8 @@ def draw_prepared(
         num_warps=WARPS,
     )  # fmt: skip
     _best_of_row_kernel[(num_rows,)](
-        slots, tables.table, tables.counts, *best, out, VOCAB=vocab_size, BLOCKS=blocks,
-        BLOCKS_PADDED=triton.next_power_of_2(blocks), num_warps=1,
+        slots, positions, tables.table, tables.counts, tables.recent, *best, out, VOCAB=vocab_size, BLOCKS=blocks,
+        BLOCKS_PADDED=triton.next_power_of_2(blocks), MAX_BAD_WORD_TOKENS=MAX_BAD_WORD_TOKENS, num_warps=1,
     )  # fmt: skip
 
 

@@ -40,11 +40,15 @@ def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw], positions: Sequence
 
 
 def _edit(logits: torch.Tensor, rules: Sequence[DrawRules], draws: Sequence[Draw]) -> torch.Tensor:
-    """The logits after logit_bias, min_tokens and penalties; changed in place."""
+    """The logits after allowed tokens, logit_bias, bad words, min_tokens and penalties; changed in place."""
     for row, (each, draw) in enumerate(zip(rules, draws, strict=True)):
+        if each.allowed:
+            kernels.keep_tokens(logits[row], torch.tensor(each.allowed, dtype=torch.int64))
         if each.bias:
             ids = torch.tensor([token for token, _ in each.bias], dtype=torch.int64)
             logits[row].index_add_(0, ids, torch.tensor([value for _, value in each.bias]))
+        if each.bad_words:
+            logits[row, _ends_of_bad_words(each.bad_words, draw.history[draw.prompt_len :])] = float("-inf")
         if draw.num_generated < each.min_tokens:
             logits[row, list(each.forbidden)] = float("-inf")
     penalised = [row for row, each in enumerate(rules) if each.is_penalised]
@@ -53,6 +57,15 @@ def _edit(logits: torch.Tensor, rules: Sequence[DrawRules], draws: Sequence[Draw
         _penalise(part, [rules[row] for row in penalised], [draws[row] for row in penalised])
         logits[penalised] = part
     return logits
+
+
+def _ends_of_bad_words(words: Sequence[Sequence[int]], generated: Sequence[int]) -> list[int]:
+    """Tokens that would complete one of the words after these."""
+    ends = []
+    for *before, end in words:
+        if len(before) <= len(generated) and list(generated[len(generated) - len(before) :]) == before:
+            ends.append(end)
+    return ends
 
 
 def _penalise(logits: torch.Tensor, rules: Sequence[DrawRules], draws: Sequence[Draw]) -> None:

@@ -83,7 +83,7 @@ class SlotSampler:
         self._logprobs: dict[int, int] = {}  # likeliest tokens to name, by slot
 
     def set_row(self, slot: int, draw: Draw) -> None:
-        """From the next `flush` on this slot draws so; its penalties count the tokens of draw.history."""
+        """From the next `flush` on this slot draws so; its penalties and bad words know the tokens of draw.history."""
         rules = rules_of(draw.sampling, self._vocab_size)
         self._changed[slot] = _entry(rules, draw.prompt_len)
         self._edited.discard(slot)
@@ -95,6 +95,11 @@ class SlotSampler:
         self._put(self._tables.bias_ids[slot], np.array([token for token, _ in rules.bias], np.int32))
         self._put(self._tables.bias_values[slot], np.array([value for _, value in rules.bias], np.float32))
         self._put(self._tables.stop_ids[slot], np.array(rules.forbidden, np.int32))
+        if rules.allowed:
+            self._put(self._tables.masks[slot], _mask(rules.allowed, self._vocab_size))
+        if rules.bad_words:
+            self._put(self._tables.bad_words[slot].view(-1), _bad_words(rules.bad_words))
+            self._put(self._tables.recent[slot], _recent(draw.history[draw.prompt_len :], draw.prompt_len))
         if rules.is_penalised:
             self._count(self._tables.counts[slot], np.array(draw.history, np.int32), draw.prompt_len)
 
@@ -181,5 +186,31 @@ def _entry(rules: DrawRules, prompt_len: int) -> np.ndarray:
     line[columns.NUM_STOPS.value] = len(rules.forbidden)
     line[columns.PREPARED.value] = rules.needs_more_than_temperature
     line[columns.PENALISED.value] = rules.is_penalised
+    line[columns.MASKED.value] = bool(rules.allowed)
+    line[columns.NUM_BAD_WORDS.value] = len(rules.bad_words)
     line[columns.NUM_TOP.value] = -1 if rules.num_top is None else rules.num_top
     return line
+
+
+def _mask(token_ids: Sequence[int], vocab_size: int) -> np.ndarray:
+    """A slot's mask with the bits of these tokens, int32 [words]."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    bits[list(token_ids)] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").astype(np.uint32).view(np.int32)
+
+
+def _bad_words(words: Sequence[Sequence[int]]) -> np.ndarray:
+    """A slot's bad words, int32, flat."""
+    table = np.full((columns.MAX_BAD_WORD_TOKENS, columns.MAX_BAD_WORDS), -1, dtype=np.int32)
+    for place, word in enumerate(words):
+        table[-len(word) :, place] = word
+    return table.ravel()
+
+
+def _recent(generated: Sequence[int], prompt_len: int) -> np.ndarray:
+    """A slot's last tokens, int32 [MAX_BAD_WORD_TOKENS]."""
+    recent = np.full(columns.MAX_BAD_WORD_TOKENS, -1, dtype=np.int32)
+    first = max(0, len(generated) - columns.MAX_BAD_WORD_TOKENS)
+    for place, token in enumerate(generated[first:], prompt_len + first):
+        recent[place % columns.MAX_BAD_WORD_TOKENS] = token
+    return recent

@@ -37,7 +37,13 @@ from baton.node.messages.base import (
     TokenIds,
 )
 
+MAX_ALLOWED_TOKENS = 1024
+MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 128, 32
+
 # ---- values inside messages -------------------------------------------------------------------------------------
+
+
+BadWord = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -57,6 +63,10 @@ class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     frequency_penalty: Annotated[float, Meta(ge=-2.0, le=2.0)] = 0.0
     repetition_penalty: Annotated[float, Meta(gt=0.0, le=100.0)] = 1.0
     logit_bias: Annotated[tuple[tuple[TokenId, Bias], ...], Meta(max_length=1024)] = ()
+    allowed_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_ALLOWED_TOKENS)] = ()
+    """Only these are drawn; empty: all."""
+    bad_words: Annotated[tuple[BadWord, ...], Meta(max_length=MAX_BAD_WORDS)] = ()
+    """Of each, the last token is not drawn where the tokens before it were generated just before."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=128)] = ()

@@ -24,6 +24,8 @@ FILTERS: tuple[dict[str, object], ...] = (
     {"temperature": 0.0, "repetition_penalty": 1.2, "frequency_penalty": 0.3},
     {"presence_penalty": 1.0, "top_k": 20, "logit_bias": ((5, 3.0), (100_000, 2.0))},
     {"min_tokens": 9, "stop_token_ids": tuple(range(0, 1000, 8)), "top_p": 0.7},
+    {"allowed_token_ids": tuple(range(1, 128_000, 127)), "top_p": 0.95},
+    {"temperature": 0.0},
 )
 
 
@@ -40,12 +42,15 @@ def test_tokens_equal_the_cpu_s(vocab_size, dtype):
     for row in range(rows):
         fields = {"max_tokens": 99, "temperature": 0.8, "seed": (row << 40) + 3, **FILTERS[row % len(FILTERS)]}
         best = logits[row].float().topk(6).indices.tolist()  # the tokens that penalties must bring down
+        if row % 5 == 4:  # the likeliest is forbidden after the last two, the next is not
+            fields["bad_words"] = ((best[1], best[2], best[0]), (best[2], best[2], best[1]), (7,))
         draws.append(Draw(SamplingSpec(**fields), (*range(500), *best, *best[:3]), 503, 6))
         sampler.set_row(row, draws[row])
     sampler.flush()
     queue.mark().wait()
     there = logits.to("cuda")
-    slots, positions = (torch.arange(rows, dtype=torch.int32, device="cuda") + first for first in (0, 509))
+    slots = torch.arange(rows, dtype=torch.int32, device="cuda")
+    positions = torch.full_like(slots, 509)
     launched, captured = (torch.full((rows,), -1, dtype=torch.int32, device="cuda") for _ in range(2))
     torch.cuda.synchronize()
     counted = sampler._tables.counts.clone()

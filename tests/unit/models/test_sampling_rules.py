@@ -30,6 +30,9 @@ def params(**fields) -> SamplingSpec:
         ({"min_tokens": 2, "stop_token_ids": (4,)}, True, True),
         ({"min_tokens": 2}, False, False),  # nothing is forbidden
         ({"stop_token_ids": (4,)}, False, False),
+        ({"allowed_token_ids": (3, 4)}, True, True),
+        ({"bad_words": ((3, 4),)}, True, True),
+        ({"bad_words": ((3, VOCAB),)}, False, False),  # cannot be generated
         ({"repetition_penalty": 1.1}, True, True),
         ({"frequency_penalty": -0.1}, True, True),
         ({"presence_penalty": 0.1, "temperature": 0.0}, True, True),

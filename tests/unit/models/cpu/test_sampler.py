@@ -193,6 +193,46 @@ def test_logit_bias():
     assert draw(logits, plain(params(logit_bias=((best, -100.0),))))[0].token_ids[0] == int(np.argsort(-logits[0])[1])
 
 
+def test_only_allowed_tokens_are_drawn():
+    """Guards against a bias or a penalty that brings back what is not allowed, and filters that look at it."""
+    logits = logits_of(12)
+    order = np.argsort(-logits[0])
+    allowed = (int(order[9]), int(order[4]), 9999)
+    biased = {"logit_bias": ((int(order[0]), 100.0),), "repetition_penalty": 0.1}
+    for fields in ({}, biased):
+        row = plain(params(allowed_token_ids=allowed, **fields), history=[int(order[0])], prompt_len=1)
+        assert draw(logits, row)[0].token_ids[0] == order[4]
+    probabilities = np.zeros(VOCAB)
+    probabilities[list(allowed[:2])] = softmax(logits[0])[list(allowed[:2])]
+    counts = drawn_set(logits, allowed_token_ids=allowed)
+    assert_distributed(counts, probabilities / probabilities.sum())
+    assert set(drawn_set(logits, allowed_token_ids=allowed, top_k=1)) == {int(order[4])}
+
+
+def test_bad_words_end_where_they_began():
+    """Guards against words that begin in the prompt, that are forbidden everywhere, and against shorter histories."""
+    logits = logits_of(13)
+    best, then = (int(token) for token in np.argsort(-logits[0])[:2])
+    for word, prompt, output, expected in (
+        ((best,), [], [], then),
+        ((best,), [], [5], then),
+        ((5, best), [], [], best),
+        ((5, best), [5], [], best),  # the prompt's
+        ((5, best), [], [5], then),
+        ((5, best), [], [5, 6], best),
+        ((5, 6, best), [5], [6], best),
+        ((5, 6, best), [], [9, 5, 6], then),
+        ((5, 10_000), [], [5], best),
+    ):
+        row = plain(
+            params(bad_words=(word, (7, then))),
+            history=(*prompt, *output),
+            prompt_len=len(prompt),
+            num_generated=len(output),
+        )
+        assert draw(logits, row)[0].token_ids[0] == expected, (word, prompt, output)
+
+
 def test_min_tokens_suppresses_the_stop_tokens_until_then():
     logits = logits_of(10)
     order = np.argsort(-logits[0])

@@ -97,6 +97,30 @@ def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model, policy, run_a
     assert found[2] == one_after_the_other(plain, PROMPTS[2], TABLES[2], 4, **edited)
 
 
+@pytest.mark.parametrize("run_ahead", [1, 2])
+def test_bad_words_know_tokens_that_the_host_has_not_read(make_model, run_ahead):
+    """Guards against a word whose beginning was drawn by a step that is still in flight, and against a slot that knows
+    the last tokens of the sequence before."""
+    folder = make_model("llama", num_hidden_layers=1, vocab_size=144).folder
+    late, plain = make(folder, run_ahead=run_ahead)
+    greedy = one_after_the_other(plain, PROMPTS[2], TABLES[2], 6)
+    words = {
+        "bad_words": (tuple(greedy[:3]), (greedy[0], greedy[1], greedy[2], 9), tuple(PROMPTS[2][-1:] + greedy[:1]))
+    }
+    expected = one_after_the_other(plain, PROMPTS[2], TABLES[2], 6, **words)
+    assert expected[:2] == greedy[:2] and expected[2] != greedy[2]
+    again = {"bad_words": (tuple(greedy[:1] + expected[1:4]),), "allowed_token_ids": tuple(range(1, 144))}
+    then = one_after_the_other(plain, PROMPTS[2], TABLES[2], 6, **again)
+    run = Ahead(late)
+    run.start(1, PROMPTS[1], TABLES[1])
+    for params, wanted in ((words, expected), (again, then)):
+        run.start(0, PROMPTS[2], TABLES[2], **params)
+        run.launch([0])
+        for slots in ([0, 1], [0], [1, 0], [0], [0]):
+            run.launch(slots)
+        assert run.generated(0) == wanted
+
+
 @pytest.mark.parametrize("spare_layers", [0, 1])
 def test_a_sequence_in_parts_gives_the_cpu_s_tokens(make_model, spare_layers):
     """Guards attention of a sequence that programs share, alone and beside a short one: that the graph of a step shares

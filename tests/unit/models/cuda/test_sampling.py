@@ -10,11 +10,13 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from baton.kernels.triton import sampling_rows as columns
 from baton.models.batch import Draw
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cuda.queue import CudaQueue, Queue
 from baton.models.cuda.slots import SlotSampler
 from baton.models.sampling_rules import rules_of
+from baton.node.messages import control
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 
@@ -66,6 +68,8 @@ def params(draw) -> SamplingSpec:
         "min_tokens": draw(st.integers(0, 4)),
         "stop_token_ids": tuple(draw(st.lists(st.integers(0, 40), max_size=20))),
         "logit_bias": tuple(draw(st.lists(st.tuples(TOKENS, st.floats(-9, 9, width=32)), max_size=4))),
+        "allowed_token_ids": tuple(draw(st.lists(TOKENS, max_size=30, unique=True))) if draw(st.booleans()) else (),
+        "bad_words": tuple(draw(st.lists(st.lists(st.integers(0, 40), min_size=1, max_size=3).map(tuple), max_size=9))),
         "repetition_penalty": draw(st.sampled_from([0.7, 1.0, 1.3])) if penalised else 1.0,
         "frequency_penalty": draw(st.sampled_from([-1.1, 0.0, 0.37])) if penalised else 0.0,
         "presence_penalty": draw(st.sampled_from([0.0, 1.9])) if penalised else 0.0,
@@ -118,6 +122,46 @@ def test_counts_and_minimum_advance_on_the_device():
         assert drawn(sampler, queue, logits, [1], [position]) == [expected.token_ids[0]]
         output.append(expected.token_ids[0])
     assert min(output[:4]) >= 50 > min(output[4:]), output
+
+
+def test_last_tokens_advance_on_the_device():
+    """Guards bad words against tokens that only the device has yet, those of another word, and those of the prompt; of
+    the longest word all tokens count, over positions where the ring of last tokens begins anew."""
+    queue, sampler = make(2, 60)
+    logits, most = torch.zeros(1, 60), columns.MAX_BAD_WORD_TOKENS
+    logits[0, :4] = torch.tensor([4.0, 3.0, 2.0, 1.0])
+    words = ((2, 0), (0, 0, 0, 0), (1, 2), (9, *([5] * (most - 1))), (3,))
+    sampling = SamplingSpec(max_tokens=99, temperature=0.0, bad_words=words)
+    for prompt, output in (([2], []), ([0, 0, 0], [0]), ([7] * 90, [0, 0, 0]), ([7], [1] * 40)):
+        sampler.set_row(1, draw_of(sampling, prompt, output))
+        for _ in range(9):
+            position = len(prompt) + len(output)
+            (expected,) = draw_tokens(logits.clone(), [draw_of(sampling, prompt, output)], [position])
+            assert drawn(sampler, queue, logits, [1], [position]) == [expected.token_ids[0]]
+            output.append(expected.token_ids[0])
+        assert set(output[-9:]) == {0, 1}, output
+    longest = [9] + [5] * (most - 2)
+    logits[0, 5] = 9.0
+    for before, expected_id in ((longest, 0), ([8, *longest[1:]], 5), (longest[1:], 5)):
+        sampler.set_row(0, draw_of(sampling, [1] * 41, [7] * 40 + before))
+        assert drawn(sampler, queue, logits, [0], [81 + len(before)]) == [expected_id]
+
+
+def test_limits_of_lists_are_those_of_the_messages():
+    """Guards a slot's arrays against a request that has more than they hold."""
+    assert (columns.MAX_BAD_WORDS, columns.MAX_BAD_WORD_TOKENS) == (control.MAX_BAD_WORDS, control.MAX_BAD_WORD_TOKENS)
+
+
+@pytest.mark.parametrize("vocab_size", [7, 33, VOCAB])
+def test_only_allowed_tokens_are_drawn(vocab_size):
+    """Guards the bits of the mask at the ends of its words, a slot's mask against its next owner, and greedy rows."""
+    queue, sampler = make(1, vocab_size)
+    logits = torch.randn(1, vocab_size, generator=torch.Generator().manual_seed(2))
+    for token in {0, 6, 31 % vocab_size, 32 % vocab_size, vocab_size - 1}:
+        for temperature in (0.0, 1.5):
+            sampling = SamplingSpec(max_tokens=9, temperature=temperature, allowed_token_ids=(token, vocab_size + 3))
+            sampler.set_row(0, draw_of(sampling, [1], []))
+            assert drawn(sampler, queue, logits, [0], [1]) == [token]
 
 
 def test_a_slot_forgets_the_row_before():
