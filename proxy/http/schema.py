@@ -14,12 +14,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
+from baton.proxy.http.messages import ChatMessage, TextPart, message_fields
+from baton.proxy.http.parameters import check_extra
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -29,34 +31,6 @@ MAX_MESSAGES = 10_000
 MAX_PROMPTS = 4096
 MAX_BRACKETS = 1 << 18
 """Empty arrays are the most expensive JSON per byte: ten million bytes of them would block the event loop for 2 s."""
-
-IGNORED = frozenset(
-    (
-        "metadata",
-        "parallel_tool_calls",
-        "prompt_cache_options",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-    )
-)
-UNSUPPORTED: Mapping[str, tuple[object, ...]] = {
-    "suffix": ("",),
-    "tools": ([],),
-    "tool_choice": ("none",),
-    "functions": ([],),
-    "function_call": ("none",),
-    "response_format": ({"type": "text"},),
-    "modalities": (["text"], []),
-    "audio": (),
-    "prediction": (),
-    "web_search_options": (),
-    "reasoning_effort": (),
-    "verbosity": (),
-    "moderation": (),
-}
-"""Parameter -> the values, besides null, that ask for nothing."""
 
 Body = TypeVar("Body", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
@@ -132,22 +106,6 @@ class CompletionBody(_Body):
     best_of: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
-
-
-class TextPart(_Strict):
-    type: Literal["text"]
-    text: str
-
-
-class ChatMessage(BaseModel):
-    """One message of a conversation. A client may send back an answer's message with its extra fields."""
-
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: Annotated[str, Field(max_length=4096)] | None = None
-    tool_call_id: Annotated[str, Field(max_length=4096)] | None = None
 
 
 class ChatBody(_Body):
@@ -239,7 +197,7 @@ class ParsedRequest:
 def read_completion(body: bytes) -> ParsedRequest:
     """The request in the body of /v1/completions; raises BadRequest."""
     request = parse(CompletionBody, body)
-    _check_extra(request)
+    check_extra(request.model_extra or {})
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is only supported where it equals n", param="best_of")
     if request.echo and request.logprobs is not None:
@@ -256,14 +214,14 @@ def read_completion(body: bytes) -> ParsedRequest:
 def read_chat(body: bytes) -> ParsedRequest:
     """The request in the body of /v1/chat/completions; raises BadRequest."""
     request = parse(ChatBody, body)
-    _check_extra(request)
+    check_extra(request.model_extra or {})
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise BadRequest("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     return ParsedRequest(
         **_shared(request, request.max_completion_tokens or request.max_tokens),
-        messages=tuple(_message(index, message) for index, message in enumerate(request.messages)),
+        messages=tuple(message_fields(index, message) for index, message in enumerate(request.messages)),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 
@@ -330,31 +288,3 @@ def _prompts(prompt: str | list[int] | list[str] | list[list[int]]) -> tuple[str
     if isinstance(prompt[0], int):
         return (tuple(prompt),)  # type: ignore[arg-type]  # a list of one type, as parsed
     return tuple(entry if isinstance(entry, str) else tuple(entry) for entry in prompt)  # type: ignore[arg-type]
-
-
-def _message(index: int, message: ChatMessage) -> Mapping[str, str]:
-    """The fields that templates read; parts of text are joined by a line break, as vLLM does."""
-    _check_message(index, message)
-    content = message.content
-    text = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
-    fields = {"role": message.role, "content": text, "name": message.name, "tool_call_id": message.tool_call_id}
-    return {name: value for name, value in fields.items() if value is not None}
-
-
-def _check_message(index: int, message: ChatMessage) -> None:
-    where = f"messages.{index}"
-    if message.content is None and message.role != "assistant":
-        raise BadRequest(f"{where}.content is missing", param=f"{where}.content")
-    for name, value in (message.model_extra or {}).items():
-        if value is not None and value != [] and name not in ("refusal", "annotations"):
-            raise BadRequest(f"{where}.{name[:64]} is not supported", param=f"{where}.{name[:64]}")
-
-
-def _check_extra(request: _Body) -> None:
-    for name, value in (request.model_extra or {}).items():
-        if name in IGNORED or (name in UNSUPPORTED and (value is None or value in UNSUPPORTED[name])):
-            continue
-        shown = name[:64]
-        if name in UNSUPPORTED:
-            raise BadRequest(f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-        raise BadRequest(f"Unrecognized request argument supplied: {shown}", param=shown, code="unknown_parameter")

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from baton.node.errors import BadRequest
 from baton.node.messages.control import SamplingSpec
+from baton.proxy.http.parameters import IGNORED, UNSUPPORTED
 from baton.proxy.http.prepare import Choice, choices_of
-from baton.proxy.http.schema import IGNORED, UNSUPPORTED, read_chat, read_completion
+from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.interface import AppSettings
 from baton.proxy.text.model_text import ModelText
 
