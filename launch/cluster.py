@@ -35,11 +35,13 @@ from baton.launch.local import (
     place_workers,
     plan_nodes,
     plan_worker,
+    scheme,
     served_name,
     sizes_pools,
 )
 from baton.launch.supervisor import ChildSpec, signal_group, tether
 from baton.node.api_settings import api_keys
+from baton.node.tls import own_server_context
 
 HTTP_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
@@ -94,7 +96,7 @@ class Cluster:
 
     @property
     def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
+        return f"{scheme(self.settings)}://127.0.0.1:{self.port}"
 
     def __enter__(self) -> Self:
         self.start()
@@ -250,7 +252,13 @@ class Cluster:
 
     def get(self, path: str) -> tuple[int, str]:
         """Status and body of GET `path`, with the API key; status 0 where no answer came."""
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S)
+        connection = (
+            http.client.HTTPConnection("127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S)
+            if self.settings.tls_cert is None
+            else http.client.HTTPSConnection(
+                "127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S, context=own_server_context()
+            )
+        )
         key = {"Authorization": f"Bearer {keys[0]}"} if (keys := api_keys(self.settings)) else {}
         try:
             connection.request("GET", path, headers=key)

@@ -188,6 +188,11 @@ def served_name(settings: ServeSettings) -> str:
     return folder.resolve().name if settings.model != DEMO_MODEL and folder.is_dir() else settings.model
 
 
+def scheme(settings: ServeSettings) -> str:
+    """Of the API's URL."""
+    return "http" if settings.tls_cert is None else "https"
+
+
 def threads_per_worker(num_cores: int, num_workers: int) -> int:
     """Cores divided evenly, less one for the proxy: more threads than cores wait for each other."""
     return max(1, (num_cores - 1) // max(1, num_workers))

@@ -12,6 +12,7 @@ import os
 import shlex
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import Awaitable, Callable, Sequence
 
@@ -22,14 +23,16 @@ from baton.launch.local import (
     free_ports,
     place_workers,
     plan_nodes,
+    scheme,
     served_name,
     sizes_pools,
 )
 from baton.launch.supervisor import ChildSpec, Supervisor, SupervisorLimits
-from baton.node.api_settings import api_keys
+from baton.node.api_settings import api_keys, check_files
 from baton.node.errors import SettingsError
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
+from baton.node.tls import own_server_context
 
 PROBE_TIMEOUT_S = 30.0
 
@@ -45,11 +48,12 @@ def check_port(host: str, port: int) -> None:
         raise SettingsError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
 
 
-def token_probe(host: str, port: int, api_key: str) -> Callable[[], Awaitable[str]]:
+def token_probe(host: str, port: int, api_key: str, tls: bool = False) -> Callable[[], Awaitable[str]]:
     """A probe that asks the proxy for one real token; it returns what is missing."""
+    context = own_server_context() if tls else None
 
     async def probe() -> str:
-        status = await http_status(host, port, "/health_generate", PROBE_TIMEOUT_S, api_key)
+        status = await http_status(host, port, "/health_generate", PROBE_TIMEOUT_S, api_key, context)
         if status == 0:
             return "the proxy does not answer yet"
         if status == 401:
@@ -59,12 +63,14 @@ def token_probe(host: str, port: int, api_key: str) -> Callable[[], Awaitable[st
     return probe
 
 
-async def http_status(host: str, port: int, path: str, timeout_s: float, api_key: str = "") -> int:
+async def http_status(
+    host: str, port: int, path: str, timeout_s: float, api_key: str = "", context: ssl.SSLContext | None = None
+) -> int:
     """The status of GET `path`; 0 where no answer came in time."""
     key = f"Authorization: Bearer {api_key}\r\n" if api_key else ""
     try:
         async with asyncio.timeout(timeout_s):
-            reader, writer = await asyncio.open_connection(host, port)
+            reader, writer = await asyncio.open_connection(host, port, ssl=context)
             try:
                 writer.write(f"GET {path} HTTP/1.1\r\nHost: {host}\r\n{key}Connection: close\r\n\r\n".encode())
                 parts = (await reader.readline()).split()
@@ -79,7 +85,8 @@ def curl_line(settings: ServeSettings, url: str) -> str:
     """A command to paste."""
     body = json.dumps({"model": served_name(settings), "prompt": "Once upon a time", "max_tokens": 64})
     key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key or settings.api_key_file else ""
-    return f"curl {url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
+    insecure = "-k " if settings.tls_cert else ""  # the certificate names the public host
+    return f"curl {insecure}{url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
 
 
 def plan(settings: ServeSettings) -> list[ChildSpec]:
@@ -95,7 +102,7 @@ async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
     """Run `specs` until Ctrl-C, SIGTERM or a closed terminal; the exit status."""
     any_host = settings.host in ("", "0.0.0.0", "::")
     host = "127.0.0.1" if any_host else settings.host
-    url = f"http://[{host}]:{settings.port}" if ":" in host else f"http://{host}:{settings.port}"
+    url = f"{scheme(settings)}://{f'[{host}]' if ':' in host else host}:{settings.port}"
     supervisor = Supervisor(specs, say, SupervisorLimits(start_s=settings.start_timeout_s, grace_s=settings.grace_s))
 
     def on_signal() -> None:
@@ -110,7 +117,7 @@ async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(signum, on_signal)
     key = next(iter(api_keys(settings)), "")
-    status = await supervisor.run(token_probe(host, settings.port, key), on_ready)
+    status = await supervisor.run(token_probe(host, settings.port, key, settings.tls_cert is not None), on_ready)
     say("stopped")
     return status
 
@@ -126,7 +133,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         require_loopback(settings.host, settings.insecure_network)
         check_port(settings.host, settings.port)
-        api_keys(settings)
+        check_files(settings)
         locate_model(settings.model)  # once, with its progress bars, before every child looks for it
         return asyncio.run(supervise(settings, plan(settings)))
     except SettingsError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from baton.node.errors import SettingsError
 from baton.node.settings import option
+from baton.node.tls import check_certificate
 
 KEY_VARIABLE = "BATON_API_KEY"
 MAX_KEY_FILE_BYTES = 1 << 20
@@ -44,6 +45,10 @@ class ApiSettings:
         metavar="FILE",
         help="file with more keys, one a line; empty lines and lines that begin with # do not count",
     )
+    tls_cert: Path | None = option(
+        None, metavar="FILE", help="serve HTTPS with this certificate (PEM, with its chain); default: HTTP"
+    )
+    tls_key: Path | None = option(None, metavar="FILE", help="key of the certificate, if it is in a file of its own")
     cors_origin: tuple[str, ...] = option(
         (),
         separate=True,
@@ -65,6 +70,8 @@ class ApiSettings:
     def __post_init__(self) -> None:
         if not all(self.api_key):
             raise SettingsError("--api-key is empty; leave it out to serve without keys")
+        if self.tls_key is not None and self.tls_cert is None:
+            raise SettingsError("--tls-key needs --tls-cert")
         for origin in self.cors_origin:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise SettingsError(f"--cors-origin {origin}: an origin is scheme://host[:port] without a path, or *")
@@ -73,6 +80,13 @@ class ApiSettings:
 def api_keys(settings: ApiSettings) -> tuple[str, ...]:
     """All keys that clients may send; empty where none is needed. Raises SettingsError for a file without any."""
     return settings.api_key + (() if settings.api_key_file is None else _keys_of(settings.api_key_file))
+
+
+def check_files(settings: ApiSettings) -> None:
+    """Raises SettingsError for files of keys and certificates that cannot be used."""
+    api_keys(settings)
+    if settings.tls_cert is not None:
+        check_certificate(settings.tls_cert, settings.tls_key)
 
 
 def _keys_of(path: Path) -> tuple[str, ...]:

@@ -122,6 +122,9 @@ class HttpClient:
             _, connection = await loop.create_connection(
                 lambda: _Connection(self._clock), origin.host, origin.port, ssl=self._ssl
             )
+        except ssl.SSLCertVerificationError as error:
+            hint = "SSL_CERT_FILE names a file with certificates to trust"
+            raise HttpFailed(f"cannot connect to {origin}: {error.verify_message}; {hint}") from None
         except OSError as error:
             raise HttpFailed(f"cannot connect to {origin}: {error.strerror or error}") from None
         return connection

@@ -21,7 +21,7 @@ from baton.launch.local import ServeSettings, free_ports
 from baton.node.modelhub import locate_model
 from baton.node.settings import as_arguments
 
-OWN_SETTINGS = ("model", "host", "port", "api_key", "api_key_file", "insecure_network")
+OWN_SETTINGS = ("model", "host", "port", "api_key", "api_key_file", "tls_cert", "tls_key", "insecure_network")
 """Settings of `serve` that are not the caller's choice."""
 TAIL_LINES = 20
 

@@ -13,7 +13,7 @@ import uvicorn
 from uvicorn.loops.auto import auto_loop_factory
 
 from baton import __version__
-from baton.node.api_settings import api_keys
+from baton.node.api_settings import api_keys, check_files
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
@@ -44,6 +44,7 @@ async def serve(settings: ProxySettings) -> int:
     """Listen on both sides until SIGTERM or SIGINT, then let running requests end."""
     require_loopback(settings.host, settings.insecure_network)
     require_loopback(settings.control_address, settings.insecure_network)
+    check_files(settings)
     folder = locate_model(settings.model)
     text = ModelText(folder)
     listener = _listen(settings.host, settings.port)
@@ -67,6 +68,8 @@ async def serve(settings: ProxySettings) -> int:
         create_app(dispatcher, {name: text}, app_settings, _spans(settings.otlp_endpoint)),
         log_config=None,
         access_log=False,
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
     )
     server = uvicorn.Server(config)

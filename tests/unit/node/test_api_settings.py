@@ -55,6 +55,8 @@ def test_serve_passes_every_option_on() -> None:
         "insecure_network": True,
         "api_key": ("k",),
         "api_key_file": Path("f"),
+        "tls_cert": Path("c"),
+        "tls_key": Path("k"),
         "cors_origin": ("https://a", "*"),
         "access_log": True,
         "max_requests": 2,
