@@ -44,7 +44,9 @@ def tracked() -> tuple[str, ...]:
         out = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
         return tuple(name for name in out.split("\0") if name and (ROOT / name).is_file())
     names = (path.relative_to(ROOT) for path in ROOT.rglob("*") if path.is_file())
-    return tuple(str(name) for name in names if not name.parts[0].startswith("."))
+    return tuple(
+        str(name) for name in names if not any(part[0] == "." or part == "node_modules" for part in name.parts)
+    )
 
 
 def python_files() -> list[str]:
