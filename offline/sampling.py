@@ -46,6 +46,10 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     logit_bias: Mapping[int, float] | None = None
     """Token id -> what is added to its logit, from -100 to 100."""
+    allowed_token_ids: Sequence[int] | None = None
+    """Only these are drawn; None: all."""
+    bad_words: Sequence[str] | None = None
+    """Words that are not generated."""
 
     def __post_init__(self) -> None:
         _check_range("n", self.n, 1, 1 << 16)
@@ -62,6 +66,10 @@ class SamplingParams:
                 raise ValueError(f"{name} must be greater than 0")
         if self.max_tokens is not None:
             _check_range("max_tokens", self.max_tokens, max(1, self.min_tokens), math.inf)
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise ValueError("allowed_token_ids must have a token, or be None")
+        if isinstance(self.bad_words, str) or not all(self.bad_words or ()):
+            raise ValueError("bad_words must be a list of words that are not empty")
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
 
@@ -94,6 +102,8 @@ def sampling_fields(params: SamplingParams | None, *, chat: bool) -> dict[str, o
         "frequency_penalty": params.frequency_penalty,
         "repetition_penalty": params.repetition_penalty,
         "logit_bias": {str(token): bias for token, bias in biases.items()} or None,
+        "allowed_token_ids": list(params.allowed_token_ids or ()) or None,
+        "bad_words": list(params.bad_words or ()) or None,
         **_logprob_fields(params.logprobs, chat),
     }
     return {name: value for name, value in fields.items() if value is not None}

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
 
 from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import BadRequest
-from baton.node.messages.control import SamplingSpec
+from baton.node.messages.control import MAX_BAD_WORD_TOKENS, SamplingSpec
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest
 from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.text.model_text import ModelText
@@ -48,9 +48,10 @@ async def choices_of(
     if len(request.prompts) > settings.max_prompts:
         raise BadRequest(f"{len(request.prompts)} prompts, at most {settings.max_prompts} are allowed", param="prompt")
     _check_ids(request.sampling, text.vocab_size)
+    bad_words = await _bad_words(request.sampling.bad_words or (), text)
     made: list[Choice] = []
     for ids, echo in await _tokenise(request, text, max_model_len):
-        sampling = _sampling(request, text, _max_tokens(request, settings, len(ids), max_model_len))
+        sampling = _sampling(request, text, bad_words, _max_tokens(request, settings, len(ids), max_model_len))
         for k in range(request.n):
             seed = secrets.randbits(63) if request.sampling.seed is None else (request.sampling.seed + k) % _SEEDS
             generation = Generation(
@@ -102,12 +103,28 @@ def _checked(ids: tuple[int, ...], vocab_size: int, param: str) -> tuple[int, ..
 
 def _check_ids(asked: SamplingRequest, vocab_size: int) -> None:
     biased = [int(token) for token in asked.logit_bias or ()]
-    for param, ids in (("stop_token_ids", asked.stop_token_ids or ()), ("logit_bias", biased)):
+    for param, ids in (
+        ("stop_token_ids", asked.stop_token_ids or ()),
+        ("allowed_token_ids", asked.allowed_token_ids or ()),
+        ("logit_bias", biased),
+    ):
         if ids and max(ids) >= vocab_size:
             raise BadRequest(f"token id {max(ids)} is outside the vocabulary of {vocab_size}", param=param)
 
 
-def _sampling(request: ParsedRequest, text: ModelText, max_tokens: int) -> SamplingSpec:
+async def _bad_words(words: Sequence[str], text: ModelText) -> tuple[tuple[int, ...], ...]:
+    """The token sequences that write the words."""
+    found = await text.ids_of_words(words) if words else []
+    for place, ids in enumerate(found):
+        if max(map(len, ids), default=0) > MAX_BAD_WORD_TOKENS:
+            param = f"bad_words.{place}"
+            raise BadRequest(f"{param} has more than {MAX_BAD_WORD_TOKENS} tokens", param=param)
+    return tuple({each: None for ids in found for each in ids})
+
+
+def _sampling(
+    request: ParsedRequest, text: ModelText, bad_words: tuple[tuple[int, ...], ...], max_tokens: int
+) -> SamplingSpec:
     """The parameters of one prompt's answers, the seed still open: the client's, else the model's, else OpenAI's."""
     asked = request.sampling
     if (asked.min_tokens or 0) > max_tokens:
@@ -120,10 +137,27 @@ def _sampling(request: ParsedRequest, text: ModelText, max_tokens: int) -> Sampl
         "max_tokens": max_tokens,
         "logit_bias": tuple(sorted((int(token), bias) for token, bias in (asked.logit_bias or {}).items())),
         "stop_token_ids": tuple(sorted({*(() if asked.ignore_eos else text.eos_ids), *(asked.stop_token_ids or ())})),
+        "allowed_token_ids": tuple(sorted(set(asked.allowed_token_ids or ()))),
+        "bad_words": bad_words,
         "logprobs": request.top_logprobs is not None,
         "top_logprobs": request.top_logprobs or 0,
     }
-    return SamplingSpec(**{**dataclasses.asdict(text.defaults), **given, **converted})
+    sampling = SamplingSpec(**{**dataclasses.asdict(text.defaults), **given, **converted})
+    _check_drawable(sampling, text.vocab_size)
+    return sampling
+
+
+def _check_drawable(sampling: SamplingSpec, vocab_size: int) -> None:
+    """Raises BadRequest where at some position no token may be left."""
+    allowed, bad_words = sampling.allowed_token_ids, sampling.bad_words
+    if not (allowed or bad_words):
+        return
+    forbidden = {word[-1] for word in bad_words}
+    if sampling.min_tokens:
+        forbidden.update(sampling.stop_token_ids)
+    if len(forbidden) >= vocab_size or (allowed and forbidden.issuperset(allowed)):
+        param = "allowed_token_ids" if allowed else "bad_words"
+        raise BadRequest("bad_words and min_tokens may forbid all tokens that are allowed", param=param)
 
 
 def _max_tokens(request: ParsedRequest, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
+from baton.node.messages.control import MAX_ALLOWED_TOKENS
 from baton.proxy.http.messages import ChatMessage, TextPart, message_fields
 from baton.proxy.http.parameters import check_extra
 
@@ -27,6 +28,8 @@ MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_SALT_CHARS = 1024
+MAX_BAD_WORDS = 64
+MAX_BAD_WORD_CHARS = 256
 MAX_MESSAGES = 10_000
 MAX_PROMPTS = 4096
 MAX_BRACKETS = 1 << 18
@@ -36,6 +39,7 @@ Body = TypeVar("Body", bound=BaseModel)
 TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
 TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 Key = Annotated[str, Field(max_length=4096)]
+BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -73,6 +77,8 @@ class SamplingRequest(_Strict):
     ) = None
     stop_token_ids: Annotated[TokenIds, Field(max_length=64)] | None = None
     ignore_eos: bool | None = None
+    allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
+    bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
 
 
 class _Body(SamplingRequest):

@@ -80,6 +80,18 @@ class ModelText:
             self._threads, lambda: self.encode(text, add_special_tokens=add_special_tokens)
         )
 
+    async def ids_of_words(self, words: Sequence[str]) -> list[list[tuple[int, ...]]]:
+        """Of each word the token ids of a text that begins with it, and of one that continues with it after a space."""
+
+        def encode() -> list[list[tuple[int, ...]]]:
+            plain = [word.lstrip(" ") or word for word in words]
+            forms = [form for word in plain for form in (word, f" {word}")]
+            found = self._tokenizer.encode_batch_fast(forms, add_special_tokens=False)
+            ids = [tuple(encoding.ids) for encoding in found]
+            return [sorted({*ids[place : place + 2]} - {()}) for place in range(0, len(ids), 2)]
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 

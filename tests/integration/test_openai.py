@@ -89,6 +89,19 @@ def test_penalties_and_bias_reach_the_workers(client: openai.OpenAI) -> None:
     assert len(set(repeated.logprobs.tokens)) == 8
 
 
+def test_only_allowed_tokens_and_no_bad_words(client: openai.OpenAI) -> None:
+    """Guards passing lists to both workers: the first token is prefill's, a word's beginning may be decode's."""
+    body = {"model": "demo", "prompt": PROMPT, "temperature": 0, "max_tokens": 24}
+    text = client.completions.create(**body).choices[0].text
+    words = text.split()
+    for bad in (words[0], " ".join(words[:2]), " ".join(words[4:6])):
+        without = client.completions.create(**body, extra_body={"bad_words": [bad]}).choices[0].text
+        assert bad in text and bad not in without
+    allowed = {"allowed_token_ids": [266, 300, 301], "ignore_eos": True, "return_token_ids": True}
+    answer = client.completions.create(**body | {"temperature": 1.0}, seed=4, extra_body=allowed).choices[0]
+    assert set(answer.token_ids) == {266, 300, 301} and len(answer.token_ids) == 24
+
+
 def test_errors_are_openais(client: openai.OpenAI) -> None:
     """Guards the client's own handling of errors."""
     with pytest.raises(openai.NotFoundError):

@@ -17,6 +17,8 @@ def test_fields_of_a_completion() -> None:
         stop="END",
         stop_token_ids=[3],
         logit_bias={5: -1.5},
+        allowed_token_ids=(4, 5),
+        bad_words=["bad"],
         logprobs=2,
         ignore_eos=True,
         min_tokens=1,
@@ -37,6 +39,8 @@ def test_fields_of_a_completion() -> None:
         "frequency_penalty": 0.0,
         "repetition_penalty": 1.0,
         "logit_bias": {"5": -1.5},
+        "allowed_token_ids": [4, 5],
+        "bad_words": ["bad"],
         "logprobs": 2,
         "return_tokens_as_token_ids": True,
     }
@@ -75,6 +79,9 @@ def test_no_parameters_ask_for_the_defaults() -> None:
         ("logprobs", 21),
         ("presence_penalty", 3.0),
         ("repetition_penalty", 0.0),
+        ("allowed_token_ids", []),
+        ("bad_words", "word"),
+        ("bad_words", ["", "word"]),
     ],
 )
 def test_a_wrong_value_is_refused_by_name(name: str, value: Any) -> None:

@@ -71,6 +71,15 @@ WRONG_VALUES = [
     ("logit_bias", {"05": 60, "5": 60}),
     ("logit_bias", {"\u0665": 1}),
     ("logit_bias", {"5\n": 1}),
+    ("allowed_token_ids", []),
+    ("allowed_token_ids", [-1]),
+    ("allowed_token_ids", 5),
+    ("allowed_token_ids", list(range(1025))),
+    ("bad_words", "word"),
+    ("bad_words", [""]),
+    ("bad_words", [5]),
+    ("bad_words", ["x" * 257]),
+    ("bad_words", ["x"] * 65),
     ("logit_bias", [1]),
     ("logit_bias", {str(n): 1 for n in range(1025)}),
     ("stop", ["a"] * 17),
@@ -276,9 +285,16 @@ async def test_every_sampling_parameter_arrives(text: ModelText) -> None:
         "frequency_penalty": -0.5,
         "repetition_penalty": 1.25,
     }
-    more = {"logit_bias": {"7": 1.5, "5": -100}, "stop_token_ids": [9], "logprobs": 4}
+    more = {"logit_bias": {"7": 1.5, "5": -100}, "stop_token_ids": [9], "logprobs": 4, "allowed_token_ids": [8, 7, 8]}
+    more["bad_words"] = ["fox"]
     expected = SamplingSpec(
-        **asked, logit_bias=((5, -100.0), (7, 1.5)), stop_token_ids=(0, 1, 9), logprobs=True, top_logprobs=4
+        **asked,
+        logit_bias=((5, -100.0), (7, 1.5)),
+        stop_token_ids=(0, 1, 9),
+        logprobs=True,
+        top_logprobs=4,
+        allowed_token_ids=(7, 8),
+        bad_words=tuple(sorted(text.encode(form, add_special_tokens=False) for form in ("fox", " fox"))),
     )
     assert await sampling(text, COMPLETION, **asked, **more) == expected
     more["logprobs"], more["top_logprobs"] = True, 4
@@ -293,6 +309,17 @@ async def test_what_is_not_said_is_the_models_default(text: ModelText) -> None:
     assert (made.logprobs, made.stop_token_ids, made.max_tokens) == (False, (0, 1), 16)
     assert (await sampling(text, COMPLETION, temperature=0)).temperature == 0.0
     assert (await sampling(text, COMPLETION, top_k=-1)).top_k == 0
+
+
+@pytest.mark.parametrize("word", ["fox", " fox", "unbelievable", "the end", "\n", " ", "<|end|>"])
+async def test_a_bad_word_is_all_token_sequences_of_it(text: ModelText, word: str) -> None:
+    """Guards a word at the beginning of an answer, and behind a space, where byte-level tokenizers have another token;
+    a leading space of the client's changes nothing."""
+    plain = word.lstrip(" ") or word
+    forms = {text.encode(form, add_special_tokens=False) for form in (plain, f" {plain}")}
+    made = await sampling(text, COMPLETION, bad_words=[word, word])
+    assert set(made.bad_words) == forms and len(made.bad_words) == len(forms)
+    assert (await sampling(text, COMPLETION, bad_words=[])).bad_words == ()
 
 
 async def test_ignore_eos_leaves_only_the_clients_stop_tokens(text: ModelText) -> None:
@@ -376,6 +403,10 @@ async def test_the_context_length(text: ModelText) -> None:
         ({"prompt": [[5], [2**31 - 1]]}, "prompt"),
         ({"stop_token_ids": [4096]}, "stop_token_ids"),
         ({"logit_bias": {"4096": 1}}, "logit_bias"),
+        ({"allowed_token_ids": [5, 4096]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [0, 1], "min_tokens": 2}, "allowed_token_ids"),  # both end the answer
+        ({"allowed_token_ids": [266], "bad_words": ["the"]}, "allowed_token_ids"),
+        ({"bad_words": ["fine", "\u4e2d" * 33]}, "bad_words.1"),
         ({"n": 17}, "n"),
         ({"prompt": ["a"] * 65}, "prompt"),
         ({"prompt": ""}, "prompt"),
