@@ -1,6 +1,7 @@
 """Counters and loads of the engine and its workers, read at each scrape.
 
-Counters of workers come with their heartbeats. Sums over workers never fall when one leaves; what has a worker as its
+What the engine counts is this proxy's; what workers and stores report is the same at every proxy that they serve, so it
+has a collector of its own. Counters of workers come with their heartbeats. Sums over workers never fall when one leaves; what has a worker as its
 label is there only while the worker is, so that labels stay bounded.
 """
 
@@ -58,17 +59,32 @@ class MovedBytes:
 
 
 class EngineCollector(Collector):
-    """The engine's counters and its workers' loads at the time of a scrape."""
+    """What this proxy's engine has counted, at the time of a scrape."""
 
     def __init__(self, engine: Engine, models: Sequence[str], moved: MovedBytes) -> None:
         self._engine = engine
-        self._models = tuple(models)
+        self._models = ",".join(models)
         self._moved = moved
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # names depend on the engine; defined so that registering does not collect
+
+    def collect(self) -> Iterable[Metric]:
+        yield self._moved.collect({worker.worker for worker in self._engine.worker_loads()})
+        yield from _counters(self._engine.counters(), self._models)
+
+
+class ReportCollector(Collector):
+    """What workers and stores have reported, at the time of a scrape."""
+
+    def __init__(self, engine: Engine, models: Sequence[str]) -> None:
+        self._engine = engine
+        self._models = tuple(models)
         self._totals: defaultdict[tuple[str, str], _Total] = defaultdict(_Total)
         """By model and counter."""
 
     def describe(self) -> Iterable[Metric]:
-        return ()  # names depend on the engine; defined so that registering does not collect
+        return ()  # as above
 
     def collect(self) -> Iterable[Metric]:
         workers = self._engine.worker_loads()
@@ -76,8 +92,6 @@ class EngineCollector(Collector):
         yield self._sum_of_preemptions(workers)
         yield _cache_config(workers)
         yield from self._prompts(workers)
-        yield self._moved.collect({worker.worker for worker in workers})
-        yield from _counters(self._engine.counters(), ",".join(self._models))
         yield from _workers(workers)
         yield from _stores(workers)
 

@@ -2,8 +2,8 @@
 
 `vllm:` metrics are counted here, per generation (each of n answers of each prompt is one), from what the client sees;
 `baton:` ones are stages of its timeline, and what `collector` reads of engine and workers when scraped; `gen_ai_`
-ones are the few that OpenTelemetry's GenAI conventions name for a server. One registry an app, no global one. Knows no
-HTTP.
+ones are the few that OpenTelemetry's GenAI conventions name for a server. Two registries an app, no global one: what
+this proxy counts, and what workers and stores report to it. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from baton.proxy.http.failures import FAILURE_KINDS
 from baton.proxy.interface import Engine
-from baton.proxy.metrics.collector import EngineCollector, MovedBytes
+from baton.proxy.metrics.collector import EngineCollector, MovedBytes, ReportCollector
 from baton.proxy.metrics.counters import PROMPT_SOURCES
 from baton.proxy.metrics.record import GenerationRecord
 from baton.proxy.metrics.timeline import FIRST_TOKEN, USUAL, Segment
@@ -73,13 +73,23 @@ class ProxyMetrics:
         family = self._families.counter("baton:request_failures", "HTTP requests that failed.", (*_LABEL, "kind"))
         self.failed = {kind: family.labels(",".join(models), kind) for kind in FAILURE_KINDS}
         self._families.registry.register(EngineCollector(engine, models, self._moved))
+        self._reports = CollectorRegistry()
+        self._reports.register(ReportCollector(engine, models))
 
     def of(self, model: str) -> ModelMetrics:
         return self._models[model]
 
     def exposition(self) -> bytes:
         """All metrics as text. (Not as OpenMetrics, in which prometheus-client writes vllm: as vllm_.)"""
+        return self.own() + self.reported()
+
+    def own(self) -> bytes:
+        """Of these, what this proxy has counted."""
         return generate_latest(self._families.registry)
+
+    def reported(self) -> bytes:
+        """Of these, what workers and stores have reported: another proxy that they serve shows the same."""
+        return generate_latest(self._reports)
 
 
 @dataclass(frozen=True, slots=True)

@@ -275,8 +275,10 @@ def test_a_strict_reader_accepts_every_metric() -> None:
     engine = FakeEngine(lambda call: [], totals=dict.fromkeys(ENGINE_COUNTERS, 1.0))
     engine.workers = [replace(worker, block_tokens=16)]
     metrics = ProxyMetrics(engine, ["demo"], Clock())
-    strict = exposition.generate_latest(metrics._families.registry, escaping=exposition.ALLOWUTF8)
-    names = {family.name for family in parser.text_string_to_metric_families(strict.decode())}
+    names = set()
+    for registry in (metrics._families.registry, metrics._reports):
+        strict = exposition.generate_latest(registry, escaping=exposition.ALLOWUTF8)
+        names |= {family.name for family in parser.text_string_to_metric_families(strict.decode())}
     assert names >= {"vllm:request_success", "baton:worker_steps", "baton:request_stage_seconds"}
 
 
