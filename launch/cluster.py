@@ -17,6 +17,7 @@ import http.client
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ from baton.launch.gpus import describe, visible_gpus
 from baton.launch.local import (
     Ports,
     ServeSettings,
-    free_ports,
+    free_port,
     node_environment,
     place_workers,
     plan_nodes,
@@ -41,6 +42,7 @@ from baton.launch.local import (
 )
 from baton.launch.supervisor import ChildSpec, signal_group, tether
 from baton.node.api_settings import api_keys
+from baton.node.local_http import proxy_socket
 from baton.node.tls import own_server_context
 
 HTTP_TIMEOUT_S = 30.0
@@ -55,7 +57,8 @@ class ClusterError(Exception):
 
 
 class Cluster:
-    """The nodes of one cluster by name: proxy, store, prefill-0, decode-0 and so on. See the example above.
+    """The nodes of one cluster by name: proxy (proxy-0, proxy-1 if there are several), store, prefill-0, decode-0 and
+    so on. See the example above.
 
     `edit` may change the command of a node. Logs are files `NAME.log` in `log_folder`, by default a temporary one that
     is removed at the end. `environ` stands in for the environment of this process.
@@ -69,9 +72,10 @@ class Cluster:
         edit: Callable[[ChildSpec], ChildSpec] = lambda spec: spec,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        http_port, control_port, store_port = free_ports(3)
-        self.settings = replace(settings, host="127.0.0.1", port=http_port)
-        self.ports = Ports(control_port, store_port)
+        self._temporary = TemporaryDirectory(prefix="baton-")
+        folder = Path(self._temporary.name)  # of mode 0700, and with a short path, as sockets need
+        self.settings = replace(settings, host="127.0.0.1", port=free_port())
+        self.ports = Ports.free(settings.proxies, folder)
         self.model = served_name(settings)
         """The name of the model in requests."""
         environ = os.environ if environ is None else environ
@@ -83,8 +87,8 @@ class Cluster:
         self._env = node_environment(settings, environ)
         specs = plan_nodes(self.settings, self.ports, placements, environ)
         self._specs = {spec.name: edit(spec) for spec in specs}
-        self._temporary = TemporaryDirectory(prefix="baton-") if log_folder is None else None
-        self._log_folder = Path(self._temporary.name) if self._temporary is not None else log_folder or Path()
+        self._proxies = [spec.name for spec in specs if spec.group == "proxy"]
+        self._log_folder = folder if log_folder is None else log_folder
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopping: set[str] = set()
         """Nodes that may end: they got a signal from here, or their end is waited for."""
@@ -122,8 +126,9 @@ class Cluster:
         return time.monotonic() - begin
 
     def wait_ready(self, workers: int | None = None) -> None:
-        """Until so many workers (default: all that run) have joined, the store too, and a token comes through."""
-        running = {name for name in self.running() if name != "proxy"}
+        """Until so many workers (default: all that run) have joined, the store too, and a token comes through each
+        proxy that runs."""
+        running = set(self.running()) - set(self._proxies)
         wanted = len(running - {"store"}) if workers is None else workers
 
         def joined() -> bool:
@@ -131,17 +136,20 @@ class Cluster:
             return len(ready - {"store"}) >= wanted and ("store" not in running or "store" in ready)
 
         self.wait_until(joined, f"{wanted} workers that have joined", self.settings.start_timeout_s)
-        self.wait_until(
-            lambda: self.get("/health_generate")[0] == 200, "the first token", self.settings.start_timeout_s
-        )
+        for proxy in self._running_proxies():
+            self.wait_until(
+                lambda proxy=proxy: self.get("/health_generate", proxy)[0] == 200,  # type: ignore[misc]
+                "the first token",
+                self.settings.start_timeout_s,
+            )
 
     def stop(self) -> dict[str, int]:
-        """SIGTERM to all, the proxy last; returns the exit status of each that did not end with 0.
+        """SIGTERM to all, proxies last; returns the exit status of each that did not end with 0.
 
         A node that does not end in time is killed, and counts; one that `kill` has ended does not.
         """
         bad: dict[str, int] = {}
-        for name in sorted(self.running(), key=lambda name: name == "proxy"):
+        for name in sorted(self.running(), key=lambda name: name in self._proxies):
             self.signal(name, signal.SIGCONT)
             self.signal(name, signal.SIGTERM)
         deadline = time.monotonic() + STOP_TIMEOUT_S
@@ -152,14 +160,14 @@ class Cluster:
                 self._reap(node)
             if node.returncode != 0 and name not in self._killed:
                 bad[name] = node.returncode
-        self._remove_logs()
+        self._temporary.cleanup()
         return bad
 
     def kill_all(self) -> None:
         """SIGKILL to all; for a way out that must not wait."""
         for node in self._nodes.values():
             self._reap(node)
-        self._remove_logs()
+        self._temporary.cleanup()
 
     # -- one node
 
@@ -212,11 +220,11 @@ class Cluster:
     def revive(self) -> None:
         """Start again all nodes that have ended, and wait until the cluster is as it was at its start."""
         ended = [name for name in self._specs if name not in self.running()]
-        if "proxy" not in ended:
+        if not set(self._proxies) & set(ended):
             self.wait_until(lambda: not self.members() & set(ended), f"{ended} gone", self.settings.start_timeout_s)
         for name in ended:
             self.start_node(name)
-        wanted = set(self._specs) - {"proxy"}
+        wanted = set(self._specs) - set(self._proxies)
         self.wait_until(lambda: wanted <= self.members(), "all members again", self.settings.start_timeout_s)
         self.wait_ready()
 
@@ -250,15 +258,10 @@ class Cluster:
 
     # -- what the proxy says
 
-    def get(self, path: str) -> tuple[int, str]:
-        """Status and body of GET `path`, with the API key; status 0 where no answer came."""
-        connection = (
-            http.client.HTTPConnection("127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S)
-            if self.settings.tls_cert is None
-            else http.client.HTTPSConnection(
-                "127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S, context=own_server_context()
-            )
-        )
+    def get(self, path: str, proxy: str = "") -> tuple[int, str]:
+        """Status and body of GET `path`, with the API key; status 0 where no answer came. Of several proxies, one may
+        be named, which then shows its own metrics only."""
+        connection = self._connection(proxy)
         key = {"Authorization": f"Bearer {keys[0]}"} if (keys := api_keys(self.settings)) else {}
         try:
             connection.request("GET", path, headers=key)
@@ -270,8 +273,10 @@ class Cluster:
             connection.close()
 
     def members(self) -> set[str]:
-        """Names of the workers and stores that the proxy counts as ready."""
-        return {found[2] for line in self.get("/metrics")[1].splitlines() if (found := _READY.fullmatch(line))}
+        """Names of the workers and stores that every proxy that runs counts as ready."""
+        pages = [self.get("/metrics", proxy)[1] for proxy in self._running_proxies()]
+        ready = [{found[2] for line in page.splitlines() if (found := _READY.fullmatch(line))} for page in pages]
+        return set.intersection(*ready) if ready else set()
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float) -> None:
         """Poll until `condition` holds. ClusterError if it does not in time, or a node ends that should run."""
@@ -287,6 +292,17 @@ class Cluster:
 
     # -- inside
 
+    def _running_proxies(self) -> list[str]:
+        return [name for name in self.running() if name in self._proxies]
+
+    def _connection(self, proxy: str) -> http.client.HTTPConnection:
+        if not proxy or self.ports.group_folder is None:
+            if self.settings.tls_cert is None:
+                return http.client.HTTPConnection("127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S)
+            context = own_server_context()
+            return http.client.HTTPSConnection("127.0.0.1", self.port, timeout=HTTP_TIMEOUT_S, context=context)
+        return _UnixConnection(proxy_socket(self.ports.group_folder, self._proxies.index(proxy)))
+
     def _log_tail(self, name: str) -> str:
         return f"--- {name}\n" + (self._log_folder / f"{name}.log").read_bytes()[-TAIL_BYTES:].decode(errors="replace")
 
@@ -294,6 +310,15 @@ class Cluster:
         signal_group(node.pid, signal.SIGKILL)
         node.wait(STOP_TIMEOUT_S)
 
-    def _remove_logs(self) -> None:
-        if self._temporary is not None:
-            self._temporary.cleanup()
+
+class _UnixConnection(http.client.HTTPConnection):
+    """HTTP over a Unix socket."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__("proxy", timeout=HTTP_TIMEOUT_S)
+        self._path = path
+
+    def connect(self) -> None:
+        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sock.settimeout(self.timeout)
+        self.sock.connect(str(self._path))

@@ -1,4 +1,4 @@
-"""What `serve` runs on one machine: a proxy, N prefill and M decode workers and a KV store, as command lines.
+"""What `serve` runs on one machine: proxies, N prefill and M decode workers and a KV store, as command lines.
 
 It owns the settings of `serve` and the plan made from them: which node runs with which arguments, and on which GPU. It
 starts nothing: the supervisor runs the plan for `serve`, and `Cluster` for tests, benchmarks and offline use.
@@ -74,14 +74,28 @@ class ServeSettings(ApiSettings):
 
 @dataclass(frozen=True, slots=True)
 class Ports:
-    """TCP ports of the loopback interface: the proxy's control socket, and the store's. Workers choose their own."""
+    """TCP ports of the loopback interface: the control socket of each proxy, and the store's. Workers choose their own.
 
-    control: int
+    `group_folder`: where several proxies ask one another."""
+
+    controls: tuple[int, ...]
     store: int
+    group_folder: Path | None = None
+
+    @classmethod
+    def free(cls, num_proxies: int, group_folder: Path) -> Ports:
+        """Ports that are free now; the folder is for several proxies."""
+        store, *controls = free_ports(1 + num_proxies)
+        return cls(tuple(controls), store, group_folder if num_proxies > 1 else None)
 
     @property
-    def control_address(self) -> str:
-        return f"tcp://127.0.0.1:{self.control}"
+    def control(self) -> int:
+        """Of the first proxy, mostly the only one."""
+        return self.controls[0]
+
+    @property
+    def control_addresses(self) -> list[str]:
+        return [f"tcp://127.0.0.1:{control}" for control in self.controls]
 
     @property
     def store_address(self) -> str:
@@ -106,9 +120,9 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
 def plan_nodes(
     settings: ServeSettings, ports: Ports, placements: Mapping[str, Placement], environ: Mapping[str, str]
 ) -> list[ChildSpec]:
-    """The processes to run. Only the proxy gets the API keys, by its environment."""
+    """The processes to run. Only the proxies get the API keys, by their environment."""
     env = node_environment(settings, environ)
-    specs = [_proxy(settings, ports, env)]
+    specs = [_proxy(settings, ports, index, env) for index in range(settings.proxies)]
     if settings.store_ram_gib:
         specs.append(_store(settings, ports, env))
     return specs + [
@@ -120,7 +134,8 @@ def node_environment(settings: ServeSettings, environ: Mapping[str, str]) -> dic
     """`environ` without the API keys, with as many threads a worker as the cores suffice for."""
     env = {name: value for name, value in environ.items() if name != KEY_VARIABLE}
     env |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
-    env.setdefault("OMP_NUM_THREADS", str(threads_per_worker(len(_cores()), settings.prefill + settings.decode)))
+    workers = settings.prefill + settings.decode
+    env.setdefault("OMP_NUM_THREADS", str(threads_per_worker(len(_cores()), workers, settings.proxies)))
     return env
 
 
@@ -130,7 +145,7 @@ def plan_worker(
     """One worker. The user's arguments come last, so they overrule the share of a GPU."""
     gpu = ("--gpu", str(placement.gpu), "--gpu-memory-utilization", str(placement.share)) if placement else ()
     arguments = (
-        *("--model", settings.model, "--proxy", ports.control_address, "--device", settings.device),
+        *("--model", settings.model, "--proxy", *ports.control_addresses, "--device", settings.device),
         *("--worker-id", name),
         *gpu,
         *(("--store", ports.store_address) if settings.store_ram_gib else ()),
@@ -146,25 +161,27 @@ def sizes_pools(settings: ServeSettings) -> bool:
     return any(argument.split("=")[0] in POOL_OPTIONS for argument in given)
 
 
-def _proxy(settings: ServeSettings, ports: Ports, env: Mapping[str, str]) -> ChildSpec:
+def _proxy(settings: ServeSettings, ports: Ports, index: int, env: Mapping[str, str]) -> ChildSpec:
     local_prefill = settings.local_prefill or ("" if settings.prefill else "always")
     api = {field.name: getattr(settings, field.name) for field in fields(ApiSettings) if field.name != "api_key"}
     api["served_model_name"] = settings.served_model_name or (served_name(settings),)
     arguments = (
-        *("--model", settings.model, "--control-address", ports.control_address),
+        *("--model", settings.model, "--control-address", ports.control_addresses[index]),
         *as_arguments(ApiSettings, api),
         *(("--local-prefill", local_prefill) if local_prefill else ()),
+        *(("--proxy-index", str(index), "--group-folder", str(ports.group_folder)) if ports.group_folder else ()),
         *settings.proxy_arg,
     )
     key = {KEY_VARIABLE: "\n".join(settings.api_key)} if settings.api_key else {}
-    return _node("proxy", "proxy", "baton.proxy", arguments, {**env, **key})
+    name = "proxy" if settings.proxies == 1 else f"proxy-{index}"
+    return _node(name, "proxy", "baton.proxy", arguments, {**env, **key})
 
 
 def _store(settings: ServeSettings, ports: Ports, env: Mapping[str, str]) -> ChildSpec:
     """The store is optional: serving goes on where it cannot be kept alive."""
     disk = ("--disk-gib", str(settings.store_disk_gib), "--path", str(settings.store_path))
     arguments = (
-        *("--store-id", "store", "--proxy", ports.control_address, "--bind", ports.store_address),
+        *("--store-id", "store", "--proxy", *ports.control_addresses, "--bind", ports.store_address),
         *("--ram-gib", str(settings.store_ram_gib)),
         *(disk if settings.store_disk_gib else ()),
         *settings.store_arg,
@@ -193,9 +210,9 @@ def scheme(settings: ServeSettings) -> str:
     return "http" if settings.tls_cert is None else "https"
 
 
-def threads_per_worker(num_cores: int, num_workers: int) -> int:
-    """Cores divided evenly, less one for the proxy: more threads than cores wait for each other."""
-    return max(1, (num_cores - 1) // max(1, num_workers))
+def threads_per_worker(num_cores: int, num_workers: int, num_proxies: int = 1) -> int:
+    """Cores divided evenly, less one for each proxy: more threads than cores wait for each other."""
+    return max(1, (num_cores - num_proxies) // max(1, num_workers))
 
 
 def _cores() -> set[int]:

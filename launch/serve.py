@@ -15,12 +15,14 @@ import socket
 import ssl
 import sys
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from baton.launch.gpus import describe, visible_gpus
 from baton.launch.local import (
     Ports,
     ServeSettings,
-    free_ports,
     place_workers,
     plan_nodes,
     scheme,
@@ -28,8 +30,10 @@ from baton.launch.local import (
     sizes_pools,
 )
 from baton.launch.supervisor import ChildSpec, Supervisor, SupervisorLimits
+from baton.node import local_http
 from baton.node.api_settings import api_keys, check_files
 from baton.node.errors import SettingsError
+from baton.node.local_http import proxy_socket
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
 from baton.node.tls import own_server_context
@@ -63,6 +67,19 @@ def token_probe(host: str, port: int, api_key: str, tls: bool = False) -> Callab
     return probe
 
 
+def group_probe(folder: Path, num_proxies: int) -> Callable[[], Awaitable[str]]:
+    """The same for several proxies at one port: each is asked at its own socket, where it needs no key."""
+
+    async def probe() -> str:
+        for index in range(num_proxies):
+            status, _ = await local_http.get(proxy_socket(folder, index), "/health_generate", PROBE_TIMEOUT_S)
+            if status != 200:
+                return f"no token yet from proxy-{index}" + (f" (HTTP {status})" if status else "")
+        return ""
+
+    return probe
+
+
 async def http_status(
     host: str, port: int, path: str, timeout_s: float, api_key: str = "", context: ssl.SSLContext | None = None
 ) -> int:
@@ -89,16 +106,16 @@ def curl_line(settings: ServeSettings, url: str) -> str:
     return f"curl {insecure}{url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
 
 
-def plan(settings: ServeSettings) -> list[ChildSpec]:
+def plan(settings: ServeSettings, ports: Ports) -> list[ChildSpec]:
     """The processes to run; prints what each worker gets of a GPU."""
     gpus = visible_gpus(os.environ) if settings.device != "cpu" else []
     placements = place_workers(settings, len(gpus))
     for line in describe(placements, gpus, sizes_pools(settings)):
         say(line)
-    return plan_nodes(settings, Ports(*free_ports(2)), placements, os.environ)
+    return plan_nodes(settings, ports, placements, os.environ)
 
 
-async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
+async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[ChildSpec]) -> int:
     """Run `specs` until Ctrl-C, SIGTERM or a closed terminal; the exit status."""
     any_host = settings.host in ("", "0.0.0.0", "::")
     host = "127.0.0.1" if any_host else settings.host
@@ -117,7 +134,9 @@ async def supervise(settings: ServeSettings, specs: Sequence[ChildSpec]) -> int:
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         loop.add_signal_handler(signum, on_signal)
     key = next(iter(api_keys(settings)), "")
-    status = await supervisor.run(token_probe(host, settings.port, key, settings.tls_cert is not None), on_ready)
+    one = token_probe(host, settings.port, key, settings.tls_cert is not None)
+    probe = one if ports.group_folder is None else group_probe(ports.group_folder, settings.proxies)
+    status = await supervisor.run(probe, on_ready)
     say("stopped")
     return status
 
@@ -135,7 +154,9 @@ def main(argv: Sequence[str]) -> int:
         check_port(settings.host, settings.port)
         check_files(settings)
         locate_model(settings.model)  # once, with its progress bars, before every child looks for it
-        return asyncio.run(supervise(settings, plan(settings)))
+        with TemporaryDirectory(prefix="baton-") if settings.proxies > 1 else nullcontext("") as folder:
+            ports = Ports.free(settings.proxies, Path(folder))
+            return asyncio.run(supervise(settings, ports, plan(settings, ports)))
     except SettingsError as error:
         print(f"baton serve: error: {error}", file=sys.stderr)
         return 2

@@ -31,6 +31,12 @@ class ApiSettings:
     )
     host: str = option("127.0.0.1", help="address of the HTTP API")
     port: int = option(8000, help="port of the HTTP API", minimum=0, maximum=65535)
+    proxies: int = option(
+        1,
+        help="number of proxies that listen at --port together, on Linux; they divide --max-requests and --max-queue",
+        minimum=1,
+        maximum=64,
+    )
     insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
     api_key: tuple[str, ...] = option(
         (),

@@ -7,6 +7,8 @@ import math
 import signal
 import socket
 import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import uvicorn
@@ -17,12 +19,15 @@ from baton.node.api_settings import api_keys, check_files
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
+from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
 from baton.node.settings import parse, require_loopback
 from baton.node.sockets import new_context
 from baton.node.telemetry import configure_logging
 from baton.proxy.dispatcher import Dispatcher
-from baton.proxy.http.app import create_app
+from baton.proxy.group import Alone, Group, SharedPort
+from baton.proxy.http.app import app_of, group_app_of
+from baton.proxy.http.service import Service, make_service
 from baton.proxy.interface import AppSettings
 from baton.proxy.metrics.request_log import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
@@ -31,7 +36,7 @@ from baton.proxy.text.model_text import ModelText
 
 def main() -> int:
     settings = parse(ProxySettings, sys.argv[1:], prog="baton proxy", description="The HTTP front of Baton.")
-    configure_logging(settings.log_level, "proxy")
+    configure_logging(settings.log_level, settings.name)
     try:
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed
             return runner.run(serve(settings))
@@ -47,15 +52,15 @@ async def serve(settings: ProxySettings) -> int:
     check_files(settings)
     folder = locate_model(settings.model)
     text = ModelText(folder)
-    listener = _listen(settings.host, settings.port)
+    listener = _listen(settings.host, settings.port, shared=settings.proxies > 1)
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)
-    dispatcher = Dispatcher(Endpoint(new_context(), "proxy", settings.control_address), settings, [name])
+    dispatcher = Dispatcher(Endpoint(new_context(), settings.name, settings.control_address), settings, [name])
     app_settings = AppSettings(
         aliases=tuple(aliases),
         api_keys=api_keys(settings),
         cors_origins=settings.cors_origin,
         access_log=settings.access_log,
-        max_requests=settings.max_requests,
+        max_requests=settings.share_of(settings.max_requests),
         max_body_bytes=int(settings.max_body_mib * (1 << 20)),
         max_prompts=settings.max_prompts,
         max_n=settings.max_n,
@@ -64,8 +69,9 @@ async def serve(settings: ProxySettings) -> int:
         debug_requests=settings.debug_requests,
         version=__version__,
     )
+    service = make_service(dispatcher, {name: text}, app_settings, _spans(settings.otlp_endpoint), _group_of(settings))
     config = uvicorn.Config(
-        create_app(dispatcher, {name: text}, app_settings, _spans(settings.otlp_endpoint)),
+        app_of(service),
         log_config=None,
         access_log=False,
         ssl_certfile=settings.tls_cert,
@@ -73,17 +79,26 @@ async def serve(settings: ProxySettings) -> int:
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
     )
     server = uvicorn.Server(config)
-    dispatcher.start()
-    freeze_startup_objects()
-    task = asyncio.create_task(server.serve(sockets=[listener]))
-    stop = asyncio.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    await asyncio.wait({task, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
-    await dispatcher.stop()
-    server.should_exit = True
-    await task
+    async with _answering_group(settings, service):
+        dispatcher.start()
+        freeze_startup_objects()
+        task = asyncio.create_task(server.serve(sockets=[listener]))
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+        await asyncio.wait({task, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        await dispatcher.stop()
+        server.should_exit = True
+        await task
     return 0
+
+
+def _group_of(settings: ProxySettings) -> Group:
+    """The other proxies at the port. Raises SettingsError where another user could speak for them."""
+    if settings.group_folder is None:
+        return Alone()
+    require_private(settings.group_folder)
+    return SharedPort(settings.group_folder, settings.proxy_index, settings.proxies)
 
 
 def _spans(otlp_endpoint: str) -> Spans:
@@ -103,11 +118,46 @@ def _name_of(model: str) -> str:
     return Path(model).resolve().name if Path(model).is_dir() else model
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """Bind before anything else starts, so that a taken port is reported at once."""
+@asynccontextmanager
+async def _answering_group(settings: ProxySettings, service: Service) -> AsyncIterator[None]:
+    """Inside it, the other proxies at the port can ask this one."""
+    if settings.group_folder is None:
+        yield
+        return
+    config = uvicorn.Config(
+        group_app_of(service), lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
+    )
+    server = uvicorn.Server(config)
+    task = asyncio.create_task(
+        server.serve(sockets=[_listen_at(proxy_socket(settings.group_folder, settings.proxy_index))])
+    )
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+def _listen_at(path: Path) -> socket.socket:
+    """A Unix socket in place of one that an earlier process has left."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        path.unlink(missing_ok=True)
+        listener.bind(str(path))
+    except OSError as error:
+        listener.close()
+        raise SettingsError(f"cannot listen at {path}: {error.strerror or error}") from None
+    return listener
+
+
+def _listen(host: str, port: int, *, shared: bool) -> socket.socket:
+    """Bind before anything else starts, so that a taken port is reported at once. Of a `shared` port, the kernel gives
+    each connection to one of the processes that listen."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if shared:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     try:
         listener.bind((host, port))
     except OSError as error:

@@ -70,7 +70,7 @@ class Dispatcher:
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
         self._admissions = {
-            name: Admission(workers, self._index, rules, settings.max_queue, clock)
+            name: Admission(workers, self._index, rules, settings.share_of(settings.max_queue), clock)
             for name, workers in self._cluster.models.items()
         }
         self._control = ControlPlane(

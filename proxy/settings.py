@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from baton.node.api_settings import ApiSettings
+from baton.node.errors import SettingsError
 from baton.node.settings import option
 from baton.proxy.routing.router import POLICIES
 
@@ -12,6 +14,12 @@ from baton.proxy.routing.router import POLICIES
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProxySettings(ApiSettings):
     model: str = option("demo", help="model whose tokenizer and chat template to use: a folder, a hub id, or 'demo'")
+    proxy_index: int = option(0, help="which of --proxies this one is, counted from 0", minimum=0, maximum=63)
+    group_folder: Path | None = option(
+        None,
+        metavar="FOLDER",
+        help="with several --proxies, a folder of mode 0700 where they ask one another for metrics and past requests",
+    )
     control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="address that workers connect to")
     policy: str = option(
         "kv-aware",
@@ -69,3 +77,19 @@ class ProxySettings(ApiSettings):
         help="send a trace of each request to this address, by OTLP over HTTP; needs the extra 'otel'",
     )
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")
+
+    def __post_init__(self) -> None:
+        ApiSettings.__post_init__(self)  # super() does not work in a class with slots
+        if self.proxy_index >= self.proxies:
+            raise SettingsError(f"--proxy-index {self.proxy_index} of --proxies {self.proxies}, counted from 0")
+        if self.proxies > 1 and self.group_folder is None:
+            raise SettingsError(f"--proxies {self.proxies} needs --group-folder, which `baton serve` makes")
+
+    @property
+    def name(self) -> str:
+        """Of this proxy, in logs and towards workers."""
+        return "proxy" if self.proxies == 1 else f"proxy-{self.proxy_index}"
+
+    def share_of(self, limit: int) -> int:
+        """This proxy's part of a limit that all at the port keep together."""
+        return -(-limit // self.proxies)

@@ -11,7 +11,9 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
 from typing import TypeVar
+from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request, Response
@@ -22,18 +24,18 @@ from starlette.routing import Route
 
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingSpec
+from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
 from baton.proxy.http.asgi import PROBES, ApiKeyGuard, read_body
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.front import CORS_METHODS, AccessLog, LenientPaths, accepts_gzip
 from baton.proxy.http.refusals import RefusalLog, add_failure_handlers
 from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
-from baton.proxy.http.service import ModelEntry, RequestLimit, Service
+from baton.proxy.http.service import ModelEntry, Service, make_service
 from baton.proxy.interface import AppSettings, Engine, Generation
 from baton.proxy.metrics.dashboard import add_dashboard
-from baton.proxy.metrics.metrics import ProxyMetrics
 from baton.proxy.metrics.record import as_json
-from baton.proxy.metrics.request_log import RequestLog, Spans
+from baton.proxy.metrics.request_log import Spans
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.text.model_text import ModelText
 
@@ -43,6 +45,7 @@ APIS = (
     Api("/v1/completions", read_completion, CompletionEncoder, "cmpl", "text_completion"),
     Api("/v1/chat/completions", read_chat, ChatEncoder, "chatcmpl", "chat"),
 )
+PAST_REQUESTS = "/debug/requests/"
 GZIP_LEVEL = 1
 """Makes a tenth of an exposition, in a millisecond; higher levels save little more."""
 PROBE_TEXT = (
@@ -54,34 +57,32 @@ PROBE_TEXT = (
 def create_app(
     engine: Engine, texts: Mapping[str, ModelText], settings: AppSettings, spans: Spans | None = None
 ) -> FastAPI:
-    """The app to be served: `texts` are the text sides of its models, by the first of the names that they have.
+    """The app of a proxy that is alone at its port; see `app_of`."""
+    return app_of(make_service(engine, texts, settings, spans))
 
-    It closes them and `spans` when it shuts down, and leaves `engine` to its owner.
-    """
-    metrics = ProxyMetrics(engine, tuple(texts))
-    models = {name: ModelEntry(name, text, metrics.of(name)) for name, text in texts.items()}
-    models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
-    log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
-    refusals = RefusalLog()
-    service = Service(engine, models, settings, metrics, log, refusals, RequestLimit(settings.max_requests))
+
+def app_of(service: Service) -> FastAPI:
+    """The app to be served. It closes the text sides and the log when it shuts down, and leaves the engine to its
+    owner."""
+    settings, metrics = service.settings, service.metrics
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         yield
-        for text in texts.values():
+        for text in {model.text for model in service.models.values()}:
             text.close()
-        await asyncio.to_thread(log.close)
+        await asyncio.to_thread(service.log.close)
 
     # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     open_paths = PROBES | add_dashboard(app) if settings.metrics else PROBES
-    _add_front(app, settings, open_paths, refusals)
-    add_failure_handlers(app, metrics, refusals)
+    _add_front(app, settings, open_paths, service.refusals)
+    add_failure_handlers(app, metrics, service.refusals)
     _add_probes(app, service)
     _add_models(app, service)
     _add_tokenizer(app, service)
     if settings.debug_requests:
-        _add_debug(app, log)
+        _add_debug(app, service)
     for api in APIS:
         app.router.routes.append(Route(api.path, GenerateEndpoint(service, api), methods=["POST"]))
     return app
@@ -101,6 +102,27 @@ def _add_front(app: FastAPI, settings: AppSettings, open_paths: frozenset[str], 
         )
     if settings.access_log:
         app.add_middleware(AccessLog)
+
+
+def group_app_of(service: Service) -> FastAPI:
+    """The app for the other proxies at the port, and for the process that started this one: what this proxy alone
+    knows. It needs no key: its socket is in a folder of this user's. Errors here are not a client's, nor counted."""
+    app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None)
+    _add_probes(app, replace(service, group=Alone()))
+
+    @app.get(OWN_METRICS)
+    async def own() -> Response:
+        return Response(service.metrics.own(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get(REPORTED_METRICS)
+    async def reported() -> Response:
+        return Response(service.metrics.reported(), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get(PAST_REQUESTS + "{request_id}")
+    async def one_request(request_id: str) -> Response:
+        return _past_request(service, request_id) or Response(status_code=404)
+
+    return app
 
 
 def _add_probes(app: FastAPI, service: Service) -> None:
@@ -134,21 +156,29 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
         @app.get("/metrics")
         async def metrics(request: Request) -> Response:
-            text, headers = service.metrics.exposition(), {"vary": "accept-encoding"}
+            text, headers = await service.group.metrics(service.metrics), {"vary": "accept-encoding"}
             if accepts_gzip(request.headers.get("accept-encoding", "")):
                 text = await asyncio.to_thread(gzip.compress, text, GZIP_LEVEL)
                 headers["content-encoding"] = "gzip"
             return Response(text, headers=headers, media_type=CONTENT_TYPE_LATEST)
 
 
-def _add_debug(app: FastAPI, log: RequestLog) -> None:
-    @app.get("/debug/requests/{request_id}")
+def _add_debug(app: FastAPI, service: Service) -> None:
+    @app.get(PAST_REQUESTS + "{request_id}")
     async def one_request(request_id: str) -> Response:
         """A request that is over, by the id that its answer had: outcome, attempts and timeline of each generation."""
-        records = log.find(request_id)
-        if not records:
-            raise BadRequest("no such request has ended lately", status=404, code="request_not_found")
-        return _json({"id": request_id, "generations": [as_json(record) for record in records]})
+        if (found := _past_request(service, request_id)) is not None:
+            return found
+        if body := await service.group.find(PAST_REQUESTS + quote(request_id, safe="")):
+            return Response(body, media_type="application/json")
+        raise BadRequest("no such request has ended lately", status=404, code="request_not_found")
+
+
+def _past_request(service: Service, request_id: str) -> Response | None:
+    """What this proxy knows of a request that is over."""
+    if not (records := service.log.find(request_id)):
+        return None
+    return _json({"id": request_id, "generations": [as_json(record) for record in records]})
 
 
 async def _two_tokens(service: Service) -> int:

@@ -6,10 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from baton.node.errors import BadRequest, Overloaded, PeerLost
+from baton.proxy.group import Alone, Group
 from baton.proxy.http.refusals import RefusalLog
 from baton.proxy.interface import AppSettings, Engine
 from baton.proxy.metrics.metrics import ModelMetrics, ProxyMetrics
-from baton.proxy.metrics.request_log import RequestLog
+from baton.proxy.metrics.request_log import RequestLog, Spans
 from baton.proxy.text.model_text import ModelText
 
 
@@ -50,6 +51,8 @@ class Service:
     log: RequestLog
     refusals: RefusalLog
     limit: RequestLimit
+    group: Group
+    """The other proxies at the port."""
 
     @property
     def default_model(self) -> ModelEntry:
@@ -71,3 +74,20 @@ class Service:
         if not max_model_len:
             raise PeerLost(self.engine.ready() or "no worker has registered yet")
         return max_model_len
+
+
+def make_service(
+    engine: Engine,
+    texts: Mapping[str, ModelText],
+    settings: AppSettings,
+    spans: Spans | None = None,
+    group: Group | None = None,
+) -> Service:
+    """`texts` are the text sides of the models, by the first of the names that they have; without a `group`, no other
+    proxy is at the port."""
+    metrics = ProxyMetrics(engine, tuple(texts))
+    models = {name: ModelEntry(name, text, metrics.of(name)) for name, text in texts.items()}
+    models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
+    log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
+    limit = RequestLimit(settings.max_requests)
+    return Service(engine, models, settings, metrics, log, RefusalLog(), limit, group or Alone())

@@ -1,8 +1,8 @@
 """Counters and loads of the engine and its workers, read at each scrape.
 
-What the engine counts is this proxy's; what workers and stores report is the same at every proxy that they serve, so it
-has a collector of its own. Counters of workers come with their heartbeats. Sums over workers never fall when one leaves; what has a worker as its
-label is there only while the worker is, so that labels stay bounded.
+What the engine counts is this proxy's. What workers and stores report is the same at every proxy that they serve, so it
+has a collector of its own. Counters of workers come with their heartbeats. Sums over workers never fall when one
+leaves; what has a worker as its label is there only while the worker is, so that labels stay bounded.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
 from baton.node.errors import SettingsError
 
-PORTS = local.Ports(control=777, store=778)
+PORTS = local.Ports(controls=(777,), store=778)
 
 
 def plan(settings: ServeSettings, environ: Mapping[str, str] | None = None) -> list[ChildSpec]:
@@ -45,6 +45,29 @@ def test_each_role_gets_the_options_that_it_has() -> None:
     )
     worker = ["--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", "--store", store]
     assert options_of(specs[3].argv) == ["baton.prefill", *worker, "--num-blocks=5"]
+
+
+def test_several_proxies_share_the_port_and_have_all_workers(tmp_path: Path) -> None:
+    """Guards against a worker or a store that one of the proxies never sees, and two proxies that are one to others."""
+    settings = ServeSettings(proxies=2, prefill=0, device="cpu", max_requests=7)
+    ports = local.Ports((777, 779), 778, tmp_path)
+    proxy_0, proxy_1, store, worker = local.plan_nodes(settings, ports, {}, {})
+    assert [spec.name for spec in (proxy_0, proxy_1)] == ["proxy-0", "proxy-1"] and proxy_1.group == "proxy"
+    for index, (spec, control) in enumerate([(proxy_0, 777), (proxy_1, 779)]):
+        options = dict(zip(spec.argv, spec.argv[1:], strict=False))
+        assert options["--control-address"] == f"tcp://127.0.0.1:{control}"
+        assert (options["--proxy-index"], options["--group-folder"]) == (str(index), str(tmp_path))
+        assert {"--proxies=2", "--max-requests=7"} <= set(spec.argv)
+    for spec in (store, worker):
+        at = spec.argv.index("--proxy")
+        assert spec.argv[at + 1 : at + 3] == ("tcp://127.0.0.1:777", "tcp://127.0.0.1:779")
+
+
+def test_one_proxy_is_in_no_group() -> None:
+    """Guards the one proxy, which needs no socket for others."""
+    assert local.Ports.free(1, Path("unused")).group_folder is None
+    ports = local.Ports.free(3, Path("used"))
+    assert ports.group_folder == Path("used") and len({ports.store, *ports.controls}) == 4
 
 
 def gpu_options(settings: ServeSettings, num_visible: int) -> dict[str, tuple[str, str]]:
@@ -128,10 +151,13 @@ def test_the_key_is_in_no_command_line_and_only_the_proxy_has_it() -> None:
     assert [spec.name for spec in inherited if "hunter2" in spec.env.values()] == ["proxy"]
 
 
-@pytest.mark.parametrize(("cores", "workers", "threads"), [(1, 2, 1), (2, 2, 1), (8, 2, 3), (64, 1, 63), (4, 8, 1)])
-def test_threads_of_all_workers_fit_the_cores(cores: int, workers: int, threads: int) -> None:
+@pytest.mark.parametrize(
+    ("cores", "workers", "proxies", "threads"),
+    [(1, 2, 1, 1), (2, 2, 1, 1), (8, 2, 1, 3), (64, 1, 1, 63), (4, 8, 1, 1), (8, 2, 4, 2), (2, 1, 4, 1)],
+)
+def test_threads_of_all_workers_fit_the_cores(cores: int, workers: int, proxies: int, threads: int) -> None:
     """Two workers with a thread a core each run at a fraction of their speed."""
-    assert local.threads_per_worker(cores, workers) == threads
+    assert local.threads_per_worker(cores, workers, proxies) == threads
 
 
 def test_a_number_of_threads_that_the_user_set_is_kept() -> None:

@@ -52,6 +52,7 @@ def test_serve_passes_every_option_on() -> None:
         "served_model_name": ("a", "b"),
         "host": "::1",
         "port": 1,
+        "proxies": 2,
         "insecure_network": True,
         "api_key": ("k",),
         "api_key_file": Path("f"),

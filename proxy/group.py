@@ -1,0 +1,79 @@
+"""The proxies of one machine that share an HTTP port, as one of them sees the others.
+
+A connection to the port reaches any of them, so what only one knows (its metrics, a request that it has served) is
+asked of all, each at a Unix socket of its own. They share nothing else: each knows workers, load and blocks by itself.
+A proxy that does not answer in time is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Protocol
+
+from baton.node import local_http
+from baton.node.local_http import proxy_socket
+from baton.proxy.metrics.merge import merge
+from baton.proxy.metrics.metrics import ProxyMetrics
+
+ASK_TIMEOUT_S = 1.0
+OWN_METRICS = "/metrics/own"
+REPORTED_METRICS = "/metrics/reported"
+_UP = "# HELP baton:proxy_up Whether a proxy that shares the port has answered.\n# TYPE baton:proxy_up gauge\n"
+
+
+class Group(Protocol):
+    """What the HTTP side needs of the other proxies."""
+
+    async def metrics(self, metrics: ProxyMetrics) -> bytes:
+        """The page of all proxies; `metrics` are this one's."""
+        ...
+
+    async def find(self, path: str) -> bytes:
+        """The body of the first other proxy that has something at `path`; empty where none has."""
+        ...
+
+
+class Alone:
+    """There is one proxy."""
+
+    async def metrics(self, metrics: ProxyMetrics) -> bytes:
+        return metrics.exposition()
+
+    async def find(self, path: str) -> bytes:
+        return b""
+
+
+class SharedPort:
+    """Number `index` of `count` proxies whose sockets are in `folder`."""
+
+    def __init__(self, folder: Path, index: int, count: int) -> None:
+        self._folder = folder
+        self._index = index
+        self._others = [other for other in range(count) if other != index]
+
+    async def metrics(self, metrics: ProxyMetrics) -> bytes:
+        """What each proxy counts, by proxy, and what workers report, as the first proxy that answers has it: sums over
+        workers that went away differ between proxies, and must not fall from one scrape to the next."""
+        answers = await self._ask_others(OWN_METRICS)
+        pages = {self._index: metrics.own()} | {other: body for other, body in answers.items() if body}
+        first = min(pages)
+        reported = b"" if first == self._index else await self._ask(first, REPORTED_METRICS)
+        up = "".join(
+            f'baton:proxy_up{{proxy="{each}"}} {float(each in pages)}\n'
+            for each in sorted([self._index, *self._others])
+        )
+        merged = merge({str(each): pages[each].decode() for each in sorted(pages)})
+        return f"{merged}{_UP}{up}".encode() + (reported or metrics.reported())
+
+    async def find(self, path: str) -> bytes:
+        return next((body for body in (await self._ask_others(path)).values() if body), b"")
+
+    async def _ask_others(self, path: str) -> dict[int, bytes]:
+        bodies = await asyncio.gather(*(self._ask(other, path) for other in self._others))
+        return dict(zip(self._others, bodies, strict=True))
+
+    async def _ask(self, other: int, path: str) -> bytes:
+        """The answer, empty unless it is a 200."""
+        status, body = await local_http.get(proxy_socket(self._folder, other), path, ASK_TIMEOUT_S)
+        return body if status == 200 else b""
