@@ -32,6 +32,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "exactness": BenchmarkEntry(
         "cluster.exactness", "whether disaggregated and colocated workers answer with equal tokens"
     ),
+    "one-gpu": BenchmarkEntry("cluster.one_gpu", "one colocated worker under the loads of the steps page"),
     "two-gpus": BenchmarkEntry("cluster.two_gpus", "one prefill and one decode worker against two colocated ones"),
     "reuse": BenchmarkEntry(
         "cluster.reuse", "prompt tokens computed with the KV store and without, beside an ideal cache"
