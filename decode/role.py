@@ -28,7 +28,7 @@ from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed,
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
-from baton.worker.pending_prefixes import PendingPrefixes
+from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, cancel_matches, failed
 from baton.worker.stats import PromptSpeed
@@ -191,33 +191,34 @@ class DecodeRole:
     # -- steps
 
     def launch(self) -> bool:
-        clock = self._parts.clock
+        clock, prefixes = self._parts.clock, self._parts.prefixes
         planned_at = clock()
         if not self._running and not self._waiting:
             return False
-        waiting = self._ready(planned_at)
+        running, waiting = list(self._running), self._ready(planned_at)
         decision = plan(
-            [self._item(sequence) for sequence in self._running],
-            [self._item(sequence) for sequence in waiting],
+            [self._item(sequence) for sequence in running],
+            [self._waiting_item(sequence) for sequence in waiting],
             self._parts.manager.num_available,
             self._limits,
             len(self._reserved),
         )
-        sequences = list(self._running)
         for index in decision.preempted:
-            self._preempt(sequences[index])
-        batch = [(sequences[row.item], row.length) for row in decision.rows]
+            self._preempt(running[index])
+        batch = [(running[row.item], row.length) for row in decision.rows]
         batch = [(sequence, length) for sequence, length in batch if _grow(sequence, sequence.num_launched + length)]
-        admitted = sum(self._admit(sequence) for sequence in waiting[: decision.admitted])
-        self._prompt_is_next = admitted > 0
+        admitted = [each for each in zip(waiting, decision.admitted, strict=False) if self._admit(each[0])]
+        batch += [(sequence, length) for sequence, length in admitted if length and not prefixes.loading(sequence.leg)]
+        has_prompts = any(length > 1 for _, length in batch)
         if batch:
             step = self.steps.launch(batch)
-            has_prompts = any(length > 1 for _, length in batch)
             self._timer.launched(planned_at, clock(), step.behind, has_prompts)
             self.counters.steps += 1
-            if has_prompts:
-                self._prompt_is_next |= any(n > 1 and s.num_launched < s.num_expected - 1 for s, n in batch)
+        self._prompt_is_next = (has_prompts or bool(admitted)) and any(map(self._has_chunks_left, self._running))
         return bool(batch or admitted or decision.preempted)
+
+    def _has_chunks_left(self, sequence: Sequence) -> bool:
+        return sequence.num_expected - sequence.num_launched > 1 and not self._parts.prefixes.loading(sequence.leg)
 
     def _ready(self, now: float) -> list[Sequence]:
         """The waiting ones that may be admitted: of those with one prefix only the first, until it is computed."""
@@ -244,6 +245,11 @@ class DecodeRole:
         if over or self._parts.prefixes.loading(sequence.leg):
             num_tokens = sequence.num_launched
         return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks))
+
+    def _waiting_item(self, sequence: Sequence) -> Item:
+        """It has no block of its own yet; what the pool has of it need not be computed."""
+        cached_blocks = self._parts.manager.peek(cacheable_names(sequence))
+        return Item(sequence.num_tokens, cached_blocks * self._limits.block_tokens, 0)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row."""
@@ -295,6 +301,8 @@ class DecodeRole:
                 sequence.num_computed += part.length
                 sequence.table.publish(sequence.token_ids, sequence.num_computed)
                 prefixes.write_behind(sequence)
+                if part.length > 1 and self._waiting:
+                    self._prompt_is_next = True  # one may have waited for this prefix
             if sequence.times.open:
                 sequence.times.begin(began_at)
             if token is None:

@@ -1,8 +1,8 @@
 """What the next step computes, which sequences are preempted, which are admitted. Pure: numbers in, a plan out.
 
-Running sequences come most senior first. Each gets its next token; a sequence whose tokens are not all computed yet
-(local prefill, recompute after preemption) gets a chunk from what the budget leaves. When blocks run out, the least
-senior gives all of its blocks back and is computed again later, so the most senior always advances. No clock, no torch.
+Running sequences come most senior first. Each gets its next token. Sequences of which more is to be computed (local
+prefill, recompute after preemption) share the room for chunks, the admitted ones after the running ones. When blocks
+run out, the least senior gives all of its blocks back and is computed again later, so the most senior always advances.
 """
 
 from __future__ import annotations
@@ -40,8 +40,9 @@ class StepPlan:
     rows: tuple[PlannedRow, ...]
     preempted: tuple[int, ...]
     """Indices of running items that give their blocks back before the step."""
-    admitted: int
-    """The first `admitted` waiting items start running; there are blocks for all their tokens."""
+    admitted: tuple[int, ...]
+    """The first waiting items start running, and compute so many tokens at once, which may be none. There are blocks
+    for all their tokens."""
 
 
 def plan(
@@ -54,11 +55,11 @@ def plan(
     alive = len(running)
     preempted: list[int] = []
     rows: list[PlannedRow] = []
-    budget = max(0, limits.max_num_batched_tokens - alive)
+    room = _ChunkRoom(limits, alive)
     index = 0
     while index < alive:
         item = running[index]
-        length = _length(item, budget, limits)
+        length = room.length_for(item)
         lacking = _lacking(item, item.num_computed + length, limits)
         while lacking > free_blocks and alive > index:
             alive -= 1
@@ -69,23 +70,41 @@ def plan(
         if length > 0:
             rows.append(PlannedRow(index, length))
             free_blocks -= lacking
-            budget -= length - 1
+        if length > 1:
+            room.take(length)
         index += 1
-    admitted = 0 if preempted else _admit(waiting, free_blocks, limits.max_num_seqs - alive - reserved_rows, limits)
-    return StepPlan(tuple(rows), tuple(preempted), admitted)
+    free_rows = 0 if preempted else limits.max_num_seqs - alive - reserved_rows
+    admitted = [room.take_for(item) for item in waiting[: _num_admitted(waiting, free_blocks, free_rows, limits)]]
+    return StepPlan(tuple(rows), tuple(preempted), tuple(admitted))
 
 
-def _length(item: Item, budget: int, limits: DecodeLimits) -> int:
-    """Every running item may compute one token; more than that comes out of the budget left for chunks."""
-    work = item.num_tokens - item.num_computed
-    return min(work, 1 + budget, limits.max_chunk_tokens)
+class _ChunkRoom:
+    """Tokens that a step may hold beside one of each of its `num_rows` rows."""
+
+    def __init__(self, limits: DecodeLimits, num_rows: int) -> None:
+        self._tokens = max(1, limits.max_num_batched_tokens - num_rows)
+        self._longest = limits.max_chunk_tokens
+
+    def length_for(self, item: Item) -> int:
+        """How much of its work a running item computes: its one token in any case, a chunk as far as there is room."""
+        work = item.num_tokens - item.num_computed
+        return work if work <= 1 else min(work, self._longest, self._tokens)
+
+    def take(self, length: int) -> None:
+        self._tokens -= length
+
+    def take_for(self, item: Item) -> int:
+        """How much of its work a new item computes."""
+        length = min(self.length_for(item), self._tokens)
+        self.take(length)
+        return length
 
 
 def _lacking(item: Item, num_tokens: int, limits: DecodeLimits) -> int:
     return max(0, -(-num_tokens // limits.block_tokens) - item.num_blocks)
 
 
-def _admit(waiting: Sequence[Item], free_blocks: int, free_rows: int, limits: DecodeLimits) -> int:
+def _num_admitted(waiting: Sequence[Item], free_blocks: int, free_rows: int, limits: DecodeLimits) -> int:
     """In order, without overtaking: an item that does not fit makes the others wait."""
     admitted = 0
     for item in waiting[: max(0, free_rows)]:

@@ -345,7 +345,17 @@ def test_an_urgent_request_does_not_wait_for_another() -> None:
     """Guards priorities: chunks of the first may come after those of all others."""
     bench = Bench(num_blocks=64, max_chunk_tokens=8)
     _local(bench, "a")
-    bench.loop.turn(0.0)
     _local(bench, "b", priority=5)
     bench.run()
-    assert _prompts(bench)[2] == [(8, 8), (16, 8)], "from what the first had computed so far, in front of it"
+    assert _prompts(bench)[:2] == [[(0, 8)], [(8, 8), (8, 8)]], "from what the first had computed so far"
+
+
+def test_a_prompt_is_in_the_step_that_is_planned_next() -> None:
+    """Guards TTFT: a prompt that waits for a step of decoding before its own."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    transfer = bench.reserve("a", 10, max_tokens=20)
+    bench.deliver(KvArrived(transfer, 777, None, 0.0, 0.0, 0.0))
+    _local(bench, "b", num_tokens=12)
+    assert _prompts(bench)[-1] == [(8, 4)], "two of its blocks are in the pool"
+    bench.run()
+    assert bench.tokens("b") == [12, 13, 14, 15, 16]

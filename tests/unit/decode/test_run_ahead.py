@@ -362,7 +362,6 @@ def test_gaps_are_counted_between_consecutive_steps_only():
     bench = Bench(1, 30)
     bench.request("a", [1, 2, 3], 4, remote=False)
     gaps = iter((30.0, 20e-6, 90e-6, 10.0))
-    bench.loop.turn(0.0)
     while bench.loop.turn(0.0) or bench.runner.launched:
         for step in bench.runner.launched:
             step.device_time = step.device_time or DeviceTime(0.004, next(gaps, 0.0))

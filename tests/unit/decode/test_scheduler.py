@@ -22,10 +22,14 @@ def _running(draw: st.DrawFn) -> Item:
     return Item(num_tokens, num_computed, _blocks(num_tokens - draw(st.integers(0, 1))))
 
 
-_waiting = st.integers(1, 60).map(lambda n: Item(n, 0, 0))
+@st.composite
+def _waiting(draw: st.DrawFn) -> Item:
+    """A sequence without blocks, of which the pool may have a prefix."""
+    num_tokens = draw(st.integers(1, 60))
+    return Item(num_tokens, draw(st.integers(0, num_tokens - 1)), 0)
 
 
-@given(st.lists(_running(), max_size=8), st.lists(_waiting, max_size=4), st.integers(0, 40))
+@given(st.lists(_running(), max_size=8), st.lists(_waiting(), max_size=4), st.integers(0, 40))
 def test_a_plan_is_feasible(running: list[Item], waiting: list[Item], free: int) -> None:
     """Guards against over-commitment: blocks, token budget, rows, and a row for a preempted sequence."""
     result = plan(running, waiting, free, LIMITS)
@@ -36,11 +40,15 @@ def test_a_plan_is_feasible(running: list[Item], waiting: list[Item], free: int)
         assert step.item not in result.preempted
         assert 0 < step.length <= min(item.num_tokens - item.num_computed, LIMITS.max_chunk_tokens)
         free -= max(0, _blocks(item.num_computed + step.length) - item.num_blocks)
-    free -= sum(_blocks(item.num_tokens + 1) for item in waiting[: result.admitted])
+    admitted = waiting[: len(result.admitted)]
+    free -= sum(_blocks(item.num_tokens + 1) for item in admitted)
     assert free >= 0
-    assert sum(step.length for step in result.rows) <= LIMITS.max_num_batched_tokens
+    for item, length in zip(admitted, result.admitted, strict=True):
+        assert 0 <= length <= min(item.num_tokens - item.num_computed, LIMITS.max_chunk_tokens)
+    lengths = [*(step.length for step in result.rows), *result.admitted]
+    assert sum(lengths) <= LIMITS.max_num_batched_tokens
     alive = len(running) - len(result.preempted)
-    assert result.admitted == 0 or alive + result.admitted <= LIMITS.max_num_seqs
+    assert not admitted or alive + len(admitted) <= LIMITS.max_num_seqs
 
 
 @given(st.lists(_running(), min_size=1, max_size=8), st.integers(0, 40))
@@ -65,10 +73,21 @@ def test_every_running_sequence_decodes_beside_a_chunk() -> None:
 def test_no_admission_while_a_sequence_is_preempted() -> None:
     """Guards against thrashing: blocks freed by preemption belong to the running ones."""
     result = plan([Item(5, 4, 1), Item(9, 8, 2)], [Item(1, 0, 0)], 0, LIMITS)
-    assert result.preempted == (1,) and result.admitted == 0
+    assert result.preempted == (1,) and not result.admitted
 
 
 def test_waiting_sequences_do_not_overtake() -> None:
     """Guards against starvation of a long sequence by short ones behind it."""
-    assert plan([], [Item(40, 0, 0), Item(1, 0, 0)], 5, LIMITS).admitted == 0
-    assert plan([], [Item(1, 0, 0), Item(40, 0, 0)], 5, LIMITS).admitted == 1
+    assert plan([], [Item(40, 0, 0), Item(1, 0, 0)], 5, LIMITS).admitted == ()
+    assert plan([], [Item(1, 0, 0), Item(40, 0, 0)], 5, LIMITS).admitted == (1,)
+
+
+def test_an_admitted_prompt_is_in_the_step_that_follows() -> None:
+    """Guards TTFT: a prompt that waits for another step of decoding first."""
+    assert plan([Item(10, 9, 3)], [Item(40, 8, 0)], 20, LIMITS).admitted == (16,)
+
+
+def test_a_prompt_advances_beside_more_rows_than_the_budget() -> None:
+    """Guards against a prompt that waits for as long as others decode."""
+    result = plan([*[Item(10, 9, 3)] * 40, Item(30, 0, 8)], [], 0, LIMITS)
+    assert result.rows[-1] == (40, 1)
