@@ -52,6 +52,7 @@ class DecodeRole:
             max_num_seqs=sizes.worker.max_num_seqs,
             max_num_batched_tokens=sizes.worker.max_num_batched_tokens,
             max_chunk_tokens=sizes.max_chunk_tokens,
+            full_step_tokens=sizes.full_step_tokens,
         )
         self._spare_blocks = spare_blocks
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
@@ -60,7 +61,8 @@ class DecodeRole:
         self._free_slots = list(range(sizes.worker.max_num_seqs))
         self._timer = LaunchTimer()
         self._prompt_is_next = False  # the next plan has a prompt that is new, or the rest of one
-        self._speed = PromptSpeed(sizes.worker.max_num_batched_tokens)
+        most_tokens = max(sizes.max_chunk_tokens, sizes.full_step_tokens)
+        self._speed = PromptSpeed(min(sizes.worker.max_num_batched_tokens, most_tokens))
 
     @property
     def launch_at(self) -> float:

@@ -3,6 +3,9 @@
 Running sequences come most senior first. Each gets its next token. Sequences of which more is to be computed (local
 prefill, recompute after preemption) share the room for chunks, the admitted ones after the running ones. When blocks
 run out, the least senior gives all of its blocks back and is computed again later, so the most senior always advances.
+
+The room is what a step holds beside one token a row. The first chunk may be as long as chunks get; others join it only
+up to `full_step_tokens` in all: these keep the device busy, and with more all answers would pause for longer.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ class DecodeLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
     max_chunk_tokens: int
+    full_step_tokens: int
 
 
 class PlannedRow(NamedTuple):
@@ -83,6 +87,7 @@ class _ChunkRoom:
 
     def __init__(self, limits: DecodeLimits, num_rows: int) -> None:
         self._tokens = max(1, limits.max_num_batched_tokens - num_rows)
+        self._others = min(self._tokens, limits.full_step_tokens)
         self._longest = limits.max_chunk_tokens
 
     def length_for(self, item: Item) -> int:
@@ -91,7 +96,8 @@ class _ChunkRoom:
         return work if work <= 1 else min(work, self._longest, self._tokens)
 
     def take(self, length: int) -> None:
-        self._tokens -= length
+        self._others -= length
+        self._tokens = max(0, self._others)
 
     def take_for(self, item: Item) -> int:
         """How much of its work a new item computes."""

@@ -7,6 +7,10 @@ from dataclasses import dataclass
 from baton.node.settings import option
 from baton.worker.settings import WorkerSettings, WorkerSizes
 
+FULL_STEP_TOKENS = 1024
+"""A step of this many tokens of prompts computes as many a second as a longer one, but for 2 %
+(docs/benchmarks/steps.md), and every answer waits for it."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodeSizes:
@@ -14,6 +18,7 @@ class DecodeSizes:
 
     worker: WorkerSizes
     max_chunk_tokens: int
+    full_step_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,11 +29,19 @@ class DecodeSettings(WorkerSettings):
         help="longest chunk of a prompt in a step, beside decode rows; default 128, on a GPU 2048",
         minimum=1,
     )
+    full_step_tokens: int | None = option(
+        None,
+        unit="tokens",
+        help="stop adding prompts to a step beyond this many of their tokens; default 512, on a GPU 1024",
+        minimum=1,
+    )
     spare_blocks: int = option(
         4, unit="blocks", help="blocks that a reservation must leave free for running sequences to grow", minimum=0
     )
 
     def sizes(self, device: str) -> DecodeSizes:
         """The sizes on "cpu" or "cuda"."""
-        default = 128 if device == "cpu" else 2048
-        return DecodeSizes(self.worker_sizes(device), self.max_chunk_tokens or default)
+        chunk_tokens, full_tokens = (128, 512) if device == "cpu" else (2048, FULL_STEP_TOKENS)
+        return DecodeSizes(
+            self.worker_sizes(device), self.max_chunk_tokens or chunk_tokens, self.full_step_tokens or full_tokens
+        )

@@ -7,7 +7,9 @@ from hypothesis import strategies as st
 
 from baton.decode.scheduler import DecodeLimits, Item, plan
 
-LIMITS = DecodeLimits(block_tokens=4, max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=16)
+LIMITS = DecodeLimits(
+    block_tokens=4, max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=16, full_step_tokens=20
+)
 
 
 def _blocks(num_tokens: int) -> int:
@@ -47,6 +49,8 @@ def test_a_plan_is_feasible(running: list[Item], waiting: list[Item], free: int)
         assert 0 <= length <= min(item.num_tokens - item.num_computed, LIMITS.max_chunk_tokens)
     lengths = [*(step.length for step in result.rows), *result.admitted]
     assert sum(lengths) <= LIMITS.max_num_batched_tokens
+    chunks = [length for length in lengths if length > 1]
+    assert len(chunks) < 2 or sum(chunks) <= LIMITS.full_step_tokens
     alive = len(running) - len(result.preempted)
     assert not admitted or alive + len(admitted) <= LIMITS.max_num_seqs
 
@@ -85,6 +89,16 @@ def test_waiting_sequences_do_not_overtake() -> None:
 def test_an_admitted_prompt_is_in_the_step_that_follows() -> None:
     """Guards TTFT: a prompt that waits for another step of decoding first."""
     assert plan([Item(10, 9, 3)], [Item(40, 8, 0)], 20, LIMITS).admitted == (16,)
+
+
+def test_chunks_fill_a_step_but_do_not_pile_up() -> None:
+    """Guards ITL: prompts that arrive together are computed one after another, not in one long step."""
+    decoding, prompt = Item(10, 9, 3), Item(30, 0, 8)
+    result = plan([decoding, prompt, prompt, prompt], [Item(9, 0, 0)], 20, LIMITS)
+    assert [(row.item, row.length) for row in result.rows] == [(0, 1), (1, 16), (2, 4)]
+    assert result.admitted == (0,)
+    short = plan([decoding, *[Item(7, 0, 2)] * 3], [Item(9, 0, 0)], 20, LIMITS)
+    assert [row.length for row in short.rows] == [1, 7, 7, 6]
 
 
 def test_a_prompt_advances_beside_more_rows_than_the_budget() -> None:
