@@ -108,6 +108,15 @@ def parse(
         parser.error(str(error))
 
 
+def is_from_environment(cls: type, name: str, value: str, environ: Mapping[str, str] | None = None) -> bool:
+    """Whether the environment, too, gives field `name` of `cls` this value, so that the command line need not have.
+
+    Variables of a convention that many programs share may be set for all processes of a machine.
+    """
+    info: OptionInfo = next(field for field in dataclasses.fields(cls) if field.name == name).metadata[_METADATA_KEY]
+    return bool(info.env) and (os.environ if environ is None else environ).get(info.env) == value
+
+
 def as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
     """The command line that gives these fields of `cls` these values; fields with their default need no argument."""
     arguments: list[str] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import signal
 import socket
@@ -21,9 +22,9 @@ from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
-from baton.node.settings import parse, require_loopback
+from baton.node.settings import is_from_environment, parse, require_loopback
 from baton.node.sockets import new_context
-from baton.node.telemetry import configure_logging
+from baton.node.telemetry import configure_logging, log_event
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
 from baton.proxy.http.app import app_of, group_app_of
@@ -32,6 +33,8 @@ from baton.proxy.interface import AppSettings
 from baton.proxy.metrics.request_log import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
 from baton.proxy.text.model_text import ModelText
+
+logger = logging.getLogger("proxy")
 
 
 def main() -> int:
@@ -102,9 +105,19 @@ def _group_of(settings: ProxySettings) -> Group:
 
 
 def _spans(otlp_endpoint: str) -> Spans:
-    """Where traces go. Raises SettingsError where they cannot."""
+    """Where traces go. If they cannot, that is a SettingsError, or a warning where the environment asks for them."""
     if not otlp_endpoint:
         return NoSpans()
+    try:
+        return _otlp_spans(otlp_endpoint)
+    except SettingsError as error:
+        if not is_from_environment(ProxySettings, "otlp_endpoint", otlp_endpoint):
+            raise
+        log_event(logger, "traces_off", level=logging.WARNING, reason=str(error))
+        return NoSpans()
+
+
+def _otlp_spans(otlp_endpoint: str) -> Spans:
     try:
         from baton.proxy.metrics.spans import otlp_spans
     except ImportError as error:

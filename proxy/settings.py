@@ -74,7 +74,8 @@ class ProxySettings(ApiSettings):
         "",
         metavar="URL",
         env="OTEL_EXPORTER_OTLP_ENDPOINT",
-        help="send a trace of each request to this address, by OTLP over HTTP; needs the extra 'otel'",
+        help="send a trace of each request to this address, by OTLP over HTTP; needs the extra 'otel' (where only the "
+        "environment asks for traces, serving without it is a warning)",
     )
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")
 

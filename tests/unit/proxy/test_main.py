@@ -1,0 +1,31 @@
+"""Guards the proxy's start: what is an error there, and what only a warning."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import pytest
+
+from baton.node.errors import SettingsError
+from baton.proxy.__main__ import _spans
+from baton.proxy.metrics.request_log import NoSpans
+
+VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+@pytest.mark.parametrize("endpoint", ["http://collector:4318", "collector:4317"])
+def test_traces_that_only_the_environment_asks_for_are_a_warning(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Platforms set the variable for all processes: a server without the extra, which was not asked for traces, did not
+    start. On the command line it is an error still, as the user would wait for traces in vain."""
+    monkeypatch.setitem(sys.modules, "baton.proxy.metrics.spans", None)  # an import of it fails, as without the extra
+    monkeypatch.setenv(VARIABLE, endpoint)
+    assert isinstance(_spans(endpoint), NoSpans)
+    assert [(record.levelno, "baton-serve[otel]" in record.message) for record in caplog.records] == [
+        (logging.WARNING, True)
+    ]
+    monkeypatch.delenv(VARIABLE)
+    with pytest.raises(SettingsError, match=r"--otlp-endpoint needs OpenTelemetry: install baton-serve\[otel\]"):
+        _spans(endpoint)
