@@ -43,6 +43,7 @@ class ServeSettings(ApiSettings):
     gpus: tuple[int, ...] = option(
         (),
         metavar="N",
+        minimum=0,
         help="GPUs that the workers take in turn, prefill workers first; workers on one GPU share its memory equally; "
         "default: all that are visible",
     )
@@ -109,7 +110,16 @@ def worker_names(settings: ServeSettings) -> list[tuple[str, str]]:
 
 
 def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placement]:
-    """The GPU of each worker, and its share of the memory; empty on a CPU."""
+    """The GPU of each worker, and its share of the memory; empty on a CPU.
+
+    Raises SettingsError for a GPU that was asked for and is not there.
+    """
+    asked = f"--gpus {' '.join(map(str, settings.gpus))}" if settings.gpus else "--device cuda"
+    if not num_visible and settings.device != "cpu" and (settings.gpus or settings.device == "cuda"):
+        raise SettingsError(
+            f"{asked}: no GPU is visible here, because there is no NVIDIA driver, CUDA_VISIBLE_DEVICES hides them, or "
+            "this torch is a build for CPUs; leave the option out to serve on the CPU"
+        )
     gpus = settings.gpus or tuple(range(num_visible))
     if num_visible and max(gpus, default=0) >= num_visible:
         raise SettingsError(f"--gpus {max(gpus)}: {num_visible} GPUs are visible, counted from 0")
@@ -153,6 +163,23 @@ def plan_worker(
         *(settings.prefill_arg if role == "prefill" else settings.decode_arg),
     )
     return _node(name, role, f"baton.{role}", arguments, env)
+
+
+def folder_options(settings: ServeSettings) -> set[tuple[str, str]]:
+    """What the workers' arguments say of the model's folder: the pairs of `--load-format` and `--max-model-len`."""
+    roles = (settings.prefill_arg, settings.decode_arg) if settings.prefill else (settings.decode_arg,)
+    given = [(*settings.worker_arg, *arguments) for arguments in roles]
+    return {(_last(arguments, "--load-format"), _last(arguments, "--max-model-len")) for arguments in given}
+
+
+def _last(arguments: Sequence[str], option_name: str) -> str:
+    """The value that counts of an option, written as two arguments or one; empty where it is not given."""
+    value = ""
+    for argument, following in zip(arguments, (*arguments[1:], ""), strict=False):
+        name, equals, joined = argument.partition("=")
+        if name == option_name:
+            value = joined if equals else following
+    return value
 
 
 def sizes_pools(settings: ServeSettings) -> bool:

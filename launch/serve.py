@@ -19,10 +19,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from baton.launch.check import check_folder
 from baton.launch.gpus import describe, visible_gpus
 from baton.launch.local import (
     Ports,
     ServeSettings,
+    folder_options,
+    node_environment,
     place_workers,
     plan_nodes,
     scheme,
@@ -153,7 +156,8 @@ def main(argv: Sequence[str]) -> int:
         require_loopback(settings.host, settings.insecure_network)
         check_port(settings.host, settings.port)
         check_files(settings)
-        locate_model(settings.model)  # once, with its progress bars, before every child looks for it
+        model = locate_model(settings.model)  # once, with its progress bars, before every child looks for it
+        check_folder(model, folder_options(settings), node_environment(settings, os.environ))
         with TemporaryDirectory(prefix="baton-") if settings.proxies > 1 else nullcontext("") as folder:
             ports = Ports.free(settings.proxies, Path(folder))
             return asyncio.run(supervise(settings, ports, plan(settings, ports)))

@@ -5,5 +5,5 @@ what each sampling parameter asks of a draw. `cpu` and `cuda` carry both out ove
 runner of steps. `config`, `weights` and `fingerprint` read a Hugging Face model folder. It knows no socket, no role and
 no owner of a block: the caller allocates the pool, hands out block ids and decides which rows a step has.
 
-`config`, `rope_config`, `folder`, `fingerprint`, `batch` and `sampling_rules` import no torch.
+`check`, `config`, `rope_config`, `folder`, `fingerprint`, `batch` and `sampling_rules` import no torch.
 """

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 
 from baton.models.folder import JsonObject
 from baton.node.errors import SettingsError
+from baton.node.modelhub import CONVERT_GGUF
 from baton.node.telemetry import log_event
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -66,7 +67,7 @@ def _files(folder: Path) -> tuple[str, ...]:
             )
         return (SINGLE_NAME,)
     if not index.exists():
-        raise SettingsError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there")
+        raise SettingsError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there{_what_to_do(folder)}")
     weight_map = JsonObject.from_file(index).child("weight_map")
     if weight_map is None:
         raise SettingsError(f"{index}: 'weight_map' is missing")
@@ -77,6 +78,18 @@ def _files(folder: Path) -> tuple[str, ...]:
         if not (folder / file).is_file():
             raise SettingsError(f"{folder / file}: shard is missing; {INDEX_NAME} names it")
     return tuple(files)
+
+
+def _what_to_do(folder: Path) -> str:
+    """About weights in other formats."""
+    pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
+    if pickles:
+        return (
+            f"; {pickles[0]} is a pickle, which can run code, and is never read. Convert the folder to safetensors "
+            "where its code may run: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER) of "
+            "transformers, and copy the tokenizer's files"
+        )
+    return f"; {CONVERT_GGUF}" if any(folder.glob("*.gguf")) else "; weights are read from safetensors files only"
 
 
 def _names(path: Path) -> list[str]:

@@ -19,6 +19,12 @@ FETCHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
 NOT_FETCHED = ("consolidated*", "original/*", "onnx/*")
 """Second copies of the weights in the formats of other programs."""
 
+CONVERT_GGUF = (
+    "GGUF files are not read: use the model's own repository on the hub, or write a folder from the file with "
+    "transformers (AutoModelForCausalLM and AutoTokenizer: from_pretrained(FOLDER, gguf_file=FILE), then "
+    "save_pretrained(NEW_FOLDER))"
+)
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 _logger = logging.getLogger(__name__)
@@ -35,7 +41,8 @@ def locate_model(name: str) -> Path:
     if folder.is_dir():
         return _checked(folder.resolve())
     if folder.exists():
-        raise SettingsError(f"model {name!r} is a file: a Hugging Face model folder is needed")
+        more = f"; {CONVERT_GGUF}" if folder.suffix.lower() == ".gguf" else ""
+        raise SettingsError(f"model {name!r} is a file: a Hugging Face model folder is needed{more}")
     if not _HUB_ID.fullmatch(name):
         raise SettingsError(f"model {name!r}: no such folder, and not a hub id either (those look like org/name)")
     return _checked(_download(name))
@@ -48,7 +55,8 @@ def _demo_folder() -> Path:
 
 def _checked(folder: Path) -> Path:
     if not (folder / "config.json").is_file():
-        raise SettingsError(f"model folder {folder} holds no config.json: it is not a Hugging Face model folder")
+        more = f"; {CONVERT_GGUF}" if any(folder.glob("*.gguf")) else ""
+        raise SettingsError(f"model folder {folder} holds no config.json: it is not a Hugging Face model folder{more}")
     return folder
 
 

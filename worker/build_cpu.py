@@ -21,6 +21,7 @@ from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.transfer import POLL_S
+from baton.models.check import longest_known
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.node.errors import SettingsError
@@ -104,16 +105,6 @@ def pool_blocks(num_blocks: int | None, kv_memory_gib: float, layout: KVLayout) 
             f"{layout.block_bytes} bytes, so the pool would have {num_blocks} blocks"
         )
     return num_blocks
-
-
-def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
-    """The longest sequence that the model knows, or the setting if that is shorter."""
-    known = config.max_model_len
-    if max_model_len is None:
-        return known
-    if max_model_len > known:
-        raise SettingsError(f"--max-model-len {max_model_len}: the model's positions end at {known}")
-    return max_model_len
 
 
 def checked_planes(names: Sequence[str], known: Sequence[str]) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from baton.kvtransfer.blocks.digest import SumsBehind
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
+from baton.models.check import longest_known
 from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
@@ -28,7 +29,6 @@ from baton.worker.build_cpu import (
     LoadedModel,
     checked_planes,
     layout_of,
-    longest_known,
     pool_blocks,
     progress_log,
 )

@@ -109,6 +109,15 @@ def test_the_users_sizes_override_the_share() -> None:
     assert local.sizes_pools(settings) and not local.sizes_pools(ServeSettings(worker_arg=("--block-tokens=64",)))
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"), [(ServeSettings(gpus=(0, 1)), "--gpus 0 1"), (ServeSettings(device="cuda"), "--device cuda")]
+)
+def test_a_gpu_that_is_asked_for_must_be_there(settings: ServeSettings, said: str) -> None:
+    """`--gpus 0` on a machine without one served on its CPU, a hundred times slower, without a word."""
+    with pytest.raises(SettingsError, match=f"{said}: no GPU is visible"):
+        local.place_workers(settings, 0)
+
+
 @pytest.mark.parametrize("settings", [ServeSettings(device="cpu", gpus=(0,)), ServeSettings()])
 def test_a_cpu_has_no_shares(settings: ServeSettings) -> None:
     """Lines about GPUs on a machine without one would be wrong."""
@@ -171,7 +180,8 @@ def test_the_roles_have_the_options_that_they_are_given(role: str) -> None:
     """An option renamed in a role would only be found by starting everything; a key not read is no protection."""
     module = importlib.import_module("baton.kvtransfer.store.settings" if role == "store" else f"baton.{role}.settings")
     fields = getattr(module, f"{role.capitalize()}Settings").__dataclass_fields__
-    specs = plan(ServeSettings(prefill=1, local_prefill="short", insecure_network=True, store_disk_gib=1, gpus=(0,)))
+    settings = ServeSettings(prefill=1, local_prefill="short", insecure_network=True, store_disk_gib=1, gpus=(0,))
+    specs = local.plan_nodes(settings, PORTS, local.place_workers(settings, 1), {})
     argv = next(spec.argv for spec in specs if spec.group == role)
     given = {word[2:].partition("=")[0].replace("-", "_") for word in argv if word.startswith("--")}
     assert given <= set(fields)

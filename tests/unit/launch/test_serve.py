@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,15 +112,21 @@ async def test_the_probe_names_a_key_that_it_does_not_have() -> None:
 
 
 @contextmanager
-def serving(folder: Path, port: int, *options: str, **programs: str) -> Iterator[subprocess.Popen[str]]:
+def serving(
+    folder: Path, port: int, *options: str, files: dict[str, str] | None = None, **programs: str
+) -> Iterator[subprocess.Popen[str]]:
     """`serve` with a package `baton` in which the four programs are stand-ins, and the rest is as it is."""
     package = folder / "stand-ins" / "baton"
     package.mkdir(parents=True)
     (package / "__init__.py").write_text(f"__path__.append({str(ROOT)!r})")
     for role in ("proxy", "prefill", "decode", "kvtransfer"):
-        (package / f"{role}.py").write_text(programs.get(role, FAKES.get(role, FAKE_WORKER)))
+        (package / role).mkdir()
+        (package / role / "__init__.py").write_text(f"__path__.append({str(ROOT / role)!r})")
+        (package / role / "__main__.py").write_text(programs.get(role, FAKES.get(role, FAKE_WORKER)))
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(package.parent), os.environ.get("PYTHONPATH", "")])}
-    (folder / "config.json").write_text("{}")
+    shutil.copytree(ROOT / "models" / "demo", folder, dirs_exist_ok=True)
+    for name, text in (files or {}).items():
+        (folder / name).write_text(text)
     command = [
         sys.executable,
         *("-P", "-m", "baton.launch.serve"),
@@ -203,6 +210,10 @@ def test_a_worker_that_cannot_start_ends_serve_with_its_error(tmp_path: Path) ->
         (["--model", "no-such-folder"], "no-such-folder"),
         (["--host", "256.1.1.1", "--insecure-network"], "cannot listen on 256.1.1.1"),
         (["--prefill", "-1"], "at least 0"),
+        (["--worker-arg=--max-model-len=99999"], "positions end at 2048"),
+        (["--decode-arg=--max-model-len", "--decode-arg=99999"], "positions end at 2048"),
+        (["--tls-cert", "no-such-file"], "no-such-file: cannot be read"),
+        (["--api-key-file", "no-such-file"], "no-such-file: cannot be read"),
     ],
 )
 def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path, options: list[str], said: str) -> None:
@@ -211,3 +222,26 @@ def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path, opti
         lines = lines_until(process, "no such line")
         assert process.wait(60) == 2
     assert len(lines) == 1 and said in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            {"config.json": '{"architectures": ["GPT2LMHeadModel"], "model_type": "gpt2"}'},
+            "GPT2LMHeadModel is not supported",
+        ),
+        ({"config.json": "{"}, "not valid JSON"),
+        ({"model.safetensors": "cut off"}, "model.safetensors: not a whole safetensors file"),
+        ({"tokenizer.json": "{}"}, "tokenizer"),
+        ({"tokenizer_config.json": '{"chat_template": "{% if %}"}'}, "template"),
+    ],
+    ids=["architecture", "config", "weights", "tokenizer", "template"],
+)
+def test_a_broken_folder_is_one_line_before_anything_starts(tmp_path: Path, files: dict[str, str], said: str) -> None:
+    """A worker's refusal came after seconds, between the lines of the other processes."""
+    with serving(tmp_path, local.free_port(), files=files) as process:
+        lines = lines_until(process, "no such line")
+        assert process.wait(60) == 2
+    assert len(lines) == 1 and said in lines[0], lines
+    assert not list(tmp_path.glob("*.up"))

@@ -45,6 +45,15 @@ def test_a_file_is_refused(tmp_path: Path) -> None:
         locate_model(str(file))
 
 
+@pytest.mark.parametrize("is_folder", [False, True])
+def test_a_gguf_file_says_what_to_do(tmp_path: Path, is_folder: bool) -> None:
+    """Guards against a user who looks for a config.json that no GGUF file has."""
+    file = tmp_path / "model-Q4_K_M.gguf"
+    file.write_bytes(b"GGUF")
+    with pytest.raises(SettingsError, match=r"GGUF files are not read.*save_pretrained"):
+        locate_model(str(tmp_path if is_folder else file))
+
+
 def test_an_unreachable_hub_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against the library's page of chained exceptions when there is no network."""
     constants = pytest.importorskip("huggingface_hub.constants")

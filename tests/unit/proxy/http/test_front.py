@@ -126,10 +126,10 @@ async def test_all_origins_and_none(engine: FakeEngine, text: ModelText, client:
     )
     assert (await client.options("/v1/completions", headers=PREFLIGHT)).status_code == 405
     app = create_app(engine, {"demo": text}, AppSettings(cors_origins=("*",)))
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as everybody:
-        answer = await everybody.get("/v1/models", headers={"origin": "https://x"})
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as any_page:
+        answer = await any_page.get("/v1/models", headers={"origin": "https://x"})
         assert answer.headers["access-control-allow-origin"] == "*"
-        assert (await everybody.options("/v1/models", headers=PREFLIGHT)).status_code == 200
+        assert (await any_page.options("/v1/models", headers=PREFLIGHT)).status_code == 200
 
 
 # ---- gzip ---------------------------------------------------------------------------------------------------------
@@ -222,7 +222,7 @@ async def test_other_paths_and_methods(client: httpx.AsyncClient) -> None:
 
 
 def test_refused_requests_are_one_line_a_second_of_each_kind(log_of: pytest.LogCaptureFixture) -> None:
-    """Guards against a log that one wrong client fills, against refusals that nobody sees, and a lost count."""
+    """Guards against a log that one wrong client fills, against refusals that are not seen, and a lost count."""
     now_s = 0.0
     log = RefusalLog(lambda: now_s)
     bad = Failure(400, f"{SECRET} is wrong", "invalid_request_error", "prompt", None)
@@ -250,7 +250,7 @@ async def test_every_refusal_is_logged(
     client, stranger = front
     answer = await client.post("/v1/completions", json={**COMPLETION, "n": 1000})
     await client.post("/v1/completions", json={**COMPLETION, "model": SECRET})
-    await stranger.get("/v1/models", headers={"authorization": "Bearer key-of-nobody"})
+    await stranger.get("/v1/models", headers={"authorization": "Bearer key-of-no-client"})
     await client.get("/v1/nope")
     await client.get("/v1/completions")
     await client.post("/tokenize", json={})

@@ -1,0 +1,47 @@
+"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN: whether a worker can serve a model folder. No torch.
+
+Reads configuration files and the headers of the weights, so it takes a moment. An error is one line and status 2. Empty
+arguments are a worker's defaults.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from baton.models.checkpoint import Checkpoint
+from baton.models.config import ModelConfig
+from baton.node.errors import SettingsError
+
+
+def check(folder: Path, load_format: str, max_model_len: int | None) -> None:
+    """Raises SettingsError for an unsupported model, weights that are missing or cut off, and a context too long."""
+    longest_known(max_model_len, ModelConfig.from_folder(folder))
+    if load_format != "dummy":
+        Checkpoint.open(folder)
+
+
+def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
+    """The longest sequence that the model knows, or the setting if that is shorter."""
+    known = config.max_model_len
+    if max_model_len is None:
+        return known
+    if max_model_len > known:
+        raise SettingsError(f"--max-model-len {max_model_len}: the model's positions end at {known}")
+    return max_model_len
+
+
+def main(argv: Sequence[str]) -> int:
+    folder, load_format, max_model_len = argv
+    try:
+        # What is no number is the worker's own error of settings.
+        check(Path(folder), load_format, int(max_model_len) if max_model_len.isdecimal() else None)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""Guards the check of a model folder before anything starts, and what it says about weights in other formats."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from baton.models.check import check, main
+from baton.node.errors import SettingsError
+
+DEMO = Path(__file__).resolve().parents[3] / "models" / "demo"
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(DEMO, tmp_path / "model"))
+
+
+def test_a_good_folder_passes(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against a model that is refused though its workers could serve it."""
+    assert main([str(folder), "", ""]) == main([str(folder), "auto", "2048"]) == 0
+    assert capsys.readouterr().err == ""
+    (folder / "model.safetensors").unlink()
+    check(folder, "dummy", None)
+
+
+def test_a_context_that_the_model_does_not_have(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against an error only after the weights were read."""
+    assert main([str(folder), "", "2049"]) == 2
+    assert capsys.readouterr().err == "--max-model-len 2049: the model's positions end at 2048\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("pytorch_model.bin", "pytorch_model.bin is a pickle, which can run code, and is never read. Convert"),
+        ("consolidated.00.pth", "consolidated.00.pth is a pickle"),
+        ("model-Q4_K_M.gguf", "GGUF files are not read"),
+        (None, "weights are read from safetensors files only"),
+    ],
+)
+def test_weights_in_another_format_say_what_to_do(folder: Path, name: str | None, said: str) -> None:
+    """Guards against "model.safetensors is not there" in a folder that plainly has weights."""
+    (folder / "model.safetensors").unlink()
+    if name:
+        (folder / name).write_bytes(b"\0")
+    with pytest.raises(SettingsError, match=r"neither model\.safetensors nor") as raised:
+        check(folder, "auto", None)
+    assert said in str(raised.value) and "\n" not in str(raised.value)
