@@ -77,6 +77,7 @@ class Cluster:
 
     prefill: int = 1
     decode: int = 1
+    proxies: int = 1
     model: str = "demo"
     proxy_args: tuple[str, ...] = ("--local-prefill", "never")
     worker_args: tuple[str, ...] = ()
@@ -97,6 +98,7 @@ class Cluster:
             model=self.model,
             prefill=self.prefill,
             decode=self.decode,
+            proxies=self.proxies,
             device="cpu",
             store_ram_gib=0.0 if self.store_args is None else 0.1,
             api_key=(self.api_key,) if self.api_key else (),
