@@ -36,6 +36,10 @@ dashboard](monitoring/grafana.json).
 sees it. Units are seconds, bytes and tokens. Every counter of the proxy, and every value of a bounded label, exists
 from the start, at 0. A series with a worker in its labels exists as long as the worker.
 
+With `--proxies N`, a scrape of the port shows all proxies, whichever of them answers: what a proxy counts has a label
+`proxy`, to be summed over (`sum by (model_name) (rate(...))`); what workers and stores report is there once, without
+it. `baton:proxy_up{{proxy="0"}}` is 0 for a proxy that does not answer.
+
 Buckets reach from {SECONDS[0] * 1000:g} ms to {SECONDS[-1]:g} s: {len(SECONDS)} of them, or {len(COARSE_SECONDS)}
 where there are many labels.
 """
