@@ -255,7 +255,7 @@ class DecodeRole:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row."""
-        cached_tokens = sequence.table.take_prefix(sequence.num_tokens - 1)
+        cached_tokens = sequence.table.take_prefix(sequence.num_cacheable)
         if not _grow(sequence, sequence.num_tokens):
             sequence.table.release()
             return False
@@ -295,6 +295,8 @@ class DecodeRole:
         live, prefixes = self.sequences, self._parts.prefixes
         self._measure(step, now)
         bundles: dict[str, list[Tokens]] = defaultdict(list)
+        for link, messages in step.prompt_logprobs(self.sequences):
+            self._parts.io.send(link, *messages)
         for part, token in zip(step.parts, drawn, strict=True):
             sequence = part.sequence
             if live.get(sequence.leg) is not sequence:
@@ -307,9 +309,9 @@ class DecodeRole:
                     self._prompt_is_next = True  # one may have waited for this prefix
             if sequence.times.open:
                 sequence.times.begin(began_at)
-            if token is None:
+            if token is None and not sequence.ends_with_prompt:
                 continue
-            finish = self._append(sequence, token)
+            finish = self._append(sequence, token) if token is not None else "length"
             stages = sequence.times.drew(began_at, now) if sequence.times.open else None
             bundles[sequence.link].append(sequence.unsent_tokens(finish, stages))
             if finish:

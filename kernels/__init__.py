@@ -18,6 +18,7 @@ from baton.kernels.reference import (
     keep_tokens,
     rms_norm,
     silu_and_mul,
+    token_logprobs,
     write_kv,
 )
 
@@ -38,5 +39,6 @@ __all__ = [
     "keep_top_p",
     "rms_norm",
     "silu_and_mul",
+    "token_logprobs",
     "write_kv",
 ]

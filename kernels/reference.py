@@ -78,6 +78,21 @@ def paged_attention(
     return torch.einsum("hnt,thd->nhd", weights, values).to(query.dtype)
 
 
+# ---- log probabilities: logits [rows, V] ---------------------------------------------------------------------------
+
+
+def token_logprobs(
+    logits: torch.Tensor, targets: torch.Tensor, num_top: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Of targets int64 [rows]: log probabilities [rows], and ranks [rows], 1 where no token is likelier; of the num_top
+    likeliest tokens of each row: log probabilities [rows, n] in falling order, and ids. n is at most V."""
+    logprobs = logits.float().log_softmax(-1)
+    own = logits.gather(-1, targets[:, None])
+    top = logprobs.topk(min(num_top, logits.shape[-1]), dim=-1)
+    ranks = (logits > own).sum(-1) + 1
+    return logprobs.gather(-1, targets[:, None])[:, 0], ranks, top.values, top.indices
+
+
 # ---- sampling: float32 logits [rows, V], changed in place ---------------------------------------------------------
 
 

@@ -6,11 +6,11 @@ read; the worker then does not know the token that a sequence continues with, an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
-from baton.node.messages.control import Logprob, SamplingSpec
+from baton.node.messages.control import Logprob, PromptLogprob, SamplingSpec
 
 
 class Draw(NamedTuple):
@@ -23,6 +23,16 @@ class Draw(NamedTuple):
     """The first so many of `history` are prompt."""
     num_generated: int
     """Tokens generated before this one."""
+
+
+class PromptTargets(NamedTuple):
+    """Tokens of the prompt whose log probabilities a row computes."""
+
+    offset: int
+    """They follow the row's tokens from number `offset` on, one each."""
+    token_ids: Sequence[int]
+    num_top: int
+    """Most likely tokens to name beside each."""
 
 
 class Row(NamedTuple):
@@ -39,6 +49,7 @@ class Row(NamedTuple):
     slot: int = 0
     """Where a device keeps what the sequence needs from step to step; its own as long as it runs. The CPU keeps none.
     """
+    targets: PromptTargets | None = None
 
     @property
     def num_new(self) -> int:
@@ -76,6 +87,11 @@ class Launched(Protocol):
         """Of a step that was read; None where the host computes itself."""
         ...
 
+    @property
+    def prompt_logprobs(self) -> Mapping[int, tuple[PromptLogprob, ...]]:
+        """Of a step that was read: what rows with targets asked for, by the number of the row."""
+        ...
+
 
 @dataclass(frozen=True, slots=True)
 class Done:
@@ -83,6 +99,7 @@ class Done:
 
     drawn: list[Drawn | None]
     device_time: DeviceTime | None = None
+    prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
 
     def read(self) -> list[Drawn | None]:
         return self.drawn

@@ -71,7 +71,8 @@ class PrefillRole:
         sequence.cached_tokens = self._parts.manager.peek(cacheable_names(sequence)) * self._block_tokens
         self.sequences[leg] = sequence
         peer, address, deadline = message.decode, message.decode_address, sequence.deadline
-        self._parts.io.do(lambda exchange, now: exchange.open_sender(leg, peer, address, deadline, now))
+        if sequence.draws:  # else there is nothing to hand over
+            self._parts.io.do(lambda exchange, now: exchange.open_sender(leg, peer, address, deadline, now))
         return None
 
     def cancel(self, link: str, message: Cancel) -> None:
@@ -85,6 +86,9 @@ class PrefillRole:
 
     def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
         self._drop(sequence, answer)
+        if not sequence.draws:
+            self.steps.release(sequence)
+            return
         self._cancel_sender(sequence.leg, "cancelled")
         self._lease_to_sender(sequence, awaited=False)
 
@@ -170,7 +174,7 @@ class PrefillRole:
 
     def _start(self, sequence: Sequence, now: float) -> bool:
         """Take the cached prefix and blocks for all the rest, and load what pays; False if there are too few."""
-        cached_tokens = sequence.table.take_prefix(sequence.num_tokens - 1)
+        cached_tokens = sequence.table.take_prefix(sequence.num_cacheable)
         try:
             sequence.table.grow(sequence.num_tokens)
         except OutOfBlocks:
@@ -194,6 +198,8 @@ class PrefillRole:
         checksums = step.read_checksums()
         self._measure(sum(part.length for part in step.parts))
         handed_over = False
+        for link, messages in step.prompt_logprobs(self.sequences):
+            self._parts.io.send(link, *messages)
         for part, token in zip(step.parts, drawn, strict=True):
             sequence = part.sequence
             if self.sequences.get(sequence.leg) is not sequence:
@@ -201,7 +207,9 @@ class PrefillRole:
             sequence.num_computed += part.length
             sequence.table.publish(sequence.token_ids, sequence.num_computed)
             self._parts.prefixes.write_behind(sequence)
-            if token is None:
+            if sequence.ends_with_prompt:
+                self._end_with_prompt(sequence)
+            elif token is None:
                 self._offer_blocks(sequence, sequence.num_computed // self._block_tokens, checksums)
             else:
                 self._hand_over(sequence, token, checksums)
@@ -244,6 +252,14 @@ class PrefillRole:
         self._lease_to_sender(sequence, awaited=not finish)
 
     # -- endings
+
+    def _end_with_prompt(self, sequence: Sequence) -> None:
+        """The request wanted no token: nothing was opened towards decode."""
+        stages = sequence.times.prefilled(self._parts.clock())
+        self._parts.io.send(sequence.link, sequence.unsent_tokens("length", stages))
+        self._parts.prefixes.used(sequence)
+        del self.sequences[sequence.leg]
+        self.steps.release(sequence)
 
     def _drop(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
         """Remove a sequence that is not computed to its end."""

@@ -7,8 +7,8 @@ arrives meanwhile waits for the next turn, as it does in a process with a separa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain
 
 import msgspec
@@ -26,7 +26,7 @@ from baton.node.counters import TransferCounters
 from baton.node.endpoint import identity_of
 from baton.node.membership import Membership
 from baton.node.messages.base import Message, Role
-from baton.node.messages.control import Bundle, Load, Register, Tokens
+from baton.node.messages.control import Bundle, Load, PromptLogprob, Register, Tokens
 from baton.prefill.role import prefill_loop
 from baton.prefill.settings import FULL_STEP_TOKENS, PrefillSettings
 from baton.simulator.latency import Profile, RowWork
@@ -65,6 +65,7 @@ class SimStep:
     seconds: float
     drawn: list[Drawn | None]
     device_time: DeviceTime | None = None
+    prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
 
     def read(self) -> list[Drawn | None]:
         self.runner.spend(self.seconds)

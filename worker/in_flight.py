@@ -7,12 +7,14 @@ blocks back through `InFlightSteps.release`, which keeps them until the last ste
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.models.batch import Drawn, Launched
+from baton.node.leg import LegKey
+from baton.node.messages.control import PromptLogprobs
 from baton.worker.parts import Runner
 from baton.worker.sequence import Sequence
 
@@ -23,6 +25,8 @@ class StepPart(NamedTuple):
     sequence: Sequence
     length: int
     epoch: int
+    first_scored: int = 0
+    """Number of the first token of the prompt that gets its log probability; 0: none does."""
 
 
 @dataclass(slots=True)
@@ -34,10 +38,21 @@ class InFlightStep:
     began_at: float
     behind: bool
     """Launched while another was in flight."""
+    scored: bool = False
+    """It has log probabilities of prompts."""
     read_checksums: Callable[[], dict[int, bytes]] = dict
     """Called once, after the step was read: the checksums that were made with it, by block."""
     kept_blocks: list[list[int]] = field(default_factory=list)
     """Blocks, tail first, of sequences that have left: released once the step was read."""
+
+    def prompt_logprobs(self, live: Mapping[LegKey, Sequence]) -> Iterator[tuple[str, list[PromptLogprobs]]]:
+        """Of a step that was read: links, and messages to them with log probabilities of prompts of live sequences."""
+        if not self.scored:
+            return
+        for index, entries in self.launched.prompt_logprobs.items():
+            part, sequence = self.parts[index], self.parts[index].sequence
+            if live.get(sequence.leg) is sequence:
+                yield sequence.link, sequence.score(part.first_scored, entries)
 
 
 class InFlightSteps:
@@ -54,13 +69,15 @@ class InFlightSteps:
 
     def launch(self, batch: Iterable[tuple[Sequence, int]]) -> InFlightStep:
         """Launch the next `length` tokens of each sequence, whose tables have blocks for them."""
-        rows, parts = [], []
+        rows, parts, scored = [], [], False
         for sequence, length in batch:
             row = sequence.row(length)
+            first_scored = row.start + row.targets.offset + 1 if row.targets is not None else 0
             rows.append(row)
-            parts.append(StepPart(sequence, length, sequence.preemption_epoch))
+            parts.append(StepPart(sequence, length, sequence.preemption_epoch, first_scored))
+            scored |= first_scored > 0
         began_at = self._clock()
-        step = InFlightStep(self._runner.launch(rows), parts, began_at, bool(self._steps))
+        step = InFlightStep(self._runner.launch(rows), parts, began_at, bool(self._steps), scored)
         self._steps.append(step)
         for part, row in zip(parts, rows, strict=True):
             part.sequence.num_launched += part.length

@@ -39,5 +39,5 @@ class PendingPrefixes:
 
 
 def cacheable_names(sequence: Sequence) -> tuple[bytes, ...]:
-    """The names of the blocks that a cache may give: one token is left to compute, for what it draws."""
-    return sequence.table.names(sequence.num_tokens - 1)
+    """The names of the blocks that a cache may give."""
+    return sequence.table.names(sequence.num_cacheable)

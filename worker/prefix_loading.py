@@ -205,7 +205,7 @@ class PrefixLoader:
     # -- inside
 
     def _ask(self, sequence: Sequence, now: float) -> None:
-        hashes = sequence.table.names(sequence.num_tokens - 1)  # a token must be left to compute, for what it draws
+        hashes = sequence.table.names(sequence.num_cacheable)
         first = self._manager.peek(hashes)
         if first == len(hashes) or sequence.leg in self._lookups or not self._store.attached:
             return

@@ -11,15 +11,18 @@ from dataclasses import dataclass, field
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.protocol.receiver import Incoming
-from baton.models.batch import Draw, Row
+from baton.models.batch import Draw, PromptTargets, Row
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import (
+    MAX_PROMPT_LOGPROBS,
     Busy,
     Cancel,
     Failed,
     Logprob,
     Prefill,
+    PromptLogprob,
+    PromptLogprobs,
     Reserve,
     SamplingSpec,
     Stages,
@@ -46,6 +49,8 @@ class Sequence:
     deadline: float
     table: BlockTable
     times: StageTimes
+    num_scored: int
+    """The first `num_scored` tokens of the prompt need no log probability of this leg (any more)."""
     num_computed: int = 0
     num_launched: int = 0
     num_pending: int = 0
@@ -88,6 +93,7 @@ class Sequence:
             deadline=now + body.deadline_s,
             table=BlockTable(manager, body.root, block_size, body.block_hashes),
             times=StageTimes(received_at),
+            num_scored=_num_scored(message),
             num_sent=len(body.token_ids) - body.prompt_len,
         )
 
@@ -104,15 +110,57 @@ class Sequence:
     def num_generated(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
+    @property
+    def num_cacheable(self) -> int:
+        """Tokens whose KV may come from a cache: one is left to compute, for what it draws. Positions that a cache has
+        give no log probabilities, so that it ends before the first that is wanted."""
+        return (self.num_scored if self.num_scored < self.prompt_len else len(self.token_ids)) - 1
+
     def row(self, length: int) -> Row:
         """The next `length` tokens as a row of a step. It draws if none of the known tokens is left after it."""
         start = self.num_launched
         end = start + length
         expected = len(self.token_ids) + self.num_pending
         draw = None
-        if end == expected:
+        if end == expected and self.draws:
             draw = Draw(self.sampling, self.token_ids, self.prompt_len, expected - self.prompt_len)
-        return Row(self.token_ids[start:end], start, self.table.blocks, draw, self.slot)
+        targets = self._targets(start, end) if start < self.prompt_len and self.num_scored < self.prompt_len else None
+        return Row(self.token_ids[start:end], start, self.table.blocks, draw, self.slot, targets)
+
+    def _targets(self, start: int, end: int) -> PromptTargets | None:
+        """Tokens of the prompt that follow tokens number start .. end - 1 and have no log probability yet."""
+        first, last = max(self.num_scored, start + 1), min(end + 1, self.prompt_len)
+        num_top = self.sampling.prompt_logprobs or 0
+        return PromptTargets(first - 1 - start, self.token_ids[first:last], num_top) if first < last else None
+
+    def score(self, first: int, entries: tuple[PromptLogprob, ...]) -> list[PromptLogprobs]:
+        """The messages with log probabilities of tokens number `first` and those behind it.
+
+        Without those that were sent already: a preempted sequence computes some twice.
+        """
+        begin = self.num_scored
+        assert first <= begin, f"log probabilities from token {first} on, {begin} is next"
+        new = entries[begin - first :]
+        self.num_scored += len(new)
+        return [
+            PromptLogprobs(
+                request_id=self.leg.request_id,
+                attempt=self.leg.attempt,
+                first=begin + offset,
+                entries=new[offset : offset + MAX_PROMPT_LOGPROBS],
+            )
+            for offset in range(0, len(new), MAX_PROMPT_LOGPROBS)
+        ]
+
+    @property
+    def draws(self) -> bool:
+        """Tokens follow the prompt."""
+        return self.sampling.max_tokens > 0
+
+    @property
+    def ends_with_prompt(self) -> bool:
+        """The prompt is computed and nothing is to be drawn."""
+        return not self.draws and self.num_computed == len(self.token_ids)
 
     def append(self, token_id: int, logprob: Logprob | None) -> None:
         self.token_ids.append(token_id)
@@ -138,6 +186,13 @@ class Sequence:
         self.num_sent = len(self.token_ids) - self.prompt_len
         self.logprobs.clear()
         return message
+
+
+def _num_scored(message: Prefill | Reserve) -> int:
+    """Of the leg's prompt. The first token has no log probability; one that prefill computes needs none of decode."""
+    body = message.body
+    wanted = body.sampling.prompt_logprobs is not None and not (isinstance(message, Reserve) and message.prefill)
+    return min(body.prompt_len, max(1, body.num_scored)) if wanted else body.prompt_len
 
 
 def cancel_matches(cancel: Cancel, leg: LegKey) -> bool:

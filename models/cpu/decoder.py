@@ -1,4 +1,4 @@
-"""The CPU's operations of a layer, and a whole step with them: token ids in, logits of the rows that draw out.
+"""The CPU's operations of a layer, and a whole step with them: token ids in, logits out.
 
 The order of a layer's parts is that of models.layers, which a GPU follows too.
 """
@@ -22,7 +22,11 @@ class Decoder(Protocol):
     """A model that a CPU runner computes steps with."""
 
     def __call__(self, attention: PagedAttention, step: StepBatch) -> torch.Tensor:
-        """float32 logits [drawn rows, vocab]; keys and values of all tokens are in the pool afterwards."""
+        """What logits are made of, [kept tokens, hidden]; keys and values of all tokens are in the pool afterwards."""
+        ...
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 [n, vocab] of hidden [n, hidden]."""
         ...
 
 
@@ -40,7 +44,10 @@ class DenseDecoder:
         ops = _StepOps(config.rms_norm_eps, attention, step, rope, residual)
         normed = run_layers(weights, ops, range(len(weights.layers)))
         assert normed is not None, "the operations below leave no layer out"
-        return weights.lm_head(normed).float()
+        return normed
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._weights.lm_head(hidden).float()
 
 
 class _StepOps:
@@ -72,9 +79,9 @@ class _StepOps:
         return normed
 
     def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        drawn = self._step.drawn_tokens
-        if drawn is not None:
-            added, self._residual = added[drawn], self._residual[drawn]
+        kept = self._step.kept_tokens
+        if kept is not None:
+            added, self._residual = added[kept], self._residual[kept]
         return self.add_and_norm(added, weight)
 
     def _project(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,6 +18,7 @@ from baton.models.batch import Done, Drawn, Launched, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.decoder import Decoder, DenseDecoder
+from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
 from baton.models.weights import Progress, load_weights, no_progress
@@ -75,24 +76,33 @@ class ModelRunner:
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says; the step has ended when this returns."""
-        return Done(self.step(rows))
-
-    def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
-        """Computes the rows' tokens and draws what they ask for; one entry a row."""
         result: list[Drawn | None] = [None] * len(rows)
         if not rows:
-            return result
+            return Done(result)
         with torch.inference_mode():
-            step, logits = self.compute(rows)
+            step, hidden = self._forward(rows)
+            num_drawn = len(step.drawn_rows)
+            logits = self._decoder.logits(hidden[:num_drawn])
             drawing = [rows[index] for index in step.drawn_rows]
             draws = [row.draw for row in drawing if row.draw is not None]
             drawn = draw_tokens(logits, draws, [row.start + len(row.token_ids) for row in drawing]) if draws else []
+            scored = score_prompts(hidden[num_drawn:], self._decoder.logits, step.scored) if step.scored else {}
         for index, entry in zip(step.drawn_rows, drawn, strict=True):
             result[index] = entry
-        return result
+        return Done(result, prompt_logprobs=scored)
+
+    def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
+        """Computes the rows' tokens and draws what they ask for; one entry a row."""
+        return self.launch(rows).read()
 
     def compute(self, rows: Sequence[Row]) -> tuple[StepBatch, torch.Tensor]:
         """A step up to the logits, float32 [drawn rows, vocab], in the order of the StepBatch's drawn_rows."""
+        with torch.inference_mode():
+            step, hidden = self._forward(rows)
+            return step, self._decoder.logits(hidden[: len(step.drawn_rows)])
+
+    def _forward(self, rows: Sequence[Row]) -> tuple[StepBatch, torch.Tensor]:
+        """A step up to the hidden states of the kept tokens."""
         attention = self._attention
         if attention is None:
             raise InvariantBroken("no pool is bound")
@@ -103,5 +113,4 @@ class ModelRunner:
                     f"{longest} tokens; dynamic rope is defined up to {self.config.max_model_len} only"
                 )
         step = lay_out(rows, attention.shape, self.config.sliding_window, self.kv_dtype)
-        with torch.inference_mode():
-            return step, self._decoder(attention, step)
+        return step, self._decoder(attention, step)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +46,14 @@ class ChunkSpan:
     num_ids: int
 
 
+class ScoredSpan(NamedTuple):
+    """Tokens that a row wants log probabilities of."""
+
+    row: int
+    targets: torch.Tensor  # int64 [n]
+    num_top: int
+
+
 @dataclass(frozen=True, slots=True)
 class StepBatch:
     """One step, on the device."""
@@ -59,9 +68,10 @@ class StepBatch:
     chunks: tuple[ChunkSpan, ...]
     drawn_rows: tuple[int, ...]
     """Which of the given rows draw a token, in the order of the logits."""
-    drawn_tokens: (
-        torch.Tensor | None
-    )  # int64 [drawn]: index of the last token of those rows; None: all tokens, in order
+    kept_tokens: torch.Tensor | None
+    """int64 [drawn + scored]: the tokens behind which logits are wanted: the last of each row that draws, then those
+    that `scored` tokens follow. None: all tokens, in order, draw."""
+    scored: tuple[ScoredSpan, ...] = ()
 
 
 def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: torch.dtype) -> StepBatch:
@@ -91,7 +101,12 @@ def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: to
         first_id += ids.size
 
     drawn = [number for number, index in enumerate(order) if rows[index].draw is not None]
-    lasts = (firsts + lengths - 1)[drawn]
+    kept = (firsts + lengths - 1)[drawn]
+    firsts_of = dict(zip(order, firsts.tolist(), strict=True))
+    scored = [(index, firsts_of[index], row.targets) for index, row in enumerate(rows) if row.targets is not None]
+    if scored:
+        followed = [np.arange(len(each.token_ids)) + first + each.offset for _, first, each in scored]
+        kept = np.concatenate((kept, *followed))
     layers = np.arange(shape.num_layers)
     return StepBatch(
         token_ids=torch.from_numpy(token_ids),
@@ -103,7 +118,11 @@ def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: to
         groups=tuple(groups),
         chunks=tuple(chunks),
         drawn_rows=tuple(order[number] for number in drawn),
-        drawn_tokens=None if len(lasts) == len(positions) else torch.from_numpy(lasts),
+        kept_tokens=torch.from_numpy(kept) if scored or len(kept) < len(positions) else None,
+        scored=tuple(
+            ScoredSpan(index, torch.tensor(each.token_ids, dtype=torch.int64), each.num_top)
+            for index, _, each in scored
+        ),
     )
 
 

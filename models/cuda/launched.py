@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from baton.kernels.triton.logprobs import MOST, LogprobRows
 from baton.models.batch import DeviceTime, Drawn
 from baton.models.cuda.queue import Queue, QueueMark
-from baton.node.messages.control import Logprob
+from baton.node.messages.control import Logprob, PromptLogprob
 
 NUM_TOP = MOST.value
 
@@ -70,6 +70,8 @@ class LaunchedStep:
     num_tops: list[int | None]
     num_rows: int
     give_back: Callable[[StepResult], None]
+    prompt_logprobs: dict[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
+    """Filled by `read`."""
 
     @property
     def device_time(self) -> DeviceTime | None:

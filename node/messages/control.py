@@ -2,7 +2,8 @@
 
 Every message about a request carries `(request_id, attempt)`.
 
-    worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled
+    worker -> proxy    Register, Heartbeat, Goodbye, Reserved, Busy, PromptLogprobs, Tokens, Bundle, HandedOver, Failed,
+                       Cancelled
     proxy  -> worker   Registered, Refused, Ping, Rejoin, Prefill, Reserve, Cancel, Drain
     store  -> proxy    RegisterStore, Heartbeat, Goodbye
     worker, store -> proxy    KvEvents, KvSnapshot
@@ -39,6 +40,8 @@ from baton.node.messages.base import (
 
 MAX_ALLOWED_TOKENS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 128, 32
+MAX_PROMPT_LOGPROBS = 1024
+"""Entries in one message."""
 
 # ---- values inside messages -------------------------------------------------------------------------------------
 
@@ -49,7 +52,8 @@ BadWord = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_BAD_W
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
     """How the tokens of one sequence are sampled, after the OpenAI and vLLM APIs; every value is explicit."""
 
-    max_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    max_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+    """0: the prompt is computed, and no token follows."""
     min_tokens: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] = 0
     temperature: Annotated[float, Meta(ge=0.0, le=100.0)] = 1.0
     """0 is greedy."""
@@ -69,6 +73,8 @@ class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Of each, the last token is not drawn where the tokens before it were generated just before."""
     logprobs: bool = False
     top_logprobs: Annotated[int, Meta(ge=0, le=20)] = 0
+    prompt_logprobs: Annotated[int, Meta(ge=0, le=20)] | None = None
+    """Most likely tokens beside the log probability of each token of the prompt; None: no log probabilities of it."""
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=128)] = ()
     """Includes the model's end tokens unless the client sets ignore_eos; suppressed until min_tokens."""
 
@@ -78,6 +84,16 @@ class Logprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 
     logprob: float
     top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=20)] = ()
+
+
+class PromptLogprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
+    """Log probability (natural log) of one token of the prompt after those before it."""
+
+    logprob: float
+    rank: Annotated[int, Meta(ge=1, le=1 << 31)]
+    """1: no token was likelier."""
+    top: Annotated[tuple[tuple[TokenId, float], ...], Meta(max_length=20)] = ()
+    """The most likely tokens, the likeliest first."""
 
 
 class Stages(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):
@@ -245,19 +261,24 @@ class DispatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Hash that the first block is chained to: the namespace and the cache's owner."""
     block_hashes: Hashes
     sampling: SamplingSpec
+    num_scored: Count = 0
+    """The first `num_scored` tokens of the prompt have their log probabilities from an earlier attempt."""
     deadline_s: Seconds
     priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
 
 
 class Prefill(Message, tag="Prefill", kw_only=True):
-    """Compute the KV of the body's tokens, sample the next token, hand both to `decode`."""
+    """Compute the KV of the body's tokens, sample the next token, hand both to `decode`.
+
+    Without a `decode`, where max_tokens is 0, the prompt's end is the end of the request.
+    """
 
     request_id: Name
     attempt: Small
     body: DispatchBody
-    decode: Name
-    """Endpoint identity of the decode worker, `worker/incarnation`."""
-    decode_address: Text
+    decode: Annotated[str, Meta(max_length=96)] = ""
+    """Endpoint identity of the decode worker, `worker/incarnation`; empty: nothing is handed over."""
+    decode_address: Text = ""
 
 
 class Reserve(Message, tag="Reserve", kw_only=True):
@@ -294,16 +315,29 @@ class Busy(Message, tag="Busy", kw_only=True):
     reason: Text
 
 
+class PromptLogprobs(Message, tag="PromptLogprobs", kw_only=True):
+    """Log probabilities of tokens number `first`, `first + 1` ... of the prompt, in order and before any `Tokens`.
+
+    Sent by the leg that computes the prompt. Token 0 has none.
+    """
+
+    request_id: Name
+    attempt: Small
+    first: Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+    entries: Annotated[tuple[PromptLogprob, ...], Meta(min_length=1, max_length=MAX_PROMPT_LOGPROBS)]
+
+
 class Tokens(Message, tag="Tokens", kw_only=True, omit_defaults=True):
     """New tokens; `index` counts from the first generated token of the request, over all attempts.
 
-    `finish` is empty, "stop" or "length"; with a finish this is the request's terminal message.
+    `finish` is empty, "stop" or "length"; with a finish this is the request's terminal message. Only that of a request
+    with max_tokens 0 has no token.
     """
 
     request_id: Name
     attempt: Small
     index: Count
-    ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=65536)]
+    ids: Annotated[tuple[TokenId, ...], Meta(max_length=65536)]
     logprobs: Annotated[tuple[Logprob, ...], Meta(max_length=65536)] = ()
     finish: FinishReason = ""
     cached_tokens: Count = 0

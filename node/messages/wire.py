@@ -23,6 +23,7 @@ from baton.node.messages.control import (
     KvSnapshot,
     Ping,
     Prefill,
+    PromptLogprobs,
     Refused,
     Register,
     Registered,
@@ -50,7 +51,7 @@ from baton.node.messages.transfer import (
 MESSAGES: tuple[type[Message], ...] = (
     Register, Registered, Refused, Heartbeat, Goodbye, Ping, Rejoin, Drain,
     RegisterStore, KvEvents, KvReplay, KvSnapshot,
-    Prefill, Reserve, Cancel, Reserved, Busy, Tokens, Bundle, HandedOver, Failed, Cancelled,
+    Prefill, Reserve, Cancel, Reserved, Busy, PromptLogprobs, Tokens, Bundle, HandedOver, Failed, Cancelled,
     Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Ack, Abort, Aborted,
 )  # fmt: skip
 

@@ -22,7 +22,17 @@ from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
-from baton.node.messages.control import Bundle, Busy, Cancel, DispatchBody, Failed, Reserve, SamplingSpec
+from baton.node.messages.control import (
+    Bundle,
+    Busy,
+    Cancel,
+    DispatchBody,
+    Failed,
+    PromptLogprob,
+    PromptLogprobs,
+    Reserve,
+    SamplingSpec,
+)
 from baton.tests.unit.worker.bench import BLOCK, ROOT, RecordingIo, parts_of
 from baton.worker.in_flight import InFlightStep
 from baton.worker.io_thread import FromProxy
@@ -42,13 +52,19 @@ def next_token(context: list[int]) -> int:
     return value % VOCAB
 
 
+def score(context: list[int]) -> PromptLogprob:
+    """The entry of the last token of `context`."""
+    return PromptLogprob(-1.0 - next_token(context[:-1]), 1 + context[-1])
+
+
 def expected(prompt: list[int], max_tokens: int) -> list[int]:
     known = list(prompt)
-    while True:
+    while max_tokens:
         known.append(next_token(known))
         done = len(known) - len(prompt) == max_tokens or len(known) == MAX_MODEL_LEN
         if known[-1] == STOP or done:
-            return known[len(prompt) :]
+            break
+    return known[len(prompt) :]
 
 
 def prompt_of(seed: int, length: int) -> list[int]:
@@ -63,7 +79,15 @@ class LateStep:
 
     def read(self) -> list[Drawn | None]:
         assert self._runner.launched.pop(0) is self, "steps must be read in the order of their launch"
-        return [self._compute(row) for row in self._rows]
+        drawn = [self._compute(row) for row in self._rows]
+        self.prompt_logprobs = {index: self._score(row) for index, row in enumerate(self._rows) if row.targets}
+        return drawn
+
+    def _score(self, row: Row) -> tuple[PromptLogprob, ...]:
+        """One entry a target, made of it and of what the pool has before it."""
+        first = row.start + row.targets.offset + 1
+        context = [self._runner.pool[row.blocks[p // BLOCK], p % BLOCK] for p in range(first - 1 + len(row.targets[1]))]
+        return tuple(score([*context[: first + n], token]) for n, token in enumerate(row.targets.token_ids))
 
     def _compute(self, row: Row) -> Drawn | None:
         runner, token_ids = self._runner, row.token_ids or [self._runner.last_drawn[row.slot]]
@@ -94,7 +118,9 @@ class LateRunner:
         for row in rows:
             assert len(row.blocks) * BLOCK >= row.start + row.num_new, "computed without blocks"
         # The worker changes its lists after the launch, which must not affect the step.
-        step = LateStep(self, [Row(list(r.token_ids), r.start, list(r.blocks), r.draw, r.slot) for r in rows])
+        step = LateStep(
+            self, [Row(list(r.token_ids), r.start, list(r.blocks), r.draw, r.slot, r.targets) for r in rows]
+        )
         self.launched.append(step)
         assert len(self.launched) <= self.run_ahead + 1
         return step
@@ -111,7 +137,15 @@ class Bench:
         self.loop = Loop(self.parts, self.role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
         self.prompts: dict[str, tuple[list[int], int]] = {}
 
-    def request(self, name: str, prompt: list[int], max_tokens: int, remote: bool, priority: int = 0) -> None:
+    def request(
+        self,
+        name: str,
+        prompt: list[int],
+        max_tokens: int,
+        remote: bool,
+        priority: int = 0,
+        num_top: int | None = None,
+    ) -> None:
         self.prompts[name] = (prompt, max_tokens)
         reserve = Reserve(
             request_id=name,
@@ -122,7 +156,7 @@ class Bench:
                 prompt_len=len(prompt),
                 root=ROOT,
                 block_hashes=block_hashes(ROOT, prompt, BLOCK),
-                sampling=SamplingSpec(max_tokens=max_tokens, stop_token_ids=(STOP,)),
+                sampling=SamplingSpec(max_tokens=max_tokens, stop_token_ids=(STOP,), prompt_logprobs=num_top),
                 deadline_s=100.0,
                 priority=priority,
             ),
@@ -152,6 +186,16 @@ class Bench:
         assert [t.index for t in sent] == [sum(len(u.ids) for u in sent[:i]) for i in range(len(sent))]
         return [token for tokens in sent for token in tokens.ids]
 
+    def prompt_logprobs(self, name: str) -> list[PromptLogprob]:
+        """Of a request that did not fail; they came before its tokens."""
+        sent = [m for m in self.io.sent if isinstance(m, PromptLogprobs) and m.request_id == name]
+        assert [m.first for m in sent] == [1 + sum(len(u.entries) for u in sent[:i]) for i in range(len(sent))]
+        of_name = [
+            m for m in self.io.sent if m in sent or (isinstance(m, Bundle) and name in [t.request_id for t in m.tokens])
+        ]
+        assert of_name[: len(sent)] == sent
+        return [entry for message in sent for entry in message.entries]
+
     def finish(self) -> None:
         """End everything that is open, and check that all blocks are freed."""
         for _ in range(3000):
@@ -170,9 +214,10 @@ REQUEST = st.tuples(
     st.just("request"),
     st.integers(0, 2),
     st.integers(1, 40),
-    st.integers(1, 20),
+    st.integers(0, 20),
     st.booleans(),
     st.sampled_from([0, 0, 0, 1]),
+    st.sampled_from([None, None, 0]),
 )
 ACTION = st.one_of(
     REQUEST,
@@ -194,14 +239,16 @@ def test_any_schedule_gives_the_tokens_of_synchronous_steps(actions, run_ahead, 
     """Guards against tokens of an ended sequence, of a slot's previous owner or of blocks reused too early, and
     against leaked blocks or slots, with arrivals, cancels and preemption."""
     bench = Bench(run_ahead, num_blocks, max_num_seqs=rows, max_chunk_tokens=chunk, max_num_batched_tokens=24)
-    cancelled = set()
+    cancelled, scored = set(), set()
     for action in actions:
         name = f"r{len(bench.prompts)}"
         match action:
-            case ("request", seed, length, max_tokens, remote, priority):
+            case ("request", seed, length, max_tokens, remote, priority, num_top):
                 prompt = prompt_of(seed, length)
-                first_is_last = next_token(prompt) == STOP or max_tokens == 1
-                bench.request(name, prompt, max_tokens, remote and not first_is_last, priority)
+                remote = remote and next_token(prompt) != STOP and max_tokens > 1  # else prefill ends it
+                bench.request(name, prompt, max_tokens, remote, priority, num_top)
+                if num_top is not None and not remote:
+                    scored.add(name)
             case ("arrive",):
                 bench.arrive()
             case ("cancel", number):
@@ -228,6 +275,9 @@ def test_any_schedule_gives_the_tokens_of_synchronous_steps(actions, run_ahead, 
             assert sent == right[: len(sent)]
         else:
             assert sent == ([] if name in refused else right)
+        entries = bench.prompt_logprobs(name)
+        right_entries = [score(prompt[: end + 1]) for end in range(1, len(prompt))] if name in scored else []
+        assert entries == (right_entries[: len(entries)] if name in cancelled or name in refused else right_entries)
 
 
 @settings(max_examples=100)

@@ -209,6 +209,8 @@ def shortest(kind: Any) -> Any:
             return [shortest(kind.item_type)] * (kind.min_length or 0)
         case inspect.StructType():
             fields = {field.encode_name: shortest(field.type) for field in kind.fields if field.required}
+            if kind.array_like:
+                return list(fields.values())
             return fields | ({kind.tag_field: kind.tag} if kind.tag_field else {})
         case inspect.BoolType():
             return False
@@ -270,7 +272,8 @@ def test_no_sampling_parameter_is_nan_or_infinite(value: float) -> None:
         {"token_ids": [1.0]},
         {"token_ids": "1"},
         {"block_hashes": [b"x" * 33]},
-        {"sampling": SAMPLING | {"max_tokens": 0}},
+        {"sampling": SAMPLING | {"max_tokens": -1}},
+        {"sampling": SAMPLING | {"prompt_logprobs": 21}},
         {"sampling": SAMPLING | {"top_p": 0.0}},
         {"sampling": SAMPLING | {"temperature": "1"}},
         {"sampling": SAMPLING | {"unknown": 1}},
@@ -295,7 +298,11 @@ def test_a_dispatch_body_out_of_bounds_is_refused(fields: dict[str, Any]) -> Non
         ("Register", {"role": "decode\n"}),
         ("Register", {"namespace": b"x" * 31}),
         ("Register", {"block_tokens": 0}),
-        ("Tokens", {"ids": []}),
+        ("Tokens", {"ids": [0] * 65537}),
+        ("PromptLogprobs", {"first": 0}),
+        ("PromptLogprobs", {"entries": []}),
+        ("PromptLogprobs", {"entries": [[-1.0, 1]] * 1025}),
+        ("PromptLogprobs", {"entries": [[-1.0, 0]]}),
         ("Tokens", {"finish": "abort"}),
         ("Ack", {"transfer_id": b"x" * 15}),
         ("Ack", {"transfer_id": "x" * 16}),

@@ -26,6 +26,8 @@ from baton.node.messages.control import (
     Failed,
     HandedOver,
     Prefill,
+    PromptLogprob,
+    PromptLogprobs,
     SamplingSpec,
     Stages,
     Tokens,
@@ -313,3 +315,89 @@ def test_the_load_counts_uncomputed_tokens() -> None:
     assert bench.io.load.waiting_tokens == 40 - 20 - 10
     bench.prefill("c", 42)
     assert bench.io.load.waiting_tokens == 42 - 28
+
+
+class ScoringRunner(CountingRunner):
+    """Each target's log probability is minus its token; its rank is the number of the step that computed it."""
+
+    def launch(self, rows: Rows[Row]) -> Done:
+        drawn = super().launch(rows).drawn
+        rank = len(self.steps)
+        scored = {
+            index: tuple(PromptLogprob(-float(token), rank) for token in row.targets.token_ids)
+            for index, row in enumerate(rows)
+            if row.targets is not None
+        }
+        return Done(drawn, prompt_logprobs=scored)
+
+
+def _scoring_bench(**options: Any) -> Bench:
+    bench = Bench(**options)
+    bench.runner.__class__ = ScoringRunner
+    return bench
+
+
+@AHEAD
+def test_prompt_logprobs_come_once_and_before_the_first_token(run_ahead: int) -> None:
+    """Guards against an entry that a border of chunks drops or repeats, and entries that follow the token."""
+    bench = _scoring_bench(run_ahead=run_ahead, max_chunk_tokens=6)
+    bench.prefill("a", 14, prompt_logprobs=2)
+    bench.run()
+    pieces = bench.sent(PromptLogprobs)
+    assert [piece.first for piece in pieces] == [1, 7, 13]
+    assert [entry.logprob for piece in pieces for entry in piece.entries] == [-float(token) for token in range(1, 14)]
+    assert [entry.rank for piece in pieces for entry in piece.entries] == [1] * 6 + [2] * 6 + [3]
+    assert [type(message) for message in bench.io.sent] == [PromptLogprobs] * 3 + [Tokens]
+
+
+def test_a_scored_prompt_takes_no_cached_prefix_and_gives_its_blocks() -> None:
+    """Guards against missing entries of cached positions, also after waiting for another prompt's prefix."""
+    bench = _scoring_bench(max_chunk_tokens=6)
+    bench.prefill("a", 14)
+    bench.prefill("b", 14, prompt_logprobs=0)
+    bench.run()
+    assert [len(piece.entries) for piece in bench.sent(PromptLogprobs)] == [6, 6, 1]
+    assert {piece.request_id for piece in bench.sent(PromptLogprobs)} == {"b"}
+    assert [(tokens.request_id, tokens.cached_tokens) for tokens in bench.sent(Tokens)] == [("a", 0), ("b", 0)]
+    bench.prefill("c", 14)
+    bench.run()
+    assert bench.sent(Tokens)[-1].cached_tokens == 12
+
+
+def test_a_later_attempt_continues_the_entries() -> None:
+    """Guards against entries that a new attempt repeats, and a prefix that it could take and does not."""
+    bench = _scoring_bench(max_chunk_tokens=64)
+    bench.prefill("a", 14)
+    bench.run()
+    message = bench.message("b", 14, prompt_logprobs=0)
+    body = msgspec.structs.replace(message.body, num_scored=9)
+    bench.deliver(FromProxy("proxy", msgspec.structs.replace(message, body=body), bench.now_s))
+    bench.run()
+    (piece,) = bench.sent(PromptLogprobs)
+    assert piece.first == 9 and [entry.logprob for entry in piece.entries] == [-9.0, -10.0, -11.0, -12.0, -13.0]
+    assert bench.runner.steps[-1] == [(8, 6)], "the token before the first wanted entry is computed"
+
+
+@AHEAD
+@pytest.mark.parametrize("num_tokens", [1, 14])
+def test_max_tokens_0_ends_with_the_prompt(run_ahead: int, num_tokens: int) -> None:
+    """Guards the one terminal message of a request without a decode leg, and blocks that no transfer gives back."""
+    bench = _scoring_bench(run_ahead=run_ahead, max_chunk_tokens=6)
+    bench.prefill("a", num_tokens, max_tokens=0, prompt_logprobs=0)
+    bench.run()
+    assert sum(len(piece.entries) for piece in bench.sent(PromptLogprobs)) == num_tokens - 1
+    (tokens,) = bench.sent(Tokens)
+    assert (tokens.index, tokens.ids, tokens.finish) == (0, (), "length") and bench.io.sent[-1] is tokens
+    assert not [call for call in bench.io.exchange.calls if call[0] in ("open_sender", "token_drawn")]
+    assert bench.loop.idle and bench.manager.num_available == 16
+
+
+@AHEAD
+def test_a_cancelled_request_without_decode_gives_its_blocks_back(run_ahead: int) -> None:
+    """Guards against waiting for the end of a transfer that was never opened."""
+    bench = _scoring_bench(run_ahead=run_ahead, max_chunk_tokens=2)
+    bench.prefill("a", 14, max_tokens=0, prompt_logprobs=0)
+    bench.deliver(FromProxy("proxy", Cancel(request_id="a", attempt=0), bench.now_s))
+    bench.run()
+    assert not bench.sent(Tokens) and len(bench.sent(Cancelled)) == 1
+    assert bench.loop.idle and bench.manager.num_available == 16

@@ -84,7 +84,7 @@ def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
         ]
     assert served.tolist() == [1] * len(served)
 
-    lasts = step.token_ids if step.drawn_tokens is None else step.token_ids[step.drawn_tokens]
+    lasts = step.token_ids if step.kept_tokens is None else step.token_ids[step.kept_tokens]
     assert lasts.tolist() == [rows[index].token_ids[-1] for index in step.drawn_rows]
     assert sorted(step.drawn_rows) == [index for index, row in enumerate(rows) if row.draw is not None]
 
