@@ -32,7 +32,8 @@ from baton.launch.local import (
     served_name,
     sizes_pools,
 )
-from baton.launch.supervisor import ChildSpec, Supervisor, SupervisorLimits
+from baton.launch.supervisor import ChildSpec, Say, Supervisor, SupervisorLimits
+from baton.launch.terminal import Screen
 from baton.node import local_http
 from baton.node.api_settings import api_keys, check_files
 from baton.node.errors import SettingsError
@@ -109,8 +110,8 @@ def curl_line(settings: ServeSettings, url: str) -> str:
     return f"curl {insecure}{url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
 
 
-def plan(settings: ServeSettings, ports: Ports) -> list[ChildSpec]:
-    """The processes to run; prints what each worker gets of a GPU."""
+def plan(settings: ServeSettings, ports: Ports, say: Say) -> list[ChildSpec]:
+    """The processes to run; says what each worker gets of a GPU."""
     gpus = visible_gpus(os.environ) if settings.device != "cpu" else []
     placements = place_workers(settings, len(gpus))
     for line in describe(placements, gpus, sizes_pools(settings)):
@@ -118,7 +119,7 @@ def plan(settings: ServeSettings, ports: Ports) -> list[ChildSpec]:
     return plan_nodes(settings, ports, placements, os.environ)
 
 
-async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[ChildSpec]) -> int:
+async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[ChildSpec], say: Say) -> int:
     """Run `specs` until Ctrl-C, SIGTERM or a closed terminal; the exit status."""
     any_host = settings.host in ("", "0.0.0.0", "::")
     host = "127.0.0.1" if any_host else settings.host
@@ -144,28 +145,26 @@ async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[Child
     return status
 
 
-def say(line: str) -> None:
-    """Print one line at once: a program that reads the output through a pipe waits for `ready`."""
-    print(line, flush=True)
-
-
 def main(argv: Sequence[str]) -> int:
     """The exit status; an error of settings is one line."""
     settings = parse(ServeSettings, argv, prog="baton serve", description="Serve a model on this machine.")
+    screen = Screen()
     try:
         require_loopback(settings.host, settings.insecure_network)
         check_port(settings.host, settings.port)
         check_files(settings)
-        model = locate_model(settings.model)  # once, with its progress bars, before every child looks for it
+        model = locate_model(settings.model, screen.say)  # once, before every child looks for it
         check_folder(model, folder_options(settings), node_environment(settings, os.environ))
         with TemporaryDirectory(prefix="baton-") if settings.proxies > 1 else nullcontext("") as folder:
             ports = Ports.free(settings.proxies, Path(folder))
-            return asyncio.run(supervise(settings, ports, plan(settings, ports)))
+            return asyncio.run(supervise(settings, ports, plan(settings, ports, screen.say), screen.say))
     except SettingsError as error:
         print(f"baton serve: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    finally:
+        screen.close()
 
 
 if __name__ == "__main__":

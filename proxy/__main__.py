@@ -53,7 +53,7 @@ async def serve(settings: ProxySettings) -> int:
     require_loopback(settings.host, settings.insecure_network)
     require_loopback(settings.control_address, settings.insecure_network)
     check_files(settings)
-    folder = locate_model(settings.model)
+    folder = locate_model(settings.model, logger.info)
     text = ModelText(folder)
     listener = _listen(settings.host, settings.port, shared=settings.proxies > 1)
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)

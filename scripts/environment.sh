@@ -70,6 +70,7 @@ is_installed() { # stamp's first line: pyproject.toml's checksum and place; seco
 
 install_all() {
     local extra=$2
+    exec 8>&2 # where attempts are silent, progress is not
     if ! "$python" -c "" 2>/dev/null; then
         local base
         base=$(find_python)
@@ -80,6 +81,7 @@ install_all() {
     install_cpu_torch
     say "installing baton-serve${extra:+[$extra]} (a few minutes the first time)"
     pip_install -e "$root${extra:+[$extra]}"
+    exec 8>&-
     printf '%s\n%s\n' "$1" "$extra" >"$root/.venv/baton-installed"
     say "environment ready"
 }
@@ -95,10 +97,27 @@ install_cpu_torch() {
     say "no CPU build for this platform: the next step takes what pip finds"
 }
 
-pip_install() { # progress bars on a terminal; silent in a log, but for errors
-    local quiet=()
-    if [[ ! -t 2 ]]; then quiet=(-qq); fi
-    "$python" -m pip --disable-pip-version-check install ${quiet[@]+"${quiet[@]}"} "$@" >&2
+pip_install() { # progress bars on a terminal; in a log a line every few seconds, and errors
+    local pip=("$python" -m pip --disable-pip-version-check install)
+    if [[ -t 2 ]]; then
+        "${pip[@]}" "$@" >&2
+        return
+    fi
+    local status=0
+    say_still_installing 9>&- &
+    local ticker=$!
+    "${pip[@]}" -qq "$@" >&2 || status=$?
+    kill "$ticker" 2>/dev/null || true
+    wait "$ticker" 2>/dev/null || true
+    return "$status"
+}
+
+say_still_installing() { # until it is killed, or the script has gone
+    local seconds=0
+    while sleep 10 >/dev/null 2>&1 8>&- && kill -0 $$ 2>/dev/null; do # the sleep outlives its shell: it holds no pipe
+        seconds=$((seconds + 10))
+        say "still installing ($seconds s)" 2>&8
+    done
 }
 
 find_python() {

@@ -65,7 +65,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     require_loopback(settings.bind, settings.insecure_network)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    folder, sizes = locate_model(settings.model), settings.worker_sizes(device)
+    folder, sizes = locate_model(settings.model, logger.info), settings.worker_sizes(device)
     with FingerprintTask(folder, settings.load_format, device) as hashing:
         model = load_model(settings, sizes, device, role, folder)
         began_at = time.monotonic()

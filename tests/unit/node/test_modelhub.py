@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -63,6 +64,33 @@ def test_an_unreachable_hub_is_a_clear_error(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(SettingsError, match=r"'some-org/some-model': .*cannot be reached") as caught:
         locate_model("some-org/some-model")
     assert "\n" not in str(caught.value)
+
+
+def test_a_download_is_lines_where_there_is_no_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against minutes without a line, and against a log full of a progress bar's carriage returns."""
+    hub = pytest.importorskip("huggingface_hub")
+    blobs = tmp_path / "models--some-org--some-model" / "blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "a.incomplete").write_bytes(bytes(3 << 20))
+    (tmp_path / "config.json").write_text("{}")
+    reported, lines = threading.Event(), []
+
+    def report(line: str) -> None:
+        lines.append(line)
+        if len(lines) == 2:
+            reported.set()
+
+    def download(hub_id: str, **_: object) -> str:
+        assert hub.utils.are_progress_bars_disabled() and reported.wait(60)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.setattr("baton.node.modelhub.LINE_EVERY_S", 0.001)
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("some-org/some-model", report).samefile(tmp_path)
+    assert lines[0].startswith("downloading some-org/some-model: 3 MiB (")
+    assert not hub.utils.are_progress_bars_disabled()
 
 
 def test_a_model_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
