@@ -68,8 +68,11 @@ def app_of(service: Service) -> FastAPI:
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        texts = {model.text for model in service.models.values()}
+        for text in texts:
+            text.start()
         yield
-        for text in {model.text for model in service.models.values()}:
+        for text in texts:
             text.close()
         await asyncio.to_thread(service.log.close)
 

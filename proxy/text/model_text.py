@@ -7,18 +7,31 @@ neither torch nor transformers. Knows no requests.
 from __future__ import annotations
 
 import asyncio
+import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
-from baton.node.errors import BadRequest
+from baton.node.errors import BadRequest, BatonError, Overloaded
+from baton.node.telemetry import log_event
 from baton.proxy.text.detokenize import Decoding, Detokenizer
 from baton.proxy.text.model_files import read_model_files
-from baton.proxy.text.template import ChatTemplate
+from baton.proxy.text.render_process import RenderProcess
+from baton.proxy.text.template import RenderOptions
 
-LONG_TEXT_CHARS = 8192
-"""About 4 ms of tokenising; longer texts leave the event loop."""
+logger = logging.getLogger(__name__)
+
+INLINE_TEXT_CHARS = 512
+"""At most 0.2 ms of tokenising, about what two threads need to hand a text over; longer texts leave the event loop."""
+LONG_TEXT_CHARS = 1 << 15
+"""Some 20 ms of tokenising; longer texts have threads of their own, so that a burst of them does not delay others."""
+MAX_THREADS = 8
+RENDER_WAIT_S = 10.0
+"""For the conversations before one to be rendered; each takes about a millisecond unless a template misbehaves."""
+_NEXT_MESSAGE = RenderOptions()
 
 
 class ModelText:
@@ -27,7 +40,7 @@ class ModelText:
     def __init__(self, folder: Path) -> None:
         files = read_model_files(folder)
         self._tokenizer = files.tokenizer
-        self._template = ChatTemplate(files.template, files.special_tokens) if files.template else None
+        self._template = RenderProcess(files.template, files.special_tokens) if files.template else None
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         known_ids = max(vocab.values(), default=-1) + 1
         self.vocab_size = files.table_size or known_ids
@@ -45,16 +58,33 @@ class ModelText:
         """Of tokens that were asked for: what each adds to a text that has begun."""
         self._before = None if self._byte_level else self._token_to_follow(vocab)
         self._decoding = Decoding(self._decode_all, self._special_ids, self._byte_values, self.token_bytes)
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="tokenize")
+        threads = max(2, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
+        self._encoders = ThreadPoolExecutor(threads, "tokenize")
+        self._long_encoders = ThreadPoolExecutor(threads // 2, "tokenize-long")
+        self._renderer = ThreadPoolExecutor(1, "render")
 
-    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def start(self) -> None:
+        """Prepare the chat template in the background; a folder with a bad one still serves completions."""
+        if self._template is not None:
+            self._renderer.submit(self._start_template, self._template)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = _NEXT_MESSAGE) -> str:
         """The prompt of a chat; special tokens are in it already. BadRequest where the model cannot chat."""
         if self._template is None:
             raise BadRequest(
                 "this model has no chat template, so it cannot answer /v1/chat/completions; use /v1/completions",
                 code="no_chat_template",
             )
-        return self._template.render(messages)
+        return self._template.render(messages, options)
+
+    async def render_bounded(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> str:
+        """As `render`, off the event loop; Overloaded where the conversations before it take too long."""
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(RENDER_WAIT_S):
+                return await loop.run_in_executor(self._renderer, self.render, messages, options)
+        except TimeoutError:
+            raise Overloaded("the model's chat template takes too long for the conversations sent") from None
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of `text`; `add_special_tokens` adds what the tokenizer puts around a text, mostly a first one."""
@@ -73,12 +103,11 @@ class ModelText:
                 param=param,
                 code="context_length_exceeded",
             )
-        if len(text) <= LONG_TEXT_CHARS:
+        if len(text) <= INLINE_TEXT_CHARS:
             return self.encode(text, add_special_tokens=add_special_tokens)
+        threads = self._long_encoders if len(text) > LONG_TEXT_CHARS else self._encoders
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(
-            self._threads, lambda: self.encode(text, add_special_tokens=add_special_tokens)
-        )
+        return await loop.run_in_executor(threads, lambda: self.encode(text, add_special_tokens=add_special_tokens))
 
     async def ids_of_words(self, words: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """Of each word the token ids of a text that begins with it, and of one that continues with it after a space."""
@@ -90,7 +119,7 @@ class ModelText:
             ids = [tuple(encoding.ids) for encoding in found]
             return [sorted({*ids[place : place + 2]} - {()}) for place in range(0, len(ids), 2)]
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, encode)
+        return await asyncio.get_running_loop().run_in_executor(self._long_encoders, encode)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
@@ -142,7 +171,16 @@ class ModelText:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._encoders, self._long_encoders, self._renderer):
+            threads.shutdown(wait=False, cancel_futures=True)
+        if self._template is not None:
+            self._template.close()
+
+    def _start_template(self, template: RenderProcess) -> None:
+        try:
+            template.start()
+        except BatonError as error:
+            log_event(logger, "chat_template_failed", level=logging.WARNING, reason=str(error))
 
 
 def _byte_alphabet() -> dict[str, bytes]:
