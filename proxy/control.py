@@ -25,6 +25,7 @@ from baton.node.messages.control import (
     KvEvents,
     KvSnapshot,
     Ping,
+    PromptLogprobs,
     Refused,
     Register,
     Registered,
@@ -39,7 +40,7 @@ from baton.proxy.routing.kvfeed import KvFeed
 
 logger = logging.getLogger("proxy")
 
-LegMessage = Reserved | Busy | Tokens | HandedOver | Failed | Cancelled
+LegMessage = Reserved | Busy | PromptLogprobs | Tokens | HandedOver | Failed | Cancelled
 FULL_BATCH = 256
 """After a batch of this many messages there may be more."""
 
@@ -157,7 +158,7 @@ class ControlPlane:
             case Bundle():
                 for tokens in message.tokens:
                     self._on_message(identity, tokens)
-            case Reserved() | Busy() | Tokens() | HandedOver() | Failed() | Cancelled():
+            case Reserved() | Busy() | PromptLogprobs() | Tokens() | HandedOver() | Failed() | Cancelled():
                 self._on_message(identity, message)
             case _:
                 self.rejected += 1

@@ -13,12 +13,15 @@ from typing import Protocol
 
 import msgspec
 
-from baton.node.messages.control import Load, Logprob, SamplingSpec
+from baton.node.messages.control import Load, Logprob, PromptLogprob, SamplingSpec
 from baton.proxy.metrics.timeline import Timeline
 
 
 class Delta(msgspec.Struct, frozen=True):
-    """New tokens of one generation; the last one of a generation has a `finish`, and none follows it."""
+    """New tokens of one generation; the last one of a generation has a `finish`, and none follows it.
+
+    Only a delta with prompt_logprobs, or the one that ends a generation of no token, has no ids.
+    """
 
     ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...] = ()
@@ -26,7 +29,9 @@ class Delta(msgspec.Struct, frozen=True):
     finish: str = ""
     """"" | "stop" | "length"."""
     cached_tokens: int = 0
-    """Prompt tokens whose KV a cache had; valid from the first delta on."""
+    """Prompt tokens whose KV a cache had; valid from the first delta with ids on."""
+    prompt_logprobs: tuple[PromptLogprob, ...] = ()
+    """Of the next tokens of the prompt, in order from its second one on; all of them come before the first id."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ import logging
 import time
 from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
@@ -29,6 +29,7 @@ from baton.node.messages.control import (
     Failed,
     HandedOver,
     Prefill,
+    PromptLogprobs,
     Reserve,
     Reserved,
     Tokens,
@@ -110,6 +111,8 @@ class _Attempt:
     open: set[str] = field(default_factory=set)
     decoding: bool = False
     """Decode has sent tokens: the prefill leg does not matter any more."""
+    early: list[Tokens] = field(default_factory=list)
+    """What decode has sent before all of the prompt's log probabilities have come, over another link."""
     hit_tokens: int | None = None
     """Prompt tokens that the router expects the computing worker to have; None once that worker has reported."""
 
@@ -142,7 +145,8 @@ class Session:
         self._turn = turn
         self._max_attempts = max_attempts
         self._clock = clock
-        self._ledger = Ledger(generation.prompt_ids)
+        scored = generation.sampling.prompt_logprobs is not None
+        self._ledger = Ledger(generation.prompt_ids, num_scored=1 if scored else len(generation.prompt_ids))
         self._blocks = PromptBlocks(generation.prompt_ids, generation.cache_salt)
         self._cached_tokens = 0
 
@@ -195,19 +199,22 @@ class Session:
             root=names.root,
             block_hashes=names.hashes,
             sampling=self._generation.sampling,
+            num_scored=self._ledger.num_scored,
             deadline_s=max(0.0, self._deadline - self._clock()),
             priority=self._generation.priority,
         )
         self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
-        reserve = Reserve(request_id=self._request_id, attempt=attempt.number, body=body, prefill=prefill)
-        self._open(attempt, attempt.decode, reserve, names)
+        decodes = body.sampling.max_tokens > 0
+        if decodes or route.prefill is None:
+            reserve = Reserve(request_id=self._request_id, attempt=attempt.number, body=body, prefill=prefill)
+            self._open(attempt, attempt.decode, reserve, names)
         if route.prefill is not None:
             message = Prefill(
                 request_id=self._request_id,
                 attempt=attempt.number,
                 body=body,
-                decode=route.decode.identity,
-                decode_address=route.decode.address,
+                decode=route.decode.identity if decodes else "",
+                decode_address=route.decode.address if decodes else "",
             )
             self._open(attempt, prefill, message, names)
         self._report_route(route, attempt)
@@ -222,6 +229,8 @@ class Session:
         def view_of(shape: ClusterShape) -> RequestView:
             self._timeline.enter("route")
             view = blocks.under(shape).view(turn=turn, avoid=avoid, session=session)
+            if self._ledger.awaits_prompt:  # what caches have gives no log probabilities
+                view = replace(view, hashes=())
             self._timeline.enter("queue")
             return view
 
@@ -291,7 +300,11 @@ class Session:
         match message:
             case Tokens():
                 return self._on_tokens(attempt, worker, message)
+            case PromptLogprobs():
+                return self._on_prompt_logprobs(attempt, worker, message)
             case HandedOver():
+                if self._ledger.awaits_prompt:
+                    raise _AttemptFailed("log probabilities of the prompt are missing", worker, counts=True)
                 self._timeline.handed_over(message.sent_bytes, message.transfer_s)
                 self._settle(attempt, worker)
             case Cancelled():
@@ -299,7 +312,7 @@ class Session:
             case Busy():
                 self._settle(attempt, worker)
                 raise _AttemptFailed(f"{worker} is busy: {message.reason}", worker, counts=False)
-            case Failed() if not (worker == attempt.prefill and attempt.decoding):
+            case Failed() if not (worker == attempt.prefill and self._has_prompt(attempt)):
                 self._settle(attempt, worker)
                 self._on_failed(worker, message)
             case Failed():
@@ -308,8 +321,38 @@ class Session:
                 pass
         return None
 
+    def _has_prompt(self, attempt: _Attempt) -> bool:
+        """The prefill leg is not needed any more."""
+        return attempt.decoding and not self._ledger.awaits_prompt
+
+    def _on_prompt_logprobs(self, attempt: _Attempt, worker: str, message: PromptLogprobs) -> Delta | None:
+        if worker != attempt.computes:
+            return None
+        try:
+            entries = self._ledger.accept_prompt(message)
+        except Gap as gap:
+            raise _AttemptFailed(str(gap), worker, counts=True) from None
+        early: list[Tokens] = []
+        if not self._ledger.awaits_prompt:
+            early, attempt.early = attempt.early, early
+        deltas = [delta for each in early if (delta := self._on_tokens(attempt, attempt.decode, each)) is not None]
+        if not entries and not deltas:
+            return None
+        return Delta(
+            tuple(token for delta in deltas for token in delta.ids),
+            tuple(logprob for delta in deltas for logprob in delta.logprobs),
+            self._ledger.finish,
+            self._cached_tokens,
+            entries,
+        )
+
     def _on_tokens(self, attempt: _Attempt, worker: str, message: Tokens) -> Delta | None:
         attempt.decoding = attempt.decoding or worker == attempt.decode
+        if self._ledger.awaits_prompt:
+            if worker == attempt.computes:  # its entries came over the same link, before
+                raise _AttemptFailed("log probabilities of the prompt are missing", worker, counts=True)
+            attempt.early.append(message)
+            return None
         if not self._ledger.accepted:
             self._cached_tokens = message.cached_tokens
         if worker == attempt.computes and attempt.hit_tokens is not None:
@@ -322,7 +365,7 @@ class Session:
             raise _AttemptFailed(str(gap), worker, counts=True) from None
         if message.finish:
             self._settle(attempt, worker)
-        if not ids:
+        if not ids and not self._ledger.finish:
             return None
         if message.stages is not None:
             self._timeline.report(message.stages)
@@ -347,7 +390,7 @@ class Session:
         if lost.worker not in attempt.open:
             return
         self._settle(attempt, lost.worker)
-        if lost.worker == attempt.prefill and attempt.decoding:
+        if lost.worker == attempt.prefill and self._has_prompt(attempt):
             return
         raise _AttemptFailed(f"{lost.worker} was lost: {lost.reason}", lost.worker, counts=True)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from baton.node.messages.control import Logprob, Tokens
+from baton.node.messages.control import Logprob, PromptLogprob, PromptLogprobs, Tokens
 
 
 class Gap(Exception):
@@ -23,6 +23,13 @@ class Ledger:
     attempt: int = 0
     accepted: list[int] = field(default_factory=list)
     finish: str = ""
+    num_scored: int = 0
+    """The first `num_scored` tokens of the prompt have their log probabilities, or need none."""
+
+    @property
+    def awaits_prompt(self) -> bool:
+        """Log probabilities of the prompt are to come, before any token."""
+        return self.num_scored < len(self.prompt_ids)
 
     @property
     def num_tokens(self) -> int:
@@ -34,6 +41,17 @@ class Ledger:
     def next_attempt(self) -> int:
         self.attempt += 1
         return self.attempt
+
+    def accept_prompt(self, message: PromptLogprobs) -> tuple[PromptLogprob, ...]:
+        """The new entries in `message`; empty for a late or repeated one. Raises Gap."""
+        if message.attempt != self.attempt or self.finish:
+            return ()
+        known = self.num_scored - message.first
+        if known < 0:
+            raise Gap(f"log probabilities from prompt token {message.first} on came, {self.num_scored} is next")
+        new = message.entries[known : known + len(self.prompt_ids) - self.num_scored]
+        self.num_scored += len(new)
+        return new
 
     def accept(self, message: Tokens) -> tuple[tuple[int, ...], tuple[Logprob, ...]]:
         """The new tokens in `message`, with their logprobs; empty for a late or repeated message. Raises Gap."""

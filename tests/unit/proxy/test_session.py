@@ -21,6 +21,8 @@ from baton.node.messages.control import (
     Failed,
     HandedOver,
     Prefill,
+    PromptLogprob,
+    PromptLogprobs,
     Reserve,
     Reserved,
     SamplingSpec,
@@ -117,10 +119,11 @@ def _session(
     max_attempts: int,
     timeline: Timeline | None = None,
     cache_salt: bytes = b"",
+    sampling: SamplingSpec = SAMPLING,
 ) -> Session:
     return Session(
         host,
-        Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=SAMPLING, cache_salt=cache_salt),
+        Generation(request_id="r", model="m", prompt_ids=PROMPT, sampling=sampling, cache_salt=cache_salt),
         timeline or Timeline(time.monotonic),
         deadline=time.monotonic() + timeout_s,
         turn=0,
@@ -134,9 +137,10 @@ async def _run(
     max_attempts: int = 3,
     timeline: Timeline | None = None,
     cache_salt: bytes = b"",
+    sampling: SamplingSpec = SAMPLING,
 ) -> list[Delta]:
     deltas = []
-    async with aclosing(_session(host, timeout_s, max_attempts, timeline, cache_salt).run()) as run:
+    async with aclosing(_session(host, timeout_s, max_attempts, timeline, cache_salt, sampling).run()) as run:
         async for delta in run:
             deltas.append(delta)
     assert not host.open_legs, "a leg is still counted"
@@ -423,3 +427,82 @@ async def test_the_salt_names_the_blocks_of_both_legs_and_of_each_attempt() -> N
         assert all(body.root == root and body.block_hashes == block_hashes(root, body.token_ids, 4) for body in bodies)
         assert [view.hashes for view in host.admitted] == [bodies[0].block_hashes, bodies[2].block_hashes[:1]]
     assert len(set(roots.values())) == 3
+
+
+SCORED = SamplingSpec(max_tokens=8, seed=5, prompt_logprobs=1)
+ENTRIES = tuple(PromptLogprob(-float(token), 1) for token in PROMPT[1:])
+
+
+def _entries(first: int, last: int, attempt: int = 0) -> PromptLogprobs:
+    """Of tokens first .. last of the prompt."""
+    return PromptLogprobs(request_id="r", attempt=attempt, first=first, entries=ENTRIES[first - 1 : last])
+
+
+def _entries_of(deltas: list[Delta]) -> tuple[PromptLogprob, ...]:
+    return tuple(entry for delta in deltas for entry in delta.prompt_logprobs)
+
+
+def _ids_of(deltas: list[Delta]) -> list[int]:
+    return [token for delta in deltas for token in delta.ids]
+
+
+async def test_prompt_logprobs_come_before_tokens_that_overtook_them() -> None:
+    """Guards the order: decode's tokens come over another link than prefill's entries."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Reserve):
+            return [_tokens(0, 7, 8), _tokens(2, 9, finish="stop")]
+        return [_entries(1, 2), _entries(3, 4), _tokens(0, 7)] if isinstance(message, Prefill) else []
+
+    host = ScriptedHost(script)
+    deltas = await _run(host, sampling=SCORED)
+    assert _entries_of(deltas) == ENTRIES and _ids_of(deltas) == [7, 8, 9]
+    assert [bool(delta.prompt_logprobs) for delta in deltas] == [True, True] and deltas[-1].finish == "stop"
+    assert not host.open_legs and host.admitted[0].hashes == ()
+
+
+async def test_a_new_attempt_continues_the_prompt_logprobs() -> None:
+    """Guards exactly one entry a token after a worker's death, also where decode was already sending."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Reserve) and worker == "d0" and message.attempt == 0:
+            return [_tokens(0, 7)]
+        if isinstance(message, Prefill) and message.attempt == 0:
+            return [_entries(1, 2), WorkerLost("p0", "died"), (worker, _entries(3, 4))]
+        if isinstance(message, Prefill):
+            assert message.body.num_scored == 3 and message.body.token_ids == PROMPT
+            return [_entries(3, 4, 1), _entries(3, 4, 1), _tokens(0, 7, attempt=1, finish="length")]
+        return []
+
+    host = ScriptedHost(script)
+    deltas = await _run(host, sampling=SCORED)
+    assert _entries_of(deltas) == ENTRIES and _ids_of(deltas) == [7]
+    assert host.counted["retries_total"] == 1 and not host.open_legs
+
+
+@pytest.mark.parametrize("late", [_tokens(0, 7), HandedOver(request_id="r", attempt=0, sent_bytes=0, transfer_s=0.0)])
+async def test_missing_prompt_logprobs_fail_the_attempt(late: Message) -> None:
+    """Guards against waiting until the deadline for entries that were lost."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Prefill):
+            return [_entries(4, 4, 1)] if message.attempt == 1 else [_entries(1, 2), late]
+        return []
+
+    with pytest.raises(PeerLost, match="gave up after 2 attempts"):
+        await _run(ScriptedHost(script), sampling=SCORED, max_attempts=2)
+
+
+@pytest.mark.parametrize("local", [False, True])
+async def test_max_tokens_0_has_one_leg_and_one_delta_with_a_finish(local: bool) -> None:
+    """Guards against a reservation for no token, and an answer that never ends."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        return [_entries(1, 4), _tokens(0, finish="length")] if isinstance(message, Prefill | Reserve) else []
+
+    host = ScriptedHost(script, local=local)
+    deltas = await _run(host, sampling=SamplingSpec(max_tokens=0, prompt_logprobs=0))
+    assert _entries_of(deltas) == ENTRIES and deltas[-1].finish == "length" and not _ids_of(deltas)
+    assert [type(message) for _, message in host.sent] == [Reserve if local else Prefill]
+    assert local or host.sent_of(Prefill)[0].decode == ""
+    assert not host.open_legs
