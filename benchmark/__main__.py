@@ -42,6 +42,9 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "routing": BenchmarkEntry("cluster.routing", "the routing policies on a slice of a Mooncake trace"),
     "simulator": BenchmarkEntry("cluster.simulator", "the simulator against real processes, on CPU"),
     "pick": BenchmarkEntry("host.pick", "the time of one routing decision in a large cluster"),
+    "proxies": BenchmarkEntry(
+        "host.proxies", "streamed tokens/s of one proxy and of several at one port, with no model"
+    ),
     "steps": BenchmarkEntry("host.steps", "single model steps on CPU, as input of `baton simulate fit`"),
     "tiers": BenchmarkEntry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
     "decode": BenchmarkEntry("gpu.decode", "ms of a decode step on a GPU"),

@@ -52,6 +52,23 @@ def test_received_messages_name_their_sender(pair: tuple[Endpoint, Endpoint]) ->
     assert _next(client) == [("server", Ping(proxy="p", incarnation=1))]
 
 
+def test_two_links_are_kept_apart(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Guards a worker of two proxies that call themselves the same: each is known by the link to its address."""
+    first, second = (Endpoint(context, "proxy", "tcp://127.0.0.1:0") for _ in range(2))
+    client = Endpoint(context, "client/1", None)
+    for link, server in (("a", first), ("b", second)):
+        client.connect(link, server.address)
+        assert client.send(link, Ping(proxy=link, incarnation=1))
+        assert _next(server) == [("client/1", Ping(proxy=link, incarnation=1))]
+    for link, server in (("b", second), ("a", first)):
+        assert server.send("client/1", Rejoin())
+        assert _next(client) == [(link, Rejoin())]
+    first.close()
+    assert client.send("b", Rejoin()) and _next(second) == [("client/1", Rejoin())], "the other stays"
+    second.close()
+    client.close()
+
+
 def test_send_to_an_unconnected_peer_returns_false(pair: tuple[Endpoint, Endpoint]) -> None:
     """Guards loss detection: a send to a peer that is not connected reports failure and raises nothing."""
     server, client = pair
