@@ -12,34 +12,31 @@ import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
-from typing import TypeVar
 from urllib.parse import quote
 
 import msgspec
 from fastapi import FastAPI, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import BaseModel
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
-from baton.proxy.http.asgi import PROBES, ApiKeyGuard, read_body
+from baton.proxy.http.asgi import PROBES, ApiKeyGuard
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.front import CORS_METHODS, AccessLog, LenientPaths, accepts_gzip
 from baton.proxy.http.refusals import RefusalLog, add_failure_handlers
-from baton.proxy.http.schema import DetokenizeBody, TokenizeBody, parse, read_chat, read_completion
+from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.http.service import ModelEntry, Service, make_service
+from baton.proxy.http.tokenizer_routes import add_tokenizer_routes
 from baton.proxy.interface import AppSettings, Engine, Generation
 from baton.proxy.metrics.dashboard import add_dashboard
 from baton.proxy.metrics.record import as_json
 from baton.proxy.metrics.request_log import Spans
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.text.model_text import ModelText
-
-Body = TypeVar("Body", bound=BaseModel)
 
 APIS = (
     Api("/v1/completions", read_completion, CompletionEncoder, "cmpl", "text_completion"),
@@ -83,7 +80,7 @@ def app_of(service: Service) -> FastAPI:
     add_failure_handlers(app, metrics, service.refusals)
     _add_probes(app, service)
     _add_models(app, service)
-    _add_tokenizer(app, service)
+    add_tokenizer_routes(app, service)
     if settings.debug_requests:
         _add_debug(app, service)
     for api in APIS:
@@ -216,33 +213,6 @@ def _add_models(app: FastAPI, service: Service) -> None:
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
         return _json(shown(name, service.model(name)))
-
-
-def _add_tokenizer(app: FastAPI, service: Service) -> None:
-    async def read(kind: type[Body], request: Request) -> Body:
-        with service.limit:
-            body = await read_body(request.scope, request.receive, service.settings.max_body_bytes)
-        return parse(kind, body)
-
-    def model_of(name: str | None) -> ModelEntry:
-        return service.models.get(name or "", service.default_model)
-
-    @app.post("/tokenize")
-    async def tokenize(request: Request) -> Response:
-        body = await read(TokenizeBody, request)
-        model = model_of(body.model)
-        limit = service.max_model_len(model.name)
-        special = body.add_special_tokens is not False
-        ids = await model.text.encode_bounded(body.prompt, add_special_tokens=special, max_tokens=limit, param="prompt")
-        return _json({"count": len(ids), "max_model_len": limit, "tokens": ids})
-
-    @app.post("/detokenize")
-    async def detokenize(request: Request) -> Response:
-        body = await read(DetokenizeBody, request)
-        text = model_of(body.model).text
-        if body.tokens and max(body.tokens) >= text.num_decodable:
-            raise BadRequest(f"token ids must be below {text.num_decodable}", param="tokens")
-        return _json({"prompt": text.decode(body.tokens, skip_special_tokens=False)})
 
 
 def _json(value: object, status: int = 200) -> Response:

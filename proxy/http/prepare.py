@@ -18,7 +18,6 @@ from baton.node.messages.control import MAX_BAD_WORD_TOKENS, SamplingSpec
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest
 from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.text.model_text import ModelText
-from baton.proxy.text.template import RenderOptions
 
 _SEEDS = 1 << 63
 _BY_NAME = tuple(
@@ -80,7 +79,7 @@ async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int)
         )
 
     if request.messages:
-        ids = await encode(await text.render_bounded(request.messages, RenderOptions()))
+        ids = await encode(await text.render_bounded(request.messages, request.render))
         return [(_checked(ids, text.vocab_size, "messages"), "")]
     return [await _tokenise_prompt(prompt, request.echo, text, encode) for prompt in request.prompts]
 

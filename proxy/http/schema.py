@@ -23,6 +23,8 @@ from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_ALLOWED_TOKENS
 from baton.proxy.http.messages import ChatMessage, TextPart, message_fields
 from baton.proxy.http.parameters import check_extra
+from baton.proxy.http.template_options import TemplateRequest, render_options
+from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -114,28 +116,15 @@ class CompletionBody(_Body):
     logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
 
 
-class ChatBody(_Body):
+class ChatBody(_Body, TemplateRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
-class TokenizeBody(_Strict):
-    model: str | None = None
-    prompt: str
-    add_special_tokens: bool | None = None
-
-
-class DetokenizeBody(_Strict):
-    model: str | None = None
-    tokens: TokenIds
-
-
 _FIELD_NAMES = frozenset(
-    name
-    for model in (CompletionBody, ChatBody, ChatMessage, TextPart, StreamOptions, TokenizeBody, DetokenizeBody)
-    for name in model.model_fields
+    name for model in (CompletionBody, ChatBody, ChatMessage, TextPart, StreamOptions) for name in model.model_fields
 )
 _SHAPES = {
     "prompt": (
@@ -175,8 +164,9 @@ class ParsedRequest:
     model: str
     prompts: tuple[str | tuple[int, ...], ...] = ()
     """Of a completion; empty for a chat."""
-    messages: tuple[Mapping[str, str], ...] = ()
+    messages: tuple[Mapping[str, Any], ...] = ()
     """Of a chat; empty for a completion."""
+    render: RenderOptions = NEXT_MESSAGE
     add_special_tokens: bool = False
     sampling: SamplingRequest
     max_tokens: int | None
@@ -228,6 +218,7 @@ def read_chat(body: bytes) -> ParsedRequest:
     return ParsedRequest(
         **_shared(request, request.max_completion_tokens or request.max_tokens),
         messages=tuple(message_fields(index, message) for index, message in enumerate(request.messages)),
+        render=render_options(request),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 
@@ -243,7 +234,11 @@ def parse(model: type[Body], body: bytes) -> Body:
     if found["type"] == "json_invalid":
         raise BadRequest(f"the body is not valid JSON in UTF-8: {found['msg']}", code="invalid_json")
     # A location also holds the names of a union's members, which say nothing to a client.
-    path = [str(part) for part in found["loc"] if isinstance(part, int) or part in _FIELD_NAMES]
+    path = [
+        str(part)
+        for part in found["loc"]
+        if isinstance(part, int) or part in _FIELD_NAMES or part in model.model_fields
+    ]
     if found["type"] == "extra_forbidden":
         path.append(str(found["loc"][-1])[:64])
     if not path:

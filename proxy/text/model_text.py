@@ -20,7 +20,7 @@ from baton.node.telemetry import log_event
 from baton.proxy.text.detokenize import Decoding, Detokenizer
 from baton.proxy.text.model_files import read_model_files
 from baton.proxy.text.render_process import RenderProcess
-from baton.proxy.text.template import RenderOptions
+from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,6 @@ LONG_TEXT_CHARS = 1 << 15
 MAX_THREADS = 8
 RENDER_WAIT_S = 10.0
 """For the conversations before one to be rendered; each takes about a millisecond unless a template misbehaves."""
-_NEXT_MESSAGE = RenderOptions()
 
 
 class ModelText:
@@ -40,6 +39,7 @@ class ModelText:
     def __init__(self, folder: Path) -> None:
         files = read_model_files(folder)
         self._tokenizer = files.tokenizer
+        self._info = {**files.special_tokens, "chat_template": files.template or None}
         self._template = RenderProcess(files.template, files.special_tokens) if files.template else None
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         known_ids = max(vocab.values(), default=-1) + 1
@@ -68,7 +68,7 @@ class ModelText:
         if self._template is not None:
             self._renderer.submit(self._start_template, self._template)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = _NEXT_MESSAGE) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = NEXT_MESSAGE) -> str:
         """The prompt of a chat; special tokens are in it already. BadRequest where the model cannot chat."""
         if self._template is None:
             raise BadRequest(
@@ -169,6 +169,10 @@ class ModelText:
 
     def _decode_all(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+    def info(self) -> dict[str, str | None]:
+        """The texts of the named special tokens and the chat template, under transformers' names."""
+        return {"bos_token": None, "eos_token": None, "pad_token": None, **self._info}
 
     def close(self) -> None:
         for threads in (self._encoders, self._long_encoders, self._renderer):

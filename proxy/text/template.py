@@ -42,7 +42,7 @@ class RenderOptions:
     """Further variables of the template, such as `enable_thinking`."""
 
 
-_NEXT_MESSAGE = RenderOptions()
+NEXT_MESSAGE = RenderOptions()
 
 
 def check_template(source: str) -> None:
@@ -71,7 +71,7 @@ class ChatTemplate:
         self._knows_developer = any(isinstance(value, str) and _DEVELOPER in value for value in constants)
         self._special_tokens = dict(special_tokens)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = _NEXT_MESSAGE) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = NEXT_MESSAGE) -> str:
         """The prompt's text; BadRequest where the template refuses these messages or fails on them."""
         known = [self._known(message) for message in messages]
         final = _mark_final(known) if options.continue_final_message else ""
