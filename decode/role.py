@@ -28,7 +28,7 @@ from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed,
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
-from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names
+from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names, work_left
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, cancel_matches, failed
 from baton.worker.stats import PromptSpeed
@@ -367,7 +367,7 @@ class DecodeRole:
         return RoleReport(
             running=len(self._running),
             waiting=len(self._waiting) + len(self._reserved),
-            waiting_tokens=sum(s.num_tokens - s.num_computed for s in (*self._running, *self._waiting)),
+            waiting_tokens=work_left(self._parts.manager, self._running, self._waiting),
             prefill_tokens_s=self._speed.tokens_s,
         )
 

@@ -19,7 +19,7 @@ from baton.prefill.settings import PrefillSettings, PrefillSizes
 from baton.worker.in_flight import InFlightStep, InFlightSteps, StepPart
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
-from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names
+from baton.worker.pending_prefixes import PendingPrefixes, work_left
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, cancel_matches, failed
 from baton.worker.stats import PromptSpeed
@@ -68,7 +68,6 @@ class PrefillRole:
             return failed(leg, "a prefill worker reserves nothing", retryable=False)
         if leg in self._sending:
             return None  # a replay of what is computed already
-        sequence.cached_tokens = self._parts.manager.peek(cacheable_names(sequence)) * self._block_tokens
         self.sequences[leg] = sequence
         peer, address, deadline = message.decode, message.decode_address, sequence.deadline
         if sequence.draws:  # else there is nothing to hand over
@@ -280,12 +279,12 @@ class PrefillRole:
     # -- state
 
     def report(self) -> RoleReport:
-        sequences = self.sequences.values()
-        running = sum(bool(sequence.table.blocks) for sequence in sequences)
+        started = [sequence for sequence in self.sequences.values() if sequence.table.blocks]
+        waiting = [sequence for sequence in self.sequences.values() if not sequence.table.blocks]
         return RoleReport(
-            running=running,
-            waiting=len(sequences) - running,
-            waiting_tokens=sum(each.num_tokens - max(each.num_computed, each.cached_tokens) for each in sequences),
+            running=len(started),
+            waiting=len(waiting),
+            waiting_tokens=work_left(self._parts.manager, started, waiting),
             prefill_tokens_s=self._speed.tokens_s,
         )
 

@@ -7,6 +7,8 @@ longer finds the block, and the sequence computes it itself.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.worker.sequence import Sequence
 
@@ -36,6 +38,26 @@ class PendingPrefixes:
             return False
         priority = self._priorities.get(names[first])
         return priority is not None and priority >= sequence.priority
+
+    def own_work(self, sequence: Sequence) -> int:
+        """The tokens of a sequence without blocks that neither the pool has nor another sequence computes."""
+        names = cacheable_names(sequence)
+        shared = self._manager.peek(names)
+        while shared < len(names) and names[shared] in self._priorities:
+            shared += 1
+        return sequence.num_tokens - shared * sequence.table.block_tokens
+
+
+def work_left(manager: BlockManager, started: Iterable[Sequence], waiting: Iterable[Sequence]) -> int:
+    """Tokens that all of them together will compute: what several have in common counts once."""
+    pending, total = PendingPrefixes(manager), 0
+    for sequence in started:
+        total += sequence.num_tokens - sequence.num_computed
+        pending.add(sequence)
+    for sequence in waiting:
+        total += pending.own_work(sequence)
+        pending.add(sequence)
+    return total
 
 
 def cacheable_names(sequence: Sequence) -> tuple[bytes, ...]:

@@ -59,7 +59,7 @@ class Sequence:
     preemption_epoch: int = 0
     """How often it was preempted: what an earlier epoch's step computed has gone with the blocks."""
     cached_tokens: int = 0
-    """Prompt tokens that a cache had; while it waits for blocks, those that the pool had when it arrived."""
+    """Prompt tokens that a cache had."""
     store_asked: bool = False
     """The host's store was asked for its prefix since it last had blocks."""
     stored_blocks: int = 0

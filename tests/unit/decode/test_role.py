@@ -359,3 +359,10 @@ def test_a_prompt_is_in_the_step_that_is_planned_next() -> None:
     assert _prompts(bench)[-1] == [(8, 4)], "two of its blocks are in the pool"
     bench.run()
     assert bench.tokens("b") == [12, 13, 14, 15, 16]
+
+
+def test_the_load_counts_a_prefix_that_several_wait_for_once() -> None:
+    """Guards the router's view: it would send further siblings elsewhere, to compute the prefix there again."""
+    bench = Bench(num_blocks=64, max_chunk_tokens=8)
+    _local(bench, "a", "b", "c")
+    assert bench.io.load.waiting_tokens == 30 - 8 + 2 + 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.tests.unit.worker.bench import BLOCK, ROOT, sequence_of
-from baton.worker.pending_prefixes import PendingPrefixes
+from baton.worker.pending_prefixes import PendingPrefixes, work_left
 
 OTHER = tuple(range(500, 520))
 
@@ -43,3 +43,19 @@ def test_no_sequence_waits_for_a_lower_priority() -> None:
     assert not pending.awaited_by(sequence_of(manager, "urgent", 3 * BLOCK, priority=2))
     assert pending.awaited_by(sequence_of(manager, "equal", 3 * BLOCK, priority=1))
     assert pending.awaited_by(sequence_of(manager, "patient", 3 * BLOCK, priority=0))
+
+
+def test_work_in_common_counts_once() -> None:
+    """Guards the router's view of a queue: with each prefix counted again, it would send siblings to other workers."""
+    manager = BlockManager(16)
+    started = sequence_of(manager, "a", 10 * BLOCK)
+    started.table.grow(10 * BLOCK)
+    started.num_computed = 3 * BLOCK
+    started.table.publish(started.token_ids, 3 * BLOCK)
+    same, longer = sequence_of(manager, "b", 10 * BLOCK), sequence_of(manager, "c", 12 * BLOCK + 1)
+    alike = {"token_ids": OTHER, "prompt_len": 20, "block_hashes": block_hashes(ROOT, OTHER, BLOCK)}
+    others = [sequence_of(manager, name, 20, **alike) for name in ("d", "e")]
+    assert work_left(manager, [started], []) == 7 * BLOCK
+    assert work_left(manager, [started], [same]) == 7 * BLOCK + BLOCK, "the block of the token that draws is its own"
+    assert work_left(manager, [started], [same, longer]) == 7 * BLOCK + BLOCK + 2 * BLOCK + 1
+    assert work_left(manager, [], others) == 20 + BLOCK
