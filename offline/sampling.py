@@ -5,6 +5,7 @@ Checks what can be checked without a model; the server checks the rest. Knows no
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -86,27 +87,14 @@ def sampling_fields(params: SamplingParams | None, *, chat: bool) -> dict[str, o
         return {}
     biases = params.logit_bias or {}
     fields: dict[str, object] = {
-        "n": params.n,
-        "temperature": params.temperature,
-        "top_p": params.top_p,
-        "top_k": params.top_k,
-        "min_p": params.min_p,
-        "seed": params.seed,
-        "max_tokens": params.max_tokens,
-        "min_tokens": params.min_tokens,
-        "stop": [params.stop] if isinstance(params.stop, str) else list(params.stop or ()) or None,
-        "stop_token_ids": list(params.stop_token_ids or ()) or None,
-        "include_stop_str_in_output": params.include_stop_str_in_output or None,
-        "ignore_eos": params.ignore_eos or None,
-        "presence_penalty": params.presence_penalty,
-        "frequency_penalty": params.frequency_penalty,
-        "repetition_penalty": params.repetition_penalty,
+        **{each.name: getattr(params, each.name) for each in dataclasses.fields(params)},
+        "stop": [params.stop] if isinstance(params.stop, str) else params.stop,
         "logit_bias": {str(token): bias for token, bias in biases.items()} or None,
-        "allowed_token_ids": list(params.allowed_token_ids or ()) or None,
-        "bad_words": list(params.bad_words or ()) or None,
+        "logprobs": None,
         **_logprob_fields(params.logprobs, chat),
     }
-    return {name: value for name, value in fields.items() if value is not None}
+    plain = {name: list(value) if isinstance(value, Sequence) else value for name, value in fields.items()}
+    return {name: value for name, value in plain.items() if value is not None and value is not False and value != []}
 
 
 def _logprob_fields(logprobs: int | None, chat: bool) -> dict[str, object]:

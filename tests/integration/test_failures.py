@@ -21,7 +21,8 @@ from baton.tests.integration.cluster import Cluster, Stream
 from baton.tests.integration.prompts import BEGINNINGS
 
 GREEDY: dict[str, Any] = {"max_tokens": 60, "ignore_eos": True}
-SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 7}
+SEEDED: dict[str, Any] = {**GREEDY, "temperature": 0.8, "seed": 7, "bad_words": ["little", "He was", "to the"]}
+"""A word that an attempt began must not be ended by the next."""
 
 _turn = itertools.count()
 
