@@ -16,14 +16,23 @@ from baton.proxy.text.stop import StopMatcher
 class Assembler:
     """The events of one generation; `finish` is empty until the last of them were made."""
 
-    def __init__(self, generation: Generation, echo: str, text: ModelText, stop: StopRule, ids: IdRule) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        echo: str,
+        text: ModelText,
+        stop: StopRule,
+        ids: IdRule,
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self.finish = ""
         self.num_tokens = 0
         self._generation = generation
         self._text = text
-        self._detokenizer = text.detokenizer(generation.prompt_ids)
+        self._detokenizer = text.detokenizer(generation.prompt_ids, skip_special_tokens=skip_special_tokens)
         self._stop = StopMatcher(stop.strings, include=stop.include)
-        self._stop_tokens = text.special_tokens_in(stop.strings)
+        self._stop_tokens = text.special_tokens_in(stop.strings) if skip_special_tokens else {}
         self._include_stop = stop.include
         self._show_ids = ids.show
         self._begun = False

@@ -159,7 +159,14 @@ class GenerateEndpoint:
     ) -> None:
         """One choice, from the engine's tokens to the responder; a stop string cancels it at the engine."""
         service, generation = self._service, choice.generation
-        assembler = Assembler(generation, choice.echo, model.text, parsed.stop, parsed.ids)
+        assembler = Assembler(
+            generation,
+            choice.echo,
+            model.text,
+            parsed.stop,
+            parsed.ids,
+            skip_special_tokens=parsed.skip_special_tokens,
+        )
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
         meter = GenerationMeter(model.metrics, service.log, info, timeline)
         outcome = CANCELLED

@@ -93,6 +93,7 @@ class _Body(SamplingRequest):
     n: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
     priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
@@ -175,6 +176,8 @@ class ParsedRequest:
     n: int
     stop: StopRule
     echo: bool = False
+    skip_special_tokens: bool
+    """Special tokens are no part of an answer's text."""
     ids: IdRule
     stream: bool
     include_usage: bool
@@ -267,6 +270,7 @@ def _shared(request: _Body, max_tokens: int | None) -> dict[str, Any]:
             (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ()),
             bool(request.include_stop_str_in_output),
         ),
+        "skip_special_tokens": request.skip_special_tokens is not False,
         "ids": IdRule(bool(request.return_token_ids), bool(request.return_tokens_as_token_ids)),
         "stream": bool(request.stream),
         "include_usage": bool(request.stream_options and request.stream_options.include_usage),

@@ -7,6 +7,7 @@ neither torch nor transformers. Knows no requests.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import os
 import re
@@ -58,6 +59,7 @@ class ModelText:
         """Of tokens that were asked for: what each adds to a text that has begun."""
         self._before = None if self._byte_level else self._token_to_follow(vocab)
         self._decoding = Decoding(self._decode_all, self._special_ids, self._byte_values, self.token_bytes)
+        self._decoding_of_all = dataclasses.replace(self._decoding, skipped=frozenset())
         threads = max(2, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
         self._encoders = ThreadPoolExecutor(threads, "tokenize")
         self._long_encoders = ThreadPoolExecutor(threads // 2, "tokenize-long")
@@ -124,9 +126,9 @@ class ModelText:
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
-    def detokenizer(self, prompt_ids: Sequence[int] = ()) -> Detokenizer:
+    def detokenizer(self, prompt_ids: Sequence[int] = (), *, skip_special_tokens: bool = True) -> Detokenizer:
         """A new one, for the stream of tokens that follows `prompt_ids`."""
-        return Detokenizer(self._decoding, prompt_ids)
+        return Detokenizer(self._decoding if skip_special_tokens else self._decoding_of_all, prompt_ids)
 
     def special_tokens_in(self, strings: Sequence[str]) -> dict[int, str]:
         """Special tokens whose text is part of one of `strings`; they are no part of an answer's text."""
