@@ -19,7 +19,8 @@ from baton.proxy.metrics.metrics import ProxyMetrics
 ASK_TIMEOUT_S = 1.0
 OWN_METRICS = "/metrics/own"
 REPORTED_METRICS = "/metrics/reported"
-_UP = "# HELP baton:proxy_up Whether a proxy that shares the port has answered.\n# TYPE baton:proxy_up gauge\n"
+UP = "baton:proxy_up"
+_UP_HEAD = f"# HELP {UP} Whether a proxy that shares the port has answered.\n# TYPE {UP} gauge\n"
 
 
 class Group(Protocol):
@@ -59,12 +60,10 @@ class SharedPort:
         pages = {self._index: metrics.own()} | {other: body for other, body in answers.items() if body}
         first = min(pages)
         reported = b"" if first == self._index else await self._ask(first, REPORTED_METRICS)
-        up = "".join(
-            f'baton:proxy_up{{proxy="{each}"}} {float(each in pages)}\n'
-            for each in sorted([self._index, *self._others])
-        )
+        members = sorted([self._index, *self._others])
+        up = "".join(f'{UP}{{proxy="{member}"}} {float(member in pages)}\n' for member in members)
         merged = merge({str(each): pages[each].decode() for each in sorted(pages)})
-        return f"{merged}{_UP}{up}".encode() + (reported or metrics.reported())
+        return f"{merged}{_UP_HEAD}{up}".encode() + (reported or metrics.reported())
 
     async def find(self, path: str) -> bytes:
         return next((body for body in (await self._ask_others(path)).values() if body), b"")

@@ -83,6 +83,8 @@ class ProxySettings(ApiSettings):
         ApiSettings.__post_init__(self)  # super() does not work in a class with slots
         if self.proxy_index >= self.proxies:
             raise SettingsError(f"--proxy-index {self.proxy_index} of --proxies {self.proxies}, counted from 0")
+        if self.proxies > 1 and not self.port:
+            raise SettingsError("--port 0 would give each of several --proxies a port of its own")
         if self.proxies > 1 and self.group_folder is None:
             raise SettingsError(f"--proxies {self.proxies} needs --group-folder, which `baton serve` makes")
 

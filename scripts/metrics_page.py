@@ -15,6 +15,7 @@ from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from baton.node.messages.control import Load
+from baton.proxy.group import UP
 from baton.proxy.interface import WorkerStatus
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, STORE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.metrics.meter import GenerationMeter
@@ -88,7 +89,7 @@ def page() -> str:
 
 def names() -> set[str]:
     """Of all samples that a scrape may have."""
-    return {sample.name for family in _families() for sample in family.samples}
+    return {UP} | {sample.name for family in _families() for sample in family.samples}
 
 
 def _families() -> Iterable[Metric]:

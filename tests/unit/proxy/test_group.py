@@ -154,7 +154,14 @@ def test_proxies_divide_limits_and_have_names() -> None:
     assert last.share_of(512) == 171 and last.share_of(1) == 1
 
 
-@pytest.mark.parametrize("given", [{"proxies": 2}, {"proxies": 2, "group_folder": Path("g"), "proxy_index": 2}])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"proxies": 2},
+        {"proxies": 2, "group_folder": Path("g"), "proxy_index": 2},
+        {"proxies": 2, "group_folder": Path("g"), "port": 0},
+    ],
+)
 def test_half_of_a_group_is_refused(given: dict[str, object]) -> None:
     """Guards against a proxy that shares a port with others and is not asked by them."""
     with pytest.raises(SettingsError):

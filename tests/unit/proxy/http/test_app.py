@@ -61,6 +61,15 @@ async def test_a_completion(client: httpx.AsyncClient, engine: FakeEngine) -> No
     assert usage["prompt_tokens"] == len(engine.calls[0].prompt_ids)
 
 
+async def test_no_two_generations_have_one_id(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Guards workers of several proxies, which know a request by its id, against ids that a client chooses."""
+    for _ in range(2):
+        await client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": "mine"})
+        assert (await client.get("/health_generate")).status_code == 200
+    ids = [call.request_id for call in engine.calls]
+    assert len(set(ids)) == len(ids) == 4 and not any("mine" in request_id for request_id in ids)
+
+
 async def test_a_chat_stream(client: httpx.AsyncClient) -> None:
     """Guards against a first event without the role, a usage that was not asked for, and a missing [DONE]."""
     answer = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})
