@@ -15,7 +15,8 @@ Chat template: `additional_chat_templates/*.jinja` and `chat_template.jinja`, wh
 them `chat_template` of `tokenizer_config.json`, as text, list or object. Of several the one named "default" is taken.
 
 End tokens: those of `generation_config.json`, those of `config.json` only where the former names none; and always the
-tokenizer's `eos_token`, which transformers leaves to its callers, as chats of fine-tuned models end with it.
+tokenizer's `eos_token`, which transformers leaves to its callers, as chats of fine-tuned models end with it (vLLM, too,
+ends at the tokenizer's and at those of `generation_config.json`).
 
 Knows no requests, and needs neither torch nor transformers.
 """
