@@ -130,7 +130,6 @@ class _Response(msgspec.Struct):
     choices: _Choices
     usage: _Usage | msgspec.UnsetType | None = msgspec.UNSET
     """In a chunk: absent unless asked for, then null in all chunks but the last."""
-    system_fingerprint: None = None
     prompt_token_ids: _Ids = msgspec.UNSET
     """Of a chat, which has one prompt; a completion has them in its choices."""
 
