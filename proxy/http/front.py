@@ -18,14 +18,15 @@ from baton.node.telemetry import log_event
 logger = logging.getLogger("access")
 
 CORS_METHODS = ("GET", "HEAD", "POST", "OPTIONS")
+WITHOUT_V1 = frozenset({"/completions", "/chat/completions", "/models"})
 CLIENT_LEFT = 499
 """Logged where the client closed the connection before an answer began, as nginx does."""
 _BEGINNING = re.compile(r"/+(v1/+)?")
 
 
 class LenientPaths:
-    """`//v1/models` and `/v1//models` are `/v1/models`: clients join a base URL that ends in a slash by hand. HEAD is
-    GET without the body, as RFC 9110 wants."""
+    """`//v1/models`, `/v1//models` and `/models` are `/v1/models`: base URLs end in a slash, or lack their `/v1`.
+    HEAD is GET without the body, as RFC 9110 wants."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -34,6 +35,8 @@ class LenientPaths:
         if scope["type"] == "http":
             if "//" in scope["path"]:
                 scope = {**scope, "path": single_slashes(scope["path"])}
+            if scope["path"] in WITHOUT_V1:
+                scope = {**scope, "path": f"/v1{scope['path']}"}
             if scope["method"] == "HEAD":
                 scope, send = {**scope, "method": "GET"}, _without_body(send)
         await self._app(scope, receive, send)

@@ -82,6 +82,15 @@ async def test_a_doubled_slash_reaches_its_route_behind_the_key(
     assert (await stranger.get("http://proxy//health/../v1/models")).status_code != 200
 
 
+async def test_a_base_url_without_v1(front: tuple[httpx.AsyncClient, httpx.AsyncClient]) -> None:
+    """Guards against the most frequent mistake in a client's settings, and against a way around the key."""
+    client, stranger = front
+    assert (await client.get("/models")).json() == (await client.get("/v1/models")).json()
+    for path in ("/completions", "http://proxy//completions"):
+        assert (await client.post(path, json=COMPLETION)).status_code == 200
+        assert (await stranger.post(path, json=COMPLETION)).status_code == 401
+
+
 async def test_head_is_get_without_a_body(client: httpx.AsyncClient) -> None:
     """Guards against a load balancer that probes with HEAD and takes the server for dead."""
     for path in ("/health", "/live", "/ready", "/v1/models", "/metrics", "/version", "/dashboard"):
@@ -194,14 +203,12 @@ async def test_an_api_that_is_not_here_is_named(client: httpx.AsyncClient, path:
 @pytest.mark.parametrize(
     ("path", "meant"),
     [
-        ("/chat/completions", "/v1/chat/completions"),
         ("/v1/v1/chat/completions", "/v1/chat/completions"),
-        ("/models", "/v1/models"),
         ("/v1/tokenize", "/tokenize"),
     ],
 )
 async def test_a_wrong_base_url_is_named(client: httpx.AsyncClient, path: str, meant: str) -> None:
-    """Guards against the most frequent mistake, a base URL without /v1 or with two, left to be found by reading."""
+    """Guards against a frequent mistake, a base URL with /v1 twice or where there is none, left to the user to find."""
     error = (await client.post(path, json={})).json()["error"]
     assert error["code"] == "unknown_url" and f"{meant} is meant" in error["message"]
 
