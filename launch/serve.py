@@ -72,13 +72,16 @@ def token_probe(host: str, port: int, api_key: str, tls: bool = False) -> Callab
 
 
 def group_probe(folder: Path, num_proxies: int) -> Callable[[], Awaitable[str]]:
-    """The same for several proxies at one port: each is asked at its own socket, where it needs no key."""
+    """The same for several proxies at one port: each is asked at its own socket, where it needs no key, until it has
+    had a token."""
+    missing = list(range(num_proxies))
 
     async def probe() -> str:
-        for index in range(num_proxies):
-            status, _ = await local_http.get(proxy_socket(folder, index), "/health_generate", PROBE_TIMEOUT_S)
+        while missing:
+            status, _ = await local_http.get(proxy_socket(folder, missing[0]), "/health_generate", PROBE_TIMEOUT_S)
             if status != 200:
-                return f"no token yet from proxy-{index}" + (f" (HTTP {status})" if status else "")
+                return f"no token yet from proxy-{missing[0]}" + (f" (HTTP {status})" if status else "")
+            del missing[0]
         return ""
 
     return probe

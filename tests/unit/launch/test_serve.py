@@ -11,14 +11,16 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 
 from baton.launch import local, serve
 from baton.node.errors import SettingsError
+from baton.node.local_http import proxy_socket
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -109,6 +111,33 @@ async def test_the_probe_names_a_key_that_it_does_not_have() -> None:
 
     async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
         assert "--api-key" in await serve.token_probe("127.0.0.1", server.sockets[0].getsockname()[1], "")()
+
+
+async def test_each_of_several_proxies_is_asked_until_it_has_a_token() -> None:
+    """Guards `ready` against a proxy behind the port that serves nothing yet, and the others against useless probes."""
+    statuses, asked = [b"200", b"503"], [0, 0]
+
+    def server(index: int) -> Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]:
+        async def serve_once(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await reader.readuntil(b"\r\n\r\n")
+            asked[index] += 1
+            writer.write(b"HTTP/1.1 " + statuses[index] + b" X\r\ncontent-length: 0\r\n\r\n")
+            writer.close()
+
+        return serve_once
+
+    with TemporaryDirectory() as path:
+        folder = Path(path)
+        probe = serve.group_probe(folder, 2)
+        assert await probe() == "no token yet from proxy-0"
+        async with (
+            await asyncio.start_unix_server(server(0), proxy_socket(folder, 0)),
+            await asyncio.start_unix_server(server(1), proxy_socket(folder, 1)),
+        ):
+            assert await probe() == "no token yet from proxy-1 (HTTP 503)"
+            statuses[1] = b"200"
+            assert await probe() == ""
+    assert asked == [1, 2]
 
 
 @contextmanager
