@@ -6,7 +6,17 @@ Knows no engine and no HTTP.
 from __future__ import annotations
 
 from baton.node.messages.control import Logprob
-from baton.proxy.http.events import ChoiceEnd, Content, Event, PromptIds, TokenLogprob, TokenUsage
+from baton.proxy.http.events import (
+    ChoiceEnd,
+    Content,
+    Event,
+    PromptEntry,
+    PromptIds,
+    PromptRanks,
+    TokenLogprob,
+    TokenUsage,
+)
+from baton.proxy.http.prompt_scores import NO_SCORES, PromptScores, ScoreRule
 from baton.proxy.http.schema import IdRule, StopRule
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.text.model_text import ModelText
@@ -25,6 +35,7 @@ class Assembler:
         ids: IdRule,
         *,
         skip_special_tokens: bool = True,
+        scores: ScoreRule = NO_SCORES,
     ) -> None:
         self.finish = ""
         self.num_tokens = 0
@@ -38,13 +49,23 @@ class Assembler:
         self._begun = False
         self._token_name = _id_name if ids.logprobs_by_id else text.token_bytes
         self._unsent = echo
-        self._num_chars = 0
-        """Characters detokenised so far, held ones included."""
+        self._num_chars = len(echo)
+        """Of the echo, and detokenised so far, held ones included."""
+        self._prompt: PromptScores | None = None
+        """Until it is complete."""
+        if scores:
+            self._prompt = PromptScores(generation.prompt_ids, echo, scores, text, self._token_name)
 
     def feed(self, delta: Delta) -> list[Event]:
         """What `delta` adds, maybe nothing. Tokens after a stop string are dropped and not counted."""
-        text, self._unsent = self._unsent, ""
         logprobs: list[TokenLogprob] = []
+        ranks: list[PromptEntry | None] = []
+        if self._prompt is not None:
+            self._prompt.take(delta.prompt_logprobs)
+            if not self._prompt.complete:
+                return []
+            logprobs, ranks, self._prompt = self._prompt.shown, self._prompt.ranked, None
+        text, self._unsent = self._unsent, ""
         matched = ""
         last, before = len(delta.ids) - 1, self.num_tokens
         for place, token_id in enumerate(delta.ids):
@@ -65,6 +86,8 @@ class Assembler:
             self.finish = "stop" if matched else delta.finish
         ids = delta.ids[: self.num_tokens - before] if self._show_ids else ()
         events: list[Event] = [Content(text, tuple(logprobs), ids)] if text or logprobs or ids else []
+        if ranks:
+            events.insert(0, PromptRanks(tuple(ranks)))
         if self._show_ids and not self._begun:
             events.insert(0, PromptIds(self._generation.prompt_ids))
         self._begun = True

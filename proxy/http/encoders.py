@@ -56,9 +56,19 @@ class _Usage(msgspec.Struct):
 
 class _CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
-    token_logprobs: list[float]
-    top_logprobs: list[dict[str, float]]
+    token_logprobs: list[float | None]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
+
+
+class _Ranked(msgspec.Struct):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
+_PromptLogprobs = list[dict[str, _Ranked] | None] | msgspec.UnsetType
+"""vLLM's field; absent unless asked for."""
 
 
 class _CompletionChoice(msgspec.Struct):
@@ -69,6 +79,7 @@ class _CompletionChoice(msgspec.Struct):
     stop_reason: _StopReason
     token_ids: _Ids
     prompt_token_ids: _Ids
+    prompt_logprobs: _PromptLogprobs
 
 
 class _TopLogprob(msgspec.Struct):
@@ -117,6 +128,7 @@ class _ChatChoice(msgspec.Struct):
     finish_reason: str | None
     stop_reason: _StopReason = msgspec.UNSET
     token_ids: _Ids = msgspec.UNSET
+    prompt_logprobs: _PromptLogprobs = msgspec.UNSET
 
 
 _Choices = Sequence[_CompletionChoice | _ChunkChoice | _ChatChoice]
@@ -193,6 +205,7 @@ class CompletionEncoder:
             _stop_reason(choice),
             self.header.ids_of(choice),
             choice.prompt_ids or msgspec.UNSET,
+            _prompt_logprobs(choice),
         )
 
 
@@ -211,6 +224,7 @@ class ChatEncoder:
                 choice.finish or None,
                 _stop_reason(choice),
                 self.header.ids_of(choice),
+                _prompt_logprobs(choice),
             )
             for choice in choices
         ]
@@ -242,6 +256,20 @@ def _stop_reason(choice: ChoiceText) -> _StopReason:
     return msgspec.UNSET if choice.stop_reason is None else choice.stop_reason
 
 
+def _prompt_logprobs(choice: ChoiceText) -> _PromptLogprobs:
+    if not choice.prompt_ranks:
+        return msgspec.UNSET
+    return [
+        None
+        if entry is None
+        else {
+            str(token_id): _Ranked(_finite(ranked.logprob), ranked.rank, _shown(ranked.token))
+            for token_id, ranked in entry.items()
+        }
+        for entry in choice.prompt_ranks
+    ]
+
+
 def _usage(usage: TokenUsage) -> _Usage:
     total = usage.prompt_tokens + usage.completion_tokens
     details = _PromptDetails(usage.cached_tokens)
@@ -252,8 +280,10 @@ def _completion_logprobs(tokens: Sequence[TokenLogprob]) -> _CompletionLogprobs:
     """The legacy shape; the drawn token is always among the most likely, so there may be one more than asked for."""
     return _CompletionLogprobs(
         tokens=[_shown(token.token) for token in tokens],
-        token_logprobs=[_finite(token.logprob) for token in tokens],
-        top_logprobs=[_by_text((*token.top, (token.token, token.logprob))) for token in tokens],
+        token_logprobs=[None if token.logprob is None else _finite(token.logprob) for token in tokens],
+        top_logprobs=[
+            None if token.logprob is None else _by_text((*token.top, (token.token, token.logprob))) for token in tokens
+        ],
         text_offset=[token.offset_chars for token in tokens],
     )
 
@@ -272,7 +302,7 @@ def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> _ChatLogprobs:
         [
             _ChatLogprob(
                 _shown(token.token),
-                _finite(token.logprob),
+                _finite(token.logprob or 0.0),
                 list(token.token),
                 [_TopLogprob(_shown(piece), _finite(value), list(piece)) for piece, value in token.top],
             )

@@ -25,6 +25,7 @@ from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.prepare import Choice, choices_of
+from baton.proxy.http.prompt_scores import ScoreRule
 from baton.proxy.http.responder import Responder
 from baton.proxy.http.schema import ParsedRequest
 from baton.proxy.http.service import ModelEntry, Service
@@ -166,6 +167,7 @@ class GenerateEndpoint:
             parsed.stop,
             parsed.ids,
             skip_special_tokens=parsed.skip_special_tokens,
+            scores=ScoreRule(parsed.echo_logprobs, parsed.sampling.prompt_logprobs),
         )
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
         meter = GenerationMeter(model.metrics, service.log, info, timeline)
@@ -182,7 +184,8 @@ class GenerateEndpoint:
                     if assembler.num_tokens > before:
                         meter.tokens(assembler.num_tokens - before, delta.cached_tokens)
                     outcome = assembler.finish or CANCELLED
-                    await responder.take(choice.index, events)
+                    if events or delta.ids:
+                        await responder.take(choice.index, events)
                     if assembler.finish:
                         return
             raise InvariantBroken(f"generation {generation.request_id} ended without a finish")

@@ -12,14 +12,35 @@ import msgspec
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
-    """One generated token with its probability, as bytes: it may be a part of a character."""
+    """One token with its probability, as bytes: it may be a part of a character."""
 
     token: bytes
-    logprob: float
+    logprob: float | None
+    """None: the first token of a prompt."""
     top: tuple[tuple[bytes, float], ...]
     """The most likely tokens at this place."""
     offset_chars: int
     """Characters of the answer before this token."""
+
+
+class RankedToken(msgspec.Struct, frozen=True):
+    """A token at one place of a prompt."""
+
+    logprob: float
+    rank: int
+    """1: the likeliest."""
+    token: bytes
+
+
+PromptEntry = dict[int, RankedToken]
+"""The token of one place of a prompt, and the likeliest ones there, by id."""
+
+
+class PromptRanks(msgspec.Struct, frozen=True):
+    """The log probabilities of the choice's prompt, where the client asked for `prompt_logprobs`."""
+
+    entries: tuple[PromptEntry | None, ...]
+    """One a token; the first has none."""
 
 
 class PromptIds(msgspec.Struct, frozen=True):
@@ -54,7 +75,7 @@ class TokenUsage(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
-Event = PromptIds | Content | ChoiceEnd | TokenUsage
+Event = PromptIds | PromptRanks | Content | ChoiceEnd | TokenUsage
 
 
 class ChoiceText(msgspec.Struct, frozen=True):
@@ -68,6 +89,7 @@ class ChoiceText(msgspec.Struct, frozen=True):
     stop_reason: str | int | None = None
     token_ids: tuple[int, ...] = ()
     prompt_ids: tuple[int, ...] = ()
+    prompt_ranks: tuple[PromptEntry | None, ...] = ()
 
 
 def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
@@ -78,6 +100,7 @@ def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
     logprobs: list[TokenLogprob] = []
     token_ids: list[int] = []
     prompt_ids: tuple[int, ...] = ()
+    prompt_ranks: tuple[PromptEntry | None, ...] = ()
     finish, stop_reason = "", None
     for event in events:
         if type(event) is Content:
@@ -88,7 +111,11 @@ def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
             finish, stop_reason = event.reason, event.stop_reason
         elif type(event) is PromptIds:
             prompt_ids = event.token_ids
-    return ChoiceText(index, "".join(texts), tuple(logprobs), finish, stop_reason, tuple(token_ids), prompt_ids)
+        elif type(event) is PromptRanks:
+            prompt_ranks = event.entries
+    return ChoiceText(
+        index, "".join(texts), tuple(logprobs), finish, stop_reason, tuple(token_ids), prompt_ids, prompt_ranks
+    )
 
 
 def total_usage(usages: Sequence[TokenUsage], choices_per_prompt: int) -> TokenUsage:

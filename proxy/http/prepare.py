@@ -131,6 +131,7 @@ def _sampling(
         raise BadRequest(
             f"min_tokens is {asked.min_tokens}, but only {max_tokens} tokens can follow", param="min_tokens"
         )
+    wanted = [each for each in (asked.prompt_logprobs, request.echo_logprobs) if each is not None]
     given = {name: value for name in _BY_NAME if (value := getattr(asked, name)) is not None}
     converted = {
         "top_k": max(0, text.defaults.top_k if asked.top_k is None else asked.top_k),
@@ -141,6 +142,7 @@ def _sampling(
         "bad_words": bad_words,
         "logprobs": request.top_logprobs is not None,
         "top_logprobs": request.top_logprobs or 0,
+        "prompt_logprobs": max(wanted) if wanted else None,
     }
     sampling = SamplingSpec(**{**dataclasses.asdict(text.defaults), **given, **converted})
     _check_drawable(sampling, text.vocab_size)

@@ -81,6 +81,7 @@ class SamplingRequest(_Strict):
     ignore_eos: bool | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
 
 class _Body(SamplingRequest):
@@ -89,7 +90,7 @@ class _Body(SamplingRequest):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     n: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
@@ -119,7 +120,7 @@ class CompletionBody(_Body):
 
 class ChatBody(_Body, TemplateRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=1, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
@@ -188,6 +189,11 @@ class ParsedRequest:
     """Digest of the client's name for its conversation or itself, for the policy `session`; empty: it gave none."""
 
     @property
+    def echo_logprobs(self) -> int | None:
+        """Alternatives beside the log probability of each token of the prompt that the answer repeats; None: none."""
+        return self.top_logprobs if self.echo else None
+
+    @property
     def prompt_param(self) -> str:
         """The parameter that the prompt comes from, for errors."""
         return "messages" if self.messages else "prompt"
@@ -199,10 +205,8 @@ def read_completion(body: bytes) -> ParsedRequest:
     check_extra(request.model_extra or {})
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is only supported where it equals n", param="best_of")
-    if request.echo and request.logprobs is not None:
-        raise BadRequest("echo together with logprobs is not supported", param="echo")
     return ParsedRequest(
-        **_shared(request, request.max_tokens),
+        **_shared(request, request.max_tokens, shows_prompt=bool(request.echo)),
         prompts=_prompts(request.prompt),
         add_special_tokens=request.add_special_tokens is not False,
         top_logprobs=request.logprobs,
@@ -219,7 +223,11 @@ def read_chat(body: bytes) -> ParsedRequest:
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     return ParsedRequest(
-        **_shared(request, request.max_completion_tokens or request.max_tokens),
+        **_shared(
+            request,
+            request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
+            shows_prompt=False,
+        ),
         messages=tuple(message_fields(index, message) for index, message in enumerate(request.messages)),
         render=render_options(request),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -253,8 +261,12 @@ def parse(model: type[Body], body: bytes) -> Body:
     raise BadRequest(f"{'.'.join(path)}: {found['msg']}", param=".".join(path))
 
 
-def _shared(request: _Body, max_tokens: int | None) -> dict[str, Any]:
-    """The fields of a ParsedRequest that do not depend on the endpoint."""
+def _shared(request: _Body, max_tokens: int | None, *, shows_prompt: bool) -> dict[str, Any]:
+    """The fields of a ParsedRequest that do not depend on the endpoint; `shows_prompt`: the answer repeats it."""
+    if request.prompt_logprobs is not None and request.stream:
+        raise BadRequest("prompt_logprobs is not available where stream is true", param="prompt_logprobs")
+    if max_tokens == 0 and not shows_prompt and request.prompt_logprobs is None:
+        raise BadRequest("max_tokens may be 0 only together with echo or prompt_logprobs", param="max_tokens")
     if request.stream_options is not None and not request.stream:
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
     if max_tokens is not None and (request.min_tokens or 0) > max_tokens:

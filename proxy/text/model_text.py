@@ -137,6 +137,10 @@ class ModelText:
         texts = ((token, str(self._added[token].content)) for token in self._special_ids)
         return {token: text for token, text in texts if any(text in string for string in strings)}
 
+    def special_text(self, token_id: int) -> str:
+        """The text of a special token; empty for other tokens."""
+        return str(self._added[token_id].content) if token_id in self._special_ids else ""
+
     def token_bytes(self, token_id: int, first: bool = False) -> bytes:
         """The bytes that one token stands for, exact also where they are a part of a character; empty if unknown.
 

@@ -230,7 +230,7 @@ def test_values_are_not_repeated_in_errors() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["temprature", "kv_transfer_params", "do_remote_prefill", "x" * 5000, "prompt_logprobs"]
+    "name", ["temprature", "kv_transfer_params", "do_remote_prefill", "x" * 5000]
 )
 def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
     """Guards against a misspelt parameter silently lost, and transfer parameters taken from a client."""
@@ -258,7 +258,9 @@ def test_an_unsupported_parameter_is_refused_unless_it_asks_for_nothing(name: st
 def test_contradictions_are_refused() -> None:
     """Guards against one of two contradicting parameters silently winning."""
     assert refused(COMPLETION, best_of=3, n=2).param == "best_of"
-    assert refused(COMPLETION, echo=True, logprobs=1).param == "echo"
+    assert refused(COMPLETION, prompt_logprobs=1, stream=True).param == "prompt_logprobs"
+    assert refused(CHAT, max_tokens=0).param == refused(COMPLETION, max_tokens=0).param == "max_tokens"
+    assert refused(CHAT, prompt_logprobs=-1).param == "prompt_logprobs"
     assert refused(COMPLETION, logprobs=6).param == "logprobs"
     assert refused(COMPLETION, min_tokens=5, max_tokens=4).param == "min_tokens"
     assert refused(COMPLETION, stream_options={"include_usage": True}).param == "stream_options"
