@@ -148,6 +148,27 @@ class DeviceDecoder:
         if normed is not None:
             self._logits(normed, pdl=False)
 
+    def prefill_scored(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        kv_slots: torch.Tensor,
+        attend: Attend,
+        drawn: torch.Tensor,
+        parts: Sequence[tuple[int, int]],
+        take: Callable[[torch.Tensor, int], None],
+    ) -> None:
+        """As `prefill`; before, `take` gets the logits behind tokens begin .. end - 1 of each part, and its number.
+
+        They are valid until it returns.
+        """
+        normed = self._layers(_Step(tokens, positions, kv_slots, attend))
+        assert normed is not None, "all tokens are computed to the end"
+        for number, (begin, end) in enumerate(parts):
+            take(self._logits(normed[begin:end], pdl=False), number)
+        if count := len(drawn):
+            self._logits(torch.index_select(normed, 0, drawn, out=self._act.last[:count]), pdl=False)
+
     def _layers(self, step: _Step) -> torch.Tensor | None:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
         act, config = self._act, self._config

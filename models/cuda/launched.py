@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
 from baton.kernels.triton.logprobs import MOST, LogprobRows
+from baton.kernels.triton.prompt_logprobs import PromptLogprobRows
 from baton.models.batch import DeviceTime, Drawn
 from baton.models.cuda.queue import Queue, QueueMark
 from baton.node.messages.control import Logprob, PromptLogprob
@@ -15,10 +17,43 @@ from baton.node.messages.control import Logprob, PromptLogprob
 NUM_TOP = MOST.value
 
 
+class ScoredPart(NamedTuple):
+    """Row number `row` of a step has `size` results from `first` on, with `num_top` likeliest tokens each."""
+
+    row: int
+    first: int
+    size: int
+    num_top: int
+
+
+class ScoreBuffers:
+    """Log probabilities of up to `size` tokens of prompts."""
+
+    def __init__(self, queue: Queue, size: int) -> None:
+        self._values = queue.host_buffer(size).view(torch.float32)
+        self._ranks = queue.host_buffer(size)
+        self._tops = queue.host_buffer(size * NUM_TOP).view(torch.float32).view(size, NUM_TOP)
+        self._top_ids = queue.host_buffer(size * NUM_TOP).view(size, NUM_TOP)
+
+    def take(self, count: int, found: PromptLogprobRows) -> None:
+        self._values[:count].copy_(found.values[:count], non_blocking=True)
+        self._ranks[:count].copy_(found.ranks[:count], non_blocking=True)
+        self._tops[:count].copy_(found.top[:count], non_blocking=True)
+        self._top_ids[:count].copy_(found.top_ids[:count], non_blocking=True)
+
+    def read(self, part: ScoredPart) -> tuple[PromptLogprob, ...]:
+        places = slice(part.first, part.first + part.size)
+        ids, values = self._top_ids[places, : part.num_top].tolist(), self._tops[places, : part.num_top].tolist()
+        own = zip(self._values[places].tolist(), self._ranks[places].tolist(), ids, values, strict=True)
+        return tuple(PromptLogprob(value, rank, tuple(zip(i, v, strict=True))) for value, rank, i, v in own)
+
+
 class StepResult:
     """Tokens, and where asked for log probabilities, of up to max_rows rows. Filled by work that was enqueued."""
 
     def __init__(self, queue: Queue, max_rows: int) -> None:
+        self._queue = queue
+        self._scores: ScoreBuffers | None = None
         self._tokens = queue.host_buffer(max_rows)
         self._logprobs = queue.host_buffer(max_rows).view(torch.float32)
         self._tops = queue.host_buffer(max_rows * NUM_TOP).view(torch.float32).view(max_rows, NUM_TOP)
@@ -34,6 +69,16 @@ class StepResult:
         self._logprobs[places].copy_(found.drawn[:count], non_blocking=True)
         self._tops[places].copy_(found.top[:count], non_blocking=True)
         self._top_ids[places].copy_(found.top_ids[:count], non_blocking=True)
+
+    def take_scores(self, count: int, found: PromptLogprobRows) -> None:
+        """The same for log probabilities of `count` tokens of prompts."""
+        if self._scores is None:  # few steps have any
+            self._scores = ScoreBuffers(self._queue, len(found.values))
+        self._scores.take(count, found)
+
+    def scores(self, span: ScoredPart) -> tuple[PromptLogprob, ...]:
+        assert self._scores is not None, "a step without log probabilities of prompts"
+        return self._scores.read(span)
 
     def read(self, num_tops: list[int | None]) -> list[Drawn]:
         """The first rows; num_tops says how many likeliest tokens each names, None: no logprob."""
@@ -70,6 +115,7 @@ class LaunchedStep:
     num_tops: list[int | None]
     num_rows: int
     give_back: Callable[[StepResult], None]
+    scored: tuple[ScoredPart, ...] = ()
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
     """Filled by `read`."""
 
@@ -82,5 +128,6 @@ class LaunchedStep:
         drawn: list[Drawn | None] = [None] * self.num_rows
         for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
             drawn[index] = entry
+        self.prompt_logprobs.update({part.row: self.result.scores(part) for part in self.scored})
         self.give_back(self.result)
         return drawn

@@ -22,14 +22,15 @@ import torch
 from baton.kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.decode_work import share_out
+from baton.kernels.triton.prompt_logprobs import PromptLogprobRows, prompt_logprobs
 from baton.kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
-from baton.models.batch import Draw, Launched, Row
+from baton.models.batch import Draw, Launched, PromptTargets, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import ChunkAttention, choose_attention
 from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, lay_out
 from baton.models.cuda.decoder import DeviceDecoder
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
-from baton.models.cuda.launched import LaunchedStep, StepMarks, StepResult
+from baton.models.cuda.launched import LaunchedStep, ScoredPart, StepMarks, StepResult
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from baton.models.cuda.queue import ALIGNED, Queue, QueueMark, Upload, Work, aligned
 from baton.models.cuda.slots import Slots, SlotSampler
@@ -47,7 +48,9 @@ PDL_ROWS = 128
 CHUNK_SIZES, CHUNK_SEQUENCES = ((128, 1), (256, 1), (512, 1), (1024, 900)), 4
 """Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well, and run so from the
 second number of tokens on: with fewer the rest, which is computed too, takes longer than launching does."""
-CHUNK_ARRAYS = len(ChunkArrays._fields)
+CHUNK_ARRAYS = len(ChunkArrays._fields) + 1
+SCORED_ROWS = 128
+"""Rows of logits at a time where a prompt's log probabilities are asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +89,8 @@ class CudaRunner:
         self._most_tokens = max(limits.max_tokens, rows)
         self._decoder = DeviceDecoder(config, weights, policy, self._most_tokens, rows, max_len)
         self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
+        scored_rows = min(SCORED_ROWS, rows)  # their logits lie where those of rows that draw do
+        self._found = PromptLogprobRows.make(self._most_tokens, scored_rows, config.vocab_size, queue.device)
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
         self._results = [StepResult(queue, rows) for _ in range(limits.run_ahead + 1)]
         self._last: QueueMark | None = None
@@ -117,7 +122,7 @@ class CudaRunner:
             inputs=StepInputs.make(rows, width, device),
             upload=Upload(self.queue, header + 2 * aligned(rows * width)),
             attention=attention,
-            chunk_upload=Upload(self.queue, 3 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED),
+            chunk_upload=Upload(self.queue, 4 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED),
             scratch=DecodeScratch.make(
                 rows,
                 max(self._plan(size, length).num_chunks for size in sizes for length in lengths),
@@ -146,6 +151,9 @@ class CudaRunner:
             self.launch([Row([0], 0, [0], draw, slot) for slot in range(min(size, self._limits.max_rows))]).read()
         length = min(self._longest - 1, self._limits.max_tokens)
         self.launch([Row([0] * length, 0, range(width), draw)]).read()
+        if length > 1:
+            targets = PromptTargets(0, [0] * (length - 1), 1)
+            self.launch([Row([0] * length, 0, range(width), draw, 0, targets)]).read()
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says."""
@@ -160,7 +168,8 @@ class CudaRunner:
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before, self._last = self._last or begun, self.queue.mark()
         marks = StepMarks(before, begun, self._last)
-        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append)
+        scored = _scored_parts(rows, chunks)
+        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, scored)
 
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
@@ -182,7 +191,8 @@ class CudaRunner:
         """Of either kind there may be none. Returns the step's begin on the device."""
         new = sum(row.num_new for row in chunks)
         padded = self._bind().graphs.size_for(len(decode)) if decode else 0
-        if decode and new >= self._limits.mixed_tokens and padded + new <= self._most_tokens:
+        scores = any(row.targets is not None for row in chunks)
+        if decode and not scores and new >= self._limits.mixed_tokens and padded + new <= self._most_tokens:
             return self._launch_mixed(decode, chunks, result, padded)
         begun = []
         if decode:
@@ -279,11 +289,15 @@ class CudaRunner:
         arrays = lay_out(rows, bound.block_tokens, self.config.num_heads, bound.attention.tile)
         for row in rows:
             bound.slots.begin(row.slot)
-        captured = next((step for step in bound.chunk_steps if step.shape.holds(arrays)), None)
-        if captured is not None:
-            arrays = captured.shape.padded(arrays, bound.slots.padding)
-        sent = bound.chunk_upload.send(arrays)
-        prefill = self._prefill_body(sent) if captured is None else captured.launch
+        if any(row.targets is not None for row in rows):
+            *sent, targets = bound.chunk_upload.send((*arrays, _targets(rows)))
+            prefill = self._scored_body(rows, sent, targets, result)
+        else:
+            captured = next((step for step in bound.chunk_steps if step.shape.holds(arrays)), None)
+            if captured is not None:
+                arrays = captured.shape.padded(arrays, bound.slots.padding)
+            sent = bound.chunk_upload.send(arrays)
+            prefill = self._prefill_body(sent) if captured is None else captured.launch
         drawing = [row for row in rows if row.draw is not None]
         slots, new_positions = (array[: len(drawing)] for array in sent[-2:])
         edited = any(self._sampler.edits(row.slot) for row in drawing)
@@ -344,6 +358,34 @@ class CudaRunner:
         attention = self._bind().attention
         attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
         return partial(self._decoder.prefill, tokens, positions, kv_slots, attend, last)
+
+    def _scored_body(
+        self, rows: Sequence[Row], sent: Sequence[torch.Tensor], targets: torch.Tensor, result: StepResult
+    ) -> Work:
+        """The same, with log probabilities of the rows' targets: a few rows of logits at a time."""
+        tokens, positions, kv_slots, starts, lengths, tables, items, last, _, _ = sent
+        attention, most = self._bind().attention, len(self._found.sums)
+        parts: list[tuple[int, int]] = []
+        places: list[tuple[int, int]] = []  # of each part's results, and its num_top
+        begin = place = 0
+        for row in rows:
+            if row.targets is not None:
+                first, count = begin + row.targets.offset, len(row.targets.token_ids)
+                for done in range(0, count, most):
+                    parts.append((first + done, first + min(done + most, count)))
+                    places.append((place + done, min(row.targets.num_top, self.config.vocab_size)))
+                place += count
+            begin += row.num_new
+
+        def take(logits: torch.Tensor, number: int) -> None:
+            prompt_logprobs(logits, targets, *places[number], self._found)
+
+        def work() -> None:
+            attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
+            self._decoder.prefill_scored(tokens, positions, kv_slots, attend, last, parts, take)
+            result.take_scores(len(targets), self._found)
+
+        return work
 
     def _rehearse(self) -> None:
         """All that is launched before the first request, whatever part of it a GPU is wanted for."""
@@ -413,6 +455,21 @@ class _Bound:
     """int32 [3, most tokens]: tokens, positions and KV slots of a step of both kinds."""
     chunk_steps: list[CapturedChunks]
     """Smallest first."""
+
+
+def _targets(rows: Sequence[Row]) -> np.ndarray:
+    """int32 [T]: of all rows, in order."""
+    return np.array([token for row in rows if row.targets is not None for token in row.targets.token_ids], np.int32)
+
+
+def _scored_parts(rows: Sequence[Row], chunks: Sequence[int]) -> tuple[ScoredPart, ...]:
+    """Where the results of rows with targets are; `chunks`: numbers of the rows that are parts of prompts."""
+    found: list[ScoredPart] = []
+    for index in chunks:
+        if (targets := rows[index].targets) is not None:
+            first = found[-1].first + found[-1].size if found else 0
+            found.append(ScoredPart(index, first, len(targets.token_ids), targets.num_top))
+    return tuple(found)
 
 
 def decodes(row: Row) -> bool:

@@ -151,6 +151,15 @@ def sampling(pdl: bool) -> None:
     module.draw(logits, empty(rows, dtype=torch.float32), out, out, scratch, out, pdl=pdl)
 
 
+def scores_of_prompts() -> None:
+    from baton.kernels.triton import prompt_logprobs as module
+
+    vocab_size, targets = 128256, empty(8192, dtype=torch.int32)
+    out = module.PromptLogprobRows.make(8192, 128, vocab_size, "meta")
+    for rows, first, num_top in ((128, 0, 1), (127, 129, 20)):  # one kernel for all
+        module.prompt_logprobs(empty(rows, vocab_size), targets, first, num_top, out)
+
+
 def sampling_of_rows(dtype: torch.dtype) -> None:
     from baton.kernels.triton import logprobs, sampling_filter, sampling_rows
 
@@ -213,6 +222,7 @@ CASES: dict[str, Callable[[], None]] = {
     "sampling": lambda: sampling(False),
     "sampling_pdl": lambda: sampling(True),
     "sampling_rows": lambda: sampling_of_rows(torch.bfloat16),
+    "prompt_logprobs": scores_of_prompts,
     "linear_1": lambda: linears("FASTEST", 1, True),
     "linear_16": lambda: linears("FASTEST", 16, True),
     "linear_64": lambda: linears("FASTEST", 64, True),

@@ -69,6 +69,13 @@ def test_sampling_kernels_leave_room(kernels):
     assert all(kernel["registers"] <= 128 and kernel["shared_bytes"] <= 32 * 1024 for kernel in found), found
 
 
+def test_prompt_logprobs_are_compiled_once(kernels):
+    """Guards against a compiler in the middle of a request, for another place of results or number of tokens named."""
+    found = kernels["prompt_logprobs"]
+    assert len({str(sorted(kernel.items())) for kernel in found}) == 2
+    assert all(kernel["registers"] <= 128 and kernel["shared_bytes"] <= 32 * 1024 for kernel in found), found
+
+
 def test_prefill_attention_uses_warpgroup_instructions_and_fits(kernels):
     """Guards against a tile whose products fall back to a warp's instructions, at half the speed."""
     prefill = {case: of_case[0] for case, of_case in kernels.items() if case.startswith("prefill")}

@@ -229,9 +229,7 @@ def test_values_are_not_repeated_in_errors() -> None:
     assert "secret" not in str(refused(CHAT, messages=[{"role": "secret", "content": "secret"}]))
 
 
-@pytest.mark.parametrize(
-    "name", ["temprature", "kv_transfer_params", "do_remote_prefill", "x" * 5000]
-)
+@pytest.mark.parametrize("name", ["temprature", "kv_transfer_params", "do_remote_prefill", "x" * 5000])
 def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
     """Guards against a misspelt parameter silently lost, and transfer parameters taken from a client."""
     for base in (CHAT, COMPLETION):
