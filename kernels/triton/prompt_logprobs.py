@@ -10,7 +10,7 @@ together in a fixed order; of equals the lowest id comes first. Bytes: the logit
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import triton
@@ -52,6 +52,11 @@ class PromptLogprobRows:
             block_top=zeros(num_rows, blocks, most),
             block_ids=zeros(num_rows, blocks, most, dtype=torch.int32),
         )
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = (getattr(self, each.name) for each in fields(self))
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 @triton.jit(do_not_specialize=["first", "wanted"])

@@ -171,6 +171,11 @@ class CudaRunner:
         scored = _scored_parts(rows, chunks)
         return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, scored)
 
+    @property
+    def score_bytes(self) -> int:
+        """Memory of the device that log probabilities of prompts take, whether any are asked for or not."""
+        return self._found.size_bytes
+
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
         result = self._results[-1]
