@@ -39,13 +39,13 @@ class ServedModel:
 
 
 @contextmanager
-def served_model(options: argparse.Namespace) -> Iterator[ServedModel]:
-    """On CPU the demo model, on a GPU random weights of `--shape`."""
+def served_model(options: argparse.Namespace, tokenizer: Path | None = None) -> Iterator[ServedModel]:
+    """On CPU the demo model, on a GPU random weights of `--shape`; `tokenizer` as `make_model` takes it."""
     if options.device == "cpu":
         yield ServedModel(DEMO_MODEL, (), 16, block_bytes(locate_model(DEMO_MODEL), 16, dtype_bytes=4))
         return
     with TemporaryDirectory() as parent:
-        folder = make_model(options.shape, Path(parent) / options.shape)
+        folder = make_model(options.shape, Path(parent) / options.shape, tokenizer)
         yield ServedModel(str(folder), ("--load-format=dummy",), 64, block_bytes(folder, 64, dtype_bytes=2))
 
 

@@ -1,7 +1,7 @@
-"""Models of a given shape: a folder with the shape's config and the demo model's tokenizer, for random weights
-(`--load-format dummy`).
+"""Models of a given shape for random weights (`--load-format dummy`): a folder with the shape's config and a tokenizer.
 
-The vocabulary shrinks to the tokenizer's, so that every token that random weights draw is text and can be streamed.
+With the demo model's tokenizer the vocabulary shrinks to that one's, so that every token that random weights draw is
+text and can be streamed. With a tokenizer of the shape's own family the vocabulary is the shape's.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 from baton.node.modelhub import DEMO_MODEL, locate_model
 
 SHAPES = Path(__file__).resolve().parents[1] / "shapes"
+TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 TAKEN_FROM_DEMO = ("vocab_size", "bos_token_id", "eos_token_id")
 
 
@@ -20,16 +21,18 @@ def shape_names() -> list[str]:
     return sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
 
 
-def make_model(shape: str, folder: Path) -> Path:
-    """Write the model of `shape` into `folder`; returns the folder."""
-    demo_folder = locate_model(DEMO_MODEL)
+def make_model(shape: str, folder: Path, tokenizer: Path | None = None) -> Path:
+    """Write the model of `shape` into `folder`; returns the folder. `tokenizer`: a folder; None: the demo model's."""
+    text_folder = tokenizer or locate_model(DEMO_MODEL)
     config = json.loads((SHAPES / shape / "config.json").read_text(encoding="utf-8"))
-    demo = json.loads((demo_folder / "config.json").read_text(encoding="utf-8"))
-    config |= {name: demo[name] for name in TAKEN_FROM_DEMO}
+    if tokenizer is None:
+        demo = json.loads((text_folder / "config.json").read_text(encoding="utf-8"))
+        config |= {name: demo[name] for name in TAKEN_FROM_DEMO}
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        shutil.copy(demo_folder / name, folder / name)
+    for name in TEXT_FILES:
+        if (text_folder / name).exists():
+            shutil.copy(text_folder / name, folder / name)
     return folder
 
 
