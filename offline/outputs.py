@@ -56,7 +56,8 @@ class RequestOutput:
     """Prompt tokens whose KV was found in a cache."""
     error: str | None = None
     """Why this prompt has no answer; its outputs then have the finish_reason "error"."""
-    prompt_logprobs: None = None
+    prompt_logprobs: list[dict[int, RankedLogprob] | None] | None = None
+    """For each token of the prompt: it and the likeliest, by token id; the first has none."""
     metrics: None = None
 
 
@@ -95,6 +96,12 @@ class _MessageRead(msgspec.Struct):
     content: str | None = None
 
 
+class _RankedRead(msgspec.Struct):
+    logprob: float
+    rank: int
+    decoded_token: str
+
+
 class _ChoiceRead(msgspec.Struct):
     index: int
     text: str | None = None
@@ -104,6 +111,7 @@ class _ChoiceRead(msgspec.Struct):
     token_ids: list[int] | None = None
     prompt_token_ids: list[int] | None = None
     logprobs: _LogprobsRead | None = None
+    prompt_logprobs: list[dict[str, _RankedRead] | None] | None = None
 
 
 class _AnswerRead(msgspec.Struct):
@@ -150,6 +158,7 @@ def request_output(
         prompt_token_ids=prompt_ids,
         outputs=[_completion_output(choice, num_top, decode) for choice in choices],
         num_cached_tokens=details.cached_tokens if details else 0,
+        prompt_logprobs=_prompt_logprobs(choices[0].prompt_logprobs),
     )
 
 
@@ -165,6 +174,19 @@ def failure_message(status: int, body: bytes) -> str:
         return f"HTTP {status}: {_read_failure(body).error.message}"
     except msgspec.DecodeError:
         return f"HTTP {status}"
+
+
+def _prompt_logprobs(
+    entries: list[dict[str, _RankedRead] | None] | None,
+) -> list[dict[int, RankedLogprob] | None] | None:
+    if entries is None:
+        return None
+    return [
+        None
+        if entry is None
+        else {int(token): RankedLogprob(each.logprob, each.rank, each.decoded_token) for token, each in entry.items()}
+        for entry in entries
+    ]
 
 
 def _completion_output(choice: _ChoiceRead, num_top: int, decode: Callable[[int], str] | None) -> CompletionOutput:

@@ -42,6 +42,8 @@ class SamplingParams:
     ignore_eos: bool = False
     logprobs: int | None = None
     """Log probabilities of each drawn token and so many of the likeliest; None: none."""
+    prompt_logprobs: int | None = None
+    """The same for each token of the prompt but the first. Such a prompt takes no cached prefix."""
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     repetition_penalty: float = 1.0
@@ -73,6 +75,8 @@ class SamplingParams:
             raise ValueError("bad_words must be a list of words that are not empty")
         if self.logprobs is not None:
             _check_range("logprobs", self.logprobs, 0, MAX_LOGPROBS)
+        if self.prompt_logprobs is not None:
+            _check_range("prompt_logprobs", self.prompt_logprobs, 0, MAX_LOGPROBS)
 
 
 def _check_range(name: str, value: float, lowest: float, highest: float) -> None:
@@ -91,6 +95,7 @@ def sampling_fields(params: SamplingParams | None, *, chat: bool) -> dict[str, o
         "stop": [params.stop] if isinstance(params.stop, str) else params.stop,
         "logit_bias": {str(token): bias for token, bias in biases.items()} or None,
         "logprobs": None,
+        "prompt_logprobs": params.prompt_logprobs,
         **_logprob_fields(params.logprobs, chat),
     }
     plain = {name: list(value) if isinstance(value, Sequence) else value for name, value in fields.items()}

@@ -96,3 +96,13 @@ def test_a_failed_prompt_has_as_many_outputs_as_asked_for() -> None:
 def test_messages_of_failures() -> None:
     assert failure_message(400, b'{"error": {"message": "no", "code": null}}') == "HTTP 400: no"
     assert failure_message(502, b"<html>") == "HTTP 502"
+
+
+def test_prompt_logprobs_are_read_by_token_id():
+    """Guards against entries of another token, and a first one that is dropped, which shifts all others."""
+    body = (
+        b'{"choices": [{"index": 0, "text": "", "token_ids": [], "prompt_token_ids": [5, 7], "prompt_logprobs": '
+        b'[null, {"7": {"logprob": -1.5, "rank": 4, "decoded_token": " a"}}]}]}'
+    )
+    output = request_output("0", "x", body)
+    assert output.prompt_logprobs == [None, {7: RankedLogprob(-1.5, 4, " a")}]
