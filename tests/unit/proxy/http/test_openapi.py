@@ -22,7 +22,7 @@ from referencing import Registry, Resource
 from referencing.jsonschema import DRAFT202012
 
 from baton.node.errors import BatonError, DeadlineExceeded, InvariantBroken, Overloaded, PeerLost
-from baton.node.messages.control import Logprob
+from baton.node.messages.control import Logprob, PromptLogprob
 from baton.proxy.interface import Delta
 from baton.proxy.text.model_text import ModelText
 from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
@@ -93,22 +93,24 @@ def nullable(node: Any) -> Any:
 
 
 def combinations(grid: tuple[tuple[dict[str, Any], ...], ...]) -> Iterator[dict[str, Any]]:
-    """Every choice of one part a row, less what the API refuses: echo together with logprobs."""
+    """Every choice of one part a row."""
     for parts in itertools.product(*grid):
-        body = {name: value for part in parts for name, value in part.items()}
-        if not ("echo" in body and "logprobs" in body):
-            yield body
+        yield {name: value for part in parts for name, value in part.items()}
 
 
-def without_nulls(chunk: dict[str, Any]) -> dict[str, Any]:
-    """A completion's chunk without the nulls that OpenAI's stream has too, though one schema describes whole answers
-    and chunks: a reason to finish before the end, a usage before the last chunk."""
-    choices = [
-        {**choice, "finish_reason": "stop" if choice["finish_reason"] is None else choice["finish_reason"]}
-        for choice in chunk["choices"]
-    ]
-    kept = {name: value for name, value in chunk.items() if name != "usage" or value is not None}
-    return {**kept, "choices": choices}
+def without_nulls(completion: dict[str, Any]) -> dict[str, Any]:
+    """A completion, or a chunk, without the nulls of OpenAI's own that its description leaves out: log probabilities of
+    the first token of an echoed prompt and, in a chunk, the reason to finish and the usage before the end."""
+    kept = {name: value for name, value in completion.items() if name != "usage" or value is not None}
+    return {**kept, "choices": [_choice_without_nulls(choice) for choice in completion["choices"]]}
+
+
+def _choice_without_nulls(choice: dict[str, Any]) -> dict[str, Any]:
+    made = {**choice, "finish_reason": "stop" if choice["finish_reason"] is None else choice["finish_reason"]}
+    if choice["logprobs"] is not None and choice["logprobs"]["token_logprobs"][:1] == [None]:
+        lists = choice["logprobs"]
+        made["logprobs"] = lists | {name: lists[name][1:] for name in ("token_logprobs", "top_logprobs")}
+    return made
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +133,11 @@ def engine(text: ModelText) -> FakeEngine:
         limit = call.sampling.max_tokens
         shown = ids[:limit]
         ends = ["" for _ in shown[:-1]] + ["length" if len(ids) > limit else "stop"]
-        return [Delta((token,), logprobs, end, 1) for token, end in zip(shown, ends, strict=True)]
+        answer: list[ScriptStep] = [Delta((token,), logprobs, end, 1) for token, end in zip(shown, ends, strict=True)]
+        if (wanted := call.sampling.prompt_logprobs) is None:
+            return answer
+        entry = PromptLogprob(-0.75, 3, ((ids[0], -0.5), (ids[1], float("-inf")), (5, -1.0))[:wanted])
+        return [Delta((), prompt_logprobs=(entry,) * (len(call.prompt_ids) - 1)), *answer]
 
     return FakeEngine(script)
 
@@ -153,7 +159,9 @@ async def ask_stream(client: httpx.AsyncClient, path: str, body: dict[str, Any])
 async def test_completions(client: httpx.AsyncClient, schemas: Schemas) -> None:
     """Guards against an answer of /v1/completions that a client generated from the description cannot read."""
     for body in combinations(COMPLETION_GRID):
-        schemas.check("CreateCompletionResponse", await ask(client, "/v1/completions", COMPLETION | body))
+        answer = await ask(client, "/v1/completions", COMPLETION | body)
+        assert all(choice["finish_reason"] for choice in answer["choices"])
+        schemas.check("CreateCompletionResponse", without_nulls(answer))
 
 
 async def test_streamed_completions(client: httpx.AsyncClient, schemas: Schemas) -> None:
