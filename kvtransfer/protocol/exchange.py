@@ -213,8 +213,7 @@ class TransferExchange:
                 self._on_grant(peer, message, now)
             case Renew():
                 for transfer_id in message.transfer_ids:
-                    if not self._to_sender(peer, transfer_id, message, now):
-                        self._wire.send(peer, Abort(transfer_id=transfer_id, reason="unknown transfer"))
+                    self._on_renew(peer, transfer_id, message, now)
             case Accept() | Validate() | Ack():
                 if not self._to_sender(peer, message.transfer_id, message, now):
                     self._wire.send(peer, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
@@ -324,12 +323,18 @@ class TransferExchange:
         leg = LegKey(grant.request_id, grant.attempt)
         sending = self._senders.of_leg(leg)
         if sending is None:  # the proxy's Prefill is still under way
-            self._senders.keep_grant(leg, peer, grant)
+            self._senders.keep_grant(leg, peer, grant, now)
         elif sending.peer == peer:
             self._senders.bind(grant.transfer_id, sending)
             self._run_sender(sending, sending.machine.on_message(grant, now), now)
         else:
             self.counters.unexpected_messages += 1
+
+    def _on_renew(self, peer: str, transfer_id: bytes, renew: Renew, now: float) -> None:
+        """It may come before the prompt, which waits for the worker's step: the transfer is known by its grant then."""
+        known = self._to_sender(peer, transfer_id, renew, now) or self._senders.awaits_prompt(transfer_id, peer, now)
+        if not known:
+            self._wire.send(peer, Abort(transfer_id=transfer_id, reason="unknown transfer"))
 
     def _to_sender(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:
         sending = self._senders.of_transfer(transfer_id)

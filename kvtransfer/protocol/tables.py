@@ -16,6 +16,8 @@ from baton.node.leg import LegKey
 from baton.node.messages.transfer import Grant
 
 MAX_EARLY_GRANTS = 4096
+PROMPT_LATE_S = 60.0
+"""A grant waits at most so long for its prompt, which the worker's loop takes up after the step that it is at."""
 
 
 @dataclass(slots=True)
@@ -38,6 +40,15 @@ class Receiving:
     plane: Plane
 
 
+@dataclass(frozen=True, slots=True)
+class _EarlyGrant:
+    """A grant that came before its prompt."""
+
+    peer: str
+    grant: Grant
+    since: float
+
+
 class SenderTable:
     """Transfers that this worker sends, by leg and by transfer id, and grants that came before their prompts."""
 
@@ -46,7 +57,8 @@ class SenderTable:
         self._by_leg: dict[LegKey, Sending] = {}
         self._by_transfer: dict[bytes, Sending] = {}  # those that were granted
         self._ended: deque[tuple[float, Sending]] = deque()  # remembered until then, in order
-        self._early_grants: dict[LegKey, tuple[str, Grant]] = {}  # the oldest first
+        self._early_grants: dict[LegKey, _EarlyGrant] = {}  # the oldest first
+        self._early_legs: dict[bytes, LegKey] = {}  # of the same, by transfer id
 
     def add(self, sending: Sending) -> None:
         self._by_leg[sending.leg] = self.live[sending.leg] = sending
@@ -72,16 +84,33 @@ class SenderTable:
             del self._by_leg[sending.leg]
             self._by_transfer.pop(sending.machine.transfer_id or b"", None)
 
-    def keep_grant(self, leg: LegKey, peer: str, grant: Grant) -> None:
-        """Keep it for the prompt that is still under way; of too many the oldest is dropped."""
+    def keep_grant(self, leg: LegKey, peer: str, grant: Grant, now: float) -> None:
+        """Keep it for the prompt that is still under way; of too many the oldest is dropped. Repeated: no effect."""
+        known = self._early_grants.get(leg)
+        if known is not None and (known.peer, known.grant) == (peer, grant):
+            return
+        self._drop_early(leg)
         while len(self._early_grants) >= MAX_EARLY_GRANTS:
-            del self._early_grants[next(iter(self._early_grants))]
-        self._early_grants[leg] = (peer, grant)
+            self._drop_early(next(iter(self._early_grants)))
+        self._early_grants[leg] = _EarlyGrant(peer, grant, now)
+        self._early_legs[grant.transfer_id] = leg
+
+    def awaits_prompt(self, transfer_id: bytes, peer: str, now: float) -> bool:
+        """Whether this peer granted the transfer and its prompt may still come."""
+        leg = self._early_legs.get(transfer_id)
+        early = self._early_grants.get(leg) if leg is not None else None
+        return early is not None and early.peer == peer and now - early.since < PROMPT_LATE_S
 
     def take_grant(self, leg: LegKey, peer: str) -> Grant | None:
         """The grant that came early for this leg; None where it was of another peer, and is dropped."""
-        granted_by, grant = self._early_grants.pop(leg, ("", None))
-        return grant if granted_by == peer else None
+        early = self._drop_early(leg)
+        return early.grant if early is not None and early.peer == peer else None
+
+    def _drop_early(self, leg: LegKey) -> _EarlyGrant | None:
+        early = self._early_grants.pop(leg, None)
+        if early is not None:
+            self._early_legs.pop(early.grant.transfer_id, None)
+        return early
 
 
 class ReceiverTable:

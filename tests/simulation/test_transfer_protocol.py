@@ -49,6 +49,16 @@ def test_without_faults_every_admitted_request_is_handed_over(part: int) -> None
 
 
 @pytest.mark.parametrize("part", range(PARTS))
+def test_a_prompt_that_is_taken_up_late_is_handed_over(part: int) -> None:
+    """Guards against an abort of transfers whose prompt waits behind a long step: decode renews them meanwhile."""
+    for seed in seeds(part)[::4]:
+        world = _run(seed, Odds(late_prefill=0.7, late_s=(0.5, 8.0)))
+        for request in world.requests:
+            if request.computed and request.transfer_id:
+                assert request.leg in world.arrived, f"seed {seed}: {request.leg} never arrived"
+
+
+@pytest.mark.parametrize("part", range(PARTS))
 @pytest.mark.parametrize("kind", ROUGH)
 def test_no_schedule_breaks_an_invariant(kind: str, part: int) -> None:
     """Guards against writes into foreign blocks, activation on wrong KV, double ends and leaked blocks."""

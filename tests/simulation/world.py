@@ -52,6 +52,8 @@ class Odds:
     cancel: float = 0.0
     crash: float = 0.0
     late_prefill: float = 0.0
+    late_s: tuple[float, float] = (0.5, 40.0)
+    """By how much a late prompt comes after its reservation."""
 
 
 @dataclass(slots=True)
@@ -454,7 +456,9 @@ class World:
         self.requests.append(request)
         self.later(self.random.expovariate(100.0), decode.reserve, request)
         late = self.chance(self.odds.late_prefill)
-        self.later(self.random.uniform(0.5, 40.0) if late else self.random.expovariate(100.0), prefill.prefill, request)
+        self.later(
+            self.random.uniform(*self.odds.late_s) if late else self.random.expovariate(100.0), prefill.prefill, request
+        )
         if self.chance(self.odds.cancel):
             at = self.random.expovariate(5.0)
             self.later(at, prefill.cancel_prefill, request.leg)

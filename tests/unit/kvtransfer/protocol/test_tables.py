@@ -62,10 +62,10 @@ def test_a_transfer_id_keeps_the_sender_that_had_it_first() -> None:
 def test_an_early_grant_is_taken_once_and_only_for_its_peer() -> None:
     """Guards against a grant of another decode worker for the same leg, which may have failed meanwhile."""
     table = SenderTable()
-    table.keep_grant(leg(1), "d/1", grant(1))
+    table.keep_grant(leg(1), "d/1", grant(1), 0.0)
     assert table.take_grant(leg(1), "d/1") == grant(1)
     assert table.take_grant(leg(1), "d/1") is None
-    table.keep_grant(leg(1), "d/2", grant(1))
+    table.keep_grant(leg(1), "d/2", grant(1), 0.0)
     assert table.take_grant(leg(1), "d/1") is None
 
 
@@ -74,8 +74,20 @@ def test_of_too_many_early_grants_the_oldest_is_dropped(monkeypatch) -> None:  #
     monkeypatch.setattr(tables, "MAX_EARLY_GRANTS", 2)
     table = SenderTable()
     for number in range(3):
-        table.keep_grant(leg(number), "d/1", grant(number))
+        table.keep_grant(leg(number), "d/1", grant(number), 0.0)
     assert [table.take_grant(leg(number), "d/1") for number in range(3)] == [None, grant(1), grant(2)]
+
+
+def test_a_grant_awaits_its_prompt_for_a_bounded_time() -> None:
+    """Guards against aborting a transfer whose prompt is late, and against one that is renewed for ever."""
+    table = SenderTable()
+    table.keep_grant(leg(1), "d/1", grant(1), 0.0)
+    table.keep_grant(leg(1), "d/1", grant(1), 50.0)  # repeated
+    transfer_id = grant(1).transfer_id
+    assert table.awaits_prompt(transfer_id, "d/1", 59.0) and not table.awaits_prompt(transfer_id, "d/2", 59.0)
+    assert not table.awaits_prompt(transfer_id, "d/1", 61.0)
+    table.take_grant(leg(1), "d/1")
+    assert not table.awaits_prompt(transfer_id, "d/1", 1.0)
 
 
 def test_an_ended_receiver_is_found_until_it_is_forgotten() -> None:
