@@ -23,7 +23,7 @@ from baton.tests.integration.cluster import Cluster
 
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parents[1] / "models" / "demo"
-PYTHON_CLIENTS = ("openai_python", "litellm_calls", "langchain_calls", "lm_eval_rows")
+PYTHON_CLIENTS = ("openai_python", "litellm_calls", "langchain_calls", "guidellm_load", "lm_eval_rows")
 NODE_CLIENTS = ("openai_node", "vercel_ai")
 STAMPS = {"python": HERE / ".venv" / "installed", "node": HERE / "node_modules" / "installed"}
 TIMEOUT_S = 240.0
