@@ -93,9 +93,12 @@ class Assembler:
         self._begun = True
         if self.finish:
             stop_reason = matched or (self._stop_token(delta) if self.finish == "stop" else None)
-            usage = TokenUsage(len(self._generation.prompt_ids), self.num_tokens, delta.cached_tokens)
-            events += (ChoiceEnd(self.finish, stop_reason), usage)
+            events += (ChoiceEnd(self.finish, stop_reason), self.usage(delta.cached_tokens))
         return events
+
+    def usage(self, cached_tokens: int) -> TokenUsage:
+        """What the choice has taken so far."""
+        return TokenUsage(len(self._generation.prompt_ids), self.num_tokens, cached_tokens)
 
     def _match(self, text: str, shown: bool = True) -> tuple[str, str]:
         """The text that may be sent, and the stop string that it completed, or "".

@@ -160,6 +160,8 @@ class AnswerHeader:
     token_ids: bool
     include_usage: bool
     """Of a stream: every chunk has the field, the last one a value."""
+    continuous_usage: bool = False
+    """Of such a stream: every chunk with new tokens has a value, that of its choice so far."""
 
     def encode(self, kind: str, choices: _Choices, usage: TokenUsage, prompt_ids: _Ids = msgspec.UNSET) -> bytes:
         """A whole answer, or the chunk of a stream that has the usage."""
@@ -167,9 +169,15 @@ class AnswerHeader:
         return _encode(shape)
 
     def encode_chunk(
-        self, kind: str, choice: _CompletionChoice | _ChunkChoice, prompt_ids: _Ids = msgspec.UNSET
+        self,
+        kind: str,
+        choice: _CompletionChoice | _ChunkChoice,
+        prompt_ids: _Ids = msgspec.UNSET,
+        so_far: TokenUsage | None = None,
     ) -> bytes:
-        usage = None if self.include_usage else msgspec.UNSET
+        usage: _Usage | msgspec.UnsetType | None = None if self.include_usage else msgspec.UNSET
+        if self.continuous_usage and self.include_usage and so_far is not None:
+            usage = _usage(so_far)
         shape = _Response(self.id, kind, self.created, self.model, (choice,), usage, prompt_token_ids=prompt_ids)
         return _encode(shape)
 
@@ -190,7 +198,7 @@ class CompletionEncoder:
         return None
 
     def chunk(self, choice: ChoiceText) -> bytes:
-        return self.header.encode_chunk("text_completion", self._choice(choice))
+        return self.header.encode_chunk("text_completion", self._choice(choice), so_far=choice.usage)
 
     def usage(self, usage: TokenUsage) -> bytes:
         return self.header.encode("text_completion", [], usage)
@@ -243,7 +251,7 @@ class ChatEncoder:
             _stop_reason(choice),
             self.header.ids_of(choice),
         )
-        return self.header.encode_chunk(CHAT_CHUNK, made, choice.prompt_ids or msgspec.UNSET)
+        return self.header.encode_chunk(CHAT_CHUNK, made, choice.prompt_ids or msgspec.UNSET, choice.usage)
 
     def usage(self, usage: TokenUsage) -> bytes:
         return self.header.encode(CHAT_CHUNK, [], usage)

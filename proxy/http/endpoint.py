@@ -136,6 +136,7 @@ class GenerateEndpoint:
                 logprobs=parsed.top_logprobs is not None,
                 token_ids=parsed.ids.show,
                 include_usage=parsed.include_usage,
+                continuous_usage=parsed.continuous_usage,
             )
             responder = Responder(
                 reply, self._api.encoder(header), timelines, stream=parsed.stream, include_usage=parsed.include_usage
@@ -181,6 +182,8 @@ class GenerateEndpoint:
                 async for delta in deltas:
                     before = assembler.num_tokens
                     events = assembler.feed(delta)
+                    if events and parsed.continuous_usage and not assembler.finish:
+                        events.append(assembler.usage(delta.cached_tokens))
                     if assembler.num_tokens > before:
                         meter.tokens(assembler.num_tokens - before, delta.cached_tokens)
                     outcome = assembler.finish or CANCELLED

@@ -68,7 +68,7 @@ class ChoiceEnd(msgspec.Struct, frozen=True):
 
 
 class TokenUsage(msgspec.Struct, frozen=True):
-    """What a choice took; follows its ChoiceEnd, as the last event."""
+    """What a choice took so far; follows its ChoiceEnd as the last event, and each delta where a client asks for it."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -90,10 +90,12 @@ class ChoiceText(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...] = ()
     prompt_ids: tuple[int, ...] = ()
     prompt_ranks: tuple[PromptEntry | None, ...] = ()
+    usage: TokenUsage | None = None
+    """So far, where the events have it."""
 
 
 def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
-    """What `events` say, but for the usage."""
+    """What `events` say."""
     if len(events) == 1 and type(event := events[0]) is Content:  # what most tokens make
         return ChoiceText(index, event.text, event.logprobs, "", None, event.token_ids)
     texts: list[str] = []
@@ -101,7 +103,7 @@ def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
     token_ids: list[int] = []
     prompt_ids: tuple[int, ...] = ()
     prompt_ranks: tuple[PromptEntry | None, ...] = ()
-    finish, stop_reason = "", None
+    finish, stop_reason, usage = "", None, None
     for event in events:
         if type(event) is Content:
             texts.append(event.text)
@@ -113,8 +115,10 @@ def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
             prompt_ids = event.token_ids
         elif type(event) is PromptRanks:
             prompt_ranks = event.entries
+        elif type(event) is TokenUsage:
+            usage = event
     return ChoiceText(
-        index, "".join(texts), tuple(logprobs), finish, stop_reason, tuple(token_ids), prompt_ids, prompt_ranks
+        index, "".join(texts), tuple(logprobs), finish, stop_reason, tuple(token_ids), prompt_ids, prompt_ranks, usage
     )
 
 

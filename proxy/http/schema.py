@@ -51,6 +51,8 @@ class _Strict(BaseModel):
 
 class StreamOptions(_Strict):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+    """vLLM's: each chunk has the usage so far of its choice; only together with include_usage."""
     include_obfuscation: bool | None = None
     """OpenAI's padding against traffic analysis; accepted, never sent."""
 
@@ -182,6 +184,8 @@ class ParsedRequest:
     ids: IdRule
     stream: bool
     include_usage: bool
+    continuous_usage: bool
+    """Each chunk has the usage so far of its choice, where include_usage is set."""
     priority: int
     cache_salt: str
     """Only requests of the same salt share KV; empty: those that give none."""
@@ -286,6 +290,7 @@ def _shared(request: _Body, max_tokens: int | None, *, shows_prompt: bool) -> di
         "ids": IdRule(bool(request.return_token_ids), bool(request.return_tokens_as_token_ids)),
         "stream": bool(request.stream),
         "include_usage": bool(request.stream_options and request.stream_options.include_usage),
+        "continuous_usage": bool(request.stream_options and request.stream_options.continuous_usage_stats),
         "priority": request.priority or 0,
         "cache_salt": request.cache_salt or "",
         "session_key": _digest(request.prompt_cache_key or request.user or ""),

@@ -85,6 +85,21 @@ async def test_a_chat_stream(client: httpx.AsyncClient) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+async def test_usage_in_every_chunk(client: httpx.AsyncClient, path: str) -> None:
+    """Guards continuous_usage_stats, by which load generators count tokens while an answer streams."""
+    body = {**(CHAT if "chat" in path else COMPLETION), "stream": True}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    answer = await client.post(path, json={**body, "stream_options": options})
+    *chunks, last, _ = events(answer)
+    counts = [chunk["usage"]["completion_tokens"] for chunk in chunks if chunk["usage"]]
+    assert counts == list(range(counts[0], counts[0] + len(counts))) and len(counts) >= len(chunks) - 1
+    assert counts[-1] == last["usage"]["completion_tokens"]
+    assert {chunk["usage"]["prompt_tokens"] for chunk in chunks if chunk["usage"]} == {last["usage"]["prompt_tokens"]}
+    only = await client.post(path, json={**body, "stream_options": {"continuous_usage_stats": True}})
+    assert all("usage" not in chunk for chunk in events(only)[:-1])
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
 async def test_usage_in_a_stream(client: httpx.AsyncClient, engine: FakeEngine, says: Says, path: str) -> None:
     """Guards against usage missing, sent twice, or without the tokens that a cache had."""
     engine.script = says("Once upon a time.", cached_tokens=1)

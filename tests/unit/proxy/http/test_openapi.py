@@ -33,7 +33,11 @@ ANSWER = 'Once, a "quote", 日本 é 👩‍👧.'
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Hi"}
 IDS: dict[str, Any] = {"return_token_ids": True, "return_tokens_as_token_ids": True}
-USAGE: tuple[dict[str, Any], ...] = ({}, {"stream_options": {"include_usage": True}})
+USAGE: tuple[dict[str, Any], ...] = (
+    {},
+    {"stream_options": {"include_usage": True}},
+    {"stream_options": {"include_usage": True, "continuous_usage_stats": True}},
+)
 
 COMPLETION_GRID: tuple[tuple[dict[str, Any], ...], ...] = (
     ({}, {"logprobs": 0}, {"logprobs": 5}),
