@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
@@ -38,8 +38,18 @@ MAX_BRACKETS = 1 << 18
 """Empty arrays are the most expensive JSON per byte: ten million bytes of them would block the event loop for 2 s."""
 
 Body = TypeVar("Body", bound=BaseModel)
-TokenId = Annotated[int, Field(ge=0, lt=1 << 31)]
-TokenIds = Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
+
+
+def _whole(value: object) -> object:
+    """JSON has one type of numbers: 4.0 is 4. Languages without integers write it so."""
+    return int(value) if type(value) is float and value.is_integer() else value
+
+
+Whole = Annotated[int, BeforeValidator(_whole)]
+_Ids = Annotated[list[Annotated[int, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_TOKENS, fail_fast=True)]
+_WholeIds = Annotated[list[Annotated[Whole, Field(ge=0, lt=1 << 31)]], Field(max_length=MAX_TOKENS, fail_fast=True)]
+TokenIds = Annotated[_Ids | _WholeIds, Field(union_mode="left_to_right")]
+"""The second form calls Python for each id, and is only tried where the first one fails."""
 Key = Annotated[str, Field(max_length=4096)]
 BadWord = Annotated[str, Field(min_length=1, max_length=MAX_BAD_WORD_CHARS)]
 Stop = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
@@ -63,12 +73,12 @@ class SamplingRequest(_Strict):
     A field of the name of one of `SamplingSpec` reaches the workers by that name, without further code here.
     """
 
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    min_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
     top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=1 << 31)] | None = None
+    top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
-    seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
+    seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2.0, le=2.0)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0.0, le=100.0)] | None = None
@@ -83,7 +93,7 @@ class SamplingRequest(_Strict):
     ignore_eos: bool | None = None
     allowed_token_ids: Annotated[TokenIds, Field(min_length=1, max_length=MAX_ALLOWED_TOKENS)] | None = None
     bad_words: Annotated[list[BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
-    prompt_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    prompt_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
 class _Body(SamplingRequest):
@@ -92,14 +102,14 @@ class _Body(SamplingRequest):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
-    n: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    max_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
+    n: Annotated[Whole, Field(ge=1, le=1 << 16)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    priority: Annotated[int, Field(ge=-1000, le=1000)] | None = None
+    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
     prompt_cache_key: Key | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: Key | None = None
@@ -115,16 +125,16 @@ class CompletionBody(_Body):
         | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True)]
     )
     add_special_tokens: bool | None = None
-    best_of: Annotated[int, Field(ge=1, le=1 << 16)] | None = None
+    best_of: Annotated[Whole, Field(ge=1, le=1 << 16)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[int, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
 
 
 class ChatBody(_Body, TemplateRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
 _FIELD_NAMES = frozenset(

@@ -90,6 +90,8 @@ WRONG_VALUES = [
     ("stop_token_ids", [-1]),
     ("stop_token_ids", [2**40]),
     ("stop_token_ids", [1] * 65),
+    ("stop_token_ids", [1.5]),
+    ("stop_token_ids", ["1"]),
     ("min_tokens", -1),
     ("priority", 1 << 20),
     ("stream", 1),
@@ -266,6 +268,17 @@ def test_contradictions_are_refused() -> None:
     assert refused(CHAT, top_logprobs=2).param == "top_logprobs"
     assert refused(CHAT, logprobs=True, top_logprobs=21).param == "top_logprobs"
     assert refused(CHAT, max_tokens=5, max_completion_tokens=6).param == "max_tokens"
+
+
+def test_a_whole_number_may_be_written_with_a_fraction_of_zero() -> None:
+    """Guards against refusing 4.0 from languages with one type of numbers; 4.5 and "4" stay wrong."""
+    for written, plain in (("4.0", "4"), ("4e0", "4"), ("40e-1", "4")):
+        for name in ("max_tokens", "top_k", "seed", "n", "min_tokens", "logprobs"):
+            given, expected = (f'{{"model": "m", "prompt": "x", "{name}": {number}}}' for number in (written, plain))
+            assert read_completion(given.encode()) == read_completion(expected.encode())
+    ids = read_completion(body(COMPLETION, prompt=[[1.0, 2], [3]], stop_token_ids=[5.0]))
+    assert (ids.prompts, ids.sampling.stop_token_ids) == (((1, 2), (3,)), [5])
+    assert read_completion(body(COMPLETION, prompt=[1.0, 2])).prompts == ((1, 2),)
 
 
 # ---- what is obeyed -----------------------------------------------------------------------------------------------
