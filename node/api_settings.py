@@ -71,6 +71,12 @@ class ApiSettings:
         10.0, unit="MiB", help="largest body of a request; a larger one gets a 413", minimum=0.001, maximum=1024
     )
     max_prompts: int = option(64, help="most prompts in one completion request", minimum=1, maximum=4096)
+    unknown_parameters: str = option(
+        "warn",
+        choices=("warn", "error"),
+        help="parameters of a request that mean nothing here: name them in the log and in a header of the answer, or "
+        "refuse the request; one that is nearly a known name is refused in any case",
+    )
     max_n: int = option(16, help="most answers to one prompt (n)", minimum=1, maximum=1 << 16)
 
     def __post_init__(self) -> None:

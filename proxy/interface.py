@@ -111,6 +111,8 @@ class AppSettings:
     """Prompts in one completion request."""
     max_n: int = 16
     """Answers to one prompt."""
+    refuse_unknown_parameters: bool = False
+    """Else they are ignored, and named in the log and in a header."""
     max_requests: int = 1024
     """HTTP requests that are being answered at once; the next one gets 429."""
     default_chat_tokens: int = 4096

@@ -73,6 +73,10 @@ class Reply:
         self.begun = False
         self.ended = False
 
+    def add_headers(self, headers: Mapping[str, str]) -> None:
+        """Of an answer that has not begun."""
+        self._headers |= headers
+
     async def whole(self, body: bytes, *, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         """A complete JSON answer."""
         length = {"content-type": "application/json", "content-length": str(len(body))}

@@ -125,6 +125,7 @@ class GenerateEndpoint:
             parsed = self._api.read(body)
             model = service.model(parsed.model)
             request.model, request.stream = parsed.model, parsed.stream
+            reply.add_headers(service.unknown.accept(parsed.unknown))
             request.timeline.enter("tokenise")
             known = parsed if parsed.model == model.name else replace(parsed, model=model.name)
             made = await choices_of(known, model.text, service.settings, service.max_model_len(model.name), request.id)

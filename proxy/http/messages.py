@@ -1,23 +1,64 @@
 """Messages of a conversation as clients send them, and the fields of them that chat templates read.
 
-Knows no request body beside them. Source: the OpenAI API reference (chat).
+Tool calls and reasoning of earlier turns go to the template, which decides what becomes of them. Knows no request body
+beside the messages. Sources: the OpenAI API reference (chat), vLLM (arguments as objects, both names of reasoning).
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from baton.node.errors import BadRequest
+from baton.proxy.http.parameters import MAX_NAME_CHARS, check_spelling
+
+MAX_TOOL_CALLS = 1024
+_ANSWER_FIELDS = frozenset(("refusal", "annotations", "id", "type", "status", "object"))
+"""What answers have beside their text, and clients send back: no template reads it."""
+_LOST = frozenset(("audio", "function_call", "image", "images", "videos"))
+"""Content that would be lost in silence."""
+
+_Name = Annotated[str, Field(max_length=4096)]
 
 
 class TextPart(BaseModel):
-    model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
+    """A part of a message. Hints beside the text (`cache_control`) mean nothing here."""
 
-    type: Literal["text"]
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    type: Literal["text", "input_text", "output_text"]
     text: str
+
+
+class RefusalPart(BaseModel):
+    model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
+
+    type: Literal["refusal"]
+    refusal: str
+
+    @property
+    def text(self) -> str:
+        return self.refusal
+
+
+class CalledFunction(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    name: _Name
+    arguments: str | dict[str, Any] | None = None
+
+
+class ToolCall(BaseModel):
+    """A call that the model made in an earlier turn."""
+
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+    id: _Name | None = None
+    type: Literal["function"] = "function"
+    function: CalledFunction
 
 
 class ChatMessage(BaseModel):
@@ -26,24 +67,70 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart], Field(fail_fast=True)] | None = None
-    name: Annotated[str, Field(max_length=4096)] | None = None
-    tool_call_id: Annotated[str, Field(max_length=4096)] | None = None
+    content: str | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)] | None = None
+    name: _Name | None = None
+    tool_call_id: _Name | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
+    reasoning: str | None = None
+    reasoning_content: str | None = None
 
 
-def message_fields(index: int, message: ChatMessage) -> Mapping[str, str]:
+def message_fields(index: int, message: ChatMessage) -> Mapping[str, object]:
     """The fields that templates read; parts of text are joined by a line break, as vLLM does."""
-    _check_message(index, message)
+    _check_content(index, message)
     content = message.content
     text = "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
-    fields = {"role": message.role, "content": text, "name": message.name, "tool_call_id": message.tool_call_id}
-    return {name: value for name, value in fields.items() if value is not None}
+    fields: dict[str, object] = {"role": message.role, "content": text}
+    fields |= {name: value for name in ("name", "tool_call_id") if (value := getattr(message, name)) is not None}
+    if message.role == "assistant":
+        fields |= _answer_fields(message)
+    return fields
 
 
-def _check_message(index: int, message: ChatMessage) -> None:
-    where = f"messages.{index}"
+def _check_content(index: int, message: ChatMessage) -> None:
     if message.content is None and message.role != "assistant":
-        raise BadRequest(f"{where}.content is missing", param=f"{where}.content")
+        where = f"messages.{index}.content"
+        raise BadRequest(f"{where} is missing", param=where)
     for name, value in (message.model_extra or {}).items():
-        if value is not None and value != [] and name not in ("refusal", "annotations"):
-            raise BadRequest(f"{where}.{name[:64]} is not supported", param=f"{where}.{name[:64]}")
+        if name in _LOST and value is not None and value != []:
+            where = f"messages.{index}.{name}"
+            raise BadRequest(f"{where} is not supported: messages are text and tool calls", param=where)
+
+
+def unknown_in_message(index: int, message: ChatMessage) -> list[str]:
+    """Names of its fields that mean nothing here; BadRequest for a misspelt one."""
+    found = []
+    for name, value in (message.model_extra or {}).items():
+        if value is None or value == [] or name in _ANSWER_FIELDS or name in _LOST:
+            continue
+        check_spelling(name, ChatMessage.model_fields, parent=f"messages.{index}")
+        found.append(f"messages.{name[:MAX_NAME_CHARS]}")
+    return found
+
+
+def _answer_fields(message: ChatMessage) -> dict[str, object]:
+    """What an earlier answer had beside its text."""
+    fields: dict[str, object] = {}
+    if message.tool_calls:
+        fields["tool_calls"] = [_call_fields(call) for call in message.tool_calls]
+    reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
+    if reasoning is not None:
+        fields |= {"reasoning": reasoning, "reasoning_content": reasoning}
+    return fields
+
+
+def _call_fields(call: ToolCall) -> dict[str, object]:
+    """Templates expect the arguments as an object; text that is none would break most of them, so it is left out."""
+    arguments = call.function.arguments
+    if isinstance(arguments, str):
+        arguments = _json_object(arguments)
+    function = {"name": call.function.name, "arguments": arguments or {}}
+    return {**({"id": call.id} if call.id is not None else {}), "type": call.type, "function": function}
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

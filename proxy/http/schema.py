@@ -2,9 +2,8 @@
 
 The rule for parameters:
   * the ones that have fields here are obeyed, and checked strictly (no "5" for 5, no NaN); null means "not given";
-  * `IGNORED` ones, which have no effect on the answer of this server, are accepted and ignored;
-  * `UNSUPPORTED` ones are accepted with the value that asks for nothing, and refused with any other;
-  * every other name is refused with 400, so that a misspelt `temprature` is not silently lost.
+  * what `parameters` knows is ignored, or refused where it asks for something that this server does not have;
+  * every other name is reported in `ParsedRequest.unknown`; one that is nearly a known name (`temprature`) is refused.
 Transfer parameters of other servers are thereby never taken from a client. Knows no tokenizer and no HTTP.
 Source: the OpenAI API reference (completions, chat), and vLLM's extra parameters.
 """
@@ -21,8 +20,15 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_ALLOWED_TOKENS
-from baton.proxy.http.messages import ChatMessage, TextPart, message_fields
-from baton.proxy.http.parameters import check_extra
+from baton.proxy.http.messages import (
+    CalledFunction,
+    ChatMessage,
+    TextPart,
+    ToolCall,
+    message_fields,
+    unknown_in_message,
+)
+from baton.proxy.http.parameters import MAX_NAME_CHARS, MAX_UNKNOWN, check_spelling, unknown_parameters
 from baton.proxy.http.template_options import TemplateRequest, render_options
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
@@ -60,6 +66,8 @@ class _Strict(BaseModel):
 
 
 class StreamOptions(_Strict):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
     """vLLM's: each chunk has the usage so far of its choice; only together with include_usage."""
@@ -97,7 +105,7 @@ class SamplingRequest(_Strict):
 
 
 class _Body(SamplingRequest):
-    """What both endpoints share; undeclared names are checked by `_check_extra`."""
+    """What both endpoints share; undeclared names are checked by `parameters`."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
@@ -138,7 +146,9 @@ class ChatBody(_Body, TemplateRequest):
 
 
 _FIELD_NAMES = frozenset(
-    name for model in (CompletionBody, ChatBody, ChatMessage, TextPart, StreamOptions) for name in model.model_fields
+    name
+    for model in (*(CompletionBody, ChatBody, StreamOptions, ChatMessage, TextPart, ToolCall, CalledFunction),)
+    for name in model.model_fields
 )
 _SHAPES = {
     "prompt": (
@@ -199,6 +209,8 @@ class ParsedRequest:
     priority: int
     cache_salt: str
     """Only requests of the same salt share KV; empty: those that give none."""
+    unknown: tuple[str, ...]
+    """Parameters that mean nothing to this server, at most MAX_UNKNOWN of them."""
     session_key: bytes
     """Digest of the client's name for its conversation or itself, for the policy `session`; empty: it gave none."""
 
@@ -216,7 +228,6 @@ class ParsedRequest:
 def read_completion(body: bytes) -> ParsedRequest:
     """The request in the body of /v1/completions; raises BadRequest."""
     request = parse(CompletionBody, body)
-    check_extra(request.model_extra or {})
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is only supported where it equals n", param="best_of")
     return ParsedRequest(
@@ -231,7 +242,6 @@ def read_completion(body: bytes) -> ParsedRequest:
 def read_chat(body: bytes) -> ParsedRequest:
     """The request in the body of /v1/chat/completions; raises BadRequest."""
     request = parse(ChatBody, body)
-    check_extra(request.model_extra or {})
     if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
         raise BadRequest("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.top_logprobs and not request.logprobs:
@@ -281,7 +291,8 @@ def _shared(request: _Body, max_tokens: int | None, *, shows_prompt: bool) -> di
         raise BadRequest("prompt_logprobs is not available where stream is true", param="prompt_logprobs")
     if max_tokens == 0 and not shows_prompt and request.prompt_logprobs is None:
         raise BadRequest("max_tokens may be 0 only together with echo or prompt_logprobs", param="max_tokens")
-    if request.stream_options is not None and not request.stream:
+    options = request.stream_options
+    if options is not None and not request.stream and (options.include_usage or options.model_extra):
         raise BadRequest("stream_options needs stream to be true", param="stream_options")
     if max_tokens is not None and (request.min_tokens or 0) > max_tokens:
         raise BadRequest("min_tokens is greater than max_tokens", param="min_tokens")
@@ -303,8 +314,21 @@ def _shared(request: _Body, max_tokens: int | None, *, shows_prompt: bool) -> di
         "continuous_usage": bool(request.stream_options and request.stream_options.continuous_usage_stats),
         "priority": request.priority or 0,
         "cache_salt": request.cache_salt or "",
+        "unknown": _unknown(request),
         "session_key": _digest(request.prompt_cache_key or request.user or ""),
     }
+
+
+def _unknown(request: _Body) -> tuple[str, ...]:
+    """Raises BadRequest for parameters that are not supported, or misspelt."""
+    found = list(unknown_parameters(request.model_extra or {}, type(request).model_fields))
+    for name in (request.stream_options and request.stream_options.model_extra) or ():
+        check_spelling(name, StreamOptions.model_fields, parent="stream_options")
+        found.append(f"stream_options.{name[:MAX_NAME_CHARS]}")
+    if isinstance(request, ChatBody):
+        for index, message in enumerate(request.messages):
+            found += unknown_in_message(index, message)
+    return tuple(dict.fromkeys(found))[:MAX_UNKNOWN]
 
 
 def _digest(key: str) -> bytes:

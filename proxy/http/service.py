@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from baton.node.errors import BadRequest, Overloaded, PeerLost
 from baton.proxy.group import Alone, Group
 from baton.proxy.http.refusals import RefusalLog
+from baton.proxy.http.unknown import UnknownParameters
 from baton.proxy.interface import AppSettings, Engine
 from baton.proxy.metrics.metrics import ModelMetrics, ProxyMetrics
 from baton.proxy.metrics.request_log import RequestLog, Spans
@@ -51,6 +52,7 @@ class Service:
     log: RequestLog
     refusals: RefusalLog
     limit: RequestLimit
+    unknown: UnknownParameters
     group: Group
     """The other proxies at the port."""
 
@@ -90,4 +92,5 @@ def make_service(
     models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
     limit = RequestLimit(settings.max_requests)
-    return Service(engine, models, settings, metrics, log, RefusalLog(), limit, group or Alone())
+    unknown = UnknownParameters(refuse=settings.refuse_unknown_parameters)
+    return Service(engine, models, settings, metrics, log, RefusalLog(), limit, unknown, group or Alone())

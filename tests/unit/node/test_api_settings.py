@@ -64,6 +64,7 @@ def test_serve_passes_every_option_on() -> None:
         "max_body_mib": 0.5,
         "max_prompts": 3,
         "max_n": 4,
+        "unknown_parameters": "error",
     }
     assert set(values) == set(ApiSettings.__dataclass_fields__)
     assert read(*as_arguments(ApiSettings, values)) == ApiSettings(**values)  # type: ignore[arg-type]

@@ -362,12 +362,12 @@ async def test_no_worker_yet(client: httpx.AsyncClient, engine: FakeEngine) -> N
         (b'{"model": ' + b"[" * 10_000, 400, "invalid_json"),
         (
             b'{"model": "other", "prompt": "x", "messages": [{"role": "user", "content": "x"}]}',
-            400,
-            "unknown_parameter",
+            404,
+            "model_not_found",
         ),
         (b"x" * (11 << 20), 413, "request_too_large"),
     ],
-    ids=["empty", "not UTF-8", "deep", "both", "11 MB"],
+    ids=["empty", "not UTF-8", "deep", "other model", "11 MB"],
 )
 async def test_bad_bodies(client: httpx.AsyncClient, path: str, content: bytes, status: int, code: str) -> None:
     """Guards against anything but a clear refusal, and against an engine that sees such a request."""

@@ -161,7 +161,10 @@ MESSAGES: list[Any] = [
     [{"role": "user", "content": [{"type": "input_audio", "input_audio": {"data": "", "format": "wav"}}]}],
     [{"role": "user", "content": [{"type": "text"}]}],
     [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}],
-    [{"role": "user", "content": "x", "surprise": 1}],
+    [{"role": "assistant", "tool_calls": [{"id": "1", "type": "custom", "custom": {"name": "f", "input": ""}}]}],
+    [{"role": "user", "content": "x", "tool_cals": []}, {"role": "user", "content": "x", "reasoning_contnet": "y"}],
+    [{"role": "user", "content": "x", "images": ["aGk="]}],
+    [{"role": "assistant", "function_call": {"name": "f", "arguments": "{}"}}],
 ]
 
 
@@ -231,13 +234,45 @@ def test_values_are_not_repeated_in_errors() -> None:
     assert "secret" not in str(refused(CHAT, messages=[{"role": "secret", "content": "secret"}]))
 
 
-@pytest.mark.parametrize("name", ["temprature", "kv_transfer_params", "do_remote_prefill", "x" * 5000])
-def test_an_unknown_parameter_is_refused_by_name(name: str) -> None:
-    """Guards against a misspelt parameter silently lost, and transfer parameters taken from a client."""
+MISSPELT = [
+    ("temprature", "temperature"),
+    ("max_token", "max_tokens"),
+    ("maxTokens", "max_tokens"),
+    ("max_new_tokens", "max_tokens"),
+    ("top-k", "top_k"),
+    ("stop_token", "stop_token_ids"),
+    ("respons_format", "response_format"),
+]
+
+
+@pytest.mark.parametrize(("name", "meant"), MISSPELT)
+def test_a_misspelt_parameter_is_refused_with_its_name(name: str, meant: str) -> None:
+    """Guards against a misspelt parameter silently lost."""
     for base in (CHAT, COMPLETION):
         error = refused(base, **{name: 1})
-        assert error.code == "unknown_parameter"
-        assert error.param == name[:64]
+        assert (error.code, error.param) == ("unknown_parameter", name)
+        assert f"Did you mean {meant}?" in str(error)
+
+
+def test_a_misspelt_parameter_inside_another_is_refused() -> None:
+    """Guards against checking names at the top of the body only."""
+    options = {"include_usages": True}
+    assert refused(COMPLETION, stream=True, stream_options=options).param == "stream_options.include_usages"
+    messages = [{"role": "user", "content": "x", "names": "y"}]
+    assert refused(CHAT, messages=messages).param == "messages.0.names"
+
+
+@pytest.mark.parametrize("name", ["do_remote_prefill", "x" * 5000, "top_a", "mirostat", "keep_alive", "num_ctx"])
+def test_an_unknown_parameter_is_reported(name: str) -> None:
+    """Guards against clients that break on parameters of other servers, and against names of any length in a log."""
+    for base, read in ((CHAT, read_chat), (COMPLETION, read_completion)):
+        assert read(body(base, **{name: 1})).unknown == (name[:64],)
+        assert read(body(base, **{name: None})).unknown == ()
+    inside = read_completion(body(COMPLETION, stream=True, stream_options={"surprise": 1}))
+    assert inside.unknown == ("stream_options.surprise",)
+    many = [{"role": "user", "content": "x", "createdAt": 1}] * 3
+    assert read_chat(body(CHAT, messages=many)).unknown == ("messages.createdAt",)
+    assert len(read_completion(body(COMPLETION, **{f"surprise{n}" * 3: 1 for n in range(100)})).unknown) == 16
 
 
 @pytest.mark.parametrize("name", sorted(IGNORED))
@@ -251,8 +286,80 @@ def test_a_parameter_without_effect_is_ignored(name: str) -> None:
 def test_an_unsupported_parameter_is_refused_unless_it_asks_for_nothing(name: str) -> None:
     """Guards against tools or a response format ignored, which the client would notice much later."""
     assert refused(CHAT, **{name: {"type": "json_object"}}).param == name
-    for neutral in (None, *UNSUPPORTED[name]):
+    for neutral in (None, *UNSUPPORTED[name][0]):
         assert read_chat(body(CHAT, **{name: neutral})) == read_chat(body(CHAT))
+
+
+VLLM_DEFAULTS: dict[str, Any] = {
+    "use_beam_search": False,
+    "length_penalty": 1.0,
+    "min_tokens": 0,
+    "stop": [],
+    "stop_token_ids": [],
+    "include_stop_str_in_output": False,
+    "ignore_eos": False,
+    "spaces_between_special_tokens": True,
+    "truncate_prompt_tokens": None,
+    "truncation_side": None,
+    "allowed_token_ids": None,
+    "logprob_token_ids": None,
+    "bad_words": [],
+    "logits_processors": None,
+    "watermarking": None,
+    "priority": 0,
+    "session_id": None,
+    "return_tokens_as_token_ids": None,
+    "return_token_ids": None,
+    "routed_experts_prompt_start": 0,
+    "return_token_offsets": False,
+    "return_mm_kwargs": True,
+    "cache_salt": None,
+    "kv_transfer_params": None,
+    "ec_transfer_params": None,
+    "vllm_xargs": None,
+    "repetition_detection": None,
+    "thinking_token_budget": None,
+    "stream_interval": None,
+    "structured_outputs": None,
+    "guided_json": None,
+    "response_format": None,
+    "stream": False,
+    "n": 1,
+}
+VLLM_CHAT = {"echo": False, "documents": None, "chat_template": None, "mm_processor_kwargs": None}
+VLLM_CHAT |= {"tools": None, "tool_choice": "none", "include_reasoning": True, "media_io_kwargs": None}
+VLLM_COMPLETION = {"echo": False, "suffix": None, "prompt_embeds": None, "add_special_tokens": True, "best_of": 1}
+
+
+def test_a_body_with_all_of_vllms_defaults_asks_for_nothing() -> None:
+    """Guards against refusing, or warning of, a client that sends every field of vLLM's protocol at its default."""
+    for base, read, own in ((CHAT, read_chat, VLLM_CHAT), (COMPLETION, read_completion, VLLM_COMPLETION)):
+        parsed = read(body(base, **VLLM_DEFAULTS, **own))
+        assert parsed.unknown == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("use_beam_search", True),
+        ("length_penalty", 0.5),
+        ("kv_transfer_params", {"do_remote_prefill": True}),
+        ("logits_processors", ["module.processor"]),
+        ("guided_regex", "a+"),
+        ("structured_outputs", {"choice": ["a"]}),
+        ("chat_template", "{{ messages }}"),
+        ("documents", [{"title": "a", "text": "b"}]),
+        ("mm_processor_kwargs", {"num_crops": 4}),
+        ("prompt_embeds", "AAAA"),
+        ("suffix", "end"),
+    ],
+)
+def test_what_is_not_here_is_refused_by_a_sentence(name: str, value: object) -> None:
+    """Guards against another answer than the one asked for, and against obeying another server's transfers."""
+    for base in (CHAT, COMPLETION):
+        error = refused(base, **{name: value})
+        assert (error.param, error.code) == (name, "unsupported_parameter")
+        assert str(error).startswith(f"{name} is not supported: ")
 
 
 def test_contradictions_are_refused() -> None:
@@ -264,7 +371,6 @@ def test_contradictions_are_refused() -> None:
     assert refused(COMPLETION, logprobs=6).param == "logprobs"
     assert refused(COMPLETION, min_tokens=5, max_tokens=4).param == "min_tokens"
     assert refused(COMPLETION, stream_options={"include_usage": True}).param == "stream_options"
-    assert refused(COMPLETION, stream=True, stream_options={"unknown": True}).param == "stream_options.unknown"
     assert refused(CHAT, top_logprobs=2).param == "top_logprobs"
     assert refused(CHAT, logprobs=True, top_logprobs=21).param == "top_logprobs"
     assert refused(CHAT, max_tokens=5, max_completion_tokens=6).param == "max_tokens"
@@ -373,6 +479,35 @@ async def test_echo(text: ModelText) -> None:
     ids = list(text.encode("Hi<|end|>", add_special_tokens=False))
     assert (await prepared(text, COMPLETION, prompt=ids, echo=True))[0].echo == "Hi<|end|>"
     assert (await prepared(text, COMPLETION))[0].echo == ""
+
+
+def test_tool_calls_and_reasoning_reach_the_template() -> None:
+    """Guards against agents broken at their second turn: history of tools is the template's business."""
+
+    def call(arguments: object) -> dict[str, Any]:
+        return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}, "index": 0}
+
+    written: list[object] = ['{"a": 1}', {"a": 1}, "", None, "{broken", "[1]"]
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
+        {"role": "assistant", "content": None, "tool_calls": [call(each) for each in written]},
+        {"role": "tool", "tool_call_id": "1", "content": "4"},
+        {"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}], "reasoning_content": "why"},
+        {"role": "assistant", "content": "yes", "reasoning": "so", "tool_calls": []},
+    ]
+    parsed = read_chat(body(CHAT, messages=messages))
+    calls = [
+        {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}}
+        for arguments in ({"a": 1}, {"a": 1}, {}, {}, {}, {})
+    ]
+    assert parsed.messages == (
+        {"role": "user", "content": "x"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "4", "tool_call_id": "1"},
+        {"role": "assistant", "content": "no", "reasoning": "why", "reasoning_content": "why"},
+        {"role": "assistant", "content": "yes", "reasoning": "so", "reasoning_content": "so"},
+    )
+    assert parsed.unknown == ()
 
 
 async def test_parts_of_text_and_answers_sent_back(text: ModelText) -> None:
