@@ -11,8 +11,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 MAX_LOGPROBS = 20
-MAX_COMPLETION_LOGPROBS = 5
-"""The limit of /v1/completions, as in OpenAI's API."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -28,13 +26,14 @@ class SamplingParams:
     temperature: float = 1.0
     """0: greedy."""
     top_p: float = 1.0
+    """0: the likeliest token alone."""
     top_k: int = 0
     """0 or -1: all tokens."""
     min_p: float = 0.0
     seed: int | None = None
     """None: another one for each prompt."""
     max_tokens: int | None = 16
-    """None: `generate` as many as the context holds, `chat` as the server's default says."""
+    """None: as many as the context holds."""
     min_tokens: int = 0
     stop: str | Sequence[str] | None = None
     stop_token_ids: Sequence[int] | None = None
@@ -64,9 +63,8 @@ class SamplingParams:
         _check_range("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _check_range("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0)
-        for name, value in (("top_p", self.top_p), ("repetition_penalty", self.repetition_penalty)):
-            if value == 0:
-                raise ValueError(f"{name} must be greater than 0")
+        if self.repetition_penalty == 0:
+            raise ValueError("repetition_penalty must be greater than 0")
         if self.max_tokens is not None:
             _check_range("max_tokens", self.max_tokens, max(1, self.min_tokens), math.inf)
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
@@ -106,7 +104,5 @@ def _logprob_fields(logprobs: int | None, chat: bool) -> dict[str, object]:
     """Token ids instead of texts: two tokens may have one text."""
     if logprobs is None:
         return {}
-    if not chat and logprobs > MAX_COMPLETION_LOGPROBS:
-        raise ValueError(f"logprobs must be at most {MAX_COMPLETION_LOGPROBS} in generate, not {logprobs}")
     kind: dict[str, object] = {"logprobs": True, "top_logprobs": logprobs} if chat else {"logprobs": logprobs}
     return {**kind, "return_tokens_as_token_ids": True}

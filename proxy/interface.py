@@ -59,6 +59,7 @@ class Generation:
     prompt_ids: tuple[int, ...]
     sampling: SamplingSpec
     priority: int = 0
+    """Higher is served first."""
     session_key: bytes = b""
     """What the policy `session` routes by; empty: nothing."""
     cache_salt: bytes = b""
@@ -115,10 +116,8 @@ class AppSettings:
     """Else they are ignored, and named in the log and in a header."""
     max_requests: int = 1024
     """HTTP requests that are being answered at once; the next one gets 429."""
-    default_chat_tokens: int = 4096
-    """Where a chat request says no max_tokens: this, or what fits if that is less."""
     default_completion_tokens: int = 16
-    """The same for /v1/completions; OpenAI documents 16."""
+    """Where a request to /v1/completions says no max_tokens; a chat then goes on to the end of the context."""
     probe_timeout_s: float = 10.0
     """How long /health_generate waits for its token."""
     slow_request_s: float = math.inf

@@ -43,6 +43,9 @@ MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 128, 32
 MAX_PROMPT_LOGPROBS = 1024
 """Entries in one message."""
 
+MAX_PRIORITY = (1 << 63) - 1
+"""Some clients send times as priorities."""
+
 # ---- values inside messages -------------------------------------------------------------------------------------
 
 
@@ -264,7 +267,8 @@ class DispatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     num_scored: Count = 0
     """The first `num_scored` tokens of the prompt have their log probabilities from an earlier attempt."""
     deadline_s: Seconds
-    priority: Annotated[int, Meta(ge=-1000, le=1000)] = 0
+    priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
+    """Higher is served first."""
 
 
 class Prefill(Message, tag="Prefill", kw_only=True):

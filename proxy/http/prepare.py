@@ -14,6 +14,7 @@ import msgspec
 
 from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import BadRequest
+from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_BAD_WORD_TOKENS, SamplingSpec
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest
 from baton.proxy.interface import AppSettings, Generation
@@ -74,14 +75,32 @@ async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int)
         return await text.encode_bounded(
             prompt,
             add_special_tokens=request.add_special_tokens,
-            max_tokens=max_model_len,
+            # A prompt that will be cut may be as long as a body.
+            max_tokens=max_model_len if request.truncation is None else MAX_TOKENS,
             param=request.prompt_param,
         )
 
     if request.messages:
         ids = await encode(await text.render_bounded(request.messages, request.render))
-        return [(_checked(ids, text.vocab_size, "messages"), "")]
-    return [await _tokenise_prompt(prompt, request.echo, text, encode) for prompt in request.prompts]
+        made = [(_checked(ids, text.vocab_size, "messages"), "")]
+    else:
+        made = [await _tokenise_prompt(prompt, request.echo, text, encode) for prompt in request.prompts]
+    if request.truncation is None:
+        return made
+    return [_cut(ids, echo, request, text, max_model_len) for ids, echo in made]
+
+
+def _cut(
+    ids: tuple[int, ...], echo: str, request: ParsedRequest, text: ModelText, max_model_len: int
+) -> tuple[tuple[int, ...], str]:
+    """The part of a prompt that is kept, with its text if the answer repeats it."""
+    assert request.truncation is not None
+    fits = max_model_len - max(1, request.max_tokens or request.sampling.min_tokens or 0)
+    num_kept = max(1, fits if request.truncation.num_tokens is None else request.truncation.num_tokens)
+    if len(ids) <= num_kept:
+        return ids, echo
+    kept = ids[:num_kept] if request.truncation.keep_first else ids[-num_kept:]
+    return kept, text.decode(kept, skip_special_tokens=False) if echo else ""
 
 
 async def _tokenise_prompt(
@@ -144,6 +163,8 @@ def _sampling(
         "top_logprobs": request.top_logprobs or 0,
         "prompt_logprobs": max(wanted) if wanted else None,
     }
+    if asked.top_p == 0:  # the likeliest token alone; a share of 0 would be none
+        converted |= {"top_k": 1, "top_p": 1.0}
     sampling = SamplingSpec(**{**dataclasses.asdict(text.defaults), **given, **converted})
     _check_drawable(sampling, text.vocab_size)
     return sampling
@@ -163,7 +184,7 @@ def _check_drawable(sampling: SamplingSpec, vocab_size: int) -> None:
 
 
 def _max_tokens(request: ParsedRequest, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:
-    fits, asked = max_model_len - prompt_len, request.max_tokens
+    fits, asked, least = max_model_len - prompt_len, request.max_tokens, request.sampling.min_tokens or 0
     if fits < 1 or (asked is not None and asked > fits):
         param = request.prompt_param
         answer = f" and {asked} in the completion" if asked is not None else ""
@@ -173,5 +194,6 @@ def _max_tokens(request: ParsedRequest, settings: AppSettings, prompt_len: int, 
             param=param,
             code="context_length_exceeded",
         )
-    default = settings.default_chat_tokens if request.messages else settings.default_completion_tokens
-    return asked if asked is not None else min(fits, max(default, request.sampling.min_tokens or 0))
+    if asked is not None:
+        return asked
+    return fits if request.messages else min(fits, max(settings.default_completion_tokens, least))

@@ -13,13 +13,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
-from baton.node.messages.control import MAX_ALLOWED_TOKENS
+from baton.node.messages.control import MAX_ALLOWED_TOKENS, MAX_PRIORITY
 from baton.proxy.http.messages import (
     CalledFunction,
     ChatMessage,
@@ -83,7 +83,7 @@ class SamplingRequest(_Strict):
 
     min_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
     temperature: Annotated[float, Field(ge=0.0, le=100.0)] | None = None
-    top_p: Annotated[float, Field(gt=0.0, le=1.0)] | None = None
+    top_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     top_k: Annotated[Whole, Field(ge=-1, lt=1 << 31)] | None = None
     min_p: Annotated[float, Field(ge=0.0, le=1.0)] | None = None
     seed: Annotated[Whole, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
@@ -111,13 +111,17 @@ class _Body(SamplingRequest):
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
     max_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
+    max_completion_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
+    truncate_prompt_tokens: Annotated[Whole, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    truncation_side: Literal["left", "right"] | None = None
     n: Annotated[Whole, Field(ge=1, le=1 << 16)] | None = None
     stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    priority: Annotated[Whole, Field(ge=-1000, le=1000)] | None = None
+    priority: Annotated[Whole, Field(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] | None = None
+    session_id: Key | None = None
     prompt_cache_key: Key | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: Key | None = None
@@ -135,12 +139,11 @@ class CompletionBody(_Body):
     add_special_tokens: bool | None = None
     best_of: Annotated[Whole, Field(ge=1, le=1 << 16)] | None = None
     echo: bool | None = None
-    logprobs: Annotated[Whole, Field(ge=0, le=5)] | None = None
+    logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
 class ChatBody(_Body, TemplateRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: Annotated[Whole, Field(ge=0, le=MAX_TOKENS)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
@@ -181,6 +184,16 @@ class IdRule:
     """Tokens of log probabilities are written as "token_id:5" instead of text (`return_tokens_as_token_ids`)."""
 
 
+@dataclass(frozen=True, slots=True)
+class Truncation:
+    """A prompt that is too long is cut."""
+
+    num_tokens: int | None
+    """So many tokens are kept; None: as many as leave room for the answer."""
+    keep_first: bool
+    """Else the last ones are kept."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ParsedRequest:
     """One request, checked as far as it can be without the model: prompts are still text, or ids of any size."""
@@ -206,7 +219,9 @@ class ParsedRequest:
     include_usage: bool
     continuous_usage: bool
     """Each chunk has the usage so far of its choice, where include_usage is set."""
+    truncation: Truncation | None
     priority: int
+    """Higher is served first; in the body, as in vLLM, lower is."""
     cache_salt: str
     """Only requests of the same salt share KV; empty: those that give none."""
     unknown: tuple[str, ...]
@@ -231,7 +246,7 @@ def read_completion(body: bytes) -> ParsedRequest:
     if request.best_of is not None and request.best_of != (request.n or 1):
         raise BadRequest("best_of is only supported where it equals n", param="best_of")
     return ParsedRequest(
-        **_shared(request, request.max_tokens, shows_prompt=bool(request.echo)),
+        **_shared(request, shows_prompt=bool(request.echo)),
         prompts=_prompts(request.prompt),
         add_special_tokens=request.add_special_tokens is not False,
         top_logprobs=request.logprobs,
@@ -242,16 +257,10 @@ def read_completion(body: bytes) -> ParsedRequest:
 def read_chat(body: bytes) -> ParsedRequest:
     """The request in the body of /v1/chat/completions; raises BadRequest."""
     request = parse(ChatBody, body)
-    if request.max_tokens is not None and request.max_completion_tokens not in (None, request.max_tokens):
-        raise BadRequest("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     return ParsedRequest(
-        **_shared(
-            request,
-            request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens,
-            shows_prompt=False,
-        ),
+        **_shared(request, shows_prompt=False),
         messages=tuple(message_fields(index, message) for index, message in enumerate(request.messages)),
         render=render_options(request),
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
@@ -285,8 +294,11 @@ def parse(model: type[Body], body: bytes) -> Body:
     raise BadRequest(f"{'.'.join(path)}: {found['msg']}", param=".".join(path))
 
 
-def _shared(request: _Body, max_tokens: int | None, *, shows_prompt: bool) -> dict[str, Any]:
+def _shared(request: _Body, *, shows_prompt: bool) -> dict[str, Any]:
     """The fields of a ParsedRequest that do not depend on the endpoint; `shows_prompt`: the answer repeats it."""
+    max_tokens = request.max_tokens if request.max_completion_tokens is None else request.max_completion_tokens
+    if request.max_tokens not in (None, max_tokens):
+        raise BadRequest("max_tokens and max_completion_tokens contradict each other", param="max_tokens")
     if request.prompt_logprobs is not None and request.stream:
         raise BadRequest("prompt_logprobs is not available where stream is true", param="prompt_logprobs")
     if max_tokens == 0 and not shows_prompt and request.prompt_logprobs is None:
@@ -312,11 +324,21 @@ def _shared(request: _Body, max_tokens: int | None, *, shows_prompt: bool) -> di
         "stream": bool(request.stream),
         "include_usage": bool(request.stream_options and request.stream_options.include_usage),
         "continuous_usage": bool(request.stream_options and request.stream_options.continuous_usage_stats),
-        "priority": request.priority or 0,
+        "truncation": _truncation(request),
+        "priority": -(request.priority or 0),
         "cache_salt": request.cache_salt or "",
         "unknown": _unknown(request),
-        "session_key": _digest(request.prompt_cache_key or request.user or ""),
+        "session_key": _digest(request.prompt_cache_key or request.session_id or request.user or ""),
     }
+
+
+def _truncation(request: _Body) -> Truncation | None:
+    asked = request.truncate_prompt_tokens
+    if asked is None:
+        return None
+    if asked == 0:
+        raise BadRequest("truncate_prompt_tokens must be -1 or at least 1", param="truncate_prompt_tokens")
+    return Truncation(None if asked < 0 else asked, request.truncation_side == "right")
 
 
 def _unknown(request: _Body) -> tuple[str, ...]:

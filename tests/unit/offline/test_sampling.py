@@ -52,14 +52,6 @@ def test_log_probabilities_of_a_chat_have_two_fields() -> None:
     assert fields["logprobs"] is True and fields["top_logprobs"] == 2
 
 
-def test_more_log_probabilities_than_a_completion_has_are_refused() -> None:
-    """The server's refusal would be an error for each prompt."""
-    params = SamplingParams(logprobs=6)
-    assert sampling_fields(params, chat=True)["top_logprobs"] == 6
-    with pytest.raises(ValueError, match="logprobs must be at most 5"):
-        sampling_fields(params, chat=False)
-
-
 def test_no_parameters_ask_for_the_defaults() -> None:
     assert sampling_fields(None, chat=False) == {}
 
@@ -71,7 +63,7 @@ def test_no_parameters_ask_for_the_defaults() -> None:
         ("temperature", -0.1),
         ("temperature", float("nan")),
         ("temperature", "1"),
-        ("top_p", 0.0),
+        ("top_p", -0.1),
         ("top_k", -2),
         ("min_p", 1.5),
         ("max_tokens", 0),

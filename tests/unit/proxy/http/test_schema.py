@@ -55,7 +55,7 @@ WRONG_VALUES = [
     ("temperature", -0.1),
     ("temperature", 1e300),
     ("temperature", "hot"),
-    ("top_p", 0),
+    ("top_p", -0.1),
     ("top_p", 1.1),
     ("top_k", -2),
     ("top_k", 2**40),
@@ -93,7 +93,9 @@ WRONG_VALUES = [
     ("stop_token_ids", [1.5]),
     ("stop_token_ids", ["1"]),
     ("min_tokens", -1),
-    ("priority", 1 << 20),
+    ("priority", 1 << 63),
+    ("truncate_prompt_tokens", -2),
+    ("truncate_prompt_tokens", 0),
     ("stream", 1),
     ("stream", "true"),
     ("ignore_eos", "no"),
@@ -368,12 +370,13 @@ def test_contradictions_are_refused() -> None:
     assert refused(COMPLETION, prompt_logprobs=1, stream=True).param == "prompt_logprobs"
     assert refused(CHAT, max_tokens=0).param == refused(COMPLETION, max_tokens=0).param == "max_tokens"
     assert refused(CHAT, prompt_logprobs=-1).param == "prompt_logprobs"
-    assert refused(COMPLETION, logprobs=6).param == "logprobs"
+    assert refused(COMPLETION, logprobs=21).param == "logprobs"
     assert refused(COMPLETION, min_tokens=5, max_tokens=4).param == "min_tokens"
     assert refused(COMPLETION, stream_options={"include_usage": True}).param == "stream_options"
     assert refused(CHAT, top_logprobs=2).param == "top_logprobs"
     assert refused(CHAT, logprobs=True, top_logprobs=21).param == "top_logprobs"
-    assert refused(CHAT, max_tokens=5, max_completion_tokens=6).param == "max_tokens"
+    for base in (CHAT, COMPLETION):
+        assert refused(base, max_tokens=5, max_completion_tokens=6).param == "max_tokens"
 
 
 def test_a_whole_number_may_be_written_with_a_fraction_of_zero() -> None:
@@ -439,6 +442,41 @@ async def test_a_bad_word_is_all_token_sequences_of_it(text: ModelText, word: st
     made = await sampling(text, COMPLETION, bad_words=[word, word])
     assert set(made.bad_words) == forms and len(made.bad_words) == len(forms)
     assert (await sampling(text, COMPLETION, bad_words=[])).bad_words == ()
+
+
+async def test_a_top_p_of_0_leaves_the_likeliest_token(text: ModelText) -> None:
+    """Guards against refusing what OpenAI's API allows, and against a share of 0 reaching the sampler."""
+    made = await sampling(text, COMPLETION, top_p=0, top_k=50, temperature=1.5)
+    assert (made.top_k, made.top_p, made.temperature) == (1, 1.0, 1.5)
+
+
+def test_a_lower_priority_is_served_first_as_in_vllm() -> None:
+    """Guards against clients of vLLM served in the inverse order, and against times as priorities cut off."""
+    priorities = [read_chat(body(CHAT, priority=asked)).priority for asked in (-1, 0, 1, 1_790_000_000_123, 2**63 - 1)]
+    assert priorities == sorted(priorities, reverse=True) and len(set(priorities)) == 5
+
+
+async def test_a_long_prompt_is_cut_where_asked(text: ModelText) -> None:
+    """Guards against a refusal of a prompt that truncate_prompt_tokens makes fit, and the wrong end kept."""
+    ids = list(range(5, 2505))
+    for more, kept in (
+        ({"truncate_prompt_tokens": 3}, ids[-3:]),
+        ({"truncate_prompt_tokens": 3, "truncation_side": "right"}, ids[:3]),
+        ({"truncate_prompt_tokens": -1}, ids[-2047:]),
+        ({"truncate_prompt_tokens": -1, "max_tokens": 48}, ids[-2000:]),
+    ):
+        assert (await prepared(text, COMPLETION, prompt=ids, **more))[0].generation.prompt_ids == tuple(kept)
+    short = await prepared(text, COMPLETION, prompt="Hi there", truncate_prompt_tokens=100, echo=True)
+    assert short[0].echo == "Hi there"
+    cut = (await prepared(text, COMPLETION, prompt="Hi there", truncate_prompt_tokens=1, echo=True))[0]
+    assert len(cut.generation.prompt_ids) == 1 and cut.echo == text.decode(cut.generation.prompt_ids)
+    with pytest.raises(BadRequest) as raised:
+        await prepared(text, COMPLETION, prompt=ids, truncate_prompt_tokens=2048)
+    assert raised.value.code == "context_length_exceeded"
+    words = await prepared(
+        text, CHAT, messages=[{"role": "user", "content": "word " * 50_000}], truncate_prompt_tokens=7
+    )
+    assert len(words[0].generation.prompt_ids) == 7
 
 
 async def test_ignore_eos_leaves_only_the_clients_stop_tokens(text: ModelText) -> None:
@@ -541,7 +579,11 @@ async def test_the_context_length(text: ModelText) -> None:
     prompt_len = len((await prepared(text, CHAT))[0].generation.prompt_ids)
     assert (await sampling(text, CHAT)).max_tokens == 2048 - prompt_len
     assert (await sampling(text, CHAT, max_completion_tokens=9)).max_tokens == 9
+    assert (await sampling(text, COMPLETION, max_completion_tokens=9)).max_tokens == 9
     assert (await sampling(text, COMPLETION, min_tokens=40)).max_tokens == 40
+    request = read_chat(body(CHAT))
+    long_context = await choices_of(request, text, AppSettings(), 100_000, "r")
+    assert long_context[0].generation.sampling.max_tokens == 100_000 - prompt_len
 
 
 @pytest.mark.parametrize(
