@@ -45,6 +45,7 @@ from baton.node.messages.transfer import (
     Hello,
     Offer,
     Renew,
+    Renewed,
     Valid,
     Validate,
     Welcome,
@@ -177,7 +178,12 @@ class TransferExchange:
             self._receivers.waiting[incoming.transfer_id] = incoming
             return
         machine = Receiver(
-            incoming, self._digests_of, pulls=plane.pulls, window=self._chunks.window, timing=self._timing
+            incoming,
+            self._digests_of,
+            self._pairs.landings(incoming.peer),
+            pulls=plane.pulls,
+            window=self._chunks.window,
+            timing=self._timing,
         )
         receiving = Receiving(incoming.peer, machine, plane)
         self._receivers.add(receiving)
@@ -217,7 +223,7 @@ class TransferExchange:
             case Accept() | Validate() | Ack():
                 if not self._to_sender(peer, message.transfer_id, message, now):
                     self._wire.send(peer, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
-            case Offer() | Valid() | Finish():
+            case Offer() | Valid() | Finish() | Renewed():
                 if not self._to_receiver(peer, message.transfer_id, message, now):
                     self._wire.send(peer, Abort(transfer_id=message.transfer_id, reason="unknown transfer"))
             case Abort() | Aborted():
@@ -237,7 +243,8 @@ class TransferExchange:
                     self._on_io_done(done, now)
         for sending in list(self._senders.live.values()):
             self._tick_sender(sending, now)
-            self._pairs.greet_again(sending.peer, now)
+            if not self._pairs.greet_again(sending.peer, now):
+                self._end_senders(sending.peer, "the decode worker does not answer", now)
         for receiving in list(self._receivers.live.values()):
             self._tick_receiver(receiving, now)
         self._senders.forget_ended(now)
@@ -293,13 +300,16 @@ class TransferExchange:
 
     def _lose(self, peer: str, reason: str, now: float) -> None:
         """End everything that involves `peer`."""
-        for sending in [s for s in self._senders.live.values() if s.peer == peer]:
-            self._run_sender(sending, sending.machine.abort(reason, now), now)
+        self._end_senders(peer, reason, now)
         for incoming in self._receivers.waiting_for(peer):
             self._end_waiting(incoming.transfer_id, reason)
         for receiving in [r for r in self._receivers.live.values() if r.peer == peer]:
             self._run_receiver(receiving, receiving.machine.abort(reason, now), now)
         self._pairs.forget(peer)
+
+    def _end_senders(self, peer: str, reason: str, now: float) -> None:
+        for sending in [s for s in self._senders.live.values() if s.peer == peer]:
+            self._run_sender(sending, sending.machine.abort(reason, now), now)
 
     def _forget_idle_pairs(self, now: float) -> None:
         if now < self._look_at_pairs_at:
@@ -324,6 +334,8 @@ class TransferExchange:
         sending = self._senders.of_leg(leg)
         if sending is None:  # the proxy's Prefill is still under way
             self._senders.keep_grant(leg, peer, grant, now)
+            if self._senders.awaits_prompt(grant.transfer_id, peer, now):
+                self._wire.send(peer, Renewed(transfer_id=grant.transfer_id))
         elif sending.peer == peer:
             self._senders.bind(grant.transfer_id, sending)
             self._run_sender(sending, sending.machine.on_message(grant, now), now)
@@ -332,8 +344,11 @@ class TransferExchange:
 
     def _on_renew(self, peer: str, transfer_id: bytes, renew: Renew, now: float) -> None:
         """It may come before the prompt, which waits for the worker's step: the transfer is known by its grant then."""
-        known = self._to_sender(peer, transfer_id, renew, now) or self._senders.awaits_prompt(transfer_id, peer, now)
-        if not known:
+        if self._to_sender(peer, transfer_id, renew, now):
+            return
+        if self._senders.awaits_prompt(transfer_id, peer, now):
+            self._wire.send(peer, Renewed(transfer_id=transfer_id))
+        else:
             self._wire.send(peer, Abort(transfer_id=transfer_id, reason="unknown transfer"))
 
     def _to_sender(self, peer: str, transfer_id: bytes, message: Message, now: float) -> bool:

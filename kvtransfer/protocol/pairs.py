@@ -7,14 +7,17 @@ A pair of different namespaces is never made.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from baton.kvtransfer.planes.base import Plane, choose
+from baton.kvtransfer.protocol.receiver import Landings
 from baton.node.messages.base import PROTOCOL_VERSION, Message
 from baton.node.messages.control import Refused
 from baton.node.messages.transfer import Hello, Welcome
 
 GREET_AGAIN_S = 0.25
+MAX_GREETINGS = 12
+"""A peer that answers none of so many in a row, over three seconds, cannot be reached."""
 GREETING_LASTS_S = 1.0
 MAX_PAIRS = 4096
 PAIR_IDLE_S = 120.0
@@ -37,6 +40,9 @@ class _Pair:
     plane: Plane | None = None
     greeted_at: float = float("-inf")
     welcomed_at: float = float("-inf")
+    num_unanswered: int = 0
+    """Greetings since the last answer."""
+    landings: Landings = field(default_factory=Landings)
 
     @property
     def used_at(self) -> float:
@@ -58,6 +64,11 @@ class Pairs:
         pair = self._pairs.get(peer)
         return pair.plane if pair is not None else None
 
+    def landings(self, peer: str) -> Landings:
+        """What has landed from it since the pair was made."""
+        pair = self._pairs.get(peer)
+        return pair.landings if pair is not None else Landings()
+
     def greet(self, peer: str, address: str, now: float) -> None:
         """Say hello, unless that was done or answered a moment ago."""
         pair = self._pairs.setdefault(peer, _Pair(peer, address))
@@ -65,18 +76,24 @@ class Pairs:
             return
         self._wire.connect(peer, address)
         pair.greeted_at = now
+        pair.num_unanswered += 1
         planes = tuple(plane.describe() for plane in self._planes)
         self._wire.send(peer, Hello(worker=self._identity, namespace=self._namespace, planes=planes))
 
-    def greet_again(self, peer: str, now: float) -> None:
-        """Repeat a greeting that is not answered."""
+    def greet_again(self, peer: str, now: float) -> bool:
+        """Repeat a greeting that is not answered. False: this was tried often enough, and the next one begins anew."""
         pair = self._pairs.get(peer)
-        if pair is not None and pair.plane is None:
-            self.greet(peer, pair.address, now)
+        if pair is None or not pair.num_unanswered or now - pair.greeted_at < GREET_AGAIN_S:
+            return True
+        if pair.num_unanswered >= MAX_GREETINGS:
+            pair.num_unanswered = 0
+            return False
+        self.greet(peer, pair.address, now)
+        return True
 
     def greets_again_at(self, peer: str) -> float:
         pair = self._pairs.get(peer)
-        return pair.greeted_at + GREET_AGAIN_S if pair is not None and pair.plane is None else float("inf")
+        return pair.greeted_at + GREET_AGAIN_S if pair is not None and pair.num_unanswered else float("inf")
 
     def on_hello(self, peer: str, hello: Hello, now: float) -> bool:
         """Decode's side; whether the pair is made."""
@@ -86,7 +103,7 @@ class Pairs:
             self._wire.send(peer, Refused(reason=refusal or "no common data plane"))
             return False
         plane.connect(peer, next(address for address in hello.planes if address.plane == plane.name))
-        self._pairs[peer] = _Pair(peer, plane=plane, welcomed_at=now)
+        self._pairs[peer] = _Pair(peer, plane=plane, welcomed_at=now, landings=self.landings(peer))
         self._wire.send(peer, Welcome(worker=self._identity, plane=plane.describe()))
         return True
 
@@ -97,7 +114,7 @@ class Pairs:
         if pair is None or plane is None or welcome.worker != peer:
             return False
         plane.connect(peer, welcome.plane)
-        pair.plane, pair.welcomed_at = plane, now
+        pair.plane, pair.welcomed_at, pair.num_unanswered = plane, now, 0
         return True
 
     def forget(self, peer: str) -> None:

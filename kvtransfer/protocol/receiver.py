@@ -60,6 +60,14 @@ class _ChunkState(Enum):
 
 
 @dataclass(slots=True)
+class Landings:
+    """Chunks of all transfers from one peer that have landed: on a slow link each of many transfers waits for its turn,
+    and none of them has stalled. Before the first one the plane may still be setting up."""
+
+    count: int = 0
+
+
+@dataclass(slots=True)
 class _Chunk:
     offer: Offer
     state: _ChunkState = _ChunkState.OFFERED
@@ -87,8 +95,17 @@ class Receiver:
 
     MAX_RETRIES = 1
 
-    def __init__(self, incoming: Incoming, digests_of: DigestsOf, *, pulls: bool, window: int, timing: Timing) -> None:
-        """`pulls`: the plane reads the sender's memory. `window`: most chunks in flight."""
+    def __init__(
+        self,
+        incoming: Incoming,
+        digests_of: DigestsOf,
+        landings: Landings,
+        *,
+        pulls: bool,
+        window: int,
+        timing: Timing,
+    ) -> None:
+        """`landings`: of the peer. `pulls`: the plane reads the sender's memory. `window`: most chunks in flight."""
         self.state = State.OPEN
         self.transfer_id = incoming.transfer_id
         self._incoming = incoming
@@ -102,6 +119,11 @@ class Receiver:
         self._finished: _Finished | None = None
         self._repeat = Repeater(timing)
         self._renew_at = float("inf")
+        self._landings = landings
+        self._landed_before = 0  # of them, at the last renewal
+        self._heard = False  # the sender knows this transfer: before that the grant is repeated, and nothing to renew
+        self._num_unheard = 0  # renewals since the sender's last message
+        self._num_unmoved = 0  # renewals since a chunk of the peer landed, while some of this transfer are in motion
         self._outcome = Ended(False, "never started")
 
     @property
@@ -110,7 +132,7 @@ class Receiver:
 
     def start(self, now: float) -> list[Action]:
         self._repeat.start(now)
-        self._renew_at = now + self._timing.lease_s / 4
+        self._renew_at = now + self._timing.renew_s
         return [SendMessage(self._grant_message())]
 
     def abort(self, reason: str, now: float, *, cancelled: bool = False) -> list[Action]:
@@ -121,6 +143,7 @@ class Receiver:
         return [*stop, self._abort_message()]
 
     def on_message(self, message: Message, now: float) -> list[Action]:
+        self._heard, self._num_unheard = True, 0
         match message:
             case Abort():
                 return [
@@ -153,6 +176,7 @@ class Receiver:
             or key.retry != chunk.retry
         ):
             return []
+        self._landings.count += ok
         if ok and not digest:
             (digest,) = self._digests_of([self._incoming.destination(chunk.offer)])
         if not ok or digest != chunk.offer.digest:
@@ -172,8 +196,11 @@ class Receiver:
             return self.abort("chunk did not arrive in time", now)
         actions: list[Action] = []
         if now >= self._renew_at:
-            self._renew_at = now + self._timing.lease_s / 4
-            actions.append(SendMessage(Renew(transfer_ids=(self.transfer_id,))))
+            if stall := self._stall():
+                return self.abort(stall, now)
+            self._renew_at = now + self._timing.renew_s
+            if self._heard:
+                actions.append(SendMessage(Renew(transfer_ids=(self.transfer_id,))))
         if self._repeat.due(now):
             actions += self._unanswered()
         return actions
@@ -192,6 +219,18 @@ class Receiver:
         return min(self._incoming.deadline, self._renew_at, self._repeat.at, min(chunks, default=float("inf")))
 
     # -- inside
+
+    def _stall(self) -> str:
+        """Called at each renewal: why the transfer has stalled by now, or ""."""
+        landed, self._landed_before = self._landings.count - self._landed_before, self._landings.count
+        waits = self._landed_before > 0 and any(c.state is _ChunkState.MOVING for c in self._chunks.values())
+        self._num_unheard += 1
+        self._num_unmoved = self._num_unmoved + 1 if waits and not landed else 0
+        if self._num_unheard >= self._timing.stall_renewals:
+            return "the prefill worker is not heard"
+        if self._num_unmoved >= self._timing.stall_renewals:
+            return "no chunk arrives any more"
+        return ""
 
     def _on_offer(self, offer: Offer, now: float) -> list[Action]:
         known = self._chunks.get(offer.seq)
@@ -263,7 +302,7 @@ class Receiver:
         return [finished.arrived(now), SendMessage(Ack(transfer_id=self.transfer_id))]
 
     def _unanswered(self) -> list[Action]:
-        if not self._chunks and self._finished is None:
+        if not self._heard:
             return [SendMessage(self._grant_message())]
         actions: list[Action] = []
         for seq, chunk in self._chunks.items():

@@ -21,7 +21,19 @@ from baton.kvtransfer.protocol.transfer import (
 )
 from baton.node.messages.base import MAX_OFFER_BLOCKS, Message
 from baton.node.messages.control import Logprob
-from baton.node.messages.transfer import Abort, Aborted, Accept, Ack, Finish, Grant, Offer, Valid, Validate
+from baton.node.messages.transfer import (
+    Abort,
+    Aborted,
+    Accept,
+    Ack,
+    Finish,
+    Grant,
+    Offer,
+    Renew,
+    Renewed,
+    Valid,
+    Validate,
+)
 
 
 @dataclass(slots=True)
@@ -133,6 +145,8 @@ class Sender:
                 return self._on_accept(message)
             case Validate():
                 return [SendMessage(Valid(transfer_id=message.transfer_id, seq=message.seq, retry=message.retry))]
+            case Renew():
+                return self._renewed()
         return []
 
     def on_timer(self, now: float) -> list[Action]:
@@ -166,12 +180,17 @@ class Sender:
 
     def _on_grant(self, grant: Grant, now: float) -> list[Action]:
         if self.transfer_id is not None:
-            return []
+            return self._renewed()
         self.transfer_id = grant.transfer_id
         self._lease.duration_s = min(self._lease.duration_s, grant.lease_s)
         self.started_at = now
         self._next_block = grant.first_block
-        return self._offer(now) if self.state is State.OPEN else self._abort_messages()
+        return (self._offer(now) or self._renewed()) if self.state is State.OPEN else self._abort_messages()
+
+    def _renewed(self) -> list[Action]:
+        if self.transfer_id is None or self.state is not State.OPEN:
+            return []
+        return [SendMessage(Renewed(transfer_id=self.transfer_id))]
 
     def _on_accept(self, accept: Accept) -> list[Action]:
         if accept.seq >= len(self._chunks):

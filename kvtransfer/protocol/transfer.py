@@ -5,7 +5,10 @@ list of actions for the owner of the sockets and the plane. It reads no clock, h
 
     Sender (prefill)                                   Receiver (decode)
       opened, computing        <── Grant ──────────      blocks held, receive-side lease begins
+                               ─── Renewed ────────►     where there is nothing to offer yet
       blocks computed          ─── Offer(seq) ─────►     (held back while `window` chunks are in flight)
+                               <── Renew ──────────      every quarter of the lease
+      computing, or sending    ─── Renewed ────────►     ... and answered, so the link is not cut
       PostSend                 <── Accept(seq) ────      PostReceive first, then the credit
       bytes                    ═════════════════════►    copied, digest compared; on a mismatch one Accept(seq, retry)
                                <── Validate(seq) ──      only on planes that pull: the copy is over
@@ -17,6 +20,9 @@ list of actions for the owner of the sockets and the plane. It reads no clock, h
 Rules that make it hold:
 - The receiver writes its own memory, so it alone decides when its blocks are free: after CancelIo and `on_idle`.
 - A waiting peer retransmits its last message; every handler is idempotent; a transfer ends at its deadline or before.
+- A receiver that hears nothing for `stall_renewals` renewals gives up, and so does one whose accepted chunks do not
+  land while no other chunk of the peer does. It counts renewals, not seconds: a process that stood still itself blames
+  no peer for that.
 - The sender's lease ends `lease_s` after the receiver's last message; it never says Valid after that.
 - Abort may come from either side at any time and is answered with Aborted, also by a peer that never knew the
   transfer. It is sent once: a peer that missed it retransmits or renews something, and is answered with it again.
@@ -43,12 +49,19 @@ class Timing:
     resend_s: float = 0.05
     """First repetition of an unanswered message; doubles up to `resend_max_s`."""
     resend_max_s: float = 1.0
+    stall_renewals: int = 4
+    """Renewals in a row without an answer, or without a landed chunk, after which a transfer is given up."""
     chunk_s: float = 10.0
     """An accepted chunk must have landed by then."""
     forget_s: float = 20.0
     """How long an ended transfer is remembered, to answer late messages."""
     poll_s: float = POLL_S
     """When to poll a plane again that has no readable socket, while transfers are live."""
+
+    @property
+    def renew_s(self) -> float:
+        """Between two renewals of a lease."""
+        return self.lease_s / 4
 
 
 @dataclass(frozen=True, slots=True)

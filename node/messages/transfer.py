@@ -3,7 +3,7 @@
 Every message about a transfer carries `transfer_id`, which the receiver chooses at random for one attempt of one
 request, so that a late message of an old attempt matches no transfer.
 
-    prefill -> decode  Hello, Offer, Valid, Finish, Abort, Aborted
+    prefill -> decode  Hello, Offer, Valid, Finish, Renewed, Abort, Aborted
     decode -> prefill  Welcome, Grant, Accept, Validate, Renew, Ack, Abort, Aborted
 """
 
@@ -120,6 +120,13 @@ class Renew(Message, tag="Renew", kw_only=True):
     """Decode to prefill: renew the lease of these transfers."""
 
     transfer_ids: Annotated[tuple[TransferId, ...], Meta(max_length=4096)]
+
+
+class Renewed(Message, tag="Renewed", kw_only=True):
+    """Prefill to decode: the answer to Renew, and to a Grant where nothing can be offered yet: the prompt is queued or
+    computed. Where it stays away the link is cut, whatever the heartbeats to the proxy say."""
+
+    transfer_id: TransferId
 
 
 class Ack(Message, tag="Ack", kw_only=True):

@@ -43,6 +43,7 @@ from baton.node.messages.transfer import (
     Hello,
     Offer,
     Renew,
+    Renewed,
     Valid,
     Validate,
     Welcome,
@@ -52,7 +53,7 @@ MESSAGES: tuple[type[Message], ...] = (
     Register, Registered, Refused, Heartbeat, Goodbye, Ping, Rejoin, Drain,
     RegisterStore, KvEvents, KvReplay, KvSnapshot,
     Prefill, Reserve, Cancel, Reserved, Busy, PromptLogprobs, Tokens, Bundle, HandedOver, Failed, Cancelled,
-    Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Ack, Abort, Aborted,
+    Hello, Welcome, Grant, Offer, Accept, Validate, Valid, Finish, Renew, Renewed, Ack, Abort, Aborted,
 )  # fmt: skip
 
 _decoder: msgspec.msgpack.Decoder[Message] = msgspec.msgpack.Decoder(functools.reduce(operator.or_, MESSAGES))  # type: ignore[arg-type]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from baton.tests.simulation.world import TIMING, Broken, Odds, World
+from baton.tests.simulation.world import DEADLINE_S, TIMING, Broken, Odds, World
 
 CALM = Odds()
 ROUGH = {
@@ -14,10 +14,15 @@ ROUGH = {
     "lost_bytes": Odds(io_loss=0.2),
     "cancels": Odds(cancel=0.5, late_prefill=0.1),
     "crashes": Odds(crash=0.5),
+    "stalls": Odds(stall=0.3, stall_s=6.0),
     "everything": Odds(0.05, 0.1, 0.02, 0.03, 0.02, 0.2, 0.3, 0.1),
 }
 RUNS, PARTS = 1300, 5
-"""Schedules of each kind: with eight kinds 10,400 in all; and the tests that each kind is divided into."""
+"""Schedules of each kind: with nine kinds 11,700 in all; and the tests that each kind is divided into."""
+
+
+STALL_NOTICED_S = 8.0
+"""Of these the stall begins within 2 s; bytes of a pair that moved none before have `chunk_s`, which is 4 s here."""
 
 
 def seeds(part: int) -> range:
@@ -55,6 +60,39 @@ def test_a_prompt_that_is_taken_up_late_is_handed_over(part: int) -> None:
         world = _run(seed, Odds(late_prefill=0.7, late_s=(0.5, 8.0)))
         for request in world.requests:
             if request.computed and request.transfer_id:
+                assert request.leg in world.arrived, f"seed {seed}: {request.leg} never arrived"
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_link_that_stands_still_ends_its_transfers_in_seconds(part: int) -> None:
+    """Guards against a client that waits for its deadline because one direction of a link, or the bytes alone, stand
+    still while everything else works."""
+    failed = 0
+    for seed in seeds(part)[::4]:
+        world = _run(seed, Odds(stall=0.3, stall_s=100.0))
+        for request in world.requests:
+            if request.computed and request.transfer_id:
+                failed += request.leg not in world.arrived
+                assert world.failed_after_s(request) < STALL_NOTICED_S, f"seed {seed}: {request.leg} hangs"
+    assert failed > len(seeds(part)[::4])
+
+
+@pytest.mark.parametrize("part", range(PARTS))
+def test_a_pause_of_all_links_ends_no_transfer(part: int) -> None:
+    """Guards against retries on a busy machine, where processes are late by a second or two."""
+    for seed in seeds(part)[::4]:
+        world = _run(seed, Odds(stall=1.0, stall_s=1.0))
+        for request in world.requests:
+            if request.computed and request.transfer_id:
+                assert request.leg in world.arrived, f"seed {seed}: {request.leg} never arrived"
+
+
+def test_a_prompt_that_computes_for_long_is_not_abandoned() -> None:
+    """Guards against taking a prefill worker that has nothing to offer yet for one that cannot be reached."""
+    for seed in range(50):
+        world = _run(seed, Odds(block_s=3.0))
+        for request in world.requests:
+            if request.computed and request.transfer_id and request.computed_at - request.reserved_at < DEADLINE_S:
                 assert request.leg in world.arrived, f"seed {seed}: {request.leg} never arrived"
 
 

@@ -15,7 +15,7 @@ import heapq
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import count
+from itertools import count, product
 
 from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager, OutOfBlocks
@@ -54,6 +54,12 @@ class Odds:
     late_prefill: float = 0.0
     late_s: tuple[float, float] = (0.5, 40.0)
     """By how much a late prompt comes after its reservation."""
+    stall: float = 0.0
+    """Of each direction of a link, and of the bytes from each prefill to each decode worker."""
+    stall_s: float = 0.0
+    """How long such a link holds back what is sent over it; then all of it arrives."""
+    block_s: float = 0.05
+    """Mean time to compute a block."""
 
 
 @dataclass(slots=True)
@@ -98,7 +104,8 @@ class SimPlane:
         if target is not None:
             # the bytes leave the sender's memory somewhere between now and their arrival
             sent = [self._node.pool.content[b] for b in blocks]
-            self._world.later(self._world.io_delay(), target.plane(self.name).deliver, self._node.identity, key, sent)
+            delay_s = self._world.io_delay() + self._world.held_back_s("bytes", self._node.identity, peer)
+            self._world.later(delay_s, target.plane(self.name).deliver, self._node.identity, key, sent)
 
     def deliver(self, sender: str, key: ChunkKey, values: list[int]) -> None:
         if not self._node.alive or key not in self._receives or self._receives[key][0] != sender:
@@ -114,6 +121,9 @@ class SimPlane:
         if not self._node.alive or key not in self._receives:
             return
         peer, source, blocks = self._receives[key]
+        if held_back_s := self._world.held_back_s("bytes", peer, self._node.identity):
+            self._world.later(held_back_s, self._pull, key, position)
+            return
         owner = self._world.pools[peer]  # an exporter's memory outlives it, as with CUDA IPC
         self._write(key, blocks[position], owner.content[source[position]])
         if position + 1 < len(blocks):
@@ -174,6 +184,7 @@ class SimNode:
         self.writable: dict[int, bytes] = {}
         self.tables: dict[LegKey, BlockTable] = {}
         self.ends: dict[LegKey | bytes, str] = {}
+        self.ended_at: dict[LegKey | bytes, float] = {}
         self._planes = [SimPlane(world, self, "pull", True), SimPlane(world, self, "push", False)]
         world.random.shuffle(self._planes)
         self.exchange = TransferExchange(
@@ -227,6 +238,7 @@ class SimNode:
         if key in self.ends:
             raise Broken(f"{key!r} ended twice: {self.ends[key]}, then {how}")
         self.ends[key] = how
+        self.ended_at[key] = self.world.now
 
     # -- prefill's loop
 
@@ -259,7 +271,9 @@ class SimNode:
             request.computed_at = min(request.computed_at, self.world.now)
         else:
             self.pool.content[table.blocks[num_blocks]] = request.values[num_blocks]
-            self.world.later(self.world.random.expovariate(20.0), self._compute, request, num_blocks + 1)
+            self.world.later(
+                self.world.random.expovariate(1.0 / self.world.odds.block_s), self._compute, request, num_blocks + 1
+            )
         self.settle()
 
     def cancel_prefill(self, leg: LegKey) -> None:
@@ -298,6 +312,7 @@ class SimNode:
             return
         transfer_id = self.world.random.randbytes(16)
         request.transfer_id = transfer_id
+        request.reserved_at = self.world.now
         self.tables[request.leg] = table
         self.world.held[transfer_id] = (self, request, first)
         for block in table.blocks[first:]:
@@ -374,6 +389,7 @@ class Request:
     prefill: str
     decode: str
     transfer_id: bytes = b""
+    reserved_at: float = 0.0
     computed: bool = False
     computed_at: float = float("inf")
 
@@ -399,6 +415,11 @@ class World:
         for name in self._current:
             if self.chance(odds.crash):
                 self.later(self.random.uniform(0.0, 3.0), self._crash, name)
+        self._stalls: dict[tuple[str, str, str], float] = {}  # what is held back, from when on
+        for prefill, decode in product(("p0", "p1"), ("d0", "d1")):
+            for held in (("messages", prefill, decode), ("messages", decode, prefill), ("bytes", prefill, decode)):
+                if self.chance(odds.stall):
+                    self._stalls[held] = self.random.uniform(0.0, 2.0)
 
     def run(self) -> None:
         """Run all events; then no node may hold anything."""
@@ -428,8 +449,23 @@ class World:
             return not peer.startswith("p")  # a ROUTER notices that a dead prefill worker's connection is gone
         copies = 0 if self.chance(self.odds.loss) else 2 if self.chance(self.odds.duplicate) else 1
         for _ in range(copies):
-            self.later(self.random.expovariate(200.0), target.receive, sender, message)
+            held_back_s = self.held_back_s("messages", sender, peer)
+            self.later(self.random.expovariate(200.0) + held_back_s, target.receive, sender, message)
         return True
+
+    def held_back_s(self, what: str, sender: str, peer: str) -> float:
+        """How much longer such a link stands still."""
+        names = [identity.partition("/")[0] for identity in (sender, peer)]
+        begin = self._stalls.get((what, *names), float("inf"))
+        return max(0.0, begin + self.odds.stall_s - self.now) if self.now >= begin else 0.0
+
+    def failed_after_s(self, request: Request) -> float:
+        """From the reservation of a request until one of its workers knew that it failed; 0 where it arrived."""
+        if request.leg in self.arrived:
+            return 0.0
+        ends = [at for node in self.nodes.values() for key in (request.leg, request.transfer_id)
+                if (at := node.ended_at.get(key)) is not None]  # fmt: skip
+        return min(ends, default=float("inf")) - request.reserved_at
 
     def _start_node(self, name: str) -> SimNode:
         node = SimNode(self, name, next(self._lives))

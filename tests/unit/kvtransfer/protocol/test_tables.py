@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from baton.kvtransfer.protocol import tables
-from baton.kvtransfer.protocol.receiver import Incoming, Receiver
+from baton.kvtransfer.protocol.receiver import Incoming, Landings, Receiver
 from baton.kvtransfer.protocol.sender import Sender
 from baton.kvtransfer.protocol.tables import ReceiverTable, Receiving, SenderTable, Sending
 from baton.kvtransfer.protocol.transfer import Timing
@@ -31,7 +31,7 @@ def incoming(number: int, deadline: float = 9.0) -> Incoming:
 
 
 def receiving(number: int) -> Receiving:
-    machine = Receiver(incoming(number), lambda chunks: [], pulls=True, window=8, timing=Timing())
+    machine = Receiver(incoming(number), lambda chunks: [], Landings(), pulls=True, window=8, timing=Timing())
     return Receiving("p/1", machine, LoopbackFabric().plane("d/1", None))  # type: ignore[arg-type]
 
 
