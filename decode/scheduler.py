@@ -5,7 +5,7 @@ prefill, recompute after preemption) share the room for chunks, the admitted one
 run out, the least senior gives all of its blocks back and is computed again later, so the most senior always advances.
 
 The room is what a step holds beside one token a row. The first chunk may be as long as chunks get; others join it only
-up to `full_step_tokens` in all: these keep the device busy, and with more all answers would pause for longer.
+up to `full_step_tokens` in all. Many in one step are few long pauses of all answers, few are many short ones.
 """
 
 from __future__ import annotations

@@ -7,10 +7,6 @@ from dataclasses import dataclass
 from baton.node.settings import option
 from baton.worker.settings import WorkerSettings, WorkerSizes
 
-FULL_STEP_TOKENS = 1024
-"""A step of this many tokens of prompts computes as many a second as a longer one, but for 2 %
-(docs/benchmarks/steps.md), and every answer waits for it."""
-
 
 @dataclass(frozen=True, slots=True)
 class DecodeSizes:
@@ -32,7 +28,8 @@ class DecodeSettings(WorkerSettings):
     full_step_tokens: int | None = option(
         None,
         unit="tokens",
-        help="stop adding prompts to a step beyond this many of their tokens; default 512, on a GPU 1024",
+        help="stop adding prompts to a step beyond this many of their tokens: fewer make the pauses of answers shorter "
+        "and more frequent; default: as many as a step holds",
         minimum=1,
     )
     spare_blocks: int = option(
@@ -41,7 +38,6 @@ class DecodeSettings(WorkerSettings):
 
     def sizes(self, device: str) -> DecodeSizes:
         """The sizes on "cpu" or "cuda"."""
-        chunk_tokens, full_tokens = (128, 512) if device == "cpu" else (2048, FULL_STEP_TOKENS)
-        return DecodeSizes(
-            self.worker_sizes(device), self.max_chunk_tokens or chunk_tokens, self.full_step_tokens or full_tokens
-        )
+        worker = self.worker_sizes(device)
+        chunk_tokens = self.max_chunk_tokens or (128 if device == "cpu" else 2048)
+        return DecodeSizes(worker, chunk_tokens, self.full_step_tokens or worker.max_num_batched_tokens)
