@@ -60,6 +60,8 @@ class Generation:
     sampling: SamplingSpec
     priority: int = 0
     """Higher is served first."""
+    follows: bool = False
+    """Others of its request have run before it: it waits also where the queue for workers is full."""
     session_key: bytes = b""
     """What the policy `session` routes by; empty: nothing."""
     cache_salt: bytes = b""
@@ -114,6 +116,8 @@ class AppSettings:
     """Answers to one prompt."""
     refuse_unknown_parameters: bool = False
     """Else they are ignored, and named in the log and in a header."""
+    max_generations: int = 256
+    """Generations of one HTTP request that run, or wait for a worker, at once; its others wait for these."""
     max_requests: int = 1024
     """HTTP requests that are being answered at once; the next one gets 429."""
     default_completion_tokens: int = 16

@@ -236,7 +236,10 @@ class Session:
 
         self._timeline.enter("queue")
         route, shape = await self._host.admit(
-            self._generation.model, view_of, self._deadline, first=self._ledger.attempt == 0
+            self._generation.model,
+            view_of,
+            self._deadline,
+            first=self._ledger.attempt == 0 and not self._generation.follows,
         )
         self._timeline.enter("route")
         return route, blocks.under(shape)

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, replace
+from functools import partial
 
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
@@ -143,11 +144,15 @@ class GenerateEndpoint:
                 reply, self._api.encoder(header), timelines, stream=parsed.stream, include_usage=parsed.include_usage
             )
             request.begun = True
+            at_once = service.settings.max_generations
+            for timeline in timelines[at_once:]:
+                timeline.enter("queue")
             await _all(
                 [
-                    self._generate(request, parsed, model, choice, timeline, responder)
+                    partial(self._generate, request, parsed, model, choice, timeline, responder)
                     for choice, timeline in zip(made, timelines, strict=True)
-                ]
+                ],
+                at_once,
             )
             await responder.end(parsed.n)
 
@@ -213,12 +218,18 @@ class GenerateEndpoint:
             log_event(logger, "client_gone", level=logging.DEBUG, request_id=request_id)
 
 
-async def _all(choices: Sequence[Coroutine[None, None, None]]) -> None:
-    """Run all choices at once; the first error ends the others and is raised."""
+async def _all(choices: Sequence[Callable[[], Coroutine[None, None, None]]], at_once: int) -> None:
+    """Run all choices, `at_once` of them at a time, in order; the first error ends the others and is raised."""
     if len(choices) == 1:  # spare each token a task switch
-        await choices[0]
+        await choices[0]()
         return
-    tasks = [asyncio.ensure_future(choice) for choice in choices]
+    places = asyncio.Semaphore(at_once)  # fair: first come, first served
+
+    async def run(choice: Callable[[], Coroutine[None, None, None]]) -> None:
+        async with places:
+            await choice()
+
+    tasks = [asyncio.ensure_future(run(choice)) for choice in choices]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         for task in done:

@@ -61,6 +61,7 @@ async def choices_of(
                 prompt_ids=ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed),
                 priority=request.priority,
+                follows=len(made) >= settings.max_generations,
                 session_key=request.session_key,
                 cache_salt=cache_salt(request.cache_salt),
             )

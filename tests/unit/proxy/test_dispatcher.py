@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 
@@ -100,6 +101,20 @@ async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Di
     assert all(isinstance(route, Route) for route, _ in routes)
     assert dispatcher.counters()["rejected_queue_full_total"] == 1
     assert dispatcher.counters()["queued_requests"] == 0
+
+
+async def test_generations_that_follow_others_of_their_request_are_not_turned_away(dispatcher: Dispatcher) -> None:
+    """Guards against a request that is refused in mid-answer because others filled the queue meanwhile."""
+    _join(dispatcher, free_blocks=0)
+    waiting = [asyncio.create_task(dispatcher.admit("m", _view(), _soon(), first=True)) for _ in range(2)]
+    await asyncio.sleep(0)
+    for follows, error in ((False, Overloaded), (True, DeadlineExceeded)):
+        generation = replace(GENERATION, follows=follows)
+        with pytest.raises(error):
+            await anext(dispatcher.generate(generation, Timeline(time.monotonic), timeout_s=0.02))
+    for task in waiting:
+        task.cancel()
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_a_computed_prompt_leaves_the_queue(dispatcher: Dispatcher) -> None:

@@ -149,6 +149,30 @@ async def test_choices_and_prompts_run_at_once_and_keep_their_order(
     assert len({call.sampling.seed for call in engine.calls}) == 4
 
 
+async def test_generations_of_one_request_wait_for_one_another(
+    engine: FakeEngine, text: ModelText, app_settings: AppSettings
+) -> None:
+    """Guards against a request that fills the queue by itself and is refused at every retry (429) on an idle server."""
+    most, three_run = 0, asyncio.Event()
+
+    def script(call: EngineCall) -> list[ScriptStep]:
+        nonlocal most
+        most = max(most, len(engine.running))
+        if most == 3:
+            three_run.set()
+        return [three_run, Delta((300,), (), "length")]
+
+    engine.script = script
+    app = create_app(engine, {"demo": text}, replace(app_settings, max_generations=3))
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        answer = await asyncio.wait_for(
+            client.post("/v1/completions", json={**COMPLETION, "prompt": ["a", "b", "c", "d"], "n": 2}), timeout=30
+        )
+    assert [choice["index"] for choice in answer.json()["choices"]] == list(range(8))
+    assert most == 3
+    assert [call.generation.follows for call in engine.calls] == [False] * 3 + [True] * 5
+
+
 async def test_a_stop_string_cancels_the_engine(client: httpx.AsyncClient, engine: FakeEngine) -> None:
     """Guards against a worker that generates after the stop, and against tokens counted after it."""
     answer = (await client.post("/v1/completions", json={**COMPLETION, "stop": " a"})).json()
