@@ -3,10 +3,10 @@
 It owns its sockets and belongs to one thread; only `wake` may be called from other threads. Peers are identified by
 endpoint identity, `worker/incarnation`, which is never reused after a restart. Anything that is not exactly one valid
 message is counted and dropped: no input raises out of `receive`. An incoming peer states its own identity, so it must
-not use that of a peer that this endpoint connects to, which is known by its address. Delivery is not guaranteed: a
-sender that needs an answer retransmits.
+not use one that another connection holds, or that of a peer that this endpoint connects to, which is known by its
+address. Delivery is not guaranteed: a sender that needs an answer retransmits.
 
-Socket limits are in `OPTIONS`; sockets.py opens the sockets.
+Socket limits are in `OPTIONS`; sockets.py opens the sockets, connections.py says who holds an identity.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 import zmq
 
 from baton.node import sockets
+from baton.node.connections import NameHolders, NameTaken
 from baton.node.messages.base import MAX_BODY_BYTES, BadMessage, Message, encode
 from baton.node.messages.wire import decode
 from baton.node.sockets import Context, Socket
@@ -61,6 +62,8 @@ class Endpoint:
         self._decode_body = decode_body
         self.rejected = 0
         self._context = context
+        self._secret = secrets.token_bytes(16)
+        self._holders = NameHolders()
         self._links: dict[str, Socket] = {}
         self._names: dict[Socket, str] = {}
         self._poller = zmq.Poller()
@@ -84,7 +87,8 @@ class Endpoint:
         """Open a link to `peer`; it connects in the background and reconnects when the connection breaks."""
         if peer in self._links:
             return
-        socket = sockets.open_dealer(self._context, address, OPTIONS, identity=self.identity)
+        socket = sockets.open_dealer(self._context, address, OPTIONS, identity=self.identity, secret=self._secret)
+        self._holders.reserve(peer)
         self._links[peer] = socket
         self._names[socket] = peer
         self._poller.register(socket, zmq.POLLIN)
@@ -93,6 +97,7 @@ class Endpoint:
         """Close the link to `peer`, if there is one."""
         socket = self._links.pop(peer, None)
         if socket is not None:
+            self._holders.release(peer)
             self._poller.unregister(socket)
             del self._names[socket]
             socket.close(0)
@@ -103,7 +108,12 @@ class Endpoint:
         link = self._links.get(peer)
         if link is not None:
             return sockets.send_frames(link, [body])
-        return self._router is not None and sockets.send_frames(self._router, [peer.encode(), body])
+        connection = self._holders.connection_of(peer)
+        return (
+            self._router is not None
+            and connection is not None
+            and sockets.send_frames(self._router, [connection, body])
+        )
 
     def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]:
         """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that have arrived.
@@ -171,12 +181,10 @@ class Endpoint:
             frames = sockets.receive_frames(self._router)
             if frames is None:
                 return
-            if len(frames) != 2:
-                self._reject(f"{len(frames)} frames")
-            elif frames[0].decode(errors="replace") in self._links:
-                self._reject("an incoming peer uses the identity of a peer that this endpoint connects to")
+            if len(frames) == 2:
+                self._admit_incoming(frames[0], frames[1], inbox)
             else:
-                self._admit(frames[0], frames[1], inbox)
+                self._reject(f"{len(frames)} frames")
 
     def _drain_link(self, socket: Socket, inbox: list[tuple[str, Message]]) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
@@ -184,14 +192,22 @@ class Endpoint:
             if frames is None:
                 return
             if len(frames) == 1:
-                self._admit(self._names[socket].encode(), frames[0], inbox)
+                self._admit(self._names[socket], frames[0], inbox)
             else:
                 self._reject(f"{len(frames)} frames")
 
-    def _admit(self, peer: bytes, body: bytes, inbox: list[tuple[str, Message]]) -> None:
+    def _admit_incoming(self, connection: bytes, body: bytes, inbox: list[tuple[str, Message]]) -> None:
         try:
-            inbox.append((peer.decode(), self._decode_body(body)))
-        except (BadMessage, UnicodeDecodeError) as error:
+            peer = self._holders.name_of(connection)
+        except (NameTaken, UnicodeDecodeError) as error:
+            self._reject(str(error))
+        else:
+            self._admit(peer, body, inbox)
+
+    def _admit(self, peer: str, body: bytes, inbox: list[tuple[str, Message]]) -> None:
+        try:
+            inbox.append((peer, self._decode_body(body)))
+        except BadMessage as error:
             self._reject(str(error))
 
     def _reject(self, reason: str) -> None:

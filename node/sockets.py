@@ -4,8 +4,10 @@
 the address asks for it, a checked name, and errors that say what is wrong with an address.
 
 Facts used (libzmq's zmq_setsockopt(3)): HANDSHAKE_IVL and MAXMSGSIZE bound what an untrusted peer can do, heartbeats
-find a dead host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, ROUTER_HANDOVER lets a peer that
-reconnects replace its own dead connection, IMMEDIATE queues only on established connections.
+find a dead host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, IMMEDIATE queues only on established
+connections. Without ROUTER_HANDOVER a ROUTER ignores a peer that reconnects under its id before the old connection is
+seen to be dead, for as long as the new one lasts, and still answers its heartbeats; with it, the new one replaces the
+old. Ids are in connections.py.
 """
 
 from __future__ import annotations
@@ -15,12 +17,13 @@ from dataclasses import dataclass
 
 import zmq
 
+from baton.node.connections import SUFFIX_CHARACTERS, connection_id
 from baton.node.errors import SettingsError
 
 Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
 
-MAX_IDENTITY_BYTES = 255
+MAX_IDENTITY_BYTES = 255 - SUFFIX_CHARACTERS
 
 _ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):([1-9][0-9]{0,4})", re.ASCII)
 _LOOPBACK = re.compile(r"tcp://(?:127\.|localhost:|\[::1\])")
@@ -50,12 +53,13 @@ def new_context() -> Context:
 def open_router(
     context: Context, address: str, options: Options, *, identity: str = "", mandatory: bool = False
 ) -> Socket:
-    """A ROUTER bound at `address`. It reports peers that are gone if `mandatory`, else it lets them reconnect under
-    their name. Raises SettingsError if it cannot be bound."""
+    """A ROUTER bound at `address`; peers that reconnect under their id are let in. It reports peers that are gone if
+    `mandatory`. Raises SettingsError if it cannot be bound."""
     router = _open(context, zmq.ROUTER, address, options)
     if identity:
         router.setsockopt_string(zmq.ROUTING_ID, identity)
-    router.setsockopt(zmq.ROUTER_MANDATORY if mandatory else zmq.ROUTER_HANDOVER, 1)
+    router.setsockopt(zmq.ROUTER_HANDOVER, 1)
+    router.setsockopt(zmq.ROUTER_MANDATORY, mandatory)
     try:
         router.bind(address)
     except zmq.ZMQError as error:
@@ -64,10 +68,13 @@ def open_router(
     return router
 
 
-def open_dealer(context: Context, address: str, options: Options, *, identity: str) -> Socket:
-    """A DEALER called `identity` that connects to `address` in the background. Raises SettingsError for no address."""
+def open_dealer(context: Context, address: str, options: Options, *, identity: str, secret: bytes) -> Socket:
+    """A DEALER called `identity` that connects to `address` in the background, with an id made of `secret`.
+
+    Raises SettingsError for no address.
+    """
     dealer = _open(context, zmq.DEALER, address, options)
-    dealer.setsockopt_string(zmq.ROUTING_ID, identity)
+    dealer.setsockopt_string(zmq.ROUTING_ID, connection_id(identity, secret, address))
     try:
         dealer.connect(address)
     except zmq.ZMQError as error:

@@ -16,6 +16,7 @@ Requests are numbered from 0 and answered in order; an end that sees another ord
 
 from __future__ import annotations
 
+import secrets
 from collections import Counter
 from typing import Annotated
 
@@ -23,6 +24,7 @@ import msgspec
 from msgspec import Meta
 
 from baton.node import sockets
+from baton.node.connections import NameHolders, NameTaken
 from baton.node.errors import SettingsError
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -83,6 +85,8 @@ class Channel:
         """Messages that came in and were not passed on, by reason: wrong_peer, malformed."""
         self._context = context
         self._identity = identity
+        self._secret = secrets.token_bytes(16)
+        self._holders = NameHolders()
         self._dealers: dict[str, sockets.Socket] = {}
         self._decoder = msgspec.msgpack.Decoder(ChannelMessage)
         self._encoder = msgspec.msgpack.Encoder()
@@ -95,7 +99,9 @@ class Channel:
         if not sockets.is_address(address):
             return False
         try:
-            self._dealers[peer] = sockets.open_dealer(self._context, address, OPTIONS, identity=self._identity)
+            self._dealers[peer] = sockets.open_dealer(
+                self._context, address, OPTIONS, identity=self._identity, secret=self._secret
+            )
         except SettingsError:
             return False
         return True
@@ -131,7 +137,10 @@ class Channel:
     # -- inside
 
     def _take(self, frames: list[bytes], messages: list[tuple[str, ChannelMessage]]) -> None:
-        peer = frames[0].decode(errors="replace")
+        try:
+            peer = self._holders.name_of(frames[0])
+        except (NameTaken, UnicodeDecodeError):
+            peer = ""
         if peer not in self._dealers:
             self.dropped["wrong_peer"] += 1
             return

@@ -13,6 +13,7 @@ none, unless the connection breaks in between.
 
 from __future__ import annotations
 
+import secrets
 import struct
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,7 @@ from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node import sockets
+from baton.node.connections import stated_name
 from baton.node.errors import SettingsError
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
@@ -75,6 +77,7 @@ class ZmqPlane:
         self._context = context
         self._memory = memory
         self._identity = identity
+        self._secret = secrets.token_bytes(16)
         self._host = host_identity()
         self._ledger = IoLedger()
         self._links: dict[str, _Link] = {}
@@ -174,7 +177,9 @@ class ZmqPlane:
         if not sockets.is_address(address.address):
             return None
         try:
-            return sockets.open_dealer(self._context, address.address, SENDING, identity=self._identity)
+            return sockets.open_dealer(
+                self._context, address.address, SENDING, identity=self._identity, secret=self._secret
+            )
         except SettingsError:
             return None
 
@@ -239,7 +244,7 @@ class ZmqPlane:
         receive = self._ledger.receive(key)
         if receive is None:
             self.dropped["unknown"] += 1
-        elif frames[0].bytes != receive.peer.encode():
+        elif not _is_called(frames[0].bytes, receive.peer):
             self.dropped["wrong_peer"] += 1
         elif (num_blocks, block_bytes) == (len(receive.blocks), self._memory.block_bytes) and self._copy(
             [frame.buffer for frame in frames[2:]], receive.blocks
@@ -256,6 +261,13 @@ class ZmqPlane:
         for target, piece in zip(targets, payload, strict=True):
             target[:] = piece
         return True
+
+
+def _is_called(connection: bytes, peer: str) -> bool:
+    try:
+        return stated_name(connection) == peer
+    except UnicodeDecodeError:
+        return False
 
 
 def _parse(header: memoryview) -> tuple[ChunkKey, int, int] | None:

@@ -32,6 +32,8 @@ _WORKER_LINE = re.compile(
     r'baton:worker_(?P<name>\w+)\{role="(?P<role>\w+)",worker="(?P<worker>[\w-]+)"\} (?P<value>\S+)'
 )
 START_TIMEOUT_S = 120.0
+LISTEN, ESTABLISHED = "0A", "01"
+"""States of a socket in /proc/net/tcp."""
 
 
 class Stream:
@@ -177,11 +179,12 @@ class Cluster:
 
     def ports(self, name: str) -> list[int]:
         """The TCP ports that a process listens on, from /proc."""
-        pid = self.nodes.pid(name)
-        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
-        inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
-        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
-        return sorted(int(row[1].rpartition(":")[2], 16) for row in rows if row[3] == "0A" and row[9] in inodes)
+        return sorted(port for port, state in self._sockets(name) if state == LISTEN)
+
+    def peers_hung_up(self, name: str) -> bool:
+        """Whether no connection that a process has accepted is still open at its other end."""
+        ports = self.ports(name)
+        return not any(state == ESTABLISHED and port in ports for port, state in self._sockets(name))
 
     # -- requests
 
@@ -208,6 +211,14 @@ class Cluster:
         return Stream(self.stream(prompt, **body))
 
     # -- internals
+
+    def _sockets(self, name: str) -> list[tuple[int, str]]:
+        """Local port and state of each TCP socket of a process, from /proc."""
+        pid = self.nodes.pid(name)
+        links = [os.readlink(entry) for entry in Path(f"/proc/{pid}/fd").iterdir() if entry.is_symlink()]
+        inodes = {link[len("socket:[") : -1] for link in links if link.startswith("socket:[")}
+        rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+        return [(int(row[1].rpartition(":")[2], 16), row[3]) for row in rows if row[9] in inodes]
 
     def _reports(self, name: str) -> list[re.Match[str]]:
         found = (_WORKER_LINE.fullmatch(line) for line in self.metrics())

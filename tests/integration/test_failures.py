@@ -12,6 +12,7 @@ import json
 import signal
 import socket
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -360,3 +361,29 @@ class TestOneOfEachRole:
         assert "503" in str(waiting.join().broken) or "shutting down" in str(waiting.broken), waiting.broken
         assert cluster.nodes.wait_end("proxy") == 0
         assert "Traceback" not in cluster.nodes.log("proxy")
+
+
+@pytest.mark.parametrize("frozen", ["proxy", "decode-0"])
+def test_a_process_is_frozen_until_its_peers_hang_up(frozen: str, tmp_path: Path) -> None:
+    """Guards reconnecting: the awake process still holds the connections that its peers have replaced meanwhile, and
+    ignored the new ones for ever."""
+    with Cluster(store_args=(), log_folder=tmp_path) as cluster:
+        before = cluster.complete("The old king", max_tokens=8)["choices"]
+        assert not cluster.peers_hung_up(frozen)
+        cluster.nodes.signal(frozen, signal.SIGSTOP)
+        try:
+            cluster.wait_until(lambda: cluster.peers_hung_up(frozen), "its peers hang up")
+        finally:
+            cluster.nodes.signal(frozen, signal.SIGCONT)
+        cluster.wait_until(lambda: serves(cluster), "it serves again")
+        cluster.wait_workers("prefill-0", "decode-0")
+        cluster.wait_until(lambda: cluster.store_value("workers") == 2, "the store is a member, with both workers")
+        assert cluster.complete("The old king", max_tokens=8)["choices"] == before
+
+
+def serves(cluster: Cluster) -> bool:
+    """Whether a request that both roles take part in is answered."""
+    try:
+        return bool(cluster.complete(new_prompt(), max_tokens=8))
+    except AssertionError:
+        return False

@@ -192,6 +192,7 @@ class SecondProxy:
         self._socket.bind("tcp://127.0.0.1:*")
         self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._boxes: dict[str, list[Message]] = {"prefill-0": [], "decode-0": []}
+        self._connections: dict[str, bytes] = {}
 
     def join(self) -> tuple[Register, Register]:
         """Accept both workers; returns the Register of prefill and of decode."""
@@ -206,7 +207,7 @@ class SecondProxy:
 
     def send(self, worker: Register, *messages: Message) -> None:
         for message in messages:
-            self._socket.send_multipart([f"{worker.worker}/{worker.incarnation}".encode(), encode(message)])
+            self._socket.send_multipart([self._connections[worker.worker], encode(message)])
 
     def receive(self, worker: Register, count: int, wait_s: float = 20.0) -> list[Message]:
         """A worker's next messages about requests: `count`, or as many as arrive within `wait_s`."""
@@ -228,6 +229,7 @@ class SecondProxy:
                 peer, body = self._socket.recv_multipart()
                 message = decode(body)
                 if isinstance(message, Register):
+                    self._connections[message.worker] = peer
                     self._socket.send_multipart([peer, encode(Registered(proxy="second", incarnation=1))])
                 elif not isinstance(message, Heartbeat | KvEvents):
                     self._boxes[peer.decode().partition("/")[0]].append(message)

@@ -69,6 +69,53 @@ def test_two_links_are_kept_apart(context: zmq.Context[zmq.Socket[bytes]]) -> No
     client.close()
 
 
+def _raw_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, connection: bytes) -> zmq.Socket[bytes]:
+    """A client with any connection id, which has sent one message."""
+    dealer = context.socket(zmq.DEALER)
+    dealer.setsockopt(zmq.LINGER, 0)
+    dealer.setsockopt(zmq.RCVTIMEO, int(WAIT_S * 1000))
+    dealer.setsockopt(zmq.ROUTING_ID, connection)
+    dealer.connect(address)
+    dealer.send(encode(Rejoin()))
+    return dealer
+
+
+def test_a_peer_replaces_its_own_dead_connection(
+    pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
+) -> None:
+    """Guards a process that was frozen: its peers have reconnected before it sees that the old connections are dead.
+    The new ones were ignored for as long as they lasted."""
+    server, _ = pair
+    first = _raw_dealer(context, server.address, b"d/1#00")
+    assert _next(server) == [("d/1", Rejoin())]
+    second = _raw_dealer(context, server.address, b"d/1#00")
+    assert _next(server) == [("d/1", Rejoin())]
+    assert server.send("d/1", Ping(proxy="p", incarnation=1))
+    assert second.recv() == encode(Ping(proxy="p", incarnation=1))
+    assert not first.poll(0)
+    first.close(0)
+    second.close(0)
+
+
+@pytest.mark.parametrize("connection", [b"client/1", b"client/1#00", b"peer", b"peer#00"])
+def test_a_stranger_does_not_take_a_name(
+    pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]], connection: bytes
+) -> None:
+    """Guards a peer's messages, and those to it, against a client that connects later and states its name."""
+    server, client = pair
+    server.connect("peer", "tcp://127.0.0.1:1")
+    assert client.send("server", Rejoin()) and _next(server) == [("client/1", Rejoin())]
+    stranger = _raw_dealer(context, server.address, connection)
+    deadline = time.monotonic() + WAIT_S
+    while not server.rejected and time.monotonic() < deadline:
+        assert server.receive(0.1) == []
+    assert server.rejected == 1
+    assert server.send("client/1", Ping(proxy="p", incarnation=1))
+    assert _next(client) == [("server", Ping(proxy="p", incarnation=1))]
+    assert not stranger.poll(0)
+    stranger.close(0)
+
+
 def test_send_to_an_unconnected_peer_returns_false(pair: tuple[Endpoint, Endpoint]) -> None:
     """Guards loss detection: a send to a peer that is not connected reports failure and raises nothing."""
     server, client = pair

@@ -1,0 +1,76 @@
+"""Who may use which name on a ROUTER: the connection ids that dealers choose, and which of them holds each name.
+
+A connection id is `name#suffix`. The suffix is random to all but the two ends, and stays the same when a dealer
+connects to an address again: so ROUTER_HANDOVER lets a peer replace its own dead connection, which the ROUTER may
+still hold when the new one arrives, and lets nothing else take it. A name belongs to the first connection id that
+states it; what arrives under that name from another one is rejected. This does not prove that the first was genuine:
+that takes authentication, for which the name is the part before the `#`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+
+MAX_NAMES = 16_384
+"""The name that was heard least recently is forgotten first; it is learned again when it is heard."""
+SUFFIX_BYTES = 16
+SUFFIX_CHARACTERS = 1 + 2 * SUFFIX_BYTES
+
+
+class NameTaken(Exception):
+    """Another connection holds the name."""
+
+
+def connection_id(name: str, secret: bytes, address: str) -> str:
+    """The id of a connection to `address`; another address does not learn it. `secret` has at most 64 bytes."""
+    suffix = hashlib.blake2b(address.encode(), key=secret, digest_size=SUFFIX_BYTES).hexdigest()
+    return f"{name}#{suffix}"
+
+
+def stated_name(connection: bytes) -> str:
+    """The name in a connection id. Raises UnicodeDecodeError if it is no text."""
+    name, mark, _ = connection.rpartition(b"#")
+    return (name if mark else connection).decode()
+
+
+class NameHolders:
+    """Which connection holds each name."""
+
+    def __init__(self, limit: int = MAX_NAMES) -> None:
+        self._limit = limit
+        self._names: OrderedDict[bytes, str] = OrderedDict()
+        self._connections: dict[str, bytes] = {}
+        self._reserved: set[str] = set()
+
+    def name_of(self, connection: bytes) -> str:
+        """The name under which a message came. Raises NameTaken, or UnicodeDecodeError for an id that is no text."""
+        name = self._names.get(connection)
+        if name is None:
+            return self._learn(connection)
+        self._names.move_to_end(connection)
+        return name
+
+    def connection_of(self, name: str) -> bytes | None:
+        """The connection that holds the name; None if none was heard under it."""
+        return self._connections.get(name)
+
+    def reserve(self, name: str) -> None:
+        """From now on no incoming connection has this name."""
+        self._reserved.add(name)
+        if (connection := self._connections.pop(name, None)) is not None:
+            del self._names[connection]
+
+    def release(self, name: str) -> None:
+        self._reserved.discard(name)
+
+    def _learn(self, connection: bytes) -> str:
+        name = stated_name(connection)
+        if name in self._connections or name in self._reserved:
+            raise NameTaken("an incoming peer uses the name of another connection")
+        if len(self._names) >= self._limit:
+            _, forgotten = self._names.popitem(last=False)
+            del self._connections[forgotten]
+        self._names[connection] = name
+        self._connections[name] = connection
+        return name
