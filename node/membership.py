@@ -1,8 +1,9 @@
 """A worker's membership of the cluster: registration, heartbeats, session leases, leaving. No sockets, no clock.
 
 A worker registers with every configured proxy and retransmits until it is answered; then it sends four heartbeats a
-second. A proxy that is silent for the session lease is lost: its requests are dropped, and the worker registers again,
-since the proxy may have restarted. A Ping of a new incarnation, or a Rejoin, has the same effect at once.
+second. One that is refused registers again, after longer and longer pauses: the workers that it does not fit may leave.
+A proxy that is silent for the session lease is lost: its requests are dropped, and the worker registers again, since
+the proxy may have restarted. A Ping of a new incarnation, or a Rejoin, has the same effect at once.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ HEARTBEAT_S = 0.25
 DEAD_AFTER_S = 2.0
 """A worker that is silent for this long is treated as dead; a frozen process counts as dead."""
 PROXY_LEASE_S = 5.0
+REFUSED_PAUSE_S = (1.0, 15.0)
+"""The first pause after a refusal, and the longest; each is twice the one before."""
 
 
 @dataclass(slots=True)
@@ -35,7 +38,9 @@ class _Proxy:
     incarnation: int | None = None
     last_message_at: float = 0.0
     next_at: float = 0.0
-    refused: str = ""
+    refused_until: float = float("-inf")
+    pause_s: float = REFUSED_PAUSE_S[0]
+    """After the next refusal."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,10 +52,11 @@ class ProxyLost:
 
 @dataclass(frozen=True, slots=True)
 class JoinRefused:
-    """A proxy has refused this worker for good; the worker does not retry."""
+    """A proxy has refused this worker, which registers again after a pause."""
 
     link: str
     reason: str
+    pause_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,10 +103,10 @@ class Membership:
                 lost = self._lost_if_restarted(proxy, message.incarnation)
                 joined = proxy.incarnation != message.incarnation
                 proxy.incarnation = message.incarnation
+                proxy.refused_until, proxy.pause_s = float("-inf"), REFUSED_PAUSE_S[0]
                 return [*lost, *([Joined(link)] if joined else [])]
-            case Refused():
-                proxy.refused = message.reason
-                return [JoinRefused(link, message.reason)]
+            case Refused() if proxy.incarnation is None and now >= proxy.refused_until:
+                return [self._pause(proxy, message.reason, now)]
             case Ping() if proxy.incarnation not in (None, message.incarnation):
                 return self._register_again(proxy, now)
             case Rejoin() if proxy.incarnation is not None:
@@ -117,7 +123,7 @@ class Membership:
             if proxy.incarnation is not None and now - proxy.last_message_at > PROXY_LEASE_S:
                 proxy.incarnation = None
                 changes.append(ProxyLost(proxy.link))
-            if now >= proxy.next_at and not proxy.refused:
+            if now >= proxy.next_at:
                 proxy.next_at = now + HEARTBEAT_S
                 is_joined = proxy.incarnation is not None
                 due.append((proxy.link, self._heartbeat(load, load_age_s, kv_seq) if is_joined else self._register))
@@ -130,7 +136,14 @@ class Membership:
 
     @property
     def wake_at(self) -> float:
-        return min((p.next_at for p in self._proxies.values() if not p.refused), default=float("inf"))
+        return min((proxy.next_at for proxy in self._proxies.values()), default=float("inf"))
+
+    def _pause(self, proxy: _Proxy, reason: str, now: float) -> JoinRefused:
+        """Register again later. Refusals of retransmitted Registers, which come in meanwhile, change nothing."""
+        pause_s = proxy.pause_s
+        proxy.next_at = proxy.refused_until = now + pause_s
+        proxy.pause_s = min(2 * pause_s, REFUSED_PAUSE_S[1])
+        return JoinRefused(proxy.link, reason, pause_s)
 
     def _register_again(self, proxy: _Proxy, now: float) -> list[Change]:
         proxy.incarnation = None

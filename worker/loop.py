@@ -17,7 +17,7 @@ from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderE
 from baton.kvtransfer.store.events import StoreClientDied, StoreFound, StoreLoaded, StoreWritten
 from baton.models.batch import Drawn
 from baton.node.counters import WorkerCounters, values
-from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.errors import InvariantBroken
 from baton.node.leg import LegKey
 from baton.node.membership import HEARTBEAT_S, Joined, JoinRefused, ProxyLost
 from baton.node.messages.control import Busy, Cancel, Cancelled, DispatchBody, Drain, Failed, Load, Prefill, Reserve
@@ -202,8 +202,10 @@ class Loop:
                 self._end_those(lambda sequence: sequence.link == link, "this worker lost its proxy", retryable=True)
             case Joined(link):
                 log_event(self._logger, "joined", link=link)
-            case JoinRefused(link, reason):
-                raise SettingsError(f"{link} refused this worker: {reason}")
+            case JoinRefused(link, reason, pause_s):
+                log_event(
+                    self._logger, "join_refused", level=logging.WARNING, link=link, reason=reason, again_in_s=pause_s
+                )
             case IoThreadDied(error):
                 raise InvariantBroken("the I/O thread died") from error
             case StoreClientDied(error):

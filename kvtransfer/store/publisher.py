@@ -6,12 +6,16 @@ called. One thread makes all calls; journals may be written by others.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
 from baton.node.line import Line
-from baton.node.membership import Membership
+from baton.node.membership import JoinRefused, Membership
 from baton.node.messages.control import KvReplay, Load, RegisterStore
+from baton.node.telemetry import log_event
+
+logger = logging.getLogger("store")
 
 
 class EventPublisher:
@@ -36,7 +40,9 @@ class EventPublisher:
     def turn(self, counters: Callable[[], dict[str, float]], now: float) -> None:
         """Take in messages of the proxies, and send what is due."""
         for link, message in self._line.receive(0.0):
-            self._membership.on_message(link, message, now)
+            for change in self._membership.on_message(link, message, now):
+                if isinstance(change, JoinRefused):
+                    log_event(logger, "join_refused", level=logging.WARNING, link=link, reason=change.reason)
             if isinstance(message, KvReplay):
                 for answer in self._log.replay(message.seq):
                     self._line.send(link, answer)

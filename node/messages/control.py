@@ -167,7 +167,7 @@ class Registered(Message, tag="Registered", kw_only=True):
 
 
 class Refused(Message, tag="Refused", kw_only=True):
-    """The worker, or the peer, is incompatible; the refused sender must not retry unchanged."""
+    """The worker, or the peer, is incompatible; the refused sender pauses before it tries again."""
 
     reason: Text
 

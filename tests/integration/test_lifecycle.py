@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -162,14 +164,34 @@ def test_worker_of_another_namespace_is_refused(tmp_path: Path) -> None:
         }
         for name, (role, *arguments) in incompatible.items():
             cluster.nodes.add_worker(role, name, *arguments)
-        for name, (role, *_) in incompatible.items():
-            assert cluster.nodes.wait_end(name, REFUSED_TIMEOUT_S) == 1
-            last = cluster.nodes.log(name).splitlines()[-1]
-            assert last.startswith(f"{role}: ") and "another namespace" in last, last
-            cluster.nodes.forget(name)
+        for name in incompatible:
+            cluster.wait_until(
+                lambda name=name: cluster.nodes.log(name).count("join_refused") > 1,
+                f"{name} tries again",
+                REFUSED_TIMEOUT_S,
+            )
+            assert "another namespace" in cluster.nodes.log(name)
         assert cluster.num_workers() == 2
         assert cluster.complete("The old king", max_tokens=8)["choices"] == before
+        for name in incompatible:
+            cluster.nodes.signal(name, signal.SIGTERM)
+            assert cluster.nodes.wait_end(name) == 0
+            cluster.nodes.forget(name)
         cluster.wait_idle()
+
+
+def test_a_refused_worker_joins_when_those_it_does_not_fit_have_left(tmp_path: Path) -> None:
+    """Guards the workers of a cluster: whatever registered first set the namespace, and one refusal ended them."""
+    alone: dict[str, Any] = {"prefill": 0, "decode": 1, "proxy_args": ("--local-prefill", "always")}
+    with Cluster(**alone, worker_args=("--block-tokens", "32"), log_folder=tmp_path) as cluster:
+        cluster.nodes.add_worker("decode", "decode-1", "--block-tokens", "16")
+        cluster.wait_until(
+            lambda: "join_refused" in cluster.nodes.log("decode-1"), "decode-1 is refused", REFUSED_TIMEOUT_S
+        )
+        cluster.nodes.signal("decode-0", signal.SIGTERM)
+        assert cluster.nodes.wait_end("decode-0") == 0
+        cluster.nodes.forget("decode-0")
+        cluster.wait_workers("decode-1")
 
 
 def test_two_proxies_over_the_same_workers(tmp_path: Path) -> None:

@@ -65,10 +65,34 @@ def test_a_restarted_proxy_is_detected_at_once() -> None:
     assert changes == [ProxyLost("a"), Joined("a")]
 
 
-def test_a_refused_worker_does_not_retry() -> None:
-    """Guards against a registration storm by an incompatible worker."""
+def test_a_refused_worker_registers_again_after_longer_and_longer_pauses() -> None:
+    """Guards a worker that one refusal ended, and the proxy against a storm of registrations that it refuses."""
+    membership = Membership(REGISTER, ("a",), 0.0)
+    now, pauses = 0.0, []
+    for _ in range(7):
+        assert _due(membership, now) == [Register]
+        (change,) = membership.on_message("a", Refused(reason="no"), now)
+        assert isinstance(change, JoinRefused) and change.reason == "no"
+        pauses.append(change.pause_s)
+        assert _due(membership, now + change.pause_s - 0.01) == []
+        now = membership.wake_at
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 15.0, 15.0, 15.0]
+    assert membership.on_message("a", Registered(proxy="proxy", incarnation=7), now) == [Joined("a")]
+    assert _due(membership, now) == [Heartbeat]
+
+
+def test_refusals_of_retransmitted_registers_count_once() -> None:
+    """Guards the pause: a slow proxy answers every Register that was sent before its first answer."""
+    membership = Membership(REGISTER, ("a",), 0.0)
+    assert membership.on_message("a", Refused(reason="no"), 0.0) == [JoinRefused("a", "no", 1.0)]
+    assert membership.on_message("a", Refused(reason="no"), 0.1) == []
+    assert membership.wake_at == 1.0
+
+
+def test_a_refusal_by_one_proxy_leaves_the_other() -> None:
+    """Guards a worker of two proxies: the one that refuses it delays nothing at the other."""
     membership = Membership(REGISTER, ("a", "b"), 0.0)
-    assert membership.on_message("a", Refused(reason="no"), 0.0) == [JoinRefused("a", "no")]
+    membership.on_message("a", Refused(reason="no"), 0.0)
     messages, _ = membership.on_timer(0.0, Load())
     assert [link for link, _ in messages] == ["b"]
 

@@ -12,9 +12,9 @@ from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderE
 from baton.kvtransfer.store.events import StoreClientDied
 from baton.models.batch import Drawn
 from baton.node.counters import WorkerCounters
-from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.errors import InvariantBroken
 from baton.node.leg import LegKey
-from baton.node.membership import Joined, JoinRefused, ProxyLost
+from baton.node.membership import JoinRefused, ProxyLost
 from baton.node.messages.control import (
     Busy,
     Cancel,
@@ -210,11 +210,12 @@ def test_a_lost_proxy_ends_only_its_own_requests(bench: Bench) -> None:
     assert list(bench.role.sequences) == [LegKey("b", 0)]
 
 
-def test_a_refused_worker_exits_with_the_reason(bench: Bench) -> None:
-    """Guards against a worker that keeps running although no proxy accepts it."""
-    bench.give(Joined("proxy"))
-    with pytest.raises(SettingsError, match="another model"):
-        bench.give(JoinRefused("proxy", "another model"))
+def test_a_refused_worker_says_why_and_goes_on(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against a worker that ends at one refusal, and against one that waits without a word."""
+    with caplog.at_level("WARNING"):
+        bench.give(JoinRefused("proxy", "another model", 1.0), reserve("a"))
+    assert "another model" in caplog.text
+    assert list(bench.role.sequences) == [LegKey("a", 0)]
 
 
 @pytest.mark.parametrize("died", [IoThreadDied(OSError("gone")), StoreClientDied(OSError("gone"))])
