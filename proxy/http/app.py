@@ -118,7 +118,7 @@ def group_app_of(service: Service) -> FastAPI:
     async def reported() -> Response:
         return Response(service.metrics.reported(), media_type=CONTENT_TYPE_LATEST)
 
-    @app.get(PAST_REQUESTS + "{request_id}")
+    @app.get(PAST_REQUESTS + "{request_id:path}")
     async def one_request(request_id: str) -> Response:
         return _past_request(service, request_id) or Response(status_code=404)
 
@@ -164,7 +164,7 @@ def _add_probes(app: FastAPI, service: Service) -> None:
 
 
 def _add_debug(app: FastAPI, service: Service) -> None:
-    @app.get(PAST_REQUESTS + "{request_id}")
+    @app.get(PAST_REQUESTS + "{request_id:path}")
     async def one_request(request_id: str) -> Response:
         """A request that is over, by the id that its answer had: outcome, attempts and timeline of each generation."""
         if (found := _past_request(service, request_id)) is not None:
@@ -176,7 +176,8 @@ def _add_debug(app: FastAPI, service: Service) -> None:
 
 def _past_request(service: Service, request_id: str) -> Response | None:
     """What this proxy knows of a request that is over."""
-    if not (records := service.log.find(request_id)):
+    # An answer's id is the client's behind a prefix, where the client gave one.
+    if not (records := service.log.find(request_id) or service.log.find(request_id.partition("-")[2])):
         return None
     return _json({"id": request_id, "generations": [as_json(record) for record in records]})
 

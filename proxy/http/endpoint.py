@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 DEADLINE_GRACE_S = 5.0
 """The engine ends a request at its deadline; this long after it, the endpoint does, whatever engine and client do."""
+ID_HEADER = "x-request-id"
+MAX_ID_CHARS = 96
 TRACE_HEADERS = ("traceparent", "tracestate")
 """Of the W3C Trace Context recommendation: which trace the client's request belongs to."""
 
@@ -59,6 +61,11 @@ class HttpRequest:
     """One HTTP request, from its first byte on."""
 
     id: str
+    """In the answer's header, in logs and for looking it up: the client's, else ours."""
+    answer_id: str
+    """In the body of the answer."""
+    own_id: str
+    """Unique, whatever clients send: the generations have their names from it."""
     operation: str
     arrived_s: float
     """On the clock of the metrics, as the timeline."""
@@ -93,9 +100,9 @@ class GenerateEndpoint:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = self._request(scope)
-        reply = Reply(send, {"x-request-id": request.id})
+        reply = Reply(send, {ID_HEADER: request.id})
         try:
-            with self._service.limit:
+            with self._service.limit, self._service.client_ids.claim(request.id):
                 body = await read_body(scope, receive, self._service.settings.max_body_bytes)
                 await _while_connected(receive, reply, self._answer(request, body, reply))
         except Exception as error:
@@ -111,8 +118,12 @@ class GenerateEndpoint:
     def _request(self, scope: Scope) -> HttpRequest:
         clock = self._service.metrics.clock
         now_s, headers = clock(), Headers(scope=scope)
+        own_id = f"{self._api.id_prefix}-{secrets.token_hex(16)}"
+        client_id = _usable_id(headers.get(ID_HEADER, ""))
         return HttpRequest(
-            id=f"{self._api.id_prefix}-{secrets.token_hex(16)}",
+            id=client_id or own_id,
+            answer_id=f"{self._api.id_prefix}-{client_id}" if client_id else own_id,
+            own_id=own_id,
             operation=self._api.operation,
             arrived_s=now_s,
             timeline=Timeline(clock, now_s),
@@ -129,10 +140,11 @@ class GenerateEndpoint:
             reply.add_headers(service.unknown.accept(parsed.unknown))
             request.timeline.enter("tokenise")
             known = parsed if parsed.model == model.name else replace(parsed, model=model.name)
-            made = await choices_of(known, model.text, service.settings, service.max_model_len(model.name), request.id)
+            max_model_len = service.max_model_len(model.name)
+            made = await choices_of(known, model.text, service.settings, max_model_len, request.own_id)
             timelines = [request.timeline.fork(model.metrics.segments_of(request.operation)) for _ in made]
             header = AnswerHeader(
-                id=request.id,
+                id=request.answer_id,
                 created=int(time.time()),
                 model=parsed.model,
                 logprobs=parsed.top_logprobs is not None,
@@ -143,6 +155,10 @@ class GenerateEndpoint:
             responder = Responder(
                 reply, self._api.encoder(header), timelines, stream=parsed.stream, include_usage=parsed.include_usage
             )
+            if request.id != request.own_id:  # workers, and log lines of attempts, know its generations by ours
+                log_event(
+                    logger, "request_begun", level=logging.DEBUG, request_id=request.id, generations=request.own_id
+                )
             request.begun = True
             at_once = service.settings.max_generations
             for timeline in timelines[at_once:]:
@@ -216,6 +232,11 @@ class GenerateEndpoint:
             await reply.fail(failure)
         except OSError:  # TimeoutError is one: the client has gone, or stopped reading
             log_event(logger, "client_gone", level=logging.DEBUG, request_id=request_id)
+
+
+def _usable_id(sent: str) -> str:
+    """What the client calls its request, or "" if that can be no part of a header or a log line."""
+    return sent if len(sent) <= MAX_ID_CHARS and sent.isascii() and sent.isprintable() else ""
 
 
 async def _all(choices: Sequence[Callable[[], Coroutine[None, None, None]]], at_once: int) -> None:

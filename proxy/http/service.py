@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 from baton.node.errors import BadRequest, Overloaded, PeerLost
 from baton.proxy.group import Alone, Group
@@ -31,6 +32,25 @@ class RequestLimit:
         self.inside -= 1
 
 
+@dataclass(slots=True)
+class ClientIds:
+    """Ids of the requests that are being answered, which clients may choose; RequestLimit bounds their number."""
+
+    active: set[str] = field(default_factory=set)
+
+    @contextmanager
+    def claim(self, request_id: str) -> Iterator[None]:
+        """Raises BadRequest (409) while another request has this id: the client sent one twice."""
+        if request_id in self.active:
+            message = "a request with this X-Request-Id is being answered already"
+            raise BadRequest(message, status=409, code="request_in_progress")
+        self.active.add(request_id)
+        try:
+            yield
+        finally:
+            self.active.discard(request_id)
+
+
 @dataclass(frozen=True, slots=True)
 class ModelEntry:
     """All that the HTTP side has of one model."""
@@ -53,6 +73,7 @@ class Service:
     refusals: RefusalLog
     limit: RequestLimit
     unknown: UnknownParameters
+    client_ids: ClientIds
     group: Group
     """The other proxies at the port."""
 
@@ -93,4 +114,4 @@ def make_service(
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
     limit = RequestLimit(settings.max_requests)
     unknown = UnknownParameters(refuse=settings.refuse_unknown_parameters)
-    return Service(engine, models, settings, metrics, log, RefusalLog(), limit, unknown, group or Alone())
+    return Service(engine, models, settings, metrics, log, RefusalLog(), limit, unknown, ClientIds(), group or Alone())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections import OrderedDict
+from collections import deque
 from typing import Protocol
 
 from baton.node.telemetry import log_event
@@ -37,10 +37,8 @@ class RequestLog:
 
     def __init__(self, *, slow_s: float = math.inf, keep: int = 0, spans: Spans | None = None) -> None:
         self._slow_s = slow_s
-        self._keep = keep
         self._spans = spans or NoSpans()
-        self._kept: OrderedDict[str, list[GenerationRecord]] = OrderedDict()  # by request id, the oldest first
-        self._num_kept = 0
+        self._kept: deque[GenerationRecord] = deque(maxlen=keep)
 
     def add(self, record: GenerationRecord) -> None:
         """A generation is over."""
@@ -49,20 +47,12 @@ class RequestLog:
         elif logger.isEnabledFor(logging.DEBUG):
             log_event(logger, "request_finished", level=logging.DEBUG, **as_fields(record))
         self._spans.export(record)
-        if self._keep:
-            self._put(record)
+        self._kept.append(record)
 
     def find(self, request_id: str) -> list[GenerationRecord]:
         """The generations of a request, in the order in which they ended; empty if none is known (any more)."""
-        return list(self._kept.get(request_id, ()))
+        return [record for record in self._kept if record.info.request_id == request_id]
 
     def close(self) -> None:
         """Hand over what the exporter still holds."""
         self._spans.close()
-
-    def _put(self, record: GenerationRecord) -> None:
-        self._kept.setdefault(record.info.request_id, []).append(record)
-        self._num_kept += 1
-        while self._num_kept > self._keep and len(self._kept) > 1:
-            _, oldest = self._kept.popitem(last=False)
-            self._num_kept -= len(oldest)

@@ -70,6 +70,38 @@ async def test_no_two_generations_have_one_id(client: httpx.AsyncClient, engine:
     assert len(set(ids)) == len(ids) == 4 and not any("mine" in request_id for request_id in ids)
 
 
+async def test_a_clients_id_names_its_request(client: httpx.AsyncClient) -> None:
+    """Guards against a request that cannot be found again by the id that its client, or a gateway, gave it."""
+    for sent in ("mine", "a/b c~", "x" * 96):
+        answer = await client.post("/v1/chat/completions", json=CHAT, headers={"x-request-id": sent})
+        assert answer.headers["x-request-id"] == sent
+        assert answer.json()["id"] == f"chatcmpl-{sent}"
+        refused = await client.post("/v1/chat/completions", json={}, headers={"x-request-id": sent})
+        assert (refused.status_code, refused.headers["x-request-id"]) == (400, sent)
+    for sent in ("", "x" * 97, b"\xe9", b"a\tb"):
+        answer = await client.post("/v1/chat/completions", json=CHAT, headers=[(b"x-request-id", sent)])
+        assert answer.headers["x-request-id"] == answer.json()["id"] and len(answer.json()["id"]) == 41
+
+
+async def test_one_id_twice_at_once_is_a_conflict(client: httpx.AsyncClient, engine: FakeEngine) -> None:
+    """Guards against work done twice for a request that a gateway repeats, and an id that stays taken."""
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    def script(call: EngineCall) -> list[ScriptStep]:
+        begun.set()
+        return [go_on, Delta((300,), (), "length")]
+
+    engine.script = script
+    headers = {"x-request-id": "mine"}
+    first = asyncio.create_task(client.post("/v1/completions", json=COMPLETION, headers=headers))
+    await begun.wait()
+    second = await client.post("/v1/completions", json=COMPLETION, headers=headers)
+    assert (second.status_code, second.json()["error"]["code"]) == (409, "request_in_progress")
+    go_on.set()
+    assert (await first).status_code == 200
+    assert (await client.post("/v1/completions", json=COMPLETION, headers=headers)).status_code == 200
+
+
 async def test_a_chat_stream(client: httpx.AsyncClient) -> None:
     """Guards against a first event without the role, a usage that was not asked for, and a missing [DONE]."""
     answer = await client.post("/v1/chat/completions", json={**CHAT, "stream": True})

@@ -58,14 +58,14 @@ def test_only_a_slow_request_is_a_warning(caplog: pytest.LogCaptureFixture) -> N
 
 
 def test_the_ring_is_bounded() -> None:
-    """Guards memory: the oldest requests go, all of one's generations together; the youngest stays whole."""
+    """Guards memory: the oldest records go, also where all have one id, which a client may choose."""
     log = RequestLog(keep=3)
     for number in range(10):
         log.add(record(f"r{number}"))
     assert [bool(log.find(f"r{number}")) for number in range(10)] == [False] * 7 + [True] * 3
     for index in range(5):
         log.add(record("many", index))
-    assert [each.info.index for each in log.find("many")] == [0, 1, 2, 3, 4]
+    assert [each.info.index for each in log.find("many")] == [2, 3, 4]
     assert not log.find("r9")
     off = RequestLog()
     off.add(record())
@@ -191,3 +191,13 @@ async def test_without_the_option_there_is_no_such_route(
         transport=httpx.ASGITransport(create_app(engine, {"demo": text}, app_settings)), base_url="http://proxy"
     ) as client:
         assert (await client.get("/debug/requests/cmpl-unknown")).json()["error"]["code"] == "request_not_found"
+
+
+async def test_a_request_is_found_by_its_clients_id_and_by_its_answers(client: httpx.AsyncClient) -> None:
+    """Guards against a request that only its client's logs know by its id."""
+    answer = await client.post("/v1/completions", json=COMPLETION, headers={"x-request-id": "team/7"})
+    assert answer.status_code == 200, answer.text
+    for request_id in ("team/7", answer.json()["id"]):
+        found = await client.get(f"/debug/requests/{request_id}")
+        assert found.status_code == 200, (request_id, found.text)
+        assert len(found.json()["generations"]) == 1
