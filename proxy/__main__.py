@@ -67,7 +67,7 @@ async def serve(settings: ProxySettings) -> int:
         max_body_bytes=int(settings.max_body_mib * (1 << 20)),
         max_prompts=settings.max_prompts,
         max_n=settings.max_n,
-        max_generations=max(1, settings.max_queue // 2),
+        max_generations=max(1, settings.share_of(settings.max_queue) // 2),
         refuse_unknown_parameters=settings.unknown_parameters == "error",
         request_timeout_s=settings.request_timeout_s,
         slow_request_s=math.inf if settings.slow_request_s is None else settings.slow_request_s,

@@ -149,7 +149,7 @@ def test_extra_parameters_reach_the_engine(client: openai.OpenAI, served: Served
         5,
         0.1,
         2,
-        3,
+        -3,
     )
     assert (call.sampling.stop_token_ids, call.sampling.logit_bias, call.sampling.seed) == ((), ((50, -1.0),), 3)
 

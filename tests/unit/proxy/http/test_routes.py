@@ -137,7 +137,7 @@ async def test_keys_guard_every_route_but_the_probes(guarded: httpx.AsyncClient,
     app = guarded._transport.app  # type: ignore[attr-defined]
     paths = {route.path.replace("{name:path}", "demo") for route in app.routes}
     assert {"/v1/completions", "/v1/chat/completions", "/metrics", "/version", "/tokenize"} <= paths
-    assert "/debug/requests/{request_id}" in paths
+    assert "/debug/requests/{request_id:path}" in paths
     for path in {*paths, "/unknown", "/docs", "/openapi.json"}:
         for method in ("GET", "POST"):
             status = (await guarded.request(method, path, json=COMPLETION)).status_code
