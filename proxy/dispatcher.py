@@ -66,7 +66,7 @@ class Dispatcher:
             settings.local_prefill_tokens,
             settings.local_prefill_itl_weight,
         )
-        self._cluster = ClusterState(settings.stall_s, models)
+        self._cluster = ClusterState(settings.stall_s, models, settings.namespace.lower())
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
         self._admissions = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,12 @@ class ProxySettings(ApiSettings):
         help="with several --proxies, a folder of mode 0700 where they ask one another for metrics and past requests",
     )
     control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="address that workers connect to")
+    namespace: str = option(
+        "",
+        metavar="DIGITS",
+        help="refuse workers whose namespace, which they log as they start, does not begin with these 12 to 64 hex "
+        "digits; without it, the first worker that joins sets the namespace",
+    )
     policy: str = option(
         "kv-aware",
         choices=POLICIES,
@@ -81,6 +88,8 @@ class ProxySettings(ApiSettings):
 
     def __post_init__(self) -> None:
         ApiSettings.__post_init__(self)  # super() does not work in a class with slots
+        if self.namespace and not re.fullmatch("[0-9A-Fa-f]{12,64}", self.namespace):
+            raise SettingsError(f"--namespace {self.namespace!r} is not 12 to 64 hex digits")
         if self.proxy_index >= self.proxies:
             raise SettingsError(f"--proxy-index {self.proxy_index} of --proxies {self.proxies}, counted from 0")
         if self.proxies > 1 and not self.port:

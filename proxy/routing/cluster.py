@@ -136,16 +136,19 @@ class ModelWorkers:
 class ClusterState:
     """The workers of all models, and the hosts' stores, which belong to none."""
 
-    def __init__(self, stall_s: float, models: Sequence[str]) -> None:
-        """`models`: names under which they are served."""
+    def __init__(self, stall_s: float, models: Sequence[str], namespace: str = "") -> None:
+        """`models`: names under which they are served. `namespace`: how that of every worker begins, in hex digits."""
         self.models = {name: ModelWorkers() for name in models}
         self._stores: dict[str, _Store] = {}
         self._stall_s = stall_s
+        self._namespace = namespace
 
     def join(self, identity: str, register: Register, now: float) -> str:
         """Take a worker in; returns "" or the reason for refusing it."""
         if reason := _refusal(identity, register):
             return reason
+        if not register.namespace.hex().startswith(self._namespace):
+            return f"another namespace than --namespace {self._namespace}"
         workers = self._model_of(register)
         if workers is None:
             return f"this proxy serves {', '.join(self.models)}, not {register.model}"

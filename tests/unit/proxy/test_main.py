@@ -10,6 +10,7 @@ import pytest
 from baton.node.errors import SettingsError
 from baton.proxy.__main__ import _spans
 from baton.proxy.metrics.request_log import NoSpans
+from baton.proxy.settings import ProxySettings
 
 VARIABLE = "OTEL_EXPORTER_OTLP_ENDPOINT"
 
@@ -29,3 +30,11 @@ def test_traces_that_only_the_environment_asks_for_are_a_warning(
     monkeypatch.delenv(VARIABLE)
     with pytest.raises(SettingsError, match=r"--otlp-endpoint needs OpenTelemetry: install baton-serve\[otel\]"):
         _spans(endpoint)
+
+
+@pytest.mark.parametrize("namespace", ["demo", "12c654f6d59", "0" * 65, "12c654f6d590\n"])
+def test_a_namespace_is_hex_digits(namespace: str) -> None:
+    """Guards against a proxy that refuses every worker because of a misspelt option."""
+    with pytest.raises(SettingsError, match="12 to 64 hex digits"):
+        ProxySettings(namespace=namespace)
+    assert ProxySettings(namespace="12C654f6d590").namespace

@@ -37,6 +37,29 @@ def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
     assert cluster.join("e/1", _register("e", namespace=b"m" * 32), 0) == ""
 
 
+def test_the_namespace_may_be_given() -> None:
+    """Guards the workers of a proxy against one of another model that registers first: it set the namespace."""
+    cluster = ClusterState(60, ["m"], namespace=b"n".hex() * 6)
+    assert "namespace" in cluster.join("e/1", _register("e", namespace=b"m" * 32), 0)
+    assert cluster.join("d/1", _register(), 0) == ""
+    assert cluster.identities() == ["d/1"]
+
+
+def test_a_register_evicts_no_member() -> None:
+    """Guards members against refused ones, ones of another life, and ones that repeat their own."""
+    cluster = ClusterState(60, ["m"])
+    cluster.join("d/1", _register(), 0)
+    for identity, register in (
+        ("e/1", _register()),
+        ("e/1", _register("e", namespace=b"m" * 32)),
+        ("d/0", _register(incarnation=0)),
+        ("d/1", _register(namespace=b"m" * 32)),
+        ("d/1", _register(address="tcp://elsewhere")),
+    ):
+        cluster.join(identity, register, 0)
+        assert cluster.models["m"].members["d/1"].register == _register()
+
+
 def test_a_wrong_name_or_version_is_refused() -> None:
     """Guards against a worker with another's name or another protocol version."""
     cluster = ClusterState(60, ["m"])
