@@ -30,7 +30,7 @@ from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
 from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names, work_left
 from baton.worker.prefix_loading import LoadedPrefix
-from baton.worker.sequence import Sequence, busy, cancel_matches, failed
+from baton.worker.sequence import Sequence, busy, cancel_matches, failed, transfer_failed
 from baton.worker.stats import PromptSpeed
 from baton.worker.stopping import finish_of, is_last
 
@@ -176,7 +176,7 @@ class DecodeRole:
             if event.cancelled:  # by prefill: its own answer, such as a finish at the first token, is on its way
                 self.end(sequence, Cancelled(request_id=leg.request_id, attempt=leg.attempt))
             else:
-                self.end(sequence, failed(leg, f"transfer: {event.reason}", retryable=True))
+                self.end(sequence, transfer_failed(leg, event.reason))
 
     def _on_loaded(self, loaded: LoadedPrefix) -> None:
         """The store had more blocks of a prefix. A sequence that was preempted meanwhile has no use for them."""

@@ -21,7 +21,7 @@ from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
 from baton.worker.pending_prefixes import PendingPrefixes, work_left
 from baton.worker.prefix_loading import LoadedPrefix
-from baton.worker.sequence import Sequence, cancel_matches, failed
+from baton.worker.sequence import Sequence, cancel_matches, failed, transfer_failed
 from baton.worker.stats import PromptSpeed
 from baton.worker.stopping import finish_of
 
@@ -100,7 +100,7 @@ class PrefillRole:
 
     def _on_sender_ended(self, event: SenderEnded) -> None:
         if (sequence := self.sequences.get(event.leg)) is not None:  # before all was computed
-            self._drop(sequence, failed(event.leg, f"transfer: {event.reason}", retryable=True))
+            self._drop(sequence, transfer_failed(event.leg, event.reason))
             self.steps.release(sequence)
         elif (sending := self._sending.pop(event.leg, None)) is not None:
             self._parts.manager.end_lease(_lease_key(event.leg))
@@ -109,7 +109,7 @@ class PrefillRole:
 
     def _outcome(self, event: SenderEnded) -> HandedOver | Failed:
         if not event.ok:
-            return failed(event.leg, f"transfer: {event.reason}", retryable=True)
+            return transfer_failed(event.leg, event.reason)
         return HandedOver(
             request_id=event.leg.request_id,
             attempt=event.leg.attempt,

@@ -19,6 +19,7 @@ from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.admission import Admission
 from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
+from baton.proxy.routing.failed_pairs import FailedPairs
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules
@@ -37,6 +38,7 @@ COUNTERS = (
     "routed_disaggregated_total",
     "routed_local_short_total",
     "routed_local_sooner_total",
+    "routed_local_transfer_failed_total",
     "routed_local_always_total",
     "routed_local_no_prefill_worker_total",
     *(f"routed_{role}_{choice}_total" for role in ("prefill", "decode") for choice in CHOICE_REASONS),
@@ -69,8 +71,11 @@ class Dispatcher:
         self._cluster = ClusterState(settings.stall_s, models, settings.namespace.lower())
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
+        self._failed_pairs = FailedPairs()
         self._admissions = {
-            name: Admission(workers, self._index, rules, settings.share_of(settings.max_queue), clock)
+            name: Admission(
+                workers, self._index, rules, self._failed_pairs, settings.share_of(settings.max_queue), clock
+            )
             for name, workers in self._cluster.models.items()
         }
         self._control = ControlPlane(
@@ -134,6 +139,7 @@ class Dispatcher:
             "rejected_messages_total": self._control.rejected,
             "rejected_queue_full_total": sum(each.rejected for each in self._admissions.values()),
             "queued_requests": sum(each.waiting for each in self._admissions.values()),
+            "failed_pairs": len(self._failed_pairs.avoided(self._clock())),
             "kv_index_blocks": len(self._index),
             "kv_index_evictions_total": self._index.evicted,
             "kv_event_batches_total": counts.batches,
@@ -176,6 +182,12 @@ class Dispatcher:
         self._cluster.settle(worker, request_id)
         self._feed.settle(worker, request_id, self._clock(), computed=computed)
         self._on_change()
+
+    def transfer_ended(self, prefill: str, decode: str, *, ok: bool) -> None:
+        if ok:
+            self._failed_pairs.discard((prefill, decode), self._clock())
+        else:
+            self._failed_pairs.add((prefill, decode), self._clock())
 
     def count(self, name: str, amount: int = 1) -> None:
         self._counters[name] += amount

@@ -89,16 +89,21 @@ class SessionHost(Protocol):
     def close_leg(self, worker: str, request_id: str, *, computed: bool, cancel: Cancel | None = None) -> None:
         """The leg has ended, or is cancelled; `computed`: its prompt was, so that its blocks are there."""
 
+    def transfer_ended(self, prefill: str, decode: str, *, ok: bool) -> None:
+        """The KV came from the one to the other, or it did not."""
+
     def count(self, name: str, amount: int = 1) -> None: ...
 
 
 class _AttemptFailed(Exception):
-    """This attempt is over; `worker` is to be avoided. `counts`: it counts against the limit of attempts."""
+    """This attempt is over; `workers` are to be avoided. `counts`: it counts against the limit of attempts. `transfer`:
+    the KV did not come from one of them to the other."""
 
-    def __init__(self, reason: str, worker: str, *, counts: bool) -> None:
+    def __init__(self, reason: str, *workers: str, counts: bool, transfer: bool = False) -> None:
         super().__init__(reason)
-        self.worker = worker
+        self.workers = frozenset(workers)
         self.counts = counts
+        self.transfer = transfer
 
 
 @dataclass(slots=True)
@@ -154,9 +159,10 @@ class Session:
         """Deltas up to the finish. Raises the errors of proxy.interface.Engine.generate."""
         with self._host.registered(self._request_id, self._inbox):
             failures = 0
-            avoid: set[str] = set()
+            avoid: frozenset[str] = frozenset()
+            transfer_failed = False
             while True:
-                attempt = await self._dispatch(frozenset(avoid))
+                attempt = await self._dispatch(avoid, transfer_failed=transfer_failed)
                 alarm = self._alarm()
                 try:
                     while not self._ledger.finish:
@@ -179,7 +185,8 @@ class Session:
                     )
                     if failures >= self._max_attempts:
                         raise PeerLost(f"gave up after {failures} attempts; the last one: {retry}") from None
-                    avoid = {retry.worker} if retry.counts else avoid | {retry.worker}
+                    avoid = retry.workers if retry.counts else avoid | retry.workers
+                    transfer_failed = retry.transfer or (transfer_failed and not retry.counts)
                     pause_s = 0.0 if retry.counts else BUSY_PAUSE_S
                 finally:
                     alarm.cancel()
@@ -189,8 +196,8 @@ class Session:
 
     # -- an attempt
 
-    async def _dispatch(self, avoid: frozenset[str]) -> _Attempt:
-        route, names = await self._admit(avoid)
+    async def _dispatch(self, avoid: frozenset[str], *, transfer_failed: bool) -> _Attempt:
+        route, names = await self._admit(avoid, transfer_failed=transfer_failed)
         prefill = route.prefill.identity if route.prefill is not None else ""
         attempt = _Attempt(self._ledger.attempt, route.decode.identity, prefill, hit_tokens=route.hit_tokens)
         body = DispatchBody(
@@ -220,7 +227,7 @@ class Session:
         self._report_route(route, attempt)
         return attempt
 
-    async def _admit(self, avoid: frozenset[str]) -> tuple[Route, BlockNames]:
+    async def _admit(self, avoid: frozenset[str], *, transfer_failed: bool) -> tuple[Route, BlockNames]:
         """A route for what is known of the sequence by now, and the names of its blocks where the route leads."""
         if len(self._blocks.token_ids) != self._ledger.num_tokens:
             self._blocks = PromptBlocks(self._ledger.token_ids(), self._generation.cache_salt)
@@ -229,6 +236,7 @@ class Session:
         def view_of(shape: ClusterShape) -> RequestView:
             self._timeline.enter("route")
             view = blocks.under(shape).view(turn=turn, avoid=avoid, session=session)
+            view = replace(view, transfer_failed=True) if transfer_failed else view
             if self._ledger.awaits_prompt:  # what caches have gives no log probabilities
                 view = replace(view, hashes=())
             self._timeline.enter("queue")
@@ -309,6 +317,7 @@ class Session:
                 if self._ledger.awaits_prompt:
                     raise _AttemptFailed("log probabilities of the prompt are missing", worker, counts=True)
                 self._timeline.handed_over(message.sent_bytes, message.transfer_s)
+                self._host.transfer_ended(attempt.prefill, attempt.decode, ok=True)
                 self._settle(attempt, worker)
             case Cancelled():
                 self._settle(attempt, worker)
@@ -317,7 +326,7 @@ class Session:
                 raise _AttemptFailed(f"{worker} is busy: {message.reason}", worker, counts=False)
             case Failed() if not (worker == attempt.prefill and self._has_prompt(attempt)):
                 self._settle(attempt, worker)
-                self._on_failed(worker, message)
+                self._on_failed(attempt, worker, message)
             case Failed():
                 self._settle(attempt, worker)
             case Reserved():
@@ -382,7 +391,11 @@ class Session:
         self._host.count("kv_hit_missed_tokens_total", max(0, predicted - actual))
         self._host.count("kv_hit_unforeseen_tokens_total", max(0, actual - predicted))
 
-    def _on_failed(self, worker: str, message: Failed) -> None:
+    def _on_failed(self, attempt: _Attempt, worker: str, message: Failed) -> None:
+        if message.retryable and message.transfer and attempt.prefill:
+            self._host.transfer_ended(attempt.prefill, attempt.decode, ok=False)
+            pair = attempt.prefill, attempt.decode
+            raise _AttemptFailed(f"{worker}: {message.reason}", *pair, counts=True, transfer=True)
         if message.retryable:
             raise _AttemptFailed(f"{worker}: {message.reason}", worker, counts=True)
         if message.reason == "deadline":

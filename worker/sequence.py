@@ -204,5 +204,11 @@ def failed(leg: LegKey, reason: str, *, retryable: bool) -> Failed:
     return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=retryable)
 
 
+def transfer_failed(leg: LegKey, reason: str) -> Failed:
+    """The KV of this leg did not come from prefill to decode."""
+    reason = f"transfer: {reason}"
+    return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=True, transfer=True)
+
+
 def busy(leg: LegKey, reason: str) -> Busy:
     return Busy(request_id=leg.request_id, attempt=leg.attempt, reason=reason)

@@ -374,6 +374,8 @@ class Failed(Message, tag="Failed", kw_only=True):
     attempt: Small
     reason: Text
     retryable: bool
+    transfer: bool = False
+    """The KV did not come from the prefill to the decode worker, which may both be well."""
 
 
 class Cancelled(Message, tag="Cancelled", kw_only=True):

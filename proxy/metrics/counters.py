@@ -22,6 +22,8 @@ ENGINE_COUNTERS: dict[str, str] = {
     "routed_disaggregated_total": "Attempts with a prefill and a decode worker.",
     "routed_local_short_total": "Attempts prefilled by decode because the prompt was short.",
     "routed_local_sooner_total": "Attempts prefilled by decode because a prefill worker would have been later.",
+    "routed_local_transfer_failed_total": "Attempts prefilled by decode because transfers to it, or the request's own, "
+    "failed.",
     "routed_local_always_total": "Attempts prefilled by decode because all prompts are.",
     "routed_local_no_prefill_worker_total": "Attempts prefilled by decode because there was no prefill worker.",
     **{
@@ -35,6 +37,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "kv_hit_unforeseen_tokens_total": "Tokens that were cached, and not expected to be.",
     "rejected_messages_total": "Messages that no worker should send to a proxy.",
     "queued_requests": "Generations that wait in the proxy for a worker.",
+    "failed_pairs": "Pairs of a prefill and a decode worker that are avoided because a transfer between them failed.",
     "kv_index_blocks": "Blocks for which the router knows a holder.",
     "kv_index_evictions_total": "Blocks evicted from the router's index, which was full.",
     "kv_event_batches_total": "Messages about blocks that holders gained and lost.",

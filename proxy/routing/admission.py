@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
 from baton.proxy.routing.cluster import ClusterShape, ModelWorkers
+from baton.proxy.routing.failed_pairs import FailedPairs
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, pick
 
@@ -29,6 +30,7 @@ class Admission:
         workers: ModelWorkers,
         index: KvIndex,
         rules: RoutingRules,
+        failed_pairs: FailedPairs,
         max_queue: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -38,6 +40,7 @@ class Admission:
         """Requests that found the queue full."""
         self._index = index
         self._rules = rules
+        self._failed_pairs = failed_pairs
         self._max_queue = max_queue
         self._clock = clock
         self._turn = asyncio.Lock()  # fair: first come, first served
@@ -87,7 +90,8 @@ class Admission:
             if shape is None:
                 raise PeerLost("no worker is there")
             request = view_of(shape)
-            seen = replace(request, hits=self._index.match(request.hashes))
+            failed_pairs = self._failed_pairs.avoided(self._clock())
+            seen = replace(request, hits=self._index.match(request.hashes), failed_pairs=failed_pairs)
             route = pick(self.workers.view(), seen, self._rules)
             if isinstance(route, Route):
                 return route, shape

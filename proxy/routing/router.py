@@ -14,6 +14,10 @@ decoding holds up the requests that it has, so the first token must come sooner 
 An idle decode worker prefills as soon as a request waits, a busy one only when prefill is far behind, and long prompts
 stay away from workers with many answers. Requests whose prompts are on their way count as answers.
 
+A pair of workers between which a transfer failed lately is avoided: another decode worker or another prefill worker
+takes the prompt, or the decode worker computes it. A request whose own transfer failed is computed by its decode worker
+unless `--local-prefill never` forbids it.
+
 A worker that holds more of the prompt than any other keeps the request unless another is cheaper by a margin: loads
 are a heartbeat old, and without it a conversation would move between workers and be computed anew on each. A worker
 that takes it over becomes a holder by computing it, so a hot prefix spreads only as far as its load asks for.
@@ -80,6 +84,15 @@ class RequestView:
     hits: Mapping[str, Hit] = field(default_factory=dict)
     """What workers have of `hashes`, by identity."""
 
+    transfer_failed: bool = False
+    """Its last attempt ended because the KV did not come from prefill to decode."""
+    failed_pairs: frozenset[tuple[str, str]] = frozenset()
+    """Prefill and decode workers between which transfers failed lately."""
+
+    def joins(self, prefill: WorkerView, decode: WorkerView) -> bool:
+        """Whether transfers between the two are not known to fail."""
+        return (prefill.identity, decode.identity) not in self.failed_pairs
+
     def hit_tokens(self, worker: str) -> int:
         hit = self.hits.get(worker)
         return hit.blocks * self.block_tokens if hit is not None else 0
@@ -133,7 +146,7 @@ CHOICE_REASONS: Mapping[str, str] = {
 
 
 def pick(view: Sequence[WorkerView], request: RequestView, rules: RoutingRules) -> Route | Wait:
-    """The route of one request. Workers in `avoid` are taken only if there is no other."""
+    """The route of one request. Workers in `avoid`, and failed pairs, are taken only if there is no other way."""
     decodes = _candidates(view, "decode", request)
     prefills = _candidates(view, "prefill", request)
     if not decodes:
@@ -144,12 +157,17 @@ def pick(view: Sequence[WorkerView], request: RequestView, rules: RoutingRules) 
     roomy = [worker for worker in decodes if _has_room(worker, request)]
     if not roomy:
         return Wait("all decode workers are full")
+    if request.failed_pairs and not must_be_local:
+        roomy = [worker for worker in roomy if any(request.joins(each, worker) for each in prefills)] or roomy
     choose = _POLICIES[rules.policy]
     decode, decode_reason = choose(roomy, request, _local_cost if must_be_local else _decode_cost)
     local = Route(decode, None, "", decode_reason, "", request.hit_tokens(decode.identity))
     if must_be_local:
         return replace(local, reason="local_always" if rules.local_prefill == "always" else "local_no_prefill_worker")
-    prefill, prefill_reason = choose(prefills, request, _prefill_cost)
+    joined = [worker for worker in prefills if request.joins(worker, decode)]
+    if rules.local_prefill != "never" and (request.transfer_failed or not joined):
+        return replace(local, reason="local_transfer_failed")
+    prefill, prefill_reason = choose(joined or prefills, request, _prefill_cost)
     if reason := _local_reason(decode, prefill, request, rules):
         return replace(local, reason=reason)
     hit_tokens = request.hit_tokens(prefill.identity)

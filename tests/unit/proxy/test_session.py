@@ -56,6 +56,7 @@ class ScriptedHost:
         self.computed: dict[str, bool] = {}
         self.first_tokens: list[str] = []
         self.hit_tokens = 0
+        self.transfers: list[tuple[str, str, bool]] = []
         self.shapes = [ClusterShape(b"n" * 32, 4, 64)]
         """What the cluster serves at each admission; the last one stays."""
         self._script = script
@@ -101,6 +102,9 @@ class ScriptedHost:
             self._send(worker, cancel)
         self.computed[worker] = computed
         self.open_legs.discard((worker, request_id))
+
+    def transfer_ended(self, prefill: str, decode: str, *, ok: bool) -> None:
+        self.transfers.append((prefill, decode, ok))
 
     def count(self, name: str, amount: int = 1) -> None:
         self.counted[name] += amount
@@ -282,6 +286,26 @@ async def test_failures_end_after_so_many_attempts() -> None:
         await _run(host)
     assert len(host.sent_of(Reserve)) == 3 and not host.open_legs
     assert not any(host.computed.values())
+
+
+@pytest.mark.parametrize("by", [Reserve, Prefill])
+async def test_a_transfer_that_fails_avoids_the_pair_and_the_next_attempt_needs_none(by: type[Message]) -> None:
+    """Guards against a second attempt over the link that has just failed, whichever end noticed it."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, by) and message.attempt == 0:  # type: ignore[attr-defined]
+            return [Failed(request_id="r", attempt=0, reason="transfer: stalled", retryable=True, transfer=True)]
+        if isinstance(message, Reserve) and message.attempt == 1:
+            return [_tokens(0, 7, attempt=1, finish="stop")]
+        return []
+
+    host = ScriptedHost(script)
+    assert _ids(await _run(host)) == [7]
+    assert host.transfers == [("p0", "d0", False)] and not host.open_legs
+    assert [(request.avoid, request.transfer_failed) for request in host.admitted] == [
+        (frozenset(), False),
+        (frozenset({"p0", "d0"}), True),
+    ]
 
 
 async def test_an_impossible_request_is_the_clients_error() -> None:

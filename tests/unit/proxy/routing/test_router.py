@@ -323,3 +323,30 @@ def test_no_policy_picks_whom_it_must_not(
     assert route.decode.requests == 0 or (route.decode.requests < 8 and route.decode.free_blocks >= 63)
     assert route.hit_tokens == request.hit_tokens(route.computes.identity)
     assert {route.decode_reason, route.prefill_reason} <= {*CHOICE_REASONS, ""} and route.decode_reason
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_failed_pair_is_avoided_by_another_worker_of_either_role(policy: str) -> None:
+    """Guards against sending prompts over a link that does not work while another does."""
+    rules = RoutingRules(policy, "never", 16, 0.15)
+    for turn in range(4):
+        request = replace(REQUEST, turn=turn, session=bytes([turn]), failed_pairs=frozenset({("p0", "d0")}))
+        route = _route([P0, P1, D0, D1], request, rules)
+        assert route.prefill is not None and (route.prefill.identity, route.decode.identity) != ("p0", "d0")
+        assert _route([P0, D0, D1], request, rules).decode == D1
+        assert _route([P0, P1, D0], request, rules).prefill == P1
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("auto", "local_transfer_failed"), ("never", "disaggregated")])
+def test_where_all_pairs_failed_the_decode_worker_computes_unless_that_is_forbidden(mode: str, reason: str) -> None:
+    request = replace(REQUEST, failed_pairs=frozenset({("p0", "d0"), ("p1", "d0")}))
+    route = _route([P0, P1, D0], request, replace(RULES, local_prefill=mode))
+    assert (route.reason, route.prefill is None) == (reason, mode == "auto")
+
+
+@pytest.mark.parametrize(("mode", "reason"), [("short", "local_transfer_failed"), ("never", "disaggregated")])
+def test_a_request_whose_transfer_failed_depends_on_no_second_one(mode: str, reason: str) -> None:
+    """Guards the bound on a client's wait where all links stand still: each of them takes seconds to be noticed."""
+    request = replace(REQUEST, transfer_failed=True, avoid=frozenset({"p0", "d0"}))
+    route = _route([P0, P1, D0, D1], request, replace(RULES, local_prefill=mode))
+    assert (route.reason, route.decode) == (reason, D1)
