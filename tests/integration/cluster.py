@@ -90,6 +90,8 @@ class Cluster:
     prefill_step_s: float = 0.0
     decode_step_s: float = 0.0
     """Least time of a step, for tests that must meet a request in one of its phases; 0: as fast as it goes."""
+    cut_off_file: Path | None = None
+    """While it exists, prefill workers reach no decode worker; None: they always do."""
     api_key: str = ""
     """The one that the proxy asks for; empty: none."""
     log_folder: Path | None = None
@@ -112,7 +114,7 @@ class Cluster:
             start_timeout_s=START_TIMEOUT_S,
         )
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.nodes = launch.Cluster(settings, log_folder=self.log_folder, edit=self._paced, environ=environ)
+        self.nodes = launch.Cluster(settings, log_folder=self.log_folder, edit=self._for_tests, environ=environ)
 
     @property
     def url(self) -> str:
@@ -247,11 +249,14 @@ class Cluster:
             if re.match(r"baton:(worker_)?\w*(up|running|waiting|blocks|requests)\{", line)
         ]
 
-    def _paced(self, spec: ChildSpec) -> ChildSpec:
-        """Replace a worker by a paced one if the test asks for it; other nodes are unchanged."""
+    def _for_tests(self, spec: ChildSpec) -> ChildSpec:
+        """Replace a worker by one for tests where the test asks for it; other nodes are unchanged."""
+        program, _, _, _, *arguments = spec.argv  # python -P -m baton.ROLE ...
+        if spec.group == "prefill" and self.cut_off_file is not None:
+            cut_off = (program, "-P", "-m", "baton.testing.cut_off_worker", str(self.cut_off_file))
+            return replace(spec, argv=(*cut_off, *arguments))
         step_s = {"prefill": self.prefill_step_s, "decode": self.decode_step_s}.get(spec.group, 0.0)
         if not step_s:
             return spec
-        program, _, _, _, *arguments = spec.argv  # python -P -m baton.ROLE ...
         paced = (program, "-P", "-m", "baton.testing.paced_worker", spec.group, str(step_s))
         return replace(spec, argv=(*paced, *arguments))
