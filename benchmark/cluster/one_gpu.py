@@ -56,7 +56,7 @@ COUNTERS = {
 
 
 @dataclass(frozen=True, slots=True)
-class Workload:
+class ServedLoad:
     """Requests of one kind. With a rate they arrive for `duration_s`, else `num_prompts` are sent by `at_once`."""
 
     input_tokens: int
@@ -70,18 +70,18 @@ class Workload:
 
 
 GPU_WORKLOADS = {
-    "saturation": Workload(1024, 256, num_prompts=768, at_once=256),
-    "rate2048": Workload(2048, 512, rate=7.0, duration_s=25.0),
-    "rate8192": Workload(8192, 256, rate=2.0, duration_s=30.0),
-    "prefixes": Workload(256, 128, prefix_tokens=4096, num_prefixes=8, num_prompts=512, at_once=64),
-    "single": Workload(512, 256, num_prompts=8, at_once=1),
+    "saturation": ServedLoad(1024, 256, num_prompts=768, at_once=256),
+    "rate2048": ServedLoad(2048, 512, rate=7.0, duration_s=25.0),
+    "rate8192": ServedLoad(8192, 256, rate=2.0, duration_s=30.0),
+    "prefixes": ServedLoad(256, 128, prefix_tokens=4096, num_prefixes=8, num_prompts=512, at_once=64),
+    "single": ServedLoad(512, 256, num_prompts=8, at_once=1),
 }
 CPU_WORKLOADS = {
-    "saturation": Workload(96, 16, num_prompts=32, at_once=16),
-    "rate2048": Workload(96, 16, rate=4.0, duration_s=2.0),
-    "rate8192": Workload(200, 8, rate=2.0, duration_s=2.0),
-    "prefixes": Workload(16, 8, prefix_tokens=128, num_prefixes=4, num_prompts=32, at_once=16),
-    "single": Workload(32, 16, num_prompts=3, at_once=1),
+    "saturation": ServedLoad(96, 16, num_prompts=32, at_once=16),
+    "rate2048": ServedLoad(96, 16, rate=4.0, duration_s=2.0),
+    "rate8192": ServedLoad(200, 8, rate=2.0, duration_s=2.0),
+    "prefixes": ServedLoad(16, 8, prefix_tokens=128, num_prefixes=4, num_prompts=32, at_once=16),
+    "single": ServedLoad(32, 16, num_prompts=3, at_once=1),
 }
 
 
@@ -114,7 +114,7 @@ class Configuration:
         )
 
 
-def send(cluster: Cluster, workload: Workload, salt: int, options: argparse.Namespace) -> Run:
+def send(cluster: Cluster, workload: ServedLoad, salt: int, options: argparse.Namespace) -> Run:
     """One run of the load generator; equal salts send equal prompts."""
     settings = ServingSettings(
         base_url=cluster.url,
