@@ -7,7 +7,7 @@ beside the messages. Sources: the OpenAI API reference (chat), vLLM (arguments a
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -97,15 +97,18 @@ def _check_content(index: int, message: ChatMessage) -> None:
             raise BadRequest(f"{where} is not supported: messages are text and tool calls", param=where)
 
 
-def unknown_in_message(index: int, message: ChatMessage) -> list[str]:
-    """Names of its fields that mean nothing here; BadRequest for a misspelt one."""
-    found = []
-    for name, value in (message.model_extra or {}).items():
-        if value is None or value == [] or name in _ANSWER_FIELDS or name in _LOST:
-            continue
-        check_spelling(name, ChatMessage.model_fields, parent=f"messages.{index}")
-        found.append(f"messages.{name[:MAX_NAME_CHARS]}")
-    return found
+def unknown_in_messages(messages: Sequence[ChatMessage], limit: int) -> list[str]:
+    """The first `limit` names of fields that mean nothing here, each once; BadRequest for a misspelt one."""
+    found: dict[str, str] = {}
+    for index, message in enumerate(messages):
+        for name, value in (message.model_extra or {}).items():
+            if value is None or value == [] or name in found or name in _ANSWER_FIELDS or name in _LOST:
+                continue
+            if len(found) >= limit:
+                return list(found.values())
+            check_spelling(name, ChatMessage.model_fields, parent=f"messages.{index}")
+            found[name] = f"messages.{name[:MAX_NAME_CHARS]}"
+    return list(found.values())
 
 
 def _answer_fields(message: ChatMessage) -> dict[str, object]:

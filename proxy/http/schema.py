@@ -11,6 +11,8 @@ Source: the OpenAI API reference (completions, chat), and vLLM's extra parameter
 from __future__ import annotations
 
 import hashlib
+import itertools
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
@@ -26,7 +28,7 @@ from baton.proxy.http.messages import (
     TextPart,
     ToolCall,
     message_fields,
-    unknown_in_message,
+    unknown_in_messages,
 )
 from baton.proxy.http.parameters import MAX_NAME_CHARS, MAX_UNKNOWN, check_spelling, unknown_parameters
 from baton.proxy.http.template_options import TemplateRequest, render_options
@@ -42,6 +44,11 @@ MAX_MESSAGES = 10_000
 MAX_PROMPTS = 4096
 MAX_BRACKETS = 1 << 18
 """Empty arrays are the most expensive JSON per byte: ten million bytes of them would block the event loop for 2 s."""
+MAX_KEYS = 1 << 18
+"""Ten million bytes of an object's keys would, too."""
+_KEY = re.compile(rb'"\s*:')
+_LEAST_KEY_BYTES = 6
+"""Of an entry with its key: `"a":1,`."""
 
 Body = TypeVar("Body", bound=BaseModel)
 
@@ -49,6 +56,13 @@ Body = TypeVar("Body", bound=BaseModel)
 def _whole(value: object) -> object:
     """JSON has one type of numbers: 4.0 is 4. Languages without integers write it so."""
     return int(value) if type(value) is float and value.is_integer() else value
+
+
+def _few_biases(value: object) -> object:
+    """Counted first: pydantic checks a whole object, and makes an error of each entry, before it counts them."""
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise ValueError("too many")
+    return value
 
 
 Whole = Annotated[int, BeforeValidator(_whole)]
@@ -93,7 +107,7 @@ class SamplingRequest(_Strict):
     logit_bias: (
         Annotated[
             dict[Annotated[str, Field(pattern=r"^(0|[1-9][0-9]{0,9})$")], Annotated[float, Field(ge=-100.0, le=100.0)]],
-            Field(max_length=MAX_LOGIT_BIAS),
+            BeforeValidator(_few_biases),
         ]
         | None
     ) = None
@@ -271,6 +285,8 @@ def parse(model: type[Body], body: bytes) -> Body:
     """`body` as `model`; BadRequest names the first parameter that is wrong, and never repeats its value."""
     if body.count(b"[") + body.count(b"{") > MAX_BRACKETS:
         raise BadRequest(f"invalid body: more than {MAX_BRACKETS} brackets")
+    if len(body) > MAX_KEYS * _LEAST_KEY_BYTES and len(_KEY.findall(body)) > MAX_KEYS:
+        raise BadRequest(f"invalid body: more than {MAX_KEYS} keys")
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
@@ -344,12 +360,11 @@ def _truncation(request: _Body) -> Truncation | None:
 def _unknown(request: _Body) -> tuple[str, ...]:
     """Raises BadRequest for parameters that are not supported, or misspelt."""
     found = list(unknown_parameters(request.model_extra or {}, type(request).model_fields))
-    for name in (request.stream_options and request.stream_options.model_extra) or ():
+    for name in itertools.islice((request.stream_options and request.stream_options.model_extra) or (), MAX_UNKNOWN):
         check_spelling(name, StreamOptions.model_fields, parent="stream_options")
         found.append(f"stream_options.{name[:MAX_NAME_CHARS]}")
     if isinstance(request, ChatBody):
-        for index, message in enumerate(request.messages):
-            found += unknown_in_message(index, message)
+        found += unknown_in_messages(request.messages, MAX_UNKNOWN)
     return tuple(dict.fromkeys(found))[:MAX_UNKNOWN]
 
 

@@ -5,6 +5,7 @@ Knows no messages and no template. Source: vLLM's extra parameters, which are th
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Annotated, Any
@@ -50,7 +51,7 @@ def render_options(request: TemplateRequest, tools: Sequence[Any] = ()) -> Rende
                 f"chat_template_kwargs.{shown} is not a variable of a chat template that a request may set",
                 param=f"chat_template_kwargs.{shown}",
             )
-    if variables and len(json.dumps(variables)) > MAX_VARIABLE_CHARS:
+    if variables and _is_longer(variables, MAX_VARIABLE_CHARS):
         raise BadRequest(
             f"chat_template_kwargs has more than {MAX_VARIABLE_CHARS} characters", param="chat_template_kwargs"
         )
@@ -60,3 +61,9 @@ def render_options(request: TemplateRequest, tools: Sequence[Any] = ()) -> Rende
         tools=tools,
         variables=variables,
     )
+
+
+def _is_longer(value: object, num_chars: int) -> bool:
+    """Whether `value` as JSON has more characters. Not all of a body of megabytes is written to find out."""
+    lengths = itertools.accumulate(map(len, json.JSONEncoder().iterencode(value)))
+    return any(length > num_chars for length in lengths)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from baton.node.errors import BadRequest
 from baton.node.messages.control import SamplingSpec
-from baton.proxy.http.parameters import IGNORED, UNSUPPORTED
+from baton.proxy.http.parameters import IGNORED, MAX_UNKNOWN, UNSUPPORTED
 from baton.proxy.http.prepare import Choice, choices_of
-from baton.proxy.http.schema import read_chat, read_completion
+from baton.proxy.http.schema import ChatBody, CompletionBody, read_chat, read_completion
+from baton.proxy.http.template_options import render_options
 from baton.proxy.interface import AppSettings
 from baton.proxy.text.model_text import ModelText
 
@@ -228,6 +231,45 @@ def test_a_body_of_brackets_is_refused_before_it_is_parsed() -> None:
     """Guards against an event loop held for seconds by the JSON that is dearest to parse."""
     with pytest.raises(BadRequest, match="brackets"):
         read_completion(b'{"model": "demo", "prompt": [' + b"[]," * 1_000_000 + b"[]]}")
+
+
+def test_a_body_of_keys_is_refused_before_it_is_parsed() -> None:
+    """Guards against an event loop held for seconds by an object with a million entries, however they are written."""
+    entries = b",".join(b'"%x" :1' % n for n in range((1 << 18) + 1))
+    with pytest.raises(BadRequest, match="keys"):
+        read_completion(b'{"model": "demo", "prompt": "x", "logit_bias": {' + entries + b"}}")
+
+
+def test_too_many_biases_are_counted_before_they_are_checked() -> None:
+    """Guards against an error for each of a hundred thousand entries, which takes seconds."""
+    wrong = json.dumps({**COMPLETION, "logit_bias": {f"x{n}": "y" for n in range(5000)}})
+    with pytest.raises(ValidationError) as caught:
+        CompletionBody.model_validate_json(wrong)
+    assert caught.value.error_count() == 1
+    assert "at most 1024" in str(refused(COMPLETION, logit_bias={str(n): 0 for n in range(1025)}))
+
+
+def test_few_unknown_names_are_compared_with_known_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an event loop held for minutes: a comparison takes a millisecond, a body has a million names."""
+    compared: list[str] = []
+    compare = difflib.get_close_matches
+
+    def counted(name: str, *args: Any, **kwargs: Any) -> list[str]:
+        compared.append(name)
+        return compare(name, *args, **kwargs)
+
+    monkeypatch.setattr(difflib, "get_close_matches", counted)
+    many = {f"surprise{n}" * 3: 1 for n in range(1000)}
+    read_completion(body(COMPLETION, **many, stream=True, stream_options=many))
+    read_chat(body(CHAT, **many, messages=[{"role": "user", "content": "x", **many}] * 100))
+    assert len(compared) == 4 * MAX_UNKNOWN
+
+
+def test_variables_of_a_template_are_not_written_to_their_end() -> None:
+    """Guards against seconds spent on measuring megabytes of a body that is refused for its first 64 KiB."""
+    request = ChatBody.model_construct(chat_template_kwargs={"a": "x" * (1 << 16), "b": object()})
+    with pytest.raises(BadRequest, match="more than 65536 characters"):
+        render_options(request)
 
 
 def test_values_are_not_repeated_in_errors() -> None:
