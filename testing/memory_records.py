@@ -12,12 +12,14 @@ from baton.node.errors import SettingsError
 
 
 class MemoryRecords:
-    """Holds a copy of each block under its key. Copies never change, so reads verify nothing."""
+    """Holds a copy of each block under its key. Copies never change, so reads verify nothing; `on_check` is called by
+    `check`."""
 
-    def __init__(self, quota_bytes: int, block_bytes: int) -> None:
+    def __init__(self, quota_bytes: int, block_bytes: int, on_check: Callable[[], None] = lambda: None) -> None:
         self.capacity_blocks = quota_bytes // block_bytes
         if self.capacity_blocks < 1:
             raise SettingsError(f"a quota of {quota_bytes} bytes holds no block of {block_bytes}")
+        self.check = on_check
         self._blocks: dict[bytes, tuple[bytes, bytes]] = {}  # bytes and digest
 
     def load(self) -> list[tuple[bytes, int]]:
@@ -56,6 +58,9 @@ def memory_tier(
     block_bytes: int,
     on_change: Changed = ignore_change,
     clock: Callable[[], float] = time.monotonic,
+    on_check: Callable[[], None] = lambda: None,
 ) -> RecordTier:
     """A tier over `MemoryRecords` of at most `quota_bytes`."""
-    return RecordTier("memory", block_bytes, lambda: MemoryRecords(quota_bytes, block_bytes), on_change, clock)
+    return RecordTier(
+        "memory", block_bytes, lambda: MemoryRecords(quota_bytes, block_bytes, on_check), on_change, clock
+    )

@@ -3,6 +3,9 @@
 A block goes to disk at its second use, since most are never used again, but while there is room at its first. What is
 written stays held in the arena until it is, so writing behind copies nothing; what comes while too much is held is
 dropped, and a later use tries again.
+
+A tier whose files are lost or damaged, and one that could not be opened, is tried again every few seconds: the store
+goes on without it meanwhile.
 """
 
 from __future__ import annotations
@@ -30,6 +33,8 @@ NUM_READERS = 2
 MAX_REMEMBERED = 1 << 17
 """Names of blocks that were used once."""
 CLOSE_WITHIN_S = 10.0
+UPKEEP_S = 5.0
+"""From one look at all tiers to the next."""
 
 OpenTier = Callable[[bytes, int], Tier]
 """By namespace and block_bytes; raises SettingsError."""
@@ -55,6 +60,7 @@ class Disk:
         max_writing_bytes: int,
         wake: Callable[[], None],
         first_use_part: float = FIRST_USE_PART,
+        upkeep_s: float = UPKEEP_S,
     ) -> None:
         """first_use_part: of a tier that may be in use for a block to be written at its first use."""
         self._open_tier = open_tier
@@ -65,18 +71,21 @@ class Disk:
         self._first_use_part = first_use_part
         self._roomy: frozenset[bytes] = frozenset()  # namespaces, as of the last `poll`
         self._open_failures = 0
+        self._reasons: dict[bytes, str] = {}  # why the last opening failed, by namespace
         self._done: deque[ReadDone | WriteDone] = deque()
         self._behind = WriteBehind(max_writing_bytes)
         self._writer = WriteBehindThread(self._behind)
-        self._todo: queue.SimpleQueue[_Read | _Drop | Space | None] = queue.SimpleQueue()
-        self._readers = [threading.Thread(target=self._run, name="disk", daemon=True) for _ in range(NUM_READERS)]
-        for thread in self._readers:
+        self._todo: queue.SimpleQueue[_Read | _Drop | None] = queue.SimpleQueue()
+        self._new_spaces: queue.SimpleQueue[Space | None] = queue.SimpleQueue()
+        self._threads = [threading.Thread(target=self._run, name="disk", daemon=True) for _ in range(NUM_READERS)]
+        self._threads.append(threading.Thread(target=self._keep_up, args=(upkeep_s,), name="disk-upkeep", daemon=True))
+        for thread in self._threads:
             thread.start()
 
     def open(self, space: Space) -> None:
         if space.namespace not in self._spaces:
             self._spaces[space.namespace] = space
-            self._todo.put(space)
+            self._new_spaces.put(space)
 
     def has(self, key: Key) -> bool:
         tier = self._tiers.get(key.namespace)
@@ -123,9 +132,10 @@ class Disk:
     def close(self) -> None:
         """End the threads after what they have begun, and make what is held last."""
         self._writer.close(CLOSE_WITHIN_S)
-        for _ in self._readers:
+        self._new_spaces.put(None)
+        for _ in range(NUM_READERS):
             self._todo.put(None)
-        for thread in self._readers:
+        for thread in self._threads:
             thread.join(CLOSE_WITHIN_S)
         for tier in self._tiers.values():
             tier.close()
@@ -138,10 +148,6 @@ class Disk:
 
     def _run(self) -> None:
         while (job := self._todo.get()) is not None:
-            if isinstance(job, Space):
-                self._open(job)
-                self._wake()
-                continue
             tier = self._tiers.get(job.key.namespace)
             if isinstance(job, _Read):
                 digest = tier.get(job.key.hash, job.into) if tier is not None else None
@@ -149,15 +155,36 @@ class Disk:
             elif tier is not None:
                 tier.drop([job.key.hash])
 
-    def _open(self, space: Space) -> None:
+    def _keep_up(self, upkeep_s: float) -> None:
+        """Opens tiers, and looks after those that are open, one after the other."""
+        closed: list[Space] = []
+        while True:
+            try:
+                space = self._new_spaces.get(timeout=upkeep_s)
+            except queue.Empty:
+                for tier in self._tiers.values():
+                    tier.maintain()
+                closed = [each for each in closed if not self._open(each)]
+                continue
+            if space is None:
+                return
+            if not self._open(space):
+                closed.append(space)
+
+    def _open(self, space: Space) -> bool:
         name = space.namespace.hex()[:12]
         try:
-            tier = self._tiers[space.namespace] = self._open_tier(space.namespace, space.block_bytes)
+            tier = self._open_tier(space.namespace, space.block_bytes)
         except SettingsError as error:
             self._open_failures += 1
-            log_event(logger, "disk_unusable", level=logging.WARNING, namespace=name, reason=str(error))
+            if self._reasons.get(space.namespace) != str(error):
+                self._reasons[space.namespace] = str(error)
+                log_event(logger, "disk_unusable", level=logging.WARNING, namespace=name, reason=str(error))
         else:
+            self._tiers[space.namespace] = tier
             log_event(logger, "disk_opened", namespace=name, tier=tier.name, blocks=tier.stats().blocks)
+        self._wake()
+        return space.namespace in self._tiers
 
     def _report(self, done: ReadDone | WriteDone) -> None:
         self._done.append(done)

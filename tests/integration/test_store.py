@@ -145,3 +145,26 @@ def test_the_store_is_killed_frozen_and_restarted(oracle: Oracle, tmp_path: Path
         _ask(cluster, oracle, LONG[:1])
         cluster.nodes.signal("store", signal.SIGCONT)
         _wait_attached(cluster, 2)
+
+
+def test_the_files_on_disk_are_lost_and_damaged_while_the_store_runs(oracle: Oracle, tmp_path: Path) -> None:
+    """Guards the disk: what lies there is a cache, so whatever becomes of it, requests succeed, the store lives on, and
+    blocks are written and read again without a restart."""
+    store = ("--ram-gib", "0.1", "--disk-gib", "0.1", "--path", str(tmp_path / "kv"))
+    with Cluster(1, 1, store_args=store, worker_args=ALWAYS, log_folder=tmp_path) as cluster:
+        _wait_attached(cluster, 2)
+        pid = cluster.nodes.pid("store")
+        cluster.wait_until(lambda: cluster.store_value("disk_size_bytes") > 0, "a disk")
+        _ask(cluster, oracle, LONG[:2])
+        cluster.wait_until(lambda: cluster.store_value("disk_blocks") > 0, "blocks on disk")
+        (folder,) = (tmp_path / "kv").glob("*/data")
+        (folder / "slots").unlink()
+        with (folder / "index" / "data.mdb").open("r+b") as index:
+            index.write(bytes(1 << 16))
+            index.truncate(1 << 16)
+        _ask(cluster, oracle, LONG[:4])
+        cluster.wait_until(lambda: cluster.nodes.log("store").count("tier_reopened") == 1, "the disk again", 60.0)
+        cluster.wait_until(lambda: cluster.store_value("disk_size_bytes") > 0, "its size")
+        _ask(cluster, oracle, LONG[:4])
+        cluster.wait_until(lambda: cluster.store_value("disk_blocks") > 0, "blocks on disk again")
+        assert cluster.nodes.pid("store") == pid and "store" in cluster.nodes.running()

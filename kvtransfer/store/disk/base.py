@@ -108,6 +108,10 @@ class Tier(Protocol):
 
     def stats(self) -> TierStats: ...
 
+    def maintain(self) -> None:
+        """Called every few seconds: find damage that no other call has met, and be in service again after it."""
+        ...
+
     def close(self) -> None:
         """Make what is held last until the next opening. Later calls miss or refuse."""
         ...

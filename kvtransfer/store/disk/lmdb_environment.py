@@ -2,15 +2,15 @@
 
 The file is preallocated to the size of the map and never grows, so a disk that others fill does no harm. `sync` is off
 while it is open (folder.py explains why that is sound); the map is read-only, so a stray write cannot reach the file.
-LMDB reads through its mapping, so a file that was cut short would end the process: the size is looked at before every
-transaction. Sources: https://lmdb.readthedocs.io, and lmdb.h (MDB_NOSYNC, caveats).
+LMDB reads through its mapping, so a file that was cut short would end the process: both of its files are looked at
+before every transaction (file_watch.py). Sources: https://lmdb.readthedocs.io, and lmdb.h (MDB_NOSYNC, caveats).
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from mmap import PAGESIZE
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import lmdb
 
 from baton.kvtransfer.store.disk.base import Miss, Refusal
+from baton.kvtransfer.store.disk.file_watch import FileWatch
 from baton.kvtransfer.store.disk.records import RecordFault, StorageBroken, WriteFault
 from baton.node.errors import SettingsError
 
@@ -36,9 +37,8 @@ class LmdbEnvironment:
 
     def __init__(self, path: Path, map_bytes: int, names: Sequence[bytes]) -> None:
         """Raises StorageBroken if what lies there is not sound, SettingsError if the disk does not allow it."""
-        self._map_bytes = map_bytes
-        self._file_fd = -1
         self._num_changes = 0
+        self._watches: list[FileWatch] = []
         with _translated(_cannot_open):
             self._environment = lmdb.open(
                 str(path),
@@ -51,9 +51,9 @@ class LmdbEnvironment:
             )
         try:
             with _translated(_cannot_open):
-                self._file_fd = os.open(path / "data.mdb", os.O_RDWR | os.O_CLOEXEC)
-                self._check_size((self._environment.info()["last_pgno"] + 1) * PAGE_BYTES)
-                os.posix_fallocate(self._file_fd, 0, map_bytes)
+                _preallocate(path / "data.mdb", (self._environment.info()["last_pgno"] + 1) * PAGE_BYTES, map_bytes)
+                for name in ("data.mdb", "lock.mdb"):
+                    self._watches.append(FileWatch(path / name))
                 self._environment.reader_check()
                 self._databases = {name: self._environment.open_db(name) for name in names}
         except BaseException:
@@ -66,7 +66,7 @@ class LmdbEnvironment:
     @contextmanager
     def reading(self) -> Iterator[lmdb.Transaction]:
         """A snapshot for one read (a page that cannot be read spoils the whole transaction). RecordFault."""
-        self._check_size(self._map_bytes)
+        self.check()
         with _translated(_cannot_read), self._environment.begin(buffers=True) as txn:
             yield txn
 
@@ -85,41 +85,55 @@ class LmdbEnvironment:
             self._change(lambda txn: txn.put(TURN, self._num_changes.to_bytes(8, "little")))
             self._change(work)
 
+    def check(self) -> None:
+        """Raises StorageBroken if a file is gone, replaced or cut short."""
+        for watch in self._watches:
+            watch.check()
+
     def sync(self) -> None:
         """All is on the disk when it returns. WriteFault."""
         with _translated(_cannot_write):
             self._environment.sync(True)
 
     def close(self) -> None:
-        """Only without readers: the mapping goes."""
+        """Only without readers: the mapping goes. LMDB looks into the table of readers once more."""
+        for watch in self._watches:
+            with suppress(OSError):
+                watch.restore_size()
         self._environment.close()
-        if self._file_fd >= 0:
-            os.close(self._file_fd)
-            self._file_fd = -1
+        for watch in self._watches:  # not earlier: closing a file ends the process's locks on it, and LMDB holds some
+            watch.close()
+        self._watches.clear()
 
     def _change(self, work: Callable[[lmdb.Transaction], object]) -> None:
-        self._check_size(self._map_bytes)
+        self.check()
         with _translated(_cannot_write), self._environment.begin(write=True, buffers=True) as txn:
             work(txn)
-
-    def _check_size(self, least_bytes: int) -> None:
-        try:
-            size_bytes = os.fstat(self._file_fd).st_size
-        except OSError as error:
-            raise StorageBroken(Miss.IO_ERROR, str(error)) from error
-        if size_bytes < least_bytes:
-            raise StorageBroken(Miss.TRUNCATED, f"a file of {size_bytes} bytes instead of {least_bytes}")
 
     def _forget_dead_readers(self) -> None:
         with _translated(_cannot_write):
             self._environment.reader_check()
 
 
+def _preallocate(path: Path, used_bytes: int, size_bytes: int) -> None:
+    """Give the file its full size. Raises StorageBroken if it ends before the pages that are in use."""
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        found_bytes = os.fstat(fd).st_size
+        if found_bytes < used_bytes:
+            raise StorageBroken(Miss.TRUNCATED, f"a file of {found_bytes} bytes instead of {used_bytes}")
+        os.posix_fallocate(fd, 0, size_bytes)
+    finally:
+        os.close(fd)
+
+
 _BROKEN = (
+    lmdb.BadRslotError,
     lmdb.BadTxnError,
     lmdb.CorruptedError,
     lmdb.IncompatibleError,
     lmdb.InvalidError,
+    lmdb.MapResizedError,  # no other process changes the size: what says so is damaged
     lmdb.PageNotFoundError,
     lmdb.VersionMismatchError,
 )

@@ -103,6 +103,9 @@ class LmdbRecords:
     def note(self, ticks: Mapping[bytes, int]) -> None:
         self._environment.change(lambda txn: self._note(txn, ticks))
 
+    def check(self) -> None:
+        self._environment.check()
+
     def close(self) -> None:
         self._environment.sync()
         self._folder.end()

@@ -74,6 +74,10 @@ class Records(Protocol):
         """Keep newer ticks of records. WriteFault: not kept."""
         ...
 
+    def check(self) -> None:
+        """Look whether the files are there; only StorageBroken says that they are not."""
+        ...
+
     def close(self) -> None:
         """All is on the disk when it returns, and will be trusted. WriteFault: not so; it is still to be abandoned."""
         ...

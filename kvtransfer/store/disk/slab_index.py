@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import lmdb
+from lmdb.verify import VerifyError, verify
 
+from baton.kvtransfer.store.disk.base import Miss
 from baton.kvtransfer.store.disk.lmdb_environment import PAGE_BYTES, LmdbEnvironment
 from baton.kvtransfer.store.disk.records import StorageBroken
 from baton.node.telemetry import log_event
@@ -82,6 +84,10 @@ class SlabIndex:
 
         self._environment.change(work)
 
+    def check(self) -> None:
+        """Raises StorageBroken if a file is gone, replaced or cut short."""
+        self._environment.check()
+
     def sync(self) -> None:
         """WriteFault."""
         self._environment.sync()
@@ -90,11 +96,27 @@ class SlabIndex:
         self._environment.close()
 
     def _open(self, num_slots: int) -> LmdbEnvironment:
+        data = self.path / "data.mdb"
+        if data.exists():
+            _verify(data)
         return LmdbEnvironment(self.path, index_bytes(num_slots), (_RECORDS, _STATE))
 
     def _place(self, txn: lmdb.Transaction, placed: Mapping[bytes, SlotPlace]) -> None:
         for key, place in placed.items():
             txn.put(key, _ENTRY.pack(*place), db=self._records)
+
+
+def _verify(data: Path) -> None:
+    """Raises StorageBroken for pages that LMDB must not meet: some damage ends its process instead of raising.
+
+    It takes about 10 us an entry.
+    """
+    try:
+        problems = verify(data)
+    except VerifyError as error:
+        problems = [str(error)]
+    if problems:
+        raise StorageBroken(Miss.CORRUPT, f"{problems[0]}, {len(problems)} problems in all")
 
 
 def remove_index(path: Path) -> None:

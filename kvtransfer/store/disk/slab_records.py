@@ -90,6 +90,10 @@ class SlabRecords:
     def note(self, ticks: Mapping[bytes, int]) -> None:
         self._index.change((), self._placed(ticks))
 
+    def check(self) -> None:
+        self._slots.check()
+        self._index.check()
+
     def close(self) -> None:
         self._slots.sync()
         self._index.sync()

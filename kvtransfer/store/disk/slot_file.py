@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from baton.kvtransfer.store.disk.base import Miss, Refusal
+from baton.kvtransfer.store.disk.file_watch import FileWatch
 from baton.kvtransfer.store.disk.record import HEADER_BYTES
 from baton.kvtransfer.store.disk.records import RecordFault, WriteFault
 
@@ -30,7 +31,10 @@ def slot_bytes(block_bytes: int) -> int:
 
 
 class SlotFile:
-    """Reads and writes of different slots may run beside each other. Keeping slots apart is the caller's part."""
+    """Reads and writes of different slots may run beside each other. Keeping slots apart is the caller's part.
+
+    Both raise StorageBroken where the file is gone, replaced or cut short.
+    """
 
     def __init__(self, path: Path, num_slots: int, block_bytes: int, open_file: OpenFile = os.open) -> None:
         """Raises OSError if the file cannot be opened, or the disk has no room for all of it."""
@@ -40,6 +44,7 @@ class SlotFile:
         self._fd, self.direct = _open(path, open_file)
         try:
             os.posix_fallocate(self._fd, 0, num_slots * self._slot_bytes)
+            self._watch = FileWatch(path)
         except BaseException:
             os.close(self._fd)
             raise
@@ -80,6 +85,10 @@ class SlotFile:
         finally:
             self._buffers.append(buffer)
 
+    def check(self) -> None:
+        """Raises StorageBroken if the file is gone, replaced or cut short."""
+        self._watch.check()
+
     def sync(self) -> None:
         """WriteFault."""
         try:
@@ -88,9 +97,11 @@ class SlotFile:
             raise WriteFault(Refusal.IO_ERROR, str(error)) from error
 
     def close(self) -> None:
+        self._watch.close()
         os.close(self._fd)
 
     def _read(self, slot: int, parts: list[memoryview]) -> None:
+        self.check()
         try:
             num_bytes = os.preadv(self._fd, parts, slot * self._slot_bytes)
         except OSError as error:
@@ -99,6 +110,7 @@ class SlotFile:
             raise RecordFault(Miss.TRUNCATED)
 
     def _write(self, slot: int, parts: list[memoryview]) -> None:
+        self.check()
         try:
             num_bytes = os.pwritev(self._fd, parts, slot * self._slot_bytes)
         except OSError as error:

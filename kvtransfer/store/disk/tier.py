@@ -6,7 +6,7 @@ write: it pins its key, and a pinned record is not removed. A key that leaves is
 until the storage is swept: at once if there is no reader or writer, else by a later read or write.
 
 A storage that breaks is taken out of service: every get misses and every put is refused until, at the earliest
-REOPEN_AFTER_S later and when it has no readers any more, a put opens it anew.
+REOPEN_AFTER_S later and when it has no readers any more, `maintain` or a put opens it anew.
 """
 
 from __future__ import annotations
@@ -134,6 +134,17 @@ class RecordTier:
                 self._mark_for_removal(keys, Eviction.DROPPED)
             self._sweep()
 
+    def maintain(self) -> None:
+        if not self._writing.acquire(blocking=False):
+            return  # a write does both
+        try:
+            if self._records is not None:
+                self._check(self._records)
+            elif not self._closed and self._clock() >= self._retry_at_s:
+                self._reopen()
+        finally:
+            self._writing.release()
+
     def close(self) -> None:
         with self._writing:
             self._sweep()
@@ -218,7 +229,7 @@ class RecordTier:
         if refusal is Refusal.FULL:
             self._evict_more()
             refusal = self._write(records, key, block)
-        if refusal in (Refusal.FULL, Refusal.IO_ERROR):
+        if refusal in (Refusal.FULL, Refusal.IO_ERROR) and self._records is records:
             self._retry_at_s = max(self._retry_at_s, self._clock() + PAUSE_S)
         return refusal
 
@@ -321,6 +332,12 @@ class RecordTier:
         except (RecordFault, StorageBroken) as fault:
             records.abandon()
             raise SettingsError(f"{self.name} cannot be read, even begun anew: {fault}") from fault
+
+    def _check(self, records: Records) -> None:
+        try:
+            records.check()
+        except StorageBroken as fault:
+            self._break(records, fault)
 
     def _break(self, records: Records, fault: StorageBroken) -> None:
         """Out of service, unless another thread has seen it already."""

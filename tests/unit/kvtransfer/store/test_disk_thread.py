@@ -26,12 +26,13 @@ class Gated:
     def __init__(self) -> None:
         self.tiers: dict[bytes, Tier] = {}
         self.news = threading.Semaphore(0)
+        self.maintained = threading.Semaphore(0)
         self.refuse = False
 
     def open(self, namespace: bytes, block_bytes: int) -> Tier:
         if self.refuse:
             raise SettingsError("no such disk")
-        tier: Tier = memory_tier(1 << 20, block_bytes)
+        tier = memory_tier(1 << 20, block_bytes, on_check=self.maintained.release)
         self.tiers[namespace] = tier
         return tier
 
@@ -166,14 +167,32 @@ def test_blocks_being_written_stay_and_those_beyond_the_bound_are_dropped() -> N
     bench.disk.close()
 
 
-def test_a_disk_that_cannot_be_opened_is_disabled() -> None:
-    """Guards the store against a bad path: RAM keeps working, and the failure is counted."""
+def test_a_disk_that_cannot_be_opened_is_tried_again() -> None:
+    """Guards the store against a bad path, where RAM goes on, and a disk that is well again against a restart."""
     gated = Gated()
     gated.refuse = True
-    disk = Disk(gated.open, 1 << 20, gated.news.release)
+    disk = Disk(gated.open, 1 << 20, gated.news.release, upkeep_s=0.001)
     world = World(host=Host(lower=disk))
     world.join("a")
     world.put("a", 1)
     assert world.find("a", 1) == (RAM,) and world.find("a", 1) == (RAM,)
+    for _ in range(2):
+        assert gated.news.acquire(timeout=10), "it is not tried again"
+    assert disk.stats()["disk_open_failures"] >= 2 and "disk_stored" not in disk.stats()
+    gated.refuse = False
+    while not gated.tiers:
+        assert gated.news.acquire(timeout=10), "it is not tried again"
+    world.find("a", 1)
+    while not disk.stats()["disk_stored"]:
+        assert gated.news.acquire(timeout=10), "nothing is written"
     disk.close()
-    assert disk.stats()["disk_open_failures"] == 1
+
+
+def test_open_tiers_are_looked_after() -> None:
+    """Guards a tier that went out of service, and that no request writes to, against staying so."""
+    gated = Gated()
+    disk = Disk(gated.open, 1 << 20, gated.news.release, upkeep_s=0.001)
+    World(host=Host(lower=disk)).join("a")
+    assert gated.news.acquire(timeout=10)
+    assert gated.maintained.acquire(timeout=10) and gated.maintained.acquire(timeout=10)
+    disk.close()

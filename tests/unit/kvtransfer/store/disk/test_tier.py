@@ -280,6 +280,16 @@ def test_a_broken_storage_is_opened_anew(call: str, keep: bool) -> None:
     assert world.changes.held() == set(world.tier.keys())
 
 
+def test_a_storage_that_broke_in_a_write_is_opened_as_soon_as_another() -> None:
+    """Guards against the longer pause after a write that failed, where a storage was lost."""
+    world = World()
+    world.records.fail["write"] = StorageBroken(Miss.IO_ERROR, "gone")
+    assert not put(world.tier, 1)
+    world.clock.now_s += REOPEN_AFTER_S
+    world.tier.maintain()
+    assert len(world.opened) == 2 and put(world.tier, 1)
+
+
 def test_victims_of_a_write_that_broke_the_storage_are_told_of() -> None:
     """Guards the listener against blocks that are said to be held and are not."""
     world = World(blocks=2)
