@@ -73,6 +73,14 @@ class Supervisor:
             self._kill.set()
         self._stop.set()
 
+    def send(self, group: str, signum: int) -> bool:
+        """Send a signal to the children of a group, not to what they have started; False until all children serve."""
+        if self._serving:
+            for child in self._children:
+                if child.spec.group == group:
+                    child.send(signum)
+        return self._serving
+
     async def run(self, ready: Callable[[], Awaitable[str]], on_ready: Callable[[], None]) -> int:
         """Run the children until `stop` is called or a group is given up; returns the exit status.
 
@@ -212,6 +220,11 @@ class _Child:
         return (
             self._process is not None and self._process.returncode is None and signal_group(self._process.pid, signum)
         )
+
+    def send(self, signum: int) -> None:
+        """Send a signal to the running process alone."""
+        if self._process is not None and self._process.returncode is None:
+            self._process.send_signal(signum)
 
     async def _pump(self, stream: asyncio.StreamReader) -> None:
         """Pass the output on line by line; a progress bar's carriage return ends a line too."""

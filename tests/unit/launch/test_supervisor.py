@@ -308,3 +308,20 @@ asyncio.run(main())
             os.read(reader, 1)
         supervisor.kill()
         assert is_closed(reader)
+
+
+async def test_a_signal_reaches_one_group_once_all_serve() -> None:
+    """Guards against SIGHUP that ends a process which is still starting, another group, or what a child has started."""
+    log = Log()
+    hears = (
+        "import signal, subprocess, sys\n"
+        "inner = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])\n"
+        "signal.signal(signal.SIGHUP, lambda *_: print('inner', inner.poll(), flush=True))\n"
+        "print('up', flush=True)\nwhile 1: signal.pause()"
+    )
+    specs = [child(hears, "proxy", "proxy"), child(WAITS)]
+    assert not Supervisor(specs, log).send("proxy", signal.SIGHUP)
+    async with running(log, *specs, count=2) as (supervisor, task):
+        assert supervisor.send("proxy", signal.SIGHUP)
+        assert await log.until("[proxy] inner") == "[proxy] inner None"
+        assert not task.done()
