@@ -75,7 +75,7 @@ class Cluster:
         self._temporary = TemporaryDirectory(prefix="baton-")
         folder = Path(self._temporary.name)  # of mode 0700, and with a short path, as sockets need
         self.settings = replace(settings, host="127.0.0.1", port=free_port())
-        self.ports = Ports.free(settings.proxies, folder)
+        self.ports = Ports.free(settings, folder)
         self.model = served_name(settings)
         """The name of the model in requests."""
         environ = os.environ if environ is None else environ

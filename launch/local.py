@@ -77,17 +77,17 @@ class ServeSettings(ApiSettings):
 class Ports:
     """TCP ports of the loopback interface: the control socket of each proxy, and the store's. Workers choose their own.
 
-    `group_folder`: where several proxies ask one another."""
+    `group_folder`: where several proxies ask one another, and the launcher asks a proxy of which it has no key."""
 
     controls: tuple[int, ...]
     store: int
     group_folder: Path | None = None
 
     @classmethod
-    def free(cls, num_proxies: int, group_folder: Path) -> Ports:
-        """Ports that are free now; the folder is for several proxies."""
-        store, *controls = free_ports(1 + num_proxies)
-        return cls(tuple(controls), store, group_folder if num_proxies > 1 else None)
+    def free(cls, settings: ServeSettings, group_folder: Path) -> Ports:
+        """Ports that are free now; the folder counts where `needs_folder` says so."""
+        store, *controls = free_ports(1 + settings.proxies)
+        return cls(tuple(controls), store, group_folder if needs_folder(settings) else None)
 
     @property
     def control(self) -> int:
@@ -101,6 +101,11 @@ class Ports:
     @property
     def store_address(self) -> str:
         return f"tcp://127.0.0.1:{self.store}"
+
+
+def needs_folder(settings: ServeSettings) -> bool:
+    """Whether proxies are asked at sockets of their own."""
+    return settings.proxies > 1 or settings.tenants is not None
 
 
 def worker_names(settings: ServeSettings) -> list[tuple[str, str]]:

@@ -25,6 +25,7 @@ from baton.launch.local import (
     Ports,
     ServeSettings,
     folder_options,
+    needs_folder,
     node_environment,
     place_workers,
     plan_nodes,
@@ -33,7 +34,7 @@ from baton.launch.local import (
     sizes_pools,
 )
 from baton.launch.supervisor import ChildSpec, Say, Supervisor, SupervisorLimits
-from baton.launch.terminal import Screen
+from baton.launch.terminal import Screen, has_terminal
 from baton.node import local_http
 from baton.node.api_settings import api_keys, check_files
 from baton.node.errors import SettingsError
@@ -108,7 +109,9 @@ async def http_status(
 def curl_line(settings: ServeSettings, url: str) -> str:
     """A command to paste."""
     body = json.dumps({"model": served_name(settings), "prompt": "Once upon a time", "max_tokens": 64})
-    key = " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key or settings.api_key_file else ""
+    key = (
+        " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key or settings.api_key_file or settings.tenants else ""
+    )
     insecure = "-k " if settings.tls_cert else ""  # the certificate names the public host
     return f"curl {insecure}{url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
 
@@ -137,9 +140,19 @@ async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[Child
         say(f"ready {url}")
         say(curl_line(settings, url))
 
+    at_terminal = has_terminal()
+
+    def on_hangup() -> None:
+        if settings.tenants is None or (at_terminal and not has_terminal()):
+            on_signal()  # the terminal was closed
+        else:
+            read = supervisor.send("proxy", signal.SIGHUP)
+            say("reading --tenants again" if read else "SIGHUP comes too early: the proxy is starting")
+
     loop = asyncio.get_running_loop()
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, on_signal)
+    loop.add_signal_handler(signal.SIGHUP, on_hangup)
     key = next(iter(api_keys(settings)), "")
     one = token_probe(host, settings.port, key, settings.tls_cert is not None)
     probe = one if ports.group_folder is None else group_probe(ports.group_folder, settings.proxies)
@@ -158,8 +171,8 @@ def main(argv: Sequence[str]) -> int:
         check_files(settings)
         model = locate_model(settings.model, screen.say)  # once, before every child looks for it
         check_folder(model, folder_options(settings), node_environment(settings, os.environ))
-        with TemporaryDirectory(prefix="baton-") if settings.proxies > 1 else nullcontext("") as folder:
-            ports = Ports.free(settings.proxies, Path(folder))
+        with TemporaryDirectory(prefix="baton-") if needs_folder(settings) else nullcontext("") as folder:
+            ports = Ports.free(settings, Path(folder))
             return asyncio.run(supervise(settings, ports, plan(settings, ports, screen.say), screen.say))
     except SettingsError as error:
         print(f"baton serve: error: {error}", file=sys.stderr)

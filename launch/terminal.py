@@ -5,6 +5,7 @@ A line of progress ends in `event things=12 of=291`, as workers log it every few
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from typing import TextIO
@@ -57,3 +58,12 @@ class Screen:
         _, bar = self._bars.pop(name, ("", None))
         if bar is not None:
             bar.close()
+
+
+def has_terminal() -> bool:
+    """Whether this process has a controlling terminal; it has none any more when that was closed."""
+    try:
+        os.close(os.open("/dev/tty", os.O_RDWR | os.O_NOCTTY))
+    except OSError:
+        return False
+    return True

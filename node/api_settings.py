@@ -11,6 +11,7 @@ from pathlib import Path
 
 from baton.node.errors import SettingsError
 from baton.node.settings import option
+from baton.node.tenant_rules import read_tenants
 from baton.node.tls import check_certificate
 
 KEY_VARIABLE = "BATON_API_KEY"
@@ -51,6 +52,12 @@ class ApiSettings:
         metavar="FILE",
         help="file with more keys, one a line; empty lines and lines that begin with # do not count",
     )
+    tenants: Path | None = option(
+        None,
+        metavar="FILE",
+        help="TOML file of tenants with their keys (as SHA-256), models and limits, read again at SIGHUP; replaces "
+        "--api-key and --api-key-file",
+    )
     tls_cert: Path | None = option(
         None, metavar="FILE", help="serve HTTPS with this certificate (PEM, with its chain); default: HTTP"
     )
@@ -82,6 +89,8 @@ class ApiSettings:
     def __post_init__(self) -> None:
         if not all(self.api_key):
             raise SettingsError("--api-key is empty; leave it out to serve without keys")
+        if self.tenants is not None and (self.api_key or self.api_key_file is not None):
+            raise SettingsError(f"--tenants holds all keys: leave out --api-key, --api-key-file and {KEY_VARIABLE}")
         if self.tls_key is not None and self.tls_cert is None:
             raise SettingsError("--tls-key needs --tls-cert")
         for origin in self.cors_origin:
@@ -95,8 +104,10 @@ def api_keys(settings: ApiSettings) -> tuple[str, ...]:
 
 
 def check_files(settings: ApiSettings) -> None:
-    """Raises SettingsError for files of keys and certificates that cannot be used."""
+    """Raises SettingsError for files of keys, tenants and certificates that cannot be used."""
     api_keys(settings)
+    if settings.tenants is not None:
+        read_tenants(settings.tenants)
     if settings.tls_cert is not None:
         check_certificate(settings.tls_cert, settings.tls_key)
 

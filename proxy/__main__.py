@@ -32,6 +32,7 @@ from baton.proxy.http.service import Service, make_service
 from baton.proxy.interface import AppSettings
 from baton.proxy.metrics.request_log import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
+from baton.proxy.tenants.reload import load_tenants, reload_tenants
 from baton.proxy.text.model_text import ModelText
 
 logger = logging.getLogger("proxy")
@@ -74,7 +75,14 @@ async def serve(settings: ProxySettings) -> int:
         debug_requests=settings.debug_requests,
         version=__version__,
     )
-    service = make_service(dispatcher, {name: text}, app_settings, _spans(settings.otlp_endpoint), _group_of(settings))
+    service = make_service(
+        dispatcher,
+        {name: text},
+        app_settings,
+        _spans(settings.otlp_endpoint),
+        _group_of(settings),
+        load_tenants(settings.tenants, (name, *aliases)) if settings.tenants is not None else None,
+    )
     config = uvicorn.Config(
         app_of(service),
         log_config=None,
@@ -89,8 +97,11 @@ async def serve(settings: ProxySettings) -> int:
         freeze_startup_objects()
         task = asyncio.create_task(server.serve(sockets=[listener]))
         stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            asyncio.get_running_loop().add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, stop.set)
+        if settings.tenants is not None:
+            loop.add_signal_handler(signal.SIGHUP, reload_tenants, service.tenants, settings.tenants, (name, *aliases))
         await asyncio.wait({task, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
         await dispatcher.stop()
         server.should_exit = True
@@ -100,9 +111,10 @@ async def serve(settings: ProxySettings) -> int:
 
 def _group_of(settings: ProxySettings) -> Group:
     """The other proxies at the port. Raises SettingsError where another user could speak for them."""
-    if settings.group_folder is None:
+    if settings.group_folder is not None:
+        require_private(settings.group_folder)
+    if settings.proxies == 1 or settings.group_folder is None:
         return Alone()
-    require_private(settings.group_folder)
     return SharedPort(settings.group_folder, settings.proxy_index, settings.proxies)
 
 

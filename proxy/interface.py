@@ -58,6 +58,8 @@ class Generation:
     """The name under which it is served."""
     prompt_ids: tuple[int, ...]
     sampling: SamplingSpec
+    tenant: str = ""
+    """The name of the one that it is of; empty: a probe of our own."""
     priority: int = 0
     """Higher is served first."""
     follows: bool = False

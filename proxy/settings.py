@@ -19,7 +19,8 @@ class ProxySettings(ApiSettings):
     group_folder: Path | None = option(
         None,
         metavar="FOLDER",
-        help="with several --proxies, a folder of mode 0700 where they ask one another for metrics and past requests",
+        help="a folder of mode 0700 where this proxy is asked without a key: by the others of several --proxies, for "
+        "metrics and past requests, and by the process that started it",
     )
     control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="address that workers connect to")
     namespace: str = option(

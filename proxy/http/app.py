@@ -23,11 +23,11 @@ from starlette.routing import Route
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
-from baton.proxy.http.asgi import PROBES, ApiKeyGuard
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.front import CORS_METHODS, AccessLog, LenientPaths, accepts_gzip
-from baton.proxy.http.refusals import RefusalLog, add_failure_handlers
+from baton.proxy.http.guard import PROBES, Guard, tenant_of
+from baton.proxy.http.refusals import add_failure_handlers
 from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.http.service import ModelEntry, Service, make_service
 from baton.proxy.http.tokenizer_routes import add_tokenizer_routes
@@ -76,7 +76,7 @@ def app_of(service: Service) -> FastAPI:
     # No OpenAPI pages: they describe FastAPI's view of the bodies, and would be routes to guard.
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     open_paths = PROBES | add_dashboard(app) if settings.metrics else PROBES
-    _add_front(app, settings, open_paths, service.refusals)
+    _add_front(app, service, open_paths)
     add_failure_handlers(app, metrics, service.refusals)
     _add_probes(app, service)
     _add_models(app, service)
@@ -88,9 +88,12 @@ def app_of(service: Service) -> FastAPI:
     return app
 
 
-def _add_front(app: FastAPI, settings: AppSettings, open_paths: frozenset[str], refusals: RefusalLog) -> None:
+def _add_front(app: FastAPI, service: Service, open_paths: frozenset[str]) -> None:
     """What a request passes before its route, the last one first."""
-    app.add_middleware(ApiKeyGuard, keys=settings.api_keys, open_paths=open_paths, on_refused=refusals.add)
+    settings = service.settings
+    app.add_middleware(
+        Guard, tenants=service.tenants, routes=app.routes, open_paths=open_paths, on_refused=service.refusals.add
+    )
     app.add_middleware(LenientPaths)
     if settings.cors_origins:
         app.add_middleware(
@@ -208,12 +211,13 @@ def _add_models(app: FastAPI, service: Service) -> None:
         return {**named, "max_model_len": service.engine.max_model_len(model.name)}
 
     @app.get("/v1/models")
-    async def models() -> Response:
-        return _json({"object": "list", "data": [shown(*item) for item in service.models.items()]})
+    async def models(request: Request) -> Response:
+        listed = service.models_for(tenant_of(request.scope))
+        return _json({"object": "list", "data": [shown(*item) for item in listed.items()]})
 
     @app.get("/v1/models/{name:path}")
-    async def one_model(name: str) -> Response:
-        return _json(shown(name, service.model(name)))
+    async def one_model(request: Request, name: str) -> Response:
+        return _json(shown(name, service.model(name, tenant_of(request.scope))))
 
 
 def _json(value: object, status: int = 200) -> Response:

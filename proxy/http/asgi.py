@@ -1,4 +1,4 @@
-"""HTTP below the routes, as ASGI: bodies of bounded size, keys, answers that begin late and end with the client.
+"""HTTP below the routes, as ASGI: bodies of bounded size, answers that begin late and end with the client.
 
 Source: the ASGI specification, HTTP protocol 2.5; server-sent events of the WHATWG HTML standard.
 """
@@ -6,15 +6,13 @@ Source: the ASGI specification, HTTP protocol 2.5; server-sent events of the WHA
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 
 from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import Receive, Scope, Send
 
 from baton.node.errors import BadRequest
-from baton.proxy.http.failures import Failure, failure_of
+from baton.proxy.http.failures import Failure
 
 BODY_TIMEOUT_S = 60.0
 """Longest time a client may take to send a body."""
@@ -22,7 +20,6 @@ FAILURE_TIMEOUT_S = 2.0
 """Longest wait for a client that may have stopped reading to take a failure."""
 _DRAINED_BYTES = 64 << 20
 """Of a body that is too large, so much is read and thrown away: most clients read the answer only after sending."""
-PROBES = frozenset({"/health", "/live", "/ready"})
 
 
 class ClientGone(Exception):
@@ -114,44 +111,3 @@ class Reply:
         self.begun = True
         raw = [(key.encode(), value.encode()) for key, value in {**self._headers, **headers}.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
-
-
-class ApiKeyGuard:
-    """Admits requests that carry one of the keys as `Authorization: Bearer KEY`; without keys, all requests.
-
-    Paths that disclose nothing stay open: an orchestrator's probes, the dashboard's empty page.
-    """
-
-    def __init__(
-        self,
-        app: ASGIApp,
-        keys: Sequence[str],
-        open_paths: frozenset[str],
-        on_refused: Callable[[Failure, str], None],
-    ) -> None:
-        """`on_refused` gets the error and the path of a request that is not admitted."""
-        self._app = app
-        self._on_refused = on_refused
-        self._open_paths = open_paths
-        self._digests = tuple(_digest(key.encode()) for key in keys)
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        guarded = scope["type"] == "http" and self._digests and scope["path"] not in self._open_paths
-        if guarded and not self._has_key(scope):
-            failure = failure_of(BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key"))
-            self._on_refused(failure, scope["path"])
-            await Reply(send, {"www-authenticate": "Bearer"}).fail(failure)
-            return
-        await self._app(scope, receive, send)
-
-    def _has_key(self, scope: Scope) -> bool:
-        """Compares with every key in constant time, so that timing discloses nothing about any."""
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        offered = _digest(key.strip().encode("latin-1", "replace"))
-        equal = [hmac.compare_digest(offered, digest) for digest in self._digests]
-        return scheme.lower() == "bearer" and any(equal)
-
-
-def _digest(key: bytes) -> bytes:
-    """Digests have one length: comparing them does not disclose that of the key."""
-    return hashlib.sha256(key).digest()

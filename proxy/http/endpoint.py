@@ -25,6 +25,7 @@ from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.failures import failure_of, kind_of
+from baton.proxy.http.guard import tenant_of
 from baton.proxy.http.prepare import Choice, choices_of
 from baton.proxy.http.prompt_scores import ScoreRule
 from baton.proxy.http.responder import Responder
@@ -33,6 +34,7 @@ from baton.proxy.http.service import ModelEntry, Service
 from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.tenants.tenants import Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -62,6 +64,7 @@ class HttpRequest:
 
     id: str
     """In the answer's header, in logs and for looking it up: the client's, else ours."""
+    tenant: Tenant
     answer_id: str
     """In the body of the answer."""
     own_id: str
@@ -102,7 +105,7 @@ class GenerateEndpoint:
         request = self._request(scope)
         reply = Reply(send, {ID_HEADER: request.id})
         try:
-            with self._service.limit, self._service.client_ids.claim(request.id):
+            with self._service.limit, self._service.client_ids.claim(request.id, request.tenant.name):
                 body = await read_body(scope, receive, self._service.settings.max_body_bytes)
                 await _while_connected(receive, reply, self._answer(request, body, reply))
         except Exception as error:
@@ -122,6 +125,7 @@ class GenerateEndpoint:
         client_id = _usable_id(headers.get(ID_HEADER, ""))
         return HttpRequest(
             id=client_id or own_id,
+            tenant=tenant_of(scope),
             answer_id=f"{self._api.id_prefix}-{client_id}" if client_id else own_id,
             own_id=own_id,
             operation=self._api.operation,
@@ -135,13 +139,13 @@ class GenerateEndpoint:
         service = self._service
         async with asyncio.timeout(service.settings.request_timeout_s + DEADLINE_GRACE_S):
             parsed = self._api.read(body)
-            model = service.model(parsed.model)
+            model = service.model(parsed.model, request.tenant)
             request.model, request.stream = parsed.model, parsed.stream
             reply.add_headers(service.unknown.accept(parsed.unknown))
             request.timeline.enter("tokenise")
             known = parsed if parsed.model == model.name else replace(parsed, model=model.name)
             max_model_len = service.max_model_len(model.name)
-            made = await choices_of(known, model.text, service.settings, max_model_len, request.own_id)
+            made = await choices_of(known, model.text, service.settings, max_model_len, request.own_id, request.tenant)
             timelines = [request.timeline.fork(model.metrics.segments_of(request.operation)) for _ in made]
             header = AnswerHeader(
                 id=request.answer_id,

@@ -1,7 +1,7 @@
 """What happens to a request before its route: paths and methods that clients write differently, CORS, compression, the
 access log.
 
-ASGI middleware without state. Keys are guarded by `asgi.ApiKeyGuard`, which sees the path that is left here.
+ASGI middleware without state. Keys are looked at by `guard.Guard`, which sees the path that is left here.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_BAD_WORD_TOKENS, SamplingSpec
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest
 from baton.proxy.interface import AppSettings, Generation
+from baton.proxy.tenants.tenants import Tenant
 from baton.proxy.text.model_text import ModelText
 
 _SEEDS = 1 << 63
@@ -38,7 +39,7 @@ class Choice:
 
 
 async def choices_of(
-    request: ParsedRequest, text: ModelText, settings: AppSettings, max_model_len: int, request_id: str
+    request: ParsedRequest, text: ModelText, settings: AppSettings, max_model_len: int, request_id: str, tenant: Tenant
 ) -> list[Choice]:
     """All choices of `request`, n next to each other for each prompt; raises BadRequest.
 
@@ -50,6 +51,7 @@ async def choices_of(
         raise BadRequest(f"{len(request.prompts)} prompts, at most {settings.max_prompts} are allowed", param="prompt")
     _check_ids(request.sampling, text.vocab_size)
     bad_words = await _bad_words(request.sampling.bad_words or (), text)
+    salt = cache_salt(request.cache_salt, tenant.cache_name)
     made: list[Choice] = []
     for ids, echo in await _tokenise(request, text, max_model_len):
         sampling = _sampling(request, text, bad_words, _max_tokens(request, settings, len(ids), max_model_len))
@@ -60,10 +62,11 @@ async def choices_of(
                 model=request.model,
                 prompt_ids=ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed),
-                priority=request.priority,
+                tenant=tenant.name,
+                priority=min(request.priority, -tenant.rules.priority_floor),
                 follows=len(made) >= settings.max_generations,
                 session_key=request.session_key,
-                cache_salt=cache_salt(request.cache_salt),
+                cache_salt=salt,
             )
             made.append(Choice(len(made), generation, echo))
     return made

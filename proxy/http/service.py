@@ -13,6 +13,7 @@ from baton.proxy.http.unknown import UnknownParameters
 from baton.proxy.interface import AppSettings, Engine
 from baton.proxy.metrics.metrics import ModelMetrics, ProxyMetrics
 from baton.proxy.metrics.request_log import RequestLog, Spans
+from baton.proxy.tenants.tenants import Tenant, Tenants
 from baton.proxy.text.model_text import ModelText
 
 
@@ -36,19 +37,21 @@ class RequestLimit:
 class ClientIds:
     """Ids of the requests that are being answered, which clients may choose; RequestLimit bounds their number."""
 
-    active: set[str] = field(default_factory=set)
+    active: set[tuple[str, str]] = field(default_factory=set)
+    """With the name of the tenant: none learns of another's ids."""
 
     @contextmanager
-    def claim(self, request_id: str) -> Iterator[None]:
-        """Raises BadRequest (409) while another request has this id: the client sent one twice."""
-        if request_id in self.active:
+    def claim(self, request_id: str, tenant: str) -> Iterator[None]:
+        """Raises BadRequest (409) while another request of the tenant has this id: the client sent one twice."""
+        claimed = tenant, request_id
+        if claimed in self.active:
             message = "a request with this X-Request-Id is being answered already"
             raise BadRequest(message, status=409, code="request_in_progress")
-        self.active.add(request_id)
+        self.active.add(claimed)
         try:
             yield
         finally:
-            self.active.discard(request_id)
+            self.active.discard(claimed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,20 +79,31 @@ class Service:
     client_ids: ClientIds
     group: Group
     """The other proxies at the port."""
+    tenants: Tenants
 
     @property
     def default_model(self) -> ModelEntry:
         """The first one, for what names no model."""
         return next(iter(self.models.values()))
 
-    def model(self, name: str) -> ModelEntry:
-        """Raises BadRequest (404) unless `name` is served."""
+    def models_for(self, tenant: Tenant) -> Mapping[str, ModelEntry]:
+        """Those that the tenant may use, by the names under which it may."""
+        return {name: model for name, model in self.models.items() if tenant.rules.may_use(name)}
+
+    def model(self, name: str, tenant: Tenant) -> ModelEntry:
+        """Raises BadRequest (404) unless `name` is served, to this tenant: it learns of no other's models."""
         found = self.models.get(name)
-        if found is None:
-            served = ", ".join(f"`{each}`" for each in self.models)
+        if found is None or not tenant.rules.may_use(name):
+            served = ", ".join(f"`{each}`" for each in self.models_for(tenant)) or "none for this key"
             message = f"The model `{name[:128]}` does not exist; this server has {served}."
             raise BadRequest(message, status=404, param="model", code="model_not_found")
         return found
+
+    def model_or_default(self, name: str | None, tenant: Tenant) -> ModelEntry:
+        """Where a request may leave its model out, or name any: the first one of the tenant's."""
+        allowed = self.models_for(tenant)
+        found = allowed.get(name or "") or next(iter(allowed.values()), None)
+        return found or self.model(name or "", tenant)
 
     def max_model_len(self, model: str) -> int:
         """Raises PeerLost while no worker of the model has registered."""
@@ -105,13 +119,26 @@ def make_service(
     settings: AppSettings,
     spans: Spans | None = None,
     group: Group | None = None,
+    tenants: Tenants | None = None,
 ) -> Service:
     """`texts` are the text sides of the models, by the first of the names that they have; without a `group`, no other
-    proxy is at the port."""
+    proxy is at the port; without `tenants`, those that have a key are one."""
     metrics = ProxyMetrics(engine, tuple(texts))
     models = {name: ModelEntry(name, text, metrics.of(name)) for name, text in texts.items()}
     models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
     limit = RequestLimit(settings.max_requests)
     unknown = UnknownParameters(refuse=settings.refuse_unknown_parameters)
-    return Service(engine, models, settings, metrics, log, RefusalLog(), limit, unknown, ClientIds(), group or Alone())
+    return Service(
+        engine=engine,
+        models=models,
+        settings=settings,
+        metrics=metrics,
+        log=log,
+        refusals=RefusalLog(),
+        limit=limit,
+        unknown=unknown,
+        client_ids=ClientIds(),
+        group=group or Alone(),
+        tenants=tenants or Tenants.one(settings.api_keys),
+    )

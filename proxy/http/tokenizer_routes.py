@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from baton.node.errors import BadRequest
 from baton.proxy.http.asgi import read_body
+from baton.proxy.http.guard import tenant_of
 from baton.proxy.http.messages import ChatMessage, message_fields
 from baton.proxy.http.schema import MAX_MESSAGES, TokenIds, parse, read_chat
 from baton.proxy.http.service import ModelEntry, Service
@@ -51,14 +52,14 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     async def body_of(request: Request) -> bytes:
         return await read_body(request.scope, request.receive, service.settings.max_body_bytes)
 
-    def model_of(name: str | None) -> ModelEntry:
-        return service.models.get(name or "", service.default_model)
+    def model_of(name: str | None, request: Request) -> ModelEntry:
+        return service.model_or_default(name, tenant_of(request.scope))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
         with service.limit:
             body = parse(TokenizeBody, await body_of(request))
-            model = model_of(body.model)
+            model = model_of(body.model, request)
             limit = service.max_model_len(model.name)
             async with asyncio.timeout(timeout_s):
                 ids = await _ids(body, model.text, limit)
@@ -69,21 +70,21 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     async def detokenize(request: Request) -> Response:
         with service.limit:
             body = parse(DetokenizeBody, await body_of(request))
-        text = model_of(body.model).text
+        text = model_of(body.model, request).text
         if body.tokens and max(body.tokens) >= text.num_decodable:
             raise BadRequest(f"token ids must be below {text.num_decodable}", param="tokens")
         return _json({"prompt": text.decode(body.tokens, skip_special_tokens=False)})
 
     @app.get("/tokenizer_info")
-    async def tokenizer_info(model: str | None = None) -> Response:
-        return _json(model_of(model).text.info())
+    async def tokenizer_info(request: Request, model: str | None = None) -> Response:
+        return _json(model_of(model, request).text.info())
 
     @app.post("/v1/chat/completions/render")
     async def render(request: Request) -> Response:
         """The prompt that a chat request would have, for those who write or debug a template."""
         with service.limit:
             parsed = read_chat(await body_of(request))
-            model = service.model(parsed.model)
+            model = service.model(parsed.model, tenant_of(request.scope))
             limit = service.max_model_len(model.name)
             async with asyncio.timeout(timeout_s):
                 prompt = await model.text.render_bounded(parsed.messages, parsed.render)

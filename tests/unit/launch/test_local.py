@@ -64,9 +64,10 @@ def test_several_proxies_share_the_port_and_have_all_workers(tmp_path: Path) -> 
 
 
 def test_one_proxy_is_in_no_group() -> None:
-    """Guards the one proxy, which needs no socket for others."""
-    assert local.Ports.free(1, Path("unused")).group_folder is None
-    ports = local.Ports.free(3, Path("used"))
+    """Guards the one proxy, which needs no socket for others; but the launcher has no key of a tenant."""
+    assert local.Ports.free(ServeSettings(), Path("unused")).group_folder is None
+    assert local.Ports.free(ServeSettings(tenants=Path("file")), Path("used")).group_folder == Path("used")
+    ports = local.Ports.free(ServeSettings(proxies=3), Path("used"))
     assert ports.group_folder == Path("used") and len({ports.store, *ports.controls}) == 4
 
 

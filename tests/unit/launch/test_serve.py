@@ -243,6 +243,8 @@ def test_a_worker_that_cannot_start_ends_serve_with_its_error(tmp_path: Path) ->
         (["--decode-arg=--max-model-len", "--decode-arg=99999"], "positions end at 2048"),
         (["--tls-cert", "no-such-file"], "no-such-file: cannot be read"),
         (["--api-key-file", "no-such-file"], "no-such-file: cannot be read"),
+        (["--tenants", "no-such-file"], "no-such-file: cannot be read"),
+        (["--tenants", "file", "--api-key", "k"], "--tenants holds all keys"),
     ],
 )
 def test_wrong_settings_are_one_line_before_anything_starts(tmp_path: Path, options: list[str], said: str) -> None:

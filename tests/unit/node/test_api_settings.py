@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -56,6 +57,7 @@ def test_serve_passes_every_option_on() -> None:
         "insecure_network": True,
         "api_key": ("k",),
         "api_key_file": Path("f"),
+        "tenants": None,
         "tls_cert": Path("c"),
         "tls_key": Path("k"),
         "cors_origin": ("https://a", "*"),
@@ -68,3 +70,12 @@ def test_serve_passes_every_option_on() -> None:
     }
     assert set(values) == set(ApiSettings.__dataclass_fields__)
     assert read(*as_arguments(ApiSettings, values)) == ApiSettings(**values)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("more", [{"api_key": ("k",)}, {"api_key_file": Path("keys")}])
+def test_keys_beside_a_tenants_file_are_an_error(more: dict[str, Any]) -> None:
+    """A key that an environment still has would be an administrator's, and appear in no file."""
+    with pytest.raises(SettingsError, match="--tenants holds all keys: leave out --api-key"):
+        ApiSettings(tenants=Path("tenants.toml"), **more)
+    settings = read("--tenants", "tenants.toml")
+    assert read(*as_arguments(ApiSettings, {"tenants": settings.tenants})) == settings

@@ -18,8 +18,10 @@ from baton.proxy.http.prepare import Choice, choices_of
 from baton.proxy.http.schema import ChatBody, CompletionBody, read_chat, read_completion
 from baton.proxy.http.template_options import render_options
 from baton.proxy.interface import AppSettings
+from baton.proxy.tenants.tenants import Tenants
 from baton.proxy.text.model_text import ModelText
 
+ONE = Tenants.one([]).of_key(b"")
 CHAT = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION = {"model": "demo", "prompt": "Hi"}
 
@@ -37,7 +39,7 @@ def refused(base: dict[str, Any], **more: Any) -> BadRequest:
 
 async def prepared(text: ModelText, base: dict[str, Any], **more: Any) -> list[Choice]:
     request = (read_chat if "messages" in base else read_completion)(body(base, **more))
-    return await choices_of(request, text, AppSettings(), 2048, "r")
+    return await choices_of(request, text, AppSettings(), 2048, "r", ONE)
 
 
 async def sampling(text: ModelText, base: dict[str, Any], **more: Any) -> SamplingSpec:
@@ -624,7 +626,7 @@ async def test_the_context_length(text: ModelText) -> None:
     assert (await sampling(text, COMPLETION, max_completion_tokens=9)).max_tokens == 9
     assert (await sampling(text, COMPLETION, min_tokens=40)).max_tokens == 40
     request = read_chat(body(CHAT))
-    long_context = await choices_of(request, text, AppSettings(), 100_000, "r")
+    long_context = await choices_of(request, text, AppSettings(), 100_000, "r", ONE)
     assert long_context[0].generation.sampling.max_tokens == 100_000 - prompt_len
 
 

@@ -21,10 +21,12 @@ from baton.node.errors import BadRequest, SettingsError
 from baton.proxy.http.prepare import choices_of
 from baton.proxy.http.schema import read_completion
 from baton.proxy.interface import AppSettings
+from baton.proxy.tenants.tenants import Tenants
 from baton.proxy.text.model_files import SamplingDefaults
 from baton.proxy.text.model_text import LONG_TEXT_CHARS, ModelText
 from baton.proxy.text.template import ChatTemplate
 
+ONE = Tenants.one([]).of_key(b"")
 BESIDE = Path(__file__).resolve().parents[5] / "shared" / "data" / "tokenizers"
 EXTRA = sorted(path.parent for path in Path(os.environ.get("BATON_TEST_TOKENIZERS", BESIDE)).glob("*/tokenizer.json"))
 unicode_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
@@ -400,5 +402,5 @@ async def test_a_token_beyond_the_models_table_is_refused_though_the_tokenizer_k
     base = {"model": "m", "prompt": [5], "max_tokens": 1}
     for more, param in (({"logit_bias": {"4000": 1}}, "logit_bias"), ({"prompt": [4000]}, "prompt")):
         with pytest.raises(BadRequest) as raised:
-            await choices_of(read_completion(json.dumps(base | more).encode()), text, AppSettings(), 2048, "r")
+            await choices_of(read_completion(json.dumps(base | more).encode()), text, AppSettings(), 2048, "r", ONE)
         assert raised.value.param == param

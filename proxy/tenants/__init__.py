@@ -1,0 +1,1 @@
+"""The tenants of a proxy: their keys, models, limits and caches."""
