@@ -12,6 +12,7 @@ Socket limits are in `OPTIONS`; sockets.py opens the sockets, connections.py say
 from __future__ import annotations
 
 import logging
+import math
 import secrets
 import threading
 import time
@@ -29,7 +30,7 @@ from baton.node.telemetry import log_event
 logger = logging.getLogger("endpoint")
 
 MAX_FRAMES_A_TURN = 1024
-"""Bounds one `receive`, so that a flood on one socket cannot starve the owner's timers."""
+"""Bounds one `receive`, with `bytes_a_turn`, so that a flood on one socket cannot starve the owner's timers."""
 LEAST_POLL_S = 0.001
 
 
@@ -56,9 +57,16 @@ class Endpoint:
     """
 
     def __init__(
-        self, context: Context, identity: str, bind: str | None, decode_body: Callable[[bytes], Message] = decode
+        self,
+        context: Context,
+        identity: str,
+        bind: str | None,
+        decode_body: Callable[[bytes], Message] = decode,
+        bytes_a_turn: float = math.inf,
     ) -> None:
+        """`bytes_a_turn`: one `receive` reads a socket up to the message that reaches it."""
         self.identity = identity
+        self._bytes_a_turn = bytes_a_turn
         self._decode_body = decode_body
         self.rejected = 0
         self._context = context
@@ -177,6 +185,7 @@ class Endpoint:
 
     def _drain_router(self, inbox: list[tuple[str, Message]]) -> None:
         assert self._router is not None
+        num_bytes = 0
         for _ in range(MAX_FRAMES_A_TURN):
             frames = sockets.receive_frames(self._router)
             if frames is None:
@@ -185,6 +194,9 @@ class Endpoint:
                 self._admit_incoming(frames[0], frames[1], inbox)
             else:
                 self._reject(f"{len(frames)} frames")
+            num_bytes += len(frames[-1])
+            if num_bytes >= self._bytes_a_turn:
+                return
 
     def _drain_link(self, socket: Socket, inbox: list[tuple[str, Message]]) -> None:
         for _ in range(MAX_FRAMES_A_TURN):

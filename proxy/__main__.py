@@ -25,6 +25,7 @@ from baton.node.modelhub import locate_model
 from baton.node.settings import is_from_environment, parse, require_loopback
 from baton.node.sockets import new_context
 from baton.node.telemetry import configure_logging, log_event
+from baton.proxy.control import BYTES_A_TURN
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
 from baton.proxy.http.app import app_of, group_app_of
@@ -58,7 +59,8 @@ async def serve(settings: ProxySettings) -> int:
     text = ModelText(folder)
     listener = _listen(settings.host, settings.port, shared=settings.proxies > 1)
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)
-    dispatcher = Dispatcher(Endpoint(new_context(), settings.name, settings.control_address), settings, [name])
+    endpoint = Endpoint(new_context(), settings.name, settings.control_address, bytes_a_turn=BYTES_A_TURN)
+    dispatcher = Dispatcher(endpoint, settings, [name])
     app_settings = AppSettings(
         aliases=tuple(aliases),
         api_keys=api_keys(settings),

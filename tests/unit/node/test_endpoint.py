@@ -162,6 +162,21 @@ def test_an_oversized_frame_does_not_arrive(
     invalid_peer.close(0)
 
 
+def test_one_turn_reads_a_bounded_number_of_bytes(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+    """Guards an event loop against a backlog that is read as one: nothing is lost, it comes in several turns."""
+    server = Endpoint(context, "server", "tcp://127.0.0.1:0", bytes_a_turn=3 * len(encode(Rejoin())))
+    client = Endpoint(context, "client/1", None)
+    client.connect("server", server.address)
+    assert all(client.send("server", Rejoin()) for _ in range(20))
+    turns = []
+    while sum(map(len, turns)) < 20:
+        turns.append(_next(server))
+        assert turns[-1], "messages are missing"
+    assert max(map(len, turns)) <= 3
+    server.close()
+    client.close()
+
+
 def test_wake_ends_a_wait_from_another_thread(pair: tuple[Endpoint, Endpoint]) -> None:
     """Guards latency: a command wakes the I/O thread; without the wake this test hangs."""
     server, _ = pair
