@@ -15,6 +15,7 @@ from baton.node.errors import PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import Cancel
 from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
+from baton.proxy.inbox import Inbox, Turns
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.admission import Admission
@@ -27,6 +28,8 @@ from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
 
 POLL_S = 0.1
+SESSIONS_A_TURN = 64
+"""Each costs some 30 us for a token: what else the event loop has to do waits 2 ms."""
 LAST_MESSAGES_S = 2.0
 """For telling the clients of unfinished requests, and the workers, that the proxy stops."""
 
@@ -81,9 +84,10 @@ class Dispatcher:
         self._control = ControlPlane(
             socket, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
         )
-        self._inboxes: dict[str, asyncio.Queue[Event]] = {}
+        self._inboxes: dict[str, Inbox[Event]] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._turn = 0
+        self._turns = Turns(SESSIONS_A_TURN)
         self._draining = False
 
     def start(self) -> None:
@@ -94,7 +98,7 @@ class Dispatcher:
         self._draining = True
         await self._requests_end(self._settings.drain_s)
         for inbox in self._inboxes.values():
-            inbox.put_nowait(ProxyStopping())
+            inbox.put(ProxyStopping())
         for admission in self._admissions.values():
             admission.stop()
         await self._requests_end(LAST_MESSAGES_S)
@@ -107,7 +111,9 @@ class Dispatcher:
 
     # -- Engine
 
-    def generate(self, generation: Generation, timeline: Timeline, *, timeout_s: float) -> AsyncGenerator[Delta, None]:
+    def generate(
+        self, generation: Generation, timeline: Timeline, *, timeout_s: float
+    ) -> AsyncGenerator[list[Delta], None]:
         self._turn += 1
         session = Session(
             self,
@@ -115,6 +121,7 @@ class Dispatcher:
             timeline,
             deadline=self._clock() + timeout_s,
             turn=self._turn,
+            turns=self._turns,
             max_attempts=self._settings.max_attempts,
             clock=self._clock,
         )
@@ -152,7 +159,7 @@ class Dispatcher:
     # -- SessionHost
 
     @contextmanager
-    def registered(self, request_id: str, inbox: asyncio.Queue[Event]) -> Iterator[None]:
+    def registered(self, request_id: str, inbox: Inbox[Event]) -> Iterator[None]:
         if self._draining:
             raise PeerLost("the proxy is shutting down")
         self.count("requests_total")
@@ -196,12 +203,12 @@ class Dispatcher:
 
     def _on_message(self, worker: str, message: LegMessage) -> None:
         if (inbox := self._inboxes.get(message.request_id)) is not None:
-            inbox.put_nowait((worker, message))
+            inbox.put((worker, message))
 
     def _on_lost(self, worker: str, reason: str) -> None:
         self.count("worker_lost_total")
         for inbox in self._inboxes.values():
-            inbox.put_nowait(WorkerLost(worker, reason))
+            inbox.put(WorkerLost(worker, reason))
         self._on_change()
 
     def _on_change(self) -> None:

@@ -73,8 +73,11 @@ class Generation:
 class Engine(Protocol):
     """Turns prompts into tokens; the HTTP side is its only caller."""
 
-    def generate(self, generation: Generation, timeline: Timeline, *, timeout_s: float) -> AsyncGenerator[Delta, None]:
-        """Deltas up to and including the one with a finish; nothing starts before the first iteration.
+    def generate(
+        self, generation: Generation, timeline: Timeline, *, timeout_s: float
+    ) -> AsyncGenerator[list[Delta], None]:
+        """Deltas up to and including the one with a finish, in order; those of one list were there together. Nothing
+        starts before the first iteration.
 
         What happens to the request is stamped on `timeline`.
         Raises BadRequest, Overloaded, PeerLost or DeadlineExceeded on iteration. `aclose()`, or the cancellation of

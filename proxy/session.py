@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
+from baton.node.errors import BadRequest, BatonError, DeadlineExceeded, PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Busy,
@@ -36,6 +36,7 @@ from baton.node.messages.control import (
 )
 from baton.node.telemetry import log_event
 from baton.proxy.control import LegMessage
+from baton.proxy.inbox import Inbox, Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
@@ -72,7 +73,7 @@ Event = tuple[str, LegMessage] | WorkerLost | DeadlinePassed | ProxyStopping
 class SessionHost(Protocol):
     """What a session needs of the dispatcher."""
 
-    def registered(self, request_id: str, inbox: asyncio.Queue[Event]) -> AbstractContextManager[None]:
+    def registered(self, request_id: str, inbox: Inbox[Event]) -> AbstractContextManager[None]:
         """Inside it, messages about the request reach the inbox. Raises PeerLost where the proxy shuts down."""
 
     async def admit(
@@ -137,11 +138,12 @@ class Session:
         *,
         deadline: float,
         turn: int,
+        turns: Turns,
         max_attempts: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`turn` counts requests, for round robin."""
-        self._inbox: asyncio.Queue[Event] = asyncio.Queue()
+        """`turn` counts requests, for round robin; `turns` are those of all sessions of the event loop."""
+        self._inbox: Inbox[Event] = Inbox(turns)
         self._host = host
         self._request_id = generation.request_id
         self._generation = generation
@@ -155,8 +157,9 @@ class Session:
         self._blocks = PromptBlocks(generation.prompt_ids, generation.cache_salt)
         self._cached_tokens = 0
 
-    async def run(self) -> AsyncGenerator[Delta, None]:
-        """Deltas up to the finish. Raises the errors of proxy.interface.Engine.generate."""
+    async def run(self) -> AsyncGenerator[list[Delta], None]:
+        """Deltas up to the finish, in one list those that are there together. Raises the errors of
+        proxy.interface.Engine.generate."""
         with self._host.registered(self._request_id, self._inbox):
             failures = 0
             avoid: frozenset[str] = frozenset()
@@ -166,9 +169,16 @@ class Session:
                 alarm = self._alarm()
                 try:
                     while not self._ledger.finish:
-                        delta = self._on_event(attempt, await self._inbox.get())
-                        if delta is not None:
-                            yield delta
+                        await self._inbox.wait()
+                        deltas: list[Delta] = []
+                        try:
+                            self._read_inbox(attempt, deltas)
+                        except (_AttemptFailed, BatonError):
+                            if deltas:  # they were accepted: no attempt brings them again
+                                yield deltas
+                            raise
+                        if deltas:
+                            yield deltas
                     return
                 except _AttemptFailed as retry:
                     failures += retry.counts
@@ -295,7 +305,16 @@ class Session:
     def _alarm(self) -> asyncio.TimerHandle:
         """One timer an attempt: a timeout around each wait would be a fifth of the proxy's work for a token."""
         delay_s = max(0.0, self._deadline - self._clock())
-        return asyncio.get_running_loop().call_later(delay_s, self._inbox.put_nowait, DeadlinePassed())
+        return asyncio.get_running_loop().call_later(delay_s, self._inbox.put, DeadlinePassed())
+
+    def _read_inbox(self, attempt: _Attempt, deltas: list[Delta]) -> None:
+        """Append what has arrived to `deltas`; up to a report of stages, which belongs to the answer written next."""
+        while not self._ledger.finish and (event := self._inbox.pop()) is not None:
+            delta = self._on_event(attempt, event)
+            if delta is not None:
+                deltas.append(delta)
+            if type(event) is tuple and type(event[1]) is Tokens and event[1].stages is not None:
+                return
 
     def _on_event(self, attempt: _Attempt, event: Event) -> Delta | None:
         if isinstance(event, DeadlinePassed):

@@ -191,7 +191,7 @@ class _Simulation:
         stream = dispatcher.generate(generation, timeline, timeout_s=timeout_s)
         try:
             async with aclosing(stream):
-                async for delta in stream:
+                async for delta in (delta async for together in stream for delta in together):
                     expected = range(seed + len(record.token_s), seed + len(record.token_s) + len(delta.ids))
                     assert delta.ids == tuple(token_of(token, 0) for token in expected), "a token is not its own"
                     times = self._network.times_of(request_id, len(record.token_s), len(delta.ids))

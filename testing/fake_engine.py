@@ -31,13 +31,14 @@ class EngineCall:
         return self.generation.sampling
 
 
-ScriptStep = Delta | Exception | asyncio.Event
+ScriptStep = Delta | list[Delta] | Exception | asyncio.Event
 EngineScript = Callable[[EngineCall], list[ScriptStep]]
 
 
 @dataclass(slots=True)
 class FakeEngine:
-    """Replays, for each call, what `script` returns: deltas are yielded, exceptions raised, events waited for."""
+    """Replays, for each call, what `script` returns: deltas are yielded, those of a list together, exceptions raised,
+    events waited for."""
 
     script: EngineScript
     not_ready: str = ""
@@ -52,7 +53,7 @@ class FakeEngine:
 
     async def generate(
         self, generation: Generation, timeline: Timeline, *, timeout_s: float
-    ) -> AsyncGenerator[Delta, None]:
+    ) -> AsyncGenerator[list[Delta], None]:
         request_id = generation.request_id
         call = EngineCall(generation, timeout_s)
         self.calls.append(call)
@@ -64,7 +65,7 @@ class FakeEngine:
                 elif isinstance(step, Exception):
                     raise step
                 else:
-                    yield step
+                    yield step if isinstance(step, list) else [step]
         except (GeneratorExit, asyncio.CancelledError):
             self.cancelled.append(request_id)
             self.on_cancel(request_id)

@@ -197,7 +197,7 @@ async def _two_tokens(service: Service) -> int:
     timeline = Timeline(service.metrics.clock)
     deltas = service.engine.generate(probe, timeline, timeout_s=service.settings.probe_timeout_s)
     async with aclosing(deltas):
-        token_ids = [token_id async for delta in deltas for token_id in delta.ids]
+        token_ids = [token_id async for together in deltas for delta in together for token_id in delta.ids]
     if not token_ids:
         raise PeerLost("the engine gave no token")
     return token_ids[0]

@@ -24,6 +24,7 @@ from baton.node.telemetry import log_event
 from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.encoders import AnswerHeader, Encoder
+from baton.proxy.http.events import Event
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.guard import tenant_of
 from baton.proxy.http.prepare import Choice, choices_of
@@ -31,6 +32,7 @@ from baton.proxy.http.prompt_scores import ScoreRule
 from baton.proxy.http.responder import Responder
 from baton.proxy.http.schema import ParsedRequest
 from baton.proxy.http.service import ModelEntry, Service
+from baton.proxy.interface import Delta
 from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.timeline import Timeline
@@ -205,16 +207,14 @@ class GenerateEndpoint:
         )
         try:
             async with aclosing(deltas):
-                async for delta in deltas:
+                async for together in deltas:
                     before = assembler.num_tokens
-                    events = assembler.feed(delta)
-                    if events and parsed.continuous_usage and not assembler.finish:
-                        events.append(assembler.usage(delta.cached_tokens))
+                    grown = _events_of(together, assembler, continuous_usage=parsed.continuous_usage)
                     if assembler.num_tokens > before:
-                        meter.tokens(assembler.num_tokens - before, delta.cached_tokens)
+                        meter.tokens(assembler.num_tokens - before, together[-1].cached_tokens)
                     outcome = assembler.finish or CANCELLED
-                    if events or delta.ids:
-                        await responder.take(choice.index, events)
+                    if grown:
+                        await responder.take(choice.index, grown)
                     if assembler.finish:
                         return
             raise InvariantBroken(f"generation {generation.request_id} ended without a finish")
@@ -236,6 +236,20 @@ class GenerateEndpoint:
             await reply.fail(failure)
         except OSError:  # TimeoutError is one: the client has gone, or stopped reading
             log_event(logger, "client_gone", level=logging.DEBUG, request_id=request_id)
+
+
+def _events_of(deltas: Sequence[Delta], assembler: Assembler, *, continuous_usage: bool) -> list[list[Event]]:
+    """Those of each delta, up to the one that ends the answer. None of tokens that have nothing to show yet."""
+    grown = []
+    for delta in deltas:
+        events = assembler.feed(delta)
+        if events and continuous_usage and not assembler.finish:
+            events.append(assembler.usage(delta.cached_tokens))
+        if events or delta.ids:
+            grown.append(events)
+        if assembler.finish:
+            break
+    return grown
 
 
 def _usable_id(sent: str) -> str:

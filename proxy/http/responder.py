@@ -33,13 +33,16 @@ class Responder:
         self._begun = False
         self._beginning = asyncio.Lock()  # where several choices begin at once, the answer's head goes first
 
-    async def take(self, index: int, events: list[Event]) -> None:
-        """What one delta has added to a choice. The answer begins with the first token, not before."""
-        if events and isinstance(events[-1], TokenUsage):
-            self._usages[index] = events[-1]
+    async def take(self, index: int, grown: Sequence[list[Event]]) -> None:
+        """What each of some deltas has added to a choice; a stream shows each in a chunk of its own, all in one write.
+        The answer begins with the first token, not before."""
+        last = grown[-1]
+        if last and isinstance(last[-1], TokenUsage):
+            self._usages[index] = last[-1]
         if not self._stream:
-            self._events[index] += events
-        elif not await self._write(index, events):
+            for events in grown:
+                self._events[index] += events
+        elif not await self._write(index, grown):
             return
         if self._untimed:
             self._mark_shown(index)
@@ -55,15 +58,14 @@ class Responder:
             choices = [join_events(index, events) for index, events in enumerate(self._events)]
             await self._reply.whole(self._encoder.whole(choices, usage))
 
-    async def _write(self, index: int, events: list[Event]) -> bool:
+    async def _write(self, index: int, grown: Sequence[list[Event]]) -> bool:
         """False where there is nothing to show."""
         chunks: list[bytes] = []
         if index in self._unopened:
             self._unopened.discard(index)
             if (opening := self._encoder.opening(index)) is not None:
                 chunks.append(opening)
-        if events:
-            chunks.append(self._encoder.chunk(join_events(index, events)))
+        chunks += [self._encoder.chunk(join_events(index, events)) for events in grown if events]
         if not chunks:
             return False
         if self._begun:

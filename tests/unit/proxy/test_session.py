@@ -29,11 +29,12 @@ from baton.node.messages.control import (
     Stages,
     Tokens,
 )
+from baton.proxy.inbox import Inbox, Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.router import RequestView, Route, WorkerView
-from baton.proxy.session import Event, Session, WorkerLost
+from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 
 SAMPLING = SamplingSpec(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)
@@ -47,7 +48,7 @@ class ScriptedHost:
     """Plays dispatcher and workers: `script(worker, message)` answers what a worker was sent."""
 
     def __init__(self, script: Callable[[str, Message], list[Any]], *, local: bool = False) -> None:
-        self.inbox: asyncio.Queue[Event] | None = None
+        self.inbox: Inbox[Event] | None = None
         self.sent: list[tuple[str, Message]] = []
         self.open_legs: set[tuple[str, str]] = set()
         self.admitted: list[RequestView] = []
@@ -63,7 +64,7 @@ class ScriptedHost:
         self._local = local
 
     @contextmanager
-    def registered(self, request_id: str, inbox: asyncio.Queue[Event]) -> Iterator[None]:
+    def registered(self, request_id: str, inbox: Inbox[Event]) -> Iterator[None]:
         self.inbox = inbox
         yield
 
@@ -83,11 +84,11 @@ class ScriptedHost:
     def _send(self, worker: str, message: Message) -> None:
         self.sent.append((worker, message))
         for answer in self._script(worker, message):
-            self.hear(answer if isinstance(answer, WorkerLost | tuple) else (worker, answer))
+            self.hear(answer if isinstance(answer, WorkerLost | ProxyStopping | tuple) else (worker, answer))
 
     def hear(self, event: Event) -> None:
         assert self.inbox is not None
-        self.inbox.put_nowait(event)
+        self.inbox.put(event)
 
     def open_leg(self, leg: Leg, message: Message) -> None:
         self.legs.append(leg)
@@ -131,6 +132,7 @@ def _session(
         timeline or Timeline(time.monotonic),
         deadline=time.monotonic() + timeout_s,
         turn=0,
+        turns=Turns(1),
         max_attempts=max_attempts,
     )
 
@@ -145,8 +147,8 @@ async def _run(
 ) -> list[Delta]:
     deltas = []
     async with aclosing(_session(host, timeout_s, max_attempts, timeline, cache_salt, sampling).run()) as run:
-        async for delta in run:
-            deltas.append(delta)
+        async for together in run:
+            deltas += together
     assert not host.open_legs, "a leg is still counted"
     return deltas
 
@@ -367,9 +369,40 @@ async def test_a_disconnected_client_cancels_both_legs() -> None:
 
     host = ScriptedHost(script)
     run = _session(host, timeout_s=5.0, max_attempts=2).run()
-    assert (await anext(run)).ids == (10,)
+    assert [delta.ids for delta in await anext(run)] == [(10,)]
     await run.aclose()
     assert {worker for worker, message in host.sent if isinstance(message, Cancel)} == {"p0", "d0"}
+    assert not host.open_legs
+
+
+async def test_tokens_that_are_there_together_are_read_together() -> None:
+    """Guards the writes of a proxy that has more to pass on than it can write token by token."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if not isinstance(message, Prefill):
+            return []
+        first = Tokens(request_id="r", attempt=0, index=0, ids=(7,), stages=Stages())
+        return [first, _tokens(1, 8), _tokens(2, 9), _tokens(3, 10, finish="stop"), _tokens(4, 11)]
+
+    run = _session(ScriptedHost(script), timeout_s=5.0, max_attempts=1).run()
+    together = [[delta.ids for delta in deltas] async for deltas in run]
+    assert together == [[(7,)], [(8,), (9,), (10,)]], "a report of stages is of one answer; nothing follows the finish"
+
+
+async def test_tokens_before_a_failure_that_came_with_them_reach_the_client() -> None:
+    """Guards tokens that the ledger has: no later attempt sends them again. What else came is still heard."""
+    lost = WorkerLost("d0", "died")
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Prefill) and worker == "p0" and message.attempt == 0:
+            return [_tokens(0, 7), ("d0", _tokens(1, 8)), lost, ProxyStopping()]
+        return []
+
+    host = ScriptedHost(script)
+    run = _session(host, timeout_s=5.0, max_attempts=3).run()
+    assert [delta.ids for delta in await anext(run)] == [(7,), (8,)]
+    with pytest.raises(PeerLost, match="shutting down"):
+        await anext(run)
     assert not host.open_legs
 
 

@@ -7,6 +7,8 @@ import time
 from collections.abc import MutableMapping
 from typing import Any
 
+import msgspec
+
 from baton.proxy.http.asgi import Reply
 from baton.proxy.http.encoders import AnswerHeader, CompletionEncoder
 from baton.proxy.http.events import ChoiceEnd, Content, TokenUsage, join_events, total_usage
@@ -36,8 +38,8 @@ async def test_the_head_goes_before_every_chunk() -> None:
     responder = Responder(reply, CompletionEncoder(HEADER), timelines, stream=True, include_usage=False)
 
     async def choice(index: int) -> None:
-        await responder.take(index, [Content("a")])
-        await responder.take(index, [Content("b"), ChoiceEnd("stop"), TokenUsage(1, 2, 0)])
+        await responder.take(index, [[Content("a")]])
+        await responder.take(index, [[Content("b"), ChoiceEnd("stop"), TokenUsage(1, 2, 0)]])
 
     await asyncio.gather(*map(choice, range(3)))
     await responder.end(1)
@@ -48,6 +50,19 @@ async def test_the_head_goes_before_every_chunk() -> None:
     for index in range(3):
         mine = [chunk for chunk in chunks if b'"index":%d' % index in chunk]
         assert [b'"text":"a"' in chunk for chunk in mine] == [True, False], "the order within a choice"
+
+
+async def test_tokens_that_came_together_are_events_of_their_own_in_one_write() -> None:
+    """Guards clients that count events, and the proxy's time: a write costs as much as all else of a token."""
+    client = SlowClient()
+    timelines = [Timeline(time.monotonic)]
+    reply = Reply(client.send, {})
+    responder = Responder(reply, CompletionEncoder(HEADER), timelines, stream=True, include_usage=False)
+    await responder.take(0, [[Content("a")], [], [Content("b")], [ChoiceEnd("stop"), TokenUsage(1, 3, 0)]])
+    _, written = client.got
+    chunks = written["body"].split(b"\n\n")
+    assert [chunk[:6] for chunk in chunks] == [b"data: ", b"data: ", b"data: ", b""]
+    assert [msgspec.json.decode(chunk[6:])["choices"][0]["text"] for chunk in chunks[:3]] == ["a", "b", ""]
 
 
 def test_joined_events_are_those_of_one_delta_or_of_all() -> None:
