@@ -41,6 +41,8 @@ class _Proxy:
     refused_until: float = float("-inf")
     pause_s: float = REFUSED_PAUSE_S[0]
     """After the next refusal."""
+    draining_sent: bool = False
+    """A heartbeat has said that this worker drains."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,8 @@ Change = ProxyLost | JoinRefused | Joined
 class Membership:
     """Decides what a worker sends to each proxy to join, stay in and leave the cluster.
 
-    `links` are the endpoint's names of the links to the proxies. Each heartbeat carries `draining` and `store`.
+    `links` are the endpoint's names of the links to the proxies. Each heartbeat carries `draining` and `store`; the
+    first that says `draining` is due at once.
     """
 
     def __init__(self, register: Register | RegisterStore, links: Sequence[str], now: float) -> None:
@@ -123,9 +126,11 @@ class Membership:
             if proxy.incarnation is not None and now - proxy.last_message_at > PROXY_LEASE_S:
                 proxy.incarnation = None
                 changes.append(ProxyLost(proxy.link))
-            if now >= proxy.next_at:
+            is_joined = proxy.incarnation is not None
+            hurries = self.draining and is_joined and not proxy.draining_sent
+            if now >= proxy.next_at or hurries:
                 proxy.next_at = now + HEARTBEAT_S
-                is_joined = proxy.incarnation is not None
+                proxy.draining_sent = self.draining and is_joined
                 due.append((proxy.link, self._heartbeat(load, load_age_s, kv_seq) if is_joined else self._register))
         return due, changes
 

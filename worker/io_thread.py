@@ -39,13 +39,18 @@ class FromProxy:
 
 
 @dataclass(frozen=True, slots=True)
+class Terminated:
+    """The process got a signal to end."""
+
+
+@dataclass(frozen=True, slots=True)
 class IoThreadDied:
     """A bug: the worker cannot go on."""
 
     error: BaseException
 
 
-Inbound = FromProxy | IoThreadDied | Event | Change | StoreEvent
+Inbound = FromProxy | Terminated | IoThreadDied | Event | Change | StoreEvent
 Command = Callable[[TransferExchange, float], None]
 
 
@@ -115,9 +120,14 @@ class IoThread:
     def transfer_counters(self) -> TransferCounters:
         return self._exchange.counters
 
+    def terminate(self) -> None:
+        """Give the loop a Terminated. For a signal handler, which may have interrupted any method: it takes no lock."""
+        self.inbox.put(Terminated())
+
     def drain(self) -> None:
-        """From now on heartbeats say that this worker takes nothing new."""
+        """Say at once, and in each heartbeat from now on, that this worker takes nothing new."""
         self._membership.draining = True
+        self._endpoint.wake()
 
     def stop(self) -> None:
         """Say goodbye, end the thread and close everything it owns."""

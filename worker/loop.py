@@ -23,7 +23,7 @@ from baton.node.membership import HEARTBEAT_S, Joined, JoinRefused, ProxyLost
 from baton.node.messages.control import Busy, Cancel, Cancelled, DispatchBody, Drain, Failed, Load, Prefill, Reserve
 from baton.node.telemetry import log_event
 from baton.worker.in_flight import InFlightStep, InFlightSteps
-from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied
+from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied, Terminated
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, failed
@@ -190,7 +190,7 @@ class Loop:
             case FromProxy(link, Cancel() as message):
                 self.role.cancel(link, message)
                 self._parts.io.send(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
-            case FromProxy(_, Drain()):
+            case FromProxy(_, Drain()) | Terminated():
                 self.drain()
             case SenderEnded() | KvArrived() | ReceiverEnded():
                 self.role.on_event(event)

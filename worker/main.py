@@ -37,7 +37,7 @@ def serve(role: Role, settings: WorkerSettings, make_loop: Callable[[Parts, str]
     try:
         loop = make_loop(worker.parts, device)
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, lambda *_: loop.drain())
+            signal.signal(number, lambda *_: worker.io.terminate())
         freeze_startup_objects()
         loop.run()
         loop.check()

@@ -116,3 +116,17 @@ def test_goodbyes_go_to_the_proxies_that_accepted_it() -> None:
     membership = Membership(REGISTER, ("a", "b"), 0.0)
     membership.on_message("a", Registered(proxy="proxy", incarnation=7), 0.0)
     assert membership.goodbyes() == [("a", Goodbye(worker="d", incarnation=1))]
+
+
+def test_each_proxy_hears_at_once_that_the_worker_drains() -> None:
+    """Guards requests that a draining worker refuses: until the next heartbeat they went there. One that joins later
+    hears it with its first heartbeat."""
+    membership = Membership(REGISTER, ("a", "b"), 0.0)
+    membership.on_message("a", Registered(proxy="proxy", incarnation=7), 0.0)
+    _due(membership, 0.0)
+    membership.draining = True
+    (sent,) = membership.on_timer(0.01, Load())[0]
+    assert sent[0] == "a" and isinstance(sent[1], Heartbeat) and sent[1].draining
+    assert _due(membership, 0.02) == []
+    membership.on_message("b", Registered(proxy="proxy-1", incarnation=8), 0.03)
+    assert [link for link, _ in membership.on_timer(0.03, Load())[0]] == ["b"]

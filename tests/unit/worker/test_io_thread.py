@@ -25,7 +25,7 @@ from baton.node.messages.control import (
     Register,
     Registered,
 )
-from baton.worker.io_thread import MAX_WAIT_S, FromProxy, IoThread, IoThreadDied
+from baton.worker.io_thread import MAX_WAIT_S, FromProxy, IoThread, IoThreadDied, Terminated
 
 REGISTER = Register(
     worker="d",
@@ -192,11 +192,20 @@ def test_a_heartbeat_carries_the_last_report_and_its_age(bench: Bench) -> None:
 
 
 def test_heartbeats_of_a_draining_worker_carry_the_flag(bench: Bench) -> None:
-    """Guards against new requests for a worker that is leaving."""
-    bench.io.drain()
+    """Guards against new requests for a worker that is leaving: the first such heartbeat does not wait its turn."""
     bench.now_s = 1.0
     bench.turn()
-    assert [beat.draining for beat in bench.sent(Heartbeat)] == [True]
+    bench.io.drain()
+    bench.turn()
+    bench.turn()
+    assert [beat.draining for beat in bench.sent(Heartbeat)] == [False, True]
+
+
+def test_a_signal_that_interrupts_a_wake_reaches_the_loop(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a handler that waits for the lock of the method that it has interrupted, in the same thread."""
+    monkeypatch.setattr(bench.line, "wake", lambda: pytest.fail("wake takes a lock"))
+    bench.io.terminate()
+    assert bench.io.receive(0.0) == [Terminated()]
 
 
 def test_kv_events_are_sent_and_replayed(bench: Bench) -> None:

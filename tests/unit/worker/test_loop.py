@@ -26,7 +26,7 @@ from baton.node.messages.control import (
 )
 from baton.tests.unit.worker.bench import ManualRunner, RecordingIo, parts_of, reserve
 from baton.worker.in_flight import InFlightStep, InFlightSteps
-from baton.worker.io_thread import FromProxy, IoThreadDied
+from baton.worker.io_thread import FromProxy, IoThreadDied, Terminated
 from baton.worker.loop import DRAIN_NOTICE_S, LOAD_LEAD_S, Draining, Loop, RoleReport
 from baton.worker.parts import Parts
 from baton.worker.sequence import Sequence, busy
@@ -312,9 +312,10 @@ def test_the_load_is_as_old_as_the_last_read_of_the_inbox(bench: Bench) -> None:
 # ---- draining
 
 
-def test_a_draining_worker_refuses_requests_and_exits_when_idle(bench: Bench) -> None:
+@pytest.mark.parametrize("ask", [FromProxy("proxy", Drain(), 0.0), Terminated()])
+def test_a_draining_worker_refuses_requests_and_exits_when_idle(bench: Bench, ask: FromProxy | Terminated) -> None:
     """Guards requests in flight: they get Busy, and the worker exits once the proxies know that it drains."""
-    bench.give(FromProxy("proxy", Drain(), 0.0), FromProxy("proxy", Drain(), 0.0), reserve("a"))
+    bench.give(ask, ask, reserve("a"))
     assert bench.io.draining and [each.reason for each in bench.io.of(Busy)] == ["draining"]
     bench.io.receive = _clockwork(bench, DRAIN_NOTICE_S / 4)  # type: ignore[method-assign]
     began_at = bench.now_s
