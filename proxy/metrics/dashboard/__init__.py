@@ -10,8 +10,15 @@ from fastapi import FastAPI, Response
 
 _TYPES = {"html": "text/html; charset=utf-8", "js": "text/javascript; charset=utf-8", "css": "text/css; charset=utf-8"}
 _NAMES = ("index.html", "style.css", "dashboard.js", "panels.js", "charts.js", "exposition.js")
-# Nothing comes from another host, and nothing is asked of one. The icon is an empty data: URL.
-_HEADERS = {"content-security-policy": "default-src 'self'; img-src data:", "cache-control": "no-cache"}
+# Nothing comes from another host, nothing is asked of one, and no other page shows this one, which takes a key, in a
+# frame. The icon is an empty data: URL.
+_POLICY = "default-src 'self'; img-src data:; base-uri 'none'; form-action 'self'; frame-ancestors 'none'"
+_HEADERS = {
+    "content-security-policy": _POLICY,
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",
+}
 
 
 def add_dashboard(app: FastAPI) -> frozenset[str]:

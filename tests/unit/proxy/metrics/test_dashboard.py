@@ -44,7 +44,21 @@ async def test_page_asks_no_other_host(client: httpx.AsyncClient) -> None:
     page = await client.get("/dashboard")
     assert "default-src 'self'" in page.headers["content-security-policy"]
     for path in FOLDER.iterdir():
-        assert path.suffix not in {".html", ".css", ".js"} or "://" not in path.read_text(), path.name
+        if path.suffix in {".html", ".css", ".js"}:
+            assert not re.search(r"""://|["'(]//|@import""", path.read_text()), path.name
+
+
+async def test_page_runs_its_own_scripts_only(client: httpx.AsyncClient) -> None:
+    """Guards the key that is typed into the page: from scripts in names of workers, which others choose, and from pages
+    that show this one in a frame."""
+    page = await client.get("/dashboard")
+    policy = page.headers["content-security-policy"]
+    assert "frame-ancestors 'none'" in policy and "unsafe-" not in policy
+    assert page.headers["x-content-type-options"] == "nosniff"
+    assert not re.search(r"<script(?![^>]*\ssrc=)|\son\w+=|<iframe|<style|\sstyle=|javascript:", page.text)
+    for name in SCRIPTS:
+        forbidden = r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|\beval\b|new Function|localStorage"
+        assert not re.search(forbidden, (FOLDER / name).read_text()), name
 
 
 async def test_without_metrics_there_is_no_page(engine: FakeEngine, text: ModelText, app_settings: AppSettings) -> None:
