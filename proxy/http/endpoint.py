@@ -20,7 +20,7 @@ from starlette.types import Receive, Scope, Send
 
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingSpec
-from baton.node.telemetry import log_event
+from baton.node.telemetry import format_value, log_event
 from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.encoders import AnswerHeader, Encoder
@@ -229,7 +229,7 @@ class GenerateEndpoint:
         failure = failure_of(error)
         self._service.metrics.failed[kind_of(error)].inc()
         if kind_of(error) == "internal":
-            logger.error("request_failed request_id=%s", request_id, exc_info=error)
+            logger.error("request_failed request_id=%s", format_value(request_id), exc_info=error)
         else:
             self._service.refusals.add(failure, self._api.path, request_id)
         try:
