@@ -78,7 +78,10 @@ PICKLING_NAMES = {
     *("recv_pyobj", "send_pyobj", "ForkingPickler", "ProcessPoolExecutor", "allow_pickle"),
     *("all_gather_object", "gather_object", "scatter_object_list", "broadcast_object_list"),
     *("send_object_list", "recv_object_list", "ExtType", "ext_hook"),
+    *("trust_remote_code", "unsafe_load", "full_load", "getoutput", "getstatusoutput"),
 }
+RUNNING_TEXT = ("eval", "exec", "compile", "__import__")
+RUNNING_PROGRAMS = ("os.system", "os.popen", "tempfile.mktemp", "torch.hub", "torch.load", "torch.save")
 
 
 def runs_foreign_code(name: str, tree: ast.Module) -> Complaints:
@@ -90,19 +93,68 @@ def runs_foreign_code(name: str, tree: ast.Module) -> Complaints:
             module, "multiprocessing.shared_memory", "multiprocessing.resource_tracker"
         ):
             yield f"{name}:{line}: {module} sends pickles between processes"
-        if module.rpartition(".")[2] in PICKLING_NAMES or is_in(
-            module, "torch.load", "torch.save", "msgspec.msgpack.Ext"
-        ):
+        if module.rpartition(".")[2] in PICKLING_NAMES or is_in(module, *RUNNING_PROGRAMS, "msgspec.msgpack.Ext"):
             yield f"{name}:{line}: imports {module}"
     for node in ast.walk(tree):
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in ("eval", "exec"):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in RUNNING_TEXT:
             yield f"{name}:{node.lineno}: calls {node.func.id}"
-        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("torch.load", "torch.save", "msgspec.msgpack.Ext"):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in (*RUNNING_PROGRAMS, "msgspec.msgpack.Ext"):
             yield f"{name}:{node.lineno}: {ast.unparse(node)}"
+        if (
+            isinstance(node, ast.Call)
+            and ast.unparse(node.func) == "yaml.load"
+            and "SafeLoader" not in ast.unparse(node)
+        ):
+            yield f"{name}:{node.lineno}: yaml.load without a safe loader"
+        if isinstance(node, ast.keyword) and node.arg == "shell" and ast.unparse(node.value) != "False":
+            yield f"{name}:{node.value.lineno}: shell="
         if isinstance(node, ast.Attribute) and node.attr in PICKLING_NAMES:
             yield f"{name}:{node.lineno}: .{node.attr}"
         if isinstance(node, ast.keyword) and node.arg in PICKLING_NAMES:
             yield f"{name}:{node.value.lineno}: {node.arg}="
+
+
+def is_unsafe_yaml(call: ast.Call) -> bool:
+    is_load = (
+        isinstance(call.func, ast.Attribute) and call.func.attr == "load" and ast.unparse(call.func) == "yaml.load"
+    )
+    return is_load and "SafeLoader" not in ast.unparse(call)
+
+
+def renders_outside_the_sandbox(name: str, tree: ast.Module) -> Complaints:
+    """A template comes with a model's files; outside the sandbox it is a program of this user."""
+    for line, module in imports(tree):
+        if is_in(module, "jinja2.Environment", "jinja2.Template", "jinja2.environment", "jinja2.nativetypes"):
+            yield f"{name}:{line}: imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and ast.unparse(node) in ("jinja2.Environment", "jinja2.Template"):
+            yield f"{name}:{node.lineno}: {ast.unparse(node)}"
+
+
+HTTP_CLIENTS = (
+    "urllib.request",
+    "urllib3",
+    "http.client",
+    "requests",
+    "aiohttp",
+    "httpx",
+    "ftplib",
+    "smtplib",
+    "socks",
+)
+NODES = ("proxy/", "prefill/", "decode/", "worker/", "models/", "kvtransfer/", "kernels/")
+
+
+def fetches_from_other_hosts(name: str, tree: ast.Module) -> Complaints:
+    """The packages that handle requests fetch nothing: no URL in a body or a message is ever followed."""
+    if not name.startswith(NODES):
+        return
+    for line, module in imports(tree):
+        if is_in(module, *HTTP_CLIENTS, "huggingface_hub", "baton.node.http_client"):
+            yield f"{name}:{line}: imports {module}"
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ("open_connection", "create_connection", "urlopen"):
+            yield f"{name}:{node.lineno}: .{node.attr}"
 
 
 OPENING = ("zmq.ROUTER", "zmq.DEALER", "zmq.PAIR", "zmq.Context")
@@ -172,6 +224,8 @@ def is_undocumented(name: str, tree: ast.Module) -> Complaints:
 
 RULES: list[Rule] = [
     runs_foreign_code,
+    renders_outside_the_sandbox,
+    fetches_from_other_hosts,
     opens_sockets,
     reads_the_environment,
     leans_on_test_libraries,
@@ -203,6 +257,23 @@ def test_no_file_breaks_the_rule(rule: Rule) -> None:
         (runs_foreign_code, "a.py", "eval('1')"),
         (runs_foreign_code, "a.py", "msgspec.msgpack.Decoder(ext_hook=f)"),
         (runs_foreign_code, "a.py", "msgspec.msgpack.Ext(1, b'')"),
+        (runs_foreign_code, "a.py", "exec(compile(text, '', 'exec'))"),
+        (runs_foreign_code, "a.py", "__import__(name)"),
+        (runs_foreign_code, "a.py", "subprocess.run(line, shell=True)"),
+        (runs_foreign_code, "a.py", "os.system(line)"),
+        (runs_foreign_code, "a.py", "from os import popen"),
+        (runs_foreign_code, "a.py", "yaml.load(text, yaml.Loader)"),
+        (runs_foreign_code, "a.py", "yaml.unsafe_load(text)"),
+        (runs_foreign_code, "a.py", "AutoModel.from_pretrained(folder, trust_remote_code=True)"),
+        (runs_foreign_code, "a.py", "torch.hub.load(repository, 'm')"),
+        (runs_foreign_code, "a.py", "tempfile.mktemp()"),
+        (renders_outside_the_sandbox, "a.py", "from jinja2 import Template"),
+        (renders_outside_the_sandbox, "a.py", "import jinja2\njinja2.Environment()"),
+        (renders_outside_the_sandbox, "a.py", "from jinja2.nativetypes import NativeEnvironment"),
+        (fetches_from_other_hosts, "proxy/http/a.py", "import urllib.request"),
+        (fetches_from_other_hosts, "proxy/http/a.py", "from baton.node.http_client import HttpClient"),
+        (fetches_from_other_hosts, "models/a.py", "from huggingface_hub import hf_hub_download"),
+        (fetches_from_other_hosts, "decode/a.py", "asyncio.open_connection(host, 80)"),
         (opens_sockets, "decode/a.py", "import zmq.asyncio"),
         (opens_sockets, "scripts/a.py", "from zmq import Context"),
         (opens_sockets, "kvtransfer/planes/channel.py", "import zmq"),
@@ -228,6 +299,10 @@ def test_each_rule_complains(rule: Rule, name: str, source: str) -> None:
     ("rule", "name", "source"),
     [
         (runs_foreign_code, "a.py", "model.eval(); from multiprocessing import shared_memory; import multiprocess"),
+        (runs_foreign_code, "a.py", "re.compile('a'); yaml.load(text, yaml.CSafeLoader); run(words, shell=False)"),
+        (renders_outside_the_sandbox, "a.py", "from jinja2.sandbox import ImmutableSandboxedEnvironment"),
+        (fetches_from_other_hosts, "offline/a.py", "from baton.node.http_client import HttpClient"),
+        (fetches_from_other_hosts, "proxy/a.py", "from urllib.parse import quote"),
         (opens_sockets, "node/endpoint.py", "import zmq; zmq.Poller()"),
         (opens_sockets, "node/sockets.py", "import zmq; context.socket(zmq.ROUTER)"),
         (reads_the_environment, "proxy/__main__.py", "main(sys.argv[1:])"),
