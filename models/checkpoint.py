@@ -9,19 +9,28 @@ decoder without its head) or have it once more than they should.
 from __future__ import annotations
 
 import logging
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError, safe_open
 
 from baton.models.folder import JsonObject
 from baton.node.errors import SettingsError
 from baton.node.modelhub import CONVERT_GGUF
-from baton.node.telemetry import log_event
+from baton.node.telemetry import excerpt, log_event
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PREFIX = "model."
+MAX_NAME_BYTES = 255
+"""Of a file, in every common file system."""
+MAX_INDEX_BYTES = 64 << 20
+"""The index of a model with a hundred shards has a few MB."""
+MAX_HEADER_BYTES = 32 << 20
+"""Of a safetensors file: names, types and shapes, about 120 bytes for each tensor."""
 
 logger = logging.getLogger("checkpoint")
 
@@ -34,6 +43,18 @@ class StoredTensor:
     name: str
 
 
+class TensorForm(NamedTuple):
+    """What the header of a safetensors file says of a tensor; the file has as many bytes."""
+
+    dtype: str
+    """As the format writes it: BF16, F32, I8 ..."""
+    shape: tuple[int, ...]
+
+    @property
+    def is_floating_point(self) -> bool:
+        return self.dtype.startswith(("F", "BF"))
+
+
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
     """The weights of a folder: its safetensors files, and by name the file that each stored tensor is read from."""
@@ -41,13 +62,18 @@ class Checkpoint:
     folder: Path
     files: tuple[str, ...]
     holders: dict[str, str]
+    forms: dict[str, TensorForm]
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
         """SettingsError when there are no weights, a file is missing or cut off, or the index is wrong."""
         files = _files(folder)
-        holders = {name: file for file in files for name in _names(folder / file)}
-        return cls(folder, files, holders)
+        holders: dict[str, str] = {}
+        forms: dict[str, TensorForm] = {}
+        for file in files:
+            for name, form in _header(folder / file):
+                holders[name], forms[name] = file, form
+        return cls(folder, files, holders, forms)
 
     def find(self, name: str) -> StoredTensor | None:
         """The tensor that fills the weight `name`, or None; SettingsError when two names mean it."""
@@ -68,13 +94,13 @@ def _files(folder: Path) -> tuple[str, ...]:
         return (SINGLE_NAME,)
     if not index.exists():
         raise SettingsError(f"{folder}: neither {SINGLE_NAME} nor {INDEX_NAME} is there{_what_to_do(folder)}")
-    weight_map = JsonObject.from_file(index).child("weight_map")
+    weight_map = JsonObject.from_file(index, MAX_INDEX_BYTES).child("weight_map")
     if weight_map is None:
         raise SettingsError(f"{index}: 'weight_map' is missing")
     files = sorted({weight_map.text(name) for name in weight_map.fields})
     for file in files:
-        if Path(file).name != file:
-            raise SettingsError(f"{index}: shard {file!r} is not a plain file name")
+        if Path(file).name != file or not file.isprintable() or len(file.encode()) > MAX_NAME_BYTES:
+            raise SettingsError(f"{index}: shard {excerpt(file, 80)!r} is not a plain file name")
         if not (folder / file).is_file():
             raise SettingsError(f"{folder / file}: shard is missing; {INDEX_NAME} names it")
     return tuple(files)
@@ -92,9 +118,18 @@ def _what_to_do(folder: Path) -> str:
     return f"; {CONVERT_GGUF}" if any(folder.glob("*.gguf")) else "; weights are read from safetensors files only"
 
 
-def _names(path: Path) -> list[str]:
+def _header(path: Path) -> Iterator[tuple[str, TensorForm]]:
+    """Name and form of each tensor. The library checks that they cover the file's bytes exactly."""
     try:
+        with path.open("rb") as raw:
+            (header_bytes,) = struct.unpack("<Q", raw.read(8).ljust(8, b"\0"))
+        if header_bytes > MAX_HEADER_BYTES:
+            raise SettingsError(
+                f"{path}: not a whole safetensors file: a header of {header_bytes} bytes, more than {MAX_HEADER_BYTES}"
+            )
         with safe_open(path, framework="np") as file:
-            return list(file.keys())
+            for name in list(file.keys()):
+                tensor = file.get_slice(name)
+                yield name, TensorForm(tensor.get_dtype(), tuple(tensor.get_shape()))
     except (SafetensorError, OSError) as error:
-        raise SettingsError(f"{path}: not a whole safetensors file: {error}") from None
+        raise SettingsError(f"{path}: not a whole safetensors file: {excerpt(error)}") from None

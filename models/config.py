@@ -9,21 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from baton.models.folder import JsonObject
+from baton.models.folder import MAX_LENGTH, JsonObject
 from baton.models.rope_config import RopeConfig, read_rope
 from baton.node.errors import SettingsError
+from baton.node.messages.base import MAX_TOKEN_ID
+from baton.node.model_folder import MAX_END_TOKENS, MAX_VOCAB_SIZE
+from baton.node.telemetry import excerpt
 
 ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 MODEL_TYPES = dict(zip(("llama", "mistral", "qwen2", "qwen3"), ARCHITECTURES, strict=True))
 DEFAULT_KV_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
 """Where num_key_value_heads is absent; where it is null, and in Llama, there are as many as query heads."""
+MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_WIDTH = 4096, 1 << 14, 1 << 13, 1 << 22
+"""Many times what any model has: a config.json that says more is broken, and is refused before memory is allocated."""
 
 
 class UnsupportedModel(SettingsError):
     """The folder holds an architecture that no code here runs; names it and what is supported."""
 
     def __init__(self, architecture: str) -> None:
-        super().__init__(f"model architecture {architecture} is not supported; supported: {', '.join(ARCHITECTURES)}")
+        super().__init__(
+            f"model architecture {excerpt(architecture, 80)} is not supported; supported: {', '.join(ARCHITECTURES)}"
+        )
         self.architecture = architecture
         self.supported = ARCHITECTURES
 
@@ -89,27 +96,32 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         raise config.wrong("hidden_act", "'silu'")
     if config.child("quantization_config") is not None:
         raise SettingsError(f"{config.where}: quantised weights ('quantization_config') are not supported")
-    hidden_size, num_heads = config.integer("hidden_size"), config.integer("num_attention_heads")
-    num_layers, max_position = config.integer("num_hidden_layers"), config.integer("max_position_embeddings")
+    hidden_size = config.integer("hidden_size", most=MAX_WIDTH)
+    num_heads = config.integer("num_attention_heads", most=MAX_HEADS)
+    num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
+    max_position = config.integer("max_position_embeddings")
     num_kv_heads = _num_kv_heads(config, architecture, num_heads)
     if not qwen3 and not config.has("head_dim") and hidden_size % num_heads:
         raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({num_heads})")
-    head_dim = config.integer("head_dim", 128 if qwen3 else hidden_size // num_heads)
+    head_dim = config.integer("head_dim", 128 if qwen3 else hidden_size // num_heads, most=MAX_HEAD_DIM)
     if head_dim % 2:
         raise config.wrong("head_dim", "even")
     window, windowed = _windows(config, architecture, num_layers)
+    rope = read_rope(config, max_position, head_dim)
+    if rope.kind == "yarn" and rope.original_max_position * rope.factor > MAX_LENGTH:
+        raise SettingsError(f"{config.where}: the rope's factor makes sequences longer than {MAX_LENGTH} tokens")
     attention_bias = (llama or qwen3) and config.flag("attention_bias", False)
     return ModelConfig(
         architecture=architecture,
-        vocab_size=config.integer("vocab_size"),
+        vocab_size=config.integer("vocab_size", most=MAX_VOCAB_SIZE),
         hidden_size=hidden_size,
         num_layers=num_layers,
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        intermediate_size=config.integer("intermediate_size"),
+        intermediate_size=config.integer("intermediate_size", most=MAX_WIDTH),
         rms_norm_eps=config.number("rms_norm_eps", 1e-6),
-        rope=read_rope(config, max_position, head_dim),
+        rope=rope,
         tie_word_embeddings=config.flag("tie_word_embeddings", False),
         qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
         o_bias=attention_bias,
@@ -130,7 +142,7 @@ def _architecture(config: JsonObject) -> str:
         if family is None:
             raise SettingsError(f"{config.where}: 'architectures' is missing, and so is 'model_type'")
         if family not in MODEL_TYPES:
-            raise UnsupportedModel(f"of model_type {family!r}")
+            raise UnsupportedModel(f"of model_type {excerpt(family, 80)!r}")
         return MODEL_TYPES[family]
     names = config.texts("architectures")
     if len(names) != 1:
@@ -140,7 +152,7 @@ def _architecture(config: JsonObject) -> str:
     if architecture not in ARCHITECTURES:
         raise UnsupportedModel(name)
     if family is not None and MODEL_TYPES.get(family) != architecture:
-        raise config.wrong("model_type", f"that of 'architectures' ({name})")
+        raise config.wrong("model_type", f"that of 'architectures' ({excerpt(name, 80)})")
     return architecture
 
 
@@ -192,6 +204,9 @@ def _eos_token_ids(config: JsonObject, generation_path: Path) -> tuple[int, ...]
         source = generation if generation.has("eos_token_id") else config
     value = source.fields.get("eos_token_id")
     ids = value if isinstance(value, list) else [] if value is None else [value]
-    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in ids):
+    found = tuple(item for item in ids if isinstance(item, int) and not isinstance(item, bool))
+    if len(found) != len(ids) or not all(0 <= item <= MAX_TOKEN_ID for item in found):
         raise source.wrong("eos_token_id", "a token id or a list of them")
-    return tuple(item for item in ids if isinstance(item, int))
+    if len(found) > MAX_END_TOKENS:
+        raise source.wrong("eos_token_id", f"a list of at most {MAX_END_TOKENS} token ids")
+    return found

@@ -5,16 +5,20 @@ Knows no model: which keys there are and what they mean is config.py's part.
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeGuard
 
 from baton.node.errors import SettingsError
+from baton.node.model_folder import MAX_CONFIG_BYTES, read_object
+from baton.node.telemetry import excerpt
 
 Json: TypeAlias = "bool | int | float | str | list[Json] | dict[str, Json] | None"
 
-MAX_JSON_BYTES = 64 << 20  # the index of a model with a hundred shards is a few MB
+MAX_LENGTH = 1 << 24
+"""Tokens of the longest sequence, as in Register; no other size of a model comes near."""
+LEAST_NUMBER, MOST_NUMBER = 1e-30, 1e30
+"""Far outside what any model has; products and quotients of two of them are finite."""
 
 
 class JsonObject:
@@ -25,26 +29,19 @@ class JsonObject:
         self.fields = fields
 
     @classmethod
-    def from_file(cls, path: Path) -> JsonObject:
+    def from_file(cls, path: Path, max_bytes: int = MAX_CONFIG_BYTES) -> JsonObject:
         """The object in `path`; SettingsError when it is missing, not JSON, not an object or far too large."""
         try:
-            if path.stat().st_size > MAX_JSON_BYTES:
-                raise SettingsError(f"{path}: larger than {MAX_JSON_BYTES} bytes")
-            value = json.loads(path.read_bytes())
-        except OSError as error:
+            return cls(str(path), read_object(path, max_bytes))
+        except FileNotFoundError as error:
             raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
-        except (ValueError, RecursionError) as error:
-            raise SettingsError(f"{path}: not valid JSON: {error}") from None
-        if not isinstance(value, dict):
-            raise SettingsError(f"{path}: must hold a JSON object")
-        return cls(str(path), value)
 
     def has(self, key: str) -> bool:
         """Whether the key is there with a value other than null."""
         return self.fields.get(key) is not None
 
-    def integer(self, key: str, default: int | None = None, *, least: int = 1) -> int:
-        """A whole number of at least `least`; without a default the key must be there."""
+    def integer(self, key: str, default: int | None = None, *, least: int = 1, most: int = MAX_LENGTH) -> int:
+        """A whole number of `least` to `most`; without a default the key must be there."""
         if default is not None and not self.has(key):
             return default
         value = self._required(key)
@@ -52,6 +49,8 @@ class JsonObject:
             raise self.wrong(key, "a whole number")
         if value < least:
             raise self.wrong(key, f"at least {least}")
+        if value > most:
+            raise self.wrong(key, f"at most {most}")
         return value
 
     def number(self, key: str, default: float | None = None) -> float:
@@ -61,16 +60,18 @@ class JsonObject:
         value = self._required(key)
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise self.wrong(key, "a number")
-        if not math.isfinite(value) or value <= 0:
+        if not value > 0 or value == math.inf:
             raise self.wrong(key, "a finite number above zero")
+        if not _is_usable(value):
+            raise self.wrong(key, f"between {LEAST_NUMBER:g} and {MOST_NUMBER:g}")
         return float(value)
 
     def numbers(self, key: str) -> tuple[float, ...]:
         """A list of finite numbers above zero; the key must be there."""
         value = self._required(key)
         numbers = value if isinstance(value, list) else []
-        found = tuple(float(item) for item in numbers if isinstance(item, int | float) and not isinstance(item, bool))
-        if not found or len(found) != len(numbers) or not all(math.isfinite(item) and item > 0 for item in found):
+        found = tuple(float(item) for item in numbers if _is_usable(item))
+        if not found or len(found) != len(numbers):
             raise self.wrong(key, "a list of finite numbers above zero")
         return found
 
@@ -110,9 +111,14 @@ class JsonObject:
         return JsonObject(f"{self.where}: {key}", value)
 
     def wrong(self, key: str, expected: str) -> SettingsError:
-        return SettingsError(f"{self.where}: {key!r} must be {expected}, is {str(self.fields.get(key))[:80]}")
+        return SettingsError(f"{self.where}: {key!r} must be {expected}, is {excerpt(self.fields.get(key), 80)}")
 
     def _required(self, key: str) -> Json:
         if not self.has(key):
             raise SettingsError(f"{self.where}: {key!r} is missing")
         return self.fields[key]
+
+
+def _is_usable(value: Json) -> TypeGuard[int | float]:
+    """Comparing whole numbers of any size with floats is exact, converting them may overflow; NaN compares as false."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and LEAST_NUMBER <= value <= MOST_NUMBER

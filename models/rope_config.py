@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from baton.models.folder import JsonObject
 from baton.node.errors import SettingsError
+from baton.node.telemetry import excerpt
 
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0
@@ -55,9 +56,13 @@ def read_rope(config: JsonObject, max_position: int, head_dim: int) -> RopeConfi
     if "rope_theta" in config.fields and not config.has("rope_theta") and not rope.has("rope_theta"):
         raise config.wrong("rope_theta", "a number")
     theta = rope.number("rope_theta", config.number("rope_theta", DEFAULT_THETA))
+    if theta <= 1.0:
+        raise (rope if rope.has("rope_theta") else config).wrong("rope_theta", "above 1")
     kind = rope.text("rope_type", rope.text("type", "default"))
     if kind not in ROPE_KINDS:
-        raise SettingsError(f"{rope.where}: unknown rope type {kind!r}; supported: {', '.join(ROPE_KINDS)}")
+        raise SettingsError(
+            f"{rope.where}: unknown rope type {excerpt(kind, 80)!r}; supported: {', '.join(ROPE_KINDS)}"
+        )
     if any(isinstance(value, dict) for value in rope.fields.values()):
         raise SettingsError(f"{rope.where}: a rope for each layer type is not supported")
     partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))

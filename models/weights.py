@@ -9,6 +9,7 @@ to the embedding when the config says so, unless the files hold both and they di
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import groupby
 from operator import attrgetter
@@ -24,13 +25,14 @@ from baton.models.config import ModelConfig
 from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD
 from baton.models.layers import WHOLE, AttentionWeights, DenseMlpWeights, LayerWeights, Rank, Weights, describe
 from baton.node.errors import SettingsError
-from baton.node.telemetry import log_event
+from baton.node.telemetry import excerpt, log_event
 
 logger = logging.getLogger("weights")
 
 Progress = Callable[[int, int], None]
 
 LOAD_FORMATS = ("auto", "dummy")
+GIB = 1 << 30
 MAX_TIED_COPY_BYTES = 256 << 20
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 UNUSED_SUFFIX = ".rotary_emb.inv_freq"  # of old folders: follows from the config
@@ -97,27 +99,44 @@ def load_weights(
     if load_format not in LOAD_FORMATS:
         raise SettingsError(f"load_format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
     tied = config.tie_word_embeddings
+    plan = _plan(config, tied, rank, dtype, device)
     if load_format == "dummy":
         weights, places = _allocate(config, tied, rank, dtype, device)
         _fill_randomly(places)
     else:
         checkpoint = Checkpoint.open(folder)
-        tied = tied and not _has_own_head(checkpoint)
+        sources = _sources(checkpoint, plan, tied)
+        if tied and _has_own_head(checkpoint):
+            tied = False
+            sources = _sources(checkpoint, _plan(config, tied, rank, dtype, device), tied)
+        _log_unused(checkpoint, sources, tied)
         weights, places = _allocate(config, tied, rank, dtype, device)
-        _fill_from_files(checkpoint, places, tied, on_progress)
+        _fill_from_files(checkpoint, sources, places, on_progress)
     if pack:
         _pack(weights, tied)
     return weights
 
 
+def _plan(config: ModelConfig, tied: bool, rank: Rank, dtype: torch.dtype, device: str) -> dict[str, WeightPlace]:
+    """The places of all weights, without memory behind them. SettingsError if the device could never hold them."""
+    _, places = _allocate(config, tied, rank, dtype, "meta")
+    needed_bytes = sum(place.target.nbytes for place in places.values())
+    if device.startswith("cuda"):
+        device_bytes = torch.cuda.mem_get_info(device)[1]
+    else:
+        device_bytes = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed_bytes > device_bytes:
+        raise SettingsError(
+            f"weights as config.json describes them take {needed_bytes / GIB:.1f} GiB, and this "
+            f"{'GPU' if device.startswith('cuda') else 'host'} has {device_bytes / GIB:.1f} GiB of memory"
+        )
+    return places
+
+
 def _has_own_head(checkpoint: Checkpoint) -> bool:
     """Whether the files hold a head that differs from the embedding: then the config that ties them is wrong."""
-    stored = checkpoint.find(EMBEDDING), checkpoint.find(HEAD)
-    if stored[0] is None or stored[1] is None:
-        return False
-    _, embedding = next(_tensors(checkpoint, [stored[0]]))
-    _, head = next(_tensors(checkpoint, [stored[1]]))
-    if embedding.dtype == head.dtype and torch.equal(embedding, head):
+    embedding, head = checkpoint.find(EMBEDDING), checkpoint.find(HEAD)
+    if embedding is None or head is None or _are_equal(checkpoint, embedding, head):
         return False
     log_event(
         logger,
@@ -129,7 +148,15 @@ def _has_own_head(checkpoint: Checkpoint) -> bool:
     return True
 
 
-def _fill_from_files(checkpoint: Checkpoint, places: dict[str, WeightPlace], tied: bool, on_progress: Progress) -> None:
+def _are_equal(checkpoint: Checkpoint, one: StoredTensor, other: StoredTensor) -> bool:
+    if checkpoint.forms[one.name] != checkpoint.forms[other.name]:
+        return False
+    (_, first), (_, second) = next(_tensors(checkpoint, [one])), next(_tensors(checkpoint, [other]))
+    return torch.equal(first, second)
+
+
+def _sources(checkpoint: Checkpoint, places: dict[str, WeightPlace], tied: bool) -> dict[StoredTensor, str]:
+    """The stored tensor for each place. SettingsError if one is missing, or its header names another shape or type."""
     names: dict[StoredTensor, str] = {}
     missing = []
     for name in places:
@@ -144,13 +171,19 @@ def _fill_from_files(checkpoint: Checkpoint, places: dict[str, WeightPlace], tie
         raise SettingsError(
             f"{checkpoint.folder}: tensor {min(missing)} is missing ({len(missing)} of {len(places)} are)"
         )
-    _log_unused(checkpoint, names, tied)
-    for done, (stored, tensor) in enumerate(_tensors(checkpoint, names), start=1):
-        place = places[names[stored]]
-        if tensor.shape != place.shape or not tensor.is_floating_point():
-            found, wanted = f"{tensor.dtype} {list(tensor.shape)}", f"floating point {list(place.shape)}"
+    for stored, name in names.items():
+        form, shape = checkpoint.forms[stored.name], places[name].shape
+        if form.shape != shape or not form.is_floating_point:
+            found, wanted = f"{form.dtype} {list(form.shape)}", f"floating point {list(shape)}"
             raise SettingsError(f"{checkpoint.folder}: tensor {stored.name} is {found}, expected {wanted}")
-        place.fill(tensor)
+    return names
+
+
+def _fill_from_files(
+    checkpoint: Checkpoint, sources: dict[StoredTensor, str], places: dict[str, WeightPlace], on_progress: Progress
+) -> None:
+    for done, (stored, tensor) in enumerate(_tensors(checkpoint, sources), start=1):
+        places[sources[stored]].fill(tensor)
         on_progress(done, len(places))
 
 
@@ -188,7 +221,7 @@ def _tensors(checkpoint: Checkpoint, wanted: Iterable[StoredTensor]) -> Iterator
                 for stored in stored_in_file:
                     yield stored, file.get_tensor(stored.name)
         except (SafetensorError, OSError) as error:
-            raise SettingsError(f"{path}: not a whole safetensors file: {error}") from None
+            raise SettingsError(f"{path}: not a whole safetensors file: {excerpt(error)}") from None
 
 
 def _allocate(

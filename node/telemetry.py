@@ -51,6 +51,18 @@ def format_value(value: Value) -> str:
     return json.dumps(text, ensure_ascii=not text.isprintable())
 
 
+def excerpt(value: object, max_chars: int = MAX_VALUE_CHARS) -> str:
+    """A value that a file, a client or a peer has chosen, for an error text: on one line, printable, cut."""
+    try:
+        text = str(value)
+    except RecursionError:
+        text = f"a deeply nested {type(value).__name__}"
+    cut = text[:max_chars]
+    if not cut.isprintable():
+        cut = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
+    return cut if len(text) <= max_chars else f"{cut}..."
+
+
 class _LineFormatter(logging.Formatter):
     """Format of all records; a library's multi-line message becomes one line, a traceback keeps its own lines."""
 

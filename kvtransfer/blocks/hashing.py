@@ -22,6 +22,7 @@ import msgspec
 
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.node.errors import SettingsError
+from baton.node.model_folder import MAX_TOKENIZER_BYTES, checked_size
 
 FORMAT_VERSION = 2
 HASH_BYTES = 32
@@ -134,5 +135,6 @@ def _prefixed(value: bytes) -> bytes:
 
 
 def _file_digest(path: Path) -> bytes:
+    checked_size(path, MAX_TOKENIZER_BYTES)
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()

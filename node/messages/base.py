@@ -15,6 +15,7 @@ PROTOCOL_VERSION = 2
 
 MAX_BODY_BYTES = 8 << 20
 MAX_TOKENS = 1 << 20
+MAX_TOKEN_ID = (1 << 31) - 1
 MAX_BLOCKS, MAX_OFFER_BLOCKS = 1 << 16, 1 << 12
 MAX_EVENT_BLOCKS = 1 << 13
 """Hashes in one list of a message about KV events."""
@@ -25,7 +26,7 @@ Digest = Annotated[bytes, Meta(max_length=32)]
 TransferId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Small = Annotated[int, Meta(ge=0, le=1 << 20)]
-TokenId = Annotated[int, Meta(ge=0, le=(1 << 31) - 1)]
+TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
 Role = Literal["prefill", "decode"]
 Tier = Literal["gpu", "ram", "disk"]
 """Where a block rests: a worker's pool ("gpu", whatever device it is on), its host's RAM arena or disk."""

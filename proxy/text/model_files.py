@@ -23,7 +23,6 @@ Knows no requests, and needs neither torch nor transformers.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,8 +31,20 @@ from typing import Any
 from tokenizers import AddedToken, Tokenizer
 
 from baton.node.errors import SettingsError
+from baton.node.model_folder import (
+    MAX_CONFIG_BYTES,
+    MAX_END_TOKENS,
+    MAX_TOKENIZER_BYTES,
+    MAX_TOKENS_BYTES,
+    MAX_VOCAB_SIZE,
+    read_file,
+    read_object,
+)
+from baton.node.telemetry import excerpt
+from baton.proxy.text.growth import check_growth
 
 _SPECIAL_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+MAX_TEMPLATE_BYTES = 1 << 20
 _FLAGS = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -65,19 +76,20 @@ class ModelFiles:
 
 def read_model_files(folder: Path) -> ModelFiles:
     """Raises SettingsError where the folder has no tokenizer, or a file that cannot be read."""
-    config, generation = _read_json(folder / "config.json"), _read_json(folder / "generation_config.json")
+    config = _read_json(folder / "config.json", MAX_CONFIG_BYTES)
+    generation = _read_json(folder / "generation_config.json", MAX_CONFIG_BYTES)
     names = _read_json(folder / "tokenizer_config.json")
     template = _template(folder, names)
     tokenizer = _read_tokenizer(folder / "tokenizer.json")
     named = _add_tokens(tokenizer, folder, names)
     tokenizer.encode_special_tokens = names.get("split_special_tokens") is True
-    eos = _ids(generation.get("eos_token_id")) or _ids(config.get("eos_token_id"))
+    eos = _end_ids(folder / "generation_config.json", generation) or _end_ids(folder / "config.json", config)
     eos += _ids(tokenizer.token_to_id(named["eos_token"]) if "eos_token" in named else None)
     return ModelFiles(
         tokenizer=tokenizer,
         special_tokens=named,
         template=template,
-        table_size=_count(config, "vocab_size"),
+        table_size=_table_size(folder / "config.json", config, tokenizer),
         eos_ids=tuple(sorted(set(eos))),
         defaults=_sampling_defaults(generation),
     )
@@ -87,15 +99,28 @@ def read_model_files(folder: Path) -> ModelFiles:
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
-    if not path.is_file():
-        raise SettingsError(f"no {path.name} in {path.parent}: a tokenizer in Hugging Face's fast format is needed")
     try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises bare Exception for every fault of the file
-        raise SettingsError(f"{path} is not a tokenizer: {str(error)[:300]}") from None
+        source = read_file(path, MAX_TOKENIZER_BYTES)
+    except FileNotFoundError:
+        raise SettingsError(
+            f"no {path.name} in {path.parent}: a tokenizer in Hugging Face's fast format is needed"
+        ) from None
+    try:
+        tokenizer = Tokenizer.from_buffer(source)
+    except BaseException as error:  # the library raises bare Exception for faults of the file, and panics for some
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
+        raise SettingsError(f"{path} is not a tokenizer: {excerpt(error)}") from None
+    check_growth(path, tokenizer)
     tokenizer.no_truncation()  # files of training runs carry a truncation that would silently cut prompts
     tokenizer.no_padding()
     return tokenizer
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether a Rust library met a bug of its own, for instance a pattern that needs too many steps. Its exception has
+    no Exception among its bases, and can be imported from nowhere."""
+    return type(error).__name__ == "PanicException"
 
 
 def _add_tokens(tokenizer: Tokenizer, folder: Path, names: Mapping[str, Any]) -> dict[str, str]:
@@ -229,25 +254,20 @@ def _named_templates(entries: Iterable[object]) -> Iterable[tuple[str, object]]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_file(path, MAX_TEMPLATE_BYTES).decode()
     except (OSError, ValueError) as error:
-        raise SettingsError(f"{path} cannot be read: {error}") from None
+        raise SettingsError(f"{path} cannot be read: {excerpt(error)}") from None
 
 
 # ---- plain values -------------------------------------------------------------------------------------------------
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, max_bytes: int = MAX_TOKENS_BYTES) -> dict[str, Any]:
     """The object in `path`, empty where there is no such file."""
     try:
-        value = json.loads(path.read_bytes())
+        return read_object(path, max_bytes)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, RecursionError) as error:
-        raise SettingsError(f"{path} cannot be read: {str(error)[:300]}") from None
-    if not isinstance(value, dict):
-        raise SettingsError(f"{path} holds no JSON object")
-    return value
 
 
 def _ids(value: object) -> list[int]:
@@ -255,9 +275,20 @@ def _ids(value: object) -> list[int]:
     return [entry for entry in values if isinstance(entry, int) and not isinstance(entry, bool) and entry >= 0]
 
 
-def _count(config: Mapping[str, Any], key: str) -> int:
-    value = config.get(key, 0)
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+def _end_ids(path: Path, config: Mapping[str, Any]) -> list[int]:
+    found = _ids(config.get("eos_token_id"))
+    if len(found) > MAX_END_TOKENS:
+        raise SettingsError(f"{path}: 'eos_token_id' lists more than {MAX_END_TOKENS} tokens")
+    return found
+
+
+def _table_size(path: Path, config: Mapping[str, Any], tokenizer: Tokenizer) -> int:
+    value = config.get("vocab_size", 0)
+    size = value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else 0
+    largest_id = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=0)
+    if size > MAX_VOCAB_SIZE or largest_id >= MAX_VOCAB_SIZE:
+        raise SettingsError(f"{path.parent}: more than {MAX_VOCAB_SIZE} token ids")
+    return size
 
 
 def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
@@ -265,7 +296,7 @@ def _sampling_defaults(generation: Mapping[str, Any]) -> SamplingDefaults:
 
     def number(key: str, low: float, high: float, otherwise: float) -> float:
         value = generation.get(key)
-        usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high
+        usable = isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high  # NaN is not
         return float(value) if usable and value is not None else otherwise
 
     return SamplingDefaults(

@@ -17,9 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from baton.node.errors import BadRequest, BatonError, Overloaded
-from baton.node.telemetry import log_event
+from baton.node.telemetry import excerpt, log_event
 from baton.proxy.text.detokenize import Decoding, Detokenizer
-from baton.proxy.text.model_files import read_model_files
+from baton.proxy.text.model_files import is_panic, read_model_files
 from baton.proxy.text.render_process import RenderProcess
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
@@ -90,8 +90,7 @@ class ModelText:
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of `text`; `add_special_tokens` adds what the tokenizer puts around a text, mostly a first one."""
-        # encode_batch_fast is encode without character offsets: half the time and memory of a long text.
-        return tuple(self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids)
+        return self._ids_of([text], add_special_tokens)[0]
 
     async def encode_bounded(
         self, text: str, *, add_special_tokens: bool, max_tokens: int, param: str
@@ -117,11 +116,20 @@ class ModelText:
         def encode() -> list[list[tuple[int, ...]]]:
             plain = [word.lstrip(" ") or word for word in words]
             forms = [form for word in plain for form in (word, f" {word}")]
-            found = self._tokenizer.encode_batch_fast(forms, add_special_tokens=False)
-            ids = [tuple(encoding.ids) for encoding in found]
+            ids = self._ids_of(forms, add_special_tokens=False)
             return [sorted({*ids[place : place + 2]} - {()}) for place in range(0, len(ids), 2)]
 
         return await asyncio.get_running_loop().run_in_executor(self._long_encoders, encode)
+
+    def _ids_of(self, texts: list[str], add_special_tokens: bool) -> list[tuple[int, ...]]:
+        try:
+            # encode_batch_fast is encode without character offsets: half the time and memory of a long text.
+            found = self._tokenizer.encode_batch_fast(texts, add_special_tokens=add_special_tokens)
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise BadRequest(f"the model's tokenizer cannot process this text: {excerpt(error, 80)}") from None
+        return [tuple(encoding.ids) for encoding in found]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
