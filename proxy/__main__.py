@@ -8,7 +8,7 @@ import math
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from baton.proxy.interface import AppSettings
 from baton.proxy.metrics.request_log import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
 from baton.proxy.tenants.reload import load_tenants, reload_tenants
+from baton.proxy.tenants.tenants import Tenants
 from baton.proxy.text.model_text import ModelText
 
 logger = logging.getLogger("proxy")
@@ -83,7 +84,7 @@ async def serve(settings: ProxySettings) -> int:
         app_settings,
         _spans(settings.otlp_endpoint),
         _group_of(settings),
-        load_tenants(settings.tenants, (name, *aliases)) if settings.tenants is not None else None,
+        _tenants_of(settings, (name, *aliases)),
     )
     config = uvicorn.Config(
         app_of(service),
@@ -118,6 +119,10 @@ def _group_of(settings: ProxySettings) -> Group:
     if settings.proxies == 1 or settings.group_folder is None:
         return Alone()
     return SharedPort(settings.group_folder, settings.proxy_index, settings.proxies)
+
+
+def _tenants_of(settings: ProxySettings, models: Sequence[str]) -> Tenants | None:
+    return None if settings.tenants is None else load_tenants(settings.tenants, models, settings.share_of)
 
 
 def _spans(otlp_endpoint: str) -> Spans:

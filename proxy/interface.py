@@ -60,6 +60,8 @@ class Generation:
     sampling: SamplingSpec
     tenant: str = ""
     """The name of the one that it is of; empty: a probe of our own."""
+    expected_tokens: int = 0
+    """Of its answer: what it counts as, beside those of other tenants, until it has ended."""
     priority: int = 0
     """Higher is served first."""
     follows: bool = False

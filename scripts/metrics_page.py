@@ -23,6 +23,7 @@ from baton.proxy.metrics.metrics import COARSE_SECONDS, SECONDS, ProxyMetrics
 from baton.proxy.metrics.record import GenerationInfo
 from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import STAGES, USUAL, Timeline
+from baton.proxy.tenants.tenants import Tenants
 from baton.testing.fake_engine import FakeEngine
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "metrics.md"
@@ -100,7 +101,7 @@ def _families() -> Iterable[Metric]:
         engine.workers.append(WorkerStatus(role, role, "ready", load, block_tokens=16, model="demo"))
     stored = Load(counters=dict.fromkeys(STORE_COUNTERS, 0.0))
     engine.workers.append(WorkerStatus("store", "store", "ready", stored))
-    metrics = ProxyMetrics(engine, ["demo"], time.monotonic)
+    metrics = ProxyMetrics(engine, ["demo"], time.monotonic, Tenants.one(["key"]))
     line = Timeline(metrics.clock)
     track = GenerationMeter(
         metrics.of("demo"), RequestLog(), GenerationInfo("", 0, "chat", "demo", True, 1, None, 0, {}), line

@@ -12,7 +12,7 @@ import secrets
 import time
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from starlette.datastructures import Headers
@@ -27,7 +27,7 @@ from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.events import Event
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.guard import tenant_of
-from baton.proxy.http.prepare import Choice, choices_of
+from baton.proxy.http.prepare import Choice, choices_of, reserved_tokens
 from baton.proxy.http.prompt_scores import ScoreRule
 from baton.proxy.http.responder import Responder
 from baton.proxy.http.schema import ParsedRequest
@@ -37,6 +37,7 @@ from baton.proxy.metrics.meter import CANCELLED, GenerationMeter
 from baton.proxy.metrics.record import GenerationInfo, GenerationRecord
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.tenants.tenants import Tenant
+from baton.proxy.tenants.usage import Reservation
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,8 @@ class HttpRequest:
     trace_headers: Mapping[str, str]
     model: str = ""
     stream: bool = False
+    reservation: Reservation = field(default_factory=Reservation)
+    """Of tokens, once its prompts are known."""
     begun: bool = False
     """Its generations have begun, and each has a record of its own; until then the request has one."""
 
@@ -107,7 +110,12 @@ class GenerateEndpoint:
         request = self._request(scope)
         reply = Reply(send, {ID_HEADER: request.id})
         try:
-            with self._service.limit, self._service.client_ids.claim(request.id, request.tenant.name):
+            with (
+                self._service.limit,
+                self._service.place(request.tenant),
+                self._service.client_ids.claim(request.id, request.tenant.name),
+            ):
+                request.tenant.usage.count_request()
                 body = await read_body(scope, receive, self._service.settings.max_body_bytes)
                 await _while_connected(receive, reply, self._answer(request, body, reply))
         except Exception as error:
@@ -118,7 +126,7 @@ class GenerateEndpoint:
             if left:
                 self._service.metrics.failed["disconnected"].inc()
             else:
-                await self._fail(request.id, reply, error)
+                await self._fail(request, reply, error)
 
     def _request(self, scope: Scope) -> HttpRequest:
         clock = self._service.metrics.clock
@@ -148,35 +156,42 @@ class GenerateEndpoint:
             known = parsed if parsed.model == model.name else replace(parsed, model=model.name)
             max_model_len = service.max_model_len(model.name)
             made = await choices_of(known, model.text, service.settings, max_model_len, request.own_id, request.tenant)
-            timelines = [request.timeline.fork(model.metrics.segments_of(request.operation)) for _ in made]
-            header = AnswerHeader(
-                id=request.answer_id,
-                created=int(time.time()),
-                model=parsed.model,
-                logprobs=parsed.top_logprobs is not None,
-                token_ids=parsed.ids.show,
-                include_usage=parsed.include_usage,
-                continuous_usage=parsed.continuous_usage,
-            )
-            responder = Responder(
-                reply, self._api.encoder(header), timelines, stream=parsed.stream, include_usage=parsed.include_usage
-            )
-            if request.id != request.own_id:  # workers, and log lines of attempts, know its generations by ours
-                log_event(
-                    logger, "request_begun", level=logging.DEBUG, request_id=request.id, generations=request.own_id
-                )
-            request.begun = True
-            at_once = service.settings.max_generations
-            for timeline in timelines[at_once:]:
-                timeline.enter("queue")
-            await _all(
-                [
-                    partial(self._generate, request, parsed, model, choice, timeline, responder)
-                    for choice, timeline in zip(made, timelines, strict=True)
-                ],
-                at_once,
-            )
-            await responder.end(parsed.n)
+            with request.tenant.usage.reserve(reserved_tokens(made, parsed.n)) as reservation:
+                request.reservation = reservation
+                reply.add_headers(request.tenant.usage.headers())
+                await self._answer_choices(request, parsed, model, made, reply)
+
+    async def _answer_choices(
+        self, request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, made: Sequence[Choice], reply: Reply
+    ) -> None:
+        """All generations of the request, from their beginning to the end of the answer."""
+        timelines = [request.timeline.fork(model.metrics.segments_of(request.operation)) for _ in made]
+        header = AnswerHeader(
+            id=request.answer_id,
+            created=int(time.time()),
+            model=parsed.model,
+            logprobs=parsed.top_logprobs is not None,
+            token_ids=parsed.ids.show,
+            include_usage=parsed.include_usage,
+            continuous_usage=parsed.continuous_usage,
+        )
+        responder = Responder(
+            reply, self._api.encoder(header), timelines, stream=parsed.stream, include_usage=parsed.include_usage
+        )
+        if request.id != request.own_id:  # workers, and log lines of attempts, know its generations by ours
+            log_event(logger, "request_begun", level=logging.DEBUG, request_id=request.id, generations=request.own_id)
+        request.begun = True
+        at_once = self._service.settings.max_generations
+        for timeline in timelines[at_once:]:
+            timeline.enter("queue")
+        await _all(
+            [
+                partial(self._generate, request, parsed, model, choice, timeline, responder)
+                for choice, timeline in zip(made, timelines, strict=True)
+            ],
+            at_once,
+        )
+        await responder.end(parsed.n)
 
     async def _generate(
         self,
@@ -223,19 +238,25 @@ class GenerateEndpoint:
             raise
         finally:
             meter.close(outcome)
+            computed = timeline.num_attempts and outcome in (CANCELLED, "deadline")
+            first = choice.index % parsed.n == 0  # of the answers to its prompt
+            request.reservation.use(
+                len(generation.prompt_ids) if first and (meter.num_tokens or computed) else 0, meter.num_tokens
+            )
 
-    async def _fail(self, request_id: str, reply: Reply, error: Exception) -> None:
+    async def _fail(self, request: HttpRequest, reply: Reply, error: Exception) -> None:
         """Answer with the error. An unexpected one is logged with its traceback, which never goes to the client."""
         failure = failure_of(error)
         self._service.metrics.failed[kind_of(error)].inc()
         if kind_of(error) == "internal":
-            logger.error("request_failed request_id=%s", format_value(request_id), exc_info=error)
+            logger.error("request_failed request_id=%s", format_value(request.id), exc_info=error)
         else:
-            self._service.refusals.add(failure, self._api.path, request_id)
+            self._service.refusals.add(failure, self._api.path, request.id)
+        reply.add_headers(request.tenant.usage.headers())
         try:
             await reply.fail(failure)
         except OSError:  # TimeoutError is one: the client has gone, or stopped reading
-            log_event(logger, "client_gone", level=logging.DEBUG, request_id=request_id)
+            log_event(logger, "client_gone", level=logging.DEBUG, request_id=request.id)
 
 
 def _events_of(deltas: Sequence[Delta], assembler: Assembler, *, continuous_usage: bool) -> list[list[Event]]:

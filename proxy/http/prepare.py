@@ -21,6 +21,8 @@ from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.tenants.tenants import Tenant
 from baton.proxy.text.model_text import ModelText
 
+EXPECTED_TOKENS = 1024
+"""Of an answer whose request does not bound it: mostly it ends long before the end of the context."""
 _SEEDS = 1 << 63
 _BY_NAME = tuple(
     name for name in SamplingRequest.model_fields if name in SamplingSpec.__struct_fields__ and name != "seed"
@@ -55,6 +57,7 @@ async def choices_of(
     made: list[Choice] = []
     for ids, echo in await _tokenise(request, text, max_model_len):
         sampling = _sampling(request, text, bad_words, _max_tokens(request, settings, len(ids), max_model_len))
+        expected = min(sampling.max_tokens, EXPECTED_TOKENS)
         for k in range(request.n):
             seed = secrets.randbits(63) if request.sampling.seed is None else (request.sampling.seed + k) % _SEEDS
             generation = Generation(
@@ -63,6 +66,7 @@ async def choices_of(
                 prompt_ids=ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed),
                 tenant=tenant.name,
+                expected_tokens=sampling.max_tokens if request.max_tokens is not None else expected,
                 priority=min(request.priority, -tenant.rules.priority_floor),
                 follows=len(made) >= settings.max_generations,
                 session_key=request.session_key,
@@ -70,6 +74,12 @@ async def choices_of(
             )
             made.append(Choice(len(made), generation, echo))
     return made
+
+
+def reserved_tokens(choices: Sequence[Choice], n: int) -> int:
+    """What a request of these choices, n for each prompt, may come to; usage counts a prompt once too."""
+    prompts = sum(len(choice.generation.prompt_ids) for choice in choices[::n])
+    return prompts + sum(choice.generation.expected_tokens for choice in choices)
 
 
 async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int) -> list[tuple[tuple[int, ...], str]]:

@@ -16,6 +16,10 @@ from baton.proxy.metrics.request_log import RequestLog, Spans
 from baton.proxy.tenants.tenants import Tenant, Tenants
 from baton.proxy.text.model_text import ModelText
 
+MOST_OF_FREE = 8
+"""Of several tenants, each may have at most so many times the free places: one alone has 8 of 9, two have 8 of 17 each,
+so that some are left for others (Choudhury and Hahne, "Dynamic queue length thresholds", 1998)."""
+
 
 @dataclass(slots=True)
 class RequestLimit:
@@ -31,6 +35,10 @@ class RequestLimit:
 
     def __exit__(self, *_: object) -> None:
         self.inside -= 1
+
+    @property
+    def free(self) -> int:
+        return self.limit - self.inside
 
 
 @dataclass(slots=True)
@@ -81,6 +89,16 @@ class Service:
     """The other proxies at the port."""
     tenants: Tenants
 
+    @contextmanager
+    def place(self, tenant: Tenant) -> Iterator[None]:
+        """Inside it, a request that has its place in `limit` counts as one of its tenant's. Raises Overloaded."""
+        usage = tenant.usage
+        if len(self.tenants) > 1 and usage.inside and usage.inside >= MOST_OF_FREE * self.limit.free:
+            message = f"{usage.inside} requests of this key are being answered already, and the server is nearly full"
+            raise usage.refused("share", message, 1.0)
+        with usage.place():
+            yield
+
     @property
     def default_model(self) -> ModelEntry:
         """The first one, for what names no model."""
@@ -123,7 +141,7 @@ def make_service(
 ) -> Service:
     """`texts` are the text sides of the models, by the first of the names that they have; without a `group`, no other
     proxy is at the port; without `tenants`, those that have a key are one."""
-    metrics = ProxyMetrics(engine, tuple(texts))
+    metrics = ProxyMetrics(engine, tuple(texts), tenants=tenants or ())
     models = {name: ModelEntry(name, text, metrics.of(name)) for name, text in texts.items()}
     models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)

@@ -57,7 +57,7 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        with service.limit:
+        with service.limit, service.place(tenant_of(request.scope)):
             body = parse(TokenizeBody, await body_of(request))
             model = model_of(body.model, request)
             limit = service.max_model_len(model.name)
@@ -68,7 +68,7 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        with service.limit:
+        with service.limit, service.place(tenant_of(request.scope)):
             body = parse(DetokenizeBody, await body_of(request))
         text = model_of(body.model, request).text
         if body.tokens and max(body.tokens) >= text.num_decodable:
@@ -82,7 +82,7 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions/render")
     async def render(request: Request) -> Response:
         """The prompt that a chat request would have, for those who write or debug a template."""
-        with service.limit:
+        with service.limit, service.place(tenant_of(request.scope)):
             parsed = read_chat(await body_of(request))
             model = service.model(parsed.model, tenant_of(request.scope))
             limit = service.max_model_len(model.name)

@@ -22,6 +22,8 @@ from baton.proxy.metrics.counters import (
     STORE_COUNTERS,
     WORKER_COUNTERS,
 )
+from baton.proxy.tenants.tenants import Tenant
+from baton.proxy.tenants.usage import REJECTED
 
 _LABEL = ("model_name",)
 _WORKER = ("worker", "role")
@@ -72,6 +74,35 @@ class EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         yield self._moved.collect({worker.worker for worker in self._engine.worker_loads()})
         yield from _counters(self._engine.counters(), self._models)
+
+
+class TenantCollector(Collector):
+    """What the tenants of a file have used, at the time of a scrape. One that the file drops goes from here too."""
+
+    def __init__(self, tenants: Iterable[Tenant]) -> None:
+        self._tenants = tenants
+
+    def describe(self) -> Iterable[Metric]:
+        return ()  # as above
+
+    def collect(self) -> Iterable[Metric]:
+        requests = CounterMetricFamily(
+            "baton:tenant_requests", "Requests of a tenant that its limits let in.", labels=("tenant",)
+        )
+        tokens = CounterMetricFamily(
+            "baton:tenant_tokens", "Tokens of a tenant's requests that have ended.", labels=("tenant", "kind")
+        )
+        rejected = CounterMetricFamily(
+            "baton:tenant_rejected", "Requests that a tenant's limit or share refused.", labels=("tenant", "reason")
+        )
+        for tenant in self._tenants:
+            totals = tenant.usage.totals
+            requests.add_metric((tenant.name,), totals.requests)
+            tokens.add_metric((tenant.name, "prompt"), totals.prompt_tokens)
+            tokens.add_metric((tenant.name, "answer"), totals.answer_tokens)
+            for reason in REJECTED:
+                rejected.add_metric((tenant.name, reason), totals.rejected[reason])
+        return requests, tokens, rejected
 
 
 class ReportCollector(Collector):

@@ -39,6 +39,11 @@ class GenerationMeter:
         self._num_tokens += num_tokens
         metrics.generation_tokens.inc(num_tokens)
 
+    @property
+    def num_tokens(self) -> int:
+        """That have arrived."""
+        return self._num_tokens
+
     def close(self, outcome: str) -> None:
         """The generation is over: "stop", "length", CANCELLED, or the kind of its failure."""
         line = self._timeline

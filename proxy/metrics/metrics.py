@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -18,10 +18,11 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from baton.proxy.http.failures import FAILURE_KINDS
 from baton.proxy.interface import Engine
-from baton.proxy.metrics.collector import EngineCollector, MovedBytes, ReportCollector
+from baton.proxy.metrics.collector import EngineCollector, MovedBytes, ReportCollector, TenantCollector
 from baton.proxy.metrics.counters import PROMPT_SOURCES
 from baton.proxy.metrics.record import GenerationRecord
 from baton.proxy.metrics.timeline import FIRST_TOKEN, USUAL, Segment
+from baton.proxy.tenants.tenants import Tenant
 
 # fmt: off
 SECONDS = (0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5,
@@ -65,7 +66,14 @@ class _Families:
 class ProxyMetrics:
     """The metrics of one app: those of each of its models, and what belongs to none."""
 
-    def __init__(self, engine: Engine, models: Sequence[str], clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        models: Sequence[str],
+        clock: Callable[[], float] = time.perf_counter,
+        tenants: Iterable[Tenant] = (),
+    ) -> None:
+        """`tenants`: those that have counters of their own."""
         self.clock = clock
         self._families = _Families()
         self._moved = MovedBytes()
@@ -73,6 +81,7 @@ class ProxyMetrics:
         family = self._families.counter("baton:request_failures", "HTTP requests that failed.", (*_LABEL, "kind"))
         self.failed = {kind: family.labels(",".join(models), kind) for kind in FAILURE_KINDS}
         self._families.registry.register(EngineCollector(engine, models, self._moved))
+        self._families.registry.register(TenantCollector(tenants))
         self._reports = CollectorRegistry()
         self._reports.register(ReportCollector(engine, models))
 

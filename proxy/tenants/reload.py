@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from baton.node.errors import SettingsError
@@ -14,11 +14,12 @@ from baton.proxy.tenants.tenants import Tenants
 logger = logging.getLogger("proxy")
 
 
-def load_tenants(path: Path, models: Sequence[str]) -> Tenants:
-    """The tenants of a file; `models` are the names that are served. Raises SettingsError."""
+def load_tenants(path: Path, models: Sequence[str], divide: Callable[[int], int]) -> Tenants:
+    """The tenants of a file; `models` are the names that are served, `divide` makes this proxy's part of a limit.
+    Raises SettingsError."""
     rules = read_tenants(path)
     _warn_of_models(rules, models)
-    return Tenants(rules)
+    return Tenants(rules, divide=divide)
 
 
 def reload_tenants(tenants: Tenants, path: Path, models: Sequence[str]) -> None:

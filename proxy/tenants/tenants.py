@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from baton.node.tenant_rules import TenantRules
+from baton.proxy.tenants.usage import Usage
 
 ONLY = "default"
 """The tenant that all requests are of where no file names any."""
@@ -18,11 +20,12 @@ _NO_FLOOR = -(1 << 63)
 
 
 class Tenant:
-    """One tenant: what it may do."""
+    """One tenant: what it may do, and what it does."""
 
-    def __init__(self, name: str, rules: TenantRules, secret: bytes) -> None:
+    def __init__(self, name: str, rules: TenantRules, usage: Usage, secret: bytes) -> None:
         self.name = name
         self.rules = rules
+        self.usage = usage
         self._own_cache = hmac.digest(secret, b"cache of " + name.encode(), "sha256").hex() if secret else name
 
     @property
@@ -34,15 +37,32 @@ class Tenant:
 class Tenants:
     """All tenants, by their keys."""
 
-    def __init__(self, rules: Mapping[str, TenantRules], *, need_key: bool = True, secret: bytes = b"") -> None:
+    def __init__(
+        self,
+        rules: Mapping[str, TenantRules],
+        *,
+        need_key: bool = True,
+        secret: bytes = b"",
+        divide: Callable[[int], int] = lambda limit: limit,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         """`need_key`: a request without a key is of no tenant; else there is one tenant, and all requests are its.
-        `secret`: of all servers that share caches; without one, a tenant's name and a prompt tell the blocks' names."""
+        `secret`: of all servers that share caches; without one, a tenant's name and a prompt tell the blocks' names.
+        `divide`: this proxy's part of a limit that several proxies keep together."""
         assert need_key or len(rules) == 1, list(rules)
         self.need_key = need_key
         self._secret = secret
+        self._divide = divide
+        self._clock = clock
         self._by_name: dict[str, Tenant] = {}
         self._keys: list[tuple[bytes, Tenant]] = []
         self.replace(rules)
+
+    def __len__(self) -> int:
+        return len(self._by_name)
+
+    def __iter__(self) -> Iterator[Tenant]:
+        return iter(self._by_name.values())
 
     @classmethod
     def one(cls, keys: Sequence[str]) -> Tenants:
@@ -54,9 +74,10 @@ class Tenants:
     def replace(self, rules: Mapping[str, TenantRules]) -> None:
         """Let these be the tenants from now on. Requests of others that run already get to their end."""
         known = self._by_name
-        self._by_name = {name: known.get(name) or Tenant(name, each, self._secret) for name, each in rules.items()}
+        self._by_name = {name: known.get(name) or self._new(name, each) for name, each in rules.items()}
         for name, each in rules.items():
             self._by_name[name].rules = each
+            self._by_name[name].usage.limit(each)
         self._keys = [
             (bytes.fromhex(digest), tenant) for tenant in self._by_name.values() for digest in tenant.rules.keys_sha256
         ]
@@ -69,3 +90,6 @@ class Tenants:
         offered = hashlib.sha256(key).digest()
         equal = [hmac.compare_digest(offered, digest) for digest, _ in self._keys]
         return next((tenant for same, (_, tenant) in zip(equal, self._keys, strict=True) if same), None)
+
+    def _new(self, name: str, rules: TenantRules) -> Tenant:
+        return Tenant(name, rules, Usage(rules, self._divide, self._clock), self._secret)

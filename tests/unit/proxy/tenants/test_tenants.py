@@ -56,7 +56,7 @@ def test_a_reload_replaces_rules_and_keeps_tenants(tmp_path: Path, caplog: pytes
     """Guards against a tenant whose running requests are forgotten, and a removed key that still works."""
     file = tmp_path / "tenants.toml"
     write(file, "a", "b")
-    tenants = load_tenants(file, ("demo",))
+    tenants = load_tenants(file, ("demo",), int)
     a = tenants.of_key(b"a")
     write(file, "a", "c")
     caplog.set_level(logging.INFO)
@@ -70,13 +70,13 @@ def test_a_bad_file_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFix
     """Guards against a typing error that locks every client out; at the start it is an error."""
     file = tmp_path / "tenants.toml"
     write(file, "a")
-    tenants = load_tenants(file, ("demo",))
+    tenants = load_tenants(file, ("demo",), int)
     file.write_text("[b]\nadmin = true\n")
     reload_tenants(tenants, file, ("demo",))
     assert tenants.of_key(b"a") is not None
     assert "tenants_kept" in caplog.text and "keys_sha256" in caplog.text
     with pytest.raises(SettingsError, match="keys_sha256"):
-        load_tenants(file, ("demo",))
+        load_tenants(file, ("demo",), int)
 
 
 def test_models_that_are_not_served_are_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -84,5 +84,5 @@ def test_models_that_are_not_served_are_a_warning(tmp_path: Path, caplog: pytest
     file = tmp_path / "tenants.toml"
     write(file, "a")
     file.write_text(file.read_text() + 'models = ["demo", "dmeo"]\n')
-    load_tenants(file, ("demo",))
+    load_tenants(file, ("demo",), int)
     assert "tenant_model_unknown tenant=a model=dmeo" in caplog.text
