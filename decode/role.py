@@ -30,7 +30,7 @@ from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
 from baton.worker.pending_prefixes import PendingPrefixes, cacheable_names, work_left
 from baton.worker.prefix_loading import LoadedPrefix
-from baton.worker.sequence import Sequence, busy, cancel_matches, failed, transfer_failed
+from baton.worker.sequence import Sequence, busy, cancel_matches, failed, grammar_broken, transfer_failed
 from baton.worker.stats import PromptSpeed
 from baton.worker.stopping import finish_of, is_last
 
@@ -167,6 +167,8 @@ class DecodeRole:
         sequence.table.publish(sequence.token_ids, sequence.num_computed)
         sequence.append(event.token_id, event.logprob)
         self._run(sequence)
+        if sequence.broke_grammar:
+            self.end(sequence, grammar_broken(sequence.leg))
 
     def _on_receiver_ended(self, event: ReceiverEnded) -> None:
         self._parts.manager.end_quarantine(event.transfer_id)
@@ -232,7 +234,8 @@ class DecodeRole:
             pending.add(sequence)
         # A sequence that was preempted while a step drew its next token comes back after that token was read.
         for sequence in takewhile(lambda each: not each.num_pending, self._waiting):
-            if not (pending.awaited_by(sequence) or self._parts.prefixes.waits(sequence, now)):
+            waits = sequence.awaits_grammar or pending.awaited_by(sequence)
+            if not (waits or self._parts.prefixes.waits(sequence, now)):
                 ready.append(sequence)
                 pending.add(sequence)
         return ready
@@ -244,7 +247,7 @@ class DecodeRole:
         over = drawn and is_last(
             sequence.sampling, num_tokens - sequence.prompt_len, num_tokens, self._parts.max_model_len
         )
-        if over or self._parts.prefixes.loading(sequence.leg):
+        if over or sequence.awaits_grammar or self._parts.prefixes.loading(sequence.leg):
             num_tokens = sequence.num_launched
         return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks))
 
@@ -312,6 +315,9 @@ class DecodeRole:
             if token is None and not sequence.ends_with_prompt:
                 continue
             finish = self._append(sequence, token) if token is not None else "length"
+            if sequence.broke_grammar:
+                self.end(sequence, grammar_broken(sequence.leg))
+                continue
             stages = sequence.times.drew(began_at, now) if sequence.times.open else None
             bundles[sequence.link].append(sequence.unsent_tokens(finish, stages))
             if finish:

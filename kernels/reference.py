@@ -103,6 +103,12 @@ def keep_tokens(logits: torch.Tensor, token_ids: torch.Tensor) -> None:
     logits[token_ids] = kept
 
 
+def keep_masked(logits: torch.Tensor, mask: torch.Tensor) -> None:
+    """Drops the tokens of one row [V] whose bit is 0: token v is bit v % 32 of word v // 32; int32 [ceil(V / 32)]."""
+    bits = (mask[:, None] >> torch.arange(32, dtype=torch.int32)) & 1
+    logits.masked_fill_(bits.view(-1)[: len(logits)] == 0, NEGATIVE_INFINITY)
+
+
 def apply_penalties(
     logits: torch.Tensor,
     prompt_counts: torch.Tensor,

@@ -2,6 +2,8 @@
 
 A step is launched first and read later. As many as a runner's `run_ahead` may be launched before the first of them is
 read; the worker then does not know the token that a sequence continues with, and says so by a row without token ids.
+What a grammar allows depends on that token too: a step with masked draws computes its logits when it is launched, and
+draws when it is completed, which is after the step before it was read.
 """
 
 from __future__ import annotations
@@ -10,6 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+import numpy as np
+
+from baton.node.errors import InvariantBroken
 from baton.node.messages.control import Logprob, PromptLogprob, SamplingSpec
 
 
@@ -23,6 +28,11 @@ class Draw(NamedTuple):
     """The first so many of `history` are prompt."""
     num_generated: int
     """Tokens generated before this one."""
+
+    @property
+    def is_masked(self) -> bool:
+        """The tokens that may be drawn are named later, by `Launched.complete`."""
+        return self.sampling.grammar is not None
 
 
 class PromptTargets(NamedTuple):
@@ -76,7 +86,13 @@ class DeviceTime:
 
 
 class Launched(Protocol):
-    """A step that was launched."""
+    """A step that was launched. One with masked draws is open until `complete` was called: all steps before it are read
+    until then, and none is launched behind it."""
+
+    def complete(self, masks: np.ndarray) -> None:
+        """The tokens that masked rows may draw, in the order of these rows: int32 [rows, ceil(vocabulary / 32)], where
+        token v is bit v % 32 of word v // 32."""
+        ...
 
     def read(self) -> list[Drawn | None]:
         """One entry a row; waits until the step has ended. Once, and in the order of the launches."""
@@ -100,6 +116,9 @@ class Done:
     drawn: list[Drawn | None]
     device_time: DeviceTime | None = None
     prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
+
+    def complete(self, masks: np.ndarray) -> None:
+        raise InvariantBroken("the step has ended already")
 
     def read(self) -> list[Drawn | None]:
         return self.drawn

@@ -1,9 +1,9 @@
 """What each sampling parameter asks of a draw, for both devices: which rows need what, with which numbers. No torch.
 
-The order is vLLM's: log probabilities are taken from the raw logits; then allowed_token_ids, logit_bias, bad_words, the
-stop tokens that min_tokens forbids, and penalties edit them (what is forbidden stays so, whatever follows); then the
-argmax (temperature 0), or temperature, min_p, top_k, top_p and a draw by Gumbel-max. models.cpu.sampler carries it out
-with tensors, kernels.triton.sampling_rows from a table of numbers a slot.
+The order is vLLM's: log probabilities are taken from the raw logits; then allowed_token_ids or a grammar's mask,
+logit_bias, bad_words, the stop tokens that min_tokens forbids, and penalties edit them (what is forbidden stays so,
+whatever follows); then the argmax (temperature 0), or temperature, min_p, top_k, top_p and a draw by Gumbel-max.
+models.cpu.sampler carries it out with tensors, kernels.triton.sampling_rows from a table of numbers a slot.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ class DrawRules(NamedTuple):
     """Tokens of the vocabulary, each once."""
     allowed: tuple[int, ...]
     """Tokens of the vocabulary; empty: all."""
+    is_masked: bool
+    """A grammar names the tokens that may be drawn, at each draw anew."""
     bad_words: tuple[tuple[int, ...], ...]
     """Sequences of tokens of the vocabulary, whose last is not drawn after the others."""
     forbidden: tuple[int, ...]
@@ -61,7 +63,7 @@ class DrawRules(NamedTuple):
 
     def edits_logits(self, num_generated: int) -> bool:
         """Before the draw of the token that follows so many generated ones."""
-        always = self.bias or self.allowed or self.bad_words or self.is_penalised
+        always = self.is_masked or self.bias or self.allowed or self.bad_words or self.is_penalised
         return bool(always or (self.forbidden and num_generated < self.min_tokens))
 
     @property
@@ -84,9 +86,10 @@ def rules_of(sampling: SamplingSpec, vocab_size: int) -> DrawRules:
         seed=sampling.seed,
         bias=tuple(bias.items()),
         allowed=tuple(token for token in sampling.allowed_token_ids if token < vocab_size),
+        is_masked=sampling.grammar is not None,
         bad_words=tuple(word for word in sampling.bad_words if max(word) < vocab_size),
         forbidden=tuple(token for token in sampling.stop_token_ids if token < vocab_size)
-        if sampling.min_tokens
+        if sampling.min_tokens and sampling.grammar is None
         else (),
         min_tokens=sampling.min_tokens,
         repetition_penalty=sampling.repetition_penalty,

@@ -21,7 +21,7 @@ from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
 from baton.worker.pending_prefixes import PendingPrefixes, work_left
 from baton.worker.prefix_loading import LoadedPrefix
-from baton.worker.sequence import Sequence, cancel_matches, failed, transfer_failed
+from baton.worker.sequence import Sequence, cancel_matches, failed, grammar_broken, transfer_failed
 from baton.worker.stats import PromptSpeed
 from baton.worker.stopping import finish_of
 
@@ -166,7 +166,11 @@ class PrefillRole:
                     break  # no prompt overtakes one that waits for blocks
             started.append(index)
             pending.add(sequence)
-        ready = [index for index in started if not prefixes.loading(sequences[index].leg)]
+        ready = [
+            index
+            for index in started
+            if not (sequences[index].awaits_grammar or prefixes.loading(sequences[index].leg))
+        ]
         queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, 0.0) for s in sequences]
         chunks = plan(queue, ready, sizes.worker.max_num_batched_tokens, sizes.max_chunk_tokens, sizes.full_step_tokens)
         return [(sequences[chunk.prompt], chunk.length) for chunk in chunks]
@@ -235,6 +239,9 @@ class PrefillRole:
         logprob = token.logprobs[0] if token.logprobs else None
         num_blocks = len(sequence.table.blocks)
         sequence.append(token_id, logprob)
+        if sequence.broke_grammar:
+            self.end(sequence, grammar_broken(sequence.leg))
+            return
         finish = finish_of(
             token_id, sequence.sampling, sequence.num_generated, sequence.num_tokens, self._parts.max_model_len
         )

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 
 import msgspec
+import numpy as np
 
 from baton.decode.role import decode_loop
 from baton.decode.settings import DecodeSettings
@@ -24,6 +25,7 @@ from baton.kvtransfer.store.events import StoreEvent
 from baton.models.batch import DeviceTime, Drawn, Row
 from baton.node.counters import TransferCounters
 from baton.node.endpoint import identity_of
+from baton.node.errors import InvariantBroken
 from baton.node.membership import Membership
 from baton.node.messages.base import Message, Role
 from baton.node.messages.control import Bundle, Load, PromptLogprob, Register, Tokens
@@ -66,6 +68,9 @@ class SimStep:
     drawn: list[Drawn | None]
     device_time: DeviceTime | None = None
     prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
+
+    def complete(self, masks: np.ndarray) -> None:
+        raise InvariantBroken("simulated requests have no grammars")
 
     def read(self) -> list[Drawn | None]:
         self.runner.spend(self.seconds)

@@ -11,10 +11,13 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
+
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.models.batch import Drawn, Launched
 from baton.node.leg import LegKey
 from baton.node.messages.control import PromptLogprobs
+from baton.worker.constraint import Constraint
 from baton.worker.parts import Runner
 from baton.worker.sequence import Sequence
 
@@ -40,6 +43,8 @@ class InFlightStep:
     """Launched while another was in flight."""
     scored: bool = False
     """It has log probabilities of prompts."""
+    masked: list[Sequence] = field(default_factory=list)
+    """Sequences with masked draws, in the order of their rows, until their masks were given."""
     read_checksums: Callable[[], dict[int, bytes]] = dict
     """Called once, after the step was read: the checksums that were made with it, by block."""
     kept_blocks: list[list[int]] = field(default_factory=list)
@@ -69,20 +74,36 @@ class InFlightSteps:
 
     def launch(self, batch: Iterable[tuple[Sequence, int]]) -> InFlightStep:
         """Launch the next `length` tokens of each sequence, whose tables have blocks for them."""
-        rows, parts, scored = [], [], False
+        rows, parts, masked, scored = [], [], [], False
         for sequence, length in batch:
             row = sequence.row(length)
             first_scored = row.start + row.targets.offset + 1 if row.targets is not None else 0
             rows.append(row)
             parts.append(StepPart(sequence, length, sequence.preemption_epoch, first_scored))
             scored |= first_scored > 0
+            if row.draw is not None and row.draw.is_masked:
+                masked.append(sequence)
         began_at = self._clock()
-        step = InFlightStep(self._runner.launch(rows), parts, began_at, bool(self._steps), scored)
+        step = InFlightStep(self._runner.launch(rows), parts, began_at, bool(self._steps), scored, masked)
         self._steps.append(step)
         for part, row in zip(parts, rows, strict=True):
             part.sequence.num_launched += part.length
             part.sequence.num_pending += row.draw is not None
         return step
+
+    @property
+    def awaits_masks(self) -> bool:
+        """The newest step needs masks before it can be read, and before another is launched."""
+        return bool(self._steps) and bool(self._steps[-1].masked)
+
+    def complete(self, masks: Callable[[list[Constraint]], np.ndarray]) -> None:
+        """Give the step its masks, if it awaits some and all steps before it were read."""
+        if len(self._steps) == 1 and self.awaits_masks:
+            step = self._steps[0]
+            constraints = [each.constraint for each in step.masked if each.constraint is not None]
+            assert len(constraints) == len(step.masked), "a sequence drew before its grammar was compiled"
+            step.launched.complete(masks(constraints))
+            step.masked.clear()
 
     def read(self) -> tuple[InFlightStep, list[Drawn | None]]:
         """Wait for the oldest step and return what it drew, one entry a part."""

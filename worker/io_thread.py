@@ -22,6 +22,7 @@ from baton.node.line import Line
 from baton.node.membership import Change, Membership
 from baton.node.messages.base import Message
 from baton.node.messages.control import Cancel, Drain, KvReplay, Load, Prefill, Reserve
+from baton.worker.constraint import GrammarCompiled
 
 MAX_WAIT_S = 0.05
 STOP_TIMEOUT_S = 5.0
@@ -50,7 +51,7 @@ class IoThreadDied:
     error: BaseException
 
 
-Inbound = FromProxy | Terminated | IoThreadDied | Event | Change | StoreEvent
+Inbound = FromProxy | Terminated | IoThreadDied | GrammarCompiled | Event | Change | StoreEvent
 Command = Callable[[TransferExchange, float], None]
 
 

@@ -22,6 +22,7 @@ from baton.node.leg import LegKey
 from baton.node.membership import HEARTBEAT_S, Joined, JoinRefused, ProxyLost
 from baton.node.messages.control import Busy, Cancel, Cancelled, DispatchBody, Drain, Failed, Load, Prefill, Reserve
 from baton.node.telemetry import log_event
+from baton.worker.constraint import GrammarCompiled
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied, Terminated
 from baton.worker.parts import Parts
@@ -197,6 +198,8 @@ class Loop:
             case StoreFound() | StoreLoaded() | StoreWritten():
                 if (loaded := self._parts.prefixes.on_event(event, self._clock())) is not None:
                     self.role.on_event(loaded)
+            case GrammarCompiled():
+                self._on_grammar(event)
             case ProxyLost(link):
                 log_event(self._logger, "proxy_lost", link=link)
                 self._end_those(lambda sequence: sequence.link == link, "this worker lost its proxy", retryable=True)
@@ -220,6 +223,7 @@ class Loop:
             parts, now = self._parts, self._clock()
             sequence = Sequence.of(message, link, at, now, parts.manager, parts.layout.block_tokens)
             self._expire_at = min(self._expire_at, sequence.deadline)
+            self._constrain(sequence)
             answer = self.role.accept(sequence, message)
         if answer is not None:
             self._parts.io.send(link, answer)
@@ -240,6 +244,20 @@ class Loop:
             return busy(leg, "queue is full")
         return None
 
+    def _constrain(self, sequence: Sequence) -> None:
+        """Give a sequence with a grammar its constraint, or have the grammar compiled."""
+        grammar = sequence.sampling.grammar
+        if grammar is not None and (constraint := self._parts.grammars.compile(grammar)) is not None:
+            sequence.constrain(constraint)
+
+    def _on_grammar(self, event: GrammarCompiled) -> None:
+        waiting = [each for each in self.role.sequences.values() if each.awaits_grammar]
+        for sequence in [each for each in waiting if each.sampling.grammar == event.grammar]:
+            if event.error:
+                self.role.end(sequence, failed(sequence.leg, f"grammar: {event.error}", retryable=False))
+            else:
+                self._constrain(sequence)
+
     def _expire(self, now: float) -> None:
         self._end_those(lambda sequence: now >= sequence.deadline, "deadline", retryable=False)
         self._expire_at = min((each.deadline for each in self.role.sequences.values()), default=float("inf"))
@@ -257,9 +275,11 @@ class Loop:
         if before == run_ahead > 0 and self._clock() < role.launch_at:
             return False
         changed = role.launch()
-        if steps and (len(steps) == before or len(steps) > run_ahead):
+        steps.complete(self._parts.grammars.masks)
+        while steps and (len(steps) == before or len(steps) > run_ahead or steps.awaits_masks):
             role.take_in(*steps.read())
-            return True
+            steps.complete(self._parts.grammars.masks)
+            changed, before = True, -1
         return changed
 
     # -- load

@@ -10,12 +10,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.models.batch import Launched, Row
 from baton.node.counters import TransferCounters
+from baton.node.errors import InvariantBroken
 from baton.node.messages.base import Message
-from baton.node.messages.control import Load
+from baton.node.messages.control import Grammar, Load
+from baton.worker.constraint import Constraint
 from baton.worker.io_thread import Command, Inbound
 from baton.worker.prefix_loading import PrefixLoader
 
@@ -62,6 +66,27 @@ class NoChecksums:
 NO_CHECKSUMS: StepChecksums = NoChecksums()
 
 
+class Grammars(Protocol):
+    """See worker.grammars."""
+
+    def compile(self, grammar: Grammar) -> Constraint | None: ...
+
+    def masks(self, constraints: Sequence[Constraint]) -> np.ndarray: ...
+
+
+class NoGrammars:
+    """Where no request has a grammar."""
+
+    def compile(self, grammar: Grammar) -> Constraint | None:
+        raise InvariantBroken("a request with a grammar, where none is compiled")
+
+    def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
+        raise InvariantBroken("masks, where no grammar is compiled")
+
+
+NO_GRAMMARS: Grammars = NoGrammars()
+
+
 class WorkerIo(Protocol):
     """What a loop needs of the I/O thread; see worker.io_thread.IoThread."""
 
@@ -95,4 +120,5 @@ class Parts:
     io: WorkerIo
     prefixes: PrefixLoader
     checksums: StepChecksums = NO_CHECKSUMS
+    grammars: Grammars = NO_GRAMMARS
     clock: Callable[[], float] = time.monotonic

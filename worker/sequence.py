@@ -28,6 +28,7 @@ from baton.node.messages.control import (
     Stages,
     Tokens,
 )
+from baton.worker.constraint import Constraint
 from baton.worker.stats import StageTimes
 
 
@@ -70,6 +71,8 @@ class Sequence:
     """Of the tokens that were not sent yet."""
     incoming: Incoming | None = None
     """The transfer that fills its blocks, until it has ended."""
+    constraint: Constraint | None = None
+    """Of a sequence with a grammar, once that is compiled."""
 
     @classmethod
     def of(
@@ -162,8 +165,25 @@ class Sequence:
         """The prompt is computed and nothing is to be drawn."""
         return not self.draws and self.num_computed == len(self.token_ids)
 
+    @property
+    def awaits_grammar(self) -> bool:
+        """It draws nothing before its grammar is compiled."""
+        return self.constraint is None and self.sampling.grammar is not None
+
+    @property
+    def broke_grammar(self) -> bool:
+        """A token was drawn that its grammar does not allow: a peer's library is another, or a mask was lost."""
+        return self.constraint is not None and self.constraint.is_broken
+
+    def constrain(self, constraint: Constraint) -> None:
+        """Its grammar is compiled; what was generated so far counts."""
+        constraint.advance(self.token_ids[self.prompt_len :])
+        self.constraint = constraint
+
     def append(self, token_id: int, logprob: Logprob | None) -> None:
         self.token_ids.append(token_id)
+        if self.constraint is not None:
+            self.constraint.advance((token_id,))
         if logprob is not None:
             self.logprobs.append(logprob)
 
@@ -208,6 +228,10 @@ def transfer_failed(leg: LegKey, reason: str) -> Failed:
     """The KV of this leg did not come from prefill to decode."""
     reason = f"transfer: {reason}"
     return Failed(request_id=leg.request_id, attempt=leg.attempt, reason=reason, retryable=True, transfer=True)
+
+
+def grammar_broken(leg: LegKey) -> Failed:
+    return failed(leg, "a token was drawn that the grammar does not allow", retryable=True)
 
 
 def busy(leg: LegKey, reason: str) -> Busy:

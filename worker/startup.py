@@ -33,6 +33,7 @@ from baton.node.settings import require_loopback
 from baton.node.sockets import new_context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import KvPool, load_model
+from baton.worker.grammars import Grammars
 from baton.worker.io_thread import IoThread
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
@@ -53,8 +54,10 @@ class StartedWorker:
     pool: KvPool
     store: Store
     io: IoThread
+    grammars: Grammars
 
     def close(self) -> None:
+        self.grammars.close()
         self.store.close()
         self.io.stop()
         self.pool.close()
@@ -128,6 +131,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         address=endpoint.address,
         namespace=namespace.hex()[:12],
     )
+    grammars = Grammars(folder / "tokenizer.json", model.config.vocab_size, io.inbox.put)
     manager = BlockManager(num_blocks, events.journal("gpu"))
     parts = Parts(
         runner=model.runner,
@@ -137,8 +141,9 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         io=io,
         prefixes=PrefixLoader(store, manager, layout, always=settings.store_loads == "always"),
         checksums=model.checksums,
+        grammars=grammars,
     )
-    return StartedWorker(parts, model.pool, store, io)
+    return StartedWorker(parts, model.pool, store, io, grammars)
 
 
 def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, config: ModelConfig) -> bytes:

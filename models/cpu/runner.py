@@ -9,9 +9,10 @@ Keeps no state between steps beyond the pool's contents: what a sequence is, the
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from baton.models.batch import Done, Drawn, Launched, Row
@@ -23,6 +24,7 @@ from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.messages.control import PromptLogprob
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -75,21 +77,16 @@ class ModelRunner:
         self._attention = PagedAttention(self.config, pool)
 
     def launch(self, rows: Sequence[Row]) -> Launched:
-        """As models.batch.Runner says; the step has ended when this returns."""
-        result: list[Drawn | None] = [None] * len(rows)
+        """As models.batch.Runner says; a step without masked draws has ended when this returns."""
         if not rows:
-            return Done(result)
+            return Done([])
         with torch.inference_mode():
             step, hidden = self._forward(rows)
             num_drawn = len(step.drawn_rows)
             logits = self._decoder.logits(hidden[:num_drawn])
-            drawing = [rows[index] for index in step.drawn_rows]
-            draws = [row.draw for row in drawing if row.draw is not None]
-            drawn = draw_tokens(logits, draws, [row.start + len(row.token_ids) for row in drawing]) if draws else []
             scored = score_prompts(hidden[num_drawn:], self._decoder.logits, step.scored) if step.scored else {}
-        for index, entry in zip(step.drawn_rows, drawn, strict=True):
-            result[index] = entry
-        return Done(result, prompt_logprobs=scored)
+        opened = OpenStep(rows, step.drawn_rows, logits, scored)
+        return opened if opened.masked_rows else opened.draw({})
 
     def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
         """Computes the rows' tokens and draws what they ask for; one entry a row."""
@@ -114,3 +111,44 @@ class ModelRunner:
                 )
         step = lay_out(rows, attention.shape, self.config.sliding_window, self.kv_dtype)
         return step, self._decoder(attention, step)
+
+
+class OpenStep:
+    """A step up to its logits, float32 [drawn rows, vocab]."""
+
+    device_time = None
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        drawn_rows: Sequence[int],
+        logits: torch.Tensor,
+        prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]],
+    ) -> None:
+        self.prompt_logprobs = prompt_logprobs
+        self._rows = rows
+        self._drawn_rows = drawn_rows
+        self._logits = logits
+        self.masked_rows = [i for i, row in enumerate(rows) if row.draw is not None and row.draw.is_masked]
+        self._ended: Done | None = None
+
+    def complete(self, masks: np.ndarray) -> None:
+        self._ended = self.draw(dict(zip(self.masked_rows, masks, strict=True)))
+
+    def read(self) -> list[Drawn | None]:
+        if self._ended is None:
+            raise InvariantBroken("a step with masked draws was not completed")
+        return self._ended.read()
+
+    def draw(self, masks: Mapping[int, np.ndarray]) -> Done:
+        """The step with its tokens; masks: of the masked rows."""
+        result: list[Drawn | None] = [None] * len(self._rows)
+        drawing = [self._rows[index] for index in self._drawn_rows]
+        draws = [row.draw for row in drawing if row.draw is not None]
+        positions = [row.start + len(row.token_ids) for row in drawing]
+        with torch.inference_mode():
+            ordered = [masks[index] for index in self._drawn_rows if index in masks]
+            drawn = draw_tokens(self._logits, draws, positions, ordered) if draws else []
+        for index, entry in zip(self._drawn_rows, drawn, strict=True):
+            result[index] = entry
+        return Done(result, prompt_logprobs=self.prompt_logprobs)

@@ -17,11 +17,17 @@ from baton.models.sampling_rules import DrawRules, rules_of
 from baton.node.messages.control import Logprob
 
 
-def draw_tokens(logits: torch.Tensor, draws: Sequence[Draw], positions: Sequence[int]) -> list[Drawn]:
-    """One token a row; float32 logits [len(draws), vocab], which may be overwritten; positions of the new tokens."""
+def draw_tokens(
+    logits: torch.Tensor, draws: Sequence[Draw], positions: Sequence[int], masks: Sequence[np.ndarray] = ()
+) -> list[Drawn]:
+    """One token a row; float32 logits [len(draws), vocab], which may be overwritten; positions of the new tokens;
+    masks: of the masked draws, in order, as models.batch.Launched has them."""
     rules = [rules_of(draw.sampling, logits.shape[-1]) for draw in draws]
     num_tops = {row: each.num_top for row, each in enumerate(rules) if each.num_top is not None}
     raw = logits[list(num_tops)].log_softmax(-1) if num_tops else None
+    masked = [row for row, draw in enumerate(draws) if draw.is_masked]
+    for row, mask in zip(masked, masks, strict=True):
+        kernels.keep_masked(logits[row], torch.from_numpy(mask))
     edited = [row for row, each in enumerate(rules) if each.edits_logits(draws[row].num_generated)]
     if edited:
         logits[edited] = _edit(logits[edited], [rules[row] for row in edited], [draws[row] for row in edited])

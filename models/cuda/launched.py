@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from baton.kernels.triton.logprobs import MOST, LogprobRows
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows
 from baton.models.batch import DeviceTime, Drawn
 from baton.models.cuda.queue import Queue, QueueMark
+from baton.node.errors import InvariantBroken
 from baton.node.messages.control import Logprob, PromptLogprob
 
 NUM_TOP = MOST.value
@@ -105,29 +107,42 @@ class StepMarks:
         return DeviceTime(self.ended.since(self.begun), self.begun.since(self.before))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class LaunchedStep:
     """A step on its way; its result is there once its end has passed."""
 
-    marks: StepMarks
+    marks: StepMarks | None
+    """None: it waits for masks."""
     result: StepResult
     drawing: list[int]
     num_tops: list[int | None]
     num_rows: int
     give_back: Callable[[StepResult], None]
+    draw_masked: Callable[[np.ndarray], StepMarks]
     scored: tuple[ScoredPart, ...] = ()
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
     """Filled by `read`."""
 
     @property
     def device_time(self) -> DeviceTime | None:
-        return self.marks.device_time
+        return self._ended.device_time
+
+    def complete(self, masks: np.ndarray) -> None:
+        if self.marks is not None:
+            raise InvariantBroken("a step without masked draws, or one that has its masks")
+        self.marks = self.draw_masked(masks)
 
     def read(self) -> list[Drawn | None]:
-        self.marks.ended.wait()
+        self._ended.ended.wait()
         drawn: list[Drawn | None] = [None] * self.num_rows
         for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
             drawn[index] = entry
         self.prompt_logprobs.update({part.row: self.result.scores(part) for part in self.scored})
         self.give_back(self.result)
         return drawn
+
+    @property
+    def _ended(self) -> StepMarks:
+        if self.marks is None:
+            raise InvariantBroken("a step with masked draws was not completed")
+        return self.marks

@@ -162,14 +162,24 @@ class CudaRunner:
         decode = [index for index, row in enumerate(rows) if decodes(row)]
         chunks = [index for index, row in enumerate(rows) if not decodes(row)]
         drawing = decode + [index for index in chunks if rows[index].draw is not None]
+        masked = [row.slot for row in rows if row.draw is not None and row.draw.is_masked]
+        draws = Draws(self.queue, deferred=bool(masked))
         result = self._results.pop()
         self._begin(rows)
-        begun = self._launch_both([rows[index] for index in decode], [rows[index] for index in chunks], result)
+        begun = self._launch_both([rows[index] for index in decode], [rows[index] for index in chunks], result, draws)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
-        before, self._last = self._last or begun, self.queue.mark()
-        marks = StepMarks(before, begun, self._last)
+        before = self._last or begun
         scored = _scored_parts(rows, chunks)
-        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, scored)
+
+        def end(masks: np.ndarray | None) -> StepMarks:
+            if masks is not None:
+                self._sampler.set_masks(masked, masks)
+                draws.enqueue()
+            self._last = self.queue.mark()
+            return StepMarks(before, begun, self._last)
+
+        marks = None if masked else end(None)
+        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, end, scored)
 
     @property
     def score_bytes(self) -> int:
@@ -179,7 +189,7 @@ class CudaRunner:
     def logits(self, rows: Sequence[Row]) -> torch.Tensor:
         """Of parts of prompts, [rows that draw, vocab], valid until the next step: for tests; waits."""
         result = self._results[-1]
-        self._launch_chunks(rows, result, 0)
+        self._launch_chunks(rows, result, 0, Draws(self.queue, deferred=False))
         self.queue.mark().wait()
         return self._decoder.last_logits(sum(row.draw is not None for row in rows))
 
@@ -192,37 +202,44 @@ class CudaRunner:
                 self._sampler.set_row(row.slot, row.draw)
         self._sampler.flush()
 
-    def _launch_both(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult) -> QueueMark:
+    def _launch_both(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, draws: Draws) -> QueueMark:
         """Of either kind there may be none. Returns the step's begin on the device."""
         new = sum(row.num_new for row in chunks)
         padded = self._bind().graphs.size_for(len(decode)) if decode else 0
         scores = any(row.targets is not None for row in chunks)
         if decode and not scores and new >= self._limits.mixed_tokens and padded + new <= self._most_tokens:
-            return self._launch_mixed(decode, chunks, result, padded)
+            return self._launch_mixed(decode, chunks, result, padded, draws)
         begun = []
         if decode:
-            begun.append(self._launch_decode(decode, result))
+            begun.append(self._launch_decode(decode, result, draws, keep_logits=draws.deferred and bool(chunks)))
         if chunks:
-            begun.append(self._launch_chunks(chunks, result, len(decode)))
+            begun.append(self._launch_chunks(chunks, result, len(decode), draws))
         return begun[0]
 
-    def _launch_decode(self, rows: Sequence[Row], result: StepResult) -> QueueMark:
-        """Returns its begin on the device."""
+    def _launch_decode(self, rows: Sequence[Row], result: StepResult, draws: Draws, *, keep_logits: bool) -> QueueMark:
+        """Returns its begin on the device. `keep_logits`: another launch writes its own before these rows draw."""
         bound, count = self._bind(), len(rows)
         graph = bound.graphs.graph_for(count, max(row.start for row in rows) + 1)
         header, places, blocks = bound.upload.send((self._header(rows), *bound.slots.changes(rows)))
         edited = bound.edited.graph_for(count, 1) if any(self._sampler.edits(row.slot) for row in rows) else None
         finish = self._finish(rows, header[:count], result, 0)
+        kept: list[torch.Tensor] = []
 
-        def work() -> None:
+        def forward() -> None:
             set_entries(bound.slots.tables.view(-1), places, blocks)
             graph()
-            if edited is not None:  # the graph drew as if a temperature were all
+            if keep_logits:
+                kept.append(self._decoder.last_logits(count).clone())
+
+        def choose() -> None:
+            if kept:
+                self._draw(kept[0], header[:count], bound.inputs.lengths[:count], edited=True)
+            elif edited is not None:  # the graph drew as if a temperature were all
                 edited()
-            finish(self._decoder.last_logits(count))
+            finish(kept[0] if kept else self._decoder.last_logits(count))
 
         begun = self.queue.mark()
-        self.queue.enqueue(work)
+        draws.launch(forward, choose)
         return begun
 
     def _header(self, rows: Sequence[Row]) -> np.ndarray:
@@ -287,7 +304,7 @@ class CudaRunner:
 
         return finish
 
-    def _launch_chunks(self, rows: Sequence[Row], result: StepResult, first: int) -> QueueMark:
+    def _launch_chunks(self, rows: Sequence[Row], result: StepResult, first: int, draws: Draws) -> QueueMark:
         """Computes parts of prompts, and draws what they ask for to the places of `result` from `first` on. Returns its
         begin on the device."""
         bound = self._bind()
@@ -308,18 +325,19 @@ class CudaRunner:
         edited = any(self._sampler.edits(row.slot) for row in drawing)
         finish = self._finish(drawing, slots, result, first)
 
-        def work() -> None:
-            prefill()
+        def choose() -> None:
             if drawing:
                 logits = self._decoder.last_logits(len(drawing))
                 self._draw(logits, slots, new_positions, edited)
                 finish(logits)
 
         begun = self.queue.mark()
-        self.queue.enqueue(work)
+        draws.launch(prefill, choose)
         return begun
 
-    def _launch_mixed(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, padded: int) -> QueueMark:
+    def _launch_mixed(
+        self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, padded: int, draws: Draws
+    ) -> QueueMark:
         """One pass for rows that decode, padded as in their graph, and parts of prompts behind them."""
         bound = self._bind()
         longest = bound.graphs.length_for(max(row.start for row in decode) + 1)
@@ -342,19 +360,21 @@ class CudaRunner:
             of_rows(layer, query[:padded], out[:padded])
             of_chunks(layer, query[padded:], out[padded:])
 
-        def work() -> None:
+        def forward() -> None:
             set_entries(bound.slots.tables.view(-1), places, blocks)
             self._gather(inputs, plan)
             pairs = (inputs.tokens, tokens), (inputs.positions, positions), (inputs.kv_slots, kv_slots)
             for pair, joined in zip(pairs, both, strict=True):
                 torch.cat(pair, out=joined)
             self._decoder.prefill(both[0], both[1], both[2], attend, last)
+
+        def choose() -> None:
             logits = self._decoder.last_logits(len(drawing))
             self._draw(logits, slots, new_positions, edited)
             finish(logits)
 
         begun = self.queue.mark()
-        self.queue.enqueue(work)
+        draws.launch(forward, choose)
         return begun
 
     def _prefill_body(self, sent: Sequence[torch.Tensor]) -> Work:
@@ -431,6 +451,28 @@ class CudaRunner:
         if self._bound is None:
             raise InvariantBroken("no pool is bound")
         return self._bound
+
+
+class Draws:
+    """The draws of one step: enqueued behind what they draw from or, where masks come later, all at its end."""
+
+    def __init__(self, queue: Queue, *, deferred: bool) -> None:
+        self.deferred = deferred
+        self._queue = queue
+        self._waiting: list[Work] = []
+
+    def launch(self, forward: Work, choose: Work) -> None:
+        def both() -> None:
+            forward()
+            choose()
+
+        self._queue.enqueue(forward if self.deferred else both)
+        if self.deferred:
+            self._waiting.append(choose)
+
+    def enqueue(self) -> None:
+        for choose in self._waiting:
+            self._queue.enqueue(choose)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from baton.kernels.triton.sampling_filter import FilterScratch, thresholds
 from baton.kernels.triton.sampling_rows import Prepared, SlotTables, draw_prepared, prepare
 from baton.kernels.triton.step_inputs import set_entries
 from baton.models.batch import Draw, Row
-from baton.models.cuda.queue import Queue, Upload, copy_async
+from baton.models.cuda.queue import ALIGNED, Queue, Upload, copy_async
 from baton.models.sampling_rules import DrawRules, rules_of
 
 
@@ -78,6 +78,7 @@ class SlotSampler:
         self._row_seeds = torch.zeros(max_rows, 1, dtype=torch.int64, device=device)
         self._scratch = SamplingScratch.make(max_rows, vocab_size, device)
         self._upload = Upload(queue, 2 * num_slots * columns.COLUMNS.value)
+        self._masks: Upload | None = None
         self._changed: dict[int, np.ndarray] = {}
         self._edited: set[int] = set()  # slots that need more than a temperature
         self._logprobs: dict[int, int] = {}  # likeliest tokens to name, by slot
@@ -113,6 +114,18 @@ class SlotSampler:
         sent_places, sent = self._upload.send((places, np.stack(list(self._changed.values()))))
         self._queue.enqueue(lambda: set_entries(self._tables.table.view(-1), sent_places, sent))
         self._changed.clear()
+
+    def set_masks(self, slots: Sequence[int], masks: np.ndarray) -> None:
+        """Enqueue the masks that the next draw of these slots keeps; as models.batch.Launched has them."""
+        if self._masks is None:  # few servers have any
+            num_slots, words = self._tables.masks.shape
+            self._masks = Upload(self._queue, num_slots * (words + ALIGNED))
+        sent_slots, sent = self._masks.send((np.array(slots, dtype=np.int32), masks))
+
+        def work() -> None:
+            self._tables.masks.index_copy_(0, sent_slots.long(), sent.view(masks.shape))
+
+        self._queue.enqueue(work)
 
     def edits(self, slot: int) -> bool:
         """Whether the slot's row needs draw_edited."""
@@ -186,7 +199,7 @@ def _entry(rules: DrawRules, prompt_len: int) -> np.ndarray:
     line[columns.NUM_STOPS.value] = len(rules.forbidden)
     line[columns.PREPARED.value] = rules.needs_more_than_temperature
     line[columns.PENALISED.value] = rules.is_penalised
-    line[columns.MASKED.value] = bool(rules.allowed)
+    line[columns.MASKED.value] = bool(rules.allowed) or rules.is_masked
     line[columns.NUM_BAD_WORDS.value] = len(rules.bad_words)
     line[columns.NUM_TOP.value] = -1 if rules.num_top is None else rules.num_top
     return line

@@ -42,6 +42,7 @@ MAX_ALLOWED_TOKENS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 128, 32
 MAX_PROMPT_LOGPROBS = 1024
 """Entries in one message."""
+MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 MAX_PRIORITY = (1 << 63) - 1
 """Some clients send times as priorities."""
@@ -50,6 +51,21 @@ MAX_PRIORITY = (1 << 63) - 1
 
 
 BadWord = Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=MAX_BAD_WORD_TOKENS)]
+
+
+class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """The language that generated text must belong to, in llguidance's dialect of Lark.
+
+    It holds from the first generated token on, or behind the reasoning of a model that reasons: `opened_by` says that
+    reasoning is there if the first token opens it, an empty `opened_by` beside `begins_after` that it is in any case.
+    """
+
+    text: Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
+    end_ids: Annotated[tuple[TokenId, ...], Meta(min_length=1, max_length=128)]
+    """The model's end tokens, which may follow where the text is complete."""
+    begins_after: Annotated[tuple[TokenId, ...], Meta(max_length=8)] = ()
+    """Reasoning ends with the first of these; empty: there is no reasoning."""
+    opened_by: Annotated[tuple[TokenId, ...], Meta(max_length=8)] = ()
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -80,6 +96,9 @@ class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     """Most likely tokens beside the log probability of each token of the prompt; None: no log probabilities of it."""
     stop_token_ids: Annotated[tuple[TokenId, ...], Meta(max_length=128)] = ()
     """Includes the model's end tokens unless the client sets ignore_eos; suppressed until min_tokens."""
+    grammar: Grammar | None = None
+    """Only tokens that continue a text of this language are drawn; it also says where the text may end, not
+    min_tokens."""
 
 
 class Logprob(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_like=True):

@@ -16,7 +16,7 @@ from baton.node.counters import TransferCounters
 from baton.node.messages.base import Message
 from baton.node.messages.control import DispatchBody, Load, Reserve, SamplingSpec
 from baton.worker.io_thread import Command, FromProxy
-from baton.worker.parts import NO_CHECKSUMS, Parts, StepChecksums
+from baton.worker.parts import NO_CHECKSUMS, NO_GRAMMARS, Grammars, Parts, StepChecksums
 from baton.worker.prefix_loading import PrefixLoader
 from baton.worker.sequence import Sequence as WorkerSequence
 
@@ -91,9 +91,10 @@ def parts_of(
     store: Store = NO_STORE,
     always_load: bool = False,
     checksums: StepChecksums = NO_CHECKSUMS,
+    grammars: Grammars = NO_GRAMMARS,
 ) -> Parts:
     prefixes = PrefixLoader(store, manager, LAYOUT, always=always_load)
-    return Parts(runner, manager, LAYOUT, max_model_len, io, prefixes, checksums, clock)
+    return Parts(runner, manager, LAYOUT, max_model_len, io, prefixes, checksums, grammars, clock)
 
 
 class ManualStep:

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.runner import CudaRunner
-from baton.node.messages.control import SamplingSpec
+from baton.node.messages.control import Grammar, SamplingSpec
+
+GRAMMAR = Grammar(text="start: /.*/", end_ids=(0,))
+"""Marks masked draws; `mask_after` stands in for what it allows."""
+
+
+def mask_after(known: list[int], vocab_size: int) -> np.ndarray:
+    """A third of the tokens, by what came before; int32 words."""
+    bits = np.zeros(-(-vocab_size // 32) * 32, dtype=np.uint8)
+    bits[(sum(known) % 3) : vocab_size : 3] = 1
+    return np.packbits(bits, bitorder="little").view("<u4").view(np.int32)
 
 
 class Ahead:
@@ -38,7 +50,14 @@ class Ahead:
                 drawing.append(slot)
             rows.append(Row(known[start:end], start, self.tables[slot], draw, slot))
             self.computed[slot] = end
-        self.in_flight.append((self.late.launch(rows), drawing))
+        launched = self.late.launch(rows)
+        masked = [row.slot for row in rows if row.draw is not None and row.draw.is_masked]
+        while masked and self.in_flight:
+            self.read()
+        if masked:
+            vocab_size = self.late.config.vocab_size
+            launched.complete(np.stack([mask_after(self.known[slot], vocab_size) for slot in masked]))
+        self.in_flight.append((launched, drawing))
         if len(self.in_flight) > self.late.run_ahead:
             self.read()
 
@@ -59,7 +78,10 @@ def one_after_the_other(plain: ModelRunner, prompt: list[int], blocks: list[int]
     sampling = SamplingSpec(**({"max_tokens": 99, "temperature": 0.0} | params))
     for _ in range(count):
         draw = Draw(sampling, known, len(prompt), len(known) - len(prompt))
-        drawn = plain.step([Row(known[row_start:], row_start, blocks, draw)])[0]
+        launched = plain.launch([Row(known[row_start:], row_start, blocks, draw)])
+        if draw.is_masked:
+            launched.complete(mask_after(known, plain.config.vocab_size)[None])
+        drawn = launched.read()[0]
         assert drawn is not None
         row_start = len(known)
         known.append(drawn.token_ids[0])

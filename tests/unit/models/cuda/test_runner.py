@@ -15,7 +15,7 @@ from baton.models.weights import load_weights
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
-from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, mask_after, one_after_the_other
 
 BLOCK = 16
 
@@ -119,6 +119,47 @@ def test_bad_words_know_tokens_that_the_host_has_not_read(make_model, run_ahead)
         for slots in ([0, 1], [0], [1, 0], [0], [0]):
             run.launch(slots)
         assert run.generated(0) == wanted
+
+
+@pytest.mark.parametrize("mixed_tokens", [1, 64], ids=["one pass", "two launches"])
+def test_masked_rows_draw_what_their_masks_allow(make_model, mixed_tokens):
+    """Guards against a mask of another row or step, free rows that change beside masked ones, and decode rows that
+    draw from the logits of the prompts launched behind them."""
+    folder = make_model("llama", num_hidden_layers=1, vocab_size=144).folder
+    late, plain = make(folder, max_rows=3, mixed_tokens=mixed_tokens)
+    masked = {"grammar": GRAMMAR, "temperature": 0.9, "seed": 11, "repetition_penalty": 1.2}
+    run = Ahead(late)
+    run.start(0, PROMPTS[0], TABLES[0], grammar=GRAMMAR)
+    run.start(1, PROMPTS[1], TABLES[1], temperature=1.1, seed=5)
+    for slots in ([0, 1], [0, 1], [1], [0, 1]):
+        run.launch(slots)
+    run.start(2, PROMPTS[2], TABLES[2], **masked)
+    run.launch([0, 1, 2], chunk=3)
+    run.launch([1, 2, 0], chunk=3)
+    for slots in ([2, 0, 1], [2], [0, 1]):
+        run.launch(slots)
+    found = {slot: run.generated(slot) for slot in (0, 1, 2)}
+    assert [len(found[slot]) for slot in (0, 1, 2)] == [7, 8, 3]
+    assert found[0] == one_after_the_other(plain, PROMPTS[0], TABLES[0], 7, grammar=GRAMMAR)
+    assert found[1] == one_after_the_other(plain, PROMPTS[1], TABLES[1], 8, temperature=1.1, seed=5)
+    assert found[2] == one_after_the_other(plain, PROMPTS[2], TABLES[2], 3, **masked)
+    known = list(PROMPTS[0])
+    for token_id in found[0]:
+        assert token_id % 3 == sum(known) % 3
+        known.append(token_id)
+
+
+def test_a_step_with_masked_draws_waits_for_its_masks(make_model):
+    """Guards against a worker that reads tokens which no grammar has seen, on either device."""
+    folder = make_model("llama", num_hidden_layers=1, vocab_size=144).folder
+    for runner in make(folder):
+        draw = Draw(SamplingSpec(max_tokens=9, grammar=GRAMMAR), PROMPTS[1], 2, 0)
+        step = runner.launch([Row(PROMPTS[1], 0, TABLES[1], draw)])
+        with pytest.raises(InvariantBroken, match="not completed"):
+            step.read()
+        free = runner.launch([Row(PROMPTS[1], 0, TABLES[1], draw._replace(sampling=SamplingSpec(max_tokens=9)), 1)])
+        with pytest.raises(InvariantBroken):
+            free.complete(mask_after(PROMPTS[1], 144)[None])
 
 
 @pytest.mark.parametrize("spare_layers", [0, 1])

@@ -1,0 +1,127 @@
+"""worker.grammars and worker.constraint with the demo model's tokenizer: compiled off the loop, masks, phases."""
+
+from __future__ import annotations
+
+import json
+import queue
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tokenizers import Tokenizer
+
+import baton
+from baton.node.messages.control import Grammar
+from baton.worker.constraint import Constraint, GrammarCompiled
+from baton.worker.grammars import Grammars
+
+TOKENIZER = Path(baton.__file__).parent / "models" / "demo" / "tokenizer.json"
+VOCAB, END = 4096, 1
+SCHEMA = {
+    "type": "object",
+    "properties": {"n": {"type": "integer"}, "s": {"type": "string", "maxLength": 4}},
+    "required": ["n", "s"],
+    "additionalProperties": False,
+}
+OBJECT = Grammar(text=f"start: %json {json.dumps(SCHEMA)}", end_ids=(END,))
+THINK, ANSWER = 17, 23
+"""Tokens that stand for the markers of reasoning."""
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.events: queue.SimpleQueue[GrammarCompiled] = queue.SimpleQueue()
+        self.grammars = Grammars(TOKENIZER, VOCAB, self.events.put)
+
+    def constraint(self, grammar: Grammar) -> Constraint:
+        found = self.grammars.compile(grammar)
+        if found is None:
+            assert self.events.get(timeout=60) == GrammarCompiled(grammar)
+            found = self.grammars.compile(grammar)
+        assert found is not None
+        return found
+
+    def allowed(self, *constraints: Constraint) -> list[set[int]]:
+        bits = np.unpackbits(self.grammars.masks(constraints).view(np.uint8), axis=1, bitorder="little")
+        return [set(np.flatnonzero(row[:VOCAB]).tolist()) for row in bits]
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+def test_any_walk_through_the_masks_is_valid_json(bench: Bench) -> None:
+    """Guards the order of bits, the end token, and masks of several sequences in one call."""
+    draws = random.Random(3)
+    texts: list[list[int]] = [[] for _ in range(6)]
+    constraints = {number: bench.constraint(OBJECT) for number in range(6)}
+    for _ in range(200):
+        for (number, constraint), allowed in zip(
+            list(constraints.items()), bench.allowed(*constraints.values()), strict=True
+        ):
+            token = END if END in allowed else draws.choice(sorted(allowed))
+            constraint.advance((token,))
+            assert not constraint.is_broken
+            if token == END:
+                del constraints[number]
+            else:
+                texts[number].append(token)
+        if not constraints:
+            break
+    tokenizer = Tokenizer.from_file(str(TOKENIZER))
+    for number in set(range(6)) - set(constraints):
+        value = json.loads(tokenizer.decode(texts[number]))
+        assert set(value) == {"n", "s"} and isinstance(value["n"], int) and len(value["s"]) <= 4
+    assert len(constraints) < 6
+
+
+def test_a_grammar_is_compiled_once_and_each_sequence_has_its_own_state(bench: Bench) -> None:
+    """Guards against two sequences of one schema that advance one matcher."""
+    first, second = bench.constraint(OBJECT), bench.constraint(OBJECT)
+    before = bench.allowed(second)
+    first.advance((min(before[0]),))
+    assert bench.allowed(second) == before and bench.allowed(first) != before
+
+
+def test_a_grammar_that_cannot_be_compiled_says_why(bench: Bench) -> None:
+    """Guards the request: it fails with the library's words, and the thread lives on."""
+    bad = Grammar(text='start: %json {"type": "nonsense"}', end_ids=(END,))
+    assert bench.grammars.compile(bad) is None
+    event = bench.events.get(timeout=60)
+    assert event.grammar == bad and "nonsense" in event.error
+    assert bench.constraint(OBJECT) is not None
+
+
+def test_a_token_that_is_not_allowed_breaks_the_constraint(bench: Bench) -> None:
+    """Guards against a peer of another library version: its token must not be taken for part of the answer."""
+    constraint = bench.constraint(OBJECT)
+    wrong = min(set(range(VOCAB)) - bench.allowed(constraint)[0])
+    constraint.advance((wrong,))
+    assert constraint.is_broken
+    assert bench.allowed(constraint) == [set(range(VOCAB))]  # what is drawn of it is dropped
+
+
+@pytest.mark.parametrize("opened_by", [(), (THINK,)])
+def test_reasoning_is_free_and_the_grammar_begins_behind_it(bench: Bench, opened_by: tuple[int, ...]) -> None:
+    """Guards against a grammar that swallows the reasoning, and one that never begins."""
+    plain = bench.allowed(bench.constraint(OBJECT))[0]
+    grammar = Grammar(text=OBJECT.text, end_ids=(END,), begins_after=(ANSWER,), opened_by=opened_by)
+    constraint = bench.constraint(grammar)
+    assert bench.allowed(constraint)[0] == (plain | {THINK} if opened_by else set(range(VOCAB)))
+    constraint.advance((THINK, 400, 500))
+    assert bench.allowed(constraint)[0] == set(range(VOCAB))
+    constraint.advance((ANSWER,))
+    assert bench.allowed(constraint)[0] == plain
+    constraint.advance((THINK,))
+    assert constraint.is_broken == (THINK not in plain)
+
+
+def test_reasoning_that_may_be_left_out_is_over_with_the_first_other_token(bench: Bench) -> None:
+    grammar = Grammar(text=OBJECT.text, end_ids=(END,), begins_after=(ANSWER,), opened_by=(THINK,))
+    plain, skipping = bench.constraint(OBJECT), bench.constraint(grammar)
+    first = min(bench.allowed(plain)[0])
+    for each in (plain, skipping):
+        each.advance((first,))
+    assert bench.allowed(plain) == bench.allowed(skipping)

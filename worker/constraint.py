@@ -1,0 +1,66 @@
+"""What a grammar allows next in one sequence. Knows the library only by the interface of its matcher.
+
+A constraint is a function of a grammar's text and of the tokens generated so far, and holds nothing else: so a
+hand-over moves nothing of it, a preempted sequence keeps it, and another attempt builds it anew from the tokens it is
+sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from baton.node.messages.control import Grammar
+
+
+class Matcher(Protocol):
+    """A compiled grammar after some tokens: llguidance.LLMatcher."""
+
+    def consume_token(self, token_id: int) -> bool:
+        """Take a token in; False if it is not allowed here, and all behind it."""
+        ...
+
+    def is_stopped(self) -> bool:
+        """Whether the text has ended."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class GrammarCompiled:
+    """A grammar can be used now, or `error` says why it never can."""
+
+    grammar: Grammar
+    error: str = ""
+
+
+class Constraint:
+    """Which tokens may come next in one sequence, after those that `advance` was given."""
+
+    def __init__(self, grammar: Grammar, matcher: Matcher) -> None:
+        self.is_broken = False
+        """A token was drawn that the grammar does not allow here."""
+        self._grammar = grammar
+        self._matcher = matcher
+        self._reasoning = bool(grammar.begins_after) and not grammar.opened_by
+        self._may_reason = bool(grammar.begins_after and grammar.opened_by)  # the next token decides
+
+    def advance(self, token_ids: Sequence[int]) -> None:
+        for token_id in token_ids:
+            if self._reasoning:
+                self._reasoning = token_id not in self._grammar.begins_after
+            elif self._may_reason and token_id in self._grammar.opened_by:
+                self._reasoning, self._may_reason = True, False
+            else:
+                self._may_reason = False
+                self.is_broken |= not self._matcher.consume_token(token_id)
+
+    @property
+    def matcher(self) -> Matcher | None:
+        """What makes the next mask; None where every token may come: in reasoning, or behind the end."""
+        return None if self._reasoning or self.is_broken or self._matcher.is_stopped() else self._matcher
+
+    @property
+    def also(self) -> tuple[int, ...]:
+        """Tokens that may come next besides those of the grammar."""
+        return self._grammar.opened_by if self._may_reason else ()
