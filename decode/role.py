@@ -143,6 +143,9 @@ class DecodeRole:
         if answer is not None:
             self._parts.io.send(sequence.link, answer)
 
+    def proxy_lost(self, link: str) -> None:
+        """All that is held for a proxy is in the sequences."""
+
     def on_event(self, event: SenderEnded | KvArrived | ReceiverEnded | LoadedPrefix) -> None:
         match event:
             case KvArrived():

@@ -3,14 +3,18 @@
 A worker registers with every configured proxy and retransmits until it is answered; then it sends four heartbeats a
 second. One that is refused registers again, after longer and longer pauses: the workers that it does not fit may leave.
 A proxy that is silent for the session lease is lost: its requests are dropped, and the worker registers again, since
-the proxy may have restarted. A Ping of a new incarnation, or a Rejoin, has the same effect at once.
+the proxy may have restarted. A Ping of a new incarnation, or a Rejoin, has the same effect at once; so has a Ping that
+shows that messages of the proxy were lost (link_counts.py).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from msgspec.structs import replace
+
+from baton.node.link_counts import LinkCounts
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Goodbye,
@@ -43,6 +47,8 @@ class _Proxy:
     """After the next refusal."""
     draining_sent: bool = False
     """A heartbeat has said that this worker drains."""
+    joins: int = 0
+    counts: LinkCounts = field(default_factory=LinkCounts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +81,8 @@ class Membership:
     """Decides what a worker sends to each proxy to join, stay in and leave the cluster.
 
     `links` are the endpoint's names of the links to the proxies. Each heartbeat carries `draining` and `store`; the
-    first that says `draining` is due at once.
+    first that says `draining` is due at once. Every message of a proxy passes `on_message`, and what is sent to one
+    passes `count_sent`, in their order.
     """
 
     def __init__(self, register: Register | RegisterStore, links: Sequence[str], now: float) -> None:
@@ -101,16 +108,31 @@ class Membership:
         """Every message renews the proxy's lease; Registered, Refused, Ping and Rejoin change the membership."""
         proxy = self._proxies[link]
         proxy.last_message_at = now
+        changes = self._on_message(proxy, message, now)
+        proxy.counts.received += 1
+        return changes
+
+    def count_sent(self, link: str) -> None:
+        """A message is sent over this link, to a proxy or a peer."""
+        if (proxy := self._proxies.get(link)) is not None:
+            proxy.counts.sent += 1
+
+    def _on_message(self, proxy: _Proxy, message: Message, now: float) -> list[Change]:
+        link = proxy.link
         match message:
             case Registered():
                 lost = self._lost_if_restarted(proxy, message.incarnation)
                 joined = proxy.incarnation != message.incarnation
                 proxy.incarnation = message.incarnation
+                if joined:
+                    proxy.counts.join(message.sent)
                 proxy.refused_until, proxy.pause_s = float("-inf"), REFUSED_PAUSE_S[0]
                 return [*lost, *([Joined(link)] if joined else [])]
             case Refused() if proxy.incarnation is None and now >= proxy.refused_until:
                 return [self._pause(proxy, message.reason, now)]
             case Ping() if proxy.incarnation not in (None, message.incarnation):
+                return self._register_again(proxy, now)
+            case Ping() if proxy.counts.lost(message.sent) and proxy.incarnation is not None:
                 return self._register_again(proxy, now)
             case Rejoin() if proxy.incarnation is not None:
                 return self._register_again(proxy, now)
@@ -124,14 +146,14 @@ class Membership:
         changes: list[Change] = []
         for proxy in self._proxies.values():
             if proxy.incarnation is not None and now - proxy.last_message_at > PROXY_LEASE_S:
-                proxy.incarnation = None
-                changes.append(ProxyLost(proxy.link))
+                changes += self._register_again(proxy, now)
             is_joined = proxy.incarnation is not None
             hurries = self.draining and is_joined and not proxy.draining_sent
             if now >= proxy.next_at or hurries:
                 proxy.next_at = now + HEARTBEAT_S
                 proxy.draining_sent = self.draining and is_joined
-                due.append((proxy.link, self._heartbeat(load, load_age_s, kv_seq) if is_joined else self._register))
+                beat = self._heartbeat(load, load_age_s, kv_seq, proxy) if is_joined else self._registration(proxy)
+                due.append((proxy.link, beat))
         return due, changes
 
     def goodbyes(self) -> list[tuple[str, Message]]:
@@ -153,12 +175,16 @@ class Membership:
     def _register_again(self, proxy: _Proxy, now: float) -> list[Change]:
         proxy.incarnation = None
         proxy.next_at = now
+        proxy.joins += 1
         return [ProxyLost(proxy.link)]
 
     def _lost_if_restarted(self, proxy: _Proxy, incarnation: int) -> list[Change]:
         return [ProxyLost(proxy.link)] if proxy.incarnation not in (None, incarnation) else []
 
-    def _heartbeat(self, load: Load, load_age_s: float, kv_seq: int) -> Heartbeat:
+    def _registration(self, proxy: _Proxy) -> Message:
+        return replace(self._register, joins=proxy.joins, sent=proxy.counts.sent)
+
+    def _heartbeat(self, load: Load, load_age_s: float, kv_seq: int, proxy: _Proxy) -> Heartbeat:
         return Heartbeat(
             worker=self._register.worker,
             incarnation=self._register.incarnation,
@@ -167,4 +193,5 @@ class Membership:
             draining=self.draining,
             kv_seq=kv_seq,
             store=self.store,
+            sent=proxy.counts.sent,
         )

@@ -83,6 +83,11 @@ class PrefillRole:
                 sending.awaited = False
                 self._cancel_sender(leg, "cancelled")
 
+    def proxy_lost(self, link: str) -> None:
+        for leg, sending in self._sending.items():
+            if sending.awaited and sending.link == link:
+                self._cancel_sender(leg, "this worker lost its proxy")
+
     def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
         self._drop(sequence, answer)
         if not sequence.draws:

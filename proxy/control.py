@@ -10,8 +10,10 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Protocol
 
+from baton.node.link_counts import LinkCounts
 from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
@@ -65,6 +67,15 @@ class ControlSocket(Protocol):
     def close(self) -> None: ...
 
 
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """Of a member."""
+
+    joins: int
+    """Of its Register: another one is of a worker that has dropped its requests since."""
+    counts: LinkCounts
+
+
 class ControlPlane:
     """Drives the control socket from the event loop: membership, heartbeats, block events, messages about requests."""
 
@@ -80,6 +91,7 @@ class ControlPlane:
     ) -> None:
         self.rejected = 0
         self._socket = socket
+        self._links: dict[str, _Link] = {}  # by identity of those that are members
         self._cluster = cluster
         self._feed = feed
         self._on_message = on_message
@@ -107,13 +119,18 @@ class ControlPlane:
 
     def send(self, identity: str, message: Message) -> bool:
         """False if the worker cannot be reached, which also ends its membership."""
-        sent = self._socket.send(identity, message)
+        sent = self._put(identity, message)
         self._receive_soon()  # sending may consume the edge-triggered event for messages to read
         if not sent:
             self._lose(identity, "connection is gone")
         return sent
 
     # -- inside
+
+    def _put(self, identity: str, message: Message) -> bool:
+        if (link := self._links.get(identity)) is not None:
+            link.counts.sent += 1
+        return self._socket.send(identity, message)
 
     def _receive_soon(self) -> None:
         if not self._receive_due:
@@ -131,6 +148,8 @@ class ControlPlane:
         now = self._clock()
         for identity, message in inbound:
             self._route(identity, message, now)
+            if (link := self._links.get(identity)) is not None:
+                link.counts.received += 1
         return bool(inbound)
 
     async def _heartbeat(self) -> None:
@@ -140,7 +159,8 @@ class ControlPlane:
                 self._cluster.excuse(self._clock())
             last_beat_at = self._clock()
             for identity in self._cluster.identities():
-                self.send(identity, Ping(proxy=self._socket.identity, incarnation=self._incarnation))
+                sent = self._links[identity].counts.sent
+                self.send(identity, Ping(proxy=self._socket.identity, incarnation=self._incarnation, sent=sent))
             self._feed.tidy(self._clock())
             self._lose_overdue()
             await asyncio.sleep(HEARTBEAT_S / 2)
@@ -177,6 +197,8 @@ class ControlPlane:
                 self.rejected += 1
 
     def _on_register(self, identity: str, message: Register | RegisterStore, now: float) -> None:
+        if (link := self._links.get(identity)) is not None and link.joins != message.joins:
+            self._lose(identity, "it registers again")
         known = self._cluster.knows(identity)
         if isinstance(message, Register):
             role: str = message.role
@@ -188,12 +210,19 @@ class ControlPlane:
             self._socket.send(identity, Refused(reason=reason))
             return
         self._feed.join(identity)
-        self._socket.send(identity, Registered(proxy=self._socket.identity, incarnation=self._incarnation))
+        if not known:
+            self._links[identity] = _Link(message.joins, LinkCounts())
+            self._links[identity].counts.join(message.sent)
+        sent = self._links[identity].counts.sent
+        answer = Registered(proxy=self._socket.identity, incarnation=self._incarnation, sent=sent)
+        self._put(identity, answer)
         if not known:
             log_event(logger, "worker_joined", worker=identity, role=role)
             self._on_change()
 
     def _on_heartbeat(self, identity: str, message: Heartbeat, now: float) -> None:
+        if (link := self._links.get(identity)) is not None and (lost := link.counts.lost(message.sent)):
+            self._lose(identity, f"{lost} of its messages were lost")
         if self._cluster.beat(identity, message, now):
             self._answer(identity, self._feed.on_beat(identity, message.kv_seq, message.store, now))
             self._on_change()
@@ -202,7 +231,7 @@ class ControlPlane:
 
     def _answer(self, identity: str, message: Message | None) -> None:
         if message is not None:
-            self._socket.send(identity, message)
+            self._put(identity, message)
 
     def _lose(self, identity: str, reason: str) -> None:
         if self._cluster.lose(identity):
@@ -210,5 +239,6 @@ class ControlPlane:
             self._on_gone(identity, reason)
 
     def _on_gone(self, identity: str, reason: str) -> None:
+        del self._links[identity]
         self._feed.leave(identity)
         self._on_lost(identity, reason)

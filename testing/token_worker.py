@@ -77,7 +77,7 @@ class TokenWorker:
                 self._step()
             self._beat(now)
         for link, goodbye in self._membership.goodbyes():
-            self._endpoint.send(link, goodbye)
+            self._send(link, goodbye)
         self._endpoint.linger()
 
     def _on_message(self, link: str, message: Message) -> None:
@@ -89,7 +89,11 @@ class TokenWorker:
                 self._sequences[leg] = _Sequence(link, leg, message.body.sampling.max_tokens, num_sent)
             case Cancel():
                 self._sequences.pop(LegKey(message.request_id, message.attempt), None)
-                self._endpoint.send(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
+                self._send(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
+
+    def _send(self, link: str, message: Message) -> None:
+        self._endpoint.send(link, message)
+        self._membership.count_sent(link)
 
     def _step(self) -> None:
         self._num_steps += 1
@@ -100,7 +104,7 @@ class TokenWorker:
             if tokens.finish:
                 del self._sequences[sequence.leg]
         for link, each in bundles.items():
-            self._endpoint.send(link, Bundle(tokens=tuple(each)))
+            self._send(link, Bundle(tokens=tuple(each)))
 
     def _beat(self, now: float) -> None:
         if now < self._membership.wake_at:
@@ -110,7 +114,7 @@ class TokenWorker:
         messages, changes = self._membership.on_timer(now, load)
         self._on_changes(changes)
         for link, message in messages:
-            self._endpoint.send(link, message)
+            self._send(link, message)
 
     def _on_changes(self, changes: list[Change]) -> None:
         for lost in [change.link for change in changes if isinstance(change, ProxyLost)]:

@@ -143,7 +143,7 @@ class IoThread:
             while not self._stopping.is_set():
                 self.turn()
             for link, message in [*self._outbox, *self._membership.goodbyes()]:
-                self._endpoint.send(link, message)
+                self._send(link, message)
             self._endpoint.linger()
         except BaseException as error:  # the worker's loop raises it
             self.inbox.put(IoThreadDied(error))
@@ -157,7 +157,7 @@ class IoThread:
         inbound = self._endpoint.receive(wait_s, also=self._exchange.sockets)
         now = self._clock()
         while self._outbox:  # clients wait for these; what follows may read whole chunks for their digests
-            self._endpoint.send(*self._outbox[0])
+            self._send(*self._outbox[0])
             self._outbox.popleft()  # only now: `yield_gil` looks whether there is more to do
         while self._todo:
             self._todo[0](self._exchange, now)
@@ -173,7 +173,11 @@ class IoThread:
         for change in changes:
             self.inbox.put(change)
         for link, message in messages:
-            self._endpoint.send(link, message)
+            self._send(link, message)
+
+    def _send(self, link: str, message: Message) -> None:
+        self._endpoint.send(link, message)
+        self._membership.count_sent(link)
 
     @property
     def wake_at(self) -> float:
@@ -193,7 +197,7 @@ class IoThread:
             self.inbox.put(FromProxy(peer, message, now))
         elif isinstance(message, KvReplay):
             for answer in self._kv_events.replay(message.seq):
-                self._endpoint.send(peer, answer)
+                self._send(peer, answer)
 
     def _flush_kv_events(self, now: float) -> None:
         """Send new KV events to the proxies, which ask again for what is lost."""
@@ -202,7 +206,7 @@ class IoThread:
         self._flush_at = now + FLUSH_EVERY_S
         for batch in self._kv_events.flush():
             for link in self._membership.joined:
-                self._endpoint.send(link, batch)
+                self._send(link, batch)
 
     def _publish_events(self) -> None:
         for event in self._exchange.events:

@@ -79,6 +79,10 @@ class WorkerRole(Protocol):
         """Remove a sequence in whatever state, send its answer and give its blocks back."""
         ...
 
+    def proxy_lost(self, link: str) -> None:
+        """The proxy at that link awaits nothing more: end what is held for it beside its sequences, which have ended."""
+        ...
+
     def on_event(self, event: SenderEnded | KvArrived | ReceiverEnded | LoadedPrefix) -> None:
         """A transfer or a load has ended."""
         ...
@@ -203,6 +207,7 @@ class Loop:
             case ProxyLost(link):
                 log_event(self._logger, "proxy_lost", link=link)
                 self._end_those(lambda sequence: sequence.link == link, "this worker lost its proxy", retryable=True)
+                self.role.proxy_lost(link)
             case Joined(link):
                 log_event(self._logger, "joined", link=link)
             case JoinRefused(link, reason, pause_s):

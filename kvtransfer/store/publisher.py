@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
 from baton.node.line import Line
 from baton.node.membership import JoinRefused, Membership
+from baton.node.messages.base import Message
 from baton.node.messages.control import KvReplay, Load, RegisterStore
 from baton.node.telemetry import log_event
 
@@ -45,20 +46,24 @@ class EventPublisher:
                     log_event(logger, "join_refused", level=logging.WARNING, link=link, reason=change.reason)
             if isinstance(message, KvReplay):
                 for answer in self._log.replay(message.seq):
-                    self._line.send(link, answer)
+                    self._send(link, answer)
         if now >= self._flush_at:
             self._flush_at = now + FLUSH_EVERY_S
             for batch in self._log.flush():
                 for link in self._membership.joined:
-                    self._line.send(link, batch)
+                    self._send(link, batch)
         if now >= self._membership.wake_at:
             messages, _ = self._membership.on_timer(now, Load(counters=counters()), kv_seq=self._log.seq)
             for link, message in messages:
-                self._line.send(link, message)
+                self._send(link, message)
 
     def close(self) -> None:
         """Say goodbye."""
         for link, message in self._membership.goodbyes():
-            self._line.send(link, message)
+            self._send(link, message)
         self._line.linger()
         self._line.close()
+
+    def _send(self, link: str, message: Message) -> None:
+        self._line.send(link, message)
+        self._membership.count_sent(link)

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 
 MAX_BODY_BYTES = 8 << 20
 MAX_TOKENS = 1 << 20

@@ -178,11 +178,16 @@ class Register(Message, tag="Register", kw_only=True):
     max_model_len: Annotated[int, Meta(ge=1, le=1 << 24)]
     address: Text
     """Address at which peers connect to this worker's endpoint."""
+    joins: Count = 0
+    """How often this worker has begun to join this proxy: another number says that it has dropped what it had."""
+    sent: Count = 0
+    """Messages to this proxy before this one (link_counts.py); so in the messages below."""
 
 
 class Registered(Message, tag="Registered", kw_only=True):
     proxy: Name
     incarnation: Count
+    sent: Count = 0
 
 
 class Refused(Message, tag="Refused", kw_only=True):
@@ -202,6 +207,7 @@ class Heartbeat(Message, tag="Heartbeat", kw_only=True):
     """Number of the last KvEvents sent."""
     store: Annotated[str, Meta(max_length=96)] = ""
     """Identity of the host's store that this worker is attached to; empty: none."""
+    sent: Count = 0
 
 
 class Goodbye(Message, tag="Goodbye", kw_only=True):
@@ -216,6 +222,7 @@ class Ping(Message, tag="Ping", kw_only=True):
 
     proxy: Name
     incarnation: Count
+    sent: Count = 0
 
 
 class Rejoin(Message, tag="Rejoin", kw_only=True):
@@ -246,6 +253,8 @@ class RegisterStore(Message, tag="RegisterStore", kw_only=True):
     version: Small = PROTOCOL_VERSION
     worker: Name
     incarnation: Count
+    joins: Count = 0
+    sent: Count = 0
 
 
 class KvEvents(Message, tag="KvEvents", kw_only=True):

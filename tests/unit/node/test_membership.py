@@ -130,3 +130,32 @@ def test_each_proxy_hears_at_once_that_the_worker_drains() -> None:
     assert _due(membership, 0.02) == []
     membership.on_message("b", Registered(proxy="proxy-1", incarnation=8), 0.03)
     assert [link for link, _ in membership.on_timer(0.03, Load())[0]] == ["b"]
+
+
+def test_a_lost_message_of_the_proxy_begins_anew() -> None:
+    """Guards a request whose dispatch was lost: neither end would ever speak of it again."""
+    membership = _joined()
+    for sent in (1, 2):
+        assert membership.on_message("a", Ping(proxy="proxy", incarnation=7, sent=sent), 0.1) == []
+    assert membership.on_message("a", Ping(proxy="proxy", incarnation=7, sent=4), 0.2) == [ProxyLost("a")]
+    ((_, register),), _ = membership.on_timer(0.2, Load())
+    assert isinstance(register, Register) and register.joins == 1
+    assert membership.on_message("a", Registered(proxy="proxy", incarnation=7, sent=5), 0.3) == [Joined("a")]
+    assert membership.on_message("a", Ping(proxy="proxy", incarnation=7, sent=6), 0.4) == []
+
+
+def test_retransmitted_registrations_are_one() -> None:
+    """Guards the requests of a worker whose registration is answered twice."""
+    membership = Membership(REGISTER, ("a",), 0.0)
+    registers = [membership.on_timer(turn * HEARTBEAT_S, Load())[0][0][1] for turn in range(2)]
+    assert [each.joins for each in registers if isinstance(each, Register)] == [0, 0]
+
+
+def test_messages_are_counted_for_their_link() -> None:
+    """Guards the other direction: what a worker has sent to this proxy, and to no other peer."""
+    membership = _joined()
+    membership.count_sent("a")
+    membership.count_sent("a")
+    membership.count_sent("p/1")
+    ((_, beat),), _ = membership.on_timer(HEARTBEAT_S, Load())
+    assert isinstance(beat, Heartbeat) and beat.sent == 2

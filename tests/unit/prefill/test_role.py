@@ -224,6 +224,19 @@ def test_a_proxy_cancels_only_its_own_requests(num_turns: int) -> None:
     assert bench.io.exchange.calls[len(calls) :][0][:2] == ("cancel_sender", LEG)
 
 
+def test_a_lost_proxy_ends_transfers_that_were_never_granted() -> None:
+    """Guards blocks that are leased for a decode worker that never heard of the request: only the deadline would end
+    that."""
+    bench = Bench()
+    bench.prefill("a", 6)
+    bench.run()
+    calls = len(bench.io.exchange.calls)
+    bench.deliver(ProxyLost("proxy 2"))
+    assert len(bench.io.exchange.calls) == calls
+    bench.deliver(ProxyLost("proxy"))
+    assert [call[:2] for call in bench.io.exchange.calls[calls:]] == [("cancel_sender", LEG)]
+
+
 @AHEAD
 @pytest.mark.parametrize("event", ["transfer failed", "cancel", "proxy lost"])
 @pytest.mark.parametrize("when", ["computing", "handed to the io"])

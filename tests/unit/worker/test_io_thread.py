@@ -278,3 +278,20 @@ def test_yield_gil_returns_when_thread_is_dead_or_timed_out() -> None:
     assert not bench.line.sent, "the thread is stuck in a send"
     bench.line.gate.set()
     bench.io.stop()
+
+
+def test_every_message_to_a_proxy_is_counted(bench: Bench) -> None:
+    """Guards against a loss that is noticed where there was none, and one that is not: a heartbeat says how many
+    messages went before it."""
+    before = len(bench.line.sent)
+    bench.now_s = 1.0
+    bench.turn()
+    (first,) = bench.sent(Heartbeat)
+    bench.events.journal("gpu").stored(b"h" * 32)
+    bench.io.send("proxy", CANCEL, CANCEL)
+    bench.turn(("proxy", KvReplay(seq=1)))
+    bench.now_s = 2.0
+    bench.turn()
+    second = bench.sent(Heartbeat)[1]
+    between = [message for _, message in bench.line.sent[before:]]
+    assert second.sent - first.sent == between.index(second) - between.index(first)

@@ -67,6 +67,9 @@ class RecordingRole:
         if answer is not None:
             self._io.send(sequence.link, answer)
 
+    def proxy_lost(self, link: str) -> None:
+        self.events.append(ProxyLost(link))
+
     def on_event(self, event: Any) -> None:
         self.events.append(event)
 
@@ -207,7 +210,7 @@ def test_a_lost_proxy_ends_only_its_own_requests(bench: Bench) -> None:
     bench.give(reserve("a", link="proxy 1"), reserve("b", link="proxy 2"), ProxyLost("proxy 1"))
     ((name, answer),) = bench.role.ended
     assert name == "a" and isinstance(answer, Failed) and answer.retryable
-    assert list(bench.role.sequences) == [LegKey("b", 0)]
+    assert list(bench.role.sequences) == [LegKey("b", 0)] and bench.role.events == [ProxyLost("proxy 1")]
 
 
 def test_a_refused_worker_says_why_and_goes_on(bench: Bench, caplog: pytest.LogCaptureFixture) -> None:

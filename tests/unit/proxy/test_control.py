@@ -1,0 +1,123 @@
+"""The proxy's control plane: a member whose messages were lost, or that begins anew, is lost with all its requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from baton.node.messages.base import Message
+from baton.node.messages.control import Cancelled, Heartbeat, Load, Register, Registered, Rejoin
+from baton.proxy.control import ControlPlane
+from baton.proxy.routing.cluster import ClusterState
+from baton.proxy.routing.kvfeed import KvFeed
+from baton.proxy.routing.kvindex import KvIndex
+
+WORKER = "d/1"
+
+
+class ScriptedSocket:
+    """Brings what a test gives it, and keeps what is sent."""
+
+    identity = "proxy/1"
+    address = "inproc://proxy"
+
+    def __init__(self) -> None:
+        self.inbound: list[tuple[str, Message]] = []
+        self.sent: list[Message] = []
+
+    def fileno(self) -> int:
+        raise AssertionError("the control plane was not started")
+
+    def receive(self, timeout_s: float) -> list[tuple[str, Message]]:
+        inbound, self.inbound = self.inbound, []
+        return inbound
+
+    def send(self, peer: str, message: Message) -> bool:
+        self.sent.append(message)
+        return True
+
+    def close(self) -> None: ...
+
+
+class Bench:
+    """A control plane with one worker, which counts the messages that it sends."""
+
+    def __init__(self) -> None:
+        self.socket = ScriptedSocket()
+        self.lost: list[str] = []
+        self.plane = ControlPlane(
+            self.socket,
+            ClusterState(30.0, ["m"]),
+            KvFeed(KvIndex(100)),
+            on_message=lambda worker, message: None,
+            on_lost=lambda worker, reason: self.lost.append(reason),
+            on_change=lambda: None,
+            clock=lambda: 0.0,
+        )
+        self.num_sent = 0
+
+    def hear(self, message: Message, *, arrives: bool = True) -> None:
+        self.num_sent += 1
+        if arrives:
+            self.socket.inbound.append((WORKER, message))
+            self.plane._read()
+
+    def register(self, joins: int = 0) -> None:
+        self.hear(
+            Register(
+                worker="d",
+                incarnation=1,
+                role="decode",
+                model="m",
+                namespace=b"n" * 32,
+                block_tokens=4,
+                total_blocks=100,
+                max_num_seqs=2,
+                max_model_len=64,
+                address="tcp://127.0.0.1:1",
+                joins=joins,
+                sent=self.num_sent,
+            )
+        )
+
+    def beat(self) -> None:
+        self.hear(Heartbeat(worker="d", incarnation=1, load=Load(), sent=self.num_sent))
+
+
+@pytest.fixture
+def bench() -> Iterator[Bench]:
+    bench = Bench()
+    bench.register()
+    yield bench
+
+
+def test_a_worker_whose_message_was_lost_is_lost(bench: Bench) -> None:
+    """Guards a request whose last token did not arrive: it would wait for its deadline."""
+    bench.beat()
+    bench.hear(Cancelled(request_id="a", attempt=0))
+    bench.beat()
+    assert not bench.lost
+    bench.hear(Cancelled(request_id="b", attempt=0), arrives=False)
+    bench.beat()
+    assert bench.lost == ["1 of its messages were lost"]
+    assert isinstance(bench.socket.sent[-1], Rejoin)
+    bench.register(joins=1)
+    bench.beat()
+    assert len(bench.lost) == 1 and isinstance(bench.socket.sent[-1], Registered)
+
+
+def test_a_worker_that_registers_anew_has_dropped_its_requests(bench: Bench) -> None:
+    """Guards a request that a worker never heard of, or dropped when it heard nothing of this proxy for a while."""
+    bench.beat()
+    bench.register(joins=1)
+    assert bench.lost == ["it registers again"]
+    bench.beat()
+    assert len(bench.lost) == 1
+
+
+def test_a_registration_that_is_repeated_changes_nothing(bench: Bench) -> None:
+    """Guards the requests of a worker whose first answer was late."""
+    bench.register()
+    bench.beat()
+    assert not bench.lost
