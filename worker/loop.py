@@ -80,7 +80,7 @@ class WorkerRole(Protocol):
         ...
 
     def proxy_lost(self, link: str) -> None:
-        """The proxy at that link awaits nothing more: end what is held for it beside its sequences, which have ended."""
+        """The proxy at that link awaits nothing more; its sequences have ended."""
         ...
 
     def on_event(self, event: SenderEnded | KvArrived | ReceiverEnded | LoadedPrefix) -> None:

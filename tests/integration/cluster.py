@@ -26,6 +26,7 @@ import httpx
 from baton.launch import cluster as launch
 from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
+from baton.testing.relay_board import RelayBoard
 
 ROOT = Path(__file__).resolve().parents[2]
 _WORKER_LINE = re.compile(
@@ -95,6 +96,8 @@ class Cluster:
     api_key: str = ""
     """The one that the proxy asks for; empty: none."""
     log_folder: Path | None = None
+    relays: RelayBoard | None = None
+    """What all links lead through; None: links are direct."""
     nodes: launch.Cluster = field(init=False)
 
     def __post_init__(self) -> None:
@@ -115,6 +118,8 @@ class Cluster:
         )
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.nodes = launch.Cluster(settings, log_folder=self.log_folder, edit=self._for_tests, environ=environ)
+        if self.relays is not None:
+            self.relays.name_ports(self.nodes.ports)
 
     @property
     def url(self) -> str:
@@ -250,7 +255,11 @@ class Cluster:
         ]
 
     def _for_tests(self, spec: ChildSpec) -> ChildSpec:
-        """Replace a worker by one for tests where the test asks for it; other nodes are unchanged."""
+        """Replace a node by one for tests where the test asks for it."""
+        spec = self._worker_for_tests(spec)
+        return spec if self.relays is None else self.relays.route(spec)
+
+    def _worker_for_tests(self, spec: ChildSpec) -> ChildSpec:
         program, _, _, _, *arguments = spec.argv  # python -P -m baton.ROLE ...
         if spec.group == "prefill" and self.cut_off_file is not None:
             cut_off = (program, "-P", "-m", "baton.testing.cut_off_worker", str(self.cut_off_file))
