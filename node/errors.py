@@ -2,7 +2,7 @@
 
 BatonError
 ├── BadRequest        the client's fault: do not retry unchanged        (HTTP 400, or `status`)
-├── Overloaded        there is no room now: retry after `retry_after_s`  (HTTP 429)
+├── Overloaded        there is no room now: retry after `retry_after_s`  (HTTP 429, or `status`)
 ├── PeerLost          a worker or a transfer failed: another may do it   (HTTP 503 when none is left)
 ├── TransferFailed    the same, seen from inside a transfer
 ├── DeadlineExceeded  the request's time is up                           (HTTP 504)
@@ -30,9 +30,10 @@ class BadRequest(BatonError):
 class Overloaded(BatonError):
     """A queue or a pool is full."""
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, status: int = 429) -> None:
         super().__init__(message)
         self.retry_after_s = retry_after_s
+        self.status = status
 
 
 class PeerLost(BatonError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import math
+import resource
 import signal
 import socket
 import sys
@@ -29,8 +30,10 @@ from baton.proxy.control import BYTES_A_TURN
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
 from baton.proxy.http.app import app_of, group_app_of
+from baton.proxy.http.connections import ConnectionLimits, Connections
+from baton.proxy.http.protocol import bounded_protocol
 from baton.proxy.http.service import Service, make_service
-from baton.proxy.interface import AppSettings
+from baton.proxy.interface import BODY_MEMORY_BYTES, AppSettings
 from baton.proxy.metrics.request_log import NoSpans, Spans
 from baton.proxy.settings import ProxySettings
 from baton.proxy.tenants.reload import load_tenants, reload_tenants
@@ -38,6 +41,11 @@ from baton.proxy.tenants.tenants import Tenants
 from baton.proxy.text.model_text import ModelText
 
 logger = logging.getLogger("proxy")
+
+MORE_CONNECTIONS = 256
+"""Beside two for each request: probes, scrapes, dashboards."""
+OTHER_FILES = 128
+"""Sockets to workers and stores, logs, the tokenizer's and the template's."""
 
 
 def main() -> int:
@@ -69,6 +77,7 @@ async def serve(settings: ProxySettings) -> int:
         access_log=settings.access_log,
         max_requests=settings.share_of(settings.max_requests),
         max_body_bytes=int(settings.max_body_mib * (1 << 20)),
+        body_memory_bytes=max(BODY_MEMORY_BYTES, int(2 * settings.max_body_mib * (1 << 20))),
         max_prompts=settings.max_prompts,
         max_n=settings.max_n,
         max_generations=max(1, settings.share_of(settings.max_queue) // 2),
@@ -86,8 +95,11 @@ async def serve(settings: ProxySettings) -> int:
         _group_of(settings),
         _tenants_of(settings, (name, *aliases)),
     )
+    connections = Connections(ConnectionLimits(_max_connections(app_settings.max_requests)), service.refused)
     config = uvicorn.Config(
         app_of(service),
+        http=bounded_protocol(connections),
+        ws="none",
         log_config=None,
         access_log=False,
         ssl_certfile=settings.tls_cert,
@@ -110,6 +122,17 @@ async def serve(settings: ProxySettings) -> int:
         server.should_exit = True
         await task
     return 0
+
+
+def _max_connections(max_requests: int) -> int:
+    """Twice as many as requests, so that half of them at least run none and can be closed for others; fewer where the
+    system allows fewer files. Raises this process's limit of them as far as it needs."""
+    wanted = 2 * max_requests + MORE_CONNECTIONS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    files = wanted + OTHER_FILES if hard == resource.RLIM_INFINITY else min(wanted + OTHER_FILES, hard)
+    if soft != resource.RLIM_INFINITY and soft < files:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
+    return max(1, min(wanted, files - OTHER_FILES))
 
 
 def _group_of(settings: ProxySettings) -> Group:

@@ -16,6 +16,9 @@ import msgspec
 from baton.node.messages.control import Load, Logprob, PromptLogprob, SamplingSpec
 from baton.proxy.metrics.timeline import Timeline
 
+BODY_MEMORY_BYTES = 256 << 20
+"""25 bodies of the default largest size, or some thousand usual ones."""
+
 
 class Delta(msgspec.Struct, frozen=True):
     """New tokens of one generation; the last one of a generation has a `finish`, and none follows it.
@@ -117,6 +120,8 @@ class AppSettings:
     """Log a line a request."""
     request_timeout_s: float = 600.0
     max_body_bytes: int = 10 << 20
+    body_memory_bytes: int = BODY_MEMORY_BYTES
+    """Of all bodies that are arriving, or whose prompts are not tokens yet; beyond it requests get 503."""
     max_prompts: int = 64
     """Prompts in one completion request."""
     max_n: int = 16

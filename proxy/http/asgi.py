@@ -1,4 +1,4 @@
-"""HTTP below the routes, as ASGI: bodies of bounded size, answers that begin late and end with the client.
+"""HTTP below the routes, as ASGI: answers that begin late and end with the client.
 
 Source: the ASGI specification, HTTP protocol 2.5; server-sent events of the WHATWG HTML standard.
 """
@@ -8,51 +8,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from starlette.datastructures import Headers
-from starlette.types import Receive, Scope, Send
+from starlette.types import Receive, Send
 
-from baton.node.errors import BadRequest
 from baton.proxy.http.failures import Failure
 
-BODY_TIMEOUT_S = 60.0
-"""Longest time a client may take to send a body."""
 FAILURE_TIMEOUT_S = 2.0
 """Longest wait for a client that may have stopped reading to take a failure."""
-_DRAINED_BYTES = 64 << 20
-"""Of a body that is too large, so much is read and thrown away: most clients read the answer only after sending."""
 
 
 class ClientGone(Exception):
     """The client closed its connection before its answer was complete."""
-
-
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
-    """The request's whole body; raises BadRequest (413, 408) or ClientGone."""
-    declared = Headers(scope=scope).get("content-length", "0")
-    too_large = declared.isdecimal() and int(declared) > max_bytes
-    parts: list[bytes] = []
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
-            more = True
-            while more and num_bytes <= _DRAINED_BYTES:
-                message = await receive()
-                if message["type"] == "http.disconnect":
-                    raise ClientGone
-                part = message.get("body", b"")
-                more = message.get("more_body", False)
-                num_bytes += len(part)
-                too_large = too_large or num_bytes > max_bytes
-                if too_large:
-                    parts.clear()
-                else:
-                    parts.append(part)
-    except TimeoutError:
-        raise BadRequest(f"the body did not arrive within {BODY_TIMEOUT_S:g} s", status=408) from None
-    if too_large:
-        message_text = f"the body is larger than {max_bytes} bytes"
-        raise BadRequest(message_text, status=413, code="request_too_large")
-    return b"".join(parts)
 
 
 async def gone(receive: Receive) -> None:

@@ -21,8 +21,9 @@ from starlette.types import Receive, Scope, Send
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingSpec
 from baton.node.telemetry import format_value, log_event
-from baton.proxy.http.asgi import ClientGone, Reply, gone, read_body
+from baton.proxy.http.asgi import ClientGone, Reply, gone
 from baton.proxy.http.assembler import Assembler
+from baton.proxy.http.bodies import HeldBody
 from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.events import Event
 from baton.proxy.http.failures import failure_of, kind_of
@@ -110,14 +111,10 @@ class GenerateEndpoint:
         request = self._request(scope)
         reply = Reply(send, {ID_HEADER: request.id})
         try:
-            with (
-                self._service.limit,
-                self._service.place(request.tenant),
-                self._service.client_ids.claim(request.id, request.tenant.name),
-            ):
-                request.tenant.usage.count_request()
-                body = await read_body(scope, receive, self._service.settings.max_body_bytes)
-                await _while_connected(receive, reply, self._answer(request, body, reply))
+            async with self._service.body(scope, receive, request.tenant) as body:
+                with self._service.client_ids.claim(request.id, request.tenant.name):
+                    request.tenant.usage.count_request()
+                    await _while_connected(receive, reply, self._answer(request, body, reply))
         except Exception as error:
             # The server's send raises OSError once the connection is closed; TimeoutError is one too, but our own.
             left = isinstance(error, ClientGone | OSError) and not isinstance(error, TimeoutError)
@@ -145,10 +142,10 @@ class GenerateEndpoint:
             trace_headers={name: headers[name] for name in TRACE_HEADERS if name in headers},
         )
 
-    async def _answer(self, request: HttpRequest, body: bytes, reply: Reply) -> None:
+    async def _answer(self, request: HttpRequest, body: HeldBody, reply: Reply) -> None:
         service = self._service
         async with asyncio.timeout(service.settings.request_timeout_s + DEADLINE_GRACE_S):
-            parsed = self._api.read(body)
+            parsed = self._api.read(body.content)
             model = service.model(parsed.model, request.tenant)
             request.model, request.stream = parsed.model, parsed.stream
             reply.add_headers(service.unknown.accept(parsed.unknown))
@@ -156,6 +153,9 @@ class GenerateEndpoint:
             known = parsed if parsed.model == model.name else replace(parsed, model=model.name)
             max_model_len = service.max_model_len(model.name)
             made = await choices_of(known, model.text, service.settings, max_model_len, request.own_id, request.tenant)
+            del known
+            parsed = replace(parsed, prompts=(), messages=())  # the tokens have taken their place
+            body.clear()
             with request.tenant.usage.reserve(reserved_tokens(made, parsed.n)) as reservation:
                 request.reservation = reservation
                 reply.add_headers(request.tenant.usage.headers())

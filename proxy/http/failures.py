@@ -44,7 +44,9 @@ def failure_of(error: BaseException) -> Failure:
             return Failure(error.status, str(error), "invalid_request_error", error.param, error.code)
         case Overloaded():
             after = max(error.retry_after_s, 1.0)
-            return Failure(429, str(error), "rate_limit_error", None, "rate_limit_exceeded", after)
+            if error.status == 429:
+                return Failure(429, str(error), "rate_limit_error", None, "rate_limit_exceeded", after)
+            return Failure(error.status, str(error), "server_error", None, "service_unavailable", after)
         case PeerLost() | TransferFailed():
             return Failure(503, str(error), "server_error", None, "service_unavailable", 1.0)
         case DeadlineExceeded() | TimeoutError():

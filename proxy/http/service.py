@@ -1,13 +1,17 @@
-"""What all requests of one app share. Knows no HTTP."""
+"""What all requests of one app share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
+
+from starlette.types import Receive, Scope
 
 from baton.node.errors import BadRequest, Overloaded, PeerLost
 from baton.proxy.group import Alone, Group
+from baton.proxy.http.bodies import BodyMemory, HeldBody, read_body
+from baton.proxy.http.failures import Failure
 from baton.proxy.http.refusals import RefusalLog
 from baton.proxy.http.unknown import UnknownParameters
 from baton.proxy.interface import AppSettings, Engine
@@ -28,9 +32,13 @@ class RequestLimit:
     limit: int
     inside: int = 0
 
-    def __enter__(self) -> None:
+    def check(self) -> None:
+        """Raises Overloaded while there is no place."""
         if self.inside >= self.limit:
             raise Overloaded(f"{self.limit} requests are being answered already", retry_after_s=1.0)
+
+    def __enter__(self) -> None:
+        self.check()
         self.inside += 1
 
     def __exit__(self, *_: object) -> None:
@@ -83,6 +91,7 @@ class Service:
     log: RequestLog
     refusals: RefusalLog
     limit: RequestLimit
+    bodies: BodyMemory
     unknown: UnknownParameters
     client_ids: ClientIds
     group: Group
@@ -98,6 +107,22 @@ class Service:
             raise usage.refused("share", message, 1.0)
         with usage.place():
             yield
+
+    @asynccontextmanager
+    async def body(self, scope: Scope, receive: Receive, tenant: Tenant) -> AsyncIterator[HeldBody]:
+        """A request's whole body; it takes no place among the requests while it arrives, as slow clients would keep
+        all of them."""
+        self.limit.check()
+        with self.bodies.hold() as held:
+            await read_body(scope, receive, self.settings.max_body_bytes, held)
+            with self.limit, self.place(tenant):
+                yield held
+
+    def refused(self, reason: str, failure: Failure | None) -> None:
+        """A connection, or a request that has reached no route, was refused; `reason` is one of REFUSALS."""
+        self.metrics.refused[reason].inc()
+        if failure is not None:
+            self.refusals.add(failure, "")
 
     @property
     def default_model(self) -> ModelEntry:
@@ -146,6 +171,7 @@ def make_service(
     models |= dict.fromkeys(settings.aliases, next(iter(models.values())))
     log = RequestLog(slow_s=settings.slow_request_s, keep=settings.debug_requests, spans=spans)
     limit = RequestLimit(settings.max_requests)
+    bodies = BodyMemory(settings.body_memory_bytes, metrics.refused["body_memory"].inc)
     unknown = UnknownParameters(refuse=settings.refuse_unknown_parameters)
     return Service(
         engine=engine,
@@ -155,6 +181,7 @@ def make_service(
         log=log,
         refusals=RefusalLog(),
         limit=limit,
+        bodies=bodies,
         unknown=unknown,
         client_ids=ClientIds(),
         group=group or Alone(),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -14,7 +15,7 @@ from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
 from baton.node.errors import BadRequest
-from baton.proxy.http.asgi import read_body
+from baton.proxy.http.bodies import HeldBody
 from baton.proxy.http.guard import tenant_of
 from baton.proxy.http.messages import ChatMessage, message_fields
 from baton.proxy.http.schema import MAX_MESSAGES, TokenIds, parse, read_chat
@@ -49,16 +50,16 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     """Each wait for threads and template ends at the deadline of a request."""
     timeout_s = service.settings.request_timeout_s
 
-    async def body_of(request: Request) -> bytes:
-        return await read_body(request.scope, request.receive, service.settings.max_body_bytes)
+    def body_of(request: Request) -> AbstractAsyncContextManager[HeldBody]:
+        return service.body(request.scope, request.receive, tenant_of(request.scope))
 
     def model_of(name: str | None, request: Request) -> ModelEntry:
         return service.model_or_default(name, tenant_of(request.scope))
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> Response:
-        with service.limit, service.place(tenant_of(request.scope)):
-            body = parse(TokenizeBody, await body_of(request))
+        async with body_of(request) as held:
+            body = parse(TokenizeBody, held.content)
             model = model_of(body.model, request)
             limit = service.max_model_len(model.name)
             async with asyncio.timeout(timeout_s):
@@ -68,8 +69,8 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
-        with service.limit, service.place(tenant_of(request.scope)):
-            body = parse(DetokenizeBody, await body_of(request))
+        async with body_of(request) as held:
+            body = parse(DetokenizeBody, held.content)
         text = model_of(body.model, request).text
         if body.tokens and max(body.tokens) >= text.num_decodable:
             raise BadRequest(f"token ids must be below {text.num_decodable}", param="tokens")
@@ -82,8 +83,8 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
     @app.post("/v1/chat/completions/render")
     async def render(request: Request) -> Response:
         """The prompt that a chat request would have, for those who write or debug a template."""
-        with service.limit, service.place(tenant_of(request.scope)):
-            parsed = read_chat(await body_of(request))
+        async with body_of(request) as held:
+            parsed = read_chat(held.content)
             model = service.model(parsed.model, tenant_of(request.scope))
             limit = service.max_model_len(model.name)
             async with asyncio.timeout(timeout_s):

@@ -16,6 +16,7 @@ from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
+from baton.proxy.http.connections import REFUSALS
 from baton.proxy.http.failures import FAILURE_KINDS
 from baton.proxy.interface import Engine
 from baton.proxy.metrics.collector import EngineCollector, MovedBytes, ReportCollector, TenantCollector
@@ -80,6 +81,10 @@ class ProxyMetrics:
         self._models = {name: ModelMetrics(name, self._families, self._moved, clock) for name in models}
         family = self._families.counter("baton:request_failures", "HTTP requests that failed.", (*_LABEL, "kind"))
         self.failed = {kind: family.labels(",".join(models), kind) for kind in FAILURE_KINDS}
+        refused = self._families.counter(
+            "baton:http_refusals", "Connections, and requests before their route, that were refused.", ("reason",)
+        )
+        self.refused = {reason: refused.labels(reason) for reason in REFUSALS}
         self._families.registry.register(EngineCollector(engine, models, self._moved))
         self._families.registry.register(TenantCollector(tenants))
         self._reports = CollectorRegistry()

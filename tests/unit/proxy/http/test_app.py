@@ -25,7 +25,7 @@ from baton.node.errors import (
 )
 from baton.node.messages.control import Logprob
 from baton.proxy.http.app import create_app
-from baton.proxy.http.asgi import read_body
+from baton.proxy.http.bodies import BodyMemory, read_body
 from baton.proxy.http.service import RequestLimit
 from baton.proxy.interface import AppSettings, Delta
 from baton.proxy.text.model_text import ModelText
@@ -447,8 +447,8 @@ async def test_a_body_without_a_length_is_bounded_too() -> None:
         received += 1 << 20
         return {"type": "http.request", "body": bytes(1 << 20), "more_body": True}
 
-    with pytest.raises(BadRequest) as raised:
-        await read_body({"type": "http", "headers": []}, receive, 1 << 20)
+    with pytest.raises(BadRequest) as raised, BodyMemory(1 << 30, lambda: None).hold() as held:
+        await read_body({"type": "http", "headers": []}, receive, 1 << 20, held)
     assert raised.value.status == 413
     assert received < 100 << 20
 
