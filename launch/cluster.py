@@ -23,7 +23,6 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import TracebackType
 from typing import Self
 
@@ -40,6 +39,7 @@ from baton.launch.local import (
     served_name,
     sizes_pools,
 )
+from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec, signal_group, tether
 from baton.node.api_settings import api_keys
 from baton.node.local_http import proxy_socket
@@ -72,10 +72,9 @@ class Cluster:
         edit: Callable[[ChildSpec], ChildSpec] = lambda spec: spec,
         environ: Mapping[str, str] | None = None,
     ) -> None:
-        self._temporary = TemporaryDirectory(prefix="baton-")
-        folder = Path(self._temporary.name)  # of mode 0700, and with a short path, as sockets need
+        self._folder = RunFolder()
         self.settings = replace(settings, host="127.0.0.1", port=free_port())
-        self.ports = Ports.free(settings, folder)
+        self.ports = Ports.free(settings, self._folder)
         self.model = served_name(settings)
         """The name of the model in requests."""
         environ = os.environ if environ is None else environ
@@ -88,7 +87,7 @@ class Cluster:
         specs = plan_nodes(self.settings, self.ports, placements, environ)
         self._specs = {spec.name: edit(spec) for spec in specs}
         self._proxies = [spec.name for spec in specs if spec.group == "proxy"]
-        self._log_folder = folder if log_folder is None else log_folder
+        self._log_folder = self._folder.path if log_folder is None else log_folder
         self._nodes: dict[str, subprocess.Popen[bytes]] = {}
         self._stopping: set[str] = set()
         """Nodes that may end: they got a signal from here, or their end is waited for."""
@@ -160,14 +159,14 @@ class Cluster:
                 self._reap(node)
             if node.returncode != 0 and name not in self._killed:
                 bad[name] = node.returncode
-        self._temporary.cleanup()
+        self._folder.close()
         return bad
 
     def kill_all(self) -> None:
         """SIGKILL to all; for a way out that must not wait."""
         for node in self._nodes.values():
             self._reap(node)
-        self._temporary.cleanup()
+        self._folder.close()
 
     # -- one node
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 from baton.launch.gpus import Placement, place
+from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec
 from baton.node.api_settings import KEY_VARIABLE, ApiSettings
 from baton.node.errors import SettingsError
@@ -77,17 +78,20 @@ class ServeSettings(ApiSettings):
 class Ports:
     """TCP ports of the loopback interface: the control socket of each proxy, and the store's. Workers choose their own.
 
-    `group_folder`: where several proxies ask one another, and the launcher asks a proxy of which it has no key."""
+    `secret_file`: of the links between nodes. `group_folder`: where several proxies ask one another, and the launcher
+    asks a proxy of which it has no key."""
 
     controls: tuple[int, ...]
     store: int
+    secret_file: Path
     group_folder: Path | None = None
 
     @classmethod
-    def free(cls, settings: ServeSettings, group_folder: Path) -> Ports:
-        """Ports that are free now; the folder counts where `needs_folder` says so."""
+    def free(cls, settings: ServeSettings, folder: RunFolder) -> Ports:
+        """Ports that are free now."""
         store, *controls = free_ports(1 + settings.proxies)
-        return cls(tuple(controls), store, group_folder if needs_folder(settings) else None)
+        group_folder = folder.path if needs_folder(settings) else None
+        return cls(tuple(controls), store, folder.secret_file, group_folder)
 
     @property
     def control(self) -> int:
@@ -161,7 +165,7 @@ def plan_worker(
     gpu = ("--gpu", str(placement.gpu), "--gpu-memory-utilization", str(placement.share)) if placement else ()
     arguments = (
         *("--model", settings.model, "--proxy", *ports.control_addresses, "--device", settings.device),
-        *("--worker-id", name),
+        *("--worker-id", name, "--secret-file", str(ports.secret_file)),
         *gpu,
         *(("--store", ports.store_address) if settings.store_ram_gib else ()),
         *settings.worker_arg,
@@ -199,6 +203,7 @@ def _proxy(settings: ServeSettings, ports: Ports, index: int, env: Mapping[str, 
     api["served_model_name"] = settings.served_model_name or (served_name(settings),)
     arguments = (
         *("--model", settings.model, "--control-address", ports.control_addresses[index]),
+        *("--secret-file", str(ports.secret_file)),
         *as_arguments(ApiSettings, api),
         *(("--local-prefill", local_prefill) if local_prefill else ()),
         *(("--proxy-index", str(index), "--group-folder", str(ports.group_folder)) if ports.group_folder else ()),
@@ -214,6 +219,7 @@ def _store(settings: ServeSettings, ports: Ports, env: Mapping[str, str]) -> Chi
     disk = ("--disk-gib", str(settings.store_disk_gib), "--path", str(settings.store_path))
     arguments = (
         *("--store-id", "store", "--proxy", *ports.control_addresses, "--bind", ports.store_address),
+        *("--secret-file", str(ports.secret_file)),
         *("--ram-gib", str(settings.store_ram_gib)),
         *(disk if settings.store_disk_gib else ()),
         *settings.store_arg,

@@ -15,9 +15,7 @@ import socket
 import ssl
 import sys
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from baton.launch.check import check_folder
 from baton.launch.gpus import describe, visible_gpus
@@ -25,7 +23,6 @@ from baton.launch.local import (
     Ports,
     ServeSettings,
     folder_options,
-    needs_folder,
     node_environment,
     place_workers,
     plan_nodes,
@@ -33,6 +30,7 @@ from baton.launch.local import (
     served_name,
     sizes_pools,
 )
+from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec, Say, Supervisor, SupervisorLimits
 from baton.launch.terminal import Screen, has_terminal
 from baton.node import local_http
@@ -171,8 +169,8 @@ def main(argv: Sequence[str]) -> int:
         check_files(settings)
         model = locate_model(settings.model, screen.say)  # once, before every child looks for it
         check_folder(model, folder_options(settings), node_environment(settings, os.environ))
-        with TemporaryDirectory(prefix="baton-") if needs_folder(settings) else nullcontext("") as folder:
-            ports = Ports.free(settings, Path(folder))
+        with RunFolder() as folder:
+            ports = Ports.free(settings, folder)
             return asyncio.run(supervise(settings, ports, plan(settings, ports, screen.say), screen.say))
     except SettingsError as error:
         print(f"baton serve: error: {error}", file=sys.stderr)

@@ -3,14 +3,17 @@
 A connection id is `name#suffix`. The suffix is random to all but the two ends, and stays the same when a dealer
 connects to an address again: so ROUTER_HANDOVER lets a peer replace its own dead connection, which the ROUTER may
 still hold when the new one arrives, and lets nothing else take it. A name belongs to the first connection id that
-states it; what arrives under that name from another one is rejected. This does not prove that the first was genuine:
-that takes authentication, for which the name is the part before the `#`.
+states it, with the role of its key; what arrives under that name from another one is rejected. On a link in the clear
+no role is known, and nothing proves that the first was genuine.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
+from dataclasses import dataclass
+
+from baton.node.credentials import NodeRole
 
 MAX_NAMES = 16_384
 """The name that was heard least recently is forgotten first; it is learned again when it is heard."""
@@ -20,6 +23,15 @@ SUFFIX_CHARACTERS = 1 + 2 * SUFFIX_BYTES
 
 class NameTaken(Exception):
     """Another connection holds the name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """The peer at the other end of a connection."""
+
+    name: str
+    role: NodeRole | None
+    """None: the link is in the clear."""
 
 
 def connection_id(name: str, secret: bytes, address: str) -> str:
@@ -39,17 +51,28 @@ class NameHolders:
 
     def __init__(self, limit: int = MAX_NAMES) -> None:
         self._limit = limit
-        self._names: OrderedDict[bytes, str] = OrderedDict()
+        self._holders: OrderedDict[bytes, Holder] = OrderedDict()
         self._connections: dict[str, bytes] = {}
         self._reserved: set[str] = set()
 
-    def name_of(self, connection: bytes) -> str:
-        """The name under which a message came. Raises NameTaken, or UnicodeDecodeError for an id that is no text."""
-        name = self._names.get(connection)
-        if name is None:
-            return self._learn(connection)
-        self._names.move_to_end(connection)
-        return name
+    def find(self, connection: bytes) -> Holder | None:
+        """The peer from which a message came; None if `learn` must say."""
+        holder = self._holders.get(connection)
+        if holder is not None:
+            self._holders.move_to_end(connection)
+        return holder
+
+    def learn(self, connection: bytes, role: NodeRole | None) -> Holder:
+        """The peer at a new connection. Raises NameTaken, or UnicodeDecodeError for an id that is no text."""
+        name = stated_name(connection)
+        if name in self._connections or name in self._reserved:
+            raise NameTaken("an incoming peer uses the name of another connection")
+        if len(self._holders) >= self._limit:
+            _, forgotten = self._holders.popitem(last=False)
+            del self._connections[forgotten.name]
+        holder = self._holders[connection] = Holder(name, role)
+        self._connections[name] = connection
+        return holder
 
     def connection_of(self, name: str) -> bytes | None:
         """The connection that holds the name; None if none was heard under it."""
@@ -59,18 +82,7 @@ class NameHolders:
         """From now on no incoming connection has this name."""
         self._reserved.add(name)
         if (connection := self._connections.pop(name, None)) is not None:
-            del self._names[connection]
+            del self._holders[connection]
 
     def release(self, name: str) -> None:
         self._reserved.discard(name)
-
-    def _learn(self, connection: bytes) -> str:
-        name = stated_name(connection)
-        if name in self._connections or name in self._reserved:
-            raise NameTaken("an incoming peer uses the name of another connection")
-        if len(self._names) >= self._limit:
-            _, forgotten = self._names.popitem(last=False)
-            del self._connections[forgotten]
-        self._names[connection] = name
-        self._connections[name] = connection
-        return name

@@ -2,9 +2,9 @@
 
 It owns its sockets and belongs to one thread; only `wake` may be called from other threads. Peers are identified by
 endpoint identity, `worker/incarnation`, which is never reused after a restart. Anything that is not exactly one valid
-message is counted and dropped: no input raises out of `receive`. An incoming peer states its own identity, so it must
-not use one that another connection holds, or that of a peer that this endpoint connects to, which is known by its
-address. Delivery is not guaranteed: a sender that needs an answer retransmits.
+message, or is none that the peer's role sends, is counted and dropped: no input raises out of `receive`. An incoming
+peer states its own identity, so it must not use one that another connection holds, or that of a peer that this endpoint
+connects to, which is known by its address. Delivery is not guaranteed: a sender that needs an answer retransmits.
 
 Socket limits are in `OPTIONS`; sockets.py opens the sockets, connections.py says who holds an identity.
 """
@@ -22,7 +22,9 @@ import zmq
 
 from baton.node import sockets
 from baton.node.connections import NameHolders, NameTaken
+from baton.node.credentials import NodeRole
 from baton.node.messages.base import MAX_BODY_BYTES, BadMessage, Message, encode
+from baton.node.messages.senders import sender_error
 from baton.node.messages.wire import decode
 from baton.node.sockets import Context, Socket
 from baton.node.telemetry import log_event
@@ -74,6 +76,8 @@ class Endpoint:
         self._holders = NameHolders()
         self._links: dict[str, Socket] = {}
         self._names: dict[Socket, str] = {}
+        self._servers: dict[str, NodeRole | None] = {}
+        """The roles of the peers that this endpoint connects to; None: the link is in the clear."""
         self._poller = zmq.Poller()
         self._router = self._open_router(bind) if bind is not None else None
         self._waker, self._wakee = self._open_waker()
@@ -91,14 +95,17 @@ class Endpoint:
         assert self._router is not None
         return int(self._router.getsockopt(zmq.FD))
 
-    def connect(self, peer: str, address: str) -> None:
-        """Open a link to `peer`; it connects in the background and reconnects when the connection breaks."""
+    def connect(self, peer: str, address: str, role: NodeRole) -> None:
+        """Open a link to `peer`, a node of this role; it connects in the background, again when it breaks."""
         if peer in self._links:
             return
-        socket = sockets.open_dealer(self._context, address, OPTIONS, identity=self.identity, secret=self._secret)
+        socket = sockets.open_dealer(
+            self._context, address, OPTIONS, server=role, identity=self.identity, secret=self._secret
+        )
         self._holders.reserve(peer)
         self._links[peer] = socket
         self._names[socket] = peer
+        self._servers[peer] = role if self._context.credentials.keys is not None else None
         self._poller.register(socket, zmq.POLLIN)
 
     def disconnect(self, peer: str) -> None:
@@ -107,7 +114,7 @@ class Endpoint:
         if socket is not None:
             self._holders.release(peer)
             self._poller.unregister(socket)
-            del self._names[socket]
+            del self._names[socket], self._servers[peer]
             socket.close(0)
 
     def send(self, peer: str, message: Message) -> bool:
@@ -187,40 +194,50 @@ class Endpoint:
         assert self._router is not None
         num_bytes = 0
         for _ in range(MAX_FRAMES_A_TURN):
-            frames = sockets.receive_frames(self._router)
-            if frames is None:
+            received = sockets.receive_named(self._router)
+            if received is None:
                 return
-            if len(frames) == 2:
-                self._admit_incoming(frames[0], frames[1], inbox)
+            connection, frames = received
+            if len(frames) == 1:
+                self._admit_incoming(connection, frames[0], inbox)
             else:
                 self._reject(f"{len(frames)} frames")
-            num_bytes += len(frames[-1])
+            num_bytes += sum(map(len, frames))
             if num_bytes >= self._bytes_a_turn:
                 return
 
     def _drain_link(self, socket: Socket, inbox: list[tuple[str, Message]]) -> None:
+        peer = self._names[socket]
         for _ in range(MAX_FRAMES_A_TURN):
             frames = sockets.receive_frames(socket)
             if frames is None:
                 return
             if len(frames) == 1:
-                self._admit(self._names[socket], frames[0], inbox)
+                self._admit(peer, self._servers[peer], frames[0], inbox)
             else:
                 self._reject(f"{len(frames)} frames")
 
-    def _admit_incoming(self, connection: bytes, body: bytes, inbox: list[tuple[str, Message]]) -> None:
+    def _admit_incoming(self, frame: zmq.Frame, body: bytes, inbox: list[tuple[str, Message]]) -> None:
+        connection = frame.bytes
         try:
-            peer = self._holders.name_of(connection)
+            holder = self._holders.find(connection) or self._holders.learn(
+                connection, sockets.authenticated_role(frame)
+            )
         except (NameTaken, UnicodeDecodeError) as error:
             self._reject(str(error))
         else:
-            self._admit(peer, body, inbox)
+            self._admit(holder.name, holder.role, body, inbox)
 
-    def _admit(self, peer: str, body: bytes, inbox: list[tuple[str, Message]]) -> None:
+    def _admit(self, peer: str, role: NodeRole | None, body: bytes, inbox: list[tuple[str, Message]]) -> None:
         try:
-            inbox.append((peer, self._decode_body(body)))
+            message = self._decode_body(body)
         except BadMessage as error:
             self._reject(str(error))
+            return
+        if role is not None and (reason := sender_error(role, self._context.role, message)):
+            self._reject(reason)
+        else:
+            inbox.append((peer, message))
 
     def _reject(self, reason: str) -> None:
         """Count, and log at 1, 2, 4, 8 ...: a flood of garbage must not become a flood of log lines."""

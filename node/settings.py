@@ -137,31 +137,20 @@ def as_arguments(cls: type, values: Mapping[str, Any]) -> list[str]:
 def require_loopback(address: str, insecure_network: bool) -> None:
     """Raise SettingsError where a bind to `address` would be reachable from other machines without --insecure-network.
 
-    `address` is a host ("127.0.0.1", "localhost", "::1") or a ZeroMQ endpoint ("tcp://127.0.0.1:0", "ipc://...").
-    A host name other than localhost counts as a network: where it points to can change.
+    `address` is a host: "127.0.0.1", "localhost", "::1". A host name other than localhost counts as a network: where it
+    points to can change.
     """
-    if insecure_network or address.startswith(("ipc://", "inproc://")):
-        return
-    host = _host_of(address)
-    if host == "localhost":
+    if insecure_network or address == "localhost":
         return
     try:
-        if ipaddress.ip_address(host).is_loopback:
+        if ipaddress.ip_address(address).is_loopback:
             return
     except ValueError:
         pass  # no IP address: a wildcard, an interface or a host name
     raise SettingsError(
-        f"refusing to bind to {address!r}: other machines could reach it, and traffic between Baton's processes is "
-        "neither encrypted nor authenticated; bind to 127.0.0.1, or pass --insecure-network on a network you trust"
+        f"refusing to bind to {address!r}: other machines could reach it; bind to 127.0.0.1, or pass "
+        "--insecure-network to serve them"
     )
-
-
-def _host_of(address: str) -> str:
-    """The host in `host`, `tcp://host:port` or `tcp://[host]:port`."""
-    if "://" not in address:
-        return address
-    host = address.split("://", 1)[1].rpartition(":")[0]
-    return host.removeprefix("[").removesuffix("]")
 
 
 @dataclass(frozen=True, slots=True)

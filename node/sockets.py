@@ -8,6 +8,9 @@ find a dead host, ROUTER_MANDATORY turns a peer that is gone into EHOSTUNREACH, 
 connections. Without ROUTER_HANDOVER a ROUTER ignores a peer that reconnects under its id before the old connection is
 seen to be dead, for as long as the new one lasts, and still answers its heartbeats; with it, the new one replaces the
 old. Ids are in connections.py.
+
+With keys, ROUTERs are CURVE servers and DEALERs CURVE clients, which encrypt and authenticate every byte (RFC 26 of
+ZeroMQ); authentication.py says which clients a ROUTER lets in. Pairs within the process have no need of it.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from dataclasses import dataclass
 
 import zmq
 
+from baton.node.authentication import DOMAIN, Authenticator
 from baton.node.connections import SUFFIX_CHARACTERS, connection_id
+from baton.node.credentials import ROLES, Credentials, NodeRole
 from baton.node.errors import SettingsError
 
-Context = zmq.Context[zmq.Socket[bytes]]
 Socket = zmq.Socket[bytes]
 
 MAX_IDENTITY_BYTES = 255 - SUFFIX_CHARACTERS
@@ -45,17 +49,35 @@ class Options:
     """Queue only on established connections."""
 
 
-def new_context() -> Context:
-    """The ZeroMQ context of a process, which is passed to all that opens sockets."""
-    return zmq.Context()
+class Context:
+    """The ZeroMQ context of a node, with the credentials of its links; it is passed to all that opens sockets."""
+
+    def __init__(self, credentials: Credentials) -> None:
+        self.credentials = credentials
+        self.zmq: zmq.Context[Socket] = zmq.Context()
+        if credentials.keys is not None:
+            Authenticator(self.zmq, credentials.role, credentials.keys)
+
+    @property
+    def role(self) -> NodeRole:
+        return self.credentials.role
+
+    def close(self) -> None:
+        """Close what is still open and drop what is not sent. Ends no thread that uses a socket: end those first."""
+        self.zmq.destroy(linger=0)
 
 
 def open_router(
     context: Context, address: str, options: Options, *, identity: str = "", mandatory: bool = False
 ) -> Socket:
-    """A ROUTER bound at `address`; peers that reconnect under their id are let in. It reports peers that are gone if
-    `mandatory`. Raises SettingsError if it cannot be bound."""
+    """A ROUTER bound at `address`, for clients of the roles that connect to this node's; those that reconnect under
+    their id are let in. It reports peers that are gone if `mandatory`. Raises SettingsError if it cannot be bound."""
     router = _open(context, zmq.ROUTER, address, options)
+    if (keys := context.credentials.keys) is not None:
+        router.setsockopt(zmq.CURVE_SERVER, 1)
+        router.setsockopt(zmq.CURVE_SECRETKEY, keys.pair(context.role).private)
+        router.setsockopt(zmq.ZAP_DOMAIN, DOMAIN)
+        router.setsockopt(zmq.ZAP_ENFORCE_DOMAIN, 1)
     if identity:
         router.setsockopt_string(zmq.ROUTING_ID, identity)
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
@@ -68,12 +90,17 @@ def open_router(
     return router
 
 
-def open_dealer(context: Context, address: str, options: Options, *, identity: str, secret: bytes) -> Socket:
-    """A DEALER called `identity` that connects to `address` in the background, with an id made of `secret`.
-
-    Raises SettingsError for no address.
-    """
+def open_dealer(
+    context: Context, address: str, options: Options, *, server: NodeRole, identity: str, secret: bytes
+) -> Socket:
+    """A DEALER called `identity` that connects to a `server` at `address` in the background, with an id made of
+    `secret`. Raises SettingsError for no address."""
     dealer = _open(context, zmq.DEALER, address, options)
+    if (keys := context.credentials.keys) is not None:
+        own = keys.pair(context.role)
+        dealer.setsockopt(zmq.CURVE_SERVERKEY, keys.public(server))
+        dealer.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
+        dealer.setsockopt(zmq.CURVE_SECRETKEY, own.private)
     dealer.setsockopt_string(zmq.ROUTING_ID, connection_id(identity, secret, address))
     try:
         dealer.connect(address)
@@ -85,7 +112,7 @@ def open_dealer(context: Context, address: str, options: Options, *, identity: s
 
 def open_pair(context: Context, name: str) -> tuple[Socket, Socket]:
     """Two ends within this process, each for one thread at a time. The queue between them is short."""
-    first, second = context.socket(zmq.PAIR), context.socket(zmq.PAIR)
+    first, second = context.zmq.socket(zmq.PAIR), context.zmq.socket(zmq.PAIR)
     for socket in (first, second):
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 16)
@@ -136,6 +163,25 @@ def receive_frames(socket: Socket) -> list[bytes] | None:
         return None
 
 
+def receive_named(socket: Socket) -> tuple[zmq.Frame, list[bytes]] | None:
+    """One message of a ROUTER, if one is there: the id of the connection, which `authenticated_role` reads, and the
+    rest."""
+    try:
+        connection = socket.recv(zmq.NOBLOCK, copy=False)
+    except zmq.Again:
+        return None
+    return connection, socket.recv_multipart(zmq.NOBLOCK) if connection.more else []
+
+
+def authenticated_role(frame: zmq.Frame) -> NodeRole | None:
+    """The role of the peer that sent this frame; None on a link in the clear."""
+    try:
+        role = frame.get("User-Id")
+    except zmq.ZMQError:
+        return None
+    return role if role in ROLES else None  # type: ignore[return-value]
+
+
 def send_frames(socket: Socket, frames: list[bytes]) -> bool:
     """Hand a message to the transport; False if the peer is gone or its queue is full."""
     try:
@@ -148,7 +194,7 @@ def send_frames(socket: Socket, frames: list[bytes]) -> bool:
 
 
 def _open(context: Context, kind: int, address: str, options: Options) -> Socket:
-    socket = context.socket(kind)
+    socket: Socket = context.zmq.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.IPV6, "[" in address)
     socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)

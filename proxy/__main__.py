@@ -18,13 +18,14 @@ from uvicorn.loops.auto import auto_loop_factory
 
 from baton import __version__
 from baton.node.api_settings import api_keys, check_files
+from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
 from baton.node.settings import is_from_environment, parse, require_loopback
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
 from baton.proxy.control import BYTES_A_TURN
 from baton.proxy.dispatcher import Dispatcher
@@ -62,13 +63,13 @@ def main() -> int:
 async def serve(settings: ProxySettings) -> int:
     """Listen on both sides until SIGTERM or SIGINT, then let running requests end."""
     require_loopback(settings.host, settings.insecure_network)
-    require_loopback(settings.control_address, settings.insecure_network)
+    credentials = link_credentials("proxy", settings.secret_file, settings.insecure_network)
     check_files(settings)
     folder = locate_model(settings.model, logger.info)
     text = ModelText(folder)
     listener = _listen(settings.host, settings.port, shared=settings.proxies > 1)
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)
-    endpoint = Endpoint(new_context(), settings.name, settings.control_address, bytes_a_turn=BYTES_A_TURN)
+    endpoint = Endpoint(Context(credentials), settings.name, settings.control_address, bytes_a_turn=BYTES_A_TURN)
     dispatcher = Dispatcher(endpoint, settings, [name])
     app_settings = AppSettings(
         aliases=tuple(aliases),

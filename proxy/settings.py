@@ -8,6 +8,7 @@ from pathlib import Path
 
 from baton.node.api_settings import ApiSettings
 from baton.node.errors import SettingsError
+from baton.node.secret_file import SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
 from baton.proxy.routing.router import POLICIES
 
@@ -23,6 +24,7 @@ class ProxySettings(ApiSettings):
         "metrics and past requests, and by the process that started it",
     )
     control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="address that workers connect to")
+    secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)
     namespace: str = option(
         "",
         metavar="DIGITS",

@@ -12,14 +12,17 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 
+from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.leg import LegKey
 from baton.node.membership import Change, Membership, ProxyLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import Bundle, Cancel, Cancelled, Load, Register, Reserve, Tokens
+from baton.node.secret_file import SECRET_HELP
 from baton.node.settings import option, parse
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 
 MAX_WAIT_S = 0.05
 NUM_BLOCKS = 1 << 20
@@ -31,6 +34,7 @@ FIRST_ID, NUM_IDS = 300, 1000
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenWorkerSettings:
     proxy: tuple[str, ...] = option((), metavar="ADDRESS", help="control address of a proxy to join, or several")
+    secret_file: Path | None = option(None, metavar="FILE", help=SECRET_HELP)
     worker_id: str = option("decode-0", help="name of this worker")
     step_s: float = option(0.002, unit="s", help="time from one token of a request to the next", minimum=0.0001)
 
@@ -124,7 +128,8 @@ class TokenWorker:
 def main() -> int:
     settings = parse(TokenWorkerSettings, sys.argv[1:], prog="token worker", description="For benchmarks.")
     incarnation = time.time_ns() >> 10
-    endpoint = Endpoint(new_context(), identity_of(settings.worker_id, incarnation), "tcp://127.0.0.1:0")
+    context = Context(link_credentials("decode", settings.secret_file, insecure_network=False))
+    endpoint = Endpoint(context, identity_of(settings.worker_id, incarnation), "tcp://127.0.0.1:0")
     register = Register(
         worker=settings.worker_id,
         incarnation=incarnation,
@@ -139,7 +144,7 @@ def main() -> int:
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
     for link, address in links.items():
-        endpoint.connect(link, address)
+        endpoint.connect(link, address, "proxy")
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -7,7 +7,9 @@ returns them resolved, as a value of its own.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from pathlib import Path
 
+from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
 
 
@@ -58,7 +60,8 @@ class WorkerSettings:
     )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
     bind: str = option("tcp://127.0.0.1:0", help="address that other workers connect to; port 0: a free one")
-    insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
+    secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)
+    insecure_network: bool = option(False, help=INSECURE_HELP)
     plane: tuple[str, ...] = option(
         (),
         metavar="{shm,zmq,cuda_ipc,nccl}",

@@ -10,6 +10,7 @@ import logging
 import os
 import time
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,13 +25,13 @@ from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import FingerprintTask
+from baton.node.credentials import PAIRED_WITH, link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.membership import Membership
 from baton.node.messages.base import Role
 from baton.node.messages.control import Register
 from baton.node.modelhub import locate_model
-from baton.node.settings import require_loopback
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import KvPool, load_model
 from baton.worker.grammars import Grammars
@@ -65,7 +66,7 @@ class StartedWorker:
 
 def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     """Load the model, make the pool and join the proxies; raises SettingsError where that cannot be."""
-    require_loopback(settings.bind, settings.insecure_network)
+    credentials = link_credentials(role, settings.secret_file, settings.insecure_network)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder, sizes = locate_model(settings.model, logger.info), settings.worker_sizes(device)
@@ -80,7 +81,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     namespace = namespace_of(folder, fingerprint, layout, model.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
     incarnation = time.time_ns() >> 10
-    context = new_context()
+    context = Context(credentials)
     endpoint = Endpoint(context, identity_of(worker, incarnation), settings.bind)
     register = Register(
         worker=worker,
@@ -96,14 +97,14 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
     for link, address in links.items():
-        endpoint.connect(link, address)
+        endpoint.connect(link, address, "proxy")
     chunk_blocks = max(1, int(sizes.chunk_mib * (1 << 20)) // layout.block_bytes)
     exchange = TransferExchange(
         endpoint.identity,
         namespace,
         model.make_planes(context, endpoint.identity),
         model.pool.digests,
-        PeerTransport(endpoint.send, endpoint.connect, endpoint.disconnect),
+        PeerTransport(endpoint.send, partial(endpoint.connect, role=PAIRED_WITH[role]), endpoint.disconnect),
         ChunkLimits(chunk_blocks, pulled_blocks=chunk_blocks * (PULLED if device == "cuda" else 1)),
         Timing(poll_s=model.poll_s),
     )

@@ -24,8 +24,9 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.benchmark.harness.processes import MeasuringChild, answer_requests
 from baton.kvtransfer.planes.base import ChunkKey, Plane
+from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 
 NAMES = ("prefill/1", "decode/1")
 TIMEOUT_S = 60.0
@@ -38,7 +39,7 @@ class PlaneEnd:
     def __init__(self, where: str, name: str) -> None:
         self.name = name
         self.pool = make_pool(where)
-        self.context = new_context()
+        self.context = Context(Credentials("prefill" if name == NAMES[0] else "decode"))
         self.plane: Plane | None = None
         self.done = 0
         self.poll_interval_s = 0.0

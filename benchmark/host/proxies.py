@@ -100,9 +100,9 @@ def run(num_proxies: int, num_streams: int, max_tokens: int, step_s: float, seco
     def edit(spec: ChildSpec) -> ChildSpec:
         if spec.group != "decode":
             return spec
-        at = spec.argv.index("--proxy")
-        proxies = spec.argv[at : at + 1 + num_proxies]
-        command = (*spec.argv[:3], "baton.testing.token_worker", *proxies, "--step-s", str(step_s))
+        at, secret_at = spec.argv.index("--proxy"), spec.argv.index("--secret-file")
+        proxies, secret = spec.argv[at : at + 1 + num_proxies], spec.argv[secret_at : secret_at + 2]
+        command = (*spec.argv[:3], "baton.testing.token_worker", *proxies, *secret, "--step-s", str(step_s))
         return replace(spec, argv=command)
 
     settings = ServeSettings(device="cpu", prefill=0, proxies=num_proxies, store_ram_gib=0.0, start_timeout_s=120.0)

@@ -25,6 +25,7 @@ from msgspec import Meta
 
 from baton.node import sockets
 from baton.node.connections import NameHolders, NameTaken
+from baton.node.credentials import PAIRED_WITH
 from baton.node.errors import SettingsError
 
 MAX_MESSAGE_BYTES = 1 << 20
@@ -100,7 +101,12 @@ class Channel:
             return False
         try:
             self._dealers[peer] = sockets.open_dealer(
-                self._context, address, OPTIONS, identity=self._identity, secret=self._secret
+                self._context,
+                address,
+                OPTIONS,
+                server=PAIRED_WITH[self._context.role],
+                identity=self._identity,
+                secret=self._secret,
             )
         except SettingsError:
             return False
@@ -137,8 +143,8 @@ class Channel:
     # -- inside
 
     def _take(self, frames: list[bytes], messages: list[tuple[str, ChannelMessage]]) -> None:
-        try:
-            peer = self._holders.name_of(frames[0])
+        try:  # the socket lets in workers of the other role only
+            peer = (self._holders.find(frames[0]) or self._holders.learn(frames[0], None)).name
         except (NameTaken, UnicodeDecodeError):
             peer = ""
         if peer not in self._dealers:

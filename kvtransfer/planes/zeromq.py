@@ -26,6 +26,7 @@ from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node import sockets
 from baton.node.connections import stated_name
+from baton.node.credentials import PAIRED_WITH
 from baton.node.errors import SettingsError
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
@@ -178,7 +179,12 @@ class ZmqPlane:
             return None
         try:
             return sockets.open_dealer(
-                self._context, address.address, SENDING, identity=self._identity, secret=self._secret
+                self._context,
+                address.address,
+                SENDING,
+                server=PAIRED_WITH[self._context.role],
+                identity=self._identity,
+                secret=self._secret,
             )
         except SettingsError:
             return None

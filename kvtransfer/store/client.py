@@ -96,7 +96,7 @@ class StoreClient:
         on_store: Callable[[str], None],
     ) -> None:
         self._endpoint = Endpoint(context, identity, None, decode_store)
-        self._endpoint.connect(LINK, address)
+        self._endpoint.connect(LINK, address, "store")
         self._deliver = deliver
         self._on_store = on_store
         self._told_store = ""

@@ -19,12 +19,12 @@ from baton.kvtransfer.store.peers import Peers
 from baton.kvtransfer.store.publisher import EventPublisher
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.settings import StoreSettings
+from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.messages.store import decode_store
-from baton.node.settings import require_loopback
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
 
 logger = logging.getLogger("store")
@@ -43,21 +43,21 @@ class StoreProcess:
 
     def __init__(self, settings: StoreSettings, over: Over) -> None:
         """Raises SettingsError where the arena, the disk or the address cannot be had."""
-        require_loopback(settings.bind, settings.insecure_network)
+        credentials = link_credentials("store", settings.secret_file, settings.insecure_network)
         self._stopping = threading.Event()
         self._arena = Arena(int(settings.ram_gib * (1 << 30)))
-        context, incarnation = new_context(), time.time_ns() >> 10
+        context, incarnation = Context(credentials), time.time_ns() >> 10
         name = settings.store_id or f"store-{os.getpid()}"
         identity = identity_of(name, incarnation)
         self._endpoint = Endpoint(context, identity, settings.bind, decode_store)
         calling = Endpoint(context, identity, None)
         proxies = {f"proxy@{address}": address for address in settings.proxy}
         for link, address in proxies.items():
-            calling.connect(link, address)
+            calling.connect(link, address, "proxy")
         self._events = EventPublisher(calling, name, incarnation, tuple(proxies), time.monotonic())
         links = {f"peer@{address}": address for address in settings.peer}
         for link, address in links.items():
-            self._endpoint.connect(link, address)
+            self._endpoint.connect(link, address, "store")
         self._lower = over(self._open_lower(settings), self._endpoint.wake)
         peers = Peers(tuple(links), self._endpoint.send)
         self._checker = ThreadPoolExecutor(1, "check")

@@ -15,13 +15,14 @@ import zlib
 from dataclasses import dataclass
 
 import torch
-import zmq
 
 from baton.kvtransfer.blocks.device_pool import DeviceMemory
 from baton.kvtransfer.blocks.digest import BlockDigests
 from baton.kvtransfer.planes.base import ChunkKey, Plane, choose
 from baton.kvtransfer.planes.device import device_planes
+from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import Context
 
 
 @dataclass
@@ -35,7 +36,7 @@ class Made:
 class Ends:
     def __init__(self, gpu: int) -> None:
         self.gpu = gpu
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = Context(Credentials("decode"))
         self.made: Made | None = None
 
     def make(self, kinds: list[str], name: str, num_blocks: int, block_bytes: int) -> list[str]:

@@ -184,7 +184,7 @@ class GpuRig(contract.Rig):
         for end in self.ends:
             if end.child.process.poll() is None:
                 end.plane.close()
-        self.context.destroy(0)
+        self.context.close()
 
 
 @pytest.fixture(scope="module")

@@ -125,6 +125,11 @@ class Cluster:
     def url(self) -> str:
         return self.nodes.url
 
+    @property
+    def secret_args(self) -> tuple[str, str]:
+        """Options of nodes of another cluster that shall have links with nodes of this one."""
+        return "--secret-file", str(self.nodes.ports.secret_file)
+
     def __enter__(self) -> Self:
         self.nodes.start()
         return self

@@ -18,6 +18,7 @@ import httpx
 import pytest
 import zmq
 
+from baton.node.credentials import Keys, NodeRole
 from baton.node.messages.base import encode
 from baton.node.messages.control import (
     Cancel,
@@ -34,6 +35,7 @@ from baton.node.messages.control import (
     Tokens,
 )
 from baton.node.messages.wire import MESSAGES
+from baton.node.secret_file import read_secret
 from baton.tests.integration.cluster import Cluster
 from baton.tests.integration.untrusted import (
     RawClient,
@@ -46,6 +48,21 @@ from baton.tests.integration.untrusted import (
 
 PROMPT = "Once upon a time there was a little fox who lived in the forest. The old king had three daughters."
 ANSWER: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
+
+
+PEERS: dict[str, NodeRole] = {"proxy": "decode", "prefill-0": "decode", "decode-0": "prefill"}
+"""By node, the role of a peer that its sockets let in."""
+
+
+def keys_of(cluster: Cluster) -> Keys:
+    return Keys(read_secret(cluster.nodes.ports.secret_file))
+
+
+def insider(cluster: Cluster, place: str, identity: bytes = b"unknown/1", kind: int = zmq.DEALER) -> RawClient:
+    """A raw client with the secret at a port of `all_ports`, in a role that is let in there."""
+    name, port = place.split(":")
+    server: NodeRole = "proxy" if name == "proxy" else PEERS[PEERS[name] + "-0"]
+    return RawClient(int(port), identity, kind, keys=keys_of(cluster), role=PEERS[name], server=server)
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +80,7 @@ def shared(second_proxy: SecondProxy, tmp_path_factory: pytest.TempPathFactory) 
         worker_args=("--plane", "zmq", "--proxy", second_proxy.address, "--num-blocks", "256"),
         log_folder=tmp_path_factory.mktemp("logs"),
     )
+    second_proxy.listen(keys_of(cluster))
     with cluster:
         yield cluster
 
@@ -210,11 +228,11 @@ def test_garbage_frames(cluster: Cluster) -> None:
     """Guards against well-framed garbage: no message, half a message, too many frames, an identity that is not text."""
     chance = random.Random(3)
     whole = encode(Ping(proxy="proxy", incarnation=1))
-    for place, port in all_ports(cluster).items():
+    for place in all_ports(cluster):
         if place == f"proxy:{cluster.nodes.port}":
             continue
         for identity in (b"unknown/1", b"\xff\xfe", b"x" * 255):
-            with RawClient(port, identity) as client:
+            with insider(cluster, place, identity) as client:
                 for length in (0, 1, 2, 33, 1000):
                     client.frames(chance.randbytes(length))
                 client.frames(b"", whole)
@@ -224,7 +242,7 @@ def test_garbage_frames(cluster: Cluster) -> None:
                 client.frames(b"\xc1" * 10)
                 client.frames(b"\x91" * 5000)
         for kind in (zmq.REQ, zmq.PUSH, zmq.PUB, zmq.PAIR):
-            with RawClient(port, b"", kind) as client:
+            with insider(cluster, place, b"", kind) as client:
                 client.frames(b"garbage")
     assert cluster.nodes.log("proxy").count("message_rejected") and cluster.nodes.log("prefill-0").count(
         "message_rejected"
@@ -233,9 +251,9 @@ def test_garbage_frames(cluster: Cluster) -> None:
 
 def test_oversized_frames(cluster: Cluster) -> None:
     """Guards memory: a frame above the limit ends its connection before it is read."""
-    for place, port in all_ports(cluster).items():
+    for place in all_ports(cluster):
         if place != f"proxy:{cluster.nodes.port}":
-            with RawClient(port) as client:
+            with insider(cluster, place) as client:
                 client.frames(b"x" * (32 << 20))
     for name in cluster.nodes.names():
         status = Path(f"/proc/{cluster.nodes.pid(name)}/status").read_text()
@@ -266,10 +284,10 @@ def test_messages_of_unknown_and_impersonating_peers(cluster: Cluster) -> None:
     stream = cluster.begin(PROMPT + " Untrusted.", **body)
     cluster.wait_until(lambda: stream.num_chunks > 3, "the stream has begun")
     request_id = f"{stream.id}-0"
-    places = [port for place, port in all_ports(cluster).items() if place != f"proxy:{cluster.nodes.port}"]
-    for port in places:
+    places = [place for place in all_ports(cluster) if place != f"proxy:{cluster.nodes.port}"]
+    for place in places:
         for name in names:
-            with RawClient(port, name.encode()) as client:
+            with insider(cluster, place, name.encode()) as client:
                 client.send(*one_of_each(request_id))
                 client.send(*one_of_each(request_id)[::-1])
     assert not stream.ended, "the stream was too short for this test"
@@ -280,7 +298,7 @@ def test_messages_of_unknown_and_impersonating_peers(cluster: Cluster) -> None:
 
 def test_register_under_a_wrong_name(cluster: Cluster) -> None:
     """Guards membership: a worker that registers with a wrong name or model is refused and does not become a member."""
-    with RawClient(cluster.nodes.ports.control, b"liar/1") as client:
+    with insider(cluster, f"proxy:{cluster.nodes.ports.control}", b"liar/1") as client:
         client.send(register_of("liar", 2, bytes(32)), register_of("liar", 1, bytes(32)))
         client.send(Heartbeat(worker="liar", incarnation=1, load=Load(running=3)))
         received = client.receive(1.0)

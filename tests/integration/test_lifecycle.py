@@ -15,12 +15,13 @@ from typing import Any
 import httpx
 import pytest
 
-from baton.launch.local import free_port
+from baton.node.secret_file import write_secret
 from baton.tests.integration.cluster import ROOT, Cluster
 
 DEMO = ROOT / "models" / "demo"
 REFUSED_TIMEOUT_S = 60.0
 NO_PROXY = "tcp://127.0.0.1:1"
+IN_THE_CLEAR = "--insecure-network"
 
 
 def error_line(module: str, *arguments: str) -> str:
@@ -87,7 +88,7 @@ def test_a_worker_names_the_fault_of_a_model_folder(fault: str, tmp_path: Path) 
     shutil.copytree(DEMO, folder)
     break_it, named = FAULTS[fault]
     break_it(folder)
-    line = error_line("decode", "--model", str(folder), "--proxy", NO_PROXY, "--device", "cpu")
+    line = error_line("decode", IN_THE_CLEAR, "--model", str(folder), "--proxy", NO_PROXY, "--device", "cpu")
     assert all(name in line for name in named), line
 
 
@@ -98,7 +99,7 @@ def test_the_proxy_names_the_fault_of_a_tokenizer(broken: str, tmp_path: Path) -
     shutil.copytree(DEMO, folder)
     (folder / broken).write_text('{"version": ')
     assert broken in error_line(
-        "proxy", "--model", str(folder), "--port", "0", "--control-address", "tcp://127.0.0.1:0"
+        "proxy", IN_THE_CLEAR, "--model", str(folder), "--port", "0", "--control-address", "tcp://127.0.0.1:0"
     )
 
 
@@ -112,20 +113,22 @@ def taken_port() -> Iterator[int]:
 
 def test_port_in_use(taken_port: int) -> None:
     """Guards against a process that runs but does not listen."""
-    control = f"tcp://127.0.0.1:{taken_port}"
-    assert str(taken_port) in error_line("proxy", "--port", str(taken_port), "--control-address", "tcp://127.0.0.1:0")
-    assert control in error_line("proxy", "--port", "0", "--control-address", control)
-    assert control in error_line("prefill", "--proxy", NO_PROXY, "--device", "cpu", "--bind", control)
+    control, http = f"tcp://127.0.0.1:{taken_port}", str(taken_port)
+    assert http in error_line("proxy", IN_THE_CLEAR, "--port", http, "--control-address", "tcp://127.0.0.1:0")
+    assert control in error_line("proxy", IN_THE_CLEAR, "--port", "0", "--control-address", control)
+    assert control in error_line("prefill", IN_THE_CLEAR, "--proxy", NO_PROXY, "--device", "cpu", "--bind", control)
 
 
-def test_binding_to_the_network_needs_an_option(taken_port: int) -> None:
-    """Guards against exposing the unauthenticated control plane to the network by accident."""
-    everywhere = f"tcp://0.0.0.0:{free_port()}"
+def test_what_is_open_to_others_needs_an_option(tmp_path: Path) -> None:
+    """Guards against exposing the API to the network, and links that are not authenticated to anybody, by accident."""
+    secret = tmp_path / "secret"
+    write_secret(secret)
+    control = ("--control-address", "tcp://127.0.0.1:0")
     for line in (
-        error_line("proxy", "--host", "0.0.0.0", "--port", "0", "--control-address", "tcp://127.0.0.1:0"),
-        error_line("proxy", "--port", "0", "--control-address", everywhere),
-        error_line("prefill", "--proxy", NO_PROXY, "--bind", everywhere),
-        error_line("decode", "--proxy", NO_PROXY, "--bind", everywhere),
+        error_line("proxy", "--host", "0.0.0.0", "--port", "0", *control, "--secret-file", str(secret)),
+        error_line("proxy", "--port", "0", *control),
+        error_line("prefill", "--proxy", NO_PROXY),
+        error_line("decode", "--proxy", NO_PROXY),
     ):
         assert "--insecure-network" in line
 
@@ -198,10 +201,11 @@ def test_two_proxies_over_the_same_workers(tmp_path: Path) -> None:
     """Guards workers of two proxies: requests do not mix, and the death of one proxy does not affect the other."""
     second = Cluster(0, 0, log_folder=tmp_path / "second")
     (tmp_path / "second").mkdir()
-    both = ("--proxy", f"tcp://127.0.0.1:{second.nodes.ports.control}")
+    both = ("--proxy", f"tcp://127.0.0.1:{second.nodes.ports.control}", *second.secret_args)
     prompts = ["The old king had three daughters", "A mouse lived under the floor", "Long ago, the moon"]
     body = {"max_tokens": 60, "ignore_eos": True}
-    with Cluster(worker_args=both, log_folder=tmp_path) as first, second:
+    own = ("--local-prefill", "never", *second.secret_args)
+    with Cluster(worker_args=both, proxy_args=own, log_folder=tmp_path) as first, second:
         first.wait_workers("prefill-0", "decode-0")
         second.wait_workers("prefill-0", "decode-0")
         streams = [cluster.begin(prompt, **body) for prompt in prompts for cluster in (first, second)]

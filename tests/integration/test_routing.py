@@ -82,8 +82,10 @@ class Pair:
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
     second = Cluster(0, 0, proxy_args=ARGS, log_folder=tmp_path_factory.mktemp("second"))
-    both = ("--proxy", f"tcp://127.0.0.1:{second.nodes.ports.control}")
-    first = Cluster(2, 1, proxy_args=ARGS, worker_args=both, log_folder=tmp_path_factory.mktemp("first"))
+    both = ("--proxy", f"tcp://127.0.0.1:{second.nodes.ports.control}", *second.secret_args)
+    first = Cluster(
+        2, 1, proxy_args=(*ARGS, *second.secret_args), worker_args=both, log_folder=tmp_path_factory.mktemp("first")
+    )
     with first, second:
         second.wait_workers("prefill-0", "prefill-1", "decode-0")
         yield Pair(first, second)

@@ -1,4 +1,7 @@
-"""Untrusted peers of a cluster: raw ZeroMQ clients on its ports, and a second proxy that a test controls."""
+"""Untrusted peers of a cluster: raw ZeroMQ clients on its ports, and a second proxy that a test controls.
+
+They have the secret of the cluster: what a node without it can do is in test_strangers.py.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 
 import zmq
 
+from baton.launch.local import free_port
+from baton.node.credentials import Keys, NodeRole
 from baton.node.messages.base import Message, encode
 from baton.node.messages.control import (
     Busy,
@@ -61,15 +66,30 @@ SAMPLING = SamplingSpec(max_tokens=8)
 
 
 class RawClient:
-    """A ZeroMQ client with any identity, which sends any frames."""
+    """A ZeroMQ client with any identity, which sends any frames.
 
-    def __init__(self, port: int, identity: bytes = b"unknown/1", kind: int = zmq.DEALER) -> None:
+    With `keys` it is a client in `role` of a server in the role `server`."""
+
+    def __init__(
+        self,
+        port: int,
+        identity: bytes = b"unknown/1",
+        kind: int = zmq.DEALER,
+        *,
+        keys: Keys | None = None,
+        role: NodeRole = "decode",
+        server: NodeRole = "proxy",
+    ) -> None:
         self._context = zmq.Context()
         self._socket = self._context.socket(kind)
         self._socket.setsockopt(zmq.LINGER, 500)
         self._socket.setsockopt(zmq.SNDTIMEO, 2000)
         if identity:
             self._socket.setsockopt(zmq.IDENTITY, identity)
+        if keys is not None:
+            self._socket.setsockopt(zmq.CURVE_SERVERKEY, keys.public(server))
+            self._socket.setsockopt(zmq.CURVE_PUBLICKEY, keys.pair(role).public)
+            self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.pair(role).private)
         self._socket.connect(f"tcp://127.0.0.1:{port}")
 
     def __enter__(self) -> RawClient:
@@ -189,13 +209,18 @@ class SecondProxy:
 
     def __init__(self) -> None:
         self._context = zmq.Context()
+        self.address = f"tcp://127.0.0.1:{free_port()}"
+        self._boxes: dict[str, list[Message]] = {"prefill-0": [], "decode-0": []}
+        self._connections: dict[str, bytes] = {}
+
+    def listen(self, keys: Keys) -> None:
+        """From now on workers of the cluster with these keys can connect."""
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        self._socket.bind("tcp://127.0.0.1:*")
-        self.address = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._boxes: dict[str, list[Message]] = {"prefill-0": [], "decode-0": []}
-        self._connections: dict[str, bytes] = {}
+        self._socket.setsockopt(zmq.CURVE_SERVER, 1)
+        self._socket.setsockopt(zmq.CURVE_SECRETKEY, keys.pair("proxy").private)
+        self._socket.bind(self.address)
 
     def join(self) -> tuple[Register, Register]:
         """Accept both workers; returns the Register of prefill and of decode."""

@@ -14,8 +14,9 @@ import pytest
 import yaml
 
 from baton.kvtransfer.protocol.exchange import TransferCounters
+from baton.node.credentials import Credentials
 from baton.node.endpoint import Endpoint
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.settings import ProxySettings
@@ -52,11 +53,11 @@ def test_the_page_is_that_of_the_code() -> None:
 
 async def test_each_counter_has_a_description() -> None:
     """Guards against a counter of the engine or of a worker without a description."""
-    context = new_context()
+    context = Context(Credentials("proxy"))
     endpoint = Endpoint(context, "proxy", "tcp://127.0.0.1:0")
     counted = set(Dispatcher(endpoint, ProxySettings(), ["m"]).counters())
     endpoint.close()
-    context.destroy(0)
+    context.close()
     assert counted == set(ENGINE_COUNTERS)
     by_workers = {each.name for each in fields(TransferCounters)}
     for bench in (PrefillBench(), DecodeBench()):

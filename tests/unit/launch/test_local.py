@@ -10,10 +10,12 @@ import pytest
 
 from baton.launch import local
 from baton.launch.local import ServeSettings
+from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec
 from baton.node.errors import SettingsError
 
-PORTS = local.Ports(controls=(777,), store=778)
+SECRET = Path("run/secret")
+PORTS = local.Ports(controls=(777,), store=778, secret_file=SECRET)
 
 
 def plan(settings: ServeSettings, environ: Mapping[str, str] | None = None) -> list[ChildSpec]:
@@ -37,20 +39,20 @@ def test_each_role_gets_the_options_that_it_has() -> None:
         ("decode-0", "decode"),
     ]
     address = "tcp://127.0.0.1:777"
-    api = ["--served-model-name=m", "--port=9"]
-    assert options_of(specs[0].argv) == ["baton.proxy", "--model", "m", "--control-address", address, *api]
+    secret, api = ["--secret-file", str(SECRET)], ["--served-model-name=m", "--port=9"]
+    assert options_of(specs[0].argv) == ["baton.proxy", "--model", "m", "--control-address", address, *secret, *api]
     store = "tcp://127.0.0.1:778"
     assert options_of(specs[1].argv) == (
-        ["baton.kvtransfer", "--store-id", "store", "--proxy", address, "--bind", store, "--ram-gib", "0.25"]
+        ["baton.kvtransfer", "--store-id", "store", "--proxy", address, "--bind", store, *secret, "--ram-gib", "0.25"]
     )
-    worker = ["--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", "--store", store]
-    assert options_of(specs[3].argv) == ["baton.prefill", *worker, "--num-blocks=5"]
+    worker = ["--model", "m", "--proxy", address, "--device", "cpu", "--worker-id", "prefill-1", *secret]
+    assert options_of(specs[3].argv) == ["baton.prefill", *worker, "--store", store, "--num-blocks=5"]
 
 
 def test_several_proxies_share_the_port_and_have_all_workers(tmp_path: Path) -> None:
     """Guards against a worker or a store that one of the proxies never sees, and two proxies that are one to others."""
     settings = ServeSettings(proxies=2, prefill=0, device="cpu", max_requests=7)
-    ports = local.Ports((777, 779), 778, tmp_path)
+    ports = local.Ports((777, 779), 778, SECRET, tmp_path)
     proxy_0, proxy_1, store, worker = local.plan_nodes(settings, ports, {}, {})
     assert [spec.name for spec in (proxy_0, proxy_1)] == ["proxy-0", "proxy-1"] and proxy_1.group == "proxy"
     for index, (spec, control) in enumerate([(proxy_0, 777), (proxy_1, 779)]):
@@ -65,10 +67,11 @@ def test_several_proxies_share_the_port_and_have_all_workers(tmp_path: Path) -> 
 
 def test_one_proxy_is_in_no_group() -> None:
     """Guards the one proxy, which needs no socket for others; but the launcher has no key of a tenant."""
-    assert local.Ports.free(ServeSettings(), Path("unused")).group_folder is None
-    assert local.Ports.free(ServeSettings(tenants=Path("file")), Path("used")).group_folder == Path("used")
-    ports = local.Ports.free(ServeSettings(proxies=3), Path("used"))
-    assert ports.group_folder == Path("used") and len({ports.store, *ports.controls}) == 4
+    with RunFolder() as folder:
+        assert local.Ports.free(ServeSettings(), folder).group_folder is None
+        assert local.Ports.free(ServeSettings(tenants=Path("file")), folder).group_folder == folder.path
+        ports = local.Ports.free(ServeSettings(proxies=3), folder)
+    assert ports.group_folder == folder.path and len({ports.store, *ports.controls}) == 4
 
 
 def gpu_options(settings: ServeSettings, num_visible: int) -> dict[str, tuple[str, str]]:

@@ -10,26 +10,28 @@ from collections.abc import Iterator
 import pytest
 import zmq
 
+from baton.node.credentials import Credentials
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.messages.base import MAX_BODY_BYTES, encode
 from baton.node.messages.control import Ping, Rejoin
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 
 WAIT_S = 5.0
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    context = new_context()
+def context() -> Iterator[Context]:
+    """Of links in the clear; test_authentication.py has those with keys."""
+    context = Context(Credentials("proxy"))
     yield context
-    context.destroy(linger=0)
+    context.close()
 
 
 @pytest.fixture
-def pair(context: zmq.Context[zmq.Socket[bytes]]) -> Iterator[tuple[Endpoint, Endpoint]]:
+def pair(context: Context) -> Iterator[tuple[Endpoint, Endpoint]]:
     server, client = Endpoint(context, "server", "tcp://127.0.0.1:0"), Endpoint(context, "client/1", None)
-    client.connect("server", server.address)
+    client.connect("server", server.address, "prefill")
     yield server, client
     server.close()
     client.close()
@@ -52,12 +54,12 @@ def test_received_messages_name_their_sender(pair: tuple[Endpoint, Endpoint]) ->
     assert _next(client) == [("server", Ping(proxy="p", incarnation=1))]
 
 
-def test_two_links_are_kept_apart(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_two_links_are_kept_apart(context: Context) -> None:
     """Guards a worker of two proxies that call themselves the same: each is known by the link to its address."""
     first, second = (Endpoint(context, "proxy", "tcp://127.0.0.1:0") for _ in range(2))
     client = Endpoint(context, "client/1", None)
     for link, server in (("a", first), ("b", second)):
-        client.connect(link, server.address)
+        client.connect(link, server.address, "prefill")
         assert client.send(link, Ping(proxy=link, incarnation=1))
         assert _next(server) == [("client/1", Ping(proxy=link, incarnation=1))]
     for link, server in (("b", second), ("a", first)):
@@ -69,9 +71,9 @@ def test_two_links_are_kept_apart(context: zmq.Context[zmq.Socket[bytes]]) -> No
     client.close()
 
 
-def _raw_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, connection: bytes) -> zmq.Socket[bytes]:
+def _raw_dealer(context: Context, address: str, connection: bytes) -> zmq.Socket[bytes]:
     """A client with any connection id, which has sent one message."""
-    dealer = context.socket(zmq.DEALER)
+    dealer = context.zmq.socket(zmq.DEALER)
     dealer.setsockopt(zmq.LINGER, 0)
     dealer.setsockopt(zmq.RCVTIMEO, int(WAIT_S * 1000))
     dealer.setsockopt(zmq.ROUTING_ID, connection)
@@ -80,9 +82,7 @@ def _raw_dealer(context: zmq.Context[zmq.Socket[bytes]], address: str, connectio
     return dealer
 
 
-def test_a_peer_replaces_its_own_dead_connection(
-    pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
-) -> None:
+def test_a_peer_replaces_its_own_dead_connection(pair: tuple[Endpoint, Endpoint], context: Context) -> None:
     """Guards a process that was frozen: its peers have reconnected before it sees that the old connections are dead.
     The new ones were ignored for as long as they lasted."""
     server, _ = pair
@@ -98,12 +98,10 @@ def test_a_peer_replaces_its_own_dead_connection(
 
 
 @pytest.mark.parametrize("connection", [b"client/1", b"client/1#00", b"peer", b"peer#00"])
-def test_a_stranger_does_not_take_a_name(
-    pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]], connection: bytes
-) -> None:
+def test_a_stranger_does_not_take_a_name(pair: tuple[Endpoint, Endpoint], context: Context, connection: bytes) -> None:
     """Guards a peer's messages, and those to it, against a client that connects later and states its name."""
     server, client = pair
-    server.connect("peer", "tcp://127.0.0.1:1")
+    server.connect("peer", "tcp://127.0.0.1:1", "prefill")
     assert client.send("server", Rejoin()) and _next(server) == [("client/1", Rejoin())]
     stranger = _raw_dealer(context, server.address, connection)
     deadline = time.monotonic() + WAIT_S
@@ -123,15 +121,13 @@ def test_send_to_an_unconnected_peer_returns_false(pair: tuple[Endpoint, Endpoin
     assert not client.send("unknown/1", Rejoin())
 
 
-def test_garbage_is_counted_and_dropped(
-    pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
-) -> None:
+def test_garbage_is_counted_and_dropped(pair: tuple[Endpoint, Endpoint], context: Context) -> None:
     """Guards the loop against raw bytes, wrong frame counts, invalid messages and invalid identities."""
     server, client = pair
     port = int(server.address.rpartition(":")[2])
     with socket.create_connection(("127.0.0.1", port), timeout=WAIT_S) as raw:
         raw.sendall(b"\x00garbage" * 1000)
-    invalid_peer = context.socket(zmq.DEALER)
+    invalid_peer = context.zmq.socket(zmq.DEALER)
     invalid_peer.setsockopt(zmq.LINGER, 0)
     invalid_peer.setsockopt(zmq.IDENTITY, b"\xff\xfe bad")
     invalid_peer.connect(server.address)
@@ -147,12 +143,10 @@ def test_garbage_is_counted_and_dropped(
     invalid_peer.close(0)
 
 
-def test_an_oversized_frame_does_not_arrive(
-    pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
-) -> None:
+def test_an_oversized_frame_does_not_arrive(pair: tuple[Endpoint, Endpoint], context: Context) -> None:
     """Guards memory: a frame beyond the bound closes its own connection and no other."""
     server, client = pair
-    invalid_peer = context.socket(zmq.DEALER)
+    invalid_peer = context.zmq.socket(zmq.DEALER)
     invalid_peer.setsockopt(zmq.LINGER, 0)
     invalid_peer.connect(server.address)
     invalid_peer.send(b"x" * (MAX_BODY_BYTES + 1))
@@ -162,11 +156,11 @@ def test_an_oversized_frame_does_not_arrive(
     invalid_peer.close(0)
 
 
-def test_one_turn_reads_a_bounded_number_of_bytes(context: zmq.Context[zmq.Socket[bytes]]) -> None:
+def test_one_turn_reads_a_bounded_number_of_bytes(context: Context) -> None:
     """Guards an event loop against a backlog that is read as one: nothing is lost, it comes in several turns."""
     server = Endpoint(context, "server", "tcp://127.0.0.1:0", bytes_a_turn=3 * len(encode(Rejoin())))
     client = Endpoint(context, "client/1", None)
-    client.connect("server", server.address)
+    client.connect("server", server.address, "prefill")
     assert all(client.send("server", Rejoin()) for _ in range(20))
     turns = []
     while sum(map(len, turns)) < 20:
@@ -184,9 +178,7 @@ def test_wake_ends_a_wait_from_another_thread(pair: tuple[Endpoint, Endpoint]) -
     assert server.receive(3600.0) == []
 
 
-def test_a_taken_address_is_a_settings_error(
-    pair: tuple[Endpoint, Endpoint], context: zmq.Context[zmq.Socket[bytes]]
-) -> None:
+def test_a_taken_address_is_a_settings_error(pair: tuple[Endpoint, Endpoint], context: Context) -> None:
     """Guards start-up: the error names the address instead of ending in a traceback."""
     with pytest.raises(SettingsError, match="cannot listen"):
         Endpoint(context, "other", pair[0].address)

@@ -217,10 +217,6 @@ def test_an_unsupported_field_type_is_a_type_error() -> None:
         "127.8.9.1",
         "::1",
         "localhost",
-        "tcp://127.0.0.1:0",
-        "tcp://[::1]:5555",
-        "ipc:///tmp/x",
-        "inproc://x",
     ],
 )
 def test_loopback_is_accepted(address: str) -> None:
@@ -230,8 +226,7 @@ def test_loopback_is_accepted(address: str) -> None:
 
 @pytest.mark.parametrize(
     "address",
-    ["", "0.0.0.0", "::", "10.0.0.1", "*", "tcp://*:0", "tcp://0.0.0.0:1", "tcp://[::]:1", "tcp://eth0:1", "tcp://"]
-    + ["gpu-host", "127.0.0.1.example.com", "localhost.example.com", "tcp://localhost.example.com:1"],
+    ["", "0.0.0.0", "::", "10.0.0.1", "*", "eth0", "gpu-host", "127.0.0.1.example.com", "localhost.example.com"],
 )
 def test_a_network_address_is_refused_unless_asked_for(address: str) -> None:
     """Guards against an unauthenticated port that is open to the network."""

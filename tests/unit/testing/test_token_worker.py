@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from baton.node.credentials import Credentials
 from baton.node.endpoint import Endpoint
 from baton.node.membership import Membership
 from baton.node.messages.base import Message
@@ -22,7 +23,7 @@ from baton.node.messages.control import (
     SamplingSpec,
     Tokens,
 )
-from baton.node.sockets import new_context
+from baton.node.sockets import Context
 from baton.testing.token_worker import TokenWorker
 
 WORKER = "decode-0/1"
@@ -72,11 +73,11 @@ class Proxy:
 
 @pytest.fixture
 def proxies() -> Iterator[list[Proxy]]:
-    context = new_context()
+    context, own = Context(Credentials("proxy")), Context(Credentials("decode"))
     made = [Proxy(Endpoint(context, "proxy", "tcp://127.0.0.1:0")) for _ in range(2)]
-    endpoint = Endpoint(context, WORKER, None)
+    endpoint = Endpoint(own, WORKER, None)
     for link, proxy in zip("ab", made, strict=True):
-        endpoint.connect(link, proxy.endpoint.address)
+        endpoint.connect(link, proxy.endpoint.address, "proxy")
     stopping = threading.Event()
     worker = TokenWorker(endpoint, Membership(REGISTER, ("a", "b"), time.monotonic()), 0.001)
     thread = threading.Thread(target=worker.run, args=(stopping,), daemon=True)
@@ -89,7 +90,8 @@ def proxies() -> Iterator[list[Proxy]]:
     endpoint.close()
     for proxy in made:
         proxy.endpoint.close()
-    context.destroy(0)
+    own.close()
+    context.close()
 
 
 def test_each_proxy_gets_all_tokens_of_its_requests(proxies: list[Proxy]) -> None:

@@ -132,7 +132,7 @@ def test_a_model_is_bound_to_its_pool():
 
 def test_a_worker_starts_and_stops():
     """Guards start-up without a proxy: the worker waits for one, and stops without leaving a thread."""
-    settings = DecodeSettings(num_blocks=4, proxy=("tcp://127.0.0.1:9",))
+    settings = DecodeSettings(num_blocks=4, proxy=("tcp://127.0.0.1:9",), insecure_network=True)
     worker = start(settings, "cpu", "decode")
     try:
         parts = worker.parts
@@ -155,7 +155,7 @@ def process_settings():
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"bind": "tcp://0.0.0.0:0"}, "refusing to bind"),
+        ({"insecure_network": False}, "no --secret-file"),
         ({"plane": ("nccl",)}, "--plane nccl"),
         ({"num_blocks": 1}, "would have 1 blocks"),
     ],
@@ -163,6 +163,7 @@ def process_settings():
 @pytest.mark.usefixtures("process_settings")
 def test_a_failed_start_is_one_line(options, reason, capsys):
     """Guards the launcher's log: status 1 and one line without a traceback."""
-    assert serve("decode", DecodeSettings(device="cpu", **options), lambda parts, device: pytest.fail("started")) == 1
+    settings = DecodeSettings(device="cpu", **{"insecure_network": True, **options})
+    assert serve("decode", settings, lambda parts, device: pytest.fail("started")) == 1
     error = capsys.readouterr().err.strip().splitlines()
     assert error[-1].startswith("decode: ") and reason in error[-1]

@@ -12,13 +12,13 @@ import select
 import sys
 from collections.abc import Iterator
 
-import zmq
-
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.planes.base import ChunkKey, Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
+from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import Context
 
 
 def lines(plane: Plane) -> Iterator[bytes]:
@@ -37,7 +37,7 @@ def lines(plane: Plane) -> Iterator[bytes]:
 def main(kind: str, name: str, num_blocks: int, block_bytes: int) -> None:
     memory = HostMemory(num_blocks, block_bytes)
     memory.view[:] = random.Random(name).randbytes(num_blocks * block_bytes)
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+    context = Context(Credentials("prefill"))
     plane: Plane = ZmqPlane(context, memory, name) if kind == "zmq" else ShmPlane(memory)
     address, peer = plane.describe(), ""
     print(json.dumps([address.plane, address.host, address.address]), flush=True)
@@ -51,7 +51,7 @@ def main(kind: str, name: str, num_blocks: int, block_bytes: int) -> None:
             plane.post_send(peer, ChunkKey(b"x" * 16, seq, 0), blocks)
     plane.close()
     memory.close()
-    context.destroy(0)
+    context.close()
 
 
 if __name__ == "__main__":

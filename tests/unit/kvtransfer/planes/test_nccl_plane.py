@@ -161,7 +161,7 @@ def test_after_a_stall_the_next_send_opens_a_new_connection(pair) -> None:
 
 def test_a_connection_that_does_not_open_fails_its_sends_in_time(rig: NcclRig) -> None:
     sender = rig.end(SENDER)
-    silent = rig.context.socket(11)  # zmq.STREAM: accepts the connection and never sends
+    silent = rig.context.zmq.socket(11)  # zmq.STREAM: accepts the connection and never sends
     port = silent.bind_to_random_port("tcp://127.0.0.1")
     address = PlaneAddress(
         plane="nccl", host=sender.plane.describe().host, address=f"tcp://127.0.0.1:{port}|gpu9:nccl-2"

@@ -15,14 +15,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
-import zmq
 
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import PIECE_BYTES, ZmqPlane
+from baton.node.credentials import Credentials
 from baton.node.errors import InvariantBroken
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import Context
 from baton.testing.loopback import LoopbackFabric
 
 PATIENCE_S = 20.0
@@ -45,7 +46,7 @@ class Rig:
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self.context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self.context = Context(Credentials("decode"))
         self.fabric = LoopbackFabric()
         self.ends: list[End] = []
         self.done: dict[str, list[IoDone]] = {}
@@ -95,7 +96,7 @@ class Rig:
             end.plane.close()
             end.plane.close()
             end.memory.close()
-        self.context.destroy(0)
+        self.context.close()
 
 
 PLANES = [

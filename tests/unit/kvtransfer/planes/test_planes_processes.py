@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-import zmq
 
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import ZmqPlane
+from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import Context
 
 PATIENCE_S = 30.0
 CHILD, PARENT = "prefill/7", "decode/7"
@@ -65,10 +66,10 @@ class Child:
 
 
 @pytest.fixture
-def context() -> Iterator[zmq.Context[zmq.Socket[bytes]]]:
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+def context() -> Iterator[Context]:
+    context = Context(Credentials("decode"))
     yield context
-    context.destroy(0)
+    context.close()
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def poll_until(plane: Plane, holds: Callable[[list[IoDone]], bool]) -> list[IoDo
     return done
 
 
-def test_zmq_between_processes(context: zmq.Context[zmq.Socket[bytes]], memory: HostMemory) -> None:
+def test_zmq_between_processes(context: Context, memory: HostMemory) -> None:
     child, plane = Child("zmq"), ZmqPlane(context, memory, PARENT)
     try:
         assert plane.reaches(child.address)
@@ -117,7 +118,7 @@ def test_zmq_between_processes(context: zmq.Context[zmq.Socket[bytes]], memory: 
         plane.close()
 
 
-def test_zmq_outlives_a_sender_that_is_killed(context: zmq.Context[zmq.Socket[bytes]], memory: HostMemory) -> None:
+def test_zmq_outlives_a_sender_that_is_killed(context: Context, memory: HostMemory) -> None:
     """Guards against receives that never end, and against blocks held for chunks to the dead peer."""
     child, plane = Child("zmq"), ZmqPlane(context, memory, PARENT)
     plane.connect(CHILD, child.address)
@@ -134,7 +135,7 @@ def test_zmq_outlives_a_sender_that_is_killed(context: zmq.Context[zmq.Socket[by
 
 
 def test_zmq_keeps_blocks_that_a_frozen_peer_has_not_taken_until_it_is_forgotten(
-    context: zmq.Context[zmq.Socket[bytes]], memory: HostMemory
+    context: Context, memory: HostMemory
 ) -> None:
     """Guards against an early `idle`, which would send foreign bytes, and a late one, which leaks blocks."""
     child, plane = Child("zmq"), ZmqPlane(context, memory, PARENT)

@@ -14,21 +14,22 @@ import zmq
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.planes.base import ChunkKey
 from baton.kvtransfer.planes.zeromq import PIECE_BYTES, ZmqPlane
+from baton.node.credentials import Credentials
 from baton.node.errors import SettingsError
 from baton.node.messages.transfer import PlaneAddress
+from baton.node.sockets import Context
 
 PATIENCE_S = 20.0
 HEADER = struct.Struct("<4sH16sQHIQ")
 KEY = ChunkKey(b"x" * 16, 0, 0)
 BLOCK = 64
-Context = zmq.Context[zmq.Socket[bytes]]
 
 
 @pytest.fixture
 def context() -> Iterator[Context]:
-    context: Context = zmq.Context()
+    context = Context(Credentials("decode"))
     yield context
-    context.destroy(0)
+    context.close()
 
 
 @pytest.fixture
@@ -53,7 +54,7 @@ def header(key: ChunkKey = KEY, magic: bytes = b"BKVX", version: int = 1, blocks
 
 def dealer(context: Context, plane: ZmqPlane, identity: bytes | None = b"prefill/1") -> zmq.Socket[bytes]:
     """A raw socket that acts as a sender."""
-    sender = context.socket(zmq.DEALER)
+    sender = context.zmq.socket(zmq.DEALER)
     sender.setsockopt(zmq.LINGER, 0)
     sender.setsockopt(zmq.SNDTIMEO, int(PATIENCE_S * 1000))
     if identity is not None:

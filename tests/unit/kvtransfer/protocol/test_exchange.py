@@ -8,7 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
-import zmq
 
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.pool import BlockPool
@@ -25,10 +24,12 @@ from baton.kvtransfer.protocol.exchange import (
 )
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.receiver import Incoming
+from baton.node.credentials import Credentials
 from baton.node.leg import LegKey
 from baton.node.messages.base import Message
 from baton.node.messages.control import Refused
 from baton.node.messages.transfer import Grant
+from baton.node.sockets import Context
 from baton.testing.loopback import Fate, LoopbackFabric
 
 LAYOUT = KVLayout.of_model(num_layers=2, kv_heads=2, head_dim=16, block_tokens=4, dtype="float32")
@@ -95,7 +96,7 @@ class _Pair:
 
 @pytest.fixture(params=["loopback", "zmq", "shm"])
 def make(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
-    context = zmq.Context()
+    context = Context(Credentials("decode"))
     fabric = LoopbackFabric()
     makers: dict[str, MakePlane] = {
         "loopback": lambda name, pool: fabric.plane(name, pool),
@@ -103,7 +104,7 @@ def make(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
         "shm": lambda name, pool: ShmPlane(pool),
     }
     yield makers[request.param]
-    context.destroy(linger=0)
+    context.close()
 
 
 def _fill(pool: BlockPool, seed: int) -> None:

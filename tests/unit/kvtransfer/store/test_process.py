@@ -19,9 +19,11 @@ from baton.kvtransfer.blocks.copies import Copies, HostCopies
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.store.client import StoreClient
 from baton.kvtransfer.store.events import StoreClientDied, StoreEvent, StoreFound, StoreLoaded, StoreWritten
+from baton.node.credentials import Credentials, Keys
 from baton.node.leg import LegKey
 from baton.node.messages.store import DISK, PEER, RAM
-from baton.node.sockets import new_context
+from baton.node.secret_file import read_secret, write_secret
+from baton.node.sockets import Context
 from baton.tests.unit.kvtransfer.store.bench import BLOCK_BYTES, SPACE, content, names
 from baton.tests.unit.kvtransfer.store.late_copies import LateCopies
 
@@ -48,12 +50,16 @@ class Store:
 
     def __init__(self, log: Path, *arguments: str) -> None:
         self._log = log
+        self.secret_file = log.parent / "secret"
+        if not self.secret_file.exists():
+            write_secret(self.secret_file)
         self.address = f"tcp://127.0.0.1:{_free_port()}"
         self._arguments = arguments
         self.start()
 
     def start(self) -> None:
-        command = [sys.executable, "-P", "-m", "baton.kvtransfer", "--bind", self.address, *self._arguments]
+        command = [sys.executable, "-P", "-m", "baton.kvtransfer", "--bind", self.address]
+        command += ["--secret-file", str(self.secret_file), *self._arguments]
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(command, stderr=log)
 
@@ -75,7 +81,7 @@ class Client:
         self.events: queue.SimpleQueue[StoreEvent] = queue.SimpleQueue()
         self.stores: list[str] = []
         self._asked = 0
-        self._context = new_context()
+        self._context = Context(Credentials("decode", Keys(read_secret(store.secret_file))))
         self.client = StoreClient(
             self._context, f"{name}/1", store.address, SPACE, self.copies, self.events.put, self.stores.append
         )
@@ -125,7 +131,7 @@ class Client:
     def close(self) -> None:
         self.client.close()
         self.pool.close()
-        self._context.destroy(0)
+        self._context.close()
 
 
 @pytest.fixture
