@@ -66,11 +66,11 @@ def test_every_default_address_is_of_this_machine(settings: type) -> None:
 
 def test_the_nodes_of_serve_are_on_loopback() -> None:
     """Guards the command lines that `serve` makes, which could differ from the defaults of the roles."""
-    ports = local.Ports(controls=(777, 778), store=779, group_folder=Path("group"))
+    ports = local.Ports((777, 778), 779, Path("secret"), Path("group"))
     specs = local.plan_nodes(ServeSettings(prefill=2, decode=2, proxies=2), ports, {}, {})
     assert {spec.group for spec in specs} == {"proxy", "store", "prefill", "decode"}
     for spec in specs:
-        assert "--insecure-network" not in spec.argv
+        assert "--insecure-network" not in spec.argv and "--secret-file" in spec.argv
         for argument in spec.argv:
             assert not argument.startswith("tcp://") or is_loopback(argument), spec.argv
             assert not re.search(r"0\.0\.0\.0|tcp://\*|\[::\]", argument), spec.argv
@@ -88,7 +88,8 @@ def test_no_key_is_in_a_command_line_of_serve(tmp_path: Path) -> None:
     file = tmp_path / "keys"
     file.write_text(f"{SECRETS[1]}\n")
     settings = ServeSettings(api_key=(SECRETS[0],), api_key_file=file, proxies=2)
-    specs = local.plan_nodes(settings, local.Ports((777, 778), 779, tmp_path), {}, {"BATON_API_KEY": SECRETS[0]})
+    ports = local.Ports((777, 778), 779, tmp_path / "secret", tmp_path)
+    specs = local.plan_nodes(settings, ports, {}, {"BATON_API_KEY": SECRETS[0]})
     for spec in specs:
         assert not any(secret in argument for argument in spec.argv for secret in SECRETS), spec.argv
         if spec.group != "proxy":

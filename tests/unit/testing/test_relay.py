@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -47,7 +48,7 @@ def board() -> Iterator[RelayBoard]:
 @pytest.fixture
 def client(board: RelayBoard) -> Iterator[socket.socket]:
     echo = Echo()
-    board.name_ports(Ports(controls=(echo.port,), store=1))
+    board.name_ports(Ports(controls=(echo.port,), store=1, secret_file=Path("secret")))
     port = ask_for_relay(board.port, "decode-0", echo.port, data=False)
     assert ask_for_relay(board.port, "decode-0", echo.port, data=False) == port
     assert [link.kind for link in board.links()] == ["proxy-decode"]
