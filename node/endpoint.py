@@ -17,6 +17,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import zmq
 
@@ -28,6 +29,7 @@ from baton.node.messages.senders import sender_error
 from baton.node.messages.wire import decode
 from baton.node.sockets import Context, Socket
 from baton.node.telemetry import log_event
+from baton.node.watch import EVERY_S, DealerWatch, RouterWatch
 
 logger = logging.getLogger("endpoint")
 
@@ -49,6 +51,17 @@ OPTIONS = sockets.Options(
 def identity_of(worker: str, incarnation: int) -> str:
     """The endpoint identity of one incarnation of a worker."""
     return f"{worker}/{incarnation}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Link:
+    """A connection to a peer at its address."""
+
+    peer: str
+    role: NodeRole | None
+    """None: the link is in the clear."""
+    socket: Socket
+    watch: DealerWatch
 
 
 class Endpoint:
@@ -74,12 +87,12 @@ class Endpoint:
         self._context = context
         self._secret = secrets.token_bytes(16)
         self._holders = NameHolders()
-        self._links: dict[str, Socket] = {}
-        self._names: dict[Socket, str] = {}
-        self._servers: dict[str, NodeRole | None] = {}
-        """The roles of the peers that this endpoint connects to; None: the link is in the clear."""
+        self._links: dict[str, _Link] = {}
+        self._link_of: dict[Socket, _Link] = {}
+        self._watched_at = 0.0
         self._poller = zmq.Poller()
         self._router = self._open_router(bind) if bind is not None else None
+        self._watch = RouterWatch(context, self._router) if self._router is not None else None
         self._waker, self._wakee = self._open_waker()
         self._wake_lock = threading.Lock()
         self._closed = False
@@ -103,26 +116,27 @@ class Endpoint:
             self._context, address, OPTIONS, server=role, identity=self.identity, secret=self._secret
         )
         self._holders.reserve(peer)
-        self._links[peer] = socket
-        self._names[socket] = peer
-        self._servers[peer] = role if self._context.credentials.keys is not None else None
+        known_role = role if self._context.credentials.keys is not None else None
+        link = _Link(peer, known_role, socket, DealerWatch(self._context, socket, address))
+        self._links[peer] = self._link_of[socket] = link
         self._poller.register(socket, zmq.POLLIN)
 
     def disconnect(self, peer: str) -> None:
         """Close the link to `peer`, if there is one."""
-        socket = self._links.pop(peer, None)
-        if socket is not None:
+        link = self._links.pop(peer, None)
+        if link is not None:
             self._holders.release(peer)
-            self._poller.unregister(socket)
-            del self._names[socket], self._servers[peer]
-            socket.close(0)
+            self._poller.unregister(link.socket)
+            del self._link_of[link.socket]
+            link.watch.close()
+            link.socket.close(0)
 
     def send(self, peer: str, message: Message) -> bool:
         """Hand `message` to the transport; False if the peer is not connected or its queue is full."""
         body = encode(message)
         link = self._links.get(peer)
         if link is not None:
-            return sockets.send_frames(link, [body])
+            return sockets.send_frames(link.socket, [body])
         connection = self._holders.connection_of(peer)
         return (
             self._router is not None
@@ -153,8 +167,9 @@ class Endpoint:
                 self._drain_wakes()
             elif socket is self._router:
                 self._drain_router(inbox)
-            elif socket in self._names:
-                self._drain_link(socket, inbox)
+            elif (link := self._link_of.get(socket)) is not None:
+                self._drain_link(link, inbox)
+        self._watch_connections(time.monotonic())
         return inbox
 
     def wake(self) -> None:
@@ -165,14 +180,20 @@ class Endpoint:
 
     def linger(self, timeout_s: float = 0.5) -> None:
         """Keep sending queued messages for at most `timeout_s` after `close`."""
-        for socket in self._names:
-            sockets.linger(socket, timeout_s)
+        for link in self._links.values():
+            sockets.linger(link.socket, timeout_s)
 
     def close(self) -> None:
         with self._wake_lock:
             self._closed = True
-            for socket in [self._waker, self._wakee, *self._links.values(), *([self._router] if self._router else [])]:
-                socket.close()
+            for link in self._links.values():
+                link.watch.close()
+                link.socket.close()
+            if self._router is not None and self._watch is not None:
+                self._watch.close()
+                self._router.close()
+            self._waker.close()
+            self._wakee.close()
 
     # -- internals
 
@@ -185,6 +206,15 @@ class Endpoint:
         waker, wakee = sockets.open_pair(self._context, f"wake-{id(self)}-{secrets.token_hex(8)}")
         self._poller.register(wakee, zmq.POLLIN)
         return waker, wakee
+
+    def _watch_connections(self, now: float) -> None:
+        if now - self._watched_at < EVERY_S:
+            return
+        self._watched_at = now
+        if self._watch is not None:
+            self._watch.turn()
+        for link in self._links.values():
+            link.watch.turn(now)
 
     def _drain_wakes(self) -> None:
         while sockets.receive_frames(self._wakee) is not None:
@@ -206,14 +236,13 @@ class Endpoint:
             if num_bytes >= self._bytes_a_turn:
                 return
 
-    def _drain_link(self, socket: Socket, inbox: list[tuple[str, Message]]) -> None:
-        peer = self._names[socket]
+    def _drain_link(self, link: _Link, inbox: list[tuple[str, Message]]) -> None:
         for _ in range(MAX_FRAMES_A_TURN):
-            frames = sockets.receive_frames(socket)
+            frames = sockets.receive_frames(link.socket)
             if frames is None:
                 return
             if len(frames) == 1:
-                self._admit(peer, self._servers[peer], frames[0], inbox)
+                self._admit(link.peer, link.role, frames[0], inbox)
             else:
                 self._reject(f"{len(frames)} frames")
 

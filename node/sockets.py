@@ -15,7 +15,10 @@ ZeroMQ); authentication.py says which clients a ROUTER lets in. Pairs within the
 
 from __future__ import annotations
 
+import contextlib
 import re
+import secrets
+import struct
 from dataclasses import dataclass
 
 import zmq
@@ -30,6 +33,7 @@ Socket = zmq.Socket[bytes]
 MAX_IDENTITY_BYTES = 255 - SUFFIX_CHARACTERS
 
 _ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):([1-9][0-9]{0,4})", re.ASCII)
+_EVENT = struct.Struct("=HI")
 _LOOPBACK = re.compile(r"tcp://(?:127\.|localhost:|\[::1\])")
 
 
@@ -119,6 +123,29 @@ def open_pair(context: Context, name: str) -> tuple[Socket, Socket]:
     second.bind(f"inproc://{name}")
     first.connect(f"inproc://{name}")
     return first, second
+
+
+def open_monitor(context: Context, socket: Socket, events: int) -> Socket:
+    """Where libzmq reports these events of the connections of `socket`; when nobody reads, it drops the newest."""
+    name = f"inproc://monitor-{id(socket)}-{secrets.token_hex(8)}"
+    socket.monitor(name, events)
+    monitor: Socket = context.zmq.socket(zmq.PAIR)
+    monitor.setsockopt(zmq.LINGER, 0)
+    monitor.connect(name)
+    return monitor
+
+
+def receive_event(monitor: Socket) -> tuple[int, int] | None:
+    """The next event with its value, if one is there."""
+    frames = receive_frames(monitor)
+    return _EVENT.unpack(frames[0]) if frames is not None else None
+
+
+def dial_again(dealer: Socket, address: str) -> None:
+    """Replace what is left of the connection to `address`."""
+    with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the address
+        dealer.disconnect(address)
+    dealer.connect(address)
 
 
 def linger(socket: Socket, timeout_s: float) -> None:
