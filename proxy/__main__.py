@@ -119,8 +119,10 @@ async def serve(settings: ProxySettings) -> int:
         if settings.tenants is not None:
             loop.add_signal_handler(signal.SIGHUP, reload_tenants, service.tenants, settings.tenants, (name, *aliases))
         await asyncio.wait({task, asyncio.create_task(stop.wait())}, return_when=asyncio.FIRST_COMPLETED)
+        dispatcher.drain()
+        server.should_exit = True  # it listens no more, so the kernel or a load balancer gives connections to others
+        await asyncio.wait({task}, timeout=settings.drain_s)
         await dispatcher.stop()
-        server.should_exit = True
         await task
     return 0
 

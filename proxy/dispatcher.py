@@ -89,14 +89,18 @@ class Dispatcher:
         self._turn = 0
         self._turns = Turns(SESSIONS_A_TURN)
         self._draining = False
+        self._stopped = False
 
     def start(self) -> None:
         self._control.start()
 
-    async def stop(self) -> None:
-        """Let running requests end, for at most `drain_s`, fail and cancel the others, then close."""
+    def drain(self) -> None:
+        """From now on this proxy is not ready. It serves what open connections bring, until `stop`."""
         self._draining = True
-        await self._requests_end(self._settings.drain_s)
+
+    async def stop(self) -> None:
+        """Fail and cancel the requests that have not ended, then close."""
+        self._draining = self._stopped = True
         for inbox in self._inboxes.values():
             inbox.put(ProxyStopping())
         for admission in self._admissions.values():
@@ -160,7 +164,7 @@ class Dispatcher:
 
     @contextmanager
     def registered(self, request_id: str, inbox: Inbox[Event]) -> Iterator[None]:
-        if self._draining:
+        if self._stopped:
             raise PeerLost("the proxy is shutting down")
         self.count("requests_total")
         assert request_id not in self._inboxes, request_id
