@@ -1,0 +1,112 @@
+"""A rolling restart: workers and a proxy are drained and replaced while clients stream, and no request breaks."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from baton.tests.integration.cluster import Cluster, Stream
+from baton.tests.integration.test_failures import GREEDY, SEEDED, begin, demand_undisturbed, mixed, new_prompt
+
+NODES = ("prefill-0", "decode-0", "proxy-0", "prefill-1", "decode-1")
+CLIENTS = 3
+Request = tuple[str, dict[str, Any]]
+
+
+class Load:
+    """Clients that stream one request after the other; each request has a prompt that no cache holds."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.requests: list[Request] = []
+        self.streams: list[Stream] = []
+        self._cluster = cluster
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._threads = [threading.Thread(target=self._run, daemon=True) for _ in range(CLIENTS)]
+
+    def start(self) -> None:
+        for thread in self._threads:
+            thread.start()
+
+    def stop(self) -> None:
+        """Let the running streams end."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join(120)
+
+    def served(self) -> int:
+        return sum(stream.finish != "" for stream in list(self.streams))
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            with self._lock:
+                number = len(self.requests)
+                request = new_prompt(), SEEDED | {"seed": number} if number % 2 else GREEDY
+                self.requests.append(request)
+                self.streams.append(self._cluster.begin(request[0], **request[1]))
+            stream = self.streams[number].join()
+            if isinstance(stream.broken, httpx.TransportError) and not stream.num_chunks:
+                # A proxy that stops listening resets connections that it has not accepted yet.
+                self.streams[number] = self._cluster.begin(request[0], **request[1]).join()
+
+
+@contextmanager
+def under_load(cluster: Cluster) -> Iterator[Load]:
+    """Inside it clients stream; at its end each of their streams must be complete, with the text of a run without
+    faults."""
+    load = Load(cluster)
+    load.start()
+    cluster.wait_until(lambda: load.served() >= CLIENTS, "the first streams are served")
+    yield load
+    load.stop()
+    demand_undisturbed(cluster, load.requests, load.streams)
+    cluster.wait_idle()
+
+
+def replace(cluster: Cluster, load: Load, name: str) -> None:
+    """Drain a node, start its successor, and let the cluster serve with it."""
+    cluster.nodes.signal(name, signal.SIGTERM)
+    assert cluster.nodes.wait_end(name) == 0
+    cluster.nodes.start_node(name)
+    cluster.nodes.wait_ready()
+    served = load.served()
+    cluster.wait_until(lambda: load.served() > served, f"a stream beside the new {name}")
+    assert "Traceback" not in cluster.nodes.log(name)
+
+
+def test_no_request_breaks_when_workers_and_a_proxy_are_replaced_in_turn(tmp_path: Path) -> None:
+    """Guards a rolling upgrade: a worker ends with its last sequence and its last transfer, a proxy with its last
+    stream, and neither gets anything new."""
+    with Cluster(2, 2, proxies=2, decode_step_s=0.02, log_folder=tmp_path) as cluster, under_load(cluster) as load:
+        for name in NODES:
+            replace(cluster, load, name)
+        assert cluster.counter("retries") == 0
+
+
+def test_a_draining_prefill_worker_stays_until_its_kv_was_fetched(tmp_path: Path) -> None:
+    """Guards KV that nothing computes any more, and that decode has not got: the worker is its only owner."""
+    cut_off = tmp_path / "cut-off"
+    with Cluster(2, 1, cut_off_file=cut_off, log_folder=tmp_path) as cluster:
+        warm = mixed(4)
+        demand_undisturbed(cluster, warm, begin(cluster, warm))
+        cut_off.touch()
+        requests = mixed(2)
+        streams = begin(cluster, requests)
+        cluster.wait_until(lambda: all(stream.num_chunks for stream in streams), "first tokens, which prefill draws")
+        leaving = ("prefill-0", "prefill-1")
+        for name in leaving:
+            cluster.nodes.signal(name, signal.SIGTERM)
+        cluster.wait_until(lambda: all("draining" in cluster.nodes.log(name) for name in leaving), "they drain")
+        assert all(stream.num_chunks == 1 for stream in streams) and set(leaving) < set(cluster.nodes.running())
+        cut_off.unlink()
+        assert [stream.join().finish for stream in streams] == ["length", "length"]
+        assert [cluster.nodes.wait_end(name) for name in leaving] == [0, 0]
+        assert cluster.counter("retries") == 0
+        cluster.nodes.revive()
+        demand_undisturbed(cluster, requests, streams)
