@@ -32,7 +32,7 @@ HEARTBEAT_S = 0.25
 DEAD_AFTER_S = 2.0
 """A worker that is silent for this long is treated as dead; a frozen process counts as dead."""
 PROXY_LEASE_S = 4.0
-"""A proxy that is silent for this long is lost: the worker has dropped its requests within 5 s, whatever step it is at."""
+"""A proxy that is silent for this long is lost. The worker drops its requests after the step that it is at: in 5 s."""
 REFUSED_PAUSE_S = (1.0, 15.0)
 """The first pause after a refusal, and the longest; each is twice the one before."""
 
