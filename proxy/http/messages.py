@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from baton.node.errors import BadRequest
+from baton.proxy.http.json_bounds import check_structure
 from baton.proxy.http.parameters import MAX_NAME_CHARS, check_spelling
 
 MAX_TOOL_CALLS = 1024
@@ -44,6 +45,10 @@ class RefusalPart(BaseModel):
         return self.refusal
 
 
+Part = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
+"""Without the discriminator pydantic tries both for each of a conversation's parts."""
+
+
 class CalledFunction(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
@@ -67,12 +72,20 @@ class ChatMessage(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | Annotated[list[TextPart | RefusalPart], Field(fail_fast=True)] | None = None
+    content: str | Annotated[list[Part], Field(fail_fast=True)] | None = None
     name: _Name | None = None
     tool_call_id: _Name | None = None
     tool_calls: Annotated[list[ToolCall], Field(max_length=MAX_TOOL_CALLS, fail_fast=True)] | None = None
     reasoning: str | None = None
     reasoning_content: str | None = None
+
+
+def conversation(messages: Sequence[ChatMessage]) -> tuple[Mapping[str, object], ...]:
+    """Of each message the fields that templates read; raises BadRequest."""
+    calls = [call for message in messages for call in message.tool_calls or ()]
+    written = [call.function.arguments for call in calls if isinstance(call.function.arguments, str)]
+    check_structure(*(arguments.encode(errors="surrogatepass") for arguments in written))
+    return tuple(message_fields(index, message) for index, message in enumerate(messages))
 
 
 def message_fields(index: int, message: ChatMessage) -> Mapping[str, object]:

@@ -98,7 +98,7 @@ async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int)
         ids = await encode(await text.render_bounded(request.messages, request.render))
         made = [(_checked(ids, text.vocab_size, "messages"), "")]
     else:
-        made = [await _tokenise_prompt(prompt, request.echo, text, encode) for prompt in request.prompts]
+        made = [await _tokenise_prompt(prompt, request.echo, text, encode, max_model_len) for prompt in request.prompts]
     if request.truncation is None:
         return made
     return [_cut(ids, echo, request, text, max_model_len) for ids, echo in made]
@@ -118,12 +118,17 @@ def _cut(
 
 
 async def _tokenise_prompt(
-    prompt: str | tuple[int, ...], echo: bool, text: ModelText, encode: Callable[[str], Awaitable[tuple[int, ...]]]
+    prompt: str | tuple[int, ...],
+    echo: bool,
+    text: ModelText,
+    encode: Callable[[str], Awaitable[tuple[int, ...]]],
+    max_model_len: int,
 ) -> tuple[tuple[int, ...], str]:
     if isinstance(prompt, str):
         return _checked(await encode(prompt), text.vocab_size, "prompt"), prompt if echo else ""
     ids = _checked(prompt, text.vocab_size, "prompt")
-    return ids, text.decode(ids, skip_special_tokens=False) if echo else ""
+    shown = echo and len(ids) <= max_model_len  # a longer one is cut, or refused
+    return ids, text.decode(ids, skip_special_tokens=False) if shown else ""
 
 
 def _checked(ids: tuple[int, ...], vocab_size: int, param: str) -> tuple[int, ...]:

@@ -17,12 +17,14 @@ from pydantic import BaseModel, ConfigDict, Field
 from baton.node.errors import BadRequest
 from baton.proxy.http.bodies import HeldBody
 from baton.proxy.http.guard import tenant_of
-from baton.proxy.http.messages import ChatMessage, message_fields
+from baton.proxy.http.messages import ChatMessage, conversation
 from baton.proxy.http.schema import MAX_MESSAGES, TokenIds, parse, read_chat
 from baton.proxy.http.service import ModelEntry, Service
 from baton.proxy.http.template_options import TemplateRequest, render_options
 from baton.proxy.text.model_text import ModelText
 
+MAX_DETOKENIZED = 1 << 18
+"""The tokenizer takes 0.2 us for each, in which nothing else runs."""
 Body = TypeVar("Body", bound=BaseModel)
 
 
@@ -43,7 +45,7 @@ class DetokenizeBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     model: str | None = None
-    tokens: TokenIds
+    tokens: Annotated[TokenIds, Field(max_length=MAX_DETOKENIZED)]
 
 
 def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
@@ -64,8 +66,10 @@ def add_tokenizer_routes(app: FastAPI, service: Service) -> None:
             limit = service.max_model_len(model.name)
             async with asyncio.timeout(timeout_s):
                 ids = await _ids(body, model.text, limit)
-        answer = {"count": len(ids), "max_model_len": limit, "tokens": ids}
-        return _json(answer | ({"token_strs": _pieces(model.text, ids)} if body.return_token_strs else {}))
+        answer: dict[str, object] = {"count": len(ids), "max_model_len": limit, "tokens": ids}
+        if body.return_token_strs:
+            answer["token_strs"] = await asyncio.to_thread(_pieces, model.text, ids)
+        return _json(answer)
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> Response:
@@ -98,8 +102,7 @@ async def _ids(body: TokenizeBody, text: ModelText, limit: int) -> tuple[int, ..
         raise BadRequest("one of prompt and messages must be given", param="prompt")
     if body.messages is None:
         return await _encode(text, body.prompt or "", body.add_special_tokens is not False, limit, "prompt")
-    messages = [message_fields(index, message) for index, message in enumerate(body.messages)]
-    prompt = await text.render_bounded(messages, render_options(body, body.tools or ()))
+    prompt = await text.render_bounded(conversation(body.messages), render_options(body, body.tools or ()))
     return await _encode(text, prompt, body.add_special_tokens is True, limit, "messages")
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from baton.node.errors import BadRequest
+from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.http.parameters import IGNORED, MAX_UNKNOWN, UNSUPPORTED
 from baton.proxy.http.prepare import Choice, choices_of
@@ -231,7 +232,7 @@ def test_any_json_is_parsed_or_a_bad_request(values: dict[str, Any]) -> None:
 
 def test_a_body_of_brackets_is_refused_before_it_is_parsed() -> None:
     """Guards against an event loop held for seconds by the JSON that is dearest to parse."""
-    with pytest.raises(BadRequest, match="brackets"):
+    with pytest.raises(BadRequest, match="arrays and objects"):
         read_completion(b'{"model": "demo", "prompt": [' + b"[]," * 1_000_000 + b"[]]}")
 
 
@@ -240,6 +241,46 @@ def test_a_body_of_keys_is_refused_before_it_is_parsed() -> None:
     entries = b",".join(b'"%x" :1' % n for n in range((1 << 18) + 1))
     with pytest.raises(BadRequest, match="keys"):
         read_completion(b'{"model": "demo", "prompt": "x", "logit_bias": {' + entries + b"}}")
+
+
+@pytest.mark.parametrize(
+    ("prompt", "what"),
+    [
+        (b"[" + b"{}," * (1 << 16) + b"{}]", "arrays and objects"),
+        (b"[" + b'"",' * (1 << 17) + b'""]', "strings"),
+        (b'["\\\\",' + b'"\\"",' * (1 << 17) + b'""]', "strings"),
+        (b"[" + b"5," * 1_200_000 + b"5]", "values"),
+    ],
+)
+def test_a_body_of_one_kind_of_structure_is_refused(prompt: bytes, what: str) -> None:
+    """Guards against every other kind of JSON that holds the event loop: values in an array, strings, escapes."""
+    with pytest.raises(BadRequest, match=what):
+        read_completion(b'{"model": "demo", "prompt": ' + prompt + b"}")
+
+
+@pytest.mark.parametrize("text", ['[{,"' * 400_000, '\\"[]' * 300_000, "\\" * 1_000_000])
+def test_text_is_no_structure(text: str) -> None:
+    """Guards against refusing a prompt for what is written in it, such as code or JSON, however it is escaped."""
+    assert read_completion(json.dumps({**COMPLETION, "prompt": text}).encode()).prompts == (text,)
+
+
+def test_the_longest_prompt_of_token_ids_is_accepted() -> None:
+    """Guards against bounds that keep out a prompt which fits a model, also with ids written as 5.0."""
+    for number in (b"5", b"5.0"):
+        ids = b", ".join([number] * MAX_TOKENS)
+        assert read_completion(b'{"model": "demo", "prompt": [' + ids + b"]}").prompts == ((5,) * MAX_TOKENS,)
+    for wrong in (b"5.5", b"1e999", b'"5"', b"true", b"-1.0", b"1e300"):
+        with pytest.raises(BadRequest, match="prompt must be"):
+            read_completion(b'{"model": "demo", "prompt": [5, ' + wrong + b"]}")
+
+
+def test_the_arguments_of_all_tool_calls_are_bounded_together() -> None:
+    """Guards against JSON in strings, which is parsed for the template, without the bounds of the body."""
+    call = {"function": {"name": "f", "arguments": "[" + "1," * 10_000 + "1]"}}
+    message = {"role": "assistant", "tool_calls": [call] * 50}
+    assert read_chat(json.dumps({**CHAT, "messages": [message] * 2}).encode()).messages
+    with pytest.raises(BadRequest, match="values"):
+        read_chat(json.dumps({**CHAT, "messages": [message] * 3}).encode())
 
 
 def test_too_many_biases_are_counted_before_they_are_checked() -> None:
