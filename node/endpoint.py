@@ -212,7 +212,7 @@ class Endpoint:
             return
         self._watched_at = now
         if self._watch is not None:
-            self._watch.turn()
+            self._watch.turn(now)
         for link in self._links.values():
             link.watch.turn(now)
 

@@ -17,6 +17,7 @@ Requests are numbered from 0 and answered in order; an end that sees another ord
 from __future__ import annotations
 
 import secrets
+import time
 from collections import Counter
 from typing import Annotated
 
@@ -27,6 +28,7 @@ from baton.node import sockets
 from baton.node.connections import NameHolders, NameTaken
 from baton.node.credentials import PAIRED_WITH
 from baton.node.errors import SettingsError
+from baton.node.watch import EVERY_S, DealerWatch
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_MESSAGES_PER_POLL = 256
@@ -89,6 +91,8 @@ class Channel:
         self._secret = secrets.token_bytes(16)
         self._holders = NameHolders()
         self._dealers: dict[str, sockets.Socket] = {}
+        self._watches: dict[str, DealerWatch] = {}
+        self._watched_at = 0.0
         self._decoder = msgspec.msgpack.Decoder(ChannelMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self.socket = sockets.open_router(context, sockets.any_port(host, identity), OPTIONS)
@@ -100,7 +104,7 @@ class Channel:
         if not sockets.is_address(address):
             return False
         try:
-            self._dealers[peer] = sockets.open_dealer(
+            dealer = sockets.open_dealer(
                 self._context,
                 address,
                 OPTIONS,
@@ -110,11 +114,14 @@ class Channel:
             )
         except SettingsError:
             return False
+        self._dealers[peer] = dealer
+        self._watches[peer] = DealerWatch(self._context, dealer, address)
         return True
 
     def disconnect(self, peer: str, linger_ms: int = 0) -> None:
         dealer = self._dealers.pop(peer, None)
         if dealer is not None:
+            self._watches.pop(peer).close()
             dealer.close(linger_ms)
 
     def connected(self, peer: str) -> bool:
@@ -127,6 +134,7 @@ class Channel:
 
     def receive(self) -> list[tuple[str, ChannelMessage]]:
         """What has come in from connected peers, at most MAX_MESSAGES_PER_POLL."""
+        self._watch_links(time.monotonic())
         messages: list[tuple[str, ChannelMessage]] = []
         for _ in range(MAX_MESSAGES_PER_POLL):
             frames = sockets.receive_frames(self.socket)
@@ -141,6 +149,12 @@ class Channel:
         self.socket.close(0)
 
     # -- inside
+
+    def _watch_links(self, now: float) -> None:
+        if now - self._watched_at >= EVERY_S:
+            self._watched_at = now
+            for watch in self._watches.values():
+                watch.turn(now)
 
     def _take(self, frames: list[bytes], messages: list[tuple[str, ChannelMessage]]) -> None:
         try:  # the socket lets in workers of the other role only

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import secrets
 import struct
+import time
 from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,6 +32,7 @@ from baton.node.errors import SettingsError
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.sockets import Socket
+from baton.node.watch import EVERY_S, DealerWatch
 
 PIECE_BYTES = 4 << 20
 MAX_MESSAGES_A_POLL = 32
@@ -61,6 +63,7 @@ class _Send:
 class _Link:
     address: PlaneAddress
     socket: Socket
+    watch: DealerWatch
     queue: deque[_Send] = field(default_factory=deque)  # not yet taken by the socket
     taken: dict[ChunkKey, list[zmq.MessageTracker]] = field(default_factory=dict)  # whose memory the socket may read
 
@@ -82,6 +85,7 @@ class ZmqPlane:
         self._host = host_identity()
         self._ledger = IoLedger()
         self._links: dict[str, _Link] = {}
+        self._watched_at = 0.0
         self._draining: list[tuple[bytes, zmq.MessageTracker]] = []  # of sends that are over, memory still in use
         self._router = sockets.open_router(context, sockets.any_port(host, identity), RECEIVING)
 
@@ -107,7 +111,7 @@ class ZmqPlane:
             self._hang_up(peer)
         socket = self._dial(address)
         if socket is not None:
-            self._links[peer] = _Link(address, socket)
+            self._links[peer] = _Link(address, socket, DealerWatch(self._context, socket, address.address))
 
     def post_send(self, peer: str, key: ChunkKey, blocks: Sequence[int]) -> None:
         check_posting(self._memory.num_blocks, blocks)
@@ -123,6 +127,7 @@ class ZmqPlane:
         self._ledger.post_receive(peer, key, blocks)
 
     def poll(self) -> list[IoDone]:
+        self._watch_links(time.monotonic())
         for peer in list(self._links):
             self._flush(peer)
             self._end_sends(self._links.get(peer))
@@ -174,6 +179,12 @@ class ZmqPlane:
 
     # -- sockets
 
+    def _watch_links(self, now: float) -> None:
+        if now - self._watched_at >= EVERY_S:
+            self._watched_at = now
+            for link in self._links.values():
+                link.watch.turn(now)
+
     def _dial(self, address: PlaneAddress) -> Socket | None:
         if not sockets.is_address(address.address):
             return None
@@ -192,6 +203,7 @@ class ZmqPlane:
     def _hang_up(self, peer: str) -> None:
         """Close the connection: what the socket had taken and not sent is dropped, and its memory let go."""
         link = self._links.pop(peer)
+        link.watch.close()
         link.socket.close(0)
         for key, trackers in link.taken.items():
             self._draining += [(key.transfer_id, tracker) for tracker in trackers]
