@@ -41,6 +41,9 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "gate": BenchmarkEntry("cluster.gate", "whether prefixes are loaded from the store exactly where that is faster"),
     "routing": BenchmarkEntry("cluster.routing", "the routing policies on a slice of a Mooncake trace"),
     "simulator": BenchmarkEntry("cluster.simulator", "the simulator against real processes, on CPU"),
+    "faults": BenchmarkEntry(
+        "cluster.faults", "streams while processes are killed and frozen and links stall, break and damage"
+    ),
     "pick": BenchmarkEntry("host.pick", "the time of one routing decision in a large cluster"),
     "proxies": BenchmarkEntry(
         "host.proxies", "streamed tokens/s of one proxy and of several at one port, with no model"

@@ -47,6 +47,9 @@ from baton.proxy.routing.router import RequestView, Route
 logger = logging.getLogger("proxy")
 
 BUSY_PAUSE_S = 0.02
+RETRY_PAUSES_S = (0.0, 0.25, 1.0)
+"""After the first failed attempt, the second, and each later one: a link that breaks again and again may be well by
+then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +200,7 @@ class Session:
                         raise PeerLost(f"gave up after {failures} attempts; the last one: {retry}") from None
                     avoid = retry.workers if retry.counts else avoid | retry.workers
                     transfer_failed = retry.transfer or (transfer_failed and not retry.counts)
-                    pause_s = 0.0 if retry.counts else BUSY_PAUSE_S
+                    pause_s = RETRY_PAUSES_S[min(failures, len(RETRY_PAUSES_S)) - 1] if retry.counts else BUSY_PAUSE_S
                 finally:
                     alarm.cancel()
                     self._close(attempt)

@@ -17,7 +17,6 @@ from collections.abc import Coroutine, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
-from baton.launch.local import Ports
 from baton.launch.supervisor import ChildSpec
 from baton.testing.relay import LinkFault, Relay
 
@@ -46,19 +45,19 @@ class RelayBoard:
 
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
-        self._known: dict[int, str] = {}
+        self._known: dict[int, str] = {}  # what listens at a port; all others are workers
         self._relays: dict[Link, Relay] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relays", daemon=True)
         self._thread.start()
         self.port = self._call(self._listen())
 
-    def name_ports(self, ports: Ports) -> None:
-        """Where proxies and the store listen; all other ports are workers'."""
-        self._known |= {**dict.fromkeys(ports.controls, "proxy"), ports.store: "store"}
-
     def route(self, spec: ChildSpec) -> ChildSpec:
-        """The same node, which dials through relays."""
+        """The same node, which dials through relays. Where a proxy or the store listens is in its arguments."""
+        for option, name in (("--control-address", "proxy"), ("--bind", "store")):
+            if spec.group == name and option in spec.argv:
+                address = spec.argv[spec.argv.index(option) + 1]
+                self._known[int(address.rpartition(":")[2])] = name
         program, *rest = spec.argv  # python -P -m baton.ROLE ...
         module, *arguments = rest[2:]
         through = (program, "-P", "-m", "baton.testing.relayed_process", str(self.port), spec.name, module)

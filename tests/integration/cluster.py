@@ -118,8 +118,6 @@ class Cluster:
         )
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.nodes = launch.Cluster(settings, log_folder=self.log_folder, edit=self._for_tests, environ=environ)
-        if self.relays is not None:
-            self.relays.name_ports(self.nodes.ports)
 
     @property
     def url(self) -> str:

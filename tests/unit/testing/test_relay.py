@@ -5,11 +5,10 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from baton.launch.local import Ports
+from baton.launch.supervisor import ChildSpec
 from baton.testing.relay import FaultKind, LinkFault, Toward
 from baton.testing.relay_board import RelayBoard
 from baton.testing.relayed_process import ask_for_relay
@@ -48,7 +47,8 @@ def board() -> Iterator[RelayBoard]:
 @pytest.fixture
 def client(board: RelayBoard) -> Iterator[socket.socket]:
     echo = Echo()
-    board.name_ports(Ports(controls=(echo.port,), store=1, secret_file=Path("secret")))
+    argv = ("python", "-P", "-m", "baton.proxy", "--control-address", f"tcp://127.0.0.1:{echo.port}")
+    board.route(ChildSpec(name="proxy", group="proxy", argv=argv, env={}))
     port = ask_for_relay(board.port, "decode-0", echo.port, data=False)
     assert ask_for_relay(board.port, "decode-0", echo.port, data=False) == port
     assert [link.kind for link in board.links()] == ["proxy-decode"]

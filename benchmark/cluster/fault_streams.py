@@ -1,0 +1,145 @@
+"""Streams under faults: clients that read one after the other, and what became of each beside an undisturbed run.
+
+A stream is right (whole, and the same text), refused (one clear error, the text so far right), broken (its connection
+was lost, which only the death of a proxy explains), hung (nothing came for HUNG_S), or wrong.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from baton.benchmark.cluster.completions import random_ids
+
+HUNG_S = 40.0
+RIGHT, WRONG, HUNG, REFUSED, BROKEN, BLAMED = "right", "wrong", "hung", "refused", "broken", "blamed"
+VERDICTS = (RIGHT, WRONG, HUNG, REFUSED, BROKEN, BLAMED)
+"""blamed: an error of 400 or so, though the request was good."""
+AFTER_REFUSAL_S = 0.2
+
+
+@dataclass(frozen=True, slots=True)
+class StreamRequest:
+    """One request. `seed` is None for a greedy one."""
+
+    prompt: tuple[int, ...]
+    max_tokens: int
+    seed: int | None
+
+    def body(self, model: str) -> bytes:
+        sampling = {"temperature": 0} if self.seed is None else {"temperature": 0.8, "seed": self.seed}
+        fields = {"model": model, "prompt": self.prompt, "max_tokens": self.max_tokens, "ignore_eos": True}
+        return json.dumps({**fields, **sampling, "stream": True}).encode()
+
+
+@dataclass(slots=True)
+class StreamResult:
+    """What came. Times are those of time.monotonic."""
+
+    request: StreamRequest
+    began_s: float
+    ended_s: float = 0.0
+    text: str = ""
+    finished: bool = False
+    error: str = ""
+    status: int = 0
+    end: str = ""
+    """"timeout" or "lost", where the connection did not end in order."""
+    gap_s: float = 0.0
+    """The longest time without a chunk."""
+
+    def verdict(self, right_text: str) -> str:
+        if not right_text.startswith(self.text):
+            return WRONG
+        if self.end == "timeout":
+            return HUNG
+        if self.finished:
+            return RIGHT if self.text == right_text else WRONG
+        if 400 <= self.status < 500 and self.status != 429:
+            return BLAMED
+        return REFUSED if self.error else BROKEN
+
+
+def read_stream(port: int, model: str, request: StreamRequest, hung_s: float = HUNG_S) -> StreamResult:
+    """One streamed completion from its first byte to its last."""
+    result = StreamResult(request, time.monotonic())
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=hung_s)
+    try:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", "/v1/completions", request.body(model), headers)
+        answer = connection.getresponse()
+        result.status = answer.status
+        if answer.status != 200:
+            result.error = answer.read().decode(errors="replace")[:300]
+        else:
+            _read_events(answer, result)
+    except TimeoutError:
+        result.end = "timeout"
+    except (OSError, http.client.HTTPException, ValueError):
+        result.end = "lost"
+    finally:
+        connection.close()
+        result.ended_s = time.monotonic()
+    return result
+
+
+def _read_events(answer: http.client.HTTPResponse, result: StreamResult) -> None:
+    last_s = result.began_s
+    for line in answer:
+        if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
+            continue
+        now = time.monotonic()
+        result.gap_s, last_s = max(result.gap_s, now - last_s), now
+        chunk = json.loads(line.removeprefix(b"data: "))
+        if "error" in chunk:
+            result.error = str(chunk["error"])[:300]
+            code = chunk["error"].get("code")
+            result.status = code if isinstance(code, int) else result.status
+        for choice in chunk.get("choices", ()):
+            result.text += choice["text"]
+            result.finished = result.finished or choice["finish_reason"] is not None
+
+
+def requests(seed: int, client: int, max_tokens: int) -> Iterator[StreamRequest]:
+    """Those of one client, without end: no prompt twice, every other one sampled."""
+    number = 0
+    while True:
+        length = 20 + 37 * (number * 7 + client) % 300
+        prompt = tuple(random_ids(length, seed, client, number))
+        yield StreamRequest(prompt, max_tokens, number if number % 2 else None)
+        number += 1
+
+
+@dataclass(slots=True)
+class Clients:
+    """Threads that stream one request after the other until `stop`."""
+
+    read: Callable[[StreamRequest], StreamResult]
+    results: list[StreamResult] = field(default_factory=list)
+    _stopping: threading.Event = field(default_factory=threading.Event)
+    _threads: list[threading.Thread] = field(default_factory=list)
+
+    def start(self, count: int, seed: int, max_tokens: int) -> None:
+        for client in range(count):
+            thread = threading.Thread(target=self._run, args=(requests(seed, client, max_tokens),), daemon=True)
+            self._threads.append(thread)
+            thread.start()
+
+    def stop(self) -> None:
+        """Let each stream end."""
+        self._stopping.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self, todo: Iterator[StreamRequest]) -> None:
+        for request in todo:
+            if self._stopping.is_set():
+                return
+            result = self.read(request)
+            self.results.append(result)
+            if not result.finished:
+                self._stopping.wait(AFTER_REFUSAL_S)
