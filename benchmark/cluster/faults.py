@@ -35,7 +35,7 @@ from baton.testing.relay_board import Link, RelayBoard
 
 POLL_S = 0.05
 NOTICE_WITHIN_S = 10.0
-BACK_WITHIN_S = 60.0
+BACK_WITHIN_S = 120.0
 IDLE_WITHIN_S = 60.0
 
 

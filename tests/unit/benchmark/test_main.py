@@ -34,7 +34,20 @@ def test_every_entry_names_a_module() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["cpu", "exactness", "two-gpus", "reuse", "ttft-tiers", "gate", "routing", "simulator", "pick", "proxies", "tiers"],
+    [
+        "cpu",
+        "exactness",
+        "two-gpus",
+        "reuse",
+        "ttft-tiers",
+        "gate",
+        "routing",
+        "simulator",
+        "faults",
+        "pick",
+        "proxies",
+        "tiers",
+    ],
 )
 def test_help_of_a_benchmark_runs_on_a_machine_without_a_gpu(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     """A percent sign in a help text, or a missing import, fails only here."""

@@ -1,0 +1,73 @@
+"""The fault benchmark's schedule, its verdicts and its sums, without a cluster."""
+
+from __future__ import annotations
+
+import pytest
+
+from baton.benchmark.cluster.fault_report import Event, Footprint, summary, table
+from baton.benchmark.cluster.fault_schedule import KINDS, plan
+from baton.benchmark.cluster.fault_streams import (
+    BLAMED,
+    BROKEN,
+    HUNG,
+    REFUSED,
+    RIGHT,
+    WRONG,
+    StreamRequest,
+    StreamResult,
+)
+
+NODES = ["proxy", "prefill-0", "decode-0"]
+REQUEST = StreamRequest((1, 2), 4, None)
+IDLE = Footprint(0.0, 0.0, {"proxy": 70.0}, {"proxy": 30})
+
+
+def test_a_seed_gives_one_schedule() -> None:
+    """Guards a failure that must be found again."""
+    assert plan(3, 60, NODES, KINDS, 15.0) == plan(3, 60, NODES, KINDS, 15.0)
+    assert plan(3, 60, NODES, KINDS, 15.0) != plan(4, 60, NODES, KINDS, 15.0)
+
+
+def test_each_kind_comes_as_often_and_some_at_once() -> None:
+    """Guards a run that leaves a kind of fault out."""
+    events = plan(0, 63, NODES, KINDS, 4.0)
+    faults = [fault for event in events for fault in event]
+    assert {kind: sum(fault.kind == kind for fault in faults) for kind in KINDS} == dict.fromkeys(
+        KINDS, 63 // len(KINDS)
+    )
+    assert {len(event) for event in events} == {1, 2}
+    assert all(first.target != second.target for first, second in (event for event in events if len(event) == 2))
+    assert max(fault.lasts_s for fault in faults) <= 4.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict"),
+    [
+        ({"text": "right text", "finished": True}, RIGHT),
+        ({"text": "right", "finished": True}, WRONG),
+        ({"text": "wrong"}, WRONG),
+        ({"text": "right", "end": "timeout"}, HUNG),
+        ({"text": "right", "error": "gave up", "status": 200}, REFUSED),
+        ({"error": "no worker", "status": 503}, REFUSED),
+        ({"error": "bad request", "status": 400}, BLAMED),
+        ({"error": "queue is full", "status": 429}, REFUSED),
+        ({"text": "rig", "end": "lost"}, BROKEN),
+    ],
+)
+def test_verdicts(fields: dict[str, object], verdict: str) -> None:
+    """Guards the figures: a stream that lost a token must not count as refused, nor a hang as an end."""
+    result = StreamResult(REQUEST, 0.0, **fields)  # type: ignore[arg-type]
+    assert result.verdict("right text") == verdict
+
+
+def test_a_run_that_does_not_hold_says_so() -> None:
+    """Guards the exit status: one wrong stream, one process that stays away, or one block that is held."""
+    right = StreamResult(REQUEST, 0.0, 1.0, text="abc", finished=True)
+    back = Event(0, "kill proxy", ("kill",), 0.5, 2.0, 0.3, 1.0, 0)
+    away = Event(1, "kill proxy", ("kill",), 0.5, 2.0, None, None, 0)
+    texts = {REQUEST: "abc"}
+    assert summary([back], [right], texts, (IDLE, IDLE)).holds
+    assert not summary([back], [right], {REQUEST: "abd"}, (IDLE, IDLE)).holds
+    assert not summary([away], [right], texts, (IDLE, IDLE)).holds
+    assert not summary([back], [right], texts, (IDLE, Footprint(1.0, 0.0, {}, {}))).holds
+    assert "| kill  | 2      | 1     |" in table([back, away], [right], texts, (IDLE, IDLE))
