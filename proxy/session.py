@@ -19,7 +19,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from baton.node.errors import BadRequest, BatonError, DeadlineExceeded, PeerLost
+from baton.node.errors import BatonError, DeadlineExceeded, PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Busy,
@@ -418,11 +418,11 @@ class Session:
             self._host.transfer_ended(attempt.prefill, attempt.decode, ok=False)
             pair = attempt.prefill, attempt.decode
             raise _AttemptFailed(f"{worker}: {message.reason}", *pair, counts=True, transfer=True)
-        if message.retryable:
-            raise _AttemptFailed(f"{worker}: {message.reason}", worker, counts=True)
-        if message.reason == "deadline":
+        if not message.retryable and message.reason == "deadline":
             raise DeadlineExceeded("the request's deadline passed")
-        raise BadRequest(message.reason)
+        # Never the client's fault: the proxy has checked the request, so what a worker refuses was damaged on its way,
+        # or belongs to a worker of another version.
+        raise _AttemptFailed(f"{worker}: {message.reason}", worker, counts=True)
 
     def _on_lost(self, attempt: _Attempt, lost: WorkerLost) -> None:
         if lost.worker not in attempt.open:

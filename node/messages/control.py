@@ -396,7 +396,8 @@ class HandedOver(Message, tag="HandedOver", kw_only=True):
 
 
 class Failed(Message, tag="Failed", kw_only=True):
-    """Terminal for this leg. `retryable`: another worker, or a new attempt, may succeed."""
+    """Terminal for this leg. `retryable`: another worker, or a new attempt, may succeed; without it, the request's time
+    is up, or this worker's view of the message differs from the sender's."""
 
     request_id: Name
     attempt: Small

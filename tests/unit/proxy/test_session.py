@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from baton.kvtransfer.blocks.hashing import block_hashes, cache_salt, root_hash
-from baton.node.errors import BadRequest, DeadlineExceeded, PeerLost
+from baton.node.errors import DeadlineExceeded, PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Busy,
@@ -310,18 +310,34 @@ async def test_a_transfer_that_fails_avoids_the_pair_and_the_next_attempt_needs_
     ]
 
 
-async def test_an_impossible_request_is_the_clients_error() -> None:
-    """Guards against retrying requests that no worker can serve."""
+async def test_what_a_worker_refuses_is_tried_elsewhere() -> None:
+    """Guards the client against blame for a message that was damaged on its way: the proxy has checked the request."""
 
     def script(worker: str, message: Message) -> list[Any]:
         if isinstance(message, Reserve):
-            return [Failed(request_id="r", attempt=0, reason="too long", retryable=False)]
+            if message.attempt == 0:
+                return [Failed(request_id="r", attempt=0, reason="a token id is outside the", retryable=False)]
+            return [_tokens(0, 11, attempt=1, finish="stop")]
         return []
 
     host = ScriptedHost(script)
-    with pytest.raises(BadRequest, match="too long"):
+    assert _ids(await _run(host)) == [11]
+    assert [worker for worker, message in host.sent if isinstance(message, Reserve)] == ["d0", "d1"]
+    assert not host.open_legs
+
+
+async def test_what_all_workers_refuse_is_not_the_clients_error() -> None:
+    """Guards against a 400 for a fault of the cluster, and against retries without a limit."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Reserve):
+            return [Failed(request_id="r", attempt=message.attempt, reason="too long", retryable=False)]
+        return []
+
+    host = ScriptedHost(script)
+    with pytest.raises(PeerLost, match="too long"):
         await _run(host)
-    assert len(host.sent_of(Reserve)) == 1 and not host.open_legs
+    assert 1 < len(host.sent_of(Reserve)) <= 5 and not host.open_legs
 
 
 async def test_a_gap_starts_a_new_attempt() -> None:
