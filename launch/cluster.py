@@ -43,6 +43,7 @@ from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec, signal_group, tether
 from baton.node.api_settings import api_keys
 from baton.node.local_http import proxy_socket
+from baton.node.private_files import private_opener
 from baton.node.tls import own_server_context
 
 HTTP_TIMEOUT_S = 30.0
@@ -187,7 +188,7 @@ class Cluster:
         spec = self._specs[name] = replace(spec, argv=(*spec.argv, *more))
         self._stopping.discard(name)
         self._killed.discard(name)
-        with (self._log_folder / f"{name}.log").open("ab") as log:
+        with open(self._log_folder / f"{name}.log", "ab", opener=private_opener) as log:
             self._nodes[name] = subprocess.Popen(
                 spec.argv,
                 env=spec.env,

@@ -19,6 +19,7 @@ from typing import Any
 
 from baton.launch.local import ServeSettings, free_ports
 from baton.node.modelhub import locate_model
+from baton.node.private_files import private_opener
 from baton.node.settings import as_arguments
 
 OWN_SETTINGS = ("model", "host", "port", "api_key", "api_key_file", "tls_cert", "tls_key", "insecure_network")
@@ -41,7 +42,7 @@ class PrivateServer:
         own["proxy_arg"] = (f"--request-timeout-s={request_timeout_s:g}", *strings(settings.get("proxy_arg", ())))
         argv = [f"--model={model}", f"--port={port}", *as_arguments(ServeSettings, own)]
         self.log = self._folder / "server.log"
-        with self.log.open("wb") as output:
+        with open(self.log, "wb", opener=private_opener) as output:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "baton.offline.child"],
                 stdin=subprocess.PIPE,

@@ -31,6 +31,7 @@ from baton.kvtransfer.store.disk.base import Refusal
 from baton.kvtransfer.store.disk.records import RecordFault, StorageBroken, WriteFault
 from baton.node.errors import SettingsError
 from baton.node.host import boot_id as kernel_boot_id
+from baton.node.private_files import private_opener
 from baton.node.telemetry import log_event
 
 FORMAT = 3
@@ -211,7 +212,7 @@ class TierFolder:
             opened_at_s=opened_at_s,
         )
         new = self._path / "state.json.new"
-        with new.open("wb") as file:
+        with open(new, "wb", opener=private_opener) as file:
             file.write(msgspec.json.encode(state))
             file.flush()
             os.fsync(file.fileno())
