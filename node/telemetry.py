@@ -16,6 +16,8 @@ Value = str | int | float | bool | bytes | None
 
 LEVELS: tuple[str, ...] = ("debug", "info", "warning", "error")
 
+MAX_LINE_CHARS = 4000
+"""Of a library's message."""
 MAX_VALUE_CHARS = 300
 """A longer value is cut: a peer's reason, a path, an exception's message have no bound of their own."""
 
@@ -57,9 +59,7 @@ def excerpt(value: object, max_chars: int = MAX_VALUE_CHARS) -> str:
         text = str(value)
     except RecursionError:
         text = f"a deeply nested {type(value).__name__}"
-    cut = text[:max_chars]
-    if not cut.isprintable():
-        cut = "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in cut)
+    cut = _escaped(text[:max_chars])
     return cut if len(text) <= max_chars else f"{cut}..."
 
 
@@ -72,6 +72,15 @@ class _LineFormatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         time = datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds")
-        message = record.getMessage().replace("\r", "\\r").replace("\n", "\\n")
+        message = excerpt(record.getMessage(), MAX_LINE_CHARS)
         line = f"{time.removesuffix('+00:00')}Z {record.levelname} {self._node_name} {message}"
-        return line if record.exc_info is None else f"{line}\n{self.formatException(record.exc_info)}"
+        if record.exc_info is None:
+            return line
+        return "\n".join([line, *map(_escaped, self.formatException(record.exc_info).splitlines())])
+
+
+def _escaped(text: str) -> str:
+    """Line breaks, terminals' control sequences and other characters that cannot be seen, as escapes."""
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

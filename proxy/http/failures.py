@@ -11,6 +11,10 @@ from dataclasses import dataclass
 import msgspec
 
 from baton.node.errors import BadRequest, DeadlineExceeded, Overloaded, PeerLost, TransferFailed
+from baton.node.telemetry import excerpt
+
+MAX_MESSAGE_CHARS, MAX_PARAM_CHARS = 1000, 200
+"""Both may quote the request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +37,9 @@ class Failure:
 
     def body(self) -> bytes:
         """The JSON body; as the data of an event it also ends a stream, as the client raises on its "error" key."""
-        error = {"message": self.message, "type": self.type, "param": self.param, "code": self.code}
+        param = self.param if self.param is None else excerpt(self.param, MAX_PARAM_CHARS)
+        message = excerpt(self.message, MAX_MESSAGE_CHARS)
+        error = {"message": message, "type": self.type, "param": param, "code": self.code}
         return msgspec.json.encode({"error": error})
 
 

@@ -17,6 +17,8 @@ logger = logging.getLogger(__name__)
 HEADER = "x-baton-ignored-parameters"
 MAX_LOGGED = 256
 """Names that are logged, once each; a client that invents names fills no log."""
+MAX_SHOWN, MAX_SHOWN_CHARS = 32, 64
+"""Names in the header, and their length."""
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.-]")
 
 
@@ -35,7 +37,7 @@ class UnknownParameters:
             message = f"Unrecognized request argument supplied: {names[0]}"
             raise BadRequest(message, param=names[0], code="unknown_parameter")
         # They are the client's: only letters that no header and no log line gives a meaning.
-        shown = [_UNSAFE.sub("?", name) for name in names]
+        shown = [_UNSAFE.sub("?", name[:MAX_SHOWN_CHARS]) for name in names[:MAX_SHOWN]]
         for name in shown:
             if name not in self._logged and len(self._logged) < MAX_LOGGED:
                 self._logged.add(name)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.node.telemetry import MAX_VALUE_CHARS, configure_logging, format_value, log_event
+from baton.node.telemetry import MAX_LINE_CHARS, MAX_VALUE_CHARS, configure_logging, excerpt, format_value, log_event
 
 LINE = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z (?P<level>[A-Z]+) (?P<node>\S+) (?P<rest>.*)")
 
@@ -91,3 +91,30 @@ def test_any_text_stays_one_printable_token(text: str) -> None:
 def test_a_long_value_is_cut() -> None:
     """Guards the log against an exception message with a megabyte of input."""
     assert len(format_value("x" * 100_000)) < MAX_VALUE_CHARS + 10
+
+
+def test_a_library_writes_no_control_sequences(log: io.StringIO) -> None:
+    """Guards terminals, and the line format, against what a library quotes of a client's bytes."""
+    logging.getLogger("lib").warning("bad %s", "\x1b[2J\x00\u2028\u202e" + "x" * 100_000)
+    try:
+        raise ValueError("\x1b[2J\x07")
+    except ValueError:
+        logging.getLogger("lib").exception("crashed")
+    lines = log.getvalue().split("\n")
+    assert all(line.isprintable() for line in lines)
+    assert len(lines[0]) < MAX_LINE_CHARS + 100 and "\\x1b[2J" in lines[0]
+
+
+@given(st.text(st.characters(exclude_categories=())))
+def test_an_excerpt_is_printable(text: str) -> None:
+    """Guards error texts, which terminals, logs and answers show."""
+    assert excerpt(text).isprintable()
+
+
+def test_an_excerpt_of_anything_is_short() -> None:
+    """Guards against an error text of a megabyte, and against a value that cannot be shown."""
+    deep: list[object] = []
+    for _ in range(100_000):
+        deep = [deep]
+    assert len(excerpt("x" * 100_000)) < MAX_VALUE_CHARS + 10
+    assert "nested" in excerpt(deep)

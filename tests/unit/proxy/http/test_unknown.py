@@ -39,6 +39,19 @@ def test_few_unknown_names_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     assert len(caplog.records) == MAX_LOGGED
 
 
+async def test_errors_and_headers_quote_little(client: httpx.AsyncClient) -> None:
+    """Guards answers against names of megabytes, and terminals against what they quote."""
+    many = {f"{n}" + "x" * 5000: 1 for n in range(100)}
+    answer = await client.post("/v1/completions", json={**COMPLETION, **many})
+    assert len(answer.headers[HEADER]) < 2500
+    odd = "\x1b[31m\n" + "x" * 100_000
+    for body in ({**COMPLETION, "model": odd}, {**COMPLETION, "logit_bias": {odd: odd}}):
+        answer = await client.post("/v1/completions", json=body)
+        error = answer.json()["error"]
+        assert answer.status_code in (400, 404)
+        assert len(answer.content) < 2000 and all((error[key] or "").isprintable() for key in ("message", "param"))
+
+
 async def test_unknown_parameters_may_be_refused(
     engine: FakeEngine, text: ModelText, app_settings: AppSettings
 ) -> None:
