@@ -9,12 +9,14 @@ shows that messages of the proxy were lost (link_counts.py).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
 from baton.node.link_counts import LinkCounts
+from baton.node.errors import SettingsError
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Goodbye,
@@ -27,14 +29,26 @@ from baton.node.messages.control import (
     RegisterStore,
     Rejoin,
 )
+from baton.node.telemetry import excerpt
 
 HEARTBEAT_S = 0.25
 DEAD_AFTER_S = 2.0
 """A worker that is silent for this long is treated as dead; a frozen process counts as dead."""
 PROXY_LEASE_S = 4.0
 """A proxy that is silent for this long is lost. The worker drops its requests after the step that it is at: in 5 s."""
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@-]{0,63}", re.ASCII)
 REFUSED_PAUSE_S = (1.0, 15.0)
 """The first pause after a refusal, and the longest; each is twice the one before."""
+
+
+def name_error(name: str) -> str:
+    """What is wrong with the name of a worker or a store, which stands in logs and is a label of metrics; or ""."""
+    if _NAME.fullmatch(name):
+        return ""
+    return (
+        f"the name {excerpt(name, 80)!r}: a name has at most 64 letters, digits and . _ : @ -, and begins with a "
+        "letter or a digit"
+    )
 
 
 @dataclass(slots=True)
@@ -81,12 +95,14 @@ Change = ProxyLost | JoinRefused | Joined
 class Membership:
     """Decides what a worker sends to each proxy to join, stay in and leave the cluster.
 
-    `links` are the endpoint's names of the links to the proxies. Each heartbeat carries `draining` and `store`; the
-    first that says `draining` is due at once. Every message of a proxy passes `on_message`, and what is sent to one
-    passes `count_sent`, in their order.
+    `links` are the endpoint's names of the links to the proxies. Raises SettingsError for a bad name of the worker.
+    Each heartbeat carries `draining` and `store`; the first that says `draining` is due at once. Every message of a
+    proxy passes `on_message`, and what is sent to one passes `count_sent`, in their order.
     """
 
     def __init__(self, register: Register | RegisterStore, links: Sequence[str], now: float) -> None:
+        if reason := name_error(register.worker):
+            raise SettingsError(reason)
         self.draining = False
         self.store = ""
         self._register = register

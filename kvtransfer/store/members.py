@@ -12,7 +12,9 @@ from baton.kvtransfer.store.arena_index import Holder, Key
 LEASE_S = 5.0
 MAX_MEMBERS = 4096
 MAX_OPEN = 4096
-"""Lookups and puts of one worker; more are answered with nothing found and nothing granted."""
+MAX_OPEN_BLOCKS = 1 << 18
+"""Lookups and puts of one worker, and blocks in them; more are answered with nothing found and nothing granted."""
+MAX_BLOCKS_OF_ALL = 1 << 21
 
 
 @dataclass(slots=True)
@@ -21,6 +23,8 @@ class Member:
     last_seen_at: float
     num_open: int = 0
     """Lookups and puts that it has not released."""
+    num_blocks: int = 0
+    """In them."""
 
 
 @dataclass(slots=True)
@@ -39,6 +43,7 @@ class Members:
     def __init__(self) -> None:
         self._members: dict[str, Member] = {}
         self._requests: dict[Holder, OpenRequest] = {}
+        self._num_blocks = 0  # in the requests
 
     def __len__(self) -> int:
         return len(self._members)
@@ -66,9 +71,14 @@ class Members:
     def open(self, holder: Holder, request: OpenRequest) -> bool:
         """False if the number is in use, or the worker has too many."""
         member = self._members[holder.owner]
+        blocks = len(request.keys)
         if holder in self._requests or member.num_open >= MAX_OPEN:
             return False
+        if member.num_blocks + blocks > MAX_OPEN_BLOCKS or self._num_blocks + blocks > MAX_BLOCKS_OF_ALL:
+            return False
         member.num_open += 1
+        member.num_blocks += blocks
+        self._num_blocks += blocks
         self._requests[holder] = request
         return True
 
@@ -77,9 +87,12 @@ class Members:
 
     def close(self, holder: Holder) -> None:
         """Nothing happens if it is not open."""
-        if self._requests.pop(holder, None) is not None:
-            self._members[holder.owner].num_open -= 1
+        if (request := self._requests.pop(holder, None)) is not None:
+            member = self._members[holder.owner]
+            member.num_open -= 1
+            member.num_blocks -= len(request.keys)
+            self._num_blocks -= len(request.keys)
 
     def _drop_requests(self, peer: str) -> None:
         for holder in [holder for holder in self._requests if holder.owner == peer]:
-            del self._requests[holder]
+            self._num_blocks -= len(self._requests.pop(holder).keys)

@@ -7,6 +7,7 @@ leaves; what has a worker as its label is there only while the worker is, so tha
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
@@ -28,6 +29,11 @@ from baton.proxy.tenants.usage import REJECTED
 _LABEL = ("model_name",)
 _WORKER = ("worker", "role")
 _UNDESCRIBED = MetricInfo("As last reported.")
+MAX_UNDESCRIBED = 128
+"""Counters that have no description; a store's misses by reason are a dozen. More of them are not shown."""
+MAX_REMEMBERED = 4096
+"""Workers whose last counts are kept while they are away."""
+_COUNTER_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
 _Reports = Mapping[tuple[str, ...], Mapping[str, float]]
 """What workers count, by the values of their labels."""
 _LOADS = {
@@ -178,14 +184,16 @@ class _Total:
 
     def __init__(self) -> None:
         self._value = 0.0
-        self._last: dict[str, float] = {}
+        self._last: dict[str, float] = {}  # those that were here longest ago first
 
     def observe(self, workers: list[WorkerStatus], name: str) -> float:
         now = {worker.worker: worker.load.counters.get(name, 0.0) for worker in workers}
         for worker, value in now.items():
-            before = self._last.get(worker, 0.0)
+            before = self._last.pop(worker, 0.0)
             self._value += value - before if value >= before else value
-        self._last |= now
+            self._last[worker] = value
+        while len(self._last) > max(len(now), MAX_REMEMBERED):
+            del self._last[next(iter(self._last))]
         return self._value
 
 
@@ -246,9 +254,9 @@ def _reported(
     prefix: str, reports: _Reports, known: Mapping[str, MetricInfo], labels: Sequence[str]
 ) -> Iterable[Metric]:
     """A family for each counter of heartbeats, described or not, as long as its name can be a metric's."""
-    for name in sorted({name for report in reports.values() for name in report} | set(known)):
-        if not (name.isascii() and name.isidentifier()):
-            continue
+    named = {name for report in reports.values() for name in report} - set(known)
+    undescribed = sorted(name for name in named if _COUNTER_NAME.fullmatch(name))[:MAX_UNDESCRIBED]
+    for name in sorted([*known, *undescribed]):
         info = known.get(name, _UNDESCRIBED)
         kind = GaugeMetricFamily if info.is_gauge else CounterMetricFamily
         family = kind(f"{prefix}{name}", info.help, labels=labels)

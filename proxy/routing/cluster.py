@@ -11,12 +11,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from baton.node.endpoint import identity_of
-from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S
+from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S, name_error
 from baton.node.messages.base import PROTOCOL_VERSION
 from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
+from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
 from baton.proxy.routing.router import WorkerView
 
+MAX_WORKERS, MAX_STORES = 4096, 1024
+"""Of all models; a store is a host's."""
 NOMINAL_TOKENS_S = 10_000.0
 """Prompt tokens a second, until a worker has measured them; only ratios of costs count then."""
 
@@ -151,13 +154,17 @@ class ClusterState:
             return f"another namespace than --namespace {self._namespace}"
         workers = self._model_of(register)
         if workers is None:
-            return f"this proxy serves {', '.join(self.models)}, not {register.model}"
+            return f"this proxy serves {', '.join(self.models)}, not {excerpt(register.model, 80)}"
+        if not self.knows(identity) and sum(len(each.members) for each in self.models.values()) >= MAX_WORKERS:
+            return f"there are {MAX_WORKERS} workers already"
         return workers.join(identity, register, now)
 
     def join_store(self, identity: str, register: RegisterStore, now: float) -> str:
         """Take a store in; returns "" or the reason for refusing it."""
         if reason := _refusal(identity, register):
             return reason
+        if identity not in self._stores and len(self._stores) >= MAX_STORES:
+            return f"there are {MAX_STORES} stores already"
         self._stores.setdefault(identity, _Store(register, now)).last_message_at = now
         return ""
 
@@ -266,6 +273,8 @@ def _refusal(identity: str, register: Register | RegisterStore) -> str:
     """The reason for refusing the sender, or ""."""
     if identity != identity_of(register.worker, register.incarnation):
         return "the name in the message is not the name of the connection"
+    if reason := name_error(register.worker):
+        return reason
     if register.version != PROTOCOL_VERSION:
         return f"protocol version {register.version}, this proxy speaks {PROTOCOL_VERSION}"
     return ""

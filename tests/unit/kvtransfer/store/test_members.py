@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton.kvtransfer.store import members as module
-from baton.kvtransfer.store.arena_index import Holder
+from baton.kvtransfer.store.arena_index import Holder, Key
 from baton.kvtransfer.store.members import LEASE_S, Members, OpenRequest
 
 
@@ -38,6 +38,22 @@ def test_open_requests_of_a_worker_are_bounded_and_closing_makes_room(
     members.close(Holder("a", 0))
     members.close(Holder("a", 0))
     assert [members.open(Holder("a", number), request()) for number in (3, 4)] == [True, False]
+
+
+def test_blocks_of_open_requests_are_bounded(members: Members, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the store's memory: 4096 lookups of 65536 blocks would take gigabytes."""
+    monkeypatch.setattr(module, "MAX_OPEN_BLOCKS", 4)
+    monkeypatch.setattr(module, "MAX_BLOCKS_OF_ALL", 6)
+    three = OpenRequest(tuple(Key(b"n", bytes([number])) for number in range(3)), 0, {})
+    assert [members.open(Holder("a", number), three) for number in range(2)] == [True, False]
+    assert [members.open(Holder("b", number), three) for number in range(2)] == [True, False]
+    members.attach("c", b"n", 0.0)
+    assert not members.open(Holder("c", 0), three)
+    members.close(Holder("a", 0))
+    assert members.open(Holder("c", 0), three)
+    members.detach("b")
+    members.detach("c")
+    assert members.open(Holder("a", 5), three)
 
 
 def test_a_worker_that_attaches_again_has_nothing_open(members: Members) -> None:

@@ -13,6 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from baton.node.errors import Overloaded, PeerLost
 from baton.node.messages.control import Load, SamplingSpec, Stages
 from baton.proxy.interface import Delta, WorkerStatus
+from baton.proxy.metrics.collector import MAX_UNDESCRIBED, ReportCollector
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.metrics.meter import GenerationMeter
 from baton.proxy.metrics.metrics import SECONDS, ProxyMetrics
@@ -294,3 +295,16 @@ def test_buckets_reach_from_a_fast_token_to_a_slow_request() -> None:
     """Guards against everything falling into one bucket; bounds must also ascend, or Prometheus refuses them."""
     assert SECONDS[0] == 0.0005 and SECONDS[-1] == 160.0
     assert list(SECONDS) == sorted(set(SECONDS))
+
+
+def test_counters_that_workers_invent_are_bounded() -> None:
+    """Guards the page against heartbeats with ever new names, and labels against ones that no page can hold."""
+    engine = FakeEngine(lambda _: [])
+    odd = ["Upper", "a b", 'a"', "\x1b", "a" * 65, "1a", "é"]
+    engine.workers = [
+        WorkerStatus(f"s{n}", "store", "up", Load(counters={f"made_up_{n}_{m}": 1.0 for m in range(50)}))
+        for n in range(200)
+    ] + [WorkerStatus("w", "decode", "up", Load(counters=dict.fromkeys(odd, 1.0)))]
+    names = {metric.name for metric in ReportCollector(engine, ["demo"]).collect()}
+    assert sum("made_up" in name for name in names) == MAX_UNDESCRIBED
+    assert all(name.removeprefix("baton:worker_") not in odd for name in names)

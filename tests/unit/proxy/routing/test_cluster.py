@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
+
 from baton.node.membership import DEAD_AFTER_S
 from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
+from baton.proxy.routing import cluster as module
 from baton.proxy.routing.cluster import NOMINAL_TOKENS_S, ClusterState, Leg
 
 
@@ -197,3 +200,32 @@ def test_each_worker_joins_the_entry_of_its_model() -> None:
     assert [entry.view()[0].tokens for entry in cluster.models.values()] == [0, 9]
     assert cluster.lose("d1/1") and not cluster.lose("d1/1")
     assert cluster.models["b"].shape is None and cluster.models["a"].shape is not None
+
+
+def test_members_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the proxy's memory and the page of metrics against a peer that registers under ever new names."""
+    monkeypatch.setattr(module, "MAX_WORKERS", 2)
+    monkeypatch.setattr(module, "MAX_STORES", 2)
+    cluster = ClusterState(60, ["m", "m2"])
+    workers = [cluster.join(f"w{n}/1", _register(f"w{n}", model="m2" if n else "m"), 0) for n in range(4)]
+    stores = [cluster.join_store(f"s{n}/1", RegisterStore(worker=f"s{n}", incarnation=1), 0) for n in range(4)]
+    assert workers == ["", "", "there are 2 workers already", "there are 2 workers already"]
+    assert stores == ["", "", "there are 2 stores already", "there are 2 stores already"]
+    assert cluster.join("w0/1", _register("w0"), 1) == "" and len(cluster.identities()) == 4
+    cluster.lose("w0/1")
+    assert cluster.join("w3/1", _register("w3"), 1) == ""
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "a\n", "\x1b[31m", 'a"} 1', "../a", "é", "a" * 65, "-a", "a/1"])
+def test_a_name_that_no_log_line_can_hold_is_refused(name: str) -> None:
+    """Guards log lines and labels of metrics against what a peer calls itself."""
+    cluster = ClusterState(60, ["m"])
+    assert "name" in cluster.join(f"{name}/1", _register(name), 0)
+    assert "name" in cluster.join_store(f"{name}/1", RegisterStore(worker=name, incarnation=1), 0)
+    assert cluster.identities() == []
+
+
+def test_a_refusal_quotes_little() -> None:
+    """Guards the answer, which has a bound of its own, against a model's name of any length."""
+    reason = ClusterState(60, ["m", "n"]).join("d/1", _register(model="x\n" * 2000), 0)
+    assert len(reason) < 200 and reason.isprintable()
