@@ -166,5 +166,5 @@ class Channel:
             return
         try:
             messages.append((peer, self._decoder.decode(frames[1] if len(frames) == 2 else b"")))
-        except (msgspec.DecodeError, msgspec.ValidationError):
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
             self.dropped["malformed"] += 1
