@@ -15,8 +15,8 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from baton.node.link_counts import LinkCounts
 from baton.node.errors import SettingsError
+from baton.node.link_counts import LinkCounts
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Goodbye,

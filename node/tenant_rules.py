@@ -65,7 +65,7 @@ def read_tenants(path: Path) -> dict[str, TenantRules]:
         raise SettingsError(f"--tenants {path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise SettingsError(f"--tenants {path}: not UTF-8") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of 5000 digits is a ValueError of another kind
         raise SettingsError(f"--tenants {path}: not TOML: {error}") from None
     if not 1 <= len(tables) <= MAX_TENANTS:
         raise SettingsError(f"--tenants {path}: has {len(tables)} tenants; 1 to {MAX_TENANTS} are allowed")

@@ -17,6 +17,7 @@ from typing import Any, BinaryIO
 
 import msgspec
 
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 from baton.offline.client import ApiClient, NoAnswer
 
@@ -154,7 +155,7 @@ class BatchOutput:
                     break
                 try:
                     done.add(decode(line).key)
-                except msgspec.DecodeError:
+                except DECODE_ERRORS:
                     raise SettingsError(f"{path} is no output of a batch: see its line {number}") from None
                 end += len(line)
         self._file.truncate(end)
@@ -176,7 +177,7 @@ def read_requests(path: Path) -> Iterator[BatchRequest]:
 def _read_request(decode: Any, number: int, line: bytes) -> BatchRequest:
     try:
         read: _InputLine = decode(line)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except DECODE_ERRORS as error:
         return BatchRequest(number, _custom_id(line), error=f"not a request of a batch: {error}")
     if read.method != "POST" or read.url not in URLS:
         return BatchRequest(number, read.custom_id, error=f"only POST to {' or '.join(URLS)} is supported")
@@ -192,7 +193,7 @@ class _OnlyId(msgspec.Struct):
 def _custom_id(line: bytes) -> str | None:
     try:
         return msgspec.json.decode(line, type=_OnlyId).custom_id
-    except (msgspec.DecodeError, RecursionError):
+    except DECODE_ERRORS:
         return None
 
 
@@ -219,7 +220,7 @@ async def answer_line(client: ApiClient, request: BatchRequest, model: str) -> B
         if not await client.reachable():
             raise ServerGone(str(failure)) from None
         return BatchLine(line_id, request.custom_id, error=BatchError("no_answer", str(failure)))
-    except msgspec.DecodeError:
+    except DECODE_ERRORS:
         error = BatchError("no_answer", f"HTTP {answer.status} with a body that is not JSON")
         return BatchLine(line_id, request.custom_id, error=error)
     return BatchLine(line_id, request.custom_id, BatchResponse(answer.status, _answer_id(answer.body), body))
@@ -233,5 +234,5 @@ def _answer_id(body: bytes) -> str:
     """The server's own id of the request, as in its logs; empty in an error."""
     try:
         return msgspec.json.decode(body, type=_OnlyAnswerId).id
-    except msgspec.DecodeError:
+    except DECODE_ERRORS:
         return ""

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from baton.node.decoding import DECODE_ERRORS
+
 TOKEN_ID_PREFIX = "token_id:"
 
 
@@ -145,7 +147,7 @@ def request_output(
     """
     try:
         answer = _read_answer(body)
-    except msgspec.DecodeError as error:
+    except DECODE_ERRORS as error:
         raise ValueError(f"not an answer of OpenAI's API: {error}") from None
     choices = sorted(answer.choices, key=lambda choice: choice.index)
     prompt_ids = answer.prompt_token_ids or (choices[0].prompt_token_ids if choices else None)
@@ -172,7 +174,7 @@ def failure_message(status: int, body: bytes) -> str:
     """One line that says why a request failed."""
     try:
         return f"HTTP {status}: {_read_failure(body).error.message}"
-    except msgspec.DecodeError:
+    except DECODE_ERRORS:
         return f"HTTP {status}"
 
 

@@ -21,6 +21,7 @@ import msgspec
 import numpy as np
 from msgspec import Meta
 
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 from baton.simulator.latency import Cost
 from baton.simulator.record import percentile
@@ -68,7 +69,7 @@ def read_steps(path: Path) -> list[MeasuredStep]:
         if line.strip():
             try:
                 steps.append(msgspec.json.decode(line, type=MeasuredStep))
-            except msgspec.MsgspecError as error:
+            except DECODE_ERRORS as error:
                 raise SettingsError(f"{path}:{number}: {error}") from None
     return steps
 

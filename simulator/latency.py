@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from baton.kvtransfer.blocks.layout import KVLayout
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 
 PROFILES = Path(__file__).resolve().parent / "profiles"
@@ -125,5 +126,5 @@ def load_profile(name: str) -> Profile:
     except FileNotFoundError:
         known = ", ".join(sorted(file.stem for file in PROFILES.glob("*.json")))
         raise SettingsError(f"there is no profile {name}; shipped are {known}") from None
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *DECODE_ERRORS) as error:
         raise SettingsError(f"{path} is no profile: {error}") from None

@@ -17,6 +17,7 @@ from typing import Annotated
 import msgspec
 from msgspec import Meta
 
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 
 TRACE_BLOCK_TOKENS = 512
@@ -82,7 +83,7 @@ def read_trace(path: Path, seed: int) -> list[SimRequest]:
     try:
         lines = path.read_bytes().splitlines()
         decoded = [msgspec.json.decode(line, type=_Line) for line in lines if line.strip()]
-    except (OSError, msgspec.MsgspecError) as error:
+    except (OSError, *DECODE_ERRORS) as error:
         raise SettingsError(f"cannot read the trace {path}: {error}") from None
     for number, line in enumerate(decoded, 1):
         if len(line.hash_ids) != -(-line.input_length // TRACE_BLOCK_TOKENS):

@@ -11,6 +11,7 @@ import msgspec
 from baton.benchmark.load.bodies import BodyStyle, BodyWriter, PastTurn
 from baton.benchmark.load.meter import StreamMeter, Usage, message_of
 from baton.benchmark.load.plan import Turn
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 from baton.node.http_client import HttpClient, HttpFailed
 
@@ -139,7 +140,7 @@ async def find_model(http: HttpClient, wanted: str, timeout_s: float) -> str:
         raise SettingsError(f"{origin} refuses the API key (HTTP {status}): --api-key, or OPENAI_API_KEY")
     try:
         names = [model.id for model in msgspec.json.decode(body, type=_Models).data] if status == 200 else []
-    except msgspec.MsgspecError:
+    except DECODE_ERRORS:
         names = []
     if wanted and (wanted in names or not names):
         return wanted  # a server without a list is asked anyway

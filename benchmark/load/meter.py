@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import msgspec
 
+from baton.node.decoding import DECODE_ERRORS
+
 MAX_EVENT_BYTES = 4 << 20
 MAX_MESSAGE_CHARS = 200
 
@@ -120,7 +122,7 @@ class StreamMeter:
             return
         try:
             chunk = self._decode(event)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             self.error = f"not an OpenAI stream: {error}"
             return
         if chunk.error is not None:
@@ -163,6 +165,6 @@ def message_of(body: bytes) -> str:
         found = msgspec.json.decode(body, type=_Error)
         inner = found.error if isinstance(found.error, str) else found.error.message if found.error else ""
         message = inner or found.message
-    except msgspec.MsgspecError:
+    except DECODE_ERRORS:
         message = ""
     return " ".join((message or body.decode(errors="replace")).split())[:MAX_MESSAGE_CHARS]

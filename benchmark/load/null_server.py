@@ -15,6 +15,7 @@ from typing import cast
 import msgspec
 from uvicorn.loops.auto import auto_loop_factory
 
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.settings import option, parse, require_loopback
 
 MAX_REQUEST_BYTES = 64 << 20
@@ -108,7 +109,7 @@ class Connection(asyncio.Protocol):
         assert self._transport is not None
         try:
             wanted = msgspec.json.decode(body, type=_Wanted)
-        except msgspec.MsgspecError:
+        except DECODE_ERRORS:
             self._transport.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 0\r\nConnection: close\r\n\r\n")
             self._transport.close()
             return

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from baton.benchmark.load.summary import METRICS, Objectives
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 from baton.node.settings import option
 
@@ -206,7 +207,7 @@ class ServingSettings:
             return {}
         try:
             return msgspec.json.decode(self.extra_body, type=dict[str, object])
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise SettingsError(f"--extra-body: {error}") from None
 
 

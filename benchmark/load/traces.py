@@ -15,6 +15,7 @@ from datetime import datetime
 
 import msgspec
 
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 
 MOONCAKE_BLOCK_TOKENS = 512
@@ -66,7 +67,7 @@ def _read_mooncake(rows: Sequence[tuple[int, str]]) -> list[TraceRequest]:
     for number, text in rows:
         try:
             line = decode(text)
-        except msgspec.MsgspecError as error:
+        except DECODE_ERRORS as error:
             raise SettingsError(f"line {number} of the trace: {error}") from None
         _check(number, line.input_length, line.output_length)
         blocks = tuple(line.hash_ids)
@@ -82,14 +83,15 @@ def _read_azure(rows: Sequence[tuple[int, str]]) -> list[TraceRequest]:
     if header[:3] != wanted:
         raise SettingsError(f"the trace is neither JSON lines nor a CSV that begins with {','.join(wanted)}")
     found = []
-    for (number, _), row in zip(rows[1:], csv.reader(line for _, line in rows[1:]), strict=True):
+    for number, line in rows[1:]:
         try:
+            row = next(csv.reader([line]))
             # Seven digits after the point are more than datetime takes.
             seconds, _, fraction = row[0].partition(".")
             at_s = datetime.fromisoformat(f"{seconds}+00:00").timestamp() + float(f"0.{fraction or 0}")
             lengths = int(row[1]), int(row[2])
-        except (ValueError, IndexError):
-            raise SettingsError(f"line {number} of the trace: {','.join(row)[:80]!r} is no request") from None
+        except (ValueError, IndexError, OverflowError, csv.Error):
+            raise SettingsError(f"line {number} of the trace: {line[:80]!r} is no request") from None
         _check(number, *lengths)
         found.append(TraceRequest(at_s, *lengths, ()))
     return found

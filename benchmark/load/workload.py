@@ -14,6 +14,7 @@ import numpy as np
 
 from baton.benchmark.load.plan import GivenPrompt, Part, PartsPrompt, Turn
 from baton.benchmark.load.traces import MOONCAKE_BLOCK_TOKENS, TraceRequest
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 
 OWN, PREFIX, BLOCK, WARMUP = range(4)
@@ -105,7 +106,7 @@ def _draw(random: np.random.Generator, mean: int, spread: float) -> int:
 def _file_turn(number: int, text: str, default_max_tokens: int) -> Turn:
     try:
         line = msgspec.json.decode(text, type=_FileLine)
-    except msgspec.MsgspecError as error:
+    except DECODE_ERRORS as error:
         raise SettingsError(f"line {number} of the prompt file: {error}") from None
     if (line.prompt is None) == (line.messages is None):
         raise SettingsError(f"line {number} of the prompt file: one of prompt and messages is needed")

@@ -27,6 +27,7 @@ from msgspec import Meta
 from baton.node import sockets
 from baton.node.connections import NameHolders, NameTaken
 from baton.node.credentials import PAIRED_WITH
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 from baton.node.watch import EVERY_S, DealerWatch
 
@@ -166,5 +167,5 @@ class Channel:
             return
         try:
             messages.append((peer, self._decoder.decode(frames[1] if len(frames) == 2 else b"")))
-        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError):
+        except DECODE_ERRORS:
             self.dropped["malformed"] += 1

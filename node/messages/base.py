@@ -11,6 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
+from baton.node.decoding import DECODE_ERRORS
+
 PROTOCOL_VERSION = 3
 
 MAX_BODY_BYTES = 8 << 20
@@ -62,5 +64,5 @@ def decode_as(body: bytes | memoryview, decoder: msgspec.msgpack.Decoder[Message
         raise BadMessage(f"message of {len(body)} bytes, at most {MAX_BODY_BYTES} are allowed")
     try:
         return decoder.decode(body)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, OverflowError) as error:
+    except DECODE_ERRORS as error:
         raise BadMessage(str(error)[:300]) from None

@@ -29,6 +29,7 @@ import msgspec
 
 from baton.kvtransfer.store.disk.base import Refusal
 from baton.kvtransfer.store.disk.records import RecordFault, StorageBroken, WriteFault
+from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 from baton.node.host import boot_id as kernel_boot_id
 from baton.node.private_files import private_opener
@@ -197,7 +198,7 @@ class TierFolder:
         """None if there is none that can be understood."""
         try:
             return msgspec.json.decode((self._path / "state.json").read_bytes(), type=_State)
-        except (OSError, msgspec.MsgspecError):
+        except (OSError, *DECODE_ERRORS):
             return None
 
     def _write_state(self, *, clean: bool, opened_at_s: list[float]) -> None:
