@@ -19,6 +19,7 @@ from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
 from baton.node.errors import SettingsError
 from baton.node.modelhub import locate_model
+from baton.node.secret_file import read_secret, write_secret
 from baton.node.tenant_rules import read_tenants
 from baton.offline.batch import BatchOutput, read_requests
 from baton.proxy.text.model_files import read_model_files
@@ -145,6 +146,18 @@ TRACES = [
     b"TIMESTAMP,ContextTokens,GeneratedTokens\n"
     b"2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n",
 ]
+
+
+def test_secrets(tmp_path: Path) -> None:
+    """Guards every node's start: a secret is 64 hex digits, or the start ends with an error."""
+    path = tmp_path / "secret"
+    write_secret(path)
+
+    def accept(data: bytes) -> None:
+        path.write_bytes(data)
+        assert read_secret(path).hex() == data.strip().decode().lower()
+
+    feed([path.read_bytes()], 300, accept, SettingsError)
 
 
 def test_traces() -> None:

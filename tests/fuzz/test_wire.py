@@ -6,7 +6,6 @@ import random
 
 import msgspec
 import pytest
-import zmq
 
 from baton.kvtransfer.planes.base import ChunkKey
 from baton.kvtransfer.planes.channel import (
@@ -21,6 +20,7 @@ from baton.kvtransfer.planes.channel import (
 )
 from baton.kvtransfer.planes.zeromq import _HEADER, _MAGIC, _VERSION, _parse
 from baton.node.connections import NameHolders, NameTaken, connection_id, stated_name
+from baton.node.credentials import Credentials
 from baton.node.messages.base import BadMessage, Message, encode
 from baton.node.messages.store import (
     Arrival,
@@ -47,6 +47,7 @@ from baton.node.messages.store import (
     decode_store,
 )
 from baton.node.messages.wire import decode
+from baton.node.sockets import Context
 from baton.tests.fuzz.mutations import feed, mutations
 from baton.tests.integration.untrusted import one_of_each
 
@@ -102,7 +103,7 @@ def test_store_messages() -> None:
 
 def test_frames_of_a_channel() -> None:
     """Guards the thread of a data plane: what is no message of a connected peer is counted."""
-    context = zmq.Context()
+    context = Context(Credentials("decode"))
     channel = Channel(context, "a/1", "127.0.0.1")
     assert channel.connect("b/1", "tcp://127.0.0.1:1")
     encoder = msgspec.msgpack.Encoder()
@@ -117,7 +118,7 @@ def test_frames_of_a_channel() -> None:
     channel._take([connection], taken)
     channel._take([connection, b"", b""], taken)
     channel.close()
-    context.destroy(0)
+    context.close()
 
 
 def test_connection_ids() -> None:
@@ -126,8 +127,8 @@ def test_connection_ids() -> None:
     known = [connection_id(f"decode-{number}/1", b"s", "x").encode() for number in range(20)]
 
     def accept(data: bytes) -> None:
-        assert holders.name_of(data) == stated_name(data)
-        assert len(holders._names) <= 100 and len(holders._connections) <= 100
+        assert (holders.find(data) or holders.learn(data, None)).name == stated_name(data)
+        assert len(holders._holders) <= 100 and len(holders._connections) <= 100
 
     feed(known, 8000, accept, (NameTaken, UnicodeDecodeError))
 

@@ -45,6 +45,7 @@ from baton.tests.integration.untrusted import (
     register_of,
     reserve_of,
 )
+from baton.tests.unit.node.test_raw_frames import COUNTED, GREETING, HUNG_UP, VALID, hears_the_end, ready
 
 PROMPT = "Once upon a time there was a little fox who lived in the forest. The old king had three daughters."
 ANSWER: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
@@ -198,30 +199,22 @@ def test_random_bytes(cluster: Cluster) -> None:
         connection.close()
 
 
-ZMTP_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00NULL" + bytes(16) + b"\x00" + bytes(31)
-
-
 def test_broken_zmtp(cluster: Cluster) -> None:
-    """Guards against a valid handshake that is followed by garbage, or by a frame of 2^63 bytes."""
+    """Guards against frames that reach a node from a client without keys, and against a frame of 2^63 bytes: the node
+    hangs up on the greeting. What nodes without keys do with such frames is in tests/unit/node/test_raw_frames.py."""
     chance = random.Random(2)
-    ready = b"\x04\x26\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER\x08Identity\x00\x00\x00\x00"
-    frames = [
-        b"\x02" + (2**63 - 1).to_bytes(8, "big"),  # a long frame that would fill all memory
-        b"\x02" + (2**40).to_bytes(8, "big") + b"x" * 1000,
-        b"\x06" + (2**33).to_bytes(8, "big") + b"x" * 1000,  # a command
-        b"\x01\x00" * 50_000 + b"\x00\x00",  # a message of many empty frames
-        chance.randbytes(5000),
-    ]
-    opened = []
-    for port in all_ports(cluster).values():
+    frames = [*HUNG_UP.values(), *(broken for broken, _ in COUNTED.values()), chance.randbytes(5000)]
+    rejected = {name: cluster.nodes.log(name).count("message_rejected") for name in cluster.nodes.names()}
+    for place, port in all_ports(cluster).items():
         for frame in frames:
-            connection = socket.create_connection(("127.0.0.1", port), timeout=5)
-            opened.append(connection)
-            with contextlib.suppress(OSError):
-                connection.sendall(ZMTP_GREETING + ready + frame)
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                with contextlib.suppress(ConnectionError):  # it may close while we send
+                    connection.sendall(GREETING + ready(b"unknown/1") + VALID + frame)
+                if place != f"proxy:{cluster.nodes.port}":
+                    assert b"READY" not in hears_the_end(connection), place
     assert cluster.complete(PROMPT + " After random bytes.", **ANSWER)["usage"]["completion_tokens"] == 24
-    for connection in opened:
-        connection.close()
+    for name, count in rejected.items():
+        assert cluster.nodes.log(name).count("message_rejected") == count, name
 
 
 def test_garbage_frames(cluster: Cluster) -> None:
