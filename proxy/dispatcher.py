@@ -21,6 +21,7 @@ from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.admission import Admission
 from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
 from baton.proxy.routing.failed_pairs import FailedPairs
+from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules
@@ -175,9 +176,12 @@ class Dispatcher:
             del self._inboxes[request_id]
 
     async def admit(
-        self, model: str, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+        self, model: str, ticket: Ticket, view_of: Callable[[ClusterShape], RequestView], deadline: float
     ) -> tuple[Route, ClusterShape]:
-        return await self._admissions[model].admit(view_of, deadline, first=first)
+        return await self._admissions[model].admit(ticket, view_of, deadline)
+
+    def generation_ended(self, model: str, tenant: str, tokens: int) -> None:
+        self._admissions[model].ended(tenant, tokens)
 
     def open_leg(self, leg: Leg, message: Message) -> None:
         self._cluster.assign(leg)
@@ -186,6 +190,7 @@ class Dispatcher:
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
         self._cluster.prompt_computed(worker, request_id)
+        self._on_change()  # its tenant may have another one there
 
     def close_leg(self, worker: str, request_id: str, *, computed: bool, cancel: Cancel | None = None) -> None:
         if cancel is not None:

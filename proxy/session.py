@@ -14,8 +14,8 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AbstractContextManager
+from collections.abc import AsyncGenerator, Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -40,6 +40,7 @@ from baton.proxy.inbox import Inbox, Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
+from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.ledger import Gap, Ledger
 from baton.proxy.routing.prompt_blocks import BlockNames, PromptBlocks
 from baton.proxy.routing.router import RequestView, Route
@@ -80,9 +81,12 @@ class SessionHost(Protocol):
         """Inside it, messages about the request reach the inbox. Raises PeerLost where the proxy shuts down."""
 
     async def admit(
-        self, model: str, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+        self, model: str, ticket: Ticket, view_of: Callable[[ClusterShape], RequestView], deadline: float
     ) -> tuple[Route, ClusterShape]:
         """Wait for a route; returns it with the shape of the cluster that it leads to."""
+
+    def generation_ended(self, model: str, tenant: str, tokens: int) -> None:
+        """It counted for so many tokens too few when it was admitted, or too many (negative)."""
 
     def open_leg(self, leg: Leg, message: Message) -> None:
         """Count the leg and send its message; a failure comes back as WorkerLost."""
@@ -159,11 +163,13 @@ class Session:
         self._ledger = Ledger(generation.prompt_ids, num_scored=1 if scored else len(generation.prompt_ids))
         self._blocks = PromptBlocks(generation.prompt_ids, generation.cache_salt)
         self._cached_tokens = 0
+        self._admitted_tokens = 0
+        """What its admission counted as; 0 before it."""
 
     async def run(self) -> AsyncGenerator[list[Delta], None]:
         """Deltas up to the finish, in one list those that are there together. Raises the errors of
         proxy.interface.Engine.generate."""
-        with self._host.registered(self._request_id, self._inbox):
+        with self._host.registered(self._request_id, self._inbox), self._accounted():
             failures = 0
             avoid: frozenset[str] = frozenset()
             transfer_failed = False
@@ -206,6 +212,18 @@ class Session:
                     self._close(attempt)
                 self._ledger.next_attempt()
                 await asyncio.sleep(pause_s)
+
+    @contextmanager
+    def _accounted(self) -> Iterator[None]:
+        """At the end, what its admission counted as becomes what it was."""
+        try:
+            yield
+        finally:
+            if self._admitted_tokens:
+                generation, ledger = self._generation, self._ledger
+                self._host.generation_ended(
+                    generation.model, generation.tenant, ledger.num_tokens - self._admitted_tokens
+                )
 
     # -- an attempt
 
@@ -256,14 +274,23 @@ class Session:
             return view
 
         self._timeline.enter("queue")
-        route, shape = await self._host.admit(
-            self._generation.model,
-            view_of,
-            self._deadline,
-            first=self._ledger.attempt == 0 and not self._generation.follows,
-        )
+        ticket = self._ticket()
+        route, shape = await self._host.admit(self._generation.model, ticket, view_of, self._deadline)
+        self._admitted_tokens += ticket.cost_tokens
         self._timeline.enter("route")
         return route, blocks.under(shape)
+
+    def _ticket(self) -> Ticket:
+        generation, ledger = self._generation, self._ledger
+        cost_tokens = len(ledger.prompt_ids) + generation.expected_tokens
+        return Ticket(
+            tenant=generation.tenant,
+            priority=generation.priority,
+            turn=self._turn,
+            num_tokens=ledger.num_tokens,
+            cost_tokens=0 if self._admitted_tokens else cost_tokens,
+            refusable=ledger.attempt == 0 and not generation.follows,
+        )
 
     def _report_route(self, route: Route, attempt: _Attempt) -> None:
         self._host.count(f"routed_{route.reason}_total")
@@ -294,6 +321,7 @@ class Session:
             blocks=names.num_blocks,
             sent_at=self._clock(),
             hashes=names.cacheable if computes else (),
+            tenant=self._generation.tenant,
         )
         attempt.open.add(worker)
         self._host.open_leg(leg, message)

@@ -186,6 +186,8 @@ class _Simulation:
             model=MODEL,
             prompt_ids=request.prompt_ids(),
             sampling=SamplingSpec(max_tokens=request.output_tokens, seed=seed),
+            tenant=request.tenant,
+            expected_tokens=request.output_tokens,
         )
         timeline, timeout_s = Timeline(self._world.clock), self._scenario.proxy.request_timeout_s
         stream = dispatcher.generate(generation, timeline, timeout_s=timeout_s)

@@ -35,6 +35,7 @@ class SimRequest:
     output_tokens: int
     prefix: tuple[int, ...]
     block_tokens: int = TRACE_BLOCK_TOKENS
+    tenant: str = ""
 
     def prompt_ids(self) -> tuple[int, ...]:
         ids = chain.from_iterable(repeat(name, self.block_tokens) for name in self.prefix)

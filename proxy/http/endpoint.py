@@ -18,7 +18,7 @@ from functools import partial
 from starlette.datastructures import Headers
 from starlette.types import Receive, Scope, Send
 
-from baton.node.errors import InvariantBroken
+from baton.node.errors import InvariantBroken, Overloaded
 from baton.node.messages.control import SamplingSpec
 from baton.node.telemetry import format_value, log_event
 from baton.proxy.http.asgi import ClientGone, Reply, gone
@@ -235,6 +235,7 @@ class GenerateEndpoint:
             raise InvariantBroken(f"generation {generation.request_id} ended without a finish")
         except Exception as error:
             outcome = kind_of(error)
+            request.tenant.usage.totals.rejected["queue"] += isinstance(error, Overloaded)
             raise
         finally:
             meter.close(outcome)

@@ -1,6 +1,8 @@
-"""The queue before the workers of one model: requests wait here, in order, until the router finds a place.
+"""The queue before the workers of one model: requests wait here until it is their turn and the router finds a place.
 
-Requests are admitted one after the other, so that a small one never starves a large one. The queue is bounded.
+Whose turn it is, is the queue's to say. The request whose turn it is waits until there is room for it, so that a small
+one never starves a large one; only requests of a tenant that holds its share of the workers are passed over. The queue
+is bounded.
 """
 
 from __future__ import annotations
@@ -8,11 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
 from baton.proxy.routing.cluster import ClusterShape, ModelWorkers
 from baton.proxy.routing.failed_pairs import FailedPairs
+from baton.proxy.routing.fair_queue import FairQueue, Ticket
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, pick
 
@@ -20,6 +23,19 @@ NO_WORKER_GRACE_S = 5.0
 """Requests wait this long for a role whose last worker is gone, counted from its loss, before they fail."""
 POLL_S = 0.1
 """Longest time between two looks at the cluster while a request waits."""
+
+ViewOf = Callable[[ClusterShape], RequestView]
+
+
+@dataclass(slots=True)
+class _Waiter:
+    """One request in the queue."""
+
+    ticket: Ticket
+    view_of: ViewOf
+    woken: asyncio.Event = field(default_factory=asyncio.Event)
+    refused: bool = False
+    """Another one has its place in the queue."""
 
 
 class Admission:
@@ -35,46 +51,56 @@ class Admission:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.workers = workers
-        self.waiting = 0
         self.rejected = 0
-        """Requests that found the queue full."""
+        """Requests that found the queue full, or made room in it."""
         self._index = index
         self._rules = rules
         self._failed_pairs = failed_pairs
         self._max_queue = max_queue
         self._clock = clock
-        self._turn = asyncio.Lock()  # fair: first come, first served
-        self._changed = asyncio.Event()
+        self._queue = FairQueue()
+        self._waiters: dict[int, _Waiter] = {}
+        """By their numbers in the queue."""
         self._stopping = False
         self._started_at = clock()
 
-    async def admit(
-        self, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
-    ) -> tuple[Route, ClusterShape]:
-        """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded.
+    @property
+    def waiting(self) -> int:
+        return len(self._queue)
 
-        Only a first attempt may find the queue full: a stream that lost its worker has begun already.
-        """
-        if first and self.waiting >= self._max_queue:
-            self.rejected += 1
-            raise Overloaded(f"{self.waiting} requests are waiting already")
-        self.waiting += 1
+    async def admit(self, ticket: Ticket, view_of: ViewOf, deadline: float) -> tuple[Route, ClusterShape]:
+        """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded."""
+        if ticket.refusable and self.waiting >= self._max_queue:
+            self._make_room(ticket.tenant)
+        number = self._queue.add(ticket)
+        waiter = self._waiters[number] = _Waiter(ticket, view_of)
+        waiting = self._queue.waiting(ticket.tenant)
+        self.workers.shares.ask(ticket.tenant, waiting, waiting * self._num_blocks(ticket), self._clock())
         try:
-            async with asyncio.timeout_at(self._loop_time(deadline)), self._turn:
-                return await self._find_route(view_of)
+            async with asyncio.timeout_at(self._loop_time(deadline)):
+                found = await self._find_route(number, waiter)
+            self._queue.admit(number)
+            return found
         except TimeoutError:
             raise DeadlineExceeded("the request's deadline passed before a worker had room for it") from None
         finally:
-            self.waiting -= 1
+            del self._waiters[number]
+            self._queue.discard(number)
+            self._wake()
+
+    def ended(self, tenant: str, tokens: int) -> None:
+        """A request of the tenant has ended that counted for so many tokens too few, or too many (negative)."""
+        self._queue.correct(tenant, tokens)
+        self.workers.shares.see(tenant, self._clock())
 
     def cluster_changed(self) -> None:
         """There may be room now."""
-        self._changed.set()
+        self._wake()
 
     def stop(self) -> None:
         """Requests that wait fail now."""
         self._stopping = True
-        self._changed.set()
+        self._wake()
 
     def unready(self) -> str:
         """Why no request could be served now, or ""."""
@@ -83,26 +109,68 @@ class Admission:
         route = pick(self.workers.view(), RequestView(1 << 20, 0, 0), self._rules)
         return route.reason if isinstance(route, Wait) and route.missing else ""
 
-    async def _find_route(self, view_of: Callable[[ClusterShape], RequestView]) -> tuple[Route, ClusterShape]:
+    def _make_room(self, tenant: str) -> None:
+        """Turn the last one away of the tenant that has most in the queue; raises Overloaded where it is this one."""
+        self.rejected += 1
+        number = self._queue.to_refuse(tenant)
+        if number is None:
+            raise Overloaded(f"{self.waiting} requests are waiting already")
+        self._queue.discard(number)
+        self._waiters[number].refused = True
+        self._waiters[number].woken.set()
+
+    async def _find_route(self, number: int, waiter: _Waiter) -> tuple[Route, ClusterShape]:
+        """Wait for the turn and a place. The first in the queue looks now and then, as much depends on the time."""
         while True:
-            self._changed.clear()
-            shape = self.workers.last_shape
-            if shape is None:
-                raise PeerLost("no worker is there")
-            request = view_of(shape)
-            failed_pairs = self._failed_pairs.avoided(self._clock())
-            seen = replace(request, hits=self._index.match(request.hashes), failed_pairs=failed_pairs)
-            route = pick(self.workers.view(), seen, self._rules)
-            if isinstance(route, Route):
-                return route, shape
+            waiter.woken.clear()
+            if waiter.refused:
+                raise Overloaded("the queue is full, and requests of this key have most places in it")
             if self._stopping:
                 raise PeerLost("the proxy is shutting down")
-            if route.missing and self._clock() - self._last_seen(route.missing) >= NO_WORKER_GRACE_S:
-                raise PeerLost(route.reason)
+            turn = self._turn()
+            if turn == number:
+                found = self._try(waiter)
+                if found is not None:
+                    return found
+            elif turn is not None:
+                self._waiters[turn].woken.set()
             try:
-                await asyncio.wait_for(self._changed.wait(), POLL_S)
+                await asyncio.wait_for(waiter.woken.wait(), POLL_S if number == self._queue.first() else None)
             except TimeoutError:
                 continue
+
+    def _try(self, waiter: _Waiter) -> tuple[Route, ClusterShape] | None:
+        """The route, if there is one now. Raises PeerLost where none is to be expected."""
+        shape = self.workers.last_shape
+        if shape is None:
+            raise PeerLost("no worker is there")
+        request = waiter.view_of(shape)
+        failed_pairs = self._failed_pairs.avoided(self._clock())
+        seen = replace(request, hits=self._index.match(request.hashes), failed_pairs=failed_pairs)
+        route = pick(self.workers.view(), seen, self._rules)
+        if isinstance(route, Route):
+            return route, shape
+        if route.missing and self._clock() - self._last_seen(route.missing) >= NO_WORKER_GRACE_S:
+            raise PeerLost(route.reason)
+        return None
+
+    def _turn(self) -> int | None:
+        """Whose turn it is: the first one's whose tenant does not hold its share of the workers."""
+        view, now, shares = self.workers.view(), self._clock(), self.workers.shares
+        for number in self._queue.heads():
+            ticket = self._waiters[number].ticket
+            if shares.allow(ticket.tenant, ticket.num_tokens, self._num_blocks(ticket), view, now):
+                return number
+        return None
+
+    def _wake(self) -> None:
+        for number in {self._queue.first(), self._turn()} if self._waiters else ():
+            if number is not None:
+                self._waiters[number].woken.set()
+
+    def _num_blocks(self, ticket: Ticket) -> int:
+        shape = self.workers.last_shape
+        return -(-ticket.num_tokens // shape.block_tokens) if shape is not None else 0
 
     def _last_seen(self, role: str) -> float:
         return max(self.workers.had_at(role), self._started_at)

@@ -17,6 +17,7 @@ from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
 from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
 from baton.proxy.routing.router import WorkerView
+from baton.proxy.routing.shares import Shares
 
 MAX_WORKERS, MAX_STORES = 4096, 1024
 """Of all models; a store is a host's."""
@@ -35,6 +36,7 @@ class Leg:
     sent_at: float
     hashes: tuple[bytes, ...] = ()
     """Of the blocks that this leg will have computed."""
+    tenant: str = ""
 
 
 @dataclass(slots=True)
@@ -78,6 +80,7 @@ class ModelWorkers:
 
     def __init__(self) -> None:
         self.members: dict[str, _Member] = {}
+        self.shares = Shares()
         self._had_at: dict[str, float] = {}
         self._last_shape: ClusterShape | None = None
         self._tokens_s = NOMINAL_TOKENS_S  # the median of those that were measured
@@ -183,6 +186,8 @@ class ClusterState:
         """It left or died; whether it was here until now."""
         workers = self._workers_with(identity)
         if workers is not None:
+            for request_id in list(workers.members[identity].legs):
+                self.settle(identity, request_id)
             del workers.members[identity]
             return True
         return self._stores.pop(identity, None) is not None
@@ -214,26 +219,33 @@ class ClusterState:
 
     def assign(self, leg: Leg) -> None:
         """Count work at dispatch: the next heartbeat comes too late for a burst."""
-        if (member := self._member(leg.worker)) is not None:
+        if (workers := self._workers_with(leg.worker)) is not None:
+            member = workers.members[leg.worker]
+            assert leg.request_id not in member.legs, leg.request_id
             member.legs[leg.request_id] = leg
             member.view = None
+            workers.shares.take(leg.tenant, member.register.role, leg.tokens, leg.blocks)
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
         """That leg's prompt waits no longer: the next heartbeat would show it too late, as at dispatch."""
-        member = self._member(worker)
-        if member is not None and (leg := member.legs.get(request_id)) is not None:
+        workers = self._workers_with(worker)
+        member = workers.members[worker] if workers is not None else None
+        if workers is not None and member is not None and (leg := member.legs.get(request_id)) is not None:
             if leg.sent_at < member.reported_at:
                 begun = min(member.begun_tokens, leg.tokens)  # prompts are computed in order, or nearly
                 member.begun_tokens -= begun
                 member.done_tokens += leg.tokens - begun
+            workers.shares.computed(leg.tenant, leg.tokens)
             leg.tokens = 0
             member.view = None
 
     def settle(self, worker: str, request_id: str) -> None:
         self.prompt_computed(worker, request_id)
-        if (member := self._member(worker)) is not None:
-            member.legs.pop(request_id, None)
+        if (workers := self._workers_with(worker)) is not None:
+            member = workers.members[worker]
             member.view = None
+            if (leg := member.legs.pop(request_id, None)) is not None:
+                workers.shares.leave(leg.tenant, member.register.role, leg.blocks)
 
     def statuses(self) -> list[WorkerStatus]:
         found = [

@@ -16,10 +16,12 @@ from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
+from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.router import RequestView, Route
 from baton.proxy.settings import ProxySettings
 
 GENERATION = Generation(request_id="r", model="m", prompt_ids=(1, 2, 3), sampling=SamplingSpec(max_tokens=4))
+NEW, BEGUN = Ticket(refusable=True), Ticket()
 
 
 class SilentSocket:
@@ -77,9 +79,9 @@ def _soon() -> float:
 async def test_requests_are_let_in_in_turn(dispatcher: Dispatcher) -> None:
     """Guards against starvation: a large request that waits for blocks is not overtaken by a small one."""
     _join(dispatcher, free_blocks=1)
-    large = asyncio.create_task(dispatcher.admit("m", _view(50), _soon(), first=True))
+    large = asyncio.create_task(dispatcher.admit("m", NEW, _view(50), _soon()))
     await asyncio.sleep(0)
-    small = asyncio.create_task(dispatcher.admit("m", _view(1), _soon(), first=True))
+    small = asyncio.create_task(dispatcher.admit("m", NEW, _view(1), _soon()))
     for _ in range(20):
         await asyncio.sleep(0)
     assert not large.done() and not small.done()
@@ -90,11 +92,11 @@ async def test_requests_are_let_in_in_turn(dispatcher: Dispatcher) -> None:
 async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Dispatcher) -> None:
     """Guards the bound of the queue, and streams that have begun from it."""
     _join(dispatcher, free_blocks=0)
-    waiting = [asyncio.create_task(dispatcher.admit("m", _view(), _soon(), first=True)) for _ in range(2)]
+    waiting = [asyncio.create_task(dispatcher.admit("m", NEW, _view(), _soon())) for _ in range(2)]
     await asyncio.sleep(0)
     with pytest.raises(Overloaded):
-        await dispatcher.admit("m", _view(), _soon(), first=True)
-    again = asyncio.create_task(dispatcher.admit("m", _view(), _soon(), first=False))
+        await dispatcher.admit("m", NEW, _view(), _soon())
+    again = asyncio.create_task(dispatcher.admit("m", BEGUN, _view(), _soon()))
     await asyncio.sleep(0)
     _join(dispatcher)
     routes = await asyncio.gather(*waiting, again)
@@ -106,7 +108,7 @@ async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Di
 async def test_generations_that_follow_others_of_their_request_are_not_turned_away(dispatcher: Dispatcher) -> None:
     """Guards against a request that is refused in mid-answer because others filled the queue meanwhile."""
     _join(dispatcher, free_blocks=0)
-    waiting = [asyncio.create_task(dispatcher.admit("m", _view(), _soon(), first=True)) for _ in range(2)]
+    waiting = [asyncio.create_task(dispatcher.admit("m", NEW, _view(), _soon())) for _ in range(2)]
     await asyncio.sleep(0)
     for follows, error in ((False, Overloaded), (True, DeadlineExceeded)):
         generation = replace(GENERATION, follows=follows)
@@ -131,7 +133,7 @@ async def test_a_deadline_ends_the_wait_for_room(dispatcher: Dispatcher) -> None
     """Guards against a request that waits for ever before full workers."""
     _join(dispatcher, free_blocks=0)
     with pytest.raises(DeadlineExceeded):
-        await dispatcher.admit("m", _view(), time.monotonic() + 0.02, first=True)
+        await dispatcher.admit("m", NEW, _view(), time.monotonic() + 0.02)
     assert dispatcher.counters()["queued_requests"] == 0
 
 
@@ -143,7 +145,7 @@ async def test_no_worker_is_an_error_after_a_grace(dispatcher: Dispatcher, monke
     assert dispatcher.ready() == ""
     dispatcher._cluster.lose("d/1")
     with pytest.raises(PeerLost, match="no decode worker"):
-        await dispatcher.admit("m", _view(), _soon(), first=True)
+        await dispatcher.admit("m", NEW, _view(), _soon())
 
 
 async def test_nothing_is_left_of_a_request(dispatcher: Dispatcher) -> None:
@@ -153,3 +155,86 @@ async def test_nothing_is_left_of_a_request(dispatcher: Dispatcher) -> None:
             async for _ in dispatcher.generate(GENERATION, Timeline(time.monotonic), timeout_s=5.0):
                 pass
     assert dispatcher._inboxes == {}
+
+
+async def _settled() -> None:
+    for _ in range(20):
+        await asyncio.sleep(0)
+
+
+async def test_a_light_tenant_is_admitted_before_the_queue_of_a_heavy_one() -> None:
+    """Guards the order of admission: who asked for most waits longest, and no request is admitted twice."""
+    dispatcher = Dispatcher(SilentSocket(), ProxySettings(local_prefill="always", drain_s=0.0), ["m"])
+    _join(dispatcher, free_blocks=0)
+    order: list[str] = []
+
+    async def ask(tenant: str, turn: int, priority: int = 0) -> None:
+        ticket = Ticket(tenant=tenant, turn=turn, priority=priority, num_tokens=4, cost_tokens=1000, refusable=True)
+        await dispatcher.admit("m", ticket, _view(), _soon())
+        order.append(f"{tenant}{turn}")
+        _join(dispatcher, free_blocks=0)
+
+    tasks = [asyncio.create_task(ask("heavy", turn)) for turn in range(1, 20)]
+    await _settled()
+    tasks += [asyncio.create_task(ask("light", 20)), asyncio.create_task(ask("heavy", 21, priority=1))]
+    await _settled()
+    for _ in tasks:
+        _join(dispatcher, free_blocks=100)
+        await _settled()
+    await asyncio.gather(*tasks)
+    assert order[:2] in (["heavy21", "light20"], ["light20", "heavy21"])
+    assert order[2:] == [f"heavy{turn}" for turn in range(1, 20)]
+    assert dispatcher.counters()["queued_requests"] == 0
+
+
+async def test_a_full_queue_makes_room_for_another_tenant(dispatcher: Dispatcher) -> None:
+    """Guards a light tenant against a 429 because of others, and the one turned away against waiting for ever."""
+    _join(dispatcher, free_blocks=0)
+    heavy = [
+        asyncio.create_task(dispatcher.admit("m", Ticket(tenant="heavy", turn=turn, refusable=True), _view(), _soon()))
+        for turn in range(2)
+    ]
+    await _settled()
+    light = asyncio.create_task(dispatcher.admit("m", Ticket(tenant="light", refusable=True), _view(), _soon()))
+    with pytest.raises(Overloaded, match="have most places"):
+        await heavy[1]
+    with pytest.raises(Overloaded, match="2 requests are waiting"):
+        await dispatcher.admit("m", Ticket(tenant="light", refusable=True), _view(), _soon())
+    assert dispatcher.counters()["queued_requests"] == 2
+    _join(dispatcher)
+    assert isinstance((await heavy[0])[0], Route) and isinstance((await light)[0], Route)
+
+
+async def test_a_tenant_with_its_share_is_passed_over() -> None:
+    """Guards against a light tenant that waits behind a heavy one which may have no more at the workers."""
+    dispatcher = Dispatcher(SilentSocket(), ProxySettings(local_prefill="always", drain_s=0.0), ["m"])
+    _join(dispatcher)
+    shares = dispatcher._cluster.models["m"].shares
+    shares.see("light", time.monotonic())
+    leg = Leg("d/1", "r", tokens=100_000, blocks=1, sent_at=0.0, tenant="heavy")
+    dispatcher.open_leg(leg, Cancel(request_id="r", attempt=0))
+    heavy = asyncio.create_task(
+        dispatcher.admit("m", Ticket(tenant="heavy", num_tokens=9, cost_tokens=1), _view(), _soon())
+    )
+    await _settled()
+    assert not heavy.done()
+    light = Ticket(tenant="light", num_tokens=4, cost_tokens=10**6)
+    assert isinstance((await dispatcher.admit("m", light, _view(), _soon()))[0], Route)
+    await _settled()
+    assert not heavy.done()
+    dispatcher.prompt_computed("d/1", "r")
+    dispatcher.close_leg("d/1", "r", computed=True)
+    assert isinstance((await heavy)[0], Route)
+
+
+async def test_a_lost_worker_leaves_nothing_of_a_tenant(dispatcher: Dispatcher) -> None:
+    """Guards against a tenant that is held back for ever by what a dead worker had."""
+    _join(dispatcher)
+    dispatcher.open_leg(
+        Leg("d/1", "r", tokens=30, blocks=7, sent_at=time.monotonic(), tenant="a"), Cancel(request_id="r", attempt=0)
+    )
+    held = dispatcher._cluster.models["m"].shares._held["a"]
+    assert (held.rows, held.blocks, held.prompts, held.tokens) == (1, 7, 1, 30)
+    dispatcher._cluster.lose("d/1")
+    dispatcher.close_leg("d/1", "r", computed=False)
+    assert (held.rows, held.blocks, held.prompts, held.tokens) == (0, 0, 0, 0)

@@ -33,6 +33,7 @@ from baton.proxy.inbox import Inbox, Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
+from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.router import RequestView, Route, WorkerView
 from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 
@@ -58,6 +59,8 @@ class ScriptedHost:
         self.first_tokens: list[str] = []
         self.hit_tokens = 0
         self.transfers: list[tuple[str, str, bool]] = []
+        self.costs: list[int] = []
+        """What each admission counts as; the last one is the correction at the end."""
         self.shapes = [ClusterShape(b"n" * 32, 4, 64)]
         """What the cluster serves at each admission; the last one stays."""
         self._script = script
@@ -69,17 +72,22 @@ class ScriptedHost:
         yield
 
     async def admit(
-        self, model: str, view_of: Callable[[ClusterShape], RequestView], deadline: float, *, first: bool
+        self, model: str, ticket: Ticket, view_of: Callable[[ClusterShape], RequestView], deadline: float
     ) -> tuple[Route, ClusterShape]:
         view_of(self.shapes[0])
         shape = self.shapes[min(len(self.admitted), len(self.shapes) - 1)]
         request = view_of(shape)
-        assert first == (not self.admitted), "only the first attempt may be turned away by a full queue"
+        assert ticket.refusable == (not self.admitted), "only the first attempt may be turned away by a full queue"
+        assert ticket.num_tokens == request.num_tokens
+        self.costs.append(ticket.cost_tokens)
         self.admitted.append(request)
         decode = "d1" if "d0" in request.avoid else "d0"
         prefill = "p1" if "p0" in request.avoid else "p0"
         route = Route(_view(decode), None if self._local else _view(prefill), "test", hit_tokens=self.hit_tokens)
         return route, shape
+
+    def generation_ended(self, model: str, tenant: str, tokens: int) -> None:
+        self.costs.append(tokens)
 
     def _send(self, worker: str, message: Message) -> None:
         self.sent.append((worker, message))
@@ -176,6 +184,7 @@ async def test_both_legs_go_out_at_once_and_tokens_come_back_once() -> None:
     host.hear(("d0", _tokens(2, 12, finish="length")))
     assert _ids(await task) == [10, 11, 12]
     (reserve,), (prefill,) = host.sent_of(Reserve), host.sent_of(Prefill)
+    assert host.costs == [len(PROMPT), 3], "at the end it counts as its tokens"
     assert reserve.body == prefill.body and len(reserve.body.block_hashes) == 1
     assert (reserve.prefill, prefill.decode, prefill.decode_address) == ("p0", "d0", "tcp://d0")
     assert host.sent_of(Cancel) == []  # both legs have ended by themselves
