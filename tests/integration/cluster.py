@@ -95,6 +95,8 @@ class Cluster:
     """While it exists, prefill workers reach no decode worker; None: they always do."""
     api_key: str = ""
     """The one that the proxy asks for; empty: none."""
+    tenants: Path | None = None
+    """The file of tenants, of which one that may read the metrics has `api_key`; None: there is none."""
     log_folder: Path | None = None
     relays: RelayBoard | None = None
     """What all links lead through; None: links are direct."""
@@ -108,7 +110,8 @@ class Cluster:
             proxies=self.proxies,
             device="cpu",
             store_ram_gib=0.0 if self.store_args is None else 0.1,
-            api_key=(self.api_key,) if self.api_key else (),
+            api_key=(self.api_key,) if self.api_key and self.tenants is None else (),
+            tenants=self.tenants,
             proxy_arg=self.proxy_args,
             worker_arg=("--drain-s", "10", *self.worker_args),
             prefill_arg=self.prefill_args,
