@@ -139,3 +139,19 @@ def test_goodput_is_between_too_little_and_too_much() -> None:
     assert found.rate_per_gpu == found.rate / 2
     impossible = goodput(_scenario(1, 1), Split(1, 1), workload, Slo(0.001, 0.02), first_rate=1.0, rounds=1)
     assert impossible.rate == 0.0
+
+
+def test_a_light_tenant_beside_a_heavy_one() -> None:
+    """Guards the aim of fair admission, in simulated time: beside ten times its load, and more than workers can do, a
+    light tenant's first tokens take at most twice as long as alone, while the heavy one's wait for seconds."""
+    prompts, answers = LengthSampler(2048), LengthSampler(16)
+    light = [replace(request, tenant="light") for request in poisson(20, 3.0, prompts, answers, seed=1)]
+    heavy = [replace(request, tenant="heavy") for request in poisson(200, 30.0, prompts, answers, seed=2)]
+    both = sorted([*light, *heavy], key=lambda request: request.arrival_s)
+    together = [replace(request, number=number, prefix=(number,)) for number, request in enumerate(both)]
+    alone, beside = simulate(_scenario(1, 1), light), simulate(_scenario(1, 1), together)
+    _served(beside, together)
+    of = {tenant: [r for r in beside.records if r.request.tenant == tenant] for tenant in ("light", "heavy")}
+    before, after = summarise(alone.records).ttft, summarise(of["light"]).ttft
+    assert after.p50_s < 2 * before.p50_s and after.p99_s < 2 * before.p99_s, (before, after)
+    assert summarise(of["heavy"]).ttft.p99_s > 10 * after.p99_s
