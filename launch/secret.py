@@ -4,19 +4,10 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 from baton.node.errors import SettingsError
-from baton.node.secret_file import write_secret
-from baton.node.settings import option, parse
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SecretSettings:
-    file: Path = option(
-        Path("cluster.secret"), metavar="FILE", help="the file to make, which must not exist", positional=True
-    )
+from baton.node.secret_file import SecretSettings, write_secret
+from baton.node.settings import parse
 
 
 def main(argv: Sequence[str]) -> int:

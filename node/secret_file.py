@@ -6,9 +6,11 @@ import os
 import re
 import secrets
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 from baton.node.errors import SettingsError
+from baton.node.settings import option
 
 SECRET_BYTES = 32
 SECRET_VARIABLE = "BATON_SECRET_FILE"
@@ -21,6 +23,15 @@ INSECURE_HELP = (
     "authenticated"
 )
 _HEX = re.compile(rf"[0-9A-Fa-f]{{{2 * SECRET_BYTES}}}".encode())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SecretSettings:
+    """Of `baton secret`."""
+
+    file: Path = option(
+        Path("cluster.secret"), metavar="FILE", help="the file to make, which must not exist", positional=True
+    )
 
 
 def read_secret(path: Path) -> bytes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -49,6 +50,12 @@ def test_the_help_loads_nothing_and_the_proxy_no_torch() -> None:
     assert loaded("--help") == set()
     assert loaded("serve", "--help") == set()
     assert "torch" not in loaded("proxy", "--help")
+
+
+def test_the_secret_is_made_without_a_socket(tmp_path: Path) -> None:
+    """Guards the command against its own name: run as a program, it is `__main__`, where its settings are not found."""
+    assert loaded("secret", str(tmp_path / "cluster.secret")) == set()
+    assert (tmp_path / "cluster.secret").exists()
 
 
 def test_a_subcommand_reports_its_own_errors_and_status(capsys: pytest.CaptureFixture[str]) -> None:
