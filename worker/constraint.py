@@ -53,14 +53,26 @@ class Constraint:
                 self._reasoning, self._may_reason = True, False
             else:
                 self._may_reason = False
-                self.is_broken |= not self._matcher.consume_token(token_id)
+                self.is_broken |= not self._takes(token_id)
+
+    def _takes(self, token_id: int) -> bool:
+        if self._matcher.is_stopped():  # the text is complete: only an end may follow
+            return token_id in self._grammar.end_ids
+        return self._matcher.consume_token(token_id)
+
+    @property
+    def is_free(self) -> bool:
+        """Any token may come next: in reasoning, or because what is drawn is dropped."""
+        return self._reasoning or self.is_broken
 
     @property
     def matcher(self) -> Matcher | None:
-        """What makes the next mask; None where every token may come: in reasoning, or behind the end."""
-        return None if self._reasoning or self.is_broken or self._matcher.is_stopped() else self._matcher
+        """What makes the next mask; None where it is known without."""
+        return None if self.is_free or self._matcher.is_stopped() else self._matcher
 
     @property
-    def also(self) -> tuple[int, ...]:
-        """Tokens that may come next besides those of the grammar."""
-        return self._grammar.opened_by if self._may_reason else ()
+    def listed(self) -> tuple[int, ...]:
+        """Tokens that may come next besides those of the matcher."""
+        if self._may_reason:
+            return self._grammar.opened_by
+        return self._grammar.end_ids if self._matcher.is_stopped() else ()

@@ -64,14 +64,16 @@ class Grammars:
 
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
         """What each allows next, int32 [constraints, ceil(vocabulary / 32)], as models.batch.Launched takes them."""
-        masks = np.full((len(constraints), -(-self._vocab_size // 32)), ALL_TOKENS, dtype=np.int32)
+        masks = np.zeros((len(constraints), -(-self._vocab_size // 32)), dtype=np.int32)
         filled: list[Any] = [(each.matcher, row) for row, each in enumerate(constraints) if each.matcher is not None]
         if filled:
             if self._executor is None:
                 self._executor = LLExecutor(MASK_THREADS)
             fill_next_token_bitmask_par(self._executor, filled, masks)
         for row, each in enumerate(constraints):
-            for token_id in each.also:
+            if each.is_free:
+                masks[row] = ALL_TOKENS
+            for token_id in each.listed:
                 masks[row, token_id // 32] |= np.left_shift(np.int32(1), np.int32(token_id % 32))
         return masks
 

@@ -12,9 +12,11 @@ def finish_of(
     """ "stop", "length" or "" after `token_id` became generated token number `num_generated` (the first is 1).
 
     `num_tokens` counts prompt and generated tokens with it. min_tokens is kept by the sampler, which does not draw a
-    stop token before; a stop token within min_tokens (by logit_bias, say) does not end the sequence either.
+    stop token before; a stop token within min_tokens (by logit_bias, say) does not end the sequence either. Where a
+    grammar says where the text may end, min_tokens does not count.
     """
-    if token_id in sampling.stop_token_ids and num_generated > sampling.min_tokens:
+    ends = sampling.grammar is not None or num_generated > sampling.min_tokens
+    if ends and token_id in sampling.stop_token_ids:
         return "stop"
     return "length" if is_last(sampling, num_generated, num_tokens, max_model_len) else ""
 

@@ -36,7 +36,6 @@ IGNORED = frozenset(
 )
 """They change no answer of this server, whatever they say."""
 
-_STRUCTURED = "structured output is not supported"
 _TOOLS = "tool calls are not supported"
 _TEXT_ONLY = "only text is supported"
 _BEAMS = "beam search is not supported"
@@ -49,20 +48,12 @@ UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "tool_choice": (("none", "auto"), _TOOLS),
     "functions": (([],), _TOOLS),
     "function_call": (("none", "auto"), _TOOLS),
-    "response_format": (({"type": "text"},), _STRUCTURED),
-    "structured_outputs": (({},), _STRUCTURED),
-    "structural_tag": (("",), _STRUCTURED),
-    "guided_json": (("", {}), _STRUCTURED),
-    "guided_json_object": ((False,), _STRUCTURED),
-    "guided_regex": (("",), _STRUCTURED),
-    "guided_choice": (([],), _STRUCTURED),
-    "guided_grammar": (("",), _STRUCTURED),
-    "guided_decoding_backend": (("",), _STRUCTURED),
-    "guided_whitespace_pattern": (("",), _STRUCTURED),
-    "regex": (("",), _STRUCTURED),
-    "ebnf": (("",), _STRUCTURED),
-    "grammar": (("",), _STRUCTURED),
-    "json_schema": (("", {}), _STRUCTURED),
+    "structural_tag": (("",), "it goes into response_format or structured_outputs"),
+    "guided_decoding_backend": (("",), "there is one compiler of grammars"),
+    "regex": (("",), "use structured_outputs.regex"),
+    "ebnf": (("",), "use structured_outputs.grammar"),
+    "grammar": (("",), "use structured_outputs.grammar"),
+    "json_schema": (("", {}), "use response_format, or structured_outputs.json"),
     "modalities": ((["text"], []), _TEXT_ONLY),
     "audio": ((), _TEXT_ONLY),
     "mm_processor_kwargs": (({},), _TEXT_ONLY),

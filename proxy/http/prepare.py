@@ -53,6 +53,7 @@ async def choices_of(
         raise BadRequest(f"{len(request.prompts)} prompts, at most {settings.max_prompts} are allowed", param="prompt")
     _check_ids(request.sampling, text.vocab_size)
     bad_words = await _bad_words(request.sampling.bad_words or (), text)
+    grammar = await text.grammars.compile(request.grammar) if request.grammar is not None else None
     salt = cache_salt(request.cache_salt, tenant.cache_name)
     made: list[Choice] = []
     for ids, echo in await _tokenise(request, text, max_model_len):
@@ -64,7 +65,7 @@ async def choices_of(
                 request_id=f"{request_id}-{len(made)}",
                 model=request.model,
                 prompt_ids=ids,
-                sampling=msgspec.structs.replace(sampling, seed=seed),
+                sampling=msgspec.structs.replace(sampling, seed=seed, grammar=grammar),
                 tenant=tenant.name,
                 expected_tokens=sampling.max_tokens if request.max_tokens is not None else expected,
                 priority=min(request.priority, -tenant.rules.priority_floor),

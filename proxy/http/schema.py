@@ -21,6 +21,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_ALLOWED_TOKENS, MAX_PRIORITY
+from baton.proxy.http import structured
 from baton.proxy.http.json_bounds import check_structure
 from baton.proxy.http.messages import (
     CalledFunction,
@@ -31,7 +32,9 @@ from baton.proxy.http.messages import (
     unknown_in_messages,
 )
 from baton.proxy.http.parameters import MAX_NAME_CHARS, MAX_UNKNOWN, check_spelling, unknown_parameters
+from baton.proxy.http.structured import StructuredFields, grammar_request
 from baton.proxy.http.template_options import TemplateRequest, render_options
+from baton.proxy.text.grammar_request import GrammarRequest
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
 MAX_STOP_STRINGS = 16
@@ -121,7 +124,7 @@ class SamplingRequest(_Strict):
     prompt_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
-class _Body(SamplingRequest):
+class _Body(SamplingRequest, StructuredFields):
     """What both endpoints share; undeclared names are checked by `parameters`."""
 
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
@@ -169,7 +172,7 @@ _FIELD_NAMES = frozenset(
     name
     for model in (*(CompletionBody, ChatBody, StreamOptions, ChatMessage, TextPart, ToolCall, CalledFunction),)
     for name in model.model_fields
-)
+).union(structured.FIELD_NAMES)
 _SHAPES = {
     "prompt": (
         "must be a string, an array of strings, an array of token ids, or an array of such arrays, "
@@ -243,6 +246,8 @@ class ParsedRequest:
     """Only requests of the same salt share KV; empty: those that give none."""
     unknown: tuple[str, ...]
     """Parameters that mean nothing to this server, at most MAX_UNKNOWN of them."""
+    grammar: GrammarRequest | None
+    """The form that answers must have."""
     session_key: bytes
     """Digest of the client's name for its conversation or itself, for the policy `session`; empty: it gave none."""
 
@@ -344,8 +349,18 @@ def _shared(request: _Body, *, shows_prompt: bool) -> dict[str, Any]:
         "priority": -(request.priority or 0),
         "cache_salt": request.cache_salt or "",
         "unknown": _unknown(request),
+        "grammar": _grammar(request),
         "session_key": _digest(request.prompt_cache_key or request.session_id or request.user or ""),
     }
+
+
+def _grammar(request: _Body) -> GrammarRequest | None:
+    """Raises BadRequest beside parameters that may leave no token to draw, or no end."""
+    asked = grammar_request(request)
+    for name in ("ignore_eos", "allowed_token_ids", "bad_words") if asked is not None else ():
+        if getattr(request, name):
+            raise BadRequest(f"{name} is not available where an answer has a given form", param=name)
+    return asked
 
 
 def _truncation(request: _Body) -> Truncation | None:

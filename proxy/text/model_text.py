@@ -19,6 +19,7 @@ from typing import Any
 from baton.node.errors import BadRequest, BatonError, Overloaded
 from baton.node.telemetry import excerpt, log_event
 from baton.proxy.text.detokenize import Decoding, Detokenizer
+from baton.proxy.text.grammar_check import GrammarCheck
 from baton.proxy.text.model_files import is_panic, read_model_files
 from baton.proxy.text.render_process import RenderProcess
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
@@ -51,6 +52,7 @@ class ModelText:
         self._longest_token_chars = max(map(len, vocab), default=1)
         self.defaults = files.defaults
         self.eos_ids = tuple(token for token in files.eos_ids if token < self.vocab_size)
+        self.grammars = GrammarCheck(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._added = {token: added for token, added in self._tokenizer.get_added_tokens_decoder().items()}
         self._special_ids = frozenset(token for token, added in self._added.items() if added.special)
         self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
@@ -191,6 +193,7 @@ class ModelText:
     def close(self) -> None:
         for threads in (self._encoders, self._long_encoders, self._renderer):
             threads.shutdown(wait=False, cancel_futures=True)
+        self.grammars.close()
         if self._template is not None:
             self._template.close()
 

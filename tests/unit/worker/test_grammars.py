@@ -77,6 +77,19 @@ def test_any_walk_through_the_masks_is_valid_json(bench: Bench) -> None:
     assert len(constraints) < 6
 
 
+def test_only_an_end_follows_a_complete_text(bench: Bench) -> None:
+    """Guards a grammar whose text cannot go on: the library stops by itself, before an end was drawn."""
+    grammar = Grammar(text='start: "a"', end_ids=(END, 0))
+    constraint = bench.constraint(grammar)
+    constraint.advance((Tokenizer.from_file(str(TOKENIZER)).token_to_id("a"),))
+    assert bench.allowed(constraint) == [{END, 0}]
+    other = bench.constraint(grammar)
+    other.advance((Tokenizer.from_file(str(TOKENIZER)).token_to_id("a"), 300))
+    assert other.is_broken
+    constraint.advance((0,))
+    assert not constraint.is_broken
+
+
 def test_a_grammar_is_compiled_once_and_each_sequence_has_its_own_state(bench: Bench) -> None:
     """Guards against two sequences of one schema that advance one matcher."""
     first, second = bench.constraint(OBJECT), bench.constraint(OBJECT)

@@ -1,0 +1,78 @@
+"""Grammars compiled on trial, in processes of their own: some small schemas take a compiler for ever.
+
+Two of them, so that one hostile schema does not hold up all others. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from baton.node.errors import BadRequest, Overloaded
+from baton.node.messages.control import Grammar
+from baton.proxy.text.bounded_process import CPU_LIMIT_S, BoundedProcess, Subject
+from baton.proxy.text.grammar_request import GrammarRequest
+
+PROCESSES = 2
+KEPT = 256
+"""Verdicts; the one that was used least recently is forgotten first."""
+WAIT_S = 10.0
+"""For the grammars before one; each takes some milliseconds unless it is hostile."""
+COMPILER = "baton.proxy.text.grammar_compiler"
+"""A module of its own: the proxy does not load the library."""
+SUBJECT = Subject("compiling the grammar", "this request: it is too complex", None)
+
+
+class GrammarCheck:
+    """Whether grammars of the requests to one model compile."""
+
+    def __init__(
+        self, tokenizer: Path, vocab_size: int, end_ids: Sequence[int], cpu_limit_s: float = CPU_LIMIT_S
+    ) -> None:
+        self._end_ids = tuple(end_ids)
+        first = {"tokenizer": str(tokenizer), "vocab_size": vocab_size, "end_ids": list(end_ids)}
+        self._idle = [BoundedProcess(COMPILER, first, SUBJECT, cpu_limit_s) for _ in range(PROCESSES)]
+        self._all = tuple(self._idle)
+        self._threads = ThreadPoolExecutor(PROCESSES, "grammar")
+        self._known: OrderedDict[GrammarRequest, Grammar | BadRequest] = OrderedDict()
+
+    async def compile(self, asked: GrammarRequest) -> Grammar:
+        """The grammar for workers; BadRequest where it does not compile, or takes too long, Overloaded where those
+        before it do."""
+        if asked not in self._known:
+            self._known[asked] = await self._ask(asked)
+            while len(self._known) > KEPT:
+                self._known.popitem(last=False)
+        self._known.move_to_end(asked)
+        found = self._known[asked]
+        if isinstance(found, BadRequest):
+            raise BadRequest(str(found), param=asked.param)
+        return found
+
+    async def _ask(self, asked: GrammarRequest) -> Grammar | BadRequest:
+        if not self._end_ids:
+            return BadRequest("this model has no end token, so it cannot end an answer of a given form")
+        try:
+            async with asyncio.timeout(WAIT_S):
+                text = await asyncio.get_running_loop().run_in_executor(self._threads, self._compile, asked)
+        except TimeoutError:
+            raise Overloaded("grammars of other requests take too long to compile") from None
+        except BadRequest as error:
+            return error
+        return Grammar(text=text, end_ids=self._end_ids)
+
+    def _compile(self, asked: GrammarRequest) -> str:
+        process = self._idle.pop()  # as many threads as processes
+        try:
+            return str(process.ask(dataclasses.asdict(asked))["text"])
+        finally:
+            self._idle.append(process)
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+        for process in self._all:
+            process.close()

@@ -1,0 +1,47 @@
+"""python -m baton.proxy.text.grammar_compiler: the process in which grammars are compiled on trial.
+
+Started by grammar_check; it has no socket but the one to its parent.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from llguidance import LLMatcher, LLTokenizer
+
+from baton.node.errors import BadRequest
+from baton.node.messages.control import MAX_GRAMMAR_CHARACTERS
+from baton.proxy.text.bounded_process import Handler, Reply, answer_requests
+from baton.proxy.text.grammar import lark_of
+from baton.proxy.text.grammar_request import GrammarRequest
+
+
+def _prepare(first: Mapping[str, Any]) -> Handler:
+    text = Path(first["tokenizer"]).read_text(encoding="utf-8")
+    tokenizer = LLTokenizer(text, n_vocab=first["vocab_size"], eos_token=first["end_ids"])
+
+    def compile_one(request: Mapping[str, Any]) -> Reply:
+        asked = GrammarRequest(**request)
+        lark = lark_of(asked)
+        if len(lark) > MAX_GRAMMAR_CHARACTERS:
+            raise BadRequest(f"{asked.param} is too long", param=asked.param)
+        matcher = LLMatcher(tokenizer, lark, log_level=0)
+        if matcher.is_error():
+            raise BadRequest(f"{asked.param} is not supported: {_reason(matcher.get_error())}", param=asked.param)
+        return {"text": lark}
+
+    return compile_one
+
+
+def _reason(error: str) -> str:
+    """The library's message without the lines that show the grammar that was made of the request."""
+    first, *rest = error.strip().split("\n")
+    causes = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
+    return " ".join([first, *causes])[:500]
+
+
+if __name__ == "__main__":
+    sys.exit(answer_requests(sys.argv[1:], _prepare))
