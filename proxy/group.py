@@ -8,6 +8,7 @@ A proxy that does not answer in time is left out.
 from __future__ import annotations
 
 import asyncio
+from itertools import chain
 from pathlib import Path
 from typing import Protocol
 
@@ -15,6 +16,7 @@ from baton.node import local_http
 from baton.node.local_http import proxy_socket
 from baton.proxy.metrics.merge import merge
 from baton.proxy.metrics.metrics import ProxyMetrics
+from baton.proxy.metrics.pieces import join_in_pieces
 
 ASK_TIMEOUT_S = 1.0
 OWN_METRICS = "/metrics/own"
@@ -39,7 +41,7 @@ class Alone:
     """There is one proxy."""
 
     async def metrics(self, metrics: ProxyMetrics) -> bytes:
-        return metrics.exposition()
+        return await join_in_pieces(chain(metrics.own(), metrics.reported()))
 
     async def find(self, path: str) -> bytes:
         return b""
@@ -57,13 +59,16 @@ class SharedPort:
         """What each proxy counts, by proxy, and what workers report, as the first proxy that answers has it: sums over
         workers that went away differ between proxies, and must not fall from one scrape to the next."""
         answers = await self._ask_others(OWN_METRICS)
-        pages = {self._index: metrics.own()} | {other: body for other, body in answers.items() if body}
+        pages = {self._index: await join_in_pieces(metrics.own())} | {
+            other: body for other, body in answers.items() if body
+        }
         first = min(pages)
         reported = b"" if first == self._index else await self._ask(first, REPORTED_METRICS)
         members = sorted([self._index, *self._others])
         up = "".join(f'{UP}{{proxy="{member}"}} {float(member in pages)}\n' for member in members)
         merged = merge({str(each): pages[each].decode() for each in sorted(pages)})
-        return f"{merged}{_UP_HEAD}{up}".encode() + (reported or metrics.reported())
+        texts = (text.encode() for text in chain(merged, (_UP_HEAD, up)))
+        return await join_in_pieces(chain(texts, (reported,) if reported else metrics.reported()))
 
     async def find(self, path: str) -> bytes:
         return next((body for body in (await self._ask_others(path)).values() if body), b"")

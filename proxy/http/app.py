@@ -33,6 +33,7 @@ from baton.proxy.http.service import ModelEntry, Service, make_service
 from baton.proxy.http.tokenizer_routes import add_tokenizer_routes
 from baton.proxy.interface import AppSettings, Engine, Generation
 from baton.proxy.metrics.dashboard import add_dashboard
+from baton.proxy.metrics.pieces import join_in_pieces
 from baton.proxy.metrics.record import as_json
 from baton.proxy.metrics.request_log import Spans
 from baton.proxy.metrics.timeline import Timeline
@@ -115,11 +116,11 @@ def group_app_of(service: Service) -> FastAPI:
 
     @app.get(OWN_METRICS)
     async def own() -> Response:
-        return Response(service.metrics.own(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await join_in_pieces(service.metrics.own()), media_type=CONTENT_TYPE_LATEST)
 
     @app.get(REPORTED_METRICS)
     async def reported() -> Response:
-        return Response(service.metrics.reported(), media_type=CONTENT_TYPE_LATEST)
+        return Response(await join_in_pieces(service.metrics.reported()), media_type=CONTENT_TYPE_LATEST)
 
     @app.get(PAST_REQUESTS + "{request_id:path}")
     async def one_request(request_id: str) -> Response:

@@ -7,23 +7,23 @@ all of them. `sum(rate(...))` over the label is right at any time. It knows no m
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 _SAMPLE = re.compile(r"^([a-zA-Z_:][\w:]*)(?:\{(.*)\})? (\S+)$", re.MULTILINE | re.ASCII)
 _FAMILY = "# HELP "
 
 
-def merge(pages: Mapping[str, str]) -> str:
-    """One page of the `pages` by proxy, each of which describes every family before its samples."""
+def merge(pages: Mapping[str, str]) -> Iterator[str]:
+    """One page of the `pages` by proxy, a family at a time. Each describes every family before its samples."""
     heads: dict[str, str] = {}
-    samples: dict[str, list[str]] = {}
+    samples: dict[str, list[tuple[str, str]]] = {}
     for proxy, page in pages.items():
         for family in page.split(_FAMILY)[1:]:
             text, kind, *lines = family.rstrip("\n").split("\n")
             name = text.partition(" ")[0]
             heads.setdefault(name, f"{_FAMILY}{text}\n{kind}\n")
-            samples.setdefault(name, []).append(_labelled("\n".join(lines), proxy))
-    return "".join(heads[name] + "".join(texts) for name, texts in samples.items())
+            samples.setdefault(name, []).append(("\n".join(lines), proxy))
+    return (heads[name] + "".join(_labelled(*each) for each in found) for name, found in samples.items())
 
 
 def _labelled(lines: str, proxy: str) -> str:

@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
 
 from baton.proxy.http.connections import REFUSALS
 from baton.proxy.http.failures import FAILURE_KINDS
@@ -94,16 +96,30 @@ class ProxyMetrics:
         return self._models[model]
 
     def exposition(self) -> bytes:
-        """All metrics as text. (Not as OpenMetrics, in which prometheus-client writes vllm: as vllm_.)"""
-        return self.own() + self.reported()
+        """All metrics as text, at once. (Not as OpenMetrics, in which prometheus-client writes vllm: as vllm_.)"""
+        return b"".join((*self.own(), *self.reported()))
 
-    def own(self) -> bytes:
-        """Of these, what this proxy has counted."""
-        return generate_latest(self._families.registry)
+    def own(self) -> Iterator[bytes]:
+        """What this proxy has counted, a metric family at a time: all take 10 ms."""
+        return _texts(self._families.registry)
 
-    def reported(self) -> bytes:
-        """Of these, what workers and stores have reported: another proxy that they serve shows the same."""
-        return generate_latest(self._reports)
+    def reported(self) -> Iterator[bytes]:
+        """What workers and stores have reported: another proxy that they serve shows the same."""
+        return _texts(self._reports)
+
+
+@dataclass(frozen=True, slots=True)
+class _Family(Collector):
+    """One metric family that was collected."""
+
+    metric: Metric
+
+    def collect(self) -> Iterable[Metric]:
+        return (self.metric,)
+
+
+def _texts(registry: CollectorRegistry) -> Iterator[bytes]:
+    return (generate_latest(_Family(metric)) for metric in registry.collect())
 
 
 @dataclass(frozen=True, slots=True)
