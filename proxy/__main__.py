@@ -21,7 +21,7 @@ from baton.node.api_settings import api_keys, check_files
 from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
-from baton.node.garbage import freeze_startup_objects
+from baton.node.garbage import collect_rarely, freeze_startup_objects
 from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
 from baton.node.settings import is_from_environment, parse, require_loopback
@@ -111,6 +111,7 @@ async def serve(settings: ProxySettings) -> int:
     async with _answering_group(settings, service):
         dispatcher.start()
         freeze_startup_objects()
+        collect_rarely()
         task = asyncio.create_task(server.serve(sockets=[listener]))
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()

@@ -20,7 +20,7 @@ BODY_MEMORY_BYTES = 256 << 20
 """25 bodies of the default largest size, or some thousand usual ones."""
 
 
-class Delta(msgspec.Struct, frozen=True):
+class Delta(msgspec.Struct, frozen=True, gc=False):
     """New tokens of one generation; the last one of a generation has a `finish`, and none follows it.
 
     Only a delta with prompt_logprobs, or the one that ends a generation of no token, has no ids.

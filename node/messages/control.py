@@ -359,7 +359,7 @@ class PromptLogprobs(Message, tag="PromptLogprobs", kw_only=True):
     entries: Annotated[tuple[PromptLogprob, ...], Meta(min_length=1, max_length=MAX_PROMPT_LOGPROBS)]
 
 
-class Tokens(Message, tag="Tokens", kw_only=True, omit_defaults=True):
+class Tokens(Message, tag="Tokens", kw_only=True, omit_defaults=True, gc=False):
     """New tokens; `index` counts from the first generated token of the request, over all attempts.
 
     `finish` is empty, "stop" or "length"; with a finish this is the request's terminal message. Only that of a request

@@ -49,7 +49,7 @@ class PromptIds(msgspec.Struct, frozen=True):
     token_ids: tuple[int, ...]
 
 
-class Content(msgspec.Struct, frozen=True):
+class Content(msgspec.Struct, frozen=True, gc=False):
     """Visible text. It is empty where tokens have log probabilities or ids to show but complete no character yet."""
 
     text: str
@@ -78,7 +78,7 @@ class TokenUsage(msgspec.Struct, frozen=True):
 Event = PromptIds | PromptRanks | Content | ChoiceEnd | TokenUsage
 
 
-class ChoiceText(msgspec.Struct, frozen=True):
+class ChoiceText(msgspec.Struct, frozen=True, gc=False):
     """Consecutive events of one choice joined: those of one delta for a chunk, all of them for a whole answer."""
 
     index: int
