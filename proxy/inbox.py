@@ -28,6 +28,12 @@ class Turns:
             self._scheduled = True
             waiter.get_loop().call_soon(self._run)
 
+    async def next(self) -> None:
+        """Until it is the caller's turn, after those that wait already."""
+        waiter = asyncio.get_running_loop().create_future()
+        self.add(waiter)
+        await waiter
+
     def _run(self) -> None:
         for _ in range(min(self._at_once, len(self._due))):
             waiter = self._due.popleft()
@@ -58,7 +64,9 @@ class Inbox(Generic[Mail]):
         return self._mail.popleft() if self._mail else None
 
     async def wait(self) -> None:
-        """Until there is mail."""
+        """Until there is mail, and it is the reader's turn: also where it left some."""
+        if self._mail:
+            await self._turns.next()
         while not self._mail:
             self._waiter = asyncio.get_running_loop().create_future()
             await self._waiter

@@ -51,6 +51,8 @@ BUSY_PAUSE_S = 0.02
 RETRY_PAUSES_S = (0.0, 0.25, 1.0)
 """After the first failed attempt, the second, and each later one: a link that breaks again and again may be well by
 then."""
+MAX_TOGETHER = 16
+"""Of waiting messages, in one turn of a session."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -339,8 +341,11 @@ class Session:
         return asyncio.get_running_loop().call_later(delay_s, self._inbox.put, DeadlinePassed())
 
     def _read_inbox(self, attempt: _Attempt, deltas: list[Delta]) -> None:
-        """Append what has arrived to `deltas`; up to a report of stages, which belongs to the answer written next."""
-        while not self._ledger.finish and (event := self._inbox.pop()) is not None:
+        """Append some of what has arrived to `deltas`; up to a report of stages, which belongs to the answer written
+        next."""
+        for _ in range(MAX_TOGETHER):
+            if self._ledger.finish or (event := self._inbox.pop()) is None:
+                return
             delta = self._on_event(attempt, event)
             if delta is not None:
                 deltas.append(delta)

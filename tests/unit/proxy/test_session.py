@@ -35,7 +35,7 @@ from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.router import RequestView, Route, WorkerView
-from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
+from baton.proxy.session import MAX_TOGETHER, Event, ProxyStopping, Session, WorkerLost
 
 SAMPLING = SamplingSpec(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)
@@ -412,6 +412,19 @@ async def test_tokens_that_are_there_together_are_read_together() -> None:
     run = _session(ScriptedHost(script), timeout_s=5.0, max_attempts=1).run()
     together = [[delta.ids for delta in deltas] async for deltas in run]
     assert together == [[(7,)], [(8,), (9,), (10,)]], "a report of stages is of one answer; nothing follows the finish"
+
+
+async def test_a_session_far_behind_reads_some_at_a_time() -> None:
+    """Guards the event loop against one stream with a long backlog: others have their turns between its pieces."""
+    tokens = [_tokens(index, index) for index in range(3 * MAX_TOGETHER)]
+
+    def script(worker: str, message: Message) -> list[Any]:
+        return [*tokens, _tokens(len(tokens), 1, finish="stop")] if isinstance(message, Prefill) else []
+
+    run = _session(ScriptedHost(script), timeout_s=5.0, max_attempts=1).run()
+    together = [[delta.ids[0] for delta in deltas] async for deltas in run]
+    assert [len(each) for each in together] == [MAX_TOGETHER] * 3 + [1]
+    assert [token for each in together for token in each] == [*range(3 * MAX_TOGETHER), 1]
 
 
 async def test_tokens_before_a_failure_that_came_with_them_reach_the_client() -> None:
