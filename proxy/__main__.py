@@ -32,6 +32,7 @@ from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
 from baton.proxy.http.app import app_of, group_app_of
 from baton.proxy.http.connections import ConnectionLimits, Connections
+from baton.proxy.http.pace import PacedRequests
 from baton.proxy.http.protocol import bounded_protocol
 from baton.proxy.http.service import Service, make_service
 from baton.proxy.interface import BODY_MEMORY_BYTES, AppSettings
@@ -98,7 +99,7 @@ async def serve(settings: ProxySettings) -> int:
     )
     connections = Connections(ConnectionLimits(_max_connections(app_settings.max_requests)), service.refused)
     config = uvicorn.Config(
-        app_of(service),
+        PacedRequests(app_of(service), service.metrics.clock),
         http=bounded_protocol(connections),
         ws="none",
         log_config=None,

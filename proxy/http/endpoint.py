@@ -28,6 +28,7 @@ from baton.proxy.http.encoders import AnswerHeader, Encoder
 from baton.proxy.http.events import Event
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.guard import tenant_of
+from baton.proxy.http.pace import arrived_s
 from baton.proxy.http.prepare import Choice, choices_of, reserved_tokens
 from baton.proxy.http.prompt_scores import ScoreRule
 from baton.proxy.http.responder import Responder
@@ -127,7 +128,7 @@ class GenerateEndpoint:
 
     def _request(self, scope: Scope) -> HttpRequest:
         clock = self._service.metrics.clock
-        now_s, headers = clock(), Headers(scope=scope)
+        now_s, headers = arrived_s(scope, clock), Headers(scope=scope)
         own_id = f"{self._api.id_prefix}-{secrets.token_hex(16)}"
         client_id = _usable_id(headers.get(ID_HEADER, ""))
         return HttpRequest(
