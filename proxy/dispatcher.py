@@ -1,6 +1,6 @@
 """The engine behind the HTTP side: it makes a session of each generation and brings it the workers' messages.
 
-It owns the table of inboxes and the counters; the queue before the workers is `routing.admission`, one a model.
+It owns the table of sessions and the counters; the queue before the workers is `routing.admission`, one a model.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from baton.node.errors import PeerLost
 from baton.node.messages.base import Message
 from baton.node.messages.control import Cancel
 from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
-from baton.proxy.inbox import Inbox, Turns
+from baton.proxy.inbox import Turns
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.admission import Admission
@@ -38,6 +38,8 @@ COUNTERS = (
     "requests_total",
     "retries_total",
     "busy_total",
+    "paused_total",
+    "resumed_total",
     "worker_lost_total",
     "routed_disaggregated_total",
     "routed_local_short_total",
@@ -85,7 +87,7 @@ class Dispatcher:
         self._control = ControlPlane(
             socket, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
         )
-        self._inboxes: dict[str, Inbox[Event]] = {}
+        self._sessions: dict[str, Callable[[Event], None]] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._turn = 0
         self._turns = Turns(SESSIONS_A_TURN)
@@ -102,8 +104,8 @@ class Dispatcher:
     async def stop(self) -> None:
         """Fail and cancel the requests that have not ended, then close."""
         self._draining = self._stopped = True
-        for inbox in self._inboxes.values():
-            inbox.put(ProxyStopping())
+        for hear in self._sessions.values():
+            hear(ProxyStopping())
         for admission in self._admissions.values():
             admission.stop()
         await self._requests_end(LAST_MESSAGES_S)
@@ -111,7 +113,7 @@ class Dispatcher:
 
     async def _requests_end(self, wait_s: float) -> None:
         until = self._clock() + wait_s
-        while self._inboxes and self._clock() < until:
+        while self._sessions and self._clock() < until:
             await asyncio.sleep(POLL_S)
 
     # -- Engine
@@ -164,16 +166,16 @@ class Dispatcher:
     # -- SessionHost
 
     @contextmanager
-    def registered(self, request_id: str, inbox: Inbox[Event]) -> Iterator[None]:
+    def registered(self, request_id: str, hear: Callable[[Event], None]) -> Iterator[None]:
         if self._stopped:
             raise PeerLost("the proxy is shutting down")
         self.count("requests_total")
-        assert request_id not in self._inboxes, request_id
-        self._inboxes[request_id] = inbox
+        assert request_id not in self._sessions, request_id
+        self._sessions[request_id] = hear
         try:
             yield
         finally:
-            del self._inboxes[request_id]
+            del self._sessions[request_id]
 
     async def admit(
         self, model: str, ticket: Ticket, view_of: Callable[[ClusterShape], RequestView], deadline: float
@@ -211,13 +213,13 @@ class Dispatcher:
     # -- from the control plane
 
     def _on_message(self, worker: str, message: LegMessage) -> None:
-        if (inbox := self._inboxes.get(message.request_id)) is not None:
-            inbox.put((worker, message))
+        if (hear := self._sessions.get(message.request_id)) is not None:
+            hear((worker, message))
 
     def _on_lost(self, worker: str, reason: str) -> None:
         self.count("worker_lost_total")
-        for inbox in self._inboxes.values():
-            inbox.put(WorkerLost(worker, reason))
+        for hear in self._sessions.values():
+            hear(WorkerLost(worker, reason))
         self._on_change()
 
     def _on_change(self) -> None:

@@ -53,6 +53,9 @@ class Inbox(Generic[Mail]):
         self._mail: deque[Mail] = deque()
         self._waiter: asyncio.Future[None] | None = None
 
+    def __len__(self) -> int:
+        return len(self._mail)
+
     def put(self, mail: Mail) -> None:
         self._mail.append(mail)
         if self._waiter is not None:

@@ -2,6 +2,7 @@
 
     waiting ── pick ──► dispatched ── Tokens ... ──► finished
        ▲                    │ Busy: another worker, or later        (until the deadline)
+       ├────────────────────┤ client does not read                  (a new attempt when it does)
        └────────────────────┤ Failed, worker lost, tokens missing   (a new attempt that starts from the accepted tokens)
                             └ client gone, deadline                 (cancel both legs)
 
@@ -53,6 +54,8 @@ RETRY_PAUSES_S = (0.0, 0.25, 1.0)
 then."""
 MAX_TOGETHER = 16
 """Of waiting messages, in one turn of a session."""
+MAX_WAITING = 512
+"""Messages for a client that does not read; one of a token is some 300 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +76,19 @@ class ProxyStopping:
     """The proxy stops: the time for draining is over."""
 
 
-Event = tuple[str, LegMessage] | WorkerLost | DeadlinePassed | ProxyStopping
+@dataclass(frozen=True, slots=True)
+class ClientBehind:
+    """The client did not read for so long that the attempt has ended here."""
+
+
+Event = tuple[str, LegMessage] | WorkerLost | DeadlinePassed | ProxyStopping | ClientBehind
 
 
 class SessionHost(Protocol):
     """What a session needs of the dispatcher."""
 
-    def registered(self, request_id: str, inbox: Inbox[Event]) -> AbstractContextManager[None]:
-        """Inside it, messages about the request reach the inbox. Raises PeerLost where the proxy shuts down."""
+    def registered(self, request_id: str, hear: Callable[[Event], None]) -> AbstractContextManager[None]:
+        """Inside it, `hear` gets the messages about the request. Raises PeerLost where the proxy shuts down."""
 
     async def admit(
         self, model: str, ticket: Ticket, view_of: Callable[[ClusterShape], RequestView], deadline: float
@@ -107,12 +115,15 @@ class SessionHost(Protocol):
 
 class _AttemptFailed(Exception):
     """This attempt is over; `workers` are to be avoided. `counts`: it counts against the limit of attempts. `transfer`:
-    the KV did not come from one of them to the other."""
+    the KV did not come from one of them to the other. `counter` is that of the host."""
 
-    def __init__(self, reason: str, *workers: str, counts: bool, transfer: bool = False) -> None:
+    def __init__(
+        self, reason: str, *workers: str, counts: bool, transfer: bool = False, counter: str = "retries_total"
+    ) -> None:
         super().__init__(reason)
         self.workers = frozenset(workers)
         self.counts = counts
+        self.counter = counter
         self.transfer = transfer
 
 
@@ -167,11 +178,15 @@ class Session:
         self._cached_tokens = 0
         self._admitted_tokens = 0
         """What its admission counted as; 0 before it."""
+        self._with_client: _Attempt | None = None
+        """While the client takes what this attempt has brought."""
+        self._behind = False
+        """That attempt has ended here, as the client did not take it: what else comes of it is dropped."""
 
     async def run(self) -> AsyncGenerator[list[Delta], None]:
         """Deltas up to the finish, in one list those that are there together. Raises the errors of
         proxy.interface.Engine.generate."""
-        with self._host.registered(self._request_id, self._inbox), self._accounted():
+        with self._host.registered(self._request_id, self._hear), self._accounted():
             failures = 0
             avoid: frozenset[str] = frozenset()
             transfer_failed = False
@@ -181,20 +196,18 @@ class Session:
                 try:
                     while not self._ledger.finish:
                         await self._inbox.wait()
-                        deltas: list[Delta] = []
-                        try:
-                            self._read_inbox(attempt, deltas)
-                        except (_AttemptFailed, BatonError):
-                            if deltas:  # they were accepted: no attempt brings them again
-                                yield deltas
-                            raise
+                        deltas, failure = self._read_inbox(attempt)
                         if deltas:
+                            self._with_client = attempt
                             yield deltas
+                            self._with_client = None
+                        if failure is not None:
+                            raise failure
                     return
                 except _AttemptFailed as retry:
                     failures += retry.counts
                     self._timeline.fail_attempt(str(retry), busy=not retry.counts)
-                    self._host.count("retries_total" if retry.counts else "busy_total")
+                    self._host.count(retry.counter)
                     log_event(
                         logger,
                         "attempt_ended",
@@ -340,21 +353,41 @@ class Session:
         delay_s = max(0.0, self._deadline - self._clock())
         return asyncio.get_running_loop().call_later(delay_s, self._inbox.put, DeadlinePassed())
 
-    def _read_inbox(self, attempt: _Attempt, deltas: list[Delta]) -> None:
-        """Append some of what has arrived to `deltas`; up to a report of stages, which belongs to the answer written
-        next."""
-        for _ in range(MAX_TOGETHER):
-            if self._ledger.finish or (event := self._inbox.pop()) is None:
-                return
-            delta = self._on_event(attempt, event)
-            if delta is not None:
-                deltas.append(delta)
-            if type(event) is tuple and type(event[1]) is Tokens and event[1].stages is not None:
-                return
+    def _hear(self, event: Event) -> None:
+        """From the dispatcher. What comes for a client that does not read is bounded: then the attempt ends, and a new
+        one begins when the client has read what waits here."""
+        behind = self._with_client is not None and len(self._inbox) >= MAX_WAITING
+        if type(event) is not tuple or not (self._behind or behind):
+            self._inbox.put(event)
+        elif self._with_client is not None and not self._behind:
+            self._behind = True
+            self._host.count("paused_total")
+            self._close(self._with_client)
+            self._inbox.put(ClientBehind())
+
+    def _read_inbox(self, attempt: _Attempt) -> tuple[list[Delta], Exception | None]:
+        """Some of what has arrived, up to a report of stages, which belongs to the answer written next; and what ended
+        the attempt behind it. Those deltas were accepted: no other attempt brings them again."""
+        deltas = []
+        try:
+            for _ in range(MAX_TOGETHER):
+                if self._ledger.finish or (event := self._inbox.pop()) is None:
+                    break
+                delta = self._on_event(attempt, event)
+                if delta is not None:
+                    deltas.append(delta)
+                if type(event) is tuple and type(event[1]) is Tokens and event[1].stages is not None:
+                    break
+        except (_AttemptFailed, BatonError) as failure:
+            return deltas, failure
+        return deltas, None
 
     def _on_event(self, attempt: _Attempt, event: Event) -> Delta | None:
         if isinstance(event, DeadlinePassed):
             raise DeadlineExceeded("the request's deadline passed")
+        if isinstance(event, ClientBehind):
+            self._behind = False
+            raise _AttemptFailed("the client did not read", counts=False, counter="resumed_total")
         if isinstance(event, ProxyStopping):
             raise PeerLost("the proxy is shutting down")
         if isinstance(event, WorkerLost):
@@ -378,7 +411,7 @@ class Session:
                 self._settle(attempt, worker)
             case Busy():
                 self._settle(attempt, worker)
-                raise _AttemptFailed(f"{worker} is busy: {message.reason}", worker, counts=False)
+                raise _AttemptFailed(f"{worker} is busy: {message.reason}", worker, counts=False, counter="busy_total")
             case Failed() if not (worker == attempt.prefill and self._has_prompt(attempt)):
                 self._settle(attempt, worker)
                 self._on_failed(attempt, worker, message)

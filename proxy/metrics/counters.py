@@ -17,6 +17,8 @@ ENGINE_COUNTERS: dict[str, str] = {
     "requests_total": "Generations that were requested.",
     "retries_total": "Attempts that failed and were followed by another, or by an error.",
     "busy_total": "Attempts that a worker had no room for.",
+    "paused_total": "Attempts that ended because the client did not read.",
+    "resumed_total": "Of these, those that another followed because it read again.",
     "worker_lost_total": "Workers that went away, drained or not.",
     "rejected_queue_full_total": "Requests refused because the queue was full.",
     "routed_disaggregated_total": "Attempts with a prefill and a decode worker.",

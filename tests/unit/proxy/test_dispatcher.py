@@ -154,7 +154,7 @@ async def test_nothing_is_left_of_a_request(dispatcher: Dispatcher) -> None:
         with pytest.raises(PeerLost):
             async for _ in dispatcher.generate(GENERATION, Timeline(time.monotonic), timeout_s=5.0):
                 pass
-    assert dispatcher._inboxes == {}
+    assert dispatcher._sessions == {}
 
 
 async def _settled() -> None:

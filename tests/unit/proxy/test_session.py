@@ -29,13 +29,13 @@ from baton.node.messages.control import (
     Stages,
     Tokens,
 )
-from baton.proxy.inbox import Inbox, Turns
+from baton.proxy.inbox import Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.router import RequestView, Route, WorkerView
-from baton.proxy.session import MAX_TOGETHER, Event, ProxyStopping, Session, WorkerLost
+from baton.proxy.session import MAX_TOGETHER, MAX_WAITING, Event, ProxyStopping, Session, WorkerLost
 
 SAMPLING = SamplingSpec(max_tokens=8, seed=5)
 PROMPT = (1, 2, 3, 4, 5)
@@ -49,7 +49,7 @@ class ScriptedHost:
     """Plays dispatcher and workers: `script(worker, message)` answers what a worker was sent."""
 
     def __init__(self, script: Callable[[str, Message], list[Any]], *, local: bool = False) -> None:
-        self.inbox: Inbox[Event] | None = None
+        self._hear: Callable[[Event], None] | None = None
         self.sent: list[tuple[str, Message]] = []
         self.open_legs: set[tuple[str, str]] = set()
         self.admitted: list[RequestView] = []
@@ -67,8 +67,8 @@ class ScriptedHost:
         self._local = local
 
     @contextmanager
-    def registered(self, request_id: str, inbox: Inbox[Event]) -> Iterator[None]:
-        self.inbox = inbox
+    def registered(self, request_id: str, hear: Callable[[Event], None]) -> Iterator[None]:
+        self._hear = hear
         yield
 
     async def admit(
@@ -95,8 +95,8 @@ class ScriptedHost:
             self.hear(answer if isinstance(answer, WorkerLost | ProxyStopping | tuple) else (worker, answer))
 
     def hear(self, event: Event) -> None:
-        assert self.inbox is not None
-        self.inbox.put(event)
+        assert self._hear is not None
+        self._hear(event)
 
     def open_leg(self, leg: Leg, message: Message) -> None:
         self.legs.append(leg)
@@ -425,6 +425,62 @@ async def test_a_session_far_behind_reads_some_at_a_time() -> None:
     together = [[delta.ids[0] for delta in deltas] async for deltas in run]
     assert [len(each) for each in together] == [MAX_TOGETHER] * 3 + [1]
     assert [token for each in together for token in each] == [*range(3 * MAX_TOGETHER), 1]
+
+
+async def test_a_client_that_does_not_read_is_paused() -> None:
+    """Guards the memory of the proxy, and the worker's KV: the attempt ends, what came stays in order, and when the
+    client reads again another attempt goes on where it ended."""
+    late = Tokens(request_id="r", attempt=0, index=4 * MAX_WAITING, ids=(0,))
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Reserve) and message.attempt == 0:
+            return [_tokens(0, 0)]
+        if isinstance(message, Reserve):
+            num_sent = len(message.body.token_ids) - len(PROMPT)
+            return [_tokens(num_sent, num_sent, attempt=1), _tokens(num_sent + 1, 7, attempt=1, finish="stop")]
+        return []
+
+    host = ScriptedHost(script, local=True)
+    session = _session(host, timeout_s=5.0, max_attempts=1)
+    async with aclosing(session.run()) as run:
+        read = await anext(run)
+        for index in range(1, 4 * MAX_WAITING):
+            host.hear(("d0", _tokens(index, index)))
+        assert len(host.sent_of(Cancel)) == 1 and not host.open_legs
+        assert len(session._inbox) <= MAX_WAITING + 1
+        async for deltas in run:
+            read += deltas
+            host.hear(("d0", late))
+    num_read = MAX_WAITING + 1
+    assert [delta.ids[0] for delta in read] == [*range(num_read + 1), 7] and read[-1].finish == "stop"
+    assert len(host.sent_of(Reserve)[1].body.token_ids) == len(PROMPT) + num_read
+    assert (host.counted["paused_total"], host.counted["resumed_total"]) == (1, 1) and not host.open_legs
+
+
+async def test_a_late_proxy_pauses_no_client() -> None:
+    """Guards against an overload that ends attempts of clients that read: their backlog is the proxy's own."""
+    tokens = [_tokens(index, index) for index in range(2 * MAX_WAITING)]
+
+    def script(worker: str, message: Message) -> list[Any]:
+        return [*tokens, _tokens(len(tokens), 1, finish="stop")] if isinstance(message, Prefill) else []
+
+    host = ScriptedHost(script)
+    assert len(await _run(host)) == 2 * MAX_WAITING + 1
+    assert not host.counted["paused_total"]
+
+
+async def test_a_paused_request_hears_of_the_end() -> None:
+    """Guards shutdown and deadline of a request whose client does not read: they are not dropped as its tokens are."""
+    host = ScriptedHost(lambda worker, message: [_tokens(0, 0)] if isinstance(message, Reserve) else [], local=True)
+    async with aclosing(_session(host, timeout_s=5.0, max_attempts=1).run()) as run:
+        await anext(run)
+        for index in range(1, 2 * MAX_WAITING):
+            host.hear(("d0", _tokens(index, index)))
+        host.hear(ProxyStopping())
+        with pytest.raises(PeerLost, match="shutting down"):
+            async for _ in run:
+                pass
+    assert not host.open_legs
 
 
 async def test_tokens_before_a_failure_that_came_with_them_reach_the_client() -> None:
