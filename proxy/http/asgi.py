@@ -12,12 +12,18 @@ from starlette.types import Receive, Send
 
 from baton.proxy.http.failures import Failure
 
+READ_TIMEOUT_S = 60.0
+"""A write of events may wait so long for the client to read; that it did is noticed within twice the time."""
 FAILURE_TIMEOUT_S = 2.0
 """Longest wait for a client that may have stopped reading to take a failure."""
 
 
 class ClientGone(Exception):
     """The client closed its connection before its answer was complete."""
+
+
+class ClientStalled(ClientGone):
+    """The client has not read its answer for too long."""
 
 
 async def gone(receive: Receive) -> None:
@@ -34,6 +40,8 @@ class Reply:
         self._headers = dict(headers)
         self.begun = False
         self.ended = False
+        self._num_writes = 0
+        self._writing = False
 
     def add_headers(self, headers: Mapping[str, str]) -> None:
         """Of an answer that has not begun."""
@@ -52,8 +60,16 @@ class Reply:
             # Proxies in between must pass each event on at once: the last header stops nginx from buffering.
             kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
             await self._begin(200, {**kind, "x-accel-buffering": "no"})
-        body = b"".join(b"data: " + event + b"\n\n" for event in data)
+        body = b"".join([b"data: " + event + b"\n\n" for event in data])
+        self._writing = True
         await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        self._writing = False
+        self._num_writes += 1
+
+    @property
+    def waiting_write(self) -> int | None:
+        """The number of the write of events that waits for the client to read; None where none does."""
+        return self._num_writes if self._writing else None
 
     async def end(self) -> None:
         """The end of a stream of events."""
@@ -76,3 +92,28 @@ class Reply:
         self.begun = True
         raw = [(key.encode(), value.encode()) for key, value in {**self._headers, **headers}.items()]
         await self._send({"type": "http.response.start", "status": status, "headers": raw})
+
+
+class ReadWatch:
+    """Finds a client that does not read its stream; a timer for each write would cost as much as the write."""
+
+    def __init__(self, reply: Reply) -> None:
+        self.stalled: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        """Done when one write of events has waited for READ_TIMEOUT_S."""
+        self._reply = reply
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __enter__(self) -> ReadWatch:
+        self._look(None)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _look(self, seen: int | None) -> None:
+        waiting = self._reply.waiting_write
+        if waiting is not None and waiting == seen:
+            self.stalled.set_result(None)
+        else:
+            self._timer = asyncio.get_running_loop().call_later(READ_TIMEOUT_S, self._look, waiting)

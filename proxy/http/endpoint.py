@@ -21,7 +21,7 @@ from starlette.types import Receive, Scope, Send
 from baton.node.errors import InvariantBroken, Overloaded
 from baton.node.messages.control import SamplingSpec
 from baton.node.telemetry import format_value, log_event
-from baton.proxy.http.asgi import ClientGone, Reply, gone
+from baton.proxy.http.asgi import READ_TIMEOUT_S, ClientGone, ClientStalled, ReadWatch, Reply, gone
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.bodies import HeldBody
 from baton.proxy.http.encoders import AnswerHeader, Encoder
@@ -121,7 +121,10 @@ class GenerateEndpoint:
             left = isinstance(error, ClientGone | OSError) and not isinstance(error, TimeoutError)
             if not request.begun:
                 self._service.log.add(_record_without_generation(request, CANCELLED if left else kind_of(error)))
-            if left:
+            if isinstance(error, ClientStalled):
+                self._service.metrics.failed["slow_reader"].inc()
+                log_event(logger, "slow_reader", level=logging.INFO, request_id=request.id, reason=str(error))
+            elif left:
                 self._service.metrics.failed["disconnected"].inc()
             else:
                 await self._fail(request, reply, error)
@@ -319,10 +322,14 @@ def _record_without_generation(request: HttpRequest, outcome: str) -> Generation
 
 
 async def _while_connected(receive: Receive, reply: Reply, work: Coroutine[None, None, None]) -> None:
-    """Run `work` to its end, or cancel it and raise ClientGone when the client leaves before it has the answer."""
+    """Run `work` to its end, or cancel it: raise ClientGone when the client leaves before it has the answer, and
+    ClientStalled when it stops reading."""
     working, watching = asyncio.ensure_future(work), asyncio.ensure_future(gone(receive))
     try:
-        await asyncio.wait({working, watching}, return_when=asyncio.FIRST_COMPLETED)
+        with ReadWatch(reply) as watch:
+            await asyncio.wait({working, watching, watch.stalled}, return_when=asyncio.FIRST_COMPLETED)
+        if not working.done() and watch.stalled.done():
+            raise ClientStalled(f"the client has read nothing of its answer for {READ_TIMEOUT_S:g} s")
         if not working.done() and not reply.ended:
             raise ClientGone
         await working

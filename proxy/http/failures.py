@@ -76,4 +76,4 @@ def kind_of(error: BaseException) -> str:
             return "internal"
 
 
-FAILURE_KINDS = ("bad_request", "overloaded", "peer_lost", "deadline", "internal", "disconnected")
+FAILURE_KINDS = ("bad_request", "overloaded", "peer_lost", "deadline", "internal", "disconnected", "slow_reader")

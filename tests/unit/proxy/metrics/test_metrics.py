@@ -85,7 +85,7 @@ async def test_known_names_are_there_at_zero_before_the_first_request(client: ht
             sample.name == "baton:workers" or sample.name.startswith("baton:http_refusals_")
         )
     kinds = {sample.labels["kind"] for sample in before.samples if sample.name == "baton:request_failures_total"}
-    assert kinds == {"bad_request", "overloaded", "peer_lost", "deadline", "internal", "disconnected"}
+    assert kinds == {"bad_request", "overloaded", "peer_lost", "deadline", "internal", "disconnected", "slow_reader"}
 
 
 async def test_a_finished_request_is_counted_once(client: httpx.AsyncClient, engine: FakeEngine, says: Says) -> None:
