@@ -6,7 +6,7 @@ each token. Knows no HTTP and no tokenizer. Source: the OpenAI API reference.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from baton.proxy.http.events import ChoiceText, TokenLogprob, TokenUsage
 
 CHAT_CHUNK = "chat.completion.chunk"
 _encode = msgspec.json.Encoder().encode
+_MARK = "\x00text\x00"
+"""Stands for the text of a chunk; no other field of one holds it."""
 
 
 class Encoder(Protocol):
@@ -146,6 +148,25 @@ class _Response(msgspec.Struct):
     """Of a chat, which has one prompt; a completion has them in its choices."""
 
 
+class PlainChunks:
+    """Chunks that add nothing but text: the JSON around it is that of every other one. `around` encodes a chunk."""
+
+    def __init__(self) -> None:
+        self._parts: dict[int, tuple[bytes, bytes]] = {}
+        """What is before and behind the text, by choice."""
+
+    def encode(self, choice: ChoiceText, any_chunk: Callable[[ChoiceText], bytes]) -> bytes:
+        """`any_chunk` writes those that have more than text, or none."""
+        more = choice.logprobs or choice.finish or choice.token_ids or choice.prompt_ids or choice.prompt_ranks
+        if more or choice.usage is not None or not choice.text:
+            return any_chunk(choice)
+        parts = self._parts.get(choice.index)
+        if parts is None:
+            before, _, behind = any_chunk(ChoiceText(choice.index, _MARK, (), "")).partition(_encode(_MARK))
+            parts = self._parts[choice.index] = before, behind
+        return parts[0] + _encode(choice.text) + parts[1]
+
+
 # ---- the two endpoints --------------------------------------------------------------------------------------------
 
 
@@ -185,11 +206,12 @@ class AnswerHeader:
         return choice.token_ids if self.token_ids else msgspec.UNSET
 
 
-@dataclass(frozen=True, slots=True)
 class CompletionEncoder:
     """Writes answers of /v1/completions."""
 
-    header: AnswerHeader
+    def __init__(self, header: AnswerHeader) -> None:
+        self.header = header
+        self._plain = PlainChunks()
 
     def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
         return self.header.encode("text_completion", [self._choice(choice) for choice in choices], usage)
@@ -198,6 +220,9 @@ class CompletionEncoder:
         return None
 
     def chunk(self, choice: ChoiceText) -> bytes:
+        return self._plain.encode(choice, self._any_chunk)
+
+    def _any_chunk(self, choice: ChoiceText) -> bytes:
         return self.header.encode_chunk("text_completion", self._choice(choice), so_far=choice.usage)
 
     def usage(self, usage: TokenUsage) -> bytes:
@@ -217,11 +242,12 @@ class CompletionEncoder:
         )
 
 
-@dataclass(frozen=True, slots=True)
 class ChatEncoder:
     """Writes answers of /v1/chat/completions."""
 
-    header: AnswerHeader
+    def __init__(self, header: AnswerHeader) -> None:
+        self.header = header
+        self._plain = PlainChunks()
 
     def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
         made = [
@@ -242,6 +268,9 @@ class ChatEncoder:
         return self.header.encode_chunk(CHAT_CHUNK, _ChunkChoice(index, _Delta("assistant", ""), None, None))
 
     def chunk(self, choice: ChoiceText) -> bytes:
+        return self._plain.encode(choice, self._any_chunk)
+
+    def _any_chunk(self, choice: ChoiceText) -> bytes:
         delta = _Delta(content=choice.text or None)
         made = _ChunkChoice(
             choice.index,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 _REPLACEMENT = "\ufffd"
 _MAX_HELD_TOKENS = 32
@@ -39,6 +39,8 @@ class Decoding:
     """The byte of each token of a byte-fallback tokenizer that stands for one; empty for other tokenizers."""
     bytes_of: Callable[[int], bytes]
     """The bytes that one token stands for."""
+    chars_alone: dict[int, int] = field(default_factory=dict)
+    """Characters of tokens that were decoded alone, which each token's follower asks for; at most the vocabulary's."""
 
 
 class Detokenizer:
@@ -48,6 +50,7 @@ class Detokenizer:
         self._decode = decoding.decode
         self._skipped = decoding.skipped
         self._byte_values = decoding.byte_values
+        self._chars_alone = decoding.chars_alone
         self._bytes = _utf8("replace")
         """Holds byte tokens that are no character yet."""
         recent = [token for token in prompt_ids[-_SEARCHED_TOKENS:] if token not in self._skipped]
@@ -110,7 +113,13 @@ class Detokenizer:
         return self._bytes.getstate()[0] != b""
 
     def _text_chars(self) -> int:
-        return len(self._decode(self._window)) if self._window else 0
+        if len(self._window) != 1:
+            return len(self._decode(self._window)) if self._window else 0
+        (token_id,) = self._window
+        known = self._chars_alone.get(token_id)
+        if known is None:
+            known = self._chars_alone[token_id] = len(self._decode(self._window))
+        return known
 
     def _advance(self, text: str, keep: int) -> str:
         """Hand out all of `text`; the window's first `keep` tokens have served as context and go."""

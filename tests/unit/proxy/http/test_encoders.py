@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
-from baton.proxy.http.encoders import AnswerHeader, CompletionEncoder
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from baton.proxy.http.encoders import AnswerHeader, ChatEncoder, CompletionEncoder
 from baton.proxy.http.events import ChoiceText, TokenLogprob, TokenUsage
 
 HEADER = AnswerHeader(id="a", created=0, model="m", logprobs=True, token_ids=False, include_usage=False)
@@ -18,3 +24,21 @@ def test_of_tokens_with_one_text_the_likeliest_counts() -> None:
     shown = json.loads(CompletionEncoder(HEADER).whole([choice], TokenUsage(1, 1, 0)))["choices"][0]["logprobs"]
     assert shown["top_logprobs"] == [{"y": -0.1, ",": -2.5}]
     assert shown["token_logprobs"] == [-5.5]
+
+
+@pytest.mark.parametrize("make", [CompletionEncoder, ChatEncoder])
+@pytest.mark.parametrize(
+    "asked",
+    [{}, {"include_usage": True}, {"logprobs": True}, {"token_ids": True}, {"id": '"text":"x"', "model": '\\"'}],
+)
+@given(texts=st.lists(st.text(), max_size=5), index=st.integers(0, 3))
+def test_a_plain_chunk_is_as_any_other(
+    make: type[CompletionEncoder | ChatEncoder], asked: dict[str, Any], texts: list[str], index: int
+) -> None:
+    """Guards the bytes of chunks that are put together around their text, against those that are encoded as a whole."""
+    encoder = make(replace(HEADER, **{"logprobs": False, **asked}))
+    for text in texts:
+        choice = ChoiceText(index, text, (), "")
+        assert encoder.chunk(choice) == encoder._any_chunk(choice)
+        ended = ChoiceText(index, text, (), "stop")
+        assert json.loads(encoder.chunk(ended))["choices"][0]["finish_reason"] == "stop"
