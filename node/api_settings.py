@@ -72,7 +72,7 @@ class ApiSettings:
         False, help="log a line a request: method, path, status, milliseconds, id; no bodies and no keys"
     )
     max_requests: int = option(
-        1024, unit="requests", help="most HTTP requests that are answered at once; further ones get a 429", minimum=1
+        2048, unit="requests", help="most HTTP requests that are answered at once; further ones get a 429", minimum=1
     )
     max_body_mib: float = option(
         10.0, unit="MiB", help="largest body of a request; a larger one gets a 413", minimum=0.001, maximum=1024

@@ -130,7 +130,7 @@ class AppSettings:
     """Else they are ignored, and named in the log and in a header."""
     max_generations: int = 256
     """Generations of one HTTP request that run, or wait for a worker, at once; its others wait for these."""
-    max_requests: int = 1024
+    max_requests: int = 2048
     """HTTP requests that are being answered at once; the next one gets 429."""
     default_completion_tokens: int = 16
     """Where a request to /v1/completions says no max_tokens; a chat then goes on to the end of the context."""
