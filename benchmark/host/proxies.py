@@ -1,4 +1,5 @@
-"""Streamed tokens a second, and a second of the proxies' CPU time, of one proxy and of several at one port.
+"""Streamed tokens a second, and a second of the proxies' CPU time, of one proxy and of several at one port; beside
+them, how long /health and /metrics take.
 
 The worker has no model and makes more tokens than proxies can stream; clients only count events. All share the cores
 of this machine, so tokens a second say little where proxies, worker and clients need more cores than there are: tokens
@@ -25,6 +26,8 @@ from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
 
 WARM_UP_S = 1.0
+START_S = 0.002
+"""For a stream to begin."""
 
 
 @dataclass(slots=True)
@@ -52,6 +55,28 @@ class Clients:
             writer.close()
 
 
+@dataclass(slots=True)
+class Probe:
+    """Asks for one page again and again, over a connection each."""
+
+    port: int
+    path: str
+    pause_s: float
+    took_ms: list[float] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Until it is cancelled. The time includes that for which this process was busy with streams."""
+        request = f"GET {self.path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode()
+        while True:
+            began = time.perf_counter()
+            reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+            writer.write(request)
+            await reader.read()
+            self.took_ms.append(1e3 * (time.perf_counter() - began))
+            writer.close()
+            await asyncio.sleep(self.pause_s)
+
+
 @dataclass(frozen=True, slots=True)
 class Measured:
     """One run; `proxies_cpu_s` by proxy."""
@@ -64,6 +89,8 @@ class Measured:
     busy_cores: float
     """Of the machine, by whatever runs on it."""
     peak_memory_mb: float
+    health_p99_ms: float
+    metrics_p99_ms: float
 
     @property
     def tokens_s(self) -> float:
@@ -77,16 +104,22 @@ class Measured:
 async def measure(clients: Clients, num_streams: int, seconds: float, pids: Sequence[int], worker: int) -> Measured:
     """`pids` of the proxies."""
     tasks = [asyncio.create_task(clients.stream()) for _ in range(num_streams)]
-    await asyncio.sleep(WARM_UP_S)
+    await asyncio.sleep(WARM_UP_S + num_streams * START_S)
+    probes = Probe(clients.port, "/health", 0.02), Probe(clients.port, "/metrics", 1.0)
+    probing = [asyncio.create_task(probe.run()) for probe in probes]
     before, events = _spent_s([*pids, worker]), clients.num_events
     await asyncio.sleep(seconds)
     used = [after - spent for after, spent in zip(_spent_s([*pids, worker]), before, strict=True)]
     tokens, clients.running = clients.num_events - events, False
+    for task in probing:
+        task.cancel()
     await asyncio.gather(*tasks)
     if clients.failures:
         raise SystemExit(f"a request failed: {clients.failures[0]}")
     took_s, busy, own, *proxies, of_worker = used
-    return Measured(tokens, took_s, tuple(proxies), of_worker, own, busy / took_s, max(map(peak_memory_mb, pids)))
+    health, metrics = (percentile(probe.took_ms, 99) for probe in probes)
+    peak_mb = max(map(peak_memory_mb, pids))
+    return Measured(tokens, took_s, tuple(proxies), of_worker, own, busy / took_s, peak_mb, health, metrics)
 
 
 def _spent_s(pids: Sequence[int]) -> list[float]:
@@ -142,6 +175,8 @@ def main(argv: Sequence[str]) -> int:
                 clients_cpu_s=measured.clients_cpu_s,
                 busy_cores=measured.busy_cores,
                 peak_memory_mb=measured.peak_memory_mb,
+                health_p99_ms=measured.health_p99_ms,
+                metrics_p99_ms=measured.metrics_p99_ms,
             )
     rows = [[str(count), *_medians(runs)] for count, runs in found.items()]
     header = (
@@ -150,6 +185,8 @@ def main(argv: Sequence[str]) -> int:
         "tokens a CPU second of the proxies",
         "cores used by them",
         "peak memory of one, MB",
+        "/health p99, ms",
+        "/metrics p99, ms",
     )
     print(markdown(header, rows))
     print(f"{options.streams} streams of {options.max_tokens} tokens, medians of {options.rounds}; {machine_text()}")
@@ -165,6 +202,8 @@ def _medians(runs: Sequence[Measured]) -> list[str]:
         f"{median([each.tokens_cpu_s for each in runs]):,.0f}",
         f"{median([sum(each.proxies_cpu_s) / each.took_s for each in runs]):.2f}",
         f"{median([each.peak_memory_mb for each in runs]):.0f}",
+        f"{median([each.health_p99_ms for each in runs]):.0f}",
+        f"{median([each.metrics_p99_ms for each in runs]):.0f}",
     ]
 
 
