@@ -52,7 +52,7 @@ BUSY_PAUSE_S = 0.02
 RETRY_PAUSES_S = (0.0, 0.25, 1.0)
 """After the first failed attempt, the second, and each later one: a link that breaks again and again may be well by
 then."""
-MAX_TOGETHER = 16
+MAX_TOGETHER = 8
 """Of waiting messages, in one turn of a session."""
 MAX_WAITING = 512
 """Messages for a client that does not read; one of a token is some 300 bytes."""
