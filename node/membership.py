@@ -19,6 +19,7 @@ from baton.node.errors import SettingsError
 from baton.node.link_counts import LinkCounts
 from baton.node.messages.base import Message
 from baton.node.messages.control import (
+    MAX_SILENT_PEERS,
     Goodbye,
     Heartbeat,
     Load,
@@ -96,8 +97,8 @@ class Membership:
     """Decides what a worker sends to each proxy to join, stay in and leave the cluster.
 
     `links` are the endpoint's names of the links to the proxies. Raises SettingsError for a bad name of the worker.
-    Each heartbeat carries `draining` and `store`; the first that says `draining` is due at once. Every message of a
-    proxy passes `on_message`, and what is sent to one passes `count_sent`, in their order.
+    Each heartbeat carries `draining`, `store` and `silent_peers`; the first that says `draining` is due at once. Every
+    message of a proxy passes `on_message`, and what is sent to one passes `count_sent`, in their order.
     """
 
     def __init__(self, register: Register | RegisterStore, links: Sequence[str], now: float) -> None:
@@ -105,6 +106,7 @@ class Membership:
             raise SettingsError(reason)
         self.draining = False
         self.store = ""
+        self.silent_peers: tuple[str, ...] = ()
         self._register = register
         self._proxies = {link: _Proxy(link, last_message_at=now, next_at=now) for link in links}
 
@@ -210,5 +212,6 @@ class Membership:
             draining=self.draining,
             kv_seq=kv_seq,
             store=self.store,
+            silent_peers=self.silent_peers[:MAX_SILENT_PEERS],
             sent=proxy.counts.sent,
         )

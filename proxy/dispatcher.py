@@ -20,7 +20,7 @@ from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.admission import Admission
 from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
-from baton.proxy.routing.failed_pairs import FailedPairs
+from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
@@ -153,7 +153,7 @@ class Dispatcher:
             "rejected_messages_total": self._control.rejected,
             "rejected_queue_full_total": sum(each.rejected for each in self._admissions.values()),
             "queued_requests": sum(each.waiting for each in self._admissions.values()),
-            "failed_pairs": len(self._failed_pairs.avoided(self._clock())),
+            "failed_pairs": len(self._avoided_pairs()),
             "kv_index_blocks": len(self._index),
             "kv_index_evictions_total": self._index.evicted,
             "kv_event_batches_total": counts.batches,
@@ -162,6 +162,10 @@ class Dispatcher:
             "kv_event_replays_total": counts.replays,
             "kv_event_snapshots_total": counts.snapshots,
         }
+
+    def _avoided_pairs(self) -> frozenset[Pair]:
+        cut = (workers.cut_pairs() for workers in self._cluster.models.values())
+        return self._failed_pairs.avoided(self._clock()).union(*cut)
 
     # -- SessionHost
 

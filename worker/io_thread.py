@@ -167,6 +167,7 @@ class IoThread:
         self._exchange.tick(now)
         self._publish_events()
         self._flush_kv_events(now)
+        self._membership.silent_peers = self._exchange.silent_peers
         messages, changes = self._membership.on_timer(
             now, self._load, load_age_s=max(0.0, now - self._load_at), kv_seq=self._kv_events.seq
         )

@@ -243,8 +243,8 @@ class TransferExchange:
                     self._on_io_done(done, now)
         for sending in list(self._senders.live.values()):
             self._tick_sender(sending, now)
-            if not self._pairs.greet_again(sending.peer, now):
-                self._end_senders(sending.peer, "the decode worker does not answer", now)
+        for peer in self._pairs.tend(now):
+            self._end_senders(peer, "the decode worker does not answer", now)
         for receiving in list(self._receivers.live.values()):
             self._tick_receiver(receiving, now)
         self._senders.forget_ended(now)
@@ -269,7 +269,7 @@ class TransferExchange:
             (s.machine.wake_at for s in self._senders.live.values()),
             (r.machine.wake_at for r in self._receivers.live.values()),
             (i.deadline for i in self._receivers.waiting.values()),
-            (self._pairs.greets_again_at(s.peer) for s in self._senders.live.values()),
+            (self._pairs.due_at,),
             (now + self._timing.poll_s,) if soon else (),
         )
         return min(times, default=float("inf"))
@@ -278,6 +278,11 @@ class TransferExchange:
     def in_motion(self) -> int:
         """Transfers that still hold blocks."""
         return len(self._receivers.waiting) + len(self._senders.live) + len(self._receivers.live)
+
+    @property
+    def silent_peers(self) -> tuple[str, ...]:
+        """Decode workers that do not answer this one."""
+        return self._pairs.silent()
 
     @property
     def sockets(self) -> list[object]:

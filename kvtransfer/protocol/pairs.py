@@ -1,7 +1,9 @@
 """Which workers pair over which data plane: greetings, refusals, and forgetting.
 
 Prefill greets (Hello, with the planes it offers), decode chooses one and answers (Welcome), or says why not (Refused).
-A pair of different namespaces is never made.
+A pair of different namespaces is never made. Prefill greets again every PROBE_S while a pair is idle, until the pair is
+forgotten: a peer that does not answer is silent, and known to be before a prompt is computed for it. This probes the
+link for messages; bytes that do not move are noticed by the transfer that waits for them.
 """
 
 from __future__ import annotations
@@ -19,9 +21,11 @@ GREET_AGAIN_S = 0.25
 MAX_GREETINGS = 12
 """A peer that answers none of so many in a row, over three seconds, cannot be reached."""
 GREETING_LASTS_S = 1.0
+PROBE_S = 5.0
+"""Between two greetings of an idle pair: N x M pairs send so many small messages in this time, and get as many."""
 MAX_PAIRS = 4096
 PAIR_IDLE_S = 120.0
-"""A pair that was not greeted for so long and moves nothing is forgotten; the next greeting makes it again."""
+"""A pair that no transfer has used for so long is forgotten; the next one makes it again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +46,18 @@ class _Pair:
     welcomed_at: float = float("-inf")
     num_unanswered: int = 0
     """Greetings since the last answer."""
+    silent: bool = False
+    """The last MAX_GREETINGS had no answer."""
+    used_at: float = float("-inf")
+    """Of this end: when a transfer was opened; of the other, which cannot tell a probe from that: the last greeting."""
     landings: Landings = field(default_factory=Landings)
 
     @property
-    def used_at(self) -> float:
-        return max(self.greeted_at, self.welcomed_at)
+    def due_at(self) -> float:
+        """When to greet again; only the end that has the other's address does."""
+        if not self.address:
+            return float("inf")
+        return self.greeted_at + (GREET_AGAIN_S if self.num_unanswered else PROBE_S)
 
 
 class Pairs:
@@ -58,6 +69,8 @@ class Pairs:
         self._planes = tuple(planes)
         self._wire = wire
         self._pairs: dict[str, _Pair] = {}
+        self.due_at = float("inf")
+        """When `tend` has something to do."""
 
     def plane_of(self, peer: str) -> Plane | None:
         """None until both sides have agreed."""
@@ -72,28 +85,38 @@ class Pairs:
     def greet(self, peer: str, address: str, now: float) -> None:
         """Say hello, unless that was done or answered a moment ago."""
         pair = self._pairs.setdefault(peer, _Pair(peer, address))
-        if now - pair.welcomed_at < GREETING_LASTS_S or now - pair.greeted_at < GREET_AGAIN_S:
-            return
-        self._wire.connect(peer, address)
+        pair.used_at = now
+        if now - pair.welcomed_at >= GREETING_LASTS_S and now - pair.greeted_at >= GREET_AGAIN_S:
+            self._say_hello(pair, now)
+
+    def tend(self, now: float) -> list[str]:
+        """Repeat greetings that are not answered, and probe idle pairs; returns the peers that are silent by now: this
+        was tried often enough, and the next greeting begins anew."""
+        if now < self.due_at:
+            return []
+        silenced = []
+        for pair in self._pairs.values():
+            if now < pair.due_at:
+                continue
+            if pair.num_unanswered >= MAX_GREETINGS:
+                pair.num_unanswered, pair.silent = 0, True
+                silenced.append(pair.peer)
+            else:
+                self._say_hello(pair, now)
+        self.due_at = min((pair.due_at for pair in self._pairs.values()), default=float("inf"))
+        return silenced
+
+    def silent(self) -> tuple[str, ...]:
+        """Peers that have answered none of the last MAX_GREETINGS."""
+        return tuple(pair.peer for pair in self._pairs.values() if pair.silent)
+
+    def _say_hello(self, pair: _Pair, now: float) -> None:
+        self._wire.connect(pair.peer, pair.address)
         pair.greeted_at = now
         pair.num_unanswered += 1
+        self.due_at = min(self.due_at, pair.due_at)
         planes = tuple(plane.describe() for plane in self._planes)
-        self._wire.send(peer, Hello(worker=self._identity, namespace=self._namespace, planes=planes))
-
-    def greet_again(self, peer: str, now: float) -> bool:
-        """Repeat a greeting that is not answered. False: this was tried often enough, and the next one begins anew."""
-        pair = self._pairs.get(peer)
-        if pair is None or not pair.num_unanswered or now - pair.greeted_at < GREET_AGAIN_S:
-            return True
-        if pair.num_unanswered >= MAX_GREETINGS:
-            pair.num_unanswered = 0
-            return False
-        self.greet(peer, pair.address, now)
-        return True
-
-    def greets_again_at(self, peer: str) -> float:
-        pair = self._pairs.get(peer)
-        return pair.greeted_at + GREET_AGAIN_S if pair is not None and pair.num_unanswered else float("inf")
+        self._wire.send(pair.peer, Hello(worker=self._identity, namespace=self._namespace, planes=planes))
 
     def on_hello(self, peer: str, hello: Hello, now: float) -> bool:
         """Decode's side; whether the pair is made."""
@@ -103,7 +126,7 @@ class Pairs:
             self._wire.send(peer, Refused(reason=refusal or "no common data plane"))
             return False
         plane.connect(peer, next(address for address in hello.planes if address.plane == plane.name))
-        self._pairs[peer] = _Pair(peer, plane=plane, welcomed_at=now, landings=self.landings(peer))
+        self._pairs[peer] = _Pair(peer, plane=plane, used_at=now, landings=self.landings(peer))
         self._wire.send(peer, Welcome(worker=self._identity, plane=plane.describe()))
         return True
 
@@ -114,7 +137,7 @@ class Pairs:
         if pair is None or plane is None or welcome.worker != peer:
             return False
         plane.connect(peer, welcome.plane)
-        pair.plane, pair.welcomed_at, pair.num_unanswered = plane, now, 0
+        pair.plane, pair.welcomed_at, pair.num_unanswered, pair.silent = plane, now, 0, False
         return True
 
     def forget(self, peer: str) -> None:
@@ -124,7 +147,7 @@ class Pairs:
             pair.plane.forget(peer)
 
     def idle(self, now: float) -> list[str]:
-        """Peers that were not greeted for PAIR_IDLE_S."""
+        """Peers of pairs that were not used for PAIR_IDLE_S."""
         return [pair.peer for pair in self._pairs.values() if now - pair.used_at > PAIR_IDLE_S]
 
     def _why_not(self, peer: str, hello: Hello) -> str:

@@ -44,6 +44,7 @@ MAX_PROMPT_LOGPROBS = 1024
 """Entries in one message."""
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 
+MAX_SILENT_PEERS = 256
 MAX_PRIORITY = (1 << 63) - 1
 """Some clients send times as priorities."""
 
@@ -207,6 +208,8 @@ class Heartbeat(Message, tag="Heartbeat", kw_only=True):
     """Number of the last KvEvents sent."""
     store: Annotated[str, Meta(max_length=96)] = ""
     """Identity of the host's store that this worker is attached to; empty: none."""
+    silent_peers: Annotated[tuple[Annotated[str, Meta(max_length=96)], ...], Meta(max_length=MAX_SILENT_PEERS)] = ()
+    """Identities of decode workers that do not answer this one."""
     sent: Count = 0
 
 

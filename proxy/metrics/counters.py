@@ -39,7 +39,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "kv_hit_unforeseen_tokens_total": "Tokens that were cached, and not expected to be.",
     "rejected_messages_total": "Messages that no worker should send to a proxy.",
     "queued_requests": "Generations that wait in the proxy for a worker.",
-    "failed_pairs": "Pairs of a prefill and a decode worker that are avoided because a transfer between them failed.",
+    "failed_pairs": "Pairs of a prefill and a decode worker that are avoided: a transfer failed, or no answer comes.",
     "kv_index_blocks": "Blocks for which the router knows a holder.",
     "kv_index_evictions_total": "Blocks evicted from the router's index, which was full.",
     "kv_event_batches_total": "Messages about blocks that holders gained and lost.",

@@ -145,7 +145,7 @@ class Admission:
         if shape is None:
             raise PeerLost("no worker is there")
         request = waiter.view_of(shape)
-        failed_pairs = self._failed_pairs.avoided(self._clock())
+        failed_pairs = self._failed_pairs.avoided(self._clock()) | self.workers.cut_pairs()
         seen = replace(request, hits=self._index.match(request.hashes), failed_pairs=failed_pairs)
         route = pick(self.workers.view(), seen, self._rules)
         if isinstance(route, Route):

@@ -16,6 +16,7 @@ from baton.node.messages.base import PROTOCOL_VERSION
 from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
 from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
+from baton.proxy.routing.failed_pairs import Pair
 from baton.proxy.routing.router import WorkerView
 from baton.proxy.routing.shares import Shares
 
@@ -45,6 +46,7 @@ class _Member:
     last_message_at: float
     load: Load = field(default_factory=Load)
     draining: bool = False
+    silent_peers: tuple[str, ...] = ()
     progress_at: float = 0.0
     legs: dict[str, Leg] = field(default_factory=dict)  # by request id
     reported_at: float = float("-inf")
@@ -121,6 +123,7 @@ class ModelWorkers:
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
         member.load, member.draining, member.last_message_at = heartbeat.load, heartbeat.draining, now
+        member.silent_peers = heartbeat.silent_peers
         member.reported_at = now - heartbeat.load_age_s
         seen = sum(leg.tokens for leg in member.legs.values() if leg.sent_at < member.reported_at)
         member.begun_tokens, member.done_tokens = max(0, seen - heartbeat.load.waiting_tokens), 0
@@ -131,6 +134,11 @@ class ModelWorkers:
             self._tokens_s = statistics.median(measured) if measured else NOMINAL_TOKENS_S
         if not member.draining:
             self._had_at[member.register.role] = now
+
+    def cut_pairs(self) -> frozenset[Pair]:
+        """Pairs of live workers of which the first says that the other does not answer."""
+        found = [(name, peer) for name, member in self.members.items() for peer in member.silent_peers]
+        return frozenset(pair for pair in found if pair[1] in self.members)
 
     def view(self) -> tuple[WorkerView, ...]:
         for identity, member in self.members.items():

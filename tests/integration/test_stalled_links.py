@@ -38,3 +38,23 @@ def test_requests_whose_kv_does_not_arrive_go_on_and_later_ones_avoid_the_pair(t
         assert cluster.counter("retries") == retries
         demand_undisturbed(cluster, requests + later, streams + later_streams)
         cluster.wait_idle()
+
+
+def test_a_link_that_is_cut_while_idle_is_avoided_before_a_request_needs_it(tmp_path: Path) -> None:
+    """Guards the first request after a link was cut: its transfer had to stall before anything was known."""
+    cut_off = tmp_path / "cut-off"
+    with Cluster(prefill=1, decode=1, proxy_args=DISAGGREGATE, cut_off_file=cut_off) as cluster:
+        cluster.wait_workers("prefill-0", "decode-0")
+        cluster.complete(new_prompt(), **GREEDY)
+        handed_over = cluster.counter("routed_disaggregated")
+        cut_off.touch()
+        cluster.wait_until(lambda: cluster.gauge("failed_pairs") == 1, "the cut to be noticed", 60.0)
+        requests = mixed(2)
+        streams = begin(cluster, requests)
+        demand_undisturbed(cluster, requests, streams)
+        assert (cluster.counter("retries"), cluster.counter("routed_disaggregated")) == (0, handed_over)
+        cut_off.unlink()
+        cluster.wait_until(lambda: cluster.gauge("failed_pairs") == 0, "the pair to answer again", 60.0)
+        cluster.complete(new_prompt(), **GREEDY)
+        assert (cluster.counter("retries"), cluster.counter("routed_disaggregated")) == (0, handed_over + 1)
+        cluster.wait_idle()

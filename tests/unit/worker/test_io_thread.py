@@ -79,6 +79,7 @@ class QuietExchange:
     """An exchange that records the messages of peers and has no timers."""
 
     sockets: tuple[object, ...] = ()
+    silent_peers: tuple[str, ...] = ()
 
     def __init__(self) -> None:
         self.counters = TransferCounters()

@@ -1,0 +1,106 @@
+"""kvtransfer.protocol.pairs: greetings over links that lose messages or are cut, without a transfer."""
+
+from __future__ import annotations
+
+import random
+from collections import deque
+
+import pytest
+
+from baton.kvtransfer.protocol.pairs import (
+    GREET_AGAIN_S,
+    MAX_GREETINGS,
+    PAIR_IDLE_S,
+    PROBE_S,
+    Pairs,
+    PeerTransport,
+)
+from baton.node.messages.base import Message
+from baton.node.messages.transfer import Hello, Welcome
+from baton.testing.loopback import LoopbackFabric
+
+STEP_S = 0.05
+NOTICED_S = PROBE_S + (MAX_GREETINGS + 1) * GREET_AGAIN_S + STEP_S
+"""From the cut of a link to the moment at which its peer counts as silent, at most."""
+
+
+class Link:
+    """A prefill worker's pairs with one decode worker, over a link that loses a part of the messages."""
+
+    def __init__(self, seed: int = 0, loss: float = 0.0) -> None:
+        self.now, self.cut, self.num_hellos = 0.0, False, 0
+        self._random, self._loss = random.Random(seed), loss
+        self._queue: deque[tuple[str, Message]] = deque()
+        fabric = LoopbackFabric()
+        self.prefill, self.decode = (
+            Pairs(name, b"n" * 32, [fabric.plane(name, None)], self._transport())  # type: ignore[arg-type]
+            for name in ("p/1", "d/1")
+        )
+        self.silenced: list[str] = []
+
+    def _transport(self) -> PeerTransport:
+        return PeerTransport(self._send, lambda peer, address: None, lambda peer: None)
+
+    def _send(self, peer: str, message: Message) -> bool:
+        self.num_hellos += isinstance(message, Hello)
+        if not self.cut and self._random.random() >= self._loss:
+            self._queue.append((peer, message))
+        return True
+
+    def run(self, seconds: float) -> None:
+        end = self.now + seconds
+        while self.now < end:
+            self.now += STEP_S
+            self.silenced += self.prefill.tend(self.now)
+            assert self.decode.tend(self.now) == []
+            while self._queue:
+                _, message = self._queue.popleft()
+                if isinstance(message, Hello):
+                    assert self.decode.on_hello("p/1", message, self.now)
+                elif isinstance(message, Welcome):
+                    assert self.prefill.on_welcome("d/1", message, self.now)
+
+
+def used(seed: int = 0, loss: float = 0.0) -> Link:
+    """A link over which one transfer was opened."""
+    link = Link(seed, loss)
+    link.prefill.greet("d/1", "tcp://d", 0.0)
+    link.run(1.0)
+    return link
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_cut_of_an_idle_link_is_noticed_and_so_is_its_end(seed: int) -> None:
+    """Guards the first request after a cut: it waited for its transfer to stall."""
+    link = used(seed, loss=0.3)
+    link.run(random.Random(seed).uniform(0.0, 20.0))
+    assert link.prefill.silent() == ()
+    link.cut = True
+    link.run(NOTICED_S)
+    assert link.prefill.silent() == ("d/1",) and link.silenced == ["d/1"]
+    link.cut = False
+    link.run(NOTICED_S)
+    assert link.prefill.silent() == ()
+
+
+def test_an_idle_pair_is_probed_until_it_is_forgotten() -> None:
+    """Guards the network against probes of pairs that nothing uses, and against more of them than one in PROBE_S."""
+    link = used()
+    link.run(PAIR_IDLE_S)
+    assert link.num_hellos <= 1 + (PAIR_IDLE_S + 1.0) / PROBE_S
+    assert link.prefill.idle(link.now) == ["d/1"] and link.decode.idle(link.now) == []
+    link.prefill.forget("d/1")
+    num_hellos = link.num_hellos
+    link.run(PAIR_IDLE_S + PROBE_S)
+    assert link.num_hellos == num_hellos and link.decode.idle(link.now) == ["p/1"]
+
+
+def test_a_peer_that_never_answers_is_greeted_again_and_again_in_bounded_numbers() -> None:
+    """Guards against a storm of greetings to a peer that is gone."""
+    link = Link()
+    link.cut = True
+    link.prefill.greet("d/1", "tcp://d", 0.0)
+    link.run(60.0)
+    series_s = PROBE_S + MAX_GREETINGS * GREET_AGAIN_S
+    assert MAX_GREETINGS < link.num_hellos <= MAX_GREETINGS * (60.0 / series_s + 1)
+    assert len(link.silenced) <= 60.0 / series_s + 1
