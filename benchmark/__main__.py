@@ -48,6 +48,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "proxies": BenchmarkEntry(
         "host.proxies", "streamed tokens/s of one proxy and of several at one port, with no model"
     ),
+    "links": BenchmarkEntry("host.links", "KV hand-over and control messages over encrypted links, and in the clear"),
     "steps": BenchmarkEntry("host.steps", "single model steps on CPU, as input of `baton simulate fit`"),
     "tiers": BenchmarkEntry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
     "decode": BenchmarkEntry("gpu.decode", "ms of a decode step on a GPU"),
