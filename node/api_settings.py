@@ -38,7 +38,11 @@ class ApiSettings:
         minimum=1,
         maximum=64,
     )
-    insecure_network: bool = option(False, help="allow binding to an address that other machines can reach")
+    insecure_network: bool = option(
+        False,
+        help="let the API listen where other machines reach it; of a proxy without --secret-file, run links in the "
+        "clear too",
+    )
     api_key: tuple[str, ...] = option(
         (),
         separate=True,

@@ -83,7 +83,7 @@ def link_credentials(role: NodeRole, secret_file: Path | None, insecure_network:
         logger,
         "links_insecure",
         level=logging.WARNING,
-        opens="anybody who reaches a port of this node reads prompts and answers, joins as a worker, and changes KV",
+        opens="any process that reaches a port of this node reads prompts, joins as a worker and changes KV",
         remedy="--secret-file",
     )
     return Credentials(role)

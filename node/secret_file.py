@@ -19,8 +19,8 @@ SECRET_HELP = (
     "only nodes that have it are let in"
 )
 INSECURE_HELP = (
-    "allow binding to an address that other machines can reach; without --secret-file, links are neither encrypted nor "
-    "authenticated"
+    "run links in the clear where there is no --secret-file: any process that reaches this node's port reads prompts, "
+    "joins as a worker and changes KV"
 )
 _HEX = re.compile(rf"[0-9A-Fa-f]{{{2 * SECRET_BYTES}}}".encode())
 
