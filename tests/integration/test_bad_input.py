@@ -217,6 +217,24 @@ def test_broken_zmtp(cluster: Cluster) -> None:
         assert cluster.nodes.log(name).count("message_rejected") == count, name
 
 
+CURVE_GREETING = b"\xff" + bytes(8) + b"\x7f\x03\x00CURVE" + bytes(15) + b"\x00" + bytes(31)
+
+
+def test_broken_zmtp_before_any_key(cluster: Cluster) -> None:
+    """Guards the handshake of encrypted links: its frames come from anybody, of any size."""
+    frames = [*HUNG_UP.values(), *(broken for broken, _ in COUNTED.values()), random.Random(4).randbytes(5000)]
+    opened = []
+    for port in all_ports(cluster).values():
+        for frame in frames:
+            connection = socket.create_connection(("127.0.0.1", port), timeout=20)
+            opened.append(connection)
+            with contextlib.suppress(ConnectionError):  # it may close while we send
+                connection.sendall(CURVE_GREETING + frame)
+    assert cluster.complete(PROMPT + " After those, too.", **ANSWER)["usage"]["completion_tokens"] == 24
+    for connection in opened:
+        connection.close()
+
+
 def test_garbage_frames(cluster: Cluster) -> None:
     """Guards against well-framed garbage: no message, half a message, too many frames, an identity that is not text."""
     chance = random.Random(3)
