@@ -33,7 +33,9 @@ from baton.node.watch import EVERY_S, DealerWatch
 
 MAX_MESSAGE_BYTES = 1 << 20
 MAX_MESSAGES_PER_POLL = 256
-OPTIONS = sockets.Options(max_message_bytes=MAX_MESSAGE_BYTES, heartbeat_ms=500, heartbeat_timeout_ms=1_500)
+OPTIONS = sockets.Options(
+    max_message_bytes=MAX_MESSAGE_BYTES, heartbeat_ms=500, heartbeat_timeout_ms=1_500, handshake_ms=5_000
+)
 
 ConnectionId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Number = Annotated[int, Meta(ge=0, le=1 << 62)]

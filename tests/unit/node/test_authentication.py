@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -18,6 +19,7 @@ from baton.node.messages.senders import SENT, sender_error
 from baton.node.messages.store import STORE_MESSAGES
 from baton.node.messages.wire import MESSAGES
 from baton.node.sockets import Context
+from baton.testing.relay import Relay, Toward
 
 WAIT_S = 10.0
 KEYS, OTHER_KEYS = Keys(b"k" * 32), Keys(b"o" * 32)
@@ -120,35 +122,33 @@ def test_a_client_does_not_talk_to_a_server_without_the_secret(nodes: Nodes) -> 
             assert server.receive(0.03) == [] and client.receive(0.0) == []
 
 
-def test_the_bytes_on_the_wire_are_encrypted(nodes: Nodes) -> None:
-    """Guards against keys that are set and not used: the reader of a network sees no message."""
-    server, context = nodes.server("proxy"), zmq.Context[zmq.Socket[bytes]]()
-    taps = context.socket(zmq.STREAM), context.socket(zmq.STREAM)
-    port = taps[0].bind_to_random_port("tcp://127.0.0.1")
-    taps[1].connect(server.address)
-    taps[1].recv_multipart()
-    client = nodes.context("decode")
-    endpoint = Endpoint(client, "d/1", None)
-    endpoint.connect("server", f"tcp://127.0.0.1:{port}", "proxy")
-    mark = "a text that is easy to find"
-    endpoint.send("server", Tokens(request_id=mark, attempt=0, index=0, ids=(1,)))
-    seen, ends, heard, deadline = b"", [b"", taps[1].getsockopt(zmq.ROUTING_ID)], [], time.monotonic() + WAIT_S
-    ids: list[bytes] = [b"", b""]
-    while not heard:
+class Tap(Relay):
+    """A relay that remembers what has passed."""
+
+    seen = b""
+
+    async def _spoil(self, piece: bytes, toward: Toward) -> bytes:
+        self.seen += piece
+        return piece
+
+
+async def test_the_bytes_on_the_wire_are_encrypted(nodes: Nodes) -> None:
+    """Guards against keys that are set and not used: the reader of a network sees no message and no name."""
+    server = nodes.server("proxy")
+    tap = Tap(int(server.address.rpartition(":")[2]), "seed")
+    await tap.start()
+    client = Endpoint(nodes.context("decode"), "decode-of-kim/1", None)
+    client.connect("server", f"tcp://127.0.0.1:{tap.port}", "proxy")
+    sent = Tokens(request_id="a text that is easy to find", attempt=0, index=0, ids=(1,))
+    client.send("server", sent)
+    deadline = time.monotonic() + WAIT_S
+    while not (heard := server.receive(0.0)):
         assert time.monotonic() < deadline
-        for number, tap in enumerate(taps):
-            while tap.poll(5):
-                ids[number], data = tap.recv_multipart()
-                seen += data
-                other = taps[1 - number]
-                if number == 0 and not ids[1]:
-                    ids[1] = ends[1]
-                if data and ids[1 - number]:
-                    other.send_multipart([ids[1 - number], data])
-        heard = server.receive(0.0)
-    assert len(seen) > 200 and mark.encode() not in seen and b"d/1" not in seen
-    endpoint.close()
-    context.destroy(0)
+        await asyncio.sleep(0.01)
+    assert heard == [("decode-of-kim/1", sent)]
+    assert len(tap.seen) > 200 and b"easy to find" not in tap.seen and b"kim" not in tap.seen
+    client.close()
+    await tap.close()
 
 
 def test_a_name_belongs_to_a_key(nodes: Nodes) -> None:
