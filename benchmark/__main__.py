@@ -34,6 +34,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     ),
     "one-gpu": BenchmarkEntry("cluster.one_gpu", "one colocated worker under the loads of the steps page"),
     "two-gpus": BenchmarkEntry("cluster.two_gpus", "one prefill and one decode worker against two colocated ones"),
+    "structured": BenchmarkEntry("cluster.structured", "streams with answers of a given form beside free ones"),
     "reuse": BenchmarkEntry(
         "cluster.reuse", "prompt tokens computed with the KV store and without, beside an ideal cache"
     ),

@@ -24,7 +24,7 @@ from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights,
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
-from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, one_after_the_other
 
 pytestmark = pytest.mark.gpu
 
@@ -98,6 +98,26 @@ def test_every_sampling_parameter_samples_as_on_the_cpu():
         assert entry is not None and expected is not None and entry.logprobs and expected.logprobs
         assert [token for token, _ in entry.logprobs[0].top] == [token for token, _ in expected.logprobs[0].top]
         assert entry.logprobs[0].logprob == pytest.approx(expected.logprobs[0].logprob, abs=1e-3)
+
+
+def test_masked_rows_draw_as_on_the_cpu():
+    """Guards steps that draw when their masks come: beside free rows, with parts of prompts, running ahead."""
+    folder, made = locate_model("demo"), prompts(6)
+    runner = make(folder, torch.float32, max_rows=8)
+    run, params = Ahead(runner), {"temperature": 0.8, "repetition_penalty": 1.1}
+    for slot, prompt in enumerate(made):
+        masked = {"grammar": GRAMMAR} if slot % 2 else {}
+        run.start(slot, prompt, table(slot), **params, **masked, seed=slot + 1)
+        while run.computed[slot] < len(prompt):
+            run.launch([*range(max(0, slot - 2), slot), slot], 100)
+    while any(len(run.known[slot]) < len(prompt) + 24 for slot, prompt in enumerate(made)):
+        run.launch(list(range(len(made))), 100)
+    plain = ModelRunner.load(folder)
+    plain.bind_pool(torch.zeros(plain.kv_shape(42, 16)))
+    for slot, prompt in enumerate(made):
+        masked = {"grammar": GRAMMAR} if slot % 2 else {}
+        expected = one_after_the_other(plain, prompt, list(range(1, 41)), 24, **params, **masked, seed=slot + 1)
+        assert run.generated(slot)[:24] == expected
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
