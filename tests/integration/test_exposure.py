@@ -89,6 +89,16 @@ def test_no_command_line_has_a_secret(cluster: Cluster) -> None:
         assert not stat.S_IMODE((folder / "environ").stat().st_mode) & 0o077
 
 
+def test_what_is_on_disk_is_readable_by_its_user_only(cluster: Cluster, folder: Path) -> None:
+    """KV is as confidential as the prompts that it was computed from."""
+    paths = [folder / "kvstore", *(folder / "kvstore").rglob("*")]
+    assert any(path.is_file() for path in paths)
+    top, *inside = paths
+    assert not stat.S_IMODE(top.stat().st_mode) & 0o077, top
+    for path in (*inside, *folder.glob("*.log")):
+        assert not stat.S_IMODE(path.stat().st_mode) & 0o077, path
+
+
 def test_no_log_and_no_route_of_an_operator_has_a_prompt_or_a_key(cluster: Cluster, folder: Path) -> None:
     """CVE-2026-107206 showed the environment, and logs of other servers the prompts, to whoever asked."""
     assert cluster.metrics()
