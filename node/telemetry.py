@@ -18,6 +18,8 @@ LEVELS: tuple[str, ...] = ("debug", "info", "warning", "error")
 
 MAX_LINE_CHARS = 4000
 """Of a library's message."""
+MAX_TRACEBACK_LINES = 400
+"""Without its middle, if it has more: the frames come first, the exception's message last."""
 MAX_VALUE_CHARS = 300
 """A longer value is cut: a peer's reason, a path, an exception's message have no bound of their own."""
 
@@ -64,7 +66,8 @@ def excerpt(value: object, max_chars: int = MAX_VALUE_CHARS) -> str:
 
 
 class _LineFormatter(logging.Formatter):
-    """Format of all records; a library's multi-line message becomes one line, a traceback keeps its own lines."""
+    """Format of all records; a library's multi-line message becomes one line, a traceback keeps its own lines. These
+    are indented, as the exception's message may hold line breaks of a client: no line of it looks like an event."""
 
     def __init__(self, node_name: str) -> None:
         super().__init__()
@@ -76,7 +79,19 @@ class _LineFormatter(logging.Formatter):
         line = f"{time.removesuffix('+00:00')}Z {record.levelname} {self._node_name} {message}"
         if record.exc_info is None:
             return line
-        return "\n".join([line, *map(_escaped, self.formatException(record.exc_info).splitlines())])
+        return "\n".join([line, *map(_continuation, _ends_of(self.formatException(record.exc_info).splitlines()))])
+
+
+def _ends_of(lines: list[str]) -> list[str]:
+    cut = len(lines) - MAX_TRACEBACK_LINES
+    if cut <= 0:
+        return lines
+    half = MAX_TRACEBACK_LINES // 2
+    return [*lines[:half], f"... {cut} lines ...", *lines[half + cut :]]
+
+
+def _continuation(line: str) -> str:
+    return f"  {excerpt(line, MAX_LINE_CHARS)}"
 
 
 def _escaped(text: str) -> str:

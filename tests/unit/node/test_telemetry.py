@@ -60,6 +60,30 @@ def test_a_traceback_is_kept(log: io.StringIO) -> None:
     assert "Traceback" in log.getvalue() and "ValueError: the cause" in log.getvalue()
 
 
+def test_no_line_of_a_traceback_looks_like_an_event(log: io.StringIO) -> None:
+    """Guards against forged events: an exception's message may quote what a client has sent, line breaks included."""
+    forged = "2026-01-01T00:00:00.000Z INFO decode-0 registered"
+    try:
+        error = ValueError(f"bad\n{forged}\r{forged}\u2028{forged}")
+        error.add_note(f"note\n{forged}")
+        raise ExceptionGroup(f"several\n{forged}", [error])
+    except ExceptionGroup:
+        logging.getLogger("x").exception("crashed")
+    first, *others = re.split("[\r\n\u2028]", log.getvalue().removesuffix("\n"))
+    assert LINE.fullmatch(first) and sum(forged in line for line in others) == 5
+    assert all(line.startswith("  ") for line in others)
+
+
+def test_a_long_traceback_loses_its_middle(log: io.StringIO) -> None:
+    """Guards the disk against a message of a million lines; the type and the frames are shown all the same."""
+    try:
+        raise ValueError("first\n" + "\n" * 100_000 + "x" * 100_000)
+    except ValueError:
+        logging.getLogger("x").exception("crashed")
+    assert len(log.getvalue()) < 20 * MAX_LINE_CHARS
+    assert "ValueError: first" in log.getvalue() and "xxx" in log.getvalue()
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [
