@@ -107,14 +107,15 @@ class ModelWorkers:
         return self._had_at.get(role, float("-inf"))
 
     def join(self, identity: str, register: Register, now: float) -> str:
-        """Take a worker in; returns "" or the reason for refusing it."""
+        """Take a worker in; returns "" or the reason for refusing it. One that goes on to register hears nothing: only
+        its heartbeats keep it."""
         shape = self.shape
         if shape is not None and register.namespace != shape.namespace:
             return "another namespace: this cluster serves another model, dtype or KV layout"
         if identity not in self.members:
             load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
             self.members[identity] = _Member(register, now, load, progress_at=now)
-        self.members[identity].last_message_at = self._had_at[register.role] = now
+        self._had_at[register.role] = now
         self._last_shape = self.shape
         return ""
 

@@ -63,6 +63,15 @@ def test_a_register_evicts_no_member() -> None:
         assert cluster.models["m"].members["d/1"].register == _register()
 
 
+def test_a_worker_that_hears_nothing_is_overdue() -> None:
+    """Guards requests from a worker whose Registers arrive and that no answer reaches: it went on for ever to get some
+    that it never heard of."""
+    cluster = ClusterState(60, ["m"])
+    for quarter in range(10):
+        cluster.join("d/1", _register(), quarter / 4)
+    assert cluster.overdue(2.25) == [("d/1", "silent")]
+
+
 def test_a_wrong_name_or_version_is_refused() -> None:
     """Guards against a worker with another's name or another protocol version."""
     cluster = ClusterState(60, ["m"])
