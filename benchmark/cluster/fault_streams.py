@@ -19,7 +19,7 @@ HUNG_S = 40.0
 RIGHT, WRONG, HUNG, REFUSED, BROKEN, BLAMED = "right", "wrong", "hung", "refused", "broken", "blamed"
 VERDICTS = (RIGHT, WRONG, HUNG, REFUSED, BROKEN, BLAMED)
 """blamed: an error of 400 or so, though the request was good."""
-AFTER_REFUSAL_S = 0.2
+AFTER_REFUSAL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +79,8 @@ def read_stream(port: int, model: str, request: StreamRequest, hung_s: float = H
             _read_events(answer, result)
     except TimeoutError:
         result.end = "timeout"
+    except ConnectionRefusedError:
+        result.error = "no proxy listens"
     except (OSError, http.client.HTTPException, ValueError):
         result.end = "lost"
     finally:

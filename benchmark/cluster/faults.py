@@ -230,7 +230,9 @@ def main(argv: Sequence[str]) -> int:
     with TemporaryDirectory(prefix="baton-faults-") as folder:
         try:
             events, results, footprints = disturbed(options, lines, Path(folder))
-            texts = undisturbed(options, [result.request for result in results], Path(folder) / "oracle")
+            texts = {result.request: "" for result in results}
+            begun = [result.request for result in results if result.text]
+            texts |= undisturbed(options, begun, Path(folder) / "oracle")
         except ClusterError as error:
             raise BenchmarkFailed(str(error)) from error
     for result in results:
