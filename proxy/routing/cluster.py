@@ -55,6 +55,8 @@ class _Member:
     """Of legs that it had when it reported, computed by then."""
     done_tokens: int = 0
     """Of the waiting ones that it reported: computed, or given up, since."""
+    ended: int = 0
+    """Of the requests that it reported: have ended since."""
     view: WorkerView | None = None
     """None where it must be made anew."""
 
@@ -128,6 +130,7 @@ class ModelWorkers:
         member.reported_at = now - heartbeat.load_age_s
         seen = sum(leg.tokens for leg in member.legs.values() if leg.sent_at < member.reported_at)
         member.begun_tokens, member.done_tokens = max(0, seen - heartbeat.load.waiting_tokens), 0
+        member.ended = 0
         member.view = None
         if now - self._median_at >= HEARTBEAT_S:
             self._median_at = now
@@ -254,6 +257,7 @@ class ClusterState:
             member = workers.members[worker]
             member.view = None
             if (leg := member.legs.pop(request_id, None)) is not None:
+                member.ended += leg.sent_at < member.reported_at
                 workers.shares.leave(leg.tenant, member.register.role, leg.blocks)
 
     def statuses(self) -> list[WorkerStatus]:
@@ -309,7 +313,7 @@ def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
         address=member.register.address,
         role=member.register.role,
         draining=member.draining,
-        requests=max(load.running + load.waiting + len(unseen), len(member.legs)),
+        requests=max(load.running + load.waiting - member.ended + len(unseen), len(member.legs)),
         tokens=max(0, load.waiting_tokens - member.done_tokens) + sum(leg.tokens for leg in unseen),
         free_blocks=max(0, load.free_blocks - sum(leg.blocks for leg in unseen)),
         total_blocks=load.total_blocks,

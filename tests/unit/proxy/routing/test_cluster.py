@@ -113,7 +113,12 @@ def test_work_counts_from_its_dispatch() -> None:
     (view,) = cluster.models["m"].view()
     assert (view.requests, view.tokens, view.free_blocks) == (3, 30, 35)
     cluster.settle("d/1", "r1")
-    assert cluster.models["m"].view()[0].requests == 3  # until the next heartbeat says otherwise
+    assert cluster.models["m"].view()[0].requests == 2, "of those that the worker reported, one has ended"
+    cluster.assign(Leg("d/1", "r2", tokens=0, blocks=1, sent_at=2.5))
+    cluster.settle("d/1", "r2")
+    assert cluster.models["m"].view()[0].requests == 2, "the worker never reported it"
+    cluster.beat("d/1", _beat(Load(running=2, free_blocks=35, total_blocks=50)), 3)
+    assert cluster.models["m"].view()[0].requests == 2
 
 
 def test_a_computed_prompt_waits_no_longer() -> None:
