@@ -2,8 +2,8 @@
 
 A worker serves what it has in order of arrival, so what one tenant has there delays all others. While others are
 active, a tenant may have prompts there for a short time of computing. Of the rows and blocks of decode workers it
-leaves free what the others have lately wanted at once and half of it, up to an even part, and a few in any case.
-One prompt a worker, and one row, it may always have.
+leaves free what the others have lately wanted at once and half of it, up to an even part. One that has its even part
+leaves a few free in any case, for those that have less. One prompt a worker, and one row, each may always have.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ QUEUED_S = 0.03
 """Of a tenant's prompts that wait at workers or are being computed, at the workers' speed: a full step of a GPU, and a
 part of the next."""
 FREE_PART = 1 / 9
-"""Of rows and blocks, that stay free in any case."""
+"""Of rows and blocks, that are not for tenants which have their even part."""
 NO_TENANT = ""
 """A probe of the proxy's own."""
 
@@ -127,7 +127,8 @@ def _prompt_fits(held: Held, num_tokens: int, workers: Sequence[WorkerView]) -> 
 
 
 def _row_fits(held: Held, num_blocks: int, others: Sequence[Held], workers: Sequence[WorkerView]) -> bool:
-    """Whether what stays free suffices for what each of the others has not of its peak, or of its even part."""
+    """Whether what stays free suffices for what each of the others has not of its peak, or of its even part; and for
+    the free part, where this tenant would have more than its own even part."""
     if not held.rows:
         return True
     decodes = [worker for worker in workers if worker.role == "decode"]
@@ -138,6 +139,6 @@ def _row_fits(held: Held, num_blocks: int, others: Sequence[Held], workers: Sequ
     parts = 1 + len(others)
     kept_rows = sum(each.wanted.rows_below(rows // parts, each.rows) for each in others)
     kept_blocks = sum(each.wanted.blocks_below(blocks // parts, each.blocks) for each in others)
-    return free_rows >= max(kept_rows, int(FREE_PART * rows)) and free_blocks >= max(
-        kept_blocks, int(FREE_PART * blocks)
-    )
+    if held.rows >= rows // parts or held.blocks + num_blocks > blocks // parts:
+        kept_rows, kept_blocks = max(kept_rows, int(FREE_PART * rows)), max(kept_blocks, int(FREE_PART * blocks))
+    return free_rows >= kept_rows and free_blocks >= kept_blocks

@@ -83,6 +83,24 @@ def test_some_rows_and_blocks_stay_free() -> None:
     assert _rows_until_refused(shares_of("a", "b"), num_blocks=100) == 8
 
 
+def test_free_rows_and_blocks_are_there_for_small_tenants() -> None:
+    """Guards against free rows that no tenant may take: a second request of a light tenant waited for an answer of
+    the heavy one to end."""
+    made = shares_of("a", "b")
+    made.take("b", "decode", 0, 1)
+    made.ask("b", 1, 1, 0.0)
+    for _ in range(28):
+        made.take("a", "decode", 0, 30)
+    view = [worker("prefill"), worker("decode", requests=29, free_blocks=111)]
+    assert made.allow("b", 100, 50, view, 0.0) and not made.allow("a", 100, 1, view, 0.0)
+    for _ in range(15):
+        made.take("b", "decode", 0, 1)
+    assert not made.allow("b", 100, 50, view, 0.0), "it has its even part of the rows"
+    made = shares_of("a", "b")
+    made.take("b", "decode", 0, 451)
+    assert made.allow("b", 100, 49, view, 0.0) and not made.allow("b", 100, 50, view, 0.0), "its part of the blocks"
+
+
 def test_what_others_have_wanted_stays_free() -> None:
     """Guards the requests of a tenant that come together, after one that has been seen to have so many at once."""
     made = shares_of("a", "b")
