@@ -40,6 +40,8 @@ class WorkerCounters:
     prompt_tokens_gpu: int = counted("Tokens of prompts whose KV was in the worker's own pool.")
     prompt_tokens_computed: int = counted("Tokens of prompts that were computed.")
     evictions: int = counted("Cached blocks that were evicted.")
+    masked_steps: int = counted("Steps with rows that have grammars.")
+    mask_seconds: float = counted("Seconds in which the host made the masks of these rows.")
 
 
 @dataclass(slots=True)

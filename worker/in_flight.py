@@ -96,14 +96,16 @@ class InFlightSteps:
         """The newest step needs masks before it can be read, and before another is launched."""
         return bool(self._steps) and bool(self._steps[-1].masked)
 
-    def complete(self, masks: Callable[[list[Constraint]], np.ndarray]) -> None:
-        """Give the step its masks, if it awaits some and all steps before it were read."""
-        if len(self._steps) == 1 and self.awaits_masks:
-            step = self._steps[0]
-            constraints = [each.constraint for each in step.masked if each.constraint is not None]
-            assert len(constraints) == len(step.masked), "a sequence drew before its grammar was compiled"
-            step.launched.complete(masks(constraints))
-            step.masked.clear()
+    def complete(self, masks: Callable[[list[Constraint]], np.ndarray]) -> float:
+        """Give the step its masks, if it awaits some and all steps before it were read. The seconds that this took."""
+        if len(self._steps) != 1 or not self.awaits_masks:
+            return 0.0
+        began_at, step = self._clock(), self._steps[0]
+        constraints = [each.constraint for each in step.masked if each.constraint is not None]
+        assert len(constraints) == len(step.masked), "a sequence drew before its grammar was compiled"
+        step.launched.complete(masks(constraints))
+        step.masked.clear()
+        return self._clock() - began_at
 
     def read(self) -> tuple[InFlightStep, list[Drawn | None]]:
         """Wait for the oldest step and return what it drew, one entry a part."""

@@ -280,12 +280,19 @@ class Loop:
         if before == run_ahead > 0 and self._clock() < role.launch_at:
             return False
         changed = role.launch()
-        steps.complete(self._parts.grammars.masks)
+        self._complete()
         while steps and (len(steps) == before or len(steps) > run_ahead or steps.awaits_masks):
             role.take_in(*steps.read())
-            steps.complete(self._parts.grammars.masks)
+            self._complete()
             changed, before = True, -1
         return changed
+
+    def _complete(self) -> None:
+        """Give the newest step its masks, if it awaits some and all steps before it were read."""
+        counters, steps = self.role.counters, self.role.steps
+        if steps.awaits_masks and len(steps) == 1:
+            counters.mask_seconds += steps.complete(self._parts.grammars.masks)
+            counters.masked_steps += 1
 
     # -- load
 

@@ -1,5 +1,7 @@
 """What answers of a given form cost: streams that are free, a fifth of them constrained, and all, in turns.
 
+In the mix `bounded` all are constrained, and strings have a longest length.
+
 One decode worker that computes its prompts too. JSON lines: `start` the server; `streams` a mix in a turn, with output
 tokens/s and latencies at the client in ms; `first` the time to the first token, one request at a time, of free requests
 and of requests with a schema that no request had before; at the end `ratio`, the best turn of each mix beside the best
@@ -25,19 +27,28 @@ from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
 from baton.benchmark.harness.options import cluster_parser
 from baton.benchmark.harness.statistics import percentile
 
-SHARES = {"free": 0, "fifth": 5, "all": 1}
-"""Every so many-th stream is constrained; 0: none."""
+COUNTERS = {
+    "steps": "baton:worker_steps_total",
+    "masked_steps": "baton:worker_masked_steps_total",
+    "mask_s": "baton:worker_mask_seconds_total",
+    "device_busy_s": "baton:worker_device_busy_seconds_total",
+    "gap_s": "baton:worker_device_gap_seconds_total",
+}
+MIXES = {"free": (0, False), "fifth": (5, False), "all": (1, False), "bounded": (1, True)}
+"""Every so many-th stream is constrained (0: none), and whether the strings of its schema have a longest length."""
 
 
-def schema(number: int, min_items: int) -> dict[str, Any]:
-    """An array of records; different numbers have different schemas."""
+def schema(number: int, min_items: int, *, bounded: bool) -> dict[str, Any]:
+    """An array of records; different numbers have different schemas. `bounded`: its strings have a longest length,
+    which makes masks ten times as expensive."""
+    longest = {"maxLength": 24} if bounded else {}
     record = {
         "type": "object",
         "properties": {
-            f"name_{number}": {"type": "string", "maxLength": 24},
+            f"name_{number}": {"type": "string", **longest},
             "age": {"type": "integer", "minimum": 0, "maximum": 150},
             "kind": {"enum": ["red", "green", "blue"]},
-            "tags": {"type": "array", "items": {"type": "string", "maxLength": 12}, "maxItems": 3},
+            "tags": {"type": "array", "items": {"type": "string", **longest}, "maxItems": 3},
             "active": {"type": "boolean"},
         },
         "required": [f"name_{number}", "age", "kind", "tags", "active"],
@@ -46,8 +57,8 @@ def schema(number: int, min_items: int) -> dict[str, Any]:
     return {"type": "array", "items": record, "minItems": min_items}
 
 
-def constrained(number: int, min_items: int) -> Mapping[str, object]:
-    asked = {"json": schema(number, min_items), "disable_any_whitespace": True}
+def constrained(number: int, min_items: int, *, bounded: bool) -> Mapping[str, object]:
+    asked = {"json": schema(number, min_items, bounded=bounded), "disable_any_whitespace": True}
     return {"structured_outputs": asked, "ignore_eos": False, "temperature": 1.0, "seed": number}
 
 
@@ -57,13 +68,15 @@ def free(number: int) -> Mapping[str, object]:
 
 def streams(client: CompletionClient, mix: str, salt: int, options: argparse.Namespace) -> list[Streamed]:
     """All streams of a mix, at once."""
-    every = SHARES[mix]
+    every, bounded = MIXES[mix]
     requests = [
         TimedRequest(
             0.0,
             random_ids(options.input_tokens, "streams", salt, number),
             options.output_tokens,
-            constrained(number % 8, options.output_tokens) if every and number % every == 0 else free(number),
+            constrained(number % 8, options.output_tokens, bounded=bounded)
+            if every and number % every == 0
+            else free(number),
         )
         for number in range(options.streams)
     ]
@@ -93,7 +106,7 @@ def first_line(client: CompletionClient, kind: str, options: argparse.Namespace)
     """Milliseconds to the first token of requests one after the other."""
     found = []
     for number in range(options.first):
-        extra = constrained(1000 + number, 1) if kind == "new schema" else free(number)
+        extra = constrained(1000 + number, 1, bounded=True) if kind == "new schema" else free(number)
         prompt = random_ids(options.input_tokens, "first", kind, number)
         (answer,) = client.when_due([TimedRequest(0.0, prompt, 1, extra)])
         if not answer.ok:
@@ -107,20 +120,20 @@ def main(argv: Sequence[str]) -> int:
     exit_on_sigterm()
     lines = JsonLines(options.output)
     lines.begin(argv)
-    best = dict.fromkeys(SHARES, 0.0)
+    best = dict.fromkeys(MIXES, 0.0)
     with served_model(options, options.tokenizer) as model:
         settings = Configuration("structured").serve(model, options)
         with running(settings) as (cluster, ready_s):
             lines.put("start", ready_s=ready_s)
             client = CompletionClient(cluster.url, cluster.model)
-            for mix in SHARES:  # compiles kernels and grammars
+            for mix in MIXES:  # compiles kernels and grammars
                 streams(client, mix, -1, options)
             for turn in range(options.turns):
-                for mix in list(SHARES)[:: -1 if turn % 2 else 1]:
+                for mix in list(MIXES)[:: -1 if turn % 2 else 1]:
                     before = metrics(cluster)
                     line = stream_line(streams(client, mix, turn, options))
-                    gaps = metrics(cluster).total("baton:worker_device_gap_seconds_total")
-                    line["gap_s"] = gaps - before.total("baton:worker_device_gap_seconds_total")
+                    after = metrics(cluster)
+                    line |= {name: after.total(metric) - before.total(metric) for name, metric in COUNTERS.items()}
                     lines.put("streams", mix=mix, turn=turn, **line)
                     best[mix] = max(best[mix], line["tokens_per_s"])
             for kind in ("free", "new schema", "free", "new schema"):
