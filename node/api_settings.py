@@ -16,6 +16,7 @@ from baton.node.tls import check_certificate
 
 KEY_VARIABLE = "BATON_API_KEY"
 MAX_KEY_FILE_BYTES = 1 << 20
+_HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
 
@@ -72,6 +73,13 @@ class ApiSettings:
         metavar="ORIGIN",
         help="origin whose pages may use the API in a browser, such as https://chat.example.com, once for each; *: all",
     )
+    allowed_host: tuple[str, ...] = option(
+        (),
+        separate=True,
+        metavar="NAME",
+        help="further name that requests may be sent to, once for each; *: all. A server without keys on the loopback "
+        "answers only to localhost and IP addresses, as a web page could let its own name point there",
+    )
     access_log: bool = option(
         False, help="log a line a request: method, path, status, milliseconds, id; no bodies and no keys"
     )
@@ -97,6 +105,9 @@ class ApiSettings:
             raise SettingsError(f"--tenants holds all keys: leave out --api-key, --api-key-file and {KEY_VARIABLE}")
         if self.tls_key is not None and self.tls_cert is None:
             raise SettingsError("--tls-key needs --tls-cert")
+        for name in self.allowed_host:
+            if name != "*" and not _HOST_NAME.fullmatch(name):
+                raise SettingsError(f"--allowed-host {name}: a name without scheme and port, or *")
         for origin in self.cors_origin:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise SettingsError(f"--cors-origin {origin}: an origin is scheme://host[:port] without a path, or *")

@@ -140,17 +140,20 @@ def require_loopback(address: str, insecure_network: bool) -> None:
     `address` is a host: "127.0.0.1", "localhost", "::1". A host name other than localhost counts as a network: where it
     points to can change.
     """
-    if insecure_network or address == "localhost":
+    if insecure_network or is_loopback_host(address):
         return
-    try:
-        if ipaddress.ip_address(address).is_loopback:
-            return
-    except ValueError:
-        pass  # no IP address: a wildcard, an interface or a host name
     raise SettingsError(
         f"refusing to bind to {address!r}: other machines could reach it; bind to 127.0.0.1, or pass "
         "--insecure-network to serve them"
     )
+
+
+def is_loopback_host(address: str) -> bool:
+    """Whether only this machine can reach what is bound to this host."""
+    try:
+        return address == "localhost" or ipaddress.ip_address(address).is_loopback
+    except ValueError:
+        return False  # no IP address: a wildcard, an interface or a host name
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from baton.node.errors import SettingsError
 from baton.node.garbage import collect_rarely, freeze_startup_objects
 from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
-from baton.node.settings import is_from_environment, parse, require_loopback
+from baton.node.settings import is_from_environment, is_loopback_host, parse, require_loopback
 from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
 from baton.proxy.control import BYTES_A_TURN
@@ -32,6 +32,7 @@ from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
 from baton.proxy.http.app import app_of, group_app_of
 from baton.proxy.http.connections import ConnectionLimits, Connections
+from baton.proxy.http.hosts import ALL
 from baton.proxy.http.pace import PacedRequests
 from baton.proxy.http.protocol import bounded_protocol
 from baton.proxy.http.service import Service, make_service
@@ -76,6 +77,7 @@ async def serve(settings: ProxySettings) -> int:
         aliases=tuple(aliases),
         api_keys=api_keys(settings),
         cors_origins=settings.cors_origin,
+        allowed_hosts=_allowed_hosts(settings),
         access_log=settings.access_log,
         max_requests=settings.share_of(settings.max_requests),
         max_body_bytes=int(settings.max_body_mib * (1 << 20)),
@@ -138,6 +140,15 @@ def _max_connections(max_requests: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     return max(1, min(wanted, files - OTHER_FILES))
+
+
+def _allowed_hosts(settings: ProxySettings) -> tuple[str, ...] | None:
+    """Names that browsers on this machine may send requests to; None for all, where a key is needed anyway or the
+    network may send them."""
+    has_key = settings.tenants is not None or bool(api_keys(settings))
+    if has_key or ALL in settings.allowed_host or not is_loopback_host(settings.host):
+        return None
+    return (settings.host, *settings.allowed_host)
 
 
 def _group_of(settings: ProxySettings) -> Group:

@@ -27,6 +27,7 @@ from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.front import CORS_METHODS, AccessLog, LenientPaths, accepts_gzip
 from baton.proxy.http.guard import PROBES, Guard, tenant_of
+from baton.proxy.http.hosts import HostCheck
 from baton.proxy.http.refusals import add_failure_handlers
 from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.http.service import ModelEntry, Service, make_service
@@ -104,6 +105,8 @@ def _add_front(app: FastAPI, service: Service, open_paths: frozenset[str]) -> No
             allow_headers=["*"],
             expose_headers=["*"],
         )
+    if settings.allowed_hosts is not None:
+        app.add_middleware(HostCheck, allowed=settings.allowed_hosts, on_refused=service.refusals.add)
     if settings.access_log:
         app.add_middleware(AccessLog)
 

@@ -61,6 +61,7 @@ def test_serve_passes_every_option_on() -> None:
         "tls_cert": Path("c"),
         "tls_key": Path("k"),
         "cors_origin": ("https://a", "*"),
+        "allowed_host": ("a", "*"),
         "access_log": True,
         "max_requests": 2,
         "max_body_mib": 0.5,
