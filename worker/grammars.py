@@ -26,8 +26,8 @@ from baton.node.messages.control import Grammar
 from baton.worker.constraint import Constraint, GrammarCompiled
 
 COMPILE_THREADS = 2
-MASK_THREADS = max(1, min(8, len(os.sched_getaffinity(0)) // 2))
-"""A string with a bounded length takes a thread half a millisecond a row and step, others some 20 microseconds."""
+MASK_THREADS = max(1, min(16, len(os.sched_getaffinity(0)) - 2))
+"""A string with a bounded length takes a thread up to a millisecond a row and step, others some 20 microseconds."""
 MAX_COMPILED = 256
 """Of grammars; the one that was used least recently is forgotten first."""
 ALL_TOKENS = -1
