@@ -20,8 +20,7 @@ def check_certificate(certificate: Path, key: Path | None) -> None:
             raise SettingsError(f"{path}: cannot be read: {error.strerror}") from None
     given = f"--tls-cert {certificate}" + (f" --tls-key {key}" if key else "")
     try:
-        # The password is asked for on the terminal otherwise.
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password="")
+        server_context(certificate, key)
     except ssl.SSLError as error:
         if error.reason == "KEY_VALUES_MISMATCH":
             raise SettingsError(f"{given}: the key is not that of the certificate") from None
@@ -29,6 +28,14 @@ def check_certificate(certificate: Path, key: Path | None) -> None:
         raise SettingsError(f"{given}: {wanted} ({error.reason or error})") from None
     except ValueError as error:
         raise SettingsError(f"{given}: {error}") from None
+
+
+def server_context(certificate: Path, key: Path | None) -> ssl.SSLContext:
+    """For a server with files that were checked: TLS 1.2 and 1.3, with Python's ciphers."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.load_cert_chain(certificate, key, password="")  # it would be asked for on the terminal otherwise
+    return context
 
 
 def own_server_context() -> ssl.SSLContext:

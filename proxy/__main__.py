@@ -8,6 +8,7 @@ import math
 import resource
 import signal
 import socket
+import ssl
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
@@ -27,6 +28,7 @@ from baton.node.modelhub import locate_model
 from baton.node.settings import is_from_environment, is_loopback_host, parse, require_loopback
 from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
+from baton.node.tls import server_context
 from baton.proxy.control import BYTES_A_TURN
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.group import Alone, Group, SharedPort
@@ -35,6 +37,7 @@ from baton.proxy.http.connections import ConnectionLimits, Connections
 from baton.proxy.http.hosts import ALL
 from baton.proxy.http.pace import PacedRequests
 from baton.proxy.http.protocol import bounded_protocol
+from baton.proxy.http.server import BoundedServer
 from baton.proxy.http.service import Service, make_service
 from baton.proxy.interface import BODY_MEMORY_BYTES, AppSettings
 from baton.proxy.metrics.request_log import NoSpans, Spans
@@ -106,11 +109,9 @@ async def serve(settings: ProxySettings) -> int:
         ws="none",
         log_config=None,
         access_log=False,
-        ssl_certfile=settings.tls_cert,
-        ssl_keyfile=settings.tls_key,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
     )
-    server = uvicorn.Server(config)
+    server = BoundedServer(config, _tls_of(settings))
     async with _answering_group(settings, service):
         dispatcher.start()
         freeze_startup_objects()
@@ -140,6 +141,10 @@ def _max_connections(max_requests: int) -> int:
     if soft != resource.RLIM_INFINITY and soft < files:
         resource.setrlimit(resource.RLIMIT_NOFILE, (files, hard))
     return max(1, min(wanted, files - OTHER_FILES))
+
+
+def _tls_of(settings: ProxySettings) -> ssl.SSLContext | None:
+    return None if settings.tls_cert is None else server_context(settings.tls_cert, settings.tls_key)
 
 
 def _allowed_hosts(settings: ProxySettings) -> tuple[str, ...] | None:
