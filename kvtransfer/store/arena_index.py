@@ -62,7 +62,8 @@ class _Class:
 
 @dataclass(slots=True)
 class _Held:
-    reading: list[Entry] = field(default_factory=list)
+    reading: dict[Entry, None] = field(default_factory=dict)
+    """Each once, however often it was asked for."""
     writing: dict[Key, Entry] = field(default_factory=dict)
 
 
@@ -125,9 +126,12 @@ class ArenaIndex:
     def acquire(self, key: Key, holder: Holder) -> Entry | None:
         """The block, if it is ready, held until `release`."""
         entry = self.find(key)
-        if entry is not None:
+        if entry is None:
+            return None
+        reading = self._held.setdefault(holder, _Held()).reading
+        if entry not in reading:
+            reading[entry] = None
             entry.readers += 1
-            self._held.setdefault(holder, _Held()).reading.append(entry)
         return entry
 
     def touch(self, keys: Sequence[Key]) -> None:

@@ -13,6 +13,8 @@ from baton.node.messages.store import PeerGet
 
 MAX_LOADS = 256
 """On their way at once; a worker asks for fewer, and asks again as they come."""
+MAX_WAITERS = 4096
+"""For one block; to others it cannot be had. A prompt that many requests begin with may have about as many."""
 LOADER = "/"
 """The owner's name of slots that are being loaded into: no endpoint has it."""
 
@@ -41,7 +43,8 @@ class _Load:
     entry: Entry
     holder: Holder
     tier: str
-    waiters: list[Waiter] = field(default_factory=list)
+    waiters: dict[Waiter, None] = field(default_factory=dict)
+    """In their order; each once, however often it asks."""
 
 
 class Loads:
@@ -66,9 +69,10 @@ class Loads:
         load = self._loads.get(key)
         if load is None:
             load = self._begin(key, peer, now)
-        if load is not None:
-            load.waiters.append(waiter)
-        return load is not None
+        if load is None or (waiter not in load.waiters and len(load.waiters) >= MAX_WAITERS):
+            return False
+        load.waiters[waiter] = None
+        return True
 
     def end(self, key: Key, digest: bytes) -> list[Waiter]:
         """The block is in its slot, and can be found from now on; without a digest: never. Returns its waiters."""
@@ -77,7 +81,7 @@ class Loads:
             self._index.commit(key, load.holder, digest)
         self._index.release(load.holder)
         self.outcomes[f"{load.tier}_{'ok' if digest else 'failed'}"] += 1
-        return load.waiters
+        return list(load.waiters)
 
     def span_of(self, key: Key) -> memoryview:
         """The slot that this block is being loaded into."""

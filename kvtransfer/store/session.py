@@ -80,7 +80,8 @@ class _Reading:
     done: int = 0
     """Blocks copied without a gap, from the first on."""
     to_fetch: deque[int] = field(default_factory=deque)
-    fetching: int = 0
+    fetching: set[int] = field(default_factory=set)
+    """Asked for, and not arrived."""
     copying: int = 0
     ending: bool = False
     """Nothing more is wanted of it; it is over with the copies that are under way."""
@@ -347,18 +348,20 @@ class StoreSession:
 
     def _fetch(self, reading: _Reading) -> None:
         indices = []
-        while reading.to_fetch and reading.fetching < FETCH_WINDOW:
+        while reading.to_fetch and len(reading.fetching) < FETCH_WINDOW:
             number = reading.to_fetch.popleft()
             if number < reading.limit:
                 indices.append(reading.first + number)
-                reading.fetching += 1
+                reading.fetching.add(number)
         if indices:
             self._send(Fetch(id=reading.id, indices=tuple(indices)))
 
     def _on_arrival(self, reading: _Reading, arrival: Arrival) -> None:
         number = arrival.index - reading.first
-        reading.fetching -= 1
-        if not 0 <= number < reading.limit:
+        if number not in reading.fetching:
+            return  # not asked for, or a second time
+        reading.fetching.remove(number)
+        if number >= reading.limit:
             return
         if arrival.digest:
             self._queue_load(reading, number, arrival.offset, arrival.digest)

@@ -134,6 +134,18 @@ def test_another_size_of_block_gets_its_share_of_regions() -> None:
     index.check()
 
 
+def test_a_holder_holds_a_block_once() -> None:
+    """Guards the store's memory against a worker that asks for one block for ever."""
+    index, holder = _arena(), Holder("reader", 1)
+    _put(index, 0)
+    for _ in range(3):
+        entry = index.acquire(_key(0), holder)
+        assert entry is not None and entry.readers == 1
+    index.check()
+    index.release(holder)
+    assert entry.readers == 0 and index.num_holders == 0
+
+
 def test_registering_refuses_invalid_layouts() -> None:
     """Guards the server against a worker of another layout in the same namespace, and a flood of namespaces."""
     index = _arena()

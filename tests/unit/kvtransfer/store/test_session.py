@@ -8,22 +8,27 @@ import pytest
 
 from baton.kvtransfer.blocks.checksum import xxh3
 from baton.kvtransfer.blocks.copies import HostCopies
-from baton.kvtransfer.store.arena_index import Key
+from baton.kvtransfer.store.arena_index import MAX_NAMESPACES, Key
 from baton.kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
 from baton.kvtransfer.store.members import LEASE_S
 from baton.kvtransfer.store.session import DOWN_AFTER_S
 from baton.node.leg import LegKey
 from baton.node.messages.base import PROTOCOL_VERSION
 from baton.node.messages.store import (
+    PEER,
     RAM,
+    Arrival,
     Attach,
     Commit,
     Damaged,
     Detached,
     Fetch,
+    Fetched,
+    Found,
     Lookup,
     PeerData,
     PeerFound,
+    Place,
     Put,
     Release,
     Touch,
@@ -243,6 +248,38 @@ def test_blocks_of_a_peer_are_verified_before_they_are_found(right: bool) -> Non
     assert (server.index.find(Key(SPACE, name)) is not None) is right
     assert server.stats()["loads_peer_ok" if right else "loads_peer_failed"] == 1
     _idle(world)
+
+
+def test_a_block_that_arrives_again_is_not_copied_again() -> None:
+    """Guards a worker's memory and time against a store that repeats an arrival, or sends what was not asked for."""
+    world = World("a")
+    world.put("a", 1)
+    entry = world.host.server.index.find(Key(SPACE, names(1)[0]))
+    assert entry is not None
+    session, key = world.workers["a"].session, LegKey("a", 0)
+    session.lookup(key, names(1, 2), 0, world.now)
+    *_, (_, _, lookup) = world.host.wire
+    assert isinstance(lookup, Lookup)
+    session.on_message(Found(id=lookup.id, places=(Place(PEER), Place(PEER))), world.now)
+    session.load(key, 0, range(4, 6), world.now)
+    world.host.wire.clear()  # the store never hears of it
+    arrivals = [Arrival(0, entry.offset, entry.digest)] * 50 + [Arrival(7, entry.offset, entry.digest)] * 50
+    session.on_message(Fetched(id=lookup.id, arrivals=tuple(arrivals)), world.now)
+    world.run()
+    assert session.counters.store_loaded_bytes == BLOCK_BYTES and world.workers["a"].holds(4, 1)
+
+
+def test_a_flood_of_namespaces_is_refused() -> None:
+    """Guards what a store remembers of each namespace."""
+    world = World("a")
+    for number in range(2 * MAX_NAMESPACES):
+        attach = Attach(namespace=bytes([number]) * 32, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS, digest="xxh3")
+        world.host.server.on_message(f"w{number}", attach, world.now)
+    *_, (_, _, refused) = world.host.wire
+    assert isinstance(refused, Detached) and "namespaces" in refused.reason
+    assert len(world.host.server._spaces) == MAX_NAMESPACES
+    world.host.wire.clear()
+    assert world.put("a", 1) == 1
 
 
 def test_a_namespace_has_one_kind_of_digest() -> None:
