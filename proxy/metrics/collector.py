@@ -31,6 +31,8 @@ _WORKER = ("worker", "role")
 _UNDESCRIBED = MetricInfo("As last reported.")
 MAX_UNDESCRIBED = 128
 """Counters that have no description; a store's misses by reason are a dozen. More of them are not shown."""
+MAX_UNDESCRIBED_SERIES = 1 << 15
+"""Of those counters, one for each member: 128 of 256 members. Of more members fewer counters are shown."""
 MAX_REMEMBERED = 4096
 """Workers whose last counts are kept while they are away."""
 _COUNTER_NAME = re.compile("[a-z][a-z0-9_]{0,63}")
@@ -255,7 +257,8 @@ def _reported(
 ) -> Iterable[Metric]:
     """A family for each counter of heartbeats, described or not, as long as its name can be a metric's."""
     named = {name for report in reports.values() for name in report} - set(known)
-    undescribed = sorted(name for name in named if _COUNTER_NAME.fullmatch(name))[:MAX_UNDESCRIBED]
+    most = min(MAX_UNDESCRIBED, MAX_UNDESCRIBED_SERIES // max(1, len(reports)))
+    undescribed = sorted(name for name in named if _COUNTER_NAME.fullmatch(name))[:most]
     for name in sorted([*known, *undescribed]):
         info = known.get(name, _UNDESCRIBED)
         kind = GaugeMetricFamily if info.is_gauge else CounterMetricFamily

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from baton.node.errors import Overloaded, PeerLost
 from baton.node.messages.control import Load, SamplingSpec, Stages
 from baton.proxy.interface import Delta, WorkerStatus
-from baton.proxy.metrics.collector import MAX_UNDESCRIBED, ReportCollector
+from baton.proxy.metrics.collector import MAX_UNDESCRIBED, MAX_UNDESCRIBED_SERIES, ReportCollector
 from baton.proxy.metrics.counters import ENGINE_COUNTERS, WORKER_COUNTERS
 from baton.proxy.metrics.meter import GenerationMeter
 from baton.proxy.metrics.metrics import SECONDS, ProxyMetrics
@@ -308,3 +308,13 @@ def test_counters_that_workers_invent_are_bounded() -> None:
     names = {metric.name for metric in ReportCollector(engine, ["demo"]).collect()}
     assert sum("made_up" in name for name in names) == MAX_UNDESCRIBED
     assert all(name.removeprefix("baton:worker_") not in odd for name in names)
+
+
+def test_counters_of_all_members_together_are_bounded() -> None:
+    """Guards the page, and the time that it takes, against as many members as a proxy has, each with counters of its
+    own: half a million series."""
+    engine = FakeEngine(lambda _: [])
+    counters = {f"made_up_{number}": 1.0 for number in range(MAX_UNDESCRIBED)}
+    engine.workers = [WorkerStatus(f"w{number}", "decode", "up", Load(counters=counters)) for number in range(4096)]
+    families = [each for each in ReportCollector(engine, ["demo"]).collect() if "made_up" in each.name]
+    assert families and sum(len(each.samples) for each in families) <= MAX_UNDESCRIBED_SERIES
