@@ -14,7 +14,7 @@ from baton.models.batch import Drawn
 from baton.node.counters import WorkerCounters
 from baton.node.leg import LegKey
 from baton.node.messages.control import Busy, Cancel, Cancelled, Failed, HandedOver, Prefill, Reserve
-from baton.prefill.scheduler import QueuedPrompt, plan, service_order
+from baton.prefill.scheduler import LONG_PROMPT_STEPS, QueuedPrompt, ServiceRules, between_tenants, plan, service_order
 from baton.prefill.settings import PrefillSettings, PrefillSizes
 from baton.worker.in_flight import InFlightStep, InFlightSteps, StepPart
 from baton.worker.loop import Loop, RoleReport
@@ -50,10 +50,10 @@ class PrefillRole:
         self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
         self._parts = parts
         self._sizes = sizes
-        self._policy = policy
+        self._rules = ServiceRules(policy, sizes.max_chunk_tokens, sizes.full_step_tokens)
         self._block_tokens = parts.layout.block_tokens
         self._sending: dict[LegKey, _Sending] = {}
-        self._speed = PromptSpeed(sizes.worker.max_num_batched_tokens)
+        self._speed = PromptSpeed(min(sizes.worker.max_num_batched_tokens, sizes.full_step_tokens))
         self._computing_since = 0.0
 
     @property
@@ -152,8 +152,14 @@ class PrefillRole:
         """Start waiting prompts, in order, as far as blocks last; then fill the budget from those not loading."""
         now, sizes, prefixes = self._parts.clock(), self._sizes, self._parts.prefixes
         sequences = list(self.sequences.values())
-        queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, now - s.times.received_at) for s in sequences]
-        order = service_order(queue, self._policy)
+        queue = [
+            QueuedPrompt(s.num_tokens, s.num_launched, s.priority, now - s.times.received_at, s.cached_tokens)
+            for s in sequences
+        ]
+        long = any(each.num_tokens > LONG_PROMPT_STEPS * sizes.full_step_tokens for each in sequences)
+        meets_others = long and any(each.contended for each in sequences)
+        rules = between_tenants(self._rules, self._speed.tokens_s) if meets_others else self._rules
+        order = service_order(queue, rules)
         started: list[int] = []
         pending = PendingPrefixes(self._parts.manager)
         num_siblings = 0
@@ -177,7 +183,7 @@ class PrefillRole:
             if not (sequences[index].awaits_grammar or prefixes.loading(sequences[index].leg))
         ]
         queue = [QueuedPrompt(s.num_tokens, s.num_launched, s.priority, 0.0) for s in sequences]
-        chunks = plan(queue, ready, sizes.worker.max_num_batched_tokens, sizes.max_chunk_tokens, sizes.full_step_tokens)
+        chunks = plan(queue, ready, sizes.worker.max_num_batched_tokens, rules.max_chunk_tokens, rules.full_step_tokens)
         return [(sequences[chunk.prompt], chunk.length) for chunk in chunks]
 
     def _start(self, sequence: Sequence, now: float) -> bool:

@@ -15,6 +15,8 @@ class QueuedPrompt:
     num_computed: int
     priority: int
     age_s: float
+    num_cached: int = 0
+    """Of the computed ones, those that a cache had."""
 
 
 class Chunk(NamedTuple):
@@ -24,23 +26,47 @@ class Chunk(NamedTuple):
     length: int
 
 
-AGING_TOKENS_PER_S = 2000.0
-"""With "sjf", a prompt counts as shorter by so many tokens for each second that it has waited, so none starves."""
+class ServiceRules(NamedTuple):
+    """The order of service, and how much of it is in a step."""
+
+    policy: str
+    """ "fcfs", "sjf" (the least work left first), or "due" (the least work in all first)."""
+    max_chunk_tokens: int
+    full_step_tokens: int
+    aging_tokens_s: float = 2000.0
+    """But for "fcfs", a prompt counts as shorter by so many tokens for each second that it has waited, so none starves.
+    """
 
 
-def service_order(prompts: Sequence[QueuedPrompt], policy: str) -> list[int]:
-    """Indices of `prompts` (in order of arrival) in order of service: "fcfs", or "sjf" (shortest first, aging)."""
-    if policy == "fcfs":
+LONG_PROMPT_STEPS = 4
+"""A prompt of more full steps is long: other tenants do not wait for all of it. Shorter ones are computed sooner whole.
+"""
+AGING_PART = 0.5
+"""Of the device's speed, between tenants: a long prompt lets others pass for twice its own time, no longer."""
+STEP_PART = 0.5
+"""Of a full step, between tenants: a step costs 6 % more a token (docs/benchmarks/steps.md) and ends twice as soon."""
+
+
+def between_tenants(rules: ServiceRules, tokens_s: float) -> ServiceRules:
+    """The rules while a long prompt may meet those of other tenants: it is computed in short steps, and short prompts
+    pass it. `tokens_s` is the device's speed, 0 where it is not known."""
+    step_tokens = max(1, int(STEP_PART * rules.full_step_tokens))
+    aging_tokens_s = max(rules.aging_tokens_s, AGING_PART * tokens_s)
+    return ServiceRules("due", min(rules.max_chunk_tokens, step_tokens), step_tokens, aging_tokens_s)
+
+
+def service_order(prompts: Sequence[QueuedPrompt], rules: ServiceRules) -> list[int]:
+    """Indices of `prompts` (in order of arrival) in order of service."""
+    if rules.policy == "fcfs":
         return sorted(range(len(prompts)), key=lambda i: (-prompts[i].priority, i))
-    assert policy == "sjf", policy
-    return sorted(
-        range(len(prompts)),
-        key=lambda i: (
-            -prompts[i].priority,
-            prompts[i].num_tokens - prompts[i].num_computed - AGING_TOKENS_PER_S * prompts[i].age_s,
-            i,
-        ),
-    )
+    assert rules.policy in ("sjf", "due"), rules.policy
+
+    def key(index: int) -> tuple[int, float, int]:
+        prompt = prompts[index]
+        done = prompt.num_computed if rules.policy == "sjf" else prompt.num_cached
+        return -prompt.priority, prompt.num_tokens - done - rules.aging_tokens_s * prompt.age_s, index
+
+    return sorted(range(len(prompts)), key=key)
 
 
 def plan(

@@ -255,6 +255,7 @@ class Session:
             num_scored=self._ledger.num_scored,
             deadline_s=max(0.0, self._deadline - self._clock()),
             priority=self._generation.priority,
+            contended=route.contended,
         )
         self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
         decodes = body.sampling.max_tokens > 0

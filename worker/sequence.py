@@ -52,6 +52,8 @@ class Sequence:
     times: StageTimes
     num_scored: int
     """The first `num_scored` tokens of the prompt need no log probability of this leg (any more)."""
+    contended: bool = False
+    """Prompts of other tenants may come, and must not wait for it for long."""
     num_computed: int = 0
     num_launched: int = 0
     num_pending: int = 0
@@ -97,6 +99,7 @@ class Sequence:
             table=BlockTable(manager, body.root, block_size, body.block_hashes),
             times=StageTimes(received_at),
             num_scored=_num_scored(message),
+            contended=body.contended,
             num_sent=len(body.token_ids) - body.prompt_len,
         )
 

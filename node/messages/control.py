@@ -300,6 +300,8 @@ class DispatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     deadline_s: Seconds
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     """Higher is served first."""
+    contended: bool = False
+    """Other tenants are active: a prompt that a worker computes must not keep theirs waiting for long."""
 
 
 class Prefill(Message, tag="Prefill", kw_only=True):

@@ -149,7 +149,8 @@ class Admission:
         seen = replace(request, hits=self._index.match(request.hashes), failed_pairs=failed_pairs)
         route = pick(self.workers.view(), seen, self._rules)
         if isinstance(route, Route):
-            return route, shape
+            contended = self.workers.shares.contended(waiter.ticket.tenant, self._clock())
+            return (replace(route, contended=True) if contended else route), shape
         if route.missing and self._clock() - self._last_seen(route.missing) >= NO_WORKER_GRACE_S:
             raise PeerLost(route.reason)
         return None

@@ -118,6 +118,8 @@ class Route:
     """Why this worker of the role, one of CHOICE_REASONS; "" where there was no choice to make."""
     hit_tokens: int = 0
     """Tokens that the worker that computes the prompt is expected to find in a cache."""
+    contended: bool = False
+    """Other tenants are active."""
 
     @property
     def computes(self) -> WorkerView:

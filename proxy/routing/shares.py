@@ -106,13 +106,18 @@ class Shares:
 
     def allow(self, tenant: str, num_tokens: int, num_blocks: int, workers: Sequence[WorkerView], now: float) -> bool:
         """Whether the tenant may have one more request at the workers, of so many tokens and blocks."""
-        others = [
-            held for name, held in self._held.items() if name not in (tenant, NO_TENANT) and _is_active(held, now)
-        ]
+        others = self._others(tenant, now)
         if not others:
             return True
         held = self._held[tenant]
         return _prompt_fits(held, num_tokens, workers) and _row_fits(held, num_blocks, others, workers)
+
+    def contended(self, tenant: str, now: float) -> bool:
+        """Whether others than this tenant are active."""
+        return bool(self._others(tenant, now))
+
+    def _others(self, tenant: str, now: float) -> list[Held]:
+        return [held for name, held in self._held.items() if name not in (tenant, NO_TENANT) and _is_active(held, now)]
 
 
 def _is_active(held: Held, now: float) -> bool:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.prefill.scheduler import AGING_TOKENS_PER_S, Chunk, QueuedPrompt, plan, service_order
+from baton.prefill.scheduler import Chunk, QueuedPrompt, ServiceRules, between_tenants, plan, service_order
 
+FCFS, SJF = ServiceRules("fcfs", 4096, 1024), ServiceRules("sjf", 4096, 1024)
 _work = st.builds(
     lambda tokens, done, priority, age: QueuedPrompt(tokens, min(done, tokens), priority, age),
     st.integers(1, 500),
@@ -19,7 +20,7 @@ _work = st.builds(
 @given(st.lists(_work, max_size=12), st.integers(1, 600), st.integers(1, 128), st.integers(1, 600))
 def test_chunks_fill_the_budget_in_order(jobs: list[QueuedPrompt], budget: int, longest: int, full: int) -> None:
     """Guards against an exceeded or unused budget, gaps in a prompt, and overtaking."""
-    sequence = service_order(jobs, "fcfs")
+    sequence = service_order(jobs, FCFS)
     chunks = plan(jobs, sequence, budget, longest, full)
     lengths = [min(longest, jobs[index].num_tokens - jobs[index].num_computed) for index in sequence]
     first = min(budget, next((length for length in lengths if length), 0))
@@ -44,12 +45,31 @@ def test_prompts_share_a_step_only_up_to_a_full_one() -> None:
 @given(st.lists(_work, max_size=12))
 def test_first_come_first_served_within_a_priority(jobs: list[QueuedPrompt]) -> None:
     """Guards against reordering by anything but priority and arrival."""
-    assert service_order(jobs, "fcfs") == sorted(range(len(jobs)), key=lambda i: (-jobs[i].priority, i))
+    assert service_order(jobs, FCFS) == sorted(range(len(jobs)), key=lambda i: (-jobs[i].priority, i))
 
 
 def test_shortest_first_but_a_long_wait_counts() -> None:
     """Guards both halves of "sjf": short prompts go first, and a long one is not starved by them."""
     long, short = QueuedPrompt(4000, 0, 0, 0.0), QueuedPrompt(100, 0, 0, 0.0)
-    assert service_order([long, short], "sjf") == [1, 0]
-    waited = QueuedPrompt(4000, 0, 0, 4000 / AGING_TOKENS_PER_S)
-    assert service_order([waited, short], "sjf") == [0, 1]
+    assert service_order([long, short], SJF) == [1, 0]
+    waited = QueuedPrompt(4000, 0, 0, 4000 / SJF.aging_tokens_s)
+    assert service_order([waited, short], SJF) == [0, 1]
+
+
+def test_between_tenants_a_short_prompt_passes_a_long_one() -> None:
+    """Guards a light tenant's prompts against the whole of a heavy one's, also where that has little left; and the long
+    prompt against prompts that pass it for ever."""
+    rules = between_tenants(FCFS, 40_000)
+    long, short = QueuedPrompt(8192, 7000, 0, 0.2), QueuedPrompt(1500, 0, 0, 0.0)
+    assert service_order([long, short], rules) == [1, 0] and service_order([long, short], SJF) == [0, 1]
+    assert plan([long, short], [1, 0], 4096, rules.max_chunk_tokens, rules.full_step_tokens) == [Chunk(1, 512)]
+    assert service_order([QueuedPrompt(8192, 0, 0, 2 * 8192 / 40_000), short], rules) == [0, 1]
+    assert service_order([QueuedPrompt(8192, 7000, 1, 0.2), short], rules) == [0, 1], "of higher priority"
+    cached = QueuedPrompt(8192, 8000, 0, 0.0, num_cached=8000)
+    assert service_order([short, cached], rules) == [1, 0], "what a cache had is no work"
+
+
+def test_a_device_of_unknown_speed_and_tiny_steps() -> None:
+    """Guards long prompts on a worker that has measured nothing yet, and steps of no token."""
+    rules = between_tenants(ServiceRules("sjf", 1, 1), 0.0)
+    assert (rules.max_chunk_tokens, rules.full_step_tokens, rules.aging_tokens_s) == (1, 1, SJF.aging_tokens_s)

@@ -155,3 +155,17 @@ def test_a_light_tenant_beside_a_heavy_one() -> None:
     before, after = summarise(alone.records).ttft, summarise(of["light"]).ttft
     assert after.p50_s < 2 * before.p50_s and after.p99_s < 2 * before.p99_s, (before, after)
     assert summarise(of["heavy"]).ttft.p99_s > 10 * after.p99_s
+
+
+def test_a_light_tenant_beside_one_of_long_prompts() -> None:
+    """Guards short prompts against waits for the whole of long ones (0.2 s each) that a worker computes already. Its
+    first one, before which the heavy tenant was alone, is not counted."""
+    light = [replace(each, tenant="light") for each in poisson(20, 3.0, LengthSampler(1024), LengthSampler(8), seed=1)]
+    heavy = [replace(each, tenant="heavy") for each in poisson(40, 6.0, LengthSampler(8192), LengthSampler(8), seed=2)]
+    both = sorted([*light, *heavy], key=lambda request: request.arrival_s)
+    together = [replace(request, number=number, prefix=(number,)) for number, request in enumerate(both)]
+    alone, beside = simulate(_scenario(1, 1), light), simulate(_scenario(1, 1), together)
+    _served(beside, together)
+    of = {tenant: [r for r in beside.records if r.request.tenant == tenant] for tenant in ("light", "heavy")}
+    before, after = summarise(alone.records).ttft, summarise(of["light"][1:]).ttft
+    assert after.p99_s < 2 * before.p99_s and after.p50_s < 2 * before.p50_s, (before, after)

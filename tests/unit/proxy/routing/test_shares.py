@@ -38,8 +38,9 @@ def test_a_tenant_alone_has_no_bound() -> None:
         made.take("a", "decode", 0, 30)
     view = [worker("prefill"), worker("decode", requests=31, free_blocks=70)]
     assert made.allow("a", 5000, 30, view, 1.0)
+    assert not made.contended("a", 1.0)
     made.see("b", 1.0)
-    assert not made.allow("a", 5000, 30, view, 1.0)
+    assert not made.allow("a", 5000, 30, view, 1.0) and made.contended("a", 1.0)
     assert made.allow("a", 5000, 30, view, 1.0 + ACTIVE_S)
     made.take("b", "decode", 0, 1)
     assert not made.allow("a", 5000, 30, view, 1.0 + ACTIVE_S), "it has a request"
