@@ -1,0 +1,67 @@
+"""The calls of one answer: their ids, which one is open, and the events that it makes.
+
+Knows no format: readers say when a call begins, what its arguments are and when it ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from baton.proxy.formats.events import CallArguments, CallBegin, CallEnd, FormatEvent
+
+NO_ARGUMENTS = "{}"
+
+
+class CallWriter:
+    """Appends the events of calls to `events`."""
+
+    def __init__(
+        self,
+        tools: Mapping[str, Mapping[str, Any]],
+        id_of: Callable[[int], str],
+        max_calls: int | None,
+        events: list[FormatEvent],
+    ) -> None:
+        """`tools`: the declared functions with the JSON schemas of their parameters; `id_of`: of a call's index."""
+        self.num_calls = 0
+        """Begun so far, those beyond `max_calls` included, which make no events."""
+        self.num_broken = 0
+        self.is_open = False
+        self.schema: Mapping[str, Any] = {}
+        """Of the parameters of the function that was called last."""
+        self._tools = tools
+        self._id_of = id_of
+        self._max_calls = max_calls
+        self._events = events
+        self._muted = False
+        self._has_arguments = False
+
+    def begin(self, name: str) -> bool:
+        """Whether there is such a function; if so, its call has begun."""
+        if name not in self._tools:
+            return False
+        self.is_open = True
+        self._has_arguments = False
+        self.schema = self._tools[name]
+        self._muted = self._max_calls is not None and self.num_calls >= self._max_calls
+        if not self._muted:
+            self._events.append(CallBegin(self.num_calls, self._id_of(self.num_calls), name))
+        self.num_calls += 1
+        return True
+
+    def arguments(self, text: str) -> None:
+        if not text:
+            return
+        self._has_arguments = True
+        if not self._muted:
+            self._events.append(CallArguments(self.num_calls - 1, text))
+
+    def end(self, *, broken: bool) -> None:
+        """A complete call without arguments has an empty object; a broken one stays as it is."""
+        if not broken and not self._has_arguments:
+            self.arguments(NO_ARGUMENTS)
+        self.is_open = False
+        self.num_broken += broken
+        if not self._muted:
+            self._events.append(CallEnd(self.num_calls - 1, broken))

@@ -1,0 +1,121 @@
+"""Parameters that a model writes as raw text between tags, written as a JSON object, by the types of the tool's schema.
+
+A value whose schema allows strings only goes on as it comes. Others wait for their end: what is JSON of an allowed type
+stays as it is, everything else is a string. Knows no tags.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from baton.proxy.formats.json_reader import CallSink
+from baton.proxy.formats.python_reader import json_inside
+
+MAX_WAITING_CHARS = 1 << 18
+"""A longer value that is not declared as a string becomes one."""
+_TYPES: Mapping[type, str] = {
+    **{str: "string", bool: "boolean", int: "integer", float: "number"},
+    **{list: "array", dict: "object", type(None): "null"},
+}
+
+
+class ParameterWriter:
+    """The arguments of one call."""
+
+    def __init__(self, sink: CallSink, schema: Mapping[str, Any]) -> None:
+        """`schema`: of the function's parameters."""
+        self._sink = sink
+        properties = schema.get("properties")
+        self._properties: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
+        self._num_keys = 0
+        self._types: frozenset[str] = frozenset()
+        self._streams = False
+        """The value is a string, whatever comes."""
+        self._at_start = False
+        self._waiting: list[str] = []
+        self._num_waiting = 0
+
+    def begin(self, key: str) -> None:
+        self._types = _types_of(self._properties.get(key))
+        self._at_start = True
+        opening = ", " if self._num_keys else "{"
+        self._num_keys += 1
+        self._sink.arguments(f"{opening}{json.dumps(key, ensure_ascii=False)}: ")
+        self._streams = self._types == {"string"}
+        if self._streams:
+            self._sink.arguments('"')
+
+    def text(self, text: str) -> None:
+        """More of the value; one line break at its start belongs to the tag."""
+        if self._at_start:
+            self._at_start = False
+            text = text[1:] if text[0] == "\n" else text
+        if self._streams:
+            self._sink.arguments(json_inside(text))
+            return
+        self._waiting.append(text)
+        self._num_waiting += len(text)
+        if self._num_waiting > MAX_WAITING_CHARS:
+            self._streams = True
+            self._sink.arguments('"' + json_inside(self._taken()))
+
+    def end(self) -> None:
+        """The value is complete."""
+        if self._streams:
+            self._sink.arguments('"')
+        else:
+            self._sink.arguments(_json_of(self._taken(), self._types))
+
+    def close(self) -> None:
+        """There are no more parameters."""
+        if self._num_keys:
+            self._sink.arguments("}")
+
+    def _taken(self) -> str:
+        text = "".join(self._waiting)
+        self._waiting.clear()
+        self._num_waiting = 0
+        return text
+
+
+def _json_of(text: str, types: frozenset[str]) -> str:
+    word = text.strip()
+    if "boolean" in types and word.lower() in ("true", "false"):
+        return word.lower()
+    if "null" in types and word in ("null", "None"):
+        return "null"
+    try:
+        value = json.loads(word, parse_constant=_refuse)
+    except (ValueError, RecursionError):
+        return json.dumps(text, ensure_ascii=False)
+    kind = _TYPES[type(value)]
+    if "string" in types and kind not in types and not (kind == "integer" and "number" in types):
+        return json.dumps(text, ensure_ascii=False)
+    return word
+
+
+def _refuse(word: str) -> None:
+    raise ValueError(f"{word} is no JSON")
+
+
+def _types_of(schema: Any, depth: int = 0) -> frozenset[str]:
+    """The types that a schema names; empty if it leaves them open."""
+    if not isinstance(schema, Mapping) or depth > 8:
+        return frozenset()
+    named = schema.get("type")
+    if isinstance(named, str):
+        return frozenset({named})
+    if isinstance(named, list):
+        return frozenset(each for each in named if isinstance(each, str))
+    for choices in ("enum", "const"):
+        if choices in schema:
+            values = schema[choices] if choices == "enum" and isinstance(schema[choices], list) else [schema[choices]]
+            return frozenset(_TYPES.get(type(value), "") for value in values)
+    for union in ("anyOf", "oneOf"):
+        parts = schema.get(union)
+        if isinstance(parts, list):
+            types = [_types_of(part, depth + 1) for part in parts[:64]]
+            return frozenset().union(*types) if all(types) else frozenset()
+    return frozenset()

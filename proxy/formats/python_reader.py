@@ -1,0 +1,165 @@
+"""Keyword arguments of a Python call in a model's output, read as they come and written as a JSON object.
+
+Literals only: strings, numbers, True, False, None (and JSON's words for them), lists and dicts. Nothing is evaluated;
+what is no such literal fails. `take` is that of `json_reader`. Knows no markers and no schemas.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from enum import Enum, auto
+
+from baton.proxy.formats.json_reader import MAX_SCALAR_CHARS, SPACE, CallSink, Progress, StringReader
+
+_ESCAPES = {
+    **{"\\": "\\", "'": "'", '"': '"', "\n": "", "a": "\a", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"},
+    **{"v": "\v", "0": "\0"},
+}
+_HEX = {"x": 2, "u": 4, "U": 8}
+_WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_CLOSES = {"(": ")", "[": "]", "{": "}"}
+
+
+def json_inside(text: str) -> str:
+    """`text` as it stands between the quotes of a JSON string."""
+    return json.dumps(text, ensure_ascii=False)[1:-1]
+
+
+class _Place(Enum):
+    KEY = auto()
+    """The name of an argument, or the key of a dict."""
+    EQUALS = auto()
+    VALUE = auto()
+    COMMA = auto()
+
+
+class PythonReader:
+    """From behind the opening parenthesis to the closing one."""
+
+    def __init__(self, sink: CallSink) -> None:
+        self._sink = sink
+        self._open = ["("]
+        """Brackets that are open."""
+        self._counts = [0]
+        """Of each of them, how many values it has."""
+        self._place = _Place.KEY
+        self._word = ""
+        self._string: StringReader | None = None
+
+    @property
+    def opaque(self) -> bool:
+        return self._string is not None
+
+    def passes(self, text: str) -> bool:
+        return False
+
+    def take(self, text: str, start: int, end: int) -> tuple[int, Progress]:
+        if self._string is not None:
+            decoded, stop = self._string.take(text, start, end)
+            self._sink.arguments(json_inside(decoded))
+            if self._string.done:
+                self._string = None
+                self._sink.arguments('"')
+                self._after_value()
+            return stop, Progress.MORE
+        char = text[start]
+        if char.isalnum() or char in "_.+-":
+            self._word += char
+            fits = len(self._word) <= MAX_SCALAR_CHARS and self._place in (_Place.KEY, _Place.VALUE)
+            return (start + 1, Progress.MORE) if fits else (start, Progress.FAILED)
+        if self._word and not self._finish_word():
+            return start, Progress.FAILED
+        if char in SPACE:
+            return start + 1, Progress.MORE
+        return self._take_mark(char, start)
+
+    def _take_mark(self, char: str, start: int) -> tuple[int, Progress]:
+        bracket = self._open[-1]
+        if self._place is _Place.EQUALS and char == ("=" if bracket == "(" else ":"):
+            self._sink.arguments(": ")
+            self._place = _Place.VALUE
+        elif self._place is _Place.COMMA and char == ",":
+            self._place = _Place.VALUE if bracket == "[" else _Place.KEY
+        elif char == _CLOSES[bracket] and self._may_close(bracket):
+            return start + 1, self._close(bracket)
+        elif self._place is _Place.VALUE or (self._place is _Place.KEY and bracket == "{" and char in "'\""):
+            return self._begin_value(char, start)
+        else:
+            return start, Progress.FAILED
+        return start + 1, Progress.MORE
+
+    def _begin_value(self, char: str, start: int) -> tuple[int, Progress]:
+        if char not in "'\"[{":
+            return start, Progress.FAILED
+        self._separate()
+        if char in "[{":
+            self._open.append(char)
+            self._counts.append(0)
+            self._place = _Place.VALUE if char == "[" else _Place.KEY
+            self._sink.arguments(char)
+        else:
+            self._string = StringReader(char, _ESCAPES, _HEX)
+            self._sink.arguments('"')
+        return start + 1, Progress.MORE
+
+    def _finish_word(self) -> bool:
+        """Whether the word that ended is allowed here."""
+        word, self._word = self._word, ""
+        if self._place is _Place.KEY and self._open[-1] == "(":
+            written: str | None = json.dumps(word, ensure_ascii=False) if word.isidentifier() else None
+        else:
+            written = _literal(word)
+            if written is not None and self._place is _Place.KEY:
+                written = f'"{written}"'
+        if written is None:
+            return False
+        self._separate()
+        self._sink.arguments(written)
+        self._after_value()
+        return True
+
+    def _separate(self) -> None:
+        """Before a value of a list, or a key; a trailing comma of Python's thus never comes out."""
+        if self._place is _Place.KEY or self._open[-1] == "[":
+            first = "{" if self._open[-1] == "(" else ""
+            self._sink.arguments(", " if self._counts[-1] else first)
+            self._counts[-1] += 1
+
+    def _after_value(self) -> None:
+        self._place = _Place.EQUALS if self._place is _Place.KEY else _Place.COMMA
+
+    def _may_close(self, bracket: str) -> bool:
+        return self._place in (_Place.COMMA, _Place.VALUE if bracket == "[" else _Place.KEY)
+
+    def _close(self, bracket: str) -> Progress:
+        self._open.pop()
+        count = self._counts.pop()
+        if bracket == "(":
+            self._sink.arguments("}" if count else "")
+            return Progress.DONE
+        self._sink.arguments(_CLOSES[bracket])
+        self._place = _Place.COMMA
+        return Progress.MORE
+
+
+def _literal(word: str) -> str | None:
+    """A number or constant of Python as JSON."""
+    if word in _WORDS:
+        return _WORDS[word]
+    if not word.isascii() or not any(char.isdigit() for char in word) or not (word[0].isdigit() or word[0] in "+-."):
+        return None
+    try:
+        if isinstance(json.loads(word), int | float) and math.isfinite(float(word)):
+            return word
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return str(int(word, 0))
+    except ValueError:
+        pass
+    try:
+        value = float(word)
+    except ValueError:
+        return None
+    return json.dumps(value) if math.isfinite(value) else None

@@ -1,0 +1,39 @@
+"""The format that a template and a vocabulary mean; a wrong guess loses every call of a model."""
+
+from __future__ import annotations
+
+import pytest
+
+from baton.proxy.formats.detect import detect_calls, detect_reasoning
+from baton.proxy.formats.markup import THINK, THINK_BRACKETS
+
+QWEN = "{% for tool in tools %}{{ tool }}{% endfor %}<tool_call>"
+DEEPSEEK = "{{ tools }}<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>"
+
+
+@pytest.mark.parametrize(
+    ("template", "tokens", "name"),
+    [
+        (QWEN, ["<tool_call>"], "hermes"),
+        (QWEN + "<function=name>", ["<tool_call>"], "qwen3_xml"),
+        ('{{ tools }}{"name": "x", "parameters": {}}', ["<|python_tag|>"], "llama3_json"),
+        ("{{ tools }}[func_name1(params_name1=params_value1)]", ["<|python_tag|>"], "pythonic"),
+        ("{{ tools }}<|python_start|>", ["<|python_start|>"], "pythonic"),
+        ("{{ tools }}[TOOL_CALLS]", ["[TOOL_CALLS]"], "mistral"),
+        (DEEPSEEK + "\n```json\n", [], "deepseek_v3"),
+        (DEEPSEEK, [], "deepseek_v31"),
+        ("{{ tools }}<tool_call><arg_key>", ["<tool_call>"], None),
+        ("{{ messages }}", ["<tool_call>"], None),
+        ("{{ tools }}", [], None),
+    ],
+)
+def test_detect_calls(template: str, tokens: list[str], name: str | None) -> None:
+    found = detect_calls(template, tokens)
+    assert (found.name if found else None) == name
+
+
+def test_detect_reasoning() -> None:
+    assert detect_reasoning("", ["<think>", "</think>"]) is THINK
+    assert detect_reasoning("{{ x.split('</think>') }}", []) is THINK
+    assert detect_reasoning("", ["[THINK]", "[/THINK]"]) is THINK_BRACKETS
+    assert detect_reasoning("{{ messages }}", ["<think>"]) is None
