@@ -78,7 +78,7 @@ class ApiSettings:
         separate=True,
         metavar="NAME",
         help="further name that requests may be sent to, once for each; *: all. A server without keys on the loopback "
-        "answers only to localhost and IP addresses, as a web page could let its own name point there",
+        "answers only to IP addresses and names without a dot, as a web page could let its own name point there",
     )
     access_log: bool = option(
         False, help="log a line a request: method, path, status, milliseconds, id; no bodies and no keys"

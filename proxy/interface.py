@@ -117,7 +117,7 @@ class AppSettings:
     cors_origins: tuple[str, ...] = ()
     """Origins whose pages may read answers in a browser; "*": all."""
     allowed_hosts: tuple[str, ...] | None = None
-    """Names that requests may be sent to, beside those of the loopback and IP addresses; None: all."""
+    """Names that requests may be sent to, beside IP addresses and local names; None: all."""
     access_log: bool = False
     """Log a line a request."""
     request_timeout_s: float = 600.0

@@ -26,9 +26,12 @@ FOREIGN = (
     "localhost:80:80",
     "[::1",
     "[evil]",
-    "notlocalhost",
     "",
-    "internal",
+    "..",
+    "evil.example.",
+    "[abc]",
+    "a%2eb",
+    "a,b",
     "x.llm.internal",
 )
 OWN = (
@@ -40,6 +43,7 @@ OWN = (
     "[::1]",
     "[::1]:8000",
     "192.0.2.7",
+    "gpu7:8000",
     "LLM.internal:8000",
     "llm.internal.",
 )
