@@ -22,16 +22,15 @@ _NO_FLOOR = -(1 << 63)
 class Tenant:
     """One tenant: what it may do, and what it does."""
 
-    def __init__(self, name: str, rules: TenantRules, usage: Usage, secret: bytes) -> None:
+    def __init__(self, name: str, rules: TenantRules, usage: Usage) -> None:
         self.name = name
         self.rules = rules
         self.usage = usage
-        self._own_cache = hmac.digest(secret, b"cache of " + name.encode(), "sha256").hex() if secret else name
 
     @property
     def cache_name(self) -> str:
         """What sets its prefixes apart, at every proxy and after a restart; empty: it shares those of others."""
-        return "" if self.rules.cache == "shared" else self._own_cache
+        return "" if self.rules.cache == "shared" else self.name
 
 
 class Tenants:
@@ -42,16 +41,13 @@ class Tenants:
         rules: Mapping[str, TenantRules],
         *,
         need_key: bool = True,
-        secret: bytes = b"",
         divide: Callable[[int], int] = lambda limit: limit,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`need_key`: a request without a key is of no tenant; else there is one tenant, and all requests are its.
-        `secret`: of all servers that share caches; without one, a tenant's name and a prompt tell the blocks' names.
         `divide`: this proxy's part of a limit that several proxies keep together."""
         assert need_key or len(rules) == 1, list(rules)
         self.need_key = need_key
-        self._secret = secret
         self._divide = divide
         self._clock = clock
         self._by_name: dict[str, Tenant] = {}
@@ -92,4 +88,4 @@ class Tenants:
         return next((tenant for same, (_, tenant) in zip(equal, self._keys, strict=True) if same), None)
 
     def _new(self, name: str, rules: TenantRules) -> Tenant:
-        return Tenant(name, rules, Usage(rules, self._divide, self._clock), self._secret)
+        return Tenant(name, rules, Usage(rules, self._divide, self._clock))
