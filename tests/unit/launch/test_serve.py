@@ -58,6 +58,22 @@ signal.signal(signal.SIGTERM, lambda *_: (print("drained", flush=True), sys.exit
 open("store.up", "w").close()
 signal.pause()
 """
+FAKE_GROUP_PROXY = """
+import http.server, os, signal, socketserver, sys
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200 if os.path.exists("go") else 503)
+        self.send_header("content-length", "0")
+        self.end_headers()
+    def log_message(self, *args):
+        pass
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+signal.signal(signal.SIGHUP, lambda *_: print("heard SIGHUP", flush=True))
+folder = sys.argv[sys.argv.index("--group-folder") + 1]
+server = socketserver.UnixStreamServer(os.path.join(folder, "proxy-0.sock"), Handler)
+print("listens", flush=True)
+server.serve_forever()
+"""
 FAKES = {"proxy": FAKE_PROXY, "kvtransfer": FAKE_STORE}
 
 
@@ -213,6 +229,24 @@ def test_the_probe_sends_the_api_key(tmp_path: Path) -> None:
         assert lines and lines[-1] == f"ready http://127.0.0.1:{port}", lines
         commands = [command_line(pid) for pid in children(process.pid)]
         assert len(commands) == 5 and not [command for command in commands if b"hunter2" in command]
+
+
+def test_sighup_reads_the_tenants_again(tmp_path: Path) -> None:
+    """Guards `kill -HUP` of a server with tenants: it ended the server, or a proxy that was still starting."""
+    file = tmp_path / "tenants.toml"
+    file.write_text(f'[a]\nkeys_sha256 = ["{"0" * 64}"]\n')
+    with serving(tmp_path, local.free_port(), "--tenants", str(file), proxy=FAKE_GROUP_PROXY) as process:
+        lines_until(process, "[proxy] listens")
+        process.send_signal(signal.SIGHUP)
+        assert lines_until(process, "SIGHUP")[-1] == "SIGHUP comes too early: the proxy is starting"
+        (tmp_path / "go").touch()
+        assert lines_until(process, "ready ")[-1].startswith("ready ")
+        process.send_signal(signal.SIGHUP)
+        lines = lines_until(process, "heard SIGHUP")
+        assert "reading --tenants again" in lines and lines[-1] == "[proxy] heard SIGHUP"
+        process.send_signal(signal.SIGTERM)
+        assert lines_until(process, "no such line")[-1] == "stopped"
+        assert process.wait(60) == 0
 
 
 def children(pid: int) -> list[int]:
