@@ -45,6 +45,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "faults": BenchmarkEntry(
         "cluster.faults", "streams while processes are killed and frozen and links stall, break and damage"
     ),
+    "tenants": BenchmarkEntry("cluster.tenants", "TTFT of a light tenant alone, and beside one at ten times its load"),
     "pick": BenchmarkEntry("host.pick", "the time of one routing decision in a large cluster"),
     "proxies": BenchmarkEntry(
         "host.proxies", "streamed tokens/s of one proxy and of several at one port, with no model"

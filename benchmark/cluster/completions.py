@@ -92,8 +92,9 @@ class TimedRequest:
 class CompletionClient:
     """Asks one server for greedy completions of exactly `max_tokens` tokens."""
 
-    def __init__(self, url: str, model: str) -> None:
+    def __init__(self, url: str, model: str, api_key: str = "") -> None:
         self._origin = Origin.parse(url)
+        self._headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
         self._model = model
 
     def complete(self, prompt: Prompt, max_tokens: int) -> Completion:
@@ -156,7 +157,7 @@ class CompletionClient:
 
     def _run(self, work: Callable[[HttpClient], Awaitable[T]]) -> T:
         async def run() -> T:
-            with closing(HttpClient(self._origin, {}, time.perf_counter)) as http:
+            with closing(HttpClient(self._origin, self._headers, time.perf_counter)) as http:
                 return await work(http)
 
         with asyncio.Runner(loop_factory=auto_loop_factory()) as runner:  # uvloop where it is installed
