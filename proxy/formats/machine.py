@@ -79,6 +79,11 @@ class FormatMachine:
             self._prose.begin_reasoning()
 
     @property
+    def in_content(self) -> bool:
+        """What was read last is content, so far."""
+        return self._row.reads is Reads.CONTENT
+
+    @property
     def num_calls(self) -> int:
         return self._calls.num_calls
 
@@ -341,7 +346,7 @@ class FormatMachine:
     # What text is in each state: read text[start:end], return where reading goes on
 
     def _read_content(self, text: str, start: int, end: int) -> int:
-        if len(self._row.moves) or self._markup.reasoning is not None:
+        if self._row.moves or self._markup.reasoning is not None:
             self._prose.content(text[start:end])
         else:
             self._prose.plain(text[start:end])

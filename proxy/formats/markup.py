@@ -6,12 +6,11 @@ Knows no model output.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 
-from baton.proxy.formats.tables import CONTENT, PLAIN, CallFormat, FormatState, Reads
+from baton.proxy.formats.tables import CONTENT, CallFormat, FormatState, Reads
 
 REASONING = "reasoning"
 UNDECIDED = "undecided"
@@ -96,11 +95,6 @@ def _with_text_moves(row: FormatState, ids: Collection[str]) -> MarkupState:
     return MarkupState(row, text_moves, frozenset(marker[0] for marker, _ in text_moves))
 
 
-def without_calls(markup: Markup, tokens: Mapping[str, int]) -> Markup:
-    """The same reasoning; markers of calls are text like any other."""
-    return make_markup(dataclasses.replace(PLAIN), markup.reasoning, tokens)
-
-
 def thinking_of(
     prompt_ids: Sequence[int], start: Sequence[int], end: Sequence[int], boundaries: Collection[int]
 ) -> Thinking:
@@ -112,7 +106,11 @@ def thinking_of(
     kinds = ((tuple(end), Thinking.CLOSED), (tuple(start), Thinking.OPEN))
     for place in range(len(prompt_ids), 0, -1):
         for marker, thinking in kinds:
-            if marker and tuple(prompt_ids[max(0, place - len(marker)) : place]) == marker:
+            if (
+                marker
+                and prompt_ids[place - 1] == marker[-1]
+                and tuple(prompt_ids[max(0, place - len(marker)) : place]) == marker
+            ):
                 return thinking
         if prompt_ids[place - 1] in boundaries:
             break

@@ -5,7 +5,11 @@ Knows no engine and no HTTP.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from baton.node.messages.control import Logprob
+from baton.proxy.formats.events import ContentText, FormatEvent
+from baton.proxy.formats.machine import FormatMachine
 from baton.proxy.http.events import (
     ChoiceEnd,
     Content,
@@ -36,7 +40,9 @@ class Assembler:
         *,
         skip_special_tokens: bool = True,
         scores: ScoreRule = NO_SCORES,
+        machine: FormatMachine | None = None,
     ) -> None:
+        """`machine` reads reasoning and calls out of the answer; stop strings then count in its content only."""
         self.finish = ""
         self.num_tokens = 0
         self._generation = generation
@@ -45,6 +51,9 @@ class Assembler:
         self._stop = StopMatcher(stop.strings, include=stop.include)
         self._stop_tokens = text.special_tokens_in(stop.strings) if skip_special_tokens else {}
         self._include_stop = stop.include
+        self._machine = machine
+        self._parsed: list[Event] = []
+        """Reasoning and calls of the delta that is being read."""
         self._show_ids = ids.show
         self._begun = False
         self._token_name = _id_name if ids.logprobs_by_id else text.token_bytes
@@ -69,13 +78,19 @@ class Assembler:
         matched = ""
         last, before = len(delta.ids) - 1, self.num_tokens
         for place, token_id in enumerate(delta.ids):
-            if delta.logprobs:
+            if delta.logprobs and (self._machine is None or self._machine.in_content):
                 logprobs.append(self._logprob(token_id, delta.logprobs[place]))
             self.num_tokens += 1
             if place == last and delta.finish and self._hides(token_id, delta.finish):
                 continue
             special = self._stop_tokens.get(token_id)
-            piece, matched = self._match(special or self._detokenizer.push(token_id), shown=special is None)
+            if self._machine is not None:
+                piece, matched = self._read(self._machine.push(token_id, self._detokenizer.push(token_id)))
+                if special is not None and not matched and self._machine.in_content:
+                    shown, matched = self._match(special, shown=False)
+                    piece += shown
+            else:
+                piece, matched = self._match(special or self._detokenizer.push(token_id), shown=special is None)
             text += piece
             if matched:
                 self.finish = "stop"
@@ -86,6 +101,9 @@ class Assembler:
             self.finish = "stop" if matched else delta.finish
         ids = delta.ids[: self.num_tokens - before] if self._show_ids else ()
         events: list[Event] = [Content(text, tuple(logprobs), ids)] if text or logprobs or ids else []
+        if self._parsed:
+            events += self._parsed
+            self._parsed = []
         if ranks:
             events.insert(0, PromptRanks(tuple(ranks)))
         if self._show_ids and not self._begun:
@@ -93,8 +111,12 @@ class Assembler:
         self._begun = True
         if self.finish:
             stop_reason = matched or (self._stop_token(delta) if self.finish == "stop" else None)
-            events += (ChoiceEnd(self.finish, stop_reason), self.usage(delta.cached_tokens))
+            events += (ChoiceEnd(self._reason(), stop_reason), self.usage(delta.cached_tokens))
         return events
+
+    @property
+    def has_calls(self) -> bool:
+        return self._machine is not None and self._machine.num_calls > 0
 
     def usage(self, cached_tokens: int) -> TokenUsage:
         """What the choice has taken so far."""
@@ -110,7 +132,28 @@ class Assembler:
         early = self.num_tokens < self._generation.sampling.min_tokens
         return self._stop.push(text, shown=shown, early=early)
 
+    def _read(self, found: Sequence[FormatEvent]) -> tuple[str, str]:
+        """As `_match`, of the content in what the machine found; the rest waits in `_parsed`."""
+        text = ""
+        for event in found:
+            if not isinstance(event, ContentText):
+                self._parsed.append(event)
+                continue
+            piece, matched = self._match(event.text)
+            text += piece
+            if matched:
+                return text, matched
+        return text, ""
+
+    def _reason(self) -> str:
+        """An answer that stops with calls asks for their results."""
+        return "tool_calls" if self.has_calls and self.finish == "stop" else self.finish
+
     def _flush(self) -> tuple[str, str]:
+        if self._machine is not None:
+            found = self._machine.push(-1, self._detokenizer.flush()) + self._machine.finish()
+            text, matched = self._read(found)
+            return (text, matched) if matched else (text + self._stop.flush(), "")
         text, matched = self._match(self._detokenizer.flush())
         return (text, matched) if matched else (text + self._stop.flush(), "")
 

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from baton.proxy.http.events import ChoiceText, TokenLogprob, TokenUsage
+from baton.proxy.http.events import CallText, ChoiceText, TokenLogprob, TokenUsage
 
 CHAT_CHUNK = "chat.completion.chunk"
 _encode = msgspec.json.Encoder().encode
@@ -102,10 +102,30 @@ class _ChatLogprobs(msgspec.Struct):
     refusal: None = None
 
 
+class _Function(msgspec.Struct, omit_defaults=True):
+    name: str = ""
+    arguments: str | None = None
+
+
+class _Call(msgspec.Struct):
+    id: str
+    type: str
+    function: _Function
+
+
+class _CallDelta(msgspec.Struct, omit_defaults=True):
+    function: _Function
+    index: int | None = None
+    id: str = ""
+    type: str = ""
+
+
 class _Delta(msgspec.Struct, omit_defaults=True):
     role: str = ""
     content: str | None = None
     refusal: None = None
+    reasoning_content: str | None = None
+    tool_calls: list[_CallDelta] | None = None
 
 
 class _ChunkChoice(msgspec.Struct):
@@ -119,8 +139,10 @@ class _ChunkChoice(msgspec.Struct):
 
 class _ChatMessage(msgspec.Struct):
     role: str
-    content: str
+    content: str | None
     refusal: None = None
+    reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    tool_calls: list[_Call] | msgspec.UnsetType = msgspec.UNSET
 
 
 class _ChatChoice(msgspec.Struct):
@@ -158,7 +180,7 @@ class PlainChunks:
     def encode(self, choice: ChoiceText, any_chunk: Callable[[ChoiceText], bytes]) -> bytes:
         """`any_chunk` writes those that have more than text, or none."""
         more = choice.logprobs or choice.finish or choice.token_ids or choice.prompt_ids or choice.prompt_ranks
-        if more or choice.usage is not None or not choice.text:
+        if more or choice.usage is not None or not choice.text or choice.reasoning or choice.calls:
             return any_chunk(choice)
         parts = self._parts.get(choice.index)
         if parts is None:
@@ -253,7 +275,7 @@ class ChatEncoder:
         made = [
             _ChatChoice(
                 choice.index,
-                _ChatMessage("assistant", choice.text),
+                _chat_message(choice),
                 self._logprobs(choice),
                 choice.finish or None,
                 _stop_reason(choice),
@@ -271,7 +293,11 @@ class ChatEncoder:
         return self._plain.encode(choice, self._any_chunk)
 
     def _any_chunk(self, choice: ChoiceText) -> bytes:
-        delta = _Delta(content=choice.text or None)
+        delta = _Delta(
+            content=choice.text or None,
+            reasoning_content=choice.reasoning or None,
+            tool_calls=[_call_delta(call) for call in choice.calls] or None,
+        )
         made = _ChunkChoice(
             choice.index,
             delta,
@@ -287,6 +313,22 @@ class ChatEncoder:
 
     def _logprobs(self, choice: ChoiceText) -> _ChatLogprobs | None:
         return _chat_logprobs(choice.logprobs) if self.header.logprobs else None
+
+
+def _chat_message(choice: ChoiceText) -> _ChatMessage:
+    calls = [_Call(call.id, "function", _Function(call.name, call.arguments)) for call in choice.calls]
+    return _ChatMessage(
+        "assistant",
+        choice.text or (None if choice.calls or choice.reasoning else ""),
+        reasoning_content=choice.reasoning or msgspec.UNSET,
+        tool_calls=calls or msgspec.UNSET,
+    )
+
+
+def _call_delta(call: CallText) -> _CallDelta:
+    """The id, type and name of a call are sent once, at its beginning."""
+    function = _Function(call.name, call.arguments)
+    return _CallDelta(function, call.index, call.id, "function" if call.id else "")
 
 
 def _stop_reason(choice: ChoiceText) -> _StopReason:

@@ -21,11 +21,14 @@ from starlette.types import Receive, Scope, Send
 from baton.node.errors import InvariantBroken, Overloaded
 from baton.node.messages.control import SamplingSpec
 from baton.node.telemetry import format_value, log_event
+from baton.proxy.formats.events import call_id
+from baton.proxy.formats.machine import FormatMachine
+from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.asgi import READ_TIMEOUT_S, ClientGone, ClientStalled, ReadWatch, Reply, gone
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.bodies import HeldBody
 from baton.proxy.http.encoders import AnswerHeader, Encoder
-from baton.proxy.http.events import Event
+from baton.proxy.http.events import Event, chunks_of
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.guard import tenant_of
 from baton.proxy.http.pace import arrived_s
@@ -216,6 +219,7 @@ class GenerateEndpoint:
             parsed.ids,
             skip_special_tokens=parsed.skip_special_tokens,
             scores=ScoreRule(parsed.echo_logprobs, parsed.sampling.prompt_logprobs),
+            machine=_machine_of(request, parsed, model, choice),
         )
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
         meter = GenerationMeter(model.metrics, service.log, info, timeline)
@@ -266,16 +270,28 @@ class GenerateEndpoint:
 
 def _events_of(deltas: Sequence[Delta], assembler: Assembler, *, continuous_usage: bool) -> list[list[Event]]:
     """Those of each delta, up to the one that ends the answer. None of tokens that have nothing to show yet."""
-    grown = []
+    grown: list[list[Event]] = []
     for delta in deltas:
         events = assembler.feed(delta)
         if events and continuous_usage and not assembler.finish:
             events.append(assembler.usage(delta.cached_tokens))
         if events or delta.ids:
-            grown.append(events)
+            grown += chunks_of(events) if assembler.has_calls else (events,)
         if assembler.finish:
             break
     return grown
+
+
+def _machine_of(request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, choice: Choice) -> FormatMachine | None:
+    """What reads the answer of a chat; None where all of it is content."""
+    markup, tools = model.text.markup, parsed.tools
+    if tools is None or not (tools.schemas or markup.has_reasoning):
+        return None
+    used = markup.with_calls if tools.schemas else markup.without_calls
+    # A grammar begins at the first token, so there is no reasoning whatever the prompt says.
+    thinking = Thinking.CLOSED if parsed.grammar is not None else markup.thinking(choice.generation.prompt_ids)
+    id_of = partial(call_id, request.answer_id, choice.index, num_alphanumerics=used.format.id_alphanumerics)
+    return FormatMachine(used, thinking, tools.schemas, id_of, max_calls=tools.max_calls)
 
 
 def _usable_id(sent: str) -> str:

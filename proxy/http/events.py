@@ -1,7 +1,7 @@
 """The typed stream between detokeniser and HTTP: what each choice of an answer consists of, event by event.
 
-The assembler makes the events, encoders write them in the shape of one API, streamed or at once. Reasoning and tool
-calls will be further members of `Event`. Knows no JSON, no HTTP and no tokenizer.
+The assembler makes the events, encoders write them in the shape of one API, streamed or at once. Those of reasoning and
+calls are made by `formats`. Knows no JSON, no HTTP and no tokenizer.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import msgspec
+
+from baton.proxy.formats.events import CallArguments, CallBegin, CallEnd, ReasoningText
 
 
 class TokenLogprob(msgspec.Struct, frozen=True):
@@ -62,7 +64,7 @@ class ChoiceEnd(msgspec.Struct, frozen=True):
     """The choice is complete."""
 
     reason: str
-    """"stop" | "length"."""
+    """"stop" | "length" | "tool_calls"."""
     stop_reason: str | int | None = None
     """The stop string, or the id of the client's stop token, that ended it; None for an end token of the model."""
 
@@ -75,7 +77,17 @@ class TokenUsage(msgspec.Struct, frozen=True):
     cached_tokens: int
 
 
-Event = PromptIds | PromptRanks | Content | ChoiceEnd | TokenUsage
+Event = PromptIds | PromptRanks | Content | ReasoningText | CallBegin | CallArguments | CallEnd | ChoiceEnd | TokenUsage
+
+
+class CallText(msgspec.Struct, frozen=True):
+    """What some events say of one call."""
+
+    index: int
+    id: str
+    """Empty, like the name, where the call had begun before."""
+    name: str
+    arguments: str
 
 
 class ChoiceText(msgspec.Struct, frozen=True, gc=False):
@@ -92,6 +104,8 @@ class ChoiceText(msgspec.Struct, frozen=True, gc=False):
     prompt_ranks: tuple[PromptEntry | None, ...] = ()
     usage: TokenUsage | None = None
     """So far, where the events have it."""
+    reasoning: str = ""
+    calls: tuple[CallText, ...] = ()
 
 
 def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
@@ -104,6 +118,8 @@ def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
     prompt_ids: tuple[int, ...] = ()
     prompt_ranks: tuple[PromptEntry | None, ...] = ()
     finish, stop_reason, usage = "", None, None
+    reasoning: list[str] = []
+    calls: list[Event] = []
     for event in events:
         if type(event) is Content:
             texts.append(event.text)
@@ -117,9 +133,58 @@ def join_events(index: int, events: Sequence[Event]) -> ChoiceText:
             prompt_ranks = event.entries
         elif type(event) is TokenUsage:
             usage = event
+        elif type(event) is ReasoningText:
+            reasoning.append(event.text)
+        else:
+            calls.append(event)
     return ChoiceText(
-        index, "".join(texts), tuple(logprobs), finish, stop_reason, tuple(token_ids), prompt_ids, prompt_ranks, usage
+        *(
+            index,
+            "".join(texts),
+            tuple(logprobs),
+            finish,
+            stop_reason,
+            tuple(token_ids),
+            prompt_ids,
+            prompt_ranks,
+            usage,
+        ),
+        reasoning="".join(reasoning),
+        calls=_join_calls(calls),
     )
+
+
+def _join_calls(events: Sequence[Event]) -> tuple[CallText, ...]:
+    begun: dict[int, CallBegin] = {}
+    arguments: dict[int, list[str]] = {}
+    for event in events:
+        if type(event) is CallBegin:
+            begun[event.index] = event
+            arguments[event.index] = []
+        elif type(event) is CallArguments:
+            arguments.setdefault(event.index, []).append(event.text)
+    return tuple(
+        CallText(index, begun[index].id, begun[index].name, "".join(texts))
+        if index in begun
+        else CallText(index, "", "", "".join(texts))
+        for index, texts in arguments.items()
+    )
+
+
+def chunks_of(events: list[Event]) -> list[list[Event]]:
+    """`events` cut so that no part has more than one call, or a call and something else: what clients can read."""
+    if not any(isinstance(event, CallBegin | CallArguments) for event in events):
+        return [events]
+    parts: list[list[Event]] = []
+    before: object = None
+    for event in events:
+        subject = ("call", event.index) if isinstance(event, CallBegin | CallArguments) else type(event)
+        if subject == before or (isinstance(event, CallEnd | TokenUsage) and parts):
+            parts[-1].append(event)
+        else:
+            parts.append([event])
+        before = before if isinstance(event, CallEnd) else subject
+    return parts
 
 
 def total_usage(usages: Sequence[TokenUsage], choices_per_prompt: int) -> TokenUsage:

@@ -21,7 +21,6 @@ SIMILAR = 0.85
 IGNORED = frozenset(
     (
         "metadata",
-        "parallel_tool_calls",
         "prediction",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -36,16 +35,17 @@ IGNORED = frozenset(
 )
 """They change no answer of this server, whatever they say."""
 
-_TOOLS = "tool calls are not supported"
+_TOOLS = "tools are those of a chat, under `tools` and `tool_choice`"
 _TEXT_ONLY = "only text is supported"
 _BEAMS = "beam search is not supported"
-_REASONING = "reasoning is not separated from the answer here; chat templates take chat_template_kwargs"
+_REASONING = "reasoning is switched by variables of the chat template, in chat_template_kwargs"
 _TRANSFER = "this server chooses where KV is computed and sent itself"
 
 UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "suffix": (("",), "text cannot be inserted before a suffix"),
     "tools": (([],), _TOOLS),
     "tool_choice": (("none", "auto"), _TOOLS),
+    "parallel_tool_calls": ((True, False), _TOOLS),
     "functions": (([],), _TOOLS),
     "function_call": (("none", "auto"), _TOOLS),
     "structural_tag": (("",), "it goes into response_format or structured_outputs"),

@@ -95,6 +95,8 @@ async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int)
             param=request.prompt_param,
         )
 
+    if request.tools is not None and request.tools.schemas and not text.markup.has_calls:
+        raise BadRequest("this model's chat template has no tools, or calls in a format unknown here", param="tools")
     if request.messages:
         ids = await encode(await text.render_bounded(request.messages, request.render))
         made = [(_checked(ids, text.vocab_size, "messages"), "")]

@@ -34,6 +34,7 @@ from baton.proxy.http.messages import (
 from baton.proxy.http.parameters import MAX_NAME_CHARS, MAX_UNKNOWN, check_spelling, unknown_parameters
 from baton.proxy.http.structured import StructuredFields, grammar_request
 from baton.proxy.http.template_options import TemplateRequest, render_options
+from baton.proxy.http.tools import DeclaredFunction, DeclaredTool, ToolFields, ToolRequest, tool_request
 from baton.proxy.text.grammar_request import GrammarRequest
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
@@ -162,7 +163,7 @@ class CompletionBody(_Body):
     logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
-class ChatBody(_Body, TemplateRequest):
+class ChatBody(_Body, TemplateRequest, ToolFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
@@ -170,7 +171,10 @@ class ChatBody(_Body, TemplateRequest):
 
 _FIELD_NAMES = frozenset(
     name
-    for model in (*(CompletionBody, ChatBody, StreamOptions, ChatMessage, TextPart, ToolCall, CalledFunction),)
+    for model in (
+        *(CompletionBody, ChatBody, StreamOptions, ChatMessage, TextPart, ToolCall, CalledFunction),
+        *(DeclaredTool, DeclaredFunction),
+    )
     for name in model.model_fields
 ).union(structured.FIELD_NAMES)
 _SHAPES = {
@@ -224,6 +228,8 @@ class ParsedRequest:
     messages: tuple[Mapping[str, Any], ...] = ()
     """Of a chat; empty for a completion."""
     render: RenderOptions = NEXT_MESSAGE
+    tools: ToolRequest | None = None
+    """Of a chat; the answer of a completion is text, whatever the model marks in it."""
     add_special_tokens: bool = False
     sampling: SamplingRequest
     max_tokens: int | None
@@ -281,10 +287,12 @@ def read_chat(body: bytes) -> ParsedRequest:
     request = parse(ChatBody, body)
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
+    tools = tool_request(request)
     return ParsedRequest(
         **_shared(request, shows_prompt=False),
         messages=conversation(request.messages),
-        render=render_options(request),
+        render=render_options(request, tools.shown),
+        tools=tools,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 

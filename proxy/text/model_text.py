@@ -21,6 +21,7 @@ from baton.node.telemetry import excerpt, log_event
 from baton.proxy.text.detokenize import Decoding, Detokenizer
 from baton.proxy.text.grammar_check import GrammarCheck
 from baton.proxy.text.model_files import is_panic, read_model_files
+from baton.proxy.text.model_markup import ModelMarkup
 from baton.proxy.text.render_process import RenderProcess
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
@@ -55,6 +56,12 @@ class ModelText:
         self.grammars = GrammarCheck(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._added = {token: added for token, added in self._tokenizer.get_added_tokens_decoder().items()}
         self._special_ids = frozenset(token for token, added in self._added.items() if added.special)
+        self.markup = ModelMarkup(
+            files.template or "",
+            {str(added.content): token for token, added in self._added.items()},
+            self._special_ids,
+            lambda text: self.encode(text, add_special_tokens=False),
+        )
         self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         self._byte_values = _byte_values(vocab) if "ByteFallback" in str(self._tokenizer.decoder) else {}
         self._inner_pieces: dict[int, bytes] = {}

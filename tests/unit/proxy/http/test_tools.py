@@ -1,0 +1,216 @@
+"""Calls and reasoning in the answers of chats, whole and streamed, of a model whose template has both.
+
+Guards against calls that reach the user as text, chunks that clients cannot join, wrong reasons of an end, and tools
+that are dropped in silence.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from baton.proxy.http.app import create_app
+from baton.proxy.interface import AppSettings, Delta
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
+
+TEMPLATE = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{# <tool_call> #}"
+    "{% for message in messages %}<|user|>{{ message.content }}<|end|>{% endfor %}<|assistant|>\n"
+    "{% if thinks is defined %}{{ '<think>\n' if thinks else '<think>\n\n</think>\n\n' }}{% endif %}"
+)
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+BODY: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400}
+
+
+@pytest.fixture(scope="module")
+def text(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelText]:
+    folder = tmp_path_factory.mktemp("model") / "demo"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    made = ModelText(folder)
+    yield made
+    made.close()
+
+
+class Answers:
+    """Sets what the engine answers; two tokens a delta."""
+
+    def __init__(self, text: ModelText) -> None:
+        self.text = ""
+        self.finish = "stop"
+        self.prompts: list[str] = []
+        self._model_text = text
+
+    def script(self, call: EngineCall) -> list[ScriptStep]:
+        self.prompts.append(self._model_text.decode(call.prompt_ids, skip_special_tokens=False))
+        ids = self._model_text.encode(self.text, add_special_tokens=False)
+        if self.finish == "stop":
+            ids += (self._model_text.eos_ids[-1],)
+        parts = [ids[place : place + 2] for place in range(0, len(ids), 2)]
+        return [*(Delta(part) for part in parts[:-1]), Delta(parts[-1], finish=self.finish)]
+
+
+@pytest.fixture
+def answers(text: ModelText) -> Answers:
+    return Answers(text)
+
+
+@pytest.fixture
+async def client(answers: Answers, text: ModelText) -> AsyncIterator[httpx.AsyncClient]:
+    app = create_app(FakeEngine(answers.script), {"demo": text}, AppSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as made:
+        yield made
+
+
+async def ask(client: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
+    """The answer's choice, after a check that its stream says the same."""
+    whole = await client.post("/v1/chat/completions", json={**BODY, **more})
+    assert whole.status_code == 200, whole.text
+    (choice,) = whole.json()["choices"]
+    streamed = await client.post("/v1/chat/completions", json={**BODY, **more, "stream": True})
+    parts = [part.removeprefix("data: ") for part in streamed.text.split("\n\n") if part]
+    joined = join([json.loads(part)["choices"][0] for part in parts if part != "[DONE]"])
+    message = choice["message"]
+    assert joined["finish_reason"] == choice["finish_reason"]
+    assert joined["content"] == (message["content"] or "")
+    assert joined["reasoning_content"] == message.get("reasoning_content", "")
+    assert joined["calls"] == [call["function"] for call in message.get("tool_calls", [])]
+    return choice
+
+
+def join(choices: list[dict[str, Any]]) -> dict[str, Any]:
+    """As clients do: an id and a name once, at most one call a chunk, the reason last."""
+    found: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": []}
+    for choice in choices:
+        delta = choice["delta"]
+        for name in ("content", "reasoning_content"):
+            found[name] += delta.get(name) or ""
+        calls = delta.get("tool_calls", [])
+        assert len(calls) <= 1
+        for call in calls:
+            if "id" in call:
+                assert call["type"] == "function" and call["index"] == len(found["calls"])
+                found["calls"].append({"name": call["function"]["name"], "arguments": ""})
+            assert call["index"] == len(found["calls"]) - 1 and ("name" in call["function"]) == ("id" in call)
+            found["calls"][-1]["arguments"] += call["function"]["arguments"]
+        found["finish_reason"] = choice["finish_reason"]
+        assert choice["finish_reason"] is None or not calls
+    return found
+
+
+async def test_calls(client: httpx.AsyncClient, answers: Answers) -> None:
+    answers.text = f"I look.\n{CALL}\n{CALL}"
+    choice = await ask(client, tools=TOOLS)
+    message = choice["message"]
+    assert choice["finish_reason"] == "tool_calls" and message["content"] == "I look."
+    assert [call["function"] for call in message["tool_calls"]] == [
+        {"name": "get_weather", "arguments": '{"city": "Rome"}'}
+    ] * 2
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+    assert '"name": "get_weather"' in answers.prompts[0]
+
+
+async def test_content_is_null_beside_calls_alone(client: httpx.AsyncClient, answers: Answers) -> None:
+    answers.text = CALL
+    assert (await ask(client, tools=TOOLS))["message"]["content"] is None
+
+
+async def test_a_cut_call_ends_by_length(client: httpx.AsyncClient, answers: Answers) -> None:
+    answers.text, answers.finish = CALL.partition("ty")[0], "length"
+    choice = await ask(client, tools=TOOLS)
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["tool_calls"][0]["function"]["arguments"] == '{"ci'
+
+
+async def test_parallel_calls_can_be_switched_off(client: httpx.AsyncClient, answers: Answers) -> None:
+    answers.text = f"{CALL}\n{CALL}"
+    assert len((await ask(client, tools=TOOLS, parallel_tool_calls=False))["message"]["tool_calls"]) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"tools": TOOLS, "tool_choice": "none"}])
+async def test_without_tools_markers_are_text(
+    client: httpx.AsyncClient, answers: Answers, more: dict[str, Any]
+) -> None:
+    answers.text = CALL
+    choice = await ask(client, **more)
+    assert choice["message"]["content"] == CALL and choice["finish_reason"] == "stop"
+    assert "get_weather" not in answers.prompts[0]
+
+
+async def test_an_undeclared_function_stays_content(client: httpx.AsyncClient, answers: Answers) -> None:
+    answers.text = CALL.replace("get_weather", "other")
+    choice = await ask(client, tools=TOOLS)
+    assert choice["message"]["content"] == answers.text and choice["finish_reason"] == "stop"
+
+
+@pytest.mark.parametrize(
+    ("written", "variables", "reasoning", "content"),
+    [
+        ("<think>\na b\n</think>\n\nc", {}, "a b", "c"),
+        ("a b\n</think>\n\nc", {"thinks": True}, "a b", "c"),
+        ("c", {"thinks": False}, None, "c"),
+        ("c", {}, None, "c"),
+        ("a b", {"thinks": True}, "a b", None),
+    ],
+)
+async def test_reasoning(
+    client: httpx.AsyncClient,
+    answers: Answers,
+    written: str,
+    variables: dict[str, bool],
+    reasoning: str | None,
+    content: str | None,
+) -> None:
+    answers.text = written
+    message = (await ask(client, chat_template_kwargs=variables))["message"]
+    assert (message.get("reasoning_content"), message["content"]) == (reasoning, content)
+
+
+async def test_stop_strings_count_in_content_only(client: httpx.AsyncClient, answers: Answers) -> None:
+    answers.text = "<think>\na END\n</think>\n\nb END c"
+    choice = await ask(client, stop="END")
+    assert choice["message"]["reasoning_content"] == "a END"
+    assert choice["message"]["content"] == "b " and choice["finish_reason"] == "stop"
+
+
+async def test_an_answer_in_json_is_no_reasoning(client: httpx.AsyncClient, answers: Answers) -> None:
+    """Its grammar begins at the first token, though the prompt opens the reasoning."""
+    answers.text = '{"a": 1}'
+    form = {"type": "json_object"}
+    message = (await ask(client, chat_template_kwargs={"thinks": True}, response_format=form))["message"]
+    assert message["content"] == '{"a": 1}' and "reasoning_content" not in message
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
+        ({"tools": [*TOOLS, *TOOLS]}, "tools.1.function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools.0.function.name"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
+        ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * (1 << 18)}}]}, "tools"),
+    ],
+)
+async def test_bad_tools_are_refused(client: httpx.AsyncClient, more: dict[str, Any], param: str) -> None:
+    answer = await client.post("/v1/chat/completions", json={**BODY, **more})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path) -> None:
+    text = ModelText(demo_folder)
+    app = create_app(FakeEngine(lambda call: []), {"demo": text}, AppSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        answer = await client.post("/v1/chat/completions", json={**BODY, "tools": TOOLS})
+    text.close()
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
