@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 from baton.kvtransfer.planes.base import Plane, choose
 from baton.kvtransfer.protocol.receiver import Landings
+from baton.node.errors import SettingsError
 from baton.node.messages.base import PROTOCOL_VERSION, Message
 from baton.node.messages.control import Refused
 from baton.node.messages.transfer import Hello, Welcome
@@ -30,7 +31,8 @@ PAIR_IDLE_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class PeerTransport:
-    """How peers are reached: `send` returns whether the peer could be reached, `connect` opens a link to it."""
+    """How peers are reached: `send` returns whether the peer could be reached, `connect` opens a link to it, or raises
+    SettingsError for no address."""
 
     send: Callable[[str, Message], bool]
     connect: Callable[[str, str], None]
@@ -83,11 +85,19 @@ class Pairs:
         return pair.landings if pair is not None else Landings()
 
     def greet(self, peer: str, address: str, now: float) -> None:
-        """Say hello, unless that was done or answered a moment ago."""
-        pair = self._pairs.setdefault(peer, _Pair(peer, address))
+        """Say hello, unless that was done or answered a moment ago. Raises SettingsError where no link can be opened
+        or there are too many pairs; then there is no pair."""
+        pair = self._pairs.get(peer) or self._new_pair(peer, address)
         pair.used_at = now
         if now - pair.welcomed_at >= GREETING_LASTS_S and now - pair.greeted_at >= GREET_AGAIN_S:
             self._say_hello(pair, now)
+
+    def _new_pair(self, peer: str, address: str) -> _Pair:
+        if len(self._pairs) >= MAX_PAIRS:
+            raise SettingsError("too many pairs")
+        self._wire.connect(peer, address)
+        pair = self._pairs[peer] = _Pair(peer, address)
+        return pair
 
     def tend(self, now: float) -> list[str]:
         """Repeat greetings that are not answered, and probe idle pairs; returns the peers that are silent by now: this

@@ -7,6 +7,7 @@ from collections import deque
 
 import pytest
 
+from baton.kvtransfer.protocol import pairs as module
 from baton.kvtransfer.protocol.pairs import (
     GREET_AGAIN_S,
     MAX_GREETINGS,
@@ -15,6 +16,7 @@ from baton.kvtransfer.protocol.pairs import (
     Pairs,
     PeerTransport,
 )
+from baton.node.errors import SettingsError
 from baton.node.messages.base import Message
 from baton.node.messages.transfer import Hello, Welcome
 from baton.testing.loopback import LoopbackFabric
@@ -104,3 +106,34 @@ def test_a_peer_that_never_answers_is_greeted_again_and_again_in_bounded_numbers
     series_s = PROBE_S + MAX_GREETINGS * GREET_AGAIN_S
     assert MAX_GREETINGS < link.num_hellos <= MAX_GREETINGS * (60.0 / series_s + 1)
     assert len(link.silenced) <= 60.0 / series_s + 1
+
+
+@pytest.fixture
+def pairs() -> Pairs:
+    """Of a worker that can open links to addresses of TCP only."""
+
+    def connect(peer: str, address: str) -> None:
+        if not address.startswith("tcp://"):
+            raise SettingsError(f"cannot connect to {address!r}")
+
+    return Pairs("p/1", b"n" * 32, [], PeerTransport(lambda *_: True, connect, lambda peer: None))
+
+
+def test_a_peer_without_an_address_makes_no_pair(pairs: Pairs) -> None:
+    """Guards a worker's I/O thread: the pair was greeted again from there, where the error ended the worker."""
+    with pytest.raises(SettingsError, match="nonsense"):
+        pairs.greet("d/1", "nonsense", 0.0)
+    for turn in range(100):
+        assert pairs.tend(turn * GREET_AGAIN_S) == []
+    pairs.greet("d/1", "tcp://127.0.0.1:1", 100.0)
+    assert pairs.due_at < float("inf")
+
+
+def test_pairs_of_the_sending_side_are_bounded_too(pairs: Pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a worker against orders to send to ever new peers."""
+    monkeypatch.setattr(module, "MAX_PAIRS", 2)
+    for number in range(2):
+        pairs.greet(f"d/{number}", "tcp://127.0.0.1:1", 0.0)
+    with pytest.raises(SettingsError, match="too many"):
+        pairs.greet("d/2", "tcp://127.0.0.1:1", 0.0)
+    pairs.greet("d/1", "tcp://127.0.0.1:1", 1.0)
