@@ -93,7 +93,8 @@ class FormatMachine:
         return self._calls.num_broken
 
     def push(self, token_id: int, text: str) -> list[FormatEvent]:
-        """What a token adds, which completes `text`; the text of a token that is a marker is ignored."""
+        """What a token adds, which completes `text`; the text of a token that is a marker is ignored. A negative id is
+        no token, but text that was left over."""
         marker = self._marker_of.get(token_id)
         if marker is None and text and self._is_plain(text):
             return self._plain_events(text)
@@ -102,7 +103,7 @@ class FormatMachine:
             self._take_marker(marker)
         elif text:
             self._take_text(text)
-        if reasons or self._row.reads is Reads.REASONING:
+        if token_id >= 0 and (reasons or self._row.reads is Reads.REASONING):
             self.num_reasoning_tokens += 1
         return self._taken_events()
 
@@ -110,13 +111,21 @@ class FormatMachine:
         """The short way for most tokens: all of `text` goes on as it is, and no state changes."""
         if self._reader is not None:
             return self._reader.passes(text) and not self._pending
-        if not self._in_prose or self._tail or not self._prose.passes(text):
+        if self._tail:
+            return False
+        if self._in_prose:
+            if not self._prose.passes(text):
+                return False
+        elif self._row.reads is not Reads.VALUE:
             return False
         return not any(map(text.__contains__, self._state.firsts))
 
     def _plain_events(self, text: str) -> list[FormatEvent]:
         if self._reader is not None:
             self._calls.arguments(text)
+            return self._taken_events()
+        if self._row.reads is Reads.VALUE:
+            self._read_value(text, 0, len(text))
             return self._taken_events()
         if self._row.reads is Reads.CONTENT:
             return [ContentText(text)]

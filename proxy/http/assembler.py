@@ -120,7 +120,8 @@ class Assembler:
 
     def usage(self, cached_tokens: int) -> TokenUsage:
         """What the choice has taken so far."""
-        return TokenUsage(len(self._generation.prompt_ids), self.num_tokens, cached_tokens)
+        reasoning = 0 if self._machine is None else self._machine.num_reasoning_tokens
+        return TokenUsage(len(self._generation.prompt_ids), self.num_tokens, cached_tokens, reasoning)
 
     def _match(self, text: str, shown: bool = True) -> tuple[str, str]:
         """The text that may be sent, and the stop string that it completed, or "".

@@ -49,11 +49,17 @@ class _PromptDetails(msgspec.Struct):
     cached_tokens: int
 
 
+class _CompletionDetails(msgspec.Struct):
+    reasoning_tokens: int
+
+
 class _Usage(msgspec.Struct):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
     prompt_tokens_details: _PromptDetails
+    completion_tokens_details: _CompletionDetails | msgspec.UnsetType
+    """Absent where there was no reasoning."""
 
 
 class _CompletionLogprobs(msgspec.Struct):
@@ -352,7 +358,8 @@ def _prompt_logprobs(choice: ChoiceText) -> _PromptLogprobs:
 def _usage(usage: TokenUsage) -> _Usage:
     total = usage.prompt_tokens + usage.completion_tokens
     details = _PromptDetails(usage.cached_tokens)
-    return _Usage(usage.prompt_tokens, usage.completion_tokens, total, details)
+    reasoning = _CompletionDetails(usage.reasoning_tokens) if usage.reasoning_tokens else msgspec.UNSET
+    return _Usage(usage.prompt_tokens, usage.completion_tokens, total, details, reasoning)
 
 
 def _completion_logprobs(tokens: Sequence[TokenLogprob]) -> _CompletionLogprobs:

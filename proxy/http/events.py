@@ -75,6 +75,8 @@ class TokenUsage(msgspec.Struct, frozen=True):
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int = 0
+    """Of the completion, markers included."""
 
 
 Event = PromptIds | PromptRanks | Content | ReasoningText | CallBegin | CallArguments | CallEnd | ChoiceEnd | TokenUsage
@@ -189,10 +191,11 @@ def chunks_of(events: list[Event]) -> list[list[Event]]:
 
 def total_usage(usages: Sequence[TokenUsage], choices_per_prompt: int) -> TokenUsage:
     """The usage of a whole request: a prompt counts once, however many choices it has."""
-    prompt_tokens = completion_tokens = cached_tokens = 0
+    prompt_tokens = completion_tokens = cached_tokens = reasoning_tokens = 0
     for index, usage in enumerate(usages):
         completion_tokens += usage.completion_tokens
+        reasoning_tokens += usage.reasoning_tokens
         if index % choices_per_prompt == 0:
             prompt_tokens += usage.prompt_tokens
             cached_tokens += usage.cached_tokens
-    return TokenUsage(prompt_tokens, completion_tokens, cached_tokens)
+    return TokenUsage(prompt_tokens, completion_tokens, cached_tokens, reasoning_tokens)

@@ -174,6 +174,15 @@ async def test_reasoning(
     assert (message.get("reasoning_content"), message["content"]) == (reasoning, content)
 
 
+async def test_usage_has_the_tokens_of_reasoning(client: httpx.AsyncClient, answers: Answers, text: ModelText) -> None:
+    answers.text = "a b</think>c"
+    for more in ({"chat_template_kwargs": {"thinks": True}}, {"chat_template_kwargs": {"thinks": False}}):
+        usage = (await client.post("/v1/chat/completions", json={**BODY, **more})).json()["usage"]
+        found = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
+        marked = len(text.encode("a b</think>", add_special_tokens=False))
+        assert found == (marked if more["chat_template_kwargs"]["thinks"] else 0)
+
+
 async def test_stop_strings_count_in_content_only(client: httpx.AsyncClient, answers: Answers) -> None:
     answers.text = "<think>\na END\n</think>\n\nb END c"
     choice = await ask(client, stop="END")
