@@ -53,6 +53,10 @@ MORE_CONNECTIONS = 256
 OTHER_FILES = 128
 """Sockets to workers and stores, logs, the tokenizer's and the template's."""
 
+KEEP_ALIVE_S = 75
+"""Longer than clients and load balancers keep an idle connection (5 to 60 s): where the server closes it just as a
+client uses it again, the request fails. Idle connections give way to new ones."""
+
 
 def main() -> int:
     settings = parse(ProxySettings, sys.argv[1:], prog="baton proxy", description="The HTTP front of Baton.")
@@ -109,6 +113,7 @@ async def serve(settings: ProxySettings) -> int:
         ws="none",
         log_config=None,
         access_log=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(settings.drain_s) + 1,
     )
     server = BoundedServer(config, _tls_of(settings))
