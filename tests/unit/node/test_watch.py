@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 
-from baton.launch.local import Ports
 from baton.node import watch
 from baton.node.credentials import Credentials, Keys
 from baton.node.endpoint import Endpoint
@@ -33,7 +31,6 @@ class Ends:
         self.heard: set[str] = set()
         self.board = RelayBoard(seed=1)
         port = int(self.server.address.rpartition(":")[2])
-        self.board.name_ports(Ports(controls=(port,), store=1, secret_file=Path("secret")))
         relay = ask_for_relay(self.board.port, "decode-0", port, data=False)
         self.client.connect("proxy", f"tcp://127.0.0.1:{relay}", "proxy")
 
