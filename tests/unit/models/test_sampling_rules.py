@@ -59,7 +59,8 @@ def test_the_example_of_everything_takes_every_path():
     """Guards a start against kernels that the first request would have to wait for: a new parameter belongs into
     EVERYTHING, which a runner warms up with."""
     plain = SamplingSpec(max_tokens=1)
-    harmless = {"max_tokens", "temperature", "seed", "prompt_logprobs"}  # prompts are scored by a launch of their own
+    # Prompts are scored by a launch of their own; masks are drawn with as allowed tokens are.
+    harmless = {"max_tokens", "temperature", "seed", "prompt_logprobs", "grammar", "is_masked"}
     unset = {name for name in plain.__struct_fields__ if getattr(plain, name) == getattr(EVERYTHING, name)}
     assert unset <= harmless
     rules, nothing = rules_of(EVERYTHING, VOCAB), rules_of(plain, VOCAB)
