@@ -126,13 +126,24 @@ def open_pair(context: Context, name: str) -> tuple[Socket, Socket]:
 
 
 def open_monitor(context: Context, socket: Socket, events: int) -> Socket:
-    """Where libzmq reports these events of the connections of `socket`; when nobody reads, it drops the newest."""
+    """Where libzmq reports these events of the connections of `socket`; ended by `close_monitor`.
+
+    Its I/O thread writes them and waits where it cannot, which would stop every link of the context: so this queue has
+    no bound, and must be read.
+    """
     name = f"inproc://monitor-{id(socket)}-{secrets.token_hex(8)}"
     socket.monitor(name, events)
     monitor: Socket = context.zmq.socket(zmq.PAIR)
     monitor.setsockopt(zmq.LINGER, 0)
+    monitor.setsockopt(zmq.RCVHWM, 0)
     monitor.connect(name)
     return monitor
+
+
+def close_monitor(socket: Socket, monitor: Socket) -> None:
+    """Before `socket` is closed. Reports end first: libzmq would wait for ever to write one that has no reader."""
+    socket.disable_monitor()
+    monitor.close(0)
 
 
 def receive_event(monitor: Socket) -> tuple[int, int] | None:

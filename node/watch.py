@@ -53,6 +53,7 @@ class RouterWatch:
 
     def __init__(self, context: Context, router: Socket) -> None:
         self.refused = 0
+        self._router = router
         self._monitor = sockets.open_monitor(context, router, _OF_ROUTER)
         self._accepted_at: deque[float] = deque(maxlen=MAX_HANDSHAKES)
         """Of connections whose handshake has not ended. Which of them has ended is not reported; they are counted."""
@@ -73,7 +74,7 @@ class RouterWatch:
             self._refuse(_NO_HANDSHAKE)
 
     def close(self) -> None:
-        self._monitor.close(0)
+        sockets.close_monitor(self._router, self._monitor)
 
     def _refuse(self, reason: str) -> None:
         self.refused += 1
@@ -104,7 +105,7 @@ class DealerWatch:
             sockets.dial_again(self._dealer, self._address)
 
     def close(self) -> None:
-        self._monitor.close(0)
+        sockets.close_monitor(self._dealer, self._monitor)
 
     def _on_event(self, event: int, now: float) -> None:
         match event:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import time
 from collections.abc import Callable, Iterator
 
@@ -96,3 +97,35 @@ def test_both_ends_say_why_there_is_no_link(
     ends.until(lambda: {"peer_refused", "link_refused"} <= {record.message.split()[0] for record in caplog.records})
     assert caplog.text.count("another secret, or none") >= 2
     ends.close()
+
+
+def test_links_that_are_closed_while_they_are_dialed_stop_no_other(ends: Ends) -> None:
+    """Guards a whole node: libzmq's I/O thread waits for ever to report an event to a monitor that has been closed."""
+    ends.talk()
+    for number in range(300):
+        ends.client.connect(f"other-{number}", ends.server.address, "proxy")
+        ends.client.disconnect(f"other-{number}")
+    ends.talk()
+
+
+def test_reports_that_are_not_read_stop_no_link() -> None:
+    """Guards a node whose owner is at a long step while a stranger opens connections: libzmq's I/O thread waits where
+    a report finds no room."""
+    context = Context(Credentials("proxy", KEYS))
+    server = Endpoint(context, "proxy", "tcp://127.0.0.1:0")
+    port = int(server.address.rpartition(":")[2])
+    for _ in range(3000):
+        socket.create_connection(("127.0.0.1", port), timeout=WAIT_S).close()
+    other = Context(Credentials("decode", KEYS))
+    client = Endpoint(other, "d/1", None)
+    client.connect("proxy", server.address, "proxy")
+    heard: list[str] = []
+    deadline = time.monotonic() + WAIT_S
+    while not heard:
+        assert time.monotonic() < deadline
+        client.send("proxy", BEAT)
+        client.receive(0.01)
+        heard += [name for name, _ in server.receive(0.01)]
+    for endpoint, made in ((client, other), (server, context)):
+        endpoint.close()
+        made.close()
