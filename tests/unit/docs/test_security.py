@@ -7,7 +7,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "SECURITY.md").read_text()
-FILES = sorted((ROOT / "tests").rglob("test_*.py"))
+FILES = sorted(
+    path
+    for folder in ("unit", "integration", "simulation", "fuzz", "gpu", "clients")
+    for path in (ROOT / "tests" / folder).rglob("test_*.py")
+    if not {".venv", "node_modules"} & set(path.parts)
+)
+"""Our own: the environment of the clients lies in tests/clients."""
 
 
 def test_every_test_that_is_named_exists() -> None:
