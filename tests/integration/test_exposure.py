@@ -100,7 +100,7 @@ def test_what_is_on_disk_is_readable_by_its_user_only(cluster: Cluster, folder: 
 
 
 def test_no_log_and_no_route_of_an_operator_has_a_prompt_or_a_key(cluster: Cluster, folder: Path) -> None:
-    """CVE-2026-107206 showed the environment, and logs of other servers the prompts, to whoever asked."""
+    """CVE-2026-107206 showed the environment, and logs of other servers the prompts, to any client."""
     assert cluster.metrics()
     logs = sorted(folder.glob("*.log"))
     assert len(logs) == len(NODES)

@@ -326,7 +326,14 @@ def test_no_file_names_a_path_of_somebodys_machine() -> None:
     for end in ("work/main", "root/.cache", "home/me/x", "Users/me/x", "tmp/venv/bin", "opt/wheels"):
         assert MACHINE_PATHS.search(f"cd '/{end}'"), end
     assert MACHINE_PATHS.search("see .." + "/shared/x.md")
-    for good in ("https://host/work/x", "a/root/b", "ipc:///tmp/x", "/v1/models", "./work/x", "/workers"):
+    for good in (
+        "https://host/" + "work/x",
+        "a/" + "root/b",
+        "ipc:///tmp/x",
+        "/v1/models",
+        "./" + "work/x",
+        "/workers",
+    ):
         assert not MACHINE_PATHS.search(good), good
     found = []
     for name in tracked():

@@ -50,7 +50,7 @@ def test_a_new_secret_is_private_and_differs(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", [0o644, 0o640, 0o602, 0o610])
 def test_a_secret_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
-    """Guards against a secret that is none: whoever reads the file is let in everywhere."""
+    """Guards against a secret that is none: each reader of the file is let in everywhere."""
     path = tmp_path / "secret"
     write_secret(path)
     path.chmod(mode)

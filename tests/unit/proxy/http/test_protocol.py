@@ -257,7 +257,7 @@ async def test_an_upgrade_is_not_followed(serve: Serve) -> None:
         (POST + b"Content-Length: 10\r\n\r\n{", {"body_grace_s": 0.05, "body_bytes_per_s": 1e9}, [408], "slow_body"),
         (b"GET /live HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\n", {"drain_s": 0.05}, [200], ""),
     ],
-    ids=["nothing", "half a head", "half a further head", "half a body", "half a body that nobody reads"],
+    ids=["nothing", "half a head", "half a further head", "half a body", "half of an unread body"],
 )
 async def test_a_slow_client_is_ended(
     serve: Serve, sent: bytes, limit: dict[str, float], status: list[int], reason: str

@@ -106,7 +106,7 @@ def test_what_was_not_expected_is_a_debt() -> None:
 
 
 def test_a_request_larger_than_the_limit_can_never_be_admitted() -> None:
-    """Guards against a client that is told to wait for what will never be."""
+    """Guards against a Retry-After for what will never be allowed."""
     with pytest.raises(BadRequest, match="Limit 100 tokens a minute, Requested 101") as raised:
         usage(tokens_per_minute=100).reserve(101).__enter__()
     assert (raised.value.status, raised.value.code) == (429, "rate_limit_exceeded")
