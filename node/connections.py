@@ -26,7 +26,7 @@ class NameTaken(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Holder:
+class NameHolder:
     """The peer at the other end of a connection."""
 
     name: str
@@ -51,18 +51,18 @@ class NameHolders:
 
     def __init__(self, limit: int = MAX_NAMES) -> None:
         self._limit = limit
-        self._holders: OrderedDict[bytes, Holder] = OrderedDict()
+        self._holders: OrderedDict[bytes, NameHolder] = OrderedDict()
         self._connections: dict[str, bytes] = {}
         self._reserved: set[str] = set()
 
-    def find(self, connection: bytes) -> Holder | None:
+    def find(self, connection: bytes) -> NameHolder | None:
         """The peer from which a message came; None if `learn` must say."""
         holder = self._holders.get(connection)
         if holder is not None:
             self._holders.move_to_end(connection)
         return holder
 
-    def learn(self, connection: bytes, role: NodeRole | None) -> Holder:
+    def learn(self, connection: bytes, role: NodeRole | None) -> NameHolder:
         """The peer at a new connection. Raises NameTaken, or UnicodeDecodeError for an id that is no text."""
         name = stated_name(connection)
         if name in self._connections or name in self._reserved:
@@ -70,7 +70,7 @@ class NameHolders:
         if len(self._holders) >= self._limit:
             _, forgotten = self._holders.popitem(last=False)
             del self._connections[forgotten.name]
-        holder = self._holders[connection] = Holder(name, role)
+        holder = self._holders[connection] = NameHolder(name, role)
         self._connections[name] = connection
         return holder
 

@@ -28,7 +28,7 @@ LINK_KINDS = ("proxy-prefill", "proxy-decode", "proxy-store", "worker-store", "p
 
 
 @dataclass(frozen=True, slots=True)
-class Link:
+class RelayedLink:
     """One link: its kind, the node that dials it, and the port that it leads to."""
 
     kind: str
@@ -46,7 +46,7 @@ class RelayBoard:
     def __init__(self, seed: int = 0) -> None:
         self._seed = seed
         self._known: dict[int, str] = {}  # what listens at a port; all others are workers
-        self._relays: dict[Link, Relay] = {}
+        self._relays: dict[RelayedLink, Relay] = {}
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="relays", daemon=True)
         self._thread.start()
@@ -63,11 +63,11 @@ class RelayBoard:
         through = (program, "-P", "-m", "baton.testing.relayed_process", str(self.port), spec.name, module)
         return replace(spec, argv=(*through, *arguments))
 
-    def links(self, kind: str = "") -> list[Link]:
+    def links(self, kind: str = "") -> list[RelayedLink]:
         """Those that were dialed so far, of one kind or all."""
         return sorted((link for link in [*self._relays] if kind in ("", link.kind)), key=lambda link: link.name)
 
-    def set_fault(self, links: Iterable[Link], fault: LinkFault | None) -> None:
+    def set_fault(self, links: Iterable[RelayedLink], fault: LinkFault | None) -> None:
         self._call(self._set_fault(list(links), fault))
 
     def num_hits(self) -> int:
@@ -98,7 +98,7 @@ class RelayBoard:
         writer.close()
 
     async def _relay(self, dialer: str, port: int, *, data: bool) -> Relay:
-        link = Link(self._kind(dialer, port, data=data), dialer, port)
+        link = RelayedLink(self._kind(dialer, port, data=data), dialer, port)
         if link not in self._relays:
             relay = Relay(port, f"{self._seed}/{link.kind}/{link.dialer}")
             await relay.start()
@@ -113,7 +113,7 @@ class RelayBoard:
             return "worker-store"
         return "data" if data else "prefill-decode"
 
-    async def _set_fault(self, links: list[Link], fault: LinkFault | None) -> None:
+    async def _set_fault(self, links: list[RelayedLink], fault: LinkFault | None) -> None:
         for link in links:
             self._relays[link].set_fault(fault)
 

@@ -37,7 +37,7 @@ LIBRARY = "llguidance/" + ".".join(version("llguidance").split(".")[:2])
 """Two workers with this in common compute the same masks from the same text."""
 
 
-class Grammars:
+class GrammarCompiler:
     """Compiles grammars over one tokenizer, which it reads when the first comes. One thread makes all calls;
     `on_compiled` is called from others."""
 

@@ -34,7 +34,7 @@ from baton.node.modelhub import locate_model
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import KvPool, load_model
-from baton.worker.grammars import Grammars
+from baton.worker.grammars import GrammarCompiler
 from baton.worker.io_thread import IoThread
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
@@ -55,7 +55,7 @@ class StartedWorker:
     pool: KvPool
     store: Store
     io: IoThread
-    grammars: Grammars
+    grammars: GrammarCompiler
 
     def close(self) -> None:
         self.grammars.close()
@@ -132,7 +132,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         address=endpoint.address,
         namespace=namespace.hex()[:12],
     )
-    grammars = Grammars(folder / "tokenizer.json", model.config.vocab_size, io.inbox.put)
+    grammars = GrammarCompiler(folder / "tokenizer.json", model.config.vocab_size, io.inbox.put)
     manager = BlockManager(num_blocks, events.journal("gpu"))
     parts = Parts(
         runner=model.runner,

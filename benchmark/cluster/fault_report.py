@@ -69,7 +69,7 @@ def _memory_mb(pid: int) -> float:
 
 
 @dataclass(frozen=True, slots=True)
-class Summary:
+class FaultSummary:
     """Of a whole run."""
 
     fields: Mapping[str, object]
@@ -82,7 +82,7 @@ def summary(
     results: Sequence[StreamResult],
     texts: Mapping[StreamRequest, str],
     footprints: tuple[Footprint, Footprint],
-) -> Summary:
+) -> FaultSummary:
     verdicts = Counter(result.verdict(texts[result.request]) for result in results)
     before, after = footprints
     away = [event.text for event in events if event.back_s is None]
@@ -100,7 +100,7 @@ def summary(
         "open_files": {name: (before.open_files.get(name), after.open_files[name]) for name in after.open_files},
     }
     bad = verdicts[WRONG] + verdicts[HUNG] + verdicts[BLAMED]
-    return Summary(fields, not bad and not away and after.is_idle)
+    return FaultSummary(fields, not bad and not away and after.is_idle)
 
 
 def table(

@@ -117,7 +117,7 @@ def requests(seed: int, client: int, max_tokens: int) -> Iterator[StreamRequest]
 
 
 @dataclass(slots=True)
-class Clients:
+class FaultClients:
     """Threads that stream one request after the other until `stop`."""
 
     read: Callable[[StreamRequest], StreamResult]

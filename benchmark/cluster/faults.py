@@ -23,7 +23,7 @@ from tempfile import TemporaryDirectory
 
 from baton.benchmark.cluster.fault_report import Event, Footprint, footprint, summary, table
 from baton.benchmark.cluster.fault_schedule import FREEZE, KILL, KINDS, PlannedFault, plan
-from baton.benchmark.cluster.fault_streams import Clients, StreamRequest, StreamResult, read_stream
+from baton.benchmark.cluster.fault_streams import FaultClients, StreamRequest, StreamResult, read_stream
 from baton.benchmark.cluster.running import running
 from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
@@ -31,7 +31,7 @@ from baton.benchmark.harness.options import new_parser
 from baton.launch.cluster import Cluster, ClusterError
 from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
-from baton.testing.relay_board import Link, RelayBoard
+from baton.testing.relay_board import RelayBoard, RelayedLink
 
 POLL_S = 0.05
 NOTICE_WITHIN_S = 10.0
@@ -63,7 +63,7 @@ def in_the_clear(spec: ChildSpec) -> ChildSpec:
 class FaultRun:
     """One cluster under a schedule of faults."""
 
-    def __init__(self, cluster: Cluster, board: RelayBoard, clients: Clients) -> None:
+    def __init__(self, cluster: Cluster, board: RelayBoard, clients: FaultClients) -> None:
         self._cluster = cluster
         self._board = board
         self._clients = clients
@@ -102,11 +102,11 @@ class FaultRun:
 
     # -- inside
 
-    def _links(self, fault: PlannedFault) -> list[Link]:
+    def _links(self, fault: PlannedFault) -> list[RelayedLink]:
         links = self._board.links(fault.target) if fault.link is not None else []
         return links if fault.which is None or not links else [links[int(fault.which * len(links))]]
 
-    def _begin(self, fault: PlannedFault, links: Sequence[Link]) -> None:
+    def _begin(self, fault: PlannedFault, links: Sequence[RelayedLink]) -> None:
         if fault.kind == KILL:
             self._cluster.kill(fault.target)
         elif fault.kind == FREEZE:
@@ -114,7 +114,7 @@ class FaultRun:
         else:
             self._board.set_fault(links, fault.link)
 
-    def _end(self, fault: PlannedFault, links: Sequence[Link]) -> None:
+    def _end(self, fault: PlannedFault, links: Sequence[RelayedLink]) -> None:
         if fault.kind == KILL:
             self._cluster.start_node(fault.target)
         elif fault.kind == FREEZE:
@@ -158,7 +158,7 @@ def disturbed(
 
     try:
         with running(settings_of(options, options.prefill, options.decode, folder), edit=edit) as (cluster, _):
-            clients = Clients(lambda request: read_stream(cluster.port, cluster.model, request))
+            clients = FaultClients(lambda request: read_stream(cluster.port, cluster.model, request))
             clients.start(options.clients, options.seed, options.answer_tokens)
             time.sleep(options.pause_s)
             before = footprint(cluster)

@@ -39,7 +39,7 @@ LINKS = {"in the clear": None, "CURVE": Keys(b"benchmark of the links' security"
 
 
 @dataclass(frozen=True, slots=True)
-class Cost:
+class LinkCost:
     """Of one hand-over or one control message."""
 
     wall_s: float
@@ -55,7 +55,7 @@ def context_of(role: NodeRole, keys: Keys | None) -> Iterator[Context]:
         context.close()
 
 
-def hand_over_costs(keys: Keys | None, repeat: int) -> dict[int, Cost]:
+def hand_over_costs(keys: Keys | None, repeat: int) -> dict[int, LinkCost]:
     """Median wall time and mean CPU time of a hand-over, by MiB."""
     num_blocks = max(SIZES_MIB) * MIB // BLOCK_BYTES
     with context_of("prefill", keys) as one, context_of("decode", keys) as other:
@@ -73,10 +73,10 @@ def hand_over_costs(keys: Keys | None, repeat: int) -> dict[int, Cost]:
                 pool.close()
 
 
-def _moves(sender: ZmqPlane, receiver: ZmqPlane, size_mib: int, repeat: int) -> Cost:
+def _moves(sender: ZmqPlane, receiver: ZmqPlane, size_mib: int, repeat: int) -> LinkCost:
     spent = time.process_time()
     took_s = [_move(sender, receiver, size_mib, size_mib * MIB // BLOCK_BYTES) for _ in range(repeat)]
-    return Cost(percentile(took_s, 50), (time.process_time() - spent) / repeat)
+    return LinkCost(percentile(took_s, 50), (time.process_time() - spent) / repeat)
 
 
 def _move(sender: ZmqPlane, receiver: ZmqPlane, seq: int, num_blocks: int) -> float:
@@ -95,7 +95,7 @@ def _move(sender: ZmqPlane, receiver: ZmqPlane, seq: int, num_blocks: int) -> fl
     return time.perf_counter() - begin
 
 
-def message_cost(keys: Keys | None, count: int, num_tokens: int) -> Cost:
+def message_cost(keys: Keys | None, count: int, num_tokens: int) -> LinkCost:
     """Mean of bundles of so many tokens that a worker sends, and a proxy receives and decodes."""
     tokens = tuple(Tokens(request_id=f"cmpl-{row:032x}", attempt=0, index=9, ids=(row,)) for row in range(num_tokens))
     bundle = Bundle(tokens=tokens)
@@ -108,7 +108,7 @@ def message_cost(keys: Keys | None, count: int, num_tokens: int) -> Cost:
             for _ in range(count // BATCH):
                 _pass(worker, proxy, bundle, BATCH)
             sent = count // BATCH * BATCH
-            return Cost((time.perf_counter() - begin) / sent, (time.process_time() - spent) / sent)
+            return LinkCost((time.perf_counter() - begin) / sent, (time.process_time() - spent) / sent)
         finally:
             worker.close()
             proxy.close()
@@ -134,7 +134,7 @@ def main(argv: Sequence[str]) -> int:
     options = parser.parse_args(argv)
     lines = JsonLines(options.output)
     lines.begin(argv)
-    found: dict[str, list[tuple[dict[int, Cost], Cost]]] = defaultdict(list)
+    found: dict[str, list[tuple[dict[int, LinkCost], LinkCost]]] = defaultdict(list)
     for round_number in range(options.rounds):
         for name in LINKS if round_number % 2 == 0 else reversed(LINKS):
             moved = hand_over_costs(LINKS[name], options.repeat)
@@ -157,16 +157,16 @@ def main(argv: Sequence[str]) -> int:
     return 0
 
 
-def _median(costs: Sequence[Cost]) -> Cost:
-    return Cost(percentile([cost.wall_s for cost in costs], 50), percentile([cost.cpu_s for cost in costs], 50))
+def _median(costs: Sequence[LinkCost]) -> LinkCost:
+    return LinkCost(percentile([cost.wall_s for cost in costs], 50), percentile([cost.cpu_s for cost in costs], 50))
 
 
-def _moved(size_mib: int, cost: Cost) -> str:
+def _moved(size_mib: int, cost: LinkCost) -> str:
     gb_s = size_mib * MIB / cost.wall_s / 1e9
     return f"{cost.wall_s * 1e3:.1f} ms, {gb_s:.2f} GB/s, {cost.cpu_s * 1e3:.1f} CPU ms"
 
 
-def _message(costs: Sequence[Cost]) -> str:
+def _message(costs: Sequence[LinkCost]) -> str:
     cost = _median(costs)
     return f"{1 / cost.wall_s:,.0f}/s, {cost.cpu_s * 1e6:.0f} CPU us"
 

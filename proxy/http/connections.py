@@ -1,7 +1,7 @@
 """How many client connections a server holds, how long each may take, and which one goes when there are too many.
 
-It sees a connection through `Connection` alone, so it knows no HTTP and no server. Once a second it looks at all of
-them; nothing here runs for a token. Refusals are counted by reason.
+It sees a connection through `ClientConnection` alone, so it knows no HTTP and no server. Once a second it looks at all
+of them; nothing here runs for a token. Refusals are counted by reason.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class ConnectionLimits:
     sweep_every_s: float = 1.0
 
 
-class Connection(Protocol):
+class ClientConnection(Protocol):
     """One connection, as its limits see it."""
 
     @property
@@ -97,13 +97,13 @@ class Connections:
         """`on_refused` gets the reason, one of REFUSALS, and the answer if there is one."""
         self.limits = limits
         self.on_refused = on_refused
-        self._open: dict[Connection, None] = {}
+        self._open: dict[ClientConnection, None] = {}
         self._sweeping = False
 
     def __len__(self) -> int:
         return len(self._open)
 
-    def admit(self, connection: Connection) -> bool:
+    def admit(self, connection: ClientConnection) -> bool:
         """Whether the new connection may stay. At the limit, others that run no request are closed for it."""
         if len(self._open) >= self.limits.max_connections and not self._make_room():
             return False
@@ -113,7 +113,7 @@ class Connections:
             self._sweep_later()
         return True
 
-    def remove(self, connection: Connection) -> None:
+    def remove(self, connection: ClientConnection) -> None:
         self._open.pop(connection, None)
 
     def _make_room(self) -> bool:
@@ -142,7 +142,7 @@ class Connections:
         else:
             self._sweeping = False
 
-    def _allowed_s(self, connection: Connection, phase: Phase) -> float:
+    def _allowed_s(self, connection: ClientConnection, phase: Phase) -> float:
         limits = self.limits
         match phase:
             case Phase.ANSWER:

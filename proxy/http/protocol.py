@@ -35,14 +35,14 @@ class _ParsingStopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Refusal:
+class HttpRefusal:
     reason: str
     failure: Failure
 
 
-def _refusal(reason: str, status: int, message: str, code: str, retry_after_s: float = 0.0) -> Refusal:
+def _refusal(reason: str, status: int, message: str, code: str, retry_after_s: float = 0.0) -> HttpRefusal:
     kind = "server_error" if status >= 500 else "invalid_request_error"
-    return Refusal(reason, Failure(status, message, kind, None, code, retry_after_s))
+    return HttpRefusal(reason, Failure(status, message, kind, None, code, retry_after_s))
 
 
 _LONG_URL = _refusal("head_too_large", 414, f"the URL has more than {MAX_URL_BYTES} bytes", "url_too_long")
@@ -83,7 +83,7 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         """What else arrives is thrown away."""
         self._closing = False
         """It was refused; the client is given time to read why."""
-        self._refusal: Refusal | None = None
+        self._refusal: HttpRefusal | None = None
         """Why a callback has stopped the parser."""
 
     @property
@@ -195,11 +195,11 @@ class BoundedHttpProtocol(HttpToolsProtocol):
         if was_last and not self.transport.is_closing():
             self._close_for_writing()
 
-    def _stop(self, refusal: Refusal) -> None:
+    def _stop(self, refusal: HttpRefusal) -> None:
         self._refusal = refusal
         raise _ParsingStopped
 
-    def _refuse(self, refusal: Refusal) -> None:
+    def _refuse(self, refusal: HttpRefusal) -> None:
         """Answer, unless another answer has begun."""
         self._deaf = True
         self._connections.on_refused(refusal.reason, refusal.failure)

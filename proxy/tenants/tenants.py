@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from baton.node.tenant_rules import TenantRules
-from baton.proxy.tenants.usage import Usage
+from baton.proxy.tenants.usage import TenantUsage
 
 ONLY = "default"
 """The tenant that all requests are of where no file names any."""
@@ -22,7 +22,7 @@ _NO_FLOOR = -(1 << 63)
 class Tenant:
     """One tenant: what it may do, and what it does."""
 
-    def __init__(self, name: str, rules: TenantRules, usage: Usage) -> None:
+    def __init__(self, name: str, rules: TenantRules, usage: TenantUsage) -> None:
         self.name = name
         self.rules = rules
         self.usage = usage
@@ -88,4 +88,4 @@ class Tenants:
         return next((tenant for same, (_, tenant) in zip(equal, self._keys, strict=True) if same), None)
 
     def _new(self, name: str, rules: TenantRules) -> Tenant:
-        return Tenant(name, rules, Usage(rules, self._divide, self._clock))
+        return Tenant(name, rules, TenantUsage(rules, self._divide, self._clock))

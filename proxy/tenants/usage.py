@@ -43,7 +43,7 @@ REJECTED = ("concurrent", "requests", "tokens", "share", "queue")
 """Which limit a request was refused for: the tenant's own three, its share of the server's requests, its queue."""
 
 
-class Usage:
+class TenantUsage:
     """One tenant's use of one proxy. `divide` makes this proxy's part of a limit that several keep together."""
 
     def __init__(self, rules: TenantRules, divide: Callable[[int], int], clock: Callable[[], float]) -> None:

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 import baton
 from baton.node.messages.control import Grammar
 from baton.worker.constraint import Constraint, GrammarCompiled
-from baton.worker.grammars import Grammars
+from baton.worker.grammars import GrammarCompiler
 
 TOKENIZER = Path(baton.__file__).parent / "models" / "demo" / "tokenizer.json"
 VOCAB, END = 4096, 1
@@ -32,7 +32,7 @@ THINK, ANSWER = 17, 23
 class Bench:
     def __init__(self) -> None:
         self.events: queue.SimpleQueue[GrammarCompiled] = queue.SimpleQueue()
-        self.grammars = Grammars(TOKENIZER, VOCAB, self.events.put)
+        self.grammars = GrammarCompiler(TOKENIZER, VOCAB, self.events.put)
 
     def constraint(self, grammar: Grammar) -> Constraint:
         found = self.grammars.compile(grammar)

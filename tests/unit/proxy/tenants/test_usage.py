@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from baton.node.errors import BadRequest, Overloaded
 from baton.node.tenant_rules import TenantRules
 from baton.proxy.tenants.bucket import Bucket
-from baton.proxy.tenants.usage import Usage, shown_duration
+from baton.proxy.tenants.usage import TenantUsage, shown_duration
 
 KEY = "0" * 64
 
@@ -25,12 +25,12 @@ class Clock:
         return self.now
 
 
-def usage(clock: Clock | None = None, divide: int = 1, **limits: int) -> Usage:
+def usage(clock: Clock | None = None, divide: int = 1, **limits: int) -> TenantUsage:
     rules = TenantRules(keys_sha256=(KEY,), **limits)
-    return Usage(rules, lambda limit: -(-limit // divide), clock or Clock())
+    return TenantUsage(rules, lambda limit: -(-limit // divide), clock or Clock())
 
 
-def refusal(made: Usage, tokens: int) -> Overloaded:
+def refusal(made: TenantUsage, tokens: int) -> Overloaded:
     with pytest.raises(Overloaded) as raised, made.reserve(tokens):
         pass
     return raised.value
