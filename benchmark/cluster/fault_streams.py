@@ -106,11 +106,11 @@ def _read_events(answer: http.client.HTTPResponse, result: StreamResult) -> None
             result.finished = result.finished or choice["finish_reason"] is not None
 
 
-def requests(seed: int, client: int, max_tokens: int) -> Iterator[StreamRequest]:
+def requests(seed: int, client: int, max_tokens: int, longest: int) -> Iterator[StreamRequest]:
     """Those of one client, without end: no prompt twice, every other one sampled."""
     number = 0
     while True:
-        length = 20 + 37 * (number * 7 + client) % 300
+        length = 20 + 37 * (number * 7 + client) % (longest - 20)
         prompt = tuple(random_ids(length, seed, client, number))
         yield StreamRequest(prompt, max_tokens, number if number % 2 else None)
         number += 1
@@ -125,9 +125,10 @@ class FaultClients:
     _stopping: threading.Event = field(default_factory=threading.Event)
     _threads: list[threading.Thread] = field(default_factory=list)
 
-    def start(self, count: int, seed: int, max_tokens: int) -> None:
+    def start(self, count: int, seed: int, max_tokens: int, longest: int) -> None:
         for client in range(count):
-            thread = threading.Thread(target=self._run, args=(requests(seed, client, max_tokens),), daemon=True)
+            todo = requests(seed, client, max_tokens, longest)
+            thread = threading.Thread(target=self._run, args=(todo,), daemon=True)
             self._threads.append(thread)
             thread.start()
 

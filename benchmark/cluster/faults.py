@@ -8,6 +8,9 @@ A JSON line for each event and a table: streams by what became of them, the time
 serve again, the longest gap, blocks, memory and open files before and after, and the exit statuses of the processes,
 which are not 0 where the sum of a worker's blocks is not right. Exit status 1: a stream was wrong, hung or blamed on
 its client, a process did not come back, or a block leaked.
+
+With `--device cuda` random weights of `--shape`, and workers of `--deterministic`, as roundings depend on what else is
+in a step otherwise. KV goes over `--plane`: past the relays, so that kills and freezes are what meets a transfer.
 """
 
 from __future__ import annotations
@@ -24,10 +27,10 @@ from tempfile import TemporaryDirectory
 from baton.benchmark.cluster.fault_report import Event, Footprint, footprint, summary, table
 from baton.benchmark.cluster.fault_schedule import FREEZE, KILL, KINDS, PlannedFault, plan
 from baton.benchmark.cluster.fault_streams import FaultClients, StreamRequest, StreamResult, read_stream
-from baton.benchmark.cluster.running import running
+from baton.benchmark.cluster.running import ServedModel, running, served_model
 from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
-from baton.benchmark.harness.options import new_parser
+from baton.benchmark.harness.options import cluster_parser
 from baton.launch.cluster import Cluster, ClusterError
 from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
@@ -39,19 +42,32 @@ BACK_WITHIN_S = 120.0
 IDLE_WITHIN_S = 60.0
 
 
-def settings_of(options: argparse.Namespace, prefill: int, decode: int, store_folder: Path) -> ServeSettings:
+def settings_of(
+    options: argparse.Namespace, model: ServedModel, prefill: int, decode: int, store_folder: Path
+) -> ServeSettings:
+    on_gpu = options.device == "cuda"
+    has_store = prefill > 0 and not on_gpu
     return ServeSettings(
+        model=model.name,
         prefill=prefill,
         decode=decode,
-        device="cpu",
+        device=options.device,
+        gpus=tuple(options.gpus) if on_gpu else (),
         local_prefill="short" if prefill else None,
-        store_ram_gib=0.1 if prefill else 0.0,
-        store_disk_gib=0.05 if prefill else 0.0,
+        store_ram_gib=0.1 if has_store else 0.0,
+        store_disk_gib=0.05 if has_store else 0.0,
         store_path=store_folder,
         proxy_arg=("--local-prefill-tokens", "0"),
-        worker_arg=("--plane", "zmq", "--drain-s", "10"),
+        worker_arg=_worker_args(options, model),
         start_timeout_s=options.start_timeout_s,
     )
+
+
+def _worker_args(options: argparse.Namespace, model: ServedModel) -> tuple[str, ...]:
+    plane = options.plane or ("zmq" if options.device == "cpu" else None)
+    chosen = ("--plane", plane) if plane else ()
+    exact = ("--deterministic",) if options.device == "cuda" else ()
+    return (*model.worker_args, *chosen, *exact, "--drain-s", "10", *options.worker_arg)
 
 
 def in_the_clear(spec: ChildSpec) -> ChildSpec:
@@ -148,7 +164,7 @@ class FaultRun:
 
 
 def disturbed(
-    options: argparse.Namespace, lines: JsonLines, folder: Path
+    options: argparse.Namespace, model: ServedModel, lines: JsonLines, folder: Path
 ) -> tuple[list[Event], list[StreamResult], tuple[Footprint, Footprint]]:
     """The run under faults: its events, its streams, and what its processes held before and after."""
     board = RelayBoard(options.seed)
@@ -157,9 +173,10 @@ def disturbed(
         return board.route(in_the_clear(spec) if options.insecure_network else spec)
 
     try:
-        with running(settings_of(options, options.prefill, options.decode, folder), edit=edit) as (cluster, _):
+        settings = settings_of(options, model, options.prefill, options.decode, folder)
+        with running(settings, edit=edit) as (cluster, _):
             clients = FaultClients(lambda request: read_stream(cluster.port, cluster.model, request))
-            clients.start(options.clients, options.seed, options.answer_tokens)
+            clients.start(options.clients, options.seed, options.answer_tokens, options.longest)
             time.sleep(options.pause_s)
             before = footprint(cluster)
             events = _events(options, lines, FaultRun(cluster, board, clients), cluster)
@@ -201,12 +218,12 @@ def _wait_idle(cluster: Cluster) -> float | None:
 
 
 def undisturbed(
-    options: argparse.Namespace, requests: Sequence[StreamRequest], folder: Path
+    options: argparse.Namespace, model: ServedModel, requests: Sequence[StreamRequest], folder: Path
 ) -> dict[StreamRequest, str]:
     """The texts of the same requests, from one worker that nothing disturbs."""
     texts: dict[StreamRequest, str] = {}
     todo = list(requests)
-    with running(settings_of(options, 0, 1, folder)) as (cluster, _):
+    with running(settings_of(options, model, 0, 1, folder)) as (cluster, _):
 
         def work() -> None:
             while todo:
@@ -227,12 +244,12 @@ def main(argv: Sequence[str]) -> int:
     exit_on_sigterm()
     lines = JsonLines(options.output)
     lines.begin(argv)
-    with TemporaryDirectory(prefix="baton-faults-") as folder:
+    with TemporaryDirectory(prefix="baton-faults-") as folder, served_model(options) as model:
         try:
-            events, results, footprints = disturbed(options, lines, Path(folder))
+            events, results, footprints = disturbed(options, model, lines, Path(folder))
             texts = {result.request: "" for result in results}
             begun = [result.request for result in results if result.text]
-            texts |= undisturbed(options, begun, Path(folder) / "oracle")
+            texts |= undisturbed(options, model, begun, Path(folder) / "oracle")
         except ClusterError as error:
             raise BenchmarkFailed(str(error)) from error
     for result in results:
@@ -246,8 +263,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _options(argv: Sequence[str]) -> argparse.Namespace:
-    parser = new_parser("faults", __doc__)
+    parser = cluster_parser("faults", __doc__)
+    parser.set_defaults(device="cpu")
     add = parser.add_argument
+    add("--gpus", type=int, nargs="+", default=[0, 1], help="the GPUs, which workers take in turn")
+    add(
+        "--plane",
+        choices=("cuda_ipc", "nccl", "shm", "zmq"),
+        help="the only data plane; default: zmq, on GPUs the best",
+    )
     add("--seed", type=int, default=0, help="of schedule, prompts and damage")
     add("--faults", type=int, default=60, help="number of faults")
     add("--kinds", nargs="+", default=list(KINDS), choices=KINDS, help="which faults; default: all")
@@ -256,11 +280,11 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--decode", type=int, default=2, help="decode workers")
     add("--clients", type=int, default=6, help="streams at a time")
     add("--answer-tokens", type=int, default=120, help="length of each answer")
+    add("--longest", type=int, default=320, help="longest prompt")
     add("--longest-s", type=float, default=15.0, help="longest fault")
     add("--pause-s", type=float, default=2.0, help="from the end of one fault to the next")
     add("--duration-s", type=float, default=3600.0, help="no further fault after this time")
     add("--insecure-network", action="store_true", help="links without encryption: damage reaches the messages")
-    add("--start-timeout-s", type=float, default=180.0, help="limit from start to the first token")
     return parser.parse_args(argv)
 
 
