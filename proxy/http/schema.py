@@ -14,15 +14,14 @@ import hashlib
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_ALLOWED_TOKENS, MAX_PRIORITY
 from baton.proxy.http import structured
-from baton.proxy.http.json_bounds import check_structure
 from baton.proxy.http.messages import (
     CalledFunction,
     ChatMessage,
@@ -32,6 +31,7 @@ from baton.proxy.http.messages import (
     unknown_in_messages,
 )
 from baton.proxy.http.parameters import MAX_NAME_CHARS, MAX_UNKNOWN, check_spelling, unknown_parameters
+from baton.proxy.http.parsing import Body, parse_body
 from baton.proxy.http.structured import StructuredFields, grammar_request
 from baton.proxy.http.template_options import TemplateRequest, render_options
 from baton.proxy.http.tools import DeclaredFunction, DeclaredTool, ToolFields, ToolRequest, tool_request
@@ -46,8 +46,6 @@ MAX_BAD_WORDS = 64
 MAX_BAD_WORD_CHARS = 256
 MAX_MESSAGES = 10_000
 MAX_PROMPTS = 4096
-
-Body = TypeVar("Body", bound=BaseModel)
 
 
 def _whole(value: object) -> object:
@@ -299,28 +297,7 @@ def read_chat(body: bytes) -> ParsedRequest:
 
 def parse(model: type[Body], body: bytes) -> Body:
     """`body` as `model`; BadRequest names the first parameter that is wrong, and never repeats its value."""
-    check_structure(body)
-    try:
-        return model.model_validate_json(body)
-    except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    if found["type"] == "json_invalid":
-        raise BadRequest(f"the body is not valid JSON in UTF-8: {found['msg']}", code="invalid_json")
-    # A location also holds the names of a union's members, which say nothing to a client.
-    path = [
-        str(part)
-        for part in found["loc"]
-        if isinstance(part, int) or part in _FIELD_NAMES or part in model.model_fields
-    ]
-    if found["type"] == "extra_forbidden":
-        path.append(str(found["loc"][-1])[:64])
-    if not path:
-        raise BadRequest(f"invalid body: {found['msg']}")
-    for place, name in enumerate(path):
-        if name in _SHAPES and found["type"] != "missing":
-            path = path[: place + 1]
-            raise BadRequest(f"{'.'.join(path)} {_SHAPES[name]}", param=".".join(path))
-    raise BadRequest(f"{'.'.join(path)}: {found['msg']}", param=".".join(path))
+    return parse_body(model, body, _FIELD_NAMES, _SHAPES)
 
 
 def _shared(request: _Body, *, shows_prompt: bool) -> dict[str, Any]:
