@@ -335,7 +335,7 @@ def _shared(request: _Body, *, shows_prompt: bool) -> dict[str, Any]:
         "cache_salt": request.cache_salt or "",
         "unknown": _unknown(request),
         "grammar": _grammar(request),
-        "session_key": _digest(request.prompt_cache_key or request.session_id or request.user or ""),
+        "session_key": session_digest(request.prompt_cache_key or request.session_id or request.user or ""),
     }
 
 
@@ -368,7 +368,7 @@ def _unknown(request: _Body) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))[:MAX_UNKNOWN]
 
 
-def _digest(key: str) -> bytes:
+def session_digest(key: str) -> bytes:
     """16 bytes; a key may name a person, and goes no further than here. None of an empty key."""
     return hashlib.blake2b(key.encode(errors="surrogatepass"), digest_size=16).digest() if key else b""
 

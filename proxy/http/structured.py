@@ -93,7 +93,7 @@ def _response_format(body: StructuredFields) -> GrammarRequest | None:
     if asked is None or asked.type == "text":
         return None
     if asked.type == "json_object":
-        return _json({"type": "object"}, param)
+        return json_grammar({"type": "object"}, param)
     if asked.type == "structural_tag":
         parts = {"structures": asked.structures, "triggers": asked.triggers, "format": asked.format}
         return _tag({name: value for name, value in parts.items() if value is not None}, param)
@@ -101,7 +101,7 @@ def _response_format(body: StructuredFields) -> GrammarRequest | None:
     if asked.json_schema is None:
         raise BadRequest(f"{param} is missing", param=param)
     schema = {} if asked.json_schema.schema_ is None else asked.json_schema.schema_
-    return _json(schema, f"{param}.schema", lenient=asked.json_schema.strict is False)
+    return json_grammar(schema, f"{param}.schema", lenient=asked.json_schema.strict is False)
 
 
 def _structured_outputs(body: StructuredFields) -> list[GrammarRequest]:
@@ -140,7 +140,7 @@ def _kinds(
     """Of each kind that is given; an empty value, as clients send it for no value, asks for nothing."""
     found = []
     if schema not in (None, "", {}):
-        found.append(_json(_parsed(schema, f"{prefix}json"), f"{prefix}json", **style))
+        found.append(json_grammar(_parsed(schema, f"{prefix}json"), f"{prefix}json", **style))
     if regex:
         found.append(_bounded("regex", regex, MAX_REGEX_CHARS, f"{prefix}regex"))
     if choice:
@@ -148,7 +148,7 @@ def _kinds(
     if grammar:
         found.append(_bounded("grammar", grammar, MAX_GRAMMAR_CHARS, f"{prefix}grammar"))
     if json_object:
-        found.append(_json({"type": "object"}, f"{prefix}json_object", **style))
+        found.append(json_grammar({"type": "object"}, f"{prefix}json_object", **style))
     if tag:
         found.append(_tag(_parsed(tag, f"{prefix}structural_tag"), f"{prefix}structural_tag"))
     return found
@@ -165,7 +165,8 @@ def _parsed(value: Any, param: str) -> Any:
         raise BadRequest(f"{param} is not valid JSON", param=param) from None
 
 
-def _json(schema: Any, param: str, **style: Any) -> GrammarRequest:
+def json_grammar(schema: Any, param: str, **style: Any) -> GrammarRequest:
+    """Answers that a JSON schema allows; raises BadRequest."""
     if not isinstance(schema, dict | bool):
         raise BadRequest(f"{param} must be a JSON schema: an object, true or false", param=param)
     return GrammarRequest("json", _dumped(schema, param), param, **style)
