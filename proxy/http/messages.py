@@ -96,7 +96,7 @@ def message_fields(index: int, message: ChatMessage) -> Mapping[str, object]:
     fields: dict[str, object] = {"role": message.role, "content": text}
     fields |= {name: value for name in ("name", "tool_call_id") if (value := getattr(message, name)) is not None}
     if message.role == "assistant":
-        fields |= _answer_fields(message)
+        fields |= _answer_fields(index, message)
     return fields
 
 
@@ -124,29 +124,35 @@ def unknown_in_messages(messages: Sequence[ChatMessage], limit: int) -> list[str
     return list(found.values())
 
 
-def _answer_fields(message: ChatMessage) -> dict[str, object]:
+def _answer_fields(index: int, message: ChatMessage) -> dict[str, object]:
     """What an earlier answer had beside its text."""
     fields: dict[str, object] = {}
     if message.tool_calls:
-        fields["tool_calls"] = [_call_fields(call) for call in message.tool_calls]
+        where = f"messages.{index}.tool_calls"
+        fields["tool_calls"] = [
+            _call_fields(call, f"{where}.{place}.function.arguments") for place, call in enumerate(message.tool_calls)
+        ]
     reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
     if reasoning is not None:
         fields |= {"reasoning": reasoning, "reasoning_content": reasoning}
     return fields
 
 
-def _call_fields(call: ToolCall) -> dict[str, object]:
-    """Templates expect the arguments as an object; text that is none would break most of them, so it is left out."""
+def _call_fields(call: ToolCall, where: str) -> dict[str, object]:
+    """Templates expect the arguments as an object; `where` they are, for errors."""
     arguments = call.function.arguments
     if isinstance(arguments, str):
-        arguments = _json_object(arguments)
+        arguments = _json_object(arguments, where) if arguments.strip() else {}
     function = {"name": call.function.name, "arguments": arguments or {}}
     return {**({"id": call.id} if call.id is not None else {}), "type": call.type, "function": function}
 
 
-def _json_object(text: str) -> dict[str, Any]:
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    """Raises BadRequest."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+        value = None
+    if not isinstance(value, dict):
+        raise BadRequest(f"{where} is not a JSON object", param=where)
+    return value

@@ -276,7 +276,7 @@ def test_the_longest_prompt_of_token_ids_is_accepted() -> None:
 
 def test_the_arguments_of_all_tool_calls_are_bounded_together() -> None:
     """Guards against JSON in strings, which is parsed for the template, without the bounds of the body."""
-    call = {"function": {"name": "f", "arguments": "[" + "1," * 10_000 + "1]"}}
+    call = {"function": {"name": "f", "arguments": '{"a": [' + "1," * 10_000 + "1]}"}}
     message = {"role": "assistant", "tool_calls": [call] * 50}
     assert read_chat(json.dumps({**CHAT, "messages": [message] * 2}).encode()).messages
     with pytest.raises(BadRequest, match="values"):
@@ -609,7 +609,7 @@ def test_tool_calls_and_reasoning_reach_the_template() -> None:
     def call(arguments: object) -> dict[str, Any]:
         return {"id": "1", "type": "function", "function": {"name": "f", "arguments": arguments}, "index": 0}
 
-    written: list[object] = ['{"a": 1}', {"a": 1}, "", None, "{broken", "[1]"]
+    written: list[object] = ['{"a": 1}', {"a": 1}, "", None, " ", "{}"]
     messages = [
         {"role": "user", "content": [{"type": "text", "text": "x", "cache_control": {"type": "ephemeral"}}]},
         {"role": "assistant", "content": None, "tool_calls": [call(each) for each in written]},
@@ -630,6 +630,16 @@ def test_tool_calls_and_reasoning_reach_the_template() -> None:
         {"role": "assistant", "content": "yes", "reasoning": "so", "reasoning_content": "so"},
     )
     assert parsed.unknown == ()
+
+
+@pytest.mark.parametrize("arguments", ["{broken", "[1]", "null", '"{}"', "NaN"])
+def test_arguments_in_the_history_that_are_no_object_are_refused(arguments: str) -> None:
+    """Guards against a template that shows the model a call without the arguments that the client sent."""
+    calls = [{"id": "1", "function": {"name": "f", "arguments": each}} for each in ("{}", arguments)]
+    messages = [{"role": "user", "content": "x"}, {"role": "assistant", "content": None, "tool_calls": calls}]
+    with pytest.raises(BadRequest, match="is not a JSON object") as raised:
+        read_chat(body(CHAT, messages=messages))
+    assert raised.value.param == "messages.1.tool_calls.1.function.arguments"
 
 
 async def test_parts_of_text_and_answers_sent_back(text: ModelText) -> None:
