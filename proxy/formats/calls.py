@@ -37,6 +37,11 @@ class CallWriter:
         self._muted = False
         self._has_arguments = False
 
+    @property
+    def is_full(self) -> bool:
+        """A call beyond `max_calls` has begun."""
+        return self._max_calls is not None and self.num_calls > self._max_calls
+
     def begin(self, name: str) -> bool:
         """Whether there is such a function; if so, its call has begun."""
         if name not in self._tools:
@@ -44,10 +49,11 @@ class CallWriter:
         self.is_open = True
         self._has_arguments = False
         self.schema = self._tools[name]
-        self._muted = self._max_calls is not None and self.num_calls >= self._max_calls
-        if not self._muted:
-            self._events.append(CallBegin(self.num_calls, self._id_of(self.num_calls), name))
         self.num_calls += 1
+        self._muted = self.is_full
+        if not self._muted:
+            index = self.num_calls - 1
+            self._events.append(CallBegin(index, self._id_of(index), name))
         return True
 
     def arguments(self, text: str) -> None:

@@ -88,6 +88,11 @@ class FormatMachine:
         return self._calls.num_calls
 
     @property
+    def is_full(self) -> bool:
+        """A call beyond `max_calls` has begun: what follows is dropped."""
+        return self._calls.is_full
+
+    @property
     def num_broken(self) -> int:
         """Calls that the model did not finish as the format demands."""
         return self._calls.num_broken

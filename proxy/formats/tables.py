@@ -70,6 +70,8 @@ class CallFormat:
     """Markers of `content` that also end an open reasoning."""
     id_alphanumerics: int = 0
     """Length of the ids of calls where they are letters and digits only; 0: OpenAI's form."""
+    one_call: bool = False
+    """Templates of these models take one call a message."""
 
 
 PLAIN = CallFormat("", {CONTENT: FormatState(Reads.CONTENT)})
@@ -96,6 +98,7 @@ LLAMA3_JSON = CallFormat(
     },
     start="first",
     ends_reasoning=frozenset({"<|python_tag|>"}),
+    one_call=True,
 )
 
 QWEN3_XML = CallFormat(

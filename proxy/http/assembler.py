@@ -95,6 +95,10 @@ class Assembler:
             if matched:
                 self.finish = "stop"
                 break
+            if self._machine is not None and self._machine.is_full:
+                text += self._stop.flush()
+                self.finish = "stop"
+                break
         if not self.finish and delta.finish:
             piece, matched = self._flush()
             text += piece

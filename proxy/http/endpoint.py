@@ -291,7 +291,8 @@ def _machine_of(request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, 
     # A grammar begins at the first token, so there is no reasoning whatever the prompt says.
     thinking = Thinking.CLOSED if parsed.grammar is not None else markup.thinking(choice.generation.prompt_ids)
     id_of = partial(call_id, request.answer_id, choice.index, num_alphanumerics=used.format.id_alphanumerics)
-    return FormatMachine(used, thinking, tools.schemas, id_of, max_calls=tools.max_calls)
+    max_calls = 1 if used.format.one_call else tools.max_calls
+    return FormatMachine(used, thinking, tools.schemas, id_of, max_calls=max_calls)
 
 
 def _usable_id(sent: str) -> str:
