@@ -41,8 +41,8 @@ from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.text.model_text import ModelText
 
 APIS = (
-    Api("/v1/completions", read_completion, CompletionEncoder, "cmpl", "text_completion"),
-    Api("/v1/chat/completions", read_chat, ChatEncoder, "chatcmpl", "chat"),
+    Api("/v1/completions", lambda body: (read_completion(body), CompletionEncoder), "cmpl", "text_completion"),
+    Api("/v1/chat/completions", lambda body: (read_chat(body), ChatEncoder), "chatcmpl", "chat"),
 )
 PAST_REQUESTS = "/debug/requests/"
 GZIP_LEVEL = 1

@@ -10,12 +10,11 @@ from collections.abc import Mapping
 
 from starlette.types import Receive, Send
 
+from baton.proxy.http.error_bodies import error_body
 from baton.proxy.http.failures import Failure
 
 READ_TIMEOUT_S = 60.0
 """A write of events may wait so long for the client to read; that it did is noticed within twice the time."""
-FAILURE_TIMEOUT_S = 2.0
-"""Longest wait for a client that may have stopped reading to take a failure."""
 
 
 class ClientGone(Exception):
@@ -54,15 +53,18 @@ class Reply:
         self.ended = True
         await self._send({"type": "http.response.body", "body": body})
 
-    async def events(self, *data: bytes) -> None:
-        """Server-sent events in one write; the first ones begin the answer."""
+    async def refuse(self, failure: Failure, path: str) -> None:
+        """An error in place of an answer, in the shape of the API that `path` belongs to."""
+        await self.whole(error_body(failure, path), status=failure.status, headers=failure.headers)
+
+    async def events(self, frames: bytes) -> None:
+        """Frames of server-sent events in one write; the first ones begin the answer."""
         if not self.begun:
             # Proxies in between must pass each event on at once: the last header stops nginx from buffering.
             kind = {"content-type": "text/event-stream; charset=utf-8", "cache-control": "no-cache"}
             await self._begin(200, {**kind, "x-accel-buffering": "no"})
-        body = b"".join([b"data: " + event + b"\n\n" for event in data])
         self._writing = True
-        await self._send({"type": "http.response.body", "body": body, "more_body": True})
+        await self._send({"type": "http.response.body", "body": frames, "more_body": True})
         self._writing = False
         self._num_writes += 1
 
@@ -75,18 +77,6 @@ class Reply:
         """The end of a stream of events."""
         self.ended = True
         await self._send({"type": "http.response.body", "body": b""})
-
-    async def fail(self, failure: Failure) -> None:
-        """Send a failure: as a status where the answer has not begun, else as the stream's last event.
-
-        A stream that failed has no [DONE], so that a client that ignores the error cannot take it for complete.
-        """
-        if not self.begun:
-            await self.whole(failure.body(), status=failure.status, headers=failure.headers)
-            return
-        async with asyncio.timeout(FAILURE_TIMEOUT_S):
-            await self.events(failure.body())
-            await self.end()
 
     async def _begin(self, status: int, headers: Mapping[str, str]) -> None:
         self.begun = True

@@ -1,4 +1,4 @@
-"""Encoders of OpenAI's APIs: choices of plain text in, the JSON of a response or of one streamed chunk out.
+"""Encoders of OpenAI's older APIs: events in, the JSON of a response or the frames of streamed chunks out.
 
 Owns the shapes of `text_completion`, `chat.completion` and their chunks. Encoded by msgspec, as a chunk is written for
 each token. Knows no HTTP and no tokenizer. Source: the OpenAI API reference.
@@ -7,33 +7,26 @@ each token. Knows no HTTP and no tokenizer. Source: the OpenAI API reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import msgspec
 
-from baton.proxy.http.events import CallText, ChoiceText, TokenLogprob, TokenUsage
+from baton.proxy.http.encoder import AnswerHeader, frame
+from baton.proxy.http.events import (
+    CallText,
+    ChoiceText,
+    Content,
+    Event,
+    TokenLogprob,
+    TokenUsage,
+    chunks_of,
+    join_events,
+)
+from baton.proxy.http.failures import Failure
 
 CHAT_CHUNK = "chat.completion.chunk"
 _encode = msgspec.json.Encoder().encode
 _MARK = "\x00text\x00"
 """Stands for the text of a chunk; no other field of one holds it."""
-
-
-class Encoder(Protocol):
-    """Writes the answer to one request in the shapes of one API."""
-
-    def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes: ...
-
-    def opening(self, index: int) -> bytes | None:
-        """The chunk that opens a choice before any of its text, or None if the API has none."""
-        ...
-
-    def chunk(self, choice: ChoiceText) -> bytes: ...
-
-    def usage(self, usage: TokenUsage) -> bytes:
-        """The last chunk of a stream that asked for its usage."""
-        ...
 
 
 # ---- shapes, named as in the API ----------------------------------------------------------------------------------
@@ -177,61 +170,26 @@ class _Response(msgspec.Struct):
 
 
 class PlainChunks:
-    """Chunks that add nothing but text: the JSON around it is that of every other one. `around` encodes a chunk."""
+    """Frames of events that add nothing but text: the JSON around it is that of every other one."""
 
-    def __init__(self) -> None:
+    def __init__(self, any_frames: Callable[[int, Sequence[Event]], bytes]) -> None:
+        """`any_frames` writes any events of a choice, and those that have more than text, or none."""
+        self._any_frames = any_frames
         self._parts: dict[int, tuple[bytes, bytes]] = {}
         """What is before and behind the text, by choice."""
 
-    def encode(self, choice: ChoiceText, any_chunk: Callable[[ChoiceText], bytes]) -> bytes:
-        """`any_chunk` writes those that have more than text, or none."""
-        more = choice.logprobs or choice.finish or choice.token_ids or choice.prompt_ids or choice.prompt_ranks
-        if more or choice.usage is not None or not choice.text or choice.reasoning or choice.calls:
-            return any_chunk(choice)
-        parts = self._parts.get(choice.index)
+    def frames(self, index: int, events: Sequence[Event]) -> bytes:
+        event = events[0]
+        if len(events) > 1 or type(event) is not Content or event.logprobs or event.token_ids or not event.text:
+            return self._any_frames(index, events)
+        parts = self._parts.get(index)
         if parts is None:
-            before, _, behind = any_chunk(ChoiceText(choice.index, _MARK, (), "")).partition(_encode(_MARK))
-            parts = self._parts[choice.index] = before, behind
-        return parts[0] + _encode(choice.text) + parts[1]
+            before, _, behind = self._any_frames(index, [Content(_MARK)]).partition(_encode(_MARK))
+            parts = self._parts[index] = before, behind
+        return parts[0] + _encode(event.text) + parts[1]
 
 
 # ---- the two endpoints --------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerHeader:
-    """What all parts of one answer repeat, and what its client asked to see in them."""
-
-    id: str
-    created: int
-    model: str
-    logprobs: bool
-    token_ids: bool
-    include_usage: bool
-    """Of a stream: every chunk has the field, the last one a value."""
-    continuous_usage: bool = False
-    """Of such a stream: every chunk with new tokens has a value, that of its choice so far."""
-
-    def encode(self, kind: str, choices: _Choices, usage: TokenUsage, prompt_ids: _Ids = msgspec.UNSET) -> bytes:
-        """A whole answer, or the chunk of a stream that has the usage."""
-        shape = _Response(self.id, kind, self.created, self.model, choices, _usage(usage), prompt_token_ids=prompt_ids)
-        return _encode(shape)
-
-    def encode_chunk(
-        self,
-        kind: str,
-        choice: _CompletionChoice | _ChunkChoice,
-        prompt_ids: _Ids = msgspec.UNSET,
-        so_far: TokenUsage | None = None,
-    ) -> bytes:
-        usage: _Usage | msgspec.UnsetType | None = None if self.include_usage else msgspec.UNSET
-        if self.continuous_usage and self.include_usage and so_far is not None:
-            usage = _usage(so_far)
-        shape = _Response(self.id, kind, self.created, self.model, (choice,), usage, prompt_token_ids=prompt_ids)
-        return _encode(shape)
-
-    def ids_of(self, choice: ChoiceText) -> _Ids:
-        return choice.token_ids if self.token_ids else msgspec.UNSET
 
 
 class CompletionEncoder:
@@ -239,22 +197,24 @@ class CompletionEncoder:
 
     def __init__(self, header: AnswerHeader) -> None:
         self.header = header
-        self._plain = PlainChunks()
+        self.frames = PlainChunks(self.any_frames).frames
 
-    def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
-        return self.header.encode("text_completion", [self._choice(choice) for choice in choices], usage)
+    def whole(self, choices: Sequence[Sequence[Event]], usage: TokenUsage) -> bytes:
+        joined = [join_events(index, events) for index, events in enumerate(choices)]
+        return _answer(self.header, "text_completion", [self._choice(choice) for choice in joined], usage)
 
-    def opening(self, index: int) -> bytes | None:
-        return None
+    def opening(self, index: int, cached_tokens: int) -> bytes:
+        return b""
 
-    def chunk(self, choice: ChoiceText) -> bytes:
-        return self._plain.encode(choice, self._any_chunk)
+    def any_frames(self, index: int, events: Sequence[Event]) -> bytes:
+        choice = join_events(index, events)
+        return frame(_chunk(self.header, "text_completion", self._choice(choice), so_far=choice.usage))
 
-    def _any_chunk(self, choice: ChoiceText) -> bytes:
-        return self.header.encode_chunk("text_completion", self._choice(choice), so_far=choice.usage)
+    def end(self, usage: TokenUsage) -> bytes:
+        return _end(self.header, "text_completion", usage)
 
-    def usage(self, usage: TokenUsage) -> bytes:
-        return self.header.encode("text_completion", [], usage)
+    def failure(self, failure: Failure) -> bytes:
+        return _failure(failure)
 
     def _choice(self, choice: ChoiceText) -> _CompletionChoice:
         logprobs = _completion_logprobs(choice.logprobs) if self.header.logprobs else None
@@ -264,7 +224,7 @@ class CompletionEncoder:
             logprobs,
             choice.finish or None,
             _stop_reason(choice),
-            self.header.ids_of(choice),
+            _ids_of(self.header, choice),
             choice.prompt_ids or msgspec.UNSET,
             _prompt_logprobs(choice),
         )
@@ -275,9 +235,10 @@ class ChatEncoder:
 
     def __init__(self, header: AnswerHeader) -> None:
         self.header = header
-        self._plain = PlainChunks()
+        self.frames = PlainChunks(self.any_frames).frames
 
-    def whole(self, choices: Sequence[ChoiceText], usage: TokenUsage) -> bytes:
+    def whole(self, choices: Sequence[Sequence[Event]], usage: TokenUsage) -> bytes:
+        joined = [join_events(index, events) for index, events in enumerate(choices)]
         made = [
             _ChatChoice(
                 choice.index,
@@ -285,20 +246,27 @@ class ChatEncoder:
                 self._logprobs(choice),
                 choice.finish or None,
                 _stop_reason(choice),
-                self.header.ids_of(choice),
+                _ids_of(self.header, choice),
                 _prompt_logprobs(choice),
             )
-            for choice in choices
+            for choice in joined
         ]
-        return self.header.encode("chat.completion", made, usage, choices[0].prompt_ids or msgspec.UNSET)
+        return _answer(self.header, "chat.completion", made, usage, joined[0].prompt_ids or msgspec.UNSET)
 
-    def opening(self, index: int) -> bytes | None:
-        return self.header.encode_chunk(CHAT_CHUNK, _ChunkChoice(index, _Delta("assistant", ""), None, None))
+    def opening(self, index: int, cached_tokens: int) -> bytes:
+        return frame(_chunk(self.header, CHAT_CHUNK, _ChunkChoice(index, _Delta("assistant", ""), None, None)))
 
-    def chunk(self, choice: ChoiceText) -> bytes:
-        return self._plain.encode(choice, self._any_chunk)
+    def any_frames(self, index: int, events: Sequence[Event]) -> bytes:
+        parts = (events,) if len(events) == 1 else chunks_of(events)
+        return b"".join([frame(self._chunk(join_events(index, part))) for part in parts])
 
-    def _any_chunk(self, choice: ChoiceText) -> bytes:
+    def end(self, usage: TokenUsage) -> bytes:
+        return _end(self.header, CHAT_CHUNK, usage)
+
+    def failure(self, failure: Failure) -> bytes:
+        return _failure(failure)
+
+    def _chunk(self, choice: ChoiceText) -> bytes:
         delta = _Delta(
             content=choice.text or None,
             reasoning_content=choice.reasoning or None,
@@ -310,15 +278,51 @@ class ChatEncoder:
             self._logprobs(choice),
             choice.finish or None,
             _stop_reason(choice),
-            self.header.ids_of(choice),
+            _ids_of(self.header, choice),
         )
-        return self.header.encode_chunk(CHAT_CHUNK, made, choice.prompt_ids or msgspec.UNSET, choice.usage)
-
-    def usage(self, usage: TokenUsage) -> bytes:
-        return self.header.encode(CHAT_CHUNK, [], usage)
+        return _chunk(self.header, CHAT_CHUNK, made, choice.prompt_ids or msgspec.UNSET, choice.usage)
 
     def _logprobs(self, choice: ChoiceText) -> _ChatLogprobs | None:
         return _chat_logprobs(choice.logprobs) if self.header.logprobs else None
+
+
+def _answer(
+    header: AnswerHeader, kind: str, choices: _Choices, usage: TokenUsage, prompt_ids: _Ids = msgspec.UNSET
+) -> bytes:
+    """A whole answer, or the chunk of a stream that has the usage."""
+    shape = _Response(
+        header.id, kind, header.created, header.model, choices, _usage(usage), prompt_token_ids=prompt_ids
+    )
+    return _encode(shape)
+
+
+def _chunk(
+    header: AnswerHeader,
+    kind: str,
+    choice: _CompletionChoice | _ChunkChoice,
+    prompt_ids: _Ids = msgspec.UNSET,
+    so_far: TokenUsage | None = None,
+) -> bytes:
+    usage: _Usage | msgspec.UnsetType | None = None if header.include_usage else msgspec.UNSET
+    if header.continuous_usage and header.include_usage and so_far is not None:
+        usage = _usage(so_far)
+    shape = _Response(header.id, kind, header.created, header.model, (choice,), usage, prompt_token_ids=prompt_ids)
+    return _encode(shape)
+
+
+def _end(header: AnswerHeader, kind: str, usage: TokenUsage) -> bytes:
+    last = frame(_answer(header, kind, [], usage)) if header.include_usage else b""
+    return last + frame(b"[DONE]")
+
+
+def _failure(failure: Failure) -> bytes:
+    """Clients raise on the key "error". A stream that failed has no [DONE], so that a client that ignores the error
+    cannot take it for complete."""
+    return frame(failure.body())
+
+
+def _ids_of(header: AnswerHeader, choice: ChoiceText) -> _Ids:
+    return choice.token_ids if header.token_ids else msgspec.UNSET
 
 
 def _chat_message(choice: ChoiceText) -> _ChatMessage:

@@ -27,8 +27,8 @@ from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.asgi import READ_TIMEOUT_S, ClientGone, ClientStalled, ReadWatch, Reply, gone
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.bodies import HeldBody
-from baton.proxy.http.encoders import AnswerHeader, Encoder
-from baton.proxy.http.events import Event, chunks_of
+from baton.proxy.http.encoder import AnswerHeader, Encoder, EncoderMaker
+from baton.proxy.http.events import Event
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.guard import tenant_of
 from baton.proxy.http.pace import arrived_s
@@ -59,8 +59,8 @@ class Api:
     """One API: how its bodies are read and its answers written."""
 
     path: str
-    read: Callable[[bytes], ParsedRequest]
-    encoder: Callable[[AnswerHeader], Encoder]
+    read: Callable[[bytes], tuple[ParsedRequest, EncoderMaker]]
+    """The request in a body, and what writes its answer, which may repeat fields of that request."""
     id_prefix: str
     operation: str
     """As OpenTelemetry names it."""
@@ -87,8 +87,8 @@ class HttpRequest:
     stream: bool = False
     reservation: Reservation = field(default_factory=Reservation)
     """Of tokens, once its prompts are known."""
-    begun: bool = False
-    """Its generations have begun, and each has a record of its own; until then the request has one."""
+    responder: Responder | None = None
+    """Once its generations have begun, and each has a record of its own; until then the request has one."""
 
     def info(self, index: int, prompt_tokens: int, sampling: SamplingSpec | None) -> GenerationInfo:
         return GenerationInfo(
@@ -122,7 +122,7 @@ class GenerateEndpoint:
         except Exception as error:
             # The server's send raises OSError once the connection is closed; TimeoutError is one too, but our own.
             left = isinstance(error, ClientGone | OSError) and not isinstance(error, TimeoutError)
-            if not request.begun:
+            if request.responder is None:
                 self._service.log.add(_record_without_generation(request, CANCELLED if left else kind_of(error)))
             if isinstance(error, ClientStalled):
                 self._service.metrics.failed["slow_reader"].inc()
@@ -152,7 +152,7 @@ class GenerateEndpoint:
     async def _answer(self, request: HttpRequest, body: HeldBody, reply: Reply) -> None:
         service = self._service
         async with asyncio.timeout(service.settings.request_timeout_s + DEADLINE_GRACE_S):
-            parsed = self._api.read(body.content)
+            parsed, make_encoder = self._api.read(body.content)
             model = service.model(parsed.model, request.tenant)
             request.model, request.stream = parsed.model, parsed.stream
             reply.add_headers(service.unknown.accept(parsed.unknown))
@@ -166,28 +166,23 @@ class GenerateEndpoint:
             with request.tenant.usage.reserve(reserved_tokens(made, parsed.n)) as reservation:
                 request.reservation = reservation
                 reply.add_headers(request.tenant.usage.headers())
-                await self._answer_choices(request, parsed, model, made, reply)
+                header = _header_of(request, parsed, made[0])
+                await self._answer_choices(request, parsed, model, made, reply, make_encoder(header))
 
     async def _answer_choices(
-        self, request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, made: Sequence[Choice], reply: Reply
+        self,
+        request: HttpRequest,
+        parsed: ParsedRequest,
+        model: ModelEntry,
+        made: Sequence[Choice],
+        reply: Reply,
+        encoder: Encoder,
     ) -> None:
         """All generations of the request, from their beginning to the end of the answer."""
         timelines = [request.timeline.fork(model.metrics.segments_of(request.operation)) for _ in made]
-        header = AnswerHeader(
-            id=request.answer_id,
-            created=int(time.time()),
-            model=parsed.model,
-            logprobs=parsed.top_logprobs is not None,
-            token_ids=parsed.ids.show,
-            include_usage=parsed.include_usage,
-            continuous_usage=parsed.continuous_usage,
-        )
-        responder = Responder(
-            reply, self._api.encoder(header), timelines, stream=parsed.stream, include_usage=parsed.include_usage
-        )
+        responder = request.responder = Responder(reply, encoder, timelines, stream=parsed.stream)
         if request.id != request.own_id:  # workers, and log lines of attempts, know its generations by ours
             log_event(logger, "request_begun", level=logging.DEBUG, request_id=request.id, generations=request.own_id)
-        request.begun = True
         at_once = self._service.settings.max_generations
         for timeline in timelines[at_once:]:
             timeline.enter("queue")
@@ -237,7 +232,7 @@ class GenerateEndpoint:
                         meter.tokens(assembler.num_tokens - before, together[-1].cached_tokens)
                     outcome = assembler.finish or CANCELLED
                     if grown:
-                        await responder.take(choice.index, grown)
+                        await responder.take(choice.index, grown, together[-1].cached_tokens)
                     if assembler.finish:
                         return
             raise InvariantBroken(f"generation {generation.request_id} ended without a finish")
@@ -263,9 +258,26 @@ class GenerateEndpoint:
             self._service.refusals.add(failure, self._api.path, request.id)
         reply.add_headers(request.tenant.usage.headers())
         try:
-            await reply.fail(failure)
+            if not reply.begun:
+                await reply.refuse(failure, self._api.path)
+            elif request.responder is not None and not reply.ended:
+                await request.responder.fail(failure)
         except OSError:  # TimeoutError is one: the client has gone, or stopped reading
             log_event(logger, "client_gone", level=logging.DEBUG, request_id=request.id)
+
+
+def _header_of(request: HttpRequest, parsed: ParsedRequest, first: Choice) -> AnswerHeader:
+    return AnswerHeader(
+        id=request.answer_id,
+        created=int(time.time()),
+        model=parsed.model,
+        logprobs=parsed.top_logprobs is not None,
+        token_ids=parsed.ids.show,
+        include_usage=parsed.include_usage,
+        continuous_usage=parsed.continuous_usage,
+        prompt_tokens=len(first.generation.prompt_ids),
+        sampling=first.generation.sampling,
+    )
 
 
 def _events_of(deltas: Sequence[Delta], assembler: Assembler, *, continuous_usage: bool) -> list[list[Event]]:
@@ -276,7 +288,7 @@ def _events_of(deltas: Sequence[Delta], assembler: Assembler, *, continuous_usag
         if events and continuous_usage and not assembler.finish:
             events.append(assembler.usage(delta.cached_tokens))
         if events or delta.ids:
-            grown += chunks_of(events) if assembler.has_calls else (events,)
+            grown.append(events)
         if assembler.finish:
             break
     return grown

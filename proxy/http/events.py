@@ -173,7 +173,7 @@ def _join_calls(events: Sequence[Event]) -> tuple[CallText, ...]:
     )
 
 
-def chunks_of(events: list[Event]) -> list[list[Event]]:
+def chunks_of(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
     """`events` cut so that no part has more than one call, or a call and something else: what clients can read."""
     if not any(isinstance(event, CallBegin | CallArguments) for event in events):
         return [events]

@@ -68,7 +68,8 @@ class Guard:
         except BadRequest as error:
             failure = failure_of(error)
             self._on_refused(failure, scope["path"])
-            await Reply(send, {"www-authenticate": "Bearer"} if error.status == 401 else {}).fail(failure)
+            reply = Reply(send, {"www-authenticate": "Bearer"} if error.status == 401 else {})
+            await reply.refuse(failure, scope["path"])
             return
         await self._app(scope, receive, send)
 

@@ -42,7 +42,7 @@ class HostCheck:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and not self._accepts(Headers(scope=scope).get("host")):
             self._on_refused(_REFUSED, scope["path"])
-            await Reply(send, {}).fail(_REFUSED)
+            await Reply(send, {}).refuse(_REFUSED, scope["path"])
             return
         await self._app(scope, receive, send)
 

@@ -1,4 +1,4 @@
-"""Requests that are refused: an error in OpenAI's shape for the client, and a line in the log, few of them a second.
+"""Requests that are refused: an error for the client, and a line in the log, few of them a second.
 
 It owns the handlers of the routes that FastAPI serves; endpoints that generate answer by themselves. Neither texts of
 prompts nor keys are logged.
@@ -18,6 +18,7 @@ from baton.node.errors import BatonError
 from baton.node.telemetry import log_event
 from baton.proxy.http.absent import no_route, wrong_method
 from baton.proxy.http.asgi import ClientGone
+from baton.proxy.http.error_bodies import error_body
 from baton.proxy.http.failures import Failure, failure_of, kind_of
 from baton.proxy.metrics.metrics import ProxyMetrics
 
@@ -66,7 +67,8 @@ def add_failure_handlers(app: FastAPI, metrics: ProxyMetrics, log: RefusalLog) -
         if failure.status != INTERNAL:
             log.add(failure, request.url.path)
         more = dict(headers) if isinstance(headers, dict) else {}
-        return Response(failure.body(), failure.status, {**more, **failure.headers}, "application/json")
+        body = error_body(failure, request.url.path)
+        return Response(body, failure.status, {**more, **failure.headers}, "application/json")
 
     async def known(request: Request, error: Exception) -> Response:
         metrics.failed[kind_of(error)].inc()

@@ -9,21 +9,22 @@ import asyncio
 from collections.abc import Sequence
 
 from baton.proxy.http.asgi import Reply
-from baton.proxy.http.encoders import Encoder
-from baton.proxy.http.events import Event, TokenUsage, join_events, total_usage
+from baton.proxy.http.encoder import Encoder
+from baton.proxy.http.events import Event, TokenUsage, total_usage
+from baton.proxy.http.failures import Failure
 from baton.proxy.metrics.timeline import Timeline
+
+FAILURE_TIMEOUT_S = 2.0
+"""Longest wait for a client that may have stopped reading to take a failure."""
 
 
 class Responder:
     """Takes the events of all choices of one request; choices may run in tasks of their own."""
 
-    def __init__(
-        self, reply: Reply, encoder: Encoder, timelines: Sequence[Timeline], *, stream: bool, include_usage: bool
-    ) -> None:
+    def __init__(self, reply: Reply, encoder: Encoder, timelines: Sequence[Timeline], *, stream: bool) -> None:
         self._reply = reply
         self._encoder = encoder
         self._stream = stream
-        self._include_usage = include_usage
         self._events: list[list[Event]] = [[] for _ in timelines]
         """Not written yet."""
         self._usages = [TokenUsage(0, 0, 0)] * len(timelines)
@@ -33,8 +34,8 @@ class Responder:
         self._begun = False
         self._beginning = asyncio.Lock()  # where several choices begin at once, the answer's head goes first
 
-    async def take(self, index: int, grown: Sequence[list[Event]]) -> None:
-        """What each of some deltas has added to a choice; a stream shows each in a chunk of its own, all in one write.
+    async def take(self, index: int, grown: Sequence[list[Event]], cached_tokens: int = 0) -> None:
+        """What each of some deltas has added to a choice; a stream shows each by itself, all in one write.
         The answer begins with the first token, not before."""
         last = grown[-1]
         if last and isinstance(last[-1], TokenUsage):
@@ -42,7 +43,7 @@ class Responder:
         if not self._stream:
             for events in grown:
                 self._events[index] += events
-        elif not await self._write(index, grown):
+        elif not await self._write(index, grown, cached_tokens):
             return
         if self._untimed:
             self._mark_shown(index)
@@ -51,28 +52,31 @@ class Responder:
         """All choices are complete."""
         usage = total_usage(self._usages, choices_per_prompt)
         if self._stream:
-            last = [self._encoder.usage(usage)] if self._include_usage else []
-            await self._reply.events(*last, b"[DONE]")
+            await self._reply.events(self._encoder.end(usage))
             await self._reply.end()
         else:
-            choices = [join_events(index, events) for index, events in enumerate(self._events)]
-            await self._reply.whole(self._encoder.whole(choices, usage))
+            await self._reply.whole(self._encoder.whole(self._events, usage))
 
-    async def _write(self, index: int, grown: Sequence[list[Event]]) -> bool:
+    async def fail(self, failure: Failure) -> None:
+        """End a stream that has begun by an error."""
+        async with asyncio.timeout(FAILURE_TIMEOUT_S):
+            await self._reply.events(self._encoder.failure(failure))
+            await self._reply.end()
+
+    async def _write(self, index: int, grown: Sequence[list[Event]], cached_tokens: int) -> bool:
         """False where there is nothing to show."""
-        chunks: list[bytes] = []
+        opening = b""
         if index in self._unopened:
             self._unopened.discard(index)
-            if (opening := self._encoder.opening(index)) is not None:
-                chunks.append(opening)
-        chunks += [self._encoder.chunk(join_events(index, events)) for events in grown if events]
-        if not chunks:
+            opening = self._encoder.opening(index, cached_tokens)
+        frames = b"".join([opening, *[self._encoder.frames(index, events) for events in grown if events]])
+        if not frames:
             return False
         if self._begun:
-            await self._reply.events(*chunks)
+            await self._reply.events(frames)
         else:
             async with self._beginning:
-                await self._reply.events(*chunks)
+                await self._reply.events(frames)
                 self._begun = True
         return True
 

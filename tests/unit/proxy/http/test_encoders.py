@@ -10,18 +10,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.proxy.http.encoders import AnswerHeader, ChatEncoder, CompletionEncoder
-from baton.proxy.http.events import ChoiceText, TokenLogprob, TokenUsage
+from baton.node.messages.control import SamplingSpec
+from baton.proxy.http.encoder import AnswerHeader
+from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
+from baton.proxy.http.events import ChoiceEnd, Content, TokenLogprob, TokenUsage
 
-HEADER = AnswerHeader(id="a", created=0, model="m", logprobs=True, token_ids=False, include_usage=False)
+HEADER = AnswerHeader(
+    id="a",
+    created=0,
+    model="m",
+    logprobs=True,
+    token_ids=False,
+    include_usage=False,
+    prompt_tokens=1,
+    sampling=SamplingSpec(max_tokens=1),
+)
 
 
 def test_of_tokens_with_one_text_the_likeliest_counts() -> None:
     """Guards against the rare one's probability under the text, where a tokenizer spells a character twice."""
     top = ((b"y", -0.1), (b",", -2.5), (b",", -5.5))
     drawn = TokenLogprob(b",", -5.5, top, 0)
-    choice = ChoiceText(0, ",", (drawn,), "stop")
-    shown = json.loads(CompletionEncoder(HEADER).whole([choice], TokenUsage(1, 1, 0)))["choices"][0]["logprobs"]
+    events = [Content(",", (drawn,)), ChoiceEnd("stop")]
+    shown = json.loads(CompletionEncoder(HEADER).whole([events], TokenUsage(1, 1, 0)))["choices"][0]["logprobs"]
     assert shown["top_logprobs"] == [{"y": -0.1, ",": -2.5}]
     assert shown["token_logprobs"] == [-5.5]
 
@@ -38,7 +49,6 @@ def test_a_plain_chunk_is_as_any_other(
     """Guards the bytes of chunks that are put together around their text, against those that are encoded as a whole."""
     encoder = make(replace(HEADER, **{"logprobs": False, **asked}))
     for text in texts:
-        choice = ChoiceText(index, text, (), "")
-        assert encoder.chunk(choice) == encoder._any_chunk(choice)
-        ended = ChoiceText(index, text, (), "stop")
-        assert json.loads(encoder.chunk(ended))["choices"][0]["finish_reason"] == "stop"
+        assert encoder.frames(index, [Content(text)]) == encoder.any_frames(index, [Content(text)])
+        ended = encoder.frames(index, [Content(text), ChoiceEnd("stop")])
+        assert json.loads(ended.removeprefix(b"data: "))["choices"][0]["finish_reason"] == "stop"
