@@ -53,7 +53,7 @@ class Assembler:
         self._include_stop = stop.include
         self._machine = machine
         self._parsed: list[Event] = []
-        """Reasoning and calls of the delta that is being read."""
+        """Reasoning and calls of the delta that is being read, and the content before them."""
         self._show_ids = ids.show
         self._begun = False
         self._token_name = _id_name if ids.logprobs_by_id else text.token_bytes
@@ -85,13 +85,14 @@ class Assembler:
                 continue
             special = self._stop_tokens.get(token_id)
             if self._machine is not None:
-                piece, matched = self._read(self._machine.push(token_id, self._detokenizer.push(token_id)))
+                found = self._machine.push(token_id, self._detokenizer.push(token_id))
+                text, matched = self._read(found, text)
                 if special is not None and not matched and self._machine.in_content:
-                    shown, matched = self._match(special, shown=False)
-                    piece += shown
+                    piece, matched = self._match(special, shown=False)
+                    text += piece
             else:
                 piece, matched = self._match(special or self._detokenizer.push(token_id), shown=special is None)
-            text += piece
+                text += piece
             if matched:
                 self.finish = "stop"
                 break
@@ -100,14 +101,17 @@ class Assembler:
                 self.finish = "stop"
                 break
         if not self.finish and delta.finish:
-            piece, matched = self._flush()
-            text += piece
+            text, matched = self._flush(text)
             self.finish = "stop" if matched else delta.finish
         ids = delta.ids[: self.num_tokens - before] if self._show_ids else ()
-        events: list[Event] = [Content(text, tuple(logprobs), ids)] if text or logprobs or ids else []
+        events: list[Event]
         if self._parsed:
-            events += self._parsed
-            self._parsed = []
+            events, self._parsed = self._parsed, []
+            if text:
+                events.append(Content(text))
+            _show_tokens(events, tuple(logprobs), ids)
+        else:
+            events = [Content(text, tuple(logprobs), ids)] if text or logprobs or ids else []
         if ranks:
             events.insert(0, PromptRanks(tuple(ranks)))
         if self._show_ids and not self._begun:
@@ -137,29 +141,35 @@ class Assembler:
         early = self.num_tokens < self._generation.sampling.min_tokens
         return self._stop.push(text, shown=shown, early=early)
 
-    def _read(self, found: Sequence[FormatEvent]) -> tuple[str, str]:
-        """As `_match`, of the content in what the machine found; the rest waits in `_parsed`."""
-        text = ""
+    def _read(self, found: Sequence[FormatEvent], text: str) -> tuple[str, str]:
+        """As `_match`, of the content in what the machine found, which follows `text`. What is not content goes to
+        `_parsed`, behind the text before it."""
         for event in found:
-            if not isinstance(event, ContentText):
-                self._parsed.append(event)
+            if isinstance(event, ContentText):
+                piece, matched = self._match(event.text)
+                text += piece
+                if matched:
+                    return text, matched
                 continue
-            piece, matched = self._match(event.text)
-            text += piece
-            if matched:
-                return text, matched
+            text += self._stop.flush()
+            if text:
+                self._parsed.append(Content(text))
+                text = ""
+            self._parsed.append(event)
         return text, ""
 
     def _reason(self) -> str:
         """An answer that stops with calls asks for their results."""
         return "tool_calls" if self.has_calls and self.finish == "stop" else self.finish
 
-    def _flush(self) -> tuple[str, str]:
+    def _flush(self, text: str) -> tuple[str, str]:
+        """The end of what follows `text`, as `_match`."""
         if self._machine is not None:
             found = self._machine.push(-1, self._detokenizer.flush()) + self._machine.finish()
-            text, matched = self._read(found)
-            return (text, matched) if matched else (text + self._stop.flush(), "")
-        text, matched = self._match(self._detokenizer.flush())
+            text, matched = self._read(found, text)
+        else:
+            piece, matched = self._match(self._detokenizer.flush())
+            text += piece
         return (text, matched) if matched else (text + self._stop.flush(), "")
 
     def _hides(self, token_id: int, finish: str) -> bool:
@@ -177,6 +187,17 @@ class Assembler:
         first = self._detokenizer.at_start
         top = tuple((self._token_name(token, first), value) for token, value in logprob.top)
         return TokenLogprob(self._token_name(token_id, first), logprob.logprob, top, self._num_chars)
+
+
+def _show_tokens(events: list[Event], logprobs: tuple[TokenLogprob, ...], ids: tuple[int, ...]) -> None:
+    """Put what a delta's tokens have to show into its first content, which is made where there is none."""
+    if not (logprobs or ids):
+        return
+    for place, event in enumerate(events):
+        if isinstance(event, Content):
+            events[place] = Content(event.text, logprobs, ids)
+            return
+    events.insert(0, Content("", logprobs, ids))
 
 
 def _id_name(token_id: int, first: bool) -> bytes:

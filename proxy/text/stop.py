@@ -51,9 +51,11 @@ class StopMatcher:
         return out, ""
 
     def flush(self) -> str:
-        """What is still held, at the end of the text."""
+        """What is still held, at the end of the text; what is pushed later is another text."""
+        if not self._held:
+            return ""
         held = self._visible(self._held, len(self._held))
-        self._held, self._shown = "", []
+        self._held, self._shown, self._states = "", [], [0] * len(self._strings)
         return held
 
     def _visible(self, text: str, end: int) -> str:

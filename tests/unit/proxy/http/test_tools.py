@@ -6,6 +6,7 @@ that are dropped in silence.
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import AsyncIterator, Iterator
@@ -15,8 +16,15 @@ from typing import Any
 import httpx
 import pytest
 
+from baton.node.messages.control import SamplingSpec
+from baton.proxy.formats.events import CallArguments, CallBegin, CallEnd, ReasoningText
+from baton.proxy.formats.machine import FormatMachine
+from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.app import create_app
-from baton.proxy.interface import AppSettings, Delta
+from baton.proxy.http.assembler import Assembler
+from baton.proxy.http.events import ChoiceEnd, Content, TokenUsage, join_events
+from baton.proxy.http.schema import IdRule, StopRule
+from baton.proxy.interface import AppSettings, Delta, Generation
 from baton.proxy.text.model_text import ModelText
 from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
@@ -184,6 +192,23 @@ async def test_usage_has_the_tokens_of_reasoning(client: httpx.AsyncClient, answ
         found = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
         marked = len(text.encode("a b</think>", add_special_tokens=False))
         assert found == (marked if more["chat_template_kwargs"]["thinks"] else 0)
+
+
+async def test_events_are_in_the_order_of_the_text(text: ModelText) -> None:
+    """Guards APIs whose answers are lists of items against an order that depends on which tokens come together."""
+    ids = text.encode(f"<think>\na\n</think>\n\nb E\n{CALL}", add_special_tokens=False)
+    sampling = SamplingSpec(max_tokens=400)
+    for num_together in (1, 2, 3, len(ids)):
+        machine = FormatMachine(text.markup.with_calls, Thinking.UNKNOWN, {"get_weather": {}}, str)
+        generation = Generation(request_id="r", model="demo", prompt_ids=(1,), sampling=sampling)
+        stop = StopRule(("END", " END"), include=False)
+        assembler = Assembler(generation, "", text, stop, IdRule(show=False, logprobs_by_id=False), machine=machine)
+        cuts = [ids[place : place + num_together] for place in range(0, len(ids), num_together)]
+        deltas = [Delta(cut) for cut in cuts[:-1]] + [Delta(cuts[-1], finish="stop")]
+        events = [event for delta in deltas for event in assembler.feed(delta)]
+        kinds = [kind for kind, _ in itertools.groupby(type(event) for event in events)]
+        assert kinds == [ReasoningText, Content, CallBegin, CallArguments, CallEnd, ChoiceEnd, TokenUsage]
+        assert join_events(0, events).text == "b E"
 
 
 async def test_stop_strings_count_in_content_only(client: httpx.AsyncClient, answers: Answers) -> None:
