@@ -37,9 +37,11 @@ class GrammarCompiled:
 class Constraint:
     """Which tokens may come next in one sequence, after those that `advance` was given."""
 
-    def __init__(self, grammar: Grammar, matcher: Matcher) -> None:
+    def __init__(self, grammar: Grammar, matcher: Matcher, lexer: int = 0) -> None:
+        """`lexer`: masks of those that share one are made one after the other."""
         self.is_broken = False
         """A token was drawn that the grammar does not allow here."""
+        self.lexer = lexer
         self._grammar = grammar
         self._matcher = matcher
         self._reasoning = bool(grammar.begins_after) and not grammar.opened_by

@@ -1,10 +1,13 @@
 """Grammars by llguidance: compiled on threads of their own, and the masks of what sequences may draw next.
 
     grammars.compile(grammar)            # at once a Constraint, or None: a GrammarCompiled follows
+    grammars.constraint(grammar)         # after each of these; None: another follows
     constraint.advance(token_ids)        # what was drawn
     grammars.masks([constraint, ...])    # for Launched.complete
 
-It knows no sequence, no queue and no step.
+Copies of one matcher share its lexer, which one thread uses at a time. So sequences of one grammar get matchers that
+were compiled apart, as long as there are fewer of these than threads that make masks. This module knows no sequence,
+no queue and no step.
 """
 
 from __future__ import annotations
@@ -14,9 +17,12 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
+from time import thread_time
 from typing import Any
+from weakref import WeakSet
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -29,7 +35,9 @@ COMPILE_THREADS = 2
 MASK_THREADS = max(1, min(16, len(os.sched_getaffinity(0)) - 2))
 """A string with a bounded length takes a thread up to a millisecond a row and step, others some 20 microseconds."""
 MAX_COMPILED = 256
-"""Of grammars; the one that was used least recently is forgotten first."""
+"""Matchers, of all grammars; those of the grammar that was used least recently are forgotten first."""
+COMPILE_S = 0.05
+"""A grammar is compiled no more often than fits into this time on one thread: it holds up those behind it."""
 ALL_TOKENS = -1
 """A word of a mask with all bits."""
 
@@ -37,40 +45,94 @@ LIBRARY = "llguidance/" + ".".join(version("llguidance").split(".")[:2])
 """Two workers with this in common compute the same masks from the same text."""
 
 
+@dataclass(slots=True)
+class _Original:
+    """A compiled matcher, and what has copies of it."""
+
+    matcher: LLMatcher
+    number: int
+    copies: WeakSet[Constraint] = field(default_factory=WeakSet)
+
+
+@dataclass(slots=True)
+class _CompiledGrammar:
+    """The matchers of one grammar."""
+
+    most: int
+    """So many are worth their time."""
+    originals: list[_Original] = field(default_factory=list)
+    num_pending: int = 0
+    """Being compiled."""
+
+    @property
+    def size(self) -> int:
+        return len(self.originals) + self.num_pending
+
+    def least_used(self) -> _Original | None:
+        """None: one that nothing uses will be there soon."""
+        found = min(self.originals, key=lambda each: len(each.copies), default=None)
+        return None if found is None or (found.copies and self.num_pending) else found
+
+
 class GrammarCompiler:
     """Compiles grammars over one tokenizer, which it reads when the first comes. One thread makes all calls;
     `on_compiled` is called from others."""
 
-    def __init__(self, tokenizer: Path, vocab_size: int, on_compiled: Callable[[GrammarCompiled], None]) -> None:
+    def __init__(
+        self,
+        tokenizer: Path,
+        vocab_size: int,
+        on_compiled: Callable[[GrammarCompiled], None],
+        mask_threads: int = MASK_THREADS,
+    ) -> None:
         self._tokenizer_file = tokenizer
         self._vocab_size = vocab_size
         self._on_compiled = on_compiled
+        self._mask_threads = mask_threads
         self._lock = threading.Lock()  # of what the compiling threads write
-        self._compiled: OrderedDict[Grammar, LLMatcher | None] = OrderedDict()  # None: it is being compiled
+        self._compiled: OrderedDict[Grammar, _CompiledGrammar] = OrderedDict()
+        self._num_originals = 0  # ever compiled
         self._tokenizer_lock = threading.Lock()
         self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
         self._threads = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="grammar")
         self._executor: LLExecutor | None = None
 
     def compile(self, grammar: Grammar) -> Constraint | None:
-        """The constraint of a sequence without tokens; None if GrammarCompiled will say when to ask again."""
+        """The constraint of a sequence without tokens; None if GrammarCompiled will say when to ask `constraint`."""
         with self._lock:
-            known = grammar in self._compiled
-            matcher = self._compiled.setdefault(grammar, None)
+            found = self._compiled.setdefault(grammar, _CompiledGrammar(self._mask_threads))
             self._compiled.move_to_end(grammar)
-            while len(self._compiled) > MAX_COMPILED:
+            more = found.size < found.most and all(each.copies for each in found.originals)
+            found.num_pending += more
+            while len(self._compiled) > 1 and sum(each.size for each in self._compiled.values()) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        if not known:
-            self._threads.submit(self._compile, grammar)
-        return Constraint(grammar, matcher.deep_copy()) if matcher is not None else None
+        if more:
+            self._threads.submit(self._compile, grammar, found)
+        return self._copy(grammar, found)
+
+    def constraint(self, grammar: Grammar) -> Constraint | None:
+        """The same, after a GrammarCompiled; None if another one follows."""
+        with self._lock:
+            found = self._compiled.get(grammar)
+        return self.compile(grammar) if found is None else self._copy(grammar, found)
+
+    def _copy(self, grammar: Grammar, compiled: _CompiledGrammar) -> Constraint | None:
+        with self._lock:
+            original = compiled.least_used()
+        if original is None:
+            return None
+        constraint = Constraint(grammar, original.matcher.deep_copy(), original.number)
+        original.copies.add(constraint)
+        return constraint
 
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
         """What each allows next, int32 [constraints, ceil(vocabulary / 32)], as models.batch.Launched takes them."""
         masks = np.zeros((len(constraints), -(-self._vocab_size // 32)), dtype=np.int32)
-        filled: list[Any] = [(each.matcher, row) for row, each in enumerate(constraints) if each.matcher is not None]
+        by_lexer = sorted(enumerate(constraints), key=lambda entry: entry[1].lexer)  # a thread takes neighbours
+        filled: list[Any] = [(each.matcher, row) for row, each in by_lexer if each.matcher is not None]
         if filled:
             if self._executor is None:
-                self._executor = LLExecutor(MASK_THREADS)
+                self._executor = LLExecutor(self._mask_threads)
             fill_next_token_bitmask_par(self._executor, filled, masks)
         for row, each in enumerate(constraints):
             if each.is_free:
@@ -84,17 +146,23 @@ class GrammarCompiler:
 
     # -- compiling threads
 
-    def _compile(self, grammar: Grammar) -> None:
+    def _compile(self, grammar: Grammar, compiled: _CompiledGrammar) -> None:
+        error, most = "", compiled.most
         try:
-            matcher = LLMatcher(self._tokenizer(grammar.end_ids), grammar.text, limits=LLParserLimits(), log_level=0)
+            tokenizer, began_at = self._tokenizer(grammar.end_ids), thread_time()
+            matcher = LLMatcher(tokenizer, grammar.text, limits=LLParserLimits(), log_level=0)
+            most = max(1, int(COMPILE_S / max(thread_time() - began_at, 1e-6)))
             error = matcher.get_error() if matcher.is_error() else ""
         except Exception as failure:  # of the library: the request fails, not the worker
             error = f"{type(failure).__name__}: {failure}"
         with self._lock:
-            if error:
-                self._compiled.pop(grammar, None)
-            elif grammar in self._compiled:
-                self._compiled[grammar] = matcher
+            compiled.num_pending -= 1
+            compiled.most = min(compiled.most, most)
+            if not error:
+                self._num_originals += 1
+                compiled.originals.append(_Original(matcher, self._num_originals))
+            elif self._compiled.get(grammar) is compiled and not compiled.size:
+                del self._compiled[grammar]
         self._on_compiled(GrammarCompiled(grammar, error))
 
     def _tokenizer(self, end_ids: tuple[int, ...]) -> LLTokenizer:

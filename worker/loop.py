@@ -20,9 +20,20 @@ from baton.node.counters import WorkerCounters, values
 from baton.node.errors import InvariantBroken
 from baton.node.leg import LegKey
 from baton.node.membership import HEARTBEAT_S, Joined, JoinRefused, ProxyLost
-from baton.node.messages.control import Busy, Cancel, Cancelled, DispatchBody, Drain, Failed, Load, Prefill, Reserve
+from baton.node.messages.control import (
+    Busy,
+    Cancel,
+    Cancelled,
+    DispatchBody,
+    Drain,
+    Failed,
+    Grammar,
+    Load,
+    Prefill,
+    Reserve,
+)
 from baton.node.telemetry import log_event
-from baton.worker.constraint import GrammarCompiled
+from baton.worker.constraint import Constraint, GrammarCompiled
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied, Terminated
 from baton.worker.parts import Parts
@@ -228,7 +239,7 @@ class Loop:
             parts, now = self._parts, self._clock()
             sequence = Sequence.of(message, link, at, now, parts.manager, parts.layout.block_tokens)
             self._expire_at = min(self._expire_at, sequence.deadline)
-            self._constrain(sequence)
+            self._constrain(sequence, parts.grammars.compile)
             answer = self.role.accept(sequence, message)
         if answer is not None:
             self._parts.io.send(link, answer)
@@ -249,10 +260,10 @@ class Loop:
             return busy(leg, "queue is full")
         return None
 
-    def _constrain(self, sequence: Sequence) -> None:
-        """Give a sequence with a grammar its constraint, or have the grammar compiled."""
+    def _constrain(self, sequence: Sequence, ask: Callable[[Grammar], Constraint | None]) -> None:
+        """Give a sequence with a grammar its constraint, if there is one already."""
         grammar = sequence.sampling.grammar
-        if grammar is not None and (constraint := self._parts.grammars.compile(grammar)) is not None:
+        if grammar is not None and (constraint := ask(grammar)) is not None:
             sequence.constrain(constraint)
 
     def _on_grammar(self, event: GrammarCompiled) -> None:
@@ -261,7 +272,7 @@ class Loop:
             if event.error:
                 self.role.end(sequence, failed(sequence.leg, f"grammar: {event.error}", retryable=False))
             else:
-                self._constrain(sequence)
+                self._constrain(sequence, self._parts.grammars.constraint)
 
     def _expire(self, now: float) -> None:
         self._end_those(lambda sequence: now >= sequence.deadline, "deadline", retryable=False)

@@ -71,6 +71,8 @@ class Grammars(Protocol):
 
     def compile(self, grammar: Grammar) -> Constraint | None: ...
 
+    def constraint(self, grammar: Grammar) -> Constraint | None: ...
+
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray: ...
 
 
@@ -79,6 +81,8 @@ class NoGrammars:
 
     def compile(self, grammar: Grammar) -> Constraint | None:
         raise InvariantBroken("a request with a grammar, where none is compiled")
+
+    constraint = compile
 
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
         raise InvariantBroken("masks, where no grammar is compiled")

@@ -30,17 +30,21 @@ THINK, ANSWER = 17, 23
 
 
 class Bench:
-    def __init__(self) -> None:
+    def __init__(self, mask_threads: int = 1) -> None:
         self.events: queue.SimpleQueue[GrammarCompiled] = queue.SimpleQueue()
-        self.grammars = GrammarCompiler(TOKENIZER, VOCAB, self.events.put)
+        self.grammars = GrammarCompiler(TOKENIZER, VOCAB, self.events.put, mask_threads)
 
     def constraint(self, grammar: Grammar) -> Constraint:
-        found = self.grammars.compile(grammar)
-        if found is None:
-            assert self.events.get(timeout=60) == GrammarCompiled(grammar)
-            found = self.grammars.compile(grammar)
-        assert found is not None
+        (found,) = self.constraints(grammar, 1)
         return found
+
+    def constraints(self, grammar: Grammar, number: int) -> list[Constraint]:
+        """Of sequences that arrive at once."""
+        found = [self.grammars.compile(grammar) for _ in range(number)]
+        while None in found:
+            assert self.events.get(timeout=60) == GrammarCompiled(grammar)
+            found = [each or self.grammars.constraint(grammar) for each in found]
+        return [each for each in found if each is not None]
 
     def allowed(self, *constraints: Constraint) -> list[set[int]]:
         bits = np.unpackbits(self.grammars.masks(constraints).view(np.uint8), axis=1, bitorder="little")
@@ -90,7 +94,33 @@ def test_only_an_end_follows_a_complete_text(bench: Bench) -> None:
     assert not constraint.is_broken
 
 
-def test_a_grammar_is_compiled_once_and_each_sequence_has_its_own_state(bench: Bench) -> None:
+def test_sequences_at_once_share_no_lexer_while_there_are_threads() -> None:
+    """Guards the threads that make masks: a lexer is used by one at a time, so copies of one matcher would queue."""
+    bench = Bench(mask_threads=3)
+    three = bench.constraints(OBJECT, 3)
+    assert len({each.lexer for each in three}) == 3
+    assert bench.allowed(*three)[0] == bench.allowed(three[2])[0]
+    more = [*three, *bench.constraints(OBJECT, 3)]
+    assert sorted([each.lexer for each in more].count(lexer) for lexer in {each.lexer for each in more}) == [2, 2, 2]
+
+
+def test_sequences_one_after_the_other_share_a_matcher() -> None:
+    """Guards memory, and the time to the first token: nothing is compiled again while a matcher is unused."""
+    bench = Bench(mask_threads=3)
+    assert len({bench.constraint(OBJECT).lexer for _ in range(4)}) == 1
+
+
+def test_a_matcher_that_is_there_is_not_waited_for() -> None:
+    """Guards against a sequence that waits for an event that was taken already."""
+    bench = Bench(mask_threads=2)
+    held = bench.constraint(OBJECT)
+    waiting = bench.grammars.compile(OBJECT)
+    assert waiting is None and bench.events.get(timeout=60) == GrammarCompiled(OBJECT)
+    found, last = bench.grammars.constraint(OBJECT), bench.grammars.compile(OBJECT)
+    assert found is not None and last is not None and found.lexer != held.lexer
+
+
+def test_each_sequence_has_its_own_state(bench: Bench) -> None:
     """Guards against two sequences of one schema that advance one matcher."""
     first, second = bench.constraint(OBJECT), bench.constraint(OBJECT)
     before = bench.allowed(second)
