@@ -16,6 +16,12 @@ from baton.node.tls import check_certificate
 
 KEY_VARIABLE = "BATON_API_KEY"
 MAX_KEY_FILE_BYTES = 1 << 20
+AUTO = "auto"
+TOOL_FORMATS = (
+    *(AUTO, "none", "hermes", "llama3_json", "qwen3_xml", "pythonic"),
+    *("mistral", "mistral_v11", "deepseek_v3", "deepseek_v31"),
+)
+"""Besides the first two, the tables of the proxy."""
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
@@ -30,6 +36,12 @@ class ApiSettings:
         metavar="NAME",
         help="name of the model in the API, once for each name: /v1/models lists all, answers have the one that was "
         "asked for; default: the folder's name, or the hub id",
+    )
+    tool_format: str = option(
+        AUTO,
+        choices=TOOL_FORMATS,
+        help="how the model writes tool calls: found from its chat template, not read at all, or in the format of this "
+        "name",
     )
     host: str = option("127.0.0.1", help="address of the HTTP API")
     port: int = option(8000, help="port of the HTTP API", minimum=0, maximum=65535)

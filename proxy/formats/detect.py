@@ -14,6 +14,7 @@ from baton.proxy.formats.tables import (
     HERMES,
     LLAMA3_JSON,
     MISTRAL,
+    MISTRAL_V11,
     PYTHONIC,
     QWEN3_XML,
     CallFormat,
@@ -35,7 +36,7 @@ def detect_calls(template: str, added_tokens: Collection[str]) -> CallFormat | N
     if "<｜tool▁calls▁begin｜>" in template:
         return DEEPSEEK_V3 if "```json" in template else DEEPSEEK_V31
     if "[TOOL_CALLS]" in template:
-        return MISTRAL
+        return MISTRAL_V11 if "[ARGS]" in template else MISTRAL
     if any(part in template for part in _PYTHON_EXAMPLE):
         return PYTHONIC
     if "<|python_tag|>" in added_tokens and "parameters" in template:

@@ -7,7 +7,7 @@ added as a table here and a line in `detect`. Knows no model output. Sources: th
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 
 CONTENT = "content"
@@ -170,6 +170,9 @@ MISTRAL = CallFormat(
     id_alphanumerics=9,
 )
 
+MISTRAL_V11 = replace(MISTRAL, name="mistral_v11")
+"""The same for reading."""
+
 _CALLS_BEGIN, _CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 _CALL_BEGIN, _CALL_END, _SEP = "<｜tool▁call▁begin｜>", "<｜tool▁call▁end｜>", "<｜tool▁sep｜>"
 
@@ -205,5 +208,6 @@ DEEPSEEK_V31 = _deepseek(
 )
 
 FORMATS: Mapping[str, CallFormat] = {
-    each.name: each for each in (HERMES, LLAMA3_JSON, QWEN3_XML, PYTHONIC, MISTRAL, DEEPSEEK_V3, DEEPSEEK_V31)
+    each.name: each
+    for each in (HERMES, LLAMA3_JSON, QWEN3_XML, PYTHONIC, MISTRAL, MISTRAL_V11, DEEPSEEK_V3, DEEPSEEK_V31)
 }

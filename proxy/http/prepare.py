@@ -96,7 +96,11 @@ async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int)
         )
 
     if request.tools is not None and request.tools.schemas and not text.markup.has_calls:
-        raise BadRequest("this model's chat template has no tools, or calls in a format unknown here", param="tools")
+        raise BadRequest(
+            "this model has no tools: its chat template has none, or they are called in a format that is unknown here "
+            "or switched off (--tool-format)",
+            param="tools",
+        )
     if request.messages:
         ids = await encode(await text.render_bounded(request.messages, request.render))
         made = [(_checked(ids, text.vocab_size, "messages"), "")]

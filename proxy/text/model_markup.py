@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
+from baton.node.api_settings import AUTO
 from baton.node.errors import BatonError
 from baton.proxy.formats.detect import detect_calls, detect_reasoning
 from baton.proxy.formats.markup import Thinking, make_markup, thinking_of
-from baton.proxy.formats.tables import PLAIN
+from baton.proxy.formats.tables import FORMATS, PLAIN
 
 
 class ModelMarkup:
@@ -22,9 +23,12 @@ class ModelMarkup:
         added_tokens: Mapping[str, int],
         special_ids: Collection[int],
         encode: Callable[[str], Sequence[int]],
+        *,
+        tool_format: str = AUTO,
     ) -> None:
-        """`added_tokens`: ids by text."""
-        calls, reasoning = detect_calls(template, added_tokens), detect_reasoning(template, added_tokens)
+        """`added_tokens`: ids by text; `tool_format`: one of TOOL_FORMATS."""
+        calls = detect_calls(template, added_tokens) if tool_format == AUTO else FORMATS.get(tool_format)
+        reasoning = detect_reasoning(template, added_tokens)
         self.has_calls = calls is not None
         self.with_calls = make_markup(calls or PLAIN, reasoning, added_tokens)
         self.without_calls = make_markup(PLAIN, reasoning, added_tokens)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from baton.node.api_settings import AUTO
 from baton.node.errors import BadRequest, BatonError, Overloaded
 from baton.node.telemetry import excerpt, log_event
 from baton.proxy.text.detokenize import Decoding, Detokenizer
@@ -39,7 +40,8 @@ RENDER_WAIT_S = 10.0
 class ModelText:
     """The tokenizer of one folder; raises SettingsError where the folder has none, or a broken one."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, tool_format: str = AUTO) -> None:
+        """`tool_format`: one of node.api_settings.TOOL_FORMATS."""
         files = read_model_files(folder)
         self._tokenizer = files.tokenizer
         self._info = {**files.special_tokens, "chat_template": files.template or None}
@@ -61,6 +63,7 @@ class ModelText:
             {str(added.content): token for token, added in self._added.items()},
             self._special_ids,
             lambda text: self.encode(text, add_special_tokens=False),
+            tool_format=tool_format,
         )
         self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         self._byte_values = _byte_values(vocab) if "ByteFallback" in str(self._tokenizer.decoder) else {}

@@ -51,6 +51,7 @@ def test_serve_passes_every_option_on() -> None:
     """An option that `serve` takes and the proxy never sees does nothing."""
     values = {
         "served_model_name": ("a", "b"),
+        "tool_format": "hermes",
         "host": "::1",
         "port": 1,
         "proxies": 2,

@@ -39,10 +39,15 @@ BODY: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content"
 
 
 @pytest.fixture(scope="module")
-def text(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelText]:
-    folder = tmp_path_factory.mktemp("model") / "demo"
-    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "chat_template.jinja").write_text(TEMPLATE)
+def folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("model") / "demo"
+    shutil.copytree(demo_folder, made, ignore=shutil.ignore_patterns("*.safetensors"))
+    (made / "chat_template.jinja").write_text(TEMPLATE)
+    return made
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> Iterator[ModelText]:
     made = ModelText(folder)
     yield made
     made.close()
@@ -242,6 +247,28 @@ async def test_an_answer_in_json_is_no_reasoning(client: httpx.AsyncClient, answ
 async def test_bad_tools_are_refused(client: httpx.AsyncClient, more: dict[str, Any], param: str) -> None:
     answer = await client.post("/v1/chat/completions", json={**BODY, **more})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "written", "content"),
+    [("none", CALL, None), ("pythonic", '[get_weather(city="Rome")]', None), ("pythonic", CALL, CALL)],
+)
+async def test_an_option_overrules_the_template(
+    folder: Path, tool_format: str, written: str, content: str | None
+) -> None:
+    """Guards a model by whose template the wrong format is found."""
+    text = ModelText(folder, tool_format=tool_format)
+    answers = Answers(text)
+    answers.text = written
+    app = create_app(FakeEngine(answers.script), {"demo": text}, AppSettings())
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        answer = (await client.post("/v1/chat/completions", json={**BODY, "tools": TOOLS})).json()
+    text.close()
+    if tool_format == "none":
+        assert answer["error"]["param"] == "tools" and "--tool-format" in answer["error"]["message"]
+    else:
+        message = answer["choices"][0]["message"]
+        assert message["content"] == content and bool(message.get("tool_calls")) == (content is None)
 
 
 async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path) -> None:
