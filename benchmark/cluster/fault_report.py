@@ -82,8 +82,10 @@ def summary(
     results: Sequence[StreamResult],
     texts: Mapping[StreamRequest, str],
     footprints: tuple[Footprint, Footprint],
+    *,
+    exact: bool = True,
 ) -> FaultSummary:
-    verdicts = Counter(result.verdict(texts[result.request]) for result in results)
+    verdicts = Counter(result.verdict(texts[result.request], exact=exact) for result in results)
     before, after = footprints
     away = [event.text for event in events if event.back_s is None]
     fields: dict[str, object] = {
@@ -108,6 +110,8 @@ def table(
     results: Sequence[StreamResult],
     texts: Mapping[StreamRequest, str],
     footprints: tuple[Footprint, Footprint],
+    *,
+    exact: bool = True,
 ) -> str:
     """By kind of fault (a stream counts for each event that it met), then by process."""
     head = ["fault", "events", *VERDICTS, "longest gap s", "noticed s", "back s"]
@@ -115,7 +119,7 @@ def table(
     for kind in sorted({kind for event in events for kind in event.kinds}):
         of_kind = [event for event in events if kind in event.kinds]
         met = [result for result in results if any(event.meets(result) for event in of_kind)]
-        verdicts = Counter(result.verdict(texts[result.request]) for result in met)
+        verdicts = Counter(result.verdict(texts[result.request], exact=exact) for result in met)
         gaps = [result.gap_s for result in met if result.verdict(texts[result.request]) == RIGHT]
         times = [_longest(event.notice_s for event in of_kind), _longest(event.back_s for event in of_kind)]
         counts = [str(verdicts[name]) for name in VERDICTS]

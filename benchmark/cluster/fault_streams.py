@@ -1,7 +1,9 @@
 """Streams under faults: clients that read one after the other, and what became of each beside an undisturbed run.
 
 A stream is right (whole, and the same text), refused (one clear error, the text so far right), broken (its connection
-was lost, which only the death of a proxy explains), hung (nothing came for HUNG_S), or wrong.
+was lost, which only the death of a proxy explains), hung (nothing came for HUNG_S), or wrong. On a GPU a new attempt
+computes the KV of its answer so far as a prompt, with other roundings: a stream that is whole and differs only behind a
+pause in its text is `rounded` there, and `forks.py` says how close the two tokens were.
 """
 
 from __future__ import annotations
@@ -16,8 +18,11 @@ from dataclasses import dataclass, field
 from baton.benchmark.cluster.completions import random_ids
 
 HUNG_S = 40.0
-RIGHT, WRONG, HUNG, REFUSED, BROKEN, BLAMED = "right", "wrong", "hung", "refused", "broken", "blamed"
-VERDICTS = (RIGHT, WRONG, HUNG, REFUSED, BROKEN, BLAMED)
+PAUSE_S = 0.2
+"""No stream waits so long between two tokens unless its attempt failed, or waits for a frozen process."""
+RIGHT, ROUNDED, WRONG, HUNG = "right", "rounded", "wrong", "hung"
+REFUSED, BROKEN, BLAMED = "refused", "broken", "blamed"
+VERDICTS = (RIGHT, ROUNDED, WRONG, HUNG, REFUSED, BROKEN, BLAMED)
 """blamed: an error of 400 or so, though the request was good."""
 AFTER_REFUSAL_S = 1.0
 
@@ -33,7 +38,7 @@ class StreamRequest:
     def body(self, model: str) -> bytes:
         sampling = {"temperature": 0} if self.seed is None else {"temperature": 0.8, "seed": self.seed}
         fields = {"model": model, "prompt": self.prompt, "max_tokens": self.max_tokens, "ignore_eos": True}
-        return json.dumps({**fields, **sampling, "stream": True}).encode()
+        return json.dumps({**fields, **sampling, "stream": True, "return_token_ids": True}).encode()
 
 
 @dataclass(slots=True)
@@ -44,6 +49,7 @@ class StreamResult:
     began_s: float
     ended_s: float = 0.0
     text: str = ""
+    token_ids: list[int] = field(default_factory=list)
     finished: bool = False
     error: str = ""
     status: int = 0
@@ -51,10 +57,14 @@ class StreamResult:
     """"timeout" or "lost", where the connection did not end in order."""
     gap_s: float = 0.0
     """The longest time without a chunk."""
+    first_pause: int | None = None
+    """Characters before the first pause of PAUSE_S behind the first token."""
 
-    def verdict(self, right_text: str) -> str:
+    def verdict(self, right_text: str, *, exact: bool = True) -> str:
+        """`exact`: a new attempt has the roundings of the first one."""
         if not right_text.startswith(self.text):
-            return WRONG
+            behind = self.first_pause is not None and right_text[: self.first_pause] == self.text[: self.first_pause]
+            return ROUNDED if behind and self.finished and not exact else WRONG
         if self.end == "timeout":
             return HUNG
         if self.finished:
@@ -95,14 +105,18 @@ def _read_events(answer: http.client.HTTPResponse, result: StreamResult) -> None
         if not line.startswith(b"data: ") or line.startswith(b"data: [DONE]"):
             continue
         now = time.monotonic()
-        result.gap_s, last_s = max(result.gap_s, now - last_s), now
+        pause_s, last_s = now - last_s, now
+        result.gap_s = max(result.gap_s, pause_s)
         chunk = json.loads(line.removeprefix(b"data: "))
         if "error" in chunk:
             result.error = str(chunk["error"])[:300]
             code = chunk["error"].get("code")
             result.status = code if isinstance(code, int) else result.status
+        if result.text and result.first_pause is None and pause_s >= PAUSE_S:
+            result.first_pause = len(result.text)
         for choice in chunk.get("choices", ()):
             result.text += choice["text"]
+            result.token_ids += choice.get("token_ids") or ()
             result.finished = result.finished or choice["finish_reason"] is not None
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import io
+import json
+
 import pytest
 
+from baton.benchmark.cluster import forks
 from baton.benchmark.cluster.fault_report import Event, Footprint, summary, table
 from baton.benchmark.cluster.fault_schedule import KINDS, plan
 from baton.benchmark.cluster.fault_streams import (
@@ -12,6 +16,7 @@ from baton.benchmark.cluster.fault_streams import (
     HUNG,
     REFUSED,
     RIGHT,
+    ROUNDED,
     WRONG,
     StreamRequest,
     StreamResult,
@@ -58,6 +63,28 @@ def test_verdicts(fields: dict[str, object], verdict: str) -> None:
     """Guards the figures: a stream that lost a token must not count as refused, nor a hang as an end."""
     result = StreamResult(REQUEST, 0.0, **fields)  # type: ignore[arg-type]
     assert result.verdict("right text") == verdict
+
+
+@pytest.mark.parametrize(
+    ("text", "first_pause", "verdict"),
+    [("rightly so", 5, ROUNDED), ("rightly so", 6, WRONG), ("rightly so", None, WRONG), ("right text", 2, RIGHT)],
+)
+def test_only_what_follows_a_pause_may_be_rounded(text: str, first_pause: int | None, verdict: str) -> None:
+    """Guards the verdict on a GPU: a token that changed before any fault was met is wrong there too."""
+    result = StreamResult(REQUEST, 0.0, text=text, finished=True, first_pause=first_pause)
+    assert result.verdict("right text", exact=False) == verdict
+
+
+@pytest.mark.parametrize(("drawn", "margin"), [(3, 0.5), (4, None)])
+def test_a_fork_has_the_distance_of_both_tokens(
+    drawn: int, margin: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards the difference between a rounding and a damaged state."""
+    top = [{"token_id:1": -0.1}, {"token_id:2": -1.0, "token_id:3": -1.5}]
+    answer = json.dumps({"choices": [{"token_ids": [1, 2], "logprobs": {"top_logprobs": top}}]}).encode()
+    monkeypatch.setattr(forks, "urlopen", lambda *_, **__: io.BytesIO(answer))
+    result = StreamResult(REQUEST, 0.0, token_ids=[1, drawn], finished=True, first_pause=3)
+    assert forks.fork_of(result, "http://nowhere", "demo") == forks.Fork(1, margin)
 
 
 def test_a_run_that_does_not_hold_says_so() -> None:
