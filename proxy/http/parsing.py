@@ -31,7 +31,7 @@ def parse_body(model: type[Body], body: bytes, names: Collection[str], shapes: M
         raise BadRequest(f"the body is not valid JSON in UTF-8: {found['msg']}", code="invalid_json")
     # A location also holds the names of a union's members, which say nothing to a client.
     path = [str(part) for part in found["loc"] if isinstance(part, int) or part in names or part in model.model_fields]
-    if found["type"] == "extra_forbidden":
+    if found["type"] == "extra_forbidden" and path[-1:] != [str(found["loc"][-1])]:
         path.append(str(found["loc"][-1])[:64])
     if not path:
         raise BadRequest(f"invalid body: {found['msg']}")

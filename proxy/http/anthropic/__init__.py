@@ -1,0 +1,1 @@
+"""Anthropic's Messages API: its request bodies, its answers and streams, and its errors. Knows no engine."""
