@@ -83,6 +83,11 @@ class FormatMachine:
         """What was read last is content, so far."""
         return self._row.reads is Reads.CONTENT
 
+    def is_content(self, token_id: int) -> bool:
+        """Whether the next token would be content, unless the text behind it says otherwise."""
+        begins = any(self._state is state for state in self._markup.first_states)
+        return (begins or self.in_content) and token_id not in self._marker_of
+
     @property
     def num_calls(self) -> int:
         return self._calls.num_calls

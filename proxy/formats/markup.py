@@ -61,6 +61,12 @@ class Markup:
     marker_of: Mapping[int, str]
     """Token id -> the marker that it is."""
 
+    @property
+    def first_states(self) -> tuple[MarkupState, ...]:
+        """Those in which an answer that is all content begins."""
+        names = (UNDECIDED, self.format.start)
+        return tuple(self.states[name] for name in names if name in self.states)
+
     def first_state(self, thinking: Thinking) -> str:
         if self.reasoning is None or thinking is Thinking.CLOSED:
             return self.format.start

@@ -78,7 +78,7 @@ class Assembler:
         matched = ""
         last, before = len(delta.ids) - 1, self.num_tokens
         for place, token_id in enumerate(delta.ids):
-            if delta.logprobs and (self._machine is None or self._machine.in_content):
+            if delta.logprobs and (self._machine is None or self._machine.is_content(token_id)):
                 logprobs.append(self._logprob(token_id, delta.logprobs[place]))
             self.num_tokens += 1
             if place == last and delta.finish and self._hides(token_id, delta.finish):
