@@ -35,14 +35,50 @@ END_OF_TEXT, END, USER, ASSISTANT, SYSTEM = SPECIALS = [
     "<|assistant|>",
     "<|system|>",
 ]
+MARKERS = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+"""Tokens around reasoning, calls and their results. No text that the model was trained on has them."""
 CHAT_TEMPLATE = (
-    "{%- for message in messages %}"
     "{%- set roles = {'assistant': 'assistant', 'system': 'system', 'developer': 'system'} %}"
-    "{%- set role = roles[message['role']] | default('user') %}"
-    "{{- '<|' + role + '|>\\n' + message['content'] | trim + '<|end|>\\n' }}"
+    "{%- set has_system = messages and roles[messages[0]['role']] == 'system' %}"
+    "{%- if tools %}"
+    "{{- '<|system|>\\n' }}"
+    "{%- if has_system %}{{- messages[0]['content'] | trim + '\\n\\n' }}{%- endif %}"
+    "{{- 'You can call these functions:\\n<tools>\\n' }}"
+    "{%- for tool in tools %}{{- tool | tojson + '\\n' }}{%- endfor %}"
+    "{{- '</tools>\\nA call has the name of the function and its arguments:\\n<tool_call>\\n' }}"
+    '{{- \'{"name": "NAME", "arguments": {"PARAMETER": "VALUE"}}\\n</tool_call><|end|>\\n\' }}'
+    "{%- endif %}"
+    "{%- set turn = namespace(question=-1) %}"
+    "{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{%- set turn.question = loop.index0 %}{%- endif %}"
     "{%- endfor %}"
-    "{%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}"
+    "{%- if not (tools and has_system and loop.first) %}"
+    "{%- set role = roles[message['role']] | default('user') %}"
+    "{{- '<|' + role + '|>\\n' }}"
+    "{%- if role == 'assistant' and message['reasoning_content'] and loop.index0 > turn.question %}"
+    "{{- '<think>\\n' + message['reasoning_content'] | trim + '\\n</think>\\n\\n' }}"
+    "{%- endif %}"
+    "{%- set text = message['content'] | default('', true) | trim %}"
+    "{{- '<tool_response>\\n' + text + '\\n</tool_response>' if message['role'] == 'tool' else text }}"
+    "{%- for call in message['tool_calls'] or [] %}"
+    "{%- set made = call['function']['arguments'] %}"
+    "{{- '\\n' if text or not loop.first }}"
+    "{{- '<tool_call>\\n{\"name\": ' + call['function']['name'] | tojson + ', \"arguments\": ' }}"
+    "{{- (made if made is string else made | tojson) + '}\\n</tool_call>' }}"
+    "{%- endfor %}"
+    "{{- '<|end|>\\n' }}"
+    "{%- endif %}"
+    "{%- endfor %}"
+    "{%- if add_generation_prompt %}"
+    "{{- '<|assistant|>\\n' }}"
+    "{%- if enable_thinking is defined %}"
+    "{{- '<think>\\n' if enable_thinking else '<think>\\n\\n</think>\\n\\n' }}"
+    "{%- endif %}"
+    "{%- endif %}"
 )
+"""Reasoning of earlier turns is kept until the user's next message. `enable_thinking` begins an answer inside reasoning
+or, where it is false, behind an empty one; without it, a prompt says nothing of reasoning."""
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -366,7 +402,20 @@ def train_tokenizer(texts: list[str]) -> Tokenizer:
         vocab_size=CONFIG["vocab_size"], special_tokens=SPECIALS, initial_alphabet=alphabet, show_progress=False
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    return with_markers(tokenizer)
+
+
+def with_markers(tokenizer: Tokenizer) -> Tokenizer:
+    """MARKERS in the places of bytes that no UTF-8 text has: no other token changes, and the vocabulary stays full."""
+    content = json.loads(tokenizer.to_str())
+    vocab, added = content["model"]["vocab"], content["added_tokens"]
+    known = {entry["content"] for entry in added}
+    for byte, marker in enumerate(MARKERS, start=0xF5):  # UTF-8 ends at 0xF4
+        if marker not in known:
+            vocab[marker] = token_id = vocab.pop(chr(byte))  # bytes of Latin letters stand for themselves
+            added.append({**added[0], "id": token_id, "content": marker, "special": False})
+    content["model"]["vocab"] = dict(sorted(vocab.items(), key=lambda entry: entry[1]))
+    return Tokenizer.from_str(json.dumps(content))
 
 
 @dataclass(frozen=True, slots=True)
@@ -411,7 +460,7 @@ def build_pools(
         sample = [p for chapter in draw.sample(book_chapters, len(book_chapters) // 3) for p in chapter]
         tokenizer = train_tokenizer(sample + 6 * stories)
     else:
-        tokenizer = Tokenizer.from_file(str(tokenizer_file))
+        tokenizer = with_markers(Tokenizer.from_file(str(tokenizer_file)))
 
     simple_words = {
         word for word, count in Counter(re.findall(r"[a-z]+", " ".join(stories).lower())).items() if count >= 3

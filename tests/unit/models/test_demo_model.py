@@ -20,11 +20,11 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
 
 
-def render(messages: list[dict], add_generation_prompt: bool) -> str:
-    template = jinja2.sandbox.ImmutableSandboxedEnvironment().from_string(
-        read("tokenizer_config.json")["chat_template"]
-    )
-    return template.render(messages=messages, add_generation_prompt=add_generation_prompt)
+def render(messages: list[dict], add_generation_prompt: bool, **variables: object) -> str:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment()
+    environment.filters["tojson"] = json.dumps
+    template = environment.from_string(read("tokenizer_config.json")["chat_template"])
+    return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **variables)
 
 
 def test_folder_is_whole_and_small() -> None:
@@ -62,6 +62,51 @@ def test_chat_template_renders_the_trained_form(tokenizer: Tokenizer) -> None:
         *["<|user|>", "<|end|>"],
         "<|assistant|>",
     ]
+
+
+def test_markers_are_tokens_in_the_places_of_impossible_bytes(tokenizer: Tokenizer) -> None:
+    """Guards against markers that take a token from the texts that the model was trained on."""
+    markers = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    assert [tokenizer.encode(marker).ids for marker in markers] == [[token_id] for token_id in range(182, 188)]
+    assert tokenizer.decode(tokenizer.encode("".join(markers)).ids) == "".join(markers)
+    for first in (0xC3, 0xF4):  # the first bytes of a letter's and of the last characters' UTF-8
+        text = bytes([first, *[0x8F, 0x80, 0x80][: 3 if first == 0xF4 else 1]]).decode()
+        assert tokenizer.decode(tokenizer.encode(text).ids) == text
+
+
+def test_chat_template_has_tools() -> None:
+    """Guards against tools, calls and results that the prompt loses, and a second system turn."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    function = {"name": "f", "arguments": {"a": "ä"}}
+    messages = [
+        {"role": "system", "content": "Be kind."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [{"type": "function", "function": function}] * 2},
+        {"role": "tool", "tool_call_id": "call_1", "content": "4"},
+    ]
+    text = render(messages, add_generation_prompt=True, tools=[tool])
+    assert text.startswith("<|system|>\nBe kind.\n\n") and text.count("<|system|>") == 1
+    assert f"<tools>\n{json.dumps(tool)}\n</tools>" in text
+    call = f"<tool_call>\n{json.dumps(function)}\n</tool_call>"
+    assert text.endswith(
+        f"<|user|>\nHi<|end|>\n<|assistant|>\nI look.\n{call}\n{call}<|end|>\n"
+        "<|user|>\n<tool_response>\n4\n</tool_response><|end|>\n<|assistant|>\n"
+    )
+    alone = render([{**messages[2], "content": None}], add_generation_prompt=False)
+    assert alone == f"<|assistant|>\n{call}\n{call}<|end|>\n"
+    assert "<tools>" not in render(messages, add_generation_prompt=True)
+
+
+def test_chat_template_has_a_switch_for_reasoning() -> None:
+    """Guards against reasoning that begins by itself, and reasoning of earlier turns that fills the context."""
+    question = {"role": "user", "content": "Hi"}
+    answer = {"role": "assistant", "content": "b", "reasoning_content": "a"}
+    plain = "<|user|>\nHi<|end|>\n<|assistant|>\n"
+    assert render([question], True) == plain
+    assert render([question], True, enable_thinking=True) == plain + "<think>\n"
+    assert render([question], True, enable_thinking=False) == plain + "<think>\n\n</think>\n\n"
+    assert render([question, answer], False) == plain + "<think>\na\n</think>\n\nb<|end|>\n"
+    assert render([question, answer, question], True) == plain + "b<|end|>\n" + plain
 
 
 @pytest.mark.parametrize("prompt", ["Once upon a time", "One day, a little fox", "Tell me a story about a dog."])

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgspec
 import pytest
 
-from baton.node.messages.control import SamplingSpec
+from baton.node.messages.control import Logprob, SamplingSpec
 from baton.proxy.formats.events import CallArguments, CallBegin, CallEnd, ReasoningText
 from baton.proxy.formats.machine import FormatMachine
 from baton.proxy.formats.markup import Thinking
@@ -38,11 +39,16 @@ CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</t
 BODY: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400}
 
 
-@pytest.fixture(scope="module")
-def folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="module", params=["tokens", "texts"])
+def folder(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
+    """Its markers are tokens of the vocabulary, or several tokens each."""
     made = tmp_path_factory.mktemp("model") / "demo"
     shutil.copytree(demo_folder, made, ignore=shutil.ignore_patterns("*.safetensors"))
     (made / "chat_template.jinja").write_text(TEMPLATE)
+    if request.param == "texts":
+        content = json.loads((made / "tokenizer.json").read_text())
+        content["added_tokens"] = [each for each in content["added_tokens"] if each["special"]]
+        (made / "tokenizer.json").write_text(json.dumps(content))
     return made
 
 
@@ -67,8 +73,12 @@ class Answers:
         ids = self._model_text.encode(self.text, add_special_tokens=False)
         if self.finish == "stop":
             ids += (self._model_text.eos_ids[-1],)
-        parts = [ids[place : place + 2] for place in range(0, len(ids), 2)]
-        return [*(Delta(part) for part in parts[:-1]), Delta(parts[-1], finish=self.finish)]
+        scores = Logprob(-0.5, ()) if call.sampling.logprobs else None
+        deltas = [
+            Delta(part, (scores,) * len(part) if scores else ())
+            for part in (ids[place : place + 2] for place in range(0, len(ids), 2))
+        ]
+        return [*deltas[:-1], msgspec.structs.replace(deltas[-1], finish=self.finish)]
 
 
 @pytest.fixture
@@ -216,6 +226,24 @@ async def test_events_are_in_the_order_of_the_text(text: ModelText) -> None:
         assert join_events(0, events).text == "b E"
 
 
+async def test_log_probabilities_are_those_of_content(
+    client: httpx.AsyncClient, answers: Answers, text: ModelText
+) -> None:
+    """Guards against the loss of the first one, before which reasoning could have begun."""
+    answers.text, answers.finish = "a b c", "length"
+    body = {**BODY, "logprobs": True, "tools": TOOLS}
+
+    async def shown() -> list[str]:
+        choice = (await client.post("/v1/chat/completions", json=body)).json()["choices"][0]
+        return [entry["token"] for entry in choice["logprobs"]["content"]]
+
+    tokens = await shown()
+    assert "".join(tokens) == "a b c"
+    if text.markup.with_calls.marker_of:  # else the pieces of markers are not known as such
+        answers.text = f"<think>d</think>a b c{CALL}"
+        assert await shown() == tokens
+
+
 async def test_stop_strings_count_in_content_only(client: httpx.AsyncClient, answers: Answers) -> None:
     answers.text = "<think>\na END\n</think>\n\nb END c"
     choice = await ask(client, stop="END")
@@ -271,8 +299,11 @@ async def test_an_option_overrules_the_template(
         assert message["content"] == content and bool(message.get("tool_calls")) == (content is None)
 
 
-async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path) -> None:
-    text = ModelText(demo_folder)
+async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    text = ModelText(folder)
     app = create_app(FakeEngine(lambda call: []), {"demo": text}, AppSettings())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         answer = await client.post("/v1/chat/completions", json={**BODY, "tools": TOOLS})
