@@ -41,8 +41,8 @@ from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.text.model_text import ModelText
 
 APIS = (
-    Api("/v1/completions", lambda body: (read_completion(body), CompletionEncoder), "cmpl", "text_completion"),
-    Api("/v1/chat/completions", lambda body: (read_chat(body), ChatEncoder), "chatcmpl", "chat"),
+    Api("/v1/completions", lambda body: (read_completion(body), CompletionEncoder), "cmpl-", "text_completion"),
+    Api("/v1/chat/completions", lambda body: (read_chat(body), ChatEncoder), "chatcmpl-", "chat"),
 )
 PAST_REQUESTS = "/debug/requests/"
 GZIP_LEVEL = 1
@@ -184,7 +184,9 @@ def _add_debug(app: FastAPI, service: Service) -> None:
 def _past_request(service: Service, request_id: str) -> Response | None:
     """What this proxy knows of a request that is over."""
     # An answer's id is the client's behind a prefix, where the client gave one.
-    if not (records := service.log.find(request_id) or service.log.find(request_id.partition("-")[2])):
+    names = dict.fromkeys((request_id, *(request_id.removeprefix(api.id_prefix) for api in APIS)))
+    records = next((found for name in names if (found := service.log.find(name))), None)
+    if records is None:
         return None
     return _json({"id": request_id, "generations": [as_json(record) for record in records]})
 

@@ -62,6 +62,7 @@ class Api:
     read: Callable[[bytes], tuple[ParsedRequest, EncoderMaker]]
     """The request in a body, and what writes its answer, which may repeat fields of that request."""
     id_prefix: str
+    """Of the ids of answers, with what divides it from the rest: `cmpl-`, `msg_`."""
     operation: str
     """As OpenTelemetry names it."""
 
@@ -135,12 +136,12 @@ class GenerateEndpoint:
     def _request(self, scope: Scope) -> HttpRequest:
         clock = self._service.metrics.clock
         now_s, headers = arrived_s(scope, clock), Headers(scope=scope)
-        own_id = f"{self._api.id_prefix}-{secrets.token_hex(16)}"
+        own_id = f"{self._api.id_prefix}{secrets.token_hex(16)}"
         client_id = _usable_id(headers.get(ID_HEADER, ""))
         return HttpRequest(
             id=client_id or own_id,
             tenant=tenant_of(scope),
-            answer_id=f"{self._api.id_prefix}-{client_id}" if client_id else own_id,
+            answer_id=f"{self._api.id_prefix}{client_id}" if client_id else own_id,
             own_id=own_id,
             operation=self._api.operation,
             arrived_s=now_s,
