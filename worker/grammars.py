@@ -41,6 +41,19 @@ COMPILE_S = 0.05
 ALL_TOKENS = -1
 """A word of a mask with all bits."""
 
+_INSIDE = r'[^"\\\x00-\x1F\x7F]'
+"""A character of a JSON string that is written as it is."""
+SLICES = (
+    r"[\x20\x0A\x0D\x09]+",
+    *(f"{_INSIDE}{{1,{most}}}" for most in (3, 6, 10, 16, 30)),
+    f"{_INSIDE}+",
+    r"[ !#-\[\]-~]{1,10}",
+    r"[A-Za-z0-9_\-]{1,10}",
+    "[a-z]{1,10}",
+)
+"""Kinds of tokens that are allowed together: where all strings of such a form may come next, the library takes the
+tokens of this form into a mask without reading each. Those of the lengths are for strings with a longest one."""
+
 LIBRARY = "llguidance/" + ".".join(version("llguidance").split(".")[:2])
 """Two workers with this in common compute the same masks from the same text."""
 
@@ -169,5 +182,6 @@ class GrammarCompiler:
         with self._tokenizer_lock:
             if end_ids not in self._tokenizers:
                 text = self._tokenizer_file.read_text(encoding="utf-8")
-                self._tokenizers = {end_ids: LLTokenizer(text, n_vocab=self._vocab_size, eos_token=list(end_ids))}
+                tokenizer = LLTokenizer(text, self._vocab_size, list(end_ids), list(SLICES))
+                self._tokenizers = {end_ids: tokenizer}
             return self._tokenizers[end_ids]

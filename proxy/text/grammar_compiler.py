@@ -21,7 +21,8 @@ from baton.proxy.text.grammar_request import GrammarRequest
 
 def _prepare(first: Mapping[str, Any]) -> Handler:
     text = Path(first["tokenizer"]).read_text(encoding="utf-8")
-    tokenizer = LLTokenizer(text, n_vocab=first["vocab_size"], eos_token=first["end_ids"])
+    no_masks: list[str] = []
+    tokenizer = LLTokenizer(text, n_vocab=first["vocab_size"], eos_token=first["end_ids"], slices=no_masks)
 
     def compile_one(request: Mapping[str, Any]) -> Reply:
         asked = GrammarRequest(**request)

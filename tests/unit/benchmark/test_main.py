@@ -45,6 +45,7 @@ def test_every_entry_names_a_module() -> None:
         "simulator",
         "faults",
         "pick",
+        "masks",
         "proxies",
         "tiers",
     ],
