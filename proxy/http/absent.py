@@ -31,7 +31,7 @@ ABSENT = {
     "/v1/containers": "OpenAI's containers API",
     "/v1/edits": "OpenAI's edits API",
     "/v1/engines": "OpenAI's engines API",
-    "/v1/messages": "Anthropic's Messages API",
+    "/v1/messages/batches": "Anthropic's Message Batches API",
     "/v1/complete": "Anthropic's text completions API",
     "/v1/rerank": "a rerank API",
     "/v1/score": "a score API",

@@ -1,6 +1,6 @@
-"""The proxy's routes: OpenAI's API, probes, metrics.
+"""The proxy's routes: OpenAI's and Anthropic's APIs, probes, metrics.
 
-Puts the pieces together and owns nothing itself; the two endpoints that generate are in `endpoint`.
+Puts the pieces together and owns nothing itself; the endpoints that generate are in `endpoint`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from starlette.routing import Route
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
+from baton.proxy.http.anthropic.request import read_messages
+from baton.proxy.http.anthropic.routes import add_count_tokens
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.front import CORS_METHODS, AccessLog, LenientPaths, accepts_gzip
@@ -43,6 +45,7 @@ from baton.proxy.text.model_text import ModelText
 APIS = (
     Api("/v1/completions", lambda body: (read_completion(body), CompletionEncoder), "cmpl-", "text_completion"),
     Api("/v1/chat/completions", lambda body: (read_chat(body), ChatEncoder), "chatcmpl-", "chat"),
+    Api("/v1/messages", read_messages, "msg_", "chat"),
 )
 PAST_REQUESTS = "/debug/requests/"
 GZIP_LEVEL = 1
@@ -83,6 +86,7 @@ def app_of(service: Service) -> FastAPI:
     _add_probes(app, service)
     _add_models(app, service)
     add_tokenizer_routes(app, service)
+    add_count_tokens(app, service)
     if settings.debug_requests:
         _add_debug(app, service)
     for api in APIS:

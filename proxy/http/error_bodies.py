@@ -5,9 +5,13 @@ A stream that has begun ends with an error of its encoder instead. Knows no exce
 
 from __future__ import annotations
 
+from baton.proxy.http.anthropic.errors import error_json
 from baton.proxy.http.failures import Failure
+
+MESSAGES = "/v1/messages"
 
 
 def error_body(failure: Failure, path: str) -> bytes:
     """OpenAI's APIs have one shape; paths without an API get it too."""
-    return failure.body()
+    is_anthropic = path == MESSAGES or path.startswith(f"{MESSAGES}/")
+    return error_json(failure) if is_anthropic else failure.body()

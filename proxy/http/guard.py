@@ -24,6 +24,8 @@ FOR_ALL = frozenset(
         "/v1/completions",
         "/v1/chat/completions",
         "/v1/chat/completions/render",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
         "/tokenize",
         "/detokenize",
         "/tokenizer_info",
@@ -38,7 +40,8 @@ _TENANT = "baton.tenant"
 
 
 class Guard:
-    """Lets a request pass that carries a tenant's key as `Authorization: Bearer KEY`, on a path for that tenant.
+    """Lets a request pass that carries a tenant's key, on a path for that tenant. The key is in `Authorization: Bearer
+    KEY`, or in `X-Api-Key`, which clients of Anthropic's API send.
 
     `open_paths` disclose nothing and need no key: an orchestrator's probes, the dashboard's empty page.
     """
@@ -74,9 +77,8 @@ class Guard:
         await self._app(scope, receive, send)
 
     def _admit(self, scope: Scope) -> Tenant:
-        scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
-        tenant = self._tenants.of_key(key.strip().encode("latin-1", "replace"))
-        if tenant is None or (self._tenants.need_key and scheme.lower() != "bearer"):
+        tenant = self._tenants.of_key(_key(Headers(scope=scope)).encode("latin-1", "replace"))
+        if tenant is None:
             raise BadRequest("Incorrect API key provided.", status=401, code="invalid_api_key")
         if not self._may_use(tenant, scope):
             message = f"This API key may not use {scope['path'][:128]}."
@@ -91,6 +93,12 @@ class Guard:
             return True
         # A path without a route gets its 404, which says what was meant perhaps.
         return all(route.matches(scope)[0] is Match.NONE for route in self._routes)
+
+
+def _key(headers: Headers) -> str:
+    """Empty where there is none."""
+    scheme, _, key = headers.get("authorization", "").partition(" ")
+    return (key if scheme.lower() == "bearer" else headers.get("x-api-key", "")).strip()
 
 
 def tenant_of(scope: Scope) -> Tenant:

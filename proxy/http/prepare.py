@@ -56,7 +56,7 @@ async def choices_of(
     grammar = await text.grammars.compile(request.grammar) if request.grammar is not None else None
     salt = cache_salt(request.cache_salt, tenant.cache_name)
     made: list[Choice] = []
-    for ids, echo in await _tokenise(request, text, max_model_len):
+    for ids, echo in await prompts_of(request, text, max_model_len):
         sampling = _sampling(request, text, bad_words, _max_tokens(request, settings, len(ids), max_model_len))
         expected = min(sampling.max_tokens, EXPECTED_TOKENS)
         for k in range(request.n):
@@ -83,8 +83,8 @@ def reserved_tokens(choices: Sequence[Choice], n: int) -> int:
     return prompts + sum(choice.generation.expected_tokens for choice in choices)
 
 
-async def _tokenise(request: ParsedRequest, text: ModelText, max_model_len: int) -> list[tuple[tuple[int, ...], str]]:
-    """Ids of each prompt, checked, with the text to echo."""
+async def prompts_of(request: ParsedRequest, text: ModelText, max_model_len: int) -> list[tuple[tuple[int, ...], str]]:
+    """Ids of each prompt, checked, with the text to echo; raises BadRequest."""
 
     async def encode(prompt: str) -> tuple[int, ...]:
         return await text.encode_bounded(
@@ -211,6 +211,8 @@ def _check_drawable(sampling: SamplingSpec, vocab_size: int) -> None:
 
 def _max_tokens(request: ParsedRequest, settings: AppSettings, prompt_len: int, max_model_len: int) -> int:
     fits, asked, least = max_model_len - prompt_len, request.max_tokens, request.sampling.min_tokens or 0
+    if asked is not None and request.ends_with_context:
+        asked = min(asked, max(fits, 1))
     if fits < 1 or (asked is not None and asked > fits):
         param = request.prompt_param
         answer = f" and {asked} in the completion" if asked is not None else ""

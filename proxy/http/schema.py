@@ -231,6 +231,8 @@ class ParsedRequest:
     add_special_tokens: bool = False
     sampling: SamplingRequest
     max_tokens: int | None
+    ends_with_context: bool = False
+    """An answer for whose max_tokens the context has no room is shorter; else the request is refused."""
     top_logprobs: int | None
     """Alternatives beside each token's log probability; None: no log probabilities."""
     n: int

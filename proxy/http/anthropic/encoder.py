@@ -62,8 +62,10 @@ class _Block:
 class MessagesEncoder:
     """Writes one answer, which has one choice."""
 
-    def __init__(self, header: AnswerHeader) -> None:
+    def __init__(self, header: AnswerHeader, max_tokens: int | None = None) -> None:
+        """`max_tokens` as the client has it; those of the header fit into the context."""
         self._header = header
+        self._is_cut = max_tokens is not None and header.sampling.max_tokens < max_tokens
         self._block: _Block | None = None
         """The one that is open."""
         self._index = -1
@@ -160,7 +162,8 @@ class MessagesEncoder:
     def _stop(self) -> dict[str, Any]:
         end = self._end
         if end.reason == "length":
-            return {"stop_reason": "max_tokens", "stop_sequence": None}
+            reason = "model_context_window_exceeded" if self._is_cut else "max_tokens"
+            return {"stop_reason": reason, "stop_sequence": None}
         if self._complete_calls:
             return {"stop_reason": "tool_use", "stop_sequence": None}
         if isinstance(end.stop_reason, str):

@@ -25,5 +25,7 @@ _TYPES = {
 def error_json(failure: Failure) -> bytes:
     """A whole answer, or the data of a stream's last event."""
     kind = _TYPES.get(failure.status) or ("api_error" if failure.status >= 500 else "invalid_request_error")
-    error = {"type": kind, "message": excerpt(failure.message, MAX_MESSAGE_CHARS)}
+    # Agents shorten their conversation where they read these words.
+    begins = "prompt is too long: " if failure.code == "context_length_exceeded" else ""
+    error = {"type": kind, "message": begins + excerpt(failure.message, MAX_MESSAGE_CHARS)}
     return msgspec.json.encode({"type": "error", "error": error})

@@ -9,6 +9,7 @@ Source: the Anthropic API reference (Messages, count tokens). `seed`, `priority`
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,7 +19,9 @@ from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_PRIORITY
 from baton.proxy.http.anthropic.blocks import BLOCK_MODELS, SystemPrompt, Turn
 from baton.proxy.http.anthropic.conversation import chat_messages
+from baton.proxy.http.anthropic.encoder import MessagesEncoder
 from baton.proxy.http.anthropic.tools import ClientTool, ToolChoice, ToolList, hosted_names, tool_fields
+from baton.proxy.http.encoder import EncoderMaker
 from baton.proxy.http.messages import conversation
 from baton.proxy.http.parameters import unknown_parameters
 from baton.proxy.http.parsing import parse_body
@@ -135,9 +138,10 @@ _SHAPES = {
 }
 
 
-def read_messages(body: bytes) -> ParsedRequest:
-    """The request in the body of /v1/messages; raises BadRequest."""
-    return _parsed(parse_body(MessagesBody, body, _FIELD_NAMES, _SHAPES))
+def read_messages(body: bytes) -> tuple[ParsedRequest, EncoderMaker]:
+    """The request in the body of /v1/messages, and what writes its answer; raises BadRequest."""
+    parsed = _parsed(parse_body(MessagesBody, body, _FIELD_NAMES, _SHAPES))
+    return parsed, partial(MessagesEncoder, max_tokens=parsed.max_tokens)
 
 
 def read_count(body: bytes) -> ParsedRequest:
@@ -166,6 +170,7 @@ def _parsed(body: CountBody) -> ParsedRequest:
             temperature=body.temperature, top_p=body.top_p, top_k=body.top_k, seed=body.seed
         ),
         max_tokens=body.max_tokens,
+        ends_with_context=True,
         top_logprobs=None,
         n=1,
         stop=StopRule(tuple(body.stop_sequences or ()), include=False),

@@ -186,8 +186,7 @@ def test_accept_encoding(header: str, accepted: bool) -> None:
         ("/v1/files", "`baton batch`"),
         ("/v1/batches/b1/cancel", "`baton batch`"),
         ("/v1/moderations", "moderations"),
-        ("/v1/messages", "Anthropic"),
-        ("/v1/messages/count_tokens", "Anthropic"),
+        ("/v1/complete", "Anthropic"),
         ("/api/chat", "Ollama"),
     ],
 )

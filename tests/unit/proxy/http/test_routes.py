@@ -169,6 +169,25 @@ async def test_keys(guarded: httpx.AsyncClient, header: str, status: int) -> Non
         assert answer.json()["error"]["code"] == "invalid_api_key"
 
 
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"x-api-key": "first-key"}, 200),
+        ({"x-api-key": "first-kez"}, 401),
+        ({"x-api-key": ""}, 401),
+        ({"x-api-key": "Bearer first-key"}, 401),
+        ({"x-api-key": "first-key", "authorization": "Bearer first-kez"}, 401),
+        ({"x-api-key": "first-kez", "authorization": "Bearer first-key"}, 200),
+        ({"x-api-key": "first-key", "authorization": "Basic x"}, 200),
+    ],
+)
+async def test_keys_as_clients_of_anthropic_send_them(
+    guarded: httpx.AsyncClient, headers: dict[str, str], status: int
+) -> None:
+    """Guards against a second header that lets in what the first one does not, or that stays unread."""
+    assert (await guarded.get("/v1/models", headers=headers)).status_code == status
+
+
 async def test_a_key_beyond_ascii(guarded: httpx.AsyncClient) -> None:
     """Guards against a crash in comparing, and a configured key that can never match."""
     answer = await guarded.get("/v1/models", headers={b"authorization": "Bearer schlüssel".encode()})

@@ -127,6 +127,13 @@ def test_stop_reasons(events: list[Event], reason: str, sequence: str | None) ->
         assert (message["stop_reason"], message["stop_sequence"]) == (reason, sequence)
 
 
+def test_an_answer_that_the_context_ends_says_so() -> None:
+    """Guards against an agent that asks for more tokens where there is no room for them."""
+    events: list[Event] = [Content("a"), ChoiceEnd("length")]
+    found = json.loads(MessagesEncoder(HEADER, max_tokens=HEADER.sampling.max_tokens + 1).whole([events], USAGE))
+    assert found["stop_reason"] == "model_context_window_exceeded"
+
+
 def test_a_failure_ends_the_stream_in_the_shape_of_the_api() -> None:
     """Guards against an answer that looks complete though it failed."""
     failure = Failure(503, "gone", "server_error", code="service_unavailable")

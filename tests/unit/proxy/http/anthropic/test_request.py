@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,8 @@ BILLING = "x-anthropic-billing-header: cc_version=2.1.0; cch=0a1b2;"
 
 
 def read(**more: Any) -> ParsedRequest:
-    return read_messages(json.dumps({**BODY, **more}).encode())
+    parsed, _ = read_messages(json.dumps({**BODY, **more}).encode())
+    return parsed
 
 
 def chat(messages: list[dict[str, Any]], **more: Any) -> ParsedRequest:
@@ -73,7 +75,7 @@ def test_a_conversation_is_that_of_a_chat() -> None:
     function = {"name": "get_weather", "description": "Of a city.", "parameters": SCHEMA}
     found = read(system=[text(BILLING), text("You help."), text("Always.")], messages=turns, tools=[TOOL])
     wanted = chat(as_chat, tools=[{"type": "function", "function": function}])
-    assert found == wanted
+    assert found == replace(wanted, ends_with_context=True)
 
 
 @pytest.mark.parametrize(
