@@ -12,7 +12,7 @@ from baton.proxy.http.failures import Failure
 MAX_SHOWN_CHARS = 128
 BATCH = "`baton batch` answers files of requests in OpenAI's batch format."
 ABSENT = {
-    "/v1/responses": "OpenAI's Responses API",
+    "/v1/responses": "stored responses",
     "/v1/embeddings": "OpenAI's embeddings API",
     "/v1/audio": "OpenAI's audio API",
     "/v1/images": "OpenAI's images API",

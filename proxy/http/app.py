@@ -31,6 +31,7 @@ from baton.proxy.http.front import CORS_METHODS, AccessLog, LenientPaths, accept
 from baton.proxy.http.guard import PROBES, Guard, tenant_of
 from baton.proxy.http.hosts import HostCheck
 from baton.proxy.http.refusals import add_failure_handlers
+from baton.proxy.http.responses.request import read_responses
 from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.http.service import ModelEntry, Service, make_service
 from baton.proxy.http.tokenizer_routes import add_tokenizer_routes
@@ -45,6 +46,7 @@ from baton.proxy.text.model_text import ModelText
 APIS = (
     Api("/v1/completions", lambda body: (read_completion(body), CompletionEncoder), "cmpl-", "text_completion"),
     Api("/v1/chat/completions", lambda body: (read_chat(body), ChatEncoder), "chatcmpl-", "chat"),
+    Api("/v1/responses", read_responses, "resp_", "chat"),
     Api("/v1/messages", read_messages, "msg_", "chat"),
 )
 PAST_REQUESTS = "/debug/requests/"

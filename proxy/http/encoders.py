@@ -89,7 +89,7 @@ class _TopLogprob(msgspec.Struct):
     bytes: list[int]
 
 
-class _ChatLogprob(msgspec.Struct):
+class ChatLogprob(msgspec.Struct):
     token: str
     logprob: float
     bytes: list[int]
@@ -97,7 +97,7 @@ class _ChatLogprob(msgspec.Struct):
 
 
 class _ChatLogprobs(msgspec.Struct):
-    content: list[_ChatLogprob]
+    content: list[ChatLogprob]
     refusal: None = None
 
 
@@ -283,7 +283,7 @@ class ChatEncoder:
         return _chunk(self.header, CHAT_CHUNK, made, choice.prompt_ids or msgspec.UNSET, choice.usage)
 
     def _logprobs(self, choice: ChoiceText) -> _ChatLogprobs | None:
-        return _chat_logprobs(choice.logprobs) if self.header.logprobs else None
+        return _ChatLogprobs(chat_logprobs(choice.logprobs)) if self.header.logprobs else None
 
 
 def _answer(
@@ -387,18 +387,16 @@ def _by_text(tokens: Sequence[tuple[bytes, float]]) -> dict[str, float]:
     return found
 
 
-def _chat_logprobs(tokens: Sequence[TokenLogprob]) -> _ChatLogprobs:
-    return _ChatLogprobs(
-        [
-            _ChatLogprob(
-                _shown(token.token),
-                _finite(token.logprob or 0.0),
-                list(token.token),
-                [_TopLogprob(_shown(piece), _finite(value), list(piece)) for piece, value in token.top],
-            )
-            for token in tokens
-        ]
-    )
+def chat_logprobs(tokens: Sequence[TokenLogprob]) -> list[ChatLogprob]:
+    return [
+        ChatLogprob(
+            _shown(token.token),
+            _finite(token.logprob or 0.0),
+            list(token.token),
+            [_TopLogprob(_shown(piece), _finite(value), list(piece)) for piece, value in token.top],
+        )
+        for token in tokens
+    ]
 
 
 def _shown(token: bytes) -> str:

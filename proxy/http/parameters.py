@@ -21,6 +21,7 @@ SIMILAR = 0.85
 IGNORED = frozenset(
     (
         "metadata",
+        "max_tool_calls",
         "prediction",
         "prompt_cache_options",
         "prompt_cache_retention",
@@ -85,7 +86,11 @@ UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
 """Parameter -> the values, besides null, that ask for nothing; and why others are refused."""
 
 
-def unknown_parameters(given: Mapping[str, object], fields: Iterable[str]) -> tuple[str, ...]:
+def unknown_parameters(
+    given: Mapping[str, object],
+    fields: Iterable[str],
+    unsupported: Mapping[str, tuple[tuple[object, ...], str]] = UNSUPPORTED,
+) -> tuple[str, ...]:
     """The first names in `given`, parameters without a field, that mean nothing here; `fields`: those that have one.
 
     Raises BadRequest for one with an effect that this server does not have, or whose name is nearly a known one.
@@ -94,10 +99,10 @@ def unknown_parameters(given: Mapping[str, object], fields: Iterable[str]) -> tu
     for name, value in given.items():
         if value is None or name in IGNORED:
             continue
-        if name in UNSUPPORTED:
-            _check_unsupported(name, value)
+        if name in unsupported:
+            check_unsupported(name, value, *unsupported[name])
         elif len(found) < MAX_UNKNOWN:
-            check_spelling(name, (*fields, *IGNORED, *UNSUPPORTED))
+            check_spelling(name, (*fields, *IGNORED, *unsupported))
             found.append(name[:MAX_NAME_CHARS])
     return tuple(found)
 
@@ -117,8 +122,8 @@ def check_spelling(name: str, known: Iterable[str], parent: str = "") -> None:
         )
 
 
-def _check_unsupported(name: str, value: object) -> None:
-    neutral, reason = UNSUPPORTED[name]
+def check_unsupported(name: str, value: object, neutral: tuple[object, ...], reason: str) -> None:
+    """Raises BadRequest unless `value` asks for nothing."""
     if value not in neutral:
         raise BadRequest(f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
 

@@ -6,7 +6,7 @@ Knows no API: names of fields, and what is said of values that may have several 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -26,17 +26,33 @@ def parse_body(model: type[Body], body: bytes, names: Collection[str], shapes: M
     try:
         return model.model_validate_json(body)
     except ValidationError as error:
-        found = error.errors(include_url=False, include_context=False, include_input=False)[0]
+        raise _bad_request(error, (), {*names, *model.model_fields}, shapes) from None
+
+
+def parse_value(
+    model: type[Body], value: object, where: Sequence[str], names: Collection[str], shapes: Mapping[str, str]
+) -> Body:
+    """A part of a body that was read already, which is at `where` in it, as `parse_body`."""
+    try:
+        return model.model_validate(value)
+    except ValidationError as error:
+        raise _bad_request(error, where, {*names, *model.model_fields}, shapes) from None
+
+
+def _bad_request(
+    error: ValidationError, where: Sequence[str], names: Collection[str], shapes: Mapping[str, str]
+) -> BadRequest:
+    found = error.errors(include_url=False, include_context=False, include_input=False)[0]
     if found["type"] == "json_invalid":
-        raise BadRequest(f"the body is not valid JSON in UTF-8: {found['msg']}", code="invalid_json")
+        return BadRequest(f"the body is not valid JSON in UTF-8: {found['msg']}", code="invalid_json")
     # A location also holds the names of a union's members, which say nothing to a client.
-    path = [str(part) for part in found["loc"] if isinstance(part, int) or part in names or part in model.model_fields]
+    path = [*where, *(str(part) for part in found["loc"] if isinstance(part, int) or part in names)]
     if found["type"] == "extra_forbidden" and path[-1:] != [str(found["loc"][-1])]:
         path.append(str(found["loc"][-1])[:64])
     if not path:
-        raise BadRequest(f"invalid body: {found['msg']}")
+        return BadRequest(f"invalid body: {found['msg']}")
     for place, name in enumerate(path):
         if name in shapes and found["type"] != "missing":
             path = path[: place + 1]
-            raise BadRequest(f"{'.'.join(path)} {shapes[name]}", param=".".join(path))
-    raise BadRequest(f"{'.'.join(path)}: {found['msg']}", param=".".join(path))
+            return BadRequest(f"{'.'.join(path)} {shapes[name]}", param=".".join(path))
+    return BadRequest(f"{'.'.join(path)}: {found['msg']}", param=".".join(path))

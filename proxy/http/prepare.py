@@ -103,7 +103,7 @@ async def prompts_of(request: ParsedRequest, text: ModelText, max_model_len: int
         )
     if request.messages:
         ids = await encode(await text.render_bounded(request.messages, request.render))
-        made = [(_checked(ids, text.vocab_size, "messages"), "")]
+        made = [(_checked(ids, text.vocab_size, request.prompt_param), "")]
     else:
         made = [await _tokenise_prompt(prompt, request.echo, text, encode, max_model_len) for prompt in request.prompts]
     if request.truncation is None:

@@ -175,12 +175,13 @@ _FIELD_NAMES = frozenset(
     )
     for name in model.model_fields
 ).union(structured.FIELD_NAMES)
+STOP_SHAPE = f"must be a string or an array of at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters"
 _SHAPES = {
     "prompt": (
         "must be a string, an array of strings, an array of token ids, or an array of such arrays, "
         f"of at most {MAX_PROMPTS} prompts"
     ),
-    "stop": f"must be a string or an array of at most {MAX_STOP_STRINGS} strings of 1 to {MAX_STOP_CHARS} characters",
+    "stop": STOP_SHAPE,
     "content": "must be a string or an array of text parts; images, audio and files are not supported",
     "logit_bias": f"must map at most {MAX_LOGIT_BIAS} token ids, written as strings, to numbers from -100 to 100",
 }
@@ -225,6 +226,8 @@ class ParsedRequest:
     """Of a completion; empty for a chat."""
     messages: tuple[Mapping[str, Any], ...] = ()
     """Of a chat; empty for a completion."""
+    prompt_param: str = "messages"
+    """The parameter that the prompt comes from, for errors."""
     render: RenderOptions = NEXT_MESSAGE
     tools: ToolRequest | None = None
     """Of a chat; the answer of a completion is text, whatever the model marks in it."""
@@ -262,11 +265,6 @@ class ParsedRequest:
         """Alternatives beside the log probability of each token of the prompt that the answer repeats; None: none."""
         return self.top_logprobs if self.echo else None
 
-    @property
-    def prompt_param(self) -> str:
-        """The parameter that the prompt comes from, for errors."""
-        return "messages" if self.messages else "prompt"
-
 
 def read_completion(body: bytes) -> ParsedRequest:
     """The request in the body of /v1/completions; raises BadRequest."""
@@ -276,6 +274,7 @@ def read_completion(body: bytes) -> ParsedRequest:
     return ParsedRequest(
         **_shared(request, shows_prompt=bool(request.echo)),
         prompts=_prompts(request.prompt),
+        prompt_param="prompt",
         add_special_tokens=request.add_special_tokens is not False,
         top_logprobs=request.logprobs,
         echo=bool(request.echo),
@@ -342,12 +341,17 @@ def _shared(request: _Body, *, shows_prompt: bool) -> dict[str, Any]:
 
 
 def _grammar(request: _Body) -> GrammarRequest | None:
-    """Raises BadRequest beside parameters that may leave no token to draw, or no end."""
     asked = grammar_request(request)
-    for name in ("ignore_eos", "allowed_token_ids", "bad_words") if asked is not None else ():
+    if asked is not None:
+        check_beside_grammar(request)
+    return asked
+
+
+def check_beside_grammar(request: SamplingRequest) -> None:
+    """Raises BadRequest beside parameters that may leave no token to draw, or no end."""
+    for name in ("ignore_eos", "allowed_token_ids", "bad_words"):
         if getattr(request, name):
             raise BadRequest(f"{name} is not available where an answer has a given form", param=name)
-    return asked
 
 
 def _truncation(request: _Body) -> Truncation | None:
