@@ -34,7 +34,9 @@ contract = importlib.util.module_from_spec(_spec)
 sys.modules[_spec.name] = contract
 _spec.loader.exec_module(contract)
 SENDER, RECEIVER, OTHER, X, Y = contract.SENDER, contract.RECEIVER, contract.OTHER, contract.X, contract.Y
-GPU_OF = {SENDER: 0, RECEIVER: 1, OTHER: 0}
+REPLACEMENT = "prefill/3"
+"""A new process in place of a dead one: as workers do, it has a name that no process had before."""
+GPU_OF = {SENDER: 0, RECEIVER: 1, OTHER: 0, REPLACEMENT: 0}
 MIB = 1 << 20
 
 test_bytes_arrive = contract.test_bytes_arrive_bit_for_bit_and_nowhere_else
@@ -295,7 +297,7 @@ def test_a_peer_that_dies_in_mid_transfer_frees_the_survivor(
     sender.child.process.kill()
     sender.child.process.wait(15)
     receiver.plane.forget(SENDER)
-    again = rig.end(SENDER, 12, MIB)
+    again = rig.end(REPLACEMENT, 12, MIB)
     begin = time.monotonic()
     rig.move(again, receiver, ChunkKey(Y, 11, 0), [5, 6], [1, 2])
     rig.until(lambda: ChunkKey(Y, 11, 0) in rig.received(receiver))
@@ -321,7 +323,7 @@ def test_a_sender_killed_while_bytes_flow(two_sided: GpuRig) -> None:
     free_s = time.monotonic() - died_at
     print(f"killed under load: free after {free_s:.2f} s", flush=True)
     receiver.plane.forget(SENDER)
-    again = rig.end(SENDER, 64, 16 * MIB)
+    again = rig.end(REPLACEMENT, 64, 16 * MIB)
     rig.move(again, receiver, ChunkKey(Y, 1, 0), list(range(64)), list(range(64)))
     rig.until(lambda: ChunkKey(Y, 1, 0) in rig.received(receiver))
     assert receiver.digest(list(range(64))) == again.digest(list(range(64)))
