@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from baton.benchmark.cluster.completions import random_ids
 
 HUNG_S = 40.0
-PAUSE_S = 0.2
+PAUSE_S = 0.1
 """No stream waits so long between two tokens unless its attempt failed, or waits for a frozen process."""
 RIGHT, ROUNDED, WRONG, HUNG = "right", "rounded", "wrong", "hung"
 REFUSED, BROKEN, BLAMED = "refused", "broken", "blamed"
@@ -57,14 +57,19 @@ class StreamResult:
     """"timeout" or "lost", where the connection did not end in order."""
     gap_s: float = 0.0
     """The longest time without a chunk."""
+    text_before_pause: str = ""
     first_pause: int | None = None
-    """Characters before the first pause of PAUSE_S behind the first token."""
+    """Tokens before the first pause of PAUSE_S behind the first of them."""
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.request.seed is None
 
     def verdict(self, right_text: str, *, exact: bool = True) -> str:
         """`exact`: a new attempt has the roundings of the first one."""
         if not right_text.startswith(self.text):
-            behind = self.first_pause is not None and right_text[: self.first_pause] == self.text[: self.first_pause]
-            return ROUNDED if behind and self.finished and not exact else WRONG
+            paused = self.first_pause is not None and right_text.startswith(self.text_before_pause)
+            return ROUNDED if paused and self.finished and not exact else WRONG
         if self.end == "timeout":
             return HUNG
         if self.finished:
@@ -112,8 +117,8 @@ def _read_events(answer: http.client.HTTPResponse, result: StreamResult) -> None
             result.error = str(chunk["error"])[:300]
             code = chunk["error"].get("code")
             result.status = code if isinstance(code, int) else result.status
-        if result.text and result.first_pause is None and pause_s >= PAUSE_S:
-            result.first_pause = len(result.text)
+        if result.token_ids and result.first_pause is None and pause_s >= PAUSE_S:
+            result.first_pause, result.text_before_pause = len(result.token_ids), result.text
         for choice in chunk.get("choices", ()):
             result.text += choice["text"]
             result.token_ids += choice.get("token_ids") or ()

@@ -228,10 +228,11 @@ def _wait_idle(cluster: Cluster) -> float | None:
 def undisturbed(
     options: argparse.Namespace, model: ServedModel, lines: JsonLines, results: Sequence[StreamResult], folder: Path
 ) -> dict[StreamRequest, str]:
-    """The texts of the requests that had begun, from one worker that nothing disturbs; what is rounded is reported."""
+    """The texts of the requests that had begun, from workers that nothing disturbs; what differs is reported."""
     texts = {result.request: "" for result in results}
     todo = [result.request for result in results if result.text]
-    with running(settings_of(options, model, 0, 1, folder)) as (cluster, _):
+    workers = 1 if options.device == "cpu" else len(options.gpus)
+    with running(settings_of(options, model, 0, workers, folder)) as (cluster, _):
 
         def work() -> None:
             while todo:
@@ -244,15 +245,19 @@ def undisturbed(
             thread.start()
         for thread in threads:
             thread.join()
-        forked = [
-            result
-            for result in results
-            if result.request.seed is None and result.verdict(texts[result.request], exact=False) == ROUNDED
-        ]
         if not is_exact(options):
-            forks = [fork_of(result, cluster.url, cluster.model) for result in forked]
-            lines.put("rounded", **largest(forks))
+            _report_forks(
+                lines, cluster, [each for each in results if each.finished and each.text != texts[each.request]]
+            )
     return texts
+
+
+def _report_forks(lines: JsonLines, cluster: Cluster, results: Sequence[StreamResult]) -> None:
+    """Of each whole greedy stream that is not the same as without faults, where it left that one, and how."""
+    forks = [fork_of(result, cluster.url, cluster.model) for result in results if result.is_greedy]
+    for fork in forks:
+        lines.put("fork", place=fork.place, pause=fork.pause, margin=fork.margin)
+    lines.put("forks", **largest(forks))
 
 
 def is_exact(options: argparse.Namespace) -> bool:

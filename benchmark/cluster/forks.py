@@ -24,6 +24,8 @@ class Fork:
 
     place: int
     """Tokens before it."""
+    pause: int | None
+    """Tokens before the stream's first pause."""
     margin: float | None
     """The log probability of the undisturbed token less that of the stream's; None: that is not among the likeliest."""
 
@@ -40,7 +42,7 @@ def fork_of(result: StreamResult, url: str, model: str) -> Fork:
     )
     top: Mapping[str, float] = choice["logprobs"]["top_logprobs"][place]
     other = top.get(f"token_id:{ours}")
-    return Fork(place, None if other is None else top[f"token_id:{right}"] - other)
+    return Fork(place, result.first_pause, None if other is None else top[f"token_id:{right}"] - other)
 
 
 def largest(forks: Sequence[Fork]) -> dict[str, object]:

@@ -66,12 +66,18 @@ def test_verdicts(fields: dict[str, object], verdict: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "first_pause", "verdict"),
-    [("rightly so", 5, ROUNDED), ("rightly so", 6, WRONG), ("rightly so", None, WRONG), ("right text", 2, RIGHT)],
+    ("text", "before", "verdict"),
+    [
+        ("rightly so", "right", ROUNDED),
+        ("rightly so", "rightl", WRONG),
+        ("rightly so", None, WRONG),
+        ("right text", "r", RIGHT),
+    ],
 )
-def test_only_what_follows_a_pause_may_be_rounded(text: str, first_pause: int | None, verdict: str) -> None:
+def test_only_what_follows_a_pause_may_be_rounded(text: str, before: str | None, verdict: str) -> None:
     """Guards the verdict on a GPU: a token that changed before any fault was met is wrong there too."""
-    result = StreamResult(REQUEST, 0.0, text=text, finished=True, first_pause=first_pause)
+    pause = None if before is None else 1
+    result = StreamResult(REQUEST, 0.0, text=text, finished=True, first_pause=pause, text_before_pause=before or "")
     assert result.verdict("right text", exact=False) == verdict
 
 
@@ -83,8 +89,8 @@ def test_a_fork_has_the_distance_of_both_tokens(
     top = [{"token_id:1": -0.1}, {"token_id:2": -1.0, "token_id:3": -1.5}]
     answer = json.dumps({"choices": [{"token_ids": [1, 2], "logprobs": {"top_logprobs": top}}]}).encode()
     monkeypatch.setattr(forks, "urlopen", lambda *_, **__: io.BytesIO(answer))
-    result = StreamResult(REQUEST, 0.0, token_ids=[1, drawn], finished=True, first_pause=3)
-    assert forks.fork_of(result, "http://nowhere", "demo") == forks.Fork(1, margin)
+    result = StreamResult(REQUEST, 0.0, token_ids=[1, drawn], finished=True, first_pause=1)
+    assert forks.fork_of(result, "http://nowhere", "demo") == forks.Fork(1, 1, margin)
 
 
 def test_a_run_that_does_not_hold_says_so() -> None:
