@@ -21,8 +21,12 @@ class Matcher(Protocol):
         """Take a token in; False if it is not allowed here, and all behind it."""
         ...
 
+    def is_accepting(self) -> bool:
+        """Whether the text may end here."""
+        ...
+
     def is_stopped(self) -> bool:
-        """Whether the text has ended."""
+        """Whether nothing but an end may follow."""
         ...
 
 
@@ -58,9 +62,14 @@ class Constraint:
                 self.is_broken |= not self._takes(token_id)
 
     def _takes(self, token_id: int) -> bool:
-        if self._matcher.is_stopped():  # the text is complete: only an end may follow
-            return token_id in self._grammar.end_ids
-        return self._matcher.consume_token(token_id)
+        if token_id in self._grammar.end_ids:
+            return self._matcher.is_stopped() or self._matcher.is_accepting()
+        return not self._matcher.is_stopped() and self._matcher.consume_token(token_id)
+
+    @property
+    def end_ids(self) -> tuple[int, ...]:
+        """Tokens that end the text."""
+        return self._grammar.end_ids
 
     @property
     def is_free(self) -> bool:

@@ -16,20 +16,20 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib.metadata import version
-from pathlib import Path
 from time import thread_time
 from typing import Any
 from weakref import WeakSet
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLExecutor, LLMatcher, LLParserLimits
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from baton.node.messages.control import Grammar
 from baton.worker.constraint import Constraint, GrammarCompiled
+from baton.worker.grammar_tokenizer import GrammarTokenizer
 
 COMPILE_THREADS = 2
 MASK_THREADS = max(1, min(16, len(os.sched_getaffinity(0)) - 2))
@@ -41,21 +41,13 @@ COMPILE_S = 0.05
 ALL_TOKENS = -1
 """A word of a mask with all bits."""
 
-_INSIDE = r'[^"\\\x00-\x1F\x7F]'
-"""A character of a JSON string that is written as it is."""
-SLICES = (
-    r"[\x20\x0A\x0D\x09]+",
-    *(f"{_INSIDE}{{1,{most}}}" for most in (3, 6, 10, 16, 30)),
-    f"{_INSIDE}+",
-    r"[ !#-\[\]-~]{1,10}",
-    r"[A-Za-z0-9_\-]{1,10}",
-    "[a-z]{1,10}",
-)
-"""Kinds of tokens that are allowed together: where all strings of such a form may come next, the library takes the
-tokens of this form into a mask without reading each. Those of the lengths are for strings with a longest one."""
-
 LIBRARY = "llguidance/" + ".".join(version("llguidance").split(".")[:2])
 """Two workers with this in common compute the same masks from the same text."""
+
+
+def _bit(token_id: int) -> np.int32:
+    """Of a token in its word of a mask."""
+    return np.left_shift(np.int32(1), np.int32(token_id % 32))
 
 
 @dataclass(slots=True)
@@ -81,6 +73,11 @@ class _CompiledGrammar:
     def size(self) -> int:
         return len(self.originals) + self.num_pending
 
+    @property
+    def lacks_one(self) -> bool:
+        """Another sequence would be worth another matcher."""
+        return self.size < self.most and all(each.copies for each in self.originals)
+
     def least_used(self) -> _Original | None:
         """None: one that nothing uses will be there soon."""
         found = min(self.originals, key=lambda each: len(each.copies), default=None)
@@ -88,25 +85,22 @@ class _CompiledGrammar:
 
 
 class GrammarCompiler:
-    """Compiles grammars over one tokenizer, which it reads when the first comes. One thread makes all calls;
-    `on_compiled` is called from others."""
+    """Compiles grammars over one tokenizer. One thread makes all calls; `on_compiled` is called from others."""
 
     def __init__(
         self,
-        tokenizer: Path,
+        tokenizer: Future[GrammarTokenizer],
         vocab_size: int,
         on_compiled: Callable[[GrammarCompiled], None],
         mask_threads: int = MASK_THREADS,
     ) -> None:
-        self._tokenizer_file = tokenizer
+        self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._on_compiled = on_compiled
         self._mask_threads = mask_threads
         self._lock = threading.Lock()  # of what the compiling threads write
         self._compiled: OrderedDict[Grammar, _CompiledGrammar] = OrderedDict()
         self._num_originals = 0  # ever compiled
-        self._tokenizer_lock = threading.Lock()
-        self._tokenizers: dict[tuple[int, ...], LLTokenizer] = {}
         self._threads = ThreadPoolExecutor(COMPILE_THREADS, thread_name_prefix="grammar")
         self._executor: LLExecutor | None = None
 
@@ -115,22 +109,22 @@ class GrammarCompiler:
         with self._lock:
             found = self._compiled.setdefault(grammar, _CompiledGrammar(self._mask_threads))
             self._compiled.move_to_end(grammar)
-            more = found.size < found.most and all(each.copies for each in found.originals)
-            found.num_pending += more
             while len(self._compiled) > 1 and sum(each.size for each in self._compiled.values()) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
-        if more:
-            self._threads.submit(self._compile, grammar, found)
-        return self._copy(grammar, found)
+        return self._copy(grammar, found, waited=False)
 
     def constraint(self, grammar: Grammar) -> Constraint | None:
         """The same, after a GrammarCompiled; None if another one follows."""
         with self._lock:
             found = self._compiled.get(grammar)
-        return self.compile(grammar) if found is None else self._copy(grammar, found)
+        return self.compile(grammar) if found is None else self._copy(grammar, found, waited=True)
 
-    def _copy(self, grammar: Grammar, compiled: _CompiledGrammar) -> Constraint | None:
+    def _copy(self, grammar: Grammar, compiled: _CompiledGrammar, *, waited: bool) -> Constraint | None:
+        """`waited`: one of those that are being compiled is for this sequence."""
         with self._lock:
+            if compiled.lacks_one and not (waited and compiled.num_pending):
+                compiled.num_pending += 1
+                self._threads.submit(self._compile, grammar, compiled)
             original = compiled.least_used()
         if original is None:
             return None
@@ -147,12 +141,23 @@ class GrammarCompiler:
             if self._executor is None:
                 self._executor = LLExecutor(self._mask_threads)
             fill_next_token_bitmask_par(self._executor, filled, masks)
+            self._translate_ends(constraints, masks)
         for row, each in enumerate(constraints):
             if each.is_free:
                 masks[row] = ALL_TOKENS
             for token_id in each.listed:
-                masks[row, token_id // 32] |= np.left_shift(np.int32(1), np.int32(token_id % 32))
+                masks[row, token_id // 32] |= _bit(token_id)
         return masks
+
+    def _translate_ends(self, constraints: Sequence[Constraint], masks: np.ndarray) -> None:
+        """Let the tokens that end each grammar's text stand where the library allows its own."""
+        end_id = self._tokenizer.result().end_id
+        ends = np.flatnonzero(masks[:, end_id // 32] & _bit(end_id))
+        for token_id in {end_id, *(token_id for each in constraints for token_id in each.end_ids)}:
+            masks[:, token_id // 32] &= ~_bit(token_id)
+        for row in ends.tolist():
+            for token_id in constraints[row].end_ids:
+                masks[row, token_id // 32] |= _bit(token_id)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -162,8 +167,8 @@ class GrammarCompiler:
     def _compile(self, grammar: Grammar, compiled: _CompiledGrammar) -> None:
         error, most = "", compiled.most
         try:
-            tokenizer, began_at = self._tokenizer(grammar.end_ids), thread_time()
-            matcher = LLMatcher(tokenizer, grammar.text, limits=LLParserLimits(), log_level=0)
+            tokens, began_at = self._tokenizer.result().tokens, thread_time()
+            matcher = LLMatcher(tokens, grammar.text, limits=LLParserLimits(), log_level=0)
             most = max(1, int(COMPILE_S / max(thread_time() - began_at, 1e-6)))
             error = matcher.get_error() if matcher.is_error() else ""
         except Exception as failure:  # of the library: the request fails, not the worker
@@ -177,11 +182,3 @@ class GrammarCompiler:
             elif self._compiled.get(grammar) is compiled and not compiled.size:
                 del self._compiled[grammar]
         self._on_compiled(GrammarCompiled(grammar, error))
-
-    def _tokenizer(self, end_ids: tuple[int, ...]) -> LLTokenizer:
-        with self._tokenizer_lock:
-            if end_ids not in self._tokenizers:
-                text = self._tokenizer_file.read_text(encoding="utf-8")
-                tokenizer = LLTokenizer(text, self._vocab_size, list(end_ids), list(SLICES))
-                self._tokenizers = {end_ids: tokenizer}
-            return self._tokenizers[end_ids]

@@ -34,6 +34,7 @@ from baton.node.modelhub import locate_model
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import KvPool, load_model
+from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
 from baton.worker.grammars import GrammarCompiler
 from baton.worker.io_thread import IoThread
 from baton.worker.parts import Parts
@@ -70,7 +71,9 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder, sizes = locate_model(settings.model, logger.info), settings.worker_sizes(device)
-    with FingerprintTask(folder, settings.load_format, device) as hashing:
+    config = ModelConfig.from_folder(folder)
+    tokens = loading_grammar_tokenizer(folder / "tokenizer.json", config.vocab_size, config.eos_token_ids)
+    with tokens as tokenizer, FingerprintTask(folder, settings.load_format, device) as hashing:
         model = load_model(settings, sizes, device, role, folder)
         began_at = time.monotonic()
         fingerprint = hashing.result()
@@ -132,7 +135,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         address=endpoint.address,
         namespace=namespace.hex()[:12],
     )
-    grammars = GrammarCompiler(folder / "tokenizer.json", model.config.vocab_size, io.inbox.put)
+    grammars = GrammarCompiler(tokenizer, model.config.vocab_size, io.inbox.put)
     manager = BlockManager(num_blocks, events.journal("gpu"))
     parts = Parts(
         runner=model.runner,

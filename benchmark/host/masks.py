@@ -28,6 +28,7 @@ from baton.node.messages.control import Grammar
 from baton.proxy.text.grammar import lark_of
 from baton.proxy.text.grammar_request import GrammarRequest
 from baton.worker.constraint import Constraint, GrammarCompiled
+from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
 from baton.worker.grammars import MASK_THREADS, GrammarCompiler
 
 DEMO = Path(baton.__file__).parent / "models" / "demo"
@@ -81,9 +82,8 @@ class Compiler:
     def __init__(self, folder: Path, threads: int) -> None:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         self._compiled: queue.SimpleQueue[GrammarCompiled] = queue.SimpleQueue()
-        self.grammars = GrammarCompiler(
-            folder / "tokenizer.json", config["vocab_size"], self._compiled.put, mask_threads=threads
-        )
+        with loading_grammar_tokenizer(folder / "tokenizer.json", config["vocab_size"], [END]) as tokenizer:
+            self.grammars = GrammarCompiler(tokenizer, config["vocab_size"], self._compiled.put, threads)
         self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
 
     def constraints(self, schema: dict[str, Any], number: int) -> list[Constraint]:

@@ -9,7 +9,7 @@ import asyncio
 import dataclasses
 from collections import OrderedDict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from baton.node.errors import BadRequest, Overloaded
@@ -22,6 +22,8 @@ KEPT = 256
 """Verdicts; the one that was used least recently is forgotten first."""
 WAIT_S = 10.0
 """For the grammars before one; each takes some milliseconds unless it is hostile."""
+START_AFTER_S = 5.0
+"""A server that starts has other uses for its cores. The process takes a second with the tokenizer of a large model."""
 COMPILER = "baton.proxy.text.grammar_compiler"
 """A module of its own: the proxy does not load the library."""
 SUBJECT = Subject("compiling the grammar", "this request: it is too complex", None)
@@ -38,7 +40,16 @@ class GrammarCheck:
         self._idle = [BoundedProcess(COMPILER, first, SUBJECT, cpu_limit_s) for _ in range(PROCESSES)]
         self._all = tuple(self._idle)
         self._threads = ThreadPoolExecutor(PROCESSES, "grammar")
+        self._timer: asyncio.TimerHandle | None = None
         self._known: OrderedDict[GrammarRequest, Grammar | BadRequest] = OrderedDict()
+
+    def start(self) -> None:
+        """Have a process ready soon, so that the first grammar does not wait for it; called on the event loop."""
+        self._timer = asyncio.get_running_loop().call_later(START_AFTER_S, self.start_process)
+
+    def start_process(self) -> Future[None]:
+        """Start the process that is used first."""
+        return self._threads.submit(self._all[-1].start)
 
     async def compile(self, asked: GrammarRequest) -> Grammar:
         """The grammar for workers; BadRequest where it does not compile, or takes too long, Overloaded where those
@@ -73,6 +84,8 @@ class GrammarCheck:
             self._idle.append(process)
 
     def close(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._all:
             process.close()

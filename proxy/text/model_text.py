@@ -78,7 +78,9 @@ class ModelText:
         self._renderer = ThreadPoolExecutor(1, "render")
 
     def start(self) -> None:
-        """Prepare the chat template in the background; a folder with a bad one still serves completions."""
+        """Prepare the chat template and the check of grammars in the background, on the event loop's thread; a folder
+        with a bad template still serves completions."""
+        self.grammars.start()
         if self._template is not None:
             self._renderer.submit(self._start_template, self._template)
 

@@ -39,6 +39,9 @@ class Counter:
         self.next += 1
         return allowed
 
+    def is_accepting(self) -> bool:
+        return False
+
     def is_stopped(self) -> bool:
         return False
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import queue
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from tokenizers import Tokenizer
 import baton
 from baton.node.messages.control import Grammar
 from baton.worker.constraint import Constraint, GrammarCompiled
+from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
 from baton.worker.grammars import GrammarCompiler
 
 TOKENIZER = Path(baton.__file__).parent / "models" / "demo" / "tokenizer.json"
@@ -30,9 +32,10 @@ THINK, ANSWER = 17, 23
 
 
 class Bench:
-    def __init__(self, mask_threads: int = 1) -> None:
+    def __init__(self, mask_threads: int = 1, path: Path = TOKENIZER, ends: Sequence[int] = (END,)) -> None:
         self.events: queue.SimpleQueue[GrammarCompiled] = queue.SimpleQueue()
-        self.grammars = GrammarCompiler(TOKENIZER, VOCAB, self.events.put, mask_threads)
+        with loading_grammar_tokenizer(path, VOCAB, ends) as tokenizer:
+            self.grammars = GrammarCompiler(tokenizer, VOCAB, self.events.put, mask_threads)
 
     def constraint(self, grammar: Grammar) -> Constraint:
         (found,) = self.constraints(grammar, 1)
@@ -42,7 +45,8 @@ class Bench:
         """Of sequences that arrive at once."""
         found = [self.grammars.compile(grammar) for _ in range(number)]
         while None in found:
-            assert self.events.get(timeout=60) == GrammarCompiled(grammar)
+            event = self.events.get(timeout=60)  # or that of an earlier one, which was there at once
+            assert not event.error
             found = [each or self.grammars.constraint(grammar) for each in found]
         return [each for each in found if each is not None]
 
@@ -128,12 +132,36 @@ def test_each_sequence_has_its_own_state(bench: Bench) -> None:
     assert bench.allowed(second) == before and bench.allowed(first) != before
 
 
+@pytest.mark.parametrize("ends", [(), (END,), (2, 5)])
+def test_the_tokens_that_end_a_text_are_those_of_the_grammar(bench: Bench, ends: tuple[int, ...]) -> None:
+    """Guards an answer's end against a model's configuration that names other tokens than its tokenizer does: it may
+    end where the grammar says so, and nowhere else."""
+    grammar = Grammar(text='start: "a" "b"? /[^c]/?', end_ids=(END, 7))
+    other = Bench(ends=ends)
+    a = Tokenizer.from_file(str(TOKENIZER)).token_to_id("a")
+    for path in ([], [a]):
+        expected, found = bench.constraint(grammar), other.constraint(grammar)
+        for constraint in (expected, found):
+            constraint.advance(path)
+        allowed = other.allowed(found)[0]
+        assert allowed - {*ends, 0, 1} == bench.allowed(expected)[0] - {*ends, 0, 1}
+        assert {END, 7} & allowed == ({END, 7} if path else set())
+        assert not ({*ends[:1]} - {END}) & allowed
+
+
+def test_without_a_tokenizer_each_grammar_fails(tmp_path: Path) -> None:
+    """Guards a worker of a folder without tokenizer.json: it starts, and requests with grammars have an answer."""
+    other = Bench(path=tmp_path / "tokenizer.json")
+    assert other.grammars.compile(OBJECT) is None
+    assert "tokenizer.json" in other.events.get(timeout=60).error
+
+
 def test_a_grammar_that_cannot_be_compiled_says_why(bench: Bench) -> None:
     """Guards the request: it fails with the library's words, and the thread lives on."""
     bad = Grammar(text='start: %json {"type": "nonsense"}', end_ids=(END,))
     assert bench.grammars.compile(bad) is None
-    event = bench.events.get(timeout=60)
-    assert event.grammar == bad and "nonsense" in event.error
+    events = iter(lambda: bench.events.get(timeout=60), None)
+    assert "nonsense" in next(event.error for event in events if event.grammar == bad)
     assert bench.constraint(OBJECT) is not None
 
 

@@ -174,6 +174,17 @@ def test_bombs_end(check: GrammarCheck, name: str) -> None:
     assert compiled(check, "regex", "abc" + name[:1])
 
 
+def test_the_first_grammar_finds_a_process_that_has_read_the_tokenizer(tmp_path: Path) -> None:
+    """Guards the first request with a schema: the tokenizer of a large model takes a second."""
+    path = tmp_path / "tokenizer.json"
+    path.write_bytes(TOKENIZER.read_bytes())
+    check = GrammarCheck(path, VOCAB, (END,))
+    check.start_process().result(timeout=60)
+    path.unlink()
+    assert compiled(check, "regex", "[0-9]+")
+    check.close()
+
+
 def test_verdicts_are_kept(check: GrammarCheck) -> None:
     """Guards the time to the first token of a schema that was seen before, right or wrong."""
     assert compiled(check, "json", A) is compiled(check, "json", A)
