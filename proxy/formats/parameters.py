@@ -12,13 +12,10 @@ from typing import Any
 
 from baton.proxy.formats.json_reader import CallSink
 from baton.proxy.formats.python_reader import json_inside
+from baton.proxy.formats.schemas import resolved, type_name, types_of
 
 MAX_WAITING_CHARS = 1 << 18
 """A longer value that is not declared as a string becomes one."""
-_TYPES: Mapping[type, str] = {
-    **{str: "string", bool: "boolean", int: "integer", float: "number"},
-    **{list: "array", dict: "object", type(None): "null"},
-}
 
 
 class ParameterWriter:
@@ -27,7 +24,8 @@ class ParameterWriter:
     def __init__(self, sink: CallSink, schema: Mapping[str, Any]) -> None:
         """`schema`: of the function's parameters."""
         self._sink = sink
-        properties = schema.get("properties")
+        self._schema = resolved(schema, schema)
+        properties = self._schema.get("properties")
         self._properties: Mapping[str, Any] = properties if isinstance(properties, Mapping) else {}
         self._num_keys = 0
         self._types: frozenset[str] = frozenset()
@@ -38,7 +36,7 @@ class ParameterWriter:
         self._num_waiting = 0
 
     def begin(self, key: str) -> None:
-        self._types = _types_of(self._properties.get(key))
+        self._types = types_of(self._properties.get(key), self._schema)
         self._at_start = True
         opening = ", " if self._num_keys else "{"
         self._num_keys += 1
@@ -90,7 +88,7 @@ def _json_of(text: str, types: frozenset[str]) -> str:
         value = json.loads(word, parse_constant=_refuse)
     except (ValueError, RecursionError):
         return json.dumps(text, ensure_ascii=False)
-    kind = _TYPES[type(value)]
+    kind = type_name(value)
     if "string" in types and kind not in types and not (kind == "integer" and "number" in types):
         return json.dumps(text, ensure_ascii=False)
     return word
@@ -98,24 +96,3 @@ def _json_of(text: str, types: frozenset[str]) -> str:
 
 def _refuse(word: str) -> None:
     raise ValueError(f"{word} is no JSON")
-
-
-def _types_of(schema: Any, depth: int = 0) -> frozenset[str]:
-    """The types that a schema names; empty if it leaves them open."""
-    if not isinstance(schema, Mapping) or depth > 8:
-        return frozenset()
-    named = schema.get("type")
-    if isinstance(named, str):
-        return frozenset({named})
-    if isinstance(named, list):
-        return frozenset(each for each in named if isinstance(each, str))
-    for choices in ("enum", "const"):
-        if choices in schema:
-            values = schema[choices] if choices == "enum" and isinstance(schema[choices], list) else [schema[choices]]
-            return frozenset(_TYPES.get(type(value), "") for value in values)
-    for union in ("anyOf", "oneOf"):
-        parts = schema.get(union)
-        if isinstance(parts, list):
-            types = [_types_of(part, depth + 1) for part in parts[:64]]
-            return frozenset().union(*types) if all(types) else frozenset()
-    return frozenset()

@@ -14,7 +14,7 @@ from typing import Any
 from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
-from baton.node.errors import BadRequest
+from baton.node.errors import BadRequest, InvariantBroken
 from baton.proxy.text.grammar_request import GrammarRequest
 from baton.proxy.text.structural_tag import lark_of_tags
 
@@ -39,6 +39,8 @@ def lark_of(asked: GrammarRequest) -> str:
             return _grammar(asked)
         case "tags":
             return lark_of_tags(json.loads(asked.text), lambda schema: json_rule(schema, asked), asked.param)
+        case "calls":
+            raise InvariantBroken("call_grammar writes the grammars of calls")
 
 
 def json_rule(schema: Any, asked: GrammarRequest) -> str:

@@ -61,7 +61,7 @@ class GrammarCheck:
         self._known.move_to_end(asked)
         found = self._known[asked]
         if isinstance(found, BadRequest):
-            raise BadRequest(str(found), param=asked.param)
+            raise BadRequest(str(found), param=found.param or asked.param)
         return found
 
     async def _ask(self, asked: GrammarRequest) -> Grammar | BadRequest:

@@ -15,6 +15,8 @@ from llguidance import LLMatcher, LLTokenizer
 from baton.node.errors import BadRequest
 from baton.node.messages.control import MAX_GRAMMAR_CHARACTERS
 from baton.proxy.text.bounded_process import Handler, Reply, answer_requests
+from baton.proxy.text.call_grammar import lark_of_request
+from baton.proxy.text.call_request import CallRequest
 from baton.proxy.text.grammar import lark_of
 from baton.proxy.text.grammar_request import GrammarRequest
 
@@ -24,14 +26,28 @@ def _prepare(first: Mapping[str, Any]) -> Handler:
     no_masks: list[str] = []
     tokenizer = LLTokenizer(text, n_vocab=first["vocab_size"], eos_token=first["end_ids"], slices=no_masks)
 
+    def complaint(lark: str) -> str:
+        matcher = LLMatcher(tokenizer, lark, log_level=0)
+        return _reason(matcher.get_error()) if matcher.is_error() else ""
+
+    def lark_of_one(asked: GrammarRequest) -> str:
+        if asked.kind == "calls":
+            calls = CallRequest.from_text(asked.text)
+            special = {
+                marker for marker, token_id in calls.rules.tokens.items() if tokenizer.is_special_token(token_id)
+            }
+            return lark_of_request(calls, special, complaint)
+        lark = lark_of(asked)
+        reason = complaint(lark) if len(lark) <= MAX_GRAMMAR_CHARACTERS else ""
+        if reason:
+            raise BadRequest(f"{asked.param} is not supported: {reason}", param=asked.param)
+        return lark
+
     def compile_one(request: Mapping[str, Any]) -> Reply:
         asked = GrammarRequest(**request)
-        lark = lark_of(asked)
+        lark = lark_of_one(asked)
         if len(lark) > MAX_GRAMMAR_CHARACTERS:
             raise BadRequest(f"{asked.param} is too long", param=asked.param)
-        matcher = LLMatcher(tokenizer, lark, log_level=0)
-        if matcher.is_error():
-            raise BadRequest(f"{asked.param} is not supported: {_reason(matcher.get_error())}", param=asked.param)
         return {"text": lark}
 
     return compile_one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["json", "regex", "choice", "grammar", "tags"]
+Kind = Literal["json", "regex", "choice", "grammar", "tags", "calls"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +15,7 @@ class GrammarRequest:
     kind: Kind
     text: str
     """A JSON schema, a regular expression, a JSON array of strings, a grammar in Lark or GBNF, or a structural tag as
-    JSON."""
+    JSON, or the JSON of `call_request`."""
     param: str
     """The parameter that it comes from, for errors."""
     lenient: bool = False
