@@ -14,6 +14,7 @@ from baton.node.errors import BadRequest
 from baton.node.http_client import HttpFailed, _Connection
 from baton.node.modelhub import locate_model
 from baton.offline.outputs import failure_message, request_output
+from baton.proxy.http.responses.request import read_responses
 from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.text.model_text import ModelText
 from baton.tests.fuzz.mutations import SEED, feed, mutations
@@ -67,7 +68,49 @@ CHATS = [
 ]
 
 
-@pytest.mark.parametrize(("read", "bodies"), [(read_completion, COMPLETIONS), (read_chat, CHATS)])
+FUNCTION = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
+RESPONSES_BODIES = [
+    {
+        "model": "m",
+        "input": [
+            {"role": "user", "content": [{"type": "input_text", "text": "Hi"}]},
+            {"type": "reasoning", "id": "r", "summary": [{"type": "summary_text", "text": "a"}], "content": None},
+            {"type": "function_call", "call_id": "1", "name": "f", "arguments": "{}"},
+            {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "5"}]},
+            {"type": "custom_tool_call", "call_id": "2", "name": "c", "namespace": "n", "input": "x"},
+        ],
+        "tools": [
+            FUNCTION,
+            {"type": "namespace", "name": "n", "tools": [{"type": "custom", "name": "c", "format": {"type": "text"}}]},
+            {"type": "web_search"},
+        ],
+        "tool_choice": "auto",
+    },
+    {
+        "model": "m",
+        "input": "Hi",
+        "tools": [FUNCTION],
+        "tool_choice": {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "f"}]},
+    },
+    {
+        "model": "m",
+        "input": "Hi",
+        "instructions": "a",
+        "max_output_tokens": 4,
+        "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}, "verbosity": "medium"},
+        "reasoning": {"summary": "auto"},
+        "include": ["message.output_text.logprobs"],
+        "metadata": {"a": "b"},
+        "stream": True,
+        "stream_options": {"include_obfuscation": False},
+    },
+]
+
+
+@pytest.mark.parametrize(
+    ("read", "bodies"),
+    [(read_completion, COMPLETIONS), (read_chat, CHATS), (read_responses, RESPONSES_BODIES)],
+)
 def test_bodies(read: Any, bodies: list[dict[str, Any]]) -> None:
     """Guards the proxy against a body that ends in a 500, and the client against an error without an end."""
 

@@ -51,6 +51,20 @@ CHAT_GRID: tuple[tuple[dict[str, Any], ...], ...] = (
     ({}, {"stop": ["quo"]}, {"max_tokens": 3}, {"stop": ["quo"], "include_stop_str_in_output": True}),
     ({}, IDS),
 )
+RESPONSE: dict[str, Any] = {"model": "demo", "input": "Hi"}
+RESPONSE_GRID: tuple[tuple[dict[str, Any], ...], ...] = (
+    ({}, {"include": ["message.output_text.logprobs"], "top_logprobs": 5}),
+    ({}, {"stop": ["quo"]}, {"max_output_tokens": 3}, {"max_output_tokens": 100}),
+    (
+        {},
+        {
+            "instructions": "Be brief.",
+            "metadata": {"a": "b"},
+            "reasoning": {"summary": "auto"},
+            "text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "object"}}},
+        },
+    ),
+)
 REFUSED: dict[str, tuple[str, bytes]] = {
     "no json": ("/v1/completions", b"{"),
     "no model": ("/v1/completions", b"{}"),
@@ -64,6 +78,7 @@ REFUSED: dict[str, tuple[str, bytes]] = {
     "a prompt that is too long": ("/v1/completions", json.dumps({**COMPLETION, "max_tokens": 100_000}).encode()),
     "a near miss of a parameter": ("/v1/completions", json.dumps({**COMPLETION, "temprature": 1}).encode()),
     "a path that is not served": ("/v1/nothing", b"{}"),
+    "an answer that is not kept": ("/v1/responses", json.dumps({**RESPONSE, "previous_response_id": "r"}).encode()),
 }
 FAILURES: tuple[BatonError, ...] = (
     Overloaded("the queue is full"),
@@ -78,6 +93,12 @@ class Schemas:
 
     def __init__(self, document: dict[str, Any]) -> None:
         resource = Resource.from_contents(nullable(document), default_specification=DRAFT202012)
+        self.of_event = {
+            schema["properties"]["type"]["enum"][0]: name
+            for name, schema in document["components"]["schemas"].items()
+            if name.startswith("Response") and name.endswith("Event") and "type" in schema.get("properties", ())
+        }
+        """Components by the type of the event that they describe."""
         self._registry: Registry[Any] = Registry().with_resource("urn:openai", resource)
 
     def check(self, name: str, instance: Any) -> None:
@@ -186,6 +207,22 @@ async def test_streamed_chats(client: httpx.AsyncClient, schemas: Schemas) -> No
     for body in combinations((*CHAT_GRID, USAGE)):
         for chunk in await ask_stream(client, "/v1/chat/completions", CHAT | body):
             schemas.check("CreateChatCompletionStreamResponse", chunk)
+
+
+async def test_responses(client: httpx.AsyncClient, schemas: Schemas) -> None:
+    """Guards the answers of /v1/responses and their events in the same way."""
+    for body in combinations(RESPONSE_GRID):
+        schemas.check("Response", _without_null_usage(await ask(client, "/v1/responses", RESPONSE | body)))
+        answer = await client.post("/v1/responses", json={**RESPONSE, **body, "stream": True})
+        for event in (json.loads(part.partition("data: ")[2]) for part in answer.text.split("\n\n") if part):
+            if "response" in event:
+                event["response"] = _without_null_usage(event["response"])
+            schemas.check(schemas.of_event[event["type"]], event)
+
+
+def _without_null_usage(response: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's examples have these nulls, and its description leaves them out."""
+    return {name: value for name, value in response.items() if name not in ("usage", "user") or value is not None}
 
 
 async def test_models(client: httpx.AsyncClient, schemas: Schemas) -> None:
