@@ -35,6 +35,7 @@ PYTHON_CLIENTS = (
     "pydantic_ai_agents",
     "guidellm_load",
     "lm_eval_rows",
+    "anthropic_python",
 )
 NODE_CLIENTS = ("openai_node", "openai_node_tools", "vercel_ai", "vercel_ai_tools", "opencode_turns")
 STAMPS = {"python": HERE / ".venv" / "installed", "node": HERE / "node_modules" / "installed"}
