@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from baton.benchmark.cluster.completions import random_ids
 
 HUNG_S = 40.0
-PAUSE_S = 0.1
+PAUSE_S = 0.05
 """No stream waits so long between two tokens unless its attempt failed, or waits for a frozen process."""
 RIGHT, ROUNDED, WRONG, HUNG = "right", "rounded", "wrong", "hung"
 REFUSED, BROKEN, BLAMED = "refused", "broken", "blamed"
