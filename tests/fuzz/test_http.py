@@ -14,6 +14,7 @@ from baton.node.errors import BadRequest
 from baton.node.http_client import HttpFailed, _Connection
 from baton.node.modelhub import locate_model
 from baton.offline.outputs import failure_message, request_output
+from baton.proxy.http.anthropic.request import read_count, read_messages
 from baton.proxy.http.responses.request import read_responses
 from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.text.model_text import ModelText
@@ -68,6 +69,48 @@ CHATS = [
 ]
 
 
+MESSAGES_BODIES = [
+    {
+        "model": "m",
+        "max_tokens": 4,
+        "system": [{"type": "text", "text": "x-anthropic-billing-header: a"}, {"type": "text", "text": "b"}],
+        "messages": [
+            {"role": "user", "content": "Hi"},
+            {
+                "role": "assistant",
+                "content": [
+                    {"type": "thinking", "thinking": "a", "signature": "b"},
+                    {"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1}},
+                ],
+            },
+            {
+                "role": "user",
+                "content": [
+                    {
+                        "type": "tool_result",
+                        "tool_use_id": "1",
+                        "content": [{"type": "text", "text": "5"}],
+                        "is_error": True,
+                    },
+                    {"type": "text", "text": "So?", "cache_control": {"type": "ephemeral"}},
+                ],
+            },
+        ],
+        "tools": [{"name": "f", "input_schema": {"type": "object"}}, {"type": "bash_20250124", "name": "bash"}],
+        "tool_choice": {"type": "auto", "disable_parallel_tool_use": True},
+    },
+    {
+        "model": "m",
+        "max_tokens": 2000,
+        "messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "So"}],
+        "thinking": {"type": "enabled", "budget_tokens": 1024},
+        "output_config": {"effort": None, "format": {"type": "json_schema", "schema": {"type": "object"}}},
+        "stop_sequences": ["a"],
+        "temperature": 0.5,
+        "metadata": {"user_id": "u"},
+        "betas": ["x"],
+    },
+]
 FUNCTION = {"type": "function", "name": "f", "description": "d", "parameters": {"type": "object"}, "strict": False}
 RESPONSES_BODIES = [
     {
@@ -109,7 +152,13 @@ RESPONSES_BODIES = [
 
 @pytest.mark.parametrize(
     ("read", "bodies"),
-    [(read_completion, COMPLETIONS), (read_chat, CHATS), (read_responses, RESPONSES_BODIES)],
+    [
+        (read_completion, COMPLETIONS),
+        (read_chat, CHATS),
+        (read_responses, RESPONSES_BODIES),
+        (read_messages, MESSAGES_BODIES),
+        (read_count, MESSAGES_BODIES),
+    ],
 )
 def test_bodies(read: Any, bodies: list[dict[str, Any]]) -> None:
     """Guards the proxy against a body that ends in a 500, and the client against an error without an end."""
