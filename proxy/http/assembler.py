@@ -41,8 +41,11 @@ class Assembler:
         skip_special_tokens: bool = True,
         scores: ScoreRule = NO_SCORES,
         machine: FormatMachine | None = None,
+        named_call: bool = False,
     ) -> None:
-        """`machine` reads reasoning and calls out of the answer; stop strings then count in its content only."""
+        """`machine` reads reasoning and calls out of the answer; stop strings then count in its content only.
+        `named_call`: the client named the function to call.
+        """
         self.finish = ""
         self.num_tokens = 0
         self._generation = generation
@@ -52,6 +55,7 @@ class Assembler:
         self._stop_tokens = text.special_tokens_in(stop.strings) if skip_special_tokens else {}
         self._include_stop = stop.include
         self._machine = machine
+        self._called_reason = "stop" if named_call else "tool_calls"
         self._parsed: list[Event] = []
         """Reasoning and calls of the delta that is being read, and the content before them."""
         self._show_ids = ids.show
@@ -159,8 +163,8 @@ class Assembler:
         return text, ""
 
     def _reason(self) -> str:
-        """An answer that stops with calls asks for their results."""
-        return "tool_calls" if self.has_calls and self.finish == "stop" else self.finish
+        """An answer that stops with calls asks for their results, unless the client named its call."""
+        return self._called_reason if self.has_calls and self.finish == "stop" else self.finish
 
     def _flush(self, text: str) -> tuple[str, str]:
         """The end of what follows `text`, as `_match`."""

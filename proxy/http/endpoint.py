@@ -216,6 +216,7 @@ class GenerateEndpoint:
             skip_special_tokens=parsed.skip_special_tokens,
             scores=ScoreRule(parsed.echo_logprobs, parsed.sampling.prompt_logprobs),
             machine=_machine_of(request, parsed, model, choice),
+            named_call=parsed.tools is not None and parsed.tools.named,
         )
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
         meter = GenerationMeter(model.metrics, service.log, info, timeline)
@@ -302,7 +303,8 @@ def _machine_of(request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, 
         return None
     used = markup.with_calls if tools.schemas else markup.without_calls
     # A grammar begins at the first token, so there is no reasoning whatever the prompt says.
-    thinking = Thinking.CLOSED if parsed.grammar is not None else markup.thinking(choice.generation.prompt_ids)
+    has_grammar = choice.generation.sampling.grammar is not None
+    thinking = Thinking.CLOSED if has_grammar else markup.thinking(choice.generation.prompt_ids)
     id_of = partial(call_id, request.answer_id, choice.index, num_alphanumerics=used.format.id_alphanumerics)
     max_calls = 1 if used.format.one_call else tools.max_calls
     return FormatMachine(used, thinking, tools.schemas, id_of, max_calls=max_calls)

@@ -15,8 +15,9 @@ import msgspec
 from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
-from baton.node.messages.control import MAX_BAD_WORD_TOKENS, SamplingSpec
-from baton.proxy.http.schema import ParsedRequest, SamplingRequest
+from baton.node.messages.control import MAX_BAD_WORD_TOKENS, Grammar, SamplingSpec
+from baton.proxy.http.call_choice import answer_grammar
+from baton.proxy.http.schema import ParsedRequest, SamplingRequest, check_beside_grammar
 from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.tenants.tenants import Tenant
 from baton.proxy.text.model_text import ModelText
@@ -53,7 +54,7 @@ async def choices_of(
         raise BadRequest(f"{len(request.prompts)} prompts, at most {settings.max_prompts} are allowed", param="prompt")
     _check_ids(request.sampling, text.vocab_size)
     bad_words = await _bad_words(request.sampling.bad_words or (), text)
-    grammar = await text.grammars.compile(request.grammar) if request.grammar is not None else None
+    grammar = await _grammar(request, text)
     salt = cache_salt(request.cache_salt, tenant.cache_name)
     made: list[Choice] = []
     for ids, echo in await prompts_of(request, text, max_model_len):
@@ -77,6 +78,23 @@ async def choices_of(
     return made
 
 
+async def _grammar(request: ParsedRequest, text: ModelText) -> Grammar | None:
+    """The form of the answers; raises BadRequest where the model, or the rest of the request, does not allow it."""
+    asked = request.grammar
+    if request.tools is not None and request.tools.schemas:
+        if not text.markup.has_calls:
+            raise BadRequest(
+                "this model has no tools: its chat template has none, or they are called in a format that is unknown "
+                "here or switched off (--tool-format)",
+                param="tools",
+            )
+        asked = answer_grammar(request.tools, asked, text.markup.with_calls)
+    if asked is None:
+        return None
+    check_beside_grammar(request.sampling)
+    return await text.grammars.compile(asked)
+
+
 def reserved_tokens(choices: Sequence[Choice], n: int) -> int:
     """What a request of these choices, n for each prompt, may come to; usage counts a prompt once too."""
     prompts = sum(len(choice.generation.prompt_ids) for choice in choices[::n])
@@ -95,12 +113,6 @@ async def prompts_of(request: ParsedRequest, text: ModelText, max_model_len: int
             param=request.prompt_param,
         )
 
-    if request.tools is not None and request.tools.schemas and not text.markup.has_calls:
-        raise BadRequest(
-            "this model has no tools: its chat template has none, or they are called in a format that is unknown here "
-            "or switched off (--tool-format)",
-            param="tools",
-        )
     if request.messages:
         ids = await encode(await text.render_bounded(request.messages, request.render))
         made = [(_checked(ids, text.vocab_size, request.prompt_param), "")]

@@ -34,9 +34,24 @@ TEMPLATE = (
     "{% for message in messages %}<|user|>{{ message.content }}<|end|>{% endfor %}<|assistant|>\n"
     "{% if thinks is defined %}{{ '<think>\n' if thinks else '<think>\n\n</think>\n\n' }}{% endif %}"
 )
+ODD = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": True}}}
+"""With a keyword that cannot be enforced."""
+BAD = {"type": "object", "properties": {"a": {"type": "nonsense"}}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 BODY: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400}
+
+
+def function(name: str, parameters: Any, **more: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name, "parameters": parameters, **more}}
+
+
+def named(name: str) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": name}}
+
+
+def allowed(mode: str, *names: str) -> dict[str, Any]:
+    return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": [named(name) for name in names]}}
 
 
 @pytest.fixture(scope="module", params=["tokens", "texts"])
@@ -66,10 +81,14 @@ class Answers:
         self.text = ""
         self.finish = "stop"
         self.prompts: list[str] = []
+        self.grammars: list[str] = []
+        """Of the requests, empty where the answer is free."""
         self._model_text = text
 
     def script(self, call: EngineCall) -> list[ScriptStep]:
         self.prompts.append(self._model_text.decode(call.prompt_ids, skip_special_tokens=False))
+        grammar = call.sampling.grammar
+        self.grammars.append(grammar.text if grammar is not None else "")
         ids = self._model_text.encode(self.text, add_special_tokens=False)
         if self.finish == "stop":
             ids += (self._model_text.eos_ids[-1],)
@@ -171,6 +190,74 @@ async def test_without_tools_markers_are_text(
     assert "get_weather" not in answers.prompts[0]
 
 
+OTHER = function("other", {"type": "object"})
+
+
+@pytest.mark.parametrize(
+    ("choice", "reason"),
+    [
+        ("required", "tool_calls"),
+        (named("get_weather"), "stop"),
+        (allowed("required", "get_weather"), "tool_calls"),
+        (allowed("auto", "get_weather"), "tool_calls"),
+    ],
+)
+async def test_chosen_calls(client: httpx.AsyncClient, answers: Answers, choice: Any, reason: str) -> None:
+    """Guards the reasons of ends, which clients branch on, and the prefix of prompts: all tools are shown."""
+    answers.text = CALL
+    answer = await ask(client, tools=[*TOOLS, OTHER], tool_choice=choice)
+    assert answer["finish_reason"] == reason and answer["message"]["content"] is None
+    assert [call["function"]["name"] for call in answer["message"]["tool_calls"]] == ["get_weather"]
+    assert "other" in answers.prompts[0] and "get_weather" in answers.grammars[0]
+    assert ("other" in answers.grammars[0]) == (choice == "required")
+    answers.text, answers.finish = CALL.partition("ty")[0], "length"
+    assert (await ask(client, tools=TOOLS, tool_choice="required"))["finish_reason"] == "length"
+
+
+async def test_a_forced_answer_without_calls_just_stops(client: httpx.AsyncClient, answers: Answers) -> None:
+    """Guards clients that read the first of an empty list of calls."""
+    answers.text = ""
+    answer = await ask(client, tools=TOOLS, tool_choice="required")
+    assert answer["finish_reason"] == "stop" and "tool_calls" not in answer["message"]
+
+
+async def test_arguments_of_a_call_without_any_are_an_empty_object(client: httpx.AsyncClient, answers: Answers) -> None:
+    answers.text = '<tool_call>\n{"name": "get_weather"}\n</tool_call>'
+    answer = await ask(client, tools=TOOLS)
+    assert answer["message"]["tool_calls"][0]["function"]["arguments"] == "{}"
+
+
+@pytest.mark.parametrize(
+    ("more", "has_grammar"),
+    [
+        ({"tools": TOOLS}, False),
+        ({"tools": [*TOOLS, function("f", BAD, strict=False)]}, False),
+        ({"tools": [*TOOLS, function("f", BAD), function("g", {"type": "object"}, strict=True)]}, True),
+        ({"tools": [*TOOLS, function("f", BAD)], "tool_choice": "required"}, True),
+        ({"tools": [function("f", BAD, strict=False)], "tool_choice": named("f")}, True),
+        ({"tools": TOOLS, "tool_choice": "none"}, False),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}}, True),
+        ({"tools": TOOLS, "response_format": {"type": "json_object"}, "tool_choice": "required"}, True),
+    ],
+)
+async def test_what_is_forced(
+    client: httpx.AsyncClient, answers: Answers, more: dict[str, Any], has_grammar: bool
+) -> None:
+    """Guards free answers against masks, and agents against a 400 for one odd schema that nothing is bound to."""
+    answers.text = CALL
+    await ask(client, **more)
+    assert [bool(each) for each in answers.grammars] == [has_grammar] * 2
+
+
+async def test_an_answer_of_a_form_may_call_instead(client: httpx.AsyncClient, answers: Answers) -> None:
+    form = {"type": "json_object"}
+    answers.text = CALL
+    assert (await ask(client, tools=TOOLS, response_format=form))["finish_reason"] == "tool_calls"
+    answers.text = '{"a": 1}'
+    answer = await ask(client, tools=TOOLS, response_format=form)
+    assert (answer["message"]["content"], answer["finish_reason"]) == ('{"a": 1}', "stop")
+
+
 async def test_an_undeclared_function_stays_content(client: httpx.AsyncClient, answers: Answers) -> None:
     answers.text = CALL.replace("get_weather", "other")
     choice = await ask(client, tools=TOOLS)
@@ -262,12 +349,26 @@ async def test_an_answer_in_json_is_no_reasoning(client: httpx.AsyncClient, answ
 @pytest.mark.parametrize(
     ("more", "param"),
     [
-        ({"tools": TOOLS, "tool_choice": "required"}, "tool_choice"),
-        ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "get_weather"}}}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tools": [], "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": named("get_weather")}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": named("other")}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "function", "name": "get_weather"}}, "tool_choice.function.name"),
+        ({"tools": TOOLS, "tool_choice": {"type": "custom", "custom": {"name": "x"}}}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice"),
+        ({"tools": TOOLS, "tool_choice": allowed("any", "get_weather")}, "tool_choice.allowed_tools.mode"),
+        ({"tools": TOOLS, "tool_choice": allowed("auto")}, "tool_choice.allowed_tools.tools"),
+        (
+            {"tools": TOOLS, "tool_choice": allowed("auto", "other")},
+            "tool_choice.allowed_tools.tools.0.function.name",
+        ),
+        ({"tools": TOOLS, "tool_choice": "required", "ignore_eos": True}, "ignore_eos"),
+        ({"tools": [function("f", {"type": "string"})]}, "tools.0.function.parameters"),
+        ({"tools": [*TOOLS, function("f", ODD, strict=True)]}, "tools.1.function.parameters"),
+        ({"tools": [function("f", BAD)], "tool_choice": named("f")}, "tools.0.function.parameters"),
         ({"tools": [*TOOLS, *TOOLS]}, "tools.1.function.name"),
         ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, "tools.0.function.name"),
         ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools.0.function.name"),
-        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, "tools.0.function.strict"),
         ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools.0.type"),
         ({"tools": [{"type": "function", "function": {"name": "f", "description": "x" * (1 << 18)}}]}, "tools"),
     ],
