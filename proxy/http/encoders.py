@@ -7,9 +7,11 @@ each token. Knows no HTTP and no tokenizer. Source: the OpenAI API reference.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeGuard
 
 import msgspec
 
+from baton.proxy.formats.events import CallArguments, ReasoningText
 from baton.proxy.http.encoder import AnswerHeader, frame
 from baton.proxy.http.events import (
     CallText,
@@ -175,18 +177,31 @@ class PlainChunks:
     def __init__(self, any_frames: Callable[[int, Sequence[Event]], bytes]) -> None:
         """`any_frames` writes any events of a choice, and those that have more than text, or none."""
         self._any_frames = any_frames
-        self._parts: dict[int, tuple[bytes, bytes]] = {}
-        """What is before and behind the text, by choice."""
+        self._parts: dict[tuple[int, type, int], tuple[bytes, bytes]] = {}
+        """What is before and behind the text, by choice, kind of event and call."""
 
     def frames(self, index: int, events: Sequence[Event]) -> bytes:
         event = events[0]
-        if len(events) > 1 or type(event) is not Content or event.logprobs or event.token_ids or not event.text:
+        if len(events) > 1 or not _is_plain(event):
             return self._any_frames(index, events)
-        parts = self._parts.get(index)
+        key = (index, type(event), event.index if type(event) is CallArguments else 0)
+        parts = self._parts.get(key)
         if parts is None:
-            before, _, behind = self._any_frames(index, [Content(_MARK)]).partition(_encode(_MARK))
-            parts = self._parts[index] = before, behind
+            before, _, behind = self._any_frames(index, [_marked(event)]).partition(_encode(_MARK))
+            parts = self._parts[key] = before, behind
         return parts[0] + _encode(event.text) + parts[1]
+
+
+def _is_plain(event: Event) -> TypeGuard[Content | ReasoningText | CallArguments]:
+    if type(event) is Content:
+        return not (event.logprobs or event.token_ids or not event.text)
+    return (type(event) is ReasoningText or type(event) is CallArguments) and event.text != ""
+
+
+def _marked(event: Content | ReasoningText | CallArguments) -> Event:
+    if isinstance(event, CallArguments):
+        return CallArguments(event.index, _MARK)
+    return ReasoningText(_MARK) if isinstance(event, ReasoningText) else Content(_MARK)
 
 
 # ---- the two endpoints --------------------------------------------------------------------------------------------

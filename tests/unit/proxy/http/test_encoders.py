@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.node.messages.control import SamplingSpec
+from baton.proxy.formats.events import CallArguments, ReasoningText
 from baton.proxy.http.encoder import AnswerHeader
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.events import ChoiceEnd, Content, TokenLogprob, TokenUsage
@@ -49,6 +50,8 @@ def test_a_plain_chunk_is_as_any_other(
     """Guards the bytes of chunks that are put together around their text, against those that are encoded as a whole."""
     encoder = make(replace(HEADER, **{"logprobs": False, **asked}))
     for text in texts:
-        assert encoder.frames(index, [Content(text)]) == encoder.any_frames(index, [Content(text)])
+        more = (ReasoningText(text), CallArguments(0, text), CallArguments(12, text)) if make is ChatEncoder else ()
+        for event in (Content(text), *more):
+            assert encoder.frames(index, [event]) == encoder.any_frames(index, [event])
         ended = encoder.frames(index, [Content(text), ChoiceEnd("stop")])
         assert json.loads(ended.removeprefix(b"data: "))["choices"][0]["finish_reason"] == "stop"
