@@ -5,7 +5,7 @@ It owns the table of APIs of other servers that clients ask for. Knows the route
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from baton.proxy.http.failures import Failure
 
@@ -44,10 +44,13 @@ ABSENT = {
     "/api": "Ollama's API",
 }
 """By the beginning of the path."""
+EMBEDDINGS = "/v1/embeddings"
+NO_NOTES: Mapping[str, str] = {}
 
 
-def no_route(method: str, path: str, routes: Sequence[str]) -> Failure:
-    """The 404 of a path; `routes` are the paths that can be offered instead."""
+def no_route(method: str, path: str, routes: Sequence[str], notes: Mapping[str, str] = NO_NOTES) -> Failure:
+    """The 404 of a path; `routes` are the paths that can be offered instead, `notes` say why an API is not here, by the
+    beginning of its path."""
     shown, here = path[:MAX_SHOWN_CHARS], f"It has {', '.join(routes)}."
     for wanted in (f"/v1{path}", path.removeprefix("/v1")):
         if wanted in routes:
@@ -55,9 +58,15 @@ def no_route(method: str, path: str, routes: Sequence[str]) -> Failure:
             return _failure(404, text, "unknown_url")
     for beginning, api in ABSENT.items():
         if path == beginning or path.startswith(f"{beginning}/"):
-            more = f" {BATCH}" if beginning in ("/v1/batches", "/v1/files") else ""
+            more = f" {BATCH}" if beginning in ("/v1/batches", "/v1/files") else notes.get(beginning, "")
             return _failure(404, f"This server does not have {api} ({method} {shown}). {here}{more}", "unsupported_api")
     return _failure(404, f"There is no {method} {shown} on this server. {here}", "unknown_url")
+
+
+def embeddings_note(pooling: Mapping[str, str]) -> str:
+    """Why models have no embeddings; `pooling` by name, as their folders say it."""
+    said = [f"the folder of `{name}` says {rule or 'none'}" for name, rule in pooling.items()]
+    return f" Embeddings need a rule of pooling: {'; '.join(said)}. No rule is computed here, models only generate."
 
 
 def wrong_method(method: str, path: str, allowed: str) -> Failure:

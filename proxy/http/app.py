@@ -23,6 +23,7 @@ from starlette.routing import Route
 from baton.node.errors import BadRequest, BatonError, PeerLost
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
+from baton.proxy.http.absent import EMBEDDINGS, embeddings_note
 from baton.proxy.http.anthropic.request import read_messages
 from baton.proxy.http.anthropic.routes import add_count_tokens
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
@@ -84,7 +85,8 @@ def app_of(service: Service) -> FastAPI:
     app = FastAPI(title="Baton", openapi_url=None, docs_url=None, redoc_url=None, lifespan=lifespan)
     open_paths = PROBES | add_dashboard(app) if settings.metrics else PROBES
     _add_front(app, service, open_paths)
-    add_failure_handlers(app, metrics, service.refusals)
+    pooling = {model.name: model.text.pooling for model in service.models.values()}
+    add_failure_handlers(app, metrics, service.refusals, {EMBEDDINGS: embeddings_note(pooling)})
     _add_probes(app, service)
     _add_models(app, service)
     add_tokenizer_routes(app, service)

@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from fastapi import FastAPI, Request, Response
 from starlette.exceptions import HTTPException
 
 from baton.node.errors import BatonError
 from baton.node.telemetry import log_event
-from baton.proxy.http.absent import no_route, wrong_method
+from baton.proxy.http.absent import NO_NOTES, no_route, wrong_method
 from baton.proxy.http.asgi import ClientGone
 from baton.proxy.http.error_bodies import error_body
 from baton.proxy.http.failures import Failure, failure_of, kind_of
@@ -60,8 +60,11 @@ class RefusalLog:
         )
 
 
-def add_failure_handlers(app: FastAPI, metrics: ProxyMetrics, log: RefusalLog) -> None:
-    """Errors of the app's routes, and of paths that have none. A traceback goes to the server's log only."""
+def add_failure_handlers(
+    app: FastAPI, metrics: ProxyMetrics, log: RefusalLog, notes: Mapping[str, str] = NO_NOTES
+) -> None:
+    """Errors of the app's routes, and of paths that have none: `notes` as `no_route` has them. A traceback goes to the
+    server's log only."""
 
     def failed(request: Request, failure: Failure, headers: object = None) -> Response:
         if failure.status != INTERNAL:
@@ -78,7 +81,7 @@ def add_failure_handlers(app: FastAPI, metrics: ProxyMetrics, log: RefusalLog) -
         assert isinstance(error, HTTPException)
         method, path = request.method, request.url.path
         if error.status_code == 404:
-            return failed(request, no_route(method, path, _offered(app)))
+            return failed(request, no_route(method, path, _offered(app), notes))
         if error.status_code == 405:
             return failed(request, wrong_method(method, path, (error.headers or {}).get("Allow", "")), error.headers)
         failure = Failure(error.status_code, str(error.detail), "invalid_request_error")

@@ -23,6 +23,7 @@ from baton.proxy.text.detokenize import Decoding, Detokenizer
 from baton.proxy.text.grammar_check import GrammarCheck
 from baton.proxy.text.model_files import is_panic, read_model_files
 from baton.proxy.text.model_markup import ModelMarkup
+from baton.proxy.text.pooling import pooling_of
 from baton.proxy.text.render_process import RenderProcess
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
 
@@ -54,6 +55,7 @@ class ModelText:
         """Token ids that can be asked for as text are below this."""
         self._longest_token_chars = max(map(len, vocab), default=1)
         self.defaults = files.defaults
+        self.pooling = pooling_of(folder)
         self.eos_ids = tuple(token for token in files.eos_ids if token < self.vocab_size)
         self.grammars = GrammarCheck(folder / "tokenizer.json", self.vocab_size, self.eos_ids)
         self._added = {token: added for token, added in self._tokenizer.get_added_tokens_decoder().items()}

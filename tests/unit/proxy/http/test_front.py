@@ -180,6 +180,7 @@ def test_accept_encoding(header: str, accepted: bool) -> None:
     ("path", "named"),
     [
         ("/v1/embeddings", "embeddings"),
+        ("/v1/embeddings", "the folder of `demo` says none"),
         ("/v1/responses/resp_1/cancel", "stored responses"),
         ("/v1/audio/transcriptions", "audio"),
         ("/v1/images/generations", "images"),
