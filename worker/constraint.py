@@ -9,9 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from enum import Enum, auto
 from typing import Protocol
 
 from baton.node.messages.control import Grammar
+
+MAX_BLANKS = 2
+"""Line breaks between reasoning and text."""
 
 
 class Matcher(Protocol):
@@ -38,6 +42,17 @@ class GrammarCompiled:
     error: str = ""
 
 
+class _Phase(Enum):
+    """What the next token is."""
+
+    FIRST = auto()
+    """The opening of reasoning, or part of the grammar's text."""
+    REASONING = auto()
+    BEHIND = auto()
+    """A line break behind reasoning, or part of the text."""
+    TEXT = auto()
+
+
 class Constraint:
     """Which tokens may come next in one sequence, after those that `advance` was given."""
 
@@ -48,17 +63,24 @@ class Constraint:
         self.lexer = lexer
         self._grammar = grammar
         self._matcher = matcher
-        self._reasoning = bool(grammar.begins_after) and not grammar.opened_by
-        self._may_reason = bool(grammar.begins_after and grammar.opened_by)  # the next token decides
+        self._num_blanks = 0
+        """Behind reasoning."""
+        self._phase = _Phase.TEXT
+        if grammar.begins_after:
+            self._phase = _Phase.FIRST if grammar.opened_by else _Phase.REASONING
 
     def advance(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
-            if self._reasoning:
-                self._reasoning = token_id not in self._grammar.begins_after
-            elif self._may_reason and token_id in self._grammar.opened_by:
-                self._reasoning, self._may_reason = True, False
+            if self._phase is _Phase.REASONING:
+                if token_id in self._grammar.begins_after:
+                    self._phase = _Phase.BEHIND
+            elif self._phase is _Phase.FIRST and token_id in self._grammar.opened_by:
+                self._phase = _Phase.REASONING
+            elif self._phase is _Phase.BEHIND and token_id in self._grammar.blank_ids:
+                self._num_blanks += 1
+                self._phase = _Phase.BEHIND if self._num_blanks < MAX_BLANKS else _Phase.TEXT
             else:
-                self._may_reason = False
+                self._phase = _Phase.TEXT
                 self.is_broken |= not self._takes(token_id)
 
     def _takes(self, token_id: int) -> bool:
@@ -73,8 +95,13 @@ class Constraint:
 
     @property
     def is_free(self) -> bool:
-        """Any token may come next: in reasoning, or because what is drawn is dropped."""
-        return self._reasoning or self.is_broken
+        """Any token may come next, but for those of `barred`: in reasoning, or because what is drawn is dropped."""
+        return self._phase is _Phase.REASONING or self.is_broken
+
+    @property
+    def barred(self) -> tuple[int, ...]:
+        """Tokens that may not come next though any other may: an answer without its text is none."""
+        return self._grammar.end_ids if self._phase is _Phase.REASONING else ()
 
     @property
     def matcher(self) -> Matcher | None:
@@ -84,6 +111,8 @@ class Constraint:
     @property
     def listed(self) -> tuple[int, ...]:
         """Tokens that may come next besides those of the matcher."""
-        if self._may_reason:
+        if self._phase is _Phase.FIRST:
             return self._grammar.opened_by
+        if self._phase is _Phase.BEHIND:
+            return self._grammar.blank_ids
         return self._grammar.end_ids if self._matcher.is_stopped() else ()

@@ -145,6 +145,8 @@ class GrammarCompiler:
         for row, each in enumerate(constraints):
             if each.is_free:
                 masks[row] = ALL_TOKENS
+            for token_id in each.barred:
+                masks[row, token_id // 32] &= ~_bit(token_id)
             for token_id in each.listed:
                 masks[row, token_id // 32] |= _bit(token_id)
         return masks

@@ -59,6 +59,7 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
 
     It holds from the first generated token on, or behind the reasoning of a model that reasons: `opened_by` says that
     reasoning is there if the first token opens it, an empty `opened_by` beside `begins_after` that it is in any case.
+    Reasoning is free, but for the end tokens.
     """
 
     text: Annotated[str, Meta(min_length=1, max_length=MAX_GRAMMAR_CHARACTERS)]
@@ -67,6 +68,8 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     begins_after: Annotated[tuple[TokenId, ...], Meta(max_length=8)] = ()
     """Reasoning ends with the first of these; empty: there is no reasoning."""
     opened_by: Annotated[tuple[TokenId, ...], Meta(max_length=8)] = ()
+    blank_ids: Annotated[tuple[TokenId, ...], Meta(max_length=8)] = ()
+    """Line breaks, of which up to two may follow the end of reasoning."""
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

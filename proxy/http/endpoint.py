@@ -23,7 +23,6 @@ from baton.node.messages.control import SamplingSpec
 from baton.node.telemetry import format_value, log_event
 from baton.proxy.formats.events import call_id
 from baton.proxy.formats.machine import FormatMachine
-from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.asgi import READ_TIMEOUT_S, ClientGone, ClientStalled, ReadWatch, Reply, gone
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.bodies import HeldBody
@@ -302,12 +301,11 @@ def _machine_of(request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, 
     if tools is None or not (tools.schemas or markup.has_reasoning):
         return None
     used = markup.with_calls if tools.schemas else markup.without_calls
-    # A grammar begins at the first token, so there is no reasoning whatever the prompt says.
-    has_grammar = choice.generation.sampling.grammar is not None
-    thinking = Thinking.CLOSED if has_grammar else markup.thinking(choice.generation.prompt_ids)
+    if tools.schemas and choice.generation.sampling.grammar is not None:
+        used = markup.with_grammar
     id_of = partial(call_id, request.answer_id, choice.index, num_alphanumerics=used.format.id_alphanumerics)
     max_calls = 1 if used.format.one_call else tools.max_calls
-    return FormatMachine(used, thinking, tools.schemas, id_of, max_calls=max_calls)
+    return FormatMachine(used, choice.thinking, tools.schemas, id_of, max_calls=max_calls)
 
 
 def _usable_id(sent: str) -> str:

@@ -15,11 +15,13 @@ import msgspec
 from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
-from baton.node.messages.control import MAX_BAD_WORD_TOKENS, Grammar, SamplingSpec
+from baton.node.messages.control import MAX_BAD_WORD_TOKENS, SamplingSpec
+from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.call_choice import answer_grammar
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest, check_beside_grammar
 from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.tenants.tenants import Tenant
+from baton.proxy.text.grammar_request import GrammarRequest
 from baton.proxy.text.model_text import ModelText
 
 EXPECTED_TOKENS = 1024
@@ -39,6 +41,8 @@ class Choice:
     generation: Generation
     echo: str
     """Text of the prompt that the answer begins with, mostly empty."""
+    thinking: Thinking
+    """Whether it begins with reasoning, for what reads it and for its grammar."""
 
 
 async def choices_of(
@@ -54,12 +58,14 @@ async def choices_of(
         raise BadRequest(f"{len(request.prompts)} prompts, at most {settings.max_prompts} are allowed", param="prompt")
     _check_ids(request.sampling, text.vocab_size)
     bad_words = await _bad_words(request.sampling.bad_words or (), text)
-    grammar = await _grammar(request, text)
+    form = _form(request, text)
     salt = cache_salt(request.cache_salt, tenant.cache_name)
     made: list[Choice] = []
     for ids, echo in await prompts_of(request, text, max_model_len):
         sampling = _sampling(request, text, bad_words, _max_tokens(request, settings, len(ids), max_model_len))
         expected = min(sampling.max_tokens, EXPECTED_TOKENS)
+        thinking = text.markup.thinking(ids) if request.tools is not None else Thinking.CLOSED
+        grammar = form and await text.grammars.compile(form, text.markup.before_form(thinking))
         for k in range(request.n):
             seed = secrets.randbits(63) if request.sampling.seed is None else (request.sampling.seed + k) % _SEEDS
             generation = Generation(
@@ -74,12 +80,12 @@ async def choices_of(
                 session_key=request.session_key,
                 cache_salt=salt,
             )
-            made.append(Choice(len(made), generation, echo))
+            made.append(Choice(len(made), generation, echo, thinking))
     return made
 
 
-async def _grammar(request: ParsedRequest, text: ModelText) -> Grammar | None:
-    """The form of the answers; raises BadRequest where the model, or the rest of the request, does not allow it."""
+def _form(request: ParsedRequest, text: ModelText) -> GrammarRequest | None:
+    """Of the answers; raises BadRequest where the model, or the rest of the request, does not allow it."""
     asked = request.grammar
     if request.tools is not None and request.tools.schemas:
         if not text.markup.has_calls:
@@ -89,10 +95,9 @@ async def _grammar(request: ParsedRequest, text: ModelText) -> Grammar | None:
                 param="tools",
             )
         asked = answer_grammar(request.tools, asked, text.markup.with_calls)
-    if asked is None:
-        return None
-    check_beside_grammar(request.sampling)
-    return await text.grammars.compile(asked)
+    if asked is not None:
+        check_beside_grammar(request.sampling)
+    return asked
 
 
 def reserved_tokens(choices: Sequence[Choice], n: int) -> int:

@@ -1,6 +1,6 @@
 """What a request asks of the answer's form, as a grammar for llguidance. Pure, and run in a process of its own.
 
-    GrammarRequest  ── lark_of ──►  text of node.messages.control.Grammar
+    GrammarRequest  ── lark_of, behind_reasoning ──►  text of node.messages.control.Grammar
 
 A schema becomes JSON whose keywords are all enforced; what the library cannot enforce is refused by its name, unless
 the request is lenient. White space between JSON tokens is bounded: models that may write it without end do.
@@ -15,7 +15,7 @@ from llguidance import LLMatcher
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 
 from baton.node.errors import BadRequest, InvariantBroken
-from baton.proxy.text.grammar_request import GrammarRequest
+from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 from baton.proxy.text.structural_tag import lark_of_tags
 
 BOUNDED_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
@@ -41,6 +41,18 @@ def lark_of(asked: GrammarRequest) -> str:
             return lark_of_tags(json.loads(asked.text), lambda schema: json_rule(schema, asked), asked.param)
         case "calls":
             raise InvariantBroken("call_grammar writes the grammars of calls")
+
+
+def behind_reasoning(text: str, reasoning: Reasoning) -> str:
+    """The grammar `text` behind reasoning whose markers are text, as a list of grammars in the library's JSON."""
+    first, *others = json.loads(text)["grammars"] if text.startswith("{") else [{"lark_grammar": text}]
+    first = {**first, "name": "answer"}
+    rules = [
+        "start: reasoning @answer" if reasoning.begun else f"start: ({literal(reasoning.start)} reasoning)? @answer",
+        r"reasoning: marked /\n{0,2}/",
+        f"marked[suffix={literal(reasoning.end)}]: /(.|\\n)*/",
+    ]
+    return json.dumps({"grammars": [{"lark_grammar": "\n".join(rules)}, first, *others]}, ensure_ascii=False)
 
 
 def json_rule(schema: Any, asked: GrammarRequest) -> str:

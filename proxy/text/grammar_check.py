@@ -15,7 +15,7 @@ from pathlib import Path
 from baton.node.errors import BadRequest, Overloaded
 from baton.node.messages.control import Grammar
 from baton.proxy.text.bounded_process import CPU_LIMIT_S, BoundedProcess, Subject
-from baton.proxy.text.grammar_request import GrammarRequest
+from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 
 PROCESSES = 2
 KEPT = 256
@@ -27,6 +27,8 @@ START_AFTER_S = 5.0
 COMPILER = "baton.proxy.text.grammar_compiler"
 """A module of its own: the proxy does not load the library."""
 SUBJECT = Subject("compiling the grammar", "this request: it is too complex", None)
+_Question = tuple[GrammarRequest, Reasoning | None]
+"""A form, with the reasoning before it where the grammar has to have that too."""
 
 
 class GrammarCheck:
@@ -41,7 +43,7 @@ class GrammarCheck:
         self._all = tuple(self._idle)
         self._threads = ThreadPoolExecutor(PROCESSES, "grammar")
         self._timer: asyncio.TimerHandle | None = None
-        self._known: OrderedDict[GrammarRequest, Grammar | BadRequest] = OrderedDict()
+        self._known: OrderedDict[_Question, str | BadRequest] = OrderedDict()
 
     def start(self) -> None:
         """Have a process ready soon, so that the first grammar does not wait for it; called on the event loop."""
@@ -51,35 +53,49 @@ class GrammarCheck:
         """Start the process that is used first."""
         return self._threads.submit(self._all[-1].start)
 
-    async def compile(self, asked: GrammarRequest) -> Grammar:
+    async def compile(self, asked: GrammarRequest, reasoning: Reasoning | None = None) -> Grammar:
         """The grammar for workers; BadRequest where it does not compile, or takes too long, Overloaded where those
         before it do."""
-        if asked not in self._known:
-            self._known[asked] = await self._ask(asked)
+        by_ids = reasoning is not None and bool(reasoning.end_ids)
+        question = asked, None if by_ids else reasoning
+        if question not in self._known:
+            self._known[question] = await self._ask(question)
             while len(self._known) > KEPT:
                 self._known.popitem(last=False)
-        self._known.move_to_end(asked)
-        found = self._known[asked]
+        self._known.move_to_end(question)
+        found = self._known[question]
         if isinstance(found, BadRequest):
             raise BadRequest(str(found), param=found.param or asked.param)
-        return found
+        if reasoning is None or not by_ids:
+            return Grammar(text=found, end_ids=self._end_ids)
+        return Grammar(
+            text=found,
+            end_ids=self._end_ids,
+            begins_after=reasoning.end_ids,
+            opened_by=() if reasoning.begun else reasoning.start_ids,
+            blank_ids=reasoning.blank_ids,
+        )
 
-    async def _ask(self, asked: GrammarRequest) -> Grammar | BadRequest:
+    async def _ask(self, question: _Question) -> str | BadRequest:
         if not self._end_ids:
             return BadRequest("this model has no end token, so it cannot end an answer of a given form")
         try:
             async with asyncio.timeout(WAIT_S):
-                text = await asyncio.get_running_loop().run_in_executor(self._threads, self._compile, asked)
+                return await asyncio.get_running_loop().run_in_executor(self._threads, self._compile, question)
         except TimeoutError:
             raise Overloaded("grammars of other requests take too long to compile") from None
         except BadRequest as error:
             return error
-        return Grammar(text=text, end_ids=self._end_ids)
 
-    def _compile(self, asked: GrammarRequest) -> str:
+    def _compile(self, question: _Question) -> str:
+        asked, reasoning = question
+        request = {
+            "asked": dataclasses.asdict(asked),
+            "reasoning": None if reasoning is None else dataclasses.asdict(reasoning),
+        }
         process = self._idle.pop()  # as many threads as processes
         try:
-            return str(process.ask(dataclasses.asdict(asked))["text"])
+            return str(process.ask(request)["text"])
         finally:
             self._idle.append(process)
 

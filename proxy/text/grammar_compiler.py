@@ -17,8 +17,8 @@ from baton.node.messages.control import MAX_GRAMMAR_CHARACTERS
 from baton.proxy.text.bounded_process import Handler, Reply, answer_requests
 from baton.proxy.text.call_grammar import lark_of_request
 from baton.proxy.text.call_request import CallRequest
-from baton.proxy.text.grammar import lark_of
-from baton.proxy.text.grammar_request import GrammarRequest
+from baton.proxy.text.grammar import behind_reasoning, lark_of
+from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 
 
 def _prepare(first: Mapping[str, Any]) -> Handler:
@@ -44,8 +44,12 @@ def _prepare(first: Mapping[str, Any]) -> Handler:
         return lark
 
     def compile_one(request: Mapping[str, Any]) -> Reply:
-        asked = GrammarRequest(**request)
+        asked, reasoning = GrammarRequest(**request["asked"]), request["reasoning"]
         lark = lark_of_one(asked)
+        if reasoning is not None:
+            lark = behind_reasoning(lark, Reasoning(**reasoning))
+            if reason := complaint(lark):
+                raise BadRequest(f"{asked.param} is not supported: {reason}", param=asked.param)
         if len(lark) > MAX_GRAMMAR_CHARACTERS:
             raise BadRequest(f"{asked.param} is too long", param=asked.param)
         return {"text": lark}

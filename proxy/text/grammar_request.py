@@ -1,4 +1,4 @@
-"""What a request asks of the form of its answer, as plain values."""
+"""What a request asks of the form of its answer, and what may come before it, as plain values."""
 
 from __future__ import annotations
 
@@ -24,3 +24,18 @@ class GrammarRequest:
     """JSON has no white space between its tokens."""
     space: str = ""
     """The white space that may be between JSON tokens, as a regular expression; empty: a bounded one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """Reasoning between two markers, behind which the form begins."""
+
+    start: str
+    end: str
+    begun: bool
+    """By the prompt; else an answer may do without it."""
+    start_ids: tuple[int, ...] = ()
+    """The markers where they are tokens, which workers recognise; else the grammar has to."""
+    end_ids: tuple[int, ...] = ()
+    blank_ids: tuple[int, ...] = ()
+    """Tokens of line breaks, of which some may follow."""

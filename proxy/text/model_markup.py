@@ -6,12 +6,14 @@ Knows no requests.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 
 from baton.node.api_settings import AUTO
 from baton.node.errors import BatonError
 from baton.proxy.formats.detect import detect_calls, detect_reasoning
-from baton.proxy.formats.markup import Thinking, make_markup, thinking_of
+from baton.proxy.formats.markup import ReasoningMarkers, Thinking, make_markup, thinking_of
 from baton.proxy.formats.tables import FORMATS, PLAIN
+from baton.proxy.text.grammar_request import Reasoning
 
 
 class ModelMarkup:
@@ -32,7 +34,10 @@ class ModelMarkup:
         self.has_calls = calls is not None
         self.with_calls = make_markup(calls or PLAIN, reasoning, added_tokens)
         self.without_calls = make_markup(PLAIN, reasoning, added_tokens)
+        self.with_grammar = make_markup(replace(calls or PLAIN, ends_reasoning=frozenset()), reasoning, added_tokens)
+        """Of answers whose form a grammar gives, which begins behind the end marker of reasoning only."""
         self.has_reasoning = reasoning is not None
+        self._reasoning = None if reasoning is None else _with_ids(reasoning, added_tokens, encode)
         self._boundaries = frozenset(special_ids)
         self._start: tuple[int, ...] = ()
         self._end: tuple[int, ...] = ()
@@ -47,6 +52,27 @@ class ModelMarkup:
         if not self.has_reasoning:
             return Thinking.CLOSED
         return thinking_of(prompt_ids, self._start, self._end, self._boundaries)
+
+    def before_form(self, thinking: Thinking) -> Reasoning | None:
+        """What comes before an answer of a given form."""
+        if self._reasoning is None or thinking is Thinking.CLOSED:
+            return None
+        return replace(self._reasoning, begun=thinking is Thinking.OPEN)
+
+
+def _with_ids(
+    markers: ReasoningMarkers, added_tokens: Mapping[str, int], encode: Callable[[str], Sequence[int]]
+) -> Reasoning:
+    found = Reasoning(markers.start, markers.end, begun=False)
+    if markers.start not in added_tokens or markers.end not in added_tokens:
+        return found
+    blanks = (_encoded(text, encode) for text in ("\n", "\n\n"))
+    return replace(
+        found,
+        start_ids=(added_tokens[markers.start],),
+        end_ids=(added_tokens[markers.end],),
+        blank_ids=tuple(ids[0] for ids in blanks if len(ids) == 1),
+    )
 
 
 def _encoded(marker: str, encode: Callable[[str], Sequence[int]]) -> tuple[int, ...]:

@@ -26,6 +26,8 @@ PERSON = {
 }
 COMPACT = {"json": PERSON, "disable_any_whitespace": True}
 """Hot draws write much white space."""
+END_OF_REASONING = 183
+"""The token `</think>` of the demo model."""
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 
 
@@ -92,6 +94,29 @@ def test_chats_and_streams_have_the_form_too(cluster: Cluster) -> None:
     check_person(reply.json()["choices"][0]["message"]["content"])
     streamed = cluster.begin("Once upon a time", max_tokens=200, seed=1, temperature=2.0, structured_outputs=COMPACT)
     assert streamed.join().text == text_of(ask(cluster, seed=1, structured_outputs=COMPACT))
+
+
+def test_the_form_begins_behind_reasoning(cluster: Cluster) -> None:
+    """Guards against workers and a proxy that do not agree on where reasoning ends, and an end before the form."""
+    body: dict[str, Any] = {
+        "model": cluster.nodes.model,
+        "messages": [{"role": "user", "content": "Tell me a story."}],
+        "chat_template_kwargs": {"enable_thinking": True},
+        "response_format": RESPONSE_FORMAT,
+    }
+
+    def answer(**more: Any) -> dict[str, Any]:
+        reply = httpx.post(f"{cluster.url}/v1/chat/completions", json={**body, **more}, timeout=120)
+        choice: dict[str, Any] = reply.json()["choices"][0]
+        return choice
+
+    for seed in range(3):  # the model has not learnt to end its reasoning
+        message = answer(seed=seed, temperature=1.0, logit_bias={str(END_OF_REASONING): 24})["message"]
+        check_person(message["content"])
+        assert message["reasoning_content"]
+    choice = answer(temperature=0.0, max_tokens=300)  # it would end, if it might
+    assert choice["finish_reason"] == "length"
+    assert choice["message"]["content"] is None and choice["message"]["reasoning_content"]
 
 
 def test_an_answer_that_is_cut_is_a_valid_beginning(cluster: Cluster) -> None:

@@ -27,8 +27,8 @@ SCHEMA = {
     "additionalProperties": False,
 }
 OBJECT = Grammar(text=f"start: %json {json.dumps(SCHEMA)}", end_ids=(END,))
-THINK, ANSWER = 17, 23
-"""Tokens that stand for the markers of reasoning."""
+THINK, ANSWER, BLANK = 17, 23, 29
+"""Tokens that stand for the markers of reasoning, and the line break behind it."""
 
 
 class Bench:
@@ -178,15 +178,29 @@ def test_a_token_that_is_not_allowed_breaks_the_constraint(bench: Bench) -> None
 def test_reasoning_is_free_and_the_grammar_begins_behind_it(bench: Bench, opened_by: tuple[int, ...]) -> None:
     """Guards against a grammar that swallows the reasoning, and one that never begins."""
     plain = bench.allowed(bench.constraint(OBJECT))[0]
-    grammar = Grammar(text=OBJECT.text, end_ids=(END,), begins_after=(ANSWER,), opened_by=opened_by)
-    constraint = bench.constraint(grammar)
-    assert bench.allowed(constraint)[0] == (plain | {THINK} if opened_by else set(range(VOCAB)))
-    constraint.advance((THINK, 400, 500))
-    assert bench.allowed(constraint)[0] == set(range(VOCAB))
+    grammar = Grammar(text=OBJECT.text, end_ids=(END,), begins_after=(ANSWER,), opened_by=opened_by, blank_ids=(BLANK,))
+    constraint, free = bench.constraint(grammar), set(range(VOCAB)) - {END}
+    assert bench.allowed(constraint)[0] == (plain | {THINK} if opened_by else free)
+    constraint.advance((THINK, 400, BLANK, 500))
+    assert bench.allowed(constraint)[0] == free
     constraint.advance((ANSWER,))
-    assert bench.allowed(constraint)[0] == plain
+    assert bench.allowed(constraint)[0] == plain | {BLANK}
+    constraint.advance((BLANK,))
+    assert bench.allowed(constraint)[0] == plain | {BLANK}
+    constraint.advance((BLANK,))
+    assert bench.allowed(constraint)[0] == plain and not constraint.is_broken
     constraint.advance((THINK,))
     assert constraint.is_broken == (THINK not in plain)
+
+
+def test_no_blank_has_to_follow_reasoning(bench: Bench) -> None:
+    """Guards against a grammar that loses its first token."""
+    grammar = Grammar(text=OBJECT.text, end_ids=(END,), begins_after=(ANSWER,), blank_ids=(BLANK,))
+    plain, behind = bench.constraint(OBJECT), bench.constraint(grammar)
+    first = min(bench.allowed(plain)[0])
+    plain.advance((first,))
+    behind.advance((ANSWER, first))
+    assert bench.allowed(plain) == bench.allowed(behind)
 
 
 def test_reasoning_that_may_be_left_out_is_over_with_the_first_other_token(bench: Bench) -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 import msgspec
 import pytest
+from llguidance import LLMatcher, LLTokenizer
 
-from baton.node.messages.control import Logprob, SamplingSpec
+from baton.node.messages.control import Grammar, Logprob, SamplingSpec
 from baton.proxy.formats.events import CallArguments, CallBegin, CallEnd, ReasoningText
 from baton.proxy.formats.machine import FormatMachine
 from baton.proxy.formats.markup import Thinking
@@ -28,6 +29,7 @@ from baton.proxy.http.schema import IdRule, StopRule
 from baton.proxy.interface import AppSettings, Delta, Generation
 from baton.proxy.text.model_text import ModelText
 from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
+from baton.worker.constraint import Constraint
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{# <tool_call> #}"
@@ -38,6 +40,7 @@ ODD = {"type": "object", "properties": {"a": {"type": "array", "uniqueItems": Tr
 """With a keyword that cannot be enforced."""
 BAD = {"type": "object", "properties": {"a": {"type": "nonsense"}}}
 TOOLS = [{"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}]
+JSON_OBJECT = {"type": "json_object"}
 CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "Rome"}}\n</tool_call>'
 BODY: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "x"}], "max_tokens": 400}
 
@@ -80,12 +83,14 @@ class Answers:
     def __init__(self, text: ModelText) -> None:
         self.text = ""
         self.finish = "stop"
+        self.grammar: Grammar | None = None
         self.prompts: list[str] = []
         self.grammars: list[str] = []
         """Of the requests, empty where the answer is free."""
         self._model_text = text
 
     def script(self, call: EngineCall) -> list[ScriptStep]:
+        self.grammar = call.sampling.grammar
         self.prompts.append(self._model_text.decode(call.prompt_ids, skip_special_tokens=False))
         grammar = call.sampling.grammar
         self.grammars.append(grammar.text if grammar is not None else "")
@@ -338,12 +343,43 @@ async def test_stop_strings_count_in_content_only(client: httpx.AsyncClient, ans
     assert choice["message"]["content"] == "b " and choice["finish_reason"] == "stop"
 
 
-async def test_an_answer_in_json_is_no_reasoning(client: httpx.AsyncClient, answers: Answers) -> None:
-    """Its grammar begins at the first token, though the prompt opens the reasoning."""
-    answers.text = '{"a": 1}'
-    form = {"type": "json_object"}
-    message = (await ask(client, chat_template_kwargs={"thinks": True}, response_format=form))["message"]
-    assert message["content"] == '{"a": 1}' and "reasoning_content" not in message
+@pytest.mark.parametrize(
+    ("written", "variables"),
+    [
+        ("so\n</think>\n\n", {"thinks": True}),
+        ("</think>", {"thinks": True}),
+        ("<think>so</think>\n", {}),
+        ("", {}),
+        ("", {"thinks": False}),
+    ],
+)
+async def test_the_form_of_an_answer_begins_behind_its_reasoning(
+    client: httpx.AsyncClient,
+    answers: Answers,
+    text: ModelText,
+    folder: Path,
+    written: str,
+    variables: dict[str, bool],
+) -> None:
+    """Guards against a grammar that swallows reasoning, and one that does not begin where the content does."""
+    answers.text = written + '{"a": 1}'
+    message = (await ask(client, chat_template_kwargs=variables, response_format=JSON_OBJECT, tools=TOOLS))["message"]
+    assert message["content"] == '{"a": 1}'
+    assert message.get("reasoning_content", "") == ("so" if "so" in written else "")
+    tokenizer = LLTokenizer((folder / "tokenizer.json").read_text(), text.vocab_size, list(text.eos_ids))
+    constraint = Constraint(answers.grammar, LLMatcher(tokenizer, answers.grammar.text))
+    constraint.advance([*text.encode(answers.text, add_special_tokens=False), text.eos_ids[0]])
+    assert not constraint.is_broken
+
+
+async def test_a_call_in_reasoning_does_not_end_it_before_a_form(client: httpx.AsyncClient, answers: Answers) -> None:
+    """Guards against content that is in no form: the grammar begins behind the end marker."""
+    answers.text, answers.finish = f"so {CALL}", "length"
+    asked = {"chat_template_kwargs": {"thinks": True}, "tools": TOOLS}
+    choice = await ask(client, **asked, response_format=JSON_OBJECT)
+    assert choice["finish_reason"] == "length" and choice["message"]["content"] is None
+    assert "tool_calls" not in choice["message"] and choice["message"]["reasoning_content"].startswith("so ")
+    assert "tool_calls" in (await ask(client, **asked))["message"]
 
 
 @pytest.mark.parametrize(

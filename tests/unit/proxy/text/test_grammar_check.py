@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 import re
 from collections.abc import Iterator
@@ -11,12 +12,13 @@ from typing import Any
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
+from msgspec.structs import replace
 from tokenizers import Tokenizer
 
 import baton
 from baton.node.errors import BadRequest
 from baton.proxy.text.grammar_check import GrammarCheck
-from baton.proxy.text.grammar_request import GrammarRequest
+from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 
 TOKENIZER = Path(baton.__file__).parent / "models" / "demo" / "tokenizer.json"
 VOCAB, END = 4096, 1
@@ -183,6 +185,32 @@ def test_the_first_grammar_finds_a_process_that_has_read_the_tokenizer(tmp_path:
     path.unlink()
     assert compiled(check, "regex", "[0-9]+")
     check.close()
+
+
+@pytest.mark.parametrize(("kind", "text", "inside"), [("json", A, '{"a": 1}'), ("choice", ["yes", "no"], "yes")])
+def test_reasoning_between_texts_is_part_of_the_grammar(
+    check: GrammarCheck, tokenizers: tuple[LLTokenizer, Tokenizer], kind: str, text: Any, inside: str
+) -> None:
+    """Guards models whose markers are several tokens: workers know reasoning by tokens only."""
+    asked = GrammarRequest(kind, text if isinstance(text, str) else json.dumps(text), "p")  # type: ignore[arg-type]
+    for begun in (True, False):
+        grammar = asyncio.run(check.compile(asked, Reasoning("[begin]", "[end]", begun=begun)))
+        language = Language(grammar.text, tokenizers)
+        opening = "" if begun else "[begin]"
+        for reasoning in ("so [end", '{"a": 1}', "", "[begin]"):
+            for blanks in ("", "\n", "\n\n"):
+                assert language.has(f"{opening}{reasoning}[end]{blanks}{inside}")
+        assert language.has(inside) is not begun
+        assert not language.has(f"{opening}so") and not language.has(f"{opening}so[end]x")
+
+
+def test_workers_know_reasoning_between_tokens(check: GrammarCheck) -> None:
+    asked = GrammarRequest("regex", "[ab]", "p")
+    reasoning = Reasoning("<think>", "</think>", begun=True, start_ids=(182,), end_ids=(183,), blank_ids=(203,))
+    plain, begun = asyncio.run(check.compile(asked)), asyncio.run(check.compile(asked, reasoning))
+    assert begun == replace(plain, begins_after=(183,), blank_ids=(203,))
+    maybe = asyncio.run(check.compile(asked, dataclasses.replace(reasoning, begun=False)))
+    assert maybe == replace(begun, opened_by=(182,))
 
 
 def test_verdicts_are_kept(check: GrammarCheck) -> None:
