@@ -64,7 +64,7 @@ async def choices_of(
     for ids, echo in await prompts_of(request, text, max_model_len):
         sampling = _sampling(request, text, bad_words, _max_tokens(request, settings, len(ids), max_model_len))
         expected = min(sampling.max_tokens, EXPECTED_TOKENS)
-        thinking = text.markup.thinking(ids) if request.tools is not None else Thinking.CLOSED
+        thinking = text.thinking(ids) if request.tools is not None else Thinking.CLOSED
         grammar = form and await text.grammars.compile(form, text.markup.before_form(thinking))
         for k in range(request.n):
             seed = secrets.randbits(63) if request.sampling.seed is None else (request.sampling.seed + k) % _SEEDS
@@ -119,7 +119,10 @@ async def prompts_of(request: ParsedRequest, text: ModelText, max_model_len: int
         )
 
     if request.messages:
-        ids = await encode(await text.render_bounded(request.messages, request.render))
+        prompt = await text.render_bounded(request.messages, request.render)
+        if request.tools is not None and request.tools.schemas and text.ignores_tools:
+            raise BadRequest("this model has no tools: its chat template does not show them", param="tools")
+        ids = await encode(prompt)
         made = [(_checked(ids, text.vocab_size, request.prompt_param), "")]
     else:
         made = [await _tokenise_prompt(prompt, request.echo, text, encode, max_model_len) for prompt in request.prompts]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -17,25 +16,22 @@ from pathlib import Path
 from typing import Any
 
 from baton.node.api_settings import AUTO
-from baton.node.errors import BadRequest, BatonError, Overloaded
-from baton.node.telemetry import excerpt, log_event
+from baton.node.errors import BadRequest
+from baton.node.telemetry import excerpt
+from baton.proxy.formats.markup import Thinking
 from baton.proxy.text.detokenize import Decoding, Detokenizer
 from baton.proxy.text.grammar_check import GrammarCheck
 from baton.proxy.text.model_files import is_panic, read_model_files
 from baton.proxy.text.model_markup import ModelMarkup
 from baton.proxy.text.pooling import pooling_of
-from baton.proxy.text.render_process import RenderProcess
+from baton.proxy.text.renderer import Renderer, TemplateTrial
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
-
-logger = logging.getLogger(__name__)
 
 INLINE_TEXT_CHARS = 512
 """At most 0.2 ms of tokenising, about what two threads need to hand a text over; longer texts leave the event loop."""
 LONG_TEXT_CHARS = 1 << 15
 """Some 20 ms of tokenising; longer texts have threads of their own, so that a burst of them does not delay others."""
 MAX_THREADS = 8
-RENDER_WAIT_S = 10.0
-"""For the conversations before one to be rendered; each takes about a millisecond unless a template misbehaves."""
 
 
 class ModelText:
@@ -46,7 +42,7 @@ class ModelText:
         files = read_model_files(folder)
         self._tokenizer = files.tokenizer
         self._info = {**files.special_tokens, "chat_template": files.template or None}
-        self._template = RenderProcess(files.template, files.special_tokens) if files.template else None
+        self._renderer = Renderer(files.template, files.special_tokens) if files.template else None
         vocab = self._tokenizer.get_vocab(with_added_tokens=True)
         known_ids = max(vocab.values(), default=-1) + 1
         self.vocab_size = files.table_size or known_ids
@@ -77,32 +73,51 @@ class ModelText:
         threads = max(2, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2))
         self._encoders = ThreadPoolExecutor(threads, "tokenize")
         self._long_encoders = ThreadPoolExecutor(threads // 2, "tokenize-long")
-        self._renderer = ThreadPoolExecutor(1, "render")
+        self._begins_reasoning: bool | None = None
+        """Whether prompts do so where they are asked to; None while it is not known."""
 
     def start(self) -> None:
         """Prepare the chat template and the check of grammars in the background, on the event loop's thread; a folder
         with a bad template still serves completions."""
         self.grammars.start()
-        if self._template is not None:
-            self._renderer.submit(self._start_template, self._template)
+        if self._renderer is not None:
+            self._renderer.start()
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = NEXT_MESSAGE) -> str:
         """The prompt of a chat; special tokens are in it already. BadRequest where the model cannot chat."""
-        if self._template is None:
+        return self._chat_renderer().render(messages, options)
+
+    async def render_bounded(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> str:
+        """As `render`, off the event loop; Overloaded where the conversations before it take too long."""
+        return await self._chat_renderer().render_bounded(messages, options)
+
+    @property
+    def ignores_tools(self) -> bool:
+        """The chat template does not show tools; known once a conversation was rendered."""
+        return self._trial is not None and self._trial.ignores_tools
+
+    @property
+    def _trial(self) -> TemplateTrial | None:
+        return None if self._renderer is None else self._renderer.trial
+
+    def _chat_renderer(self) -> Renderer:
+        if self._renderer is None:
             raise BadRequest(
                 "this model has no chat template, so it cannot answer /v1/chat/completions; use /v1/completions",
                 code="no_chat_template",
             )
-        return self._template.render(messages, options)
+        return self._renderer
 
-    async def render_bounded(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> str:
-        """As `render`, off the event loop; Overloaded where the conversations before it take too long."""
-        loop = asyncio.get_running_loop()
-        try:
-            async with asyncio.timeout(RENDER_WAIT_S):
-                return await loop.run_in_executor(self._renderer, self.render, messages, options)
-        except TimeoutError:
-            raise Overloaded("the model's chat template takes too long for the conversations sent") from None
+    def thinking(self, prompt_ids: Sequence[int]) -> Thinking:
+        """Whether the answer to a chat's prompt begins inside reasoning. A model whose prompts begin reasoning where
+        they are asked to does not begin it itself."""
+        found = self.markup.thinking(prompt_ids)
+        if found is not Thinking.UNKNOWN:
+            return found
+        if self._begins_reasoning is None and self._trial is not None:
+            ids = self.encode(self._trial.with_reasoning, add_special_tokens=False)
+            self._begins_reasoning = self.markup.thinking(ids) is Thinking.OPEN
+        return Thinking.CLOSED if self._begins_reasoning else found
 
     def encode(self, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
         """Token ids of `text`; `add_special_tokens` adds what the tokenizer puts around a text, mostly a first one."""
@@ -205,17 +220,11 @@ class ModelText:
         return {"bos_token": None, "eos_token": None, "pad_token": None, **self._info}
 
     def close(self) -> None:
-        for threads in (self._encoders, self._long_encoders, self._renderer):
+        for threads in (self._encoders, self._long_encoders):
             threads.shutdown(wait=False, cancel_futures=True)
         self.grammars.close()
-        if self._template is not None:
-            self._template.close()
-
-    def _start_template(self, template: RenderProcess) -> None:
-        try:
-            template.start()
-        except BatonError as error:
-            log_event(logger, "chat_template_failed", level=logging.WARNING, reason=str(error))
+        if self._renderer is not None:
+            self._renderer.close()
 
 
 def _byte_alphabet() -> dict[str, bytes]:

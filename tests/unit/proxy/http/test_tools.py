@@ -436,10 +436,14 @@ async def test_an_option_overrules_the_template(
         assert message["content"] == content and bool(message.get("tool_calls")) == (content is None)
 
 
-async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shown", ["", "{# tools #}{# <tool_call> #}"])
+async def test_tools_of_a_model_without_tools_are_refused(demo_folder: Path, tmp_path: Path, shown: str) -> None:
+    """Guards against tools that the prompt loses in silence: the template has none, or ignores them."""
     folder = tmp_path / "demo"
     shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    (folder / "chat_template.jinja").write_text("{% for message in messages %}{{ message.content }}{% endfor %}")
+    (folder / "chat_template.jinja").write_text(
+        shown + "{% for message in messages %}{{ message.content }}{% endfor %}"
+    )
     text = ModelText(folder)
     app = create_app(FakeEngine(lambda call: []), {"demo": text}, AppSettings())
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:

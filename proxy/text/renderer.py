@@ -1,0 +1,98 @@
+"""One model's chat template: its process, the conversations that wait for it, and what a trial says of the template.
+
+The trial renders short conversations before any other: with a tool, and with the switches of reasoning. Like all others
+it is bounded. Knows no tokens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from baton.node.errors import BadRequest, BatonError, Overloaded
+from baton.node.telemetry import log_event
+from baton.proxy.text.render_process import RenderProcess
+from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
+
+logger = logging.getLogger(__name__)
+
+WAIT_S = 10.0
+"""For the conversations before one to be rendered; each takes about a millisecond unless a template misbehaves."""
+SWITCHES = ("enable_thinking", "thinking")
+"""Variables by which templates switch reasoning on and off."""
+_QUESTION = ({"role": "user", "content": "Hi"},)
+_TOOL = {
+    "type": "function",
+    "function": {"name": "look_up", "description": "Look up.", "parameters": {"type": "object", "properties": {}}},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class TemplateTrial:
+    """What a template made of one question; empty texts where it failed."""
+
+    plain: str = ""
+    with_tool: str = ""
+    with_reasoning: str = ""
+    """Switched on."""
+
+    @property
+    def ignores_tools(self) -> bool:
+        return bool(self.plain) and self.plain == self.with_tool
+
+
+class Renderer:
+    """Renders the conversations of one model; raises SettingsError where the source is no template."""
+
+    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+        self.trial: TemplateTrial | None = None
+        """None until a conversation has been rendered."""
+        self._process = RenderProcess(source, special_tokens)
+        self._thread = ThreadPoolExecutor(1, "render")
+
+    def start(self) -> None:
+        """Prepare the template in the background; a folder with a bad one still serves completions."""
+        self._thread.submit(self._start)
+
+    def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = NEXT_MESSAGE) -> str:
+        """The prompt of a chat; BadRequest where the template does not accept it."""
+        if self.trial is None:
+            self.trial = self._try()
+        return self._process.render(messages, options)
+
+    async def render_bounded(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> str:
+        """As `render`, off the event loop; Overloaded where the conversations before it take too long."""
+        try:
+            async with asyncio.timeout(WAIT_S):
+                return await asyncio.get_running_loop().run_in_executor(self._thread, self.render, messages, options)
+        except TimeoutError:
+            raise Overloaded("the model's chat template takes too long for the conversations sent") from None
+
+    def close(self) -> None:
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._process.close()
+
+    def _start(self) -> None:
+        try:
+            self._process.start()
+        except BatonError as error:
+            log_event(logger, "chat_template_failed", level=logging.WARNING, reason=str(error))
+            return
+        self.trial = self.trial or self._try()
+
+    def _try(self) -> TemplateTrial:
+        plain = self._tried(NEXT_MESSAGE)
+        if not plain:  # it refuses short conversations, or fails on all of them
+            return TemplateTrial()
+        switched = RenderOptions(variables=dict.fromkeys(SWITCHES, True))
+        return TemplateTrial(plain, self._tried(RenderOptions(tools=(_TOOL,))), self._tried(switched))
+
+    def _tried(self, options: RenderOptions) -> str:
+        try:
+            return self._process.render(_QUESTION, options)
+        except BadRequest:
+            return ""
