@@ -21,7 +21,7 @@ from baton.node.decoding import DECODE_ERRORS
 from baton.node.errors import SettingsError
 from baton.offline.client import ApiClient, NoAnswer
 
-URLS = ("/v1/completions", "/v1/chat/completions")
+URLS = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
 LINES_PER_SYNC = 100
 ID_PREFIX = "batch_req_"
 _LINE_START = b'{"id":"' + ID_PREFIX.encode()

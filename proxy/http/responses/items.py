@@ -19,6 +19,7 @@ from baton.proxy.http.responses.tools import FREE_TEXT, flat_name
 
 MAX_PARTS = 10_000
 _TEXT = "must be a string or an array of text parts; images, audio and files are not supported"
+_NOT_KEPT = "answers are not kept here: send their items themselves, as clients do where store is false"
 _SHAPES = {"content": _TEXT, "output": _TEXT}
 
 _ItemName = Annotated[str, Field(min_length=1, max_length=4096)]
@@ -109,7 +110,8 @@ def _item(index: int, given: Mapping[str, Any]) -> InputItem:
     if model is None:
         where = f"input.{index}.type"
         what = "is missing" if kind is None else f"{str(kind)[:MAX_NAME_CHARS]!r} is not supported"
-        raise BadRequest(f"{where} {what}: items are {', '.join(_ITEMS)}", param=where)
+        more = _NOT_KEPT if kind == "item_reference" else f"items are {', '.join(_ITEMS)}"
+        raise BadRequest(f"{where} {what}: {more}", param=where)
     return parse_value(model, given, ("input", str(index)), _FIELD_NAMES, _SHAPES)
 
 

@@ -8,6 +8,7 @@ Source: the OpenAI API reference (Responses).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Annotated, Any, Literal
 
@@ -172,7 +173,7 @@ def _parsed(request: ResponsesRequest, given: GivenTools, unknown: tuple[str, ..
         tool_choice=given.choice(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
     )
-    tools = tool_request(fields)
+    tools = replace(tool_request(fields), params=given.params)
     template = TemplateRequest.model_construct(
         **{name: getattr(request, name) for name in TemplateRequest.model_fields}
     )

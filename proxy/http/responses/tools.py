@@ -79,6 +79,8 @@ class GivenTools:
         """As a chat has them."""
         self.called: dict[str, CalledTool] = {}
         """By the name that the model knows."""
+        self.params: dict[str, str] = {}
+        """Where each of them is in the request, for errors."""
         self.shown: list[Mapping[str, Any]] = []
         """As the answer repeats them, without those that are left out."""
         self.ignored: dict[str, None] = {}
@@ -107,6 +109,8 @@ class GivenTools:
             for index, tool in enumerate(tools)
             if tool.get("type") in _CALLABLE
         ]
+        if not allowed:
+            raise BadRequest("tool_choice.tools has no function to call", param="tool_choice.tools")
         return {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": allowed}}
 
     def _chosen(self, given: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -147,9 +151,12 @@ class GivenTools:
             raise BadRequest(f"{where}.name is that of an earlier tool", param=f"{where}.name")
         if len(self.called) == MAX_TOOLS:
             raise BadRequest(f"tools has more than {MAX_TOOLS} functions", param="tools")
+        if (parameters or {}).get("type", "object") != "object":
+            raise BadRequest(f"{where}.parameters must be the JSON schema of an object", param=f"{where}.parameters")
+        self.params[name] = where
         self.called[name] = CalledTool(tool.name, namespace, isinstance(tool, CustomTool))
         # Only what is given: the template shows all of it to the model, as it does in a chat.
-        fields = {"description": tool.description, "parameters": parameters, "strict": strict or None}
+        fields = {"description": tool.description, "parameters": parameters, "strict": strict}
         given: dict[str, Any] = {key: value for key, value in fields.items() if value is not None}
         function = DeclaredFunction.model_construct(name=name, **given)
         self.declared.append(DeclaredTool.model_construct(type="function", function=function))

@@ -54,6 +54,16 @@ def batch(tmp_path: Path, fake: FakeServer) -> Batch:
     return Batch(tmp_path, fake.url)
 
 
+def test_requests_of_several_apis(batch: Batch, fake: FakeServer) -> None:
+    """Guards the paths of OpenAI's batches that this server has."""
+    fake.answers["/v1/responses"] = lambda body: (200, {"id": "resp_1", "of": body["input"]})
+    batch.write(request("a", url="/v1/responses", body={"input": "x"}), request("b", url="/v1/embeddings"))
+    assert batch.run() == 1
+    found = {line["custom_id"]: line for line in batch.lines()}
+    assert found["a"]["response"]["body"] == {"id": "resp_1", "of": "x"}
+    assert found["b"]["response"] is None and "/v1/responses" in found["b"]["error"]["message"]
+
+
 def test_lines_of_the_output(batch: Batch, fake: FakeServer, capsys: pytest.CaptureFixture[str]) -> None:
     """OpenAI's format: programs that read its files read ours."""
     fake.answers["/v1/completions"] = lambda body: (200, {"id": "cmpl-1", "choices": [], "of": body["prompt"]})

@@ -41,10 +41,14 @@ class Answers:
         self.error: Exception | None = None
         """In place of the last delta."""
         self.prompts: list[str] = []
+        self.grammars: list[str] = []
+        """Of the requests, empty where the answer is free."""
         self._model_text = text
 
     def script(self, call: EngineCall) -> list[ScriptStep]:
         self.prompts.append(self._model_text.decode(call.prompt_ids, skip_special_tokens=False))
+        grammar = call.sampling.grammar
+        self.grammars.append(grammar.text if grammar is not None else "")
         ids = self._model_text.encode(self.text, add_special_tokens=False)
         if self.finish == "stop":
             ids += (self._model_text.eos_ids[-1],)

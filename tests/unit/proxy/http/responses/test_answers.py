@@ -162,6 +162,34 @@ async def test_a_request_is_found_by_the_id_of_its_answer(answers: Answers, text
             assert past.status_code == 200 and past.json()["generations"][0]["operation"] == "chat"
 
 
+@pytest.mark.parametrize(
+    "choice",
+    [
+        "required",
+        {"type": "function", "name": "get_weather"},
+        {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "get_weather"}]},
+    ],
+)
+async def test_calls_are_forced_as_in_a_chat(client: httpx.AsyncClient, answers: Answers, choice: Any) -> None:
+    answers.text = CALL
+    response = await ask(client, tools=TOOLS, tool_choice=choice)
+    assert kinds(response) == ["function_call"] and response["tool_choice"] == choice
+    name = {"type": "function", "function": {"name": "get_weather"}}
+    in_a_chat = {"required": "required", "function": name, "allowed_tools": "required"}
+    chat_choice = in_a_chat[choice if isinstance(choice, str) else choice["type"]]
+    body = {**CHAT, "tools": [{"type": "function", "function": WEATHER}], "tool_choice": chat_choice}
+    await client.post("/v1/chat/completions", json=body)
+    assert answers.grammars[0] and len(set(answers.grammars)) == 1
+
+
+async def test_a_schema_that_cannot_be_enforced_is_named_where_it_is(client: httpx.AsyncClient) -> None:
+    odd = {"type": "object", "properties": {"a": {"type": "string", "pattern": "(?=x)"}}}
+    group = {"type": "namespace", "name": "n", "tools": [*TOOLS, {**TOOLS[0], "name": "f", "parameters": odd}]}
+    group["tools"][1] |= {"strict": True}
+    answer = await client.post("/v1/responses", json={**BODY, "tools": [group]})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools.0.tools.1.parameters")
+
+
 async def test_ignored_tools_are_named(client: httpx.AsyncClient, answers: Answers) -> None:
     answers.text = "a"
     tools = [*TOOLS, {"type": "web_search"}, {"type": "local_shell"}]

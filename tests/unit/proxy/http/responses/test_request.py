@@ -6,6 +6,7 @@ Guards against parameters that are dropped in silence, and tools that break agen
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
 FUNCTION = {"name": "f", "description": "d", "parameters": SCHEMA}
 TOOL = {"type": "function", **FUNCTION}
 CHAT_TOOLS = [{"type": "function", "function": FUNCTION}]
+CHOSEN, HOSTED = {"type": "function", "name": "f"}, {"type": "web_search"}
 
 
 def read(**fields: Any) -> ParsedRequest:
@@ -36,7 +38,19 @@ def chat(**fields: Any) -> ParsedRequest:
         ({}, {}),
         ({"max_output_tokens": 5}, {"max_tokens": 5}),
         ({"tools": [TOOL]}, {"tools": CHAT_TOOLS}),
-        ({"tools": [{**TOOL, "strict": False}]}, {"tools": CHAT_TOOLS}),
+        (
+            {"tools": [{**TOOL, "strict": False}]},
+            {"tools": [{"type": "function", "function": {**FUNCTION, "strict": False}}]},
+        ),
+        ({"tools": [TOOL], "tool_choice": "required"}, {"tools": CHAT_TOOLS, "tool_choice": "required"}),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "function", "name": "f"}},
+            {"tools": CHAT_TOOLS, "tool_choice": {"type": "function", "function": {"name": "f"}}},
+        ),
+        (
+            {"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "mode": "required", "tools": [CHOSEN, HOSTED]}},
+            {"tools": CHAT_TOOLS, "tool_choice": "required"},
+        ),
         ({"tools": [TOOL], "parallel_tool_calls": False}, {"tools": CHAT_TOOLS, "parallel_tool_calls": False}),
         ({"tools": [TOOL], "tool_choice": "none"}, {"tools": CHAT_TOOLS, "tool_choice": "none"}),
         ({"temperature": 0.5, "top_p": 0.1, "seed": 5, "top_k": 3, "stop": ["a"], "min_tokens": 2}, None),
@@ -58,8 +72,10 @@ def test_it_is_read_as_a_chat(ours: dict[str, Any], theirs: dict[str, Any] | Non
     given, expected = read(**ours), chat(**(ours if theirs is None else theirs))
     assert given.prompt_param == "input" and expected.prompt_param == "messages"
     for name in ParsedRequest.__slots__:
-        if name != "prompt_param":
+        if name not in ("prompt_param", "tools"):
             assert getattr(given, name) == getattr(expected, name), name
+    assert given.tools is not None and expected.tools is not None
+    assert replace(given.tools, params={}) == replace(expected.tools, params={})
 
 
 def test_truncation_keeps_the_end() -> None:
@@ -89,6 +105,7 @@ def test_names_of_tools() -> None:
     group = {"type": "namespace", "name": "crm", "description": "d", "tools": [TOOL, {**custom, "name": "p"}]}
     request = read(tools=[TOOL, custom, group, {**group, "name": "mcp__x__"}])
     assert request.tools is not None
+    assert request.tools.params["crm__p"] == "tools.2.tools.1"
     assert list(request.tools.schemas) == ["f", "patch", "crm__f", "crm__p", "mcp__x__f", "mcp__x__p"]
     parameters = request.tools.schemas["patch"]
     assert parameters["required"] == ["input"] and "start" in parameters["properties"]["input"]["description"]
@@ -132,6 +149,8 @@ def test_names_of_tools() -> None:
         ({"tools": [{"type": "function", "function": FUNCTION}]}, "tools.0.name"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools.0.name"),
         ({"tools": [{**TOOL, "parameters": "x"}]}, "tools.0.parameters"),
+        ({"tools": [{**TOOL, "parameters": {"type": "string"}}]}, "tools.0.parameters"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools", "tools": [HOSTED]}}, "tool_choice.tools"),
         ({"tools": [TOOL, TOOL]}, "tools.1.name"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [TOOL, TOOL]}]}, "tools.0.tools.1.name"),
         ({"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]}, "tools.0.tools.0.name"),
