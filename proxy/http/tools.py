@@ -55,7 +55,7 @@ class ToolRequest:
     max_calls: int | None = None
     """None: any number."""
     params: Mapping[str, str] = field(default_factory=dict)
-    """Where the request declares each function, for errors."""
+    """Where the request has the parameters of each function, for errors."""
     strict: Mapping[str, bool | None] = field(default_factory=dict)
     """Whether each function's arguments must fit its schema; None: not said."""
     forced: bool = False
@@ -94,7 +94,7 @@ def tool_request(fields: ToolFields) -> ToolRequest:
         schemas={name: _schema(function) for name, (_, function) in called.items()},
         shown=shown,
         max_calls=1 if choice.named or fields.parallel_tool_calls is False else None,
-        params={name: where for name, (where, _) in called.items()},
+        params={name: f"{where}.parameters" for name, (where, _) in called.items()},
         strict={name: function.strict for name, (_, function) in called.items()},
         forced=choice.forced,
         named=choice.named,

@@ -45,7 +45,7 @@ def _readable(asked: CallRequest, index: int, special: Collection[str], complain
         _compiled(dataclasses.replace(asked.rules, functions=[function], forced=True), special, "", complaint)
     except BadRequest as error:
         if asked.bound[index]:
-            param = f"{asked.params[index]}.parameters"
+            param = asked.params[index]
             raise BadRequest(f"{param} of {function.name} is not supported: {error}", param=param) from None
         return CallableFunction(function.name, ANY_OBJECT)
     return function
