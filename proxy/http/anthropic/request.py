@@ -20,10 +20,10 @@ from baton.node.messages.control import MAX_PRIORITY
 from baton.proxy.http.anthropic.blocks import BLOCK_MODELS, SystemPrompt, Turn
 from baton.proxy.http.anthropic.conversation import chat_messages
 from baton.proxy.http.anthropic.encoder import MessagesEncoder
-from baton.proxy.http.anthropic.tools import ClientTool, ToolChoice, ToolList, hosted_names, tool_fields
+from baton.proxy.http.anthropic.tools import ClientTool, ToolChoice, ToolList, hosted_names, requested_tools
 from baton.proxy.http.encoder import EncoderMaker
 from baton.proxy.http.messages import conversation
-from baton.proxy.http.parameters import unknown_parameters
+from baton.proxy.http.parameters import UNSUPPORTED, unknown_parameters
 from baton.proxy.http.parsing import parse_body
 from baton.proxy.http.schema import (
     MAX_MESSAGES,
@@ -39,7 +39,6 @@ from baton.proxy.http.schema import (
 )
 from baton.proxy.http.structured import json_grammar
 from baton.proxy.http.template_options import MAX_VARIABLES, TemplateRequest, render_options
-from baton.proxy.http.tools import tool_request
 from baton.proxy.text.grammar_request import GrammarRequest
 
 MIN_THINKING_TOKENS = 1024
@@ -50,10 +49,18 @@ IGNORED = frozenset(
     )
 )
 """They change no answer of this server, whatever they say."""
-UNSUPPORTED: Mapping[str, str] = {
-    "container": "there is no code execution",
-    "mcp_servers": "this server calls no tools",
+UNSUPPORTED_HERE: Mapping[str, tuple[tuple[object, ...], str]] = {
+    **UNSUPPORTED,
+    "container": ((), "there is no code execution"),
+    "mcp_servers": (([],), "this server calls no tools"),
+    "n": ((1,), "a message is one answer"),
+    "stop": (("", []), "use stop_sequences"),
+    "max_completion_tokens": ((), "use max_tokens"),
+    "response_format": ((), "use output_config.format"),
+    "reasoning_effort": ((), "use output_config.effort"),
+    "logprobs": ((False,), "messages have no log probabilities"),
 }
+"""As `UNSUPPORTED`."""
 
 
 class _Strict(BaseModel):
@@ -152,7 +159,7 @@ def read_count(body: bytes) -> ParsedRequest:
 def _parsed(body: CountBody) -> ParsedRequest:
     _check_thinking(body)
     hosted = hosted_names(body.tools or ())
-    tools = tool_request(tool_fields(body.tools or (), body.tool_choice))
+    tools = requested_tools(body.tools or (), body.tool_choice)
     messages = chat_messages(body.system, body.messages)
     continues = messages[-1].role == "assistant"
     if continues and messages[-1].tool_calls:
@@ -215,9 +222,5 @@ def _grammar(body: CountBody) -> GrammarRequest | None:
 
 
 def _unknown(body: CountBody) -> tuple[str, ...]:
-    extra = body.model_extra or {}
-    for name, reason in UNSUPPORTED.items():
-        if extra.get(name):
-            raise BadRequest(f"{name} is not supported: {reason}", param=name, code="unsupported_parameter")
-    others = {name: value for name, value in extra.items() if name not in IGNORED and name not in UNSUPPORTED}
-    return unknown_parameters(others, type(body).model_fields)
+    extra = {name: value for name, value in (body.model_extra or {}).items() if name not in IGNORED}
+    return unknown_parameters(extra, type(body).model_fields, UNSUPPORTED_HERE)

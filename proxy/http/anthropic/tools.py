@@ -1,4 +1,4 @@
-"""Tools of the Messages API, as those of a chat: templates, grammars and readers of calls know only these.
+"""Tools of the Messages API as those of a chat: templates, grammars and readers of calls know only these.
 
 Tools that Anthropic's servers run, or whose schema only its models know, have a type of their own. They are left out
 and named, unless an answer must use one. Source: the Anthropic API reference (Messages, tool use).
@@ -7,14 +7,15 @@ and named, unless an answer must use one. Source: the Anthropic API reference (M
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from baton.node.errors import BadRequest
 from baton.proxy.http.parameters import MAX_NAME_CHARS
-from baton.proxy.http.tools import MAX_TOOLS, DeclaredFunction, DeclaredTool, ToolFields
+from baton.proxy.http.tools import MAX_TOOLS, DeclaredFunction, DeclaredTool, ToolFields, ToolRequest, tool_request
 
 _NAME = re.compile(r"[A-Za-z0-9_.\-]{1,128}")
 
@@ -51,14 +52,25 @@ def hosted_names(tools: Sequence[ClientTool]) -> tuple[str, ...]:
     return tuple((tool.name or tool.type or "")[:MAX_NAME_CHARS] for tool in tools if tool.is_hosted)
 
 
-def tool_fields(tools: Sequence[ClientTool], choice: ToolChoice | None) -> ToolFields:
+def requested_tools(tools: Sequence[ClientTool], choice: ToolChoice | None) -> ToolRequest:
     """What a chat would ask for; raises BadRequest."""
-    declared = [_declared(index, tool) for index, tool in enumerate(tools) if not tool.is_hosted]
-    return ToolFields.model_construct(
-        tools=declared,
-        tool_choice=_choice(choice, {tool.function.name for tool in declared}, hosted_names(tools)),
+    declared: dict[str, DeclaredTool] = {}
+    places: dict[str, str] = {}
+    for index, tool in enumerate(tools):
+        if tool.is_hosted:
+            continue
+        made = _declared(index, tool)
+        name = made.function.name
+        if name in declared:
+            raise BadRequest(f"tools.{index}.name is that of an earlier tool", param=f"tools.{index}.name")
+        declared[name], places[name] = made, f"tools.{index}.input_schema"
+    fields = ToolFields.model_construct(
+        tools=list(declared.values()),
+        tool_choice=_choice(choice, declared, hosted_names(tools)),
         parallel_tool_calls=False if choice is not None and choice.disable_parallel_tool_use else None,
     )
+    found = tool_request(fields)
+    return replace(found, params={name: places[name] for name in found.params})
 
 
 def _declared(index: int, tool: ClientTool) -> DeclaredTool:
@@ -66,8 +78,11 @@ def _declared(index: int, tool: ClientTool) -> DeclaredTool:
     if tool.name is None or not _NAME.fullmatch(tool.name):
         what = "must have 1 to 128 letters, digits, underscores, dots and hyphens"
         raise BadRequest(f"{where}.name {what}", param=f"{where}.name")
+    where = f"{where}.input_schema"
     if tool.input_schema is None:
-        raise BadRequest(f"{where}.input_schema: Field required", param=f"{where}.input_schema")
+        raise BadRequest(f"{where}: Field required", param=where)
+    if tool.input_schema.get("type", "object") != "object":
+        raise BadRequest(f"{where} must be the JSON schema of an object", param=where)
     given: dict[str, Any] = {"name": tool.name, "parameters": tool.input_schema}
     given |= {"description": tool.description} if tool.description is not None else {}
     given |= {"strict": tool.strict} if tool.strict is not None else {}
@@ -75,7 +90,7 @@ def _declared(index: int, tool: ClientTool) -> DeclaredTool:
     return DeclaredTool.model_construct(type="function", function=function)
 
 
-def _choice(choice: ToolChoice | None, names: set[str], hosted: Sequence[str]) -> Any:
+def _choice(choice: ToolChoice | None, names: Collection[str], hosted: Sequence[str]) -> Any:
     """In the words of a chat."""
     if choice is None or choice.type in ("auto", "none"):
         return None if choice is None else choice.type

@@ -88,6 +88,33 @@ async def test_text_calls_and_counts_are_those_of_a_chat(
     assert thinking == chat["usage"].get("completion_tokens_details", {}).get("reasoning_tokens", 0)
 
 
+@pytest.mark.parametrize(
+    ("choice", "as_chat"),
+    [
+        ({"type": "any"}, {"tool_choice": "required"}),
+        (
+            {"type": "any", "disable_parallel_tool_use": True},
+            {"tool_choice": "required", "parallel_tool_calls": False},
+        ),
+        (
+            {"type": "tool", "name": "get_weather"},
+            {"tool_choice": {"type": "function", "function": {"name": "get_weather"}}},
+        ),
+    ],
+)
+async def test_forced_calls_have_the_grammar_of_a_chat(
+    client: httpx.AsyncClient, engine: FakeEngine, scripted: Scripted, choice: dict[str, Any], as_chat: dict[str, Any]
+) -> None:
+    """Guards against a call that is asked for and not forced, and against an agent that does not run a named one."""
+    scripted.text = CALL
+    message = await ask(client, tools=[{"name": "get_weather", "input_schema": SCHEMA}], tool_choice=choice)
+    assert message["stop_reason"] == "tool_use" and message["content"][0]["input"] == {"city": "Rome"}
+    tool = {"type": "function", "function": {"name": "get_weather", "parameters": SCHEMA}}
+    await client.post("/v1/chat/completions", json={**BODY, "tools": [tool], **as_chat})
+    assert engine.calls[-1].sampling.grammar is not None
+    assert len({(call.prompt_ids, call.sampling) for call in engine.calls}) == 1
+
+
 async def test_stop_sequences_and_the_end_of_the_context(
     client: httpx.AsyncClient, engine: FakeEngine, scripted: Scripted
 ) -> None:

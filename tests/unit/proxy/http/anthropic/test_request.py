@@ -75,7 +75,9 @@ def test_a_conversation_is_that_of_a_chat() -> None:
     function = {"name": "get_weather", "description": "Of a city.", "parameters": SCHEMA}
     found = read(system=[text(BILLING), text("You help."), text("Always.")], messages=turns, tools=[TOOL])
     wanted = chat(as_chat, tools=[{"type": "function", "function": function}])
-    assert found == replace(wanted, ends_with_context=True)
+    assert wanted.tools is not None
+    in_place = replace(wanted.tools, params={"get_weather": "tools.0.input_schema"})
+    assert found == replace(wanted, tools=in_place, ends_with_context=True)
 
 
 @pytest.mark.parametrize(
@@ -191,6 +193,9 @@ def test_counting_needs_no_max_tokens() -> None:
         ({"type": "auto"}, {"get_weather"}, None),
         ({"type": "auto", "disable_parallel_tool_use": True}, {"get_weather"}, 1),
         ({"type": "none"}, set(), None),
+        ({"type": "any"}, {"get_weather"}, None),
+        ({"type": "any", "disable_parallel_tool_use": True}, {"get_weather"}, 1),
+        ({"type": "tool", "name": "get_weather"}, {"get_weather"}, 1),
     ],
 )
 def test_tools(choice: Any, names: set[str], max_calls: int | None) -> None:
@@ -198,6 +203,7 @@ def test_tools(choice: Any, names: set[str], max_calls: int | None) -> None:
     hosted = {"type": "web_search_20250305", "name": "web_search", "max_uses": 5}
     found = read(tools=[TOOL, hosted], tool_choice=choice)
     assert found.tools is not None and set(found.tools.schemas) == names and found.tools.max_calls == max_calls
+    assert found.tools.forced == (choice is not None and choice["type"] in ("any", "tool"))
     assert found.unknown == ("tools.web_search",)
 
 
@@ -253,7 +259,11 @@ REFUSED: tuple[tuple[dict[str, Any], str], ...] = (
     ({"tool_choice": "any", "tools": [TOOL]}, "tool_choice"),
     ({"output_config": {"format": {"type": "text"}}}, "output_config.format.type"),
     ({"output_config": {"effort": "huge"}}, "output_config.effort"),
+    ({"tools": [TOOL, TOOL]}, "tools.1.name"),
+    ({"tools": [{"name": "f", "input_schema": {"type": "array"}}]}, "tools.0.input_schema"),
     ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
+    ({"stop": ["a"]}, "stop"),
+    ({"response_format": {"type": "json_object"}}, "response_format"),
     ({"container": "x"}, "container"),
     ({"temprature": 1.0}, "temprature"),
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs.messages"),
