@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Protocol, Self
 
 from baton.launch.gpus import describe, visible_gpus
 from baton.launch.local import (
@@ -53,6 +53,32 @@ TAIL_BYTES = 4000
 _READY = re.compile(r'baton:worker_up\{(?=.*role="(\w+)")(?=.*state="ready")(?=.*worker="([^"]+)").*\} 1\.0')
 
 
+class NodeProcess(Protocol):
+    """What a cluster uses of subprocess.Popen."""
+
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+    def wait(self, timeout: float | None = None) -> int: ...
+
+    def send_signal(self, sig: int) -> None: ...
+
+
+def start_process(spec: ChildSpec, log: BinaryIO) -> NodeProcess:
+    """Start a node: a child that leads a process group of its own and ends with the caller."""
+    return subprocess.Popen(
+        spec.argv,
+        env=spec.env,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        process_group=0,
+        preexec_fn=tether(os.getpid()),
+    )
+
+
 class ClusterError(Exception):
     """A cluster did not start, or a node ended that should run; the message ends with the last lines of its log."""
 
@@ -61,8 +87,8 @@ class Cluster:
     """The nodes of one cluster by name: proxy (proxy-0, proxy-1 if there are several), store, prefill-0, decode-0 and
     so on. See the example above.
 
-    `edit` may change the command of a node. Logs are files `NAME.log` in `log_folder`, by default a temporary one that
-    is removed at the end. `environ` stands in for the environment of this process.
+    `edit` may change the command of a node, and `start` how it is started. Logs are files `NAME.log` in `log_folder`,
+    by default a temporary one that is removed at the end. `environ` stands in for the environment of this process.
     """
 
     def __init__(
@@ -71,6 +97,7 @@ class Cluster:
         *,
         log_folder: Path | None = None,
         edit: Callable[[ChildSpec], ChildSpec] = lambda spec: spec,
+        start: Callable[[ChildSpec, BinaryIO], NodeProcess] = start_process,
         environ: Mapping[str, str] | None = None,
     ) -> None:
         self._folder = RunFolder()
@@ -84,12 +111,13 @@ class Cluster:
         self.gpu_lines = describe(placements, gpus, sizes_pools(settings))
         """What each worker may use of a GPU, to be printed."""
         self._edit = edit
+        self._start = start
         self._env = node_environment(settings, environ)
         specs = plan_nodes(self.settings, self.ports, placements, environ)
         self._specs = {spec.name: edit(spec) for spec in specs}
         self._proxies = [spec.name for spec in specs if spec.group == "proxy"]
         self._log_folder = self._folder.path if log_folder is None else log_folder
-        self._nodes: dict[str, subprocess.Popen[bytes]] = {}
+        self._nodes: dict[str, NodeProcess] = {}
         self._stopping: set[str] = set()
         """Nodes that may end: they got a signal from here, or their end is waited for."""
         self._killed: set[str] = set()
@@ -158,7 +186,7 @@ class Cluster:
                 node.wait(max(0.1, deadline - time.monotonic()))
             except subprocess.TimeoutExpired:
                 self._reap(node)
-            if node.returncode != 0 and name not in self._killed:
+            if node.returncode and name not in self._killed:
                 bad[name] = node.returncode
         self._folder.close()
         return bad
@@ -189,15 +217,7 @@ class Cluster:
         self._stopping.discard(name)
         self._killed.discard(name)
         with open(self._log_folder / f"{name}.log", "ab", opener=private_opener) as log:
-            self._nodes[name] = subprocess.Popen(
-                spec.argv,
-                env=spec.env,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                process_group=0,
-                preexec_fn=tether(os.getpid()),
-            )
+            self._nodes[name] = self._start(spec, log)
 
     def add_worker(self, role: str, name: str, *more: str) -> None:
         """Start one more worker, on no GPU of its own (`more` may say --gpu); does not wait until it has joined."""
@@ -306,7 +326,7 @@ class Cluster:
     def _log_tail(self, name: str) -> str:
         return f"--- {name}\n" + (self._log_folder / f"{name}.log").read_bytes()[-TAIL_BYTES:].decode(errors="replace")
 
-    def _reap(self, node: subprocess.Popen[bytes]) -> None:
+    def _reap(self, node: NodeProcess) -> None:
         signal_group(node.pid, signal.SIGKILL)
         node.wait(STOP_TIMEOUT_S)
 

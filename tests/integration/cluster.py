@@ -13,10 +13,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -26,6 +28,7 @@ import httpx
 from baton.launch import cluster as launch
 from baton.launch.local import ServeSettings
 from baton.launch.supervisor import ChildSpec
+from baton.testing.fork_server import ForkServer
 from baton.testing.relay_board import RelayBoard
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -74,6 +77,12 @@ class Stream:
             self.broken = error
 
 
+@cache
+def fork_server() -> ForkServer:
+    """One for all clusters of this process."""
+    return ForkServer()
+
+
 @dataclass(slots=True)
 class Cluster:
     """A cluster on the CPU for tests: requests, metrics and waits. `nodes` starts, kills and freezes its processes."""
@@ -100,6 +109,8 @@ class Cluster:
     log_folder: Path | None = None
     relays: RelayBoard | None = None
     """What all links lead through; None: links are direct."""
+    forked: bool = sys.platform.startswith("linux")
+    """Whether nodes are forks of a process that has imported what they need; False: they are as `serve` starts them."""
     nodes: launch.Cluster = field(init=False)
 
     def __post_init__(self) -> None:
@@ -120,7 +131,13 @@ class Cluster:
             start_timeout_s=START_TIMEOUT_S,
         )
         environ = {**os.environ, "OMP_NUM_THREADS": "1"}
-        self.nodes = launch.Cluster(settings, log_folder=self.log_folder, edit=self._for_tests, environ=environ)
+        self.nodes = launch.Cluster(
+            settings,
+            log_folder=self.log_folder,
+            edit=self._for_tests,
+            start=fork_server().start if self.forked else launch.start_process,
+            environ=environ,
+        )
 
     @property
     def url(self) -> str:

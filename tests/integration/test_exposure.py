@@ -43,6 +43,7 @@ def cluster(folder: Path) -> Iterator[Cluster]:
         proxy_args=("--local-prefill", "never", "--log-level", "debug", "--access-log", "--debug-requests", "16"),
         worker_args=("--log-level", "debug"),
         log_folder=folder,
+        forked=False,  # command lines and environments are looked at
     )
     try:
         with made as running:
