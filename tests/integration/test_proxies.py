@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from baton.launch.local import free_port
-from baton.tests.integration.cluster import ROOT, Cluster, Stream
+from baton.tests.integration.cluster import NO_TLS, ROOT, Cluster, Stream
 from baton.tests.integration.prompts import BEGINNINGS
 
 MAX_CONNECTIONS = 64
@@ -71,7 +71,7 @@ def test_requests_reach_both_proxies_and_are_counted(cluster: Cluster) -> None:
     assert sum(served.values()) == MAX_CONNECTIONS
     assert cluster.num_workers() == 2, "workers are shown once"
     for request_id in ids:
-        found = httpx.get(f"{cluster.url}/debug/requests/{request_id}", timeout=10)
+        found = httpx.get(f"{cluster.url}/debug/requests/{request_id}", timeout=10, verify=NO_TLS)
         assert found.status_code == 200 and found.json()["id"] == request_id
 
 
@@ -125,11 +125,11 @@ def test_serve_brings_a_killed_proxy_back() -> None:
             url = f"http://127.0.0.1:{port}"
             subprocess.run(["kill", "-9", str(proxy_1)], check=True)
             assert any(line.startswith("proxy-1 ended (killed by SIGKILL); restart") for line in lines)
-            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
+            assert httpx.post(f"{url}/v1/completions", json=body, timeout=60, verify=NO_TLS).status_code == 200
             assert any("[proxy-1]" in line and "worker_joined" in line for line in lines)
             for _ in range(MAX_CONNECTIONS):
-                assert httpx.post(f"{url}/v1/completions", json=body, timeout=60).status_code == 200
-            page = httpx.get(f"{url}/metrics", timeout=60).text
+                assert httpx.post(f"{url}/v1/completions", json=body, timeout=60, verify=NO_TLS).status_code == 200
+            page = httpx.get(f"{url}/metrics", timeout=60, verify=NO_TLS).text
             assert re.search(r'vllm:request_success_total\{finished_reason="\w+",[^}]*proxy="1"\} [1-9]', page), page
         finally:
             serve.terminate()
