@@ -33,8 +33,8 @@ def check(oracle: Oracle, prompts: list[str]):  # type: ignore[no-untyped-def]
     def run(cluster: Cluster, at_once: int, chosen: list[str] | None = None) -> None:
         chosen = chosen or prompts
         got = _answers(cluster, chosen, at_once)
-        for prompt, answer in zip(chosen, got, strict=True):
-            assert answer == oracle.answer(prompt), prompt
+        for prompt, answer, expected in zip(chosen, got, oracle.answers(chosen), strict=True):
+            assert answer == expected, prompt
 
     return run
 
