@@ -12,7 +12,7 @@ import pytest
 
 from baton.testing.relay import FaultKind, LinkFault, Toward
 from baton.testing.relay_board import LINK_KINDS, RelayBoard
-from baton.tests.integration.cluster import Cluster
+from baton.tests.integration.cluster import Cluster, Stream
 from baton.tests.integration.test_failures import begin, demand_undisturbed, mixed, wait_chunks
 
 pytestmark = pytest.mark.timeout(300)
@@ -56,12 +56,23 @@ def cluster(shared: Cluster, relays: RelayBoard) -> Iterator[Cluster]:
 
 def test_every_kind_of_link_is_reset_in_turn(cluster: Cluster, relays: RelayBoard) -> None:
     """Guards requests whose messages were under way: what was lost with a connection must not be waited for."""
-    requests = mixed(6, sentences=8)
-    streams = begin(cluster, requests)
-    for num_chunks, kind in enumerate(LINK_KINDS, start=2):
-        wait_chunks(cluster, streams[:1], num_chunks)
+    requests = mixed(6 + len(LINK_KINDS), sentences=8)
+    streams = begin(cluster, requests[:6])
+    for kind in LINK_KINDS:
+        wait_progress(cluster, streams)  # a request that is hit by four resets without it has no attempt left
+        streams += begin(cluster, requests[len(streams) :][:1])
         relays.set_fault(relays.links(kind), LinkFault(FaultKind.RESET))
     demand_undisturbed(cluster, requests, streams)
+
+
+def wait_progress(cluster: Cluster, streams: list[Stream]) -> None:
+    """Until each stream that has not ended has got more."""
+    before = [stream.num_chunks for stream in streams]
+
+    def progressed() -> bool:
+        return all(stream.ended or stream.num_chunks > seen for stream, seen in zip(streams, before, strict=True))
+
+    cluster.wait_until(progressed, "all streams go on")
 
 
 @pytest.mark.parametrize(
