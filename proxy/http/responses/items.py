@@ -149,7 +149,7 @@ class _Conversation:
 
     def end(self) -> list[ChatMessage]:
         self._end_answer()
-        first = [ChatMessage.model_construct(role="system", content="\n\n".join(self._system))] if self._system else []
+        first = [ChatMessage(role="system", content="\n\n".join(self._system))] if self._system else []
         return first + self._messages
 
     @property
@@ -158,15 +158,15 @@ class _Conversation:
 
     def _append(self, **fields: Any) -> None:
         self._end_answer()
-        self._messages.append(ChatMessage.model_construct(**fields))
+        self._messages.append(ChatMessage(**fields))
 
     def _call(self, call_id: str, name: str, arguments: str | dict[str, Any]) -> None:
-        function = CalledFunction.model_construct(name=name, arguments=arguments)
-        self._calls.append(ToolCall.model_construct(id=call_id, function=function))
+        function = CalledFunction(name=name, arguments=arguments)
+        self._calls.append(ToolCall(id=call_id, function=function))
 
     def _end_answer(self) -> None:
         if self._reasoning or self._texts or self._calls:
-            message = ChatMessage.model_construct(
+            message = ChatMessage(
                 role="assistant",
                 content="".join(self._texts),
                 tool_calls=self._calls or None,

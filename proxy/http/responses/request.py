@@ -7,6 +7,7 @@ Source: the OpenAI API reference (Responses).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
@@ -44,10 +45,13 @@ from baton.proxy.http.schema import (
 )
 from baton.proxy.http.structured import StructuredFields, StructuredOutputs, grammar_request, json_grammar
 from baton.proxy.http.template_options import TemplateRequest, render_options
-from baton.proxy.http.tools import MAX_TOOLS, ToolFields, tool_request
+from baton.proxy.http.tools import MAX_TOOLS, MAX_TOOLS_CHARS, ToolFields, tool_request
 from baton.proxy.text.grammar_request import GrammarRequest
 
-MAX_METADATA = 64
+MAX_METADATA, MAX_METADATA_CHARS = 16, 512
+MAX_DESCRIPTION_CHARS = 1 << 16
+MAX_REPEATED_CHARS = 2 * MAX_TOOLS_CHARS
+"""Of tools and tool_choice, which an answer repeats and holds until its end."""
 MAX_INCLUDED = 32
 LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_content"
 """Values of `include` that are known here. Reasoning is not encrypted: items have it as text."""
@@ -71,12 +75,15 @@ UNSUPPORTED_HERE: Mapping[str, tuple[tuple[object, ...], str]] = {
 """As `UNSUPPORTED`."""
 
 
+MetadataText = Annotated[str, Field(max_length=MAX_METADATA_CHARS)]
+
+
 class TextFormat(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     type: Literal["text", "json_object", "json_schema"]
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")] | None = None
-    description: str | None = None
+    description: Annotated[str, Field(max_length=MAX_DESCRIPTION_CHARS)] | None = None
     schema_: Annotated[dict[str, Any] | bool | None, Field(alias="schema")] = None
     strict: bool | None = None
 
@@ -114,7 +121,7 @@ class ResponsesRequest(SamplingRequest, TemplateRequest):
     truncation: Literal["auto", "disabled"] | None = None
     previous_response_id: str | None = None
     store: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA)] | None = None
+    metadata: Annotated[dict[MetadataText, MetadataText], Field(max_length=MAX_METADATA)] | None = None
     user: Key | None = None
     safety_identifier: Key | None = None
     prompt_cache_key: Key | None = None
@@ -233,6 +240,8 @@ def _repeated(request: ResponsesRequest, given: GivenTools) -> RepeatedFields:
     form = request.text.format if request.text is not None else None
     shown = {"type": "text"} if form is None else form.model_dump(by_alias=True, exclude_none=True)
     reasoning = request.reasoning or ReasoningFields()
+    if len(json.dumps((given.shown, request.tool_choice))) > MAX_REPEATED_CHARS:
+        raise BadRequest(f"tools and tool_choice have more than {MAX_REPEATED_CHARS} characters", param="tools")
     return RepeatedFields(
         instructions=request.instructions,
         max_output_tokens=request.max_output_tokens,

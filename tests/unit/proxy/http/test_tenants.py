@@ -147,3 +147,14 @@ async def test_an_id_in_use_tells_nothing_of_other_tenants(client: httpx.AsyncCl
     assert [await status("b"), await status("a")] == [200, 409]
     go_on.set()
     assert await first == 200
+
+
+async def test_the_responses_api_has_the_rules_of_chats(client: httpx.AsyncClient) -> None:
+    """Guards against an API that is closed to tenants, or beside their models and counts."""
+    body = {"model": "demo", "input": "Hi", "max_output_tokens": 4}
+    assert (await client.post("/v1/responses", json=body, headers=key("a"))).status_code == 200
+    assert (await client.post("/v1/responses", json=body)).status_code == 401
+    assert (await client.post("/v1/responses", json=body, headers=key("few"))).status_code == 404
+    page = (await client.get("/metrics", headers=key("monitor"))).text
+    assert 'baton:tenant_requests_total{tenant="a"} 1.0' in page
+    assert 'gen_ai_server_request_duration_seconds_count{gen_ai_operation_name="chat"' in page
