@@ -40,6 +40,8 @@ class GrammarCompiled:
 
     grammar: Grammar
     error: str = ""
+    compiled: object = None
+    """For whatever compiled it: it may have forgotten the grammar meanwhile."""
 
 
 class _Phase(Enum):

@@ -1,7 +1,7 @@
 """Grammars by llguidance: compiled on threads of their own, and the masks of what sequences may draw next.
 
     grammars.compile(grammar)            # at once a Constraint, or None: a GrammarCompiled follows
-    grammars.constraint(grammar)         # after each of these; None: another follows
+    grammars.constraint(event)           # after each of these; None: another follows
     constraint.advance(token_ids)        # what was drawn
     grammars.masks([constraint, ...])    # for Launched.complete
 
@@ -113,11 +113,10 @@ class GrammarCompiler:
                 self._compiled.popitem(last=False)
         return self._copy(grammar, found, waited=False)
 
-    def constraint(self, grammar: Grammar) -> Constraint | None:
-        """The same, after a GrammarCompiled; None if another one follows."""
-        with self._lock:
-            found = self._compiled.get(grammar)
-        return self.compile(grammar) if found is None else self._copy(grammar, found, waited=True)
+    def constraint(self, event: GrammarCompiled) -> Constraint | None:
+        """The same, for a sequence that waited; None if another event follows."""
+        assert isinstance(event.compiled, _CompiledGrammar)
+        return self._copy(event.grammar, event.compiled, waited=True)
 
     def _copy(self, grammar: Grammar, compiled: _CompiledGrammar, *, waited: bool) -> Constraint | None:
         """`waited`: one of those that are being compiled is for this sequence."""
@@ -183,4 +182,4 @@ class GrammarCompiler:
                 compiled.originals.append(_Original(matcher, self._num_originals))
             elif self._compiled.get(grammar) is compiled and not compiled.size:
                 del self._compiled[grammar]
-        self._on_compiled(GrammarCompiled(grammar, error))
+        self._on_compiled(GrammarCompiled(grammar, error, compiled))

@@ -27,13 +27,12 @@ from baton.node.messages.control import (
     DispatchBody,
     Drain,
     Failed,
-    Grammar,
     Load,
     Prefill,
     Reserve,
 )
 from baton.node.telemetry import log_event
-from baton.worker.constraint import Constraint, GrammarCompiled
+from baton.worker.constraint import GrammarCompiled
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied, Terminated
 from baton.worker.parts import Parts
@@ -239,7 +238,9 @@ class Loop:
             parts, now = self._parts, self._clock()
             sequence = Sequence.of(message, link, at, now, parts.manager, parts.layout.block_tokens)
             self._expire_at = min(self._expire_at, sequence.deadline)
-            self._constrain(sequence, parts.grammars.compile)
+            grammar = sequence.sampling.grammar
+            if grammar is not None and (constraint := parts.grammars.compile(grammar)) is not None:
+                sequence.constrain(constraint)
             answer = self.role.accept(sequence, message)
         if answer is not None:
             self._parts.io.send(link, answer)
@@ -260,19 +261,13 @@ class Loop:
             return busy(leg, "queue is full")
         return None
 
-    def _constrain(self, sequence: Sequence, ask: Callable[[Grammar], Constraint | None]) -> None:
-        """Give a sequence with a grammar its constraint, if there is one already."""
-        grammar = sequence.sampling.grammar
-        if grammar is not None and (constraint := ask(grammar)) is not None:
-            sequence.constrain(constraint)
-
     def _on_grammar(self, event: GrammarCompiled) -> None:
         waiting = [each for each in self.role.sequences.values() if each.awaits_grammar]
         for sequence in [each for each in waiting if each.sampling.grammar == event.grammar]:
             if event.error:
                 self.role.end(sequence, failed(sequence.leg, f"grammar: {event.error}", retryable=False))
-            else:
-                self._constrain(sequence, self._parts.grammars.constraint)
+            elif (constraint := self._parts.grammars.constraint(event)) is not None:
+                sequence.constrain(constraint)
 
     def _expire(self, now: float) -> None:
         self._end_those(lambda sequence: now >= sequence.deadline, "deadline", retryable=False)

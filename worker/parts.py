@@ -19,7 +19,7 @@ from baton.node.counters import TransferCounters
 from baton.node.errors import InvariantBroken
 from baton.node.messages.base import Message
 from baton.node.messages.control import Grammar, Load
-from baton.worker.constraint import Constraint
+from baton.worker.constraint import Constraint, GrammarCompiled
 from baton.worker.io_thread import Command, Inbound
 from baton.worker.prefix_loading import PrefixLoader
 
@@ -71,7 +71,7 @@ class Grammars(Protocol):
 
     def compile(self, grammar: Grammar) -> Constraint | None: ...
 
-    def constraint(self, grammar: Grammar) -> Constraint | None: ...
+    def constraint(self, event: GrammarCompiled) -> Constraint | None: ...
 
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray: ...
 
@@ -82,7 +82,8 @@ class NoGrammars:
     def compile(self, grammar: Grammar) -> Constraint | None:
         raise InvariantBroken("a request with a grammar, where none is compiled")
 
-    constraint = compile
+    def constraint(self, event: GrammarCompiled) -> Constraint | None:
+        raise InvariantBroken("a grammar, where none is compiled")
 
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
         raise InvariantBroken("masks, where no grammar is compiled")

@@ -91,9 +91,9 @@ class Compiler:
         grammar = Grammar(text=text, end_ids=(END,))
         found = [self.grammars.compile(grammar) for _ in range(number)]
         while None in found:
-            if error := self._compiled.get().error:
-                raise SystemExit(f"{schema}: {error}")
-            found = [each or self.grammars.constraint(grammar) for each in found]
+            if (event := self._compiled.get()).error:
+                raise SystemExit(f"{schema}: {event.error}")
+            found = [each or self.grammars.constraint(event) for each in found]
         return [each for each in found if each is not None]
 
     def token_ids(self, value: Any) -> list[int]:

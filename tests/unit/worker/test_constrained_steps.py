@@ -55,7 +55,8 @@ class CountingGrammars:
     def compile(self, grammar: Grammar) -> Constraint | None:
         return Constraint(grammar, Counter()) if self.ready else None
 
-    constraint = compile
+    def constraint(self, event: GrammarCompiled) -> Constraint | None:
+        return self.compile(event.grammar)
 
     def masks(self, constraints: Sequence[Constraint]) -> np.ndarray:
         return np.array([[each.matcher.next if each.matcher else FREE] for each in constraints])  # type: ignore[attr-defined]
