@@ -1,0 +1,94 @@
+"""A decode worker with the demo model in this process: real steps, draws and grammars, and no sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import baton
+from baton.decode.role import DecodeRole
+from baton.decode.settings import DecodeSettings
+from baton.kvtransfer.blocks.hashing import block_hashes
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.manager import BlockManager
+from baton.kvtransfer.store.client import NO_STORE
+from baton.models.cpu.runner import ModelRunner
+from baton.node.messages.control import Bundle, DispatchBody, Failed, Reserve, SamplingSpec
+from baton.tests.unit.worker.bench import RecordingIo
+from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
+from baton.worker.grammars import GrammarCompiler
+from baton.worker.io_thread import FromProxy
+from baton.worker.loop import Loop
+from baton.worker.parts import Parts
+from baton.worker.prefix_loading import PrefixLoader
+
+FOLDER = Path(baton.__file__).parent / "models" / "demo"
+END_IDS = (0, 1)
+BLOCK_TOKENS = 16
+MAX_MODEL_LEN = 1024
+ROOT = b"r" * 32
+
+
+class Answer(NamedTuple):
+    """What a sequence generated, and how it ended."""
+
+    ids: tuple[int, ...]
+    finish: str
+
+
+class DemoWorker:
+    """Answers all requests of a call at once, as far as they fit."""
+
+    def __init__(self, num_blocks: int, max_num_seqs: int = 64) -> None:
+        runner = ModelRunner.load(FOLDER, max_model_len=MAX_MODEL_LEN)
+        config = runner.config
+        layout = KVLayout.of_model(
+            num_layers=config.num_layers,
+            kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            block_tokens=BLOCK_TOKENS,
+            dtype="float32",
+        )
+        runner.bind_pool(torch.zeros(runner.kv_shape(num_blocks, BLOCK_TOKENS), dtype=runner.kv_dtype))
+        self._io, manager = RecordingIo(), BlockManager(num_blocks)
+        with loading_grammar_tokenizer(FOLDER / "tokenizer.json", config.vocab_size, END_IDS) as tokenizer:
+            self.grammars = GrammarCompiler(tokenizer, config.vocab_size, self._io.inbox.put)
+        prefixes = PrefixLoader(NO_STORE, manager, layout, always=False)
+        parts = Parts(runner, manager, layout, MAX_MODEL_LEN, self._io, prefixes, grammars=self.grammars)
+        settings = DecodeSettings(spare_blocks=0, max_num_seqs=max_num_seqs)
+        self.role = DecodeRole(parts, settings.sizes("cpu"), settings.spare_blocks)
+        self._loop = Loop(parts, self.role, max_waiting=4096, drain_s=1.0)
+
+    def answers(self, requests: Mapping[str, SamplingSpec], prompt: Iterable[int]) -> dict[str, Answer]:
+        """Of requests by name, all with one prompt."""
+        self._io.sent.clear()
+        ids = tuple(prompt)
+        for name, sampling in requests.items():
+            body = DispatchBody(
+                token_ids=ids,
+                prompt_len=len(ids),
+                root=ROOT,
+                block_hashes=block_hashes(ROOT, ids, BLOCK_TOKENS),
+                sampling=sampling,
+                deadline_s=300.0,
+            )
+            self._io.inbox.put(FromProxy("proxy", Reserve(request_id=name, attempt=0, body=body), time.monotonic()))
+        while self.role.sequences or not self._io.inbox.empty():
+            self._loop.turn(0.0)
+        self._loop.check()
+        failures = [(each.request_id, each.reason) for each in self._io.of(Failed)]
+        assert not failures, failures
+        return self._collected()
+
+    def _collected(self) -> dict[str, Answer]:
+        ids: dict[str, list[int]] = {}
+        finishes: dict[str, str] = {}
+        for bundle in self._io.of(Bundle):
+            for tokens in bundle.tokens:
+                ids.setdefault(tokens.request_id, []).extend(tokens.ids)
+                finishes[tokens.request_id] = tokens.finish or finishes.get(tokens.request_id, "")
+        return {name: Answer(tuple(found), finishes[name]) for name, found in ids.items()}
