@@ -9,8 +9,10 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from typing import Literal
 
 import anthropic
+import pydantic
 
 BASE_URL, WANTED = sys.argv[1].removesuffix("/v1"), json.loads(sys.argv[2])
 CHAT = {
@@ -30,11 +32,20 @@ WEATHER = {
     },
 }
 
+
+class Sunny(pydantic.BaseModel):
+    city: Literal["Rome", "Oslo"]
+
+
 client = anthropic.Anthropic(base_url=BASE_URL, api_key="none", max_retries=0, timeout=60)
 
 
 def prompt_tokens(usage: anthropic.types.Usage) -> int:
     return usage.input_tokens + usage.cache_creation_input_tokens + usage.cache_read_input_tokens
+
+
+def check_models() -> None:
+    assert [model.id for model in client.models.list()] == ["demo"]
 
 
 def check_messages() -> None:
@@ -80,6 +91,57 @@ def check_count_tokens() -> None:
     )
     message = client.messages.create(**CHAT, system="Be kind.", tools=[WEATHER])
     assert counted.input_tokens == prompt_tokens(message.usage) > WANTED["chat_prompt_tokens"]
+
+
+def check_tools() -> None:
+    """Forced calls, whole and streamed, and the turn with the result of one."""
+    ask = {
+        "model": "demo",
+        "max_tokens": 400,
+        "messages": [{"role": "user", "content": "How is the weather in Rome?"}],
+        "tools": [WEATHER],
+        "extra_body": {"temperature": 1.0, "seed": 5},
+    }
+    for choice in ({"type": "any", "disable_parallel_tool_use": True}, {"type": "tool", "name": "get_weather"}):
+        message = client.messages.create(**ask, tool_choice=choice)
+        (call,) = [block for block in message.content if block.type == "tool_use"]
+        assert message.stop_reason == "tool_use" and call.name == "get_weather"
+        assert call.input["city"] in ("Rome", "Oslo") and call.id
+        with client.messages.stream(**ask, tool_choice=choice) as stream:
+            streamed = stream.get_final_message()
+        assert [block.input for block in streamed.content if block.type == "tool_use"] == [call.input]
+        assert streamed.stop_reason == "tool_use"
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny, 20 degrees."}
+    turns = [*ask["messages"], {"role": "assistant", "content": message.content}, {"role": "user", "content": [result]}]
+    message = client.messages.create(**{**ask, "messages": turns}, tool_choice={"type": "none"})
+    assert {block.type for block in message.content} <= {"text", "thinking"}
+
+
+def check_parse() -> None:
+    message = client.messages.parse(
+        model="demo",
+        max_tokens=400,
+        messages=[{"role": "user", "content": "Where is it sunny?"}],
+        output_format=Sunny,
+        extra_body={"temperature": 1.0, "seed": 5},
+    )
+    assert message.stop_reason == "end_turn" and message.parsed_output.city in ("Rome", "Oslo")
+
+
+def check_thinking() -> None:
+    """Reasoning comes back in blocks of its own, which the next turn sends along."""
+    ask = {**CHAT, "max_tokens": 1025, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    with client.messages.stream(**ask) as stream:
+        message = stream.get_final_message()
+    block = message.content[0]
+    assert block.type == "thinking" and block.thinking and block.signature
+    turns = [
+        *WANTED["messages"],
+        {"role": "assistant", "content": message.content},
+        {"role": "user", "content": "Why?"},
+    ]
+    answer = client.messages.create(**{**CHAT, "messages": turns}, thinking={"type": "disabled"})
+    assert {block.type for block in answer.content} == {"text"}
 
 
 def check_prefix_hits() -> None:
@@ -144,11 +206,15 @@ async def check_async() -> None:
 
 
 if __name__ == "__main__":
+    check_models()
     check_messages()
     check_streamed_messages()
     check_stream_helper()
     check_stop_sequences()
     check_count_tokens()
+    check_tools()
+    check_parse()
+    check_thinking()
     check_prefix_hits()
     check_errors()
     asyncio.run(check_async())
