@@ -22,6 +22,8 @@ TOOL_FORMATS = (
     *("mistral", "mistral_v11", "deepseek_v3", "deepseek_v31"),
 )
 """Besides the first two, the tables of the proxy."""
+REASONING_FORMATS = (AUTO, "none", "think", "think_brackets")
+REASONING_FIELDS = ("reasoning_content", "reasoning")
 _HOST_NAME = re.compile(r"[A-Za-z0-9._-]{1,253}", re.ASCII)
 _ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 
@@ -42,6 +44,15 @@ class ApiSettings:
         choices=TOOL_FORMATS,
         help="how the model writes tool calls: found from its chat template, not read at all, or in the format of this "
         "name",
+    )
+    reasoning_format: str = option(
+        AUTO,
+        choices=REASONING_FORMATS,
+        help="how the model marks its reasoning: found from its chat template and vocabulary, not read at all, between "
+        "<think> tags, or between [THINK] tags",
+    )
+    reasoning_field: str = option(
+        "reasoning_content", choices=REASONING_FIELDS, help="name of the reasoning in answers of chats"
     )
     host: str = option("127.0.0.1", help="address of the HTTP API")
     port: int = option(8000, help="port of the HTTP API", minimum=0, maximum=65535)

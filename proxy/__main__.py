@@ -75,7 +75,7 @@ async def serve(settings: ProxySettings) -> int:
     credentials = link_credentials("proxy", settings.secret_file, settings.insecure_network)
     check_files(settings)
     folder = locate_model(settings.model, logger.info)
-    text = ModelText(folder, tool_format=settings.tool_format)
+    text = ModelText(folder, tool_format=settings.tool_format, reasoning_format=settings.reasoning_format)
     listener = _listen(settings.host, settings.port, shared=settings.proxies > 1)
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)
     endpoint = Endpoint(Context(credentials), settings.name, settings.control_address, bytes_a_turn=BYTES_A_TURN)
@@ -96,6 +96,7 @@ async def serve(settings: ProxySettings) -> int:
         request_timeout_s=settings.request_timeout_s,
         slow_request_s=math.inf if settings.slow_request_s is None else settings.slow_request_s,
         debug_requests=settings.debug_requests,
+        reasoning_field=settings.reasoning_field,
         version=__version__,
     )
     service = make_service(

@@ -140,6 +140,8 @@ class AppSettings:
     """How long /health_generate waits for its token."""
     slow_request_s: float = math.inf
     """A generation that takes longer is logged with its whole timeline."""
+    reasoning_field: str = "reasoning_content"
+    """The name of reasoning in chats' answers."""
     debug_requests: int = 0
     """Generations that are over and can be looked up at /debug/requests; 0: there is no such route."""
     metrics: bool = True

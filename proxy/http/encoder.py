@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from baton.node.messages.control import SamplingSpec
+from baton.proxy.formats.events import ReasoningText
 from baton.proxy.http.events import Event, TokenUsage
 from baton.proxy.http.failures import Failure
 
@@ -32,6 +33,8 @@ class AnswerHeader:
     """Of the first prompt."""
     sampling: SamplingSpec
     """Of the first choice: the client's values, and the model's where it gave none."""
+    reasoning_field: str = "reasoning_content"
+    """The name of reasoning in chats."""
 
 
 class Encoder(Protocol):
@@ -62,6 +65,27 @@ class Encoder(Protocol):
 
 
 EncoderMaker = Callable[[AnswerHeader], Encoder]
+
+
+class WithoutReasoning:
+    """An encoder that leaves reasoning out."""
+
+    def __init__(self, encoder: Encoder) -> None:
+        self._encoder = encoder
+        self.opening = encoder.opening
+        self.end = encoder.end
+        self.failure = encoder.failure
+
+    def whole(self, choices: Sequence[Sequence[Event]], usage: TokenUsage) -> bytes:
+        return self._encoder.whole([_without_reasoning(events) for events in choices], usage)
+
+    def frames(self, index: int, events: Sequence[Event]) -> bytes:
+        shown = _without_reasoning(events)
+        return self._encoder.frames(index, shown) if shown else b""
+
+
+def _without_reasoning(events: Sequence[Event]) -> list[Event]:
+    return [event for event in events if type(event) is not ReasoningText]
 
 
 def frame(data: bytes) -> bytes:

@@ -25,6 +25,7 @@ from baton.proxy.http.events import (
 )
 from baton.proxy.http.failures import Failure
 
+COMPLETION = "text_completion"
 CHAT_CHUNK = "chat.completion.chunk"
 _encode = msgspec.json.Encoder().encode
 _MARK = "\x00text\x00"
@@ -54,7 +55,7 @@ class _Usage(msgspec.Struct):
     total_tokens: int
     prompt_tokens_details: _PromptDetails
     completion_tokens_details: _CompletionDetails | msgspec.UnsetType
-    """Absent where there was no reasoning."""
+    """Of chats."""
 
 
 class _CompletionLogprobs(msgspec.Struct):
@@ -126,6 +127,7 @@ class _Delta(msgspec.Struct, omit_defaults=True):
     content: str | None = None
     refusal: None = None
     reasoning_content: str | None = None
+    reasoning: str | None = None
     tool_calls: list[_CallDelta] | None = None
 
 
@@ -143,6 +145,7 @@ class _ChatMessage(msgspec.Struct):
     content: str | None
     refusal: None = None
     reasoning_content: str | msgspec.UnsetType = msgspec.UNSET
+    reasoning: str | msgspec.UnsetType = msgspec.UNSET
     tool_calls: list[_Call] | msgspec.UnsetType = msgspec.UNSET
 
 
@@ -216,17 +219,17 @@ class CompletionEncoder:
 
     def whole(self, choices: Sequence[Sequence[Event]], usage: TokenUsage) -> bytes:
         joined = [join_events(index, events) for index, events in enumerate(choices)]
-        return _answer(self.header, "text_completion", [self._choice(choice) for choice in joined], usage)
+        return _answer(self.header, COMPLETION, [self._choice(choice) for choice in joined], usage)
 
     def opening(self, index: int, cached_tokens: int) -> bytes:
         return b""
 
     def any_frames(self, index: int, events: Sequence[Event]) -> bytes:
         choice = join_events(index, events)
-        return frame(_chunk(self.header, "text_completion", self._choice(choice), so_far=choice.usage))
+        return frame(_chunk(self.header, COMPLETION, self._choice(choice), so_far=choice.usage))
 
     def end(self, usage: TokenUsage) -> bytes:
-        return _end(self.header, "text_completion", usage)
+        return _end(self.header, COMPLETION, usage)
 
     def failure(self, failure: Failure) -> bytes:
         return _failure(failure)
@@ -257,7 +260,7 @@ class ChatEncoder:
         made = [
             _ChatChoice(
                 choice.index,
-                _chat_message(choice),
+                self._message(choice),
                 self._logprobs(choice),
                 choice.finish or None,
                 _stop_reason(choice),
@@ -284,7 +287,8 @@ class ChatEncoder:
     def _chunk(self, choice: ChoiceText) -> bytes:
         delta = _Delta(
             content=choice.text or None,
-            reasoning_content=choice.reasoning or None,
+            reasoning_content=self._reasoning("reasoning_content", choice) or None,
+            reasoning=self._reasoning("reasoning", choice) or None,
             tool_calls=[_call_delta(call) for call in choice.calls] or None,
         )
         made = _ChunkChoice(
@@ -297,6 +301,19 @@ class ChatEncoder:
         )
         return _chunk(self.header, CHAT_CHUNK, made, choice.prompt_ids or msgspec.UNSET, choice.usage)
 
+    def _message(self, choice: ChoiceText) -> _ChatMessage:
+        calls = [_Call(call.id, "function", _Function(call.name, call.arguments)) for call in choice.calls]
+        return _ChatMessage(
+            "assistant",
+            choice.text or (None if choice.calls or choice.reasoning else ""),
+            reasoning_content=self._reasoning("reasoning_content", choice) or msgspec.UNSET,
+            reasoning=self._reasoning("reasoning", choice) or msgspec.UNSET,
+            tool_calls=calls or msgspec.UNSET,
+        )
+
+    def _reasoning(self, field: str, choice: ChoiceText) -> str:
+        return choice.reasoning if field == self.header.reasoning_field else ""
+
     def _logprobs(self, choice: ChoiceText) -> _ChatLogprobs | None:
         return _ChatLogprobs(chat_logprobs(choice.logprobs)) if self.header.logprobs else None
 
@@ -306,7 +323,7 @@ def _answer(
 ) -> bytes:
     """A whole answer, or the chunk of a stream that has the usage."""
     shape = _Response(
-        header.id, kind, header.created, header.model, choices, _usage(usage), prompt_token_ids=prompt_ids
+        header.id, kind, header.created, header.model, choices, _usage(kind, usage), prompt_token_ids=prompt_ids
     )
     return _encode(shape)
 
@@ -320,7 +337,7 @@ def _chunk(
 ) -> bytes:
     usage: _Usage | msgspec.UnsetType | None = None if header.include_usage else msgspec.UNSET
     if header.continuous_usage and header.include_usage and so_far is not None:
-        usage = _usage(so_far)
+        usage = _usage(kind, so_far)
     shape = _Response(header.id, kind, header.created, header.model, (choice,), usage, prompt_token_ids=prompt_ids)
     return _encode(shape)
 
@@ -338,16 +355,6 @@ def _failure(failure: Failure) -> bytes:
 
 def _ids_of(header: AnswerHeader, choice: ChoiceText) -> _Ids:
     return choice.token_ids if header.token_ids else msgspec.UNSET
-
-
-def _chat_message(choice: ChoiceText) -> _ChatMessage:
-    calls = [_Call(call.id, "function", _Function(call.name, call.arguments)) for call in choice.calls]
-    return _ChatMessage(
-        "assistant",
-        choice.text or (None if choice.calls or choice.reasoning else ""),
-        reasoning_content=choice.reasoning or msgspec.UNSET,
-        tool_calls=calls or msgspec.UNSET,
-    )
 
 
 def _call_delta(call: CallText) -> _CallDelta:
@@ -374,10 +381,10 @@ def _prompt_logprobs(choice: ChoiceText) -> _PromptLogprobs:
     ]
 
 
-def _usage(usage: TokenUsage) -> _Usage:
+def _usage(kind: str, usage: TokenUsage) -> _Usage:
     total = usage.prompt_tokens + usage.completion_tokens
     details = _PromptDetails(usage.cached_tokens)
-    reasoning = _CompletionDetails(usage.reasoning_tokens) if usage.reasoning_tokens else msgspec.UNSET
+    reasoning = msgspec.UNSET if kind == COMPLETION else _CompletionDetails(usage.reasoning_tokens)
     return _Usage(usage.prompt_tokens, usage.completion_tokens, total, details, reasoning)
 
 

@@ -26,7 +26,7 @@ from baton.proxy.formats.machine import FormatMachine
 from baton.proxy.http.asgi import READ_TIMEOUT_S, ClientGone, ClientStalled, ReadWatch, Reply, gone
 from baton.proxy.http.assembler import Assembler
 from baton.proxy.http.bodies import HeldBody
-from baton.proxy.http.encoder import AnswerHeader, Encoder, EncoderMaker
+from baton.proxy.http.encoder import AnswerHeader, Encoder, EncoderMaker, WithoutReasoning
 from baton.proxy.http.events import Event
 from baton.proxy.http.failures import failure_of, kind_of
 from baton.proxy.http.guard import tenant_of
@@ -166,8 +166,10 @@ class GenerateEndpoint:
             with request.tenant.usage.reserve(reserved_tokens(made, parsed.n)) as reservation:
                 request.reservation = reservation
                 reply.add_headers(request.tenant.usage.headers())
-                header = _header_of(request, parsed, made[0])
-                await self._answer_choices(request, parsed, model, made, reply, make_encoder(header))
+                encoder = make_encoder(_header_of(request, parsed, made[0], service.settings.reasoning_field))
+                if not parsed.shows_reasoning:
+                    encoder = WithoutReasoning(encoder)
+                await self._answer_choices(request, parsed, model, made, reply, encoder)
 
     async def _answer_choices(
         self,
@@ -267,7 +269,7 @@ class GenerateEndpoint:
             log_event(logger, "client_gone", level=logging.DEBUG, request_id=request.id)
 
 
-def _header_of(request: HttpRequest, parsed: ParsedRequest, first: Choice) -> AnswerHeader:
+def _header_of(request: HttpRequest, parsed: ParsedRequest, first: Choice, reasoning_field: str) -> AnswerHeader:
     return AnswerHeader(
         id=request.answer_id,
         created=int(time.time()),
@@ -278,6 +280,7 @@ def _header_of(request: HttpRequest, parsed: ParsedRequest, first: Choice) -> An
         continuous_usage=parsed.continuous_usage,
         prompt_tokens=len(first.generation.prompt_ids),
         sampling=first.generation.sampling,
+        reasoning_field=reasoning_field,
     )
 
 

@@ -39,7 +39,7 @@ IGNORED = frozenset(
 _TOOLS = "tools are those of a chat, under `tools` and `tool_choice`"
 _TEXT_ONLY = "only text is supported"
 _BEAMS = "beam search is not supported"
-_REASONING = "reasoning is switched by variables of the chat template, in chat_template_kwargs"
+_OF_CHATS = "reasoning is that of chats"
 _TRANSFER = "this server chooses where KV is computed and sent itself"
 
 UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
@@ -61,9 +61,9 @@ UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "media_io_kwargs": (({},), _TEXT_ONLY),
     "web_search_options": ((), "there is no search"),
     "moderation": ((), "there is no moderation"),
-    "reasoning_effort": ((), _REASONING),
-    "include_reasoning": ((True,), _REASONING),
-    "thinking_token_budget": ((-1,), _REASONING),
+    "reasoning_effort": ((), _OF_CHATS),
+    "include_reasoning": ((True,), _OF_CHATS),
+    "thinking_token_budget": ((-1,), "reasoning has no bound but max_tokens"),
     "verbosity": (("medium",), "the model's answers cannot be made longer or shorter"),
     "use_beam_search": ((False,), _BEAMS),
     "best_of": ((1,), "answers are not ranked"),

@@ -33,7 +33,7 @@ from baton.proxy.http.messages import (
 from baton.proxy.http.parameters import MAX_NAME_CHARS, MAX_UNKNOWN, check_spelling, unknown_parameters
 from baton.proxy.http.parsing import Body, parse_body
 from baton.proxy.http.structured import StructuredFields, grammar_request
-from baton.proxy.http.template_options import TemplateRequest, render_options
+from baton.proxy.http.template_options import Effort, TemplateRequest, render_options
 from baton.proxy.http.tools import DeclaredFunction, DeclaredTool, ToolFields, ToolRequest, tool_request
 from baton.proxy.text.grammar_request import GrammarRequest
 from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
@@ -165,6 +165,8 @@ class ChatBody(_Body, TemplateRequest, ToolFields):
     messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     logprobs: bool | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
+    reasoning_effort: Effort | None = None
+    include_reasoning: bool | None = None
 
 
 _FIELD_NAMES = frozenset(
@@ -231,6 +233,8 @@ class ParsedRequest:
     render: RenderOptions = NEXT_MESSAGE
     tools: ToolRequest | None = None
     """Of a chat; the answer of a completion is text, whatever the model marks in it."""
+    shows_reasoning: bool = True
+    """The answer has the model's reasoning."""
     add_special_tokens: bool = False
     sampling: SamplingRequest
     max_tokens: int | None
@@ -290,8 +294,9 @@ def read_chat(body: bytes) -> ParsedRequest:
     return ParsedRequest(
         **_shared(request, shows_prompt=False),
         messages=conversation(request.messages),
-        render=render_options(request, tools.shown),
+        render=render_options(request, tools.shown, request.reasoning_effort),
         tools=tools,
+        shows_reasoning=request.include_reasoning is not False,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -24,6 +24,7 @@ RESERVED = frozenset(
     )
 )
 """Names that a template has from elsewhere."""
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 
 
 class TemplateRequest(BaseModel):
@@ -36,7 +37,7 @@ class TemplateRequest(BaseModel):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_VARIABLES)] | None = None
 
 
-def render_options(request: TemplateRequest, tools: Sequence[Any] = ()) -> RenderOptions:
+def render_options(request: TemplateRequest, tools: Sequence[Any] = (), effort: Effort | None = None) -> RenderOptions:
     """Raises BadRequest where the fields contradict each other, or a variable has a name that is taken."""
     continues = bool(request.continue_final_message)
     if continues and request.add_generation_prompt:
@@ -60,6 +61,7 @@ def render_options(request: TemplateRequest, tools: Sequence[Any] = ()) -> Rende
         continue_final_message=continues,
         tools=tools,
         variables=variables,
+        effort=effort or "",
     )
 
 

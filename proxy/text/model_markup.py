@@ -11,7 +11,7 @@ from dataclasses import replace
 from baton.node.api_settings import AUTO
 from baton.node.errors import BatonError
 from baton.proxy.formats.detect import detect_calls, detect_reasoning
-from baton.proxy.formats.markup import ReasoningMarkers, Thinking, make_markup, thinking_of
+from baton.proxy.formats.markup import REASONINGS, ReasoningMarkers, Thinking, make_markup, thinking_of
 from baton.proxy.formats.tables import FORMATS, PLAIN
 from baton.proxy.text.grammar_request import Reasoning
 
@@ -27,10 +27,13 @@ class ModelMarkup:
         encode: Callable[[str], Sequence[int]],
         *,
         tool_format: str = AUTO,
+        reasoning_format: str = AUTO,
     ) -> None:
-        """`added_tokens`: ids by text; `tool_format`: one of TOOL_FORMATS."""
+        """`added_tokens`: ids by text; formats are of TOOL_FORMATS and REASONING_FORMATS."""
         calls = detect_calls(template, added_tokens) if tool_format == AUTO else FORMATS.get(tool_format)
-        reasoning = detect_reasoning(template, added_tokens)
+        reasoning = (
+            detect_reasoning(template, added_tokens) if reasoning_format == AUTO else REASONINGS.get(reasoning_format)
+        )
         self.has_calls = calls is not None
         self.with_calls = make_markup(calls or PLAIN, reasoning, added_tokens)
         self.without_calls = make_markup(PLAIN, reasoning, added_tokens)

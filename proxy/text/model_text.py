@@ -20,6 +20,7 @@ from baton.node.errors import BadRequest
 from baton.node.telemetry import excerpt
 from baton.proxy.formats.markup import Thinking
 from baton.proxy.text.detokenize import Decoding, Detokenizer
+from baton.proxy.text.effort import effort_variables
 from baton.proxy.text.grammar_check import GrammarCheck
 from baton.proxy.text.model_files import is_panic, read_model_files
 from baton.proxy.text.model_markup import ModelMarkup
@@ -37,8 +38,8 @@ MAX_THREADS = 8
 class ModelText:
     """The tokenizer of one folder; raises SettingsError where the folder has none, or a broken one."""
 
-    def __init__(self, folder: Path, *, tool_format: str = AUTO) -> None:
-        """`tool_format`: one of node.api_settings.TOOL_FORMATS."""
+    def __init__(self, folder: Path, *, tool_format: str = AUTO, reasoning_format: str = AUTO) -> None:
+        """Formats are of TOOL_FORMATS and REASONING_FORMATS (node.api_settings)."""
         files = read_model_files(folder)
         self._tokenizer = files.tokenizer
         self._info = {**files.special_tokens, "chat_template": files.template or None}
@@ -62,6 +63,7 @@ class ModelText:
             self._special_ids,
             lambda text: self.encode(text, add_special_tokens=False),
             tool_format=tool_format,
+            reasoning_format=reasoning_format,
         )
         self._byte_level = "ByteLevel" in str(self._tokenizer.decoder)
         self._byte_values = _byte_values(vocab) if "ByteFallback" in str(self._tokenizer.decoder) else {}
@@ -85,11 +87,18 @@ class ModelText:
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions = NEXT_MESSAGE) -> str:
         """The prompt of a chat; special tokens are in it already. BadRequest where the model cannot chat."""
-        return self._chat_renderer().render(messages, options)
+        return self._chat_renderer().render(messages, self._with_effort(options))
 
     async def render_bounded(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> str:
         """As `render`, off the event loop; Overloaded where the conversations before it take too long."""
-        return await self._chat_renderer().render_bounded(messages, options)
+        return await self._chat_renderer().render_bounded(messages, self._with_effort(options))
+
+    def _with_effort(self, options: RenderOptions) -> RenderOptions:
+        """Raises BadRequest where the model cannot be asked for it."""
+        if not options.effort:
+            return options
+        found = effort_variables(options.effort, self._chat_renderer().variables, reasons=self.markup.has_reasoning)
+        return dataclasses.replace(options, variables={**found, **options.variables})
 
     @property
     def ignores_tools(self) -> bool:

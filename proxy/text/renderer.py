@@ -15,15 +15,14 @@ from typing import Any
 
 from baton.node.errors import BadRequest, BatonError, Overloaded
 from baton.node.telemetry import log_event
+from baton.proxy.text.effort import SWITCHES
 from baton.proxy.text.render_process import RenderProcess
-from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions
+from baton.proxy.text.template import NEXT_MESSAGE, RenderOptions, variables_of
 
 logger = logging.getLogger(__name__)
 
 WAIT_S = 10.0
 """For the conversations before one to be rendered; each takes about a millisecond unless a template misbehaves."""
-SWITCHES = ("enable_thinking", "thinking")
-"""Variables by which templates switch reasoning on and off."""
 _QUESTION = ({"role": "user", "content": "Hi"},)
 _TOOL = {
     "type": "function",
@@ -52,6 +51,8 @@ class Renderer:
         self.trial: TemplateTrial | None = None
         """None until a conversation has been rendered."""
         self._process = RenderProcess(source, special_tokens)
+        self.variables = variables_of(source)
+        """That the template knows."""
         self._thread = ThreadPoolExecutor(1, "render")
 
     def start(self) -> None:

@@ -40,6 +40,8 @@ class RenderOptions:
     tools: Sequence[Any] = ()
     variables: Mapping[str, Any] = field(default_factory=dict)
     """Further variables of the template, such as `enable_thinking`."""
+    effort: str = ""
+    """How much the model shall reason, which becomes variables that are not given; empty: as it does."""
 
 
 NEXT_MESSAGE = RenderOptions()
@@ -55,6 +57,21 @@ def check_template(source: str) -> None:
         raise SettingsError(f"the model's chat template cannot be read: {error}") from None
     except RecursionError:
         raise SettingsError("the model's chat template cannot be read: it is nested too deeply") from None
+
+
+def variables_of(source: str) -> frozenset[str]:
+    """Names that a template reads before it sets them, if it does; `source` is one. Runs nothing of it."""
+    try:
+        names = list(_environment().parse(source).find_all(nodes.Name))
+    except RecursionError:  # a template that will not compile
+        return frozenset()
+    first: dict[tuple[str, str], int] = {}
+    for name in names:
+        key = name.name, name.ctx
+        first[key] = min(name.lineno, first.get(key, name.lineno))
+    return frozenset(
+        name for (name, ctx), line in first.items() if ctx == "load" and line <= first.get((name, "store"), line)
+    )
 
 
 class ChatTemplate:

@@ -52,6 +52,8 @@ def test_serve_passes_every_option_on() -> None:
     values = {
         "served_model_name": ("a", "b"),
         "tool_format": "hermes",
+        "reasoning_format": "think",
+        "reasoning_field": "reasoning",
         "host": "::1",
         "port": 1,
         "proxies": 2,

@@ -211,8 +211,8 @@ def test_requests_that_are_refused(client: openai.OpenAI, served: Served) -> Non
     with pytest.raises(openai.AuthenticationError):
         client.with_options(api_key="other").models.list()
     with pytest.raises(openai.BadRequestError) as tools:
-        client.chat.completions.create(model="demo", messages=USER, reasoning_effort="high")
-    assert tools.value.param == "reasoning_effort"
+        client.chat.completions.create(model="demo", messages=USER, verbosity="high")
+    assert tools.value.param == "verbosity"
     assert served.engine.calls == []
 
 

@@ -1,0 +1,116 @@
+"""Parameters and options of reasoning in chats, of the demo model, whose template has a switch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from baton.proxy.http.app import create_app
+from baton.proxy.interface import AppSettings
+from baton.proxy.text.model_text import ModelText
+from baton.testing.fake_engine import FakeEngine
+from baton.tests.unit.proxy.conftest import Says
+
+BODY: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
+THINKS = {"chat_template_kwargs": {"enable_thinking": True}}
+PLAIN, OPEN, CLOSED = "<|assistant|>\n", "<|assistant|>\n<think>\n", "<|assistant|>\n<think>\n\n</think>\n\n"
+
+
+@pytest.fixture
+def engine(says: Says) -> FakeEngine:
+    return FakeEngine(says("so</think>ok"))
+
+
+async def ask(client: httpx.AsyncClient, **more: Any) -> dict[str, Any]:
+    answer = await client.post("/v1/chat/completions", json={**BODY, **more})
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+async def chunks(client: httpx.AsyncClient, **more: Any) -> list[dict[str, Any]]:
+    answer = await client.post("/v1/chat/completions", json={**BODY, **more, "stream": True})
+    parts = [part.removeprefix("data: ") for part in answer.text.split("\n\n") if part]
+    return [json.loads(part) for part in parts if part != "[DONE]"]
+
+
+@pytest.mark.parametrize(
+    ("more", "end"),
+    [
+        ({}, PLAIN),
+        ({"reasoning_effort": "none"}, CLOSED),
+        ({"reasoning_effort": "minimal"}, CLOSED),
+        ({"reasoning_effort": "low"}, OPEN),
+        ({"reasoning_effort": "high"}, OPEN),
+        ({"reasoning_effort": None, **THINKS}, OPEN),
+        ({"reasoning_effort": "none", **THINKS}, OPEN),
+    ],
+)
+async def test_the_effort_switches_reasoning(client: httpx.AsyncClient, more: dict[str, Any], end: str) -> None:
+    """Guards against an effort that the prompt does not show; variables that the client names come first."""
+    answer = await client.post("/v1/chat/completions/render", json={**BODY, **more})
+    assert answer.json()["prompt"] == f"<|user|>\nHi<|end|>\n{end}"
+
+
+async def test_an_effort_that_is_none_is_refused(client: httpx.AsyncClient) -> None:
+    for body in ({"reasoning_effort": "huge"}, {"reasoning_effort": 1}):
+        assert (await ask(client, **body))["error"]["param"] == "reasoning_effort"
+    answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "x", "reasoning_effort": "low"})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "reasoning_effort")
+
+
+async def test_reasoning_can_be_left_out(client: httpx.AsyncClient) -> None:
+    """Guards against chunks without content for each token that is not shown."""
+    for shows in (True, None, False):
+        answer = await ask(client, **THINKS, include_reasoning=shows)
+        message = answer["choices"][0]["message"]
+        assert message["content"] == "ok" and ("reasoning_content" in message) == (shows is not False)
+        assert answer["usage"]["completion_tokens_details"]["reasoning_tokens"] > 1
+        deltas = [each["choices"][0]["delta"] for each in await chunks(client, **THINKS, include_reasoning=shows)]
+        assert any("reasoning_content" in delta for delta in deltas) == (shows is not False)
+        assert shows is not False or {} not in deltas[:-1]
+
+
+async def test_usage_of_chats_counts_reasoning(client: httpx.AsyncClient) -> None:
+    """OpenAI's answers have the field, also where there was none."""
+    usage = (await ask(client))["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": 0}
+    (last,) = [each["usage"] for each in await chunks(client, stream_options={"include_usage": True}) if each["usage"]]
+    assert last["completion_tokens_details"] == {"reasoning_tokens": 0}
+    answer = await client.post("/v1/completions", json={"model": "demo", "prompt": "x"})
+    assert "completion_tokens_details" not in answer.json()["usage"]
+
+
+@pytest.fixture(scope="module")
+def text_of_brackets(demo_folder: Path) -> Iterator[ModelText]:
+    made = ModelText(demo_folder, reasoning_format="think_brackets")
+    yield made
+    made.close()
+
+
+async def test_options_overrule_markers_and_name(says: Says, text_of_brackets: ModelText, demo_folder: Path) -> None:
+    """Guards a model whose markers are not found, and clients that read vLLM's newer name of the field."""
+    none = ModelText(demo_folder, reasoning_format="none")
+    for text, written, shown in (
+        (text_of_brackets, "[THINK]so[/THINK]ok", {"content": "ok", "reasoning": "so"}),
+        (none, "so</think>ok", {"content": "so</think>ok"}),
+    ):
+        app = create_app(FakeEngine(says(written)), {"demo": text}, AppSettings(reasoning_field="reasoning"))
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+            message = (await ask(client, **THINKS))["choices"][0]["message"]
+            deltas = [each["choices"][0]["delta"] for each in await chunks(client, **THINKS)]
+        assert message == {"role": "assistant", "refusal": None, **shown}
+        for name in ("content", "reasoning", "reasoning_content"):
+            assert "".join(delta.get(name) or "" for delta in deltas) == shown.get(name, "")
+    none.close()
+
+
+@pytest.mark.parametrize("name", ["reasoning", "reasoning_content"])
+async def test_both_names_of_reasoning_reach_the_template(client: httpx.AsyncClient, name: str) -> None:
+    earlier = {"role": "assistant", "content": "", name: "so"}
+    answer = await client.post("/v1/chat/completions/render", json={**BODY, "messages": [*BODY["messages"], earlier]})
+    assert "<|assistant|>\n<think>\nso\n</think>\n\n<|end|>" in answer.json()["prompt"]
