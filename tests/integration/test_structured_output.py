@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import httpx
+import jsonschema
 import pytest
 
 from baton.tests.integration.cluster import Cluster
@@ -28,6 +29,16 @@ COMPACT = {"json": PERSON, "disable_any_whitespace": True}
 """Hot draws write much white space."""
 END_OF_REASONING = 183
 """The token `</think>` of the demo model."""
+COUNT = {"type": "object", "properties": {"least": {"type": "integer"}}, "additionalProperties": False}
+TOOLS = [
+    {"type": "function", "function": {"name": "add_person", "parameters": PERSON}},
+    {"type": "function", "function": {"name": "count_people", "parameters": COUNT}},
+]
+CHAT: dict[str, Any] = {
+    "messages": [{"role": "user", "content": "Who is there?"}],
+    "temperature": 2.0,
+    "max_tokens": 200,
+}
 RESPONSE_FORMAT = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON, "strict": True}}
 
 
@@ -117,6 +128,33 @@ def test_the_form_begins_behind_reasoning(cluster: Cluster) -> None:
     choice = answer(temperature=0.0, max_tokens=300)  # it would end, if it might
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"] is None and choice["message"]["reasoning_content"]
+
+
+@pytest.mark.parametrize(
+    "choice", ["required", {"type": "function", "function": {"name": "add_person"}}], ids=["required", "named"]
+)
+def test_forced_calls_are_valid_at_any_temperature(cluster: Cluster, choice: Any) -> None:
+    """Guards the whole way of a forced call: template, grammar, draws of both roles, and the reading of the answer."""
+
+    def one(seed: int) -> dict[str, Any]:
+        body = {**CHAT, "model": cluster.nodes.model, "tools": TOOLS, "tool_choice": choice, "seed": seed}
+        found = httpx.post(f"{cluster.url}/v1/chat/completions", json=body, timeout=120).json()["choices"][0]
+        return dict(found)
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(one, range(6)))
+    ended = [each for each in answers if each["finish_reason"] != "length"]
+    assert len(ended) > 1
+    for each in ended:
+        message = each["message"]
+        assert message["content"] is None
+        assert each["finish_reason"] == ("tool_calls" if choice == "required" else "stop")
+        assert choice == "required" or len(message["tool_calls"]) == 1
+        for call in message["tool_calls"]:
+            name, arguments = call["function"]["name"], json.loads(call["function"]["arguments"])
+            jsonschema.validate(arguments, PERSON if name == "add_person" else COUNT)
+    again, before = ([call["function"] for call in each["message"]["tool_calls"]] for each in (one(3), answers[3]))
+    assert again == before
 
 
 def test_an_answer_that_is_cut_is_a_valid_beginning(cluster: Cluster) -> None:
