@@ -5,12 +5,14 @@ Knows no format: readers say when a call begins, what its arguments are and when
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
 from baton.proxy.formats.events import CallArguments, CallBegin, CallEnd, FormatEvent
 
 NO_ARGUMENTS = "{}"
+MAX_DIGESTED_CHARS = 200
 
 
 class CallWriter:
@@ -26,7 +28,8 @@ class CallWriter:
         """`tools`: the declared functions with the JSON schemas of their parameters; `id_of`: of a call's index."""
         self.num_calls = 0
         """Begun so far, those beyond `max_calls` included, which make no events."""
-        self.num_broken = 0
+        self.broken: list[str] = []
+        """Of each call that the model did not write as its format demands, a digest of its beginning."""
         self.is_open = False
         self.schema: Mapping[str, Any] = {}
         """Of the parameters of the function that was called last."""
@@ -36,6 +39,8 @@ class CallWriter:
         self._events = events
         self._muted = False
         self._has_arguments = False
+        self._beginning = ""
+        """Of the open call."""
 
     @property
     def is_full(self) -> bool:
@@ -47,6 +52,7 @@ class CallWriter:
         if name not in self._tools:
             return False
         self.is_open = True
+        self._beginning = name
         self._has_arguments = False
         self.schema = self._tools[name]
         self.num_calls += 1
@@ -60,14 +66,23 @@ class CallWriter:
         if not text:
             return
         self._has_arguments = True
+        if len(self._beginning) < MAX_DIGESTED_CHARS:
+            self._beginning += text
         if not self._muted:
             self._events.append(CallArguments(self.num_calls - 1, text))
 
-    def end(self, *, broken: bool) -> None:
-        """A complete call without arguments has an empty object; a broken one stays as it is."""
+    def end(self, *, broken: bool, cut: bool = False) -> None:
+        """A complete call without arguments has an empty object; a broken one stays as it is. `cut`: it might have been
+        completed, so it does not count as broken."""
         if not broken and not self._has_arguments:
             self.arguments(NO_ARGUMENTS)
         self.is_open = False
-        self.num_broken += broken
+        if broken and not cut:
+            self.reject(self._beginning)
         if not self._muted:
             self._events.append(CallEnd(self.num_calls - 1, broken))
+
+    def reject(self, text: str) -> None:
+        """What `text` begins was to be a call."""
+        digested = text[:MAX_DIGESTED_CHARS].encode(errors="surrogatepass")
+        self.broken.append(hashlib.sha256(digested).hexdigest()[:16])

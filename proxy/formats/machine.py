@@ -7,7 +7,7 @@ No part of the text is read twice; what is held back is bounded. Knows no tokeni
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from baton.proxy.formats.calls import CallWriter
@@ -56,6 +56,8 @@ class FormatMachine:
         """A call may begin, and has not: what is held is content if it does not."""
         self._held: list[str] = []
         self._held_chars = 0
+        self._marked = False
+        """The region that is read began with a marker of calls."""
         self._rejected = False
         """The last region was no call: its further markers are text."""
         self._name = ""
@@ -98,9 +100,10 @@ class FormatMachine:
         return self._calls.is_full
 
     @property
-    def num_broken(self) -> int:
-        """Calls that the model did not finish as the format demands."""
-        return self._calls.num_broken
+    def broken_calls(self) -> Sequence[str]:
+        """Of each call that the model did not write as its format demands, a digest of its beginning: calls that have
+        begun, and what stayed content behind a marker of calls."""
+        return self._calls.broken
 
     def push(self, token_id: int, text: str) -> list[FormatEvent]:
         """What a token adds, which completes `text`; the text of a token that is a marker is ignored. A negative id is
@@ -142,12 +145,13 @@ class FormatMachine:
         self.num_reasoning_tokens += 1
         return [ReasoningText(text)]
 
-    def finish(self) -> list[FormatEvent]:
-        """What is left at the end of the answer."""
+    def finish(self, *, cut: bool = False) -> list[FormatEvent]:
+        """What is left at the end of the answer; `cut`: the model would have gone on."""
         self._flush_tail()
         if self._calls.is_open:
-            self._calls.end(broken=True)
+            self._calls.end(broken=True, cut=cut)
         elif not self._in_prose and self._pending:
+            self._marked = self._marked and not cut
             self._release()
         self._prose.finish(reasoning=self._row.reads is Reads.REASONING, after_calls=self._calls.num_calls > 0)
         return self._taken_events()
@@ -282,6 +286,7 @@ class FormatMachine:
             self._end_call(broken=self._reader is not None)
         if next_row.opens and not self._pending:
             self._begin_region()
+        self._marked = self._marked or marker in self._markup.states[CONTENT].row.moves
         self._hold(marker)
         if next_row.reads is Reads.CONTENT and self._pending:
             self._fail()
@@ -293,11 +298,12 @@ class FormatMachine:
         markers = self._markup.reasoning
         if self._row.reads is Reads.REASONING:
             self._prose.end_reasoning()
-        self._rejected = False
+        self._rejected = self._marked = False
         self._begin_region()
         if markers is not None and marker == markers.start:
             self._prose.begin_reasoning()
         elif markers is None or marker != markers.end:
+            self._marked = True
             self._hold(marker)
         self._go(to)
 
@@ -321,6 +327,9 @@ class FormatMachine:
         held = "".join(self._held)
         self._clear_held()
         self._rejected = bool(held.strip())
+        if self._marked and self._rejected:
+            self._calls.reject(held)
+        self._marked = False
         if held:
             self._prose.content(held)
 

@@ -105,7 +105,7 @@ class Assembler:
                 self.finish = "stop"
                 break
         if not self.finish and delta.finish:
-            text, matched = self._flush(text)
+            text, matched = self._flush(text, cut=delta.finish == "length")
             self.finish = "stop" if matched else delta.finish
         ids = delta.ids[: self.num_tokens - before] if self._show_ids else ()
         events: list[Event]
@@ -166,10 +166,10 @@ class Assembler:
         """An answer that stops with calls asks for their results, unless the client named its call."""
         return self._called_reason if self.has_calls and self.finish == "stop" else self.finish
 
-    def _flush(self, text: str) -> tuple[str, str]:
-        """The end of what follows `text`, as `_match`."""
+    def _flush(self, text: str, *, cut: bool) -> tuple[str, str]:
+        """The end of what follows `text`, as `_match`; `cut`: the model would have gone on."""
         if self._machine is not None:
-            found = self._machine.push(-1, self._detokenizer.flush()) + self._machine.finish()
+            found = self._machine.push(-1, self._detokenizer.flush()) + self._machine.finish(cut=cut)
             text, matched = self._read(found, text)
         else:
             piece, matched = self._match(self._detokenizer.flush())

@@ -208,6 +208,7 @@ class GenerateEndpoint:
     ) -> None:
         """One choice, from the engine's tokens to the responder; a stop string cancels it at the engine."""
         service, generation = self._service, choice.generation
+        machine = _machine_of(request, parsed, model, choice)
         assembler = Assembler(
             generation,
             choice.echo,
@@ -216,7 +217,7 @@ class GenerateEndpoint:
             parsed.ids,
             skip_special_tokens=parsed.skip_special_tokens,
             scores=ScoreRule(parsed.echo_logprobs, parsed.sampling.prompt_logprobs),
-            machine=_machine_of(request, parsed, model, choice),
+            machine=machine,
             named_call=parsed.tools is not None and parsed.tools.named,
         )
         info = request.info(choice.index, len(generation.prompt_ids), generation.sampling)
@@ -245,6 +246,8 @@ class GenerateEndpoint:
             raise
         finally:
             meter.close(outcome)
+            if machine is not None and machine.broken_calls:
+                _count_broken(generation.request_id, model, machine.broken_calls)
             computed = timeline.num_attempts and outcome in (CANCELLED, "deadline")
             first = choice.index % parsed.n == 0  # of the answers to its prompt
             request.reservation.use(
@@ -309,6 +312,21 @@ def _machine_of(request: HttpRequest, parsed: ParsedRequest, model: ModelEntry, 
     id_of = partial(call_id, request.answer_id, choice.index, num_alphanumerics=used.format.id_alphanumerics)
     max_calls = 1 if used.format.one_call else tools.max_calls
     return FormatMachine(used, choice.thinking, tools.schemas, id_of, max_calls=max_calls)
+
+
+def _count_broken(request_id: str, model: ModelEntry, digests: Sequence[str]) -> None:
+    """Calls that clients got unfinished, or as text; the log has a digest of the first one's beginning."""
+    name = model.text.markup.with_calls.format.name
+    model.metrics.broken_calls[name].inc(len(digests))
+    log_event(
+        logger,
+        "tool_calls_broken",
+        level=logging.DEBUG,
+        request_id=request_id,
+        format=name,
+        calls=len(digests),
+        first=digests[0],
+    )
 
 
 def _usable_id(sent: str) -> str:

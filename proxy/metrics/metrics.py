@@ -18,6 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+from baton.proxy.formats.tables import FORMATS
 from baton.proxy.http.connections import REFUSALS
 from baton.proxy.http.failures import FAILURE_KINDS
 from baton.proxy.interface import Engine
@@ -205,6 +206,12 @@ class ModelMetrics:
         self.itl = families.histogram(
             "vllm:inter_token_latency_seconds", "Time between two arrivals of tokens."
         ).labels(model)
+        broken = families.counter(
+            "baton:tool_calls_broken",
+            "Calls that the model did not write as its format demands, and those of functions that were not declared.",
+            (*_LABEL, "format"),
+        )
+        self.broken_calls = {name: broken.labels(model, name) for name in FORMATS}
         self._prompts = _PromptMetrics.make(families, model)
         self._latencies = _Latencies.make(families, model)
         self._gen_ai = _GenAi.make(families, model)

@@ -233,7 +233,37 @@ def test_calls_beyond_the_limit_are_dropped() -> None:
     assert read == Read("", "", (call("{}"),))
 
 
-def test_broken_calls_are_counted() -> None:
-    machine = machine_of("hermes")
-    run(machine, text_tokens(['<tool_call>{"name":"f"</tool_call>']))
-    assert (machine.num_calls, machine.num_broken) == (1, 1)
+@pytest.mark.parametrize(
+    ("name", "text", "cut", "num_broken"),
+    [
+        ("hermes", '<tool_call>{"name":"f"</tool_call>', False, 1),
+        ("hermes", '<tool_call>{"name":"f","arguments":{}}</tool_call>', False, 0),
+        ("hermes", '<tool_call>{"name":"f","arguments":{"s":"a', False, 1),
+        ("hermes", '<tool_call>{"name":"f","arguments":{"s":"a', True, 0),
+        ("hermes", '<tool_call>{"name":"g","arguments":{}}</tool_call>', False, 1),
+        ("hermes", '<tool_call>{"na', False, 1),
+        ("hermes", '<tool_call>{"na', True, 0),
+        ("hermes", "<tool_call>no call</tool_call>" * 2, False, 2),
+        ("llama3_json", '{"a": 1}', False, 0),
+        ("llama3_json", '<|python_tag|>{"a": 1}', False, 1),
+        ("mistral", "[TOOL_CALLS] [", False, 1),
+    ],
+)
+def test_broken_calls_are_counted(name: str, text: str, cut: bool, num_broken: int) -> None:
+    """Guards against calls that fail in silence, and against counting answers that are none, or were cut."""
+    machine = machine_of(name)
+    machine.push(0, text)
+    machine.finish(cut=cut)
+    assert len(machine.broken_calls) == num_broken
+
+
+def test_digests_of_broken_calls_are_of_their_first_characters() -> None:
+    """Guards the log, by which calls that break alike are told from others, and no text is seen."""
+
+    def digest(value: str) -> str:
+        machine = machine_of("hermes")
+        machine.push(0, '<tool_call>{"name":"f","arguments":{"s":"' + value)
+        machine.finish()
+        return machine.broken_calls[0]
+
+    assert digest("a" * 300) == digest("a" * 400) != digest("b" * 300)

@@ -195,6 +195,20 @@ async def test_without_tools_markers_are_text(
     assert "get_weather" not in answers.prompts[0]
 
 
+async def test_broken_calls_are_counted(client: httpx.AsyncClient, answers: Answers) -> None:
+    """Guards against calls that fail in silence: their answers are a 200."""
+    name = 'baton:tool_calls_broken_total{format="hermes",model_name="demo"}'
+
+    async def count() -> float:
+        lines = (await client.get("/metrics")).text.splitlines()
+        return next(float(line.split()[-1]) for line in lines if line.startswith(name))
+
+    assert await count() == 0
+    answers.text = CALL.replace("}}", "") + CALL
+    await ask(client, tools=TOOLS)  # whole and streamed
+    assert await count() == 2
+
+
 OTHER = function("other", {"type": "object"})
 
 
