@@ -17,8 +17,6 @@ from baton.proxy.formats.envelopes import ENVELOPES, Envelope
 from baton.proxy.formats.lark import LarkWriter, holds_none_of, joined, literal
 from baton.proxy.formats.tables import CONTENT, FORMATS
 
-_LEAD = r"/\n{1,2}/"
-"""Line breaks that models write behind their reasoning."""
 _ANY = r"/(.|\n)*/"
 
 
@@ -56,7 +54,7 @@ def lark_of_calls(rules: CallRules, json_rule: JsonRule, special: Collection[str
     envelope = ENVELOPES[rules.format]
     group = _group(writer, rules, envelope, json_rule)
     if rules.forced:
-        return writer.grammar(f"{_LEAD}? {group.spelled(writer)}")
+        return writer.grammar(group.spelled(writer))
     if content:
         return writer.grammar(f"{writer.rule(content)} | {group.tagged(envelope).spelled(writer)}")
     return writer.grammar(_free(writer, rules, envelope, group, special))

@@ -176,7 +176,7 @@ MODELS = {name: models_of(name) for name in FORMATS}
 def lark_of(name: str, model: Model, content: GrammarRequest | None = None, **rules: Any) -> str:
     given = {"functions": FUNCTIONS, "forced": True, "one_call": FORMATS[name].one_call, **rules}
     bound = [True] * len(given["functions"])
-    params = [f"tools.{place}.function" for place in range(len(bound))]
+    params = [f"tools.{place}.function.parameters" for place in range(len(bound))]
     asked = CallRequest(CallRules(name, model.tokens, **given), params, bound, content)
     return lark_of_request(CallRequest.from_text(asked.to_grammar_request().text), model.special, model.complaint)
 
