@@ -42,6 +42,8 @@ from baton.proxy.http.template_options import MAX_VARIABLES, TemplateRequest, re
 from baton.proxy.text.grammar_request import GrammarRequest
 
 MIN_THINKING_TOKENS = 1024
+SWITCHES, EFFORT = ("enable_thinking", "thinking"), "reasoning_effort"
+"""Variables by which chat templates switch reasoning, and know low, medium and high."""
 IGNORED = frozenset(
     (
         *("anthropic_beta", "anthropic_version", "betas", "cache_control", "context_management", "diagnostics"),
@@ -208,10 +210,14 @@ def _check_thinking(body: CountBody) -> None:
 
 
 def _variables(body: CountBody) -> dict[str, Any]:
-    """Of the template; both are names of a switch that templates have."""
-    if body.thinking is None:
-        return {}
-    return dict.fromkeys(("enable_thinking", "thinking"), body.thinking.type != "disabled")
+    """Of the template, which may know none of them: the effort is a hint, and agents send it to every model."""
+    made: dict[str, Any] = {}
+    if body.thinking is not None:
+        made |= dict.fromkeys(SWITCHES, body.thinking.type != "disabled")
+    effort = body.output_config.effort if body.output_config is not None else None
+    if effort is not None:
+        made[EFFORT] = "high" if effort in ("xhigh", "max") else effort
+    return made
 
 
 def _grammar(body: CountBody) -> GrammarRequest | None:

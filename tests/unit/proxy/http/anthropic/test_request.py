@@ -139,6 +139,8 @@ def test_a_last_message_of_the_assistant_is_continued(turns: list[dict[str, Any]
             {"thinking": {"type": "enabled", "budget_tokens": 1024}, "max_tokens": 1025},
             {"enable_thinking": True, "thinking": True},
         ),
+        ({"output_config": {"effort": "max"}}, {"reasoning_effort": "high"}),
+        ({"output_config": {"effort": "low"}}, {"reasoning_effort": "low"}),
         (
             {"thinking": {"type": "disabled"}, "chat_template_kwargs": {"thinking": True, "level": 2}},
             {"enable_thinking": False, "thinking": True, "level": 2},
