@@ -57,7 +57,7 @@ LOGPROBS, ENCRYPTED = "message.output_text.logprobs", "reasoning.encrypted_conte
 """Values of `include` that are known here. Reasoning is not encrypted: items have it as text."""
 _KEEPS_NOTHING = "answers are not kept here"
 UNSUPPORTED_HERE: Mapping[str, tuple[tuple[object, ...], str]] = {
-    **{name: row for name, row in UNSUPPORTED.items() if name not in ("reasoning_effort", "include_reasoning")},
+    **UNSUPPORTED,
     "background": ((False,), f"{_KEEPS_NOTHING}, so none can be made in the background"),
     "conversation": ((), f"{_KEEPS_NOTHING}: send the items of the conversation as input"),
     "prompt": ((), "there are no stored prompts: use instructions and input"),
@@ -68,6 +68,7 @@ UNSUPPORTED_HERE: Mapping[str, tuple[tuple[object, ...], str]] = {
     "max_completion_tokens": ((), "use max_output_tokens"),
     "response_format": ((), "use text.format"),
     "reasoning_effort": ((), "use reasoning.effort"),
+    "include_reasoning": ((True,), "reasoning has items of its own"),
     "logprobs": ((False,), f"use top_logprobs, and {LOGPROBS} in include"),
     "return_token_ids": ((False,), "items have no token ids"),
     "return_tokens_as_token_ids": ((False,), "items have no token ids"),
