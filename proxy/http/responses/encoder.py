@@ -30,8 +30,8 @@ from baton.proxy.http.responses.shapes import (
     IncompleteDetails,
     OutputItem,
     RepeatedFields,
-    ResponseBody,
     ResponseError,
+    ResponseState,
     response_usage,
 )
 from baton.proxy.http.responses.tools import CalledTool
@@ -48,7 +48,8 @@ class ResponsesEncoder:
     def __init__(self, repeated: RepeatedFields, called: Mapping[str, CalledTool], header: AnswerHeader) -> None:
         """`called`: how calls of each function are written."""
         self._header = header
-        self._repeated: dict[str, Any] = msgspec.structs.asdict(repeated)
+        self._repeated = b"," + _encode(repeated)[1:]
+        """Encoded once, though a stream has it three times."""
         self._called = called
         self._id_base = hashlib.sha256(header.id.encode(errors="surrogatepass")).hexdigest()[:32]
         self._output: list[OutputItem] = []
@@ -64,10 +65,10 @@ class ResponsesEncoder:
 
     def whole(self, choices: Sequence[Sequence[Event]], usage: TokenUsage) -> bytes:
         self.frames(0, choices[0])
-        return _encode(self._ended(usage))
+        return self._response(self._ended(usage))
 
     def opening(self, index: int, cached_tokens: int) -> bytes:
-        begun = self._body(IN_PROGRESS)
+        begun = msgspec.Raw(self._response(self._state(IN_PROGRESS)))
         self._send("response.created", response=begun)
         self._send("response.in_progress", response=begun)
         return self._taken_frames()
@@ -90,8 +91,8 @@ class ResponsesEncoder:
         return self._taken_frames()
 
     def end(self, usage: TokenUsage) -> bytes:
-        body = self._ended(usage)
-        self._send(f"response.{body.status}", response=body)
+        ended = self._ended(usage)
+        self._send(f"response.{ended.status}", response=msgspec.Raw(self._response(ended)))
         return self._taken_frames()
 
     def failure(self, failure: Failure) -> bytes:
@@ -99,7 +100,8 @@ class ResponsesEncoder:
         code = _ERROR_CODES.get(failure.code or "", "server_error")
         error = ResponseError(code, excerpt(failure.message, MAX_MESSAGE_CHARS))
         begun = [] if self._open is None else [self._open.item(INCOMPLETE)]
-        self._send("response.failed", response=self._body(FAILED, output=[*self._output, *begun], error=error))
+        failed = self._state(FAILED, output=[*self._output, *begun], error=error)
+        self._send("response.failed", response=msgspec.Raw(self._response(failed)))
         return self._taken_frames()
 
     def _take_content(self, event: Content) -> None:
@@ -149,22 +151,22 @@ class ResponsesEncoder:
         self._send("response.output_item.done", output_index=len(self._output), item=item)
         self._output.append(item)
 
-    def _ended(self, usage: TokenUsage) -> ResponseBody:
+    def _ended(self, usage: TokenUsage) -> ResponseState:
         """The whole answer. One that stopped without a call has a message, which clients take for its end."""
         cut = self._finish == "length"
         if not cut and not isinstance(self._open, OpenMessage) and not any(map(_ends_answer, self._output)):
             self._opened(OpenMessage, "msg")
         self._close(INCOMPLETE if cut else COMPLETED)
-        return self._body(
+        return self._state(
             INCOMPLETE if cut else COMPLETED,
             output=self._output,
             incomplete_details=IncompleteDetails() if cut else None,
             usage=response_usage(usage),
         )
 
-    def _body(self, status: str, output: Sequence[OutputItem] = (), **ended: Any) -> ResponseBody:
+    def _state(self, status: str, output: Sequence[OutputItem] = (), **ended: Any) -> ResponseState:
         header, sampling = self._header, self._header.sampling
-        return ResponseBody(
+        return ResponseState(
             id=header.id,
             created_at=header.created,
             status=status,
@@ -172,9 +174,11 @@ class ResponsesEncoder:
             output=output,
             temperature=sampling.temperature,
             top_p=sampling.top_p,
-            **self._repeated,
             **ended,
         )
+
+    def _response(self, state: ResponseState) -> bytes:
+        return _encode(state)[:-1] + self._repeated
 
     def _next_id(self, prefix: str) -> str:
         return f"{prefix}_{self._id_base}{len(self._output):04x}"

@@ -109,7 +109,9 @@ class RepeatedFields(msgspec.Struct, frozen=True, kw_only=True):
     user: str | None
 
 
-class ResponseBody(RepeatedFields, frozen=True, kw_only=True):
+class ResponseState(msgspec.Struct, kw_only=True):
+    """A response without the repeated fields."""
+
     id: str
     object: str = "response"
     created_at: int

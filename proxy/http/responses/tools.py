@@ -80,7 +80,7 @@ class GivenTools:
         self.called: dict[str, CalledTool] = {}
         """By the name that the model knows."""
         self.params: dict[str, str] = {}
-        """Where each of them is in the request, for errors."""
+        """Where the schema of each is in the request, for errors."""
         self.shown: list[Mapping[str, Any]] = []
         """As the answer repeats them, without those that are left out."""
         self.ignored: dict[str, None] = {}
@@ -153,7 +153,7 @@ class GivenTools:
             raise BadRequest(f"tools has more than {MAX_TOOLS} functions", param="tools")
         if (parameters or {}).get("type", "object") != "object":
             raise BadRequest(f"{where}.parameters must be the JSON schema of an object", param=f"{where}.parameters")
-        self.params[name] = where
+        self.params[name] = f"{where}.parameters"
         self.called[name] = CalledTool(tool.name, namespace, isinstance(tool, CustomTool))
         # Only what is given: the template shows all of it to the model, as it does in a chat.
         fields = {"description": tool.description, "parameters": parameters, "strict": strict}

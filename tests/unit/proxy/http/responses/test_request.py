@@ -105,7 +105,7 @@ def test_names_of_tools() -> None:
     group = {"type": "namespace", "name": "crm", "description": "d", "tools": [TOOL, {**custom, "name": "p"}]}
     request = read(tools=[TOOL, custom, group, {**group, "name": "mcp__x__"}])
     assert request.tools is not None
-    assert request.tools.params["crm__p"] == "tools.2.tools.1"
+    assert request.tools.params["crm__p"] == "tools.2.tools.1.parameters"
     assert list(request.tools.schemas) == ["f", "patch", "crm__f", "crm__p", "mcp__x__f", "mcp__x__p"]
     parameters = request.tools.schemas["patch"]
     assert parameters["required"] == ["input"] and "start" in parameters["properties"]["input"]["description"]
