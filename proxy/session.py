@@ -279,11 +279,13 @@ class Session:
         if len(self._blocks.token_ids) != self._ledger.num_tokens:
             self._blocks = PromptBlocks(self._ledger.token_ids(), self._generation.cache_salt)
         blocks, turn, session = self._blocks, self._turn, self._generation.session_key
+        constrained = self._generation.sampling.grammar is not None
 
         def view_of(shape: ClusterShape) -> RequestView:
             self._timeline.enter("route")
             view = blocks.under(shape).view(turn=turn, avoid=avoid, session=session)
-            view = replace(view, transfer_failed=True) if transfer_failed else view
+            if transfer_failed or constrained:
+                view = replace(view, transfer_failed=transfer_failed, constrained=constrained)
             if self._ledger.awaits_prompt:  # what caches have gives no log probabilities
                 view = replace(view, hashes=())
             self._timeline.enter("queue")

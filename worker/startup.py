@@ -35,7 +35,7 @@ from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.build_cpu import KvPool, load_model
 from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
-from baton.worker.grammars import GrammarCompiler
+from baton.worker.grammars import LIBRARY, GrammarCompiler
 from baton.worker.io_thread import IoThread
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
@@ -97,6 +97,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         max_num_seqs=sizes.max_num_seqs,
         max_model_len=model.max_model_len,
         address=endpoint.address,
+        grammar=LIBRARY,
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
     for link, address in links.items():

@@ -182,6 +182,9 @@ class Register(Message, tag="Register", kw_only=True):
     max_model_len: Annotated[int, Meta(ge=1, le=1 << 24)]
     address: Text
     """Address at which peers connect to this worker's endpoint."""
+    grammar: Annotated[str, Meta(max_length=64)] = ""
+    """Library and version that make the masks of grammars here, such as llguidance/1.9: workers that differ in it may
+    draw different tokens. Empty: this worker takes no request with a grammar."""
     joins: Count = 0
     """How often this worker has begun to join this proxy: another number says that it has dropped what it had."""
     sent: Count = 0

@@ -151,7 +151,7 @@ class Admission:
         if isinstance(route, Route):
             contended = self.workers.shares.contended(waiter.ticket.tenant, self._clock())
             return (replace(route, contended=True) if contended else route), shape
-        if route.missing and self._clock() - self._last_seen(route.missing) >= NO_WORKER_GRACE_S:
+        if route.in_vain or (route.missing and self._clock() - self._last_seen(route.missing) >= NO_WORKER_GRACE_S):
             raise PeerLost(route.reason)
         return None
 

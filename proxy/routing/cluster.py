@@ -319,6 +319,7 @@ def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:
         total_blocks=load.total_blocks,
         max_num_seqs=member.register.max_num_seqs,
         tokens_s=_speed(load.prefill_tokens_s, tokens_s),
+        grammar=member.register.grammar,
     )
 
 

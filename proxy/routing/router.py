@@ -14,6 +14,9 @@ decoding holds up the requests that it has, so the first token must come sooner 
 An idle decode worker prefills as soon as a request waits, a busy one only when prefill is far behind, and long prompts
 stay away from workers with many answers. Requests whose prompts are on their way count as answers.
 
+A request whose answer has a grammar goes to a pair of workers with equal versions of the library that makes its masks:
+others may draw different tokens for one seed, and refuse each other's.
+
 A pair of workers between which a transfer failed lately is avoided: another decode worker or another prefill worker
 takes the prompt, or the decode worker computes it. A request whose own transfer failed is computed by its decode worker
 unless `--local-prefill never` forbids it.
@@ -65,6 +68,8 @@ class WorkerView:
     max_num_seqs: int
     tokens_s: float
     """Prompt tokens that it computes in a second; that of its peers unless it is measured to differ much."""
+    grammar: str = ""
+    """Library and version that make its masks; empty: it takes no request with a grammar."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,10 +93,16 @@ class RequestView:
     """Its last attempt ended because the KV did not come from prefill to decode."""
     failed_pairs: frozenset[tuple[str, str]] = frozenset()
     """Prefill and decode workers between which transfers failed lately."""
+    constrained: bool = False
+    """Its answer has a grammar."""
+
+    def fits(self, prefill: WorkerView, decode: WorkerView) -> bool:
+        """Whether the two may share the request."""
+        return not self.constrained or prefill.grammar == decode.grammar
 
     def joins(self, prefill: WorkerView, decode: WorkerView) -> bool:
         """Whether transfers between the two are not known to fail."""
-        return (prefill.identity, decode.identity) not in self.failed_pairs
+        return self.fits(prefill, decode) and (prefill.identity, decode.identity) not in self.failed_pairs
 
     def hit_tokens(self, worker: str) -> int:
         hit = self.hits.get(worker)
@@ -129,10 +140,12 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class Wait:
-    """No worker can take the request now. `missing` names a role that has no worker at all."""
+    """No worker can take the request now. `missing` names a role that has no worker at all; `in_vain`: those that are
+    there never will."""
 
     reason: str
     missing: str = ""
+    in_vain: bool = False
 
 
 CHOICE_REASONS: Mapping[str, str] = {
@@ -156,16 +169,23 @@ def pick(view: Sequence[WorkerView], request: RequestView, rules: RoutingRules) 
     must_be_local = rules.local_prefill == "always" or (rules.local_prefill != "never" and not prefills)
     if not must_be_local and not prefills:
         return Wait("no prefill worker is there", missing="prefill")
+    if request.constrained:
+        decodes = [each for each in decodes if _takes_grammars(each, prefills, rules)]
+        if not decodes:
+            return Wait(_mismatch(view), in_vain=True)
     roomy = [worker for worker in decodes if _has_room(worker, request)]
     if not roomy:
         return Wait("all decode workers are full")
-    if request.failed_pairs and not must_be_local:
+    if (request.failed_pairs or request.constrained) and not must_be_local:
         roomy = [worker for worker in roomy if any(request.joins(each, worker) for each in prefills)] or roomy
     choose = _POLICIES[rules.policy]
     decode, decode_reason = choose(roomy, request, _local_cost if must_be_local else _decode_cost)
     local = Route(decode, None, "", decode_reason, "", request.hit_tokens(decode.identity))
     if must_be_local:
         return replace(local, reason="local_always" if rules.local_prefill == "always" else "local_no_prefill_worker")
+    prefills = [worker for worker in prefills if request.fits(worker, decode)]
+    if not prefills:
+        return replace(local, reason="local_no_prefill_worker")
     joined = [worker for worker in prefills if request.joins(worker, decode)]
     if rules.local_prefill != "never" and (request.transfer_failed or not joined):
         return replace(local, reason="local_transfer_failed")
@@ -193,6 +213,17 @@ def _candidates(view: Sequence[WorkerView], role: str, request: RequestView) -> 
     if not request.avoid:
         return able
     return [worker for worker in able if worker.identity not in request.avoid] or able
+
+
+def _takes_grammars(decode: WorkerView, prefills: Sequence[WorkerView], rules: RoutingRules) -> bool:
+    """Whether it can answer with a grammar: by itself, or behind a prefill worker of its version."""
+    alone = rules.local_prefill != "never"
+    return bool(decode.grammar) and (alone or any(each.grammar == decode.grammar for each in prefills))
+
+
+def _mismatch(view: Sequence[WorkerView]) -> str:
+    versions = sorted({f"{worker.role} {worker.grammar or 'none'}" for worker in view})
+    return f"no workers share a version of the library for structured output: {', '.join(versions)}"
 
 
 def _has_room(worker: WorkerView, request: RequestView) -> bool:

@@ -105,6 +105,15 @@ async def test_a_full_queue_turns_new_requests_away_and_no_others(dispatcher: Di
     assert dispatcher.counters()["queued_requests"] == 0
 
 
+async def test_a_request_that_no_worker_will_ever_take_fails_at_once(dispatcher: Dispatcher) -> None:
+    """Guards the queue: a request with a grammar, where workers make none, holds up no other."""
+    _join(dispatcher)
+    constrained = RequestView(num_tokens=4, num_blocks=1, turn=0, constrained=True)
+    with pytest.raises(PeerLost, match="structured output: decode none"):
+        await dispatcher.admit("m", NEW, lambda shape: constrained, _soon())
+    assert isinstance((await dispatcher.admit("m", NEW, _view(), _soon()))[0], Route)
+
+
 async def test_generations_that_follow_others_of_their_request_are_not_turned_away(dispatcher: Dispatcher) -> None:
     """Guards against a request that is refused in mid-answer because others filled the queue meanwhile."""
     _join(dispatcher, free_blocks=0)

@@ -19,6 +19,7 @@ from baton.node.messages.control import (
     Cancel,
     Cancelled,
     Failed,
+    Grammar,
     HandedOver,
     Prefill,
     PromptLogprob,
@@ -282,6 +283,22 @@ async def test_busy_is_no_failure() -> None:
     assert _ids(await _run(host, max_attempts=2)) == [7]
     cancelled = [(worker, message.attempt) for worker, message in host.sent if isinstance(message, Cancel)]
     assert [attempt for _, attempt in cancelled] == list(range(7))
+
+
+@pytest.mark.parametrize("grammar", [None, Grammar(text="start: /a/", end_ids=(1,))])
+async def test_the_router_knows_whether_an_answer_has_a_grammar(grammar: Grammar | None) -> None:
+    """Guards against a pair of workers that make different masks, at the first attempt and at each later one."""
+
+    def script(worker: str, message: Message) -> list[Any]:
+        if isinstance(message, Reserve):
+            if message.attempt:
+                return [_tokens(0, 7, attempt=message.attempt, finish="stop")]
+            return [Failed(request_id="r", attempt=0, reason="x", retryable=True)]
+        return []
+
+    host = ScriptedHost(script)
+    await _run(host, sampling=SamplingSpec(max_tokens=8, grammar=grammar))
+    assert [request.constrained for request in host.admitted] == [grammar is not None] * 2
 
 
 async def test_failures_end_after_so_many_attempts() -> None:

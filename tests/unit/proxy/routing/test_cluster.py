@@ -48,6 +48,12 @@ def test_the_namespace_may_be_given() -> None:
     assert cluster.identities() == ["d/1"]
 
 
+def test_the_router_sees_the_version_of_grammars() -> None:
+    cluster = ClusterState(60, ["m"])
+    cluster.join("d/1", _register(grammar="llguidance/1.9"), 0)
+    assert [worker.grammar for worker in cluster.models["m"].view()] == ["llguidance/1.9"]
+
+
 def test_a_register_evicts_no_member() -> None:
     """Guards members against refused ones, ones of another life, and ones that repeat their own."""
     cluster = ClusterState(60, ["m"])

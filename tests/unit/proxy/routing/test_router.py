@@ -126,6 +126,24 @@ def test_missing_roles_are_named() -> None:
     assert isinstance(pick([P0, draining], REQUEST, RULES), Wait)
 
 
+def test_a_request_with_a_grammar_gets_a_pair_of_one_version() -> None:
+    """Guards masks: workers of two versions of the library draw different tokens for one seed."""
+    old, new = {"grammar": "llguidance/1.8"}, {"grammar": "llguidance/1.9"}
+    constrained = replace(REQUEST, constrained=True)
+    view = [replace(P0, **old), replace(P1, tokens=999, **new), replace(D0, **new), replace(D1, requests=0)]
+    route = _route(view, constrained)
+    assert route.prefill == view[1] and route.decode == view[2]
+    assert _route(view).prefill == view[0] and _route(view).decode == view[3]
+    waiting = pick([view[0], view[2]], constrained, RULES)
+    assert isinstance(waiting, Wait) and waiting.in_vain
+    assert "decode llguidance/1.9, prefill llguidance/1.8" in waiting.reason
+    local = _route([view[0], view[2]], constrained, RoutingRules("least-loaded", "auto", 16, 0.15))
+    assert (local.decode, local.prefill, local.reason) == (view[2], None, "local_no_prefill_worker")
+    full = pick([view[1], replace(D0, requests=8, **new), D1], constrained, RULES)
+    assert isinstance(full, Wait) and not full.in_vain
+    assert isinstance(pick([P0, D0], constrained, RULES), Wait)
+
+
 def test_full_workers_make_it_wait() -> None:
     """Guards admission: no rows or too few blocks is a wait, not a route that bounces."""
     for full in (replace(D0, requests=8), replace(D0, free_blocks=3)):
