@@ -4,7 +4,7 @@
 
 import assert from "node:assert/strict";
 import { createOpenAICompatible } from "@ai-sdk/openai-compatible";
-import { jsonSchema, streamText, tool } from "ai";
+import { jsonSchema, stepCountIs, streamText, tool } from "ai";
 
 const [baseURL, wanted] = [process.argv[2], JSON.parse(process.argv[3])];
 const bodies = [];
@@ -121,5 +121,25 @@ async function checkLaterTurn() {
   assert.deepEqual(bodies.at(-1).messages.map((message) => message.role).slice(3), ["assistant", "tool", "assistant", "tool", "tool"]);
 }
 
+// A turn that calls, whose result the next step has. `auto` calls nothing here, so one step is forced to one tool.
+async function checkCall() {
+  const prepareStep = ({ stepNumber }) => ({
+    toolChoice: stepNumber === 0 ? { type: "tool", toolName: "todoread" } : "auto",
+  });
+  const loop = { prepareStep, stopWhen: stepCountIs(2), maxOutputTokens: 2 * wanted.max_tokens };
+  const parts = await events({ messages: [...system, ...wanted.messages], ...loop });
+  const calls = parts.filter((part) => part.type === "tool-call");
+  assert.deepEqual(calls.map((call) => [call.toolName, call.input]), [["todoread", {}]]);
+  assert.deepEqual(
+    kinds(parts).filter((kind) => kind.startsWith("tool-")),
+    ["tool-input-start", "tool-input-delta", "tool-input-end", "tool-call", "tool-result"],
+  );
+  const { messages } = bodies.at(-1);
+  assert.equal(messages.at(-1).content, "The list is empty.");
+  assert.equal(messages.at(-1).tool_call_id, messages.at(-2).tool_calls[0].id);
+  assert.equal(kinds(parts).at(-1), "finish");
+}
+
 await checkFirstTurn();
 await checkLaterTurn();
+await checkCall();

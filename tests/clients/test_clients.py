@@ -27,6 +27,7 @@ DEMO = HERE.parents[1] / "models" / "demo"
 PYTHON_CLIENTS = (
     "openai_python",
     "openai_python_tools",
+    "openai_python_responses",
     "openai_agents_runs",
     "litellm_calls",
     "langchain_calls",
@@ -155,6 +156,12 @@ def run(command: list[str | Path], folder: Path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stdout[-8000:]
+
+
+def test_every_script_is_run() -> None:
+    """Guards a script that is in no list against rotting."""
+    scripts = {path.name for path in HERE.iterdir() if path.suffix in (".py", ".mjs")} - {Path(__file__).name}
+    assert scripts == {f"{client}.py" for client in PYTHON_CLIENTS} | {f"{client}.mjs" for client in NODE_CLIENTS}
 
 
 @pytest.mark.parametrize("client", PYTHON_CLIENTS)
