@@ -52,7 +52,8 @@ class TensorForm(NamedTuple):
 
     @property
     def is_floating_point(self) -> bool:
-        return self.dtype.startswith(("F", "BF"))
+        """Numbers of 16 bits or more: shorter ones need scales."""
+        return self.dtype in ("F16", "BF16", "F32", "F64")
 
 
 @dataclass(frozen=True, slots=True)

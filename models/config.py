@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from baton.models.folder import MAX_LENGTH, JsonObject
+from baton.models.quantization.scheme import Quantization, read_quantization
 from baton.models.rope_config import RopeConfig, read_rope
 from baton.node.errors import SettingsError
 from baton.node.messages.base import MAX_TOKEN_ID
@@ -60,6 +61,8 @@ class ModelConfig:
     """Which layers use the window; all False when there is none."""
     max_position_embeddings: int
     eos_token_ids: tuple[int, ...]
+    quantization: Quantization | None
+    """Of the folder's weights; None: all are plain."""
 
     @property
     def max_model_len(self) -> int:
@@ -94,8 +97,6 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
     llama, qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
     if config.text("hidden_act", "silu") != "silu":
         raise config.wrong("hidden_act", "'silu'")
-    if config.child("quantization_config") is not None:
-        raise SettingsError(f"{config.where}: quantised weights ('quantization_config') are not supported")
     hidden_size = config.integer("hidden_size", most=MAX_WIDTH)
     num_heads = config.integer("num_attention_heads", most=MAX_HEADS)
     num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
@@ -131,6 +132,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         windowed_layers=windowed,
         max_position_embeddings=max_position,
         eos_token_ids=_eos_token_ids(config, generation_path),
+        quantization=read_quantization(config, generation_path.parent),
     )
 
 

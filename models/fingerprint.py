@@ -1,6 +1,7 @@
 """Identity of a model folder, so that KV of different weights can never meet. No torch.
 
-The digest covers config.json and every byte of the files that weights are read from. Files are hashed in chunks, a
+The digest covers config.json, files beside it that say how weights are quantised, and every byte of the files that
+weights are read from. Files are hashed in chunks, a
 chunk's SHA-256 is a leaf of the file's, so that threads share the work; they run beside the load, which reads the same
 pages of the page cache. Nothing is kept between starts: no time stamp proves that a file is what it was.
 """
@@ -16,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from baton.models.checkpoint import Checkpoint
+from baton.models.quantization.scheme import SIDE_FILES
 from baton.node.errors import SettingsError
 
 CHUNK_BYTES = 16 << 20
@@ -87,8 +89,8 @@ class FingerprintTask:
         paths = [self._folder / "config.json"]
         states = [_state(path) for path in paths]  # without one there is no model, whatever else is here
         if self._load_format != "dummy":
-            files = Checkpoint.open(self._folder).files
-            paths += [self._folder / file for file in files]
+            beside = [path for name in SIDE_FILES if (path := self._folder / name).is_file()]
+            paths += beside + [self._folder / file for file in Checkpoint.open(self._folder).files]
             states += [_state(path) for path in paths[1:]]
         return [
             Leaves(

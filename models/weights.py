@@ -4,28 +4,31 @@ Each tensor of a checkpoint has a place: the rows or columns that a rank reads o
 value projections are merged into one matrix, gate and up into another: one multiplication instead of three or two.
 Tensors are copied shard by shard, so that memory peaks at the rank's part of the model plus one tensor. A head is tied
 to the embedding when the config says so, unless the files hold both and they differ: then each is what was saved.
+
+Quantised weights become plain ones on the way: of each, the rank's part of the numbers that its tensors stand for is
+computed where it will lie.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator
-from itertools import groupby
-from operator import attrgetter
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from baton.kernels import DenseLinear, Linear
-from baton.models.checkpoint import Checkpoint, StoredTensor
+from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD
 from baton.models.layers import WHOLE, AttentionWeights, DenseMlpWeights, LayerWeights, Rank, Weights, describe
+from baton.models.quantization.layouts import QuantizedSource
+from baton.models.quantization.scheme import Quantization
+from baton.models.sources import EMBEDDING, PLAIN, Source, find_sources, has_own_head, log_unused, read_sources
 from baton.node.errors import SettingsError
-from baton.node.telemetry import excerpt, log_event
+from baton.node.telemetry import log_event
 
 logger = logging.getLogger("weights")
 
@@ -34,8 +37,6 @@ Progress = Callable[[int, int], None]
 LOAD_FORMATS = ("auto", "dummy")
 GIB = 1 << 30
 MAX_TIED_COPY_BYTES = 256 << 20
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-UNUSED_SUFFIX = ".rotary_emb.inv_freq"  # of old folders: follows from the config
 
 
 class WeightCut(NamedTuple):
@@ -105,11 +106,13 @@ def load_weights(
         _fill_randomly(places)
     else:
         checkpoint = Checkpoint.open(folder)
-        sources = _sources(checkpoint, plan, tied)
-        if tied and _has_own_head(checkpoint):
+        sources = find_sources(checkpoint, _shapes(plan), tied, config.quantization)
+        if tied and has_own_head(checkpoint, plan[EMBEDDING].shape, config.quantization):
             tied = False
-            sources = _sources(checkpoint, _plan(config, tied, rank, dtype, device), tied)
-        _log_unused(checkpoint, sources, tied)
+            plan = _plan(config, tied, rank, dtype, device)
+            sources = find_sources(checkpoint, _shapes(plan), tied, config.quantization)
+        log_unused(checkpoint, sources, tied)
+        _log_quantized(folder, sources, config.quantization, dtype)
         weights, places = _allocate(config, tied, rank, dtype, device)
         _fill_from_files(checkpoint, sources, places, on_progress)
     if pack:
@@ -133,73 +136,36 @@ def _plan(config: ModelConfig, tied: bool, rank: Rank, dtype: torch.dtype, devic
     return places
 
 
-def _has_own_head(checkpoint: Checkpoint) -> bool:
-    """Whether the files hold a head that differs from the embedding: then the config that ties them is wrong."""
-    embedding, head = checkpoint.find(EMBEDDING), checkpoint.find(HEAD)
-    if embedding is None or head is None or _are_equal(checkpoint, embedding, head):
-        return False
-    log_event(
-        logger,
-        "head_not_tied",
-        level=logging.WARNING,
-        folder=checkpoint.folder.name,
-        why="lm_head differs from embedding",
-    )
-    return True
-
-
-def _are_equal(checkpoint: Checkpoint, one: StoredTensor, other: StoredTensor) -> bool:
-    if checkpoint.forms[one.name] != checkpoint.forms[other.name]:
-        return False
-    (_, first), (_, second) = next(_tensors(checkpoint, [one])), next(_tensors(checkpoint, [other]))
-    return torch.equal(first, second)
-
-
-def _sources(checkpoint: Checkpoint, places: dict[str, WeightPlace], tied: bool) -> dict[StoredTensor, str]:
-    """The stored tensor for each place. SettingsError if one is missing, or its header names another shape or type."""
-    names: dict[StoredTensor, str] = {}
-    missing = []
-    for name in places:
-        stored = checkpoint.find(name)
-        if stored is None and tied and name == EMBEDDING:
-            stored = checkpoint.find(HEAD)  # of two tensors in one memory safetensors may save either
-        if stored is None:
-            missing.append(name)
-        else:
-            names[stored] = name
-    if missing:
-        raise SettingsError(
-            f"{checkpoint.folder}: tensor {min(missing)} is missing ({len(missing)} of {len(places)} are)"
-        )
-    for stored, name in names.items():
-        form, shape = checkpoint.forms[stored.name], places[name].shape
-        if form.shape != shape or not form.is_floating_point:
-            found, wanted = f"{form.dtype} {list(form.shape)}", f"floating point {list(shape)}"
-            raise SettingsError(f"{checkpoint.folder}: tensor {stored.name} is {found}, expected {wanted}")
-    return names
+def _shapes(plan: dict[str, WeightPlace]) -> dict[str, tuple[int, ...]]:
+    return {name: place.shape for name, place in plan.items()}
 
 
 def _fill_from_files(
-    checkpoint: Checkpoint, sources: dict[StoredTensor, str], places: dict[str, WeightPlace], on_progress: Progress
+    checkpoint: Checkpoint, sources: dict[str, Source], places: dict[str, WeightPlace], on_progress: Progress
 ) -> None:
-    for done, (stored, tensor) in enumerate(_tensors(checkpoint, sources), start=1):
-        places[sources[stored]].fill(tensor)
+    for done, (name, tensors) in enumerate(read_sources(checkpoint, sources), start=1):
+        source, place = sources[name], places[name]
+        if isinstance(source, QuantizedSource):
+            target = place.target
+            weight = source.read({role: tensor.to(target.device) for role, tensor in tensors.items()})
+            weight.dequantise(target, *(cut.part for cut in place.cuts))
+        else:
+            place.fill(tensors[PLAIN])
         on_progress(done, len(places))
 
 
-def _log_unused(checkpoint: Checkpoint, used: Collection[StoredTensor], tied: bool) -> None:
-    """Tensors that the model of this config has no place for are left out, as transformers does."""
-    unused = checkpoint.holders.keys() - {stored.name for stored in used}
-    head = checkpoint.find(HEAD) if tied else None
-    unused = {name for name in unused if not name.endswith(UNUSED_SUFFIX) and (head is None or name != head.name)}
-    if unused:
+def _log_quantized(
+    folder: Path, sources: dict[str, Source], quantization: Quantization | None, dtype: torch.dtype
+) -> None:
+    if quantization is not None:
         log_event(
             logger,
-            "tensors_unused",
-            level=logging.WARNING,
-            folder=checkpoint.folder.name,
-            count=len(unused),
-            first=min(unused),
+            "weights_quantised",
+            folder=folder.name,
+            method=quantization.method,
+            count=sum(isinstance(source, QuantizedSource) for source in sources.values()),
+            plain=sum(not isinstance(source, QuantizedSource) for source in sources.values()),
+            served_as=str(dtype).removeprefix("torch."),
         )
 
 
@@ -210,18 +176,6 @@ def _pack(weights: Weights, tied: bool) -> None:
             linear.pack()
     if not tied or weights.embedding.nbytes <= MAX_TIED_COPY_BYTES:
         weights.lm_head.pack(keep_weight=tied)
-
-
-def _tensors(checkpoint: Checkpoint, wanted: Iterable[StoredTensor]) -> Iterator[tuple[StoredTensor, torch.Tensor]]:
-    """The wanted tensors, file by file."""
-    for file_name, stored_in_file in groupby(sorted(wanted, key=attrgetter("file", "name")), attrgetter("file")):
-        path = checkpoint.folder / file_name
-        try:
-            with safe_open(path, framework="pt", device="cpu") as file:
-                for stored in stored_in_file:
-                    yield stored, file.get_tensor(stored.name)
-        except (SafetensorError, OSError) as error:
-            raise SettingsError(f"{path}: not a whole safetensors file: {excerpt(error)}") from None
 
 
 def _allocate(

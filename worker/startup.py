@@ -153,10 +153,11 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
 
 def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, config: ModelConfig) -> bytes:
     """Digest of all that makes KV compatible: two workers of different namespaces never exchange blocks."""
+    quantization = config.quantization
     return namespace_digest(
         model_fingerprint=fingerprint,
         layout=layout,
-        weight_dtype=layout.dtype,
+        weight_dtype=layout.dtype if quantization is None else f"{quantization.method} as {layout.dtype}",
         rope_fingerprint=hashlib.sha256(repr(config.rope).encode()).digest(),
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
     )

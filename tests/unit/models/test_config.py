@@ -298,7 +298,7 @@ def test_missing_key_is_named(tmp_path, key):
         ("rope_scaling", {"type": "linear", "factor": "2"}),
         ("rope_parameters", {"full_attention": {"rope_type": "default"}}),
         ("partial_rotary_factor", 0.5),
-        ("quantization_config", {"quant_method": "awq"}),
+        ("quantization_config", {"quant_method": "mxfp4"}),
         ("eos_token_id", "</s>"),
         ("eos_token_id", [1, -2]),
     ],

@@ -82,6 +82,16 @@ def test_dummy_models_of_one_layout_do_not_share_kv(tmp_path):
     assert dummy_namespace(plain) != dummy_namespace(plain, "cuda"), "a GPU draws other numbers"
 
 
+def test_plain_and_quantised_weights_do_not_share_kv(tmp_path):
+    """Guards against KV of plain weights in use with quantised ones, even if all files were equal."""
+    plain = folder_of(tmp_path / "plain")
+    quantised = folder_of(tmp_path / "quantised", quantization_config={"quant_method": "fp8"})
+    configs = [ModelConfig.from_folder(folder) for folder in (plain, quantised)]
+    layout = layout_of(configs[0], torch.float32, 16)
+    assert len({namespace_of(plain, b"m" * 32, layout, config) for config in configs}) == 2
+    assert model_fingerprint(plain, "dummy") != model_fingerprint(quantised, "dummy")
+
+
 # ---- pool, planes, device
 
 
