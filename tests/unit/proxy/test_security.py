@@ -123,11 +123,19 @@ BAD_BODIES = [
     b'{"model": "demo", "messages": [{"role": "assistant"}], "continue_final_message": true}',
     b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"__class__": 1}}',
     b'{"model": "demo", "messages": [{"role": "user", "content": "x"}], "chat_template_kwargs": {"messages": 1}}',
+    b'{"model": "demo", "max_tokens": 4, "messages": [{"role": "user", "content": [{"type": "tool_result"}]}]}',
+    b'{"model": "demo", "max_tokens": 4, "messages": [{"role": "user", "content": "x"}], "tools": [{"name": {}}]}',
     b'{"tokens": [-1]}',
 ]
 
 
-@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        *("/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/messages/count_tokens"),
+        *("/tokenize", "/detokenize"),
+    ],
+)
 async def test_no_error_shows_an_address_or_a_path(client: httpx.AsyncClient, path: str) -> None:
     """CVE-2026-22778 sent an object's address to the client, CVE-2026-73555 the server's paths, CVE-2025-23320 the
     name of a shared memory."""

@@ -47,6 +47,8 @@ class Scripted:
         self._model_text = text
 
     def script(self, call: EngineCall) -> list[ScriptStep]:
+        if call.sampling.max_tokens == 0:
+            return [Delta((), finish="length")]
         ids = self._model_text.encode(self.text, add_special_tokens=False)
         if self.finish == "stop":
             ids += (self._model_text.eos_ids[-1],)

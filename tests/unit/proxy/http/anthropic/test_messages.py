@@ -129,6 +129,12 @@ async def test_stop_sequences_and_the_end_of_the_context(
     assert call.sampling.max_tokens == engine.model_len - len(call.prompt_ids)
 
 
+async def test_a_prompt_is_put_into_the_cache_without_an_answer(client: httpx.AsyncClient) -> None:
+    """Guards against an empty answer that has no end, or no usage."""
+    message = await ask(client, max_tokens=0)
+    assert (message["content"], message["stop_reason"], message["usage"]["output_tokens"]) == ([], "max_tokens", 0)
+
+
 async def test_a_prompt_that_is_too_long_is_refused_in_words_that_agents_know(client: httpx.AsyncClient) -> None:
     """Guards against agents that end where they could shorten their conversation."""
     answer = await client.post(PATH, json={**BODY, "messages": [{"role": "user", "content": "Hi you " * 3000}]})
