@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import httpx
 
@@ -86,6 +86,13 @@ def fork_server() -> ForkServer:
     return ForkServer()
 
 
+def start_node(spec: ChildSpec, log: BinaryIO) -> launch.NodeProcess:
+    """Start a node as a fork of a process that has imported what it needs; on systems other than Linux, as `serve`."""
+    if sys.platform.startswith("linux"):
+        return fork_server().start(spec, log)
+    return launch.start_process(spec, log)
+
+
 @dataclass(slots=True)
 class Cluster:
     """A cluster on the CPU for tests: requests, metrics and waits. `nodes` starts, kills and freezes its processes."""
@@ -112,8 +119,8 @@ class Cluster:
     log_folder: Path | None = None
     relays: RelayBoard | None = None
     """What all links lead through; None: links are direct."""
-    forked: bool = sys.platform.startswith("linux")
-    """Whether nodes are forks of a process that has imported what they need; False: they are as `serve` starts them."""
+    forked: bool = True
+    """Whether `start_node` starts the nodes; False: they are started as by `serve`."""
     nodes: launch.Cluster = field(init=False)
 
     def __post_init__(self) -> None:
@@ -138,7 +145,7 @@ class Cluster:
             settings,
             log_folder=self.log_folder,
             edit=self._for_tests,
-            start=fork_server().start if self.forked else launch.start_process,
+            start=start_node if self.forked else launch.start_process,
             environ=environ,
         )
 

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import socket
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import httpx
 import pytest
 
+from baton.launch.supervisor import ChildSpec
 from baton.node.secret_file import write_secret
-from baton.tests.integration.cluster import ROOT, Cluster
+from baton.tests.integration.cluster import ROOT, Cluster, start_node
 
 DEMO = ROOT / "models" / "demo"
 REFUSED_TIMEOUT_S = 60.0
@@ -26,18 +28,16 @@ IN_THE_CLEAR = "--insecure-network"
 
 def error_line(module: str, *arguments: str) -> str:
     """The one line that a process prints before it exits with status 1, without its log."""
-    ended = subprocess.run(
-        [sys.executable, "-P", "-m", f"baton.{module}", "--log-level", "error", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=REFUSED_TIMEOUT_S,
-        check=False,
-    )
-    assert ended.returncode == 1, (ended.returncode, ended.stderr)
-    assert not ended.stdout
-    lines = ended.stderr.splitlines()
-    assert len(lines) == 1 and lines[0].startswith(f"{module}: "), ended.stderr
+    argv = (sys.executable, "-P", "-m", f"baton.{module}", "--log-level", "error", *arguments)
+    with TemporaryFile() as printed:
+        node = start_node(ChildSpec(name=module, group=module, argv=argv, env=os.environ), printed)
+        try:
+            status = node.wait(REFUSED_TIMEOUT_S)
+        finally:
+            node.send_signal(signal.SIGKILL)
+        printed.seek(0)
+        lines = printed.read().decode().splitlines()
+    assert status == 1 and len(lines) == 1 and lines[0].startswith(f"{module}: "), (status, lines)
     return lines[0]
 
 

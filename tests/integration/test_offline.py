@@ -22,6 +22,7 @@ from baton import LLM, SamplingParams
 from baton.launch.cluster import Cluster
 from baton.launch.local import ServeSettings
 from baton.node.errors import SettingsError
+from baton.tests.integration.cluster import start_node
 from baton.tests.integration.prompts import PROMPTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +34,7 @@ SMALL: dict[str, Any] = {**SETTINGS, "prefill": 0}
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
     """An already running server."""
-    with Cluster(ServeSettings(device="cpu", api_key=(KEY,))) as cluster:
+    with Cluster(ServeSettings(device="cpu", api_key=(KEY,)), start=start_node) as cluster:
         yield cluster
 
 
