@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from baton.node.errors import BadRequest
+from baton.proxy.text.effort import LEVEL
 from baton.proxy.text.template import RenderOptions
 
 MAX_VARIABLES = 64
@@ -37,7 +38,9 @@ class TemplateRequest(BaseModel):
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=MAX_VARIABLES)] | None = None
 
 
-def render_options(request: TemplateRequest, tools: Sequence[Any] = (), effort: Effort | None = None) -> RenderOptions:
+def render_options(
+    request: TemplateRequest, tools: Sequence[Any] = (), effort: Effort | None = None, effort_param: str = LEVEL
+) -> RenderOptions:
     """Raises BadRequest where the fields contradict each other, or a variable has a name that is taken."""
     continues = bool(request.continue_final_message)
     if continues and request.add_generation_prompt:
@@ -62,6 +65,7 @@ def render_options(request: TemplateRequest, tools: Sequence[Any] = (), effort: 
         tools=tools,
         variables=variables,
         effort=effort or "",
+        effort_param=effort_param,
     )
 
 

@@ -15,7 +15,7 @@ _NEAREST = {"minimal": "low", "xhigh": "high", "max": "high"}
 """The levels that templates know are low, medium and high."""
 
 
-def effort_variables(effort: str, known: Collection[str], *, reasons: bool) -> dict[str, object]:
+def effort_variables(effort: str, known: Collection[str], *, reasons: bool, param: str = LEVEL) -> dict[str, object]:
     """What `effort` sets of the variables that a template knows; `reasons`: the model does so.
 
     Raises BadRequest where it asks for more, or less, than the template can be told. Without levels, "minimal" is off.
@@ -30,4 +30,4 @@ def effort_variables(effort: str, known: Collection[str], *, reasons: bool) -> d
     if effort == "medium":  # what all models do if they are not asked
         return {}
     what = "its chat template cannot change how it reasons" if reasons else "it does not reason"
-    raise BadRequest(f"a reasoning effort of {effort} is not possible with this model: {what}", param=LEVEL)
+    raise BadRequest(f"a reasoning effort of {effort} is not possible with this model: {what}", param=param)

@@ -97,7 +97,8 @@ class ModelText:
         """Raises BadRequest where the model cannot be asked for it."""
         if not options.effort:
             return options
-        found = effort_variables(options.effort, self._chat_renderer().variables, reasons=self.markup.has_reasoning)
+        known, reasons = self._chat_renderer().variables, self.markup.has_reasoning
+        found = effort_variables(options.effort, known, reasons=reasons, param=options.effort_param)
         return dataclasses.replace(options, variables={**found, **options.variables})
 
     @property

@@ -21,6 +21,7 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from baton.node.errors import BadRequest, SettingsError
+from baton.proxy.text.effort import LEVEL
 
 MAX_TEMPLATE_CHARS = 1 << 18
 """Several times the longest template of a known model; parsing takes about a second."""
@@ -42,6 +43,8 @@ class RenderOptions:
     """Further variables of the template, such as `enable_thinking`."""
     effort: str = ""
     """How much the model shall reason, which becomes variables that are not given; empty: as it does."""
+    effort_param: str = LEVEL
+    """Where the request says so, for errors."""
 
 
 NEXT_MESSAGE = RenderOptions()

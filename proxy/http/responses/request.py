@@ -44,7 +44,7 @@ from baton.proxy.http.schema import (
     session_digest,
 )
 from baton.proxy.http.structured import StructuredFields, StructuredOutputs, grammar_request, json_grammar
-from baton.proxy.http.template_options import TemplateRequest, render_options
+from baton.proxy.http.template_options import Effort, TemplateRequest, render_options
 from baton.proxy.http.tools import MAX_TOOLS, MAX_TOOLS_CHARS, ToolFields, tool_request
 from baton.proxy.text.grammar_request import GrammarRequest
 
@@ -99,7 +99,7 @@ class TextFields(BaseModel):
 class ReasoningFields(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
+    effort: Effort | None = None
     summary: Literal["auto", "concise", "detailed"] | None = None
     """Accepted: items have all of the reasoning, and no summary."""
 
@@ -182,6 +182,7 @@ def _parsed(request: ResponsesRequest, given: GivenTools, unknown: tuple[str, ..
         parallel_tool_calls=request.parallel_tool_calls,
     )
     tools = replace(tool_request(fields), params=given.params)
+    effort = request.reasoning.effort if request.reasoning is not None else None
     template = TemplateRequest.model_construct(
         **{name: getattr(request, name) for name in TemplateRequest.model_fields}
     )
@@ -189,7 +190,7 @@ def _parsed(request: ResponsesRequest, given: GivenTools, unknown: tuple[str, ..
         model=request.model,
         messages=conversation(chat_messages(request.instructions, request.input)),
         prompt_param="input",
-        render=render_options(template, tools.shown),
+        render=render_options(template, tools.shown, effort, "reasoning.effort"),
         tools=tools,
         sampling=SamplingRequest.model_construct(
             **{name: getattr(request, name) for name in SamplingRequest.model_fields}

@@ -17,7 +17,7 @@ from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 
 TEMPLATE = (
     "{% for tool in tools or [] %}{{ tool | tojson }}\n{% endfor %}{# <tool_call> #}{{ messages | tojson }}\n"
-    "{% if thinks is defined %}{{ '<think>\n' if thinks else '<think>\n\n</think>\n\n' }}{% endif %}"
+    "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
 )
 
 

@@ -93,6 +93,18 @@ async def test_it_says_what_a_chat_says(
     assert response["usage"]["output_tokens_details"]["reasoning_tokens"] == reasoning
 
 
+async def test_the_effort_switches_reasoning(client: httpx.AsyncClient, answers: Answers) -> None:
+    for effort, written, expected in (
+        ("none", "c", "message"),
+        ("high", "<think>\na\n</think>\n\nc", "reasoning message"),
+    ):
+        answers.text = written
+        response = await ask(client, reasoning={"effort": effort})
+        assert kinds(response) == expected.split()
+        assert answers.prompts[-1].endswith("</think>\n\n") == (effort == "none")
+        assert response["reasoning"] == {"effort": effort, "summary": None}
+
+
 async def test_an_answer_that_was_cut_is_incomplete(client: httpx.AsyncClient, answers: Answers) -> None:
     answers.finish = "length"
     for written in ("Once upon", CALL.partition("ty")[0], "<think>\na b"):

@@ -89,6 +89,9 @@ def test_streams_can_be_followed_and_end_with_the_whole_answer(deltas: list[list
     whole = encoder().whole([[event for delta in deltas for event in delta]], USAGE)
     assert json.loads(whole) == response
     assert response["output"] or response["status"] == "incomplete"
+    calls = [item["status"] for item in response["output"] if "call_id" in item]
+    ends = [event for delta in deltas for event in delta if isinstance(event, CallEnd)]
+    assert calls == ["incomplete" if end.broken else "completed" for end in ends]
     texts = [event.text for delta in deltas for event in delta if isinstance(event, Content)]
     assert "".join(texts) == "".join(
         item["content"][0]["text"] for item in response["output"] if item["type"] == "message"

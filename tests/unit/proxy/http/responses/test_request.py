@@ -64,6 +64,7 @@ def chat(**fields: Any) -> ParsedRequest:
         ({"text": {"format": {"type": "text"}, "verbosity": "medium"}}, {}),
         ({"metadata": {"a": "b"}, "store": True, "service_tier": "auto", "max_tool_calls": 3}, {}),
         ({"include": ["reasoning.encrypted_content"], "background": False, "n": 1}, {}),
+        ({"reasoning": {"effort": "low", "summary": "auto"}}, {"reasoning_effort": "low"}),
         ({"truncation": "disabled", "previous_response_id": None, "safety_identifier": "s"}, {}),
     ],
 )
@@ -72,8 +73,9 @@ def test_it_is_read_as_a_chat(ours: dict[str, Any], theirs: dict[str, Any] | Non
     given, expected = read(**ours), chat(**(ours if theirs is None else theirs))
     assert given.prompt_param == "input" and expected.prompt_param == "messages"
     for name in ParsedRequest.__slots__:
-        if name not in ("prompt_param", "tools"):
+        if name not in ("prompt_param", "tools", "render"):
             assert getattr(given, name) == getattr(expected, name), name
+    assert replace(given.render, effort_param="") == replace(expected.render, effort_param="")
     assert given.tools is not None and expected.tools is not None
     assert replace(given.tools, params={}) == replace(expected.tools, params={})
 
