@@ -11,8 +11,13 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
+from tokenizers import Tokenizer
 
+from baton.node.messages.control import Grammar, SamplingSpec
+from baton.proxy.text.grammar import lark_of
+from baton.proxy.text.grammar_request import GrammarRequest
 from baton.tests.integration.cluster import Cluster
+from baton.tests.unit.worker.demo_worker import END_IDS, FOLDER, DemoWorker
 
 pytestmark = pytest.mark.timeout(400)
 PERSON = {
@@ -79,6 +84,24 @@ def test_random_answers_are_valid_and_repeat(cluster: Cluster) -> None:
     for text in first:
         check_person(text)
     assert beside == [ask(cluster, seed=seed, max_tokens=40)["choices"][0]["text"] for seed in range(6)]
+
+
+def test_a_hand_over_changes_no_answer(cluster: Cluster) -> None:
+    """Guards the seam between workers: one that computes all by itself draws the same, from the first token on."""
+    grammar = Grammar(text=lark_of(GrammarRequest("json", json.dumps(PERSON), "p", compact=True)), end_ids=END_IDS)
+    tokenizer = Tokenizer.from_file(str(FOLDER / "tokenizer.json"))
+    requests = {
+        str(seed): SamplingSpec(max_tokens=200, temperature=2.0, seed=seed, grammar=grammar, stop_token_ids=END_IDS)
+        for seed in range(4)
+    }
+    alone = DemoWorker(num_blocks=128).answers(requests, tokenizer.encode("Once upon a time").ids)
+    for name, answer in alone.items():
+        assert text_of(ask(cluster, seed=int(name), top_p=1.0, structured_outputs=COMPACT)) == tokenizer.decode(
+            answer.ids
+        )
+    cluster.wait_until(
+        lambda: sum(cluster.worker_values("transfers_received_total").values()) >= len(alone), "transfers"
+    )
 
 
 @pytest.mark.parametrize(
