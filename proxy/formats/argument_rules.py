@@ -106,9 +106,10 @@ class _Tags:
     def _value(self, schema: Any) -> str:
         """With the tag at its end. What may be a string only is raw text, other types are JSON."""
         types = types_of(schema, self._of.root)
-        schema = resolved(schema, self._of.root)
-        if types == {"string"} or (types == {"string", "null"} and is_any_text(schema, self._of.root)):
-            return self._text_value(schema)
+        if types == {"string", "null"} and is_any_text(schema, self._of.root):
+            return self._text_value({})
+        if types == {"string"}:
+            return self._text_value(resolved(schema, self._of.root))
         return f"{self._of.json(schema)} {literal(TEXT_END)}"
 
     def _text_value(self, schema: Any) -> str:

@@ -69,6 +69,7 @@ CODE = {
         "code": {"type": "string", "pattern": "^[a-f]{2}/[0-9]{2}$"},
         "some": {"type": "string", "pattern": "ab", "maxLength": 9},
         "text": {"type": ["string", "null"]},
+        "more": {"title": "More", "anyOf": [{"type": "string"}, {"type": "null"}], "default": None},
         "flag": {"type": ["boolean", "null"]},
     },
     "required": ["code", "flag"],
