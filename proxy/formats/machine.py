@@ -232,9 +232,14 @@ class FormatMachine:
 
     def _marker_at(self, text: str, place: int) -> str:
         for marker, _ in self._state.text_moves:
-            if text.startswith(marker, place):
+            if text.startswith(marker, place) and not (self._in_json_value and marker[0] != "\n"):
                 return marker
         return ""
+
+    @property
+    def _in_json_value(self) -> bool:
+        """Inside of a string of JSON, of which a marker may be a part if it does not begin with a line break."""
+        return self._row.reads is Reads.VALUE and self._parameters is not None and self._parameters.in_json_string
 
     def _may_begin_marker(self, text: str, place: int) -> bool:
         rest = text[place : place + 64]

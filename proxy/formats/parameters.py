@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from baton.proxy.formats.json_reader import CallSink
+from baton.proxy.formats.json_reader import CallSink, Progress, ValueScanner
 from baton.proxy.formats.python_reader import json_inside
 from baton.proxy.formats.schemas import resolved, type_name, types_of
 
@@ -34,6 +34,15 @@ class ParameterWriter:
         self._at_start = False
         self._waiting: list[str] = []
         self._num_waiting = 0
+        self._scanner: ValueScanner | None = None
+        """Of a value that waits, as long as it may be JSON."""
+        self._is_blank = True
+        """The value has had nothing else so far."""
+
+    @property
+    def in_json_string(self) -> bool:
+        """The value may be JSON, and is inside of one of its strings, which have no line breaks."""
+        return self._scanner is not None and self._scanner.in_string
 
     def begin(self, key: str) -> None:
         self._types = types_of(self._properties.get(key), self._schema)
@@ -42,6 +51,8 @@ class ParameterWriter:
         self._num_keys += 1
         self._sink.arguments(f"{opening}{json.dumps(key, ensure_ascii=False)}: ")
         self._streams = self._types == {"string"}
+        self._scanner = None if self._streams else ValueScanner()
+        self._is_blank = True
         if self._streams:
             self._sink.arguments('"')
 
@@ -53,11 +64,21 @@ class ParameterWriter:
         if self._streams:
             self._sink.arguments(json_inside(text))
             return
+        self._scan(text)
         self._waiting.append(text)
         self._num_waiting += len(text)
         if self._num_waiting > MAX_WAITING_CHARS:
             self._streams = True
             self._sink.arguments('"' + json_inside(self._taken()))
+
+    def _scan(self, text: str) -> None:
+        text = text.lstrip() if self._is_blank else text
+        self._is_blank = self._is_blank and not text
+        place = 0
+        while self._scanner is not None and place < len(text):
+            place, progress = self._scanner.take(text, place, len(text))
+            if progress is not Progress.MORE:
+                self._scanner = None
 
     def end(self) -> None:
         """The value is complete."""

@@ -40,9 +40,9 @@ XML_ENDS = ("</parameter>", "\n</function>", "\n<parameter=", "\n</tool_call>")
 PROSE = ["", "Let me see.", "A < b\n\n", " \n x", "<tool", "é 漢\n"]
 
 
-def random_string(source: random.Random, name: str) -> str:
+def random_string(source: random.Random, name: str, depth: int) -> str:
     text = "".join(source.choices([*WORDS, *markers_of(name)], k=source.randint(0, 4)))
-    if name == "qwen3_xml":  # raw text ends where its tag does
+    if name == "qwen3_xml" and not depth:  # raw text ends where its tag does
         while any(end in f"\n{text}\n" for end in XML_ENDS):
             text = text[1:]
     return text
@@ -50,9 +50,9 @@ def random_string(source: random.Random, name: str) -> str:
 
 def random_value(source: random.Random, name: str, kind: str, depth: int = 0) -> Any:
     if kind == "s":
-        return random_string(source, name)
+        return random_string(source, name, depth)
     if kind in "ao" and depth < 2:
-        kinds = source.choices("sinbu" if name != "qwen3_xml" else "inb", k=source.randint(0, 3))
+        kinds = source.choices("sinbu", k=source.randint(0, 3))
         values = [random_value(source, name, each, depth + 1) for each in kinds]
         return values if kind == "a" else {f"k{place}": value for place, value in enumerate(values)}
     if kind == "u":

@@ -130,6 +130,14 @@ VECTORS = {
         "qwen3_xml", "<function=f><parameter=i>1</parameter><parameter=i>2</parameter></function>",
         calls=(call('{"i": 1, "i": 2}'),),
     ),
+    "a tag in a string of JSON": V(
+        "qwen3_xml", '<function=f>\n<parameter=o>\n {"a": "</parameter>\\""}\n</parameter>\n</function>',
+        calls=(call('{"o": {"a": "</parameter>\\""}}'),),
+    ),
+    "an open string ends with its line": V(
+        "qwen3_xml", '<function=f>\n<parameter=o>\n{"a": "</parameter>\n</parameter>\n</function>',
+        calls=(call('{"o": "{\\"a\\": \\"</parameter>"}'),),
+    ),
     "no parameters": V("qwen3_xml", "<function=no-arguments>\n</function>", calls=(call("{}", name="no-arguments"),)),
     "cut in a value": V(
         "qwen3_xml", "<function=f>\n<parameter=s>\nab", calls=(call('{"s": "ab', BROKEN),)
