@@ -66,8 +66,9 @@ class _Parameters:
 
     def listed(self, can_write: Callable[[str], bool]) -> Sequence[_Parameter]:
         properties, required = self.root.get("properties"), self.root.get("required")
-        schemas = dict(properties) if isinstance(properties, Mapping) else {}
+        listed = properties if isinstance(properties, Mapping) else {}
         needed = [each for each in required if isinstance(each, str)] if isinstance(required, list) else []
+        schemas = {name: schema for name, schema in listed.items() if schema is not False or name in needed}
         schemas |= {name: True for name in needed if name not in schemas}
         for name in needed:
             if not can_write(name):

@@ -20,16 +20,29 @@ _ENDS_A_LINE = ("<parameter=", "</function>", "</tool_call>")
 """At the beginning of a line."""
 _ANY = r"(.|\n)*"
 _NOTES = frozenset(("title", "description", "default", "examples", "$comment", "deprecated", "type"))
-_DATE = r"[0-9]{4}-(0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])"
+_CLASSES = {r"\d": "0-9", r"\w": "A-Za-z0-9_", r"\s": r"\t\n\r\x20"}
+_NEGATED = {r"\D": r"\d", r"\W": r"\w", r"\S": r"\s"}
+_DATE = (
+    r"[0-9]{4}-((0[1-9]|1[0-2])-(0[1-9]|1[0-9]|2[0-8])|(0[13-9]|1[0-2])-(29|30)|(0[13578]|1[02])-31)"  # no leap years
+)
 _TIME = r"([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9](\.[0-9]{1,6})?(Z|[+-]([01][0-9]|2[0-3]):[0-5][0-9])"
+_LABEL = "[A-Za-z0-9]([A-Za-z0-9-]{0,30}[A-Za-z0-9])?"
+_HOST = rf"{_LABEL}(\.{_LABEL}){{0,4}}"
+_BYTE = "(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _FORMATS: Mapping[str, str] = {
     "date": _DATE,
     "time": _TIME,
     "date-time": f"{_DATE}T{_TIME}",
-    "uuid": r"[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
-    "ipv4": r"((25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])\.){3}(25[0-5]|2[0-4][0-9]|1?[0-9]?[0-9])",
-    "email": r"[A-Za-z0-9_+-]{1,32}(\.[A-Za-z0-9_+-]{1,32}){0,4}@[A-Za-z0-9-]{1,32}(\.[A-Za-z0-9-]{1,32}){1,4}",
+    "duration": "P([0-9]{1,4}W|([0-9]{1,4}D)(T[0-9]{1,4}H)?|T([0-9]{1,4}H([0-9]{1,4}M)?|[0-9]{1,4}M|[0-9]{1,4}S))",
+    "uuid": "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}",
+    "ipv4": rf"({_BYTE}\.){{3}}{_BYTE}",
+    "ipv6": "([0-9a-f]{1,4}:){7}[0-9a-f]{1,4}|([0-9a-f]{1,4}:){1,6}:[0-9a-f]{1,4}|::[0-9a-f]{0,4}",
+    "hostname": _HOST,
+    "email": rf"[A-Za-z0-9_+-]{{1,32}}(\.[A-Za-z0-9_+-]{{1,32}}){{0,4}}@{_HOST}",
+    "uri": rf"[a-z][a-z0-9+.-]{{0,15}}:\/\/{_HOST}(:[0-9]{{1,4}})?(\/[A-Za-z0-9._~-]{{0,64}}){{0,16}}"
+    r"(\?[A-Za-z0-9._~=&-]{0,99})?",
 }
+"""The usual forms of each, as regular expressions of Lark."""
 
 
 def is_any_text(schema: Any, root: Mapping[str, Any]) -> bool:
@@ -98,7 +111,18 @@ def _anchored(pattern: str) -> str:
 
 
 def _escaped(pattern: str) -> str:
-    return re.sub(r"\\.|/|\n", lambda found: {"/": r"\/", "\n": r"\n"}.get(found[0], found[0]), pattern)
+    """As a literal of Lark, with the classes of JSON schema's patterns, which are of ASCII."""
+    found, in_class = [], False
+    for piece in re.finditer(r"\\.|.", pattern, re.DOTALL):  # over a schema
+        text = piece[0]
+        if text in _CLASSES:
+            text = _CLASSES[text] if in_class else f"[{_CLASSES[text]}]"
+        elif text in _NEGATED and not in_class:
+            text = f"[^{_CLASSES[_NEGATED[text]]}]"
+        elif text in "[]":
+            in_class = text == "["
+        found.append({"/": r"\/", "\n": r"\n"}.get(text, text))
+    return "".join(found)
 
 
 def _split(pattern: str) -> list[str]:

@@ -321,5 +321,7 @@ def test_strings_in_tags_are_the_schemas() -> None:
     assert not takes(text, "a</parameter>b") and not takes(text, "a\n</function>") and not takes(text, "<parameter=x>")
     assert takes({**text, "pattern": "b|^c$"}, "abc") and takes({**text, "pattern": "b|^c$"}, "c")
     assert not takes({**text, "pattern": "b|^c$"}, "cc") and takes({**text, "pattern": "^[|a]/$"}, "|/")
+    assert takes({**text, "pattern": r"^\d[\w-]\S$"}, "1-é") and not takes({**text, "pattern": r"^\d$"}, "４")
+    assert takes({**text, "format": "date"}, "2026-01-31") and not takes({**text, "format": "date"}, "2026-02-30")
     assert takes({**text, "minLength": 2, "maxLength": 3}, "abc") and not takes({**text, "minLength": 2}, "a")
     assert takes({**text, "const": "x\n"}, "x\n") and not takes({**text, "const": "x\n"}, "x")
