@@ -150,9 +150,9 @@ def _literal(word: str) -> str | None:
     if not word.isascii() or not any(char.isdigit() for char in word) or not (word[0].isdigit() or word[0] in "+-."):
         return None
     try:
-        if isinstance(json.loads(word), int | float) and math.isfinite(float(word)):
-            return word
-    except (ValueError, OverflowError):
+        if isinstance(json.loads(word), int | float):
+            return word  # however large: as in formats whose arguments are JSON
+    except ValueError:
         pass
     try:
         return str(int(word, 0))

@@ -130,6 +130,7 @@ VECTORS = {
         "qwen3_xml", "<function=f><parameter=i>1</parameter><parameter=i>2</parameter></function>",
         calls=(call('{"i": 1, "i": 2}'),),
     ),
+    "a number beyond those of Python": V("pythonic", "[f(n=-1e999)]", calls=(call('{"n": -1e999}'),)),
     "a tag in a string of JSON": V(
         "qwen3_xml", '<function=f>\n<parameter=o>\n {"a": "</parameter>\\""}\n</parameter>\n</function>',
         calls=(call('{"o": {"a": "</parameter>\\""}}'),),
