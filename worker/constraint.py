@@ -65,6 +65,8 @@ class Constraint:
         self.lexer = lexer
         self._grammar = grammar
         self._matcher = matcher
+        self._num_reasoned = 0
+        """Tokens of reasoning, its markers left out."""
         self._num_blanks = 0
         """Behind reasoning."""
         self._phase = _Phase.TEXT
@@ -74,6 +76,7 @@ class Constraint:
     def advance(self, token_ids: Sequence[int]) -> None:
         for token_id in token_ids:
             if self._phase is _Phase.REASONING:
+                self._num_reasoned += 1
                 if token_id in self._grammar.begins_after:
                     self._phase = _Phase.BEHIND
             elif self._phase is _Phase.FIRST and token_id in self._grammar.opened_by:
@@ -98,7 +101,13 @@ class Constraint:
     @property
     def is_free(self) -> bool:
         """Any token may come next, but for those of `barred`: in reasoning, or because what is drawn is dropped."""
-        return self._phase is _Phase.REASONING or self.is_broken
+        return (self._phase is _Phase.REASONING and not self._has_reasoned) or self.is_broken
+
+    @property
+    def _has_reasoned(self) -> bool:
+        """As much as it may."""
+        most = self._grammar.max_reasoning
+        return most is not None and self._num_reasoned >= most
 
     @property
     def barred(self) -> tuple[int, ...]:
@@ -108,11 +117,14 @@ class Constraint:
     @property
     def matcher(self) -> Matcher | None:
         """What makes the next mask; None where it is known without."""
-        return None if self.is_free or self._matcher.is_stopped() else self._matcher
+        unknown = self._phase is not _Phase.REASONING and not self.is_broken and not self._matcher.is_stopped()
+        return self._matcher if unknown else None
 
     @property
     def listed(self) -> tuple[int, ...]:
         """Tokens that may come next besides those of the matcher."""
+        if self._phase is _Phase.REASONING:
+            return self._grammar.begins_after
         if self._phase is _Phase.FIRST:
             return self._grammar.opened_by
         if self._phase is _Phase.BEHIND:

@@ -70,6 +70,8 @@ class Grammar(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=T
     opened_by: Annotated[tuple[TokenId, ...], Meta(max_length=8)] = ()
     blank_ids: Annotated[tuple[TokenId, ...], Meta(max_length=8)] = ()
     """Line breaks, of which up to two may follow the end of reasoning."""
+    max_reasoning: Annotated[int, Meta(ge=0, le=MAX_TOKENS)] | None = None
+    """Tokens of reasoning between what opens and what ends it: behind so many, its end is drawn. None: any number."""
 
 
 class SamplingSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -63,7 +63,7 @@ UNSUPPORTED: Mapping[str, tuple[tuple[object, ...], str]] = {
     "moderation": ((), "there is no moderation"),
     "reasoning_effort": ((), _OF_CHATS),
     "include_reasoning": ((True,), _OF_CHATS),
-    "thinking_token_budget": ((-1,), "reasoning has no bound but max_tokens"),
+    "thinking_token_budget": ((-1,), _OF_CHATS),
     "verbosity": (("medium",), "the model's answers cannot be made longer or shorter"),
     "use_beam_search": ((False,), _BEAMS),
     "best_of": ((1,), "answers are not ranked"),

@@ -15,13 +15,13 @@ import msgspec
 from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
-from baton.node.messages.control import MAX_BAD_WORD_TOKENS, SamplingSpec
+from baton.node.messages.control import MAX_BAD_WORD_TOKENS, Grammar, SamplingSpec
 from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.call_choice import answer_grammar
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest, check_beside_grammar
 from baton.proxy.interface import AppSettings, Generation
 from baton.proxy.tenants.tenants import Tenant
-from baton.proxy.text.grammar_request import GrammarRequest
+from baton.proxy.text.grammar_request import ANY_TOKENS, GrammarRequest
 from baton.proxy.text.model_text import ModelText
 
 EXPECTED_TOKENS = 1024
@@ -65,7 +65,7 @@ async def choices_of(
         sampling = _sampling(request, text, bad_words, _max_tokens(request, settings, len(ids), max_model_len))
         expected = min(sampling.max_tokens, EXPECTED_TOKENS)
         thinking = text.thinking(ids) if request.tools is not None else Thinking.CLOSED
-        grammar = form and await text.grammars.compile(form, text.markup.before_form(thinking))
+        grammar = await _grammar(request, form, text, thinking)
         for k in range(request.n):
             seed = secrets.randbits(63) if request.sampling.seed is None else (request.sampling.seed + k) % _SEEDS
             generation = Generation(
@@ -98,6 +98,21 @@ def _form(request: ParsedRequest, text: ModelText) -> GrammarRequest | None:
     if asked is not None:
         check_beside_grammar(request.sampling)
     return asked
+
+
+async def _grammar(
+    request: ParsedRequest, form: GrammarRequest | None, text: ModelText, thinking: Thinking
+) -> Grammar | None:
+    """Of an answer in this form, if it has one, behind its reasoning, which may have a bound."""
+    reasoning, most = text.markup.before_form(thinking), request.max_reasoning
+    if most is None or reasoning is None:
+        return None if form is None else await text.grammars.compile(form, reasoning)
+    if not reasoning.end_ids:
+        what = "this model's markers of reasoning are several tokens each"
+        raise BadRequest(f"thinking_token_budget is not available: {what}", param="thinking_token_budget")
+    check_beside_grammar(request.sampling, "with thinking_token_budget")
+    found = await text.grammars.compile(form or ANY_TOKENS, reasoning)
+    return msgspec.structs.replace(found, max_reasoning=most)
 
 
 def reserved_tokens(choices: Sequence[Choice], n: int) -> int:

@@ -167,6 +167,8 @@ class ChatBody(_Body, TemplateRequest, ToolFields):
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
     reasoning_effort: Effort | None = None
     include_reasoning: bool | None = None
+    thinking_token_budget: Annotated[Whole, Field(ge=-1, le=MAX_TOKENS)] | None = None
+    """vLLM's; -1: none."""
 
 
 _FIELD_NAMES = frozenset(
@@ -235,6 +237,8 @@ class ParsedRequest:
     """Of a chat; the answer of a completion is text, whatever the model marks in it."""
     shows_reasoning: bool = True
     """The answer has the model's reasoning."""
+    max_reasoning: int | None = None
+    """Tokens of reasoning behind which its end is drawn; None: any number."""
     add_special_tokens: bool = False
     sampling: SamplingRequest
     max_tokens: int | None
@@ -297,6 +301,7 @@ def read_chat(body: bytes) -> ParsedRequest:
         render=render_options(request, tools.shown, request.reasoning_effort),
         tools=tools,
         shows_reasoning=request.include_reasoning is not False,
+        max_reasoning=None if request.thinking_token_budget == -1 else request.thinking_token_budget,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
 
@@ -352,11 +357,11 @@ def _grammar(request: _Body) -> GrammarRequest | None:
     return asked
 
 
-def check_beside_grammar(request: SamplingRequest) -> None:
+def check_beside_grammar(request: SamplingRequest, where: str = "where an answer has a given form") -> None:
     """Raises BadRequest beside parameters that may leave no token to draw, or no end."""
     for name in ("ignore_eos", "allowed_token_ids", "bad_words"):
         if getattr(request, name):
-            raise BadRequest(f"{name} is not available where an answer has a given form", param=name)
+            raise BadRequest(f"{name} is not available {where}", param=name)
 
 
 def _truncation(request: _Body) -> Truncation | None:

@@ -26,6 +26,10 @@ class GrammarRequest:
     """The white space that may be between JSON tokens, as a regular expression; empty: a bounded one."""
 
 
+ANY_TOKENS = GrammarRequest("grammar", "start: <[*]>*", "thinking_token_budget")
+"""No form: the answer is free, and ends where the model ends it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Reasoning:
     """Reasoning between two markers, behind which the form begins."""

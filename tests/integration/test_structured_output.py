@@ -148,6 +148,11 @@ def test_the_form_begins_behind_reasoning(cluster: Cluster) -> None:
         message = answer(seed=seed, temperature=1.0, logit_bias={str(END_OF_REASONING): 24})["message"]
         check_person(message["content"])
         assert message["reasoning_content"]
+    choice = answer(temperature=0.0, thinking_token_budget=12)
+    check_person(choice["message"]["content"])
+    free = answer(temperature=0.0, thinking_token_budget=12, response_format=None, max_tokens=40)
+    assert free["message"]["reasoning_content"] == choice["message"]["reasoning_content"]
+    assert free["message"]["content"]
     choice = answer(temperature=0.0, max_tokens=300)  # it would end, if it might
     assert choice["finish_reason"] == "length"
     assert choice["message"]["content"] is None and choice["message"]["reasoning_content"]

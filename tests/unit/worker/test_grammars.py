@@ -207,6 +207,26 @@ def test_reasoning_is_free_and_the_grammar_begins_behind_it(bench: Bench, opened
     assert constraint.is_broken == (THINK not in plain)
 
 
+@pytest.mark.parametrize(("opened_by", "opening"), [((), ()), ((THINK,), (THINK,))])
+def test_reasoning_ends_where_it_has_a_bound(
+    bench: Bench, opened_by: tuple[int, ...], opening: tuple[int, ...]
+) -> None:
+    """Guards answers of models that reason without end; a bound of 0 is no reasoning at all."""
+    free = set(range(VOCAB)) - {END}
+    for most in (0, 2):
+        grammar = Grammar(
+            text=OBJECT.text, end_ids=(END,), begins_after=(ANSWER,), opened_by=opened_by, max_reasoning=most
+        )
+        constraint = bench.constraint(grammar)
+        constraint.advance(opening)
+        for _ in range(most):
+            assert bench.allowed(constraint)[0] == free
+            constraint.advance((400,))
+        assert bench.allowed(constraint)[0] == {ANSWER}
+        constraint.advance((ANSWER,))
+        assert bench.allowed(constraint) == bench.allowed(bench.constraint(OBJECT)) and not constraint.is_broken
+
+
 def test_no_blank_has_to_follow_reasoning(bench: Bench) -> None:
     """Guards against a grammar that loses its first token."""
     grammar = Grammar(text=OBJECT.text, end_ids=(END,), begins_after=(ANSWER,), blank_ids=(BLANK,))

@@ -63,6 +63,42 @@ async def test_an_effort_that_is_none_is_refused(client: httpx.AsyncClient) -> N
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "reasoning_effort")
 
 
+@pytest.mark.parametrize(
+    ("more", "most"),
+    [
+        (THINKS, 7),
+        ({**THINKS, "response_format": {"type": "json_object"}}, 7),
+        ({"reasoning_effort": "none"}, None),
+        ({}, None),
+    ],
+)
+async def test_a_budget_bounds_reasoning(
+    client: httpx.AsyncClient, engine: FakeEngine, more: dict[str, Any], most: int | None
+) -> None:
+    """Guards against a bound that workers never see, and a grammar for answers without reasoning."""
+    for budget in (7, -1, None):
+        assert "choices" in await ask(client, **more, thinking_token_budget=budget)
+        grammar = engine.calls[-1].sampling.grammar
+        if budget == 7:
+            assert (grammar and grammar.max_reasoning) == most
+        assert (grammar is None) == ("response_format" not in more and (budget != 7 or most is None))
+
+
+async def test_a_budget_that_cannot_be_kept_is_refused(client: httpx.AsyncClient) -> None:
+    asked = {**THINKS, "thinking_token_budget": 7}
+    assert (await ask(client, **asked, ignore_eos=True))["error"]["param"] == "ignore_eos"
+    assert (await ask(client, thinking_token_budget=-2))["error"]["param"] == "thinking_token_budget"
+
+
+async def test_a_budget_needs_markers_that_are_tokens(says: Says, text_of_brackets: ModelText) -> None:
+    """Guards against a bound that is dropped in silence."""
+    app = create_app(FakeEngine(says("ok")), {"demo": text_of_brackets}, AppSettings())
+    messages = [{"role": "assistant", "content": "[THINK]"}]
+    more = {"messages": messages, "continue_final_message": True, "thinking_token_budget": 7}
+    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
+        assert (await ask(client, **more))["error"]["param"] == "thinking_token_budget"
+
+
 async def test_reasoning_can_be_left_out(client: httpx.AsyncClient) -> None:
     """Guards against chunks without content for each token that is not shown."""
     for shows in (True, None, False):
