@@ -8,42 +8,43 @@ from pydantic import BaseModel, ConfigDict, Field
 
 MAX_BLOCKS = 10_000
 _ERROR_CHARS = 64
+"""Of a failed result, which mostly says in its beginning that it is one."""
 
 _Name = Annotated[str, Field(min_length=1, max_length=4096)]
 
 
-class Block(BaseModel):
+class ContentBlock(BaseModel):
     """Hints beside the content (`cache_control`, `citations`, `caller`) mean nothing here."""
 
     model_config = ConfigDict(strict=True, extra="ignore", frozen=True)
 
 
-class TextBlock(Block):
+class TextBlock(ContentBlock):
     type: Literal["text"]
     text: str
 
 
-class ThinkingBlock(Block):
+class ThinkingBlock(ContentBlock):
     """Reasoning of an earlier answer. Its signature is ours, or another server's, and not checked."""
 
     type: Literal["thinking"]
     thinking: str
 
 
-class RedactedThinkingBlock(Block):
+class RedactedThinkingBlock(ContentBlock):
     """Reasoning that only Anthropic's own servers can read."""
 
     type: Literal["redacted_thinking"]
 
 
-class ToolUseBlock(Block):
+class ToolUseBlock(ContentBlock):
     type: Literal["tool_use"]
     id: _Name
     name: _Name
     input: dict[str, Any]
 
 
-class ToolReferenceBlock(Block):
+class ToolReferenceBlock(ContentBlock):
     """A tool that a search for tools has found; all tools are in the prompt already."""
 
     type: Literal["tool_reference"]
@@ -54,7 +55,7 @@ class ToolReferenceBlock(Block):
         return self.tool_name
 
 
-class ToolResultBlock(Block):
+class ToolResultBlock(ContentBlock):
     type: Literal["tool_result"]
     tool_use_id: _Name
     content: (
@@ -77,7 +78,7 @@ class ToolResultBlock(Block):
 
 
 AnyBlock = TextBlock | ThinkingBlock | RedactedThinkingBlock | ToolUseBlock | ToolResultBlock
-_ContentBlock = Annotated[AnyBlock, Field(discriminator="type")]
+_TaggedBlock = Annotated[AnyBlock, Field(discriminator="type")]
 SystemPrompt = str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)]
 
 
@@ -87,7 +88,7 @@ class Turn(BaseModel):
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[_ContentBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)]
+    content: str | Annotated[list[_TaggedBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)]
 
 
 BLOCK_MODELS: tuple[type[BaseModel], ...] = (

@@ -13,7 +13,7 @@ from typing import TypeVar
 from baton.node.errors import BadRequest
 from baton.proxy.http.anthropic.blocks import (
     AnyBlock,
-    Block,
+    ContentBlock,
     RedactedThinkingBlock,
     SystemPrompt,
     TextBlock,
@@ -27,7 +27,7 @@ from baton.proxy.http.messages import CalledFunction, ChatMessage, RefusalPart, 
 BILLING = "x-anthropic-billing-header"
 """How a text begins that Claude Code puts before its system prompt. It differs in each request, and no model needs it:
 rendered, it would let no prompt begin as the one before."""
-_Kind = TypeVar("_Kind", bound=Block)
+_Kind = TypeVar("_Kind", bound=ContentBlock)
 _ALLOWED = {
     "user": (TextBlock, ToolResultBlock),
     "assistant": (TextBlock, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock),

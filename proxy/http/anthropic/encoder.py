@@ -28,7 +28,7 @@ _MARK = "\x00piece\x00"
 
 
 @dataclass(slots=True)
-class _Block:
+class _AnswerBlock:
     """One block of the answer."""
 
     kind: str
@@ -66,7 +66,7 @@ class MessagesEncoder:
         """`max_tokens` as the client has it; those of the header fit into the context."""
         self._header = header
         self._is_cut = max_tokens is not None and header.sampling.max_tokens < max_tokens
-        self._block: _Block | None = None
+        self._block: _AnswerBlock | None = None
         """The one that is open."""
         self._index = -1
         """Its place in the message, or that of the last one."""
@@ -76,7 +76,7 @@ class MessagesEncoder:
         self._end = ChoiceEnd("")
 
     def whole(self, choices: Sequence[Sequence[Event]], usage: TokenUsage) -> bytes:
-        blocks: list[_Block] = []
+        blocks: list[_AnswerBlock] = []
         for event in choices[0]:
             block, piece = self._read(event)
             if block is not None and block is not (blocks[-1] if blocks else None):
@@ -108,7 +108,7 @@ class MessagesEncoder:
     def failure(self, failure: Failure) -> bytes:
         return named_frame("error", error_json(failure))
 
-    def _read(self, event: Event) -> tuple[_Block | None, str]:
+    def _read(self, event: Event) -> tuple[_AnswerBlock | None, str]:
         """The block that is open now, a new object where another one was, and what the event adds to it."""
         piece, kind = "", ""
         if isinstance(event, Content):
@@ -116,7 +116,7 @@ class MessagesEncoder:
         elif isinstance(event, ReasoningText):
             piece, kind = event.text, _THINKING
         elif isinstance(event, CallBegin):
-            self._block = _Block("tool_use", event)
+            self._block = _AnswerBlock("tool_use", event)
         elif isinstance(event, CallArguments):
             piece = event.text
         elif isinstance(event, CallEnd):
@@ -125,10 +125,10 @@ class MessagesEncoder:
         elif isinstance(event, ChoiceEnd):
             self._end = event
         if piece and kind and (self._block is None or self._block.kind != kind):
-            self._block = _Block(kind)
+            self._block = _AnswerBlock(kind)
         return self._block, piece
 
-    def _switch(self, before: _Block | None, block: _Block | None) -> bytes:
+    def _switch(self, before: _AnswerBlock | None, block: _AnswerBlock | None) -> bytes:
         """The frames that close the one, and open the other."""
         frames = b""
         if before is not None:
