@@ -21,7 +21,7 @@ TEMPLATE = (
 )
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def text(demo_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ModelText]:
     folder = tmp_path_factory.mktemp("model") / "demo"
     shutil.copytree(demo_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))

@@ -68,14 +68,16 @@ async def test_a_text(client: httpx.AsyncClient, answers: Answers) -> None:
         ("", "message"),
     ],
 )
-async def test_it_says_what_a_chat_says(
+async def test_it_says_what_the_other_apis_say(
     client: httpx.AsyncClient, answers: Answers, written: str, expected: str, num_together: int
 ) -> None:
     answers.text, answers.num_together = written, num_together
     response = await ask(client, tools=TOOLS)
     chat_tools = [{"type": "function", "function": WEATHER}]
     chat = (await client.post("/v1/chat/completions", json={**CHAT, "tools": chat_tools}, headers=SAME_ID)).json()
-    assert len(set(answers.prompts)) == 1, "the same prompt"
+    other_tools = [{"name": WEATHER["name"], "input_schema": WEATHER["parameters"]}]
+    other = (await client.post("/v1/messages", json={**CHAT, "tools": other_tools}, headers=SAME_ID)).json()
+    assert len(answers.prompts) == 4 and len(set(answers.prompts)) == 1, "the same prompt"
     assert kinds(response) == expected.split()
     message = chat["choices"][0]["message"]
     texts = {
@@ -89,6 +91,13 @@ async def test_it_says_what_a_chat_says(
     assert [response["usage"][name] for name in ("input_tokens", "output_tokens", "total_tokens")] == [
         chat["usage"][name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")
     ]
+    blocks = {kind: [block for block in other["content"] if block["type"] == kind] for kind in ("text", "tool_use")}
+    assert "".join(block["text"] for block in blocks["text"]) == texts["message"]
+    assert [(block["name"], block["input"]) for block in blocks["tool_use"]] == [
+        (item["name"], json.loads(item["arguments"])) for item in response["output"] if item["type"] == "function_call"
+    ]
+    assert other["usage"]["output_tokens"] == response["usage"]["output_tokens"]
+    assert other["usage"]["input_tokens"] + 3 == response["usage"]["input_tokens"], "three are cached"
     reasoning = chat["usage"].get("completion_tokens_details", {}).get("reasoning_tokens", 0)
     assert response["usage"]["output_tokens_details"]["reasoning_tokens"] == reasoning
 
