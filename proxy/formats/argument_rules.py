@@ -122,7 +122,8 @@ class _Tags:
 
 
 class _Keywords:
-    """`a=1, b="x"`; booleans and null as Python writes them, other values as JSON, which Python reads alike."""
+    """`a=1, b="x"`; booleans and null as Python writes them, strings of any text in either kind of quotes, and all else
+    as JSON, which Python reads alike."""
 
     def __init__(self, writer: LarkWriter, parameters: Mapping[str, Any], strict: bool, json_rule: JsonRule) -> None:
         self._of = _Parameters(writer, parameters, strict, json_rule)
@@ -147,17 +148,22 @@ class _Keywords:
         return first
 
     def _value(self, schema: Any) -> str:
+        """As JSON, or as Python writes the same."""
         types = types_of(schema, self._of.root)
-        if types <= _WORDS.keys() and types and not _has_choices(resolved(schema, self._of.root)):
-            return f"({' | '.join(word for kind in sorted(types) for word in _WORDS[kind])})"
-        return self._of.json(schema)
+        found = resolved(schema, self._of.root)
+        keywords = found.keys() if isinstance(found, Mapping) else ()
+        ways = [self._of.json(schema)]
+        if types == {"boolean"} and _CHOICES.isdisjoint(keywords):
+            ways = ['"True"', '"False"']
+        if "null" in types and _CHOICES.isdisjoint({*keywords} - {"anyOf", "oneOf"}):
+            ways.append('"None"')
+        if types and types <= {"string", "null"} and is_any_text(schema, self._of.root):
+            ways.append(_SINGLE_QUOTED)
+        return f"({' | '.join(ways)})"
 
 
-_WORDS: Mapping[str, Sequence[str]] = {"boolean": ('"True"', '"False"'), "null": ('"None"',)}
-
-
-def _has_choices(schema: Any) -> bool:
-    return isinstance(schema, Mapping) and not {"enum", "const", "anyOf", "oneOf", "allOf", "not"}.isdisjoint(schema)
+_SINGLE_QUOTED = r"""/'([^'\\\n]|\\['"\\nrt])*'/"""
+_CHOICES = frozenset(("enum", "const", "anyOf", "oneOf", "allOf", "not"))
 
 
 def _is_tag(name: str) -> bool:

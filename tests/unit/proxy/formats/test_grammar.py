@@ -28,7 +28,7 @@ from baton.proxy.formats.tables import FORMATS
 from baton.proxy.text.call_grammar import lark_of_request
 from baton.proxy.text.call_request import CallRequest
 from baton.proxy.text.grammar_request import GrammarRequest
-from baton.tests.unit.proxy.formats.renderers import Read, markers_of, run
+from baton.tests.unit.proxy.formats.renderers import RENDERERS, TOOLS, Call, Read, markers_of, run
 
 TOKENIZER = Path(baton.__file__).parent / "models" / "demo" / "tokenizer.json"
 END = 1
@@ -229,6 +229,22 @@ def test_a_call_in_free_text_is_forced_from_its_marker_on(name: str, place: int)
             check_calls(read)
     assert model.takes(lark, "") and model.takes(lark, "It is < 5 [see] {this}.\n")
     assert not model.takes(lark, first_marker(name) + "no call")
+
+
+@pytest.mark.parametrize("written", RENDERERS)
+@pytest.mark.parametrize("forced", [True, False])
+def test_calls_as_templates_write_them_are_allowed(written: str, forced: bool) -> None:
+    """Guards models against a form that they have not learnt."""
+    name = written if written in FORMATS else RENDERERS[written][0]
+    calls: list[Call] = [
+        ("f", {"s": 'a "b"', "i": 3, "n": -0.5, "b": True, "a": [1, 2], "u": None}),
+        ("get", {"s": "x"}),
+    ]
+    functions = [CallableFunction(each, TOOLS["f"]) for each, _ in calls]
+    for model in MODELS[name]:
+        lark = lark_of(name, model, functions=functions, forced=forced)
+        text = RENDERERS[written][1](calls[:1] if FORMATS[name].one_call else calls)
+        assert model.takes(lark, text), text
 
 
 @pytest.mark.parametrize(("name", "first"), [("llama3_json", "{"), ("pythonic", "[")])
