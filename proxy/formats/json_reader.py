@@ -16,10 +16,8 @@ SPACE = " \t\r\n"
 MAX_SCALAR_CHARS = 512
 JSON_ESCAPES = {'"': '"', "\\": "\\", "/": "/", "b": "\b", "f": "\f", "n": "\n", "r": "\r", "t": "\t"}
 JSON_HEX = {"u": 4}
-
-
-def _is_inside(text: str) -> bool:
-    return '"' not in text and "\\" not in text
+_MARKS = frozenset('"{}[]')
+"""What changes where in a value one is."""
 
 
 class Progress(Enum):
@@ -52,6 +50,11 @@ class StringReader:
         """Of an escape that is not complete, backslash included."""
         self._high = ""
         """The first half of a surrogate pair."""
+
+    @property
+    def is_plain(self) -> bool:
+        """No escape is open."""
+        return not self._escape and not self._high
 
     def take(self, text: str, start: int, end: int) -> tuple[str, int]:
         """The decoded text of one run of characters, and where it stopped."""
@@ -114,45 +117,52 @@ class ValueScanner:
         self._depth = 0
         self.escaped = False
 
-    def take(self, text: str, start: int, end: int) -> tuple[int, Progress]:
+    def passes(self, text: str) -> bool:
+        """`text` goes on as it is, and changes nothing here."""
         if self.in_string:
-            return self._take_string(text, start, end)
-        for place in range(start, end):
+            return not self.escaped and '"' not in text and "\\" not in text
+        return self._depth > 0 and _MARKS.isdisjoint(text)
+
+    def take(self, text: str, start: int, end: int) -> tuple[int, Progress]:
+        place = start
+        while place < end:
+            if self.in_string:
+                place = self._take_string(text, place, end)
+                if not self.in_string and not self._depth:
+                    return place, Progress.DONE
+                continue
             char = text[place]
-            if char == '"':
+            if char in '"{[':
                 if self.word:
                     return place, Progress.FAILED
-                self.in_string = True
-                return place + 1, Progress.MORE
-            if char in "{[":
-                if self.word:
-                    return place, Progress.FAILED
-                self._depth += 1
+                self.in_string = char == '"'
+                self._depth += char != '"'
             elif self._depth:
-                if char in "]}":
-                    self._depth -= 1
-                    if not self._depth:
-                        return place + 1, Progress.DONE
+                self._depth -= char in "]}"
+                if not self._depth:
+                    return place + 1, Progress.DONE
             elif char.isascii() and (char.isalnum() or char in "+-."):
                 if len(self.word) == MAX_SCALAR_CHARS:
                     return place, Progress.FAILED
                 self.word += char
             else:
                 return place, Progress.DONE if self.word else Progress.FAILED
+            place += 1
         return end, Progress.MORE
 
-    def _take_string(self, text: str, start: int, end: int) -> tuple[int, Progress]:
+    def _take_string(self, text: str, start: int, end: int) -> int:
+        """Up to what may be its end, or an escape."""
         if self.escaped:
             self.escaped = False
-            return start + 1, Progress.MORE
+            return start + 1
         quote, slash = text.find('"', start, end), text.find("\\", start, end)
         if slash >= 0 and (slash < quote or quote < 0):
             self.escaped = True
-            return slash + 1, Progress.MORE
+            return slash + 1
         if quote < 0:
-            return end, Progress.MORE
+            return end
         self.in_string = False
-        return quote + 1, Progress.MORE if self._depth else Progress.DONE
+        return quote + 1
 
 
 class ArgumentsReader:
@@ -168,9 +178,7 @@ class ArgumentsReader:
         return self._string is not None or (self._scanner is not None and self._scanner.in_string)
 
     def passes(self, text: str) -> bool:
-        """`text` is all inside of a string, and goes on as it is."""
-        scanner = self._scanner
-        return scanner is not None and scanner.in_string and not scanner.escaped and _is_inside(text)
+        return self._scanner is not None and self._scanner.passes(text)
 
     def take(self, text: str, start: int, end: int) -> tuple[int, Progress]:
         if self._string is not None:

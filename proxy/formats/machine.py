@@ -122,10 +122,10 @@ class FormatMachine:
 
     def _is_plain(self, text: str) -> bool:
         """The short way for most tokens: all of `text` goes on as it is, and no state changes."""
-        if self._reader is not None:
-            return self._reader.passes(text) and not self._pending
-        if self._tail:
+        if self._tail or (self._reader is not None and (self._pending or not self._reader.passes(text))):
             return False
+        if self._reader is not None:
+            return self._reader.opaque or not any(map(text.__contains__, self._state.firsts))
         if self._in_prose:
             if not self._prose.passes(text):
                 return False
@@ -210,18 +210,15 @@ class FormatMachine:
         place = 0
         while place < len(text):
             firsts = self._state.firsts
-            if firsts and not self._opaque:
-                if text[place] in firsts:
-                    marker = self._marker_at(text, place)
-                    if marker:
-                        place += len(marker)
-                        self._move(marker)
-                        continue
-                    if not whole and self._may_begin_marker(text, place):
-                        return text[place:]
-                end = self._next_candidate(text, place + 1, firsts)
-            else:
-                end = len(text)
+            if text[place] in firsts and not self._opaque:
+                marker = self._marker_at(text, place)
+                if marker:
+                    place += len(marker)
+                    self._move(marker)
+                    continue
+                if not whole and self._may_begin_marker(text, place):
+                    return text[place:]
+            end = self._next_candidate(text, place + 1, firsts) if firsts else len(text)
             if self._pending and not self._in_prose:
                 end = min(end, place + MAX_REGION_CHARS - self._held_chars)
                 if end <= place:

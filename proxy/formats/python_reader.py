@@ -18,12 +18,14 @@ _ESCAPES = {
 }
 _HEX = {"x": 2, "u": 4, "U": 8}
 _WORDS = {"True": "true", "False": "false", "None": "null", "true": "true", "false": "false", "null": "null"}
+_MARKS = frozenset("'\"\\")
+_ENCODER = json.JSONEncoder(ensure_ascii=False)
 _CLOSES = {"(": ")", "[": "]", "{": "}"}
 
 
 def json_inside(text: str) -> str:
     """`text` as it stands between the quotes of a JSON string."""
-    return json.dumps(text, ensure_ascii=False)[1:-1]
+    return _ENCODER.encode(text)[1:-1]
 
 
 class _Place(Enum):
@@ -52,27 +54,38 @@ class PythonReader:
         return self._string is not None
 
     def passes(self, text: str) -> bool:
-        return False
+        """`text` is all inside of a string, and the same in JSON."""
+        return self._string is not None and self._string.is_plain and text.isprintable() and _MARKS.isdisjoint(text)
 
     def take(self, text: str, start: int, end: int) -> tuple[int, Progress]:
-        if self._string is not None:
-            decoded, stop = self._string.take(text, start, end)
+        place, progress = start, Progress.MORE
+        while place < end and progress is Progress.MORE:
+            if self._string is not None:
+                place = self._take_string(self._string, text, place, end)
+                continue
+            char = text[place]
+            if char.isalnum() or char in "_.+-":
+                self._word += char
+                if len(self._word) > MAX_SCALAR_CHARS or self._place not in (_Place.KEY, _Place.VALUE):
+                    return place, Progress.FAILED
+                place += 1
+            elif self._word and not self._finish_word():
+                return place, Progress.FAILED
+            elif char in SPACE:
+                place += 1
+            else:
+                place, progress = self._take_mark(char, place)
+        return place, progress
+
+    def _take_string(self, string: StringReader, text: str, start: int, end: int) -> int:
+        decoded, stop = string.take(text, start, end)
+        if not string.done:
             self._sink.arguments(json_inside(decoded))
-            if self._string.done:
-                self._string = None
-                self._sink.arguments('"')
-                self._after_value()
-            return stop, Progress.MORE
-        char = text[start]
-        if char.isalnum() or char in "_.+-":
-            self._word += char
-            fits = len(self._word) <= MAX_SCALAR_CHARS and self._place in (_Place.KEY, _Place.VALUE)
-            return (start + 1, Progress.MORE) if fits else (start, Progress.FAILED)
-        if self._word and not self._finish_word():
-            return start, Progress.FAILED
-        if char in SPACE:
-            return start + 1, Progress.MORE
-        return self._take_mark(char, start)
+            return stop
+        self._sink.arguments(json_inside(decoded) + '"')
+        self._string = None
+        self._after_value()
+        return stop
 
     def _take_mark(self, char: str, start: int) -> tuple[int, Progress]:
         bracket = self._open[-1]
@@ -107,7 +120,7 @@ class PythonReader:
         """Whether the word that ended is allowed here."""
         word, self._word = self._word, ""
         if self._place is _Place.KEY and self._open[-1] == "(":
-            written: str | None = json.dumps(word, ensure_ascii=False) if word.isidentifier() else None
+            written: str | None = _ENCODER.encode(word) if word.isidentifier() else None
         else:
             written = _literal(word)
             if written is not None and self._place is _Place.KEY:
