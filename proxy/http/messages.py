@@ -134,7 +134,7 @@ def _answer_fields(index: int, message: ChatMessage) -> dict[str, object]:
         ]
     reasoning = message.reasoning if message.reasoning is not None else message.reasoning_content
     if reasoning is not None:
-        fields |= {"reasoning": reasoning, "reasoning_content": reasoning}
+        fields |= reasoning_fields(reasoning)
     return fields
 
 
@@ -143,8 +143,18 @@ def _call_fields(call: ToolCall, where: str) -> dict[str, object]:
     arguments = call.function.arguments
     if isinstance(arguments, str):
         arguments = _json_object(arguments, where) if arguments.strip() else {}
-    function = {"name": call.function.name, "arguments": arguments or {}}
-    return {**({"id": call.id} if call.id is not None else {}), "type": call.type, "function": function}
+    return call_fields(call.id, call.function.name, arguments or {})
+
+
+def call_fields(call_id: str | None, name: str, arguments: Mapping[str, Any]) -> dict[str, object]:
+    """Of a call in an earlier answer, for templates."""
+    function = {"name": name, "arguments": arguments}
+    return {**({"id": call_id} if call_id is not None else {}), "type": "function", "function": function}
+
+
+def reasoning_fields(text: str) -> dict[str, object]:
+    """Of an earlier answer, under both names that templates know."""
+    return {"reasoning": text, "reasoning_content": text}
 
 
 def _json_object(text: str, where: str) -> dict[str, Any]:

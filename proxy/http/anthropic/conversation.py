@@ -6,8 +6,8 @@ Knows no other field of a body. Source: the Anthropic API reference (Messages).
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeVar
 
 from baton.node.errors import BadRequest
@@ -22,7 +22,7 @@ from baton.proxy.http.anthropic.blocks import (
     ToolUseBlock,
     Turn,
 )
-from baton.proxy.http.messages import CalledFunction, ChatMessage, RefusalPart, TextPart, ToolCall
+from baton.proxy.http.messages import call_fields, reasoning_fields
 
 BILLING = "x-anthropic-billing-header"
 """How a text begins that Claude Code puts before its system prompt. It differs in each request, and no model needs it:
@@ -35,7 +35,35 @@ _ALLOWED = {
 }
 
 
-def chat_messages(system: SystemPrompt | None, turns: Sequence[Turn]) -> list[ChatMessage]:
+@dataclass(slots=True)
+class _Message:
+    """One message of a chat, while turns are added to it."""
+
+    role: str
+    texts: list[str]
+    calls: list[Mapping[str, object]] = field(default_factory=list)
+    reasoning: list[str] = field(default_factory=list)
+    result_of: str = ""
+    """The call that it is the result of."""
+
+    def add(self, other: _Message) -> None:
+        self.texts += other.texts
+        self.calls += other.calls
+        self.reasoning += other.reasoning
+
+    def fields(self) -> Mapping[str, object]:
+        """As of a chat's message: templates read both."""
+        made: dict[str, object] = {"role": self.role, "content": "\n".join(self.texts)}
+        if self.result_of:
+            made["tool_call_id"] = self.result_of
+        if self.calls:
+            made["tool_calls"] = self.calls
+        if self.reasoning:
+            made |= reasoning_fields("\n".join(self.reasoning))
+        return made
+
+
+def chat_messages(system: SystemPrompt | None, turns: Sequence[Turn]) -> tuple[Mapping[str, object], ...]:
     """The conversation as a chat has it; raises BadRequest.
 
     Neighbouring turns of the user, or of the assistant, are one message, as the API has it. A turn of the system stays
@@ -43,13 +71,15 @@ def chat_messages(system: SystemPrompt | None, turns: Sequence[Turn]) -> list[Ch
     """
     _check(turns)
     made = list(_system(system)) if system is not None else []
-    separate = (message for turn in turns for message in _messages_of(turn))
-    for role, neighbours in itertools.groupby(separate, lambda message: message.role):
-        together = list(neighbours)
-        made += [_join(together)] if role in ("user", "assistant") else together
+    for turn in turns:
+        for message in _messages_of(turn):
+            if made and made[-1].role == message.role and message.role in ("user", "assistant"):
+                made[-1].add(message)
+            else:
+                made.append(message)
     if not made:
         raise BadRequest("messages have no text", param="messages")
-    return made
+    return tuple(message.fields() for message in made)
 
 
 def _check(turns: Sequence[Turn]) -> None:
@@ -65,56 +95,37 @@ def _check(turns: Sequence[Turn]) -> None:
                 raise BadRequest(f"{where}: no tool_use block before it has the id of its tool_use_id", param=where)
 
 
-def _messages_of(turn: Turn) -> Iterator[ChatMessage]:
+def _messages_of(turn: Turn) -> Iterator[_Message]:
     content = turn.content
     if turn.role == "system":
         yield from _system(content if isinstance(content, str) else _only(TextBlock, content))
     elif isinstance(content, str):
-        yield ChatMessage.model_construct(role=turn.role, content=content)
+        yield _Message(turn.role, [content])
     elif turn.role == "assistant":
         yield _answer(content)
     else:
         results, texts = _only(ToolResultBlock, content), _only(TextBlock, content)
         for result in results:
-            yield ChatMessage.model_construct(role="tool", tool_call_id=result.tool_use_id, content=result.text)
+            yield _Message("tool", [result.text], result_of=result.tool_use_id)
         if texts or not results:
-            yield ChatMessage.model_construct(role="user", content=_parts(texts))
+            yield _Message("user", [block.text for block in texts])
 
 
-def _answer(blocks: Sequence[AnyBlock]) -> ChatMessage:
-    reasoning = [block.thinking for block in _only(ThinkingBlock, blocks)]
-    calls = [
-        ToolCall.model_construct(
-            id=block.id, function=CalledFunction.model_construct(name=block.name, arguments=block.input)
-        )
-        for block in _only(ToolUseBlock, blocks)
-    ]
-    return ChatMessage.model_construct(
-        role="assistant",
-        content=_parts(_only(TextBlock, blocks)),
-        tool_calls=calls or None,
-        reasoning_content="\n".join(reasoning) if reasoning else None,
+def _answer(blocks: Sequence[AnyBlock]) -> _Message:
+    return _Message(
+        "assistant",
+        [block.text for block in _only(TextBlock, blocks)],
+        [call_fields(block.id, block.name, block.input) for block in _only(ToolUseBlock, blocks)],
+        [block.thinking for block in _only(ThinkingBlock, blocks)],
     )
 
 
-def _join(messages: Sequence[ChatMessage]) -> ChatMessage:
-    if len(messages) == 1:
-        return messages[0]
-    reasoning = [each.reasoning_content for each in messages if each.reasoning_content is not None]
-    return ChatMessage.model_construct(
-        role=messages[0].role,
-        content=[part for each in messages for part in _parts_of(each)],
-        tool_calls=[call for each in messages for call in each.tool_calls or ()] or None,
-        reasoning_content="\n".join(reasoning) if reasoning else None,
-    )
-
-
-def _system(content: SystemPrompt) -> Iterator[ChatMessage]:
+def _system(content: SystemPrompt) -> Iterator[_Message]:
     """Nothing where nothing is left of it."""
     texts = [content] if isinstance(content, str) else [block.text for block in content]
     kept = [text for text in map(_without_billing, texts) if text]
     if kept:
-        yield ChatMessage.model_construct(role="system", content=[_part(text) for text in kept])
+        yield _Message("system", kept)
 
 
 def _without_billing(text: str) -> str:
@@ -127,16 +138,3 @@ def _blocks(content: str | Sequence[AnyBlock]) -> Sequence[AnyBlock]:
 
 def _only(kind: type[_Kind], blocks: Sequence[AnyBlock]) -> list[_Kind]:
     return [block for block in blocks if isinstance(block, kind)]
-
-
-def _parts_of(message: ChatMessage) -> list[TextPart | RefusalPart]:
-    content = message.content or []
-    return [_part(content)] if isinstance(content, str) else content
-
-
-def _parts(blocks: Sequence[TextBlock]) -> list[TextPart | RefusalPart]:
-    return [_part(block.text) for block in blocks]
-
-
-def _part(text: str) -> TextPart:
-    return TextPart.model_construct(type="text", text=text)

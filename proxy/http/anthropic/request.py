@@ -22,7 +22,6 @@ from baton.proxy.http.anthropic.conversation import chat_messages
 from baton.proxy.http.anthropic.encoder import MessagesEncoder
 from baton.proxy.http.anthropic.tools import ClientTool, ToolChoice, ToolList, hosted_names, requested_tools
 from baton.proxy.http.encoder import EncoderMaker
-from baton.proxy.http.messages import conversation
 from baton.proxy.http.parameters import UNSUPPORTED, unknown_parameters
 from baton.proxy.http.parsing import parse_body
 from baton.proxy.http.schema import (
@@ -163,8 +162,8 @@ def _parsed(body: CountBody) -> ParsedRequest:
     hosted = hosted_names(body.tools or ())
     tools = requested_tools(body.tools or (), body.tool_choice)
     messages = chat_messages(body.system, body.messages)
-    continues = messages[-1].role == "assistant"
-    if continues and messages[-1].tool_calls:
+    continues = messages[-1]["role"] == "assistant"
+    if continues and "tool_calls" in messages[-1]:
         raise BadRequest("the last message has tool_use blocks: their tool_result blocks must follow", param="messages")
     template = TemplateRequest.model_construct(
         continue_final_message=continues, chat_template_kwargs=_variables(body) | (body.chat_template_kwargs or {})
@@ -172,7 +171,7 @@ def _parsed(body: CountBody) -> ParsedRequest:
     user = body.metadata.user_id if body.metadata is not None else None
     return ParsedRequest(
         model=body.model,
-        messages=conversation(messages),
+        messages=messages,
         render=render_options(template, tools.shown),
         tools=tools,
         sampling=SamplingRequest.model_construct(
