@@ -25,7 +25,6 @@ from baton.node.messages.control import SamplingSpec
 from baton.proxy.group import OWN_METRICS, REPORTED_METRICS, Alone
 from baton.proxy.http.absent import EMBEDDINGS, embeddings_note
 from baton.proxy.http.anthropic.request import read_messages
-from baton.proxy.http.anthropic.routes import add_count_tokens
 from baton.proxy.http.encoders import ChatEncoder, CompletionEncoder
 from baton.proxy.http.endpoint import Api, GenerateEndpoint
 from baton.proxy.http.front import CORS_METHODS, AccessLog, LenientPaths, accepts_gzip
@@ -35,6 +34,7 @@ from baton.proxy.http.refusals import add_failure_handlers
 from baton.proxy.http.responses.request import read_responses
 from baton.proxy.http.schema import read_chat, read_completion
 from baton.proxy.http.service import ModelEntry, Service, make_service
+from baton.proxy.http.token_counts import add_token_counts
 from baton.proxy.http.tokenizer_routes import add_tokenizer_routes
 from baton.proxy.interface import AppSettings, Engine, Generation
 from baton.proxy.metrics.dashboard import add_dashboard
@@ -90,7 +90,7 @@ def app_of(service: Service) -> FastAPI:
     _add_probes(app, service)
     _add_models(app, service)
     add_tokenizer_routes(app, service)
-    add_count_tokens(app, service)
+    add_token_counts(app, service)
     if settings.debug_requests:
         _add_debug(app, service)
     for api in APIS:

@@ -25,6 +25,7 @@ FOR_ALL = frozenset(
         "/v1/chat/completions",
         "/v1/chat/completions/render",
         "/v1/responses",
+        "/v1/responses/input_tokens",
         "/v1/messages",
         "/v1/messages/count_tokens",
         "/tokenize",

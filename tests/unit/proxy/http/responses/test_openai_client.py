@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any
 
 import httpx
 import openai
@@ -28,6 +29,17 @@ async def test_create(ours: openai.AsyncOpenAI, answers: Answers) -> None:
     response = await ours.responses.create(model="demo", input="x", instructions="Be brief.")
     assert response.output_text == answers.text and response.status == "completed"
     assert response.usage is not None and response.usage.input_tokens_details.cached_tokens == 3
+
+
+async def test_counts(ours: openai.AsyncOpenAI, answers: Answers) -> None:
+    """The count of a prompt is what an answer to it says."""
+    answers.text = "a"
+    asked: Any = {"model": "demo", "input": "x", "instructions": "Be brief.", "tools": TOOLS}
+    counted = await ours.responses.input_tokens.count(**asked)
+    assert not answers.prompts
+    response = await ours.responses.create(**asked)
+    assert response.usage is not None and counted.input_tokens == response.usage.input_tokens
+    assert counted.object == "response.input_tokens"
 
 
 async def test_the_stream_helper(ours: openai.AsyncOpenAI, answers: Answers) -> None:
