@@ -11,7 +11,7 @@ from typing import TypeGuard
 
 import msgspec
 
-from baton.proxy.formats.events import CallArguments, ReasoningText
+from baton.proxy.formats.events import CallArguments, CallEnd, ReasoningText
 from baton.proxy.http.encoder import AnswerHeader, frame
 from baton.proxy.http.events import (
     CallText,
@@ -276,7 +276,8 @@ class ChatEncoder:
 
     def any_frames(self, index: int, events: Sequence[Event]) -> bytes:
         parts = (events,) if len(events) == 1 else chunks_of(events)
-        return b"".join([frame(self._chunk(join_events(index, part))) for part in parts])
+        shown = (part for part in parts if len(part) > 1 or type(part[0]) is not CallEnd)
+        return b"".join([frame(self._chunk(join_events(index, part))) for part in shown])
 
     def end(self, usage: TokenUsage) -> bytes:
         return _end(self.header, CHAT_CHUNK, usage)

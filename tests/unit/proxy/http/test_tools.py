@@ -138,6 +138,7 @@ def join(choices: list[dict[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {"content": "", "reasoning_content": "", "calls": []}
     for choice in choices:
         delta = choice["delta"]
+        assert delta or choice["finish_reason"]
         for name in ("content", "reasoning_content"):
             found[name] += delta.get(name) or ""
         calls = delta.get("tool_calls", [])
