@@ -5,6 +5,7 @@ Started by grammar_check; it has no socket but the one to its parent.
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -58,8 +59,8 @@ def _prepare(first: Mapping[str, Any]) -> Handler:
 
 
 def _reason(error: str) -> str:
-    """The library's message without the lines that show the grammar that was made of the request."""
-    first, *rest = error.strip().split("\n")
+    """The library's message without the place in the grammar that was made of the request, and its lines."""
+    first, *rest = re.sub(r"^at \d+\(\d+\): ", "", error.strip()).split("\n")
     causes = [line.removeprefix("error: ") for line in rest if line.startswith("error: ")]
     return " ".join([first, *causes])[:500]
 
