@@ -95,7 +95,9 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: Mo
         progress_log("loading_weights", "tensors"),
         pack=False,
     )
-    log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1))
+    torch.cuda.empty_cache()  # what tensors took on their way is not the model's, as the plan of the pool counts it
+    weights_gib = round(torch.cuda.memory_allocated(settings.gpu) / GIB, 1)
+    log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1), weights_gib=weights_gib)
     limits = StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
     return CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest)
 

@@ -126,7 +126,7 @@ def _scaled(tensors: Tensors, outputs: int, inputs: int, quantization: Quantizat
         grid = f", or {list(_grid(outputs, inputs, quantization.block))}" if quantization.block else ""
         raise SettingsError(f"{role} is {list(form)}, expected one scale, {[outputs, 1]}{grid}")
     grid_shape = _grid(outputs, inputs, per_scale)
-    zeros = tensors.get(ZEROS)
+    zeros = tensors.get(ZEROS) if codes.dtype == torch.int8 else None  # floats are symmetric
     if zeros is not None:
         _expect(tensors, ZEROS, (torch.int8,), *form)
         zeros = zeros.reshape(grid_shape).to(torch.int16)
@@ -163,7 +163,7 @@ def _awq(tensors: Tensors, outputs: int, inputs: int, quantization: Quantization
     _expect(tensors, "qzeros", WORDS, num_groups, outputs // 8)
 
     def ordered(words: torch.Tensor) -> torch.Tensor:  # [R, N / 8] -> [N, R]
-        return unpack(words, 4, outputs).unflatten(1, (-1, 8))[..., list(AWQ_ORDER)].flatten(1).T
+        return unpack(words, 4, outputs).unflatten(1, (-1, 8))[..., list(AWQ_ORDER)].flatten(1).T.contiguous()
 
     return QuantizedWeight(
         ordered(tensors["qweight"]),

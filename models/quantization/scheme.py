@@ -88,12 +88,12 @@ def _compressed(found: JsonObject) -> Quantization:
         _require(sparsity, "format", ("dense",))
     if transform is not None and transform.fields.get("config_groups"):
         raise SettingsError(f"{transform.where}: transforms of activations are not supported")
-    groups = list(_children(found, "config_groups"))
+    groups, named = list(_children(found, "config_groups")), found.child("config_groups")
+    if named is not None and len(groups) < len(named.fields):
+        raise found.wrong("config_groups", "an object of objects")
     for group in groups:
         _require(group, "format", COMPRESSED_FORMATS)
     weights = [each for each in (group.child("weights") for group in groups) if each is not None]
-    if not weights:
-        raise found.wrong("config_groups", "an object of groups, one of them with 'weights'")
     for each in weights:
         kind = _require(each, "type", ("int", "float"))
         _require(each, "strategy", ("tensor", "channel", "group", "block"))
@@ -108,7 +108,7 @@ def _compressed(found: JsonObject) -> Quantization:
         bits=_distinct(each.integer("num_bits", 8, least=2, most=8) for each in weights),
         group_sizes=_distinct(_group_size(each) for each in weights),
         block=next(iter(blocks), None),
-        needs_zeros=not any(each.flag("symmetric", True) for each in weights),
+        needs_zeros=bool(weights) and not any(each.flag("symmetric", True) for each in weights),
     )
 
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-PART_ELEMENTS = 1 << 24
-"""Of the float32 numbers that are made at a time: 64 MiB."""
+PART_ELEMENTS = 1 << 20
+"""Of the float32 numbers that are made at a time: 4 MiB, which stay in a core's cache."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,22 +33,24 @@ class QuantizedWeight:
     def dequantise(self, target: torch.Tensor, outputs: range, inputs: range) -> None:
         """Fills target [len(outputs), len(inputs)] with this part of W; all on one device."""
         columns = slice(inputs.start, inputs.stop)
-        groups = self._groups(columns)
         step = max(1, PART_ELEMENTS // max(1, len(inputs)))
         for first in range(outputs.start, outputs.stop, step):
             end = min(first + step, outputs.stop)
             rows = torch.arange(first, end, device=self.codes.device) // self.outputs_per_scale
             values = self.codes[first:end, columns].to(torch.float32)
             if self.zeros is not None:
-                values -= self.zeros[rows][:, groups]
-            values *= self.scales[rows][:, groups]
+                values -= self._spread(self.zeros[rows], inputs)
+            values *= self._spread(self.scales[rows], inputs)
             target[first - outputs.start : end - outputs.start].copy_(values)
 
-    def _groups(self, columns: slice) -> torch.Tensor:
-        """The group of each of these inputs, int64."""
+    def _spread(self, of_groups: torch.Tensor, inputs: range) -> torch.Tensor:
+        """[R, G] -> [R, len(inputs)]: what the group of each of these inputs has."""
         if self.group_of_input is not None:
-            return self.group_of_input[columns]
-        return torch.arange(columns.start, columns.stop, device=self.codes.device) // self.inputs_per_scale
+            return of_groups[:, self.group_of_input[inputs.start : inputs.stop]]
+        width = self.inputs_per_scale
+        first, end = inputs.start // width, -(-inputs.stop // width)
+        spread = of_groups[:, first:end].repeat_interleave(width, 1)
+        return spread[:, inputs.start - first * width :][:, : len(inputs)]
 
 
 def unpack(words: torch.Tensor, bits: int, count: int) -> torch.Tensor:

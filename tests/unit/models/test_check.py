@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -49,3 +50,11 @@ def test_weights_in_another_format_say_what_to_do(folder: Path, name: str | None
     with pytest.raises(SettingsError, match=r"neither model\.safetensors nor") as raised:
         check(folder, "auto", None)
     assert said in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_quantised_weights_that_nothing_here_reads(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against workers that start, and then cannot serve."""
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": {"quant_method": "bitsandbytes"}}))
+    assert main([str(folder), "", ""]) == 2
+    assert "quant_method 'bitsandbytes' are not supported; supported: fp8, " in capsys.readouterr().err

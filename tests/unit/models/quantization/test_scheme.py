@@ -36,6 +36,11 @@ def test_widths_of_modules_that_differ_are_known(tmp_path):
     assert (found.bits, found.group_sizes) == ((4, 8), (-1, 32))
 
 
+def test_a_quantised_cache_alone_leaves_weights_plain(tmp_path):
+    found = read(tmp_path, PACKED | {"config_groups": {}, "kv_cache_scheme": {"num_bits": 8, "type": "float"}})
+    assert found is not None and not found.needs_zeros
+
+
 def test_old_key_of_compressed_tensors(tmp_path):
     fields = {key: value for key, value in PACKED.items() if key != "quant_method"}
     found = read_quantization(JsonObject("config.json", {"compression_config": fields}), tmp_path)
@@ -56,8 +61,7 @@ REFUSED = [
     (PACKED | {"format": "marlin-24"}, "format 'marlin-24'"),
     (PACKED | {"sparsity_config": {"format": "sparse-24-bitmask"}}, "sparsity_config: .* format 'sparse-24-bitmask'"),
     (PACKED | {"transform_config": {"config_groups": {"R1": {}}}}, "transforms of activations are not supported"),
-    (PACKED | {"config_groups": {}}, "'config_groups' must be an object of groups"),
-    (PACKED | {"config_groups": {"W4A16": ["Linear"]}}, "'config_groups' must be an object of groups"),
+    (PACKED | {"config_groups": {"W4A16": ["Linear"]}}, "'config_groups' must be an object of objects"),
     (compressed("pack-quantized", **INT4 | {"strategy": "tensor_group"}), "strategy 'tensor_group'"),
     (compressed("float-quantized", **FLOAT | {"num_bits": 4}), "'num_bits' must be 8 for floats"),
     (compressed("pack-quantized", **INT4 | {"num_bits": 16}), "'num_bits' must be at most 8"),
