@@ -62,11 +62,10 @@ def force_first_turn(request: ModelRequest, handler: Callable[[ModelRequest], Mo
 
 def check_structured_output() -> None:
     for responses in (False, True):
-        for method in ("json_schema", "function_calling"):
-            for strict in (True, None):
-                form = chat(responses).with_structured_output(Pet, method=method, strict=strict, include_raw=True)
-                found = form.invoke(QUESTION)
-                assert isinstance(found["parsed"], Pet), found
+        for method, strict in (("json_schema", True), ("function_calling", None)):
+            form = chat(responses).with_structured_output(Pet, method=method, strict=strict, include_raw=True)
+            found = form.invoke(QUESTION)
+            assert isinstance(found["parsed"], Pet), found
     ends = chat(False, logit_bias=WANTED["ends_objects"])
     assert ends.with_structured_output(AnyObject, method="json_mode").invoke(QUESTION) == AnyObject()
 

@@ -11,7 +11,7 @@ const client = new OpenAI({ baseURL, apiKey: "none", maxRetries: 0, timeout: 60_
 const ask = { model: "demo", messages: wanted.messages, seed: 1, ...wanted.drawn };
 
 const Toy = z.object({ colour: z.enum(["red", "blue"]), price: z.int().min(0).max(99).nullable() });
-const Pet = z.object({ name: z.string().max(12), kind: z.enum(["dog", "cat"]), toys: z.array(Toy).min(1).max(2) });
+const Pet = z.object({ name: z.string().max(12), kind: z.enum(["dog", "cat"]), toys: z.array(Toy).min(1).max(1) });
 const Walk = z.object({ pet: z.enum(["dog", "cat", "fox"]), minutes: z.int().min(1).max(90) });
 
 const tools = [
@@ -36,7 +36,7 @@ async function checkObject() {
 }
 
 async function checkRequired() {
-  for (const seed of [1, 2, 3]) {
+  for (const seed of [1, 2]) {
     const forced = { ...ask, seed, tools, tool_choice: "required" };
     const { message, finish_reason } = (await client.chat.completions.parse(forced)).choices[0];
     assert.equal(finish_reason, "tool_calls");

@@ -54,7 +54,7 @@ def agent(model: Model, output: Any, **extra: Any) -> Agent[None, Any]:
 
 
 def check_outputs(model: Model) -> None:
-    for output in (Pet, ToolOutput(Pet, strict=True), NativeOutput(Pet), NativeOutput(Pet, strict=True)):
+    for output in (Pet, ToolOutput(Pet, strict=True), NativeOutput(Pet, strict=True)):
         result = agent(model, output).run_sync(QUESTION, usage_limits=LIMITS)
         assert isinstance(result.output, Pet), result
         assert result.usage.output_tokens > 5
@@ -68,8 +68,8 @@ async def check_streams(model: Model) -> None:
     for output in (ToolOutput(Pet), NativeOutput(Pet)):
         async with agent(model, output).run_stream(QUESTION, usage_limits=LIMITS) as stream:
             partial = [each async for each in stream.stream_output(debounce_by=None)]
-        assert partial[-1] == (await agent(model, output).run(QUESTION, usage_limits=LIMITS)).output
-    async with agent(model, str).run_stream(QUESTION, usage_limits=LIMITS) as stream:
+        assert len(partial) > 1 and isinstance(partial[-1], Pet)
+    async with agent(model, str, stop=["."]).run_stream(QUESTION, usage_limits=LIMITS) as stream:
         assert len([piece async for piece in stream.stream_text(delta=True, debounce_by=None)]) > 1
 
 

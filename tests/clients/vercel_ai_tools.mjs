@@ -66,7 +66,7 @@ async function checkTools(model) {
   const tools = { walk: tool({ inputSchema: Walk, description: "Take a pet for a walk.", execute }) };
   // The first step must call, the second has the answers and may: the demo model then tells a story.
   const prepareStep = ({ stepNumber }) => ({ toolChoice: stepNumber === 0 ? "required" : "auto" });
-  const loop = { model, ...ask, tools, stopWhen: stepCountIs(2), prepareStep };
+  const loop = { model, ...ask, maxOutputTokens: 100, tools, stopWhen: stepCountIs(2), prepareStep };
   const { steps } = await generateText(loop);
   assert.equal(steps.length, 2);
   assert.equal(steps[0].finishReason, "tool-calls");
