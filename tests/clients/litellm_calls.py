@@ -1,4 +1,4 @@
-"""LiteLLM, unchanged: completion and streaming of both APIs, whole and async, its errors and its router.
+"""LiteLLM, unchanged: completion and streaming of both APIs, whole and async, forms, calls, its errors and its router.
 
 Run by test_clients.py in an environment of its own: argv[1] is the server, argv[2] what must come back.
 """
@@ -9,6 +9,7 @@ import asyncio
 import json
 import sys
 
+import jsonschema
 import litellm
 
 BASE_URL, WANTED = sys.argv[1], json.loads(sys.argv[2])
@@ -16,6 +17,13 @@ SERVER = {"api_base": BASE_URL, "api_key": "none", "max_retries": 0, "timeout": 
 ASK = {"messages": WANTED["messages"], "temperature": 0, "max_tokens": WANTED["max_tokens"]}
 PROVIDERS = ("openai", "hosted_vllm")
 """The two prefixes with which a server like this one is configured."""
+
+WALK = {
+    "type": "object",
+    "properties": {"pet": {"enum": ["dog", "cat"]}, "minutes": {"type": "integer", "minimum": 1, "maximum": 90}},
+    "required": ["pet", "minutes"],
+    "additionalProperties": False,
+}
 
 litellm.suppress_debug_info = True  # else each expected error prints a request for feedback
 
@@ -59,6 +67,26 @@ def check_parameters(provider: str) -> None:
     assert [choice.message.content for choice in litellm.completion(model=model, **SERVER, **drawn).choices] == two
 
 
+def check_form_and_calls(provider: str) -> None:
+    """A schema, and a call of a tool, whole and from the chunks of a stream."""
+    ask = {"model": f"{provider}/demo", "messages": WANTED["messages"], "seed": 1, **SERVER, **WANTED["drawn"]}
+    form = {"type": "json_schema", "json_schema": {"name": "walk", "schema": WALK, "strict": True}}
+    jsonschema.validate(json.loads(litellm.completion(**ask, response_format=form).choices[0].message.content), WALK)
+    tool = {"type": "function", "function": {"name": "walk", "parameters": WALK}}
+    # One provider takes additionalProperties out of the schema: the bias ends arguments before properties of their own.
+    forced = {**ask, "tools": [tool], "tool_choice": "required", "logit_bias": WANTED["ends_objects"]}
+    (choice,) = litellm.completion(**forced).choices
+    assert choice.finish_reason == "tool_calls"
+    built = litellm.stream_chunk_builder(list(litellm.completion(**forced, stream=True))).choices[0]
+    for message in (choice.message, built.message):
+        assert {call.function.name for call in message.tool_calls} == {"walk"}
+        for call in message.tool_calls:
+            jsonschema.validate(json.loads(call.function.arguments), WALK)
+    assert [call.function.arguments for call in built.message.tool_calls] == [
+        call.function.arguments for call in choice.message.tool_calls
+    ]
+
+
 def check_text_completion() -> None:
     ask = {"prompt": WANTED["prompt"], "temperature": 0, "max_tokens": WANTED["max_tokens"]}
     model = "text-completion-openai/demo"
@@ -94,6 +122,7 @@ if __name__ == "__main__":
         check_stream(provider)
         asyncio.run(check_async(provider))
         check_parameters(provider)
+        check_form_and_calls(provider)
         check_errors(provider)
     check_text_completion()
     asyncio.run(check_router())

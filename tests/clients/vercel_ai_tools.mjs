@@ -102,6 +102,29 @@ async function checkNamed(model) {
   }
 }
 
+// What the model thinks before its answer, which the template of the demo model leaves out unless it is asked for.
+async function checkReasoning() {
+  const thinking = (reasoningEffort) => ({
+    model: compatible.chatModel("demo"),
+    ...ask,
+    temperature: 0,
+    maxOutputTokens: 16,
+    providerOptions: { baton: { reasoningEffort } },
+  });
+  const { text, reasoningText, usage } = await generateText(thinking("high"));
+  assert.equal(text, ""); // all of its tokens are those of the reasoning, which ends by length
+  assert.ok(reasoningText.length > 0);
+  assert.equal(usage.outputTokenDetails.reasoningTokens, 16);
+  let streamed = "";
+  for await (const part of streamText({ ...thinking("high"), onError: () => {} }).stream) {
+    if (part.type === "error") throw part.error;
+    if (part.type === "reasoning-delta") streamed += part.text;
+  }
+  assert.equal(streamed, reasoningText);
+  const plain = await generateText(thinking("none"));
+  assert.ok(plain.text.length > 0 && plain.reasoningText === undefined);
+}
+
 for (const model of [compatible.chatModel("demo"), openai.chat("demo"), seeded.responses("demo")]) {
   await checkObject(model);
   await checkEnumAndArray(model);
@@ -109,3 +132,4 @@ for (const model of [compatible.chatModel("demo"), openai.chat("demo"), seeded.r
   await checkTools(model);
   await checkNamed(model);
 }
+await checkReasoning();
