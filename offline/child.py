@@ -24,7 +24,7 @@ def main() -> int:
     start = json.loads(sys.stdin.buffer.readline())
     threading.Thread(target=stop_with_parent, args=(sys.stdin.fileno(), parent_pid), daemon=True).start()
     try:
-        return serve([*start["argv"], "--api-key", start["api_key"]])
+        return serve([*start["argv"], f"--api-key={start['api_key']}"])
     finally:
         if os.getppid() != parent_pid:  # else the parent still reads the output in it
             shutil.rmtree(start["folder"], ignore_errors=True)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from pathlib import Path
 
 from baton.launch.local import ServeSettings
@@ -41,3 +44,15 @@ def test_as_many_requests_as_the_workers_have_rows() -> None:
     assert num_rows({}) == ROWS_PER_WORKER
     assert num_rows({"decode": 2, "worker_arg": ["--max-num-seqs=64", "--dtype=float32"]}) == 128
     assert num_rows({"worker_arg": "--max-num-seqs=64", "decode_arg": ("--max-num-seqs=512",)}) == 512
+
+
+def test_a_key_may_begin_with_a_dash(tmp_path: Path) -> None:
+    """Guards one start in 64: keys are random, and this one was taken for an option."""
+    start = {"argv": ["--port=-1"], "api_key": "-key", "folder": str(tmp_path / "none")}
+    command = [sys.executable, "-P", "-m", "baton.offline.child"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
+        assert child.stdin is not None and child.stderr is not None
+        child.stdin.write(json.dumps(start).encode() + b"\n")
+        child.stdin.flush()  # its end would stop the child
+        said = child.stderr.read()
+    assert b"--port" in said and b"--api-key" not in said
