@@ -24,7 +24,10 @@ from baton.testing.fake_engine import EngineCall, FakeEngine, ScriptStep
 GOLDEN = Path(__file__).parent / "golden"
 CHAT: dict[str, Any] = {"model": "demo", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "demo", "prompt": "Hi"}
+RESPONSE: dict[str, Any] = {"model": "demo", "input": "Hi"}
+LOGPROBS: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
 STREAM: dict[str, Any] = {"stream": True}
+PATHS = {"completion": "/v1/completions", "chat": "/v1/chat/completions", "response": "/v1/responses"}
 USAGE: dict[str, Any] = {"stream": True, "stream_options": {"include_usage": True}}
 ANSWER = 'A "quote", é.'
 
@@ -54,6 +57,10 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "chat_ids_stream": CHAT | {"return_token_ids": True} | STREAM,
     "chat_ids_logprobs": CHAT | {"return_tokens_as_token_ids": True, "logprobs": True, "top_logprobs": 1},
     "completion_refused": COMPLETION | {"temprature": 1.0},
+    "response": RESPONSE | LOGPROBS | {"instructions": "Be brief.", "metadata": {"a": "b"}},
+    "response_stream": RESPONSE | LOGPROBS | STREAM,
+    "response_failure_stream": RESPONSE | STREAM | {"seed": 1},
+    "response_refused": RESPONSE | {"previous_response_id": "resp_1"},
 }
 
 
@@ -72,11 +79,12 @@ async def answer(text: ModelText, name: str) -> str:
     """Status, headers that say what it is, and the body, with its events sorted by choice."""
     engine = FakeEngine(lambda call: script(text, call))
     app = create_app(engine, {"demo": text}, AppSettings())
-    path = "/v1/chat/completions" if name.startswith("chat") else "/v1/completions"
+    path = PATHS[name.partition("_")[0]]
     async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://proxy") as client:
         got = await client.post(path, json=REQUESTS[name])
     body = re.sub(r'"id":"([a-z]+)-[0-9a-f]{32}"', r'"id":"\1-ID"', got.text)
-    body = re.sub(r'"created":\d+', '"created":0', body)
+    body = re.sub(r'"(resp|msg)_[0-9a-f]{32}', r'"\1_ID', body)
+    body = re.sub(r'"created(_at)?":\d+', r'"created\1":0', body)
     events = body.split("\n\n")
     shown = "\n\n".join(sorted(events[:-1], key=_choice_of) + events[-1:])
     return f"{got.status_code} {got.headers['content-type']}\n{shown}"
