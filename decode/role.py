@@ -358,6 +358,9 @@ class DecodeRole:
     def _count_device_time(self, took: DeviceTime, behind: bool) -> None:
         counters = self.counters
         counters.device_busy_seconds += took.busy_s
+        if took.mask_wait_s >= SHORT_GAP_S:
+            counters.grammar_late_steps += 1
+            counters.grammar_late_seconds += took.mask_wait_s
         if behind:
             counters.device_gaps += 1
             counters.device_gap_seconds += took.gap_s

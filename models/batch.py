@@ -83,6 +83,8 @@ class DeviceTime:
     """From its first operation to its last."""
     gap_s: float
     """From the end of the step before it to its begin: the device had nothing to do. 0 for the first."""
+    mask_wait_s: float = 0.0
+    """The part of `busy_s` in which its logits waited for masks."""
 
 
 class Launched(Protocol):

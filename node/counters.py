@@ -51,6 +51,10 @@ class DecodeCounters(WorkerCounters):
     local_prefill_tokens: int = counted("Tokens of prompts that a decode worker was to compute itself.")
     generated_tokens: int = counted("Tokens drawn by decode.")
     preemptions: int = counted("Sequences that were preempted: they gave up their KV.")
+    grammar_late_steps: int = counted(
+        "Steps whose logits waited on the GPU for masks of grammars, for 50 microseconds or more."
+    )
+    grammar_late_seconds: float = counted("Seconds in which they waited.")
     device_busy_seconds: float = counted("Seconds in which the GPU computed steps.")
     device_gaps: int = counted("Steps that were launched while another was in flight.")
     device_gaps_short: int = counted("Steps of these that began within 50 microseconds of its end.")
@@ -106,8 +110,24 @@ class StoreClientCounters:
     store_disconnects: int = counted("Times that the connection to the store was lost.")
 
 
-Counters = WorkerCounters | TransferCounters | PrefixCounters | StoreClientCounters
-WORKER_GROUPS: tuple[type[Counters], ...] = (DecodeCounters, TransferCounters, PrefixCounters, StoreClientCounters)
+@dataclass(slots=True)
+class GrammarCounters:
+    """What a worker counts of compiling grammars."""
+
+    grammar_requests: int = counted("Requests with grammars.")
+    grammar_hits: int = counted("Requests with grammars whose grammar was compiled already.")
+    grammars_compiled: int = counted("Grammars compiled; those that run at once are compiled several times.")
+    grammar_compile_seconds: float = counted("Seconds of processor time that this took.")
+
+
+Counters = WorkerCounters | TransferCounters | PrefixCounters | StoreClientCounters | GrammarCounters
+WORKER_GROUPS: tuple[type[Counters], ...] = (
+    DecodeCounters,
+    TransferCounters,
+    PrefixCounters,
+    StoreClientCounters,
+    GrammarCounters,
+)
 
 
 def values(*groups: Counters) -> dict[str, float]:

@@ -27,6 +27,7 @@ import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits
 from llguidance.numpy import fill_next_token_bitmask_par
 
+from baton.node.counters import GrammarCounters
 from baton.node.messages.control import Grammar
 from baton.worker.constraint import Constraint, GrammarCompiled
 from baton.worker.grammar_tokenizer import GrammarTokenizer
@@ -94,6 +95,7 @@ class GrammarCompiler:
         on_compiled: Callable[[GrammarCompiled], None],
         mask_threads: int = MASK_THREADS,
     ) -> None:
+        self.counters = GrammarCounters()
         self._tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._on_compiled = on_compiled
@@ -111,6 +113,8 @@ class GrammarCompiler:
             self._compiled.move_to_end(grammar)
             while len(self._compiled) > 1 and sum(each.size for each in self._compiled.values()) > MAX_COMPILED:
                 self._compiled.popitem(last=False)
+            self.counters.grammar_requests += 1
+            self.counters.grammar_hits += bool(found.originals)
         return self._copy(grammar, found, waited=False)
 
     def constraint(self, event: GrammarCompiled) -> Constraint | None:
@@ -166,15 +170,18 @@ class GrammarCompiler:
     # -- compiling threads
 
     def _compile(self, grammar: Grammar, compiled: _CompiledGrammar) -> None:
-        error, most = "", compiled.most
+        error, most, taken_s = "", compiled.most, 0.0
         try:
             tokens, began_at = self._tokenizer.result().tokens, thread_time()
             matcher = LLMatcher(tokens, grammar.text, limits=LLParserLimits(), log_level=0)
-            most = max(1, int(COMPILE_S / max(thread_time() - began_at, 1e-6)))
+            taken_s = thread_time() - began_at
+            most = max(1, int(COMPILE_S / max(taken_s, 1e-6)))
             error = matcher.get_error() if matcher.is_error() else ""
         except Exception as failure:  # of the library: the request fails, not the worker
             error = f"{type(failure).__name__}: {failure}"
         with self._lock:
+            self.counters.grammars_compiled += 1
+            self.counters.grammar_compile_seconds += taken_s
             compiled.num_pending -= 1
             compiled.most = min(compiled.most, most)
             if not error:

@@ -320,7 +320,7 @@ class Loop:
             total_blocks=parts.manager.num_blocks,
             steps=counters.steps,
             prefill_tokens_s=report.prefill_tokens_s,
-            counters=values(counters, *parts.prefixes.counters, parts.io.transfer_counters),
+            counters=values(counters, *parts.prefixes.counters, parts.io.transfer_counters, parts.grammars.counters),
         )
 
 

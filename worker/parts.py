@@ -15,7 +15,7 @@ import numpy as np
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.models.batch import Launched, Row
-from baton.node.counters import TransferCounters
+from baton.node.counters import GrammarCounters, TransferCounters
 from baton.node.errors import InvariantBroken
 from baton.node.messages.base import Message
 from baton.node.messages.control import Grammar, Load
@@ -69,6 +69,9 @@ NO_CHECKSUMS: StepChecksums = NoChecksums()
 class Grammars(Protocol):
     """See worker.grammars."""
 
+    @property
+    def counters(self) -> GrammarCounters: ...
+
     def compile(self, grammar: Grammar) -> Constraint | None: ...
 
     def constraint(self, event: GrammarCompiled) -> Constraint | None: ...
@@ -78,6 +81,8 @@ class Grammars(Protocol):
 
 class NoGrammars:
     """Where no request has a grammar."""
+
+    counters = GrammarCounters()
 
     def compile(self, grammar: Grammar) -> Constraint | None:
         raise InvariantBroken("a request with a grammar, where none is compiled")

@@ -96,15 +96,19 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class StepMarks:
-    """The end of the step before, and this step's begin and end."""
+    """The end of the step before, and this step's begin and end; of a step with masks, where its logits are computed,
+    and where the masks have come."""
 
     before: QueueMark
     begun: QueueMark
     ended: QueueMark
+    computed: QueueMark | None = None
+    masked: QueueMark | None = None
 
     @property
     def device_time(self) -> DeviceTime:
-        return DeviceTime(self.ended.since(self.begun), self.begun.since(self.before))
+        waited_s = self.masked.since(self.computed) if self.masked is not None and self.computed is not None else 0.0
+        return DeviceTime(self.ended.since(self.begun), self.begun.since(self.before), waited_s)
 
 
 @dataclass(slots=True)

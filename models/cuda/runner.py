@@ -169,14 +169,17 @@ class CudaRunner:
         begun = self._launch_both([rows[index] for index in decode], [rows[index] for index in chunks], result, draws)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before = self._last or begun
+        computed = self.queue.mark() if masked else None
         scored = _scored_parts(rows, chunks)
 
         def end(masks: np.ndarray | None) -> StepMarks:
+            came = None
             if masks is not None:
+                came = self.queue.mark()
                 self._sampler.set_masks(masked, masks)
                 draws.enqueue()
             self._last = self.queue.mark()
-            return StepMarks(before, begun, self._last)
+            return StepMarks(before, begun, self._last, computed, came)
 
         marks = None if masked else end(None)
         return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, end, scored)

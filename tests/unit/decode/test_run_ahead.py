@@ -407,6 +407,19 @@ def test_the_gate_measures_device_time():
     assert measured == [(12, 0.25)]
 
 
+def test_steps_that_waited_for_masks_are_counted():
+    """Guards the metric that says whether masks hold up the GPU: those that came in time do not count."""
+    bench = Bench(1, 30)
+    bench.request("a", [1, 2, 3], 4, remote=False)
+    waits = iter((0.0, 30e-6, 0.002, 0.001))
+    while bench.loop.turn(0.0) or bench.runner.launched:
+        for step in bench.runner.launched:
+            step.device_time = step.device_time or DeviceTime(0.004, 0.0, next(waits, 0.0))
+        bench.role._timer.launch_at = 0.0
+    counters = bench.role.counters
+    assert counters.grammar_late_steps == 2 and counters.grammar_late_seconds == pytest.approx(0.003)
+
+
 def test_gaps_are_counted_between_consecutive_steps_only():
     """Guards the gap metric against the pauses of an idle worker."""
     bench = Bench(1, 30)

@@ -14,6 +14,7 @@ from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import KvArrived
 from baton.models.batch import Drawn, Row
+from baton.node.counters import GrammarCounters
 from baton.node.messages.control import Bundle, Cancel, Failed, Grammar, Prefill, SamplingSpec, Tokens
 from baton.prefill.role import PrefillRole
 from baton.prefill.settings import PrefillSettings
@@ -48,6 +49,8 @@ class Counter:
 
 class CountingGrammars:
     """Compiles when the test says so."""
+
+    counters = GrammarCounters()
 
     def __init__(self, *, ready: bool = True) -> None:
         self.ready = ready

@@ -114,6 +114,9 @@ def test_sequences_one_after_the_other_share_a_matcher() -> None:
     """Guards memory, and the time to the first token: nothing is compiled again while a matcher is unused."""
     bench = Bench(mask_threads=3)
     assert len({bench.constraint(OBJECT).lexer for _ in range(4)}) == 1
+    counters = bench.grammars.counters
+    assert (counters.grammar_requests, counters.grammar_hits, counters.grammars_compiled) == (4, 3, 1)
+    assert counters.grammar_compile_seconds > 0
 
 
 def test_a_matcher_that_is_there_is_not_waited_for() -> None:

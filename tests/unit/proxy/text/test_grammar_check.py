@@ -37,10 +37,13 @@ def tokenizers() -> tuple[LLTokenizer, Tokenizer]:
     return LLTokenizer(text, n_vocab=VOCAB, eos_token=[END]), Tokenizer.from_str(text)
 
 
-def compiled(check: GrammarCheck, kind: str, text: Any, **options: Any) -> str:
+def asked(kind: str, text: Any, **options: Any) -> GrammarRequest:
     text = text if isinstance(text, str) else json.dumps(text)
-    asked = GrammarRequest(kind, text, "p", **options)  # type: ignore[arg-type]
-    return asyncio.run(check.compile(asked)).text
+    return GrammarRequest(kind, text, "p", **options)  # type: ignore[arg-type]
+
+
+def compiled(check: GrammarCheck, kind: str, text: Any, **options: Any) -> str:
+    return asyncio.run(check.compile(asked(kind, text, **options))).text
 
 
 class Language:
@@ -161,6 +164,9 @@ BOMBS = {
     "left recursion": ("grammar", "root ::= root root root"),
     "items": ("json", {"type": "array", "minItems": 10**6, "items": one_of(6)}),
     "references": ("json", {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/b"}, "b": {"$ref": "#/$defs/a"}}}),
+    "alternatives": ("regex", "(a?){500}a{500}"),
+    "rules": ("grammar", "start: a0\n" + "\n".join(f"a{n}: a{n + 1} a{n + 1}" for n in range(60)) + "\na60: /x/"),
+    "bounds": ("json", {"type": "string", "pattern": "^(a{0,50000}b{0,50000}){0,50000}$", "maxLength": 10**6}),
     "choices": ("choice", [f"{i:040d}" * 100 for i in range(900)]),
 }
 
@@ -211,6 +217,22 @@ def test_workers_know_reasoning_between_tokens(check: GrammarCheck) -> None:
     assert begun == replace(plain, begins_after=(183,), blank_ids=(203,))
     maybe = asyncio.run(check.compile(asked, dataclasses.replace(reasoning, begun=False)))
     assert maybe == replace(begun, opened_by=(182,))
+
+
+def test_others_are_answered_while_a_bomb_is_compiled(check: GrammarCheck) -> None:
+    """Guards against one hostile schema that holds up those of all others, and the event loop with them."""
+    schema = asked("json", {**A, "title": "unseen"})
+
+    async def both() -> bool:
+        await asyncio.gather(*(check.compile(asked("regex", text)) for text in ("x", "y")))  # both processes are up
+        bomb = asyncio.create_task(check.compile(asked("json", one_of(16))))
+        await asyncio.sleep(0)
+        await check.compile(schema)
+        first = not bomb.done()
+        await asyncio.gather(bomb, return_exceptions=True)
+        return first
+
+    assert asyncio.run(both())
 
 
 def test_verdicts_are_kept(check: GrammarCheck) -> None:
