@@ -98,7 +98,7 @@ class Model:
         self.tokens = {marker: first + place for place, marker in enumerate(marker_tokens)}
         made["added_tokens"] += [{"id": each, "content": text, **flags} for text, each in self.tokens.items()]
         self.vocab_size = first + len(self.tokens)
-        self.ll = LLTokenizer(json.dumps(made), n_vocab=self.vocab_size, eos_token=[END])
+        self.ll = LLTokenizer(json.dumps(made), n_vocab=self.vocab_size, eos_token=[END], slices=[])
         self.texts = [self.ll.decode_bytes([each]) for each in range(first)]
         closing = [text.decode(errors="replace").strip(" ")[:1] in CLOSING for text in self.texts]
         self._closing = np.array([*closing, *[True] * len(self.tokens)])
@@ -161,14 +161,15 @@ def machine_of(name: str, model: Model, max_calls: int | None = None) -> FormatM
     return FormatMachine(markup, Thinking.CLOSED, SCHEMAS, lambda index: f"id{index}", max_calls=max_calls)
 
 
+PLAIN = Model([], special=False)
+
+
 def models_of(name: str) -> list[Model]:
     """Markers as tokens of their own, special or not, and as text."""
     markers = [each for each in markers_of(name) if each[0] in "<[" and each[-1] in ">]" and "/p" not in each]
     markers += [each for tag in [ENVELOPES[name].tag] if tag for each in tag if each]
-    return [
-        Model(list(dict.fromkeys(markers)), special=True), Model(list(dict.fromkeys(markers)), special=False),
-        Model([], special=False),
-    ]  # fmt: skip
+    tokens = list(dict.fromkeys(markers))
+    return [Model(tokens, special=True), Model(tokens, special=False), PLAIN]
 
 
 MODELS = {name: models_of(name) for name in FORMATS}
@@ -257,7 +258,8 @@ def test_calls_without_a_marker_are_known_by_their_first_character(name: str, fi
         check_calls(read)
 
 
-@every_model
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("place", [0, 2])
 def test_content_of_a_form_in_place_of_calls(name: str, place: int) -> None:
     """Guards `response_format` beside tools: an answer is calls, or content of the form, and may be either."""
     model = MODELS[name][place]
@@ -276,9 +278,9 @@ def test_content_of_a_form_in_place_of_calls(name: str, place: int) -> None:
         assert not model.takes(lark, "yes")
 
 
-@every_model
-def test_one_call_and_then_an_end(name: str, place: int) -> None:
-    model = MODELS[name][place]
+@pytest.mark.parametrize("name", FORMATS)
+def test_one_call_and_then_an_end(name: str) -> None:
+    model = MODELS[name][0]
     for forced in (True, False):
         lark = lark_of(name, model, one_call=True, functions=FUNCTIONS[2:], forced=forced)
         for read in walks(name, model, lark, "" if forced else first_marker(name)):
