@@ -48,11 +48,11 @@ def test_as_many_requests_as_the_workers_have_rows() -> None:
 
 def test_a_key_may_begin_with_a_dash(tmp_path: Path) -> None:
     """Guards one start in 64: keys are random, and this one was taken for an option."""
-    start = {"argv": ["--port=-1"], "api_key": "-key", "folder": str(tmp_path / "none")}
+    start = {"argv": [f"--model={tmp_path / 'none'}"], "api_key": "-key", "folder": str(tmp_path / "run")}
     command = [sys.executable, "-P", "-m", "baton.offline.child"]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE) as child:
         assert child.stdin is not None and child.stderr is not None
         child.stdin.write(json.dumps(start).encode() + b"\n")
         child.stdin.flush()  # its end would stop the child
         said = child.stderr.read()
-    assert b"--port" in said and b"--api-key" not in said
+    assert str(tmp_path / "none") in said.decode() and "--api-key" not in said.decode()
