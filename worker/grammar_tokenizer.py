@@ -1,7 +1,7 @@
 """llguidance's own form of a model's tokenizer: loaded once, at the start of a worker.
 
 The load takes one to three seconds for a large vocabulary, and the library keeps Python's other threads from running
-meanwhile; a worker that serves would be taken for dead. It takes 170 MB for 128,000 tokens. Knows no grammars.
+meanwhile; a worker that serves would be taken for dead. It takes some 160 MB for 128,000 tokens. Knows no grammars.
 """
 
 from __future__ import annotations
