@@ -132,6 +132,26 @@ def check_named() -> None:
     assert ("Walk", "".join(call.function.arguments for call in deltas)) in calls_of(choice.message)
 
 
+def check_several_calls() -> None:
+    """Calls that only the length ends, as a bias forbids their end: whole ones but the last, at rising indices."""
+    ask = {**ASK, "seed": 1, "tools": TOOLS, "tool_choice": "required", "logit_bias": WANTED["forbids_end"]}
+    (choice,) = client.chat.completions.create(**ask).choices
+    assert choice.finish_reason == "length"
+    calls = calls_of(choice.message)
+    assert len(calls) > 1
+    for name, arguments in calls[:-1]:
+        jsonschema.validate(json.loads(arguments), PARAMETERS[name])
+    chunks = client.chat.completions.create(**ask, stream=True)
+    deltas = [chunk.choices[0].delta.tool_calls or () for chunk in chunks]
+    assert [call.index for each in deltas for call in each if call.id] == [*range(len(calls))]
+    assert all(len(each) <= 1 for each in deltas)  # some clients read only the first
+    texts = [
+        "".join(call.function.arguments for each in deltas for call in each if call.index == at)
+        for at in range(len(calls))
+    ]
+    assert texts == [arguments for _, arguments in calls]
+
+
 def check_one_call() -> None:
     ask = {**ASK, "seed": 4, "tools": TOOLS, "tool_choice": "required", "parallel_tool_calls": False}
     assert len(calls_of(client.chat.completions.create(**ask).choices[0].message)) == 1
@@ -176,6 +196,7 @@ if __name__ == "__main__":
     check_cut()
     check_required()
     check_named()
+    check_several_calls()
     check_one_call()
     check_allowed_tools()
     check_answers_of_tools()

@@ -77,7 +77,8 @@ class Reference:
             "chat": self._generate(chat),
             "chat_prompt_tokens": len(chat),
             "drawn": DRAWN,
-            "ends_objects": {self._tokenizer.convert_tokens_to_ids("}"): 100},  # a logit_bias
+            "ends_objects": {self._tokenizer.convert_tokens_to_ids("}"): 100},  # these two are a logit_bias
+            "forbids_end": dict.fromkeys(self._model.generation_config.eos_token_id, -100),
             "rows": [self._row(context, continuation) for context, continuation in ROWS],
         }
 
