@@ -326,12 +326,18 @@ class TestOneOfEachRole:
         wait_busy(cluster, "p")
         computing.leave()
         cluster.wait_idle()
-        moving = Leaver(cluster, *mixed(1, 12)[0], max_tokens=200)
+        steps = cluster.worker_values("steps_total")["prefill-0"]
+        moving = Leaver(cluster, *mixed(1, 12)[0], max_tokens=200)  # 75 steps of prefill
         wait_reserved(cluster)
+        cluster.wait_until(
+            lambda: cluster.worker_values("steps_total")["prefill-0"] > steps + 35, "half of the prefill"
+        )
         cluster.nodes.signal("decode-0", signal.SIGSTOP)  # for less than the two seconds after which it counts as dead
-        moving.wait(1)
-        moving.leave()
-        cluster.nodes.signal("decode-0", signal.SIGCONT)
+        try:
+            moving.wait(1)
+            moving.leave()
+        finally:
+            cluster.nodes.signal("decode-0", signal.SIGCONT)
         cluster.wait_workers("prefill-0", "decode-0")
         cluster.wait_idle()
         made = sum(cluster.worker_values("generated_tokens_total").values()) - before
