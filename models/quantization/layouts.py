@@ -35,8 +35,6 @@ TYPES = {
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float8_e8m0fnu)
 INTEGERS = (torch.int32, torch.int64)
 WORDS = (torch.int32,)
-AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
-"""Where the eight outputs of a word lie in it."""
 
 
 class Layout(NamedTuple):
@@ -137,15 +135,15 @@ def _packed(tensors: Tensors, outputs: int, inputs: int, quantization: Quantizat
     """compressed-tensors' pack-quantized: rows of codes along the inputs, zero points along the outputs; both with half
     their range added."""
     words = tensors["weight_packed"]
-    bits = _bits(words.shape[-1], inputs, quantization)
+    bits = _bits(_size(words, -1), inputs, quantization)
     _expect(tensors, "weight_packed", WORDS, outputs, _num_words(inputs, bits))
-    num_groups = tensors["weight_scale"].shape[-1] if tensors["weight_scale"].dim() else 1
+    num_groups = _size(tensors["weight_scale"], -1)
     half, zeros = 1 << bits - 1, None
     if ZEROS in tensors:
         _expect(tensors, ZEROS, WORDS, _num_words(outputs, bits), num_groups)
         zeros = unpack(tensors[ZEROS].T, bits, outputs).T.to(torch.int16) - half
     return QuantizedWeight(
-        (unpack(words, bits, inputs).to(torch.int16) - half).to(torch.int8),
+        (unpack(words, bits, inputs) - half).view(torch.int8),  # bytes wrap, and so do these
         _scales(tensors, "weight_scale", outputs, num_groups),
         1,
         _inputs_per_scale(inputs, num_groups, quantization),
@@ -155,15 +153,15 @@ def _packed(tensors: Tensors, outputs: int, inputs: int, quantization: Quantizat
 
 
 def _awq(tensors: Tensors, outputs: int, inputs: int, quantization: Quantization) -> QuantizedWeight:
-    """AutoAWQ's gemm: words along the outputs, in an order of their own."""
-    num_groups = tensors["scales"].shape[0] if tensors["scales"].dim() else 1
-    if outputs % len(AWQ_ORDER):
-        raise SettingsError(f"{outputs} outputs are no whole words of {len(AWQ_ORDER)}")
+    """AutoAWQ's gemm: words of eight outputs, first the four even ones, then the odd ones."""
+    num_groups = _size(tensors["scales"], 0)
+    if outputs % 8:
+        raise SettingsError(f"{outputs} outputs are no whole words of 8")
     _expect(tensors, "qweight", WORDS, inputs, outputs // 8)
     _expect(tensors, "qzeros", WORDS, num_groups, outputs // 8)
 
     def ordered(words: torch.Tensor) -> torch.Tensor:  # [R, N / 8] -> [N, R]
-        return unpack(words, 4, outputs).unflatten(1, (-1, 8))[..., list(AWQ_ORDER)].flatten(1).T.contiguous()
+        return unpack(words, 4, outputs).unflatten(1, (-1, 2, 4)).transpose(2, 3).flatten(1).T.contiguous()
 
     return QuantizedWeight(
         ordered(tensors["qweight"]),
@@ -177,8 +175,8 @@ def _awq(tensors: Tensors, outputs: int, inputs: int, quantization: Quantization
 def _gptq(tensors: Tensors, outputs: int, inputs: int, quantization: Quantization) -> QuantizedWeight:
     """AutoGPTQ's and GPTQModel's: codes along the inputs, zero points along the outputs. With `desc_act` the group of
     an input is in g_idx."""
-    words, num_groups = tensors["qweight"], tensors["scales"].shape[0] if tensors["scales"].dim() else 1
-    bits = _bits(words.shape[0] if words.dim() else 0, inputs, quantization)
+    words, num_groups = tensors["qweight"], _size(tensors["scales"], 0)
+    bits = _bits(_size(words, 0), inputs, quantization)
     _expect(tensors, "qweight", WORDS, _num_words(inputs, bits), outputs)
     _expect(tensors, "qzeros", WORDS, num_groups, _num_words(outputs, bits))
     return QuantizedWeight(
@@ -244,13 +242,18 @@ def _group_of_input(tensors: Tensors, role: str, inputs: int, num_groups: int) -
     return groups
 
 
+def _size(tensor: torch.Tensor, dimension: int) -> int:
+    """0 of a tensor that has no dimensions, which then does not fit."""
+    return tensor.shape[dimension] if tensor.dim() else 0
+
+
 def _bits(num_words: int, count: int, quantization: Quantization) -> int:
     """The width of integers of which `count` fill so many words."""
     for bits in quantization.bits:
         if _num_words(count, bits) == num_words:
             return bits
     widths = " or ".join(str(bits) for bits in quantization.bits)
-    raise SettingsError(f"{count} inputs of {widths} bits are not {num_words} words")
+    raise SettingsError(f"{num_words} words of codes for {count} inputs, expected {widths} bits for each")
 
 
 def _num_words(count: int, bits: int) -> int:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import model_fingerprint
-from baton.models.quantization.layouts import LAYOUTS
+from baton.models.quantization.layouts import LAYOUTS, TYPES
 from baton.models.quantization.scheme import Quantization
 from baton.models.quantization.weight import QuantizedWeight, unpack
 from baton.models.weights import load_weights
@@ -137,7 +137,7 @@ BROKEN = {
         "gptq, 8 bits",
         "qweight",
         lambda t: t[::2].clone(),
-        "64 inputs of 8 bits are not 8 words",
+        "8 words of codes for 64 inputs, expected 8 bits for each",
     ),
     "codes of another shape": ("awq", "qweight", lambda t: t[:-1].clone(), "expected int32 [64, 12]"),
     "codes of another type": (
@@ -146,7 +146,12 @@ BROKEN = {
         lambda t: t.to(torch.int64),
         "qweight is int64 [8, 96], expected int32",
     ),
-    "a matrix too few": ("gptq", "qweight", lambda t: t[0].clone(), "64 inputs of 4 bits are not 96 words"),
+    "a matrix too few": (
+        "gptq",
+        "qweight",
+        lambda t: t[0].clone(),
+        "96 words of codes for 64 inputs, expected 4 bits for each",
+    ),
     "an order of inputs that is too long": ("gptq", "g_idx", lambda t: t.repeat(2), "g_idx is int32 [128], expected"),
     "groups that do not exist": ("gptq, desc_act", "g_idx", with_value(7), "g_idx names groups 0 to 7 of 2"),
     "e5m2": (
@@ -170,6 +175,31 @@ def test_what_does_not_fit_is_one_sentence(name, make_model):
         load_weights(ModelConfig.from_folder(made.folder), made.folder, torch.float32)
     text = str(raised.value)
     assert f"{WHERE}.weight, quantised by " in text and text.isprintable() and len(text) < 400
+
+
+forms = st.tuples(st.sampled_from(list(TYPES.values())), st.lists(st.integers(0, 12), max_size=4))
+QUANTIZATIONS = [
+    Quantization("fp8", ("scaled",), block=(8, 4)),
+    Quantization("compressed-tensors", ("packed", "scaled"), (3, 4, 8), (4, 8)),
+    Quantization("awq", ("awq",), (4,), (4,)),
+    Quantization("gptq", ("gptq",), (2, 3, 4, 8), (4, -1), zeros_less_one=True),
+]
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.sampled_from(QUANTIZATIONS), st.integers(1, 12), st.integers(1, 12), st.data())
+def test_tensors_of_any_form_are_read_or_refused(quantization, outputs, inputs, data):
+    """Guards against any exception but SettingsError for what a header may say."""
+    for layout in (LAYOUTS[name] for name in quantization.layouts):
+        roles = [layout.marker, *(names[0] for names in layout.needed), *layout.optional]
+        drawn = {role: data.draw(forms) for role in roles}
+        tensors = {role: torch.empty(shape, dtype=dtype, device="meta") for role, (dtype, shape) in drawn.items()}
+        try:
+            read = layout.read(tensors, outputs, inputs, quantization)
+        except SettingsError as error:
+            assert str(error).isprintable()
+            continue
+        assert read.codes.shape == (outputs, inputs)
 
 
 def test_shapes_are_checked_before_any_tensor_is_read(make_model, monkeypatch):
