@@ -38,11 +38,10 @@ from baton.proxy.http.schema import (
 )
 from baton.proxy.http.structured import json_grammar
 from baton.proxy.http.template_options import MAX_VARIABLES, TemplateRequest, render_options
+from baton.proxy.text.effort import LEVEL, SWITCHES
 from baton.proxy.text.grammar_request import GrammarRequest
 
 MIN_THINKING_TOKENS = 1024
-SWITCHES, EFFORT = ("enable_thinking", "thinking"), "reasoning_effort"
-"""Variables by which chat templates switch reasoning, and know low, medium and high."""
 IGNORED = frozenset(
     (
         *("anthropic_beta", "anthropic_version", "betas", "cache_control", "context_management", "diagnostics"),
@@ -215,7 +214,7 @@ def _variables(body: CountBody) -> dict[str, Any]:
         made |= dict.fromkeys(SWITCHES, body.thinking.type != "disabled")
     effort = body.output_config.effort if body.output_config is not None else None
     if effort is not None:
-        made[EFFORT] = "high" if effort in ("xhigh", "max") else effort
+        made[LEVEL] = "high" if effort in ("xhigh", "max") else effort
     return made
 
 
