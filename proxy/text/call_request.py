@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from baton.proxy.formats.grammar import CallableFunction, CallRules
 from baton.proxy.text.grammar_request import GrammarRequest
@@ -24,7 +25,12 @@ class CallRequest:
     """The form of an answer that calls nothing; None: free text."""
 
     def to_grammar_request(self) -> GrammarRequest:
-        return GrammarRequest("calls", json.dumps(dataclasses.asdict(self), ensure_ascii=False), "tools")
+        value = {
+            **_fields(self),
+            "rules": {**_fields(self.rules), "functions": [_fields(each) for each in self.rules.functions]},
+            "content": None if self.content is None else _fields(self.content),
+        }
+        return GrammarRequest("calls", json.dumps(value, ensure_ascii=False), "tools")
 
     @classmethod
     def from_text(cls, text: str) -> CallRequest:
@@ -33,3 +39,8 @@ class CallRequest:
         functions = [CallableFunction(**each) for each in value["rules"].pop("functions")]
         content = GrammarRequest(**value["content"]) if value["content"] else None
         return cls(CallRules(**value["rules"], functions=functions), value["params"], value["bound"], content)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """Of a dataclass; dataclasses.asdict would copy the schemas, which takes ten times as long as writing them."""
+    return {each.name: getattr(value, each.name) for each in dataclasses.fields(value)}

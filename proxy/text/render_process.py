@@ -35,7 +35,9 @@ class RenderProcess:
 
     def render(self, messages: Sequence[Mapping[str, Any]], options: RenderOptions) -> str:
         """As `ChatTemplate.render`; BadRequest also where the template exceeds its limits, or cannot be compiled."""
-        request = {"messages": [dict(message) for message in messages], "options": dataclasses.asdict(options)}
+        # Not dataclasses.asdict, which copies the tools: 12 ms for a hundred of them.
+        given = {each.name: getattr(options, each.name) for each in dataclasses.fields(options)}
+        request = {"messages": [dict(message) for message in messages], "options": given}
         return str(self._process.ask(request)["text"])
 
     def close(self) -> None:
