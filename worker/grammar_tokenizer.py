@@ -14,6 +14,8 @@ from pathlib import Path
 
 from llguidance import LLTokenizer
 
+from baton.node.model_folder import MAX_TOKENIZER_BYTES, read_file
+
 _INSIDE = r'[^"\\\x00-\x1F\x7F]'
 """A character of a JSON string that is written as it is."""
 SLICES = (
@@ -40,7 +42,7 @@ class GrammarTokenizer:
 def load_grammar_tokenizer(path: Path, vocab_size: int, end_ids: Sequence[int]) -> GrammarTokenizer:
     """`end_ids`: of the model's configuration. The first stands for the end; where there is none, token 0."""
     end_id = end_ids[0] if end_ids else 0
-    text = path.read_text(encoding="utf-8")
+    text = read_file(path, MAX_TOKENIZER_BYTES).decode()
     return GrammarTokenizer(LLTokenizer(text, vocab_size, [end_id], list(SLICES)), end_id)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import queue
 import random
 from collections.abc import Sequence
@@ -166,8 +167,12 @@ def test_the_tokens_that_end_a_text_are_those_of_the_grammar(bench: Bench, ends:
         assert not ({*ends[:1]} - {END}) & allowed
 
 
-def test_without_a_tokenizer_each_grammar_fails(tmp_path: Path) -> None:
-    """Guards a worker of a folder without tokenizer.json: it starts, and requests with grammars have an answer."""
+@pytest.mark.parametrize("is_pipe", [False, True])
+def test_without_a_tokenizer_each_grammar_fails(tmp_path: Path, is_pipe: bool) -> None:
+    """Guards a worker of a folder without tokenizer.json, or with one whose reading never ends: it starts, and requests
+    with grammars have an answer."""
+    if is_pipe:
+        os.mkfifo(tmp_path / "tokenizer.json")
     other = Bench(path=tmp_path / "tokenizer.json")
     assert other.grammars.compile(OBJECT) is None
     assert "tokenizer.json" in other.events.get(timeout=60).error
