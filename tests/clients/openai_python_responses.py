@@ -54,7 +54,8 @@ def check_text() -> None:
         events = list(stream)
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == WANTED["chat"]
     assert events[-1].type == "response.incomplete"
-    assert events[-1].response.output_text == WANTED["chat"] and events[-1].response.usage == answer.usage
+    assert events[-1].response.output_text == WANTED["chat"]
+    assert events[-1].response.usage.total_tokens == answer.usage.total_tokens
 
 
 def check_turns() -> None:
