@@ -130,11 +130,12 @@ def check_parse() -> None:
 
 def check_thinking() -> None:
     """Reasoning comes back in blocks of its own, which the next turn sends along."""
-    ask = {**CHAT, "max_tokens": 1025, "thinking": {"type": "enabled", "budget_tokens": 1024}}
+    ask = {**CHAT, "max_tokens": 1200, "thinking": {"type": "enabled", "budget_tokens": 1024}}
     with client.messages.stream(**ask) as stream:
         message = stream.get_final_message()
     block = message.content[0]
     assert block.type == "thinking" and block.thinking and block.signature
+    assert message.usage.output_tokens_details.thinking_tokens <= 1025
     turns = [
         *WANTED["messages"],
         {"role": "assistant", "content": message.content},

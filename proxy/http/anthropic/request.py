@@ -68,8 +68,6 @@ class _Strict(BaseModel):
 
 
 class ThinkingConfig(_Strict):
-    """How long a model thinks cannot be bounded here, so `budget_tokens` is checked only."""
-
     type: Literal["enabled", "disabled", "adaptive", "between_tools"]
     budget_tokens: Whole | None = None
     display: Literal["summarized", "omitted"] | None = None
@@ -191,6 +189,7 @@ def _parsed(body: CountBody) -> ParsedRequest:
         cache_salt=body.cache_salt or "",
         unknown=_unknown(body) + tuple(f"tools.{name}" for name in hosted),
         grammar=_grammar(body),
+        max_reasoning=_max_reasoning(body),
         session_key=session_digest(user or ""),
     )
 
@@ -205,6 +204,12 @@ def _check_thinking(body: CountBody) -> None:
         raise BadRequest(f"{where} must be at least {MIN_THINKING_TOKENS}", param=where)
     if body.max_tokens is not None and thinking.budget_tokens >= body.max_tokens:
         raise BadRequest(f"{where} must be less than max_tokens", param=where)
+
+
+def _max_reasoning(body: CountBody) -> int | None:
+    """None where the answer has room for one token behind so much reasoning: agents send that for no bound."""
+    budget = body.thinking.budget_tokens if body.thinking is not None and body.thinking.type == "enabled" else None
+    return None if budget is None or body.max_tokens is None or budget + 1 >= body.max_tokens else budget
 
 
 def _variables(body: CountBody) -> dict[str, Any]:

@@ -152,6 +152,14 @@ def test_thinking_is_switched_in_the_template(more: dict[str, Any], wanted: dict
     assert read(**more).render.variables == wanted
 
 
+@pytest.mark.parametrize(("budget", "max_tokens", "bound"), [(1024, 2000, 1024), (1999, 2000, None)])
+def test_thinking_is_bounded(budget: int, max_tokens: int, bound: int | None) -> None:
+    """Guards against a bound that is lost, and against the cost of one that leaves no answer, which agents send."""
+    thinking = {"type": "enabled", "budget_tokens": budget}
+    assert read(thinking=thinking, max_tokens=max_tokens).max_reasoning == bound
+    assert read(thinking={"type": "adaptive"}).max_reasoning is None
+
+
 def test_parameters_reach_the_request() -> None:
     """Guards against a parameter that is read and lost."""
     found = read(
