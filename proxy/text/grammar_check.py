@@ -18,8 +18,8 @@ from baton.proxy.text.bounded_process import CPU_LIMIT_S, BoundedProcess, Subjec
 from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 
 PROCESSES = 2
-KEPT = 256
-"""Verdicts; the one that was used least recently is forgotten first."""
+KEPT, KEPT_CHARS = 256, 16 << 20
+"""Verdicts, and characters of them with their questions; the one that was used least recently is forgotten first."""
 WAIT_S = 10.0
 """For the grammars before one; each takes some milliseconds unless it is hostile."""
 START_AFTER_S = 5.0
@@ -44,6 +44,7 @@ class GrammarCheck:
         self._threads = ThreadPoolExecutor(PROCESSES, "grammar")
         self._timer: asyncio.TimerHandle | None = None
         self._known: OrderedDict[_Question, str | BadRequest] = OrderedDict()
+        self._known_chars = 0
 
     def start(self) -> None:
         """Have a process ready soon, so that the first grammar does not wait for it; called on the event loop."""
@@ -58,12 +59,12 @@ class GrammarCheck:
         before it do."""
         by_ids = reasoning is not None and bool(reasoning.end_ids)
         question = asked, None if by_ids else reasoning
-        if question not in self._known:
-            self._known[question] = await self._ask(question)
-            while len(self._known) > KEPT:
-                self._known.popitem(last=False)
-        self._known.move_to_end(question)
-        found = self._known[question]
+        found = self._known.get(question)
+        if found is None:
+            found = await self._ask(question)
+            self._keep(question, found)
+        else:
+            self._known.move_to_end(question)
         if isinstance(found, BadRequest):
             raise BadRequest(str(found), param=found.param or asked.param)
         if reasoning is None or not by_ids:
@@ -75,6 +76,14 @@ class GrammarCheck:
             opened_by=() if reasoning.begun else reasoning.start_ids,
             blank_ids=reasoning.blank_ids,
         )
+
+    def _keep(self, question: _Question, found: str | BadRequest) -> None:
+        if question in self._known:  # asked twice at once
+            return
+        self._known[question] = found
+        self._known_chars += _num_chars(question, found)
+        while len(self._known) > KEPT or self._known_chars > KEPT_CHARS:
+            self._known_chars -= _num_chars(*self._known.popitem(last=False))
 
     async def _ask(self, question: _Question) -> str | BadRequest:
         if not self._end_ids:
@@ -105,3 +114,7 @@ class GrammarCheck:
         self._threads.shutdown(wait=False, cancel_futures=True)
         for process in self._all:
             process.close()
+
+
+def _num_chars(question: _Question, found: str | BadRequest) -> int:
+    return len(question[0].text) + len(str(found))

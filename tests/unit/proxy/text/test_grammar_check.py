@@ -17,6 +17,7 @@ from tokenizers import Tokenizer
 
 import baton
 from baton.node.errors import BadRequest
+from baton.proxy.text import grammar_check
 from baton.proxy.text.grammar_check import GrammarCheck
 from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 
@@ -241,3 +242,24 @@ def test_verdicts_are_kept(check: GrammarCheck) -> None:
     for _ in range(2):
         with pytest.raises(BadRequest, match="nonsense"):
             compiled(check, "json", {"type": "nonsense"})
+
+
+def test_kept_verdicts_are_bounded_by_their_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards memory: tools of a quarter of a megabyte, of 256 requests."""
+    check = GrammarCheck(TOKENIZER, VOCAB, (END,))
+    monkeypatch.setattr(grammar_check, "KEPT_CHARS", 100)
+    compiled_texts: list[str] = []
+
+    def compile_(question: tuple[GrammarRequest, Reasoning | None]) -> str:
+        compiled_texts.append(question[0].text)
+        return "x" * 30
+
+    monkeypatch.setattr(check, "_compile", compile_)
+
+    async def run() -> None:
+        for text in ("a" * 10, "b" * 10, "a" * 10, "c" * 10, "a" * 10, "b" * 10, "d" * 200, "d" * 200):
+            await check.compile(asked("regex", text))
+
+    asyncio.run(run())
+    check.close()
+    assert [text[0] for text in compiled_texts] == ["a", "b", "c", "b", "d", "d"]
