@@ -1,8 +1,9 @@
 """The arguments of one function as Lark, in each style: from the JSON schema of its parameters.
 
 Where a model writes parameters one by one, they come in the order of the schema, and of the object only `properties`
-and `required` are enforced: a strict function with other keywords there is refused, by their names. What is
-written is what `parameters` and `python_reader` read. Knows no tools and no requests.
+and `required` are enforced: a strict function with other keywords there is refused, by their names. Objects have the
+properties that they list and no others, unless a schema says that they may. What is written is what `parameters` and
+`python_reader` read. Knows no tools and no requests.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from baton.node.errors import BadRequest
 from baton.proxy.formats.envelopes import ArgumentStyle
 from baton.proxy.formats.lark import LarkWriter, joined, literal
-from baton.proxy.formats.schemas import foreign_references, resolved, types_of, with_definitions
+from baton.proxy.formats.schemas import closed, foreign_references, resolved, types_of, with_definitions
 from baton.proxy.formats.string_rules import TEXT_END, is_any_text, text_choices, text_terminal
 
 JsonRule = Callable[[Any, bool], str]
@@ -42,7 +43,7 @@ def arguments_rule(
     """The body of a rule; BadRequest names what a strict function asks for that cannot be enforced."""
     if style is ArgumentStyle.JSON:
         schema = parameters if "type" in parameters else {**parameters, **ANY_OBJECT}
-        return writer.rule(json_rule(schema, not strict))
+        return writer.rule(json_rule(closed(schema), not strict))
     rules = (_Tags if style is ArgumentStyle.TAGS else _Keywords)(writer, parameters, strict, json_rule)
     return rules.body()
 
@@ -82,7 +83,7 @@ class _Parameters:
                 raise BadRequest(f"the reference {reference[:64]!r} is not supported in this model's format of calls")
             return self.writer.rule(self._json_rule({}, True))
         document = with_definitions(schema, self.root) if "$ref" in json.dumps(schema) else schema
-        return self.writer.rule(self._json_rule(document, not self.strict))
+        return self.writer.rule(self._json_rule(closed(document), not self.strict))
 
 
 class _Tags:

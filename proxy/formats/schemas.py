@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 MAX_REFERENCES = 8
@@ -10,6 +10,12 @@ MAX_REFERENCES = 8
 MAX_PARTS = 256
 """Of unions, so that definitions that refer to one another end."""
 _DEFINITIONS = ("$defs", "definitions")
+_OBJECT_WORDS = frozenset(
+    ("properties", "required", "additionalProperties", "patternProperties", "unevaluatedProperties")
+)
+_OPEN_WORDS = _OBJECT_WORDS - {"properties", "required"}
+_PART_WORDS = frozenset(("$ref", "allOf", "anyOf", "oneOf", "not", "if", "dependentSchemas"))
+"""Other parts of the schema say more of the same object."""
 _TYPES: Mapping[type, str] = {
     **{str: "string", bool: "boolean", int: "integer", float: "number"},
     **{list: "array", dict: "object", type(None): "null"},
@@ -95,3 +101,53 @@ def _named_types(schema: Any) -> set[str]:
         return {type_name(schema["const"])}
     values = schema.get("enum")
     return {type_name(value) for value in values} if isinstance(values, list) else set()
+
+
+def closed(schema: Any) -> Any:
+    """`schema` with no other properties than those listed, wherever an object lists some and does not mention others.
+
+    What fits it fits `schema`. A function takes the arguments that it declares, and few clients say that it takes no
+    others. Objects that several parts of a schema describe together stay as they are.
+    """
+    return _closed(schema, () if _joins_parts(schema) else _DEFINITIONS)
+
+
+def _closed(schema: Any, definitions: Sequence[str] = ()) -> Any:
+    """`definitions`: words whose schemas are closed too."""
+    if isinstance(schema, list):
+        return [_closed(each) for each in schema]
+    if not isinstance(schema, Mapping):
+        return schema
+    made = dict(schema)
+    unions = () if _OBJECT_WORDS & made.keys() else ("anyOf", "oneOf")
+    for word in ("items", "prefixItems", "additionalProperties", *unions):
+        if word in made:
+            made[word] = _closed(made[word])
+    for word in ("properties", *definitions):
+        if isinstance(made.get(word), Mapping):
+            made[word] = {name: _closed(each) for name, each in made[word].items()}
+    if _lists_all_properties(made):
+        made["additionalProperties"] = False
+    return made
+
+
+def _lists_all_properties(schema: Mapping[str, Any]) -> bool:
+    """Whether an object has properties that it lists, needs no other ones, and nothing else is said of it."""
+    properties, required = schema.get("properties"), schema.get("required", [])
+    if not properties or not isinstance(properties, Mapping) or not isinstance(required, list):
+        return False
+    return not (_OPEN_WORDS | _PART_WORDS) & schema.keys() and all(name in properties for name in required)
+
+
+def _joins_parts(schema: Any) -> bool:
+    """Whether some object is described by a definition and by what stands beside the reference to it."""
+    level = [schema]
+    while level:
+        each = level.pop()
+        if isinstance(each, list):
+            level += each
+        elif isinstance(each, Mapping):
+            if "allOf" in each or ("$ref" in each and _OBJECT_WORDS & each.keys()):
+                return True
+            level += each.values()
+    return False
