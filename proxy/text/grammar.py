@@ -18,7 +18,8 @@ from baton.node.errors import BadRequest, InvariantBroken
 from baton.proxy.text.grammar_request import GrammarRequest, Reasoning
 from baton.proxy.text.structural_tag import lark_of_tags
 
-BOUNDED_SPACE = r"[\x20\x0A\x0D\x09]{1,32}"
+BOUNDED_SPACE = r"\x20|\x0D?\x0A[\x20\x09]{0,32}"
+"""A blank, or a line break and indentation: what programs print, and no blank lines, which small models repeat."""
 OPTIONS_KEY = "x-guidance"
 """Options of the library inside a schema; a client's are dropped."""
 

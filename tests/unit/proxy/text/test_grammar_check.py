@@ -118,8 +118,19 @@ def test_languages(
 def test_white_space_in_json_is_bounded(check: GrammarCheck, tokenizers: tuple[LLTokenizer, Tokenizer]) -> None:
     """Guards against models that write white space up to the end of the context."""
     language = Language(compiled(check, "json", A), tokenizers)
-    assert language.begins('{"a":' + " " * 32) and not language.begins('{"a":' + " " * 33)
-    assert language.begins("{" + "\n" * 32) and not language.begins("{" + "\n" * 33)
+    assert language.begins("{\n" + " " * 32) and not language.begins("{\n" + " " * 33)
+    assert language.begins('{"a": ') and not language.begins('{"a":  ')
+    assert language.begins("{\r\n\t") and not language.begins("{\n\n")
+
+
+@pytest.mark.parametrize("form", [{}, {"indent": 2}, {"indent": 8}, {"indent": "\t"}, {"separators": (",", ":")}])
+def test_white_space_of_printed_json_is_allowed(
+    check: GrammarCheck, tokenizers: tuple[LLTokenizer, Tokenizer], form: dict[str, Any]
+) -> None:
+    """Guards the quality of answers: models write JSON as programs print it."""
+    schema = {"type": "object", "properties": {"a": {"type": "array", "items": A}}, "required": ["a"]}
+    value = {"a": [{"a": 1}, {"a": 2}]}
+    assert Language(compiled(check, "json", schema), tokenizers).has(json.dumps(value, **form))
 
 
 @pytest.mark.parametrize(
