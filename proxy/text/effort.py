@@ -18,7 +18,8 @@ _NEAREST = {"minimal": "low", "xhigh": "high", "max": "high"}
 def effort_variables(effort: str, known: Collection[str], *, reasons: bool, param: str = LEVEL) -> dict[str, object]:
     """What `effort` sets of the variables that a template knows; `reasons`: the model does so.
 
-    Raises BadRequest where it asks for more, or less, than the template can be told. Without levels, "minimal" is off.
+    Raises BadRequest where it asks for more, or less, than the template has variables for. Without levels, "minimal"
+    is off.
     """
     switches = [name for name in SWITCHES if name in known]
     off = effort == "none" or (effort == "minimal" and LEVEL not in known)

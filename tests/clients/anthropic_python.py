@@ -147,7 +147,7 @@ def check_thinking() -> None:
 
 def check_prefix_hits() -> None:
     """The second turn of an agent, whose billing header is another one, computes only what is new."""
-    told = "She said that the fox was happy and ran to the tree to play. " * 120
+    context = "She said that the fox was happy and ran to the tree to play. " * 120
 
     def ask(turn: int, messages: list[object]) -> anthropic.types.Message:
         header = f"x-anthropic-billing-header: cc_version=2.1.0; cch={turn}e4;"
@@ -156,7 +156,7 @@ def check_prefix_hits() -> None:
             max_tokens=16,
             system=[
                 {"type": "text", "text": header},
-                {"type": "text", "text": told, "cache_control": {"type": "ephemeral"}},
+                {"type": "text", "text": context, "cache_control": {"type": "ephemeral"}},
             ],
             messages=messages,
             extra_query={"beta": "true"},

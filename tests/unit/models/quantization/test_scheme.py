@@ -25,7 +25,7 @@ def test_no_config_is_no_quantisation(tmp_path):
 
 
 def test_widths_of_modules_that_differ_are_known(tmp_path):
-    """Guards files of mixed widths: which module has which is told by its shapes, so that no pattern is run."""
+    """Guards files of mixed widths: shapes say which module has which, so that no pattern is run."""
     dynamic = {"+:.*(a+)+down": {"bits": 8, "group_size": 64}, "-:.*mlp.*": {}, "lm_head": None}
     found = read(tmp_path, GPTQ | {"dynamic": dynamic})
     assert found == Quantization("gptq", ("gptq",), (4, 8), (32, 64), zeros_less_one=True)

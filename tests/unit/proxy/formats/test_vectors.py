@@ -267,7 +267,7 @@ def test_broken_calls_are_counted(name: str, text: str, cut: bool, num_broken: i
 
 
 def test_digests_of_broken_calls_are_of_their_first_characters() -> None:
-    """Guards the log, by which calls that break alike are told from others, and no text is seen."""
+    """Guards the log, in which calls that break alike look alike, and no text is seen."""
 
     def digest(value: str) -> str:
         machine = machine_of("hermes")

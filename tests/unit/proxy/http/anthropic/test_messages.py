@@ -118,7 +118,7 @@ async def test_forced_calls_have_the_grammar_of_a_chat(
 async def test_stop_sequences_and_the_end_of_the_context(
     client: httpx.AsyncClient, engine: FakeEngine, scripted: Scripted
 ) -> None:
-    """Guards against a stop that the client is not told, and against agents that ask for more than the context has."""
+    """Guards against a stop without its reason, and against agents that ask for more than the context has."""
     message = await ask(client, stop_sequences=["a time", "x"])
     assert message["content"] == [{"type": "text", "text": "Once upon "}]
     assert (message["stop_reason"], message["stop_sequence"]) == ("stop_sequence", "a time")
