@@ -20,11 +20,15 @@ from baton.benchmark.cluster.completions import random_ids
 HUNG_S = 40.0
 PAUSE_S = 0.05
 """No stream waits so long between two tokens unless its attempt failed, or waits for a frozen process."""
+ROUNDING = 0.25
+"""The largest distance of two log probabilities that other roundings of bfloat16 may turn round: some of its steps."""
 RIGHT, ROUNDED, WRONG, HUNG = "right", "rounded", "wrong", "hung"
 REFUSED, BROKEN, BLAMED = "refused", "broken", "blamed"
 VERDICTS = (RIGHT, ROUNDED, WRONG, HUNG, REFUSED, BROKEN, BLAMED)
 """blamed: an error of 400 or so, though the request was good."""
 AFTER_REFUSAL_S = 1.0
+SHORTEST = 20
+"""Tokens of the shortest prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,20 @@ class StreamRequest:
         sampling = {"temperature": 0} if self.seed is None else {"temperature": 0.8, "seed": self.seed}
         fields = {"model": model, "prompt": self.prompt, "max_tokens": self.max_tokens, "ignore_eos": True}
         return json.dumps({**fields, **sampling, "stream": True, "return_token_ids": True}).encode()
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """Where a whole greedy stream left the text that it has without faults."""
+
+    place: int
+    """Tokens before it."""
+    margin: float | None
+    """The log probability of the undisturbed token less that of the stream's; None: that is not among the likeliest."""
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.margin is not None and abs(self.margin) <= ROUNDING
 
 
 @dataclass(slots=True)
@@ -60,6 +78,8 @@ class StreamResult:
     text_before_pause: str = ""
     first_pause: int | None = None
     """Tokens before the first pause of PAUSE_S behind the first of them."""
+    fork: Fork | None = None
+    """Once it is known; of greedy streams only."""
 
     @property
     def is_greedy(self) -> bool:
@@ -68,8 +88,7 @@ class StreamResult:
     def verdict(self, right_text: str, *, exact: bool = True) -> str:
         """`exact`: a new attempt has the roundings of the first one."""
         if not right_text.startswith(self.text):
-            paused = self.first_pause is not None and right_text.startswith(self.text_before_pause)
-            return ROUNDED if paused and self.finished and not exact else WRONG
+            return ROUNDED if self.finished and not exact and self._may_be_rounded(right_text) else WRONG
         if self.end == "timeout":
             return HUNG
         if self.finished:
@@ -77,6 +96,12 @@ class StreamResult:
         if 400 <= self.status < 500 and self.status != 429:
             return BLAMED
         return REFUSED if self.error else BROKEN
+
+    def _may_be_rounded(self, right_text: str) -> bool:
+        """Sampled streams may change behind a pause; what greedy ones have changed is known better."""
+        if self.first_pause is None or not right_text.startswith(self.text_before_pause):
+            return False
+        return self.fork is None or self.fork.is_rounding
 
 
 def read_stream(port: int, model: str, request: StreamRequest, hung_s: float = HUNG_S) -> StreamResult:
@@ -129,7 +154,7 @@ def requests(seed: int, client: int, max_tokens: int, longest: int) -> Iterator[
     """Those of one client, without end: no prompt twice, every other one sampled."""
     number = 0
     while True:
-        length = 20 + 37 * (number * 7 + client) % (longest - 20)
+        length = SHORTEST + 37 * (number * 7 + client) % (longest - SHORTEST)
         prompt = tuple(random_ids(length, seed, client, number))
         yield StreamRequest(prompt, max_tokens, number if number % 2 else None)
         number += 1

@@ -29,6 +29,7 @@ from baton.benchmark.cluster.fault_schedule import FREEZE, KILL, KINDS, PlannedF
 from baton.benchmark.cluster.fault_streams import (
     RIGHT,
     ROUNDED,
+    SHORTEST,
     FaultClients,
     StreamRequest,
     StreamResult,
@@ -254,10 +255,11 @@ def undisturbed(
 
 def _report_forks(lines: JsonLines, cluster: Cluster, results: Sequence[StreamResult]) -> None:
     """Of each whole greedy stream that is not the same as without faults, where it left that one, and how."""
-    forks = [fork_of(result, cluster.url, cluster.model) for result in results if result.is_greedy]
-    for fork in forks:
-        lines.put("fork", place=fork.place, pause=fork.pause, margin=fork.margin)
-    lines.put("forks", **largest(forks))
+    greedy = [result for result in results if result.is_greedy]
+    for result in greedy:
+        result.fork = fork_of(result, cluster.url, cluster.model)
+        lines.put("fork", place=result.fork.place, pause=result.first_pause, margin=result.fork.margin)
+    lines.put("forks", **largest([result.fork for result in greedy if result.fork is not None]))
 
 
 def is_exact(options: argparse.Namespace) -> bool:
@@ -309,7 +311,10 @@ def _options(argv: Sequence[str]) -> argparse.Namespace:
     add("--pause-s", type=float, default=2.0, help="from the end of one fault to the next")
     add("--duration-s", type=float, default=3600.0, help="no further fault after this time")
     add("--insecure-network", action="store_true", help="links without encryption: damage reaches the messages")
-    return parser.parse_args(argv)
+    options = parser.parse_args(argv)
+    if options.longest <= SHORTEST:
+        parser.error(f"--longest must be more than {SHORTEST}")
+    return options
 
 
 if __name__ == "__main__":

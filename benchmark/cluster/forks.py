@@ -8,26 +8,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from urllib.request import Request, urlopen
 
-from baton.benchmark.cluster.fault_streams import StreamResult
+from baton.benchmark.cluster.fault_streams import Fork, StreamResult
 
 TOP = 20
 JSON = {"Content-Type": "application/json"}
 TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True, slots=True)
-class Fork:
-    """Of one greedy stream."""
-
-    place: int
-    """Tokens before it."""
-    pause: int | None
-    """Tokens before the stream's first pause."""
-    margin: float | None
-    """The log probability of the undisturbed token less that of the stream's; None: that is not among the likeliest."""
 
 
 def fork_of(result: StreamResult, url: str, model: str) -> Fork:
@@ -37,12 +24,13 @@ def fork_of(result: StreamResult, url: str, model: str) -> Fork:
     body = json.dumps({**fields, **shown, "ignore_eos": True, "temperature": 0}).encode()
     with urlopen(Request(f"{url}/v1/completions", body, JSON), timeout=TIMEOUT_S) as answer:
         choice = json.loads(answer.read())["choices"][0]
-    place, (ours, right) = next(
-        (n, pair) for n, pair in enumerate(zip(result.token_ids, choice["token_ids"], strict=False)) if len({*pair}) > 1
-    )
+    pairs = enumerate(zip(result.token_ids, choice["token_ids"], strict=False))
+    place, (ours, right) = next((each for each in pairs if len({*each[1]}) > 1), (len(result.token_ids), (-1, -1)))
+    if ours < 0:  # equal tokens and another text, or fewer tokens: no rounding does that
+        return Fork(place, None)
     top: Mapping[str, float] = choice["logprobs"]["top_logprobs"][place]
     other = top.get(f"token_id:{ours}")
-    return Fork(place, result.first_pause, None if other is None else top[f"token_id:{right}"] - other)
+    return Fork(place, None if other is None else top[f"token_id:{right}"] - other)
 
 
 def largest(forks: Sequence[Fork]) -> dict[str, object]:

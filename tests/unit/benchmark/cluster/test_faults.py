@@ -18,6 +18,7 @@ from baton.benchmark.cluster.fault_streams import (
     RIGHT,
     ROUNDED,
     WRONG,
+    Fork,
     StreamRequest,
     StreamResult,
 )
@@ -81,6 +82,22 @@ def test_only_what_follows_a_pause_may_be_rounded(text: str, before: str | None,
     assert result.verdict("right text", exact=False) == verdict
 
 
+@pytest.mark.parametrize(("margin", "verdict"), [(0.03, ROUNDED), (0.3, WRONG), (None, WRONG)])
+def test_a_greedy_stream_is_rounded_only_to_a_token_as_likely(margin: float | None, verdict: str) -> None:
+    """Guards the exit status on a GPU: damaged KV behind a fault must not pass for a rounding."""
+    result = StreamResult(REQUEST, 0.0, text="rightly so", finished=True, first_pause=1, text_before_pause="right")
+    result.fork = Fork(1, margin)
+    assert result.verdict("right text", exact=False) == verdict
+
+
+def test_equal_tokens_with_another_text_are_no_rounding(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against an end of the report by an exception, after the whole run."""
+    answer = json.dumps({"choices": [{"token_ids": [1, 2], "logprobs": {"top_logprobs": []}}]}).encode()
+    monkeypatch.setattr(forks, "urlopen", lambda *_, **__: io.BytesIO(answer))
+    result = StreamResult(REQUEST, 0.0, token_ids=[1], finished=True)
+    assert forks.fork_of(result, "http://nowhere", "demo") == Fork(1, None)
+
+
 @pytest.mark.parametrize(("drawn", "margin"), [(3, 0.5), (4, None)])
 def test_a_fork_has_the_distance_of_both_tokens(
     drawn: int, margin: float | None, monkeypatch: pytest.MonkeyPatch
@@ -90,7 +107,7 @@ def test_a_fork_has_the_distance_of_both_tokens(
     answer = json.dumps({"choices": [{"token_ids": [1, 2], "logprobs": {"top_logprobs": top}}]}).encode()
     monkeypatch.setattr(forks, "urlopen", lambda *_, **__: io.BytesIO(answer))
     result = StreamResult(REQUEST, 0.0, token_ids=[1, drawn], finished=True, first_pause=1)
-    assert forks.fork_of(result, "http://nowhere", "demo") == forks.Fork(1, 1, margin)
+    assert forks.fork_of(result, "http://nowhere", "demo") == Fork(1, margin)
 
 
 def test_a_run_that_does_not_hold_says_so() -> None:
