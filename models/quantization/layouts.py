@@ -37,7 +37,7 @@ INTEGERS = (torch.int32, torch.int64)
 WORDS = (torch.int32,)
 
 
-class Layout(NamedTuple):
+class CodeLayout(NamedTuple):
     """Which tensors a quantised module has."""
 
     marker: str
@@ -55,7 +55,7 @@ class QuantizedSource(NamedTuple):
     where: str
     """Names it in errors."""
     tensors: Mapping[str, StoredTensor]
-    layout: Layout
+    layout: CodeLayout
     shape: tuple[int, int]
     quantization: Quantization
 
@@ -85,7 +85,7 @@ def find_quantized(
 
 
 def _companions(
-    checkpoint: Checkpoint, module: str, layout: Layout, quantization: Quantization, where: str
+    checkpoint: Checkpoint, module: str, layout: CodeLayout, quantization: Quantization, where: str
 ) -> dict[str, StoredTensor]:
     """The tensors beside the marker."""
     tensors: dict[str, StoredTensor] = {}
@@ -202,10 +202,10 @@ def _gptq_zeros(words: torch.Tensor, bits: int, outputs: int, less_one: bool) ->
 SCALES = ("weight_scale_inv", "weight_scale")
 ZEROS = "weight_zero_point"
 LAYOUTS = {
-    "scaled": Layout("weight", (SCALES,), (ZEROS,), _scaled),
-    "packed": Layout("weight_packed", (("weight_scale",),), (ZEROS, "weight_g_idx"), _packed),
-    "awq": Layout("qweight", (("qzeros",), ("scales",)), (), _awq),
-    "gptq": Layout("qweight", (("qzeros",), ("scales",)), ("g_idx",), _gptq),
+    "scaled": CodeLayout("weight", (SCALES,), (ZEROS,), _scaled),
+    "packed": CodeLayout("weight_packed", (("weight_scale",),), (ZEROS, "weight_g_idx"), _packed),
+    "awq": CodeLayout("qweight", (("qzeros",), ("scales",)), (), _awq),
+    "gptq": CodeLayout("qweight", (("qzeros",), ("scales",)), ("g_idx",), _gptq),
 }
 
 

@@ -82,7 +82,7 @@ _TaggedBlock = Annotated[AnyBlock, Field(discriminator="type")]
 SystemPrompt = str | Annotated[list[TextBlock], Field(max_length=MAX_BLOCKS, fail_fast=True)]
 
 
-class Turn(BaseModel):
+class GivenMessage(BaseModel):
     """One message."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True)
@@ -92,5 +92,5 @@ class Turn(BaseModel):
 
 
 BLOCK_MODELS: tuple[type[BaseModel], ...] = (
-    *(TextBlock, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock, ToolReferenceBlock, ToolResultBlock, Turn),
+    *(TextBlock, ThinkingBlock, RedactedThinkingBlock, ToolUseBlock, ToolReferenceBlock, ToolResultBlock, GivenMessage),
 )

@@ -14,13 +14,13 @@ from baton.node.errors import BadRequest
 from baton.proxy.http.anthropic.blocks import (
     AnyBlock,
     ContentBlock,
+    GivenMessage,
     RedactedThinkingBlock,
     SystemPrompt,
     TextBlock,
     ThinkingBlock,
     ToolResultBlock,
     ToolUseBlock,
-    Turn,
 )
 from baton.proxy.http.messages import call_fields, reasoning_fields
 
@@ -63,7 +63,7 @@ class _Message:
         return made
 
 
-def chat_messages(system: SystemPrompt | None, turns: Sequence[Turn]) -> tuple[Mapping[str, object], ...]:
+def chat_messages(system: SystemPrompt | None, turns: Sequence[GivenMessage]) -> tuple[Mapping[str, object], ...]:
     """The conversation as a chat has it; raises BadRequest.
 
     Neighbouring turns of the user, or of the assistant, are one message, as the API has it. A turn of the system stays
@@ -82,7 +82,7 @@ def chat_messages(system: SystemPrompt | None, turns: Sequence[Turn]) -> tuple[M
     return tuple(message.fields() for message in made)
 
 
-def _check(turns: Sequence[Turn]) -> None:
+def _check(turns: Sequence[GivenMessage]) -> None:
     called: set[str] = set()
     for index, turn in enumerate(turns):
         for place, block in enumerate(_blocks(turn.content)):
@@ -95,7 +95,7 @@ def _check(turns: Sequence[Turn]) -> None:
                 raise BadRequest(f"{where}: no tool_use block before it has the id of its tool_use_id", param=where)
 
 
-def _messages_of(turn: Turn) -> Iterator[_Message]:
+def _messages_of(turn: GivenMessage) -> Iterator[_Message]:
     content = turn.content
     if turn.role == "system":
         yield from _system(content if isinstance(content, str) else _only(TextBlock, content))

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
 from baton.node.messages.control import MAX_PRIORITY
-from baton.proxy.http.anthropic.blocks import BLOCK_MODELS, SystemPrompt, Turn
+from baton.proxy.http.anthropic.blocks import BLOCK_MODELS, GivenMessage, SystemPrompt
 from baton.proxy.http.anthropic.conversation import chat_messages
 from baton.proxy.http.anthropic.encoder import MessagesEncoder
 from baton.proxy.http.anthropic.tools import ClientTool, ToolChoice, ToolList, hosted_names, requested_tools
@@ -97,7 +97,7 @@ class CountBody(BaseModel):
     model_config = ConfigDict(strict=True, extra="allow", allow_inf_nan=False, frozen=True)
 
     model: Annotated[str, Field(min_length=1, max_length=4096)]
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[list[GivenMessage], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     system: SystemPrompt | None = None
     tools: ToolList | None = None
     tool_choice: ToolChoice | None = None
