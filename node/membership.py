@@ -119,6 +119,13 @@ class Membership:
         """The links to proxies that have accepted this worker."""
         return tuple(proxy.link for proxy in self._proxies.values() if proxy.incarnation is not None)
 
+    @property
+    def unready(self) -> str:
+        """Why this node gets no requests; "": it does. May be called from another thread."""
+        if self.draining:
+            return "draining"
+        return "" if self.joined or not self._proxies else "no proxy has accepted this node"
+
     def set_store(self, store: str) -> None:
         """Name this store in later heartbeats; may be called from another thread."""
         self.store = store

@@ -182,6 +182,12 @@ def any_port(host: str, identity: str) -> str:
     return f"tcp://{f'[{host}]' if ':' in host else host}:*"
 
 
+def bind_host(address: str) -> str:
+    """The host of an address that a node binds, an IPv6 one without brackets; "" for all: "tcp://[::1]:0" is "::1"."""
+    host = address.removeprefix("tcp://").rpartition(":")[0].removeprefix("[").removesuffix("]")
+    return "" if host == "*" else host
+
+
 def is_address(text: str) -> bool:
     """Whether a peer's text is an address over TCP that may be connected to."""
     match = _ADDRESS.fullmatch(text)

@@ -68,6 +68,8 @@ class IoThread:
     ) -> None:
         self.inbox: queue.SimpleQueue[Inbound] = queue.SimpleQueue()
         self._load, self._load_at = Load(), clock()
+        self.turned_at = self._load_at
+        """When the thread last turned."""
         self._kv_events = events
         self._flush_at = 0.0
         self._endpoint = endpoint
@@ -109,6 +111,11 @@ class IoThread:
             return events
 
     @property
+    def unready(self) -> str:
+        """See Membership."""
+        return self._membership.unready
+
+    @property
     def heartbeat_at(self) -> float:
         """When the next heartbeat is due: a load that is reported before goes out with it."""
         return self._membership.wake_at
@@ -122,7 +129,9 @@ class IoThread:
         return self._exchange.counters
 
     def terminate(self) -> None:
-        """Give the loop a Terminated. For a signal handler, which may have interrupted any method: it takes no lock."""
+        """Say in heartbeats and to probes that this worker takes nothing new, and give the loop a Terminated, which it
+        gets after its step. For a signal handler, which may have interrupted any method: it takes no lock."""
+        self._membership.draining = True
         self.inbox.put(Terminated())
 
     def drain(self) -> None:
@@ -155,7 +164,7 @@ class IoThread:
         """Wait for something to come in or fall due, and deal with it. The thread does nothing else."""
         wait_s = min(max(self.wake_at - self._clock(), 0.0), MAX_WAIT_S)
         inbound = self._endpoint.receive(wait_s, also=self._exchange.sockets)
-        now = self._clock()
+        now = self.turned_at = self._clock()
         while self._outbox:  # clients wait for these; what follows may read whole chunks for their digests
             self._send(*self._outbox[0])
             self._outbox.popleft()  # only now: `yield_gil` looks whether there is more to do

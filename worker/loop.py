@@ -147,7 +147,8 @@ class Loop:
         self._max_waiting = max_waiting
         self._draining = Draining(drain_s)
         self._expire_at = float("inf")  # no deadline is earlier
-        self._reported_at = parts.clock()  # end of the last turn
+        self.turned_at = parts.clock()
+        """When the last turn ended."""
         self._logger = logging.getLogger(role.name)
 
     def run(self) -> None:
@@ -305,7 +306,7 @@ class Loop:
     def _report_load(self, received_at: float) -> None:
         """Give the load to the next heartbeat if that is due before another turn has surely ended."""
         now = self._clock()
-        turn_s, self._reported_at = now - self._reported_at, now
+        turn_s, self.turned_at = now - self.turned_at, now
         if now + max(2 * turn_s, LOAD_LEAD_S) >= self._parts.io.heartbeat_at:
             self._parts.io.report(self._load(), received_at)
 

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.messages.base import Role
+from baton.node.probe import NodeState, NoProbes, Probes, open_probes
 from baton.node.telemetry import configure_logging, log_event
 from baton.worker.build_cpu import choose_device
 from baton.worker.loop import Loop
@@ -30,25 +31,27 @@ def serve(role: Role, settings: WorkerSettings, make_loop: Callable[[Parts, str]
     configure_logging(settings.log_level, settings.worker_id or role)
     sys.setswitchinterval(SWITCH_S)
     try:
-        device = choose_device(settings.device)
-        worker = start(settings, device, role)
+        with open_probes(settings.probe_port, settings.bind) as probes:
+            return _serve(role, settings, make_loop, probes)
     except SettingsError as error:
-        return _print_error(role, error)
+        print(f"{role}: {error}", file=sys.stderr)
+        return 1
+
+
+def _serve(
+    role: Role, settings: WorkerSettings, make_loop: Callable[[Parts, str], Loop], probes: Probes | NoProbes
+) -> int:
+    device = choose_device(settings.device)
+    worker = start(settings, device, role)
     try:
         loop = make_loop(worker.parts, device)
+        probes.watch(lambda: NodeState(min(loop.turned_at, worker.io.turned_at), worker.io.unready))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.io.terminate())
         freeze_startup_objects()
         loop.run()
         loop.check()
-    except SettingsError as error:
-        return _print_error(role, error)
     finally:
         worker.close()
     log_event(logger, "worker_stopped", role=role)
     return 0
-
-
-def _print_error(role: str, error: SettingsError) -> int:
-    print(f"{role}: {error}", file=sys.stderr)
-    return 1

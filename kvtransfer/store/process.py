@@ -24,6 +24,7 @@ from baton.node.endpoint import Endpoint, identity_of
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.messages.store import decode_store
+from baton.node.probe import NodeState, NoProbes, Probes, open_probes
 from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
 
@@ -45,6 +46,7 @@ class StoreProcess:
         """Raises SettingsError where the arena, the disk or the address cannot be had."""
         credentials = link_credentials("store", settings.secret_file, settings.insecure_network)
         self._stopping = threading.Event()
+        self._turned_at = time.monotonic()
         self._arena = Arena(int(settings.ram_gib * (1 << 30)))
         context, incarnation = Context(credentials), time.time_ns() >> 10
         name = settings.store_id or f"store-{os.getpid()}"
@@ -79,11 +81,15 @@ class StoreProcess:
         """Serve until `stop`."""
         while not self._stopping.is_set():
             inbound = self._endpoint.receive(MAX_WAIT_S)
-            now = time.monotonic()
+            now = self._turned_at = time.monotonic()
             for peer, message in inbound:
                 self._server.on_message(peer, message, now)
             self._server.tick(now)
             self._events.turn(self._server.stats, now)
+
+    def state(self) -> NodeState:
+        """For probes. May be called from any thread."""
+        return NodeState(self._turned_at, "draining" if self._stopping.is_set() else self._events.unready)
 
     def stop(self) -> None:
         """May be called from any thread and from a signal handler."""
@@ -112,10 +118,15 @@ def serve(settings: StoreSettings, over: Over = as_it_is) -> int:
     """Run the store until SIGTERM; the exit status."""
     configure_logging(settings.log_level, "store")
     try:
-        process = StoreProcess(settings, over)
+        with open_probes(settings.probe_port, settings.bind) as probes:
+            return _serve(StoreProcess(settings, over), probes)
     except SettingsError as error:
         log_event(logger, "store_refused", level=logging.ERROR, reason=str(error))
         return 1
+
+
+def _serve(process: StoreProcess, probes: Probes | NoProbes) -> int:
+    probes.watch(process.state)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: process.stop())
     freeze_startup_objects()

@@ -31,6 +31,11 @@ class EventPublisher:
         """Where the owner of the arena notes what comes and goes."""
         self.disk: BlockJournal = self._log.journal("disk")
 
+    @property
+    def unready(self) -> str:
+        """See Membership."""
+        return self._membership.unready
+
     def on_disk(self, block_hash: bytes, held: bool) -> None:
         """A tier's change (disk/base.py, Changed)."""
         if held:

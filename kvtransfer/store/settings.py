@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from baton.node.probe import PROBE_HELP
 from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
 
@@ -22,6 +23,7 @@ class StoreSettings:
     )
     secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)
     insecure_network: bool = option(False, help=INSECURE_HELP)
+    probe_port: int | None = option(None, help=PROBE_HELP, minimum=1, maximum=65535)
     ram_gib: float = option(1.0, unit="GiB", help="size of the arena in RAM, never exceeded", minimum=0.0001)
     disk_gib: float = option(0.0, unit="GiB", help="size on disk, for each model that is served; 0: no disk", minimum=0)
     disk: str = option(

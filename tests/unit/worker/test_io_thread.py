@@ -209,6 +209,27 @@ def test_a_signal_that_interrupts_a_wake_reaches_the_loop(bench: Bench, monkeypa
     assert bench.io.receive(0.0) == [Terminated()]
 
 
+def test_a_signal_ends_readiness_before_the_step_ends(bench: Bench) -> None:
+    """Guards against requests, and a ready probe, for a worker that is leaving and still at a long step."""
+    assert bench.io.unready == ""
+    bench.io.terminate()
+    assert bench.io.unready == "draining"
+    bench.now_s = 1.0
+    bench.turn()
+    assert [beat.draining for beat in bench.sent(Heartbeat)] == [True]
+
+
+def test_a_worker_without_a_proxy_is_not_ready() -> None:
+    """Guards a rolling update: a successor that no proxy knows replaces no worker."""
+    bench = Bench()
+    assert bench.io.unready == "no proxy has accepted this node"
+    bench.join()
+    assert bench.io.unready == ""
+    bench.now_s = PROXY_LEASE_S + 1.0
+    bench.turn()
+    assert bench.io.unready == "no proxy has accepted this node"
+
+
 def test_kv_events_are_sent_and_replayed(bench: Bench) -> None:
     """Guards the router's index: batches are numbered, and a lost one is sent again."""
     bench.events.journal("gpu").stored(b"h" * 32)

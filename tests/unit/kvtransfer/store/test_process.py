@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -205,6 +206,16 @@ def test_garbage_on_the_socket_is_ignored(started, joined) -> None:  # type: ign
             raw.sendall(b"GET / HTTP/1.1\r\n\r\n" + bytes(2000))
         assert a.put(1) == 1 and a.load(1) == [True]
     context.destroy(0)
+    assert store.end() == 0
+
+
+def test_a_store_without_a_proxy_is_ready_once_it_serves(started) -> None:  # type: ignore[no-untyped-def]
+    """Guards a host's store behind probes: it need join no proxy, and one that is not ready is never used."""
+    port = _free_port()
+    store = started(*SMALL, "--probe-port", str(port))
+    store.wait_for("store_started")
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=PATIENCE_S) as answer:
+        assert answer.status == 200
     assert store.end() == 0
 
 
