@@ -25,6 +25,7 @@ from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules
+from baton.proxy.scaling.objectives import Objectives, RoleScale, ScaleMonitor
 from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
 
@@ -84,6 +85,8 @@ class Dispatcher:
             )
             for name, workers in self._cluster.models.items()
         }
+        objectives = Objectives(settings.slo_ttft_ms / 1000, settings.slo_tpot_ms / 1000)
+        self._monitors = {name: ScaleMonitor(objectives) for name in self._cluster.models}
         self._control = ControlPlane(
             socket, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
         )
@@ -163,6 +166,9 @@ class Dispatcher:
             "kv_event_snapshots_total": counts.snapshots,
         }
 
+    def scales(self) -> Mapping[str, Sequence[RoleScale]]:
+        return {name: monitor.scales() for name, monitor in self._monitors.items()}
+
     def _avoided_pairs(self) -> frozenset[Pair]:
         cut = (workers.cut_pairs() for workers in self._cluster.models.values())
         return self._failed_pairs.avoided(self._clock()).union(*cut)
@@ -188,6 +194,9 @@ class Dispatcher:
 
     def generation_ended(self, model: str, tenant: str, tokens: int) -> None:
         self._admissions[model].ended(tenant, tokens)
+
+    def latency_of(self, model: str) -> ScaleMonitor:
+        return self._monitors[model]
 
     def open_leg(self, leg: Leg, message: Message) -> None:
         self._cluster.assign(leg)
@@ -227,5 +236,9 @@ class Dispatcher:
         self._on_change()
 
     def _on_change(self) -> None:
+        now = self._clock()
+        for name, monitor in self._monitors.items():
+            if monitor.due(now):
+                monitor.observe(self._cluster.models[name].ready(), now)
         for admission in self._admissions.values():
             admission.cluster_changed()

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,6 +15,7 @@ import msgspec
 
 from baton.node.messages.control import Load, Logprob, PromptLogprob, SamplingSpec
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.scaling.objectives import RoleScale
 
 BODY_MEMORY_BYTES = 256 << 20
 """25 bodies of the default largest size, or some thousand usual ones."""
@@ -99,6 +100,10 @@ class Engine(Protocol):
         ...
 
     def worker_loads(self) -> list[WorkerStatus]: ...
+
+    def scales(self) -> Mapping[str, Sequence[RoleScale]]:
+        """The workers that the objectives ask for, by model: of each role that has had a worker."""
+        ...
 
     def counters(self) -> Mapping[str, float]:
         """Totals since the start, by name: `routed_local_total`, `attempts_total`, `worker_lost_total` ..."""

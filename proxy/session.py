@@ -45,6 +45,7 @@ from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.ledger import Gap, Ledger
 from baton.proxy.routing.prompt_blocks import BlockNames, PromptBlocks
 from baton.proxy.routing.router import RequestView, Route
+from baton.proxy.scaling.objectives import ScaleMonitor
 
 logger = logging.getLogger("proxy")
 
@@ -97,6 +98,9 @@ class SessionHost(Protocol):
 
     def generation_ended(self, model: str, tenant: str, tokens: int) -> None:
         """It counted for so many tokens too few when it was admitted, or too many (negative)."""
+
+    def latency_of(self, model: str) -> ScaleMonitor:
+        """What measures the latencies of the model's requests."""
 
     def open_leg(self, leg: Leg, message: Message) -> None:
         """Count the leg and send its message; a failure comes back as WorkerLost."""
@@ -182,6 +186,8 @@ class Session:
         """While the client takes what this attempt has brought."""
         self._behind = False
         """That attempt has ended here, as the client did not take it: what else comes of it is dropped."""
+        self._latency = host.latency_of(generation.model)
+        self._first_token_at = self._last_token_at = 0.0
 
     async def run(self) -> AsyncGenerator[list[Delta], None]:
         """Deltas up to the finish, in one list those that are there together. Raises the errors of
@@ -231,9 +237,13 @@ class Session:
     @contextmanager
     def _accounted(self) -> Iterator[None]:
         """At the end, what its admission counted as becomes what it was."""
+        self._latency.begin(self._request_id, self._clock())
         try:
             yield
         finally:
+            num_tokens = self._ledger.num_tokens - len(self._ledger.prompt_ids) if self._last_token_at else 0
+            decoding_s = self._last_token_at - self._first_token_at
+            self._latency.end(self._request_id, num_tokens, decoding_s, self._clock())
             if self._admitted_tokens:
                 generation, ledger = self._generation, self._ledger
                 self._host.generation_ended(
@@ -458,6 +468,9 @@ class Session:
             return None
         if not self._ledger.accepted:
             self._cached_tokens = message.cached_tokens
+            if not self._first_token_at:
+                self._first_token_at = self._clock()
+                self._latency.first_token(self._request_id, self._first_token_at)
         if worker == attempt.computes and attempt.hit_tokens is not None:
             self._count_hit(attempt.hit_tokens, message.cached_tokens)
             attempt.hit_tokens = None
@@ -467,6 +480,7 @@ class Session:
         except Gap as gap:
             raise _AttemptFailed(str(gap), worker, counts=True) from None
         if message.finish:
+            self._last_token_at = self._clock()
             self._settle(attempt, worker)
         if not ids and not self._ledger.finish:
             return None

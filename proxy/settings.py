@@ -57,6 +57,12 @@ class ProxySettings(ApiSettings):
         minimum=0,
         maximum=1e6,
     )
+    slo_ttft_ms: float = option(
+        1000.0, unit="ms", help="objective for the time to the first token, at the 90th percentile", minimum=1
+    )
+    slo_tpot_ms: float = option(
+        50.0, unit="ms", help="objective for the mean time of each later token, at the 90th percentile", minimum=0.1
+    )
     kv_index_blocks: int = option(
         1 << 19,
         unit="blocks",

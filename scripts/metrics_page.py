@@ -23,6 +23,7 @@ from baton.proxy.metrics.metrics import COARSE_SECONDS, SECONDS, ProxyMetrics
 from baton.proxy.metrics.record import GenerationInfo
 from baton.proxy.metrics.request_log import RequestLog
 from baton.proxy.metrics.timeline import STAGES, USUAL, Timeline
+from baton.proxy.scaling.objectives import RoleScale
 from baton.proxy.tenants.tenants import Tenants
 from baton.testing.fake_engine import FakeEngine
 
@@ -101,6 +102,7 @@ def _families() -> Iterable[Metric]:
         engine.workers.append(WorkerStatus(role, role, "ready", load, block_tokens=16, model="demo"))
     stored = Load(counters=dict.fromkeys(STORE_COUNTERS, 0.0))
     engine.workers.append(WorkerStatus("store", "store", "ready", stored))
+    engine.scaling["demo"] = [RoleScale(role, 0.0, 1) for role in ("prefill", "decode")]
     metrics = ProxyMetrics(engine, ["demo"], time.monotonic, Tenants.one(["key"]))
     line = Timeline(metrics.clock)
     track = GenerationMeter(

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from baton.node.messages.control import SamplingSpec
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.scaling.objectives import RoleScale
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ class FakeEngine:
     model_len: int = 2048
     workers: list[WorkerStatus] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=dict)
+    scaling: dict[str, list[RoleScale]] = field(default_factory=dict)
     calls: list[EngineCall] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
     cancelled: list[str] = field(default_factory=list)
@@ -81,6 +83,9 @@ class FakeEngine:
 
     def worker_loads(self) -> list[WorkerStatus]:
         return list(self.workers)
+
+    def scales(self) -> Mapping[str, Sequence[RoleScale]]:
+        return self.scaling
 
     def counters(self) -> Mapping[str, float]:
         return dict(self.totals)

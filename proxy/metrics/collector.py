@@ -23,6 +23,7 @@ from baton.proxy.metrics.counters import (
     STORE_COUNTERS,
     WORKER_COUNTERS,
 )
+from baton.proxy.scaling.objectives import RoleScale
 from baton.proxy.tenants.tenants import Tenant
 from baton.proxy.tenants.usage import REJECTED
 
@@ -82,6 +83,7 @@ class EngineCollector(Collector):
     def collect(self) -> Iterable[Metric]:
         yield self._moved.collect({worker.worker for worker in self._engine.worker_loads()})
         yield from _counters(self._engine.counters(), self._models)
+        yield from _scales(self._engine.scales())
 
 
 class TenantCollector(Collector):
@@ -220,6 +222,25 @@ def _counters(counters: Mapping[str, float], model: str) -> Iterable[Metric]:
         family = kind(f"baton:{name}", text, labels=_LABEL)
         family.add_metric((model,), value)
         yield family
+
+
+def _scales(scales: Mapping[str, Sequence[RoleScale]]) -> Iterable[Metric]:
+    desired = GaugeMetricFamily(
+        "baton:desired_replicas",
+        "Workers of the role that the objectives ask for; an autoscaler keeps it between its bounds.",
+        labels=(*_LABEL, "role"),
+    )
+    saturation = GaugeMetricFamily(
+        "baton:slo_saturation",
+        "90th percentile of the latency that the role answers for (prefill TTFT; decode TPOT, and TTFT where there is "
+        "no prefill worker) by its objective, at most 2, as a mean of 45 s; above 1 the objective is missed.",
+        labels=(*_LABEL, "role"),
+    )
+    for model, roles in scales.items():
+        for scale in roles:
+            desired.add_metric((model, scale.role), scale.desired)
+            saturation.add_metric((model, scale.role), scale.saturation)
+    return desired, saturation
 
 
 def _workers(workers: list[WorkerStatus]) -> Iterable[Metric]:

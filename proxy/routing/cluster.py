@@ -7,7 +7,8 @@ when it has work and its step count stands still for `stall_s`.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from baton.node.endpoint import identity_of
@@ -143,6 +144,10 @@ class ModelWorkers:
         """Pairs of live workers of which the first says that the other does not answer."""
         found = [(name, peer) for name, member in self.members.items() for peer in member.silent_peers]
         return frozenset(pair for pair in found if pair[1] in self.members)
+
+    def ready(self) -> Mapping[str, int]:
+        """How many workers of each role take requests."""
+        return Counter(member.register.role for member in self.members.values() if not member.draining)
 
     def view(self) -> tuple[WorkerView, ...]:
         for identity, member in self.members.items():

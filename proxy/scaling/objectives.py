@@ -1,0 +1,112 @@
+"""TTFT and TPOT of one model's requests against their objectives, and the workers of each role that these ask for.
+
+A prefill worker answers for TTFT, a decode worker for TPOT, and for both where there is no prefill worker. Requests
+that still wait for their first token count with the time that they have waited, if that is longer than what others
+took: under overload the requests that end say too little. It knows no clock and no request's content.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from baton.proxy.scaling.law import RoleScaler, ScalingRules
+
+WINDOW_S = 60.0
+PERCENTILE = 0.9
+MAX_SAMPLES = 4096
+"""Of each latency: at 1,000 requests a second, the last four seconds."""
+EVERY_S = 1.0
+"""Between two looks."""
+
+
+@dataclass(frozen=True, slots=True)
+class Objectives:
+    """What a request should take: its time to the first token, and the mean time of each later one."""
+
+    ttft_s: float
+    tpot_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RoleScale:
+    """What is asked for of one role."""
+
+    role: str
+    saturation: float
+    """P90 of the role's latency by its objective, smoothed; above 1 the objective is missed."""
+    desired: int
+
+
+class Window:
+    """Durations of the last WINDOW_S."""
+
+    def __init__(self) -> None:
+        self._values: deque[tuple[float, float]] = deque(maxlen=MAX_SAMPLES)
+
+    def add(self, value_s: float, now: float) -> None:
+        self._values.append((now, value_s))
+
+    def values(self, now: float) -> list[float]:
+        while self._values and self._values[0][0] < now - WINDOW_S:
+            self._values.popleft()
+        return [value_s for _, value_s in self._values]
+
+
+class ScaleMonitor:
+    """Measures one model's latencies. `observe`, called when it is `due`, makes desired replicas of them."""
+
+    def __init__(self, objectives: Objectives, rules: ScalingRules | None = None) -> None:
+        self._objectives = objectives
+        self._rules = rules
+        self._ttft, self._tpot = Window(), Window()
+        self._waiting: dict[str, float] = {}  # since when, by request id; the oldest first
+        self._scalers: dict[str, RoleScaler] = {}
+        self._observe_at = float("-inf")
+
+    def begin(self, request_id: str, now: float) -> None:
+        """A request waits for its first token."""
+        self._waiting[request_id] = now
+
+    def first_token(self, request_id: str, now: float) -> None:
+        if (began_at := self._waiting.pop(request_id, None)) is not None:
+            self._ttft.add(now - began_at, now)
+
+    def end(self, request_id: str, num_tokens: int, decoding_s: float, now: float) -> None:
+        """The request has ended, in whatever way: its last token came `decoding_s` after its first."""
+        self._waiting.pop(request_id, None)
+        if num_tokens > 1:
+            self._tpot.add(decoding_s / (num_tokens - 1), now)
+
+    def due(self, now: float) -> bool:
+        """Whether it is time to observe."""
+        return now >= self._observe_at
+
+    def observe(self, ready: Mapping[str, int], now: float) -> None:
+        """`ready`: workers that take requests, by role."""
+        self._observe_at = now + EVERY_S
+        ttft, tpot = self.saturations(now)
+        decode = tpot if ready.get("prefill") else max(ttft, tpot)
+        for role, saturation in (("prefill", ttft), ("decode", decode)):
+            if ready.get(role) or role in self._scalers:
+                scaler = self._scalers.setdefault(role, RoleScaler(self._rules))
+                scaler.observe(saturation, ready.get(role, 0), now)
+
+    def saturations(self, now: float) -> tuple[float, float]:
+        """P90 of TTFT and of TPOT, each by its objective; 0 where nothing was measured."""
+        first = self._ttft.values(now)
+        usual = _percentile(first)
+        first += [now - began_at for began_at in self._waiting.values() if now - began_at > usual]
+        return (
+            _percentile(first) / self._objectives.ttft_s,
+            _percentile(self._tpot.values(now)) / self._objectives.tpot_s,
+        )
+
+    def scales(self) -> tuple[RoleScale, ...]:
+        return tuple(RoleScale(role, each.saturation, each.desired) for role, each in self._scalers.items())
+
+
+def _percentile(values: Sequence[float]) -> float:
+    """The nearest rank; 0 of none."""
+    return sorted(values)[min(len(values) - 1, int(PERCENTILE * len(values)))] if values else 0.0
