@@ -9,7 +9,7 @@ Triton.
 
 from baton.kernels.cpu.attention import DecodeGroup, Workspace, chunk_attention, decode_attention
 from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p
-from baton.kernels.linear import DenseLinear, Linear
+from baton.kernels.linear import DenseLinear, GroupedLinear, Linear, ScaledLinear
 from baton.kernels.reference import (
     add_rms_norm,
     apply_penalties,
@@ -26,7 +26,9 @@ from baton.kernels.reference import (
 __all__ = [
     "DecodeGroup",
     "DenseLinear",
+    "GroupedLinear",
     "Linear",
+    "ScaledLinear",
     "Workspace",
     "add_rms_norm",
     "apply_penalties",

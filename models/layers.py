@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
 from baton.kernels import Linear
 from baton.models.config import ModelConfig
-from baton.node.errors import SettingsError
+from baton.node.errors import InvariantBroken, SettingsError
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,51 +148,58 @@ class Weights:
     norm: torch.Tensor  # [hidden]
     lm_head: Linear  # [vocab, hidden]; over the embedding itself where the two are tied
 
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        return (*(linear for layer in self.layers for linear in layer.linears), self.lm_head)
 
-class LayerOps(Protocol):
+
+X = TypeVar("X")
+"""Rows [N, hidden] as a device hands them to a product: plain or, where the product wants them so, quantised."""
+
+
+class LayerOps(Protocol[X]):
     """A device's operations on one step, which holds its residual h [N, hidden].
 
-    What an operation returns may be parts that the next `add_and_norm` sums.
+    What an operation returns may be parts that the next `add_and_norm` sums. A norm knows the product that reads it.
     """
 
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
-        """Of the residual, [N, hidden]."""
+    def norm(self, weight: torch.Tensor, reader: Linear) -> X:
+        """Of the residual."""
         ...
 
-    def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor | None:
+    def attention(self, index: int, layer: LayerWeights, x: X) -> torch.Tensor | None:
         """What layer number `index` adds to the residual, with keys and values written to the pool. None: no token of
         the step draws and this is the last layer, so that nothing behind its keys and values is of use."""
         ...
 
-    def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+    def mlp(self, layer: LayerWeights, x: X) -> torch.Tensor:
         """What the layer's MLP adds to the residual."""
         ...
 
-    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor, reader: Linear) -> X:
         """The residual takes `added`; its norm."""
         ...
 
     def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """The same behind the last layer, of the tokens that draw: [drawn, hidden]."""
+        """The same behind the last layer, of the tokens that draw, plain: [drawn, hidden]."""
         ...
 
 
-def run_layers(weights: Weights, ops: LayerOps, indices: Iterable[int]) -> torch.Tensor | None:
+def run_layers(weights: Weights, ops: LayerOps[X], indices: Iterable[int]) -> torch.Tensor | None:
     """The final norm's output of the tokens that draw, [drawn, hidden]; None if none does.
 
     indices: of the layers to run, in rising order and with the last; all of them, but for a rehearsal.
     """
     layers = weights.layers
-    x = ops.norm(layers[0].input_norm)
+    x = ops.norm(layers[0].input_norm, layers[0].attention.qkv)
     for index in indices:
         layer = layers[index]
         attended = ops.attention(index, layer, x)
         if attended is None:
             return None
-        x = ops.add_and_norm(attended, layer.post_norm)
+        x = ops.add_and_norm(attended, layer.post_norm, layer.mlp.gate_up)
         added = ops.mlp(layer, x)
-        if index + 1 < len(layers):
-            x = ops.add_and_norm(added, layers[index + 1].input_norm)
-        else:
-            x = ops.finish(added, weights.norm)
-    return x
+        if index + 1 == len(layers):
+            return ops.finish(added, weights.norm)
+        x = ops.add_and_norm(added, layers[index + 1].input_norm, layers[index + 1].attention.qkv)
+    raise InvariantBroken("the last layer was left out")

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from baton.models.checkpoint import Checkpoint, StoredTensor
 from baton.models.quantization.layouts import QuantizedSource, find_quantized
 from baton.models.quantization.scheme import Quantization
+from baton.models.quantization.weight import QuantizedWeight
 from baton.node.errors import SettingsError
 from baton.node.telemetry import excerpt, log_event
 
@@ -127,6 +128,20 @@ def log_unused(checkpoint: Checkpoint, sources: dict[str, Source], tied: bool) -
             count=len(unused),
             first=min(unused),
         )
+
+
+def read_forms(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> dict[str, QuantizedWeight]:
+    """Of weights that are quantised: sizes and types, without numbers but for the groups of inputs."""
+    forms = {}
+    for name, source in sources.items():
+        if isinstance(source, QuantizedSource):
+            groups = source.groups_of_inputs
+            if groups is None:
+                forms[name] = source.form(checkpoint)
+            else:
+                with _opened(checkpoint, groups.file) as file:
+                    forms[name] = source.form(checkpoint, file.get_tensor(groups.name))
+    return forms
 
 
 def read_sources(

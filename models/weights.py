@@ -5,28 +5,40 @@ value projections are merged into one matrix, gate and up into another: one mult
 Tensors are copied shard by shard, so that memory peaks at the rank's part of the model plus one tensor. A head is tied
 to the embedding when the config says so, unless the files hold both and they differ: then each is what was saved.
 
-Quantised weights become plain ones on the way: of each, the rank's part of the numbers that its tensors stand for is
-computed where it will lie.
+Quantised weights become plain ones on the way, the rank's part of the numbers that their tensors stand for; or, where
+they are to be kept, they lie on the device as codes and scales, as far as models.quantization.kept finds a layout.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
 
 import torch
 
-from baton.kernels import DenseLinear, Linear
+from baton.kernels import DenseLinear, GroupedLinear, Linear
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD
 from baton.models.layers import WHOLE, AttentionWeights, DenseMlpWeights, LayerWeights, Rank, Weights, describe
+from baton.models.places import PlainPlace, WeightCut, WeightPlace
+from baton.models.quantization.kept import Part, keep_quantised
 from baton.models.quantization.layouts import QuantizedSource
-from baton.models.quantization.scheme import Quantization
-from baton.models.sources import EMBEDDING, PLAIN, Source, find_sources, has_own_head, log_unused, read_sources
+from baton.models.quantization.weight import QuantizedWeight
+from baton.models.sources import (
+    EMBEDDING,
+    PLAIN,
+    Source,
+    find_sources,
+    has_own_head,
+    log_unused,
+    read_forms,
+    read_sources,
+)
 from baton.node.errors import SettingsError
 from baton.node.telemetry import log_event
 
@@ -37,42 +49,6 @@ Progress = Callable[[int, int], None]
 LOAD_FORMATS = ("auto", "dummy")
 GIB = 1 << 30
 MAX_TIED_COPY_BYTES = 256 << 20
-
-
-class WeightCut(NamedTuple):
-    """What a rank reads of the rows, or of the columns, of a tensor in a checkpoint."""
-
-    total: int
-    part: range
-
-    @classmethod
-    def whole(cls, total: int) -> WeightCut:
-        return cls(total, range(total))
-
-    @property
-    def slice(self) -> slice:
-        return slice(self.part.start, self.part.stop)
-
-    def times(self, width: int) -> WeightCut:
-        """The same of things that are `width` rows each."""
-        return WeightCut(self.total * width, range(self.part.start * width, self.part.stop * width))
-
-
-class WeightPlace(NamedTuple):
-    """Where a tensor of a checkpoint goes."""
-
-    target: torch.Tensor
-    """Broadcast to, where it has more dimensions."""
-    cuts: tuple[WeightCut, ...]
-    """What is read of it, for each of its dimensions."""
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """Of the tensor in the checkpoint."""
-        return tuple(cut.total for cut in self.cuts)
-
-    def fill(self, tensor: torch.Tensor) -> None:
-        self.target.copy_(tensor[tuple(cut.slice for cut in self.cuts)])
 
 
 def no_progress(done: int, total: int) -> None:
@@ -88,11 +64,13 @@ def load_weights(
     on_progress: Progress = no_progress,
     pack: bool = True,
     rank: Rank = WHOLE,
+    keep_quantised: bool = False,
 ) -> Weights:
     """The folder's weights in `dtype`; `dummy` makes random ones, the same in every process, without reading any.
 
     pack: prepare them for the CPU's products; without it every weight stays as it was loaded.
     rank: whose part of them.
+    keep_quantised: leave quantised weights so where a layout of baton.kernels.linear takes them.
 
     on_progress(done, total) counts tensors. Raises SettingsError for a missing shard or tensor, a file that is cut
     off or no safetensors, and a wrong shape, naming it.
@@ -100,30 +78,49 @@ def load_weights(
     if load_format not in LOAD_FORMATS:
         raise SettingsError(f"load_format {load_format!r} is unknown; known: {', '.join(LOAD_FORMATS)}")
     tied = config.tie_word_embeddings
-    plan = _plan(config, tied, rank, dtype, device)
     if load_format == "dummy":
+        _check_room(config, tied, rank, dtype, device)
         weights, places = _allocate(config, tied, rank, dtype, device)
         _fill_randomly(places)
     else:
         checkpoint = Checkpoint.open(folder)
-        sources = find_sources(checkpoint, _shapes(plan), tied, config.quantization)
-        if tied and has_own_head(checkpoint, plan[EMBEDDING].shape, config.quantization):
+        shapes = _shapes(config, tied, rank)
+        sources = find_sources(checkpoint, shapes, tied, config.quantization)
+        if tied and has_own_head(checkpoint, shapes[EMBEDDING], config.quantization):
             tied = False
-            plan = _plan(config, tied, rank, dtype, device)
-            sources = find_sources(checkpoint, _shapes(plan), tied, config.quantization)
+            sources = find_sources(checkpoint, _shapes(config, tied, rank), tied, config.quantization)
         log_unused(checkpoint, sources, tied)
-        _log_quantized(folder, sources, config.quantization, dtype)
-        weights, places = _allocate(config, tied, rank, dtype, device)
+        forms = read_forms(checkpoint, sources) if keep_quantised else {}
+        _check_room(config, tied, rank, dtype, device, forms)
+        weights, places = _allocate(config, tied, rank, dtype, device, forms)
         _fill_from_files(checkpoint, sources, places, on_progress)
+        for linear in weights.linears:
+            if isinstance(linear, GroupedLinear):
+                linear.finish()
+        if config.quantization is not None:
+            _log_quantized(folder, sources, config.quantization.method, weights)
     if pack:
         _pack(weights, tied)
     return weights
 
 
-def _plan(config: ModelConfig, tied: bool, rank: Rank, dtype: torch.dtype, device: str) -> dict[str, WeightPlace]:
-    """The places of all weights, without memory behind them. SettingsError if the device could never hold them."""
-    _, places = _allocate(config, tied, rank, dtype, "meta")
-    needed_bytes = sum(place.target.nbytes for place in places.values())
+def _shapes(config: ModelConfig, tied: bool, rank: Rank) -> dict[str, tuple[int, ...]]:
+    """Of all weights, before they are cut."""
+    _, places = _allocate(config, tied, rank, torch.bfloat16, "meta")
+    return {name: place.shape for name, place in places.items()}
+
+
+def _check_room(
+    config: ModelConfig,
+    tied: bool,
+    rank: Rank,
+    dtype: torch.dtype,
+    device: str,
+    forms: Mapping[str, QuantizedWeight] = MappingProxyType({}),
+) -> None:
+    """SettingsError if the device could never hold the weights."""
+    _, places = _allocate(config, tied, rank, dtype, "meta", forms)
+    needed_bytes = sum(place.size_bytes for place in places.values())
     if device.startswith("cuda"):
         device_bytes = torch.cuda.mem_get_info(device)[1]
     else:
@@ -133,11 +130,6 @@ def _plan(config: ModelConfig, tied: bool, rank: Rank, dtype: torch.dtype, devic
             f"weights as config.json describes them take {needed_bytes / GIB:.1f} GiB, and this "
             f"{'GPU' if device.startswith('cuda') else 'host'} has {device_bytes / GIB:.1f} GiB of memory"
         )
-    return places
-
-
-def _shapes(plan: dict[str, WeightPlace]) -> dict[str, tuple[int, ...]]:
-    return {name: place.shape for name, place in plan.items()}
 
 
 def _fill_from_files(
@@ -146,27 +138,24 @@ def _fill_from_files(
     for done, (name, tensors) in enumerate(read_sources(checkpoint, sources), start=1):
         source, place = sources[name], places[name]
         if isinstance(source, QuantizedSource):
-            target = place.target
-            weight = source.read({role: tensor.to(target.device) for role, tensor in tensors.items()})
-            weight.dequantise(target, *(cut.part for cut in place.cuts))
+            place.fill(source.read({role: tensor.to(place.device) for role, tensor in tensors.items()}))
         else:
             place.fill(tensors[PLAIN])
         on_progress(done, len(places))
 
 
-def _log_quantized(
-    folder: Path, sources: dict[str, Source], quantization: Quantization | None, dtype: torch.dtype
-) -> None:
-    if quantization is not None:
-        log_event(
-            logger,
-            "weights_quantised",
-            folder=folder.name,
-            method=quantization.method,
-            count=sum(isinstance(source, QuantizedSource) for source in sources.values()),
-            plain=sum(not isinstance(source, QuantizedSource) for source in sources.values()),
-            served_as=str(dtype).removeprefix("torch."),
-        )
+def _log_quantized(folder: Path, sources: dict[str, Source], method: str, weights: Weights) -> None:
+    formats = Counter(linear.weight_format for linear in weights.linears)
+    log_event(
+        logger,
+        "weights_quantised",
+        folder=folder.name,
+        method=method,
+        count=sum(isinstance(source, QuantizedSource) for source in sources.values()),
+        plain=sum(not isinstance(source, QuantizedSource) for source in sources.values()),
+        products=",".join(f"{name}:{count}" for name, count in sorted(formats.items())),
+        activations=str(weights.embedding.dtype).removeprefix("torch."),
+    )
 
 
 def _pack(weights: Weights, tied: bool) -> None:
@@ -179,9 +168,14 @@ def _pack(weights: Weights, tied: bool) -> None:
 
 
 def _allocate(
-    config: ModelConfig, tied: bool, rank: Rank, dtype: torch.dtype, device: str
+    config: ModelConfig,
+    tied: bool,
+    rank: Rank,
+    dtype: torch.dtype,
+    device: str,
+    forms: Mapping[str, QuantizedWeight] = MappingProxyType({}),
 ) -> tuple[Weights, dict[str, WeightPlace]]:
-    """Uninitialised weights, and by Hugging Face name where each tensor goes."""
+    """Uninitialised weights, and by Hugging Face name where each tensor goes; `forms`: of weights to be kept so."""
     places: dict[str, WeightPlace] = {}
     hidden = WeightCut.whole(config.hidden_size)
 
@@ -189,26 +183,39 @@ def _allocate(
         return torch.empty(shape, dtype=dtype, device=device)
 
     def named(name: str, *cuts: WeightCut) -> torch.Tensor:
-        places[name] = WeightPlace(empty(*(len(cut.part) for cut in cuts)), cuts)
-        return places[name].target
+        place = PlainPlace(empty(*(len(cut.part) for cut in cuts)), cuts)
+        places[name] = place
+        return place.target
 
     def linear(prefix: str, outputs: dict[str, WeightCut], inputs: WeightCut, with_bias: bool) -> Linear:
         """The projections of these names as one."""
         rows = sum(len(cut.part) for cut in outputs.values())
-        made = DenseLinear(empty(rows, len(inputs.part)), empty(rows) if with_bias else None)
+        bias = empty(rows) if with_bias else None
+        names = [f"{prefix}{name}.weight" for name in outputs]
+        kept = None
+        if all(name in forms for name in names):
+            parts = [Part(forms[name], cut) for name, cut in zip(names, outputs.values(), strict=True)]
+            kept = keep_quantised(parts, inputs, bias, device)
+        made: Linear
+        if kept is not None:
+            made = kept[0]
+            places.update(zip(names, kept[1], strict=True))
+        else:
+            made = DenseLinear(empty(rows, len(inputs.part)), bias)
         first = 0
         for name, cut in outputs.items():
             end = first + len(cut.part)
-            places[f"{prefix}{name}.weight"] = WeightPlace(made.weight[first:end], (cut, inputs))
-            if made.bias is not None:
-                places[f"{prefix}{name}.bias"] = WeightPlace(made.bias[first:end], (cut,))
+            if isinstance(made, DenseLinear):
+                places[f"{prefix}{name}.weight"] = PlainPlace(made.weight[first:end], (cut, inputs))
+            if bias is not None:
+                places[f"{prefix}{name}.bias"] = PlainPlace(bias[first:end], (cut,))
             first = end
         return made
 
     def head_norms(prefix: str, num_heads: int, num_kv_heads: int) -> torch.Tensor:
         norms, cuts = empty(num_heads + num_kv_heads, config.head_dim), (WeightCut.whole(config.head_dim),)
-        places[f"{prefix}q_norm.weight"] = WeightPlace(norms[:num_heads], cuts)
-        places[f"{prefix}k_norm.weight"] = WeightPlace(norms[num_heads:], cuts)
+        places[f"{prefix}q_norm.weight"] = PlainPlace(norms[:num_heads], cuts)
+        places[f"{prefix}k_norm.weight"] = PlainPlace(norms[num_heads:], cuts)
         return norms
 
     query = WeightCut(config.num_heads, rank.share(config.num_heads, "query heads")).times(config.head_dim)
@@ -243,9 +250,10 @@ def _fill_randomly(places: dict[str, WeightPlace]) -> None:
     A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's. Of a tensor that ranks share
     each draws the whole, so that together they have the numbers of one rank.
     """
-    device = next(iter(places.values())).target.device
+    device = next(iter(places.values())).device
     generator = torch.Generator(device).manual_seed(DUMMY_SEED)
     for name, place in places.items():
+        assert isinstance(place, PlainPlace), "random weights are plain"
         target = place.target
         if name.endswith("norm.weight"):
             target.fill_(1.0)

@@ -94,6 +94,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: Mo
         settings.load_format,
         progress_log("loading_weights", "tensors"),
         pack=False,
+        keep_quantised=True,
     )
     torch.cuda.empty_cache()  # what tensors took on their way is not the model's, as the plan of the pool counts it
     weights_gib = round(torch.cuda.memory_allocated(settings.gpu) / GIB, 1)

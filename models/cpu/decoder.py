@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from baton import kernels
+from baton.kernels import Linear
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.step_batch import StepBatch
@@ -64,8 +65,8 @@ class _StepOps:
         self._eps, self._attention, self._step, self._rope = eps, attention, step, rope
         self._residual = residual
 
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
-        return self.add_and_norm(torch.zeros_like(self._residual), weight)
+    def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
+        return self._add_and_norm(torch.zeros_like(self._residual), weight)
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         query, kv = self._project(layer, x)
@@ -74,7 +75,10 @@ class _StepOps:
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         return layer.mlp.down(kernels.silu_and_mul(layer.mlp.gate_up(x)))
 
-    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
+        return self._add_and_norm(added, weight)
+
+    def _add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         normed, self._residual = kernels.add_rms_norm(added, self._residual, weight, self._eps)
         return normed
 
@@ -82,7 +86,7 @@ class _StepOps:
         kept = self._step.kept_tokens
         if kept is not None:
             added, self._residual = added[kept], self._residual[kept]
-        return self.add_and_norm(added, weight)
+        return self._add_and_norm(added, weight)
 
     def _project(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from baton.kernels import Linear
 from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
@@ -215,7 +216,7 @@ class _StepOps:
         self._normed, self._mixed = act.normed[:num_tokens], act.mixed[:num_tokens]
         self._gated, self._flat = act.gated[:num_tokens], self._attended.view(num_tokens, -1)
 
-    def norm(self, weight: torch.Tensor) -> torch.Tensor:
+    def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
         rms_norm(self._residual, weight, self._eps, self._normed, pdl=self._step.pdl)
         return self._normed
 
@@ -241,11 +242,12 @@ class _StepOps:
         self._products.gated(layer.mlp.gate_up, x, self._gated, pdl=self._step.pdl)
         return self._products(layer.mlp.down, self._gated, self._mixed, pdl=self._step.pdl)
 
-    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
+        return self.finish(added, weight)
+
+    def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         add_rms_norm(added, self._residual, weight, self._eps, self._normed, pdl=self._step.pdl)
         return self._normed
-
-    finish = add_and_norm
 
 
 def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:

@@ -59,6 +59,18 @@ class QuantizedSource(NamedTuple):
     shape: tuple[int, int]
     quantization: Quantization
 
+    @property
+    def groups_of_inputs(self) -> StoredTensor | None:
+        """The tensor that says which group an input is in, if there is one."""
+        return next((self.tensors[role] for role in GROUPS_OF_INPUTS if role in self.tensors), None)
+
+    def form(self, checkpoint: Checkpoint, groups_of_inputs: torch.Tensor | None = None) -> QuantizedWeight:
+        """Its sizes and types, without numbers but for the groups of inputs, if they are given; raises as `read`."""
+        tensors = {role: _without_numbers(checkpoint, stored, self.where) for role, stored in self.tensors.items()}
+        if groups_of_inputs is not None:
+            tensors = {role: groups_of_inputs if role in GROUPS_OF_INPUTS else t for role, t in tensors.items()}
+        return self.read(tensors)
+
     def read(self, tensors: Tensors) -> QuantizedWeight:
         """What its tensors hold; SettingsError if they do not fit each other or the weight."""
         try:
@@ -79,7 +91,7 @@ def find_quantized(
         if marker is not None and not checkpoint.forms[marker.name].is_floating_point:
             tensors = {layout.marker: marker, **_companions(checkpoint, module, layout, quantization, where)}
             source = QuantizedSource(where, tensors, layout, (shape[0], shape[1]), quantization)
-            source.read({role: _without_numbers(checkpoint, stored, where) for role, stored in tensors.items()})
+            source.form(checkpoint)
             return source
     return None
 
@@ -149,6 +161,8 @@ def _packed(tensors: Tensors, outputs: int, inputs: int, quantization: Quantizat
         _inputs_per_scale(inputs, num_groups, quantization),
         zeros,
         _group_of_input(tensors, "weight_g_idx", inputs, num_groups),
+        bits,
+        tensors["weight_scale"].dtype,
     )
 
 
@@ -169,6 +183,8 @@ def _awq(tensors: Tensors, outputs: int, inputs: int, quantization: Quantization
         1,
         _inputs_per_scale(inputs, num_groups, quantization),
         ordered(tensors["qzeros"]).to(torch.int16),
+        bits=4,
+        scale_dtype=tensors["scales"].dtype,
     )
 
 
@@ -186,6 +202,8 @@ def _gptq(tensors: Tensors, outputs: int, inputs: int, quantization: Quantizatio
         _inputs_per_scale(inputs, num_groups, quantization),
         _gptq_zeros(tensors["qzeros"], bits, outputs, quantization.zeros_less_one).T.to(torch.int16),
         _group_of_input(tensors, "g_idx", inputs, num_groups),
+        bits,
+        tensors["scales"].dtype,
     )
 
 
@@ -201,6 +219,7 @@ def _gptq_zeros(words: torch.Tensor, bits: int, outputs: int, less_one: bool) ->
 
 SCALES = ("weight_scale_inv", "weight_scale")
 ZEROS = "weight_zero_point"
+GROUPS_OF_INPUTS = ("g_idx", "weight_g_idx")
 LAYOUTS = {
     "scaled": CodeLayout("weight", (SCALES,), (ZEROS,), _scaled),
     "packed": CodeLayout("weight_packed", (("weight_scale",),), (ZEROS, "weight_g_idx"), _packed),

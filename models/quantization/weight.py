@@ -29,6 +29,10 @@ class QuantizedWeight:
     """The group of input k is number k // inputs_per_scale, unless `group_of_input` says otherwise."""
     zeros: torch.Tensor | None = None  # as `scales`, int16; None: 0
     group_of_input: torch.Tensor | None = None  # [K] int64
+    bits: int = 8
+    """Of a code."""
+    scale_dtype: torch.dtype = torch.float32
+    """Of the file, in which the scales are exact."""
 
     def dequantise(self, target: torch.Tensor, outputs: range, inputs: range) -> None:
         """Fills target [len(outputs), len(inputs)] with this part of W; all on one device."""

@@ -1,4 +1,4 @@
-"""Quantised checkpoints on a GPU: dequantised there, bit for bit as on the CPU."""
+"""Quantised checkpoints on a GPU: dequantised there, at load or for a product, bit for bit as on the CPU."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from baton.kernels import DenseLinear, GroupedLinear, ScaledLinear
+from baton.kernels.triton.dequantise import dequantise_groups, dequantise_scaled
 from baton.models.config import ModelConfig
 from baton.models.weights import load_weights
 
@@ -23,3 +25,23 @@ def test_weights_are_those_of_the_cpu(name: str, dtype: torch.dtype) -> None:
     cpu, gpu = (load_weights(config, CHECKPOINTS / name, dtype, device, pack=False) for device in ("cpu", "cuda:0"))
     for ours, theirs in zip(gpu.layers[0].linears, cpu.layers[0].linears, strict=True):
         assert torch.equal(ours.weight.cpu(), theirs.weight)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in CHECKPOINTS.iterdir()))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_kept_is_dequantised_to_the_same_numbers(name: str, dtype: torch.dtype) -> None:
+    """Guards the layouts of a GPU, and the kernels that make plain weights of them."""
+    config = ModelConfig.from_folder(CHECKPOINTS / name)
+    plain = load_weights(config, CHECKPOINTS / name, dtype, pack=False)
+    kept = load_weights(config, CHECKPOINTS / name, dtype, "cuda:0", pack=False, keep_quantised=True)
+    for ours, theirs in zip(kept.linears, plain.linears, strict=True):
+        assert isinstance(theirs, DenseLinear)
+        out = torch.full((ours.num_outputs, ours.num_inputs), float("nan"), dtype=dtype, device="cuda:0")
+        match ours:
+            case DenseLinear():
+                out = ours.weight
+            case ScaledLinear():
+                dequantise_scaled(ours.codes, ours.scales, ours.outputs_per_scale, ours.inputs_per_scale, out)
+            case GroupedLinear():
+                dequantise_groups(ours.codes, ours.scales, ours.zeros, ours.order, ours.inputs_per_scale, out)
+        assert torch.equal(out.cpu(), theirs.weight), ours.weight_format

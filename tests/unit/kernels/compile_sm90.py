@@ -188,6 +188,20 @@ def linears(table: str, rows: int, pdl: bool) -> None:
         module.linear(empty(rows, k), empty(2 * n if fused else n, k), None, tiles, out, fused=fused, pdl=pdl)
 
 
+def dequantised_weights() -> None:
+    from baton.kernels.triton import dequantise as module
+
+    n, k, scales = 28672, 4096, (28672, 32)
+    for block in ((1, k), (128, 128)):
+        sizes = (n // block[0], k // block[1])
+        module.dequantise_scaled(
+            empty(n, k, dtype=torch.float8_e4m3fn), empty(*sizes, dtype=torch.float32), *block, empty(n, k)
+        )
+    for zeros, order in ((None, None), (empty(*scales, dtype=torch.uint8), empty(k, dtype=torch.int32))):
+        codes = empty(n, k // 2, dtype=torch.uint8)
+        module.dequantise_groups(codes, empty(*scales, dtype=torch.float16), zeros, order, 128, empty(n, k))
+
+
 def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     from baton.kernels.triton import prefill_gluon as module
 
@@ -228,6 +242,7 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_64": lambda: linears("FASTEST", 64, True),
     "linear_128": lambda: linears("FASTEST", 128, False),
     "linear_256": lambda: linears("INVARIANT", 256, False),
+    "dequantise": dequantised_weights,
     "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),

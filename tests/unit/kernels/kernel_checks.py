@@ -14,13 +14,14 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from baton.kernels import philox, reference
+from baton.kernels import GroupedLinear, ScaledLinear, philox, reference
 from baton.kernels.triton import (
     activation,
     blocks,
     decode_attention,
     decode_plan,
     decode_work,
+    dequantise,
     linear,
     linear_policy,
     norm,
@@ -86,6 +87,31 @@ def check_add_rms_norm(
     assert_close(residual, added.float(), added)
     exact = reference.rms_norm(residual.float(), weight.float(), EPS)
     assert_close(out, exact, reference.rms_norm(residual, weight, EPS))
+
+
+def check_dequantise_scaled(device: str, codes_dtype: torch.dtype, dtype: torch.dtype, block: tuple[int, int]) -> None:
+    n, k = 20, 2100
+    scales = randn((-(-n // block[0]), -(-k // block[1])), torch.float32, device, 1)
+    codes = (40 * randn((n, k), torch.float32, "cpu")).clamp(-128, 127).to(codes_dtype).to(device)
+    exact = ScaledLinear(codes, scales, *block).dequantised(dtype)
+    out = poison((n, k), dtype, device)
+    dequantise.dequantise_scaled(codes, scales, *block, out)
+    assert torch.equal(out, exact)
+
+
+def check_dequantise_groups(device: str, dtype: torch.dtype, inputs_per_scale: int, zeros: bool, order: bool) -> None:
+    n, k = 5, 2112
+    groups, chance = (n, k // inputs_per_scale), torch.Generator().manual_seed(1)
+    linear = GroupedLinear(
+        torch.randint(0, 256, (n, k // 2), generator=chance).to(device, torch.uint8),
+        randn(groups, torch.float16, device),
+        torch.randint(0, 16, groups, generator=chance).to(device, torch.uint8) if zeros else None,
+        inputs_per_scale,
+        torch.randperm(k, generator=chance).to(device, torch.int32) if order else None,
+    )
+    out = poison((n, k), dtype, device)
+    dequantise.dequantise_groups(linear.codes, linear.scales, linear.zeros, linear.order, inputs_per_scale, out)
+    assert torch.equal(out, linear.dequantised(dtype))
 
 
 def check_silu_and_mul(device: str, dtype: torch.dtype, rows: int, width: int, pdl: bool = False) -> None:

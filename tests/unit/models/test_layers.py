@@ -58,7 +58,7 @@ class Recorder:
         self.seen: list[str] = []
         self._stops_in = stops_in
 
-    def norm(self, weight):
+    def norm(self, weight, reader):
         return self._note(f"norm {weight.item():.0f}")
 
     def attention(self, index, layer, x):
@@ -68,7 +68,7 @@ class Recorder:
     def mlp(self, layer, x):
         return self._note(f"mlp {layer.input_norm.item():.0f}")
 
-    def add_and_norm(self, added, weight):
+    def add_and_norm(self, added, weight, reader):
         return self._note(f"add {weight.item():.0f}")
 
     def finish(self, added, weight):

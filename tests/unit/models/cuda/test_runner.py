@@ -16,6 +16,8 @@ from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, mask_after, one_after_the_other
+from baton.tests.unit.models.quantization.test_tokens import quantise
+from baton.tests.unit.models.quantization.writers import FORMATS
 
 BLOCK = 16
 
@@ -28,12 +30,21 @@ def split_in_two(num_rows, shape):
     return type(tiles)(16, 16, 16, 3, 2, prefetch=0)
 
 
-def make(folder, *, max_rows: int = 2, run_ahead: int = 1, policy: Policy = fastest, spare_layers=0, **limits):
+def make(
+    folder,
+    *,
+    max_rows: int = 2,
+    run_ahead: int = 1,
+    policy: Policy = fastest,
+    spare_layers=0,
+    keep_quantised=False,
+    **limits,
+):
     """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks; the former's units have
     room for more layers behind them, which no kernel may read."""
     plain = ModelRunner.load(folder)
     plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
-    weights = load_weights(plain.config, folder, torch.float32, pack=False)
+    weights = load_weights(plain.config, folder, torch.float32, pack=False, keep_quantised=keep_quantised)
     late = CudaRunner(plain.config, weights, LateQueue(), StepLimits(max_rows, 64, run_ahead, **limits), 512, policy)
     pool = torch.zeros(plain.kv_shape(24, BLOCK))
     layers = pool.shape[2]
@@ -60,6 +71,16 @@ def test_logits_equal_the_cpu_s(make_model, family):
     then = [Row(list(range(40, 60)), 22, [5, 2, 9], draw)]
     for rows in (first, then):
         torch.testing.assert_close(late.logits(rows), plain.compute(rows)[1], rtol=2e-4, atol=2e-4)
+
+
+@pytest.mark.parametrize("name", ["fp8, blocks of 128", "gptq, desc_act"])
+def test_weights_that_stay_quantised_give_the_logits_of_those_that_do_not(make_model, name):
+    """Guards products whose weight is made plain for each: a merged projection, gate and up, and a head."""
+    made = make_model("llama", vocab_size=160, hidden_size=64, intermediate_size=96, num_hidden_layers=2)
+    quantise(made, FORMATS[name])
+    late, plain = make(made.folder, keep_quantised=True)
+    rows = [Row(list(range(3, 25)), 0, [5, 2, 9], Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0))]
+    torch.testing.assert_close(late.logits(rows), plain.compute(rows)[1], rtol=2e-4, atol=2e-4)
 
 
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}

@@ -63,7 +63,7 @@ def test_weights_are_those_of_the_library_that_wrote_them(name, caplog):
     with caplog.at_level("INFO"):
         found = weights_by_module(folder)
     assert {module: digest(weight.to(dtype)) for module, weight in found.items()} == expected
-    assert "count=7 plain=4 served_as=float32" in caplog.text
+    assert "count=7 plain=4 products=dense:5 activations=float32" in caplog.text
     assert "tensors_unused" not in caplog.text, "static scales of inputs and shapes of weights are known"
 
 

@@ -1,4 +1,4 @@
-"""Which kernel does each matrix product of a step: a tuned one where a table has one, else cuBLAS.
+"""Products with plain weights: by a tuned kernel where a table has one, else by cuBLAS.
 
 Holds the memory of what does not outlive the next kernel: the parts of split sums, and gate and up before they meet.
 """
@@ -14,49 +14,21 @@ from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
-from baton.kernels.triton.linear_policy import ProductShape, Tiles
-from baton.node.errors import InvariantBroken, SettingsError
+from baton.kernels.triton.linear_policy import ProductShape
+from baton.models.cuda.products.policy import TABLED_ROWS, Policy, shape_of
+from baton.node.errors import InvariantBroken
 
-Policy = Callable[[int, ProductShape], Tiles | None]
 GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 """product(x [M, K], [gate; up] [2 N, K], out [M, N])"""
 
-TABLED_ROWS = (1, 16, 32, 64, 128, 256)
-"""The tables end at the last; more rows are cuBLAS's or, gate and up, product_gluon's. In a deterministic run they are
-cut into tiles of so many."""
 
-
-def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
-    """The policy of speed."""
-    return linear_policy.fastest(num_rows, shape)
-
-
-def invariant(num_rows: int, shape: ProductShape) -> Tiles:
-    """The policy whose bits do not depend on num_rows: one number of splits for every number of rows, never cuBLAS.
-
-    Shapes that were not measured get tiles that fit, untuned.
-    """
-    return linear_policy.invariant(min(num_rows, TABLED_ROWS[-1]), shape) or untuned(num_rows, shape)
-
-
-def untuned(num_rows: int, shape: ProductShape) -> Tiles:
-    """Tiles for any shape: the largest that divide it, and one split. SettingsError if none does."""
-    n, k = shape.outputs, shape.inputs
-    tile_n = next((size for size in (64, 32, 16) if n % size == 0), 0)
-    tile_k = next((size for size in (64, 32, 16) if k % size == 0), 0)
-    if not tile_n or not tile_k:
-        raise SettingsError(f"--deterministic: no tiles fit a product of {k} inputs and {n} outputs")
-    tile_m = next((size for size in (16, 32, 64) if num_rows <= size), 128)
-    return Tiles(tile_n, tile_k, tile_m, 3, 1, prefetch=0)
-
-
-class Products:
-    """The products of one model for up to max_rows rows; not for two steps at a time."""
+class DenseProducts:
+    """For up to max_rows rows; not for two steps at a time."""
 
     def __init__(
         self, policy: Policy, max_rows: int, shapes: Sequence[ProductShape], dtype: torch.dtype, device: str
     ) -> None:
-        """shapes: of all products that will be asked for."""
+        """shapes: of all products that will be asked for, by the dense format."""
         self._policy = policy
         rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
         found = [(policy(m, shape), m * shape.outputs) for m in rows for shape in shapes]
@@ -105,12 +77,6 @@ class Products:
             torch.mm(x, _dense(weights).t(), out=out)
         else:
             torch.addmm(weights.bias, x, _dense(weights).t(), out=out)
-
-
-def shape_of(weights: Linear, fused: bool = False) -> ProductShape:
-    """The key of a product in the policies; `fused`: of gate and up, with silu(gate) * up behind it."""
-    outputs = weights.num_outputs // 2 if fused else weights.num_outputs
-    return ProductShape(outputs, weights.num_inputs, fused, weights.weight_format)
 
 
 def _dense(weights: Linear) -> torch.Tensor:

@@ -1,0 +1,40 @@
+"""What a product with a weight is, whatever the weight's format."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+
+class Linear(Protocol):
+    """A product with a weight of N outputs and K inputs."""
+
+    @property
+    def weight_format(self) -> str:
+        """Names how the weight lies in memory, and so which kernels can read it."""
+        ...
+
+    @property
+    def num_outputs(self) -> int: ...
+
+    @property
+    def num_inputs(self) -> int: ...
+
+    @property
+    def size_bytes(self) -> int:
+        """What it takes of its device's memory, as it lies there now."""
+        ...
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """[N]"""
+        ...
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """[M, K] -> [M, N], by plain operations: the CPU's, and the reference of kernels."""
+        ...
+
+    def pack(self, keep_weight: bool = False) -> None:
+        """Prepare for the CPU's products, once; unless it is kept, the weight as it was loaded is gone afterwards."""
+        ...

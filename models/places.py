@@ -1,0 +1,163 @@
+"""Where the tensors of a checkpoint go: which rows and columns a rank reads of each, and how they are laid down.
+
+A weight may be quantised in the files and plain on the device (`PlainPlace`), or quantised on both (`ScaledPlace`,
+`GroupedPlace`; baton.kernels.linear says what lies there). Names of tensors are the part of models.weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, TypeAlias
+
+import torch
+
+from baton.kernels.linear.grouped import MIDDLE
+from baton.models.quantization.weight import QuantizedWeight
+
+Stored: TypeAlias = "torch.Tensor | QuantizedWeight"
+"""A weight as the files have it."""
+
+
+class WeightCut(NamedTuple):
+    """What a rank reads of the rows, or of the columns, of a tensor in a checkpoint."""
+
+    total: int
+    part: range
+
+    @classmethod
+    def whole(cls, total: int) -> WeightCut:
+        return cls(total, range(total))
+
+    @property
+    def slice(self) -> slice:
+        return slice(self.part.start, self.part.stop)
+
+    def times(self, width: int) -> WeightCut:
+        """The same of things that are `width` rows each."""
+        return WeightCut(self.total * width, range(self.part.start * width, self.part.stop * width))
+
+
+class WeightPlace(Protocol):
+    """Where a tensor of a checkpoint goes."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight in the checkpoint, before it is cut."""
+        ...
+
+    @property
+    def size_bytes(self) -> int: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def fill(self, stored: Stored) -> None:
+        """Takes this rank's part of it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class PlainPlace:
+    """Plain numbers, whatever the files have."""
+
+    target: torch.Tensor
+    """Broadcast to, where it has more dimensions."""
+    cuts: tuple[WeightCut, ...]
+    """What is read, for each of the dimensions in the checkpoint."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(cut.total for cut in self.cuts)
+
+    @property
+    def size_bytes(self) -> int:
+        return self.target.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    def fill(self, stored: Stored) -> None:
+        if isinstance(stored, QuantizedWeight):
+            stored.dequantise(self.target, *(cut.part for cut in self.cuts))
+        else:
+            self.target.copy_(stored[tuple(cut.slice for cut in self.cuts)])
+
+
+@dataclass(frozen=True, slots=True)
+class ScaledPlace:
+    """Rows of a ScaledLinear."""
+
+    codes: torch.Tensor  # [rows, K]
+    scales: torch.Tensor  # [rows of scales, columns of scales]
+    outputs_per_scale: int
+    outputs: WeightCut
+    inputs: WeightCut
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.outputs.total, self.inputs.total
+
+    @property
+    def size_bytes(self) -> int:
+        return self.codes.nbytes + self.scales.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def fill(self, stored: Stored) -> None:
+        assert isinstance(stored, QuantizedWeight), "the place was made for what the files have"
+        self.codes.copy_(stored.codes[self.outputs.slice, self.inputs.slice])
+        firsts = torch.arange(
+            self.outputs.part.start, self.outputs.part.stop, self.outputs_per_scale, device=self.device
+        )
+        first_column = self.inputs.part.start // stored.inputs_per_scale
+        columns = slice(first_column, first_column + self.scales.shape[1])
+        self.scales.copy_(stored.scales[firsts // stored.outputs_per_scale, columns])
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedPlace:
+    """Rows of a GroupedLinear."""
+
+    codes: torch.Tensor  # [rows, K / 2]
+    scales: torch.Tensor  # [rows, G]
+    zeros: torch.Tensor | None  # [rows, G]
+    order: torch.Tensor | None  # [K], of all inputs
+    inputs_per_scale: int
+    outputs: WeightCut
+    inputs: WeightCut
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.outputs.total, self.inputs.total
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+
+    @property
+    def device(self) -> torch.device:
+        return self.codes.device
+
+    def fill(self, stored: Stored) -> None:
+        assert isinstance(stored, QuantizedWeight), "the place was made for what the files have"
+        codes = stored.codes[self.outputs.slice, self.inputs.slice]
+        shift = MIDDLE if codes.dtype == torch.int8 else 0
+        codes = (codes + shift).view(torch.uint8)
+        if self.order is not None:
+            codes = codes[:, self.order.long()]
+        self.codes.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
+        self.scales.copy_(self._of_groups(stored.scales, stored.inputs_per_scale))
+        if self.zeros is not None:
+            if stored.zeros is None:
+                self.zeros.fill_(MIDDLE)
+            else:
+                self.zeros.copy_(self._of_groups(stored.zeros + shift, stored.inputs_per_scale))
+
+    def _of_groups(self, stored: torch.Tensor, inputs_per_scale: int) -> torch.Tensor:
+        """This rank's rows and groups, of groups that may be wider in the files than here."""
+        spread = stored[self.outputs.slice].repeat_interleave(inputs_per_scale // self.inputs_per_scale, 1)
+        first = self.inputs.part.start // self.inputs_per_scale
+        return spread[:, first : first + self.scales.shape[1]]
