@@ -183,6 +183,7 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
         (
             "tests/",
             "scripts/",
+            "deploy/",  # no node: what tests a deployment from inside
             "benchmark/harness/processes.py",  # passes it on to child processes
             "cli.py",
             "launch/serve.py",
