@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from baton.node.addresses import host_of
 from baton.node.errors import SettingsError
-from baton.node.sockets import bind_host
 
 LIVE_S = 10.0
 """A loop that has not turned for so long is stopped. An idle one turns several times a second."""
@@ -26,6 +26,7 @@ EXCHANGE_S = 2.0
 MAX_CONNECTIONS = 32
 """At the bound, a new connection takes the place of the oldest, so that idle ones keep no probe out."""
 MAX_HEAD_BYTES = 8192
+BACKLOG = 128
 STARTING = "starting"
 PROBE_HELP = "port of /live and /ready over HTTP, at the host of --bind, for probes; default: none"
 
@@ -92,7 +93,7 @@ class Probes:
         self._state = state
 
     def __enter__(self) -> Self:
-        self._listener.listen(MAX_CONNECTIONS)
+        self._listener.listen(BACKLOG)
         self._thread.start()
         return self
 
@@ -123,7 +124,7 @@ class Probes:
         self._loop.close()
 
     async def _serve(self) -> None:
-        server = await self._loop.create_server(lambda: _Exchange(self), sock=self._listener, backlog=MAX_CONNECTIONS)
+        server = await self._loop.create_server(lambda: _Exchange(self), sock=self._listener, backlog=BACKLOG)
         await self._ended.wait()
         server.close()
         for exchange in list(self._open):
@@ -171,7 +172,7 @@ class _Exchange(asyncio.Protocol):
 
 def open_probes(port: int | None, bind: str) -> Probes | NoProbes:
     """The probes of a node that is bound at this address. Raises SettingsError where the port cannot be had."""
-    return NoProbes() if port is None else Probes(bind_host(bind), port)
+    return NoProbes() if port is None else Probes(host_of(bind), port)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -16,13 +16,13 @@ ZeroMQ); authentication.py says which clients a ROUTER lets in. Pairs within the
 from __future__ import annotations
 
 import contextlib
-import re
 import secrets
 import struct
 from dataclasses import dataclass
 
 import zmq
 
+from baton.node.addresses import ListenHost, is_ipv6, is_name, with_brackets
 from baton.node.authentication import DOMAIN, Authenticator
 from baton.node.connections import SUFFIX_CHARACTERS, connection_id
 from baton.node.credentials import ROLES, Credentials, NodeRole
@@ -32,9 +32,7 @@ Socket = zmq.Socket[bytes]
 
 MAX_IDENTITY_BYTES = 255 - SUFFIX_CHARACTERS
 
-_ADDRESS = re.compile(r"tcp://(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.]{2,64}\]):([1-9][0-9]{0,4})", re.ASCII)
 _EVENT = struct.Struct("=HI")
-_LOOPBACK = re.compile(r"tcp://(?:127\.|localhost:|\[::1\])")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,10 +52,14 @@ class Options:
 
 
 class Context:
-    """The ZeroMQ context of a node, with the credentials of its links; it is passed to all that opens sockets."""
+    """The ZeroMQ context of a node, with the credentials of its links; it is passed to all that opens sockets.
 
-    def __init__(self, credentials: Credentials) -> None:
+    `ipv6`: host names stand for addresses of IPv6, or of IPv4 where they have none; otherwise for those of IPv4.
+    """
+
+    def __init__(self, credentials: Credentials, *, ipv6: bool = False) -> None:
         self.credentials = credentials
+        self.ipv6 = ipv6
         self.zmq: zmq.Context[Socket] = zmq.Context()
         if credentials.keys is not None:
             Authenticator(self.zmq, credentials.role, credentials.keys)
@@ -87,7 +89,7 @@ def open_router(
     router.setsockopt(zmq.ROUTER_HANDOVER, 1)
     router.setsockopt(zmq.ROUTER_MANDATORY, mandatory)
     try:
-        router.bind(address)
+        router.bind(with_brackets(address))
     except zmq.ZMQError as error:
         router.close(0)
         raise SettingsError(f"cannot listen on {address!r}: {error}") from None
@@ -107,7 +109,7 @@ def open_dealer(
         dealer.setsockopt(zmq.CURVE_SECRETKEY, own.private)
     dealer.setsockopt_string(zmq.ROUTING_ID, connection_id(identity, secret, address))
     try:
-        dealer.connect(address)
+        dealer.connect(with_brackets(address))
     except zmq.ZMQError as error:
         dealer.close(0)
         raise SettingsError(f"cannot connect to {address!r}: {error}") from None
@@ -154,6 +156,7 @@ def receive_event(monitor: Socket) -> tuple[int, int] | None:
 
 def dial_again(dealer: Socket, address: str) -> None:
     """Replace what is left of the connection to `address`."""
+    address = with_brackets(address)
     with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the address
         dealer.disconnect(address)
     dealer.connect(address)
@@ -169,34 +172,15 @@ def bound_address(socket: Socket) -> str:
     return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
 
-def any_port(host: str, identity: str) -> str:
+def any_port(host: ListenHost, identity: str) -> str:
     """The address that binds a free port of `host`, for a socket whose peers are called as `identity` is.
 
-    Raises SettingsError if peers cannot connect to such a host, or the identity cannot name a socket.
+    Raises SettingsError if the identity cannot name a socket.
     """
     name = identity.encode()
     if not 1 <= len(name) <= MAX_IDENTITY_BYTES or name[0] == 0:
         raise SettingsError(f"{identity!r} cannot name a socket")
-    if host in ("", "*", "0.0.0.0", "::"):
-        raise SettingsError(f"{host!r} is no address that a peer can connect to")
-    return f"tcp://{f'[{host}]' if ':' in host else host}:*"
-
-
-def bind_host(address: str) -> str:
-    """The host of an address that a node binds, an IPv6 one without brackets; "" for all: "tcp://[::1]:0" is "::1"."""
-    host = address.removeprefix("tcp://").rpartition(":")[0].removeprefix("[").removesuffix("]")
-    return "" if host == "*" else host
-
-
-def is_address(text: str) -> bool:
-    """Whether a peer's text is an address over TCP that may be connected to."""
-    match = _ADDRESS.fullmatch(text)
-    return match is not None and int(match.group(1)) <= 65_535
-
-
-def is_loopback(text: str) -> bool:
-    """Whether an address makes sense on its own host only."""
-    return _LOOPBACK.match(text) is not None
+    return host.any_port()
 
 
 def receive_frames(socket: Socket) -> list[bytes] | None:
@@ -240,7 +224,7 @@ def send_frames(socket: Socket, frames: list[bytes]) -> bool:
 def _open(context: Context, kind: int, address: str, options: Options) -> Socket:
     socket: Socket = context.zmq.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.IPV6, "[" in address)
+    socket.setsockopt(zmq.IPV6, is_ipv6(address) or (context.ipv6 and is_name(address)))
     socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, options.heartbeat_ms)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, options.heartbeat_timeout_ms)

@@ -24,6 +24,7 @@ from baton.kvtransfer.protocol.transfer import POLL_S
 from baton.models.check import longest_known
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
+from baton.node.addresses import ListenHost
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.sockets import Context
@@ -35,7 +36,7 @@ logger = logging.getLogger("worker")
 
 PROGRESS_EVERY_S = 2.0
 
-MakePlanes = Callable[[Context, str], list[Plane]]
+MakePlanes = Callable[[Context, str, ListenHost], list[Plane]]
 """The data planes of a pool for an endpoint's context and identity, best first."""
 
 
@@ -140,9 +141,8 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
     names = checked_planes(sizes.plane, ("shm", "zmq"))
     pool = BlockPool(layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))
     runner.bind_pool(pool.tensor)
-    host = settings.bind.rpartition(":")[0].removeprefix("tcp://")
 
-    def make_planes(context: Context, identity: str) -> list[Plane]:
+    def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
         makers: dict[str, Callable[[], Plane]] = {
             "shm": lambda: ShmPlane(pool),
             "zmq": lambda: ZmqPlane(context, pool, identity, host),

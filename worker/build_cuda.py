@@ -21,6 +21,7 @@ from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
+from baton.node.addresses import ListenHost
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.sockets import Context
@@ -64,9 +65,8 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
         log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1))
     except torch.OutOfMemoryError as error:
         raise SettingsError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}") from None
-    host = settings.bind.rpartition(":")[0].removeprefix("tcp://")
 
-    def make_planes(context: Context, identity: str) -> list[Plane]:
+    def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
         return device_planes(pool.memory, context, identity, host, names=names, warm=role == "prefill")
 
     # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.

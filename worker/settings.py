@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from baton.node.addresses import ADVERTISE_HELP
 from baton.node.probe import PROBE_HELP
 from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
@@ -61,6 +62,7 @@ class WorkerSettings:
     )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
     bind: str = option("tcp://127.0.0.1:0", help="address that other workers connect to; port 0: a free one")
+    advertise_host: str = option("", metavar="HOST", help=ADVERTISE_HELP)
     secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)
     insecure_network: bool = option(False, help=INSECURE_HELP)
     probe_port: int | None = option(None, help=PROBE_HELP, minimum=1, maximum=65535)

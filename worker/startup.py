@@ -25,6 +25,7 @@ from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import FingerprintTask
+from baton.node.addresses import is_ipv6, listen_host
 from baton.node.credentials import PAIRED_WITH, link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.membership import Membership
@@ -67,6 +68,7 @@ class StartedWorker:
 
 def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     """Load the model, make the pool and join the proxies; raises SettingsError where that cannot be."""
+    host = listen_host(settings.bind, settings.advertise_host)
     credentials = link_credentials(role, settings.secret_file, settings.insecure_network)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
@@ -84,7 +86,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     namespace = namespace_of(folder, fingerprint, layout, model.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
     incarnation = time.time_ns() >> 10
-    context = Context(credentials)
+    context = Context(credentials, ipv6=is_ipv6(settings.bind))
     endpoint = Endpoint(context, identity_of(worker, incarnation), settings.bind)
     register = Register(
         worker=worker,
@@ -96,7 +98,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         total_blocks=num_blocks,
         max_num_seqs=sizes.max_num_seqs,
         max_model_len=model.max_model_len,
-        address=endpoint.address,
+        address=host.advertise(endpoint.address),
         grammar=LIBRARY,
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
@@ -106,7 +108,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     exchange = TransferExchange(
         endpoint.identity,
         namespace,
-        model.make_planes(context, endpoint.identity),
+        model.make_planes(context, endpoint.identity, host),
         model.pool.digests,
         PeerTransport(endpoint.send, partial(endpoint.connect, role=PAIRED_WITH[role]), endpoint.disconnect),
         ChunkLimits(chunk_blocks, pulled_blocks=chunk_blocks * (PULLED if device == "cuda" else 1)),
@@ -133,7 +135,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         block_tokens=layout.block_tokens,
         max_model_len=model.max_model_len,
         threads=torch.get_num_threads(),
-        address=endpoint.address,
+        address=register.address,
         namespace=namespace.hex()[:12],
     )
     grammars = GrammarCompiler(tokenizer, model.config.vocab_size, io.inbox.put)

@@ -10,6 +10,7 @@ import torch
 import xxhash
 
 from baton.kvtransfer.planes.base import Plane
+from baton.node.addresses import LOOPBACK
 from baton.node.sockets import Context
 
 MIB = 1 << 20
@@ -60,7 +61,7 @@ class GpuPool:
     def plane(self, kind: str, ctas: int, context: Context, name: str) -> Plane:
         from baton.kvtransfer.planes.device import device_planes
 
-        (plane,) = device_planes(self._memory, context, name, "127.0.0.1", names=(kind,), nccl_ctas=ctas)
+        (plane,) = device_planes(self._memory, context, name, LOOPBACK, names=(kind,), nccl_ctas=ctas)
         return plane
 
 
@@ -87,4 +88,4 @@ class HostPool:
         from baton.kvtransfer.planes.shm import ShmPlane
         from baton.kvtransfer.planes.zeromq import ZmqPlane
 
-        return ShmPlane(self._memory) if kind == "shm" else ZmqPlane(context, self._memory, name, "127.0.0.1")
+        return ShmPlane(self._memory) if kind == "shm" else ZmqPlane(context, self._memory, name, LOOPBACK)

@@ -25,6 +25,7 @@ import msgspec
 from msgspec import Meta
 
 from baton.node import sockets
+from baton.node.addresses import ListenHost, is_address
 from baton.node.connections import NameHolders, NameTaken
 from baton.node.credentials import PAIRED_WITH
 from baton.node.decoding import DECODE_ERRORS
@@ -85,8 +86,8 @@ ChannelMessage = Open | StorePut | SendRequest | SendGranted | SendRefused | Clo
 class Channel:
     """One end: a ROUTER that receives, and a DEALER to each peer. One thread owns it."""
 
-    def __init__(self, context: sockets.Context, identity: str, host: str) -> None:
-        """Raises SettingsError if `host` is no address of this machine, or the identity is too long for a socket."""
+    def __init__(self, context: sockets.Context, identity: str, host: ListenHost) -> None:
+        """Raises SettingsError if `host` is not bound to this machine, or the identity is too long for a socket."""
         self.dropped: Counter[str] = Counter()
         """Messages that came in and were not passed on, by reason: wrong_peer, malformed."""
         self._context = context
@@ -99,12 +100,12 @@ class Channel:
         self._decoder = msgspec.msgpack.Decoder(ChannelMessage)
         self._encoder = msgspec.msgpack.Encoder()
         self.socket = sockets.open_router(context, sockets.any_port(host, identity), OPTIONS)
-        self.address = sockets.bound_address(self.socket)
+        self.address = host.advertise(sockets.bound_address(self.socket))
 
     def connect(self, peer: str, address: str) -> bool:
         """False if the address is none; connecting itself goes on in the background."""
         self.disconnect(peer)
-        if not sockets.is_address(address):
+        if not is_address(address):
             return False
         try:
             dealer = sockets.open_dealer(

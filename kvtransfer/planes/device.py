@@ -15,6 +15,8 @@ from baton.kvtransfer.planes.cuda_ipc import CudaIpcPlane
 from baton.kvtransfer.planes.nccl import NcclPlane
 from baton.kvtransfer.planes.pull_engine import CudaPullEngine
 from baton.kvtransfer.planes.self_test import SelfTest
+from baton.node.addresses import ListenHost
+from baton.node.settings import is_loopback_host
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 
@@ -29,7 +31,7 @@ def device_planes(
     memory: DeviceMemory,
     context: Context,
     identity: str,
-    host: str,
+    host: ListenHost,
     *,
     names: tuple[str, ...] = ("cuda_ipc", "nccl"),
     nccl_ctas: int = NCCL_CTAS,
@@ -42,7 +44,7 @@ def device_planes(
         if name == "cuda_ipc":
             planes.append(CudaIpcPlane(CudaPullEngine(memory, self_test)))
         elif name == "nccl":
-            loopback = host.startswith("127.") or host in ("localhost", "::1")
+            loopback = is_loopback_host(host.bound)
             connector = NcclConnector(memory, self_test, max_ctas=nccl_ctas, loopback=loopback)
             planes.append(NcclPlane(context, connector, identity, host, warm=warm))
     log_event(logger, "planes_offered", planes=",".join(plane.name for plane in planes), gpu=self_test.gpu_name)

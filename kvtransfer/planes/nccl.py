@@ -35,9 +35,10 @@ from baton.kvtransfer.planes.channel import (
     StorePut,
 )
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
+from baton.node.addresses import LOOPBACK, ListenHost, is_address, is_loopback
 from baton.node.host import host_identity
 from baton.node.messages.transfer import PlaneAddress
-from baton.node.sockets import Context, is_address, is_loopback
+from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 
 logger = logging.getLogger("kvtransfer.nccl")
@@ -151,7 +152,7 @@ class _Connection:
 
 
 class NcclPlane:
-    """One end, called `identity` as its worker's endpoint is; `host` is the address that peers reach its channel by.
+    """One end, called `identity` as its worker's endpoint is; `host` is where its channel listens and peers reach it.
 
     `warm`: open the connection to a peer as soon as it is connected, not at the first send (for workers that send).
     """
@@ -164,7 +165,7 @@ class NcclPlane:
         context: Context,
         connector: Connector,
         identity: str,
-        host: str = "127.0.0.1",
+        host: ListenHost = LOOPBACK,
         *,
         warm: bool = False,
         stall_s: float = 2.0,

@@ -26,6 +26,7 @@ from baton.kvtransfer.blocks.memory import BlockMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone
 from baton.kvtransfer.planes.ledger import IoLedger, check_posting
 from baton.node import sockets
+from baton.node.addresses import LOOPBACK, ListenHost, is_address, is_loopback
 from baton.node.connections import stated_name
 from baton.node.credentials import PAIRED_WITH
 from baton.node.errors import SettingsError
@@ -69,13 +70,15 @@ class _Link:
 
 
 class ZmqPlane:
-    """One end, called `identity` as its worker's endpoint is; `host` is the address that peers reach it by."""
+    """One end, called `identity` as its worker's endpoint is; `host` is where it listens and peers reach it."""
 
     name = "zmq"
     pulls = False
 
-    def __init__(self, context: sockets.Context, memory: BlockMemory, identity: str, host: str = "127.0.0.1") -> None:
-        """Raises SettingsError if `host` is no address of this machine, or the identity is too long for a socket."""
+    def __init__(
+        self, context: sockets.Context, memory: BlockMemory, identity: str, host: ListenHost = LOOPBACK
+    ) -> None:
+        """Raises SettingsError if `host` is not bound to this machine, or the identity is too long for a socket."""
         self.dropped: Counter[str] = Counter()
         """Messages that arrived and were not taken, by reason: header, unknown, wrong_peer, size."""
         self._context = context
@@ -83,6 +86,7 @@ class ZmqPlane:
         self._identity = identity
         self._secret = secrets.token_bytes(16)
         self._host = host_identity()
+        self._listen_host = host
         self._ledger = IoLedger()
         self._links: dict[str, _Link] = {}
         self._watched_at = 0.0
@@ -90,14 +94,14 @@ class ZmqPlane:
         self._router = sockets.open_router(context, sockets.any_port(host, identity), RECEIVING)
 
     def describe(self) -> PlaneAddress:
-        text = sockets.bound_address(self._router)
+        text = self._listen_host.advertise(sockets.bound_address(self._router))
         return PlaneAddress(plane=self.name, host=self._host, address=text)
 
     def reaches(self, peer: PlaneAddress) -> bool:
         """Whether the address makes sense from here; nothing is sent to find out."""
-        if peer.plane != self.name or not sockets.is_address(peer.address):
+        if peer.plane != self.name or not is_address(peer.address):
             return False
-        return peer.host == self._host or not sockets.is_loopback(peer.address)
+        return peer.host == self._host or not is_loopback(peer.address)
 
     def connect(self, peer: str, address: PlaneAddress) -> None:
         """Connecting goes on in the background, so that the first chunk need not wait for it.
@@ -186,7 +190,7 @@ class ZmqPlane:
                 link.watch.turn(now)
 
     def _dial(self, address: PlaneAddress) -> Socket | None:
-        if not sockets.is_address(address.address):
+        if not is_address(address.address):
             return None
         try:
             return sockets.open_dealer(

@@ -19,6 +19,7 @@ from baton.kvtransfer.planes.channel import (
     StorePut,
 )
 from baton.kvtransfer.planes.zeromq import _HEADER, _MAGIC, _VERSION, _parse
+from baton.node.addresses import LOOPBACK
 from baton.node.connections import NameHolders, NameTaken, connection_id, stated_name
 from baton.node.credentials import Credentials
 from baton.node.messages.base import BadMessage, Message, encode
@@ -104,7 +105,7 @@ def test_store_messages() -> None:
 def test_frames_of_a_channel() -> None:
     """Guards the thread of a data plane: what is no message of a connected peer is counted."""
     context = Context(Credentials("decode"))
-    channel = Channel(context, "a/1", "127.0.0.1")
+    channel = Channel(context, "a/1", LOOPBACK)
     assert channel.connect("b/1", "tcp://127.0.0.1:1")
     encoder = msgspec.msgpack.Encoder()
     taken: list[tuple[str, ChannelMessage]] = []

@@ -20,6 +20,7 @@ from baton.kvtransfer.blocks.device_pool import DeviceMemory
 from baton.kvtransfer.blocks.digest import BlockDigests
 from baton.kvtransfer.planes.base import ChunkKey, Plane, choose
 from baton.kvtransfer.planes.device import device_planes
+from baton.node.addresses import LOOPBACK
 from baton.node.credentials import Credentials
 from baton.node.messages.transfer import PlaneAddress
 from baton.node.sockets import Context
@@ -44,7 +45,7 @@ class Ends:
         generator = torch.Generator(f"cuda:{self.gpu}").manual_seed(zlib.crc32(name.encode()))
         memory.data.view(-1).random_(0, 256, generator=generator)
         torch.cuda.synchronize(self.gpu)
-        planes = device_planes(memory, self.context, name, "127.0.0.1", names=tuple(kinds))
+        planes = device_planes(memory, self.context, name, LOOPBACK, names=tuple(kinds))
         whole_words = block_bytes % 8 == 0
         self.made = Made(planes, planes[0], memory, BlockDigests(memory.data) if whole_words else None)
         return self.describe()

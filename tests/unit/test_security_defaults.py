@@ -19,8 +19,8 @@ from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.store.settings import StoreSettings
 from baton.launch import local
 from baton.launch.local import ServeSettings
+from baton.node.addresses import listen_host
 from baton.node.errors import SettingsError
-from baton.node.sockets import any_port
 from baton.prefill.settings import PrefillSettings
 from baton.proxy.settings import ProxySettings
 
@@ -76,11 +76,11 @@ def test_the_nodes_of_serve_are_on_loopback() -> None:
             assert not re.search(r"0\.0\.0\.0|tcp://\*|\[::\]", argument), spec.argv
 
 
-@pytest.mark.parametrize("host", ["", "*", "0.0.0.0", "::"])
+@pytest.mark.parametrize("host", ["", "*", "0.0.0.0", "[::]", "::"])
 def test_no_plane_is_bound_to_all_addresses(host: str) -> None:
     """Guards the data planes, which take the host of a worker's control socket and could take a wildcard."""
     with pytest.raises(SettingsError):
-        any_port(host, "decode-0")
+        listen_host(f"tcp://{host}:0")
 
 
 def test_no_key_is_in_a_command_line_of_serve(tmp_path: Path) -> None:
