@@ -15,7 +15,7 @@ from typing import Protocol
 
 from baton.node.link_counts import LinkCounts
 from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S
-from baton.node.messages.base import Message
+from baton.node.messages.base import PROTOCOL_VERSION, Message
 from baton.node.messages.control import (
     Bundle,
     Busy,
@@ -36,6 +36,7 @@ from baton.node.messages.control import (
     Reserved,
     Tokens,
 )
+from baton.node.messages.versions import written_for
 from baton.node.telemetry import log_event
 from baton.proxy.routing.cluster import ClusterState
 from baton.proxy.routing.kvfeed import KvFeed
@@ -73,6 +74,8 @@ class _Link:
 
     joins: int
     """Of its Register: another one is of a worker that has dropped its requests since."""
+    version: int
+    """Of its Register: the one that it is written to in."""
     counts: LinkCounts
 
 
@@ -118,7 +121,7 @@ class ControlPlane:
         self._socket.close()
 
     def send(self, identity: str, message: Message) -> bool:
-        """False if the worker cannot be reached, which also ends its membership."""
+        """False if the worker cannot be reached, which also ends its membership. Raises NotInVersion."""
         sent = self._put(identity, message)
         self._receive_soon()  # sending may consume the edge-triggered event for messages to read
         if not sent:
@@ -129,6 +132,7 @@ class ControlPlane:
 
     def _put(self, identity: str, message: Message) -> bool:
         if (link := self._links.get(identity)) is not None:
+            message = written_for(link.version, message)
             link.counts.sent += 1
         return self._socket.send(identity, message)
 
@@ -197,8 +201,11 @@ class ControlPlane:
                 self.rejected += 1
 
     def _on_register(self, identity: str, message: Register | RegisterStore, now: float) -> None:
-        if (link := self._links.get(identity)) is not None and link.joins != message.joins:
-            self._lose(identity, "it registers again")
+        if (link := self._links.get(identity)) is not None:
+            if message.version < link.version:
+                return  # it speaks both, and this proxy has answered the other one
+            if (message.joins, message.version) != (link.joins, link.version):
+                self._lose(identity, "it registers again")
         known = self._cluster.knows(identity)
         if isinstance(message, Register):
             role: str = message.role
@@ -207,17 +214,20 @@ class ControlPlane:
             role, reason = "store", self._cluster.join_store(identity, message, now)
         if reason:
             log_event(logger, "worker_refused", level=logging.WARNING, worker=identity, reason=reason)
-            self._socket.send(identity, Refused(reason=reason))
+            refusal = Refused(reason=reason, version=PROTOCOL_VERSION)
+            self._socket.send(identity, written_for(message.version, refusal))
             return
         self._feed.join(identity)
         if not known:
-            self._links[identity] = _Link(message.joins, LinkCounts())
+            self._links[identity] = _Link(message.joins, message.version, LinkCounts())
             self._links[identity].counts.join(message.sent)
         sent = self._links[identity].counts.sent
-        answer = Registered(proxy=self._socket.identity, incarnation=self._incarnation, sent=sent)
-        self._put(identity, answer)
+        self._put(
+            identity,
+            Registered(proxy=self._socket.identity, incarnation=self._incarnation, version=message.version, sent=sent),
+        )
         if not known:
-            log_event(logger, "worker_joined", worker=identity, role=role)
+            log_event(logger, "worker_joined", worker=identity, role=role, protocol=message.version)
             self._on_change()
 
     def _on_heartbeat(self, identity: str, message: Heartbeat, now: float) -> None:

@@ -12,8 +12,8 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import contextmanager
 
 from baton.node.errors import PeerLost
-from baton.node.messages.base import Message
-from baton.node.messages.control import Cancel
+from baton.node.messages.control import Cancel, Failed, Prefill, Reserve
+from baton.node.messages.versions import NotInVersion
 from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
 from baton.proxy.inbox import Turns
 from baton.proxy.interface import Delta, Generation, WorkerStatus
@@ -198,10 +198,14 @@ class Dispatcher:
     def latency_of(self, model: str) -> ScaleMonitor:
         return self._monitors[model]
 
-    def open_leg(self, leg: Leg, message: Message) -> None:
+    def open_leg(self, leg: Leg, message: Prefill | Reserve) -> None:
         self._cluster.assign(leg)
         self._feed.expect(leg.worker, leg.request_id, leg.hashes)
-        self._control.send(leg.worker, message)
+        try:
+            self._control.send(leg.worker, message)
+        except NotInVersion as error:  # another worker may be of this version
+            failed = Failed(request_id=leg.request_id, attempt=message.attempt, reason=str(error), retryable=True)
+            self._on_message(leg.worker, failed)
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
         self._cluster.prompt_computed(worker, request_id)

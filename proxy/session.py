@@ -21,7 +21,6 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from baton.node.errors import BatonError, DeadlineExceeded, PeerLost
-from baton.node.messages.base import Message
 from baton.node.messages.control import (
     Busy,
     Cancel,
@@ -102,7 +101,7 @@ class SessionHost(Protocol):
     def latency_of(self, model: str) -> ScaleMonitor:
         """What measures the latencies of the model's requests."""
 
-    def open_leg(self, leg: Leg, message: Message) -> None:
+    def open_leg(self, leg: Leg, message: Prefill | Reserve) -> None:
         """Count the leg and send its message; a failure comes back as WorkerLost."""
 
     def prompt_computed(self, worker: str, request_id: str) -> None:
@@ -340,7 +339,7 @@ class Session:
             hit_tokens=route.hit_tokens,
         )
 
-    def _open(self, attempt: _Attempt, worker: str, message: Message, names: BlockNames) -> None:
+    def _open(self, attempt: _Attempt, worker: str, message: Prefill | Reserve, names: BlockNames) -> None:
         computes = worker == attempt.computes
         leg = Leg(
             worker,

@@ -96,8 +96,7 @@ class TokenWorker:
                 self._send(link, Cancelled(request_id=message.request_id, attempt=message.attempt))
 
     def _send(self, link: str, message: Message) -> None:
-        self._endpoint.send(link, message)
-        self._membership.count_sent(link)
+        self._endpoint.send(link, self._membership.outgoing(link, message))
 
     def _step(self) -> None:
         self._num_steps += 1

@@ -186,8 +186,7 @@ class IoThread:
             self._send(link, message)
 
     def _send(self, link: str, message: Message) -> None:
-        self._endpoint.send(link, message)
-        self._membership.count_sent(link)
+        self._endpoint.send(link, self._membership.outgoing(link, message))
 
     @property
     def wake_at(self) -> float:

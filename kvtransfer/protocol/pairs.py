@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from baton.kvtransfer.planes.base import Plane, choose
 from baton.kvtransfer.protocol.receiver import Landings
 from baton.node.errors import SettingsError
-from baton.node.messages.base import PROTOCOL_VERSION, Message
+from baton.node.messages.base import Message
 from baton.node.messages.control import Refused
-from baton.node.messages.transfer import Hello, Welcome
+from baton.node.messages.transfer import TRANSFER_VERSION, Hello, Welcome
 
 GREET_AGAIN_S = 0.25
 MAX_GREETINGS = 12
@@ -161,8 +161,8 @@ class Pairs:
         return [pair.peer for pair in self._pairs.values() if now - pair.used_at > PAIR_IDLE_S]
 
     def _why_not(self, peer: str, hello: Hello) -> str:
-        if hello.version != PROTOCOL_VERSION:
-            return f"protocol version {hello.version}, this worker speaks {PROTOCOL_VERSION}"
+        if hello.version != TRANSFER_VERSION:
+            return f"version {hello.version} of transfers, this worker speaks {TRANSFER_VERSION}"
         if len(self._pairs) >= MAX_PAIRS and peer not in self._pairs:
             return "too many pairs"
         if hello.worker != peer:

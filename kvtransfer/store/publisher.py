@@ -70,5 +70,4 @@ class EventPublisher:
         self._line.close()
 
     def _send(self, link: str, message: Message) -> None:
-        self._line.send(link, message)
-        self._membership.count_sent(link)
+        self._line.send(link, self._membership.outgoing(link, message))

@@ -35,11 +35,12 @@ from baton.kvtransfer.store.lower import LowerTier, Space, WriteDone
 from baton.kvtransfer.store.members import LEASE_S, Member, Members, OpenRequest
 from baton.kvtransfer.store.peers import Peers, Pulled
 from baton.node.errors import SettingsError
-from baton.node.messages.base import PROTOCOL_VERSION, Message
+from baton.node.messages.base import Message
 from baton.node.messages.store import (
     DISK,
     PEER,
     RAM,
+    STORE_VERSION,
     TIER_NAMES,
     Alive,
     Arrival,
@@ -177,8 +178,8 @@ class StoreServer:
 
     def _refusal(self, peer: str, version: int, space: Space) -> str:
         """Why this worker cannot attach; "" if it can, and then the namespace is known."""
-        if version != PROTOCOL_VERSION:
-            return f"protocol version {version}, this store speaks {PROTOCOL_VERSION}"
+        if version != STORE_VERSION:
+            return f"protocol version {version}, this store speaks {STORE_VERSION}"
         if not self._members.has_room(peer):
             return "too many workers"
         known = self._spaces.get(space.namespace, space)

@@ -13,7 +13,8 @@ from msgspec import Meta
 
 from baton.node.decoding import DECODE_ERRORS
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
+"""Of the messages between a proxy and the nodes that join it. See versions.py: the version before is served too."""
 
 MAX_BODY_BYTES = 8 << 20
 MAX_TOKENS = 1 << 20

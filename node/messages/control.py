@@ -45,6 +45,8 @@ MAX_PROMPT_LOGPROBS = 1024
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 MAX_SILENT_PEERS = 256
+BEFORE_VERSIONS = 3
+"""The version of nodes that do not say theirs in an answer."""
 MAX_PRIORITY = (1 << 63) - 1
 """Some clients send times as priorities."""
 
@@ -187,6 +189,8 @@ class Register(Message, tag="Register", kw_only=True):
     grammar: Annotated[str, Meta(max_length=64)] = ""
     """Library and version that make the masks of grammars here, such as llguidance/1.9: workers that differ in it may
     draw different tokens. Empty: this worker takes no request with a grammar."""
+    revision: Annotated[str, Meta(max_length=64)] = ""
+    """Name of the revision of the deployment that this worker is of: only workers of one revision are paired."""
     joins: Count = 0
     """How often this worker has begun to join this proxy: another number says that it has dropped what it had."""
     sent: Count = 0
@@ -196,13 +200,17 @@ class Register(Message, tag="Register", kw_only=True):
 class Registered(Message, tag="Registered", kw_only=True):
     proxy: Name
     incarnation: Count
+    version: Small = BEFORE_VERSIONS
+    """In which the proxy will write and read: that of the Register."""
     sent: Count = 0
 
 
-class Refused(Message, tag="Refused", kw_only=True):
+class Refused(Message, tag="Refused", kw_only=True, omit_defaults=True):
     """The worker, or the peer, is incompatible; the refused sender pauses before it tries again."""
 
     reason: Text
+    version: Small = BEFORE_VERSIONS
+    """The newest that the proxy speaks. One that the sender speaks too is tried at once."""
 
 
 class Heartbeat(Message, tag="Heartbeat", kw_only=True):
@@ -218,6 +226,8 @@ class Heartbeat(Message, tag="Heartbeat", kw_only=True):
     """Identity of the host's store that this worker is attached to; empty: none."""
     silent_peers: Annotated[tuple[Annotated[str, Meta(max_length=96)], ...], Meta(max_length=MAX_SILENT_PEERS)] = ()
     """Identities of decode workers that do not answer this one."""
+    orphaned: bool = False
+    """What started this worker is gone: a worker of its name that registers later takes its place."""
     sent: Count = 0
 
 

@@ -17,7 +17,10 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from baton.node.messages.base import MAX_BLOCKS, PROTOCOL_VERSION, Count, Message, Name, Small, Text, decode_as
+from baton.node.messages.base import MAX_BLOCKS, Count, Message, Name, Small, Text, decode_as
+
+STORE_VERSION = 3
+"""Of the messages below. A worker has no store while the host's has another version."""
 
 BlockHash = Annotated[bytes, Meta(min_length=32, max_length=32)]
 BlockHashes = Annotated[tuple[BlockHash, ...], Meta(max_length=MAX_BLOCKS)]
@@ -73,7 +76,7 @@ class Written(msgspec.Struct, frozen=True, forbid_unknown_fields=True, array_lik
 class Attach(Message, tag="Attach", kw_only=True):
     """A worker asks to use the store; retransmitted until answered."""
 
-    version: Small = PROTOCOL_VERSION
+    version: Small = STORE_VERSION
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]
     """Blocks of different namespaces are never shared."""
     block_bytes: Annotated[int, Meta(ge=1, le=1 << 30)]

@@ -16,7 +16,6 @@ from msgspec import Meta
 
 from baton.node.messages.base import (
     MAX_OFFER_BLOCKS,
-    PROTOCOL_VERSION,
     Count,
     Message,
     Name,
@@ -27,6 +26,10 @@ from baton.node.messages.base import (
     TransferId,
 )
 from baton.node.messages.control import Logprob
+
+TRANSFER_VERSION = 3
+"""Of the messages below and of the data planes. Workers of different versions exchange no KV: with a new one goes a new
+FORMAT_VERSION of namespaces (kvtransfer/blocks/hashing.py), so that no proxy pairs them."""
 
 
 class PlaneAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -44,7 +47,7 @@ class PlaneAddress(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
 class Hello(Message, tag="Hello", kw_only=True):
     """Prefill to decode, once a connection: its namespace and planes; retransmitted until answered."""
 
-    version: Small = PROTOCOL_VERSION
+    version: Small = TRANSFER_VERSION
     worker: Name
     """Endpoint identity, `worker/incarnation`."""
     namespace: Annotated[bytes, Meta(min_length=32, max_length=32)]

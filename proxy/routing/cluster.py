@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 
 from baton.node.endpoint import identity_of
 from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S, name_error
-from baton.node.messages.base import PROTOCOL_VERSION
 from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
+from baton.node.messages.versions import version_error
 from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
 from baton.proxy.routing.failed_pairs import Pair
@@ -305,9 +305,7 @@ def _refusal(identity: str, register: Register | RegisterStore) -> str:
         return "the name in the message is not the name of the connection"
     if reason := name_error(register.worker):
         return reason
-    if register.version != PROTOCOL_VERSION:
-        return f"protocol version {register.version}, this proxy speaks {PROTOCOL_VERSION}"
-    return ""
+    return version_error(register.version)
 
 
 def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from baton.node.membership import HEARTBEAT_S, PROXY_LEASE_S, Joined, JoinRefused, Membership, ProxyLost
+from msgspec import UNSET
+
+from baton.node.membership import HEARTBEAT_S, OLDER_AFTER_S, PROXY_LEASE_S, Joined, JoinRefused, Membership, ProxyLost
+from baton.node.messages.base import PROTOCOL_VERSION
 from baton.node.messages.control import Goodbye, Heartbeat, Load, Ping, Refused, Register, Registered, Rejoin
+from baton.node.messages.versions import OLDEST_VERSION
 
 REGISTER = Register(
     worker="d",
@@ -16,7 +20,11 @@ REGISTER = Register(
     max_num_seqs=8,
     max_model_len=512,
     address="tcp://x",
+    revision="blue",
 )
+
+
+REFUSED = Refused(reason="no", version=PROTOCOL_VERSION)
 
 
 def _due(membership: Membership, now: float) -> list[type]:
@@ -71,7 +79,7 @@ def test_a_refused_worker_registers_again_after_longer_and_longer_pauses() -> No
     now, pauses = 0.0, []
     for _ in range(7):
         assert _due(membership, now) == [Register]
-        (change,) = membership.on_message("a", Refused(reason="no"), now)
+        (change,) = membership.on_message("a", REFUSED, now)
         assert isinstance(change, JoinRefused) and change.reason == "no"
         pauses.append(change.pause_s)
         assert _due(membership, now + change.pause_s - 0.01) == []
@@ -84,15 +92,15 @@ def test_a_refused_worker_registers_again_after_longer_and_longer_pauses() -> No
 def test_refusals_of_retransmitted_registers_count_once() -> None:
     """Guards the pause: a slow proxy answers every Register that was sent before its first answer."""
     membership = Membership(REGISTER, ("a",), 0.0)
-    assert membership.on_message("a", Refused(reason="no"), 0.0) == [JoinRefused("a", "no", 1.0)]
-    assert membership.on_message("a", Refused(reason="no"), 0.1) == []
+    assert membership.on_message("a", REFUSED, 0.0) == [JoinRefused("a", "no", 1.0)]
+    assert membership.on_message("a", REFUSED, 0.1) == []
     assert membership.wake_at == 1.0
 
 
 def test_a_refusal_by_one_proxy_leaves_the_other() -> None:
     """Guards a worker of two proxies: the one that refuses it delays nothing at the other."""
     membership = Membership(REGISTER, ("a", "b"), 0.0)
-    membership.on_message("a", Refused(reason="no"), 0.0)
+    membership.on_message("a", REFUSED, 0.0)
     messages, _ = membership.on_timer(0.0, Load())
     assert [link for link, _ in messages] == ["b"]
 
@@ -154,8 +162,49 @@ def test_retransmitted_registrations_are_one() -> None:
 def test_messages_are_counted_for_their_link() -> None:
     """Guards the other direction: what a worker has sent to this proxy, and to no other peer."""
     membership = _joined()
-    membership.count_sent("a")
-    membership.count_sent("a")
-    membership.count_sent("p/1")
+    membership.outgoing("a", Rejoin())
+    membership.outgoing("a", Rejoin())
+    membership.outgoing("p/1", Rejoin())
     ((_, beat),), _ = membership.on_timer(HEARTBEAT_S, Load())
     assert isinstance(beat, Heartbeat) and beat.sent == 2
+
+
+def _registers(membership: Membership, now: float) -> list[Register]:
+    """Those that are due, as the proxy gets them."""
+    messages = [membership.outgoing(link, message) for link, message in membership.on_timer(now, Load())[0]]
+    return [message for message in messages if isinstance(message, Register)]
+
+
+def test_a_proxy_of_the_version_before_is_joined() -> None:
+    """Guards a worker that is replaced before its proxy, which cannot read its first messages and counts the others."""
+    membership = Membership(REGISTER, ("a",), 0.0)
+    assert [each.version for each in _registers(membership, 0.0)] == [PROTOCOL_VERSION]
+    newer, older = _registers(membership, OLDER_AFTER_S)
+    assert (newer.version, older.version) == (PROTOCOL_VERSION, OLDEST_VERSION)
+    assert newer.revision == "blue" and older.revision is UNSET
+    assert membership.on_message("a", Registered(proxy="proxy", incarnation=7), OLDER_AFTER_S) == [Joined("a")]
+    ((_, beat),), _ = membership.on_timer(OLDER_AFTER_S + HEARTBEAT_S, Load())
+    assert isinstance(beat, Heartbeat) and beat.sent == 2
+    assert membership.outgoing("a", beat).orphaned is UNSET  # type: ignore[attr-defined]
+
+
+def test_a_proxy_that_was_replaced_is_spoken_to_in_its_version() -> None:
+    """Guards what only the new version has, such as the revision, when the proxy is the last that is replaced."""
+    membership = _joined()
+    assert membership.on_message("a", Ping(proxy="proxy", incarnation=8), 5.0) == [ProxyLost("a")]
+    (register,) = _registers(membership, 5.0)
+    assert register.version == PROTOCOL_VERSION and register.revision == "blue"
+    membership.on_message("a", Registered(proxy="proxy", incarnation=8, version=PROTOCOL_VERSION), 5.0)
+    ((_, beat),), _ = membership.on_timer(5.0 + HEARTBEAT_S, Load())
+    assert membership.outgoing("a", beat) == beat
+
+
+def test_a_refusal_of_a_version_is_answered_in_an_older_one() -> None:
+    """Guards a worker of the next version: a proxy of this one can read its registration, and refuses the version."""
+    membership = Membership(REGISTER, ("a",), 0.0)
+    _registers(membership, 0.0)
+    assert membership.on_message("a", Refused(reason="version", version=OLDEST_VERSION), 0.1) == []
+    assert [each.version for each in _registers(membership, 0.1)] == [OLDEST_VERSION]
+    refused = membership.on_message("a", Refused(reason="another model", version=OLDEST_VERSION), 0.2)
+    assert refused == [JoinRefused("a", "another model", 1.0)]
+    assert [each.version for each in _registers(membership, 1.2)] == [PROTOCOL_VERSION]

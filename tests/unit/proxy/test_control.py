@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from msgspec import UNSET
 
-from baton.node.messages.base import Message
-from baton.node.messages.control import Cancelled, Heartbeat, Load, Register, Registered, Rejoin
+from baton.node.messages.base import PROTOCOL_VERSION, Message
+from baton.node.messages.control import Cancelled, Heartbeat, Load, Refused, Register, Registered, Rejoin
+from baton.node.messages.versions import OLDEST_VERSION
 from baton.proxy.control import ControlPlane
 from baton.proxy.routing.cluster import ClusterState
 from baton.proxy.routing.kvfeed import KvFeed
@@ -63,7 +65,7 @@ class Bench:
             self.socket.inbound.append((WORKER, message))
             self.plane._read()
 
-    def register(self, joins: int = 0) -> None:
+    def register(self, joins: int = 0, version: int = PROTOCOL_VERSION) -> None:
         self.hear(
             Register(
                 worker="d",
@@ -77,6 +79,7 @@ class Bench:
                 max_model_len=64,
                 address="tcp://127.0.0.1:1",
                 joins=joins,
+                version=version,
                 sent=self.num_sent,
             )
         )
@@ -121,3 +124,32 @@ def test_a_registration_that_is_repeated_changes_nothing(bench: Bench) -> None:
     bench.register()
     bench.beat()
     assert not bench.lost
+
+
+def test_a_worker_of_the_version_before_is_answered_in_its_version() -> None:
+    """Guards a proxy that is replaced before its workers, which drop messages with what they do not know."""
+    bench = Bench()
+    bench.register(version=OLDEST_VERSION)
+    (answer,) = bench.socket.sent
+    assert isinstance(answer, Registered) and answer.version is UNSET
+    bench.register(version=OLDEST_VERSION)
+    bench.beat()
+    assert not bench.lost
+
+
+def test_of_two_versions_the_newer_counts(bench: Bench) -> None:
+    """Guards the requests of a worker that registers in both versions, as its first registration had no answer."""
+    bench.num_sent -= 1
+    bench.register(version=OLDEST_VERSION)
+    bench.beat()
+    (answer, *others) = bench.socket.sent
+    assert isinstance(answer, Registered) and answer.version == PROTOCOL_VERSION
+    assert not bench.lost and not [each for each in others if isinstance(each, Registered)]
+
+
+def test_a_worker_of_a_later_version_is_refused_with_that_of_the_proxy() -> None:
+    """Guards a worker that speaks this version too, and does not know that the proxy speaks no later one."""
+    bench = Bench()
+    bench.register(version=PROTOCOL_VERSION + 1)
+    (answer,) = bench.socket.sent
+    assert isinstance(answer, Refused) and answer.version == PROTOCOL_VERSION

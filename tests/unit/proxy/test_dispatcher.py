@@ -8,10 +8,12 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+from msgspec.structs import replace as replace_struct
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
+from baton.node.messages import versions
 from baton.node.messages.base import Message
-from baton.node.messages.control import Cancel, Heartbeat, Load, Register, SamplingSpec
+from baton.node.messages.control import Cancel, Heartbeat, Load, Register, Reserve, SamplingSpec
 from baton.proxy.dispatcher import Dispatcher
 from baton.proxy.interface import Generation
 from baton.proxy.metrics.timeline import Timeline
@@ -47,9 +49,8 @@ async def dispatcher() -> Dispatcher:
     return Dispatcher(SilentSocket(), ProxySettings(max_queue=2, local_prefill="always", drain_s=0.0), ["m"])
 
 
-def _join(dispatcher: Dispatcher, free_blocks: int = 100) -> None:
-    """A decode worker registers and reports, behind the socket's back."""
-    register = Register(
+def _register() -> Register:
+    return Register(
         worker="d",
         incarnation=1,
         role="decode",
@@ -61,8 +62,12 @@ def _join(dispatcher: Dispatcher, free_blocks: int = 100) -> None:
         max_model_len=64,
         address="tcp://127.0.0.1:1",
     )
+
+
+def _join(dispatcher: Dispatcher, free_blocks: int = 100) -> None:
+    """A decode worker registers and reports, behind the socket's back."""
     now = time.monotonic()
-    assert dispatcher._cluster.join("d/1", register, now) == ""
+    assert dispatcher._cluster.join("d/1", _register(), now) == ""
     load = Load(running=1, free_blocks=free_blocks, total_blocks=100)
     dispatcher._cluster.beat("d/1", Heartbeat(worker="d", incarnation=1, load=load), now)
     dispatcher._on_change()
@@ -247,3 +252,15 @@ async def test_a_lost_worker_leaves_nothing_of_a_tenant(dispatcher: Dispatcher) 
     dispatcher._cluster.lose("d/1")
     dispatcher.close_leg("d/1", "r", computed=False)
     assert (held.rows, held.blocks, held.prompts, held.tokens) == (0, 0, 0, 0)
+
+
+async def test_a_request_that_a_worker_of_the_version_before_cannot_serve_goes_elsewhere(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Guards an answer that would ignore a parameter, and the worker, which is well: it is not lost."""
+    monkeypatch.setitem(versions.NEW_FIELDS, Reserve, (versions.NewField("body.deadline_s", needed=True),))
+    made = Dispatcher(SilentSocket(), ProxySettings(local_prefill="always", max_attempts=1), ["m"])
+    made._control._route("d/1", replace_struct(_register(), version=versions.OLDEST_VERSION), time.monotonic())
+    with pytest.raises(PeerLost, match="knows no body"):
+        await anext(made.generate(GENERATION, Timeline(time.monotonic), timeout_s=5.0))
+    assert made.counters()["worker_lost_total"] == 0

@@ -13,10 +13,10 @@ from baton.kvtransfer.store.events import StoreFound, StoreLoaded, StoreWritten
 from baton.kvtransfer.store.members import LEASE_S
 from baton.kvtransfer.store.session import DOWN_AFTER_S
 from baton.node.leg import LegKey
-from baton.node.messages.base import PROTOCOL_VERSION
 from baton.node.messages.store import (
     PEER,
     RAM,
+    STORE_VERSION,
     Arrival,
     Attach,
     Commit,
@@ -322,9 +322,7 @@ def test_invalid_messages_are_ignored() -> None:
         Put(id=6, hashes=names(9, 9, 9)),
         Commit(id=6, written=(Written(0, b"x" * 16), Written(0, b"y" * 16), Written(2, b"z" * 16))),
         Release(id=5),
-        Attach(
-            version=PROTOCOL_VERSION + 1, namespace=SPACE, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS, digest="xxh3"
-        ),
+        Attach(version=STORE_VERSION + 1, namespace=SPACE, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS, digest="xxh3"),
         Attach(namespace=SPACE, block_bytes=BLOCK_BYTES + 1, num_units=1, digest="xxh3"),
         Attach(namespace=SPACE, block_bytes=BLOCK_BYTES, num_units=NUM_UNITS + 1, digest="xxh3"),
         Attach(namespace=b"z" * 32, block_bytes=1 << 30, num_units=1, digest="xxh3"),
