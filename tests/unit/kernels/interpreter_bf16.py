@@ -2,6 +2,7 @@
 
 Left alone it adds, multiplies and takes dot products of the raw 16 bits as if they were integers, and cuts float32 off
 instead of rounding it. Reductions stay wrong, because they run in numpy on the raw bits: kernels reduce in float32.
+To FP8 it rounds ties up, and a fraction that rounds up to 2 loses its carry: those casts are torch's here.
 
 Its matrix products are BLAS's, which on some CPUs gives a row other bits at another place of the tile. Summed in
 float64 and rounded once, a row's bits depend on that row alone, as they do in a GPU's matrix instructions.
@@ -10,6 +11,7 @@ float64 and rounded once, a row's bits depend on that row alone, as they do in a
 from __future__ import annotations
 
 import numpy as np
+import torch
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -23,6 +25,16 @@ def _rounded(values: np.ndarray) -> np.ndarray:
     bits = np.ascontiguousarray(values, dtype=np.float32).view(np.uint32)
     half = ((bits >> 16) & 1) + np.uint32(0x7FFF)
     return np.where(np.isnan(values), np.uint16(0x7FC0), ((bits + half) >> 16).astype(np.uint16))
+
+
+def _fp8_widened(bits: np.ndarray) -> np.ndarray:
+    return torch.from_numpy(np.ascontiguousarray(bits)).view(torch.float8_e4m3fn).float().numpy()
+
+
+def _fp8_rounded(values: np.ndarray) -> np.ndarray:
+    """float32 to the bits of e4m3, to nearest even; what is too large becomes 448, as by the GPU's instruction."""
+    clamped = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32)).clamp(-448.0, 448.0)
+    return clamped.to(torch.float8_e4m3fn).view(torch.uint8).numpy()
 
 
 def _is_bf16(value) -> bool:
@@ -66,7 +78,14 @@ def install() -> None:
         return cast_impl(self, source, target)
 
     def new_create_fp_to_fp(self, source, target, rounding):
-        if _is_bf16(source) or target.scalar == tl.bfloat16:
+        before, after = source.dtype.scalar, target.scalar
+        if before == tl.float8e4nv:
+            wide = TensorHandle(_fp8_widened(source.data), tl.float32)
+            return wide if after == tl.float32 else new_create_fp_to_fp(self, wide, target, rounding)
+        if after == tl.float8e4nv:
+            wide = source if before == tl.float32 else new_create_fp_to_fp(self, source, tl.float32, None)
+            return TensorHandle(_fp8_rounded(wide.data), tl.float8e4nv)
+        if tl.bfloat16 in (before, after):
             return new_cast_impl(self, source, target)
         return create_fp_to_fp(self, source, target, rounding)
 
