@@ -57,6 +57,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "decode": BenchmarkEntry("gpu.decode", "ms of a decode step on a GPU"),
     "prefill": BenchmarkEntry("gpu.prefill", "tokens/s of prompts on a GPU"),
     "kernels": BenchmarkEntry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
+    "tune": BenchmarkEntry("gpu.tune", "tiles of quantised products on a GPU: the tables of linear_policy"),
     "planes": BenchmarkEntry("gpu.planes", "GB/s of the data planes between two processes"),
     "transfer-cost": BenchmarkEntry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
     "start": BenchmarkEntry("gpu.start", "seconds until a decode worker on a GPU is ready"),

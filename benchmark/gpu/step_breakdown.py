@@ -42,7 +42,7 @@ GROUPS = {
     "activation": r"_silu_and_mul_kernel",
     "draw": r"_(best_of_block|best_of_row|scatter|prepare|pass|threshold|block|row)_kernel",
     "inputs": r"_gather_kernel|_share_out_kernel|.*(index_?select|vectorized_gather|CatArray)",
-    "linear": r"_(linear_rows|linear_row|gated_product)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
+    "linear": r"_(linear(_8bit)?_rows?|gated_product)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
 }
 """Patterns of kernels' names, from their beginning. `draw` has what is set by index too, `inputs` all that is read by
 index: a step's inputs, embeddings, temperatures of slots. `linear` includes the product with the vocabulary."""
