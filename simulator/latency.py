@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
@@ -53,6 +53,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     head_dim: int
     block_tokens: int
     dtype: str
+    scales: Literal["none", "token"] = "none"
 
 
 class StoreCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

@@ -17,6 +17,7 @@ from baton.kvtransfer.blocks import cudart
 from baton.kvtransfer.blocks.checksum import WORD_BYTES
 from baton.kvtransfer.blocks.digest import BlockDigests
 from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.node.errors import InvariantBroken, SettingsError
 
 NONCE_BYTES = 16
@@ -83,28 +84,33 @@ class DevicePool:
         self.block_bytes = layout.block_bytes
         self.device = f"cuda:{device_index}"
         self.memory = DeviceMemory(num_blocks, layout.block_bytes, device_index, layout.num_units)
-        dtype: torch.dtype = getattr(torch, layout.dtype)  # a key of DTYPE_BYTES, never text of a peer
-        flat = self.memory.data.view(-1).view(dtype)
-        self._tensor: torch.Tensor | None = flat.as_strided(layout.shape(num_blocks), layout.strides)
+        self._tensors: KvTensors | None = kv_tensors(self.memory.data.view(-1), layout, num_blocks)
         self._digests = BlockDigests(self.memory.data)
 
     @property
     def tensor(self) -> torch.Tensor:
         """All blocks: [num_blocks, num_units, num_layers, 2, block_tokens, head_dim]."""
-        if self._tensor is None:
-            raise InvariantBroken("a pool is used after it was closed")
-        return self._tensor
+        return self._opened().data
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        """Where blocks have them inside: float32 [num_blocks, num_units, num_layers, 2, block_tokens]."""
+        return self._opened().scales
 
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:
         """See BlockDigests.digests; what was written to these blocks must be complete on the GPU."""
-        if self._tensor is None:
-            raise InvariantBroken("a pool is used after it was closed")
+        self._opened()
         return self._digests.digests(chunks)
 
     def close(self) -> None:
         """Give the memory back; views of the tensor are invalid from then on. May be repeated."""
-        self._tensor = None
+        self._tensors = None
         self.memory.close()
+
+    def _opened(self) -> KvTensors:
+        if self._tensors is None:
+            raise InvariantBroken("a pool is used after it was closed")
+        return self._tensors
 
 
 class _CudaArray:

@@ -7,11 +7,16 @@ piece. A block is the units of one rank, one behind the other, and a pool is blo
 
 So whatever moves or stores a block handles one large piece, and a rank with other heads takes whole units of it. All
 units of a pool lie equally far apart: unit u of block b is row b * num_units + u of a pool of units.
+
+Quantised KV with a scale for each key and value has the scales inside the unit, behind the data of the layer that they
+belong to, float32 [planes, block_tokens], padded to whole rows of head_dim elements. So a block still is all that a
+receiver needs, and its digest covers the scales.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 DTYPE_BYTES = {
     "float32": 4,
@@ -23,6 +28,12 @@ DTYPE_BYTES = {
 """Bytes of one element by the dtype's name, as torch spells it."""
 PLANES = 2
 """Keys and values."""
+SCALE_BYTES = 4
+"""Of one scale, a float32."""
+
+Scales = Literal["none", "token", "static"]
+"""What stored numbers are multiplied by: nothing; a scale of their own for each key and value (a token, a head), inside
+the unit; or the checkpoint's scales, which are no part of a block."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +51,9 @@ class KVLayout:
     dtype: str
     padding_bytes: int = 0
     """Behind each unit, unused: a distance between units that spreads over a GPU's memory channels."""
+    scales: Scales = "none"
+    scales_digest: str = ""
+    """SHA-256 of static scales, which decide what the bytes of a unit mean."""
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_units", "total_units", "head_dim", "block_tokens"):
@@ -49,15 +63,30 @@ class KVLayout:
             raise ValueError(f"{self.num_units} units from {self.first_unit} on, of {self.total_units}")
         if self.dtype not in DTYPE_BYTES:
             raise ValueError(f"KV dtype {self.dtype!r} is none of {', '.join(DTYPE_BYTES)}")
+        if (self.scales == "static") != bool(self.scales_digest):
+            raise ValueError(f"scales {self.scales!r} with the digest {self.scales_digest!r}")
+        if self.scales == "token" and self.row_bytes % SCALE_BYTES:
+            raise ValueError(f"scales cannot follow rows of {self.row_bytes} bytes, no multiple of {SCALE_BYTES}")
         if self.padding_bytes < 0 or self.padding_bytes % self.row_bytes:
             raise ValueError(f"padding of {self.padding_bytes} bytes is not made of rows of {self.row_bytes}")
 
     @classmethod
     def of_model(
-        cls, *, num_layers: int, kv_heads: int, head_dim: int, block_tokens: int, dtype: str, padding_bytes: int = 0
+        cls,
+        *,
+        num_layers: int,
+        kv_heads: int,
+        head_dim: int,
+        block_tokens: int,
+        dtype: str,
+        padding_bytes: int = 0,
+        scales: Scales = "none",
+        scales_digest: str = "",
     ) -> KVLayout:
         """The layout of a rank that holds all heads of a model."""
-        return cls(num_layers, 0, kv_heads, kv_heads, head_dim, block_tokens, dtype, padding_bytes)
+        return cls(
+            num_layers, 0, kv_heads, kv_heads, head_dim, block_tokens, dtype, padding_bytes, scales, scales_digest
+        )
 
     @property
     def row_bytes(self) -> int:
@@ -65,9 +94,17 @@ class KVLayout:
         return self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
+    def data_bytes(self) -> int:
+        """Of a layer of a unit: keys and values without their scales."""
+        return PLANES * self.block_tokens * self.row_bytes
+
+    @property
     def layer_bytes(self) -> int:
         """Distance between two layers of a unit, which lie without gaps."""
-        return PLANES * self.block_tokens * self.row_bytes
+        if self.scales != "token":
+            return self.data_bytes
+        scale_rows = -(-PLANES * self.block_tokens * SCALE_BYTES // self.row_bytes)
+        return self.data_bytes + scale_rows * self.row_bytes
 
     @property
     def unit_bytes(self) -> int:
@@ -88,13 +125,32 @@ class KVLayout:
         """Of that shape, in elements."""
         size = DTYPE_BYTES[self.dtype]
         plane = self.block_tokens * self.head_dim
-        return (self.block_bytes // size, self.unit_bytes // size, PLANES * plane, plane, self.head_dim, 1)
+        return (
+            self.block_bytes // size,
+            self.unit_bytes // size,
+            self.layer_bytes // size,
+            plane,
+            self.head_dim,
+            1,
+        )
+
+    def scales_shape(self, num_blocks: int) -> tuple[int, int, int, int, int]:
+        """[num_blocks, num_units, num_layers, 2, block_tokens] of the scales inside units."""
+        return (num_blocks, self.num_units, self.num_layers, PLANES, self.block_tokens)
+
+    @property
+    def scales_strides(self) -> tuple[int, int, int, int, int]:
+        """Of that shape, in scales; the first lies data_bytes behind the begin of the pool."""
+        distances = (self.block_bytes, self.unit_bytes, self.layer_bytes)
+        block, unit, layer = (distance // SCALE_BYTES for distance in distances)
+        return (block, unit, layer, self.block_tokens, 1)
 
     def fingerprint_fields(self) -> tuple[str | int, ...]:
         """Every fact that decides what a byte of a unit means, in a fixed order; goes into the namespace digest.
 
         Which units a rank holds is none of them: ranks of any number exchange units.
         """
+        scales = () if self.scales == "none" else (self.scales, self.scales_digest)
         return (
             "unit,layer,plane,token,dim",
             self.total_units,
@@ -104,4 +160,5 @@ class KVLayout:
             self.block_tokens,
             self.dtype,
             self.unit_bytes,
+            *scales,
         )

@@ -12,6 +12,7 @@ import torch
 from baton.kvtransfer.blocks.checksum import digest_of_sums, xxh3_sums
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.memory import HostMemory, SharedFile
+from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.node.errors import InvariantBroken
 
 
@@ -26,17 +27,19 @@ class BlockPool:
         self.num_units = layout.num_units
         self.block_bytes = layout.block_bytes
         self._memory = HostMemory(num_blocks, self.block_bytes, self.num_units)
-        dtype: torch.dtype = getattr(torch, layout.dtype)  # a key of DTYPE_BYTES, never text of a peer
         # frombuffer keeps the memoryview, and with it the mapping, for as long as any view of the tensor lives
-        flat = torch.frombuffer(self._memory.view, dtype=dtype)
-        self._tensor: torch.Tensor | None = flat.as_strided(layout.shape(num_blocks), layout.strides)
+        flat = torch.frombuffer(self._memory.view, dtype=torch.uint8)
+        self._tensors: KvTensors | None = kv_tensors(flat, layout, num_blocks)
 
     @property
     def tensor(self) -> torch.Tensor:
         """All blocks: [num_blocks, num_units, num_layers, 2, block_tokens, head_dim]."""
-        if self._tensor is None:
-            raise InvariantBroken("a pool is used after it was closed")
-        return self._tensor
+        return self._opened().data
+
+    @property
+    def scales(self) -> torch.Tensor | None:
+        """Where blocks have them inside: float32 [num_blocks, num_units, num_layers, 2, block_tokens]."""
+        return self._opened().scales
 
     @property
     def shared(self) -> SharedFile | None:
@@ -63,5 +66,10 @@ class BlockPool:
 
     def close(self) -> None:
         """Give the memory back; what still views it keeps it mapped. May be repeated."""
-        self._tensor = None
+        self._tensors = None
         self._memory.close()
+
+    def _opened(self) -> KvTensors:
+        if self._tensors is None:
+            raise InvariantBroken("a pool is used after it was closed")
+        return self._tensors

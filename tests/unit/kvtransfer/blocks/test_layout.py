@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from baton.kvtransfer.blocks.layout import DTYPE_BYTES, KVLayout
+from baton.kvtransfer.blocks.views import kv_tensors
 
 LLAMA_8B = KVLayout.of_model(num_layers=32, kv_heads=8, head_dim=128, block_tokens=64, dtype="bfloat16")
 
@@ -40,6 +43,27 @@ def test_units_lie_equally_far_apart(padding_rows: int) -> None:
         for unit in range(2):
             first = (block * 2 + unit) * layout.unit_bytes // 4
             assert pool[block, unit].flatten().tolist() == list(range(first, first + 3 * layout.layer_bytes // 4))
+
+
+@given(st.integers(1, 4), st.integers(1, 4), st.sampled_from([4, 12, 64, 128]), st.integers(1, 70))
+def test_scales_follow_the_data_of_their_layer(layers: int, heads: int, dim: int, tokens: int) -> None:
+    """Guards self-describing blocks: each scale is in the unit of its key or value, and no two tensors share a byte."""
+    layout = KVLayout(layers, 0, heads, heads, dim, tokens, "float8_e4m3fn", scales="token")
+    memory = torch.zeros(2 * layout.block_bytes, dtype=torch.uint8)
+    tensors = kv_tensors(memory, layout, 2)
+    assert tensors.scales is not None
+    tensors.data.view(torch.uint8).fill_(1)
+    tensors.scales.fill_(-1.0)
+    units = memory.view(2 * heads, layers, layout.layer_bytes)
+    end = layout.data_bytes + 2 * tokens * 4
+    assert bool((units[..., : layout.data_bytes] == 1).all()) and not units[..., end:].any()
+    assert bool((units[..., layout.data_bytes : end].contiguous().view(torch.float32) == -1.0).all())
+    assert layout.layer_bytes - end < dim and layout.layer_bytes % dim == 0
+
+
+def test_a_block_of_the_8b_model_in_fp8_is_half_as_large_and_a_33rd() -> None:
+    fp8 = replace(LLAMA_8B, dtype="float8_e4m3fn", scales="token")
+    assert fp8.block_bytes == (4 << 20) // 32 * 33 and fp8.layer_bytes == (16 << 10) + 512
 
 
 @pytest.mark.parametrize("field", ["num_layers", "num_units", "total_units", "head_dim", "block_tokens"])
@@ -76,8 +100,19 @@ def test_all_that_shapes_a_unit_is_in_the_fingerprint() -> None:
         KVLayout(2, 0, 2, 2, 2, 3, "float16"),
         KVLayout(2, 0, 2, 2, 2, 2, "bfloat16"),
         KVLayout(2, 0, 2, 2, 2, 2, "float16", 4),
+        KVLayout(2, 0, 2, 2, 2, 2, "float16", scales="token"),
+        KVLayout(2, 0, 2, 2, 2, 2, "float16", scales="static", scales_digest="a"),
+        KVLayout(2, 0, 2, 2, 2, 2, "float16", scales="static", scales_digest="b"),
     ]
-    assert len({layout.fingerprint_fields() for layout in (base, *others)}) == 7
+    assert len({layout.fingerprint_fields() for layout in (base, *others)}) == 10
+
+
+def test_scales_without_their_digest_are_refused() -> None:
+    """Guards against blocks of two checkpoints whose static scales differ."""
+    with pytest.raises(ValueError, match="static"):
+        KVLayout(1, 0, 1, 1, 4, 1, "float8_e4m3fn", scales="static")
+    with pytest.raises(ValueError, match="rows of 6 bytes"):
+        KVLayout(1, 0, 1, 1, 6, 1, "float8_e4m3fn", scales="token")
 
 
 def test_ranks_of_one_model_have_one_fingerprint() -> None:
