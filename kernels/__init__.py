@@ -7,7 +7,8 @@ GPU's are in `triton`, which write into memory of the caller's and are called by
 Triton.
 """
 
-from baton.kernels.cpu.attention import DecodeGroup, Workspace, chunk_attention, decode_attention
+from baton.kernels.cpu.attention import DecodeGroup, chunk_attention, decode_attention
+from baton.kernels.cpu.paged_kv import PagedKv, PlainKv, QuantisedKv
 from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p
 from baton.kernels.linear import DenseLinear, GroupedLinear, Linear, ScaledLinear
 from baton.kernels.reference import (
@@ -20,7 +21,6 @@ from baton.kernels.reference import (
     rms_norm,
     silu_and_mul,
     token_logprobs,
-    write_kv,
 )
 
 __all__ = [
@@ -28,8 +28,10 @@ __all__ = [
     "DenseLinear",
     "GroupedLinear",
     "Linear",
+    "PagedKv",
+    "PlainKv",
+    "QuantisedKv",
     "ScaledLinear",
-    "Workspace",
     "add_rms_norm",
     "apply_penalties",
     "apply_rope",
@@ -44,5 +46,4 @@ __all__ = [
     "rms_norm",
     "silu_and_mul",
     "token_logprobs",
-    "write_kv",
 ]

@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 
 NEGATIVE_INFINITY = float("-inf")
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+SMALLEST_AMAX = 1e-30
+"""What the largest number of a key or value counts at least as, so that zeros have a scale too."""
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -54,6 +58,22 @@ def write_kv(slots: torch.Tensor, slot_ids: torch.Tensor, kv: torch.Tensor) -> N
     [N, 2, KH * D], keys and values.
     """
     slots[slot_ids] = kv.to(slots.dtype).unflatten(-1, slot_ids.shape[2:] + slots.shape[1:])
+
+
+def kv_scales(x: torch.Tensor) -> torch.Tensor:
+    """The scale of each key or value, float32 [...]: the largest of |x| over its D elements, [..., D], becomes 448."""
+    return x.float().abs().amax(-1).clamp(min=SMALLEST_AMAX) / FP8_MAX
+
+
+def quantise_kv(x: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """x [..., D] in multiples of its scales [...], rounded to the nearest 8-bit floats (e4m3); what is larger than 448
+    becomes 448."""
+    return (x.float() / scales[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8)
+
+
+def dequantise_kv(data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The numbers, float32, that data [..., D] with scales [...] stands for."""
+    return data.float() * scales[..., None]
 
 
 def paged_attention(

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from baton.kvtransfer.blocks.copies import Copies, HostCopies
-from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.layout import KVLayout, Scales
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.shm import ShmPlane
@@ -24,6 +24,7 @@ from baton.kvtransfer.protocol.transfer import POLL_S
 from baton.models.check import longest_known
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
+from baton.models.kv_format import KvFormat
 from baton.node.addresses import ListenHost
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
@@ -58,6 +59,8 @@ class LoadedModel:
     runner: Runner
     pool: KvPool
     layout: KVLayout
+    dtype: str
+    """Of what is computed; that of what is stored is the layout's."""
     max_model_len: int
     make_planes: MakePlanes
     host_copies: Copies | None
@@ -86,14 +89,24 @@ def choose_device(device: str) -> str:
     return device
 
 
-def layout_of(config: ModelConfig, kv_dtype: torch.dtype, block_tokens: int) -> KVLayout:
+def layout_of(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -> KVLayout:
+    scales: Scales = "none"
+    if kv_format.quantised:
+        scales = "token" if kv_format.has_scales_inside else "static"
     return KVLayout.of_model(
         num_layers=config.num_layers,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_tokens=block_tokens,
-        dtype=str(kv_dtype).removeprefix("torch."),
+        dtype=name_of(kv_format.dtype),
+        scales=scales,
+        scales_digest=kv_format.scales_digest(),
     )
+
+
+def name_of(dtype: torch.dtype) -> str:
+    """Without "torch."."""
+    return str(dtype).removeprefix("torch.")
 
 
 def pool_blocks(num_blocks: int | None, kv_memory_gib: float, layout: KVLayout) -> int:
@@ -132,15 +145,16 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
     runner = ModelRunner.load(
         folder,
         dtype=settings.dtype,
+        kv_dtype=settings.kv_dtype,
         load_format=settings.load_format,
         max_model_len=settings.max_model_len,
         on_progress=progress_log("loading_weights", "tensors"),
     )
-    layout = layout_of(runner.config, runner.kv_dtype, sizes.block_tokens)
+    layout = layout_of(runner.config, runner.kv_format, sizes.block_tokens)
     longest = longest_known(settings.max_model_len, runner.config)
     names = checked_planes(sizes.plane, ("shm", "zmq"))
     pool = BlockPool(layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))
-    runner.bind_pool(pool.tensor)
+    runner.bind_pool(pool.tensor, pool.scales)
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
         makers: dict[str, Callable[[], Plane]] = {
@@ -150,4 +164,5 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
         return [makers[name]() for name in names if name != "shm" or pool.shared is not None]
 
     max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
-    return LoadedModel(runner.config, runner, pool, layout, max_model_len, make_planes, HostCopies(pool))
+    dtype = name_of(runner.dtype)
+    return LoadedModel(runner.config, runner, pool, layout, dtype, max_model_len, make_planes, HostCopies(pool))

@@ -30,6 +30,7 @@ from baton.worker.build_cpu import (
     LoadedModel,
     checked_planes,
     layout_of,
+    name_of,
     pool_blocks,
     progress_log,
 )
@@ -46,6 +47,8 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
+    if settings.kv_dtype != "auto":
+        raise SettingsError(f"--kv-dtype {settings.kv_dtype}: no kernel of a GPU reads it yet")
     index = settings.gpu
     if index >= torch.cuda.device_count():
         raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
@@ -55,7 +58,7 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
     config = config.up_to(longest)
     try:
         runner = _load(settings, sizes, folder, config, longest)
-        layout = layout_of(config, runner.kv_dtype, sizes.block_tokens)
+        layout = layout_of(config, runner.kv_format, sizes.block_tokens)
         layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes))
         pool = DevicePool(layout, _pool_blocks(settings, sizes, layout), index)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
@@ -76,6 +79,7 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
         runner,
         pool,
         layout,
+        name_of(DTYPES[settings.dtype]),
         max_model_len,
         make_planes,
         copies,

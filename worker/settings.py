@@ -60,6 +60,12 @@ class WorkerSettings:
         choices=("auto", "float32", "bfloat16"),
         help="dtype of weights and KV; auto: float32, on a GPU bfloat16",
     )
+    kv_dtype: str = option(
+        "auto",
+        choices=("auto", "fp8", "fp8_static"),
+        help="dtype of KV; auto: that of --dtype; fp8: with a scale for each token and head; fp8_static: with the "
+        "scales of the checkpoint",
+    )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
     bind: str = option("tcp://127.0.0.1:0", help="address that other workers connect to; port 0: a free one")
     advertise_host: str = option("", metavar="HOST", help=ADVERTISE_HELP)

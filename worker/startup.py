@@ -83,7 +83,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     if model.config.rope.kind == "longrope":
         log_event(logger, "longrope", factors="long" if model.config.rope.use_long_factors else "short")
     layout, num_blocks = model.layout, model.pool.num_blocks
-    namespace = namespace_of(folder, fingerprint, layout, model.config)
+    namespace = namespace_of(folder, fingerprint, layout, model.dtype, model.config)
     worker = settings.worker_id or f"{role}-{os.getpid()}"
     incarnation = time.time_ns() >> 10
     context = Context(credentials, ipv6=is_ipv6(settings.bind))
@@ -128,7 +128,8 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         worker=endpoint.identity,
         role=role,
         model=folder.name,
-        dtype=layout.dtype,
+        dtype=model.dtype,
+        kv_dtype=layout.dtype,
         device=device,
         pool_blocks=num_blocks,
         pool_mib=round(num_blocks * layout.block_bytes / (1 << 20), 1),
@@ -153,13 +154,16 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     return StartedWorker(parts, model.pool, store, io, grammars)
 
 
-def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, config: ModelConfig) -> bytes:
-    """Digest of all that makes KV compatible: two workers of different namespaces never exchange blocks."""
+def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, dtype: str, config: ModelConfig) -> bytes:
+    """Digest of all that makes KV compatible: two workers of different namespaces never exchange blocks.
+
+    dtype: of what is computed; the layout names that of KV, and what its scales are.
+    """
     quantization = config.quantization
     return namespace_digest(
         model_fingerprint=fingerprint,
         layout=layout,
-        weight_dtype=layout.dtype if quantization is None else f"{quantization.method} as {layout.dtype}",
+        weight_dtype=dtype if quantization is None else f"{quantization.method} as {dtype}",
         rope_fingerprint=hashlib.sha256(repr(config.rope).encode()).digest(),
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
     )

@@ -13,21 +13,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
+from baton.kernels.cpu.paged_kv import PagedKv
+
 QUERY_SLICE = 256  # queries that share a mask: bounds the mask to 256 rows however long the context is
-
-
-class Workspace:
-    """Memory that gathers reuse: a fresh allocation of megabytes a layer costs more in page faults than the copy."""
-
-    def __init__(self) -> None:
-        self._buffer = torch.empty(0)
-
-    def gather(self, pieces: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """pieces[ids], [len(ids), columns]; valid until the next gather."""
-        size = ids.numel() * pieces.shape[1]
-        if self._buffer.numel() < size or self._buffer.dtype != pieces.dtype:
-            self._buffer = torch.empty(size, dtype=pieces.dtype)
-        return torch.index_select(pieces, 0, ids, out=self._buffer[:size].view(-1, pieces.shape[1]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,22 +36,20 @@ class DecodeGroup:
 
 def decode_attention(
     query: torch.Tensor,
-    pieces: torch.Tensor,
+    kv: PagedKv,
     piece_ids: torch.Tensor,
     group: DecodeGroup,
     windowed: bool,
     num_kv_heads: int,
-    workspace: Workspace,
     out: torch.Tensor,
 ) -> None:
     """Writes the group's rows of out; one query token a row.
 
-    query and out [N, H, D]; pieces: the pool as [num_blocks * KH * layers * 2, block_tokens * D]; piece_ids: this
-    layer's, int64. The heads that share a key head stand as if they were query tokens: all of them read the same
-    keys, so nothing has to be repeated.
+    query and out [N, H, D]; piece_ids: this layer's, int64. The heads that share a key head stand as if they were query
+    tokens: all of them read the same keys, so nothing has to be repeated.
     """
     rows = slice(group.first_row, group.first_row + group.num_rows)
-    gathered = workspace.gather(pieces, piece_ids[group.first_id : group.first_id + group.num_ids])
+    gathered = kv.gather(piece_ids[group.first_id : group.first_id + group.num_ids])
     mask = group.window_mask if windowed else group.mask
     heads = query[rows].view(group.num_rows, num_kv_heads, -1, query.shape[2])  # [rows, KH, group size, D]
     keys, values = gathered.view(2, group.num_rows, num_kv_heads, -1, heads.shape[-1])
@@ -72,12 +58,11 @@ def decode_attention(
 
 def chunk_attention(
     query: torch.Tensor,
-    pieces: torch.Tensor,
+    kv: PagedKv,
     piece_ids: torch.Tensor,
     start: int,
     window: int | None,
     num_kv_heads: int,
-    workspace: Workspace,
     out: torch.Tensor,
 ) -> None:
     """Attention of one sequence's tokens start .. start + n - 1 over all up to each; query and out [n, H, D].
@@ -86,7 +71,7 @@ def chunk_attention(
     last `window` tokens, the own one included.
     """
     num_new, num_heads, head_dim = query.shape
-    gathered = workspace.gather(pieces, piece_ids).view(2, num_kv_heads, 1, -1, head_dim)
+    gathered = kv.gather(piece_ids).view(2, num_kv_heads, 1, -1, head_dim)
     # As a batch of key heads, each with its query heads: [KH, group size, tokens, D]. The expansion copies nothing.
     heads = query.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     keys, values = gathered.expand(-1, -1, num_heads // num_kv_heads, -1, -1)

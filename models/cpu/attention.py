@@ -1,6 +1,6 @@
 """A layer's attention over a step: writes keys and values into the paged pool, then serves decode groups and chunks.
 
-Holds the views of the pool; knows the pool's shape, not which sequence owns a block.
+Knows the pool's shape, not which sequence owns a block.
 """
 
 from __future__ import annotations
@@ -14,42 +14,31 @@ from baton.models.layers import describe
 
 
 class PagedAttention:
-    """Attention of one model over one pool [num_blocks, kv_heads, layers, 2, block_tokens, head_dim], contiguous."""
+    """Attention of one model over one pool with blocks of so many tokens."""
 
-    def __init__(self, config: ModelConfig, pool: torch.Tensor) -> None:
-        self._config = config
+    def __init__(self, config: ModelConfig, kv: kernels.PagedKv, block_tokens: int, element_bytes: int) -> None:
+        """element_bytes: of the numbers that are gathered."""
+        self._config, self._kv = config, kv
         self.shape = PoolShape(
             num_units=config.num_kv_heads,
             num_layers=config.num_layers,
-            block_tokens=pool.shape[4],
-            token_bytes=2 * config.num_kv_heads * config.head_dim * pool.element_size(),
+            block_tokens=block_tokens,
+            token_bytes=2 * config.num_kv_heads * config.head_dim * element_bytes,
         )
-        self._slots = pool.view(-1, config.head_dim)
-        self._pieces = pool.view(-1, pool.shape[4] * config.head_dim)
-        self._workspace = kernels.Workspace()
         self._windows = [shape.attention.window for shape in describe(config)]
 
     def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch) -> torch.Tensor:
         """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]."""
         config, ids = self._config, step.piece_ids[layer]
-        kernels.write_kv(self._slots, step.slot_ids[layer], kv)
+        self._kv.write(step.slot_ids[layer], kv)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         window = self._windows[layer]
         for group in step.groups:
-            kernels.decode_attention(
-                query, self._pieces, ids, group, window is not None, config.num_kv_heads, self._workspace, out
-            )
+            kernels.decode_attention(query, self._kv, ids, group, window is not None, config.num_kv_heads, out)
         for chunk in step.chunks:
             tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
             chunk_ids = ids[chunk.first_id : chunk.first_id + chunk.num_ids]
             kernels.chunk_attention(
-                query[tokens],
-                self._pieces,
-                chunk_ids,
-                chunk.start,
-                window,
-                config.num_kv_heads,
-                self._workspace,
-                out[tokens],
+                query[tokens], self._kv, chunk_ids, chunk.start, window, config.num_kv_heads, out[tokens]
             )
         return out.flatten(1)

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from baton.kernels import PagedKv, PlainKv, QuantisedKv
 from baton.models.batch import Done, Drawn, Launched, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
@@ -22,6 +23,8 @@ from baton.models.cpu.decoder import Decoder, DenseDecoder
 from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
+from baton.models.kv_format import KvFormat
+from baton.models.kv_scales import kv_format_of
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import PromptLogprob
@@ -32,9 +35,13 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 class ModelRunner:
     """Carries out steps of one decoder over one pool. One thread makes all calls."""
 
-    def __init__(self, config: ModelConfig, decoder: Decoder, kv_dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: ModelConfig, decoder: Decoder, dtype: torch.dtype, kv_format: KvFormat | None = None
+    ) -> None:
+        """dtype: of what is computed, and of keys and values unless their format is another."""
         self.config = config
-        self.kv_dtype = kv_dtype
+        self.dtype = dtype
+        self.kv_format = kv_format or KvFormat.plain(dtype)
         self._decoder = decoder
         self._attention: PagedAttention | None = None
         self.run_ahead = 0
@@ -45,6 +52,7 @@ class ModelRunner:
         folder: Path,
         *,
         dtype: str = "auto",
+        kv_dtype: str = "auto",
         load_format: str = "auto",
         max_model_len: int | None = None,
         on_progress: Progress = no_progress,
@@ -52,6 +60,7 @@ class ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 
         dtype: `auto` is float32 on the CPU, where it is the fastest that every machine has.
+        kv_dtype: of keys and values, one of KV_DTYPES; `auto` is dtype.
         load_format: `dummy` makes random weights and reads only the configuration.
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
         """
@@ -61,20 +70,37 @@ class ModelRunner:
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
         weights = load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress)
-        return cls(config, DenseDecoder(config, weights), DTYPES[name])
+        kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
+        return cls(config, DenseDecoder(config, weights), DTYPES[name], kv_format)
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """The pool's."""
+        return self.kv_format.dtype
 
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""
         config = self.config
         return (num_blocks, config.num_kv_heads, config.num_layers, 2, block_tokens, config.head_dim)
 
-    def bind_pool(self, pool: torch.Tensor) -> None:
-        """Steps use this pool from now on. It must be contiguous, and zeroed: masks hide numbers, not NaN."""
+    def bind_pool(self, pool: torch.Tensor, scales: torch.Tensor | None = None) -> None:
+        """Steps use this pool from now on. Its layers must be contiguous, and zeroed: masks hide numbers, not NaN.
+
+        scales: float32 [num_blocks, kv_heads, layers, 2, block_tokens] in the same memory, where each key and value has
+        its own.
+        """
         if pool.dim() != 6 or tuple(pool.shape) != self.kv_shape(pool.shape[0], pool.shape[4]):
             raise InvariantBroken(f"pool of shape {list(pool.shape)}, expected {self.kv_shape(pool.shape[0], 0)}")
-        if pool.dtype != self.kv_dtype or not pool.is_contiguous():
+        if pool.dtype != self.kv_dtype or not _lies_without_gaps(pool, scales):
             raise InvariantBroken(f"pool must be contiguous {self.kv_dtype}, is {pool.dtype}")
-        self._attention = PagedAttention(self.config, pool)
+        if (scales is not None) != self.kv_format.has_scales_inside:
+            raise InvariantBroken("a pool has scales if, and only if, they are made when KV is written")
+        kv: PagedKv
+        if self.kv_format.quantised:
+            kv = QuantisedKv(pool, scales, self.kv_format.static, self.dtype)
+        else:
+            kv = PlainKv(pool)
+        self._attention = PagedAttention(self.config, kv, pool.shape[4], self.dtype.itemsize)
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says; a step without masked draws has ended when this returns."""
@@ -109,8 +135,19 @@ class ModelRunner:
                 raise InvariantBroken(
                     f"{longest} tokens; dynamic rope is defined up to {self.config.max_model_len} only"
                 )
-        step = lay_out(rows, attention.shape, self.config.sliding_window, self.kv_dtype)
+        step = lay_out(rows, attention.shape, self.config.sliding_window, self.dtype)
         return step, self._decoder(attention, step)
+
+
+def _lies_without_gaps(pool: torch.Tensor, scales: torch.Tensor | None) -> bool:
+    """Whether heads, and behind their scales layers, follow each other as the layout of KV says."""
+    if scales is None:
+        return pool.is_contiguous()
+    _, kv_heads, layers, _, block_tokens, head_dim = pool.shape
+    layer, plane = pool.stride(2), block_tokens * head_dim
+    follows = pool.stride() == (kv_heads * layers * layer, layers * layer, layer, plane, head_dim, 1)
+    has_room = layer >= 2 * plane + 2 * block_tokens * scales.element_size()
+    return follows and has_room and scales.dtype == torch.float32 and scales.shape == pool.shape[:5]
 
 
 class OpenStep:

@@ -34,6 +34,7 @@ from baton.models.cuda.launched import LaunchedStep, ScoredPart, StepMarks, Step
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from baton.models.cuda.queue import ALIGNED, Queue, QueueMark, Upload, Work, aligned
 from baton.models.cuda.slots import Slots, SlotSampler
+from baton.models.kv_format import KvFormat
 from baton.models.layers import Weights
 from baton.models.sampling_rules import EVERYTHING
 from baton.models.weights import Progress, no_progress
@@ -81,7 +82,8 @@ class CudaRunner:
         """max_len: no sequence gets longer. policy: of matrix products, by default that of the limits."""
         _check_supported(config)
         self.config = config
-        self.kv_dtype = weights.embedding.dtype
+        self.kv_format = KvFormat.plain(weights.embedding.dtype)
+        self.kv_dtype = self.kv_format.dtype
         self.run_ahead = limits.run_ahead
         self.queue, self._limits = queue, limits
         policy = policy or (invariant if limits.deterministic else fastest)

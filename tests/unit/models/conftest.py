@@ -9,9 +9,11 @@ import pytest
 import torch
 import transformers
 
+from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.models.batch import Draw, Row
 from baton.models.cpu.runner import ModelRunner
 from baton.node.messages.control import SamplingSpec
+from baton.worker.build_cpu import layout_of
 
 CONFIGS = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -76,15 +78,21 @@ def edit_config_fixture() -> Callable[..., None]:
 GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
 
 
+def kv_pool(runner: ModelRunner, num_blocks: int, block_tokens: int) -> KvTensors:
+    """Zeroed memory for the runner's KV."""
+    layout = layout_of(runner.config, runner.kv_format, block_tokens)
+    return kv_tensors(torch.zeros(num_blocks * layout.block_bytes, dtype=torch.uint8), layout, num_blocks)
+
+
 class Sequences:
     """Runs whole sequences on a runner, each over its own shuffled blocks."""
 
     def __init__(self, runner: ModelRunner, num_sequences: int, max_tokens: int, block_tokens: int = 16) -> None:
         self.runner = runner
         width = -(-max_tokens // block_tokens)
-        pool = torch.zeros(runner.kv_shape(width * num_sequences + 3, block_tokens), dtype=runner.kv_dtype)
-        runner.bind_pool(pool)
-        shuffled = torch.randperm(len(pool), generator=torch.Generator().manual_seed(5)).tolist()
+        self.pool = kv_pool(runner, width * num_sequences + 3, block_tokens)
+        runner.bind_pool(*self.pool)
+        shuffled = torch.randperm(len(self.pool.data), generator=torch.Generator().manual_seed(5)).tolist()
         self.tables = [shuffled[index * width : (index + 1) * width] for index in range(num_sequences)]
 
     def chunks(self, index: int, tokens: list[int], size: int) -> list[Row]:

@@ -14,6 +14,7 @@ from baton.decode.settings import DecodeSettings
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import model_fingerprint
+from baton.models.kv_format import KvFormat
 from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
@@ -21,6 +22,7 @@ from baton.worker.build_cpu import checked_planes, choose_device, layout_of, loa
 from baton.worker.main import serve
 from baton.worker.startup import namespace_of, start
 
+PLAIN = KvFormat.plain(torch.float32)
 SHAPE = {
     "architectures": ["Qwen2ForCausalLM"],
     "vocab_size": 131,
@@ -69,8 +71,8 @@ def test_longest_sequence_counts_the_rope_scaling(tmp_path, fields, longest):
 
 def dummy_namespace(folder: Path, device: str = "cpu") -> bytes:
     config = ModelConfig.from_folder(folder)
-    layout = layout_of(config, torch.float32, 16)
-    return namespace_of(folder, model_fingerprint(folder, "dummy", device), layout, config)
+    layout = layout_of(config, PLAIN, 16)
+    return namespace_of(folder, model_fingerprint(folder, "dummy", device), layout, "float32", config)
 
 
 def test_dummy_models_of_one_layout_do_not_share_kv(tmp_path):
@@ -87,9 +89,24 @@ def test_plain_and_quantised_weights_do_not_share_kv(tmp_path):
     plain = folder_of(tmp_path / "plain")
     quantised = folder_of(tmp_path / "quantised", quantization_config={"quant_method": "fp8"})
     configs = [ModelConfig.from_folder(folder) for folder in (plain, quantised)]
-    layout = layout_of(configs[0], torch.float32, 16)
-    assert len({namespace_of(plain, b"m" * 32, layout, config) for config in configs}) == 2
+    layout = layout_of(configs[0], PLAIN, 16)
+    assert len({namespace_of(plain, b"m" * 32, layout, "float32", config) for config in configs}) == 2
     assert model_fingerprint(plain, "dummy") != model_fingerprint(quantised, "dummy")
+
+
+def test_each_format_of_kv_has_a_namespace_of_its_own(tmp_path):
+    """Guards against workers that read each other's blocks as something else: a plain and a quantised pool, scales made
+    when KV is written and a checkpoint's, two sets of these, and formats behind weights of two dtypes."""
+    folder = folder_of(tmp_path)
+    config = ModelConfig.from_folder(folder)
+    scales = torch.full((3, 2, 2), 0.5)
+    formats = [PLAIN, KvFormat.fp8(), KvFormat.fp8(scales), KvFormat.fp8(scales * 2)]
+    found = {
+        namespace_of(folder, b"m" * 32, layout_of(config, each, 16), dtype, config)
+        for each in formats
+        for dtype in ("float32", "bfloat16")
+    }
+    assert len(found) == 8
 
 
 # ---- pool, planes, device
@@ -97,7 +114,7 @@ def test_plain_and_quantised_weights_do_not_share_kv(tmp_path):
 
 def test_the_pool_has_the_requested_size(tmp_path):
     """Guards both options for the pool's size, and against a pool that is too small for a sequence."""
-    layout = layout_of(ModelConfig.from_folder(folder_of(tmp_path)), torch.float32, 16)
+    layout = layout_of(ModelConfig.from_folder(folder_of(tmp_path)), PLAIN, 16)
     assert pool_blocks(7, 0.5, layout) == 7
     assert pool_blocks(None, 0.5, layout) == (1 << 29) // layout.block_bytes
     with pytest.raises(SettingsError, match="would have 0 blocks"):

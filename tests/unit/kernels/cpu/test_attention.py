@@ -15,10 +15,6 @@ def make_pool(num_blocks: int, block_tokens: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-def pieces_of(pool: torch.Tensor) -> torch.Tensor:
-    return pool.view(-1, pool.shape[4] * HEAD_DIM)
-
-
 def piece_ids(tables: list[list[int]], layer: int) -> torch.Tensor:
     """Key blocks of all rows, head by head, then their value blocks."""
     units = [block * KV_HEADS + head for table in tables for head in range(KV_HEADS) for block in table]
@@ -48,7 +44,7 @@ def test_decode_attention(num_heads, window, block_tokens):
     group = kernels.DecodeGroup(2, 4, 3, len(ids) - 3, additive(full), additive(windowed))
     query = torch.randn(7, num_heads, HEAD_DIM, generator=torch.Generator().manual_seed(3))
     out = torch.full_like(query, 9.0)
-    kernels.decode_attention(query, pieces_of(pool), ids, group, window is not None, KV_HEADS, kernels.Workspace(), out)
+    kernels.decode_attention(query, kernels.PlainKv(pool), ids, group, window is not None, KV_HEADS, out)
     for row, length in enumerate(lengths):
         expected = paged_attention(query[2 + row][None], pool, 1, torch.tensor(tables[row]), length - 1, window)
         torch.testing.assert_close(out[2 + row][None], expected, rtol=1e-4, atol=1e-5)
@@ -68,16 +64,17 @@ def test_chunk_attention(start, num_new, window):
     query = torch.randn(num_new, 4, HEAD_DIM, generator=torch.Generator().manual_seed(5))
     out = torch.empty_like(query)
     ids = piece_ids([table.tolist()], 2)
-    kernels.chunk_attention(query, pieces_of(pool), ids, start, window, KV_HEADS, kernels.Workspace(), out)
+    kernels.chunk_attention(query, kernels.PlainKv(pool), ids, start, window, KV_HEADS, out)
     torch.testing.assert_close(out, paged_attention(query, pool, 2, table, start, window), rtol=1e-4, atol=1e-5)
 
 
 def test_write_kv_puts_every_token_in_its_slots_and_nothing_else():
     """Guards against keys and values exchanged, and against tokens that overwrite each other."""
-    slots = torch.zeros(20, 3)
+    pool = torch.zeros(2, 1, 1, 2, 5, 3)
+    slots = pool.view(20, 3)
     slot_ids = torch.tensor([[[3, 13], [7, 17]], [[9, 19], [0, 10]], [[4, 14], [8, 18]]])
     kv = torch.arange(1.0, 37.0).view(3, 2, 6)
-    kernels.write_kv(slots, slot_ids, kv)
+    kernels.PlainKv(pool).write(slot_ids, kv)
     expected = torch.zeros(20, 3)
     for token in range(3):
         for part in range(2):
@@ -86,12 +83,11 @@ def test_write_kv_puts_every_token_in_its_slots_and_nothing_else():
     assert torch.equal(slots, expected)
 
 
-def test_workspace_keeps_its_memory_and_follows_the_dtype():
-    """Guards against an allocation a layer, and against a buffer read as another dtype."""
-    workspace = kernels.Workspace()
-    pieces = torch.randn(10, 8)
-    large = workspace.gather(pieces, torch.tensor([1, 2, 3]))
+def test_gathers_keep_their_memory():
+    """Guards against an allocation a layer."""
+    pool = make_pool(10, 4)
+    kv, pieces = kernels.PlainKv(pool), pool.view(-1, 4 * HEAD_DIM)
+    large = kv.gather(torch.tensor([2, 4, 3, 5]))
     address = large.data_ptr()
-    assert torch.equal(large, pieces[1:4])
-    assert workspace.gather(pieces, torch.tensor([5])).data_ptr() == address
-    assert torch.equal(workspace.gather(pieces.bfloat16(), torch.tensor([4])), pieces.bfloat16()[4:5])
+    assert torch.equal(large, pieces[2:6][[0, 2, 1, 3]])
+    assert kv.gather(torch.tensor([8, 9])).data_ptr() == address
