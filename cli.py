@@ -5,7 +5,9 @@ A subcommand is imported when it runs, so that `baton proxy` loads no torch and 
 
 from __future__ import annotations
 
+import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -55,6 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         problem = f"there is no command {name!r}" if name else "a command is needed"
         print(f"baton: error: {problem}: one of {', '.join(SUBCOMMANDS)} (see --help)", file=sys.stderr)
         return 2
+    end_at_sigterm()
     sys.argv = [f"baton {name}", *arguments]
     try:
         runpy.run_module(SUBCOMMANDS[name].module, run_name="__main__", alter_sys=False)
@@ -63,3 +66,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return int(ended.code or 0)
     return 0
+
+
+def end_at_sigterm() -> None:
+    """Let SIGTERM end this process until a node handles it, also as process 1 of a container: the kernel drops signals
+    that such a process has no handler for, so a node that is stopped while it loads a model would not end."""
+    if os.getpid() == 1:
+        signal.signal(signal.SIGTERM, lambda number, _: os._exit(128 + number))

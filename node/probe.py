@@ -8,7 +8,9 @@ This module does not know any node: `NodeState` is what one says of itself.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable
@@ -27,6 +29,7 @@ MAX_CONNECTIONS = 32
 """At the bound, a new connection takes the place of the oldest, so that idle ones keep no probe out."""
 MAX_HEAD_BYTES = 8192
 BACKLOG = 128
+SIOCGIFADDR = 0x8915
 STARTING = "starting"
 PROBE_HELP = "port of /live and /ready over HTTP, at the host of --bind, for probes; default: none"
 
@@ -177,6 +180,7 @@ def open_probes(port: int | None, bind: str) -> Probes | NoProbes:
 
 def _listen(host: str, port: int) -> socket.socket:
     """Bound, but not listening yet. All addresses of IPv6 are those of IPv4 too, as with ZeroMQ's sockets."""
+    host = _of_interface(host) or host
     try:
         found = socket.getaddrinfo(host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
         family, _, _, _, address = found[0]
@@ -192,3 +196,16 @@ def _listen(host: str, port: int) -> socket.socket:
         listener.close()
         raise SettingsError(f"--probe-port {port}: cannot listen at {host or '*'}: {error.strerror}") from None
     return listener
+
+
+def _of_interface(name: str) -> str:
+    """The IPv4 address of a network interface, which ZeroMQ binds by its name; "" where there is none of this name.
+    (SIOCGIFADDR of netdevice(7).)"""
+    if name not in (interface for _, interface in socket.if_nameindex()):
+        return ""
+    request = struct.pack("16s24x", name.encode())
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asking:
+        try:
+            return socket.inet_ntoa(fcntl.ioctl(asking, SIOCGIFADDR, request)[20:24])
+        except OSError:
+            return ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -62,3 +63,13 @@ def test_a_subcommand_reports_its_own_errors_and_status(capsys: pytest.CaptureFi
     """The name of a command that does not exist in an error message leads nowhere."""
     assert cli.main(["proxy", "--port", "many"]) == 2
     assert capsys.readouterr().err.startswith("baton proxy: error: argument --port: must be a whole number")
+
+
+def test_the_first_process_of_a_container_ends_at_sigterm_while_it_starts() -> None:
+    """Guards `docker stop` of a worker that loads a model: process 1 gets no signal that it has no handler for."""
+    isolate = ["unshare", "--pid", "--fork", "--kill-child"]
+    if shutil.which("unshare") is None or subprocess.run([*isolate, "true"], capture_output=True).returncode:
+        pytest.skip("this machine lets no process have process ids of its own (unshare --pid)")
+    code = "import os; from baton import cli; cli.end_at_sigterm(); os.kill(1, 15); print('is still here')"
+    done = subprocess.run([*isolate, sys.executable, "-P", "-c", code], capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout) == (128 + 15, b""), done.stderr

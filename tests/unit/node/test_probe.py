@@ -105,6 +105,12 @@ def test_all_addresses_are_those_of_both_families() -> None:
         assert ask(probes.port, "/live", "::1")[0] == 200
 
 
+def test_an_interface_is_probed_at_its_address() -> None:
+    """Guards `--bind tcp://eth0:0`, with which a container need not know its address."""
+    with free_probes("lo") as probes:
+        assert ask(probes.port, "/live")[0] == 200
+
+
 def test_a_port_that_cannot_be_had_is_an_error_at_once() -> None:
     """Guards against a worker that loads a model for minutes before it finds its port taken."""
     with socket.create_server(("127.0.0.1", 0)) as taken:
