@@ -255,7 +255,8 @@ def main(argv: Sequence[str]) -> int:
         for widen in map(int, options.widen.split(","))
         if not (form == "codes" or weight_format == "int8_row") or widen == 1
     ]
-    _timed(lines, "compiled", lambda: compile_ahead(cells))
+    if cells:
+        _timed(lines, "compiled", lambda: compile_ahead(cells))
     for cell in cells:
         tune(lines, cell)
     for name in filter(None, options.many.split(",")):
