@@ -58,6 +58,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "prefill": BenchmarkEntry("gpu.prefill", "tokens/s of prompts on a GPU"),
     "kernels": BenchmarkEntry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
     "tune": BenchmarkEntry("gpu.tune", "tiles of quantised products on a GPU: the tables of linear_policy"),
+    "int4": BenchmarkEntry("gpu.int4", "tiles for products with 4-bit weights on a GPU, beside bf16"),
     "planes": BenchmarkEntry("gpu.planes", "GB/s of the data planes between two processes"),
     "transfer-cost": BenchmarkEntry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
     "start": BenchmarkEntry("gpu.start", "seconds until a decode worker on a GPU is ready"),

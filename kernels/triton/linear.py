@@ -25,7 +25,7 @@ from baton.kernels.triton.linear_policy import Tiles
 
 
 @triton.jit
-def _prefetch(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def prefetch(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Asks the L2 cache for ROWS x COLUMNS elements of 16 bits, one instruction each 128 bytes."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS // 64)[None, :]
@@ -48,9 +48,9 @@ def _linear_rows_kernel(
     if PDL:
         gdc_launch_dependents()
         if PREFETCH > 0:
-            _prefetch(weight_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+            prefetch(weight_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
             if FUSED:
-                _prefetch(weight_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+                prefetch(weight_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
         gdc_wait()
     total = tl.zeros([TILE_N, TILE_M], tl.float32)
     n = first_n + tl.arange(0, TILE_N)

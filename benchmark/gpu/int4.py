@@ -1,0 +1,231 @@
+"""Tiles for products with 4-bit weights: times those that fit each shape, from the fastest on, beside bf16.
+
+One JSON line a result on standard output, and appended to FILE. PARTs: `few_rows` (tiles for each number of rows, with
+the bf16 kernel beside), `many_rows` (the fused kernel against dequantising first). A time is the median of replays of a
+CUDA graph of several calls, each with weights of its own, together larger than the L2 cache; kernels are compiled
+before, in several processes.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from baton.benchmark.gpu.ceilings import GPU, Call, randn, seconds
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import bare_parser
+from baton.kernels.int4 import Int4Matrix, block_size
+from baton.kernels.triton import linear_policy
+from baton.kernels.triton.activation import silu_and_mul
+from baton.kernels.triton.compiling import compile_all, launched_by, missing
+from baton.kernels.triton.dequantise_int4 import dequantise_int4
+from baton.kernels.triton.linear import linear
+from baton.kernels.triton.linear_int4 import linear_int4
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
+
+ROTATED_BYTES = 300 << 20
+SHAPES = {
+    "8b": {
+        "qkv": ProductShape(6144, 4096),
+        "o": ProductShape(4096, 4096),
+        "gate_up": ProductShape(14336, 4096, fused=True),
+        "down": ProductShape(4096, 14336),
+    },
+    "70b": {
+        "qkv": ProductShape(10240, 8192),
+        "o": ProductShape(8192, 8192),
+        "gate_up": ProductShape(28672, 8192, fused=True),
+        "down": ProductShape(8192, 28672),
+    },
+}
+ROWS = {16: (1, 16), 32: (32,), 64: (64,), 128: (128,)}
+"""By the rows of x of a tile: the numbers of rows to measure."""
+SHARED_BYTES = 227 * 1024
+PROGRAMS = 100, 1100
+KEPT = 3
+
+
+def random_weight(shape: ProductShape, group: int, with_zeros: bool) -> Int4Matrix:
+    n, k = shape.outputs * (2 if shape.fused else 1), shape.inputs
+    words = torch.randint(-(1 << 15), 1 << 15, (n, k // 4), dtype=torch.int16, device=GPU)
+    zeros = torch.randint(0, 17, (k // group, n), dtype=torch.int8, device=GPU) if with_zeros else None
+    block = block_size(k, group)
+    assert block is not None
+    return Int4Matrix(words, (torch.rand(k // group, n, device=GPU) / 300).half(), zeros, block)
+
+
+def candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
+    """Tiles that divide the shape, fit in shared memory, and give each multiprocessor something to do."""
+    found = []
+    for tile_n, warps in ((64, 4), (64, 8), (128, 4), (128, 8), (256, 8)):
+        for splits in (1,) if shape.fused else (1, 2, 4, 7):
+            for stages in (3, 4, 6):
+                programs = shape.outputs // tile_n * splits
+                stage_bytes = tile_n * block // 2 * (2 if shape.fused else 1) + tile_m * block * 2
+                if (
+                    (tile_n * 2 >= warps * 32 or tile_m >= 64)
+                    and shape.inputs % (splits * block) == 0
+                    and shape.inputs // (splits * block) >= stages - 1
+                    and PROGRAMS[0] <= programs <= PROGRAMS[1]
+                    and (stages - 1) * stage_bytes + 16 * 1024 < SHARED_BYTES
+                    and tile_n * tile_m * (2 if shape.fused else 1) <= 64 * 128 * warps // 4
+                ):
+                    found.append(Tiles(tile_n, block, tile_m, stages, splits, warps))
+    return found
+
+
+class Int4Tuner:
+    """Times one shape's products with weights of one kind."""
+
+    def __init__(self, lines: JsonLines, name: str, shape: ProductShape, group: int, with_zeros: bool) -> None:
+        self._line = partial(lines.write, name=name, n=shape.outputs, k=shape.inputs, group=group, zeros=with_zeros)
+        self.shape = shape
+        first = random_weight(shape, group, with_zeros)
+        self._weights = [first]
+        while len(self._weights) * first.nbytes < ROTATED_BYTES or len(self._weights) < 3:
+            self._weights.append(random_weight(shape, group, with_zeros))
+        self.block = first.block
+
+    def calls(self, rows: int, tiles: Tiles, count: int | None = None) -> list[Call]:
+        x, n, fused = randn(rows, self.shape.inputs), self.shape.outputs, self.shape.fused
+        split = tiles.splits > 1
+        out = torch.empty((tiles.splits, rows, n), dtype=torch.float32, device=GPU) if split else randn(rows, n)
+        return [partial(linear_int4, x, w, None, tiles, out, fused=fused, pdl=True) for w in self._weights[:count]]
+
+    def report(self, rows: int, tiles: Tiles, **values: object) -> float:
+        """Seconds; infinite if the tiles do not run."""
+        try:
+            took = seconds(self.calls(rows, tiles))
+        except Exception as error:  # too much shared memory, or too many registers
+            self._line(rows=rows, tiles=str(tiles), error=str(error)[:200])
+            return float("inf")
+        size = self._weights[0].nbytes
+        fields = [tiles.tile_n, tiles.tile_k, tiles.tile_m, tiles.stages, tiles.splits, tiles.warps, tiles.prefetch]
+        self._line(rows=rows, tiles=fields, us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3), **values)
+        return took
+
+    def beside_bf16(self, rows: int) -> None:
+        tiles = linear_policy.fastest(rows, self.shape)
+        n, k, fused = self.shape.outputs, self.shape.inputs, self.shape.fused
+        wide = n * (2 if fused else 1)
+        weights = [randn(wide, k) for _ in range(max(3, ROTATED_BYTES // (wide * k * 2)))]
+        x, plain, out = randn(rows, k), randn(rows, wide), randn(rows, n)
+        if tiles is None:
+            took = seconds([partial(_by_cublas, x, w, plain, out, fused) for w in weights])
+        else:
+            parts = out if tiles.splits == 1 else randn(tiles.splits, rows, n, dtype=torch.float32)
+            took = seconds([partial(linear, x, w, None, tiles, parts, fused=fused, pdl=True) for w in weights])
+        self._line(rows=rows, by="bf16", us=round(took * 1e6, 2), tb_s=round(wide * k * 2 / took / 1e12, 3))
+
+    def dequantised_first(self, rows: int, dequantise: bool) -> None:
+        n, k, fused = self.shape.outputs, self.shape.inputs, self.shape.fused
+        wide = n * (2 if fused else 1)
+        x, plain, out, scratch = randn(rows, k), randn(rows, wide), randn(rows, n), randn(wide, k)
+
+        def call(weight: Int4Matrix) -> None:
+            if dequantise:
+                dequantise_int4(weight, scratch)
+            _by_cublas(x, scratch, plain, out, fused)
+
+        took = seconds([partial(call, weight) for weight in self._weights[:4]], replays=5)
+        by = "dequantised first" if dequantise else "cublas"
+        self._line(rows=rows, by=by, us=round(took * 1e6, 2), tflop_s=round(2e-12 * rows * wide * k / took, 1))
+
+    def dequantise(self) -> None:
+        scratch = randn(self._weights[0].num_outputs, self.shape.inputs)
+        took = seconds([partial(dequantise_int4, weight, scratch) for weight in self._weights])
+        size = self._weights[0].nbytes + scratch.nbytes
+        self._line(by="dequantise", us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3))
+
+
+def _by_cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, out: torch.Tensor, fused: bool) -> None:
+    torch.mm(x, weight.t(), out=plain)
+    if fused:
+        silu_and_mul(plain, out)
+
+
+def compile_in_parallel(wanted: Sequence[tuple[Int4Tuner, int, Tiles]]) -> None:
+    def run() -> None:
+        for tuner, rows, tiles in wanted:
+            tuner.calls(rows, tiles, 1)[0]()
+
+    kernels = launched_by(run)
+    if missing(kernels):
+        compile_all(kernels, processes=max(1, (os.cpu_count() or 1) - 1), timeout_s=90.0)
+
+
+def few_rows(tuners: Sequence[Int4Tuner]) -> None:
+    wanted = [
+        (tuner, rows, tiles)
+        for tuner in tuners
+        for tile_m, measured in ROWS.items()
+        for rows in measured
+        for tiles in candidates(tuner.shape, tile_m, tuner.block)
+    ]
+    compile_in_parallel(wanted)
+    times = [(tuner.report(rows, tiles), tuner, rows, tiles) for tuner, rows, tiles in wanted]
+    prefetching = [
+        (tuner, rows, replace(tiles, prefetch=columns))
+        for tuner in tuners
+        for rows in (1, 16)
+        for _, _, _, tiles in sorted((t for t in times if t[1] is tuner and t[2] == rows), key=lambda t: t[0])[:KEPT]
+        for columns in (0, 1024, 4096)
+        if columns <= tuner.shape.inputs // tiles.splits
+    ]
+    compile_in_parallel(prefetching)
+    for tuner, rows, tiles in prefetching:
+        tuner.report(rows, tiles)
+    for tuner in tuners:
+        for rows in (1, 16, 32, 64, 128):
+            tuner.beside_bf16(rows)
+
+
+def many_rows(tuners: Sequence[Int4Tuner]) -> None:
+    wanted = [
+        (tuner, rows, Tiles(tile_n, tuner.block, tile_m, stages, 1, warps))
+        for tuner in tuners
+        for rows in (256, 512, 1024)
+        for tile_n, tile_m, stages, warps in ((64, 128, 2, 4), (128, 128, 2, 8), (64, 64, 4, 4), (128, 64, 3, 8))
+        if not (tuner.shape.fused and tile_m * tile_n > 64 * 64 * warps // 4)
+    ]
+    compile_in_parallel(wanted)
+    for tuner, rows, tiles in wanted:
+        tuner.report(rows, tiles)
+    for tuner in tuners:
+        tuner.dequantise()
+        for rows in (128, 256, 512, 1024, 2048, 8192):
+            tuner.dequantised_first(rows, False)
+            tuner.dequantised_first(rows, True)
+
+
+PARTS: dict[str, Callable[[Sequence[Int4Tuner]], None]] = {"few_rows": few_rows, "many_rows": many_rows}
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = bare_parser("int4", __doc__)
+    parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="append the lines to this file as well")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--model", choices=SHAPES, default="8b", help="whose products")
+    parser.add_argument("--group", type=int, default=128, help="inputs that share a scale")
+    parser.add_argument("--zeros", action="store_true", help="with zero points")
+    options = parser.parse_args(argv)
+    if unknown := set(options.parts) - set(PARTS):
+        parser.error(f"PART {sorted(unknown)[0]!r}: must be one of {', '.join(PARTS)}")
+    lines = JsonLines(options.file)
+    torch.manual_seed(0)
+    tuners = [
+        Int4Tuner(lines, name, shape, options.group, options.zeros) for name, shape in SHAPES[options.model].items()
+    ]
+    for part in options.parts or PARTS:
+        PARTS[part](tuners)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,51 @@
+"""Products with weights of 4 bits on a GPU, where codes are unpacked by inline assembly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.kernels.triton.linear_int4 import linear_int4
+from baton.kernels.triton.linear_policy import Tiles
+from baton.tests.unit.kernels import int4_checks as checks
+from baton.tests.unit.kernels.kernel_checks import poison, randn
+
+pytestmark = pytest.mark.gpu
+GPU = "cuda"
+
+
+@pytest.mark.parametrize("group", [32, 64, 128, 4096])
+@pytest.mark.parametrize("with_zeros", [False, True])
+def test_products(group, with_zeros):
+    """Guards against codes, scales or zeros of another place, in each form in which the compiler unpacks them."""
+    weight = checks.make_int4(1024, 4096, group, GPU, with_zeros)
+    checks.check_dequantise_int4(weight)
+    for rows in (1, 16, 23):
+        checks.check_linear_int4(weight, rows, Tiles(128, 0, 16, 4, 4), biased=True)
+        checks.check_linear_int4(weight, rows, Tiles(64, 0, 16, 4, 1), fused=True, pdl=True)
+    checks.check_linear_int4(weight, 60, Tiles(128, 0, 64, 3, 2, 8, 1024), pdl=True)
+    checks.check_linear_int4(weight, 300, Tiles(64, 0, 128, 2, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_any_dtype(dtype):
+    weight = checks.make_int4(512, 1024, 128, GPU, True, dtype)
+    checks.check_linear_int4(weight, 7, Tiles(128, 0, 16, 4, 1))
+    checks.check_dequantise_int4(weight)
+
+
+@pytest.mark.parametrize("group", [32, 128])
+def test_a_row_has_the_same_bits_for_any_number_of_rows_and_any_tiles(group):
+    """Guards --deterministic: the batch must not change a row's bits."""
+    n, k = 1024, 4096
+    weight, x = checks.make_int4(n, k, group, GPU), randn((256, k), torch.bfloat16, GPU)
+    results = []
+    for rows in (1, 8, 16, 33, 64, 100, 256):
+        for tile_n, warps in ((64, 4), (128, 4), (128, 8)):
+            tiles = Tiles(tile_n, weight.block, 16 if rows <= 16 else 64, 3, 2, warps)
+            out = poison((2, rows, n), torch.float32, GPU)
+            linear_int4(x[:rows].contiguous(), weight, None, tiles, out)
+            results.append(out)
+    assert all(torch.equal(out, results[-1][:, : out.shape[1]]) for out in results)

@@ -1,0 +1,68 @@
+"""Products with weights of 4 bits, and how these are packed."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.kernels.int4 import block_size, pack_codes, unpack_codes
+from baton.kernels.triton.linear_policy import Tiles
+from baton.tests.unit.kernels import int4_checks as checks
+
+GROUPS = [32, 64, 128, 512]
+
+
+@pytest.mark.parametrize("block", [64, 128, 256])
+def test_packed_codes_are_unpacked_as_they_were(block):
+    """Guards against a sign that is carried from the highest code of a word."""
+    codes = checks.random_codes(7, 512)
+    words = torch.empty(7, 128, dtype=torch.int16)
+    pack_codes(codes, block, words)
+    assert torch.equal(unpack_codes(words, block), codes)
+
+
+@pytest.mark.parametrize(
+    ("num_inputs", "group", "block"),
+    [
+        (4096, 128, 256),
+        (4096, 64, 256),
+        (4096, 32, 128),
+        (4096, 4096, 256),
+        (896, 128, 128),
+        (896, 896, 128),
+        (96, 96, 0),
+    ],
+)
+def test_a_block_holds_whole_groups_or_is_within_one(num_inputs, group, block):
+    """Guards against a scale that is applied to the inputs of two groups."""
+    assert (block_size(num_inputs, group) or 0) == block
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.parametrize(("rows", "fused", "biased", "splits"), [(1, False, True, 2), (20, True, False, 1)])
+def test_products(device, group, with_zeros, rows, fused, biased, splits):
+    """Guards against codes of another place, scales of another group, and zeros of 16."""
+    weight = checks.make_int4(128, 512, group, device, with_zeros)
+    checks.check_linear_int4(weight, rows, Tiles(64, 0, 16, 3, splits), fused, biased)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_scales_of_any_dtype(device, dtype):
+    weight = checks.make_int4(64, 256, 128, device, True, dtype)
+    checks.check_linear_int4(weight, 3, Tiles(64, 0, 16, 3, 1))
+    checks.check_dequantise_int4(weight)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("with_zeros", [False, True])
+def test_dequantised_weights(device, group, with_zeros):
+    """Guards against rounding twice."""
+    checks.check_dequantise_int4(checks.make_int4(40, 512, group, device, with_zeros))
+
+
+def test_tiles_for_other_blocks_are_refused(device):
+    """Guards against sums over groups that are cut."""
+    weight = checks.make_int4(64, 256, 128, device)
+    with pytest.raises(ValueError, match="do not divide"):
+        checks.check_linear_int4(weight, 1, Tiles(64, 0, 16, 3, 2))
