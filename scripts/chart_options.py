@@ -28,7 +28,7 @@ SET_BY_THE_CHART = {
     *("worker_id", "store_id", "proxy", "bind", "store", "control_address", "secret_file", "insecure_network"),
     *("host", "port", "proxies", "proxy_index", "group_folder"),
     *("api_key", "api_key_file", "tenants", "tls_cert", "tls_key"),
-    *("ram_gib", "disk_gib", "path"),
+    *("ram_gib", "disk_gib", "path", "slo_ttft_ms", "slo_tpot_ms"),
 }
 _TYPES = {int: "integer", float: "number", str: "string", Path: "string", bool: "boolean"}
 

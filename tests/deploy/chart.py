@@ -73,6 +73,14 @@ def options(template: Object) -> dict[str, list[str]]:
     return found
 
 
+def labels(template: Object) -> Object:
+    return dict(template["metadata"]["labels"])
+
+
+def matches(selector: Object, labels: Object) -> bool:
+    return selector.items() <= labels.items()
+
+
 def _pod_templates(objects: list[Object]) -> Iterator[Object]:
     for each in of_kind(objects, *WORKLOADS):
         if each["kind"] == "Pod":

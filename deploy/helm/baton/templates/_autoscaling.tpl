@@ -1,33 +1,38 @@
 {{/* What a role is scaled by, as a list: metric, its labels, how much of it a replica takes, and the query for all of it.
-Every proxy exports the same series of a worker: counted once. */}}
+Every proxy exports the series of all workers, so each worker is counted once; of what proxies compute, the largest. */}}
 {{- define "baton.signals" -}}
-{{- $limits := index .root.Values.autoscaling .component -}}
+{{- $auto := .root.Values.autoscaling -}}
 {{- $labels := dict "namespace" .root.Release.Namespace "service" (include "baton.fullname" .root) "role" .component -}}
-{{- $matchers := list -}}
-{{- range $name, $value := $labels }}{{ $matchers = append $matchers (printf "%s=%q" $name $value) }}{{ end -}}
-{{- if eq .component "prefill" }}
-{{- include "baton.signal" (dict "metric" "baton:worker_waiting_tokens" "labels" $labels "matchers" $matchers "perReplica" $limits.waitingTokens) }}
-{{- else }}
-{{- include "baton.signal" (dict "metric" "baton:worker_running" "labels" $labels "matchers" $matchers "perReplica" $limits.requests) }}
-{{- include "baton.signal" (dict "metric" "baton:worker_waiting" "labels" $labels "matchers" $matchers "perReplica" $limits.requests) }}
+{{- if has "slo" $auto.signals }}
+{{- include "baton.signal" (dict "metric" "baton:desired_replicas" "labels" $labels "perReplica" 1 "query" "max(%s)") }}
+{{- end }}
+{{- if has "queue" $auto.signals }}
+{{- $metric := ternary "baton:worker_waiting_tokens" "baton:worker_running" (eq .component "prefill") }}
+{{- $most := ternary $auto.prefill.waitingTokens $auto.decode.runningRequests (eq .component "prefill") }}
+{{- include "baton.signal" (dict "metric" $metric "labels" $labels "perReplica" $most "query" "sum(max by (worker) (%s))") }}
 {{- end }}
 {{- end -}}
 
 {{- define "baton.signal" }}
+{{- $matchers := list -}}
+{{- range $name, $value := .labels }}{{ $matchers = append $matchers (printf "%s=%q" $name $value) }}{{ end }}
 - metric: {{ .metric }}
   labels:
     {{- toYaml .labels | nindent 4 }}
-  perReplica: {{ .perReplica }}
-  query: {{ printf "sum(max by (worker) (%s{%s}))" .metric (join "," .matchers) | squote }}
+  perReplica: {{ int64 .perReplica }}
+  query: {{ printf .query (printf "%s{%s}" .metric (join "," $matchers)) | squote }}
 {{- end -}}
 
+{{/* The signal slo comes with windows and rates: further ones would only make it late. */}}
 {{- define "baton.scalingBehavior" -}}
+{{- $queue := has "queue" .signals -}}
 scaleUp:
-  stabilizationWindowSeconds: {{ .scaleUp.stabilizationSeconds }}
+  stabilizationWindowSeconds: {{ ternary .scaleUp.stabilizationSeconds 0 $queue }}
   policies:
     - { type: Percent, value: {{ .scaleUp.percent }}, periodSeconds: {{ .scaleUp.periodSeconds }} }
+    - { type: Pods, value: {{ .scaleUp.pods }}, periodSeconds: {{ .scaleUp.periodSeconds }} }
 scaleDown:
-  stabilizationWindowSeconds: {{ .scaleDown.stabilizationSeconds }}
+  stabilizationWindowSeconds: {{ ternary .scaleDown.stabilizationSeconds 0 $queue }}
   policies:
     - { type: Pods, value: {{ .scaleDown.pods }}, periodSeconds: {{ .scaleDown.periodSeconds }} }
 {{- end -}}
