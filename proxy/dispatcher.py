@@ -18,13 +18,13 @@ from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
 from baton.proxy.inbox import Turns
 from baton.proxy.interface import Delta, Generation, WorkerStatus
 from baton.proxy.metrics.timeline import Timeline
-from baton.proxy.routing.admission import Admission
+from baton.proxy.routing.admission import Admission, ViewOf
 from baton.proxy.routing.cluster import ClusterShape, ClusterState, Leg
 from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
-from baton.proxy.routing.router import CHOICE_REASONS, RequestView, Route, RoutingRules
+from baton.proxy.routing.router import CHOICE_REASONS, Route, RoutingRules
 from baton.proxy.scaling.objectives import Objectives, RoleScale, ScaleMonitor
 from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
@@ -75,7 +75,7 @@ class Dispatcher:
             settings.local_prefill_tokens,
             settings.local_prefill_itl_weight,
         )
-        self._cluster = ClusterState(settings.stall_s, models, settings.namespace.lower())
+        self._cluster = ClusterState(settings.stall_s, models, [each.lower() for each in settings.namespace])
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
         self._failed_pairs = FailedPairs()
@@ -166,6 +166,9 @@ class Dispatcher:
             "kv_event_snapshots_total": counts.snapshots,
         }
 
+    def dispatched(self) -> Mapping[str, Mapping[str, int]]:
+        return {name: admission.dispatched() for name, admission in self._admissions.items()}
+
     def scales(self) -> Mapping[str, Sequence[RoleScale]]:
         return {name: monitor.scales() for name, monitor in self._monitors.items()}
 
@@ -187,9 +190,7 @@ class Dispatcher:
         finally:
             del self._sessions[request_id]
 
-    async def admit(
-        self, model: str, ticket: Ticket, view_of: Callable[[ClusterShape], RequestView], deadline: float
-    ) -> tuple[Route, ClusterShape]:
+    async def admit(self, model: str, ticket: Ticket, view_of: ViewOf, deadline: float) -> tuple[Route, ClusterShape]:
         return await self._admissions[model].admit(ticket, view_of, deadline)
 
     def generation_ended(self, model: str, tenant: str, tokens: int) -> None:

@@ -50,6 +50,8 @@ class WorkerStatus:
     """0: it has no pool."""
     model: str = ""
     """The name under which its model is served; empty: it serves all."""
+    revision: str = ""
+    """Of the deployment; workers of one revision are paired."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,6 +102,10 @@ class Engine(Protocol):
         ...
 
     def worker_loads(self) -> list[WorkerStatus]: ...
+
+    def dispatched(self) -> Mapping[str, Mapping[str, int]]:
+        """Attempts that went to each revision of the workers, by model and name of the revision."""
+        ...
 
     def scales(self) -> Mapping[str, Sequence[RoleScale]]:
         """The workers that the objectives ask for, by model: of each role that has had a worker."""

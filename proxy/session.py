@@ -39,6 +39,7 @@ from baton.proxy.control import LegMessage
 from baton.proxy.inbox import Inbox, Turns
 from baton.proxy.interface import Delta, Generation
 from baton.proxy.metrics.timeline import Timeline
+from baton.proxy.routing.admission import ViewOf
 from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.ledger import Gap, Ledger
@@ -90,10 +91,8 @@ class SessionHost(Protocol):
     def registered(self, request_id: str, hear: Callable[[Event], None]) -> AbstractContextManager[None]:
         """Inside it, `hear` gets the messages about the request. Raises PeerLost where the proxy shuts down."""
 
-    async def admit(
-        self, model: str, ticket: Ticket, view_of: Callable[[ClusterShape], RequestView], deadline: float
-    ) -> tuple[Route, ClusterShape]:
-        """Wait for a route; returns it with the shape of the cluster that it leads to."""
+    async def admit(self, model: str, ticket: Ticket, view_of: ViewOf, deadline: float) -> tuple[Route, ClusterShape]:
+        """Wait for a route; returns it with the shape of the revision that it leads to."""
 
     def generation_ended(self, model: str, tenant: str, tokens: int) -> None:
         """It counted for so many tokens too few when it was admitted, or too many (negative)."""
@@ -181,6 +180,8 @@ class Session:
         self._cached_tokens = 0
         self._admitted_tokens = 0
         """What its admission counted as; 0 before it."""
+        self._namespace = b""
+        """Of the last attempt: tokens of one model are not continued by another."""
         self._with_client: _Attempt | None = None
         """While the client takes what this attempt has brought."""
         self._behind = False
@@ -290,7 +291,9 @@ class Session:
         blocks, turn, session = self._blocks, self._turn, self._generation.session_key
         constrained = self._generation.sampling.grammar is not None
 
-        def view_of(shape: ClusterShape) -> RequestView:
+        def view_of(shape: ClusterShape) -> RequestView | None:
+            if self._has_begun() and shape.namespace != self._namespace:
+                return None
             self._timeline.enter("route")
             view = blocks.under(shape).view(turn=turn, avoid=avoid, session=session)
             if transfer_failed or constrained:
@@ -304,8 +307,14 @@ class Session:
         ticket = self._ticket()
         route, shape = await self._host.admit(self._generation.model, ticket, view_of, self._deadline)
         self._admitted_tokens += ticket.cost_tokens
+        self._namespace = shape.namespace
         self._timeline.enter("route")
         return route, blocks.under(shape)
+
+    def _has_begun(self) -> bool:
+        """The client has a part of the answer."""
+        scored = self._generation.sampling.prompt_logprobs is not None and self._ledger.num_scored > 1
+        return scored or bool(self._ledger.accepted)
 
     def _ticket(self) -> Ticket:
         generation, ledger = self._generation, self._ledger

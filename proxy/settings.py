@@ -25,11 +25,11 @@ class ProxySettings(ApiSettings):
     )
     control_address: str = option("tcp://127.0.0.1:5570", metavar="ADDRESS", help="address that workers connect to")
     secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)
-    namespace: str = option(
-        "",
+    namespace: tuple[str, ...] = option(
+        (),
         metavar="DIGITS",
         help="refuse workers whose namespace, which they log as they start, does not begin with these 12 to 64 hex "
-        "digits; without it, the first worker that joins sets the namespace",
+        "digits; without it, the first worker of each --revision that joins sets the namespace of that revision",
     )
     policy: str = option(
         "kv-aware",
@@ -97,8 +97,9 @@ class ProxySettings(ApiSettings):
 
     def __post_init__(self) -> None:
         ApiSettings.__post_init__(self)  # super() does not work in a class with slots
-        if self.namespace and not re.fullmatch("[0-9A-Fa-f]{12,64}", self.namespace):
-            raise SettingsError(f"--namespace {self.namespace!r} is not 12 to 64 hex digits")
+        for digits in self.namespace:
+            if not re.fullmatch("[0-9A-Fa-f]{12,64}", digits):
+                raise SettingsError(f"--namespace {digits!r} is not 12 to 64 hex digits")
         if self.proxy_index >= self.proxies:
             raise SettingsError(f"--proxy-index {self.proxy_index} of --proxies {self.proxies}, counted from 0")
         if self.proxies > 1 and not self.port:

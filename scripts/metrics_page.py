@@ -102,6 +102,7 @@ def _families() -> Iterable[Metric]:
         engine.workers.append(WorkerStatus(role, role, "ready", load, block_tokens=16, model="demo"))
     stored = Load(counters=dict.fromkeys(STORE_COUNTERS, 0.0))
     engine.workers.append(WorkerStatus("store", "store", "ready", stored))
+    engine.attempts["demo"] = {"": 0}
     engine.scaling["demo"] = [RoleScale(role, 0.0, 1) for role in ("prefill", "decode")]
     metrics = ProxyMetrics(engine, ["demo"], time.monotonic, Tenants.one(["key"]))
     line = Timeline(metrics.clock)

@@ -46,6 +46,8 @@ class FakeEngine:
     model_len: int = 2048
     workers: list[WorkerStatus] = field(default_factory=list)
     totals: dict[str, float] = field(default_factory=dict)
+    attempts: dict[str, dict[str, int]] = field(default_factory=dict)
+    """By model and revision."""
     scaling: dict[str, list[RoleScale]] = field(default_factory=dict)
     calls: list[EngineCall] = field(default_factory=list)
     running: set[str] = field(default_factory=set)
@@ -83,6 +85,9 @@ class FakeEngine:
 
     def worker_loads(self) -> list[WorkerStatus]:
         return list(self.workers)
+
+    def dispatched(self) -> Mapping[str, Mapping[str, int]]:
+        return self.attempts
 
     def scales(self) -> Mapping[str, Sequence[RoleScale]]:
         return self.scaling

@@ -53,6 +53,12 @@ class WorkerSettings:
         ("tcp://127.0.0.1:5570",), metavar="ADDRESS", help="control address of a proxy to join; repeat it for several"
     )
     worker_id: str = option("", help="name of this worker in logs and metrics; default: its role and process id")
+    revision: str = option(
+        "",
+        metavar="NAME",
+        help="revision of the deployment, such as an image's tag: only workers of one revision are paired, and "
+        "those of different models or KV layouts may be served side by side",
+    )
     device: str = option("auto", choices=("auto", "cpu", "cuda"), help="where the model runs")
     gpu: int = option(0, help="number of the GPU, if the model runs on one", minimum=0)
     dtype: str = option(

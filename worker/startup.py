@@ -100,6 +100,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         max_model_len=model.max_model_len,
         address=host.advertise(endpoint.address),
         grammar=LIBRARY,
+        revision=settings.revision,
     )
     links = {f"proxy@{address}": address for address in settings.proxy}
     for link, address in links.items():

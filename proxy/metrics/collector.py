@@ -8,7 +8,7 @@ leaves; what has a worker as its label is there only while the worker is, so tha
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 
@@ -84,6 +84,7 @@ class EngineCollector(Collector):
         yield self._moved.collect({worker.worker for worker in self._engine.worker_loads()})
         yield from _counters(self._engine.counters(), self._models)
         yield from _scales(self._engine.scales())
+        yield _dispatched(self._engine.dispatched())
 
 
 class TenantCollector(Collector):
@@ -132,6 +133,7 @@ class ReportCollector(Collector):
         yield self._usage(workers)
         yield self._sum_of_preemptions(workers)
         yield _cache_config(workers)
+        yield _revisions(workers)
         yield from self._prompts(workers)
         yield from _workers(workers)
         yield from _stores(workers)
@@ -215,6 +217,15 @@ def _cache_config(workers: list[WorkerStatus]) -> Metric:
     return family
 
 
+def _revisions(workers: list[WorkerStatus]) -> Metric:
+    labels = (*_LABEL, "revision", "role", "state")
+    family = GaugeMetricFamily("baton:revision_workers", "Registered workers of each revision.", labels=labels)
+    counts = Counter((each.model, each.revision, each.role, each.state) for each in workers if each.role != "store")
+    for values, count in counts.items():
+        family.add_metric(values, count)
+    return family
+
+
 def _counters(counters: Mapping[str, float], model: str) -> Iterable[Metric]:
     for name, value in sorted(counters.items()):
         kind = CounterMetricFamily if name.endswith("_total") else GaugeMetricFamily
@@ -222,6 +233,18 @@ def _counters(counters: Mapping[str, float], model: str) -> Iterable[Metric]:
         family = kind(f"baton:{name}", text, labels=_LABEL)
         family.add_metric((model,), value)
         yield family
+
+
+def _dispatched(dispatched: Mapping[str, Mapping[str, int]]) -> Metric:
+    family = CounterMetricFamily(
+        "baton:revision_requests",
+        "Attempts that went to workers of the revision (--revision of the workers).",
+        labels=(*_LABEL, "revision"),
+    )
+    for model, revisions in dispatched.items():
+        for revision, count in revisions.items():
+            family.add_metric((model, revision), count)
+    return family
 
 
 def _scales(scales: Mapping[str, Sequence[RoleScale]]) -> Iterable[Metric]:

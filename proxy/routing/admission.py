@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
 from baton.proxy.routing.cluster import ClusterShape, ModelWorkers
-from baton.proxy.routing.failed_pairs import FailedPairs
+from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import FairQueue, Ticket
 from baton.proxy.routing.kvindex import KvIndex
+from baton.proxy.routing.revisions import Offer, in_order
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, pick
 
 NO_WORKER_GRACE_S = 5.0
@@ -24,7 +26,8 @@ NO_WORKER_GRACE_S = 5.0
 POLL_S = 0.1
 """Longest time between two looks at the cluster while a request waits."""
 
-ViewOf = Callable[[ClusterShape], RequestView]
+ViewOf = Callable[[ClusterShape], RequestView | None]
+"""None where a revision of this shape cannot go on with the request."""
 
 
 @dataclass(slots=True)
@@ -53,6 +56,7 @@ class Admission:
         self.workers = workers
         self.rejected = 0
         """Requests that found the queue full, or made room in it."""
+        self._routes: Counter[str] = Counter()  # by revision
         self._index = index
         self._rules = rules
         self._failed_pairs = failed_pairs
@@ -67,6 +71,12 @@ class Admission:
     @property
     def waiting(self) -> int:
         return len(self._queue)
+
+    def dispatched(self) -> dict[str, int]:
+        """Routes that were found, by revision: of those that have workers, and the last ones that had."""
+        found = {name: self._routes[name] for name in self.workers.revision_names}
+        self._routes = Counter(found)
+        return found
 
     async def admit(self, ticket: Ticket, view_of: ViewOf, deadline: float) -> tuple[Route, ClusterShape]:
         """Wait, in turn, until the router finds a place. Raises Overloaded, PeerLost, DeadlineExceeded."""
@@ -106,8 +116,10 @@ class Admission:
         """Why no request could be served now, or ""."""
         if self.workers.shape is None:
             return "no worker has registered"
-        route = pick(self.workers.view(), RequestView(1 << 20, 0, 0), self._rules)
-        return route.reason if isinstance(route, Wait) and route.missing else ""
+        probe = RequestView(1 << 20, 0, 0)
+        routes = [pick(revision.workers, probe, self._rules) for revision in self.workers.revisions()]
+        missing = [route.reason for route in routes if isinstance(route, Wait) and route.missing]
+        return missing[0] if len(missing) == len(routes) else ""
 
     def _make_room(self, tenant: str) -> None:
         """Turn the last one away of the tenant that has most in the queue; raises Overloaded where it is this one."""
@@ -141,19 +153,36 @@ class Admission:
 
     def _try(self, waiter: _Waiter) -> tuple[Route, ClusterShape] | None:
         """The route, if there is one now. Raises PeerLost where none is to be expected."""
-        shape = self.workers.last_shape
-        if shape is None:
-            raise PeerLost("no worker is there")
-        request = waiter.view_of(shape)
-        failed_pairs = self._failed_pairs.avoided(self._clock()) | self.workers.cut_pairs()
-        seen = replace(request, hits=self._index.match(request.hashes), failed_pairs=failed_pairs)
-        route = pick(self.workers.view(), seen, self._rules)
-        if isinstance(route, Route):
-            contended = self.workers.shares.contended(waiter.ticket.tenant, self._clock())
-            return (replace(route, contended=True) if contended else route), shape
-        if route.in_vain or (route.missing and self._clock() - self._last_seen(route.missing) >= NO_WORKER_GRACE_S):
-            raise PeerLost(route.reason)
+        now = self._clock()
+        failed_pairs = self._failed_pairs.avoided(now) | self.workers.cut_pairs()
+        reason = "no worker is there"
+        may_come = False
+        for offer in in_order(self._offers(waiter.view_of, failed_pairs)):
+            route = pick(offer.revision.workers, offer.request, self._rules)
+            if isinstance(route, Route):
+                self._routes[offer.revision.name] += 1
+                contended = self.workers.shares.contended(waiter.ticket.tenant, now)
+                return (replace(route, contended=True) if contended else route), offer.revision.shape
+            may_come = may_come or not self._is_vain(offer.revision.name, route, now)
+            reason = route.reason
+        if not may_come:
+            raise PeerLost(reason)
         return None
+
+    def _offers(self, view_of: ViewOf, failed_pairs: frozenset[Pair]) -> list[Offer]:
+        offers = []
+        for revision in self.workers.revisions():
+            if (request := view_of(revision.shape)) is not None:
+                hits = self._index.match(request.hashes)
+                offers.append(Offer(revision, replace(request, hits=hits, failed_pairs=failed_pairs)))
+        return offers
+
+    def _is_vain(self, revision: str, wait: Wait, now: float) -> bool:
+        """Whether a request had better not wait for this."""
+        if wait.in_vain or not wait.missing:
+            return wait.in_vain
+        last_seen = max(self.workers.had_at(revision, wait.missing), self._started_at)
+        return now - last_seen >= NO_WORKER_GRACE_S
 
     def _turn(self) -> int | None:
         """Whose turn it is: the first one's whose tenant does not hold its share of the workers."""
@@ -170,11 +199,8 @@ class Admission:
                 self._waiters[number].woken.set()
 
     def _num_blocks(self, ticket: Ticket) -> int:
-        shape = self.workers.last_shape
-        return -(-ticket.num_tokens // shape.block_tokens) if shape is not None else 0
-
-    def _last_seen(self, role: str) -> float:
-        return max(self.workers.had_at(role), self._started_at)
+        block_tokens = self.workers.block_tokens
+        return -(-ticket.num_tokens // block_tokens) if block_tokens else 0
 
     def _loop_time(self, deadline: float) -> float:
         """A deadline of our clock on the event loop's."""

@@ -7,7 +7,7 @@ when it has work and its step count stands still for `stall_s`.
 from __future__ import annotations
 
 import statistics
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -23,6 +23,8 @@ from baton.proxy.routing.shares import Shares
 
 MAX_WORKERS, MAX_STORES = 4096, 1024
 """Of all models; a store is a host's."""
+MAX_REVISIONS = 8
+"""Of a model at once; usually there is one, and two during a rolling update."""
 NOMINAL_TOKENS_S = 10_000.0
 """Prompt tokens a second, until a worker has measured them; only ratios of costs count then."""
 
@@ -73,54 +75,99 @@ class _Store:
 
 @dataclass(frozen=True, slots=True)
 class ClusterShape:
-    """What all workers of a model agree on."""
+    """What all workers of a revision agree on."""
 
     namespace: bytes
     block_tokens: int
     max_model_len: int
 
 
+@dataclass(frozen=True, slots=True)
+class Revision:
+    """Workers that may be paired: those of one revision of a deployment, which share a namespace."""
+
+    name: str
+    shape: ClusterShape
+    workers: tuple[WorkerView, ...]
+
+
+@dataclass(slots=True)
+class _KnownRevision:
+    shape: ClusterShape
+    """As it was last, once its workers are gone."""
+    had_at: dict[str, float] = field(default_factory=dict)
+    """By role, as of a worker that takes requests."""
+
+
 class ModelWorkers:
-    """The workers of one model; they share a namespace. Named by endpoint identity, `worker/incarnation`."""
+    """The workers of one model, of one or more revisions. Named by endpoint identity, `worker/incarnation`."""
 
     def __init__(self) -> None:
         self.members: dict[str, _Member] = {}
         self.shares = Shares()
-        self._had_at: dict[str, float] = {}
-        self._last_shape: ClusterShape | None = None
+        self._known: dict[str, _KnownRevision] = {}
         self._tokens_s = NOMINAL_TOKENS_S  # the median of those that were measured
         self._median_at = float("-inf")
 
     @property
     def shape(self) -> ClusterShape | None:
-        """None until a worker has registered."""
+        """That of the oldest revision, with the least length of all; None until a worker has registered."""
         members = list(self.members.values())
-        if not members:
-            return None
-        first = members[0].register
-        return ClusterShape(first.namespace, first.block_tokens, min(m.register.max_model_len for m in members))
+        return _shape_of(members) if members else None
 
     @property
-    def last_shape(self) -> ClusterShape | None:
-        """The same, still known while all workers are gone."""
-        return self.shape or self._last_shape
+    def block_tokens(self) -> int:
+        """Of the oldest revision, also while all workers are gone; 0 until a worker has registered."""
+        return next((known.shape.block_tokens for known in self._known.values()), 0)
 
-    def had_at(self, role: str) -> float:
+    @property
+    def revision_names(self) -> tuple[str, ...]:
+        """At most MAX_REVISIONS."""
+        return tuple(self._known)
+
+    def revisions(self) -> list[Revision]:
+        """The oldest first; some may have no worker any more."""
+        views: defaultdict[str, list[WorkerView]] = defaultdict(list)
+        for member, view in zip(self.members.values(), self.view(), strict=True):
+            views[member.register.revision].append(view)
+        return [Revision(name, known.shape, tuple(views[name])) for name, known in self._known.items()]
+
+    def had_at(self, revision: str, role: str) -> float:
         """Time of the last message of a worker of the role that takes requests; -inf if there never was one."""
-        return self._had_at.get(role, float("-inf"))
+        return self._known[revision].had_at.get(role, float("-inf"))
 
     def join(self, identity: str, register: Register, now: float) -> str:
         """Take a worker in; returns "" or the reason for refusing it. One that goes on to register hears nothing: only
         its heartbeats keep it."""
-        shape = self.shape
-        if shape is not None and register.namespace != shape.namespace:
-            return "another namespace: this cluster serves another model, dtype or KV layout"
+        name = register.revision
+        siblings = self._of(name)
+        if siblings and siblings[0].register.namespace != register.namespace:
+            return "another namespace: this cluster serves another model, dtype or KV layout" + (
+                f" in revision {name}" if name else "; workers of a new one need a --revision"
+            )
+        if not siblings and len({member.register.revision for member in self.members.values()}) >= MAX_REVISIONS:
+            return f"there are {MAX_REVISIONS} revisions already"
         if identity not in self.members:
             load = Load(free_blocks=register.total_blocks, total_blocks=register.total_blocks)
             self.members[identity] = _Member(register, now, load, progress_at=now)
-        self._had_at[register.role] = now
-        self._last_shape = self.shape
+        self._reshape(name)
+        self._known[name].had_at[register.role] = now
         return ""
+
+    def remove(self, identity: str) -> None:
+        """It has left or died; its legs have been settled."""
+        self._reshape(self.members.pop(identity).register.revision)
+
+    def _of(self, revision: str) -> list[_Member]:
+        return [member for member in self.members.values() if member.register.revision == revision]
+
+    def _reshape(self, name: str) -> None:
+        """Know what the members of a revision agree on; of one that has none any more, what it was."""
+        if members := self._of(name):
+            known = self._known.setdefault(name, _KnownRevision(_shape_of(members)))
+            known.shape = _shape_of(members)
+        while len(self._known) > MAX_REVISIONS:
+            del self._known[next(each for each in self._known if not self._of(each))]
 
     def beat(self, identity: str, heartbeat: Heartbeat, now: float) -> None:
         member = self.members[identity]
@@ -138,7 +185,7 @@ class ModelWorkers:
             measured = [m.load.prefill_tokens_s for m in self.members.values() if m.load.prefill_tokens_s]
             self._tokens_s = statistics.median(measured) if measured else NOMINAL_TOKENS_S
         if not member.draining:
-            self._had_at[member.register.role] = now
+            self._known[member.register.revision].had_at[member.register.role] = now
 
     def cut_pairs(self) -> frozenset[Pair]:
         """Pairs of live workers of which the first says that the other does not answer."""
@@ -159,19 +206,22 @@ class ModelWorkers:
 class ClusterState:
     """The workers of all models, and the hosts' stores, which belong to none."""
 
-    def __init__(self, stall_s: float, models: Sequence[str], namespace: str = "") -> None:
-        """`models`: names under which they are served. `namespace`: how that of every worker begins, in hex digits."""
+    def __init__(self, stall_s: float, models: Sequence[str], namespaces: Sequence[str] = ()) -> None:
+        """`models`: names under which they are served. `namespaces`: how that of a worker may begin, in hex digits;
+        none: as it likes."""
         self.models = {name: ModelWorkers() for name in models}
         self._stores: dict[str, _Store] = {}
         self._stall_s = stall_s
-        self._namespace = namespace
+        self._namespaces = tuple(namespaces)
 
     def join(self, identity: str, register: Register, now: float) -> str:
         """Take a worker in; returns "" or the reason for refusing it."""
         if reason := _refusal(identity, register):
             return reason
-        if not register.namespace.hex().startswith(self._namespace):
-            return f"another namespace than --namespace {self._namespace}"
+        if register.revision and (reason := name_error(register.revision)):
+            return f"revision: {reason}"
+        if self._namespaces and not register.namespace.hex().startswith(self._namespaces):
+            return f"another namespace than --namespace {' '.join(self._namespaces)}"
         workers = self._model_of(register)
         if workers is None:
             return f"this proxy serves {', '.join(self.models)}, not {excerpt(register.model, 80)}"
@@ -205,7 +255,7 @@ class ClusterState:
         if workers is not None:
             for request_id in list(workers.members[identity].legs):
                 self.settle(identity, request_id)
-            del workers.members[identity]
+            workers.remove(identity)
             return True
         return self._stores.pop(identity, None) is not None
 
@@ -274,6 +324,7 @@ class ClusterState:
                 m.load,
                 m.register.block_tokens,
                 model,
+                m.register.revision,
             )
             for model, workers in self.models.items()
             for m in workers.members.values()
@@ -306,6 +357,12 @@ def _refusal(identity: str, register: Register | RegisterStore) -> str:
     if reason := name_error(register.worker):
         return reason
     return version_error(register.version)
+
+
+def _shape_of(members: Sequence[_Member]) -> ClusterShape:
+    first = members[0].register
+    longest = min(member.register.max_model_len for member in members)
+    return ClusterShape(first.namespace, first.block_tokens, longest)
 
 
 def _view(identity: str, member: _Member, tokens_s: float) -> WorkerView:

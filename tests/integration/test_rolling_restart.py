@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import threading
 from collections.abc import Iterator
@@ -87,6 +88,45 @@ def test_no_request_breaks_when_workers_and_a_proxy_are_replaced_in_turn(tmp_pat
         for name in NODES:
             replace(cluster, load, name)
         assert cluster.counter("retries") == 0
+
+
+def test_no_request_breaks_when_one_revision_replaces_another(tmp_path: Path) -> None:
+    """Guards an update to workers whose KV does not fit that of the old ones: each pair is of one revision."""
+    cluster = Cluster(2, 2, worker_args=("--revision", "old"), decode_step_s=0.02, log_folder=tmp_path)
+    with cluster, under_load(cluster):
+        pairs: set[tuple[str, str]] = set()
+        for number in range(2):
+            begin_new_pair(cluster, number)
+            pairs |= pairs_of(cluster)
+            for name in (f"prefill-{number}", f"decode-{number}"):
+                cluster.nodes.signal(name, signal.SIGTERM)
+                assert cluster.nodes.wait_end(name) == 0
+                cluster.nodes.forget(name)
+        assert pairs and {("new" in prefill) == ("new" in decode) for prefill, decode in pairs} == {True}
+        assert {"new" in decode for _, decode in pairs} == {True, False}
+        assert cluster.counter("retries") == 0
+
+
+def begin_new_pair(cluster: Cluster, number: int) -> None:
+    """Start a prefill and a decode worker of the new revision, and let it serve beside the old one."""
+    for role in ("prefill", "decode"):
+        cluster.nodes.add_worker(role, f"{role}-new-{number}", "--revision", "new", "--block-tokens", "32")
+    served = attempts(cluster, "new")
+    cluster.wait_until(lambda: attempts(cluster, "new") > served + 3, "the new workers serve", 60.0)
+
+
+def attempts(cluster: Cluster, revision: str) -> float:
+    """How many went to a revision."""
+    lines = [line for line in cluster.metrics() if line.startswith("baton:revision_requests_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in lines if f'revision="{revision}"' in line)
+
+
+def pairs_of(cluster: Cluster) -> set[tuple[str, str]]:
+    """Prefill and decode workers between which KV has moved, of those that are there."""
+    found = [
+        re.match(r'baton:transfer_bytes_total\{decode="(.+)",prefill="(.+)"\}', each) for each in cluster.metrics()
+    ]
+    return {(match[2], match[1]) for match in found if match}
 
 
 def test_a_draining_prefill_worker_stays_until_its_kv_was_fetched(tmp_path: Path) -> None:

@@ -264,3 +264,50 @@ async def test_a_request_that_a_worker_of_the_version_before_cannot_serve_goes_e
     with pytest.raises(PeerLost, match="knows no body"):
         await anext(made.generate(GENERATION, Timeline(time.monotonic), timeout_s=5.0))
     assert made.counters()["worker_lost_total"] == 0
+
+
+def _join_as(dispatcher: Dispatcher, worker: str, role: str, revision: str, namespace: bytes = b"n" * 32) -> None:
+    register = replace_struct(_register(), worker=worker, role=role, revision=revision, namespace=namespace)
+    assert dispatcher._cluster.join(f"{worker}/1", register, time.monotonic()) == ""
+
+
+async def test_workers_of_two_revisions_are_never_paired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a rolling update: KV of one revision may be wrong in the other, though both have the same namespace."""
+    monkeypatch.setattr("baton.proxy.routing.admission.NO_WORKER_GRACE_S", 0.0)
+    made = Dispatcher(SilentSocket(), ProxySettings(local_prefill="never"), ["m"])
+    _join_as(made, "p0", "prefill", "old")
+    _join_as(made, "d1", "decode", "new")
+    with pytest.raises(PeerLost):
+        await made.admit("m", NEW, _view(), _soon())
+    _join_as(made, "d0", "decode", "old")
+    _join_as(made, "p1", "prefill", "new")
+    pairs = set()
+    for turn in range(4):
+        view = RequestView(num_tokens=4, num_blocks=1, turn=turn)
+        route, _ = await made.admit("m", NEW, lambda shape, view=view: view, _soon())  # type: ignore[misc]
+        assert route.prefill is not None
+        pairs.add((route.prefill.identity, route.decode.identity))
+    assert pairs == {("p0/1", "d0/1"), ("p1/1", "d1/1")}
+    assert made.dispatched() == {"m": {"old": 2, "new": 2}}
+
+
+async def test_an_answer_is_not_continued_by_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards a stream whose worker is lost in a rolling update: tokens of two models would be in one answer. It waits
+    for a worker of its own namespace, and fails where none comes."""
+    made = Dispatcher(SilentSocket(), ProxySettings(local_prefill="always"), ["m"])
+    _join_as(made, "d0", "decode", "old")
+    _join_as(made, "d1", "decode", "new", b"m" * 32)
+
+    def view_of(shape: ClusterShape) -> RequestView | None:
+        return RequestView(4, 1, turn=0) if shape.namespace == b"n" * 32 else None
+
+    route, shape = await made.admit("m", BEGUN, view_of, _soon())
+    assert route.decode.identity == "d0/1" and shape.namespace == b"n" * 32
+    made._cluster.lose("d0/1")
+    waiting = asyncio.create_task(made.admit("m", BEGUN, view_of, _soon()))
+    for _ in range(20):
+        await asyncio.sleep(0)
+    assert not waiting.done()
+    monkeypatch.setattr("baton.proxy.routing.admission.NO_WORKER_GRACE_S", 0.0)
+    with pytest.raises(PeerLost):
+        await waiting

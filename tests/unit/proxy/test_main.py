@@ -36,5 +36,5 @@ def test_traces_that_only_the_environment_asks_for_are_a_warning(
 def test_a_namespace_is_hex_digits(namespace: str) -> None:
     """Guards against a proxy that refuses every worker because of a misspelt option."""
     with pytest.raises(SettingsError, match="12 to 64 hex digits"):
-        ProxySettings(namespace=namespace)
-    assert ProxySettings(namespace="12C654f6d590").namespace
+        ProxySettings(namespace=(namespace,))
+    assert ProxySettings(namespace=("12C654f6d590",)).namespace

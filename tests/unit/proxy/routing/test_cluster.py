@@ -7,7 +7,7 @@ import pytest
 from baton.node.membership import DEAD_AFTER_S
 from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
 from baton.proxy.routing import cluster as module
-from baton.proxy.routing.cluster import NOMINAL_TOKENS_S, ClusterState, Leg
+from baton.proxy.routing.cluster import MAX_REVISIONS, NOMINAL_TOKENS_S, ClusterState, Leg
 
 
 def _register(worker: str = "d", incarnation: int = 1, namespace: bytes = b"n" * 32, **changes: object) -> Register:
@@ -40,9 +40,35 @@ def test_another_namespace_is_refused_until_the_cluster_is_empty() -> None:
     assert cluster.join("e/1", _register("e", namespace=b"m" * 32), 0) == ""
 
 
+def test_revisions_have_namespaces_of_their_own() -> None:
+    """Guards a rolling update to a model or layout whose KV does not fit the old one's: both are served meanwhile."""
+    cluster = ClusterState(60, ["m"])
+    assert cluster.join("d/1", _register(), 0) == ""
+    assert cluster.join("e/1", _register("e", namespace=b"m" * 32, revision="blue", max_model_len=99), 0) == ""
+    assert "in revision blue" in cluster.join("f/1", _register("f", revision="blue"), 0)
+    old, new = cluster.models["m"].revisions()
+    assert (old.name, new.name, new.shape.namespace) == ("", "blue", b"m" * 32)
+    assert [[worker.identity for worker in each.workers] for each in (old, new)] == [["d/1"], ["e/1"]]
+    assert (old.shape.max_model_len, new.shape.max_model_len) == (512, 99)
+    cluster.lose("d/1")
+    assert [len(each.workers) for each in cluster.models["m"].revisions()] == [0, 1]
+
+
+def test_the_number_of_revisions_is_bounded() -> None:
+    """Guards the labels of metrics, and the work of routing."""
+    cluster = ClusterState(60, ["m"])
+    for number in range(MAX_REVISIONS):
+        assert cluster.join(f"d{number}/1", _register(f"d{number}", revision=f"r{number}"), 0) == ""
+    assert "revisions already" in cluster.join("e/1", _register("e", revision="x"), 0)
+    cluster.lose("d3/1")
+    assert cluster.join("e/1", _register("e", revision="x"), 0) == ""
+    assert len(cluster.models["m"].revision_names) == MAX_REVISIONS
+    assert "letters" in cluster.join("f/1", _register("f", revision="a b"), 0)
+
+
 def test_the_namespace_may_be_given() -> None:
     """Guards the workers of a proxy against one of another model that registers first: it set the namespace."""
-    cluster = ClusterState(60, ["m"], namespace=b"n".hex() * 6)
+    cluster = ClusterState(60, ["m"], namespaces=[b"n".hex() * 6])
     assert "namespace" in cluster.join("e/1", _register("e", namespace=b"m" * 32), 0)
     assert cluster.join("d/1", _register(), 0) == ""
     assert cluster.identities() == ["d/1"]
