@@ -17,8 +17,8 @@ TIMEOUT_S = 120.0
 """A disk that is slower than this has minutes of its own once the nodes start."""
 
 
-def check_folder(folder: Path, options: Iterable[tuple[str, str]], environ: Mapping[str, str]) -> None:
-    """Raises SettingsError with what is wrong. `options`: load formats and context lengths, as `folder_options`."""
+def check_folder(folder: Path, options: Iterable[tuple[str, ...]], environ: Mapping[str, str]) -> None:
+    """Raises SettingsError with what is wrong. `options`: as `folder_options`."""
     commands = [
         *(("baton.models.check", str(folder), *each) for each in sorted(options)),
         ("baton.proxy.text.check", str(folder)),

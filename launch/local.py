@@ -24,6 +24,8 @@ from baton.node.settings import as_arguments, option
 
 POOL_OPTIONS = ("--gpu-memory-utilization", "--kv-memory-gib", "--num-blocks")
 """Options of a worker with which a user sizes its memory."""
+FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization")
+"""Options of a worker that say what it makes of the model's folder, as `baton.models.check` takes them."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,11 +176,11 @@ def plan_worker(
     return _node(name, role, f"baton.{role}", arguments, env)
 
 
-def folder_options(settings: ServeSettings) -> set[tuple[str, str]]:
-    """What the workers' arguments say of the model's folder: the pairs of `--load-format` and `--max-model-len`."""
+def folder_options(settings: ServeSettings) -> set[tuple[str, ...]]:
+    """What the workers' arguments say of the model's folder, in the order of FOLDER_OPTIONS."""
     roles = (settings.prefill_arg, settings.decode_arg) if settings.prefill else (settings.decode_arg,)
     given = [(*settings.worker_arg, *arguments) for arguments in roles]
-    return {(_last(arguments, "--load-format"), _last(arguments, "--max-model-len")) for arguments in given}
+    return {tuple(_last(arguments, name) for name in FOLDER_OPTIONS) for arguments in given}
 
 
 def _last(arguments: Sequence[str], option_name: str) -> str:

@@ -1,7 +1,7 @@
-"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN: whether a worker can serve a model folder. No torch.
+"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN QUANTIZATION: whether a worker can serve a folder.
 
-Reads configuration files and the headers of the weights, so it takes a moment. An error is one line and status 2. Empty
-arguments are a worker's defaults.
+No torch. Reads configuration files and the headers of the weights, so it takes a moment. An error is one line and
+status 2. Empty arguments are a worker's defaults.
 """
 
 from __future__ import annotations
@@ -12,14 +12,23 @@ from pathlib import Path
 
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
+from baton.models.quantization.recipe import Recipe, recipe_of
 from baton.node.errors import SettingsError
 
 
-def check(folder: Path, load_format: str, max_model_len: int | None) -> None:
-    """Raises SettingsError for an unsupported model, weights that are missing or cut off, and a context too long."""
-    longest_known(max_model_len, ModelConfig.from_folder(folder))
+def check(folder: Path, load_format: str, max_model_len: int | None, quantization: str | None = None) -> None:
+    """Raises SettingsError for an unsupported model, weights that are missing, cut off or quantised twice, and a
+    context too long."""
+    config = ModelConfig.from_folder(folder)
+    longest_known(max_model_len, config)
+    recipe_for(quantization, config)
     if load_format != "dummy":
         Checkpoint.open(folder)
+
+
+def recipe_for(quantization: str | None, config: ModelConfig) -> Recipe | None:
+    """Of the setting; SettingsError if it does not fit the model."""
+    return recipe_of(quantization, config.quantization.method if config.quantization is not None else None)
 
 
 def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
@@ -33,10 +42,12 @@ def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    folder, load_format, max_model_len = argv
+    folder, load_format, max_model_len, quantization = argv
     try:
         # What is no number is the worker's own error of settings.
-        check(Path(folder), load_format, int(max_model_len) if max_model_len.isdecimal() else None)
+        check(
+            Path(folder), load_format, int(max_model_len) if max_model_len.isdecimal() else None, quantization or None
+        )
     except SettingsError as error:
         print(error, file=sys.stderr)
         return 2

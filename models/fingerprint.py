@@ -1,9 +1,9 @@
 """Identity of a model folder, so that KV of different weights can never meet. No torch.
 
 The digest covers config.json, files beside it that say how weights are quantised, and every byte of the files that
-weights are read from. Files are hashed in chunks, a
-chunk's SHA-256 is a leaf of the file's, so that threads share the work; they run beside the load, which reads the same
-pages of the page cache. Nothing is kept between starts: no time stamp proves that a file is what it was.
+weights are read from. Files are hashed in chunks, a chunk's SHA-256 is a leaf of the file's, so that threads share the
+work; they run beside the load, which reads the same pages of the page cache. Nothing is kept between starts: no time
+stamp proves that a file is what it was.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import NamedTuple
 
 from baton.models.checkpoint import Checkpoint
+from baton.models.quantization.recipe import Recipe
 from baton.models.quantization.scheme import SIDE_FILES
 from baton.node.errors import SettingsError
 
@@ -49,11 +50,13 @@ class FingerprintTask:
     """Hashes a model folder on threads of its own from construction on; a context manager, which ends them.
 
     `dummy` weights are random: they follow from config.json and from the kind of device that draws them, "cpu" or
-    "cuda", so these stand in for the files.
+    "cuda", so these stand in for the files. A recipe by which weights are quantised at load counts, too.
     """
 
-    def __init__(self, folder: Path, load_format: str = "auto", device: str = "cpu") -> None:
-        self._folder, self._load_format, self._device = folder, load_format, device
+    def __init__(
+        self, folder: Path, load_format: str = "auto", device: str = "cpu", recipe: Recipe | None = None
+    ) -> None:
+        self._folder, self._load_format, self._device, self._recipe = folder, load_format, device, recipe
         num_threads = max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2))  # the load needs a core too
         self._threads = ThreadPoolExecutor(num_threads, "fingerprint")
         self._files = self._threads.submit(self._submit_chunks)
@@ -64,6 +67,8 @@ class FingerprintTask:
         digest = hashlib.sha256(b"baton-model-2\0" + self._load_format.encode() + b"\0")
         if self._load_format == "dummy":
             digest.update(f"{self._device} seed {DUMMY_SEED} std {DUMMY_STD}".encode())
+        if self._recipe is not None:
+            digest.update(hashlib.sha256(self._recipe.identity).digest())
         for path, state, leaves in self._files.result():
             whole = hashlib.sha256(struct.pack("<Q", state.size_bytes))
             for leaf in leaves:
@@ -105,9 +110,11 @@ class FingerprintTask:
         ]
 
 
-def model_fingerprint(folder: Path, load_format: str = "auto", device: str = "cpu") -> bytes:
+def model_fingerprint(
+    folder: Path, load_format: str = "auto", device: str = "cpu", recipe: Recipe | None = None
+) -> bytes:
     """The 32 bytes of a FingerprintTask, waited for."""
-    with FingerprintTask(folder, load_format, device) as task:
+    with FingerprintTask(folder, load_format, device, recipe) as task:
         return task.result()
 
 

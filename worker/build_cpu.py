@@ -147,6 +147,7 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
         dtype=settings.dtype,
         kv_dtype=settings.kv_dtype,
         load_format=settings.load_format,
+        quantization=settings.quantization,
         max_model_len=settings.max_model_len,
         on_progress=progress_log("loading_weights", "tensors"),
     )

@@ -15,7 +15,7 @@ from baton.kvtransfer.blocks.digest import SumsBehind
 from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
-from baton.models.check import longest_known
+from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
@@ -98,6 +98,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: Mo
         settings.load_format,
         progress_log("loading_weights", "tensors"),
         pack=False,
+        recipe=recipe_for(settings.quantization, config),
         keep_quantised=True,
     )
     torch.cuda.empty_cache()  # what tensors took on their way is not the model's, as the plan of the pool counts it

@@ -73,6 +73,11 @@ class WorkerSettings:
         "scales of the checkpoint",
     )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
+    quantization: str | None = option(
+        None,
+        choices=("fp8", "fp8_block", "int8", "int4", "int4_zeros"),
+        help="quantise the plain weights of a model while they are loaded; default: they stay as they are",
+    )
     bind: str = option("tcp://127.0.0.1:0", help="address that other workers connect to; port 0: a free one")
     advertise_host: str = option("", metavar="HOST", help=ADVERTISE_HELP)
     secret_file: Path | None = option(None, metavar="FILE", env=SECRET_VARIABLE, help=SECRET_HELP)

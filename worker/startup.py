@@ -23,6 +23,7 @@ from baton.kvtransfer.protocol.exchange import ChunkLimits, TransferExchange
 from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
+from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import FingerprintTask
 from baton.node.addresses import is_ipv6, listen_host
@@ -75,7 +76,8 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     folder, sizes = locate_model(settings.model, logger.info), settings.worker_sizes(device)
     config = ModelConfig.from_folder(folder)
     tokens = loading_grammar_tokenizer(folder / "tokenizer.json", config.vocab_size, config.eos_token_ids)
-    with tokens as tokenizer, FingerprintTask(folder, settings.load_format, device) as hashing:
+    recipe = recipe_for(settings.quantization, config)
+    with tokens as tokenizer, FingerprintTask(folder, settings.load_format, device, recipe) as hashing:
         model = load_model(settings, sizes, device, role, folder)
         began_at = time.monotonic()
         fingerprint = hashing.result()

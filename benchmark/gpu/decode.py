@@ -14,12 +14,12 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, product
 
 import torch
 
 from baton.benchmark.gpu import step_breakdown
-from baton.benchmark.gpu.runners import BLOCK_TOKENS, chat_lengths, load_shape, make_runner, random_pool
+from baton.benchmark.gpu.runners import BLOCK_TOKENS, add_quantization, chat_lengths, make_runners
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
@@ -106,19 +106,22 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--deterministic", action="store_true", help="kernels whose result does not depend on the batch"
     )
+    add_quantization(parser)
     parser.add_argument("--breakdown", action="store_true", help="where the time of a step goes, beside its floors")
     options = parser.parse_args(argv)
     lines = JsonLines(options.output)
     cells = {name: contexts_of(name) for name in options.cells.split(",")}
     ceilings = step_breakdown.ceilings(lines) if options.breakdown else None
-    config, weights = load_shape(lines, options.shape)
-    pool = random_pool(config, max(sum(map(blocks_for, contexts)) for contexts in cells.values()) + 8)
+    num_blocks = max(sum(map(blocks_for, contexts)) for contexts in cells.values()) + 8
     max_rows, longest = max(map(len, cells.values())), max(map(max, cells.values())) + 1
     limits = StepLimits(max_rows, 2048, options.run_ahead, options.deterministic)
-    runner = make_runner(lines, config, weights, limits, pool, longest)
+    config, pool, runners = make_runners(
+        lines, options.shape, options.quantization.split(","), limits, num_blocks, longest
+    )
     profiled: list[step_breakdown.Profiled] = []
-    for name, contexts in cells.items():
-        values = {"rows": len(contexts), "context": max(contexts)} | ({"cell": name} if "chats" in name else {})
+    for (name, contexts), (quantization, runner) in product(cells.items(), runners.items()):
+        values = {"rows": len(contexts), "context": max(contexts), "quantization": quantization}
+        values |= {"cell": name} if "chats" in name else {}
         wall, host = step_ms(runner, DecodeBatch(contexts, len(pool)))
         timed = gpu_ms(runner, DecodeBatch(contexts, len(pool)))
         lines.put(
@@ -131,7 +134,9 @@ def main(argv: Sequence[str]) -> int:
             deterministic=options.deterministic,
         )
         if ceilings is not None:
-            floors = step_breakdown.floors_s(config, [DecodeBatch(contexts, len(pool), 1).rows()], ceilings)
+            floors = step_breakdown.floors_s(
+                config, runner.weights, [DecodeBatch(contexts, len(pool), 1).rows()], ceilings
+            )
             steps = DecodeBatch(contexts, len(pool), step_breakdown.PASSES)
             values = {"what": "decode_breakdown", **values}
             profiled.append(step_breakdown.Profiled(values, partial(step, runner, steps), timed, floors))

@@ -17,11 +17,12 @@ import sys
 import time
 from collections.abc import Sequence
 from functools import partial
+from itertools import product
 
 import torch
 
 from baton.benchmark.gpu import step_breakdown
-from baton.benchmark.gpu.runners import BLOCK_TOKENS, load_shape, make_runner, random_pool
+from baton.benchmark.gpu.runners import BLOCK_TOKENS, add_quantization, make_runners
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, PromptTargets, Row
@@ -97,6 +98,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
     parser.add_argument("--cells", default=CELLS, help="prompts x tokens, comma separated")
     parser.add_argument("--budget", type=int, default=8192, help="tokens a step")
+    add_quantization(parser)
     parser.add_argument("--breakdown", action="store_true", help="where the time of a run goes, beside its floors")
     parser.add_argument(
         "--prompt-logprobs",
@@ -108,12 +110,14 @@ def main(argv: Sequence[str]) -> int:
     lines = JsonLines(options.output)
     cells = [tuple(int(number) for number in cell.split("x")) for cell in options.cells.split(",")]
     ceilings = step_breakdown.ceilings(lines) if options.breakdown else None
-    config, weights = load_shape(lines, options.shape)
     longest, most = max(tokens for _, tokens in cells) + 1, max(prompts for prompts, _ in cells)
-    pool = random_pool(config, max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8)
-    runner = make_runner(lines, config, weights, StepLimits(max(most, SCORED_ROWS), options.budget), pool, longest)
+    num_blocks = max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8
+    limits = StepLimits(max(most, SCORED_ROWS), options.budget)
+    config, pool, runners = make_runners(
+        lines, options.shape, options.quantization.split(","), limits, num_blocks, longest
+    )
     profiled: list[step_breakdown.Profiled] = []
-    for prompts, tokens in cells:
+    for (prompts, tokens), (quantization, runner) in product(cells, runners.items()):
         batches = steps(prompts, tokens, options.budget, len(pool))
         run(runner, batches)
         took = statistics.median(run(runner, batches) for _ in range(RUNS))
@@ -122,6 +126,7 @@ def main(argv: Sequence[str]) -> int:
             prompts=prompts,
             tokens=tokens,
             budget=options.budget,
+            quantization=quantization,
             ms=round(took * 1e3, 2),
             tokens_s=round(prompts * tokens / took),
         )
@@ -130,7 +135,8 @@ def main(argv: Sequence[str]) -> int:
             compare_scored(lines, runner, batches, scored, prompts=prompts, tokens=tokens)
         if ceilings is not None:
             values = {"what": "prefill_breakdown", "prompts": prompts, "tokens": tokens, "budget": options.budget}
-            floors = step_breakdown.floors_s(config, batches, ceilings)
+            values["quantization"] = quantization
+            floors = step_breakdown.floors_s(config, runner.weights, batches, ceilings)
             profiled.append(step_breakdown.Profiled(values, partial(run, runner, batches), took * 1e3, floors))
     if ceilings is not None:
         step_breakdown.report(lines, runner.queue, profiled)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import argparse
 import time
+from collections.abc import Sequence
 
 import torch
 
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.shapes import SHAPES
+from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
-from baton.models.cuda.memory import unit_padding
+from baton.models.cuda.memory import GIB, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.layers import Weights
+from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
 
 BLOCK_TOKENS = 64
@@ -27,15 +31,33 @@ def chat_lengths(count: int) -> list[int]:
     return lengths[:count]
 
 
-def load_shape(lines: JsonLines, name: str) -> tuple[ModelConfig, Weights]:
+PLAIN = "bf16"
+QUANTIZATIONS = (PLAIN, *RECIPES)
+
+
+def add_quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--quantization",
+        default=PLAIN,
+        help=f"formats of weights, comma separated, which take turns: {', '.join(QUANTIZATIONS)}",
+    )
+
+
+def load_shape(lines: JsonLines, name: str, quantization: str = PLAIN) -> tuple[ModelConfig, Weights]:
+    """quantization: of QUANTIZATIONS."""
     folder = SHAPES / name
     config = ModelConfig.from_folder(folder)
-    began_at = time.monotonic()
-    weights = load_weights(config, folder, torch.bfloat16, "cuda:0", "dummy", pack=False)
+    recipe = recipe_for(None if quantization == PLAIN else quantization, config)
+    before, began_at = torch.cuda.memory_allocated(), time.monotonic()
+    weights = load_weights(
+        config, folder, torch.bfloat16, "cuda:0", "dummy", pack=False, recipe=recipe, keep_quantised=True
+    )
     torch.cuda.synchronize()
     lines.put(
         "start",
         shape=name,
+        quantization=quantization,
+        weights_gib=round((torch.cuda.memory_allocated() - before) / GIB, 2),
         gpu=torch.cuda.get_device_name(),
         torch=torch.__version__,
         weights_s=round(time.monotonic() - began_at, 2),
@@ -53,6 +75,17 @@ def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
         part.copy_(some[: len(part)])
     layers = memory[:, :, : config.num_layers * layer]
     return layers.unflatten(2, (config.num_layers, 2, BLOCK_TOKENS, config.head_dim))
+
+
+def make_runners(
+    lines: JsonLines, shape: str, quantizations: Sequence[str], limits: StepLimits, num_blocks: int, longest: int
+) -> tuple[ModelConfig, torch.Tensor, dict[str, CudaRunner]]:
+    """Of the shape with weights in each of the formats, all over one random pool."""
+    config = ModelConfig.from_folder(SHAPES / shape)
+    weights = {name: load_shape(lines, shape, name)[1] for name in quantizations}
+    pool = random_pool(config, num_blocks)
+    runners = {name: make_runner(lines, config, each, limits, pool, longest) for name, each in weights.items()}
+    return config, pool, runners
 
 
 def make_runner(

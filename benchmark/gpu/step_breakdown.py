@@ -26,15 +26,18 @@ from torch.profiler import ProfilerActivity, profile
 
 from baton.benchmark.gpu.ceilings import Ceilings
 from baton.benchmark.harness.json_lines import JsonLines
+from baton.kernels import Linear
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue
+from baton.models.layers import Weights
 
 PASSES = 7
 WAIT_CYCLES = 40_000_000
 """About 20 ms: a step of some hundred launches under the profiler takes the host less."""
 WAIT, GAP, OTHER = "spin_kernel", "gap", "other"
 GROUPS = {
+    "dequantise": r"_dequantise_",
     "copy": r"Mem(cpy|set) ",
     "attention": r"_(decode|prefill)_attention_kernel|_prefill_kernel",
     "norm": r"_norm_kernel",
@@ -42,7 +45,7 @@ GROUPS = {
     "activation": r"_silu_and_mul_kernel",
     "draw": r"_(best_of_block|best_of_row|scatter|prepare|pass|threshold|block|row)_kernel",
     "inputs": r"_gather_kernel|_share_out_kernel|.*(index_?select|vectorized_gather|CatArray)",
-    "linear": r"_(linear(_8bit)?_rows?|gated_product)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
+    "linear": r"_(linear\w*|gated_product)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
 }
 """Patterns of kernels' names, from their beginning. `draw` has what is set by index too, `inputs` all that is read by
 index: a step's inputs, embeddings, temperatures of slots. `linear` includes the product with the vocabulary."""
@@ -138,31 +141,34 @@ def _ms(nanoseconds: int) -> float:
 # -- the least that a group can take
 
 
-def floors_s(config: ModelConfig, steps: Sequence[Sequence[Row]], ceilings: Ceilings) -> dict[str, float]:
+def floors_s(
+    config: ModelConfig, weights: Weights, steps: Sequence[Sequence[Row]], ceilings: Ceilings
+) -> dict[str, float]:
     """Seconds of a pass. Products read their weights, attention keys and values, at the rate of a copy; or either
     computes at the rate of a large product, if that takes longer."""
     return {
-        "linear": sum(_products_s(config, rows, ceilings) for rows in steps),
+        "linear": sum(_products_s(weights, rows, ceilings) for rows in steps),
         "attention": sum(_attention_s(config, rows, ceilings) for rows in steps),
     }
 
 
-def _products_s(config: ModelConfig, rows: Sequence[Row], ceilings: Ceilings) -> float:
+def _products_s(weights: Weights, rows: Sequence[Row], ceilings: Ceilings) -> float:
     """Behind the last layer's attention only rows that draw are computed."""
-    hidden, dim = config.hidden_size, config.head_dim
-    qkv = (config.num_heads + 2 * config.num_kv_heads) * dim * hidden
-    o, gate_up = hidden * config.num_heads * dim, 2 * config.intermediate_size * hidden
-    down, head = hidden * config.intermediate_size, config.vocab_size * hidden
-    new, drawn, behind = sum(row.num_new for row in rows), _drawn(rows), o + gate_up + down
-    before_last = config.num_layers * qkv + (config.num_layers - 1) * behind
-    return _product_s(before_last, new, ceilings) + _product_s(behind + head, drawn, ceilings)
+    new, drawn = sum(row.num_new for row in rows), _drawn(rows)
+    *before, last = weights.layers
+    of_all = [*(linear for layer in before for linear in layer.linears), last.attention.qkv]
+    of_drawn = [last.attention.o, last.mlp.gate_up, last.mlp.down, weights.lm_head]
+    return sum(_product_s(linear, new, ceilings) for linear in of_all) + sum(
+        _product_s(linear, drawn, ceilings) for linear in of_drawn
+    )
 
 
-def _product_s(elements: int, num_rows: int, ceilings: Ceilings) -> float:
-    """Of `num_rows` rows with weights of so many elements."""
+def _product_s(linear: Linear, num_rows: int, ceilings: Ceilings) -> float:
+    """Arithmetic at the rate of bfloat16, whatever the format."""
     if not num_rows:
         return 0.0
-    return elements * max(ELEMENT_BYTES / ceilings.copy_bytes_s, 2 * num_rows / ceilings.matmul_flop_s)
+    flops = 2 * num_rows * linear.num_outputs * linear.num_inputs
+    return max(linear.size_bytes / ceilings.copy_bytes_s, flops / ceilings.matmul_flop_s)
 
 
 def _attention_s(config: ModelConfig, rows: Sequence[Row], ceilings: Ceilings) -> float:

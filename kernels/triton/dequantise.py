@@ -21,7 +21,7 @@ BLOCK, WARPS = 2048, 4
 
 
 @triton.jit
-def _scaled_kernel(
+def _dequantise_scaled_kernel(
     codes_ptr, scales_ptr, out_ptr, K: tl.constexpr, SCALES: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -34,7 +34,7 @@ def _scaled_kernel(
 
 
 @triton.jit
-def _groups_kernel(
+def _dequantise_groups_kernel(
     codes_ptr, scales_ptr, zeros_ptr, order_ptr, out_ptr, K: tl.constexpr, INPUTS: tl.constexpr, MIDDLE: tl.constexpr,
     ZEROS: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def dequantise_scaled(
     require(scales.numel() == triton.cdiv(n, outputs_per_scale) * columns, f"{scales.numel()} scales do not fit")
     require(all(tensor.is_contiguous() for tensor in (codes, scales, out)), "tensors must be contiguous")
     block = min(BLOCK, triton.next_power_of_2(k))
-    _scaled_kernel[(n, triton.cdiv(k, block))](
+    _dequantise_scaled_kernel[(n, triton.cdiv(k, block))](
         codes, scales, out, K=k, SCALES=columns, OUTPUTS=outputs_per_scale, INPUTS=inputs_per_scale, BLOCK=block,
         **launch_options(WARPS, False),
     )  # fmt: skip
@@ -89,7 +89,7 @@ def dequantise_groups(
     for tensor in (codes, scales, zeros, order, out):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     block = min(BLOCK, triton.next_power_of_2(k))
-    _groups_kernel[(n, triton.cdiv(k, block))](
+    _dequantise_groups_kernel[(n, triton.cdiv(k, block))](
         codes, scales, codes if zeros is None else zeros, codes if order is None else order, out, K=k,
         INPUTS=inputs_per_scale, MIDDLE=MIDDLE, ZEROS=zeros is not None, ORDERED=order is not None, BLOCK=block,
         **launch_options(WARPS, False),

@@ -17,6 +17,7 @@ import torch
 
 from baton.kernels import PagedKv, PlainKv, QuantisedKv
 from baton.models.batch import Done, Drawn, Launched, Row
+from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.decoder import Decoder, DenseDecoder
@@ -54,6 +55,7 @@ class ModelRunner:
         dtype: str = "auto",
         kv_dtype: str = "auto",
         load_format: str = "auto",
+        quantization: str | None = None,
         max_model_len: int | None = None,
         on_progress: Progress = no_progress,
     ) -> ModelRunner:
@@ -62,6 +64,7 @@ class ModelRunner:
         dtype: `auto` is float32 on the CPU, where it is the fastest that every machine has.
         kv_dtype: of keys and values, one of KV_DTYPES; `auto` is dtype.
         load_format: `dummy` makes random weights and reads only the configuration.
+        quantization: the recipe by which plain weights become those that they would be when quantised.
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
         """
         config = ModelConfig.from_folder(folder)
@@ -69,7 +72,8 @@ class ModelRunner:
         name = "float32" if dtype == "auto" else dtype
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
-        weights = load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress)
+        recipe = recipe_for(quantization, config)
+        weights = load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress, recipe=recipe)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
         return cls(config, DenseDecoder(config, weights), DTYPES[name], kv_format)
 

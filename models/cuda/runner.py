@@ -81,7 +81,7 @@ class CudaRunner:
     ) -> None:
         """max_len: no sequence gets longer. policy: of matrix products, by default that of the limits."""
         _check_supported(config)
-        self.config = config
+        self.config, self.weights = config, weights
         self.kv_format = KvFormat.plain(weights.embedding.dtype)
         self.kv_dtype = self.kv_format.dtype
         self.run_ahead = limits.run_ahead

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TypeGuard
 
 from baton.models.folder import Json, JsonObject
+from baton.models.quantization.recipe import Recipe
 from baton.node.errors import SettingsError
 from baton.node.telemetry import excerpt
 
@@ -44,6 +45,8 @@ class Quantization:
     """Stored zero points are one less than they are."""
     needs_zeros: bool = False
     """A weight without zero points is broken, though its layout allows it."""
+    recipe: Recipe | None = None
+    """For random weights in place of the folder's; None: plain ones."""
 
 
 def read_quantization(config: JsonObject, folder: Path) -> Quantization | None:
@@ -69,16 +72,18 @@ def _read(found: JsonObject, default_method: str | None) -> Quantization:
 def _fp8(found: JsonObject) -> Quantization:
     _require(found, "activation_scheme", ("dynamic", "static"))
     _require(found, "fmt", ("e4m3", "float8_e4m3fn"))
-    return Quantization("fp8", ("scaled",), block=_block(found, "weight_block_size"))
+    block = _block(found, "weight_block_size")
+    return Quantization("fp8", ("scaled",), block=block, recipe=Recipe("fp8", block))
 
 
 def _fbgemm_fp8(found: JsonObject) -> Quantization:
-    return Quantization("fbgemm_fp8", ("scaled",))
+    return Quantization("fbgemm_fp8", ("scaled",), recipe=Recipe("fp8"))
 
 
 def _modelopt(found: JsonObject) -> Quantization:
     algorithm = _require(found, "quant_algo", ("FP8", "FP8_PER_CHANNEL_PER_TOKEN", "FP8_PB_WO"))
-    return Quantization("modelopt", ("scaled",), block=(128, 128) if algorithm == "FP8_PB_WO" else None)
+    block = (128, 128) if algorithm == "FP8_PB_WO" else None
+    return Quantization("modelopt", ("scaled",), block=block, recipe=Recipe("fp8", block))
 
 
 def _compressed(found: JsonObject) -> Quantization:
@@ -109,7 +114,24 @@ def _compressed(found: JsonObject) -> Quantization:
         group_sizes=_distinct(_group_size(each) for each in weights),
         block=next(iter(blocks), None),
         needs_zeros=bool(weights) and not any(each.flag("symmetric", True) for each in weights),
+        recipe=_compressed_recipe(weights[0]) if weights else None,
     )
+
+
+def _compressed_recipe(weights: JsonObject) -> Recipe | None:
+    symmetric = weights.flag("symmetric", True)
+    if weights.text("type", "int") == "float":
+        return Recipe("fp8", _block(weights, "block_structure"))
+    if weights.integer("num_bits", 8) == 8 and symmetric:
+        return Recipe("int8")
+    ordered = weights.fields.get("actorder") == "group"
+    return _int4_recipe(weights.integer("num_bits", 8), _group_size(weights), not symmetric, ordered)
+
+
+def _int4_recipe(bits: int, group_size: int, zeros: bool, ordered: bool = False) -> Recipe | None:
+    if bits > 4:
+        return None
+    return Recipe("int4", None if group_size == WHOLE_ROW else (1, group_size), zeros, ordered)
 
 
 def _awq(found: JsonObject) -> Quantization:
@@ -119,7 +141,8 @@ def _awq(found: JsonObject) -> Quantization:
     if bits != 4:
         raise _unsupported(found, f"AWQ of {bits} bits", ("4",))
     group_size = _group_size(found, "group_size" if found.has("group_size") else "q_group_size", 128)
-    return Quantization("awq", ("awq",), bits=(4,), group_sizes=(group_size,))
+    recipe = _int4_recipe(4, group_size, found.flag("zero_point", True))
+    return Quantization("awq", ("awq",), bits=(4,), group_sizes=(group_size,), recipe=recipe)
 
 
 def _gptq(found: JsonObject) -> Quantization:
@@ -129,7 +152,8 @@ def _gptq(found: JsonObject) -> Quantization:
     if found.flag("is_marlin_format", False):
         raise _unsupported(found, "Marlin's order of weights", ("gptq", "gptq_v2"))
     parts = [found, *_children(found, "dynamic")]  # by modules; those to leave out have none of the keys
-    return Quantization("gptq", ("gptq",), *_widths(parts), zeros_less_one=version != "gptq_v2")
+    recipe = _gptq_recipe(found, ordered=found.flag("desc_act", False))
+    return Quantization("gptq", ("gptq",), *_widths(parts), zeros_less_one=version != "gptq_v2", recipe=recipe)
 
 
 def _auto_round(found: JsonObject) -> Quantization:
@@ -144,11 +168,15 @@ def _auto_round(found: JsonObject) -> Quantization:
         bits, group_sizes = _widths([found, *_children(found, "extra_config")])
         if bits != (4,):
             raise _unsupported(found, "AWQ of other than 4 bits", ("4",))
-        return Quantization("auto-round", ("awq",), bits, group_sizes)
+        return Quantization("auto-round", ("awq",), bits, group_sizes, recipe=_gptq_recipe(found))
     # The library's two packings of GPTQ's tensors: only that of AutoGPTQ takes one from zero points.
     less_one = "gptq" in packing and "gptqmodel" not in packing
     widths = _widths([found, *_children(found, "extra_config")])
-    return Quantization("auto-round", ("gptq",), *widths, zeros_less_one=less_one)
+    return Quantization("auto-round", ("gptq",), *widths, zeros_less_one=less_one, recipe=_gptq_recipe(found))
+
+
+def _gptq_recipe(found: JsonObject, ordered: bool = False) -> Recipe | None:
+    return _int4_recipe(found.integer("bits"), _group_size(found), not found.flag("sym", True), ordered)
 
 
 METHODS: dict[str, Callable[[JsonObject], Quantization]] = {

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from baton.models.folder import JsonObject
 from baton.models.quantization.layouts import LAYOUTS
+from baton.models.quantization.recipe import Recipe
 from baton.models.quantization.scheme import METHODS, Quantization, read_quantization
 from baton.node.errors import SettingsError
 from baton.tests.unit.models.quantization.writers import FP8, GPTQ, INT4, ROUND, compressed
@@ -28,7 +29,8 @@ def test_widths_of_modules_that_differ_are_known(tmp_path):
     """Guards files of mixed widths: shapes say which module has which, so that no pattern is run."""
     dynamic = {"+:.*(a+)+down": {"bits": 8, "group_size": 64}, "-:.*mlp.*": {}, "lm_head": None}
     found = read(tmp_path, GPTQ | {"dynamic": dynamic})
-    assert found == Quantization("gptq", ("gptq",), (4, 8), (32, 64), zeros_less_one=True)
+    recipe = Recipe("int4", (1, 32))
+    assert found == Quantization("gptq", ("gptq",), (4, 8), (32, 64), zeros_less_one=True, recipe=recipe)
     extra = {"model.layers.0.mlp.down_proj": {"bits": 8}, "lm_head": {"bits": 16}}
     assert read(tmp_path, ROUND | {"extra_config": extra}).bits == (4, 8)
     groups = {"a": {"weights": INT4}, "b": {"weights": FLOAT}, "only inputs": {"weights": None}}

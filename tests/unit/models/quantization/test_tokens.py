@@ -123,13 +123,3 @@ def test_own_quantised_head_of_a_folder_that_says_tied_is_used(make_model, caplo
     weights = load_weights(ModelConfig.from_folder(made.folder), made.folder, torch.float32, pack=False)
     assert "lm_head.qweight" in tensors and "head_not_tied" in caplog.text
     assert torch.equal(weights.lm_head.weight, made.reference.lm_head.weight)
-
-
-def test_dummy_weights_of_a_quantised_folder_are_plain(make_model):
-    """Guards benchmarks: they need the configuration only."""
-    made = make_model("llama", **SIZES)
-    quantise(made, FORMATS["awq"], shards=1)
-    (made.folder / "model.safetensors").unlink()
-    config = ModelConfig.from_folder(made.folder)
-    weights = load_weights(config, made.folder, torch.float32, load_format="dummy", pack=False)
-    assert weights.layers[0].mlp.down.weight_format == "dense"
