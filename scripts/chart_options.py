@@ -25,7 +25,18 @@ SCHEMA = Path(__file__).resolve().parents[1] / "deploy" / "helm" / "baton" / "va
 NODES = {"proxy": ProxySettings, "prefill": PrefillSettings, "decode": DecodeSettings, "store": StoreSettings}
 SET_BY_THE_CHART = {
     *("model", "served_model_name", "device", "gpu", "log_level", "drain_s", "probe_port"),
-    *("worker_id", "store_id", "proxy", "bind", "store", "control_address", "secret_file", "insecure_network"),
+    *(
+        "worker_id",
+        "store_id",
+        "revision",
+        "proxy",
+        "bind",
+        "advertise_host",
+        "store",
+        "control_address",
+        "secret_file",
+        "insecure_network",
+    ),
     *("host", "port", "proxies", "proxy_index", "group_folder"),
     *("api_key", "api_key_file", "tenants", "tls_cert", "tls_key"),
     *("ram_gib", "disk_gib", "path", "slo_ttft_ms", "slo_tpot_ms"),

@@ -64,7 +64,7 @@ def test_nodes_read_what_is_generated(tmp_path: Path) -> None:
 
 
 def test_an_upgrade_keeps_the_secrets_of_the_cluster(tmp_path: Path) -> None:
-    """Guards against an upgrade with new secrets: its pods would refuse those that still run, and clients their keys."""
+    """Guards against an upgrade with new secrets: its pods would refuse those that run, and clients their keys."""
     there = [
         installed(CLUSTER, secret="ab" * 32),
         installed(KEYS, api_key="mine", api_keys="mine\nof-a-friend\n"),

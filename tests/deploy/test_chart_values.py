@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from baton.scripts import chart_options
-from baton.tests.deploy.chart import CHART, FULLNAME, Object, render, template
+from baton.tests.deploy.chart import CHART, FULLNAME, Object, options, pod_templates, render, template
 
 pytestmark = pytest.mark.deploy
 
@@ -146,3 +146,18 @@ def test_options_are_written_as_the_nodes_read_them() -> None:
     for argument in ('"--max-num-batched-tokens=1048576"', '"--plane=shm"', '"--plane=zmq"'):
         assert argument in done.stdout
     assert done.stdout.count("--deterministic") == 1
+
+
+def revisions(*settings: str) -> set[str]:
+    pods = pod_templates(render("gpu", *settings))
+    return {options(pods[role])["--revision"][0] for role in ("prefill", "decode")}
+
+
+def test_a_revision_is_that_of_both_roles() -> None:
+    """Guards against workers that are never paired, and against pairs of two versions in the middle of an update."""
+    (usual,) = revisions()
+    for setting in ("image.tag=next", "model.name=org/other", "decode.options.dtype=float32"):
+        (changed,) = revisions(setting)
+        assert changed != usual
+    assert revisions("decode.replicas=9", "prefill.options.max-num-seqs=9", "logLevel=debug") == {usual}
+    assert revisions("revision=blue") == {"blue"}

@@ -5,6 +5,19 @@
 {{- printf "%s:%s" .Values.image.repository $tag -}}
 {{- end -}}
 
+{{/* Of workers. It changes with what may make KV or tokens others, and with nothing else: it restarts both roles. */}}
+{{- define "baton.revision" -}}
+{{- $image := include "baton.image" . -}}
+{{- $kv := dict -}}
+{{- range $role := list .Values.prefill.options .Values.decode.options -}}
+{{- range $name := list "block-tokens" "dtype" "kv-dtype" "load-format" "max-model-len" "quantization" -}}
+{{- if hasKey $role $name }}{{ $_ := set $kv $name (append (default list (index $kv $name)) (index $role $name)) }}{{ end -}}
+{{- end -}}
+{{- end -}}
+{{- $of := list $image .Values.device .Values.model.name .Values.model.volume $kv | toJson | sha256sum | trunc 6 -}}
+{{- default (printf "%s-%s" (splitList ":" $image | last | trunc 48) $of) .Values.revision -}}
+{{- end -}}
+
 {{/* Options as arguments: a list repeats its option, true is the option alone, false is left out. Helm reads whole
 numbers as floats, which would be written as 1.048576e+06. */}}
 {{- define "baton.options" -}}

@@ -19,6 +19,7 @@ spec:
       args:
         - {{ printf "--model=%s" $values.model.name | quote }}
         - --worker-id=$(POD_NAME)
+        - {{ printf "--revision=%s" (include "baton.revision" .root) | quote }}
         - --device={{ $values.device }}
         - "--bind=tcp://{{ include "baton.podAddress" .root }}:0"
         - --probe-port=8080
