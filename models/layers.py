@@ -7,13 +7,14 @@ operation reads and writes is the device's part, and where a tensor lies in a ch
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 import torch
 
-from baton.kernels import Linear
+from baton.kernels import DenseLinear, Linear
 from baton.models.config import ModelConfig
 from baton.node.errors import InvariantBroken, SettingsError
 
@@ -151,6 +152,18 @@ class Weights:
     @property
     def linears(self) -> tuple[Linear, ...]:
         return (*(linear for layer in self.layers for linear in layer.linears), self.lm_head)
+
+    @property
+    def size_bytes(self) -> dict[str, int]:
+        """By format; embedding and norms are dense."""
+        norms = [layer.attention.head_norms for layer in self.layers]
+        norms += [norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
+        sizes = Counter({DenseLinear.weight_format: sum(norm.nbytes for norm in norms if norm is not None)})
+        sizes[DenseLinear.weight_format] += self.embedding.nbytes + self.norm.nbytes
+        tied = isinstance(self.lm_head, DenseLinear) and self.lm_head.weight is self.embedding
+        for linear in self.linears[: -1 if tied else None]:
+            sizes[linear.weight_format] += linear.size_bytes
+        return dict(sizes)
 
 
 X = TypeVar("X")

@@ -17,7 +17,7 @@ from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
-from baton.models.cuda.memory import GIB, GpuMemory, plan_blocks, unit_padding
+from baton.models.cuda.memory import GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.weights import load_weights
@@ -60,12 +60,14 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
         runner = _load(settings, sizes, folder, config, longest)
         layout = layout_of(config, runner.kv_format, sizes.block_tokens)
         layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes))
-        pool = DevicePool(layout, _pool_blocks(settings, sizes, layout), index)
+        weights_bytes = sum(runner.weights.size_bytes.values())
+        pool = DevicePool(layout, _pool_blocks(settings, sizes, layout, weights_bytes), index)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
-        began_at = time.monotonic()
+        began_at, (free_bytes, _) = time.monotonic(), torch.cuda.mem_get_info(index)
         runner.bind_pool(pool.tensor, max_model_len, progress_log("capturing_graphs", "graphs"))
         runner.warm_up()
-        log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1))
+        graphs_gib = _gib(free_bytes - torch.cuda.mem_get_info(index)[0])
+        log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1), graphs_gib=graphs_gib)
     except torch.OutOfMemoryError as error:
         raise SettingsError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}") from None
 
@@ -102,8 +104,14 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: Mo
         keep_quantised=True,
     )
     torch.cuda.empty_cache()  # what tensors took on their way is not the model's, as the plan of the pool counts it
-    weights_gib = round(torch.cuda.memory_allocated(settings.gpu) / GIB, 1)
-    log_event(logger, "weights_loaded", took_s=round(time.monotonic() - began_at, 1), weights_gib=weights_gib)
+    sizes_bytes = weights.size_bytes
+    log_event(
+        logger,
+        "weights_loaded",
+        took_s=round(time.monotonic() - began_at, 1),
+        weights_gib=_gib(sum(sizes_bytes.values())),
+        formats=",".join(f"{name}:{_gib(size)}" for name, size in sorted(sizes_bytes.items())),
+    )
     limits = StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
     return CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest)
 
@@ -117,22 +125,30 @@ def _checksums(sizes: WorkerSizes, role: Role, runner: CudaRunner, pool: DeviceP
     return SumsBehind(pool.memory.data, most, runner.run_ahead + 1, queue.enqueue, queue.mark)
 
 
-def _pool_blocks(settings: WorkerSettings, sizes: WorkerSizes, layout: KVLayout) -> int:
-    """The size that the settings ask for, or what the worker's share of the GPU leaves; logs both."""
+def _pool_blocks(settings: WorkerSettings, sizes: WorkerSizes, layout: KVLayout, weights_bytes: int) -> int:
+    """The size that the settings ask for, or what the worker's share of the GPU leaves; logs what takes how much."""
     index = settings.gpu
     free_bytes, total_bytes = torch.cuda.mem_get_info(index)
+    own_bytes = torch.cuda.memory_reserved(index)
     if settings.num_blocks is not None or sizes.kv_memory_gib is not None:
         num_blocks = pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout)
     else:
-        memory = GpuMemory(total_bytes, free_bytes, torch.cuda.memory_reserved(index))
+        memory = GpuMemory(total_bytes, free_bytes, own_bytes)
         num_blocks = plan_blocks(memory, settings.gpu_memory_utilization, layout.block_bytes)
     log_event(
         logger,
         "memory_planned",
-        gpu_gib=round(total_bytes / GIB, 1),
-        free_gib=round(free_bytes / GIB, 1),
-        kv_gib=round(num_blocks * layout.block_bytes / GIB, 1),
+        gpu_gib=_gib(total_bytes),
+        free_gib=_gib(free_bytes),
+        weights_gib=_gib(weights_bytes),
+        activations_gib=_gib(own_bytes - weights_bytes),
+        graphs_gib=_gib(GRAPHS_BYTES),
+        kv_gib=_gib(num_blocks * layout.block_bytes),
         blocks=num_blocks,
         tokens=num_blocks * layout.block_tokens,
     )
     return num_blocks
+
+
+def _gib(size_bytes: int) -> float:
+    return round(size_bytes / GIB, 1)
