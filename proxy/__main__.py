@@ -25,6 +25,7 @@ from baton.node.errors import SettingsError
 from baton.node.garbage import collect_rarely, freeze_startup_objects
 from baton.node.local_http import proxy_socket, require_private
 from baton.node.modelhub import locate_model
+from baton.node.orphan import watch_starter
 from baton.node.settings import is_from_environment, is_loopback_host, parse, require_loopback
 from baton.node.sockets import Context
 from baton.node.telemetry import configure_logging, log_event
@@ -120,6 +121,7 @@ async def serve(settings: ProxySettings) -> int:
     server = BoundedServer(config, _tls_of(settings))
     async with _answering_group(settings, service):
         dispatcher.start()
+        watch_starter(settings.orphan_s, dispatcher.orphan)
         freeze_startup_objects()
         collect_rarely()
         task = asyncio.create_task(server.serve(sockets=[listener]))

@@ -20,6 +20,7 @@ from baton.node.messages.control import (
     Bundle,
     Busy,
     Cancelled,
+    Drain,
     Failed,
     Goodbye,
     HandedOver,
@@ -235,6 +236,9 @@ class ControlPlane:
             self._lose(identity, f"{lost} of its messages were lost")
         if self._cluster.beat(identity, message, now):
             self._answer(identity, self._feed.on_beat(identity, message.kv_seq, message.store, now))
+            if message.orphaned and not message.draining and self._cluster.is_replaced(identity):
+                log_event(logger, "worker_replaced", worker=identity)
+                self._put(identity, Drain())
             self._on_change()
         else:  # it registered with an earlier life of this proxy, or was taken for dead: it must register anew
             self._socket.send(identity, Rejoin())

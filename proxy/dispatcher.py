@@ -94,11 +94,15 @@ class Dispatcher:
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
         self._turn = 0
         self._turns = Turns(SESSIONS_A_TURN)
-        self._draining = False
+        self._draining = self._orphaned = False
         self._stopped = False
 
     def start(self) -> None:
         self._control.start()
+
+    def orphan(self) -> None:
+        """What started this proxy is gone. May be called from another thread."""
+        self._orphaned = True
 
     def drain(self) -> None:
         """From now on this proxy is not ready. It serves what open connections bring, until `stop`."""
@@ -156,6 +160,7 @@ class Dispatcher:
             "rejected_messages_total": self._control.rejected,
             "rejected_queue_full_total": sum(each.rejected for each in self._admissions.values()),
             "queued_requests": sum(each.waiting for each in self._admissions.values()),
+            "orphaned": self._orphaned,
             "failed_pairs": len(self._avoided_pairs()),
             "kv_index_blocks": len(self._index),
             "kv_index_evictions_total": self._index.evicted,

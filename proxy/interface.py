@@ -52,6 +52,8 @@ class WorkerStatus:
     """The name under which its model is served; empty: it serves all."""
     revision: str = ""
     """Of the deployment; workers of one revision are paired."""
+    orphaned: bool = False
+    """What started it is gone."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from baton.node.api_settings import ApiSettings
 from baton.node.errors import SettingsError
+from baton.node.orphan import ORPHAN_HELP
 from baton.node.secret_file import SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
 from baton.proxy.routing.router import POLICIES
@@ -77,6 +78,7 @@ class ProxySettings(ApiSettings):
     request_timeout_s: float = option(600.0, unit="s", help="deadline of a request", minimum=0.1, maximum=86400)
     stall_s: float = option(60.0, unit="s", help="a busy worker without a step for this long counts as dead", minimum=1)
     drain_s: float = option(30.0, unit="s", help="time for running requests to finish after SIGTERM", minimum=0)
+    orphan_s: float | None = option(None, unit="s", help=ORPHAN_HELP, minimum=0, maximum=1e6)
     slow_request_s: float | None = option(
         None, unit="s", help="log the timeline of requests that take longer, as a warning", minimum=0
     )

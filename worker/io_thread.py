@@ -134,6 +134,10 @@ class IoThread:
         self._membership.draining = True
         self.inbox.put(Terminated())
 
+    def orphan(self) -> None:
+        """Say in heartbeats that what started this worker is gone."""
+        self._membership.orphaned = True
+
     def drain(self) -> None:
         """Say at once, and in each heartbeat from now on, that this worker takes nothing new."""
         self._membership.draining = True

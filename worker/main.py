@@ -10,6 +10,7 @@ from collections.abc import Callable
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
 from baton.node.messages.base import Role
+from baton.node.orphan import watch_starter
 from baton.node.probe import NodeState, NoProbes, Probes, open_probes
 from baton.node.telemetry import configure_logging, log_event
 from baton.worker.build_cpu import choose_device
@@ -48,6 +49,7 @@ def _serve(
         probes.watch(lambda: NodeState(min(loop.turned_at, worker.io.turned_at), worker.io.unready))
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: worker.io.terminate())
+        watch_starter(settings.orphan_s, worker.io.orphan)
         freeze_startup_objects()
         loop.run()
         loop.check()

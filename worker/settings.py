@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from baton.node.addresses import ADVERTISE_HELP
+from baton.node.orphan import ORPHAN_HELP
 from baton.node.probe import PROBE_HELP
 from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
@@ -144,6 +145,7 @@ class WorkerSettings:
         help="load a prefix from the store when that is measured to be faster than computing it, or always",
     )
     drain_s: float = option(30.0, unit="s", help="time for running requests to finish after SIGTERM", minimum=0)
+    orphan_s: float | None = option(None, unit="s", help=ORPHAN_HELP, minimum=0, maximum=1e6)
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")
 
     def worker_sizes(self, device: str) -> WorkerSizes:

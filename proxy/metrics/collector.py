@@ -272,6 +272,12 @@ def _workers(workers: list[WorkerStatus]) -> Iterable[Metric]:
     for worker in workers:
         up.add_metric((worker.worker, worker.role, worker.state), 1.0)
     yield up
+    orphaned = GaugeMetricFamily(
+        "baton:worker_orphaned", "1 while what started the worker is gone: it drains --orphan-s later.", labels=_WORKER
+    )
+    for worker in workers:
+        orphaned.add_metric((worker.worker, worker.role), worker.orphaned)
+    yield orphaned
     for name, text in _LOADS.items():
         gauge = GaugeMetricFamily(f"baton:worker_{name}", text, labels=_WORKER)
         for worker in workers:

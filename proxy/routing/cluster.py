@@ -49,6 +49,7 @@ class _Member:
     last_message_at: float
     load: Load = field(default_factory=Load)
     draining: bool = False
+    orphaned: bool = False
     silent_peers: tuple[str, ...] = ()
     progress_at: float = 0.0
     legs: dict[str, Leg] = field(default_factory=dict)  # by request id
@@ -174,6 +175,7 @@ class ModelWorkers:
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
         member.load, member.draining, member.last_message_at = heartbeat.load, heartbeat.draining, now
+        member.orphaned = heartbeat.orphaned
         member.silent_peers = heartbeat.silent_peers
         member.reported_at = now - heartbeat.load_age_s
         seen = sum(leg.tokens for leg in member.legs.values() if leg.sent_at < member.reported_at)
@@ -315,6 +317,19 @@ class ClusterState:
                 member.ended += leg.sent_at < member.reported_at
                 workers.shares.leave(leg.tenant, member.register.role, leg.blocks)
 
+    def is_replaced(self, identity: str) -> bool:
+        """Whether this worker is an orphan, and one of its name has started later."""
+        member = self._member(identity)
+        return (
+            member is not None
+            and member.orphaned
+            and any(
+                each.register.worker == member.register.worker
+                and each.register.incarnation > member.register.incarnation
+                for _, each in self._members()
+            )
+        )
+
     def statuses(self) -> list[WorkerStatus]:
         found = [
             WorkerStatus(
@@ -325,6 +340,7 @@ class ClusterState:
                 m.register.block_tokens,
                 model,
                 m.register.revision,
+                m.orphaned,
             )
             for model, workers in self.models.items()
             for m in workers.members.values()

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from baton.node.messages.base import PROTOCOL_VERSION, Message
-from baton.node.messages.control import Cancelled, Heartbeat, Load, Refused, Register, Registered, Rejoin
+from baton.node.messages.control import Cancelled, Drain, Heartbeat, Load, Refused, Register, Registered, Rejoin
 from baton.node.messages.versions import OLDEST_VERSION
 from baton.proxy.control import ControlPlane
 from baton.proxy.routing.cluster import ClusterState
@@ -84,8 +85,8 @@ class Bench:
             )
         )
 
-    def beat(self) -> None:
-        self.hear(Heartbeat(worker="d", incarnation=1, load=Load(), sent=self.num_sent))
+    def beat(self, **changes: bool) -> None:
+        self.hear(Heartbeat(worker="d", incarnation=1, load=Load(), sent=self.num_sent, **changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture
@@ -153,3 +154,19 @@ def test_a_worker_of_a_later_version_is_refused_with_that_of_the_proxy() -> None
     bench.register(version=PROTOCOL_VERSION + 1)
     (answer,) = bench.socket.sent
     assert isinstance(answer, Refused) and answer.version == PROTOCOL_VERSION
+
+
+def test_an_orphan_drains_when_one_of_its_name_has_registered(bench: Bench) -> None:
+    """Guards the memory of a GPU, which an orphan holds, and workers that are well: a namesake drains no other."""
+    bench.beat(orphaned=True)
+    bench.beat()
+    (first,) = bench.plane._cluster.models["m"].members.values()
+    successor = replace(first.register, incarnation=2)
+    bench.socket.inbound.append(("d/2", successor))
+    bench.plane._read()
+    bench.beat()
+    assert not any(isinstance(message, Drain) for message in bench.socket.sent)
+    bench.beat(orphaned=True)
+    assert isinstance(bench.socket.sent[-1], Drain)
+    bench.beat(orphaned=True, draining=True)
+    assert sum(isinstance(message, Drain) for message in bench.socket.sent) == 1
