@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 
@@ -18,6 +19,12 @@ def host_identity() -> str:
         return f"name-{platform.node()}"[:96]
     boot = boot_id()
     return f"{boot}-{namespace}" if boot else f"name-{platform.node()}"[:96]
+
+
+def default_name(role: str) -> str:
+    """The name of a node that was given none: process ids alone are equal in containers, where each may be 1."""
+    host = re.sub(r"[^A-Za-z0-9._-]", "-", platform.node().partition(".")[0])[:40]
+    return f"{role}-{host}-{os.getpid()}"
 
 
 def boot_id() -> str:

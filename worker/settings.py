@@ -53,7 +53,7 @@ class WorkerSettings:
     proxy: tuple[str, ...] = option(
         ("tcp://127.0.0.1:5570",), metavar="ADDRESS", help="control address of a proxy to join; repeat it for several"
     )
-    worker_id: str = option("", help="name of this worker in logs and metrics; default: its role and process id")
+    worker_id: str = option("", help="name of this worker in logs and metrics; default: its role, host and process id")
     revision: str = option(
         "",
         metavar="NAME",

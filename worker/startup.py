@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -29,6 +28,7 @@ from baton.models.fingerprint import FingerprintTask
 from baton.node.addresses import is_ipv6, listen_host
 from baton.node.credentials import PAIRED_WITH, link_credentials
 from baton.node.endpoint import Endpoint, identity_of
+from baton.node.host import default_name
 from baton.node.membership import Membership
 from baton.node.messages.base import Role
 from baton.node.messages.control import Register
@@ -86,7 +86,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         log_event(logger, "longrope", factors="long" if model.config.rope.use_long_factors else "short")
     layout, num_blocks = model.layout, model.pool.num_blocks
     namespace = namespace_of(folder, fingerprint, layout, model.dtype, model.config)
-    worker = settings.worker_id or f"{role}-{os.getpid()}"
+    worker = settings.worker_id or default_name(role)
     incarnation = time.time_ns() >> 10
     context = Context(credentials, ipv6=is_ipv6(settings.bind))
     endpoint = Endpoint(context, identity_of(worker, incarnation), settings.bind)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import threading
 import time
@@ -24,6 +23,7 @@ from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.errors import SettingsError
 from baton.node.garbage import freeze_startup_objects
+from baton.node.host import default_name
 from baton.node.messages.store import decode_store
 from baton.node.probe import NodeState, NoProbes, Probes, open_probes
 from baton.node.sockets import Context
@@ -50,7 +50,7 @@ class StoreProcess:
         self._turned_at = time.monotonic()
         self._arena = Arena(int(settings.ram_gib * (1 << 30)))
         context, incarnation = Context(credentials, ipv6=is_ipv6(settings.bind)), time.time_ns() >> 10
-        name = settings.store_id or f"store-{os.getpid()}"
+        name = settings.store_id or default_name("store")
         identity = identity_of(name, incarnation)
         self._endpoint = Endpoint(context, identity, settings.bind, decode_store)
         calling = Endpoint(context, identity, None)

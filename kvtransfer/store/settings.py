@@ -12,7 +12,7 @@ from baton.node.settings import option
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoreSettings:
-    store_id: str = option("", help="name of this store in logs and metrics; default: store and its process id")
+    store_id: str = option("", help="name of this store in logs and metrics; default: store, its host and process id")
     proxy: tuple[str, ...] = option(
         (),
         metavar="ADDRESS",
