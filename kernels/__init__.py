@@ -15,6 +15,7 @@ from baton.kernels.reference import (
     add_rms_norm,
     apply_penalties,
     apply_rope,
+    gelu_tanh_and_mul,
     keep_masked,
     keep_min_p,
     keep_tokens,
@@ -22,6 +23,7 @@ from baton.kernels.reference import (
     silu_and_mul,
     token_logprobs,
 )
+from baton.kernels.scores import Scores
 
 __all__ = [
     "DecodeGroup",
@@ -32,12 +34,14 @@ __all__ = [
     "PlainKv",
     "QuantisedKv",
     "ScaledLinear",
+    "Scores",
     "add_rms_norm",
     "apply_penalties",
     "apply_rope",
     "chunk_attention",
     "decode_attention",
     "draw",
+    "gelu_tanh_and_mul",
     "keep_masked",
     "keep_min_p",
     "keep_tokens",

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from baton.kernels.scores import Scores
+
 NEGATIVE_INFINITY = float("-inf")
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -20,11 +22,13 @@ SMALLEST_AMAX = 1e-30
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """x / sqrt(mean(x**2) + eps) * weight over the last dimension, the quotient in float32 and rounded to x's dtype.
 
-    weight: the last dimension of x, or its last two (a weight of its own for each head).
+    weight: the last dimension of x, or its last two (a weight of its own for each head). Where it is float32 and x is
+    not, the quotient is multiplied before it is rounded.
     """
     if x.dtype == torch.float32 and weight.dim() == 1:
         return F.rms_norm(x, x.shape[-1:], weight, eps)
-    return F.rms_norm(x.float(), x.shape[-1:], None, eps).to(x.dtype) * weight
+    quotient = F.rms_norm(x.float(), x.shape[-1:], None, eps)
+    return (quotient * weight).to(x.dtype) if weight.dtype == torch.float32 else quotient.to(x.dtype) * weight
 
 
 def add_rms_norm(
@@ -36,7 +40,8 @@ def add_rms_norm(
 
 
 def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
-    """Rotates x [N, heads, D] in place, pairing element i with i + D/2 as Hugging Face weights want it.
+    """Rotates x [N, heads, D] in place, pairing element i with i + D/2 as Hugging Face weights want it; where only a
+    part of a head is rotated, x is that part.
 
     cos and sin are [N, 1, 2, D/2] as `models.rope.rotations` makes them: the first half of sin negated.
     """
@@ -49,6 +54,12 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up; gate_up is [N, 2 * intermediate], gate first."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """gelu(gate) * up with the tanh approximation of gelu; as `silu_and_mul`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
 
 
 def write_kv(slots: torch.Tensor, slot_ids: torch.Tensor, kv: torch.Tensor) -> None:
@@ -77,12 +88,18 @@ def dequantise_kv(data: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
 
 
 def paged_attention(
-    query: torch.Tensor, pool: torch.Tensor, layer: int, blocks: torch.Tensor, start: int, window: int | None
+    query: torch.Tensor,
+    pool: torch.Tensor,
+    layer: int,
+    blocks: torch.Tensor,
+    start: int,
+    window: int | None,
+    scores: Scores | None = None,
 ) -> torch.Tensor:
     """Attention of one sequence's new tokens over all its tokens in the pool, in float32 throughout; [n, H, D].
 
     query [n, H, D] belongs to the tokens start .. start + n - 1, whose keys and values are already in the pool. Token i
-    sees j when j <= i and, with a window, j > i - window.
+    sees j when j <= i and, with a window, j > i - window. scores: None is the scale 1 / sqrt(D).
     """
     num_new, num_heads, head_dim = query.shape
     total = start + num_new
@@ -91,10 +108,13 @@ def paged_attention(
     )
     group = num_heads // keys.shape[1]
     keys, values = keys.repeat_interleave(group, 1), values.repeat_interleave(group, 1)
-    scores = torch.einsum("nhd,thd->hnt", query.float(), keys) * head_dim**-0.5
+    scale, softcap = scores or (head_dim**-0.5, None)
+    products = torch.einsum("nhd,thd->hnt", query.float(), keys) * scale
+    if softcap is not None:
+        products = softcap * torch.tanh(products / softcap)
     here, there = torch.arange(start, total)[:, None], torch.arange(total)[None, :]
     seen = there <= here if window is None else (there <= here) & (there > here - window)
-    weights = scores.masked_fill(~seen, NEGATIVE_INFINITY).softmax(-1)
+    weights = products.masked_fill(~seen, NEGATIVE_INFINITY).softmax(-1)
     return torch.einsum("hnt,thd->nhd", weights, values).to(query.dtype)
 
 

@@ -6,21 +6,20 @@ the shape of a real model is an error instead.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from baton.models.families import FAMILIES, LOGIT_SOFTCAP, MODEL_TYPES, SCORE_SOFTCAP, Family, Windows
 from baton.models.folder import MAX_LENGTH, JsonObject
 from baton.models.quantization.scheme import Quantization, read_quantization
-from baton.models.rope_config import RopeConfig, read_rope
+from baton.models.rope_config import RopeConfig, read_ropes
 from baton.node.errors import SettingsError
 from baton.node.messages.base import MAX_TOKEN_ID
 from baton.node.model_folder import MAX_END_TOKENS, MAX_VOCAB_SIZE
 from baton.node.telemetry import excerpt
 
-ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
-MODEL_TYPES = dict(zip(("llama", "mistral", "qwen2", "qwen3"), ARCHITECTURES, strict=True))
-DEFAULT_KV_HEADS = {"MistralForCausalLM": 8, "Qwen2ForCausalLM": 32, "Qwen3ForCausalLM": 32}
-"""Where num_key_value_heads is absent; where it is null, and in Llama, there are as many as query heads."""
+ARCHITECTURES = tuple(FAMILIES)
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_WIDTH = 4096, 1 << 14, 1 << 13, 1 << 22
 """Many times what any model has: a config.json that says more is broken, and is refused before memory is allocated."""
 
@@ -50,11 +49,27 @@ class ModelConfig:
     intermediate_size: int
     rms_norm_eps: float
     rope: RopeConfig
+    window_rope: RopeConfig | None
+    """Of layers with a window, where theirs is another."""
     tie_word_embeddings: bool
     qkv_bias: bool
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    merged_projections: bool
+    """In the checkpoint, which has qkv_proj and gate_up_proj."""
+    activation: str
+    """Of the MLP's gate, as transformers names it."""
+    unit_offset_norms: bool
+    """Norms multiply by 1 + weight, and before they round."""
+    output_norms: bool
+    """What attention and the MLP add to the residual is normed before."""
+    embedding_scale: float
+    score_scale: float
+    """Of queries times keys."""
+    score_softcap: float | None
+    """Scores s become softcap * tanh(s / softcap)."""
+    logit_softcap: float | None
     sliding_window: int | None
     """A token of a windowed layer sees itself and the sliding_window - 1 before it; None: no layer is windowed."""
     windowed_layers: tuple[bool, ...]
@@ -84,7 +99,8 @@ class ModelConfig:
 
     def up_to(self, max_model_len: int) -> ModelConfig:
         """The configuration of a server whose sequences have at most so many tokens."""
-        return replace(self, rope=self.rope.up_to(max_model_len))
+        window_rope = None if self.window_rope is None else self.window_rope.up_to(max_model_len)
+        return replace(self, rope=self.rope.up_to(max_model_len), window_rope=window_rope)
 
     @classmethod
     def from_folder(cls, folder: Path) -> ModelConfig:
@@ -94,24 +110,26 @@ class ModelConfig:
 
 def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
     architecture = _architecture(config)
-    llama, qwen3 = architecture == "LlamaForCausalLM", architecture == "Qwen3ForCausalLM"
-    if config.text("hidden_act", "silu") != "silu":
-        raise config.wrong("hidden_act", "'silu'")
+    family = FAMILIES[architecture]
+    if config.text(family.activation_key, family.activation) not in (family.activation, family.old_activation):
+        raise config.wrong(family.activation_key, f"'{family.activation}'")
+    if config.flag("use_bidirectional_attention", False):
+        raise config.wrong("use_bidirectional_attention", "false: all attention here is causal")
     hidden_size = config.integer("hidden_size", most=MAX_WIDTH)
     num_heads = config.integer("num_attention_heads", most=MAX_HEADS)
     num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     max_position = config.integer("max_position_embeddings")
-    num_kv_heads = _num_kv_heads(config, architecture, num_heads)
-    if not qwen3 and not config.has("head_dim") and hidden_size % num_heads:
+    num_kv_heads = _num_kv_heads(config, family, num_heads)
+    if family.default_head_dim is None and not config.has("head_dim") and hidden_size % num_heads:
         raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({num_heads})")
-    head_dim = config.integer("head_dim", 128 if qwen3 else hidden_size // num_heads, most=MAX_HEAD_DIM)
+    head_dim = config.integer("head_dim", family.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM)
     if head_dim % 2:
         raise config.wrong("head_dim", "even")
-    window, windowed = _windows(config, architecture, num_layers)
-    rope = read_rope(config, max_position, head_dim)
+    window, windowed = _windows(config, family, num_layers)
+    rope, window_rope = read_ropes(config, family, max_position, head_dim)
     if rope.kind == "yarn" and rope.original_max_position * rope.factor > MAX_LENGTH:
         raise SettingsError(f"{config.where}: the rope's factor makes sequences longer than {MAX_LENGTH} tokens")
-    attention_bias = (llama or qwen3) and config.flag("attention_bias", False)
+    attention_bias = family.reads_attention_bias and config.flag("attention_bias", False)
     return ModelConfig(
         architecture=architecture,
         vocab_size=config.integer("vocab_size", most=MAX_VOCAB_SIZE),
@@ -121,13 +139,22 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         intermediate_size=config.integer("intermediate_size", most=MAX_WIDTH),
-        rms_norm_eps=config.number("rms_norm_eps", 1e-6),
+        rms_norm_eps=config.number("rms_norm_eps", family.default_eps),
         rope=rope,
-        tie_word_embeddings=config.flag("tie_word_embeddings", False),
-        qkv_bias=attention_bias or architecture == "Qwen2ForCausalLM",
+        window_rope=window_rope,
+        tie_word_embeddings=config.flag("tie_word_embeddings", family.default_tied),
+        qkv_bias=attention_bias or family.always_qkv_bias,
         o_bias=attention_bias,
-        mlp_bias=llama and config.flag("mlp_bias", False),
-        qk_norm=qwen3,
+        mlp_bias=family.reads_mlp_bias and config.flag("mlp_bias", False),
+        qk_norm=family.qk_norm,
+        merged_projections=family.merged_projections,
+        activation=family.activation,
+        unit_offset_norms=family.like_gemma,
+        output_norms=family.output_norms,
+        embedding_scale=math.sqrt(hidden_size) if family.like_gemma else 1.0,
+        score_scale=_query_scalar(config, family, head_dim) ** -0.5,
+        score_softcap=_softcap(config, family, SCORE_SOFTCAP),
+        logit_softcap=_softcap(config, family, LOGIT_SOFTCAP),
         sliding_window=window,
         windowed_layers=windowed,
         max_position_embeddings=max_position,
@@ -158,11 +185,11 @@ def _architecture(config: JsonObject) -> str:
     return architecture
 
 
-def _num_kv_heads(config: JsonObject, architecture: str, num_heads: int) -> int:
+def _num_kv_heads(config: JsonObject, family: Family, num_heads: int) -> int:
     if "num_key_value_heads" in config.fields:
         num_kv_heads = config.integer("num_key_value_heads", num_heads)
     else:
-        num_kv_heads = DEFAULT_KV_HEADS.get(architecture, num_heads)
+        num_kv_heads = family.default_kv_heads or num_heads
     if num_heads % num_kv_heads:
         expected = f"a divisor of num_attention_heads ({num_heads})"
         if "num_key_value_heads" in config.fields:
@@ -173,23 +200,37 @@ def _num_kv_heads(config: JsonObject, architecture: str, num_heads: int) -> int:
     return num_kv_heads
 
 
-def _windows(config: JsonObject, architecture: str, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
+def _query_scalar(config: JsonObject, family: Family, head_dim: int) -> float:
+    return config.number("query_pre_attn_scalar", 256.0) if family.reads_query_scalar else head_dim
+
+
+def _softcap(config: JsonObject, family: Family, key: str) -> float | None:
+    """Absent is the family's default; null is none."""
+    if key not in family.softcaps or (key in config.fields and not config.has(key)):
+        return None
+    default = family.softcaps[key]
+    return config.number(key) if config.has(key) else default
+
+
+def _windows(config: JsonObject, family: Family, num_layers: int) -> tuple[int | None, tuple[bool, ...]]:
     """The sliding window and the layers that have it, by the rules of each family in transformers."""
     none = (None, (False,) * num_layers)
-    if architecture == "LlamaForCausalLM":
-        return none
-    if architecture == "MistralForCausalLM":
-        if "sliding_window" in config.fields and not config.has("sliding_window"):
-            return none
-        return config.integer("sliding_window", 4096), (True,) * num_layers
-    if not config.flag("use_sliding_window", False) or (
-        "sliding_window" in config.fields and not config.has("sliding_window")
+    if family.windows is Windows.NONE or (
+        family.windows is Windows.QWEN and not config.flag("use_sliding_window", False)
     ):
         return none
-    window = config.integer("sliding_window", 4096)
+    if not config.has("sliding_window") and ("sliding_window" in config.fields or family.default_window is None):
+        return none
+    window = config.integer("sliding_window", family.default_window)
+    if family.windows is Windows.ALL:
+        return window, (True,) * num_layers
     if not config.has("layer_types"):
-        first = config.integer("max_window_layers", 28, least=0)
-        windowed = tuple(layer >= first for layer in range(num_layers))
+        if family.windows is Windows.ALTERNATING:
+            pattern = config.integer("sliding_window_pattern", family.default_pattern)
+            windowed = tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
+        else:
+            first = config.integer("max_window_layers", 28, least=0)
+            windowed = tuple(layer >= first for layer in range(num_layers))
     else:
         kinds = config.texts("layer_types")
         if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:

@@ -14,8 +14,9 @@ from typing import Protocol, TypeVar
 
 import torch
 
-from baton.kernels import DenseLinear, Linear
+from baton.kernels import DenseLinear, Linear, Scores
 from baton.models.config import ModelConfig
+from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken, SettingsError
 
 
@@ -61,13 +62,16 @@ class GroupedAttention:
     o_bias: bool
     head_norms: bool
     """Queries and keys are normed head by head before rope."""
+    rope: RopeConfig
+    scores: Scores
 
 
 @dataclass(frozen=True, slots=True)
 class DenseMlp:
-    """down(silu(gate x) * up x)"""
+    """down(activation(gate x) * up x)"""
 
     width: int
+    activation: str
     gate_bias: bool
     """Of gate and up."""
     down_bias: bool
@@ -79,6 +83,8 @@ class LayerShape:
 
     attention: GroupedAttention
     mlp: DenseMlp
+    output_norms: bool
+    """What is added is normed before:  h += norm(attention(norm(h)));  h += norm(mlp(norm(h)))."""
 
 
 def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
@@ -88,6 +94,7 @@ def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
     adds_bias = rank.index == 0
     mlp = DenseMlp(
         width=len(rank.share(config.intermediate_size, "rows of an MLP")),
+        activation=config.activation,
         gate_bias=config.mlp_bias,
         down_bias=config.mlp_bias and adds_bias,
     )
@@ -101,8 +108,11 @@ def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
                 qkv_bias=config.qkv_bias,
                 o_bias=config.o_bias and adds_bias,
                 head_norms=config.qk_norm,
+                rope=config.window_rope if windowed and config.window_rope is not None else config.rope,
+                scores=Scores(config.score_scale, config.score_softcap),
             ),
             mlp,
+            config.output_norms,
         )
         for windowed in config.windowed_layers
     )
@@ -132,8 +142,10 @@ class LayerWeights:
     shape: LayerShape
     input_norm: torch.Tensor  # [hidden]
     attention: AttentionWeights
-    post_norm: torch.Tensor  # [hidden]
+    post_norm: torch.Tensor  # [hidden], before the MLP
     mlp: DenseMlpWeights
+    attention_output_norm: torch.Tensor | None = None  # [hidden]
+    mlp_output_norm: torch.Tensor | None = None  # [hidden]
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -189,11 +201,13 @@ class LayerOps(Protocol[X]):
         """What the layer's MLP adds to the residual."""
         ...
 
-    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor, reader: Linear) -> X:
-        """The residual takes `added`; its norm."""
+    def add_and_norm(
+        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
+    ) -> X:
+        """The residual takes `added`, normed by `output_norm` if there is one; its norm."""
         ...
 
-    def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def finish(self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         """The same behind the last layer, of the tokens that draw, plain: [drawn, hidden]."""
         ...
 
@@ -210,9 +224,10 @@ def run_layers(weights: Weights, ops: LayerOps[X], indices: Iterable[int]) -> to
         attended = ops.attention(index, layer, x)
         if attended is None:
             return None
-        x = ops.add_and_norm(attended, layer.post_norm, layer.mlp.gate_up)
+        x = ops.add_and_norm(attended, layer.attention_output_norm, layer.post_norm, layer.mlp.gate_up)
         added = ops.mlp(layer, x)
         if index + 1 == len(layers):
-            return ops.finish(added, weights.norm)
-        x = ops.add_and_norm(added, layers[index + 1].input_norm, layers[index + 1].attention.qkv)
+            return ops.finish(added, layer.mlp_output_norm, weights.norm)
+        following = layers[index + 1]
+        x = ops.add_and_norm(added, layer.mlp_output_norm, following.input_norm, following.attention.qkv)
     raise InvariantBroken("the last layer was left out")

@@ -36,6 +36,10 @@ class WeightCut(NamedTuple):
         """The same of things that are `width` rows each."""
         return WeightCut(self.total * width, range(self.part.start * width, self.part.stop * width))
 
+    def after(self, skipped: int, total: int) -> WeightCut:
+        """The same in a tensor of `total` rows that has these behind `skipped` others."""
+        return WeightCut(total, range(skipped + self.part.start, skipped + self.part.stop))
+
 
 class WeightPlace(Protocol):
     """Where a tensor of a checkpoint goes."""
@@ -64,6 +68,8 @@ class PlainPlace:
     """Broadcast to, where it has more dimensions."""
     cuts: tuple[WeightCut, ...]
     """What is read, for each of the dimensions in the checkpoint."""
+    offset: float = 0.0
+    """Added to the numbers."""
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -82,6 +88,31 @@ class PlainPlace:
             stored.dequantise(self.target, *(cut.part for cut in self.cuts))
         else:
             self.target.copy_(stored[tuple(cut.slice for cut in self.cuts)])
+        if self.offset:
+            self.target.add_(self.offset)
+
+
+@dataclass(frozen=True, slots=True)
+class JoinedPlaces:
+    """Of a tensor of which several ranges of rows are read, each to a place of its own."""
+
+    places: tuple[WeightPlace, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.places[0].shape
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(place.size_bytes for place in self.places)
+
+    @property
+    def device(self) -> torch.device:
+        return self.places[0].device
+
+    def fill(self, stored: Stored) -> None:
+        for place in self.places:
+            place.fill(stored)
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,16 +33,17 @@ def fill_randomly(places: Mapping[str, WeightPlace], recipes: Mapping[str, Recip
             rows = partial(_rows, draw, inputs)
             place.fill(quantise(recipes[name], outputs, inputs, str(device), rows))
             continue
-        assert isinstance(place, PlainPlace), "only weights with a recipe are quantised"
-        target = place.target
-        if name.endswith("norm.weight"):
-            target.fill_(1.0)
+        if not isinstance(place, PlainPlace):  # several projections in one tensor
+            place.fill(draw(torch.bfloat16, *place.shape))
+        elif name.endswith("norm.weight"):
+            place.target.fill_(1.0)
         elif name.endswith(".bias"):
-            target.zero_()
-        elif device.type != "cpu" and target.shape == place.shape:
-            target.normal_(0.0, DUMMY_STD, generator=generator)  # in place: there is no room for two of the largest
+            place.target.zero_()
+        elif device.type != "cpu" and place.target.shape == place.shape:
+            # in place: there is no room for two of the largest
+            place.target.normal_(0.0, DUMMY_STD, generator=generator)
         else:
-            place.fill(draw(target.dtype, *place.shape))
+            place.fill(draw(place.target.dtype, *place.shape))
 
 
 def _rows(draw: Callable[..., torch.Tensor], inputs: int, part: range) -> torch.Tensor:

@@ -13,12 +13,12 @@ import torch
 from baton.models.rope_config import RopeConfig
 
 
-def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
-    """Radians a token for each pair of elements, float32 [head_dim / 2].
+def inverse_frequencies(rope: RopeConfig) -> torch.Tensor:
+    """Radians a token for each pair of elements, float32 [rotary_dim / 2].
 
     `dynamic` is the unscaled rope: the scaling starts past the length that ModelConfig.max_model_len allows.
     """
-    exponents = torch.arange(0, head_dim, 2, dtype=torch.int64).to(torch.float) / head_dim
+    exponents = torch.arange(0, rope.rotary_dim, 2, dtype=torch.int64).to(torch.float) / rope.rotary_dim
     frequencies = 1.0 / (rope.theta**exponents)
     if rope.kind == "linear":
         return frequencies / rope.factor
@@ -28,14 +28,14 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int) -> torch.Tensor:
         factors = rope.long_factors if rope.use_long_factors else rope.short_factors
         return 1.0 / (torch.tensor(factors, dtype=torch.float32) * rope.theta**exponents)
     if rope.kind == "yarn":
-        return _yarn(rope.theta**exponents, rope, head_dim)
+        return _yarn(rope.theta**exponents, rope)
     return frequencies
 
 
 def rotations(
     positions: torch.Tensor, frequencies: torch.Tensor, attention_factor: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin as kernels.apply_rope takes them, each [N, 1, 2, head_dim / 2]; positions int64 [N]."""
+    """cos and sin as kernels.apply_rope takes them, each [N, 1, 2, rotary_dim / 2]; positions int64 [N]."""
     angles = positions[:, None].float() * frequencies
     cos, sin = (angles.cos() * attention_factor).to(dtype), (angles.sin() * attention_factor).to(dtype)
     return torch.stack((cos, cos), dim=1)[:, None], torch.stack((-sin, sin), dim=1)[:, None]
@@ -55,18 +55,18 @@ def _llama3(frequencies: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     return torch.where(is_between, between, scaled)
 
 
-def _yarn(wavelengths: torch.Tensor, rope: RopeConfig, head_dim: int) -> torch.Tensor:
+def _yarn(wavelengths: torch.Tensor, rope: RopeConfig) -> torch.Tensor:
     """YaRN, https://arxiv.org/abs/2309.00071: a ramp over the dimensions from extrapolation to interpolation."""
 
     def dimension_of(rotations: float) -> float:
         turns = rope.original_max_position / (rotations * 2 * math.pi)
-        return head_dim * math.log(turns) / (2 * math.log(rope.theta))
+        return rope.rotary_dim * math.log(turns) / (2 * math.log(rope.theta))
 
     low, high = dimension_of(rope.beta_fast), dimension_of(rope.beta_slow)
     if rope.truncate:
         low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, head_dim - 1)
+    low, high = max(low, 0), min(high, rope.rotary_dim - 1)
     width = high - low if high != low else 0.001
-    ramp = torch.clamp((torch.arange(head_dim // 2, dtype=torch.float32) - low) / width, 0, 1)
+    ramp = torch.clamp((torch.arange(rope.rotary_dim // 2, dtype=torch.float32) - low) / width, 0, 1)
     extrapolated = 1 - ramp
     return 1.0 / (rope.factor * wavelengths) * (1 - extrapolated) + 1.0 / wavelengths * extrapolated

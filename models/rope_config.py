@@ -9,12 +9,16 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from baton.models.families import Family
 from baton.models.folder import JsonObject
 from baton.node.errors import SettingsError
 from baton.node.telemetry import excerpt
 
+SPELLINGS = {"su": "longrope"}
+"""Older names of a kind."""
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 DEFAULT_THETA = 10000.0
+"""Of layers with a window that have a rope of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,6 +27,8 @@ class RopeConfig:
 
     kind: str
     theta: float
+    rotary_dim: int
+    """The first elements of a head are rotated, so many; the others pass as they are."""
     factor: float = 1.0
     original_max_position: int = 0
     """Length of the pre-training, tokens (llama3, yarn, longrope)."""
@@ -50,15 +56,33 @@ class RopeConfig:
         return replace(self, use_long_factors=max_model_len > self.original_max_position)
 
 
-def read_rope(config: JsonObject, max_position: int, head_dim: int) -> RopeConfig:
-    """The rope of a config.json; SettingsError names an unknown type or a missing key."""
-    rope = _rope_object(config)
-    if "rope_theta" in config.fields and not config.has("rope_theta") and not rope.has("rope_theta"):
-        raise config.wrong("rope_theta", "a number")
-    theta = rope.number("rope_theta", config.number("rope_theta", DEFAULT_THETA))
-    if theta <= 1.0:
-        raise (rope if rope.has("rope_theta") else config).wrong("rope_theta", "above 1")
+def read_ropes(
+    config: JsonObject, family: Family, max_position: int, head_dim: int
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rope of a config.json, and that of layers with a window where the family has two; SettingsError names an
+    unknown type or a missing key."""
+
+    def read(rope: JsonObject, theta_key: str, default_theta: float) -> RopeConfig:
+        if theta_key in config.fields and not config.has(theta_key) and not rope.has("rope_theta"):
+            raise config.wrong(theta_key, "a number")
+        theta = rope.number("rope_theta", config.number(theta_key, default_theta))
+        if theta <= 1.0:
+            raise rope.wrong("rope_theta", "above 1") if rope.has("rope_theta") else config.wrong(theta_key, "above 1")
+        return _read_rope(config, rope, theta, max_position, head_dim, family.partial_rotary)
+
+    rope, of_windows = _rope_object(config), JsonObject(config.where, {})
+    if family.window_rope and "full_attention" in rope.fields:
+        of_windows = rope.child("sliding_attention") or of_windows
+        rope = rope.child("full_attention") or JsonObject(config.where, {})
+    everywhere = read(rope, "rope_theta", family.default_theta)
+    return everywhere, read(of_windows, "rope_local_base_freq", DEFAULT_THETA) if family.window_rope else None
+
+
+def _read_rope(
+    config: JsonObject, rope: JsonObject, theta: float, max_position: int, head_dim: int, may_be_partial: bool
+) -> RopeConfig:
     kind = rope.text("rope_type", rope.text("type", "default"))
+    kind = SPELLINGS.get(kind, kind)
     if kind not in ROPE_KINDS:
         raise SettingsError(
             f"{rope.where}: unknown rope type {excerpt(kind, 80)!r}; supported: {', '.join(ROPE_KINDS)}"
@@ -66,24 +90,30 @@ def read_rope(config: JsonObject, max_position: int, head_dim: int) -> RopeConfi
     if any(isinstance(value, dict) for value in rope.fields.values()):
         raise SettingsError(f"{rope.where}: a rope for each layer type is not supported")
     partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
-    if partial != 1.0:
-        raise SettingsError(f"{rope.where}: partial_rotary_factor {partial} is not supported, only 1")
+    rotary_dim = int(head_dim * partial)
+    if partial != 1.0 and not may_be_partial:
+        raise SettingsError(f"{rope.where}: partial_rotary_factor {partial} is not supported for this model, only 1")
+    if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
+        raise SettingsError(
+            f"{rope.where}: partial_rotary_factor {partial} makes {rotary_dim} of head_dim {head_dim}, "
+            "which must be even and neither 0 nor more"
+        )
     if kind == "default":
-        return RopeConfig(kind, theta)
+        return RopeConfig(kind, theta, rotary_dim)
     original = config.integer(
         "original_max_position_embeddings", rope.integer("original_max_position_embeddings", max_position)
     )
     if kind == "yarn":
-        return _yarn(rope, theta, original, max_position)
+        return _yarn(rope, theta, rotary_dim, original, max_position)
     if kind == "longrope":
-        return _longrope(rope, theta, original, max_position, head_dim // 2)
+        return _longrope(rope, theta, rotary_dim, original, max_position)
     factor = rope.number("factor")
     if kind == "llama3":
         low, high = rope.number("low_freq_factor"), rope.number("high_freq_factor")
         if high <= low:
             raise SettingsError(f"{rope.where}: 'high_freq_factor' must be above 'low_freq_factor'")
-        return RopeConfig(kind, theta, factor, original, low, high)
-    return RopeConfig(kind, theta, factor, max_position)
+        return RopeConfig(kind, theta, rotary_dim, factor, original, low, high)
+    return RopeConfig(kind, theta, rotary_dim, factor, max_position)
 
 
 def _rope_object(config: JsonObject) -> JsonObject:
@@ -95,7 +125,7 @@ def _rope_object(config: JsonObject) -> JsonObject:
     return JsonObject(config.where, {})
 
 
-def _yarn(rope: JsonObject, theta: float, original: int, max_position: int) -> RopeConfig:
+def _yarn(rope: JsonObject, theta: float, rotary_dim: int, original: int, max_position: int) -> RopeConfig:
     """YaRN, https://arxiv.org/abs/2309.00071, with the defaults of transformers."""
     factor = rope.number("factor", max_position / original)
     if rope.has("attention_factor"):
@@ -107,6 +137,7 @@ def _yarn(rope: JsonObject, theta: float, original: int, max_position: int) -> R
     return RopeConfig(
         "yarn",
         theta,
+        rotary_dim,
         factor,
         original,
         beta_fast=rope.number("beta_fast", 32.0),
@@ -116,12 +147,12 @@ def _yarn(rope: JsonObject, theta: float, original: int, max_position: int) -> R
     )
 
 
-def _longrope(rope: JsonObject, theta: float, original: int, max_position: int, num_pairs: int) -> RopeConfig:
+def _longrope(rope: JsonObject, theta: float, rotary_dim: int, original: int, max_position: int) -> RopeConfig:
     """LongRoPE, https://arxiv.org/abs/2402.13753, with the defaults of transformers."""
     factors = {key: rope.numbers(key) for key in ("short_factor", "long_factor")}
     for key, values in factors.items():
-        if len(values) != num_pairs:
-            raise rope.wrong(key, f"a list of {num_pairs} numbers, half of head_dim")
+        if len(values) != rotary_dim // 2:
+            raise rope.wrong(key, f"a list of {rotary_dim // 2} numbers, half of what is rotated of a head")
     factor = rope.number("factor", max_position / original)
     if rope.has("attention_factor"):
         attention_factor = rope.number("attention_factor")
@@ -134,6 +165,7 @@ def _longrope(rope: JsonObject, theta: float, original: int, max_position: int, 
     longrope = RopeConfig(
         "longrope",
         theta,
+        rotary_dim,
         factor,
         original,
         attention_factor=attention_factor,

@@ -167,6 +167,6 @@ def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, dtype: str,
         model_fingerprint=fingerprint,
         layout=layout,
         weight_dtype=dtype if quantization is None else f"{quantization.method} as {dtype}",
-        rope_fingerprint=hashlib.sha256(repr(config.rope).encode()).digest(),
+        rope_fingerprint=hashlib.sha256(repr((config.rope, config.window_rope)).encode()).digest(),
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
     )

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from baton.kernels.cpu.paged_kv import PagedKv
+from baton.kernels.scores import Scores
 
 QUERY_SLICE = 256  # queries that share a mask: bounds the mask to 256 rows however long the context is
 
@@ -40,6 +41,7 @@ def decode_attention(
     piece_ids: torch.Tensor,
     group: DecodeGroup,
     windowed: bool,
+    scores: Scores,
     num_kv_heads: int,
     out: torch.Tensor,
 ) -> None:
@@ -53,7 +55,7 @@ def decode_attention(
     mask = group.window_mask if windowed else group.mask
     heads = query[rows].view(group.num_rows, num_kv_heads, -1, query.shape[2])  # [rows, KH, group size, D]
     keys, values = gathered.view(2, group.num_rows, num_kv_heads, -1, heads.shape[-1])
-    out[rows].view(heads.shape).copy_(F.scaled_dot_product_attention(heads, keys, values, attn_mask=mask))
+    out[rows].view(heads.shape).copy_(_attend(heads, keys, values, mask, scores))
 
 
 def chunk_attention(
@@ -62,6 +64,7 @@ def chunk_attention(
     piece_ids: torch.Tensor,
     start: int,
     window: int | None,
+    scores: Scores,
     num_kv_heads: int,
     out: torch.Tensor,
 ) -> None:
@@ -76,18 +79,26 @@ def chunk_attention(
     heads = query.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     keys, values = gathered.expand(-1, -1, num_heads // num_kv_heads, -1, -1)
     target = out.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    if start == 0 and (window is None or num_new <= window):
-        seen = slice(0, num_new)
-        target.copy_(F.scaled_dot_product_attention(heads, keys[:, :, seen], values[:, :, seen], is_causal=True))
+    if start == 0 and (window is None or num_new <= window) and scores.softcap is None:
+        keys, values = keys[:, :, :num_new], values[:, :, :num_new]
+        target.copy_(F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=scores.scale))
         return
     for first in range(0, num_new, QUERY_SLICE):
         part = slice(first, min(first + QUERY_SLICE, num_new))
         oldest = 0 if window is None else max(0, start + part.start - window + 1)
         seen = slice(oldest, start + part.stop)
         mask = _causal_mask(start + part.start, start + part.stop, oldest, window, query)
-        target[:, :, part] = F.scaled_dot_product_attention(
-            heads[:, :, part], keys[:, :, seen], values[:, :, seen], attn_mask=mask
-        )
+        target[:, :, part] = _attend(heads[:, :, part], keys[:, :, seen], values[:, :, seen], mask, scores)
+
+
+def _attend(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scores: Scores
+) -> torch.Tensor:
+    """[..., n, D] of query [..., n, D] over keys and values [..., T, D]; the mask is added to the scores."""
+    if scores.softcap is None:
+        return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scores.scale)
+    bounded = (query @ keys.transpose(-1, -2)).mul_(scores.scale / scores.softcap).tanh_().mul_(scores.softcap)
+    return (bounded + mask).softmax(-1, dtype=torch.float32).to(query.dtype) @ values
 
 
 def _causal_mask(first: int, end: int, oldest: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

@@ -1,5 +1,7 @@
-"""silu(gate) * up of the two halves of a row: out[n, i] = g / (1 + exp(-g)) * u, g = x[n, i], u = x[n, width + i].
+"""activation(gate) * up of the two halves of a row: out[n, i] = activation(g) * u, g = x[n, i], u = x[n, width + i].
 
+    silu(g) = g / (1 + exp(-g));  gelu_tanh(g) = g / (1 + exp(-2 sqrt(2 / pi) (g + 0.044715 g^3)))
+The latter is 0.5 g (1 + tanh(...)) written with the same function: 0.5 (1 + tanh(y)) = 1 / (1 + exp(-2 y)).
 In float32 between load and store. Bytes: 3 * N * width * element size.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -17,7 +19,9 @@ BLOCK, WARPS = 2048, 8
 
 
 @triton.jit
-def _silu_and_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def _act_and_mul_kernel(
+    x_ptr, out_ptr, WIDTH: tl.constexpr, GELU: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < WIDTH
@@ -26,18 +30,28 @@ def _silu_and_mul_kernel(x_ptr, out_ptr, WIDTH: tl.constexpr, BLOCK: tl.constexp
         gdc_wait()
     gate = tl.load(x_ptr + row * 2 * WIDTH + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + row * 2 * WIDTH + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    value = gate / (1.0 + tl.exp(-gate)) * up
+    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    value = gate / (1.0 + tl.exp(-inner)) * up
     tl.store(out_ptr + row * WIDTH + column, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
 def silu_and_mul(gate_up: torch.Tensor, out: torch.Tensor, *, pdl: bool = False) -> None:
     """As reference.silu_and_mul, into `out` [N, width]; gate_up [N, 2 * width], gate first; both contiguous."""
+    _launch(gate_up, out, False, pdl)
+
+
+def gelu_tanh_and_mul(gate_up: torch.Tensor, out: torch.Tensor, *, pdl: bool = False) -> None:
+    """As reference.gelu_tanh_and_mul, with the shapes of `silu_and_mul`."""
+    _launch(gate_up, out, True, pdl)
+
+
+def _launch(gate_up: torch.Tensor, out: torch.Tensor, gelu: bool, pdl: bool) -> None:
     num_rows, width = out.shape
     require(tuple(gate_up.shape) == (num_rows, 2 * width), f"gate_up {tuple(gate_up.shape)} is not twice out's width")
     require(gate_up.is_contiguous() and out.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
     block = min(BLOCK, triton.next_power_of_2(width))
-    _silu_and_mul_kernel[(num_rows, triton.cdiv(width, block))](
-        gate_up, out, WIDTH=width, BLOCK=block, PDL=pdl, **launch_options(WARPS, pdl)
+    _act_and_mul_kernel[(num_rows, triton.cdiv(width, block))](
+        gate_up, out, WIDTH=width, GELU=gelu, BLOCK=block, PDL=pdl, **launch_options(WARPS, pdl)
     )

@@ -1,7 +1,7 @@
 """Norm and rotation of queries and keys, and keys and values into the paged pool: all between two linears, one kernel.
 
     q, k = x / sqrt(mean(x**2) + eps) * weight              each head by itself; models without these norms skip it
-    (a, b) -> (a * cos - b * sin, b * cos + a * sin)        a, b: first and second half of a head of q or k
+    (a, b) -> (a * cos - b * sin, b * cos + a * sin)        a, b: first and second half of what is rotated of q and k
     query[n] = q;  pool[block, :, layer, 0, offset] = k;  pool[block, :, layer, 1, offset] = v
 
 block and offset are slot // block_tokens and slot % block_tokens; a negative slot is a row of padding, which writes no
@@ -26,7 +26,10 @@ from baton.kernels.triton.pool import PagedPool
 
 @dataclass(frozen=True, slots=True)
 class RopeTables:
-    """The rotations of all positions, [max_positions, D / 2] each, with the attention factor multiplied in."""
+    """The rotations of all positions, [max_positions, R / 2] each, with the attention factor multiplied in.
+
+    Of a head the first R elements are rotated.
+    """
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -57,6 +60,7 @@ def _rope_write_kernel(
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
+    ROTARY: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
@@ -70,41 +74,45 @@ def _rope_write_kernel(
     WIDTH: tl.constexpr = (HEADS + 2 * KV_HEADS) * DIM
     element = tl.arange(0, HALF_BLOCK)
     inside = (element < HALF)[None, :]
+    # Pairs of a head's elements: those that are rotated together, then the others, halves of theirs apart.
+    turns = element < ROTARY // 2
+    low_place = (element if ROTARY == DIM else tl.where(turns, element, element + ROTARY // 2))[None, :]
+    high_place = (element + HALF if ROTARY == DIM else tl.where(turns, element + ROTARY // 2, element + HALF))[None, :]
     head = first_head + tl.arange(0, HEADS_AT_ONCE)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    base = qkv_ptr + token * WIDTH + head[:, None] * DIM + element[None, :]
-    low = tl.load(base, mask=inside, other=0.0).to(tl.float32)
-    high = tl.load(base + HALF, mask=inside, other=0.0).to(tl.float32)
+    base = qkv_ptr + token * WIDTH + head[:, None] * DIM
+    low = tl.load(base + low_place, mask=inside, other=0.0).to(tl.float32)
+    high = tl.load(base + high_place, mask=inside, other=0.0).to(tl.float32)
     for part in tl.static_range(1, PARTIALS):
         shift = part * num_tokens.to(tl.int64) * WIDTH
-        low += tl.load(base + shift, mask=inside, other=0.0).to(tl.float32)
-        high += tl.load(base + shift + HALF, mask=inside, other=0.0).to(tl.float32)
+        low += tl.load(base + shift + low_place, mask=inside, other=0.0).to(tl.float32)
+        high += tl.load(base + shift + high_place, mask=inside, other=0.0).to(tl.float32)
     if first_head < HEADS + KV_HEADS:
         if NORM:
             scale = 1.0 / tl.sqrt((tl.sum(low * low, 1) + tl.sum(high * high, 1)) / DIM + eps)
-            weights = weight_ptr + head[:, None] * DIM + element[None, :]
-            low = low * scale[:, None] * tl.load(weights, mask=inside, other=0.0).to(tl.float32)
-            high = high * scale[:, None] * tl.load(weights + HALF, mask=inside, other=0.0).to(tl.float32)
-        place = tl.load(position_ptr + token).to(tl.int64) * HALF + element
-        cos = tl.load(cos_ptr + place, mask=element < HALF, other=0.0).to(tl.float32)[None, :]
-        sin = tl.load(sin_ptr + place, mask=element < HALF, other=0.0).to(tl.float32)[None, :]
+            weights = weight_ptr + head[:, None] * DIM
+            low = low * scale[:, None] * tl.load(weights + low_place, mask=inside, other=0.0).to(tl.float32)
+            high = high * scale[:, None] * tl.load(weights + high_place, mask=inside, other=0.0).to(tl.float32)
+        place = tl.load(position_ptr + token).to(tl.int64) * (ROTARY // 2) + element
+        cos = tl.load(cos_ptr + place, mask=turns, other=1.0).to(tl.float32)[None, :]
+        sin = tl.load(sin_ptr + place, mask=turns, other=0.0).to(tl.float32)[None, :]
         turned = low * cos - high * sin
         high = high * cos + low * sin
         low = turned
     if first_head < HEADS:
-        target = query_ptr + token * HEADS * DIM + head[:, None] * DIM + element[None, :]
+        target = query_ptr + token * HEADS * DIM + head[:, None] * DIM
         written = inside
     else:
         slot = tl.load(slot_ptr + token).to(tl.int64)
         which = (first_head - HEADS) // KV_HEADS  # 0: key, 1: value
         unit = slot // BLOCK_TOKENS * KV_HEADS + head - HEADS - which * KV_HEADS
         row = unit * unit_rows + (layer * 2 + which) * BLOCK_TOKENS + slot % BLOCK_TOKENS
-        target = pool_ptr + row[:, None] * DIM + element[None, :]
+        target = pool_ptr + row[:, None] * DIM
         written = inside & (slot >= 0)
-    tl.store(target, low.to(pool_ptr.dtype.element_ty), mask=written)
-    tl.store(target + HALF, high.to(pool_ptr.dtype.element_ty), mask=written)
+    tl.store(target + low_place, low.to(pool_ptr.dtype.element_ty), mask=written)
+    tl.store(target + high_place, high.to(pool_ptr.dtype.element_ty), mask=written)
 
 
 def rope_and_write(
@@ -130,7 +138,8 @@ def rope_and_write(
     require(pool.head_dim == head_dim and head_dim % 2 == 0, f"head_dim of pool {pool.head_dim} and query {head_dim}")
     width = (num_heads + 2 * kv_heads) * head_dim
     require(tuple(qkv.shape[-2:]) == (num_tokens, width), f"qkv {tuple(qkv.shape)} is not [{num_tokens}, {width}]")
-    require(rope.cos.shape == rope.sin.shape and rope.cos.shape[1] == head_dim // 2, "tables are not [., head_dim / 2]")
+    rotary_dim = 2 * rope.cos.shape[1]
+    require(rope.cos.shape == rope.sin.shape and 0 < rotary_dim <= head_dim, "tables are not [., at most head_dim / 2]")
     require(positions.shape == slots.shape == (num_tokens,), "positions and slots must be [num_tokens]")
     require(query.dtype == pool.dtype, f"query is {query.dtype}, the pool {pool.dtype}")
     norm_shape = (num_heads + kv_heads, head_dim)
@@ -156,6 +165,7 @@ def rope_and_write(
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         DIM=head_dim,
+        ROTARY=rotary_dim,
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
         BLOCK_TOKENS=pool.block_tokens,
         HEADS_AT_ONCE=at_once,

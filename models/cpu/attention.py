@@ -25,20 +25,20 @@ class PagedAttention:
             block_tokens=block_tokens,
             token_bytes=2 * config.num_kv_heads * config.head_dim * element_bytes,
         )
-        self._windows = [shape.attention.window for shape in describe(config)]
+        self._shapes = [shape.attention for shape in describe(config)]
 
     def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch) -> torch.Tensor:
         """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]."""
         config, ids = self._config, step.piece_ids[layer]
         self._kv.write(step.slot_ids[layer], kv)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        window = self._windows[layer]
+        window, scores = self._shapes[layer].window, self._shapes[layer].scores
         for group in step.groups:
-            kernels.decode_attention(query, self._kv, ids, group, window is not None, config.num_kv_heads, out)
+            kernels.decode_attention(query, self._kv, ids, group, window is not None, scores, config.num_kv_heads, out)
         for chunk in step.chunks:
             tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
             chunk_ids = ids[chunk.first_id : chunk.first_id + chunk.num_ids]
             kernels.chunk_attention(
-                query[tokens], self._kv, chunk_ids, chunk.start, window, config.num_kv_heads, out[tokens]
+                query[tokens], self._kv, chunk_ids, chunk.start, window, scores, config.num_kv_heads, out[tokens]
             )
         return out.flatten(1)

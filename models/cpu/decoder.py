@@ -5,6 +5,7 @@ The order of a layer's parts is that of models.layers, which a GPU follows too.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Protocol
 
 import torch
@@ -15,8 +16,13 @@ from baton.kernels import Linear
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.step_batch import StepBatch
+from baton.models.families import GELU_TANH, SILU
 from baton.models.layers import LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies, rotations
+from baton.models.rope_config import RopeConfig
+
+ACTIVATIONS = {SILU: kernels.silu_and_mul, GELU_TANH: kernels.gelu_tanh_and_mul}
+"""Of an MLP's gate."""
 
 
 class Decoder(Protocol):
@@ -36,19 +42,27 @@ class DenseDecoder:
 
     def __init__(self, config: ModelConfig, weights: Weights) -> None:
         self._config, self._weights = config, weights
-        self._frequencies = inverse_frequencies(config.rope, config.head_dim).to(weights.embedding.device)
+        ropes = {layer.shape.attention.rope for layer in weights.layers}
+        self._frequencies = {rope: inverse_frequencies(rope).to(weights.embedding.device) for rope in ropes}
+        self._embedding_scale = torch.tensor(config.embedding_scale, dtype=weights.embedding.dtype)
 
     def __call__(self, attention: PagedAttention, step: StepBatch) -> torch.Tensor:
         config, weights = self._config, self._weights
-        rope = rotations(step.positions, self._frequencies, config.rope.attention_factor, weights.embedding.dtype)
+        ropes = {
+            rope: rotations(step.positions, frequencies, rope.attention_factor, weights.embedding.dtype)
+            for rope, frequencies in self._frequencies.items()
+        }
         residual = F.embedding(step.token_ids, weights.embedding)  # [N, hidden]
-        ops = _StepOps(config.rms_norm_eps, attention, step, rope, residual)
+        if config.embedding_scale != 1.0:
+            residual *= self._embedding_scale
+        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual)
         normed = run_layers(weights, ops, range(len(weights.layers)))
         assert normed is not None, "the operations below leave no layer out"
         return normed
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._weights.lm_head(hidden).float()
+        logits, softcap = self._weights.lm_head(hidden).float(), self._config.logit_softcap
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
 class _StepOps:
@@ -59,34 +73,41 @@ class _StepOps:
         eps: float,
         attention: PagedAttention,
         step: StepBatch,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        ropes: Mapping[RopeConfig, tuple[torch.Tensor, torch.Tensor]],
         residual: torch.Tensor,
     ) -> None:
-        self._eps, self._attention, self._step, self._rope = eps, attention, step, rope
+        """ropes: the rotations of the step's positions."""
+        self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes
         self._residual = residual
 
     def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
-        return self._add_and_norm(torch.zeros_like(self._residual), weight)
+        return kernels.rms_norm(self._residual, weight, self._eps)
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         query, kv = self._project(layer, x)
         return layer.attention.o(self._attention(index, query, kv, self._step))
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        return layer.mlp.down(kernels.silu_and_mul(layer.mlp.gate_up(x)))
+        return layer.mlp.down(ACTIVATIONS[layer.shape.mlp.activation](layer.mlp.gate_up(x)))
 
-    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
-        return self._add_and_norm(added, weight)
+    def add_and_norm(
+        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
+    ) -> torch.Tensor:
+        return self._add_and_norm(added, output_norm, weight)
 
-    def _add_and_norm(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def _add_and_norm(
+        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor
+    ) -> torch.Tensor:
+        if output_norm is not None:
+            added = kernels.rms_norm(added, output_norm, self._eps)
         normed, self._residual = kernels.add_rms_norm(added, self._residual, weight, self._eps)
         return normed
 
-    def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def finish(self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         kept = self._step.kept_tokens
         if kept is not None:
             added, self._residual = added[kept], self._residual[kept]
-        return self._add_and_norm(added, weight)
+        return self._add_and_norm(added, output_norm, weight)
 
     def _project(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""
@@ -96,5 +117,5 @@ class _StepOps:
         query_key = heads[:, : shape.num_heads + shape.num_kv_heads]
         if weights.head_norms is not None:
             query_key.copy_(kernels.rms_norm(query_key, weights.head_norms, self._eps))
-        kernels.apply_rope(query_key, *self._rope)
+        kernels.apply_rope(query_key[..., : shape.rope.rotary_dim], *self._ropes[shape.rope])
         return heads[:, : shape.num_heads], qkv[:, shape.num_heads * shape.head_dim :].view(len(qkv), 2, -1)

@@ -32,7 +32,10 @@ class ChunkAttention(Protocol):
 def choose_attention(config: ModelConfig, pool: torch.Tensor, queue: Queue, deterministic: bool) -> ChunkAttention:
     """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do."""
     fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.shape[4] in GLUON_BLOCKS
-    if pool.is_cuda and fits and config.sliding_window is None and not deterministic:
+    plain = (
+        config.sliding_window is None and config.score_softcap is None and config.score_scale == config.head_dim**-0.5
+    )
+    if pool.is_cuda and fits and plain and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
         from baton.kernels.triton import prefill_gluon
 
@@ -44,15 +47,25 @@ def choose_attention(config: ModelConfig, pool: torch.Tensor, queue: Queue, dete
 class _Portable:
     def __init__(self, config: ModelConfig, pool: PagedPool) -> None:
         self.tile = prefill_attention.block_m(config.head_dim)
-        self._windows, self._pool = [shape.attention.window for shape in describe(config)], pool
+        self._shapes, self._pool = [shape.attention for shape in describe(config)], pool
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
-        windows, pool, tile = self._windows, self._pool, self.tile
+        shapes, pool, tile = self._shapes, self._pool, self.tile
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            window = windows[layer]
+            shape = shapes[layer]
             prefill_attention.prefill_attention(
-                query, pool, layer, tables, starts, lengths, work, tile, out, window=window
+                query,
+                pool,
+                layer,
+                tables,
+                starts,
+                lengths,
+                work,
+                tile,
+                out,
+                window=shape.window,
+                scale=shape.scores.scale,
             )
 
         return attend

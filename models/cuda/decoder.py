@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from baton.kernels import Linear
+from baton.kernels.triton.activation import gelu_tanh_and_mul
 from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
@@ -23,9 +24,11 @@ from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_writ
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
 from baton.models.cuda.products import Policy, Products, shape_of
+from baton.models.families import SILU
 from baton.models.layers import LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies
-from baton.node.errors import InvariantBroken
+from baton.models.rope_config import RopeConfig
+from baton.node.errors import InvariantBroken, SettingsError
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
@@ -42,6 +45,7 @@ class Activations:
     query: torch.Tensor  # [rows, H, D]
     attended: torch.Tensor  # [rows, H, D]
     gated: torch.Tensor  # [rows, intermediate]
+    wide: torch.Tensor  # [rows, 2 * intermediate]; empty where gate and up meet inside the product
     last: torch.Tensor  # [drawn, hidden]
     logits: torch.Tensor  # [drawn, vocab]
 
@@ -59,6 +63,7 @@ class Activations:
             zeros(rows, heads, dim),
             zeros(rows, heads, dim),
             zeros(rows, config.intermediate_size),
+            zeros(rows, 0 if config.activation == SILU else 2 * config.intermediate_size),
             zeros(drawn, config.hidden_size),
             zeros(drawn, config.vocab_size),
         )
@@ -88,7 +93,14 @@ class DeviceDecoder:
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         self._act = Activations.make(config, max_tokens, max_drawn, dtype, device)
         self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
-        self._rope = _rope_tables(config, max_len, device)
+        if config.score_softcap is not None:
+            raise SettingsError(
+                f"no GPU kernel bounds attention scores, as {config.architecture} wants; --device cpu does"
+            )
+        ropes = {layer.shape.attention.rope for layer in weights.layers}
+        tables = {rope: _rope_tables(rope, max_len, device) for rope in ropes}
+        self._ropes = [tables[layer.shape.attention.rope] for layer in weights.layers]
+        self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self._norms = [
             None if norms is None else HeadNorms(norms, config.rms_norm_eps)
             for norms in (layer.attention.head_norms for layer in weights.layers)
@@ -121,9 +133,19 @@ class DeviceDecoder:
         pool, layers = self._bound(), self._weights.layers
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            window = layers[layer].shape.attention.window
+            shape = layers[layer].shape.attention
             decode_attention(
-                query, pool, layer, inputs.tables, inputs.lengths, plan, scratch, out, window=window, pdl=pdl
+                query,
+                pool,
+                layer,
+                inputs.tables,
+                inputs.lengths,
+                plan,
+                scratch,
+                out,
+                window=shape.window,
+                scale=shape.scores.scale,
+                pdl=pdl,
             )
 
         return attend
@@ -174,11 +196,15 @@ class DeviceDecoder:
         """The final norm's output, [N, hidden], or of the drawn tokens; None if they are none."""
         act, config = self._act, self._config
         # Not launched early: what attention reads before it waits, lengths and work, is complete when the chain begins.
-        torch.index_select(self._weights.embedding, 0, step.tokens, out=act.residual[: len(step.tokens)])
+        residual = torch.index_select(self._weights.embedding, 0, step.tokens, out=act.residual[: len(step.tokens)])
+        if self._embedding_scale != 1.0:
+            residual.mul_(self._embedding_scale)
 
         def rope_and_write_layer(index: int, qkv: torch.Tensor, query: torch.Tensor) -> None:
             norms, pool = self._norms[index], self._bound()
-            rope_and_write(qkv, step.positions, step.kv_slots, self._rope, norms, pool, index, query, pdl=step.pdl)
+            rope_and_write(
+                qkv, step.positions, step.kv_slots, self._ropes[index], norms, pool, index, query, pdl=step.pdl
+            )
 
         last = config.num_layers - 1
         ops = _StepOps(act, self._products, step, rope_and_write_layer, last, config.rms_norm_eps)
@@ -187,7 +213,8 @@ class DeviceDecoder:
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
         logits = self._act.logits[: len(normed)]
         self._products.whole(self._weights.lm_head, normed, logits, pdl=pdl)
-        return logits
+        softcap = self._config.logit_softcap
+        return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
     def _bound(self) -> PagedPool:
         if self._pool is None:
@@ -239,13 +266,23 @@ class _StepOps:
         self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        self._products.gated(layer.mlp.gate_up, x, self._gated, pdl=self._step.pdl)
+        if layer.shape.mlp.activation == SILU:
+            self._products.gated(layer.mlp.gate_up, x, self._gated, pdl=self._step.pdl)
+        else:
+            wide = self._act.wide[: len(x)]
+            self._products.whole(layer.mlp.gate_up, x, wide, pdl=self._step.pdl)
+            gelu_tanh_and_mul(wide, self._gated, pdl=self._step.pdl)
         return self._products(layer.mlp.down, self._gated, self._mixed, pdl=self._step.pdl)
 
-    def add_and_norm(self, added: torch.Tensor, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
-        return self.finish(added, weight)
+    def add_and_norm(
+        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
+    ) -> torch.Tensor:
+        return self.finish(added, output_norm, weight)
 
-    def finish(self, added: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def finish(self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        if output_norm is not None:
+            rms_norm(added, output_norm, self._eps, self._mixed, pdl=self._step.pdl)
+            added = self._mixed
         add_rms_norm(added, self._residual, weight, self._eps, self._normed, pdl=self._step.pdl)
         return self._normed
 
@@ -258,15 +295,14 @@ def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
         shapes += [
             shape_of(attention.qkv),
             shape_of(attention.o),
-            shape_of(mlp.gate_up, fused=True),
+            shape_of(mlp.gate_up, fused=layer.shape.mlp.activation == SILU),
             shape_of(mlp.down),
         ]
     return tuple(dict.fromkeys(shapes))
 
 
-def _rope_tables(config: ModelConfig, max_len: int, device: str) -> RopeTables:
-    """float32 [max_len, D / 2]."""
-    frequencies = inverse_frequencies(config.rope, config.head_dim)
-    angles = torch.arange(max_len, dtype=torch.float32)[:, None] * frequencies
-    factor = config.rope.attention_factor
+def _rope_tables(rope: RopeConfig, max_len: int, device: str) -> RopeTables:
+    """float32 [max_len, rotary_dim / 2]."""
+    angles = torch.arange(max_len, dtype=torch.float32)[:, None] * inverse_frequencies(rope)
+    factor = rope.attention_factor
     return RopeTables((angles.cos() * factor).to(device), (angles.sin() * factor).to(device))

@@ -39,6 +39,7 @@ def test_norm_and_activation(dtype, pdl):
 def test_rope_and_write(heads, normed, pdl):
     checks.check_rope_and_write(GPU, BF16, heads, 500, 64, 0, normed, pdl)
     checks.check_rope_and_write(GPU, BF16, heads, 33, 16, 2, normed, pdl)
+    checks.check_rope_and_write(GPU, BF16, heads, 33, 16, 2, normed, pdl, heads.dim * 3 // 4)
 
 
 @pytest.mark.parametrize("pdl", [False, True])

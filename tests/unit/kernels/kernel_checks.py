@@ -120,6 +120,8 @@ def check_silu_and_mul(device: str, dtype: torch.dtype, rows: int, width: int, p
     activation.silu_and_mul(gate_up, out, pdl=pdl)
     gate, up = gate_up.float().chunk(2, -1)
     assert_close(out, F.silu(gate) * up, reference.silu_and_mul(gate_up))
+    activation.gelu_tanh_and_mul(gate_up, out, pdl=pdl)
+    assert_close(out, F.gelu(gate, approximate="tanh") * up, reference.gelu_tanh_and_mul(gate_up))
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,8 +133,8 @@ class Heads:
     dim: int
 
 
-def rope_tables(head_dim: int, positions: int, device: str) -> rope_write.RopeTables:
-    frequencies = 10000.0 ** -(torch.arange(0, head_dim, 2) / head_dim)
+def rope_tables(rotary_dim: int, positions: int, device: str) -> rope_write.RopeTables:
+    frequencies = 10000.0 ** -(torch.arange(0, rotary_dim, 2) / rotary_dim)
     angles = torch.arange(positions)[:, None] * frequencies
     return rope_write.RopeTables(angles.cos().to(device), angles.sin().to(device))
 
@@ -152,7 +154,7 @@ def plain_rope_write(
     cos, sin = rope.cos[positions].to(qkv.dtype), rope.sin[positions].to(qkv.dtype)
     halves = torch.stack((cos, cos), 1)[:, None], torch.stack((-sin, sin), 1)[:, None]
     rotated = turned.contiguous()
-    reference.apply_rope(rotated, *halves)
+    reference.apply_rope(rotated[..., : 2 * rope.cos.shape[1]], *halves)
     return torch.cat((rotated, split[:, heads.query + heads.key :]), 1)
 
 
@@ -165,13 +167,16 @@ def check_rope_and_write(
     partials: int = 0,
     normed: bool = False,
     pdl: bool = False,
+    rotary_dim: int | None = None,
 ) -> None:
-    """The last row is padding, and the pool's other slots and layers keep their contents bit for bit."""
+    """rotary_dim: of each head so many elements are rotated; None: all.
+
+    The last row is padding, and the pool's other slots and layers keep their contents bit for bit."""
     layers, layer, num_blocks, max_positions = 3, 1, -(-rows // block_tokens) + 2, 2 * rows + 50
     width = (heads.query + 2 * heads.key) * heads.dim
     qkv = randn((partials, rows, width) if partials else (rows, width), torch.float32 if partials else dtype, device)
     weight = randn((heads.query + heads.key, heads.dim), dtype, device, 1)
-    rope = rope_tables(heads.dim, max_positions, device)
+    rope = rope_tables(rotary_dim or heads.dim, max_positions, device)
     generator = torch.Generator().manual_seed(3)
     positions = torch.randint(0, max_positions, (rows,), generator=generator).to(device)
     slots = torch.randperm(num_blocks * block_tokens, generator=generator)[:rows].to(device)

@@ -18,6 +18,13 @@ def test_dtypes_norms_and_partial_sums(device, dtype, normed, partials):
     checks.check_rope_and_write(device, dtype, checks.Heads(4, 2, 16), 3, 16, partials, normed)
 
 
+@pytest.mark.parametrize(("dim", "rotary_dim"), [(128, 96), (96, 48), (16, 2)])
+@pytest.mark.parametrize("normed", [False, True])
+def test_a_part_of_a_head_is_rotated(device, dim, rotary_dim, normed):
+    """Guards against pairs of the whole head, and elements behind the part that are scaled or left out."""
+    checks.check_rope_and_write(device, torch.float32, checks.Heads(4, 2, dim), 3, 16, 0, normed, False, rotary_dim)
+
+
 @pytest.mark.parametrize("heads", [(1, 1, 64), (4, 4, 80), (6, 2, 96), (8, 4, 128), (14, 2, 64), (2, 1, 256)])
 @pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
 def test_shapes(device, heads, block_tokens):

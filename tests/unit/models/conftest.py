@@ -20,6 +20,10 @@ CONFIGS = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 SHAPE = {
     "vocab_size": 131,
@@ -52,7 +56,9 @@ def make_model(tmp_path: Path) -> Callable[..., Made]:
     def make(family: str, shard_size: str = "5GB", **config: object) -> Made:
         config_class, model_class = CONFIGS[family]
         torch.manual_seed(11)
-        model = model_class(config_class(**SHAPE | config)).eval()
+        made = config_class(**SHAPE | config)
+        made._attn_implementation = "eager"  # the one that has softcaps
+        model = model_class(made).eval()
         for name, parameter in model.named_parameters():
             # Large and everywhere non-zero, biases and norms too: logits far apart, and no part that could be left out.
             spread = torch.randn_like(parameter) * 0.2

@@ -43,7 +43,7 @@ def test_defaults_of_a_short_config(tmp_path):
     theirs = transformers.LlamaConfig(**{key: value for key, value in PLAIN.items() if key != "architectures"})
     assert config.head_dim == theirs.head_dim == 16
     assert config.rms_norm_eps == theirs.rms_norm_eps
-    assert config.rope == RopeConfig("default", theirs.rope_parameters["rope_theta"])
+    assert config.rope == RopeConfig("default", theirs.rope_parameters["rope_theta"], config.head_dim)
     assert not (config.tie_word_embeddings or config.qkv_bias or config.o_bias or config.mlp_bias or config.qk_norm)
     assert config.sliding_window is None and config.windowed_layers == (False,) * 4
     assert config.eos_token_ids == (3,)
@@ -123,7 +123,7 @@ def test_frequencies_equal_those_of_transformers_bit_for_bit(tmp_path, rope, spe
         expected, factor = LlamaRotaryEmbedding.compute_default_rope_parameters(theirs)
     else:
         expected, factor = ROPE_INIT_FUNCTIONS[rope["rope_type"]](theirs, torch.device("cpu"))
-    assert torch.equal(inverse_frequencies(config.rope, config.head_dim), expected)
+    assert torch.equal(inverse_frequencies(config.rope), expected)
     assert config.rope.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
@@ -146,7 +146,7 @@ def test_longrope_factors_follow_the_served_length(tmp_path, more, longest):
     )
     config = read(tmp_path, PLAIN | {"rope_parameters": rope | {"rope_theta": 5e5}}).up_to(longest)
     expected, factor = ROPE_INIT_FUNCTIONS["longrope"](theirs, torch.device("cpu"), seq_len=longest)
-    assert torch.equal(inverse_frequencies(config.rope, config.head_dim), expected)
+    assert torch.equal(inverse_frequencies(config.rope), expected)
     assert config.rope.attention_factor == pytest.approx(factor, rel=1e-12)
 
 
@@ -212,6 +212,10 @@ FAMILIES = {
     "MistralForCausalLM": transformers.MistralConfig,
     "Qwen2ForCausalLM": transformers.Qwen2Config,
     "Qwen3ForCausalLM": transformers.Qwen3Config,
+    "Phi3ForCausalLM": transformers.Phi3Config,
+    "GemmaForCausalLM": transformers.GemmaConfig,
+    "Gemma2ForCausalLM": transformers.Gemma2Config,
+    "Gemma3ForCausalLM": transformers.Gemma3TextConfig,
 }
 
 
@@ -228,6 +232,54 @@ def test_null_key_heads_are_as_many_as_query_heads(tmp_path, architecture):
     """Old folders of models without grouped queries say null."""
     null = {"architectures": [architecture], "num_key_value_heads": None}
     assert read(tmp_path, PLAIN | null).num_kv_heads == 4
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_absent_keys_are_those_of_transformers(tmp_path, architecture):
+    """Guards against a default of another family; sizes and activations that are absent are errors or the family's."""
+    short = PLAIN | {"architectures": [architecture], "num_hidden_layers": 12}
+    config, theirs = read(tmp_path, short), FAMILIES[architecture](**short)
+    assert config.rms_norm_eps == theirs.rms_norm_eps
+    assert config.tie_word_embeddings == theirs.tie_word_embeddings
+    assert config.activation == getattr(theirs, "hidden_activation", getattr(theirs, "hidden_act", None))
+    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    assert config.score_softcap == (getattr(theirs, "attn_logit_softcapping", None))
+    assert config.logit_softcap == (getattr(theirs, "final_logit_softcapping", None))
+    kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * 12
+    if architecture != "MistralForCausalLM":  # all of its layers, and no layer_types
+        assert config.windowed_layers == tuple(kind == "sliding_attention" for kind in kinds)
+    ropes = theirs.rope_parameters
+    if "full_attention" in ropes:
+        assert config.window_rope is not None
+        assert config.window_rope.theta == ropes["sliding_attention"]["rope_theta"]
+        ropes = ropes["full_attention"]
+    assert config.rope.theta == ropes["rope_theta"]
+
+
+def test_gemma_3_spells_two_ropes_in_two_ways(tmp_path):
+    """Guards against the global base in layers with a window, and a factor that reaches them."""
+    gemma = PLAIN | {"architectures": ["Gemma3ForCausalLM"]}
+    scaled = {"rope_type": "linear", "factor": 8.0}
+    old = gemma | {"rope_theta": 2e6, "rope_local_base_freq": 3e4, "rope_scaling": scaled}
+    by_kind = {
+        "full_attention": scaled | {"rope_theta": 2e6},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 3e4},
+    }
+    for config in (read(tmp_path, old), read(tmp_path, gemma | {"rope_parameters": by_kind})):
+        assert config.window_rope is not None
+        assert (config.rope.kind, config.rope.theta, config.rope.factor) == ("linear", 2e6, 8.0)
+        assert (config.window_rope.kind, config.window_rope.theta) == ("default", 3e4)
+
+
+@pytest.mark.parametrize("architecture", ["GemmaForCausalLM", "Gemma2ForCausalLM", "Gemma3ForCausalLM"])
+def test_attention_in_both_directions_is_refused(tmp_path, architecture):
+    with pytest.raises(SettingsError, match="use_bidirectional_attention"):
+        read(tmp_path, PLAIN | {"architectures": [architecture], "use_bidirectional_attention": True})
+
+
+def test_softcaps_of_null_are_none(tmp_path):
+    gemma = PLAIN | {"architectures": ["Gemma2ForCausalLM"], "attn_logit_softcapping": None}
+    assert read(tmp_path, gemma).score_softcap is None
 
 
 def test_default_key_heads_that_do_not_fit_are_refused(tmp_path):

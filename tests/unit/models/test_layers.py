@@ -70,23 +70,38 @@ class Recorder:
     def mlp(self, layer, x):
         return self._note(f"mlp {layer.input_norm.item():.0f}")
 
-    def add_and_norm(self, added, weight, reader):
-        return self._note(f"add {weight.item():.0f}")
+    def add_and_norm(self, added, output_norm, weight, reader):
+        return self._note(f"{_normed(output_norm)}add {weight.item():.0f}")
 
-    def finish(self, added, weight):
-        return self._note(f"finish {weight.item():.0f}")
+    def finish(self, added, output_norm, weight):
+        return self._note(f"{_normed(output_norm)}finish {weight.item():.0f}")
 
     def _note(self, what: str) -> torch.Tensor:
         self.seen.append(what)
         return torch.zeros(1)
 
 
-def numbered(num_layers: int, folder: Path) -> Weights:
-    """Weights whose norms are numbered: 10 and 11 of layer 0, 20 and 21 of layer 1, and so on; 99 is the final one."""
+def _normed(output_norm: torch.Tensor | None) -> str:
+    return "" if output_norm is None else f"norm by {output_norm.item():.0f}, "
+
+
+def numbered(num_layers: int, folder: Path, output_norms: bool = False) -> Weights:
+    """Weights whose norms are numbered: 10 and 11 of layer 0, 20 and 21 of layer 1, and so on; 99 is the final one.
+
+    Those of what attention and MLP add are 12 and 13, and so on.
+    """
     shape, linear = describe(ModelConfig.from_folder(folder))[0], DenseLinear(torch.zeros(1, 1))
     attention, mlp = AttentionWeights(linear, None, linear), DenseMlpWeights(linear, linear)
     layers = tuple(
-        LayerWeights(shape, torch.tensor(10.0 * n), attention, torch.tensor(10.0 * n + 1), mlp)
+        LayerWeights(
+            shape,
+            torch.tensor(10.0 * n),
+            attention,
+            torch.tensor(10.0 * n + 1),
+            mlp,
+            torch.tensor(10.0 * n + 2) if output_norms else None,
+            torch.tensor(10.0 * n + 3) if output_norms else None,
+        )
         for n in range(1, num_layers + 1)
     )
     return Weights(torch.zeros(1, 1), layers, torch.tensor(99.0), linear)
@@ -98,6 +113,14 @@ def test_a_step_walks_through_all_layers(folder):
     run_layers(numbered(2, folder), ops, range(2))
     first = ["norm 10", "attention 0", "add 11", "mlp 10", "add 20"]
     assert ops.seen == [*first, "attention 1", "add 21", "mlp 20", "finish 99"]
+
+
+def test_what_a_layer_adds_is_normed_before(folder):
+    """Guards against the norm of an output that is taken of another part."""
+    ops = Recorder()
+    run_layers(numbered(2, folder, output_norms=True), ops, range(2))
+    first = ["norm 10", "attention 0", "norm by 12, add 11", "mlp 10", "norm by 13, add 20"]
+    assert ops.seen == [*first, "attention 1", "norm by 22, add 21", "mlp 20", "norm by 23, finish 99"]
 
 
 def test_nothing_behind_the_last_keys_is_computed_where_no_token_draws(folder):

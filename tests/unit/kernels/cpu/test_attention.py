@@ -8,6 +8,7 @@ from baton.kernels.cpu.attention import QUERY_SLICE
 from baton.kernels.reference import paged_attention
 
 LAYERS, KV_HEADS, HEAD_DIM = 3, 2, 8
+SCORES = [kernels.Scores(HEAD_DIM**-0.5), kernels.Scores(0.7, 1.5)]
 
 
 def make_pool(num_blocks: int, block_tokens: int) -> torch.Tensor:
@@ -29,7 +30,8 @@ def additive(seen: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("num_heads", [2, 6])
 @pytest.mark.parametrize("window", [None, 5])
 @pytest.mark.parametrize("block_tokens", [4, 16])
-def test_decode_attention(num_heads, window, block_tokens):
+@pytest.mark.parametrize("scores", SCORES)
+def test_decode_attention(num_heads, window, block_tokens, scores):
     """Guards against heads that read another head's keys, padding that is seen, and rows of a group exchanged."""
     pool = make_pool(40, block_tokens)
     lengths = [31, 17, 30, 1]
@@ -44,9 +46,10 @@ def test_decode_attention(num_heads, window, block_tokens):
     group = kernels.DecodeGroup(2, 4, 3, len(ids) - 3, additive(full), additive(windowed))
     query = torch.randn(7, num_heads, HEAD_DIM, generator=torch.Generator().manual_seed(3))
     out = torch.full_like(query, 9.0)
-    kernels.decode_attention(query, kernels.PlainKv(pool), ids, group, window is not None, KV_HEADS, out)
+    kernels.decode_attention(query, kernels.PlainKv(pool), ids, group, window is not None, scores, KV_HEADS, out)
     for row, length in enumerate(lengths):
-        expected = paged_attention(query[2 + row][None], pool, 1, torch.tensor(tables[row]), length - 1, window)
+        table = torch.tensor(tables[row])
+        expected = paged_attention(query[2 + row][None], pool, 1, table, length - 1, window, scores)
         torch.testing.assert_close(out[2 + row][None], expected, rtol=1e-4, atol=1e-5)
     assert bool((out[[0, 1, 6]] == 9.0).all()), "rows of other groups are not touched"
 
@@ -55,7 +58,8 @@ def test_decode_attention(num_heads, window, block_tokens):
     ("start", "num_new"), [(0, 1), (0, 29), (3, 1), (16, 13), (7, QUERY_SLICE + 5), (0, QUERY_SLICE + 5)]
 )
 @pytest.mark.parametrize("window", [None, 6, 40])
-def test_chunk_attention(start, num_new, window):
+@pytest.mark.parametrize("scores", SCORES)
+def test_chunk_attention(start, num_new, window, scores):
     """Guards against a mask that is off by one at the start, at a slice of queries, or at the window's edge."""
     block_tokens = 4
     count = -(-(start + num_new) // block_tokens)
@@ -64,8 +68,9 @@ def test_chunk_attention(start, num_new, window):
     query = torch.randn(num_new, 4, HEAD_DIM, generator=torch.Generator().manual_seed(5))
     out = torch.empty_like(query)
     ids = piece_ids([table.tolist()], 2)
-    kernels.chunk_attention(query, kernels.PlainKv(pool), ids, start, window, KV_HEADS, out)
-    torch.testing.assert_close(out, paged_attention(query, pool, 2, table, start, window), rtol=1e-4, atol=1e-5)
+    kernels.chunk_attention(query, kernels.PlainKv(pool), ids, start, window, scores, KV_HEADS, out)
+    expected = paged_attention(query, pool, 2, table, start, window, scores)
+    torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_write_kv_puts_every_token_in_its_slots_and_nothing_else():

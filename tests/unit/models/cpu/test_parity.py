@@ -14,6 +14,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 64,
     "rope_theta": 500000.0,
 }
+PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.75, "rope_theta": 10000.0}
 FAMILIES = {
     "llama": ("llama", {}),
     "llama biased, untied": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -57,6 +58,43 @@ FAMILIES = {
             "use_sliding_window": True,
             "sliding_window": 33,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": ("phi3", {"pad_token_id": 0}),
+    "phi3, window": ("phi3", {"sliding_window": 20, "pad_token_id": 0}),
+    "phi3, a part of a head rotated": ("phi3", {"rope_parameters": PARTIAL, "pad_token_id": 0}),
+    "phi3, longrope over a part of a head": (
+        "phi3",
+        {
+            "rope_parameters": PARTIAL
+            | {
+                "rope_type": "longrope",
+                "short_factor": [1.0, 1.1, 1.2, 1.3, 1.5, 2.0],
+                "long_factor": [1.0, 1.5, 2.0, 3.0, 4.0, 8.0],
+            },
+            "original_max_position_embeddings": 64,
+            "hidden_size": 64,
+            "pad_token_id": 0,
+        },
+    ),
+    "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 40}),
+    "gemma2, tight softcaps": (
+        "gemma2",
+        {"attn_logit_softcapping": 20.0, "final_logit_softcapping": 9.0, "tie_word_embeddings": False},
+    ),
+    "gemma3": ("gemma3", {"sliding_window": 24, "query_pre_attn_scalar": 40, "tie_word_embeddings": False}),
+    "gemma3, scaled rope, few windows": (
+        "gemma3",
+        {
+            "sliding_window": 24,
+            "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+            "rope_parameters": {
+                "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+                "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+            },
+            "final_logit_softcapping": 9.0,
+            "tie_word_embeddings": False,
         },
     ),
 }

@@ -17,10 +17,14 @@ WINDOWED = {"use_sliding_window": True, "sliding_window": 19, "max_window_layers
 
 @pytest.mark.parametrize("block_tokens", [16, 64])
 @pytest.mark.parametrize("chunk", [1, 7, 64])
-@pytest.mark.parametrize("variant", [{}, WINDOWED], ids=["full", "windowed"])
-def test_chunked_prefill_equals_one_shot(make_model, sequences, chunk, block_tokens, variant):
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("qwen2", {}), ("qwen2", WINDOWED), ("gemma3", {"sliding_window": 19})],
+    ids=["full", "windowed", "two ropes"],
+)
+def test_chunked_prefill_equals_one_shot(make_model, sequences, chunk, block_tokens, family, variant):
     """Guards against a chunk that does not see the prefix, sees the future, or lands in the wrong slots."""
-    runner = ModelRunner.load(make_model("qwen2", **variant).folder)
+    runner = ModelRunner.load(make_model(family, **variant).folder)
     prompt = torch.randint(0, 131, (150,), generator=torch.Generator().manual_seed(1)).tolist()
     whole, expected = sequences(runner, 1, 200, 16).greedy(0, prompt, 20)
     cut, logits = sequences(runner, 1, 200, block_tokens).greedy(0, prompt, 20, chunk)
@@ -37,9 +41,13 @@ def test_long_chunk_after_a_prefix_equals_one_shot(make_model, sequences):
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_row_alone_equals_row_among_32(make_model, sequences):
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [("qwen3", WINDOWED), ("phi3", {"pad_token_id": 0, "sliding_window": 19}), ("gemma2", {"sliding_window": 19})],
+)
+def test_row_alone_equals_row_among_32(make_model, sequences, family, variant):
     """Guards against rows that leak into each other: 32 sequences, chunks and single tokens mixed in each step."""
-    runner = ModelRunner.load(make_model("qwen3", **WINDOWED).folder)
+    runner = ModelRunner.load(make_model(family, **variant).folder)
     chance = random.Random(2)
     prompts = [[chance.randrange(131) for _ in range(chance.randrange(1, 120))] for _ in range(32)]
     alone = [sequences(runner, 1, 160).greedy(0, prompt, 30)[0] for prompt in prompts]

@@ -53,11 +53,15 @@ def make(
     return late, plain
 
 
+PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.5, "rope_theta": 10000.0}
 FAMILIES = {
     "llama": ("llama", {}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {}),
     "mistral": ("mistral", {"sliding_window": 19}),
+    "phi3": ("phi3", {"rope_parameters": PARTIAL, "pad_token_id": 0}),
+    "gemma": ("gemma", {}),
+    "gemma3": ("gemma3", {"sliding_window": 19, "query_pre_attn_scalar": 40, "final_logit_softcapping": 9.0}),
 }
 
 

@@ -1,0 +1,138 @@
+"""The families of decoders that run natively: what a config.json of each leaves unsaid, and which of its keys count.
+
+A table and no code: a family that differs in data only is a line here. No torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+
+SCORE_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
+
+
+SILU, GELU_TANH = "silu", "gelu_pytorch_tanh"
+"""Activations, as transformers names them."""
+
+
+class Windows(Enum):
+    """Which layers see a sliding window."""
+
+    NONE = "none"
+    ALL = "all"
+    """All that there are, if `sliding_window` is a number."""
+    QWEN = "qwen"
+    """If `use_sliding_window`: those of `layer_types`, or from `max_window_layers` on."""
+    ALTERNATING = "alternating"
+    """Those of `layer_types`, or all but each `sliding_window_pattern`-th."""
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """The defaults are those of transformers for the family."""
+
+    model_type: str
+    activation_key: str = "hidden_act"
+    activation: str = SILU
+    """The only one; transformers' name."""
+    old_activation: str | None = None
+    """Another name for it in old folders."""
+    windows: Windows = Windows.NONE
+    default_window: int | None = None
+    """Where `sliding_window` is absent."""
+    default_pattern: int = 1
+    """Where `sliding_window_pattern` is absent."""
+    default_kv_heads: int | None = None
+    """Where `num_key_value_heads` is absent; None: as many as query heads, as in all families where it is null."""
+    default_head_dim: int | None = None
+    """None: hidden_size / num_attention_heads."""
+    default_eps: float = 1e-6
+    always_qkv_bias: bool = False
+    reads_attention_bias: bool = False
+    reads_mlp_bias: bool = False
+    default_tied: bool = False
+    default_theta: float = 10_000.0
+    qk_norm: bool = False
+    partial_rotary: bool = False
+    """Of a head a part may be rotated."""
+    merged_projections: bool = False
+    """The checkpoint has query, key and value, and gate and up, in one tensor each."""
+    window_rope: bool = False
+    """Windowed layers have a rope of their own."""
+    like_gemma: bool = False
+    """Norms multiply by 1 + weight and embeddings are scaled by the root of their width."""
+    output_norms: bool = False
+    """What attention and the MLP add to the residual is normed before."""
+    reads_query_scalar: bool = False
+    """Scores are divided by the root of `query_pre_attn_scalar`, not of head_dim."""
+    softcaps: Mapping[str, float | None] = field(default_factory=dict)
+    """The keys of softcaps that count, and their defaults; None: no softcap."""
+
+
+FAMILIES: dict[str, Family] = {
+    "LlamaForCausalLM": Family("llama", reads_attention_bias=True, reads_mlp_bias=True),
+    "MistralForCausalLM": Family("mistral", windows=Windows.ALL, default_window=4096, default_kv_heads=8),
+    "Qwen2ForCausalLM": Family(
+        "qwen2", windows=Windows.QWEN, default_window=4096, default_kv_heads=32, always_qkv_bias=True
+    ),
+    "Qwen3ForCausalLM": Family(
+        "qwen3",
+        windows=Windows.QWEN,
+        default_window=4096,
+        default_kv_heads=32,
+        default_head_dim=128,
+        reads_attention_bias=True,
+        qk_norm=True,
+    ),
+    "Phi3ForCausalLM": Family(
+        "phi3", windows=Windows.ALL, default_eps=1e-5, partial_rotary=True, merged_projections=True
+    ),
+    "GemmaForCausalLM": Family(
+        "gemma",
+        activation=GELU_TANH,
+        old_activation="gelu",
+        default_kv_heads=16,
+        default_head_dim=256,
+        default_tied=True,
+        reads_attention_bias=True,
+        like_gemma=True,
+    ),
+    "Gemma2ForCausalLM": Family(
+        "gemma2",
+        activation_key="hidden_activation",
+        activation=GELU_TANH,
+        windows=Windows.ALTERNATING,
+        default_window=4096,
+        default_pattern=2,
+        default_kv_heads=4,
+        default_head_dim=256,
+        default_tied=True,
+        reads_attention_bias=True,
+        like_gemma=True,
+        output_norms=True,
+        reads_query_scalar=True,
+        softcaps={SCORE_SOFTCAP: 50.0, LOGIT_SOFTCAP: 30.0},
+    ),
+    "Gemma3ForCausalLM": Family(
+        "gemma3_text",
+        activation_key="hidden_activation",
+        activation=GELU_TANH,
+        windows=Windows.ALTERNATING,
+        default_window=4096,
+        default_pattern=6,
+        default_kv_heads=4,
+        default_head_dim=256,
+        default_tied=True,
+        default_theta=1_000_000.0,
+        reads_attention_bias=True,
+        qk_norm=True,
+        window_rope=True,
+        like_gemma=True,
+        output_norms=True,
+        reads_query_scalar=True,
+        softcaps={LOGIT_SOFTCAP: None},
+    ),
+}
+"""By the name in `architectures`."""
+MODEL_TYPES = {family.model_type: architecture for architecture, family in FAMILIES.items()}
