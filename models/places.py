@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from baton.kernels.linear.grouped import MIDDLE
+from baton.kernels.linear.grouped import MIDDLE, pack_codes
 from baton.models.quantization.weight import QuantizedWeight
 
 Stored: TypeAlias = "torch.Tensor | QuantizedWeight"
@@ -152,10 +152,11 @@ class ScaledPlace:
 class GroupedPlace:
     """Rows of a GroupedLinear."""
 
-    codes: torch.Tensor  # [rows, K / 2]
-    scales: torch.Tensor  # [rows, G]
-    zeros: torch.Tensor | None  # [rows, G]
+    words: torch.Tensor  # [rows, K / 4]
+    scales: torch.Tensor  # [G, rows]
+    zeros: torch.Tensor | None  # [G, rows]
     order: torch.Tensor | None  # [K], of all inputs
+    block: int
     inputs_per_scale: int
     outputs: WeightCut
     inputs: WeightCut
@@ -166,11 +167,11 @@ class GroupedPlace:
 
     @property
     def size_bytes(self) -> int:
-        return sum(part.nbytes for part in (self.codes, self.scales, self.zeros) if part is not None)
+        return sum(part.nbytes for part in (self.words, self.scales, self.zeros) if part is not None)
 
     @property
     def device(self) -> torch.device:
-        return self.codes.device
+        return self.words.device
 
     def fill(self, stored: Stored) -> None:
         assert isinstance(stored, QuantizedWeight), "the place was made for what the files have"
@@ -179,7 +180,7 @@ class GroupedPlace:
         codes = (codes + shift).view(torch.uint8)
         if self.order is not None:
             codes = codes[:, self.order.long()]
-        self.codes.copy_(codes[:, 0::2] | codes[:, 1::2] << 4)
+        pack_codes(codes, self.block, self.words)
         self.scales.copy_(self._of_groups(stored.scales, stored.inputs_per_scale))
         if self.zeros is not None:
             if stored.zeros is None:
@@ -188,7 +189,7 @@ class GroupedPlace:
                 self.zeros.copy_(self._of_groups(stored.zeros + shift, stored.inputs_per_scale))
 
     def _of_groups(self, stored: torch.Tensor, inputs_per_scale: int) -> torch.Tensor:
-        """This rank's rows and groups, of groups that may be wider in the files than here."""
+        """[groups, rows] of this rank, whose groups may be narrower than those of the files."""
         spread = stored[self.outputs.slice].repeat_interleave(inputs_per_scale // self.inputs_per_scale, 1)
         first = self.inputs.part.start // self.inputs_per_scale
-        return spread[:, first : first + self.scales.shape[1]]
+        return spread[:, first : first + self.scales.shape[0]].t()

@@ -20,11 +20,12 @@ import torch
 from baton.benchmark.gpu.ceilings import GPU, Call, randn, seconds
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import bare_parser
-from baton.kernels.int4 import Int4Matrix, block_size
+from baton.kernels import GroupedLinear
+from baton.kernels.linear.grouped import block_size
 from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.compiling import compile_all, launched_by, missing
-from baton.kernels.triton.dequantise_int4 import dequantise_int4
+from baton.kernels.triton.dequantise import dequantise_groups
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_int4 import linear_int4
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
@@ -51,13 +52,13 @@ PROGRAMS = 100, 1100
 KEPT = 3
 
 
-def random_weight(shape: ProductShape, group: int, with_zeros: bool) -> Int4Matrix:
+def random_weight(shape: ProductShape, group: int, with_zeros: bool) -> GroupedLinear:
     n, k = shape.outputs * (2 if shape.fused else 1), shape.inputs
     words = torch.randint(-(1 << 15), 1 << 15, (n, k // 4), dtype=torch.int16, device=GPU)
     zeros = torch.randint(0, 17, (k // group, n), dtype=torch.int8, device=GPU) if with_zeros else None
     block = block_size(k, group)
     assert block is not None
-    return Int4Matrix(words, (torch.rand(k // group, n, device=GPU) / 300).half(), zeros, block)
+    return GroupedLinear(words, (torch.rand(k // group, n, device=GPU) / 300).half(), zeros, block)
 
 
 def candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
@@ -88,7 +89,7 @@ class Int4Tuner:
         self.shape = shape
         first = random_weight(shape, group, with_zeros)
         self._weights = [first]
-        while len(self._weights) * first.nbytes < ROTATED_BYTES or len(self._weights) < 3:
+        while len(self._weights) * first.size_bytes < ROTATED_BYTES or len(self._weights) < 3:
             self._weights.append(random_weight(shape, group, with_zeros))
         self.block = first.block
 
@@ -96,7 +97,7 @@ class Int4Tuner:
         x, n, fused = randn(rows, self.shape.inputs), self.shape.outputs, self.shape.fused
         split = tiles.splits > 1
         out = torch.empty((tiles.splits, rows, n), dtype=torch.float32, device=GPU) if split else randn(rows, n)
-        return [partial(linear_int4, x, w, None, tiles, out, fused=fused, pdl=True) for w in self._weights[:count]]
+        return [partial(linear_int4, x, w, tiles, out, fused=fused, pdl=True) for w in self._weights[:count]]
 
     def report(self, rows: int, tiles: Tiles, **values: object) -> float:
         """Seconds; infinite if the tiles do not run."""
@@ -105,7 +106,7 @@ class Int4Tuner:
         except Exception as error:  # too much shared memory, or too many registers
             self._line(rows=rows, tiles=str(tiles), error=str(error)[:200])
             return float("inf")
-        size = self._weights[0].nbytes
+        size = self._weights[0].size_bytes
         fields = [tiles.tile_n, tiles.tile_k, tiles.tile_m, tiles.stages, tiles.splits, tiles.warps, tiles.prefetch]
         self._line(rows=rows, tiles=fields, us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3), **values)
         return took
@@ -128,9 +129,9 @@ class Int4Tuner:
         wide = n * (2 if fused else 1)
         x, plain, out, scratch = randn(rows, k), randn(rows, wide), randn(rows, n), randn(wide, k)
 
-        def call(weight: Int4Matrix) -> None:
+        def call(weight: GroupedLinear) -> None:
             if dequantise:
-                dequantise_int4(weight, scratch)
+                _dequantise(weight, scratch)
             _by_cublas(x, scratch, plain, out, fused)
 
         took = seconds([partial(call, weight) for weight in self._weights[:4]], replays=5)
@@ -139,9 +140,13 @@ class Int4Tuner:
 
     def dequantise(self) -> None:
         scratch = randn(self._weights[0].num_outputs, self.shape.inputs)
-        took = seconds([partial(dequantise_int4, weight, scratch) for weight in self._weights])
-        size = self._weights[0].nbytes + scratch.nbytes
+        took = seconds([partial(_dequantise, weight, scratch) for weight in self._weights])
+        size = self._weights[0].size_bytes + scratch.nbytes
         self._line(by="dequantise", us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3))
+
+
+def _dequantise(weight: GroupedLinear, out: torch.Tensor) -> None:
+    dequantise_groups(weight.words, weight.scales, weight.zeros, weight.order, weight.block, out)
 
 
 def _by_cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, out: torch.Tensor, fused: bool) -> None:

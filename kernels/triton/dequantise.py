@@ -1,7 +1,7 @@
 """Quantised weights to plain ones, in the layouts of kernels.linear: the numbers that their codes stand for.
 
     out[n, k] = codes[n, k] * scales[n // outputs_per_scale, k // inputs_per_scale]                   8 bits
-    out[n, order[k]] = (code[n, k] - zeros[n, k // inputs_per_scale]) * scales[n, k // inputs_per_scale]    4 bits
+    out[n, order[k]] = (code[n, k] - zeros[k // inputs_per_scale, n]) * scales[k // inputs_per_scale, n]    4 bits
 
 In float32 and rounded once, as `dequantised` there does, bit for bit. Bytes: codes read, out written; 3 N K and 2.5 N K
 where out has 16 bits.
@@ -14,10 +14,11 @@ import torch
 import triton
 import triton.language as tl
 
-from baton.kernels.linear.grouped import MIDDLE
+from baton.kernels.linear.grouped import BLOCKS, CODES_PER_WORD, MIDDLE
 from baton.kernels.triton.launch import launch_options, require
 
 BLOCK, WARPS = 2048, 4
+TILE_N = 16
 
 
 @triton.jit
@@ -35,24 +36,27 @@ def _dequantise_scaled_kernel(
 
 @triton.jit
 def _dequantise_groups_kernel(
-    codes_ptr, scales_ptr, zeros_ptr, order_ptr, out_ptr, K: tl.constexpr, INPUTS: tl.constexpr, MIDDLE: tl.constexpr,
-    ZEROS: tl.constexpr, ORDERED: tl.constexpr, BLOCK: tl.constexpr,
+    words_ptr, scales_ptr, zeros_ptr, order_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, INPUTS: tl.constexpr,
+    MIDDLE: tl.constexpr, ZEROS: tl.constexpr, ORDERED: tl.constexpr, WIDTH: tl.constexpr, TILE_N: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    pair = tl.program_id(1) * (BLOCK // 2) + tl.arange(0, BLOCK // 2)
-    both = tl.load(codes_ptr + row * (K // 2) + pair, mask=pair < K // 2, other=0)
-    codes = tl.interleave(both & 15, both >> 4).to(tl.float32)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = column < K
-    group = row * (K // INPUTS) + column // INPUTS
-    if ZEROS:
-        codes -= tl.load(zeros_ptr + group, mask=inside, other=0).to(tl.float32)
-    else:
-        codes -= MIDDLE
-    value = codes * tl.load(scales_ptr + group, mask=inside, other=0.0).to(tl.float32)
-    if ORDERED:
-        column = tl.load(order_ptr + column, mask=inside, other=0)
-    tl.store(out_ptr + row * K + column, value.to(out_ptr.dtype.element_ty), mask=inside)
+    """A block of 4 * WIDTH inputs of TILE_N rows, run by run of inputs that lie at one place of the words."""
+    n = tl.program_id(1) * TILE_N + tl.arange(0, TILE_N)
+    row, inside = n[:, None].to(tl.int64), n < N
+    first = tl.program_id(0) * (4 * WIDTH)
+    column = tl.arange(0, WIDTH)
+    words = tl.load(words_ptr + row * (K // 4) + first // 4 + column[None, :], mask=inside[:, None], other=0)
+    for place in tl.static_range(4):  # a place's run is within one group
+        of_group = (first + place * WIDTH) // INPUTS * N + n
+        codes = ((words.to(tl.int32) >> (4 * place)) & 15).to(tl.float32)
+        if ZEROS:
+            codes -= tl.load(zeros_ptr + of_group, mask=inside, other=0).to(tl.float32)[:, None]
+        else:
+            codes -= MIDDLE
+        value = codes * tl.load(scales_ptr + of_group, mask=inside, other=0.0).to(tl.float32)[:, None]
+        k = first + place * WIDTH + column
+        if ORDERED:
+            k = tl.load(order_ptr + k)
+        tl.store(out_ptr + row * K + k[None, :], value.to(out_ptr.dtype.element_ty), mask=inside[:, None])
 
 
 def dequantise_scaled(
@@ -72,25 +76,25 @@ def dequantise_scaled(
 
 
 def dequantise_groups(
-    codes: torch.Tensor,
+    words: torch.Tensor,
     scales: torch.Tensor,
     zeros: torch.Tensor | None,
     order: torch.Tensor | None,
-    inputs_per_scale: int,
+    block: int,
     out: torch.Tensor,
 ) -> None:
     """Of a GroupedLinear; out [N, K]."""
     n, k = out.shape
-    groups = (n, k // inputs_per_scale)
-    require(tuple(codes.shape) == (n, k // 2) and k % 2 == 0, f"codes {tuple(codes.shape)} are not those of {(n, k)}")
-    require(k % inputs_per_scale == 0 and tuple(scales.shape) == groups, f"scales {tuple(scales.shape)} do not fit")
-    require(zeros is None or tuple(zeros.shape) == groups, "zeros are not shaped as scales")
+    inputs_per_scale = k // scales.shape[0]
+    require(tuple(words.shape) == (n, k // CODES_PER_WORD), f"words {tuple(words.shape)} are not those of {(n, k)}")
+    require(block in BLOCKS and k % block == 0, f"{k} inputs are not blocks of {block}")
+    require(tuple(scales.shape) == (k // inputs_per_scale, n), f"scales {tuple(scales.shape)} do not fit")
+    require(zeros is None or zeros.shape == scales.shape, "zeros are not shaped as scales")
     require(order is None or tuple(order.shape) == (k,), "order is not [K]")
-    for tensor in (codes, scales, zeros, order, out):
+    for tensor in (words, scales, zeros, order, out):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
-    block = min(BLOCK, triton.next_power_of_2(k))
-    _dequantise_groups_kernel[(n, triton.cdiv(k, block))](
-        codes, scales, codes if zeros is None else zeros, codes if order is None else order, out, K=k,
-        INPUTS=inputs_per_scale, MIDDLE=MIDDLE, ZEROS=zeros is not None, ORDERED=order is not None, BLOCK=block,
-        **launch_options(WARPS, False),
+    _dequantise_groups_kernel[(k // block, triton.cdiv(n, TILE_N))](
+        words, scales, words if zeros is None else zeros, words if order is None else order, out, N=n, K=k,
+        INPUTS=inputs_per_scale, MIDDLE=MIDDLE, ZEROS=zeros is not None, ORDERED=order is not None,
+        WIDTH=block // CODES_PER_WORD, TILE_N=TILE_N, **launch_options(WARPS, False),
     )  # fmt: skip

@@ -1,11 +1,11 @@
 """y = x W^T (+ b) with W of 4 bits, for the rows of a decode step, where the time is that of reading W once.
 
-x is [M, K] bfloat16; W as `kernels.int4` describes. As in `linear`, a tile of W is the large operand of the warpgroup's
-matrix instruction and x the narrow one, parts of split sums are left to the reader, and gate and up meet in the
-epilogue (fused). A tile of W goes from shared memory to registers in the layout of that operand, where one shift, one
-mask and one addition make two weights of two codes: 128 + code has the code as its lowest bits in bfloat16. They are
-code - zero, exact; the scale of a group is applied to the float32 sum over the group's inputs. So about 1.4
-instructions a weight, of about 3.4 for which there is time while it is read.
+x is [M, K] bfloat16, in the order of W if that has one; W a GroupedLinear. As in `linear`, a tile of W is the large
+operand of the warpgroup's matrix instruction and x the narrow one, parts of split sums are left to the reader, and gate
+and up meet in the epilogue (fused). A tile of W goes from shared memory to registers in the layout of that operand,
+where one shift, one mask and one addition make two weights of two codes: 128 + code has the code as its lowest bits in
+bfloat16. They are code - zero, exact; the scale of a group is applied to the float32 sum over the group's inputs. So
+about 1.4 instructions a weight, of about 3.4 for which there is time while it is read.
 
 K is summed in steps of 16 within a group and group after group, whatever the tiles: with one number of splits a row's
 bits are the same for every M. Bytes: those of W.
@@ -20,7 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from baton.kernels.int4 import CODES_PER_WORD, Int4Matrix
+from baton.kernels.linear.grouped import CODES_PER_WORD, GroupedLinear
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.linear import prefetch
 from baton.kernels.triton.linear_policy import Tiles
@@ -144,8 +144,7 @@ def _linear_int4_kernel(
 
 def linear_int4(
     x: torch.Tensor,
-    weight: Int4Matrix,
-    bias: torch.Tensor | None,
+    weight: GroupedLinear,
     tiles: Tiles,
     out: torch.Tensor,
     *,
@@ -153,18 +152,17 @@ def linear_int4(
     pdl: bool = False,
 ) -> None:
     """As linear.linear; tiles.tile_k is the weight's block."""
-    (num_rows, k), block = x.shape, weight.block
+    (num_rows, k), block, bias = x.shape, weight.block, weight.bias
     n = weight.num_outputs // (2 if fused else 1)
-    groups = max(1, block // weight.group)
+    groups = max(1, block // weight.inputs_per_scale)
     shape = (num_rows, n) if tiles.splits == 1 and out.dim() == 2 else (tiles.splits, num_rows, n)
     require(x.dtype == torch.bfloat16, "x must be bfloat16")
     require(weight.num_inputs == k and tuple(out.shape) == shape, f"out {tuple(out.shape)} is not {shape}")
     require(tiles.splits == 1 or out.dtype == torch.float32, "parts of a sum must be float32")
     require(tiles.tile_k == block, f"{tiles} are not for blocks of {block}")
     require(n % tiles.tile_n == 0 and k % (tiles.splits * block) == 0, f"{tiles} do not divide [{n}, {k}]")
-    require(
-        groups in (1, 2, 4) and max(block, weight.group) % min(block, weight.group) == 0, "groups do not fit blocks"
-    )
+    require(groups in (1, 2, 4), f"{groups} groups in a block")
+    require(weight.zeros is None or groups * tiles.tile_n >= 128, "zero points of a tile are less than 128 bytes")
     require(not fused or (tiles.splits == 1 and bias is None), "a fused product has one split and no bias")
     require(bias is None or bias.shape == (n,), "bias is not [N]")
     for tensor in (x, weight.words, weight.scales, weight.zeros, out, bias):
@@ -179,7 +177,7 @@ def linear_int4(
         TensorDescriptor.from_tensor(x, [tiles.tile_m, block // groups]),
         TensorDescriptor.from_tensor(weight.words, [tiles.tile_n, width]),
         scales, zeros, weight.words, weight.words if bias is None else bias, out, num_rows, N=n, K=k,
-        TILE_N=tiles.tile_n, TILE_M=tiles.tile_m, WIDTH=width, GROUP=weight.group, GROUPS=groups,
+        TILE_N=tiles.tile_n, TILE_M=tiles.tile_m, WIDTH=width, GROUP=weight.inputs_per_scale, GROUPS=groups,
         SPLITS=tiles.splits, FUSED=fused, ZEROS=weight.zeros is not None, BIAS=bias is not None,
         PREFETCH=prefetched, PDL=pdl, ASM=x.device.type != "cpu",
         **launch_options(tiles.warps, pdl, tiles.stages),

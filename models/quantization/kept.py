@@ -14,6 +14,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 
 from baton.kernels import GroupedLinear, ScaledLinear
+from baton.kernels.linear.grouped import CODES_PER_WORD, block_size
 from baton.models.places import GroupedPlace, ScaledPlace, WeightCut
 from baton.models.quantization.weight import QuantizedWeight
 
@@ -86,8 +87,10 @@ def _grouped(
     forms, first = [part.form for part in parts], parts[0].form
     num_inputs = len(inputs.part)
     width = _group_width(first.inputs_per_scale)
+    block = block_size(num_inputs, width)
     if (
-        any(form.bits > 4 or form.outputs_per_scale != 1 for form in forms)
+        block is None
+        or any(form.bits > 4 or form.outputs_per_scale != 1 for form in forms)
         or any(form.inputs_per_scale != first.inputs_per_scale for form in forms)
         or inputs.total % first.inputs_per_scale
         or num_inputs % width
@@ -103,20 +106,21 @@ def _grouped(
     num_outputs, num_groups = sum(len(part.outputs.part) for part in parts), num_inputs // width
     scale_dtypes = {form.scale_dtype for form in forms}
     scale_dtype = first.scale_dtype if len(scale_dtypes) == 1 else torch.float32
-    codes = torch.empty(num_outputs, num_inputs // 2, dtype=torch.uint8, device=device)
-    scales = torch.empty(num_outputs, num_groups, dtype=scale_dtype, device=device)
+    words = torch.empty(num_outputs, num_inputs // CODES_PER_WORD, dtype=torch.int16, device=device)
+    scales = torch.empty(num_groups, num_outputs, dtype=scale_dtype, device=device)
     zeros = None
     if any(form.zeros is not None for form in forms):
-        zeros = torch.empty(num_outputs, num_groups, dtype=torch.uint8, device=device)
+        zeros = torch.empty(num_groups, num_outputs, dtype=torch.int8, device=device)
     kept_order = None if sorted_already else order.to(device, torch.int32)
     places, start = [], 0
     for part in parts:
         end = start + len(part.outputs.part)
         rows = slice(start, end)
-        zeros_of = None if zeros is None else zeros[rows]
-        places.append(GroupedPlace(codes[rows], scales[rows], zeros_of, kept_order, width, part.outputs, inputs))
+        zeros_of = None if zeros is None else zeros[:, rows]
+        of_part = words[rows], scales[:, rows], zeros_of, kept_order, block, width
+        places.append(GroupedPlace(*of_part, part.outputs, inputs))
         start = end
-    return GroupedLinear(codes, scales, zeros, width, kept_order, bias), places
+    return GroupedLinear(words, scales, zeros, block, kept_order, bias), places
 
 
 def _group_width(inputs_per_scale: int) -> int:

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.gpu
 GPU = "cuda"
 
 
-@pytest.mark.parametrize("group", [32, 64, 128, 4096])
+@pytest.mark.parametrize("group", [32, 64, 128])
 @pytest.mark.parametrize("with_zeros", [False, True])
 def test_products(group, with_zeros):
     """Guards against codes, scales or zeros of another place, in each form in which the compiler unpacks them."""
@@ -46,6 +46,6 @@ def test_a_row_has_the_same_bits_for_any_number_of_rows_and_any_tiles(group):
         for tile_n, warps in ((64, 4), (128, 4), (128, 8)):
             tiles = Tiles(tile_n, weight.block, 16 if rows <= 16 else 64, 3, 2, warps)
             out = poison((2, rows, n), torch.float32, GPU)
-            linear_int4(x[:rows].contiguous(), weight, None, tiles, out)
+            linear_int4(x[:rows].contiguous(), weight, tiles, out)
             results.append(out)
     assert all(torch.equal(out, results[-1][:, : out.shape[1]]) for out in results)

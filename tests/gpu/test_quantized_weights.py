@@ -43,5 +43,5 @@ def test_what_is_kept_is_dequantised_to_the_same_numbers(name: str, dtype: torch
             case ScaledLinear():
                 dequantise_scaled(ours.codes, ours.scales, ours.outputs_per_scale, ours.inputs_per_scale, out)
             case GroupedLinear():
-                dequantise_groups(ours.codes, ours.scales, ours.zeros, ours.order, ours.inputs_per_scale, out)
+                dequantise_groups(ours.words, ours.scales, ours.zeros, ours.order, ours.block, out)
         assert torch.equal(out.cpu(), theirs.weight), ours.weight_format

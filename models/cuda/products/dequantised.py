@@ -44,9 +44,7 @@ class DequantisedProducts:
                     weights.codes, weights.scales, weights.outputs_per_scale, weights.inputs_per_scale, out
                 )
             case GroupedLinear():
-                dequantise_groups(
-                    weights.codes, weights.scales, weights.zeros, weights.order, weights.inputs_per_scale, out
-                )
+                dequantise_groups(weights.words, weights.scales, weights.zeros, weights.order, weights.block, out)
             case _:
                 raise InvariantBroken(f"no kernel here reads a weight of the format {weights.weight_format}")
         return DenseLinear(out, weights.bias)

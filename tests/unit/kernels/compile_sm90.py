@@ -191,15 +191,15 @@ def linears(table: str, rows: int, pdl: bool) -> None:
 def dequantised_weights() -> None:
     from baton.kernels.triton import dequantise as module
 
-    n, k, scales = 28672, 4096, (28672, 32)
+    n, k, scales = 28672, 4096, (32, 28672)
     for block in ((1, k), (128, 128)):
         sizes = (n // block[0], k // block[1])
         module.dequantise_scaled(
             empty(n, k, dtype=torch.float8_e4m3fn), empty(*sizes, dtype=torch.float32), *block, empty(n, k)
         )
-    for zeros, order in ((None, None), (empty(*scales, dtype=torch.uint8), empty(k, dtype=torch.int32))):
-        codes = empty(n, k // 2, dtype=torch.uint8)
-        module.dequantise_groups(codes, empty(*scales, dtype=torch.float16), zeros, order, 128, empty(n, k))
+    for zeros, order in ((None, None), (empty(*scales, dtype=torch.int8), empty(k, dtype=torch.int32))):
+        words = empty(n, k // 4, dtype=torch.int16)
+        module.dequantise_groups(words, empty(*scales, dtype=torch.float16), zeros, order, 256, empty(n, k))
 
 
 def prefill_gluon(block_tokens: int, persistent: bool) -> None:

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from baton.kernels import GroupedLinear, ScaledLinear, philox, reference
+from baton.kernels.linear.grouped import block_size
 from baton.kernels.triton import (
     activation,
     blocks,
@@ -101,16 +102,21 @@ def check_dequantise_scaled(device: str, codes_dtype: torch.dtype, dtype: torch.
 
 def check_dequantise_groups(device: str, dtype: torch.dtype, inputs_per_scale: int, zeros: bool, order: bool) -> None:
     n, k = 5, 2112
-    groups, chance = (n, k // inputs_per_scale), torch.Generator().manual_seed(1)
+    groups, chance, block = (
+        (k // inputs_per_scale, n),
+        torch.Generator().manual_seed(1),
+        block_size(k, inputs_per_scale),
+    )
+    assert block is not None
     linear = GroupedLinear(
-        torch.randint(0, 256, (n, k // 2), generator=chance).to(device, torch.uint8),
+        torch.randint(-(1 << 15), 1 << 15, (n, k // 4), generator=chance).to(device, torch.int16),
         randn(groups, torch.float16, device),
-        torch.randint(0, 16, groups, generator=chance).to(device, torch.uint8) if zeros else None,
-        inputs_per_scale,
+        torch.randint(0, 17, groups, generator=chance).to(device, torch.int8) if zeros else None,
+        block,
         torch.randperm(k, generator=chance).to(device, torch.int32) if order else None,
     )
     out = poison((n, k), dtype, device)
-    dequantise.dequantise_groups(linear.codes, linear.scales, linear.zeros, linear.order, inputs_per_scale, out)
+    dequantise.dequantise_groups(linear.words, linear.scales, linear.zeros, linear.order, block, out)
     assert torch.equal(out, linear.dequantised(dtype))
 
 

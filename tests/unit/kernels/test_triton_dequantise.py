@@ -19,9 +19,9 @@ def test_codes_of_8_bits(device, dtype, codes, block):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("zeros", "order"), [(False, False), (True, False), (True, True)])
-@pytest.mark.parametrize("inputs_per_scale", [32, 2112])
+@pytest.mark.parametrize("inputs_per_scale", [16, 32, 2112])
 def test_codes_of_4_bits(device, dtype, zeros, order, inputs_per_scale):
-    """Guards against the two codes of a byte exchanged, zero points of another group, and inputs left sorted."""
+    """Guards against codes of a word exchanged, or with a sign; zero points of another group; inputs left sorted."""
     checks.check_dequantise_groups(device, dtype, inputs_per_scale, zeros, order)
 
 
@@ -30,5 +30,5 @@ def test_wrong_shapes_are_refused(device):
     codes, out = torch.zeros(4, 8, dtype=torch.int8, device=device), torch.zeros(4, 8, device=device)
     with pytest.raises(ValueError, match="2 scales"):
         dequantise_scaled(codes, out[0, :2].contiguous(), 1, 8, out)
-    with pytest.raises(ValueError, match="scales"):
-        dequantise_groups(codes[:, :4].contiguous().view(torch.uint8), out, None, None, 4, out)
+    with pytest.raises(ValueError, match="words"):
+        dequantise_groups(codes[:, :2].contiguous().view(torch.int16), out, None, None, 32, out)

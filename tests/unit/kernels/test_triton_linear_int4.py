@@ -5,11 +5,11 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels.int4 import block_size, pack_codes, unpack_codes
+from baton.kernels.linear.grouped import block_size, pack_codes, unpack_codes
 from baton.kernels.triton.linear_policy import Tiles
 from baton.tests.unit.kernels import int4_checks as checks
 
-GROUPS = [32, 64, 128, 512]
+GROUPS = [32, 64, 128]
 
 
 @pytest.mark.parametrize("block", [64, 128, 256])
@@ -30,7 +30,8 @@ def test_packed_codes_are_unpacked_as_they_were(block):
         (4096, 4096, 256),
         (896, 128, 128),
         (896, 896, 128),
-        (96, 96, 0),
+        (96, 96, 32),
+        (96, 12, 0),
     ],
 )
 def test_a_block_holds_whole_groups_or_is_within_one(num_inputs, group, block):
