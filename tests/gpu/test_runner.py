@@ -5,6 +5,7 @@ Run it in a separate process: tests/unit/models would then run on the GPU as wel
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -149,22 +150,65 @@ def test_deterministic_tokens_do_not_depend_on_the_batch():
         assert run.generated(slot)[:32] == together[slot][:32]
 
 
-def two_layers(folder: Path) -> Path:
-    """The 8B shape with two layers."""
-    text = (SHAPE_8B / "config.json").read_text().replace('"num_hidden_layers": 32', '"num_hidden_layers": 2')
-    (folder / "config.json").write_text(text)
+SHAPES = {
+    "llama-3.1-8b": {},
+    "phi-3-mini": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 96,
+        "vocab_size": 32064,
+        "sliding_window": 200,
+        "rope_scaling": None,
+    },
+    "phi-4-mini": {
+        "architectures": ["Phi3ForCausalLM"],
+        "model_type": "phi3",
+        "hidden_size": 3072,
+        "intermediate_size": 8192,
+        "num_attention_heads": 24,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "partial_rotary_factor": 0.75,
+        "rope_scaling": None,
+    },
+    "gemma-3-4b": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "sliding_window": 200,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+        "tie_word_embeddings": True,
+    },
+}
+"""What differs from the 8B shape; all of two layers."""
+
+
+def two_layers(folder: Path, shape: str = "llama-3.1-8b") -> Path:
+    whole = json.loads((SHAPE_8B / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(whole | {"num_hidden_layers": 2} | SHAPES[shape]))
     return folder
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
-def test_the_8b_shape_matches_the_cpu(tmp_path, deterministic):
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes_of_real_models_match_the_cpu(tmp_path, shape, deterministic):
     """Guards the tuned kernels, split sums and Hopper attention in place: logits of a prompt, and tokens of captured
     steps after it, which must be among the most likely by the CPU's float32 logits."""
-    config = ModelConfig.from_folder(two_layers(tmp_path))
+    config = ModelConfig.from_folder(two_layers(tmp_path, shape))
     weights = load_weights(config, tmp_path, torch.bfloat16, "cuda:0", "dummy", pack=False)
     runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(40, 2048, 1, deterministic), LONGEST)
-    runner.bind_pool(torch.zeros(400, 8, 2, 2, 64, 128, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
-    prompt = [random.Random(3).randrange(128_000) for _ in range(300)]
+    pool_shape = (400, config.num_kv_heads, 2, 2, 64, config.head_dim)
+    runner.bind_pool(torch.zeros(pool_shape, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
+    prompt = [random.Random(3).randrange(32_000) for _ in range(300)]
     draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 300, 0)
     whole = runner.logits([Row(prompt, 0, table(0), draw)]).float().cpu()
     runner.logits([Row(prompt[:128], 0, table(1), draw)])
@@ -196,22 +240,27 @@ def exact_logits(config: ModelConfig, weights, tokens: list[int]) -> torch.Tenso
         assert isinstance(linear, DenseLinear) and linear.bias is None
         return DenseLinear(linear.weight.float().cpu())
 
+    def plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
+        return None if tensor is None else tensor.float().cpu()
+
     layers = tuple(
         LayerWeights(
             each.shape,
             each.input_norm.float().cpu(),
-            AttentionWeights(wide(each.attention.qkv), None, wide(each.attention.o)),
+            AttentionWeights(wide(each.attention.qkv), plain(each.attention.head_norms), wide(each.attention.o)),
             each.post_norm.float().cpu(),
             DenseMlpWeights(wide(each.mlp.gate_up), wide(each.mlp.down)),
+            plain(each.attention_output_norm),
+            plain(each.mlp_output_norm),
         )
         for each in weights.layers
     )
     whole = Weights(weights.embedding.float().cpu(), layers, weights.norm.float().cpu(), wide(weights.lm_head))
-    plain = ModelRunner(config, DenseDecoder(config, whole), torch.float32)
-    plain.bind_pool(torch.zeros(plain.kv_shape(6, 64)))
+    cpu = ModelRunner(config, DenseDecoder(config, whole), torch.float32)
+    cpu.bind_pool(torch.zeros(cpu.kv_shape(6, 64)))
     draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 1, 0)
     rows = [Row(tokens[:300], 0, [0, 1, 2, 3, 4], draw)]
-    found = [plain.compute(rows)[1]]
+    found = [cpu.compute(rows)[1]]
     for place in range(300, len(tokens)):
-        found.append(plain.compute([Row([tokens[place]], place, [0, 1, 2, 3, 4, 5], draw)])[1])
+        found.append(cpu.compute([Row([tokens[place]], place, [0, 1, 2, 3, 4, 5], draw)])[1])
     return torch.cat([torch.zeros(299, config.vocab_size), *found])
