@@ -53,6 +53,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     ),
     "links": BenchmarkEntry("host.links", "KV hand-over and control messages over encrypted links, and in the clear"),
     "steps": BenchmarkEntry("host.steps", "single model steps on CPU, as input of `baton simulate fit`"),
+    "quality": BenchmarkEntry("host.quality", "how far quantised weights and KV move a model's predictions, on texts"),
     "tiers": BenchmarkEntry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
     "decode": BenchmarkEntry("gpu.decode", "ms of a decode step on a GPU"),
     "prefill": BenchmarkEntry("gpu.prefill", "tokens/s of prompts on a GPU"),

@@ -13,8 +13,10 @@ HEADS, KV_HEADS, DIM, HIDDEN, FFN, VOCAB = 32, 8, 128, 4096, 14336, 128256
 class KernelReport:
     """Writes the lines. `ceilings` are measured first."""
 
-    def __init__(self, lines: JsonLines) -> None:
+    def __init__(self, lines: JsonLines, quantizations: Sequence[str]) -> None:
+        """quantizations: of weights, for the parts that measure several formats."""
         self.line = lines.write
+        self.quantizations = quantizations
         self.ceilings = Ceilings(1.0, 1.0)
 
     def moved(self, kernel: str, size_bytes: float, calls: Sequence[Call], **values: object) -> None:

@@ -19,6 +19,8 @@ import torch
 from baton.benchmark.gpu.attention import decode, mixed, pools, prefill
 from baton.benchmark.gpu.ceilings import GPU, Ceilings, randn
 from baton.benchmark.gpu.kernel_report import DIM, FFN, HEADS, HIDDEN, KV_HEADS, VOCAB, KernelReport
+from baton.benchmark.gpu.products import products
+from baton.benchmark.gpu.runners import add_quantization
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import bare_parser
 from baton.kernels.triton import (
@@ -224,7 +226,8 @@ def _linears(report: KernelReport, shapes: dict[str, ProductShape]) -> None:
 PARTS: dict[str, Callable[[KernelReport], None]] = {
     part.__name__: part
     for part in (
-        ceilings, small, choice, whole_blocks, host_copies, decode, mixed, pools, prefill, linears, qwen3_linears
+        ceilings, small, choice, whole_blocks, host_copies, decode, mixed, pools, prefill, linears, qwen3_linears,
+        products,
     )
 }  # fmt: skip
 
@@ -233,10 +236,11 @@ def main(argv: Sequence[str]) -> int:
     parser = bare_parser("kernels", __doc__)
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="append the lines to this file as well")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    add_quantization(parser)
     options = parser.parse_args(argv)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"PART {sorted(unknown)[0]!r}: must be one of {', '.join(PARTS)}")
-    report = KernelReport(JsonLines(options.file))
+    report = KernelReport(JsonLines(options.file), options.quantization.split(","))
     torch.manual_seed(0)
     for name, part in PARTS.items():
         if part is ceilings or name in options.parts or not options.parts:
