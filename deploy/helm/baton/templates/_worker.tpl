@@ -35,6 +35,10 @@ spec:
         {{- end }}
       env:
         {{- include "baton.env" . | nindent 8 }}
+        {{- if eq $values.device "cpu" }}
+        - name: OMP_NUM_THREADS # else as many as the node has cores
+          valueFrom: { resourceFieldRef: { resource: requests.cpu, divisor: "1" } }
+        {{- end }}
       ports:
         - { name: probe, containerPort: 8080 }
       {{- include "baton.probes" . | nindent 6 }}
