@@ -12,7 +12,7 @@ from baton.worker.main import serve
 
 def main() -> int:
     settings = parse(DecodeSettings, sys.argv[1:], prog="baton decode", description="A decode worker of Baton.")
-    return serve("decode", settings, lambda parts, device: decode_loop(parts, settings, device))
+    return serve(settings.role, settings, lambda parts, device: decode_loop(parts, settings, device))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,9 @@ A sequence is reserved (its blocks are held, a transfer fills them), waiting (it
 or running. Its blocks go back in one of three ways: released once no step computes them, quarantined until the I/O
 thread says that the transfer has ended, or kept as cached prefix.
 
+A mixed worker also computes prompts for others. These have their blocks and a claim on a row from the start, come
+before all other sequences and are never preempted: so no two workers wait for each other's rows or blocks.
+
 Steps run ahead, the last of them launched as late as the device allows (launch_timer), so that requests that arrive
 meanwhile are in it. What a step draws for a sequence that turns out to have ended is dropped.
 """
@@ -25,6 +28,7 @@ from baton.node.counters import DecodeCounters
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import Bundle, Busy, Cancel, Cancelled, Failed, Prefill, Reserve, Reserved, Tokens
+from baton.worker.hand_over import HandOvers
 from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
@@ -40,12 +44,13 @@ SHORT_GAP_S = 50e-6
 class DecodeRole:
     """Reservations, continuous batching with preemption, streams of tokens."""
 
-    name = "decode"
-
-    def __init__(self, parts: Parts, sizes: DecodeSizes, spare_blocks: int) -> None:
+    def __init__(self, parts: Parts, sizes: DecodeSizes, spare_blocks: int, name: str = "decode") -> None:
+        """`name`: that of the role, "decode" or "mixed"."""
+        self.name = name
         self.sequences: dict[LegKey, Sequence] = {}
         self.counters = DecodeCounters()
         self.steps = InFlightSteps(parts.runner, parts.manager, parts.clock)
+        self._hand_overs = HandOvers(parts, self.steps)
         self._parts = parts
         self._limits = DecodeLimits(
             block_tokens=parts.layout.block_tokens,
@@ -71,15 +76,15 @@ class DecodeRole:
 
     @property
     def idle(self) -> bool:
-        return not self.sequences
+        return not self.sequences and self._hand_overs.idle
 
     # -- requests and transfers
 
     def accept(self, sequence: Sequence, message: Prefill | Reserve) -> Busy | Failed | None:
+        if isinstance(message, Prefill):
+            return self._accept_prompt(sequence, message)
         leg = sequence.leg
-        if not isinstance(message, Reserve):
-            return failed(leg, "a decode worker hands nothing over", retryable=False)
-        if message.prefill and len(self._running) + len(self._reserved) >= self._limits.max_num_seqs:
+        if message.prefill and self._rows_taken() >= self._limits.max_num_seqs:
             return busy(leg, "all rows are taken")
         if message.prefill and not self._reserve(sequence, message.prefill):
             return busy(leg, "too few free blocks")
@@ -88,26 +93,62 @@ class DecodeRole:
             self._insert(self._waiting, sequence)
             self._prompt_is_next = True
             self.counters.local_prefill_tokens += sequence.num_tokens
-        self.counters.prompt_tokens += sequence.num_tokens
-        self.counters.prefix_queries_tokens += sequence.num_tokens
-        self.counters.prefix_hits_tokens += sequence.cached_tokens
+        self._count_prompt(sequence)
         reserved = Reserved(request_id=leg.request_id, attempt=leg.attempt, cached_tokens=sequence.cached_tokens)
         self._parts.io.send(sequence.link, reserved)
         return None
 
-    def _reserve(self, sequence: Sequence, prefill: str) -> bool:
-        """Cached prefix and blocks for the rest, all or none; then the transfer may come. Preempted sequences, and the
-        growth of running ones, go before new reservations."""
+    def _accept_prompt(self, sequence: Sequence, message: Prefill) -> Busy | Failed | None:
+        """A prompt whose answer is another worker's."""
+        leg = sequence.leg
+        if self.name != "mixed":
+            return failed(leg, "a decode worker hands nothing over", retryable=False)
+        if self._hand_overs.has(leg):
+            return None  # a replay of what is computed already
+        claimed = len(self._reserved) + sum(each.hands_over for each in (*self._running, *self._waiting))
+        if claimed >= self._limits.max_num_seqs:
+            return busy(leg, "all rows are taken")
+        if sequence.hands_over:
+            if not self._take_blocks(sequence):
+                return busy(leg, "too few free blocks")
+            sequence.cached_tokens = 0  # it is counted when the prompt begins
+            self._hand_overs.open(sequence, message)
+        self.sequences[leg] = sequence
+        self._insert(self._waiting, sequence)
+        self._prompt_is_next = True
+        self._count_prompt(sequence)
+        return None
+
+    def _rows_taken(self) -> int:
+        """Rows in use, and those that are promised."""
+        return len(self._running) + len(self._reserved) + sum(each.hands_over for each in self._waiting)
+
+    def _count_prompt(self, sequence: Sequence) -> None:
+        self.counters.prompt_tokens += sequence.num_tokens
+        self.counters.prefix_queries_tokens += sequence.num_tokens
+        self.counters.prefix_hits_tokens += sequence.cached_tokens
+
+    def _take_blocks(self, sequence: Sequence) -> bool:
+        """Cached prefix and blocks for the rest, all or none. Preempted sequences, and the growth of running ones, go
+        before."""
         table = sequence.table
-        sequence.cached_tokens = table.take_prefix(sequence.num_tokens)
+        cached_tokens = table.take_prefix(sequence.num_cacheable if sequence.hands_over else sequence.num_tokens)
         spare = self._spare_blocks if self._running else 0
         lacking = table.blocks_lacking(sequence.num_tokens) + spare
-        owed = sum(s.table.blocks_lacking(s.num_tokens + 1) for s in self._waiting)
+        owed = sum(s.table.blocks_lacking(s.num_tokens + 1) for s in self._waiting if not s.hands_over)
         if lacking + owed > self._parts.manager.num_available:
             table.release()
             return False
-        first_missing = len(table.blocks)
         table.grow(sequence.num_tokens)
+        sequence.cached_tokens = cached_tokens
+        return True
+
+    def _reserve(self, sequence: Sequence, prefill: str) -> bool:
+        """Blocks for all that is known, or none; then the transfer may come."""
+        if not self._take_blocks(sequence):
+            return False
+        table = sequence.table
+        first_missing = sequence.cached_tokens // self._limits.block_tokens
         incoming = Incoming(
             transfer_id=secrets.token_bytes(16),
             leg=sequence.leg,
@@ -125,6 +166,7 @@ class DecodeRole:
         own = [each for each in self.sequences.values() if each.link == link and cancel_matches(message, each.leg)]
         for sequence in own:
             self.end(sequence, None)
+        self._hand_overs.cancel(link, message)
 
     def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
         del self.sequences[sequence.leg]
@@ -134,6 +176,9 @@ class DecodeRole:
             del self._reserved[transfer_id]
             sequence.table.quarantine_from(incoming.first_block, transfer_id)
             self._parts.io.do(lambda exchange, now: exchange.cancel_receiver(transfer_id, "cancelled", now))
+        elif sequence.hands_over:
+            self._leave(sequence)
+            self._hand_overs.give_up(sequence)
         elif sequence in self._running:
             self._stop_running(sequence)
         else:
@@ -144,7 +189,7 @@ class DecodeRole:
             self._parts.io.send(sequence.link, answer)
 
     def proxy_lost(self, link: str) -> None:
-        """All that is held for a proxy is in the sequences."""
+        self._hand_overs.proxy_lost(link)
 
     def on_event(self, event: SenderEnded | KvArrived | ReceiverEnded | LoadedPrefix) -> None:
         match event:
@@ -152,6 +197,8 @@ class DecodeRole:
                 self._on_arrived(event)
             case ReceiverEnded():
                 self._on_receiver_ended(event)
+            case SenderEnded():
+                self._on_sender_ended(event)
             case LoadedPrefix():
                 self._on_loaded(event)
 
@@ -182,6 +229,17 @@ class DecodeRole:
                 self.end(sequence, Cancelled(request_id=leg.request_id, attempt=leg.attempt))
             else:
                 self.end(sequence, transfer_failed(leg, event.reason))
+
+    def _on_sender_ended(self, event: SenderEnded) -> None:
+        sequence = self.sequences.get(event.leg)
+        if sequence is None:
+            self._hand_overs.on_ended(event)
+        elif sequence.hands_over:  # before all was computed
+            del self.sequences[event.leg]
+            self._parts.prefixes.drop(event.leg)
+            self._leave(sequence)
+            self.steps.release(sequence)
+            self._parts.io.send(sequence.link, transfer_failed(event.leg, event.reason))
 
     def _on_loaded(self, loaded: LoadedPrefix) -> None:
         """The store had more blocks of a prefix. A sequence that was preempted meanwhile has no use for them."""
@@ -219,6 +277,7 @@ class DecodeRole:
         has_prompts = any(length > 1 for _, length in batch)
         if batch:
             step = self.steps.launch(batch)
+            self._hand_overs.begin_checksums(step)
             self._timer.launched(planned_at, clock(), step.behind, has_prompts)
             self.counters.steps += 1
         self._prompt_is_next = (has_prompts or bool(admitted)) and any(map(self._has_chunks_left, self._running))
@@ -247,20 +306,25 @@ class DecodeRole:
         """A sequence whose last token is drawn, though not read, has no work left; one that is loading has none yet."""
         num_tokens = sequence.num_expected
         drawn = sequence.num_pending > 0
-        over = drawn and is_last(
-            sequence.sampling, num_tokens - sequence.prompt_len, num_tokens, self._parts.max_model_len
+        over = drawn and (
+            sequence.hands_over
+            or is_last(sequence.sampling, num_tokens - sequence.prompt_len, num_tokens, self._parts.max_model_len)
         )
         if over or sequence.awaits_grammar or self._parts.prefixes.loading(sequence.leg):
             num_tokens = sequence.num_launched
         return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks))
 
     def _waiting_item(self, sequence: Sequence) -> Item:
-        """It has no block of its own yet; what the pool has of it need not be computed."""
+        """It has no block of its own yet, or all that it needs: a token that is handed over is stored elsewhere. What
+        the pool has of it need not be computed."""
         cached_blocks = self._parts.manager.peek(cacheable_names(sequence))
-        return Item(sequence.num_tokens, cached_blocks * self._limits.block_tokens, 0)
+        own_blocks = len(sequence.table.blocks) + 1 if sequence.hands_over else 0
+        return Item(sequence.num_tokens, cached_blocks * self._limits.block_tokens, own_blocks)
 
     def _admit(self, sequence: Sequence) -> bool:
-        """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row."""
+        """Give a waiting sequence its cached prefix and blocks for all its tokens, and a row. More may be cached by now
+        of one that has blocks."""
+        sequence.table.release()
         cached_tokens = sequence.table.take_prefix(sequence.num_cacheable)
         if not _grow(sequence, sequence.num_tokens):
             sequence.table.release()
@@ -283,9 +347,16 @@ class DecodeRole:
     def _stop_running(self, sequence: Sequence) -> None:
         """Its slot is free at once, since steps follow one another; its blocks may be filled by transfers, which do
         not."""
-        self._running.remove(sequence)
-        self._free_slots.append(sequence.slot)
+        self._leave(sequence)
         self.steps.release(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        """Take it out of the queue, or from its row; it keeps its blocks."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._free_slots.append(sequence.slot)
+        else:
+            self._waiting.remove(sequence)
 
     def _preempt(self, sequence: Sequence) -> None:
         self._stop_running(sequence)
@@ -297,7 +368,7 @@ class DecodeRole:
         self.counters.preemptions += 1
 
     def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
-        now, began_at = self._parts.clock(), step.began_at
+        now, began_at, checksums = self._parts.clock(), step.began_at, step.read_checksums()
         live, prefixes = self.sequences, self._parts.prefixes
         self._measure(step, now)
         bundles: dict[str, list[Tokens]] = defaultdict(list)
@@ -315,6 +386,9 @@ class DecodeRole:
                     self._prompt_is_next = True  # one may have waited for this prefix
             if sequence.times.open:
                 sequence.times.begin(began_at)
+            if sequence.hands_over:
+                self._take_in_prompt(sequence, token, checksums)
+                continue
             if token is None and not sequence.ends_with_prompt:
                 continue
             finish = self._append(sequence, token) if token is not None else "length"
@@ -328,6 +402,16 @@ class DecodeRole:
                 self.end(sequence, None)
         for link, tokens in bundles.items():  # newcomers first: a proxy takes a bundle's tokens one by one
             self._parts.io.send(link, Bundle(tokens=tuple(sorted(tokens, key=lambda each: each.stages is None))))
+
+    def _take_in_prompt(self, sequence: Sequence, token: Drawn | None, checksums: dict[int, bytes]) -> None:
+        """A part of a prompt that another worker waits for."""
+        if token is None:
+            self._hand_overs.offer(sequence, checksums)
+        elif self._hand_overs.complete(sequence, token, checksums):
+            self._leave(sequence)
+            del self.sequences[sequence.leg]
+        else:
+            self.end(sequence, grammar_broken(sequence.leg))
 
     def _append(self, sequence: Sequence, drawn: Drawn) -> FinishReason:
         """Append what one row drew, up to a token that ends the sequence, and say how that ends it."""
@@ -369,11 +453,11 @@ class DecodeRole:
     # -- state
 
     def _insert(self, group: list[Sequence], sequence: Sequence) -> None:
-        """Keep the order of seniority: priority first, then the order of arrival."""
+        """Keep the order of seniority: prompts for others, then priority, then the order of arrival."""
         seniority = {leg: index for index, leg in enumerate(self.sequences)}
         seniority.setdefault(sequence.leg, len(seniority))
         group.append(sequence)
-        group.sort(key=lambda s: (-s.priority, seniority[s.leg]))
+        group.sort(key=lambda s: (not s.hands_over, -s.priority, seniority[s.leg]))
 
     def report(self) -> RoleReport:
         return RoleReport(
@@ -386,7 +470,7 @@ class DecodeRole:
 
 def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
     """The loop of a decode worker on "cpu" or "cuda"."""
-    role = DecodeRole(parts, settings.sizes(device), settings.spare_blocks)
+    role = DecodeRole(parts, settings.sizes(device), settings.spare_blocks, settings.role)
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
 
 

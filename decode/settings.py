@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from baton.node.messages.base import Role
 from baton.node.settings import option
 from baton.worker.settings import WorkerSettings, WorkerSizes
 
@@ -32,9 +33,19 @@ class DecodeSettings(WorkerSettings):
         "and more frequent; default: as many as a step holds",
         minimum=1,
     )
+    mixed: bool = option(
+        False,
+        help="also compute prompts for other workers, by a share that follows the load; mixed workers exchange KV only "
+        "with one another (`baton serve --roles adaptive` starts them)",
+    )
     spare_blocks: int = option(
         4, unit="blocks", help="blocks that a reservation must leave free for running sequences to grow", minimum=0
     )
+
+    @property
+    def role(self) -> Role:
+        """The role that the worker registers for."""
+        return "mixed" if self.mixed else "decode"
 
     def sizes(self, device: str) -> DecodeSizes:
         """The sizes on "cpu" or "cuda"."""

@@ -18,10 +18,11 @@ from baton.node.credentials import Keys, NodeRole
 ADDRESS = "inproc://zeromq.zap.01"
 DOMAIN = b"baton"
 CONNECTS_TO: Mapping[NodeRole, frozenset[NodeRole]] = {
-    "proxy": frozenset({"prefill", "decode", "store"}),
+    "proxy": frozenset({"prefill", "decode", "mixed", "store"}),
     "prefill": frozenset({"decode"}),
     "decode": frozenset({"prefill"}),
-    "store": frozenset({"prefill", "decode", "store"}),
+    "mixed": frozenset({"mixed"}),
+    "store": frozenset({"prefill", "decode", "mixed", "store"}),
 }
 """For each role of a server, the roles of its clients."""
 _VERSION, _MECHANISM = b"1.0", b"CURVE"

@@ -78,11 +78,15 @@ class NameHolders:
         """The connection that holds the name; None if none was heard under it."""
         return self._connections.get(name)
 
+    def forget(self, name: str) -> None:
+        """Its connection does not reach it any more; one is learned again when it is heard."""
+        if (connection := self._connections.pop(name, None)) is not None:
+            del self._holders[connection]
+
     def reserve(self, name: str) -> None:
         """From now on no incoming connection has this name."""
         self._reserved.add(name)
-        if (connection := self._connections.pop(name, None)) is not None:
-            del self._holders[connection]
+        self.forget(name)
 
     def release(self, name: str) -> None:
         self._reserved.discard(name)

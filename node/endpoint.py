@@ -6,6 +6,9 @@ message, or is none that the peer's role sends, is counted and dropped: no input
 peer states its own identity, so it must not use one that another connection holds, or that of a peer that this endpoint
 connects to, which is known by its address. Delivery is not guaranteed: a sender that needs an answer retransmits.
 
+Two nodes of a role of `MUTUAL` may each connect to the other. One connection serves both: an endpoint opens none to a
+peer that it hears already, and where both open one at once, that of the lesser identity stays.
+
 Socket limits are in `OPTIONS`; sockets.py opens the sockets, connections.py says who holds an identity.
 """
 
@@ -22,7 +25,7 @@ from dataclasses import dataclass
 import zmq
 
 from baton.node import sockets
-from baton.node.connections import NameHolders, NameTaken
+from baton.node.connections import NameHolder, NameHolders, NameTaken, stated_name
 from baton.node.credentials import NodeRole
 from baton.node.messages.base import MAX_BODY_BYTES, BadMessage, Message, encode
 from baton.node.messages.senders import sender_error
@@ -36,6 +39,8 @@ logger = logging.getLogger("endpoint")
 MAX_FRAMES_A_TURN = 1024
 """Bounds one `receive`, with `bytes_a_turn`, so that a flood on one socket cannot starve the owner's timers."""
 LEAST_POLL_S = 0.001
+MUTUAL: frozenset[NodeRole] = frozenset({"mixed"})
+"""Roles whose nodes exchange KV with others of the same role."""
 
 
 OPTIONS = sockets.Options(
@@ -62,6 +67,8 @@ class _Link:
     """None: the link is in the clear."""
     socket: Socket
     watch: DealerWatch
+    is_mutual: bool
+    """The peer may connect to this endpoint, too."""
 
 
 class Endpoint:
@@ -110,14 +117,15 @@ class Endpoint:
 
     def connect(self, peer: str, address: str, role: NodeRole) -> None:
         """Open a link to `peer`, a node of this role; it connects in the background, again when it breaks."""
-        if peer in self._links:
+        is_mutual = role in MUTUAL and role == self._context.role
+        if peer in self._links or (is_mutual and self._holders.connection_of(peer) is not None):
             return
         socket = sockets.open_dealer(
             self._context, address, OPTIONS, server=role, identity=self.identity, secret=self._secret
         )
         self._holders.reserve(peer)
         known_role = role if self._context.credentials.keys is not None else None
-        link = _Link(peer, known_role, socket, DealerWatch(self._context, socket, address))
+        link = _Link(peer, known_role, socket, DealerWatch(self._context, socket, address), is_mutual)
         self._links[peer] = self._link_of[socket] = link
         self._poller.register(socket, zmq.POLLIN)
 
@@ -138,11 +146,12 @@ class Endpoint:
         if link is not None:
             return sockets.send_frames(link.socket, [body])
         connection = self._holders.connection_of(peer)
-        return (
-            self._router is not None
-            and connection is not None
-            and sockets.send_frames(self._router, [connection, body])
-        )
+        if self._router is None or connection is None:
+            return False
+        sent = sockets.send_frames(self._router, [connection, body])
+        if not sent and self._context.role in MUTUAL:
+            self._holders.forget(peer)  # so that `connect` opens one of our own
+        return sent
 
     def receive(self, timeout_s: float, also: Iterable[object] = ()) -> list[tuple[str, Message]]:
         """Wait at most `timeout_s` for messages (or for `also` to become readable), and return all that have arrived.
@@ -249,13 +258,18 @@ class Endpoint:
     def _admit_incoming(self, frame: zmq.Frame, body: bytes, inbox: list[tuple[str, Message]]) -> None:
         connection = frame.bytes
         try:
-            holder = self._holders.find(connection) or self._holders.learn(
-                connection, sockets.authenticated_role(frame)
-            )
+            holder = self._holders.find(connection) or self._learn(connection, sockets.authenticated_role(frame))
         except (NameTaken, UnicodeDecodeError) as error:
             self._reject(str(error))
         else:
             self._admit(holder.name, holder.role, body, inbox)
+
+    def _learn(self, connection: bytes, role: NodeRole | None) -> NameHolder:
+        """The peer at a new connection. Raises as NameHolders.learn does."""
+        link = self._links.get(name := stated_name(connection))
+        if link is not None and link.is_mutual and name < self.identity:
+            self.disconnect(name)
+        return self._holders.learn(connection, role)
 
     def _admit(self, peer: str, role: NodeRole | None, body: bytes, inbox: list[tuple[str, Message]]) -> None:
         try:

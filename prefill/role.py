@@ -6,36 +6,25 @@ says that the transfer touches them no more. It knows no decode and no HTTP.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
 from baton.models.batch import Drawn
 from baton.node.counters import WorkerCounters
 from baton.node.leg import LegKey
-from baton.node.messages.control import Busy, Cancel, Cancelled, Failed, HandedOver, Prefill, Reserve
+from baton.node.messages.control import Busy, Cancel, Cancelled, Failed, Prefill, Reserve
 from baton.prefill.scheduler import LONG_PROMPT_STEPS, QueuedPrompt, ServiceRules, between_tenants, plan, service_order
 from baton.prefill.settings import PrefillSettings, PrefillSizes
-from baton.worker.in_flight import InFlightStep, InFlightSteps, StepPart
+from baton.worker.hand_over import HandOvers
+from baton.worker.in_flight import InFlightStep, InFlightSteps
 from baton.worker.loop import Loop, RoleReport
 from baton.worker.parts import Parts
 from baton.worker.pending_prefixes import PendingPrefixes, work_left
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, cancel_matches, failed, grammar_broken, transfer_failed
 from baton.worker.stats import PromptSpeed
-from baton.worker.stopping import finish_of
 
 HAND_OVER_S = 0.001
 """While the device is at a step, the loop leaves the interpreter to a hand-over so long before it launches the next."""
-
-
-@dataclass(slots=True)
-class _Sending:
-    """A leg whose blocks the transfer still reads."""
-
-    link: str
-    awaited: bool
-    """The proxy awaits the outcome."""
 
 
 class PrefillRole:
@@ -52,13 +41,13 @@ class PrefillRole:
         self._sizes = sizes
         self._rules = ServiceRules(policy, sizes.max_chunk_tokens, sizes.full_step_tokens)
         self._block_tokens = parts.layout.block_tokens
-        self._sending: dict[LegKey, _Sending] = {}
+        self._hand_overs = HandOvers(parts, self.steps)
         self._speed = PromptSpeed(min(sizes.worker.max_num_batched_tokens, sizes.full_step_tokens))
         self._computing_since = 0.0
 
     @property
     def idle(self) -> bool:
-        return not self.sequences and not self._sending
+        return not self.sequences and self._hand_overs.idle
 
     # -- requests and transfers
 
@@ -66,35 +55,28 @@ class PrefillRole:
         leg = sequence.leg
         if not isinstance(message, Prefill):
             return failed(leg, "a prefill worker reserves nothing", retryable=False)
-        if leg in self._sending:
+        if self._hand_overs.has(leg):
             return None  # a replay of what is computed already
         self.sequences[leg] = sequence
-        peer, address, deadline = message.decode, message.decode_address, sequence.deadline
-        if sequence.draws:  # else there is nothing to hand over
-            self._parts.io.do(lambda exchange, now: exchange.open_sender(leg, peer, address, deadline, now))
+        if sequence.hands_over:
+            self._hand_overs.open(sequence, message)
         return None
 
     def cancel(self, link: str, message: Cancel) -> None:
         own = [each for each in self.sequences.values() if each.link == link and cancel_matches(message, each.leg)]
         for sequence in own:
             self.end(sequence, None)
-        for leg, sending in self._sending.items():
-            if sending.awaited and sending.link == link and cancel_matches(message, leg):
-                sending.awaited = False
-                self._cancel_sender(leg, "cancelled")
+        self._hand_overs.cancel(link, message)
 
     def proxy_lost(self, link: str) -> None:
-        for leg, sending in self._sending.items():
-            if sending.awaited and sending.link == link:
-                self._cancel_sender(leg, "this worker lost its proxy")
+        self._hand_overs.proxy_lost(link)
 
     def end(self, sequence: Sequence, answer: Failed | Cancelled | None) -> None:
         self._drop(sequence, answer)
-        if not sequence.draws:
+        if sequence.hands_over:
+            self._hand_overs.give_up(sequence)
+        else:
             self.steps.release(sequence)
-            return
-        self._cancel_sender(sequence.leg, "cancelled")
-        self._lease_to_sender(sequence, awaited=False)
 
     def on_event(self, event: SenderEnded | KvArrived | ReceiverEnded | LoadedPrefix) -> None:
         match event:
@@ -107,20 +89,8 @@ class PrefillRole:
         if (sequence := self.sequences.get(event.leg)) is not None:  # before all was computed
             self._drop(sequence, transfer_failed(event.leg, event.reason))
             self.steps.release(sequence)
-        elif (sending := self._sending.pop(event.leg, None)) is not None:
-            self._parts.manager.end_lease(_lease_key(event.leg))
-            if sending.awaited:
-                self._parts.io.send(sending.link, self._outcome(event))
-
-    def _outcome(self, event: SenderEnded) -> HandedOver | Failed:
-        if not event.ok:
-            return transfer_failed(event.leg, event.reason)
-        return HandedOver(
-            request_id=event.leg.request_id,
-            attempt=event.leg.attempt,
-            sent_bytes=event.sent_blocks * self._parts.layout.block_bytes,
-            transfer_s=event.transfer_s,
-        )
+        else:
+            self._hand_overs.on_ended(event)
 
     def _on_loaded(self, loaded: LoadedPrefix) -> None:
         sequence = self.sequences.get(loaded.leg)
@@ -144,8 +114,7 @@ class PrefillRole:
             self._computing_since = step.began_at
         for sequence, _ in batch:
             sequence.times.begin(step.began_at)
-        completed = [block for part in step.parts for block in self._completed(part)]
-        step.read_checksums = self._parts.checksums.begin(completed)
+        self._hand_overs.begin_checksums(step)
         return True
 
     def _plan(self) -> list[tuple[Sequence, int]]:
@@ -203,11 +172,6 @@ class PrefillRole:
         self._parts.prefixes.begin(sequence, now)
         return True
 
-    def _completed(self, part: StepPart) -> list[int]:
-        """Blocks that are final when the step has computed this part, and were not before."""
-        sequence, end, size = part.sequence, part.sequence.num_launched, self._block_tokens
-        return sequence.table.blocks[(end - part.length) // size : None if end == sequence.num_tokens else end // size]
-
     def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
         checksums = step.read_checksums()
         self._measure(sum(part.length for part in step.parts))
@@ -224,10 +188,13 @@ class PrefillRole:
             if sequence.ends_with_prompt:
                 self._end_with_prompt(sequence)
             elif token is None:
-                self._offer_blocks(sequence, sequence.num_computed // self._block_tokens, checksums)
-            else:
-                self._hand_over(sequence, token, checksums)
+                if sequence.hands_over:
+                    self._hand_overs.offer(sequence, checksums)
+            elif self._hand_overs.complete(sequence, token, checksums):
+                del self.sequences[sequence.leg]
                 handed_over = True
+            else:
+                self.end(sequence, grammar_broken(sequence.leg))
         if self.steps and handed_over:
             self._parts.io.yield_gil(HAND_OVER_S)
 
@@ -238,35 +205,6 @@ class PrefillRole:
         self._speed.add_step(num_tokens, spent_s)
         self._parts.prefixes.gate.computed(num_tokens, spent_s, now)
         self.counters.prompt_tokens_computed += num_tokens
-
-    def _offer_blocks(self, sequence: Sequence, num_blocks: int, checksums: dict[int, bytes]) -> None:
-        leg, blocks = sequence.leg, tuple(sequence.table.blocks[:num_blocks])
-        own = {block: checksums[block] for block in blocks if block in checksums}
-        self._parts.io.do(lambda exchange, now: exchange.blocks_computed(leg, blocks, own, now))
-
-    def _hand_over(self, sequence: Sequence, token: Drawn, checksums: dict[int, bytes]) -> None:
-        """The prompt is computed: its first token goes to the proxy at once, and after the KV to decode."""
-        (token_id,) = token.token_ids  # a prompt's last row is no draft: one token follows it
-        logprob = token.logprobs[0] if token.logprobs else None
-        num_blocks = len(sequence.table.blocks)
-        sequence.append(token_id, logprob)
-        if sequence.broke_grammar:
-            self.end(sequence, grammar_broken(sequence.leg))
-            return
-        finish = finish_of(
-            token_id, sequence.sampling, sequence.num_generated, sequence.num_tokens, self._parts.max_model_len
-        )
-        stages = sequence.times.prefilled(self._parts.clock())
-        self._parts.io.send(sequence.link, sequence.unsent_tokens(finish, stages))
-        if finish:
-            self._cancel_sender(sequence.leg, "finished at its first token")
-        else:
-            leg = sequence.leg
-            self._offer_blocks(sequence, num_blocks, checksums)
-            self._parts.io.do(lambda exchange, now: exchange.token_drawn(leg, token_id, logprob, now))
-        self._parts.prefixes.used(sequence)
-        del self.sequences[sequence.leg]
-        self._lease_to_sender(sequence, awaited=not finish)
 
     # -- endings
 
@@ -285,15 +223,6 @@ class PrefillRole:
         if answer is not None:
             self._parts.io.send(sequence.link, answer)
 
-    def _lease_to_sender(self, sequence: Sequence, *, awaited: bool) -> None:
-        """Its blocks are leased until SenderEnded, and kept until no step computes it."""
-        self._parts.manager.lease(sequence.table.blocks, _lease_key(sequence.leg))
-        self._sending[sequence.leg] = _Sending(sequence.link, awaited)
-        self.steps.release(sequence)
-
-    def _cancel_sender(self, leg: LegKey, reason: str) -> None:
-        self._parts.io.do(lambda exchange, now: exchange.cancel_sender(leg, reason, now))
-
     # -- state
 
     def report(self) -> RoleReport:
@@ -311,7 +240,3 @@ def prefill_loop(parts: Parts, settings: PrefillSettings, device: str) -> Loop:
     """The loop of a prefill worker on "cpu" or "cuda"."""
     role = PrefillRole(parts, settings.sizes(device), settings.policy)
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
-
-
-def _lease_key(leg: LegKey) -> bytes:
-    return f"{leg.request_id}/{leg.attempt}".encode()

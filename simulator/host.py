@@ -284,7 +284,7 @@ class Host:
         self._journal = DelayedJournal(events.journal("gpu"), self.runner)
         manager = BlockManager(profile.num_blocks, self._journal)
         self._network = network
-        self._ahead = ahead and role == "decode" and store is None
+        self._ahead = ahead and role != "prefill" and store is None
         self._turn_at = float("inf")  # time of the I/O thread's next scheduled turn
         self._past: float | None = None  # the loop's time, while it is behind the world's
         self._step_end: float | None = None  # end of the step in flight
@@ -465,6 +465,7 @@ def _loop(parts: Parts, role: Role, profile: Profile, policy: str) -> Loop:
             max_num_seqs=profile.max_num_seqs,
             max_num_batched_tokens=profile.decode_budget_tokens,
             max_chunk_tokens=profile.decode_chunk_tokens,
+            mixed=role == "mixed",
         ),
         "cuda",
     )

@@ -41,11 +41,12 @@ class Loss:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Scenario:
-    """A cluster. Prefill workers are called p0, p1 ..., decode workers d0, d1 ..."""
+    """A cluster. Prefill workers are called p0, p1 ..., decode workers d0, d1 ..., mixed ones m0, m1 ..."""
 
     profile: Profile
-    prefill: int
-    decode: int
+    prefill: int = 0
+    decode: int = 0
+    mixed: int = 0
     proxy: ProxySettings = field(default_factory=ProxySettings)
     prefill_policy: str = "fcfs"
     losses: tuple[Loss, ...] = ()
@@ -128,6 +129,7 @@ class _Simulation:
         """Start workers one after the other, so that their heartbeats are spread as in real processes."""
         roles: list[tuple[str, Role]] = [(f"p{n}", "prefill") for n in range(self._scenario.prefill)]
         roles += [(f"d{n}", "decode") for n in range(self._scenario.decode)]
+        roles += [(f"m{n}", "mixed") for n in range(self._scenario.mixed)]
         profile, capacity = self._scenario.profile, self._scenario.store
         num_stores = -(-len(roles) // profile.store.host_workers) if capacity is not None else 0
         if capacity is not None:

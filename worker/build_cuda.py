@@ -72,7 +72,7 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
         raise SettingsError(f"the GPU's memory does not suffice: {str(error).splitlines()[0]}") from None
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
-        return device_planes(pool.memory, context, identity, host, names=names, warm=role == "prefill")
+        return device_planes(pool.memory, context, identity, host, names=names, warm=role != "decode")
 
     # The loops offer the store only blocks of steps that were read, so they are complete on the GPU.
     copies = DeviceCopies(pool.memory) if settings.store else None
@@ -118,7 +118,7 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: Mo
 
 def _checksums(sizes: WorkerSizes, role: Role, runner: CudaRunner, pool: DevicePool) -> StepChecksums:
     """For a worker that offers what it computes: room for all blocks of the steps in flight."""
-    if role != "prefill":
+    if role == "decode":
         return NO_CHECKSUMS
     most = sizes.max_num_batched_tokens // pool.layout.block_tokens + 2 * sizes.max_num_seqs  # parts at both ends
     queue = runner.queue

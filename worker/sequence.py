@@ -54,6 +54,8 @@ class Sequence:
     """The first `num_scored` tokens of the prompt need no log probability of this leg (any more)."""
     contended: bool = False
     """Prompts of other tenants may come, and must not wait for it for long."""
+    hands_over: bool = False
+    """Its prompt is computed here, and its answer by another worker."""
     num_computed: int = 0
     num_launched: int = 0
     num_pending: int = 0
@@ -100,6 +102,7 @@ class Sequence:
             times=StageTimes(received_at),
             num_scored=_num_scored(message),
             contended=body.contended,
+            hands_over=isinstance(message, Prefill) and body.sampling.max_tokens > 0,
             num_sent=len(body.token_ids) - body.prompt_len,
         )
 

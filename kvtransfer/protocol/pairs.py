@@ -1,8 +1,9 @@
 """Which workers pair over which data plane: greetings, refusals, and forgetting.
 
-Prefill greets (Hello, with the planes it offers), decode chooses one and answers (Welcome), or says why not (Refused).
-A pair of different namespaces is never made. Prefill greets again every PROBE_S while a pair is idle, until the pair is
-forgotten: a peer that does not answer is silent, and known to be before a prompt is computed for it. This probes the
+The worker that sends greets (Hello, with the planes it offers), the other chooses one and answers (Welcome), or says
+why not (Refused). Of two mixed workers each may greet the other; they are one pair.
+A pair of different namespaces is never made. The sender greets again every PROBE_S while a pair is idle, until the pair
+is forgotten: a peer that does not answer is silent, and known to be before a prompt is computed for it. This probes the
 link for messages; bytes that do not move are noticed by the transfer that waits for them.
 """
 
@@ -88,6 +89,7 @@ class Pairs:
         """Say hello, unless that was done or answered a moment ago. Raises SettingsError where no link can be opened
         or there are too many pairs; then there is no pair."""
         pair = self._pairs.get(peer) or self._new_pair(peer, address)
+        pair.address = address  # the peer may have made the pair, to send to this worker
         pair.used_at = now
         if now - pair.welcomed_at >= GREETING_LASTS_S and now - pair.greeted_at >= GREET_AGAIN_S:
             self._say_hello(pair, now)
@@ -136,7 +138,8 @@ class Pairs:
             self._wire.send(peer, Refused(reason=refusal or "no common data plane"))
             return False
         plane.connect(peer, next(address for address in hello.planes if address.plane == plane.name))
-        self._pairs[peer] = _Pair(peer, plane=plane, used_at=now, landings=self.landings(peer))
+        pair = self._pairs.setdefault(peer, _Pair(peer))
+        pair.plane, pair.used_at = plane, now
         self._wire.send(peer, Welcome(worker=self._identity, plane=plane.describe()))
         return True
 

@@ -30,7 +30,8 @@ TransferId = Annotated[bytes, Meta(min_length=16, max_length=16)]
 Count = Annotated[int, Meta(ge=0, le=(1 << 62))]
 Small = Annotated[int, Meta(ge=0, le=1 << 20)]
 TokenId = Annotated[int, Meta(ge=0, le=MAX_TOKEN_ID)]
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "mixed"]
+"""A mixed worker is a decode worker that also computes prompts for others."""
 Tier = Literal["gpu", "ram", "disk"]
 """Where a block rests: a worker's pool ("gpu", whatever device it is on), its host's RAM arena or disk."""
 FinishReason = Literal["", "stop", "length"]

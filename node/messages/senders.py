@@ -80,19 +80,27 @@ _TO_WORKER: _Types = (*_TO_MEMBER, Drain, Cancel)
 _TO_STORE: _Types = (Attach, Beat, Lookup, Fetch, Put, Commit, Release, Touch, Damaged)
 _FROM_STORE: _Types = (Attached, Detached, Alive, Found, Fetched, Granted)
 
+_FROM_PREFILL: _Types = (Hello, Offer, Valid, Finish, Renewed, Abort, Aborted)
+_FROM_DECODE: _Types = (Welcome, Refused, Grant, Accept, Validate, Renew, Ack, Abort, Aborted)
+
 SENT: Mapping[tuple[NodeRole, NodeRole], frozenset[type[Message]]] = {
     ("prefill", "proxy"): frozenset((*_WORKER, HandedOver)),
     ("decode", "proxy"): frozenset((*_WORKER, Reserved)),
+    ("mixed", "proxy"): frozenset((*_WORKER, HandedOver, Reserved)),
     ("store", "proxy"): frozenset((*_MEMBER, RegisterStore)),
     ("proxy", "prefill"): frozenset((*_TO_WORKER, Prefill)),
     ("proxy", "decode"): frozenset((*_TO_WORKER, Reserve)),
+    ("proxy", "mixed"): frozenset((*_TO_WORKER, Prefill, Reserve)),
     ("proxy", "store"): frozenset(_TO_MEMBER),
-    ("prefill", "decode"): frozenset((Hello, Offer, Valid, Finish, Renewed, Abort, Aborted)),
-    ("decode", "prefill"): frozenset((Welcome, Refused, Grant, Accept, Validate, Renew, Ack, Abort, Aborted)),
+    ("prefill", "decode"): frozenset(_FROM_PREFILL),
+    ("decode", "prefill"): frozenset(_FROM_DECODE),
+    ("mixed", "mixed"): frozenset((*_FROM_PREFILL, *_FROM_DECODE)),
     ("prefill", "store"): frozenset(_TO_STORE),
     ("decode", "store"): frozenset(_TO_STORE),
+    ("mixed", "store"): frozenset(_TO_STORE),
     ("store", "prefill"): frozenset(_FROM_STORE),
     ("store", "decode"): frozenset(_FROM_STORE),
+    ("store", "mixed"): frozenset(_FROM_STORE),
     ("store", "store"): frozenset((PeerLookup, PeerFound, PeerGet, PeerData)),
 }
 """By sender and receiver."""

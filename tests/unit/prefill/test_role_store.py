@@ -25,7 +25,7 @@ def _run(bench: Bench) -> None:
 def _idle(bench: Bench) -> None:
     """Check that all requests have ended and that the worker holds nothing."""
     _run(bench)
-    for name in list(bench.role._sending):
+    for name in list(bench.role._hand_overs._sending):
         bench.deliver(SenderEnded(name, True, "", 0, 0.0))
     _run(bench)
     assert bench.loop.idle and bench.manager.num_available == bench.manager.num_blocks
