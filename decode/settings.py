@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from baton.node.messages.base import Role
 from baton.node.settings import option
-from baton.worker.settings import WorkerSettings, WorkerSizes
+from baton.worker.settings import FULL_STEP_TOKENS, WorkerSettings, WorkerSizes
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +30,7 @@ class DecodeSettings(WorkerSettings):
         None,
         unit="tokens",
         help="stop adding prompts to a step beyond this many of their tokens: fewer make the pauses of answers shorter "
-        "and more frequent; default: as many as a step holds",
+        "and more frequent; default: as many as a step holds, of a mixed worker on a GPU 1024",
         minimum=1,
     )
     mixed: bool = option(
@@ -50,5 +50,6 @@ class DecodeSettings(WorkerSettings):
     def sizes(self, device: str) -> DecodeSizes:
         """The sizes on "cpu" or "cuda"."""
         worker = self.worker_sizes(device)
+        full_tokens = FULL_STEP_TOKENS if self.mixed and device == "cuda" else worker.max_num_batched_tokens
         chunk_tokens = self.max_chunk_tokens or (128 if device == "cpu" else 2048)
-        return DecodeSizes(worker, chunk_tokens, self.full_step_tokens or worker.max_num_batched_tokens)
+        return DecodeSizes(worker, chunk_tokens, self.full_step_tokens or full_tokens)

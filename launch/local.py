@@ -42,6 +42,12 @@ class ServeSettings(ApiSettings):
     port: int = option(8000, help="port of the HTTP API", minimum=1, maximum=65535)
     prefill: int = option(1, help="number of prefill workers; 0: decode workers prefill too", minimum=0, maximum=64)
     decode: int = option(1, help="number of decode workers", minimum=1, maximum=64)
+    roles: str = option(
+        "fixed",
+        choices=("fixed", "adaptive"),
+        help="adaptive: all of these workers compute prompts and answers, by shares that follow the load "
+        "(--slo-ttft-ms and --slo-tpot-ms of the proxy)",
+    )
     device: str = option("auto", help="where the model runs", choices=("auto", "cpu", "cuda"))
     gpus: tuple[int, ...] = option(
         (),
@@ -116,6 +122,8 @@ def needs_folder(settings: ServeSettings) -> bool:
 
 def worker_names(settings: ServeSettings) -> list[tuple[str, str]]:
     """Role and name of each worker, prefill workers first."""
+    if settings.roles == "adaptive":
+        return [("mixed", f"mixed-{index}") for index in range(settings.prefill + settings.decode)]
     prefill = [("prefill", f"prefill-{index}") for index in range(settings.prefill)]
     return prefill + [("decode", f"decode-{index}") for index in range(settings.decode)]
 
@@ -173,6 +181,8 @@ def plan_worker(
         *settings.worker_arg,
         *(settings.prefill_arg if role == "prefill" else settings.decode_arg),
     )
+    if role == "mixed":
+        return _node(name, role, "baton.decode", ("--mixed", *arguments), env)
     return _node(name, role, f"baton.{role}", arguments, env)
 
 

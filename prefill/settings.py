@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from baton.node.settings import option
-from baton.worker.settings import CPU_SIZES, CUDA_SIZES, WorkerSettings, WorkerSizes
+from baton.worker.settings import CPU_SIZES, CUDA_SIZES, FULL_STEP_TOKENS, WorkerSettings, WorkerSizes
 
 GPU_CHUNK_TOKENS = 4096
 """KV of a chunk moves while the next is computed: of a longer prompt only the last chunk's is waited for."""
-FULL_STEP_TOKENS = 1024
-"""A step of this many tokens computes as many a second as a longer one, but for 2 % (docs/benchmarks/steps.md)."""
 
 
 @dataclass(frozen=True, slots=True)

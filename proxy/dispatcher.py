@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequenc
 from contextlib import contextmanager
 
 from baton.node.errors import PeerLost
+from baton.node.membership import HEARTBEAT_S
 from baton.node.messages.control import Cancel, Failed, Prefill, Reserve
 from baton.node.messages.versions import NotInVersion
 from baton.proxy.control import ControlPlane, ControlSocket, LegMessage
@@ -24,6 +25,7 @@ from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
+from baton.proxy.routing.roles import MixedRoles
 from baton.proxy.routing.router import CHOICE_REASONS, Route, RoutingRules
 from baton.proxy.scaling.objectives import Objectives, RoleScale, ScaleMonitor
 from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
@@ -75,7 +77,13 @@ class Dispatcher:
             settings.local_prefill_tokens,
             settings.local_prefill_itl_weight,
         )
-        self._cluster = ClusterState(settings.stall_s, models, [each.lower() for each in settings.namespace])
+        objectives = Objectives(settings.slo_ttft_ms / 1000, settings.slo_tpot_ms / 1000)
+        self._cluster = ClusterState(
+            settings.stall_s,
+            models,
+            [each.lower() for each in settings.namespace],
+            lambda: MixedRoles(objectives.ttft_s, objectives.tpot_s),
+        )
         self._index = KvIndex(settings.kv_index_blocks)
         self._feed = KvFeed(self._index)
         self._failed_pairs = FailedPairs()
@@ -85,13 +93,13 @@ class Dispatcher:
             )
             for name, workers in self._cluster.models.items()
         }
-        objectives = Objectives(settings.slo_ttft_ms / 1000, settings.slo_tpot_ms / 1000)
         self._monitors = {name: ScaleMonitor(objectives) for name in self._cluster.models}
         self._control = ControlPlane(
             socket, self._cluster, self._feed, self._on_message, self._on_lost, self._on_change, clock
         )
         self._sessions: dict[str, Callable[[Event], None]] = {}
         self._counters: Counter[str] = Counter(dict.fromkeys(COUNTERS, 0))
+        self._plan_at = float("-inf")
         self._turn = 0
         self._turns = Turns(SESSIONS_A_TURN)
         self._draining = self._orphaned = False
@@ -161,6 +169,7 @@ class Dispatcher:
             "rejected_queue_full_total": sum(each.rejected for each in self._admissions.values()),
             "queued_requests": sum(each.waiting for each in self._admissions.values()),
             "orphaned": self._orphaned,
+            "mixed_prompt_workers": sum(len(each.mixed.prompts) for each in self._cluster.models.values()),
             "failed_pairs": len(self._avoided_pairs()),
             "kv_index_blocks": len(self._index),
             "kv_index_evictions_total": self._index.evicted,
@@ -246,9 +255,16 @@ class Dispatcher:
         self._on_change()
 
     def _on_change(self) -> None:
-        now = self._clock()
-        for name, monitor in self._monitors.items():
-            if monitor.due(now):
-                monitor.observe(self._cluster.models[name].ready(), now)
+        if (now := self._clock()) >= self._plan_at:
+            self._plan_at = now + HEARTBEAT_S
+            self._plan(now)
         for admission in self._admissions.values():
             admission.cluster_changed()
+
+    def _plan(self, now: float) -> None:
+        """What depends on the load of the last seconds: the replicas to ask for, the roles of mixed workers."""
+        for name, workers in self._cluster.models.items():
+            monitor = self._monitors[name]
+            if monitor.due(now):
+                monitor.observe(workers.ready(), now)
+            workers.mixed.plan(workers.view(), monitor.recent(now), now)

@@ -30,7 +30,7 @@ from baton.node.membership import Membership
 from baton.node.messages.base import Message, Role
 from baton.node.messages.control import Bundle, Load, PromptLogprob, Register, Tokens
 from baton.prefill.role import prefill_loop
-from baton.prefill.settings import FULL_STEP_TOKENS, PrefillSettings
+from baton.prefill.settings import PrefillSettings
 from baton.simulator.latency import Profile, RowWork
 from baton.simulator.network import Network, SimLine, SimPlane, digests_of
 from baton.simulator.store import HostStore
@@ -39,6 +39,7 @@ from baton.worker.io_thread import Command, Inbound, IoThread
 from baton.worker.loop import Loop
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
+from baton.worker.settings import FULL_STEP_TOKENS
 
 PROXY = "proxy"
 NAMESPACE = b"simulated namespace".ljust(32, b".")

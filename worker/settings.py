@@ -15,6 +15,10 @@ from baton.node.probe import PROBE_HELP
 from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
 
+FULL_STEP_TOKENS = 1024
+"""On a GPU a step of this many tokens computes as many a second as a longer one, but for 2 %
+(docs/benchmarks/steps.md)."""
+
 
 @dataclass(frozen=True, slots=True)
 class WorkerSizes:

@@ -3,6 +3,7 @@
     disagg      every prompt goes to the prefill worker
     auto        the default: the decode worker computes those itself for which that is worth it
     colocated   every prompt is computed where it is decoded
+    adaptive    both workers are mixed: the router changes their shares of prompts and answers by the load
 
 Each system starts once and gets the same random prompts at the same (Poisson) times: open loop, at each rate of each
 workload for `--duration-s`, and until the last answer has ended. JSON lines: `start` a system; `cell` a system, a
@@ -41,8 +42,9 @@ from baton.benchmark.load.summary import Distribution
 from baton.launch.cluster import Cluster
 from baton.launch.local import ServeSettings
 
-DISAGGREGATED, AUTO, COLOCATED = SYSTEMS = ("disagg", "auto", "colocated")
+DISAGGREGATED, AUTO, COLOCATED, ADAPTIVE = SYSTEMS = ("disagg", "auto", "colocated", "adaptive")
 LOCAL_PREFILL = {DISAGGREGATED: "never", AUTO: "auto", COLOCATED: "always"}
+OBJECTIVES = {"ttft": "--slo-ttft-ms", "tpot": "--slo-tpot-ms"}
 PERCENTILES = (50.0, 90.0, 99.0)
 STAGES = ("transfer_wait", "transfer", "decode_admission", "first_step", "network", "reply")
 GPU_WORKLOADS = ("2048/512@7,10,14", "8192/256@2,3.5,4.5")
@@ -100,7 +102,9 @@ class System:
             decode=decode,
             device=options.device,
             gpus=tuple(options.gpus) if options.device == "cuda" else (),
-            local_prefill=LOCAL_PREFILL[self.name],
+            roles="adaptive" if self.name == ADAPTIVE else "fixed",
+            local_prefill=LOCAL_PREFILL.get(self.name),
+            proxy_arg=objective_arguments(options.goodput),
             store_ram_gib=0.0,
             worker_arg=(*model.worker_args, *longest_argument(options), *plane, *chunk, *options.worker_arg),
             start_timeout_s=options.start_timeout_s,
@@ -108,6 +112,12 @@ class System:
 
     def __str__(self) -> str:
         return f"{self.name}-{self.chunk_tokens}" if self.chunk_tokens else self.name
+
+
+def objective_arguments(goodput: Sequence[str]) -> tuple[str, ...]:
+    """The proxy's objectives, from "ttft:1000" and so on."""
+    pairs = [text.partition(":") for text in goodput]
+    return tuple(f"{OBJECTIVES[name]}={value}" for name, _, value in pairs if name in OBJECTIVES)
 
 
 def longest_argument(options: argparse.Namespace) -> tuple[str, ...]:
@@ -120,7 +130,7 @@ def longest_argument(options: argparse.Namespace) -> tuple[str, ...]:
 
 def systems(options: argparse.Namespace) -> list[System]:
     """In the order in which they run."""
-    found = [System(name) for name in (DISAGGREGATED, AUTO) if name in options.systems]
+    found = [System(name) for name in (DISAGGREGATED, AUTO, ADAPTIVE) if name in options.systems]
     if COLOCATED in options.systems:
         found += [System(COLOCATED, chunk) for chunk in options.colocated_chunk_tokens]
     return found
@@ -179,7 +189,9 @@ def stages(before: MetricsPage, after: MetricsPage) -> dict[str, dict[str, float
 def moved(before: MetricsPage, after: MetricsPage) -> dict[str, float]:
     """Counters of the cell: transfers between workers, and failures."""
     names = {
+        "disaggregated": "baton:routed_disaggregated_total",
         "local_sooner": "baton:routed_local_sooner_total",
+        "local_always": "baton:routed_local_always_total",
         "bytes": "baton:transfer_bytes_total",
         "transfers": "baton:worker_transfers_received_total",
         "transfers_failed": "baton:worker_transfers_failed_total",

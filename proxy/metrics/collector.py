@@ -143,7 +143,7 @@ class ReportCollector(Collector):
             "vllm:kv_cache_usage_perc", "Fraction of the decode workers' KV in use, 0 to 1.", labels=_LABEL
         )
         for model in self._models:
-            decode = [worker.load for worker in _of(model, workers) if worker.role == "decode"]
+            decode = [worker.load for worker in _of(model, workers) if worker.role in ("decode", "mixed")]
             total = sum(load.total_blocks for load in decode)
             used = total - sum(load.free_blocks for load in decode)
             usage.add_metric((model,), used / total if total else 0.0)
@@ -322,7 +322,7 @@ def _reported(
 def _members(workers: list[WorkerStatus]) -> Metric:
     """There at 0 too, which an alert can see; a series that is missing fires nothing."""
     family = GaugeMetricFamily("baton:workers", "Registered workers.", labels=("role", "state"))
-    for role, state in product(("prefill", "decode"), ("ready", "draining")):
+    for role, state in product(("prefill", "decode", "mixed"), ("ready", "draining")):
         count = sum(worker.role == role and worker.state == state for worker in workers)
         family.add_metric((role, state), count)
     return family

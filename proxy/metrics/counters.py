@@ -40,6 +40,7 @@ ENGINE_COUNTERS: dict[str, str] = {
     "rejected_messages_total": "Messages that no worker should send to a proxy.",
     "queued_requests": "Generations that wait in the proxy for a worker.",
     "orphaned": "1 while what started this proxy is gone: it drains --orphan-s later.",
+    "mixed_prompt_workers": "Mixed workers that take no new answers, by the plan for the load.",
     "failed_pairs": "Pairs of a prefill and a decode worker that are avoided: a transfer failed, or no answer comes.",
     "kv_index_blocks": "Blocks for which the router knows a holder.",
     "kv_index_evictions_total": "Blocks evicted from the router's index, which was full.",

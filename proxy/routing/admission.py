@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from baton.node.errors import DeadlineExceeded, Overloaded, PeerLost
@@ -19,7 +19,8 @@ from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import FairQueue, Ticket
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.revisions import Offer, in_order
-from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, pick
+from baton.proxy.routing.roles import pick_mixed
+from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, WorkerView
 
 NO_WORKER_GRACE_S = 5.0
 """Requests wait this long for a role whose last worker is gone, counted from its loss, before they fail."""
@@ -117,7 +118,7 @@ class Admission:
         if self.workers.shape is None:
             return "no worker has registered"
         probe = RequestView(1 << 20, 0, 0)
-        routes = [pick(revision.workers, probe, self._rules) for revision in self.workers.revisions()]
+        routes = [self._pick(revision.workers, probe) for revision in self.workers.revisions()]
         missing = [route.reason for route in routes if isinstance(route, Wait) and route.missing]
         return missing[0] if len(missing) == len(routes) else ""
 
@@ -158,8 +159,10 @@ class Admission:
         reason = "no worker is there"
         may_come = False
         for offer in in_order(self._offers(waiter.view_of, failed_pairs)):
-            route = pick(offer.revision.workers, offer.request, self._rules)
+            route = self._pick(offer.revision.workers, offer.request)
             if isinstance(route, Route):
+                uncached = offer.request.num_tokens - route.hit_tokens
+                self.workers.mixed.prompt(uncached / route.computes.tokens_s)
                 self._routes[offer.revision.name] += 1
                 contended = self.workers.shares.contended(waiter.ticket.tenant, now)
                 return (replace(route, contended=True) if contended else route), offer.revision.shape
@@ -183,6 +186,9 @@ class Admission:
             return wait.in_vain
         last_seen = max(self.workers.had_at(revision, wait.missing), self._started_at)
         return now - last_seen >= NO_WORKER_GRACE_S
+
+    def _pick(self, workers: Sequence[WorkerView], request: RequestView) -> Route | Wait:
+        return pick_mixed(workers, request, self._rules, self.workers.mixed)
 
     def _turn(self) -> int | None:
         """Whose turn it is: the first one's whose tenant does not hold its share of the workers."""

@@ -6,9 +6,10 @@ when it has work and its step count stands still for `stall_s`.
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from baton.node.endpoint import identity_of
@@ -18,6 +19,7 @@ from baton.node.messages.versions import version_error
 from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
 from baton.proxy.routing.failed_pairs import Pair
+from baton.proxy.routing.roles import MixedRoles, Progress
 from baton.proxy.routing.router import WorkerView
 from baton.proxy.routing.shares import Shares
 
@@ -103,8 +105,10 @@ class _KnownRevision:
 class ModelWorkers:
     """The workers of one model, of one or more revisions. Named by endpoint identity, `worker/incarnation`."""
 
-    def __init__(self) -> None:
+    def __init__(self, mixed: MixedRoles) -> None:
+        """`mixed`: the plan for mixed workers."""
         self.members: dict[str, _Member] = {}
+        self.mixed = mixed
         self.shares = Shares()
         self._known: dict[str, _KnownRevision] = {}
         self._tokens_s = NOMINAL_TOKENS_S  # the median of those that were measured
@@ -134,8 +138,9 @@ class ModelWorkers:
         return [Revision(name, known.shape, tuple(views[name])) for name, known in self._known.items()]
 
     def had_at(self, revision: str, role: str) -> float:
-        """Time of the last message of a worker of the role that takes requests; -inf if there never was one."""
-        return self._known[revision].had_at.get(role, float("-inf"))
+        """Time of the last message of a worker that takes requests of the role; -inf if there never was one."""
+        had_at = self._known[revision].had_at
+        return max(had_at.get(each, float("-inf")) for each in (role, "mixed"))
 
     def join(self, identity: str, register: Register, now: float) -> str:
         """Take a worker in; returns "" or the reason for refusing it. One that goes on to register hears nothing: only
@@ -174,6 +179,8 @@ class ModelWorkers:
         member = self.members[identity]
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
+        if member.register.role == "mixed":
+            self.mixed.progress(identity, _progress(member, heartbeat, now), self._tokens_s)
         member.load, member.draining, member.last_message_at = heartbeat.load, heartbeat.draining, now
         member.orphaned = heartbeat.orphaned
         member.silent_peers = heartbeat.silent_peers
@@ -208,10 +215,16 @@ class ModelWorkers:
 class ClusterState:
     """The workers of all models, and the hosts' stores, which belong to none."""
 
-    def __init__(self, stall_s: float, models: Sequence[str], namespaces: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        stall_s: float,
+        models: Sequence[str],
+        namespaces: Sequence[str] = (),
+        mixed: Callable[[], MixedRoles] = lambda: MixedRoles(1.0, 0.05),
+    ) -> None:
         """`models`: names under which they are served. `namespaces`: how that of a worker may begin, in hex digits;
-        none: as it likes."""
-        self.models = {name: ModelWorkers() for name in models}
+        none: as it likes. `mixed`: makes the plan for a model's mixed workers."""
+        self.models = {name: ModelWorkers(mixed()) for name in models}
         self._stores: dict[str, _Store] = {}
         self._stall_s = stall_s
         self._namespaces = tuple(namespaces)
@@ -364,6 +377,21 @@ class ClusterState:
     def _members(self) -> Iterator[tuple[str, _Member]]:
         for workers in self.models.values():
             yield from workers.members.items()
+
+
+def _progress(member: _Member, heartbeat: Heartbeat, now: float) -> Progress:
+    before, after = member.load, heartbeat.load
+    counted = [
+        max(0.0, after.counters.get(name, 0.0) - before.counters.get(name, 0.0))
+        for name in ("prompt_tokens_computed", "generated_tokens")
+    ]
+    return Progress(
+        seconds=now - heartbeat.load_age_s - member.reported_at if math.isfinite(member.reported_at) else 0.0,
+        steps=after.steps - before.steps,
+        prompt_tokens=counted[0],
+        answer_tokens=counted[1],
+        busy=before.running > 0 and after.running > 0,
+    )
 
 
 def _refusal(identity: str, register: Register | RegisterStore) -> str:

@@ -34,7 +34,7 @@ def in_order(offers: Sequence[Offer]) -> list[Offer]:
 
 
 def _load(offer: Offer) -> float:
-    decodes = [worker for worker in offer.revision.workers if worker.role == "decode" and not worker.draining]
+    decodes = [worker for worker in offer.revision.workers if worker.role != "prefill" and not worker.draining]
     rows = sum(worker.max_num_seqs for worker in decodes)
     if not rows:
         return float("inf")

@@ -77,7 +77,7 @@ class Shares:
         held = self._held[tenant]
         held.prompts += tokens > 0
         held.tokens += tokens
-        if role == "decode":
+        if role != "prefill":
             held.rows += 1
             held.blocks += blocks
 
@@ -89,7 +89,7 @@ class Shares:
 
     def leave(self, tenant: str, role: str, blocks: int) -> None:
         """A leg has ended, its tokens before it."""
-        if role == "decode":
+        if role != "prefill":
             held = self._held[tenant]
             held.rows -= 1
             held.blocks -= blocks
@@ -136,7 +136,7 @@ def _row_fits(held: Held, num_blocks: int, others: Sequence[Held], workers: Sequ
     the free part, where this tenant would have more than its own even part."""
     if not held.rows:
         return True
-    decodes = [worker for worker in workers if worker.role == "decode"]
+    decodes = [worker for worker in workers if worker.role != "prefill"]
     rows = sum(worker.max_num_seqs for worker in decodes)
     blocks = sum(worker.total_blocks for worker in decodes)
     free_rows = sum(max(0, worker.max_num_seqs - worker.requests) for worker in decodes) - 1

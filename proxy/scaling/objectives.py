@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 
 from baton.proxy.scaling.law import RoleScaler, ScalingRules
 
@@ -17,6 +18,7 @@ WINDOW_S = 60.0
 PERCENTILE = 0.9
 MAX_SAMPLES = 4096
 """Of each latency: at 1,000 requests a second, the last four seconds."""
+RECENT_S, MAX_RECENT = 10.0, 256
 EVERY_S = 1.0
 """Between two looks."""
 
@@ -53,6 +55,11 @@ class Window:
             self._values.popleft()
         return [value_s for _, value_s in self._values]
 
+    def recent(self, now: float) -> list[float]:
+        """Of the last RECENT_S, at most MAX_RECENT."""
+        newest = islice(reversed(self._values), MAX_RECENT)
+        return [value_s for _, value_s in takewhile(lambda each: each[0] >= now - RECENT_S, newest)]
+
 
 class ScaleMonitor:
     """Measures one model's latencies. `observe`, called when it is `due`, makes desired replicas of them."""
@@ -88,7 +95,7 @@ class ScaleMonitor:
         self._observe_at = now + EVERY_S
         ttft, tpot = self.saturations(now)
         decode = tpot if ready.get("prefill") else max(ttft, tpot)
-        for role, saturation in (("prefill", ttft), ("decode", decode)):
+        for role, saturation in (("prefill", ttft), ("decode", decode), ("mixed", max(ttft, tpot))):
             if ready.get(role) or role in self._scalers:
                 scaler = self._scalers.setdefault(role, RoleScaler(self._rules))
                 scaler.observe(saturation, ready.get(role, 0), now)
@@ -101,6 +108,13 @@ class ScaleMonitor:
         return (
             _percentile(first) / self._objectives.ttft_s,
             _percentile(self._tpot.values(now)) / self._objectives.tpot_s,
+        )
+
+    def recent(self, now: float) -> tuple[float, float]:
+        """As `saturations`, of the last RECENT_S and of requests that have their tokens."""
+        return (
+            _percentile(self._ttft.recent(now)) / self._objectives.ttft_s,
+            _percentile(self._tpot.recent(now)) / self._objectives.tpot_s,
         )
 
     def scales(self) -> tuple[RoleScale, ...]:

@@ -96,7 +96,7 @@ class Bench:
             store=self.store,
             always_load=options.store_loads == "always",
         )
-        self.role = DecodeRole(self.parts, options.sizes("cpu"), options.spare_blocks)
+        self.role = DecodeRole(self.parts, options.sizes("cpu"), options.spare_blocks, options.role)
         self.loop = Loop(self.parts, self.role, max_waiting=options.max_waiting, drain_s=options.drain_s)
 
     def _pass(self) -> None:

@@ -133,7 +133,7 @@ class Bench:
         self.io, self.runner, self.manager = RecordingIo(), LateRunner(run_ahead), BlockManager(num_blocks)
         settings = DecodeSettings(spare_blocks=0, **options)
         self.parts = parts_of(self.runner, self.io, self.manager, time.monotonic, max_model_len=MAX_MODEL_LEN)
-        self.role = DecodeRole(self.parts, settings.sizes("cpu"), settings.spare_blocks)
+        self.role = DecodeRole(self.parts, settings.sizes("cpu"), settings.spare_blocks, settings.role)
         self.loop = Loop(self.parts, self.role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
         self.prompts: dict[str, tuple[list[int], int]] = {}
 

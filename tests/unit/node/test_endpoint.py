@@ -15,9 +15,11 @@ from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.messages.base import MAX_BODY_BYTES, encode
 from baton.node.messages.control import Ping, Rejoin
+from baton.node.messages.transfer import Abort
 from baton.node.sockets import Context
 
 WAIT_S = 5.0
+ABORT = Abort(transfer_id=b"t" * 16, reason="a test")
 
 
 @pytest.fixture
@@ -182,3 +184,34 @@ def test_a_taken_address_is_a_settings_error(pair: tuple[Endpoint, Endpoint], co
     """Guards start-up: the error names the address instead of ending in a traceback."""
     with pytest.raises(SettingsError, match="cannot listen"):
         Endpoint(context, "other", pair[0].address)
+
+
+def _exchange(one: Endpoint, other: Endpoint, names: tuple[str, str]) -> None:
+    """Each asks the other until it is answered, as greetings do."""
+    heard: set[str] = set()
+    deadline = time.monotonic() + WAIT_S
+    while heard != set(names) and time.monotonic() < deadline:
+        for endpoint, peer, address in ((one, names[1], other.address), (other, names[0], one.address)):
+            endpoint.connect(peer, address, "mixed")
+            endpoint.send(peer, ABORT)
+        for endpoint in (one, other):
+            heard |= {sender for sender, message in endpoint.receive(0.02) if message == ABORT}
+    assert heard == set(names)
+
+
+def test_mixed_workers_may_connect_to_each_other_at_once() -> None:
+    """Each refuses a second connection of a known name: without a rule which of two stays, neither would be heard."""
+    contexts = [Context(Credentials("mixed")) for _ in range(2)]
+    one, other = (
+        Endpoint(context, name, "tcp://127.0.0.1:0") for context, name in zip(contexts, ("a/1", "b/1"), strict=True)
+    )
+    try:
+        one.connect("b/1", other.address, "mixed")
+        other.connect("a/1", one.address, "mixed")
+        _exchange(one, other, ("a/1", "b/1"))
+        one.disconnect("b/1")  # whichever end closes its link, the pair can be made anew
+        other.disconnect("a/1")
+        _exchange(one, other, ("a/1", "b/1"))
+    finally:
+        for closing in (one, other, *contexts):
+            closing.close()

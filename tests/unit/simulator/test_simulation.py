@@ -6,12 +6,15 @@ import hashlib
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from baton.proxy.routing.roles import MixedRoles
+from baton.proxy.routing.router import WorkerView
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import load_profile
 from baton.simulator.placement import Split, goodput, splits
@@ -169,3 +172,24 @@ def test_a_light_tenant_beside_one_of_long_prompts() -> None:
     of = {tenant: [r for r in beside.records if r.request.tenant == tenant] for tenant in ("light", "heavy")}
     before, after = summarise(alone.records).ttft, summarise(of["light"][1:]).ttft
     assert after.p99_s < 2 * before.p99_s and after.p50_s < 2 * before.p50_s, (before, after)
+
+
+def test_mixed_workers_change_sides_without_losing_a_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards the change of a worker's share while it has prompts and answers, in both directions at once, with a pool
+    that preempts and a worker that dies."""
+    plans = [0, 2, 1, 2, 0, 1]
+
+    def turn(roles: MixedRoles, view: Sequence[WorkerView], slack: tuple[float, float], now: float) -> None:
+        mixed = sorted(worker.identity for worker in view if worker.role == "mixed")
+        number = int(now / 0.25)
+        turned = mixed[number % 3 :] + mixed[: number % 3]
+        roles.prompts = frozenset(turned[: min(plans[number % len(plans)], max(0, len(mixed) - 1))])
+
+    monkeypatch.setattr(MixedRoles, "plan", turn)
+    profile = msgspec.structs.replace(PROFILE, num_blocks=700)
+    proxy = ProxySettings(policy="least-loaded")
+    scenario = Scenario(profile=profile, mixed=3, proxy=proxy, losses=(Loss(2.0, "m1"),))
+    outcome = simulate(scenario, LOAD)
+    _served(outcome, LOAD)
+    assert outcome.counters["routed_disaggregated_total"] > 10
+    assert outcome.counters["routed_local_always_total"] > 5

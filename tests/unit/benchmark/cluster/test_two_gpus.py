@@ -33,13 +33,15 @@ def test_systems_differ_in_their_roles_alone() -> None:
         str(system): system.serve(ServedModel("m", ("--load-format=dummy",), 64, 1), options)
         for system in systems(options)
     }
-    assert list(found) == ["disagg", "auto", "colocated-512", "colocated-2048"]
+    assert list(found) == ["disagg", "auto", "adaptive", "colocated-512", "colocated-2048"]
     ours, theirs = found["disagg"], found["colocated-2048"]
     assert (ours.prefill, ours.decode, ours.local_prefill) == (1, 1, "never")
     assert (theirs.prefill, theirs.decode, theirs.local_prefill) == (0, 2, "always")
     assert ours.worker_arg == ("--load-format=dummy", "--max-model-len=9216", "--plane=nccl")
     assert theirs.worker_arg == (*ours.worker_arg, "--max-chunk-tokens=2048")
     assert replace(ours, local_prefill="auto") == found["auto"]
+    assert replace(ours, local_prefill=None, roles="adaptive") == found["adaptive"]
+    assert ours.proxy_arg == ("--slo-ttft-ms=1000", "--slo-tpot-ms=15")
     assert ours.gpus == theirs.gpus == (0, 1)
 
 

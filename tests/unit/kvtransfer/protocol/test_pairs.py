@@ -137,3 +137,17 @@ def test_pairs_of_the_sending_side_are_bounded_too(pairs: Pairs, monkeypatch: py
     with pytest.raises(SettingsError, match="too many"):
         pairs.greet("d/2", "tcp://127.0.0.1:1", 0.0)
     pairs.greet("d/1", "tcp://127.0.0.1:1", 1.0)
+
+
+def test_two_workers_that_greet_each_other_are_one_pair() -> None:
+    """Mixed workers send both ways: a greeting from the other must not undo what was agreed, or forget its address."""
+    link = Link()
+    link.prefill.greet("d/1", "tcp://d", link.now)
+    link.run(1.0)
+    link.decode.greet("p/1", "tcp://p", link.now)
+    assert link.decode.plane_of("p/1") is not None
+    pair = link.decode._pairs["p/1"]
+    assert pair.address == "tcp://p" and pair.plane is not None
+    hello = Hello(worker="p/1", namespace=b"n" * 32, planes=(LoopbackFabric().plane("p/1", None).describe(),))
+    assert link.decode.on_hello("p/1", hello, link.now)
+    assert link.decode._pairs["p/1"].address == "tcp://p"
