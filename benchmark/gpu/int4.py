@@ -1,9 +1,9 @@
-"""Tiles for products with 4-bit weights: times those that fit each shape, from the fastest on, beside bf16.
+"""Tiles for products with 4-bit weights: times those that fit each shape, beside bf16 and dequantising first.
 
-One JSON line a result on standard output, and appended to FILE. PARTs: `few_rows` (tiles for each number of rows, with
-the bf16 kernel beside), `many_rows` (the fused kernel against dequantising first). A time is the median of replays of a
-CUDA graph of several calls, each with weights of its own, together larger than the L2 cache; kernels are compiled
-before, in several processes.
+One JSON line a result on standard output, and appended to FILE. PARTs: `gluon` and `portable` (tiles of one kernel for
+each number of rows), `bf16` (its kernel), `many_rows` (the portable kernel against dequantising first). A time is the
+median of replays of a CUDA graph of several calls, each with weights of its own, together larger than the L2 cache;
+kernels are compiled before, in several processes.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from baton.kernels.triton.compiling import compile_all, launched_by, missing
 from baton.kernels.triton.dequantise import dequantise_groups
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_int4 import linear_int4
+from baton.kernels.triton.linear_int4_gluon import linear_int4_gluon
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 
 ROTATED_BYTES = 300 << 20
@@ -45,11 +46,8 @@ SHAPES = {
         "down": ProductShape(8192, 28672),
     },
 }
-ROWS = {16: (1, 16), 32: (32,), 64: (64,), 128: (128,)}
-"""By the rows of x of a tile: the numbers of rows to measure."""
 SHARED_BYTES = 227 * 1024
 PROGRAMS = 100, 1100
-KEPT = 3
 
 
 def random_weight(shape: ProductShape, group: int, with_zeros: bool) -> GroupedLinear:
@@ -74,10 +72,23 @@ def candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
                     and shape.inputs % (splits * block) == 0
                     and shape.inputs // (splits * block) >= stages - 1
                     and PROGRAMS[0] <= programs <= PROGRAMS[1]
-                    and (stages - 1) * stage_bytes + 16 * 1024 < SHARED_BYTES
+                    and stages * stage_bytes + 8 * 1024 < SHARED_BYTES
                     and tile_n * tile_m * (2 if shape.fused else 1) <= 64 * 128 * warps // 4
                 ):
                     found.append(Tiles(tile_n, block, tile_m, stages, splits, warps))
+    return found
+
+
+def gluon_candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
+    """Tiles of linear_int4_gluon, with as many stages as fit."""
+    tile_n, found = 64 if shape.fused else 128, []
+    for warps in (8, 12) if tile_m < 64 else (8,):
+        room = SHARED_BYTES - 1024 - (warps // 4 - 1) * 2 * 64 * tile_m * 4
+        stages = room // (64 * block + tile_m * block * 2)
+        for splits in (1,) if shape.fused else (1, 2, 4, 7, 8):
+            units = shape.outputs // tile_n * splits
+            if shape.inputs % (splits * block) == 0 and 90 <= units <= 800:
+                found.append(Tiles(tile_n, block, tile_m, min(stages, 16), splits, warps))
     return found
 
 
@@ -92,23 +103,28 @@ class Int4Tuner:
         while len(self._weights) * first.size_bytes < ROTATED_BYTES or len(self._weights) < 3:
             self._weights.append(random_weight(shape, group, with_zeros))
         self.block = first.block
+        self._sms = torch.cuda.get_device_properties(0).multi_processor_count
 
-    def calls(self, rows: int, tiles: Tiles, count: int | None = None) -> list[Call]:
+    def calls(self, rows: int, tiles: Tiles, by_gluon: bool, count: int | None = None) -> list[Call]:
         x, n, fused = randn(rows, self.shape.inputs), self.shape.outputs, self.shape.fused
         split = tiles.splits > 1
         out = torch.empty((tiles.splits, rows, n), dtype=torch.float32, device=GPU) if split else randn(rows, n)
-        return [partial(linear_int4, x, w, tiles, out, fused=fused, pdl=True) for w in self._weights[:count]]
+        weights = self._weights[:count]
+        if by_gluon:
+            return [partial(linear_int4_gluon, x, w, tiles, self._sms, out, fused=fused, pdl=True) for w in weights]
+        return [partial(linear_int4, x, w, tiles, out, fused=fused, pdl=True) for w in weights]
 
-    def report(self, rows: int, tiles: Tiles, **values: object) -> float:
+    def report(self, rows: int, tiles: Tiles, by_gluon: bool) -> float:
         """Seconds; infinite if the tiles do not run."""
         try:
-            took = seconds(self.calls(rows, tiles))
+            took = seconds(self.calls(rows, tiles, by_gluon))
         except Exception as error:  # too much shared memory, or too many registers
             self._line(rows=rows, tiles=str(tiles), error=str(error)[:200])
             return float("inf")
         size = self._weights[0].size_bytes
         fields = [tiles.tile_n, tiles.tile_k, tiles.tile_m, tiles.stages, tiles.splits, tiles.warps, tiles.prefetch]
-        self._line(rows=rows, tiles=fields, us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3), **values)
+        by = "gluon" if by_gluon else "portable"
+        self._line(rows=rows, by=by, tiles=fields, us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3))
         return took
 
     def beside_bf16(self, rows: int) -> None:
@@ -155,61 +171,77 @@ def _by_cublas(x: torch.Tensor, weight: torch.Tensor, plain: torch.Tensor, out: 
         silu_and_mul(plain, out)
 
 
-def compile_in_parallel(wanted: Sequence[tuple[Int4Tuner, int, Tiles]]) -> None:
+Wanted = tuple[Int4Tuner, int, Tiles, bool]
+"""A tuner, a number of rows, tiles, and whether for the kernel in Gluon."""
+
+
+def compile_in_parallel(wanted: Sequence[Wanted]) -> None:
     def run() -> None:
-        for tuner, rows, tiles in wanted:
-            tuner.calls(rows, tiles, 1)[0]()
+        for tuner, rows, tiles, by_gluon in wanted:
+            tuner.calls(rows, tiles, by_gluon, 1)[0]()
 
     kernels = launched_by(run)
     if missing(kernels):
         compile_all(kernels, processes=max(1, (os.cpu_count() or 1) - 1), timeout_s=90.0)
 
 
-def few_rows(tuners: Sequence[Int4Tuner]) -> None:
-    wanted = [
-        (tuner, rows, tiles)
-        for tuner in tuners
-        for tile_m, measured in ROWS.items()
-        for rows in measured
-        for tiles in candidates(tuner.shape, tile_m, tuner.block)
-    ]
+def measure(wanted: Sequence[Wanted]) -> None:
     compile_in_parallel(wanted)
-    times = [(tuner.report(rows, tiles), tuner, rows, tiles) for tuner, rows, tiles in wanted]
-    prefetching = [
-        (tuner, rows, replace(tiles, prefetch=columns))
-        for tuner in tuners
-        for rows in (1, 16)
-        for _, _, _, tiles in sorted((t for t in times if t[1] is tuner and t[2] == rows), key=lambda t: t[0])[:KEPT]
-        for columns in (0, 1024, 4096)
-        if columns <= tuner.shape.inputs // tiles.splits
-    ]
-    compile_in_parallel(prefetching)
-    for tuner, rows, tiles in prefetching:
-        tuner.report(rows, tiles)
+    for tuner, rows, tiles, by_gluon in wanted:
+        tuner.report(rows, tiles, by_gluon)
+
+
+def gluon(tuners: Sequence[Int4Tuner]) -> None:
+    measure(
+        [
+            (tuner, rows, tiles, True)
+            for tuner in tuners
+            for tile_m, measured in {16: (1, 16), 32: (32,), 64: (64, 128)}.items()
+            for rows in measured
+            for tiles in gluon_candidates(tuner.shape, tile_m, tuner.block)
+        ]
+    )
+
+
+def portable(tuners: Sequence[Int4Tuner]) -> None:
+    measure(
+        [
+            (tuner, rows, replace(tiles, prefetch=columns), False)
+            for tuner in tuners
+            for tile_m, measured in {16: (1, 16), 32: (32,), 64: (64,), 128: (128,)}.items()
+            for rows in measured
+            for tiles in candidates(tuner.shape, tile_m, tuner.block)
+            for columns in (0, 1024)
+        ]
+    )
+
+
+def bf16(tuners: Sequence[Int4Tuner]) -> None:
     for tuner in tuners:
         for rows in (1, 16, 32, 64, 128):
             tuner.beside_bf16(rows)
 
 
 def many_rows(tuners: Sequence[Int4Tuner]) -> None:
-    wanted = [
-        (tuner, rows, Tiles(tile_n, tuner.block, tile_m, stages, 1, warps))
-        for tuner in tuners
-        for rows in (256, 512, 1024)
-        for tile_n, tile_m, stages, warps in ((64, 128, 2, 4), (128, 128, 2, 8), (64, 64, 4, 4), (128, 64, 3, 8))
-        if not (tuner.shape.fused and tile_m * tile_n > 64 * 64 * warps // 4)
-    ]
-    compile_in_parallel(wanted)
-    for tuner, rows, tiles in wanted:
-        tuner.report(rows, tiles)
+    measure(
+        [
+            (tuner, rows, Tiles(128, tuner.block, tile_m, stages, 1, 8), False)
+            for tuner in tuners
+            for rows in (192, 256, 512)
+            for tile_m, stages in ((64, 3), (128, 2))
+            if not (tuner.shape.fused and tile_m == 128)
+        ]
+    )
     for tuner in tuners:
         tuner.dequantise()
-        for rows in (128, 256, 512, 1024, 2048, 8192):
+        for rows in (128, 192, 256, 512, 1024, 2048, 8192):
             tuner.dequantised_first(rows, False)
             tuner.dequantised_first(rows, True)
 
 
-PARTS: dict[str, Callable[[Sequence[Int4Tuner]], None]] = {"few_rows": few_rows, "many_rows": many_rows}
+PARTS: dict[str, Callable[[Sequence[Int4Tuner]], None]] = {
+    part.__name__: part for part in (gluon, portable, bf16, many_rows)
+}
 
 
 def main(argv: Sequence[str]) -> int:

@@ -27,7 +27,7 @@ from baton.kernels.triton.linear_policy import Tiles
 
 
 @triton.constexpr_function
-def _asm(place):
+def unpacking(place):
     """Of two words in a register: the codes at this place, as 128 + code, plus $2."""
     shifted = f"shr.u32 t, $1, {4 * place}; " if place else "mov.b32 t, $1; "
     codes = "lop3.b32 t, t, 0x000f000f, 0x43004300, 0xea; "  # (t & mask) | exponents
@@ -39,7 +39,7 @@ def _codes(words, minus_zero, PLACE: tl.constexpr, ASM: tl.constexpr):
     """[TILE_N, W]: codes at this place of the words, less the zero; minus_zero is -(128 + zero)."""
     if ASM:
         return tl.inline_asm_elementwise(
-            _asm(PLACE), "=r,r,r", [words, minus_zero], dtype=tl.bfloat16, is_pure=True, pack=2
+            unpacking(PLACE), "=r,r,r", [words, minus_zero], dtype=tl.bfloat16, is_pure=True, pack=2
         )
     else:
         codes = (words.to(tl.int32) >> (4 * PLACE)) & 15

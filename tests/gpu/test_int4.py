@@ -49,3 +49,47 @@ def test_a_row_has_the_same_bits_for_any_number_of_rows_and_any_tiles(group):
             linear_int4(x[:rows].contiguous(), weight, tiles, out)
             results.append(out)
     assert all(torch.equal(out, results[-1][:, : out.shape[1]]) for out in results)
+
+
+@pytest.fixture
+def hopper() -> None:
+    from baton.kernels.triton.prefill_gluon import is_available
+
+    if not is_available(torch.cuda.get_device_capability()):
+        pytest.skip("needs Hopper and a Triton whose Gluon is known")
+
+
+@pytest.mark.parametrize("group", [32, 64, 128])
+@pytest.mark.parametrize("with_zeros", [False, True])
+@pytest.mark.usefixtures("hopper")
+def test_hopper_products(group, with_zeros):
+    """Guards against a ring that is refilled while it is read, and sums of a warpgroup that are left out."""
+    weight = checks.make_int4(2048, 4096, group, GPU, with_zeros)
+    for rows in (1, 16, 23):
+        checks.check_linear_int4_gluon(weight, rows, Tiles(64, 0, 16, 6, 1, 12), fused=True, pdl=True)
+    weight.bias = randn((2048,), torch.bfloat16, GPU, 2)
+    for rows in (5, 60, 200):
+        checks.check_linear_int4_gluon(weight, rows, Tiles(128, 0, 32, 4, 2, 8))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_hopper_products_of_more_units_than_programs():
+    """Guards against phases of the ring and of the meeting of sums, from the second unit of a program on."""
+    weight = checks.make_int4(40960, 1024, 128, GPU)
+    checks.check_linear_int4_gluon(weight, 9, Tiles(128, 0, 16, 5, 1, 12), pdl=True)
+    checks.check_linear_int4_gluon(weight, 9, Tiles(64, 0, 16, 7, 1, 12), fused=True)
+    checks.check_linear_int4_gluon(weight, 40, Tiles(128, 0, 64, 3, 4, 8))
+
+
+@pytest.mark.usefixtures("hopper")
+def test_a_row_has_the_same_bits_on_hopper_for_any_number_of_rows():
+    from baton.kernels.triton.linear_int4_gluon import linear_int4_gluon
+
+    weight, x = checks.make_int4(1024, 4096, 128, GPU), randn((256, 4096), torch.bfloat16, GPU)
+    results = []
+    for rows in (1, 8, 16, 33, 64, 100, 256):
+        tile_m = next((size for size in (16, 32) if rows <= size), 64)
+        out = poison((2, rows, 1024), torch.float32, GPU)
+        linear_int4_gluon(x[:rows].contiguous(), weight, Tiles(128, weight.block, tile_m, 4, 2, 8), 132, out)
+        results.append(out)
+    assert all(torch.equal(out, results[-1][:, : out.shape[1]]) for out in results)

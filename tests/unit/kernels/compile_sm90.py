@@ -202,6 +202,37 @@ def dequantised_weights() -> None:
         module.dequantise_groups(words, empty(*scales, dtype=torch.float16), zeros, order, 256, empty(n, k))
 
 
+def int4_weight(n: int, k: int, group: int, zeros: bool):
+    from baton.kernels import GroupedLinear
+    from baton.kernels.linear.grouped import block_size
+
+    scales = (k // group, n)
+    of_groups = empty(*scales, dtype=torch.float16), empty(*scales, dtype=torch.int8) if zeros else None
+    return GroupedLinear(empty(n, k // 4, dtype=torch.int16), *of_groups, block_size(k, group))
+
+
+def int4_products(rows: int, group: int, zeros: bool) -> None:
+    from baton.kernels.triton import linear_int4 as module
+    from baton.kernels.triton.linear_policy import Tiles
+
+    weight, x = int4_weight(8192, 4096, group, zeros), empty(rows, 4096)
+    tiles = Tiles(128 if rows <= 64 else 64, weight.block, rows, 3, 2, 8 if rows == 64 else 4)
+    module.linear_int4(x, weight, tiles, empty(2, rows, 8192, dtype=torch.float32), pdl=True)
+    if rows <= 32:
+        tiles = Tiles(64, weight.block, rows, 4, 1)
+        module.linear_int4(x, weight, tiles, empty(rows, 4096), fused=True, pdl=True)
+
+
+def int4_gluon(rows: int, warps: int, zeros: bool, fused: bool) -> None:
+    from baton.kernels.triton import linear_int4_gluon as module
+    from baton.kernels.triton.linear_policy import Tiles
+
+    weight, n = int4_weight(8192, 4096, 128, zeros), 4096 if fused else 8192
+    tiles = Tiles(64 if fused else 128, weight.block, rows, 6, 1 if fused else 2, warps)
+    out = empty(rows, n) if fused else empty(2, rows, n, dtype=torch.float32)
+    module.linear_int4_gluon(empty(rows, 4096), weight, tiles, 132, out, fused=fused, pdl=True)
+
+
 def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     from baton.kernels.triton import prefill_gluon as module
 
@@ -261,6 +292,12 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_page64": lambda: prefill_gluon(64, True),
     "gluon_page16": lambda: prefill_gluon(16, False),
     "gated_product": gated_product,
+    "int4_16": lambda: int4_products(16, 128, True),
+    "int4_16_groups_of_32": lambda: int4_products(16, 32, False),
+    "int4_64": lambda: int4_products(64, 128, False),
+    "int4_128": lambda: int4_products(128, 128, True),
+    "int4_gluon_16": lambda: int4_gluon(16, 12, True, False),
+    "int4_gluon_32": lambda: int4_gluon(32, 8, False, True),
     "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
     "prefill_128_page128": lambda: prefill(32, 8, 128, 128),
     "prefill_128_page16": lambda: prefill(32, 8, 128, 16),

@@ -64,3 +64,28 @@ def check_dequantise_int4(weight: GroupedLinear) -> None:
     out = poison((weight.num_outputs, weight.num_inputs), BF16, weight.words.device.type)
     dequantise_groups(weight.words, weight.scales, weight.zeros, weight.order, weight.block, out)
     assert torch.equal(out, weight.dequantised(BF16))
+
+
+def check_linear_int4_gluon(
+    weight: GroupedLinear, rows: int, tiles: Tiles, fused: bool = False, pdl: bool = False
+) -> torch.Tensor:
+    """On a GPU only. As check_linear_int4, run twice over poison: a ring that is left half full would show."""
+    from baton.kernels.triton.linear_int4_gluon import linear_int4_gluon
+
+    n, k = weight.num_outputs // (2 if fused else 1), weight.num_inputs
+    x = randn((rows, k), BF16, "cuda")
+    exact = F.linear(x.double(), weight.dequantised(torch.float32).double())
+    if weight.bias is not None:
+        exact += weight.bias
+    if fused:
+        gate, up = exact.chunk(2, -1)
+        exact = F.silu(gate) * up
+    shape, dtype = ((rows, n), BF16) if tiles.splits == 1 else ((tiles.splits, rows, n), torch.float32)
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+    bound = max(2 * error(exact.to(dtype), exact), 2e-5)
+    for _ in range(2):
+        out = poison(shape, dtype, "cuda")
+        linear_int4_gluon(x, weight, replace(tiles, tile_k=weight.block), num_sms, out, fused=fused, pdl=pdl)
+        found = out.sum(0) if tiles.splits > 1 else out
+        assert error(found, exact) <= bound, f"error {error(found, exact):.2e}, allowed {bound:.2e}"
+    return out
