@@ -151,6 +151,11 @@ class LayerWeights:
     def linears(self) -> tuple[Linear, ...]:
         return (self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down)
 
+    @property
+    def norms(self) -> tuple[torch.Tensor, ...]:
+        given = (self.input_norm, self.attention.head_norms, self.attention_output_norm, self.post_norm)
+        return tuple(norm for norm in (*given, self.mlp_output_norm) if norm is not None)
+
 
 @dataclass(frozen=True, slots=True)
 class Weights:
@@ -168,10 +173,8 @@ class Weights:
     @property
     def size_bytes(self) -> dict[str, int]:
         """By format; embedding and norms are dense."""
-        norms = [layer.attention.head_norms for layer in self.layers]
-        norms += [norm for layer in self.layers for norm in (layer.input_norm, layer.post_norm)]
-        sizes = Counter({DenseLinear.weight_format: sum(norm.nbytes for norm in norms if norm is not None)})
-        sizes[DenseLinear.weight_format] += self.embedding.nbytes + self.norm.nbytes
+        norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
+        sizes = Counter({DenseLinear.weight_format: self.embedding.nbytes + sum(norm.nbytes for norm in norms)})
         tied = isinstance(self.lm_head, DenseLinear) and self.lm_head.weight is self.embedding
         for linear in self.linears[: -1 if tied else None]:
             sizes[linear.weight_format] += linear.size_bytes

@@ -3,6 +3,7 @@
     saturation   1024/256, 256 requests at once
     rate2048     2048/512 at 7 requests/s
     rate8192     8192/256 at 2 requests/s
+    slow2048     2048/256 at 1 request/s, for models of 70B
     prefixes     8 prefixes of 4096 tokens, 256 more of each request's own, 64 requests at once
     single       512/256, one request at a time
 
@@ -73,6 +74,7 @@ GPU_WORKLOADS = {
     "saturation": ServedLoad(1024, 256, num_prompts=768, at_once=256),
     "rate2048": ServedLoad(2048, 512, rate=7.0, duration_s=25.0),
     "rate8192": ServedLoad(8192, 256, rate=2.0, duration_s=30.0),
+    "slow2048": ServedLoad(2048, 256, rate=1.0, duration_s=30.0),
     "prefixes": ServedLoad(256, 128, prefix_tokens=4096, num_prefixes=8, num_prompts=512, at_once=64),
     "single": ServedLoad(512, 256, num_prompts=8, at_once=1),
 }
@@ -80,6 +82,7 @@ CPU_WORKLOADS = {
     "saturation": ServedLoad(96, 16, num_prompts=32, at_once=16),
     "rate2048": ServedLoad(96, 16, rate=4.0, duration_s=2.0),
     "rate8192": ServedLoad(200, 8, rate=2.0, duration_s=2.0),
+    "slow2048": ServedLoad(96, 16, rate=1.0, duration_s=2.0),
     "prefixes": ServedLoad(16, 8, prefix_tokens=128, num_prefixes=4, num_prompts=32, at_once=16),
     "single": ServedLoad(32, 16, num_prompts=3, at_once=1),
 }
