@@ -402,6 +402,7 @@ class DecodeRole:
                 self.end(sequence, None)
         for link, tokens in bundles.items():  # newcomers first: a proxy takes a bundle's tokens one by one
             self._parts.io.send(link, Bundle(tokens=tuple(sorted(tokens, key=lambda each: each.stages is None))))
+        self._hand_overs.yield_gil()
 
     def _take_in_prompt(self, sequence: Sequence, token: Drawn | None, checksums: dict[int, bytes]) -> None:
         """A part of a prompt that another worker waits for."""

@@ -23,9 +23,6 @@ from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, cancel_matches, failed, grammar_broken, transfer_failed
 from baton.worker.stats import PromptSpeed
 
-HAND_OVER_S = 0.001
-"""While the device is at a step, the loop leaves the interpreter to a hand-over so long before it launches the next."""
-
 
 class PrefillRole:
     """Queue of prompts, chunks, hand-over."""
@@ -175,7 +172,6 @@ class PrefillRole:
     def take_in(self, step: InFlightStep, drawn: list[Drawn | None]) -> None:
         checksums = step.read_checksums()
         self._measure(sum(part.length for part in step.parts))
-        handed_over = False
         for link, messages in step.prompt_logprobs(self.sequences):
             self._parts.io.send(link, *messages)
         for part, token in zip(step.parts, drawn, strict=True):
@@ -192,11 +188,9 @@ class PrefillRole:
                     self._hand_overs.offer(sequence, checksums)
             elif self._hand_overs.complete(sequence, token, checksums):
                 del self.sequences[sequence.leg]
-                handed_over = True
             else:
                 self.end(sequence, grammar_broken(sequence.leg))
-        if self.steps and handed_over:
-            self._parts.io.yield_gil(HAND_OVER_S)
+        self._hand_overs.yield_gil()
 
     def _measure(self, num_tokens: int) -> None:
         """How fast prompts are computed, for the gate and the router."""

@@ -18,6 +18,9 @@ from baton.worker.parts import Parts
 from baton.worker.sequence import Sequence, cancel_matches, transfer_failed
 from baton.worker.stopping import finish_of
 
+HAND_OVER_S = 0.001
+"""While the device is at a step, the loop leaves the interpreter to a hand-over so long before it launches the next."""
+
 
 @dataclass(slots=True)
 class _Sending:
@@ -36,6 +39,7 @@ class HandOvers:
         self._steps = steps
         self._block_tokens = parts.layout.block_tokens
         self._sending: dict[LegKey, _Sending] = {}
+        self._begun = False  # a hand-over, since `yield_gil` was called
 
     @property
     def idle(self) -> bool:
@@ -94,7 +98,15 @@ class HandOvers:
             self._parts.io.do(lambda exchange, now: exchange.token_drawn(leg, token_id, logprob, now))
         self._parts.prefixes.used(sequence)
         self._lease(sequence, awaited=not finish)
+        self._begun = True
         return True
+
+    def yield_gil(self) -> None:
+        """Called when a step was taken in: leave the interpreter to the hand-overs that it has begun, if another step
+        keeps the device busy meanwhile."""
+        if self._begun and self._steps:
+            self._parts.io.yield_gil(HAND_OVER_S)
+        self._begun = False
 
     def give_up(self, sequence: Sequence) -> None:
         """The leg ends before its prompt was computed."""
