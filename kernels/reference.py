@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from baton.kernels.scores import Scores
 
 NEGATIVE_INFINITY = float("-inf")
+LARGEST_CODE = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 SMALLEST_AMAX = 1e-30
@@ -60,6 +61,19 @@ def gelu_tanh_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """gelu(gate) * up with the tanh approximation of gelu; as `silu_and_mul`."""
     gate, up = gate_up.chunk(2, dim=-1)
     return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def quantise(x: torch.Tensor, code_type: torch.dtype, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes of x [N, K], and float32 scales [K / width, N] of runs of `width` values: x is about codes * scales.
+
+    The largest of a run gets the largest code; a run of zeros the scale 0.
+    """
+    runs = x.float().unflatten(1, (-1, width))
+    most = runs.abs().amax(-1, keepdim=True)
+    largest = torch.full_like(most, LARGEST_CODE[code_type])  # torch divides by a number, or it, by way of a reciprocal
+    scaled = runs * (largest / most.clamp(min=2.0**-100))
+    codes = scaled.round() if code_type == torch.int8 else scaled.clamp(-448.0, 448.0)
+    return codes.to(code_type).view(x.shape), (most / largest)[..., 0].t().contiguous()
 
 
 def write_kv(slots: torch.Tensor, slot_ids: torch.Tensor, kv: torch.Tensor) -> None:

@@ -4,8 +4,8 @@
 
 x is [N, width], or [S, N, width] partial sums of the matrix product before (split-K), added in the order of s: the
 reduction of a split product then needs no launch of its own. Everything is in float32 between load and store. One
-program a row, so a row's bits do not depend on the other rows. Bytes: x and residual read, residual and out written,
-(S * size(x) + 3 * size(out)) * N * width.
+program a row, so a row's bits do not depend on the other rows. `out` may be in codes, for products of bytes by bytes:
+`quantise` says how. Bytes: x and residual read, residual and out written, (S * size(x) + 3 * size(out)) * N * width.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -16,23 +16,30 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from baton.kernels.reference import LARGEST_CODE
 from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.quantise import CodedRows, check_codes, store_codes
 
 WARPS = 16  # measured on the H200 at widths of 4096: one program reads a whole row, and there are few rows
 
 
-@triton.jit(do_not_specialize=["num_rows", "eps"])
+@triton.jit(do_not_specialize=["num_rows", "eps", "scale_stride"])
 def _norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
     out_ptr,
+    out_scales_ptr,
     num_rows,
     eps,
+    scale_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
     ADD: tl.constexpr,
+    CODED: tl.constexpr,
+    RUN: tl.constexpr,
+    LARGEST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -52,43 +59,68 @@ def _norm_kernel(
         tl.store(residual_ptr + place, rounded, mask=inside)
         total = rounded.to(tl.float32)
     scale = 1.0 / tl.sqrt(tl.sum(total * total, 0) / WIDTH + eps)
-    tl.store(out_ptr + place, (total * scale * weight).to(out_ptr.dtype.element_ty), mask=inside)
+    value = total * scale * weight
+    if CODED:
+        store_codes(value, out_ptr, out_scales_ptr, row, scale_stride, WIDTH, BLOCK, RUN, LARGEST)
+    else:
+        tl.store(out_ptr + place, value.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, *, pdl: bool = False) -> None:
+def rms_norm(
+    x: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor | CodedRows, *, pdl: bool = False
+) -> None:
     """out = norm of the rows of x; x and out [N, width], weight [width], all contiguous."""
     _launch(x, None, weight, eps, out, pdl)
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, out: torch.Tensor, *, pdl: bool = False
+    x: torch.Tensor,
+    residual: torch.Tensor,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | CodedRows,
+    *,
+    pdl: bool = False,
 ) -> None:
     """As reference.add_rms_norm, into `out`; x [N, width] or partial sums [S, N, width], the others [N, width]."""
     _launch(x, residual, weight, eps, out, pdl)
 
 
 def _launch(
-    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, eps: float, out: torch.Tensor, pdl: bool
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    eps: float,
+    out: torch.Tensor | CodedRows,
+    pdl: bool,
 ) -> None:
-    num_rows, width = out.shape
-    require(tuple(x.shape[-2:]) == (num_rows, width), f"x {tuple(x.shape)} does not fit out {tuple(out.shape)}")
-    require(residual is None or residual.shape == out.shape, "residual and out differ in shape")
+    coded = isinstance(out, CodedRows)
+    values = out.codes if isinstance(out, CodedRows) else out
+    num_rows, width = values.shape
+    run, stride = check_codes(out, num_rows, width) if isinstance(out, CodedRows) else (0, num_rows)
+    require(tuple(x.shape[-2:]) == (num_rows, width), f"x {tuple(x.shape)} does not fit out {(num_rows, width)}")
+    require(residual is None or residual.shape == values.shape, "residual and out differ in shape")
     require(tuple(weight.shape) == (width,), f"weight {tuple(weight.shape)} is not [{width}]")
-    for tensor in (x, residual, weight, out):
+    for tensor in (x, residual, weight, values):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
     _norm_kernel[(num_rows,)](
         x,
-        out if residual is None else residual,
+        x if residual is None else residual,
         weight,
-        out,
+        values,
+        out.scales if isinstance(out, CodedRows) else values,
         num_rows,
         eps,
+        stride,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
         PARTIALS=x.shape[0] if x.dim() == 3 else 1,
         ADD=residual is not None,
+        CODED=coded,
+        RUN=run,
+        LARGEST=LARGEST_CODE[values.dtype] if coded else 0.0,
         PDL=pdl,
         **launch_options(WARPS, pdl),
     )

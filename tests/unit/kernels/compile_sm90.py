@@ -101,6 +101,20 @@ def small_kernels(pdl: bool) -> None:
     )
 
 
+def activations_in_codes(run: int) -> None:
+    from baton.kernels.triton import activation, norm, quantise
+
+    rows = 8
+    for code_type, width in ((torch.float8_e4m3fn, 8192), (torch.int8, 28672)):
+        scales = empty(*((width // run, rows) if run else (rows,)), dtype=torch.float32)
+        out = quantise.CodedRows(empty(rows, width, dtype=code_type), scales)
+        quantise.quantise(empty(rows, width), out)
+        activation.silu_and_mul(empty(rows, 2 * width), out)
+        if width == 8192:
+            parts = empty(2, rows, width, dtype=torch.float32)
+            norm.add_rms_norm(parts, empty(rows, width), empty(width), 1e-5, out)
+
+
 def decode(
     heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, pdl: bool = False, dtype=torch.bfloat16
 ) -> None:
@@ -262,6 +276,8 @@ WHOLE, PARTS, DEEP, DEEPEST = (16, 3), (40, 5, 4), (40, 7, 4), (40, 9, 4)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
+    "codes_of_rows": lambda: activations_in_codes(0),
+    "codes_of_runs": lambda: activations_in_codes(128),
     "blocks": whole_blocks,
     "step_inputs": inputs_of_a_step,
     "sampling": lambda: sampling(False),
