@@ -27,6 +27,7 @@ from baton.kernels.triton import (
     activation,
     blocks,
     norm,
+    quantise,
     rope_write,
     sampling,
 )
@@ -78,6 +79,7 @@ def small(report: KernelReport) -> None:
         gate_up, gated = randn(count, rows, 2 * FFN), randn(rows, FFN)
         calls = [partial(activation.silu_and_mul, gate_up[i], gated) for i in range(count)]
         report.moved("silu_and_mul", rows * FFN * 6, calls, rows=rows)
+        _in_codes(report, residual, weight, gate_up)
         width = (HEADS + 2 * KV_HEADS) * DIM
         pool = PagedPool.of(randn(-(-rows // 64), KV_HEADS, count, 2, 64, DIM))
         positions = torch.randint(0, 8192, (rows,), dtype=torch.int32, device=GPU)
@@ -92,6 +94,27 @@ def small(report: KernelReport) -> None:
                     for i in range(count)
                 ]
                 report.moved("rope_and_write", rows * width * 4, calls, rows=rows, normed=given is not None, pdl=pdl)
+
+
+def _in_codes(report: KernelReport, residual: torch.Tensor, weight: torch.Tensor, gate_up: torch.Tensor) -> None:
+    """Activations of FP8, with scales of rows and of runs; residual [C, N, hidden], gate_up [C, N, 2 * FFN]."""
+    rows = residual.shape[1]
+    for run in (0, quantise.RUN):
+        narrow, wide = _coded_rows(rows, HIDDEN, run), _coded_rows(rows, FFN, run)
+        for pdl in (False, True):
+            given = {"rows": rows, "run": run, "pdl": pdl}
+            x = residual[0].clone()
+            calls = [partial(norm.add_rms_norm, x, each, weight, 1e-5, narrow, pdl=pdl) for each in residual]
+            report.moved("add_rms_norm_in_codes", rows * HIDDEN * 7, calls, **given)
+            calls = [partial(quantise.quantise, each, narrow, pdl=pdl) for each in residual]
+            report.moved("quantise", rows * HIDDEN * 3, calls, **given)
+            calls = [partial(activation.silu_and_mul, each, wide, pdl=pdl) for each in gate_up]
+            report.moved("silu_and_mul_in_codes", rows * FFN * 5, calls, **given)
+
+
+def _coded_rows(rows: int, width: int, run: int) -> quantise.CodedRows:
+    scales = torch.zeros((width // run, -(-rows // 4) * 4) if run else (rows,), device=GPU)
+    return quantise.CodedRows(torch.zeros(rows, width, dtype=torch.float8_e4m3fn, device=GPU), scales)
 
 
 def choice(report: KernelReport) -> None:

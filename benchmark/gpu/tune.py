@@ -2,7 +2,7 @@
 
 One JSON line a time on standard output, and appended to FILE; `error` is that of the fastest tiles against float64.
 Weights are rotated past the L2 cache, and a time is the median of replays of a graph, as in `kernels`. Kernels are
-compiled ahead on all cores. FORMATs are fp8_row, fp8_block and int8_row; an x in codes has scales of 128 inputs.
+compiled ahead on all cores. x is plain for one row; else in codes with scales of rows, or of runs of 128 inputs.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from baton.benchmark.harness.options import bare_parser
 from baton.kernels.triton.compiling import compile_all, launched_by
 from baton.kernels.triton.linear_8bit import BLOCK, linear_8bit
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.quantise import RUN, CodedRows
 
 ROTATED_BYTES = 400 << 20  # several times the L2 cache
 SHARED_BYTES = 226 << 10
@@ -34,6 +35,7 @@ SHAPES = {
     "o_8b": ProductShape(4096, 4096),
     "gate_up_8b": ProductShape(14336, 4096, fused=True),
     "down_8b": ProductShape(4096, 14336),
+    "gate_up_plain_8b": ProductShape(28672, 4096),
     "qkv_70b": ProductShape(10240, 8192),
     "o_70b": ProductShape(8192, 8192),
     "gate_up_70b": ProductShape(28672, 8192, fused=True),
@@ -50,9 +52,9 @@ class Cell:
     name: str
     weight_format: str
     rows: int
-    coded: bool
-    """x in codes; else in bfloat16."""
-    widen: int = 1
+    x: str
+    """plain, row or runs"""
+    summed: int | None = None
 
     @property
     def shape(self) -> ProductShape:
@@ -62,31 +64,41 @@ class Cell:
     def code_type(self) -> torch.dtype:
         return torch.int8 if self.weight_format == "int8_row" else FP8
 
+    @property
+    def about(self) -> dict[str, object]:
+        return {"name": self.name, "format": self.weight_format, "rows": self.rows, "x": self.x, "summed": self.summed}
+
+    def exists(self) -> bool:
+        return (
+            (self.x != "plain" or self.rows == 1)
+            and (self.x != "row" or self.weight_format != "fp8_block")
+            and (self.summed is None or (self.x, self.weight_format) == ("row", "fp8_row"))
+        )
+
     def tiles(self) -> Iterator[Tiles]:
-        """Those that fit: for one row, or with as many stages as leave room for 1 to 3 programs a multiprocessor."""
+        """Those that fit: for one row, or with as many stages as leave room for 1 to 4 programs a multiprocessor."""
         n, k, fused = self.shape.outputs, self.shape.inputs, self.shape.fused
-        if self.rows == 1:
-            for tile_n, tile_k, warps in ONE_ROW if not self.coded and self.widen == 1 else ():
+        if self.x == "plain":
+            for tile_n, tile_k, warps in ONE_ROW:
                 if k % tile_k == 0 and n % tile_n == 0:
                     yield Tiles(tile_n, tile_k, 0, 1, 1, warps)
             return
         tile_m = next((size for size in (16, 32, 64) if self.rows <= size), 128)
-        chunked = self.coded or self.weight_format == "fp8_block"
-        for tile_n, tile_k, splits in product((64, 128), (128,) if chunked else (128, 256), (1, 2, 4)):
+        for tile_n, tile_k, splits in product((64, 128), (128, 256), (1, 2, 4)):
             blocks = n // tile_n * splits
-            if (fused and splits > 1) or k % (tile_k * splits) or not 128 <= blocks <= 700 * (1 + fused):
+            if (fused and splits > 1) or k % (tile_k * splits) or not 112 <= blocks <= 700 * (1 + fused):
                 continue
-            stage = tile_n * tile_k * (2 if fused else 1) + tile_m * tile_k * (1 if self.coded else 2)
+            stage = tile_n * tile_k * (2 if fused else 1) + tile_m * tile_k
             steps = k // splits // tile_k
-            room = [SHARED_BYTES // programs - 4096 for programs in (1, 2, 3)]
+            room = [SHARED_BYTES // programs - 4096 for programs in (1, 2, 3, 4)]
             for stages in sorted({min(size // stage, steps, 12) for size in room}):
                 if stages >= 3:
                     yield Tiles(tile_n, tile_k, tile_m, stages, splits, 8 if tile_n == 128 and tile_m >= 64 else 4)
 
 
 ONE_ROW = (
-    (1, 2048, 4), (1, 4096, 4), (1, 4096, 8), (2, 2048, 4), (2, 4096, 8), (4, 2048, 4), (4, 1024, 4), (8, 1024, 8),
-    (16, 512, 8), (8, 512, 4),
+    (1, 2048, 4), (1, 4096, 4), (1, 4096, 8), (2, 2048, 4), (2, 4096, 4), (2, 4096, 8), (4, 2048, 4), (4, 1024, 4),
+    (8, 1024, 4), (8, 1024, 8), (16, 512, 8), (8, 512, 4), (4, 4096, 8),
 )  # fmt: skip
 
 
@@ -94,8 +106,7 @@ ONE_ROW = (
 class Operands:
     """Of one cell: several weights, one x, and where results go."""
 
-    x: torch.Tensor
-    x_scales: torch.Tensor | None
+    x: torch.Tensor | CodedRows
     weights: list[tuple[torch.Tensor, torch.Tensor]]
     out: torch.Tensor
     """Of the call that ran last."""
@@ -105,35 +116,36 @@ class Operands:
         n, k = cell.shape.outputs * (2 if cell.shape.fused else 1), cell.shape.inputs
         scales = (n // BLOCK, k // BLOCK) if cell.weight_format == "fp8_block" else (n,)
         weights = [(_codes(n, k, cell.code_type, device), _scales(scales, k, device)) for _ in range(count)]
-        if cell.coded:
-            x = _codes(cell.rows, k, cell.code_type, device)
-            return cls(x, _scales((k // BLOCK, cell.rows), 1, device), weights, x)
-        x = torch.empty(cell.rows, k, dtype=torch.bfloat16, device=device)
-        return cls(x if device == "meta" else x.normal_(), None, weights, x)
+        x: torch.Tensor | CodedRows
+        if cell.x == "plain":
+            x = torch.empty(cell.rows, k, dtype=torch.bfloat16, device=device)
+            x = x if device == "meta" else x.normal_()
+        else:
+            of_x = (k // RUN, -(-cell.rows // 4) * 4) if cell.x == "runs" else (cell.rows,)
+            x = CodedRows(_codes(cell.rows, k, cell.code_type, device), _scales(of_x, 1, device))
+        return cls(x, weights, torch.empty(0, device=device))
 
     def calls(self, cell: Cell, tiles: Tiles) -> list[Call]:
         shape = (cell.rows, cell.shape.outputs)
         self.out = torch.empty(
             shape if tiles.splits == 1 else (tiles.splits, *shape),
             dtype=torch.bfloat16 if tiles.splits == 1 else torch.float32,
-            device=self.x.device,
+            device=self.out.device,
         )
-        return [
-            partial(
-                linear_8bit, self.x, codes, scales, None, tiles, self.out, x_scales=self.x_scales,
-                fused=cell.shape.fused, pdl=True, widen=cell.widen,
-            )
-            for codes, scales in self.weights
-        ]  # fmt: skip
+        multiply = partial(linear_8bit, fused=cell.shape.fused, pdl=True, summed=cell.summed)
+        return [partial(multiply, self.x, codes, scales, None, tiles, self.out) for codes, scales in self.weights]
 
     def error(self, cell: Cell, call: Call) -> float:
         """Of the first weight's product, relative to its norm."""
         call()
         codes, scales = self.weights[0]
         wide = _spread(scales, codes) * codes.double()
-        x = self.x.double()
-        if self.x_scales is not None:
-            x *= self.x_scales.t().double().repeat_interleave(BLOCK, 1)
+        if isinstance(self.x, CodedRows):
+            of_x = self.x.scales.double()
+            x = self.x.codes.double()
+            x *= of_x.t()[: len(x)].repeat_interleave(RUN, 1) if of_x.dim() == 2 else of_x[:, None]
+        else:
+            x = self.x.double()
         exact = x @ wide.t()
         if cell.shape.fused:
             gate, up = exact.chunk(2, -1)
@@ -182,16 +194,19 @@ def tune(lines: JsonLines, cell: Cell) -> None:
         except OutOfResources:
             continue
     found.sort(key=lambda each: each[0])
-    about = {
-        "name": cell.name, "format": cell.weight_format, "rows": cell.rows, "coded": cell.coded, "widen": cell.widen
-    }  # fmt: skip
     for took, tiles in found[:6]:
         lines.write(
-            kernel="tiles", **about, us=round(took * 1e6, 2), tb_s=round(size / took / 1e12, 3), tiles=_listed(tiles)
+            kernel="tiles",
+            **cell.about,
+            us=round(took * 1e6, 2),
+            tb_s=round(size / took / 1e12, 3),
+            tiles=_listed(tiles),
         )
     if found:
         error = operands.error(cell, operands.calls(cell, found[0][1])[0])
-        lines.write(kernel="error", **about, tiles=_listed(found[0][1]), tried=len(found), error=float(f"{error:.3g}"))
+        lines.write(
+            kernel="error", **cell.about, tiles=_listed(found[0][1]), tried=len(found), error=float(f"{error:.3g}")
+        )
 
 
 def _listed(tiles: Tiles) -> list[int]:
@@ -240,20 +255,20 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shapes", default="qkv_8b,o_8b,gate_up_8b,down_8b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="FORMATS", help=", ".join(FORMATS))
     parser.add_argument("--rows", default="1,16,32,64,128", metavar="ROWS")
-    parser.add_argument("--x", default="bf16,codes", metavar="FORMS", help="of x: bf16, codes")
-    parser.add_argument("--widen", default="1,2", metavar="WAYS", help="of widening FP8: 1, 2")
+    parser.add_argument("--x", default="plain,row,runs", metavar="FORMS", help="of x")
+    parser.add_argument("--summed", default="0,128", metavar="COUNTS", help="products of FP8 that the matrix unit sums")
     parser.add_argument("--many", default="", metavar="SHAPES", help="whose products of many rows are timed")
     options = parser.parse_args(argv)
     lines = JsonLines(options.file)
     torch.manual_seed(0)
     cells = [
-        Cell(name, weight_format, rows, form == "codes", widen)
+        cell
         for name in filter(None, options.shapes.split(","))
         for weight_format in options.formats.split(",")
         for rows in map(int, options.rows.split(","))
         for form in options.x.split(",")
-        for widen in map(int, options.widen.split(","))
-        if not (form == "codes" or weight_format == "int8_row") or widen == 1
+        for summed in map(int, options.summed.split(","))
+        if (cell := Cell(name, weight_format, rows, form, summed or None)).exists()
     ]
     if cells:
         _timed(lines, "compiled", lambda: compile_ahead(cells))

@@ -9,7 +9,7 @@ from baton.kernels import reference
 from baton.kernels.triton import activation, norm
 from baton.kernels.triton.linear_8bit import BLOCK, linear_8bit
 from baton.kernels.triton.linear_policy import Tiles
-from baton.kernels.triton.quantise import CodedRows, quantise
+from baton.kernels.triton.quantise import RUN, CodedRows, quantise
 from baton.tests.unit.kernels.kernel_checks import EPS, error, poison, randn
 
 FP8, INT8 = torch.float8_e4m3fn, torch.int8
@@ -33,24 +33,24 @@ def check_linear_8bit(
     k: int,
     tiles: Tiles,
     *,
-    dtype: torch.dtype = torch.bfloat16,
     blocked: bool = False,
-    coded: bool = False,
+    runs: bool = False,
     fused: bool = False,
     biased: bool = False,
     pdl: bool = False,
+    dtype: torch.dtype = torch.bfloat16,
     tolerance: float = 1e-5,
 ) -> torch.Tensor:
-    """coded: x is quantised too. The error is at most that of rounding the result, or `tolerance`. The result."""
-    wide = 2 * n if fused else n
-    weight = randn((wide, k), torch.float32, "cpu", 1) / k**0.5
+    """The error is at most that of rounding the result, or `tolerance`: that of FP8's sums. The result."""
+    weight = randn(((2 if fused else 1) * n, k), torch.float32, "cpu", 1) / k**0.5
     codes, scales, weight = quantised(weight, code_type, *((BLOCK, BLOCK) if blocked else (1, k)))
-    x, x_scales = randn((rows, k), dtype, "cpu"), None
-    exact_x = x.double()
-    if coded:
-        x, x_scales, exact_x = quantised(x, code_type, 1, BLOCK)
-        x_scales = x_scales.t().contiguous().to(device)
-    bias = randn((n,), dtype, "cpu", 2) if biased else None
+    plain = randn((rows, k), dtype, "cpu")
+    exact_x, x = plain.double(), plain.to(device)
+    if tiles.tile_m:
+        x_codes, x_scales, exact_x = quantised(plain, code_type, 1, RUN if runs else k)
+        x_scales = F.pad(x_scales.t(), (0, -rows % 4)) if runs else x_scales[:, 0]
+        x = CodedRows(x_codes.to(device), x_scales.contiguous().to(device))
+    bias = randn((n,), torch.bfloat16, "cpu", 2) if biased else None
     exact = F.linear(exact_x, weight, None if bias is None else bias.double())
     if fused:
         gate, up = exact.chunk(2, -1)
@@ -59,8 +59,8 @@ def check_linear_8bit(
     if tiles.splits > 1:
         out = poison((tiles.splits, rows, n), torch.float32, device)
     linear_8bit(
-        x.to(device), codes.to(device), (scales if blocked else scales[:, 0].contiguous()).to(device),
-        None if bias is None else bias.to(device), tiles, out, x_scales=x_scales, fused=fused, pdl=pdl,
+        x, codes.to(device), (scales if blocked else scales[:, 0].contiguous()).to(device),
+        None if bias is None else bias.to(device), tiles, out, fused=fused, pdl=pdl,
     )  # fmt: skip
     found = (out.sum(0) if tiles.splits > 1 else out).cpu()
     bound = max(2 * error(exact.to(out.dtype), exact), tolerance)

@@ -62,6 +62,7 @@ def inspect(case: str, kernel) -> dict[str, str | int | bool]:
         "stack_bytes": int(re.search(r"STACK:(\d+)", usage)[1]),
         "shared_bytes": kernel.metadata.shared,
         "wgmma": "wgmma.mma_async" in kernel.asm["ptx"],
+        "bytes": "".join(set(re.findall(r"wgmma.mma_async\S+[.](e4m3|s8)[.](?:e4m3|s8)", kernel.asm["ptx"]))),
         "mma": "mma.sync" in kernel.asm["ptx"],
         "tma": "cp.async.bulk.tensor" in kernel.asm["ptx"],
     }
@@ -247,6 +248,26 @@ def int4_gluon(rows: int, warps: int, zeros: bool, fused: bool) -> None:
     module.linear_int4_gluon(empty(rows, 4096), weight, tiles, 132, out, fused=fused, pdl=True)
 
 
+def linears_8bit(rows: int, blocked: bool, runs: bool) -> None:
+    """Of FP8 and INT8, alone and fused, in tiles that are used for so many rows."""
+    from baton.kernels.triton.linear_8bit import linear_8bit
+    from baton.kernels.triton.linear_policy import Tiles
+    from baton.kernels.triton.quantise import CodedRows
+
+    n, k = 4096, 4096
+    tiles = Tiles(64, 256, rows, 4, 1) if rows > 1 else Tiles(4, 2048, 0, 1, 1)
+    for code_type in (torch.float8_e4m3fn, torch.int8):
+        for fused in (False, True):
+            wide = 2 * n if fused else n
+            scales = (wide // 128, k // 128) if blocked else (wide,)
+            x = empty(rows, k)
+            if rows > 1:
+                of_x = empty(*((k // 128, rows) if runs else (rows,)), dtype=torch.float32)
+                x = CodedRows(empty(rows, k, dtype=code_type), of_x)
+            codes, of_codes = empty(wide, k, dtype=code_type), empty(*scales, dtype=torch.float32)
+            linear_8bit(x, codes, of_codes, None, tiles, empty(rows, n), fused=fused, pdl=True)
+
+
 def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     from baton.kernels.triton import prefill_gluon as module
 
@@ -290,6 +311,11 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_128": lambda: linears("FASTEST", 128, False),
     "linear_256": lambda: linears("INVARIANT", 256, False),
     "dequantise": dequantised_weights,
+    "linear_8bit_1_row": lambda: linears_8bit(1, False, False),
+    "linear_8bit_1_block": lambda: linears_8bit(1, True, False),
+    "linear_8bit_16_row": lambda: linears_8bit(16, False, False),
+    "linear_8bit_16_block": lambda: linears_8bit(16, True, True),
+    "linear_8bit_64_block": lambda: linears_8bit(64, True, True),
     "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),

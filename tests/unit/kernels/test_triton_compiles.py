@@ -121,6 +121,17 @@ def test_products_of_4_bits_unpack_into_operands_of_warpgroup_instructions(kerne
             assert kernel["registers"] <= 168 and kernel["shared_bytes"] <= 100 * 1024, (case, kernel)
 
 
+def test_linears_of_8_bits_multiply_bytes_and_keep_their_loads_ahead(kernels):
+    """Guards against codes that are widened before the matrix unit, and against scales that stop the compiler from
+    asking for tiles ahead: their stages then have no room in shared memory."""
+    for case in ("16_row", "16_block", "64_block"):
+        found = kernels[f"linear_8bit_{case}"]
+        assert [kernel["bytes"] for kernel in found] == ["e4m3", "e4m3", "s8", "s8"], found
+        assert all(kernel["tma"] and kernel["shared_bytes"] > 3 * 64 * 256 for kernel in found), found
+    for case in ("1_row", "1_block"):
+        assert all(not kernel["mma"] and kernel["registers"] <= 200 for kernel in kernels[f"linear_8bit_{case}"])
+
+
 def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
     """Guards against a tile that falls back to scalar products, a page that is not fetched whole, and too few or too
     many programs on a multiprocessor (see decode_plan): 1 to 4 tiles in flight leave room for 5, 3, 2 and 1."""
