@@ -42,7 +42,7 @@ GROUPS = {
     "attention": r"_(decode|prefill)_attention_kernel|_prefill_kernel",
     "norm": r"_norm_kernel",
     "rope_write": r"_rope_write_kernel",
-    "activation": r"_act_and_mul_kernel",
+    "activation": r"_act_and_mul(_codes)?_kernel|_quantise_kernel",
     "draw": r"_(best_of_block|best_of_row|scatter|prepare|pass|threshold|block|row)_kernel",
     "inputs": r"_gather_kernel|_share_out_kernel|.*(index_?select|vectorized_gather|CatArray)",
     "linear": r"_(linear\w*|gated_product)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
