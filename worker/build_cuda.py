@@ -20,6 +20,7 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.kv_scales import kv_format_of
 from baton.models.weights import load_weights
 from baton.node.addresses import ListenHost
 from baton.node.errors import SettingsError
@@ -47,8 +48,6 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
-    if settings.kv_dtype != "auto":
-        raise SettingsError(f"--kv-dtype {settings.kv_dtype}: no kernel of a GPU reads it yet")
     index = settings.gpu
     if index >= torch.cuda.device_count():
         raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
@@ -59,12 +58,13 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
     try:
         runner = _load(settings, sizes, folder, config, longest)
         layout = layout_of(config, runner.kv_format, sizes.block_tokens)
-        layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes))
+        padding = unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes)
+        layout = replace(layout, padding_bytes=padding)
         weights_bytes = sum(runner.weights.size_bytes.values())
         pool = DevicePool(layout, _pool_blocks(settings, sizes, layout, weights_bytes), index)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
         began_at, (free_bytes, _) = time.monotonic(), torch.cuda.mem_get_info(index)
-        runner.bind_pool(pool.tensor, max_model_len, progress_log("capturing_graphs", "graphs"))
+        runner.bind_pool(pool.tensor, max_model_len, progress_log("capturing_graphs", "graphs"), pool.scales)
         runner.warm_up()
         graphs_gib = _gib(free_bytes - torch.cuda.mem_get_info(index)[0])
         log_event(logger, "steps_ready", took_s=round(time.monotonic() - began_at, 1), graphs_gib=graphs_gib)
@@ -113,7 +113,8 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: Mo
         formats=",".join(f"{name}:{_gib(size)}" for name, size in sorted(sizes_bytes.items())),
     )
     limits = StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
-    return CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest)
+    kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)
+    return CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format)
 
 
 def _checksums(sizes: WorkerSizes, role: Role, runner: CudaRunner, pool: DevicePool) -> StepChecksums:

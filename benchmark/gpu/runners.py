@@ -68,7 +68,7 @@ def load_shape(lines: JsonLines, name: str, quantization: str = PLAIN) -> tuple[
 def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
     """[num_blocks, KH, layers, 2, block_tokens, D]; random, as zeros are quicker to compute with."""
     layer = 2 * BLOCK_TOKENS * config.head_dim
-    unit = config.num_layers * layer + unit_padding(config.num_layers, layer)
+    unit = config.num_layers * layer + unit_padding(config.num_layers, layer, layer)
     memory = torch.empty(num_blocks, config.num_kv_heads, unit, dtype=torch.bfloat16, device="cuda:0")
     some = torch.empty(256, *memory.shape[1:], dtype=torch.bfloat16, device="cuda:0").normal_()
     for part in memory.split(len(some)):

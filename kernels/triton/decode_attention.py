@@ -9,6 +9,9 @@ program leaves its part in the scratch, and the one that ends last, found by a c
 the parts in the order of the chunks: the order of arrival does not matter, and no float is added atomically. With
 chunks of one size a row's bits do not depend on the batch (`decode_plan.fixed_plan`).
 
+Of 8-bit floats with scales the products are those of the stored numbers, which the query's dtype holds exactly; the
+scales of keys multiply scores, and those of values the weights.
+
 Bytes: the keys and values, 2 * sum(length) * KH * D * element size. Blocks of 64 tokens and more arrive by TMA.
 The pool must be finite everywhere: what lies past a sequence's end in its last tile is multiplied by 0, not skipped.
 """
@@ -25,13 +28,18 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
+from baton.kernels.triton.decode_merge import merge_parts
 from baton.kernels.triton.decode_plan import TILE, DecodePlan
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
 from baton.kernels.triton.launch import launch_options, require
-from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
-HEAD_BYTES = 256  # of the heads that plans are made for; of larger ones fewer tiles are in flight
+HEAD_BYTES = 256  # of the heads that plans are made for; of larger ones fewer tiles are in flight, of smaller ones more
+MOST_TILES = 2  # times the tiles that plans ask for
+FP8_DIM = 64  # elements of the smallest heads whose words fill matrix instructions
+INTERPRETED = triton.knobs.runtime.interpret
 MERGED_ELEMENTS = 8192  # of partial results that a merging program holds at once: 64 registers a thread
 
 
@@ -59,43 +67,12 @@ class DecodeScratch:
         )
 
 
-@triton.jit
-def _merge_parts(
-    parts_ptr, softmax_ptr, out_ptr, base, first, end, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
-):  # fmt: skip
-    """Writes a group's output from the parts first .. end - 1, which begin at row `base` of the scratch."""
-    head = tl.arange(0, GROUP_BLOCK)
-    element = tl.arange(0, DIM_BLOCK)
-    top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
-    total = tl.zeros([GROUP_BLOCK], tl.float32)
-    merged = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-    for start in tl.range(first, end, AT_ONCE):
-        chunk = start + tl.arange(0, AT_ONCE)
-        there = (chunk < end)[:, None] & (head < GROUP)[None, :]
-        place = softmax_ptr + (base + chunk)[:, None] * 2 * GROUP + head[None, :]
-        tops = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
-        sums = tl.load(place + GROUP, mask=there, other=0.0, cache_modifier=".cg")
-        place = parts_ptr + ((base + chunk)[:, None] * GROUP + head[None, :])[:, :, None] * DIM + element[None, None, :]
-        inside = there[:, :, None] & (element < DIM)[None, None, :]
-        parts = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
-        new_top = tl.maximum(top, tl.max(tops, 0))
-        new_top = tl.where(head < GROUP, new_top, 0.0)
-        weights = tl.exp2(tops - new_top[None, :])
-        shrink = tl.exp2(top - new_top)
-        merged = merged * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
-        total = total * shrink + tl.sum(sums * weights, 0)
-        top = new_top
-    inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
-    result = merged / total[:, None]
-    tl.store(out_ptr + head[:, None] * DIM + element[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
-
-
 @triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window"])
 def _decode_attention_kernel(
     query_ptr,
     pool_desc,
     pool_ptr,
+    scale_ptr,
     table_ptr,
     length_ptr,
     work_ptr,
@@ -113,6 +90,8 @@ def _decode_attention_kernel(
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    LAYER_ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -149,7 +128,9 @@ def _decode_attention_kernel(
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
         block_rows = KV_HEADS * unit_rows
-        first_row = kv_head * unit_rows + layer * (2 * BLOCK_TOKENS)
+        first_row = kv_head * unit_rows + layer * LAYER_ROWS
+        if SCALES == STATIC_SCALES:
+            scale_log2 *= tl.load(scale_ptr + layer * 2 * KV_HEADS + kv_head)
         for tile in tl.range(start // TILE * TILE, end, TILE):
             token = tile + tl.arange(0, TILE)
             seen = token < end
@@ -160,6 +141,11 @@ def _decode_attention_kernel(
                 slot = block * block_rows + first_row + tile % BLOCK_TOKENS
                 keys = pool_desc.load([slot, 0])
                 values = pool_desc.load([slot + BLOCK_TOKENS, 0])
+                if SCALES == TOKEN_SCALES:
+                    scales = (block.to(tl.int64) * block_rows + first_row) * (DIM // 4) + tile % BLOCK_TOKENS
+                    place = scale_ptr + scales + tl.arange(0, TILE)
+                    key_scales = tl.load(place)
+                    value_scales = tl.load(place + BLOCK_TOKENS)
             else:
                 blocks = tl.load(table_ptr + row * table_stride + token // BLOCK_TOKENS, mask=seen, other=0).to(
                     tl.int64
@@ -169,14 +155,25 @@ def _decode_attention_kernel(
                 read = seen[:, None] & (element < DIM)[None, :]
                 keys = tl.load(place, mask=read, other=0.0)
                 values = tl.load(place + BLOCK_TOKENS * DIM, mask=read, other=0.0)
-            scores = tl.dot(query, keys.T, input_precision="ieee") * scale_log2
+                if SCALES == TOKEN_SCALES:
+                    scales = (blocks * block_rows + first_row) * (DIM // 4) + token % BLOCK_TOKENS
+                    key_scales = tl.load(scale_ptr + scales, mask=seen, other=0.0)
+                    value_scales = tl.load(scale_ptr + scales + BLOCK_TOKENS, mask=seen, other=0.0)
+            scores = tl.dot(query, keys.to(query.dtype).T, input_precision="ieee") * scale_log2
+            if SCALES == TOKEN_SCALES:
+                scores *= key_scales[None, :]
             scores = tl.where(seen[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - new_top[:, None])
             shrink = tl.exp2(top - new_top)
             total = total * shrink + tl.sum(weights, 1)
-            sums = tl.dot(weights.to(values.dtype), values, sums * shrink[:, None], input_precision="ieee")
+            if SCALES == TOKEN_SCALES:
+                weights *= value_scales[None, :]
+            values = values.to(query.dtype)
+            sums = tl.dot(weights.to(query.dtype), values, sums * shrink[:, None], input_precision="ieee")
             top = new_top
+        if SCALES == STATIC_SCALES:
+            sums *= tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
         if end_part - first_part > 1:
             base = kv_head * (tl.num_programs(0) // KV_HEADS)
             place = parts_ptr + ((base + number) * GROUP + head)[:, None] * DIM + element[None, :]
@@ -188,7 +185,7 @@ def _decode_attention_kernel(
             before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
             if before == end_part - first_part - 1:
                 tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
-                _merge_parts(
+                merge_parts(
                     parts_ptr, softmax_ptr, out_ptr + heads_at, base, first_part, end_part, DIM, DIM_BLOCK, GROUP,
                     GROUP_BLOCK, AT_ONCE,
                 )  # fmt: skip
@@ -211,7 +208,7 @@ def decode_attention(
     scale: float | None = None,
     pdl: bool = False,
 ) -> None:
-    """Fills out [B, H, D]; query [B, H, D], pool with KH units, both of one dtype.
+    """Fills out [B, H, D]; query [B, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
 
     block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
     the pool. scratch.work is what decode_work.share_out made of the lengths and the plan. A row of length 0 is padding:
@@ -225,7 +222,8 @@ def decode_attention(
     require(num_heads % kv_heads == 0 and num_heads // kv_heads <= GROUP_ROWS, f"{num_heads} on {kv_heads} heads")
     require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
     require(block_tokens & (block_tokens - 1) == 0, f"block_tokens {block_tokens} is no power of two")
-    require(query.dtype == pool.dtype == out.dtype, "query, pool and out differ in dtype")
+    require(query.dtype == out.dtype, "query and out differ in dtype")
+    pool.require_reads(query)
     require(block_tables.shape[0] == num_rows and lengths.shape == (num_rows,), "tables and lengths need a row each")
     require(block_tables.dtype == lengths.dtype == torch.int32, "tables and lengths must be int32")
     require(block_tables.stride(1) == 1, "rows of block_tables must be contiguous")
@@ -240,11 +238,9 @@ def decode_attention(
     group_block = triton.next_power_of_2(num_heads // kv_heads)
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
-    tiles = max(1, plan.num_stages // 2 * HEAD_BYTES // max(HEAD_BYTES, dim_block * pool.tensor.element_size()))
-    _decode_attention_kernel[(kv_heads * plan.num_chunks,)](
-        query,
-        TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None,
-        pool.tensor,
+    tile_bytes = max(HEAD_BYTES // MOST_TILES, dim_block * pool.tensor.element_size())
+    tiles = max(1, plan.num_stages // 2 * HEAD_BYTES // tile_bytes)
+    common = (
         block_tables,
         lengths,
         scratch.work,
@@ -257,17 +253,28 @@ def decode_attention(
         pool.unit_rows,
         block_tables.stride(0),
         0 if window is None else window,
+    )
+    shape = dict(
         HEADS=num_heads,
         KV_HEADS=kv_heads,
         DIM=head_dim,
-        DIM_BLOCK=dim_block,
         BLOCK_TOKENS=block_tokens,
+        LAYER_ROWS=pool.layer_rows,
+        SCALES=pool.scale_mode,
         TILE=TILE,
         ROWS=GROUP_ROWS,
         GROUP_BLOCK=group_block,
         AT_ONCE=max(2, min(16, MERGED_ELEMENTS // (group_block * dim_block))),
-        TMA=tma,
         WINDOWED=window is not None,
         PDL=pdl,
         **launch_options(4, pdl, 1 + 2 * tiles),
+    )
+    grid = (kv_heads * plan.num_chunks,)
+    if tma and pool.scales is not None and query.dtype != torch.float32 and head_dim >= FP8_DIM:
+        words = TensorDescriptor.from_tensor(pool.rows.view(torch.int32), [TILE, head_dim // 4])
+        decode_fp8_attention_kernel[grid](query, words, pool.scales, *common, ASM=not INTERPRETED, **shape)
+        return
+    boxes = TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None
+    _decode_attention_kernel[grid](
+        query, boxes, pool.tensor, pool.scales, *common, DIM_BLOCK=dim_block, TMA=tma, **shape
     )

@@ -8,6 +8,9 @@ program does one item of the work list: BLOCK_M tokens of one sequence and one h
 come first, without a mask; the tiles on the diagonal follow. Tiles of keys begin at multiples of TILE tokens from the
 sequence's start whatever the chunk, so a token's bits do not depend on how its prompt was cut into chunks.
 
+Of 8-bit floats with scales the products are those of the stored numbers, which the query's dtype holds exactly; the
+scales of keys multiply scores, and those of values the weights.
+
 Work: 4 * H * D * (seen keys) operations; bytes are small beside it. Blocks of 64 tokens and more arrive by TMA. The
 pool must be finite everywhere: what lies past a sequence's end in its last tile is multiplied by 0, not skipped.
 """
@@ -25,7 +28,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.launch import launch_options, require
-from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 
 TILE = 64
 # The maximum before the first key. Finite, so that a row that sees nothing yet has weights exp2(-inf - LOWEST) = 0. If
@@ -57,8 +60,8 @@ def work_list(query_lengths: Sequence[int], lengths: Sequence[int], num_heads: i
 
 @triton.jit
 def _attend_tiles(
-    state, query, start, end, positions, table_ptr, pool_desc, pool_ptr, first_row, block_rows, length, window,
-    scale_log2, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, TILE: tl.constexpr,
+    state, query, start, end, positions, table_ptr, pool_desc, pool_ptr, scale_ptr, first_row, block_rows, length,
+    window, scale_log2, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SCALES: tl.constexpr, TILE: tl.constexpr,
     TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """The state (maximum, sum, weighted values) after the tiles start .. end - 1."""
@@ -67,8 +70,14 @@ def _attend_tiles(
     for tile in tl.range(start, end, TILE):
         token = tile + tl.arange(0, TILE)
         if TMA:
-            slot = tl.load(table_ptr + tile // BLOCK_TOKENS) * block_rows + first_row + tile % BLOCK_TOKENS
+            block = tl.load(table_ptr + tile // BLOCK_TOKENS)
+            slot = block * block_rows + first_row + tile % BLOCK_TOKENS
             keys = pool_desc.load([slot, 0])
+            if SCALES == TOKEN_SCALES:
+                scales = (block.to(tl.int64) * block_rows + first_row) * (DIM // 4) + tile % BLOCK_TOKENS
+                scale_place = scale_ptr + scales + tl.arange(0, TILE)
+                key_scales = tl.load(scale_place)
+                value_scales = tl.load(scale_place + BLOCK_TOKENS)
         else:
             there = token < length
             blocks = tl.load(table_ptr + token // BLOCK_TOKENS, mask=there, other=0).to(tl.int64)
@@ -76,7 +85,13 @@ def _attend_tiles(
             place = pool_ptr + slots[:, None] * DIM + element[None, :]
             read = there[:, None] & (element < DIM)[None, :]
             keys = tl.load(place, mask=read, other=0.0)
-        scores = tl.dot(query, keys.T, input_precision="ieee")
+            if SCALES == TOKEN_SCALES:
+                scale_place = scale_ptr + (blocks * block_rows + first_row) * (DIM // 4) + token % BLOCK_TOKENS
+                key_scales = tl.load(scale_place, mask=there, other=0.0)
+                value_scales = tl.load(scale_place + BLOCK_TOKENS, mask=there, other=0.0)
+        scores = tl.dot(query, keys.to(query.dtype).T, input_precision="ieee")
+        if SCALES == TOKEN_SCALES:
+            scores *= key_scales[None, :]
         if MASKED:
             seen = token[None, :] <= positions[:, None]
             if WINDOWED:
@@ -91,7 +106,9 @@ def _attend_tiles(
             values = pool_desc.load([slot + BLOCK_TOKENS, 0])
         else:
             values = tl.load(place + BLOCK_TOKENS * DIM, mask=read, other=0.0)
-        sums = tl.dot(weights.to(values.dtype), values, sums, input_precision="ieee")
+        if SCALES == TOKEN_SCALES:
+            weights *= value_scales[None, :]
+        sums = tl.dot(weights.to(query.dtype), values.to(query.dtype), sums, input_precision="ieee")
         top = new_top
     return top, total, sums
 
@@ -101,6 +118,7 @@ def _prefill_attention_kernel(
     query_ptr,
     pool_desc,
     pool_ptr,
+    scale_ptr,
     out_ptr,
     work_ptr,
     query_start_ptr,
@@ -116,6 +134,8 @@ def _prefill_attention_kernel(
     DIM: tl.constexpr,
     DIM_BLOCK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    LAYER_ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     TMA: tl.constexpr,
@@ -142,7 +162,10 @@ def _prefill_attention_kernel(
     positions = start + tl.arange(0, BLOCK_M)
     end = tl.minimum(start + BLOCK_M, length)
     table = table_ptr + sequence * table_stride
-    first_row = head // (HEADS // KV_HEADS) * unit_rows + layer * (2 * BLOCK_TOKENS)
+    kv_head = head // (HEADS // KV_HEADS)
+    first_row = kv_head * unit_rows + layer * LAYER_ROWS
+    if SCALES == STATIC_SCALES:
+        scale_log2 *= tl.load(scale_ptr + layer * 2 * KV_HEADS + kv_head)
     block_rows = KV_HEADS * unit_rows
     top = tl.full([BLOCK_M], LOWEST, tl.float32)
     state = (top, tl.zeros([BLOCK_M], tl.float32), tl.zeros([BLOCK_M, DIM_BLOCK], tl.float32))
@@ -151,13 +174,15 @@ def _prefill_attention_kernel(
     else:
         masked_from = (start + 1) // TILE * TILE
         state = _attend_tiles(
-            state, query, 0, masked_from, positions, table, pool_desc, pool_ptr, first_row, block_rows, length, window,
-            scale_log2, DIM, BLOCK_TOKENS, TILE, TMA, False, False,
+            state, query, 0, masked_from, positions, table, pool_desc, pool_ptr, scale_ptr, first_row, block_rows,
+            length, window, scale_log2, DIM, BLOCK_TOKENS, SCALES, TILE, TMA, False, False,
         )  # fmt: skip
     top, total, sums = _attend_tiles(
-        state, query, masked_from, end, positions, table, pool_desc, pool_ptr, first_row, block_rows, length, window,
-        scale_log2, DIM, BLOCK_TOKENS, TILE, TMA, True, WINDOWED,
+        state, query, masked_from, end, positions, table, pool_desc, pool_ptr, scale_ptr, first_row, block_rows,
+        length, window, scale_log2, DIM, BLOCK_TOKENS, SCALES, TILE, TMA, True, WINDOWED,
     )  # fmt: skip
+    if SCALES == STATIC_SCALES:
+        sums *= tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
     result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + place, result, mask=inside)
 
@@ -177,7 +202,7 @@ def prefill_attention(
     scale: float | None = None,
     pdl: bool = False,
 ) -> None:
-    """Fills out [N, H, D] of one dtype with query [N, H, D] and pool, which has KH units.
+    """Fills out [N, H, D]; query [N, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
 
     block_tables int32 [S, blocks of the longest]; query_starts int32 [S + 1], where each sequence's new tokens begin in
     query; lengths int32 [S], tokens in all, the new ones included, whose keys and values are in the pool. work and
@@ -192,7 +217,8 @@ def prefill_attention(
     require(num_heads % kv_heads == 0, f"{num_heads} on {kv_heads} heads")
     require(head_dim % 16 == 0 and head_dim <= 256, f"head_dim {head_dim} is not a multiple of 16 up to 256")
     require(block_tokens & (block_tokens - 1) == 0, f"block_tokens {block_tokens} is no power of two")
-    require(query.dtype == pool.dtype == out.dtype, "query, pool and out differ in dtype")
+    require(query.dtype == out.dtype, "query and out differ in dtype")
+    pool.require_reads(query)
     require(query_starts.shape == (num_sequences + 1,), "query_starts needs one more than the sequences")
     require(block_tables.shape[0] == num_sequences and block_tables.stride(1) == 1, "tables need a row a sequence")
     require(work.dim() == 2 and work.shape[1] == 3, "work is not [items, 3]")
@@ -209,6 +235,7 @@ def prefill_attention(
         query,
         TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None,
         pool.tensor,
+        pool.scales,
         out,
         work,
         query_starts,
@@ -224,6 +251,8 @@ def prefill_attention(
         DIM=head_dim,
         DIM_BLOCK=dim_block,
         BLOCK_TOKENS=block_tokens,
+        LAYER_ROWS=pool.layer_rows,
+        SCALES=pool.scale_mode,
         BLOCK_M=tokens,
         TILE=TILE,
         TMA=tma,

@@ -45,6 +45,11 @@ def is_available(capability: tuple[int, int]) -> bool:
     return capability == (9, 0) and (3, 6) <= (major, minor) < (3, 9)
 
 
+def reads(pool: PagedPool) -> bool:
+    """Whether the kernel attends to such a pool."""
+    return pool.dtype == torch.bfloat16 and pool.head_dim == 128 and pool.block_tokens in (16, 32, 64, 128)
+
+
 @gluon.jit
 def _producer(
     query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty,
@@ -370,8 +375,8 @@ def prefill_attention(
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
     pool.require_layer(layer)
     require(query.shape == out.shape and pool.head_dim == head_dim == 128, "query, out and pool must have head_dim 128")
-    require(query.dtype == pool.dtype == out.dtype == torch.bfloat16, "query, pool and out must be bfloat16")
-    require(block_tokens in (16, 32, 64, 128), f"blocks of {block_tokens} tokens")
+    require(query.dtype == out.dtype == torch.bfloat16, "query and out must be bfloat16")
+    require(reads(pool), f"the kernel reads no pool of {pool.dtype} with blocks of {block_tokens} tokens")
     require(num_heads % kv_heads == 0, f"{num_heads} on {kv_heads} heads")
     require(query_starts.shape[0] - 1 == lengths.shape[0] == block_tables.shape[0], "a row for each sequence")
     require(block_tables.stride(1) == 1 and work.dim() == 2 and work.shape[1] == 3, "work is not [items, 3]")

@@ -3,6 +3,7 @@
     q, k = x / sqrt(mean(x**2) + eps) * weight              each head by itself; models without these norms skip it
     (a, b) -> (a * cos - b * sin, b * cos + a * sin)        a, b: first and second half of what is rotated of q and k
     query[n] = q;  pool[block, :, layer, 0, offset] = k;  pool[block, :, layer, 1, offset] = v
+    of 8-bit floats:  scale = max |x| / 448, or the checkpoint's;  what is stored is x / scale
 
 block and offset are slot // block_tokens and slot % block_tokens; a negative slot is a row of padding, which writes no
 key or value. qkv is [N, (H + 2 KH) * D], or [S, N, ...] partial sums of the product before, added in order. In float32
@@ -21,7 +22,14 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.triton.launch import launch_options, require
-from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.pool import (
+    FP8_MAX,
+    NO_SCALES,
+    SMALLEST_AMAX,
+    TOKEN_SCALES,
+    PagedPool,
+    quantise,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +60,7 @@ def _rope_write_kernel(
     position_ptr,
     slot_ptr,
     pool_ptr,
+    scale_ptr,
     query_ptr,
     num_tokens,
     layer,
@@ -63,6 +72,8 @@ def _rope_write_kernel(
     ROTARY: tl.constexpr,
     HALF_BLOCK: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
+    LAYER_ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
     HEADS_AT_ONCE: tl.constexpr,
     PARTIALS: tl.constexpr,
     NORM: tl.constexpr,
@@ -103,16 +114,26 @@ def _rope_write_kernel(
         low = turned
     if first_head < HEADS:
         target = query_ptr + token * HEADS * DIM + head[:, None] * DIM
-        written = inside
+        tl.store(target + low_place, low.to(query_ptr.dtype.element_ty), mask=inside)
+        tl.store(target + high_place, high.to(query_ptr.dtype.element_ty), mask=inside)
     else:
         slot = tl.load(slot_ptr + token).to(tl.int64)
         which = (first_head - HEADS) // KV_HEADS  # 0: key, 1: value
-        unit = slot // BLOCK_TOKENS * KV_HEADS + head - HEADS - which * KV_HEADS
-        row = unit * unit_rows + (layer * 2 + which) * BLOCK_TOKENS + slot % BLOCK_TOKENS
-        target = pool_ptr + row[:, None] * DIM
-        written = inside & (slot >= 0)
-    tl.store(target + low_place, low.to(pool_ptr.dtype.element_ty), mask=written)
-    tl.store(target + high_place, high.to(pool_ptr.dtype.element_ty), mask=written)
+        kv_head = head - HEADS - which * KV_HEADS
+        first_row = (slot // BLOCK_TOKENS * KV_HEADS + kv_head) * unit_rows + layer * LAYER_ROWS
+        offset = which * BLOCK_TOKENS + slot % BLOCK_TOKENS
+        if SCALES != NO_SCALES:
+            if SCALES == TOKEN_SCALES:
+                largest = tl.maximum(tl.max(tl.abs(low), 1), tl.max(tl.abs(high), 1))
+                unit = tl.div_rn(tl.maximum(largest, SMALLEST_AMAX), FP8_MAX)
+                tl.store(scale_ptr + first_row * (DIM // 4) + offset, unit, mask=slot >= 0)
+            else:
+                unit = tl.load(scale_ptr + (layer * 2 + which) * KV_HEADS + kv_head)
+            low = quantise(low, unit[:, None])
+            high = quantise(high, unit[:, None])
+        target = pool_ptr + (first_row + offset)[:, None] * DIM
+        tl.store(target + low_place, low.to(pool_ptr.dtype.element_ty), mask=inside & (slot >= 0))
+        tl.store(target + high_place, high.to(pool_ptr.dtype.element_ty), mask=inside & (slot >= 0))
 
 
 def rope_and_write(
@@ -130,7 +151,7 @@ def rope_and_write(
     """Fills query [N, H, D] and the slots [N] of one layer of the pool, which has KH units.
 
     positions and slots: int32 or int64 [N]; a position must lie below the length of the tables. query and pool have one
-    dtype. Everything is contiguous.
+    dtype, unless the pool's numbers have scales. Everything is contiguous.
     """
     num_tokens, num_heads, head_dim = query.shape
     kv_heads = pool.num_units
@@ -141,7 +162,7 @@ def rope_and_write(
     rotary_dim = 2 * rope.cos.shape[1]
     require(rope.cos.shape == rope.sin.shape and 0 < rotary_dim <= head_dim, "tables are not [., at most head_dim / 2]")
     require(positions.shape == slots.shape == (num_tokens,), "positions and slots must be [num_tokens]")
-    require(query.dtype == pool.dtype, f"query is {query.dtype}, the pool {pool.dtype}")
+    pool.require_reads(query)
     norm_shape = (num_heads + kv_heads, head_dim)
     require(norms is None or norms.weight.shape == norm_shape, f"norms must be {list(norm_shape)}")
     for tensor in (qkv, rope.cos, rope.sin, positions, slots, query, None if norms is None else norms.weight):
@@ -157,6 +178,7 @@ def rope_and_write(
         positions,
         slots,
         pool.tensor,
+        pool.scales,
         query,
         num_tokens,
         layer,
@@ -168,6 +190,8 @@ def rope_and_write(
         ROTARY=rotary_dim,
         HALF_BLOCK=triton.next_power_of_2(head_dim // 2),
         BLOCK_TOKENS=pool.block_tokens,
+        LAYER_ROWS=pool.layer_rows,
+        SCALES=pool.scale_mode,
         HEADS_AT_ONCE=at_once,
         PARTIALS=qkv.shape[0] if qkv.dim() == 3 else 1,
         NORM=norms is not None,

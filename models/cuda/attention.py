@@ -29,19 +29,19 @@ class ChunkAttention(Protocol):
         ...
 
 
-def choose_attention(config: ModelConfig, pool: torch.Tensor, queue: Queue, deterministic: bool) -> ChunkAttention:
+def choose_attention(config: ModelConfig, pool: PagedPool, queue: Queue, deterministic: bool) -> ChunkAttention:
     """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do."""
-    fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.shape[4] in GLUON_BLOCKS
+    fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.block_tokens in GLUON_BLOCKS
     plain = (
         config.sliding_window is None and config.score_softcap is None and config.score_scale == config.head_dim**-0.5
     )
-    if pool.is_cuda and fits and plain and not deterministic:
+    if pool.tensor.is_cuda and fits and plain and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
         from baton.kernels.triton import prefill_gluon
 
-        if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.device)):
-            return _Hopper(PagedPool.of(pool), queue.num_sms)
-    return _Portable(config, PagedPool.of(pool))
+        if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.tensor.device)):
+            return _Hopper(pool, queue.num_sms)
+    return _Portable(config, pool)
 
 
 class _Portable:

@@ -83,7 +83,7 @@ class _Step:
 
 
 class DeviceDecoder:
-    """One model's forward over one pool. The pool is of the weights' dtype."""
+    """One model's forward over one pool."""
 
     def __init__(
         self, config: ModelConfig, weights: Weights, policy: Policy, max_tokens: int, max_drawn: int, max_len: int
@@ -108,8 +108,8 @@ class DeviceDecoder:
         self._pool: PagedPool | None = None
         self._indices: Sequence[int] = range(len(weights.layers))
 
-    def bind_pool(self, pool: torch.Tensor) -> None:
-        self._pool = PagedPool.of(pool)
+    def bind_pool(self, pool: PagedPool) -> None:
+        self._pool = pool
 
     @contextmanager
     def abridged(self) -> Iterator[None]:

@@ -19,12 +19,15 @@ STACKS = 5
 """Of memory, which an H100 has."""
 
 
-def unit_padding(num_layers: int, layer_bytes: int) -> int:
-    """Bytes behind each unit of a pool: those of a layer, if a unit's layers are a multiple of five; else none.
+def unit_padding(num_layers: int, layer_bytes: int, data_bytes: int) -> int:
+    """Bytes behind each unit of a pool: those of a layer, if a unit's layers are a multiple of five; else none. Where the
+    scales of quantised KV make a layer's bytes such a multiple, its data without them.
 
     Without it one layer of all units lies on few of the five stacks, and attention reads at a fraction of the speed
     (docs/benchmarks/kernels.md). Other GPUs do as the H100 does, since units go from one to the other.
     """
+    if layer_bytes % STACKS == 0 and data_bytes % STACKS:
+        return data_bytes
     return layer_bytes if num_layers % STACKS == 0 else 0
 
 

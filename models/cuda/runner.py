@@ -22,6 +22,7 @@ import torch
 from baton.kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.decode_work import share_out
+from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows, prompt_logprobs
 from baton.kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
 from baton.models.batch import Draw, Launched, PromptTargets, Row
@@ -78,11 +79,13 @@ class CudaRunner:
         limits: StepLimits,
         max_len: int,
         policy: Policy | None = None,
+        kv_format: KvFormat | None = None,
     ) -> None:
-        """max_len: no sequence gets longer. policy: of matrix products, by default that of the limits."""
+        """max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
+        default keys and values are of the weights' dtype."""
         _check_supported(config)
         self.config, self.weights = config, weights
-        self.kv_format = KvFormat.plain(weights.embedding.dtype)
+        self.kv_format = kv_format or KvFormat.plain(weights.embedding.dtype)
         self.kv_dtype = self.kv_format.dtype
         self.run_ahead = limits.run_ahead
         self.queue, self._limits = queue, limits
@@ -99,13 +102,23 @@ class CudaRunner:
         self._bound: _Bound | None = None
         self._longest = max_len
 
-    def bind_pool(self, pool: torch.Tensor, max_model_len: int, on_progress: Progress = no_progress) -> None:
+    def bind_pool(
+        self,
+        pool: torch.Tensor,
+        max_model_len: int,
+        on_progress: Progress = no_progress,
+        scales: torch.Tensor | None = None,
+    ) -> None:
         """Steps use this pool from now on, as kernels.triton.pool describes it. It must be zeroed: masks hide numbers,
-        not NaN."""
+        not NaN. scales: in the pool's memory, where each key and value has its own."""
         config, device = self.config, self.queue.device
         shape = (pool.shape[0], config.num_kv_heads, config.num_layers, 2, pool.shape[4], config.head_dim)
         if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype:
             raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
+        if (scales is not None) != self.kv_format.has_scales_inside:
+            raise InvariantBroken("a pool has scales if, and only if, they are made when KV is written")
+        static = self.kv_format.static
+        paged = PagedPool.of(pool, scales if static is None else static.to(device))
         block_tokens, rows = pool.shape[4], self._limits.max_rows
         self._longest = max_model_len
         if block_tokens & (block_tokens - 1):
@@ -114,10 +127,10 @@ class CudaRunner:
         header = 3 * aligned(rows)
         sizes, all_lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *FIXED_LENGTHS)
         lengths = all_lengths if self._limits.deterministic else all_lengths[-1:]
-        attention = choose_attention(config, pool, self.queue, self._limits.deterministic)
+        attention = choose_attention(config, paged, self.queue, self._limits.deterministic)
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
-        self._decoder.bind_pool(pool)
+        self._decoder.bind_pool(paged)
         self._bound = _Bound(
             block_tokens=block_tokens,
             slots=Slots(rows, width, device),

@@ -21,6 +21,9 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from baton.kvtransfer.blocks.layout import KVLayout, Scales
+from baton.kvtransfer.blocks.views import kv_tensors
+
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 compiled: list = []
 
@@ -72,10 +75,15 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def pool(kv_heads: int, block_tokens: int, dim: int, dtype=torch.bfloat16):
+def pool(kv_heads: int, block_tokens: int, dim: int, dtype=torch.bfloat16, scales: Scales = "none"):
     from baton.kernels.triton.pool import PagedPool
 
-    return PagedPool.of(empty(64, kv_heads, 32, 2, block_tokens, dim, dtype=dtype))
+    name = "float8_e4m3fn" if scales != "none" else str(dtype).removeprefix("torch.")
+    digest = "some" if scales == "static" else ""
+    layout = KVLayout(32, 0, kv_heads, kv_heads, dim, block_tokens, name, scales=scales, scales_digest=digest)
+    tensors = kv_tensors(empty(64 * layout.block_bytes, dtype=torch.uint8), layout, 64)
+    static = empty(32, 2, kv_heads, dtype=torch.float32) if scales == "static" else None
+    return PagedPool.of(tensors.data, static if static is not None else tensors.scales)
 
 
 def small_kernels(pdl: bool) -> None:
@@ -117,7 +125,14 @@ def activations_in_codes(run: int) -> None:
 
 
 def decode(
-    heads: int, kv_heads: int, dim: int, block_tokens: int, plan: tuple, pdl: bool = False, dtype=torch.bfloat16
+    heads: int,
+    kv_heads: int,
+    dim: int,
+    block_tokens: int,
+    plan: tuple,
+    pdl: bool = False,
+    dtype=torch.bfloat16,
+    scales: Scales = "none",
 ) -> None:
     from baton.kernels.triton import decode_attention as module
     from baton.kernels.triton.decode_plan import DecodePlan
@@ -125,7 +140,7 @@ def decode(
     rows, plan = 8, DecodePlan(*plan)
     query, lengths = empty(rows, heads, dim, dtype=dtype), empty(rows, dtype=torch.int32)
     scratch = module.DecodeScratch.make(rows, plan.num_chunks, heads, kv_heads, dim, "meta")
-    paged, tables = pool(kv_heads, block_tokens, dim, dtype), empty(rows, 64, dtype=torch.int32)
+    paged, tables = pool(kv_heads, block_tokens, dim, dtype, scales), empty(rows, 64, dtype=torch.int32)
     module.decode_attention(query, paged, 3, tables, lengths, plan, scratch, query, pdl=pdl)
 
 
@@ -137,11 +152,13 @@ def share_out() -> None:
     decode_work.share_out(empty(256, dtype=torch.int32), DecodePlan(512, 3), work)
 
 
-def prefill(heads: int, kv_heads: int, dim: int, block_tokens: int, window: int | None = None) -> None:
+def prefill(
+    heads: int, kv_heads: int, dim: int, block_tokens: int, window: int | None = None, scales: Scales = "none"
+) -> None:
     from baton.kernels.triton import prefill_attention as module
 
     sequences, query = 4, empty(1024, heads, dim)
-    paged, tables = pool(kv_heads, block_tokens, dim), empty(sequences, 64, dtype=torch.int32)
+    paged, tables = pool(kv_heads, block_tokens, dim, scales=scales), empty(sequences, 64, dtype=torch.int32)
     starts, lengths = empty(sequences + 1, dtype=torch.int32), empty(sequences, dtype=torch.int32)
     work, tokens = empty(500, 3, dtype=torch.int32), module.block_m(dim)
     module.prefill_attention(query, paged, 3, tables, starts, lengths, work, tokens, query, window=window)
@@ -330,6 +347,16 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_256_page64_deepest": lambda: decode(16, 1, 256, 64, DEEPEST),
     "float32_decode_128": lambda: decode(32, 8, 128, 64, DEEPEST, dtype=torch.float32),
     "float32_decode_256": lambda: decode(16, 2, 256, 16, DEEPEST, dtype=torch.float32),
+    "fp8_decode_page64": lambda: decode(32, 8, 128, 64, WHOLE, scales="token"),
+    "fp8_decode_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True, scales="token"),
+    "fp8_decode_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True, scales="token"),
+    "fp8_decode_page64_deepest": lambda: decode(32, 8, 128, 64, DEEPEST, pdl=True, scales="token"),
+    "fp8_decode_page16_parts": lambda: decode(32, 8, 128, 16, PARTS, scales="token"),
+    "fp8_static_decode_page64": lambda: decode(32, 8, 128, 64, WHOLE, scales="static"),
+    "fp8_prefill_page64": lambda: prefill(32, 8, 128, 64, scales="token"),
+    "fp8_prefill_page16": lambda: prefill(32, 8, 128, 16, scales="token"),
+    "fp8_prefill_page64_window": lambda: prefill(32, 8, 128, 64, 4096, scales="token"),
+    "fp8_static_prefill_page64": lambda: prefill(32, 8, 128, 64, scales="static"),
     "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
     "gluon_page64": lambda: prefill_gluon(64, True),
     "gluon_page16": lambda: prefill_gluon(16, False),

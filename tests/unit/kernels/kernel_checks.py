@@ -33,6 +33,8 @@ from baton.kernels.triton import (
 )
 from baton.kernels.triton.pool import PagedPool
 from baton.kvtransfer.blocks import checksum
+from baton.kvtransfer.blocks.layout import KVLayout, Scales
+from baton.kvtransfer.blocks.views import kv_tensors
 
 EPS = 1e-5
 FLOAT32_ERROR = 1e-6
@@ -50,6 +52,43 @@ def make_pool(
     pool = randn((num_blocks, heads.key, layers + 1, 2, block_tokens, heads.dim), dtype, device, seed)
     pool[:, :, layers] = float("nan")
     return PagedPool.of(pool[:, :, :layers])
+
+
+@dataclass(frozen=True, slots=True)
+class QuantisedPool:
+    """A pool of 8-bit floats in memory of which every other byte is NaN or a huge scale."""
+
+    memory: torch.Tensor
+    pool: PagedPool
+    scales: torch.Tensor
+    """float32 [num_blocks, KH, layers, 2, block_tokens]"""
+
+    @classmethod
+    def make(
+        cls, num_blocks: int, layers: int, block_tokens: int, heads: Heads, scales: Scales, device: str, seed: int
+    ) -> QuantisedPool:
+        digest = "some" if scales == "static" else ""
+        layout = KVLayout(
+            layers, 0, heads.key, heads.key, heads.dim, block_tokens, "float8_e4m3fn", 2 * heads.dim, scales, digest
+        )
+        memory = torch.full((num_blocks * layout.block_bytes,), 0x7F, dtype=torch.uint8, device=device)
+        tensors = kv_tensors(memory, layout, num_blocks)
+        numbers = randn(layout.shape(num_blocks), torch.float32, "cpu", seed)
+        # of very different sizes: a scale that is left out, or another's, is seen
+        sizes = 10.0 ** randn(layout.scales_shape(num_blocks), torch.float32, "cpu", seed + 1).clamp(-2, 2)
+        if scales == "static":
+            sizes = sizes[0, :, :, :, 0].permute(1, 2, 0).contiguous()  # [layers, 2, KH]
+            each = sizes.permute(2, 0, 1)[None, :, :, :, None].expand(layout.scales_shape(num_blocks))
+        else:
+            each = sizes
+        tensors.data.copy_(reference.quantise_kv(numbers * each[..., None], each))
+        if tensors.scales is not None:
+            tensors.scales.copy_(sizes)
+        pool = PagedPool.of(tensors.data, sizes.to(device) if tensors.scales is None else tensors.scales)
+        return cls(memory, pool, each.to(device) if tensors.scales is None else tensors.scales)
+
+    def dequantised(self) -> torch.Tensor:
+        return reference.dequantise_kv(self.pool.tensor, self.scales)
 
 
 def poison(shape: tuple[int, ...], dtype: torch.dtype, device: str) -> torch.Tensor:
@@ -205,6 +244,47 @@ def check_rope_and_write(
     assert torch.equal(pool, before), "a slot that is not the step's was written"
 
 
+def check_quantised_write(
+    device: str, dtype: torch.dtype, heads: Heads, rows: int, block_tokens: int, scales: Scales, pdl: bool = False
+) -> None:
+    """Values to the bit, keys, which are rotated before, within a step; and all other bytes of the memory are kept."""
+    layers, layer, num_blocks = 3, 1, -(-rows // block_tokens) + 2
+    qkv = randn((rows, (heads.query + 2 * heads.key) * heads.dim), dtype, device)
+    qkv[0] = 0.0  # zeros have a scale too
+    qkv[1] *= 1e4  # beyond what static scales can say
+    rope = rope_tables(heads.dim, rows + 5, device)
+    positions = torch.arange(5, rows + 5, dtype=torch.int32, device=device)
+    generator = torch.Generator().manual_seed(3)
+    slots = torch.randperm(num_blocks * block_tokens, generator=generator)[:rows].to(device)
+    slots[-1] = -1
+    made = QuantisedPool.make(num_blocks, layers, block_tokens, heads, scales, device, 4)
+    pool, before = made.pool.tensor, made.memory.clone()
+    query = poison((rows, heads.query, heads.dim), dtype, device)
+    rope_write.rope_and_write(qkv, positions, slots, rope, None, made.pool, layer, query, pdl=pdl)
+
+    exact = plain_rope_write(qkv.float(), positions, rope, None, heads)
+    assert_close(query, exact[:, : heads.query], plain_rope_write(qkv, positions, rope, None, heads)[:, : heads.query])
+    kept = slots[:-1]
+    written = (kept // block_tokens, slice(None), layer, slice(None), kept % block_tokens)
+    expected = exact[:-1, heads.query :].unflatten(1, (2, heads.key)).transpose(1, 2)  # [rows - 1, KH, 2, D]
+    amax = expected.abs().amax(-1)
+    used = made.scales[written]
+    if scales == "token":
+        torch.testing.assert_close(used, reference.kv_scales(expected), rtol=1e-5, atol=0)
+    data = reference.quantise_kv(expected, used)
+    assert torch.equal(pool[written][:, :, 1].float(), data[:, :, 1].float()), "values"
+    step = torch.maximum(data.float().abs() / 8, torch.tensor(2.0**-9, device=device)) * used[..., None]
+    clipped = expected.clamp(-448.0 * used[..., None], 448.0 * used[..., None])
+    assert bool(((pool[written].float() * used[..., None] - clipped).abs() <= step + 1e-5 * amax[..., None]).all())
+    was = before.as_strided(pool.shape, pool.stride())
+    pool.view(torch.uint8)[written] = was[written]
+    if scales == "token":
+        words = before.view(torch.float32)
+        shape, strides, first = made.scales.shape, made.scales.stride(), made.scales.storage_offset()
+        made.scales[written] = words.as_strided(shape, strides, first)[written]
+    assert torch.equal(made.memory, before), "a byte that is not the step's was written"
+
+
 @dataclass(frozen=True, slots=True)
 class Paged:
     """A pool whose unused slots are large numbers, and the sequences in it."""
@@ -212,11 +292,23 @@ class Paged:
     pool: PagedPool
     tables: torch.Tensor  # int32 [B, blocks of the longest]; past a sequence's end some other sequence's block
     lengths: list[int]
+    numbers: torch.Tensor
+    """What the pool holds: itself unless it is quantised."""
 
     @classmethod
-    def make(cls, device: str, dtype: torch.dtype, heads: Heads, lengths: list[int], block_tokens: int) -> Paged:
+    def make(
+        cls,
+        device: str,
+        dtype: torch.dtype,
+        heads: Heads,
+        lengths: list[int],
+        block_tokens: int,
+        scales: Scales = "none",
+    ) -> Paged:
         layers, width = 2, -(-max(lengths) // block_tokens)
         num_blocks = width * len(lengths) + 2
+        if scales != "none":
+            return cls._quantised(device, heads, lengths, block_tokens, num_blocks, scales)
         paged = make_pool(num_blocks, layers, block_tokens, heads, dtype, device, 1)
         order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2))
         tables = order[: width * len(lengths)].view(len(lengths), width)
@@ -225,7 +317,24 @@ class Paged:
             if length % block_tokens:
                 paged.tensor[tables[row, used - 1], ..., length % block_tokens :, :] = 1000.0
             paged.tensor[tables[row, used:]] = 1000.0
-        return cls(paged, tables.int().to(device), lengths)
+        return cls(paged, tables.int().to(device), lengths, paged.tensor)
+
+    @classmethod
+    def _quantised(
+        cls, device: str, heads: Heads, lengths: list[int], block_tokens: int, num_blocks: int, scales: Scales
+    ) -> Paged:
+        made = QuantisedPool.make(num_blocks, 2, block_tokens, heads, scales, device, 1)
+        width = (num_blocks - 2) // len(lengths)
+        order = torch.randperm(num_blocks, generator=torch.Generator().manual_seed(2))
+        tables = order[: width * len(lengths)].view(len(lengths), width)
+        largest = torch.full((), 448.0).to(torch.float8_e4m3fn).view(torch.uint8)
+        raw = made.pool.tensor.view(torch.uint8)
+        for row, length in enumerate(lengths):
+            used = -(-length // block_tokens)
+            if length % block_tokens:
+                raw[tables[row, used - 1], ..., length % block_tokens :, :] = largest
+            raw[tables[row, used:]] = largest
+        return cls(made.pool, tables.int().to(device), lengths, made.dequantised())
 
 
 def paged_attention(
@@ -233,7 +342,7 @@ def paged_attention(
 ) -> torch.Tensor:
     """reference.paged_attention of ragged sequences in one dtype; float32 arithmetic, rounded at the end."""
     pieces = query.to(dtype).split(query_lengths)
-    pool = paged.pool.tensor.to(dtype)
+    pool = paged.numbers.to(dtype)
     with query.device:  # where the reference makes its masks
         found = [
             reference.paged_attention(piece, pool, layer, table.long(), length - len(piece), window)
@@ -260,9 +369,10 @@ def check_decode_attention(
     plan: decode_plan.DecodePlan,
     window: int | None = None,
     pdl: bool = False,
+    scales: Scales = "none",
 ) -> torch.Tensor:
     """Runs twice: the second run finds what the first left in the scratch. Returns the output."""
-    paged = Paged.make(device, dtype, heads, lengths, block_tokens)
+    paged = Paged.make(device, dtype, heads, lengths, block_tokens, scales)
     query = randn((len(lengths), heads.query, heads.dim), dtype, device)
     scratch = decode_attention.DecodeScratch.make(
         len(lengths), plan.num_chunks, heads.query, heads.key, heads.dim, device
@@ -291,20 +401,23 @@ def check_prefill_attention(
     tokens: int,
     window: int | None = None,
     pdl: bool = False,
+    scales: Scales = "none",
 ) -> None:
     """tokens: the tile of the work list."""
     new = [num_new for num_new, _ in new_and_cached]
     lengths = [num_new + cached for num_new, cached in new_and_cached]
-    paged = Paged.make(device, dtype, heads, lengths, block_tokens)
+    paged = Paged.make(device, dtype, heads, lengths, block_tokens, scales)
     query = randn((sum(new), heads.query, heads.dim), dtype, device)
     out = run_prefill_attention(paged, query, new, lengths, tokens, window, pdl)
     assert_attention(out, paged, query, new, window)
 
 
-def check_chunks_do_not_matter(device: str, dtype: torch.dtype, heads: Heads, block_tokens: int, tokens: int) -> None:
+def check_chunks_do_not_matter(
+    device: str, dtype: torch.dtype, heads: Heads, block_tokens: int, tokens: int, scales: Scales = "none"
+) -> None:
     """One prompt in a piece and in three gives the same bits."""
     cuts = [0, 37, 37 + 64, 150]
-    paged = Paged.make(device, dtype, heads, [cuts[-1]], block_tokens)
+    paged = Paged.make(device, dtype, heads, [cuts[-1]], block_tokens, scales)
     query = randn((cuts[-1], heads.query, heads.dim), dtype, device)
     whole = run_prefill_attention(paged, query, [cuts[-1]], [cuts[-1]], tokens)
     for first, end in pairwise(cuts):

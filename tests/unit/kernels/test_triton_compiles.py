@@ -145,3 +145,16 @@ def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
         kernel = decode[f"decode_128_{case}"]
         assert 227 * 1024 // (kernel["shared_bytes"] + 1024) == programs
         assert kernel["registers"] * 128 * programs <= 65536
+
+
+def test_attention_over_fp8_uses_matrix_instructions_and_fits(kernels):
+    """Guards against numbers that are widened one by one, and tiles in flight that are fewer bytes than in bfloat16."""
+    fp8 = {case.removeprefix("fp8_"): of_case[0] for case, of_case in kernels.items() if case.startswith("fp8_")}
+    assert len(fp8) == 10
+    for case, kernel in fp8.items():
+        assert kernel["wgmma" if "prefill" in case else "mma"] and kernel["tma"] == ("page64" in case), case
+        assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
+    for case, programs in {"page64": 5, "page64_parts": 3, "page64_deep": 2, "page64_deepest": 1}.items():
+        kernel = fp8[f"decode_{case}"]
+        assert 227 * 1024 // (kernel["shared_bytes"] + 1024) == programs
+        assert kernel["registers"] * 128 * programs <= 65536

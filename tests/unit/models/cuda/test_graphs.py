@@ -75,7 +75,9 @@ def test_a_pool_is_never_larger_than_what_is_free():
 
 def test_no_unit_is_a_multiple_of_five_layers_apart():
     """Guards against the distance at which few of an H100's memory stacks are read, and against memory for nothing."""
-    assert [unit_padding(layers, 100) for layers in (1, 5, 32, 36, 40, 80)] == [0, 100, 0, 0, 100, 100]
+    assert [unit_padding(layers, 128, 128) for layers in (1, 5, 32, 36, 40, 80)] == [0, 128, 0, 0, 128, 128]
+    assert [unit_padding(layers, 132, 128) for layers in (4, 5)] == [0, 132], "scales behind the data"
+    assert [unit_padding(layers, 65 * 512, 64 * 512) for layers in (4, 5)] == [64 * 512] * 2
 
 
 def test_buffers_are_not_written_again_before_they_were_copied():

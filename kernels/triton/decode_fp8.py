@@ -1,0 +1,203 @@
+"""Decode attention over 8-bit floats at the speed of their bytes: the fast path of decode_attention.
+
+A row of head_dim bytes is read as words of four, and the products go over byte 0, 1, 2 and 3 of all words in turn:
+
+    scores = sum_j query[4 c + j] . key[4 c + j],  out[4 c + j] = sum_t weights[t] value[t, 4 c + j],  j = 0 .. 3
+
+because the matrix instruction wants two tokens' values in one register, and bytes of two words come there by one
+instruction, which single bytes of shared memory would need many for. Stored numbers become float16, which holds all of
+them exactly, as do a query and the weights: a query is divided by a power of two, so that its largest element is
+between 1 and 2, and weights are multiplied by the value's scale and by 64: values of 2**-13 to 2**18 leave them ten
+bits or more.
+
+Formula, chunks and merged parts: see decode_attention. Blocks of 64 tokens and more, head_dim a power of two.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from baton.kernels.triton.decode_merge import merge_parts
+from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
+from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES
+
+WEIGHT_UNIT = tl.constexpr(64.0)
+MOST = tl.constexpr(65000.0)
+"""What a weight may be multiplied by: float16 ends a little above."""
+_CONVERT = """
+    {{
+        .reg .b32 both;
+        .reg .b16 low, high;
+        prmt.b32 both, $1, $2, {selected};
+        mov.b32 {{low, high}}, both;
+        cvt.rn.f16x2.e4m3x2 $0, low;
+    }}
+    """
+BYTE_0, BYTE_1, BYTE_2, BYTE_3 = (tl.constexpr(_CONVERT.format(selected=(4 + j) << 4 | j)) for j in range(4))
+"""Byte j of two words as float16. An operation each: Triton reads words where the product wants them only before
+operations with one result."""
+
+
+@triton.jit
+def _byte(words, number: tl.constexpr, asm: tl.constexpr, ASM: tl.constexpr):
+    """Byte `number` of each word, an 8-bit float, as float16."""
+    if ASM:
+        return tl.inline_asm_elementwise(asm, "=r,r,r", [words], dtype=tl.float16, is_pure=True, pack=2)
+    else:
+        return ((words >> (8 * number)) & 0xFF).to(tl.uint8).to(tl.float8e4nv, bitcast=True).to(tl.float16)
+
+
+@triton.jit
+def _numbers(words, ASM: tl.constexpr):
+    """The four 8-bit floats of each word."""
+    return (
+        _byte(words, 0, BYTE_0, ASM),
+        _byte(words, 1, BYTE_1, ASM),
+        _byte(words, 2, BYTE_2, ASM),
+        _byte(words, 3, BYTE_3, ASM),
+    )
+
+
+@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window"])
+def decode_fp8_attention_kernel(
+    query_ptr,
+    words_desc,
+    scale_ptr,
+    table_ptr,
+    length_ptr,
+    work_ptr,
+    out_ptr,
+    parts_ptr,
+    softmax_ptr,
+    arrived_ptr,
+    scale_log2,
+    layer,
+    unit_rows,
+    table_stride,
+    window,
+    HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr,
+    LAYER_ROWS: tl.constexpr,
+    SCALES: tl.constexpr,
+    TILE: tl.constexpr,
+    ROWS: tl.constexpr,
+    GROUP_BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+    WINDOWED: tl.constexpr,
+    ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    kv_head = tl.program_id(0) % KV_HEADS
+    number = tl.program_id(0) // KV_HEADS
+    GROUP: tl.constexpr = HEADS // KV_HEADS
+    WORDS: tl.constexpr = DIM // 4
+    head = tl.arange(0, ROWS)
+    element = tl.arange(0, WORDS) * 4
+    chunk = work_ptr + number * COLUMNS  # not written by the kernels of a layer, nor are lengths: before the wait
+    row = tl.load(chunk + ROW)
+    start = tl.load(chunk + START)
+    end = tl.load(chunk + END)
+    first_part = tl.load(chunk + FIRST)
+    end_part = first_part + tl.load(chunk + PARTS)
+    if WINDOWED:  # noqa: SIM102 - compiled only for windows
+        if start < end:
+            first = tl.maximum(tl.load(length_ptr + row) - window, 0)
+            first_part += first // tl.load(chunk + CHUNK)
+            start = tl.maximum(start, first)
+    if PDL:
+        gdc_launch_dependents()
+        gdc_wait()
+    if start < end:
+        heads_at = (row * HEADS + kv_head * GROUP) * DIM
+        inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
+        query_at = query_ptr + heads_at + head[:, None] * DIM + element[None, :]
+        query_0 = tl.load(query_at, mask=inside, other=0.0).to(tl.float32)
+        query_1 = tl.load(query_at + 1, mask=inside, other=0.0).to(tl.float32)
+        query_2 = tl.load(query_at + 2, mask=inside, other=0.0).to(tl.float32)
+        query_3 = tl.load(query_at + 3, mask=inside, other=0.0).to(tl.float32)
+        largest = tl.maximum(tl.maximum(tl.abs(query_0), tl.abs(query_1)), tl.maximum(tl.abs(query_2), tl.abs(query_3)))
+        largest = tl.maximum(tl.max(largest, 1), 1e-30)
+        unit = (largest.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)  # without its mantissa
+        query_0 = (query_0 / unit[:, None]).to(tl.float16)
+        query_1 = (query_1 / unit[:, None]).to(tl.float16)
+        query_2 = (query_2 / unit[:, None]).to(tl.float16)
+        query_3 = (query_3 / unit[:, None]).to(tl.float16)
+        score_units = unit * scale_log2
+        if SCALES == STATIC_SCALES:
+            score_units *= tl.load(scale_ptr + layer * 2 * KV_HEADS + kv_head)
+        top = tl.full([ROWS], float("-inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        sums_0 = tl.zeros([ROWS, WORDS], tl.float32)
+        sums_1 = tl.zeros([ROWS, WORDS], tl.float32)
+        sums_2 = tl.zeros([ROWS, WORDS], tl.float32)
+        sums_3 = tl.zeros([ROWS, WORDS], tl.float32)
+        block_rows = KV_HEADS * unit_rows
+        first_row = kv_head * unit_rows + layer * LAYER_ROWS
+        for tile in tl.range(start // TILE * TILE, end, TILE):
+            token = tile + tl.arange(0, TILE)
+            seen = token < end
+            if WINDOWED:
+                seen = seen & (token >= first)
+            block = tl.load(table_ptr + row * table_stride + tile // BLOCK_TOKENS)
+            slot = block * block_rows + first_row + tile % BLOCK_TOKENS
+            key_words = words_desc.load([slot, 0])
+            value_words = words_desc.load([slot + BLOCK_TOKENS, 0])
+            if SCALES == TOKEN_SCALES:
+                scales = (block.to(tl.int64) * block_rows + first_row) * WORDS + tile % BLOCK_TOKENS
+                scales_at = scale_ptr + scales + tl.arange(0, TILE)
+                key_scales = tl.load(scales_at)
+                value_scales = tl.load(scales_at + BLOCK_TOKENS)
+            key_0, key_1, key_2, key_3 = _numbers(key_words, ASM)
+            scores = tl.dot(query_0, key_0.T)
+            scores = tl.dot(query_1, key_1.T, scores)
+            scores = tl.dot(query_2, key_2.T, scores)
+            scores = tl.dot(query_3, key_3.T, scores) * score_units[:, None]
+            if SCALES == TOKEN_SCALES:
+                scores *= key_scales[None, :]
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_top = tl.maximum(top, tl.max(scores, 1))
+            weights = tl.exp2(scores - new_top[:, None])
+            shrink = tl.exp2(top - new_top)
+            total = total * shrink + tl.sum(weights, 1)
+            if SCALES == TOKEN_SCALES:
+                weights *= tl.minimum(value_scales * WEIGHT_UNIT, MOST)[None, :]
+            weights = weights.to(tl.float16)
+            value_0, value_1, value_2, value_3 = _numbers(value_words, ASM)
+            sums_0 = tl.dot(weights, value_0, sums_0 * shrink[:, None])
+            sums_1 = tl.dot(weights, value_1, sums_1 * shrink[:, None])
+            sums_2 = tl.dot(weights, value_2, sums_2 * shrink[:, None])
+            sums_3 = tl.dot(weights, value_3, sums_3 * shrink[:, None])
+            top = new_top
+        unit_of_sums = 1.0 / WEIGHT_UNIT
+        if SCALES == STATIC_SCALES:
+            unit_of_sums = tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
+        if end_part - first_part > 1:
+            base = kv_head * (tl.num_programs(0) // KV_HEADS)
+            parts_at = parts_ptr + ((base + number) * GROUP + head)[:, None] * DIM + element[None, :]
+            tl.store(parts_at, sums_0 * unit_of_sums, mask=inside)
+            tl.store(parts_at + 1, sums_1 * unit_of_sums, mask=inside)
+            tl.store(parts_at + 2, sums_2 * unit_of_sums, mask=inside)
+            tl.store(parts_at + 3, sums_3 * unit_of_sums, mask=inside)
+            softmax_at = softmax_ptr + (base + number) * 2 * GROUP + head
+            tl.store(softmax_at, top, mask=head < GROUP)
+            tl.store(softmax_at + GROUP, total, mask=head < GROUP)
+            tl.debug_barrier()
+            before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
+            if before == end_part - first_part - 1:
+                tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
+                merge_parts(
+                    parts_ptr, softmax_ptr, out_ptr + heads_at, base, first_part, end_part, DIM, DIM, GROUP,
+                    GROUP_BLOCK, AT_ONCE,
+                )  # fmt: skip
+        else:
+            out_at = out_ptr + heads_at + head[:, None] * DIM + element[None, :]
+            units = (unit_of_sums / total)[:, None]
+            tl.store(out_at, (sums_0 * units).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_at + 1, (sums_1 * units).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_at + 2, (sums_2 * units).to(out_ptr.dtype.element_ty), mask=inside)
+            tl.store(out_at + 3, (sums_3 * units).to(out_ptr.dtype.element_ty), mask=inside)
