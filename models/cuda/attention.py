@@ -13,7 +13,6 @@ from baton.models.cuda.decoder import Attend
 from baton.models.cuda.queue import Queue
 from baton.models.layers import describe
 
-GLUON_BLOCKS = (16, 32, 64, 128)
 ITEMS_A_MULTIPROCESSOR = 2
 """Up to so many items of the work list a program each is faster than programs that take items from a counter."""
 
@@ -31,15 +30,16 @@ class ChunkAttention(Protocol):
 
 def choose_attention(config: ModelConfig, pool: PagedPool, queue: Queue, deterministic: bool) -> ChunkAttention:
     """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do."""
-    fits = config.head_dim == 128 and pool.dtype == torch.bfloat16 and pool.block_tokens in GLUON_BLOCKS
     plain = (
         config.sliding_window is None and config.score_softcap is None and config.score_scale == config.head_dim**-0.5
     )
-    if pool.tensor.is_cuda and fits and plain and not deterministic:
+    if pool.tensor.is_cuda and plain and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
         from baton.kernels.triton import prefill_gluon
 
-        if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.tensor.device)):
+        if prefill_gluon.is_available(torch.cuda.get_device_capability(pool.tensor.device)) and prefill_gluon.reads(
+            pool
+        ):
             return _Hopper(pool, queue.num_sms)
     return _Portable(config, pool)
 

@@ -20,8 +20,8 @@ STACKS = 5
 
 
 def unit_padding(num_layers: int, layer_bytes: int, data_bytes: int) -> int:
-    """Bytes behind each unit of a pool: those of a layer, if a unit's layers are a multiple of five; else none. Where the
-    scales of quantised KV make a layer's bytes such a multiple, its data without them.
+    """Bytes behind each unit of a pool: those of a layer, if a unit's layers are a multiple of five; else none. Where
+    scales make a layer's bytes such a multiple, those of its data.
 
     Without it one layer of all units lies on few of the five stacks, and attention reads at a fraction of the speed
     (docs/benchmarks/kernels.md). Other GPUs do as the H100 does, since units go from one to the other.

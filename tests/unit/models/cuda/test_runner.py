@@ -15,6 +15,7 @@ from baton.models.weights import load_weights
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue
+from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, mask_after, one_after_the_other
 from baton.tests.unit.models.quantization.test_tokens import quantise
 from baton.tests.unit.models.quantization.writers import FORMATS
@@ -38,14 +39,20 @@ def make(
     policy: Policy = fastest,
     spare_layers=0,
     keep_quantised=False,
+    kv_dtype="auto",
     **limits,
 ):
     """A runner as it would be on a GPU, and the CPU's, each over an empty pool of 24 blocks; the former's units have
     room for more layers behind them, which no kernel may read."""
-    plain = ModelRunner.load(folder)
-    plain.bind_pool(torch.zeros(plain.kv_shape(24, BLOCK)))
+    plain = ModelRunner.load(folder, kv_dtype=kv_dtype)
+    plain.bind_pool(*kv_pool(plain, 24, BLOCK))
     weights = load_weights(plain.config, folder, torch.float32, pack=False, keep_quantised=keep_quantised)
-    late = CudaRunner(plain.config, weights, LateQueue(), StepLimits(max_rows, 64, run_ahead, **limits), 512, policy)
+    step_limits = StepLimits(max_rows, 64, run_ahead, **limits)
+    late = CudaRunner(plain.config, weights, LateQueue(), step_limits, 512, policy, plain.kv_format)
+    if kv_dtype != "auto":
+        data, scales = kv_pool(plain, 24, BLOCK)
+        late.bind_pool(data, 96, scales=scales)
+        return late, plain
     pool = torch.zeros(plain.kv_shape(24, BLOCK))
     layers = pool.shape[2]
     pool = torch.cat((pool, torch.full_like(pool[:, :, :1], float("nan")).repeat(1, 1, spare_layers, 1, 1, 1)), dim=2)
