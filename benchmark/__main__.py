@@ -57,6 +57,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "tiers": BenchmarkEntry("host.tiers", "GB/s of the disk tiers and of the copies to and from shared memory"),
     "decode": BenchmarkEntry("gpu.decode", "ms of a decode step on a GPU"),
     "prefill": BenchmarkEntry("gpu.prefill", "tokens/s of prompts on a GPU"),
+    "kv-formats": BenchmarkEntry("gpu.kv_formats", "attention over KV in bfloat16 and in FP8 on a GPU"),
     "kernels": BenchmarkEntry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
     "tune": BenchmarkEntry("gpu.tune", "tiles of quantised products on a GPU: the tables of linear_policy"),
     "int4": BenchmarkEntry("gpu.int4", "tiles for products with 4-bit weights on a GPU, beside bf16"),

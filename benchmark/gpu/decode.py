@@ -19,7 +19,7 @@ from itertools import islice, product
 import torch
 
 from baton.benchmark.gpu import step_breakdown
-from baton.benchmark.gpu.runners import BLOCK_TOKENS, add_quantization, chat_lengths, make_runners
+from baton.benchmark.gpu.runners import BLOCK_TOKENS, add_quantization, chat_lengths, given_formats, make_runners
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
@@ -115,15 +115,13 @@ def main(argv: Sequence[str]) -> int:
     num_blocks = max(sum(map(blocks_for, contexts)) for contexts in cells.values()) + 8
     max_rows, longest = max(map(len, cells.values())), max(map(max, cells.values())) + 1
     limits = StepLimits(max_rows, 2048, options.run_ahead, options.deterministic)
-    config, pool, runners = make_runners(
-        lines, options.shape, options.quantization.split(","), limits, num_blocks, longest
-    )
+    config, runners = make_runners(lines, options.shape, given_formats(options), limits, num_blocks, longest)
     profiled: list[step_breakdown.Profiled] = []
-    for (name, contexts), (quantization, runner) in product(cells.items(), runners.items()):
-        values = {"rows": len(contexts), "context": max(contexts), "quantization": quantization}
+    for (name, contexts), ((quantization, kv_dtype), (pool, runner)) in product(cells.items(), runners.items()):
+        values = {"rows": len(contexts), "context": max(contexts), "quantization": quantization, "kv_dtype": kv_dtype}
         values |= {"cell": name} if "chats" in name else {}
-        wall, host = step_ms(runner, DecodeBatch(contexts, len(pool)))
-        timed = gpu_ms(runner, DecodeBatch(contexts, len(pool)))
+        wall, host = step_ms(runner, DecodeBatch(contexts, pool.num_blocks))
+        timed = gpu_ms(runner, DecodeBatch(contexts, pool.num_blocks))
         lines.put(
             "decode_step",
             **values,
@@ -135,9 +133,9 @@ def main(argv: Sequence[str]) -> int:
         )
         if ceilings is not None:
             floors = step_breakdown.floors_s(
-                config, runner.weights, [DecodeBatch(contexts, len(pool), 1).rows()], ceilings
+                config, runner.weights, pool.key_bytes, [DecodeBatch(contexts, pool.num_blocks, 1).rows()], ceilings
             )
-            steps = DecodeBatch(contexts, len(pool), step_breakdown.PASSES)
+            steps = DecodeBatch(contexts, pool.num_blocks, step_breakdown.PASSES)
             values = {"what": "decode_breakdown", **values}
             profiled.append(step_breakdown.Profiled(values, partial(step, runner, steps), timed, floors))
     if ceilings is not None:

@@ -22,7 +22,7 @@ from itertools import product
 import torch
 
 from baton.benchmark.gpu import step_breakdown
-from baton.benchmark.gpu.runners import BLOCK_TOKENS, add_quantization, make_runners
+from baton.benchmark.gpu.runners import BLOCK_TOKENS, add_quantization, given_formats, make_runners
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, PromptTargets, Row
@@ -113,12 +113,10 @@ def main(argv: Sequence[str]) -> int:
     longest, most = max(tokens for _, tokens in cells) + 1, max(prompts for prompts, _ in cells)
     num_blocks = max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8
     limits = StepLimits(max(most, SCORED_ROWS), options.budget)
-    config, pool, runners = make_runners(
-        lines, options.shape, options.quantization.split(","), limits, num_blocks, longest
-    )
+    config, runners = make_runners(lines, options.shape, given_formats(options), limits, num_blocks, longest)
     profiled: list[step_breakdown.Profiled] = []
-    for (prompts, tokens), (quantization, runner) in product(cells, runners.items()):
-        batches = steps(prompts, tokens, options.budget, len(pool))
+    for (prompts, tokens), ((quantization, kv_dtype), (pool, runner)) in product(cells, runners.items()):
+        batches = steps(prompts, tokens, options.budget, pool.num_blocks)
         run(runner, batches)
         took = statistics.median(run(runner, batches) for _ in range(RUNS))
         lines.put(
@@ -127,16 +125,17 @@ def main(argv: Sequence[str]) -> int:
             tokens=tokens,
             budget=options.budget,
             quantization=quantization,
+            kv_dtype=kv_dtype,
             ms=round(took * 1e3, 2),
             tokens_s=round(prompts * tokens / took),
         )
         if options.prompt_logprobs is not None:
-            scored = steps(prompts, tokens, options.budget, len(pool), options.prompt_logprobs)
+            scored = steps(prompts, tokens, options.budget, pool.num_blocks, options.prompt_logprobs)
             compare_scored(lines, runner, batches, scored, prompts=prompts, tokens=tokens)
         if ceilings is not None:
             values = {"what": "prefill_breakdown", "prompts": prompts, "tokens": tokens, "budget": options.budget}
-            values["quantization"] = quantization
-            floors = step_breakdown.floors_s(config, runner.weights, batches, ceilings)
+            values |= {"quantization": quantization, "kv_dtype": kv_dtype}
+            floors = step_breakdown.floors_s(config, runner.weights, pool.key_bytes, batches, ceilings)
             profiled.append(step_breakdown.Profiled(values, partial(run, runner, batches), took * 1e3, floors))
     if ceilings is not None:
         step_breakdown.report(lines, runner.queue, profiled)

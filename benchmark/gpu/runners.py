@@ -5,19 +5,27 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple
 
 import torch
 
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.shapes import SHAPES
+from baton.kvtransfer.blocks.layout import KVLayout
+from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.kv_format import KvFormat
+from baton.models.kv_scales import kv_format_of
 from baton.models.layers import Weights
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
+from baton.worker.build_cpu import layout_of
 
 BLOCK_TOKENS = 64
 
@@ -35,12 +43,25 @@ PLAIN = "bf16"
 QUANTIZATIONS = (PLAIN, *RECIPES)
 
 
+KV_FORMATS = (PLAIN, "fp8", "fp8_static")
+
+
 def add_quantization(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--kv-dtype",
+        default=PLAIN,
+        help=f"formats of KV, comma separated, which take turns for each format of weights: {', '.join(KV_FORMATS)}",
+    )
     parser.add_argument(
         "--quantization",
         default=PLAIN,
         help=f"formats of weights, comma separated, which take turns: {', '.join(QUANTIZATIONS)}",
     )
+
+
+def given_formats(options: argparse.Namespace) -> list[tuple[str, str]]:
+    """Of weights and KV, all pairs."""
+    return list(product(options.quantization.split(","), options.kv_dtype.split(",")))
 
 
 def load_shape(lines: JsonLines, name: str, quantization: str = PLAIN) -> tuple[ModelConfig, Weights]:
@@ -65,37 +86,70 @@ def load_shape(lines: JsonLines, name: str, quantization: str = PLAIN) -> tuple[
     return config, weights
 
 
-def random_pool(config: ModelConfig, num_blocks: int) -> torch.Tensor:
-    """[num_blocks, KH, layers, 2, block_tokens, D]; random, as zeros are quicker to compute with."""
-    layer = 2 * BLOCK_TOKENS * config.head_dim
-    unit = config.num_layers * layer + unit_padding(config.num_layers, layer, layer)
-    memory = torch.empty(num_blocks, config.num_kv_heads, unit, dtype=torch.bfloat16, device="cuda:0")
-    some = torch.empty(256, *memory.shape[1:], dtype=torch.bfloat16, device="cuda:0").normal_()
+class RandomKv(NamedTuple):
+    """A pool of random numbers, as zeros are quicker to compute with."""
+
+    format: KvFormat
+    layout: KVLayout
+    tensors: KvTensors
+
+    @property
+    def num_blocks(self) -> int:
+        return len(self.tensors.data)
+
+    @property
+    def key_bytes(self) -> float:
+        """Of a key or value of one head, its scale included."""
+        return self.layout.layer_bytes / (2 * self.layout.block_tokens)
+
+
+def random_pool(config: ModelConfig, num_blocks: int, kv_dtype: str = PLAIN) -> RandomKv:
+    """kv_dtype: of KV_FORMATS."""
+    form = kv_format_of("auto" if kv_dtype == PLAIN else kv_dtype, config, SHAPES, torch.bfloat16, "dummy")
+    layout = layout_of(config, form, BLOCK_TOKENS)
+    layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes))
+    memory = torch.empty(num_blocks, layout.block_bytes, dtype=torch.uint8, device="cuda:0")
+    some = torch.empty(min(256, num_blocks), layout.block_bytes, dtype=torch.uint8, device="cuda:0")
+    data, scales = kv_tensors(some.view(-1), layout, len(some))
+    numbers = torch.empty(data.shape, dtype=torch.bfloat16, device="cuda:0").normal_()
+    data.copy_(numbers * 100 if form.quantised else numbers)
+    if scales is not None:
+        scales.fill_(0.01)
     for part in memory.split(len(some)):
         part.copy_(some[: len(part)])
-    layers = memory[:, :, : config.num_layers * layer]
-    return layers.unflatten(2, (config.num_layers, 2, BLOCK_TOKENS, config.head_dim))
+    return RandomKv(form, layout, kv_tensors(memory.view(-1), layout, num_blocks))
 
 
 def make_runners(
-    lines: JsonLines, shape: str, quantizations: Sequence[str], limits: StepLimits, num_blocks: int, longest: int
-) -> tuple[ModelConfig, torch.Tensor, dict[str, CudaRunner]]:
-    """Of the shape with weights in each of the formats, all over one random pool."""
+    lines: JsonLines,
+    shape: str,
+    formats: Sequence[tuple[str, str]],
+    limits: StepLimits,
+    num_blocks: int,
+    longest: int,
+) -> tuple[ModelConfig, dict[tuple[str, str], tuple[RandomKv, CudaRunner]]]:
+    """Of the shape in each of the formats, of weights and of KV; those of one format have one memory for it."""
     config = ModelConfig.from_folder(SHAPES / shape)
-    weights = {name: load_shape(lines, shape, name)[1] for name in quantizations}
-    pool = random_pool(config, num_blocks)
-    runners = {name: make_runner(lines, config, each, limits, pool, longest) for name, each in weights.items()}
-    return config, pool, runners
+    weights = {name: load_shape(lines, shape, name)[1] for name in dict.fromkeys(of for of, _ in formats)}
+    pools = {name: random_pool(config, num_blocks, name) for name in dict.fromkeys(of for _, of in formats)}
+    return config, {
+        (of_weights, of_kv): (
+            pools[of_kv],
+            make_runner(lines, config, weights[of_weights], limits, pools[of_kv], longest),
+        )
+        for of_weights, of_kv in formats
+    }
 
 
 def make_runner(
-    lines: JsonLines, config: ModelConfig, weights: Weights, limits: StepLimits, pool: torch.Tensor, longest: int
+    lines: JsonLines, config: ModelConfig, weights: Weights, limits: StepLimits, pool: RandomKv, longest: int
 ) -> CudaRunner:
     """Writes how long the capture took."""
-    runner = CudaRunner(config, weights, CudaQueue(0), limits, longest)
+    runner = CudaRunner(config, weights, CudaQueue(0), limits, longest, kv_format=pool.format)
     began_at = time.monotonic()
     captured = [0]
-    runner.bind_pool(pool, longest, lambda done, _: captured.__setitem__(0, done))
+    data, scales = pool.tensors
+    runner.bind_pool(data, longest, lambda done, _: captured.__setitem__(0, done), scales)
     runner.warm_up()
     lines.put("captured", graphs=captured[0], seconds=round(time.monotonic() - began_at, 1), limits=str(limits))
     return runner

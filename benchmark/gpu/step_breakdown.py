@@ -39,7 +39,7 @@ WAIT, GAP, OTHER = "spin_kernel", "gap", "other"
 GROUPS = {
     "dequantise": r"_dequantise_",
     "copy": r"Mem(cpy|set) ",
-    "attention": r"_(decode|prefill)_attention_kernel|_prefill_kernel",
+    "attention": r"_?(decode|prefill)(_fp8)?_attention_kernel|_prefill_kernel",
     "norm": r"_norm_kernel",
     "rope_write": r"_rope_write_kernel",
     "activation": r"_act_and_mul(_codes)?_kernel|_quantise_kernel",
@@ -51,7 +51,6 @@ GROUPS = {
 index: a step's inputs, embeddings, temperatures of slots. `linear` includes the product with the vocabulary."""
 _PATTERNS = {group: re.compile(pattern, re.IGNORECASE) for group, pattern in GROUPS.items()}
 NAME_LENGTH = 120
-ELEMENT_BYTES = 2
 
 
 class Interval(NamedTuple):
@@ -142,13 +141,14 @@ def _ms(nanoseconds: int) -> float:
 
 
 def floors_s(
-    config: ModelConfig, weights: Weights, steps: Sequence[Sequence[Row]], ceilings: Ceilings
+    config: ModelConfig, weights: Weights, key_bytes: float, steps: Sequence[Sequence[Row]], ceilings: Ceilings
 ) -> dict[str, float]:
     """Seconds of a pass. Products read their weights, attention keys and values, at the rate of a copy; or either
-    computes at the rate of a large product, if that takes longer."""
+    computes at the rate of a large product, if that takes longer. key_bytes: of a key of one head, its scale
+    included."""
     return {
         "linear": sum(_products_s(weights, rows, ceilings) for rows in steps),
-        "attention": sum(_attention_s(config, rows, ceilings) for rows in steps),
+        "attention": sum(_attention_s(config, key_bytes, rows, ceilings) for rows in steps),
     }
 
 
@@ -171,14 +171,14 @@ def _product_s(linear: Linear, num_rows: int, ceilings: Ceilings) -> float:
     return max(linear.size_bytes / ceilings.copy_bytes_s, flops / ceilings.matmul_flop_s)
 
 
-def _attention_s(config: ModelConfig, rows: Sequence[Row], ceilings: Ceilings) -> float:
+def _attention_s(config: ModelConfig, key_bytes: float, rows: Sequence[Row], ceilings: Ceilings) -> float:
     """The last layer attends only if a row draws."""
     total = 0.0
     for windowed in config.windowed_layers[: config.num_layers if _drawn(rows) else -1]:
         window = config.sliding_window if windowed else None
         keys = sum(num_keys(row.num_new, row.start, window) for row in rows)
         pairs = sum(num_pairs(row.num_new, row.start, window) for row in rows)
-        size_bytes = 2 * keys * config.num_kv_heads * config.head_dim * ELEMENT_BYTES
+        size_bytes = 2 * keys * config.num_kv_heads * key_bytes
         flops = 4 * pairs * config.num_heads * config.head_dim
         total += max(size_bytes / ceilings.copy_bytes_s, flops / ceilings.matmul_flop_s)
     return total

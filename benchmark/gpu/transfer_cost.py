@@ -97,7 +97,7 @@ def main(argv: Sequence[str]) -> int:
         for plane in options.planes:
             kind, _, ctas = plane.partition(":")
             connect(end, child, kind, int(ctas or 0))
-            measure(runner, TransferThread(end, child), len(pool), plane, options, lines)
+            measure(runner, TransferThread(end, child), pool.num_blocks, plane, options, lines)
         assert end.plane is not None
         end.plane.close()
         child.close()

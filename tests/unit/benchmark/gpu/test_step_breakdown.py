@@ -131,7 +131,7 @@ def test_a_decode_step_reads_all_weights_and_the_keys_and_values_once() -> None:
     """A floor above what must be read would be beaten; one below hides what is left."""
     config, weights = llama()
     layer = 4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336
-    floors = bench.floors_s(config, weights, [rows((1, 1023, True), (1, 511, True))], COPY_ONLY)
+    floors = bench.floors_s(config, weights, 2 * config.head_dim, [rows((1, 1023, True), (1, 511, True))], COPY_ONLY)
     assert floors["linear"] == 2 * (32 * layer + 128256 * 4096)
     assert floors["attention"] == 32 * (1024 + 512) * 2 * 8 * 128 * 2
 
@@ -140,13 +140,15 @@ def test_a_prompt_computes_its_products_and_pairs() -> None:
     """Behind the last attention only the token that draws is computed; a chunk without it leaves even the weights."""
     config, weights = llama(num_layers=2, windowed_layers=(False, False))
     qkv, behind, head = 4096 * 6144, 4096 * 4096 + 3 * 4096 * 14336, 128256 * 4096
-    last = bench.floors_s(config, weights, [rows((100, 28, True))], COMPUTE_ONLY)
+    last = bench.floors_s(config, weights, 2 * config.head_dim, [rows((100, 28, True))], COMPUTE_ONLY)
     assert last["linear"] == 2 * (100 * (2 * qkv + behind) + behind + head)
     assert last["attention"] == 2 * 4 * 32 * 128 * sum(range(29, 129))
-    first = bench.floors_s(config, weights, [rows((100, 28, False))], COPY_ONLY)
+    first = bench.floors_s(config, weights, 2 * config.head_dim, [rows((100, 28, False))], COPY_ONLY)
     assert first["linear"] == 2 * (2 * qkv + behind)
     assert first["attention"] == 128 * 2 * 8 * 128 * 2
-    both = bench.floors_s(config, weights, [rows((100, 0, False)), rows((28, 100, True))], COMPUTE_ONLY)
+    both = bench.floors_s(
+        config, weights, 2 * config.head_dim, [rows((100, 0, False)), rows((28, 100, True))], COMPUTE_ONLY
+    )
     assert both["linear"] == 2 * (128 * (2 * qkv + behind) + behind + head)
 
 
