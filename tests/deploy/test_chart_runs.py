@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,10 +23,13 @@ import pytest
 
 from baton.launch.local import free_port
 from baton.tests.deploy.chart import CHART, FULLNAME, ROOT, Object, container, of_kind, one, pod_templates, render
+from baton.tests.deploy.tools import promtool
 
 pytestmark = pytest.mark.deploy
 
 START_S = 120.0
+OF_STYLE = 3
+"""promtool's status where it dislikes names, as it does vLLM's, and reads them."""
 POLL_S = 0.1
 
 
@@ -132,10 +136,32 @@ def ask(host: Host, key: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def api_key(host: Host) -> str:
+    return base64.b64decode(one(host.objects, "Secret", f"{FULLNAME}-api-keys")["data"]["api-key"]).decode()
+
+
+def metrics(host: Host) -> str:
+    headers = {"Authorization": f"Bearer {api_key(host)}"}
+    request = urllib.request.Request(f"http://127.0.0.1:{host.http_port}/metrics", headers=headers)
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        return str(answer.read().decode())
+
+
+def test_prometheus_reads_the_metrics(host: Host) -> None:
+    """Guards against a page that Prometheus refuses, and one that lacks what autoscalers ask for."""
+    asked_for = ("desired_replicas", "worker_waiting_tokens", "worker_running")  # with the role that they are asked for
+    series = [re.compile(rf'baton:{name}{{[^}}]*role="decode"') for name in asked_for]
+    deadline = time.monotonic() + START_S
+    while not all(each.search(page := metrics(host)) for each in series):
+        assert time.monotonic() < deadline, page
+        time.sleep(POLL_S)
+    done = subprocess.run([promtool(), "check", "metrics"], input=page, capture_output=True, text=True, timeout=60)
+    assert done.returncode in (0, OF_STYLE), done.stderr
+
+
 def test_the_rendered_nodes_serve_and_drain(host: Host) -> None:
     """Guards against pods that never get ready, do not find one another, or end with an error when they are stopped."""
-    key = base64.b64decode(one(host.objects, "Secret", f"{FULLNAME}-api-keys")["data"]["api-key"]).decode()
-    answered = ask(host, key)
+    answered = ask(host, api_key(host))
     assert answered.returncode == 0, answered.stdout + answered.stderr
     assert ask(host, "wrong").returncode != 0
     assert all(node.status("/live") == 200 for node in host.nodes.values())

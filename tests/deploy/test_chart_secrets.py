@@ -6,11 +6,10 @@ import base64
 from pathlib import Path
 
 import pytest
-import yaml
 
 from baton.node.api_settings import ApiSettings, api_keys
 from baton.node.secret_file import read_secret
-from baton.tests.deploy.chart import FULLNAME, NAMESPACE, RELEASE, Object, of_kind, one, render, template
+from baton.tests.deploy.chart import FULLNAME, NAMESPACE, RELEASE, Object, objects_in, of_kind, one, render, template
 from baton.tests.deploy.fake_api import cluster_with
 
 pytestmark = pytest.mark.deploy
@@ -27,7 +26,7 @@ def rendered(kubeconfig: Path, *arguments: str) -> list[Object]:
     against = ("--dry-run=server", "--disable-openapi-validation", "--is-upgrade", "--kubeconfig", kubeconfig)
     done = template(*against, *arguments)
     assert done.returncode == 0, done.stderr
-    return of_kind([each for each in yaml.safe_load_all(done.stdout) if each], "Secret")
+    return of_kind(objects_in(done.stdout), "Secret")
 
 
 def installed(name: str, **data: str) -> Object:

