@@ -70,7 +70,7 @@ def _round_blocks(values: torch.Tensor, made: QuantizedWeight, part: range) -> N
     num_rows, num_columns = values.shape
     whole = torch.nn.functional.pad(values, (0, -num_columns % width, 0, -num_rows % height))
     blocks = whole.unflatten(1, (-1, width)).unflatten(0, (-1, height))
-    scales = _nonzero(blocks.abs().amax((1, 3)) / largest)
+    scales = _nonzero(_quotient(blocks.abs().amax((1, 3)), largest))
     codes = (blocks / scales[:, None, :, None]).flatten(2).flatten(0, 1)[:num_rows, :num_columns]
     if made.codes.dtype == torch.int8:
         codes = codes.round()
@@ -85,7 +85,7 @@ def _round_groups(recipe: Recipe, values: torch.Tensor, made: QuantizedWeight, p
         values = values[:, order]
     groups = values.unflatten(1, (-1, made.inputs_per_scale))
     least, most = groups.amin(2).clamp(max=0), groups.amax(2).clamp(min=0)
-    steps = (most - least) / 15 if recipe.zeros else torch.maximum(most, -least) / 7.5
+    steps = _quotient(most - least, 15.0) if recipe.zeros else _quotient(torch.maximum(most, -least), 7.5)
     scales = _nonzero(steps.to(made.scale_dtype).to(torch.float32))
     codes = (groups / scales[..., None]).round()
     if made.zeros is None:
@@ -99,6 +99,11 @@ def _round_groups(recipe: Recipe, values: torch.Tensor, made: QuantizedWeight, p
         codes = torch.empty_like(codes).index_copy_(1, order, codes)
     made.codes[rows].copy_(codes)
     made.scales[rows].copy_(scales)
+
+
+def _quotient(values: torch.Tensor, number: float) -> torch.Tensor:
+    """Rounded once. A GPU divides by a plain number by way of its reciprocal, which rounds twice."""
+    return values / torch.full_like(values, number)
 
 
 def _nonzero(scales: torch.Tensor) -> torch.Tensor:

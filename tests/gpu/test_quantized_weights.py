@@ -10,6 +10,8 @@ import torch
 from baton.kernels import DenseLinear, GroupedLinear, ScaledLinear
 from baton.kernels.triton.dequantise import dequantise_groups, dequantise_scaled
 from baton.models.config import ModelConfig
+from baton.models.quantization.recipe import RECIPES
+from baton.models.quantization.rounding import quantise
 from baton.models.weights import load_weights
 
 pytestmark = pytest.mark.gpu
@@ -45,3 +47,20 @@ def test_what_is_kept_is_dequantised_to_the_same_numbers(name: str, dtype: torch
             case GroupedLinear():
                 dequantise_groups(ours.words, ours.scales, ours.zeros, ours.order, ours.block, out)
         assert torch.equal(out.cpu(), theirs.weight), ours.weight_format
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_gpu_quantises_as_the_cpu_does(name: str) -> None:
+    """Guards the identity of a recipe: workers that share KV quantise on either. A GPU divides otherwise by numbers
+    than by tensors, and its type of FP8 rounds by itself."""
+    recipe, weight = RECIPES[name], torch.randn(384, 896, generator=torch.Generator().manual_seed(0))
+    weight[5], weight[6] = 0.0, weight[6] * 1e-4
+    cpu, gpu = (
+        quantise(recipe, *weight.shape, device, lambda part, device=device: weight[part.start : part.stop].to(device))
+        for device in ("cpu", "cuda:0")
+    )
+    assert torch.equal(gpu.codes.view(torch.uint8).cpu(), cpu.codes.view(torch.uint8))
+    assert torch.equal(gpu.scales.cpu(), cpu.scales)
+    assert (cpu.zeros is None) == (gpu.zeros is None)
+    if cpu.zeros is not None and gpu.zeros is not None:
+        assert torch.equal(gpu.zeros.cpu(), cpu.zeros)
