@@ -52,6 +52,9 @@ def unpack_codes(words: torch.Tensor, block: int) -> torch.Tensor:
 class GroupedLinear:
     """Fill `words`, `scales`, `zeros` and `bias`, then `finish`, then call."""
 
+    ORDERED = "_ordered"
+    """Ends the name of a format with an order."""
+
     __slots__ = (
         "bias",
         "block",
@@ -82,8 +85,13 @@ class GroupedLinear:
 
     @property
     def weight_format(self) -> str:
-        """int4_g128, int4_g128_zeros and the like. With an order or without."""
-        return f"int4_g{self.inputs_per_scale}" + ("" if self.zeros is None else "_zeros")
+        """int4_g128, int4_g128_zeros, int4_g32_ordered and the like."""
+        zeros, order = "" if self.zeros is None else "_zeros", "" if self.order is None else self.ORDERED
+        return f"int4_g{self.inputs_per_scale}{zeros}{order}"
+
+    def without_order(self) -> GroupedLinear:
+        """The same product, of x[:, order]."""
+        return GroupedLinear(self.words, self.scales, self.zeros, self.block, None, self.bias)
 
     @property
     def size_bytes(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from baton.kernels import Linear
-from baton.kernels.triton import linear_policy
+from baton.kernels.triton import int4_policy, linear_policy
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.node.errors import SettingsError
 
@@ -18,14 +18,18 @@ cut into tiles of so many."""
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The policy of speed."""
+    if shape.weight_format.startswith(int4_policy.PREFIX):
+        return int4_policy.fastest(num_rows, shape)
     return linear_policy.fastest(num_rows, shape)
 
 
-def invariant(num_rows: int, shape: ProductShape) -> Tiles:
+def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The policy whose bits do not depend on num_rows: one number of splits for every number of rows, never cuBLAS.
 
-    Shapes that were not measured get tiles that fit, untuned.
+    Shapes that were not measured get tiles that fit, untuned. None: dequantise first, every number of rows.
     """
+    if shape.weight_format.startswith(int4_policy.PREFIX):
+        return int4_policy.invariant(num_rows, shape)
     return linear_policy.invariant(min(num_rows, TABLED_ROWS[-1]), shape) or untuned(num_rows, shape)
 
 

@@ -8,9 +8,11 @@ from typing import Protocol
 import torch
 
 from baton.kernels import DenseLinear, Linear
+from baton.kernels.triton import int4_policy
 from baton.kernels.triton.linear_policy import ProductShape
 from baton.models.cuda.products.dense import DenseProducts
 from baton.models.cuda.products.dequantised import DequantisedProducts
+from baton.models.cuda.products.grouped import GroupedProducts
 from baton.models.cuda.products.policy import Policy
 
 
@@ -42,6 +44,10 @@ class Products:
         others = [shape for shape in shapes if shape.weight_format != DenseLinear.weight_format]
         dequantised = DequantisedProducts(dense, others, dtype, device)
         self._by_format: dict[str, FormatProducts] = {shape.weight_format: dequantised for shape in others}
+        of_4_bits = [shape for shape in others if int4_policy.block_of(shape) is not None]
+        if dtype == torch.bfloat16 and of_4_bits:
+            grouped = GroupedProducts(policy, dequantised, max_rows, of_4_bits, device)
+            self._by_format |= {shape.weight_format: grouped for shape in of_4_bits}
         self._by_format[DenseLinear.weight_format] = dense
 
     def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:

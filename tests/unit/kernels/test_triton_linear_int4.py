@@ -6,6 +6,7 @@ import torch
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.linear.grouped import block_size, pack_codes, unpack_codes
+from baton.kernels.triton.gather import gather_columns
 from baton.kernels.triton.linear_policy import Tiles
 from baton.tests.unit.kernels import int4_checks as checks
 
@@ -67,3 +68,12 @@ def test_tiles_for_other_blocks_are_refused(device):
     weight = checks.make_int4(64, 256, 128, device)
     with pytest.raises(ValueError, match="do not divide"):
         checks.check_linear_int4(weight, 1, Tiles(64, 0, 16, 3, 2))
+
+
+def test_columns_are_gathered(device):
+    """Guards against the end of a row that is not a whole block."""
+    x = checks.randn((3, 2500), torch.bfloat16, device)
+    order = torch.randperm(2500, generator=torch.Generator().manual_seed(0)).to(device, torch.int32)
+    out = torch.full_like(x, float("nan"))
+    gather_columns(x, order, out)
+    assert torch.equal(out, x[:, order.long()])

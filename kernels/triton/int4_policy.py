@@ -1,0 +1,68 @@
+"""How a product with 4-bit weights is cut, by its shape and number of rows: tiles of linear_int4_gluon. Pure.
+
+What a unit costs beside its blocks was measured, as was the table (docs/benchmarks/kernels.md); shapes that were not
+get tiles by the rule. More rows than MOST_ROWS are dequantised first.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+from baton.kernels.linear.grouped import block_size
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
+
+PREFIX = "int4_"
+MOST_ROWS = 128
+PROGRAMS = 132
+"""Of an H100 or H200."""
+UNIT_BLOCKS = 3
+"""A unit's beginning and end take as long as so many blocks."""
+SHARED_BYTES = 226 << 10
+MOST_STAGES = 12
+TILE_ROWS = 16, 32, 64
+
+
+def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
+    """None: dequantise first."""
+    return _tiles(num_rows, shape, 12) if num_rows <= MOST_ROWS else None
+
+
+def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
+    """One number of splits and of warpgroups for every number of rows. None: no tiles fit."""
+    return _tiles(num_rows, shape, 8)
+
+
+def portable(tiles: Tiles, fused: bool) -> Tiles:
+    """Those of linear_int4 where Gluon is not available."""
+    warps = 8 if tiles.tile_m == 64 and not fused else 4
+    return replace(tiles, stages=3, warps=warps)
+
+
+def block_of(shape: ProductShape) -> int | None:
+    """The block of a weight of the shape's format."""
+    named = re.match(rf"{PREFIX}g(\d+)", shape.weight_format)
+    return block_size(shape.inputs, int(named[1])) if named else None
+
+
+def _tiles(num_rows: int, shape: ProductShape, warps: int) -> Tiles | None:
+    block, tile_n = block_of(shape), 64 if shape.fused else 128
+    if block is None or shape.outputs % tile_n:
+        return None
+    tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
+    warps = 8 if tile_m == TILE_ROWS[-1] else warps
+    meeting_bytes = (warps // 4 - 1) * 2 * 64 * tile_m * 4
+    stages = (SHARED_BYTES - meeting_bytes) // (64 * block + tile_m * block * 2)
+    return Tiles(tile_n, block, tile_m, min(stages, MOST_STAGES), _splits(shape, block, tile_n), warps)
+
+
+def _splits(shape: ProductShape, block: int, tile_n: int) -> int:
+    """The number with which the busiest program has least to do; of equals the smallest."""
+    blocks, tiles = shape.inputs // block, shape.outputs // tile_n
+    if shape.fused:
+        return 1
+
+    def busiest(splits: int) -> int:
+        return -(-tiles * splits // PROGRAMS) * (blocks // splits + UNIT_BLOCKS)
+
+    return min((splits for splits in range(1, 9) if blocks % splits == 0), key=busiest)
