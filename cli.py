@@ -29,6 +29,7 @@ SUBCOMMANDS = {
     "prefill": Subcommand("baton.prefill", "a prefill worker"),
     "decode": Subcommand("baton.decode", "a decode worker"),
     "store": Subcommand("baton.kvtransfer", "the KV store of a host"),
+    "ray": Subcommand("baton.launch.ray", "serve a model on a Ray cluster"),
     "secret": Subcommand("baton.launch.secret", "make the secret that the nodes of a cluster share"),
     "batch": Subcommand("baton.offline.batch_command", "answer a file of requests"),
     "bench": Subcommand("baton.benchmark", "benchmarks: of a server, of Baton on this machine, of its parts"),

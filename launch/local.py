@@ -248,11 +248,15 @@ def _node(
 
 
 def served_name(settings: ServeSettings) -> str:
+    return served_name_of(settings.served_model_name, settings.model)
+
+
+def served_name_of(names: Sequence[str], model: str) -> str:
     """What clients call the model: the first of its names."""
-    if settings.served_model_name:
-        return settings.served_model_name[0]
-    folder = Path(settings.model).expanduser()
-    return folder.resolve().name if settings.model != DEMO_MODEL and folder.is_dir() else settings.model
+    if names:
+        return names[0]
+    folder = Path(model).expanduser()
+    return folder.resolve().name if model != DEMO_MODEL and folder.is_dir() else model
 
 
 def scheme(settings: ServeSettings) -> str:

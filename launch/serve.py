@@ -34,7 +34,7 @@ from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec, Say, Supervisor, SupervisorLimits
 from baton.launch.terminal import Screen, has_terminal
 from baton.node import local_http
-from baton.node.api_settings import api_keys, check_files
+from baton.node.api_settings import ApiSettings, api_keys, check_files
 from baton.node.errors import SettingsError
 from baton.node.local_http import proxy_socket
 from baton.node.modelhub import locate_model
@@ -104,9 +104,9 @@ async def http_status(
     return int(parts[1]) if len(parts) > 1 and parts[1].isdigit() else 0
 
 
-def curl_line(settings: ServeSettings, url: str) -> str:
+def curl_line(settings: ApiSettings, model: str, url: str) -> str:
     """A command to paste."""
-    body = json.dumps({"model": served_name(settings), "prompt": "Once upon a time", "max_tokens": 64})
+    body = json.dumps({"model": model, "prompt": "Once upon a time", "max_tokens": 64})
     key = (
         " -H 'authorization: Bearer YOUR_KEY'" if settings.api_key or settings.api_key_file or settings.tenants else ""
     )
@@ -136,7 +136,7 @@ async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[Child
 
     def on_ready() -> None:
         say(f"ready {url}")
-        say(curl_line(settings, url))
+        say(curl_line(settings, served_name(settings), url))
 
     at_terminal = has_terminal()
 

@@ -2,7 +2,8 @@
 
 It owns child processes and knows no role: the caller gives what to run, and the test for "ready". Each child leads a
 process group of its own, so a Ctrl-C on the terminal reaches only the supervisor, which then drains the children.
-On Linux the kernel kills the children when the supervisor dies (prctl(2), PR_SET_PDEATHSIG).
+On Linux the kernel kills the children when the supervisor dies (prctl(2), PR_SET_PDEATHSIG), but for those that shall
+outlive it (node/orphan.py).
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import sys
 from collections import deque
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+
+from baton.node.private_files import private_opener
 
 Say = Callable[[str], None]
 
@@ -34,6 +38,9 @@ class ChildSpec:
     env: Mapping[str, str]
     needed: bool = True
     """Whether all ends when no child of its group is left."""
+    outlives: Path | None = None
+    """The child outlives the supervisor: its standard input is a pipe that ends with the supervisor, and its output
+    goes to this file, as a pipe would break. None: it ends with the supervisor."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,6 +79,10 @@ class Supervisor:
         if self._stop.is_set():
             self._kill.set()
         self._stop.set()
+
+    def pids(self) -> dict[str, int]:
+        """Process ids of the children that run, by name."""
+        return {child.spec.name: pid for child in self._children if (pid := child.pid)}
 
     def send(self, group: str, signum: int) -> bool:
         """Send a signal to the children of a group, not to what they have started; False until all children serve."""
@@ -192,28 +203,47 @@ class _Child:
         """Start the process and wait for its end; its exit status, or why it could not start."""
         self.tail.clear()
         try:
-            process = await asyncio.create_subprocess_exec(
-                *self.spec.argv,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                env=dict(self.spec.env),
-                process_group=0,
-                preexec_fn=tether(os.getpid()),
-            )
+            process = await (self._start() if self.spec.outlives is None else self._start_free(self.spec.outlives))
         except OSError as error:
             return str(error)
         self._process = process
         if stop.is_set():  # it came while the process was being made
             self.signal(signal.SIGTERM)
-        assert process.stdout is not None
-        pump = asyncio.create_task(self._pump(process.stdout))
+        pump = asyncio.create_task(self._pump(process.stdout)) if process.stdout is not None else None
         status = await process.wait()
         signal_group(process.pid, signal.SIGKILL)  # what the process itself may have left behind
-        await asyncio.wait([pump], timeout=1.0)
-        pump.cancel()
+        if pump is not None:
+            await asyncio.wait([pump], timeout=1.0)
+            pump.cancel()
         self._process = None
         return status
+
+    async def _start(self) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *self.spec.argv,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            env=dict(self.spec.env),
+            process_group=0,
+            preexec_fn=tether(os.getpid()),
+        )
+
+    async def _start_free(self, output: Path) -> asyncio.subprocess.Process:
+        with open(output, "ab", opener=private_opener) as file:
+            return await asyncio.create_subprocess_exec(
+                *self.spec.argv,
+                stdin=asyncio.subprocess.PIPE,
+                stdout=file,
+                stderr=file,
+                env=dict(self.spec.env),
+                process_group=0,
+            )
+
+    @property
+    def pid(self) -> int:
+        """0 where nothing runs."""
+        return self._process.pid if self._process is not None else 0
 
     def signal(self, signum: int) -> bool:
         """Send a signal to the group of the running process; False where nothing runs."""

@@ -188,6 +188,7 @@ def reads_the_environment(name: str, tree: ast.Module) -> Complaints:
             "cli.py",
             "launch/serve.py",
             "launch/cluster.py",
+            "launch/ray/",
             "testing/",
         )
     ):
@@ -354,13 +355,17 @@ def test_the_walk_sees_the_packages() -> None:
     assert len(names) > 50
 
 
+NEED_RAY = ("launch/ray/actor.py", "launch/ray/deployment.py")
+"""They import a library of an extra that the tests' environment has not."""
+
+
 @pytest.mark.parametrize("package", ["node", "launch", "proxy", "benchmark/load", "offline"])
 def test_the_control_plane_runs_without_torch(package: str) -> None:
     """torch costs an idle proxy 200 MB and seconds of its start; import-linter cannot see an import at run time."""
     modules = [
         "baton." + name.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
         for name in python_files()
-        if name.startswith(f"{package}/") and not name.endswith("__main__.py")
+        if name.startswith(f"{package}/") and not name.endswith("__main__.py") and name not in NEED_RAY
     ]
     code = f"import sys, {', '.join(modules)}; print(*{{'torch', 'transformers', 'triton'}} & set(sys.modules))"
     out = subprocess.run([sys.executable, "-P", "-c", code], check=True, capture_output=True, text=True).stdout

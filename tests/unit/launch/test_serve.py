@@ -79,12 +79,12 @@ FAKES = {"proxy": FAKE_PROXY, "kvtransfer": FAKE_STORE}
 
 def test_the_curl_line_shows_no_key() -> None:
     """Output ends in logs."""
-    assert "hunter2" not in serve.curl_line(local.ServeSettings(api_key=("hunter2",)), "http://x")
+    assert "hunter2" not in serve.curl_line(local.ServeSettings(api_key=("hunter2",)), "demo", "http://x")
 
 
 def test_the_curl_line_can_be_pasted() -> None:
     """Quotes in a folder's name must not break out of the command."""
-    words = shlex.split(serve.curl_line(local.ServeSettings(model='it\'s "m"'), "http://127.0.0.1:8000"))
+    words = shlex.split(serve.curl_line(local.ServeSettings(), 'it\'s "m"', "http://127.0.0.1:8000"))
     assert json.loads(words[words.index("-d") + 1])["model"] == 'it\'s "m"'
 
 
