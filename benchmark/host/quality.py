@@ -1,9 +1,10 @@
 """How far quantised weights and a quantised KV cache move a model's predictions, on texts, on this machine's CPU.
 
-Each VARIANT is WEIGHTS/KV: bf16 or a recipe of `--quantization`, and auto or a `--kv-dtype`. All read the same texts
-token by token, each in its own decode steps, so that keys and values are read back as a worker would. Beside the plain
-model (bf16/auto, in the dtype of the run): mean and 99th percentile of KL(plain || variant) in nats a token, the share
-of tokens where both find the same one most likely, and the mean loss of the text itself. One JSON line a variant.
+Each VARIANT is WEIGHTS/KV: bf16 or a recipe of `--quantization`, and auto or a `--kv-dtype`. With `+inputs` behind fp8,
+fp8_block or int8 the inputs of products are in codes too, as a GPU has them where that is fastest. All read the same
+texts token by token, each in its own decode steps, so that keys and values are read back as a worker would. Beside the
+plain model (bf16/auto, in the dtype of the run): mean and 99th percentile of KL(plain || variant) in nats a token, the
+share of tokens where both find the same one most likely, and the mean loss of the text. One JSON line a variant.
 """
 
 from __future__ import annotations
@@ -21,14 +22,26 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.kvtransfer.blocks.pool import BlockPool
 from baton.models.batch import Draw, Row
-from baton.models.cpu.runner import ModelRunner
+from baton.models.check import recipe_for
+from baton.models.config import ModelConfig
+from baton.models.cpu.decoder import DenseDecoder
+from baton.models.cpu.runner import DTYPES, ModelRunner
+from baton.models.kv_scales import kv_format_of
+from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
+from baton.testing.coded_inputs import RUNS, with_coded_inputs
 from baton.worker.build_cpu import layout_of
 
 BLOCK_TOKENS = 16
 PLAIN = "bf16/auto"
-VARIANTS = "fp8/auto,fp8_block/auto,int8/auto,int4/auto,int4_zeros/auto,bf16/fp8,fp8/fp8"
+VARIANTS = (
+    "int8/auto,int8+inputs/auto,fp8/auto,fp8+inputs/auto,fp8_block/auto,fp8_block+inputs/auto,int4_zeros/auto,int4/auto,"
+    "bf16/fp8,fp8/fp8"
+)
+INPUTS = "+inputs"
+CODED = {"fp8": (torch.float8_e4m3fn, None), "fp8_block": (torch.float8_e4m3fn, RUNS), "int8": (torch.int8, None)}
+"""Types of the codes of inputs, and how many share a scale."""
 SEPARATOR = "<|endoftext|>"
 DRAW = Draw(SamplingSpec(max_tokens=1 << 19, temperature=0.0), (), 1, 0)
 
@@ -38,8 +51,7 @@ class Reader:
 
     def __init__(self, folder: Path, variant: str, dtype: str, num_texts: int, length: int) -> None:
         weights, _, kv_dtype = variant.partition("/")
-        quantization = None if weights == "bf16" else weights
-        self._runner = ModelRunner.load(folder, dtype=dtype, kv_dtype=kv_dtype or "auto", quantization=quantization)
+        self._runner = _runner(folder, weights, dtype, kv_dtype or "auto")
         each = -(-length // BLOCK_TOKENS)
         layout = layout_of(self._runner.config, self._runner.kv_format, BLOCK_TOKENS)
         self.pool = BlockPool(layout, num_texts * each)
@@ -53,6 +65,19 @@ class Reader:
         ]
         step, logits = self._runner.compute(rows)
         return logits.log_softmax(1)[torch.tensor(step.drawn_rows).argsort()]
+
+
+def _runner(folder: Path, weights: str, dtype: str, kv_dtype: str) -> ModelRunner:
+    name, _, inputs = weights.partition(INPUTS)
+    quantization = None if name == "bf16" else name
+    if INPUTS not in weights:
+        return ModelRunner.load(folder, dtype=dtype, kv_dtype=kv_dtype, quantization=quantization)
+    if name not in CODED or inputs:
+        raise BenchmarkFailed(f"{weights}: inputs are in codes beside {', '.join(CODED)} only")
+    config, run_dtype = ModelConfig.from_folder(folder), DTYPES["float32" if dtype == "auto" else dtype]
+    plain = load_weights(config, folder, run_dtype, recipe=recipe_for(quantization, config))
+    decoder = DenseDecoder(config, with_coded_inputs(plain, *CODED[name]))
+    return ModelRunner(config, decoder, run_dtype, kv_format_of(kv_dtype, config, folder, run_dtype))
 
 
 @dataclass(slots=True)
@@ -85,9 +110,11 @@ def compare(
 ) -> Iterator[tuple[str, dict[str, float | int]]]:
     """texts [texts, tokens]. A variant and its Distance.values, the plain model first."""
     count, length = texts.shape
-    readers = {name: Reader(folder, name, dtype, count, length) for name in (PLAIN, *variants)}
-    distances = {name: Distance() for name in readers}
+    readers: dict[str, Reader] = {}
+    distances = {name: Distance() for name in (PLAIN, *variants)}
     try:
+        for name in distances:
+            readers[name] = Reader(folder, name, dtype, count, length)
         for start in range(length - 1):
             plain = readers[PLAIN].log_probs(texts[:, start], start)
             for name, reader in readers.items():

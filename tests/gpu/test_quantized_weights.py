@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 
+from baton.benchmark.harness.shapes import SHAPES
 from baton.kernels import DenseLinear, GroupedLinear, ScaledLinear
 from baton.kernels.triton.dequantise import dequantise_groups, dequantise_scaled
+from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.models.quantization.recipe import RECIPES
 from baton.models.quantization.rounding import quantise
 from baton.models.weights import load_weights
+from baton.node.messages.control import SamplingSpec
+from baton.testing.coded_inputs import RUNS, with_coded_inputs
+from baton.tests.gpu.test_runner import LONGEST, exact_logits, table
+from baton.tests.unit.models.cuda.ahead import Ahead
 
 pytestmark = pytest.mark.gpu
 CHECKPOINTS = Path(__file__).resolve().parents[1] / "unit" / "models" / "quantization" / "checkpoints"
@@ -64,3 +74,50 @@ def test_a_gpu_quantises_as_the_cpu_does(name: str) -> None:
     assert (cpu.zeros is None) == (gpu.zeros is None)
     if cpu.zeros is not None and gpu.zeros is not None:
         assert torch.equal(gpu.zeros.cpu(), cpu.zeros)
+
+
+INPUTS = {"fp8": (torch.float8_e4m3fn, None), "fp8_block": (torch.float8_e4m3fn, RUNS), "int8": (torch.int8, None)}
+"""Codes of inputs, where products take them so."""
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("name", RECIPES)
+def test_steps_with_quantised_weights_match_the_cpu(tmp_path: Path, name: str, deterministic: bool) -> None:
+    """Guards the kernels of each format where they are used, at the sizes of an 8B model: logits of a prompt, whole and
+    in chunks, beside the CPU's with inputs as they are or in codes, and captured steps behind it, of one row and of
+    many. Deterministic, all of them have the same bits."""
+    fields = json.loads((SHAPES / "llama-3.1-8b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(fields | {"num_hidden_layers": 2, "vocab_size": 4096}))
+    config = ModelConfig.from_folder(tmp_path)
+    weights = load_weights(
+        config, tmp_path, torch.bfloat16, "cuda:0", "dummy", pack=False, recipe=RECIPES[name], keep_quantised=True
+    )
+    runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(40, 2048, 1, deterministic), LONGEST)
+    pool_shape = (400, config.num_kv_heads, 2, 2, 64, config.head_dim)
+    runner.bind_pool(torch.zeros(pool_shape, dtype=torch.bfloat16, device="cuda:0"), LONGEST)
+    prompt = [random.Random(3).randrange(4000) for _ in range(300)]
+    draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 300, 0)
+    whole = runner.logits([Row(prompt, 0, table(0), draw)]).float().cpu()
+    runner.logits([Row(prompt[:128], 0, table(1), draw)])
+    parts = runner.logits([Row(prompt[128:], 128, table(1), draw)]).float().cpu()
+    run = Ahead(runner)
+    for slot in range(9):  # the same sequence in every row
+        run.start(slot, prompt, table(slot))
+    run.launch([0, 1, 2], chunk=1000)
+    run.launch(list(range(3, 9)), chunk=1000)
+    for _ in range(6):
+        run.launch([0])
+        run.launch(list(range(1, 9)))
+    found = [run.generated(slot)[:6] for slot in range(9)]
+    known = prompt + found[0]
+    exact = [exact_logits(config, weights, known)]
+    if name in INPUTS:
+        exact.append(exact_logits(config, weights, known, lambda plain: with_coded_inputs(plain, *INPUTS[name])))
+    for logits in (whole, parts):
+        errors = [float((logits - each[299]).norm() / each[299].norm()) for each in exact]
+        assert min(errors) < 0.03, errors
+    for step in range(6):
+        row = exact[0][299 + step]
+        assert row.max() - row[known[300 + step]] < 0.25 * row.std(), step
+    if deterministic:
+        assert torch.equal(whole, parts) and all(tokens == found[0] for tokens in found)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels import DenseLinear, Linear
+from baton.kernels import DenseLinear, GroupedLinear, Linear, ScaledLinear
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
@@ -233,11 +234,16 @@ def test_shapes_of_real_models_match_the_cpu(tmp_path, shape, deterministic):
     assert not deterministic or all(tokens == found[0] for tokens in found)
 
 
-def exact_logits(config: ModelConfig, weights, tokens: list[int]) -> torch.Tensor:
-    """float32 [tokens, vocab] by the CPU's operations on the same weights."""
+def exact_logits(
+    config: ModelConfig, weights, tokens: list[int], edit: Callable[[Weights], Weights] = lambda weights: weights
+) -> torch.Tensor:
+    """float32 [tokens, vocab] by the CPU's operations on the same weights, edited."""
 
     def wide(linear: Linear) -> DenseLinear:
-        assert isinstance(linear, DenseLinear) and linear.bias is None
+        assert linear.bias is None
+        if isinstance(linear, ScaledLinear | GroupedLinear):
+            return DenseLinear(linear.dequantised(torch.float32).cpu())
+        assert isinstance(linear, DenseLinear)
         return DenseLinear(linear.weight.float().cpu())
 
     def plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
@@ -256,7 +262,7 @@ def exact_logits(config: ModelConfig, weights, tokens: list[int]) -> torch.Tenso
         for each in weights.layers
     )
     whole = Weights(weights.embedding.float().cpu(), layers, weights.norm.float().cpu(), wide(weights.lm_head))
-    cpu = ModelRunner(config, DenseDecoder(config, whole), torch.float32)
+    cpu = ModelRunner(config, DenseDecoder(config, edit(whole)), torch.float32)
     cpu.bind_pool(torch.zeros(cpu.kv_shape(6, 64)))
     draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 1, 0)
     rows = [Row(tokens[:300], 0, [0, 1, 2, 3, 4], draw)]

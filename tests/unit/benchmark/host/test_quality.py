@@ -32,10 +32,16 @@ def test_finer_codes_are_nearer(tmp_path: Path) -> None:
     (tmp_path / "texts").write_text(f"{TEXT}<|endoftext|>short<|endoftext|>{TEXT[20:]} {TEXT}", encoding="utf-8")
     texts = read_texts(DEMO, tmp_path / "texts", 9, 16)
     assert texts.shape == (2, 16) and not torch.equal(texts[0], texts[1])
-    found = dict(compare(DEMO, ("int8/auto", "fp8/auto", "bf16/fp8"), "auto", texts))
+    found = dict(compare(DEMO, ("int8/auto", "fp8/auto", "fp8+inputs/auto", "bf16/fp8"), "auto", texts))
     assert found[PLAIN]["kl_mean"] == 0.0 and found[PLAIN]["top1_agreement"] == 1.0 and found[PLAIN]["loss"] < 5
     assert 0 < found["int8/auto"]["kl_mean"] < found["fp8/auto"]["kl_mean"] < 0.05
+    assert found["fp8/auto"]["kl_mean"] < found["fp8+inputs/auto"]["kl_mean"] < 0.05
     assert 0 < found["bf16/fp8"]["kl_mean"] < 0.05
+
+
+def test_inputs_of_4_bit_weights_have_no_codes(tmp_path: Path) -> None:
+    with pytest.raises(BenchmarkFailed, match="beside fp8, fp8_block, int8 only"):
+        dict(compare(DEMO, ("int4+inputs/auto",), "auto", torch.zeros(1, 2, dtype=torch.int64)))
 
 
 def test_texts_that_are_too_short_are_an_error(tmp_path: Path) -> None:
