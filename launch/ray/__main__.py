@@ -85,6 +85,7 @@ def main(argv: Sequence[str]) -> int:
             settings = replace(settings, model=str(Path(settings.model).resolve()))
         try:
             import ray
+
             from baton.launch.ray.deployment import Deployment
         except ImportError as error:
             raise SettingsError(f"Ray is not installed: install baton-serve[ray] ({error})") from None

@@ -6,6 +6,7 @@ import asyncio
 import os
 
 import ray
+
 from baton.launch.ray.host import HostReport, NodeHost
 from baton.launch.ray.plan import NodePlan
 

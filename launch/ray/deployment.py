@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
+
 from baton.launch.ray.actor import NodeActor
 from baton.launch.ray.host import HostReport
 from baton.launch.ray.plan import NodePlan, proxy_plan, worker_plan
 from baton.launch.ray.settings import RaySettings
 from baton.node.errors import SettingsError
 from baton.node.secret_file import SECRET_BYTES
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
 REPORT_S = 5.0
 
