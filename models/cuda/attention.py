@@ -33,7 +33,7 @@ def choose_attention(config: ModelConfig, pool: PagedPool, queue: Queue, determi
     plain = (
         config.sliding_window is None and config.score_softcap is None and config.score_scale == config.head_dim**-0.5
     )
-    if pool.tensor.is_cuda and plain and not deterministic:
+    if pool.tensor.is_cuda and plain and pool.scales is None and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
         from baton.kernels.triton import prefill_gluon
 

@@ -426,14 +426,18 @@ def check_chunks_do_not_matter(
 
 
 def check_prefill_gluon(
-    heads: Heads, new_and_cached: list[tuple[int, int]], block_tokens: int, persistent: bool
+    heads: Heads,
+    new_and_cached: list[tuple[int, int]],
+    block_tokens: int,
+    persistent: bool,
+    scales: Scales = "none",
 ) -> None:
     """On a GPU only. Twice with one counter: the second launch finds what the first left."""
     from baton.kernels.triton import prefill_gluon
 
     new = [num_new for num_new, _ in new_and_cached]
     lengths = [num_new + cached for num_new, cached in new_and_cached]
-    paged = Paged.make("cuda", torch.bfloat16, heads, lengths, block_tokens)
+    paged = Paged.make("cuda", torch.bfloat16, heads, lengths, block_tokens, scales)
     query = randn((sum(new), heads.query, heads.dim), torch.bfloat16, "cuda")
     starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
     held = torch.tensor(lengths, dtype=torch.int32, device="cuda")
