@@ -39,7 +39,7 @@ SET_BY_THE_CHART = {
     ),
     *("host", "port", "proxies", "proxy_index", "group_folder"),
     *("api_key", "api_key_file", "tenants", "tls_cert", "tls_key"),
-    *("ram_gib", "disk_gib", "path", "slo_ttft_ms", "slo_tpot_ms"),
+    *("ram_gib", "disk_gib", "path", "slo_ttft_ms", "slo_tpot_ms", "mixed"),
 }
 _TYPES = {int: "integer", float: "number", str: "string", Path: "string", bool: "boolean"}
 

@@ -18,8 +18,8 @@ def test_selectors_select_their_own_pods(example: str) -> None:
         component = each["metadata"]["labels"]["app.kubernetes.io/component"]
         selected = [name for name, pod in pods.items() if matches(each["spec"]["selector"]["matchLabels"], labels(pod))]
         assert selected == [component], each["metadata"]["name"]
-    for template in (pods["proxy"], pods["prefill"], pods["decode"]):
-        for constraint in template["spec"]["topologySpreadConstraints"]:
+    for template in pods.values():
+        for constraint in template["spec"].get("topologySpreadConstraints", []):
             assert matches(constraint["labelSelector"]["matchLabels"], labels(template))
 
 
@@ -82,7 +82,7 @@ def test_pods_have_no_rights(example: str) -> None:
         }
         assert not {"hostNetwork", "hostIPC"} & set(spec)
         host_paths = [each for each in spec.get("volumes", []) if "hostPath" in each]
-        assert example == "store" or not host_paths, component
+        assert example in ("store", "adaptive") or not host_paths, component  # a disk, and a model
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
@@ -116,3 +116,14 @@ def test_the_network_is_closed_but_for_the_api() -> None:
     assert api["podSelector"]["matchLabels"]["app.kubernetes.io/component"] == "proxy"
     open_to_all = {each["metadata"]["name"]: each["spec"] for each in of_kind(render("gpu"), "NetworkPolicy")}
     assert "from" not in open_to_all[f"{FULLNAME}-api"]["ingress"][0]
+
+
+def test_adaptive_roles_are_one_deployment() -> None:
+    """Guards against prefill workers beside mixed ones, which exchange KV only with one another."""
+    objects = render("adaptive")
+    (workers,) = of_kind(objects, "Deployment")
+    assert workers["metadata"]["name"] == f"{FULLNAME}-mixed"
+    template = workers["spec"]["template"]
+    assert labels(template)["llm-d.ai/role"] == "prefill-decode" and "--mixed" in container(template)["args"]
+    (scaler,) = of_kind(objects, "ScaledObject")
+    assert all('role="mixed"' in each["metadata"]["query"] for each in scaler["spec"]["triggers"])

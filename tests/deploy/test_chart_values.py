@@ -58,6 +58,7 @@ def test_errors_are_refused(setting: str) -> None:
         ("autoscaling.enabled=true,workload=disaggregatedset", "needs workload: deployment"),
         ("autoscaling.enabled=true,autoscaling.decode.minReplicas=9", "more than maxReplicas"),
         ("workload=disaggregatedset,prefill.replicas=0", "0 replicas for both roles"),
+        ("workload=disaggregatedset,roles=adaptive", "needs roles: fixed"),
         ("gateway.enabled=true", "needs gateway.parentRefs"),
         (
             "gateway.enabled=true,gateway.parentRefs[0].name=g,gateway.inferencePool.enabled=true",

@@ -8,7 +8,8 @@ Every proxy exports the series of all workers, so each worker is counted once; o
 {{- end }}
 {{- if has "queue" $auto.signals }}
 {{- $metric := ternary "baton:worker_waiting_tokens" "baton:worker_running" (eq .component "prefill") }}
-{{- $most := ternary $auto.prefill.waitingTokens $auto.decode.runningRequests (eq .component "prefill") }}
+{{- $limits := index $auto .component }}
+{{- $most := ternary $limits.waitingTokens $limits.runningRequests (eq .component "prefill") }}
 {{- include "baton.signal" (dict "metric" $metric "labels" $labels "perReplica" $most "query" "sum(max by (worker) (%s))") }}
 {{- end }}
 {{- end -}}

@@ -56,6 +56,11 @@ labels:
 {{- default (printf "%s-api-keys" (include "baton.fullname" .)) .Values.apiKeys.existingSecret -}}
 {{- end -}}
 
+{{/* The roles of workers, with commas between them. */}}
+{{- define "baton.roles" -}}
+{{- ternary "mixed" "prefill,decode" (eq .Values.roles "adaptive") -}}
+{{- end -}}
+
 {{/* "true" where clients need a key out of the keys' Secret. */}}
 {{- define "baton.hasKeys" -}}
 {{- if and .Values.apiKeys.enabled (not .Values.tenants.existingSecret) -}}true{{- end -}}

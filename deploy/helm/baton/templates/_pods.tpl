@@ -1,4 +1,4 @@
-{{/* What pods of all roles share. The context is a dict: root, component (proxy, prefill, decode, store). */}}
+{{/* What pods of all roles share. The context is a dict: root, component (proxy, prefill, decode, mixed, store). */}}
 
 {{- define "baton.image" -}}
 {{- $tag := default (printf "%s%s" .Chart.AppVersion (ternary "-cpu" "" (eq .Values.device "cpu"))) .Values.image.tag -}}
@@ -9,7 +9,7 @@
 {{- define "baton.revision" -}}
 {{- $image := include "baton.image" . -}}
 {{- $kv := dict -}}
-{{- range $role := list .Values.prefill.options .Values.decode.options -}}
+{{- range $role := list .Values.prefill.options .Values.decode.options .Values.mixed.options -}}
 {{- range $name := list "block-tokens" "dtype" "kv-dtype" "load-format" "max-model-len" "quantization" -}}
 {{- if hasKey $role $name }}{{ $_ := set $kv $name (append (default list (index $kv $name)) (index $role $name)) }}{{ end -}}
 {{- end -}}
@@ -60,8 +60,8 @@ numbers as floats, which would be written as 1.048576e+06. */}}
 labels:
   {{- include "baton.selector" . | nindent 2 }}
   app.kubernetes.io/part-of: baton
-  {{- if has .component (list "prefill" "decode") }}
-  llm-d.ai/role: {{ .component }}
+  {{- if has .component (list "prefill" "decode" "mixed") }}
+  llm-d.ai/role: {{ .component | replace "mixed" "prefill-decode" }}
   {{- end }}
   {{- with $pod.labels }}
   {{- toYaml . | nindent 2 }}
@@ -110,7 +110,7 @@ priorityClassName: {{ . }}
 {{- with $pod.runtimeClassName }}
 runtimeClassName: {{ . }}
 {{- end }}
-{{- if and $pod.topologySpread.key (has .component (list "proxy" "prefill" "decode")) }}
+{{- if and $pod.topologySpread.key (has .component (list "proxy" "prefill" "decode" "mixed")) }}
 topologySpreadConstraints:
   - maxSkew: 1
     topologyKey: {{ $pod.topologySpread.key }}

@@ -1,4 +1,4 @@
-{{/* The pod template of a worker. The context is a dict: root, component (prefill or decode). */}}
+{{/* The pod template of a worker. The context is a dict: root, component (prefill, decode or mixed). */}}
 
 {{- define "baton.worker" -}}
 {{- $values := .root.Values -}}
@@ -15,8 +15,11 @@ spec:
     - name: {{ .component }}
       image: {{ include "baton.image" .root | quote }}
       imagePullPolicy: {{ $values.image.pullPolicy }}
-      command: [baton, {{ .component }}]
+      command: [baton, {{ .component | replace "mixed" "decode" }}]
       args:
+        {{- if eq .component "mixed" }}
+        - --mixed
+        {{- end }}
         - {{ printf "--model=%s" $values.model.name | quote }}
         - --worker-id=$(POD_NAME)
         - {{ printf "--revision=%s" (include "baton.revision" .root) | quote }}
