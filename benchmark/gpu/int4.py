@@ -26,6 +26,7 @@ from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.compiling import compile_all, launched_by, missing
 from baton.kernels.triton.dequantise import dequantise_groups
+from baton.kernels.triton.int4_policy import stages_that_fit
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_int4 import linear_int4
 from baton.kernels.triton.linear_int4_gluon import linear_int4_gluon
@@ -82,13 +83,12 @@ def candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
 def gluon_candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
     """Tiles of linear_int4_gluon, with as many stages as fit."""
     tile_n, found = 64 if shape.fused else 128, []
-    for warps in (8, 12) if tile_m < 64 else (8,):
-        room = SHARED_BYTES - 1024 - (warps // 4 - 1) * 2 * 64 * tile_m * 4
-        stages = room // (64 * block + tile_m * block * 2)
+    for warps in (8, 12):
+        stages = stages_that_fit(block, tile_m, warps)
         for splits in (1,) if shape.fused else (1, 2, 4, 7, 8):
             units = shape.outputs // tile_n * splits
             if shape.inputs % (splits * block) == 0 and 90 <= units <= 800:
-                found.append(Tiles(tile_n, block, tile_m, min(stages, 16), splits, warps))
+                found.append(Tiles(tile_n, block, tile_m, stages, splits, warps))
     return found
 
 
@@ -196,7 +196,7 @@ def gluon(tuners: Sequence[Int4Tuner]) -> None:
         [
             (tuner, rows, tiles, True)
             for tuner in tuners
-            for tile_m, measured in {16: (1, 16), 32: (32,), 64: (64, 128)}.items()
+            for tile_m, measured in {8: (1, 8), 16: (16,), 32: (32, 64, 128, 256)}.items()
             for rows in measured
             for tiles in gluon_candidates(tuner.shape, tile_m, tuner.block)
         ]

@@ -20,7 +20,7 @@ UNIT_BLOCKS = 3
 """A unit's beginning and end take as long as so many blocks."""
 SHARED_BYTES = 226 << 10
 MOST_STAGES = 12
-TILE_ROWS = 16, 32, 64
+TILE_ROWS = 8, 16, 32
 
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
@@ -33,10 +33,9 @@ def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     return _tiles(num_rows, shape, 8)
 
 
-def portable(tiles: Tiles, fused: bool) -> Tiles:
+def portable(tiles: Tiles) -> Tiles:
     """Those of linear_int4 where Gluon is not available."""
-    warps = 8 if tiles.tile_m == 64 and not fused else 4
-    return replace(tiles, stages=3, warps=warps)
+    return replace(tiles, tile_m=max(16, tiles.tile_m), stages=3, warps=4)
 
 
 def block_of(shape: ProductShape) -> int | None:
@@ -51,9 +50,13 @@ def _tiles(num_rows: int, shape: ProductShape, warps: int) -> Tiles | None:
         return None
     tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
     warps = 8 if tile_m == TILE_ROWS[-1] else warps
+    stages = stages_that_fit(block, tile_m, warps)
+    return Tiles(tile_n, block, tile_m, stages, _splits(shape, block, tile_n), warps)
+
+
+def stages_that_fit(block: int, tile_m: int, warps: int) -> int:
     meeting_bytes = (warps // 4 - 1) * 2 * 64 * tile_m * 4
-    stages = (SHARED_BYTES - meeting_bytes) // (64 * block + tile_m * block * 2)
-    return Tiles(tile_n, block, tile_m, min(stages, MOST_STAGES), _splits(shape, block, tile_n), warps)
+    return min(MOST_STAGES, (SHARED_BYTES - meeting_bytes) // (64 * block + tile_m * block * 2))
 
 
 def _splits(shape: ProductShape, block: int, tile_n: int) -> int:

@@ -96,7 +96,7 @@ class GroupedProducts:
 def _portable_product(
     x: torch.Tensor, weight: GroupedLinear, tiles: Tiles, out: torch.Tensor, *, fused: bool, pdl: bool
 ) -> None:
-    linear_int4(x, weight, int4_policy.portable(tiles, fused), out, fused=fused, pdl=pdl)
+    linear_int4(x, weight, int4_policy.portable(tiles), out, fused=fused, pdl=pdl)
 
 
 def _gluon_product(device: str) -> Int4Product | None:

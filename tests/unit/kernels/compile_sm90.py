@@ -368,7 +368,7 @@ CASES: dict[str, Callable[[], None]] = {
     "int4_16_groups_of_32": lambda: int4_products(16, 32, False),
     "int4_64": lambda: int4_products(64, 128, False),
     "int4_128": lambda: int4_products(128, 128, True),
-    "int4_gluon_16": lambda: int4_gluon(16, 12, True, False),
+    "int4_gluon_8": lambda: int4_gluon(8, 12, True, False),
     "int4_gluon_32": lambda: int4_gluon(32, 8, False, True),
     "prefill_128_page64": lambda: prefill(32, 8, 128, 64),
     "prefill_128_page128": lambda: prefill(32, 8, 128, 128),

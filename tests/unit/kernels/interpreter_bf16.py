@@ -42,8 +42,10 @@ def _is_bf16(value) -> bool:
 
 
 def install() -> None:
-    """Replaces the interpreter's operations; the lambdas beside them look these methods up, so they follow."""
+    """Replaces the interpreter's operations, once; the lambdas beside them look these methods up, so they follow."""
     builder = InterpreterBuilder
+    if builder.create_dot.__module__ == __name__:
+        return
     binary_op, unary_op, create_dot = builder.binary_op, builder.unary_op, builder.create_dot
     cast_impl, create_fp_to_fp = builder.cast_impl, builder.create_fp_to_fp
 
