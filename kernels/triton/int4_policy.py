@@ -50,8 +50,10 @@ def _tiles(num_rows: int, shape: ProductShape, warps: int) -> Tiles | None:
         return None
     tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
     warps = 8 if tile_m == TILE_ROWS[-1] else warps
-    stages = stages_that_fit(block, tile_m, warps)
-    return Tiles(tile_n, block, tile_m, stages, _splits(shape, block, tile_n), warps)
+    splits = _splits(shape, block, tile_n)
+    units = -(-shape.outputs // tile_n * splits * -(-num_rows // tile_m) // PROGRAMS)
+    stages = min(stages_that_fit(block, tile_m, warps), max(3, units * shape.inputs // block // splits))
+    return Tiles(tile_n, block, tile_m, stages, splits, warps)
 
 
 def stages_that_fit(block: int, tile_m: int, warps: int) -> int:

@@ -217,6 +217,7 @@ def _linear_int4_gluon_kernel(
     done, free = ending.index(0), ending.index(1)
     mbarrier.init(done, count=CONSUMERS - 1)
     mbarrier.init(free, count=1)
+    REGISTERS: gl.constexpr = 152 if TILE_M <= 16 else 240
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
@@ -245,7 +246,7 @@ def _linear_int4_gluon_kernel(
                 ),
             ],
             [4, 1],
-            [240, 24],
+            [REGISTERS, 24],
         )  # fmt: skip
     else:
         gl.warp_specialize(
@@ -319,6 +320,8 @@ def linear_int4_gluon(
     units = tiles_m * (n // tile_n) * tiles.splits
     zeros = weight.scales if weight.zeros is None else weight.zeros
     options = {"launch_pdl": True} if pdl else {}
+    if tiles.warps == 8 and tiles.tile_m <= 16:  # leaves room beside the kernel before, for W to arrive meanwhile
+        options["maxnreg"] = 112
     _linear_int4_gluon_kernel[(min(num_sms, units),)](
         _descriptor(x, tiles.tile_m, width, gl.bfloat16), _descriptor(weight.words, rows, width, gl.int16),
         weight.scales, zeros, weight.words if bias is None else bias, out, units, tiles_m, weight.num_outputs, num_rows,
