@@ -23,7 +23,7 @@ from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
-from baton.models.cuda.products import Policy, Products, shape_of
+from baton.models.cuda.products import PADDING, Policy, Products, Rows, shape_of
 from baton.models.families import SILU
 from baton.models.layers import LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies
@@ -36,7 +36,8 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 @dataclass(frozen=True, slots=True)
 class Activations:
-    """Memory of a step of up to `rows` tokens, of which up to `drawn` draw; steps follow one another in it."""
+    """Memory of a step of up to `rows` tokens, of which up to `drawn` draw; steps follow one another in it.
+    PADDING more rows are of use to products alone."""
 
     residual: torch.Tensor  # [rows, hidden]
     normed: torch.Tensor  # [rows, hidden]
@@ -51,6 +52,8 @@ class Activations:
 
     @classmethod
     def make(cls, config: ModelConfig, rows: int, drawn: int, dtype: torch.dtype, device: str) -> Activations:
+        rows += PADDING
+
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)  # padding is computed too, and must be finite
 
@@ -243,11 +246,16 @@ class _StepOps:
         self._normed, self._mixed = act.normed[:num_tokens], act.mixed[:num_tokens]
         self._gated, self._flat = act.gated[:num_tokens], self._attended.view(num_tokens, -1)
 
-    def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
-        rms_norm(self._residual, weight, self._eps, self._normed, pdl=self._step.pdl)
-        return self._normed
+    def norm(self, weight: torch.Tensor, reader: Linear) -> Rows:
+        out = self._for(reader)
+        rms_norm(self._residual, weight, self._eps, out, pdl=self._step.pdl)
+        return out
 
-    def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor | None:
+    def _for(self, reader: Linear) -> Rows:
+        """Where what `reader` multiplies next belongs."""
+        return self._products.codes_for(reader, len(self._residual)) or self._normed
+
+    def attention(self, index: int, layer: LayerWeights, x: Rows) -> torch.Tensor | None:
         qkv = self._products(layer.attention.qkv, x, self._qkv, pdl=self._step.pdl)
         self._rope_and_write(index, qkv, self._query)
         drawn = self._step.drawn if index == self._last else None
@@ -265,26 +273,34 @@ class _StepOps:
         self._residual = torch.index_select(self._residual, 0, drawn, out=act.last[:count])
         self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
 
-    def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
+    def mlp(self, layer: LayerWeights, x: Rows) -> torch.Tensor:
         if layer.shape.mlp.activation == SILU:
-            self._products.gated(layer.mlp.gate_up, x, self._gated, pdl=self._step.pdl)
+            gated = self._products.gated(layer.mlp.gate_up, x, self._gated, layer.mlp.down, pdl=self._step.pdl)
         else:
-            wide = self._act.wide[: len(x)]
+            wide = self._act.wide[: len(self._residual)]
             self._products.whole(layer.mlp.gate_up, x, wide, pdl=self._step.pdl)
-            gelu_tanh_and_mul(wide, self._gated, pdl=self._step.pdl)
-        return self._products(layer.mlp.down, self._gated, self._mixed, pdl=self._step.pdl)
+            gated = self._products.codes_for(layer.mlp.down, len(wide)) or self._gated
+            gelu_tanh_and_mul(wide, gated, pdl=self._step.pdl)
+        return self._products(layer.mlp.down, gated, self._mixed, pdl=self._step.pdl)
 
     def add_and_norm(
         self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
-    ) -> torch.Tensor:
-        return self.finish(added, output_norm, weight)
+    ) -> Rows:
+        out = self._for(reader)
+        self._add_and_norm(added, output_norm, weight, out)
+        return out
 
     def finish(self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+        self._add_and_norm(added, output_norm, weight, self._normed)
+        return self._normed
+
+    def _add_and_norm(
+        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, out: Rows
+    ) -> None:
         if output_norm is not None:
             rms_norm(added, output_norm, self._eps, self._mixed, pdl=self._step.pdl)
             added = self._mixed
-        add_rms_norm(added, self._residual, weight, self._eps, self._normed, pdl=self._step.pdl)
-        return self._normed
+        add_rms_norm(added, self._residual, weight, self._eps, out, pdl=self._step.pdl)
 
 
 def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:

@@ -1,10 +1,12 @@
 """Which kernel does each matrix product of a step, by the format of its weight and the number of rows.
 
-`products` asks by format, `policy` says how many rows run how; a format is a file with a class that follows
-`products.FormatProducts`: `dense` for plain numbers, `dequantised` for weights that no kernel reads yet.
+`products` asks by format, `policy` says how many rows run how. A format is a file with a class that follows
+`products.FormatProducts`: `dense` for plain numbers, `dequantised` for weights that no kernel reads; `scaled`, for
+codes of 8 bits, also takes rows in codes.
 """
 
 from baton.models.cuda.products.policy import (
+    PADDING,
     TABLED_ROWS,
     Policy,
     fastest,
@@ -12,6 +14,17 @@ from baton.models.cuda.products.policy import (
     shape_of,
     untuned,
 )
-from baton.models.cuda.products.products import FormatProducts, Products
+from baton.models.cuda.products.products import FormatProducts, Products, Rows
 
-__all__ = ["TABLED_ROWS", "FormatProducts", "Policy", "Products", "fastest", "invariant", "shape_of", "untuned"]
+__all__ = [
+    "PADDING",
+    "TABLED_ROWS",
+    "FormatProducts",
+    "Policy",
+    "Products",
+    "Rows",
+    "fastest",
+    "invariant",
+    "shape_of",
+    "untuned",
+]

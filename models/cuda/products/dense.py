@@ -15,7 +15,7 @@ from baton.kernels.triton import linear_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_policy import ProductShape
-from baton.models.cuda.products.policy import TABLED_ROWS, Policy, shape_of
+from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, shape_of
 from baton.node.errors import InvariantBroken
 
 GatedProduct = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -35,7 +35,7 @@ class DenseProducts:
         parts = max((tiles.splits * size for tiles, size in found if tiles and tiles.splits > 1), default=0)
         inner = max((shape.outputs for shape in shapes if shape.fused), default=0)
         self._parts = torch.empty(parts, dtype=torch.float32, device=device)
-        self._wide = torch.empty(max_rows * 2 * inner, dtype=dtype, device=device)
+        self._wide = torch.empty((max_rows + PADDING) * 2 * inner, dtype=dtype, device=device)
         self._by_gluon = _gluon_product(dtype, device)
 
     def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
@@ -68,9 +68,13 @@ class DenseProducts:
         if self._by_gluon and gate_up.bias is None and linear_policy.gated_by_gluon(m, shape):
             self._by_gluon(x, _dense(gate_up), out)
             return
-        wide = self._wide[: m * 2 * shape.outputs].view(m, 2 * shape.outputs)
+        wide = self.wide(m, 2 * shape.outputs)
         self.whole(gate_up, x, wide, pdl=pdl)
         silu_and_mul(wide, out, pdl=pdl)
+
+    def wide(self, num_rows: int, width: int) -> torch.Tensor:
+        """[num_rows, width] for gate and up, valid until the next asks; with memory for PADDING more rows behind it."""
+        return self._wide[: num_rows * width].view(num_rows, width)
 
     def _plain(self, weights: Linear, x: torch.Tensor, out: torch.Tensor) -> None:
         if weights.bias is None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from baton.kernels import Linear
-from baton.kernels.triton import int4_policy, linear_policy
+from baton.kernels.triton import int4_policy, linear_8bit_policy, linear_policy
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.node.errors import SettingsError
 
@@ -16,10 +16,16 @@ TABLED_ROWS = (1, 16, 32, 64, 128, 256)
 cut into tiles of so many."""
 
 
+PADDING = 4
+"""Rows of memory behind what a step computes, for products that take a multiple of so many."""
+
+
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The policy of speed."""
     if shape.weight_format.startswith(int4_policy.PREFIX):
         return int4_policy.fastest(num_rows, shape)
+    if shape.weight_format in linear_8bit_policy.FORMATS:
+        return linear_8bit_policy.fastest(num_rows, shape)
     return linear_policy.fastest(num_rows, shape)
 
 
@@ -30,6 +36,8 @@ def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     """
     if shape.weight_format.startswith(int4_policy.PREFIX):
         return int4_policy.invariant(num_rows, shape)
+    if shape.weight_format in linear_8bit_policy.FORMATS:
+        return linear_8bit_policy.invariant(num_rows, shape)
     return linear_policy.invariant(min(num_rows, TABLED_ROWS[-1]), shape) or untuned(num_rows, shape)
 
 

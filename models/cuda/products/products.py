@@ -9,11 +9,18 @@ import torch
 
 from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import int4_policy
+from baton.kernels.triton.linear_8bit_policy import FORMATS
 from baton.kernels.triton.linear_policy import ProductShape
+from baton.kernels.triton.quantise import CodedRows
 from baton.models.cuda.products.dense import DenseProducts
 from baton.models.cuda.products.dequantised import DequantisedProducts
 from baton.models.cuda.products.grouped import GroupedProducts
 from baton.models.cuda.products.policy import Policy
+from baton.models.cuda.products.scaled import ScaledProducts
+from baton.node.errors import InvariantBroken
+
+Rows = torch.Tensor | CodedRows
+"""[M, K]"""
 
 
 class FormatProducts(Protocol):
@@ -49,12 +56,45 @@ class Products:
             grouped = GroupedProducts(policy, dequantised, max_rows, of_4_bits, device)
             self._by_format |= {shape.weight_format: grouped for shape in of_4_bits}
         self._by_format[DenseLinear.weight_format] = dense
+        self._scaled = {
+            each: ScaledProducts(policy, max_rows, of_format, dense, dequantised, dtype, device)
+            for each in FORMATS
+            if multiplies_bytes(device) and (of_format := [shape for shape in others if shape.weight_format == each])
+        }
 
-    def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
-        return self._by_format[weights.weight_format](weights, x, out, pdl=pdl)
+    def codes_for(self, reader: Linear, num_rows: int) -> CodedRows | None:
+        """Where rows belong that `reader` multiplies next; None: it wants them plain."""
+        products = self._scaled.get(reader.weight_format)
+        return None if products is None else products.codes_for(reader, num_rows)
 
-    def whole(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
-        self._by_format[weights.weight_format].whole(weights, x, out, pdl=pdl)
+    def __call__(self, weights: Linear, x: Rows, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+        """As FormatProducts; x is what `codes_for` says."""
+        if (products := self._scaled.get(weights.weight_format)) is not None:
+            return products(weights, x, out, pdl=pdl)
+        return self._by_format[weights.weight_format](weights, plain(x), out, pdl=pdl)
 
-    def gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
-        self._by_format[gate_up.weight_format].gated(gate_up, x, out, pdl=pdl)
+    def whole(self, weights: Linear, x: Rows, out: torch.Tensor, *, pdl: bool) -> None:
+        """As FormatProducts; x is what `codes_for` says."""
+        if (products := self._scaled.get(weights.weight_format)) is not None:
+            products.whole(weights, x, out, pdl=pdl)
+        else:
+            self._by_format[weights.weight_format].whole(weights, plain(x), out, pdl=pdl)
+
+    def gated(self, gate_up: Linear, x: Rows, out: torch.Tensor, reader: Linear | None = None, *, pdl: bool) -> Rows:
+        """silu(gate) * up as `reader` multiplies it next: `out`, or codes. Without a reader always `out`."""
+        if (products := self._scaled.get(gate_up.weight_format)) is not None:
+            return products.gated(gate_up, x, out, reader, pdl=pdl)
+        self._by_format[gate_up.weight_format].gated(gate_up, plain(x), out, pdl=pdl)
+        return out
+
+
+def plain(x: Rows) -> torch.Tensor:
+    """Rows that are not in codes."""
+    if not isinstance(x, torch.Tensor):
+        raise InvariantBroken("rows in codes were given to a product of plain ones")
+    return x
+
+
+def multiplies_bytes(device: str) -> bool:
+    """Whether the kernels for bytes run: on Hopper and later, and in Triton's interpreter."""
+    return not device.startswith("cuda") or torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,0 +1,158 @@
+"""Products with weights of 8 bits, FP8 and INT8: bytes by bytes, with rows in codes, where that is fastest.
+
+Few rows are linear_8bit's, by the policy's tiles. Many rows of FP8 are cuBLAS's; of INT8 weights are dequantised. Rows
+that neither a norm nor an activation put into codes are put into codes here. All rows in codes share memory, since each
+is read by the next product alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+
+from baton.kernels import Linear, ScaledLinear
+from baton.kernels.triton.activation import silu_and_mul
+from baton.kernels.triton.linear_8bit import linear_8bit
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.quantise import RUN, CodedRows, quantise
+from baton.models.cuda.products.dense import DenseProducts
+from baton.models.cuda.products.dequantised import DequantisedProducts
+from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, invariant, shape_of
+from baton.node.errors import InvariantBroken
+
+CUBLAS_WIDTH = 16
+"""cuBLAS multiplies bytes of matrices whose sizes are multiples of this."""
+
+
+class ScaledProducts:
+    """With weights of one format, for up to max_rows rows; not for two steps at a time."""
+
+    def __init__(
+        self,
+        policy: Policy,
+        max_rows: int,
+        shapes: Sequence[ProductShape],
+        dense: DenseProducts,
+        dequantised: DequantisedProducts,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        """shapes: of all products that will be asked for, of one format."""
+        self._policy, self._dense, self._dequantised = policy, dense, dequantised
+        weight_format = shapes[0].weight_format
+        self._code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
+        self._run = RUN if weight_format == "fp8_block" else 0
+        self._by_cublas = policy is not invariant and _cublas_multiplies(weight_format, dtype, device)
+        self._fused = {(shape.outputs, shape.inputs) for shape in shapes if shape.fused}
+        rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
+        found = [(policy(m, shape), m * shape.outputs) for m in rows for shape in shapes]
+        parts = max((tiles.splits * size for tiles, size in found if tiles and tiles.splits > 1), default=0)
+        widest = max(shape.inputs for shape in shapes)
+        padded = -(-max_rows // PADDING) * PADDING
+        self._parts = torch.empty(parts, dtype=torch.float32, device=device)
+        # Zeros: padding is multiplied too, and must be finite.
+        self._codes = torch.zeros(padded * widest, dtype=torch.int8, device=device).view(self._code_type)
+        self._scales = torch.zeros(padded * (widest // RUN if self._run else 1), device=device)
+
+    def codes_for(self, reader: Linear, num_rows: int) -> CodedRows | None:
+        """Where the rows belong that `reader` multiplies next; None: it wants them plain."""
+        tiles = self._tiles(reader, num_rows)
+        if tiles.tile_m == 0 if tiles is not None else not self._fits_cublas(reader):
+            return None
+        k = reader.num_inputs
+        codes = self._codes[: num_rows * k].view(num_rows, k)
+        if not self._run:
+            return CodedRows(codes, self._scales[:num_rows])
+        padded = -(-num_rows // PADDING) * PADDING
+        return CodedRows(codes, self._scales[: padded * (k // self._run)].view(-1, padded))
+
+    def __call__(self, weights: Linear, x: torch.Tensor | CodedRows, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
+        m, shape = len(out), shape_of(weights)
+        tiles = self._policy(m, shape)
+        if tiles is not None and tiles.splits > 1:
+            out = self._parts[: tiles.splits * m * shape.outputs].view(tiles.splits, m, shape.outputs)
+        self._multiply(weights, x, tiles, out, pdl)
+        return out
+
+    def whole(self, weights: Linear, x: torch.Tensor | CodedRows, out: torch.Tensor, *, pdl: bool) -> None:
+        tiles = self._policy(len(out), shape_of(weights))
+        self._multiply(weights, x, None if tiles is None else replace(tiles, splits=1), out, pdl)
+
+    def gated(
+        self,
+        gate_up: Linear,
+        x: torch.Tensor | CodedRows,
+        out: torch.Tensor,
+        reader: Linear | None = None,
+        *,
+        pdl: bool,
+    ) -> torch.Tensor | CodedRows:
+        """silu(gate) * up as `reader` wants it: in codes, or in `out`."""
+        m, shape = len(out), shape_of(gate_up, fused=True)
+        tiles = self._policy(m, shape) if gate_up.bias is None else None
+        if tiles is not None:
+            self._multiply(gate_up, x, tiles, out, pdl, fused=True)
+            return out
+        wide = self._dense.wide(m, 2 * shape.outputs)
+        self.whole(gate_up, x, wide, pdl=pdl)
+        codes = None
+        if reader is not None and reader.weight_format == gate_up.weight_format:
+            codes = self.codes_for(reader, m)
+        gated = out if codes is None else codes
+        silu_and_mul(wide, gated, pdl=pdl)
+        return gated
+
+    def _tiles(self, weights: Linear, num_rows: int) -> Tiles | None:
+        """Of the product that is done, be it of gate and up together."""
+        fused = (weights.num_outputs // 2, weights.num_inputs) in self._fused and weights.bias is None
+        tiles = self._policy(num_rows, shape_of(weights, fused=True)) if fused else None
+        return tiles or self._policy(num_rows, shape_of(weights))
+
+    def _multiply(
+        self,
+        weights: Linear,
+        x: torch.Tensor | CodedRows,
+        tiles: Tiles | None,
+        out: torch.Tensor,
+        pdl: bool,
+        fused: bool = False,
+    ) -> None:
+        if not isinstance(weights, ScaledLinear):
+            raise InvariantBroken(f"{weights.weight_format} is no format of 8 bits")
+        if isinstance(x, torch.Tensor) and (codes := self.codes_for(weights, len(x))) is not None:
+            quantise(x, codes, pdl=pdl)
+            x = codes
+        if tiles is not None:
+            linear_8bit(x, weights.codes, weights.scales, weights.bias, tiles, out, fused=fused, pdl=pdl)
+        elif isinstance(x, CodedRows):
+            self._by_scaled_mm(weights, x, out)
+        else:
+            self._dequantised.whole(weights, x, out, pdl=pdl)
+
+    def _fits_cublas(self, weights: Linear) -> bool:
+        return self._by_cublas and weights.num_inputs % CUBLAS_WIDTH == weights.num_outputs % CUBLAS_WIDTH == 0
+
+    def _by_scaled_mm(self, weights: ScaledLinear, x: CodedRows, out: torch.Tensor) -> None:
+        """With scales of runs, rows are added up to a multiple of PADDING: what lies behind x's and out's."""
+        rows, k = x.codes.shape
+        if self._run:
+            rows = x.scales.shape[1]
+            codes, scales, of_weight = self._codes[: rows * k].view(rows, k), x.scales.t(), weights.scales.t()
+        else:
+            codes, scales, of_weight = x.codes, x.scales[:, None], weights.scales[None, :]
+        padded = out.as_strided((rows, weights.num_outputs), (weights.num_outputs, 1))
+        torch._scaled_mm(
+            codes, weights.codes.t(), scales, of_weight, out_dtype=out.dtype, use_fast_accum=not self._run, out=padded
+        )
+        if weights.bias is not None:
+            out.add_(weights.bias)
+
+
+def _cublas_multiplies(weight_format: str, dtype: torch.dtype, device: str) -> bool:
+    """Scales of blocks are for Hopper alone."""
+    if not device.startswith("cuda") or dtype != torch.bfloat16 or weight_format == "int8_row":
+        return False
+    capability = torch.cuda.get_device_capability(device)
+    return capability == (9, 0) if weight_format == "fp8_block" else capability >= (9, 0)

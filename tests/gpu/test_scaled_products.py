@@ -1,0 +1,105 @@
+"""Products with weights of 8 bits on a GPU, with the shapes of an 8B model: few rows, and many by cuBLAS."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.kernels import ScaledLinear, reference
+from baton.kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, O_8B, QKV_8B, Tiles
+from baton.models.cuda.products import Products, fastest, invariant, shape_of
+from baton.tests.unit.kernels import checks_8bit as checks
+from baton.tests.unit.kernels.kernel_checks import error, poison, randn
+
+pytestmark = pytest.mark.gpu
+
+GPU, BF16 = "cuda", torch.bfloat16
+FORMATS = {"fp8_row": checks.FP8, "fp8_block": checks.FP8, "int8_row": checks.INT8}
+
+
+def linear(weight_format: str, outputs: int, inputs: int, biased: bool = False) -> ScaledLinear:
+    rows, columns = (128, 128) if weight_format == "fp8_block" else (1, inputs)
+    weight = randn((outputs, inputs), torch.float32, GPU, 1).mul_(inputs**-0.5)
+    codes, scales, _ = checks.quantised(weight, FORMATS[weight_format], rows, columns)
+    bias = randn((outputs,), BF16, GPU, 2) if biased else None
+    return ScaledLinear(codes, scales.flatten() if rows == 1 else scales, rows, columns, bias)
+
+
+def fake(x: torch.Tensor, weight_format: str) -> torch.Tensor:
+    """What codes of x stand for."""
+    width = 128 if weight_format == "fp8_block" else x.shape[1]
+    codes, scales = reference.quantise(x, FORMATS[weight_format], width)
+    return codes.double() * scales.double().t().repeat_interleave(width, 1)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_products_are_those_of_rows_in_codes(weight_format):
+    """Guards against another layout of scales in cuBLAS, rows that it adds up to a multiple of four, and a bias."""
+    qkv, down = linear(weight_format, *QKV_8B[:2], biased=True), linear(weight_format, *DOWN_8B[:2])
+    gate_up = linear(weight_format, 2 * GATE_UP_8B.outputs, GATE_UP_8B.inputs)
+    shapes = [shape_of(qkv), shape_of(down), shape_of(gate_up, fused=True)]
+    products = Products(fastest, 2048, shapes, BF16, GPU)
+    wide = {each: each.dequantised(torch.float64) for each in (qkv, down, gate_up)}
+    for rows in (1, 2, 16, 33, 64, 100, 128, 129, 301, 2048):
+        room = poison((rows + 4, 28672), BF16, GPU).flatten()
+        for weights in (qkv, down):
+            x = randn((rows, weights.num_inputs), BF16, GPU, rows)
+            coded = products.codes_for(weights, rows) is not None
+            exact = (fake(x, weight_format) if coded else x.double()) @ wide[weights].t()
+            exact += 0.0 if weights.bias is None else weights.bias.double()
+            out = products(weights, x, room[: rows * weights.num_outputs].view(rows, -1), pdl=rows <= 128)
+            found = out.double().sum(0) if out.dim() == 3 else out
+            assert error(found, exact) < 4e-3, (rows, weights.num_outputs, coded)
+        x = randn((rows, gate_up.num_inputs), BF16, GPU, rows)
+        coded = products.codes_for(gate_up, rows) is not None
+        gate, up = ((fake(x, weight_format) if coded else x.double()) @ wide[gate_up].t()).chunk(2, -1)
+        gated = products.gated(gate_up, x, room[: rows * 14336].view(rows, -1), down, pdl=rows <= 128)
+        exact = F.silu(gate) * up
+        out = products(down, gated, poison((rows + 4, 4096), BF16, GPU)[:rows], pdl=rows <= 128)
+        found = out.double().sum(0) if out.dim() == 3 else out
+        if products.codes_for(down, rows) is not None:
+            exact = fake(exact.float(), weight_format)
+        assert error(found, exact @ wide[down].t()) < 1e-2, (rows, "gated")
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_a_deterministic_row_does_not_depend_on_the_others(weight_format):
+    """Guards against another order of a sum in other tiles."""
+    o = linear(weight_format, *O_8B[:2])
+    gate_up = linear(weight_format, 2 * GATE_UP_8B.outputs, GATE_UP_8B.inputs)
+    products = Products(invariant, 300, [shape_of(o), shape_of(gate_up, fused=True)], BF16, GPU)
+    x = randn((300, 4096), BF16, GPU)
+    rows = (1, 16, 17, 64, 128, 300)
+    summed = [products(o, x[:m], poison((m, 4096), BF16, GPU), pdl=False).clone() for m in rows]
+    assert all(torch.equal(each[..., :1, :], summed[0]) for each in summed)
+    gated = [products.gated(gate_up, x[:m], poison((m, 14336), BF16, GPU), pdl=False)[:1].clone() for m in rows]
+    assert all(torch.equal(each, gated[0]) for each in gated)
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("code_type", [checks.FP8, checks.INT8])
+def test_kernels(code_type, pdl):
+    """The checks of tests/unit/kernels with the shapes of an 8B model: what the matrix unit sums has 14 bits."""
+    tolerance = 3e-3 if code_type == checks.FP8 else 1e-5
+    for blocked, runs in ((False, False), (False, True), (True, True)):
+        for tiles in (Tiles(64, 128, 16, 6, 4), Tiles(64, 256, 16, 4, 2), Tiles(128, 128, 64, 4, 1, 8)):
+            checks.check_linear_8bit(
+                GPU, code_type, 33, 4096, 4096, tiles, blocked=blocked, runs=runs, pdl=pdl, tolerance=tolerance
+            )
+    for blocked in (False, True):
+        for fused in (False, True):
+            checks.check_linear_8bit(
+                GPU, code_type, 1, 4096, 4096, Tiles(4, 2048, 0, 1, 1), blocked=blocked, fused=fused, pdl=pdl
+            )
+
+
+@pytest.mark.parametrize("code_type", [checks.FP8, checks.INT8])
+@pytest.mark.parametrize("run", [0, 128])
+def test_codes(code_type, run):
+    """Guards against a GPU's division or rounding that is not the reference's."""
+    checks.check_quantise(GPU, code_type, BF16, 300, 4096, run)
+    checks.check_norm_in_codes(GPU, code_type, 300, 4096, run)
+    checks.check_silu_in_codes(GPU, code_type, 65, 14336, run)
