@@ -22,7 +22,9 @@ DEMO_MODEL = "demo"
 LINE_EVERY_S = 5.0
 """Between two lines about a download."""
 
-FETCHED = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model")
+TEXT_FILES = ("*.json", "*.jinja", "tokenizer.model")
+"""All that a proxy needs: configuration, tokenizer, chat template."""
+FETCHED = (*TEXT_FILES, "*.safetensors")
 NOT_FETCHED = ("consolidated*", "original/*", "onnx/*")
 """Second copies of the weights in the formats of other programs."""
 
@@ -37,11 +39,12 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _logger = logging.getLogger(__name__)
 
 
-def locate_model(name: str, report: Callable[[str], None] | None = None) -> Path:
+def locate_model(name: str, report: Callable[[str], None] | None = None, *, weights: bool = True) -> Path:
     """The folder of model `name`: "demo", a folder that holds config.json, or a hub id `org/name` (downloaded once).
 
     Raises SettingsError where there is none, with what to do about it. Blocks as long as a download takes, and shows
-    the hub's progress bars; where stderr is no terminal, `report` gets a line every few seconds instead.
+    the hub's progress bars; where stderr is no terminal, `report` gets a line every few seconds instead. Without
+    `weights`, a download leaves them out.
     """
     if name == DEMO_MODEL:
         return _checked(_demo_folder())
@@ -53,7 +56,7 @@ def locate_model(name: str, report: Callable[[str], None] | None = None) -> Path
         raise SettingsError(f"model {name!r} is a file: a Hugging Face model folder is needed{more}")
     if not _HUB_ID.fullmatch(name):
         raise SettingsError(f"model {name!r}: no such folder, and not a hub id either (those look like org/name)")
-    return _checked(_download(name, report))
+    return _checked(_download(name, report, FETCHED if weights else TEXT_FILES))
 
 
 def _demo_folder() -> Path:
@@ -68,7 +71,7 @@ def _checked(folder: Path) -> Path:
     return folder
 
 
-def _download(hub_id: str, report: Callable[[str], None] | None) -> Path:
+def _download(hub_id: str, report: Callable[[str], None] | None, wanted: tuple[str, ...]) -> Path:
     """Fetch what is missing of `hub_id` into the hub's own cache."""
     # Imported here: it takes a third of a second and 30 MB, which only a download needs.
     from huggingface_hub import snapshot_download
@@ -77,7 +80,7 @@ def _download(hub_id: str, report: Callable[[str], None] | None) -> Path:
     log_event(_logger, "model_download", model=hub_id)
     try:
         with nullcontext() if report is None or sys.stderr.isatty() else _DownloadLines(hub_id, report):
-            folder = snapshot_download(hub_id, allow_patterns=list(FETCHED), ignore_patterns=list(NOT_FETCHED))
+            folder = snapshot_download(hub_id, allow_patterns=list(wanted), ignore_patterns=list(NOT_FETCHED))
     except GatedRepoError:
         reason = "its licence must be accepted on the hub first, and HF_TOKEN set to a token of that account"
     except RepositoryNotFoundError:

@@ -75,7 +75,7 @@ async def serve(settings: ProxySettings) -> int:
     require_loopback(settings.host, settings.insecure_network)
     credentials = link_credentials("proxy", settings.secret_file, settings.insecure_network)
     check_files(settings)
-    folder = locate_model(settings.model, logger.info)
+    folder = locate_model(settings.model, logger.info, weights=False)
     text = ModelText(folder, tool_format=settings.tool_format, reasoning_format=settings.reasoning_format)
     listener = _listen(settings.host, settings.port, shared=settings.proxies > 1)
     name, *aliases = settings.served_model_name or (_name_of(settings.model),)

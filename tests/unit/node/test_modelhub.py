@@ -93,6 +93,26 @@ def test_a_download_is_lines_where_there_is_no_terminal(tmp_path: Path, monkeypa
     assert not hub.utils.are_progress_bars_disabled()
 
 
+@pytest.mark.parametrize("weights", [False, True])
+def test_weights_are_fetched_where_they_are_needed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, weights: bool
+) -> None:
+    """Guards against a proxy on a host of its own that downloads gigabytes to read a tokenizer."""
+    hub = pytest.importorskip("huggingface_hub")
+    (tmp_path / "config.json").write_text("{}")
+    asked: list[str] = []
+
+    def download(hub_id: str, *, allow_patterns: list[str], **_: object) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr(hub, "snapshot_download", download)
+    monkeypatch.chdir(tmp_path)
+    assert locate_model("some-org/some-model", weights=weights).samefile(tmp_path)
+    assert any(fnmatch("model-00001-of-00002.safetensors", pattern) for pattern in asked) == weights
+    assert all(any(fnmatch(name, each) for each in asked) for name in ("tokenizer.json", "chat_template.jinja"))
+
+
 def test_a_model_in_the_hubs_cache_needs_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards offline use: a downloaded model starts without network."""
     constants = pytest.importorskip("huggingface_hub.constants")
