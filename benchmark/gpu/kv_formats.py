@@ -20,7 +20,7 @@ from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.benchmark.harness.shapes import SHAPES
 from baton.kernels.triton import decode_attention, prefill_attention, prefill_gluon
-from baton.kernels.triton.decode_plan import split_plan
+from baton.kernels.triton.decode_plan import FP8_AIM, split_plan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.pool import PagedPool
 from baton.models.config import ModelConfig
@@ -37,9 +37,9 @@ def paged(pool: RandomKv) -> PagedPool:
     return PagedPool.of(data, scales if static is None else static.to(GPU))
 
 
-def decode_calls(pool: PagedPool, rows: int, length: int) -> list[Call]:
+def decode_calls(pool: PagedPool, rows: int, length: int, aim: int) -> list[Call]:
     """A call a layer."""
-    plan = split_plan(rows, KV_HEADS, torch.cuda.get_device_properties(0).multi_processor_count)
+    plan = split_plan(rows, KV_HEADS, torch.cuda.get_device_properties(0).multi_processor_count, aim)
     query, out = randn(rows, HEADS, DIM), randn(rows, HEADS, DIM)
     lengths = torch.full((rows,), length, dtype=torch.int32, device=GPU)
     tables = torch.randperm(len(pool.tensor), device=GPU).int()[: rows * length // BLOCK_TOKENS].view(rows, -1)
@@ -84,7 +84,9 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--kv-dtype", default=",".join(KV_FORMATS), help="formats of KV, comma separated")
     parser.add_argument("--decode", default=DECODE_CELLS, help="rows x tokens, comma separated")
     parser.add_argument("--prefill", default=PREFILL_CELLS, help="new + cached tokens, comma separated")
+    parser.add_argument("--aims", default=str(FP8_AIM), help="programs of a multiprocessor in plans for FP8")
     options = parser.parse_args(argv)
+    aims = [int(aim) for aim in options.aims.split(",")]
     lines = JsonLines(options.output)
     config = ModelConfig.from_folder(SHAPES / "llama-3.1-8b")
     rows = [tuple(map(int, cell.split("x"))) for cell in options.decode.split(",") if cell]
@@ -94,11 +96,12 @@ def main(argv: Sequence[str]) -> int:
     views = {name: paged(pool) for name, pool in pools.items()}
     lines.put("start", gpu=torch.cuda.get_device_name(), torch=torch.__version__)
     for count, length in rows:
-        took = medians({name: decode_calls(view, count, length) for name, view in views.items()})
-        for name, each in took.items():
+        plans = [(name, aim) for name, view in views.items() for aim in (aims if view.scales is not None else [1])]
+        took = medians({f"{name} {aim}": decode_calls(views[name], count, length, aim) for name, aim in plans})
+        for (name, aim), each in zip(plans, took.values(), strict=True):
             size = 2 * count * length * KV_HEADS * pools[name].key_bytes
             lines.put(
-                "decode_attention", kv_dtype=name, rows=count, length=length, us=round(each * 1e6, 2),
+                "decode_attention", kv_dtype=name, aim=aim, rows=count, length=length, us=round(each * 1e6, 2),
                 bytes_s=f"{size / each:.3e}",
             )  # fmt: skip
     for new, cached in prompts:

@@ -36,8 +36,7 @@ from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
-HEAD_BYTES = 256  # of the heads that plans are made for; of larger ones fewer tiles are in flight, of smaller ones more
-MOST_TILES = 2  # times the tiles that plans ask for
+HEAD_BYTES, FP8_HEAD_BYTES = 256, 128  # of the heads that plans are made for; of larger ones fewer tiles are in flight
 FP8_DIM = 64  # elements of the smallest heads whose words fill matrix instructions
 INTERPRETED = triton.knobs.runtime.interpret
 MERGED_ELEMENTS = 8192  # of partial results that a merging program holds at once: 64 registers a thread
@@ -238,8 +237,9 @@ def decode_attention(
     group_block = triton.next_power_of_2(num_heads // kv_heads)
     dim_block = triton.next_power_of_2(head_dim)
     tma = block_tokens >= TILE and dim_block == head_dim
-    tile_bytes = max(HEAD_BYTES // MOST_TILES, dim_block * pool.tensor.element_size())
-    tiles = max(1, plan.num_stages // 2 * HEAD_BYTES // tile_bytes)
+    planned_bytes = HEAD_BYTES if pool.scales is None else FP8_HEAD_BYTES
+    head_bytes = max(planned_bytes, dim_block * pool.tensor.element_size())
+    tiles = max(1, plan.num_stages // 2 * planned_bytes // head_bytes)
     common = (
         block_tables,
         lengths,

@@ -104,6 +104,7 @@ def decode_fp8_attention_kernel(
     end = tl.load(chunk + END)
     first_part = tl.load(chunk + FIRST)
     end_part = first_part + tl.load(chunk + PARTS)
+    first = start
     if WINDOWED:  # noqa: SIM102 - compiled only for windows
         if start < end:
             first = tl.maximum(tl.load(length_ptr + row) - window, 0)
@@ -131,7 +132,7 @@ def decode_fp8_attention_kernel(
         if SCALES == STATIC_SCALES:
             score_units *= tl.load(scale_ptr + layer * 2 * KV_HEADS + kv_head)
         top = tl.full([ROWS], float("-inf"), tl.float32)
-        total = tl.zeros([ROWS], tl.float32)
+        total = tl.zeros([ROWS, TILE], tl.float32)  # summed at the end: warps would wait for each other in each tile
         sums_0 = tl.zeros([ROWS, WORDS], tl.float32)
         sums_1 = tl.zeros([ROWS, WORDS], tl.float32)
         sums_2 = tl.zeros([ROWS, WORDS], tl.float32)
@@ -163,7 +164,7 @@ def decode_fp8_attention_kernel(
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - new_top[:, None])
             shrink = tl.exp2(top - new_top)
-            total = total * shrink + tl.sum(weights, 1)
+            total = total * shrink[:, None] + weights
             if SCALES == TOKEN_SCALES:
                 weights *= tl.minimum(value_scales * WEIGHT_UNIT, MOST)[None, :]
             weights = weights.to(tl.float16)
@@ -173,6 +174,7 @@ def decode_fp8_attention_kernel(
             sums_2 = tl.dot(weights, value_2, sums_2 * shrink[:, None])
             sums_3 = tl.dot(weights, value_3, sums_3 * shrink[:, None])
             top = new_top
+        all_weights = tl.sum(total, 1)
         unit_of_sums = 1.0 / WEIGHT_UNIT
         if SCALES == STATIC_SCALES:
             unit_of_sums = tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
@@ -185,7 +187,7 @@ def decode_fp8_attention_kernel(
             tl.store(parts_at + 3, sums_3 * unit_of_sums, mask=inside)
             softmax_at = softmax_ptr + (base + number) * 2 * GROUP + head
             tl.store(softmax_at, top, mask=head < GROUP)
-            tl.store(softmax_at + GROUP, total, mask=head < GROUP)
+            tl.store(softmax_at + GROUP, all_weights, mask=head < GROUP)
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
             if before == end_part - first_part - 1:
@@ -196,7 +198,7 @@ def decode_fp8_attention_kernel(
                 )  # fmt: skip
         else:
             out_at = out_ptr + heads_at + head[:, None] * DIM + element[None, :]
-            units = (unit_of_sums / total)[:, None]
+            units = (unit_of_sums / all_weights)[:, None]
             tl.store(out_at, (sums_0 * units).to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(out_at + 1, (sums_1 * units).to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(out_at + 2, (sums_2 * units).to(out_ptr.dtype.element_ty), mask=inside)

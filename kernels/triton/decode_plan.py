@@ -9,6 +9,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TILE = 64  # keys that a program reads at a time; chunks are multiples of it
+FP8_AIM = 4
+"""Programs that a multiprocessor has at once over 8-bit floats. One takes longer to widen a tile than the memory to
+bring it, and waits in between: several do both at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +30,21 @@ class DecodePlan:
     chunk_tokens: int = 0
 
 
-def split_plan(num_rows: int, kv_heads: int, num_sms: int) -> DecodePlan:
+def split_plan(num_rows: int, kv_heads: int, num_sms: int, aim: int = 1) -> DecodePlan:
     """The fast plan for up to num_rows sequences of any length.
 
     As many chunks as multiprocessors, or whole sequences where these are more: the optima measured in whole steps
-    (docs/benchmarks/kernels.md). To cut them further, so that the last wave is full, costs more than it gives.
+    (docs/benchmarks/kernels.md). To cut them further, so that the last wave is full, costs more than it gives. `aim`
+    times as many of 8-bit floats.
     """
     programs = num_rows * kv_heads
-    splits = max(1, num_sms // programs)
-    return DecodePlan((splits + 1) * num_rows, _stages(programs * splits, num_sms), splits)
+    splits = max(1, aim * num_sms // programs)
+    return DecodePlan((splits + 1) * num_rows, _stages(programs * splits, num_sms, aim), splits)
 
 
-def fixed_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int, chunk_tokens: int = 512) -> DecodePlan:
+def fixed_plan(
+    num_rows: int, kv_heads: int, max_tokens: int, num_sms: int, chunk_tokens: int = 512, aim: int = 1
+) -> DecodePlan:
     """The plan whose results do not depend on the batch: chunks of one size, whatever the rows and their lengths.
 
     Only how many tiles are in flight depends on the rows, and no sum depends on that (checked bit for bit on an H200).
@@ -46,13 +52,15 @@ def fixed_plan(num_rows: int, kv_heads: int, max_tokens: int, num_sms: int, chun
     if chunk_tokens % TILE:
         raise ValueError(f"chunk_tokens {chunk_tokens} is not a multiple of {TILE}")
     num_chunks = num_rows * -(-max_tokens // chunk_tokens)
-    return DecodePlan(num_chunks, _stages(num_chunks * kv_heads, num_sms), chunk_tokens=chunk_tokens)
+    return DecodePlan(num_chunks, _stages(num_chunks * kv_heads, num_sms, aim), chunk_tokens=chunk_tokens)
 
 
-def _stages(programs: int, num_sms: int) -> int:
+def _stages(programs: int, num_sms: int, aim: int) -> int:
     """So deep that a multiprocessor holds as many programs as each has to, and no more: programs that start early,
     while kernels before them still run, would crowd on some while others stay empty. With heads of 256 bytes it holds
     one program of depth 9, two of 7, three of 5, five of 3. Four are held two at a time, so that those of unequal
-    sequences even out; of still more, many at a time do.
+    sequences even out; of still more, many at a time do. With heads of 128 bytes it holds two of 13, three of 9, and
+    four of 7.
     """
-    return {1: 9, 2: 7, 3: 5, 4: 7}.get(-(-programs // num_sms), 3)
+    held = -(-programs // num_sms)
+    return {1: 17, 2: 13, 3: 9}.get(held, 7) if aim > 1 else {1: 9, 2: 7, 3: 5, 4: 7}.get(held, 3)

@@ -113,9 +113,9 @@ def _rope_write_kernel(
         high = high * cos + low * sin
         low = turned
     if first_head < HEADS:
-        target = query_ptr + token * HEADS * DIM + head[:, None] * DIM
-        tl.store(target + low_place, low.to(query_ptr.dtype.element_ty), mask=inside)
-        tl.store(target + high_place, high.to(query_ptr.dtype.element_ty), mask=inside)
+        query = query_ptr + token * HEADS * DIM + head[:, None] * DIM
+        tl.store(query + low_place, low.to(query_ptr.dtype.element_ty), mask=inside)
+        tl.store(query + high_place, high.to(query_ptr.dtype.element_ty), mask=inside)
     else:
         slot = tl.load(slot_ptr + token).to(tl.int64)
         which = (first_head - HEADS) // KV_HEADS  # 0: key, 1: value

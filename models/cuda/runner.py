@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from baton.kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
-from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.decode_plan import FP8_AIM, DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows, prompt_logprobs
@@ -461,9 +461,10 @@ class CudaRunner:
 
     def _plan(self, num_rows: int, max_tokens: int) -> DecodePlan:
         kv_heads, num_sms = self.config.num_kv_heads, self.queue.num_sms
+        aim = FP8_AIM if self.kv_format.quantised else 1
         if self._limits.deterministic:
-            return fixed_plan(num_rows, kv_heads, max_tokens, num_sms)
-        return split_plan(num_rows, kv_heads, num_sms)
+            return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim)
+        return split_plan(num_rows, kv_heads, num_sms, aim)
 
     def _bind(self) -> _Bound:
         if self._bound is None:

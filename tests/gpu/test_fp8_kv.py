@@ -53,7 +53,7 @@ def test_decode_attention(heads, block_tokens, scales):
     for plan in (
         DecodePlan(9, 5, chunk_tokens=1024),
         DecodePlan(70, 5, splits=9),
-        split_plan(6, heads.key, 132),
+        split_plan(6, heads.key, 132, 4),
         fixed_plan(6, heads.key, 1024, 132, 64),
     ):
         checks.check_decode_attention(GPU, BF16, heads, lengths, block_tokens, plan, None, True, scales)

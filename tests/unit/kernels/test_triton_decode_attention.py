@@ -149,3 +149,11 @@ def test_plans_that_were_measured_best():
     """Guards against a rule that drifts from the measured optima, with 8 key heads."""
     assert [split_plan(rows, 8, 132).splits for rows in (1, 2, 8, 9, 16, 20, 256)] == [16, 8, 2, 1, 1, 1, 1]
     assert [split_plan(rows, 8, 132).num_stages for rows in (1, 16, 24, 32, 48, 64, 96)] == [9, 9, 7, 7, 5, 7, 3]
+
+
+def test_plans_for_fp8_fill_a_multiprocessor_several_times():
+    """Guards against one program a multiprocessor, which waits for its own arithmetic."""
+    plans = [split_plan(rows, 8, 132, 4) for rows in (1, 8, 16, 32, 64, 128)]
+    assert [plan.splits for plan in plans] == [66, 8, 4, 2, 1, 1]
+    assert [plan.num_stages for plan in plans] == [7] * 6
+    assert [split_plan(rows, 8, 132, 4).num_stages for rows in (40, 48)] == [9, 9]
