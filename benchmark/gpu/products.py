@@ -1,7 +1,8 @@
 """Products as a step makes them, by the format of their weights: time, and the rate at which the weights are read.
 
-Formats take turns shape by shape and row by row, so that a disturbance meets all alike. Behind a split product the time
-of summing its parts is not in: the kernel that reads them does that anyway.
+Formats take turns shape by shape and row by row, so that a disturbance meets all alike. Rows that a product takes in
+codes are so from the start, since the norm makes them. Behind a split product the time of summing its parts is not in:
+the kernel that reads them does that anyway.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from baton.benchmark.gpu.kernel_report import KernelReport
 from baton.benchmark.gpu.runners import PLAIN
 from baton.kernels import DenseLinear, GroupedLinear, Linear
 from baton.kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8B, QKV_8B, ProductShape
-from baton.models.cuda.products import Products, fastest, shape_of
+from baton.kernels.triton.quantise import quantise as put_in_codes
+from baton.models.cuda.products import PADDING, Products, fastest, shape_of
 from baton.models.places import WeightCut
 from baton.models.quantization.kept import Part, keep_quantised
 from baton.models.quantization.recipe import RECIPES
@@ -38,9 +40,12 @@ def products(report: KernelReport) -> None:
             for each, some in weights.items()
         }
         for rows in ROWS if name != "lm_head" else ROWS[:7]:
-            x, out = randn(rows, shape.inputs), randn(rows, shape.outputs)
+            x, out = randn(rows, shape.inputs), randn(rows + PADDING, shape.outputs)[:rows]
             for each, some in weights.items():
-                calls = [partial(call(made[each], shape), linear, x, out, pdl=rows <= 128) for linear in some]
+                given = made[each].codes_for(some[0], rows)
+                if given is not None:
+                    put_in_codes(x, given)
+                calls = [partial(call(made[each], shape), one, given or x, out, pdl=rows <= 128) for one in some]
                 report.moved("product", some[0].size_bytes, calls, name=name, rows=rows, quantization=each)
 
 
