@@ -2,7 +2,7 @@
 
 One JSON line a time on standard output, and appended to FILE; `error` is that of the fastest tiles against float64.
 Weights are rotated past the L2 cache, and a time is the median of replays of a graph, as in `kernels`. Kernels are
-compiled ahead on all cores. x is plain for one row; else in codes with scales of rows, or of runs of 128 inputs.
+compiled ahead on all cores. x is in codes with scales of rows, or of runs of 128 inputs.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class Cell:
     weight_format: str
     rows: int
     x: str
-    """plain, row or runs"""
+    """row or runs"""
     summed: int | None = None
 
     @property
@@ -69,20 +69,13 @@ class Cell:
         return {"name": self.name, "format": self.weight_format, "rows": self.rows, "x": self.x, "summed": self.summed}
 
     def exists(self) -> bool:
-        return (
-            (self.x != "plain" or self.rows == 1)
-            and (self.x != "row" or self.weight_format != "fp8_block")
-            and (self.summed is None or (self.x, self.weight_format) == ("row", "fp8_row"))
+        return (self.x != "row" or self.weight_format != "fp8_block") and (
+            self.summed is None or (self.x, self.weight_format) == ("row", "fp8_row")
         )
 
     def tiles(self) -> Iterator[Tiles]:
-        """Those that fit: for one row, or with as many stages as leave room for 1 to 4 programs a multiprocessor."""
+        """Those that fit, with as many stages as leave room for 1 to 4 programs a multiprocessor."""
         n, k, fused = self.shape.outputs, self.shape.inputs, self.shape.fused
-        if self.x == "plain":
-            for tile_n, tile_k, warps in ONE_ROW:
-                if k % tile_k == 0 and n % tile_n == 0:
-                    yield Tiles(tile_n, tile_k, 0, 1, 1, warps)
-            return
         tile_m = next((size for size in (16, 32, 64) if self.rows <= size), 128)
         for tile_n, tile_k, splits in product((64, 128), (128, 256), (1, 2, 4)):
             blocks = n // tile_n * splits
@@ -96,17 +89,11 @@ class Cell:
                     yield Tiles(tile_n, tile_k, tile_m, stages, splits, 8 if tile_n == 128 and tile_m >= 64 else 4)
 
 
-ONE_ROW = (
-    (1, 2048, 4), (1, 4096, 4), (1, 4096, 8), (2, 2048, 4), (2, 4096, 4), (2, 4096, 8), (4, 2048, 4), (4, 1024, 4),
-    (8, 1024, 4), (8, 1024, 8), (16, 512, 8), (8, 512, 4), (4, 4096, 8),
-)  # fmt: skip
-
-
 @dataclass(slots=True)
 class Operands:
     """Of one cell: several weights, one x, and where results go."""
 
-    x: torch.Tensor | CodedRows
+    x: CodedRows
     weights: list[tuple[torch.Tensor, torch.Tensor]]
     out: torch.Tensor
     """Of the call that ran last."""
@@ -116,13 +103,8 @@ class Operands:
         n, k = cell.shape.outputs * (2 if cell.shape.fused else 1), cell.shape.inputs
         scales = (n // BLOCK, k // BLOCK) if cell.weight_format == "fp8_block" else (n,)
         weights = [(_codes(n, k, cell.code_type, device), _scales(scales, k, device)) for _ in range(count)]
-        x: torch.Tensor | CodedRows
-        if cell.x == "plain":
-            x = torch.empty(cell.rows, k, dtype=torch.bfloat16, device=device)
-            x = x if device == "meta" else x.normal_()
-        else:
-            of_x = (k // RUN, -(-cell.rows // 4) * 4) if cell.x == "runs" else (cell.rows,)
-            x = CodedRows(_codes(cell.rows, k, cell.code_type, device), _scales(of_x, 1, device))
+        of_x = (k // RUN, -(-cell.rows // 4) * 4) if cell.x == "runs" else (cell.rows,)
+        x = CodedRows(_codes(cell.rows, k, cell.code_type, device), _scales(of_x, 1, device))
         return cls(x, weights, torch.empty(0, device=device))
 
     def calls(self, cell: Cell, tiles: Tiles) -> list[Call]:
@@ -140,12 +122,8 @@ class Operands:
         call()
         codes, scales = self.weights[0]
         wide = _spread(scales, codes) * codes.double()
-        if isinstance(self.x, CodedRows):
-            of_x = self.x.scales.double()
-            x = self.x.codes.double()
-            x *= of_x.t()[: len(x)].repeat_interleave(RUN, 1) if of_x.dim() == 2 else of_x[:, None]
-        else:
-            x = self.x.double()
+        x, of_x = self.x.codes.double(), self.x.scales.double()
+        x *= of_x.t()[: len(x)].repeat_interleave(RUN, 1) if of_x.dim() == 2 else of_x[:, None]
         exact = x @ wide.t()
         if cell.shape.fused:
             gate, up = exact.chunk(2, -1)
@@ -255,7 +233,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--shapes", default="qkv_8b,o_8b,gate_up_8b,down_8b", help=f"of {', '.join(SHAPES)}")
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="FORMATS", help=", ".join(FORMATS))
     parser.add_argument("--rows", default="1,16,32,64,128", metavar="ROWS")
-    parser.add_argument("--x", default="plain,row,runs", metavar="FORMS", help="of x")
+    parser.add_argument("--x", default="row,runs", metavar="FORMS", help="of x")
     parser.add_argument("--summed", default="0,128", metavar="COUNTS", help="products of FP8 that the matrix unit sums")
     parser.add_argument("--many", default="", metavar="SHAPES", help="whose products of many rows are timed")
     options = parser.parse_args(argv)

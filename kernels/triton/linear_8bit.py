@@ -1,11 +1,10 @@
 """y = x W^T (+ b) for few rows of x where a weight is a byte: W[n, k] = codes[n, k] * scale, codes FP8 (e4m3) or INT8.
 
-A scale belongs to an output (scales [N]), or to a block of 128 outputs and 128 inputs ([N / 128, K / 128]). These are
-the two kernels of `linear` with other weights: W lies in memory as in the checkpoint and is read once, and split parts
-of K are left in float32 to the kernel that reads them.
-  * Several rows: x is in codes too (`quantise`), so that the matrix unit multiplies bytes by bytes. With scales of
-    rows only, it sums all of K; with scales of blocks or runs, 128 inputs, and those sums are added in float32.
-  * One row, of 16 bits: W is widened to float32, and streams through registers.
+A scale belongs to an output (scales [N]), or to a block of 128 outputs and 128 inputs ([N / 128, K / 128]). This is the
+kernel of `linear` for several rows with other operands: W lies in memory as in the checkpoint and is read once, split
+parts of K are left in float32 to the kernel that reads them, and x is in codes too (`quantise`), so that the matrix
+unit multiplies bytes by bytes: with scales of rows only, it sums all of K; with scales of blocks or runs 128 inputs,
+and those sums are added in float32. One row takes the same kernel: a product with W widened is slower than 16 rows.
 K is summed in steps of 32 in one order whatever the tiles, so with one number of splits a row's bits are the same for
 every M. Bytes: W, N * K (twice that when fused).
 """
@@ -25,8 +24,8 @@ from baton.kernels.triton.quantise import RUN, CodedRows
 
 BLOCK = 128
 """Outputs, and inputs, that share a scale."""
-THREAD = 16
-"""Bytes of W that a thread asks for at a time."""
+NARROWEST = 32
+"""Rows whose scales the copy engine fetches: fewer are no 128 bytes, to which it aligns them."""
 
 
 @triton.jit
@@ -49,12 +48,13 @@ def _scale_of(scale_ptr, k, BLOCK: tl.constexpr, BLOCKED: tl.constexpr):
         return tl.full([1, 1], 1.0, tl.float32)
 
 
-@triton.jit(do_not_specialize=["num_rows"])
+@triton.jit(do_not_specialize=["num_rows", "scale_stride"])
 def _linear_8bit_rows_kernel(
-    x_desc, x_scale_desc, codes_desc, x_scale_ptr, codes_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, N: tl.constexpr,
-    K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr, STAGES: tl.constexpr,
-    SPLITS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, BLOCKED: tl.constexpr, RUNS: tl.constexpr,
-    SUMMED: tl.constexpr, BIAS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    x_desc, x_scale_desc, codes_desc, x_scale_ptr, codes_ptr, scale_ptr, bias_ptr, out_ptr, num_rows, scale_stride,
+    N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr,
+    STAGES: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, BLOCKED: tl.constexpr,
+    RUNS: tl.constexpr, FETCHED: tl.constexpr, SUMMED: tl.constexpr, BIAS: tl.constexpr, PREFETCH: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """BLOCKED: W has scales of blocks; RUNS: x has scales of runs. SUMMED: products that the matrix unit sums."""
     first_m = tl.program_id(0) * TILE_M
@@ -82,8 +82,10 @@ def _linear_8bit_rows_kernel(
                 here = k + part * BLOCK
                 x = x_desc.load([first_m, here])
                 x_scale = tl.full([1, 1], 1.0, tl.float32)
-                if RUNS:
+                if FETCHED:
                     x_scale = x_scale_desc.load([here // BLOCK, first_m])
+                elif RUNS:
+                    x_scale = tl.load(x_scale_ptr + here // BLOCK * scale_stride + m, mask=inside, other=0.0)[None, :]
                 scale = x_scale * _scale_of(scales, here, BLOCK, BLOCKED)
                 total += tl.dot(codes_desc.load([first_n, here]), x.T).to(tl.float32) * scale
                 if FUSED:
@@ -118,61 +120,8 @@ def _linear_8bit_rows_kernel(
     tl.store(place, total.to(out_ptr.dtype.element_ty), mask=inside[None, :])
 
 
-@triton.jit
-def _linear_8bit_row_kernel(
-    x_ptr, codes_ptr, scale_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr, THREAD: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr, BLOCKED: tl.constexpr,
-    BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As linear's: one part of W, [TILE_N, TILE_K], is always on its way. A thread adds what it has of one output."""
-    first_n = tl.program_id(0) * TILE_N
-    n = first_n + tl.arange(0, TILE_N)
-    thread = tl.arange(0, TILE_K // THREAD)
-    column = thread[:, None] * THREAD + tl.arange(0, THREAD)[None, :]
-    place = codes_ptr + n[:, None, None].to(tl.int64) * K + column[None, :, :]
-    up_place = place + N * K
-    codes = tl.load(place, eviction_policy="evict_first")
-    up_codes = codes
-    if FUSED:
-        up_codes = tl.load(up_place, eviction_policy="evict_first")
-    scales = scale_ptr + first_n // BLOCK * (K // BLOCK) + thread // (BLOCK // THREAD)
-    up_scales = scales + N // BLOCK * (K // BLOCK)
-    total = tl.zeros([TILE_N, TILE_K // THREAD], tl.float32)
-    up = total
-    if PDL:
-        gdc_launch_dependents()
-        gdc_wait()
-    for k in tl.range(0, K, TILE_K, num_stages=1, loop_unroll_factor=2):
-        following = tl.where(k + TILE_K < K, k + TILE_K, 0)
-        used = codes.to(tl.float32)
-        codes = tl.load(place + following, eviction_policy="evict_first")
-        x = tl.load(x_ptr + k + column).to(tl.float32)[None, :, :]
-        part = tl.sum(used * x, 2)
-        if BLOCKED:
-            part *= tl.load(scales + k // BLOCK)[None, :]
-        total += part
-        if FUSED:
-            used = up_codes.to(tl.float32)
-            up_codes = tl.load(up_place + following, eviction_policy="evict_first")
-            part = tl.sum(used * x, 2)
-            if BLOCKED:
-                part *= tl.load(up_scales + k // BLOCK)[None, :]
-            up += part
-    result = tl.sum(total, 1)
-    if not BLOCKED:
-        result *= tl.load(scale_ptr + n)
-    if FUSED:
-        other = tl.sum(up, 1)
-        if not BLOCKED:
-            other *= tl.load(scale_ptr + N + n)
-        result = result / (1.0 + tl.exp(-result)) * other
-    if BIAS:
-        result += tl.load(bias_ptr + n).to(tl.float32)
-    tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty))
-
-
 def linear_8bit(
-    x: torch.Tensor | CodedRows,
+    x: CodedRows,
     codes: torch.Tensor,
     scales: torch.Tensor,
     bias: torch.Tensor | None,
@@ -185,12 +134,11 @@ def linear_8bit(
 ) -> None:
     """Fills out [M, N], or [splits, M, N] float32.
 
-    x: M rows of K in codes; or, for tiles of one row, [1, K]. codes [N, K] ([2 N, K] when fused) FP8 or INT8; scales
-    float32 [N] or [N / 128, K / 128] (twice that when fused); bias [N] or None. The tiles must divide N and K / splits.
-    A fused product has one split and no bias.
+    x: M rows of K; codes [N, K] ([2 N, K] when fused) FP8 or INT8; scales float32 [N] or [N / 128, K / 128] (twice that
+    when fused); bias [N] or None. The tiles must divide N and K / splits. A fused product has one split and no bias.
     """
-    (num_rows, k), n = (x.codes if isinstance(x, CodedRows) else x).shape, codes.shape[0] // (2 if fused else 1)
-    blocked = scales.dim() == 2
+    (num_rows, k), n = x.codes.shape, codes.shape[0] // (2 if fused else 1)
+    blocked, runs = scales.dim() == 2, x.scales.dim() == 2
     shape = (num_rows, n) if tiles.splits == 1 and out.dim() == 2 else (tiles.splits, num_rows, n)
     require(codes.shape[1] == k and tuple(out.shape) == shape, f"out {tuple(out.shape)} is not {shape}")
     require(tiles.splits == 1 or out.dtype == torch.float32, "parts of a sum must be float32")
@@ -200,52 +148,25 @@ def linear_8bit(
     wanted = (codes.shape[0] // BLOCK, k // BLOCK) if blocked else (codes.shape[0],)
     require(tuple(scales.shape) == wanted and scales.dtype == torch.float32, f"scales {tuple(scales.shape)}")
     require(not blocked or (n % BLOCK == k % BLOCK == 0 and BLOCK % tiles.tile_n == 0), f"{tiles} cut through blocks")
-    require((tiles.tile_m > 0) == isinstance(x, CodedRows), "several rows are in codes, a row alone is not")
-    for tensor in (codes, scales, out, bias, *(x if isinstance(x, CodedRows) else (x,))):
-        require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
-    if isinstance(x, CodedRows):
-        _several_rows(x, codes, scales, bias, tiles, out, fused, pdl, summed)
-        return
-    require(num_rows == 1 and tiles.splits == 1, "these tiles are for one row")
-    require(tiles.tile_k % BLOCK == 0, "one row is read in runs of 128")
-    _linear_8bit_row_kernel[(n // tiles.tile_n,)](
-        x, codes, scales, scales if bias is None else bias, out, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k,
-        THREAD=THREAD, BLOCK=BLOCK, FUSED=fused, BLOCKED=blocked, BIAS=bias is not None, PDL=pdl,
-        **launch_options(tiles.warps, pdl, 1),
-    )  # fmt: skip
-
-
-def _several_rows(
-    x: CodedRows,
-    codes: torch.Tensor,
-    scales: torch.Tensor,
-    bias: torch.Tensor | None,
-    tiles: Tiles,
-    out: torch.Tensor,
-    fused: bool,
-    pdl: bool,
-    summed: int | None,
-) -> None:
-    (num_rows, k), n = x.codes.shape, codes.shape[0] // (2 if fused else 1)
-    blocked, runs = scales.dim() == 2, x.scales.dim() == 2
     require(x.codes.dtype == codes.dtype and x.scales.dtype == torch.float32, "x is not in codes of W's type")
     if runs:
         require(x.scales.shape[0] * RUN == k and x.scales.shape[1] >= num_rows, f"scales of x {tuple(x.scales.shape)}")
         require(x.scales.shape[1] % 4 == 0, "room for scales of runs must be a multiple of 4 rows")
     else:
         require(tuple(x.scales.shape) == (num_rows,), f"scales of x {tuple(x.scales.shape)}")
-    require(
-        not (blocked or runs) or tiles.tile_k % BLOCK == 0, "scales of blocks and runs are applied every 128 columns"
-    )
+    require(not (blocked or runs) or tiles.tile_k % BLOCK == 0, "scales of blocks and runs are for every 128 columns")
+    for tensor in (*x, codes, scales, out, bias):
+        require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
     step = BLOCK if blocked or runs else tiles.tile_k
     weight_desc = TensorDescriptor.from_tensor(codes, [tiles.tile_n, step])
+    fetched = runs and tiles.tile_m >= NARROWEST
     _linear_8bit_rows_kernel[(triton.cdiv(num_rows, tiles.tile_m), n // tiles.tile_n, tiles.splits)](
         TensorDescriptor.from_tensor(x.codes, [tiles.tile_m, step]),
-        TensorDescriptor.from_tensor(x.scales, [1, tiles.tile_m]) if runs else weight_desc,
-        weight_desc, x.scales, codes, scales, scales if bias is None else bias, out, num_rows, N=n, K=k,
-        TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, TILE_M=tiles.tile_m, STAGES=tiles.stages, SPLITS=tiles.splits,
-        BLOCK=BLOCK, FUSED=fused, BLOCKED=blocked, RUNS=runs, SUMMED=summed, BIAS=bias is not None,
+        TensorDescriptor.from_tensor(x.scales, [1, tiles.tile_m]) if fetched else weight_desc,
+        weight_desc, x.scales, codes, scales, scales if bias is None else bias, out, num_rows, x.scales.shape[-1], N=n,
+        K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, TILE_M=tiles.tile_m, STAGES=tiles.stages, SPLITS=tiles.splits,
+        BLOCK=BLOCK, FUSED=fused, BLOCKED=blocked, RUNS=runs, FETCHED=fetched, SUMMED=summed, BIAS=bias is not None,
         PREFETCH=tiles.prefetch, PDL=pdl, **launch_options(tiles.warps, pdl, tiles.stages),
     )  # fmt: skip

@@ -58,8 +58,7 @@ class ScaledProducts:
 
     def codes_for(self, reader: Linear, num_rows: int) -> CodedRows | None:
         """Where the rows belong that `reader` multiplies next; None: it wants them plain."""
-        tiles = self._tiles(reader, num_rows)
-        if tiles.tile_m == 0 if tiles is not None else not self._fits_cublas(reader):
+        if self._tiles(reader, num_rows) is None and not self._fits_cublas(reader):
             return None
         k = reader.num_inputs
         codes = self._codes[: num_rows * k].view(num_rows, k)
@@ -124,7 +123,7 @@ class ScaledProducts:
         if isinstance(x, torch.Tensor) and (codes := self.codes_for(weights, len(x))) is not None:
             quantise(x, codes, pdl=pdl)
             x = codes
-        if tiles is not None:
+        if tiles is not None and isinstance(x, CodedRows):
             linear_8bit(x, weights.codes, weights.scales, weights.bias, tiles, out, fused=fused, pdl=pdl)
         elif isinstance(x, CodedRows):
             self._by_scaled_mm(weights, x, out)

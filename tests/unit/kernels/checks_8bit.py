@@ -44,12 +44,9 @@ def check_linear_8bit(
     """The error is at most that of rounding the result, or `tolerance`: that of FP8's sums. The result."""
     weight = randn(((2 if fused else 1) * n, k), torch.float32, "cpu", 1) / k**0.5
     codes, scales, weight = quantised(weight, code_type, *((BLOCK, BLOCK) if blocked else (1, k)))
-    plain = randn((rows, k), dtype, "cpu")
-    exact_x, x = plain.double(), plain.to(device)
-    if tiles.tile_m:
-        x_codes, x_scales, exact_x = quantised(plain, code_type, 1, RUN if runs else k)
-        x_scales = F.pad(x_scales.t(), (0, -rows % 4)) if runs else x_scales[:, 0]
-        x = CodedRows(x_codes.to(device), x_scales.contiguous().to(device))
+    x_codes, x_scales, exact_x = quantised(randn((rows, k), torch.float32, "cpu"), code_type, 1, RUN if runs else k)
+    x_scales = F.pad(x_scales.t(), (0, -rows % 4)) if runs else x_scales[:, 0]
+    x = CodedRows(x_codes.to(device), x_scales.contiguous().to(device))
     bias = randn((n,), torch.bfloat16, "cpu", 2) if biased else None
     exact = F.linear(exact_x, weight, None if bias is None else bias.double())
     if fused:

@@ -272,15 +272,13 @@ def linears_8bit(rows: int, blocked: bool, runs: bool) -> None:
     from baton.kernels.triton.quantise import CodedRows
 
     n, k = 4096, 4096
-    tiles = Tiles(64, 256, rows, 4, 1) if rows > 1 else Tiles(4, 2048, 0, 1, 1)
+    tiles = Tiles(64, 256, rows, 4, 1)
     for code_type in (torch.float8_e4m3fn, torch.int8):
         for fused in (False, True):
             wide = 2 * n if fused else n
             scales = (wide // 128, k // 128) if blocked else (wide,)
-            x = empty(rows, k)
-            if rows > 1:
-                of_x = empty(*((k // 128, rows) if runs else (rows,)), dtype=torch.float32)
-                x = CodedRows(empty(rows, k, dtype=code_type), of_x)
+            of_x = empty(*((k // 128, rows) if runs else (rows,)), dtype=torch.float32)
+            x = CodedRows(empty(rows, k, dtype=code_type), of_x)
             codes, of_codes = empty(wide, k, dtype=code_type), empty(*scales, dtype=torch.float32)
             linear_8bit(x, codes, of_codes, None, tiles, empty(rows, n), fused=fused, pdl=True)
 
@@ -328,8 +326,6 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_128": lambda: linears("FASTEST", 128, False),
     "linear_256": lambda: linears("INVARIANT", 256, False),
     "dequantise": dequantised_weights,
-    "linear_8bit_1_row": lambda: linears_8bit(1, False, False),
-    "linear_8bit_1_block": lambda: linears_8bit(1, True, False),
     "linear_8bit_16_row": lambda: linears_8bit(16, False, False),
     "linear_8bit_16_block": lambda: linears_8bit(16, True, True),
     "linear_8bit_64_block": lambda: linears_8bit(64, True, True),

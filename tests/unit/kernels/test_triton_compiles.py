@@ -131,8 +131,6 @@ def test_linears_of_8_bits_multiply_bytes_and_keep_their_loads_ahead(kernels):
         found = kernels[f"linear_8bit_{case}"]
         assert [kernel["bytes"] for kernel in found] == ["e4m3", "e4m3", "s8", "s8"], found
         assert all(kernel["tma"] and kernel["shared_bytes"] > 3 * 64 * 256 for kernel in found), found
-    for case in ("1_row", "1_block"):
-        assert all(not kernel["mma"] and kernel["registers"] <= 200 for kernel in kernels[f"linear_8bit_{case}"])
 
 
 def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
