@@ -12,6 +12,7 @@ from pathlib import Path
 
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
+from baton.models.fallback.config import model_config
 from baton.models.quantization.recipe import Recipe, recipe_of
 from baton.node.errors import SettingsError
 
@@ -19,7 +20,7 @@ from baton.node.errors import SettingsError
 def check(folder: Path, load_format: str, max_model_len: int | None, quantization: str | None = None) -> None:
     """Raises SettingsError for an unsupported model, weights that are missing, cut off or quantised twice, and a
     context too long."""
-    config = ModelConfig.from_folder(folder)
+    config = model_config(folder)
     longest_known(max_model_len, config)
     recipe_for(quantization, config)
     if load_format != "dummy":
@@ -28,6 +29,10 @@ def check(folder: Path, load_format: str, max_model_len: int | None, quantizatio
 
 def recipe_for(quantization: str | None, config: ModelConfig) -> Recipe | None:
     """Of the setting; SettingsError if it does not fit the model."""
+    if quantization is not None and config.through:
+        raise SettingsError(
+            f"--quantization {quantization}: {config.architecture} runs through transformers, unquantised"
+        )
     return recipe_of(quantization, config.quantization.method if config.quantization is not None else None)
 
 

@@ -37,7 +37,7 @@ class UnsupportedModel(SettingsError):
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """One dense decoder. Sizes are counts of elements, lengths are tokens."""
+    """One decoder. Sizes are counts of elements, lengths are tokens."""
 
     architecture: str
     vocab_size: int
@@ -78,6 +78,9 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None
     """Of the folder's weights; None: all are plain."""
+    through: str = ""
+    """What runs the model where no code here does, and its version; then fields that only native code reads are
+    without meaning."""
 
     @property
     def max_model_len(self) -> int:
@@ -158,7 +161,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         sliding_window=window,
         windowed_layers=windowed,
         max_position_embeddings=max_position,
-        eos_token_ids=_eos_token_ids(config, generation_path),
+        eos_token_ids=eos_token_ids(config, generation_path),
         quantization=read_quantization(config, generation_path.parent),
     )
 
@@ -239,7 +242,7 @@ def _windows(config: JsonObject, family: Family, num_layers: int) -> tuple[int |
     return (window, windowed) if any(windowed) else none
 
 
-def _eos_token_ids(config: JsonObject, generation_path: Path) -> tuple[int, ...]:
+def eos_token_ids(config: JsonObject, generation_path: Path) -> tuple[int, ...]:
     """generation_config.json decides where it says something, as in transformers' generate; else config.json."""
     source = config
     if generation_path.exists():

@@ -24,6 +24,7 @@ from baton.kvtransfer.protocol.transfer import Timing
 from baton.kvtransfer.store.client import NO_STORE, Store, StoreClient
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
+from baton.models.fallback.config import model_config
 from baton.models.fingerprint import FingerprintTask
 from baton.node.addresses import is_ipv6, listen_host
 from baton.node.credentials import PAIRED_WITH, link_credentials
@@ -74,7 +75,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
     folder, sizes = locate_model(settings.model, logger.info), settings.worker_sizes(device)
-    config = ModelConfig.from_folder(folder)
+    config = model_config(folder)
     tokens = loading_grammar_tokenizer(folder / "tokenizer.json", config.vocab_size, config.eos_token_ids)
     recipe = recipe_for(settings.quantization, config)
     with tokens as tokenizer, FingerprintTask(folder, settings.load_format, device, recipe) as hashing:
@@ -163,10 +164,11 @@ def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, dtype: str,
     dtype: of what is computed; the layout names that of KV, and what its scales are.
     """
     quantization = config.quantization
+    through = f" through {config.through}" if config.through else ""  # it rounds in another order
     return namespace_digest(
         model_fingerprint=fingerprint,
         layout=layout,
-        weight_dtype=dtype if quantization is None else f"{quantization.method} as {dtype}",
+        weight_dtype=f"{dtype if quantization is None else f'{quantization.method} as {dtype}'}{through}",
         rope_fingerprint=hashlib.sha256(repr((config.rope, config.window_rope)).encode()).digest(),
         tokenizer_fingerprint=tokenizer_fingerprint(folder),
     )

@@ -24,6 +24,7 @@ from baton.models.cpu.decoder import Decoder, DenseDecoder
 from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
+from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
 from baton.models.weights import Progress, load_weights, no_progress
@@ -67,15 +68,23 @@ class ModelRunner:
         quantization: the recipe by which plain weights become those that they would be when quantised.
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
         """
-        config = ModelConfig.from_folder(folder)
+        config = model_config(folder)
         config = config.up_to(config.max_model_len if max_model_len is None else max_model_len)
         name = "float32" if dtype == "auto" else dtype
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
         recipe = recipe_for(quantization, config)
-        weights = load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress, recipe=recipe)
+        decoder: Decoder
+        if config.through:
+            # The library is large, and optional: it is imported where a model needs it.
+            from baton.models.fallback.loader import load_fallback
+
+            config, decoder = load_fallback(config, folder, DTYPES[name], load_format)
+        else:
+            weights = load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress, recipe=recipe)
+            decoder = DenseDecoder(config, weights)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
-        return cls(config, DenseDecoder(config, weights), DTYPES[name], kv_format)
+        return cls(config, decoder, DTYPES[name], kv_format)
 
     @property
     def kv_dtype(self) -> torch.dtype:
