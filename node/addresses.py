@@ -40,13 +40,13 @@ class ListenHost:
 
     def any_port(self) -> str:
         """The address that binds a free port."""
-        return f"tcp://{_in_address(self.bound or '*')}:*"
+        return f"tcp://{in_address(self.bound or '*')}:*"
 
     def advertise(self, bound_address: str) -> str:
         """The address by which peers reach what is bound at this one, with a number as its port."""
         if self.advertised == self.bound:
             return bound_address
-        return f"tcp://{_in_address(self.advertised)}:{bound_address.rpartition(':')[2]}"
+        return f"tcp://{in_address(self.advertised)}:{bound_address.rpartition(':')[2]}"
 
 
 LOOPBACK = ListenHost("127.0.0.1", "127.0.0.1")
@@ -72,9 +72,9 @@ def with_brackets(address: str) -> str:
 
 
 def is_name(address: str) -> bool:
-    """Whether the host is a name, or an interface, and no IP address."""
+    """Whether this is an address over TCP whose host is a name (or an interface), and no IP address."""
     host = host_of(address)
-    return ":" not in host and bool(re.search("[A-Za-z]", host))
+    return address.startswith("tcp://") and ":" not in host and bool(re.search("[A-Za-z]", host))
 
 
 def is_ipv6(address: str) -> bool:
@@ -92,5 +92,6 @@ def is_loopback(text: str) -> bool:
     return _LOOPBACK.match(text) is not None
 
 
-def _in_address(host: str) -> str:
+def in_address(host: str) -> str:
+    """A host as it stands in an address."""
     return f"[{host}]" if ":" in host else host

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 import zmq
 
-from baton.node.addresses import ListenHost, is_ipv6, is_name, with_brackets
+from baton.node.addresses import ListenHost, is_address, is_ipv6, is_name, with_brackets
 from baton.node.authentication import DOMAIN, Authenticator
 from baton.node.connections import SUFFIX_CHARACTERS, connection_id
 from baton.node.credentials import ROLES, Credentials, NodeRole
@@ -52,14 +52,10 @@ class Options:
 
 
 class Context:
-    """The ZeroMQ context of a node, with the credentials of its links; it is passed to all that opens sockets.
+    """The ZeroMQ context of a node, with the credentials of its links; it is passed to all that opens sockets."""
 
-    `ipv6`: host names stand for addresses of IPv6, or of IPv4 where they have none; otherwise for those of IPv4.
-    """
-
-    def __init__(self, credentials: Credentials, *, ipv6: bool = False) -> None:
+    def __init__(self, credentials: Credentials) -> None:
         self.credentials = credentials
-        self.ipv6 = ipv6
         self.zmq: zmq.Context[Socket] = zmq.Context()
         if credentials.keys is not None:
             Authenticator(self.zmq, credentials.role, credentials.keys)
@@ -100,7 +96,10 @@ def open_dealer(
     context: Context, address: str, options: Options, *, server: NodeRole, identity: str, secret: bytes
 ) -> Socket:
     """A DEALER called `identity` that connects to a `server` at `address` in the background, with an id made of
-    `secret`. Raises SettingsError for no address."""
+    `secret`; an address with a name is looked up and dialed by the socket's DealerWatch. Raises SettingsError for no
+    address."""
+    if is_name(address) and not is_address(address):
+        raise SettingsError(f"cannot connect to {address!r}: it must be like tcp://HOST:PORT")
     dealer = _open(context, zmq.DEALER, address, options)
     if (keys := context.credentials.keys) is not None:
         own = keys.pair(context.role)
@@ -108,6 +107,8 @@ def open_dealer(
         dealer.setsockopt(zmq.CURVE_PUBLICKEY, own.public)
         dealer.setsockopt(zmq.CURVE_SECRETKEY, own.private)
     dealer.setsockopt_string(zmq.ROUTING_ID, connection_id(identity, secret, address))
+    if is_name(address):
+        return dealer
     try:
         dealer.connect(with_brackets(address))
     except zmq.ZMQError as error:
@@ -154,12 +155,12 @@ def receive_event(monitor: Socket) -> tuple[int, int] | None:
     return _EVENT.unpack(frames[0]) if frames is not None else None
 
 
-def dial_again(dealer: Socket, address: str) -> None:
-    """Replace what is left of the connection to `address`."""
-    address = with_brackets(address)
+def dial(dealer: Socket, address: str, instead_of: str) -> None:
+    """Connect to `address`, and replace what is left of the connection to the other one, or the same."""
     with contextlib.suppress(zmq.ZMQError):  # libzmq may have forgotten the address
-        dealer.disconnect(address)
-    dealer.connect(address)
+        dealer.disconnect(with_brackets(instead_of))
+    dealer.setsockopt(zmq.IPV6, is_ipv6(address))
+    dealer.connect(with_brackets(address))
 
 
 def linger(socket: Socket, timeout_s: float) -> None:
@@ -224,7 +225,7 @@ def send_frames(socket: Socket, frames: list[bytes]) -> bool:
 def _open(context: Context, kind: int, address: str, options: Options) -> Socket:
     socket: Socket = context.zmq.socket(kind)
     socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.IPV6, is_ipv6(address) or (context.ipv6 and is_name(address)))
+    socket.setsockopt(zmq.IPV6, is_ipv6(address))
     socket.setsockopt(zmq.MAXMSGSIZE, options.max_message_bytes)
     socket.setsockopt(zmq.HEARTBEAT_IVL, options.heartbeat_ms)
     socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, options.heartbeat_timeout_ms)

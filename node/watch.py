@@ -16,6 +16,8 @@ from collections import deque
 import zmq
 
 from baton.node import sockets
+from baton.node.addresses import is_name
+from baton.node.names import Lookup
 from baton.node.sockets import Context, Socket
 from baton.node.telemetry import log_event
 
@@ -25,6 +27,8 @@ EVERY_S = 0.25
 """Between two looks at what was reported."""
 DIAL_AGAIN_S = (0.25, 15.0)
 """The first pause before a link that libzmq gave up is dialed again, and the longest; each is twice the one before."""
+LOOK_UP_S = (0.25, 2.0)
+"""The same between two look-ups of a name, while the link to it is not established."""
 HANDSHAKE_S = 6.0
 """A connection that is not established after this time is not going to be."""
 MAX_HANDSHAKES = 1024
@@ -83,11 +87,19 @@ class RouterWatch:
 
 
 class DealerWatch:
-    """Keeps the link of a DEALER to `address` alive, and logs the 1st, 2nd, 4th ... time in a row that it fails."""
+    """Keeps the link of a DEALER to `address` alive, and logs the 1st, 2nd, 4th ... time in a row that it fails.
+
+    A host name is looked up at the start and whenever the link breaks. The addresses that it has are dialed in turn.
+    """
 
     def __init__(self, context: Context, dealer: Socket, address: str) -> None:
         self._dealer = dealer
         self._address = address
+        self._lookup = Lookup(address) if is_name(address) else None
+        self._dialed = "" if self._lookup is not None else address
+        self._dialed_at = float("-inf")
+        self._look_up_at = float("-inf")
+        self._look_up_pause_s = LOOK_UP_S[0]
         self._monitor = sockets.open_monitor(context, dealer, _OF_DEALER)
         self._established = False
         self._not_admitted = False
@@ -99,25 +111,43 @@ class DealerWatch:
     def turn(self, now: float) -> None:
         while (report := sockets.receive_event(self._monitor)) is not None:
             self._on_event(report[0], now)
+        if self._lookup is not None and not self._established:
+            self._follow_name(self._lookup, now)
         if self._broken_since is not None and now - self._broken_since >= self._pause_s:
             self._broken_since = None
             self._pause_s = min(2 * self._pause_s, DIAL_AGAIN_S[1])
-            sockets.dial_again(self._dealer, self._address)
+            sockets.dial(self._dealer, self._dialed, instead_of=self._dialed)
 
     def close(self) -> None:
         sockets.close_monitor(self._dealer, self._monitor)
+
+    def _follow_name(self, lookup: Lookup, now: float) -> None:
+        """Dial what the name stands for now; another of its addresses where the last one did not answer in time."""
+        found = lookup.take()
+        at = found.index(self._dialed) if self._dialed in found else -1
+        if found and (at < 0 or (len(found) > 1 and now - self._dialed_at >= HANDSHAKE_S)):
+            last, self._dialed = self._dialed, found[(at + 1) % len(found)]
+            self._dialed_at, self._broken_since = now, None
+            sockets.dial(self._dealer, self._dialed, instead_of=last)
+        if now >= self._look_up_at:
+            lookup.begin()
+            self._look_up_at = now + self._look_up_pause_s
+            self._look_up_pause_s = min(2 * self._look_up_pause_s, LOOK_UP_S[1])
 
     def _on_event(self, event: int, now: float) -> None:
         match event:
             case zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._established, self._not_admitted, self._broken_since = True, False, None
                 self._failures, self._pause_s = 0, DIAL_AGAIN_S[0]
+                self._look_up_at, self._look_up_pause_s = float("-inf"), LOOK_UP_S[0]
             case zmq.EVENT_HANDSHAKE_FAILED_AUTH:
                 self._not_admitted = True
             case zmq.EVENT_DISCONNECTED:
                 if not self._established:
                     self._fail()
                 self._established, self._broken_since = False, now
+            case zmq.EVENT_CONNECT_RETRIED:
+                self._dialed_at, self._broken_since = float("-inf"), None  # refused: another address may answer
             case _:
                 self._broken_since = None
 

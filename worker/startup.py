@@ -26,7 +26,7 @@ from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.fallback.config import model_config
 from baton.models.fingerprint import FingerprintTask
-from baton.node.addresses import is_ipv6, listen_host
+from baton.node.addresses import listen_host
 from baton.node.credentials import PAIRED_WITH, link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.host import default_name
@@ -89,7 +89,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     namespace = namespace_of(folder, fingerprint, layout, model.dtype, model.config)
     worker = settings.worker_id or default_name(role)
     incarnation = time.time_ns() >> 10
-    context = Context(credentials, ipv6=is_ipv6(settings.bind))
+    context = Context(credentials)
     endpoint = Endpoint(context, identity_of(worker, incarnation), settings.bind)
     register = Register(
         worker=worker,

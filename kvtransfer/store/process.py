@@ -18,7 +18,6 @@ from baton.kvtransfer.store.peers import Peers
 from baton.kvtransfer.store.publisher import EventPublisher
 from baton.kvtransfer.store.server import StoreServer
 from baton.kvtransfer.store.settings import StoreSettings
-from baton.node.addresses import is_ipv6
 from baton.node.credentials import link_credentials
 from baton.node.endpoint import Endpoint, identity_of
 from baton.node.errors import SettingsError
@@ -49,7 +48,7 @@ class StoreProcess:
         self._stopping = threading.Event()
         self._turned_at = time.monotonic()
         self._arena = Arena(int(settings.ram_gib * (1 << 30)))
-        context, incarnation = Context(credentials, ipv6=is_ipv6(settings.bind)), time.time_ns() >> 10
+        context, incarnation = Context(credentials), time.time_ns() >> 10
         name = settings.store_id or default_name("store")
         identity = identity_of(name, incarnation)
         self._endpoint = Endpoint(context, identity, settings.bind, decode_store)
