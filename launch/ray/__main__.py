@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from baton.launch.local import served_name_of
+from baton.launch.ray.autoscale import bounds_of, metrics_page, targets
 from baton.launch.ray.settings import RaySettings
 from baton.launch.serve import curl_line, token_probe
 from baton.node.api_settings import api_keys, check_files
@@ -27,6 +30,24 @@ if TYPE_CHECKING:
     from baton.launch.ray.deployment import Deployment
 
 WATCH_S = 2.0
+SCALE_S = 5.0
+NO_ROOM_S = 60.0
+"""Until the next try where the cluster had no room."""
+
+
+async def scale(deployment: Deployment, bounds: Mapping[str, tuple[int, int]], page_of: Callable[[], str]) -> float:
+    """Have as many workers as the proxy asks for; returns the seconds until the next look."""
+    if not bounds:
+        return math.inf
+    for role, target in targets(await asyncio.to_thread(page_of), bounds).items():
+        if (count := deployment.count(role)) != target:
+            print(f"{role} workers: {count} -> {target}", flush=True)
+            try:
+                await asyncio.to_thread(deployment.resize, role, target)
+            except SettingsError as error:
+                print(f"{role} workers: {error}", flush=True)
+                return NO_ROOM_S
+    return SCALE_S
 
 
 async def watch(deployment: Deployment, settings: RaySettings, stop: asyncio.Event) -> bool:
@@ -38,6 +59,8 @@ async def watch(deployment: Deployment, settings: RaySettings, stop: asyncio.Eve
     loop = asyncio.get_running_loop()
     began_at, serves = loop.time(), False
     states: dict[str, str] = {}
+    scale_at = 0.0
+    page_of = partial(metrics_page, host, settings.port, key, settings.tls_cert is not None)
     while not stop.is_set():
         if not serves and (serves := not await probe()):
             url = f"{'http' if settings.tls_cert is None else 'https'}://{host}:{settings.port}"
@@ -52,6 +75,8 @@ async def watch(deployment: Deployment, settings: RaySettings, stop: asyncio.Eve
             if state != states.get(name):
                 print(f"{name}: {state}", flush=True)
             states[name] = state
+        if serves and loop.time() >= scale_at:
+            scale_at = loop.time() + await scale(deployment, bounds_of(settings), page_of)
         try:
             await asyncio.wait_for(stop.wait(), WATCH_S if serves else WATCH_S / 4)
         except TimeoutError:

@@ -22,6 +22,8 @@ from baton.node.errors import SettingsError
 from baton.node.secret_file import SECRET_BYTES
 
 REPORT_S = 5.0
+ROOM_S = 15.0
+"""How long an added worker waits for room."""
 
 
 @dataclass(slots=True)
@@ -50,14 +52,19 @@ class Deployment:
         self._place_proxy()
         for role, count in (("prefill", self._settings.prefill), ("decode", self._settings.decode)):
             if count:
-                self._place([self._worker(role, index) for index in range(count)])
+                workers = [self._worker(role, index) for index in range(count)]
+                self._place(workers, self._settings.start_timeout_s)
+
+    def count(self, role: str) -> int:
+        return sum(placed.plan.role == role for placed in self._placed.values())
 
     def resize(self, role: str, count: int) -> None:
         """Have so many workers of a role. New ones get groups of their own; the last ones are drained first, so that
-        what was added is given back at once, and the group of the start when all of it is gone."""
+        what was added is given back at once, and the group of the start when all of it is gone. Raises SettingsError
+        where the cluster has no room."""
         names = [name for name, placed in self._placed.items() if placed.plan.role == role]
         for index in range(len(names), count):
-            self._place([self._worker(role, index)])
+            self._place([self._worker(role, index)], ROOM_S)
         self._end(names[count:])
 
     def reports(self) -> dict[str, HostReport | str]:
@@ -81,11 +88,11 @@ class Deployment:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self._placed[plan.name] = _Placed(plan, self._make(plan, here), None)
 
-    def _place(self, plans: Sequence[NodePlan]) -> None:
+    def _place(self, plans: Sequence[NodePlan], wait_s: float) -> None:
         """In one group, which is there when all of them fit as --spread says."""
         bundles = [plan.resources for plan in plans]
         group = placement_group(bundles, strategy=self._settings.spread, lifetime="detached")
-        if not group.wait(self._settings.start_timeout_s):
+        if not group.wait(wait_s):
             remove_placement_group(group)
             raise SettingsError(f"the Ray cluster has no room for {plans[0].role} workers: {bundles}")
         for index, plan in enumerate(plans):

@@ -23,6 +23,20 @@ class RaySettings(ApiSettings):
     )
     prefill: int = option(1, help="number of prefill workers; 0: decode workers prefill too", minimum=0, maximum=1024)
     decode: int = option(1, help="number of decode workers", minimum=1, maximum=1024)
+    max_prefill: int = option(
+        0,
+        help="have up to so many prefill workers, and --prefill at least, as the objectives ask for (--proxy-arg="
+        "--slo-ttft-ms=...); 0: --prefill",
+        minimum=0,
+        maximum=1024,
+    )
+    max_decode: int = option(
+        0,
+        help="have up to so many decode workers, and --decode at least, as the objectives ask for (--proxy-arg="
+        "--slo-tpot-ms=...); 0: --decode",
+        minimum=0,
+        maximum=1024,
+    )
     address: str = option("auto", help="the Ray cluster, as in ray.init(); auto: the one that runs on this machine")
     name: str = option("baton", help="name of this deployment, of which a Ray cluster may have several")
     device: str = option(

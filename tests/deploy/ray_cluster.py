@@ -40,40 +40,62 @@ def python_with_ray() -> str:
     return str(PYTHON)
 
 
-class RayCluster:
-    """Started by entering it. Processes of nodes are named as `baton ray` names them: proxy, prefill-0, decode-1."""
+class Machines:
+    """The pretended machines, which may have several deployments. Started by entering it."""
 
-    def __init__(self, folder: Path, *arguments: str) -> None:
-        self._python = python_with_ray()
-        self._arguments = arguments
-        self._port = free_port()
-        self._output = folder / "output"
-        self._env = os.environ | {"PYTHONPATH": str(ROOT / ".link"), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-        self._env |= {"RAY_TMPDIR": "/tmp"}  # paths of sockets are short
-        self.url = f"http://127.0.0.1:{self._port}"
+    def __init__(self, folder: Path) -> None:
+        self.python = python_with_ray()
+        self.env = os.environ | {"PYTHONPATH": str(ROOT / ".link"), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+        self.env |= {"RAY_TMPDIR": "/tmp"}  # paths of sockets are short
 
     def __enter__(self) -> Self:
-        self._machines = subprocess.Popen(
-            [self._python, "-P", "-m", "baton.tests.deploy.ray_machines"],
-            env=self._env,
+        self._process = subprocess.Popen(
+            [self.python, "-P", "-m", "baton.tests.deploy.ray_machines"],
+            env=self.env,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
         )
-        assert self._machines.stdout is not None
-        address = self._machines.stdout.readline().strip()
-        where = ("--address", address, "--port", str(self._port), "--control-port", str(free_port()))
+        assert self._process.stdout is not None
+        self.address = self._process.stdout.readline().strip()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait(120)
+
+    def head(self) -> int:
+        """The process of Ray's head that all others need."""
+        children = [pid for pid in _pids() if _parent(pid) == self._process.pid]
+        return next(pid for pid in children if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text())
+
+
+class RayCluster:
+    """One deployment. Started by entering it, with all its `num_nodes`. Processes are named as `baton ray` names their
+    nodes: proxy, prefill-0, decode-1."""
+
+    def __init__(self, machines: Machines, output: Path, num_nodes: int, *arguments: str) -> None:
+        self._machines = machines
+        self._num_nodes = num_nodes
+        self._arguments = arguments
+        self._port = free_port()
+        self._output = output
+        self.url = f"http://127.0.0.1:{self._port}"
+
+    def __enter__(self) -> Self:
+        where = ("--address", self._machines.address, "--port", str(self._port), "--control-port", str(free_port()))
         with self._output.open("w") as output:
             self._driver = subprocess.Popen(
-                [self._python, "-P", "-m", "baton", "ray", "--device", "cpu", *where, *self._arguments],
-                env=self._env,
+                [self._machines.python, "-P", "-m", "baton", "ray", "--device", "cpu", *where, *self._arguments],
+                env=self._machines.env,
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
             )
         try:
             self.wait_until(lambda: "ready http" in self.output(), "the first token", START_S)
-            self.wait_until(lambda: len(self.processes()) == 4, "all processes")
+            self.wait_until(lambda: len(self.processes()) == self._num_nodes, "all processes")
         except BaseException:
             self.__exit__()
             raise
@@ -83,9 +105,6 @@ class RayCluster:
         if self._driver.poll() is None:
             self._driver.send_signal(signal.SIGTERM)
             self._driver.wait(120)
-        if self._machines.stdin is not None:
-            self._machines.stdin.close()
-        self._machines.wait(120)
 
     # -- processes
 
@@ -100,11 +119,6 @@ class RayCluster:
     def log(self, name: str) -> str:
         """Of a node, over all its lives."""
         return Path(next(log for each, _, log in _PROCESS.findall(self.output()) if each == name)).read_text()
-
-    def head(self) -> int:
-        """The process of Ray's head that all others need."""
-        children = [pid for pid in _pids() if _parent(pid) == self._machines.pid]
-        return next(pid for pid in children if "gcs_server" in Path(f"/proc/{pid}/cmdline").read_text())
 
     def wait_until(self, condition: Callable[[], bool], what: str, timeout_s: float = 120.0) -> None:
         for _ in range(int(timeout_s / 0.1)):

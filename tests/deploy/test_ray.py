@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
-from baton.tests.deploy.ray_cluster import RayCluster, machine_of
+from baton.tests.deploy.ray_cluster import Machines, RayCluster, machine_of
 from baton.tests.integration.cluster import Stream
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
@@ -18,9 +19,15 @@ NUM_TOKENS = 300
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    folder = tmp_path_factory.mktemp("ray")
-    with RayCluster(folder, "--prefill", "1", "--decode", "2", "--orphan-s", "600") as running:
+def machines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machines]:
+    with Machines(tmp_path_factory.mktemp("ray")) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def cluster(machines: Machines, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
+    output = tmp_path_factory.mktemp("deployment") / "output"
+    with RayCluster(machines, output, 4, "--prefill", "1", "--decode", "2", "--orphan-s", "600") as running:
         yield running
 
 
@@ -68,6 +75,21 @@ def wait_for_successor(cluster: RayCluster, name: str, pid: int) -> None:
     )
 
 
+def test_workers_are_added_as_the_objectives_ask_and_nothing_is_left(machines: Machines, tmp_path: Path) -> None:
+    """Guards an autoscaler that asks and is not heard. Two workers would miss this objective too: the bound holds."""
+    scaled = ("--prefill", "0", "--max-decode", "2", "--proxy-arg=--slo-tpot-ms=1", "--name", "scaled")
+    with RayCluster(machines, tmp_path / "output", 2, *scaled) as deployment:
+        requests = 0
+        while "decode workers: 1 -> 2" not in deployment.output():
+            assert deployment.stream(PROMPTS[0], max_tokens=200, ignore_eos=True).join().finish == "length"
+            requests += 1
+            assert requests < 500
+        deployment.wait_until(lambda: deployment.metric("baton:workers", 'role="decode"') == 2, "the second worker")
+        processes = deployment.processes()
+    assert "decode-1" in processes and "-> 3" not in deployment.output()
+    assert not any(os.path.exists(f"/proc/{pid}/fd/1") for pid in processes.values())
+
+
 def test_a_killed_worker_is_started_again_by_its_actor(cluster: RayCluster, undisturbed: list[str]) -> None:
     streams = begin_and_wait(cluster)
     pid = cluster.processes()["decode-0"]
@@ -104,11 +126,11 @@ def test_streams_go_on_when_a_machine_is_lost(cluster: RayCluster, undisturbed: 
     wait_for_successor(cluster, name, pid)
 
 
-def test_streams_outlive_the_head(cluster: RayCluster, undisturbed: list[str]) -> None:
+def test_streams_outlive_the_head(machines: Machines, cluster: RayCluster, undisturbed: list[str]) -> None:
     """Guards what is served from Ray's control plane: without it actors end, and their nodes go on. Comes last."""
     nodes = cluster.processes()
     streams = begin_and_wait(cluster)
-    kill(cluster.head())
+    kill(machines.head())
     assert texts(streams) == undisturbed
     cluster.wait_until(lambda: cluster.metric("baton:orphaned") == 1, "the proxy's actor has ended")
     cluster.wait_until(lambda: cluster.metric("baton:worker_orphaned") == 3, "the workers' actors have ended")
