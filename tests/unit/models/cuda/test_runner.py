@@ -8,12 +8,16 @@ import torch
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.models.batch import Draw, Row
+from baton.models.config import ModelConfig
+from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.products import Policy, fastest, invariant, untuned
 from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
 from baton.node.errors import InvariantBroken
 from baton.node.messages.control import SamplingSpec
+from baton.testing.coded_inputs import RUNS, with_coded_inputs
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.models.conftest import kv_pool
 from baton.tests.unit.models.cuda.ahead import GRAMMAR, Ahead, mask_after, one_after_the_other
@@ -92,6 +96,35 @@ def test_weights_that_stay_quantised_give_the_logits_of_those_that_do_not(make_m
     late, plain = make(made.folder, keep_quantised=True)
     rows = [Row(list(range(3, 25)), 0, [5, 2, 9], Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0))]
     torch.testing.assert_close(late.logits(rows), plain.compute(rows)[1], rtol=2e-4, atol=2e-4)
+
+
+WIDE = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "num_hidden_layers": 1}
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8_block", "int8"])
+def test_steps_in_codes_give_the_logits_of_a_fake_quantised_forward(make_model, name):
+    """Guards every place where inputs are put into codes: norms, silu and attention, in a prompt, in a chunk behind it
+    and with the rows of another; and that the codes are those which the next product takes."""
+    folder, recipe = make_model("llama", **WIDE).folder, RECIPES[name]
+    config = ModelConfig.from_folder(folder)
+    kept, plain = (
+        load_weights(config, folder, torch.float32, pack=False, recipe=recipe, keep_quantised=keep)
+        for keep in (True, False)
+    )
+    late = CudaRunner(config, kept, LateQueue(), StepLimits(2, 64), 512)
+    code_type = torch.int8 if name == "int8" else torch.float8_e4m3fn
+    coded = with_coded_inputs(plain, code_type, RUNS if name == "fp8_block" else None)
+    references = [ModelRunner(config, DenseDecoder(config, each), torch.float32) for each in (coded, plain)]
+    late.bind_pool(torch.zeros(references[0].kv_shape(24, BLOCK)), 96)
+    for reference in references:
+        reference.bind_pool(torch.zeros(reference.kv_shape(24, BLOCK)))
+    draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
+    first = [Row(list(range(3, 25)), 0, [5, 2, 9], draw), Row([7, 8, 9], 0, [1], draw)]
+    for rows in (first, [Row([40], 22, [5, 2, 9], draw)]):
+        ours, (of_codes, exact) = late.logits(rows), [reference.compute(rows)[1] for reference in references]
+        # A sum in another order may round an input to the code beside: a whole step of it.
+        assert (ours - of_codes).norm() < 0.5 * (ours - exact).norm()
+        assert (ours - of_codes).norm() / exact.norm() < 0.01
 
 
 PROMPTS = {0: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8, 9, 7, 9, 3], 1: [2, 7], 2: [10, 20, 30, 40, 50]}
