@@ -3,13 +3,26 @@
 from __future__ import annotations
 
 import base64
+import os
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from baton.node.api_settings import ApiSettings, api_keys
 from baton.node.secret_file import read_secret
-from baton.tests.deploy.chart import FULLNAME, NAMESPACE, RELEASE, Object, objects_in, of_kind, one, render, template
+from baton.tests.deploy.chart import (
+    FULLNAME,
+    NAMESPACE,
+    RELEASE,
+    Object,
+    objects_in,
+    of_kind,
+    one,
+    pod_templates,
+    render,
+    template,
+)
 from baton.tests.deploy.fake_api import cluster_with
 
 pytestmark = pytest.mark.deploy
@@ -60,6 +73,30 @@ def test_nodes_read_what_is_generated(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text(keys["api-keys"])
     assert api_keys(ApiSettings(api_key_file=tmp_path / "keys")) == (keys["api-key"],)
     assert len(keys["api-key"]) == 40 and keys != decoded(one(second, "Secret", KEYS))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can make a file of root, and become another user")
+def test_a_pods_user_reads_what_a_kubelet_mounts() -> None:
+    """Guards against a mode or an owner that nodes refuse: files of Secrets are root's, and fsGroup may read them."""
+    (volume,) = [
+        each
+        for each in pod_templates(render("gpu"))["decode"]["spec"]["volumes"]
+        if each.get("secret", {}).get("secretName") == CLUSTER
+    ]
+    identity = pod_templates(render("gpu"))["decode"]["spec"]["securityContext"]
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        file = Path(folder, "secret")
+        file.write_text("ab" * 32)
+        os.chown(file, 0, identity["fsGroup"])
+        file.chmod(volume["secret"]["defaultMode"])
+        os.setegid(identity["fsGroup"])
+        os.seteuid(identity["runAsUser"])
+        try:
+            assert read_secret(file) == bytes.fromhex("ab" * 32)
+        finally:
+            os.seteuid(0)
+            os.setegid(0)
 
 
 def test_an_upgrade_keeps_the_secrets_of_the_cluster(tmp_path: Path) -> None:
