@@ -164,6 +164,7 @@ def test_worker_of_another_namespace_is_refused(tmp_path: Path) -> None:
             "model": ("prefill", "--model", str(tmp_path / "other")),
             "blocks": ("decode", "--block-tokens", "32"),
             "dtype": ("prefill", "--dtype", "bfloat16"),
+            "kv": ("decode", "--kv-dtype", "fp8"),
         }
         for name, (role, *arguments) in incompatible.items():
             cluster.nodes.add_worker(role, name, *arguments)

@@ -58,6 +58,16 @@ def test_the_digest_is_xxh3_over_the_sums_of_the_units_in_order(pool: BlockPool)
     assert pool.digest([4, 1]) != expected
 
 
+def test_the_digest_covers_scales() -> None:
+    """Guards against a scale that is damaged on its way: all numbers of a key would be wrong by it."""
+    pool = BlockPool(KVLayout(3, 0, 2, 2, 8, 7, "float8_e4m3fn", scales="token"), 4)
+    assert pool.scales is not None and pool.scales.shape == (4, 2, 3, 2, 7)
+    before = pool.digest([2])
+    pool.scales[2, 1, 2, 1, 6] = 0.5
+    assert pool.digest([2]) != before and pool.digest([1]) == pool.digest([3])
+    pool.close()
+
+
 @pytest.mark.parametrize("index", [-1, 6])
 def test_a_block_out_of_the_pool_is_refused(pool: BlockPool, index: int) -> None:
     """Guards against a negative index, which would silently be another block."""
