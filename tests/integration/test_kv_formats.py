@@ -1,4 +1,4 @@
-"""A cluster with KV in FP8: what is computed by one process, moved to another or read back from the store is the same."""
+"""A cluster with KV in FP8: what is computed by one process, moved to another or read back from the store is one."""
 
 from __future__ import annotations
 
