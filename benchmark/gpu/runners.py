@@ -112,7 +112,7 @@ def random_pool(config: ModelConfig, num_blocks: int, kv_dtype: str = PLAIN) -> 
     some = torch.empty(min(256, num_blocks), layout.block_bytes, dtype=torch.uint8, device="cuda:0")
     data, scales = kv_tensors(some.view(-1), layout, len(some))
     numbers = torch.empty(data.shape, dtype=torch.bfloat16, device="cuda:0").normal_()
-    data.copy_(numbers * 100 if form.quantised else numbers)
+    data.copy_((numbers * 100).clamp(-448, 448) if form.quantised else numbers)  # a cast makes NaN of more
     if scales is not None:
         scales.fill_(0.01)
     for part in memory.split(len(some)):

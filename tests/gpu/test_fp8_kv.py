@@ -90,7 +90,7 @@ class Served:
     def __init__(self, kv_format: KvFormat, dtype: torch.dtype = BF16, **limits: object) -> None:
         folder = locate_model("demo") if dtype == torch.float32 else SHAPES / "llama-3.1-8b"
         config = ModelConfig.from_folder(folder)
-        config = config if dtype == torch.float32 else replace(config, num_layers=2)
+        config = config if dtype == torch.float32 else replace(config, num_layers=2, windowed_layers=(False, False))
         load_format = "auto" if dtype == torch.float32 else "dummy"
         weights = load_weights(config, folder, dtype, "cuda:0", load_format, pack=False)
         self.runner = CudaRunner(
