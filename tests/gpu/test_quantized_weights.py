@@ -78,6 +78,9 @@ def test_a_gpu_quantises_as_the_cpu_does(name: str) -> None:
 
 INPUTS = {"fp8": (torch.float8_e4m3fn, None), "fp8_block": (torch.float8_e4m3fn, RUNS), "int8": (torch.int8, None)}
 """Codes of inputs, where products take them so."""
+TOLERANCE = {"fp8": 0.06, "fp8_block": 0.06, "int8": 0.03}
+"""Of logits, else 0.02. An input of 16 bits that is rounded otherwise than the CPU's falls to the code beside; behind a
+few products the two differ by as much as codes do from what they stand for."""
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
@@ -115,9 +118,10 @@ def test_steps_with_quantised_weights_match_the_cpu(tmp_path: Path, name: str, d
         exact.append(exact_logits(config, weights, known, lambda plain: with_coded_inputs(plain, *INPUTS[name])))
     for logits in (whole, parts):
         errors = [float((logits - each[299]).norm() / each[299].norm()) for each in exact]
-        assert min(errors) < 0.03, errors
+        assert min(errors) < TOLERANCE.get(name, 0.02), errors
     for step in range(6):
         row = exact[0][299 + step]
         assert row.max() - row[known[300 + step]] < 0.25 * row.std(), step
     if deterministic:
-        assert torch.equal(whole, parts) and all(tokens == found[0] for tokens in found)
+        assert torch.equal(whole, parts)
+        assert all(tokens == found[0] for tokens in found), found
