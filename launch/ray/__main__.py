@@ -111,7 +111,7 @@ def main(argv: Sequence[str]) -> int:
         try:
             import ray
 
-            from baton.launch.ray.deployment import Deployment
+            from baton.launch.ray.deployment import Deployment, take_down
         except ImportError as error:
             raise SettingsError(f"Ray is not installed: install baton-serve[ray] ({error})") from None
         logging.getLogger("ray.actor").setLevel(logging.ERROR)  # it warns of detached actors in placement groups
@@ -125,6 +125,9 @@ def main(argv: Sequence[str]) -> int:
             )
         except (ConnectionError, RuntimeError) as error:
             raise SettingsError(f"no Ray cluster at {settings.address}: {error}") from None
+        if settings.down:
+            print(f"ended {take_down(settings.name, settings.grace_s)} actors")
+            return 0
         return asyncio.run(supervise(Deployment(settings), settings))
     except SettingsError as error:
         print(f"baton ray: error: {error}", file=sys.stderr)

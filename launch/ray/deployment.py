@@ -91,7 +91,8 @@ class Deployment:
     def _place(self, plans: Sequence[NodePlan], wait_s: float) -> None:
         """In one group, which is there when all of them fit as --spread says."""
         bundles = [plan.resources for plan in plans]
-        group = placement_group(bundles, strategy=self._settings.spread, lifetime="detached")
+        name = f"{self._settings.name}/{plans[0].name}"
+        group = placement_group(bundles, strategy=self._settings.spread, name=name, lifetime="detached")
         if not group.wait(wait_s):
             remove_placement_group(group)
             raise SettingsError(f"the Ray cluster has no room for {plans[0].role} workers: {bundles}")
@@ -128,6 +129,22 @@ class Deployment:
         for group in {id(each.group): each.group for each in ended if each.group is not None}.values():
             if id(group) not in kept:
                 remove_placement_group(group)
+
+
+def take_down(name: str, grace_s: float) -> int:
+    """End what a command that has died left of this deployment; returns the number of its actors."""
+    found = [each for each in ray.util.list_named_actors() if each.startswith(f"{name}/")]
+    actors = [ray.get_actor(each) for each in sorted(found, key=lambda each: each.endswith("/proxy"))]  # the proxy last
+    for some in (actors[:-1], actors[-1:]):
+        stopping = [actor.stop.remote() for actor in some]
+        if stopping:
+            ray.wait(stopping, num_returns=len(stopping), timeout=grace_s + 15.0)
+    for actor in actors:
+        ray.kill(actor)
+    for group in ray.util.placement_group_table().values():
+        if group["name"].startswith(f"{name}/") and group["state"] != "REMOVED":
+            remove_placement_group(ray.util.get_placement_group(group["name"]))
+    return len(actors)
 
 
 def _num_gpus() -> float:

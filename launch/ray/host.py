@@ -8,6 +8,7 @@ another machine drain when the new one registers.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -92,6 +93,8 @@ class NodeHost:
         if self._thread.is_alive():
             return
         shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # other nodes of the deployment are on this machine
+            self._folder.parent.rmdir()
 
     def _run(self) -> None:
         try:

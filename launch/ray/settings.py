@@ -39,6 +39,9 @@ class RaySettings(ApiSettings):
     )
     address: str = option("auto", help="the Ray cluster, as in ray.init(); auto: the one that runs on this machine")
     name: str = option("baton", help="name of this deployment, of which a Ray cluster may have several")
+    down: bool = option(
+        False, help="end the deployment of this --name that an earlier command has left, and nothing else"
+    )
     device: str = option(
         "auto",
         choices=("auto", "cpu", "cuda"),

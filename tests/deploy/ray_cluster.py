@@ -106,6 +106,20 @@ class RayCluster:
             self._driver.send_signal(signal.SIGTERM)
             self._driver.wait(120)
 
+    def kill_command(self) -> None:
+        self._driver.kill()
+        self._driver.wait()
+
+    def down(self) -> str:
+        """What `baton ray --down` prints."""
+        name = self._arguments[self._arguments.index("--name") + 1]
+        command = [self._machines.python, "-P", "-m", "baton", "ray", "--down", "--name", name]
+        address = ("--address", self._machines.address)
+        ended = subprocess.run(
+            [*command, *address], env=self._machines.env, check=True, stdout=subprocess.PIPE, text=True
+        )
+        return ended.stdout
+
     # -- processes
 
     def output(self) -> str:

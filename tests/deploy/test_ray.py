@@ -90,6 +90,16 @@ def test_workers_are_added_as_the_objectives_ask_and_nothing_is_left(machines: M
     assert not any(os.path.exists(f"/proc/{pid}/fd/1") for pid in processes.values())
 
 
+def test_a_deployment_outlives_its_command_and_can_be_ended(machines: Machines, tmp_path: Path) -> None:
+    """Guards a deployment from the terminal that it was started in, and the cluster from what nothing would end."""
+    with RayCluster(machines, tmp_path / "output", 2, "--prefill", "0", "--name", "left") as deployment:
+        processes = deployment.processes()
+        deployment.kill_command()
+        assert deployment.stream(PROMPTS[0], max_tokens=20, ignore_eos=True).join().finish == "length"
+        assert deployment.down() == "ended 2 actors\n"
+        assert not any(os.path.exists(f"/proc/{pid}/fd/1") for pid in processes.values())
+
+
 def test_a_killed_worker_is_started_again_by_its_actor(cluster: RayCluster, undisturbed: list[str]) -> None:
     streams = begin_and_wait(cluster)
     pid = cluster.processes()["decode-0"]

@@ -73,7 +73,7 @@ def test_a_node_is_drained_and_its_secret_removed(tmp_path: Path) -> None:
     host = _host("import signal; signal.pause()", given_up)
     host.start()
     host.stop()
-    assert not list(tmp_path.rglob("secret")) and not given_up.is_set()
+    assert not list(tmp_path.rglob("deployment*")) and not given_up.is_set()
 
 
 HOST = """
