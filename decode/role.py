@@ -78,6 +78,12 @@ class DecodeRole:
     def idle(self) -> bool:
         return not self.sequences and self._hand_overs.idle
 
+    @property
+    def steady(self) -> tuple[Sequence, ...]:
+        """The running sequences, while all that the next step does is to draw a token for each; else none."""
+        alike = (each.num_expected - each.num_launched == 1 and not each.times.open for each in self._running)
+        return tuple(self._running) if not self._waiting and all(alike) else ()
+
     # -- requests and transfers
 
     def accept(self, sequence: Sequence, message: Prefill | Reserve) -> Busy | Failed | None:

@@ -267,4 +267,4 @@ class Dispatcher:
             monitor = self._monitors[name]
             if monitor.due(now):
                 monitor.observe(workers.ready(), now)
-            workers.mixed.plan(workers.view(), monitor.recent(now), now)
+            workers.mixed.plan(workers.view(), monitor.recent(now), monitor.answer_tokens, now)

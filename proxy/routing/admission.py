@@ -161,8 +161,7 @@ class Admission:
         for offer in in_order(self._offers(waiter.view_of, failed_pairs)):
             route = self._pick(offer.revision.workers, offer.request)
             if isinstance(route, Route):
-                uncached = offer.request.num_tokens - route.hit_tokens
-                self.workers.mixed.prompt(uncached / route.computes.tokens_s)
+                self.workers.mixed.prompt(offer.request.num_tokens - route.hit_tokens, now)
                 self._routes[offer.revision.name] += 1
                 contended = self.workers.shares.contended(waiter.ticket.tenant, now)
                 return (replace(route, contended=True) if contended else route), offer.revision.shape

@@ -180,7 +180,7 @@ class ModelWorkers:
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
         if member.register.role == "mixed":
-            self.mixed.progress(identity, _progress(member, heartbeat, now), self._tokens_s)
+            self.mixed.progress(_progress(member, heartbeat, now), self._tokens_s)
         member.load, member.draining, member.last_message_at = heartbeat.load, heartbeat.draining, now
         member.orphaned = heartbeat.orphaned
         member.silent_peers = heartbeat.silent_peers

@@ -18,13 +18,17 @@ TPOT, each by its objective, is least, if it is less by a margin. What was measu
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, WorkerView, pick
 
 MEAN_S = 8.0
-"""Rates are means over about so long."""
+"""Rates are means over so long."""
+MAX_ARRIVALS = 4096
+FIRST_ANSWER_TOKENS = 256.0
+"""Of a mean answer, until one has ended."""
 MARGIN = 0.1
 """A plan must be better by this part to replace the one in force ..."""
 DWELL_S = 4.0
@@ -34,7 +38,9 @@ WEIGHTS = (0.1, 0.25, 0.6, 1.5, 4.0)
 PRIOR_ROW_PART = 0.015
 """A row takes this part of a step until it has been measured: one of 2048 tokens of an 8B model."""
 PRIOR_INTERVALS = 1.0
-MEMORY = 0.98
+SURE, OUTLIER = 10.0, 1.2
+"""From so many intervals on, a step counts as at most this many times as long as expected."""
+MEMORY = 0.995
 """Weight of earlier intervals at each new one, in what is known of steps."""
 TENTH = math.log(10)
 
@@ -57,8 +63,12 @@ class StepTimes:
     def __init__(self) -> None:
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
-    def add(self, rows: float, seconds: float) -> None:
-        sums = (1.0, rows, seconds, rows * rows, rows * seconds)
+    def add(self, rows: float, seconds: float, weight: float = 1.0) -> None:
+        """A step of so many rows took so long; what is far longer than expected was not all the step's."""
+        if self._n > SURE:
+            a, k = self.fit()
+            seconds = min(seconds, OUTLIER * (a + k * rows))
+        sums = (weight, weight * rows, weight * seconds, weight * rows * rows, weight * rows * seconds)
         old = (self._n, self._x, self._y, self._xx, self._xy)
         self._n, self._x, self._y, self._xx, self._xy = (MEMORY * o + new for o, new in zip(old, sums, strict=True))
 
@@ -73,6 +83,20 @@ class StepTimes:
         row_s = (covariance * self._n + prior * PRIOR_INTERVALS) / (variance * self._n + PRIOR_INTERVALS)
         row_s = min(max(row_s, 0.0), 0.9 * mean_s / mean_rows if mean_rows else mean_s)
         return mean_s - row_s * mean_rows, row_s
+
+
+@dataclass(frozen=True, slots=True)
+class Demand:
+    """What the requests ask of the workers."""
+
+    load: float
+    """Prompts, in workers that compute nothing else."""
+    prompt_s: float
+    """Of a mean one."""
+    spread: float
+    """E[s^2] / 2 E[s]^2 of the seconds of prompts: 0.5 where all are equal."""
+    answers: float
+    """Tokens of answers a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,44 +117,40 @@ class MixedRoles:
         self.current = Plan(0, WEIGHTS[1])
         self._ttft_s, self._tpot_s = ttft_s, tpot_s
         self._steps = StepTimes()
-        self._prompt_rate: dict[str, float] = {}
-        self._answer_rate: dict[str, float] = {}
-        self._prompt_s = 0.0
-        self._prompt_s2 = 0.0
+        self._arrivals: deque[tuple[float, int]] = deque(maxlen=MAX_ARRIVALS)
+        self._began_at = math.inf
+        self._own_tokens = self._all_tokens = 0.0  # of prompts: sent off here, computed by the workers
         self._decided_at = -math.inf
 
     # -- what is measured
 
-    def prompt(self, seconds: float) -> None:
-        """A prompt was sent off that takes so long to compute."""
-        part = 0.05 if self._prompt_s else 1.0
-        self._prompt_s += part * (seconds - self._prompt_s)
-        self._prompt_s2 += part * (seconds**2 - self._prompt_s2)
+    def prompt(self, num_tokens: int, now: float) -> None:
+        """A prompt was sent off, with so many tokens to compute."""
+        self._began_at = min(self._began_at, now)
+        self._arrivals.append((now, num_tokens))
+        self._own_tokens += num_tokens
 
-    def progress(self, worker: str, done: Progress, tokens_s: float) -> None:
+    def progress(self, done: Progress, tokens_s: float) -> None:
         """A worker's report; `tokens_s` is its speed of prompts."""
         if done.seconds <= 0:
             return
-        part = 1 - math.exp(-done.seconds / MEAN_S)
-        for rates, tokens in ((self._prompt_rate, done.prompt_tokens), (self._answer_rate, done.answer_tokens)):
-            rate = tokens / done.seconds
-            rates[worker] = rates.get(worker, rate) + part * (rate - rates.get(worker, rate))
-        decoding_s = done.seconds - done.prompt_tokens / tokens_s
-        if done.busy and done.steps and decoding_s > 0.5 * done.seconds:
-            self._steps.add(done.answer_tokens / done.steps, decoding_s / done.steps)
+        self._all_tokens += done.prompt_tokens
+        decoding = 1 - done.prompt_tokens / tokens_s / done.seconds
+        if done.busy and done.steps and decoding > 0.3:
+            seconds = decoding * done.seconds / done.steps
+            self._steps.add(done.answer_tokens / done.steps, seconds, decoding**4)
 
     # -- what is planned
 
-    def plan(self, view: Sequence[WorkerView], slack: tuple[float, float], now: float) -> None:
-        """Choose the workers for prompts. `slack`: TTFT and TPOT of the last seconds, by their objectives."""
+    def plan(self, view: Sequence[WorkerView], slack: tuple[float, float], answer_tokens: float, now: float) -> None:
+        """Choose the workers for prompts. `slack`: TTFT and TPOT of the last seconds, by their objectives, 0 where none
+        is known; `answer_tokens`: of a mean answer, 0 likewise."""
         mixed = [worker for worker in view if worker.role == "mixed" and not worker.draining]
-        names = {worker.identity for worker in mixed}
-        for rates in (self._prompt_rate, self._answer_rate):
-            for gone in rates.keys() - names:
-                del rates[gone]
-        self.prompts &= names
-        if len(mixed) > 1 and self._prompt_s and now - self._decided_at >= DWELL_S:
-            best = self._best(mixed, slack)
+        self.prompts &= {worker.identity for worker in mixed}
+        while self._arrivals and self._arrivals[0][0] < now - MEAN_S:
+            self._arrivals.popleft()
+        if len(mixed) > 1 and self._arrivals and now - self._decided_at >= DWELL_S:
+            best = self._best(mixed, slack, self._demand(mixed, answer_tokens, now))
             if best != self.current:
                 self._decided_at, self.current = now, best
         self._fill(mixed)
@@ -142,36 +162,48 @@ class MixedRoles:
             order = sorted(mixed, key=lambda each: (each.identity not in self.prompts, each.requests, each.identity))
             self.prompts = frozenset(worker.identity for worker in order[:num_prompts])
 
-    def _best(self, mixed: Sequence[WorkerView], slack: tuple[float, float]) -> Plan:
-        tokens_s = sum(worker.tokens_s for worker in mixed) / len(mixed)
-        backlog = sum(worker.tokens for worker in mixed)
-        load, n = (sum(self._prompt_rate.values()) + backlog / MEAN_S) / tokens_s, len(mixed)
+    def _best(self, mixed: Sequence[WorkerView], slack: tuple[float, float], demand: Demand) -> Plan:
+        n = len(mixed)
         plans = [Plan(0, self.current.weight)]
         plans += [Plan(num_prompts, weight) for num_prompts in range(1, n) for weight in WEIGHTS]
-        expected = self.predict(self.current, n, load)
+        expected = self.predict(self.current, n, demand)
         measured = (slack[0] * self._ttft_s, slack[1] * self._tpot_s)
         factors = [min(max(m / e, 0.5), 2.0) if m else 1.0 for m, e in zip(measured, expected, strict=True)]
 
         def cost(plan: Plan) -> float:
-            ttft_s, tpot_s = self.predict(plan, n, load)
+            ttft_s, tpot_s = self.predict(plan, n, demand)
             return (factors[0] * ttft_s / self._ttft_s) ** 2 + (factors[1] * tpot_s / self._tpot_s) ** 2
 
         best = min(plans, key=cost)
         return best if cost(best) < (1 - MARGIN) * cost(self.current) else self.current
 
-    def predict(self, plan: Plan, n: int, load: float) -> tuple[float, float]:
-        """(TTFT, TPOT) in seconds, with n workers; `load` of prompts, in workers."""
-        (a, k), answers, m = self._steps.fit(), sum(self._answer_rate.values()), min(plan.num_prompts, n - 1)
-        spread = self._prompt_s2 / self._prompt_s**2 / 2 if self._prompt_s else 0.5
+    def _demand(self, mixed: Sequence[WorkerView], answer_tokens: float, now: float) -> Demand:
+        """Of the requests of the last seconds; those of other proxies are taken to be like this one's."""
+        seconds = min(MEAN_S, max(now - self._began_at, 1.0))
+        tokens_s = sum(worker.tokens_s for worker in mixed) / len(mixed)
+        lengths = [num_tokens / tokens_s for _, num_tokens in self._arrivals]
+        mean_s = sum(lengths) / len(lengths)
+        spread = sum(each * each for each in lengths) / len(lengths) / (2 * mean_s * mean_s) if mean_s else 0.5
+        rate = len(lengths) / seconds * self._proxies()
+        answers = rate * (answer_tokens or FIRST_ANSWER_TOKENS)
+        return Demand(rate * mean_s, mean_s, spread, answers)
+
+    def _proxies(self) -> float:
+        """How many times the prompts of this proxy the workers compute."""
+        return max(1.0, self._all_tokens / self._own_tokens) if self._own_tokens else 1.0
+
+    def predict(self, plan: Plan, n: int, demand: Demand) -> tuple[float, float]:
+        """(TTFT, TPOT) in seconds, with n workers."""
+        (a, k), m, load = self._steps.fit(), min(plan.num_prompts, n - 1), demand.load
         if m == 0:
-            tpot_s = a / _room((load + k * answers) / n)
-            return self._prompt_s * (1 + spread * _wait(n, load / n)) + tpot_s, tpot_s
-        tpot_s, longest, helped = a / _room(k * answers / (n - m)), 0.0, 0.0
+            tpot_s = a / _room((load + k * demand.answers) / n)
+            return demand.prompt_s * (1 + demand.spread * _wait(n, load / n)) + tpot_s, tpot_s
+        tpot_s, longest, helped = a / _room(k * demand.answers / (n - m)), 0.0, 0.0
         for _ in range(2):  # rows depend on TPOT, which depends on the prompts that rows keep away
-            longest = plan.weight * answers * tpot_s / (n - m)
+            longest = plan.weight * demand.answers * tpot_s / (n - m)
             helped = load * _overflow(load / m, m * (1 + longest))
-            tpot_s = a / _room((helped + k * answers) / (n - m))
-        return self._prompt_s * (1 + min(longest, spread * _wait(m, (load - helped) / m))), tpot_s
+            tpot_s = a / _room((helped + k * demand.answers) / (n - m))
+        return demand.prompt_s * (1 + min(longest, demand.spread * _wait(m, (load - helped) / m))), tpot_s
 
 
 def pick_mixed(

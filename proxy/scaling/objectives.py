@@ -18,6 +18,8 @@ WINDOW_S = 60.0
 PERCENTILE = 0.9
 MAX_SAMPLES = 4096
 """Of each latency: at 1,000 requests a second, the last four seconds."""
+NEWEST = 0.05
+"""Weight of the last answer in the mean of their lengths."""
 RECENT_S, MAX_RECENT = 10.0, 256
 EVERY_S = 1.0
 """Between two looks."""
@@ -71,6 +73,8 @@ class ScaleMonitor:
         self._waiting: dict[str, float] = {}  # since when, by request id; the oldest first
         self._scalers: dict[str, RoleScaler] = {}
         self._observe_at = float("-inf")
+        self.answer_tokens = 0.0
+        """Of a mean answer, the last ones weighing most; 0 until one has ended."""
 
     def begin(self, request_id: str, now: float) -> None:
         """A request waits for its first token."""
@@ -83,6 +87,8 @@ class ScaleMonitor:
     def end(self, request_id: str, num_tokens: int, decoding_s: float, now: float) -> None:
         """The request has ended, in whatever way: its last token came `decoding_s` after its first."""
         self._waiting.pop(request_id, None)
+        if num_tokens:
+            self.answer_tokens += (NEWEST if self.answer_tokens else 1.0) * (num_tokens - self.answer_tokens)
         if num_tokens > 1:
             self._tpot.add(decoding_s / (num_tokens - 1), now)
 

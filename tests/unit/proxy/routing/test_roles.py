@@ -26,20 +26,20 @@ def _loaded(count: int, prompt_tokens: int, rate: float, answer_tokens: int) -> 
     """Workers that have computed `rate` such requests a second, evenly."""
     roles = MixedRoles(1.0, 0.015)
     share = rate / count
-    for _ in range(200):
-        roles.prompt(prompt_tokens / TOKENS_S)
-        for worker in _workers(count):
+    for second in range(200):
+        for number in range(round(rate)):
+            roles.prompt(prompt_tokens, second + number / round(rate) - 200)
+        for _ in range(count):
             prompts_s = share * prompt_tokens / TOKENS_S
             rows = share * answer_tokens * A_S / (1 - prompts_s - K_S * share * answer_tokens)
             steps = round((1 - prompts_s) / (A_S + K_S * rows))
             done = Progress(1.0, steps, share * prompt_tokens, rows * steps, True)
-            roles.progress(worker.identity, done, TOKENS_S)
+            roles.progress(done, TOKENS_S)
     return roles
 
 
-def _planned(roles: MixedRoles, view: list[WorkerView], slack: tuple[float, float] = (0.0, 0.0)) -> Plan:
-    for look in range(40):
-        roles.plan(view, slack, look * DWELL_S)
+def _planned(roles: MixedRoles, view: list[WorkerView], answer_tokens: int) -> Plan:
+    roles.plan(view, (0.0, 0.0), answer_tokens, 0.0)
     return roles.current
 
 
@@ -59,27 +59,46 @@ def test_one_size_of_steps_says_nothing_of_another() -> None:
     assert a + 10 * k == pytest.approx(0.005) and k > 0
 
 
+def test_a_pause_is_not_taken_for_a_slow_step() -> None:
+    """A worker that had nothing to do for a part of the interval: one such report would make answers look dear."""
+    times = StepTimes()
+    for rows in (4, 8, 16, 32) * 10:
+        times.add(rows, A_S + K_S * rows)
+    times.add(2.0, 0.1)
+    a, _ = times.fit()
+    assert a == pytest.approx(A_S, rel=0.05)
+
+
+def test_prompts_of_other_proxies_count() -> None:
+    """Each of several proxies sees its own requests alone, and plans for the workers of all."""
+    roles = _loaded(8, 8192, 5.0, 128)
+    alone = _planned(roles, _workers(8), 128).num_prompts
+    roles.progress(Progress(100.0, 0, 3 * roles._all_tokens, 0.0, False), TOKENS_S)
+    roles.plan(_workers(8), (0.0, 0.0), 128, DWELL_S)
+    assert roles.current.num_prompts > alone
+
+
 def test_long_prompts_get_workers_of_their_own() -> None:
-    assert _planned(_loaded(4, 8192, 7.0, 256), _workers(4)).num_prompts >= 1
+    assert _planned(_loaded(4, 8192, 7.0, 256), _workers(4), 256).num_prompts >= 1
 
 
 def test_short_prompts_of_long_answers_are_computed_everywhere() -> None:
     """Answers are the load: a worker that takes none of them would be missed."""
-    assert _planned(_loaded(2, 256, 10.0, 700), _workers(2)).num_prompts == 0
+    assert _planned(_loaded(2, 256, 10.0, 700), _workers(2), 700).num_prompts == 0
 
 
 def test_half_the_load_needs_fewer_workers_for_prompts() -> None:
-    many = _planned(_loaded(8, 8192, 20.0, 128), _workers(8)).num_prompts
-    few = _planned(_loaded(8, 8192, 5.0, 128), _workers(8)).num_prompts
+    many = _planned(_loaded(8, 8192, 20.0, 128), _workers(8), 128).num_prompts
+    few = _planned(_loaded(8, 8192, 5.0, 128), _workers(8), 128).num_prompts
     assert few < many
 
 
 def test_a_plan_lasts() -> None:
     """Else a burst of each kind would turn workers over and over."""
     roles = _loaded(2, 8192, 4.0, 256)
-    roles.plan(_workers(2), (0.0, 0.0), 0.0)
+    roles.plan(_workers(2), (0.0, 0.0), 256, 0.0)
     first, roles.current = roles.current, Plan(1 - roles.current.num_prompts, 0.25)
-    roles.plan(_workers(2), (0.0, 0.0), DWELL_S / 2)
+    roles.plan(_workers(2), (0.0, 0.0), 256, DWELL_S / 2)
     assert roles.current != first
 
 
@@ -100,9 +119,9 @@ def test_one_worker_is_left_for_answers(count: int, gone: int, ttft: float, tpot
     """Whatever is planned, and whichever workers leave: answers have a place."""
     roles = _loaded(2, 8192, 4.0, 256)
     roles.current = Plan(num_prompts, 0.25)
-    roles.plan(_workers(count), (ttft, tpot), 0.0)
+    roles.plan(_workers(count), (ttft, tpot), 256, 0.0)
     left = _workers(count)[gone:]
-    roles.plan(left, (ttft, tpot), 0.25)
+    roles.plan(left, (ttft, tpot), 256, 0.25)
     assert roles.prompts <= {worker.identity for worker in left}
     assert len(roles.prompts) < len(left) or not left
     route = pick_mixed(left, RequestView(8192, 10, 0), RULES, roles)
