@@ -1,4 +1,4 @@
-"""python -m baton.simulator COMMAND: replay, place, overload, loss, tiers, fit. Each has its own --help."""
+"""python -m baton.simulator COMMAND: replay, place, overload, loss, roles, tiers, fit. Each has its own --help."""
 
 from __future__ import annotations
 
@@ -25,10 +25,11 @@ from baton.simulator.settings import (
     OverloadSettings,
     PlaceSettings,
     ReplaySettings,
+    RolesSettings,
     TiersSettings,
 )
 from baton.simulator.simulation import simulate
-from baton.simulator.studies import losses, overload, scenario_of, slo_of, workload_of
+from baton.simulator.studies import losses, overload, scenario_of, slo_of, ways, workload_of
 from baton.simulator.workload import rate_of, read_trace
 
 PROG = "baton simulate"
@@ -88,6 +89,16 @@ def loss(argv: Sequence[str]) -> None:
     _show(report.loss_rows(losses(settings, load_profile(settings.profile), settings.at)), settings.json)
 
 
+def roles(argv: Sequence[str]) -> None:
+    """Adaptive roles beside colocated serving and fixed splits, under one load."""
+    settings = parse(RolesSettings, argv, f"{PROG} roles", roles.__doc__ or "")
+    found = []
+    for way in ways(settings, load_profile(settings.profile)):
+        found.append(way)
+        print(f"{way.name}: cost {way.cost(slo_of(settings)):.4g}", file=sys.stderr, flush=True)
+    _show(report.way_rows(found, slo_of(settings)), settings.json)
+
+
 def tiers(argv: Sequence[str]) -> None:
     """The upper bound of the hit rate of a shared LRU tier of a given size, over a trace."""
     settings = parse(TiersSettings, argv, f"{PROG} tiers", tiers.__doc__ or "")
@@ -117,6 +128,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "place": place,
     "overload": overloaded,
     "loss": loss,
+    "roles": roles,
     "tiers": tiers,
     "fit": fitted,
 }

@@ -7,14 +7,17 @@ arrives meanwhile waits for the next turn, as it does in a process with a separa
 
 from __future__ import annotations
 
+import functools
+import operator
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import accumulate, chain, pairwise
 
 import msgspec
 import numpy as np
 
-from baton.decode.role import decode_loop
+from baton.decode.role import DecodeRole, decode_loop
 from baton.decode.settings import DecodeSettings
 from baton.kvtransfer.blocks.events import FLUSH_EVERY_S, BlockJournal, EventLog
 from baton.kvtransfer.blocks.manager import BlockManager
@@ -39,6 +42,7 @@ from baton.worker.io_thread import Command, Inbound, IoThread
 from baton.worker.loop import Loop
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
+from baton.worker.sequence import Sequence as WorkerSequence
 from baton.worker.settings import FULL_STEP_TOKENS
 
 PROXY = "proxy"
@@ -107,6 +111,11 @@ class SimRunner:
         self.step_s += seconds
         self.busy_s += seconds
 
+    @property
+    def num_rows(self) -> int:
+        """Of the last step."""
+        return len(self._seeds)
+
     def alike(self) -> list[float]:
         """Seconds of the steps that follow the last one without new input, up to the one with a last token.
 
@@ -118,6 +127,12 @@ class SimRunner:
             context += batch
             following.append(self._profile.decode.seconds(context, batch))
         return following
+
+    def skip(self, steps: Sequence[float]) -> None:
+        """Steps like the last one were made without it, of these seconds."""
+        self._context += len(steps) * len(self._seeds)
+        self._left -= len(steps)
+        self.busy_s = functools.reduce(operator.add, steps, self.busy_s)
 
     def _look_ahead(self, rows: Sequence[Row]) -> None:
         draws = [row.draw for row in rows if row.draw is not None and row.num_new == 1]
@@ -148,7 +163,7 @@ class LateTokens:
     def __init__(self, network: Network, io: IoThread) -> None:
         self._network = network
         self._io = io
-        self._unsent: dict[str, dict[tuple[str, int], list[tuple[Tokens, float]]]] = {}
+        self._unsent: dict[str, dict[tuple[str, int], list[tuple[Tokens, Sequence[float]]]]] = {}
 
     @property
     def waiting(self) -> bool:
@@ -157,7 +172,13 @@ class LateTokens:
     def put(self, link: str, bundle: Bundle, stamp: float) -> None:
         requests = self._unsent.setdefault(link, {})
         for tokens in bundle.tokens:
-            requests.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamp))
+            stamps = (stamp,) * len(tokens.ids)
+            requests.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamps))
+
+    def put_many(self, link: str, tokens: Tokens, stamps: Sequence[float]) -> None:
+        """Tokens of several steps of one request, each with its time."""
+        requests = self._unsent.setdefault(link, {})
+        requests.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamps))
 
     def flush(self) -> None:
         """Pass all bundles to the I/O thread, which sends them at this instant."""
@@ -165,10 +186,10 @@ class LateTokens:
         for link, requests in unsent.items():
             self._io.send(link, Bundle(tokens=tuple(self._joined(parts) for parts in requests.values())))
 
-    def _joined(self, parts: list[tuple[Tokens, float]]) -> Tokens:
+    def _joined(self, parts: list[tuple[Tokens, Sequence[float]]]) -> Tokens:
         first, last = parts[0][0], parts[-1][0]
         ids = tuple(chain.from_iterable(tokens.ids for tokens, _ in parts))
-        stamps = [stamp for tokens, stamp in parts for _ in tokens.ids]
+        stamps = list(chain.from_iterable(stamps for _, stamps in parts))
         self._network.note_late(first.request_id, first.index, stamps)
         return msgspec.structs.replace(first, ids=ids, finish=last.finish)
 
@@ -283,7 +304,7 @@ class Host:
         self.runner = SimRunner(profile)
         events = EventLog()
         self._journal = DelayedJournal(events.journal("gpu"), self.runner)
-        manager = BlockManager(profile.num_blocks, self._journal)
+        self._manager = manager = BlockManager(profile.num_blocks, self._journal)
         self._network = network
         self._ahead = ahead and role != "prefill" and store is None
         self._turn_at = float("inf")  # time of the I/O thread's next scheduled turn
@@ -388,7 +409,7 @@ class Host:
         if self._step_end is None:
             return
         end = self._step_end
-        if self._ahead and self.runner.step_s and not self._heard and not self.load.waiting:
+        if self._ahead and self.runner.step_s and not self._heard and self._steady():
             for step_s in self.runner.alike():
                 end += step_s
         self._set_step(end)
@@ -410,6 +431,8 @@ class Host:
             self._past = stamp = self._step_end
             self._step_end = None
             self._delayed.step_is_over(stamp)
+            if self._ahead and self._io.inbox.empty():
+                self._past = self._skip(stamp)
             if self._journal.step_is_over():
                 self._set_turn(self._network.world.now + FLUSH_EVERY_S)
             self._work()
@@ -417,6 +440,30 @@ class Host:
         self._set_step_over()
         if self._delayed.late_tokens.waiting:
             self._ready()
+
+    def _steady(self) -> tuple[WorkerSequence, ...]:
+        role = self.loop.role
+        return role.steady if isinstance(role, DecodeRole) else ()
+
+    def _skip(self, began_at: float) -> float:
+        """Make up for steps that end by now and draw nothing but one more token each, all at once. Returns when the
+        next step begins."""
+        role, running = self.loop.role, self._steady()
+        if not running or not isinstance(role, DecodeRole):
+            return began_at
+        ends = list(accumulate(self.runner.alike()[:-1], initial=began_at))
+        count = bisect_right(ends, self._network.world.now) - 1
+        lacking = sum(each.table.blocks_lacking(each.num_tokens + count - 1) for each in running)
+        if count < 2 or len(running) != self.runner.num_rows or lacking > self._manager.num_available:
+            return began_at
+        stamps = ends[1 : count + 1]
+        self.runner.skip([after - before for before, after in pairwise(ends[: count + 1])])
+        for sequence in running:
+            _advance(sequence, count)
+            self._delayed.late_tokens.put_many(sequence.link, sequence.unsent_tokens("", None), stamps)
+        role.counters.steps += count
+        role.counters.generated_tokens += count * len(running)
+        return stamps[-1]
 
     def _set_look(self, when: float) -> None:
         if when < self._look_at:
@@ -430,6 +477,15 @@ class Host:
         if self.alive and self._step_end is None:
             self._work()
             self._set_step_over()
+
+
+def _advance(sequence: WorkerSequence, count: int) -> None:
+    """What so many steps do to a sequence of which they draw one token each."""
+    seed, num_tokens = sequence.sampling.seed, sequence.num_tokens + count
+    sequence.table.grow(num_tokens - 1)
+    sequence.token_ids += [token_of(seed, sequence.num_generated + number) for number in range(count)]
+    sequence.restart(num_tokens - 1)
+    sequence.table.publish(sequence.token_ids, num_tokens - 1)
 
 
 def _register(name: str, role: Role, profile: Profile, address: str) -> Register:

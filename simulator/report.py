@@ -9,9 +9,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from baton.simulator.capacity import Hits
 from baton.simulator.fit import Fit
 from baton.simulator.placement import Goodput
-from baton.simulator.record import RunSummary, Spread
+from baton.simulator.record import RunSummary, Slo, Spread
 from baton.simulator.simulation import SimOutcome
-from baton.simulator.studies import LossCost, Overload
+from baton.simulator.studies import LossCost, Overload, Way
 
 SOURCES = ("gpu", "ram", "disk", "computed")
 """Where the KV of prompts came from."""
@@ -131,6 +131,25 @@ def loss_rows(found: Sequence[LossCost]) -> list[Row]:
             "their longest wait p50": each.struck_gap.p50_s * 1000,
             "p99 of it": each.struck_gap.p99_s * 1000,
             **summary_row(each.summary),
+        }
+        for each in found
+    ]
+
+
+def way_rows(found: Sequence[Way], slo: Slo) -> list[Row]:
+    """Milliseconds. The cost of each way; the least of those with fixed roles is what adaptive roles are held to."""
+    return [
+        {
+            "way": each.name,
+            "TTFT p50": each.summary.ttft.p50_s * 1000,
+            "TTFT p90": each.tails[0] * 1000,
+            "TTFT p99": each.summary.ttft.p99_s * 1000,
+            "TPOT p50": each.summary.tpot.p50_s * 1000,
+            "TPOT p90": each.tails[1] * 1000,
+            "TPOT p99": each.summary.tpot.p99_s * 1000,
+            "ITL p99": each.summary.itl.p99_s * 1000,
+            "within the SLO": f"{each.good:.1%}",
+            "cost": each.cost(slo),
         }
         for each in found
     ]

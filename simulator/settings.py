@@ -31,7 +31,9 @@ class WorkloadSettings:
     """Requests out of a trace, or drawn."""
 
     profile: str = option("h200-llama-8b", help="latency profile: the name of a shipped one, or a JSON file")
-    trace: Path | None = option(None, help="Mooncake trace to replay (JSON lines); else requests are drawn")
+    trace: Path | None = option(
+        None, help="trace to replay, Mooncake's (JSON lines) or Azure's (.csv); else requests are drawn"
+    )
     speed: float = option(1.0, help="replay the trace this many times faster", minimum=0.001)
     requests: int = option(1000, unit="requests", help="number of requests; 0: all of the trace", minimum=0)
     rate: float = option(4.0, unit="requests/s", help="Poisson arrivals of drawn requests", minimum=0.001)
@@ -56,7 +58,10 @@ class SloSettings(WorkloadSettings):
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReplaySettings(SloSettings):
     prefill: int = option(1, unit="workers", help="prefill workers", minimum=0)
-    decode: int = option(1, unit="workers", help="decode workers", minimum=1)
+    decode: int = option(1, unit="workers", help="decode workers", minimum=0)
+    mixed: int = option(
+        0, unit="workers", help="workers for prompts and answers, by shares that follow the load", minimum=0
+    )
     policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")
     local_prefill: str = option(
         PROXY.local_prefill, choices=LOCAL, help="which prompts decode workers prefill themselves"
@@ -101,6 +106,13 @@ class PlaceSettings(SloSettings):
         PROXY.local_prefill_itl_weight, help="as the proxy's, with --local-prefill auto", minimum=0
     )
     prefill_policy: str = option(ORDERS[0], choices=ORDERS, help="order of prompts in a prefill worker")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RolesSettings(SloSettings):
+    gpus: int = option(2, unit="workers", help="workers", minimum=2)
+    prefill: tuple[int, ...] = option((), unit="workers", help="splits to try, by prefill workers; default: some")
+    policy: str = option("least-loaded", choices=ROUTING, help="how the proxy chooses workers")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

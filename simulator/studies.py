@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 
 from baton.node.errors import SettingsError
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Profile
-from baton.simulator.record import RunSummary, Slo, Spread, attainment, summarise
+from baton.simulator.record import RunSummary, Slo, Spread, attainment, percentile, summarise
 from baton.simulator.settings import (
     ORDERS,
     ROUTING,
     OverloadSettings,
     ReplaySettings,
+    RolesSettings,
     SloSettings,
     WorkloadSettings,
 )
@@ -57,11 +60,14 @@ def scenario_of(settings: ReplaySettings, profile: Profile) -> Scenario:
         local_prefill_itl_weight=settings.local_prefill_itl_weight,
         max_queue=settings.max_queue,
         request_timeout_s=settings.request_timeout_s,
+        slo_ttft_ms=settings.ttft_ms,
+        slo_tpot_ms=settings.tpot_ms,
     )
     return Scenario(
         profile=profile,
         prefill=settings.prefill,
         decode=settings.decode,
+        mixed=settings.mixed,
         proxy=proxy,
         prefill_policy=settings.prefill_policy,
         store=_capacity_of(settings),
@@ -138,3 +144,43 @@ def _cost(victim: str, outcome: SimOutcome, calm: SimOutcome) -> LossCost:
         Spread.of([record.longest_wait_s for record in struck]),
         outcome.counters["retries_total"],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Way:
+    """One way to use the same workers, and what it gave."""
+
+    name: str
+    summary: RunSummary
+    tails: tuple[float, float]
+    """90th percentiles of TTFT and TPOT, in seconds."""
+    good: float
+
+    def cost(self, slo: Slo) -> float:
+        """Sum of squares of the tails, each by its objective: what the plan for mixed workers minimises."""
+        return (self.tails[0] / slo.ttft_s) ** 2 + (self.tails[1] / slo.tpot_s) ** 2
+
+
+def ways(settings: RolesSettings, profile: Profile) -> Iterator[Way]:
+    """The same load with adaptive roles, colocated, and split, with and without help from decode workers."""
+    requests, slo, n = workload_of(settings, profile), slo_of(settings), settings.gpus
+    given = settings.prefill or sorted({max(1, n // 4), n // 2, n - max(1, n // 4)})
+    proxy = ProxySettings(
+        policy=settings.policy, max_queue=1 << 20, slo_ttft_ms=settings.ttft_ms, slo_tpot_ms=settings.tpot_ms
+    )
+    scenarios = {
+        "adaptive": Scenario(profile=profile, mixed=n, proxy=proxy),
+        "colocated": Scenario(profile=profile, decode=n, proxy=replace(proxy, local_prefill="always")),
+    }
+    for prefill, local in product(given, ("never", "auto")):
+        name = f"{prefill}P{n - prefill}D {local}"
+        one = replace(proxy, local_prefill=local)
+        scenarios[name] = Scenario(profile=profile, prefill=prefill, decode=n - prefill, proxy=one)
+    for name, scenario in scenarios.items():
+        records = simulate(scenario, requests).records
+        served = [record for record in records if record.ok]
+        tails = (
+            percentile(sorted(record.ttft_s for record in served), 90),
+            percentile(sorted(record.tpot_s for record in served), 90),
+        )
+        yield Way(name, summarise(records), tails, attainment(records, slo))

@@ -2,14 +2,17 @@
 
 Mooncake's traces (FAST'25, one JSON object a line: `timestamp` in ms, `input_length`, `output_length`, `hash_ids` of
 chained 512-token blocks) say which prompts share a prefix: two prompts have equal tokens exactly where they have equal
-ids. Their time stamps are multiples of 3 s, so arrivals are spread over their 3 s.
+ids. Their time stamps are multiples of 3 s, so arrivals are spread over their 3 s. Azure's (2023, CSV) have lengths
+alone.
 """
 
 from __future__ import annotations
 
+import csv
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import Annotated
@@ -79,7 +82,28 @@ def poisson(count: int, rate: float, prompt: LengthSampler, output: LengthSample
 
 
 def read_trace(path: Path, seed: int) -> list[SimRequest]:
-    """All requests of a Mooncake trace in order of arrival; raises SettingsError for an invalid line."""
+    """All requests of a trace in order of arrival: Mooncake's, or, in a .csv file, Azure's. Raises SettingsError for an
+    invalid line."""
+    return _read_azure(path) if path.suffix == ".csv" else _read_mooncake(path, seed)
+
+
+def _read_azure(path: Path) -> list[SimRequest]:
+    """Azure's public LLM traces: a time, the tokens of a prompt that shares no prefix, and those of its answer."""
+    requests: list[SimRequest] = []
+    try:
+        with path.open(newline="") as file:
+            for number, row in enumerate(csv.DictReader(file)):
+                at_s = datetime.fromisoformat(row["TIMESTAMP"][:26]).timestamp()
+                prompt, output = max(1, int(row["ContextTokens"])), max(1, int(row["GeneratedTokens"]))
+                requests.append(SimRequest(number, at_s, prompt, output, (number,), prompt))
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise SettingsError(f"cannot read the trace {path}: line {len(requests) + 2}: {error!r}") from None
+    requests.sort(key=lambda request: request.arrival_s)
+    first = requests[0].arrival_s if requests else 0.0
+    return [replace(each, number=n, arrival_s=each.arrival_s - first) for n, each in enumerate(requests)]
+
+
+def _read_mooncake(path: Path, seed: int) -> list[SimRequest]:
     chance = random.Random(seed)
     try:
         lines = path.read_bytes().splitlines()

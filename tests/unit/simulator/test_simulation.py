@@ -179,7 +179,7 @@ def test_mixed_workers_change_sides_without_losing_a_token(monkeypatch: pytest.M
     that preempts and a worker that dies."""
     plans = [0, 2, 1, 2, 0, 1]
 
-    def turn(roles: MixedRoles, view: Sequence[WorkerView], slack: tuple[float, float], now: float) -> None:
+    def turn(roles: MixedRoles, view: Sequence[WorkerView], slack: object, answer_tokens: float, now: float) -> None:
         mixed = sorted(worker.identity for worker in view if worker.role == "mixed")
         number = int(now / 0.25)
         turned = mixed[number % 3 :] + mixed[: number % 3]
