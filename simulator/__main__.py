@@ -1,4 +1,4 @@
-"""python -m baton.simulator COMMAND: replay, place, overload, loss, roles, tiers, fit. Each has its own --help."""
+"""python -m baton.simulator COMMAND: see COMMANDS. Each has its own --help."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ from baton.simulator.settings import (
     LossSettings,
     OverloadSettings,
     PlaceSettings,
+    RampSettings,
     ReplaySettings,
     RolesSettings,
     TiersSettings,
 )
 from baton.simulator.simulation import simulate
-from baton.simulator.studies import losses, overload, scenario_of, slo_of, ways, workload_of
+from baton.simulator.studies import losses, overload, ramp, scenario_of, slo_of, ways, workload_of
 from baton.simulator.workload import rate_of, read_trace
 
 PROG = "baton simulate"
@@ -99,6 +100,12 @@ def roles(argv: Sequence[str]) -> None:
     _show(report.way_rows(found, slo_of(settings)), settings.json)
 
 
+def scaled(argv: Sequence[str]) -> None:
+    """llm-d's ramp of 2 to 10 to 1 requests a second, before workers that the proxy's gauges scale."""
+    settings = parse(RampSettings, argv, f"{PROG} ramp", scaled.__doc__ or "")
+    _show(report.ramp_rows(ramp(settings, load_profile(settings.profile))), settings.json)
+
+
 def tiers(argv: Sequence[str]) -> None:
     """The upper bound of the hit rate of a shared LRU tier of a given size, over a trace."""
     settings = parse(TiersSettings, argv, f"{PROG} tiers", tiers.__doc__ or "")
@@ -129,6 +136,7 @@ COMMANDS: dict[str, Callable[[Sequence[str]], None]] = {
     "overload": overloaded,
     "loss": loss,
     "roles": roles,
+    "ramp": scaled,
     "tiers": tiers,
     "fit": fitted,
 }

@@ -352,6 +352,11 @@ class Host:
     def load(self) -> Load:
         return self._delayed.load
 
+    def drain(self) -> None:
+        """SIGTERM."""
+        self._io.terminate()
+        self._ready()
+
     def kill(self) -> None:
         """SIGKILL: messages already sent arrive, and nothing else happens."""
         self._catch_up()

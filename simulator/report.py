@@ -11,7 +11,7 @@ from baton.simulator.fit import Fit
 from baton.simulator.placement import Goodput
 from baton.simulator.record import RunSummary, Slo, Spread
 from baton.simulator.simulation import SimOutcome
-from baton.simulator.studies import LossCost, Overload, Way
+from baton.simulator.studies import LossCost, Overload, Scaled, Way
 
 SOURCES = ("gpu", "ram", "disk", "computed")
 """Where the KV of prompts came from."""
@@ -152,6 +152,17 @@ def way_rows(found: Sequence[Way], slo: Slo) -> list[Row]:
             "cost": each.cost(slo),
         }
         for each in found
+    ]
+
+
+def ramp_rows(found: Scaled) -> list[Row]:
+    return [
+        {
+            "within the SLO": f"{found.good:.1%}",
+            "workers, mean": found.mean_workers,
+            "most": found.most_workers,
+            **summary_row(found.summary),
+        }
     ]
 
 

@@ -116,6 +116,21 @@ class RolesSettings(SloSettings):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RampSettings:
+    profile: str = option("h100x2-qwen3-32b", help="latency profile: the name of a shipped one, or a JSON file")
+    prompt_tokens: int = option(4000, unit="tokens", help="length of prompts", minimum=1)
+    output_tokens: int = option(1000, unit="tokens", help="length of answers", minimum=1)
+    ttft_ms: float = option(3000.0, unit="ms", help="objective: time to the first token", minimum=0.001)
+    tpot_ms: float = option(100.0, unit="ms", help="objective: mean time of each later token", minimum=0.001)
+    least: int = option(3, unit="workers", help="fewest workers", minimum=1)
+    most: int = option(8, unit="workers", help="most workers", minimum=1)
+    start_s: float = option(20.0, unit="s", help="time that a worker takes to start", minimum=0)
+    part: float = option(1.0, help="part of the time of each stage", minimum=0.001, maximum=1)
+    mixed: bool = option(False, help="workers with adaptive roles; else colocated ones")
+    json: bool = option(False, help="print JSON instead of a table")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TiersSettings:
     trace: Path = option(help="Mooncake trace (JSON lines)")
     profile: str = option("h200-llama-8b", help="latency profile, for the bytes of a token")

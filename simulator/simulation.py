@@ -18,6 +18,7 @@ from baton.proxy.settings import ProxySettings
 from baton.simulator.host import PROXY, Host, token_of
 from baton.simulator.latency import Profile
 from baton.simulator.network import Network, SimLine
+from baton.simulator.ramp import Autoscale
 from baton.simulator.record import RequestRecord
 from baton.simulator.store import Capacity, HostStore
 from baton.simulator.workload import SimRequest
@@ -50,6 +51,8 @@ class Scenario:
     proxy: ProxySettings = field(default_factory=ProxySettings)
     prefill_policy: str = "fcfs"
     losses: tuple[Loss, ...] = ()
+    autoscale: Autoscale | None = None
+    """Of the decode or mixed workers, of which there are `least` at the begin; the run ends when so many are left."""
     store: Capacity | None = None
     """Of the store that each host has; its workers are as many as the profile says, of both roles."""
     store_loads: str = "measured"
@@ -71,6 +74,8 @@ class SimOutcome:
     messages: int
     moved_bytes: int
     simulated_s: float
+    levels: tuple[tuple[float, int], ...] = ()
+    """How many workers were there or starting, of those that are scaled, from the times on at which that changed."""
 
 
 def simulate(scenario: Scenario, requests: Sequence[SimRequest]) -> SimOutcome:
@@ -88,6 +93,10 @@ class _Simulation:
         self._stores: list[HostStore] = []
         self._records: list[RequestRecord] = []
         self._clients: set[asyncio.Task[None]] = set()
+        self._levels: list[tuple[float, int]] = []
+        self._scaled: set[str] = set()
+        self._num_started = 0
+        self._leaving: set[str] = set()
         self._loop = VirtualLoop(self._world)
         self._line = SimLine(self._network, PROXY, self._proxy_ready)
 
@@ -106,7 +115,9 @@ class _Simulation:
             self._world.at(SETTLE_S + loss.at_s, self._kill, loss.name)
         for request in requests:
             self._world.at(begin + request.arrival_s, self._send, dispatcher, request, begin)
-        while self._clients or len(self._records) < len(requests):
+        if self._scenario.autoscale is not None:
+            self._world.at(SETTLE_S, self._scale, dispatcher, self._scenario.autoscale)
+        while self._clients or len(self._records) < len(requests) or self._scales_down():
             await asyncio.sleep(LOOK_S)
         await self._at_rest()
         counters = dict(dispatcher.counters())
@@ -121,6 +132,7 @@ class _Simulation:
             messages=self._network.messages,
             moved_bytes=self._network.moved_bytes,
             simulated_s=simulated_s,
+            levels=tuple(self._levels),
         )
 
     # -- the cluster
@@ -134,6 +146,7 @@ class _Simulation:
         num_stores = -(-len(roles) // profile.store.host_workers) if capacity is not None else 0
         if capacity is not None:
             self._stores = [HostStore(self._network, f"s{n}", PROXY, profile, capacity) for n in range(num_stores)]
+        self._scaled, self._num_started = {name for name, role in roles if role != "prefill"}, len(roles)
         for number, (name, role) in enumerate(roles):
             store = self._stores[number % num_stores] if num_stores else None
             self._world.later(number / len(roles) * SETTLE_S / 2, self._start_host, name, role, store)
@@ -149,6 +162,33 @@ class _Simulation:
             store,
             self._scenario.store_loads,
         )
+
+    def _scale(self, dispatcher: Dispatcher, bounds: Autoscale) -> None:
+        """The autoscaler: one look a second at what the proxy asks for."""
+        role: Role = "mixed" if self._scenario.mixed else "decode"
+        desired = [scale.desired for scale in dispatcher.scales()[MODEL] if scale.role == role]
+        for name in [name for name in self._leaving if self._hosts[name].loop.drained]:
+            self._leaving.discard(name)
+            self._hosts[name].kill()
+            self._scaled.discard(name)
+        staying = sorted(self._scaled - self._leaving, key=lambda name: int(name[1:]))
+        wanted = min(bounds.most, max(bounds.least, *desired)) if desired else len(staying)
+        for _ in range(wanted - len(staying)):
+            name = f"{role[0]}{self._num_started}"
+            self._num_started += 1
+            self._scaled.add(name)
+            self._world.later(bounds.start_s, self._start_host, name, role, None)
+        for name in staying[wanted:]:
+            if name in self._hosts:
+                self._leaving.add(name)
+                self._hosts[name].drain()
+        if not self._levels or self._levels[-1][1] != len(self._scaled):
+            self._levels.append((self._world.now - SETTLE_S, len(self._scaled)))
+        self._world.later(1.0, self._scale, dispatcher, bounds)
+
+    def _scales_down(self) -> bool:
+        bounds = self._scenario.autoscale
+        return bounds is not None and len(self._scaled) > bounds.least
 
     def _kill(self, name: str) -> None:
         self._hosts[name].kill()

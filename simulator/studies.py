@@ -9,11 +9,13 @@ from itertools import product
 from baton.node.errors import SettingsError
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Profile
+from baton.simulator.ramp import LLMD_STAGES, Autoscale, mean_level, staged
 from baton.simulator.record import RunSummary, Slo, Spread, attainment, percentile, summarise
 from baton.simulator.settings import (
     ORDERS,
     ROUTING,
     OverloadSettings,
+    RampSettings,
     ReplaySettings,
     RolesSettings,
     SloSettings,
@@ -184,3 +186,41 @@ def ways(settings: RolesSettings, profile: Profile) -> Iterator[Way]:
             percentile(sorted(record.tpot_s for record in served), 90),
         )
         yield Way(name, summarise(records), tails, attainment(records, slo))
+
+
+@dataclass(frozen=True, slots=True)
+class Scaled:
+    """A load that rises and falls, before workers that come and go with it."""
+
+    summary: RunSummary
+    good: float
+    mean_workers: float
+    """Until as few are left as at the begin, those that start or drain included."""
+    most_workers: int
+
+
+def ramp(settings: RampSettings, profile: Profile) -> Scaled:
+    """llm-d's ramp, scaled by the proxy's gauges."""
+    proxy = ProxySettings(
+        policy="least-loaded",
+        local_prefill="auto" if settings.mixed else "always",
+        max_queue=1 << 20,
+        slo_ttft_ms=settings.ttft_ms,
+        slo_tpot_ms=settings.tpot_ms,
+    )
+    scenario = Scenario(
+        profile=profile,
+        decode=0 if settings.mixed else settings.least,
+        mixed=settings.least if settings.mixed else 0,
+        proxy=proxy,
+        autoscale=Autoscale(settings.least, settings.most, settings.start_s),
+    )
+    requests = staged(LLMD_STAGES, settings.prompt_tokens, settings.output_tokens, settings.part)
+    outcome = simulate(scenario, requests)
+    slo = Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
+    return Scaled(
+        summarise(outcome.records),
+        attainment(outcome.records, slo),
+        mean_level(outcome.levels, outcome.levels[-1][0]),
+        max(count for _, count in outcome.levels),
+    )

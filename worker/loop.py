@@ -154,7 +154,7 @@ class Loop:
     def run(self) -> None:
         """Serve until drained."""
         worked = False
-        while not self._draining.is_over(self.idle, self._clock()):
+        while not self.drained:
             worked = self.turn(0.0 if worked else self.wait_s(IDLE_WAIT_S))
         self._end_those(lambda sequence: True, "worker is shutting down", retryable=True)
         while self.role.steps:
@@ -185,6 +185,11 @@ class Loop:
         if self._draining.begin(self._clock()):
             self._parts.io.drain()
             log_event(self._logger, "draining", sequences=len(self.role.sequences))
+
+    @property
+    def drained(self) -> bool:
+        """It was to drain, and has nothing left or no more time."""
+        return self._draining.is_over(self.idle, self._clock())
 
     @property
     def idle(self) -> bool:
