@@ -11,7 +11,7 @@ import secrets
 import socket
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from baton.launch.gpus import Placement, place
@@ -48,6 +48,13 @@ class ServeSettings(ApiSettings):
         help="adaptive: all of these workers compute prompts and answers, by shares that follow the load "
         "(--slo-ttft-ms and --slo-tpot-ms of the proxy)",
     )
+    autoscale: bool = option(
+        False,
+        help="start and drain workers by the replicas that the proxy asks for (--slo-ttft-ms and --slo-tpot-ms of the "
+        "proxy)",
+    )
+    min: int = option(1, unit="workers", help="with --autoscale: fewest workers of a role", minimum=1, maximum=64)
+    max: int = option(4, unit="workers", help="with --autoscale: most workers of a role", minimum=1, maximum=64)
     device: str = option("auto", help="where the model runs", choices=("auto", "cpu", "cuda"))
     gpus: tuple[int, ...] = option(
         (),
@@ -80,6 +87,21 @@ class ServeSettings(ApiSettings):
     store_arg: tuple[str, ...] = option((), metavar="ARGUMENT", help="argument for the KV store")
     start_timeout_s: float = option(600.0, unit="s", help="time limit for the start, up to the first token", minimum=1)
     grace_s: float = option(45.0, unit="s", help="time for processes to drain before they are killed", minimum=0)
+
+    def __post_init__(self) -> None:
+        ApiSettings.__post_init__(self)  # super() does not work in a class with slots
+        if self.min > self.max:
+            raise SettingsError(f"--min {self.min} is more than --max {self.max}")
+
+    @property
+    def largest(self) -> ServeSettings:
+        """With as many workers of each role as --autoscale may start."""
+        if not self.autoscale:
+            return self
+        if self.roles == "adaptive":
+            return replace(self, prefill=0, decode=max(self.max, self.prefill + self.decode))
+        prefill = max(self.max, self.prefill) if self.prefill else 0
+        return replace(self, prefill=prefill, decode=max(self.max, self.decode))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ stopped is the supervisor's.
 from __future__ import annotations
 
 import asyncio
+import http.client
 import json
 import os
 import shlex
@@ -17,6 +18,7 @@ import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
+from baton.launch.autoscale import Bounds, follow
 from baton.launch.check import check_folder
 from baton.launch.gpus import describe, visible_gpus
 from baton.launch.local import (
@@ -29,6 +31,7 @@ from baton.launch.local import (
     scheme,
     served_name,
     sizes_pools,
+    worker_names,
 )
 from baton.launch.run_folder import RunFolder
 from baton.launch.supervisor import ChildSpec, Say, Supervisor, SupervisorLimits
@@ -42,6 +45,8 @@ from baton.node.settings import parse, require_loopback
 from baton.node.tls import own_server_context
 
 PROBE_TIMEOUT_S = 30.0
+METRICS_TIMEOUT_S = 10.0
+WORKER_ROLES = ("prefill", "decode", "mixed")
 
 
 def check_port(host: str, port: int) -> None:
@@ -114,8 +119,31 @@ def curl_line(settings: ApiSettings, model: str, url: str) -> str:
     return f"curl {insecure}{url}/v1/completions -H 'content-type: application/json'{key} -d {shlex.quote(body)}"
 
 
+def metrics_reader(settings: ServeSettings, host: str, api_key: str) -> Callable[[], Awaitable[str]]:
+    """Reads the proxy's page of metrics; "" where no answer comes."""
+    context = own_server_context() if settings.tls_cert is not None else None
+
+    def read() -> str:
+        connection: http.client.HTTPConnection = (
+            http.client.HTTPConnection(host, settings.port, timeout=METRICS_TIMEOUT_S)
+            if context is None
+            else http.client.HTTPSConnection(host, settings.port, timeout=METRICS_TIMEOUT_S, context=context)
+        )
+        try:
+            connection.request("GET", "/metrics", headers={"Authorization": f"Bearer {api_key}"} if api_key else {})
+            answer = connection.getresponse()
+            return answer.read().decode(errors="replace") if answer.status == 200 else ""
+        except (OSError, http.client.HTTPException):
+            return ""
+        finally:
+            connection.close()
+
+    return lambda: asyncio.to_thread(read)
+
+
 def plan(settings: ServeSettings, ports: Ports, say: Say) -> list[ChildSpec]:
-    """The processes to run; says what each worker gets of a GPU."""
+    """The processes to run, or that an autoscaler may start; says what each worker gets of a GPU."""
+    settings = settings.largest
     gpus = visible_gpus(os.environ) if settings.device != "cpu" else []
     placements = place_workers(settings, len(gpus))
     for line in describe(placements, gpus, sizes_pools(settings)):
@@ -128,7 +156,12 @@ async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[Child
     any_host = settings.host in ("", "0.0.0.0", "::")
     host = "127.0.0.1" if any_host else settings.host
     url = f"{scheme(settings)}://{f'[{host}]' if ':' in host else host}:{settings.port}"
-    supervisor = Supervisor(specs, say, SupervisorLimits(start_s=settings.start_timeout_s, grace_s=settings.grace_s))
+    names = {name for _, name in worker_names(settings)}
+    workers = [spec for spec in specs if spec.group in WORKER_ROLES]
+    first = [spec for spec in specs if spec not in workers or spec.name in names]
+    supervisor = Supervisor(first, say, SupervisorLimits(start_s=settings.start_timeout_s, grace_s=settings.grace_s))
+    key = next(iter(api_keys(settings)), "")
+    followers: list[asyncio.Task[None]] = []
 
     def on_signal() -> None:
         say("stopping: running requests get to their end (Ctrl-C again to kill)")
@@ -137,6 +170,9 @@ async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[Child
     def on_ready() -> None:
         say(f"ready {url}")
         say(curl_line(settings, served_name(settings), url))
+        if settings.autoscale:
+            read, bounds = metrics_reader(settings, host, key), Bounds(settings.min, settings.max)
+            followers.append(asyncio.ensure_future(follow(read, supervisor, workers, bounds, say)))
 
     at_terminal = has_terminal()
 
@@ -151,10 +187,13 @@ async def supervise(settings: ServeSettings, ports: Ports, specs: Sequence[Child
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, on_signal)
     loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    key = next(iter(api_keys(settings)), "")
     one = token_probe(host, settings.port, key, settings.tls_cert is not None)
     probe = one if ports.group_folder is None else group_probe(ports.group_folder, settings.proxies)
-    status = await supervisor.run(probe, on_ready)
+    try:
+        status = await supervisor.run(probe, on_ready)
+    finally:
+        for follower in followers:
+            follower.cancel()
     say("stopped")
     return status
 

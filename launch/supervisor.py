@@ -70,8 +70,11 @@ class Supervisor:
         self._say = say
         self._limits = limits or SupervisorLimits()
         self._children = [_Child(spec, say) for spec in specs]
+        self._tasks: dict[asyncio.Task[None], _Child] = {}  # each ends when it gives its child up
         self._stop = asyncio.Event()
         self._kill = asyncio.Event()
+        self._changed = asyncio.Event()
+        """There are more children."""
         self._serving = False
 
     def stop(self) -> None:
@@ -83,6 +86,26 @@ class Supervisor:
     def pids(self) -> dict[str, int]:
         """Process ids of the children that run, by name."""
         return {child.spec.name: pid for child in self._children if (pid := child.pid)}
+
+    def names(self) -> set[str]:
+        """Of the children that have not ended for good."""
+        return {child.spec.name for task, child in self._tasks.items() if not task.done()}
+
+    def add(self, spec: ChildSpec) -> None:
+        """Run one more child, as those since the start; no other of its name may be left."""
+        assert spec.name not in self.names(), spec.name
+        self._tasks = {task: child for task, child in self._tasks.items() if child.spec.name != spec.name}
+        child = _Child(spec, self._say)
+        self._children = [each for each in self._children if each.spec.name != spec.name] + [child]
+        self._tasks[asyncio.create_task(self._run_child(child))] = child
+        self._changed.set()
+
+    def retire(self, name: str) -> None:
+        """Let a child end, by SIGTERM, and start it no more."""
+        for child in self._children:
+            if child.spec.name == name:
+                child.retired = True
+                child.send(signal.SIGTERM)
 
     def send(self, group: str, signum: int) -> bool:
         """Send a signal to the children of a group, not to what they have started; False until all children serve."""
@@ -98,22 +121,22 @@ class Supervisor:
         `ready` returns an empty string once the children serve, else what is still missing; it is called repeatedly,
         must not block the loop, and bounds its own waits. Until then any exit of a child ends the start.
         """
-        tasks = {asyncio.create_task(self._run_child(child)): child for child in self._children}
+        self._tasks = {asyncio.create_task(self._run_child(child)): child for child in self._children}
         starting = asyncio.create_task(self._await_ready(ready))
         stopping = asyncio.create_task(self._stop.wait())
         failed = False
         try:
-            await asyncio.wait([starting, stopping, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([starting, stopping, *self._tasks], return_when=asyncio.FIRST_COMPLETED)
             if starting.done() and starting.result():
                 self._serving = True
                 on_ready()
-                failed = await self._serve(tasks, stopping)
+                failed = await self._serve(stopping)
             else:
                 failed = not self._stop.is_set()
             return 1 if failed else 0
         finally:
             starting.cancel()
-            await self._end(list(tasks))
+            await self._end(list(self._tasks))
             stopping.cancel()
 
     async def _await_ready(self, ready: Callable[[], Awaitable[str]]) -> bool:
@@ -131,14 +154,16 @@ class Supervisor:
             await asyncio.sleep(0.1)
         return True
 
-    async def _serve(self, tasks: Mapping[asyncio.Task[None], _Child], stopping: asyncio.Task[bool]) -> bool:
-        """Until stopped; True if a group has no child left. A task ends when it gives its child up."""
-        pending: set[asyncio.Task[None]] = set(tasks)
+    async def _serve(self, stopping: asyncio.Task[bool]) -> bool:
+        """Until stopped; True if a group has no child left."""
         while not self._stop.is_set():
-            await asyncio.wait([stopping, *pending], return_when=asyncio.FIRST_COMPLETED)
-            pending = {task for task in pending if not task.done()}
-            alive = {tasks[task].spec.group for task in pending}
-            lost = {child.spec.group for child in tasks.values() if child.spec.needed} - alive
+            pending = {task for task in self._tasks if not task.done()}
+            changed = asyncio.create_task(self._changed.wait())
+            await asyncio.wait([stopping, changed, *pending], return_when=asyncio.FIRST_COMPLETED)
+            changed.cancel()
+            self._changed.clear()
+            alive = {child.spec.group for task, child in self._tasks.items() if not task.done()}
+            lost = {child.spec.group for child in self._tasks.values() if child.spec.needed} - alive
             if lost and not self._stop.is_set():
                 self._say(f"giving up: no {' and no '.join(sorted(lost))} process is left")
                 return True
@@ -151,6 +176,9 @@ class Supervisor:
         while True:
             status = await child.run(self._stop)
             if self._stop.is_set():
+                return
+            if child.retired:
+                self._say(f"{child.spec.name} ended ({_describe_status(status)})")
                 return
             if not self._serving:
                 self._say(f"{child.spec.name} ended during the start ({_describe_status(status)}); its last lines:")
@@ -196,6 +224,8 @@ class _Child:
     def __init__(self, spec: ChildSpec, say: Say) -> None:
         self.spec = spec
         self.tail: deque[str] = deque(maxlen=TAIL_LINES)
+        self.retired = False
+        """Its end is wanted."""
         self._say = say
         self._process: asyncio.subprocess.Process | None = None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,9 +17,10 @@ from baton.simulator import report
 from baton.simulator.capacity import hit_rate
 from baton.simulator.fit import Fit, fit, read_steps
 from baton.simulator.latency import load_profile
-from baton.simulator.placement import goodput, splits
+from baton.simulator.placement import Goodput, Split, first_guess, goodput, splits
 from baton.simulator.placement import scenario_of as split_scenario
 from baton.simulator.record import attainment, summarise
+from baton.simulator.searches import Searches
 from baton.simulator.settings import (
     FitSettings,
     LossSettings,
@@ -51,8 +53,24 @@ def replay(argv: Sequence[str]) -> None:
 
 
 def place(argv: Sequence[str]) -> None:
-    """Every split of the workers into prefill and decode, and colocated: the highest rate with 90 % in the SLO."""
+    """Every split of the workers into prefill and decode, colocated, and adaptive: the highest rate with 90 % in the
+    SLO, and what to do."""
     settings = parse(PlaceSettings, argv, f"{PROG} place", place.__doc__ or "")
+    profile = load_profile(settings.profile)
+    candidates = splits(settings.gpus, settings.chunk_tokens)
+    wanted = [split for split in candidates if not settings.only or split.name in settings.only]
+    if not wanted:
+        raise SettingsError(f"--only: there are {', '.join(split.name for split in candidates)}")
+    guess = settings.first_rate or first_guess(workload_of(settings, profile), profile, settings.gpus)
+    if len(wanted) == 1:
+        _show(report.place_rows([_search(settings, wanted[0], guess)]), settings.json)
+        return
+    rows = Searches(argv, [split.name for split in wanted], guess, settings.jobs or os.cpu_count() or 1).run()
+    _show(rows, settings.json)
+    print(report.advice(rows), file=sys.stderr if settings.json else sys.stdout)
+
+
+def _search(settings: PlaceSettings, split: Split, first_rate: float) -> Goodput:
     profile = load_profile(settings.profile)
     base = rate_of(workload_of(settings, profile))
     proxy = ProxySettings(
@@ -60,22 +78,17 @@ def place(argv: Sequence[str]) -> None:
         local_prefill=settings.local_prefill,
         local_prefill_itl_weight=settings.local_prefill_itl_weight,
         max_queue=1 << 20,
+        slo_ttft_ms=settings.ttft_ms,
+        slo_tpot_ms=settings.tpot_ms,
     )
-    found = []
-    for split in splits(settings.gpus, settings.chunk_tokens):
-        scenario = split_scenario(split, profile, proxy, settings.prefill_policy)
-        found.append(
-            goodput(
-                scenario,
-                split,
-                lambda rate: workload_of(settings, profile, rate / base),
-                slo_of(settings),
-                base,
-                settings.rounds,
-            )
-        )
-        print(f"{split.name}: {found[-1].rate:.4g} requests/s", file=sys.stderr)
-    _show(report.place_rows(found), settings.json)
+    return goodput(
+        split_scenario(split, profile, proxy, settings.prefill_policy),
+        split,
+        lambda rate: workload_of(settings, profile, rate / base),
+        slo_of(settings),
+        first_rate,
+        settings.rounds,
+    )
 
 
 def overloaded(argv: Sequence[str]) -> None:

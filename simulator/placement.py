@@ -6,6 +6,7 @@ cluster (no prefill worker, every decode worker computes its prompts itself) is 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,14 +25,18 @@ Workload = Callable[[float], Sequence[SimRequest]]
 
 @dataclass(frozen=True, slots=True)
 class Split:
-    """`prefill` 0 is colocated serving: prompts are computed in chunks of `chunk_tokens`, beside decoding."""
+    """`prefill` 0 is colocated serving: prompts are computed in chunks of `chunk_tokens`, beside decoding. With `mixed`
+    workers, roles follow the load."""
 
     prefill: int
     decode: int
     chunk_tokens: int = 0
+    mixed: int = 0
 
     @property
     def name(self) -> str:
+        if self.mixed:
+            return f"{self.mixed} adaptive"
         colocated = f"{self.decode} colocated, chunks of {self.chunk_tokens}"
         return f"{self.prefill}P{self.decode}D" if self.prefill else colocated
 
@@ -48,12 +53,13 @@ class Goodput:
 
     @property
     def rate_per_gpu(self) -> float:
-        return self.rate / (self.split.prefill + self.split.decode)
+        return self.rate / (self.split.prefill + self.split.decode + self.split.mixed)
 
 
 def splits(gpus: int, chunks: Sequence[int]) -> list[Split]:
-    """Every split, then colocated serving with each chunk size: small chunks delay decoding less."""
+    """Adaptive roles, every split, and colocated serving with each chunk size: small chunks delay decoding less."""
     return [
+        Split(0, 0, mixed=gpus),
         *(Split(prefill, gpus - prefill) for prefill in range(1, gpus)),
         *(Split(0, gpus, chunk) for chunk in chunks),
     ]
@@ -61,7 +67,7 @@ def splits(gpus: int, chunks: Sequence[int]) -> list[Split]:
 
 def scenario_of(split: Split, profile: Profile, proxy: ProxySettings, prefill_policy: str) -> Scenario:
     """`proxy` for splits that have prefill workers."""
-    if not split.prefill:
+    if split.decode and not split.prefill:
         chunk = split.chunk_tokens
         profile = msgspec.structs.replace(profile, decode_chunk_tokens=chunk, decode_budget_tokens=chunk)
         proxy = replace(proxy, local_prefill="always")
@@ -69,13 +75,15 @@ def scenario_of(split: Split, profile: Profile, proxy: ProxySettings, prefill_po
         profile=profile,
         prefill=split.prefill,
         decode=split.decode,
+        mixed=split.mixed,
         proxy=proxy,
         prefill_policy=prefill_policy,
     )
 
 
 def goodput(scenario: Scenario, split: Split, workload: Workload, slo: Slo, first_rate: float, rounds: int) -> Goodput:
-    """Double the rate, or halve it, until one is good and one is not; then bisect, `rounds` times."""
+    """Double the rate, or halve it, until one is good and one is not; then bisect, `rounds` times. Of a split that is
+    not good at a quarter of the first rate no rate is found."""
     runs = 0
     best: tuple[float, RunSummary, float] | None = None
 
@@ -102,8 +110,17 @@ def _bracket(good: Callable[[float], bool], rate: float) -> tuple[float, float]:
         while good(rate * 2) and rate < 1e6:
             rate *= 2
         return rate, rate * 2
-    for _ in range(6):
+    for _ in range(2):
         rate /= 2
         if good(rate):
             return rate, rate * 2
     return 0.0, rate
+
+
+def first_guess(requests: Sequence[SimRequest], profile: Profile, gpus: int) -> float:
+    """Requests a second that so many workers may serve: where prompts, and steps of 32 rows, take half of the time."""
+    prompt = math.fsum(profile.prefill.seconds(r.prompt_tokens, r.prompt_tokens**2) for r in requests)
+    context = [r.prompt_tokens + r.output_tokens / 2 for r in requests]
+    step_s = profile.decode.seconds(32 * math.fsum(context) / len(context), 32)
+    answer = math.fsum(r.output_tokens for r in requests) * step_s / 32
+    return gpus * len(requests) / (prompt + answer) / 2

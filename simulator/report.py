@@ -15,6 +15,9 @@ from baton.simulator.studies import LossCost, Overload, Scaled, Way
 
 SOURCES = ("gpu", "ram", "disk", "computed")
 """Where the KV of prompts came from."""
+GOODPUT = "goodput, requests/s"
+WORTH = 1.1
+"""A gain below this is none."""
 Cell = str | float | int
 Row = Mapping[str, Cell]
 
@@ -92,11 +95,44 @@ def _busy(outcome: SimOutcome, role: str) -> float:
     return sum(seconds) / len(seconds) / outcome.simulated_s if seconds else 0.0
 
 
+def advice(rows: Sequence[Row]) -> str:
+    """What to do, in words, from the rows of `place`."""
+    kinds: dict[str, Row] = {}
+    for row in rows:  # the best first
+        name = str(row["split"])
+        kind = "adaptive" if "adaptive" in name else "colocated" if "colocated" in name else "split"
+        kinds.setdefault(kind, row)
+    rate = {kind: float(row[GOODPUT]) for kind, row in kinds.items()}
+    if not max(rate.values(), default=0.0):
+        return "No way of serving meets the objectives at a rate that was tried: relax them, or use more workers."
+    lines = []
+    if rate.get("split") and rate.get("colocated"):
+        gain = rate["split"] / rate["colocated"]
+        names = kinds["split"]["split"], kinds["colocated"]["split"]
+        if gain >= WORTH:
+            lines.append(
+                f"Disaggregate: {names[0]} serves {gain:.2f} times the rate of the best colocated ({names[1]})."
+            )
+        elif gain > 1 / WORTH:
+            lines.append(f"It makes little difference: {names[0]} serves {gain:.2f} times the rate of {names[1]}.")
+        else:
+            lines.append(
+                f"Do not disaggregate: {names[1]} serves {1 / gain:.2f} times the rate of the best split ({names[0]})."
+            )
+    fixed = max((each for kind, each in rate.items() if kind != "adaptive"), default=0.0)
+    if rate.get("adaptive") and fixed:
+        part = rate["adaptive"] / fixed
+        word = "Adaptive roles need no choice and serve" if part >= 1 / WORTH else "Adaptive roles serve only"
+        lines.append(f"{word} {part:.2f} times the rate of the best of these.")
+    lines.append("Rates closer than a tenth are the same: each is the rate of one seed and a search of a few steps.")
+    return "\n".join(lines)
+
+
 def place_rows(found: Sequence[Goodput]) -> list[Row]:
     return [
         {
             "split": each.split.name,
-            "goodput, requests/s": each.rate,
+            GOODPUT: each.rate,
             "a GPU": each.rate_per_gpu,
             "within the SLO": f"{each.attained:.1%}",
             "TTFT p50": each.summary.ttft.p50_s * 1000,

@@ -325,3 +325,16 @@ async def test_a_signal_reaches_one_group_once_all_serve() -> None:
         assert supervisor.send("proxy", signal.SIGHUP)
         assert await log.until("[proxy] inner") == "[proxy] inner None"
         assert not task.done()
+
+
+async def test_a_child_is_added_and_retired_while_others_run() -> None:
+    """Guards autoscaling: one that is retired drains and stays away, and its group lives on in the others."""
+    log = Log()
+    async with running(log, child(WAITS)) as (supervisor, _):
+        supervisor.add(child(DRAINS, "decode-1"))
+        await log.until("[decode-1] up")
+        assert supervisor.names() == {"decode-0", "decode-1"}
+        supervisor.retire("decode-1")
+        await log.until("decode-1 ended (exit status 0)")
+        supervisor.add(child(DRAINS, "decode-1"))
+        await log.until("[decode-1] up", 2)

@@ -9,6 +9,7 @@ import pytest
 
 from baton.simulator.__main__ import COMMANDS, main
 from baton.simulator.latency import PROFILES, load_profile
+from baton.simulator.report import GOODPUT, advice
 
 SMALL = ("--requests", "20", "--rate", "5", "--output-tokens", "8")
 
@@ -57,7 +58,24 @@ def test_place_finds_a_split(capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the table of splits."""
     assert main(["place", *SMALL, "--gpus", "2", "--rounds", "0", "--chunk-tokens", "256"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("|")[1].strip() for line in lines[2:]] == ["1P1D", "2 colocated, chunks of 256"]
+    found = {line.split("|")[1].strip() for line in lines[2:] if "|" in line}
+    assert found == {"2 adaptive", "1P1D", "2 colocated, chunks of 256"}
+    assert lines[-1].startswith("Rates closer than a tenth are the same")
+
+
+def test_place_says_what_to_do() -> None:
+    """Guards the words: which way is better, by how much, and that a small difference is none."""
+
+    def said(split: float, colocated: float, adaptive: float) -> str:
+        rates = {"2P2D": split, "4 colocated, chunks of 512": colocated, "4 adaptive": adaptive}
+        rows = [{"split": name, GOODPUT: rate} for name, rate in sorted(rates.items(), key=lambda each: -each[1])]
+        return advice(rows)
+
+    assert "Disaggregate: 2P2D serves 1.50 times" in said(15.0, 10.0, 15.0)
+    assert "Do not disaggregate: 4 colocated, chunks of 512 serves 2.00 times" in said(5.0, 10.0, 10.0)
+    assert "It makes little difference" in said(10.2, 10.0, 10.0)
+    assert "Adaptive roles serve only 0.50 times" in said(10.0, 10.0, 5.0)
+    assert "No way of serving" in said(0.0, 0.0, 0.0)
 
 
 def test_tiers_of_a_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
