@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.timeout(900)]
 PATIENCE_S = 300.0
 PROJECT = "baton-test"
 NODES = {"proxy": 1, "prefill": 2, "decode": 2, "store": 1}
-LONG: dict[str, Any] = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 400, "ignore_eos": True}
+LONG: dict[str, Any] = {"model": "demo", "prompt": "Once upon a time", "max_tokens": 150, "ignore_eos": True}
 _READY = re.compile(r'^baton:workers\{role="(\w+)",state="ready"\} (\S+)$', re.M)
 _RUNNING = re.compile(r'^baton:worker_running\{role="decode",worker="decode-(\w+)-(\d+)"\} 1\.0$', re.M)
 
