@@ -54,7 +54,6 @@ class Cell:
     rows: int
     x: str
     """row or runs"""
-    summed: int | None = None
 
     @property
     def shape(self) -> ProductShape:
@@ -66,24 +65,22 @@ class Cell:
 
     @property
     def about(self) -> dict[str, object]:
-        return {"name": self.name, "format": self.weight_format, "rows": self.rows, "x": self.x, "summed": self.summed}
+        return {"name": self.name, "format": self.weight_format, "rows": self.rows, "x": self.x}
 
     def exists(self) -> bool:
-        return (self.x != "row" or self.weight_format != "fp8_block") and (
-            self.summed is None or (self.x, self.weight_format) == ("row", "fp8_row")
-        )
+        return self.x == "runs" or self.weight_format != "fp8_block"
 
     def tiles(self) -> Iterator[Tiles]:
         """Those that fit, with as many stages as leave room for 1 to 4 programs a multiprocessor."""
         n, k, fused = self.shape.outputs, self.shape.inputs, self.shape.fused
-        tile_m = next((size for size in (16, 32, 64) if self.rows <= size), 128)
+        tile_m = next((size for size in (16, 32, 64, 128) if self.rows <= size), 256)
         for tile_n, tile_k, splits in product((64, 128), (128, 256), (1, 2, 4)):
-            blocks = n // tile_n * splits
-            if (fused and splits > 1) or k % (tile_k * splits) or not 112 <= blocks <= 700 * (1 + fused):
+            programs = n // tile_n * splits
+            if (fused and splits > 1) or k % (tile_k * splits) or not 112 <= programs <= 700 * (1 + fused):
                 continue
             stage = tile_n * tile_k * (2 if fused else 1) + tile_m * tile_k
             steps = k // splits // tile_k
-            room = [SHARED_BYTES // programs - 4096 for programs in (1, 2, 3, 4)]
+            room = [SHARED_BYTES // count - 4096 for count in (1, 2, 3, 4)]
             for stages in sorted({min(size // stage, steps, 12) for size in room}):
                 if stages >= 3:
                     yield Tiles(tile_n, tile_k, tile_m, stages, splits, 8 if tile_n == 128 and tile_m >= 64 else 4)
@@ -114,7 +111,7 @@ class Operands:
             dtype=torch.bfloat16 if tiles.splits == 1 else torch.float32,
             device=self.out.device,
         )
-        multiply = partial(linear_8bit, fused=cell.shape.fused, pdl=True, summed=cell.summed)
+        multiply = partial(linear_8bit, fused=cell.shape.fused, pdl=True)
         return [partial(multiply, self.x, codes, scales, None, tiles, self.out) for codes, scales in self.weights]
 
     def error(self, cell: Cell, call: Call) -> float:
@@ -234,7 +231,6 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--formats", default=",".join(FORMATS), metavar="FORMATS", help=", ".join(FORMATS))
     parser.add_argument("--rows", default="1,16,32,64,128", metavar="ROWS")
     parser.add_argument("--x", default="row,runs", metavar="FORMS", help="of x")
-    parser.add_argument("--summed", default="0,128", metavar="COUNTS", help="products of FP8 that the matrix unit sums")
     parser.add_argument("--many", default="", metavar="SHAPES", help="whose products of many rows are timed")
     options = parser.parse_args(argv)
     lines = JsonLines(options.file)
@@ -245,8 +241,7 @@ def main(argv: Sequence[str]) -> int:
         for weight_format in options.formats.split(",")
         for rows in map(int, options.rows.split(","))
         for form in options.x.split(",")
-        for summed in map(int, options.summed.split(","))
-        if (cell := Cell(name, weight_format, rows, form, summed or None)).exists()
+        if (cell := Cell(name, weight_format, rows, form)).exists()
     ]
     if cells:
         _timed(lines, "compiled", lambda: compile_ahead(cells))

@@ -39,7 +39,8 @@ ROUNDER = tl.constexpr(12582912.0)  # added to a float32 below 2**22, it leaves 
 @triton.jit
 def _codes(values, factor, codes_ptr):
     if codes_ptr.dtype.element_ty == tl.int8:
-        return (values * factor + ROUNDER - ROUNDER).to(tl.int8)
+        # Between limits, lest the product is not rounded before ROUNDER is added (one fused operation).
+        return (tl.minimum(tl.maximum(values * factor, -127.0), 127.0) + ROUNDER - ROUNDER).to(tl.int8)
     else:
         return (values * factor).to(codes_ptr.dtype.element_ty)
 

@@ -46,14 +46,14 @@ def test_products_are_those_of_rows_in_codes(weight_format):
     for rows in (1, 2, 16, 33, 64, 100, 128, 129, 301, 2048):
         room = poison((rows + 4, 28672), BF16, GPU).flatten()
         for weights in (qkv, down):
-            x = randn((rows, weights.num_inputs), BF16, GPU, rows)
+            x = randn((rows, weights.num_inputs), BF16, GPU, 7 + rows)
             coded = products.codes_for(weights, rows) is not None
             exact = (fake(x, weight_format) if coded else x.double()) @ wide[weights].t()
             exact += 0.0 if weights.bias is None else weights.bias.double()
             out = products(weights, x, room[: rows * weights.num_outputs].view(rows, -1), pdl=rows <= 128)
             found = out.double().sum(0) if out.dim() == 3 else out
             assert error(found, exact) < 4e-3, (rows, weights.num_outputs, coded)
-        x = randn((rows, gate_up.num_inputs), BF16, GPU, rows)
+        x = randn((rows, gate_up.num_inputs), BF16, GPU, 7 + rows)
         coded = products.codes_for(gate_up, rows) is not None
         gate, up = ((fake(x, weight_format) if coded else x.double()) @ wide[gate_up].t()).chunk(2, -1)
         gated = products.gated(gate_up, x, room[: rows * 14336].view(rows, -1), down, pdl=rows <= 128)
@@ -61,8 +61,10 @@ def test_products_are_those_of_rows_in_codes(weight_format):
         out = products(down, gated, poison((rows + 4, 4096), BF16, GPU)[:rows], pdl=rows <= 128)
         found = out.double().sum(0) if out.dim() == 3 else out
         if products.codes_for(down, rows) is not None:
-            exact = fake(exact.float(), weight_format)
-        assert error(found, exact @ wide[down].t()) < 1e-2, (rows, "gated")
+            exact = fake(exact.to(BF16), weight_format)
+        # Values near the middle of two codes get the other one, because they were rounded before: of INT8 a step is
+        # 0.15 of the norm.
+        assert error(found, exact @ wide[down].t()) < 3e-2, (rows, "gated")
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -82,8 +84,8 @@ def test_a_deterministic_row_does_not_depend_on_the_others(weight_format):
 @pytest.mark.parametrize("pdl", [False, True])
 @pytest.mark.parametrize("code_type", [checks.FP8, checks.INT8])
 def test_kernels(code_type, pdl):
-    """The checks of tests/unit/kernels with the shapes of an 8B model: what the matrix unit sums has 14 bits."""
-    tolerance = 3e-3 if code_type == checks.FP8 else 1e-5
+    """The checks of tests/unit/kernels with the shapes of an 8B model: FP8 is summed with 14 bits."""
+    tolerance = 5e-4 if code_type == checks.FP8 else 1e-5
     for blocked, runs in ((False, False), (False, True), (True, True)):
         for tiles in (
             Tiles(64, 128, 16, 6, 4),
@@ -94,6 +96,20 @@ def test_kernels(code_type, pdl):
             checks.check_linear_8bit(
                 GPU, code_type, 33, 4096, 4096, tiles, blocked=blocked, runs=runs, pdl=pdl, tolerance=tolerance
             )
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+def test_sums_of_one_sign_are_exact(weight_format):
+    """Guards against sums that the matrix unit keeps: it cuts off what its 14 bits do not hold, always downwards."""
+    o = linear(weight_format, *O_8B[:2])
+    o.codes.copy_(o.codes.float().abs().to(o.codes.dtype))
+    products = Products(fastest, 512, [shape_of(o)], BF16, GPU)
+    for rows in (1, 64, 512):
+        x = randn((rows, 4096), BF16, GPU, 7).abs()
+        coded = products.codes_for(o, rows) is not None
+        exact = (fake(x, weight_format) if coded else x.double()) @ o.dequantised(torch.float64).t()
+        out = products(o, x, poison((rows + 4, 4096), BF16, GPU)[:rows], pdl=False)
+        assert error(out.double().sum(0) if out.dim() == 3 else out, exact) < 3e-3, rows
 
 
 @pytest.mark.parametrize("code_type", [checks.FP8, checks.INT8])

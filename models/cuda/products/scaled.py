@@ -142,9 +142,7 @@ class ScaledProducts:
         else:
             codes, scales, of_weight = x.codes, x.scales[:, None], weights.scales[None, :]
         padded = out.as_strided((rows, weights.num_outputs), (weights.num_outputs, 1))
-        torch._scaled_mm(
-            codes, weights.codes.t(), scales, of_weight, out_dtype=out.dtype, use_fast_accum=not self._run, out=padded
-        )
+        torch._scaled_mm(codes, weights.codes.t(), scales, of_weight, out_dtype=out.dtype, out=padded)
         if weights.bias is not None:
             out.add_(weights.bias)
 
