@@ -125,7 +125,7 @@ def test_weights_of_two_recipes_do_not_share_kv(make_model):
         ({"quant_method": "fp8", "weight_block_size": [16, 32]}, {"fp8_block16x32"}),
         (FORMATS["fbgemm_fp8"].config, {"fp8_row"}),
         (FORMATS["int-quantized"].config, {"int8_row"}),
-        (FORMATS["pack-quantized, actorder"].config, {"int4_g32_zeros"}),
+        (FORMATS["pack-quantized, actorder"].config, {"int4_g32_zeros_ordered"}),
         (FORMATS["awq"].config, {"int4_g32_zeros"}),
         (FORMATS["gptq"].config, {"int4_g32"}),
         (FORMATS["gptq, 8 bits"].config, {"dense"}),
