@@ -23,6 +23,7 @@ from baton.kernels.triton import decode_attention, prefill_attention, prefill_gl
 from baton.kernels.triton.decode_plan import FP8_AIM, split_plan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.widen import widen_context
 from baton.models.config import ModelConfig
 
 DECODE_CELLS = "1x1024,8x1024,64x1024,256x1024,64x8192,1x32768,8x32768"
@@ -52,19 +53,30 @@ def decode_calls(pool: PagedPool, rows: int, length: int, aim: int) -> list[Call
     ]
 
 
-def prefill_calls(pool: PagedPool, num_new: int, cached: int) -> dict[str, Call]:
-    """By kernel."""
+def prefill_calls(pool: PagedPool, num_new: int, cached: int, tables: torch.Tensor | None = None) -> dict[str, Call]:
+    """By kernel; tables: by default at random."""
     length = num_new + cached
     query, out = randn(num_new, HEADS, DIM), randn(num_new, HEADS, DIM)
-    tables = torch.randperm(len(pool.tensor), device=GPU).int()[None, : -(-length // BLOCK_TOKENS)]
+    if tables is None:
+        tables = torch.randperm(len(pool.tensor), device=GPU).int()[None, : -(-length // BLOCK_TOKENS)]
     starts = torch.tensor([0, num_new], dtype=torch.int32, device=GPU)
     lengths = torch.tensor([length], dtype=torch.int32, device=GPU)
     tokens = prefill_attention.block_m(DIM)
     work = prefill_attention.work_list([num_new], [length], HEADS, tokens).to(GPU)
     arrays = (query, pool, 0, tables, starts, lengths, work)
     ways: dict[str, Call] = {"triton": partial(prefill_attention.prefill_attention, *arrays, tokens, out)}
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    if pool.scales is not None:
+        plain = PagedPool.of(randn(tables.numel(), KV_HEADS, 1, 2, BLOCK_TOKENS, DIM))
+        widened = torch.zeros_like(tables)
+        attend = prefill_calls(plain, num_new, cached, widened)["gluon"]
+
+        def widen_and_attend() -> None:
+            widen_context(pool, 0, tables, lengths, plain, widened, sms)
+            attend()
+
+        ways["widened"] = widen_and_attend
     if prefill_gluon.is_available(torch.cuda.get_device_capability()) and prefill_gluon.reads(pool):
-        sms = torch.cuda.get_device_properties(0).multi_processor_count
         counter = torch.zeros(2, dtype=torch.int32, device=GPU) if len(work) > 2 * sms else None
         ways["gluon"] = partial(prefill_gluon.prefill_attention, *arrays, sms, counter, out)
     return ways

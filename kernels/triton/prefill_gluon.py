@@ -8,8 +8,6 @@ at issuing their products. What mattered, each measured or read in the machine c
   * Weights are carried in float32 and converted after the next product is issued; carried in bfloat16 they cost 64
     instructions a tile.
   * Blocks of 16 to 128 tokens arrive as boxes of [block, 64] inside the swizzled tile: one tile size serves all.
-  * 8-bit floats come through the registers of four loading warps, which multiply them by their scales and leave the
-    tiles in bfloat16: the groups that compute have no instruction to spare for it.
 Items come from prefill_attention.work_list. With `counter` the grid is as large as the GPU and programs take items from
 a counter, which the last one sets back: better from about two items a multiprocessor on.
 
@@ -36,12 +34,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.triton.launch import require
-from baton.kernels.triton.pool import NO_SCALES, TOKEN_SCALES, PagedPool
+from baton.kernels.triton.pool import PagedPool
 
-BLOCK_M, TILE, BUFFERS = 128, 128, 2
-REGISTERS, LOADING_REGISTERS = 240, 24
-FP8_REGISTERS, WIDENING_REGISTERS = 232, 40
-PART = gl.constexpr(32)  # tokens of a tile that are widened at a time
+BLOCK_M, TILE, BUFFERS, REGISTERS = 128, 128, 2, 240
 
 
 def is_available(capability: tuple[int, int]) -> bool:
@@ -52,18 +47,16 @@ def is_available(capability: tuple[int, int]) -> bool:
 
 def reads(pool: PagedPool) -> bool:
     """Whether the kernel attends to such a pool."""
-    fits = pool.dtype == torch.bfloat16 or pool.scales is not None
-    return fits and pool.head_dim == 128 and pool.block_tokens in (16, 32, 64, 128)
+    return pool.dtype == torch.bfloat16 and pool.head_dim == 128 and pool.block_tokens in (16, 32, 64, 128)
 
 
 @gluon.jit
 def _producer(
-    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr,
-    length_ptr, table_ptr, table_stride, layer, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr,
-    TILE: gl.constexpr, BUFFERS: gl.constexpr, PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr,
-    SCALES: gl.constexpr, GROUP: gl.constexpr,
+    query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr, length_ptr, table_ptr,
+    table_stride, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, BUFFERS: gl.constexpr,
+    PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = BLOCK_M // 2
     BOX: gl.constexpr = BLOCK_TOKENS if BLOCK_TOKENS < TILE else TILE
@@ -149,139 +142,6 @@ def _producer(
 
 
 @gluon.jit
-def _load_part(
-    pool_ptr, scale_ptr, table_ptr, block_rows, first_row, layer, kv_head, length, tile, STEP: gl.constexpr,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, SCALES: gl.constexpr,
-):  # fmt: skip
-    """Half of the elements of PART tokens, number STEP of a tile's keys and values, and the scales of its rows."""
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1, 16], [8, 4], [4, 1], [1, 0])
-    PLANE: gl.constexpr = STEP // 8
-    token = tile + STEP % 8 // 2 * PART + gl.arange(0, PART, layout=gl.SliceLayout(1, LAYOUT))
-    block = gl.load(table_ptr + gl.minimum(token, length - 1) // BLOCK_TOKENS)
-    row = (block * block_rows + first_row).to(gl.int64)
-    place = PLANE * BLOCK_TOKENS + token % BLOCK_TOKENS
-    column = STEP % 2 * 64 + gl.arange(0, 64, layout=gl.SliceLayout(0, LAYOUT))
-    numbers = gl.load(pool_ptr + (row + place)[:, None] * DIM + column[None, :])
-    if SCALES == TOKEN_SCALES:
-        scales = gl.load(scale_ptr + row * (DIM // 4) + place)
-    else:
-        scale = gl.load(scale_ptr + (layer * 2 + PLANE) * KV_HEADS + kv_head)
-        scales = gl.full([PART], scale, gl.float32, layout=gl.SliceLayout(1, LAYOUT))
-    return numbers, scales
-
-
-@gluon.jit
-def _widening_producer(
-    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr,
-    length_ptr, table_ptr, table_stride, layer, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr,
-    TILE: gl.constexpr, BUFFERS: gl.constexpr, PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr,
-    SCALES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """As _producer, of 8-bit floats. A tile's keys and values are sixteen parts, of which four are under way."""
-    ROWS: gl.constexpr = BLOCK_M // 2
-    PARTS: gl.constexpr = TILE // PART
-    part_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([PART, 64], gl.bfloat16)
-    k_parts = k_tiles._reinterpret(gl.bfloat16, [BUFFERS * 2 * PARTS, PART, 64], part_layout)
-    v_parts = v_tiles._reinterpret(gl.bfloat16, [BUFFERS * 2 * PARTS, PART, 64], part_layout)
-    block_rows = KV_HEADS * unit_rows
-    loaded = 0
-    item = 0
-    work = gl.program_id(0)
-    while work < n_items:
-        next_work = work + gl.num_programs(0)
-        if PERSISTENT:
-            next_work = gl.atomic_add(counter_ptr, 1) + gl.num_programs(0)
-        sequence = gl.load(work_ptr + work * 3)
-        tile_m = gl.load(work_ptr + work * 3 + 1)
-        head = gl.load(work_ptr + work * 3 + 2)
-        query_start = gl.load(query_start_ptr + sequence)
-        query_end = gl.load(query_start_ptr + sequence + 1)
-        length = gl.load(length_ptr + sequence)
-        cached = length - (query_end - query_start)
-        num_tiles = gl.cdiv(gl.minimum(cached + (tile_m + 1) * BLOCK_M, length), TILE)
-        kv_head = head // (HEADS // KV_HEADS)
-        first_row = kv_head * unit_rows + layer_row
-        table = table_ptr + sequence * table_stride
-        mbarrier.wait(q_empty, (item & 1) ^ 1)
-        if PERSISTENT:
-            item_tile.store(gl.full([1], work, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0])))
-        mbarrier.expect(q_full, 2 * ROWS * DIM * 2)
-        tma.async_copy_global_to_shared(
-            query_desc, [query_start + tile_m * BLOCK_M, head * DIM], q_full, q_tiles.index(0)
-        )
-        tma.async_copy_global_to_shared(
-            query_desc, [query_start + tile_m * BLOCK_M + ROWS, head * DIM], q_full, q_tiles.index(1)
-        )
-        item += 1
-        for i in range(num_tiles):
-            n = (num_tiles - 1 - i) * TILE
-            b = loaded % BUFFERS
-            phase = (loaded // BUFFERS) & 1
-            given = (pool_ptr, scale_ptr, table, block_rows, first_row, layer, kv_head, length, n)
-            part_0, scales_0 = _load_part(*given, 0, KV_HEADS, DIM, BLOCK_TOKENS, SCALES)
-            part_1, scales_1 = _load_part(*given, 1, KV_HEADS, DIM, BLOCK_TOKENS, SCALES)
-            part_2, scales_2 = _load_part(*given, 2, KV_HEADS, DIM, BLOCK_TOKENS, SCALES)
-            part_3, scales_3 = _load_part(*given, 3, KV_HEADS, DIM, BLOCK_TOKENS, SCALES)
-            for step in gl.static_range(4 * PARTS):
-                if step == 0:
-                    mbarrier.wait(k_empty.index(b), phase ^ 1)
-                if step == 2 * PARTS:
-                    fence_async_shared()
-                    mbarrier.arrive(k_full.index(b), count=1)
-                    mbarrier.wait(v_empty.index(b), phase ^ 1)
-                wide = (part_0.to(gl.float32) * scales_0[:, None]).to(gl.bfloat16)
-                part_0, scales_0 = part_1, scales_1
-                part_1, scales_1 = part_2, scales_2
-                part_2, scales_2 = part_3, scales_3
-                if step + 4 < 4 * PARTS:
-                    part_3, scales_3 = _load_part(*given, step + 4, KV_HEADS, DIM, BLOCK_TOKENS, SCALES)
-                number = (b * 2 + step % 2) * PARTS + step % (2 * PARTS) // 2
-                if step < 2 * PARTS:
-                    k_parts.index(number).store(wide)
-                else:
-                    v_parts.index(number).store(wide)
-            fence_async_shared()
-            mbarrier.arrive(v_full.index(b), count=1)
-            loaded += 1
-        work = next_work
-    if PERSISTENT:
-        mbarrier.wait(q_empty, (item & 1) ^ 1)
-        item_tile.store(gl.full([1], -1, gl.int32, layout=gl.BlockedLayout([1], [32], [4], [0])))
-        mbarrier.arrive(q_full, count=1)
-        if gl.atomic_add(counter_ptr + 1, 1) == gl.num_programs(0) - 1:  # the last program sets the counters back
-            gl.store(counter_ptr, 0)
-            gl.store(counter_ptr + 1, 0)
-
-
-@gluon.jit
-def _loader(
-    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr,
-    length_ptr, table_ptr, table_stride, layer, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr,
-    TILE: gl.constexpr, BUFFERS: gl.constexpr, PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr,
-    SCALES: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """_producer or _widening_producer."""
-    if SCALES == NO_SCALES:
-        _producer(
-            query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
-            query_start_ptr, length_ptr, table_ptr, table_stride, layer, layer_row, scale_log2, unit_rows, HEADS,
-            KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, SCALES, GROUP,
-        )  # fmt: skip
-    else:
-        _widening_producer(
-            query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles,
-            q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
-            query_start_ptr, length_ptr, table_ptr, table_stride, layer, layer_row, scale_log2, unit_rows, HEADS,
-            KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, SCALES, GROUP,
-        )  # fmt: skip
-
-
-@gluon.jit
 def _softmax(scores, top, total, scale_log2):
     new_top = gl.maximum(top, gl.max(scores, 1) * scale_log2)
     weights = gl.exp2(scores * scale_log2 - new_top[:, None])
@@ -304,12 +164,11 @@ def _pin(total):
 
 @gluon.jit
 def _consumer(
-    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full,
-    q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr,
-    length_ptr, table_ptr, table_stride, layer, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr,
-    TILE: gl.constexpr, BUFFERS: gl.constexpr, PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr,
-    SCALES: gl.constexpr, GROUP: gl.constexpr,
+    query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty, k_full, k_empty,
+    v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items, query_start_ptr, length_ptr, table_ptr,
+    table_stride, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, BUFFERS: gl.constexpr,
+    PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = BLOCK_M // 2
     SCORES: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TILE, 16])
@@ -429,13 +288,12 @@ def _consumer(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["n_items", "layer", "layer_row", "scale_log2", "unit_rows"])
+@gluon.jit(do_not_specialize=["n_items", "layer_row", "scale_log2", "unit_rows"])
 def _prefill_kernel(
-    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, counter_ptr, work_ptr, n_items, query_start_ptr,
-    length_ptr, table_ptr, table_stride, layer, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr,
-    KV_HEADS: gl.constexpr, DIM: gl.constexpr, BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr,
-    TILE: gl.constexpr, BUFFERS: gl.constexpr, PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr,
-    SCALES: gl.constexpr, REGISTERS: gl.constexpr, LOADING_WARPS: gl.constexpr, LOADING_REGISTERS: gl.constexpr,
+    query_desc, pool_desc, out_desc, out_ptr, counter_ptr, work_ptr, n_items, query_start_ptr, length_ptr, table_ptr,
+    table_stride, layer_row, scale_log2, unit_rows, HEADS: gl.constexpr, KV_HEADS: gl.constexpr, DIM: gl.constexpr,
+    BLOCK_TOKENS: gl.constexpr, BLOCK_M: gl.constexpr, TILE: gl.constexpr, BUFFERS: gl.constexpr,
+    PING_PONG: gl.constexpr, PERSISTENT: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     ROWS: gl.constexpr = BLOCK_M // 2
     q_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([ROWS, DIM], gl.bfloat16)
@@ -467,36 +325,33 @@ def _prefill_kernel(
             (
                 _consumer,
                 (
-                    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles,
-                    out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr,
-                    work_ptr, n_items, query_start_ptr, length_ptr, table_ptr, table_stride, layer, layer_row,
-                    scale_log2, unit_rows, HEADS, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG,
-                    PERSISTENT, SCALES, 0,
+                    query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty,
+                    k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
+                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_row, scale_log2, unit_rows, HEADS,
+                    KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, 0,
                 ),
             ),
             (
                 _consumer,
                 (
-                    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles,
-                    out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr,
-                    work_ptr, n_items, query_start_ptr, length_ptr, table_ptr, table_stride, layer, layer_row,
-                    scale_log2, unit_rows, HEADS, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG,
-                    PERSISTENT, SCALES, 1,
+                    query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty,
+                    k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
+                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_row, scale_log2, unit_rows, HEADS,
+                    KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, 1,
                 ),
             ),
             (
-                _loader,
+                _producer,
                 (
-                    query_desc, pool_desc, pool_ptr, scale_ptr, out_desc, out_ptr, q_tiles, k_tiles, v_tiles,
-                    out_tiles, q_full, q_empty, k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr,
-                    work_ptr, n_items, query_start_ptr, length_ptr, table_ptr, table_stride, layer, layer_row,
-                    scale_log2, unit_rows, HEADS, KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG,
-                    PERSISTENT, SCALES, 0,
+                    query_desc, pool_desc, out_desc, out_ptr, q_tiles, k_tiles, v_tiles, out_tiles, q_full, q_empty,
+                    k_full, k_empty, v_full, v_empty, turns, item_tile, counter_ptr, work_ptr, n_items,
+                    query_start_ptr, length_ptr, table_ptr, table_stride, layer_row, scale_log2, unit_rows, HEADS,
+                    KV_HEADS, DIM, BLOCK_TOKENS, BLOCK_M, TILE, BUFFERS, PING_PONG, PERSISTENT, 0,
                 ),
             ),
         ],
-        [4, LOADING_WARPS],
-        [REGISTERS, LOADING_REGISTERS],
+        [4, 1],
+        [REGISTERS, 24],
     )  # fmt: skip
 
 
@@ -532,12 +387,9 @@ def prefill_attention(
     num_items = work.shape[0]
     if num_items == 0:
         return
-    quantised = pool.scales is not None
     _prefill_kernel[(num_items if counter is None else min(num_sms, num_items),)](
         _descriptor(query.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
-        None if quantised else _descriptor(pool.rows, [min(block_tokens, TILE), 64]),
-        pool.tensor,
-        pool.scales,
+        _descriptor(pool.rows, [min(block_tokens, TILE), 64]),
         _descriptor(out.view(num_tokens, -1), [BLOCK_M // 2, head_dim]),
         out,
         counter,
@@ -547,8 +399,7 @@ def prefill_attention(
         lengths,
         block_tables,
         block_tables.stride(0),
-        layer,
-        layer * pool.layer_rows,
+        layer * 2 * block_tokens,
         head_dim**-0.5 * math.log2(math.e),  # no other: see LOWEST in prefill_attention
         pool.unit_rows,
         HEADS=num_heads,
@@ -560,10 +411,7 @@ def prefill_attention(
         BUFFERS=BUFFERS,
         PING_PONG=True,
         PERSISTENT=counter is not None,
-        SCALES=pool.scale_mode,
-        REGISTERS=FP8_REGISTERS if quantised else REGISTERS,
-        LOADING_WARPS=4 if quantised else 1,
-        LOADING_REGISTERS=WIDENING_REGISTERS if quantised else LOADING_REGISTERS,
+        REGISTERS=REGISTERS,
         num_warps=4,
     )
 

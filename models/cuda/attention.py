@@ -1,13 +1,19 @@
-"""Which kernel attends for parts of prompts: Hopper's, where it can, else the portable one. Chosen once for a pool."""
+"""Which kernel attends for parts of prompts: Hopper's, where it can, else the portable one. Chosen once for a pool.
+
+Over 8-bit floats both are slow, since each tile would be widened again for each head and each piece of a prompt: the
+context of a step is widened once a layer, into memory of its own.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import torch
 
 from baton.kernels.triton import prefill_attention
 from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.widen import widen_context
 from baton.models.config import ModelConfig
 from baton.models.cuda.decoder import Attend
 from baton.models.cuda.queue import Queue
@@ -28,12 +34,24 @@ class ChunkAttention(Protocol):
         ...
 
 
-def choose_attention(config: ModelConfig, pool: PagedPool, queue: Queue, deterministic: bool) -> ChunkAttention:
-    """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do."""
+def choose_attention(
+    config: ModelConfig, pool: PagedPool, queue: Queue, deterministic: bool, memory: torch.Tensor | None = None
+) -> ChunkAttention:
+    """The portable kernel's bits do not depend on how a prompt is cut into chunks; the other's do.
+
+    memory: for the context of a step in the dtype of queries, where the pool has 8-bit floats.
+    """
+    if pool.scales is not None and memory is not None and not deterministic:
+        block = (pool.num_units, 1, 2, pool.block_tokens, pool.head_dim)
+        num_blocks = len(memory) // math.prod(block)
+        if num_blocks:
+            plain_pool = PagedPool.of(memory[: num_blocks * math.prod(block)].view(num_blocks, *block))
+            attention = choose_attention(config, plain_pool, queue, deterministic)
+            return _Widened(attention, _Portable(config, pool), pool, plain_pool, num_blocks, queue.num_sms)
     plain = (
         config.sliding_window is None and config.score_softcap is None and config.score_scale == config.head_dim**-0.5
     )
-    if pool.tensor.is_cuda and plain and pool.scales is None and not deterministic:
+    if pool.tensor.is_cuda and plain and not deterministic:
         # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
         from baton.kernels.triton import prefill_gluon
 
@@ -57,7 +75,7 @@ class _Portable:
             prefill_attention.prefill_attention(
                 query,
                 pool,
-                layer,
+                layer if pool.num_layers > 1 else 0,
                 tables,
                 starts,
                 lengths,
@@ -84,6 +102,39 @@ class _Hopper:
         counter = self._counter if len(work) > ITEMS_A_MULTIPROCESSOR * self._num_sms else None
 
         def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            self._attention(query, self._pool, layer, tables, starts, lengths, work, self._num_sms, counter, out)
+            place = layer if self._pool.num_layers > 1 else 0
+            self._attention(query, self._pool, place, tables, starts, lengths, work, self._num_sms, counter, out)
+
+        return attend
+
+
+class _Widened:
+    """Over a plain pool of one layer, into which the context of a layer's chunks comes first. Steps whose tables have
+    more places than it has blocks read the 8-bit floats themselves."""
+
+    def __init__(
+        self,
+        attention: ChunkAttention,
+        direct: _Portable,
+        pool: PagedPool,
+        plain_pool: PagedPool,
+        num_blocks: int,
+        num_sms: int,
+    ) -> None:
+        assert attention.tile == direct.tile, "one work list serves both"
+        self.tile = direct.tile
+        self._attention, self._direct = attention, direct
+        self._pool, self._plain_pool, self._num_sms = pool, plain_pool, num_sms
+        self._tables = torch.zeros(num_blocks, dtype=torch.int32, device=pool.tensor.device)
+
+    def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
+        if tables.numel() > len(self._tables):
+            return self._direct.over(tables, starts, lengths, work)
+        plain_tables = self._tables[: tables.numel()].view(tables.shape)
+        attend_plain = self._attention.over(plain_tables, starts, lengths, work)
+
+        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+            widen_context(self._pool, layer, tables, lengths, self._plain_pool, plain_tables, self._num_sms)
+            attend_plain(layer, query, out)
 
         return attend

@@ -51,6 +51,9 @@ CHUNK_SIZES, CHUNK_SEQUENCES = ((128, 1), (256, 1), (512, 1), (1024, 900)), 4
 """Parts of prompts of up to so many tokens, of up to so many sequences, are captured as well, and run so from the
 second number of tokens on: with fewer the rest, which is computed too, takes longer than launching does."""
 CHUNK_ARRAYS = len(ChunkArrays._fields) + 1
+WIDENED_BYTES, WIDENED_TOKENS = 512 << 20, 2048
+"""For the context of the chunks of a step in one layer, where KV is quantised: 131,072 tokens of an 8B model. No more
+than all rows' longest sequences, rounded up to as many tokens as tables are wide."""
 SCORED_ROWS = 128
 """Rows of logits at a time where a prompt's log probabilities are asked for."""
 
@@ -94,6 +97,13 @@ class CudaRunner:
         self._most_tokens = max(limits.max_tokens, rows)
         self._decoder = DeviceDecoder(config, weights, policy, self._most_tokens, rows, max_len)
         self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
+        self._widened = None  # with the weights and activations, since the pool is planned from what these leave
+        if self.kv_format.quantised and not limits.deterministic:
+            token_elements = 2 * config.num_kv_heads * config.head_dim
+            dtype = weights.embedding.dtype
+            most = WIDENED_BYTES // dtype.itemsize // token_elements
+            tokens = min(most, rows * aligned(max_len, WIDENED_TOKENS))
+            self._widened = torch.zeros(tokens * token_elements, dtype=dtype, device=queue.device)
         scored_rows = min(SCORED_ROWS, rows)  # their logits lie where those of rows that draw do
         self._found = PromptLogprobRows.make(self._most_tokens, scored_rows, config.vocab_size, queue.device)
         self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
@@ -127,7 +137,7 @@ class CudaRunner:
         header = 3 * aligned(rows)
         sizes, all_lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *FIXED_LENGTHS)
         lengths = all_lengths if self._limits.deterministic else all_lengths[-1:]
-        attention = choose_attention(config, paged, self.queue, self._limits.deterministic)
+        attention = choose_attention(config, paged, self.queue, self._limits.deterministic, self._widened)
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(paged)

@@ -11,7 +11,6 @@ import torch
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.benchmark.harness.shapes import SHAPES
-from baton.kernels.triton import prefill_gluon
 from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.prefill_attention import block_m
 from baton.kvtransfer.blocks.device_pool import DevicePool
@@ -72,16 +71,11 @@ def test_prefill_attention(heads, block_tokens, scales):
     checks.check_chunks_do_not_matter(GPU, BF16, heads, block_tokens, block_m(heads.dim), scales)
 
 
-@pytest.mark.parametrize("persistent", [False, True])
-@pytest.mark.parametrize("block_tokens", [16, 32, 64, 128])
+@pytest.mark.parametrize("block_tokens", [16, 64, 128])
+@pytest.mark.parametrize("heads", [LLAMA_8B, checks.Heads(16, 1, 256)])
 @pytest.mark.parametrize("scales", ["token", "static"])
-def test_prefill_gluon(block_tokens, persistent, scales):
-    """Guards the widening warps: parts in the wrong place of the swizzled tile, and barriers that let a tile be read
-    before it is there or written before it is read."""
-    if not prefill_gluon.is_available(torch.cuda.get_device_capability()):
-        pytest.skip("no Hopper")
-    ragged = [(300, 0), (1, 513), (129, 700), (64, 64), (1000, 3000)]
-    checks.check_prefill_gluon(LLAMA_8B, ragged, block_tokens, persistent, scales)
+def test_widened_context(heads, block_tokens, scales):
+    checks.check_widened_context(GPU, BF16, heads, [300, 0, 1, 4000, 64], block_tokens, scales)
 
 
 class Served:

@@ -283,14 +283,24 @@ def linears_8bit(rows: int, blocked: bool, runs: bool) -> None:
             linear_8bit(x, codes, of_codes, None, tiles, empty(rows, n), fused=fused, pdl=True)
 
 
-def prefill_gluon(block_tokens: int, persistent: bool, scales: Scales = "none") -> None:
+def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     from baton.kernels.triton import prefill_gluon as module
 
     sequences, query = 4, empty(1024, 32, 128)
-    paged, tables = pool(8, block_tokens, 128, scales=scales), empty(sequences, 64, dtype=torch.int32)
+    paged, tables = pool(8, block_tokens, 128), empty(sequences, 64, dtype=torch.int32)
     starts, lengths = empty(sequences + 1, dtype=torch.int32), empty(sequences, dtype=torch.int32)
     work, counter = empty(500, 3, dtype=torch.int32), empty(2, dtype=torch.int32) if persistent else None
     module.prefill_attention(query, paged, 3, tables, starts, lengths, work, 132, counter, query)
+
+
+def widen() -> None:
+    from baton.kernels.triton import widen as module
+    from baton.kernels.triton.pool import PagedPool
+
+    tables, lengths = empty(4, 64, dtype=torch.int32), empty(4, dtype=torch.int32)
+    out = PagedPool.of(empty(256, 8, 1, 2, 64, 128))
+    for scales in ("token", "static"):
+        module.widen_context(pool(8, 64, 128, scales=scales), 3, tables, lengths, out, tables, 132)
 
 
 def gated_product() -> None:
@@ -356,9 +366,7 @@ CASES: dict[str, Callable[[], None]] = {
     "decode_256_page16_parts": lambda: decode(16, 2, 256, 16, PARTS),
     "gluon_page64": lambda: prefill_gluon(64, True),
     "gluon_page16": lambda: prefill_gluon(16, False),
-    "gluon_fp8_page64": lambda: prefill_gluon(64, True, "token"),
-    "gluon_fp8_page16": lambda: prefill_gluon(16, False, "token"),
-    "gluon_fp8_static_page64": lambda: prefill_gluon(64, True, "static"),
+    "widen": widen,
     "gated_product": gated_product,
     "int4_16": lambda: int4_products(16, 128, True),
     "int4_16_groups_of_32": lambda: int4_products(16, 32, False),

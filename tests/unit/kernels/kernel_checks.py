@@ -30,6 +30,7 @@ from baton.kernels.triton import (
     rope_write,
     sampling,
     step_inputs,
+    widen,
 )
 from baton.kernels.triton.pool import PagedPool
 from baton.kvtransfer.blocks import checksum
@@ -425,19 +426,38 @@ def check_chunks_do_not_matter(
         assert torch.equal(part, whole[first:end]), (first, end)
 
 
+def check_widened_context(
+    device: str, dtype: torch.dtype, heads: Heads, lengths: list[int], block_tokens: int, scales: Scales
+) -> None:
+    """All blocks of all sequences, rounded to the dtype, and nothing behind them; a sequence of no tokens between."""
+    paged = Paged.make(device, dtype, heads, [max(length, 1) for length in lengths], block_tokens, scales)
+    counts = [-(-length // block_tokens) for length in lengths]
+    memory = poison((sum(counts) + 1, heads.key, 1, 2, block_tokens, heads.dim), dtype, device)
+    tables = torch.full_like(paged.tables, -1)
+    held = torch.tensor(lengths, dtype=torch.int32, device=device)
+    widen.widen_context(paged.pool, 1, paged.tables, held, PagedPool.of(memory), tables, 3)
+    exact = paged.numbers.to(dtype)
+    number = 0
+    for row, count in enumerate(counts):
+        assert tables[row].tolist() == [*range(number, number + count), *[-1] * (tables.shape[1] - count)]
+        for place in range(count):
+            assert torch.equal(memory[number, :, 0], exact[paged.tables[row, place], :, 1]), (row, place)
+            number += 1
+    assert bool(memory[number].isnan().all())
+
+
 def check_prefill_gluon(
     heads: Heads,
     new_and_cached: list[tuple[int, int]],
     block_tokens: int,
     persistent: bool,
-    scales: Scales = "none",
 ) -> None:
     """On a GPU only. Twice with one counter: the second launch finds what the first left."""
     from baton.kernels.triton import prefill_gluon
 
     new = [num_new for num_new, _ in new_and_cached]
     lengths = [num_new + cached for num_new, cached in new_and_cached]
-    paged = Paged.make("cuda", torch.bfloat16, heads, lengths, block_tokens, scales)
+    paged = Paged.make("cuda", torch.bfloat16, heads, lengths, block_tokens)
     query = randn((sum(new), heads.query, heads.dim), torch.bfloat16, "cuda")
     starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32).cuda()
     held = torch.tensor(lengths, dtype=torch.int32, device="cuda")

@@ -47,9 +47,7 @@ def kernels(tmp_path_factory) -> dict[str, list[dict]]:
 def test_no_kernel_spills(kernels):
     """Guards against a tile too large for the registers: it still gives right results, at a fraction of the speed."""
     for case, kernel in ((case, kernel) for case, of_case in kernels.items() for kernel in of_case):
-        if case.startswith("gluon_fp8"):  # two groups and the widening warps, all at the edge of their registers
-            assert kernel["stack_bytes"] <= 128, (case, kernel)
-        elif case.startswith("gluon"):  # setmaxnreg gives its groups 240, but ptxas plans the entry with 168: 16 bytes
+        if case.startswith("gluon"):  # setmaxnreg gives its groups 240, but ptxas plans the entry with 168: 16 bytes
             assert kernel["stack_bytes"] <= 16, (case, kernel)
         elif not case.startswith("float32"):  # exact products have no matrix instruction, and are slow in any case
             assert kernel["stack_bytes"] == 0, (case, kernel)
@@ -90,7 +88,7 @@ def test_prefill_attention_uses_warpgroup_instructions_and_fits(kernels):
 
 def test_the_hopper_prefill_specialises_its_warps(kernels):
     """Guards against a version of Triton whose Gluon compiles to something else: no room for two tiles, or no TMA."""
-    for case in ("gluon_page64", "gluon_page16", "gluon_fp8_page64", "gluon_fp8_page16", "gluon_fp8_static_page64"):
+    for case in ("gluon_page64", "gluon_page16"):
         (kernel,) = kernels[case]
         assert kernel["wgmma"] and kernel["tma"] and kernel["registers"] == 168, kernel
         assert 2 * 2 * 128 * 128 * 2 < kernel["shared_bytes"] <= 226 * 1024, kernel

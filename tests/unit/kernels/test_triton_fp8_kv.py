@@ -60,6 +60,14 @@ def test_prefill(device, scales, heads, block_tokens, window):
     checks.check_prefill_attention(device, BF16, checks.Heads(*heads), RAGGED, block_tokens, 32, window, scales=scales)
 
 
+@pytest.mark.parametrize("scales", ["token", "static"])
+@pytest.mark.parametrize("block_tokens", [16, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_widened_context(device, scales, block_tokens, dtype):
+    """Guards against blocks and tables of another sequence, and scales of values for keys."""
+    checks.check_widened_context(device, dtype, checks.Heads(4, 2, 32), [70, 0, 1, 200], block_tokens, scales)
+
+
 def test_chunks_do_not_matter(device):
     """Guards the promise that a prefix from a cache changes no bit."""
     checks.check_chunks_do_not_matter(device, BF16, checks.Heads(2, 1, 64), 64, 32, "token")
