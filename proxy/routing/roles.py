@@ -27,10 +27,8 @@ from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, W
 MEAN_S = 8.0
 """Rates are means over so long."""
 MAX_ARRIVALS = 4096
-FIRST_ANSWER_TOKENS = 256.0
-"""Of a mean answer, until one has ended."""
 MARGIN = 0.1
-"""A plan must be better by this part to replace the one in force ..."""
+"""A plan must be better by this part to replace the one in force, unless it has m = 0, without hand-overs ..."""
 DWELL_S = 4.0
 """... which lasts at least so long."""
 WEIGHTS = (0.1, 0.25, 0.6, 1.5, 4.0)
@@ -144,12 +142,12 @@ class MixedRoles:
 
     def plan(self, view: Sequence[WorkerView], slack: tuple[float, float], answer_tokens: float, now: float) -> None:
         """Choose the workers for prompts. `slack`: TTFT and TPOT of the last seconds, by their objectives, 0 where none
-        is known; `answer_tokens`: of a mean answer, 0 likewise."""
+        is known; `answer_tokens`: of a mean answer. Nothing is planned while that is 0, for none has ended."""
         mixed = [worker for worker in view if worker.role == "mixed" and not worker.draining]
         self.prompts &= {worker.identity for worker in mixed}
         while self._arrivals and self._arrivals[0][0] < now - MEAN_S:
             self._arrivals.popleft()
-        if len(mixed) > 1 and self._arrivals and now - self._decided_at >= DWELL_S:
+        if len(mixed) > 1 and self._arrivals and answer_tokens and now - self._decided_at >= DWELL_S:
             best = self._best(mixed, slack, self._demand(mixed, answer_tokens, now))
             if best != self.current:
                 self._decided_at, self.current = now, best
@@ -174,8 +172,10 @@ class MixedRoles:
             ttft_s, tpot_s = self.predict(plan, n, demand)
             return (factors[0] * ttft_s / self._ttft_s) ** 2 + (factors[1] * tpot_s / self._tpot_s) ** 2
 
-        best = min(plans, key=cost)
-        return best if cost(best) < (1 - MARGIN) * cost(self.current) else self.current
+        best, current_cost = min(plans, key=cost), cost(self.current)
+        if cost(best) < (1 - MARGIN) * current_cost:
+            return best
+        return plans[0] if cost(plans[0]) < current_cost else self.current
 
     def _demand(self, mixed: Sequence[WorkerView], answer_tokens: float, now: float) -> Demand:
         """Of the requests of the last seconds; those of other proxies are taken to be like this one's."""
@@ -185,7 +185,7 @@ class MixedRoles:
         mean_s = sum(lengths) / len(lengths)
         spread = sum(each * each for each in lengths) / len(lengths) / (2 * mean_s * mean_s) if mean_s else 0.5
         rate = len(lengths) / seconds * self._proxies()
-        answers = rate * (answer_tokens or FIRST_ANSWER_TOKENS)
+        answers = rate * answer_tokens
         return Demand(rate * mean_s, mean_s, spread, answers)
 
     def _proxies(self) -> float:

@@ -87,6 +87,18 @@ def test_short_prompts_of_long_answers_are_computed_everywhere() -> None:
     assert _planned(_loaded(2, 256, 10.0, 700), _workers(2), 700).num_prompts == 0
 
 
+def test_nothing_is_planned_before_an_answer_has_ended() -> None:
+    """Measured on two GPUs: answers taken for shorter than they are left too few workers for them."""
+    assert _planned(_loaded(4, 8192, 7.0, 256), _workers(4), 0).num_prompts == 0
+
+
+def test_workers_for_prompts_are_given_up_as_soon_as_colocated_serving_costs_less() -> None:
+    """Hand-overs must pay: no margin holds them."""
+    roles = _loaded(2, 256, 10.0, 700)
+    roles.current = Plan(1, 0.25)
+    assert _planned(roles, _workers(2), 700).num_prompts == 0
+
+
 def test_half_the_load_needs_fewer_workers_for_prompts() -> None:
     many = _planned(_loaded(8, 8192, 20.0, 128), _workers(8), 128).num_prompts
     few = _planned(_loaded(8, 8192, 5.0, 128), _workers(8), 128).num_prompts
