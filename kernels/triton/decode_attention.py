@@ -34,6 +34,7 @@ from baton.kernels.triton.decode_plan import TILE, DecodePlan
 from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
+from baton.kernels.triton.softcap import bounded, limit_log2
 
 GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
 HEAD_BYTES, FP8_HEAD_BYTES = 256, 128  # of the heads that plans are made for; of larger ones fewer tiles are in flight
@@ -91,6 +92,7 @@ def _decode_attention_kernel(
     BLOCK_TOKENS: tl.constexpr,
     LAYER_ROWS: tl.constexpr,
     SCALES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     TILE: tl.constexpr,
     ROWS: tl.constexpr,
     GROUP_BLOCK: tl.constexpr,
@@ -161,6 +163,8 @@ def _decode_attention_kernel(
             scores = tl.dot(query, keys.to(query.dtype).T, input_precision="ieee") * scale_log2
             if SCALES == TOKEN_SCALES:
                 scores *= key_scales[None, :]
+            if SOFTCAP > 0.0:
+                scores = bounded(scores, SOFTCAP)
             scores = tl.where(seen[None, :], scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
             weights = tl.exp2(scores - new_top[:, None])
@@ -205,6 +209,7 @@ def decode_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     pdl: bool = False,
 ) -> None:
     """Fills out [B, H, D]; query [B, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
@@ -212,7 +217,8 @@ def decode_attention(
     block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
     the pool. scratch.work is what decode_work.share_out made of the lengths and the plan. A row of length 0 is padding:
     its output is not written. window: how many tokens are seen at most, the own one included. scale: D**-0.5 unless
-    given. With `pdl` no kernel of the same chain may write lengths or the work.
+    given; softcap: the limit of scores, softcap.bounded. With `pdl` no kernel of the same chain may write lengths or
+    the work.
     """
     num_rows, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
@@ -270,11 +276,19 @@ def decode_attention(
         **launch_options(4, pdl, 1 + 2 * tiles),
     )
     grid = (kv_heads * plan.num_chunks,)
-    if tma and pool.scales is not None and query.dtype != torch.float32 and head_dim >= FP8_DIM:
+    if tma and pool.scales is not None and query.dtype != torch.float32 and head_dim >= FP8_DIM and softcap is None:
         words = TensorDescriptor.from_tensor(pool.rows.view(torch.int32), [TILE, head_dim // 4])
         decode_fp8_attention_kernel[grid](query, words, pool.scales, *common, ASM=not INTERPRETED, **shape)
         return
     boxes = TensorDescriptor.from_tensor(pool.rows, [TILE, head_dim]) if tma else None
     _decode_attention_kernel[grid](
-        query, boxes, pool.tensor, pool.scales, *common, DIM_BLOCK=dim_block, TMA=tma, **shape
+        query,
+        boxes,
+        pool.tensor,
+        pool.scales,
+        *common,
+        SOFTCAP=limit_log2(softcap),
+        DIM_BLOCK=dim_block,
+        TMA=tma,
+        **shape,
     )

@@ -29,6 +29,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
+from baton.kernels.triton.softcap import bounded, limit_log2
 
 TILE = 64
 # The maximum before the first key. Finite, so that a row that sees nothing yet has weights exp2(-inf - LOWEST) = 0. If
@@ -61,12 +62,13 @@ def work_list(query_lengths: Sequence[int], lengths: Sequence[int], num_heads: i
 @triton.jit
 def _attend_tiles(
     state, query, start, end, positions, table_ptr, pool_desc, pool_ptr, scale_ptr, first_row, block_rows, length,
-    window, scale_log2, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SCALES: tl.constexpr, TILE: tl.constexpr,
-    TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
+    window, scale_log2, DIM: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SCALES: tl.constexpr, SOFTCAP: tl.constexpr,
+    TILE: tl.constexpr, TMA: tl.constexpr, MASKED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """The state (maximum, sum, weighted values) after the tiles start .. end - 1."""
     top, total, sums = state
     element = tl.arange(0, sums.shape[1])
+    factor = 1.0 if SOFTCAP > 0.0 else scale_log2  # of scores, to multiples of log2(e)
     for tile in tl.range(start, end, TILE):
         token = tile + tl.arange(0, TILE)
         if TMA:
@@ -92,13 +94,15 @@ def _attend_tiles(
         scores = tl.dot(query, keys.to(query.dtype).T, input_precision="ieee")
         if SCALES == TOKEN_SCALES:
             scores *= key_scales[None, :]
+        if SOFTCAP > 0.0:
+            scores = bounded(scores * scale_log2, SOFTCAP)
         if MASKED:
             seen = token[None, :] <= positions[:, None]
             if WINDOWED:
                 seen = seen & (token[None, :] > positions[:, None] - window)
             scores = tl.where(seen, scores, float("-inf"))
-        new_top = tl.maximum(top, tl.max(scores, 1) * scale_log2)
-        weights = tl.exp2(scores * scale_log2 - new_top[:, None])
+        new_top = tl.maximum(top, tl.max(scores, 1) * factor)
+        weights = tl.exp2(scores * factor - new_top[:, None])
         shrink = tl.exp2(top - new_top)
         total = total * shrink + tl.sum(weights, 1)
         sums = sums * shrink[:, None]
@@ -136,6 +140,7 @@ def _prefill_attention_kernel(
     BLOCK_TOKENS: tl.constexpr,
     LAYER_ROWS: tl.constexpr,
     SCALES: tl.constexpr,
+    SOFTCAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TILE: tl.constexpr,
     TMA: tl.constexpr,
@@ -175,11 +180,11 @@ def _prefill_attention_kernel(
         masked_from = (start + 1) // TILE * TILE
         state = _attend_tiles(
             state, query, 0, masked_from, positions, table, pool_desc, pool_ptr, scale_ptr, first_row, block_rows,
-            length, window, scale_log2, DIM, BLOCK_TOKENS, SCALES, TILE, TMA, False, False,
+            length, window, scale_log2, DIM, BLOCK_TOKENS, SCALES, SOFTCAP, TILE, TMA, False, False,
         )  # fmt: skip
     top, total, sums = _attend_tiles(
         state, query, masked_from, end, positions, table, pool_desc, pool_ptr, scale_ptr, first_row, block_rows,
-        length, window, scale_log2, DIM, BLOCK_TOKENS, SCALES, TILE, TMA, True, WINDOWED,
+        length, window, scale_log2, DIM, BLOCK_TOKENS, SCALES, SOFTCAP, TILE, TMA, True, WINDOWED,
     )  # fmt: skip
     if SCALES == STATIC_SCALES:
         sums *= tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
@@ -200,6 +205,7 @@ def prefill_attention(
     *,
     window: int | None = None,
     scale: float | None = None,
+    softcap: float | None = None,
     pdl: bool = False,
 ) -> None:
     """Fills out [N, H, D]; query [N, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
@@ -207,7 +213,8 @@ def prefill_attention(
     block_tables int32 [S, blocks of the longest]; query_starts int32 [S + 1], where each sequence's new tokens begin in
     query; lengths int32 [S], tokens in all, the new ones included, whose keys and values are in the pool. work and
     tokens: the list and its tile, `work_list(...)` on the device. window: how many tokens are seen at most, the own one
-    included. With `pdl` no kernel of the same chain may write the integers.
+    included. scale: D**-0.5 unless given; softcap: the limit of scores. With `pdl` no kernel of the same chain may
+    write the integers.
     """
     _, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
@@ -253,6 +260,7 @@ def prefill_attention(
         BLOCK_TOKENS=block_tokens,
         LAYER_ROWS=pool.layer_rows,
         SCALES=pool.scale_mode,
+        SOFTCAP=limit_log2(softcap),
         BLOCK_M=tokens,
         TILE=TILE,
         TMA=tma,

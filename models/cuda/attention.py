@@ -84,6 +84,7 @@ class _Portable:
                 out,
                 window=shape.window,
                 scale=shape.scores.scale,
+                softcap=shape.scores.softcap,
             )
 
         return attend

@@ -28,7 +28,7 @@ from baton.models.families import SILU
 from baton.models.layers import LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
-from baton.node.errors import InvariantBroken, SettingsError
+from baton.node.errors import InvariantBroken
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
@@ -96,10 +96,6 @@ class DeviceDecoder:
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         self._act = Activations.make(config, max_tokens, max_drawn, dtype, device)
         self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
-        if config.score_softcap is not None:
-            raise SettingsError(
-                f"no GPU kernel bounds attention scores, as {config.architecture} wants; --device cpu does"
-            )
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         tables = {rope: _rope_tables(rope, max_len, device) for rope in ropes}
         self._ropes = [tables[layer.shape.attention.rope] for layer in weights.layers]
@@ -148,6 +144,7 @@ class DeviceDecoder:
                 out,
                 window=shape.window,
                 scale=shape.scores.scale,
+                softcap=shape.scores.softcap,
                 pdl=pdl,
             )
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 
 from baton.kernels import GroupedLinear, ScaledLinear, philox, reference
+from baton.kernels import Scores as ScoreRule
 from baton.kernels.linear.grouped import block_size
 from baton.kernels.triton import (
     activation,
@@ -339,24 +340,35 @@ class Paged:
 
 
 def paged_attention(
-    paged: Paged, query: torch.Tensor, layer: int, query_lengths: list[int], window: int | None, dtype: torch.dtype
+    paged: Paged,
+    query: torch.Tensor,
+    layer: int,
+    query_lengths: list[int],
+    window: int | None,
+    dtype: torch.dtype,
+    scores: ScoreRule | None = None,
 ) -> torch.Tensor:
     """reference.paged_attention of ragged sequences in one dtype; float32 arithmetic, rounded at the end."""
     pieces = query.to(dtype).split(query_lengths)
     pool = paged.numbers.to(dtype)
     with query.device:  # where the reference makes its masks
         found = [
-            reference.paged_attention(piece, pool, layer, table.long(), length - len(piece), window)
+            reference.paged_attention(piece, pool, layer, table.long(), length - len(piece), window, scores)
             for piece, table, length in zip(pieces, paged.tables, paged.lengths, strict=True)
         ]
     return torch.cat(found)
 
 
 def assert_attention(
-    out: torch.Tensor, paged: Paged, query: torch.Tensor, lengths: list[int], window: int | None
+    out: torch.Tensor,
+    paged: Paged,
+    query: torch.Tensor,
+    lengths: list[int],
+    window: int | None,
+    scores: ScoreRule | None = None,
 ) -> None:
     """The probabilities are rounded to the values' dtype before they meet, as in every flash attention: a step each."""
-    exact = paged_attention(paged, query, 1, lengths, window, torch.float32)
+    exact = paged_attention(paged, query, 1, lengths, window, torch.float32, scores)
     step = {torch.float32: 1e-6, torch.float16: 5e-4, torch.bfloat16: 4e-3}[out.dtype]
     assert error(out, exact) <= step, f"error {error(out, exact):.2e}"
 
@@ -371,8 +383,10 @@ def check_decode_attention(
     window: int | None = None,
     pdl: bool = False,
     scales: Scales = "none",
+    scores: ScoreRule | None = None,
 ) -> torch.Tensor:
     """Runs twice: the second run finds what the first left in the scratch. Returns the output."""
+    rule = {} if scores is None else scores._asdict()
     paged = Paged.make(device, dtype, heads, lengths, block_tokens, scales)
     query = randn((len(lengths), heads.query, heads.dim), dtype, device)
     scratch = decode_attention.DecodeScratch.make(
@@ -385,9 +399,9 @@ def check_decode_attention(
     outs = [poison(tuple(query.shape), dtype, device) for _ in range(2)]
     for out in outs:
         decode_attention.decode_attention(
-            query, paged.pool, 1, paged.tables, held, plan, scratch, out, window=window, pdl=pdl
+            query, paged.pool, 1, paged.tables, held, plan, scratch, out, window=window, pdl=pdl, **rule
         )
-    assert_attention(outs[0], paged, query, [1] * len(lengths), window)
+    assert_attention(outs[0], paged, query, [1] * len(lengths), window, scores)
     assert torch.equal(outs[0], outs[1]), "the same inputs gave other bits"
     assert not bool(scratch.arrived.any()), "a counter was not set back"
     return outs[0]
@@ -403,14 +417,15 @@ def check_prefill_attention(
     window: int | None = None,
     pdl: bool = False,
     scales: Scales = "none",
+    scores: ScoreRule | None = None,
 ) -> None:
     """tokens: the tile of the work list."""
     new = [num_new for num_new, _ in new_and_cached]
     lengths = [num_new + cached for num_new, cached in new_and_cached]
     paged = Paged.make(device, dtype, heads, lengths, block_tokens, scales)
     query = randn((sum(new), heads.query, heads.dim), dtype, device)
-    out = run_prefill_attention(paged, query, new, lengths, tokens, window, pdl)
-    assert_attention(out, paged, query, new, window)
+    out = run_prefill_attention(paged, query, new, lengths, tokens, window, pdl, scores)
+    assert_attention(out, paged, query, new, window, scores)
 
 
 def check_chunks_do_not_matter(
@@ -481,14 +496,16 @@ def run_prefill_attention(
     tokens: int,
     window: int | None = None,
     pdl: bool = False,
+    scores: ScoreRule | None = None,
 ) -> torch.Tensor:
     device = str(query.device)
+    rule = {} if scores is None else scores._asdict()
     out = poison(tuple(query.shape), query.dtype, device)
     starts = torch.tensor([0, *new], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
     held = torch.tensor(lengths, dtype=torch.int32, device=device)
     work = prefill_attention.work_list(new, lengths, query.shape[1], tokens).to(device)
     prefill_attention.prefill_attention(
-        query, paged.pool, 1, paged.tables, starts, held, work, tokens, out, window=window, pdl=pdl
+        query, paged.pool, 1, paged.tables, starts, held, work, tokens, out, window=window, pdl=pdl, **rule
     )
     return out
 

@@ -55,6 +55,15 @@ def test_window(device, plan, window):
     checks.check_decode_attention(device, torch.float32, checks.Heads(2, 1, 64), [30, 150, 192], 16, plan, window)
 
 
+@pytest.mark.parametrize("plan", [WHOLE, PIECES])
+@pytest.mark.parametrize("scales", ["none", "token"])
+def test_scores_within_bounds(device, plan, scales):
+    """Guards against bounds of scores that a scale, a mask or the other base of the exponent has changed before."""
+    rule, heads = checks.ScoreRule(0.4, 1.5), checks.Heads(2, 1, 64)
+    dtype = torch.float32 if scales == "none" else torch.float16
+    checks.check_decode_attention(device, dtype, heads, [30, 150], 16, plan, 40, scales=scales, scores=rule)
+
+
 def test_fixed_chunks_do_not_depend_on_the_batch(device):
     """Guards against a row whose bits change with what else is in the step: --deterministic rests on this."""
     heads, plans = checks.Heads(4, 1, 64), [fixed_plan(1, 1, 150, 132, 64), fixed_plan(30, 1, 700, 132, 64)]

@@ -25,6 +25,13 @@ def test_shapes(device, heads, block_tokens):
     checks.check_prefill_attention(device, torch.bfloat16, checks.Heads(*heads), [(20, 50)], block_tokens, 16)
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_scores_within_bounds(device, window):
+    """Guards against bounds of scores that a scale, a mask or the other base of the exponent has changed before."""
+    rule, heads = checks.ScoreRule(0.4, 1.5), checks.Heads(1, 1, 32)
+    checks.check_prefill_attention(device, torch.float32, heads, RAGGED, 16, 32, window, scores=rule)
+
+
 @pytest.mark.parametrize("window", [1, 20, 64, 1000])
 def test_window(device, window):
     """Guards against a window that is off by one, and a token whose first tile it does not see at all."""

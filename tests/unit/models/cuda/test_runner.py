@@ -72,6 +72,7 @@ FAMILIES = {
     "mistral": ("mistral", {"sliding_window": 19}),
     "phi3": ("phi3", {"rope_parameters": PARTIAL, "pad_token_id": 0}),
     "gemma": ("gemma", {}),
+    "gemma2": ("gemma2", {"sliding_window": 19, "attn_logit_softcapping": 4.0, "query_pre_attn_scalar": 40}),
     "gemma3": ("gemma3", {"sliding_window": 19, "query_pre_attn_scalar": 40, "final_logit_softcapping": 9.0}),
 }
 
