@@ -42,11 +42,13 @@ def _prefetch_scales(ptr, first_row, second_row, first_group, n, GROUPS: gl.cons
     """Asks the L2 cache for a line of each group of a unit."""
     LINES: gl.constexpr = 128
     line = gl.arange(0, LINES, layout=gl.BlockedLayout([LINES // 32], [32], [1], [0]))
-    group = gl.minimum(line // 2, GROUPS - 1)
-    address = (ptr + (first_group + group) * n + gl.where(line % 2 == 0, first_row, second_row)).to(gl.int64)
-    gl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
-    )
+    row = gl.where(line % 2 == 0, first_row, second_row)
+    for first in range(0, GROUPS, LINES // 2):
+        group = gl.minimum(first + line // 2, GROUPS - 1)
+        address = (ptr + (first_group + group) * n + row).to(gl.int64)
+        gl.inline_asm_elementwise(
+            "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [address], dtype=gl.int32, is_pure=False, pack=1
+        )
 
 
 @gluon.jit
