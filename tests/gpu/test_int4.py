@@ -9,8 +9,9 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.triton.linear_int4 import linear_int4
 from baton.kernels.triton.linear_policy import Tiles
+from baton.models.cuda.products import Products, fastest, invariant, shape_of
 from baton.tests.unit.kernels import int4_checks as checks
-from baton.tests.unit.kernels.kernel_checks import poison, randn
+from baton.tests.unit.kernels.kernel_checks import error, poison, randn
 
 pytestmark = pytest.mark.gpu
 GPU = "cuda"
@@ -94,3 +95,24 @@ def test_a_row_has_the_same_bits_on_hopper_for_any_number_of_rows():
         linear_int4_gluon(x[:rows].contiguous(), weight, Tiles(128, weight.block, tile_m, 4, 2, 8), 132, out)
         results.append(out)
     assert all(torch.equal(out, results[-1][:, : out.shape[1]]) for out in results)
+
+
+@pytest.mark.parametrize("policy", [fastest, invariant])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_products_of_a_model(policy, ordered):
+    """Guards the choice of kernels and of tiles by number of rows, and x brought into the order of the inputs."""
+    n, k = 2048, 4096
+    weight = checks.make_int4(n, k, 128, GPU)
+    if ordered:
+        weight.order = torch.randperm(k, generator=torch.Generator().manual_seed(0)).to(GPU, torch.int32)
+    shapes = shape_of(weight), shape_of(weight, fused=True)
+    products = Products(policy, 300, shapes, torch.bfloat16, GPU)
+    for rows in (1, 12, 70, 300):
+        x, out = randn((rows, k), torch.bfloat16, GPU), poison((rows, n), torch.bfloat16, GPU)
+        exact = x.float() @ weight.dequantised(torch.float32).t()
+        found = products(weight, x, out, pdl=False)
+        assert error(found.sum(0) if found.dim() == 3 else found, exact) < 5e-3
+        gated = poison((rows, n // 2), torch.bfloat16, GPU)
+        products.gated(weight, x, gated, pdl=False)
+        gate, up = exact.chunk(2, -1)
+        assert error(gated, torch.nn.functional.silu(gate) * up) < 1e-2

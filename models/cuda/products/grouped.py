@@ -12,7 +12,6 @@ import torch
 
 from baton.kernels import GroupedLinear, Linear
 from baton.kernels.triton import int4_policy
-from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.gather import gather_columns
 from baton.kernels.triton.linear_int4 import linear_int4
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
@@ -41,12 +40,10 @@ class GroupedProducts:
         rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
         found = [(policy(m, shape), m * shape.outputs) for m in rows for shape in shapes]
         parts = max((tiles.splits * size for tiles, size in found if tiles and tiles.splits > 1), default=0)
-        inner = max((shape.outputs for shape in shapes if shape.fused), default=0)
         ordered = max(
             (shape.inputs for shape in shapes if shape.weight_format.endswith(GroupedLinear.ORDERED)), default=0
         )
         self._parts = torch.empty(parts, dtype=torch.float32, device=device)
-        self._wide = torch.empty(max_rows * 2 * inner, dtype=torch.bfloat16, device=device)
         self._ordered = torch.empty(max_rows * ordered, dtype=torch.bfloat16, device=device)
 
     def __call__(self, weights: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> torch.Tensor:
@@ -69,13 +66,7 @@ class GroupedProducts:
             self._product(x, weights, replace(tiles, splits=1), out, fused=False, pdl=pdl)
 
     def gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
-        m, shape = x.shape[0], shape_of(gate_up, fused=True)
-        tiles = self._policy(m, shape)
-        if tiles is not None and gate_up.bias is not None:
-            wide = self._wide[: m * 2 * shape.outputs].view(m, 2 * shape.outputs)
-            self.whole(gate_up, x, wide, pdl=pdl)
-            silu_and_mul(wide, out, pdl=pdl)
-            return
+        tiles = None if gate_up.bias is not None else self._policy(x.shape[0], shape_of(gate_up, fused=True))
         gate_up, x = self._in_order(gate_up, x, pdl)
         if tiles is None:
             self._dequantised.gated(gate_up, x, out, pdl=pdl)
