@@ -128,7 +128,7 @@ def test_a_decode_step_reads_moved_kv_as_its_own(served):
     (drawn,) = served.runner.launch([Row(prompt, 0, local, draw, 0)]).read()
     served.move(local[:5], moved[:5])
     assert drawn is not None
-    later = replace(draw, num_generated=1)
+    later = draw._replace(num_generated=1)
     rows = [Row(drawn.token_ids, 320, blocks, later, slot) for slot, blocks in enumerate((local, moved))]
     one, other = served.runner.launch(rows).read()
     assert one is not None and other is not None
