@@ -78,9 +78,10 @@ def test_a_gpu_quantises_as_the_cpu_does(name: str) -> None:
 
 INPUTS = {"fp8": (torch.float8_e4m3fn, None), "fp8_block": (torch.float8_e4m3fn, RUNS), "int8": (torch.int8, None)}
 """Codes of inputs, where products take them so."""
-TOLERANCE = {"fp8": 0.06, "fp8_block": 0.06, "int8": 0.03}
+TOLERANCE = {"fp8": 0.12, "fp8_block": 0.12, "int8": 0.06}
 """Of logits, else 0.02. An input of 16 bits that is rounded otherwise than the CPU's falls to the code beside; behind a
-few products the two differ by as much as codes do from what they stand for."""
+few products the two differ by as much as codes do from what they stand for. On this model and prompt the CPU itself
+differs, with inputs in codes, in bfloat16 from float32 by 0.092, 0.088 and 0.046."""
 
 
 @pytest.mark.parametrize("deterministic", [False, True])
