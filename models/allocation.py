@@ -15,7 +15,7 @@ from baton.kernels import DenseLinear, Linear
 from baton.models.config import ModelConfig
 from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Rank, Weights, describe
 from baton.models.places import JoinedPlaces, PlainPlace, WeightCut, WeightPlace
-from baton.models.quantization.kept import Part, keep_quantised
+from baton.models.quantization.kept import KeptPart, keep_quantised
 from baton.models.quantization.weight import QuantizedWeight
 from baton.models.sources import EMBEDDING
 
@@ -56,7 +56,7 @@ def allocate(
         names = [f"{prefix}{name}.weight" for name, _ in outputs]
         kept = None
         if all(name in forms for name in names):
-            parts = [Part(forms[name], cut) for name, (_, cut) in zip(names, outputs, strict=True)]
+            parts = [KeptPart(forms[name], cut) for name, (_, cut) in zip(names, outputs, strict=True)]
             kept = keep_quantised(parts, inputs, bias, device)
         made: Linear
         if kept is not None:

@@ -24,7 +24,7 @@ def numbers_of(address: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(f"tcp://{in_address(str(each[4][0]))}:{port}" for each in found))
 
 
-class Lookup:
+class NameLookup:
     """Looks one address up, again and again. One thread owns it; the threads that look up end by themselves."""
 
     def __init__(self, address: str, numbers: Callable[[str], tuple[str, ...]] = numbers_of) -> None:

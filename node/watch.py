@@ -17,7 +17,7 @@ import zmq
 
 from baton.node import sockets
 from baton.node.addresses import is_name
-from baton.node.names import Lookup
+from baton.node.names import NameLookup
 from baton.node.sockets import Context, Socket
 from baton.node.telemetry import log_event
 
@@ -95,7 +95,7 @@ class DealerWatch:
     def __init__(self, context: Context, dealer: Socket, address: str) -> None:
         self._dealer = dealer
         self._address = address
-        self._lookup = Lookup(address) if is_name(address) else None
+        self._lookup = NameLookup(address) if is_name(address) else None
         self._dialed = "" if self._lookup is not None else address
         self._dialed_at = float("-inf")
         self._look_up_at = float("-inf")
@@ -121,7 +121,7 @@ class DealerWatch:
     def close(self) -> None:
         sockets.close_monitor(self._dealer, self._monitor)
 
-    def _follow_name(self, lookup: Lookup, now: float) -> None:
+    def _follow_name(self, lookup: NameLookup, now: float) -> None:
         """Dial what the name stands for now; another of its addresses where the last one did not answer in time."""
         found = lookup.take()
         at = found.index(self._dialed) if self._dialed in found else -1

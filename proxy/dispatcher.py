@@ -27,7 +27,7 @@ from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.roles import MixedRoles
 from baton.proxy.routing.router import CHOICE_REASONS, Route, RoutingRules
-from baton.proxy.scaling.objectives import Objectives, RoleScale, ScaleMonitor
+from baton.proxy.scaling.objectives import LatencyObjectives, RoleScale, ScaleMonitor
 from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
 
@@ -77,7 +77,7 @@ class Dispatcher:
             settings.local_prefill_tokens,
             settings.local_prefill_itl_weight,
         )
-        objectives = Objectives(settings.slo_ttft_ms / 1000, settings.slo_tpot_ms / 1000)
+        objectives = LatencyObjectives(settings.slo_ttft_ms / 1000, settings.slo_tpot_ms / 1000)
         self._cluster = ClusterState(
             settings.stall_s,
             models,

@@ -20,7 +20,7 @@ from baton.kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, HEAD_8B, O_8
 from baton.kernels.triton.quantise import quantise as put_in_codes
 from baton.models.cuda.products import PADDING, Products, fastest, shape_of
 from baton.models.places import WeightCut
-from baton.models.quantization.kept import Part, keep_quantised
+from baton.models.quantization.kept import KeptPart, keep_quantised
 from baton.models.quantization.recipe import RECIPES
 from baton.models.quantization.rounding import form_of, quantise
 
@@ -63,7 +63,7 @@ def random_linear(quantization: str, outputs: int, inputs: int) -> Linear:
     if quantization == PLAIN:
         return DenseLinear(randn(outputs, inputs).mul_(inputs**-0.5))
     recipe = RECIPES[quantization]
-    part = Part(form_of(recipe, outputs, inputs), WeightCut.whole(outputs))
+    part = KeptPart(form_of(recipe, outputs, inputs), WeightCut.whole(outputs))
     kept = keep_quantised([part], WeightCut.whole(inputs), None, GPU)
     assert kept is not None, "recipes make what has a layout"
     linear, (place,) = kept

@@ -28,7 +28,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 """Of the largest difference of logits, relative to the largest logit."""
 
 
-class Refused(SettingsError):
+class CannotServe(SettingsError):
     """A model that transformers can run and Baton cannot serve."""
 
     def __init__(self, config: ModelConfig, why: str) -> None:
@@ -52,7 +52,7 @@ class _Trial:
 
 
 def admit(config: ModelConfig, model: PreTrainedModel, dtype: torch.dtype) -> tuple[ModelConfig, FallbackDecoder]:
-    """The config with what the model itself says, and the decoder; Refused if it cannot be served."""
+    """The config with what the model itself says, and the decoder; CannotServe if it cannot be served."""
     try:
         with torch.inference_mode():
             trial = _Trial()
@@ -65,7 +65,7 @@ def admit(config: ModelConfig, model: PreTrainedModel, dtype: torch.dtype) -> tu
     except SettingsError:
         raise
     except Exception as error:  # whatever the library's code for some family makes of such a call
-        raise Refused(config, f"{type(error).__name__}: {excerpt(error)}") from error
+        raise CannotServe(config, f"{type(error).__name__}: {excerpt(error)}") from error
     return config, decoder
 
 
@@ -73,16 +73,18 @@ def _as_it_attends(config: ModelConfig, trial: _Trial) -> tuple[ModelConfig, int
     """The config of a model that attends so, and the dimension of its values."""
     layers = [call.layer for call in trial.calls]
     if layers != list(range(config.num_layers)):
-        raise Refused(config, f"{len(set(layers))} of its {config.num_layers} layers attend through the interface")
+        raise CannotServe(config, f"{len(set(layers))} of its {config.num_layers} layers attend through the interface")
     if any(call.has_sinks for call in trial.calls):
-        raise Refused(config, "it has attention sinks")
+        raise CannotServe(config, "it has attention sinks")
     windows = {call.window for call in trial.calls} - {None}
     scores = {call.scores for call in trial.calls}
     if len(trial.shapes) != 1 or len(scores) != 1 or len(windows) > 1:
-        raise Refused(config, "its layers differ in heads, scales or windows")
+        raise CannotServe(config, "its layers differ in heads, scales or windows")
     (num_heads, num_kv_heads, head_dim, value_dim), (scale, softcap) = trial.shapes.pop(), scores.pop()
     if value_dim > head_dim or num_heads % num_kv_heads:
-        raise Refused(config, f"{num_heads} heads over {num_kv_heads}, values of {value_dim} and keys of {head_dim}")
+        raise CannotServe(
+            config, f"{num_heads} heads over {num_kv_heads}, values of {value_dim} and keys of {head_dim}"
+        )
     described = replace(
         config,
         num_heads=num_heads,
@@ -123,4 +125,4 @@ def _compare(config: ModelConfig, model: PreTrainedModel, decoder: FallbackDecod
     ):
         difference = float((found - expected).abs().max() / expected.abs().max())
         if not difference <= TOLERANCE[dtype]:
-            raise Refused(config, f"{what} (by {difference:.2g})")
+            raise CannotServe(config, f"{what} (by {difference:.2g})")

@@ -23,7 +23,7 @@ WIDEST_GROUP = 128
 CODES_OF_8_BITS = (torch.float8_e4m3fn, torch.int8)
 
 
-class Part(NamedTuple):
+class KeptPart(NamedTuple):
     """A projection of a merged product."""
 
     form: QuantizedWeight
@@ -35,14 +35,14 @@ KeptLinear: TypeAlias = "tuple[ScaledLinear, list[ScaledPlace]] | tuple[GroupedL
 
 
 def keep_quantised(
-    parts: Sequence[Part], inputs: WeightCut, bias: torch.Tensor | None, device: str
+    parts: Sequence[KeptPart], inputs: WeightCut, bias: torch.Tensor | None, device: str
 ) -> KeptLinear | None:
     """Memory for the product of the parts, and the place of each; None if it has to be of plain numbers."""
     return _scaled(parts, inputs, bias, device) or _grouped(parts, inputs, bias, device)
 
 
 def _scaled(
-    parts: Sequence[Part], inputs: WeightCut, bias: torch.Tensor | None, device: str
+    parts: Sequence[KeptPart], inputs: WeightCut, bias: torch.Tensor | None, device: str
 ) -> tuple[ScaledLinear, list[ScaledPlace]] | None:
     forms, first = [part.form for part in parts], parts[0].form
     if first.codes.dtype not in CODES_OF_8_BITS or any(
@@ -74,7 +74,7 @@ def _scaled(
     return ScaledLinear(codes, scales, height, width, bias), places
 
 
-def _outputs_per_scale(parts: Sequence[Part]) -> int:
+def _outputs_per_scale(parts: Sequence[KeptPart]) -> int:
     """The most with which no scale stands for rows of two parts, or for another run of rows than in the files."""
     sizes = [len(part.outputs.part) for part in parts]
     cuts = [part.outputs.part.start for part in parts]
@@ -82,7 +82,7 @@ def _outputs_per_scale(parts: Sequence[Part]) -> int:
 
 
 def _grouped(
-    parts: Sequence[Part], inputs: WeightCut, bias: torch.Tensor | None, device: str
+    parts: Sequence[KeptPart], inputs: WeightCut, bias: torch.Tensor | None, device: str
 ) -> tuple[GroupedLinear, list[GroupedPlace]] | None:
     forms, first = [part.form for part in parts], parts[0].form
     num_inputs = len(inputs.part)

@@ -18,7 +18,7 @@ from baton.proxy.routing.cluster import ClusterShape, ModelWorkers
 from baton.proxy.routing.failed_pairs import FailedPairs, Pair
 from baton.proxy.routing.fair_queue import FairQueue, Ticket
 from baton.proxy.routing.kvindex import KvIndex
-from baton.proxy.routing.revisions import Offer, in_order
+from baton.proxy.routing.revisions import RevisionOffer, in_order
 from baton.proxy.routing.roles import pick_mixed
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, WorkerView
 
@@ -171,12 +171,12 @@ class Admission:
             raise PeerLost(reason)
         return None
 
-    def _offers(self, view_of: ViewOf, failed_pairs: frozenset[Pair]) -> list[Offer]:
+    def _offers(self, view_of: ViewOf, failed_pairs: frozenset[Pair]) -> list[RevisionOffer]:
         offers = []
         for revision in self.workers.revisions():
             if (request := view_of(revision.shape)) is not None:
                 hits = self._index.match(request.hashes)
-                offers.append(Offer(revision, replace(request, hits=hits, failed_pairs=failed_pairs)))
+                offers.append(RevisionOffer(revision, replace(request, hits=hits, failed_pairs=failed_pairs)))
         return offers
 
     def _is_vain(self, revision: str, wait: Wait, now: float) -> bool:

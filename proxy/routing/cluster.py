@@ -19,7 +19,7 @@ from baton.node.messages.versions import version_error
 from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
 from baton.proxy.routing.failed_pairs import Pair
-from baton.proxy.routing.roles import MixedRoles, Progress
+from baton.proxy.routing.roles import MixedRoles, WorkerInterval
 from baton.proxy.routing.router import WorkerView
 from baton.proxy.routing.shares import Shares
 
@@ -379,13 +379,13 @@ class ClusterState:
             yield from workers.members.items()
 
 
-def _progress(member: _Member, heartbeat: Heartbeat, now: float) -> Progress:
+def _progress(member: _Member, heartbeat: Heartbeat, now: float) -> WorkerInterval:
     before, after = member.load, heartbeat.load
     counted = [
         max(0.0, after.counters.get(name, 0.0) - before.counters.get(name, 0.0))
         for name in ("prompt_tokens_computed", "generated_tokens")
     ]
-    return Progress(
+    return WorkerInterval(
         seconds=now - heartbeat.load_age_s - member.reported_at if math.isfinite(member.reported_at) else 0.0,
         steps=after.steps - before.steps,
         prompt_tokens=counted[0],

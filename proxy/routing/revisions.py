@@ -18,14 +18,14 @@ HOLDER_WORTH = 0.25
 
 
 @dataclass(frozen=True, slots=True)
-class Offer:
+class RevisionOffer:
     """A request as the router sees it in a revision."""
 
     revision: Revision
     request: RequestView
 
 
-def in_order(offers: Sequence[Offer]) -> list[Offer]:
+def in_order(offers: Sequence[RevisionOffer]) -> list[RevisionOffer]:
     """The one that is loaded least comes first; equals take turns."""
     if len(offers) < 2:
         return list(offers)
@@ -33,7 +33,7 @@ def in_order(offers: Sequence[Offer]) -> list[Offer]:
     return sorted([*offers[begin:], *offers[:begin]], key=_load)
 
 
-def _load(offer: Offer) -> float:
+def _load(offer: RevisionOffer) -> float:
     decodes = [worker for worker in offer.revision.workers if worker.role != "prefill" and not worker.draining]
     rows = sum(worker.max_num_seqs for worker in decodes)
     if not rows:

@@ -44,7 +44,7 @@ TENTH = math.log(10)
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class WorkerInterval:
     """What one worker has done between two reports."""
 
     seconds: float
@@ -98,7 +98,7 @@ class Demand:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class RolePlan:
     """How many workers take prompts alone, and the weight of the answers' delay for the others."""
 
     num_prompts: int
@@ -112,7 +112,7 @@ class MixedRoles:
         """The objectives."""
         self.prompts: frozenset[str] = frozenset()
         """Workers that take no new answers."""
-        self.current = Plan(0, WEIGHTS[1])
+        self.current = RolePlan(0, WEIGHTS[1])
         self._ttft_s, self._tpot_s = ttft_s, tpot_s
         self._steps = StepTimes()
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=MAX_ARRIVALS)
@@ -128,7 +128,7 @@ class MixedRoles:
         self._arrivals.append((now, num_tokens))
         self._own_tokens += num_tokens
 
-    def progress(self, done: Progress, tokens_s: float) -> None:
+    def progress(self, done: WorkerInterval, tokens_s: float) -> None:
         """A worker's report; `tokens_s` is its speed of prompts."""
         if done.seconds <= 0:
             return
@@ -160,15 +160,15 @@ class MixedRoles:
             order = sorted(mixed, key=lambda each: (each.identity not in self.prompts, each.requests, each.identity))
             self.prompts = frozenset(worker.identity for worker in order[:num_prompts])
 
-    def _best(self, mixed: Sequence[WorkerView], slack: tuple[float, float], demand: Demand) -> Plan:
+    def _best(self, mixed: Sequence[WorkerView], slack: tuple[float, float], demand: Demand) -> RolePlan:
         n = len(mixed)
-        plans = [Plan(0, self.current.weight)]
-        plans += [Plan(num_prompts, weight) for num_prompts in range(1, n) for weight in WEIGHTS]
+        plans = [RolePlan(0, self.current.weight)]
+        plans += [RolePlan(num_prompts, weight) for num_prompts in range(1, n) for weight in WEIGHTS]
         expected = self.predict(self.current, n, demand)
         measured = (slack[0] * self._ttft_s, slack[1] * self._tpot_s)
         factors = [min(max(m / e, 0.5), 2.0) if m else 1.0 for m, e in zip(measured, expected, strict=True)]
 
-        def cost(plan: Plan) -> float:
+        def cost(plan: RolePlan) -> float:
             ttft_s, tpot_s = self.predict(plan, n, demand)
             return (factors[0] * ttft_s / self._ttft_s) ** 2 + (factors[1] * tpot_s / self._tpot_s) ** 2
 
@@ -192,7 +192,7 @@ class MixedRoles:
         """How many times the prompts of this proxy the workers compute."""
         return max(1.0, self._all_tokens / self._own_tokens) if self._own_tokens else 1.0
 
-    def predict(self, plan: Plan, n: int, demand: Demand) -> tuple[float, float]:
+    def predict(self, plan: RolePlan, n: int, demand: Demand) -> tuple[float, float]:
         """(TTFT, TPOT) in seconds, with n workers."""
         (a, k), m, load = self._steps.fit(), min(plan.num_prompts, n - 1), demand.load
         if m == 0:

@@ -26,7 +26,7 @@ EVERY_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
-class Objectives:
+class LatencyObjectives:
     """What a request should take: its time to the first token, and the mean time of each later one."""
 
     ttft_s: float
@@ -66,7 +66,7 @@ class Window:
 class ScaleMonitor:
     """Measures one model's latencies. `observe`, called when it is `due`, makes desired replicas of them."""
 
-    def __init__(self, objectives: Objectives, rules: ScalingRules | None = None) -> None:
+    def __init__(self, objectives: LatencyObjectives, rules: ScalingRules | None = None) -> None:
         self._objectives = objectives
         self._rules = rules
         self._ttft, self._tpot = Window(), Window()

@@ -14,7 +14,7 @@ from baton.node.credentials import Credentials
 from baton.node.endpoint import Endpoint
 from baton.node.errors import SettingsError
 from baton.node.messages.control import Drain
-from baton.node.names import Lookup, numbers_of
+from baton.node.names import NameLookup, numbers_of
 from baton.node.sockets import Context
 
 PATIENCE_S = 30.0
@@ -101,7 +101,7 @@ def test_a_lookup_at_a_time_and_its_answer_once() -> None:
         answer.wait(PATIENCE_S)
         return ("tcp://10.0.0.1:5570",)
 
-    lookup = Lookup("tcp://a:5570", numbers)
+    lookup = NameLookup("tcp://a:5570", numbers)
     for _ in range(3):
         lookup.begin()
     assert lookup.take() == () and len(calls) == 1

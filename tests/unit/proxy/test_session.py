@@ -36,7 +36,7 @@ from baton.proxy.metrics.timeline import Timeline
 from baton.proxy.routing.cluster import ClusterShape, Leg
 from baton.proxy.routing.fair_queue import Ticket
 from baton.proxy.routing.router import RequestView, Route, WorkerView
-from baton.proxy.scaling.objectives import Objectives, ScaleMonitor
+from baton.proxy.scaling.objectives import LatencyObjectives, ScaleMonitor
 from baton.proxy.session import MAX_TOGETHER, MAX_WAITING, Event, ProxyStopping, Session, WorkerLost
 
 SAMPLING = SamplingSpec(max_tokens=8, seed=5)
@@ -58,7 +58,7 @@ class ScriptedHost:
         self.counted: Counter[str] = Counter()
         self.legs: list[Leg] = []
         self.computed: dict[str, bool] = {}
-        self.latency = ScaleMonitor(Objectives(1.0, 0.1))
+        self.latency = ScaleMonitor(LatencyObjectives(1.0, 0.1))
         self.first_tokens: list[str] = []
         self.hit_tokens = 0
         self.transfers: list[tuple[str, str, bool]] = []

@@ -8,7 +8,7 @@ import torch
 from baton.models.config import ModelConfig
 from baton.models.layers import Rank, Weights
 from baton.models.places import WeightCut
-from baton.models.quantization.kept import Part, keep_quantised
+from baton.models.quantization.kept import KeptPart, keep_quantised
 from baton.models.quantization.weight import QuantizedWeight
 from baton.models.weights import load_weights
 from baton.tests.unit.models.quantization.test_tokens import SIZES, WIDE, quantise
@@ -100,7 +100,7 @@ def test_blocks_are_split_no_further_than_needed(sizes, inputs, rank, expected):
     """Guards the format that kernels are chosen by: only rows that begin inside a block make blocks smaller."""
     forms = [fp8(size, inputs.total, (128, 128)) for size in sizes]
     cuts = [WeightCut(size, range((rank - 1) * (size // rank), size // rank * rank)) for size in sizes]
-    found = keep_quantised([Part(*each) for each in zip(forms, cuts, strict=True)], inputs, None, "cpu")
+    found = keep_quantised([KeptPart(*each) for each in zip(forms, cuts, strict=True)], inputs, None, "cpu")
     assert found is not None
     linear, places = found
     for place, form in zip(places, forms, strict=True):
@@ -114,18 +114,18 @@ def test_blocks_are_split_no_further_than_needed(sizes, inputs, rank, expected):
 
 def test_a_rank_that_would_cut_a_block_of_inputs_gets_plain_numbers():
     """Guards against scales of the neighbour's inputs."""
-    part = Part(fp8(256, 384, (128, 128)), WeightCut.whole(256))
+    part = KeptPart(fp8(256, 384, (128, 128)), WeightCut.whole(256))
     assert keep_quantised([part], WeightCut(384, range(192, 384)), None, "cpu") is None
 
 
 def test_projections_with_inputs_in_several_orders_get_plain_numbers():
     """Guards act-order: one product has one order of its inputs."""
 
-    def part(seed: int) -> Part:
+    def part(seed: int) -> KeptPart:
         groups = torch.arange(64).remainder(2)[torch.randperm(64, generator=torch.Generator().manual_seed(seed))]
         codes = torch.zeros(8, 64, dtype=torch.uint8)
         scales, zeros = torch.ones(8, 2), torch.zeros(8, 2, dtype=torch.int16)
-        return Part(QuantizedWeight(codes, scales, 1, 32, zeros, groups, bits=4), WeightCut.whole(8))
+        return KeptPart(QuantizedWeight(codes, scales, 1, 32, zeros, groups, bits=4), WeightCut.whole(8))
 
     assert keep_quantised([part(1), part(2)], WeightCut.whole(64), None, "cpu") is None
     assert keep_quantised([part(1), part(1)], WeightCut.whole(64), None, "cpu") is not None

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from baton.proxy.routing.cluster import ClusterShape, Revision
 from baton.proxy.routing.kvindex import Hit
-from baton.proxy.routing.revisions import Offer, in_order
+from baton.proxy.routing.revisions import RevisionOffer, in_order
 from baton.proxy.routing.router import RequestView, WorkerView
 
 SHAPE = ClusterShape(b"n" * 32, 16, 512)
@@ -17,11 +17,11 @@ def _decode(identity: str, requests: int = 0, draining: bool = False) -> WorkerV
     return WorkerView(identity, "tcp://x", "decode", draining, requests, 0, 100, 100, 8, 1000.0)
 
 
-def _offer(name: str, *workers: WorkerView, request: RequestView = REQUEST) -> Offer:
-    return Offer(Revision(name, SHAPE, workers), request)
+def _offer(name: str, *workers: WorkerView, request: RequestView = REQUEST) -> RevisionOffer:
+    return RevisionOffer(Revision(name, SHAPE, workers), request)
 
 
-def _names(*offers: Offer) -> list[str]:
+def _names(*offers: RevisionOffer) -> list[str]:
     return [offer.revision.name for offer in in_order(offers)]
 
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.proxy.routing.roles import DWELL_S, MixedRoles, Plan, Progress, StepTimes, pick_mixed
+from baton.proxy.routing.roles import DWELL_S, MixedRoles, RolePlan, StepTimes, WorkerInterval, pick_mixed
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, WorkerView
 
 TOKENS_S = 40_000.0
@@ -33,12 +33,12 @@ def _loaded(count: int, prompt_tokens: int, rate: float, answer_tokens: int) -> 
             prompts_s = share * prompt_tokens / TOKENS_S
             rows = share * answer_tokens * A_S / (1 - prompts_s - K_S * share * answer_tokens)
             steps = round((1 - prompts_s) / (A_S + K_S * rows))
-            done = Progress(1.0, steps, share * prompt_tokens, rows * steps, True)
+            done = WorkerInterval(1.0, steps, share * prompt_tokens, rows * steps, True)
             roles.progress(done, TOKENS_S)
     return roles
 
 
-def _planned(roles: MixedRoles, view: list[WorkerView], answer_tokens: int) -> Plan:
+def _planned(roles: MixedRoles, view: list[WorkerView], answer_tokens: int) -> RolePlan:
     roles.plan(view, (0.0, 0.0), answer_tokens, 0.0)
     return roles.current
 
@@ -73,7 +73,7 @@ def test_prompts_of_other_proxies_count() -> None:
     """Each of several proxies sees its own requests alone, and plans for the workers of all."""
     roles = _loaded(8, 8192, 5.0, 128)
     alone = _planned(roles, _workers(8), 128).num_prompts
-    roles.progress(Progress(100.0, 0, 3 * roles._all_tokens, 0.0, False), TOKENS_S)
+    roles.progress(WorkerInterval(100.0, 0, 3 * roles._all_tokens, 0.0, False), TOKENS_S)
     roles.plan(_workers(8), (0.0, 0.0), 128, DWELL_S)
     assert roles.current.num_prompts > alone
 
@@ -95,7 +95,7 @@ def test_nothing_is_planned_before_an_answer_has_ended() -> None:
 def test_workers_for_prompts_are_given_up_as_soon_as_colocated_serving_costs_less() -> None:
     """Hand-overs must pay: no margin holds them."""
     roles = _loaded(2, 256, 10.0, 700)
-    roles.current = Plan(1, 0.25)
+    roles.current = RolePlan(1, 0.25)
     assert _planned(roles, _workers(2), 700).num_prompts == 0
 
 
@@ -109,7 +109,7 @@ def test_a_plan_lasts() -> None:
     """Else a burst of each kind would turn workers over and over."""
     roles = _loaded(2, 8192, 4.0, 256)
     roles.plan(_workers(2), (0.0, 0.0), 256, 0.0)
-    first, roles.current = roles.current, Plan(1 - roles.current.num_prompts, 0.25)
+    first, roles.current = roles.current, RolePlan(1 - roles.current.num_prompts, 0.25)
     roles.plan(_workers(2), (0.0, 0.0), 256, DWELL_S / 2)
     assert roles.current != first
 
@@ -118,7 +118,7 @@ def test_the_workers_with_the_fewest_requests_take_the_prompts() -> None:
     roles = _loaded(2, 8192, 4.5, 256)
     view = _workers(2)
     view[0] = replace(view[0], requests=9)
-    roles.current = Plan(1, 0.25)
+    roles.current = RolePlan(1, 0.25)
     roles._fill(view)
     assert roles.prompts == {"m1/1"}
     view[1] = replace(view[1], requests=20)  # prompts that wait for it: it stays
@@ -130,7 +130,7 @@ def test_the_workers_with_the_fewest_requests_take_the_prompts() -> None:
 def test_one_worker_is_left_for_answers(count: int, gone: int, ttft: float, tpot: float, num_prompts: int) -> None:
     """Whatever is planned, and whichever workers leave: answers have a place."""
     roles = _loaded(2, 8192, 4.0, 256)
-    roles.current = Plan(num_prompts, 0.25)
+    roles.current = RolePlan(num_prompts, 0.25)
     roles.plan(_workers(count), (ttft, tpot), 256, 0.0)
     left = _workers(count)[gone:]
     roles.plan(left, (ttft, tpot), 256, 0.25)
