@@ -30,7 +30,7 @@ from baton.node.messages.control import (
     RegisterStore,
     Rejoin,
 )
-from baton.node.messages.versions import OLDEST_VERSION, written_for
+from baton.node.messages.versions import OLDEST_VERSION, NotInVersion, written_for
 from baton.node.telemetry import excerpt
 
 HEARTBEAT_S = 0.25
@@ -228,8 +228,12 @@ class Membership:
         register = replace(self._register, version=proxy.version, joins=proxy.joins, sent=proxy.counts.sent)
         if proxy.version == OLDEST_VERSION or now - proxy.unanswered_since < OLDER_AFTER_S:
             return [register]
+        try:
+            older = written_for(OLDEST_VERSION, replace(register, version=OLDEST_VERSION))
+        except NotInVersion:  # only proxies of this version know what to do with such a worker
+            return [register]
         proxy.counts.sent -= 1  # both pass `outgoing`: the proxy that needs the second one cannot read the first
-        return [register, written_for(OLDEST_VERSION, replace(register, version=OLDEST_VERSION))]
+        return [register, older]
 
     def _heartbeat(self, load: Load, load_age_s: float, kv_seq: int, proxy: _Proxy) -> Heartbeat:
         return Heartbeat(

@@ -43,6 +43,8 @@ NEW_FIELDS: dict[type[Message], tuple[NewField, ...]] = {
     Refused: (NewField("version"),),
     Heartbeat: (NewField("orphaned"),),
 }
+NEW_VALUES: dict[type[Message], dict[str, tuple[str, ...]]] = {Register: {"role": ("mixed",)}}
+"""Of fields that the version before had without them."""
 
 
 def version_error(version: int) -> str:
@@ -59,6 +61,9 @@ def written_for(version: int, message: Message) -> Message:
     """
     if version >= PROTOCOL_VERSION:
         return message
+    for name, values in NEW_VALUES.get(type(message), {}).items():
+        if getattr(message, name) in values:
+            raise NotInVersion(f"a peer of protocol version {OLDEST_VERSION} knows no {name} {getattr(message, name)}")
     for field in NEW_FIELDS.get(type(message), ()):
         message = _without(message, field.path.split("."), field)
     return message

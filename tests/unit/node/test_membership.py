@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from msgspec import UNSET
+from msgspec.structs import replace
 
 from baton.node.membership import HEARTBEAT_S, OLDER_AFTER_S, PROXY_LEASE_S, Joined, JoinRefused, Membership, ProxyLost
 from baton.node.messages.base import PROTOCOL_VERSION
@@ -186,6 +187,13 @@ def test_a_proxy_of_the_version_before_is_joined() -> None:
     ((_, beat),), _ = membership.on_timer(OLDER_AFTER_S + HEARTBEAT_S, Load())
     assert isinstance(beat, Heartbeat) and beat.sent == 2
     assert membership.outgoing("a", beat).orphaned is UNSET  # type: ignore[attr-defined]
+
+
+def test_a_mixed_worker_waits_for_a_proxy_of_this_version() -> None:
+    """Guards the registration of a worker with a role that a proxy of the version before does not know."""
+    membership = Membership(replace(REGISTER, role="mixed"), ("a",), 0.0)
+    for now in (0.0, OLDER_AFTER_S):
+        assert [each.version for each in _registers(membership, now)] == [PROTOCOL_VERSION]
 
 
 def test_a_proxy_that_was_replaced_is_spoken_to_in_its_version() -> None:
