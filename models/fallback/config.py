@@ -18,6 +18,7 @@ from baton.models.config import (
     UnsupportedModel,
     eos_token_ids,
 )
+from baton.models.families import MODEL_TYPES
 from baton.models.folder import JsonObject
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import SettingsError
@@ -40,6 +41,8 @@ def model_config(folder: Path) -> ModelConfig:
 
 
 def _through_transformers(config: JsonObject, folder: Path, native: UnsupportedModel) -> ModelConfig:
+    if config.fields.get("model_type") in MODEL_TYPES:  # of a native family, but for another task
+        raise native
     try:
         library = version("transformers")
     except PackageNotFoundError:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -26,6 +27,8 @@ def load_fallback(
     register()
     try:
         model = _load(folder, dtype, load_format)
+    except SettingsError:
+        raise
     except Exception as error:  # whatever the library's code for some family makes of the folder
         raise SettingsError(f"{folder}: transformers cannot load {config.architecture}: {excerpt(error)}") from None
     config, decoder = admit(config, model.eval(), dtype)
@@ -47,7 +50,7 @@ def _load(folder: Path, dtype: torch.dtype, load_format: str) -> PreTrainedModel
         return AutoModelForCausalLM.from_config(
             described, dtype=dtype, attn_implementation=NAME, trust_remote_code=False
         )
-    return AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         folder,
         config=described,
         dtype=dtype,
@@ -55,4 +58,9 @@ def _load(folder: Path, dtype: torch.dtype, load_format: str) -> PreTrainedModel
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
+        output_loading_info=True,
     )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # the library would draw them at random
+        raise SettingsError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} are)")
+    return model

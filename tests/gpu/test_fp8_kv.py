@@ -9,6 +9,7 @@ import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
+pytest.importorskip("cuda", reason="CUDA's bindings come with GPU builds of torch")
 
 from baton.benchmark.harness.shapes import SHAPES
 from baton.kernels.triton.decode_plan import DecodePlan, fixed_plan, split_plan

@@ -97,11 +97,13 @@ def test_a_wheel_holds_baton_and_nothing_else(wheel: Path) -> None:
     names = set(ZipFile(wheel).namelist())
     tops = {name.partition("/")[0] for name in names}
     assert {top for top in tops if not top.endswith(".dist-info")} == {"baton"}
-    apart = ("tests/", "scripts/", "docs/", ".")
+    apart = ("tests/", "scripts/", "docs/", "deploy/", ".")
     files = {name for name in tracked() if "/" in name and not name.startswith(apart)}
     files |= {name for name in tracked() if "/" not in name and name.endswith(".py")}
     assert {f"baton/{name}" for name in files if not name.endswith(".md")} - names == set()
-    assert [name for name in names if name.startswith(("baton/tests", "baton/scripts", "baton/docs"))] == []
+    assert [
+        name for name in names if name.startswith(("baton/tests", "baton/scripts", "baton/docs", "baton/deploy"))
+    ] == []
 
 
 def test_an_installed_baton_serves_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:

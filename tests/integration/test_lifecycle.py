@@ -73,8 +73,8 @@ FAULTS: dict[str, tuple[Callable[[Path], object], list[str]]] = {
     "more layers than weights": (edit_config(lambda config: config.update(num_hidden_layers=9)), ["layers.8."]),
     "another shape": (edit_config(lambda config: config.update(intermediate_size=512)), ["tensor", "expected"]),
     "another architecture": (
-        edit_config(lambda config: config.update(architectures=["GPT2LMHeadModel"], model_type="gpt2")),
-        ["GPT2LMHeadModel", "LlamaForCausalLM"],
+        edit_config(lambda config: config.update(architectures=["LlamaForTokenClassification"])),
+        ["LlamaForTokenClassification", "LlamaForCausalLM"],
     ),
     "no config": (lambda folder: (folder / "config.json").unlink(), ["config.json"]),
     "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), ["config.json", "JSON"]),

@@ -33,5 +33,5 @@ def test_a_page_names_commands_that_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     scripts = {name for name in re.findall(r"(?<![\w/:])scripts/([a-z]\w*)(?![\w.])", text)}
     assert scripts - {launcher.name for launcher in LAUNCHERS} == set()
-    benchmarks = set(re.findall(r"(?:scripts|baton)[/ ]bench ([a-z][a-z-]*)", text))
+    benchmarks = set(re.findall(r"(?:scripts|baton)[/ ]bench ([a-z][a-z0-9-]*)", text))
     assert benchmarks - set(BENCHMARKS) == set()

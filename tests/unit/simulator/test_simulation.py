@@ -131,7 +131,12 @@ def test_a_seed_determines_the_run_for_any_hash_seed() -> None:
 
 def test_goodput_is_between_too_little_and_too_much() -> None:
     """Guards the bisection: the returned rate meets the SLO, and the next higher step does not."""
-    assert [split.name for split in splits(3, [512])] == ["1P2D", "2P1D", "3 colocated, chunks of 512"]
+    assert [split.name for split in splits(3, [512])] == [
+        "3 adaptive",
+        "1P2D",
+        "2P1D",
+        "3 colocated, chunks of 512",
+    ]
 
     def workload(rate: float) -> list[SimRequest]:
         return poisson(40, rate, LengthSampler(4000), LengthSampler(30), seed=1)

@@ -9,6 +9,7 @@ import os
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from baton.models.check import check
 from baton.models.cpu.runner import ModelRunner
@@ -177,6 +178,29 @@ def test_without_the_library_an_error_says_how_to_get_it(make, monkeypatch):
     monkeypatch.setattr(fallback_config, "version", absent)
     with pytest.raises(SettingsError, match=r"GPT2LMHeadModel is not supported.*baton-serve\[transformers\]"):
         check(folder, "auto", None)
+
+
+def test_a_native_family_for_another_task_is_refused(make):
+    """Guards against a classifier that is served as if it wrote text: the library makes a decoder of its folder."""
+    folder, _ = make("qwen2")
+    path = folder / "config.json"
+    named = {"architectures": ["Qwen2ForSequenceClassification"]}
+    path.write_text(json.dumps(json.loads(path.read_text()) | named))
+    with pytest.raises(SettingsError, match="Qwen2ForSequenceClassification is not supported; supported:"):
+        check(folder, "auto", None)
+
+
+def test_a_missing_tensor_is_named(make):
+    """Guards against weights that the library draws at random where the files have none."""
+    folder, model = make("gpt2")
+    tensors = {
+        name: each for name, each in model.state_dict().items() if "h.1.attn" not in name and name != "lm_head.weight"
+    }
+    save_file(
+        {name: each.contiguous() for name, each in tensors.items()}, folder / "model.safetensors", {"format": "pt"}
+    )
+    with pytest.raises(SettingsError, match=r"h\.1\.attn.* is missing"):
+        ModelRunner.load(folder)
 
 
 def test_quantisation_is_refused(make):
