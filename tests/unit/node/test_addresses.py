@@ -1,4 +1,4 @@
-"""node.addresses: what is bound is told apart from what peers connect to, in both families."""
+"""node.addresses: what is bound may differ from what peers connect to, in both families."""
 
 from __future__ import annotations
 

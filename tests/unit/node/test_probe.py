@@ -64,7 +64,7 @@ def test_a_node_is_not_ready_until_it_has_started_and_once_it_drains() -> None:
 
 
 def test_idle_connections_keep_no_probe_out() -> None:
-    """Guards against strangers that have a node killed: whoever holds connections open makes its probes time out."""
+    """Guards against strangers that have a node killed: connections that are held open make its probes time out."""
     with free_probes() as probes:
         idle = [socket.create_connection(("127.0.0.1", probes.port)) for _ in range(3 * MAX_CONNECTIONS)]
         assert ask(probes.port, "/live") == (200, "live\n")
