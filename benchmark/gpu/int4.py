@@ -83,7 +83,7 @@ def candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
 def gluon_candidates(shape: ProductShape, tile_m: int, block: int) -> list[Tiles]:
     """Tiles of linear_int4_gluon, with as many stages as fit."""
     tile_n, found = 64 if shape.fused else 128, []
-    for warps in (8, 12):
+    for warps in (8, 12) if tile_m <= 16 else (8,):
         stages = stages_that_fit(block, tile_m, warps)
         for splits in (1,) if shape.fused else (1, 2, 4, 7, 8):
             units = shape.outputs // tile_n * splits
@@ -196,7 +196,7 @@ def gluon(tuners: Sequence[Int4Tuner]) -> None:
         [
             (tuner, rows, tiles, True)
             for tuner in tuners
-            for tile_m, measured in {8: (1, 8), 16: (16,), 32: (32, 64, 128, 256)}.items()
+            for tile_m, measured in {8: (1, 8, 16), 16: (16,), 32: (32,), 64: (64, 128, 192)}.items()
             for rows in measured
             for tiles in gluon_candidates(tuner.shape, tile_m, tuner.block)
         ]

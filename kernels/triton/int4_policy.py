@@ -20,22 +20,23 @@ UNIT_BLOCKS = 3
 """A unit's beginning and end take as long as so many blocks."""
 SHARED_BYTES = 226 << 10
 MOST_STAGES = 12
-TILE_ROWS = 8, 16, 32
+TILE_ROWS = 8, 16, 32, 64
+"""Of x in a tile. Up to 8 are summed by another instruction."""
 
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """None: dequantise first."""
-    return _tiles(num_rows, shape, 12) if num_rows <= MOST_ROWS else None
+    return _tiles(num_rows, shape, 12, TILE_ROWS) if num_rows <= MOST_ROWS else None
 
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
-    """One number of splits and of warpgroups for every number of rows. None: no tiles fit."""
-    return _tiles(num_rows, shape, 8)
+    """One instruction, number of splits and of groups of warps for every number of rows. None: no tiles fit."""
+    return _tiles(num_rows, shape, 8, TILE_ROWS[1:])
 
 
 def portable(tiles: Tiles) -> Tiles:
     """Those of linear_int4 where Gluon is not available."""
-    return replace(tiles, tile_m=max(16, tiles.tile_m), stages=3, warps=4)
+    return replace(tiles, tile_m=min(32, max(16, tiles.tile_m)), stages=3, warps=4)
 
 
 def block_of(shape: ProductShape) -> int | None:
@@ -44,12 +45,12 @@ def block_of(shape: ProductShape) -> int | None:
     return block_size(shape.inputs, int(named[1])) if named else None
 
 
-def _tiles(num_rows: int, shape: ProductShape, warps: int) -> Tiles | None:
+def _tiles(num_rows: int, shape: ProductShape, warps: int, rows_of_tiles: tuple[int, ...]) -> Tiles | None:
     block, tile_n = block_of(shape), 64 if shape.fused else 128
     if block is None or shape.outputs % tile_n:
         return None
-    tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
-    warps = 8 if tile_m == TILE_ROWS[-1] else warps
+    tile_m = next((size for size in rows_of_tiles if num_rows <= size), rows_of_tiles[-1])
+    warps = 8 if tile_m >= 32 else warps
     splits = _splits(shape, block, tile_n)
     units = -(-shape.outputs // tile_n * splits * -(-num_rows // tile_m) // PROGRAMS)
     stages = min(stages_that_fit(block, tile_m, warps), max(3, units * shape.inputs // block // splits))

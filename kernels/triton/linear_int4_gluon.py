@@ -6,11 +6,12 @@ shared memory at the end of a unit. A unit is two tiles of 64 rows of W (gate an
 program takes unit after unit, and the ring fills for the next during the epilogue. With pdl the ring fills with W
 before the kernel before has ended, and only x waits for it.
 
-Products are those of single warps (mma.sync): a warpgroup's with weights in registers and 16 rows of x takes about 40
-cycles for 64 x 16 weights, four warps' 16.
+Up to 8 rows of x are multiplied by single warps' instructions (mma.sync), more by a warpgroup's with W in registers,
+which has a fixed cost of about 32 cycles. Which one is faster was measured (docs/benchmarks/kernels.md).
 
 bfloat16. K is summed by each group of warps in the order of its blocks, then over these: with one number of splits and
-of consumers a row's bits are the same for every M. Gluon is experimental: `prefill_gluon.is_available`.
+of consumers, and tiles of 16 rows of x or more, a row's bits are the same for every M. Gluon is experimental:
+`prefill_gluon.is_available`.
 """
 # mypy: ignore-errors
 
@@ -20,7 +21,13 @@ import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, mma_v2, tma
+from triton.experimental.gluon.language.nvidia.hopper import (
+    mbarrier,
+    mma_v2,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.linear.grouped import CODES_PER_WORD, GroupedLinear
@@ -130,7 +137,12 @@ def _consumer(
     SPLITS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, ZEROS: gl.constexpr,
     FUSED: gl.constexpr, BIAS: gl.constexpr, CONSUMERS: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
-    SUMS: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[4, 1], instr_shape=[16, 8])
+    BY_WARP: gl.constexpr = TILE_M == 8
+    SUMS: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[2, 0] if BY_WARP else [3, 0],
+        warps_per_cta=[4, 1],
+        instr_shape=[16, 8] if BY_WARP else [16, TILE_M, 16],
+    )
     OPERAND: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=SUMS, k_width=2)
     X: gl.constexpr = gl.DotOperandLayout(operand_index=1, parent=SUMS, k_width=2)
     PARTS: gl.constexpr = 4 * WIDTH // GROUP if 4 * WIDTH > GROUP else 1  # groups of a block
@@ -158,8 +170,13 @@ def _consumer(
                 minus_zero = _minus_zero(zeros_ptr, of_group + operand_row, WIDTH, ZEROS, OPERAND)
                 sums = gl.zeros([2 * ROWS, TILE_M], gl.float32, layout=SUMS)
                 for place in gl.static_range(part * PLACES, (part + 1) * PLACES):
-                    x = x_tiles.index(stage * 4 + place).permute((1, 0)).load(X)
-                    sums = mma_v2(_codes(codes, minus_zero, place), x, sums)
+                    x = x_tiles.index(stage * 4 + place).permute((1, 0))
+                    if BY_WARP:
+                        sums = mma_v2(_codes(codes, minus_zero, place), x.load(X), sums)
+                    else:
+                        sums = warpgroup_mma(_codes(codes, minus_zero, place), x, sums, is_async=True)
+                if not BY_WARP:
+                    sums = warpgroup_mma_wait(0, deps=[sums])
                 total += sums * gl.expand_dims(scale, 1)
             mbarrier.arrive(empty.index(stage), count=1)
         if INDEX > 0:
