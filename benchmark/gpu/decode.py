@@ -108,6 +108,7 @@ def main(argv: Sequence[str]) -> int:
     )
     add_quantization(parser)
     parser.add_argument("--breakdown", action="store_true", help="where the time of a step goes, beside its floors")
+    parser.add_argument("--launches", action="store_true", help="with --breakdown: each launch of a step, too")
     options = parser.parse_args(argv)
     lines = JsonLines(options.output)
     cells = {name: contexts_of(name) for name in options.cells.split(",")}
@@ -137,7 +138,9 @@ def main(argv: Sequence[str]) -> int:
             )
             steps = DecodeBatch(contexts, pool.num_blocks, step_breakdown.PASSES)
             values = {"what": "decode_breakdown", **values}
-            profiled.append(step_breakdown.Profiled(values, partial(step, runner, steps), timed, floors))
+            profiled.append(
+                step_breakdown.Profiled(values, partial(step, runner, steps), timed, floors, options.launches)
+            )
     if ceilings is not None:
         step_breakdown.report(lines, runner.queue, profiled)
     return 0

@@ -72,6 +72,8 @@ class Profiled:
     timed_ms: float
     """A pass without the profiler."""
     floors_s: dict[str, float]
+    launches: bool = False
+    """Whether each launch is written, too."""
 
 
 # -- of a trace
@@ -109,11 +111,8 @@ def spent_ns(intervals: Sequence[Interval]) -> dict[str, int]:
 
 def summary(passes: Sequence[Sequence[Interval]], timed_ms: float, floors_s: dict[str, float]) -> dict[str, object]:
     """Of the pass whose span is the median one, so that the parts of a line sum to it."""
-    if not all(passes):
-        raise RuntimeError("the trace has a pass without kernels")
-    middle = statistics.median_low(span_ns(each) for each in passes)
-    chosen = next(each for each in passes if span_ns(each) == middle)
-    spent = spent_ns(chosen)
+    chosen = middle_pass(passes)
+    middle, spent = span_ns(chosen), spent_ns(chosen)
     gap = spent.pop(GAP)
     grouped = dict.fromkeys((*GROUPS, OTHER), 0)
     for name, took in spent.items():
@@ -131,6 +130,20 @@ def summary(passes: Sequence[Sequence[Interval]], timed_ms: float, floors_s: dic
         "parts": parts,
         OTHER: {name[:NAME_LENGTH]: _ms(took) for name, took in spent.items() if group_of(name) == OTHER},
     }
+
+
+def middle_pass(passes: Sequence[Sequence[Interval]]) -> Sequence[Interval]:
+    """The one whose span is the median."""
+    if not all(passes):
+        raise RuntimeError("the trace has a pass without kernels")
+    middle = statistics.median_low(span_ns(each) for each in passes)
+    return next(each for each in passes if span_ns(each) == middle)
+
+
+def launches(intervals: Sequence[Interval]) -> list[tuple[str, float, float]]:
+    """Each launch of a pass: its name, and when it began and ended, in us from the beginning of the pass."""
+    began = intervals[0].begin_ns
+    return [(name, (begin - began) / 1e3, (end - began) / 1e3) for name, begin, end in intervals]
 
 
 def _ms(nanoseconds: int) -> float:
@@ -221,7 +234,8 @@ def report(lines: JsonLines, queue: Queue, cells: Sequence[Profiled]) -> None:
         raise RuntimeError(f"{PASSES * len(cells)} passes ran, the trace has {len(passes)}")
     for index, cell in enumerate(cells):
         of_cell = passes[index * PASSES : (index + 1) * PASSES]
-        lines.write(**cell.values, **summary(of_cell, cell.timed_ms, cell.floors_s))
+        listed = {"launches": launches(middle_pass(of_cell))} if cell.launches else {}
+        lines.write(**cell.values, **summary(of_cell, cell.timed_ms, cell.floors_s), **listed)
 
 
 def recorded(queue: Queue, runs: Sequence[Callable[[], object]]) -> list[list[Interval]]:

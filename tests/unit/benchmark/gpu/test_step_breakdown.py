@@ -85,6 +85,13 @@ def test_the_parts_sum_to_the_span_and_nothing_hides() -> None:
     assert (found["timed_gap_ms"], found["kernels"]) == (pytest.approx(0.011), 4)
 
 
+def test_launches_are_listed_from_the_beginning_of_their_pass() -> None:
+    assert bench.launches(intervals(("first", 5000, 7000), ("second", 6500, 9000))) == [
+        ("first", 0.0, 2.0),
+        ("second", 1.5, 4.0),
+    ]
+
+
 def test_a_pass_without_kernels_is_an_error() -> None:
     """A profiler that saw nothing would else report a step of nothing."""
     with pytest.raises(RuntimeError, match="without kernels"):
