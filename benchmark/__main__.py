@@ -60,6 +60,9 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "kv-formats": BenchmarkEntry("gpu.kv_formats", "attention over KV in bfloat16 and in FP8 on a GPU"),
     "kernels": BenchmarkEntry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
     "tune": BenchmarkEntry("gpu.tune", "tiles of quantised products on a GPU: the tables of linear_policy"),
+    "one-row": BenchmarkEntry(
+        "gpu.one_row", "tiles of plain products of one row on a GPU, beside cuBLAS, and what a softcap costs"
+    ),
     "int4": BenchmarkEntry("gpu.int4", "tiles for products with 4-bit weights on a GPU, beside bf16"),
     "planes": BenchmarkEntry("gpu.planes", "GB/s of the data planes between two processes"),
     "transfer-cost": BenchmarkEntry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
