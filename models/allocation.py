@@ -13,7 +13,8 @@ import torch
 
 from baton.kernels import DenseLinear, Linear
 from baton.models.config import ModelConfig
-from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Rank, Weights, describe
+from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights, describe
+from baton.models.partition import Rank
 from baton.models.places import JoinedPlaces, PlainPlace, WeightCut, WeightPlace
 from baton.models.quantization.kept import KeptPart, keep_quantised
 from baton.models.quantization.weight import QuantizedWeight
@@ -88,9 +89,9 @@ def allocate(
     inner = WeightCut(config.intermediate_size, rank.share(config.intermediate_size, "rows of an MLP"))
     qkv_outputs = _rows_of(("q_proj", query), ("k_proj", key), ("v_proj", key), merged="qkv_proj" if merged else None)
     gate_up_outputs = _rows_of(("gate_proj", inner), ("up_proj", inner), merged="gate_up_proj" if merged else None)
-    vocabulary = WeightCut.whole(config.vocab_size)
+    vocabulary = WeightCut(config.vocab_size, rank.vocabulary(config.vocab_size))
     embedding = empty(config.vocab_size, config.hidden_size)
-    put(EMBEDDING, PlainPlace(embedding, (vocabulary, hidden)))
+    put(EMBEDDING, PlainPlace(embedding, (WeightCut.whole(config.vocab_size), hidden)))
     layers = []
     for index, shape in enumerate(describe(config, rank)):
         layer = f"model.layers.{index}."
@@ -111,7 +112,8 @@ def allocate(
         layers.append(LayerWeights(shape, input_norm, *parts, *of_outputs))
     final_norm = norm("model.norm.weight", config.hidden_size)
     if tied:
-        return Weights(embedding, tuple(layers), final_norm, DenseLinear(embedding)), places
+        own = embedding if rank.count == 1 else embedding[vocabulary.slice]
+        return Weights(embedding, tuple(layers), final_norm, DenseLinear(own), tied), places
     head = linear("", [("lm_head", vocabulary)], hidden, False)
     return Weights(embedding, tuple(layers), final_norm, head), places
 

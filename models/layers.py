@@ -16,37 +16,9 @@ import torch
 
 from baton.kernels import DenseLinear, Linear, Scores
 from baton.models.config import ModelConfig
+from baton.models.partition import WHOLE, Rank
 from baton.models.rope_config import RopeConfig
-from baton.node.errors import InvariantBroken, SettingsError
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """One of the `count` ranks that hold a model together; rank 0 of 1 holds all of it.
-
-    Heads and the MLP's width are cut, so that each rank computes a part of what a layer adds to the residual, and the
-    parts are summed. Embedding, norms and head every rank holds whole; a bias behind the sum only rank 0.
-    """
-
-    index: int = 0
-    count: int = 1
-
-    def share(self, total: int, what: str) -> range:
-        """This rank's of `total` things; SettingsError if they cannot be shared out evenly."""
-        if total % self.count:
-            raise SettingsError(f"{total} {what} cannot be shared out to {self.count} ranks")
-        size = total // self.count
-        return range(self.index * size, (self.index + 1) * size)
-
-    def key_heads(self, total: int) -> range:
-        """This rank's key heads. Where there are fewer than ranks, several ranks hold the same one."""
-        if self.count <= total or self.count % total:
-            return self.share(total, "key heads")
-        head = self.index * total // self.count
-        return range(head, head + 1)
-
-
-WHOLE = Rank()
+from baton.node.errors import InvariantBroken
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,12 +131,14 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """A whole decoder."""
+    """A decoder, or a rank's part of it."""
 
     embedding: torch.Tensor  # [vocab, hidden]
     layers: tuple[LayerWeights, ...]
     norm: torch.Tensor  # [hidden]
-    lm_head: Linear  # [vocab, hidden]; over the embedding itself where the two are tied
+    lm_head: Linear  # [the rank's part of vocab, hidden]
+    tied: bool = False
+    """The head reads rows of the embedding."""
 
     @property
     def linears(self) -> tuple[Linear, ...]:
@@ -175,8 +149,7 @@ class Weights:
         """By format; embedding and norms are dense."""
         norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
         sizes = Counter({DenseLinear.weight_format: self.embedding.nbytes + sum(norm.nbytes for norm in norms)})
-        tied = isinstance(self.lm_head, DenseLinear) and self.lm_head.weight is self.embedding
-        for linear in self.linears[: -1 if tied else None]:
+        for linear in self.linears[: -1 if self.tied else None]:
             sizes[linear.weight_format] += linear.size_bytes
         return dict(sizes)
 

@@ -23,7 +23,8 @@ from baton.kernels import GroupedLinear
 from baton.models.allocation import allocate
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
-from baton.models.layers import WHOLE, Rank, Weights
+from baton.models.layers import Weights
+from baton.models.partition import WHOLE, Rank
 from baton.models.places import WeightPlace
 from baton.models.quantization.layouts import QuantizedSource
 from baton.models.quantization.recipe import Recipe

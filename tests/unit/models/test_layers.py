@@ -10,16 +10,8 @@ import torch
 from baton.kernels import DenseLinear
 from baton.models.allocation import allocate
 from baton.models.config import ModelConfig
-from baton.models.layers import (
-    WHOLE,
-    AttentionWeights,
-    DenseMlpWeights,
-    LayerWeights,
-    Rank,
-    Weights,
-    describe,
-    run_layers,
-)
+from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights, describe, run_layers
+from baton.models.partition import WHOLE, Rank
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
 from baton.node.errors import SettingsError

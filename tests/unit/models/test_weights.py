@@ -14,7 +14,7 @@ from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
 from baton.models.fingerprint import CHUNK_BYTES, FingerprintTask, model_fingerprint
-from baton.models.layers import Rank
+from baton.models.partition import Rank
 from baton.models.weights import load_weights
 from baton.node.errors import SettingsError
 

@@ -12,7 +12,7 @@ from baton.kernels import DenseLinear
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.fingerprint import model_fingerprint
-from baton.models.layers import Rank
+from baton.models.partition import Rank
 from baton.models.quantization import rounding
 from baton.models.quantization.recipe import RECIPES, Recipe
 from baton.models.quantization.rounding import form_of, quantise

@@ -10,7 +10,7 @@ import torch
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
-from baton.models.layers import Rank
+from baton.models.partition import Rank
 from baton.models.weights import load_weights
 from baton.tests.unit.models.quantization.writers import FORMATS
 

@@ -1,0 +1,64 @@
+"""How the ranks of a group share a model: which heads, rows of an MLP and tokens of the vocabulary each of them holds.
+
+Pure arithmetic on a configuration. Where the parts lie in a checkpoint is the part of models.allocation, and how the
+ranks add up what they compute that of models.cpu.peers. No torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.models.config import ModelConfig
+from baton.node.errors import SettingsError
+
+RANK_COUNTS = (1, 2, 4, 8)
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of the `count` ranks that hold a model together; rank 0 of 1 holds all of it.
+
+    Heads and the MLP's width are cut, so that each rank computes a part of what a layer adds to the residual, and the
+    parts are summed. The head is cut by tokens. Embedding and norms every rank holds whole; a bias behind the sum only
+    rank 0.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def share(self, total: int, what: str) -> range:
+        """This rank's of `total` things; SettingsError if they cannot be shared out evenly."""
+        if total % self.count:
+            raise SettingsError(f"{total} {what} cannot be shared out to {self.count} ranks")
+        size = total // self.count
+        return range(self.index * size, (self.index + 1) * size)
+
+    def key_heads(self, total: int) -> range:
+        """This rank's key heads. Where there are fewer than ranks, several ranks hold the same one."""
+        if self.count <= total or self.count % total:
+            return self.share(total, "key heads")
+        head = self.index * total // self.count
+        return range(head, head + 1)
+
+    def vocabulary(self, size: int) -> range:
+        """The tokens whose logits this rank computes; the parts differ by at most one token."""
+        if size < self.count:
+            raise SettingsError(f"a vocabulary of {size} tokens cannot be shared out to {self.count} ranks")
+        return range(self.index * size // self.count, (self.index + 1) * size // self.count)
+
+
+WHOLE = Rank()
+
+
+def check_partition(config: ModelConfig, count: int) -> None:
+    """SettingsError, with the numbers, if `count` ranks cannot share the model."""
+    if count == 1:
+        return
+    if config.through:
+        raise SettingsError(f"{config.architecture} runs through transformers, on one rank only, and not on {count}")
+    for index in range(count):
+        rank = Rank(index, count)
+        rank.share(config.num_heads, "query heads")
+        rank.key_heads(config.num_kv_heads)
+        rank.share(config.intermediate_size, "rows of an MLP")
+        rank.vocabulary(config.vocab_size)
