@@ -8,9 +8,10 @@ Triton.
 """
 
 from baton.kernels.cpu.attention import DecodeGroup, chunk_attention, decode_attention
+from baton.kernels.cpu.experts import apply_experts
 from baton.kernels.cpu.paged_kv import PagedKv, PlainKv, QuantisedKv
 from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p
-from baton.kernels.linear import DenseLinear, GroupedLinear, Linear, ScaledLinear
+from baton.kernels.linear import DenseLinear, ExpertLinears, GroupedLinear, HeldWeight, Linear, ScaledLinear
 from baton.kernels.reference import (
     add_rms_norm,
     apply_penalties,
@@ -23,19 +24,24 @@ from baton.kernels.reference import (
     silu_and_mul,
     token_logprobs,
 )
+from baton.kernels.routing import Routing, route
 from baton.kernels.scores import Scores
 
 __all__ = [
     "DecodeGroup",
     "DenseLinear",
+    "ExpertLinears",
     "GroupedLinear",
+    "HeldWeight",
     "Linear",
     "PagedKv",
     "PlainKv",
     "QuantisedKv",
+    "Routing",
     "ScaledLinear",
     "Scores",
     "add_rms_norm",
+    "apply_experts",
     "apply_penalties",
     "apply_rope",
     "chunk_attention",
@@ -48,6 +54,7 @@ __all__ = [
     "keep_top_k",
     "keep_top_p",
     "rms_norm",
+    "route",
     "silu_and_mul",
     "token_logprobs",
 ]

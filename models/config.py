@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from baton.models.experts_config import ExpertsConfig, read_experts
 from baton.models.families import FAMILIES, LOGIT_SOFTCAP, MODEL_TYPES, SCORE_SOFTCAP, Family, Windows
 from baton.models.folder import MAX_LENGTH, JsonObject
 from baton.models.quantization.scheme import Quantization, read_quantization
@@ -22,6 +23,9 @@ from baton.node.telemetry import excerpt
 ARCHITECTURES = tuple(FAMILIES)
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_WIDTH = 4096, 1 << 14, 1 << 13, 1 << 22
 """Many times what any model has: a config.json that says more is broken, and is refused before memory is allocated."""
+
+SWITCHED_WINDOWS = (Windows.QWEN, Windows.QWEN_MOE, Windows.SWITCHED)
+"""Which count only with `use_sliding_window`."""
 
 
 class UnsupportedModel(SettingsError):
@@ -78,6 +82,8 @@ class ModelConfig:
     eos_token_ids: tuple[int, ...]
     quantization: Quantization | None
     """Of the folder's weights; None: all are plain."""
+    experts: ExpertsConfig | None = None
+    """None: all MLPs are dense."""
     through: str = ""
     """What runs the model where no code here does, and its version; then fields that only native code reads are
     without meaning."""
@@ -146,7 +152,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         rope=rope,
         window_rope=window_rope,
         tie_word_embeddings=config.flag("tie_word_embeddings", family.default_tied),
-        qkv_bias=attention_bias or family.always_qkv_bias,
+        qkv_bias=attention_bias or family.always_qkv_bias or (family.reads_qkv_bias and config.flag("qkv_bias", True)),
         o_bias=attention_bias,
         mlp_bias=family.reads_mlp_bias and config.flag("mlp_bias", False),
         qk_norm=family.qk_norm,
@@ -163,6 +169,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         max_position_embeddings=max_position,
         eos_token_ids=eos_token_ids(config, generation_path),
         quantization=read_quantization(config, generation_path.parent),
+        experts=None if family.experts is None else read_experts(config, family.experts, num_layers),
     )
 
 
@@ -219,21 +226,24 @@ def _windows(config: JsonObject, family: Family, num_layers: int) -> tuple[int |
     """The sliding window and the layers that have it, by the rules of each family in transformers."""
     none = (None, (False,) * num_layers)
     if family.windows is Windows.NONE or (
-        family.windows is Windows.QWEN and not config.flag("use_sliding_window", False)
+        family.windows in SWITCHED_WINDOWS and not config.flag("use_sliding_window", False)
     ):
         return none
     if not config.has("sliding_window") and ("sliding_window" in config.fields or family.default_window is None):
         return none
     window = config.integer("sliding_window", family.default_window)
-    if family.windows is Windows.ALL:
+    if family.windows in (Windows.ALL, Windows.SWITCHED):
         return window, (True,) * num_layers
     if not config.has("layer_types"):
         if family.windows is Windows.ALTERNATING:
             pattern = config.integer("sliding_window_pattern", family.default_pattern)
             windowed = tuple((layer + 1) % pattern != 0 for layer in range(num_layers))
         else:
-            first = config.integer("max_window_layers", 28, least=0)
-            windowed = tuple(layer >= first for layer in range(num_layers))
+            turn = config.integer("max_window_layers", 28, least=0)
+            if family.windows is Windows.QWEN_MOE:
+                windowed = tuple(layer < turn and layer % 2 == 0 for layer in range(num_layers))
+            else:
+                windowed = tuple(layer >= turn for layer in range(num_layers))
     else:
         kinds = config.texts("layer_types")
         if len(kinds) != num_layers or not set(kinds) <= {"full_attention", "sliding_attention"}:

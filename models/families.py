@@ -9,6 +9,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
+from baton.models.expert_rules import MIXTRAL_EXPERTS, QWEN2_EXPERTS, QWEN3_EXPERTS, ExpertRules
+
 SCORE_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 
@@ -24,6 +26,10 @@ class Windows(Enum):
     """All that there are, if `sliding_window` is a number."""
     QWEN = "qwen"
     """If `use_sliding_window`: those of `layer_types`, or from `max_window_layers` on."""
+    QWEN_MOE = "qwen_moe"
+    """If `use_sliding_window`: those of `layer_types`, or every second one before `max_window_layers`."""
+    SWITCHED = "switched"
+    """All, if `use_sliding_window`."""
     ALTERNATING = "alternating"
     """Those of `layer_types`, or all but each `sliding_window_pattern`-th."""
 
@@ -49,6 +55,8 @@ class Family:
     """None: hidden_size / num_attention_heads."""
     default_eps: float = 1e-6
     always_qkv_bias: bool = False
+    reads_qkv_bias: bool = False
+    """`qkv_bias` counts; it is true where it is absent."""
     reads_attention_bias: bool = False
     reads_mlp_bias: bool = False
     default_tied: bool = False
@@ -68,6 +76,8 @@ class Family:
     """Scores are divided by the root of `query_pre_attn_scalar`, not of head_dim."""
     softcaps: Mapping[str, float | None] = field(default_factory=dict)
     """The keys of softcaps that count, and their defaults; None: no softcap."""
+    experts: ExpertRules | None = None
+    """None: all MLPs are dense."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -84,6 +94,31 @@ FAMILIES: dict[str, Family] = {
         default_head_dim=128,
         reads_attention_bias=True,
         qk_norm=True,
+    ),
+    "MixtralForCausalLM": Family(
+        "mixtral",
+        windows=Windows.ALL,
+        default_kv_heads=8,
+        default_eps=1e-5,
+        default_theta=1_000_000.0,
+        experts=MIXTRAL_EXPERTS,
+    ),
+    "Qwen2MoeForCausalLM": Family(
+        "qwen2_moe",
+        windows=Windows.QWEN_MOE,
+        default_window=4096,
+        default_kv_heads=16,
+        reads_qkv_bias=True,
+        experts=QWEN2_EXPERTS,
+    ),
+    "Qwen3MoeForCausalLM": Family(
+        "qwen3_moe",
+        windows=Windows.SWITCHED,
+        default_window=4096,
+        default_kv_heads=4,
+        reads_attention_bias=True,
+        qk_norm=True,
+        experts=QWEN3_EXPERTS,
     ),
     "Phi3ForCausalLM": Family(
         "phi3", windows=Windows.ALL, default_eps=1e-5, partial_rotary=True, merged_projections=True

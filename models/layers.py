@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeAlias, TypeVar
 
 import torch
 
-from baton.kernels import DenseLinear, Linear, Scores
+from baton.kernels import DenseLinear, ExpertLinears, HeldWeight, Linear, Routing, Scores
 from baton.models.config import ModelConfig
+from baton.models.experts_config import ExpertsConfig
 from baton.models.partition import WHOLE, Rank
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken
@@ -50,11 +51,28 @@ class DenseMlp:
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertsMlp:
+    """The sum over a token's experts of  weight * down(activation(gate x) * up x),  and what a shared expert adds."""
+
+    routing: Routing
+    """Among the experts of all ranks."""
+    experts: range
+    """Those of this rank."""
+    width: int
+    """Of one expert."""
+    activation: str
+    shared: DenseMlp | None
+    """It computes every token; this rank's part of its width."""
+    shared_gated: bool
+    """Its output is multiplied by sigmoid(shared_gate x)."""
+
+
+@dataclass(frozen=True, slots=True)
 class LayerShape:
     """One layer with pre-norm residuals:  h += attention(norm(h));  h += mlp(norm(h))."""
 
     attention: GroupedAttention
-    mlp: DenseMlp
+    mlp: DenseMlp | ExpertsMlp
     output_norms: bool
     """What is added is normed before:  h += norm(attention(norm(h)));  h += norm(mlp(norm(h)))."""
 
@@ -64,12 +82,6 @@ def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
     num_heads = len(rank.share(config.num_heads, "query heads"))
     num_kv_heads = len(rank.key_heads(config.num_kv_heads))
     adds_bias = rank.index == 0
-    mlp = DenseMlp(
-        width=len(rank.share(config.intermediate_size, "rows of an MLP")),
-        activation=config.activation,
-        gate_bias=config.mlp_bias,
-        down_bias=config.mlp_bias and adds_bias,
-    )
     return tuple(
         LayerShape(
             GroupedAttention(
@@ -86,7 +98,44 @@ def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
             mlp,
             config.output_norms,
         )
-        for windowed in config.windowed_layers
+        for windowed, mlp in zip(config.windowed_layers, _mlps(config, rank), strict=True)
+    )
+
+
+def _mlps(config: ModelConfig, rank: Rank) -> list[DenseMlp | ExpertsMlp]:
+    """Of all layers."""
+    if config.experts is None:
+        return [_dense(config, config.intermediate_size, rank)] * config.num_layers
+    experts = _experts(config, config.experts, rank)
+    return [experts if has else _dense(config, config.intermediate_size, rank) for has in config.experts.layers]
+
+
+def _dense(config: ModelConfig, width: int, rank: Rank) -> DenseMlp:
+    return DenseMlp(
+        width=len(rank.share(width, "rows of an MLP")),
+        activation=config.activation,
+        gate_bias=config.mlp_bias,
+        down_bias=config.mlp_bias and rank.index == 0,
+    )
+
+
+def _experts(config: ModelConfig, experts: ExpertsConfig, rank: Rank) -> ExpertsMlp:
+    return ExpertsMlp(
+        routing=Routing(
+            num_experts=experts.num_experts,
+            top_k=experts.top_k,
+            sigmoid=experts.sigmoid,
+            renormalised=experts.renormalised,
+            scale=experts.scale,
+            num_groups=experts.num_groups,
+            kept_groups=experts.kept_groups,
+            groups_by_two=experts.sigmoid,
+        ),
+        experts=rank.share(experts.num_experts, "experts"),
+        width=experts.width,
+        activation=config.activation,
+        shared=_dense(config, experts.shared_width, rank) if experts.shared_width else None,
+        shared_gated=experts.shared_gated,
     )
 
 
@@ -106,6 +155,41 @@ class DenseMlpWeights:
     gate_up: Linear  # [2 * width, hidden]
     down: Linear  # [hidden, width]
 
+    @property
+    def reader(self) -> Linear:
+        """What reads the norm before the MLP."""
+        return self.gate_up
+
+    @property
+    def held(self) -> tuple[HeldWeight, ...]:
+        return self.gate_up, self.down
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsWeights:
+    """Of an ExpertsMlp."""
+
+    router: DenseLinear  # [num_experts, hidden], of the experts of all ranks
+    correction: torch.Tensor | None  # float32 [num_experts]; added to scores where experts are chosen
+    gate_up: ExpertLinears  # of each expert of this rank [2 * width, hidden]
+    down: ExpertLinears  # of each [hidden, width]
+    shared: DenseMlpWeights | None
+    shared_gate: DenseLinear | None  # [1, hidden]
+
+    @property
+    def reader(self) -> Linear:
+        """What reads the norm before the MLP: plain rows, whatever the experts' format."""
+        return self.router
+
+    @property
+    def held(self) -> tuple[HeldWeight, ...]:
+        gate = () if self.shared_gate is None else (self.shared_gate,)
+        shared = () if self.shared is None else self.shared.held
+        return self.router, self.gate_up, self.down, *shared, *gate
+
+
+Mlp: TypeAlias = "DenseMlpWeights | ExpertsWeights"
+
 
 @dataclass(frozen=True, slots=True)
 class LayerWeights:
@@ -115,18 +199,20 @@ class LayerWeights:
     input_norm: torch.Tensor  # [hidden]
     attention: AttentionWeights
     post_norm: torch.Tensor  # [hidden], before the MLP
-    mlp: DenseMlpWeights
+    mlp: Mlp
     attention_output_norm: torch.Tensor | None = None  # [hidden]
     mlp_output_norm: torch.Tensor | None = None  # [hidden]
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
-        return (self.attention.qkv, self.attention.o, self.mlp.gate_up, self.mlp.down)
+    def linears(self) -> tuple[HeldWeight, ...]:
+        return (self.attention.qkv, self.attention.o, *self.mlp.held)
 
     @property
-    def norms(self) -> tuple[torch.Tensor, ...]:
+    def vectors(self) -> tuple[torch.Tensor, ...]:
+        """Norms, and what is added to scores."""
         given = (self.input_norm, self.attention.head_norms, self.attention_output_norm, self.post_norm)
-        return tuple(norm for norm in (*given, self.mlp_output_norm) if norm is not None)
+        correction = self.mlp.correction if isinstance(self.mlp, ExpertsWeights) else None
+        return tuple(each for each in (*given, self.mlp_output_norm, correction) if each is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,14 +227,14 @@ class Weights:
     """The head reads rows of the embedding."""
 
     @property
-    def linears(self) -> tuple[Linear, ...]:
+    def linears(self) -> tuple[HeldWeight, ...]:
         return (*(linear for layer in self.layers for linear in layer.linears), self.lm_head)
 
     @property
     def size_bytes(self) -> dict[str, int]:
         """By format; embedding and norms are dense."""
-        norms = [self.norm, *(norm for layer in self.layers for norm in layer.norms)]
-        sizes = Counter({DenseLinear.weight_format: self.embedding.nbytes + sum(norm.nbytes for norm in norms)})
+        vectors = [self.norm, *(each for layer in self.layers for each in layer.vectors)]
+        sizes = Counter({DenseLinear.weight_format: self.embedding.nbytes + sum(each.nbytes for each in vectors)})
         for linear in self.linears[: -1 if self.tied else None]:
             sizes[linear.weight_format] += linear.size_bytes
         return dict(sizes)
@@ -200,7 +286,7 @@ def run_layers(weights: Weights, ops: LayerOps[X], indices: Iterable[int]) -> to
         attended = ops.attention(index, layer, x)
         if attended is None:
             return None
-        x = ops.add_and_norm(attended, layer.attention_output_norm, layer.post_norm, layer.mlp.gate_up)
+        x = ops.add_and_norm(attended, layer.attention_output_norm, layer.post_norm, layer.mlp.reader)
         added = ops.mlp(layer, x)
         if index + 1 == len(layers):
             return ops.finish(added, layer.mlp_output_norm, weights.norm)

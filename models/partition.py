@@ -18,9 +18,9 @@ RANK_COUNTS = (1, 2, 4, 8)
 class Rank:
     """One of the `count` ranks that hold a model together; rank 0 of 1 holds all of it.
 
-    Heads and the MLP's width are cut, so that each rank computes a part of what a layer adds to the residual, and the
-    parts are summed. The head is cut by tokens. Embedding and norms every rank holds whole; a bias behind the sum only
-    rank 0.
+    Heads and the MLP's width are cut, and experts dealt out whole, so that each rank computes a part of what a layer
+    adds to the residual, and the parts are summed. The head is cut by tokens. Embedding, norms and routers every rank
+    holds whole; a bias behind the sum only rank 0.
     """
 
     index: int = 0
@@ -60,5 +60,10 @@ def check_partition(config: ModelConfig, count: int) -> None:
         rank = Rank(index, count)
         rank.share(config.num_heads, "query heads")
         rank.key_heads(config.num_kv_heads)
-        rank.share(config.intermediate_size, "rows of an MLP")
+        experts = config.experts
+        if experts is None or not all(experts.layers):
+            rank.share(config.intermediate_size, "rows of an MLP")
+        if experts is not None:
+            rank.share(experts.num_experts, "experts")
+            rank.share(experts.shared_width, "rows of a shared expert")
         rank.vocabulary(config.vocab_size)

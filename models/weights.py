@@ -51,8 +51,8 @@ Progress = Callable[[int, int], None]
 LOAD_FORMATS = ("auto", "dummy")
 GIB = 1 << 30
 MAX_TIED_COPY_BYTES = 256 << 20
-PROJECTION = "_proj.weight"
-"""The end of the names of weights that recipes quantise: neither the embedding nor the head."""
+PROJECTIONS = ("_proj.weight", ".w1.weight", ".w2.weight", ".w3.weight")
+"""Ends of the names of weights that recipes quantise: neither embedding and head nor routers."""
 
 
 def no_progress(done: int, total: int) -> None:
@@ -125,7 +125,7 @@ def _shapes(config: ModelConfig, tied: bool, rank: Rank) -> dict[str, tuple[int,
 
 def _recipes(recipe: Recipe | None, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Recipe]:
     """By the names of the weights that it quantises."""
-    return {} if recipe is None else {name: recipe for name in shapes if name.endswith(PROJECTION)}
+    return {} if recipe is None else {name: recipe for name in shapes if name.endswith(PROJECTIONS)}
 
 
 def _forms(recipe: Recipe | None, shapes: Mapping[str, tuple[int, ...]], keep: bool) -> dict[str, QuantizedWeight]:

@@ -26,11 +26,12 @@ from torch.profiler import ProfilerActivity, profile
 
 from baton.benchmark.gpu.ceilings import Ceilings
 from baton.benchmark.harness.json_lines import JsonLines
-from baton.kernels import Linear
+from baton.kernels import ExpertLinears, HeldWeight, Linear
+from baton.kernels.routing import expected_experts
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue
-from baton.models.layers import Weights
+from baton.models.layers import ExpertsMlp, LayerWeights, Weights
 
 PASSES = 7
 WAIT_CYCLES = 40_000_000
@@ -169,19 +170,35 @@ def _products_s(weights: Weights, rows: Sequence[Row], ceilings: Ceilings) -> fl
     """Behind the last layer's attention only rows that draw are computed."""
     new, drawn = sum(row.num_new for row in rows), _drawn(rows)
     *before, last = weights.layers
-    of_all = [*(linear for layer in before for linear in layer.linears), last.attention.qkv]
-    of_drawn = [last.attention.o, last.mlp.gate_up, last.mlp.down, weights.lm_head]
-    return sum(_product_s(linear, new, ceilings) for linear in of_all) + sum(
-        _product_s(linear, drawn, ceilings) for linear in of_drawn
-    )
+    of_all = sum(_product_s(each, new, ceilings) for layer in before for each in _attention_products(layer))
+    of_all += sum(_mlp_s(layer, new, ceilings) for layer in before) + _product_s(last.attention.qkv, new, ceilings)
+    of_drawn = sum(_product_s(each, drawn, ceilings) for each in (last.attention.o, weights.lm_head))
+    return of_all + of_drawn + _mlp_s(last, drawn, ceilings)
 
 
-def _product_s(linear: Linear, num_rows: int, ceilings: Ceilings) -> float:
-    """Arithmetic at the rate of bfloat16, whatever the format."""
+def _attention_products(layer: LayerWeights) -> tuple[Linear, ...]:
+    return layer.attention.qkv, layer.attention.o
+
+
+def _mlp_s(layer: LayerWeights, num_rows: int, ceilings: Ceilings) -> float:
+    """Of experts those that so many tokens choose, if each is chosen as often as another."""
+    shape, total = layer.shape.mlp, 0.0
+    for held in layer.mlp.held:
+        if isinstance(held, ExpertLinears):
+            assert isinstance(shape, ExpertsMlp), "experts are of this shape"
+            part = expected_experts(num_rows, shape.routing) / shape.routing.num_experts
+            total += _product_s(held, num_rows * shape.routing.top_k, ceilings, part)
+        else:
+            total += _product_s(held, num_rows, ceilings)
+    return total
+
+
+def _product_s(held: HeldWeight, num_rows: int, ceilings: Ceilings, read: float = 1.0) -> float:
+    """Arithmetic at the rate of bfloat16, whatever the format; read: the part of the weights that is."""
     if not num_rows:
         return 0.0
-    flops = 2 * num_rows * linear.num_outputs * linear.num_inputs
-    return max(linear.size_bytes / ceilings.copy_bytes_s, flops / ceilings.matmul_flop_s)
+    flops = 2 * num_rows * held.num_outputs * held.num_inputs
+    return max(read * held.size_bytes / ceilings.copy_bytes_s, flops / ceilings.matmul_flop_s)
 
 
 def _attention_s(config: ModelConfig, key_bytes: float, rows: Sequence[Row], ceilings: Ceilings) -> float:

@@ -7,8 +7,8 @@ from typing import Protocol
 import torch
 
 
-class Linear(Protocol):
-    """A product with a weight of N outputs and K inputs."""
+class HeldWeight(Protocol):
+    """The weights of a product, or of the same product of several experts, on a device."""
 
     @property
     def weight_format(self) -> str:
@@ -16,7 +16,9 @@ class Linear(Protocol):
         ...
 
     @property
-    def num_outputs(self) -> int: ...
+    def num_outputs(self) -> int:
+        """Of one expert."""
+        ...
 
     @property
     def num_inputs(self) -> int: ...
@@ -26,6 +28,14 @@ class Linear(Protocol):
         """What it takes of its device's memory, as it lies there now."""
         ...
 
+    def pack(self, keep_weight: bool = False) -> None:
+        """Prepare for the CPU's products, once; unless it is kept, the weight as it was loaded is gone afterwards."""
+        ...
+
+
+class Linear(HeldWeight, Protocol):
+    """A product with a weight of N outputs and K inputs."""
+
     @property
     def bias(self) -> torch.Tensor | None:
         """[N]"""
@@ -33,8 +43,4 @@ class Linear(Protocol):
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """[M, K] -> [M, N], by plain operations: the CPU's, and the reference of kernels."""
-        ...
-
-    def pack(self, keep_weight: bool = False) -> None:
-        """Prepare for the CPU's products, once; unless it is kept, the weight as it was loaded is gone afterwards."""
         ...

@@ -5,7 +5,7 @@ The order of a layer's parts is that of models.layers, which a GPU follows too.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -17,10 +17,11 @@ from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.step_batch import StepBatch
 from baton.models.families import GELU_TANH, SILU
-from baton.models.layers import LayerWeights, Weights, run_layers
+from baton.models.layers import DenseMlpWeights, ExpertsMlp, ExpertsWeights, LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies, rotations
 from baton.models.rope_config import RopeConfig
 
+Activation = Callable[[torch.Tensor], torch.Tensor]
 ACTIVATIONS = {SILU: kernels.silu_and_mul, GELU_TANH: kernels.gelu_tanh_and_mul}
 """Of an MLP's gate."""
 
@@ -88,7 +89,11 @@ class _StepOps:
         return layer.attention.o(self._attention(index, query, kv, self._step))
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        return layer.mlp.down(ACTIVATIONS[layer.shape.mlp.activation](layer.mlp.gate_up(x)))
+        activation = ACTIVATIONS[layer.shape.mlp.activation]
+        if isinstance(layer.mlp, DenseMlpWeights):
+            return _dense_mlp(layer.mlp, x, activation)
+        assert isinstance(layer.shape.mlp, ExpertsMlp), "the weights are of this shape"
+        return _experts_mlp(layer.shape.mlp, layer.mlp, x, activation)
 
     def add_and_norm(
         self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
@@ -119,3 +124,17 @@ class _StepOps:
             query_key.copy_(kernels.rms_norm(query_key, weights.head_norms, self._eps))
         kernels.apply_rope(query_key[..., : shape.rope.rotary_dim], *self._ropes[shape.rope])
         return heads[:, : shape.num_heads], qkv[:, shape.num_heads * shape.head_dim :].view(len(qkv), 2, -1)
+
+
+def _dense_mlp(mlp: DenseMlpWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    return mlp.down(activation(mlp.gate_up(x)))
+
+
+def _experts_mlp(shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+    logits = mlp.router(x.float())
+    experts, weights = kernels.route(logits, mlp.correction, shape.routing)
+    added = kernels.apply_experts(x, experts, weights, mlp.gate_up, mlp.down, activation, shape.experts.start)
+    if mlp.shared is not None:
+        shared = _dense_mlp(mlp.shared, x, activation)
+        added += shared if mlp.shared_gate is None else shared * mlp.shared_gate(x).sigmoid()
+    return added

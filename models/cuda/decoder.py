@@ -25,7 +25,7 @@ from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, shape_of
 from baton.models.families import SILU
-from baton.models.layers import LayerWeights, Weights, run_layers
+from baton.models.layers import DenseMlpWeights, LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken
@@ -271,14 +271,16 @@ class _StepOps:
         self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
 
     def mlp(self, layer: LayerWeights, x: Rows) -> torch.Tensor:
+        mlp = layer.mlp
+        assert isinstance(mlp, DenseMlpWeights), "the runner refuses others"
         if layer.shape.mlp.activation == SILU:
-            gated = self._products.gated(layer.mlp.gate_up, x, self._gated, layer.mlp.down, pdl=self._step.pdl)
+            gated = self._products.gated(mlp.gate_up, x, self._gated, mlp.down, pdl=self._step.pdl)
         else:
             wide = self._act.wide[: len(self._residual)]
-            self._products.whole(layer.mlp.gate_up, x, wide, pdl=self._step.pdl)
-            gated = self._products.codes_for(layer.mlp.down, len(wide)) or self._gated
+            self._products.whole(mlp.gate_up, x, wide, pdl=self._step.pdl)
+            gated = self._products.codes_for(mlp.down, len(wide)) or self._gated
             gelu_tanh_and_mul(wide, gated, pdl=self._step.pdl)
-        return self._products(layer.mlp.down, gated, self._mixed, pdl=self._step.pdl)
+        return self._products(mlp.down, gated, self._mixed, pdl=self._step.pdl)
 
     def add_and_norm(
         self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
@@ -305,6 +307,7 @@ def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
     shapes = [shape_of(weights.lm_head)]
     for layer in weights.layers:
         attention, mlp = layer.attention, layer.mlp
+        assert isinstance(mlp, DenseMlpWeights), "the runner refuses others"
         shapes += [
             shape_of(attention.qkv),
             shape_of(attention.o),

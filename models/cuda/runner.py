@@ -554,6 +554,8 @@ def decodes(row: Row) -> bool:
 
 
 def _check_supported(config: ModelConfig) -> None:
+    if config.experts is not None:
+        raise SettingsError(f"{config.architecture}: models with experts run on a CPU only so far")
     if config.head_dim % 16 or config.head_dim > 256:
         raise SettingsError(f"head_dim {config.head_dim}: the GPU's attention needs a multiple of 16 up to 256")
     if config.group_size > GROUP_ROWS:

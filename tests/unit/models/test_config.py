@@ -9,6 +9,10 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from baton.models.config import ARCHITECTURES, ModelConfig, UnsupportedModel
+from baton.models.expert_rules import DEEPSEEK_V2_EXPERTS, DEEPSEEK_V3_EXPERTS
+from baton.models.experts_config import read_experts
+from baton.models.families import FAMILIES as RULES
+from baton.models.folder import JsonObject
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import SettingsError
@@ -212,6 +216,9 @@ FAMILIES = {
     "MistralForCausalLM": transformers.MistralConfig,
     "Qwen2ForCausalLM": transformers.Qwen2Config,
     "Qwen3ForCausalLM": transformers.Qwen3Config,
+    "MixtralForCausalLM": transformers.MixtralConfig,
+    "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
+    "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
     "Phi3ForCausalLM": transformers.Phi3Config,
     "GemmaForCausalLM": transformers.GemmaConfig,
     "Gemma2ForCausalLM": transformers.Gemma2Config,
@@ -254,6 +261,63 @@ def test_absent_keys_are_those_of_transformers(tmp_path, architecture):
         assert config.window_rope.theta == ropes["sliding_attention"]["rope_theta"]
         ropes = ropes["full_attention"]
     assert config.rope.theta == ropes["rope_theta"]
+
+
+@pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if RULES[name].experts is not None])
+def test_absent_keys_of_experts_are_those_of_transformers(tmp_path, architecture):
+    short = PLAIN | {"architectures": [architecture]}
+    found, theirs = read(tmp_path, short).experts, FAMILIES[architecture](**short)
+    assert found is not None and found.layers == (True,) * 4
+    assert (found.num_experts, found.top_k) == (theirs.num_experts, theirs.num_experts_per_tok)
+    assert found.width == getattr(theirs, "moe_intermediate_size", 96)
+    assert found.shared_width == getattr(theirs, "shared_expert_intermediate_size", 0)
+    assert found.renormalised == getattr(theirs, "norm_topk_prob", True)
+
+
+@pytest.mark.parametrize(
+    ("keys", "expected"),
+    [
+        ({"mlp_only_layers": [0, 3]}, (False, True, True, False)),
+        ({"decoder_sparse_step": 2}, (False, True, False, True)),
+        ({"mlp_only_layers": [1], "decoder_sparse_step": 2}, (False, False, False, True)),
+    ],
+)
+def test_layers_without_experts(tmp_path, keys, expected):
+    """Guards against experts looked for in a layer that has none, and the other way round."""
+    config = read(tmp_path, PLAIN | {"architectures": ["Qwen3MoeForCausalLM"]} | keys)
+    assert config.experts is not None and config.experts.layers == expected
+
+
+def deepseek(**keys):
+    return read_experts(JsonObject("config.json", keys), DEEPSEEK_V3_EXPERTS, 6)
+
+
+def test_experts_of_deepseek(tmp_path):
+    """Guards the keys of a family whose rules decide more than one of them."""
+    found = deepseek(n_routed_experts=16, num_experts_per_tok=4, n_group=4, topk_group=2, moe_intermediate_size=8)
+    assert found.layers == (False,) * 3 + (True,) * 3 and found.shared_width == 8
+    assert (found.num_groups, found.kept_groups, found.scale, found.renormalised) == (4, 2, 2.5, True)
+    assert deepseek(first_k_dense_replace=1, moe_layer_freq=2).layers == (False, False, True, False, True, False)
+    theirs = {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_group": None, "topk_method": "greedy"}
+    version_2 = read_experts(JsonObject("config.json", theirs), DEEPSEEK_V2_EXPERTS, 2)
+    assert (version_2.num_groups, version_2.renormalised, version_2.scale) == (1, False, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"num_experts_per_tok": 300}, "at most n_routed_experts"),
+        ({"n_group": 7}, "divisor of the 256 experts"),
+        ({"n_group": 256}, "two experts in a group"),
+        ({"topk_group": 9}, "at most n_group"),
+        ({"n_group": 128, "topk_group": 2}, "room for 8 experts"),
+        ({"topk_method": "greedy"}, "noaux_tc"),
+        ({"scoring_func": "softmax"}, "sigmoid"),
+    ],
+)
+def test_routes_that_nothing_here_computes_are_refused(keys, message):
+    with pytest.raises(SettingsError, match=message):
+        deepseek(**keys)
 
 
 def test_gemma_3_spells_two_ropes_in_two_ways(tmp_path):

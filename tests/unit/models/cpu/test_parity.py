@@ -15,6 +15,7 @@ LLAMA3 = {
     "rope_theta": 500000.0,
 }
 PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.75, "rope_theta": 10000.0}
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
 FAMILIES = {
     "llama": ("llama", {}),
     "llama biased, untied": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -77,6 +78,13 @@ FAMILIES = {
             "pad_token_id": 0,
         },
     ),
+    "mixtral": ("mixtral", {"num_local_experts": 6}),
+    "qwen2-moe, a layer without experts": (
+        "qwen2_moe",
+        EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
+    ),
+    "qwen3-moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "moe_intermediate_size": 40}),
+    "qwen3-moe, window": ("qwen3_moe", EXPERTS | {"use_sliding_window": True, "sliding_window": 20}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 40}),
     "gemma2, tight softcaps": (

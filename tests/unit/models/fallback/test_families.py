@@ -47,7 +47,7 @@ ALWAYS = {
     "gpt2": {},
     "opt": {},
     "olmo2": {},
-    "qwen3_moe": EXPERTS | {"head_dim": 16},
+    "olmoe": EXPERTS,
     "deepseek_v3": LATENT,
 }
 """Learned positions; other positions; other norms; experts; latent attention, whose values are narrower than keys."""
@@ -65,14 +65,11 @@ OTHERS = {
     "gpt_neox": PLAIN,
     "gptj": {"rotary_dim": 8},
     "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.7},
-    "mixtral": PLAIN,
     "nemotron": PLAIN,
     "olmo3": PLAIN,
-    "olmoe": PLAIN,
     "persimmon": PLAIN,
     "phi": PLAIN,
     "phimoe": PLAIN,
-    "qwen2_moe": PLAIN,
     "smollm3": PLAIN,
     "stablelm": PLAIN,
     "starcoder2": PLAIN,
