@@ -18,7 +18,7 @@ from collections import defaultdict
 from itertools import takewhile
 
 from baton.decode.launch_timer import LaunchTimer
-from baton.decode.scheduler import DecodeLimits, Item, plan
+from baton.decode.scheduler import DecodeLimits, Item, PlannedRow, plan
 from baton.decode.settings import DecodeSettings, DecodeSizes
 from baton.kvtransfer.blocks.manager import OutOfBlocks
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded, SenderEnded
@@ -44,8 +44,10 @@ SHORT_GAP_S = 50e-6
 class DecodeRole:
     """Reservations, continuous batching with preemption, streams of tokens."""
 
-    def __init__(self, parts: Parts, sizes: DecodeSizes, spare_blocks: int, name: str = "decode") -> None:
-        """`name`: that of the role, "decode" or "mixed"."""
+    def __init__(
+        self, parts: Parts, sizes: DecodeSizes, spare_blocks: int, name: str = "decode", most_drafts: int = 0
+    ) -> None:
+        """`name`: that of the role, "decode" or "mixed". `most_drafts`: that a step verifies for one sequence."""
         self.name = name
         self.sequences: dict[LegKey, Sequence] = {}
         self.counters = DecodeCounters()
@@ -60,6 +62,7 @@ class DecodeRole:
             full_step_tokens=sizes.full_step_tokens,
         )
         self._spare_blocks = spare_blocks
+        self._most_drafts = most_drafts
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
@@ -276,8 +279,7 @@ class DecodeRole:
         )
         for index in decision.preempted:
             self._preempt(running[index])
-        batch = [(running[row.item], row.length) for row in decision.rows]
-        batch = [(sequence, length) for sequence, length in batch if _grow(sequence, sequence.num_launched + length)]
+        batch = [(running[row.item], row.length) for row in decision.rows if _prepare(running[row.item], row)]
         admitted = [each for each in zip(waiting, decision.admitted, strict=False) if self._admit(each[0])]
         batch += [(sequence, length) for sequence, length in admitted if length and not prefixes.loading(sequence.leg)]
         has_prompts = any(length > 1 for _, length in batch)
@@ -318,7 +320,17 @@ class DecodeRole:
         )
         if over or sequence.awaits_grammar or self._parts.prefixes.loading(sequence.leg):
             num_tokens = sequence.num_launched
-        return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks))
+        drafts = self._drafts(sequence)
+        return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks), *drafts)
+
+    def _drafts(self, sequence: Sequence) -> tuple[int, int]:
+        """Drafts in flight of a sequence, and those that may follow its next token: none past its last token."""
+        if not self._most_drafts:
+            return 0, 0
+        longest = min(self._parts.max_model_len, sequence.prompt_len + sequence.sampling.max_tokens)
+        in_flight = max(0, min(sequence.num_drafting, longest - 1 - sequence.num_launched))
+        allowed = sequence.speculates and sequence.draft_record.allows()
+        return in_flight, max(0, min(self._most_drafts, longest - 1 - sequence.num_expected - in_flight)) * allowed
 
     def _waiting_item(self, sequence: Sequence) -> Item:
         """It has no block of its own yet, or all that it needs: a token that is handed over is stored elsewhere. What
@@ -384,8 +396,12 @@ class DecodeRole:
             sequence = part.sequence
             if live.get(sequence.leg) is not sequence:
                 continue  # it has ended
+            before = sequence.num_tokens
+            finish: FinishReason = ""
+            if token is not None and not sequence.hands_over:
+                finish = self._append(sequence, token)
             if part.epoch == sequence.preemption_epoch:
-                sequence.num_computed += part.length
+                sequence.advance(part.length, max(0, sequence.num_tokens - before - 1))
                 sequence.table.publish(sequence.token_ids, sequence.num_computed)
                 prefixes.write_behind(sequence)
                 if part.length > 1 and self._waiting:
@@ -395,9 +411,10 @@ class DecodeRole:
             if sequence.hands_over:
                 self._take_in_prompt(sequence, token, checksums)
                 continue
-            if token is None and not sequence.ends_with_prompt:
-                continue
-            finish = self._append(sequence, token) if token is not None else "length"
+            if token is None:
+                if not sequence.ends_with_prompt:
+                    continue
+                finish = "length"
             if sequence.broke_grammar:
                 self.end(sequence, grammar_broken(sequence.leg))
                 continue
@@ -423,15 +440,25 @@ class DecodeRole:
     def _append(self, sequence: Sequence, drawn: Drawn) -> FinishReason:
         """Append what one row drew, up to a token that ends the sequence, and say how that ends it."""
         sequence.num_pending -= 1
+        if drawn.num_drafts:
+            self._count_drafts(sequence, drawn)
         finish: FinishReason = ""
+        before = sequence.num_tokens
         for place, token_id in enumerate(drawn.token_ids):
             sequence.append(token_id, drawn.logprobs[place] if drawn.logprobs else None)
             num_generated, num_tokens = sequence.num_generated, sequence.num_tokens
             finish = finish_of(token_id, sequence.sampling, num_generated, num_tokens, self._parts.max_model_len)
             if finish:
                 break
-        self.counters.generated_tokens += place + 1
+        self.counters.generated_tokens += sequence.num_tokens - before
         return finish
+
+    def _count_drafts(self, sequence: Sequence, drawn: Drawn) -> None:
+        num_accepted = len(drawn.token_ids) - 1
+        sequence.draft_record.verified(drawn.num_drafts, num_accepted)
+        self.counters.spec_decode_num_drafts += 1
+        self.counters.spec_decode_num_draft_tokens += drawn.num_drafts
+        self.counters.spec_decode_num_accepted_tokens += num_accepted
 
     def _measure(self, step: InFlightStep, now: float) -> None:
         """The device's time for the next launch, the speed of prompts for the gate and the router."""
@@ -477,8 +504,14 @@ class DecodeRole:
 
 def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
     """The loop of a decode worker on "cpu" or "cuda"."""
-    role = DecodeRole(parts, settings.sizes(device), settings.spare_blocks, settings.role)
+    role = DecodeRole(parts, settings.sizes(device), settings.spare_blocks, settings.role, settings.most_drafts)
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
+
+
+def _prepare(sequence: Sequence, row: PlannedRow) -> bool:
+    """Give a running sequence blocks for the row; False if there are none. Drafts in flight may have come before it."""
+    sequence.most_drafts = row.num_drafts
+    return _grow(sequence, sequence.num_launched + row.num_in_flight + row.length + row.num_drafts)
 
 
 def _grow(sequence: Sequence, num_tokens: int) -> bool:

@@ -3,6 +3,7 @@
 Running sequences come most senior first. Each gets its next token. Sequences of which more is to be computed (local
 prefill, recompute after preemption) share the room for chunks, the admitted ones after the running ones. When blocks
 run out, the least senior gives all of its blocks back and is computed again later, so the most senior always advances.
+Drafts get blocks that nothing else needs: no sequence is preempted, and none waits, for them.
 
 The room is what a step holds beside one token a row. The first chunk may be as long as chunks get; others join it only
 up to `full_step_tokens` in all. Many in one step are few long pauses of all answers, few are many short ones.
@@ -21,6 +22,10 @@ class Item(NamedTuple):
     num_tokens: int
     num_computed: int
     num_blocks: int
+    num_drafting: int = 0
+    """Drafts in flight: it may be so many tokens longer, and computed as far."""
+    most_drafts: int = 0
+    """Drafts that its next token may be followed by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,10 +38,13 @@ class DecodeLimits:
 
 
 class PlannedRow(NamedTuple):
-    """Running item number `item` computes `length` tokens."""
+    """Running item number `item` computes `length` tokens, and up to `num_drafts` drafts behind the last one."""
 
     item: int
     length: int
+    num_drafts: int = 0
+    num_in_flight: int = 0
+    """Item.num_drafting: what it computes may lie so much further on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +72,7 @@ def plan(
     while index < alive:
         item = running[index]
         length = room.length_for(item)
-        lacking = _lacking(item, item.num_computed + length, limits)
+        lacking = _lacking(item, item.num_computed + item.num_drafting + length, limits)
         while lacking > free_blocks and alive > index:
             alive -= 1
             preempted.append(alive)
@@ -72,14 +80,36 @@ def plan(
         if alive == index:
             break  # it was preempted itself
         if length > 0:
-            rows.append(PlannedRow(index, length))
+            rows.append(PlannedRow(index, length, 0, item.num_drafting))
             free_blocks -= lacking
         if length > 1:
             room.take(length)
         index += 1
     free_rows = 0 if preempted else limits.max_num_seqs - alive - reserved_rows
-    admitted = [room.take_for(item) for item in waiting[: _num_admitted(waiting, free_blocks, free_rows, limits)]]
+    num_admitted, free_blocks = _admit(waiting, free_blocks, free_rows, limits)
+    admitted = [room.take_for(item) for item in waiting[:num_admitted]]
+    spare_blocks = 0 if preempted or num_admitted < min(len(waiting), free_rows) else free_blocks - alive
+    rows = _with_drafts(rows, running, spare_blocks, limits)
     return StepPlan(tuple(rows), tuple(preempted), tuple(admitted))
+
+
+def _with_drafts(
+    rows: Sequence[PlannedRow], running: Sequence[Item], spare_blocks: int, limits: DecodeLimits
+) -> list[PlannedRow]:
+    """The rows with their drafts, as far as a step has room for tokens. `spare_blocks` may be allocated for drafts."""
+    room = limits.max_num_batched_tokens - sum(row.length for row in rows)
+    planned = []
+    for row in rows:
+        item = running[row.item]
+        drafts = min(item.most_drafts, max(0, room)) if row.length == 1 else 0
+        end = item.num_computed + item.num_drafting + 1
+        lacking = _lacking(item, end + drafts, limits) - _lacking(item, end, limits)
+        if lacking > max(0, spare_blocks):
+            drafts = lacking = 0
+        spare_blocks -= lacking
+        room -= drafts
+        planned.append(row._replace(num_drafts=drafts))
+    return planned
 
 
 class _ChunkRoom:
@@ -110,8 +140,9 @@ def _lacking(item: Item, num_tokens: int, limits: DecodeLimits) -> int:
     return max(0, -(-num_tokens // limits.block_tokens) - item.num_blocks)
 
 
-def _num_admitted(waiting: Sequence[Item], free_blocks: int, free_rows: int, limits: DecodeLimits) -> int:
-    """In order, without overtaking: an item that does not fit makes the others wait."""
+def _admit(waiting: Sequence[Item], free_blocks: int, free_rows: int, limits: DecodeLimits) -> tuple[int, int]:
+    """How many of them, and the blocks that are left. In order, without overtaking: an item that does not fit makes the
+    others wait."""
     admitted = 0
     for item in waiting[: max(0, free_rows)]:
         lacking = _lacking(item, item.num_tokens + 1, limits)
@@ -119,4 +150,4 @@ def _num_admitted(waiting: Sequence[Item], free_blocks: int, free_rows: int, lim
             break
         free_blocks -= lacking
         admitted += 1
-    return admitted
+    return admitted, free_blocks

@@ -27,7 +27,9 @@ class Draw(NamedTuple):
     prompt_len: int
     """The first so many of `history` are prompt."""
     num_generated: int
-    """Tokens generated before this one."""
+    """Tokens generated before this one; at least so many, while drafts are in flight."""
+    prediction: Sequence[int] = ()
+    """Tokens of which the client says that they may follow the prompt."""
 
     @property
     def is_masked(self) -> bool:
@@ -51,15 +53,19 @@ class Row(NamedTuple):
     token_ids: Sequence[int]
     """Tokens to compute now. Empty: the token that this slot drew last, which the host has not read yet."""
     start: int
-    """Tokens before them, whose KV is in the pool."""
+    """Tokens before them, whose KV is in the pool; of a row without token ids while drafts are in flight, at least so
+    many: the device knows how many were accepted."""
     blocks: Sequence[int]
-    """Block ids in the order of the sequence; they cover start + len(token_ids) tokens, and may be more."""
+    """Block ids in the order of the sequence; they cover the tokens and the drafts of this step and of those in flight,
+    and may be more."""
     draw: Draw | None
     """None where no token follows yet: a chunk that does not reach the last known token."""
     slot: int = 0
     """Where a device keeps what the sequence needs from step to step; its own as long as it runs. The CPU keeps none.
     """
     targets: PromptTargets | None = None
+    most_drafts: int = 0
+    """Drafts that the step may verify behind the one token of a row that draws; see models.drafts."""
 
     @property
     def num_new(self) -> int:
@@ -68,11 +74,16 @@ class Row(NamedTuple):
 
 
 class Drawn(NamedTuple):
-    """The tokens that follow a row, in order. Today's runners draw one; a runner that verifies drafts, several."""
+    """The tokens that follow a row, in order: the drafts that were accepted, and the one drawn behind them. None at all
+    of a row that was launched behind the last token that its sequence may have."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...] = ()
     """One a token where the row's SamplingSpec asks for them, else empty."""
+    num_drafts: int = 0
+    """Drafts that were verified."""
+    predicted: bool = False
+    """The drafts came from the client's prediction."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -50,6 +50,9 @@ class DecodeCounters(WorkerCounters):
 
     local_prefill_tokens: int = counted("Tokens of prompts that a decode worker was to compute itself.")
     generated_tokens: int = counted("Tokens drawn by decode.")
+    spec_decode_num_drafts: int = counted("Times that drafts of a sequence were verified.")
+    spec_decode_num_draft_tokens: int = counted("Draft tokens that were verified.")
+    spec_decode_num_accepted_tokens: int = counted("Draft tokens that were accepted.")
     preemptions: int = counted("Sequences that were preempted: they gave up their KV.")
     grammar_late_steps: int = counted(
         "Steps whose logits waited on the GPU for masks of grammars, for 50 microseconds or more."

@@ -48,6 +48,8 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
+    if settings.most_drafts:
+        raise SettingsError("--speculate: drafts are verified on the CPU only so far")
     index = settings.gpu
     if index >= torch.cuda.device_count():
         raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")

@@ -30,6 +30,8 @@ class StepPart(NamedTuple):
     epoch: int
     first_scored: int = 0
     """Number of the first token of the prompt that gets its log probability; 0: none does."""
+    most_drafts: int = 0
+    """Drafts that the step may verify besides."""
 
 
 @dataclass(slots=True)
@@ -73,13 +75,13 @@ class InFlightSteps:
         return len(self._steps)
 
     def launch(self, batch: Iterable[tuple[Sequence, int]]) -> InFlightStep:
-        """Launch the next `length` tokens of each sequence, whose tables have blocks for them."""
+        """Launch the next `length` tokens of each sequence, whose tables have blocks for them and for drafts."""
         rows, parts, masked, scored = [], [], [], False
         for sequence, length in batch:
             row = sequence.row(length)
             first_scored = row.start + row.targets.offset + 1 if row.targets is not None else 0
             rows.append(row)
-            parts.append(StepPart(sequence, length, sequence.preemption_epoch, first_scored))
+            parts.append(StepPart(sequence, length, sequence.preemption_epoch, first_scored, row.most_drafts))
             scored |= first_scored > 0
             if row.draw is not None and row.draw.is_masked:
                 masked.append(sequence)
@@ -89,6 +91,7 @@ class InFlightSteps:
         for part, row in zip(parts, rows, strict=True):
             part.sequence.num_launched += part.length
             part.sequence.num_pending += row.draw is not None
+            part.sequence.num_drafting += row.most_drafts
         return step
 
     @property
@@ -113,6 +116,8 @@ class InFlightSteps:
         drawn = step.launched.read()
         for blocks in step.kept_blocks:
             self._manager.release(blocks)
+        for part in step.parts:
+            part.sequence.num_drafting -= part.most_drafts
         return step, drawn
 
     def release(self, sequence: Sequence) -> None:

@@ -12,6 +12,7 @@ from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.blocks.table import BlockTable
 from baton.kvtransfer.protocol.receiver import Incoming
 from baton.models.batch import Draw, PromptTargets, Row
+from baton.models.drafts import may_draft
 from baton.node.leg import LegKey
 from baton.node.messages.base import FinishReason
 from baton.node.messages.control import (
@@ -29,6 +30,7 @@ from baton.node.messages.control import (
     Tokens,
 )
 from baton.worker.constraint import Constraint
+from baton.worker.draft_record import DraftRecord
 from baton.worker.stats import StageTimes
 
 
@@ -37,7 +39,7 @@ class Sequence:
     """A sequence of tokens, of which the first `num_computed` have their KV in the pool.
 
     Steps that were launched and not read yet run ahead: they compute up to `num_launched`, and draw `num_pending`
-    tokens whose ids are not known yet.
+    tokens whose ids are not known yet. They may verify up to `num_drafting` drafts besides, and both be so many more.
     """
 
     leg: LegKey
@@ -59,6 +61,14 @@ class Sequence:
     num_computed: int = 0
     num_launched: int = 0
     num_pending: int = 0
+    num_drafting: int = 0
+    most_drafts: int = 0
+    """Drafts that the next step may verify, if it computes one token."""
+    prediction: tuple[int, ...] = ()
+    """Tokens of which the client says that they may follow the prompt."""
+    speculates: bool = True
+    """Its draws may be drafted: the client allows it, and they need nothing of the tokens drawn just before."""
+    draft_record: DraftRecord = field(default_factory=DraftRecord)
     slot: int = 0
     """Its place in the runner's memory while it runs."""
     preemption_epoch: int = 0
@@ -104,6 +114,7 @@ class Sequence:
             contended=body.contended,
             hands_over=isinstance(message, Prefill) and body.sampling.max_tokens > 0,
             num_sent=len(body.token_ids) - body.prompt_len,
+            speculates=may_draft(body.sampling),
         )
 
     @property
@@ -132,9 +143,10 @@ class Sequence:
         expected = len(self.token_ids) + self.num_pending
         draw = None
         if end == expected and self.draws:
-            draw = Draw(self.sampling, self.token_ids, self.prompt_len, expected - self.prompt_len)
+            draw = Draw(self.sampling, self.token_ids, self.prompt_len, expected - self.prompt_len, self.prediction)
+        drafts = self.most_drafts if draw is not None and length == 1 and expected > self.prompt_len else 0
         targets = self._targets(start, end) if start < self.prompt_len and self.num_scored < self.prompt_len else None
-        return Row(self.token_ids[start:end], start, self.table.blocks, draw, self.slot, targets)
+        return Row(self.token_ids[start:end], start, self.table.blocks, draw, self.slot, targets, drafts)
 
     def _targets(self, start: int, end: int) -> PromptTargets | None:
         """Tokens of the prompt that follow tokens number start .. end - 1 and have no log probability yet."""
@@ -192,6 +204,11 @@ class Sequence:
             self.constraint.advance((token_id,))
         if logprob is not None:
             self.logprobs.append(logprob)
+
+    def advance(self, length: int, num_accepted: int) -> None:
+        """A step has computed `length` tokens and, behind them, drafts of which so many were accepted and appended."""
+        self.num_computed += length + num_accepted
+        self.num_launched += num_accepted
 
     def restart(self, num_computed: int) -> None:
         """KV up to `num_computed` is present, and no step runs ahead."""

@@ -152,6 +152,11 @@ class WorkerSettings:
     orphan_s: float | None = option(None, unit="s", help=ORPHAN_HELP, minimum=0, maximum=1e6)
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")
 
+    @property
+    def most_drafts(self) -> int:
+        """Drafts that a step verifies for one sequence at most; 0: none."""
+        return 0
+
     def worker_sizes(self, device: str) -> WorkerSizes:
         """The sizes on "cpu" or "cuda"."""
         return self.resolved(CPU_SIZES if device == "cpu" else CUDA_SIZES)

@@ -24,6 +24,8 @@ from baton.models.cpu.decoder import Decoder, DenseDecoder
 from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
+from baton.models.cpu.verify import Verified
+from baton.models.drafts import Drafter, NgramDrafter
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
@@ -38,12 +40,19 @@ class ModelRunner:
     """Carries out steps of one decoder over one pool. One thread makes all calls."""
 
     def __init__(
-        self, config: ModelConfig, decoder: Decoder, dtype: torch.dtype, kv_format: KvFormat | None = None
+        self,
+        config: ModelConfig,
+        decoder: Decoder,
+        dtype: torch.dtype,
+        kv_format: KvFormat | None = None,
+        drafter: Drafter | None = None,
     ) -> None:
-        """dtype: of what is computed, and of keys and values unless their format is another."""
+        """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
+        have drafts; by default they are looked up in the sequence."""
         self.config = config
         self.dtype = dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
+        self.drafter: Drafter = drafter or NgramDrafter()
         self._decoder = decoder
         self._attention: PagedAttention | None = None
         self.run_ahead = 0
@@ -119,12 +128,13 @@ class ModelRunner:
         """As models.batch.Runner says; a step without masked draws has ended when this returns."""
         if not rows:
             return Done([])
+        verified = Verified.of(rows, self.drafter)
         with torch.inference_mode():
-            step, hidden = self._forward(rows)
+            step, hidden = self._forward(verified.rows)
             num_drawn = len(step.drawn_rows)
             logits = self._decoder.logits(hidden[:num_drawn])
             scored = score_prompts(hidden[num_drawn:], self._decoder.logits, step.scored) if step.scored else {}
-        opened = OpenStep(rows, step.drawn_rows, logits, scored)
+        opened = OpenStep(verified, step.drawn_rows, logits, scored)
         return opened if opened.masked_rows else opened.draw({})
 
     def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
@@ -170,16 +180,16 @@ class OpenStep:
 
     def __init__(
         self,
-        rows: Sequence[Row],
+        verified: Verified,
         drawn_rows: Sequence[int],
         logits: torch.Tensor,
         prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]],
     ) -> None:
         self.prompt_logprobs = prompt_logprobs
-        self._rows = rows
+        self._verified, self._rows = verified, verified.rows
         self._drawn_rows = drawn_rows
         self._logits = logits
-        self.masked_rows = [i for i, row in enumerate(rows) if row.draw is not None and row.draw.is_masked]
+        self.masked_rows = [i for i, row in enumerate(self._rows) if row.draw is not None and row.draw.is_masked]
         self._ended: Done | None = None
 
     def complete(self, masks: np.ndarray) -> None:
@@ -201,4 +211,4 @@ class OpenStep:
             drawn = draw_tokens(self._logits, draws, positions, ordered) if draws else []
         for index, entry in zip(self._drawn_rows, drawn, strict=True):
             result[index] = entry
-        return Done(result, prompt_logprobs=self.prompt_logprobs)
+        return Done(self._verified.accept(result), prompt_logprobs=self.prompt_logprobs)

@@ -22,6 +22,7 @@ from baton.kvtransfer.blocks.hashing import block_hashes
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.protocol.exchange import KvArrived, ReceiverEnded
 from baton.models.batch import DeviceTime, Drawn, Row
+from baton.models.drafts import num_accepted
 from baton.node.messages.control import (
     Bundle,
     Busy,
@@ -90,37 +91,57 @@ class LateStep:
         return tuple(score([*context[: first + n], token]) for n, token in enumerate(row.targets.token_ids))
 
     def _compute(self, row: Row) -> Drawn | None:
-        runner, token_ids = self._runner, row.token_ids or [self._runner.last_drawn[row.slot]]
-        for place, token in enumerate(token_ids, row.start):
-            runner.pool[row.blocks[place // BLOCK], place % BLOCK] = token
+        runner, start = self._runner, row.start if row.token_ids else self._runner.lengths[row.slot]
+        token_ids = row.token_ids or [runner.last_drawn[row.slot]]
+        assert start >= row.start
         if row.draw is None:
+            self._write(row, start, token_ids)
             return None
-        length = row.start + len(token_ids)
-        assert row.draw.num_generated == length - row.draw.prompt_len
+        length = start + len(token_ids)
+        longest = min(MAX_MODEL_LEN, row.draw.prompt_len + row.draw.sampling.max_tokens)
+        if length >= longest and not row.token_ids:
+            return Drawn(())  # the step before drew the last token
+        self._write(row, start, token_ids)
+        assert row.draw.num_generated <= length - row.draw.prompt_len
         context = [runner.pool[row.blocks[place // BLOCK], place % BLOCK] for place in range(length)]
-        runner.last_drawn[row.slot] = next_token(context)
-        return Drawn((runner.last_drawn[row.slot],))
+        drafts = runner.drafts_behind(context, min(row.most_drafts, longest - length - 1))
+        self._write(row, length, drafts)
+        drawn = [next_token([*context, *drafts[:count]]) for count in range(len(drafts) + 1)]
+        drawn = drawn[: num_accepted(drafts, drawn) + 1]
+        runner.last_drawn[row.slot], runner.lengths[row.slot] = drawn[-1], length - 1 + len(drawn)
+        return Drawn(tuple(drawn), num_drafts=len(drafts))
+
+    def _write(self, row: Row, start: int, token_ids: Rows[int]) -> None:
+        for place, token in enumerate(token_ids, start):
+            self._runner.pool[row.blocks[place // BLOCK], place % BLOCK] = token
 
 
 class LateRunner:
-    """A runner that computes a step when it is read, and keeps each slot's last token."""
+    """A runner that computes a step when it is read, and keeps each slot's last token and length. Its drafts are right
+    up to one that depends on `skill` and what is before them."""
 
     config = SimpleNamespace(vocab_size=VOCAB)
 
-    def __init__(self, run_ahead: int) -> None:
-        self.run_ahead = run_ahead
+    def __init__(self, run_ahead: int, skill: int = 0) -> None:
+        self.run_ahead, self.skill = run_ahead, skill
+        self.lengths: dict[int, int] = {}
         self.pool: dict[tuple[int, int], int] = {}
         self.last_drawn: dict[int, int] = {}
         self.launched: list[LateStep] = []
 
+    def drafts_behind(self, context: list[int], most: int) -> list[int]:
+        known, num_right = list(context), (next_token(context) * self.skill) % 5
+        for number in range(most):
+            right = next_token(known)
+            known.append(right if number < num_right else (right + 1) % VOCAB)
+        return known[len(context) :]
+
     def launch(self, rows: Rows[Row]) -> LateStep:
         assert len({row.slot for row in rows}) == len(rows), "two rows in one slot"
         for row in rows:
-            assert len(row.blocks) * BLOCK >= row.start + row.num_new, "computed without blocks"
+            assert len(row.blocks) * BLOCK >= row.start + row.num_new + row.most_drafts, "computed without blocks"
         # The worker changes its lists after the launch, which must not affect the step.
-        step = LateStep(
-            self, [Row(list(r.token_ids), r.start, list(r.blocks), r.draw, r.slot, r.targets) for r in rows]
-        )
+        step = LateStep(self, [r._replace(token_ids=list(r.token_ids), blocks=list(r.blocks)) for r in rows])
         self.launched.append(step)
         assert len(self.launched) <= self.run_ahead + 1
         return step
@@ -129,11 +150,12 @@ class LateRunner:
 class Bench:
     """A decode worker over a late runner; transfers write into the pool when they arrive."""
 
-    def __init__(self, run_ahead: int, num_blocks: int, **options: Any) -> None:
-        self.io, self.runner, self.manager = RecordingIo(), LateRunner(run_ahead), BlockManager(num_blocks)
+    def __init__(self, run_ahead: int, num_blocks: int, skill: int = 0, **options: Any) -> None:
+        self.io, self.runner, self.manager = RecordingIo(), LateRunner(run_ahead, skill), BlockManager(num_blocks)
         settings = DecodeSettings(spare_blocks=0, **options)
         self.parts = parts_of(self.runner, self.io, self.manager, time.monotonic, max_model_len=MAX_MODEL_LEN)
-        self.role = DecodeRole(self.parts, settings.sizes("cpu"), settings.spare_blocks, settings.role)
+        sizes = settings.sizes("cpu")
+        self.role = DecodeRole(self.parts, sizes, settings.spare_blocks, settings.role, settings.most_drafts)
         self.loop = Loop(self.parts, self.role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
         self.prompts: dict[str, tuple[list[int], int]] = {}
 
@@ -234,11 +256,15 @@ ACTION = st.one_of(
     st.integers(12, 30),
     st.integers(1, 6),
     st.integers(1, 9),
+    st.sampled_from([0, 0, 1, 3, 7]),
+    st.integers(0, 3),
 )
-def test_any_schedule_gives_the_tokens_of_synchronous_steps(actions, run_ahead, num_blocks, rows, chunk):
+def test_any_schedule_gives_the_tokens_of_synchronous_steps(actions, run_ahead, num_blocks, rows, chunk, most, skill):
     """Guards against tokens of an ended sequence, of a slot's previous owner or of blocks reused too early, and
-    against leaked blocks or slots, with arrivals, cancels and preemption."""
-    bench = Bench(run_ahead, num_blocks, max_num_seqs=rows, max_chunk_tokens=chunk, max_num_batched_tokens=24)
+    against leaked blocks or slots, with arrivals, cancels, preemption, and drafts accepted up to any of them."""
+    drafts = {"speculate": "ngram", "speculate_tokens": most} if most else {}
+    sizes = {"max_num_seqs": rows, "max_chunk_tokens": chunk, "max_num_batched_tokens": 24}
+    bench = Bench(run_ahead, num_blocks, skill, **sizes, **drafts)
     cancelled, scored = set(), set()
     for action in actions:
         name = f"r{len(bench.prompts)}"

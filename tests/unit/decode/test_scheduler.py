@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.decode.scheduler import DecodeLimits, Item, plan
+from baton.decode.scheduler import DecodeLimits, Item, PlannedRow, plan
 
 LIMITS = DecodeLimits(
     block_tokens=4, max_num_seqs=8, max_num_batched_tokens=32, max_chunk_tokens=16, full_step_tokens=20
@@ -104,4 +104,4 @@ def test_chunks_fill_a_step_but_do_not_pile_up() -> None:
 def test_a_prompt_advances_beside_more_rows_than_the_budget() -> None:
     """Guards against a prompt that waits for as long as others decode."""
     result = plan([*[Item(10, 9, 3)] * 40, Item(30, 0, 8)], [], 0, LIMITS)
-    assert result.rows[-1] == (40, 1)
+    assert result.rows[-1] == PlannedRow(40, 1)

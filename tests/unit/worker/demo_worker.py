@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,6 +17,7 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.cpu.runner import ModelRunner
+from baton.models.drafts import Drafter
 from baton.node.messages.control import Bundle, DispatchBody, Failed, Reserve, SamplingSpec
 from baton.tests.unit.worker.bench import RecordingIo
 from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
@@ -43,8 +44,9 @@ class Answer(NamedTuple):
 class DemoWorker:
     """Answers all requests of a call at once, as far as they fit."""
 
-    def __init__(self, num_blocks: int, max_num_seqs: int = 64) -> None:
+    def __init__(self, num_blocks: int, max_num_seqs: int = 64, drafter: Drafter | None = None, **options: Any) -> None:
         runner = ModelRunner.load(FOLDER, max_model_len=MAX_MODEL_LEN)
+        runner.drafter = drafter or runner.drafter
         config = runner.config
         layout = KVLayout.of_model(
             num_layers=config.num_layers,
@@ -59,8 +61,10 @@ class DemoWorker:
             self.grammars = GrammarCompiler(tokenizer, config.vocab_size, self._io.inbox.put)
         prefixes = PrefixLoader(NO_STORE, manager, layout, always=False)
         parts = Parts(runner, manager, layout, MAX_MODEL_LEN, self._io, prefixes, grammars=self.grammars)
-        settings = DecodeSettings(spare_blocks=0, max_num_seqs=max_num_seqs)
-        self.role = DecodeRole(parts, settings.sizes("cpu"), settings.spare_blocks)
+        settings = DecodeSettings(spare_blocks=0, max_num_seqs=max_num_seqs, **options)
+        self.role = DecodeRole(
+            parts, settings.sizes("cpu"), settings.spare_blocks, settings.role, most_drafts=settings.most_drafts
+        )
         self._loop = Loop(parts, self.role, max_waiting=4096, drain_s=1.0)
 
     def answers(self, requests: Mapping[str, SamplingSpec], prompt: Iterable[int]) -> dict[str, Answer]:

@@ -1,0 +1,48 @@
+"""Verification of drafts on the CPU: each draft is one more row of the step. Knows no tensors.
+
+verified = Verified.of(rows, drafter)      # verified.rows: the given ones, and behind them those of drafts
+drawn = verified.accept(drawn)             # one entry a given row again
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from baton.models.batch import Drawn, Row
+from baton.models.drafts import Drafter, Drafts, num_accepted, rows_of_drafts
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A step's rows with those of their drafts."""
+
+    rows: list[Row]
+    num_given: int
+    drafts: dict[int, tuple[int, Drafts]]
+    """By number of the row that they follow: number of the first of their own rows, and the drafts."""
+
+    @classmethod
+    def of(cls, rows: Sequence[Row], drafter: Drafter) -> Verified:
+        """The drafter is asked for each row that may have drafts."""
+        all_rows, found = list(rows), {}
+        for index, row in enumerate(rows):
+            if row.most_drafts and row.draw is not None and (drafts := drafter.propose(row.draw, row.most_drafts))[0]:
+                found[index] = (len(all_rows), drafts)
+                all_rows += rows_of_drafts(row, drafts.token_ids)
+        return cls(all_rows, len(rows), found)
+
+    def accept(self, drawn: Sequence[Drawn | None]) -> list[Drawn | None]:
+        """What the given rows draw, of what all rows drew."""
+        result = list(drawn[: self.num_given])
+        for index, (first, drafts) in self.drafts.items():
+            entries = [entry for entry in (drawn[index], *drawn[first : first + len(drafts.token_ids)]) if entry]
+            token_ids = [entry.token_ids[0] for entry in entries]
+            kept = entries[: num_accepted(drafts.token_ids, token_ids) + 1]
+            result[index] = Drawn(
+                tuple(entry.token_ids[0] for entry in kept),
+                tuple(logprob for entry in kept for logprob in entry.logprobs),
+                len(drafts.token_ids),
+                drafts.predicted,
+            )
+        return result
