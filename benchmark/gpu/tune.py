@@ -1,8 +1,9 @@
-"""Times tiles of products whose weights are bytes, and cuBLAS's of many rows: what linear_policy's tables are made of.
+"""Times tiles of quantised products in whole decode steps, and cuBLAS's products of many rows of 8 bits.
 
-One JSON line a time on standard output, and appended to FILE; `error` is that of the fastest tiles against float64.
-Weights are rotated past the L2 cache, and a time is the median of replays of a graph, as in `kernels`. Kernels are
-compiled ahead on all cores. x is in codes with scales of rows, or of runs of 128 inputs.
+Steps are of few layers of a shape, with random weights and KV. For each number of rows, product by product, tiles
+take turns while the other products keep the best so far: what a kernel reads before it may begin, and what it leaves in
+the L2 cache, shows in a step only. `step` lines: the six fastest of a product, a microsecond being that of a layer;
+`chosen`: the best together, beside the policy's. Kernels are compiled ahead on all cores.
 """
 
 from __future__ import annotations
@@ -10,193 +11,183 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import product
 from pathlib import Path
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from baton.benchmark.gpu.ceilings import GPU, Call, randn, seconds
+from baton.benchmark.gpu.runners import BLOCK_TOKENS, RandomKv, random_pool
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import bare_parser
-from baton.kernels.triton.compiling import compile_all, launched_by
-from baton.kernels.triton.linear_8bit import BLOCK, linear_8bit
+from baton.benchmark.harness.shapes import SHAPES
+from baton.kernels.triton import int4_policy, linear_8bit_policy
+from baton.kernels.triton.compiling import compile_all, launched_by, missing
+from baton.kernels.triton.decode_attention import DecodeScratch
+from baton.kernels.triton.decode_plan import split_plan
+from baton.kernels.triton.decode_work import share_out
+from baton.kernels.triton.linear_8bit import BLOCK
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
-from baton.kernels.triton.quantise import RUN, CodedRows
+from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.step_inputs import StepInputs
+from baton.models.check import recipe_for
+from baton.models.config import ModelConfig
+from baton.models.cuda.decoder import DeviceDecoder, product_shapes
+from baton.models.cuda.products import fastest
+from baton.models.layers import Weights
+from baton.models.weights import load_weights
 
-ROTATED_BYTES = 400 << 20  # several times the L2 cache
-SHARED_BYTES = 226 << 10
 FP8 = torch.float8_e4m3fn
-SHAPES = {
+MANY_SHAPES = {
     "qkv_8b": ProductShape(6144, 4096),
     "o_8b": ProductShape(4096, 4096),
     "gate_up_8b": ProductShape(14336, 4096, fused=True),
     "down_8b": ProductShape(4096, 14336),
-    "gate_up_plain_8b": ProductShape(28672, 4096),
-    "qkv_70b": ProductShape(10240, 8192),
-    "o_70b": ProductShape(8192, 8192),
-    "gate_up_70b": ProductShape(28672, 8192, fused=True),
-    "down_70b": ProductShape(8192, 28672),
-    "wide": ProductShape(7168, 16384),
 }
-FORMATS = ("fp8_row", "fp8_block", "int8_row")
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A product whose tiles are looked for."""
-
-    name: str
-    weight_format: str
-    rows: int
-    x: str
-    """row or runs"""
-
-    @property
-    def shape(self) -> ProductShape:
-        return SHAPES[self.name]
-
-    @property
-    def code_type(self) -> torch.dtype:
-        return torch.int8 if self.weight_format == "int8_row" else FP8
-
-    @property
-    def about(self) -> dict[str, object]:
-        return {"name": self.name, "format": self.weight_format, "rows": self.rows, "x": self.x}
-
-    def exists(self) -> bool:
-        return self.x == "runs" or self.weight_format != "fp8_block"
-
-    def tiles(self) -> Iterator[Tiles]:
-        """Those that fit, with as many stages as leave room for 1 to 4 programs a multiprocessor."""
-        n, k, fused = self.shape.outputs, self.shape.inputs, self.shape.fused
-        tile_m = next((size for size in (16, 32, 64, 128) if self.rows <= size), 256)
-        for tile_n, tile_k, splits in product((64, 128), (128, 256), (1, 2, 4)):
-            programs = n // tile_n * splits
-            if (fused and splits > 1) or k % (tile_k * splits) or not 112 <= programs <= 700 * (1 + fused):
-                continue
-            stage = tile_n * tile_k * (2 if fused else 1) + tile_m * tile_k
-            steps = k // splits // tile_k
-            room = [SHARED_BYTES // count - 4096 for count in (1, 2, 3, 4)]
-            for stages in sorted({min(size // stage, steps, 12) for size in room}):
-                if stages >= 3:
-                    yield Tiles(tile_n, tile_k, tile_m, stages, splits, 8 if tile_n == 128 and tile_m >= 64 else 4)
+SPLITS = 1, 2, 4, 7, 8
+UNITS = 48, 1100
+REPLAYS, KEPT = 15, 6
 
 
 @dataclass(slots=True)
-class Operands:
-    """Of one cell: several weights, one x, and where results go."""
+class Tried:
+    """A policy: what is tried, by shape, and for others the policy of speed."""
 
-    x: CodedRows
-    weights: list[tuple[torch.Tensor, torch.Tensor]]
-    out: torch.Tensor
-    """Of the call that ran last."""
+    tiles: dict[ProductShape, Tiles] = field(default_factory=dict)
 
-    @classmethod
-    def make(cls, cell: Cell, count: int, device: str = GPU) -> Operands:
-        n, k = cell.shape.outputs * (2 if cell.shape.fused else 1), cell.shape.inputs
-        scales = (n // BLOCK, k // BLOCK) if cell.weight_format == "fp8_block" else (n,)
-        weights = [(_codes(n, k, cell.code_type, device), _scales(scales, k, device)) for _ in range(count)]
-        of_x = (k // RUN, -(-cell.rows // 4) * 4) if cell.x == "runs" else (cell.rows,)
-        x = CodedRows(_codes(cell.rows, k, cell.code_type, device), _scales(of_x, 1, device))
-        return cls(x, weights, torch.empty(0, device=device))
-
-    def calls(self, cell: Cell, tiles: Tiles) -> list[Call]:
-        shape = (cell.rows, cell.shape.outputs)
-        self.out = torch.empty(
-            shape if tiles.splits == 1 else (tiles.splits, *shape),
-            dtype=torch.bfloat16 if tiles.splits == 1 else torch.float32,
-            device=self.out.device,
-        )
-        multiply = partial(linear_8bit, fused=cell.shape.fused, pdl=True)
-        return [partial(multiply, self.x, codes, scales, None, tiles, self.out) for codes, scales in self.weights]
-
-    def error(self, cell: Cell, call: Call) -> float:
-        """Of the first weight's product, relative to its norm."""
-        call()
-        codes, scales = self.weights[0]
-        wide = _spread(scales, codes) * codes.double()
-        x, of_x = self.x.codes.double(), self.x.scales.double()
-        x *= of_x.t()[: len(x)].repeat_interleave(RUN, 1) if of_x.dim() == 2 else of_x[:, None]
-        exact = x @ wide.t()
-        if cell.shape.fused:
-            gate, up = exact.chunk(2, -1)
-            exact = torch.nn.functional.silu(gate) * up
-        found = self.out.double().sum(0) if self.out.dim() == 3 else self.out.double()
-        return float((found - exact).norm() / exact.norm())
+    def __call__(self, num_rows: int, shape: ProductShape) -> Tiles | None:
+        return self.tiles.get(shape) or fastest(num_rows, shape)
 
 
-def _codes(rows: int, columns: int, dtype: torch.dtype, device: str) -> torch.Tensor:
-    if device == "meta":
-        return torch.empty(rows, columns, dtype=dtype, device=device)
-    values = torch.empty(rows, columns, device=device).normal_()
-    return (values * (40 if dtype == torch.int8 else 100)).clamp_(-127, 127).to(dtype)
-
-
-def _scales(shape: tuple[int, ...], k: int, device: str) -> torch.Tensor:
-    empty = torch.empty(shape, device=device)
-    return empty if device == "meta" else empty.uniform_(0.5, 1.5).mul_(0.01 * k**-0.5)
-
-
-def _spread(scales: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:
-    if scales.dim() == 1:
-        return scales[:, None].double()
-    return scales.double().repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)
-
-
-def compile_ahead(cells: Sequence[Cell]) -> int:
-    def run() -> None:
-        for cell in cells:
-            operands = Operands.make(cell, 1, "meta")
-            for tiles in cell.tiles():
-                operands.calls(cell, tiles)[0]()
-
-    kernels = launched_by(run)
-    compile_all(kernels, processes=max(1, (os.cpu_count() or 2) - 1), timeout_s=240.0)
-    return len(kernels)
-
-
-def tune(lines: JsonLines, cell: Cell) -> None:
-    size = cell.shape.outputs * (2 if cell.shape.fused else 1) * cell.shape.inputs
-    operands = Operands.make(cell, max(3, ROTATED_BYTES // size))
-    found: list[tuple[float, Tiles]] = []
-    for tiles in cell.tiles():
-        try:
-            found.append((seconds(operands.calls(cell, tiles), replays=5), tiles))
-        except OutOfResources:
+def candidates(num_rows: int, shape: ProductShape) -> list[Tiles]:
+    """Tiles of the kernels in Gluon that divide the shape, in rings of several depths."""
+    of_4_bits = shape.weight_format.startswith(int4_policy.PREFIX)
+    block = (int4_policy.block_of(shape) or 0) if of_4_bits else BLOCK
+    sizes = int4_policy.TILE_ROWS if of_4_bits else linear_8bit_policy.TILE_ROWS
+    tile_m = next((size for size in sizes if num_rows <= size), sizes[-1])
+    tile_n, found = 64 if shape.fused else 128, []
+    if not block or shape.outputs % tile_n:
+        return []
+    for splits in (1,) if shape.fused else SPLITS:
+        units = shape.outputs // tile_n * splits
+        if shape.inputs % (splits * block) or not UNITS[0] <= units <= UNITS[1]:
             continue
-    found.sort(key=lambda each: each[0])
-    for took, tiles in found[:6]:
-        lines.write(
-            kernel="tiles",
-            **cell.about,
-            us=round(took * 1e6, 2),
-            tb_s=round(size / took / 1e12, 3),
-            tiles=_listed(tiles),
-        )
-    if found:
-        error = operands.error(cell, operands.calls(cell, found[0][1])[0])
-        lines.write(
-            kernel="error", **cell.about, tiles=_listed(found[0][1]), tried=len(found), error=float(f"{error:.3g}")
-        )
+        if of_4_bits:
+            for warps in (8, 12) if tile_m <= 16 else (8,):
+                deepest = int4_policy.stages_that_fit(block, tile_m, warps)
+                found += [Tiles(tile_n, block, tile_m, stages, splits, warps) for stages in {deepest, deepest // 2}]
+        else:
+            deepest, shared = (linear_8bit_policy.stages_that_fit(tile_m, programs) for programs in (1, 2))
+            found += [
+                Tiles(tile_n, block, tile_m, stages, splits)
+                for stages in sorted({deepest, (deepest + shared) // 2, shared})
+            ]
+    return found
+
+
+class Steps:
+    """Decode steps of a model by a policy that changes."""
+
+    def __init__(self, config: ModelConfig, weights: Weights, pool: RandomKv, max_rows: int, context: int) -> None:
+        self.shapes = [shape for shape in product_shapes(weights) if candidates(1, shape)]
+        self.policy = Tried({shape: max(candidates(1, shape), key=lambda each: each.splits) for shape in self.shapes})
+        self._config, self._pool, self._context = config, pool, context
+        self._decoder = DeviceDecoder(config, weights, self.policy, max_rows, max_rows, context + 1)
+        self._decoder.bind_pool(PagedPool.of(pool.tensors.data, None))
+        self.policy.tiles.clear()
+
+    def call(self, num_rows: int) -> Call:
+        config, blocks = self._config, -(-self._context // BLOCK_TOKENS)
+        inputs = StepInputs.make(num_rows, blocks, GPU)
+        tables = torch.randperm(self._pool.num_blocks, device=GPU)[: num_rows * blocks].view(num_rows, blocks)
+        inputs.tables.copy_(tables)
+        inputs.lengths.fill_(self._context)
+        inputs.positions.fill_(self._context - 1)
+        inputs.kv_slots.copy_(tables[:, -1] * BLOCK_TOKENS + BLOCK_TOKENS - 1)
+        plan = split_plan(num_rows, config.num_kv_heads, torch.cuda.get_device_properties(0).multi_processor_count)
+        heads = config.num_heads, config.num_kv_heads, config.head_dim
+        scratch = DecodeScratch.make(num_rows, plan.num_chunks, *heads, GPU)
+        share_out(inputs.lengths, plan, scratch.work)
+        return partial(self._decoder.decode, inputs, plan, scratch, True)
+
+
+def compile_ahead(steps: Steps, rows: Sequence[int]) -> int:
+    """All candidates of a number of rows, as a step launches them."""
+    calls = {num_rows: steps.call(num_rows) for num_rows in rows}
+
+    def run() -> None:
+        for num_rows, call in calls.items():
+            listed = {shape: candidates(num_rows, shape) for shape in steps.shapes}
+            for number in range(max(map(len, listed.values()))):
+                steps.policy.tiles = {shape: each[number % len(each)] for shape, each in listed.items()}
+                call()
+        steps.policy.tiles = {}
+        for call in calls.values():
+            call()
+
+    absent = missing(kernels := launched_by(run))
+    if absent:
+        compile_all(kernels, processes=max(1, (os.cpu_count() or 2) - 1), timeout_s=120.0)
+    return len(absent)
+
+
+def tune(lines: JsonLines, steps: Steps, num_rows: int, about: dict[str, object], layers: int) -> None:
+    call, policy = steps.call(num_rows), steps.policy
+    best: dict[ProductShape, Tiles] = {}
+    for shape in sorted(steps.shapes, key=lambda each: -each.outputs * each.inputs):
+        found: list[tuple[float, Tiles]] = []
+        for tiles in candidates(num_rows, shape):
+            policy.tiles = {**best, shape: tiles}
+            try:
+                found.append((seconds([call], replays=REPLAYS), tiles))
+            except OutOfResources:
+                continue
+        found.sort(key=lambda each: each[0])
+        best[shape] = found[0][1]
+        for took, tiles in found[:KEPT]:
+            named = {"n": shape.outputs, "k": shape.inputs, "fused": shape.fused}
+            lines.write(kernel="step", **about, rows=num_rows, **named, us=_us(took / layers), tiles=_listed(tiles))
+    times: dict[str, list[float]] = {"chosen": [], "policy": []}
+    for _ in range(3):
+        for name, tiles_of in (("chosen", best), ("policy", {})):
+            policy.tiles = tiles_of
+            times[name].append(seconds([call], replays=REPLAYS))
+    policy.tiles = {}
+    lines.write(
+        kernel="chosen", **about, rows=num_rows, us={name: _us(min(each) / layers) for name, each in times.items()},
+        tiles={f"{shape.outputs}x{shape.inputs}": _listed(tiles) for shape, tiles in best.items()},
+    )  # fmt: skip
+
+
+def _us(took: float) -> float:
+    return round(took * 1e6, 2)
 
 
 def _listed(tiles: Tiles) -> list[int]:
     return [tiles.tile_n, tiles.tile_k, tiles.tile_m, tiles.stages, tiles.splits, tiles.warps]
 
 
+def _codes(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    values = torch.empty(rows, columns, device=GPU).normal_()
+    return (values * (40 if dtype == torch.int8 else 100)).clamp_(-127, 127).to(dtype)
+
+
+def _scales(shape: tuple[int, ...], k: int) -> torch.Tensor:
+    return torch.empty(shape, device=GPU).uniform_(0.5, 1.5).mul_(0.01 * k**-0.5)
+
+
 def many_rows(lines: JsonLines, name: str) -> None:
     """cuBLAS's products: of bfloat16, and of FP8 and INT8 with scales of rows or blocks."""
-    shape = SHAPES[name]
+    shape = MANY_SHAPES[name]
     n, k = shape.outputs * (2 if shape.fused else 1), shape.inputs
-    weight, codes, integers = randn(n, k), _codes(n, k, FP8, GPU), _codes(n, k, torch.int8, GPU)
-    of_outputs, of_blocks = _scales((1, n), k, GPU), _scales((n // BLOCK, k // BLOCK), k, GPU)
+    weight, codes, integers = randn(n, k), _codes(n, k, FP8), _codes(n, k, torch.int8)
+    of_outputs, of_blocks = _scales((1, n), k), _scales((n // BLOCK, k // BLOCK), k)
     for rows in (64, 128, 256, 512, 1024, 2048, 4096):
-        x, bytes_, int_x = randn(rows, k), _codes(rows, k, FP8, GPU), _codes(rows, k, torch.int8, GPU)
-        of_rows, of_chunks = _scales((rows, 1), 1, GPU), _scales((k // BLOCK, rows), 1, GPU)
+        x, bytes_, int_x = randn(rows, k), _codes(rows, k, FP8), _codes(rows, k, torch.int8)
+        of_rows, of_chunks = _scales((rows, 1), 1), _scales((k // BLOCK, rows), 1)
         plain, whole = randn(rows, n), torch.empty(rows, n, dtype=torch.int32, device=GPU)
         by_row = partial(torch._scaled_mm, bytes_, codes.t(), of_rows, of_outputs, out_dtype=torch.bfloat16)
         ways: dict[str, Call] = {
@@ -227,26 +218,29 @@ def many_rows(lines: JsonLines, name: str) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = bare_parser("tune", __doc__)
     parser.add_argument("file", type=Path, metavar="FILE")
-    parser.add_argument("--shapes", default="qkv_8b,o_8b,gate_up_8b,down_8b", help=f"of {', '.join(SHAPES)}")
-    parser.add_argument("--formats", default=",".join(FORMATS), metavar="FORMATS", help=", ".join(FORMATS))
-    parser.add_argument("--rows", default="1,16,32,64,128", metavar="ROWS")
-    parser.add_argument("--x", default="row,runs", metavar="FORMS", help="of x")
-    parser.add_argument("--many", default="", metavar="SHAPES", help="whose products of many rows are timed")
+    parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
+    parser.add_argument("--layers", type=int, default=8, help="of a step")
+    parser.add_argument("--quantization", default="fp8", help="formats of weights, comma separated")
+    parser.add_argument("--rows", default="1,16,32,64", metavar="ROWS")
+    parser.add_argument("--context", type=int, default=1024, help="tokens a row")
+    parser.add_argument("--many", default="", metavar="SHAPES", help=f"of {', '.join(MANY_SHAPES)}: many rows")
     options = parser.parse_args(argv)
     lines = JsonLines(options.file)
     torch.manual_seed(0)
-    cells = [
-        cell
-        for name in filter(None, options.shapes.split(","))
-        for weight_format in options.formats.split(",")
-        for rows in map(int, options.rows.split(","))
-        for form in options.x.split(",")
-        if (cell := Cell(name, weight_format, rows, form)).exists()
-    ]
-    if cells:
-        _timed(lines, "compiled", lambda: compile_ahead(cells))
-    for cell in cells:
-        tune(lines, cell)
+    rows = [int(each) for each in options.rows.split(",")]
+    config = replace(ModelConfig.from_folder(SHAPES / options.shape), num_layers=options.layers)
+    pool = random_pool(config, max(rows) * -(-options.context // BLOCK_TOKENS))
+    for quantization in filter(None, options.quantization.split(",")):
+        weights = load_weights(
+            config, SHAPES / options.shape, torch.bfloat16, "cuda:0", "dummy", pack=False,
+            recipe=recipe_for(quantization, config), keep_quantised=True,
+        )  # fmt: skip
+        steps = Steps(config, weights, pool, max(rows), options.context)
+        _timed(lines, "compiled", partial(compile_ahead, steps, rows))
+        for num_rows in rows:
+            about: dict[str, object] = {"shape": options.shape, "format": quantization}
+            tune(lines, steps, num_rows, about, options.layers)
+        del steps, weights
     for name in filter(None, options.many.split(",")):
         many_rows(lines, name)
     return 0

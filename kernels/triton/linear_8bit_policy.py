@@ -1,6 +1,6 @@
-"""How products with weights of 8 bits are cut: tables of shapes that were measured, and a rule for the others.
+"""How products with weights of 8 bits are cut: tiles of linear_8bit_gluon, by shape and number of rows. Pure.
 
-Pure data and arithmetic; imports no torch. Rows past the tables are cuBLAS's or, of INT8, those of dequantised weights.
+Rows past MOST_ROWS are cuBLAS's or, of INT8, those of dequantised weights.
 """
 
 from __future__ import annotations
@@ -10,37 +10,67 @@ from baton.kernels.triton.linear_policy import ProductShape, Tiles
 FORMATS = ("fp8_row", "fp8_block", "int8_row")
 BLOCK = 128
 MOST_ROWS = 128
-"""Of the policy of speed, where no table says otherwise."""
+"""Of the policy of speed."""
 SHARED_BYTES = 226 << 10
 """Of a multiprocessor."""
-MOST_STAGES = 8
-PROGRAMS = 256
-"""A product whose weight has fewer tiles is split: two programs and more for each of a Hopper's 132 multiprocessors."""
+PROGRAMS = 132
+"""Of an H100 or H200."""
+TILE_ROWS = 8, 16, 32, 64
+"""Of x in a tile."""
+MOST_STAGES = 12
+PORTABLE_STAGES = 8
 
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The fastest way for num_rows rows of x; None: another kernel's."""
-    if num_rows > MOST_ROWS:
-        return None
-    return fitting(num_rows, shape)
+    return _tiles(num_rows, shape) if num_rows <= MOST_ROWS else None
 
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     """The way whose bits do not depend on num_rows: rows in codes whatever their number, K in parts by the shape."""
-    return fitting(min(num_rows, 2 * BLOCK), shape, deepest=BLOCK)
+    return _tiles(num_rows, shape)
 
 
-def fitting(num_rows: int, shape: ProductShape, deepest: int = 2 * BLOCK) -> Tiles | None:
-    """Tiles of up to `deepest` inputs for rows in codes, or None. Splits go by the shape alone."""
-    n, k = shape.outputs, shape.inputs
+def portable(num_rows: int, tiles: Tiles, fused: bool, inputs: int) -> Tiles:
+    """Those of linear_8bit where Gluon is not available, with as many splits."""
     tile_m = next((size for size in (16, 32, 64) if num_rows <= size), 128)
-    if n % 64 or k % BLOCK or (shape.weight_format == "fp8_block" and n % BLOCK):
+    stage = (64 * (2 if fused else 1) + tile_m) * BLOCK
+    stages = min((SHARED_BYTES // 2 - 4096) // stage, PORTABLE_STAGES, inputs // tiles.splits // BLOCK)
+    return Tiles(64, BLOCK, tile_m, max(stages, 2), tiles.splits)
+
+
+def stage_bytes(tile_m: int) -> int:
+    """128 rows of W, and those of x."""
+    return (128 + tile_m) * BLOCK
+
+
+def stages_that_fit(tile_m: int, programs: int = 1) -> int:
+    """With so many programs on a multiprocessor; each has 2 KiB more, and the system 1 KiB of each."""
+    return min(MOST_STAGES, (SHARED_BYTES // programs - 3 * 1024) // stage_bytes(tile_m))
+
+
+def programs_that_fit(tiles: Tiles) -> int:
+    """On a multiprocessor, by shared memory and registers."""
+    return 2 if tiles.tile_m <= 32 and tiles.stages <= stages_that_fit(tiles.tile_m, 2) else 1
+
+
+def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
+    tile_n = 64 if shape.fused else 128
+    if shape.outputs % (BLOCK if shape.weight_format == "fp8_block" else tile_n) or shape.inputs % BLOCK:
         return None
-    shallow = shape.fused or tile_m > 16 or shape.weight_format == "fp8_block" or k % deepest
-    tile_k = BLOCK if shallow else deepest
-    splits = 1
-    while not shape.fused and splits < 4 and n // 64 * splits < PROGRAMS and k % (2 * splits * 256) == 0:
-        splits *= 2
-    stage = (64 * (2 if shape.fused else 1) + tile_m) * tile_k
-    stages = min((SHARED_BYTES // 2 - 4096) // stage, MOST_STAGES, k // splits // tile_k)
-    return Tiles(64, tile_k, tile_m, max(stages, 2), splits)
+    tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
+    splits = _splits(shape, tile_n)
+    units = shape.outputs // tile_n * splits * -(-num_rows // tile_m)
+    blocks = -(-units // PROGRAMS) * (shape.inputs // BLOCK // splits)
+    return Tiles(tile_n, BLOCK, tile_m, min(stages_that_fit(tile_m), max(3, blocks)), splits)
+
+
+def _splits(shape: ProductShape, tile_n: int) -> int:
+    """By the shape alone: the fewest of which each program has a unit, nearly."""
+    blocks, tiles = shape.inputs // BLOCK, shape.outputs // tile_n
+    if shape.fused:
+        return 1
+    return next(
+        (splits for splits in (1, 2, 4) if blocks % splits == 0 and tiles * splits > PROGRAMS * 2 // 3),
+        4 if blocks % 4 == 0 else 1,
+    )

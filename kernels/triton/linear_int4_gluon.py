@@ -39,7 +39,7 @@ ROWS: gl.constexpr = gl.constexpr(64)  # of W a tile
 
 
 @gluon.jit
-def _place(unit, tiles_m, SPLITS: gl.constexpr):
+def place_of_unit(unit, tiles_m, SPLITS: gl.constexpr):
     """Unit -> (tile of x, tile of W, split). Tiles of x that read one tile of W run at the same time."""
     return unit % tiles_m, unit // (tiles_m * SPLITS), unit // tiles_m % SPLITS
 
@@ -73,7 +73,7 @@ def _producer(
             "griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1
         )
     for step in range(0, ahead):
-        tile_m, tile_n, split = _place(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
+        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
         block = split * BLOCKS + step % BLOCKS
         mbarrier.expect(full.index(step), BYTES)
         row, column = tile_n * TILE_N, block * WIDTH
@@ -87,14 +87,14 @@ def _producer(
     if PDL:
         gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
     for step in range(0, ahead):
-        tile_m, tile_n, split = _place(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
+        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
         k = (split * BLOCKS + step % BLOCKS) * (4 * WIDTH)
         for place in gl.static_range(4):
             tma.async_copy_global_to_shared(
                 x_desc, [tile_m * TILE_M, k + place * WIDTH], full.index(step), x_tiles.index(step * 4 + place)
             )
     for step in range(ahead, total):
-        tile_m, tile_n, split = _place(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
+        tile_m, tile_n, split = place_of_unit(first_unit + step // BLOCKS * programs, tiles_m, SPLITS)
         block, stage = split * BLOCKS + step % BLOCKS, step % STAGES
         mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
         bar = full.index(stage)
@@ -155,7 +155,7 @@ def _consumer(
     operand_row = gl.where(operand_row < ROWS, operand_row, operand_row - ROWS + SECOND)
     for unit in range(gl.program_id(0), units, gl.num_programs(0)):
         number = (unit - gl.program_id(0)) // gl.num_programs(0)
-        tile_m, tile_n, split = _place(unit, tiles_m, SPLITS)
+        tile_m, tile_n, split = place_of_unit(unit, tiles_m, SPLITS)
         first_row = tile_n * TILE_N
         total = gl.zeros([2 * ROWS, TILE_M], gl.float32, layout=SUMS)
         for block in range(INDEX, BLOCKS, CONSUMERS):
@@ -192,11 +192,11 @@ def _consumer(
                 if split == 0:
                     total += gl.expand_dims(gl.load(bias_ptr + first_row + row).to(gl.float32), 1)
             n = all_rows // 2 if FUSED else all_rows
-            _store(total, out_ptr, first_row, tile_m * TILE_M, split, n, num_rows, TILE_M, FUSED, SUMS)
+            store_unit(total, out_ptr, first_row, tile_m * TILE_M, split, n, num_rows, TILE_M, FUSED, SUMS)
 
 
 @gluon.jit
-def _store(
+def store_unit(
     total, out_ptr, first_row, first_m, split, n, num_rows, TILE_M: gl.constexpr, FUSED: gl.constexpr,
     SUMS: gl.constexpr,
 ):  # fmt: skip

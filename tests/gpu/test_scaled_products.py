@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,6 +12,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels import ScaledLinear, reference
 from baton.kernels.triton.linear_policy import DOWN_8B, GATE_UP_8B, O_8B, QKV_8B, Tiles
+from baton.kernels.triton.quantise import CodedRows
 from baton.models.cuda.products import Products, fastest, invariant, shape_of
 from baton.tests.unit.kernels import checks_8bit as checks
 from baton.tests.unit.kernels.kernel_checks import error, poison, randn
@@ -96,6 +99,61 @@ def test_kernels(code_type, pdl):
             checks.check_linear_8bit(
                 GPU, code_type, 33, 4096, 4096, tiles, blocked=blocked, runs=runs, pdl=pdl, tolerance=tolerance
             )
+
+
+@pytest.fixture
+def gluon():
+    """linear_8bit_gluon with the multiprocessors at hand."""
+    from baton.kernels.triton.linear_8bit_gluon import linear_8bit_gluon
+    from baton.kernels.triton.prefill_gluon import is_available
+
+    if not is_available(torch.cuda.get_device_capability()):
+        pytest.skip("needs Hopper and a Triton whose Gluon is known")
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
+
+    def product(*operands: object, **options: bool) -> None:
+        *before, out = operands
+        linear_8bit_gluon(*before, num_sms, out, **options)
+
+    return product
+
+
+@pytest.mark.parametrize("code_type", [checks.FP8, checks.INT8])
+def test_hopper_kernels(gluon, code_type):
+    """Guards against a ring that is refilled while it is read, and scales of another row, block or run."""
+    tolerance = 5e-4 if code_type == checks.FP8 else 1e-5
+    check = partial(checks.check_linear_8bit, GPU, code_type, product=gluon, tolerance=tolerance)
+    blocked = dict(blocked=True, runs=True)
+    check(1, 2048, 4096, Tiles(128, 128, 8, 6, 4), pdl=True)
+    check(13, 4096, 2048, Tiles(64, 128, 16, 12, 1), fused=True, pdl=True)
+    check(60, 2048, 4096, Tiles(128, 128, 64, 9, 2), biased=True)
+    check(3, 2048, 4096, Tiles(128, 128, 8, 11, 2), runs=True)
+    check(7, 2048, 4096, Tiles(128, 128, 8, 5, 4), **blocked)
+    check(33, 4096, 2048, Tiles(64, 128, 64, 4, 1), fused=True, **blocked)
+    check(130, 2048, 4096, Tiles(128, 128, 64, 9, 2), **blocked)
+
+
+@pytest.mark.parametrize("code_type", [checks.FP8, checks.INT8])
+def test_hopper_products_of_more_units_than_programs(gluon, code_type):
+    """Guards against phases of the ring from the second unit of a program on, when a unit does not fill it."""
+    check = partial(checks.check_linear_8bit, GPU, code_type, 9, 40960, 1024, product=gluon, tolerance=5e-4)
+    check(Tiles(128, 128, 16, 11, 1), pdl=True)
+    check(Tiles(128, 128, 16, 5, 2))
+    check(Tiles(64, 128, 16, 7, 1), fused=True)
+
+
+@pytest.mark.parametrize("code_type", [checks.FP8, checks.INT8])
+def test_a_row_has_the_same_bits_on_hopper_for_any_number_of_rows(gluon, code_type):
+    codes, scales, _ = checks.quantised(randn((1024, 4096), torch.float32, GPU, 1), code_type, 1, 4096)
+    x_codes, x_scales, _ = checks.quantised(randn((256, 4096), torch.float32, GPU), code_type, 1, 4096)
+    results = []
+    for rows in (1, 8, 16, 33, 64, 100, 256):
+        tile_m = next((size for size in (8, 16, 32) if rows <= size), 64)
+        x = CodedRows(x_codes[:rows].contiguous(), x_scales[:rows, 0].contiguous())
+        out = poison((2, rows, 1024), torch.float32, GPU)
+        gluon(x, codes, scales[:, 0].contiguous(), None, Tiles(128, 128, tile_m, 6, 2), out)
+        results.append(out)
+    assert all(torch.equal(out, results[-1][:, : out.shape[1]]) for out in results)
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)

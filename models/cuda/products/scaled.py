@@ -1,18 +1,19 @@
 """Products with weights of 8 bits, FP8 and INT8: bytes by bytes, with rows in codes, where that is fastest.
 
-Few rows are linear_8bit's, by the policy's tiles. Many rows of FP8 are cuBLAS's; of INT8 weights are dequantised. Rows
-that neither a norm nor an activation put into codes are put into codes here. All rows in codes share memory, since each
-is read by the next product alone.
+Few rows are linear_8bit_gluon's or linear_8bit's, by the policy's tiles. Many rows of FP8 are cuBLAS's; of INT8 weights
+are dequantised. Rows that neither a norm nor an activation put into codes are put into codes here. All rows in codes
+share memory, since each is read by the next product alone.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 
 from baton.kernels import Linear, ScaledLinear
+from baton.kernels.triton import linear_8bit_policy
 from baton.kernels.triton.activation import silu_and_mul
 from baton.kernels.triton.linear_8bit import linear_8bit
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
@@ -21,6 +22,9 @@ from baton.models.cuda.products.dense import DenseProducts
 from baton.models.cuda.products.dequantised import DequantisedProducts
 from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, invariant, shape_of
 from baton.node.errors import InvariantBroken
+
+Product8Bit = Callable[..., None]
+"""product(x in codes, weight, tiles, out, fused=, pdl=)"""
 
 CUBLAS_WIDTH = 16
 """cuBLAS multiplies bytes of matrices whose sizes are multiples of this."""
@@ -44,6 +48,7 @@ class ScaledProducts:
         weight_format = shapes[0].weight_format
         self._code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
         self._run = RUN if weight_format == "fp8_block" else 0
+        self._product = _gluon_product(device) or _portable_product
         self._by_cublas = policy is not invariant and _cublas_multiplies(weight_format, dtype, device)
         self._fused = {(shape.outputs, shape.inputs) for shape in shapes if shape.fused}
         rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
@@ -124,7 +129,7 @@ class ScaledProducts:
             quantise(x, codes, pdl=pdl)
             x = codes
         if tiles is not None and isinstance(x, CodedRows):
-            linear_8bit(x, weights.codes, weights.scales, weights.bias, tiles, out, fused=fused, pdl=pdl)
+            self._product(x, weights, tiles, out, fused=fused, pdl=pdl)
         elif isinstance(x, CodedRows):
             self._by_scaled_mm(weights, x, out)
         else:
@@ -153,3 +158,29 @@ def _cublas_multiplies(weight_format: str, dtype: torch.dtype, device: str) -> b
         return False
     capability = torch.cuda.get_device_capability(device)
     return capability == (9, 0) if weight_format == "fp8_block" else capability >= (9, 0)
+
+
+def _portable_product(
+    x: CodedRows, weight: ScaledLinear, tiles: Tiles, out: torch.Tensor, *, fused: bool, pdl: bool
+) -> None:
+    tiles = linear_8bit_policy.portable(len(x.codes), tiles, fused, weight.num_inputs)
+    linear_8bit(x, weight.codes, weight.scales, weight.bias, tiles, out, fused=fused, pdl=pdl)
+
+
+def _gluon_product(device: str) -> Product8Bit | None:
+    """linear_8bit_gluon, where it runs."""
+    if not device.startswith("cuda"):
+        return None
+    # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
+    from baton.kernels.triton import linear_8bit_gluon, prefill_gluon
+
+    if not prefill_gluon.is_available(torch.cuda.get_device_capability(device)):
+        return None
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def product(x: CodedRows, weight: ScaledLinear, tiles: Tiles, out: torch.Tensor, *, fused: bool, pdl: bool) -> None:
+        linear_8bit_gluon.linear_8bit_gluon(
+            x, weight.codes, weight.scales, weight.bias, tiles, num_sms, out, fused=fused, pdl=pdl
+        )
+
+    return product

@@ -283,6 +283,26 @@ def linears_8bit(rows: int, blocked: bool, runs: bool) -> None:
             linear_8bit(x, codes, of_codes, None, tiles, empty(rows, n), fused=fused, pdl=True)
 
 
+def linears_8bit_gluon(rows: int, blocked: bool) -> None:
+    """Of FP8 and INT8, split and fused, as many stages as two programs on a multiprocessor leave room for."""
+    from baton.kernels.triton.linear_8bit_gluon import linear_8bit_gluon
+    from baton.kernels.triton.linear_8bit_policy import stages_that_fit
+    from baton.kernels.triton.linear_policy import Tiles
+    from baton.kernels.triton.quantise import CodedRows
+
+    n, k = 4096, 4096
+    for code_type in (torch.float8_e4m3fn,) if blocked else (torch.float8_e4m3fn, torch.int8):
+        for fused in (False, True):
+            wide = 2 * n if fused else n
+            of_x = empty(*((k // 128, rows) if blocked else (rows,)), dtype=torch.float32)
+            x = CodedRows(empty(rows, k, dtype=code_type), of_x)
+            codes = empty(wide, k, dtype=code_type)
+            scales = empty(*((wide // 128, k // 128) if blocked else (wide,)), dtype=torch.float32)
+            tiles = Tiles(64 if fused else 128, 128, rows, stages_that_fit(rows, 2), 1 if fused else 2)
+            out = empty(rows, n) if fused else empty(2, rows, n, dtype=torch.float32)
+            linear_8bit_gluon(x, codes, scales, None, tiles, 132, out, fused=fused, pdl=True)
+
+
 def prefill_gluon(block_tokens: int, persistent: bool) -> None:
     from baton.kernels.triton import prefill_gluon as module
 
@@ -339,6 +359,8 @@ CASES: dict[str, Callable[[], None]] = {
     "linear_8bit_16_row": lambda: linears_8bit(16, False, False),
     "linear_8bit_16_block": lambda: linears_8bit(16, True, True),
     "linear_8bit_64_block": lambda: linears_8bit(64, True, True),
+    "linear_8bit_gluon_8": lambda: linears_8bit_gluon(8, False),
+    "linear_8bit_gluon_64_block": lambda: linears_8bit_gluon(64, True),
     "decode_128_page64": lambda: decode(32, 8, 128, 64, WHOLE),
     "decode_128_page64_parts": lambda: decode(32, 8, 128, 64, PARTS, pdl=True),
     "decode_128_page64_deep": lambda: decode(32, 8, 128, 64, DEEP, pdl=True),

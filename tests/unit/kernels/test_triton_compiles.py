@@ -131,6 +131,16 @@ def test_linears_of_8_bits_multiply_bytes_and_keep_their_loads_ahead(kernels):
         assert all(kernel["tma"] and kernel["shared_bytes"] > 3 * 64 * 256 for kernel in found), found
 
 
+def test_hopper_products_of_8_bits_leave_room_for_another(kernels):
+    """Guards against codes that pass through registers, and a program that no longer fits twice on a multiprocessor:
+    by registers only those of few rows do."""
+    for case, codes, programs in (("8", "e4m3 e4m3 s8 s8", 2), ("64_block", "e4m3 e4m3", 1)):
+        found = kernels[f"linear_8bit_gluon_{case}"]
+        assert [kernel["bytes"] for kernel in found] == codes.split(), found
+        assert all(kernel["tma"] and 2 * (kernel["shared_bytes"] + 1024) <= 227 * 1024 for kernel in found), found
+        assert all(kernel["registers"] * 256 * programs <= 65536 for kernel in found), found
+
+
 def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
     """Guards against a tile that falls back to scalar products, a page that is not fetched whole, and too few or too
     many programs on a multiprocessor (see decode_plan): 1 to 4 tiles in flight leave room for 5, 3, 2 and 1."""
