@@ -10,6 +10,8 @@ the scales, float32, are either in the pool, [2, block_tokens] behind the rows o
     word of token t, counted from the first scale of the pool:
         ((b * units + u) * unit_rows + l * layer_rows) * (head_dim / 4) + p * block_tokens + t % block_tokens
     word of a table [layers, 2, units]:  (l * 2 + p) * units + u
+
+The pool of latent attention has one unit of one plane (`of(..., planes=1)`): a row is a token's latent and rotated key.
 """
 # mypy: allow-untyped-defs
 
@@ -55,12 +57,12 @@ class PagedPool:
     """What `scales` are: NO_SCALES, TOKEN_SCALES or STATIC_SCALES."""
 
     @classmethod
-    def of(cls, tensor: torch.Tensor, scales: torch.Tensor | None = None) -> PagedPool:
+    def of(cls, tensor: torch.Tensor, scales: torch.Tensor | None = None, planes: int = 2) -> PagedPool:
         """Raises ValueError for a tensor that is no such pool. scales: float32 [num_blocks, units, layers, 2,
-        block_tokens] in the same memory, or [layers, 2, units]."""
-        require(
-            tensor.dim() == 6 and tensor.shape[3] == 2, f"a pool of {tuple(tensor.shape)} is not [., ., ., 2, ., .]"
-        )
+        block_tokens] in the same memory, or [layers, 2, units]; of two planes only."""
+        expected = f"[., ., ., {planes}, ., .]"
+        require(tensor.dim() == 6 and tensor.shape[3] == planes, f"a pool of {tuple(tensor.shape)} is not {expected}")
+        require(planes == 2 or scales is None, "scales belong to keys and to values")
         num_blocks, num_units, num_layers, _, block_tokens, head_dim = tensor.shape
         plane = block_tokens * head_dim
         unit = tensor.stride(0) // num_units
@@ -69,10 +71,10 @@ class PagedPool:
         require(tensor.stride()[:2] == (num_units * unit, unit), "the units of a pool must lie equally far apart")
         mode = _scale_mode(tensor, scales)
         room = 2 * block_tokens * 4 if mode == TOKEN_SCALES.value else 0
-        require(layer == -(-(2 * plane + room) // head_dim) * head_dim, f"layers lie {layer} elements apart")
+        require(layer == -(-(planes * plane + room) // head_dim) * head_dim, f"layers lie {layer} elements apart")
         require(unit % head_dim == 0 and unit >= num_layers * layer, f"units lie {unit} elements apart")
         unit_rows, layer_rows = unit // head_dim, layer // head_dim
-        num_rows = (num_blocks * num_units - 1) * unit_rows + (num_layers - 1) * layer_rows + 2 * block_tokens
+        num_rows = (num_blocks * num_units - 1) * unit_rows + (num_layers - 1) * layer_rows + planes * block_tokens
         require(num_rows < 2**31, f"the pool has {num_rows} rows, more than int32 counts")
         rows = tensor.as_strided((num_rows, head_dim), (head_dim, 1))
         return cls(

@@ -89,12 +89,12 @@ class DevicePool:
 
     @property
     def tensor(self) -> torch.Tensor:
-        """All blocks: [num_blocks, num_units, num_layers, 2, block_tokens, head_dim]."""
+        """All blocks: [num_blocks, num_units, num_layers, planes, block_tokens, head_dim]."""
         return self._opened().data
 
     @property
     def scales(self) -> torch.Tensor | None:
-        """Where blocks have them inside: float32 [num_blocks, num_units, num_layers, 2, block_tokens]."""
+        """Where blocks have them inside: float32 [num_blocks, num_units, num_layers, planes, block_tokens]."""
         return self._opened().scales
 
     def digests(self, chunks: Sequence[Sequence[int]]) -> list[bytes]:

@@ -3,7 +3,9 @@
 A unit is one KV head's part of a block: its keys and values of `block_tokens` tokens in all layers, one contiguous
 piece. A block is the units of one rank, one behind the other, and a pool is blocks:
 
-    [num_blocks, units, layers, planes, block_tokens, head_dim]      planes: keys, values
+    [num_blocks, units, layers, planes, block_tokens, head_dim]      planes: keys, values; or one
+
+Latent attention has one unit of one plane, whose rows hold a token's latent and its rotated key.
 
 So whatever moves or stores a block handles one large piece, and a rank with other heads takes whole units of it. All
 units of a pool lie equally far apart: unit u of block b is row b * num_units + u of a pool of units.
@@ -26,8 +28,6 @@ DTYPE_BYTES = {
     "float8_e5m2": 1,
 }
 """Bytes of one element by the dtype's name, as torch spells it."""
-PLANES = 2
-"""Keys and values."""
 SCALE_BYTES = 4
 """Of one scale, a float32."""
 
@@ -54,9 +54,11 @@ class KVLayout:
     scales: Scales = "none"
     scales_digest: str = ""
     """SHA-256 of static scales, which decide what the bytes of a unit mean."""
+    planes: int = 2
+    """Keys and values; 1: both lie in one row."""
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "num_units", "total_units", "head_dim", "block_tokens"):
+        for name in ("num_layers", "num_units", "total_units", "head_dim", "block_tokens", "planes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, at least 1 is needed")
         if not 0 <= self.first_unit <= self.total_units - self.num_units:
@@ -82,10 +84,21 @@ class KVLayout:
         padding_bytes: int = 0,
         scales: Scales = "none",
         scales_digest: str = "",
+        planes: int = 2,
     ) -> KVLayout:
         """The layout of a rank that holds all heads of a model."""
         return cls(
-            num_layers, 0, kv_heads, kv_heads, head_dim, block_tokens, dtype, padding_bytes, scales, scales_digest
+            num_layers,
+            0,
+            kv_heads,
+            kv_heads,
+            head_dim,
+            block_tokens,
+            dtype,
+            padding_bytes,
+            scales,
+            scales_digest,
+            planes,
         )
 
     @property
@@ -96,14 +109,14 @@ class KVLayout:
     @property
     def data_bytes(self) -> int:
         """Of a layer of a unit: keys and values without their scales."""
-        return PLANES * self.block_tokens * self.row_bytes
+        return self.planes * self.block_tokens * self.row_bytes
 
     @property
     def layer_bytes(self) -> int:
         """Distance between two layers of a unit, which lie without gaps."""
         if self.scales != "token":
             return self.data_bytes
-        scale_rows = -(-PLANES * self.block_tokens * SCALE_BYTES // self.row_bytes)
+        scale_rows = -(-self.planes * self.block_tokens * SCALE_BYTES // self.row_bytes)
         return self.data_bytes + scale_rows * self.row_bytes
 
     @property
@@ -117,8 +130,8 @@ class KVLayout:
         return self.num_units * self.unit_bytes
 
     def shape(self, num_blocks: int) -> tuple[int, int, int, int, int, int]:
-        """[num_blocks, num_units, num_layers, 2, block_tokens, head_dim]."""
-        return (num_blocks, self.num_units, self.num_layers, PLANES, self.block_tokens, self.head_dim)
+        """[num_blocks, num_units, num_layers, planes, block_tokens, head_dim]."""
+        return (num_blocks, self.num_units, self.num_layers, self.planes, self.block_tokens, self.head_dim)
 
     @property
     def strides(self) -> tuple[int, int, int, int, int, int]:
@@ -135,8 +148,8 @@ class KVLayout:
         )
 
     def scales_shape(self, num_blocks: int) -> tuple[int, int, int, int, int]:
-        """[num_blocks, num_units, num_layers, 2, block_tokens] of the scales inside units."""
-        return (num_blocks, self.num_units, self.num_layers, PLANES, self.block_tokens)
+        """[num_blocks, num_units, num_layers, planes, block_tokens] of the scales inside units."""
+        return (num_blocks, self.num_units, self.num_layers, self.planes, self.block_tokens)
 
     @property
     def scales_strides(self) -> tuple[int, int, int, int, int]:
@@ -155,7 +168,7 @@ class KVLayout:
             "unit,layer,plane,token,dim",
             self.total_units,
             self.num_layers,
-            PLANES,
+            self.planes,
             self.head_dim,
             self.block_tokens,
             self.dtype,

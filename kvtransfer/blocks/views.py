@@ -14,9 +14,9 @@ from baton.kvtransfer.blocks.layout import SCALE_BYTES, KVLayout
 
 class KvTensors(NamedTuple):
     data: torch.Tensor
-    """[num_blocks, num_units, num_layers, 2, block_tokens, head_dim], of the layout's dtype."""
+    """[num_blocks, num_units, num_layers, planes, block_tokens, head_dim], of the layout's dtype."""
     scales: torch.Tensor | None
-    """float32 [num_blocks, num_units, num_layers, 2, block_tokens], if the layout has scales inside units."""
+    """float32 [num_blocks, num_units, num_layers, planes, block_tokens], if the layout has scales inside units."""
 
 
 def kv_tensors(memory: torch.Tensor, layout: KVLayout, num_blocks: int) -> KvTensors:
