@@ -323,6 +323,41 @@ def widen() -> None:
         module.widen_context(pool(8, 64, 128, scales=scales), 3, tables, lengths, out, tables, 132)
 
 
+def latent(heads: int, block_tokens: int, query_rank: int = 0) -> None:
+    from baton.kernels.triton import latent_decode, latent_prefill, latent_products, latent_write
+    from baton.kernels.triton.decode_attention import DecodeScratch
+    from baton.kernels.triton.decode_plan import DecodePlan
+    from baton.kernels.triton.pool import PagedPool
+    from baton.kernels.triton.rope_write import RopeTables
+
+    def ids(*shape: int) -> torch.Tensor:
+        return empty(*shape, dtype=torch.int32)
+
+    rows, plan, weight = 8, DecodePlan(40, 3, 4), empty(heads, 256, 512)
+    paged = PagedPool.of(empty(64, 1, 27, 1, block_tokens, 576), planes=1)
+    scratch = DecodeScratch.make(rows, plan.num_chunks, heads, 1, 512, "meta")
+    query, out = empty(rows, heads, 192), empty(rows, heads, 128)
+    latent_decode.latent_decode_attention(
+        empty(rows, heads, 576), paged, 3, ids(rows, 64), plan, scratch, scale=0.1, pdl=True
+    )
+    if block_tokens < 64:
+        return
+    latent_products.absorb(query, weight, empty(rows, heads, 576), pdl=True)
+    latent_products.raise_merged(scratch, plan, weight, out, pdl=True)
+    tables = RopeTables(*(empty(8192, 32, dtype=torch.float32) for _ in range(2)))
+    norm, written = (empty(query_rank), empty(rows, query_rank)) if query_rank else (None, query)
+    x = empty(rows, written[0].numel() + 576)
+    latent_write.latent_write(
+        x, empty(512), norm, 1e-6, ids(rows), ids(rows), tables, paged, 3, written, interleaved=True, pdl=True
+    )
+    latent_write.rotate_queries(empty(rows, heads * 192), ids(rows), tables, query, interleaved=True, pdl=True)
+    expanded = latent_prefill.Expanded.make(8192, 1024, heads, 128, 128, 64, torch.bfloat16, "meta")
+    latent_prefill.latent_prefill_attention(
+        query, paged, 3, ids(4, 64), ids(5), ids(4), ids(500, 3), weight, expanded, 132, out, scale=0.1
+    )
+    compiled[:] = {kernel.hash: kernel for kernel in compiled}.values()  # a slice is as another
+
+
 def gated_product() -> None:
     from baton.kernels.triton import product_gluon
 
@@ -389,6 +424,9 @@ CASES: dict[str, Callable[[], None]] = {
     "gluon_page64": lambda: prefill_gluon(64, True),
     "gluon_page16": lambda: prefill_gluon(16, False),
     "widen": widen,
+    "latent_16": lambda: latent(16, 64),
+    "latent_16_page16": lambda: latent(16, 16),
+    "latent_128": lambda: latent(128, 64, 1536),
     "gated_product": gated_product,
     "int4_16": lambda: int4_products(16, 128, True),
     "int4_16_groups_of_32": lambda: int4_products(16, 32, False),

@@ -77,6 +77,19 @@ def test_prompt_logprobs_are_compiled_once(kernels):
     assert all(kernel["registers"] <= 128 and kernel["shared_bytes"] <= 32 * 1024 for kernel in found), found
 
 
+def test_latent_attention_reads_tiles_where_they_arrived(kernels):
+    """Guards against a product that falls back to registers, and a tile of which two no longer fit."""
+    for case in ("latent_16", "latent_16_page16", "latent_128"):
+        of_case = {kernel["kernel"]: kernel for kernel in kernels[case]}
+        decode = of_case["_latent_decode_kernel"]
+        assert decode["wgmma"] and not decode["mma"] and decode["tma"] == (case != "latent_16_page16"), decode
+        assert 2 * 64 * 576 * 2 <= decode["shared_bytes"] <= 227 * 1024, decode
+        if case != "latent_16_page16":
+            assert len(of_case) == 7, sorted(of_case)
+            assert of_case["_latent_prefill_kernel"]["wgmma"] and of_case["_latent_prefill_kernel"]["tma"]
+            assert of_case["_expand_kernel"]["wgmma"]
+
+
 def test_prefill_attention_uses_warpgroup_instructions_and_fits(kernels):
     """Guards against a tile whose products fall back to a warp's instructions, at half the speed."""
     prefill = {case: of_case[0] for case, of_case in kernels.items() if case.startswith("prefill")}

@@ -1,0 +1,180 @@
+"""Checks of the kernels of latent attention that hold for any device, against float32 torch; see kernel_checks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from baton.kernels import reference
+from baton.kernels.triton import decode_work, latent_decode, latent_prefill, latent_products, latent_write
+from baton.kernels.triton.decode_attention import DecodeScratch
+from baton.kernels.triton.decode_plan import DecodePlan
+from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.prefill_attention import work_list
+from baton.kernels.triton.rope_write import RopeTables
+from baton.tests.unit.kernels.kernel_checks import EPS, assert_close, poison, randn
+
+LAYERS, LAYER, SCALE = 2, 1, 0.11
+
+
+@dataclass(frozen=True, slots=True)
+class Latent:
+    """Heads, and elements of the parts of a query, of a latent and of a value."""
+
+    heads: int
+    plain: int
+    rotated: int
+    latent: int
+    value: int
+
+    @property
+    def row(self) -> int:
+        return self.latent + self.rotated
+
+
+TINY = Latent(4, 16, 16, 32, 16)
+LITE, V3 = Latent(16, 128, 64, 512, 128), Latent(128, 128, 64, 512, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Some sequences in a pool of which a layer's room behind each block is NaN."""
+
+    pool: PagedPool
+    tables: torch.Tensor  # int32 [S, blocks of the longest]
+    lengths: torch.Tensor  # int32 [S]
+    kv_up: torch.Tensor  # [H, P + V, L]
+
+    @classmethod
+    def make(cls, device: str, dtype: torch.dtype, shape: Latent, lengths: list[int], block_tokens: int) -> Step:
+        width = -(-max(lengths) // block_tokens)
+        memory = randn((len(lengths) * width + 1, 1, LAYERS + 1, 1, block_tokens, shape.row), dtype, device, 3)
+        memory[:, :, LAYERS] = float("nan")
+        tables = torch.randperm(len(memory) - 1, generator=torch.Generator().manual_seed(4)).int() + 1
+        return cls(
+            PagedPool.of(memory[:, :, :LAYERS], planes=1),
+            tables.view(len(lengths), width).to(device),
+            torch.tensor(lengths, dtype=torch.int32, device=device),
+            randn((shape.heads, shape.plain + shape.value, shape.latent), dtype, device, 5) * shape.latent**-0.5,
+        )
+
+    def expected(self, shape: Latent, row: int, query: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
+        """[n, H, V] of query [n, H, P + R] at start .., with keys and values made in full, rounded to dtype."""
+        rows = self.pool.tensor[self.tables[row].long(), 0, LAYER, 0].flatten(0, 1)[: start + len(query)].float()
+        latents, keys = rows.split((shape.latent, shape.rotated), -1)
+        up = torch.einsum("hdl,tl->thd", self.kv_up.float(), latents).to(dtype).float()
+        plain, values = up.split((shape.plain, shape.value), -1)
+        products = torch.einsum("nhd,thd->hnt", query[..., : shape.plain].float(), plain)
+        products += torch.einsum("nhd,td->hnt", query[..., shape.plain :].float(), keys)
+        seen = torch.arange(start, len(rows))[:, None] >= torch.arange(len(rows))[None, :]
+        weights = (products * SCALE).masked_fill(~seen.to(query.device), float("-inf")).softmax(-1)
+        return torch.einsum("hnt,thv->nhv", weights.to(dtype).float(), values).to(dtype)
+
+
+def check_latent_write(
+    device: str, dtype: torch.dtype, shape: Latent, query_rank: int, partials: int, interleaved: bool, pdl: bool = False
+) -> None:
+    """query_rank 0: queries have no latent. partials 0: x is a plain matrix."""
+    tokens, block_tokens, dim = 5, 16, shape.plain + shape.rotated
+    width = query_rank or shape.heads * dim
+    total = width + shape.row
+    x = randn((partials, tokens, total) if partials else (tokens, total), torch.float32 if partials else dtype, device)
+    norms = [randn((size,), dtype, device, seed) for seed, size in ((1, shape.latent), (2, max(1, query_rank)))]
+    angles = torch.arange(40)[:, None] * torch.rand(shape.rotated // 2, generator=torch.Generator().manual_seed(6))
+    rope = RopeTables(angles.cos().to(device), angles.sin().to(device))
+    positions = torch.tensor([0, 7, 3, 39, 5], dtype=torch.int32, device=device)
+    slots = torch.tensor([3, 40, -1, 17, 0], dtype=torch.int32, device=device)
+    pool = PagedPool.of(poison((4, 1, LAYERS, 1, block_tokens, shape.row), dtype, device), planes=1)
+    out = poison((tokens, query_rank) if query_rank else (tokens, shape.heads, dim), dtype, device)
+    latent_write.latent_write(
+        x, norms[0], norms[1] if query_rank else None, EPS, positions, slots, rope, pool, LAYER, out,
+        interleaved=interleaved, pdl=pdl,
+    )  # fmt: skip
+    summed = x.sum(0) if partials else x.float()
+
+    def rotate(part: torch.Tensor) -> torch.Tensor:
+        low, high = (part[..., ::2], part[..., 1::2]) if interleaved else part.chunk(2, -1)
+        cos, sin = (
+            table[positions.long()].view(tokens, *(1,) * (part.dim() - 2), -1) for table in (rope.cos, rope.sin)
+        )
+        return torch.cat((low * cos - high * sin, high * cos + low * sin), -1)
+
+    latent = reference.rms_norm(summed[:, width : width + shape.latent], norms[0].float(), EPS)
+    rows = torch.cat((latent, rotate(summed[:, width + shape.latent :])), -1)
+    written = pool.tensor[:, 0, LAYER, 0].flatten(0, 1)
+    kept = slots >= 0
+    found = written[slots[kept].long()]
+    assert_close(found, rows[kept], rows[kept].to(dtype))
+    untouched = torch.ones(len(written), dtype=torch.bool, device=device).index_fill_(0, slots[kept].long(), False)
+    assert bool(written[untouched].isnan().all()) and bool(pool.tensor[:, 0, 0].isnan().all())
+    if query_rank:
+        exact = reference.rms_norm(summed[:, :query_rank], norms[1].float(), EPS)
+    else:
+        exact = summed[:, :width].view(tokens, shape.heads, dim)
+        exact = torch.cat((exact[..., : shape.plain], rotate(exact[..., shape.plain :])), -1)
+        turned, given = poison((tokens, shape.heads, dim), dtype, device), x[..., :width].contiguous()
+        latent_write.rotate_queries(given, positions, rope, turned, interleaved=interleaved, pdl=pdl)
+        assert torch.equal(turned, out)
+    assert_close(out, exact, exact.to(dtype))
+
+
+def decode(step: Step, shape: Latent, query: torch.Tensor, plan: DecodePlan, pdl: bool = False) -> torch.Tensor:
+    """[B, H, V] of query [B, H, P + R], by the three kernels; a row of padding stays NaN."""
+    device, dtype, rows = str(query.device), query.dtype, len(query)
+    scratch = DecodeScratch.make(rows, plan.num_chunks, shape.heads, 1, shape.latent, device)
+    scratch.parts.fill_(float("nan"))
+    decode_work.share_out(step.lengths, plan, scratch.work)
+    absorbed = poison((rows, shape.heads, shape.row), dtype, device)
+    latent_products.absorb(query, step.kv_up, absorbed, pdl=pdl)
+    latent_decode.latent_decode_attention(
+        absorbed, step.pool, LAYER, step.tables, plan, scratch, scale=SCALE, pdl=pdl
+    )  # fmt: skip
+    out = poison((rows, shape.heads, shape.value), dtype, device)
+    latent_products.raise_merged(scratch, plan, step.kv_up, out, pdl=pdl)
+    return out
+
+
+def check_latent_decode(
+    device: str, dtype: torch.dtype, shape: Latent, lengths: list[int], block_tokens: int, plan: DecodePlan,
+    pdl: bool = False,
+) -> None:  # fmt: skip
+    step = Step.make(device, dtype, shape, lengths, block_tokens)
+    query = randn((len(lengths), shape.heads, shape.plain + shape.rotated), dtype, device)
+    out = decode(step, shape, query, plan, pdl)
+    for row, length in enumerate(lengths):
+        if not length:
+            assert bool(out[row].isnan().all()), "a row of length 0 is padding and stays as it was"
+            continue
+        exact = step.expected(shape, row, query[row : row + 1], length - 1, torch.float32)
+        # Absorbed, queries are rounded instead of keys: to the dtype, as in a plain computation.
+        assert_close(out[row : row + 1], exact, step.expected(shape, row, query[row : row + 1], length - 1, dtype))
+
+
+def prefill(step: Step, shape: Latent, query: torch.Tensor, new: list[int], slice_tokens: int) -> torch.Tensor:
+    device, lengths = str(query.device), step.lengths.tolist()
+    sizes = (shape.heads, shape.plain, shape.value, shape.rotated)
+    expanded = latent_prefill.Expanded.make(slice_tokens, len(query), *sizes, query.dtype, device)
+    starts = torch.tensor([0, *new]).cumsum(0).int().to(device)
+    work = work_list(new, lengths, shape.heads, latent_prefill.BLOCK_M).to(device)
+    out = poison((len(query), shape.heads, shape.value), query.dtype, device)
+    latent_prefill.latent_prefill_attention(
+        query, step.pool, LAYER, step.tables, starts, step.lengths, work, step.kv_up, expanded, 4, out, scale=SCALE
+    )
+    return out
+
+
+def check_latent_prefill(
+    device: str, dtype: torch.dtype, shape: Latent, lengths: list[int], new: list[int], block_tokens: int,
+    slice_tokens: int,
+) -> torch.Tensor:  # fmt: skip
+    step = Step.make(device, dtype, shape, lengths, block_tokens)
+    query = randn((sum(new), shape.heads, shape.plain + shape.rotated), dtype, device)
+    out = prefill(step, shape, query, new, slice_tokens)
+    first = 0
+    for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
+        part = slice(first, first + count)
+        exact = step.expected(shape, row, query[part], length - count, torch.float32)
+        assert_close(out[part], exact, step.expected(shape, row, query[part], length - count, dtype))
+        first += count
+    return out
