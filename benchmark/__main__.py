@@ -64,6 +64,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
         "gpu.one_row", "tiles of plain products of one row on a GPU, beside cuBLAS, and what a softcap costs"
     ),
     "int4": BenchmarkEntry("gpu.int4", "tiles for products with 4-bit weights on a GPU, beside bf16"),
+    "experts": BenchmarkEntry("gpu.experts", "routing and products of experts on a GPU"),
     "planes": BenchmarkEntry("gpu.planes", "GB/s of the data planes between two processes"),
     "transfer-cost": BenchmarkEntry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
     "start": BenchmarkEntry("gpu.start", "seconds until a decode worker on a GPU is ready"),

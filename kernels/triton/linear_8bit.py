@@ -30,7 +30,7 @@ NARROWEST = 32
 
 
 @triton.jit
-def _prefetch(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def prefetch_bytes(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Asks the L2 cache for ROWS x COLUMNS bytes, one instruction each 128."""
     row = tl.arange(0, ROWS)[:, None]
     column = tl.arange(0, COLUMNS // 128)[None, :]
@@ -41,7 +41,7 @@ def _prefetch(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _scale_of(scale_ptr, k, BLOCK: tl.constexpr, BLOCKED: tl.constexpr):
+def scale_of(scale_ptr, k, BLOCK: tl.constexpr, BLOCKED: tl.constexpr):
     """Of the block at column k, as a tile: the compiler asks for tiles ahead, for single numbers not."""
     if BLOCKED:
         return tl.load(scale_ptr + k // BLOCK + tl.zeros([1, 1], tl.int32))
@@ -71,9 +71,9 @@ def _linear_8bit_rows_kernel(
     if PDL:
         gdc_launch_dependents()
         if PREFETCH > 0:
-            _prefetch(codes_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+            prefetch_bytes(codes_ptr + first_n.to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
             if FUSED:
-                _prefetch(codes_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
+                prefetch_bytes(codes_ptr + (N + first_n).to(tl.int64) * K + first_k, K, TILE_N, PREFETCH)
         gdc_wait()
     total = tl.zeros([TILE_N, TILE_M], tl.float32)
     up = total
@@ -87,10 +87,10 @@ def _linear_8bit_rows_kernel(
                     x_scale = x_scale_desc.load([here // BLOCK, first_m])
                 elif RUNS:
                     x_scale = tl.load(x_scale_ptr + here // BLOCK * scale_stride + m, mask=inside, other=0.0)[None, :]
-                scale = x_scale * _scale_of(scales, here, BLOCK, BLOCKED)
+                scale = x_scale * scale_of(scales, here, BLOCK, BLOCKED)
                 total += tl.dot(codes_desc.load([first_n, here]), x.T).to(tl.float32) * scale
                 if FUSED:
-                    scale = x_scale * _scale_of(up_scales, here, BLOCK, BLOCKED)
+                    scale = x_scale * scale_of(up_scales, here, BLOCK, BLOCKED)
                     up += tl.dot(codes_desc.load([N + first_n, here]), x.T).to(tl.float32) * scale
     else:
         sums = tl.zeros([TILE_N, TILE_M], tl.int32 if codes_ptr.dtype.element_ty == tl.int8 else tl.float32)

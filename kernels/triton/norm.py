@@ -3,9 +3,10 @@
     residual = round(residual + sum_s x[s]);  out = residual / sqrt(mean(residual**2) + eps) * weight
 
 x is [N, width], or [S, N, width] partial sums of the matrix product before (split-K), added in the order of s: the
-reduction of a split product then needs no launch of its own. Everything is in float32 between load and store. One
-program a row, so a row's bits do not depend on the other rows. `out` may be in codes, for products of bytes by bytes:
-`quantise` says how. Bytes: x and residual read, residual and out written, (S * size(x) + 3 * size(out)) * N * width.
+reduction of a split product then needs no launch of its own. Or x is what experts add, a `RoutedSum`. Everything is in
+float32 between load and store. One program a row, so a row's bits do not depend on the other rows. `out` may be in
+codes, for products of bytes by bytes: `quantise` says how.
+Bytes: x and residual read, residual and out written, (S * size(x) + 3 * size(out)) * N * width.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -19,6 +20,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.reference import LARGEST_CODE
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.quantise import CodedRows, check_codes, store_codes
+from baton.kernels.triton.routed_sum import RoutedSum, routed_sum
 
 WARPS = 16  # measured on the H200 at widths of 4096: one program reads a whole row, and there are few rows
 
@@ -30,12 +32,18 @@ def _norm_kernel(
     weight_ptr,
     out_ptr,
     out_scales_ptr,
+    rows_ptr,
+    positions_ptr,
+    weights_ptr,
+    shared_scale_ptr,
     num_rows,
     eps,
     scale_stride,
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     PARTIALS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    GATED: tl.constexpr,
     ADD: tl.constexpr,
     CODED: tl.constexpr,
     RUN: tl.constexpr,
@@ -50,9 +58,13 @@ def _norm_kernel(
         gdc_launch_dependents()
         gdc_wait()
     place = row * WIDTH + column
-    total = tl.load(x_ptr + place, mask=inside, other=0.0).to(tl.float32)
-    for part in tl.static_range(1, PARTIALS):
+    total = tl.zeros([BLOCK], tl.float32)
+    for part in tl.static_range(PARTIALS):
         total += tl.load(x_ptr + part * num_rows.to(tl.int64) * WIDTH + place, mask=inside, other=0.0).to(tl.float32)
+    if GATED:
+        total *= tl.load(shared_scale_ptr + row)
+    if CHOICES > 0:
+        total += routed_sum(rows_ptr, positions_ptr, weights_ptr, row, column, inside, WIDTH, CHOICES)
     if ADD:
         total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
         rounded = total.to(residual_ptr.dtype.element_ty)
@@ -74,7 +86,7 @@ def rms_norm(
 
 
 def add_rms_norm(
-    x: torch.Tensor,
+    x: torch.Tensor | RoutedSum,
     residual: torch.Tensor,
     weight: torch.Tensor,
     eps: float,
@@ -82,12 +94,13 @@ def add_rms_norm(
     *,
     pdl: bool = False,
 ) -> None:
-    """As reference.add_rms_norm, into `out`; x [N, width] or partial sums [S, N, width], the others [N, width]."""
+    """As reference.add_rms_norm, into `out`; x [N, width], or partial sums [S, N, width], or what experts add; the
+    others [N, width]."""
     _launch(x, residual, weight, eps, out, pdl)
 
 
 def _launch(
-    x: torch.Tensor,
+    x: torch.Tensor | RoutedSum,
     residual: torch.Tensor | None,
     weight: torch.Tensor,
     eps: float,
@@ -98,25 +111,38 @@ def _launch(
     values = out.codes if isinstance(out, CodedRows) else out
     num_rows, width = values.shape
     run, stride = check_codes(out, num_rows, width) if isinstance(out, CodedRows) else (0, num_rows)
-    require(tuple(x.shape[-2:]) == (num_rows, width), f"x {tuple(x.shape)} does not fit out {(num_rows, width)}")
+    routed = x if isinstance(x, RoutedSum) else None
+    parts = x.shared if isinstance(x, RoutedSum) else x
+    if routed is not None:
+        routed.check(num_rows, width)
+    if parts is not None:
+        require(
+            tuple(parts.shape[-2:]) == (num_rows, width), f"x {tuple(parts.shape)} does not fit {(num_rows, width)}"
+        )
     require(residual is None or residual.shape == values.shape, "residual and out differ in shape")
     require(tuple(weight.shape) == (width,), f"weight {tuple(weight.shape)} is not [{width}]")
-    for tensor in (x, residual, weight, values):
+    for tensor in (parts, residual, weight, values):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
     _norm_kernel[(num_rows,)](
-        x,
-        x if residual is None else residual,
+        values if parts is None else parts,
+        values if residual is None else residual,
         weight,
         values,
         out.scales if isinstance(out, CodedRows) else values,
+        values if routed is None else routed.rows,
+        values if routed is None else routed.routes.positions,
+        values if routed is None else routed.routes.weights,
+        values if routed is None else routed.routes.shared,
         num_rows,
         eps,
         stride,
         WIDTH=width,
         BLOCK=triton.next_power_of_2(width),
-        PARTIALS=x.shape[0] if x.dim() == 3 else 1,
+        PARTIALS=0 if parts is None else parts.shape[0] if parts.dim() == 3 else 1,
+        CHOICES=0 if routed is None else routed.routes.positions.shape[1],
+        GATED=routed is not None and parts is not None and routed.shared_gated,
         ADD=residual is not None,
         CODED=coded,
         RUN=run,

@@ -39,7 +39,7 @@ HALF, STAGES, GROUP_M = 128, 4, 16
 
 
 @gluon.jit
-def _place(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
+def place(tile, tiles_m, tiles_n, GROUP_M: gl.constexpr):
     """Tile number -> (row, column) of tiles."""
     first_m = tile // (GROUP_M * tiles_n) * GROUP_M
     within = tile % (GROUP_M * tiles_n)
@@ -56,7 +56,7 @@ def _producer(
     halves = weight_tiles._reinterpret(gl.bfloat16, [STAGES * 2, HALF, STEP], half_layout)
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP_M)
         first_m = tile_m * (64 * CONSUMERS)
         first_n = tile_n * HALF
         for k in range(0, k_size, STEP):
@@ -74,7 +74,7 @@ def _producer(
 
 
 @gluon.jit
-def _silu(gate):
+def silu(gate):
     """gate / (1 + exp(-gate)) in five instructions: the general ones take care of denormals, which do not matter."""
     return gl.inline_asm_elementwise(
         "{ .reg .f32 t; mul.f32 t, $1, 0fBFB8AA3B; ex2.approx.ftz.f32 t, t; add.f32 t, t, 0f3F800000; "
@@ -97,7 +97,7 @@ def _consumer(
     out_tile = out_tiles.index(GROUP)
     step = 0
     for tile in range(gl.program_id(0), tiles_m * tiles_n, gl.num_programs(0)):
-        tile_m, tile_n = _place(tile, tiles_m, tiles_n, GROUP_M)
+        tile_m, tile_n = place(tile, tiles_m, tiles_n, GROUP_M)
         sums = gl.zeros([64, 2 * HALF], gl.float32, layout=SUMS)
         for k in range(0, k_size, STEP):
             stage = step % STAGES
@@ -114,7 +114,7 @@ def _consumer(
         gate = gl.convert_layout(gate, HALVES, assert_trivial=True)
         up = gl.convert_layout(up, HALVES, assert_trivial=True)
         tma.store_wait(0)  # until the tile before has left out_tile
-        out_tile.store((_silu(gate) * up).to(gl.bfloat16))
+        out_tile.store((silu(gate) * up).to(gl.bfloat16))
         fence_async_shared()
         row = tile_m * (64 * CONSUMERS) + 64 * GROUP
         tma.async_copy_shared_to_global(out_desc, [row, tile_n * HALF], out_tile)
@@ -179,11 +179,11 @@ def gated_product(x: torch.Tensor, weight: torch.Tensor, num_sms: int, out: torc
         return
     tiles_m, tiles_n = triton.cdiv(num_rows, 64 * CONSUMERS), triton.cdiv(n, HALF)
     _gated_product_kernel[(min(num_sms, tiles_m * tiles_n),)](
-        _descriptor(x, 64, STEP), _descriptor(weight, HALF, STEP), _descriptor(out, 64, HALF), tiles_m, tiles_n, n, k,
+        descriptor(x, 64, STEP), descriptor(weight, HALF, STEP), descriptor(out, 64, HALF), tiles_m, tiles_n, n, k,
         HALF=HALF, STEP=STEP, STAGES=STAGES, CONSUMERS=CONSUMERS, GROUP_M=GROUP_M, num_warps=4,
     )  # fmt: skip
 
 
-def _descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
+def descriptor(matrix: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
     box = [rows, columns]
     return TensorDescriptor.from_tensor(matrix, box, gl.NVMMASharedLayout.get_default_for(box, gl.bfloat16))

@@ -37,7 +37,7 @@ ROUNDER = tl.constexpr(12582912.0)  # added to a float32 below 2**22, it leaves 
 
 
 @triton.jit
-def _codes(values, factor, codes_ptr):
+def codes_of(values, factor, codes_ptr):
     if codes_ptr.dtype.element_ty == tl.int8:
         # Between limits, lest the product is not rounded before ROUNDER is added (one fused operation).
         return (tl.minimum(tl.maximum(values * factor, -127.0), 127.0) + ROUNDER - ROUNDER).to(tl.int8)
@@ -56,7 +56,7 @@ def store_codes(
         most = tl.max(tl.abs(values), 0)
         factor = tl.div_rn(LARGEST, tl.maximum(most, SMALLEST))
         tl.store(scales_ptr + row, tl.div_rn(most, LARGEST))
-        codes = _codes(values, factor, codes_ptr)
+        codes = codes_of(values, factor, codes_ptr)
     else:
         runs = tl.reshape(values, [BLOCK // RUN, RUN])
         most = tl.max(tl.abs(runs), 1)
@@ -64,7 +64,7 @@ def store_codes(
         run = tl.arange(0, BLOCK // RUN)
         scales = scales_ptr + run.to(tl.int64) * num_rows + row
         tl.store(scales, tl.div_rn(most, LARGEST), mask=run < WIDTH // RUN)
-        codes = tl.reshape(_codes(runs, factor[:, None], codes_ptr), [BLOCK])
+        codes = tl.reshape(codes_of(runs, factor[:, None], codes_ptr), [BLOCK])
     tl.store(codes_ptr + row * WIDTH + column, codes, mask=column < WIDTH)
 
 

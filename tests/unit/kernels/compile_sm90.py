@@ -364,6 +364,85 @@ def gated_product() -> None:
     product_gluon.gated_product(empty(2048, 4096), empty(28672, 4096), 132, empty(2048, 14336))
 
 
+def routes(tokens: int, experts: int, top_k: int, tile_m: int):
+    from baton.kernels.routing import Routing
+    from baton.kernels.triton.route import Routes
+
+    return Routes.make(tokens, Routing(experts, top_k), tile_m, "meta")
+
+
+def routing(tokens: int, num_experts: int, pdl: bool) -> None:
+    """Of Qwen3-30B-A3B with 128 experts, of DeepSeek-V3 with 256."""
+    from baton.kernels.routing import Routing
+    from baton.kernels.triton import route as module
+
+    of_v3 = Routing(256, 8, True, True, 2.5, num_groups=8, kept_groups=4, groups_by_two=True)
+    rules, width = (of_v3, 7168) if num_experts == 256 else (Routing(num_experts, 8), 2048)
+    correction = empty(num_experts, dtype=torch.float32) if rules.sigmoid else None
+    logits, made = empty(8, tokens, num_experts, dtype=torch.float32), module.Routes.make(tokens, rules, 16, "meta")
+    module.router(empty(tokens, width), empty(num_experts, width), None, logits, pdl=pdl)
+    slots = empty(tokens, dtype=torch.int32)
+    module.choose(logits, rules, correction, slots, range(num_experts), made, pdl=pdl)
+
+
+def experts(tile_m: int) -> None:
+    """Of Qwen3-30B-A3B: gate and up from tokens, down from rows; tile_m 0: of one token."""
+    from baton.kernels.triton import experts as module
+    from baton.kernels.triton import experts_policy
+    from baton.kernels.triton.linear_policy import ProductShape
+
+    tokens = max(tile_m, 1)
+    made = routes(tokens, 128, 8, tokens)
+    for n, k, fused in ((768, 2048, True), (2048, 768, False)):
+        shape = ProductShape(n, k, fused)
+        tiles = experts_policy.rows_tiles(shape, tile_m, 2) if tile_m else experts_policy.row_tiles(shape)
+        weight = empty(128, 2 * n if fused else n, k)
+        x, out = empty(tokens if fused else len(made.tokens), k), empty(len(made.tokens), n)
+        module.experts(x, weight, made, tiles, out, fused=fused, gathered=fused, pdl=True)
+
+
+def experts_8bit(tile_m: int, blocked: bool) -> None:
+    from baton.kernels.triton import experts_8bit as module
+    from baton.kernels.triton.linear_policy import Tiles
+    from baton.kernels.triton.quantise import CodedRows
+
+    made, code_type = routes(tile_m, 128, 8, tile_m), torch.float8_e4m3fn
+    rows = len(made.tokens)
+
+    def coded(count: int, width: int, run: int) -> CodedRows:
+        scales = (width // run, count) if run else (count,)
+        return CodedRows(empty(count, width, dtype=code_type), empty(*scales, dtype=torch.float32))
+
+    for n, k, fused in ((768, 2048, True), (2048, 768, False)):
+        wide, tiles = 2 * n if fused else n, Tiles(128 if fused else 64, 128, tile_m, 3, 1)
+        of_codes = empty(*((128 * wide // 128, k // 128) if blocked else (128 * wide,)), dtype=torch.float32)
+        x = coded(tile_m, k, 128 if blocked else 0) if fused else coded(rows, k, 128)
+        out = coded(rows, n, 128) if fused else empty(rows, n)
+        codes = empty(128, wide, k, dtype=code_type)
+        module.experts_8bit(x, codes, of_codes, made, tiles, out, fused=fused, gathered=fused, pdl=True)
+
+
+def experts_gluon() -> None:
+    from baton.kernels.triton import experts_gluon as module
+    from baton.kernels.triton.spread import spread
+
+    tokens = 2048
+    made = routes(tokens, 128, 8, module.TILE_M)
+    x, gated = empty(len(made.tokens), 2048), empty(len(made.tokens), 768)
+    spread(empty(tokens, 2048), made, x)
+    module.experts_product(x, empty(128, 1536, 2048), made, 132, gated, gated=True)
+    module.experts_product(gated, empty(128, 2048, 768), made, 132, x, gated=False)
+
+
+def norm_of_experts() -> None:
+    from baton.kernels.triton import norm
+    from baton.kernels.triton.routed_sum import RoutedSum
+
+    made, width = routes(16, 128, 8, 16), 2048
+    added = RoutedSum(empty(len(made.tokens), width), made, empty(16, width), True)
+    norm.add_rms_norm(added, empty(16, width), empty(width), 1e-5, empty(16, width), pdl=True)
+
+
 def inputs_of_a_step() -> None:
     from baton.kernels.triton import step_inputs
 
@@ -428,6 +507,13 @@ CASES: dict[str, Callable[[], None]] = {
     "latent_16_page16": lambda: latent(16, 16),
     "latent_128": lambda: latent(128, 64, 1536),
     "gated_product": gated_product,
+    "route": lambda: routing(16, 256, True),
+    "route_many": lambda: routing(2048, 128, False),
+    "experts_row": lambda: experts(0),
+    "experts_16": lambda: experts(16),
+    "experts_8bit_16_block": lambda: experts_8bit(16, True),
+    "experts_gluon": experts_gluon,
+    "norm_of_experts": norm_of_experts,
     "int4_16": lambda: int4_products(16, 128, True),
     "int4_16_groups_of_32": lambda: int4_products(16, 32, False),
     "int4_64": lambda: int4_products(64, 128, False),

@@ -1,0 +1,160 @@
+"""Kernels of experts on a GPU, with the shapes of served models: even and skewed choices, and bits that do not move."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.kernels.routing import Routing
+from baton.kernels.routing import route as choose_plainly
+from baton.kernels.triton import experts_policy, prefill_gluon
+from baton.kernels.triton.experts import experts
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.spread import spread
+from baton.tests.unit.kernels import expert_checks as checks
+from baton.tests.unit.kernels.checks_8bit import FP8, INT8
+from baton.tests.unit.kernels.kernel_checks import error, poison, randn
+
+pytestmark = pytest.mark.gpu
+
+GPU, BF16 = "cuda", torch.bfloat16
+QWEN3 = Routing(128, 8)
+MIXTRAL = Routing(8, 2)
+V2_LITE = Routing(64, 6, renormalised=False)
+V3 = Routing(256, 8, sigmoid=True, scale=2.5, num_groups=8, kept_groups=4, groups_by_two=True)
+HIDDEN, WIDTH = 2048, 768
+
+
+@pytest.mark.parametrize("pdl", [False, True])
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("routing", [QWEN3, MIXTRAL, V2_LITE, V3])
+def test_route(routing, skewed, pdl):
+    """Guards against a launch that starts before the counts of the one before are there."""
+    for num_tokens in (1, 16, 64, 700, 1100):
+        checks.check_route(GPU, num_tokens, routing, 16, skewed=skewed, corrected=routing.sigmoid, pdl=pdl)
+    checks.check_route(GPU, 64, routing, 16, gated=True, padded=7, skewed=skewed, pdl=pdl)
+
+
+@pytest.mark.parametrize("rows", [1, 60, 300])
+def test_router(rows):
+    checks.check_router(GPU, BF16, rows, 128, 2048, 8, False)
+    checks.check_router(GPU, BF16, rows, 60, 2048, 4, True, pdl=True)
+    checks.check_router(GPU, BF16, rows, 8, 4096, 8, False, pdl=True)
+
+
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("pdl", [False, True])
+def test_products(skewed, pdl):
+    """Guards against tiles of one expert that take another's rows, and an early load of the wrong expert's weight."""
+    for fused in (True, False):
+        shape = ProductShape(WIDTH, HIDDEN, True) if fused else ProductShape(HIDDEN, WIDTH)
+        given = {"fused": fused, "gathered": fused, "skewed": skewed, "pdl": pdl}
+        checks.check_experts(GPU, BF16, 1, QWEN3, *shape[:2], experts_policy.row_tiles(shape), **given)
+        for tile_m, num_tokens in ((16, 1), (16, 8), (16, 64), (32, 100), (64, 300)):
+            tiles = experts_policy.rows_tiles(shape, tile_m, 2)
+            checks.check_experts(GPU, BF16, num_tokens, QWEN3, *shape[:2], tiles, **given)
+
+
+@pytest.mark.parametrize("code_type", [FP8, INT8])
+@pytest.mark.parametrize("blocked", [False, True])
+@pytest.mark.parametrize("pdl", [False, True])
+def test_products_of_8_bits(code_type, blocked, pdl):
+    """FP8 is summed with 14 bits."""
+    for fused in (True, False):
+        shape = ProductShape(WIDTH, HIDDEN, True) if fused else ProductShape(HIDDEN, WIDTH)
+        for tile_m, num_tokens in ((16, 8), (64, 100)):
+            tiles = experts_policy.rows_tiles_8bit(shape, tile_m)
+            checks.check_experts_8bit(
+                GPU, code_type, num_tokens, Routing(32, 4), *shape[:2], tiles, blocked=blocked, fused=fused,
+                skewed=True, pdl=pdl, tolerance=5e-4,
+            )  # fmt: skip
+
+
+def test_the_norm_sums_what_experts_add():
+    for shared, gated in ((0, False), (1, True), (4, False)):
+        checks.check_routed_norm(GPU, BF16, 100, 2048, shared, gated)
+
+
+def gluon(logits: torch.Tensor, routing: Routing, x: torch.Tensor, weight: torch.Tensor, gated: bool) -> torch.Tensor:
+    """[T, k, N] by the kernel for prompts."""
+    from baton.kernels.triton import experts_gluon
+
+    routes = checks.routes_of(logits, routing, experts_gluon.TILE_M, GPU)
+    rows, n = len(routes.tokens), weight.shape[1] // (2 if gated else 1)
+    xs, out = poison((rows, x.shape[1]), BF16, GPU), poison((rows, n), BF16, GPU)
+    spread(x, routes, xs)
+    sms = torch.cuda.get_device_properties(0).multi_processor_count
+    experts_gluon.experts_product(xs, weight, routes, sms, out, gated=gated)
+    return out[routes.positions.long()]
+
+
+def few_rows(logits: torch.Tensor, routing: Routing, x: torch.Tensor, weight: torch.Tensor, gated: bool, tile_m: int):
+    """[T, k, N] by the kernel for few rows."""
+    routes = checks.routes_of(logits, routing, tile_m, GPU)
+    n = weight.shape[1] // (2 if gated else 1)
+    tiles = experts_policy.rows_tiles(ProductShape(n, x.shape[1], gated), tile_m, 2)
+    out = poison((len(routes.tokens), n), BF16, GPU)
+    experts(x, weight, routes, tiles, out, fused=gated, gathered=True)
+    return out[routes.positions.long()]
+
+
+needs_gluon = pytest.mark.skipif(
+    not (torch.cuda.is_available() and prefill_gluon.is_available(torch.cuda.get_device_capability())),
+    reason="the kernel for prompts is for Hopper",
+)
+
+
+@needs_gluon
+@pytest.mark.parametrize("skewed", [False, True])
+@pytest.mark.parametrize("gated", [False, True])
+def test_products_of_prompts(skewed, gated):
+    """Guards against a tile of the last expert, rows past a tile's last, and a width that tiles do not divide."""
+    for routing, n, k in ((QWEN3, 768, 2048), (QWEN3, 2048, 768), (Routing(5, 2), 1096, 320)):
+        weight = (randn((routing.num_experts, n * (1 + gated), k), torch.float32, "cpu", 1) / k**0.5).to(BF16).to(GPU)
+        for num_tokens in (3, 1000):
+            logits, x = checks.some_logits(num_tokens, routing.num_experts, skewed), randn((num_tokens, k), BF16, GPU)
+            ids = choose_plainly(logits, None, routing)[0].to(GPU)
+            found = gluon(logits, routing, x, weight, gated)
+            plain = torch.stack([
+                torch.stack([weight[ids[t, j]].double() @ x[t].double() for j in range(routing.top_k)])
+                for t in range(0, num_tokens, 37)
+            ])  # fmt: skip
+            if gated:
+                gate, up = plain.chunk(2, -1)
+                plain = torch.nn.functional.silu(gate) * up
+            assert bool(found.isfinite().all())
+            assert error(found[::37], plain) <= 2 * error(plain.to(BF16), plain)
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_bits_do_not_depend_on_the_other_tokens(gated):
+    """Guards against another order of a sum where an expert has more rows."""
+    n, k = (WIDTH, HIDDEN) if gated else (HIDDEN, WIDTH)
+    weight = (randn((128, n * (1 + gated), k), torch.float32, "cpu", 1) / k**0.5).to(BF16).to(GPU)
+    logits, x = checks.some_logits(500, 128, True), randn((500, k), BF16, GPU)
+    alone = few_rows(logits[:1], QWEN3, x[:1], weight, gated, 16)
+    for num_tokens in (2, 8, 16, 33, 64, 500):
+        for tile_m in (16, 32, 64):
+            assert torch.equal(few_rows(logits[:num_tokens], QWEN3, x[:num_tokens], weight, gated, tile_m)[:1], alone)
+
+
+@needs_gluon
+@pytest.mark.parametrize("gated", [False, True])
+def test_prompts_have_the_bits_of_few_rows(gated):
+    """Guards against a token whose bits depend on which of the two kernels its step takes."""
+    n, k = (WIDTH, HIDDEN) if gated else (HIDDEN, WIDTH)
+    weight = (randn((128, n * (1 + gated), k), torch.float32, "cpu", 1) / k**0.5).to(BF16).to(GPU)
+    logits, x = checks.some_logits(500, 128, False), randn((500, k), BF16, GPU)
+    wide, narrow = gluon(logits, QWEN3, x, weight, gated), few_rows(logits, QWEN3, x, weight, gated, 16)
+    equal = float((wide == narrow).float().mean())
+    assert equal > 0.99 if gated else equal == 1.0, equal  # silu is rounded otherwise
+
+
+def test_tiles_of_all_shapes_fit():
+    """Guards against a shape of the benchmark that has no tiles."""
+    for hidden, width in ((2048, 768), (4096, 14336), (2048, 1408), (7168, 2048)):
+        for shape in (ProductShape(width, hidden, True), ProductShape(hidden, width)):
+            assert all(experts_policy.rows_tiles(shape, tile_m, 2) for tile_m in (16, 32, 64))
+            assert isinstance(experts_policy.row_tiles(shape), Tiles)
