@@ -31,7 +31,7 @@ from baton.node.endpoint import identity_of
 from baton.node.errors import InvariantBroken
 from baton.node.membership import Membership
 from baton.node.messages.base import Message, Role
-from baton.node.messages.control import Bundle, Load, PromptLogprob, Register, Tokens
+from baton.node.messages.control import Bundle, Load, PromptLogprob, Register, Reserved, Tokens
 from baton.prefill.role import prefill_loop
 from baton.prefill.settings import PrefillSettings
 from baton.simulator.latency import Profile, RowWork
@@ -55,6 +55,8 @@ INSTANT_S = 1e-9
 """No step takes no time at all."""
 MAX_AHEAD = 64
 """Steps that a worker is left alone for at most."""
+TokenKey = tuple[str, str, int]
+"""Link, request and attempt."""
 SOON_S = 1e-5
 """A turn that changed something without a step is followed by another at once; not at the same instant, for ever."""
 
@@ -95,15 +97,11 @@ class SimRunner:
         self.step_s = 0.0
         self.busy_s = 0.0
         self._profile = profile
-        self._seeds: list[int] = []
-        self._context = 0
-        self._left = 0
 
     def begin(self) -> None:
         self.step_s = 0.0
 
     def launch(self, rows: Sequence[Row]) -> SimStep:
-        self._look_ahead(rows)
         seconds = max(INSTANT_S, self._profile.step_s([RowWork(row.start, row.num_new) for row in rows]))
         return SimStep(self, seconds, [_draw(row) for row in rows])
 
@@ -111,36 +109,16 @@ class SimRunner:
         self.step_s += seconds
         self.busy_s += seconds
 
-    @property
-    def num_rows(self) -> int:
-        """Of the last step."""
-        return len(self._seeds)
-
-    def alike(self) -> list[float]:
-        """Seconds of the steps that follow the last one without new input, up to the one with a last token.
-
-        Empty unless the last two steps were alike: all rows are one token of the same sequences.
-        """
-        batch, context = len(self._seeds), self._context
-        following = []
-        for _ in range(min(self._left, MAX_AHEAD)):
-            context += batch
-            following.append(self._profile.decode.seconds(context, batch))
-        return following
+    def alike(self, running: Sequence[WorkerSequence]) -> list[float]:
+        """Seconds of the next steps, while each draws one token of each of these, up to one with a last token."""
+        batch, context = len(running), sum(each.num_tokens for each in running)
+        left = min((each.sampling.max_tokens - each.num_generated for each in running), default=0)
+        contexts = range(context, context + batch * min(left, MAX_AHEAD), batch) if batch else ()
+        return [max(INSTANT_S, self._profile.decode.seconds(each, batch)) for each in contexts]
 
     def skip(self, steps: Sequence[float]) -> None:
-        """Steps like the last one were made without it, of these seconds."""
-        self._context += len(steps) * len(self._seeds)
-        self._left -= len(steps)
+        """Steps of these seconds were made without it."""
         self.busy_s = functools.reduce(operator.add, steps, self.busy_s)
-
-    def _look_ahead(self, rows: Sequence[Row]) -> None:
-        draws = [row.draw for row in rows if row.draw is not None and row.num_new == 1]
-        seeds = [draw.sampling.seed for draw in draws]
-        same = len(seeds) == len(rows) and seeds == self._seeds
-        self._seeds = seeds
-        self._context = sum(row.start + 1 for row in rows)
-        self._left = min(draw.sampling.max_tokens - draw.num_generated - 1 for draw in draws) if same else 0
 
 
 def _draw(row: Row) -> Drawn | None:
@@ -155,43 +133,53 @@ def token_of(seed: int, index: int) -> int:
 
 
 class LateTokens:
-    """Token bundles of ended steps with their times; bundles of several steps are sent as one.
+    """Tokens of ended steps, with their times, which wait until one of their request must arrive: its first or last.
 
-    The network records when each token would have arrived, so that the client's records do not show the delay.
+    Nothing depends on when the proxy gets the others. The network records when each token would have arrived, so that
+    the client's records do not show the delay.
     """
 
     def __init__(self, network: Network, io: IoThread) -> None:
         self._network = network
         self._io = io
-        self._unsent: dict[str, dict[tuple[str, int], list[tuple[Tokens, Sequence[float]]]]] = {}
+        self._unsent: dict[TokenKey, list[tuple[Tokens, Sequence[float]]]] = {}
+        self._due: dict[TokenKey, None] = {}
 
     @property
-    def waiting(self) -> bool:
-        return bool(self._unsent)
+    def due(self) -> bool:
+        return bool(self._due)
 
     def put(self, link: str, bundle: Bundle, stamp: float) -> None:
-        requests = self._unsent.setdefault(link, {})
         for tokens in bundle.tokens:
-            stamps = (stamp,) * len(tokens.ids)
-            requests.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamps))
+            self.put_many(link, tokens, (stamp,) * len(tokens.ids))
 
     def put_many(self, link: str, tokens: Tokens, stamps: Sequence[float]) -> None:
         """Tokens of several steps of one request, each with its time."""
-        requests = self._unsent.setdefault(link, {})
-        requests.setdefault((tokens.request_id, tokens.attempt), []).append((tokens, stamps))
+        key = (link, tokens.request_id, tokens.attempt)
+        self._unsent.setdefault(key, []).append((tokens, stamps))
+        if tokens.finish or tokens.stages is not None:
+            self._due[key] = None
 
     def flush(self) -> None:
-        """Pass all bundles to the I/O thread, which sends them at this instant."""
-        unsent, self._unsent = self._unsent, {}
-        for link, requests in unsent.items():
-            self._io.send(link, Bundle(tokens=tuple(self._joined(parts) for parts in requests.values())))
+        """Pass what is due to the I/O thread, which sends it at this instant."""
+        due, self._due = self._due, {}
+        bundles: dict[str, list[Tokens]] = {}
+        for key in due:
+            bundles.setdefault(key[0], []).append(self._joined(self._unsent.pop(key)))
+        for link, tokens in bundles.items():
+            self._io.send(link, Bundle(tokens=tuple(tokens)))
+
+    def flush_all(self) -> None:
+        self._due = dict.fromkeys(self._unsent)
+        self.flush()
 
     def _joined(self, parts: list[tuple[Tokens, Sequence[float]]]) -> Tokens:
         first, last = parts[0][0], parts[-1][0]
         ids = tuple(chain.from_iterable(tokens.ids for tokens, _ in parts))
         stamps = list(chain.from_iterable(stamps for _, stamps in parts))
         self._network.note_late(first.request_id, first.index, stamps)
-        return msgspec.structs.replace(first, ids=ids, finish=last.finish)
+        stages = next((tokens.stages for tokens, _ in parts if tokens.stages is not None), None)
+        return msgspec.structs.replace(first, ids=ids, finish=last.finish, stages=stages)
 
 
 class DelayedIo:
@@ -222,7 +210,7 @@ class DelayedIo:
         if len(messages) == 1 and isinstance(bundle := messages[0], Bundle):
             self._after.append(lambda stamp: self.late_tokens.put(link, bundle, stamp))
         else:
-            self._when_due(lambda _: self._io.send(link, *messages))
+            self._when_due(lambda _: self._send(link, *messages))
 
     def yield_gil(self, wait_s: float) -> None:
         """Does nothing: there is no thread."""
@@ -240,6 +228,19 @@ class DelayedIo:
         due, self._after = self._after, []
         for call in due:
             call(stamp)
+
+    def skipped(self, steps: int, tokens: int, free_blocks: int, began_at: float) -> None:
+        """Report steps that no turn has made; the last of them began at `began_at`."""
+        counted = self.load.counters
+        more = {"steps": counted["steps"] + steps, "generated_tokens": counted["generated_tokens"] + tokens}
+        counters, num_steps = {**counted, **more}, self.load.steps + steps
+        load = msgspec.structs.replace(self.load, steps=num_steps, free_blocks=free_blocks, counters=counters)
+        self._report(load, began_at)
+
+    def _send(self, link: str, *messages: Message) -> None:
+        if not all(isinstance(message, Reserved) for message in messages):
+            self.late_tokens.flush_all()  # it may end the request
+        self._io.send(link, *messages)
 
     def _report(self, load: Load, last_message_at: float) -> None:
         self.load = load
@@ -311,7 +312,6 @@ class Host:
         self._past: float | None = None  # the loop's time, while it is behind the world's
         self._step_end: float | None = None  # end of the step in flight
         self._step_at = 0.0  # time for which `_step_over` is scheduled
-        self._heard = False  # the last turn had new input, which may join the next step
         self._look_at = float("inf")  # time of the loop's next scheduled turn without input
         layout = profile.kv_layout()
         line = SimLine(network, self.identity, self._ready)
@@ -360,7 +360,7 @@ class Host:
     def kill(self) -> None:
         """SIGKILL: messages already sent arrive, and nothing else happens."""
         self._catch_up()
-        self._delayed.late_tokens.flush()
+        self._delayed.late_tokens.flush_all()
         self._io.turn()
         self._network.remove(self.identity)
         self._store.close()
@@ -402,7 +402,6 @@ class Host:
         return (self._network.world.now if self._past is None else self._past) + self.runner.step_s
 
     def _work(self) -> None:
-        self._heard = not self._io.inbox.empty()
         worked = self.loop.turn(0.0)
         if worked:
             self._step_end = self._clock() if self.runner.step_s else self._clock() + SOON_S
@@ -414,8 +413,8 @@ class Host:
         if self._step_end is None:
             return
         end = self._step_end
-        if self._ahead and self.runner.step_s and not self._heard and self._steady():
-            for step_s in self.runner.alike():
+        if self._ahead and self.runner.step_s:
+            for step_s in self.runner.alike(self._steady()):
                 end += step_s
         self._set_step(end)
 
@@ -443,7 +442,7 @@ class Host:
             self._work()
         self._past = None
         self._set_step_over()
-        if self._delayed.late_tokens.waiting:
+        if self._delayed.late_tokens.due:
             self._ready()
 
     def _steady(self) -> tuple[WorkerSequence, ...]:
@@ -456,10 +455,10 @@ class Host:
         role, running = self.loop.role, self._steady()
         if not running or not isinstance(role, DecodeRole):
             return began_at
-        ends = list(accumulate(self.runner.alike()[:-1], initial=began_at))
+        ends = list(accumulate(self.runner.alike(running)[:-1], initial=began_at))
         count = bisect_right(ends, self._network.world.now) - 1
         lacking = sum(each.table.blocks_lacking(each.num_tokens + count - 1) for each in running)
-        if count < 2 or len(running) != self.runner.num_rows or lacking > self._manager.num_available:
+        if not count or lacking > self._manager.num_available:
             return began_at
         stamps = ends[1 : count + 1]
         self.runner.skip([after - before for before, after in pairwise(ends[: count + 1])])
@@ -468,6 +467,7 @@ class Host:
             self._delayed.late_tokens.put_many(sequence.link, sequence.unsent_tokens("", None), stamps)
         role.counters.steps += count
         role.counters.generated_tokens += count * len(running)
+        self._delayed.skipped(count, count * len(running), self._manager.num_available, ends[count - 1])
         return stamps[-1]
 
     def _set_look(self, when: float) -> None:
