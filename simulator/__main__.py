@@ -17,7 +17,7 @@ from baton.simulator import report
 from baton.simulator.capacity import hit_rate
 from baton.simulator.fit import Fit, fit, read_steps
 from baton.simulator.latency import load_profile
-from baton.simulator.placement import Goodput, Split, first_guess, goodput, splits
+from baton.simulator.placement import FIRST, Goodput, Split, bound_of, goodput, splits
 from baton.simulator.placement import scenario_of as split_scenario
 from baton.simulator.record import attainment, summarise
 from baton.simulator.searches import Searches
@@ -61,18 +61,23 @@ def place(argv: Sequence[str]) -> None:
     wanted = [split for split in candidates if not settings.only or split.name in settings.only]
     if not wanted:
         raise SettingsError(f"--only: there are {', '.join(split.name for split in candidates)}")
-    guess = settings.first_rate or first_guess(workload_of(settings, profile), profile, settings.gpus)
     if len(wanted) == 1:
-        _show(report.place_rows([_search(settings, wanted[0], guess)]), settings.json)
+        _show(report.place_rows([_search(settings, wanted[0])]), settings.json)
         return
-    rows = Searches(argv, [split.name for split in wanted], guess, settings.jobs or os.cpu_count() or 1).run()
-    _show(rows, settings.json)
-    print(report.advice(rows), file=sys.stderr if settings.json else sys.stdout)
+    requests = workload_of(settings, profile)
+    bounds = [(split, bound_of(split, requests, profile, slo_of(settings), settings.local_prefill)) for split in wanted]
+    searches = Searches(argv, bounds, settings.first_rate, settings.jobs or os.cpu_count() or 1)
+    rows, out = searches.run(), sys.stderr if settings.json else sys.stdout
+    if rows:
+        _show(rows, settings.json)
+    print(*(f"Not searched: {reason}" for reason in searches.skipped), report.advice(rows), sep="\n", file=out)
 
 
-def _search(settings: PlaceSettings, split: Split, first_rate: float) -> Goodput:
+def _search(settings: PlaceSettings, split: Split) -> Goodput:
     profile = load_profile(settings.profile)
-    base = rate_of(workload_of(settings, profile))
+    requests = workload_of(settings, profile)
+    base = rate_of(requests)
+    bounded = bound_of(split, requests, profile, slo_of(settings), settings.local_prefill).rate
     proxy = ProxySettings(
         policy=settings.policy,
         local_prefill=settings.local_prefill,
@@ -86,7 +91,8 @@ def _search(settings: PlaceSettings, split: Split, first_rate: float) -> Goodput
         split,
         lambda rate: workload_of(settings, profile, rate / base),
         slo_of(settings),
-        first_rate,
+        bounded,
+        settings.first_rate or FIRST * bounded,
         settings.rounds,
     )
 

@@ -1,24 +1,27 @@
 """The best split into prefill and decode workers: DistServe's search over all splits, with the rate bisected.
 
 Goodput is the highest rate at which 90 % of requests meet both SLOs (DistServe, OSDI'24, section 4). A colocated
-cluster (no prefill worker, every decode worker computes its prompts itself) is one more candidate.
+cluster (no prefill worker, every decode worker computes its prompts itself) is one more candidate, adaptive roles
+another. All rates have the same requests, faster or slower; a run ends as soon as too many of them have missed.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import msgspec
 
 from baton.proxy.settings import ProxySettings
+from baton.simulator.bounds import Bound, bound, mean_work
 from baton.simulator.latency import Profile
-from baton.simulator.record import RunSummary, Slo, attainment, summarise
+from baton.simulator.record import ENOUGH, MissLimit, RunSummary, Slo, attainment, summarise
 from baton.simulator.simulation import Scenario, simulate
 from baton.simulator.workload import SimRequest
 
-ENOUGH = 0.9
+FIRST = 0.75
+"""Of a split's bound: the first rate to try. Most are good at a half and not at all of it."""
+MOST = 1e6
 Workload = Callable[[float], Sequence[SimRequest]]
 """Requests at a rate of so many a second."""
 
@@ -32,6 +35,12 @@ class Split:
     decode: int
     chunk_tokens: int = 0
     mixed: int = 0
+
+    @property
+    def kind(self) -> str:
+        if self.mixed:
+            return "adaptive"
+        return "split" if self.prefill else "colocated"
 
     @property
     def name(self) -> str:
@@ -67,60 +76,71 @@ def splits(gpus: int, chunks: Sequence[int]) -> list[Split]:
 
 def scenario_of(split: Split, profile: Profile, proxy: ProxySettings, prefill_policy: str) -> Scenario:
     """`proxy` for splits that have prefill workers."""
-    if split.decode and not split.prefill:
-        chunk = split.chunk_tokens
-        profile = msgspec.structs.replace(profile, decode_chunk_tokens=chunk, decode_budget_tokens=chunk)
+    if split.kind == "colocated":
         proxy = replace(proxy, local_prefill="always")
     return Scenario(
-        profile=profile,
+        profile=_chunked(split, profile),
         prefill=split.prefill,
         decode=split.decode,
         mixed=split.mixed,
         proxy=proxy,
         prefill_policy=prefill_policy,
+        late_events=True,
     )
 
 
-def goodput(scenario: Scenario, split: Split, workload: Workload, slo: Slo, first_rate: float, rounds: int) -> Goodput:
-    """Double the rate, or halve it, until one is good and one is not; then bisect, `rounds` times. Of a split that is
-    not good at a quarter of the first rate no rate is found."""
+def bound_of(split: Split, requests: Sequence[SimRequest], profile: Profile, slo: Slo, local: str) -> Bound:
+    """`local` for splits that have prefill workers. Adaptive roles have the best bound of all splits."""
+    if split.mixed:
+        n = split.mixed
+        others = [replace(split, mixed=0, prefill=m, decode=n - m, chunk_tokens=0) for m in range(n)]
+        return max((bound_of(each, requests, profile, slo, "auto") for each in others), key=lambda each: each.rate)
+    profile = _chunked(split, profile)
+    return bound(split.prefill, split.decode, local, mean_work(requests, profile, slo), profile, slo)
+
+
+def _chunked(split: Split, profile: Profile) -> Profile:
+    chunk = split.chunk_tokens
+    return msgspec.structs.replace(profile, decode_chunk_tokens=chunk, decode_budget_tokens=chunk) if chunk else profile
+
+
+def goodput(
+    scenario: Scenario, split: Split, workload: Workload, slo: Slo, bounded: float, first_rate: float, rounds: int
+) -> Goodput:
+    """The search between 0 and `bounded`, from `first_rate` on, until good and bad rates differ by 1/2^rounds. A split
+    that is not good at a quarter of the first rate is given up."""
     runs = 0
     best: tuple[float, RunSummary, float] | None = None
 
     def good(rate: float) -> bool:
         nonlocal runs, best
         runs += 1
-        records = simulate(scenario, workload(rate)).records
-        attained = attainment(records, slo)
+        requests = workload(rate)
+        outcome = simulate(scenario, requests, MissLimit(slo, len(requests)))
+        attained = 0.0 if outcome.stopped else attainment(outcome.records, slo)
         if attained >= ENOUGH and (best is None or rate > best[0]):
-            best = (rate, summarise(records), attained)
+            best = (rate, summarise(outcome.records), attained)
         return attained >= ENOUGH
 
-    low, high = _bracket(good, first_rate)
-    for _ in range(rounds):
+    low, high = _bracket(good, min(first_rate, bounded), bounded)
+    while low and high - low > low * 0.5**rounds:
         middle = (low + high) / 2
         low, high = (middle, high) if good(middle) else (low, middle)
     rate, summary, attained = best or (0.0, summarise([]), 0.0)
     return Goodput(split, rate, summary, attained, runs)
 
 
-def _bracket(good: Callable[[float], bool], rate: float) -> tuple[float, float]:
-    """A rate that is good and one that is not, a factor of two apart; 0 counts as good."""
+def _bracket(good: Callable[[float], bool], rate: float, bounded: float) -> tuple[float, float]:
+    """A rate that is good and a higher one that is not, at most a factor of two apart; 0 counts as good, and what is
+    above the bound as not good."""
+    if not rate:
+        return 0.0, 0.0
     if good(rate):
-        while good(rate * 2) and rate < 1e6:
+        while rate * 2 < min(bounded, MOST) and good(rate * 2):
             rate *= 2
-        return rate, rate * 2
+        return rate, max(rate, min(rate * 2, bounded))
     for _ in range(2):
         rate /= 2
         if good(rate):
             return rate, rate * 2
     return 0.0, rate
-
-
-def first_guess(requests: Sequence[SimRequest], profile: Profile, gpus: int) -> float:
-    """Requests a second that so many workers may serve: where prompts, and steps of 32 rows, take half of the time."""
-    prompt = math.fsum(profile.prefill.seconds(r.prompt_tokens, r.prompt_tokens**2) for r in requests)
-    context = [r.prompt_tokens + r.output_tokens / 2 for r in requests]
-    step_s = profile.decode.seconds(32 * math.fsum(context) / len(context), 32)
-    answer = math.fsum(r.output_tokens for r in requests) * step_s / 32
-    return gpus * len(requests) / (prompt + answer) / 2

@@ -8,6 +8,9 @@ from dataclasses import dataclass, field
 
 from baton.simulator.workload import SimRequest, gaps
 
+ENOUGH = 0.9
+"""The part of the requests that must meet the SLO."""
+
 
 @dataclass(slots=True)
 class RequestRecord:
@@ -51,6 +54,25 @@ class Slo:
 
     def met_by(self, record: RequestRecord) -> bool:
         return record.ok and record.ttft_s <= self.ttft_s and record.tpot_s <= self.tpot_s
+
+
+class MissLimit:
+    """Says of a run in progress that fewer than ENOUGH of its requests can meet the SLO."""
+
+    def __init__(self, slo: Slo, num_requests: int) -> None:
+        self._slo = slo
+        self._most = num_requests - math.ceil(ENOUGH * num_requests)
+
+    def __call__(self, records: Sequence[RequestRecord], now_s: float) -> bool:
+        """`now_s` on the clock of the records."""
+        return sum(self._misses(record, now_s) for record in records) > self._most
+
+    def _misses(self, record: RequestRecord, now_s: float) -> bool:
+        slo, request, times = self._slo, record.request, record.token_s
+        if record.error or (times[0] if times else now_s) - request.arrival_s > slo.ttft_s:
+            return True
+        later = request.output_tokens - 1
+        return bool(times) and (times[-1] if len(times) > later else now_s) - times[0] > later * slo.tpot_s
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,7 +1,7 @@
 """The searches of `place` in processes of their own, as many at once as there are cores, with a progress bar.
 
-Each child is the same command for one split alone; it prints one row of JSON. A split is searched from the best rate
-that is known when it begins: one that is not good at a quarter of it is given up early.
+Each child is the same command for one split alone; it prints one row of JSON. Splits of the highest bound come first.
+One whose bound is below what another of its kind serves is not searched, and says why.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 
 from baton.node.errors import SettingsError
+from baton.simulator.bounds import Bound
+from baton.simulator.placement import Split
 from baton.simulator.report import GOODPUT, Row
 
 BAR = 24
@@ -20,27 +22,29 @@ POLL_S = 0.2
 
 
 class Searches:
-    """One search a split. `argv` is the user's."""
+    """One search a split. `argv` is the user's; `first_rate` 0: that of each split's bound."""
 
-    def __init__(self, argv: Sequence[str], names: Sequence[str], first_rate: float, jobs: int) -> None:
-        self._argv, self._names, self._jobs = list(argv), list(names), jobs
-        self._best = first_rate
-        self._rows: dict[str, Row] = {}
-        self._running: dict[str, subprocess.Popen[str]] = {}
+    def __init__(
+        self, argv: Sequence[str], bounds: Sequence[tuple[Split, Bound]], first_rate: float, jobs: int
+    ) -> None:
+        self.skipped: list[str] = []
+        """Why some were not searched."""
+        self._argv, self._first_rate, self._jobs = list(argv), first_rate, jobs
+        self._waiting = sorted(bounds, key=lambda each: -each[1].rate)
+        self._rows: dict[Split, Row] = {}
+        self._running: dict[Split, subprocess.Popen[str]] = {}
         self._began_at = time.monotonic()
 
     def run(self) -> list[Row]:
         """The rows, the best first. Raises SettingsError where a search fails."""
-        waiting = list(self._names)
         try:
-            while waiting or self._running:
-                while waiting and len(self._running) < self._jobs:
-                    name = waiting.pop(0)
-                    self._running[name] = self._start(name)
+            while self._waiting or self._running:
+                while self._waiting and len(self._running) < self._jobs:
+                    self._begin(*self._waiting.pop(0))
                 self._show()
                 time.sleep(POLL_S)
-                for name in [name for name, child in self._running.items() if child.poll() is not None]:
-                    self._take(name, self._running.pop(name))
+                for split in [split for split, child in self._running.items() if child.poll() is not None]:
+                    self._take(split, self._running.pop(split))
         finally:
             for child in self._running.values():
                 child.kill()
@@ -48,21 +52,28 @@ class Searches:
             print(file=sys.stderr)
         return sorted(self._rows.values(), key=lambda row: -float(row[GOODPUT]))
 
-    def _start(self, name: str) -> subprocess.Popen[str]:
-        more = ("--only", name, "--first-rate", f"{self._best:g}", "--json")
+    def _begin(self, split: Split, bound: Bound) -> None:
+        if bound.rate <= self._best(split.kind):
+            self.skipped.append(f"{split.name}: at most {bound.rate:.3g} requests/s: {bound.reason}")
+            return
+        first_rate = self._first_rate or self._best()
+        more = ("--only", split.name, "--json", *(("--first-rate", f"{first_rate:g}") if first_rate else ()))
         command = (sys.executable, "-P", "-m", "baton.simulator", "place", *self._argv, *more)
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._running[split] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
 
-    def _take(self, name: str, child: subprocess.Popen[str]) -> None:
+    def _best(self, kind: str = "") -> float:
+        return max((float(row[GOODPUT]) for each, row in self._rows.items() if kind in ("", each.kind)), default=0.0)
+
+    def _take(self, split: Split, child: subprocess.Popen[str]) -> None:
         printed, _ = child.communicate()
         if child.returncode:
-            raise SettingsError(f"the search of {name} ended with status {child.returncode}")
-        self._rows[name] = json.loads(printed)
-        self._best = max(self._best, *(float(row[GOODPUT]) for row in self._rows.values()))
+            raise SettingsError(f"the search of {split.name} ended with status {child.returncode}")
+        self._rows[split] = json.loads(printed)
 
     def _show(self) -> None:
-        done, total = len(self._rows), len(self._names)
-        filled = BAR * done // total
+        done = len(self._rows) + len(self.skipped)
+        total = done + len(self._running) + len(self._waiting)
+        filled = BAR * done // total if total else BAR
         best = max(self._rows.values(), key=lambda row: float(row[GOODPUT]), default=None)
         text = f"; best: {best['split']}, {float(best[GOODPUT]):.4g} requests/s" if best else ""
         bar = "#" * filled + "-" * (BAR - filled)

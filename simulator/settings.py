@@ -97,10 +97,10 @@ class PlaceSettings(SloSettings):
     chunk_tokens: tuple[int, ...] = option(
         (256, 512, 1024, 2048), unit="tokens", help="chunk lengths to try in colocated serving"
     )
-    rounds: int = option(3, help="bisections of the rate after a factor of two is known", minimum=0)
+    rounds: int = option(3, help="bisections of a factor of two of the rate: how exact it is", minimum=0)
     only: tuple[str, ...] = option((), metavar="NAME", help="only splits of these names, as the table has them")
     first_rate: float = option(
-        0.0, unit="requests/s", help="rate to try first; default: a guess from the profile", minimum=0
+        0.0, unit="requests/s", help="rate to try first; default: three quarters of what work alone allows", minimum=0
     )
     jobs: int = option(0, unit="processes", help="searches at once; 0: as many as there are cores", minimum=0)
     policy: str = option(ROUTING[0], choices=ROUTING, help="how the proxy chooses workers")

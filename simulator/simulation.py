@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 
@@ -59,6 +59,8 @@ class Scenario:
     ahead: bool = True
     """Leave workers alone while their steps are alike, unless the router must hear of their blocks after each step; the
     records are the same without, and take longer."""
+    late_events: bool = False
+    """Leave them alone even so: the router hears of blocks of such steps up to a heartbeat late."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,21 @@ class SimOutcome:
     messages: int
     moved_bytes: int
     simulated_s: float
+    stopped: bool = False
+    """Before the end, by the caller's wish."""
     levels: tuple[tuple[float, int], ...] = ()
     """How many workers were there or starting, of those that are scaled, from the times on at which that changed."""
 
 
-def simulate(scenario: Scenario, requests: Sequence[SimRequest]) -> SimOutcome:
-    """Run the workload until every request has been served or has failed and no worker holds a block."""
-    return _Simulation(scenario).run(requests)
+Stop = Callable[[Sequence[RequestRecord], float], bool]
+"""Whether to end a run early: of the requests sent so far, and the time on their clock."""
+
+
+def simulate(
+    scenario: Scenario, requests: Sequence[SimRequest], stop: Stop = lambda records, now_s: False
+) -> SimOutcome:
+    """Run the workload until every request has been served or has failed and no worker holds a block, or to `stop`."""
+    return _Simulation(scenario).run(requests, stop)
 
 
 class _Simulation:
@@ -100,13 +110,13 @@ class _Simulation:
         self._loop = VirtualLoop(self._world)
         self._line = SimLine(self._network, PROXY, self._proxy_ready)
 
-    def run(self, requests: Sequence[SimRequest]) -> SimOutcome:
+    def run(self, requests: Sequence[SimRequest], stop: Stop) -> SimOutcome:
         try:
-            return self._loop.run_until_complete(self._main(requests))
+            return self._loop.run_until_complete(self._main(requests, stop))
         finally:
             self._loop.close()
 
-    async def _main(self, requests: Sequence[SimRequest]) -> SimOutcome:
+    async def _main(self, requests: Sequence[SimRequest], stop: Stop) -> SimOutcome:
         dispatcher = Dispatcher(self._line, self._scenario.proxy, [MODEL], self._world.clock)
         dispatcher.start()
         self._start_hosts()
@@ -117,9 +127,15 @@ class _Simulation:
             self._world.at(begin + request.arrival_s, self._send, dispatcher, request, begin)
         if self._scenario.autoscale is not None:
             self._world.at(SETTLE_S, self._scale, dispatcher, self._scenario.autoscale)
+        stopped = False
         while self._clients or len(self._records) < len(requests) or self._scales_down():
             await asyncio.sleep(LOOK_S)
-        await self._at_rest()
+            if stopped := stop(self._records, self._world.now - begin):
+                break
+        if stopped:
+            await self._give_up()
+        else:
+            await self._at_rest()
         counters = dict(dispatcher.counters())
         simulated_s = self._world.now
         await dispatcher.stop()
@@ -132,6 +148,7 @@ class _Simulation:
             messages=self._network.messages,
             moved_bytes=self._network.moved_bytes,
             simulated_s=simulated_s,
+            stopped=stopped,
             levels=tuple(self._levels),
         )
 
@@ -158,7 +175,7 @@ class _Simulation:
             role,
             self._scenario.profile,
             self._scenario.prefill_policy,
-            self._scenario.ahead and self._scenario.proxy.policy not in READS_EVENTS,
+            self._scenario.ahead and (self._scenario.late_events or self._scenario.proxy.policy not in READS_EVENTS),
             store,
             self._scenario.store_loads,
         )
@@ -196,6 +213,12 @@ class _Simulation:
     def _proxy_ready(self) -> None:
         for callback in list(self._loop.readers.values()):
             callback()
+
+    async def _give_up(self) -> None:
+        """End the clients; what workers hold goes with them."""
+        for task in self._clients:
+            task.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
 
     async def _at_rest(self) -> None:
         """Let the last cancelled requests end; then check that every block is accounted for and none is held."""

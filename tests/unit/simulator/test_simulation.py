@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import subprocess
 import sys
@@ -142,11 +143,13 @@ def test_goodput_is_between_too_little_and_too_much() -> None:
         return poisson(40, rate, LengthSampler(4000), LengthSampler(30), seed=1)
 
     slo = Slo(0.4, 0.02)
-    found = goodput(_scenario(1, 1), Split(1, 1), workload, slo, first_rate=1.0, rounds=2)
+    found = goodput(_scenario(1, 1), Split(1, 1), workload, slo, math.inf, first_rate=1.0, rounds=2)
     assert found.attained >= 0.9 and found.rate > 1.0
     assert found.rate_per_gpu == found.rate / 2
-    impossible = goodput(_scenario(1, 1), Split(1, 1), workload, Slo(0.001, 0.02), first_rate=1.0, rounds=1)
+    impossible = goodput(_scenario(1, 1), Split(1, 1), workload, Slo(0.001, 0.02), math.inf, first_rate=1.0, rounds=1)
     assert impossible.rate == 0.0
+    bounded = goodput(_scenario(1, 1), Split(1, 1), workload, slo, found.rate, first_rate=found.rate, rounds=2)
+    assert (bounded.rate, bounded.runs) == (found.rate, 1), "nothing is tried above the bound"
 
 
 def test_a_light_tenant_beside_a_heavy_one() -> None:
