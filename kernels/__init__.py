@@ -10,7 +10,7 @@ Triton.
 from baton.kernels.cpu.attention import DecodeGroup, chunk_attention, decode_attention
 from baton.kernels.cpu.experts import apply_experts
 from baton.kernels.cpu.paged_kv import PagedKv, PlainKv, QuantisedKv
-from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p
+from baton.kernels.cpu.sampling import draw, keep_top_k, keep_top_p, with_noise
 from baton.kernels.linear import DenseLinear, ExpertLinears, GroupedLinear, HeldWeight, Linear, ScaledLinear
 from baton.kernels.reference import (
     add_rms_norm,
@@ -57,4 +57,5 @@ __all__ = [
     "route",
     "silu_and_mul",
     "token_logprobs",
+    "with_noise",
 ]

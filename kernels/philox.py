@@ -44,11 +44,13 @@ def philox4x32(counter: tuple[Words, ...], key: tuple[Words, Words]) -> tuple[Wo
     return c0, c1, c2, c3
 
 
-def uniform(seeds: torch.Tensor, positions: torch.Tensor, vocab_size: int) -> torch.Tensor:
-    """u of every row and token, float32 [rows, vocab_size]; seeds (below 2**63) and positions int64 [rows]."""
-    lanes = np.arange((vocab_size + 3) // 4, dtype=np.uint64)[None, :]
+def uniform(seeds: torch.Tensor, positions: torch.Tensor, num_tokens: int, first_token: int = 0) -> torch.Tensor:
+    """u of every row and of so many tokens from the first on, float32 [rows, num_tokens]; seeds (below 2**63) and
+    positions int64 [rows]."""
+    end_token, skipped = first_token + num_tokens, first_token % 4
+    lanes = np.arange(first_token // 4, (end_token + 3) // 4, dtype=np.uint64)[None, :]
     words = _words(lanes, seeds, positions)
-    return _to_uniform(np.stack(words, axis=-1).reshape(len(seeds), -1)[:, :vocab_size])
+    return _to_uniform(np.stack(words, axis=-1).reshape(len(seeds), -1)[:, skipped : skipped + num_tokens])
 
 
 def uniform_of(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:

@@ -216,4 +216,8 @@ def nucleus_floor(ordered: torch.Tensor, total: torch.Tensor, top_p: torch.Tenso
 
 def gumbel_argmax(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
     """A draw from softmax(logits), [rows]: argmax of logits + Gumbel noise -log(-log(1 - u)), lowest id first."""
-    return (logits - torch.log(-torch.log1p(-u))).argmax(-1)
+    return (logits + gumbel_noise(u)).argmax(-1)
+
+
+def gumbel_noise(u: torch.Tensor) -> torch.Tensor:
+    return -torch.log(-torch.log1p(-u))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from baton.kernels.philox import uniform, uniform_of
-from baton.kernels.reference import NEGATIVE_INFINITY, gumbel_argmax, nucleus_floor
+from baton.kernels.reference import NEGATIVE_INFINITY, gumbel_argmax, gumbel_noise, nucleus_floor
 
 LIKELY = 256
 
@@ -45,3 +45,8 @@ def draw(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor) -> 
     token_ids = logits.topk(most, dim=-1).indices.sort(-1).values  # in order of id, so that a tie goes to the lowest
     chosen = gumbel_argmax(logits.gather(-1, token_ids), uniform_of(seeds, positions, token_ids))
     return token_ids.gather(-1, chosen[:, None]).squeeze(-1)
+
+
+def with_noise(logits: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, first_token: int) -> torch.Tensor:
+    """Logits [rows, n] of the tokens from the first on, plus the noise that `draw` takes the argmax with."""
+    return logits + gumbel_noise(uniform(seeds, positions, logits.shape[-1], first_token))

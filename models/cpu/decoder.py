@@ -15,6 +15,7 @@ from baton import kernels
 from baton.kernels import Linear
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
+from baton.models.cpu.peers import NO_PEERS, Peers
 from baton.models.cpu.step_batch import StepBatch
 from baton.models.families import GELU_TANH, SILU
 from baton.models.layers import DenseMlpWeights, ExpertsMlp, ExpertsWeights, LayerWeights, Weights, run_layers
@@ -34,15 +35,15 @@ class Decoder(Protocol):
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [n, vocab] of hidden [n, hidden]."""
+        """float32 [n, vocab] of hidden [n, hidden]; of a rank, its share of the vocabulary."""
         ...
 
 
 class DenseDecoder:
-    """The decoder of all families that models.layers describes."""
+    """The decoder of all families that models.layers describes, or a rank's part of it."""
 
-    def __init__(self, config: ModelConfig, weights: Weights) -> None:
-        self._config, self._weights = config, weights
+    def __init__(self, config: ModelConfig, weights: Weights, peers: Peers = NO_PEERS) -> None:
+        self._config, self._weights, self._peers = config, weights, peers
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         self._frequencies = {rope: inverse_frequencies(rope).to(weights.embedding.device) for rope in ropes}
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=weights.embedding.dtype)
@@ -56,7 +57,7 @@ class DenseDecoder:
         residual = F.embedding(step.token_ids, weights.embedding)  # [N, hidden]
         if config.embedding_scale != 1.0:
             residual *= self._embedding_scale
-        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual)
+        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, self._peers)
         normed = run_layers(weights, ops, range(len(weights.layers)))
         assert normed is not None, "the operations below leave no layer out"
         return normed
@@ -76,24 +77,25 @@ class _StepOps:
         step: StepBatch,
         ropes: Mapping[RopeConfig, tuple[torch.Tensor, torch.Tensor]],
         residual: torch.Tensor,
+        peers: Peers,
     ) -> None:
         """ropes: the rotations of the step's positions."""
         self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes
-        self._residual = residual
+        self._residual, self._peers = residual, peers
 
     def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
         return kernels.rms_norm(self._residual, weight, self._eps)
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         query, kv = self._project(layer, x)
-        return layer.attention.o(self._attention(index, query, kv, self._step))
+        return self._peers.sum(layer.attention.o(self._attention(index, query, kv, self._step)))
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         activation = ACTIVATIONS[layer.shape.mlp.activation]
         if isinstance(layer.mlp, DenseMlpWeights):
-            return _dense_mlp(layer.mlp, x, activation)
+            return self._peers.sum(_dense_mlp(layer.mlp, x, activation))
         assert isinstance(layer.shape.mlp, ExpertsMlp), "the weights are of this shape"
-        return _experts_mlp(layer.shape.mlp, layer.mlp, x, activation)
+        return self._peers.sum(_experts_mlp(layer.shape.mlp, layer.mlp, x, activation))
 
     def add_and_norm(
         self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear

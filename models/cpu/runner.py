@@ -20,7 +20,9 @@ from baton.models.batch import Done, Drawn, Launched, Row
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
+from baton.models.cpu.cut_vocabulary import CutVocabulary
 from baton.models.cpu.decoder import Decoder, DenseDecoder
+from baton.models.cpu.peers import NO_PEERS, Peers
 from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
@@ -29,6 +31,7 @@ from baton.models.drafts import Drafter, NgramDrafter
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
+from baton.models.partition import check_partition
 from baton.models.weights import Progress, load_weights, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
 from baton.node.messages.control import PromptLogprob
@@ -37,7 +40,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class ModelRunner:
-    """Carries out steps of one decoder over one pool. One thread makes all calls."""
+    """Carries out steps of one decoder, or of a rank's part of it, over one pool. One thread makes all calls.
+
+    The ranks of a group share a pool in the host's memory, and each writes and reads its own heads in it. Rank 0
+    launches the steps, and the others join them.
+    """
 
     def __init__(
         self,
@@ -46,6 +53,7 @@ class ModelRunner:
         dtype: torch.dtype,
         kv_format: KvFormat | None = None,
         drafter: Drafter | None = None,
+        peers: Peers = NO_PEERS,
     ) -> None:
         """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
         have drafts; by default they are looked up in the sequence."""
@@ -53,7 +61,8 @@ class ModelRunner:
         self.dtype = dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.drafter: Drafter = drafter or NgramDrafter()
-        self._decoder = decoder
+        self._decoder, self._peers = decoder, peers
+        self._vocabulary = CutVocabulary(peers, config.vocab_size)
         self._attention: PagedAttention | None = None
         self.run_ahead = 0
 
@@ -68,6 +77,7 @@ class ModelRunner:
         quantization: str | None = None,
         max_model_len: int | None = None,
         on_progress: Progress = no_progress,
+        peers: Peers = NO_PEERS,
     ) -> ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 
@@ -76,6 +86,7 @@ class ModelRunner:
         load_format: `dummy` makes random weights and reads only the configuration.
         quantization: the recipe by which plain weights become those that they would be when quantised.
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
+        peers: the other ranks, where this one holds a part of the model.
         """
         config = model_config(folder)
         config = config.up_to(config.max_model_len if max_model_len is None else max_model_len)
@@ -83,6 +94,7 @@ class ModelRunner:
         if name not in DTYPES:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
         recipe = recipe_for(quantization, config)
+        check_partition(config, peers.rank.count)
         decoder: Decoder
         if config.through:
             # The library is large, and optional: it is imported where a model needs it.
@@ -90,10 +102,12 @@ class ModelRunner:
 
             config, decoder = load_fallback(config, folder, DTYPES[name], load_format)
         else:
-            weights = load_weights(config, folder, DTYPES[name], "cpu", load_format, on_progress, recipe=recipe)
-            decoder = DenseDecoder(config, weights)
+            weights = load_weights(
+                config, folder, DTYPES[name], "cpu", load_format, on_progress, rank=peers.rank, recipe=recipe
+            )
+            decoder = DenseDecoder(config, weights, peers)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
-        return cls(config, decoder, DTYPES[name], kv_format)
+        return cls(config, decoder, DTYPES[name], kv_format, peers=peers)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -122,20 +136,40 @@ class ModelRunner:
             kv = QuantisedKv(pool, scales, self.kv_format.static, self.dtype)
         else:
             kv = PlainKv(pool)
-        self._attention = PagedAttention(self.config, kv, pool.shape[4], self.dtype.itemsize)
+        self._attention = PagedAttention(self.config, kv, pool.shape[4], self.dtype.itemsize, self._peers.rank)
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says; a step without masked draws has ended when this returns."""
         if not rows:
             return Done([])
         verified = Verified.of(rows, self.drafter)
-        with torch.inference_mode():
-            step, hidden = self._forward(verified.rows)
-            num_drawn = len(step.drawn_rows)
-            logits = self._decoder.logits(hidden[:num_drawn])
-            scored = score_prompts(hidden[num_drawn:], self._decoder.logits, step.scored) if step.scored else {}
-        opened = OpenStep(verified, step.drawn_rows, logits, scored)
+        self._peers.begin(verified.rows)
+        opened = self._open(verified)
         return opened if opened.masked_rows else opened.draw({})
+
+    def join(self, rows: Sequence[Row]) -> None:
+        """Compute this rank's part of the step that rank 0 began with these rows. Only rank 0 draws what is not plain
+        (models.cpu.cut_vocabulary): here any draw that is not does as well."""
+        self._open(Verified(list(rows), len(rows), {}))
+
+    def _open(self, verified: Verified) -> OpenStep:
+        """A step up to its logits, with the tokens that all ranks draw together."""
+        rows = verified.rows
+        with torch.inference_mode():
+            step, hidden = self._forward(rows)
+            num_drawn = len(step.drawn_rows)
+            share = self._decoder.logits(hidden[:num_drawn])
+            drawing = [rows[index] for index in step.drawn_rows]
+            draws = [row.draw for row in drawing if row.draw is not None]
+            tokens = self._vocabulary.draw(share, draws, [_position(row) for row in drawing])
+            rest = [place for place in range(num_drawn) if place not in tokens]
+            logits = self._vocabulary.whole(share[rest] if tokens else share)
+            scored = score_prompts(hidden[num_drawn:], self._whole_logits, step.scored) if step.scored else {}
+        drawn = {step.drawn_rows[place]: token for place, token in tokens.items()}
+        return OpenStep(verified, [step.drawn_rows[place] for place in rest], logits, scored, drawn)
+
+    def _whole_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return self._vocabulary.whole(self._decoder.logits(hidden))
 
     def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
         """Computes the rows' tokens and draws what they ask for; one entry a row."""
@@ -145,7 +179,7 @@ class ModelRunner:
         """A step up to the logits, float32 [drawn rows, vocab], in the order of the StepBatch's drawn_rows."""
         with torch.inference_mode():
             step, hidden = self._forward(rows)
-            return step, self._decoder.logits(hidden[: len(step.drawn_rows)])
+            return step, self._whole_logits(hidden[: len(step.drawn_rows)])
 
     def _forward(self, rows: Sequence[Row]) -> tuple[StepBatch, torch.Tensor]:
         """A step up to the hidden states of the kept tokens."""
@@ -173,21 +207,28 @@ def _lies_without_gaps(pool: torch.Tensor, scales: torch.Tensor | None) -> bool:
     return follows and has_room and scales.dtype == torch.float32 and scales.shape == pool.shape[:5]
 
 
+def _position(row: Row) -> int:
+    """Of the token that the row draws."""
+    return row.start + len(row.token_ids)
+
+
 class OpenStep:
-    """A step up to its logits, float32 [drawn rows, vocab]."""
+    """A step up to its logits, float32 [undrawn rows, vocab], of those rows whose tokens are not drawn yet."""
 
     device_time = None
 
     def __init__(
         self,
         verified: Verified,
-        drawn_rows: Sequence[int],
+        undrawn_rows: Sequence[int],
         logits: torch.Tensor,
         prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]],
+        tokens: Mapping[int, int],
     ) -> None:
+        """tokens: drawn already, by row."""
         self.prompt_logprobs = prompt_logprobs
         self._verified, self._rows = verified, verified.rows
-        self._drawn_rows = drawn_rows
+        self._undrawn_rows, self._tokens = undrawn_rows, tokens
         self._logits = logits
         self.masked_rows = [i for i, row in enumerate(self._rows) if row.draw is not None and row.draw.is_masked]
         self._ended: Done | None = None
@@ -203,12 +244,14 @@ class OpenStep:
     def draw(self, masks: Mapping[int, np.ndarray]) -> Done:
         """The step with its tokens; masks: of the masked rows."""
         result: list[Drawn | None] = [None] * len(self._rows)
-        drawing = [self._rows[index] for index in self._drawn_rows]
+        for index, token in self._tokens.items():
+            result[index] = Drawn((token,))
+        drawing = [self._rows[index] for index in self._undrawn_rows]
         draws = [row.draw for row in drawing if row.draw is not None]
-        positions = [row.start + len(row.token_ids) for row in drawing]
+        positions = [_position(row) for row in drawing]
         with torch.inference_mode():
-            ordered = [masks[index] for index in self._drawn_rows if index in masks]
+            ordered = [masks[index] for index in self._undrawn_rows if index in masks]
             drawn = draw_tokens(self._logits, draws, positions, ordered) if draws else []
-        for index, entry in zip(self._drawn_rows, drawn, strict=True):
+        for index, entry in zip(self._undrawn_rows, drawn, strict=True):
             result[index] = entry
         return Done(self._verified.accept(result), prompt_logprobs=self.prompt_logprobs)

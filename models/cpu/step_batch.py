@@ -29,10 +29,12 @@ class PoolShape:
 
     num_units: int
     """Key heads."""
+    units: range
+    """Those that this rank writes and reads."""
     num_layers: int
     block_tokens: int
     token_bytes: int
-    """Key and value of one token in one layer."""
+    """The rank's keys and values of one token in one layer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +135,10 @@ def _table(row: Row, block_tokens: int) -> np.ndarray:
 
 
 def _slots(tables: list[np.ndarray], positions: np.ndarray, lengths: np.ndarray, shape: PoolShape) -> np.ndarray:
-    """Layer 0's slots of every token's key and value in each unit, [N, 2, units]."""
+    """Layer 0's slots of every token's key and value in each of the rank's units, [N, 2, units]."""
     offsets = np.cumsum([len(table) for table in tables]) - [len(table) for table in tables]
     blocks = np.concatenate(tables)[np.repeat(offsets, lengths) + positions // shape.block_tokens]
-    units = blocks[:, None] * shape.num_units + np.arange(shape.num_units)
+    units = blocks[:, None] * shape.num_units + np.array(shape.units)
     keys = units * (2 * shape.num_layers * shape.block_tokens) + (positions % shape.block_tokens)[:, None]
     return np.stack((keys, keys + shape.block_tokens), axis=1)
 
@@ -148,7 +150,7 @@ def _padded_ids(tables: list[np.ndarray], shape: PoolShape) -> np.ndarray:
     """
     width = len(tables[0])
     ids = np.stack([np.concatenate((table, np.full(width - len(table), table[0]))) for table in tables])
-    units = ids[:, None, :] * shape.num_units + np.arange(shape.num_units)[:, None]  # [rows, units, width]
+    units = ids[:, None, :] * shape.num_units + np.array(shape.units)[:, None]  # [rows, units, width]
     keys = units.ravel() * (2 * shape.num_layers)
     return np.concatenate((keys, keys + 1))
 

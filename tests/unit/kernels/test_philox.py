@@ -42,6 +42,14 @@ def test_chosen_tokens_get_the_same_numbers():
     assert torch.equal(uniform_of(seeds, positions, ids), whole.gather(1, ids))
 
 
+def test_a_part_of_the_vocabulary_gets_the_same_numbers():
+    """Guards against ranks that draw over their tokens with the noise of others."""
+    seeds, positions = torch.tensor([5, 1 << 62]), torch.tensor([0, 900])
+    whole = uniform(seeds, positions, 1001)
+    for first, end in ((0, 7), (1, 4), (3, 500), (998, 1001)):
+        assert torch.equal(uniform(seeds, positions, end - first, first), whole[:, first:end])
+
+
 def test_numbers_lie_inside_the_interval_and_are_even():
     """Guards against 0 and 1, whose logarithms are infinite, and against a bias."""
     u = uniform(torch.arange(20), torch.arange(20), 20_000).double()

@@ -38,7 +38,7 @@ def piece(block: int, unit: int, layer: int, part: int) -> int:
 @given(rows=steps(), token_kib=st.sampled_from([1, 64, 700]))
 def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
     """Guards against a token that is lost, stands twice, or is written to or read from another row's block."""
-    shape = PoolShape(NUM_UNITS, NUM_LAYERS, BLOCK_TOKENS, token_kib << 10)
+    shape = PoolShape(NUM_UNITS, range(NUM_UNITS), NUM_LAYERS, BLOCK_TOKENS, token_kib << 10)
     step = lay_out(rows, shape, None, torch.float32)
     # Each token names its row and its place in it, from which follows where everything about it must be.
     assert sorted(step.token_ids.tolist()) == sorted(token for row in rows for token in row.token_ids)
@@ -92,7 +92,7 @@ def test_layout_agrees_with_the_rows(rows: list[Row], token_kib: int) -> None:
 @given(length=st.integers(1, 40), window=st.integers(1, 12))
 def test_window_mask_shows_the_last_tokens(length: int, window: int) -> None:
     """Guards against a window that is one token too long or too short in decode."""
-    shape = PoolShape(NUM_UNITS, NUM_LAYERS, BLOCK_TOKENS, 64)
+    shape = PoolShape(NUM_UNITS, range(NUM_UNITS), NUM_LAYERS, BLOCK_TOKENS, 64)
     step = lay_out([Row([5], length - 1, list(range(20)), DRAW)], shape, window, torch.float32)
     seen = (step.groups[0].window_mask[0, 0, 0] == 0).nonzero().flatten().tolist()
     assert seen == list(range(max(0, length - window), length))
