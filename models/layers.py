@@ -242,39 +242,39 @@ class Weights:
 
 X = TypeVar("X")
 """Rows [N, hidden] as a device hands them to a product: plain or, where the product wants them so, quantised."""
+A = TypeVar("A")
+"""What a part of a layer adds to the residual, as a device has it: [N, hidden], or parts still to be summed."""
 
 
-class LayerOps(Protocol[X]):
+class LayerOps(Protocol[X, A]):
     """A device's operations on one step, which holds its residual h [N, hidden].
 
-    What an operation returns may be parts that the next `add_and_norm` sums. A norm knows the product that reads it.
+    A norm knows the product that reads it.
     """
 
     def norm(self, weight: torch.Tensor, reader: Linear) -> X:
         """Of the residual."""
         ...
 
-    def attention(self, index: int, layer: LayerWeights, x: X) -> torch.Tensor | None:
+    def attention(self, index: int, layer: LayerWeights, x: X) -> A | None:
         """What layer number `index` adds to the residual, with keys and values written to the pool. None: no token of
         the step draws and this is the last layer, so that nothing behind its keys and values is of use."""
         ...
 
-    def mlp(self, layer: LayerWeights, x: X) -> torch.Tensor:
+    def mlp(self, layer: LayerWeights, x: X) -> A:
         """What the layer's MLP adds to the residual."""
         ...
 
-    def add_and_norm(
-        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
-    ) -> X:
+    def add_and_norm(self, added: A, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear) -> X:
         """The residual takes `added`, normed by `output_norm` if there is one; its norm."""
         ...
 
-    def finish(self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    def finish(self, added: A, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         """The same behind the last layer, of the tokens that draw, plain: [drawn, hidden]."""
         ...
 
 
-def run_layers(weights: Weights, ops: LayerOps[X], indices: Iterable[int]) -> torch.Tensor | None:
+def run_layers(weights: Weights, ops: LayerOps[X, A], indices: Iterable[int]) -> torch.Tensor | None:
     """The final norm's output of the tokens that draw, [drawn, hidden]; None if none does.
 
     indices: of the layers to run, in rising order and with the last; all of them, but for a rehearsal.

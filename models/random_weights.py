@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from zlib import crc32
 
 import torch
 
@@ -11,6 +12,7 @@ from baton.models.fingerprint import DUMMY_SEED, DUMMY_STD
 from baton.models.places import PlainPlace, WeightPlace
 from baton.models.quantization.recipe import Recipe
 from baton.models.quantization.rounding import quantise
+from baton.models.sources import EXPERTS
 
 
 def fill_randomly(places: Mapping[str, WeightPlace], recipes: Mapping[str, Recipe]) -> None:
@@ -18,16 +20,20 @@ def fill_randomly(places: Mapping[str, WeightPlace], recipes: Mapping[str, Recip
     that are quantised, part by part, so that no plain one takes memory.
 
     A GPU makes its own numbers, in a hundredth of the time: they differ from the CPU's. Of a tensor that ranks share
-    each draws the whole, so that together they have the numbers of one rank.
+    each draws the whole, and an expert's numbers follow from its name, so that together they have the numbers of one
+    rank.
     """
     device = next(iter(places.values())).device
-    generator = torch.Generator(device).manual_seed(DUMMY_SEED)
+    everywhere = torch.Generator(device).manual_seed(DUMMY_SEED)
+    of_expert = torch.Generator(device)
+    generator = everywhere
 
     def draw(dtype: torch.dtype, *shape: int) -> torch.Tensor:
         dtype = torch.float32 if device.type == "cpu" else dtype
         return torch.empty(shape, dtype=dtype, device=device).normal_(0.0, DUMMY_STD, generator=generator)
 
     for name, place in places.items():
+        generator = of_expert.manual_seed(crc32(name.encode())) if EXPERTS in name else everywhere
         if name in recipes:
             outputs, inputs = place.shape
             rows = partial(_rows, draw, inputs)

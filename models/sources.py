@@ -28,6 +28,8 @@ Source: TypeAlias = "StoredTensor | QuantizedSource"
 Shape: TypeAlias = "tuple[int, ...]"
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+EXPERTS = ".experts."
+"""In the names of tensors that one expert has."""
 UNUSED_SUFFIXES = (
     ".rotary_emb.inv_freq",  # of old folders: follows from the config
     *(".weight_shape", ".input_scale", ".input_scale_ub", ".input_zero_point", ".activation_scale"),
@@ -113,12 +115,15 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def log_unused(checkpoint: Checkpoint, sources: dict[str, Source], tied: bool) -> None:
-    """Tensors that the model of this config has no place for are left out, as transformers does."""
+def log_unused(checkpoint: Checkpoint, sources: dict[str, Source], tied: bool, whole: bool) -> None:
+    """Tensors that the model of this config has no place for are left out, as transformers does; whole: all experts are
+    wanted, and not only those of a rank."""
     used = {stored.name for source in sources.values() for stored in _parts(source).values()}
     unused = checkpoint.holders.keys() - used
     head = checkpoint.find(HEAD) if tied else None
     unused = {name for name in unused if not name.endswith(UNUSED_SUFFIXES) and (head is None or name != head.name)}
+    if not whole:
+        unused = {name for name in unused if EXPERTS not in name}
     if unused:
         log_event(
             logger,

@@ -98,7 +98,7 @@ def load_weights(
             tied = False
             shapes = _shapes(config, tied, rank)
             sources = find_sources(checkpoint, shapes, tied, config.quantization)
-        log_unused(checkpoint, sources, tied)
+        log_unused(checkpoint, sources, tied, whole=rank == WHOLE)
         forms = read_forms(checkpoint, sources) if keep_quantised else {}
         forms |= _forms(recipe, shapes, keep_quantised)
         weights, places = _with_room(config, tied, rank, dtype, device, forms)
