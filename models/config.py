@@ -24,6 +24,9 @@ ARCHITECTURES = tuple(FAMILIES)
 MAX_LAYERS, MAX_HEADS, MAX_HEAD_DIM, MAX_WIDTH = 4096, 1 << 14, 1 << 13, 1 << 22
 """Many times what any model has: a config.json that says more is broken, and is refused before memory is allocated."""
 
+FULL_STEP_TOKENS, MOST_STEP_TOKENS = 1024, 8192
+"""Rows with which a product computes as many a second as with more, but for 2 % (docs/benchmarks/steps.md); and the
+longest step that is aimed at."""
 SWITCHED_WINDOWS = (Windows.QWEN, Windows.QWEN_MOE, Windows.SWITCHED)
 """Which count only with `use_sliding_window`."""
 
@@ -100,6 +103,16 @@ class ModelConfig:
         if self.rope.kind == "yarn":
             return max(self.max_position_embeddings, int(self.rope.original_max_position * self.rope.factor))
         return self.max_position_embeddings
+
+    @property
+    def full_step_tokens(self) -> int:
+        """From so many tokens on a step on a GPU computes hardly more of them a second.
+
+        Experts get a part of the tokens each, and their weights are read for any number of them.
+        """
+        if self.experts is None:
+            return FULL_STEP_TOKENS
+        return min(MOST_STEP_TOKENS, FULL_STEP_TOKENS * self.experts.num_experts // self.experts.top_k)
 
     @property
     def group_size(self) -> int:

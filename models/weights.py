@@ -20,10 +20,11 @@ from pathlib import Path
 import torch
 
 from baton.kernels import GroupedLinear
+from baton.kernels.routing import expected_experts
 from baton.models.allocation import allocate
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
-from baton.models.layers import Weights
+from baton.models.layers import ExpertsMlp, ExpertsWeights, Weights
 from baton.models.partition import WHOLE, Rank
 from baton.models.places import WeightPlace
 from baton.models.quantization.layouts import QuantizedSource
@@ -112,6 +113,7 @@ def load_weights(
         _log_quantised(folder, config.quantization.method, quantised, len(places) - quantised, weights)
     elif recipe is not None:
         _log_quantised(folder, f"{recipe.kind}, at load", quantised, len(places) - quantised, weights)
+    _log_experts(weights)
     if pack:
         _pack(weights, tied)
     return weights
@@ -192,6 +194,32 @@ def _log_quantised(folder: Path, method: str, count: int, plain: int, weights: W
         plain=plain,
         products=",".join(f"{name}:{number}" for name, number in sorted(formats.items())),
         activations=str(weights.embedding.dtype).removeprefix("torch."),
+    )
+
+
+def _log_experts(weights: Weights) -> None:
+    """What a layer's experts take, and what steps of few tokens read of them."""
+    layers = [(layer.shape.mlp, layer.mlp) for layer in weights.layers if isinstance(layer.mlp, ExpertsWeights)]
+    if not layers:
+        return
+    shape, mlp = layers[0]
+    assert isinstance(shape, ExpertsMlp), "the weights are of this shape"
+    held_bytes = sum(mlp.gate_up.size_bytes + mlp.down.size_bytes for _, mlp in layers)
+    routing = shape.routing
+    read_gib = [
+        round(held_bytes * expected_experts(number, routing) / routing.num_experts / GIB, 3) for number in (1, 8, 64)
+    ]
+    log_event(
+        logger,
+        "experts",
+        layers=len(layers),
+        experts=len(shape.experts),
+        top_k=routing.top_k,
+        format=mlp.gate_up.weight_format,
+        gib=round(held_bytes / GIB, 3),
+        read_gib_1_token=read_gib[0],
+        read_gib_8_tokens=read_gib[1],
+        read_gib_64_tokens=read_gib[2],
     )
 
 

@@ -232,5 +232,6 @@ class PrefillRole:
 
 def prefill_loop(parts: Parts, settings: PrefillSettings, device: str) -> Loop:
     """The loop of a prefill worker on "cpu" or "cuda"."""
-    role = PrefillRole(parts, settings.sizes(device), settings.policy)
+    sizes = settings.sizes(device, parts.runner.config.full_step_tokens)
+    role = PrefillRole(parts, sizes, settings.policy)
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)

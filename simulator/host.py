@@ -26,6 +26,7 @@ from baton.kvtransfer.protocol.pairs import PeerTransport
 from baton.kvtransfer.store.client import NO_STORE, Store
 from baton.kvtransfer.store.events import StoreEvent
 from baton.models.batch import DeviceTime, Drawn, Row
+from baton.models.config import FULL_STEP_TOKENS
 from baton.node.counters import TransferCounters
 from baton.node.endpoint import identity_of
 from baton.node.errors import InvariantBroken
@@ -43,7 +44,6 @@ from baton.worker.loop import Loop
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
 from baton.worker.sequence import Sequence as WorkerSequence
-from baton.worker.settings import FULL_STEP_TOKENS
 
 PROXY = "proxy"
 NAMESPACE = b"simulated namespace".ljust(32, b".")
@@ -62,8 +62,9 @@ SOON_S = 1e-5
 
 
 @dataclass(frozen=True, slots=True)
-class SimVocabulary:
+class SimModel:
     vocab_size: int = VOCAB_SIZE
+    full_step_tokens: int = FULL_STEP_TOKENS
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +91,7 @@ class SimRunner:
     Each step is read before the next is launched: with no time between them, running ahead would make no difference.
     """
 
-    config = SimVocabulary()
+    config = SimModel()
     run_ahead = 0
 
     def __init__(self, profile: Profile) -> None:

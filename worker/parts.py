@@ -24,18 +24,23 @@ from baton.worker.io_thread import Command, Inbound
 from baton.worker.prefix_loading import PrefixLoader
 
 
-class Vocabulary(Protocol):
+class ModelFacts(Protocol):
     """The part of a model's configuration that a loop needs."""
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def full_step_tokens(self) -> int:
+        """See ModelConfig."""
+        ...
 
 
 class Runner(Protocol):
     """A model on a device; see models.batch."""
 
     @property
-    def config(self) -> Vocabulary: ...
+    def config(self) -> ModelFacts: ...
 
     @property
     def run_ahead(self) -> int:

@@ -9,15 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
+from baton.models.config import FULL_STEP_TOKENS
 from baton.node.addresses import ADVERTISE_HELP
 from baton.node.orphan import ORPHAN_HELP
 from baton.node.probe import PROBE_HELP
 from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
 from baton.node.settings import option
-
-FULL_STEP_TOKENS = 1024
-"""On a GPU a step of this many tokens computes as many a second as a longer one, but for 2 %
-(docs/benchmarks/steps.md)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +154,8 @@ class WorkerSettings:
         """Drafts that a step verifies for one sequence at most; 0: none."""
         return 0
 
-    def worker_sizes(self, device: str) -> WorkerSizes:
-        """The sizes on "cpu" or "cuda"."""
+    def worker_sizes(self, device: str, full_step_tokens: int = FULL_STEP_TOKENS) -> WorkerSizes:
+        """The sizes on "cpu" or "cuda", with the model's full_step_tokens."""
         return self.resolved(CPU_SIZES if device == "cpu" else CUDA_SIZES)
 
     def resolved(self, defaults: WorkerSizes) -> WorkerSizes:

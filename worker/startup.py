@@ -74,8 +74,9 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     credentials = link_credentials(role, settings.secret_file, settings.insecure_network)
     if settings.threads is not None:
         torch.set_num_threads(settings.threads)
-    folder, sizes = locate_model(settings.model, logger.info), settings.worker_sizes(device)
+    folder = locate_model(settings.model, logger.info)
     config = model_config(folder)
+    sizes = settings.worker_sizes(device, config.full_step_tokens)
     tokens = loading_grammar_tokenizer(folder / "tokenizer.json", config.vocab_size, config.eos_token_ids)
     recipe = recipe_for(settings.quantization, config)
     with tokens as tokenizer, FingerprintTask(folder, settings.load_format, device, recipe) as hashing:

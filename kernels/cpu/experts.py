@@ -26,18 +26,19 @@ def apply_experts(
     x: [N, hidden]; experts, weights: [N, top_k] of each token. gate_up and down hold the experts from number `first`
     on; the others add nothing.
     """
-    top_k = experts.shape[1]
+    top_k, held = experts.shape[1], gate_up.num_experts
     chosen = experts.flatten()
     order = chosen.argsort(stable=True)
-    tokens = order // top_k
-    counts = chosen.bincount(minlength=first + gate_up.num_experts).tolist()
-    sorted_weights = weights.flatten()[order, None]
-    added = torch.zeros(x.shape[0], down.num_outputs, dtype=torch.float32, device=x.device)
+    counts = chosen.bincount(minlength=first + held).tolist()
     begin = sum(counts[:first])
-    for index, count in enumerate(counts[first : first + gate_up.num_experts]):
-        if count:
-            rows = tokens[begin : begin + count]
-            y = down.expert(index)(activation(gate_up.expert(index)(x[rows])))
-            added.index_add_(0, rows, y.float() * sorted_weights[begin : begin + count])
-            begin += count
+    order = order[begin : begin + sum(counts[first : first + held])]
+    tokens = order // top_k
+    parts = [
+        down.expert(index)(activation(gate_up.expert(index)(rows)))
+        for index, rows in enumerate(x[tokens].split(counts[first : first + held]))
+        if len(rows)
+    ]
+    added = torch.zeros(x.shape[0], down.num_outputs, dtype=torch.float32, device=x.device)
+    if parts:
+        added.index_add_(0, tokens, torch.cat(parts).float().mul_(weights.flatten()[order, None]))
     return added.to(x.dtype)

@@ -286,6 +286,13 @@ def test_layers_without_experts(tmp_path, keys, expected):
     """Guards against experts looked for in a layer that has none, and the other way round."""
     config = read(tmp_path, PLAIN | {"architectures": ["Qwen3MoeForCausalLM"]} | keys)
     assert config.experts is not None and config.experts.layers == expected
+    assert config.full_step_tokens == 8192
+
+
+def test_a_full_step_gives_each_expert_its_rows(tmp_path):
+    """Guards the default of a prefill worker's steps."""
+    assert read(tmp_path, PLAIN).full_step_tokens == 1024
+    assert read(tmp_path, PLAIN | {"architectures": ["MixtralForCausalLM"]}).full_step_tokens == 4096
 
 
 def deepseek(**keys):

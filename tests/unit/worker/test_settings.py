@@ -38,6 +38,14 @@ def test_a_prefill_step_on_a_gpu_is_a_chunk() -> None:
     assert DecodeSettings().sizes("cuda").worker.max_num_batched_tokens == 8192
 
 
+def test_experts_want_longer_steps() -> None:
+    """Guards against steps in which experts get so few rows that reading their weights is all the work."""
+    sizes = PrefillSettings().sizes("cuda", 8192)
+    assert sizes.worker.max_num_batched_tokens == sizes.max_chunk_tokens == sizes.full_step_tokens == 8192
+    assert PrefillSettings().sizes("cpu", 8192) == PrefillSettings().sizes("cpu")
+    assert PrefillSettings(max_chunk_tokens=1024).sizes("cuda", 8192).max_chunk_tokens == 1024
+
+
 @pytest.mark.parametrize("option", ["--block-tokens", "--max-num-seqs", "--num-blocks", "--max-model-len", "--threads"])
 def test_a_size_of_zero_is_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against 0 as a special value: a size left to the device is not given at all."""

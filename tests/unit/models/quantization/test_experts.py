@@ -97,3 +97,11 @@ def test_experts_are_quantised_while_they_are_loaded(name, width, kept, load_for
     ranks = [load(folder, **options, keep_quantised=True, rank=Rank(index, 2)) for index in range(2)]
     assert torch.equal(torch.cat([numbers(rank.down) for rank in ranks]), numbers(plain.down))
     assert torch.equal(torch.cat([numbers(rank.gate_up) for rank in ranks]), numbers(plain.gate_up))
+
+
+def test_what_experts_take_is_logged(make_model, caplog):
+    """Guards the figures that an operator sizes a GPU by."""
+    caplog.set_level("INFO")
+    load(make_model("qwen3_moe", **EXPERTS).folder, load_format="dummy")
+    (line,) = [line for line in caplog.messages if line.startswith("experts ")]
+    assert line.startswith("experts layers=1 experts=4 top_k=2 format=dense gib=0 ")
