@@ -58,11 +58,10 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
     longest = longest_known(settings.max_model_len, config)
     config = config.up_to(longest)
     try:
-        runner = _load(settings, sizes, folder, config, longest)
+        runner, weights_bytes = _load(settings, sizes, folder, config, longest)
         layout = layout_of(config, runner.kv_format, sizes.block_tokens)
         padding = unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes)
         layout = replace(layout, padding_bytes=padding)
-        weights_bytes = sum(runner.weights.size_bytes.values())
         pool = DevicePool(layout, _pool_blocks(settings, sizes, layout, weights_bytes), index)
         max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
         began_at, (free_bytes, _) = time.monotonic(), torch.cuda.mem_get_info(index)
@@ -92,7 +91,10 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
     )
 
 
-def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int) -> CudaRunner:
+def _load(
+    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int
+) -> tuple[CudaRunner, int]:
+    """And the bytes of its weights."""
     began_at = time.monotonic()
     weights = load_weights(
         config,
@@ -116,7 +118,8 @@ def _load(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: Mo
     )
     limits = StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)
-    return CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format)
+    runner = CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format)
+    return runner, sum(sizes_bytes.values())
 
 
 def _checksums(sizes: WorkerSizes, role: Role, runner: CudaRunner, pool: DevicePool) -> StepChecksums:

@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
     num_blocks = max(sum(map(blocks_for, contexts)) for contexts in cells.values()) + 8
     max_rows, longest = max(map(len, cells.values())), max(map(max, cells.values())) + 1
     limits = StepLimits(max_rows, 2048, options.run_ahead, options.deterministic)
-    config, runners = make_runners(lines, options.shape, given_formats(options), limits, num_blocks, longest)
+    config, weights, runners = make_runners(lines, options.shape, given_formats(options), limits, num_blocks, longest)
     profiled: list[step_breakdown.Profiled] = []
     for (name, contexts), ((quantization, kv_dtype), (pool, runner)) in product(cells.items(), runners.items()):
         values = {"rows": len(contexts), "context": max(contexts), "quantization": quantization, "kv_dtype": kv_dtype}
@@ -134,7 +134,11 @@ def main(argv: Sequence[str]) -> int:
         )
         if ceilings is not None:
             floors = step_breakdown.floors_s(
-                config, runner.weights, pool.key_bytes, [DecodeBatch(contexts, pool.num_blocks, 1).rows()], ceilings
+                config,
+                weights[quantization],
+                pool.key_bytes,
+                [DecodeBatch(contexts, pool.num_blocks, 1).rows()],
+                ceilings,
             )
             steps = DecodeBatch(contexts, pool.num_blocks, step_breakdown.PASSES)
             values = {"what": "decode_breakdown", **values}

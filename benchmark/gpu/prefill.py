@@ -113,7 +113,7 @@ def main(argv: Sequence[str]) -> int:
     longest, most = max(tokens for _, tokens in cells) + 1, max(prompts for prompts, _ in cells)
     num_blocks = max(prompts * -(-tokens // BLOCK_TOKENS) for prompts, tokens in cells) + 8
     limits = StepLimits(max(most, SCORED_ROWS), options.budget)
-    config, runners = make_runners(lines, options.shape, given_formats(options), limits, num_blocks, longest)
+    config, weights, runners = make_runners(lines, options.shape, given_formats(options), limits, num_blocks, longest)
     profiled: list[step_breakdown.Profiled] = []
     for (prompts, tokens), ((quantization, kv_dtype), (pool, runner)) in product(cells, runners.items()):
         batches = steps(prompts, tokens, options.budget, pool.num_blocks)
@@ -135,7 +135,7 @@ def main(argv: Sequence[str]) -> int:
         if ceilings is not None:
             values = {"what": "prefill_breakdown", "prompts": prompts, "tokens": tokens, "budget": options.budget}
             values |= {"quantization": quantization, "kv_dtype": kv_dtype}
-            floors = step_breakdown.floors_s(config, runner.weights, pool.key_bytes, batches, ceilings)
+            floors = step_breakdown.floors_s(config, weights[quantization], pool.key_bytes, batches, ceilings)
             profiled.append(step_breakdown.Profiled(values, partial(run, runner, batches), took * 1e3, floors))
     if ceilings is not None:
         step_breakdown.report(lines, runner.queue, profiled)

@@ -127,18 +127,23 @@ def make_runners(
     limits: StepLimits,
     num_blocks: int,
     longest: int,
-) -> tuple[ModelConfig, dict[tuple[str, str], tuple[RandomKv, CudaRunner]]]:
-    """Of the shape in each of the formats, of weights and of KV; those of one format have one memory for it."""
+) -> tuple[ModelConfig, dict[str, Weights], dict[tuple[str, str], tuple[RandomKv, CudaRunner]]]:
+    """The shape's config, its weights by format, and a runner for each of the formats, of weights and of KV; those of
+    one format have one memory for it."""
     config = ModelConfig.from_folder(SHAPES / shape)
     weights = {name: load_shape(lines, shape, name)[1] for name in dict.fromkeys(of for of, _ in formats)}
     pools = {name: random_pool(config, num_blocks, name) for name in dict.fromkeys(of for _, of in formats)}
-    return config, {
-        (of_weights, of_kv): (
-            pools[of_kv],
-            make_runner(lines, config, weights[of_weights], limits, pools[of_kv], longest),
-        )
-        for of_weights, of_kv in formats
-    }
+    return (
+        config,
+        weights,
+        {
+            (of_weights, of_kv): (
+                pools[of_kv],
+                make_runner(lines, config, weights[of_weights], limits, pools[of_kv], longest),
+            )
+            for of_weights, of_kv in formats
+        },
+    )
 
 
 def make_runner(

@@ -1,26 +1,62 @@
-"""Which kernel attends for parts of prompts: Hopper's, where it can, else the portable one. Chosen once for a pool.
+"""Which kernels attend: one for rows of one new token; for parts of prompts Hopper's, where it can, else the portable one.
 
-Over 8-bit floats both are slow, since each tile would be widened again for each head and each piece of a prompt: the
+The choice is made once for a pool, by how the layers attend, whoever computes the rest of a layer. Over 8-bit floats both are slow, since each tile would be widened again for each head and each piece of a prompt: the
 context of a step is widened once a layer, into memory of its own.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
 from baton.kernels.triton import prefill_attention
+from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
+from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.step_inputs import StepInputs
 from baton.kernels.triton.widen import widen_context
 from baton.models.config import ModelConfig
-from baton.models.cuda.decoder import Attend
 from baton.models.cuda.queue import Queue
-from baton.models.layers import describe
+from baton.models.layers import GroupedAttention, describe
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
+"""attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
 
 ITEMS_A_MULTIPROCESSOR = 2
 """Up to so many items of the work list a program each is faster than programs that take items from a counter."""
+
+
+def attend_rows(
+    shapes: Sequence[GroupedAttention],
+    pool: PagedPool,
+    inputs: StepInputs,
+    plan: DecodePlan,
+    scratch: DecodeScratch,
+    pdl: bool,
+) -> Attend:
+    """Attention of one new token a row; shapes: of each layer."""
+
+    def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+        shape = shapes[layer]
+        decode_attention(
+            query,
+            pool,
+            layer,
+            inputs.tables,
+            inputs.lengths,
+            plan,
+            scratch,
+            out,
+            window=shape.window,
+            scale=shape.scores.scale,
+            softcap=shape.scores.softcap,
+            pdl=pdl,
+        )
+
+    return attend
 
 
 class ChunkAttention(Protocol):

@@ -15,7 +15,7 @@ import torch
 
 from baton.kernels import Linear
 from baton.kernels.triton.activation import gelu_tanh_and_mul
-from baton.kernels.triton.decode_attention import DecodeScratch, decode_attention
+from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
 from baton.kernels.triton.norm import add_rms_norm, rms_norm
@@ -23,15 +23,13 @@ from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
+from baton.models.cuda.attention import Attend, attend_rows
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, shape_of
 from baton.models.families import SILU
 from baton.models.layers import DenseMlpWeights, LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken
-
-Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
-"""attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +84,9 @@ class _Step:
 
 
 class DeviceDecoder:
-    """One model's forward over one pool."""
+    """One model's forward over one pool: the StepDecoder of all models that models.layers describes."""
+
+    captured = True
 
     def __init__(
         self, config: ModelConfig, weights: Weights, policy: Policy, max_tokens: int, max_drawn: int, max_len: int
@@ -106,6 +106,10 @@ class DeviceDecoder:
         ]
         self._pool: PagedPool | None = None
         self._indices: Sequence[int] = range(len(weights.layers))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._weights.embedding.dtype
 
     def bind_pool(self, pool: PagedPool) -> None:
         self._pool = pool
@@ -129,26 +133,8 @@ class DeviceDecoder:
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
         """Attention of one new token a row."""
-        pool, layers = self._bound(), self._weights.layers
-
-        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
-            shape = layers[layer].shape.attention
-            decode_attention(
-                query,
-                pool,
-                layer,
-                inputs.tables,
-                inputs.lengths,
-                plan,
-                scratch,
-                out,
-                window=shape.window,
-                scale=shape.scores.scale,
-                softcap=shape.scores.softcap,
-                pdl=pdl,
-            )
-
-        return attend
+        shapes = [layer.shape.attention for layer in self._weights.layers]
+        return attend_rows(shapes, self._bound(), inputs, plan, scratch, pdl)
 
     def last_logits(self, num_rows: int) -> torch.Tensor:
         """[num_rows, vocab] of the step that ran last, valid until the next runs."""

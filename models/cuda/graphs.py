@@ -8,10 +8,12 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Callable
 
-from baton.models.cuda.queue import Queue, Work
+from baton.models.cuda.queue import Work
 from baton.models.weights import Progress
 
 Body = Callable[[int, int], Work]
+Capture = Callable[[Work], Work]
+"""As Queue.capture."""
 SMALL_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)
 LARGE_STEP = 64
 
@@ -34,8 +36,8 @@ def lengths_up_to(max_tokens: int, first: int, factor: int) -> tuple[int, ...]:
 class DecodeGraphs:
     """Captured decode steps by number of rows and length."""
 
-    def __init__(self, queue: Queue, sizes: tuple[int, ...], lengths: tuple[int, ...], body: Body) -> None:
-        self._queue = queue
+    def __init__(self, capture: Capture, sizes: tuple[int, ...], lengths: tuple[int, ...], body: Body) -> None:
+        self._capture = capture
         self._sizes, self._lengths = sizes, lengths
         self._body = body
         self._graphs: dict[tuple[int, int], Work] = {}
@@ -44,7 +46,7 @@ class DecodeGraphs:
         """Largest first, so that the memory of its run serves the others; on_progress counts graphs."""
         wanted = [(size, length) for length in reversed(self._lengths) for size in reversed(self._sizes)]
         for number, key in enumerate(wanted, 1):
-            self._graphs[key] = self._queue.capture(self._body(*key))
+            self._graphs[key] = self._capture(self._body(*key))
             on_progress(number, len(wanted))
 
     def size_for(self, num_rows: int) -> int:

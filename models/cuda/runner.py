@@ -1,6 +1,6 @@
 """One model on one GPU: launches steps that run ahead of the host, and reads them later.
 
-    runner = CudaRunner(config, weights, queue, limits)      # weights and activations have their place now
+    runner = CudaRunner(config, weights, queue, limits, max_len)  # weights and activations have their place now
     runner.bind_pool(pool, max_model_len, on_progress)       # compiles and captures the decode steps
     launched = runner.launch(rows); ...; launched.read()     # see models.batch
 
@@ -35,6 +35,7 @@ from baton.models.cuda.launched import LaunchedStep, ScoredPart, StepMarks, Step
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from baton.models.cuda.queue import ALIGNED, Queue, QueueMark, Upload, Work, aligned
 from baton.models.cuda.slots import Slots, SlotSampler
+from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.kv_format import KvFormat
 from baton.models.layers import Weights
 from baton.models.sampling_rules import EVERYTHING
@@ -77,30 +78,35 @@ class CudaRunner:
     def __init__(
         self,
         config: ModelConfig,
-        weights: Weights,
+        model: Weights | StepDecoder,
         queue: Queue,
         limits: StepLimits,
         max_len: int,
         policy: Policy | None = None,
         kv_format: KvFormat | None = None,
     ) -> None:
-        """max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
+        """model: weights that run by the kernels here, or what computes steps in another way, with room for the limits.
+        max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
         default keys and values are of the weights' dtype."""
-        _check_supported(config)
-        self.config, self.weights = config, weights
-        self.kv_format = kv_format or KvFormat.plain(weights.embedding.dtype)
-        self.kv_dtype = self.kv_format.dtype
+        check_supported(config)
+        self.config = config
         self.run_ahead = limits.run_ahead
         self.queue, self._limits = queue, limits
         policy = policy or (invariant if limits.deterministic else fastest)
         rows = limits.max_rows
         self._most_tokens = max(limits.max_tokens, rows)
-        self._decoder = DeviceDecoder(config, weights, policy, self._most_tokens, rows, max_len)
+        self._decoder: StepDecoder = (
+            DeviceDecoder(config, model, policy, self._most_tokens, rows, max_len)
+            if isinstance(model, Weights)
+            else model
+        )
+        dtype = self._decoder.dtype
+        self.kv_format = kv_format or KvFormat.plain(dtype)
+        self.kv_dtype = self.kv_format.dtype
         self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
         self._widened = None  # with the weights and activations, since the pool is planned from what these leave
         if self.kv_format.quantised and not limits.deterministic:
             token_elements = 2 * config.num_kv_heads * config.head_dim
-            dtype = weights.embedding.dtype
             most = WIDENED_BYTES // dtype.itemsize // token_elements
             tokens = min(most, rows * aligned(max_len, WIDENED_TOKENS))
             self._widened = torch.zeros(tokens * token_elements, dtype=dtype, device=queue.device)
@@ -156,8 +162,8 @@ class CudaRunner:
                 config.head_dim,
                 device,
             ),
-            graphs=DecodeGraphs(self.queue, sizes, lengths, self._decode_body),
-            edited=DecodeGraphs(self.queue, sizes, (max_model_len,), self._edited_body),
+            graphs=DecodeGraphs(self._capture_step, sizes, lengths, self._decode_body),
+            edited=DecodeGraphs(self.queue.capture, sizes, (max_model_len,), self._edited_body),
             both=torch.zeros(3, self._most_tokens, dtype=torch.int32, device=device),
             chunk_steps=[],
         )
@@ -450,12 +456,16 @@ class CudaRunner:
         finally:
             self._results[:] = results  # a step that failed holds one
 
+    def _capture_step(self, work: Work) -> Work:
+        """A decode step as one launch, where the model can be captured."""
+        return self.queue.capture(work) if self._decoder.captured else work
+
     def _capture(self, bound: _Bound, on_progress: Progress) -> None:
         """In place of what was captured before."""
         bound.upload.send((self._header([]),))  # captures run on padding alone
         bound.graphs.capture_all(on_progress)
         bound.edited.capture_all(no_progress)
-        bound.chunk_steps[:] = self._capture_chunks(bound)
+        bound.chunk_steps[:] = self._capture_chunks(bound) if self._decoder.captured else ()
 
     def _capture_chunks(self, bound: _Bound) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
@@ -553,7 +563,8 @@ def decodes(row: Row) -> bool:
     return row.num_new == 1 and row.draw is not None and row.draw.num_generated > 0
 
 
-def _check_supported(config: ModelConfig) -> None:
+def check_supported(config: ModelConfig) -> None:
+    """Raises SettingsError for what no kernel here computes, such as heads of some sizes."""
     if config.experts is not None:
         raise SettingsError(f"{config.architecture}: models with experts run on a CPU only so far")
     if config.head_dim % 16 or config.head_dim > 256:

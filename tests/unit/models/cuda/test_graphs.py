@@ -26,7 +26,7 @@ def test_every_step_has_a_graph(max_rows, max_tokens):
     sizes, lengths = sizes_up_to(max_rows), lengths_up_to(max_tokens, 2048, 4)
     assert list(sizes) == sorted(set(sizes)) and sizes[-1] == max_rows
     assert list(lengths) == sorted(set(lengths)) and lengths[-1] == max_tokens
-    graphs = DecodeGraphs(LateQueue(), sizes, lengths, lambda *_: lambda: None)
+    graphs = DecodeGraphs(LateQueue().capture, sizes, lengths, lambda *_: lambda: None)
     for rows in range(1, max_rows + 1):
         assert rows <= graphs.size_for(rows) < max(2 * rows, rows + 65)
 
@@ -34,7 +34,7 @@ def test_every_step_has_a_graph(max_rows, max_tokens):
 def test_the_graph_that_runs_is_the_smallest_that_holds_the_step():
     """Guards against a graph for shorter rows than the step has: their last tokens would not be seen."""
     ran: list[tuple[int, int]] = []
-    graphs = DecodeGraphs(LateQueue(), (1, 4, 8), (10, 100), lambda *key: lambda: ran.append(key))
+    graphs = DecodeGraphs(LateQueue().capture, (1, 4, 8), (10, 100), lambda *key: lambda: ran.append(key))
     seen: list[tuple[int, int]] = []
     graphs.capture_all(lambda done, total: seen.append((done, total)))
     assert ran[0] == (8, 100) and len(ran) == 6 and seen[-1] == (6, 6)
