@@ -20,6 +20,7 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.fallback.config import model_config
 from baton.models.kv_scales import kv_format_of
 from baton.models.weights import load_weights
 from baton.node.addresses import ListenHost
@@ -54,11 +55,13 @@ def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folde
     if index >= torch.cuda.device_count():
         raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
     torch.cuda.set_device(index)
-    config = ModelConfig.from_folder(folder)
+    config = model_config(folder)
     longest = longest_known(settings.max_model_len, config)
     config = config.up_to(longest)
     try:
-        runner, weights_bytes = _load(settings, sizes, folder, config, longest)
+        load = _load_fallback if config.through else _load
+        runner, weights_bytes = load(settings, sizes, folder, config, longest)
+        config = runner.config
         layout = layout_of(config, runner.kv_format, sizes.block_tokens)
         padding = unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes)
         layout = replace(layout, padding_bytes=padding)
@@ -120,6 +123,31 @@ def _load(
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)
     runner = CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format)
     return runner, sum(sizes_bytes.values())
+
+
+def _load_fallback(
+    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, config: ModelConfig, longest: int
+) -> tuple[CudaRunner, int]:
+    """As `_load`, of a model that runs through transformers."""
+    if settings.deterministic:
+        raise SettingsError(f"--deterministic: {config.architecture} runs through transformers, whose sums vary")
+    recipe_for(settings.quantization, config)
+    # The library is large, and optional: it is imported where a model needs it.
+    from baton.models.fallback.device_loader import load_on_device
+
+    began_at, dtype, queue = time.monotonic(), DTYPES[settings.dtype], CudaQueue(settings.gpu)
+    limits = StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, settings.run_ahead)
+    most_tokens = max(limits.max_tokens, limits.max_rows)
+    config, decoder = load_on_device(config, folder, dtype, settings.load_format, queue, most_tokens, limits.max_rows)
+    log_event(
+        logger,
+        "weights_loaded",
+        took_s=round(time.monotonic() - began_at, 1),
+        weights_gib=_gib(decoder.size_bytes),
+        formats=f"dense:{_gib(decoder.size_bytes)}",
+    )
+    kv_format = kv_format_of(settings.kv_dtype, config, folder, dtype, settings.load_format)
+    return CudaRunner(config, decoder, queue, limits, longest, kv_format=kv_format), decoder.size_bytes
 
 
 def _checksums(sizes: WorkerSizes, role: Role, runner: CudaRunner, pool: DevicePool) -> StepChecksums:

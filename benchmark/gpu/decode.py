@@ -19,7 +19,15 @@ from itertools import islice, product
 import torch
 
 from baton.benchmark.gpu import step_breakdown
-from baton.benchmark.gpu.runners import BLOCK_TOKENS, add_quantization, chat_lengths, given_formats, make_runners
+from baton.benchmark.gpu.runners import (
+    BLOCK_TOKENS,
+    PLAIN,
+    add_quantization,
+    chat_lengths,
+    given_formats,
+    make_fallback,
+    make_runners,
+)
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
@@ -29,6 +37,7 @@ from baton.node.messages.control import SamplingSpec
 CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"
 WARM_STEPS, STEPS = 5, 25
 SLEEP_CYCLES = 4_000_000  # about 2 ms
+FALLBACK = "fallback"
 GREEDY = SamplingSpec(max_tokens=1 << 20, temperature=0.0)
 
 
@@ -107,6 +116,9 @@ def main(argv: Sequence[str]) -> int:
         "--deterministic", action="store_true", help="kernels whose result does not depend on the batch"
     )
     add_quantization(parser)
+    parser.add_argument(
+        "--fallback", action="store_true", help="the shape through transformers too, in turns; the line says fallback"
+    )
     parser.add_argument("--breakdown", action="store_true", help="where the time of a step goes, beside its floors")
     parser.add_argument("--launches", action="store_true", help="with --breakdown: each launch of a step, too")
     options = parser.parse_args(argv)
@@ -117,6 +129,10 @@ def main(argv: Sequence[str]) -> int:
     max_rows, longest = max(map(len, cells.values())), max(map(max, cells.values())) + 1
     limits = StepLimits(max_rows, 2048, options.run_ahead, options.deterministic)
     config, weights, runners = make_runners(lines, options.shape, given_formats(options), limits, num_blocks, longest)
+    if options.fallback:
+        pool = next(iter(runners.values()))[0]
+        runners[FALLBACK, PLAIN] = pool, make_fallback(lines, options.shape, limits, pool, longest)
+        weights[FALLBACK] = weights[PLAIN]  # as many bytes
     profiled: list[step_breakdown.Profiled] = []
     for (name, contexts), ((quantization, kv_dtype), (pool, runner)) in product(cells.items(), runners.items()):
         values = {"rows": len(contexts), "context": max(contexts), "quantization": quantization, "kv_dtype": kv_dtype}

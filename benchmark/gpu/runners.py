@@ -6,6 +6,7 @@ import argparse
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from itertools import product
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.memory import GIB, unit_padding
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.step_decoder import StepDecoder
+from baton.models.fallback.config import described
+from baton.models.folder import JsonObject
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
 from baton.models.layers import Weights
@@ -146,8 +150,32 @@ def make_runners(
     )
 
 
+def make_fallback(lines: JsonLines, shape: str, limits: StepLimits, pool: RandomKv, longest: int) -> CudaRunner:
+    """The shape with random weights through transformers, whatever runs it natively."""
+    from baton.models.fallback.device_loader import load_on_device  # needs the library, which is optional
+
+    folder, queue, began_at = SHAPES / shape, CudaQueue(0), time.monotonic()
+    read = JsonObject.from_file(folder / "config.json")
+    config = described(read, folder, f"{shape} by", f"transformers {version('transformers')}")
+    most_tokens = max(limits.max_tokens, limits.max_rows)
+    config, model = load_on_device(config, folder, torch.bfloat16, "dummy", queue, most_tokens, limits.max_rows)
+    lines.put(
+        "start",
+        shape=shape,
+        through=config.through,
+        captured=model.captured,
+        weights_s=round(time.monotonic() - began_at, 2),
+    )
+    return make_runner(lines, config, model, limits, pool, longest)
+
+
 def make_runner(
-    lines: JsonLines, config: ModelConfig, weights: Weights, limits: StepLimits, pool: RandomKv, longest: int
+    lines: JsonLines,
+    config: ModelConfig,
+    weights: Weights | StepDecoder,
+    limits: StepLimits,
+    pool: RandomKv,
+    longest: int,
 ) -> CudaRunner:
     """Writes how long the capture took."""
     runner = CudaRunner(config, weights, CudaQueue(0), limits, longest, kv_format=pool.format)

@@ -1,7 +1,9 @@
-"""Which kernels attend: one for rows of one new token; for parts of prompts Hopper's, where it can, else the portable one.
+"""Which kernels attend: one for rows of a token each; for parts of prompts Hopper's where it can, else a portable one.
 
-The choice is made once for a pool, by how the layers attend, whoever computes the rest of a layer. Over 8-bit floats both are slow, since each tile would be widened again for each head and each piece of a prompt: the
-context of a step is widened once a layer, into memory of its own.
+The choice is made once for a pool, by how layers attend, whatever computes the rest of them.
+
+Over 8-bit floats both kernels for prompts are slow, since each tile would be widened again for each head and each piece
+of a prompt: the context of a step is widened once a layer, into memory of its own.
 """
 
 from __future__ import annotations

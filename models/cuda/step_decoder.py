@@ -52,7 +52,7 @@ class StepDecoder(Protocol):
         attend: Attend,
         drawn: torch.Tensor,
     ) -> None:
-        """Logits of the tokens number `drawn` (int32) of a step become `last_logits`; the other arrays are int32 [N]."""
+        """Logits of the tokens number `drawn` (int32) become `last_logits`; the other arrays are int32 [N]."""
         ...
 
     def prefill_scored(

@@ -53,13 +53,18 @@ def _through_transformers(config: JsonObject, folder: Path, native: UnsupportedM
         raise SettingsError(f"{config.where}: quantised weights of {native.architecture} are not read; {native}")
     if not config.has("vocab_size"):  # its parts have their own: images, speech, an encoder
         raise native
+    return described(config, folder, native.architecture, f"transformers {library}")
+
+
+def described(config: JsonObject, folder: Path, architecture: str, through: str) -> ModelConfig:
+    """Of any decoder, as far as its config.json says in names that are common."""
     num_heads = config.integer(_first(config, HEADS), most=MAX_HEADS)
     width = config.integer(_first(config, WIDTH), most=MAX_WIDTH)
     num_layers = config.integer(_first(config, LAYERS), most=MAX_LAYERS)
     head_dim = config.integer("head_dim", max(1, width // num_heads), most=MAX_HEAD_DIM)
     return ModelConfig(
-        architecture=excerpt(native.architecture, 80),
-        through=f"transformers {library}",
+        architecture=excerpt(architecture, 80),
+        through=through,
         vocab_size=config.integer("vocab_size", most=MAX_VOCAB_SIZE),
         hidden_size=width,
         num_layers=num_layers,

@@ -110,6 +110,15 @@ def small_kernels(pdl: bool) -> None:
     )
 
 
+def keys_and_values() -> None:
+    from baton.kernels.triton.kv_write import kv_write
+
+    slots = empty(8, dtype=torch.int32)
+    kv_write(empty(8, 8, 128), empty(8, 8, 128), slots, pool(8, 64, 128), 3)
+    scaled = pool(16, 64, 192, torch.float8_e4m3fn, "token")
+    kv_write(empty(8, 16, 192), empty(8, 16, 128), slots, scaled, 3)
+
+
 def activations_in_codes(run: int) -> None:
     from baton.kernels.triton import activation, norm, quantise
 
@@ -456,6 +465,7 @@ WHOLE, PARTS, DEEP, DEEPEST = (16, 3), (40, 5, 4), (40, 7, 4), (40, 9, 4)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
+    "keys_and_values": keys_and_values,
     "codes_of_rows": lambda: activations_in_codes(0),
     "codes_of_runs": lambda: activations_in_codes(128),
     "blocks": whole_blocks,

@@ -4,115 +4,30 @@ A handful runs always; all of them with BATON_ALL_FAMILIES set, as once a week.
 """
 
 import json
-import os
 
 import pytest
 import torch
-import transformers
 from safetensors.torch import save_file
 
 from baton.models.check import check
 from baton.models.cpu.runner import ModelRunner
 from baton.models.fallback import config as fallback_config
 from baton.node.errors import SettingsError
-
-SHAPE = {
-    "vocab_size": 131,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 7,
-}
-EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48}
-LATENT = {
-    "q_lora_rank": None,
-    "kv_lora_rank": 16,
-    "qk_nope_head_dim": 16,
-    "qk_rope_head_dim": 8,
-    "v_head_dim": 12,
-    "n_routed_experts": 4,
-    "n_group": 2,
-    "topk_group": 1,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 48,
-    "first_k_dense_replace": 1,
-    "num_key_value_heads": 4,
-}
-ALWAYS = {
-    "gpt2": {},
-    "opt": {},
-    "olmo2": {},
-    "olmoe": EXPERTS,
-    "deepseek_v3": LATENT,
-}
-"""Learned positions; other positions; other norms; experts; latent attention, whose values are narrower than keys."""
-PLAIN: dict[str, object] = {}
-OTHERS = {
-    "biogpt": PLAIN,
-    "codegen": {"rotary_dim": 8},
-    "cohere2": PLAIN,
-    "deepseek_v2": LATENT | {"topk_method": "group_limited_greedy"},
-    "ernie4_5": PLAIN,
-    "exaone4": PLAIN,
-    "glm4": PLAIN,
-    "glm4_moe": PLAIN,
-    "gpt_bigcode": PLAIN,
-    "gpt_neox": PLAIN,
-    "gptj": {"rotary_dim": 8},
-    "granite": {"attention_multiplier": 0.3, "logits_scaling": 2.0, "residual_multiplier": 0.7},
-    "nemotron": PLAIN,
-    "olmo3": PLAIN,
-    "persimmon": PLAIN,
-    "phi": PLAIN,
-    "phimoe": PLAIN,
-    "smollm3": PLAIN,
-    "stablelm": PLAIN,
-    "starcoder2": PLAIN,
-}
-REFUSED_ALWAYS = {
-    "bloom": "0 of its 3 layers attend",
-    "minimax": "of its 3 layers attend",
-    "falcon_h1": "in chunks gives other logits",
-    "gpt_oss": "attention sinks",
-}
-REFUSED_OTHERS = (
-    "bamba",
-    "falcon",
-    "granitemoehybrid",
-    "jamba",
-    "mamba",
-    "mpt",
-    "nemotron_h",
-    "qwen3_next",
-    "recurrent_gemma",
-    "rwkv",
-    "xglm",
+from baton.tests.unit.models.fallback.families import (
+    ALWAYS,
+    OTHERS,
+    REFUSED_ALWAYS,
+    REFUSED_OTHERS,
+    SMALL_MAMBA,
+    make_folder,
+    weekly,
 )
-
-weekly = pytest.mark.skipif("BATON_ALL_FAMILIES" not in os.environ, reason="BATON_ALL_FAMILIES is not set")
 
 
 @pytest.fixture
 def make(tmp_path):
     """make(family, **config) saves a random model; gives its folder and transformers' own."""
-
-    def make(family, **config):
-        torch.manual_seed(11)
-        described = transformers.AutoConfig.for_model(family, **SHAPE | config)
-        described._attn_implementation = "eager"
-        model = transformers.AutoModelForCausalLM.from_config(described).eval()
-        for name, parameter in model.named_parameters():
-            spread = torch.randn_like(parameter) * 0.2
-            parameter.data = 1 + spread if "norm" in name else spread
-        model.save_pretrained(tmp_path)
-        return tmp_path, model
-
-    return make
+    return lambda family, **config: (tmp_path, make_folder(tmp_path, family, **config))
 
 
 def check_tokens(made, sequences, prompt):
@@ -142,8 +57,32 @@ def test_tokens_of_other_families_equal_transformers(family, make, sequences, pr
 @pytest.mark.parametrize("family", REFUSED_ALWAYS)
 def test_state_outside_of_attention_is_refused(family, make):
     """Guards against wrong answers without an error: each of these runs, and gives other logits over the pool."""
-    folder, _ = make(family)
+    folder, _ = make(family, **SMALL_MAMBA if family == "falcon_h1" else {})
     with pytest.raises(SettingsError, match=REFUSED_ALWAYS[family]):
+        ModelRunner.load(folder)
+
+
+def test_rounding_does_not_hide_state_outside_of_attention(make):
+    """Guards the tolerance of a trial in bfloat16, which is that of the model's own rounding."""
+    folder, _ = make("falcon_h1", **SMALL_MAMBA)
+    with pytest.raises(SettingsError, match="in chunks gives other logits"):
+        ModelRunner.load(folder, dtype="bfloat16")
+
+
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        LONGROPE | {"factor": 4.0, "short_factor": [1.0] * 8, "long_factor": [2.0] * 8},
+    ],
+)
+def test_a_rope_that_follows_the_longest_sequence_is_refused(make, rope):
+    """Guards against a long neighbour that changes a short sequence: no trial of short prompts sees it."""
+    folder, _ = make("olmo2", rope_parameters=rope)
+    with pytest.raises(SettingsError, match=f"its rope .{rope['rope_type']}. follows the longest sequence"):
         ModelRunner.load(folder)
 
 
