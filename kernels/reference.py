@@ -80,7 +80,7 @@ def write_kv(slots: torch.Tensor, slot_ids: torch.Tensor, kv: torch.Tensor) -> N
     """Puts keys and values into the pool: slots[slot_ids[n, i]] = kv[n, i].
 
     slots: the pool as [num_blocks * KH * layers * 2 * block_tokens, D]; slot_ids int64 [N, 2, KH] and kv
-    [N, 2, KH * D], keys and values.
+    [N, 2, KH * D], keys and values; or one of each where the pool has one plane.
     """
     slots[slot_ids] = kv.to(slots.dtype).unflatten(-1, slot_ids.shape[2:] + slots.shape[1:])
 

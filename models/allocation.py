@@ -23,6 +23,8 @@ from baton.models.layers import (
     ExpertsMlp,
     ExpertsWeights,
     GroupedAttention,
+    LatentAttention,
+    LatentWeights,
     LayerWeights,
     Mlp,
     Weights,
@@ -59,7 +61,11 @@ def allocate(
     for index, shape in enumerate(describe(config, rank)):
         layer = f"model.layers.{index}."
         input_norm = memory.norm(f"{layer}input_layernorm.weight", config.hidden_size)
-        attention = _grouped_attention(memory, f"{layer}self_attn.", shape.attention)
+        attention: AttentionWeights | LatentWeights
+        if isinstance(shape.attention, LatentAttention):
+            attention = _latent_attention(memory, f"{layer}self_attn.", shape.attention)
+        else:
+            attention = _grouped_attention(memory, f"{layer}self_attn.", shape.attention)
         mlp: Mlp
         if isinstance(shape.mlp, ExpertsMlp):
             assert config.experts is not None, "the description follows from it"
@@ -196,6 +202,27 @@ def _grouped_attention(memory: _Memory, prefix: str, shape: GroupedAttention) ->
     heads = shape.num_heads, shape.num_kv_heads
     norms = memory.head_norms(prefix, *heads, config.head_dim) if shape.head_norms else None
     return AttentionWeights(qkv, norms, memory.linear(prefix, [("o_proj", memory.hidden)], query, shape.o_bias))
+
+
+def _latent_attention(memory: _Memory, prefix: str, shape: LatentAttention) -> LatentWeights:
+    """Latents are made whole on each rank; what is made of them, of its heads."""
+    dims, rank, total = shape.dims, memory.rank, memory.config.num_heads
+    heads = WeightCut(total, rank.share(total, "query heads"))
+    queries, made_of = heads.times(dims.query_dim), ("kv_a_proj_with_mqa", WeightCut.whole(dims.row_dim))
+    query, query_norm = None, None
+    if dims.query_rank is None:
+        qkv = memory.linear(prefix, [("q_proj", queries), made_of], memory.hidden, False)
+    else:
+        latent = WeightCut.whole(dims.query_rank)
+        qkv = memory.linear(prefix, [("q_a_proj", latent), made_of], memory.hidden, False)
+        query_norm = memory.norm(f"{prefix}q_a_layernorm.weight", dims.query_rank)
+        query = memory.linear(prefix, [("q_b_proj", queries)], latent, False)
+    latent_norm = memory.norm(f"{prefix}kv_a_layernorm.weight", dims.latent_dim)
+    up = heads.times(dims.plain_dim + dims.value_dim)
+    kv_up = memory.empty(len(up.part), dims.latent_dim)
+    memory.put(f"{prefix}kv_b_proj.weight", PlainPlace(kv_up, (up, WeightCut.whole(dims.latent_dim))))
+    o = memory.linear(prefix, [("o_proj", memory.hidden)], heads.times(dims.value_dim), False)
+    return LatentWeights(qkv, query_norm, query, latent_norm, kv_up.view(shape.num_heads, -1, dims.latent_dim), o)
 
 
 def _dense_mlp(memory: _Memory, prefix: str, shape: DenseMlp, width: int) -> DenseMlpWeights:

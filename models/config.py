@@ -13,8 +13,9 @@ from pathlib import Path
 from baton.models.experts_config import ExpertsConfig, read_experts
 from baton.models.families import FAMILIES, LOGIT_SOFTCAP, MODEL_TYPES, SCORE_SOFTCAP, Family, Windows
 from baton.models.folder import MAX_LENGTH, JsonObject
+from baton.models.latent_config import LatentConfig, read_latent
 from baton.models.quantization.scheme import Quantization, read_quantization
-from baton.models.rope_config import RopeConfig, read_ropes
+from baton.models.rope_config import RopeConfig, read_ropes, score_factor
 from baton.node.errors import SettingsError
 from baton.node.messages.base import MAX_TOKEN_ID
 from baton.node.model_folder import MAX_END_TOKENS, MAX_VOCAB_SIZE
@@ -52,7 +53,9 @@ class ModelConfig:
     num_layers: int
     num_heads: int
     num_kv_heads: int
+    """Units of a token's KV; of latent attention, whose heads share a row, one."""
     head_dim: int
+    """Of a row of KV."""
     intermediate_size: int
     rms_norm_eps: float
     rope: RopeConfig
@@ -87,6 +90,8 @@ class ModelConfig:
     """Of the folder's weights; None: all are plain."""
     experts: ExpertsConfig | None = None
     """None: all MLPs are dense."""
+    latent: LatentConfig | None = None
+    """None: attention is over cached keys and values."""
     through: str = ""
     """What runs the model where no code here does, and its version; then fields that only native code reads are
     without meaning."""
@@ -119,6 +124,11 @@ class ModelConfig:
         """Query heads that share one key head."""
         return self.num_heads // self.num_kv_heads
 
+    @property
+    def kv_planes(self) -> int:
+        """Rows of a token in a unit: key and value, or the one of latent attention."""
+        return 2 if self.latent is None else 1
+
     def up_to(self, max_model_len: int) -> ModelConfig:
         """The configuration of a server whose sequences have at most so many tokens."""
         window_rope = None if self.window_rope is None else self.window_rope.up_to(max_model_len)
@@ -141,14 +151,13 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
     num_heads = config.integer("num_attention_heads", most=MAX_HEADS)
     num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
     max_position = config.integer("max_position_embeddings")
-    num_kv_heads = _num_kv_heads(config, family, num_heads)
-    if family.default_head_dim is None and not config.has("head_dim") and hidden_size % num_heads:
-        raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({num_heads})")
-    head_dim = config.integer("head_dim", family.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM)
-    if head_dim % 2:
-        raise config.wrong("head_dim", "even")
+    latent = None if family.latent is None else read_latent(config, family.latent)
+    if latent is None:
+        num_kv_heads, head_dim = _num_kv_heads(config, family, num_heads), _head_dim(config, family, num_heads)
+    else:
+        num_kv_heads, head_dim = 1, latent.row_dim
     window, windowed = _windows(config, family, num_layers)
-    rope, window_rope = read_ropes(config, family, max_position, head_dim)
+    rope, window_rope = read_ropes(config, family, max_position, latent.rotated_dim if latent else head_dim)
     if rope.kind == "yarn" and rope.original_max_position * rope.factor > MAX_LENGTH:
         raise SettingsError(f"{config.where}: the rope's factor makes sequences longer than {MAX_LENGTH} tokens")
     attention_bias = family.reads_attention_bias and config.flag("attention_bias", False)
@@ -174,7 +183,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         unit_offset_norms=family.like_gemma,
         output_norms=family.output_norms,
         embedding_scale=math.sqrt(hidden_size) if family.like_gemma else 1.0,
-        score_scale=_query_scalar(config, family, head_dim) ** -0.5,
+        score_scale=_score_scale(config, family, rope, latent.query_dim if latent else head_dim),
         score_softcap=_softcap(config, family, SCORE_SOFTCAP),
         logit_softcap=_softcap(config, family, LOGIT_SOFTCAP),
         sliding_window=window,
@@ -183,6 +192,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         eos_token_ids=eos_token_ids(config, generation_path),
         quantization=read_quantization(config, generation_path.parent),
         experts=None if family.experts is None else read_experts(config, family.experts, num_layers),
+        latent=latent,
     )
 
 
@@ -223,8 +233,19 @@ def _num_kv_heads(config: JsonObject, family: Family, num_heads: int) -> int:
     return num_kv_heads
 
 
-def _query_scalar(config: JsonObject, family: Family, head_dim: int) -> float:
-    return config.number("query_pre_attn_scalar", 256.0) if family.reads_query_scalar else head_dim
+def _head_dim(config: JsonObject, family: Family, num_heads: int) -> int:
+    hidden_size = config.integer("hidden_size")
+    if family.default_head_dim is None and not config.has("head_dim") and hidden_size % num_heads:
+        raise config.wrong("hidden_size", f"a multiple of num_attention_heads ({num_heads})")
+    head_dim = config.integer("head_dim", family.default_head_dim or hidden_size // num_heads, most=MAX_HEAD_DIM)
+    if head_dim % 2:
+        raise config.wrong("head_dim", "even")
+    return head_dim
+
+
+def _score_scale(config: JsonObject, family: Family, rope: RopeConfig, query_dim: int) -> float:
+    scalar = config.number("query_pre_attn_scalar", 256.0) if family.reads_query_scalar else query_dim
+    return float(scalar**-0.5 * (1.0 if family.latent is None else score_factor(config, rope)))
 
 
 def _softcap(config: JsonObject, family: Family, key: str) -> float | None:

@@ -9,7 +9,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 
-from baton.models.expert_rules import MIXTRAL_EXPERTS, QWEN2_EXPERTS, QWEN3_EXPERTS, ExpertRules
+from baton.models.expert_rules import (
+    DEEPSEEK_V2_EXPERTS,
+    DEEPSEEK_V3_EXPERTS,
+    MIXTRAL_EXPERTS,
+    QWEN2_EXPERTS,
+    QWEN3_EXPERTS,
+    ExpertRules,
+)
+from baton.models.latent_config import LatentRules
 
 SCORE_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 
@@ -78,6 +86,8 @@ class Family:
     """The keys of softcaps that count, and their defaults; None: no softcap."""
     experts: ExpertRules | None = None
     """None: all MLPs are dense."""
+    latent: LatentRules | None = None
+    """None: keys and values are cached."""
 
 
 FAMILIES: dict[str, Family] = {
@@ -119,6 +129,10 @@ FAMILIES: dict[str, Family] = {
         reads_attention_bias=True,
         qk_norm=True,
         experts=QWEN3_EXPERTS,
+    ),
+    "DeepseekV2ForCausalLM": Family("deepseek_v2", experts=DEEPSEEK_V2_EXPERTS, latent=LatentRules()),
+    "DeepseekV3ForCausalLM": Family(
+        "deepseek_v3", experts=DEEPSEEK_V3_EXPERTS, latent=LatentRules(reads_interleave=True)
     ),
     "Phi3ForCausalLM": Family(
         "phi3", windows=Windows.ALL, default_eps=1e-5, partial_rotary=True, merged_projections=True

@@ -33,6 +33,8 @@ def kv_format_of(
         raise SettingsError(f"KV dtype {kv_dtype!r} is unknown; known: {', '.join(KV_DTYPES)}")
     if kv_dtype == "auto":
         return KvFormat.plain(dtype)
+    if config.latent is not None:
+        raise SettingsError(f"--kv-dtype {kv_dtype}: not supported for {config.architecture}, whose KV is latents")
     if config.head_dim % ALIGNED:
         raise SettingsError(f"--kv-dtype {kv_dtype}: heads of {config.head_dim} elements, no multiple of {ALIGNED}")
     if kv_dtype == "fp8":

@@ -17,6 +17,7 @@ import torch
 from baton.kernels import DenseLinear, ExpertLinears, HeldWeight, Linear, Routing, Scores
 from baton.models.config import ModelConfig
 from baton.models.experts_config import ExpertsConfig
+from baton.models.latent_config import LatentConfig
 from baton.models.partition import WHOLE, Rank
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken
@@ -35,6 +36,20 @@ class GroupedAttention:
     o_bias: bool
     head_norms: bool
     """Queries and keys are normed head by head before rope."""
+    rope: RopeConfig
+    scores: Scores
+
+
+@dataclass(frozen=True, slots=True)
+class LatentAttention:
+    """Causal attention whose keys and values are made, head by head, of a cached latent, and of one rotated key.
+
+    As products with the latents themselves: key_up and value_up, the parts of a head of the weight that makes them,
+    multiply the query and what is attended instead.
+    """
+
+    num_heads: int
+    dims: LatentConfig
     rope: RopeConfig
     scores: Scores
 
@@ -71,7 +86,7 @@ class ExpertsMlp:
 class LayerShape:
     """One layer with pre-norm residuals:  h += attention(norm(h));  h += mlp(norm(h))."""
 
-    attention: GroupedAttention
+    attention: GroupedAttention | LatentAttention
     mlp: DenseMlp | ExpertsMlp
     output_norms: bool
     """What is added is normed before:  h += norm(attention(norm(h)));  h += norm(mlp(norm(h)))."""
@@ -79,26 +94,27 @@ class LayerShape:
 
 def describe(config: ModelConfig, rank: Rank = WHOLE) -> tuple[LayerShape, ...]:
     """The layers of a model as `rank` computes them, first to last; SettingsError if its ranks cannot share them."""
-    num_heads = len(rank.share(config.num_heads, "query heads"))
-    num_kv_heads = len(rank.key_heads(config.num_kv_heads))
-    adds_bias = rank.index == 0
     return tuple(
-        LayerShape(
-            GroupedAttention(
-                num_heads=num_heads,
-                num_kv_heads=num_kv_heads,
-                head_dim=config.head_dim,
-                window=config.sliding_window if windowed else None,
-                qkv_bias=config.qkv_bias,
-                o_bias=config.o_bias and adds_bias,
-                head_norms=config.qk_norm,
-                rope=config.window_rope if windowed and config.window_rope is not None else config.rope,
-                scores=Scores(config.score_scale, config.score_softcap),
-            ),
-            mlp,
-            config.output_norms,
-        )
+        LayerShape(_attention(config, rank, windowed), mlp, config.output_norms)
         for windowed, mlp in zip(config.windowed_layers, _mlps(config, rank), strict=True)
+    )
+
+
+def _attention(config: ModelConfig, rank: Rank, windowed: bool) -> GroupedAttention | LatentAttention:
+    num_heads = len(rank.share(config.num_heads, "query heads"))
+    scores = Scores(config.score_scale, config.score_softcap)
+    if config.latent is not None:
+        return LatentAttention(num_heads, config.latent, config.rope, scores)
+    return GroupedAttention(
+        num_heads=num_heads,
+        num_kv_heads=len(rank.key_heads(config.num_kv_heads)),
+        head_dim=config.head_dim,
+        window=config.sliding_window if windowed else None,
+        qkv_bias=config.qkv_bias,
+        o_bias=config.o_bias and rank.index == 0,
+        head_norms=config.qk_norm,
+        rope=config.window_rope if windowed and config.window_rope is not None else config.rope,
+        scores=scores,
     )
 
 
@@ -146,6 +162,38 @@ class AttentionWeights:
     qkv: Linear  # [Q + 2 K, hidden]
     head_norms: torch.Tensor | None  # [num_heads + num_kv_heads, head_dim]: the query's for each head, then the key's
     o: Linear  # [hidden, Q]
+
+    @property
+    def held(self) -> tuple[HeldWeight, ...]:
+        return self.qkv, self.o
+
+    @property
+    def plain(self) -> tuple[torch.Tensor, ...]:
+        """What is no product."""
+        return () if self.head_norms is None else (self.head_norms,)
+
+
+@dataclass(frozen=True, slots=True)
+class LatentWeights:
+    """Of a LatentAttention with H heads. P, R, V: elements of the plain and rotated parts of a query, and of a value;
+    L: of the latent. Q = H * (P + R), or the rank of the queries' latent."""
+
+    qkv: Linear  # [Q + L + R, hidden]
+    query_norm: torch.Tensor | None  # [Q]
+    query: Linear | None  # [H * (P + R), Q]; None: qkv makes queries
+    latent_norm: torch.Tensor  # [L]
+    kv_up: torch.Tensor  # [H, P + V, L]: key_up, then value_up
+    o: Linear  # [hidden, H * V]
+
+    @property
+    def held(self) -> tuple[HeldWeight, ...]:
+        return (self.qkv, self.o) if self.query is None else (self.qkv, self.query, self.o)
+
+    @property
+    def plain(self) -> tuple[torch.Tensor, ...]:
+        """What is no product, and the weight whose parts are multiplied head by head."""
+        norms = () if self.query_norm is None else (self.query_norm,)
+        return *norms, self.latent_norm, self.kv_up
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,7 +245,7 @@ class LayerWeights:
 
     shape: LayerShape
     input_norm: torch.Tensor  # [hidden]
-    attention: AttentionWeights
+    attention: AttentionWeights | LatentWeights
     post_norm: torch.Tensor  # [hidden], before the MLP
     mlp: Mlp
     attention_output_norm: torch.Tensor | None = None  # [hidden]
@@ -205,12 +253,12 @@ class LayerWeights:
 
     @property
     def linears(self) -> tuple[HeldWeight, ...]:
-        return (self.attention.qkv, self.attention.o, *self.mlp.held)
+        return (*self.attention.held, *self.mlp.held)
 
     @property
     def vectors(self) -> tuple[torch.Tensor, ...]:
-        """Norms, and what is added to scores."""
-        given = (self.input_norm, self.attention.head_norms, self.attention_output_norm, self.post_norm)
+        """Norms and what is added to scores, and what else is no product."""
+        given = (self.input_norm, *self.attention.plain, self.attention_output_norm, self.post_norm)
         correction = self.mlp.correction if isinstance(self.mlp, ExpertsWeights) else None
         return tuple(each for each in (*given, self.mlp_output_norm, correction) if each is not None)
 

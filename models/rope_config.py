@@ -78,6 +78,15 @@ def read_ropes(
     return everywhere, read(of_windows, "rope_local_base_freq", DEFAULT_THETA) if family.window_rope else None
 
 
+def score_factor(config: JsonObject, rope: RopeConfig) -> float:
+    """What latent attention multiplies scores by, where its rope is scaled: the square of YaRN's factor for
+    `mscale_all_dim`."""
+    scaling = _rope_object(config)
+    if rope.kind == "default" or not scaling.fields.get("mscale_all_dim"):
+        return 1.0
+    return _mscale(rope.factor, scaling.number("mscale_all_dim")) ** 2
+
+
 def _read_rope(
     config: JsonObject, rope: JsonObject, theta: float, max_position: int, head_dim: int, may_be_partial: bool
 ) -> RopeConfig:

@@ -54,6 +54,7 @@ class Layout(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     block_tokens: int
     dtype: str
     scales: Literal["none", "token"] = "none"
+    planes: int = 2
 
 
 class StoreCosts(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):

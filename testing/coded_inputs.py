@@ -47,6 +47,7 @@ def with_coded_inputs(weights: Weights, code_type: torch.dtype, run: int | None)
     def layer(plain: LayerWeights) -> LayerWeights:
         attention, mlp = plain.attention, plain.mlp
         assert isinstance(mlp, DenseMlpWeights), "of experts no inputs are coded"
+        assert isinstance(attention, AttentionWeights), "nor of latent attention"
         return replace(
             plain,
             attention=AttentionWeights(coded(attention.qkv), attention.head_norms, coded(attention.o)),

@@ -101,6 +101,7 @@ def layout_of(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -> KV
         dtype=name_of(kv_format.dtype),
         scales=scales,
         scales_digest=kv_format.scales_digest(),
+        planes=config.kv_planes,
     )
 
 

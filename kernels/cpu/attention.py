@@ -44,18 +44,22 @@ def decode_attention(
     scores: Scores,
     num_kv_heads: int,
     out: torch.Tensor,
+    num_planes: int = 2,
 ) -> None:
     """Writes the group's rows of out; one query token a row.
 
     query and out [N, H, D]; piece_ids: this layer's, int64. The heads that share a key head stand as if they were query
-    tokens: all of them read the same keys, so nothing has to be repeated.
+    tokens: all of them read the same keys, so nothing has to be repeated. With one plane the values are the first
+    elements of the keys, as many as out [N, H, V] has.
     """
     rows = slice(group.first_row, group.first_row + group.num_rows)
     gathered = kv.gather(piece_ids[group.first_id : group.first_id + group.num_ids])
     mask = group.window_mask if windowed else group.mask
     heads = query[rows].view(group.num_rows, num_kv_heads, -1, query.shape[2])  # [rows, KH, group size, D]
-    keys, values = gathered.view(2, group.num_rows, num_kv_heads, -1, heads.shape[-1])
-    out[rows].view(heads.shape).copy_(_attend(heads, keys, values, mask, scores))
+    planes = gathered.view(num_planes, group.num_rows, num_kv_heads, -1, heads.shape[-1])
+    keys, values = planes[0], planes[-1, ..., : out.shape[2]]
+    target = out[rows].view(*heads.shape[:3], -1)
+    target.copy_(_attend(heads, keys, values, mask, scores))
 
 
 def chunk_attention(
@@ -67,18 +71,20 @@ def chunk_attention(
     scores: Scores,
     num_kv_heads: int,
     out: torch.Tensor,
+    num_planes: int = 2,
 ) -> None:
     """Attention of one sequence's tokens start .. start + n - 1 over all up to each; query and out [n, H, D].
 
-    piece_ids: this layer's key blocks of the sequence, head by head, and then value blocks. A window hides all but the
-    last `window` tokens, the own one included.
+    piece_ids: this layer's key blocks of the sequence, head by head, and then value blocks, if there are two planes. A
+    window hides all but the last `window` tokens, the own one included.
     """
     num_new, num_heads, head_dim = query.shape
-    gathered = kv.gather(piece_ids).view(2, num_kv_heads, 1, -1, head_dim)
+    gathered = kv.gather(piece_ids).view(num_planes, num_kv_heads, 1, -1, head_dim)
     # As a batch of key heads, each with its query heads: [KH, group size, tokens, D]. The expansion copies nothing.
     heads = query.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    keys, values = gathered.expand(-1, -1, num_heads // num_kv_heads, -1, -1)
-    target = out.view(num_new, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    planes = gathered.expand(-1, -1, num_heads // num_kv_heads, -1, -1)
+    keys, values = planes[0], planes[-1, ..., : out.shape[2]]
+    target = out.view(num_new, num_kv_heads, -1, out.shape[2]).permute(1, 2, 0, 3)
     if start == 0 and (window is None or num_new <= window) and scores.softcap is None:
         keys, values = keys[:, :, :num_new], values[:, :, :num_new]
         target.copy_(F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=scores.scale))

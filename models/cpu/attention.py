@@ -10,7 +10,7 @@ import torch
 from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.step_batch import PoolShape, StepBatch
-from baton.models.layers import describe
+from baton.models.layers import LatentAttention, describe
 from baton.models.partition import WHOLE, Rank
 
 
@@ -28,22 +28,26 @@ class PagedAttention:
             units=units,
             num_layers=config.num_layers,
             block_tokens=block_tokens,
-            token_bytes=2 * len(units) * config.head_dim * element_bytes,
+            token_bytes=config.kv_planes * len(units) * config.head_dim * element_bytes,
+            num_planes=config.kv_planes,
         )
         self._shapes = [shape.attention for shape in describe(config, rank)]
 
     def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch) -> torch.Tensor:
-        """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]."""
+        """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]. Of latent
+        attention [N, num_heads * latent_dim]; query is absorbed, kv [N, 1, latent_dim + rotated_dim]."""
         shape, ids = self._shapes[layer], step.piece_ids[layer]
         self._kv.write(step.slot_ids[layer], kv)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        window, scores, num_kv_heads = shape.window, shape.scores, shape.num_kv_heads
+        if isinstance(shape, LatentAttention):
+            window, num_kv_heads, dim = None, 1, shape.dims.latent_dim
+        else:
+            window, num_kv_heads, dim = shape.window, shape.num_kv_heads, shape.head_dim
+        out = query.new_empty(*query.shape[:2], dim)
+        rest, planes = (shape.scores, num_kv_heads), self.shape.num_planes
         for group in step.groups:
-            kernels.decode_attention(query, self._kv, ids, group, window is not None, scores, num_kv_heads, out)
+            kernels.decode_attention(query, self._kv, ids, group, window is not None, *rest, out, planes)
         for chunk in step.chunks:
             tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
             chunk_ids = ids[chunk.first_id : chunk.first_id + chunk.num_ids]
-            kernels.chunk_attention(
-                query[tokens], self._kv, chunk_ids, chunk.start, window, scores, num_kv_heads, out[tokens]
-            )
+            kernels.chunk_attention(query[tokens], self._kv, chunk_ids, chunk.start, window, *rest, out[tokens], planes)
         return out.flatten(1)

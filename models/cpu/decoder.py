@@ -15,10 +15,22 @@ from baton import kernels
 from baton.kernels import Linear
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
+from baton.models.cpu.latent import absorbed, raised
 from baton.models.cpu.peers import NO_PEERS, Peers
 from baton.models.cpu.step_batch import StepBatch
 from baton.models.families import GELU_TANH, SILU
-from baton.models.layers import DenseMlpWeights, ExpertsMlp, ExpertsWeights, LayerWeights, Weights, run_layers
+from baton.models.layers import (
+    AttentionWeights,
+    DenseMlpWeights,
+    ExpertsMlp,
+    ExpertsWeights,
+    GroupedAttention,
+    LatentAttention,
+    LatentWeights,
+    LayerWeights,
+    Weights,
+    run_layers,
+)
 from baton.models.rope import inverse_frequencies, rotations
 from baton.models.rope_config import RopeConfig
 
@@ -87,8 +99,15 @@ class _StepOps:
         return kernels.rms_norm(self._residual, weight, self._eps)
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        query, kv = self._project(layer, x)
-        return self._peers.sum(layer.attention.o(self._attention(index, query, kv, self._step)))
+        shape, weights = layer.shape.attention, layer.attention
+        if isinstance(shape, LatentAttention):
+            assert isinstance(weights, LatentWeights), "the weights are of this shape"
+            query, row = absorbed(shape, weights, x, self._ropes[shape.rope])
+            attended = raised(shape, weights, self._attention(index, query, row, self._step))
+            return self._peers.sum(weights.o(attended))
+        assert isinstance(weights, AttentionWeights), "the weights are of this shape"
+        query, kv = self._project(shape, weights, x)
+        return self._peers.sum(weights.o(self._attention(index, query, kv, self._step)))
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         activation = ACTIVATIONS[layer.shape.mlp.activation]
@@ -116,9 +135,10 @@ class _StepOps:
             added, self._residual = added[kept], self._residual[kept]
         return self._add_and_norm(added, output_norm, weight)
 
-    def _project(self, layer: LayerWeights, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _project(
+        self, shape: GroupedAttention, weights: AttentionWeights, x: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""
-        shape, weights = layer.shape.attention, layer.attention
         qkv = weights.qkv(x)
         heads = qkv.view(len(qkv), -1, shape.head_dim)  # [N, num_heads + 2 num_kv_heads, head_dim]
         query_key = heads[:, : shape.num_heads + shape.num_kv_heads]

@@ -117,7 +117,7 @@ class ModelRunner:
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""
         config = self.config
-        return (num_blocks, config.num_kv_heads, config.num_layers, 2, block_tokens, config.head_dim)
+        return (num_blocks, config.num_kv_heads, config.num_layers, config.kv_planes, block_tokens, config.head_dim)
 
     def bind_pool(self, pool: torch.Tensor, scales: torch.Tensor | None = None) -> None:
         """Steps use this pool from now on. Its layers must be contiguous, and zeroed: masks hide numbers, not NaN.

@@ -25,7 +25,7 @@ PADDING_BYTES = 384 << 10
 
 @dataclass(frozen=True, slots=True)
 class PoolShape:
-    """[num_blocks, kv_heads, layers, 2, block_tokens, head_dim] as far as indices need it."""
+    """[num_blocks, kv_heads, layers, planes, block_tokens, head_dim] as far as indices need it."""
 
     num_units: int
     """Key heads."""
@@ -35,6 +35,8 @@ class PoolShape:
     block_tokens: int
     token_bytes: int
     """The rank's keys and values of one token in one layer."""
+    num_planes: int = 2
+    """Keys and values; 1: both are made of one row."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +64,9 @@ class StepBatch:
 
     token_ids: torch.Tensor  # int64 [N]
     positions: torch.Tensor  # int64 [N]
-    slot_ids: torch.Tensor  # int64 [L, N, 2, units]: where keys and values go, rows of the pool as [slots, head_dim]
+    slot_ids: (
+        torch.Tensor
+    )  # int64 [L, N, planes, units]: where keys and values go, rows of the pool as [slots, head_dim]
     piece_ids: (
         torch.Tensor
     )  # int64 [L, P]: what attention gathers, rows of the pool as [pieces, one unit's keys or values]
@@ -109,14 +113,14 @@ def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: to
     if scored:
         followed = [np.arange(len(each.token_ids)) + first + each.offset for _, first, each in scored]
         kept = np.concatenate((kept, *followed))
-    layers = np.arange(shape.num_layers)
+    layers, planes = np.arange(shape.num_layers), shape.num_planes
     return StepBatch(
         token_ids=torch.from_numpy(token_ids),
         positions=torch.from_numpy(positions),
         slot_ids=torch.from_numpy(
-            _slots(tables, positions, lengths, shape)[None] + layers[:, None, None, None] * 2 * shape.block_tokens
+            _slots(tables, positions, lengths, shape)[None] + layers[:, None, None, None] * planes * shape.block_tokens
         ),
-        piece_ids=torch.from_numpy(np.concatenate(piece_ids)[None] + 2 * layers[:, None]),
+        piece_ids=torch.from_numpy(np.concatenate(piece_ids)[None] + planes * layers[:, None]),
         groups=tuple(groups),
         chunks=tuple(chunks),
         drawn_rows=tuple(order[number] for number in drawn),
@@ -135,12 +139,13 @@ def _table(row: Row, block_tokens: int) -> np.ndarray:
 
 
 def _slots(tables: list[np.ndarray], positions: np.ndarray, lengths: np.ndarray, shape: PoolShape) -> np.ndarray:
-    """Layer 0's slots of every token's key and value in each of the rank's units, [N, 2, units]."""
+    """Layer 0's slots of every token's key and value in each of the rank's units, [N, planes, units]."""
     offsets = np.cumsum([len(table) for table in tables]) - [len(table) for table in tables]
     blocks = np.concatenate(tables)[np.repeat(offsets, lengths) + positions // shape.block_tokens]
     units = blocks[:, None] * shape.num_units + np.array(shape.units)
-    keys = units * (2 * shape.num_layers * shape.block_tokens) + (positions % shape.block_tokens)[:, None]
-    return np.stack((keys, keys + shape.block_tokens), axis=1)
+    first = units * (shape.num_planes * shape.num_layers * shape.block_tokens)
+    keys = first + (positions % shape.block_tokens)[:, None]
+    return np.stack([keys + plane * shape.block_tokens for plane in range(shape.num_planes)], axis=1)
 
 
 def _padded_ids(tables: list[np.ndarray], shape: PoolShape) -> np.ndarray:
@@ -151,8 +156,8 @@ def _padded_ids(tables: list[np.ndarray], shape: PoolShape) -> np.ndarray:
     width = len(tables[0])
     ids = np.stack([np.concatenate((table, np.full(width - len(table), table[0]))) for table in tables])
     units = ids[:, None, :] * shape.num_units + np.array(shape.units)[:, None]  # [rows, units, width]
-    keys = units.ravel() * (2 * shape.num_layers)
-    return np.concatenate((keys, keys + 1))
+    keys = units.ravel() * (shape.num_planes * shape.num_layers)
+    return np.concatenate([keys + plane for plane in range(shape.num_planes)])
 
 
 def _cut(widths: Sequence[int], shape: PoolShape) -> list[tuple[int, int]]:

@@ -9,7 +9,7 @@ of a prompt: the context of a step is widened once a layer, into memory of its o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
 
 import torch
@@ -22,13 +22,21 @@ from baton.kernels.triton.step_inputs import StepInputs
 from baton.kernels.triton.widen import widen_context
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue
-from baton.models.layers import GroupedAttention, describe
+from baton.models.layers import GroupedAttention, LayerShape, describe
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor], None]
 """attend(layer, query [N, H, D], out [N, H, D]): attention of the step's tokens, whose keys and values are written."""
 
 ITEMS_A_MULTIPROCESSOR = 2
 """Up to so many items of the work list a program each is faster than programs that take items from a counter."""
+
+
+def grouped_shapes(layers: Iterable[LayerShape]) -> list[GroupedAttention]:
+    """Of a model whose layers all attend so."""
+    shapes = [layer.attention for layer in layers]
+    found = [shape for shape in shapes if isinstance(shape, GroupedAttention)]
+    assert len(found) == len(shapes), "one kind of attention a model"
+    return found
 
 
 def attend_rows(
@@ -103,7 +111,7 @@ def choose_attention(
 class _Portable:
     def __init__(self, config: ModelConfig, pool: PagedPool) -> None:
         self.tile = prefill_attention.block_m(config.head_dim)
-        self._shapes, self._pool = [shape.attention for shape in describe(config)], pool
+        self._shapes, self._pool = grouped_shapes(describe(config)), pool
 
     def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
         shapes, pool, tile = self._shapes, self._pool, self.tile

@@ -23,10 +23,10 @@ from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
-from baton.models.cuda.attention import Attend, attend_rows
+from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, shape_of
 from baton.models.families import SILU
-from baton.models.layers import DenseMlpWeights, LayerWeights, Weights, run_layers
+from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights, run_layers
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken
@@ -102,7 +102,7 @@ class DeviceDecoder:
         self._embedding_scale = float(torch.tensor(config.embedding_scale, dtype=dtype))
         self._norms = [
             None if norms is None else HeadNorms(norms, config.rms_norm_eps)
-            for norms in (layer.attention.head_norms for layer in weights.layers)
+            for norms in (head_norms(layer) for layer in weights.layers)
         ]
         self._pool: PagedPool | None = None
         self._indices: Sequence[int] = range(len(weights.layers))
@@ -133,7 +133,7 @@ class DeviceDecoder:
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
         """Attention of one new token a row."""
-        shapes = [layer.shape.attention for layer in self._weights.layers]
+        shapes = grouped_shapes(layer.shape for layer in self._weights.layers)
         return attend_rows(shapes, self._bound(), inputs, plan, scratch, pdl)
 
     def last_logits(self, num_rows: int) -> torch.Tensor:
@@ -286,6 +286,11 @@ class _StepOps:
             rms_norm(added, output_norm, self._eps, self._mixed, pdl=self._step.pdl)
             added = self._mixed
         add_rms_norm(added, self._residual, weight, self._eps, out, pdl=self._step.pdl)
+
+
+def head_norms(layer: LayerWeights) -> torch.Tensor | None:
+    assert isinstance(layer.attention, AttentionWeights), "the runner refuses others"
+    return layer.attention.head_norms
 
 
 def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:

@@ -567,6 +567,8 @@ def check_supported(config: ModelConfig) -> None:
     """Raises SettingsError for what no kernel here computes, such as heads of some sizes."""
     if config.experts is not None:
         raise SettingsError(f"{config.architecture}: models with experts run on a CPU only so far")
+    if config.latent is not None:
+        raise SettingsError(f"{config.architecture}: latent attention runs on a CPU only so far")
     if config.head_dim % 16 or config.head_dim > 256:
         raise SettingsError(f"head_dim {config.head_dim}: the GPU's attention needs a multiple of 16 up to 256")
     if config.group_size > GROUP_ROWS:

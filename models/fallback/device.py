@@ -21,7 +21,7 @@ from baton.kernels.triton.kv_write import kv_write
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
-from baton.models.cuda.attention import Attend, attend_rows
+from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
 from baton.models.cuda.queue import Queue
 from baton.models.fallback.attention import AttentionCall, listening
 from baton.models.layers import describe
@@ -45,7 +45,7 @@ class DeviceFallback:
         """config: with the heads of the pool, in which the model's fit. calls: how each layer attends; value_dim: of a
         head. Room for steps of up to max_tokens tokens, of which up to max_drawn draw."""
         self._model, self._calls, self._value_dim = model, calls, value_dim
-        self._shapes = [shape.attention for shape in describe(config)]
+        self._shapes = grouped_shapes(describe(config))
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
         self._logits = torch.zeros(max_drawn, config.vocab_size, dtype=model.dtype, device=model.device)
         # Padding is computed too, and must be finite: no kernel writes its rows.

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from baton.models.cpu.runner import ModelRunner
+from baton.tests.unit.models.conftest import LATENT
 
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
 LLAMA3 = {
@@ -61,6 +62,17 @@ FAMILIES = {
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
         },
     ),
+    "deepseek_v2, queries without a latent": (
+        "deepseek_v2",
+        LATENT
+        | {
+            "q_lora_rank": None,
+            "topk_method": "greedy",
+            "rope_parameters": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
+        },
+    ),
+    "deepseek_v3": ("deepseek_v3", LATENT | {"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "deepseek_v3, halves rotated": ("deepseek_v3", LATENT | {"rope_interleave": False, "first_k_dense_replace": 3}),
     "phi3": ("phi3", {"pad_token_id": 0}),
     "phi3, window": ("phi3", {"sliding_window": 20, "pad_token_id": 0}),
     "phi3, a part of a head rotated": ("phi3", {"rope_parameters": PARTIAL, "pad_token_id": 0}),

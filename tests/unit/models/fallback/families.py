@@ -41,7 +41,7 @@ ALWAYS = {
     "opt": {},
     "olmo2": {},
     "olmoe": EXPERTS,
-    "deepseek_v3": LATENT,
+    "glm4_moe_lite": LATENT,
 }
 """Learned positions; other positions; other norms; experts; latent attention, whose values are narrower than keys."""
 PLAIN: dict[str, object] = {}
@@ -49,7 +49,6 @@ OTHERS = {
     "biogpt": PLAIN,
     "codegen": {"rotary_dim": 8},
     "cohere2": PLAIN,
-    "deepseek_v2": LATENT | {"topk_method": "group_limited_greedy"},
     "ernie4_5": PLAIN,
     "exaone4": PLAIN,
     "glm4": PLAIN,

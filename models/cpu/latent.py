@@ -1,0 +1,43 @@
+"""Latent attention around the products of queries and latents: what is cached of a token, queries that fit it, and
+values of what was attended. For prompts and decoding alike: on a CPU attention is a small part of either.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from baton import kernels
+from baton.models.latent_config import LATENT_NORM_EPS
+from baton.models.layers import LatentAttention, LatentWeights
+
+
+def absorbed(
+    shape: LatentAttention, weights: LatentWeights, x: torch.Tensor, rotations: tuple[torch.Tensor, torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Queries [N, num_heads, latent_dim + rotated_dim], and what is cached, [N, 1, latent_dim + rotated_dim]; x
+    [N, hidden]."""
+    dims, joined = shape.dims, weights.qkv(x)
+    query, latent, key = joined.split((joined.shape[1] - dims.row_dim, dims.latent_dim, dims.rotated_dim), -1)
+    if weights.query is not None and weights.query_norm is not None:
+        query = weights.query(kernels.rms_norm(query, weights.query_norm, LATENT_NORM_EPS))
+    heads = query.unflatten(-1, (shape.num_heads, dims.query_dim))
+    latent = kernels.rms_norm(latent, weights.latent_norm, LATENT_NORM_EPS)
+    row = torch.cat((latent[:, None], _rotated(key[:, None], dims.interleaved, rotations)), -1)
+    key_up = weights.kv_up[:, : dims.plain_dim]  # [num_heads, plain_dim, latent_dim]
+    products = heads[..., : dims.plain_dim].transpose(0, 1) @ key_up
+    turned = _rotated(heads[..., dims.plain_dim :], dims.interleaved, rotations)
+    return torch.cat((products.transpose(0, 1), turned), -1), row
+
+
+def raised(shape: LatentAttention, weights: LatentWeights, attended: torch.Tensor) -> torch.Tensor:
+    """[N, num_heads * value_dim] of what was attended, [N, num_heads * latent_dim]."""
+    value_up = weights.kv_up[:, shape.dims.plain_dim :]  # [num_heads, value_dim, latent_dim]
+    heads = attended.unflatten(-1, (shape.num_heads, -1)).transpose(0, 1)
+    return (heads @ value_up.transpose(1, 2)).transpose(0, 1).flatten(1)
+
+
+def _rotated(x: torch.Tensor, interleaved: bool, rotations: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """x [N, heads, rotated_dim]; the first elements of all pairs come first in what is returned."""
+    halves = torch.cat((x[..., ::2], x[..., 1::2]), -1) if interleaved else x.contiguous()
+    kernels.apply_rope(halves, *rotations)
+    return halves
