@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
 
 from baton.kernels import Scores
 from baton.node.errors import InvariantBroken
@@ -51,9 +51,9 @@ def listening(listener: Listener) -> Iterator[None]:
 
 
 def register() -> None:
-    """Makes NAME known to transformers: an attention without masks, which come with the steps."""
+    """Makes NAME known to transformers. It has no way to make masks there, so that none are made: what a token sees
+    comes with the step, and the library would look into the positions for it, which waits for a GPU."""
     AttentionInterface.register(NAME, _attend)
-    AttentionMaskInterface.register(NAME, lambda *args, **options: None)
 
 
 def _attend(
