@@ -40,16 +40,19 @@ WAIT, GAP, OTHER = "spin_kernel", "gap", "other"
 GROUPS = {
     "dequantise": r"_dequantise_",
     "copy": r"Mem(cpy|set) ",
-    "attention": r"_?(decode|prefill)(_fp8)?_attention_kernel|_prefill_kernel|_widen_kernel",
+    "attention": r"_?(decode|prefill)(_fp8)?_attention_kernel|_prefill_kernel|_widen_kernel"
+    r"|_(latent_decode|latent_prefill|expand|absorb|raise)_kernel",
     "norm": r"_norm_kernel",
-    "rope_write": r"_rope_write_kernel",
+    "rope_write": r"_(rope_write|kv_write|latent_write|rotate_queries)_kernel",
     "activation": r"_act_and_mul(_codes)?_kernel|_quantise_kernel",
     "draw": r"_(best_of_block|best_of_row|scatter|prepare|pass|threshold|block|row)_kernel",
     "inputs": r"_gather_kernel|_share_out_kernel|.*(index_?select|vectorized_gather|CatArray)",
-    "linear": r"_(linear\w*|gated_product|gather_columns)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
+    "routing": r"_(router|choose|order|spread)_kernel",
+    "linear": r"_(linear\w*|gated_product|gather_columns|experts\w*)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
 }
 """Patterns of kernels' names, from their beginning. `draw` has what is set by index too, `inputs` all that is read by
-index: a step's inputs, embeddings, temperatures of slots. `linear` includes the product with the vocabulary."""
+index: a step's inputs, embeddings, temperatures of slots. `linear` includes the product with the vocabulary,
+and products of experts."""
 _PATTERNS = {group: re.compile(pattern, re.IGNORECASE) for group, pattern in GROUPS.items()}
 NAME_LENGTH = 120
 

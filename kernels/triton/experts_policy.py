@@ -8,13 +8,32 @@ from __future__ import annotations
 
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 
-SHARED_BYTES = 226 << 10
-"""Of a multiprocessor."""
-MOST_STAGES = 6
-BLOCK = 128
-"""Outputs, and inputs, that share a scale where weights have 8 bits, and values of a run of codes."""
+SHARED_BYTES = 222 << 10
+"""Of a multiprocessor, less what a program takes beside its tiles."""
 ROW_TILES = (16, 32, 64)
 """Rows of a tile: of wider ones the sums would leave no room for two programs."""
+PROMPT_ROWS = 128
+"""Rows of a tile of experts_gluon."""
+LEAST_PROMPT_ROWS = 40
+"""Of an expert, on average, from which on experts_gluon is ahead: it reads each W once, whatever the number of rows."""
+BLOCK = 128
+"""Outputs, and inputs, that share a scale where weights have 8 bits, and values of a run of codes."""
+FEW_TOKENS = 256
+"""Up to so many, parts of a router's product gain more than they cost the kernel that sums them."""
+ROUTER_SPLITS = (8, 4, 2, 1)
+ROUTER_TILE_K = 128
+
+
+def router_splits(num_tokens: int, num_inputs: int, invariant: bool) -> int:
+    """Parts of a router's product; by the inputs alone where a token's bits may not depend on the others."""
+    if num_tokens > FEW_TOKENS and not invariant:
+        return 1
+    return next((splits for splits in ROUTER_SPLITS if num_inputs % (splits * ROUTER_TILE_K) == 0), 1)
+
+
+def as_prompts(num_tokens: int, num_experts: int, top_k: int) -> bool:
+    """Whether experts_gluon, where it runs, is the fastest way for so many tokens."""
+    return num_tokens * top_k >= num_experts * LEAST_PROMPT_ROWS
 
 
 def tile_rows(num_tokens: int, num_experts: int, top_k: int) -> int:
@@ -24,16 +43,18 @@ def tile_rows(num_tokens: int, num_experts: int, top_k: int) -> int:
 
 
 def rows_tiles(shape: ProductShape, tile_m: int, element_bytes: int) -> Tiles | None:
-    """Tiles of W for tiles of tile_m rows of x; None: no tiles divide the shape."""
+    """Tiles of W for tiles of tile_m rows of x; None: no tiles divide the shape.
+
+    Measured on an H200 with the shapes of Qwen3-30B-A3B: one program a multiprocessor for gate and up, two for down.
+    """
     n, k = shape.outputs, shape.inputs
-    tile_n = next((size for size in (64, 32, 16) if n % size == 0), 0)
-    deepest = 256 // element_bytes
-    tile_k = next((size for size in (128, 64, 32, 16) if size <= deepest and k % size == 0), 0)
+    tile_n = next((size for size in ((128,) if shape.fused else ()) + (64, 32, 16) if n % size == 0), 0)
+    tile_k = next((size for size in (128, 64, 32, 16) if size * element_bytes <= 256 and k % size == 0), 0)
     if not tile_n or not tile_k:
         return None
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * tile_k * element_bytes
-    stages = max(2, min((SHARED_BYTES // 2 - 4096) // stage, MOST_STAGES))
-    return Tiles(tile_n, tile_k, tile_m, stages, 1, prefetch=min(256, k))
+    stages = SHARED_BYTES // stage if shape.fused else min(4, SHARED_BYTES // 2 // stage)
+    return Tiles(tile_n, tile_k, tile_m, max(2, min(stages, 6)), 1, 8 if shape.fused and tile_m > 32 else 4)
 
 
 def rows_tiles_8bit(shape: ProductShape, tile_m: int) -> Tiles | None:
@@ -43,16 +64,15 @@ def rows_tiles_8bit(shape: ProductShape, tile_m: int) -> Tiles | None:
         return None
     tile_n = BLOCK if shape.fused else 64
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * BLOCK
-    stages = max(2, min((SHARED_BYTES // 2 - 8192) // stage, MOST_STAGES))
+    stages = max(2, min(SHARED_BYTES // 2 // stage, 6))
     return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if tile_m > 32 and shape.fused else 4, prefetch=BLOCK)
 
 
 def row_tiles(shape: ProductShape) -> Tiles | None:
     """Tiles of W for one token; None: no tiles divide the shape."""
     n, k = shape.outputs, shape.inputs
-    tile_k = next((size for size in (2048, 1024, 512, 256, 128, 64, 32, 16) if k % size == 0), 0)
-    tile_n = 2 if shape.fused else max(2, 4096 // max(tile_k, 1))
-    tile_n = min(tile_n, 16)
+    tile_k = next((size for size in (1024, 512, 256, 128, 64, 32, 16) if k % size == 0), 0)
+    tile_n = 2 if shape.fused else min(32, 8192 // max(tile_k, 1))
     if not tile_k or n % tile_n:
         return None
     return Tiles(tile_n, tile_k, 0, 1, 1, 4)

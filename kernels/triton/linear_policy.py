@@ -44,17 +44,25 @@ QKV_8B, O_8B, GATE_UP_8B, DOWN_8B, HEAD_8B = (
     ProductShape(4096, 14336),
     ProductShape(128256, 4096),
 )
+QKV_30B = ProductShape(5120, 2048)
+"""Of Qwen3-30B-A3B."""
 LIKE: dict[ProductShape, ProductShape] = {
     ProductShape(12288, 4096, fused=True): GATE_UP_8B,
     ProductShape(4096, 12288): DOWN_8B,
     ProductShape(151936, 4096): HEAD_8B,
+    QKV_30B: QKV_8B,
+    ProductShape(2048, 4096): O_8B,
+    ProductShape(151936, 2048): HEAD_8B,
+    ProductShape(32000, 4096): HEAD_8B,
 }
-"""Shapes of Qwen3-8B, which take the tiles of those beside them (its other two are the same)."""
+"""Shapes of Qwen3-8B, of Qwen3-30B-A3B and Mixtral-8x7B, which take the tiles of those beside them, unless a table has
+tiles of their own; the others are the same."""
 
 # Measured on an H200 (docs/benchmarks/kernels.md). By the largest number of rows, then by shape.
 FASTEST: dict[int, dict[ProductShape, Tiles]] = {
     1: {
         QKV_8B: Tiles(2, 4096, 0, 1, 1, 8),
+        QKV_30B: Tiles(2, 2048, 0, 1, 1, 8),
         O_8B: Tiles(1, 4096, 0, 1, 1, 4),
         GATE_UP_8B: Tiles(2, 2048, 0, 1, 1, 4),
         DOWN_8B: Tiles(16, 512, 0, 1, 1, 8),
@@ -151,4 +159,4 @@ def gated_by_gluon(num_rows: int, shape: ProductShape) -> bool:
 
 def _look_up(table: dict[int, dict[ProductShape, Tiles]], num_rows: int, shape: ProductShape) -> Tiles | None:
     bucket = next((rows for rows in sorted(table) if num_rows <= rows), None)
-    return None if bucket is None else table[bucket].get(LIKE.get(shape, shape))
+    return None if bucket is None else table[bucket].get(shape) or table[bucket].get(LIKE.get(shape, shape))

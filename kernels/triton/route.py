@@ -6,7 +6,7 @@
 
 E' is E, or E + 1 where a shared expert has a gate: its logit is the last. A token chooses an expert once, so a pair's
 place in its expert is the number of earlier tokens that chose it: a cumulative sum, no atomics, and the same order in
-every run. Up to TOKENS tokens take one program and one launch; more take a launch to choose, in which each program
+every run. Up to 64 tokens take one program and one launch; more take a launch to choose, in which each program
 counts, and one in which each sums the counts of those before it. Nothing waits for the host: what follows launches
 programs for `most_tiles`, and those from num_tiles on end at once. Bytes: the logits, once.
 """
@@ -24,15 +24,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.routing import Routing
 from baton.kernels.triton.launch import launch_options, require
 
-TOKENS, MANY_TOKENS = 16, 32
-"""Of a program that chooses: for few tokens, and from MANY on where experts are at most MANY_EXPERTS."""
-MANY, MANY_EXPERTS = 1024, 128
+ALONE = (4, 16, 64)
+"""Tokens of a program that chooses and orders for all of them."""
+TOKENS, MANY_TOKENS, MANY = 16, 64, 1024
+"""Of one of several programs; the larger from MANY tokens on."""
+VALUES = 8192
+"""Tokens times experts of a program: more would not fit its registers."""
 ROUTER_TILE_K = 128
-VALUES_A_WARP = 512
-"""Of a program's tokens and experts: more would not fit its registers."""
+VALUES_A_WARP = 128
 SUM_FLOOR = 1e-20
 """Added to the sum that weights are divided by: sigmoids may all be 0."""
-BLOCKS = 8
+BLOCKS = 32
 """Programs whose counts are summed at a time."""
 
 
@@ -56,20 +58,26 @@ class Routes(NamedTuple):
 
     @classmethod
     def make(cls, num_tokens: int, routing: Routing, tile_m: int, device: str) -> Routes:
-        tiles, pairs = most_tiles(num_tokens, routing, tile_m), (num_tokens, routing.top_k)
-        programs = triton.cdiv(num_tokens, TOKENS)
+        tiles = most_tiles(num_tokens, routing, tile_m)
+        room = cls.of_room(num_tokens, routing, tiles, tiles * tile_m, device)
+        return room.first(num_tokens, routing, tile_m)
+
+    @classmethod
+    def of_room(cls, num_tokens: int, routing: Routing, tiles: int, rows: int, device: str) -> Routes:
+        """Memory for steps of up to so many tokens, tiles and rows of tiles, each of which takes its `first`."""
+        pairs, programs = (num_tokens, routing.top_k), triton.cdiv(num_tokens, ALONE[0])
 
         def integers(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
         return cls(
-            tile_m, integers(*pairs), torch.zeros(pairs, device=device), torch.zeros(num_tokens, device=device),
-            integers(tiles * tile_m), integers(tiles), integers(tiles), integers(1), integers(*pairs),
+            0, integers(*pairs), torch.zeros(pairs, device=device), torch.zeros(num_tokens, device=device),
+            integers(rows), integers(tiles), integers(tiles), integers(1), integers(*pairs),
             integers(programs, routing.num_experts),
         )  # fmt: skip
 
     def first(self, num_tokens: int, routing: Routing, tile_m: int) -> Routes:
-        """Of fewer tokens, in the same memory; tile_m may differ if the memory is enough."""
+        """Of a step of so many tokens, in this memory."""
         tiles = most_tiles(num_tokens, routing, tile_m)
         require(tiles * tile_m <= len(self.tokens) and tiles <= len(self.experts), f"no memory for {tiles} tiles")
         return Routes(
@@ -113,11 +121,9 @@ def _router_kernel(
 
 
 @triton.jit
-def _best(values, e, E: tl.constexpr):
-    """The largest of each row, and its expert: of equals the lower; one of the experts even if all are NaN."""
-    most = tl.max(values, 1)
-    first = tl.min(tl.where(values == most[:, None], e[None, :], E - 1), 1)
-    return most, first
+def _best(values):
+    """The largest of each row, and its place: of equals the first."""
+    return tl.max(values, 1, return_indices=True)
 
 
 @triton.jit
@@ -129,13 +135,13 @@ def _in_best_groups(
     of_groups = tl.full([values.shape[0], BLOCK_G], float("-inf"), tl.float32)
     for number in tl.static_range(GROUPS):
         inside = tl.where((group == number)[None, :], values, float("-inf"))
-        most, first = _best(inside, e, E)
+        most, first = _best(inside)
         if BY_TWO:
             most += tl.max(tl.where(e[None, :] == first[:, None], float("-inf"), inside), 1)
         of_groups = tl.where(g[None, :] == number, most[:, None], of_groups)
     kept = tl.zeros(values.shape, tl.int32)
     for _ in tl.static_range(KEPT):
-        _, first = _best(of_groups, g, GROUPS)
+        _, first = _best(of_groups)
         of_groups = tl.where(g[None, :] == first[:, None], float("-inf"), of_groups)
         kept = tl.where(group[None, :] == first[:, None], 1, kept)
     return tl.where(kept > 0, values, float("-inf"))
@@ -201,7 +207,7 @@ def _choose_kernel(
         ranked = _in_best_groups(ranked, e, E, GROUPS, KEPT, BY_TWO, BLOCK_G)
     order = tl.full([TOKENS, BLOCK_E], -1, tl.int32)
     for choice in tl.static_range(K):
-        _, first = _best(ranked, e, E)
+        _, first = _best(ranked)
         hit = e[None, :] == first[:, None]
         order = tl.where(hit, choice, order)
         ranked = tl.where(hit, float("-inf"), ranked)
@@ -292,6 +298,12 @@ def router(
     )  # fmt: skip
 
 
+def _tokens_of_a_program(num_tokens: int, block_e: int) -> int:
+    most = max(VALUES // block_e, ALONE[0])
+    alone = next((size for size in ALONE if num_tokens <= size <= most), 0)
+    return alone or min(most, MANY_TOKENS if num_tokens >= MANY else TOKENS)
+
+
 def choose(
     logits: torch.Tensor,
     routing: Routing,
@@ -321,7 +333,7 @@ def choose(
     if num_rows == 0:
         return
     block_e = triton.next_power_of_2(e)
-    tokens = MANY_TOKENS if num_rows >= MANY and block_e <= MANY_EXPERTS else TOKENS
+    tokens = _tokens_of_a_program(num_rows, block_e)
     programs = triton.cdiv(num_rows, tokens)
     alone, warps = programs == 1, min(16, max(4, tokens * block_e // VALUES_A_WARP))
     _choose_kernel[(programs,)](

@@ -1,8 +1,9 @@
 """A GPU's operations of a layer as launches of kernels, and whole steps with them; models.layers says in which order.
 
 A layer of a decode step is eight launches: qkv · rope and KV write · attention · o · add and norm · gate_up with silu ·
-down · add and norm; parts of split products are summed by the launch after. Nothing is allocated, nothing waits for the
-GPU, and every launch reads and writes fixed memory, so that a decode step can be captured in a graph.
+down · add and norm; parts of split products are summed by the launch after. `experts` launches what experts compute.
+Nothing is allocated, nothing waits for the GPU, and every launch reads and writes fixed memory, so that a decode step
+can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -21,15 +22,29 @@ from baton.kernels.triton.linear_policy import ProductShape
 from baton.kernels.triton.norm import add_rms_norm, rms_norm
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
+from baton.kernels.triton.routed_sum import RoutedSum
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
-from baton.models.cuda.products import PADDING, Policy, Products, Rows, shape_of
+from baton.models.cuda.experts import ExpertBlocks, plan_experts
+from baton.models.cuda.products import PADDING, Policy, Products, Rows, plain, shape_of
 from baton.models.families import SILU
-from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights, run_layers
+from baton.models.layers import (
+    AttentionWeights,
+    DenseMlp,
+    DenseMlpWeights,
+    ExpertsMlp,
+    ExpertsWeights,
+    LayerWeights,
+    Weights,
+    run_layers,
+)
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken
+
+Added = torch.Tensor | RoutedSum
+"""What a layer adds to the residual, [N, hidden], or the parts of it [splits, N, hidden]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +58,16 @@ class Activations:
     qkv: torch.Tensor  # [rows, (H + 2 KH) * D]
     query: torch.Tensor  # [rows, H, D]
     attended: torch.Tensor  # [rows, H, D]
-    gated: torch.Tensor  # [rows, intermediate]
-    wide: torch.Tensor  # [rows, 2 * intermediate]; empty where gate and up meet inside the product
+    gated: torch.Tensor  # [rows, width of the MLPs]
+    wide: torch.Tensor  # [rows, 2 * width of the MLPs]; empty where gate and up meet inside the product
     last: torch.Tensor  # [drawn, hidden]
     logits: torch.Tensor  # [drawn, vocab]
 
     @classmethod
-    def make(cls, config: ModelConfig, rows: int, drawn: int, dtype: torch.dtype, device: str) -> Activations:
+    def make(
+        cls, config: ModelConfig, mlp_width: int, rows: int, drawn: int, dtype: torch.dtype, device: str
+    ) -> Activations:
+        """mlp_width: of dense MLPs; 0: there are none."""
         rows += PADDING
 
         def zeros(*shape: int) -> torch.Tensor:
@@ -63,8 +81,8 @@ class Activations:
             zeros(rows, (heads + 2 * config.num_kv_heads) * dim),
             zeros(rows, heads, dim),
             zeros(rows, heads, dim),
-            zeros(rows, config.intermediate_size),
-            zeros(rows, 0 if config.activation == SILU else 2 * config.intermediate_size),
+            zeros(rows, mlp_width),
+            zeros(rows, 0 if config.activation == SILU else 2 * mlp_width),
             zeros(drawn, config.hidden_size),
             zeros(drawn, config.vocab_size),
         )
@@ -94,8 +112,11 @@ class DeviceDecoder:
         """Room for steps of up to max_tokens tokens and max_drawn rows that draw, with positions below max_len."""
         self._config, self._weights = config, weights
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
-        self._act = Activations.make(config, max_tokens, max_drawn, dtype, device)
+        mlps = [layer.shape.mlp for layer in weights.layers]
+        mlp_width = max((mlp.width for mlp in mlps if isinstance(mlp, DenseMlp)), default=0)
+        self._act = Activations.make(config, mlp_width, max_tokens, max_drawn, dtype, device)
         self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
+        self._experts = plan_experts(weights, self._products, policy, max_tokens)
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         tables = {rope: _rope_tables(rope, max_len, device) for rope in ropes}
         self._ropes = [tables[layer.shape.attention.rope] for layer in weights.layers]
@@ -193,7 +214,7 @@ class DeviceDecoder:
             )
 
         last = config.num_layers - 1
-        ops = _StepOps(act, self._products, step, rope_and_write_layer, last, config.rms_norm_eps)
+        ops = _StepOps(act, self._products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps)
         return run_layers(self._weights, ops, self._indices)
 
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
@@ -215,13 +236,15 @@ class _StepOps:
         self,
         act: Activations,
         products: Products,
+        experts: ExpertBlocks | None,
         step: _Step,
         rope_and_write: Callable[[int, torch.Tensor, torch.Tensor], None],
         last: int,
         eps: float,
     ) -> None:
         """last: number of the last layer."""
-        self._act, self._products, self._step = act, products, step
+        self._act, self._products, self._experts, self._step = act, products, experts, step
+        self._kv_slots: torch.Tensor | None = step.kv_slots
         self._rope_and_write, self._last, self._eps = rope_and_write, last, eps
         num_tokens = len(step.tokens)
         self._residual, self._qkv = act.residual[:num_tokens], act.qkv[:num_tokens]
@@ -238,7 +261,7 @@ class _StepOps:
         """Where what `reader` multiplies next belongs."""
         return self._products.codes_for(reader, len(self._residual)) or self._normed
 
-    def attention(self, index: int, layer: LayerWeights, x: Rows) -> torch.Tensor | None:
+    def attention(self, index: int, layer: LayerWeights, x: Rows) -> Added | None:
         qkv = self._products(layer.attention.qkv, x, self._qkv, pdl=self._step.pdl)
         self._rope_and_write(index, qkv, self._query)
         drawn = self._step.drawn if index == self._last else None
@@ -255,11 +278,14 @@ class _StepOps:
         self._flat = torch.index_select(self._attended, 0, drawn, out=act.query[:count]).view(count, -1)
         self._residual = torch.index_select(self._residual, 0, drawn, out=act.last[:count])
         self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
+        self._kv_slots = None
 
-    def mlp(self, layer: LayerWeights, x: Rows) -> torch.Tensor:
-        mlp = layer.mlp
-        assert isinstance(mlp, DenseMlpWeights), "the runner refuses others"
-        if layer.shape.mlp.activation == SILU:
+    def mlp(self, layer: LayerWeights, x: Rows) -> Added:
+        mlp, shape = layer.mlp, layer.shape.mlp
+        if isinstance(mlp, ExpertsWeights):
+            assert isinstance(shape, ExpertsMlp) and self._experts is not None, "planned with the weights"
+            return self._experts(shape, mlp, plain(x), self._kv_slots, pdl=self._step.pdl)
+        if shape.activation == SILU:
             gated = self._products.gated(mlp.gate_up, x, self._gated, mlp.down, pdl=self._step.pdl)
         else:
             wide = self._act.wide[: len(self._residual)]
@@ -269,20 +295,19 @@ class _StepOps:
         return self._products(mlp.down, gated, self._mixed, pdl=self._step.pdl)
 
     def add_and_norm(
-        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
+        self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
     ) -> Rows:
         out = self._for(reader)
         self._add_and_norm(added, output_norm, weight, out)
         return out
 
-    def finish(self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
+    def finish(self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor) -> torch.Tensor:
         self._add_and_norm(added, output_norm, weight, self._normed)
         return self._normed
 
-    def _add_and_norm(
-        self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, out: Rows
-    ) -> None:
+    def _add_and_norm(self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor, out: Rows) -> None:
         if output_norm is not None:
+            assert isinstance(added, torch.Tensor), "no family norms what experts add"
             rms_norm(added, output_norm, self._eps, self._mixed, pdl=self._step.pdl)
             added = self._mixed
         add_rms_norm(added, self._residual, weight, self._eps, out, pdl=self._step.pdl)
@@ -294,17 +319,14 @@ def head_norms(layer: LayerWeights) -> torch.Tensor | None:
 
 
 def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
-    """Of all products of the model, each once."""
+    """Of all products of the model but those of experts, each once."""
     shapes = [shape_of(weights.lm_head)]
     for layer in weights.layers:
         attention, mlp = layer.attention, layer.mlp
-        assert isinstance(mlp, DenseMlpWeights), "the runner refuses others"
-        shapes += [
-            shape_of(attention.qkv),
-            shape_of(attention.o),
-            shape_of(mlp.gate_up, fused=layer.shape.mlp.activation == SILU),
-            shape_of(mlp.down),
-        ]
+        shapes += [shape_of(attention.qkv), shape_of(attention.o)]
+        dense = mlp if isinstance(mlp, DenseMlpWeights) else mlp.shared
+        if dense is not None:
+            shapes += [shape_of(dense.gate_up, fused=layer.shape.mlp.activation == SILU), shape_of(dense.down)]
     return tuple(dict.fromkeys(shapes))
 
 

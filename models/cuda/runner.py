@@ -565,8 +565,6 @@ def decodes(row: Row) -> bool:
 
 def check_supported(config: ModelConfig) -> None:
     """Raises SettingsError for what no kernel here computes, such as heads of some sizes."""
-    if config.experts is not None:
-        raise SettingsError(f"{config.architecture}: models with experts run on a CPU only so far")
     if config.latent is not None:
         raise SettingsError(f"{config.architecture}: latent attention runs on a CPU only so far")
     if config.head_dim % 16 or config.head_dim > 256:

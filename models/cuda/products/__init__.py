@@ -2,7 +2,7 @@
 
 `products` asks by format, `policy` says how many rows run how. A format is a file with a class that follows
 `products.FormatProducts`: `dense` for plain numbers, `dequantised` for weights that no kernel reads; `scaled`, for
-codes of 8 bits, also takes rows in codes.
+codes of 8 bits, also takes rows in codes. Products of experts have files of their own, `experts_*`.
 """
 
 from baton.models.cuda.products.policy import (
@@ -14,7 +14,7 @@ from baton.models.cuda.products.policy import (
     shape_of,
     untuned,
 )
-from baton.models.cuda.products.products import FormatProducts, Products, Rows
+from baton.models.cuda.products.products import FormatProducts, Products, Rows, plain
 
 __all__ = [
     "PADDING",
@@ -25,6 +25,7 @@ __all__ = [
     "Rows",
     "fastest",
     "invariant",
+    "plain",
     "shape_of",
     "untuned",
 ]

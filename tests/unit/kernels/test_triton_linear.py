@@ -37,7 +37,7 @@ def test_tables_fit_their_shapes(table):
     """Guards against an entry that the wrapper would refuse in the middle of serving."""
     for rows, entries in table.items():
         taken = {shape: entries[like] for shape, like in LIKE.items() if like in entries}
-        for (n, k, fused, _), tiles in (entries | taken).items():
+        for (n, k, fused, _), tiles in (taken | entries).items():
             assert n % tiles.tile_n == 0 and k % (tiles.tile_k * tiles.splits) == 0
             assert not (fused and tiles.splits > 1) and (tiles.tile_m == 0) == (table is FASTEST and rows == 1)
 

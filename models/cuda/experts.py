@@ -1,0 +1,131 @@
+"""Blocks of experts as launches of kernels: who computes a token, the experts' products, and what the shared one adds.
+
+A block of a decode step is four launches, and one more from some tokens on: router · choice and order · gate and up
+with silu · down. What experts add to a token is summed by the norm behind the block, and with it what the shared
+expert adds, whose products are those of a dense MLP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from baton.kernels import DenseLinear, ExpertLinears
+from baton.kernels.triton import experts_policy
+from baton.kernels.triton.linear_8bit_policy import FORMATS
+from baton.kernels.triton.route import Routes, choose, router
+from baton.kernels.triton.routed_sum import RoutedSum
+from baton.models.cuda.products import Policy, Products, invariant
+from baton.models.cuda.products.experts_dense import DenseExperts
+from baton.models.cuda.products.experts_scaled import ScaledExperts
+from baton.models.cuda.products.experts_sizes import ExpertsSizes
+from baton.models.families import SILU
+from baton.models.layers import ExpertsMlp, ExpertsWeights, Weights
+from baton.node.errors import InvariantBroken, SettingsError
+
+
+class ExpertProducts(Protocol):
+    """Products with experts of one format, captured in graphs: nothing is allocated and nothing waits."""
+
+    def tile_rows(self, num_tokens: int) -> int:
+        """Of the tiles in which so many tokens are multiplied."""
+        ...
+
+    def __call__(
+        self, gate_up: ExpertLinears, down: ExpertLinears, x: torch.Tensor, routes: Routes, *, pdl: bool
+    ) -> torch.Tensor:
+        """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain."""
+        ...
+
+
+class ExpertBlocks:
+    """Of one model, for up to max_tokens tokens; not for two steps at a time."""
+
+    def __init__(
+        self,
+        blocks: Sequence[tuple[ExpertsMlp, ExpertsWeights]],
+        products: Products,
+        max_tokens: int,
+        deterministic: bool,
+        dtype: torch.dtype,
+        device: str,
+    ) -> None:
+        """products: for the shared experts. deterministic: a token's bits do not depend on the others."""
+        sizes = {
+            ExpertsSizes(shape.routing, shape.experts, weights.gate_up.num_inputs, shape.width)
+            for shape, weights in blocks
+        }
+        if len(sizes) != 1 or any(shape.activation != SILU for shape, _ in blocks):
+            raise SettingsError("the GPU's experts are all of one size, with silu")
+        (self._sizes,) = sizes
+        self._products, self._deterministic = products, deterministic
+        formats = {each.weight_format for _, weights in blocks for each in (weights.gate_up, weights.down)}
+        self._by_format: dict[str, ExpertProducts] = {
+            each: _products_of(each, self._sizes, max_tokens, deterministic, dtype, device) for each in formats
+        }
+        routing, gated = self._sizes.routing, any(weights.shared_gate is not None for _, weights in blocks)
+        rooms = [self._sizes.room(max_tokens, each.tile_rows) for each in self._by_format.values()]
+        tiles, rows = max(room.tiles for room in rooms), max(room.rows for room in rooms)
+        self._routes = Routes.of_room(max_tokens, routing, tiles, rows, device)
+        hidden = self._sizes.hidden
+        parts = max(self._splits(tokens) * tokens for tokens in range(1, max_tokens + 1))
+        self._logits = torch.empty(parts * (routing.num_experts + gated), dtype=torch.float32, device=device)
+        shared = [weights.shared for _, weights in blocks if weights.shared is not None]
+        inner = max((each.down.num_inputs for each in shared), default=0)
+        self._gated = torch.zeros(max_tokens * inner, dtype=dtype, device=device)
+        self._shared = torch.zeros(max_tokens if shared else 0, hidden, dtype=dtype, device=device)
+
+    def __call__(
+        self, shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, kv_slots: torch.Tensor | None, *, pdl: bool
+    ) -> RoutedSum:
+        """What the block adds to T tokens, valid until the next is computed; x is [T, hidden].
+
+        kv_slots: int32 [T], -1 for tokens that pad the step; None: there are none.
+        """
+        num_tokens, routing = len(x), shape.routing
+        if mlp.gate_up.weight_format != mlp.down.weight_format:
+            raise InvariantBroken("experts of two formats in one block")
+        products = self._by_format[mlp.gate_up.weight_format]
+        routes = self._routes.first(num_tokens, routing, products.tile_rows(num_tokens))
+        gate = None if mlp.shared_gate is None else mlp.shared_gate.weight
+        width = routing.num_experts + (gate is not None)
+        splits = self._splits(num_tokens)
+        logits = self._logits[: splits * num_tokens * width].view(splits, num_tokens, width)
+        router(x, mlp.router.weight, gate, logits, pdl=pdl)
+        choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, pdl=pdl)
+        rows = products(mlp.gate_up, mlp.down, x, routes, pdl=pdl)
+        if mlp.shared is None:
+            return RoutedSum(rows, routes)
+        gated = self._gated[: num_tokens * mlp.shared.down.num_inputs].view(num_tokens, -1)
+        inner = self._products.gated(mlp.shared.gate_up, x, gated, mlp.shared.down, pdl=pdl)
+        added = self._products(mlp.shared.down, inner, self._shared[:num_tokens], pdl=pdl)
+        return RoutedSum(rows, routes, added, gate is not None)
+
+    def _splits(self, num_tokens: int) -> int:
+        """Parts of the inputs of a router's product."""
+        return experts_policy.router_splits(num_tokens, self._sizes.hidden, self._deterministic)
+
+
+def plan_experts(weights: Weights, products: Products, policy: Policy, max_tokens: int) -> ExpertBlocks | None:
+    """The blocks of a model's layers; None: it has none."""
+    blocks = [
+        (layer.shape.mlp, layer.mlp)
+        for layer in weights.layers
+        if isinstance(layer.shape.mlp, ExpertsMlp) and isinstance(layer.mlp, ExpertsWeights)
+    ]
+    if not blocks:
+        return None
+    dtype, device = weights.embedding.dtype, str(weights.embedding.device)
+    return ExpertBlocks(blocks, products, max_tokens, policy is invariant, dtype, device)
+
+
+def _products_of(
+    weight_format: str, sizes: ExpertsSizes, max_tokens: int, deterministic: bool, dtype: torch.dtype, device: str
+) -> ExpertProducts:
+    if weight_format == DenseLinear.weight_format:
+        return DenseExperts(sizes, max_tokens, deterministic, dtype, device)
+    if weight_format in FORMATS:
+        return ScaledExperts(sizes, weight_format, max_tokens, dtype, device)
+    raise InvariantBroken(f"no kernel here reads experts of the format {weight_format}")

@@ -1,0 +1,101 @@
+"""Products of experts with plain weights: those of few rows, of one token, and on Hopper those of prompts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from baton.kernels import DenseLinear, ExpertLinears
+from baton.kernels.triton import experts_policy
+from baton.kernels.triton.experts import experts
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.route import Routes
+from baton.kernels.triton.spread import spread
+from baton.models.cuda.products.experts_sizes import ExpertsSizes
+from baton.node.errors import InvariantBroken, SettingsError
+
+PromptProduct = Callable[[torch.Tensor, torch.Tensor, Routes, torch.Tensor, bool], None]
+"""product(x [P, K], weight [E, N, K], routes, out [P, N], gated)"""
+PairTiles = tuple[Tiles, Tiles]
+"""Of gate and up together, and of down."""
+
+
+class DenseExperts:
+    """For up to max_tokens tokens; not for two steps at a time."""
+
+    def __init__(
+        self, sizes: ExpertsSizes, max_tokens: int, deterministic: bool, dtype: torch.dtype, device: str
+    ) -> None:
+        """deterministic: a token's bits do not depend on how many there are."""
+        self._sizes = sizes
+        shapes = ProductShape(sizes.width, sizes.hidden, fused=True), ProductShape(sizes.hidden, sizes.width)
+        self._tiles: dict[int, PairTiles] = {}
+        for tile_m in experts_policy.ROW_TILES:
+            wide, narrow = (experts_policy.rows_tiles(shape, tile_m, dtype.itemsize) for shape in shapes)
+            if wide is None or narrow is None:
+                raise SettingsError(
+                    f"no tiles fit experts of width {sizes.width}, with a hidden size of {sizes.hidden}"
+                )
+            self._tiles[tile_m] = wide, narrow
+        wide, narrow = map(experts_policy.row_tiles, shapes)
+        if wide is not None and narrow is not None and not deterministic:
+            self._tiles[1] = wide, narrow
+        self._by_gluon = None if deterministic else _gluon_product(sizes, dtype, device)
+        room = sizes.room(max_tokens, self.tile_rows)
+        self._rows = torch.empty(room.rows, sizes.hidden, dtype=dtype, device=device)
+        self._gated = torch.empty(room.rows, sizes.width, dtype=dtype, device=device)
+
+    def tile_rows(self, num_tokens: int) -> int:
+        """Of the tiles in which so many tokens are multiplied."""
+        routing = self._sizes.routing
+        if num_tokens == 1 and 1 in self._tiles:
+            return 1
+        if self._by_gluon is not None and experts_policy.as_prompts(num_tokens, routing.num_experts, routing.top_k):
+            return experts_policy.PROMPT_ROWS
+        return experts_policy.tile_rows(num_tokens, routing.num_experts, routing.top_k)
+
+    def __call__(
+        self, gate_up: ExpertLinears, down: ExpertLinears, x: torch.Tensor, routes: Routes, *, pdl: bool
+    ) -> torch.Tensor:
+        """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden]."""
+        count = routes.most_tiles * routes.tile_m
+        rows, gated = self._rows[:count], self._gated[:count]
+        first, second = _weight(gate_up), _weight(down)
+        if routes.tile_m in self._tiles:
+            wide, narrow = self._tiles[routes.tile_m]
+            experts(x, first, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
+            experts(gated, second, routes, narrow, rows, pdl=pdl)
+            return rows
+        if self._by_gluon is None:
+            raise InvariantBroken(f"no kernel here multiplies tiles of {routes.tile_m} rows")
+        spread(x, routes, rows)
+        self._by_gluon(rows, first, routes, gated, True)
+        self._by_gluon(gated, second, routes, rows, False)  # in the place of the spread x, which is no longer needed
+        return rows
+
+
+def _weight(weights: ExpertLinears) -> torch.Tensor:
+    """[E, N, K]"""
+    if not isinstance(weights.stacked, DenseLinear):
+        raise InvariantBroken(f"no kernel here reads experts of the format {weights.weight_format}")
+    return weights.stacked.weight.view(weights.num_experts, weights.num_outputs, weights.num_inputs)
+
+
+def _gluon_product(sizes: ExpertsSizes, dtype: torch.dtype, device: str) -> PromptProduct | None:
+    """experts_gluon, where it runs."""
+    if not device.startswith("cuda") or dtype != torch.bfloat16 or torch.cuda.get_device_capability(device) < (9, 0):
+        return None
+    # Gluon has no interpreter and changes with Triton's versions: it is imported where it may be used.
+    from baton.kernels.triton import experts_gluon, prefill_gluon
+
+    narrowest = experts_gluon.STEP * experts_gluon.STAGES
+    fits = all(size % experts_gluon.STEP == 0 and size >= narrowest for size in (sizes.hidden, sizes.width))
+    if not fits or not prefill_gluon.is_available(torch.cuda.get_device_capability(device)):
+        return None
+    num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def product(x: torch.Tensor, weight: torch.Tensor, routes: Routes, out: torch.Tensor, gated: bool) -> None:
+        experts_gluon.experts_product(x, weight, routes, num_sms, out, gated=gated)
+
+    return product

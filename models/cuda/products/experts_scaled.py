@@ -1,0 +1,87 @@
+"""Products of experts with weights of 8 bits, FP8 and INT8: bytes by bytes, with rows in codes.
+
+Tokens are put into codes once, with scales as the weight has them, of rows or of runs of 128 values; what gate and up
+make always has scales of runs, which the product itself can tell.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from baton.kernels import ExpertLinears, ScaledLinear
+from baton.kernels.triton import experts_policy
+from baton.kernels.triton.experts_8bit import experts_8bit
+from baton.kernels.triton.linear_policy import ProductShape, Tiles
+from baton.kernels.triton.quantise import RUN, CodedRows, quantise
+from baton.kernels.triton.route import Routes
+from baton.models.cuda.products.experts_sizes import ExpertsSizes
+from baton.models.cuda.products.policy import PADDING
+from baton.node.errors import InvariantBroken, SettingsError
+
+
+class ScaledExperts:
+    """With weights of one format, for up to max_tokens tokens; not for two steps at a time."""
+
+    def __init__(
+        self, sizes: ExpertsSizes, weight_format: str, max_tokens: int, dtype: torch.dtype, device: str
+    ) -> None:
+        """weight_format: one of linear_8bit_policy.FORMATS."""
+        self._sizes = sizes
+        hidden, width = sizes.hidden, sizes.width
+        shapes = ProductShape(width, hidden, fused=True), ProductShape(hidden, width)
+        self._tiles: dict[int, tuple[Tiles, Tiles]] = {}
+        for tile_m in experts_policy.ROW_TILES:
+            wide, narrow = (experts_policy.rows_tiles_8bit(shape, tile_m) for shape in shapes)
+            if wide is None or narrow is None:
+                raise SettingsError(
+                    f"experts of width {width} with a hidden size of {hidden}: in 8 bits the GPU multiplies multiples "
+                    f"of {experts_policy.BLOCK}; load them in the model's dtype"
+                )
+            self._tiles[tile_m] = wide, narrow
+        code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
+        self._run = RUN if weight_format == "fp8_block" else 0
+        room, padded = sizes.room(max_tokens, self.tile_rows), -(-max_tokens // PADDING) * PADDING
+
+        def codes(rows: int, columns: int) -> torch.Tensor:
+            return torch.zeros(rows, columns, dtype=torch.int8, device=device).view(code_type)
+
+        self._x_codes = codes(padded, hidden)
+        self._x_scales = torch.zeros(padded * (hidden // RUN if self._run else 1), device=device)
+        self._gated_codes = codes(room.rows, width)
+        self._gated_scales = torch.zeros(room.rows * (width // RUN), device=device)
+        self._rows = torch.empty(room.rows, hidden, dtype=dtype, device=device)
+
+    def tile_rows(self, num_tokens: int) -> int:
+        """Of the tiles in which so many tokens are multiplied."""
+        return experts_policy.tile_rows(num_tokens, self._sizes.routing.num_experts, self._sizes.routing.top_k)
+
+    def __call__(
+        self, gate_up: ExpertLinears, down: ExpertLinears, x: torch.Tensor, routes: Routes, *, pdl: bool
+    ) -> torch.Tensor:
+        """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain."""
+        count, width = routes.most_tiles * routes.tile_m, self._sizes.width
+        wide, narrow = self._tiles[routes.tile_m]
+        first, second = _scaled(gate_up), _scaled(down)
+        coded = self._coded(x)
+        quantise(x, coded, pdl=pdl)
+        scales = self._gated_scales[: count * (width // RUN)].view(-1, count)
+        gated, rows = CodedRows(self._gated_codes[:count], scales), self._rows[:count]
+        codes = first.codes.view(gate_up.num_experts, gate_up.num_outputs, -1)
+        experts_8bit(coded, codes, first.scales, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
+        codes = second.codes.view(down.num_experts, down.num_outputs, -1)
+        experts_8bit(gated, codes, second.scales, routes, narrow, rows, pdl=pdl)
+        return rows
+
+    def _coded(self, x: torch.Tensor) -> CodedRows:
+        """Where x belongs in codes."""
+        num_rows, hidden = x.shape
+        if not self._run:
+            return CodedRows(self._x_codes[:num_rows], self._x_scales[:num_rows])
+        padded = -(-num_rows // PADDING) * PADDING
+        return CodedRows(self._x_codes[:num_rows], self._x_scales[: padded * (hidden // RUN)].view(-1, padded))
+
+
+def _scaled(weights: ExpertLinears) -> ScaledLinear:
+    if not isinstance(weights.stacked, ScaledLinear):
+        raise InvariantBroken(f"{weights.weight_format} is no format of 8 bits")
+    return weights.stacked

@@ -1,0 +1,53 @@
+"""Models with experts by the GPU's runner, on CPU tensors with its kernels interpreted: against the CPU's runner."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.models.batch import Draw, Row
+from baton.models.cuda.products import fastest
+from baton.node.errors import SettingsError
+from baton.node.messages.control import SamplingSpec
+from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, make
+
+EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 32}
+
+
+def test_logits_equal_the_cpu_s(make_model):
+    """Guards weights that do not sum to 1, a shared expert and its gate, and a layer without experts among others."""
+    config = EXPERTS | {"shared_expert_intermediate_size": 48, "mlp_only_layers": [1]}
+    late, plain = make(make_model("qwen2_moe", num_hidden_layers=2, **config).folder, policy=fastest)
+    draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
+    first = [Row(list(range(3, 15)), 0, [5, 2, 9], None), Row([7, 8, 9], 0, [1], draw)]
+    then = [Row([40, 41, 42], 12, [5, 2, 9], draw)]
+    for rows in (first, then):
+        torch.testing.assert_close(late.logits(rows), plain.compute(rows)[1], rtol=2e-4, atol=2e-4)
+
+
+def test_steps_ahead_of_the_host_give_the_cpu_s_tokens(make_model):
+    """Guards the rows that pad a captured step, which choose no expert, and prompts beside rows that decode."""
+    config = EXPERTS | {"norm_topk_prob": True}
+    folder = make_model("qwen3_moe", num_hidden_layers=1, vocab_size=144, **config).folder
+    late, plain = make(folder, max_rows=3, mixed_tokens=1)
+    run = Ahead(late)
+    run.start(0, PROMPTS[0], TABLES[0])
+    run.start(1, PROMPTS[1], TABLES[1])
+    for slots in ([0], [0, 1], [1, 0]):
+        run.launch(slots, chunk=9)
+    run.start(2, PROMPTS[2], TABLES[2])
+    for slots in ([0, 1, 2], [2, 0, 1], [1]):
+        run.launch(slots)
+    for slot in (0, 1, 2):
+        found = run.generated(slot)
+        assert found == one_after_the_other(plain, PROMPTS[slot], TABLES[slot], len(found))
+
+
+def test_experts_without_kernels_are_refused_by_name(make_model):
+    """Guards against a worker that fails at its first request."""
+    folder = make_model("qwen3_moe", num_hidden_layers=1, **EXPERTS | {"moe_intermediate_size": 24}).folder
+    with pytest.raises(SettingsError, match="width 24"):
+        make(folder)
