@@ -65,7 +65,9 @@ class Tried:
 def candidates(num_rows: int, shape: ProductShape) -> list[Tiles]:
     """Tiles of the kernels in Gluon that divide the shape, in rings of several depths."""
     of_4_bits = shape.weight_format.startswith(int4_policy.PREFIX)
-    block = (int4_policy.block_of(shape) or 0) if of_4_bits else BLOCK
+    block = int4_policy.block_of(shape) if of_4_bits else BLOCK
+    if not of_4_bits and shape.weight_format not in linear_8bit_policy.FORMATS:
+        return []
     sizes = int4_policy.TILE_ROWS if of_4_bits else linear_8bit_policy.TILE_ROWS
     tile_m = next((size for size in sizes if num_rows <= size), sizes[-1])
     tile_n, found = 64 if shape.fused else 128, []
@@ -80,11 +82,8 @@ def candidates(num_rows: int, shape: ProductShape) -> list[Tiles]:
                 deepest = int4_policy.stages_that_fit(block, tile_m, warps)
                 found += [Tiles(tile_n, block, tile_m, stages, splits, warps) for stages in {deepest, deepest // 2}]
         else:
-            deepest, shared = (linear_8bit_policy.stages_that_fit(tile_m, programs) for programs in (1, 2))
-            found += [
-                Tiles(tile_n, block, tile_m, stages, splits)
-                for stages in sorted({deepest, (deepest + shared) // 2, shared})
-            ]
+            deepest = linear_8bit_policy.stages_that_fit(tile_m)
+            found += [Tiles(tile_n, block, tile_m, stages, splits) for stages in (deepest, deepest // 2 + 1)]
     return found
 
 
@@ -228,7 +227,8 @@ def main(argv: Sequence[str]) -> int:
     lines = JsonLines(options.file)
     torch.manual_seed(0)
     rows = [int(each) for each in options.rows.split(",")]
-    config = replace(ModelConfig.from_folder(SHAPES / options.shape), num_layers=options.layers)
+    whole, layers = ModelConfig.from_folder(SHAPES / options.shape), options.layers
+    config = replace(whole, num_layers=layers, windowed_layers=whole.windowed_layers[:layers])
     pool = random_pool(config, max(rows) * -(-options.context // BLOCK_TOKENS))
     for quantization in filter(None, options.quantization.split(",")):
         weights = load_weights(
@@ -239,7 +239,7 @@ def main(argv: Sequence[str]) -> int:
         _timed(lines, "compiled", partial(compile_ahead, steps, rows))
         for num_rows in rows:
             about: dict[str, object] = {"shape": options.shape, "format": quantization}
-            tune(lines, steps, num_rows, about, options.layers)
+            tune(lines, steps, num_rows, about, layers)
         del steps, weights
     for name in filter(None, options.many.split(",")):
         many_rows(lines, name)
