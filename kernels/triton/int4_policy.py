@@ -21,7 +21,9 @@ UNIT_BLOCKS = 3
 SHARED_BYTES = 226 << 10
 MOST_STAGES = 12
 TILE_ROWS = 8, 16, 32, 64
-"""Of x in a tile. Up to 8 are summed by another instruction."""
+"""Of x in a tile."""
+WIDE_TILE_ROWS = 32, 64
+"""Those that are summed by one instruction."""
 
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
@@ -31,7 +33,7 @@ def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     """One instruction, number of splits and of groups of warps for every number of rows. None: no tiles fit."""
-    return _tiles(num_rows, shape, 8, TILE_ROWS[1:])
+    return _tiles(num_rows, shape, 8, WIDE_TILE_ROWS)
 
 
 def portable(tiles: Tiles) -> Tiles:

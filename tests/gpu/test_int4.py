@@ -91,7 +91,7 @@ def test_a_row_has_the_same_bits_on_hopper_for_any_number_of_rows():
     weight, x = checks.make_int4(1024, 4096, 128, GPU), randn((256, 4096), torch.bfloat16, GPU)
     results = []
     for rows in (1, 8, 16, 33, 64, 100, 256):
-        tile_m = next((size for size in (16, 32) if rows <= size), 64)
+        tile_m = 32 if rows <= 32 else 64
         out = poison((2, rows, 1024), torch.float32, GPU)
         linear_int4_gluon(x[:rows].contiguous(), weight, Tiles(128, weight.block, tile_m, 4, 2, 8), 132, out)
         results.append(out)
