@@ -39,24 +39,18 @@ def portable(num_rows: int, tiles: Tiles, fused: bool, inputs: int) -> Tiles:
     return Tiles(64, BLOCK, tile_m, max(stages, 2), tiles.splits)
 
 
-def stage_bytes(tile_m: int) -> int:
-    """128 rows of W, and those of x."""
-    return (128 + tile_m) * BLOCK
-
-
-def stages_that_fit(tile_m: int, programs: int = 1) -> int:
-    """With so many programs on a multiprocessor; each has 2 KiB more, and the system 1 KiB of each."""
-    return min(MOST_STAGES, (SHARED_BYTES // programs - 3 * 1024) // stage_bytes(tile_m))
-
-
-def programs_that_fit(tiles: Tiles) -> int:
-    """On a multiprocessor, by shared memory and registers."""
-    return 2 if tiles.tile_m <= 32 and tiles.stages <= stages_that_fit(tiles.tile_m, 2) else 1
+def stages_that_fit(tile_m: int) -> int:
+    """Of 128 rows of W and those of x; beside them the sums of a group of warps, and 3 KiB."""
+    return min(MOST_STAGES, (SHARED_BYTES - 3 * 1024 - 128 * tile_m * 4) // ((128 + tile_m) * BLOCK))
 
 
 def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
     tile_n = 64 if shape.fused else 128
-    if shape.outputs % (BLOCK if shape.weight_format == "fp8_block" else tile_n) or shape.inputs % BLOCK:
+    if (
+        shape.outputs % (BLOCK if shape.weight_format == "fp8_block" else tile_n)
+        or shape.inputs % BLOCK
+        or shape.inputs < 2 * BLOCK
+    ):
         return None
     tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
     splits = _splits(shape, tile_n)
@@ -66,11 +60,9 @@ def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
 
 
 def _splits(shape: ProductShape, tile_n: int) -> int:
-    """By the shape alone: the fewest of which each program has a unit, nearly."""
+    """By the shape alone: the fewest that give most programs a unit."""
     blocks, tiles = shape.inputs // BLOCK, shape.outputs // tile_n
     if shape.fused:
         return 1
-    return next(
-        (splits for splits in (1, 2, 4) if blocks % splits == 0 and tiles * splits > PROGRAMS * 2 // 3),
-        4 if blocks % 4 == 0 else 1,
-    )
+    possible = [splits for splits in (1, 2, 4) if blocks % splits == 0 and blocks > splits] or [1]
+    return next((splits for splits in possible if 3 * tiles * splits > 2 * PROGRAMS), possible[-1])
