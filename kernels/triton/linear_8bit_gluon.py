@@ -23,6 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from baton.kernels.triton.launch import require
 from baton.kernels.triton.linear_8bit import BLOCK
+from baton.kernels.triton.linear_8bit_policy import programs_of
 from baton.kernels.triton.linear_int4_gluon import ROWS, place_of_unit, store_unit
 from baton.kernels.triton.linear_policy import Tiles
 from baton.kernels.triton.quantise import RUN, CodedRows
@@ -250,7 +251,7 @@ def linear_8bit_gluon(
     units = tiles_m * (n // tile_n) * tiles.splits
     options = {"launch_pdl": True} if pdl else {}
     options["maxnreg"] = 88 if tiles.tile_m <= 32 else 168  # leaves room beside the kernel before, where W may wait
-    _linear_8bit_gluon_kernel[(min(num_sms, units),)](
+    _linear_8bit_gluon_kernel[(programs_of(units, num_sms),)](
         _descriptor(x.codes, tiles.tile_m), _descriptor(codes, rows), x.scales, scales,
         scales if bias is None else bias, out, units, tiles_m, codes.shape[0], num_rows, x.scales.shape[-1],
         SECOND=n if fused else rows, BLOCKS=k // BLOCK // tiles.splits, SPLITS=tiles.splits, TILE_M=tiles.tile_m,

@@ -13,8 +13,12 @@ MOST_ROWS = 128
 """Of the policy of speed."""
 SHARED_BYTES = 226 << 10
 """Of a multiprocessor."""
-PROGRAMS = 132
-"""Of an H100 or H200."""
+SMS = 132
+"""Multiprocessors of an H100 or H200."""
+FEWEST_PROGRAMS = 72
+"""Fewer load too little of a weight before the kernel before has ended, and then no faster than the memory gives."""
+GLUON_ROWS = {"fp8_row": 64, "int8_row": 64, "fp8_block": 64}
+"""The most rows of which linear_8bit_gluon is ahead of linear_8bit, by format."""
 TILE_ROWS = 8, 16, 32, 64
 """Of x in a tile."""
 MOST_STAGES = 12
@@ -55,14 +59,20 @@ def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
     tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
     splits = _splits(shape, tile_n)
     units = shape.outputs // tile_n * splits * -(-num_rows // tile_m)
-    blocks = -(-units // PROGRAMS) * (shape.inputs // BLOCK // splits)
+    blocks = -(-units // SMS) * (shape.inputs // BLOCK // splits)
     return Tiles(tile_n, BLOCK, tile_m, min(stages_that_fit(tile_m), max(3, blocks)), splits)
 
 
 def _splits(shape: ProductShape, tile_n: int) -> int:
-    """By the shape alone: the fewest that give most programs a unit."""
+    """By the shape alone: the fewest with which most multiprocessors have a unit."""
     blocks, tiles = shape.inputs // BLOCK, shape.outputs // tile_n
     if shape.fused:
         return 1
     possible = [splits for splits in (1, 2, 4) if blocks % splits == 0 and blocks > splits] or [1]
-    return next((splits for splits in possible if 3 * tiles * splits > 2 * PROGRAMS), possible[-1])
+    return next((splits for splits in possible if programs_of(tiles * splits, SMS) >= FEWEST_PROGRAMS), possible[-1])
+
+
+def programs_of(units: int, num_sms: int) -> int:
+    """As many as have equally many units each, nearly, in as few rounds as there can be."""
+    rounds = -(-units // num_sms)
+    return -(-units // rounds)

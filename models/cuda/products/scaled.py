@@ -46,7 +46,8 @@ class ScaledProducts:
         weight_format = shapes[0].weight_format
         self._code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
         self._run = RUN if weight_format == "fp8_block" else 0
-        self._product = _gluon_product(device) or _portable_product
+        self._gluon = _gluon_product(device)
+        self._gluon_rows = max_rows if policy is invariant else linear_8bit_policy.GLUON_ROWS[weight_format]
         self._many = ScaledManyRows(weight_format, policy is invariant, dtype, device)
         self._fused = {(shape.outputs, shape.inputs) for shape in shapes if shape.fused}
         rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
@@ -127,7 +128,8 @@ class ScaledProducts:
             quantise(x, codes, pdl=pdl)
             x = codes
         if tiles is not None and isinstance(x, CodedRows):
-            self._product(x, _scaled(weights), tiles, out, fused=fused, pdl=pdl)
+            product = self._gluon if self._gluon and len(x.codes) <= self._gluon_rows else _portable_product
+            product(x, _scaled(weights), tiles, out, fused=fused, pdl=pdl)
         elif isinstance(x, CodedRows):
             self._many(_scaled(weights), x, out)
         else:
