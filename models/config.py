@@ -92,6 +92,8 @@ class ModelConfig:
     """None: all MLPs are dense."""
     latent: LatentConfig | None = None
     """None: attention is over cached keys and values."""
+    num_draft_layers: int = 0
+    """In the checkpoint, behind the others: they would predict further tokens, and are not run."""
     through: str = ""
     """What runs the model where no code here does, and its version; then fields that only native code reads are
     without meaning."""
@@ -175,9 +177,9 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         window_rope=window_rope,
         tie_word_embeddings=config.flag("tie_word_embeddings", family.default_tied),
         qkv_bias=attention_bias or family.always_qkv_bias or (family.reads_qkv_bias and config.flag("qkv_bias", True)),
-        o_bias=attention_bias,
+        o_bias=attention_bias and family.attention_bias_of_o,
         mlp_bias=family.reads_mlp_bias and config.flag("mlp_bias", False),
-        qk_norm=family.qk_norm,
+        qk_norm=family.qk_norm or (family.reads_qk_norm and config.flag("use_qk_norm", False)),
         merged_projections=family.merged_projections,
         activation=family.activation,
         unit_offset_norms=family.like_gemma,
@@ -193,6 +195,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         quantization=read_quantization(config, generation_path.parent),
         experts=None if family.experts is None else read_experts(config, family.experts, num_layers),
         latent=latent,
+        num_draft_layers=config.integer("num_nextn_predict_layers", 0, least=0, most=MAX_LAYERS),
     )
 
 

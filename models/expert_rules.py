@@ -110,3 +110,11 @@ DEEPSEEK_V3_EXPERTS = replace(
     default_groups=(8, 4),
     float32_router=True,
 )
+GLM4_EXPERTS = replace(
+    DEEPSEEK_V3_EXPERTS,
+    default_count=128,
+    default_width=1408,
+    default_dense=1,
+    default_scale=1.0,
+    default_groups=(1, 1),
+)

@@ -12,6 +12,7 @@ from enum import Enum
 from baton.models.expert_rules import (
     DEEPSEEK_V2_EXPERTS,
     DEEPSEEK_V3_EXPERTS,
+    GLM4_EXPERTS,
     MIXTRAL_EXPERTS,
     QWEN2_EXPERTS,
     QWEN3_EXPERTS,
@@ -66,12 +67,17 @@ class Family:
     reads_qkv_bias: bool = False
     """`qkv_bias` counts; it is true where it is absent."""
     reads_attention_bias: bool = False
+    """`attention_bias` counts."""
+    attention_bias_of_o: bool = True
+    """It is also of the projection behind attention."""
     reads_mlp_bias: bool = False
     default_tied: bool = False
     default_theta: float = 10_000.0
     qk_norm: bool = False
-    partial_rotary: bool = False
-    """Of a head a part may be rotated."""
+    reads_qk_norm: bool = False
+    """`use_qk_norm` counts; it is false where it is absent."""
+    default_rotary: float | None = None
+    """The part of a head that is rotated where `partial_rotary_factor` is absent; None: all of it, always."""
     merged_projections: bool = False
     """The checkpoint has query, key and value, and gate and up, in one tensor each."""
     window_rope: bool = False
@@ -134,8 +140,18 @@ FAMILIES: dict[str, Family] = {
     "DeepseekV3ForCausalLM": Family(
         "deepseek_v3", experts=DEEPSEEK_V3_EXPERTS, latent=LatentRules(reads_interleave=True)
     ),
+    "Glm4MoeForCausalLM": Family(
+        "glm4_moe",
+        default_kv_heads=8,
+        default_eps=1e-5,
+        reads_attention_bias=True,
+        attention_bias_of_o=False,
+        reads_qk_norm=True,
+        default_rotary=0.5,
+        experts=GLM4_EXPERTS,
+    ),
     "Phi3ForCausalLM": Family(
-        "phi3", windows=Windows.ALL, default_eps=1e-5, partial_rotary=True, merged_projections=True
+        "phi3", windows=Windows.ALL, default_eps=1e-5, default_rotary=1.0, merged_projections=True
     ),
     "GemmaForCausalLM": Family(
         "gemma",

@@ -68,7 +68,7 @@ def read_ropes(
         theta = rope.number("rope_theta", config.number(theta_key, default_theta))
         if theta <= 1.0:
             raise rope.wrong("rope_theta", "above 1") if rope.has("rope_theta") else config.wrong(theta_key, "above 1")
-        return _read_rope(config, rope, theta, max_position, head_dim, family.partial_rotary)
+        return _read_rope(config, rope, theta, max_position, head_dim, family.default_rotary)
 
     rope, of_windows = _rope_object(config), JsonObject(config.where, {})
     if family.window_rope and "full_attention" in rope.fields:
@@ -88,7 +88,7 @@ def score_factor(config: JsonObject, rope: RopeConfig) -> float:
 
 
 def _read_rope(
-    config: JsonObject, rope: JsonObject, theta: float, max_position: int, head_dim: int, may_be_partial: bool
+    config: JsonObject, rope: JsonObject, theta: float, max_position: int, head_dim: int, default_rotary: float | None
 ) -> RopeConfig:
     kind = rope.text("rope_type", rope.text("type", "default"))
     kind = SPELLINGS.get(kind, kind)
@@ -98,9 +98,9 @@ def _read_rope(
         )
     if any(isinstance(value, dict) for value in rope.fields.values()):
         raise SettingsError(f"{rope.where}: a rope for each layer type is not supported")
-    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0))
+    partial = rope.number("partial_rotary_factor", config.number("partial_rotary_factor", default_rotary or 1.0))
     rotary_dim = int(head_dim * partial)
-    if partial != 1.0 and not may_be_partial:
+    if partial != 1.0 and default_rotary is None:
         raise SettingsError(f"{rope.where}: partial_rotary_factor {partial} is not supported for this model, only 1")
     if not 0 < rotary_dim <= head_dim or rotary_dim % 2:
         raise SettingsError(

@@ -115,15 +115,14 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.reshape(-1).view(torch.uint8)
 
 
-def log_unused(checkpoint: Checkpoint, sources: dict[str, Source], tied: bool, whole: bool) -> None:
-    """Tensors that the model of this config has no place for are left out, as transformers does; whole: all experts are
-    wanted, and not only those of a rank."""
+def log_unused(checkpoint: Checkpoint, sources: dict[str, Source], tied: bool, left_out: tuple[str, ...]) -> None:
+    """Tensors that the model of this config has no place for are left out, as transformers does; left_out: parts of
+    the names of those that this is known of."""
     used = {stored.name for source in sources.values() for stored in _parts(source).values()}
     unused = checkpoint.holders.keys() - used
     head = checkpoint.find(HEAD) if tied else None
     unused = {name for name in unused if not name.endswith(UNUSED_SUFFIXES) and (head is None or name != head.name)}
-    if not whole:
-        unused = {name for name in unused if EXPERTS not in name}
+    unused = {name for name in unused if not any(part in name for part in left_out)}
     if unused:
         log_event(
             logger,

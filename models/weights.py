@@ -34,6 +34,7 @@ from baton.models.quantization.weight import QuantizedWeight
 from baton.models.random_weights import fill_randomly
 from baton.models.sources import (
     EMBEDDING,
+    EXPERTS,
     PLAIN,
     Source,
     find_sources,
@@ -99,7 +100,7 @@ def load_weights(
             tied = False
             shapes = _shapes(config, tied, rank)
             sources = find_sources(checkpoint, shapes, tied, config.quantization)
-        log_unused(checkpoint, sources, tied, whole=rank == WHOLE)
+        log_unused(checkpoint, sources, tied, _left_out(config, rank))
         forms = read_forms(checkpoint, sources) if keep_quantised else {}
         forms |= _forms(recipe, shapes, keep_quantised)
         weights, places = _with_room(config, tied, rank, dtype, device, forms)
@@ -117,6 +118,13 @@ def load_weights(
     if pack:
         _pack(weights, tied)
     return weights
+
+
+def _left_out(config: ModelConfig, rank: Rank) -> tuple[str, ...]:
+    """Parts of the names of tensors that have no place here."""
+    last = config.num_layers + config.num_draft_layers
+    drafts = [f"layers.{layer}." for layer in range(config.num_layers, last)]
+    return (*drafts, EXPERTS) if rank.count > 1 else tuple(drafts)
 
 
 def _shapes(config: ModelConfig, tied: bool, rank: Rank) -> dict[str, tuple[int, ...]]:

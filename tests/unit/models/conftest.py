@@ -25,6 +25,7 @@ CONFIGS = {
     "qwen3_moe": (transformers.Qwen3MoeConfig, transformers.Qwen3MoeForCausalLM),
     "deepseek_v2": (transformers.DeepseekV2Config, transformers.DeepseekV2ForCausalLM),
     "deepseek_v3": (transformers.DeepseekV3Config, transformers.DeepseekV3ForCausalLM),
+    "glm4_moe": (transformers.Glm4MoeConfig, transformers.Glm4MoeForCausalLM),
     "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
     "gemma": (transformers.GemmaConfig, transformers.GemmaForCausalLM),
     "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
@@ -83,6 +84,9 @@ def make_model(tmp_path: Path) -> Callable[..., Made]:
             # Large and everywhere non-zero, biases and norms too: logits far apart, and no part that could be left out.
             spread = torch.randn_like(parameter) * 0.2
             parameter.data = 1 + spread if "norm" in name else spread
+        for name, buffer in model.named_buffers():
+            if "correction" in name:
+                buffer.copy_(torch.randn_like(buffer) * 0.2)
         model.save_pretrained(tmp_path, max_shard_size=shard_size)
         return Made(tmp_path, model)
 

@@ -219,6 +219,7 @@ FAMILIES = {
     "MixtralForCausalLM": transformers.MixtralConfig,
     "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
+    "Glm4MoeForCausalLM": transformers.Glm4MoeConfig,
     "Phi3ForCausalLM": transformers.Phi3Config,
     "GemmaForCausalLM": transformers.GemmaConfig,
     "Gemma2ForCausalLM": transformers.Gemma2Config,
@@ -229,7 +230,7 @@ FAMILIES = {
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_absent_key_heads_are_those_of_transformers(tmp_path, architecture):
     shape = {key: value for key, value in PLAIN.items() if key not in ("architectures", "num_key_value_heads")}
-    shape |= {"num_attention_heads": 32}
+    shape |= {"num_attention_heads": 32, "hidden_size": 128}
     config = read(tmp_path, shape | {"architectures": [architecture]})
     assert config.num_kv_heads == FAMILIES[architecture](**shape).num_key_value_heads
 
@@ -267,10 +268,17 @@ def test_absent_keys_are_those_of_transformers(tmp_path, architecture):
 def test_absent_keys_of_experts_are_those_of_transformers(tmp_path, architecture):
     short = PLAIN | {"architectures": [architecture]}
     found, theirs = read(tmp_path, short).experts, FAMILIES[architecture](**short)
-    assert found is not None and found.layers == (True,) * 4
-    assert (found.num_experts, found.top_k) == (theirs.num_experts, theirs.num_experts_per_tok)
+    assert found is not None
+    dense = getattr(theirs, "first_k_dense_replace", 0)
+    assert found.layers == (False,) * dense + (True,) * (4 - dense)
+    assert (found.num_experts, found.top_k) == (
+        getattr(theirs, "num_local_experts", getattr(theirs, "num_experts", None)),
+        theirs.num_experts_per_tok,
+    )
     assert found.width == getattr(theirs, "moe_intermediate_size", 96)
-    assert found.shared_width == getattr(theirs, "shared_expert_intermediate_size", 0)
+    assert found.shared_width == getattr(
+        theirs, "shared_expert_intermediate_size", getattr(theirs, "n_shared_experts", 0) * found.width
+    )
     assert found.renormalised == getattr(theirs, "norm_topk_prob", True)
 
 

@@ -227,6 +227,16 @@ def test_tensors_without_a_place_are_named_in_the_log(make_model, as_transformer
     assert "tensors_unused" in caplog.text and "q_proj.bias" in caplog.text
 
 
+@pytest.mark.parametrize(("drafts", "rank", "warned"), [(1, Rank(), 0), (0, Rank(), 1), (1, Rank(1, 2), 0)])
+def test_layers_of_drafts_and_experts_of_other_ranks_are_no_surprise(drafts, rank, warned, make_model, caplog):
+    """Guards against a warning that a whole folder is incomplete, or none where layers are left out by mistake."""
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    folder = make_model("glm4_moe", **experts, num_nextn_predict_layers=drafts).folder
+    change_tensors(folder, lambda tensors: tensors.update({"model.layers.3.eh_proj.weight": torch.ones(4, 8)}))
+    load(folder, rank=rank)
+    assert caplog.text.count("tensors_unused") == warned
+
+
 def test_folder_without_weights(make_model):
     folder = make_model("llama").folder
     (folder / "model.safetensors").unlink()

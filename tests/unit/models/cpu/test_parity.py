@@ -17,6 +17,12 @@ LLAMA3 = {
 }
 PARTIAL = {"rope_type": "default", "partial_rotary_factor": 0.75, "rope_theta": 10000.0}
 EXPERTS = {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24}
+DEEPSEEK_EXPERTS = {
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+}
 FAMILIES = {
     "llama": ("llama", {}),
     "llama biased, untied": ("llama", {"attention_bias": True, "mlp_bias": True}),
@@ -97,6 +103,7 @@ FAMILIES = {
     ),
     "qwen3-moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "moe_intermediate_size": 40}),
     "qwen3-moe, window": ("qwen3_moe", EXPERTS | {"use_sliding_window": True, "sliding_window": 20}),
+    "glm4-moe": ("glm4_moe", DEEPSEEK_EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 40}),
     "gemma2, tight softcaps": (

@@ -52,7 +52,6 @@ OTHERS = {
     "ernie4_5": PLAIN,
     "exaone4": PLAIN,
     "glm4": PLAIN,
-    "glm4_moe": PLAIN,
     "gpt_bigcode": PLAIN,
     "gpt_neox": PLAIN,
     "gptj": {"rotary_dim": 8},
