@@ -27,6 +27,8 @@ PLAIN = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 256,
 }
+NEEDED = {"DeepseekV2ForCausalLM": {"num_experts_per_tok": 2}}
+"""Keys for which a family has no default."""
 QWEN2 = PLAIN | {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 8}
 
 
@@ -219,6 +221,8 @@ FAMILIES = {
     "MixtralForCausalLM": transformers.MixtralConfig,
     "Qwen2MoeForCausalLM": transformers.Qwen2MoeConfig,
     "Qwen3MoeForCausalLM": transformers.Qwen3MoeConfig,
+    "DeepseekV2ForCausalLM": transformers.DeepseekV2Config,
+    "DeepseekV3ForCausalLM": transformers.DeepseekV3Config,
     "Glm4MoeForCausalLM": transformers.Glm4MoeConfig,
     "Phi3ForCausalLM": transformers.Phi3Config,
     "GemmaForCausalLM": transformers.GemmaConfig,
@@ -227,7 +231,11 @@ FAMILIES = {
 }
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+HEADED = [name for name in ARCHITECTURES if RULES[name].latent is None]
+"""Families whose KV has heads."""
+
+
+@pytest.mark.parametrize("architecture", HEADED)
 def test_absent_key_heads_are_those_of_transformers(tmp_path, architecture):
     shape = {key: value for key, value in PLAIN.items() if key not in ("architectures", "num_key_value_heads")}
     shape |= {"num_attention_heads": 32, "hidden_size": 128}
@@ -235,7 +243,7 @@ def test_absent_key_heads_are_those_of_transformers(tmp_path, architecture):
     assert config.num_kv_heads == FAMILIES[architecture](**shape).num_key_value_heads
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", HEADED)
 def test_null_key_heads_are_as_many_as_query_heads(tmp_path, architecture):
     """Old folders of models without grouped queries say null."""
     null = {"architectures": [architecture], "num_key_value_heads": None}
@@ -245,12 +253,15 @@ def test_null_key_heads_are_as_many_as_query_heads(tmp_path, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_absent_keys_are_those_of_transformers(tmp_path, architecture):
     """Guards against a default of another family; sizes and activations that are absent are errors or the family's."""
-    short = PLAIN | {"architectures": [architecture], "num_hidden_layers": 12}
+    short = PLAIN | {"architectures": [architecture], "num_hidden_layers": 12} | NEEDED.get(architecture, {})
     config, theirs = read(tmp_path, short), FAMILIES[architecture](**short)
     assert config.rms_norm_eps == theirs.rms_norm_eps
     assert config.tie_word_embeddings == theirs.tie_word_embeddings
     assert config.activation == getattr(theirs, "hidden_activation", getattr(theirs, "hidden_act", None))
-    assert config.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
+    if architecture in HEADED:
+        assert config.head_dim == (
+            getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
+        )
     assert config.score_softcap == (getattr(theirs, "attn_logit_softcapping", None))
     assert config.logit_softcap == (getattr(theirs, "final_logit_softcapping", None))
     kinds = getattr(theirs, "layer_types", None) or ["full_attention"] * 12
@@ -266,7 +277,7 @@ def test_absent_keys_are_those_of_transformers(tmp_path, architecture):
 
 @pytest.mark.parametrize("architecture", [name for name in ARCHITECTURES if RULES[name].experts is not None])
 def test_absent_keys_of_experts_are_those_of_transformers(tmp_path, architecture):
-    short = PLAIN | {"architectures": [architecture]}
+    short = PLAIN | {"architectures": [architecture]} | NEEDED.get(architecture, {})
     found, theirs = read(tmp_path, short).experts, FAMILIES[architecture](**short)
     assert found is not None
     dense = getattr(theirs, "first_k_dense_replace", 0)
@@ -378,7 +389,7 @@ def test_dtype_of_a_folder_decides_nothing(tmp_path, key, dtype):
 @pytest.mark.parametrize("absent", [None, []])
 def test_model_type_stands_in_for_absent_architectures(tmp_path, architecture, absent):
     model_type = FAMILIES[architecture].model_type
-    config = read(tmp_path, PLAIN | {"architectures": absent, "model_type": model_type})
+    config = read(tmp_path, PLAIN | {"architectures": absent, "model_type": model_type} | NEEDED.get(architecture, {}))
     assert config.architecture == architecture
 
 
