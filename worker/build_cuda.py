@@ -49,8 +49,6 @@ DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.f
 def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
-    if settings.most_drafts:
-        raise SettingsError("--speculate: drafts are verified on the CPU only so far")
     index = settings.gpu
     if index >= torch.cuda.device_count():
         raise SettingsError(f"--gpu {index}: this torch sees {torch.cuda.device_count()} GPUs, counted from 0")
@@ -119,7 +117,13 @@ def _load(
         weights_gib=_gib(sum(sizes_bytes.values())),
         formats=",".join(f"{name}:{_gib(size)}" for name, size in sorted(sizes_bytes.items())),
     )
-    limits = StepLimits(sizes.max_num_seqs, sizes.max_num_batched_tokens, settings.run_ahead, settings.deterministic)
+    limits = StepLimits(
+        sizes.max_num_seqs,
+        sizes.max_num_batched_tokens,
+        settings.run_ahead,
+        settings.deterministic,
+        most_drafts=settings.most_drafts,
+    )
     kv_format = kv_format_of(settings.kv_dtype, config, folder, weights.embedding.dtype, settings.load_format)
     runner = CudaRunner(config, weights, CudaQueue(settings.gpu), limits, longest, kv_format=kv_format)
     return runner, sum(sizes_bytes.values())
@@ -131,6 +135,8 @@ def _load_fallback(
     """As `_load`, of a model that runs through transformers."""
     if settings.deterministic:
         raise SettingsError(f"--deterministic: {config.architecture} runs through transformers, whose sums vary")
+    if settings.most_drafts:
+        raise SettingsError(f"--speculate: {config.architecture} runs through transformers, which verifies no drafts")
     recipe_for(settings.quantization, config)
     # The library is large, and optional: it is imported where a model needs it.
     from baton.models.fallback.device_loader import load_on_device

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from baton.kernels.triton.drafts import IDS, NUM_DRAWN, NUM_NEXT, NUM_VERIFIED, WAS_PREDICTED
 from baton.kernels.triton.logprobs import MOST, LogprobRows
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows
 from baton.models.batch import DeviceTime, Drawn
@@ -53,8 +54,11 @@ class ScoreBuffers:
 class StepResult:
     """Tokens, and where asked for log probabilities, of up to max_rows rows. Filled by work that was enqueued."""
 
-    def __init__(self, queue: Queue, max_rows: int) -> None:
+    def __init__(self, queue: Queue, max_rows: int, most_drafts: int = 0) -> None:
+        """most_drafts: above 0, each row has the tokens that it accepted, see kernels.triton.drafts."""
         self._queue = queue
+        width = IDS.value + most_drafts + 1
+        self._accepted = queue.host_buffer(max_rows * width).view(max_rows, width) if most_drafts else None
         self._scores: ScoreBuffers | None = None
         self._tokens = queue.host_buffer(max_rows)
         self._logprobs = queue.host_buffer(max_rows).view(torch.float32)
@@ -64,6 +68,11 @@ class StepResult:
     def take_tokens(self, first: int, drawn: torch.Tensor) -> None:
         """Copies tokens [n] to the places from `first` on, without waiting."""
         self._tokens[first : first + len(drawn)].copy_(drawn, non_blocking=True)
+
+    def take_accepted(self, first: int, accepted: torch.Tensor) -> None:
+        """The same for what rows accepted, int32 [n, width]."""
+        assert self._accepted is not None, "a runner without drafts"
+        self._accepted[first : first + len(accepted)].copy_(accepted, non_blocking=True)
 
     def take_logprobs(self, first: int, count: int, found: LogprobRows) -> None:
         """The same for log probabilities of the first `count` rows of a draw."""
@@ -84,8 +93,24 @@ class StepResult:
 
     def read(self, num_tops: list[int | None]) -> list[Drawn]:
         """The first rows; num_tops says how many likeliest tokens each names, None: no logprob."""
+        if self._accepted is not None:
+            return [
+                Drawn(
+                    tuple(line[IDS.value : IDS.value + line[NUM_DRAWN.value]]),
+                    self._logprobs_of(row, num_tops[row]),
+                    line[NUM_VERIFIED.value],
+                    bool(line[WAS_PREDICTED.value]),
+                )
+                for row, line in enumerate(self._accepted[: len(num_tops)].tolist())
+            ]
         tokens = self._tokens[: len(num_tops)].tolist()
         return [Drawn((token,), self._logprobs_of(row, num_tops[row])) for row, token in enumerate(tokens)]
+
+    def drafts(self, num_rows: int) -> list[tuple[int, int, int]]:
+        """Of the first rows: tokens drawn, drafts verified, and drafts proposed for the next step."""
+        assert self._accepted is not None, "a runner without drafts"
+        columns = (NUM_DRAWN.value, NUM_VERIFIED.value, NUM_NEXT.value)
+        return [tuple(line[column] for column in columns) for line in self._accepted[:num_rows].tolist()]
 
     def _logprobs_of(self, row: int, num_top: int | None) -> tuple[Logprob, ...]:
         if num_top is None:
@@ -124,6 +149,8 @@ class LaunchedStep:
     give_back: Callable[[StepResult], None]
     draw_masked: Callable[[np.ndarray], StepMarks]
     scored: tuple[ScoredPart, ...] = ()
+    learn: Callable[[StepResult, DeviceTime], None] | None = None
+    """Called by `read`, once."""
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
     """Filled by `read`."""
 
@@ -142,6 +169,8 @@ class LaunchedStep:
         for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
             drawn[index] = entry
         self.prompt_logprobs.update({part.row: self.result.scores(part) for part in self.scored})
+        if self.learn is not None:
+            self.learn(self.result, self._ended.device_time)
         self.give_back(self.result)
         return drawn
 

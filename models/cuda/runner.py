@@ -25,11 +25,13 @@ from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows, prompt_logprobs
 from baton.kernels.triton.step_inputs import StepInputs, gather_inputs, set_entries
-from baton.models.batch import Draw, Launched, PromptTargets, Row
+from baton.models.batch import DeviceTime, Draw, Launched, PromptTargets, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import ChunkAttention, choose_attention
 from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, lay_out
 from baton.models.cuda.decoder import DeviceDecoder
+from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
+from baton.models.cuda.drafts import DraftSlots
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
 from baton.models.cuda.launched import LaunchedStep, ScoredPart, StepMarks, StepResult
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
@@ -55,6 +57,9 @@ CHUNK_ARRAYS = len(ChunkArrays._fields) + 1
 WIDENED_BYTES, WIDENED_TOKENS = 512 << 20, 2048
 """For the context of the chunks of a step in one layer, where KV is quantised: 131,072 tokens of an 8B model. No more
 than all rows' longest sequences, rounded up to as many tokens as tables are wide."""
+DRAFTED_TOKENS = 256
+"""Of a decode step with drafts; with more, products take longer by as much as the tokens are more."""
+TIMED_STEPS = 4
 SCORED_ROWS = 128
 """Rows of logits at a time where a prompt's log probabilities are asked for."""
 
@@ -70,6 +75,13 @@ class StepLimits:
     """Results do not depend on what else is in the step, at a cost of up to a tenth of a step's time."""
     mixed_tokens: int = 128
     """From so many tokens of prompts on, these and decode rows are one pass; with fewer, its launches would bind it."""
+    most_drafts: int = 0
+    """Drafts that are verified behind a row's token at most."""
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of a decode step at most, drafts included."""
+        return max(self.max_rows, min(DRAFTED_TOKENS, self.max_rows * (1 + self.most_drafts)))
 
 
 class CudaRunner:
@@ -93,27 +105,31 @@ class CudaRunner:
         self.run_ahead = limits.run_ahead
         self.queue, self._limits = queue, limits
         policy = policy or (invariant if limits.deterministic else fastest)
-        rows = limits.max_rows
-        self._most_tokens = max(limits.max_tokens, rows)
+        rows, row_tokens = limits.max_rows, limits.decode_tokens
+        self._most_tokens = max(limits.max_tokens, row_tokens)
         self._decoder: StepDecoder = (
-            DeviceDecoder(config, model, policy, self._most_tokens, rows, max_len)
+            DeviceDecoder(config, model, policy, self._most_tokens, row_tokens, max_len)
             if isinstance(model, Weights)
             else model
         )
         dtype = self._decoder.dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.kv_dtype = self.kv_format.dtype
-        self._sampler = SlotSampler(queue, rows, rows, config.vocab_size)
+        self._sampler = SlotSampler(queue, rows, row_tokens, config.vocab_size)
+        self.drafts: DraftSlots | None = None
+        if limits.most_drafts:
+            self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len)
+        self.budget = DraftBudget(sizes_up_to(row_tokens), limits.most_drafts)
         self._widened = None  # with the weights and activations, since the pool is planned from what these leave
         if self.kv_format.quantised and not limits.deterministic:
             token_elements = 2 * config.num_kv_heads * config.head_dim
             most = WIDENED_BYTES // dtype.itemsize // token_elements
             tokens = min(most, rows * aligned(max_len, WIDENED_TOKENS))
             self._widened = torch.zeros(tokens * token_elements, dtype=dtype, device=queue.device)
-        scored_rows = min(SCORED_ROWS, rows)  # their logits lie where those of rows that draw do
+        scored_rows = min(SCORED_ROWS, row_tokens)  # their logits lie where those of rows that draw do
         self._found = PromptLogprobRows.make(self._most_tokens, scored_rows, config.vocab_size, queue.device)
-        self._drawn = torch.zeros(rows, dtype=torch.int32, device=queue.device)
-        self._results = [StepResult(queue, rows) for _ in range(limits.run_ahead + 1)]
+        self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=queue.device)
+        self._results = [StepResult(queue, rows, limits.most_drafts) for _ in range(limits.run_ahead + 1)]
         self._last: QueueMark | None = None
         self._bound: _Bound | None = None
         self._longest = max_len
@@ -135,13 +151,13 @@ class CudaRunner:
             raise InvariantBroken("a pool has scales if, and only if, they are made when KV is written")
         static = self.kv_format.static
         paged = PagedPool.of(pool, scales if static is None else static.to(device))
-        block_tokens, rows = pool.shape[4], self._limits.max_rows
+        block_tokens, rows, row_tokens = pool.shape[4], self._limits.max_rows, self._limits.decode_tokens
         self._longest = max_model_len
         if block_tokens & (block_tokens - 1):
             raise SettingsError(f"--block-tokens {block_tokens}: on a GPU it must be a power of two")
         width = aligned(-(-max_model_len // block_tokens), TABLE_WIDTH)
         header = 3 * aligned(rows)
-        sizes, all_lengths = sizes_up_to(rows), lengths_up_to(max_model_len, *FIXED_LENGTHS)
+        sizes, all_lengths = sizes_up_to(row_tokens), lengths_up_to(max_model_len, *FIXED_LENGTHS)
         lengths = all_lengths if self._limits.deterministic else all_lengths[-1:]
         attention = choose_attention(config, paged, self.queue, self._limits.deterministic, self._widened)
         tokens = self._most_tokens
@@ -150,12 +166,12 @@ class CudaRunner:
         self._bound = _Bound(
             block_tokens=block_tokens,
             slots=Slots(rows, width, device),
-            inputs=StepInputs.make(rows, width, device),
+            inputs=StepInputs.make(row_tokens, width, device),
             upload=Upload(self.queue, header + 2 * aligned(rows * width)),
             attention=attention,
             chunk_upload=Upload(self.queue, 4 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED),
             scratch=DecodeScratch.make(
-                rows,
+                row_tokens,
                 max(self._plan(size, length).num_chunks for size in sizes for length in lengths),
                 config.num_heads,
                 config.num_kv_heads,
@@ -164,6 +180,7 @@ class CudaRunner:
             ),
             graphs=DecodeGraphs(self._capture_step, sizes, lengths, self._decode_body),
             edited=DecodeGraphs(self.queue.capture, sizes, (max_model_len,), self._edited_body),
+            accepted=DecodeGraphs(self.queue.capture, sizes, (max_model_len,), self._accepted_body),
             both=torch.zeros(3, self._most_tokens, dtype=torch.int32, device=device),
             chunk_steps=[],
         )
@@ -185,6 +202,8 @@ class CudaRunner:
         if length > 1:
             targets = PromptTargets(0, [0] * (length - 1), 1)
             self.launch([Row([0] * length, 0, range(width), draw, 0, targets)]).read()
+        if self.drafts is not None:
+            self._time_steps(bound)
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says."""
@@ -196,8 +215,10 @@ class CudaRunner:
         masked = [row.slot for row in rows if row.draw is not None and row.draw.is_masked]
         draws = Draws(self.queue, deferred=bool(masked))
         result = self._results.pop()
-        self._begin(rows)
-        begun = self._launch_both([rows[index] for index in decode], [rows[index] for index in chunks], result, draws)
+        self._begin(rows, searches=not masked)
+        own, parts = [rows[index] for index in decode], [rows[index] for index in chunks]
+        choice = self._choose(own, parts, masked=bool(masked))
+        begun = self._launch_both(own, parts, result, draws, choice)
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before = self._last or begun
         computed = self.queue.mark() if masked else None
@@ -213,7 +234,8 @@ class CudaRunner:
             return StepMarks(before, begun, self._last, computed, came)
 
         marks = None if masked else end(None)
-        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, end, scored)
+        learn = None if choice is None else partial(self._learn, choice, alone=not chunks)
+        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, end, scored, learn)
 
     @property
     def score_bytes(self) -> int:
@@ -229,33 +251,72 @@ class CudaRunner:
 
     # -- steps
 
-    def _begin(self, rows: Sequence[Row]) -> None:
-        """What slots must know of rows that bring their own tokens."""
+    def _begin(self, rows: Sequence[Row], *, searches: bool) -> None:
+        """What slots must know of rows that bring their own tokens; searches: for drafts behind them."""
         for row in rows:
             if row.token_ids and row.draw is not None:
                 self._sampler.set_row(row.slot, row.draw)
+                if self.drafts is not None:
+                    self.drafts.begin(row, self._longest, searches=searches)
+                    self.budget.begin(row.slot)
         self._sampler.flush()
+        if self.drafts is not None:
+            self.drafts.flush()
 
-    def _launch_both(self, decode: Sequence[Row], chunks: Sequence[Row], result: StepResult, draws: Draws) -> QueueMark:
-        """Of either kind there may be none. Returns the step's begin on the device."""
+    def _choose(self, decode: Sequence[Row], chunks: Sequence[Row], *, masked: bool) -> BudgetChoice | None:
+        """The tokens of the decode rows, drafts included; None: no more than there are rows."""
+        if self.drafts is None or not decode or masked or self._is_mixed(decode, chunks):
+            return None
+        return self.budget.choose((row.slot, row.most_drafts) for row in decode)
+
+    def _learn(self, choice: BudgetChoice, result: StepResult, took: DeviceTime, *, alone: bool) -> None:
+        """alone: the step had no part of a prompt."""
+        self.budget.read(choice, result.drafts(len(choice.slots)), took.busy_s if alone else None)
+
+    def _is_mixed(self, decode: Sequence[Row], chunks: Sequence[Row]) -> bool:
+        """Whether they are one pass."""
         new = sum(row.num_new for row in chunks)
-        padded = self._bind().graphs.size_for(len(decode)) if decode else 0
         scores = any(row.targets is not None for row in chunks)
-        if decode and not scores and new >= self._limits.mixed_tokens and padded + new <= self._most_tokens:
-            return self._launch_mixed(decode, chunks, result, padded, draws)
+        fits = bool(decode) and self._bind().graphs.size_for(len(decode)) + new <= self._most_tokens
+        return fits and not scores and new >= self._limits.mixed_tokens
+
+    def _launch_both(
+        self,
+        decode: Sequence[Row],
+        chunks: Sequence[Row],
+        result: StepResult,
+        draws: Draws,
+        choice: BudgetChoice | None,
+    ) -> QueueMark:
+        """Of either kind there may be none. Returns the step's begin on the device."""
+        if self._is_mixed(decode, chunks):
+            return self._launch_mixed(decode, chunks, result, self._bind().graphs.size_for(len(decode)), draws)
         begun = []
         if decode:
-            begun.append(self._launch_decode(decode, result, draws, keep_logits=draws.deferred and bool(chunks)))
+            keep_logits = draws.deferred and bool(chunks)
+            begun.append(self._launch_decode(decode, result, draws, choice, keep_logits=keep_logits))
         if chunks:
             begun.append(self._launch_chunks(chunks, result, len(decode), draws))
         return begun[0]
 
-    def _launch_decode(self, rows: Sequence[Row], result: StepResult, draws: Draws, *, keep_logits: bool) -> QueueMark:
+    def _launch_decode(
+        self,
+        rows: Sequence[Row],
+        result: StepResult,
+        draws: Draws,
+        choice: BudgetChoice | None,
+        *,
+        keep_logits: bool,
+    ) -> QueueMark:
         """Returns its begin on the device. `keep_logits`: another launch writes its own before these rows draw."""
         bound, count = self._bind(), len(rows)
-        graph = bound.graphs.graph_for(count, max(row.start for row in rows) + 1)
-        header, places, blocks = bound.upload.send((self._header(rows), *bound.slots.changes(rows)))
-        edited = bound.edited.graph_for(count, 1) if any(self._sampler.edits(row.slot) for row in rows) else None
+        num_tokens = count if choice is None else choice.tokens
+        graph = bound.graphs.graph_for(num_tokens, self._longest_of(rows))
+        sent = (self._header(rows, drafting=choice is not None), *bound.slots.changes(rows))
+        header, places, blocks = bound.upload.send(sent)
+        edits = any(self._sampler.edits(row.slot) for row in rows)
+        edited = bound.edited.graph_for(num_tokens, 1) if edits else None
+        accepted = bound.accepted.graph_for(num_tokens, 1) if self.drafts is not None else None
         finish = self._finish(rows, header[:count], result, 0)
         kept: list[torch.Tensor] = []
 
@@ -270,17 +331,29 @@ class CudaRunner:
                 self._draw(kept[0], header[:count], bound.inputs.lengths[:count], edited=True)
             elif edited is not None:  # the graph drew as if a temperature were all
                 edited()
+            if accepted is not None:
+                accepted()
             finish(kept[0] if kept else self._decoder.last_logits(count))
 
         begun = self.queue.mark()
         draws.launch(forward, choose)
         return begun
 
-    def _header(self, rows: Sequence[Row]) -> np.ndarray:
-        """int32 [3, max_rows rounded up]: slots, positions and given tokens of a decode step; the rest is padding."""
+    def _longest_of(self, rows: Sequence[Row]) -> int:
+        """Tokens of the longest of rows that decode; with drafts in flight, those that its blocks have room for."""
+        if self.drafts is None:
+            return max(row.start for row in rows) + 1
+        return min(self._longest, max(len(row.blocks) for row in rows) * self._bind().block_tokens)
+
+    def _header(self, rows: Sequence[Row], *, drafting: bool = False) -> np.ndarray:
+        """int32 [3, max_rows rounded up]: slots, positions and given tokens of a decode step; the rest is padding. In
+        the place of positions, of a runner with drafts: how many each row may have."""
         count, header = len(rows), np.full((3, aligned(self._limits.max_rows)), -1, dtype=np.int32)
         header[0, :count] = [row.slot for row in rows]
         header[0, count:] = self._bind().slots.padding
+        if self.drafts is not None:
+            header[1, :count] = [row.most_drafts if drafting else 0 for row in rows]
+            return header
         header[1, :count] = [row.start for row in rows]
         header[2, :count] = [row.token_ids[0] if row.token_ids else -1 for row in rows]
         return header
@@ -288,7 +361,7 @@ class CudaRunner:
     def _decode_body(self, num_rows: int, max_tokens: int) -> Work:
         """The launches of a decode step, whose inputs lie where `upload` puts them."""
         bound, inputs, pdl = self._bind(), self._bind().inputs.first(num_rows), self._pdl(num_rows)
-        slots, plan = bound.upload.there[:num_rows], self._plan(num_rows, max_tokens)
+        slots, plan = self._slots_of(num_rows), self._plan(num_rows, max_tokens)
 
         def body() -> None:
             self._gather(inputs, plan)
@@ -302,9 +375,16 @@ class CudaRunner:
         attention shares it out."""
         bound, num_rows = self._bind(), len(inputs.tokens)
         header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
-        slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
-        gather_inputs(slots, positions, given, bound.slots.last, bound.slots.tables, bound.block_tokens, inputs)
+        if self.drafts is not None:
+            self.drafts.gather(header[0], header[1], bound.slots.tables, bound.block_tokens, inputs)
+        else:
+            slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
+            gather_inputs(slots, positions, given, bound.slots.last, bound.slots.tables, bound.block_tokens, inputs)
         share_out(inputs.lengths, plan, bound.scratch.work)
+
+    def _slots_of(self, num_tokens: int) -> torch.Tensor:
+        """The slots of a decode step's tokens, on the device."""
+        return self._bind().upload.there[:num_tokens] if self.drafts is None else self.drafts.slots[:num_tokens]
 
     def _pdl(self, num_rows: int) -> bool:
         return self.queue.pdl and num_rows <= PDL_ROWS
@@ -312,16 +392,23 @@ class CudaRunner:
     def _edited_body(self, num_rows: int, max_tokens: int) -> Work:
         """Draws anew, with every parameter, what a decode step of any length drew."""
         bound = self._bind()
-        slots, positions = bound.upload.there[:num_rows], bound.inputs.lengths[:num_rows]
+        slots, positions = self._slots_of(num_rows), bound.inputs.lengths[:num_rows]
         logits = self._decoder.last_logits(num_rows)
         return partial(self._draw, logits, slots, positions, edited=True)
+
+    def _accepted_body(self, num_rows: int, max_tokens: int) -> Work:
+        """Takes in what a decode step of any length drew."""
+        drafts = self.drafts
+        assert drafts is not None, "a runner without drafts"
+        return partial(drafts.take_in, self._drawn[:num_rows], self._slots_of(num_rows))
 
     def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, edited: bool) -> None:
         """The next token of each row, kept for its slot; `edited`: with every parameter, else a temperature alone."""
         drawn = self._drawn[: len(slots)]
         choose = self._sampler.draw_edited if edited else self._sampler.draw
         choose(logits, slots, positions, drawn)
-        set_entries(self._bind().slots.last, slots, drawn)
+        if self.drafts is None:
+            set_entries(self._bind().slots.last, slots, drawn)
 
     def _finish(
         self, rows: Sequence[Row], slots: torch.Tensor, result: StepResult, first: int
@@ -331,7 +418,10 @@ class CudaRunner:
         wanted = any(self._sampler.num_top(row.slot) is not None for row in rows)
 
         def finish(logits: torch.Tensor) -> None:
-            result.take_tokens(first, drawn)
+            if self.drafts is None:
+                result.take_tokens(first, drawn)
+            else:
+                result.take_accepted(first, self.drafts.results[: len(rows)])
             if wanted:
                 self._sampler.logprobs(logits, slots, drawn)
                 result.take_logprobs(first, len(rows), self._sampler.found)
@@ -363,6 +453,8 @@ class CudaRunner:
             if drawing:
                 logits = self._decoder.last_logits(len(drawing))
                 self._draw(logits, slots, new_positions, edited)
+                if self.drafts is not None:
+                    self.drafts.take_in(self._drawn[: len(drawing)], slots, first_without=0)
                 finish(logits)
 
         begun = self.queue.mark()
@@ -374,7 +466,7 @@ class CudaRunner:
     ) -> QueueMark:
         """One pass for rows that decode, padded as in their graph, and parts of prompts behind them."""
         bound = self._bind()
-        longest = bound.graphs.length_for(max(row.start for row in decode) + 1)
+        longest = bound.graphs.length_for(self._longest_of(decode))
         _, places, blocks = bound.upload.send((self._header(decode), *bound.slots.changes(decode)))
         arrays = lay_out(chunks, bound.block_tokens, self.config.num_heads, bound.attention.tile)
         for row in chunks:
@@ -397,6 +489,8 @@ class CudaRunner:
         def forward() -> None:
             set_entries(bound.slots.tables.view(-1), places, blocks)
             self._gather(inputs, plan)
+            if self.drafts is not None:
+                new_positions[: len(decode)].copy_(inputs.lengths[: len(decode)])
             pairs = (inputs.tokens, tokens), (inputs.positions, positions), (inputs.kv_slots, kv_slots)
             for pair, joined in zip(pairs, both, strict=True):
                 torch.cat(pair, out=joined)
@@ -405,6 +499,8 @@ class CudaRunner:
         def choose() -> None:
             logits = self._decoder.last_logits(len(drawing))
             self._draw(logits, slots, new_positions, edited)
+            if self.drafts is not None:
+                self.drafts.take_in(self._drawn[: len(drawing)], slots, first_without=len(decode))
             finish(logits)
 
         begun = self.queue.mark()
@@ -465,7 +561,21 @@ class CudaRunner:
         bound.upload.send((self._header([]),))  # captures run on padding alone
         bound.graphs.capture_all(on_progress)
         bound.edited.capture_all(no_progress)
+        if self.drafts is not None:
+            bound.accepted.capture_all(no_progress)
         bound.chunk_steps[:] = self._capture_chunks(bound) if self._decoder.captured else ()
+
+    def _time_steps(self, bound: _Bound) -> None:
+        """What steps of each size take without context, for the budget of drafts."""
+        bound.upload.send((self._header([]),))  # all padding
+        for size in sizes_up_to(self._limits.decode_tokens):
+            graph = bound.graphs.graph_for(size, 1)
+            begun = self.queue.mark()
+            for _ in range(TIMED_STEPS):
+                self.queue.enqueue(graph)
+            ended = self.queue.mark()
+            ended.wait()
+            self.budget.measured(size, ended.since(begun) / TIMED_STEPS or 1.0)
 
     def _capture_chunks(self, bound: _Bound) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
@@ -534,6 +644,8 @@ class _Bound:
     chunk_upload: Upload
     scratch: DecodeScratch
     graphs: DecodeGraphs
+    accepted: DecodeGraphs
+    """Taking in what was drawn, where there are drafts."""
     edited: DecodeGraphs
     """Drawing alone, for steps with a row that asks for more than a temperature; one kernel after the other would take
     the host longer than the GPU."""

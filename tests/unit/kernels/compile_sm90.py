@@ -463,6 +463,22 @@ def product_8bit() -> None:
         product_8bit_gluon.product_8bit(x, codes, scales, None, 132, out, fused=fused)
 
 
+def drafts() -> None:
+    from baton.kernels.triton import draft_inputs, step_inputs
+    from baton.kernels.triton import drafts as module
+
+    def ids(*shape: int) -> torch.Tensor:
+        return empty(*shape, dtype=torch.int32)
+
+    kept = module.SlotDrafts(ids(257, 8), ids(257, 7), ids(257, 4096), 1024)
+    places = draft_inputs.Places(ids(256), ids(256), ids(256))
+    inputs = step_inputs.StepInputs(ids(64), ids(64), ids(64), ids(64), ids(64, 64))
+    draft_inputs.gather_drafts(ids(256), ids(256), kept.state, kept.drafts, ids(257, 64), 64, inputs, places)
+    results = ids(64, 12)
+    module.accept(ids(64), ids(64), places, kept, results)
+    module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2)
+
+
 def inputs_of_a_step() -> None:
     from baton.kernels.triton import step_inputs
 
@@ -480,6 +496,7 @@ CASES: dict[str, Callable[[], None]] = {
     "codes_of_rows": lambda: activations_in_codes(0),
     "codes_of_runs": lambda: activations_in_codes(128),
     "blocks": whole_blocks,
+    "drafts": drafts,
     "step_inputs": inputs_of_a_step,
     "sampling": lambda: sampling(False),
     "sampling_pdl": lambda: sampling(True),

@@ -55,7 +55,15 @@ def test_no_kernel_spills(kernels):
 
 @pytest.mark.parametrize(
     ("case", "count"),
-    [("small", 4), ("small_pdl", 4), ("blocks", 4), ("sampling", 4), ("step_inputs", 2), ("dequantise", 4)],
+    [
+        ("small", 4),
+        ("small_pdl", 4),
+        ("blocks", 4),
+        ("sampling", 4),
+        ("step_inputs", 2),
+        ("drafts", 3),
+        ("dequantise", 4),
+    ],
 )
 def test_small_kernels_leave_room(kernels, case, count):
     """Guards against a row kernel that no longer fits twice on a multiprocessor."""

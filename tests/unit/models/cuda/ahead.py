@@ -23,8 +23,10 @@ def mask_after(known: list[int], vocab_size: int) -> np.ndarray:
 class Ahead:
     """Sequences on one runner, as a decode worker drives it: each step is launched before the last one is read."""
 
-    def __init__(self, late: CudaRunner) -> None:
-        self.late = late
+    def __init__(self, late: CudaRunner, most_drafts: int = 0) -> None:
+        self.late, self.most_drafts = late, most_drafts
+        self.predictions: dict[int, list[int]] = {}
+        self.num_steps = self.num_accepted = self.num_verified = 0
         self.known: dict[int, list[int]] = {}  # by slot
         self.computed: dict[int, int] = {}
         self.params: dict[int, SamplingSpec] = {}
@@ -46,9 +48,11 @@ class Ahead:
             end = min(start + chunk, expected)
             draw = None
             if end == expected:
-                draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot])
+                prediction = self.predictions.get(slot, ())
+                draw = Draw(self.params[slot], known, self.prompts[slot], expected - self.prompts[slot], prediction)
                 drawing.append(slot)
-            rows.append(Row(known[start:end], start, self.tables[slot], draw, slot))
+            drafts = self.most_drafts if draw is not None and end - start == 1 and draw.num_generated else 0
+            rows.append(Row(known[start:end], start, self.tables[slot], draw, slot, most_drafts=drafts))
             self.computed[slot] = end
         launched = self.late.launch(rows)
         masked = [row.slot for row in rows if row.draw is not None and row.draw.is_masked]
@@ -63,9 +67,13 @@ class Ahead:
 
     def read(self) -> None:
         launched, drawing = self.in_flight.pop(0)
-        drawn = [entry.token_ids[0] for entry in launched.read() if entry is not None]
-        for slot, token_id in zip(drawing, drawn, strict=True):
-            self.known[slot].append(token_id)
+        self.num_steps += 1
+        drawn = [entry for entry in launched.read() if entry is not None]
+        for slot, entry in zip(drawing, drawn, strict=True):
+            self.known[slot] += entry.token_ids
+            self.computed[slot] += max(0, len(entry.token_ids) - 1)
+            self.num_accepted += max(0, len(entry.token_ids) - 1)
+            self.num_verified += entry.num_drafts
 
     def generated(self, slot: int) -> list[int]:
         while self.in_flight:

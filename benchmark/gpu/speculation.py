@@ -1,0 +1,244 @@
+"""Times steps with drafts on the GPU at hand, in turns with the same steps without: random weights, random KV.
+
+One JSON line a cell, after one that says whether the tokens of both are the same (kernels that do not depend on the
+batch). `oracle`: each draft is what will be drawn; `rewrite`: every 15th token of the prediction is another; `useless`:
+no draft is ever right, none is proposed (`nothing`), or all rows have as many as they may. `step`: a step of rows that
+all have drafts, against one without. Last, the kernels that accept and propose alone.
+"""
+
+from __future__ import annotations
+
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from itertools import islice
+
+import torch
+
+from baton.benchmark.gpu.decode import blocks_for
+from baton.benchmark.gpu.runners import load_shape, make_runner, random_pool
+from baton.benchmark.harness.json_lines import JsonLines
+from baton.benchmark.harness.options import new_parser
+from baton.kernels.triton.draft_inputs import NUM_DRAFTS
+from baton.models.batch import Draw, Launched, Row
+from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
+from baton.models.cuda.drafts import DraftSlots
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.node.messages.control import SamplingSpec
+
+CONTEXT, MOST_DRAFTS, CHANGED_EVERY = 1024, 12, 15
+ORACLE = ((1, 7), (1, 12), (8, 7), (32, 3), (64, 1))
+REWRITE = ((1, 12), (8, 7))
+USELESS = ((1, 7), (8, 7), (32, 3), (64, 3))
+STEPS = ((1, 1), (1, 3), (1, 7), (8, 1), (8, 3), (8, 7), (32, 1), (32, 3), (64, 1), (64, 3))
+
+
+class Streams:
+    """Rows that continue from random contexts, as a decode worker drives them."""
+
+    def __init__(self, runner: CudaRunner, rows: int, num_blocks: int, count: int, most: int) -> None:
+        chance = random.Random(3)
+        blocks = iter(chance.sample(range(num_blocks), rows * blocks_for(CONTEXT + count + MOST_DRAFTS)))
+        self._tables = [list(islice(blocks, blocks_for(CONTEXT + count + MOST_DRAFTS))) for _ in range(rows)]
+        self.known = [[chance.randrange(100_000) for _ in range(CONTEXT)] for _ in range(rows)]
+        self.predictions: list[Sequence[int]] = [()] * rows
+        self._runner, self._count, self._most = runner, count, most
+        self._sampling = [
+            SamplingSpec(max_tokens=count, temperature=0.7 * (row % 2), seed=row + 1) for row in range(rows)
+        ]
+        self.verified = self.accepted = self.steps = 0
+        self.gpu_s: list[float] = []
+
+    def run(self, force: int = 0, longest: int = 1 << 30) -> float:
+        """Seconds until all rows have their tokens, or `longest` steps were read. force: drafts that each row has,
+        whatever is proposed."""
+        rows, began_at = range(len(self.known)), time.perf_counter()
+        in_flight: list[tuple[list[int], Launched]] = []
+        starts, given = [len(known) - 1 for known in self.known], True
+        while self.steps < longest:
+            live = [row for row in rows if len(self.known[row]) < CONTEXT + self._count]
+            if not live:
+                break
+            if force:
+                self._force(force)
+            batch = []
+            for row in live:
+                known = self.known[row]
+                draw = Draw(self._sampling[row], known, CONTEXT, len(known) - CONTEXT or 1, self.predictions[row])
+                tokens = known[-1:] if given else ()
+                batch.append(Row(tokens, starts[row], self._tables[row], draw, row, most_drafts=self._most))
+                starts[row] += 1
+            given = False
+            in_flight.append((live, self._runner.launch(batch)))
+            if len(in_flight) > self._runner.run_ahead:
+                self._read(*in_flight.pop(0), starts)
+        for each in in_flight:
+            self._read(*each, starts)
+        return time.perf_counter() - began_at
+
+    def _read(self, live: Sequence[int], launched: Launched, starts: list[int]) -> None:
+        self.steps += 1
+        for row, drawn in zip(live, launched.read(), strict=True):
+            assert drawn is not None, "all rows draw"
+            self.known[row] += drawn.token_ids
+            starts[row] += max(0, len(drawn.token_ids) - 1)
+            self.verified += drawn.num_drafts
+            self.accepted += max(0, len(drawn.token_ids) - 1)
+        assert launched.device_time is not None, "a GPU measures its steps"
+        self.gpu_s.append(launched.device_time.busy_s)
+
+    def _force(self, count: int) -> None:
+        assert self._runner.drafts is not None, "a runner with drafts"
+        column = self._runner.drafts.kept.state[:, NUM_DRAFTS.value]
+
+        def work() -> None:
+            column.fill_(count)
+
+        self._runner.queue.enqueue(work)
+
+    @property
+    def answers(self) -> list[list[int]]:
+        return [known[CONTEXT : CONTEXT + self._count] for known in self.known]
+
+
+class Fixed(DraftBudget):
+    """A budget of as many tokens as it is told."""
+
+    def __init__(self, tokens: int) -> None:
+        super().__init__((tokens,), 1)
+        self._tokens = tokens
+
+    def choose(self, rows: Iterable[tuple[int, int]]) -> BudgetChoice:
+        return BudgetChoice(self._tokens, 0.0, tuple(slot for slot, _ in rows))
+
+    def read(self, choice: BudgetChoice, results: Iterable[tuple[int, int, int]], busy_s: float | None) -> None:
+        """Learns nothing."""
+
+
+class Pair:
+    """A runner without drafts and one with, over one pool."""
+
+    def __init__(self, lines: JsonLines, shape: str, deterministic: bool, max_rows: int, count: int) -> None:
+        config, weights = load_shape(lines, shape)
+        self.num_blocks, self._lines, self._count = (
+            max_rows * blocks_for(CONTEXT + count + MOST_DRAFTS) + 8,
+            lines,
+            count,
+        )
+        pool = random_pool(config, self.num_blocks)
+        longest = CONTEXT + count + MOST_DRAFTS + 1
+        self.about = {"shape": shape, "deterministic": deterministic}
+        limits = StepLimits(max_rows, 2048, deterministic=deterministic)
+        drafting = StepLimits(max_rows, 2048, deterministic=deterministic, most_drafts=MOST_DRAFTS)
+        self.off = make_runner(lines, config, weights, limits, pool, longest)
+        self.on = make_runner(lines, config, weights, drafting, pool, longest)
+        self._answers: dict[int, list[list[int]]] = {}
+
+    def streams(self, rows: int, most: int) -> Streams:
+        return Streams(self.on if most else self.off, rows, self.num_blocks, self._count, most)
+
+    def speedup(self, kind: str, rows: int, most: int) -> None:
+        """Tokens a second with predictions and without; whether the tokens are the same."""
+        plain = self.streams(rows, 0)
+        plain_s = plain.run()
+        drafted = self.streams(rows, most)
+        for row, answer in enumerate(plain.answers):
+            changed = [
+                (token + 1) % 100_000 if kind == "rewrite" and place % CHANGED_EVERY == CHANGED_EVERY - 1 else token
+                for place, token in enumerate(answer)
+            ]
+            drafted.predictions[row] = [*plain.known[row][CONTEXT - 4 : CONTEXT], *changed]
+        drafted_s = drafted.run()
+        same = sum(
+            a == b for x, y in zip(plain.answers, drafted.answers, strict=True) for a, b in zip(x, y, strict=True)
+        )
+        total = rows * self._count
+        self._lines.put(
+            kind, **self.about, rows=rows, drafts=most, tokens=total, same_tokens=same, speedup=plain_s / drafted_s,
+            tokens_s=total / drafted_s, off_tokens_s=total / plain_s, steps=drafted.steps, off_steps=plain.steps,
+            verified=drafted.verified, accepted=drafted.accepted,
+        )  # fmt: skip
+
+    def useless(self, rows: int, most: int, force: int) -> None:
+        """What drafts cost that are never right, in turns."""
+        plain, drafted = [], []
+        for _ in range(3):
+            plain.append(self.streams(rows, 0).run(longest=80))
+            drafted.append(self.streams(rows, most).run(force, longest=80))
+        self._lines.put(
+            "useless", **self.about, rows=rows, drafts=force,
+            cost=statistics.median(drafted) / statistics.median(plain),
+            off_ms=statistics.median(plain) / 80 * 1e3,
+        )  # fmt: skip
+
+    def step(self, rows: int, most: int) -> None:
+        """GPU time of a step of so many tokens; its drafts are wrong."""
+        budget, self.on.budget = self.on.budget, Fixed(rows * (1 + most))
+        try:
+            plain, drafted = self.streams(rows, 0), self.streams(rows, most)
+            plain.run(longest=25)
+            drafted.run(most, longest=25)
+        finally:
+            self.on.budget = budget
+        off_s, on_s = statistics.median(plain.gpu_s[5:]), statistics.median(drafted.gpu_s[5:])
+        self._lines.put(
+            "step", **self.about, rows=rows, drafts=most, ratio=on_s / off_s, off_ms=off_s * 1e3, on_ms=on_s * 1e3,
+            verified=drafted.verified, accepted=drafted.accepted,
+        )  # fmt: skip
+
+
+def kernels(lines: JsonLines, rows: int, tokens: int) -> None:
+    """Accept and propose alone."""
+    queue = CudaQueue(0)
+    slots = DraftSlots(queue, rows, rows, 7, tokens + 64)
+    chance = random.Random(1)
+    sampling = SamplingSpec(max_tokens=1 << 20, temperature=0.0)
+    for slot in range(rows):
+        history = [chance.randrange(100_000) for _ in range(tokens)]
+        row = Row(history[-1:], tokens - 1, [0], Draw(sampling, history, tokens - 8, 8), slot, most_drafts=7)
+        slots.begin(row, tokens + 64, searches=True)
+    slots.flush()
+    of_rows = torch.arange(rows, dtype=torch.int32, device="cuda:0")
+    drawn = torch.zeros(rows, dtype=torch.int32, device="cuda:0")
+    graph = queue.capture(partial(slots.take_in, drawn, of_rows, first_without=0))
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    queue.enqueue(begin.record)
+    for _ in range(20):
+        queue.enqueue(graph)
+    queue.enqueue(end.record)
+    end.synchronize()
+    lines.put("accept_and_propose", rows=rows, tokens=tokens, us=begin.elapsed_time(end) / 20 * 1e3)
+
+
+def main(argv: Sequence[str]) -> int:
+    parser = new_parser("speculation", __doc__)
+    parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
+    parser.add_argument("--max-rows", type=int, default=64, help="most sequences in a step")
+    parser.add_argument("--count", type=int, default=384, help="tokens after each context")
+    parser.add_argument("--fast", action="store_true", help="also time kernels whose result depends on the batch")
+    options = parser.parse_args(argv)
+    lines = JsonLines(options.output)
+    kernels(lines, 64, 8192)
+    for deterministic in (True, False) if options.fast else (True,):
+        pair = Pair(lines, options.shape, deterministic, options.max_rows, options.count)
+        for rows, most in ORACLE if deterministic else ():
+            pair.speedup("oracle", rows, most)
+        for rows, most in REWRITE if deterministic else ():
+            pair.speedup("rewrite", rows, most)
+        for rows, most in STEPS:
+            if rows <= options.max_rows:
+                pair.step(rows, most)
+        for rows, most in USELESS:
+            pair.useless(rows, most, 0)
+            pair.useless(rows, most, most)
+        del pair
+        torch.cuda.empty_cache()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

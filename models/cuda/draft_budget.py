@@ -1,0 +1,122 @@
+"""How many tokens the next decode step has places for, drafts included: the number that pays. Pure; no torch, no clock.
+
+    value(tokens) = (rows + expected accepted drafts) / seconds(tokens)
+
+Seconds are measured, at the start without context and at each step with it. What a draft is worth is learnt from steps
+that were read, by how many drafts its row had (more follow a longer match) and by its number among them. The host is a
+step late: it knows of how many drafts there were, not how many there are, and learns how well the one tells the other.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+LEAST_GAIN = 0.02
+"""Of value, for which a larger step than the rows need is launched."""
+PROBE_EVERY = 32
+"""Steps with drafts for which there was no place, until one gets some all the same."""
+DECAY, RATIO_DECAY = 0.99, 0.9
+PRIOR_WEIGHT = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetChoice:
+    """What was decided for a step."""
+
+    tokens: int
+    """Places, of which a graph has at least as many."""
+    expected: float
+    """Drafts accepted, by what was known."""
+    slots: tuple[int, ...]
+    """Of its rows."""
+
+
+class DraftBudget:
+    """`sizes`: tokens of the steps that there are graphs for, smallest first."""
+
+    def __init__(self, sizes: Sequence[int], most_drafts: int) -> None:
+        self._sizes = tuple(sizes)
+        self._most = most_drafts
+        self._base_s: dict[int, float] = {}
+        self._ratios: dict[int, float] = {}  # of seconds measured in a step to those at the start
+        self._ratio = 1.0  # the last one
+        wide = (most_drafts + 1, most_drafts)
+        self._offered = np.full(wide, PRIOR_WEIGHT)
+        likely = np.minimum(0.9, 0.2 + 0.1 * np.arange(most_drafts + 1))
+        self._accepted = PRIOR_WEIGHT * np.repeat(likely[:, None], most_drafts, axis=1)
+        self._drafts: dict[int, int] = {}  # by slot: after the last step that was read
+        self._foreseen = self._came = 1.0  # accepted drafts: expected, and counted
+        self._num_unserved = 0
+
+    def measured(self, tokens: int, seconds: float) -> None:
+        """A step of so many tokens without context took so long."""
+        self._base_s[tokens] = seconds
+
+    def begin(self, slot: int) -> None:
+        """The slot has another sequence."""
+        self._drafts.pop(slot, None)
+
+    def choose(self, rows: Iterable[tuple[int, int]]) -> BudgetChoice:
+        """For rows given as slot, and drafts that it may have."""
+        given = list(rows)
+        count, slots = len(given), tuple(slot for slot, _ in given)
+        numbers = [min(self._drafts.get(slot, 0), most) for slot, most in given]
+        wanted = [number for number in numbers if number]
+        least = self._sizes[bisect_left(self._sizes, count)]
+        if not wanted:
+            return BudgetChoice(least, 0.0, slots)
+        survival = (self._accepted / self._offered).cumprod(axis=1)
+        worth = np.sort(np.concatenate([survival[number, :number] for number in wanted]))[::-1]
+        gained = np.concatenate(([0.0], worth.cumsum())) * min(1.0, self._came / self._foreseen)
+
+        def expected(tokens: int) -> float:
+            return float(gained[min(tokens - count, len(worth))])
+
+        def value(tokens: int) -> float:
+            return (count + expected(tokens)) / self._seconds(tokens)
+
+        most = bisect_left(self._sizes, min(count + len(worth), self._sizes[-1]))
+        larger = [size for size in self._sizes[: most + 1] if size > least]
+        best = max((least, *larger), key=value)
+        if best != least and value(best) < (1 + LEAST_GAIN) * value(least):
+            best = least
+        if best == least and larger:
+            self._num_unserved += 1
+            if self._num_unserved >= PROBE_EVERY:
+                best = larger[0]
+        if best != least:
+            self._num_unserved = 0
+        return BudgetChoice(best, expected(best), slots)
+
+    def _seconds(self, tokens: int) -> float:
+        return self._base_s.get(tokens, 1.0) * self._ratios.get(tokens, self._ratio)
+
+    def read(self, choice: BudgetChoice, results: Iterable[tuple[int, int, int]], busy_s: float | None) -> None:
+        """The step has ended: of each row the tokens drawn, drafts verified, and drafts proposed for the next. busy_s:
+        what it took, of a step without parts of prompts."""
+        num_accepted = 0
+        for slot, (num_drawn, num_verified, num_next) in zip(choice.slots, results, strict=True):
+            if num_verified:
+                num_accepted += num_drawn - 1
+                self._learn(self._drafts.get(slot, num_verified), num_verified, num_drawn - 1)
+            self._drafts[slot] = num_next
+        if choice.expected:
+            self._foreseen = DECAY * self._foreseen + choice.expected
+            self._came = DECAY * self._came + num_accepted
+        if busy_s and (base_s := self._base_s.get(choice.tokens)):
+            ratio = busy_s / base_s
+            before = self._ratios.get(choice.tokens, ratio)
+            self._ratio = self._ratios[choice.tokens] = RATIO_DECAY * before + (1 - RATIO_DECAY) * ratio
+
+    def _learn(self, number: int, verified: int, accepted: int) -> None:
+        """Of a row with `number` drafts."""
+        number = max(number, verified)
+        tried = min(accepted + 1, verified)  # behind the first that was not accepted, none says anything
+        self._offered[number] *= DECAY
+        self._accepted[number] *= DECAY
+        self._offered[number, :tried] += 1
+        self._accepted[number, :accepted] += 1

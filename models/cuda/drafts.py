@@ -1,0 +1,93 @@
+"""Drafts on the GPU: what is kept of each slot for them, and the launches that lay out, accept and propose them.
+
+    drafts.begin(row, draw, searches=True); drafts.flush()      # a row that brings its own tokens
+    drafts.gather(header, tables, block_tokens, inputs)         # before the step's layers
+    drafts.take_in(drawn, slots)                                # behind its draws
+
+The last two only launch kernels on fixed memory. The host learns a step later how far its sequences are.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from baton.kernels.triton import draft_inputs as columns
+from baton.kernels.triton.draft_inputs import Places, gather_drafts
+from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
+from baton.kernels.triton.step_inputs import StepInputs, set_entries
+from baton.models.batch import Row
+from baton.models.cuda.queue import Queue, Upload, copy_async
+from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, MOST_PREDICTED, SEARCHED, may_draft
+
+
+class DraftSlots:
+    """`num_slots` slots and the one of padding behind them, with up to `most_drafts` drafts each; steps of up to
+    `num_tokens` tokens; sequences of up to `max_len`."""
+
+    def __init__(self, queue: Queue, num_slots: int, num_tokens: int, most_drafts: int, max_len: int) -> None:
+        self.most_drafts = most_drafts
+        self._queue, self._max_len = queue, max_len
+        room = max_len + most_drafts + 1
+        self.kept = SlotDrafts.make(num_slots + 1, most_drafts, MOST_PREDICTED, room, queue.device)
+        self._places = Places.make(num_tokens, queue.device)
+        width = IDS.value + most_drafts + 1
+        self.results = torch.zeros(num_tokens, width, dtype=torch.int32, device=queue.device)
+        """int32 [rows, width], see kernels.triton.drafts: of the step that ran last."""
+        self._upload = Upload(queue, 2 * num_slots * columns.COLUMNS.value)
+        self._begun: dict[int, np.ndarray] = {}
+
+    def begin(self, row: Row, max_len: int, *, searches: bool) -> None:
+        """From the next `flush` on the row's slot has its sequence, of up to `max_len` tokens. searches: drafts are
+        looked for behind its tokens, where its draw may have some."""
+        draw = row.draw
+        assert draw is not None and row.token_ids, "a row that brings its tokens, and draws"
+        length = row.start + len(row.token_ids)
+        searches = searches and may_draft(draw.sampling) and len(draw.history) >= length
+        predicted = draw.prediction[:MOST_PREDICTED] if searches else ()
+        line = np.zeros(columns.COLUMNS.value, dtype=np.int32)
+        line[columns.LENGTH.value] = length
+        line[columns.LIMIT.value] = min(max_len, draw.prompt_len + draw.sampling.max_tokens)
+        line[columns.LAST.value] = row.token_ids[-1]
+        line[columns.SEARCHES.value] = searches
+        line[columns.NUM_PREDICTED.value] = len(predicted)
+        self._begun[row.slot] = line
+        if searches:
+            text = np.fromiter((*predicted, *draw.history[:length]), dtype=np.int32)
+            first = self.kept.begin - len(predicted)
+            sent = self._queue.host_buffer(text.size)
+            sent.numpy()[:] = text
+            target = self.kept.text[row.slot, first : first + text.size]
+            self._queue.enqueue(lambda: copy_async(target, sent))
+
+    def flush(self) -> None:
+        """Enqueue what has begun."""
+        if not self._begun:
+            return
+        width = columns.COLUMNS.value
+        slots = np.array(list(self._begun), dtype=np.int32)
+        places = slots[:, None] * width + np.arange(width, dtype=np.int32)
+        sent_places, sent = self._upload.send((places, np.stack(list(self._begun.values()))))
+        self._queue.enqueue(lambda: set_entries(self.kept.state.view(-1), sent_places, sent))
+        self._begun.clear()
+
+    def gather(
+        self, slots: torch.Tensor, most: torch.Tensor, tables: torch.Tensor, block_tokens: int, inputs: StepInputs
+    ) -> None:
+        """Fills `inputs` for rows of these slots, with up to `most` drafts each, int32 [rows], -1: padding."""
+        kept = self.kept
+        gather_drafts(slots, most, kept.state, kept.drafts, tables, block_tokens, inputs, self._places)
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """int32 [tokens]: those of the tokens that `gather` laid out last."""
+        return self._places.slots
+
+    def take_in(self, drawn: torch.Tensor, slots: torch.Tensor, *, first_without: int | None = None) -> None:
+        """Accept what was drawn for rows of these slots, and propose what may follow; rows from number `first_without`
+        on were not laid out by `gather`, and have no drafts."""
+        results = self.results[: len(slots)]
+        if first_without is not None:
+            self._places.taken[first_without : len(slots)].zero_()
+        accept(drawn, slots, self._places, self.kept, results)
+        propose(slots, self._places, self.kept, results, searched=SEARCHED, longest=LONGEST_MATCH, least=LEAST_MATCH)

@@ -1,0 +1,77 @@
+"""Speculation on a GPU: captured steps with drafts draw the tokens of steps without, over 10^5 of them.
+
+Run it in a separate process, as tests/gpu/test_runner.py.
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.models.cuda.runner import CudaRunner
+from baton.node.modelhub import locate_model
+from baton.tests.gpu.test_runner import make, table
+from baton.tests.unit.kernels.draft_checks import check_step
+from baton.tests.unit.models.cuda.ahead import Ahead
+
+pytestmark = pytest.mark.gpu
+
+ROWS, COUNT, DRAFTS = 64, 500, 7
+MODES = {"n-gram": 0, "oracle": 1, "adversarial": 2}
+
+
+def predicted(mode: str, known: list[int], prompt_len: int) -> list[int]:
+    """What a mode lets the client predict, of a sequence that goes on so."""
+    if mode == "oracle":
+        return known[prompt_len - 3 :]
+    wrong = [(known[n], known[n + 1], (known[n + 2] + 1) % 4000) for n in range(prompt_len - 2, len(known) - 2)]
+    return [token for each in wrong for token in each] if mode == "adversarial" else []
+
+
+def answers(runner: CudaRunner, prompts: list[list[int]], predictions: list[list[int]], most: int) -> Ahead:
+    """COUNT tokens after each prompt and more, every other row greedy; prompts are taken in beside what decodes."""
+    run = Ahead(runner, most_drafts=most)
+    run.predictions = dict(enumerate(predictions))
+    for slot, prompt in enumerate(prompts):
+        run.start(slot, prompt, table(slot), temperature=slot % 2 * 0.8, seed=slot + 1, max_tokens=COUNT)
+        run.launch([*range(slot + 1)], chunk=64)
+    for _ in range(2 * COUNT):
+        live = [slot for slot in range(len(prompts)) if len(run.known[slot]) < len(prompts[slot]) + COUNT]
+        if not live:
+            break
+        run.launch(live)
+    return run
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_tokens_with_and_without_drafts_are_the_same(dtype):
+    """Guards the whole of it on a GPU: more than 10^5 tokens, greedy and seeded, of drafts of all kinds."""
+    chance, folder = random.Random(4), locate_model("demo")
+    prompts = [[chance.randrange(2, 2000) for _ in range(chance.randrange(3, 60))] for _ in range(ROWS)]
+    prompts = [[*prompt, *prompt] for prompt in prompts]
+    limits = {"max_rows": ROWS, "deterministic": True}
+    off = answers(make(folder, dtype, **limits), prompts, [[] for _ in prompts], 0)
+    expected = [off.generated(slot)[:COUNT] for slot in range(ROWS)]
+    drafting = make(folder, dtype, **limits, most_drafts=DRAFTS)
+    for mode in MODES:
+        predictions = [
+            predicted(mode, [*prompt, *answer], len(prompt)) for prompt, answer in zip(prompts, expected, strict=True)
+        ]
+        run = answers(drafting, prompts, predictions, DRAFTS)
+        found = [run.generated(slot) for slot in range(ROWS)]
+        assert found == expected, mode
+        assert run.num_verified > 100
+        if mode == "oracle":
+            assert run.num_accepted > run.num_verified // 2 and run.num_steps < off.num_steps - COUNT // 2
+        print({"mode": mode, "dtype": str(dtype), "steps": run.num_steps, "off_steps": off.num_steps,
+               "verified": run.num_verified, "accepted": run.num_accepted})  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_kernels_of_drafts(seed):
+    """Guards what a GPU's kernels do where the interpreter is more lenient."""
+    check_step("cuda:0", seed, spare=(0, 3, 7, 40)[seed % 4])

@@ -1,0 +1,102 @@
+"""Checks of the kernels of drafts on any device: against the rules of models.drafts, row by row."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from baton.kernels.triton import draft_inputs as columns
+from baton.kernels.triton.draft_inputs import Places, gather_drafts
+from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
+from baton.kernels.triton.step_inputs import StepInputs
+from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, num_accepted
+from baton.models.drafts import propose as proposed
+
+BLOCK = 16
+
+
+def share(wanted: list[int], room: int) -> list[int]:
+    """One after the other, a draft for each row that wants another."""
+    taken = [0] * len(wanted)
+    while room and any(have < want for have, want in zip(taken, wanted, strict=True)):
+        least = min(have for have, want in zip(taken, wanted, strict=True) if have < want)
+        row = next(r for r, (have, want) in enumerate(zip(taken, wanted, strict=True)) if have == least < want)
+        taken[row] += 1
+        room -= 1
+    return taken
+
+
+def check_step(device: str, seed: int, num_slots: int = 9, most_drafts: int = 5, num_rows: int = 6, spare: int = 7):
+    """One step of gather, accept and propose over random slots; rows at their limit, and of padding, among them."""
+    chance = random.Random(seed)
+    kept = SlotDrafts.make(num_slots + 1, most_drafts, 32, 128, device)
+    width = 8
+    tables = torch.tensor([chance.sample(range(500), width) for _ in range(num_slots + 1)], dtype=torch.int32)
+    predictions = [[chance.randrange(3) for _ in range(chance.randrange(20))] for _ in range(num_slots)]
+    known = [[chance.randrange(3) for _ in range(chance.randrange(1, 90))] for _ in range(num_slots)]
+    drafts = [[chance.randrange(3) for _ in range(most_drafts)] for _ in range(num_slots)]
+    nums = [chance.randrange(most_drafts + 1) for _ in range(num_slots)]
+    limits = [len(each) + chance.choice([0, 1, 2, 30]) for each in known]
+    for slot in range(num_slots):
+        line = torch.zeros(columns.COLUMNS.value, dtype=torch.int32)
+        line[columns.LENGTH.value], line[columns.LIMIT.value] = len(known[slot]), limits[slot]
+        line[columns.LAST.value], line[columns.NUM_DRAFTS.value] = known[slot][-1], nums[slot]
+        line[columns.SEARCHES.value], line[columns.NUM_PREDICTED.value] = 1, len(predictions[slot])
+        kept.state[slot] = line.to(device)
+        kept.drafts[slot] = torch.tensor(drafts[slot], dtype=torch.int32, device=device)
+        text = torch.tensor([*predictions[slot], *known[slot]], dtype=torch.int32, device=device)
+        begin = kept.begin - len(predictions[slot])
+        kept.text[slot, begin : begin + len(text)] = text
+    rows = chance.sample(range(num_slots), num_rows)
+    most = [chance.randrange(most_drafts + 1) for _ in rows]
+    num_tokens = num_rows + spare
+    slots = torch.tensor([*rows, num_slots, num_slots], dtype=torch.int32, device=device)
+    mosts = torch.tensor([*most, -1, -1], dtype=torch.int32, device=device)
+    inputs, places = StepInputs.make(num_tokens, width, device), Places.make(num_tokens, device)
+    gather_drafts(slots, mosts, kept.state, kept.drafts, tables.to(device), BLOCK, inputs, places)
+
+    alive = [limits[slot] > len(known[slot]) for slot in rows]
+    wanted = [
+        min(nums[slot], limit, limits[slot] - len(known[slot]) - 1) if lives else 0
+        for slot, limit, lives in zip(rows, most, alive, strict=True)
+    ]
+    taken = share(wanted, spare)
+    tokens = [
+        (slot, known[slot][-1], len(known[slot])) if lives else None for slot, lives in zip(rows, alive, strict=True)
+    ]
+    for slot, count in zip(rows, taken, strict=True):
+        tokens += [(slot, drafts[slot][j], len(known[slot]) + j + 1) for j in range(count)]
+    tokens += [None] * (num_tokens - len(tokens))
+    for place, token in enumerate(tokens):
+        slot, token_id, length = token or (num_slots, 0, 0)
+        assert int(places.slots[place]) == slot and int(inputs.lengths[place]) == length
+        assert int(inputs.tokens[place]) == token_id and int(inputs.positions[place]) == max(0, length - 1)
+        at = max(0, length - 1)
+        right = int(tables[slot, at // BLOCK]) * BLOCK + at % BLOCK if token else -1
+        assert int(inputs.kv_slots[place]) == right
+        used = -(-length // BLOCK)
+        assert inputs.tables[place, :used].tolist() == tables[slot, :used].tolist()
+
+    drawn, first = [chance.randrange(3) for _ in range(num_tokens)], num_rows
+    results = torch.full((num_tokens, IDS.value + most_drafts + 1), -7, dtype=torch.int32, device=device)
+    accept(torch.tensor(drawn, dtype=torch.int32, device=device), places.slots, places, kept, results)
+    propose(places.slots, places, kept, results, searched=64, longest=LONGEST_MATCH, least=LEAST_MATCH)
+    for place in range(num_rows, num_tokens):
+        assert int(results[place, 0]) == 0
+    for row, (slot, count, lives) in enumerate(zip(rows, taken, alive, strict=True)):
+        own = [drawn[row], *drawn[first : first + count]]
+        first += count
+        ids = own[: num_accepted(drafts[slot][:count], own) + 1] if lives else []
+        result = results[row].tolist()
+        assert result[0] == len(ids) and result[IDS.value : IDS.value + len(ids)] == ids
+        text = [*known[slot], *ids]
+        state = kept.state[slot].tolist()
+        assert state[columns.LENGTH.value] == len(text) and state[columns.LAST.value] == text[-1]
+        if not lives:
+            continue
+        next_drafts = proposed(text[-64:], predictions[slot], most_drafts) if len(text) <= 64 else None
+        assert result[1] == count and result[3] == state[columns.NUM_DRAFTS.value]
+        if next_drafts is not None:
+            assert kept.drafts[slot, : result[3]].tolist() == list(next_drafts.token_ids)
+            assert result[3] == 0 or bool(state[columns.PREDICTED.value]) == next_drafts.predicted

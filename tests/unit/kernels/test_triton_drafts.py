@@ -1,0 +1,16 @@
+"""The kernels that lay out, accept and propose drafts."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.tests.unit.kernels.draft_checks import check_step
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_step_of_drafts(device, seed):
+    """Guards against a draft at another place, one accepted that was not drawn, tokens beyond a sequence's limit, and
+    drafts other than those of the longest match."""
+    check_step(device, seed, spare=(0, 3, 7, 40)[seed % 4])
