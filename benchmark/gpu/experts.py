@@ -111,16 +111,21 @@ class ExpertsBench:
         self, tokens: int, tiles: Tiles, fused: bool, blocked: bool, routes: Sequence[Routes], codes: torch.Tensor
     ) -> list[Call]:
         n, k, _, _ = self.product(fused)
-        rows, (e, wide, _) = len(routes[0].tokens), codes.shape
-        scales = torch.rand(*((e * wide // 128, k // 128) if blocked else (e * wide,)), device=GPU) / 448
+        rows, (e, outputs, _) = len(routes[0].tokens), codes.shape
+        scales = torch.rand(*((e * outputs // 128, k // 128) if blocked else (e * outputs,)), device=GPU) / 448
         given = tokens if fused else rows
+        wide = experts_policy.rows_tiles_8bit(self.product(True), tiles.tile_m, routes[0].most_tiles)
+        assert wide is not None, "the shapes here have tiles"
+        run = RUN if fused else wide.tile_n
         x = CodedRows(
             torch.zeros(given, k, dtype=FP8, device=GPU),
-            torch.zeros(*((k // RUN, given) if blocked or not fused else (given,)), device=GPU),
+            torch.zeros(*((k // run, given) if blocked or not fused else (given,)), device=GPU),
         )
         out: torch.Tensor | CodedRows = randn(rows, n)
         if fused:
-            out = CodedRows(torch.zeros(rows, n, dtype=FP8, device=GPU), torch.zeros(n // RUN, rows, device=GPU))
+            out = CodedRows(
+                torch.zeros(rows, n, dtype=FP8, device=GPU), torch.zeros(n // tiles.tile_n, rows, device=GPU)
+            )
         return [
             partial(experts_8bit, x, codes, scales, of, tiles, out, fused=fused, gathered=fused, pdl=True)
             for of in routes
@@ -136,7 +141,11 @@ def few(bench: ExpertsBench) -> None:
             chosen, calls = bench.chosen(routes), []
             for fused in (True, False):
                 shape = bench.product(fused)
-                tiles = experts_policy.row_tiles(shape) if one else experts_policy.rows_tiles(shape, tile_m, 2)
+                tiles = (
+                    experts_policy.row_tiles(shape)
+                    if one
+                    else experts_policy.rows_tiles(shape, tile_m, routes[0].most_tiles, 2)
+                )
                 assert tiles is not None, "the shapes here have tiles"
                 calls.append(bench.calls(tokens, tiles, fused, routes))
                 took = seconds(calls[-1])
@@ -189,7 +198,7 @@ def _few_8bit(bench: ExpertsBench) -> None:
         for fused in (True, False):
             for blocked in (False, True):
                 shape = bench.product(fused)
-                tiles = experts_policy.rows_tiles_8bit(shape, tile_m)
+                tiles = experts_policy.rows_tiles_8bit(shape, tile_m, routes[0].most_tiles)
                 if tiles is None:
                     continue
                 took = seconds(bench.calls_8bit(tokens, tiles, fused, blocked, routes, codes[fused]))

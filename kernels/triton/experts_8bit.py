@@ -1,9 +1,10 @@
 """`experts` where a weight is a byte, FP8 (e4m3) or INT8, with scales of outputs or of blocks of 128 x 128.
 
 x is in codes too, so that the matrix unit multiplies bytes by bytes, as in `linear_8bit`, whose sums these are. The
-product of gate and up leaves silu(gate) * up in codes as well, with a scale for each run of 128 outputs, which one
-program has at hand: what `down` reads needs no launch between. Scales of W: float32 [E * N], or [E * N / 128, K / 128].
-A row's bits depend on that row alone. Bytes: W of the experts that were chosen, N * K each (twice that when fused).
+product of gate and up leaves silu(gate) * up in codes as well, with a scale for each run of outputs that one program
+has at hand, 128 or 64: what `down` reads needs no launch between. Scales of W: float32 [E * N], or
+[E * N / 128, K / 128]. A row's bits depend on that row alone.
+Bytes: W of the experts that were chosen, N * K each (twice that when fused).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -19,7 +20,7 @@ from baton.kernels.reference import LARGEST_CODE
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.linear_8bit import BLOCK, prefetch_bytes, scale_of
 from baton.kernels.triton.linear_policy import Tiles
-from baton.kernels.triton.quantise import RUN, SMALLEST, CodedRows, codes_of
+from baton.kernels.triton.quantise import SMALLEST, CodedRows, codes_of
 from baton.kernels.triton.route import Routes
 
 
@@ -27,11 +28,11 @@ from baton.kernels.triton.route import Routes
 def _experts_8bit_kernel(
     x_desc, weight_desc, x_ptr, x_scale_ptr, codes_ptr, scale_ptr, tokens_ptr, experts_ptr, sizes_ptr, num_tiles_ptr,
     out_ptr, out_scale_ptr, num_rows, scale_stride, N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr,
-    TILE_K: tl.constexpr, TILE_M: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, FUSED: tl.constexpr,
-    GATHERED: tl.constexpr, BLOCKED: tl.constexpr, RUNS: tl.constexpr, CODED: tl.constexpr, LARGEST: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    TILE_K: tl.constexpr, TILE_M: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr, RUN: tl.constexpr,
+    FUSED: tl.constexpr, GATHERED: tl.constexpr, BLOCKED: tl.constexpr, RUNS: tl.constexpr, CODED: tl.constexpr,
+    LARGEST: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCKED: W has scales of blocks; RUNS: x has scales of runs. CODED: so has out; it is codes then."""
+    """BLOCKED: W has scales of blocks. RUNS: x has scales of runs of RUN. CODED: so has out, of TILE_N; it is codes."""
     tile, first_n = tl.program_id(0), tl.program_id(1) * TILE_N
     if PDL and GATHERED:
         gdc_wait()
@@ -63,7 +64,7 @@ def _experts_8bit_kernel(
             x = tl.load(x_place + k) if GATHERED else x_desc.load([first_m, k])
             x_scale = tl.full([1, 1], 1.0, tl.float32)
             if RUNS:
-                x_scale = tl.load(x_scale_ptr + k // BLOCK * scale_stride + row, mask=inside, other=0.0)[None, :]
+                x_scale = tl.load(x_scale_ptr + k // RUN * scale_stride + row, mask=inside, other=0.0)[None, :]
             scale = x_scale * scale_of(scales, k, BLOCK, BLOCKED)
             total += tl.dot(weight_desc.load([first_row, k]), x.T).to(tl.float32) * scale
             if FUSED:
@@ -100,7 +101,7 @@ def _experts_8bit_kernel(
         total = tl.where(inside[None, :], total, 0.0)
         most = tl.max(tl.abs(total), 0)
         factor = tl.div_rn(LARGEST, tl.maximum(most, SMALLEST))
-        tl.store(out_scale_ptr + first_n // BLOCK * num_rows + first_m + m, tl.div_rn(most, LARGEST), mask=inside)
+        tl.store(out_scale_ptr + first_n // TILE_N * num_rows + first_m + m, tl.div_rn(most, LARGEST), mask=inside)
         tl.store(place, codes_of(total, factor[None, :], out_ptr), mask=inside[None, :])
     else:
         tl.store(place, total.to(out_ptr.dtype.element_ty), mask=inside[None, :])
@@ -118,10 +119,10 @@ def experts_8bit(
     gathered: bool = False,
     pdl: bool = False,
 ) -> None:
-    """Fills the rows of out [P, N] that some token has, P = most_tiles * tile_m; in codes with scales [N / 128, P].
+    """Fills the rows of out [P, N] that some token has, P = most_tiles * tile_m; in codes with scales [N / tile_n, P].
 
     codes [E, N, K] ([E, 2 N, K] when fused) FP8 or INT8; scales float32 [E * N] or [E * N / 128, K / 128] (twice that
-    when fused); x: T rows of K if gathered, else P. Tiles for one token there are none.
+    when fused); x: T rows of K if gathered, else P, with scales of rows or of runs of 128 or 64.
     """
     k, n = codes.shape[2], codes.shape[1] // (2 if fused else 1)
     all_outputs, num_rows = codes.shape[0] * codes.shape[1], routes.most_tiles * routes.tile_m
@@ -137,24 +138,25 @@ def experts_8bit(
     require(tuple(scales.shape) == wanted and scales.dtype == torch.float32, f"scales {tuple(scales.shape)}")
     require(not blocked or (n % BLOCK == k % BLOCK == 0 and BLOCK % tiles.tile_n == 0), f"{tiles} cut through blocks")
     require(x.codes.dtype == codes.dtype and x.scales.dtype == torch.float32, "x is not in codes of W's type")
+    run = k // x.scales.shape[0] if runs else k
     if runs:
-        require(x.scales.shape[0] * RUN == k and x.scales.shape[1] >= given, f"scales of x {tuple(x.scales.shape)}")
+        require(run in (64, BLOCK) and x.scales.shape[1] >= given, f"scales of x {tuple(x.scales.shape)}")
     else:
         require(tuple(x.scales.shape) == (given,), f"scales of x {tuple(x.scales.shape)}")
-    require(not (blocked or runs) or tiles.tile_k == BLOCK, "scales of blocks and runs are for every 128 columns")
+    step = min(run, BLOCK) if blocked or runs else tiles.tile_k
     if isinstance(out, CodedRows):
-        require(tiles.tile_n == RUN and values.dtype == codes.dtype, "a program has one run of codes")
-        require(tuple(out.scales.shape) == (n // RUN, num_rows), f"scales of out {tuple(out.scales.shape)}")
+        require(values.dtype == codes.dtype, "out is not in codes of W's type")
+        require(tuple(out.scales.shape) == (n // tiles.tile_n, num_rows), f"scales of out {tuple(out.scales.shape)}")
     for tensor in (*x, codes, scales, values):
         require(tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    weight_desc = TensorDescriptor.from_tensor(codes.view(-1, k), [tiles.tile_n, tiles.tile_k])
-    x_desc = weight_desc if gathered else TensorDescriptor.from_tensor(x.codes, [tiles.tile_m, tiles.tile_k])
+    weight_desc = TensorDescriptor.from_tensor(codes.view(-1, k), [tiles.tile_n, step])
+    x_desc = weight_desc if gathered else TensorDescriptor.from_tensor(x.codes, [tiles.tile_m, step])
     _experts_8bit_kernel[(routes.most_tiles, n // tiles.tile_n)](
         x_desc, weight_desc, x.codes, x.scales, codes, scales, routes.tokens, routes.experts, routes.sizes,
         routes.num_tiles, values, out.scales if isinstance(out, CodedRows) else x.scales, num_rows, x.scales.shape[-1],
-        N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, TILE_M=tiles.tile_m, STAGES=tiles.stages, BLOCK=BLOCK,
+        N=n, K=k, TILE_N=tiles.tile_n, TILE_K=step, TILE_M=tiles.tile_m, STAGES=tiles.stages, BLOCK=BLOCK, RUN=run,
         FUSED=fused, GATHERED=gathered, BLOCKED=blocked, RUNS=runs, CODED=coded,
         LARGEST=LARGEST_CODE[codes.dtype] if coded else 0.0, PREFETCH=tiles.prefetch, PDL=pdl,
         **launch_options(tiles.warps, pdl, tiles.stages),

@@ -14,6 +14,8 @@ ROW_TILES = (16, 32, 64)
 """Rows of a tile: of wider ones the sums would leave no room for two programs."""
 PROMPT_ROWS = 128
 """Rows of a tile of experts_gluon."""
+WIDE, PROGRAMS = 128, 200
+"""Rows of gate, and of up, of a wide program, and how many of them are enough for a Hopper's 132 multiprocessors."""
 LEAST_PROMPT_ROWS = 40
 """Of an expert, on average, from which on experts_gluon is ahead: it reads each W once, whatever the number of rows."""
 BLOCK = 128
@@ -42,30 +44,33 @@ def tile_rows(num_tokens: int, num_experts: int, top_k: int) -> int:
     return next((size for size in ROW_TILES if likely <= size), ROW_TILES[-1])
 
 
-def rows_tiles(shape: ProductShape, tile_m: int, element_bytes: int) -> Tiles | None:
-    """Tiles of W for tiles of tile_m rows of x; None: no tiles divide the shape.
+def rows_tiles(shape: ProductShape, tile_m: int, num_tiles: int, element_bytes: int) -> Tiles | None:
+    """Tiles of W for num_tiles tiles of tile_m rows of x; None: no tiles divide the shape.
 
-    Measured on an H200 with the shapes of Qwen3-30B-A3B: one program a multiprocessor for gate and up, two for down.
+    Measured on an H200 with the shapes of Qwen3-30B-A3B. Gate and up: one wide program a multiprocessor, or two where
+    few experts leave some without any. Down: two.
     """
     n, k = shape.outputs, shape.inputs
-    tile_n = next((size for size in ((128,) if shape.fused else ()) + (64, 32, 16) if n % size == 0), 0)
+    wide = shape.fused and n % WIDE == 0 and num_tiles * (n // WIDE) >= PROGRAMS
+    tile_n = WIDE if wide else next((size for size in (64, 32, 16) if n % size == 0), 0)
     tile_k = next((size for size in (128, 64, 32, 16) if size * element_bytes <= 256 and k % size == 0), 0)
     if not tile_n or not tile_k:
         return None
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * tile_k * element_bytes
-    stages = SHARED_BYTES // stage if shape.fused else min(4, SHARED_BYTES // 2 // stage)
-    return Tiles(tile_n, tile_k, tile_m, max(2, min(stages, 6)), 1, 8 if shape.fused and tile_m > 32 else 4)
+    stages = min(SHARED_BYTES // stage, 6) if wide else min(SHARED_BYTES // 2 // stage, 4)
+    return Tiles(tile_n, tile_k, tile_m, max(stages, 2), 1, 8 if wide and tile_m > 32 else 4)
 
 
-def rows_tiles_8bit(shape: ProductShape, tile_m: int) -> Tiles | None:
-    """Tiles of W of 8 bits; the product of gate and up leaves runs of 128 codes. None: no tiles divide the shape."""
+def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int) -> Tiles | None:
+    """As rows_tiles, of W of 8 bits. The product of gate and up leaves runs of as many codes as it is wide."""
     n, k = shape.outputs, shape.inputs
     if n % BLOCK or k % BLOCK:
         return None
-    tile_n = BLOCK if shape.fused else 64
+    wide = shape.fused and num_tiles * (n // WIDE) >= PROGRAMS
+    tile_n = WIDE if wide else 64
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * BLOCK
     stages = max(2, min(SHARED_BYTES // 2 // stage, 6))
-    return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if tile_m > 32 and shape.fused else 4, prefetch=BLOCK)
+    return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if wide and tile_m > 32 else 4, prefetch=BLOCK)
 
 
 def row_tiles(shape: ProductShape) -> Tiles | None:

@@ -17,7 +17,7 @@ from baton.kernels.triton import experts_policy
 from baton.kernels.triton.linear_8bit_policy import FORMATS
 from baton.kernels.triton.route import Routes, choose, router
 from baton.kernels.triton.routed_sum import RoutedSum
-from baton.models.cuda.products import Policy, Products, invariant
+from baton.models.cuda.products import PADDING, Policy, Products, invariant
 from baton.models.cuda.products.experts_dense import DenseExperts
 from baton.models.cuda.products.experts_scaled import ScaledExperts
 from baton.models.cuda.products.experts_sizes import ExpertsSizes
@@ -74,8 +74,9 @@ class ExpertBlocks:
         self._logits = torch.empty(parts * (routing.num_experts + gated), dtype=torch.float32, device=device)
         shared = [weights.shared for _, weights in blocks if weights.shared is not None]
         inner = max((each.down.num_inputs for each in shared), default=0)
-        self._gated = torch.zeros(max_tokens * inner, dtype=dtype, device=device)
-        self._shared = torch.zeros(max_tokens if shared else 0, hidden, dtype=dtype, device=device)
+        room = max_tokens + PADDING if shared else 0
+        self._gated = torch.zeros(room * inner, dtype=dtype, device=device)
+        self._shared = torch.zeros(room, hidden, dtype=dtype, device=device)
 
     def __call__(
         self, shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, kv_slots: torch.Tensor | None, *, pdl: bool
@@ -127,5 +128,5 @@ def _products_of(
     if weight_format == DenseLinear.weight_format:
         return DenseExperts(sizes, max_tokens, deterministic, dtype, device)
     if weight_format in FORMATS:
-        return ScaledExperts(sizes, weight_format, max_tokens, dtype, device)
+        return ScaledExperts(sizes, weight_format, max_tokens, deterministic, dtype, device)
     raise InvariantBroken(f"no kernel here reads experts of the format {weight_format}")

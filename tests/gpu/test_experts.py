@@ -53,7 +53,7 @@ def test_products(pdl):
         given = {"fused": fused, "gathered": fused, "skewed": True, "pdl": pdl}
         checks.check_experts(GPU, BF16, 1, routing, *shape[:2], experts_policy.row_tiles(shape), **given)
         for tile_m, num_tokens in ((16, 1), (16, 40), (32, 60), (64, 300)):
-            tiles = experts_policy.rows_tiles(shape, tile_m, 2)
+            tiles = experts_policy.rows_tiles(shape, tile_m, 100, 2)
             checks.check_experts(GPU, BF16, num_tokens, routing, *shape[:2], tiles, **given)
 
 
@@ -65,7 +65,7 @@ def test_products_of_8_bits(code_type, blocked, pdl):
     for fused in (True, False):
         shape = ProductShape(WIDTH, HIDDEN, True) if fused else ProductShape(HIDDEN, WIDTH)
         for tile_m, num_tokens in ((16, 8), (64, 100)):
-            tiles = experts_policy.rows_tiles_8bit(shape, tile_m)
+            tiles = experts_policy.rows_tiles_8bit(shape, tile_m, 100 if tile_m > 16 else 1)
             checks.check_experts_8bit(
                 GPU, code_type, num_tokens, Routing(8, 2), *shape[:2], tiles, blocked=blocked, fused=fused,
                 skewed=True, pdl=pdl, tolerance=5e-4,
@@ -98,7 +98,7 @@ def few_rows(logits: torch.Tensor, routing: Routing, x: torch.Tensor, weight: to
     """[T, k, N] by the kernel for few rows."""
     routes = checks.routes_of(logits, routing, tile_m, GPU)
     n = weight.shape[1] // (2 if gated else 1)
-    tiles = experts_policy.rows_tiles(ProductShape(n, x.shape[1], gated), tile_m, 2)
+    tiles = experts_policy.rows_tiles(ProductShape(n, x.shape[1], gated), tile_m, routes.most_tiles, 2)
     out = poison((len(routes.tokens), n), BF16, GPU)
     experts(x, weight, routes, tiles, out, fused=gated, gathered=True)
     return out[routes.positions.long()]
@@ -160,5 +160,5 @@ def test_tiles_of_all_shapes_fit():
     """Guards against a shape of the benchmark that has no tiles."""
     for hidden, width in ((2048, 768), (4096, 14336), (2048, 1408), (7168, 2048)):
         for shape in (ProductShape(width, hidden, True), ProductShape(hidden, width)):
-            assert all(experts_policy.rows_tiles(shape, tile_m, 2) for tile_m in (16, 32, 64))
+            assert all(experts_policy.rows_tiles(shape, tile_m, 100, 2) for tile_m in (16, 32, 64))
             assert isinstance(experts_policy.row_tiles(shape), Tiles)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -17,8 +17,6 @@ from baton.node.errors import InvariantBroken, SettingsError
 
 PromptProduct = Callable[[torch.Tensor, torch.Tensor, Routes, torch.Tensor, bool], None]
 """product(x [P, K], weight [E, N, K], routes, out [P, N], gated)"""
-PairTiles = tuple[Tiles, Tiles]
-"""Of gate and up together, and of down."""
 
 
 class DenseExperts:
@@ -30,17 +28,10 @@ class DenseExperts:
         """deterministic: a token's bits do not depend on how many there are."""
         self._sizes = sizes
         shapes = ProductShape(sizes.width, sizes.hidden, fused=True), ProductShape(sizes.hidden, sizes.width)
-        self._tiles: dict[int, PairTiles] = {}
-        for tile_m in experts_policy.ROW_TILES:
-            wide, narrow = (experts_policy.rows_tiles(shape, tile_m, dtype.itemsize) for shape in shapes)
-            if wide is None or narrow is None:
-                raise SettingsError(
-                    f"no tiles fit experts of width {sizes.width}, with a hidden size of {sizes.hidden}"
-                )
-            self._tiles[tile_m] = wide, narrow
-        wide, narrow = map(experts_policy.row_tiles, shapes)
-        if wide is not None and narrow is not None and not deterministic:
-            self._tiles[1] = wide, narrow
+        self._shapes, self._element_bytes = shapes, dtype.itemsize
+        self._tiles_of_rows(experts_policy.ROW_TILES[0], 1)
+        one = tuple(tiles for tiles in map(experts_policy.row_tiles, shapes) if tiles is not None)
+        self._of_one_token = one if len(one) == len(shapes) and not deterministic else None
         self._by_gluon = None if deterministic else _gluon_product(sizes, dtype, device)
         room = sizes.room(max_tokens, self.tile_rows)
         self._rows = torch.empty(room.rows, sizes.hidden, dtype=dtype, device=device)
@@ -49,7 +40,7 @@ class DenseExperts:
     def tile_rows(self, num_tokens: int) -> int:
         """Of the tiles in which so many tokens are multiplied."""
         routing = self._sizes.routing
-        if num_tokens == 1 and 1 in self._tiles:
+        if num_tokens == 1 and self._of_one_token is not None:
             return 1
         if self._by_gluon is not None and experts_policy.as_prompts(num_tokens, routing.num_experts, routing.top_k):
             return experts_policy.PROMPT_ROWS
@@ -62,17 +53,30 @@ class DenseExperts:
         count = routes.most_tiles * routes.tile_m
         rows, gated = self._rows[:count], self._gated[:count]
         first, second = _weight(gate_up), _weight(down)
-        if routes.tile_m in self._tiles:
-            wide, narrow = self._tiles[routes.tile_m]
-            experts(x, first, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
-            experts(gated, second, routes, narrow, rows, pdl=pdl)
+        if routes.tile_m == experts_policy.PROMPT_ROWS and self._by_gluon is not None:
+            spread(x, routes, rows)
+            self._by_gluon(rows, first, routes, gated, True)
+            self._by_gluon(gated, second, routes, rows, False)  # in the place of x, which is no longer needed
             return rows
-        if self._by_gluon is None:
-            raise InvariantBroken(f"no kernel here multiplies tiles of {routes.tile_m} rows")
-        spread(x, routes, rows)
-        self._by_gluon(rows, first, routes, gated, True)
-        self._by_gluon(gated, second, routes, rows, False)  # in the place of the spread x, which is no longer needed
+        wide, narrow = self._tiles(routes)
+        experts(x, first, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
+        experts(gated, second, routes, narrow, rows, pdl=pdl)
         return rows
+
+    def _tiles(self, routes: Routes) -> Sequence[Tiles]:
+        """Of gate and up together, and of down."""
+        if routes.tile_m == 1 and self._of_one_token is not None:
+            return self._of_one_token
+        return self._tiles_of_rows(routes.tile_m, routes.most_tiles)
+
+    def _tiles_of_rows(self, tile_m: int, num_tiles: int) -> Sequence[Tiles]:
+        found = [experts_policy.rows_tiles(shape, tile_m, num_tiles, self._element_bytes) for shape in self._shapes]
+        tiles = [each for each in found if each is not None]
+        if len(tiles) < len(found):
+            raise SettingsError(
+                f"no tiles fit experts of width {self._sizes.width} and hidden size {self._sizes.hidden}"
+            )
+        return tiles
 
 
 def _weight(weights: ExpertLinears) -> torch.Tensor:

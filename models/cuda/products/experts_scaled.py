@@ -18,26 +18,30 @@ from baton.models.cuda.products.experts_sizes import ExpertsSizes
 from baton.models.cuda.products.policy import PADDING
 from baton.node.errors import InvariantBroken, SettingsError
 
+NARROW_RUN = 64
+"""Of codes that a narrow product leaves."""
+WIDEST = 1 << 30
+"""Tiles for which the product of gate and up is wide."""
+
 
 class ScaledExperts:
     """With weights of one format, for up to max_tokens tokens; not for two steps at a time."""
 
     def __init__(
-        self, sizes: ExpertsSizes, weight_format: str, max_tokens: int, dtype: torch.dtype, device: str
+        self,
+        sizes: ExpertsSizes,
+        weight_format: str,
+        max_tokens: int,
+        deterministic: bool,
+        dtype: torch.dtype,
+        device: str,
     ) -> None:
-        """weight_format: one of linear_8bit_policy.FORMATS."""
-        self._sizes = sizes
+        """weight_format: one of linear_8bit_policy.FORMATS. deterministic: runs of codes, and so a token's bits, do not
+        depend on how many tokens there are."""
+        self._sizes, self._deterministic = sizes, deterministic
         hidden, width = sizes.hidden, sizes.width
-        shapes = ProductShape(width, hidden, fused=True), ProductShape(hidden, width)
-        self._tiles: dict[int, tuple[Tiles, Tiles]] = {}
-        for tile_m in experts_policy.ROW_TILES:
-            wide, narrow = (experts_policy.rows_tiles_8bit(shape, tile_m) for shape in shapes)
-            if wide is None or narrow is None:
-                raise SettingsError(
-                    f"experts of width {width} with a hidden size of {hidden}: in 8 bits the GPU multiplies multiples "
-                    f"of {experts_policy.BLOCK}; load them in the model's dtype"
-                )
-            self._tiles[tile_m] = wide, narrow
+        self._shapes = ProductShape(width, hidden, fused=True), ProductShape(hidden, width)
+        self._tiles(experts_policy.ROW_TILES[0], 1)
         code_type = torch.int8 if weight_format == "int8_row" else torch.float8_e4m3fn
         self._run = RUN if weight_format == "fp8_block" else 0
         room, padded = sizes.room(max_tokens, self.tile_rows), -(-max_tokens // PADDING) * PADDING
@@ -48,7 +52,7 @@ class ScaledExperts:
         self._x_codes = codes(padded, hidden)
         self._x_scales = torch.zeros(padded * (hidden // RUN if self._run else 1), device=device)
         self._gated_codes = codes(room.rows, width)
-        self._gated_scales = torch.zeros(room.rows * (width // RUN), device=device)
+        self._gated_scales = torch.zeros(room.rows * (width // NARROW_RUN), device=device)
         self._rows = torch.empty(room.rows, hidden, dtype=dtype, device=device)
 
     def tile_rows(self, num_tokens: int) -> int:
@@ -60,17 +64,27 @@ class ScaledExperts:
     ) -> torch.Tensor:
         """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain."""
         count, width = routes.most_tiles * routes.tile_m, self._sizes.width
-        wide, narrow = self._tiles[routes.tile_m]
+        wide, narrow = self._tiles(routes.tile_m, WIDEST if self._deterministic else routes.most_tiles)
         first, second = _scaled(gate_up), _scaled(down)
         coded = self._coded(x)
         quantise(x, coded, pdl=pdl)
-        scales = self._gated_scales[: count * (width // RUN)].view(-1, count)
+        scales = self._gated_scales[: count * (width // wide.tile_n)].view(-1, count)
         gated, rows = CodedRows(self._gated_codes[:count], scales), self._rows[:count]
         codes = first.codes.view(gate_up.num_experts, gate_up.num_outputs, -1)
         experts_8bit(coded, codes, first.scales, routes, wide, gated, fused=True, gathered=True, pdl=pdl)
         codes = second.codes.view(down.num_experts, down.num_outputs, -1)
         experts_8bit(gated, codes, second.scales, routes, narrow, rows, pdl=pdl)
         return rows
+
+    def _tiles(self, tile_m: int, num_tiles: int) -> tuple[Tiles, Tiles]:
+        """Of gate and up together, and of down."""
+        wide, narrow = (experts_policy.rows_tiles_8bit(shape, tile_m, num_tiles) for shape in self._shapes)
+        if wide is None or narrow is None:
+            raise SettingsError(
+                f"experts of width {self._sizes.width} and hidden size {self._sizes.hidden}: in 8 bits the GPU takes "
+                f"multiples of {experts_policy.BLOCK}; load them in the model's dtype"
+            )
+        return wide, narrow
 
     def _coded(self, x: torch.Tensor) -> CodedRows:
         """Where x belongs in codes."""

@@ -404,7 +404,7 @@ def experts(tile_m: int) -> None:
     made = routes(tokens, 128, 8, tokens)
     for n, k, fused in ((768, 2048, True), (2048, 768, False)):
         shape = ProductShape(n, k, fused)
-        tiles = experts_policy.rows_tiles(shape, tile_m, 2) if tile_m else experts_policy.row_tiles(shape)
+        tiles = experts_policy.rows_tiles(shape, tile_m, 100, 2) if tile_m else experts_policy.row_tiles(shape)
         weight = empty(128, 2 * n if fused else n, k)
         x, out = empty(tokens if fused else len(made.tokens), k), empty(len(made.tokens), n)
         module.experts(x, weight, made, tiles, out, fused=fused, gathered=fused, pdl=True)
