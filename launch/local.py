@@ -24,7 +24,7 @@ from baton.node.settings import as_arguments, option
 
 POOL_OPTIONS = ("--gpu-memory-utilization", "--kv-memory-gib", "--num-blocks")
 """Options of a worker with which a user sizes its memory."""
-FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization")
+FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization", "--tp")
 """Options of a worker that say what it makes of the model's folder, as `baton.models.check` takes them."""
 
 
@@ -55,6 +55,15 @@ class ServeSettings(ApiSettings):
     )
     min: int = option(1, unit="workers", help="with --autoscale: fewest workers of a role", minimum=1, maximum=64)
     max: int = option(4, unit="workers", help="with --autoscale: most workers of a role", minimum=1, maximum=64)
+    tp: int = option(
+        1,
+        unit="ranks",
+        help="tensor parallel size of each worker: processes that share the model, 1, 2, 4 or 8; on CPUs only so far",
+        minimum=1,
+        maximum=8,
+    )
+    prefill_tp: int | None = option(None, unit="ranks", help="the same of prefill workers", minimum=1, maximum=8)
+    decode_tp: int | None = option(None, unit="ranks", help="the same of decode workers", minimum=1, maximum=8)
     device: str = option("auto", help="where the model runs", choices=("auto", "cpu", "cuda"))
     gpus: tuple[int, ...] = option(
         (),
@@ -92,6 +101,12 @@ class ServeSettings(ApiSettings):
         ApiSettings.__post_init__(self)  # super() does not work in a class with slots
         if self.min > self.max:
             raise SettingsError(f"--min {self.min} is more than --max {self.max}")
+        if self.roles == "adaptive" and (self.prefill_tp or self.decode_tp):
+            raise SettingsError("--prefill-tp and --decode-tp: with --roles adaptive all workers have --tp ranks")
+
+    def ranks_of(self, role: str) -> int:
+        """Of each worker of a role."""
+        return {"prefill": self.prefill_tp, "decode": self.decode_tp}.get(role) or self.tp
 
     @property
     def largest(self) -> ServeSettings:
@@ -162,6 +177,9 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
             "this torch is a build for CPUs; leave the option out to serve on the CPU"
         )
     gpus = settings.gpus or tuple(range(num_visible))
+    most_ranks = max(settings.ranks_of(role) for role, _ in worker_names(settings))
+    if gpus and settings.device != "cpu" and most_ranks > 1:
+        raise SettingsError(f"--tp {most_ranks}: the ranks of a worker compute on CPUs only so far; add --device cpu")
     if num_visible and max(gpus, default=0) >= num_visible:
         raise SettingsError(f"--gpus {max(gpus)}: {num_visible} GPUs are visible, counted from 0")
     names = [name for _, name in worker_names(settings)]
@@ -182,11 +200,11 @@ def plan_nodes(
 
 
 def node_environment(settings: ServeSettings, environ: Mapping[str, str]) -> dict[str, str]:
-    """`environ` without the API keys, with as many threads a worker as the cores suffice for."""
+    """`environ` without the API keys, with as many threads a rank of a worker as the cores suffice for."""
     env = {name: value for name, value in environ.items() if name != KEY_VARIABLE}
     env |= {"PYTHONUNBUFFERED": "1", "OMP_WAIT_POLICY": "passive"}
-    workers = settings.prefill + settings.decode
-    env.setdefault("OMP_NUM_THREADS", str(threads_per_worker(len(_cores()), workers, settings.proxies)))
+    ranks = sum(settings.ranks_of(role) for role, _ in worker_names(settings))
+    env.setdefault("OMP_NUM_THREADS", str(threads_per_rank(len(_cores()), ranks, settings.proxies)))
     return env
 
 
@@ -198,6 +216,7 @@ def plan_worker(
     arguments = (
         *("--model", settings.model, "--proxy", *ports.control_addresses, "--device", settings.device),
         *("--worker-id", name, "--secret-file", str(ports.secret_file)),
+        *(("--tp", str(settings.ranks_of(role))) if settings.ranks_of(role) > 1 else ()),
         *gpu,
         *(("--store", ports.store_address) if settings.store_ram_gib else ()),
         *settings.worker_arg,
@@ -210,8 +229,10 @@ def plan_worker(
 
 def folder_options(settings: ServeSettings) -> set[tuple[str, ...]]:
     """What the workers' arguments say of the model's folder, in the order of FOLDER_OPTIONS."""
-    roles = (settings.prefill_arg, settings.decode_arg) if settings.prefill else (settings.decode_arg,)
-    given = [(*settings.worker_arg, *arguments) for arguments in roles]
+    given = []
+    for role in {role for role, _ in worker_names(settings)}:
+        of_role = settings.prefill_arg if role == "prefill" else settings.decode_arg
+        given.append((f"--tp={settings.ranks_of(role)}", *settings.worker_arg, *of_role))
     return {tuple(_last(arguments, name) for name in FOLDER_OPTIONS) for arguments in given}
 
 
@@ -286,9 +307,9 @@ def scheme(settings: ServeSettings) -> str:
     return "http" if settings.tls_cert is None else "https"
 
 
-def threads_per_worker(num_cores: int, num_workers: int, num_proxies: int = 1) -> int:
+def threads_per_rank(num_cores: int, num_ranks: int, num_proxies: int = 1) -> int:
     """Cores divided evenly, less one for each proxy: more threads than cores wait for each other."""
-    return max(1, (num_cores - num_proxies) // max(1, num_workers))
+    return max(1, (num_cores - num_proxies) // max(1, num_ranks))
 
 
 def _cores() -> set[int]:

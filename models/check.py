@@ -1,4 +1,4 @@
-"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN QUANTIZATION: whether a worker can serve a folder.
+"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN QUANTIZATION TP: whether a worker can serve a folder.
 
 No torch. Reads configuration files and the headers of the weights, so it takes a moment. An error is one line and
 status 2. Empty arguments are a worker's defaults.
@@ -13,16 +13,20 @@ from pathlib import Path
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
 from baton.models.fallback.config import model_config
+from baton.models.partition import check_partition
 from baton.models.quantization.recipe import Recipe, recipe_of
 from baton.node.errors import SettingsError
 
 
-def check(folder: Path, load_format: str, max_model_len: int | None, quantization: str | None = None) -> None:
-    """Raises SettingsError for an unsupported model, weights that are missing, cut off or quantised twice, and a
-    context too long."""
+def check(
+    folder: Path, load_format: str, max_model_len: int | None, quantization: str | None = None, num_ranks: int = 1
+) -> None:
+    """Raises SettingsError for an unsupported model, weights that are missing, cut off or quantised twice, a context
+    too long, and ranks that cannot share the model."""
     config = model_config(folder)
     longest_known(max_model_len, config)
     recipe_for(quantization, config)
+    check_partition(config, num_ranks)
     if load_format != "dummy":
         Checkpoint.open(folder)
 
@@ -47,11 +51,15 @@ def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    folder, load_format, max_model_len, quantization = argv
+    folder, load_format, max_model_len, quantization, num_ranks = argv
     try:
         # What is no number is the worker's own error of settings.
         check(
-            Path(folder), load_format, int(max_model_len) if max_model_len.isdecimal() else None, quantization or None
+            Path(folder),
+            load_format,
+            int(max_model_len) if max_model_len.isdecimal() else None,
+            quantization or None,
+            int(num_ranks) if num_ranks.isdecimal() else 1,
         )
     except SettingsError as error:
         print(error, file=sys.stderr)

@@ -54,6 +54,8 @@ def check_partition(config: ModelConfig, count: int) -> None:
     """SettingsError, with the numbers, if `count` ranks cannot share the model."""
     if count == 1:
         return
+    if count not in RANK_COUNTS:
+        raise SettingsError(f"--tp {count}: must be one of {', '.join(map(str, RANK_COUNTS))}")
     if config.through:
         raise SettingsError(f"{config.architecture} runs through transformers, on one rank only, and not on {count}")
     for index in range(count):

@@ -6,6 +6,7 @@ A GPU's is in `build_cuda`, which needs triton and CUDA and is imported only whe
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,14 +24,19 @@ from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.transfer import POLL_S
 from baton.models.check import longest_known
 from baton.models.config import ModelConfig
+from baton.models.cpu.peers import NO_PEERS, Peers
 from baton.models.cpu.runner import ModelRunner
+from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
+from baton.models.partition import check_partition
 from baton.node.addresses import ListenHost
 from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.sockets import Context
 from baton.node.telemetry import log_event
 from baton.worker.parts import NO_CHECKSUMS, Runner, StepChecksums
+from baton.worker.ranks.group import NO_RANKS, RankGroup, Ranks
+from baton.worker.ranks.messages import RankStart, SharedBytes
 from baton.worker.settings import WorkerSettings, WorkerSizes
 
 logger = logging.getLogger("worker")
@@ -69,12 +75,16 @@ class LoadedModel:
     """How long to wait before looking again at a data plane."""
     checksums: StepChecksums = NO_CHECKSUMS
     """Checksums of what prefill computes, without waiting for what it computes next."""
+    ranks: Ranks = NO_RANKS
+    """The others of the worker."""
 
 
 def load_model(settings: WorkerSettings, sizes: WorkerSizes, device: str, role: Role, folder: Path) -> LoadedModel:
     """Raises SettingsError for what cannot run, or does not fit."""
     if device == "cpu":
         return _load_on_cpu(settings, sizes, folder)
+    if settings.tp > 1:
+        raise SettingsError(f"--tp {settings.tp}: the ranks of a worker compute on CPUs only: --device cpu, or --tp 1")
     from baton.worker.build_cuda import load_on_cuda
 
     return load_on_cuda(settings, sizes, role, folder)
@@ -143,6 +153,45 @@ def progress_log(event: str, thing: str) -> Callable[[int, int], None]:
 
 
 def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> LoadedModel:
+    if settings.tp == 1:
+        return _load_rank(settings, sizes, folder, NO_PEERS, NO_RANKS)
+    config = model_config(folder)
+    check_partition(config, settings.tp)
+    group = _start_ranks(settings, folder, config.vocab_size)
+    try:
+        return _load_rank(settings, sizes, folder, group.peers(config.vocab_size), group)
+    except BaseException:
+        group.close()
+        raise
+
+
+def _start_ranks(settings: WorkerSettings, folder: Path, vocab_size: int) -> RankGroup:
+    """The ranks from 1 on, which load their parts while this process loads that of rank 0."""
+
+    def start(index: int, fds: dict[int, int], memory: SharedBytes) -> RankStart:
+        return RankStart(
+            index=index,
+            count=settings.tp,
+            starter_pid=os.getpid(),
+            name=f"{settings.worker_id or 'worker'}/{index}",
+            log_level=settings.log_level,
+            peer_fds=fds,
+            memory=memory,
+            vocab_size=vocab_size,
+            folder=str(folder),
+            dtype=settings.dtype,
+            kv_dtype=settings.kv_dtype,
+            load_format=settings.load_format,
+            quantization=settings.quantization,
+            max_model_len=settings.max_model_len,
+            threads=torch.get_num_threads(),
+        )
+
+    return RankGroup(settings.tp, start)
+
+
+def _load_rank(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, peers: Peers, ranks: Ranks) -> LoadedModel:
+    """Rank 0's part of the model over the pool of all ranks."""
     runner = ModelRunner.load(
         folder,
         dtype=settings.dtype,
@@ -151,12 +200,14 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
         quantization=settings.quantization,
         max_model_len=settings.max_model_len,
         on_progress=progress_log("loading_weights", "tensors"),
+        peers=peers,
     )
     layout = layout_of(runner.config, runner.kv_format, sizes.block_tokens)
     longest = longest_known(settings.max_model_len, runner.config)
     names = checked_planes(sizes.plane, ("shm", "zmq"))
     pool = BlockPool(layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))
     runner.bind_pool(pool.tensor, pool.scales)
+    ranks.share_pool(pool)
 
     def make_planes(context: Context, identity: str, host: ListenHost) -> list[Plane]:
         makers: dict[str, Callable[[], Plane]] = {
@@ -167,4 +218,6 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
 
     max_model_len = min(longest, pool.num_blocks * layout.block_tokens)
     dtype = name_of(runner.dtype)
-    return LoadedModel(runner.config, runner, pool, layout, dtype, max_model_len, make_planes, HostCopies(pool))
+    return LoadedModel(
+        runner.config, runner, pool, layout, dtype, max_model_len, make_planes, HostCopies(pool), ranks=ranks
+    )

@@ -51,7 +51,14 @@ class IoThreadDied:
     error: BaseException
 
 
-Inbound = FromProxy | Terminated | IoThreadDied | GrammarCompiled | Event | Change | StoreEvent
+@dataclass(frozen=True, slots=True)
+class RankLost:
+    """A rank of this worker has died or is frozen: the worker cannot go on."""
+
+    reason: str
+
+
+Inbound = FromProxy | Terminated | IoThreadDied | RankLost | GrammarCompiled | Event | Change | StoreEvent
 Command = Callable[[TransferExchange, float], None]
 
 

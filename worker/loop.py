@@ -34,7 +34,7 @@ from baton.node.messages.control import (
 from baton.node.telemetry import log_event
 from baton.worker.constraint import GrammarCompiled
 from baton.worker.in_flight import InFlightStep, InFlightSteps
-from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied, Terminated
+from baton.worker.io_thread import FromProxy, Inbound, IoThreadDied, RankLost, Terminated
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import LoadedPrefix
 from baton.worker.sequence import Sequence, busy, failed
@@ -232,6 +232,8 @@ class Loop:
                 )
             case IoThreadDied(error):
                 raise InvariantBroken("the I/O thread died") from error
+            case RankLost(reason):
+                raise InvariantBroken(f"the worker has lost a rank: {reason}")
             case StoreClientDied(error):
                 raise InvariantBroken("the store's thread died") from error
 

@@ -74,6 +74,13 @@ class WorkerSettings:
         help="dtype of KV; auto: that of --dtype; fp8: with a scale for each token and head; fp8_static: with the "
         "scales of the checkpoint",
     )
+    tp: int = option(
+        1,
+        unit="ranks",
+        help="tensor parallel size: processes that share the model, 1, 2, 4 or 8; on CPUs only so far",
+        minimum=1,
+        maximum=8,
+    )
     load_format: str = option("auto", choices=("auto", "dummy"), help="dummy: random weights of the model's shape")
     quantization: str | None = option(
         None,

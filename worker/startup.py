@@ -42,6 +42,7 @@ from baton.worker.grammars import LIBRARY, GrammarCompiler
 from baton.worker.io_thread import IoThread
 from baton.worker.parts import Parts
 from baton.worker.prefix_loading import PrefixLoader
+from baton.worker.ranks.group import Ranks
 from baton.worker.settings import WorkerSettings
 
 logger = logging.getLogger("worker")
@@ -60,11 +61,13 @@ class StartedWorker:
     store: Store
     io: IoThread
     grammars: GrammarCompiler
+    ranks: Ranks
 
     def close(self) -> None:
         self.grammars.close()
         self.store.close()
         self.io.stop()
+        self.ranks.close()
         self.pool.close()
 
 
@@ -123,6 +126,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     membership = Membership(register, tuple(links), time.monotonic())
     io = IoThread(endpoint, membership, exchange, events)
     io.start()
+    model.ranks.watch(io.inbox.put)
     store: Store = NO_STORE
     if settings.store and model.host_copies is not None:
         copies, inbox, on_store = model.host_copies, io.inbox.put, membership.set_store
@@ -133,6 +137,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         worker=endpoint.identity,
         role=role,
         model=folder.name,
+        ranks=settings.tp,
         dtype=model.dtype,
         kv_dtype=layout.dtype,
         device=device,
@@ -156,7 +161,7 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         checksums=model.checksums,
         grammars=grammars,
     )
-    return StartedWorker(parts, model.pool, store, io, grammars)
+    return StartedWorker(parts, model.pool, store, io, grammars, model.ranks)
 
 
 def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, dtype: str, config: ModelConfig) -> bytes:

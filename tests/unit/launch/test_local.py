@@ -170,7 +170,7 @@ def test_the_key_is_in_no_command_line_and_only_the_proxy_has_it() -> None:
 )
 def test_threads_of_all_workers_fit_the_cores(cores: int, workers: int, proxies: int, threads: int) -> None:
     """Two workers with a thread a core each run at a fraction of their speed."""
-    assert local.threads_per_worker(cores, workers, proxies) == threads
+    assert local.threads_per_rank(cores, workers, proxies) == threads
 
 
 def test_a_number_of_threads_that_the_user_set_is_kept() -> None:
@@ -191,3 +191,22 @@ def test_the_roles_have_the_options_that_they_are_given(role: str) -> None:
     assert given <= set(fields)
     if role == "proxy":
         assert fields["api_key"].metadata["option"].env == "BATON_API_KEY"
+
+
+def test_each_role_has_its_number_of_ranks() -> None:
+    """Guards against a size of one role that the workers of another get, and more threads than cores."""
+
+    def sizes(settings: ServeSettings) -> dict[str, str]:
+        argvs = {spec.name: spec.argv for spec in plan(settings) if spec.group in ("prefill", "decode", "mixed")}
+        return {name: argv[argv.index("--tp") + 1] if "--tp" in argv else "1" for name, argv in argvs.items()}
+
+    cpu = {"device": "cpu"}
+    assert sizes(ServeSettings(**cpu)) == {"prefill-0": "1", "decode-0": "1"}
+    assert sizes(ServeSettings(tp=2, prefill_tp=1, **cpu)) == {"prefill-0": "1", "decode-0": "2"}
+    assert sizes(ServeSettings(decode_tp=4, **cpu)) == {"prefill-0": "1", "decode-0": "4"}
+    assert sizes(ServeSettings(tp=2, roles="adaptive", **cpu)) == {"mixed-0": "2", "mixed-1": "2"}
+    assert local.folder_options(ServeSettings(prefill_tp=2)) == {("", "", "", "2"), ("", "", "", "1")}
+    with pytest.raises(SettingsError, match="--prefill-tp and --decode-tp"):
+        ServeSettings(roles="adaptive", prefill_tp=2)
+    with pytest.raises(SettingsError, match="add --device cpu"):
+        local.place_workers(ServeSettings(tp=2), 4)

@@ -1,0 +1,113 @@
+"""Exchanges between ranks over shared memory: all ranks get the same bits, and none waits for one that is gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+
+from baton.models.batch import Draw, PromptTargets, Row
+from baton.models.partition import Rank
+from baton.node.errors import InvariantBroken, PeerLost
+from baton.node.messages.control import SamplingSpec
+from baton.worker.ranks.exchange import SLOT_BYTES, ProcessPeers, memory_bytes
+from baton.worker.ranks.links import Link, pair
+
+COUNT = 3
+GREEDY = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
+RANDOM = Draw(SamplingSpec(max_tokens=9, temperature=0.7, seed=1 << 62), (1, 2, 3), 1, 2)
+FILTERED = Draw(SamplingSpec(max_tokens=9, top_p=0.5, seed=3), (1, 2, 3), 1, 2)
+
+
+@pytest.fixture
+def links() -> Iterator[list[list[Link]]]:
+    ends: list[list[Link]] = [[] for _ in range(COUNT)]
+    for one in range(COUNT):
+        for other in range(one + 1, COUNT):
+            own, theirs = pair(one, other)
+            ends[one].append(own)
+            ends[other].append(theirs)
+    yield ends
+    for link in chain(*ends):
+        link.close()
+
+
+@pytest.fixture
+def group(links: list[list[Link]]) -> list[ProcessPeers]:
+    memory = torch.zeros(memory_bytes(COUNT), dtype=torch.uint8)
+    return [ProcessPeers(Rank(index, COUNT), 100, memory, links[index], meet_s=10.0) for index in range(COUNT)]
+
+
+def together(*calls: Callable[[], Any]) -> list[Any]:
+    """What the ranks' calls give, each made in a thread."""
+    with ThreadPoolExecutor(COUNT) as threads:
+        return [made.result() for made in [threads.submit(call) for call in calls]]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_ranks_get_the_same_bits(group, dtype):
+    """Guards against sums in another order at each rank, parts larger than a slot, and slots written while they are
+    read: many exchanges follow one another."""
+    width = 1000
+    for rows in (1, 7, 3 * SLOT_BYTES // (4 * width), 2, 1):
+        parts = [torch.randn(rows, width).to(dtype) for _ in range(COUNT)]
+        sums = together(*(partial(peers.sum, part) for peers, part in zip(group, parts, strict=True)))
+        expected = (parts[0].float() + parts[1] + parts[2]).to(dtype)
+        assert all(torch.equal(each, expected) for each in sums)
+
+
+def test_parts_of_different_widths_lie_side_by_side(group):
+    """Guards against a vocabulary that the number of ranks does not divide."""
+    widths = [5, 4, 6]
+    parts = [torch.randn(3, width) for width in widths]
+    found = together(*(partial(peers.gather, part, widths) for peers, part in zip(group, parts, strict=True)))
+    assert all(torch.equal(each, torch.cat(parts, -1)) for each in found)
+
+
+def test_ranks_get_the_rows_without_what_only_the_first_needs(group):
+    """Guards against ranks that draw another token, or compute other rows; and records that fit no slot."""
+    long = tuple(range(SLOT_BYTES))
+    rows = [
+        Row((7,), 31, [4, 5], GREEDY, slot=3),
+        Row((8,), 9, (6,), RANDOM, slot=1, most_drafts=2),
+        Row((9,), 0, [7], FILTERED),
+        Row(long, 0, long[:1000], None, targets=PromptTargets(1, [3, 4], 2)),
+    ]
+    _, *received = together(lambda: group[0].begin(rows), *(peers.begun for peers in group[1:]))
+    for found in received:
+        assert [(row.token_ids, row.start, tuple(row.blocks)) for row in found] == [
+            (row.token_ids, row.start, tuple(row.blocks)) for row in rows
+        ]
+        greedy, random, filtered, nothing = (row.draw and row.draw.sampling for row in found)
+        assert greedy.temperature == 0.0 and (random.temperature, random.seed) == (0.7, 1 << 62)
+        assert nothing is None and filtered.logprobs, "drawn by rank 0 alone"
+        assert found[1].draw.history == () and found[3].targets == PromptTargets(1, [3, 4], 2)
+
+
+def test_a_rank_that_has_ended_is_noticed_at_once(group, links):
+    """Guards against ranks that wait for the dead."""
+    for link in links[2]:
+        link.close()
+    with pytest.raises(PeerLost, match="rank 2 has ended"):
+        together(lambda: group[0].sum(torch.ones(1, 1)), lambda: group[1].sum(torch.ones(1, 1)))
+
+
+def test_a_wait_has_an_end(links):
+    """Guards against a group that hangs with one of its ranks."""
+    memory = torch.zeros(memory_bytes(COUNT), dtype=torch.uint8)
+    peers = ProcessPeers(Rank(0, COUNT), 100, memory, links[0], meet_s=0.01)
+    with pytest.raises(PeerLost, match="rank 1 has not answered"):
+        peers.sum(torch.ones(1, 1))
+
+
+def test_ranks_out_of_step_are_a_bug(group):
+    """Guards against sums of parts that belong to different layers."""
+    together(*(partial(peers.sum, torch.ones(1, 1)) for peers in group))
+    group[2]._phase += 1
+    with pytest.raises(InvariantBroken, match="rank 2 is at exchange 2"):
+        together(*(partial(peers.sum, torch.ones(1, 1)) for peers in group))
