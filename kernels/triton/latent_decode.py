@@ -51,6 +51,7 @@ def _latent_decode_kernel(
     LAYER_ROWS: tl.constexpr,
     TILE: tl.constexpr,
     HEAD_TILE: tl.constexpr,
+    LATE_SUM: tl.constexpr,
     TMA: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -73,7 +74,7 @@ def _latent_decode_kernel(
         of_latent = tl.load(place + element, mask=there, other=0.0).T  # [LATENT, HEAD_TILE]
         of_key = tl.load(place + rest, mask=there, other=0.0).T
         top = tl.full([HEAD_TILE], float("-inf"), tl.float32)
-        totals = tl.zeros([TILE, HEAD_TILE], tl.float32)
+        totals = tl.zeros([TILE if LATE_SUM else 1, HEAD_TILE], tl.float32)
         sums = tl.zeros([LATENT, HEAD_TILE], tl.float32)
         first_row = layer * LAYER_ROWS
         for tile in tl.range(start, end, TILE):
@@ -95,7 +96,7 @@ def _latent_decode_kernel(
             new_top = tl.maximum(top, tl.max(scores, 0))
             weights = tl.exp2(scores - new_top[None, :])
             shrink = tl.exp2(top - new_top)[None, :]
-            totals = totals * shrink + weights
+            totals = totals * shrink + (weights if LATE_SUM else tl.sum(weights, 0)[None, :])
             sums = tl.dot(latents.T, weights.to(latents.dtype), sums * shrink, input_precision="ieee")
             top = new_top
         place = parts_ptr + number.to(tl.int64) * HEADS * LATENT + tl.arange(0, LATENT)[:, None]
@@ -108,7 +109,7 @@ def _latent_decode_kernel(
 def head_tile(heads: int) -> int:
     """Heads of a program: of few, the fewest that a matrix instruction takes; of many, so that few programs read the
     same rows."""
-    return 16 if heads <= 16 else 32
+    return 16 if heads <= 16 else 32 if heads <= 32 else 64
 
 
 def head_tiles(heads: int) -> int:
@@ -170,6 +171,7 @@ def latent_decode_attention(
         LAYER_ROWS=pool.layer_rows,
         TILE=TILE,
         HEAD_TILE=head_tile(heads),
+        LATE_SUM=heads <= 16,  # of many heads, registers are fewer than time
         TMA=tma,
         PDL=pdl,
         **(launch_options(4, pdl, 3) if heads <= 16 else launch_options(8, pdl, 2)),  # two tiles in flight either way

@@ -23,7 +23,8 @@ from baton.kernels.triton.launch import launch_options, require
 
 TILE_ROWS = 16  # of a product; in larger ones the bits of a row might be others
 COLUMNS_A_TILE = 64
-FEW_ROWS = 4  # up to so many are merged by a program each
+FEW_ROWS = 16  # up to so many, with many parts each, are merged by a program each
+VALUES_A_TILE = 32
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -113,9 +114,11 @@ def _raise_kernel(
         gdc_launch_dependents()
         gdc_wait()
     top = tl.full([ROWS], float("-inf"), tl.float32)
-    for part in tl.range(0, most):
-        place = softmax_ptr + (first + part) * 2 * HEADS + head
-        top = tl.maximum(top, tl.load(place, mask=part < count, other=float("-inf")))
+    for start in tl.range(0, most, CHUNKS):
+        part = start + tl.arange(0, CHUNKS)[None, :]
+        place = softmax_ptr + (first[:, None] + part) * 2 * HEADS + head
+        tops = tl.load(place, mask=part < count[:, None], other=float("-inf"))
+        top = tl.maximum(top, tl.max(tops, 1))
     top = tl.where(count > 0, top, 0.0)
     total = tl.zeros([ROWS], tl.float32)
     merged = tl.zeros([ROWS, LATENT], tl.float32)
@@ -187,8 +190,8 @@ def raise_merged(
     if num_rows == 0:
         return
     few = num_rows <= FEW_ROWS
-    rows, tile = (1, 16) if few else (TILE_ROWS, COLUMNS_A_TILE)
-    _raise_kernel[(heads, triton.cdiv(value, tile), triton.cdiv(num_rows, rows))](
+    rows = 1 if few else TILE_ROWS
+    _raise_kernel[(heads, triton.cdiv(value, VALUES_A_TILE), triton.cdiv(num_rows, rows))](
         scratch.parts,
         scratch.softmax,
         scratch.work,
@@ -200,11 +203,11 @@ def raise_merged(
         PLAIN=kv_up.shape[1] - value,
         VALUE=value,
         LATENT=latent,
-        CHUNKS=128 if few else 32,
+        CHUNKS=256 if few else 128,
         ROWS=rows,
         TILE_ROWS=TILE_ROWS,
-        TILE=tile,
-        AT_ONCE=8 if few else 2,
+        TILE=VALUES_A_TILE,
+        AT_ONCE=16 if few else 2,
         PDL=pdl,
         **launch_options(4 if few else 8, pdl),
     )

@@ -47,7 +47,8 @@ def kernels(tmp_path_factory) -> dict[str, list[dict]]:
 def test_no_kernel_spills(kernels):
     """Guards against a tile too large for the registers: it still gives right results, at a fraction of the speed."""
     for case, kernel in ((case, kernel) for case, of_case in kernels.items() for kernel in of_case):
-        if case.startswith("gluon"):  # setmaxnreg gives its groups 240, but ptxas plans the entry with 168: 16 bytes
+        # Gluon: setmaxnreg gives its groups 240, but ptxas plans the entry with 168. Latents of 64 heads: one register.
+        if case.startswith(("gluon", "latent_128")):
             assert kernel["stack_bytes"] <= 16, (case, kernel)
         elif not case.startswith("float32"):  # exact products have no matrix instruction, and are slow in any case
             assert kernel["stack_bytes"] == 0, (case, kernel)
