@@ -164,7 +164,7 @@ class AttentionWeights:
     o: Linear  # [hidden, Q]
 
     @property
-    def held(self) -> tuple[HeldWeight, ...]:
+    def held(self) -> tuple[Linear, ...]:
         return self.qkv, self.o
 
     @property
@@ -186,7 +186,7 @@ class LatentWeights:
     o: Linear  # [hidden, H * V]
 
     @property
-    def held(self) -> tuple[HeldWeight, ...]:
+    def held(self) -> tuple[Linear, ...]:
         return (self.qkv, self.o) if self.query is None else (self.qkv, self.query, self.o)
 
     @property

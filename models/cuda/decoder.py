@@ -27,6 +27,7 @@ from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
 from baton.models.cuda.experts import ExpertBlocks, plan_experts
+from baton.models.cuda.latent import LatentLayers
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, plain, shape_of
 from baton.models.families import SILU
 from baton.models.layers import (
@@ -55,9 +56,9 @@ class Activations:
     residual: torch.Tensor  # [rows, hidden]
     normed: torch.Tensor  # [rows, hidden]
     mixed: torch.Tensor  # [rows, hidden]
-    qkv: torch.Tensor  # [rows, (H + 2 KH) * D]
+    qkv: torch.Tensor  # [rows, outputs of the product before attention]
     query: torch.Tensor  # [rows, H, D]
-    attended: torch.Tensor  # [rows, H, D]
+    attended: torch.Tensor  # [rows, H, V]: elements of a value, no more than D
     gated: torch.Tensor  # [rows, width of the MLPs]
     wide: torch.Tensor  # [rows, 2 * width of the MLPs]; empty where gate and up meet inside the product
     last: torch.Tensor  # [drawn, hidden]
@@ -65,22 +66,23 @@ class Activations:
 
     @classmethod
     def make(
-        cls, config: ModelConfig, mlp_width: int, rows: int, drawn: int, dtype: torch.dtype, device: str
+        cls, config: ModelConfig, qkv: int, mlp_width: int, rows: int, drawn: int, dtype: torch.dtype, device: str
     ) -> Activations:
-        """mlp_width: of dense MLPs; 0: there are none."""
+        """qkv: outputs of the product before attention. mlp_width: of dense MLPs; 0: there are none."""
         rows += PADDING
 
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)  # padding is computed too, and must be finite
 
-        heads, dim = config.num_heads, config.head_dim
+        heads, latent = config.num_heads, config.latent
+        dim, value = (latent.query_dim, latent.value_dim) if latent else (config.head_dim, config.head_dim)
         return cls(
             zeros(rows, config.hidden_size),
             zeros(rows, config.hidden_size),
             zeros(rows, config.hidden_size),
-            zeros(rows, (heads + 2 * config.num_kv_heads) * dim),
+            zeros(rows, qkv),
             zeros(rows, heads, dim),
-            zeros(rows, heads, dim),
+            zeros(rows, heads, value),
             zeros(rows, mlp_width),
             zeros(rows, 0 if config.activation == SILU else 2 * mlp_width),
             zeros(drawn, config.hidden_size),
@@ -114,8 +116,10 @@ class DeviceDecoder:
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         mlps = [layer.shape.mlp for layer in weights.layers]
         mlp_width = max((mlp.width for mlp in mlps if isinstance(mlp, DenseMlp)), default=0)
-        self._act = Activations.make(config, mlp_width, max_tokens, max_drawn, dtype, device)
+        qkv = weights.layers[0].attention.qkv.num_outputs
+        self._act = Activations.make(config, qkv, mlp_width, max_tokens, max_drawn, dtype, device)
         self._products = Products(policy, max_tokens, product_shapes(weights), dtype, device)
+        self._latent = LatentLayers(weights, self._products, max_tokens, max_drawn) if config.latent else None
         self._experts = plan_experts(weights, self._products, policy, max_tokens)
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         tables = {rope: _rope_tables(rope, max_len, device) for rope in ropes}
@@ -154,6 +158,8 @@ class DeviceDecoder:
 
     def attend_rows(self, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool) -> Attend:
         """Attention of one new token a row."""
+        if self._latent is not None:
+            return self._latent.attend_rows(self._bound(), inputs, plan, scratch, pdl)
         shapes = grouped_shapes(layer.shape for layer in self._weights.layers)
         return attend_rows(shapes, self._bound(), inputs, plan, scratch, pdl)
 
@@ -208,10 +214,12 @@ class DeviceDecoder:
             residual.mul_(self._embedding_scale)
 
         def rope_and_write_layer(index: int, qkv: torch.Tensor, query: torch.Tensor) -> None:
-            norms, pool = self._norms[index], self._bound()
-            rope_and_write(
-                qkv, step.positions, step.kv_slots, self._ropes[index], norms, pool, index, query, pdl=step.pdl
-            )
+            norms, pool, rope = self._norms[index], self._bound(), self._ropes[index]
+            if self._latent is not None:
+                places = step.positions, step.kv_slots
+                self._latent.write(index, qkv, *places, rope, pool, query, pdl=step.pdl)
+            else:
+                rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
         last = config.num_layers - 1
         ops = _StepOps(act, self._products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps)
@@ -275,7 +283,9 @@ class _StepOps:
     def _keep(self, drawn: torch.Tensor) -> None:
         """From now on the step has these of its tokens."""
         act, count = self._act, len(drawn)
-        self._flat = torch.index_select(self._attended, 0, drawn, out=act.query[:count]).view(count, -1)
+        heads, value = self._attended.shape[1:]
+        kept = act.query.view(-1)[: count * heads * value].view(count, heads, value)
+        self._flat = torch.index_select(self._attended, 0, drawn, out=kept).view(count, -1)
         self._residual = torch.index_select(self._residual, 0, drawn, out=act.last[:count])
         self._normed, self._mixed, self._gated = self._normed[:count], self._mixed[:count], self._gated[:count]
         self._kv_slots = None
@@ -314,8 +324,7 @@ class _StepOps:
 
 
 def head_norms(layer: LayerWeights) -> torch.Tensor | None:
-    assert isinstance(layer.attention, AttentionWeights), "the runner refuses others"
-    return layer.attention.head_norms
+    return layer.attention.head_norms if isinstance(layer.attention, AttentionWeights) else None
 
 
 def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
@@ -323,7 +332,7 @@ def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
     shapes = [shape_of(weights.lm_head)]
     for layer in weights.layers:
         attention, mlp = layer.attention, layer.mlp
-        shapes += [shape_of(attention.qkv), shape_of(attention.o)]
+        shapes += map(shape_of, attention.held)
         dense = mlp if isinstance(mlp, DenseMlpWeights) else mlp.shared
         if dense is not None:
             shapes += [shape_of(dense.gate_up, fused=layer.shape.mlp.activation == SILU), shape_of(dense.down)]

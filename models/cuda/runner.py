@@ -33,6 +33,7 @@ from baton.models.cuda.decoder import DeviceDecoder
 from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
 from baton.models.cuda.drafts import DraftSlots
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
+from baton.models.cuda.latent import LatentContext, check_latent, plan_latent_rows
 from baton.models.cuda.launched import LaunchedStep, ScoredPart, StepMarks, StepResult
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from baton.models.cuda.queue import ALIGNED, Queue, QueueMark, Upload, Work, aligned
@@ -126,6 +127,12 @@ class CudaRunner:
             most = WIDENED_BYTES // dtype.itemsize // token_elements
             tokens = min(most, rows * aligned(max_len, WIDENED_TOKENS))
             self._widened = torch.zeros(tokens * token_elements, dtype=dtype, device=queue.device)
+        self._latents: LatentContext | None = None
+        if config.latent is not None:
+            assert isinstance(model, Weights), "no other code runs latent attention"
+            self._latents = LatentContext(
+                model, self._most_tokens, rows * aligned(max_len, WIDENED_TOKENS), queue.num_sms
+            )
         scored_rows = min(SCORED_ROWS, row_tokens)  # their logits lie where those of rows that draw do
         self._found = PromptLogprobRows.make(self._most_tokens, scored_rows, config.vocab_size, queue.device)
         self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=queue.device)
@@ -144,13 +151,14 @@ class CudaRunner:
         """Steps use this pool from now on, as kernels.triton.pool describes it. It must be zeroed: masks hide numbers,
         not NaN. scales: in the pool's memory, where each key and value has its own."""
         config, device = self.config, self.queue.device
-        shape = (pool.shape[0], config.num_kv_heads, config.num_layers, 2, pool.shape[4], config.head_dim)
+        units, planes = (config.num_kv_heads, config.num_layers), (config.kv_planes, pool.shape[4], config.head_dim)
+        shape = (pool.shape[0], *units, *planes)
         if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype:
             raise InvariantBroken(f"a pool of {pool.dtype} {list(pool.shape)}, expected {self.kv_dtype} {list(shape)}")
         if (scales is not None) != self.kv_format.has_scales_inside:
             raise InvariantBroken("a pool has scales if, and only if, they are made when KV is written")
         static = self.kv_format.static
-        paged = PagedPool.of(pool, scales if static is None else static.to(device))
+        paged = PagedPool.of(pool, scales if static is None else static.to(device), config.kv_planes)
         block_tokens, rows, row_tokens = pool.shape[4], self._limits.max_rows, self._limits.decode_tokens
         self._longest = max_model_len
         if block_tokens & (block_tokens - 1):
@@ -159,7 +167,11 @@ class CudaRunner:
         header = 3 * aligned(rows)
         sizes, all_lengths = sizes_up_to(row_tokens), lengths_up_to(max_model_len, *FIXED_LENGTHS)
         lengths = all_lengths if self._limits.deterministic else all_lengths[-1:]
-        attention = choose_attention(config, paged, self.queue, self._limits.deterministic, self._widened)
+        attention: ChunkAttention
+        if self._latents is not None:
+            attention = self._latents.over_pool(paged)
+        else:
+            attention = choose_attention(config, paged, self.queue, self._limits.deterministic, self._widened)
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(paged)
@@ -175,7 +187,7 @@ class CudaRunner:
                 max(self._plan(size, length).num_chunks for size in sizes for length in lengths),
                 config.num_heads,
                 config.num_kv_heads,
-                config.head_dim,
+                config.head_dim if config.latent is None else config.latent.latent_dim,
                 device,
             ),
             graphs=DecodeGraphs(self._capture_step, sizes, lengths, self._decode_body),
@@ -591,6 +603,9 @@ class CudaRunner:
 
     def _plan(self, num_rows: int, max_tokens: int) -> DecodePlan:
         kv_heads, num_sms = self.config.num_kv_heads, self.queue.num_sms
+        if self.config.latent is not None:
+            deterministic = self._limits.deterministic
+            return plan_latent_rows(num_rows, self.config.num_heads, max_tokens, num_sms, deterministic)
         aim = FP8_AIM if self.kv_format.quantised else 1
         if self._limits.deterministic:
             return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim)
@@ -678,7 +693,8 @@ def decodes(row: Row) -> bool:
 def check_supported(config: ModelConfig) -> None:
     """Raises SettingsError for what no kernel here computes, such as heads of some sizes."""
     if config.latent is not None:
-        raise SettingsError(f"{config.architecture}: latent attention runs on a CPU only so far")
+        check_latent(config, config.latent)
+        return
     if config.head_dim % 16 or config.head_dim > 256:
         raise SettingsError(f"head_dim {config.head_dim}: the GPU's attention needs a multiple of 16 up to 256")
     if config.group_size > GROUP_ROWS:

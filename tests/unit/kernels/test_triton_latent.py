@@ -22,7 +22,7 @@ def test_norms_and_rotations(device, dtype, query_rank, partials, interleaved):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "plan", "block_tokens"), [(FP32, PIECES, 16), (BF16, SHARED, 64), (FP16, PIECES, 64), (BF16, SHARED, 16)]
+    ("dtype", "plan", "block_tokens"), [(FP32, PIECES, 16), (BF16, SHARED, 64), (FP16, PIECES, 64)]
 )
 def test_decode(device, dtype, plan, block_tokens):
     """Guards against tokens past the end that count, parts merged wrongly, and rows of padding that are written."""
@@ -49,11 +49,11 @@ def test_fixed_chunks_do_not_depend_on_the_batch(device):
     assert torch.equal(outs[1], out[0]) and torch.equal(outs[5], out[0])
 
 
-@pytest.mark.parametrize(("dtype", "block_tokens", "slice_tokens"), [(FP32, 16, 512), (BF16, 64, 64), (FP16, 64, 192)])
+@pytest.mark.parametrize(("dtype", "block_tokens", "slice_tokens"), [(FP32, 16, 512), (BF16, 64, 64)])
 def test_prompts(device, dtype, block_tokens, slice_tokens):
     """Guards against a causal mask off by one, sequences that read each other's context, and a state that is lost from
     slice to slice."""
-    checks.check_latent_prefill(device, dtype, checks.TINY, [40, 150, 1], [40, 30, 1], block_tokens, slice_tokens)
+    checks.check_latent_prefill(device, dtype, checks.TINY, [40, 130, 1], [40, 20, 1], block_tokens, slice_tokens)
 
 
 def test_a_prompt_does_not_depend_on_chunks_and_slices(device):

@@ -1,0 +1,163 @@
+"""Latent attention as launches of kernels: what is cached of a token, rows that decode, and parts of prompts.
+
+Between the products of a layer of a decode step are: norms, rotations and KV write · queries times each head's part of
+the weight that makes keys · attention over latents · values of its merged parts. Queries with a latent of their own
+have two more launches. For prompts keys and values are made of the context's latents, a slice at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from baton.kernels.triton.decode_attention import DecodeScratch
+from baton.kernels.triton.decode_plan import TILE, DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.latent_decode import head_tiles, latent_decode_attention
+from baton.kernels.triton.latent_prefill import BLOCK_M, Expanded, latent_prefill_attention
+from baton.kernels.triton.latent_products import absorb, raise_merged
+from baton.kernels.triton.latent_write import latent_write, rotate_queries
+from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.rope_write import RopeTables
+from baton.kernels.triton.step_inputs import StepInputs
+from baton.models.config import ModelConfig
+from baton.models.cuda.attention import Attend
+from baton.models.cuda.products import PADDING, Products
+from baton.models.latent_config import LATENT_NORM_EPS, LatentConfig
+from baton.models.layers import LatentAttention, LatentWeights, Weights
+from baton.node.errors import SettingsError
+
+EXPANDED_BYTES = 512 << 20
+"""For keys and values of a slice of a step's context: 65,536 tokens of DeepSeek-V2-Lite."""
+MOST_PARTS = 64
+"""Of a row: more programs would not read faster, and what they leave has to be merged."""
+
+
+class LatentLayers:
+    """The layers of one model, and memory for what they compute of up to max_tokens tokens, max_rows of which decode;
+    not for two steps at a time."""
+
+    def __init__(self, weights: Weights, products: Products, max_tokens: int, max_rows: int) -> None:
+        self._layers = latent_layers(weights)
+        self._products = products
+        shape, _ = self._layers[0]
+        dims, dtype, device = shape.dims, weights.embedding.dtype, weights.embedding.device
+        rows = max_tokens + PADDING if dims.query_rank is not None else 0
+        self._query_latent = torch.zeros(rows, dims.query_rank or 1, dtype=dtype, device=device)
+        self._queries = torch.zeros(rows, shape.num_heads * dims.query_dim, dtype=dtype, device=device)
+        self._absorbed = torch.zeros(max_rows, shape.num_heads, dims.row_dim, dtype=dtype, device=device)
+
+    def write(
+        self,
+        index: int,
+        joined: torch.Tensor,
+        positions: torch.Tensor,
+        kv_slots: torch.Tensor,
+        rope: RopeTables,
+        pool: PagedPool,
+        query: torch.Tensor,
+        *,
+        pdl: bool,
+    ) -> None:
+        """Rotated queries [N, H, query_dim], and the slots [N] of layer `index`, of the first product's output
+        [N, ...] or parts of it."""
+        shape, weights = self._layers[index]
+        interleaved, count = shape.dims.interleaved, len(query)
+        target = query if weights.query is None else self._query_latent[:count]
+        latent_write(
+            joined, weights.latent_norm, weights.query_norm, LATENT_NORM_EPS, positions, kv_slots, rope, pool, index,
+            target, interleaved=interleaved, pdl=pdl,
+        )  # fmt: skip
+        if weights.query is not None:
+            made = self._products(weights.query, target, self._queries[:count], pdl=pdl)
+            rotate_queries(made, positions, rope, query, interleaved=interleaved, pdl=pdl)
+
+    def attend_rows(
+        self, pool: PagedPool, inputs: StepInputs, plan: DecodePlan, scratch: DecodeScratch, pdl: bool
+    ) -> Attend:
+        """Attention of one new token a row."""
+
+        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+            shape, weights = self._layers[layer]
+            absorbed = self._absorbed[: len(query)]
+            absorb(query, weights.kv_up, absorbed, pdl=pdl)
+            scale = shape.scores.scale
+            latent_decode_attention(absorbed, pool, layer, inputs.tables, plan, scratch, scale=scale, pdl=pdl)
+            raise_merged(scratch, plan, weights.kv_up, out, pdl=pdl)
+
+        return attend
+
+
+class LatentContext:
+    """Memory of keys and values of prompts, for steps of up to max_tokens tokens; it is there before a pool is."""
+
+    def __init__(self, weights: Weights, max_tokens: int, most_context: int, num_sms: int) -> None:
+        """most_context: tokens of all sequences of a step together."""
+        self._layers = latent_layers(weights)
+        self._num_sms = num_sms
+        shape, _ = self._layers[0]
+        dims, dtype, device = shape.dims, weights.embedding.dtype, weights.embedding.device
+        token_bytes = shape.num_heads * (dims.plain_dim + dims.value_dim) * dtype.itemsize
+        tiles = max(1, min(EXPANDED_BYTES // token_bytes, most_context) // TILE)
+        sizes = (max_tokens, shape.num_heads, dims.plain_dim, dims.value_dim, dims.rotated_dim)
+        self._expanded = Expanded.make(tiles * TILE, *sizes, dtype, device)
+
+    def over_pool(self, pool: PagedPool) -> LatentChunks:
+        return LatentChunks(self._layers, self._expanded, pool, self._num_sms)
+
+
+class LatentChunks:
+    """A ChunkAttention. Its bits depend on neither chunks nor slices."""
+
+    tile = BLOCK_M
+
+    def __init__(
+        self,
+        layers: Sequence[tuple[LatentAttention, LatentWeights]],
+        expanded: Expanded,
+        pool: PagedPool,
+        num_sms: int,
+    ) -> None:
+        self._layers, self._expanded, self._pool, self._num_sms = layers, expanded, pool, num_sms
+
+    def over(self, tables: torch.Tensor, starts: torch.Tensor, lengths: torch.Tensor, work: torch.Tensor) -> Attend:
+        def attend(layer: int, query: torch.Tensor, out: torch.Tensor) -> None:
+            shape, weights = self._layers[layer]
+            latent_prefill_attention(
+                query, self._pool, layer, tables, starts, lengths, work, weights.kv_up, self._expanded, self._num_sms,
+                out, scale=shape.scores.scale,
+            )  # fmt: skip
+
+        return attend
+
+
+def latent_layers(weights: Weights) -> list[tuple[LatentAttention, LatentWeights]]:
+    """Of all layers, if they attend so; empty if none does."""
+    return [
+        (layer.shape.attention, layer.attention)
+        for layer in weights.layers
+        if isinstance(layer.shape.attention, LatentAttention) and isinstance(layer.attention, LatentWeights)
+    ]
+
+
+def plan_latent_rows(num_rows: int, num_heads: int, max_tokens: int, num_sms: int, deterministic: bool) -> DecodePlan:
+    """As models.cuda.runner plans other attention."""
+    tiles = head_tiles(num_heads)
+    if deterministic:
+        return fixed_plan(num_rows, tiles, max_tokens, num_sms)
+    return split_plan(num_rows, tiles, min(num_sms, MOST_PARTS * num_rows * tiles))
+
+
+def check_latent(config: ModelConfig, latent: LatentConfig) -> None:
+    """SettingsError for what no kernel computes."""
+    sizes = {
+        "kv_lora_rank": latent.latent_dim,
+        "qk_nope_head_dim": latent.plain_dim,
+        "qk_rope_head_dim": latent.rotated_dim,
+        "v_head_dim": latent.value_dim,
+    }
+    for key, size in sizes.items():
+        if size < 16 or size & (size - 1) or size > 512:
+            raise SettingsError(f"{key} {size}: the GPU's latent attention needs a power of two from 16 to 512")
+    if latent.latent_dim <= latent.rotated_dim or latent.value_dim > latent.query_dim:
+        raise SettingsError(f"{config.architecture}: latents, queries and values of {sizes} fit no kernel")
