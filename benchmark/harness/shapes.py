@@ -37,7 +37,10 @@ def make_model(shape: str, folder: Path, tokenizer: Path | None = None) -> Path:
 
 
 def block_bytes(folder: Path, block_tokens: int, dtype_bytes: int) -> int:
-    """Size of one block of KV: keys and values of every layer."""
+    """Size of one block of KV: keys and values, or latents, of every layer."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "kv_lora_rank" in config:
+        row = config["kv_lora_rank"] + config["qk_rope_head_dim"]
+        return int(config["num_hidden_layers"] * row * block_tokens * dtype_bytes)
     head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     return int(2 * config["num_hidden_layers"] * config["num_key_value_heads"] * head_dim * block_tokens * dtype_bytes)

@@ -40,7 +40,8 @@ def test_a_made_model_can_be_served(shape: str, tmp_path: Path) -> None:
     config, demo = ModelConfig.from_folder(folder), ModelConfig.from_folder(locate_model(DEMO_MODEL))
     assert config.vocab_size == demo.vocab_size
     assert (folder / "tokenizer.json").is_file()
-    assert block_bytes(folder, 64, 2) == 2 * 2 * 64 * config.num_layers * config.num_kv_heads * config.head_dim
+    rows = config.kv_planes * config.num_layers * config.num_kv_heads
+    assert block_bytes(folder, 64, 2) == 2 * 64 * rows * config.head_dim
 
 
 def test_sigterm_lets_a_benchmark_clean_up() -> None:
