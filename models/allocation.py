@@ -7,13 +7,12 @@ it does not know.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from types import MappingProxyType
 
 import torch
 
-from baton.kernels import DenseLinear, ExpertLinears, Linear, ScaledLinear
-from baton.kernels.linear import STACKED_FORMATS
+from baton.kernels import DenseLinear
 from baton.models.config import ModelConfig
 from baton.models.expert_rules import ExpertRules
 from baton.models.layers import (
@@ -31,17 +30,14 @@ from baton.models.layers import (
     describe,
 )
 from baton.models.partition import Rank
-from baton.models.places import JoinedPlaces, PlainPlace, WeightCut, WeightPlace
-from baton.models.quantization.kept import KeptPart, keep_quantised
+from baton.models.places import PlainPlace, WeightCut, WeightPlace
 from baton.models.quantization.weight import QuantizedWeight
 from baton.models.sources import EMBEDDING
+from baton.models.weight_memory import WeightMemory
 
 PLAIN_WEIGHTS: Mapping[str, QuantizedWeight] = MappingProxyType({})
 OUTPUT_NORMS = ("pre_feedforward_layernorm", "post_attention_layernorm", "post_feedforward_layernorm")
 """Names of the norms before the MLP, of what attention adds, and of what the MLP adds."""
-
-Projections = Sequence[tuple[str, WeightCut]]
-"""Names, and the rows of each. A name that is there twice has two ranges of rows of a tensor."""
 
 
 def allocate(
@@ -53,7 +49,7 @@ def allocate(
     forms: Mapping[str, QuantizedWeight] = PLAIN_WEIGHTS,
 ) -> tuple[Weights, dict[str, WeightPlace]]:
     """Uninitialised weights, and by Hugging Face name where each tensor goes; `forms`: of weights to be kept so."""
-    memory = _Memory(config, rank, dtype, device, forms)
+    memory = WeightMemory(config, rank, dtype, device, forms)
     vocabulary = WeightCut(config.vocab_size, rank.vocabulary(config.vocab_size))
     embedding = memory.empty(config.vocab_size, config.hidden_size)
     memory.put(EMBEDDING, PlainPlace(embedding, (WeightCut.whole(config.vocab_size), memory.hidden)))
@@ -87,112 +83,7 @@ def allocate(
     return Weights(embedding, tuple(layers), final_norm, head), memory.places
 
 
-class _Memory:
-    """Allocates parts of one model for one rank, and notes the place of each tensor."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        rank: Rank,
-        dtype: torch.dtype,
-        device: str,
-        forms: Mapping[str, QuantizedWeight],
-    ) -> None:
-        self.config, self.rank = config, rank
-        self.hidden = WeightCut.whole(config.hidden_size)
-        self.places: dict[str, WeightPlace] = {}
-        self._dtype, self._device, self._forms = dtype, device, forms
-        self._norm_dtype, self._norm_offset = (torch.float32, 1.0) if config.unit_offset_norms else (dtype, 0.0)
-
-    def empty(self, *shape: int, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """Of the model's dtype unless another is given."""
-        return torch.empty(shape, dtype=dtype or self._dtype, device=self._device)
-
-    def put(self, name: str, place: WeightPlace) -> None:
-        self.places[name] = JoinedPlaces((self.places[name], place)) if name in self.places else place
-
-    def norm(self, name: str, size: int) -> torch.Tensor:
-        weight = self.empty(size, dtype=self._norm_dtype)
-        self.put(name, PlainPlace(weight, (WeightCut.whole(size),), self._norm_offset))
-        return weight
-
-    def head_norms(self, prefix: str, num_heads: int, num_kv_heads: int, head_dim: int) -> torch.Tensor:
-        norms = self.empty(num_heads + num_kv_heads, head_dim, dtype=self._norm_dtype)
-        cuts = (WeightCut.whole(head_dim),)
-        self.put(f"{prefix}q_norm.weight", PlainPlace(norms[:num_heads], cuts, self._norm_offset))
-        self.put(f"{prefix}k_norm.weight", PlainPlace(norms[num_heads:], cuts, self._norm_offset))
-        return norms
-
-    def router_dtype(self, is_float32: bool) -> torch.dtype:
-        """On a CPU always float32, so that a product has logits of it; a GPU's kernels have them of any."""
-        return torch.float32 if is_float32 or self._device == "cpu" else self._dtype
-
-    def linear(self, prefix: str, outputs: Projections, inputs: WeightCut, with_bias: bool) -> Linear:
-        """The projections of these names as one."""
-        bias = self.empty(sum(len(cut.part) for _, cut in outputs)) if with_bias else None
-        return self._kept(prefix, outputs, inputs, bias) or self.plain(prefix, outputs, inputs, bias)
-
-    def stacked(self, prefix: str, outputs: Projections, inputs: WeightCut, num_experts: int) -> ExpertLinears:
-        """Those of several experts, in order."""
-        kept = self._kept(prefix, outputs, inputs, None, STACKED_FORMATS)
-        assert kept is None or isinstance(kept, ScaledLinear), "no other has a name of STACKED_FORMATS"
-        return ExpertLinears(kept or self.plain(prefix, outputs, inputs, None), num_experts)
-
-    def plain(
-        self,
-        prefix: str,
-        outputs: Projections,
-        inputs: WeightCut,
-        bias: torch.Tensor | None,
-        dtype: torch.dtype | None = None,
-    ) -> DenseLinear:
-        rows = sum(len(cut.part) for _, cut in outputs)
-        made = DenseLinear(self.empty(rows, len(inputs.part), dtype=dtype), bias)
-        for (name, cut), part in zip(outputs, _parts(outputs), strict=True):
-            self.put(f"{prefix}{name}.weight", PlainPlace(made.weight[part], (cut, inputs)))
-        self._put_bias(prefix, outputs, bias)
-        return made
-
-    def _kept(
-        self,
-        prefix: str,
-        outputs: Projections,
-        inputs: WeightCut,
-        bias: torch.Tensor | None,
-        formats: tuple[str, ...] | None = None,
-    ) -> Linear | None:
-        """With codes and scales, if all projections have them in one layout; formats: those to be kept, None: all."""
-        names = [f"{prefix}{name}.weight" for name, _ in outputs]
-        if not all(name in self._forms for name in names):
-            return None
-        parts = [KeptPart(self._forms[name], cut) for name, (_, cut) in zip(names, outputs, strict=True)]
-        kept = keep_quantised(parts, inputs, bias, "meta" if formats else self._device)
-        if kept is not None and formats is not None:
-            kept = keep_quantised(parts, inputs, bias, self._device) if kept[0].weight_format in formats else None
-        if kept is None:
-            return None
-        places: Sequence[WeightPlace] = kept[1]
-        for name, place in zip(names, places, strict=True):
-            self.put(name, place)
-        self._put_bias(prefix, outputs, bias)
-        return kept[0]
-
-    def _put_bias(self, prefix: str, outputs: Projections, bias: torch.Tensor | None) -> None:
-        if bias is not None:
-            for (name, cut), part in zip(outputs, _parts(outputs), strict=True):
-                self.put(f"{prefix}{name}.bias", PlainPlace(bias[part], (cut,)))
-
-
-def _parts(outputs: Projections) -> list[slice]:
-    """The rows of each in the merged matrix."""
-    first, parts = 0, []
-    for _, cut in outputs:
-        parts.append(slice(first, first + len(cut.part)))
-        first += len(cut.part)
-    return parts
-
-
-def _grouped_attention(memory: _Memory, prefix: str, shape: GroupedAttention) -> AttentionWeights:
+def _grouped_attention(memory: WeightMemory, prefix: str, shape: GroupedAttention) -> AttentionWeights:
     config, rank = memory.config, memory.rank
     query = WeightCut(config.num_heads, rank.share(config.num_heads, "query heads")).times(config.head_dim)
     key = WeightCut(config.num_kv_heads, rank.key_heads(config.num_kv_heads)).times(config.head_dim)
@@ -204,7 +95,7 @@ def _grouped_attention(memory: _Memory, prefix: str, shape: GroupedAttention) ->
     return AttentionWeights(qkv, norms, memory.linear(prefix, [("o_proj", memory.hidden)], query, shape.o_bias))
 
 
-def _latent_attention(memory: _Memory, prefix: str, shape: LatentAttention) -> LatentWeights:
+def _latent_attention(memory: WeightMemory, prefix: str, shape: LatentAttention) -> LatentWeights:
     """Latents are made whole on each rank; what is made of them, of its heads."""
     dims, rank, total = shape.dims, memory.rank, memory.config.num_heads
     heads = WeightCut(total, rank.share(total, "query heads"))
@@ -225,7 +116,7 @@ def _latent_attention(memory: _Memory, prefix: str, shape: LatentAttention) -> L
     return LatentWeights(qkv, query_norm, query, latent_norm, kv_up.view(shape.num_heads, -1, dims.latent_dim), o)
 
 
-def _dense_mlp(memory: _Memory, prefix: str, shape: DenseMlp, width: int) -> DenseMlpWeights:
+def _dense_mlp(memory: WeightMemory, prefix: str, shape: DenseMlp, width: int) -> DenseMlpWeights:
     """width: of all ranks."""
     inner = WeightCut(width, memory.rank.share(width, "rows of an MLP"))
     merged = "gate_up_proj" if memory.config.merged_projections else None
@@ -234,7 +125,7 @@ def _dense_mlp(memory: _Memory, prefix: str, shape: DenseMlp, width: int) -> Den
     return DenseMlpWeights(gate_up, memory.linear(prefix, [("down_proj", memory.hidden)], inner, shape.down_bias))
 
 
-def _experts(memory: _Memory, layer: str, shape: ExpertsMlp, rules: ExpertRules) -> ExpertsWeights:
+def _experts(memory: WeightMemory, layer: str, shape: ExpertsMlp, rules: ExpertRules) -> ExpertsWeights:
     """layer: begins the names of the layer's tensors."""
     prefix, routing = f"{layer}{rules.block}.", shape.routing
     routed = [("gate", WeightCut.whole(routing.num_experts))]
@@ -246,9 +137,8 @@ def _experts(memory: _Memory, layer: str, shape: ExpertsMlp, rules: ExpertRules)
     gate, up, down = rules.projections
     inner, count = WeightCut.whole(shape.width), len(shape.experts)
     of_experts = [(f"{expert}.{name}", inner) for expert in shape.experts for name in (gate, up)]
-    gate_up = memory.stacked(f"{prefix}experts.", of_experts, memory.hidden, count)
     down_outputs = [(f"{expert}.{down}", memory.hidden) for expert in shape.experts]
-    downs = memory.stacked(f"{prefix}experts.", down_outputs, inner, count)
+    gate_up, downs = memory.experts(f"{prefix}experts.", of_experts, down_outputs, inner, count)
     shared, shared_gate = None, None
     if shape.shared is not None:
         assert memory.config.experts is not None, "it describes the experts"

@@ -7,13 +7,14 @@ plain operations on the numbers that the codes stand for.
 """
 
 from baton.kernels.linear.dense import DenseLinear, padded_rows
-from baton.kernels.linear.experts import STACKED_FORMATS, ExpertLinears
+from baton.kernels.linear.experts import STACKED_FORMATS, STACKED_MULTIPLE, ExpertLinears
 from baton.kernels.linear.grouped import GroupedLinear
 from baton.kernels.linear.protocol import HeldWeight, Linear
 from baton.kernels.linear.scaled import ScaledLinear
 
 __all__ = [
     "STACKED_FORMATS",
+    "STACKED_MULTIPLE",
     "DenseLinear",
     "ExpertLinears",
     "GroupedLinear",

@@ -9,8 +9,9 @@ from baton.kernels.linear.dense import DenseLinear
 from baton.kernels.linear.protocol import Linear
 from baton.kernels.linear.scaled import ScaledLinear
 
-STACKED_FORMATS = ("fp8_row", "fp8_block", "int8_row")
-"""Besides plain numbers, what a matrix of experts may consist of."""
+STACKED_FORMATS = frozenset({"fp8_row", "fp8_block", "int8_row"})
+"""Besides plain numbers, what a matrix of experts may consist of, if inputs are a multiple of STACKED_MULTIPLE."""
+STACKED_MULTIPLE = 128
 
 
 class ExpertLinears:

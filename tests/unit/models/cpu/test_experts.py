@@ -18,7 +18,7 @@ FAMILIES = {
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
     "qwen3_moe": EXPERTS | {"norm_topk_prob": True},
 }
-NEW = 24
+NEW = 16
 
 
 @pytest.fixture(params=FAMILIES)

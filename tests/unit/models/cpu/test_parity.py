@@ -101,8 +101,10 @@ FAMILIES = {
         "qwen2_moe",
         EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
     ),
-    "qwen3-moe": ("qwen3_moe", EXPERTS | {"norm_topk_prob": True, "moe_intermediate_size": 40}),
-    "qwen3-moe, window": ("qwen3_moe", EXPERTS | {"use_sliding_window": True, "sliding_window": 20}),
+    "qwen3-moe, window": (
+        "qwen3_moe",
+        EXPERTS | {"use_sliding_window": True, "sliding_window": 20, "norm_topk_prob": True},
+    ),
     "glm4-moe": ("glm4_moe", DEEPSEEK_EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 40}),

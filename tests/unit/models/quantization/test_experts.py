@@ -19,9 +19,7 @@ from baton.models.weights import load_weights
 from baton.tests.unit.models.quantization.test_tokens import save
 from baton.tests.unit.models.quantization.writers import FORMATS
 
-SIZES = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 1, "num_experts_per_tok": 2}
-EXPERTS = SIZES | {"num_experts": 4, "moe_intermediate_size": 64}
-MIXTRAL = SIZES | {"num_local_experts": 4, "intermediate_size": 64}
+SIZES = {"vocab_size": 64, "num_hidden_layers": 1, "num_experts_per_tok": 2, "num_local_experts": 2}
 KEPT = {
     "fp8, static": "fp8_row",
     "fp8, powers of two": "dense",
@@ -64,14 +62,16 @@ def numbers(linears: ExpertLinears) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
 def test_experts_are_what_their_codes_mean(name, family, make_model, caplog):
     """Guards every layout against codes or scales of another expert, dequantised or kept."""
-    folder = make_model(family, **(MIXTRAL if family == "mixtral" else EXPERTS)).folder
+    width = 64 if KEPT[name] == "dense" else 128
+    widths = dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size"), width)
+    folder = make_model(family, **SIZES, **widths).folder
     meanings = rewrite(folder, FORMATS[name])
     begin, gate, up, down = ("block_sparse_moe", "w1", "w3", "w2") if family == "mixtral" else (
         "mlp", "gate_proj", "up_proj", "down_proj",
     )  # fmt: skip
     wanted = [
         {part: meanings[f"model.layers.0.{begin}.experts.{index}.{part}.weight"] for part in (gate, up, down)}
-        for index in range(4)
+        for index in range(2)
     ]
     for mlp in (load(folder), load(folder, keep_quantised=True)):
         assert torch.equal(numbers(mlp.gate_up), torch.stack([torch.cat([each[gate], each[up]]) for each in wanted]))
@@ -82,15 +82,16 @@ def test_experts_are_what_their_codes_mean(name, family, make_model, caplog):
 
 @pytest.mark.parametrize(
     ("name", "width", "kept"),
-    [("fp8", 32, "fp8_row"), ("fp8_block", 256, "fp8_block"), ("fp8_block", 160, "dense"), ("int4", 32, "dense")],
+    [("fp8", 128, "fp8_row"), ("fp8_block", 256, "fp8_block"), ("fp8_block", 160, "dense"), ("int4", 128, "dense")],
 )
 @pytest.mark.parametrize("load_format", ["auto", "dummy"])
 def test_experts_are_quantised_while_they_are_loaded(name, width, kept, load_format, make_model):
     """Guards against experts that stay plain, routers that do not, and ranks that quantise other numbers."""
-    folder = make_model("qwen3_moe", **EXPERTS | {"moe_intermediate_size": width, "hidden_size": 256}).folder
+    folder = make_model("qwen3_moe", **SIZES, moe_intermediate_size=width, hidden_size=256).folder
     options = {"recipe": RECIPES[name], "load_format": load_format}
     plain, coded = load(folder, **options), load(folder, **options, keep_quantised=True)
-    assert (coded.gate_up.weight_format, coded.router.weight_format) == (kept, "dense")
+    assert {coded.gate_up.weight_format, coded.down.weight_format} == {kept}, "both products, or neither"
+    assert coded.router.weight_format == "dense"
     assert torch.equal(numbers(coded.gate_up), numbers(plain.gate_up))
     assert torch.equal(numbers(coded.down), numbers(plain.down))
     assert not torch.equal(numbers(plain.down), numbers(load(folder, load_format=load_format).down))
@@ -102,6 +103,6 @@ def test_experts_are_quantised_while_they_are_loaded(name, width, kept, load_for
 def test_what_experts_take_is_logged(make_model, caplog):
     """Guards the figures that an operator sizes a GPU by."""
     caplog.set_level("INFO")
-    load(make_model("qwen3_moe", **EXPERTS).folder, load_format="dummy")
+    load(make_model("qwen3_moe", **SIZES, moe_intermediate_size=16).folder, load_format="dummy")
     (line,) = [line for line in caplog.messages if line.startswith("experts ")]
-    assert line.startswith("experts layers=1 experts=4 top_k=2 format=dense gib=0 ")
+    assert line.startswith("experts layers=1 experts=2 top_k=2 format=dense gib=0 ")
