@@ -23,13 +23,18 @@ ROW_WARPS = 16
 
 
 @triton.jit
+def activated(gate, GELU: tl.constexpr):
+    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
+    return gate / (1.0 + tl.exp(-inner))
+
+
+@triton.jit
 def _gated(x_ptr, column, WIDTH: tl.constexpr, GELU: tl.constexpr):
     """activation(gate) * up of a row that begins at x_ptr; 0 past its end."""
     inside = column < WIDTH
     gate = tl.load(x_ptr + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(x_ptr + WIDTH + column, mask=inside, other=0.0).to(tl.float32)
-    inner = 1.5957691216057308 * (gate + 0.044715 * gate * gate * gate) if GELU else gate
-    return gate / (1.0 + tl.exp(-inner)) * up
+    return activated(gate, GELU) * up
 
 
 @triton.jit

@@ -5,7 +5,7 @@ W is [N, K] as in the checkpoint, x [M, K]. Two kernels; `linear_policy` says wh
     exchanged), so that 16 rows cost one narrow product. With splits > 1 the float32 parts [splits, M, N] are left to
     the kernel that reads them (norm, rope_and_write), which adds them in order: no launch, no atomics.
   * One row: W streams through registers.
-fused: W is [gate; up], [2 N, K], and y = silu(gate) * up, so that the wide product never reaches memory.
+fused: W is [gate; up], [2 N, K], and y = silu(gate) * up (or gelu_tanh), so that the wide product never reaches memory.
 K is summed in steps of 16 in one order whatever the tiles, so with one number of splits a row's bits are the same for
 every M (checked on an H200). With pdl the first columns of W are asked for before the kernel before has ended: weights
 do not depend on it. Bytes: W, N * K * element size (twice that when fused).
@@ -20,6 +20,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from baton.kernels.triton.activation import activated
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.linear_policy import Tiles
 
@@ -39,7 +40,7 @@ def prefetch(ptr, stride, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _linear_rows_kernel(
     x_desc, weight_desc, weight_ptr, bias_ptr, out_ptr, num_rows, N: tl.constexpr, K: tl.constexpr,
     TILE_N: tl.constexpr, TILE_K: tl.constexpr, TILE_M: tl.constexpr, SPLITS: tl.constexpr, FUSED: tl.constexpr,
-    BIAS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    GELU: tl.constexpr, BIAS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     first_m = tl.program_id(0) * TILE_M
     first_n = tl.program_id(1) * TILE_N
@@ -61,7 +62,7 @@ def _linear_rows_kernel(
             x = x_desc.load([first_m, k])
             total = tl.dot(weight_desc.load([first_n, k]), x.T, total, input_precision="ieee")
             up = tl.dot(weight_desc.load([N + first_n, k]), x.T, up, input_precision="ieee")
-        total = total / (1.0 + tl.exp(-total)) * up
+        total = activated(total, GELU) * up
     else:
         for k in tl.range(first_k, first_k + K // SPLITS, TILE_K):
             x = x_desc.load([first_m, k])
@@ -76,7 +77,7 @@ def _linear_rows_kernel(
 @triton.jit
 def _linear_row_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, N: tl.constexpr, K: tl.constexpr, TILE_N: tl.constexpr, TILE_K: tl.constexpr,
-    FUSED: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+    FUSED: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One block of W is always on its way: the next is asked for before the last is used."""
     n = tl.program_id(0) * TILE_N + tl.arange(0, TILE_N)
@@ -103,7 +104,7 @@ def _linear_row_kernel(
             up += used * x[None, :]
     result = tl.sum(total, 1)
     if FUSED:
-        result = result / (1.0 + tl.exp(-result)) * tl.sum(up, 1)
+        result = activated(result, GELU) * tl.sum(up, 1)
     if BIAS:
         result += tl.load(bias_ptr + n).to(tl.float32)
     tl.store(out_ptr + n, result.to(out_ptr.dtype.element_ty))
@@ -117,11 +118,13 @@ def linear(
     out: torch.Tensor,
     *,
     fused: bool = False,
+    gelu: bool = False,
     pdl: bool = False,
 ) -> None:
     """Fills out [M, N], or [splits, M, N] float32; x [M, K], weight [N, K] ([2 N, K] when fused), bias [N] or None.
 
-    The tiles must divide N and K / splits. A fused product has one split and no bias.
+    The tiles must divide N and K / splits. A fused product has one split and no bias; its activation is silu, or with
+    `gelu` gelu_tanh.
     """
     num_rows, k = x.shape
     n = weight.shape[0] // (2 if fused else 1)
@@ -139,7 +142,7 @@ def linear(
     if tiles.tile_m == 0:
         require(num_rows == 1 and tiles.splits == 1, "these tiles are for one row")
         _linear_row_kernel[(n // tiles.tile_n,)](
-            x, weight, sums, out, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, FUSED=fused,
+            x, weight, sums, out, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, FUSED=fused, GELU=gelu,
             BIAS=bias is not None, PDL=pdl, **launch_options(tiles.warps, pdl, 1),
         )  # fmt: skip
         return
@@ -147,6 +150,6 @@ def linear(
         TensorDescriptor.from_tensor(x, [tiles.tile_m, tiles.tile_k]),
         TensorDescriptor.from_tensor(weight, [tiles.tile_n, tiles.tile_k]),
         weight, sums, out, num_rows, N=n, K=k, TILE_N=tiles.tile_n, TILE_K=tiles.tile_k, TILE_M=tiles.tile_m,
-        SPLITS=tiles.splits, FUSED=fused, BIAS=bias is not None, PREFETCH=tiles.prefetch, PDL=pdl,
+        SPLITS=tiles.splits, FUSED=fused, GELU=gelu, BIAS=bias is not None, PREFETCH=tiles.prefetch, PDL=pdl,
         **launch_options(tiles.warps, pdl, tiles.stages),
     )  # fmt: skip

@@ -46,6 +46,22 @@ QKV_8B, O_8B, GATE_UP_8B, DOWN_8B, HEAD_8B = (
 )
 QKV_30B = ProductShape(5120, 2048)
 """Of Qwen3-30B-A3B."""
+QKV_GEMMA, O_GEMMA, GATE_UP_GEMMA, DOWN_GEMMA, HEAD_GEMMA = (
+    ProductShape(8192, 3584),
+    ProductShape(3584, 4096),
+    ProductShape(14336, 3584, fused=True),
+    ProductShape(3584, 14336),
+    ProductShape(256000, 3584),
+)
+"""Of Gemma-2-9B; gate and up meet with gelu_tanh."""
+QKV_PHI, O_PHI, GATE_UP_PHI, DOWN_PHI, HEAD_PHI = (
+    ProductShape(7680, 5120),
+    ProductShape(5120, 5120),
+    ProductShape(17920, 5120, fused=True),
+    ProductShape(5120, 17920),
+    ProductShape(100352, 5120),
+)
+"""Of Phi-4 (14B)."""
 LIKE: dict[ProductShape, ProductShape] = {
     ProductShape(12288, 4096, fused=True): GATE_UP_8B,
     ProductShape(4096, 12288): DOWN_8B,
@@ -67,6 +83,16 @@ FASTEST: dict[int, dict[ProductShape, Tiles]] = {
         GATE_UP_8B: Tiles(2, 2048, 0, 1, 1, 4),
         DOWN_8B: Tiles(16, 512, 0, 1, 1, 8),
         HEAD_8B: Tiles(2, 2048, 0, 1, 1, 4),
+        QKV_GEMMA: Tiles(4, 512, 0, 1, 1, 4),
+        O_GEMMA: Tiles(2, 2048, 0, 1, 1, 8),
+        GATE_UP_GEMMA: Tiles(4, 512, 0, 1, 1, 8),
+        DOWN_GEMMA: Tiles(2, 1024, 0, 1, 1, 8),
+        HEAD_GEMMA: Tiles(4, 512, 0, 1, 1, 4),
+        QKV_PHI: Tiles(2, 1024, 0, 1, 1, 4),
+        O_PHI: Tiles(2, 1024, 0, 1, 1, 4),
+        GATE_UP_PHI: Tiles(2, 512, 0, 1, 1, 4),
+        DOWN_PHI: Tiles(4, 512, 0, 1, 1, 8),
+        HEAD_PHI: Tiles(4, 1024, 0, 1, 1, 8),
     },
     16: {
         QKV_8B: Tiles(64, 128, 16, 5, 2),

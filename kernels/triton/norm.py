@@ -1,6 +1,7 @@
 """Root mean square norm of each row, alone or after adding to the residual.
 
-    residual = round(residual + sum_s x[s]);  out = residual / sqrt(mean(residual**2) + eps) * weight
+    added = sum_s x[s], or its norm by weights of its own, rounded
+    residual = round(residual + added);  out = residual / sqrt(mean(residual**2) + eps) * weight
 
 x is [N, width], or [S, N, width] partial sums of the matrix product before (split-K), added in the order of s: the
 reduction of a split product then needs no launch of its own. Or x is what experts add, a `RoutedSum`. Everything is in
@@ -30,6 +31,7 @@ def _norm_kernel(
     x_ptr,
     residual_ptr,
     weight_ptr,
+    output_weight_ptr,
     out_ptr,
     out_scales_ptr,
     rows_ptr,
@@ -44,6 +46,7 @@ def _norm_kernel(
     PARTIALS: tl.constexpr,
     CHOICES: tl.constexpr,
     GATED: tl.constexpr,
+    OUTPUT_NORM: tl.constexpr,
     ADD: tl.constexpr,
     CODED: tl.constexpr,
     RUN: tl.constexpr,
@@ -54,6 +57,8 @@ def _norm_kernel(
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
+    if OUTPUT_NORM:
+        output_weight = tl.load(output_weight_ptr + column, mask=inside, other=0.0).to(tl.float32)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
@@ -65,6 +70,9 @@ def _norm_kernel(
         total *= tl.load(shared_scale_ptr + row)
     if CHOICES > 0:
         total += routed_sum(rows_ptr, positions_ptr, weights_ptr, row, column, inside, WIDTH, CHOICES)
+    if OUTPUT_NORM:
+        inner = 1.0 / tl.sqrt(tl.sum(total * total, 0) / WIDTH + eps)
+        total = (total * inner * output_weight).to(residual_ptr.dtype.element_ty).to(tl.float32)
     if ADD:
         total += tl.load(residual_ptr + place, mask=inside, other=0.0).to(tl.float32)
         rounded = total.to(residual_ptr.dtype.element_ty)
@@ -92,11 +100,12 @@ def add_rms_norm(
     eps: float,
     out: torch.Tensor | CodedRows,
     *,
+    output_norm: torch.Tensor | None = None,
     pdl: bool = False,
 ) -> None:
     """As reference.add_rms_norm, into `out`; x [N, width], or partial sums [S, N, width], or what experts add; the
-    others [N, width]."""
-    _launch(x, residual, weight, eps, out, pdl)
+    others [N, width]. output_norm [width]: the norm of x by these weights is added."""
+    _launch(x, residual, weight, eps, out, pdl, output_norm)
 
 
 def _launch(
@@ -106,6 +115,7 @@ def _launch(
     eps: float,
     out: torch.Tensor | CodedRows,
     pdl: bool,
+    output_norm: torch.Tensor | None = None,
 ) -> None:
     coded = isinstance(out, CodedRows)
     values = out.codes if isinstance(out, CodedRows) else out
@@ -120,8 +130,9 @@ def _launch(
             tuple(parts.shape[-2:]) == (num_rows, width), f"x {tuple(parts.shape)} does not fit {(num_rows, width)}"
         )
     require(residual is None or residual.shape == values.shape, "residual and out differ in shape")
-    require(tuple(weight.shape) == (width,), f"weight {tuple(weight.shape)} is not [{width}]")
-    for tensor in (parts, residual, weight, values):
+    for each in (weight, output_norm):
+        require(each is None or tuple(each.shape) == (width,), f"a weight is not [{width}]")
+    for tensor in (parts, residual, weight, output_norm, values):
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
@@ -129,6 +140,7 @@ def _launch(
         values if parts is None else parts,
         values if residual is None else residual,
         weight,
+        weight if output_norm is None else output_norm,
         values,
         out.scales if isinstance(out, CodedRows) else values,
         values if routed is None else routed.rows,
@@ -143,6 +155,7 @@ def _launch(
         PARTIALS=0 if parts is None else parts.shape[0] if parts.dim() == 3 else 1,
         CHOICES=0 if routed is None else routed.routes.positions.shape[1],
         GATED=routed is not None and parts is not None and routed.shared_gated,
+        OUTPUT_NORM=output_norm is not None,
         ADD=residual is not None,
         CODED=coded,
         RUN=run,

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 
 from baton.kernels import Linear
-from baton.kernels.triton.activation import gelu_tanh_and_mul
 from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
@@ -299,9 +298,7 @@ class _StepOps:
             gated = self._products.gated(mlp.gate_up, x, self._gated, mlp.down, pdl=self._step.pdl)
         else:
             wide = self._act.wide[: len(self._residual)]
-            self._products.whole(mlp.gate_up, x, wide, pdl=self._step.pdl)
-            gated = self._products.codes_for(mlp.down, len(wide)) or self._gated
-            gelu_tanh_and_mul(wide, gated, pdl=self._step.pdl)
+            gated = self._products.gelu_gated(mlp.gate_up, x, wide, self._gated, mlp.down, pdl=self._step.pdl)
         return self._products(mlp.down, gated, self._mixed, pdl=self._step.pdl)
 
     def add_and_norm(
@@ -316,11 +313,7 @@ class _StepOps:
         return self._normed
 
     def _add_and_norm(self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor, out: Rows) -> None:
-        if output_norm is not None:
-            assert isinstance(added, torch.Tensor), "no family norms what experts add"
-            rms_norm(added, output_norm, self._eps, self._mixed, pdl=self._step.pdl)
-            added = self._mixed
-        add_rms_norm(added, self._residual, weight, self._eps, out, pdl=self._step.pdl)
+        add_rms_norm(added, self._residual, weight, self._eps, out, output_norm=output_norm, pdl=self._step.pdl)
 
 
 def head_norms(layer: LayerWeights) -> torch.Tensor | None:

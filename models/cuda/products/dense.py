@@ -58,6 +58,14 @@ class DenseProducts:
         else:
             linear(x, _dense(weights), weights.bias, replace(tiles, splits=1), out, pdl=pdl)
 
+    def gelu_gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> bool:
+        """out [M, inner] = gelu_tanh(gate) * up, where x W^T is [gate, up]; False where no table has the product."""
+        tiles = None if gate_up.bias is not None else self._policy(x.shape[0], shape_of(gate_up, fused=True))
+        if tiles is None:
+            return False
+        linear(x, _dense(gate_up), None, tiles, out, fused=True, gelu=True, pdl=pdl)
+        return True
+
     def gated(self, gate_up: Linear, x: torch.Tensor, out: torch.Tensor, *, pdl: bool) -> None:
         """out [M, inner] = silu(gate) * up, where x W^T + b is [gate, up]."""
         m, shape = x.shape[0], shape_of(gate_up, fused=True)

@@ -9,6 +9,7 @@ import torch
 
 from baton.kernels import DenseLinear, Linear
 from baton.kernels.triton import int4_policy
+from baton.kernels.triton.activation import gelu_tanh_and_mul
 from baton.kernels.triton.linear_8bit_policy import FORMATS
 from baton.kernels.triton.linear_policy import ProductShape
 from baton.kernels.triton.quantise import CodedRows
@@ -55,7 +56,7 @@ class Products:
         if dtype == torch.bfloat16 and of_4_bits:
             grouped = GroupedProducts(policy, dequantised, max_rows, of_4_bits, device)
             self._by_format |= {shape.weight_format: grouped for shape in of_4_bits}
-        self._by_format[DenseLinear.weight_format] = dense
+        self._by_format[DenseLinear.weight_format] = self._dense = dense
         self._scaled = {
             each: ScaledProducts(policy, max_rows, of_format, dense, dequantised, dtype, device)
             for each in FORMATS
@@ -86,6 +87,19 @@ class Products:
             return products.gated(gate_up, x, out, reader, pdl=pdl)
         self._by_format[gate_up.weight_format].gated(gate_up, plain(x), out, pdl=pdl)
         return out
+
+    def gelu_gated(
+        self, gate_up: Linear, x: Rows, wide: torch.Tensor, out: torch.Tensor, reader: Linear, *, pdl: bool
+    ) -> Rows:
+        """gelu_tanh(gate) * up as `reader` multiplies it next: `out`, or codes. wide: memory for gate and up."""
+        codes = self.codes_for(reader, len(out))
+        dense = codes is None and gate_up.weight_format == DenseLinear.weight_format
+        if dense and self._dense.gelu_gated(gate_up, plain(x), out, pdl=pdl):
+            return out
+        self.whole(gate_up, x, wide, pdl=pdl)
+        gated = out if codes is None else codes
+        gelu_tanh_and_mul(wide, gated, pdl=pdl)
+        return gated
 
 
 def plain(x: Rows) -> torch.Tensor:

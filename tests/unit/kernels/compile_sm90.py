@@ -93,6 +93,7 @@ def small_kernels(pdl: bool) -> None:
     x, weight = empty(rows, hidden), empty(hidden)
     norm.rms_norm(x, weight, 1e-5, x, pdl=pdl)
     norm.add_rms_norm(empty(4, rows, hidden, dtype=torch.float32), x, weight, 1e-5, x, pdl=pdl)
+    norm.add_rms_norm(x, x, weight, 1e-5, x, output_norm=weight, pdl=pdl)
     activation.silu_and_mul(empty(rows, 28672), empty(rows, 14336), pdl=pdl)
     tables = rope_write.RopeTables(*(empty(8192, dim // 2, dtype=torch.float32) for _ in range(2)))
     norms = rope_write.HeadNorms(empty(heads + kv_heads, dim), 1e-6)
@@ -226,7 +227,9 @@ def linears(table: str, rows: int, pdl: bool) -> None:
     for (n, k, fused, _), tiles in getattr(linear_policy, table)[rows].items():
         shape = (rows, n) if tiles.splits == 1 else (tiles.splits, rows, n)
         out = empty(*shape, dtype=torch.bfloat16 if tiles.splits == 1 else torch.float32)
-        module.linear(empty(rows, k), empty(2 * n if fused else n, k), None, tiles, out, fused=fused, pdl=pdl)
+        gelu = fused and k == 3584  # Gemma-2-9B's
+        weight = empty(2 * n if fused else n, k)
+        module.linear(empty(rows, k), weight, None, tiles, out, fused=fused, gelu=gelu, pdl=pdl)
 
 
 def dequantised_weights() -> None:

@@ -117,16 +117,22 @@ def check_rms_norm(device: str, dtype: torch.dtype, rows: int, width: int, pdl: 
 
 
 def check_add_rms_norm(
-    device: str, dtype: torch.dtype, rows: int, width: int, partials: int, pdl: bool = False
+    device: str, dtype: torch.dtype, rows: int, width: int, partials: int, pdl: bool = False, output: bool = False
 ) -> None:
-    """partials 0: x is a plain matrix of the dtype."""
+    """partials 0: x is a plain matrix of the dtype. output: a norm of x is added."""
     shape = (partials, rows, width) if partials else (rows, width)
     x = randn(shape, torch.float32 if partials else dtype, device)
     residual, weight = randn((rows, width), dtype, device, 1), randn((width,), dtype, device, 2)
-    added = (residual.float() + (x.sum(0) if partials else x.float())).to(dtype)
+    sums, own = x.sum(0) if partials else x.float(), randn((width,), dtype, device, 3) if output else None
+    if own is not None:
+        sums = reference.rms_norm(sums, own.float(), EPS).to(dtype).float()
+    added = (residual.float() + sums).to(dtype)
     out = poison((rows, width), dtype, device)
-    norm.add_rms_norm(x, residual, weight, EPS, out, pdl=pdl)
-    assert_close(residual, added.float(), added)
+    norm.add_rms_norm(x, residual, weight, EPS, out, output_norm=own, pdl=pdl)
+    if own is None:
+        assert_close(residual, added.float(), added)
+    else:  # a sum of two roundings, either of which may fall the other way
+        torch.testing.assert_close(residual, added)
     exact = reference.rms_norm(residual.float(), weight.float(), EPS)
     assert_close(out, exact, reference.rms_norm(residual, weight, EPS))
 
@@ -656,6 +662,7 @@ def check_linear(
     fused: bool = False,
     biased: bool = False,
     pdl: bool = False,
+    gelu: bool = False,
 ) -> None:
     """The error is at most that of rounding the result, or float32's where parts are left unrounded."""
     x = randn((rows, k), dtype, device)
@@ -664,11 +671,11 @@ def check_linear(
     exact = F.linear(x.double(), weight.double(), None if bias is None else bias.double())
     if fused:
         gate, up = exact.chunk(2, -1)
-        exact = F.silu(gate) * up
+        exact = (F.gelu(gate, approximate="tanh") if gelu else F.silu(gate)) * up
     out = poison((rows, n), dtype, device)
     if tiles.splits > 1:
         out = poison((tiles.splits, rows, n), torch.float32, device)
-    linear.linear(x, weight, bias, tiles, out, fused=fused, pdl=pdl)
+    linear.linear(x, weight, bias, tiles, out, fused=fused, gelu=gelu, pdl=pdl)
     found = out.sum(0) if tiles.splits > 1 else out
     bound = max(2 * error(exact.to(out.dtype), exact), 1e-5)
     assert error(found, exact) <= bound, f"error {error(found, exact):.2e}, allowed {bound:.2e}"

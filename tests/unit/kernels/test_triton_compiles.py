@@ -57,8 +57,9 @@ def test_no_kernel_spills(kernels):
 @pytest.mark.parametrize(
     ("case", "count"),
     [
-        ("small", 4),
-        ("small_pdl", 4),
+        ("small", 5),
+        ("small_pdl", 5),
+        ("keys_and_values", 2),
         ("blocks", 4),
         ("sampling", 4),
         ("step_inputs", 2),

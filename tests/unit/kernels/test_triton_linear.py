@@ -26,6 +26,12 @@ def test_one_row(device, dtype, fused, biased):
     checks.check_linear(device, dtype, 1, 16, 256, Tiles(2, 64, 0, 1, 1), fused, biased)
 
 
+@pytest.mark.parametrize("tiles", [Tiles(2, 64, 0, 1, 1), Tiles(64, 64, 16, 3, 1)])
+def test_gelu_of_the_gate(device, tiles):
+    """Guards against silu in its place."""
+    checks.check_linear(device, torch.bfloat16, 1, 128, 256, tiles, fused=True, gelu=True)
+
+
 def test_tiles_that_do_not_divide_are_refused(device):
     """Guards against columns that no program reads."""
     with pytest.raises(ValueError, match="do not divide"):

@@ -26,6 +26,13 @@ def test_add_rms_norm(device, dtype, partials):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("partials", [0, 2])
+def test_the_norm_of_what_is_added(device, dtype, partials):
+    """Guards against columns past an odd width in the inner mean, and weights exchanged."""
+    checks.check_add_rms_norm(device, dtype, 3, 200, partials, output=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (3, 1000), (2, 2500)])
 def test_silu_and_mul(device, dtype, rows, width):
     """Guards against gate and up exchanged and a last block that is cut off."""
