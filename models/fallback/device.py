@@ -22,7 +22,7 @@ from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import Attend, attend_rows, grouped_shapes
-from baton.models.cuda.queue import Queue
+from baton.models.cuda.queue import Queue, Work
 from baton.models.fallback.attention import AttentionCall, listening
 from baton.models.layers import describe
 from baton.node.errors import InvariantBroken
@@ -53,6 +53,8 @@ class DeviceFallback:
             max_tokens, config.num_heads, config.head_dim, dtype=model.dtype, device=model.device
         )
         self._pool: PagedPool | None = None
+        self.trial_step: Work | None = None
+        """What a queue captured first: its memory for graphs is given up with the last of them, and not had again."""
 
     @property
     def dtype(self) -> torch.dtype:

@@ -110,7 +110,7 @@ class DeviceTrial:
         try:
             with no_waiting(self._queue.device):
                 self._decode()
-            replay = self._queue.capture(self._decode)
+            self._decoder.trial_step = replay = self._queue.capture(self._decode)
             self._queue.enqueue(replay)
             self._queue.mark().wait()
         except RuntimeError as error:

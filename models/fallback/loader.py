@@ -56,11 +56,13 @@ def load_model(config: ModelConfig, folder: Path, dtype: torch.dtype, load_forma
     """SettingsError for what the library cannot load."""
     register()
     try:
-        return _load(folder, dtype, load_format, device).eval()
+        model = _load(folder, dtype, load_format, device).eval()
     except (SettingsError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # whatever the library's code for some family makes of the folder
         raise SettingsError(f"{folder}: transformers cannot load {config.architecture}: {excerpt(error)}") from None
+    model.config.pad_token_id = None  # each step would look for it, to warn, and wait for a GPU
+    return model
 
 
 def _load(folder: Path, dtype: torch.dtype, load_format: str, device: str) -> PreTrainedModel:

@@ -27,11 +27,11 @@ FAMILIES = {
     "olmo2": WIDE,
     "starcoder2": WIDE | {"sliding_window": 40},
     "olmoe": WIDE | EXPERTS,
-    "deepseek_v3": LATENT,
+    "glm4_moe_lite": LATENT,
     "gpt_bigcode": {},
 }
 """Learned positions; norms of whole rows; a window; experts; padded heads with narrower values; one key head."""
-CAPTURED = {"gpt2", "olmo2", "starcoder2", "gpt_bigcode"}
+CAPTURED = set(FAMILIES) - {"glm4_moe_lite"}
 
 
 def load(folder, dtype) -> tuple[CudaRunner, DeviceFallback]:
