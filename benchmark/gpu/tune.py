@@ -80,7 +80,10 @@ def candidates(num_rows: int, shape: ProductShape) -> list[Tiles]:
         if of_4_bits:
             for warps in (8, 12) if tile_m <= 16 else (8,):
                 deepest = int4_policy.stages_that_fit(block, tile_m, warps)
-                found += [Tiles(tile_n, block, tile_m, stages, splits, warps) for stages in {deepest, deepest // 2}]
+                found += [
+                    Tiles(tile_n, block, tile_m, stages, splits, warps)
+                    for stages in {deepest, deepest // 2 // (warps // 4) * (warps // 4)}
+                ]
         else:
             deepest = linear_8bit_policy.stages_that_fit(tile_m)
             found += [Tiles(tile_n, block, tile_m, stages, splits) for stages in (deepest, deepest // 2 + 1)]

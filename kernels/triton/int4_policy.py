@@ -21,9 +21,7 @@ UNIT_BLOCKS = 3
 SHARED_BYTES = 226 << 10
 MOST_STAGES = 12
 TILE_ROWS = 8, 16, 32, 64
-"""Of x in a tile."""
-WIDE_TILE_ROWS = 32, 64
-"""Those that are summed by one instruction."""
+"""Of x in a tile. Up to 8 are summed by another instruction."""
 
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
@@ -33,7 +31,7 @@ def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
 
 def invariant(num_rows: int, shape: ProductShape) -> Tiles | None:
     """One instruction, number of splits and of groups of warps for every number of rows. None: no tiles fit."""
-    return _tiles(num_rows, shape, 8, WIDE_TILE_ROWS)
+    return _tiles(num_rows, shape, 8, TILE_ROWS[1:])
 
 
 def portable(tiles: Tiles) -> Tiles:
@@ -55,13 +53,16 @@ def _tiles(num_rows: int, shape: ProductShape, warps: int, rows_of_tiles: tuple[
     warps = 8 if tile_m >= 32 else warps
     splits = _splits(shape, block, tile_n)
     units = -(-shape.outputs // tile_n * splits * -(-num_rows // tile_m) // PROGRAMS)
-    stages = min(stages_that_fit(block, tile_m, warps), max(3, units * shape.inputs // block // splits))
+    groups, blocks = warps // 4, units * shape.inputs // block // splits
+    stages = min(stages_that_fit(block, tile_m, warps), max(2, -(-blocks // groups)) * groups)
     return Tiles(tile_n, block, tile_m, stages, splits, warps)
 
 
 def stages_that_fit(block: int, tile_m: int, warps: int) -> int:
-    meeting_bytes = (warps // 4 - 1) * 2 * 64 * tile_m * 4
-    return min(MOST_STAGES, (SHARED_BYTES - meeting_bytes) // (64 * block + tile_m * block * 2))
+    """A multiple of the groups of four warps, which take blocks in turn: a stage has one that waits for it."""
+    meeting_bytes, groups = (warps // 4 - 1) * 2 * 64 * tile_m * 4, warps // 4
+    fitting = min(MOST_STAGES, (SHARED_BYTES - meeting_bytes) // (64 * block + tile_m * block * 2))
+    return fitting // groups * groups
 
 
 def _splits(shape: ProductShape, block: int, tile_n: int) -> int:

@@ -13,11 +13,9 @@ MOST_ROWS = 128
 """Of the policy of speed."""
 SHARED_BYTES = 226 << 10
 """Of a multiprocessor."""
-SMS = 132
-"""Multiprocessors of an H100 or H200."""
-FEWEST_PROGRAMS = 72
-"""Fewer load too little of a weight before the kernel before has ended, and then no faster than the memory gives."""
-GLUON_ROWS = {"fp8_row": 64, "int8_row": 64, "fp8_block": 64}
+PROGRAMS = 132
+"""Of an H100 or H200."""
+GLUON_ROWS = {"fp8_row": 64, "int8_row": 64, "fp8_block": 8}
 """The most rows of which linear_8bit_gluon is ahead of linear_8bit, by format."""
 TILE_ROWS = 8, 16, 32, 64
 """Of x in a tile."""
@@ -43,36 +41,38 @@ def portable(num_rows: int, tiles: Tiles, fused: bool, inputs: int) -> Tiles:
     return Tiles(64, BLOCK, tile_m, max(stages, 2), tiles.splits)
 
 
-def stages_that_fit(tile_m: int) -> int:
-    """Of 128 rows of W and those of x; beside them the sums of a group of warps, and 3 KiB."""
-    return min(MOST_STAGES, (SHARED_BYTES - 3 * 1024 - 128 * tile_m * 4) // ((128 + tile_m) * BLOCK))
+def stage_bytes(tile_m: int) -> int:
+    """128 rows of W, and those of x."""
+    return (128 + tile_m) * BLOCK
+
+
+def stages_that_fit(tile_m: int, programs: int = 1) -> int:
+    """With so many programs on a multiprocessor; each has 2 KiB more, and the system 1 KiB of each."""
+    return min(MOST_STAGES, (SHARED_BYTES // programs - 3 * 1024) // stage_bytes(tile_m))
+
+
+def programs_that_fit(tiles: Tiles) -> int:
+    """On a multiprocessor, by shared memory and registers."""
+    return 2 if tiles.tile_m <= 32 and tiles.stages <= stages_that_fit(tiles.tile_m, 2) else 1
 
 
 def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
     tile_n = 64 if shape.fused else 128
-    if (
-        shape.outputs % (BLOCK if shape.weight_format == "fp8_block" else tile_n)
-        or shape.inputs % BLOCK
-        or shape.inputs < 2 * BLOCK
-    ):
+    if shape.outputs % (BLOCK if shape.weight_format == "fp8_block" else tile_n) or shape.inputs % BLOCK:
         return None
     tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])
     splits = _splits(shape, tile_n)
     units = shape.outputs // tile_n * splits * -(-num_rows // tile_m)
-    blocks = -(-units // SMS) * (shape.inputs // BLOCK // splits)
+    blocks = -(-units // PROGRAMS) * (shape.inputs // BLOCK // splits)
     return Tiles(tile_n, BLOCK, tile_m, min(stages_that_fit(tile_m), max(3, blocks)), splits)
 
 
 def _splits(shape: ProductShape, tile_n: int) -> int:
-    """By the shape alone: the fewest with which most multiprocessors have a unit."""
+    """By the shape alone: the fewest of which each program has a unit, nearly."""
     blocks, tiles = shape.inputs // BLOCK, shape.outputs // tile_n
     if shape.fused:
         return 1
-    possible = [splits for splits in (1, 2, 4) if blocks % splits == 0 and blocks > splits] or [1]
-    return next((splits for splits in possible if programs_of(tiles * splits, SMS) >= FEWEST_PROGRAMS), possible[-1])
-
-
-def programs_of(units: int, num_sms: int) -> int:
-    """As many as have equally many units each, nearly, in as few rounds as there can be."""
-    rounds = -(-units // num_sms)
-    return -(-units // rounds)
+    return next(
+        (splits for splits in (1, 2, 4) if blocks % splits == 0 and tiles * splits > PROGRAMS * 2 // 3),
+        4 if blocks % 4 == 0 else 1,
+    )

@@ -6,11 +6,11 @@ shared memory at the end of a unit. A unit is two tiles of 64 rows of W (gate an
 program takes unit after unit, and the ring fills for the next during the epilogue. With pdl the ring fills with W
 before the kernel before has ended, and only x waits for it.
 
-Tiles of 8 and 16 rows of x are multiplied by single warps' instructions (mma.sync), of more by a warpgroup's with W in
-registers, which has a fixed cost of about 32 cycles. Which one is faster was measured (docs/benchmarks/kernels.md).
+Up to 8 rows of x are multiplied by single warps' instructions (mma.sync), more by a warpgroup's with W in registers,
+which has a fixed cost of about 32 cycles. Which one is faster was measured (docs/benchmarks/kernels.md).
 
 bfloat16. K is summed by each group of warps in the order of its blocks, then over these: with one number of splits and
-of consumers, and tiles of 32 rows of x or more, a row's bits are the same for every M. Gluon is experimental:
+of consumers, and tiles of 16 rows of x or more, a row's bits are the same for every M. Gluon is experimental:
 `prefill_gluon.is_available`.
 """
 # mypy: ignore-errors
@@ -122,29 +122,9 @@ def _codes(words, minus_zero, PLACE: gl.constexpr):
 
 
 @gluon.jit
-def _group_row(ptr, of_block, place, all_rows, PART: gl.constexpr, PARTS: gl.constexpr, USED: gl.constexpr):
-    """Scales or zeros of a unit's rows for a group of the block, or 0 if the block has no such group."""
-    if USED and PART < PARTS:
-        return gl.load(ptr + of_block + PART * all_rows + place)
-    else:
-        return gl.zeros_like(place)
-
-
-@gluon.jit
-def _group_rows(ptr, of_block, place, all_rows, PARTS: gl.constexpr, USED: gl.constexpr):
-    """Of up to four groups of a block."""
-    return (
-        _group_row(ptr, of_block, place, all_rows, 0, PARTS, USED),
-        _group_row(ptr, of_block, place, all_rows, 1, PARTS, USED),
-        _group_row(ptr, of_block, place, all_rows, 2, PARTS, USED),
-        _group_row(ptr, of_block, place, all_rows, 3, PARTS, USED),
-    )
-
-
-@gluon.jit
-def _minus_zero(zeros, WIDTH: gl.constexpr, ZEROS: gl.constexpr, OPERAND: gl.constexpr):
+def _minus_zero(zeros_ptr, place, WIDTH: gl.constexpr, ZEROS: gl.constexpr, OPERAND: gl.constexpr):
     if ZEROS:
-        bits = zeros.to(gl.int16) - 0x3D00
+        bits = gl.load(zeros_ptr + place).to(gl.int16) - 0x3D00
         return gl.expand_dims(bits.to(gl.bfloat16, bitcast=True), 1).broadcast_to([2 * ROWS, WIDTH])
     else:
         return gl.full([2 * ROWS, WIDTH], -136.0, gl.float32, layout=OPERAND).to(gl.bfloat16)
@@ -157,7 +137,7 @@ def _consumer(
     SPLITS: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, STAGES: gl.constexpr, ZEROS: gl.constexpr,
     FUSED: gl.constexpr, BIAS: gl.constexpr, CONSUMERS: gl.constexpr, INDEX: gl.constexpr,
 ):  # fmt: skip
-    BY_WARP: gl.constexpr = TILE_M <= 16
+    BY_WARP: gl.constexpr = TILE_M == 8
     SUMS: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0] if BY_WARP else [3, 0],
         warps_per_cta=[4, 1],
@@ -178,23 +158,16 @@ def _consumer(
         tile_m, tile_n, split = place_of_unit(unit, tiles_m, SPLITS)
         first_row = tile_n * TILE_N
         total = gl.zeros([2 * ROWS, TILE_M], gl.float32, layout=SUMS)
-        first_block = split * BLOCKS
-        of_block = (first_block + min(INDEX, BLOCKS - 1)) * (4 * WIDTH) // GROUP * all_rows + first_row
-        # Scales and zeros are asked for a block ahead: while W arrives they take longer than a block does.
-        next_scales = _group_rows(scales_ptr, of_block, row, all_rows, PARTS, True)
-        next_zeros = _group_rows(zeros_ptr, of_block, operand_row, all_rows, PARTS, ZEROS)
         for block in range(INDEX, BLOCKS, CONSUMERS):
             step = number * BLOCKS + block
             stage = step % STAGES
-            scales, zeros = next_scales, next_zeros
-            next_block = first_block + gl.minimum(block + CONSUMERS, BLOCKS - 1)
-            of_block = next_block * (4 * WIDTH) // GROUP * all_rows + first_row
-            next_scales = _group_rows(scales_ptr, of_block, row, all_rows, PARTS, True)
-            next_zeros = _group_rows(zeros_ptr, of_block, operand_row, all_rows, PARTS, ZEROS)
+            of_block = (split * BLOCKS + block) * (4 * WIDTH) // GROUP * all_rows + first_row
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
             codes = pairs.index(stage).load(OPERAND)
             for part in gl.static_range(PARTS):
-                minus_zero = _minus_zero(zeros[part], WIDTH, ZEROS, OPERAND)
+                of_group = of_block + part * all_rows
+                scale = gl.load(scales_ptr + of_group + row).to(gl.float32)
+                minus_zero = _minus_zero(zeros_ptr, of_group + operand_row, WIDTH, ZEROS, OPERAND)
                 sums = gl.zeros([2 * ROWS, TILE_M], gl.float32, layout=SUMS)
                 for place in gl.static_range(part * PLACES, (part + 1) * PLACES):
                     x = x_tiles.index(stage * 4 + place).permute((1, 0))
@@ -204,7 +177,7 @@ def _consumer(
                         sums = warpgroup_mma(_codes(codes, minus_zero, place), x, sums, is_async=True)
                 if not BY_WARP:
                     sums = warpgroup_mma_wait(0, deps=[sums])
-                total += sums * gl.expand_dims(scales[part].to(gl.float32), 1)
+                total += sums * gl.expand_dims(scale, 1)
             mbarrier.arrive(empty.index(stage), count=1)
         if INDEX > 0:
             mbarrier.wait(free, (number & 1) ^ 1)
@@ -355,6 +328,8 @@ def linear_int4_gluon(
     require(tiles.splits == 1 or out.dtype == torch.float32, "parts of a sum must be float32")
     require(tiles.tile_k == block and tiles.tile_n == tile_n, f"{tiles} are not of {tile_n} x {block}")
     require(n % tile_n == 0 and k % (tiles.splits * block) == 0, f"{tiles} do not divide [{n}, {k}]")
+    # A barrier has two phases: a group that waits for a stage that another group was to wait for before may be early.
+    require(tiles.stages % (tiles.warps // 4) == 0, f"{tiles}: groups of warps would share stages")
     require(not fused or (tiles.splits == 1 and bias is None), "a fused product has one split and no bias")
     require(bias is None or bias.shape == (n,), "bias is not [N]")
     for tensor in (x, weight.words, weight.scales, weight.zeros, out, bias):

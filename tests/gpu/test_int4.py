@@ -78,10 +78,10 @@ def test_hopper_products(group, with_zeros):
 def test_hopper_products_of_more_units_than_programs():
     """Guards against phases of the ring and of the meeting of sums, from the second unit of a program on."""
     weight = checks.make_int4(40960, 1024, 128, GPU)
-    checks.check_linear_int4_gluon(weight, 9, Tiles(128, 0, 16, 5, 1, 12), pdl=True)
-    checks.check_linear_int4_gluon(weight, 9, Tiles(64, 0, 16, 7, 1, 12), fused=True)
-    checks.check_linear_int4_gluon(weight, 40, Tiles(128, 0, 32, 3, 4, 8))
-    checks.check_linear_int4_gluon(weight, 100, Tiles(128, 0, 64, 3, 4, 8))
+    checks.check_linear_int4_gluon(weight, 9, Tiles(128, 0, 16, 6, 1, 12), pdl=True)
+    checks.check_linear_int4_gluon(weight, 9, Tiles(64, 0, 16, 9, 1, 12), fused=True)
+    checks.check_linear_int4_gluon(weight, 40, Tiles(128, 0, 32, 4, 4, 8))
+    checks.check_linear_int4_gluon(weight, 100, Tiles(128, 0, 64, 4, 4, 8))
 
 
 @pytest.mark.usefixtures("hopper")
@@ -91,7 +91,7 @@ def test_a_row_has_the_same_bits_on_hopper_for_any_number_of_rows():
     weight, x = checks.make_int4(1024, 4096, 128, GPU), randn((256, 4096), torch.bfloat16, GPU)
     results = []
     for rows in (1, 8, 16, 33, 64, 100, 256):
-        tile_m = 32 if rows <= 32 else 64
+        tile_m = next((size for size in (16, 32) if rows <= size), 64)
         out = poison((2, rows, 1024), torch.float32, GPU)
         linear_int4_gluon(x[:rows].contiguous(), weight, Tiles(128, weight.block, tile_m, 4, 2, 8), 132, out)
         results.append(out)

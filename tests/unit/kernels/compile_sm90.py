@@ -296,7 +296,7 @@ def linears_8bit(rows: int, blocked: bool, runs: bool) -> None:
 
 
 def linears_8bit_gluon(rows: int, blocked: bool) -> None:
-    """Of FP8 and INT8, split and fused."""
+    """Of FP8 and INT8, split and fused, as many stages as two programs on a multiprocessor leave room for."""
     from baton.kernels.triton.linear_8bit_gluon import linear_8bit_gluon
     from baton.kernels.triton.linear_8bit_policy import stages_that_fit
     from baton.kernels.triton.linear_policy import Tiles
@@ -310,7 +310,7 @@ def linears_8bit_gluon(rows: int, blocked: bool) -> None:
             x = CodedRows(empty(rows, k, dtype=code_type), of_x)
             codes = empty(wide, k, dtype=code_type)
             scales = empty(*((wide // 128, k // 128) if blocked else (wide,)), dtype=torch.float32)
-            tiles = Tiles(64 if fused else 128, 128, rows, stages_that_fit(rows), 1 if fused else 2)
+            tiles = Tiles(64 if fused else 128, 128, rows, stages_that_fit(rows, 2), 1 if fused else 2)
             out = empty(rows, n) if fused else empty(2, rows, n, dtype=torch.float32)
             linear_8bit_gluon(x, codes, scales, None, tiles, 132, out, fused=fused, pdl=True)
 
@@ -455,17 +455,6 @@ def norm_of_experts() -> None:
     norm.add_rms_norm(added, empty(16, width), empty(width), 1e-5, empty(16, width), pdl=True)
 
 
-def product_8bit() -> None:
-    from baton.kernels.triton import product_8bit_gluon
-    from baton.kernels.triton.quantise import CodedRows
-
-    x = CodedRows(empty(2048, 4096, dtype=torch.int8), empty(2048, dtype=torch.float32))
-    for fused in (False, True):
-        codes, scales = empty(28672, 4096, dtype=torch.int8), empty(28672, dtype=torch.float32)
-        out = empty(2048, 14336 if fused else 28672)
-        product_8bit_gluon.product_8bit(x, codes, scales, None, 132, out, fused=fused)
-
-
 def drafts() -> None:
     from baton.kernels.triton import draft_inputs, step_inputs
     from baton.kernels.triton import drafts as module
@@ -555,7 +544,6 @@ CASES: dict[str, Callable[[], None]] = {
     "experts_8bit_16_block": lambda: experts_8bit(16, True),
     "experts_gluon": experts_gluon,
     "norm_of_experts": norm_of_experts,
-    "gluon_product_8bit": product_8bit,
     "int4_16": lambda: int4_products(16, 128, True),
     "int4_16_groups_of_32": lambda: int4_products(16, 32, False),
     "int4_64": lambda: int4_products(64, 128, False),

@@ -154,17 +154,14 @@ def test_linears_of_8_bits_multiply_bytes_and_keep_their_loads_ahead(kernels):
         assert all(kernel["tma"] and kernel["shared_bytes"] > 3 * 64 * 256 for kernel in found), found
 
 
-def test_hopper_products_of_8_bits_leave_room(kernels):
-    """Guards against codes that pass through registers, and, at few rows, against a program that leaves no registers to
-    the kernel before it, so that W could not be loaded early."""
-    for case, codes, registers in (("8", "e4m3 e4m3 s8 s8", 88), ("64_block", "e4m3 e4m3", 168)):
+def test_hopper_products_of_8_bits_leave_room_for_another(kernels):
+    """Guards against codes that pass through registers, and a program that no longer fits twice on a multiprocessor:
+    by registers only those of few rows do."""
+    for case, codes, programs in (("8", "e4m3 e4m3 s8 s8", 2), ("64_block", "e4m3 e4m3", 1)):
         found = kernels[f"linear_8bit_gluon_{case}"]
         assert [kernel["bytes"] for kernel in found] == codes.split(), found
-        assert all(kernel["tma"] and kernel["shared_bytes"] + 1024 <= 227 * 1024 for kernel in found), found
-        assert all(kernel["registers"] == registers for kernel in found), found
-    found = kernels["gluon_product_8bit"]
-    assert [kernel["bytes"] for kernel in found] == ["s8", "s8"] and all(kernel["tma"] for kernel in found), found
-    assert all(200 * 1024 < kernel["shared_bytes"] <= 226 * 1024 for kernel in found), found
+        assert all(kernel["tma"] and 2 * (kernel["shared_bytes"] + 1024) <= 227 * 1024 for kernel in found), found
+        assert all(kernel["registers"] * 256 * programs <= 65536 for kernel in found), found
 
 
 def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
