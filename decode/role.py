@@ -440,8 +440,6 @@ class DecodeRole:
     def _append(self, sequence: Sequence, drawn: Drawn) -> FinishReason:
         """Append what one row drew, up to a token that ends the sequence, and say how that ends it."""
         sequence.num_pending -= 1
-        if drawn.num_drafts:
-            self._count_drafts(sequence, drawn)
         finish: FinishReason = ""
         before = sequence.num_tokens
         for place, token_id in enumerate(drawn.token_ids):
@@ -450,11 +448,16 @@ class DecodeRole:
             finish = finish_of(token_id, sequence.sampling, num_generated, num_tokens, self._parts.max_model_len)
             if finish:
                 break
-        self.counters.generated_tokens += sequence.num_tokens - before
+        num_appended = sequence.num_tokens - before
+        self.counters.generated_tokens += num_appended
+        if drawn.num_drafts:
+            self._count_drafts(sequence, drawn, num_appended)
         return finish
 
-    def _count_drafts(self, sequence: Sequence, drawn: Drawn) -> None:
+    def _count_drafts(self, sequence: Sequence, drawn: Drawn, num_appended: int) -> None:
         num_accepted = len(drawn.token_ids) - 1
+        if drawn.predicted:
+            sequence.num_predicted += min(num_accepted, num_appended)
         sequence.draft_record.verified(drawn.num_drafts, num_accepted)
         self.counters.spec_decode_num_drafts += 1
         self.counters.spec_decode_num_draft_tokens += drawn.num_drafts

@@ -21,8 +21,8 @@ from baton.node.messages.control import SamplingSpec
 
 LEAST_MATCH, LONGEST_MATCH = 2, 16
 """Tokens of an end that are compared."""
-SEARCHED, MOST_PREDICTED = 32768, 16384
-"""Newest tokens among which an end is looked for, and tokens of a prediction; what is behind them is not used."""
+SEARCHED = 32768
+"""Newest tokens among which an end is looked for."""
 
 
 class Drafts(NamedTuple):
@@ -56,7 +56,7 @@ def propose(known: Sequence[int], prediction: Sequence[int], most: int) -> Draft
     itself, its drafts do.
     """
     own = np.asarray(known[-SEARCHED:], dtype=np.int64)
-    tokens = np.concatenate((np.asarray(prediction[:MOST_PREDICTED], dtype=np.int64), own))
+    tokens = np.concatenate((np.asarray(prediction, dtype=np.int64), own))
     num_predicted = len(tokens) - len(own)
     end = len(tokens)
     most_compared = min(LONGEST_MATCH, len(own))

@@ -36,6 +36,8 @@ class Delta(msgspec.Struct, frozen=True, gc=False):
     """Prompt tokens whose KV a cache had; valid from the first delta with ids on."""
     prompt_logprobs: tuple[PromptLogprob, ...] = ()
     """Of the next tokens of the prompt, in order from its second one on; all of them come before the first id."""
+    accepted_prediction: int = 0
+    """Of the ids, those that were guessed from the client's prediction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,10 @@ class Generation:
     sampling: SamplingSpec
     tenant: str = ""
     """The name of the one that it is of; empty: a probe of our own."""
+    speculate: bool = True
+    """Tokens may be guessed, and verified several at a time."""
+    prediction_ids: tuple[int, ...] | None = None
+    """Tokens that the client predicts; None: it predicts nothing."""
     expected_tokens: int = 0
     """Of its answer: what it counts as, beside those of other tenants, until it has ended."""
     priority: int = 0

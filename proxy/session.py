@@ -266,6 +266,8 @@ class Session:
             deadline_s=max(0.0, self._deadline - self._clock()),
             priority=self._generation.priority,
             contended=route.contended,
+            speculate=self._generation.speculate,
+            prediction_ids=self._generation.prediction_ids or (),
         )
         self._timeline.dispatch(prefill, attempt.decode, names.hashes[0] if names.hashes else b"")
         decodes = body.sampling.max_tokens > 0
@@ -494,7 +496,8 @@ class Session:
             return None
         if message.stages is not None:
             self._timeline.report(message.stages)
-        return Delta(ids, logprobs, message.finish, self._cached_tokens)
+        accepted = min(message.accepted_prediction, len(ids))
+        return Delta(ids, logprobs, message.finish, self._cached_tokens, accepted_prediction=accepted)
 
     def _count_hit(self, predicted: int, actual: int) -> None:
         """In tokens of the prompt: what the router foresaw, and what the worker that computed it found."""

@@ -68,6 +68,8 @@ class Sequence:
     """Tokens of which the client says that they may follow the prompt."""
     speculates: bool = True
     """Its draws may be drafted: the client allows it, and they need nothing of the tokens drawn just before."""
+    num_predicted: int = 0
+    """Of the tokens that were not sent yet, those that were drafts from the prediction."""
     draft_record: DraftRecord = field(default_factory=DraftRecord)
     slot: int = 0
     """Its place in the runner's memory while it runs."""
@@ -114,7 +116,8 @@ class Sequence:
             contended=body.contended,
             hands_over=isinstance(message, Prefill) and body.sampling.max_tokens > 0,
             num_sent=len(body.token_ids) - body.prompt_len,
-            speculates=may_draft(body.sampling),
+            speculates=body.speculate and may_draft(body.sampling),
+            prediction=body.prediction_ids,
         )
 
     @property
@@ -223,10 +226,12 @@ class Sequence:
             ids=tuple(self.token_ids[self.prompt_len + self.num_sent :]),
             logprobs=tuple(self.logprobs),
             finish=finish,
+            accepted_prediction=self.num_predicted,
             cached_tokens=min(self.cached_tokens, self.prompt_len),
             stages=stages,
         )
         self.num_sent = len(self.token_ids) - self.prompt_len
+        self.num_predicted = 0
         self.logprobs.clear()
         return message
 

@@ -1,9 +1,9 @@
 """Times steps with drafts on the GPU at hand, in turns with the same steps without: random weights, random KV.
 
-One JSON line a cell, after one that says whether the tokens of both are the same (kernels that do not depend on the
-batch). `oracle`: each draft is what will be drawn; `rewrite`: every 15th token of the prediction is another; `useless`:
-no draft is ever right, none is proposed (`nothing`), or all rows have as many as they may. `step`: a step of rows that
-all have drafts, against one without. Last, the kernels that accept and propose alone.
+One JSON line a cell, first of the kernels that accept and propose alone. `oracle`: the client predicts what will be
+drawn, by kernels whose results do not depend on the batch, so that the tokens are the same (`same_tokens`); `rewrite`:
+every 15th token of the prediction is another. `useless`: no draft is ever right; none is proposed (0 drafts), or each
+row always has so many. `step`: a step in which all rows have drafts, against one without.
 """
 
 from __future__ import annotations
@@ -31,10 +31,26 @@ from baton.models.cuda.runner import CudaRunner, StepLimits
 from baton.node.messages.control import SamplingSpec
 
 CONTEXT, MOST_DRAFTS, CHANGED_EVERY = 1024, 12, 15
-ORACLE = ((1, 7), (1, 12), (8, 7), (32, 3), (64, 1))
-REWRITE = ((1, 12), (8, 7))
-USELESS = ((1, 7), (8, 7), (32, 3), (64, 3))
-STEPS = ((1, 1), (1, 3), (1, 7), (8, 1), (8, 3), (8, 7), (32, 1), (32, 3), (64, 1), (64, 3))
+USELESS_STEPS, TURNS = 50, 3
+CELLS = (
+    ("oracle", 1, 12),
+    ("useless", 1, 0),
+    ("useless", 1, 7),
+    ("useless", 32, 0),
+    ("useless", 32, 3),
+    ("step", 1, 7),
+    ("step", 32, 3),
+    ("rewrite", 1, 12),
+    ("oracle", 32, 3),
+    ("step", 8, 7),
+    ("step", 32, 1),
+    ("oracle", 8, 7),
+    ("useless", 8, 7),
+    ("rewrite", 8, 7),
+    ("step", 1, 3),
+    ("step", 8, 3),
+)
+"""What is measured, rows and drafts of each; the most important first, for a run that is cut off."""
 
 
 class Streams:
@@ -163,16 +179,16 @@ class Pair:
             verified=drafted.verified, accepted=drafted.accepted,
         )  # fmt: skip
 
-    def useless(self, rows: int, most: int, force: int) -> None:
+    def useless(self, rows: int, force: int) -> None:
         """What drafts cost that are never right, in turns."""
         plain, drafted = [], []
-        for _ in range(3):
-            plain.append(self.streams(rows, 0).run(longest=80))
-            drafted.append(self.streams(rows, most).run(force, longest=80))
+        for _ in range(TURNS):
+            plain.append(self.streams(rows, 0).run(longest=USELESS_STEPS))
+            drafted.append(self.streams(rows, MOST_DRAFTS).run(force, longest=USELESS_STEPS))
         self._lines.put(
             "useless", **self.about, rows=rows, drafts=force,
             cost=statistics.median(drafted) / statistics.median(plain),
-            off_ms=statistics.median(plain) / 80 * 1e3,
+            off_ms=statistics.median(plain) / USELESS_STEPS * 1e3,
         )  # fmt: skip
 
     def step(self, rows: int, most: int) -> None:
@@ -217,24 +233,20 @@ def kernels(lines: JsonLines, rows: int, tokens: int) -> None:
 def main(argv: Sequence[str]) -> int:
     parser = new_parser("speculation", __doc__)
     parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
-    parser.add_argument("--max-rows", type=int, default=64, help="most sequences in a step")
     parser.add_argument("--count", type=int, default=384, help="tokens after each context")
     parser.add_argument("--fast", action="store_true", help="also time kernels whose result depends on the batch")
     options = parser.parse_args(argv)
     lines = JsonLines(options.output)
     kernels(lines, 64, 8192)
     for deterministic in (True, False) if options.fast else (True,):
-        pair = Pair(lines, options.shape, deterministic, options.max_rows, options.count)
-        for rows, most in ORACLE if deterministic else ():
-            pair.speedup("oracle", rows, most)
-        for rows, most in REWRITE if deterministic else ():
-            pair.speedup("rewrite", rows, most)
-        for rows, most in STEPS:
-            if rows <= options.max_rows:
-                pair.step(rows, most)
-        for rows, most in USELESS:
-            pair.useless(rows, most, 0)
-            pair.useless(rows, most, most)
+        pair = Pair(lines, options.shape, deterministic, max(rows for _, rows, _ in CELLS), options.count)
+        for kind, rows, drafts in CELLS:
+            if kind == "useless":
+                pair.useless(rows, drafts)
+            elif kind == "step":
+                pair.step(rows, drafts)
+            elif deterministic:
+                pair.speedup(kind, rows, drafts)
         del pair
         torch.cuda.empty_cache()
     return 0

@@ -18,7 +18,8 @@ from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
 from baton.kernels.triton.step_inputs import StepInputs, set_entries
 from baton.models.batch import Row
 from baton.models.cuda.queue import Queue, Upload, copy_async
-from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, MOST_PREDICTED, SEARCHED, may_draft
+from baton.models.drafts import LEAST_MATCH, LONGEST_MATCH, SEARCHED, may_draft
+from baton.node.messages.control import MAX_PREDICTION_TOKENS
 
 
 class DraftSlots:
@@ -29,7 +30,7 @@ class DraftSlots:
         self.most_drafts = most_drafts
         self._queue, self._max_len = queue, max_len
         room = max_len + most_drafts + 1
-        self.kept = SlotDrafts.make(num_slots + 1, most_drafts, MOST_PREDICTED, room, queue.device)
+        self.kept = SlotDrafts.make(num_slots + 1, most_drafts, MAX_PREDICTION_TOKENS, room, queue.device)
         self._places = Places.make(num_tokens, queue.device)
         width = IDS.value + most_drafts + 1
         self.results = torch.zeros(num_tokens, width, dtype=torch.int32, device=queue.device)
@@ -44,7 +45,7 @@ class DraftSlots:
         assert draw is not None and row.token_ids, "a row that brings its tokens, and draws"
         length = row.start + len(row.token_ids)
         searches = searches and may_draft(draw.sampling) and len(draw.history) >= length
-        predicted = draw.prediction[:MOST_PREDICTED] if searches else ()
+        predicted = draw.prediction if searches else ()
         line = np.zeros(columns.COLUMNS.value, dtype=np.int32)
         line[columns.LENGTH.value] = length
         line[columns.LIMIT.value] = min(max_len, draw.prompt_len + draw.sampling.max_tokens)

@@ -40,6 +40,7 @@ from baton.node.messages.base import (
 
 MAX_ALLOWED_TOKENS = 1024
 MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS = 128, 32
+MAX_PREDICTION_TOKENS = 16384
 MAX_PROMPT_LOGPROBS = 1024
 """Entries in one message."""
 MAX_GRAMMAR_CHARACTERS = 1 << 18
@@ -318,6 +319,10 @@ class DispatchBody(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_o
     deadline_s: Seconds
     priority: Annotated[int, Meta(ge=-MAX_PRIORITY, le=MAX_PRIORITY)] = 0
     """Higher is served first."""
+    speculate: bool = True
+    """Tokens may be guessed, and verified several at a time; the answer is the same."""
+    prediction_ids: Annotated[tuple[TokenId, ...], Meta(max_length=MAX_PREDICTION_TOKENS)] = ()
+    """Tokens of which the client says that they may follow the prompt."""
     contended: bool = False
     """Other tenants are active: a prompt that a worker computes must not keep theirs waiting for long."""
 
@@ -397,6 +402,8 @@ class Tokens(Message, tag="Tokens", kw_only=True, omit_defaults=True, gc=False):
     finish: FinishReason = ""
     cached_tokens: Count = 0
     """Prompt tokens that this leg did not compute."""
+    accepted_prediction: Count = 0
+    """Of `ids`, those that were guessed from the client's prediction."""
     stages: Stages | None = None
     """Time since the leg began or since the last report; sent with a leg's first token and with the first token that
     a decode step samples."""

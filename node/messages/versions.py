@@ -17,7 +17,7 @@ from msgspec import UNSET
 from msgspec.structs import fields, replace
 
 from baton.node.messages.base import PROTOCOL_VERSION, Message
-from baton.node.messages.control import Heartbeat, Refused, Register, Registered
+from baton.node.messages.control import Heartbeat, Prefill, Refused, Register, Registered, Reserve, Tokens
 
 Struct = TypeVar("Struct", bound=msgspec.Struct)
 
@@ -42,6 +42,9 @@ NEW_FIELDS: dict[type[Message], tuple[NewField, ...]] = {
     Registered: (NewField("version"),),
     Refused: (NewField("version"),),
     Heartbeat: (NewField("orphaned"),),
+    Prefill: (NewField("body.speculate"), NewField("body.prediction_ids")),
+    Reserve: (NewField("body.speculate"), NewField("body.prediction_ids")),
+    Tokens: (NewField("accepted_prediction"),),
 }
 NEW_VALUES: dict[type[Message], dict[str, tuple[str, ...]]] = {Register: {"role": ("mixed",)}}
 """Of fields that the version before had without them."""

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import msgspec
+
 from baton.node.messages.control import Logprob
 from baton.proxy.formats.events import ContentText, FormatEvent
 from baton.proxy.formats.machine import FormatMachine
@@ -48,6 +50,8 @@ class Assembler:
         """
         self.finish = ""
         self.num_tokens = 0
+        self._num_predicted = 0
+        """Of them, those that were guessed from the client's prediction."""
         self._generation = generation
         self._text = text
         self._detokenizer = text.detokenizer(generation.prompt_ids, skip_special_tokens=skip_special_tokens)
@@ -78,6 +82,7 @@ class Assembler:
             if not self._prompt.complete:
                 return []
             logprobs, ranks, self._prompt = self._prompt.shown, self._prompt.ranked, None
+        self._num_predicted += delta.accepted_prediction
         text, self._unsent = self._unsent, ""
         matched = ""
         last, before = len(delta.ids) - 1, self.num_tokens
@@ -133,7 +138,16 @@ class Assembler:
     def usage(self, cached_tokens: int) -> TokenUsage:
         """What the choice has taken so far."""
         reasoning = 0 if self._machine is None else self._machine.num_reasoning_tokens
-        return TokenUsage(len(self._generation.prompt_ids), self.num_tokens, cached_tokens, reasoning)
+        usage = TokenUsage(len(self._generation.prompt_ids), self.num_tokens, cached_tokens, reasoning)
+        predicted = self._generation.prediction_ids
+        if predicted is None:
+            return usage
+        accepted = min(self._num_predicted, self.num_tokens)
+        return msgspec.structs.replace(
+            usage,
+            accepted_prediction_tokens=accepted,
+            rejected_prediction_tokens=max(0, len(predicted) - accepted),
+        )
 
     def _match(self, text: str, shown: bool = True) -> tuple[str, str]:
         """The text that may be sent, and the stop string that it completed, or "".

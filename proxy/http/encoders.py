@@ -47,6 +47,9 @@ class _PromptDetails(msgspec.Struct):
 
 class _CompletionDetails(msgspec.Struct):
     reasoning_tokens: int
+    accepted_prediction_tokens: int | msgspec.UnsetType = msgspec.UNSET
+    """Of requests with a prediction, like the next."""
+    rejected_prediction_tokens: int | msgspec.UnsetType = msgspec.UNSET
 
 
 class _Usage(msgspec.Struct):
@@ -385,8 +388,16 @@ def _prompt_logprobs(choice: ChoiceText) -> _PromptLogprobs:
 def _usage(kind: str, usage: TokenUsage) -> _Usage:
     total = usage.prompt_tokens + usage.completion_tokens
     details = _PromptDetails(usage.cached_tokens)
-    reasoning = msgspec.UNSET if kind == COMPLETION else _CompletionDetails(usage.reasoning_tokens)
-    return _Usage(usage.prompt_tokens, usage.completion_tokens, total, details, reasoning)
+    return _Usage(usage.prompt_tokens, usage.completion_tokens, total, details, _completion_details(kind, usage))
+
+
+def _completion_details(kind: str, usage: TokenUsage) -> _CompletionDetails | msgspec.UnsetType:
+    if kind == COMPLETION:
+        return msgspec.UNSET
+    accepted, rejected = usage.accepted_prediction_tokens, usage.rejected_prediction_tokens
+    if accepted is None or rejected is None:
+        return _CompletionDetails(usage.reasoning_tokens)
+    return _CompletionDetails(usage.reasoning_tokens, accepted, rejected)
 
 
 def _completion_logprobs(tokens: Sequence[TokenLogprob]) -> _CompletionLogprobs:

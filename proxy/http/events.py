@@ -77,6 +77,10 @@ class TokenUsage(msgspec.Struct, frozen=True):
     cached_tokens: int
     reasoning_tokens: int = 0
     """Of the completion, markers included."""
+    accepted_prediction_tokens: int | None = None
+    """Of the completion, those that were guessed from the client's prediction; None: there was none."""
+    rejected_prediction_tokens: int | None = None
+    """Of the prediction, those that were not accepted so far."""
 
 
 Event = PromptIds | PromptRanks | Content | ReasoningText | CallBegin | CallArguments | CallEnd | ChoiceEnd | TokenUsage
@@ -191,6 +195,8 @@ def chunks_of(events: Sequence[Event]) -> Sequence[Sequence[Event]]:
 
 def total_usage(usages: Sequence[TokenUsage], choices_per_prompt: int) -> TokenUsage:
     """The usage of a whole request: a prompt counts once, however many choices it has."""
+    if len(usages) == 1:
+        return usages[0]
     prompt_tokens = completion_tokens = cached_tokens = reasoning_tokens = 0
     for index, usage in enumerate(usages):
         completion_tokens += usage.completion_tokens

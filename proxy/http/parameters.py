@@ -22,7 +22,6 @@ IGNORED = frozenset(
     (
         "metadata",
         "max_tool_calls",
-        "prediction",
         "prompt_cache_options",
         "prompt_cache_retention",
         "return_mm_kwargs",

@@ -15,7 +15,7 @@ import msgspec
 from baton.kvtransfer.blocks.hashing import cache_salt
 from baton.node.errors import BadRequest
 from baton.node.messages.base import MAX_TOKENS
-from baton.node.messages.control import MAX_BAD_WORD_TOKENS, Grammar, SamplingSpec
+from baton.node.messages.control import MAX_BAD_WORD_TOKENS, MAX_PREDICTION_TOKENS, Grammar, SamplingSpec
 from baton.proxy.formats.markup import Thinking
 from baton.proxy.http.call_choice import answer_grammar
 from baton.proxy.http.schema import ParsedRequest, SamplingRequest, check_beside_grammar
@@ -59,6 +59,7 @@ async def choices_of(
     _check_ids(request.sampling, text.vocab_size)
     bad_words = await _bad_words(request.sampling.bad_words or (), text)
     form = _form(request, text)
+    prediction = await _prediction(request, text, max_model_len)
     salt = cache_salt(request.cache_salt, tenant.cache_name)
     made: list[Choice] = []
     for ids, echo in await prompts_of(request, text, max_model_len):
@@ -74,6 +75,8 @@ async def choices_of(
                 prompt_ids=ids,
                 sampling=msgspec.structs.replace(sampling, seed=seed, grammar=grammar),
                 tenant=tenant.name,
+                speculate=request.speculate,
+                prediction_ids=prediction,
                 expected_tokens=sampling.max_tokens if request.max_tokens is not None else expected,
                 priority=min(request.priority, -tenant.rules.priority_floor),
                 follows=len(made) >= settings.max_generations,
@@ -82,6 +85,18 @@ async def choices_of(
             )
             made.append(Choice(len(made), generation, echo, thinking))
     return made
+
+
+async def _prediction(request: ParsedRequest, text: ModelText, max_model_len: int) -> tuple[int, ...] | None:
+    """Ids of what the client predicts, as far as workers look at them; None if it predicts nothing."""
+    if request.prediction is None:
+        return None
+    ids = await text.encode_bounded(
+        request.prediction, add_special_tokens=False, max_tokens=max_model_len, param="prediction"
+    )
+    if len(ids) > max_model_len:
+        raise BadRequest(f"prediction has {len(ids)} tokens, at most {max_model_len} can follow", param="prediction")
+    return ids[:MAX_PREDICTION_TOKENS]
 
 
 def _form(request: ParsedRequest, text: ModelText) -> GrammarRequest | None:

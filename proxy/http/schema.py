@@ -123,6 +123,17 @@ class SamplingRequest(_Strict):
     prompt_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
 
 
+class Prediction(_Strict):
+    """OpenAI's predicted outputs: text that much of the answer may be."""
+
+    type: Literal["content"]
+    content: str | Annotated[list[TextPart], Field(max_length=MAX_MESSAGES, fail_fast=True)]
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
 class _Body(SamplingRequest, StructuredFields):
     """What both endpoints share; undeclared names are checked by `parameters`."""
 
@@ -144,6 +155,9 @@ class _Body(SamplingRequest, StructuredFields):
     prompt_cache_key: Key | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=MAX_SALT_CHARS)] | None = None
     user: Key | None = None
+    speculative: bool | None = None
+    """false: no tokens of the answer are guessed."""
+    prediction: Prediction | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -174,7 +188,7 @@ class ChatBody(_Body, TemplateRequest, ToolFields):
 _FIELD_NAMES = frozenset(
     name
     for model in (
-        *(CompletionBody, ChatBody, StreamOptions, ChatMessage, TextPart, ToolCall, CalledFunction),
+        *(CompletionBody, ChatBody, Prediction, StreamOptions, ChatMessage, TextPart, ToolCall, CalledFunction),
         *(DeclaredTool, DeclaredFunction),
     )
     for name in model.model_fields
@@ -265,6 +279,10 @@ class ParsedRequest:
     """Parameters that mean nothing to this server, at most MAX_UNKNOWN of them."""
     grammar: GrammarRequest | None
     """The form that answers must have."""
+    speculate: bool = True
+    """Tokens of the answer may be guessed, and verified several at a time."""
+    prediction: str | None = None
+    """Text that the answer may be; None: the client predicts nothing."""
     session_key: bytes
     """Digest of the client's name for its conversation or itself, for the policy `session`; empty: it gave none."""
 
@@ -295,6 +313,8 @@ def read_chat(body: bytes) -> ParsedRequest:
     if request.top_logprobs and not request.logprobs:
         raise BadRequest("top_logprobs needs logprobs to be true", param="top_logprobs")
     tools = tool_request(request)
+    if tools.schemas and request.prediction is not None:
+        raise BadRequest("prediction is not available beside tools", param="prediction")
     return ParsedRequest(
         **_shared(request, shows_prompt=False),
         messages=conversation(request.messages),
@@ -304,6 +324,15 @@ def read_chat(body: bytes) -> ParsedRequest:
         max_reasoning=None if request.thinking_token_budget == -1 else request.thinking_token_budget,
         top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
     )
+
+
+def _prediction(request: _Body) -> str | None:
+    """As in OpenAI's API there is one answer to a prediction."""
+    if request.prediction is None:
+        return None
+    if (request.n or 1) > 1:
+        raise BadRequest("prediction is not available where n is more than 1", param="prediction")
+    return request.prediction.text
 
 
 def parse(model: type[Body], body: bytes) -> Body:
@@ -346,6 +375,8 @@ def _shared(request: _Body, *, shows_prompt: bool) -> dict[str, Any]:
         "cache_salt": request.cache_salt or "",
         "unknown": _unknown(request),
         "grammar": _grammar(request),
+        "speculate": request.speculative is not False,
+        "prediction": _prediction(request),
         "session_key": session_digest(request.prompt_cache_key or request.session_id or request.user or ""),
     }
 

@@ -135,6 +135,7 @@ class ReportCollector(Collector):
         yield _cache_config(workers)
         yield _revisions(workers)
         yield from self._prompts(workers)
+        yield from self._drafts(workers)
         yield from _workers(workers)
         yield from _stores(workers)
 
@@ -156,6 +157,14 @@ class ReportCollector(Collector):
         for model in self._models:
             family.add_metric((model,), self._total(model, "preemptions", workers))
         return family
+
+    def _drafts(self, workers: list[WorkerStatus]) -> Iterable[Metric]:
+        """Of speculation, under vLLM's names."""
+        for name in ("spec_decode_num_drafts", "spec_decode_num_draft_tokens", "spec_decode_num_accepted_tokens"):
+            family = CounterMetricFamily(f"vllm:{name}", WORKER_COUNTERS[name].help, labels=_LABEL)
+            for model in self._models:
+                family.add_metric((model,), self._total(model, name, workers))
+            yield family
 
     def _total(self, model: str, name: str, workers: list[WorkerStatus]) -> float:
         return self._totals[model, name].observe(_of(model, workers), name)

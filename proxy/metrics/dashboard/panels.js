@@ -98,6 +98,14 @@ function stages({ now, before }) {
   return Object.fromEntries(now.values(`${metric}_sum`, "stage", { until }).map((stage) => [stage, mean_of(stage)]));
 }
 
+/** What a sequence gets of a step that verified drafts of its: those that were accepted, and one more. */
+function tokens_a_step({ now, before }) {
+  const old = before(SPREAD_S);
+  const drafted = growth(old, now, "vllm:spec_decode_num_drafts_total");
+  const accepted = growth(old, now, "vllm:spec_decode_num_accepted_tokens_total");
+  return { "tokens a step": drafted > 0 ? 1 + accepted / drafted : null };
+}
+
 export const PANELS = [
   { id: "hit-rate", title: "KV hit rate by tier", format: percent, stacked: true, top: 1, of: hit_rate },
   { id: "sources", title: "Prompt tokens/s by source", format: plain, stacked: true, of: sources },
@@ -117,6 +125,7 @@ export const PANELS = [
       prompt: rate(before(RATE_S), now, "vllm:prompt_tokens_total"),
     }),
   },
+  { id: "drafts", title: "Tokens a step with drafts", format: plain, of: tokens_a_step },
   {
     id: "queue",
     title: "Requests",
