@@ -18,8 +18,10 @@ import pytest
 
 from baton.kvtransfer.blocks.memory import HostMemory
 from baton.kvtransfer.planes.base import ChunkKey, IoDone, Plane
+from baton.kvtransfer.planes.sharded import ShardedPlane, rank_name
 from baton.kvtransfer.planes.shm import ShmPlane
 from baton.kvtransfer.planes.zeromq import PIECE_BYTES, ZmqPlane
+from baton.kvtransfer.reshard import Cut
 from baton.node.credentials import Credentials
 from baton.node.errors import InvariantBroken
 from baton.node.messages.transfer import PlaneAddress
@@ -65,6 +67,8 @@ class Rig:
     def _plane(self, name: str, memory: HostMemory) -> Plane:
         if self.kind == "zmq":
             return ZmqPlane(self.context, memory, name)
+        if self.kind == "sharded":
+            return ShardedPlane(Cut.even(1, 1, 1), memory.num_blocks, [self.fabric.plane(rank_name(name, 0), memory)])
         return ShmPlane(memory) if self.kind == "shm" else self.fabric.plane(name, memory)
 
     def turn(self) -> None:
@@ -101,6 +105,7 @@ class Rig:
 
 PLANES = [
     "loopback",
+    "sharded",
     "zmq",
     pytest.param("shm", marks=pytest.mark.skipif(sys.platform != "linux", reason="memfd and /proc are Linux")),
 ]
@@ -334,7 +339,7 @@ def test_an_invalid_address_is_not_reached_and_raises_nothing(rig: Rig, text: st
     end.plane.forget(RECEIVER)
 
 
-@pytest.mark.parametrize("kind", PLANES[1:])
+@pytest.mark.parametrize("kind", PLANES[2:])
 def test_a_peer_with_a_new_address_is_used_there(kind: str) -> None:
     """Guards against stale blocks from memory that is still mapped or a socket that is still connected."""
     rig = Rig(kind)
