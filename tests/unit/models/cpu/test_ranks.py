@@ -14,9 +14,10 @@ from baton.models.drafts import Drafts
 from baton.node.errors import PeerLost, SettingsError
 from baton.node.messages.control import SamplingSpec
 from baton.testing.rank_threads import RankThreads
+from baton.tests.unit.models.conftest import LATENT
 
 BLOCK_TOKENS = 16
-TOKENS = 10
+TOKENS = 6
 SHAPE = {"num_attention_heads": 8, "hidden_size": 64, "intermediate_size": 96}
 SPECS = [
     SamplingSpec(max_tokens=99, temperature=0.0),
@@ -105,18 +106,18 @@ def test_tokens_of_a_group_are_those_of_one_rank(make_model, count, kv_heads):
     [
         ("llama", {"attention_bias": True, "mlp_bias": True}),
         ("phi3", {"pad_token_id": 0, "sliding_window": 19}),
-        ("qwen3", {"use_sliding_window": True, "sliding_window": 19, "max_window_layers": 1}),
         ("gemma2", {"sliding_window": 19}),
         ("gemma3", {"sliding_window": 19, "tie_word_embeddings": True}),
         (
             "qwen2_moe",
             {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
         ),
+        ("deepseek_v3", LATENT | {"num_key_value_heads": 8}),
     ],
 )
 def test_every_family_can_be_cut(make_model, family, fields):
     """Guards against what a family has of its own: merged projections, norms of heads and outputs, softcaps, windows,
-    biases behind the sum, and experts of which each rank has some."""
+    biases behind the sum, experts of which each rank has some, and a latent that all ranks have."""
     check_group(make_model(family, **SHAPE, **fields).folder, 2)
 
 
