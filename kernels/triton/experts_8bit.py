@@ -1,9 +1,9 @@
 """`experts` where a weight is a byte, FP8 (e4m3) or INT8, with scales of outputs or of blocks of 128 x 128.
 
-x is in codes too, so that the matrix unit multiplies bytes by bytes, as in `linear_8bit`, whose sums these are. The
-product of gate and up leaves silu(gate) * up in codes as well, with a scale for each run of outputs that one program
-has at hand, 128 or 64: what `down` reads needs no launch between. Scales of W: float32 [E * N], or
-[E * N / 128, K / 128]. A row's bits depend on that row alone.
+x is in codes too, so that the matrix unit multiplies bytes by bytes. Of FP8 it adds up 128 products, and what it added
+up is added in float32, as in `linear_8bit`. The product of gate and up leaves silu(gate) * up in codes as well, with a
+scale for each run of outputs that one program has at hand, 128 or 64: what `down` reads needs no launch between.
+Scales of W: float32 [E * N], or [E * N / 128, K / 128]. A row's bits depend on that row alone.
 Bytes: W of the experts that were chosen, N * K each (twice that when fused).
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
@@ -59,7 +59,7 @@ def _experts_8bit_kernel(
     up_scales = scales + N // BLOCK * (K // BLOCK)
     total = tl.zeros([TILE_N, TILE_M], tl.float32)
     up = total
-    if BLOCKED or RUNS:
+    if BLOCKED or RUNS or codes_ptr.dtype.element_ty != tl.int8:
         for k in tl.range(0, K, TILE_K, num_stages=STAGES):
             x = tl.load(x_place + k) if GATHERED else x_desc.load([first_m, k])
             x_scale = tl.full([1, 1], 1.0, tl.float32)
@@ -71,18 +71,13 @@ def _experts_8bit_kernel(
                 scale = x_scale * scale_of(up_scales, k, BLOCK, BLOCKED)
                 up += tl.dot(weight_desc.load([first_row + N, k]), x.T).to(tl.float32) * scale
     else:
-        sums = tl.zeros([TILE_N, TILE_M], tl.int32 if codes_ptr.dtype.element_ty == tl.int8 else tl.float32)
+        sums = tl.zeros([TILE_N, TILE_M], tl.int32)
         up_sums = sums
         for k in tl.range(0, K, TILE_K, num_stages=STAGES):
             x = tl.load(x_place + k) if GATHERED else x_desc.load([first_m, k])
-            sums = tl.dot(
-                weight_desc.load([first_row, k]), x.T, sums, max_num_imprecise_acc=BLOCK, out_dtype=sums.dtype
-            )
+            sums = tl.dot(weight_desc.load([first_row, k]), x.T, sums, out_dtype=tl.int32)
             if FUSED:
-                up_sums = tl.dot(
-                    weight_desc.load([first_row + N, k]), x.T, up_sums, max_num_imprecise_acc=BLOCK,
-                    out_dtype=sums.dtype,
-                )  # fmt: skip
+                up_sums = tl.dot(weight_desc.load([first_row + N, k]), x.T, up_sums, out_dtype=tl.int32)
         total, up = sums.to(tl.float32), up_sums.to(tl.float32)
     if not RUNS:
         x_scale = tl.load(x_scale_ptr + row, mask=inside, other=0.0)[None, :]
@@ -143,7 +138,7 @@ def experts_8bit(
         require(run in (64, BLOCK) and x.scales.shape[1] >= given, f"scales of x {tuple(x.scales.shape)}")
     else:
         require(tuple(x.scales.shape) == (given,), f"scales of x {tuple(x.scales.shape)}")
-    step = min(run, BLOCK) if blocked or runs else tiles.tile_k
+    step = min(run, BLOCK, tiles.tile_k)
     if isinstance(out, CodedRows):
         require(values.dtype == codes.dtype, "out is not in codes of W's type")
         require(tuple(out.scales.shape) == (n // tiles.tile_n, num_rows), f"scales of out {tuple(out.scales.shape)}")

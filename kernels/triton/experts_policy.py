@@ -66,7 +66,7 @@ def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int) -> Tiles |
     n, k = shape.outputs, shape.inputs
     if n % BLOCK or k % BLOCK:
         return None
-    wide = shape.fused and num_tiles * (n // WIDE) >= PROGRAMS
+    wide = num_tiles * (n // WIDE) >= PROGRAMS
     tile_n = WIDE if wide else 64
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * BLOCK
     stages = max(2, min(SHARED_BYTES // 2 // stage, 6))

@@ -6,7 +6,7 @@
 
 E' is E, or E + 1 where a shared expert has a gate: its logit is the last. A token chooses an expert once, so a pair's
 place in its expert is the number of earlier tokens that chose it: a cumulative sum, no atomics, and the same order in
-every run. Up to 64 tokens take one program and one launch; more take a launch to choose, in which each program
+every run. Up to 4 tokens take one program and one launch; more take a launch to choose, in which each program
 counts, and one in which each sums the counts of those before it. Nothing waits for the host: what follows launches
 programs for `most_tiles`, and those from num_tiles on end at once. Bytes: the logits, once.
 """
@@ -24,14 +24,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from baton.kernels.routing import Routing
 from baton.kernels.triton.launch import launch_options, require
 
-ALONE = (4, 16, 64)
-"""Tokens of a program that chooses and orders for all of them."""
-TOKENS, MANY_TOKENS, MANY = 16, 64, 1024
-"""Of one of several programs; the larger from MANY tokens on."""
+TOKENS = ((256, 4), (1024, 16))
+"""Up to so many tokens, a program has so many: one with 64 takes 20 us longer than one with 4."""
+MANY_TOKENS = 32
+"""With more tokens: each program reads the counts of all."""
 VALUES = 8192
 """Tokens times experts of a program: more would not fit its registers."""
 ROUTER_TILE_K = 128
-VALUES_A_WARP = 128
+VALUES_A_WARP = 256
 SUM_FLOOR = 1e-20
 """Added to the sum that weights are divided by: sigmoids may all be 0."""
 BLOCKS = 32
@@ -65,7 +65,7 @@ class Routes(NamedTuple):
     @classmethod
     def of_room(cls, num_tokens: int, routing: Routing, tiles: int, rows: int, device: str) -> Routes:
         """Memory for steps of up to so many tokens, tiles and rows of tiles, each of which takes its `first`."""
-        pairs, programs = (num_tokens, routing.top_k), triton.cdiv(num_tokens, ALONE[0])
+        pairs, programs = (num_tokens, routing.top_k), triton.cdiv(num_tokens, TOKENS[0][1])
 
         def integers(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -299,9 +299,8 @@ def router(
 
 
 def _tokens_of_a_program(num_tokens: int, block_e: int) -> int:
-    most = max(VALUES // block_e, ALONE[0])
-    alone = next((size for size in ALONE if num_tokens <= size <= most), 0)
-    return alone or min(most, MANY_TOKENS if num_tokens >= MANY else TOKENS)
+    tokens = next((tokens for most, tokens in TOKENS if num_tokens <= most), MANY_TOKENS)
+    return max(min(tokens, VALUES // block_e), 1)
 
 
 def choose(

@@ -537,7 +537,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent_16_page16": lambda: latent(16, 16),
     "latent_128": lambda: latent(128, 64, 1536),
     "gated_product": gated_product,
-    "route": lambda: routing(16, 256, True),
+    "route": lambda: routing(4, 256, True),
     "route_many": lambda: routing(2048, 128, False),
     "experts_row": lambda: experts(0),
     "experts_16": lambda: experts(16),

@@ -164,6 +164,29 @@ def test_hopper_products_of_8_bits_leave_room_for_another(kernels):
         assert all(kernel["registers"] * 256 * programs <= 65536 for kernel in found), found
 
 
+def test_products_of_experts_use_warpgroup_instructions_and_fit(kernels):
+    """Guards against rows that are gathered one by one instead of ahead, which then have no room in shared memory, and
+    against tiles that leave no room for another program where two should run."""
+    assert not any(kernel["wgmma"] or kernel["mma"] for kernel in kernels["experts_row"])
+    for case, codes in (("experts_16", ""), ("experts_8bit_16_block", "e4m3")):
+        gate_up, down = kernels[case]
+        assert gate_up["wgmma"] and down["wgmma"] and gate_up["tma"] and down["tma"], case
+        assert gate_up["bytes"] == down["bytes"] == codes and gate_up["registers"] <= 128, (case, gate_up)
+        assert gate_up["shared_bytes"] > 80 * 1024 and down["shared_bytes"] <= 113 * 1024, (case, gate_up, down)
+    _, *products = kernels["experts_gluon"]
+    for kernel in products:
+        assert kernel["wgmma"] and kernel["tma"] and not kernel["mma"] and kernel["registers"] == 168, kernel
+        assert 200 * 1024 < kernel["shared_bytes"] <= 226 * 1024, kernel
+
+
+def test_routing_fits_one_program(kernels):
+    """Guards against tokens and experts that no longer fit the registers of a program."""
+    assert [len(kernels[case]) for case in ("route", "route_many")] == [2, 3]
+    assert all(kernel["shared_bytes"] <= 100 * 1024 for case in ("route", "route_many") for kernel in kernels[case])
+    (summed,) = kernels["norm_of_experts"]
+    assert summed["registers"] <= 64, summed
+
+
 def test_decode_attention_uses_matrix_instructions_and_fits(kernels):
     """Guards against a tile that falls back to scalar products, a page that is not fetched whole, and too few or too
     many programs on a multiprocessor (see decode_plan): 1 to 4 tiles in flight leave room for 5, 3, 2 and 1."""

@@ -18,13 +18,13 @@ DEEPSEEK_V3 = Routing(16, 4, sigmoid=True, scale=2.5, num_groups=4, kept_groups=
 @pytest.mark.parametrize("routing", [FEW, MANY, DEEPSEEK_V2, DEEPSEEK_V3])
 def test_route(device, routing):
     """Guards against another order of equals, an expert without rows or with several tiles, and a count left out."""
-    for num_tokens in (1, 37, 70):
-        checks.check_route(device, num_tokens, routing, 16, skewed=num_tokens < 70, corrected=routing.sigmoid)
+    for num_tokens in (3, 18):
+        checks.check_route(device, num_tokens, routing, 16, skewed=num_tokens > 3, corrected=routing.sigmoid)
 
 
 def test_route_of_rows_that_pad_and_of_held_experts(device):
     """Guards against padding that has experts read, and rows of another rank's."""
-    for num_tokens in (5, 66):
+    for num_tokens in (4, 9):
         checks.check_route(device, num_tokens, MANY, 4, gated=True, padded=3)
         checks.check_route(device, num_tokens, MANY, 4, held=range(5, 10), skewed=True)
 
