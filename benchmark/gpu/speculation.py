@@ -179,14 +179,17 @@ class Pair:
             verified=drafted.verified, accepted=drafted.accepted,
         )  # fmt: skip
 
-    def useless(self, rows: int, force: int) -> None:
+    def useless(self, rows: int, drafts: int) -> None:
         """What drafts cost that are never right, in turns."""
         plain, drafted = [], []
         for _ in range(TURNS):
-            plain.append(self.streams(rows, 0).run(longest=USELESS_STEPS))
-            drafted.append(self.streams(rows, MOST_DRAFTS).run(force, longest=USELESS_STEPS))
+            off, on = self.streams(rows, 0), self.streams(rows, drafts or MOST_DRAFTS)
+            plain.append(off.run(longest=USELESS_STEPS))
+            if drafts:
+                on.predictions = [misleading(known, drafts) for known in off.known]
+            drafted.append(on.run(longest=USELESS_STEPS))
         self._lines.put(
-            "useless", **self.about, rows=rows, drafts=force,
+            "useless", **self.about, rows=rows, drafts=drafts, verified=on.verified, accepted=on.accepted,
             cost=statistics.median(drafted) / statistics.median(plain),
             off_ms=statistics.median(plain) / USELESS_STEPS * 1e3,
         )  # fmt: skip
@@ -205,6 +208,13 @@ class Pair:
             "step", **self.about, rows=rows, drafts=most, ratio=on_s / off_s, off_ms=off_s * 1e3, on_ms=on_s * 1e3,
             verified=drafted.verified, accepted=drafted.accepted,
         )  # fmt: skip
+
+
+def misleading(known: Sequence[int], drafts: int) -> list[int]:
+    """A prediction with wrong tokens behind each five of the sequence, from the end of its context on."""
+    parts = [known[end - 5 : end] for end in range(CONTEXT, len(known))]
+    wrong = [(known[CONTEXT + place] + 1) % 100_000 for place in range(len(parts))]
+    return [token for part, other in zip(parts, wrong, strict=True) for token in (*part, *[other] * drafts)]
 
 
 def kernels(lines: JsonLines, rows: int, tokens: int) -> None:

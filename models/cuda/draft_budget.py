@@ -53,8 +53,10 @@ class DraftBudget:
         self._num_unserved = 0
 
     def measured(self, tokens: int, seconds: float) -> None:
-        """A step of so many tokens without context took so long."""
+        """A step of so many tokens without context took so long. What was measured before was of other steps."""
         self._base_s[tokens] = seconds
+        self._ratios.clear()
+        self._ratio = 1.0
 
     def begin(self, slot: int) -> None:
         """The slot has another sequence."""
