@@ -1,0 +1,79 @@
+"""A model of experts and latent attention over a cluster: its workers give the tokens of transformers."""
+
+from __future__ import annotations
+
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+
+import baton
+from baton.tests.integration.cluster import Cluster
+
+pytestmark = pytest.mark.timeout(120)
+
+DEMO = Path(baton.__file__).parent / "models" / "demo"
+VOCAB_SIZE, MAX_TOKENS = 4096, 12
+
+
+@pytest.fixture
+def made(tmp_path: Path) -> tuple[Path, transformers.PreTrainedModel]:
+    """A random DeepSeek V3 with the demo's tokenizer, and transformers' own."""
+    torch.manual_seed(5)
+    config = transformers.DeepseekV3Config(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=48,
+        intermediate_size=80,
+        moe_intermediate_size=40,
+        num_hidden_layers=3,
+        first_k_dense_replace=1,
+        n_routed_experts=8,
+        n_group=4,
+        topk_group=2,
+        num_experts_per_tok=3,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=24,
+        kv_lora_rank=32,
+        qk_nope_head_dim=16,
+        qk_rope_head_dim=8,
+        v_head_dim=12,
+        head_dim=8,
+        max_position_embeddings=512,
+        eos_token_id=1,
+    )
+    model = transformers.DeepseekV3ForCausalLM(config).eval()
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and "inv_freq" not in name:
+            tensor.data = torch.randn_like(tensor) * 0.2 + ("norm" in name)
+    folder = tmp_path / "deepseek"
+    model.save_pretrained(folder)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(DEMO / file, folder)
+    return folder, model
+
+
+def test_handed_over_chunked_and_cached_prompts_give_the_tokens_of_transformers(made, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    """Guards what a transfer carries of latent attention, and experts that another worker computed the prompt with."""
+    folder, model = made
+    chance = torch.Generator().manual_seed(2)
+    prompts = [torch.randint(5, VOCAB_SIZE, (size,), generator=chance).tolist() for size in (3, 17, 40, 40, 90, 130)]
+    chunks = ("--max-chunk-tokens", "24")
+    with Cluster(1, 1, model=str(folder), prefill_args=chunks, log_folder=tmp_path) as cluster:
+
+        def ask(prompt: list[int]) -> list[int]:
+            answer = cluster.complete(prompt, max_tokens=MAX_TOKENS, ignore_eos=True, return_token_ids=True)
+            return list(answer["choices"][0]["token_ids"])
+
+        with ThreadPoolExecutor(len(prompts)) as threads:
+            answers = list(threads.map(ask, prompts))
+        assert [ask(prompt) for prompt in prompts] == answers, "with prefix hits"
+        assert sum(cluster.worker_values("transfers_received_total").values()) > 0
+    for prompt, answer in zip(prompts, answers, strict=True):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt + answer]), use_cache=False).logits[0, len(prompt) - 1 : -1]
+        assert answer == theirs.argmax(-1).tolist()
+    assert len({token for answer in answers for token in answer}) > 20, "a model that repeats itself shows nothing"
