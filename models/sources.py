@@ -137,14 +137,18 @@ def log_unused(checkpoint: Checkpoint, sources: dict[str, Source], tied: bool, l
 def read_forms(checkpoint: Checkpoint, sources: Mapping[str, Source]) -> dict[str, QuantizedWeight]:
     """Of weights that are quantised: sizes and types, without numbers but for the groups of inputs."""
     forms = {}
+    with_groups: dict[str, list[tuple[str, QuantizedSource, str]]] = {}
     for name, source in sources.items():
         if isinstance(source, QuantizedSource):
             groups = source.groups_of_inputs
             if groups is None:
                 forms[name] = source.form(checkpoint)
             else:
-                with _opened(checkpoint, groups.file) as file:
-                    forms[name] = source.form(checkpoint, file.get_tensor(groups.name))
+                with_groups.setdefault(groups.file, []).append((name, source, groups.name))
+    for file_name, found in with_groups.items():  # files of many tensors are slow to open
+        with _opened(checkpoint, file_name) as file:
+            for name, source, groups_name in found:
+                forms[name] = source.form(checkpoint, file.get_tensor(groups_name))
     return forms
 
 

@@ -8,11 +8,13 @@ which have a type and a shape and no numbers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 
-from baton.models.checkpoint import Checkpoint, StoredTensor
+from baton.models.checkpoint import Checkpoint, StoredTensor, TensorForm
 from baton.models.quantization.scheme import Quantization
 from baton.models.quantization.weight import QuantizedWeight, unpack
 from baton.node.errors import SettingsError
@@ -66,10 +68,16 @@ class QuantizedSource(NamedTuple):
 
     def form(self, checkpoint: Checkpoint, groups_of_inputs: torch.Tensor | None = None) -> QuantizedWeight:
         """Its sizes and types, without numbers but for the groups of inputs, if they are given; raises as `read`."""
-        tensors = {role: _without_numbers(checkpoint, stored, self.where) for role, stored in self.tensors.items()}
-        if groups_of_inputs is not None:
-            tensors = {role: groups_of_inputs if role in GROUPS_OF_INPUTS else t for role, t in tensors.items()}
-        return self.read(tensors)
+        forms = tuple((role, _known(checkpoint, stored, self.where)) for role, stored in self.tensors.items())
+        try:
+            made = _form(self.layout, forms, self.shape, self.quantization)
+            if groups_of_inputs is None:
+                return made
+            role = next(role for role in GROUPS_OF_INPUTS if role in self.tensors)
+            groups = _group_of_input({role: groups_of_inputs}, role, self.shape[1], made.scales.shape[1])
+            return replace(made, group_of_input=groups)
+        except SettingsError as error:
+            raise SettingsError(f"{self.where}: {error}") from None
 
     def read(self, tensors: Tensors) -> QuantizedWeight:
         """What its tensors hold; SettingsError if they do not fit each other or the weight."""
@@ -109,11 +117,21 @@ def _companions(
     return tensors
 
 
-def _without_numbers(checkpoint: Checkpoint, stored: StoredTensor, where: str) -> torch.Tensor:
+def _known(checkpoint: Checkpoint, stored: StoredTensor, where: str) -> TensorForm:
     form = checkpoint.forms[stored.name]
     if form.dtype not in TYPES:
         raise SettingsError(f"{where}: tensor {stored.name} is {form.dtype}, which no method here stores")
-    return torch.empty(form.shape, dtype=TYPES[form.dtype], device="meta")
+    return form
+
+
+@lru_cache(maxsize=256)
+def _form(
+    layout: CodeLayout, forms: tuple[tuple[str, TensorForm], ...], shape: tuple[int, int], quantization: Quantization
+) -> QuantizedWeight:
+    """What tensors of these forms hold, without numbers. Models with experts have many thousands of few forms, and
+    operations on tensors without numbers take milliseconds."""
+    tensors = {role: torch.empty(form.shape, dtype=TYPES[form.dtype], device="meta") for role, form in forms}
+    return layout.read(tensors, *shape, quantization)
 
 
 def _scaled(tensors: Tensors, outputs: int, inputs: int, quantization: Quantization) -> QuantizedWeight:
