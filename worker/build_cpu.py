@@ -167,6 +167,8 @@ def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> 
 
 def _start_ranks(settings: WorkerSettings, folder: Path, vocab_size: int) -> RankGroup:
     """The ranks from 1 on, which load their parts while this process loads that of rank 0."""
+    if settings.threads is None:  # torch's choice is all cores for each process
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), len(os.sched_getaffinity(0)) // settings.tp)))
 
     def start(index: int, fds: dict[int, int], memory: SharedBytes) -> RankStart:
         return RankStart(

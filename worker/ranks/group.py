@@ -45,6 +45,7 @@ class RankGroup:
     def __init__(self, count: int, start: Callable[[int, dict[int, int], SharedBytes], RankStart]) -> None:
         """start(index, fds of its links by rank, shared memory) describes a rank. They begin to load at once."""
         self._memory = HostMemory(1, memory_bytes(count))
+        memory = shared_bytes(self._memory.shared)
         self._controls: list[Link] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended = threading.Event()
@@ -58,7 +59,7 @@ class RankGroup:
             self._controls.append(own)
             self._processes.append(_started(theirs, list(ends[index].values())))
             fds = {other: link.fileno() for other, link in ends[index].items()}
-            own.send(encode(start(index, fds, shared_bytes(self._memory.shared))))
+            own.send(encode(start(index, fds, memory)))
             for link in (theirs, *ends[index].values()):
                 link.close()
 
