@@ -2,20 +2,33 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
+from baton.benchmark.harness.shapes import SHAPES
 from baton.kernels.routing import Routing
 from baton.kernels.routing import route as choose_plainly
 from baton.kernels.triton import experts_policy, prefill_gluon
 from baton.kernels.triton.experts import experts
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.kernels.triton.spread import spread
+from baton.models.batch import Draw, Row
+from baton.models.config import ModelConfig
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.layers import Weights
+from baton.models.weights import load_weights
+from baton.node.messages.control import SamplingSpec
+from baton.tests.gpu.test_runner import LONGEST, exact_logits, table
 from baton.tests.unit.kernels import expert_checks as checks
 from baton.tests.unit.kernels.checks_8bit import FP8, INT8
 from baton.tests.unit.kernels.kernel_checks import error, poison, randn
+from baton.tests.unit.models.cuda.ahead import Ahead
 
 pytestmark = pytest.mark.gpu
 
@@ -59,17 +72,16 @@ def test_products(pdl):
 
 @pytest.mark.parametrize("code_type", [FP8, INT8])
 @pytest.mark.parametrize("blocked", [False, True])
-@pytest.mark.parametrize("pdl", [False, True])
-def test_products_of_8_bits(code_type, blocked, pdl):
+def test_products_of_8_bits(code_type, blocked):
     """FP8 is summed with 14 bits."""
-    for fused in (True, False):
-        shape = ProductShape(WIDTH, HIDDEN, True) if fused else ProductShape(HIDDEN, WIDTH)
-        for tile_m, num_tokens in ((16, 8), (64, 100)):
-            tiles = experts_policy.rows_tiles_8bit(shape, tile_m, 100 if tile_m > 16 else 1)
-            checks.check_experts_8bit(
-                GPU, code_type, num_tokens, Routing(8, 2), *shape[:2], tiles, blocked=blocked, fused=fused,
-                skewed=True, pdl=pdl, tolerance=5e-4,
-            )  # fmt: skip
+    given = {"blocked": blocked, "skewed": True, "tolerance": 5e-4}
+    gate_up, down = ProductShape(WIDTH, HIDDEN, True), ProductShape(HIDDEN, WIDTH)
+    for tile_m, num_tokens, num_tiles in ((16, 4, 8), (16, 40, 100), (64, 300, 100)):
+        pdl = num_tokens < 100
+        wide, narrow = (experts_policy.rows_tiles_8bit(each, tile_m, num_tiles) for each in (gate_up, down))
+        common = GPU, code_type, num_tokens, Routing(8, 2)
+        checks.check_experts_8bit(*common, *gate_up[:2], wide, fused=True, pdl=pdl, **given)
+        checks.check_experts_8bit(*common, *down[:2], narrow, fused=False, run=wide.tile_n, pdl=pdl, **given)
 
 
 def test_the_norm_sums_what_experts_add():
@@ -154,6 +166,61 @@ def test_prompts_have_the_bits_of_few_rows(gated):
     wide, narrow = gluon(logits, QWEN3, x, weight, gated), few_rows(logits, QWEN3, x, weight, gated, 16)
     equal = float((wide == narrow).float().mean())
     assert equal > 0.99 if gated else equal == 1.0, equal  # silu is rounded otherwise
+
+
+def make_runner(folder: Path, num_experts: int, top_k: int, deterministic: bool) -> tuple[CudaRunner, Weights]:
+    """Of two layers of Qwen3-30B-A3B with other numbers of experts and random weights; over an empty pool."""
+    shape = json.loads((SHAPES / "qwen3-30b-a3b" / "config.json").read_text())
+    shape |= {"num_hidden_layers": 2, "vocab_size": 8192, "num_experts": num_experts, "num_experts_per_tok": top_k}
+    (folder / "config.json").write_text(json.dumps(shape))
+    config = ModelConfig.from_folder(folder)
+    weights = load_weights(config, folder, BF16, "cuda:0", "dummy", pack=False)
+    runner = CudaRunner(config, weights, CudaQueue(0), StepLimits(16, 2048, 1, deterministic), LONGEST)
+    pool = torch.zeros(200, config.num_kv_heads, 2, 2, 64, config.head_dim, dtype=BF16, device=GPU)
+    runner.bind_pool(pool, LONGEST)
+    return runner, weights
+
+
+PROMPT = [number * 37 % 8000 for number in range(300)]
+
+
+def test_a_model_computes_what_the_cpu_does(tmp_path):
+    """Guards rows that are padding, and a sum that leaves an expert out. Every token goes to all experts: one that is
+    chosen by a rounding alone would be another result."""
+    runner, weights = make_runner(tmp_path, 8, 8, False)
+    draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 300, 0)
+    found = runner.logits([Row(PROMPT, 0, table(0), draw)]).float().cpu()
+    run = Ahead(runner)
+    for slot in range(3):
+        run.start(slot, PROMPT, table(slot))
+    run.launch([0, 1, 2], chunk=1000)
+    for _ in range(4):
+        run.launch([0, 1, 2])  # a step of four rows
+    tokens = run.generated(0)[:4]
+    exact = exact_logits(runner.config, weights, PROMPT + tokens)
+    assert error(found[0], exact[299]) < 0.02
+    for step, token in enumerate(tokens):
+        row = exact[299 + step]
+        assert row.max() - row[token] < 0.05 * row.std(), step
+
+
+def test_deterministic_tokens_do_not_depend_on_the_batch(tmp_path):
+    """Guards against a choice, a product or a sum whose bits depend on the tokens beside."""
+    runner, _ = make_runner(tmp_path, 64, 4, True)
+    draw = Draw(SamplingSpec(max_tokens=99, temperature=0.0), (), 300, 0)
+    whole = runner.logits([Row(PROMPT, 0, table(0), draw)]).clone()
+    runner.logits([Row(PROMPT[:100], 0, table(1), draw)])
+    assert torch.equal(runner.logits([Row(PROMPT[100:], 100, table(1), draw)]), whole)
+    run = Ahead(runner)
+    for slot in range(9):  # the same sequence in every row
+        run.start(slot, PROMPT, table(slot))
+    run.launch([0, 1, 2], chunk=1000)
+    run.launch(list(range(3, 9)), chunk=1000)
+    for _ in range(6):
+        run.launch([0])
+        run.launch(list(range(1, 9)))
+    found = [run.generated(slot)[:6] for slot in range(9)]
+    assert all(tokens == found[0] for tokens in found)
 
 
 def test_tiles_of_all_shapes_fit():

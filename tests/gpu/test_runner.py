@@ -15,14 +15,14 @@ import torch
 
 pytest.importorskip("triton", reason="Triton is made for Linux only")
 
-from baton.kernels import DenseLinear, GroupedLinear, Linear, ScaledLinear
+from baton.kernels import DenseLinear, ExpertLinears, GroupedLinear, Linear, ScaledLinear
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
-from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
+from baton.models.layers import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Mlp, Weights
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model
@@ -262,13 +262,22 @@ def exact_logits(
     def plain(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else tensor.float().cpu()
 
+    def wide_experts(experts: ExpertLinears) -> ExpertLinears:
+        return ExpertLinears(wide(experts.stacked), experts.num_experts)
+
+    def wide_mlp(mlp: Mlp) -> Mlp:
+        if isinstance(mlp, DenseMlpWeights):
+            return DenseMlpWeights(wide(mlp.gate_up), wide(mlp.down))
+        assert mlp.correction is mlp.shared is None
+        return ExpertsWeights(wide(mlp.router), None, wide_experts(mlp.gate_up), wide_experts(mlp.down), None, None)
+
     layers = tuple(
         LayerWeights(
             each.shape,
             each.input_norm.float().cpu(),
             AttentionWeights(wide(each.attention.qkv), plain(each.attention.head_norms), wide(each.attention.o)),
             each.post_norm.float().cpu(),
-            DenseMlpWeights(wide(each.mlp.gate_up), wide(each.mlp.down)),
+            wide_mlp(each.mlp),
             plain(each.attention_output_norm),
             plain(each.mlp_output_norm),
         )
