@@ -19,7 +19,7 @@ import torch
 from baton.benchmark.gpu.attention import decode, mixed, pools, prefill
 from baton.benchmark.gpu.ceilings import GPU, Ceilings, randn
 from baton.benchmark.gpu.kernel_report import DIM, FFN, HEADS, HIDDEN, KV_HEADS, VOCAB, KernelReport
-from baton.benchmark.gpu.latent import latent
+from baton.benchmark.gpu.latent import latent, latent_prompts
 from baton.benchmark.gpu.products import products
 from baton.benchmark.gpu.runners import add_quantization
 from baton.benchmark.harness.json_lines import JsonLines
@@ -251,7 +251,7 @@ PARTS: dict[str, Callable[[KernelReport], None]] = {
     part.__name__: part
     for part in (
         ceilings, small, choice, whole_blocks, host_copies, decode, mixed, pools, prefill, linears, qwen3_linears,
-        products, latent,
+        products, latent, latent_prompts,
     )
 }  # fmt: skip
 

@@ -23,12 +23,13 @@ LAYERS = {16: 27, 128: 4}
 
 
 def latent(report: KernelReport) -> None:
-    """Latent attention."""
-    for heads, rows, length in (
-        (16, 1, 1024), (16, 1, 8192), (16, 8, 8192), (16, 64, 1024), (16, 64, 8192), (16, 1, 32768),
-        (128, 1, 4096), (128, 64, 4096),
-    ):  # fmt: skip
+    """One new token a row."""
+    for heads, rows, length in ((16, 1, 1024), (16, 1, 8192), (16, 8, 8192), (16, 64, 8192), (128, 64, 4096)):
         _decode(report, heads, rows, length)
+
+
+def latent_prompts(report: KernelReport) -> None:
+    """Prompts, with the expansion of their context."""
     for heads, num_new, cached, slice_tokens in (
         (16, 1024, 0, 65536), (16, 8192, 0, 65536), (16, 8192, 0, 4096), (16, 1024, 31744, 65536), (128, 4096, 0, 8192),
     ):  # fmt: skip
