@@ -8,11 +8,12 @@ the prompts' load in workers, and K = k times the tokens of answers a second:
     m = 0   TPOT  a / (1 - R/n - K/n)                prompts hold up answers
             TTFT  S + wait(n, R/n) + a step
     m > 0   TPOT  a / (1 - (H + K)/(n - m))          fewer workers have more rows each
-            TTFT  S + min(wait(m, R/m), w rows S)
+            TTFT  S + wait(m, R/m), but at most w rows S
 
 A prompt that would wait for longer than w rows S, the weighted delay of the answers on a worker without prompts, is
 computed there (decision 6); H is the load of those. The plan is the m and w for which the sum of squares of TTFT and
-TPOT, each by its objective, is least, if it is less by a margin. What was measured last corrects the prediction.
+TPOT, each by its objective, is least, if it is less by a margin. What was measured under the plans with hand-overs, and
+under the one without, corrects the predictions of each: a step that is slower with many rows shows only where they are.
 """
 
 from __future__ import annotations
@@ -24,13 +25,21 @@ from dataclasses import dataclass, replace
 
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, WorkerView, pick
 
-MEAN_S = 8.0
-"""Rates are means over so long."""
+MEAN_S, MEAN_ARRIVALS, LONGEST_MEAN_S = 8.0, 64, 30.0
+"""Rates are means over so long, or over so many prompts if that is longer, at most the last: a mean of few prompts is
+often far from the rate, and where workers are nearly full, costs are not linear in it."""
 MAX_ARRIVALS = 4096
+SETTLED_ANSWERS = 3.0
+"""What is measured before a plan, or the first request, is so many answers old says little of the plan."""
+CORRECTION = 0.05
+"""Weight of a new measurement in a correction; four are made in a second."""
+FORGET_S = 120.0
+"""A correction of plans that are not in force is good for so long."""
 MARGIN = 0.1
-"""A plan must be better by this part to replace the one in force, unless it has m = 0, without hand-overs ..."""
-DWELL_S = 4.0
-"""... which lasts at least so long."""
+"""A plan must be better by this part to replace the one in force ..."""
+DWELL_S, DWELL_ANSWERS = 4.0, 1.5
+"""... which lasts at least so long, and so many times as long as an answer: a worker that changes sides keeps its
+answers, beside all of the prompts."""
 WEIGHTS = (0.1, 0.25, 0.6, 1.5, 4.0)
 """Of a delay of answers against that of a first token; with the last one hardly any answer is delayed."""
 PRIOR_ROW_PART = 0.015
@@ -105,6 +114,23 @@ class RolePlan:
     weight: float
 
 
+@dataclass(slots=True)
+class Correction:
+    """Measured TTFT and TPOT by the predicted ones."""
+
+    ttft: float = 1.0
+    tpot: float = 1.0
+    seen_at: float = -math.inf
+
+    def learn(self, measured: tuple[float, float], expected: tuple[float, float], now: float) -> None:
+        """A measured 0 says nothing."""
+        part = CORRECTION if now - self.seen_at < FORGET_S else 1.0
+        ratios = [min(max(m / e, 0.5), 2.0) if m else None for m, e in zip(measured, expected, strict=True)]
+        self.ttft += part * ((ratios[0] or self.ttft) - self.ttft)
+        self.tpot += part * ((ratios[1] or self.tpot) - self.tpot)
+        self.seen_at = now
+
+
 class MixedRoles:
     """The plan for the mixed workers of one model."""
 
@@ -119,6 +145,7 @@ class MixedRoles:
         self._began_at = math.inf
         self._own_tokens = self._all_tokens = 0.0  # of prompts: sent off here, computed by the workers
         self._decided_at = -math.inf
+        self._corrections = {False: Correction(), True: Correction()}  # without and with workers for prompts
 
     # -- what is measured
 
@@ -145,13 +172,25 @@ class MixedRoles:
         is known; `answer_tokens`: of a mean answer. Nothing is planned while that is 0, for none has ended."""
         mixed = [worker for worker in view if worker.role == "mixed" and not worker.draining]
         self.prompts &= {worker.identity for worker in mixed}
-        while self._arrivals and self._arrivals[0][0] < now - MEAN_S:
-            self._arrivals.popleft()
-        if len(mixed) > 1 and self._arrivals and answer_tokens and now - self._decided_at >= DWELL_S:
-            best = self._best(mixed, slack, self._demand(mixed, answer_tokens, now))
-            if best != self.current:
-                self._decided_at, self.current = now, best
+        self._forget(now)
+        if len(mixed) > 1 and self._arrivals and answer_tokens:
+            demand = self._demand(mixed, answer_tokens, now)
+            expected = self.predict(self.current, len(mixed), demand)
+            measured = (slack[0] * self._ttft_s, slack[1] * self._tpot_s)
+            answer_s = answer_tokens * (measured[1] or expected[1])
+            if now - max(self._decided_at, self._began_at) >= MEAN_S + SETTLED_ANSWERS * answer_s:
+                self._corrections[self.current.num_prompts > 0].learn(measured, expected, now)
+            if now - self._decided_at >= max(DWELL_S, DWELL_ANSWERS * answer_s):
+                best = self._best(len(mixed), demand, now)
+                if best != self.current:
+                    self._decided_at, self.current = now, best
         self._fill(mixed)
+
+    def _forget(self, now: float) -> None:
+        """Prompts that are too old for the mean."""
+        arrivals = self._arrivals
+        while arrivals and arrivals[0][0] < now - (MEAN_S if len(arrivals) > MEAN_ARRIVALS else LONGEST_MEAN_S):
+            arrivals.popleft()
 
     def _fill(self, mixed: Sequence[WorkerView]) -> None:
         """As many workers for prompts as planned, those with the fewest requests; one is left for answers."""
@@ -160,26 +199,24 @@ class MixedRoles:
             order = sorted(mixed, key=lambda each: (each.identity not in self.prompts, each.requests, each.identity))
             self.prompts = frozenset(worker.identity for worker in order[:num_prompts])
 
-    def _best(self, mixed: Sequence[WorkerView], slack: tuple[float, float], demand: Demand) -> RolePlan:
-        n = len(mixed)
+    def _best(self, n: int, demand: Demand, now: float) -> RolePlan:
         plans = [RolePlan(0, self.current.weight)]
         plans += [RolePlan(num_prompts, weight) for num_prompts in range(1, n) for weight in WEIGHTS]
-        expected = self.predict(self.current, n, demand)
-        measured = (slack[0] * self._ttft_s, slack[1] * self._tpot_s)
-        factors = [min(max(m / e, 0.5), 2.0) if m else 1.0 for m, e in zip(measured, expected, strict=True)]
+        here = self.current.num_prompts > 0
+        known = {each: self._corrections[each] for each in (False, True)}
+        if now - known[not here].seen_at > FORGET_S:
+            known[not here] = known[here]
 
         def cost(plan: RolePlan) -> float:
-            ttft_s, tpot_s = self.predict(plan, n, demand)
-            return (factors[0] * ttft_s / self._ttft_s) ** 2 + (factors[1] * tpot_s / self._tpot_s) ** 2
+            (ttft_s, tpot_s), ratio = self.predict(plan, n, demand), known[plan.num_prompts > 0]
+            return (ratio.ttft * ttft_s / self._ttft_s) ** 2 + (ratio.tpot * tpot_s / self._tpot_s) ** 2
 
-        best, current_cost = min(plans, key=cost), cost(self.current)
-        if cost(best) < (1 - MARGIN) * current_cost:
-            return best
-        return plans[0] if cost(plans[0]) < current_cost else self.current
+        best = min(plans, key=cost)
+        return best if cost(best) < (1 - MARGIN) * cost(self.current) else self.current
 
     def _demand(self, mixed: Sequence[WorkerView], answer_tokens: float, now: float) -> Demand:
         """Of the requests of the last seconds; those of other proxies are taken to be like this one's."""
-        seconds = min(MEAN_S, max(now - self._began_at, 1.0))
+        seconds = max(now - max(self._arrivals[0][0], self._began_at), 1.0)
         tokens_s = sum(worker.tokens_s for worker in mixed) / len(mixed)
         lengths = [num_tokens / tokens_s for _, num_tokens in self._arrivals]
         mean_s = sum(lengths) / len(lengths)
@@ -203,7 +240,7 @@ class MixedRoles:
             longest = plan.weight * demand.answers * tpot_s / (n - m)
             helped = load * _overflow(load / m, m * (1 + longest))
             tpot_s = a / _room((helped + k * demand.answers) / (n - m))
-        return demand.prompt_s * (1 + min(longest, demand.spread * _wait(m, (load - helped) / m))), tpot_s
+        return demand.prompt_s * (1 + _bounded_wait(m, load / m, demand.spread, longest)), tpot_s
 
 
 def pick_mixed(
@@ -239,8 +276,21 @@ def _room(used: float) -> float:
 def _wait(servers: int, used: float) -> float:
     """90th percentile of the wait of M/M/c in services; the chance of a wait is Sakasegawa's approximation (1977)."""
     used = min(max(used, 1e-6), 0.98)
-    waits = used ** (math.sqrt(2 * (servers + 1)) - 1)
-    return max(0.0, TENTH + math.log(waits)) / (servers * (1 - used))
+    return max(0.0, TENTH + math.log(_waits(servers, used))) / (servers * (1 - used))
+
+
+def _waits(servers: int, used: float) -> float:
+    return min(1.0, used ** (math.sqrt(2 * (servers + 1)) - 1))
+
+
+def _bounded_wait(servers: int, used: float, spread: float, longest: float) -> float:
+    """The same, where what would wait for longer goes elsewhere: the tail is cut off, and not all of it is as long."""
+    waits, rate = _waits(servers, max(used, 1e-6)), servers * (1 - used) / spread
+    if abs(rate * longest) < 1e-3:
+        return max(0.0, longest * (1 - 0.1 / waits))
+    rest = math.exp(-rate * longest)
+    tenth = 0.1 * (1 - waits * rest) / waits if waits < 1 else 0.1 * (1 - rest)
+    return min(longest, max(0.0, -math.log(rest + tenth) / rate))
 
 
 def _overflow(used: float, places: float) -> float:
