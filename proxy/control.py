@@ -225,7 +225,13 @@ class ControlPlane:
         sent = self._links[identity].counts.sent
         self._put(
             identity,
-            Registered(proxy=self._socket.identity, incarnation=self._incarnation, version=message.version, sent=sent),
+            Registered(
+                proxy=self._socket.identity,
+                incarnation=self._incarnation,
+                version=message.version,
+                sent=sent,
+                peers=self._cluster.peers_of(identity),
+            ),
         )
         if not known:
             log_event(logger, "worker_joined", worker=identity, role=role, protocol=message.version)

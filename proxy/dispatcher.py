@@ -27,6 +27,7 @@ from baton.proxy.routing.kvfeed import KvFeed
 from baton.proxy.routing.kvindex import KvIndex
 from baton.proxy.routing.roles import MixedRoles
 from baton.proxy.routing.router import CHOICE_REASONS, Route, RoutingRules
+from baton.proxy.scaling.demand import capacities
 from baton.proxy.scaling.objectives import LatencyObjectives, RoleScale, ScaleMonitor
 from baton.proxy.session import Event, ProxyStopping, Session, WorkerLost
 from baton.proxy.settings import ProxySettings
@@ -266,5 +267,5 @@ class Dispatcher:
         for name, workers in self._cluster.models.items():
             monitor = self._monitors[name]
             if monitor.due(now):
-                monitor.observe(workers.ready(), now)
+                monitor.observe(capacities(workers.view()), workers.mixed.steps.fit(), now)
             workers.mixed.plan(workers.view(), monitor.recent(now), monitor.answer_tokens, now)

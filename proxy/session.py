@@ -480,7 +480,8 @@ class Session:
             self._cached_tokens = message.cached_tokens
             if not self._first_token_at:
                 self._first_token_at = self._clock()
-                self._latency.first_token(self._request_id, self._first_token_at)
+                computed = len(self._ledger.prompt_ids) - message.cached_tokens
+                self._latency.first_token(self._request_id, computed, self._first_token_at)
         if worker == attempt.computes and attempt.hit_tokens is not None:
             self._count_hit(attempt.hit_tokens, message.cached_tokens)
             attempt.hit_tokens = None

@@ -120,7 +120,7 @@ def roles(argv: Sequence[str]) -> None:
 
 
 def scaled(argv: Sequence[str]) -> None:
-    """llm-d's ramp of 2 to 10 to 1 requests a second, before workers that the proxy's gauges scale."""
+    """A load that rises and falls, by default llm-d's ramp, before workers that the proxy's gauges scale."""
     settings = parse(RampSettings, argv, f"{PROG} ramp", scaled.__doc__ or "")
     _show(report.ramp_rows(ramp(settings, load_profile(settings.profile))), settings.json)
 

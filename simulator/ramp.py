@@ -7,13 +7,11 @@ guides/workload-autoscaling/slo-aware/benchmark-templates/BENCHMARK.md).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import random
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from baton.simulator.workload import SimRequest
-
-LLMD_STAGES = ((2.0, 330.0), (4.0, 360.0), (6.0, 360.0), (8.0, 360.0), (10.0, 360.0), (4.0, 360.0), (1.0, 300.0))
-"""Requests a second, and for how many seconds."""
+from baton.simulator.workload import LengthSampler, SimRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,19 +25,30 @@ class Autoscale:
 
 
 def staged(
-    stages: Sequence[tuple[float, float]], prompt_tokens: int, output_tokens: int, part: float = 1.0
+    stages: Sequence[tuple[float, float]],
+    prompt: LengthSampler,
+    output: LengthSampler,
+    chance: random.Random | None = None,
 ) -> list[SimRequest]:
-    """Requests at even intervals; `part` of each stage's time."""
-    requests: list[SimRequest] = []
-    begin_s = 0.0
+    """Stages of so many requests a second for so many seconds: at even intervals, or by chance."""
+    lengths, requests, begin_s = chance or random.Random(0), list[SimRequest](), 0.0
     for rate, seconds in stages:
-        for number in range(round(rate * seconds * part)):
-            at_s = begin_s + number / rate
-            requests.append(
-                SimRequest(len(requests), at_s, prompt_tokens, output_tokens, (len(requests),), prompt_tokens)
-            )
-        begin_s += seconds * part
+        for at_s in _even(rate, seconds) if chance is None else _by_chance(rate, seconds, chance):
+            number, tokens = len(requests), prompt.draw(lengths)
+            requests.append(SimRequest(number, begin_s + at_s, tokens, output.draw(lengths), (number,), tokens))
+        begin_s += seconds
     return requests
+
+
+def _even(rate: float, seconds: float) -> Iterator[float]:
+    return (number / rate for number in range(round(rate * seconds)))
+
+
+def _by_chance(rate: float, seconds: float, chance: random.Random) -> Iterator[float]:
+    at_s = chance.expovariate(rate)
+    while at_s < seconds:
+        yield at_s
+        at_s += chance.expovariate(rate)
 
 
 def mean_level(levels: Sequence[tuple[float, int]], end_s: float) -> float:

@@ -130,9 +130,20 @@ class RampSettings:
     least: int = option(3, unit="workers", help="fewest workers", minimum=1)
     most: int = option(8, unit="workers", help="most workers", minimum=1)
     start_s: float = option(20.0, unit="s", help="time that a worker takes to start", minimum=0)
+    rates: tuple[float, ...] = option((2.0, 4.0, 6.0, 8.0, 10.0, 4.0, 1.0), unit="requests/s", help="of the stages")
+    stage_s: tuple[float, ...] = option(
+        (330.0, 360.0, 360.0, 360.0, 360.0, 360.0, 300.0), unit="s", help="how long each stage lasts"
+    )
+    poisson: bool = option(False, help="arrivals by chance; else at even intervals")
+    spread: float = option(0.0, help="standard deviation of the logarithm of both lengths", minimum=0)
+    seed: int = option(0, help="seed of arrivals and lengths", minimum=0)
     part: float = option(1.0, help="part of the time of each stage", minimum=0.001, maximum=1)
     mixed: bool = option(False, help="workers with adaptive roles; else colocated ones")
     json: bool = option(False, help="print JSON instead of a table")
+
+    def __post_init__(self) -> None:
+        if len(self.rates) != len(self.stage_s) or min((*self.rates, *self.stage_s), default=0.0) <= 0:
+            raise SettingsError("--rates and --stage-s are as many, and above 0")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
@@ -9,7 +10,7 @@ from itertools import product
 from baton.node.errors import SettingsError
 from baton.proxy.settings import ProxySettings
 from baton.simulator.latency import Profile
-from baton.simulator.ramp import LLMD_STAGES, Autoscale, mean_level, staged
+from baton.simulator.ramp import Autoscale, mean_level, staged
 from baton.simulator.record import RunSummary, Slo, Spread, attainment, percentile, summarise
 from baton.simulator.settings import (
     ORDERS,
@@ -215,7 +216,12 @@ def ramp(settings: RampSettings, profile: Profile) -> Scaled:
         proxy=proxy,
         autoscale=Autoscale(settings.least, settings.most, settings.start_s),
     )
-    requests = staged(LLMD_STAGES, settings.prompt_tokens, settings.output_tokens, settings.part)
+    requests = staged(
+        [(rate, seconds * settings.part) for rate, seconds in zip(settings.rates, settings.stage_s, strict=True)],
+        LengthSampler(settings.prompt_tokens, settings.spread),
+        LengthSampler(settings.output_tokens, settings.spread),
+        random.Random(settings.seed) if settings.poisson else None,
+    )
     outcome = simulate(scenario, requests)
     slo = Slo(settings.ttft_ms / 1000, settings.tpot_ms / 1000)
     return Scaled(

@@ -21,7 +21,7 @@ from baton.node.counters import TransferCounters
 from baton.node.line import Line
 from baton.node.membership import Change, Membership
 from baton.node.messages.base import Message
-from baton.node.messages.control import Cancel, Drain, KvReplay, Load, Prefill, Reserve
+from baton.node.messages.control import Cancel, Drain, KvReplay, Load, Prefill, Registered, Reserve
 from baton.worker.constraint import GrammarCompiled
 
 MAX_WAIT_S = 0.05
@@ -213,6 +213,9 @@ class IoThread:
             return
         for change in self._membership.on_message(peer, message, now):
             self.inbox.put(change)
+        if isinstance(message, Registered):
+            for name, address in message.peers:
+                self._exchange.meet(name, address, now)
         if isinstance(message, Prefill | Reserve | Cancel | Drain):
             self.inbox.put(FromProxy(peer, message, now))
         elif isinstance(message, KvReplay):

@@ -8,6 +8,7 @@ the block manager, in another thread.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain
@@ -131,6 +132,11 @@ class TransferExchange:
         self._receivers = ReceiverTable()
         self._lost: list[str] = []
         self._look_at_pairs_at = 0.0
+
+    def meet(self, peer: str, address: str, now: float) -> None:
+        """Make the pair with a worker to which KV may go later. Called by the I/O thread."""
+        with suppress(SettingsError):  # a transfer to it will end with the reason
+            self._pairs.meet(peer, address, now)
 
     # ---- called by the worker's loop
 

@@ -51,6 +51,8 @@ class _Pair:
     """Greetings since the last answer."""
     silent: bool = False
     """The last MAX_GREETINGS had no answer."""
+    kept: bool = False
+    """Not forgotten while it is idle, until the peer is silent."""
     used_at: float = float("-inf")
     """Of this end: when a transfer was opened; of the other, which cannot tell a probe from that: the last greeting."""
     landings: Landings = field(default_factory=Landings)
@@ -94,6 +96,11 @@ class Pairs:
         if now - pair.welcomed_at >= GREETING_LASTS_S and now - pair.greeted_at >= GREET_AGAIN_S:
             self._say_hello(pair, now)
 
+    def meet(self, peer: str, address: str, now: float) -> None:
+        """As `greet`, long before a transfer: the pair is kept, so that the first one need not wait for it."""
+        self.greet(peer, address, now)
+        self._pairs[peer].kept = True
+
     def _new_pair(self, peer: str, address: str) -> _Pair:
         if len(self._pairs) >= MAX_PAIRS:
             raise SettingsError("too many pairs")
@@ -111,7 +118,7 @@ class Pairs:
             if now < pair.due_at:
                 continue
             if pair.num_unanswered >= MAX_GREETINGS:
-                pair.num_unanswered, pair.silent = 0, True
+                pair.num_unanswered, pair.silent, pair.kept = 0, True, False
                 silenced.append(pair.peer)
             else:
                 self._say_hello(pair, now)
@@ -161,7 +168,7 @@ class Pairs:
 
     def idle(self, now: float) -> list[str]:
         """Peers of pairs that were not used for PAIR_IDLE_S."""
-        return [pair.peer for pair in self._pairs.values() if now - pair.used_at > PAIR_IDLE_S]
+        return [pair.peer for pair in self._pairs.values() if not pair.kept and now - pair.used_at > PAIR_IDLE_S]
 
     def _why_not(self, peer: str, hello: Hello) -> str:
         if hello.version != TRANSFER_VERSION:

@@ -46,6 +46,8 @@ MAX_PROMPT_LOGPROBS = 1024
 MAX_GRAMMAR_CHARACTERS = 1 << 18
 
 MAX_SILENT_PEERS = 256
+MAX_PEERS = 16
+"""Greeted before a transfer: a pair holds memory of the GPU, and is probed."""
 BEFORE_VERSIONS = 3
 """The version of nodes that do not say theirs in an answer."""
 MAX_PRIORITY = (1 << 63) - 1
@@ -204,6 +206,8 @@ class Registered(Message, tag="Registered", kw_only=True):
     version: Small = BEFORE_VERSIONS
     """In which the proxy will write and read: that of the Register."""
     sent: Count = 0
+    peers: Annotated[tuple[tuple[Name, Text], ...], Meta(max_length=MAX_PEERS)] = ()
+    """Mixed workers with which a mixed one will exchange KV, and their addresses: it greets them now."""
 
 
 class Refused(Message, tag="Refused", kw_only=True, omit_defaults=True):

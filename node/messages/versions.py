@@ -39,7 +39,7 @@ class NewField:
 
 NEW_FIELDS: dict[type[Message], tuple[NewField, ...]] = {
     Register: (NewField("revision"),),
-    Registered: (NewField("version"),),
+    Registered: (NewField("version"), NewField("peers")),
     Refused: (NewField("version"),),
     Heartbeat: (NewField("orphaned"),),
     Prefill: (NewField("body.speculate"), NewField("body.prediction_ids")),

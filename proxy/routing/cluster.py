@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 from baton.node.endpoint import identity_of
 from baton.node.membership import DEAD_AFTER_S, HEARTBEAT_S, name_error
-from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
+from baton.node.messages.control import MAX_PEERS, Heartbeat, Load, Register, RegisterStore
 from baton.node.messages.versions import version_error
 from baton.node.telemetry import excerpt
 from baton.proxy.interface import WorkerStatus
@@ -160,6 +161,16 @@ class ModelWorkers:
         self._known[name].had_at[register.role] = now
         return ""
 
+    def peers_of(self, identity: str) -> tuple[tuple[str, str], ...]:
+        """Other mixed workers of a mixed worker's revision, some of them where there are many."""
+        mine = self.members[identity].register
+        others = (
+            (other, member.register.address)
+            for other, member in self.members.items()
+            if other != identity and member.register.role == "mixed" and member.register.revision == mine.revision
+        )
+        return tuple(islice(others, MAX_PEERS)) if mine.role == "mixed" else ()
+
     def remove(self, identity: str) -> None:
         """It has left or died; its legs have been settled."""
         self._reshape(self.members.pop(identity).register.revision)
@@ -179,7 +190,7 @@ class ModelWorkers:
         member = self.members[identity]
         if heartbeat.load.steps != member.load.steps or heartbeat.load.running == 0:
             member.progress_at = now
-        if member.register.role == "mixed":
+        if member.register.role != "prefill":
             self.mixed.progress(_progress(member, heartbeat, now), self._tokens_s)
         member.load, member.draining, member.last_message_at = heartbeat.load, heartbeat.draining, now
         member.orphaned = heartbeat.orphaned
@@ -200,10 +211,6 @@ class ModelWorkers:
         """Pairs of live workers of which the first says that the other does not answer."""
         found = [(name, peer) for name, member in self.members.items() for peer in member.silent_peers]
         return frozenset(pair for pair in found if pair[1] in self.members)
-
-    def ready(self) -> Mapping[str, int]:
-        """How many workers of each role take requests."""
-        return Counter(member.register.role for member in self.members.values() if not member.draining)
 
     def view(self) -> tuple[WorkerView, ...]:
         for identity, member in self.members.items():
@@ -243,6 +250,11 @@ class ClusterState:
         if not self.knows(identity) and sum(len(each.members) for each in self.models.values()) >= MAX_WORKERS:
             return f"there are {MAX_WORKERS} workers already"
         return workers.join(identity, register, now)
+
+    def peers_of(self, identity: str) -> tuple[tuple[str, str], ...]:
+        """What a worker that has joined should greet."""
+        workers = self._workers_with(identity)
+        return workers.peers_of(identity) if workers is not None else ()
 
     def join_store(self, identity: str, register: RegisterStore, now: float) -> str:
         """Take a store in; returns "" or the reason for refusing it."""

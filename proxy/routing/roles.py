@@ -11,9 +11,11 @@ the prompts' load in workers, and K = k times the tokens of answers a second:
             TTFT  S + wait(m, R/m), but at most w rows S
 
 A prompt that would wait for longer than w rows S, the weighted delay of the answers on a worker without prompts, is
-computed there (decision 6); H is the load of those. The plan is the m and w for which the sum of squares of TTFT and
-TPOT, each by its objective, is least, if it is less by a margin. What was measured under the plans with hand-overs, and
-under the one without, corrects the predictions of each: a step that is slower with many rows shows only where they are.
+computed there (decision 6); H is the load of those. The plan is the m and w for which the sum of squares of the 90th
+percentiles of TTFT and TPOT, each by its objective, is least, if it is less by a margin. Until an answer has ended,
+half of the workers take prompts: a worker that has no answers changes sides without cost. What was measured under plans
+with hand-overs, and under the one without, corrects the predictions of each: that steps of many rows are slower shows
+only where such are.
 """
 
 from __future__ import annotations
@@ -42,14 +44,17 @@ DWELL_S, DWELL_ANSWERS = 4.0, 1.5
 answers, beside all of the prompts."""
 WEIGHTS = (0.1, 0.25, 0.6, 1.5, 4.0)
 """Of a delay of answers against that of a first token; with the last one hardly any answer is delayed."""
-PRIOR_ROW_PART = 0.015
-"""A row takes this part of a step until it has been measured: one of 2048 tokens of an 8B model."""
-PRIOR_INTERVALS = 1.0
+PRIOR_ROW_PART, PRIOR_CONTEXT = 0.015, 2048
+"""A row of so many tokens takes this part of a step until it has been measured: with an 8B model."""
+PRIOR_WEIGHT = 100.0
+"""Intervals times the variance of their rows: with less, chance says more of a row than the steps that were seen."""
 SURE, OUTLIER = 10.0, 1.2
 """From so many intervals on, a step counts as at most this many times as long as expected."""
 MEMORY = 0.995
 """Weight of earlier intervals at each new one, in what is known of steps."""
 TENTH = math.log(10)
+NINETIETH = 1.2816
+"""Standard deviations up to the 90th percentile."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +73,8 @@ class StepTimes:
     """Seconds of a step by its rows, a + k n, by least squares over the intervals that were seen."""
 
     def __init__(self) -> None:
+        self.row_part = PRIOR_ROW_PART
+        """Of a step, by what is known of the rows' contexts."""
         self._n = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, rows: float, seconds: float, weight: float = 1.0) -> None:
@@ -82,12 +89,12 @@ class StepTimes:
     def fit(self) -> tuple[float, float]:
         """(a, k); the prior's ratio where rows did not differ enough to say."""
         if not self._n:
-            return 0.005, 0.005 * PRIOR_ROW_PART
+            return 0.005, 0.005 * self.row_part
         mean_rows, mean_s = self._x / self._n, self._y / self._n
         variance = max(0.0, self._xx / self._n - mean_rows**2)
         covariance = self._xy / self._n - mean_rows * mean_s
-        prior = mean_s * PRIOR_ROW_PART / (1 + PRIOR_ROW_PART * mean_rows)
-        row_s = (covariance * self._n + prior * PRIOR_INTERVALS) / (variance * self._n + PRIOR_INTERVALS)
+        prior = mean_s * self.row_part / (1 + self.row_part * mean_rows)
+        row_s = (covariance * self._n + prior * PRIOR_WEIGHT) / (variance * self._n + PRIOR_WEIGHT)
         row_s = min(max(row_s, 0.0), 0.9 * mean_s / mean_rows if mean_rows else mean_s)
         return mean_s - row_s * mean_rows, row_s
 
@@ -140,7 +147,8 @@ class MixedRoles:
         """Workers that take no new answers."""
         self.current = RolePlan(0, WEIGHTS[1])
         self._ttft_s, self._tpot_s = ttft_s, tpot_s
-        self._steps = StepTimes()
+        self.steps = StepTimes()
+        """Of all workers that compute answers."""
         self._arrivals: deque[tuple[float, int]] = deque(maxlen=MAX_ARRIVALS)
         self._began_at = math.inf
         self._own_tokens = self._all_tokens = 0.0  # of prompts: sent off here, computed by the workers
@@ -163,16 +171,18 @@ class MixedRoles:
         decoding = 1 - done.prompt_tokens / tokens_s / done.seconds
         if done.busy and done.steps and decoding > 0.3:
             seconds = decoding * done.seconds / done.steps
-            self._steps.add(done.answer_tokens / done.steps, seconds, decoding**4)
+            self.steps.add(done.answer_tokens / done.steps, seconds, decoding**4)
 
     # -- what is planned
 
     def plan(self, view: Sequence[WorkerView], slack: tuple[float, float], answer_tokens: float, now: float) -> None:
         """Choose the workers for prompts. `slack`: TTFT and TPOT of the last seconds, by their objectives, 0 where none
-        is known; `answer_tokens`: of a mean answer. Nothing is planned while that is 0, for none has ended."""
+        is known; `answer_tokens`: of a mean answer. Nothing is chosen while that is 0, for none has ended."""
         mixed = [worker for worker in view if worker.role == "mixed" and not worker.draining]
         self.prompts &= {worker.identity for worker in mixed}
         self._forget(now)
+        if not answer_tokens:
+            self.current = RolePlan(len(mixed) // 2, WEIGHTS[1])
         if len(mixed) > 1 and self._arrivals and answer_tokens:
             demand = self._demand(mixed, answer_tokens, now)
             expected = self.predict(self.current, len(mixed), demand)
@@ -219,6 +229,8 @@ class MixedRoles:
         seconds = max(now - max(self._arrivals[0][0], self._began_at), 1.0)
         tokens_s = sum(worker.tokens_s for worker in mixed) / len(mixed)
         lengths = [num_tokens / tokens_s for _, num_tokens in self._arrivals]
+        context = sum(num_tokens for _, num_tokens in self._arrivals) / len(lengths) + answer_tokens / 2
+        self.steps.row_part = PRIOR_ROW_PART * context / PRIOR_CONTEXT
         mean_s = sum(lengths) / len(lengths)
         spread = sum(each * each for each in lengths) / len(lengths) / (2 * mean_s * mean_s) if mean_s else 0.5
         rate = len(lengths) / seconds * self._proxies()
@@ -230,17 +242,19 @@ class MixedRoles:
         return max(1.0, self._all_tokens / self._own_tokens) if self._own_tokens else 1.0
 
     def predict(self, plan: RolePlan, n: int, demand: Demand) -> tuple[float, float]:
-        """(TTFT, TPOT) in seconds, with n workers."""
-        (a, k), m, load = self._steps.fit(), min(plan.num_prompts, n - 1), demand.load
+        """90th percentiles of TTFT and TPOT in seconds, with n workers."""
+        (a, k), m, load = self.steps.fit(), min(plan.num_prompts, n - 1), demand.load
         if m == 0:
             tpot_s = a / _room((load + k * demand.answers) / n)
-            return demand.prompt_s * (1 + demand.spread * _wait(n, load / n)) + tpot_s, tpot_s
+            ttft_s = demand.prompt_s * (1 + demand.spread * _wait(n, load / n)) + tpot_s
+            return ttft_s, tpot_s + k * _more(demand.answers * tpot_s / n)
         tpot_s, longest, helped = a / _room(k * demand.answers / (n - m)), 0.0, 0.0
         for _ in range(2):  # rows depend on TPOT, which depends on the prompts that rows keep away
             longest = plan.weight * demand.answers * tpot_s / (n - m)
             helped = load * _overflow(load / m, m * (1 + longest))
             tpot_s = a / _room((helped + k * demand.answers) / (n - m))
-        return demand.prompt_s * (1 + _bounded_wait(m, load / m, demand.spread, longest)), tpot_s
+        ttft_s = demand.prompt_s * (1 + _bounded_wait(m, load / m, demand.spread, longest))
+        return ttft_s, tpot_s + k * _more(demand.answers * tpot_s / (n - m))
 
 
 def pick_mixed(
@@ -270,7 +284,12 @@ def _assigned(view: Sequence[WorkerView], prompts: frozenset[str]) -> list[Worke
 
 def _room(used: float) -> float:
     """What is left of a worker; never nothing, so that worse plans stay comparable."""
-    return 1 - used if used < 0.95 else 0.05 * math.exp(-8 * (used - 0.95))
+    return 1 - used if used < 0.95 else 0.05 * math.exp(-8 * min(used - 0.95, 4.0))
+
+
+def _more(rows: float) -> float:
+    """Rows beyond the mean a tenth of the time, if they come by chance."""
+    return NINETIETH * math.sqrt(rows)
 
 
 def _wait(servers: int, used: float) -> float:
@@ -288,9 +307,10 @@ def _bounded_wait(servers: int, used: float, spread: float, longest: float) -> f
     waits, rate = _waits(servers, max(used, 1e-6)), servers * (1 - used) / spread
     if abs(rate * longest) < 1e-3:
         return max(0.0, longest * (1 - 0.1 / waits))
-    rest = math.exp(-rate * longest)
-    tenth = 0.1 * (1 - waits * rest) / waits if waits < 1 else 0.1 * (1 - rest)
-    return min(longest, max(0.0, -math.log(rest + tenth) / rate))
+    rest = math.exp(-abs(rate) * longest)
+    if rate < 0:  # the queue is full, or nearly
+        return max(0.0, longest - math.log(0.9 + 0.1 * rest) / rate)
+    return min(longest, max(0.0, -math.log(rest + 0.1 * (1 - waits * rest) / waits) / rate))
 
 
 def _overflow(used: float, places: float) -> float:

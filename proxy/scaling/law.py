@@ -1,13 +1,15 @@
-"""How many workers of one role the objectives ask for. Pure: saturations and worker counts in, a number out.
+"""How many workers of one role the objectives ask for. Pure: saturations, arrivals and worker counts in, a number out.
 
     s = mean over MEAN_S of min(P90 latency / objective, CLAMP)
     up,   s > UP_ABOVE:    n + ceil(n * (s * ready / n / UP_ABOVE - 1))
     down, s < DOWN_BELOW:  n - floor(n * (1 - s / DOWN_BELOW))
+    at least               ceil(busy / BUSY_UP), at once; to remove one, ceil(busy / BUSY_DOWN) must be less than n
 
 n are the workers that are there or on their way. Those on their way count against the need (ready / n), so that one
-step of the load is not answered twice; not on the way down, where they would feign room. The result must hold for
-UP_WINDOW_S before workers are added, for DOWN_WINDOW_S before one is removed; the changes of a while are bounded. After
-llm-d's SLO law for KEDA and the HPA, https://llm-d.ai/docs/dev/architecture/advanced/autoscaling/slo-aware-keda.
+step of the load is not answered twice; not on the way down, where they would feign room. `busy` are the workers that
+the arrivals fill (`demand`): latencies grow only when these are full, and starting one takes time. The rest must hold
+for UP_WINDOW_S before workers are added, for DOWN_WINDOW_S before one is removed; the changes of a while are bounded.
+After llm-d's SLO law for KEDA and the HPA, https://llm-d.ai/docs/dev/architecture/advanced/autoscaling/slo-aware-keda.
 """
 
 from __future__ import annotations
@@ -25,15 +27,19 @@ class ScalingRules:
     down_below: float = 0.40
     clamp: float = 2.0
     """A latency of 90 objectives asks for no more workers than one of 2, and is in the mean for as long."""
-    mean_s: float = 45.0
+    mean_s: float = 15.0
+    """Each P90 is of the last minute already."""
+    busy_up: float = 0.9
+    busy_down: float = 0.8
+    """Apart, so that a rate between them changes nothing."""
     up_window_s: float = 10.0
     """Half of what a worker takes to start: waiting longer costs more than an idle worker."""
-    down_window_s: float = 180.0
+    down_window_s: float = 120.0
     burst: int = 4
     """Within `burst_s` at most this many workers are added, or as many as there are."""
     burst_s: float = 60.0
-    down_every_s: float = 120.0
-    """One worker is removed in this time at most."""
+    down_every_s: float = 60.0
+    """One worker is removed in this time at most: too early is mended by the arrivals, in the time of a start."""
     start_s: float = 180.0
     """Workers that were asked for and have not come by then do not count as on their way any more."""
 
@@ -56,8 +62,9 @@ class RoleScaler:
         """When fewer workers were there than desired, or more came to be desired."""
         self._lowered_at = float("-inf")
 
-    def observe(self, saturation: float, ready: int, now: float) -> None:
-        """`saturation`: P90 latency by its objective, 0 without traffic. `ready`: workers that take requests."""
+    def observe(self, saturation: float, ready: int, now: float, busy: float = 0.0) -> None:
+        """`saturation`: P90 latency by its objective, 0 without traffic. `ready`: workers that take requests; `busy`:
+        those that the arrivals fill, 0 where that is not known yet."""
         rules = self._rules
         self._saturations.append((now, min(saturation, rules.clamp)))
         _forget(self._saturations, now - rules.mean_s)
@@ -67,9 +74,10 @@ class RoleScaler:
                 return
             self._began_at, self.desired = now, ready
         num_workers = self._expected(ready, now)
-        self._asked.append((now, self._formula(num_workers, ready)))
+        kept = min(num_workers, math.ceil(busy / rules.busy_down))
+        self._asked.append((now, max(kept, self._formula(num_workers, ready))))
         _forget(self._asked, now - max(rules.up_window_s, rules.down_window_s))
-        self._set(self._bounded(now), now)
+        self._set(self._bounded(math.ceil(busy / rules.busy_up), now), now)
 
     def _expected(self, ready: int, now: float) -> int:
         """Workers that are there or on their way. Those that do not come are desired no more."""
@@ -90,11 +98,14 @@ class RoleScaler:
             return max(1, num_workers - math.floor(num_workers * (1 - s / rules.down_below)))
         return num_workers
 
-    def _bounded(self, now: float) -> int:
+    def _bounded(self, at_least: int, now: float) -> int:
         """What all that was asked within the window of its direction agrees on, at the rate that is allowed."""
         rules, current = self._rules, self.desired
         up_to = min(asked for at, asked in self._asked if at >= now - rules.up_window_s)
-        if up_to > current and now - self._began_at >= rules.up_window_s:
+        if now - self._began_at < rules.up_window_s:
+            up_to = current
+        up_to = max(up_to, at_least)
+        if up_to > current:
             lowest = min((level for _, level in self._levels), default=current)
             return max(current, min(up_to, lowest + max(lowest, rules.burst)))
         settled = now - max(self._began_at, self._lowered_at + rules.down_every_s - rules.down_window_s)

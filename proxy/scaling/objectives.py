@@ -2,7 +2,8 @@
 
 A prefill worker answers for TTFT, a decode worker for TPOT, and for both where there is no prefill worker. Requests
 that still wait for their first token count with the time that they have waited, if that is longer than what others
-took: under overload the requests that end say too little. It knows no clock and no request's content.
+took: under overload the requests that end say too little. Arrivals (`demand`) say how many workers they fill. It knows
+no clock and no request's content.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 
+from baton.proxy.scaling.demand import ArrivalRate, Arrivals, RoleCapacity, busy_workers
 from baton.proxy.scaling.law import RoleScaler, ScalingRules
 
 WINDOW_S = 60.0
@@ -73,22 +75,30 @@ class ScaleMonitor:
         self._waiting: dict[str, float] = {}  # since when, by request id; the oldest first
         self._scalers: dict[str, RoleScaler] = {}
         self._observe_at = float("-inf")
+        self._rate = ArrivalRate()
+        self._num_open = 0
+        self._prompt_tokens = 0.0  # as answer_tokens
         self.answer_tokens = 0.0
         """Of a mean answer, the last ones weighing most; 0 until one has ended."""
 
     def begin(self, request_id: str, now: float) -> None:
         """A request waits for its first token."""
         self._waiting[request_id] = now
+        self._rate.add(now)
+        self._num_open += 1
 
-    def first_token(self, request_id: str, now: float) -> None:
+    def first_token(self, request_id: str, computed_tokens: int, now: float) -> None:
+        """`computed_tokens` of its prompt were in no cache."""
+        self._prompt_tokens = _mean_with(self._prompt_tokens, computed_tokens)
         if (began_at := self._waiting.pop(request_id, None)) is not None:
             self._ttft.add(now - began_at, now)
 
     def end(self, request_id: str, num_tokens: int, decoding_s: float, now: float) -> None:
         """The request has ended, in whatever way: its last token came `decoding_s` after its first."""
         self._waiting.pop(request_id, None)
+        self._num_open -= 1
         if num_tokens:
-            self.answer_tokens += (NEWEST if self.answer_tokens else 1.0) * (num_tokens - self.answer_tokens)
+            self.answer_tokens = _mean_with(self.answer_tokens, num_tokens)
         if num_tokens > 1:
             self._tpot.add(decoding_s / (num_tokens - 1), now)
 
@@ -96,15 +106,26 @@ class ScaleMonitor:
         """Whether it is time to observe."""
         return now >= self._observe_at
 
-    def observe(self, ready: Mapping[str, int], now: float) -> None:
-        """`ready`: workers that take requests, by role."""
+    def observe(self, workers: Mapping[str, RoleCapacity], step: tuple[float, float], now: float) -> None:
+        """`workers` that take requests, by role; `step`: seconds of a step of answers, without rows and of each row."""
         self._observe_at = now + EVERY_S
         ttft, tpot = self.saturations(now)
-        decode = tpot if ready.get("prefill") else max(ttft, tpot)
+        split, arrivals = "prefill" in workers, self._arrivals(workers, step, now)
+        decode = tpot if split else max(ttft, tpot)
         for role, saturation in (("prefill", ttft), ("decode", decode), ("mixed", max(ttft, tpot))):
-            if ready.get(role) or role in self._scalers:
+            capacity = workers.get(role, RoleCapacity())
+            if capacity.ready or role in self._scalers:
                 scaler = self._scalers.setdefault(role, RoleScaler(self._rules))
-                scaler.observe(saturation, ready.get(role, 0), now)
+                prompts = role != "decode" or not split
+                tpot_s = self._objectives.tpot_s
+                busy = busy_workers(capacity, arrivals, tpot_s, prompts=prompts, answers=role != "prefill")
+                scaler.observe(saturation, capacity.ready, now, busy)
+
+    def _arrivals(self, workers: Mapping[str, RoleCapacity], step: tuple[float, float], now: float) -> Arrivals:
+        """Of all proxies: the workers have the requests of the others too. Nothing before an answer has ended."""
+        at_workers = max((each.requests for each in workers.values()), default=0)
+        rate = self._rate.rate(now) * max(1.0, at_workers / self._num_open if self._num_open else 1.0)
+        return Arrivals(rate if self.answer_tokens else 0.0, self._prompt_tokens, self.answer_tokens, *step)
 
     def saturations(self, now: float) -> tuple[float, float]:
         """P90 of TTFT and of TPOT, each by its objective; 0 where nothing was measured."""
@@ -125,6 +146,11 @@ class ScaleMonitor:
 
     def scales(self) -> tuple[RoleScale, ...]:
         return tuple(RoleScale(role, each.saturation, each.desired) for role, each in self._scalers.items())
+
+
+def _mean_with(mean: float, value: float) -> float:
+    """The mean with a new value, which weighs NEWEST."""
+    return mean + (NEWEST if mean else 1.0) * (value - mean)
 
 
 def _percentile(values: Sequence[float]) -> float:

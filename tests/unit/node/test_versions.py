@@ -105,7 +105,7 @@ REGISTER = Register(
     "message",
     [
         REGISTER,
-        Registered(proxy="p", incarnation=1, version=PROTOCOL_VERSION),
+        Registered(proxy="p", incarnation=1, version=PROTOCOL_VERSION, peers=(("m/1", "tcp://m"),)),
         Refused(reason="no", version=PROTOCOL_VERSION),
         Heartbeat(worker="d", incarnation=1, load=Load(running=3), orphaned=True),
     ],

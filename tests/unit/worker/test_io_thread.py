@@ -85,8 +85,12 @@ class QuietExchange:
         self.counters = TransferCounters()
         self.events: list[Any] = []
         self.messages: list[tuple[str, Message]] = []
+        self.met: list[tuple[str, str]] = []
         self.ticks = 0
         self.closed = False
+
+    def meet(self, peer: str, address: str, now: float) -> None:
+        self.met.append((peer, address))
 
     def on_message(self, peer: str, message: Message, now: float) -> None:
         self.messages.append((peer, message))
@@ -144,6 +148,12 @@ def test_a_proxys_messages_go_to_the_loop_with_their_time(bench: Bench) -> None:
     bench.turn(("proxy", CANCEL))
     assert bench.io.receive(0.0) == [FromProxy("proxy", CANCEL, 3.0)]
     assert not bench.exchange.messages
+
+
+def test_named_peers_are_met_at_once(bench: Bench) -> None:
+    """Guards the first hand-over against waiting until its two workers know each other."""
+    bench.turn(("proxy", Registered(proxy="proxy", incarnation=7, peers=(("m1/1", "tcp://m1"),))))
+    assert bench.exchange.met == [("m1/1", "tcp://m1")]
 
 
 def test_a_peer_cannot_act_as_a_proxy(bench: Bench) -> None:

@@ -97,6 +97,18 @@ def test_an_idle_pair_is_probed_until_it_is_forgotten() -> None:
     assert link.num_hellos == num_hellos and link.decode.idle(link.now) == ["p/1"]
 
 
+def test_workers_that_met_stay_a_pair_until_one_is_silent() -> None:
+    """Guards the first hand-over of mixed workers, minutes after they have joined: it need not wait for a greeting."""
+    link = Link()
+    link.prefill.meet("d/1", "tcp://d", 0.0)
+    link.run(2 * PAIR_IDLE_S)
+    assert link.prefill.plane_of("d/1") is not None and link.decode.plane_of("p/1") is not None
+    assert link.prefill.idle(link.now) == link.decode.idle(link.now) == []
+    link.cut = True
+    link.run(NOTICED_S)
+    assert link.silenced == ["d/1"] and link.prefill.idle(link.now) == ["d/1"]
+
+
 def test_a_peer_that_never_answers_is_greeted_again_and_again_in_bounded_numbers() -> None:
     """Guards against a storm of greetings to a peer that is gone."""
     link = Link()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from baton.node.membership import DEAD_AFTER_S
-from baton.node.messages.control import Heartbeat, Load, Register, RegisterStore
+from baton.node.messages.control import MAX_PEERS, Heartbeat, Load, Register, RegisterStore
 from baton.proxy.routing import cluster as module
 from baton.proxy.routing.cluster import MAX_REVISIONS, NOMINAL_TOKENS_S, ClusterState, Leg
 
@@ -52,6 +52,20 @@ def test_revisions_have_namespaces_of_their_own() -> None:
     assert (old.shape.max_model_len, new.shape.max_model_len) == (512, 99)
     cluster.lose("d/1")
     assert [len(each.workers) for each in cluster.models["m"].revisions()] == [0, 1]
+
+
+def test_mixed_workers_are_named_to_a_mixed_worker_of_their_revision() -> None:
+    """Guards the pairs that are made before the first hand-over: not with other roles, nor with another revision."""
+    cluster = ClusterState(60, ["m"])
+    for name in ("a", "b"):
+        assert cluster.join(f"{name}/1", _register(name, role="mixed", address=f"tcp://{name}"), 0) == ""
+    assert cluster.join("e/1", _register("e", role="mixed", namespace=b"m" * 32, revision="blue"), 0) == ""
+    assert cluster.join("d/1", _register("d"), 0) == ""
+    assert cluster.peers_of("a/1") == (("b/1", "tcp://b"),)
+    assert cluster.peers_of("e/1") == cluster.peers_of("d/1") == cluster.peers_of("x/1") == ()
+    for number in range(2 * MAX_PEERS):
+        assert cluster.join(f"m{number}/1", _register(f"m{number}", role="mixed"), 0) == ""
+    assert len(cluster.peers_of("a/1")) == MAX_PEERS
 
 
 def test_the_number_of_revisions_is_bounded() -> None:

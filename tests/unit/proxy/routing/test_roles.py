@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from baton.proxy.routing.roles import DWELL_S, MixedRoles, RolePlan, StepTimes, WorkerInterval, pick_mixed
+from baton.proxy.routing.roles import (
+    DWELL_S,
+    WEIGHTS,
+    Demand,
+    MixedRoles,
+    RolePlan,
+    StepTimes,
+    WorkerInterval,
+    pick_mixed,
+)
 from baton.proxy.routing.router import RequestView, Route, RoutingRules, Wait, WorkerView
 
 TOKENS_S = 40_000.0
@@ -50,6 +60,23 @@ def test_step_times_are_found_in_reports() -> None:
     assert times.fit() == (pytest.approx(A_S, rel=0.02), pytest.approx(K_S, rel=0.05))
 
 
+@given(
+    st.integers(1, 64),
+    st.integers(0, 64),
+    st.sampled_from(WEIGHTS),
+    st.floats(0, 1e4),
+    st.floats(0, 1e6),
+    st.floats(0.5, 50),
+)
+def test_any_load_has_a_finite_prediction(
+    n: int, num_prompts: int, weight: float, load: float, answers: float, spread: float
+) -> None:
+    """Guards the proxy: an overload of many times what workers can do must not end in an overflow."""
+    demand = Demand(load, 0.2, spread, answers)
+    for latency in MixedRoles(1.0, 0.015).predict(RolePlan(num_prompts, weight), n, demand):
+        assert 0 < latency < float("inf")
+
+
 def test_one_size_of_steps_says_nothing_of_another() -> None:
     """Rows that never differed: a plan that doubles them must not look free."""
     times = StepTimes()
@@ -87,9 +114,35 @@ def test_short_prompts_of_long_answers_are_computed_everywhere() -> None:
     assert _planned(_loaded(2, 256, 10.0, 700), _workers(2), 700).num_prompts == 0
 
 
-def test_nothing_is_planned_before_an_answer_has_ended() -> None:
-    """Measured on two GPUs: answers taken for shorter than they are left too few workers for them."""
-    assert _planned(_loaded(4, 8192, 7.0, 256), _workers(4), 0).num_prompts == 0
+def test_half_of_the_workers_take_prompts_before_an_answer_has_ended() -> None:
+    """Measured on two GPUs: answers taken for shorter than they are left too few workers for them, and workers that
+    began with answers kept them beside all of the prompts."""
+    for prompt_tokens, rate, answer_tokens in ((8192, 7.0, 256), (256, 10.0, 700)):
+        roles = _loaded(4, prompt_tokens, rate, answer_tokens)
+        assert _planned(roles, _workers(4), 0).num_prompts == 2
+
+
+def test_a_plan_that_is_slower_than_it_promised_is_left_and_not_taken_again() -> None:
+    """Measured on two GPUs: steps of many rows took longer than few rows said. What plans with hand-overs showed must
+    not make the other kind look as slow."""
+    roles, view, plans = _loaded(4, 8192, 7.0, 256), _workers(4), []
+    for number in range(7 * 100):
+        now = number / 7
+        roles.prompt(8192, now)
+        roles.plan(view, (1.5, 1.6) if roles.current.num_prompts else (0.3, 0.7), 256, now)
+        plans.append(roles.current.num_prompts > 0)
+    assert plans[0] and not plans[-1]
+    assert sum(before != after for before, after in pairwise(plans)) == 1
+
+
+def test_a_start_of_few_rows_says_little_of_a_row() -> None:
+    """Guards the first plan: a worker that was idle for a part of the interval made rows look free, and all answers
+    went to one of eight workers."""
+    times = StepTimes()
+    for rows, seconds in ((1, 0.0062), (2, 0.0055), (3, 0.0053), (5, 0.0051)):
+        times.add(rows, seconds)
+    a, k = times.fit()
+    assert k > 0.005 * a
 
 
 def test_workers_for_prompts_are_given_up_as_soon_as_colocated_serving_costs_less() -> None:

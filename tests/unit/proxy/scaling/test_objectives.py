@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from baton.proxy.scaling.demand import RoleCapacity
 from baton.proxy.scaling.objectives import LatencyObjectives, ScaleMonitor
+
+STEP = (0.01, 0.0001)
+
+
+def _workers(**ready: int) -> dict[str, RoleCapacity]:
+    return {role: RoleCapacity(count, 0, 64 * count, 1000 * count, 0, 4e4 * count) for role, count in ready.items()}
 
 
 def _served(monitor: ScaleMonitor, name: str, begin: float, ttft_s: float, tpot_s: float, tokens: int = 11) -> None:
     monitor.begin(name, begin)
-    monitor.first_token(name, begin + ttft_s)
+    monitor.first_token(name, 100, begin + ttft_s)
     decoding_s = tpot_s * (tokens - 1)
     monitor.end(name, tokens, decoding_s, begin + ttft_s + decoding_s)
 
@@ -47,17 +54,17 @@ def test_answers_of_one_token_say_nothing_of_tpot() -> None:
 def test_decode_answers_for_both_where_there_is_no_prefill_worker() -> None:
     monitor = ScaleMonitor(LatencyObjectives(1.0, 0.1))
     _served(monitor, "a", 0.0, ttft_s=0.9, tpot_s=0.03)
-    monitor.observe({"decode": 2}, 2.0)
+    monitor.observe(_workers(decode=2), STEP, 2.0)
     (scale,) = monitor.scales()
     assert (scale.role, scale.saturation, scale.desired) == ("decode", 0.9, 2)
     monitor = ScaleMonitor(LatencyObjectives(1.0, 0.1))
     _served(monitor, "a", 0.0, ttft_s=0.9, tpot_s=0.03)
-    monitor.observe({"prefill": 1, "decode": 2}, 2.0)
+    monitor.observe(_workers(prefill=1, decode=2), STEP, 2.0)
     assert {scale.role: round(scale.saturation, 3) for scale in monitor.scales()} == {"prefill": 0.9, "decode": 0.3}
 
 
 def test_a_role_whose_workers_are_gone_is_still_desired() -> None:
     monitor = ScaleMonitor(LatencyObjectives(1.0, 0.1))
-    monitor.observe({"prefill": 1, "decode": 2}, 0.0)
-    monitor.observe({"decode": 2}, 1.0)
+    monitor.observe(_workers(prefill=1, decode=2), STEP, 0.0)
+    monitor.observe(_workers(decode=2), STEP, 1.0)
     assert {scale.role: scale.desired for scale in monitor.scales()} == {"prefill": 1, "decode": 2}
