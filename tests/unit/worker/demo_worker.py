@@ -18,7 +18,7 @@ from baton.kvtransfer.blocks.manager import BlockManager
 from baton.kvtransfer.store.client import NO_STORE
 from baton.models.cpu.runner import ModelRunner
 from baton.models.drafts import Drafter
-from baton.node.messages.control import Bundle, DispatchBody, Failed, Reserve, SamplingSpec
+from baton.node.messages.control import Bundle, DispatchBody, Failed, Reserve, SamplingSpec, Tokens
 from baton.tests.unit.worker.bench import RecordingIo
 from baton.worker.grammar_tokenizer import loading_grammar_tokenizer
 from baton.worker.grammars import GrammarCompiler
@@ -67,16 +67,24 @@ class DemoWorker:
         )
         self._loop = Loop(parts, self.role, max_waiting=4096, drain_s=1.0)
 
-    def answers(self, requests: Mapping[str, SamplingSpec], prompt: Iterable[int]) -> dict[str, Answer]:
-        """Of requests by name, all with one prompt."""
+    def answers(
+        self,
+        requests: Mapping[str, SamplingSpec],
+        prompt: Iterable[int],
+        known: Mapping[str, tuple[int, ...]] | None = None,
+        prediction: tuple[int, ...] = (),
+    ) -> dict[str, Answer]:
+        """Of requests by name, all with one prompt; known: tokens that another worker has generated, by name."""
         self._io.sent.clear()
-        ids = tuple(prompt)
+        prompt_ids = tuple(prompt)
         for name, sampling in requests.items():
+            ids = (*prompt_ids, *(known or {}).get(name, ()))
             body = DispatchBody(
                 token_ids=ids,
-                prompt_len=len(ids),
+                prompt_len=len(prompt_ids),
                 root=ROOT,
                 block_hashes=block_hashes(ROOT, ids, BLOCK_TOKENS),
+                prediction_ids=prediction,
                 sampling=sampling,
                 deadline_s=300.0,
             )
@@ -86,13 +94,16 @@ class DemoWorker:
         self._loop.check()
         failures = [(each.request_id, each.reason) for each in self._io.of(Failed)]
         assert not failures, failures
+        self.accepted_prediction = sum(each.accepted_prediction for each in self._tokens())
         return self._collected()
+
+    def _tokens(self) -> list[Tokens]:
+        return [tokens for bundle in self._io.of(Bundle) for tokens in bundle.tokens]
 
     def _collected(self) -> dict[str, Answer]:
         ids: dict[str, list[int]] = {}
         finishes: dict[str, str] = {}
-        for bundle in self._io.of(Bundle):
-            for tokens in bundle.tokens:
-                ids.setdefault(tokens.request_id, []).extend(tokens.ids)
-                finishes[tokens.request_id] = tokens.finish or finishes.get(tokens.request_id, "")
+        for tokens in self._tokens():
+            ids.setdefault(tokens.request_id, []).extend(tokens.ids)
+            finishes[tokens.request_id] = tokens.finish or finishes.get(tokens.request_id, "")
         return {name: Answer(tuple(found), finishes[name]) for name, found in ids.items()}

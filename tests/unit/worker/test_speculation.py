@@ -64,6 +64,20 @@ def test_tokens_with_and_without_drafts_are_the_same(off, drafts, num_blocks):
         assert counters.spec_decode_num_accepted_tokens > 4 * counters.spec_decode_num_drafts
 
 
+def test_another_worker_continues_and_a_prediction_is_used(off):
+    """Guards against tokens that depend on where a worker died, with drafts in flight, and against predictions that are
+    not looked at or not counted."""
+    requests = {name: sampling for name, sampling in REQUESTS.items() if name in ("greedy", "seeded", "filtered")}
+    known = {name: off[name].ids[:cut] for name, cut in (("greedy", 1), ("seeded", 9), ("filtered", 20))}
+    worker = DemoWorker(100, speculate="ngram", speculate_tokens=5)
+    found = worker.answers(requests, PROMPT, known, prediction=off["seeded"].ids)
+    assert {name: (*known[name], *answer.ids) for name, answer in found.items()} == {
+        name: off[name].ids for name in requests
+    }
+    counters = worker.role.counters
+    assert 30 < worker.accepted_prediction <= counters.spec_decode_num_accepted_tokens
+
+
 def test_a_sequence_whose_drafts_are_never_accepted_has_few():
     """Guards against a request that pays for useless drafts at each step."""
     requests = {"greedy": SamplingSpec(max_tokens=48, temperature=0.0)}
