@@ -67,6 +67,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "int4": BenchmarkEntry("gpu.int4", "tiles for products with 4-bit weights on a GPU, beside bf16"),
     "experts": BenchmarkEntry("gpu.experts", "routing and products of experts on a GPU"),
     "planes": BenchmarkEntry("gpu.planes", "GB/s of the data planes between two processes"),
+    "reshard": BenchmarkEntry("gpu.reshard", "GB/s between groups of ranks of equal and unequal sizes"),
     "transfer-cost": BenchmarkEntry("gpu.transfer_cost", "ms that a KV transfer adds to the decode steps beside it"),
     "start": BenchmarkEntry("gpu.start", "seconds until a decode worker on a GPU is ready"),
 }
