@@ -255,8 +255,8 @@ def latent_prefill_attention(
     slice_tokens = len(expanded.keys)
     require(expanded.keys_values.shape == (slice_tokens, columns), f"expanded keys and values are not of {columns}")
     require(slice_tokens >= TILE and slice_tokens % TILE == 0, f"a slice of {slice_tokens} tokens is not made of tiles")
-    most_tokens = num_sequences * (block_tables.shape[1] * pool.block_tokens + TILE)
-    slices = -(-most_tokens // slice_tokens)
+    most_tiles = num_sequences * triton.cdiv(block_tables.shape[1] * pool.block_tokens, TILE)
+    slices = triton.cdiv(most_tiles * TILE, slice_tokens)
     require(slices == 1 or len(expanded.sums) >= num_tokens, "no room for the state between slices")
     if work.shape[0] == 0:
         return
@@ -311,7 +311,7 @@ def latent_prefill_attention(
             SEQUENCES=sequences,
             BLOCK_M=BLOCK_M,
             TILE=TILE,
-            SLICED=slices > 1,
+            SLICED=len(expanded.sums) > 0,  # one kernel for all that a runner computes
             LOWEST=LOWEST,
             **launch_options(8, False, 3),
         )

@@ -83,7 +83,8 @@ class ChunkShape:
 
     def holds(self, arrays: ChunkArrays) -> bool:
         """Items follow: a sequence has a tile more than its tokens fill at most."""
-        return self.least_tokens <= len(arrays.tokens) <= self.tokens and len(arrays.lengths) <= self.sequences
+        fits = len(arrays.lengths) <= self.sequences and arrays.tables.shape[1] <= self.table_width
+        return fits and self.least_tokens <= len(arrays.tokens) <= self.tokens
 
     def padded(self, arrays: ChunkArrays, padding_slot: int) -> ChunkArrays:
         """The same step in this shape: tokens that write no key, sequences that no item names, and for the rest of the

@@ -102,6 +102,12 @@ class LatentContext:
         sizes = (max_tokens, shape.num_heads, dims.plain_dim, dims.value_dim, dims.rotated_dim)
         self._expanded = Expanded.make(tiles * TILE, *sizes, dtype, device)
 
+    def table_width(self, sequences: int, block_tokens: int) -> int:
+        """Of the widest tables with which the context of so many sequences is one slice."""
+        return (
+            len(self._expanded.keys) // sequences // max(block_tokens, TILE) * max(block_tokens, TILE) // block_tokens
+        )
+
     def over_pool(self, pool: PagedPool) -> LatentChunks:
         return LatentChunks(self._layers, self._expanded, pool, self._num_sms)
 

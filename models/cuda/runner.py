@@ -592,8 +592,11 @@ class CudaRunner:
     def _capture_chunks(self, bound: _Bound) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
         tile, heads, width = bound.attention.tile, self.config.num_heads, bound.slots.tables.shape[1]
+        if self._latents is not None:  # more slices are more launches, whether the context has them or not
+            widest = self._latents.table_width(CHUNK_SEQUENCES, bound.block_tokens)
+            width = min(width, widest // TABLE_WIDTH * TABLE_WIDTH)
         draw = Draw(SamplingSpec(max_tokens=1, temperature=0.0), (), 1, 0)
-        for tokens, least in CHUNK_SIZES:
+        for tokens, least in CHUNK_SIZES if width else ():
             items = (-(-tokens // tile) + CHUNK_SEQUENCES) * heads
             shape = ChunkShape(tokens, least, CHUNK_SEQUENCES, width, items)
             if self._limits.max_tokens >= tokens and self._limits.max_rows >= CHUNK_SEQUENCES:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -152,6 +154,7 @@ def test_a_step_in_a_larger_shape_is_the_same_step():
     assert shape.holds(arrays) and not shape.holds(lay_out([Row([1] * 129, 0, list(range(9)), None)], 16, 4, 64))
     assert not shape.holds(lay_out([Row([1] * 20, 0, [number, 9], None) for number in range(5)], 16, 4, 64))
     assert not shape.holds(lay_out([Row([1] * 74, 0, list(range(5)), None)], 16, 4, 64))  # it would be mostly padding
+    assert not replace(shape, table_width=8).holds(arrays), "its tables would be cut off"
     padded = shape.padded(arrays, padding_slot=99)
     assert [len(each) for each in padded] == [128, 128, 128, 5, 4, 4, 24, 4, 4, 4]
     assert padded.kv_slots[75:].max() == -1 and padded.kv_slots[:75].tolist() == arrays.kv_slots.tolist()
