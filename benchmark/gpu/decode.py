@@ -109,7 +109,9 @@ def step(runner: CudaRunner, batch: DecodeBatch) -> None:
 
 def main(argv: Sequence[str]) -> int:
     parser = new_parser("decode", __doc__)
-    parser.add_argument("--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes")
+    parser.add_argument(
+        "--shape", default="llama-3.1-8b", help="a folder of benchmark/shapes; NAME:8: a rank's part of 8"
+    )
     parser.add_argument("--cells", default=CELLS, help="rows x tokens or rows x chats, comma separated")
     parser.add_argument("--run-ahead", type=int, default=1, help="steps launched before one is read")
     parser.add_argument(

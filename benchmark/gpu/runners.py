@@ -27,6 +27,7 @@ from baton.models.folder import JsonObject
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
 from baton.models.layers import Weights
+from baton.models.partition import Rank
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
 from baton.worker.build_cpu import layout_of
@@ -68,14 +69,30 @@ def given_formats(options: argparse.Namespace) -> list[tuple[str, str]]:
     return list(product(options.quantization.split(","), options.kv_dtype.split(",")))
 
 
+def shape_config(shape: str) -> ModelConfig:
+    """Of a folder of benchmark/shapes. NAME:8 is as wide as the part that one rank of 8 holds of it: its steps are the
+    rank's, but for what ranks exchange."""
+    name, _, count = shape.partition(":")
+    config = ModelConfig.from_folder(SHAPES / name)
+    if not count:
+        return config
+    rank = Rank(0, int(count))
+    return replace(
+        config,
+        num_heads=len(rank.share(config.num_heads, "query heads")),
+        num_kv_heads=len(rank.key_heads(config.num_kv_heads)),
+        intermediate_size=len(rank.share(config.intermediate_size, "rows of an MLP")),
+        vocab_size=len(rank.vocabulary(config.vocab_size)),
+    )
+
+
 def load_shape(lines: JsonLines, name: str, quantization: str = PLAIN) -> tuple[ModelConfig, Weights]:
     """quantization: of QUANTIZATIONS."""
-    folder = SHAPES / name
-    config = ModelConfig.from_folder(folder)
+    config = shape_config(name)
     recipe = recipe_for(None if quantization == PLAIN else quantization, config)
     before, began_at = torch.cuda.memory_allocated(), time.monotonic()
     weights = load_weights(
-        config, folder, torch.bfloat16, "cuda:0", "dummy", pack=False, recipe=recipe, keep_quantised=True
+        config, SHAPES, torch.bfloat16, "cuda:0", "dummy", pack=False, recipe=recipe, keep_quantised=True
     )
     torch.cuda.synchronize()
     lines.put(
@@ -134,7 +151,7 @@ def make_runners(
 ) -> tuple[ModelConfig, dict[str, Weights], dict[tuple[str, str], tuple[RandomKv, CudaRunner]]]:
     """The shape's config, its weights by format, and a runner for each of the formats, of weights and of KV; those of
     one format have one memory for it."""
-    config = ModelConfig.from_folder(SHAPES / shape)
+    config = shape_config(shape)
     weights = {name: load_shape(lines, shape, name)[1] for name in dict.fromkeys(of for of, _ in formats)}
     pools = {name: random_pool(config, num_blocks, name) for name in dict.fromkeys(of for _, of in formats)}
     return (
