@@ -270,8 +270,9 @@ class DecodeRole:
         if not self._running and not self._waiting:
             return False
         running, waiting = list(self._running), self._ready(planned_at)
+        items = [self._item(sequence) for sequence in running]
         decision = plan(
-            [self._item(sequence) for sequence in running],
+            items,
             [self._waiting_item(sequence) for sequence in waiting],
             self._parts.manager.num_available,
             self._limits,
@@ -279,7 +280,11 @@ class DecodeRole:
         )
         for index in decision.preempted:
             self._preempt(running[index])
-        batch = [(running[row.item], row.length) for row in decision.rows if _prepare(running[row.item], row)]
+        batch = [
+            (running[row.item], row.length)
+            for row in decision.rows
+            if _prepare(running[row.item], row, items[row.item])
+        ]
         admitted = [each for each in zip(waiting, decision.admitted, strict=False) if self._admit(each[0])]
         batch += [(sequence, length) for sequence, length in admitted if length and not prefixes.loading(sequence.leg)]
         has_prompts = any(length > 1 for _, length in batch)
@@ -511,10 +516,10 @@ def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
 
 
-def _prepare(sequence: Sequence, row: PlannedRow) -> bool:
+def _prepare(sequence: Sequence, row: PlannedRow, item: Item) -> bool:
     """Give a running sequence blocks for the row; False if there are none. Drafts in flight may have come before it."""
     sequence.most_drafts = row.num_drafts
-    return _grow(sequence, sequence.num_launched + row.num_in_flight + row.length + row.num_drafts)
+    return _grow(sequence, item.num_computed + item.num_drafting + row.length + row.num_drafts)
 
 
 def _grow(sequence: Sequence, num_tokens: int) -> bool:

@@ -43,8 +43,6 @@ class PlannedRow(NamedTuple):
     item: int
     length: int
     num_drafts: int = 0
-    num_in_flight: int = 0
-    """Item.num_drafting: what it computes may lie so much further on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +78,7 @@ def plan(
         if alive == index:
             break  # it was preempted itself
         if length > 0:
-            rows.append(PlannedRow(index, length, 0, item.num_drafting))
+            rows.append(PlannedRow(index, length))
             free_blocks -= lacking
         if length > 1:
             room.take(length)
@@ -88,8 +86,9 @@ def plan(
     free_rows = 0 if preempted else limits.max_num_seqs - alive - reserved_rows
     num_admitted, free_blocks = _admit(waiting, free_blocks, free_rows, limits)
     admitted = [room.take_for(item) for item in waiting[:num_admitted]]
-    spare_blocks = 0 if preempted or num_admitted < min(len(waiting), free_rows) else free_blocks - alive
-    rows = _with_drafts(rows, running, spare_blocks, limits)
+    if any(item.most_drafts for item in running):
+        spare_blocks = 0 if preempted or num_admitted < min(len(waiting), free_rows) else free_blocks - alive
+        rows = _with_drafts(rows, running, spare_blocks, limits)
     return StepPlan(tuple(rows), tuple(preempted), tuple(admitted))
 
 
@@ -97,18 +96,20 @@ def _with_drafts(
     rows: Sequence[PlannedRow], running: Sequence[Item], spare_blocks: int, limits: DecodeLimits
 ) -> list[PlannedRow]:
     """The rows with their drafts, as far as a step has room for tokens. `spare_blocks` may be allocated for drafts."""
-    room = limits.max_num_batched_tokens - sum(row.length for row in rows)
+    room, size = limits.max_num_batched_tokens - sum(row.length for row in rows), limits.block_tokens
     planned = []
     for row in rows:
-        item = running[row.item]
-        drafts = min(item.most_drafts, max(0, room)) if row.length == 1 else 0
-        end = item.num_computed + item.num_drafting + 1
-        lacking = _lacking(item, end + drafts, limits) - _lacking(item, end, limits)
-        if lacking > max(0, spare_blocks):
-            drafts = lacking = 0
-        spare_blocks -= lacking
-        room -= drafts
-        planned.append(row._replace(num_drafts=drafts))
+        index, length, _ = row
+        item = running[index]
+        drafts = min(item.most_drafts, room)
+        if length == 1 and drafts > 0:
+            end = item.num_computed + item.num_drafting + 1
+            lacking = -(-(end + drafts) // size) - max(item.num_blocks, -(-end // size))
+            if lacking <= 0 or lacking <= spare_blocks:
+                spare_blocks -= max(0, lacking)
+                room -= drafts
+                row = PlannedRow(index, length, drafts)
+        planned.append(row)
     return planned
 
 
