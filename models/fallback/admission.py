@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
-from baton.models.fallback.attention import NAME, AttentionCall, listening
+from baton.models.fallback.attention import NAME, PROBE, AttentionCall, listening
 from baton.models.fallback.reference import WholeAttention
 from baton.node.errors import SettingsError
 from baton.node.messages.control import SamplingSpec
@@ -104,9 +104,11 @@ def observe(config: ModelConfig, model: PreTrainedModel, head_multiple: int = 1)
         if stepped := STEPPED_ROPES.intersection(ropes.values() if isinstance(ropes, dict) else [ropes]):
             raise CannotServe(config, f"its rope ({stepped.pop()}) follows the longest sequence of a step")
     listener = _Listener()
+    model.set_attn_implementation(PROBE)
     with listening(listener):
         tokens = torch.arange(4, device=model.device)[None]
         model(input_ids=tokens, position_ids=tokens, use_cache=False)
+    model.set_attn_implementation(NAME)
     layers = [call.layer for call in listener.calls]
     if layers != list(range(config.num_layers)):
         raise CannotServe(config, f"{len(set(layers))} of its {config.num_layers} layers attend through the interface")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,8 @@ def load_model(config: ModelConfig, folder: Path, dtype: torch.dtype, load_forma
         raise
     except Exception as error:  # whatever the library's code for some family makes of the folder
         raise SettingsError(f"{folder}: transformers cannot load {config.architecture}: {excerpt(error)}") from None
-    model.config.pad_token_id = None  # each step would look for it, to warn, and wait for a GPU
+    with suppress(Exception):  # of some families it must be a number
+        model.config.pad_token_id = None  # each step would look for it, to warn, and wait for a GPU
     return model
 
 

@@ -18,6 +18,7 @@ from baton.tests.unit.models.fallback.families import (
     OTHERS,
     REFUSED_ALWAYS,
     REFUSED_OTHERS,
+    REFUSED_SHAPES,
     SMALL_MAMBA,
     make_folder,
     weekly,
@@ -57,7 +58,7 @@ def test_tokens_of_other_families_equal_transformers(family, make, sequences, pr
 @pytest.mark.parametrize("family", REFUSED_ALWAYS)
 def test_state_outside_of_attention_is_refused(family, make):
     """Guards against wrong answers without an error: each of these runs, and gives other logits over the pool."""
-    folder, _ = make(family, **SMALL_MAMBA if family == "falcon_h1" else {})
+    folder, _ = make(family, **REFUSED_SHAPES.get(family, {}))
     with pytest.raises(SettingsError, match=REFUSED_ALWAYS[family]):
         ModelRunner.load(folder)
 
@@ -90,7 +91,7 @@ def test_a_rope_that_follows_the_longest_sequence_is_refused(make, rope):
 @pytest.mark.parametrize("family", REFUSED_OTHERS)
 def test_other_families_are_refused(family, make):
     try:
-        folder, _ = make(family)
+        folder, _ = make(family, **REFUSED_SHAPES.get(family, {}))
     except Exception as error:
         pytest.skip(f"this version of transformers makes no such tiny model: {error}")
     with pytest.raises(SettingsError):
