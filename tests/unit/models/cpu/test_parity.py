@@ -169,9 +169,13 @@ def test_sharded_folder_gives_the_same_logits(make_model, sequences, prompt):
     assert float((logits[0] - theirs).abs().max() / theirs.abs().max()) <= 1e-4
 
 
-def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16(make_model, sequences, prompt):
-    """Guards against a step that rounds more often than it must when the model runs in bfloat16."""
-    made = make_model("llama")
+@pytest.mark.parametrize(
+    ("family", "variant"), [("llama", {}), ("qwen2_moe", EXPERTS | {"shared_expert_intermediate_size": 40})]
+)
+def test_bfloat16_is_as_close_to_float32_as_transformers_in_bfloat16(family, variant, make_model, sequences, prompt):
+    """Guards against a step that rounds more often than it must when the model runs in bfloat16, or chooses experts by
+    rounded logits."""
+    made = make_model(family, **variant)
     runner = ModelRunner.load(made.folder, dtype="bfloat16")
     assert runner.kv_dtype == torch.bfloat16
     _, logits = sequences(runner, 1, 64).greedy(0, prompt, 1)

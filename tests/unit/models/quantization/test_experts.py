@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 
 from baton.kernels import ExpertLinears
+from baton.models import sources
 from baton.models.config import ModelConfig
 from baton.models.layers import ExpertsWeights
 from baton.models.partition import Rank
@@ -106,3 +107,13 @@ def test_what_experts_take_is_logged(make_model, caplog):
     load(make_model("qwen3_moe", **SIZES, moe_intermediate_size=16).folder, load_format="dummy")
     (line,) = [line for line in caplog.messages if line.startswith("experts ")]
     assert line.startswith("experts layers=1 experts=2 top_k=2 format=dense gib=0 ")
+
+
+def test_a_file_of_many_groups_of_inputs_is_opened_once(make_model, monkeypatch):
+    """Guards the start with experts of GPTQ: files of thousands of tensors were opened for each of them."""
+    folder = make_model("qwen3_moe", **SIZES, hidden_size=64, moe_intermediate_size=64).folder
+    rewrite(folder, FORMATS["gptq, desc_act"])
+    opened, really = [], sources.safe_open
+    monkeypatch.setattr(sources, "safe_open", lambda path, **options: opened.append(path) or really(path, **options))
+    load(folder, keep_quantised=True)
+    assert len(opened) == 2, "for the groups of inputs, and for all numbers"
