@@ -15,20 +15,16 @@ import torch
 from baton.kernels import DenseLinear
 from baton.models.config import ModelConfig
 from baton.models.expert_rules import ExpertRules
-from baton.models.layers import (
+from baton.models.layer_weights import (
     AttentionWeights,
-    DenseMlp,
     DenseMlpWeights,
-    ExpertsMlp,
     ExpertsWeights,
-    GroupedAttention,
-    LatentAttention,
     LatentWeights,
     LayerWeights,
     Mlp,
     Weights,
-    describe,
 )
+from baton.models.layers import DenseMlp, ExpertsMlp, GroupedAttention, LatentAttention, describe
 from baton.models.partition import Rank
 from baton.models.places import PlainPlace, WeightCut, WeightPlace
 from baton.models.quantization.weight import QuantizedWeight

@@ -24,7 +24,8 @@ from baton.kernels.routing import expected_experts
 from baton.models.allocation import allocate
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
-from baton.models.layers import ExpertsMlp, ExpertsWeights, Weights
+from baton.models.layer_weights import ExpertsWeights, Weights
+from baton.models.layers import ExpertsMlp
 from baton.models.partition import WHOLE, Rank
 from baton.models.places import WeightPlace
 from baton.models.quantization.layouts import QuantizedSource

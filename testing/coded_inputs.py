@@ -9,7 +9,7 @@ import torch
 
 from baton.kernels import Linear
 from baton.kernels.reference import quantise
-from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
+from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
 
 RUNS = 128
 """Inputs that share a scale beside weights with scales of blocks."""

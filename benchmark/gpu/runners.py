@@ -26,7 +26,7 @@ from baton.models.fallback.config import described
 from baton.models.folder import JsonObject
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
-from baton.models.layers import Weights
+from baton.models.layer_weights import Weights
 from baton.models.partition import Rank
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights

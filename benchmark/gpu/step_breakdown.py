@@ -31,7 +31,8 @@ from baton.kernels.routing import expected_experts
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import Queue
-from baton.models.layers import ExpertsMlp, LayerWeights, Weights
+from baton.models.layer_weights import LayerWeights, Weights
+from baton.models.layers import ExpertsMlp
 
 PASSES = 7
 WAIT_CYCLES = 40_000_000

@@ -37,7 +37,7 @@ from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
 from baton.models.cuda.decoder import DeviceDecoder, product_shapes
 from baton.models.cuda.products import fastest
-from baton.models.layers import Weights
+from baton.models.layer_weights import Weights
 from baton.models.weights import load_weights
 
 FP8 = torch.float8_e4m3fn

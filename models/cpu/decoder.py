@@ -1,6 +1,6 @@
 """The CPU's operations of a layer, and a whole step with them: token ids in, logits out.
 
-The order of a layer's parts is that of models.layers, which a GPU follows too.
+The order of a layer's parts is that of models.layer_order, which a GPU follows too.
 """
 
 from __future__ import annotations
@@ -19,18 +19,16 @@ from baton.models.cpu.latent import absorbed, raised
 from baton.models.cpu.peers import NO_PEERS, Peers
 from baton.models.cpu.step_batch import StepBatch
 from baton.models.families import GELU_TANH, SILU
-from baton.models.layers import (
+from baton.models.layer_order import run_layers
+from baton.models.layer_weights import (
     AttentionWeights,
     DenseMlpWeights,
-    ExpertsMlp,
     ExpertsWeights,
-    GroupedAttention,
-    LatentAttention,
     LatentWeights,
     LayerWeights,
     Weights,
-    run_layers,
 )
+from baton.models.layers import ExpertsMlp, GroupedAttention, LatentAttention
 from baton.models.rope import inverse_frequencies, rotations
 from baton.models.rope_config import RopeConfig
 
@@ -80,7 +78,7 @@ class DenseDecoder:
 
 
 class _StepOps:
-    """models.layers.LayerOps of one step."""
+    """models.layer_order.LayerOps of one step."""
 
     def __init__(
         self,

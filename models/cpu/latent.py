@@ -8,7 +8,8 @@ import torch
 
 from baton import kernels
 from baton.models.latent_config import LATENT_NORM_EPS
-from baton.models.layers import LatentAttention, LatentWeights
+from baton.models.layer_weights import LatentWeights
+from baton.models.layers import LatentAttention
 
 
 def absorbed(

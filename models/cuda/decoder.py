@@ -1,4 +1,4 @@
-"""A GPU's operations of a layer as launches of kernels, and whole steps with them; models.layers says in which order.
+"""A GPU's operations of a layer as launches of kernels, and whole steps with them, in the order of models.layer_order.
 
 A layer of a decode step is eight launches: qkv · rope and KV write · attention · o · add and norm · gate_up with silu ·
 down · add and norm; parts of split products are summed by the launch after. `experts` launches what experts compute.
@@ -29,16 +29,9 @@ from baton.models.cuda.experts import ExpertBlocks, plan_experts
 from baton.models.cuda.latent import LatentLayers
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, plain, shape_of
 from baton.models.families import SILU
-from baton.models.layers import (
-    AttentionWeights,
-    DenseMlp,
-    DenseMlpWeights,
-    ExpertsMlp,
-    ExpertsWeights,
-    LayerWeights,
-    Weights,
-    run_layers,
-)
+from baton.models.layer_order import run_layers
+from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Weights
+from baton.models.layers import DenseMlp, ExpertsMlp
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
 from baton.node.errors import InvariantBroken
@@ -237,7 +230,7 @@ class DeviceDecoder:
 
 
 class _StepOps:
-    """models.layers.LayerOps of one step, over the memory that all steps share."""
+    """models.layer_order.LayerOps of one step, over the memory that all steps share."""
 
     def __init__(
         self,

@@ -22,7 +22,8 @@ from baton.models.cuda.products.experts_dense import DenseExperts
 from baton.models.cuda.products.experts_scaled import ScaledExperts
 from baton.models.cuda.products.experts_sizes import ExpertsSizes
 from baton.models.families import SILU
-from baton.models.layers import ExpertsMlp, ExpertsWeights, Weights
+from baton.models.layer_weights import ExpertsWeights, Weights
+from baton.models.layers import ExpertsMlp
 from baton.node.errors import InvariantBroken, SettingsError
 
 

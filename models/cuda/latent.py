@@ -24,7 +24,8 @@ from baton.models.config import ModelConfig
 from baton.models.cuda.attention import Attend
 from baton.models.cuda.products import PADDING, Products
 from baton.models.latent_config import LATENT_NORM_EPS, LatentConfig
-from baton.models.layers import LatentAttention, LatentWeights, Weights
+from baton.models.layer_weights import LatentWeights, Weights
+from baton.models.layers import LatentAttention
 from baton.node.errors import SettingsError
 
 EXPANDED_BYTES = 512 << 20

@@ -40,7 +40,7 @@ from baton.models.cuda.queue import ALIGNED, Queue, QueueMark, Upload, Work, ali
 from baton.models.cuda.slots import Slots, SlotSampler
 from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.kv_format import KvFormat
-from baton.models.layers import Weights
+from baton.models.layer_weights import Weights
 from baton.models.sampling_rules import EVERYTHING
 from baton.models.weights import Progress, no_progress
 from baton.node.errors import InvariantBroken, SettingsError

@@ -21,7 +21,7 @@ from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
-from baton.models.layers import Weights
+from baton.models.layer_weights import Weights
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.tests.gpu.test_runner import LONGEST, exact_logits, table

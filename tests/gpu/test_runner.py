@@ -22,7 +22,7 @@ from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
 from baton.models.cuda.queue import CudaQueue
 from baton.models.cuda.runner import CudaRunner, StepLimits
-from baton.models.layers import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Mlp, Weights
+from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Mlp, Weights
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec
 from baton.node.modelhub import locate_model

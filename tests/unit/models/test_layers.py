@@ -10,7 +10,9 @@ import torch
 from baton.kernels import DenseLinear
 from baton.models.allocation import allocate
 from baton.models.config import ModelConfig
-from baton.models.layers import AttentionWeights, DenseMlpWeights, LayerWeights, Weights, describe, run_layers
+from baton.models.layer_order import run_layers
+from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, LayerWeights, Weights
+from baton.models.layers import describe
 from baton.models.partition import WHOLE, Rank
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights

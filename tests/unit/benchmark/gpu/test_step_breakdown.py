@@ -22,7 +22,7 @@ from baton.benchmark.harness.shapes import SHAPES
 from baton.models.allocation import allocate
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
-from baton.models.layers import Weights
+from baton.models.layer_weights import Weights
 from baton.models.partition import WHOLE
 from baton.node.messages.control import SamplingSpec
 from baton.testing.late_queue import LateQueue

@@ -13,7 +13,7 @@ import torch
 from baton.kernels import ExpertLinears
 from baton.models import sources
 from baton.models.config import ModelConfig
-from baton.models.layers import ExpertsWeights
+from baton.models.layer_weights import ExpertsWeights
 from baton.models.partition import Rank
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights

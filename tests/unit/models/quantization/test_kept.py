@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from baton.models.config import ModelConfig
-from baton.models.layers import Weights
+from baton.models.layer_weights import Weights
 from baton.models.partition import Rank
 from baton.models.places import WeightCut
 from baton.models.quantization.kept import KeptPart, keep_quantised
