@@ -46,8 +46,8 @@ GROUPS = {
     "norm": r"_norm_kernel",
     "rope_write": r"_(rope_write|kv_write|latent_write|rotate_queries)_kernel",
     "activation": r"_act_and_mul(_codes)?_kernel|_quantise_kernel",
-    "draw": r"_(best_of_block|best_of_row|scatter|prepare|pass|threshold|block|row)_kernel",
-    "inputs": r"_gather_kernel|_share_out_kernel|.*(index_?select|vectorized_gather|CatArray)",
+    "draw": r"_(best_of_block|best_of_row|scatter|prepare|pass|threshold|block|row|propose|accept)_kernel",
+    "inputs": r"_gather(_drafts)?_kernel|_share_out_kernel|.*(index_?select|vectorized_gather|CatArray)",
     "routing": r"_(router|choose|order|spread)_kernel",
     "linear": r"_(linear\w*|gated_product|gather_columns|experts\w*)_kernel|.*(nvjet|gemm|gemv|cutlass|cublas|splitK)",
 }
