@@ -41,6 +41,11 @@ def portable(num_rows: int, tiles: Tiles, fused: bool, inputs: int) -> Tiles:
     return Tiles(64, BLOCK, tile_m, max(stages, 2), tiles.splits)
 
 
+def by_gluon(num_rows: int, tiles: Tiles, fused: bool, most_rows: int) -> bool:
+    """Whether linear_8bit_gluon has such tiles, for up to most_rows rows. It takes 128 rows of W together."""
+    return num_rows <= most_rows and tiles.tile_n * (2 if fused else 1) == 128
+
+
 def stage_bytes(tile_m: int) -> int:
     """128 rows of W, and those of x."""
     return (128 + tile_m) * BLOCK
@@ -57,7 +62,7 @@ def programs_that_fit(tiles: Tiles) -> int:
 
 
 def _tiles(num_rows: int, shape: ProductShape) -> Tiles | None:
-    tile_n = 64 if shape.fused else 128
+    tile_n = 64 if shape.fused or shape.outputs % 128 else 128
     if shape.outputs % (BLOCK if shape.weight_format == "fp8_block" else tile_n) or shape.inputs % BLOCK:
         return None
     tile_m = next((size for size in TILE_ROWS if num_rows <= size), TILE_ROWS[-1])

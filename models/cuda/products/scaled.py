@@ -130,7 +130,8 @@ class ScaledProducts:
             quantise(x, codes, pdl=pdl)
             x = codes
         if tiles is not None and isinstance(x, CodedRows):
-            product = self._gluon if self._gluon and len(x.codes) <= self._gluon_rows else _portable_product
+            fits = linear_8bit_policy.by_gluon(len(x.codes), tiles, fused, self._gluon_rows)
+            product = self._gluon if self._gluon and fits else _portable_product
             product(x, weights, tiles, out, fused=fused, pdl=pdl)
         elif isinstance(x, CodedRows):
             self._by_scaled_mm(weights, x, out)
