@@ -35,7 +35,7 @@ def test_ranks_share_the_vocabulary(make_model, tied):
         assert shares == [tied] * count
         linears = sum(linear.size_bytes for layer in parts[0].layers for linear in layer.linears)
         head = 0 if tied else parts[0].lm_head.size_bytes
-        norms = sum(norm.nbytes for layer in parts[0].layers for norm in layer.norms) + parts[0].norm.nbytes
+        norms = sum(norm.nbytes for layer in parts[0].layers for norm in layer.vectors) + parts[0].norm.nbytes
         assert parts[0].size_bytes == {"dense": parts[0].embedding.nbytes + linears + head + norms}
 
 

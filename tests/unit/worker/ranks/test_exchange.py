@@ -71,7 +71,7 @@ def test_parts_of_different_widths_lie_side_by_side(group):
 
 def test_ranks_get_the_rows_without_what_only_the_first_needs(group):
     """Guards against ranks that draw another token, or compute other rows; and records that fit no slot."""
-    long = tuple(range(SLOT_BYTES))
+    long = tuple(range(1 << 20, (1 << 20) + SLOT_BYTES // 4))  # of 5 bytes each
     rows = [
         Row((7,), 31, [4, 5], GREEDY, slot=3),
         Row((8,), 9, (6,), RANDOM, slot=1, most_drafts=2),
