@@ -14,10 +14,9 @@ ROW_TILES = (16, 32, 64)
 """Rows of a tile: of wider ones the sums would leave no room for two programs."""
 PROMPT_ROWS = 128
 """Rows of a tile of experts_gluon."""
-WIDE, PROGRAMS, PROGRAMS_8BIT = 128, 200, 400
+WIDE, PROGRAMS = 128, 200
 """Rows of W, or of gate and of up each, of a wide program, and how many of them are enough for a Hopper's 132
-multiprocessors, which hold one of gate and up at a time, or two of bytes: a few programs more than they hold take as
-long as twice so many."""
+multiprocessors."""
 LEAST_PROMPT_ROWS = 40
 """Of an expert, on average, from which on experts_gluon is ahead: it reads each W once, whatever the number of rows."""
 BLOCK = 128
@@ -58,8 +57,6 @@ def rows_tiles(shape: ProductShape, tile_m: int, num_tiles: int, element_bytes: 
     tile_k = next((size for size in (128, 64, 32, 16) if size * element_bytes <= 256 and k % size == 0), 0)
     if not tile_n or not tile_k:
         return None
-    if wide and tile_m > 32:
-        tile_k = min(tile_k, 64)  # with more, only two stages would fit
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * tile_k * element_bytes
     stages = min(SHARED_BYTES // stage, 6) if wide else min(SHARED_BYTES // 2 // stage, 4)
     warps = 8 if wide and tile_m > 32 else 4
@@ -67,16 +64,14 @@ def rows_tiles(shape: ProductShape, tile_m: int, num_tiles: int, element_bytes: 
 
 
 def rows_tiles_8bit(shape: ProductShape, tile_m: int, num_tiles: int) -> Tiles | None:
-    """As rows_tiles, of W of 8 bits. The product of gate and up leaves runs of as many codes as it is wide."""
+    """As rows_tiles, of W of 8 bits. The product of gate and up is wide: a program leaves a run of 128 codes."""
     n, k = shape.outputs, shape.inputs
     if n % BLOCK or k % BLOCK:
         return None
-    wide = num_tiles * (n // WIDE) >= PROGRAMS_8BIT
-    tile_n = WIDE if wide else 64
+    tile_n = WIDE if shape.fused or num_tiles * (n // WIDE) >= PROGRAMS else 64
     stage = (tile_n * (2 if shape.fused else 1) + tile_m) * BLOCK
-    programs = 1 if wide and shape.fused and tile_m > 32 else 2
-    stages = max(2, min(SHARED_BYTES // programs // stage, 6))
-    return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if wide and tile_m > 32 else 4, prefetch=BLOCK)
+    stages = max(2, min(SHARED_BYTES // 2 // stage, 6))
+    return Tiles(tile_n, BLOCK, tile_m, stages, 1, 8 if tile_n == WIDE and tile_m > 32 else 4, prefetch=BLOCK)
 
 
 def row_tiles(shape: ProductShape) -> Tiles | None:

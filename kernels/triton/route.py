@@ -28,6 +28,8 @@ TOKENS = ((256, 4), (1024, 16))
 """Up to so many tokens, a program has so many: one with 64 takes 20 us longer than one with 4."""
 MANY_TOKENS = 32
 """With more tokens: each program reads the counts of all."""
+FIXED_TOKENS = 16
+"""Where a token's bits may not depend on how many there are."""
 VALUES = 8192
 """Tokens times experts of a program: more would not fit its registers."""
 ROUTER_TILE_K = 128
@@ -272,11 +274,17 @@ def _order_kernel(
 
 
 def router(
-    x: torch.Tensor, weight: torch.Tensor, gate: torch.Tensor | None, out: torch.Tensor, *, pdl: bool = False
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    gate: torch.Tensor | None,
+    out: torch.Tensor,
+    *,
+    fixed: bool = False,
+    pdl: bool = False,
 ) -> None:
     """Fills out float32 [splits, T, E'] with parts of x W^T; x [T, K], weight [E, K], gate [1, K] of a shared expert.
 
-    K must be a multiple of splits * ROUTER_TILE_K, or of 16 with one split.
+    K must be a multiple of splits * ROUTER_TILE_K, or of 16 with one split. fixed: one tile for all numbers of tokens.
     """
     (num_rows, k), num_experts, splits = x.shape, weight.shape[0], out.shape[0]
     width = num_experts + (gate is not None)
@@ -290,7 +298,7 @@ def router(
         require(tensor is None or tensor.is_contiguous(), "tensors must be contiguous")
     if num_rows == 0:
         return
-    tile_m = 16 if num_rows <= 64 else 64
+    tile_m = 16 if fixed or num_rows <= 64 else 64
     tile_e = min(64, max(16, triton.next_power_of_2(width)))
     _router_kernel[(triton.cdiv(num_rows, tile_m), triton.cdiv(width, tile_e), splits)](
         x, weight, weight if gate is None else gate, out, num_rows, E=num_experts, K=k, TILE_E=tile_e, TILE_M=tile_m,
@@ -298,9 +306,11 @@ def router(
     )  # fmt: skip
 
 
-def _tokens_of_a_program(num_tokens: int, block_e: int) -> int:
+def program_tokens(num_tokens: int, num_experts: int, fixed: bool) -> int:
+    """Tokens of a program that chooses. How a row's numbers lie in registers, and so the order of its sums, depends on
+    it; fixed: it does not depend on num_tokens."""
     tokens = next((tokens for most, tokens in TOKENS if num_tokens <= most), MANY_TOKENS)
-    return max(min(tokens, VALUES // block_e), 1)
+    return max(min(FIXED_TOKENS if fixed else tokens, VALUES // triton.next_power_of_2(num_experts)), 1)
 
 
 def choose(
@@ -311,13 +321,14 @@ def choose(
     held: range,
     routes: Routes,
     *,
+    fixed: bool = False,
     pdl: bool = False,
 ) -> None:
     """Fills `routes` from logits float32 [splits, T, E] or [splits, T, E + 1], parts that are summed.
 
     bias: float32 [E]. kv_slots: int32 [T]; tokens without one, -1, choose nothing:
     they pad the step. held: the experts that are computed here;
-    `routes.experts` counts from the first of them.
+    `routes.experts` counts from the first of them. fixed: a token's bits do not depend on how many there are.
     """
     (splits, num_rows, width), e, k = logits.shape, routing.num_experts, routing.top_k
     require(width in (e, e + 1), f"logits of {width} experts, not {e}")
@@ -332,9 +343,9 @@ def choose(
     if num_rows == 0:
         return
     block_e = triton.next_power_of_2(e)
-    tokens = _tokens_of_a_program(num_rows, block_e)
+    tokens = program_tokens(num_rows, e, fixed)
     programs = triton.cdiv(num_rows, tokens)
-    alone, warps = programs == 1, min(16, max(4, tokens * block_e // VALUES_A_WARP))
+    alone, warps = programs == 1 and not fixed, min(16, max(4, tokens * block_e // VALUES_A_WARP))
     _choose_kernel[(programs,)](
         logits, logits if bias is None else bias, routes.ids if kv_slots is None else kv_slots, routes.ids,
         routes.weights, routes.shared, routes.counts, routes.positions, routes.tokens, routes.experts, routes.sizes,

@@ -78,6 +78,7 @@ class ExpertBlocks:
         room = max_tokens + PADDING if shared else 0
         self._gated = torch.zeros(room * inner, dtype=dtype, device=device)
         self._shared = torch.zeros(room, hidden, dtype=dtype, device=device)
+        self._no_padding = torch.zeros(max_tokens, dtype=torch.int32, device=device)
 
     def __call__(
         self, shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, kv_slots: torch.Tensor | None, *, pdl: bool
@@ -95,8 +96,11 @@ class ExpertBlocks:
         width = routing.num_experts + (gate is not None)
         splits = self._splits(num_tokens)
         logits = self._logits[: splits * num_tokens * width].view(splits, num_tokens, width)
-        router(x, mlp.router.weight, gate, logits, pdl=pdl)
-        choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, pdl=pdl)
+        if kv_slots is None and self._deterministic:
+            kv_slots = self._no_padding[:num_tokens]  # so that this, too, is the same kernel
+        fixed = self._deterministic
+        router(x, mlp.router.weight, gate, logits, fixed=fixed, pdl=pdl)
+        choose(logits, routing, mlp.correction, kv_slots, shape.experts, routes, fixed=fixed, pdl=pdl)
         rows = products(mlp.gate_up, mlp.down, x, routes, pdl=pdl)
         if mlp.shared is None:
             return RoutedSum(rows, routes)
@@ -129,5 +133,7 @@ def _products_of(
     if weight_format == DenseLinear.weight_format:
         return DenseExperts(sizes, max_tokens, deterministic, dtype, device)
     if weight_format in FORMATS:
-        return ScaledExperts(sizes, weight_format, max_tokens, deterministic, dtype, device)
+        if deterministic:
+            raise SettingsError("--deterministic: on a GPU only with experts in the model's dtype, not in 8 bits")
+        return ScaledExperts(sizes, weight_format, max_tokens, dtype, device)
     raise InvariantBroken(f"no kernel here reads experts of the format {weight_format}")

@@ -18,6 +18,9 @@ from baton.node.errors import InvariantBroken, SettingsError
 PromptProduct = Callable[[torch.Tensor, torch.Tensor, Routes, torch.Tensor, bool], None]
 """product(x [P, K], weight [E, N, K], routes, out [P, N], gated)"""
 
+NARROW = 1
+"""Tiles for which products are narrow: those whose bits were compared."""
+
 
 class DenseExperts:
     """For up to max_tokens tokens; not for two steps at a time."""
@@ -26,10 +29,10 @@ class DenseExperts:
         self, sizes: ExpertsSizes, max_tokens: int, deterministic: bool, dtype: torch.dtype, device: str
     ) -> None:
         """deterministic: a token's bits do not depend on how many there are."""
-        self._sizes = sizes
+        self._sizes, self._deterministic = sizes, deterministic
         shapes = ProductShape(sizes.width, sizes.hidden, fused=True), ProductShape(sizes.hidden, sizes.width)
         self._shapes, self._element_bytes = shapes, dtype.itemsize
-        self._tiles_of_rows(experts_policy.ROW_TILES[0], 1)
+        self._tiles_of_rows(experts_policy.ROW_TILES[0], NARROW)
         one = tuple(tiles for tiles in map(experts_policy.row_tiles, shapes) if tiles is not None)
         self._of_one_token = one if len(one) == len(shapes) and not deterministic else None
         self._by_gluon = None if deterministic else _gluon_product(sizes, dtype, device)
@@ -67,7 +70,7 @@ class DenseExperts:
         """Of gate and up together, and of down."""
         if routes.tile_m == 1 and self._of_one_token is not None:
             return self._of_one_token
-        return self._tiles_of_rows(routes.tile_m, routes.most_tiles)
+        return self._tiles_of_rows(routes.tile_m, NARROW if self._deterministic else routes.most_tiles)
 
     def _tiles_of_rows(self, tile_m: int, num_tiles: int) -> Sequence[Tiles]:
         found = [experts_policy.rows_tiles(shape, tile_m, num_tiles, self._element_bytes) for shape in self._shapes]

@@ -18,11 +18,6 @@ from baton.models.cuda.products.experts_sizes import ExpertsSizes
 from baton.models.cuda.products.policy import PADDING
 from baton.node.errors import InvariantBroken, SettingsError
 
-NARROW_RUN = 64
-"""Of codes that a narrow product leaves."""
-WIDEST = 1 << 30
-"""Tiles for which the product of gate and up is wide."""
-
 
 class ScaledExperts:
     """With weights of one format, for up to max_tokens tokens; not for two steps at a time."""
@@ -32,13 +27,11 @@ class ScaledExperts:
         sizes: ExpertsSizes,
         weight_format: str,
         max_tokens: int,
-        deterministic: bool,
         dtype: torch.dtype,
         device: str,
     ) -> None:
-        """weight_format: one of linear_8bit_policy.FORMATS. deterministic: runs of codes, and so a token's bits, do not
-        depend on how many tokens there are."""
-        self._sizes, self._deterministic = sizes, deterministic
+        """weight_format: one of linear_8bit_policy.FORMATS."""
+        self._sizes = sizes
         hidden, width = sizes.hidden, sizes.width
         self._shapes = ProductShape(width, hidden, fused=True), ProductShape(hidden, width)
         self._tiles(experts_policy.ROW_TILES[0], 1)
@@ -52,7 +45,7 @@ class ScaledExperts:
         self._x_codes = codes(padded, hidden)
         self._x_scales = torch.zeros(padded * (hidden // RUN if self._run else 1), device=device)
         self._gated_codes = codes(room.rows, width)
-        self._gated_scales = torch.zeros(room.rows * (width // NARROW_RUN), device=device)
+        self._gated_scales = torch.zeros(room.rows * (width // RUN), device=device)
         self._rows = torch.empty(room.rows, hidden, dtype=dtype, device=device)
 
     def tile_rows(self, num_tokens: int) -> int:
@@ -64,11 +57,11 @@ class ScaledExperts:
     ) -> torch.Tensor:
         """The rows that experts compute, [P, hidden] in the order of `routes`; x is [T, hidden], plain."""
         count, width = routes.most_tiles * routes.tile_m, self._sizes.width
-        wide, narrow = self._tiles(routes.tile_m, WIDEST if self._deterministic else routes.most_tiles)
+        wide, narrow = self._tiles(routes.tile_m, routes.most_tiles)
         first, second = _scaled(gate_up), _scaled(down)
         coded = self._coded(x)
         quantise(x, coded, pdl=pdl)
-        scales = self._gated_scales[: count * (width // wide.tile_n)].view(-1, count)
+        scales = self._gated_scales[: count * (width // RUN)].view(-1, count)
         gated, rows = CodedRows(self._gated_codes[:count], scales), self._rows[:count]
         codes = first.codes.view(gate_up.num_experts, gate_up.num_outputs, -1)
         experts_8bit(coded, codes, first.scales, routes, wide, gated, fused=True, gathered=True, pdl=pdl)

@@ -7,6 +7,7 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 from baton.kernels.routing import Routing
 from baton.kernels.triton.linear_policy import Tiles
+from baton.kernels.triton.route import program_tokens
 from baton.tests.unit.kernels import expert_checks as checks
 from baton.tests.unit.kernels.checks_8bit import FP8, INT8
 
@@ -27,6 +28,12 @@ def test_route_of_rows_that_pad_and_of_held_experts(device):
     for num_tokens in (4, 9):
         checks.check_route(device, num_tokens, MANY, 4, gated=True, padded=3)
         checks.check_route(device, num_tokens, MANY, 4, held=range(5, 10), skewed=True)
+
+
+def test_fixed_programs_do_not_depend_on_the_number_of_tokens():
+    """Guards against sums in another order: of 64 experts a thread has two with four tokens a program, four with 16."""
+    for num_experts in (8, 64, 128, 2048):
+        assert len({program_tokens(tokens, num_experts, True) for tokens in (1, 4, 100, 300, 8192)}) == 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
