@@ -107,6 +107,8 @@ class Demand:
     """Prompts, in workers that compute nothing else."""
     prompt_s: float
     """Of a mean one."""
+    long_s: float
+    """Of the longest but for a tenth."""
     spread: float
     """E[s^2] / 2 E[s]^2 of the seconds of prompts: 0.5 where all are equal."""
     answers: float
@@ -235,7 +237,8 @@ class MixedRoles:
         spread = sum(each * each for each in lengths) / len(lengths) / (2 * mean_s * mean_s) if mean_s else 0.5
         rate = len(lengths) / seconds * self._proxies()
         answers = rate * answer_tokens
-        return Demand(rate * mean_s, mean_s, spread, answers)
+        long_s = sorted(lengths)[int(0.9 * len(lengths))]
+        return Demand(rate * mean_s, mean_s, long_s, spread, answers)
 
     def _proxies(self) -> float:
         """How many times the prompts of this proxy the workers compute."""
@@ -246,14 +249,14 @@ class MixedRoles:
         (a, k), m, load = self.steps.fit(), min(plan.num_prompts, n - 1), demand.load
         if m == 0:
             tpot_s = a / _room((load + k * demand.answers) / n)
-            ttft_s = demand.prompt_s * (1 + demand.spread * _wait(n, load / n)) + tpot_s
+            ttft_s = demand.long_s + demand.prompt_s * demand.spread * _wait(n, load / n) + tpot_s
             return ttft_s, tpot_s + k * _more(demand.answers * tpot_s / n)
         tpot_s, longest, helped = a / _room(k * demand.answers / (n - m)), 0.0, 0.0
         for _ in range(2):  # rows depend on TPOT, which depends on the prompts that rows keep away
             longest = plan.weight * demand.answers * tpot_s / (n - m)
             helped = load * _overflow(load / m, m * (1 + longest))
             tpot_s = a / _room((helped + k * demand.answers) / (n - m))
-        ttft_s = demand.prompt_s * (1 + _bounded_wait(m, load / m, demand.spread, longest))
+        ttft_s = demand.long_s + demand.prompt_s * _bounded_wait(m, load / m, demand.spread, longest)
         return ttft_s, tpot_s + k * _more(demand.answers * tpot_s / (n - m))
 
 

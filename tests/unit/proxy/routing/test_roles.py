@@ -72,7 +72,7 @@ def test_any_load_has_a_finite_prediction(
     n: int, num_prompts: int, weight: float, load: float, answers: float, spread: float
 ) -> None:
     """Guards the proxy: an overload of many times what workers can do must not end in an overflow."""
-    demand = Demand(load, 0.2, spread, answers)
+    demand = Demand(load, 0.2, 0.3, spread, answers)
     for latency in MixedRoles(1.0, 0.015).predict(RolePlan(num_prompts, weight), n, demand):
         assert 0 < latency < float("inf")
 
