@@ -132,6 +132,26 @@ def paged_attention(
     return torch.einsum("hnt,thd->nhd", weights, values).to(query.dtype)
 
 
+def latent_attention(
+    query: torch.Tensor, rows: torch.Tensor, kv_up: torch.Tensor, start: int, scale: float
+) -> torch.Tensor:
+    """Latent attention of one sequence's new tokens, with keys and values made in full; [n, H, V].
+
+    query [n, H, P + R] belongs to the tokens start .. start + n - 1; rows [start + n, L + R] are the latents and the
+    rotated keys of all; kv_up [H, P + V, L] makes the other part of a head's keys, and its values. Keys, values and
+    weights are rounded to the query's dtype, all else is float32.
+    """
+    latents, rotated = rows.float().split((kv_up.shape[2], rows.shape[1] - kv_up.shape[2]), -1)
+    plain_dim = query.shape[2] - rotated.shape[1]
+    made = torch.einsum("hdl,tl->thd", kv_up.float(), latents).to(query.dtype).float()
+    keys, values = made.split((plain_dim, made.shape[2] - plain_dim), -1)
+    products = torch.einsum("nhd,thd->hnt", query[..., :plain_dim].float(), keys)
+    products += torch.einsum("nhd,td->hnt", query[..., plain_dim:].float(), rotated)
+    hidden = torch.arange(start, len(rows))[:, None] < torch.arange(len(rows))[None, :]
+    weights = (products * scale).masked_fill(hidden.to(query.device), NEGATIVE_INFINITY).softmax(-1)
+    return torch.einsum("hnt,thv->nhv", weights.to(query.dtype).float(), values).to(query.dtype)
+
+
 # ---- log probabilities: logits [rows, V] ---------------------------------------------------------------------------
 
 

@@ -59,17 +59,10 @@ class Step:
             randn((shape.heads, shape.plain + shape.value, shape.latent), dtype, device, 5) * shape.latent**-0.5,
         )
 
-    def expected(self, shape: Latent, row: int, query: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
-        """[n, H, V] of query [n, H, P + R] at start .., with keys and values made in full, rounded to dtype."""
-        rows = self.pool.tensor[self.tables[row].long(), 0, LAYER, 0].flatten(0, 1)[: start + len(query)].float()
-        latents, keys = rows.split((shape.latent, shape.rotated), -1)
-        up = torch.einsum("hdl,tl->thd", self.kv_up.float(), latents).to(dtype).float()
-        plain, values = up.split((shape.plain, shape.value), -1)
-        products = torch.einsum("nhd,thd->hnt", query[..., : shape.plain].float(), plain)
-        products += torch.einsum("nhd,td->hnt", query[..., shape.plain :].float(), keys)
-        seen = torch.arange(start, len(rows))[:, None] >= torch.arange(len(rows))[None, :]
-        weights = (products * SCALE).masked_fill(~seen.to(query.device), float("-inf")).softmax(-1)
-        return torch.einsum("hnt,thv->nhv", weights.to(dtype).float(), values).to(dtype)
+    def expected(self, row: int, query: torch.Tensor, start: int) -> torch.Tensor:
+        """[n, H, V] of query [n, H, P + R] at start .., rounded as its dtype says."""
+        rows = self.pool.tensor[self.tables[row].long(), 0, LAYER, 0].flatten(0, 1)[: start + len(query)]
+        return reference.latent_attention(query, rows, self.kv_up, start, SCALE)
 
 
 def check_latent_write(
@@ -146,9 +139,10 @@ def check_latent_decode(
         if not length:
             assert bool(out[row].isnan().all()), "a row of length 0 is padding and stays as it was"
             continue
-        exact = step.expected(shape, row, query[row : row + 1], length - 1, torch.float32)
+        own = query[row : row + 1]
         # Absorbed, queries are rounded instead of keys: to the dtype, as in a plain computation.
-        assert_close(out[row : row + 1], exact, step.expected(shape, row, query[row : row + 1], length - 1, dtype))
+        exact, plain = (step.expected(row, each, length - 1) for each in (own.float(), own))
+        assert_close(out[row : row + 1], exact, plain)
 
 
 def prefill(step: Step, shape: Latent, query: torch.Tensor, new: list[int], slice_tokens: int) -> torch.Tensor:
@@ -174,7 +168,7 @@ def check_latent_prefill(
     first = 0
     for row, (length, count) in enumerate(zip(lengths, new, strict=True)):
         part = slice(first, first + count)
-        exact = step.expected(shape, row, query[part], length - count, torch.float32)
-        assert_close(out[part], exact, step.expected(shape, row, query[part], length - count, dtype))
+        exact, plain = (step.expected(row, each, length - count) for each in (query[part].float(), query[part]))
+        assert_close(out[part], exact, plain)
         first += count
     return out
