@@ -3,8 +3,10 @@
     value(tokens) = (rows + expected accepted drafts) / seconds(tokens)
 
 Seconds are measured, at the start without context and at each step with it. What a draft is worth is learnt from steps
-that were read, by how many drafts its row had (more follow a longer match) and by its number among them. The host is a
-step late: it knows of how many drafts there were, not how many there are, and learns how well the one tells the other.
+that were read: by how many drafts its row had (more follow a longer match) and its number among them, and by what
+became of the sequence's own last drafts. A sequence begins with places for few, and has twice as many when all were
+accepted. The host is a step late: it knows of how many drafts there were, not how many there are, and learns how well
+the one tells the other.
 """
 
 from __future__ import annotations
@@ -19,8 +21,10 @@ LEAST_GAIN = 0.02
 """Of value, for which a larger step than the rows need is launched."""
 PROBE_EVERY = 32
 """Steps with drafts for which there was no place, until one gets some all the same."""
-DECAY, RATIO_DECAY = 0.99, 0.9
+DECAY, RATIO_DECAY = 0.95, 0.9
 PRIOR_WEIGHT = 4.0
+FIRST_WINDOW, FIRST_TRUST, TRUST_DECAY = 2, 0.25, 0.5
+"""Places that a sequence begins with, and the part of its steps with drafts that are taken to accept one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,34 @@ class BudgetChoice:
     """Drafts accepted, by what was known."""
     slots: tuple[int, ...]
     """Of its rows."""
+
+
+@dataclass(slots=True)
+class SlotDrafting:
+    """What is known of the drafts of a slot's sequence."""
+
+    number: int = 0
+    """After the last step that was read."""
+    window: int = FIRST_WINDOW
+    """Of them, those that places are meant for."""
+    trust: float = FIRST_TRUST
+    """The part of its last steps with drafts that accepted some, the latest counting most."""
+
+    @property
+    def coming(self) -> int:
+        """Drafts of the step after the one in flight, as far as places are meant for them. A match that goes on has
+        become longer by what that step accepts, and has two drafts more for each."""
+        if self.trust < 0.5:
+            return min(self.number, self.window)
+        return min(self.number + 2 * (1 + min(self.number, self.window)), 2 * self.window)
+
+    def verified(self, num_verified: int, num_accepted: int, most: int) -> None:
+        """most: that a sequence ever has."""
+        self.trust = TRUST_DECAY * self.trust + (1 - TRUST_DECAY) * (num_accepted > 0)
+        if num_accepted < num_verified:
+            self.window = max(1, min(self.window, num_accepted + 1))
+        elif num_verified >= min(self.window, self.number):
+            self.window = min(2 * self.window, most)
 
 
 class DraftBudget:
@@ -48,7 +80,7 @@ class DraftBudget:
         self._offered = np.full(wide, PRIOR_WEIGHT)
         likely = np.minimum(0.9, 0.2 + 0.1 * np.arange(most_drafts + 1))
         self._accepted = PRIOR_WEIGHT * np.repeat(likely[:, None], most_drafts, axis=1)
-        self._drafts: dict[int, int] = {}  # by slot: after the last step that was read
+        self._slots: dict[int, SlotDrafting] = {}
         self._foreseen = self._came = 1.0  # accepted drafts: expected, and counted
         self._num_unserved = 0
 
@@ -60,19 +92,19 @@ class DraftBudget:
 
     def begin(self, slot: int) -> None:
         """The slot has another sequence."""
-        self._drafts.pop(slot, None)
+        self._slots.pop(slot, None)
 
     def choose(self, rows: Iterable[tuple[int, int]]) -> BudgetChoice:
         """For rows given as slot, and drafts that it may have."""
         given = list(rows)
         count, slots = len(given), tuple(slot for slot, _ in given)
-        numbers = [min(self._drafts.get(slot, 0), most) for slot, most in given]
-        wanted = [number for number in numbers if number]
+        known = [(self._slots[slot], most) for slot, most in given if slot in self._slots]
+        wanted = [(each, min(each.coming, most)) for each, most in known if min(each.number, most)]
         least = self._sizes[bisect_left(self._sizes, count)]
         if not wanted:
             return BudgetChoice(least, 0.0, slots)
         survival = (self._accepted / self._offered).cumprod(axis=1)
-        worth = np.sort(np.concatenate([survival[number, :number] for number in wanted]))[::-1]
+        worth = np.sort(np.concatenate([each.trust * survival[each.number, :places] for each, places in wanted]))[::-1]
         gained = np.concatenate(([0.0], worth.cumsum())) * min(1.0, self._came / self._foreseen)
 
         def expected(tokens: int) -> float:
@@ -102,10 +134,12 @@ class DraftBudget:
         what it took, of a step without parts of prompts."""
         num_accepted = 0
         for slot, (num_drawn, num_verified, num_next) in zip(choice.slots, results, strict=True):
+            drafting = self._slots.setdefault(slot, SlotDrafting())
             if num_verified:
                 num_accepted += num_drawn - 1
-                self._learn(self._drafts.get(slot, num_verified), num_verified, num_drawn - 1)
-            self._drafts[slot] = num_next
+                self._learn(drafting.number, num_verified, num_drawn - 1)
+                drafting.verified(num_verified, num_drawn - 1, self._most)
+            drafting.number = num_next
         if choice.expected:
             self._foreseen = DECAY * self._foreseen + choice.expected
             self._came = DECAY * self._came + num_accepted
