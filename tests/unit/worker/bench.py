@@ -113,7 +113,7 @@ class ManualStep:
 class ManualRunner:
     """A runner that samples token 7 for each sampling row, and logs launches and reads."""
 
-    config = SimpleNamespace(vocab_size=1000)
+    config = SimpleNamespace(vocab_size=1000, full_step_tokens=1024)
 
     def __init__(self, run_ahead: int = 0) -> None:
         self.run_ahead = run_ahead
