@@ -122,7 +122,7 @@ class Streams:
 
 
 class Fixed(DraftBudget):
-    """A budget of as many tokens as it is told."""
+    """A budget of always as many tokens."""
 
     def __init__(self, tokens: int) -> None:
         super().__init__((tokens,), 1)
@@ -135,7 +135,7 @@ class Fixed(DraftBudget):
         """Learns nothing."""
 
 
-class Pair:
+class OffAndOn:
     """A runner without drafts and one with, over one pool."""
 
     def __init__(self, lines: JsonLines, shape: str, deterministic: bool, max_rows: int, count: int) -> None:
@@ -249,7 +249,7 @@ def main(argv: Sequence[str]) -> int:
     lines = JsonLines(options.output)
     kernels(lines, 64, 8192)
     for deterministic in (True, False) if options.fast else (True,):
-        pair = Pair(lines, options.shape, deterministic, max(rows for _, rows, _ in CELLS), options.count)
+        pair = OffAndOn(lines, options.shape, deterministic, max(rows for _, rows, _ in CELLS), options.count)
         for kind, rows, drafts in CELLS:
             if kind == "useless":
                 pair.useless(rows, drafts)
