@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 
 from baton.models.batch import Drawn, Launched, Row
-from baton.models.cpu.peers import Peers, sum_in_order
+from baton.models.cpu.peers import RankPeers, sum_in_order
 from baton.models.cpu.runner import ModelRunner
 from baton.models.partition import Rank
 from baton.node.errors import PeerLost
@@ -54,7 +54,7 @@ class _Board:
 
 
 class ThreadPeers:
-    """models.cpu.peers.Peers between threads."""
+    """models.cpu.peers.RankPeers between threads."""
 
     def __init__(self, rank: Rank, board: _Board) -> None:
         self.rank = rank
@@ -84,7 +84,7 @@ class ThreadPeers:
 class RankThreads:
     """A group over one pool, with the calls of a ModelRunner."""
 
-    def __init__(self, load: Callable[[Peers], ModelRunner], count: int) -> None:
+    def __init__(self, load: Callable[[RankPeers], ModelRunner], count: int) -> None:
         self._board = _Board(count)
         self.peers = [ThreadPeers(Rank(index, count), self._board) for index in range(count)]
         self.runners = [load(peers) for peers in self.peers]

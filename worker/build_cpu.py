@@ -24,7 +24,7 @@ from baton.kvtransfer.planes.zeromq import ZmqPlane
 from baton.kvtransfer.protocol.transfer import POLL_S
 from baton.models.check import longest_known
 from baton.models.config import ModelConfig
-from baton.models.cpu.peers import NO_PEERS, Peers
+from baton.models.cpu.peers import NO_PEERS, RankPeers
 from baton.models.cpu.runner import ModelRunner
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
@@ -192,7 +192,9 @@ def _start_ranks(settings: WorkerSettings, folder: Path, vocab_size: int) -> Ran
     return RankGroup(settings.tp, start)
 
 
-def _load_rank(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, peers: Peers, ranks: Ranks) -> LoadedModel:
+def _load_rank(
+    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, peers: RankPeers, ranks: Ranks
+) -> LoadedModel:
     """Rank 0's part of the model over the pool of all ranks."""
     runner = ModelRunner.load(
         folder,

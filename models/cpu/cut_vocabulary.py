@@ -15,7 +15,7 @@ import torch
 
 from baton import kernels
 from baton.models.batch import Draw
-from baton.models.cpu.peers import Peers
+from baton.models.cpu.peers import RankPeers
 from baton.models.partition import Rank
 from baton.models.sampling_rules import rules_of
 
@@ -38,7 +38,7 @@ def plain_draw(draw: Draw, vocab_size: int) -> PlainDraw | None:
 class CutVocabulary:
     """One rank's part of the draws of its group. All ranks make the same calls."""
 
-    def __init__(self, peers: Peers, vocab_size: int) -> None:
+    def __init__(self, peers: RankPeers, vocab_size: int) -> None:
         self._peers, self._vocab_size = peers, vocab_size
         count = peers.rank.count
         self._shares = [Rank(index, count).vocabulary(vocab_size) for index in range(count)]

@@ -16,7 +16,7 @@ from baton.kernels import Linear
 from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.latent import absorbed, raised
-from baton.models.cpu.peers import NO_PEERS, Peers
+from baton.models.cpu.peers import NO_PEERS, RankPeers
 from baton.models.cpu.step_batch import StepBatch
 from baton.models.families import GELU_TANH, SILU
 from baton.models.layer_order import run_layers
@@ -52,7 +52,7 @@ class Decoder(Protocol):
 class DenseDecoder:
     """The decoder of all families that models.layers describes, or a rank's part of it."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, peers: Peers = NO_PEERS) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, peers: RankPeers = NO_PEERS) -> None:
         self._config, self._weights, self._peers = config, weights, peers
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         self._frequencies = {rope: inverse_frequencies(rope).to(weights.embedding.device) for rope in ropes}
@@ -87,7 +87,7 @@ class _StepOps:
         step: StepBatch,
         ropes: Mapping[RopeConfig, tuple[torch.Tensor, torch.Tensor]],
         residual: torch.Tensor,
-        peers: Peers,
+        peers: RankPeers,
     ) -> None:
         """ropes: the rotations of the step's positions."""
         self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes

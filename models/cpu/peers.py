@@ -15,7 +15,7 @@ from baton.models.batch import Row
 from baton.models.partition import WHOLE, Rank
 
 
-class Peers(Protocol):
+class RankPeers(Protocol):
     """A rank's end of its group. PeerLost out of a call: another rank ended, or did not answer in time."""
 
     @property
@@ -48,7 +48,7 @@ class NoPeers:
         return part
 
 
-NO_PEERS: Peers = NoPeers()
+NO_PEERS: RankPeers = NoPeers()
 
 
 def sum_in_order(parts: Sequence[torch.Tensor]) -> torch.Tensor:

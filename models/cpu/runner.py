@@ -22,7 +22,7 @@ from baton.models.config import ModelConfig
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.cut_vocabulary import CutVocabulary
 from baton.models.cpu.decoder import Decoder, DenseDecoder
-from baton.models.cpu.peers import NO_PEERS, Peers
+from baton.models.cpu.peers import NO_PEERS, RankPeers
 from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
@@ -53,7 +53,7 @@ class ModelRunner:
         dtype: torch.dtype,
         kv_format: KvFormat | None = None,
         drafter: Drafter | None = None,
-        peers: Peers = NO_PEERS,
+        peers: RankPeers = NO_PEERS,
     ) -> None:
         """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
         have drafts; by default they are looked up in the sequence."""
@@ -77,7 +77,7 @@ class ModelRunner:
         quantization: str | None = None,
         max_model_len: int | None = None,
         on_progress: Progress = no_progress,
-        peers: Peers = NO_PEERS,
+        peers: RankPeers = NO_PEERS,
     ) -> ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 

@@ -26,8 +26,8 @@ from baton.node.garbage import freeze_startup_objects
 from baton.node.telemetry import configure_logging, log_event
 from baton.worker.build_cpu import layout_of
 from baton.worker.ranks.exchange import ProcessPeers
-from baton.worker.ranks.links import Link
-from baton.worker.ranks.messages import BEAT_S, Beat, PoolMade, RankReady, RankStart, SharedBytes, decode, encode
+from baton.worker.ranks.links import RankLink
+from baton.worker.ranks.messages import BEAT_S, PoolMade, RankBeat, RankReady, RankStart, SharedBytes, decode, encode
 
 START_S = 60.0
 LOAD_S = 3600.0
@@ -37,7 +37,7 @@ logger = logging.getLogger("rank")
 
 
 def main(argv: Sequence[str]) -> int:
-    control = Link.inherited(0, int(argv[0]))
+    control = RankLink.inherited(0, int(argv[0]))
     for number in (signal.SIGINT, signal.SIGTERM):  # for rank 0, whose requests get to their end
         signal.signal(number, signal.SIG_IGN)
     start = decode(control.receive(START_S))
@@ -47,7 +47,7 @@ def main(argv: Sequence[str]) -> int:
         tie()
     configure_logging(start.log_level, start.name)
     torch.set_num_threads(start.threads)
-    links = [Link.inherited(other, fd) for other, fd in start.peer_fds.items()]
+    links = [RankLink.inherited(other, fd) for other, fd in start.peer_fds.items()]
     memory = torch.frombuffer(_mapped(start.starter_pid, start.memory).view, dtype=torch.uint8)
     peers = ProcessPeers(Rank(start.index, start.count), start.vocab_size, memory, links)
     try:
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
         return 0
 
 
-def _load(start: RankStart, peers: ProcessPeers, control: Link) -> ModelRunner:
+def _load(start: RankStart, peers: ProcessPeers, control: RankLink) -> ModelRunner:
     """This rank's part of the model over the pool of rank 0."""
     runner = ModelRunner.load(
         Path(start.folder),
@@ -90,11 +90,11 @@ def _mapped(pid: int, memory: SharedBytes) -> SharedReader:
     return SharedReader(pid, SharedFile(memory.fd, memory.size_bytes, memory.nonce), writable=True)
 
 
-def _beat(control: Link) -> None:
+def _beat(control: RankLink) -> None:
     """Until rank 0 is gone: the exchange of the next step says so too."""
     while True:
         try:
-            control.send(encode(Beat()))
+            control.send(encode(RankBeat()))
         except PeerLost:
             return
         time.sleep(BEAT_S)

@@ -1,4 +1,4 @@
-"""Sums and gathers between ranks that are processes of one host: models.cpu.peers.Peers over shared memory.
+"""Sums and gathers between ranks that are processes of one host: models.cpu.peers.RankPeers over shared memory.
 
 Each rank writes its part to a slot of its own, and all meet: a byte goes to every other rank and one comes from each.
 Then every rank reads all slots. A rank has two slots, used in turn: who writes the second one has met all others since
@@ -15,7 +15,7 @@ from baton.models.batch import Row
 from baton.models.cpu.peers import sum_in_order
 from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken
-from baton.worker.ranks.links import Link
+from baton.worker.ranks.links import RankLink
 from baton.worker.ranks.records import RecordDecoder, encode_rows
 
 SLOT_BYTES = 4 << 20
@@ -34,7 +34,7 @@ class ProcessPeers:
     """One rank's end. `memory`: uint8 [memory_bytes], shared; `links`: to all other ranks."""
 
     def __init__(
-        self, rank: Rank, vocab_size: int, memory: torch.Tensor, links: Sequence[Link], meet_s: float = MEET_S
+        self, rank: Rank, vocab_size: int, memory: torch.Tensor, links: Sequence[RankLink], meet_s: float = MEET_S
     ) -> None:
         self.rank = rank
         self._vocab_size = vocab_size

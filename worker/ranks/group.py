@@ -25,7 +25,7 @@ from baton.node.errors import InvariantBroken, PeerLost, SettingsError
 from baton.node.telemetry import log_event
 from baton.worker.io_thread import RankLost
 from baton.worker.ranks.exchange import ProcessPeers, memory_bytes
-from baton.worker.ranks.links import Link, pair
+from baton.worker.ranks.links import RankLink, pair
 from baton.worker.ranks.messages import BEAT_S, PoolMade, RankReady, RankStart, SharedBytes, decode, encode
 
 logger = logging.getLogger("ranks")
@@ -46,11 +46,11 @@ class RankGroup:
         """start(index, fds of its links by rank, shared memory) describes a rank. They begin to load at once."""
         self._memory = HostMemory(1, memory_bytes(count))
         memory = shared_bytes(self._memory.shared)
-        self._controls: list[Link] = []
+        self._controls: list[RankLink] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._ended = threading.Event()
         self._watcher: threading.Thread | None = None
-        ends: dict[int, dict[int, Link]] = {index: {} for index in range(count)}
+        ends: dict[int, dict[int, RankLink]] = {index: {} for index in range(count)}
         for one, other in combinations(range(count), 2):
             ends[one][other], ends[other][one] = pair(one, other)
         self.links = list(ends[0].values())
@@ -166,7 +166,7 @@ def shared_bytes(shared: SharedFile | None) -> SharedBytes:
     return SharedBytes(shared.fd, shared.size_bytes, shared.nonce)
 
 
-def _started(control: Link, links: Sequence[Link]) -> subprocess.Popen[bytes]:
+def _started(control: RankLink, links: Sequence[RankLink]) -> subprocess.Popen[bytes]:
     """A rank's process, which inherits its ends of the links."""
     return subprocess.Popen(
         (sys.executable, "-P", "-m", "baton.worker.ranks", str(control.fileno())),

@@ -15,7 +15,7 @@ from baton.node.errors import PeerLost
 MESSAGE_BYTES = 64 << 10
 
 
-class Link:
+class RankLink:
     """One end of a pair. `other`: the rank at the other end. Messages keep their bounds."""
 
     def __init__(self, other: int, end: socket.socket) -> None:
@@ -23,7 +23,7 @@ class Link:
         self._end = end
 
     @classmethod
-    def inherited(cls, other: int, fd: int) -> Link:
+    def inherited(cls, other: int, fd: int) -> RankLink:
         """The end that the starter of this process has left open for it."""
         return cls(other, socket.socket(fileno=fd))
 
@@ -58,9 +58,9 @@ class Link:
         self._end.close()
 
 
-def pair(one: int, other: int) -> tuple[Link, Link]:
+def pair(one: int, other: int) -> tuple[RankLink, RankLink]:
     """The ends of ranks `one` and `other`."""
     first, second = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end in (first, second):
         os.set_inheritable(end.fileno(), False)
-    return Link(other, first), Link(one, second)
+    return RankLink(other, first), RankLink(one, second)

@@ -47,13 +47,13 @@ class RankReady(msgspec.Struct, frozen=True, tag=True):
     """From a rank: it can join steps."""
 
 
-class Beat(msgspec.Struct, frozen=True, tag=True):
+class RankBeat(msgspec.Struct, frozen=True, tag=True):
     """From a rank that is ready, every BEAT_S: its process runs."""
 
 
 BEAT_S = 0.5
 
-RankMessage = RankStart | PoolMade | RankReady | Beat
+RankMessage = RankStart | PoolMade | RankReady | RankBeat
 _decoder = msgspec.msgpack.Decoder(RankMessage)
 
 

@@ -16,7 +16,7 @@ from baton.models.partition import Rank
 from baton.node.errors import InvariantBroken, PeerLost
 from baton.node.messages.control import SamplingSpec
 from baton.worker.ranks.exchange import SLOT_BYTES, ProcessPeers, memory_bytes
-from baton.worker.ranks.links import Link, pair
+from baton.worker.ranks.links import RankLink, pair
 
 COUNT = 3
 GREEDY = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
@@ -25,8 +25,8 @@ FILTERED = Draw(SamplingSpec(max_tokens=9, top_p=0.5, seed=3), (1, 2, 3), 1, 2)
 
 
 @pytest.fixture
-def links() -> Iterator[list[list[Link]]]:
-    ends: list[list[Link]] = [[] for _ in range(COUNT)]
+def links() -> Iterator[list[list[RankLink]]]:
+    ends: list[list[RankLink]] = [[] for _ in range(COUNT)]
     for one in range(COUNT):
         for other in range(one + 1, COUNT):
             own, theirs = pair(one, other)
@@ -38,7 +38,7 @@ def links() -> Iterator[list[list[Link]]]:
 
 
 @pytest.fixture
-def group(links: list[list[Link]]) -> list[ProcessPeers]:
+def group(links: list[list[RankLink]]) -> list[ProcessPeers]:
     memory = torch.zeros(memory_bytes(COUNT), dtype=torch.uint8)
     return [ProcessPeers(Rank(index, COUNT), 100, memory, links[index], meet_s=10.0) for index in range(COUNT)]
 
