@@ -17,9 +17,10 @@ from baton.kvtransfer.planes.base import Plane
 from baton.kvtransfer.planes.device import device_planes
 from baton.models.check import longest_known, recipe_for
 from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.memory import GIB, GRAPHS_BYTES, GpuMemory, plan_blocks, unit_padding
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.fallback.config import model_config
 from baton.models.kv_scales import kv_format_of
 from baton.models.weights import load_weights

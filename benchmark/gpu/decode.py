@@ -31,7 +31,8 @@ from baton.benchmark.gpu.runners import (
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.models.batch import Draw, Row
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.node.messages.control import SamplingSpec
 
 CELLS = "1x1024,8x1024,16x1024,32x1024,64x1024,128x1024,256x1024,64x8192,1x32768,8x32768"

@@ -18,9 +18,10 @@ from baton.kvtransfer.blocks.layout import KVLayout
 from baton.kvtransfer.blocks.views import KvTensors, kv_tensors
 from baton.models.check import recipe_for
 from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.memory import GIB, unit_padding
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.fallback.config import described
 from baton.models.folder import JsonObject

@@ -26,8 +26,9 @@ from baton.kernels.triton.draft_inputs import NUM_DRAFTS
 from baton.models.batch import Draw, Launched, Row
 from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
 from baton.models.cuda.drafts import DraftSlots
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.node.messages.control import SamplingSpec
 
 CONTEXT, MOST_DRAFTS, CHANGED_EVERY = 1024, 12, 15

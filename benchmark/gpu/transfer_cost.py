@@ -21,7 +21,8 @@ from baton.benchmark.gpu.runners import BLOCK_TOKENS, load_shape, make_runner, r
 from baton.benchmark.harness.json_lines import JsonLines
 from baton.benchmark.harness.options import new_parser
 from baton.benchmark.harness.processes import MeasuringChild
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.worker.build_cuda import POLL_S
 from baton.worker.main import SWITCH_S
 

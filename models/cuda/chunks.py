@@ -112,3 +112,8 @@ def _filled(values: np.ndarray, count: int, value: int) -> np.ndarray:
     filled = np.full(count, value, dtype=np.int32)
     filled[: len(values)] = values
     return filled
+
+
+def decodes(row: Row) -> bool:
+    """Whether the row is one token that follows a drawn one; a part of a prompt, however short, is a chunk."""
+    return row.num_new == 1 and row.draw is not None and row.draw.num_generated > 0

@@ -161,3 +161,25 @@ class Upload:
 def copy_async(target: torch.Tensor, source: torch.Tensor) -> None:
     """To or from pinned memory, without waiting."""
     target.copy_(source, non_blocking=True)
+
+
+class Draws:
+    """The draws of one step: enqueued behind what they draw from or, where masks come later, all at its end."""
+
+    def __init__(self, queue: Queue, *, deferred: bool) -> None:
+        self.deferred = deferred
+        self._queue = queue
+        self._waiting: list[Work] = []
+
+    def launch(self, forward: Work, choose: Work) -> None:
+        def both() -> None:
+            forward()
+            choose()
+
+        self._queue.enqueue(forward if self.deferred else both)
+        if self.deferred:
+            self._waiting.append(choose)
+
+    def enqueue(self) -> None:
+        for choose in self._waiting:
+            self._queue.enqueue(choose)

@@ -13,13 +13,12 @@ the weights, launched op by op. Whatever the host sends goes through pinned memo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
 
-from baton.kernels.triton.decode_attention import GROUP_ROWS, DecodeScratch
+from baton.kernels.triton.decode_attention import DecodeScratch
 from baton.kernels.triton.decode_plan import FP8_AIM, DecodePlan, fixed_plan, split_plan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.pool import PagedPool
@@ -28,15 +27,18 @@ from baton.kernels.triton.step_inputs import StepInputs, gather_inputs, set_entr
 from baton.models.batch import DeviceTime, Draw, Launched, PromptTargets, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import ChunkAttention, choose_attention
-from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, lay_out
+from baton.models.cuda.bound import Bound, CapturedChunks
+from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, decodes, lay_out
 from baton.models.cuda.decoder import DeviceDecoder
 from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
 from baton.models.cuda.drafts import DraftSlots
 from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
-from baton.models.cuda.latent import LatentContext, check_latent, plan_latent_rows
-from baton.models.cuda.launched import LaunchedStep, ScoredPart, StepMarks, StepResult
+from baton.models.cuda.latent import LatentContext, plan_latent_rows
+from baton.models.cuda.launched import LaunchedStep, StepMarks, StepResult
+from baton.models.cuda.limits import StepLimits, check_supported
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
-from baton.models.cuda.queue import ALIGNED, Queue, QueueMark, Upload, Work, aligned
+from baton.models.cuda.prompt_scores import pieces_of, scored_parts, targets_of
+from baton.models.cuda.queue import ALIGNED, Draws, Queue, QueueMark, Upload, Work, aligned
 from baton.models.cuda.slots import Slots, SlotSampler
 from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.kv_format import KvFormat
@@ -58,31 +60,9 @@ CHUNK_ARRAYS = len(ChunkArrays._fields) + 1
 WIDENED_BYTES, WIDENED_TOKENS = 512 << 20, 2048
 """For the context of the chunks of a step in one layer, where KV is quantised: 131,072 tokens of an 8B model. No more
 than all rows' longest sequences, rounded up to as many tokens as tables are wide."""
-DRAFTED_TOKENS = 256
-"""Of a decode step with drafts; with more, products take longer by as much as the tokens are more."""
 TIMED_STEPS = 4
 SCORED_ROWS = 128
 """Rows of logits at a time where a prompt's log probabilities are asked for."""
-
-
-@dataclass(frozen=True, slots=True)
-class StepLimits:
-    """What one step may hold, and how it is computed."""
-
-    max_rows: int
-    max_tokens: int
-    run_ahead: int = 1
-    deterministic: bool = False
-    """Results do not depend on what else is in the step, at a cost of up to a tenth of a step's time."""
-    mixed_tokens: int = 128
-    """From so many tokens of prompts on, these and decode rows are one pass; with fewer, its launches would bind it."""
-    most_drafts: int = 0
-    """Drafts that are verified behind a row's token at most."""
-
-    @property
-    def decode_tokens(self) -> int:
-        """Tokens of a decode step at most, drafts included."""
-        return max(self.max_rows, min(DRAFTED_TOKENS, self.max_rows * (1 + self.most_drafts)))
 
 
 class CudaRunner:
@@ -138,7 +118,7 @@ class CudaRunner:
         self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=queue.device)
         self._results = [StepResult(queue, rows, limits.most_drafts) for _ in range(limits.run_ahead + 1)]
         self._last: QueueMark | None = None
-        self._bound: _Bound | None = None
+        self._bound: Bound | None = None
         self._longest = max_len
 
     def bind_pool(
@@ -175,7 +155,7 @@ class CudaRunner:
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(paged)
-        self._bound = _Bound(
+        self._bound = Bound(
             block_tokens=block_tokens,
             slots=Slots(rows, width, device),
             inputs=StepInputs.make(row_tokens, width, device),
@@ -234,7 +214,7 @@ class CudaRunner:
         num_tops = [self._sampler.num_top(rows[index].slot) for index in drawing]
         before = self._last or begun
         computed = self.queue.mark() if masked else None
-        scored = _scored_parts(rows, chunks)
+        scored = scored_parts(rows, chunks)
 
         def end(masks: np.ndarray | None) -> StepMarks:
             came = None
@@ -448,7 +428,7 @@ class CudaRunner:
         for row in rows:
             bound.slots.begin(row.slot)
         if any(row.targets is not None for row in rows):
-            *sent, targets = bound.chunk_upload.send((*arrays, _targets(rows)))
+            *sent, targets = bound.chunk_upload.send((*arrays, targets_of(rows)))
             prefill = self._scored_body(rows, sent, targets, result)
         else:
             captured = next((step for step in bound.chunk_steps if step.shape.holds(arrays)), None)
@@ -531,25 +511,18 @@ class CudaRunner:
     ) -> Work:
         """The same, with log probabilities of the rows' targets: a few rows of logits at a time."""
         tokens, positions, kv_slots, starts, lengths, tables, items, last, _, _ = sent
-        attention, most = self._bind().attention, len(self._found.sums)
-        parts: list[tuple[int, int]] = []
-        places: list[tuple[int, int]] = []  # of each part's results, and its num_top
-        begin = place = 0
-        for row in rows:
-            if row.targets is not None:
-                first, count = begin + row.targets.offset, len(row.targets.token_ids)
-                for done in range(0, count, most):
-                    parts.append((first + done, first + min(done + most, count)))
-                    places.append((place + done, min(row.targets.num_top, self.config.vocab_size)))
-                place += count
-            begin += row.num_new
+        attention = self._bind().attention
+        pieces = pieces_of(rows, len(self._found.sums), self.config.vocab_size)
 
         def take(logits: torch.Tensor, number: int) -> None:
-            prompt_logprobs(logits, targets, *places[number], self._found)
+            piece = pieces[number]
+            prompt_logprobs(logits, targets, piece.place, piece.num_top, self._found)
 
         def work() -> None:
             attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
-            self._decoder.prefill_scored(tokens, positions, kv_slots, attend, last, parts, take)
+            self._decoder.prefill_scored(
+                tokens, positions, kv_slots, attend, last, [piece.tokens for piece in pieces], take
+            )
             result.take_scores(len(targets), self._found)
 
         return work
@@ -568,7 +541,7 @@ class CudaRunner:
         """A decode step as one launch, where the model can be captured."""
         return self.queue.capture(work) if self._decoder.captured else work
 
-    def _capture(self, bound: _Bound, on_progress: Progress) -> None:
+    def _capture(self, bound: Bound, on_progress: Progress) -> None:
         """In place of what was captured before."""
         bound.upload.send((self._header([]),))  # captures run on padding alone
         bound.graphs.capture_all(on_progress)
@@ -577,7 +550,7 @@ class CudaRunner:
             bound.accepted.capture_all(no_progress)
         bound.chunk_steps[:] = self._capture_chunks(bound) if self._decoder.captured else ()
 
-    def _time_steps(self, bound: _Bound) -> None:
+    def _time_steps(self, bound: Bound) -> None:
         """What steps of each size take without context, for the budget of drafts."""
         bound.upload.send((self._header([]),))  # all padding
         for size in sizes_up_to(self._limits.decode_tokens):
@@ -589,7 +562,7 @@ class CudaRunner:
             ended.wait()
             self.budget.measured(size, ended.since(begun) / TIMED_STEPS or 1.0)
 
-    def _capture_chunks(self, bound: _Bound) -> Iterator[CapturedChunks]:
+    def _capture_chunks(self, bound: Bound) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
         tile, heads, width = bound.attention.tile, self.config.num_heads, bound.slots.tables.shape[1]
         if self._latents is not None:  # more slices are more launches, whether the context has them or not
@@ -614,91 +587,7 @@ class CudaRunner:
             return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim)
         return split_plan(num_rows, kv_heads, num_sms, aim)
 
-    def _bind(self) -> _Bound:
+    def _bind(self) -> Bound:
         if self._bound is None:
             raise InvariantBroken("no pool is bound")
         return self._bound
-
-
-class Draws:
-    """The draws of one step: enqueued behind what they draw from or, where masks come later, all at its end."""
-
-    def __init__(self, queue: Queue, *, deferred: bool) -> None:
-        self.deferred = deferred
-        self._queue = queue
-        self._waiting: list[Work] = []
-
-    def launch(self, forward: Work, choose: Work) -> None:
-        def both() -> None:
-            forward()
-            choose()
-
-        self._queue.enqueue(forward if self.deferred else both)
-        if self.deferred:
-            self._waiting.append(choose)
-
-    def enqueue(self) -> None:
-        for choose in self._waiting:
-            self._queue.enqueue(choose)
-
-
-@dataclass(frozen=True, slots=True)
-class CapturedChunks:
-    """Parts of prompts as one launch, in one shape."""
-
-    shape: ChunkShape
-    launch: Work
-
-
-@dataclass(frozen=True, slots=True)
-class _Bound:
-    """What depends on the pool: how many blocks a sequence may have, and how large its blocks are."""
-
-    block_tokens: int
-    slots: Slots
-    inputs: StepInputs
-    upload: Upload
-    attention: ChunkAttention
-    chunk_upload: Upload
-    scratch: DecodeScratch
-    graphs: DecodeGraphs
-    accepted: DecodeGraphs
-    """Taking in what was drawn, where there are drafts."""
-    edited: DecodeGraphs
-    """Drawing alone, for steps with a row that asks for more than a temperature; one kernel after the other would take
-    the host longer than the GPU."""
-    both: torch.Tensor
-    """int32 [3, most tokens]: tokens, positions and KV slots of a step of both kinds."""
-    chunk_steps: list[CapturedChunks]
-    """Smallest first."""
-
-
-def _targets(rows: Sequence[Row]) -> np.ndarray:
-    """int32 [T]: of all rows, in order."""
-    return np.array([token for row in rows if row.targets is not None for token in row.targets.token_ids], np.int32)
-
-
-def _scored_parts(rows: Sequence[Row], chunks: Sequence[int]) -> tuple[ScoredPart, ...]:
-    """Where the results of rows with targets are; `chunks`: numbers of the rows that are parts of prompts."""
-    found: list[ScoredPart] = []
-    for index in chunks:
-        if (targets := rows[index].targets) is not None:
-            first = found[-1].first + found[-1].size if found else 0
-            found.append(ScoredPart(index, first, len(targets.token_ids), targets.num_top))
-    return tuple(found)
-
-
-def decodes(row: Row) -> bool:
-    """Whether the row is one token that follows a drawn one; a part of a prompt, however short, is a chunk."""
-    return row.num_new == 1 and row.draw is not None and row.draw.num_generated > 0
-
-
-def check_supported(config: ModelConfig) -> None:
-    """Raises SettingsError for what no kernel here computes, such as heads of some sizes."""
-    if config.latent is not None:
-        check_latent(config, config.latent)
-        return
-    if config.head_dim % 16 or config.head_dim > 256:
-        raise SettingsError(f"head_dim {config.head_dim}: the GPU's attention needs a multiple of 16 up to 256")
-    if config.group_size > GROUP_ROWS:
-        raise SettingsError(f"{config.group_size} query heads share a key head; the GPU's attention takes {GROUP_ROWS}")

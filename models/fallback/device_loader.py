@@ -16,9 +16,9 @@ from baton.kernels.triton.step_inputs import StepInputs
 from baton.models.batch import Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import choose_attention
-from baton.models.cuda.chunks import lay_out
+from baton.models.cuda.chunks import decodes, lay_out
+from baton.models.cuda.limits import check_supported
 from baton.models.cuda.queue import Queue
-from baton.models.cuda.runner import check_supported, decodes
 from baton.models.fallback.admission import compare, distance, expect, named_refusals, observe
 from baton.models.fallback.device import DeviceFallback
 from baton.models.fallback.loader import load_model, log_slower_way

@@ -19,8 +19,9 @@ from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.kernels.triton.spread import spread
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.layer_weights import Weights
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec

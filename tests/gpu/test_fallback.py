@@ -9,8 +9,9 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 pytest.importorskip("transformers", reason="the library that runs these models is optional")
 
 from baton.models.cpu.runner import ModelRunner
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.fallback.config import model_config
 from baton.models.fallback.device import DeviceFallback
 from baton.models.fallback.device_loader import load_on_device

@@ -19,8 +19,9 @@ from baton.models.allocation import allocate
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.runner import ModelRunner
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.kv_format import KvFormat
 from baton.models.partition import WHOLE
 from baton.models.weights import load_weights

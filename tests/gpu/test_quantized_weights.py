@@ -14,8 +14,9 @@ from baton.kernels import DenseLinear, GroupedLinear, ScaledLinear
 from baton.kernels.triton.dequantise import dequantise_groups, dequantise_scaled
 from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.quantization.recipe import RECIPES
 from baton.models.quantization.rounding import quantise
 from baton.models.weights import load_weights

@@ -20,8 +20,9 @@ from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.queue import CudaQueue
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Mlp, Weights
 from baton.models.weights import load_weights
 from baton.node.messages.control import SamplingSpec

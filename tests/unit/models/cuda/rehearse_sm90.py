@@ -16,9 +16,10 @@ from triton.runtime.jit import JITFunction
 
 from baton.kernels.triton.compiling import Kernel, launched_by
 from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import untuned
 from baton.models.cuda.queue import Work
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.weights import load_weights
 from baton.testing.late_queue import LateQueue
 from baton.tests.unit.kernels.compile_sm90 import NoDevice

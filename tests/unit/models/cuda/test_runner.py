@@ -11,8 +11,9 @@ from baton.models.batch import Draw, Row
 from baton.models.config import ModelConfig
 from baton.models.cpu.decoder import DenseDecoder
 from baton.models.cpu.runner import ModelRunner
+from baton.models.cuda.limits import StepLimits
 from baton.models.cuda.products import Policy, fastest, invariant, untuned
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.quantization.recipe import RECIPES
 from baton.models.weights import load_weights
 from baton.node.errors import InvariantBroken

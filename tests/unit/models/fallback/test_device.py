@@ -9,7 +9,8 @@ pytest.importorskip("triton", reason="Triton is made for Linux only")
 
 import baton.tests.unit.models.cuda.conftest  # noqa: F401 - mends the interpreter where there is no GPU
 from baton.models.cpu.runner import ModelRunner
-from baton.models.cuda.runner import CudaRunner, StepLimits
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.runner import CudaRunner
 from baton.models.fallback.config import model_config
 from baton.models.fallback.device_loader import load_on_device
 from baton.models.fallback.modules import replace_modules

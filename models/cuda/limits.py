@@ -1,0 +1,44 @@
+"""What one step on a GPU may hold, and which models its kernels compute."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from baton.kernels.triton.decode_attention import GROUP_ROWS
+from baton.models.config import ModelConfig
+from baton.models.cuda.latent import check_latent
+from baton.node.errors import SettingsError
+
+DRAFTED_TOKENS = 256
+"""Of a decode step with drafts; with more, products take longer by as much as the tokens are more."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepLimits:
+    """What one step may hold, and how it is computed."""
+
+    max_rows: int
+    max_tokens: int
+    run_ahead: int = 1
+    deterministic: bool = False
+    """Results do not depend on what else is in the step, at a cost of up to a tenth of a step's time."""
+    mixed_tokens: int = 128
+    """From so many tokens of prompts on, these and decode rows are one pass; with fewer, its launches would bind it."""
+    most_drafts: int = 0
+    """Drafts that are verified behind a row's token at most."""
+
+    @property
+    def decode_tokens(self) -> int:
+        """Tokens of a decode step at most, drafts included."""
+        return max(self.max_rows, min(DRAFTED_TOKENS, self.max_rows * (1 + self.most_drafts)))
+
+
+def check_supported(config: ModelConfig) -> None:
+    """Raises SettingsError for what no kernel here computes, such as heads of some sizes."""
+    if config.latent is not None:
+        check_latent(config, config.latent)
+        return
+    if config.head_dim % 16 or config.head_dim > 256:
+        raise SettingsError(f"head_dim {config.head_dim}: the GPU's attention needs a multiple of 16 up to 256")
+    if config.group_size > GROUP_ROWS:
+        raise SettingsError(f"{config.group_size} query heads share a key head; the GPU's attention takes {GROUP_ROWS}")
