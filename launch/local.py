@@ -177,7 +177,7 @@ def place_workers(settings: ServeSettings, num_visible: int) -> dict[str, Placem
             "this torch is a build for CPUs; leave the option out to serve on the CPU"
         )
     gpus = settings.gpus or tuple(range(num_visible))
-    most_ranks = max(settings.ranks_of(role) for role, _ in worker_names(settings))
+    most_ranks = max((settings.ranks_of(role) for role, _ in worker_names(settings)), default=1)
     if gpus and settings.device != "cpu" and most_ranks > 1:
         raise SettingsError(f"--tp {most_ranks}: the ranks of a worker compute on CPUs only so far; add --device cpu")
     if num_visible and max(gpus, default=0) >= num_visible:

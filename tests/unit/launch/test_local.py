@@ -210,3 +210,8 @@ def test_each_role_has_its_number_of_ranks() -> None:
         ServeSettings(roles="adaptive", prefill_tp=2)
     with pytest.raises(SettingsError, match="add --device cpu"):
         local.place_workers(ServeSettings(tp=2), 4)
+
+
+def test_proxies_may_start_without_workers() -> None:
+    """Guards against a plan that asks for the size of the largest worker where there is none."""
+    assert [spec.name for spec in plan(ServeSettings(prefill=0, decode=0, store_ram_gib=0.0))] == ["proxy"]
