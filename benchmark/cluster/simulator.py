@@ -2,9 +2,9 @@
 
 A round measures single steps (host/steps.py), sends requests one by one to the idle cluster, then a Poisson load,
 then measures steps in several processes at once, since workers that share a machine slow each other down. The simulator
-gets the latter, fitted, and of the idle cluster two numbers: what a first and what a later token take beyond their
-step. It replays the load's own arrivals and lengths; nothing of the load's times is given to it. Prints a JSON line a
-round, then a table of medians.
+gets the latter, fitted, and of the idle cluster what a first token takes beyond its step, a constant and a share of the
+step, and what a later one does, a constant. It replays the load's own arrivals and lengths; nothing of the load's times
+is given to it. Prints a JSON line a round, then a table of medians.
 """
 
 from __future__ import annotations
@@ -94,13 +94,27 @@ def with_steps(profile: Profile, steps: Sequence[MeasuredStep]) -> Profile:
 def with_loops(profile: Profile, quiet: Profile, alone: Sequence[RequestRecord]) -> Profile:
     """`profile` with what a worker's loop adds to a step: what idle workers took beyond `quiet` steps and messages."""
     known = quiet.request_s + quiet.stream_s + 2 * quiet.message_s
-    first = statistics.median(record.ttft_s - known - _step_s(quiet, record) for record in alone)
+    steps = [_step_s(quiet, record) for record in alone]
+    first, share = line([(step, record.ttft_s - known - step) for step, record in zip(steps, alone, strict=True)])
     later = statistics.median(record.tpot_s - quiet.decode.seconds(_context(record), 1) for record in alone)
+    cost, longer = profile.prefill, 1.0 + share
     return msgspec.structs.replace(
         profile,
-        prefill=msgspec.structs.replace(profile.prefill, a=profile.prefill.a + max(0.0, first)),
+        prefill=msgspec.structs.replace(cost, a=cost.a * longer + first, b=cost.b * longer, c=cost.c * longer),
         decode=msgspec.structs.replace(profile.decode, a=profile.decode.a + max(0.0, later)),
     )
+
+
+def line(points: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """(a, b), neither negative, of the y = a + b x nearest to the points (x, y) by least squares. x is positive."""
+    xs, ys = (statistics.fmean(numbers) for numbers in zip(*points, strict=True))
+    spread = sum((x - xs) ** 2 for x, _ in points)
+    slope = sum((x - xs) * (y - ys) for x, y in points) / spread if spread else 0.0
+    if slope < 0.0:
+        return max(0.0, ys), 0.0
+    if ys - slope * xs < 0.0:
+        return 0.0, max(0.0, sum(x * y for x, y in points) / sum(x * x for x, _ in points))
+    return ys - slope * xs, slope
 
 
 def _step_s(profile: Profile, record: RequestRecord) -> float:

@@ -42,3 +42,26 @@ def test_the_loop_is_what_an_idle_cluster_takes_beyond_its_steps() -> None:
     assert fitted.decode.seconds(32 + 1.5, 1) == pytest.approx(record.tpot_s)
     slow = msgspec.structs.replace(PROFILE, message_s=60.0)
     assert bench.with_loops(slow, slow, [record]).prefill == slow.prefill
+
+
+XS = (0.02, 0.03, 0.05, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("ys", "a", "b"),
+    [
+        ([0.004 + 0.3 * x for x in XS], 0.004, 0.3),
+        ([0.3 * x - 0.001 * (x == 0.02) for x in XS], 0.0, 0.2986),
+        ([0.01 - 0.05 * x for x in XS], 0.0075, 0.0),
+        ([-0.01] * 4, 0.0, 0.0),
+        ([0.01 * x - 0.5 for x in XS], 0.0, 0.0),
+    ],
+)
+def test_the_line_is_the_nearest_that_is_never_negative(ys, a, b):
+    """Guards against a step that is simulated faster than it was measured, or time that is counted twice."""
+    assert bench.line(list(zip(XS, ys, strict=True))) == pytest.approx((a, b), rel=1e-3, abs=1e-9)
+
+
+def test_steps_of_one_length_have_a_constant():
+    """Guards against a division by zero where all prompts are equally long."""
+    assert bench.line([(0.05, 0.004), (0.05, 0.006)]) == pytest.approx((0.005, 0.0))
