@@ -54,7 +54,7 @@ SHAPES = {
 
 
 @dataclass(frozen=True, slots=True)
-class ExpertsWeights:
+class RandomExperts:
     """Of one layer."""
 
     router: torch.Tensor  # [E, hidden]
@@ -62,7 +62,7 @@ class ExpertsWeights:
     down: torch.Tensor  # [E, hidden, width]
 
     @classmethod
-    def make(cls, shape: ExpertsShape) -> ExpertsWeights:
+    def make(cls, shape: ExpertsShape) -> RandomExperts:
         e = shape.routing.num_experts
         return cls(
             randn(e, shape.hidden).mul_(0.02),
@@ -76,7 +76,7 @@ class ExpertsBench:
 
     def __init__(self, lines: JsonLines, name: str, skew: float) -> None:
         self.shape = SHAPES[name]
-        self.weights = ExpertsWeights.make(self.shape)
+        self.weights = RandomExperts.make(self.shape)
         self.line = partial(lines.write, model=name, skew=skew)
         self._skew = skew
         self.num_sms = torch.cuda.get_device_properties(0).multi_processor_count

@@ -27,7 +27,6 @@ from baton.kernels.triton.step_inputs import StepInputs, gather_inputs, set_entr
 from baton.models.batch import DeviceTime, Draw, Launched, PromptTargets, Row
 from baton.models.config import ModelConfig
 from baton.models.cuda.attention import ChunkAttention, choose_attention
-from baton.models.cuda.bound import Bound, CapturedChunks
 from baton.models.cuda.chunks import TABLE_WIDTH, ChunkArrays, ChunkShape, behind, decodes, lay_out
 from baton.models.cuda.decoder import DeviceDecoder
 from baton.models.cuda.draft_budget import BudgetChoice, DraftBudget
@@ -36,6 +35,7 @@ from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
 from baton.models.cuda.latent import LatentContext, plan_latent_rows
 from baton.models.cuda.launched import LaunchedStep, StepMarks, StepResult
 from baton.models.cuda.limits import StepLimits, check_supported
+from baton.models.cuda.pool_binding import CapturedChunks, PoolBinding
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from baton.models.cuda.prompt_scores import pieces_of, scored_parts, targets_of
 from baton.models.cuda.queue import ALIGNED, Draws, Queue, QueueMark, Upload, Work, aligned
@@ -118,7 +118,7 @@ class CudaRunner:
         self._drawn = torch.zeros(row_tokens, dtype=torch.int32, device=queue.device)
         self._results = [StepResult(queue, rows, limits.most_drafts) for _ in range(limits.run_ahead + 1)]
         self._last: QueueMark | None = None
-        self._bound: Bound | None = None
+        self._bound: PoolBinding | None = None
         self._longest = max_len
 
     def bind_pool(
@@ -155,7 +155,7 @@ class CudaRunner:
         tokens = self._most_tokens
         items = (tokens // attention.tile + rows) * config.num_heads
         self._decoder.bind_pool(paged)
-        self._bound = Bound(
+        self._bound = PoolBinding(
             block_tokens=block_tokens,
             slots=Slots(rows, width, device),
             inputs=StepInputs.make(row_tokens, width, device),
@@ -541,7 +541,7 @@ class CudaRunner:
         """A decode step as one launch, where the model can be captured."""
         return self.queue.capture(work) if self._decoder.captured else work
 
-    def _capture(self, bound: Bound, on_progress: Progress) -> None:
+    def _capture(self, bound: PoolBinding, on_progress: Progress) -> None:
         """In place of what was captured before."""
         bound.upload.send((self._header([]),))  # captures run on padding alone
         bound.graphs.capture_all(on_progress)
@@ -550,7 +550,7 @@ class CudaRunner:
             bound.accepted.capture_all(no_progress)
         bound.chunk_steps[:] = self._capture_chunks(bound) if self._decoder.captured else ()
 
-    def _time_steps(self, bound: Bound) -> None:
+    def _time_steps(self, bound: PoolBinding) -> None:
         """What steps of each size take without context, for the budget of drafts."""
         bound.upload.send((self._header([]),))  # all padding
         for size in sizes_up_to(self._limits.decode_tokens):
@@ -562,7 +562,7 @@ class CudaRunner:
             ended.wait()
             self.budget.measured(size, ended.since(begun) / TIMED_STEPS or 1.0)
 
-    def _capture_chunks(self, bound: Bound) -> Iterator[CapturedChunks]:
+    def _capture_chunks(self, bound: PoolBinding) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
         tile, heads, width = bound.attention.tile, self.config.num_heads, bound.slots.tables.shape[1]
         if self._latents is not None:  # more slices are more launches, whether the context has them or not
@@ -587,7 +587,7 @@ class CudaRunner:
             return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim)
         return split_plan(num_rows, kv_heads, num_sms, aim)
 
-    def _bind(self) -> Bound:
+    def _bind(self) -> PoolBinding:
         if self._bound is None:
             raise InvariantBroken("no pool is bound")
         return self._bound

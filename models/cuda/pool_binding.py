@@ -27,7 +27,7 @@ class CapturedChunks:
 
 
 @dataclass(frozen=True, slots=True)
-class Bound:
+class PoolBinding:
     """What depends on the pool: how many blocks a sequence may have, and how large its blocks are."""
 
     block_tokens: int
