@@ -66,6 +66,9 @@ class Row(NamedTuple):
     targets: PromptTargets | None = None
     most_drafts: int = 0
     """Drafts that the step may verify behind the one token of a row that draws; see models.drafts."""
+    adapter: int | None = None
+    """The runner's slot (models.adapters.slots) of the adapter that all its tokens are computed with; None: the model
+    alone."""
 
     @property
     def num_new(self) -> int:

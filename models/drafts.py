@@ -107,6 +107,7 @@ def rows_of_drafts(row: Row, drafts: Sequence[int]) -> list[Row]:
             row.blocks,
             draw._replace(history=(*draw.history, *drafts[:number]), num_generated=draw.num_generated + number),
             row.slot,
+            adapter=row.adapter,
         )
         for number, token in enumerate(drafts, 1)
     ]

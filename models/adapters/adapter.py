@@ -1,0 +1,118 @@
+"""An adapter on the host, in the layout of our weights: what it adds to each product of each layer.
+
+    y = W x + b (a x)        a [rank, inputs], b [outputs, rank]; the scaling is in b
+
+Query, key and value are parts of one product here, gate and up of another (models.layer_weights). Each part of a
+product's outputs has a pair of its own, or none; an adapter that was trained on a merged product has one `a` for all
+its parts. Where an adapter comes from, and where a device keeps it, it does not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+import torch
+
+from baton.models.config import ModelConfig
+from baton.models.layers import DenseMlp, GroupedAttention, LayerShape, describe
+from baton.node.errors import BatonError
+
+
+class AdapterError(BatonError):
+    """A folder holds no adapter that can run here; names the tensor or the field."""
+
+
+class LowRank(NamedTuple):
+    """What is added to some outputs of a product."""
+
+    a: torch.Tensor  # [rank, inputs]
+    b: torch.Tensor  # [outputs, rank], times the scaling
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+
+Parts: TypeAlias = "tuple[LowRank | None, ...]"
+"""Of a product, one a part of its outputs, in the order of the outputs; None: nothing is added there."""
+
+
+class ProductShape(NamedTuple):
+    """A product that an adapter may change."""
+
+    num_inputs: int
+    outputs: tuple[int, ...]
+    """Of each part."""
+
+    @property
+    def num_outputs(self) -> int:
+        return sum(self.outputs)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerAdapter:
+    """What an adapter adds in one layer. A product that has no part in it, or cannot be changed, is ()."""
+
+    qkv: Parts = ()  # query, key, value
+    o: Parts = ()
+    gate_up: Parts = ()  # gate, up
+    down: Parts = ()
+
+    def product(self, name: str) -> Parts:
+        """`name`: one of PRODUCTS."""
+        parts: Parts = getattr(self, name)
+        return parts
+
+
+PRODUCTS = ("qkv", "o", "gate_up", "down")
+"""Of a layer, in the order in which a step computes them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """One adapter of a model, float32, bfloat16 or float16 on the CPU."""
+
+    digest: bytes
+    """32 bytes: SHA-256 of what counts in its folder."""
+    layers: tuple[LayerAdapter, ...]
+    """All of the model."""
+    embedding: LowRank | None = None  # a [rank, vocab], b [hidden, rank]: token t adds b a[:, t]
+    lm_head: Parts = ()  # one part, [vocab, hidden]
+
+    @property
+    def pairs(self) -> Iterator[LowRank]:
+        """All of it; pairs of one product may share their `a`."""
+        for layer in self.layers:
+            for name in PRODUCTS:
+                yield from (part for part in layer.product(name) if part is not None)
+        yield from (part for part in (self.embedding, *self.lm_head) if part is not None)
+
+    @property
+    def rank(self) -> int:
+        """The largest."""
+        return max((pair.rank for pair in self.pairs), default=0)
+
+    @property
+    def size_bytes(self) -> int:
+        tensors = {id(tensor): tensor.nbytes for pair in self.pairs for tensor in pair}
+        return sum(tensors.values())
+
+
+def adapted_products(config: ModelConfig) -> tuple[dict[str, ProductShape], ...]:
+    """By name, the products of each layer that adapters may change: attention over keys and values, dense MLPs."""
+    return tuple(layer_products(shape, config.hidden_size) for shape in describe(config))
+
+
+def layer_products(shape: LayerShape, hidden_size: int) -> dict[str, ProductShape]:
+    products = {}
+    attention, mlp = shape.attention, shape.mlp
+    if isinstance(attention, GroupedAttention):
+        query, key = attention.num_heads * attention.head_dim, attention.num_kv_heads * attention.head_dim
+        products["qkv"] = ProductShape(hidden_size, (query, key, key))
+        products["o"] = ProductShape(query, (hidden_size,))
+    if isinstance(mlp, DenseMlp):
+        products["gate_up"] = ProductShape(hidden_size, (mlp.width, mlp.width))
+        products["down"] = ProductShape(mlp.width, (hidden_size,))
+    return products
