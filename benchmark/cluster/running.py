@@ -40,12 +40,12 @@ class ServedModel:
 
 @contextmanager
 def served_model(options: argparse.Namespace, tokenizer: Path | None = None) -> Iterator[ServedModel]:
-    """On CPU the demo model, on a GPU random weights of `--shape`; `tokenizer` as `make_model` takes it."""
+    """On CPU the demo model, on a GPU random weights of `--shape` and `--layers`; `tokenizer` as in `make_model`."""
     if options.device == "cpu":
         yield ServedModel(DEMO_MODEL, (), 16, block_bytes(locate_model(DEMO_MODEL), 16, dtype_bytes=4))
         return
     with TemporaryDirectory() as parent:
-        folder = make_model(options.shape, Path(parent) / options.shape, tokenizer)
+        folder = make_model(options.shape, Path(parent) / options.shape, tokenizer, options.layers)
         yield ServedModel(str(folder), ("--load-format=dummy",), 64, block_bytes(folder, 64, dtype_bytes=2))
 
 

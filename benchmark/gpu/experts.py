@@ -2,7 +2,7 @@
 
 One JSON line a result on standard output, and appended to FILE. PARTs: `few` (bytes of the experts that were chosen, a
 second; routing and a whole block as a decode step launches them), `prompts` (operations a second), `tune` (tiles for
-few rows). Weights are random and the tokens' choices too, evenly or with a few experts that most tokens choose
+few rows). Weights are random and the tokens' choices too, evenly and with a few experts that most tokens choose
 (`--skew`). A time is the median of replays of a CUDA graph of several calls, each with choices of its own, so that
 they are together larger than the L2 cache.
 """
@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ CALLS = 12
 FP8 = torch.float8_e4m3fn
 FEW_TOKENS, PROMPT_TOKENS = (1, 2, 8, 16, 32, 64, 128, 256), (256, 512, 1024, 2048, 8192)
 SPLITS = 8
+SKEWS = (0.0, 1.0)
 
 
 class ExpertsShape(NamedTuple):
@@ -74,9 +76,8 @@ class RandomExperts:
 class ExpertsBench:
     """One shape's block of experts."""
 
-    def __init__(self, lines: JsonLines, name: str, skew: float) -> None:
-        self.shape = SHAPES[name]
-        self.weights = RandomExperts.make(self.shape)
+    def __init__(self, lines: JsonLines, name: str, weights: RandomExperts, skew: float) -> None:
+        self.shape, self.weights = SHAPES[name], weights
         self.line = partial(lines.write, model=name, skew=skew)
         self._skew = skew
         self.num_sms = torch.cuda.get_device_properties(0).multi_processor_count
@@ -321,17 +322,18 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("file", nargs="?", type=Path, metavar="FILE", help="append the lines to this file as well")
     parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--model", choices=SHAPES, action="append", help="whose experts; by default all")
-    parser.add_argument("--skew", type=float, default=0.0, help="how much more likely the first experts are; 1: Zipf")
+    skew_help = "how much more likely the first experts are; 1: Zipf; may be repeated. Default: 0 and 1"
+    parser.add_argument("--skew", type=float, action="append", help=skew_help)
     options = parser.parse_args(argv)
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"PART {sorted(unknown)[0]!r}: must be one of {', '.join(PARTS)}")
     lines = JsonLines(options.file)
     torch.manual_seed(0)
     for name in options.model or SHAPES:
-        bench = ExpertsBench(lines, name, options.skew)
-        for part in options.parts or ("few", "prompts"):
-            PARTS[part](bench)
-        del bench
+        weights = RandomExperts.make(SHAPES[name])
+        for part, skew in product(options.parts or ("few", "prompts"), options.skew or SKEWS):
+            PARTS[part](ExpertsBench(lines, name, weights, skew))
+        del weights
         torch.cuda.empty_cache()
     return 0
 

@@ -25,6 +25,7 @@ def cluster_parser(name: str, doc: str | None) -> argparse.ArgumentParser:
     parser = new_parser(name, doc)
     add = parser.add_argument
     add("--shape", default="llama-3.1-8b", choices=shape_names(), help="model: one of benchmark/shapes")
+    add("--layers", type=int, help="so many layers of the shape; default: all")
     add("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: the demo model")
     add("--worker-arg", action="append", default=[], help="passed on to each worker")
     add("--start-timeout-s", type=float, default=180.0, help="limit from start to the first token")

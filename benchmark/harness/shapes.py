@@ -21,13 +21,16 @@ def shape_names() -> list[str]:
     return sorted(path.parent.name for path in SHAPES.glob("*/config.json"))
 
 
-def make_model(shape: str, folder: Path, tokenizer: Path | None = None) -> Path:
-    """Write the model of `shape` into `folder`; returns the folder. `tokenizer`: a folder; None: the demo model's."""
+def make_model(shape: str, folder: Path, tokenizer: Path | None = None, layers: int | None = None) -> Path:
+    """Write the model of `shape` into `folder`; returns the folder. `tokenizer`: a folder; None: the demo model's.
+    layers: how many it has; None: those of the shape."""
     text_folder = tokenizer or locate_model(DEMO_MODEL)
     config = json.loads((SHAPES / shape / "config.json").read_text(encoding="utf-8"))
     if tokenizer is None:
         demo = json.loads((text_folder / "config.json").read_text(encoding="utf-8"))
         config |= {name: demo[name] for name in TAKEN_FROM_DEMO}
+    if layers is not None:
+        config["num_hidden_layers"] = layers
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     for name in TEXT_FILES:

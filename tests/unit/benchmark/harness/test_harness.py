@@ -44,6 +44,13 @@ def test_a_made_model_can_be_served(shape: str, tmp_path: Path) -> None:
     assert block_bytes(folder, 64, 2) == 2 * 64 * rows * config.head_dim
 
 
+@pytest.mark.parametrize("shape", shape_names())
+def test_a_model_of_few_layers_is_one_of_its_family(shape: str, tmp_path: Path) -> None:
+    """A list with an entry a layer, or a number of first layers, must still fit."""
+    config = ModelConfig.from_folder(make_model(shape, tmp_path / "model", layers=4))
+    assert config.num_layers == 4 and (config.experts is None or any(config.experts.layers))
+
+
 def test_sigterm_lets_a_benchmark_clean_up() -> None:
     """Killed without its `finally` blocks, a run would leave a cluster behind that holds the GPU."""
     code = (
