@@ -61,6 +61,7 @@ BENCHMARKS: dict[str, BenchmarkEntry] = {
     "kv-formats": BenchmarkEntry("gpu.kv_formats", "attention over KV in bfloat16 and in FP8 on a GPU"),
     "kernels": BenchmarkEntry("gpu.kernels", "every Triton kernel against the limits of the GPU"),
     "tune": BenchmarkEntry("gpu.tune", "tiles of quantised products on a GPU: the tables of linear_policy"),
+    "deep-gemm": BenchmarkEntry("gpu.deep_gemm", "products of FP8 on a GPU beside DeepGEMM"),
     "one-row": BenchmarkEntry(
         "gpu.one_row", "tiles of plain products of one row on a GPU, beside cuBLAS, and what a softcap costs"
     ),

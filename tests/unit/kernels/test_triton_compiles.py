@@ -21,6 +21,8 @@ from baton.tests.unit.kernels.compile_sm90 import CASES
 pytestmark = pytest.mark.timeout(1800)
 PROCESSES = 2
 """More would mostly import torch and triton."""
+MOST_SHARED_BYTES = 232448
+"""That a program may have on an H100 or H200; a launch with more is refused."""
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +55,12 @@ def test_no_kernel_spills(kernels):
             assert kernel["stack_bytes"] <= 16, (case, kernel)
         elif not case.startswith("float32"):  # exact products have no matrix instruction, and are slow in any case
             assert kernel["stack_bytes"] == 0, (case, kernel)
+
+
+def test_every_kernel_fits_in_shared_memory(kernels):
+    """Guards against a ring of too many stages: it compiles, and is refused at its first launch on a GPU."""
+    large = [each for of_case in kernels.values() for each in of_case if each["shared_bytes"] > MOST_SHARED_BYTES]
+    assert not large, large
 
 
 @pytest.mark.parametrize(
