@@ -31,6 +31,16 @@ def check(
         Checkpoint.open(folder)
 
 
+def check_adapters(config: ModelConfig, num_ranks: int) -> None:
+    """SettingsError for a model that takes no adapters."""
+    if config.through:
+        raise SettingsError(f"--max-loras: {config.architecture} runs through transformers, without adapters")
+    if config.latent is not None:
+        raise SettingsError(f"--max-loras: {config.architecture} has latent attention, which takes no adapters")
+    if num_ranks > 1:
+        raise SettingsError(f"--max-loras: the ranks of --tp {num_ranks} take no adapters")
+
+
 def recipe_for(quantization: str | None, config: ModelConfig) -> Recipe | None:
     """Of the setting; SettingsError if it does not fit the model."""
     if quantization is not None and config.through:

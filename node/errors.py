@@ -7,6 +7,7 @@ BatonError
 ├── TransferFailed    the same, seen from inside a transfer
 ├── DeadlineExceeded  the request's time is up                           (HTTP 504)
 ├── SettingsError     a setting, a model folder or a port makes starting impossible
+├── AdapterError      a folder holds no adapter that can run here        (HTTP 400)
 └── InvariantBroken   a bug: crash, loudly
 
 Only the proxy's HTTP layer turns them into status codes.
@@ -50,6 +51,10 @@ class DeadlineExceeded(BatonError):
 
 class SettingsError(BatonError):
     """A setting, a model folder or a port makes starting impossible."""
+
+
+class AdapterError(BatonError):
+    """A folder holds no adapter that can run here; names the field or the tensor."""
 
 
 class InvariantBroken(BatonError):

@@ -17,11 +17,6 @@ import torch
 
 from baton.models.config import ModelConfig
 from baton.models.layers import DenseMlp, GroupedAttention, LayerShape, describe
-from baton.node.errors import BatonError
-
-
-class AdapterError(BatonError):
-    """A folder holds no adapter that can run here; names the tensor or the field."""
 
 
 class LowRank(NamedTuple):

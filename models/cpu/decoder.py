@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from baton import kernels
 from baton.kernels import Linear
 from baton.models.config import ModelConfig
+from baton.models.cpu.adapters import NO_ADAPTERS, RowAdapters
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.latent import absorbed, raised
 from baton.models.cpu.peers import NO_PEERS, RankPeers
@@ -40,12 +41,13 @@ ACTIVATIONS = {SILU: kernels.silu_and_mul, GELU_TANH: kernels.gelu_tanh_and_mul}
 class Decoder(Protocol):
     """A model that a CPU runner computes steps with."""
 
-    def __call__(self, attention: PagedAttention, step: StepBatch) -> torch.Tensor:
-        """What logits are made of, [kept tokens, hidden]; keys and values of all tokens are in the pool afterwards."""
+    def __call__(self, attention: PagedAttention, step: StepBatch, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
+        """What logits are made of, [kept tokens, hidden]; keys and values of all tokens are in the pool afterwards.
+        adapters: of the step's tokens."""
         ...
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """float32 [n, vocab] of hidden [n, hidden]; of a rank, its share of the vocabulary."""
+    def logits(self, hidden: torch.Tensor, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
+        """float32 [n, vocab] of hidden [n, hidden]; of a rank, its share of the vocabulary. adapters: of its rows."""
         ...
 
 
@@ -58,22 +60,23 @@ class DenseDecoder:
         self._frequencies = {rope: inverse_frequencies(rope).to(weights.embedding.device) for rope in ropes}
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=weights.embedding.dtype)
 
-    def __call__(self, attention: PagedAttention, step: StepBatch) -> torch.Tensor:
+    def __call__(self, attention: PagedAttention, step: StepBatch, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
         config, weights = self._config, self._weights
         ropes = {
             rope: rotations(step.positions, frequencies, rope.attention_factor, weights.embedding.dtype)
             for rope, frequencies in self._frequencies.items()
         }
-        residual = F.embedding(step.token_ids, weights.embedding)  # [N, hidden]
+        residual = adapters.add_embedding(step.token_ids, F.embedding(step.token_ids, weights.embedding))  # [N, hidden]
         if config.embedding_scale != 1.0:
             residual *= self._embedding_scale
-        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, self._peers)
+        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, self._peers, adapters)
         normed = run_layers(weights, ops, range(len(weights.layers)))
         assert normed is not None, "the operations below leave no layer out"
         return normed
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        logits, softcap = self._weights.lm_head(hidden).float(), self._config.logit_softcap
+    def logits(self, hidden: torch.Tensor, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
+        logits = adapters.add_head(hidden, self._weights.lm_head(hidden)).float()
+        softcap = self._config.logit_softcap
         return logits if softcap is None else logits.div_(softcap).tanh_().mul_(softcap)
 
 
@@ -88,16 +91,18 @@ class _StepOps:
         ropes: Mapping[RopeConfig, tuple[torch.Tensor, torch.Tensor]],
         residual: torch.Tensor,
         peers: RankPeers,
+        adapters: RowAdapters,
     ) -> None:
         """ropes: the rotations of the step's positions."""
         self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes
-        self._residual, self._peers = residual, peers
+        self._residual, self._peers, self._adapters = residual, peers, adapters
+        self._layer = 0
 
     def norm(self, weight: torch.Tensor, reader: Linear) -> torch.Tensor:
         return kernels.rms_norm(self._residual, weight, self._eps)
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
-        shape, weights = layer.shape.attention, layer.attention
+        shape, weights, self._layer = layer.shape.attention, layer.attention, index
         if isinstance(shape, LatentAttention):
             assert isinstance(weights, LatentWeights), "the weights are of this shape"
             query, row = absorbed(shape, weights, x, self._ropes[shape.rope])
@@ -105,14 +110,20 @@ class _StepOps:
             return self._peers.sum(weights.o(attended))
         assert isinstance(weights, AttentionWeights), "the weights are of this shape"
         query, kv = self._project(shape, weights, x)
-        return self._peers.sum(weights.o(self._attention(index, query, kv, self._step)))
+        attended = self._attention(index, query, kv, self._step)
+        return self._peers.sum(self._adapters.add(index, "o", attended, weights.o(attended)))
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         activation = ACTIVATIONS[layer.shape.mlp.activation]
         if isinstance(layer.mlp, DenseMlpWeights):
-            return self._peers.sum(_dense_mlp(layer.mlp, x, activation))
+            return self._peers.sum(self._dense_mlp(layer.mlp, x, activation))
         assert isinstance(layer.shape.mlp, ExpertsMlp), "the weights are of this shape"
         return self._peers.sum(_experts_mlp(layer.shape.mlp, layer.mlp, x, activation))
+
+    def _dense_mlp(self, mlp: DenseMlpWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
+        gate_up = self._adapters.add(self._layer, "gate_up", x, mlp.gate_up(x))
+        active = activation(gate_up)
+        return self._adapters.add(self._layer, "down", active, mlp.down(active))
 
     def add_and_norm(
         self, added: torch.Tensor, output_norm: torch.Tensor | None, weight: torch.Tensor, reader: Linear
@@ -137,7 +148,7 @@ class _StepOps:
         self, shape: GroupedAttention, weights: AttentionWeights, x: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotated queries [N, num_heads, head_dim]; rotated keys and values [N, 2, num_kv_heads * head_dim]."""
-        qkv = weights.qkv(x)
+        qkv = self._adapters.add(self._layer, "qkv", x, weights.qkv(x))
         heads = qkv.view(len(qkv), -1, shape.head_dim)  # [N, num_heads + 2 num_kv_heads, head_dim]
         query_key = heads[:, : shape.num_heads + shape.num_kv_heads]
         if weights.head_norms is not None:

@@ -18,16 +18,17 @@ SCORED_ROWS = 128
 
 
 def score_prompts(
-    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], spans: Sequence[ScoredSpan]
+    hidden: torch.Tensor, head: Callable[[torch.Tensor, int], torch.Tensor], spans: Sequence[ScoredSpan]
 ) -> dict[int, tuple[PromptLogprob, ...]]:
-    """The entries of each row; hidden [scored tokens, hidden] in the order of the spans, head: float32 logits of it."""
+    """The entries of each row; hidden [scored tokens, hidden] in the order of the spans, head: float32 logits of a part
+    of it that belongs to the row of this number."""
     found: dict[int, tuple[PromptLogprob, ...]] = {}
     first = 0
     for span in spans:
         end = first + len(span.targets)
         entries: list[PromptLogprob] = []
         for part, targets in zip(hidden[first:end].split(SCORED_ROWS), span.targets.split(SCORED_ROWS), strict=True):
-            entries += _entries(head(part), targets, span.num_top)
+            entries += _entries(head(part, span.row), targets, span.num_top)
         found[span.row] = tuple(entries)
         first = end
     return found

@@ -17,8 +17,9 @@ import torch
 
 from baton.kernels import PagedKv, PlainKv, QuantisedKv
 from baton.models.batch import Done, Drawn, Launched, Row
-from baton.models.check import recipe_for
+from baton.models.check import check_adapters, recipe_for
 from baton.models.config import ModelConfig
+from baton.models.cpu.adapters import NO_ADAPTERS, CpuAdapterSlots, RowAdapters
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.cut_vocabulary import CutVocabulary
 from baton.models.cpu.decoder import Decoder, DenseDecoder
@@ -54,6 +55,7 @@ class ModelRunner:
         kv_format: KvFormat | None = None,
         drafter: Drafter | None = None,
         peers: RankPeers = NO_PEERS,
+        adapters: CpuAdapterSlots | None = None,
     ) -> None:
         """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
         have drafts; by default they are looked up in the sequence."""
@@ -61,6 +63,7 @@ class ModelRunner:
         self.dtype = dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.drafter: Drafter = drafter or NgramDrafter()
+        self.adapters = adapters or CpuAdapterSlots(config, dtype)
         self._decoder, self._peers = decoder, peers
         self._vocabulary = CutVocabulary(peers, config.vocab_size)
         self._attention: PagedAttention | None = None
@@ -78,6 +81,8 @@ class ModelRunner:
         max_model_len: int | None = None,
         on_progress: Progress = no_progress,
         peers: RankPeers = NO_PEERS,
+        max_loras: int = 0,
+        max_lora_rank: int = 0,
     ) -> ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 
@@ -87,6 +92,7 @@ class ModelRunner:
         quantization: the recipe by which plain weights become those that they would be when quantised.
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
         peers: the other ranks, where this one holds a part of the model.
+        max_loras, max_lora_rank: adapters that rows of a step may name, and the largest rank of one.
         """
         config = model_config(folder)
         config = config.up_to(config.max_model_len if max_model_len is None else max_model_len)
@@ -95,6 +101,8 @@ class ModelRunner:
             raise SettingsError(f"dtype {dtype!r} is unknown; known: auto, {', '.join(DTYPES)}")
         recipe = recipe_for(quantization, config)
         check_partition(config, peers.rank.count)
+        if max_loras:
+            check_adapters(config, peers.rank.count)
         decoder: Decoder
         if config.through:
             # The library is large, and optional: it is imported where a model needs it.
@@ -107,7 +115,8 @@ class ModelRunner:
             )
             decoder = DenseDecoder(config, weights, peers)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
-        return cls(config, decoder, DTYPES[name], kv_format, peers=peers)
+        adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank)
+        return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters)
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -158,18 +167,24 @@ class ModelRunner:
         with torch.inference_mode():
             step, hidden = self._forward(rows)
             num_drawn = len(step.drawn_rows)
-            share = self._decoder.logits(hidden[:num_drawn])
+            share = self._decoder.logits(hidden[:num_drawn], self._adapters_of(step.kept_slots(num_drawn)))
             drawing = [rows[index] for index in step.drawn_rows]
             draws = [row.draw for row in drawing if row.draw is not None]
             tokens = self._vocabulary.draw(share, draws, [_position(row) for row in drawing])
             rest = [place for place in range(num_drawn) if place not in tokens]
             logits = self._vocabulary.whole(share[rest] if tokens else share)
-            scored = score_prompts(hidden[num_drawn:], self._whole_logits, step.scored) if step.scored else {}
+
+            def head(part: torch.Tensor, row: int) -> torch.Tensor:
+                slot = rows[row].adapter
+                slots = None if slot is None else np.full(len(part), slot)
+                return self._vocabulary.whole(self._decoder.logits(part, self._adapters_of(slots)))
+
+            scored = score_prompts(hidden[num_drawn:], head, step.scored) if step.scored else {}
         drawn = {step.drawn_rows[place]: token for place, token in tokens.items()}
         return OpenStep(verified, [step.drawn_rows[place] for place in rest], logits, scored, drawn)
 
-    def _whole_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return self._vocabulary.whole(self._decoder.logits(hidden))
+    def _adapters_of(self, slots: np.ndarray | None) -> RowAdapters:
+        return NO_ADAPTERS if slots is None else self.adapters.rows(slots)
 
     def step(self, rows: Sequence[Row]) -> list[Drawn | None]:
         """Computes the rows' tokens and draws what they ask for; one entry a row."""
@@ -179,7 +194,9 @@ class ModelRunner:
         """A step up to the logits, float32 [drawn rows, vocab], in the order of the StepBatch's drawn_rows."""
         with torch.inference_mode():
             step, hidden = self._forward(rows)
-            return step, self._whole_logits(hidden[: len(step.drawn_rows)])
+            num_drawn = len(step.drawn_rows)
+            logits = self._decoder.logits(hidden[:num_drawn], self._adapters_of(step.kept_slots(num_drawn)))
+            return step, self._vocabulary.whole(logits)
 
     def _forward(self, rows: Sequence[Row]) -> tuple[StepBatch, torch.Tensor]:
         """A step up to the hidden states of the kept tokens."""
@@ -193,7 +210,7 @@ class ModelRunner:
                     f"{longest} tokens; dynamic rope is defined up to {self.config.max_model_len} only"
                 )
         step = lay_out(rows, attention.shape, self.config.sliding_window, self.dtype)
-        return step, self._decoder(attention, step)
+        return step, self._decoder(attention, step, self._adapters_of(step.adapter_slots))
 
 
 def _lies_without_gaps(pool: torch.Tensor, scales: torch.Tensor | None) -> bool:

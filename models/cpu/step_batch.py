@@ -15,6 +15,7 @@ import torch
 
 from baton.kernels import DecodeGroup
 from baton.models.batch import Row
+from baton.models.cpu.adapters import NO_SLOT
 
 # A group costs a fixed time (two calls a layer, about 40 us), and padding costs a copy and a read. Measured on two
 # cores of an EPYC: up to GROUP_BYTES of keys and values of a layer the copy is still in cache when attention reads
@@ -78,6 +79,15 @@ class StepBatch:
     """int64 [drawn + scored]: the tokens behind which logits are wanted: the last of each row that draws, then those
     that `scored` tokens follow. None: all tokens, in order, draw."""
     scored: tuple[ScoredSpan, ...] = ()
+    adapter_slots: np.ndarray | None = None
+    """[N]: of each token, NO_SLOT for none; None: no row of the step has an adapter."""
+
+    def kept_slots(self, count: int) -> np.ndarray | None:
+        """The slots of the first `count` kept tokens."""
+        if self.adapter_slots is None:
+            return None
+        kept = self.adapter_slots if self.kept_tokens is None else self.adapter_slots[self.kept_tokens.numpy()]
+        return kept[:count]
 
 
 def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: torch.dtype) -> StepBatch:
@@ -129,7 +139,16 @@ def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: to
             ScoredSpan(index, torch.tensor(each.token_ids, dtype=torch.int64), each.num_top)
             for index, _, each in scored
         ),
+        adapter_slots=_adapter_slots([rows[index] for index in order], lengths),
     )
+
+
+def _adapter_slots(rows: Sequence[Row], lengths: np.ndarray) -> np.ndarray | None:
+    """Of each token of rows with these lengths."""
+    if all(row.adapter is None for row in rows):
+        return None
+    slots = [NO_SLOT if row.adapter is None else row.adapter for row in rows]
+    return np.repeat(np.array(slots, dtype=np.int64), lengths)
 
 
 def _table(row: Row, block_tokens: int) -> np.ndarray:

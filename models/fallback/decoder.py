@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 
+from baton.models.cpu.adapters import NO_ADAPTERS, RowAdapters
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.step_batch import StepBatch
 from baton.models.fallback.attention import AttentionCall, listening
@@ -23,8 +24,8 @@ class FallbackDecoder:
         self._model, self._calls, self._value_dim = model, calls, value_dim
         self._keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
 
-    def __call__(self, attention: PagedAttention, step: StepBatch) -> torch.Tensor:
-        """float32 [kept tokens, vocab]."""
+    def __call__(self, attention: PagedAttention, step: StepBatch, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
+        """float32 [kept tokens, vocab]; no row has an adapter (models.check)."""
         layers = _PagedLayers(attention, step, self._calls, self._value_dim)
         kept = step.kept_tokens
         some = {} if kept is None or not self._keeps_logits else {"logits_to_keep": kept}
@@ -37,7 +38,7 @@ class FallbackDecoder:
         logits: torch.Tensor = out.logits[0]
         return (logits if kept is None or some else logits[kept]).float()
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+    def logits(self, hidden: torch.Tensor, adapters: RowAdapters = NO_ADAPTERS) -> torch.Tensor:
         return hidden
 
 

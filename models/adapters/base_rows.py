@@ -1,0 +1,27 @@
+"""Rows of the embedding and the head as a model's folder has them, to compare with copies that an adapter brings."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from baton.models.adapters.modules import EMBEDDING, LM_HEAD
+from baton.models.adapters.peft import BaseRows
+from baton.models.checkpoint import Checkpoint
+
+
+def rows_of_folder(folder: Path, tied: bool) -> BaseRows:
+    """Of the folder's weights; `tied`: the head reads the embedding."""
+    checkpoint = Checkpoint.open(folder)
+
+    def rows(name: str, numbers: list[int]) -> torch.Tensor | None:
+        stored = checkpoint.find(f"{EMBEDDING}.weight" if tied and name == f"{LM_HEAD}.weight" else name)
+        if stored is None or not checkpoint.forms[stored.name].is_floating_point:
+            return None
+        with safe_open(folder / stored.file, framework="pt") as file:
+            weight = file.get_slice(stored.name)
+            return torch.cat([weight[number : number + 1] for number in numbers])
+
+    return rows

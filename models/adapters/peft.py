@@ -1,0 +1,178 @@
+"""Reads an adapter from a folder of PEFT, for one model. Every tensor of it is used, or the adapter is refused by name.
+
+The tensors say which modules are adapted; the configuration says only how they are scaled. The bytes are read once:
+what the digest covers is what is used.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load
+
+from baton.models.adapters.adapter import Adapter, LayerAdapter, LowRank, Parts, ProductShape
+from baton.models.adapters.modules import EMBEDDING, LM_HEAD, Place, ProductPlace, adapted_modules
+from baton.models.config import ModelConfig
+from baton.node.adapter_folder import AdapterConfig, read_adapter_config, weights_file
+from baton.node.errors import AdapterError
+from baton.node.telemetry import excerpt
+
+PREFIX = "base_model.model."
+MAX_TENSORS, MAX_HEADER_BYTES = 20_000, 32 << 20
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FORMS = {  # what a tensor's name ends in: the side of the pair
+    ".lora_A.weight": "a",
+    ".lora_B.weight": "b",
+    ".lora_embedding_A": "a",
+    ".lora_embedding_B": "b",
+}
+BASE_ROWS = 64
+"""Of a copy of the model's embedding or head that an adapter holds, rows that are compared with the model's."""
+
+BaseRows = Callable[[str, list[int]], "torch.Tensor | None"]
+"""Rows of a weight of the model by its name in the checkpoint, [rows, hidden]; None: it is not known."""
+
+
+def unknown_rows(name: str, rows: list[int]) -> torch.Tensor | None:
+    """Of a model whose weights are made up."""
+    return None
+
+
+def read_adapter(folder: Path, config: ModelConfig, base_rows: BaseRows = unknown_rows) -> Adapter:
+    """Raises AdapterError, which names the tensor or the field."""
+    adapter_config = read_adapter_config(folder)
+    tensors, weights_digest = _read_tensors(weights_file(folder))
+    places = adapted_modules(config)
+    pairs = _pairs(tensors, places, base_rows)
+    return _assemble(config, adapter_config, places, pairs, adapter_config.digest(weights_digest))
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, torch.Tensor], bytes]:
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
+    (header_bytes,) = struct.unpack("<Q", data[:8].ljust(8, b"\0"))
+    if header_bytes > MAX_HEADER_BYTES:
+        raise AdapterError(f"{path}: not a whole safetensors file: a header of {header_bytes} bytes")
+    try:
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError, RuntimeError, OverflowError) as error:
+        raise AdapterError(f"{path}: not a whole safetensors file: {excerpt(error)}") from None
+    if len(tensors) > MAX_TENSORS:
+        raise AdapterError(f"{path}: {len(tensors)} tensors, at most {MAX_TENSORS} are read")
+    return tensors, hashlib.sha256(data).digest()
+
+
+def _pairs(
+    tensors: Mapping[str, torch.Tensor], places: Mapping[str, Place], base_rows: BaseRows
+) -> dict[str, dict[str, torch.Tensor]]:
+    """By module, both tensors of its pair."""
+    pairs: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        short = name.removeprefix(PREFIX)
+        if short.endswith(".base_layer.weight"):
+            _check_base(name, short.removesuffix(".base_layer.weight"), tensor, places, base_rows)
+            continue
+        ending = next((ending for ending in FORMS if short.endswith(ending)), None)
+        if ending is None:
+            raise AdapterError(f"tensor {excerpt(name)}: is {_kind(short)}, which is not supported")
+        module = short.removesuffix(ending)
+        if module not in places:
+            raise AdapterError(f"tensor {excerpt(name)}: this model has no module of that name that can be adapted")
+        if ending.startswith(".lora_embedding") != (module == EMBEDDING):
+            raise AdapterError(f"tensor {excerpt(name)}: is not what PEFT saves of this module")
+        pair = pairs.setdefault(module, {})
+        if FORMS[ending] in pair:
+            raise AdapterError(f"tensor {excerpt(name)}: is there twice, with and without {PREFIX}")
+        pair[FORMS[ending]] = _checked(name, tensor)
+    if not pairs:
+        raise AdapterError("the weights hold no pair of lora_A and lora_B")
+    return pairs
+
+
+def _kind(name: str) -> str:
+    """What PEFT saves under such a name."""
+    if "lora_magnitude_vector" in name:
+        return "a magnitude of DoRA"
+    if name.endswith(".lora_B.bias"):
+        return "a bias of lora_B"
+    if "trainable_tokens" in name:
+        return "trained rows of the embedding"
+    if name.endswith((".weight", ".bias")):
+        return "a whole weight (modules_to_save)"
+    return "no part of a low-rank adapter"
+
+
+def _checked(name: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Numbers that are not finite would spoil blocks that other sequences get later."""
+    if tensor.dtype not in DTYPES or tensor.dim() != 2:
+        raise AdapterError(f"tensor {excerpt(name)}: is {tensor.dtype} {list(tensor.shape)}, not a matrix of floats")
+    if not torch.isfinite(tensor).all():
+        raise AdapterError(f"tensor {excerpt(name)}: has numbers that are not finite")
+    return tensor
+
+
+def _check_base(name: str, module: str, tensor: torch.Tensor, places: Mapping[str, Place], base_rows: BaseRows) -> None:
+    """PEFT saves the embedding and the head with an adapter that changes them: the model's own, or others."""
+    place = places.get(module)
+    if not isinstance(place, ProductShape) or tuple(tensor.shape) != (place.num_outputs, place.num_inputs):
+        raise AdapterError(f"tensor {excerpt(name)}: {list(tensor.shape)} is no weight of this model")
+    count = min(BASE_ROWS, len(tensor))
+    rows = sorted({number * (len(tensor) - 1) // max(1, count - 1) for number in range(count)})
+    own = base_rows(f"{module}.weight", rows)
+    if own is not None and not torch.equal(tensor[rows].to(own.dtype), own):
+        raise AdapterError(f"tensor {excerpt(name)}: differs from the model's own, and cannot replace it")
+
+
+def _assemble(
+    config: ModelConfig,
+    adapter_config: AdapterConfig,
+    places: Mapping[str, Place],
+    pairs: Mapping[str, Mapping[str, torch.Tensor]],
+    digest: bytes,
+) -> Adapter:
+    layers: list[dict[str, Parts]] = [{} for _ in range(config.num_layers)]
+    embedding: LowRank | None = None
+    lm_head: Parts = ()
+    for module, pair in pairs.items():
+        place = places[module]
+        if isinstance(place, ProductPlace):
+            parts = list(layers[place.layer].get(place.product) or _no_parts(place.product))
+            shape, first = place.shape, place.first_part
+            parts[first : first + len(shape.outputs)] = _cut(_scaled(module, pair, shape, adapter_config), shape)
+            layers[place.layer][place.product] = tuple(parts)
+        elif module == LM_HEAD:
+            lm_head = (_scaled(module, pair, place, adapter_config),)
+        else:
+            embedding = _scaled(module, pair, ProductShape(place.num_outputs, (place.num_inputs,)), adapter_config)
+    return Adapter(digest, tuple(LayerAdapter(**layer) for layer in layers), embedding, lm_head)
+
+
+def _no_parts(product: str) -> list[LowRank | None]:
+    return [None] * {"qkv": 3, "gate_up": 2}.get(product, 1)
+
+
+def _scaled(
+    module: str, pair: Mapping[str, torch.Tensor], shape: ProductShape, adapter_config: AdapterConfig
+) -> LowRank:
+    """The pair with the scaling in b, float32."""
+    for side, other in (("a", "lora_B"), ("b", "lora_A")):
+        if side not in pair:
+            raise AdapterError(f"module {module}: has a {other} without a lora_{side.upper()}")
+    a, b, rank = pair["a"], pair["b"], adapter_config.rank_of(module)
+    if a.shape != (rank, shape.num_inputs) or b.shape != (shape.num_outputs, rank):
+        raise AdapterError(
+            f"module {module}: lora_A {list(a.shape)} and lora_B {list(b.shape)}, by the model and the configuration "
+            f"[{rank}, {shape.num_inputs}] and [{shape.num_outputs}, {rank}]"
+        )
+    return LowRank(a, b.float() * adapter_config.scaling_of(module))
+
+
+def _cut(pair: LowRank, shape: ProductShape) -> list[LowRank | None]:
+    return [LowRank(pair.a, rows) for rows in pair.b.split(list(shape.outputs))]

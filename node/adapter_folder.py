@@ -1,0 +1,208 @@
+"""The folder of an adapter as PEFT saves it: its configuration, and the digest that names its content. No torch.
+
+An adapter is what its numbers do: the digest covers the fields that change a product and all bytes of the weights, so
+that two copies of a folder are one adapter, and other weights under the same name another. Which modules a model has,
+and what the tensors hold, it does not know.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from baton.node.errors import AdapterError, SettingsError
+from baton.node.model_folder import MAX_CONFIG_BYTES, checked_size, read_object
+from baton.node.telemetry import excerpt
+
+CONFIG_NAME, WEIGHTS_NAME, PICKLE_NAME = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
+MAX_WEIGHTS_BYTES = 8 << 30
+"""Rank 256 in all modules of a model of 70 billion weights has 6 GiB."""
+MAX_RANK, MAX_ALPHA = 4096, 1e6
+MAX_PATTERNS, MAX_PATTERN_CHARACTERS, MAX_REPETITIONS = 8192, 256, 2
+"""Of rank_pattern and alpha_pattern; repetitions in one of them, since a search may try all ways to divide a name."""
+
+APPLIED = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
+"""Fields that change what the tensors do."""
+NEUTRAL = (
+    "peft_type",
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "target_modules",  # the tensors say it
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "lora_dropout",
+    "megatron_core",
+    "qalora_group_size",
+    "ensure_weight_tying",
+    "runtime_config",
+    "eva_config",
+)
+"""Fields that say how it was trained, or where."""
+INITIALISATIONS = (True, False, "gaussian", "eva", "orthogonal", "mica")
+"""Those that leave the model's own weights as they are."""
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterConfig:
+    """What counts of an adapter_config.json."""
+
+    rank: int
+    alpha: float
+    rank_pattern: tuple[tuple[str, int], ...]
+    alpha_pattern: tuple[tuple[str, float], ...]
+    rank_stabilised: bool
+    """The scaling is alpha / sqrt(rank), not alpha / rank (arXiv:2312.03732)."""
+
+    @property
+    def largest_rank(self) -> int:
+        """That any module may have."""
+        return max(self.rank, *(rank for _, rank in self.rank_pattern), 0)
+
+    def rank_of(self, module: str) -> int:
+        """Of a module by its name in the model, such as model.layers.3.self_attn.q_proj."""
+        return next((rank for pattern, rank in self.rank_pattern if _matches(pattern, module)), self.rank)
+
+    def scaling_of(self, module: str) -> float:
+        alpha = next((alpha for pattern, alpha in self.alpha_pattern if _matches(pattern, module)), self.alpha)
+        rank = self.rank_of(module)
+        return alpha / (math.sqrt(rank) if self.rank_stabilised else rank)
+
+    def digest(self, weights_digest: bytes) -> bytes:
+        """Of the adapter with these weights, 32 bytes; `weights_digest`: SHA-256 of their file."""
+        fields = [self.rank, self.alpha, self.rank_pattern, self.alpha_pattern, self.rank_stabilised]
+        return hashlib.sha256(b"adapter1" + weights_digest + json.dumps(fields).encode()).digest()
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterFacts:
+    """What is known of an adapter without its numbers."""
+
+    digest: bytes
+    rank: int
+    """The largest."""
+    size_bytes: int
+    """Of its weights' file."""
+
+
+def read_facts(folder: Path) -> AdapterFacts:
+    """Reads the configuration and every byte of the weights; takes about a second a GB. Raises AdapterError."""
+    config = read_adapter_config(folder)
+    path = weights_file(folder)
+    try:
+        with path.open("rb") as file:
+            weights_digest = hashlib.file_digest(file, "sha256").digest()
+            size_bytes = file.tell()
+    except OSError as error:
+        raise AdapterError(f"{path}: cannot be read: {error.strerror}") from None
+    return AdapterFacts(config.digest(weights_digest), config.largest_rank, size_bytes)
+
+
+def weights_file(folder: Path) -> Path:
+    """Raises AdapterError where there is none, or it is far too large."""
+    path = folder / WEIGHTS_NAME
+    try:
+        checked_size(path, MAX_WEIGHTS_BYTES)
+    except FileNotFoundError:
+        if (folder / PICKLE_NAME).exists():
+            raise AdapterError(
+                f"{folder}: {PICKLE_NAME} is a pickle, which can run code, and is never read; save the adapter with "
+                "safe_serialization=True"
+            ) from None
+        raise AdapterError(f"{folder}: {WEIGHTS_NAME} is missing") from None
+    except SettingsError as error:
+        raise AdapterError(str(error)) from None
+    return path
+
+
+def read_adapter_config(folder: Path) -> AdapterConfig:
+    """Raises AdapterError, which names the field, for what is no adapter or changes more than products."""
+    path = folder / CONFIG_NAME
+    try:
+        fields = read_object(path, MAX_CONFIG_BYTES)
+    except FileNotFoundError:
+        raise AdapterError(f"{folder}: {CONFIG_NAME} is missing") from None
+    except SettingsError as error:
+        raise AdapterError(str(error)) from None
+    return config_of(fields, str(path))
+
+
+def config_of(fields: dict[str, Any], where: str) -> AdapterConfig:
+    """Of the fields of an adapter_config.json; `where` names it in errors."""
+    if fields.get("peft_type") != "LORA":
+        raise _wrong(where, fields, "peft_type", '"LORA"')
+    if fields.get("bias", "none") != "none":
+        raise _wrong(where, fields, "bias", '"none": trained biases are not supported')
+    if fields.get("use_dora"):
+        raise _wrong(where, fields, "use_dora", "false: DoRA is not supported")
+    initialisation = fields.get("init_lora_weights", True)
+    if initialisation not in INITIALISATIONS:
+        raise _wrong(where, fields, "init_lora_weights", "one that leaves the model's weights alone")
+    known = {*APPLIED, *NEUTRAL, "bias", "init_lora_weights"}
+    for name, value in fields.items():
+        if name not in known and value not in (None, False, "", [], {}):
+            raise AdapterError(f"{where}: {excerpt(name, 80)!r} is not supported, is {excerpt(value, 80)}")
+    return AdapterConfig(
+        rank=_rank(where, fields, "r", fields.get("r", 8)),
+        alpha=_alpha(where, fields, "lora_alpha", fields.get("lora_alpha", 8)),
+        rank_pattern=tuple(
+            (pattern, _rank(where, fields, "rank_pattern", rank))
+            for pattern, rank in _patterns(where, fields, "rank_pattern")
+        ),
+        alpha_pattern=tuple(
+            (pattern, _alpha(where, fields, "alpha_pattern", alpha))
+            for pattern, alpha in _patterns(where, fields, "alpha_pattern")
+        ),
+        rank_stabilised=bool(fields.get("use_rslora", False)),
+    )
+
+
+def _rank(where: str, fields: dict[str, Any], name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_RANK:
+        raise _wrong(where, fields, name, f"of whole numbers from 1 to {MAX_RANK}")
+    return value
+
+
+def _alpha(where: str, fields: dict[str, Any], name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= MAX_ALPHA:
+        raise _wrong(where, fields, name, f"of numbers up to {MAX_ALPHA:g}")
+    return float(value)
+
+
+def _patterns(where: str, fields: dict[str, Any], name: str) -> list[tuple[str, object]]:
+    value = fields.get(name) or {}
+    if not isinstance(value, dict) or len(value) > MAX_PATTERNS:
+        raise _wrong(where, fields, name, f"an object of at most {MAX_PATTERNS} fields")
+    for pattern in value:
+        repetitions = len(re.findall(r"[*+?{]", pattern))
+        nested = re.search(r"\)\s*[*+?{]", pattern) is not None
+        if len(pattern) > MAX_PATTERN_CHARACTERS or repetitions > MAX_REPETITIONS or nested or not _is_regex(pattern):
+            raise AdapterError(f"{where}: {name!r}: {excerpt(pattern, 80)!r} is no pattern of module names")
+    return list(value.items())
+
+
+def _is_regex(pattern: str) -> bool:
+    try:
+        re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """As PEFT does: the name, or its end behind a dot; the first pattern that matches counts."""
+    return re.match(rf"(.*\.)?({pattern})$", module) is not None
+
+
+def _wrong(where: str, fields: dict[str, Any], name: str, expected: str) -> AdapterError:
+    return AdapterError(f"{where}: {name!r} must be {expected}; is {excerpt(fields.get(name), 80)}")

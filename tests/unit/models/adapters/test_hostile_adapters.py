@@ -1,0 +1,151 @@
+"""Folders that hold no adapter of the model: one clear AdapterError each, which names the tensor or the field."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from baton.models.adapters.base_rows import rows_of_folder
+from baton.models.adapters.peft import read_adapter
+from baton.models.config import ModelConfig
+from baton.node.adapter_folder import WEIGHTS_NAME, read_facts
+from baton.node.errors import AdapterError
+
+DEMO = Path(__file__).resolve().parents[4] / "models" / "demo"
+CONFIG = ModelConfig.from_folder(DEMO)
+QUERY = "base_model.model.model.layers.0.self_attn.q_proj."
+A, B = f"{QUERY}lora_A.weight", f"{QUERY}lora_B.weight"
+HIDDEN = CONFIG.hidden_size
+
+
+def pair(**changes: torch.Tensor) -> dict[str, torch.Tensor]:
+    return {A: torch.ones(8, HIDDEN), B: torch.ones(HIDDEN, 8), **changes}
+
+
+def write(folder: Path, tensors: dict[str, torch.Tensor], **config: object) -> Path:
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, **config}))
+    save_file(tensors, folder / WEIGHTS_NAME)
+    return folder
+
+
+def error_of(folder: Path) -> str:
+    with pytest.raises(AdapterError) as caught:
+        read_adapter(folder, CONFIG, rows_of_folder(DEMO, tied=True))
+    return str(caught.value)
+
+
+TENSORS = {
+    "missing b": ({A: torch.ones(8, HIDDEN)}, "q_proj: has a lora_A without a lora_B"),
+    "missing a": ({B: torch.ones(HIDDEN, 8)}, "q_proj: has a lora_B without a lora_A"),
+    "swapped": ({A: torch.ones(HIDDEN, 8), B: torch.ones(8, HIDDEN)}, r"lora_A \[256, 8\]"),
+    "other rank": ({A: torch.ones(4, HIDDEN), B: torch.ones(HIDDEN, 4)}, r"by the model and the configuration \[8, "),
+    "unknown module": (
+        pair(**{"base_model.model.model.layers.9.mlp.up_proj.lora_A.weight": torch.ones(8, HIDDEN)}),
+        "layers.9.mlp.up_proj",
+    ),
+    "merged module of another family": ({A.replace("q_proj", "qkv_proj"): torch.ones(8, HIDDEN)}, "qkv_proj"),
+    "whole weight": (
+        pair(**{"base_model.model.lm_head.weight": torch.ones(1, 1)}),
+        r"lm_head.weight: is a whole weight \(modules_to_save\)",
+    ),
+    "magnitude": (pair(**{f"{QUERY}lora_magnitude_vector": torch.ones(1)}), "DoRA"),
+    "bias of b": (pair(**{f"{QUERY}lora_B.bias": torch.ones(1)}), "a bias of lora_B"),
+    "trained rows": (
+        pair(**{"base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1)}),
+        "trained rows",
+    ),
+    "nothing known": (pair(strange=torch.ones(1)), "tensor strange: is no part"),
+    "not finite": (pair(**{B: torch.full((HIDDEN, 8), float("nan"))}), "not finite"),
+    "whole numbers": (pair(**{B: torch.ones(HIDDEN, 8, dtype=torch.int8)}), "not a matrix of floats"),
+    "no pair": ({}, "no pair of lora_A and lora_B"),
+    "twice": (pair(**{A.removeprefix("base_model.model."): torch.ones(8, HIDDEN)}), "is there twice"),
+    "another embedding": (
+        pair(**{"base_model.model.model.embed_tokens.base_layer.weight": torch.zeros(CONFIG.vocab_size, HIDDEN)}),
+        "embed_tokens.base_layer.weight: differs from the model's own",
+    ),
+    "embedding of another size": (
+        pair(**{"base_model.model.model.embed_tokens.base_layer.weight": torch.zeros(9, HIDDEN)}),
+        r"\[9, 256\] is no weight of this model",
+    ),
+    "embedding saved as a product": (
+        pair(**{"base_model.model.model.embed_tokens.lora_A.weight": torch.zeros(8, HIDDEN)}),
+        "is not what PEFT saves",
+    ),
+}
+FIELDS = {
+    "another method": ({"peft_type": "IA3"}, "'peft_type' must be"),
+    "biases": ({"bias": "all"}, "'bias' must be"),
+    "DoRA": ({"use_dora": True}, "'use_dora' must be false"),
+    "PiSSA": ({"init_lora_weights": "pissa_niter_16"}, "'init_lora_weights' must be"),
+    "transposed": ({"fan_in_fan_out": True}, "'fan_in_fan_out' is not supported"),
+    "activated by tokens": ({"alora_invocation_tokens": [1]}, "'alora_invocation_tokens' is not supported"),
+    "a field of the future": ({"use_magic": "yes"}, "'use_magic' is not supported"),
+    "huge rank": ({"r": 1 << 31}, "'r' must be of whole numbers"),
+    "rank that is no number": ({"rank_pattern": {"q_proj": "8"}}, "'rank_pattern' must be"),
+    "endless alpha": ({"lora_alpha": float("inf")}, "'lora_alpha' must be"),
+    "slow pattern": ({"alpha_pattern": {"(a+)+b": 1}}, "no pattern of module names"),
+    "broken pattern": ({"alpha_pattern": {"(": 1}}, "no pattern of module names"),
+}
+
+
+@pytest.mark.parametrize("name", TENSORS)
+def test_wrong_tensors_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    """Guards against an adapter of which a part is left out in silence."""
+    tensors, expected = TENSORS[name]
+    folder = write(tmp_path, tensors)
+    with pytest.raises(AdapterError, match=expected):
+        read_adapter(folder, CONFIG, rows_of_folder(DEMO, tied=True))
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_wrong_fields_are_refused_by_name(name: str, tmp_path: Path) -> None:
+    fields, expected = FIELDS[name]
+    with pytest.raises(AdapterError, match=expected):
+        read_facts(write(tmp_path, pair(), **fields))
+
+
+def test_pickles_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, pair())
+    (tmp_path / WEIGHTS_NAME).rename(tmp_path / "adapter_model.bin")
+    assert "pickle" in error_of(tmp_path)
+
+
+def test_files_that_are_cut_off_or_lie_about_their_header_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path, pair()) / WEIGHTS_NAME
+    whole = path.read_bytes()
+    for data in (whole[:-1], whole[:4], b"", struct.pack("<Q", 1 << 40) + whole[8:], b"\x00" * 64):
+        path.write_bytes(data)
+        assert "not a whole safetensors file" in error_of(tmp_path)
+
+
+@given(st.binary(max_size=200))
+def test_any_bytes_are_read_or_refused(data: bytes) -> None:
+    """Guards against an exception that the worker's thread does not expect."""
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = write(Path(name), pair())
+        (folder / WEIGHTS_NAME).write_bytes(data)
+        error_of(folder)
+
+
+def test_an_adapter_is_its_content(tmp_path: Path) -> None:
+    """Two copies are one adapter; other numbers, or the same scaled otherwise, are another."""
+    folders = [tmp_path / name for name in "abcd"]
+    for folder in folders:
+        folder.mkdir()
+    write(folders[0], pair(), base_model_name_or_path="here")
+    write(folders[1], pair(), base_model_name_or_path="there")
+    write(folders[2], pair(), lora_alpha=16)
+    write(folders[3], pair(**{A: torch.zeros(8, HIDDEN)}))
+    facts = [read_facts(folder) for folder in folders]
+    assert len({each.digest for each in facts}) == 3
+    assert facts[0].digest == facts[1].digest == read_adapter(folders[0], CONFIG).digest
+    assert facts[0].rank == 8

@@ -1,0 +1,143 @@
+"""Random adapters of PEFT, read from their folders and run on the CPU, against PEFT itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from baton.models.adapters.peft import read_adapter
+from baton.models.batch import Draw, Row
+from baton.models.cpu.runner import ModelRunner
+from baton.node.messages.control import SamplingSpec
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning", "ignore::FutureWarning")
+GREEDY = Draw(SamplingSpec(max_tokens=1000, temperature=0.0), (), 0, 0)
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+ALL = "all-linear"
+ADAPTERS = {
+    "all linear modules": ("llama", {}, {"target_modules": ALL, "r": 8}),
+    "rank 1 in two modules": ("llama", {}, {"target_modules": ["q_proj", "v_proj"], "r": 1}),
+    "rsLoRA, biased": ("qwen2", {}, {"target_modules": ALL, "use_rslora": True, "r": 16}),
+    "patterns": (
+        "qwen3",
+        {},
+        {
+            "target_modules": ALL,
+            "rank_pattern": {"k_proj": 2, r"model.layers.1.mlp.*": 5},
+            "alpha_pattern": {"v_proj": 1, "^model.layers.2.self_attn.o_proj": 20},
+        },
+    ),
+    "some layers by a regex": ("llama", {}, {"target_modules": r".*\.(gate|down)_proj", "layers_to_transform": None}),
+    "one layer": ("llama", {}, {"target_modules": ATTENTION, "layers_to_transform": [1]}),
+    "embedding and head": ("llama", {}, {"target_modules": ["embed_tokens", "lm_head", "up_proj"]}),
+    "embedding of a tied model, scaled": ("gemma", {"tie_word_embeddings": True}, {"target_modules": ["embed_tokens"]}),
+    "head behind a softcap": ("gemma2", {"tie_word_embeddings": False}, {"target_modules": ["lm_head", "q_proj"]}),
+    "merged projections": ("phi3", {"pad_token_id": 0}, {"target_modules": ["qkv_proj", "gate_up_proj", "o_proj"]}),
+    "attention beside experts": (
+        "mixtral",
+        {"num_local_experts": 4, "num_experts_per_tok": 2},
+        {"target_modules": ATTENTION},
+    ),
+}
+
+
+class Slots:
+    """Rows of a runner with a slot for each adapter, each sequence over blocks of its own."""
+
+    def __init__(self, folder, adapters, sequences, num_sequences, **options):
+        self.runner = ModelRunner.load(folder, max_loras=max(1, len(adapters)), max_lora_rank=16, **options)
+        self.tables = sequences(self.runner, num_sequences, 128).tables
+        for slot, adapter in enumerate(adapters):
+            read = read_adapter(adapter.folder, self.runner.config)
+            assert self.runner.adapters.fill(slot, self.runner.adapters.prepare(read)).done
+
+    def prompt_row(self, index, tokens, slot, first=0, draws=True):
+        return Row(tokens, first, self.tables[index], GREEDY if draws else None, adapter=slot)
+
+    def greedy(self, index, prompt, count, slot):
+        """Tokens and the logits that they were drawn from; the prompt in chunks."""
+        known, logits = list(prompt), []
+        self.runner.step([self.prompt_row(index, prompt[:20], slot, draws=False)])
+        row = self.prompt_row(index, prompt[20:], slot, 20)
+        for _ in range(count):
+            logits.append(self.runner.compute([row])[1][0])
+            known.append(int(logits[-1].argmax()))
+            row = self.prompt_row(index, known[-1:], slot, len(known) - 1)
+        return known[len(prompt) :], torch.stack(logits)
+
+
+def logits_of(model, tokens, count):
+    """Of PEFT, behind each of the last `count` + 1 tokens but the last."""
+    with torch.inference_mode():
+        return model(torch.tensor([tokens])).logits[0, -count - 1 : -1]
+
+
+def assert_close(ours, theirs, tolerance=1e-4):
+    assert float((ours - theirs).abs().max() / theirs.abs().max()) <= tolerance
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_logits_and_tokens_equal_peft_unmerged_and_merged(name, make_model, make_adapter, sequences, prompt):
+    """Guards against any difference in an adapter: a scaling, a part in the rows of another, a module left out."""
+    family, variant, options = ADAPTERS[name]
+    made = make_model(family, **variant)
+    adapter = make_adapter(made.reference, **options)
+    ours, logits = Slots(made.folder, [adapter], sequences, 1).greedy(0, prompt, 12, 0)
+    tokens = prompt + ours
+    theirs = logits_of(adapter.model, tokens, 12)
+    assert_close(logits, theirs)
+    assert theirs.argmax(-1).tolist() == ours
+    if not made.reference.config.tie_word_embeddings:  # merged, a tied head would change with the embedding
+        assert_close(logits, logits_of(adapter.merged(), tokens, 12), 5e-4)
+    assert (theirs - logits_of(made.reference, tokens, 12)).abs().max() > 0.1, "the adapter changes nothing"
+
+
+def test_rows_of_one_step_have_their_own_adapters(make_model, make_adapter, sequences, prompt):
+    """Guards against an adapter's numbers in the row of another, or of the base: chunks and decode rows in one step."""
+    made = make_model("llama")
+    kinds = [{"target_modules": ALL, "r": 1 + 3 * seed, "seed": seed} for seed in range(4)]
+    adapters = [make_adapter(made.reference, f"a{number}", **kind) for number, kind in enumerate(kinds)]
+    slots = Slots(made.folder, adapters, sequences, 10)
+    alone = Slots(made.folder, [], sequences, 10)
+    named = [0, None, 3, 1, None, 2, 0, None, 1, 3]
+    prompts = [prompt[index:] for index in range(10)]
+    first = [slots.prompt_row(index, prompts[index], named[index]) for index in range(6)]
+    drawn = [list(entry.token_ids) for entry in slots.runner.step(first)]
+    decode = [slots.prompt_row(index, drawn[index], named[index], len(prompts[index])) for index in range(6)]
+    rows = [*decode, *(slots.prompt_row(index, prompts[index], named[index]) for index in range(6, 10))]
+    step, logits = slots.runner.compute(rows)
+    for number, index in enumerate(step.drawn_rows):
+        tokens = prompts[index] + (drawn[index] if index < 6 else [])
+        model = made.reference if named[index] is None else adapters[named[index]].model
+        assert_close(logits[number], logits_of(model, [*tokens, 0], 1)[0])
+    alone.runner.step([row._replace(adapter=None) for row in first])
+    base = alone.runner.compute([row._replace(adapter=None) for row in rows])[1]
+    for number, index in enumerate(step.drawn_rows):
+        if named[index] is None:
+            assert torch.equal(logits[number], base[number]), "rows of the base must not see adapters beside them"
+
+
+def test_log_probabilities_of_a_prompt_are_those_of_its_adapter(make_model, make_adapter, sequences, prompt):
+    """Guards against a head without its adapter where many tokens of a row are scored."""
+    from baton.models.batch import PromptTargets
+
+    made = make_model("llama")
+    adapter = make_adapter(made.reference, target_modules=["lm_head", "v_proj"])
+    slots = Slots(made.folder, [adapter], sequences, 2)
+    rows = [slots.prompt_row(number, prompt, slot) for number, slot in enumerate((0, None))]
+    launched = slots.runner.launch([row._replace(targets=PromptTargets(0, prompt[1:], 0)) for row in rows])
+    for number, model in enumerate((adapter.model, made.reference)):
+        with torch.inference_mode():
+            theirs = model(torch.tensor([prompt])).logits[0, :-1].log_softmax(-1)
+        expected = theirs[range(len(prompt) - 1), prompt[1:]]
+        ours = torch.tensor([entry.logprob for entry in launched.prompt_logprobs[number]])
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_bfloat16_is_close(make_model, make_adapter, sequences, prompt):
+    made = make_model("llama")
+    adapter = make_adapter(made.reference, target_modules=ALL)
+    _, logits = Slots(made.folder, [adapter], sequences, 1, dtype="bfloat16").greedy(0, prompt, 1, 0)
+    exact = logits_of(adapter.model, [*prompt, 0], 1)
+    theirs = logits_of(adapter.model.to(torch.bfloat16), [*prompt, 0], 1).float()
+    assert float((logits - exact).norm()) <= 2 * float((theirs - exact).norm())
