@@ -7,6 +7,7 @@ GPU's are in `triton`, which write into memory of the caller's and are called by
 Triton.
 """
 
+from baton.kernels.clamped_gate import ClampedGate, clamped_gate_and_mul
 from baton.kernels.cpu.attention import DecodeGroup, chunk_attention, decode_attention
 from baton.kernels.cpu.experts import apply_experts
 from baton.kernels.cpu.paged_kv import PagedKv, PlainKv, QuantisedKv
@@ -28,6 +29,7 @@ from baton.kernels.routing import Routing, route
 from baton.kernels.scores import Scores
 
 __all__ = [
+    "ClampedGate",
     "DecodeGroup",
     "DenseLinear",
     "ExpertLinears",
@@ -45,6 +47,7 @@ __all__ = [
     "apply_penalties",
     "apply_rope",
     "chunk_attention",
+    "clamped_gate_and_mul",
     "decode_attention",
     "draw",
     "gelu_tanh_and_mul",

@@ -88,7 +88,19 @@ def _grouped_attention(memory: WeightMemory, prefix: str, shape: GroupedAttentio
     qkv = memory.linear(prefix, outputs, memory.hidden, shape.qkv_bias)
     heads = shape.num_heads, shape.num_kv_heads
     norms = memory.head_norms(prefix, *heads, config.head_dim) if shape.head_norms else None
-    return AttentionWeights(qkv, norms, memory.linear(prefix, [("o_proj", memory.hidden)], query, shape.o_bias))
+    whole_norms = None
+    if shape.whole_norms:
+        whole_norms = (
+            memory.norm(f"{prefix}q_norm.weight", query.total),
+            memory.norm(f"{prefix}k_norm.weight", key.total),
+        )
+    sinks = None
+    if shape.sinks:
+        sinks = memory.empty(shape.num_heads, dtype=torch.float32)
+        cut = WeightCut(config.num_heads, rank.share(config.num_heads, "query heads"))
+        memory.put(f"{prefix}sinks", PlainPlace(sinks, (cut,)))
+    o = memory.linear(prefix, [("o_proj", memory.hidden)], query, shape.o_bias)
+    return AttentionWeights(qkv, norms, o, whole_norms, sinks)
 
 
 def _latent_attention(memory: WeightMemory, prefix: str, shape: LatentAttention) -> LatentWeights:
@@ -124,12 +136,20 @@ def _dense_mlp(memory: WeightMemory, prefix: str, shape: DenseMlp, width: int) -
 def _experts(memory: WeightMemory, layer: str, shape: ExpertsMlp, rules: ExpertRules) -> ExpertsWeights:
     """layer: begins the names of the layer's tensors."""
     prefix, routing = f"{layer}{rules.block}.", shape.routing
-    routed = [("gate", WeightCut.whole(routing.num_experts))]
-    router = memory.plain(prefix, routed, memory.hidden, None, memory.router_dtype(rules.float32_router))
+    routed, router_dtype = (
+        [(rules.router, WeightCut.whole(routing.num_experts))],
+        memory.router_dtype(rules.float32_router),
+    )
+    router_bias = memory.empty(routing.num_experts, dtype=router_dtype) if rules.router_bias else None
+    router = memory.plain(prefix, routed, memory.hidden, router_bias, router_dtype)
     correction = None
     if routing.sigmoid:
         correction = memory.empty(routing.num_experts, dtype=torch.float32)
         memory.put(f"{prefix}gate.e_score_correction_bias", PlainPlace(correction, (routed[0][1],)))
+    if rules.stacked is not None:
+        held = WeightCut(routing.num_experts, shape.experts)
+        stacked = memory.stacked_experts(f"{prefix}experts.", rules.stacked, held, shape.width)
+        return ExpertsWeights(router, correction, *stacked, None, None)
     gate, up, down = rules.projections
     inner, count = WeightCut.whole(shape.width), len(shape.experts)
     of_experts = [(f"{expert}.{name}", inner) for expert in shape.experts for name in (gate, up)]

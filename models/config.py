@@ -66,6 +66,7 @@ class ModelConfig:
     o_bias: bool
     mlp_bias: bool
     qk_norm: bool
+    """Queries and keys are normed before rope, head by head."""
     merged_projections: bool
     """In the checkpoint, which has qkv_proj and gate_up_proj."""
     activation: str
@@ -92,6 +93,10 @@ class ModelConfig:
     """None: all MLPs are dense."""
     latent: LatentConfig | None = None
     """None: attention is over cached keys and values."""
+    whole_qk_norm: bool = False
+    """With qk_norm: all query heads of a token are normed together, and all key heads."""
+    sinks: bool = False
+    """Each query head has a learned score more, whose weight goes nowhere."""
     num_draft_layers: int = 0
     """In the checkpoint, behind the others: they would predict further tokens, and are not run."""
     through: str = ""
@@ -149,6 +154,9 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         raise config.wrong(family.activation_key, f"'{family.activation}'")
     if config.flag("use_bidirectional_attention", False):
         raise config.wrong("use_bidirectional_attention", "false: all attention here is causal")
+    for key in family.refused:
+        if config.has(key):
+            raise config.wrong(key, "null: nothing here computes it")
     hidden_size = config.integer("hidden_size", most=MAX_WIDTH)
     num_heads = config.integer("num_attention_heads", most=MAX_HEADS)
     num_layers = config.integer("num_hidden_layers", most=MAX_LAYERS)
@@ -162,7 +170,7 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
     rope, window_rope = read_ropes(config, family, max_position, latent.rotated_dim if latent else head_dim)
     if rope.kind == "yarn" and rope.original_max_position * rope.factor > MAX_LENGTH:
         raise SettingsError(f"{config.where}: the rope's factor makes sequences longer than {MAX_LENGTH} tokens")
-    attention_bias = family.reads_attention_bias and config.flag("attention_bias", False)
+    attention_bias = family.reads_attention_bias and config.flag("attention_bias", family.default_attention_bias)
     return ModelConfig(
         architecture=architecture,
         vocab_size=config.integer("vocab_size", most=MAX_VOCAB_SIZE),
@@ -195,6 +203,8 @@ def _read(config: JsonObject, generation_path: Path) -> ModelConfig:
         quantization=read_quantization(config, generation_path.parent),
         experts=None if family.experts is None else read_experts(config, family.experts, num_layers),
         latent=latent,
+        whole_qk_norm=family.whole_qk_norm,
+        sinks=family.sinks,
         num_draft_layers=config.integer("num_nextn_predict_layers", 0, least=0, most=MAX_LAYERS),
     )
 

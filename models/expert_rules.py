@@ -33,8 +33,14 @@ class ExpertRules:
     """Where `width_key` is absent."""
     block: str = "mlp"
     """Begins the names of router and experts."""
+    router: str = "gate"
+    router_bias: bool = False
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
     """Of an expert: gate, up and down."""
+    stacked: tuple[str, str] | None = None
+    """Tensors that have gate and up, by turns, and down of all experts, with their biases; None: each has its own."""
+    clamped: bool = False
+    """The gate of an expert is a ClampedGate, by `swiglu_limit` and `swiglu_alpha`."""
     dense_layers: DenseLayers = DenseLayers.NONE
     default_dense: int = 0
     """Where `first_k_dense_replace` is absent."""
@@ -118,3 +124,15 @@ GLM4_EXPERTS = replace(
     default_scale=1.0,
     default_groups=(1, 1),
 )
+GPT_OSS_EXPERTS = ExpertRules(
+    default_count=128,
+    default_top_k=4,
+    count_keys=("num_local_experts", "num_experts"),
+    width_key="intermediate_size",
+    router="router",
+    router_bias=True,
+    stacked=("gate_up_proj", "down_proj"),
+    clamped=True,
+    renormalised=True,
+)
+OLMOE_EXPERTS = ExpertRules(default_count=64, default_top_k=8, width_key="intermediate_size")

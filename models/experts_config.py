@@ -30,6 +30,8 @@ class ExpertsConfig:
     num_groups: int
     kept_groups: int
     float32_router: bool
+    clamp: tuple[float, float] | None
+    """Limit and alpha of kernels.ClampedGate; None: the gate has the model's activation."""
     rules: ExpertRules
     """Which names tensors have."""
 
@@ -59,8 +61,16 @@ def read_experts(config: JsonObject, rules: ExpertRules, num_layers: int) -> Exp
         num_groups=num_groups,
         kept_groups=kept_groups,
         float32_router=rules.float32_router,
+        clamp=_clamp(config) if rules.clamped else None,
         rules=rules,
     )
+
+
+def _clamp(config: JsonObject) -> tuple[float, float]:
+    limit, alpha = config.number("swiglu_limit", 7.0), config.number("swiglu_alpha", 1.702)
+    if limit <= 0.0:
+        raise config.wrong("swiglu_limit", "above 0")
+    return limit, alpha
 
 
 def _shared_width(config: JsonObject, rules: ExpertRules, width: int) -> int:

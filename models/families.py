@@ -13,16 +13,27 @@ from baton.models.expert_rules import (
     DEEPSEEK_V2_EXPERTS,
     DEEPSEEK_V3_EXPERTS,
     GLM4_EXPERTS,
+    GPT_OSS_EXPERTS,
     MIXTRAL_EXPERTS,
+    OLMOE_EXPERTS,
     QWEN2_EXPERTS,
     QWEN3_EXPERTS,
     ExpertRules,
 )
+from baton.models.folder import Json
 from baton.models.latent_config import LatentRules
 
 SCORE_SOFTCAP, LOGIT_SOFTCAP = "attn_logit_softcapping", "final_logit_softcapping"
 
 
+GPT_OSS_ROPE: Mapping[str, Json] = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
 SILU, GELU_TANH = "silu", "gelu_pytorch_tanh"
 """Activations, as transformers names them."""
 
@@ -68,16 +79,22 @@ class Family:
     """`qkv_bias` counts; it is true where it is absent."""
     reads_attention_bias: bool = False
     """`attention_bias` counts."""
+    default_attention_bias: bool = False
+    """Where `attention_bias` is absent."""
     attention_bias_of_o: bool = True
     """It is also of the projection behind attention."""
     reads_mlp_bias: bool = False
     default_tied: bool = False
     default_theta: float = 10_000.0
     qk_norm: bool = False
+    whole_qk_norm: bool = False
+    """Its norms are of all heads of a token together."""
     reads_qk_norm: bool = False
     """`use_qk_norm` counts; it is false where it is absent."""
     default_rotary: float | None = None
     """The part of a head that is rotated where `partial_rotary_factor` is absent; None: all of it, always."""
+    default_rope: Mapping[str, Json] = field(default_factory=dict)
+    """`rope_parameters` where nothing is said of a rope."""
     merged_projections: bool = False
     """The checkpoint has query, key and value, and gate and up, in one tensor each."""
     window_rope: bool = False
@@ -90,6 +107,10 @@ class Family:
     """Scores are divided by the root of `query_pre_attn_scalar`, not of head_dim."""
     softcaps: Mapping[str, float | None] = field(default_factory=dict)
     """The keys of softcaps that count, and their defaults; None: no softcap."""
+    sinks: bool = False
+    """Each head has a learned score more, whose weight goes nowhere."""
+    refused: tuple[str, ...] = ()
+    """Keys whose values, if there are any, nothing here computes."""
     experts: ExpertRules | None = None
     """None: all MLPs are dense."""
     latent: LatentRules | None = None
@@ -149,6 +170,30 @@ FAMILIES: dict[str, Family] = {
         reads_qk_norm=True,
         default_rotary=0.5,
         experts=GLM4_EXPERTS,
+    ),
+    "OlmoeForCausalLM": Family(
+        "olmoe",
+        default_eps=1e-5,
+        reads_attention_bias=True,
+        qk_norm=True,
+        whole_qk_norm=True,
+        refused=("clip_qkv",),
+        experts=OLMOE_EXPERTS,
+    ),
+    "GptOssForCausalLM": Family(
+        "gpt_oss",
+        windows=Windows.ALTERNATING,
+        default_window=128,
+        default_pattern=2,
+        default_kv_heads=8,
+        default_head_dim=64,
+        default_eps=1e-5,
+        reads_attention_bias=True,
+        default_attention_bias=True,
+        default_theta=150_000.0,
+        default_rope=GPT_OSS_ROPE,
+        sinks=True,
+        experts=GPT_OSS_EXPERTS,
     ),
     "Phi3ForCausalLM": Family(
         "phi3", windows=Windows.ALL, default_eps=1e-5, default_rotary=1.0, merged_projections=True

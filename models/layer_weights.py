@@ -22,6 +22,8 @@ class AttentionWeights:
     qkv: Linear  # [Q + 2 K, hidden]
     head_norms: torch.Tensor | None  # [num_heads + num_kv_heads, head_dim]: the query's for each head, then the key's
     o: Linear  # [hidden, Q]
+    whole_norms: tuple[torch.Tensor, torch.Tensor] | None = None  # [Q], [K]: of all query heads, of all key heads
+    sinks: torch.Tensor | None = None  # float32 [num_heads]
 
     @property
     def held(self) -> tuple[Linear, ...]:
@@ -30,7 +32,7 @@ class AttentionWeights:
     @property
     def plain(self) -> tuple[torch.Tensor, ...]:
         """What is no product."""
-        return () if self.head_norms is None else (self.head_norms,)
+        return tuple(each for each in (self.head_norms, *(self.whole_norms or ()), self.sinks) if each is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,9 +77,9 @@ class DenseMlpWeights:
 
 @dataclass(frozen=True, slots=True)
 class ExpertsWeights:
-    """Of an ExpertsMlp."""
+    """Of an ExpertsMlp. The products of a clamped gate have biases."""
 
-    router: DenseLinear  # [num_experts, hidden], of the experts of all ranks
+    router: DenseLinear  # [num_experts, hidden], of the experts of all ranks; with a bias of its type, or none
     correction: torch.Tensor | None  # float32 [num_experts]; added to scores where experts are chosen
     gate_up: ExpertLinears  # of each expert of this rank [2 * width, hidden]
     down: ExpertLinears  # of each [hidden, width]

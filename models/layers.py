@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.kernels import Routing, Scores
+from baton.kernels import ClampedGate, Routing, Scores
 from baton.models.config import ModelConfig
 from baton.models.experts_config import ExpertsConfig
 from baton.models.latent_config import LatentConfig
@@ -30,8 +30,12 @@ class GroupedAttention:
     o_bias: bool
     head_norms: bool
     """Queries and keys are normed head by head before rope."""
+    whole_norms: bool
+    """All query heads of a token are normed together before rope, and all key heads."""
     rope: RopeConfig
     scores: Scores
+    sinks: bool
+    """Each query head has a score more, whose weight goes nowhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +74,8 @@ class ExpertsMlp:
     width: int
     """Of one expert."""
     activation: str
+    clamped: ClampedGate | None
+    """The gate of experts, instead of the activation; then their products have biases, and the router too."""
     shared: DenseMlp | None
     """It computes every token; this rank's part of its width."""
     shared_gated: bool
@@ -106,9 +112,11 @@ def _attention(config: ModelConfig, rank: Rank, windowed: bool) -> GroupedAttent
         window=config.sliding_window if windowed else None,
         qkv_bias=config.qkv_bias,
         o_bias=config.o_bias and rank.index == 0,
-        head_norms=config.qk_norm,
+        head_norms=config.qk_norm and not config.whole_qk_norm,
+        whole_norms=config.qk_norm and config.whole_qk_norm,
         rope=config.window_rope if windowed and config.window_rope is not None else config.rope,
         scores=scores,
+        sinks=config.sinks,
     )
 
 
@@ -144,6 +152,7 @@ def _experts(config: ModelConfig, experts: ExpertsConfig, rank: Rank) -> Experts
         experts=rank.share(experts.num_experts, "experts"),
         width=experts.width,
         activation=config.activation,
+        clamped=None if experts.clamp is None else ClampedGate(*experts.clamp),
         shared=_dense(config, experts.shared_width, rank) if experts.shared_width else None,
         shared_gated=experts.shared_gated,
     )

@@ -58,6 +58,10 @@ def check_partition(config: ModelConfig, count: int) -> None:
         raise SettingsError(f"--tp {count}: must be one of {', '.join(map(str, RANK_COUNTS))}")
     if config.through:
         raise SettingsError(f"{config.architecture} runs through transformers, on one rank only, and not on {count}")
+    if config.qk_norm and config.whole_qk_norm:
+        raise SettingsError(
+            f"--tp {count}: {config.architecture} norms all heads of a token together, on one rank only"
+        )
     for index in range(count):
         rank = Rank(index, count)
         rank.share(config.num_heads, "query heads")

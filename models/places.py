@@ -116,6 +116,38 @@ class JoinedPlaces:
 
 
 @dataclass(frozen=True, slots=True)
+class StackedPlace:
+    """Of a tensor that has all experts of a layer: [experts, inputs, outputs], or of biases [experts, outputs]."""
+
+    target: torch.Tensor  # [experts of this rank, outputs, inputs], or [experts of this rank, outputs]
+    experts: WeightCut
+    interleaved: bool
+    """The outputs of gate and up take turns in the checkpoint; in memory those of up follow those of gate."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.experts.total, *reversed(self.target.shape[1:])
+
+    @property
+    def size_bytes(self) -> int:
+        return self.target.nbytes
+
+    @property
+    def device(self) -> torch.device:
+        return self.target.device
+
+    def fill(self, stored: Stored) -> None:
+        for target, expert in zip(self.target, self.experts.part, strict=True):
+            if isinstance(stored, QuantizedWeight):  # the outputs of all experts behind one another
+                outputs, inputs = target.shape
+                rows = torch.empty_like(target)
+                stored.dequantise(rows, range(expert * outputs, (expert + 1) * outputs), range(inputs))
+            else:
+                rows = stored[expert].t()
+            target.copy_(torch.cat((rows[0::2], rows[1::2])) if self.interleaved else rows)
+
+
+@dataclass(frozen=True, slots=True)
 class ScaledPlace:
     """Rows of a ScaledLinear."""
 

@@ -7,16 +7,19 @@ Old folders write `rope_theta` and `rope_scaling` {`type` or `rope_type`, ...}; 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 from baton.models.families import Family
-from baton.models.folder import JsonObject
+from baton.models.folder import Json, JsonObject
 from baton.node.errors import SettingsError
 from baton.node.telemetry import excerpt
 
 SPELLINGS = {"su": "longrope"}
 """Older names of a kind."""
 ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
+NO_ROPE: Mapping[str, Json] = MappingProxyType({})
 DEFAULT_THETA = 10000.0
 """Of layers with a window that have a rope of their own."""
 
@@ -70,7 +73,7 @@ def read_ropes(
             raise rope.wrong("rope_theta", "above 1") if rope.has("rope_theta") else config.wrong(theta_key, "above 1")
         return _read_rope(config, rope, theta, max_position, head_dim, family.default_rotary)
 
-    rope, of_windows = _rope_object(config), JsonObject(config.where, {})
+    rope, of_windows = _rope_object(config, family.default_rope), JsonObject(config.where, {})
     if family.window_rope and "full_attention" in rope.fields:
         of_windows = rope.child("sliding_attention") or of_windows
         rope = rope.child("full_attention") or JsonObject(config.where, {})
@@ -125,13 +128,13 @@ def _read_rope(
     return RopeConfig(kind, theta, rotary_dim, factor, max_position)
 
 
-def _rope_object(config: JsonObject) -> JsonObject:
+def _rope_object(config: JsonObject, default: Mapping[str, Json] = NO_ROPE) -> JsonObject:
     """`rope_scaling`, unless it is empty; then `rope_parameters`: tools that know both spellings leave an empty one."""
     for key in ("rope_scaling", "rope_parameters"):
         found = config.child(key)
         if found is not None and found.fields:
             return found
-    return JsonObject(config.where, {})
+    return JsonObject(config.where, dict(default))
 
 
 def _yarn(rope: JsonObject, theta: float, rotary_dim: int, original: int, max_position: int) -> RopeConfig:

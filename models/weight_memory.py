@@ -13,7 +13,7 @@ from baton.kernels import DenseLinear, ExpertLinears, Linear, ScaledLinear
 from baton.kernels.linear import STACKED_FORMATS, STACKED_MULTIPLE
 from baton.models.config import ModelConfig
 from baton.models.partition import Rank
-from baton.models.places import JoinedPlaces, PlainPlace, WeightCut, WeightPlace
+from baton.models.places import JoinedPlaces, PlainPlace, StackedPlace, WeightCut, WeightPlace
 from baton.models.quantization.kept import KeptPart, keep_quantised
 from baton.models.quantization.weight import QuantizedWeight
 
@@ -81,6 +81,21 @@ class WeightMemory:
         )
         assert isinstance(first, DenseLinear | ScaledLinear) and isinstance(second, DenseLinear | ScaledLinear)
         return ExpertLinears(first, count), ExpertLinears(second, count)
+
+    def stacked_experts(
+        self, prefix: str, names: tuple[str, str], experts: WeightCut, width: int
+    ) -> tuple[ExpertLinears, ExpertLinears]:
+        """Gate and up, and down, with biases, of checkpoints that have all experts in one tensor each."""
+        hidden = len(self.hidden.part)
+        gate_up = self._stacked(f"{prefix}{names[0]}", experts, 2 * width, hidden, interleaved=True)
+        return gate_up, self._stacked(f"{prefix}{names[1]}", experts, hidden, width, interleaved=False)
+
+    def _stacked(self, name: str, experts: WeightCut, outputs: int, inputs: int, interleaved: bool) -> ExpertLinears:
+        count = len(experts.part)
+        made = DenseLinear(self.empty(count * outputs, inputs), bias := self.empty(count * outputs))
+        self.put(name, StackedPlace(made.weight.view(count, outputs, inputs), experts, interleaved))
+        self.put(f"{name}_bias", StackedPlace(bias.view(count, outputs), experts, interleaved))
+        return ExpertLinears(made, count)
 
     def plain(
         self,

@@ -29,25 +29,25 @@ from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.linear import linear
 from baton.kernels.triton.linear_policy import ProductShape, Tiles
 from baton.kernels.triton.pool import PagedPool
+from baton.models.allocation import allocate
 from baton.models.config import ModelConfig
+from baton.models.cuda.decoder import dense_part, product_shapes
+from baton.models.cuda.products import shape_of
+from baton.models.partition import WHOLE
 
 ROTATED_BYTES = 400 << 20  # several times the L2 cache
-TILE_NS, TILE_KS, WARPS = (1, 2, 4, 8, 16), (512, 1024, 2048, 4096), (4, 8)
+TILE_NS, TILE_KS, WARPS = (1, 2, 4, 8, 16, 32), (256, 512, 1024, 2048, 4096), (4, 8)
 ELEMENTS = range(2048, 16384 + 1)
 """Of a program's piece of the weight: fewer keep too little on its way, more do not fit the registers."""
 SOFTCAP, SOFTCAP_CELLS, SOFTCAP_LAYERS = 50.0, ((1, 1024), (8, 1024), (32, 1024), (64, 8192)), 8
 
 
-def shapes_of(config: ModelConfig) -> dict[str, ProductShape]:
-    heads = config.num_heads * config.head_dim
-    qkv = heads + 2 * config.num_kv_heads * config.head_dim
-    return {
-        "qkv": ProductShape(qkv, config.hidden_size),
-        "o": ProductShape(config.hidden_size, heads),
-        "gate_up": ProductShape(config.intermediate_size, config.hidden_size, fused=True),
-        "down": ProductShape(config.hidden_size, config.intermediate_size),
-        "lm_head": ProductShape(config.vocab_size, config.hidden_size),
-    }
+def shapes_of(config: ModelConfig) -> tuple[ProductShape, ...]:
+    """Of all products but those of experts. Gate and up together, whatever the activation."""
+    weights, _ = allocate(config, config.tie_word_embeddings, WHOLE, torch.bfloat16, "meta")
+    gates = [mlp.gate_up for layer in weights.layers if (mlp := dense_part(layer.mlp)) is not None]
+    shapes = dict.fromkeys((*product_shapes(weights), *(shape_of(each, fused=True) for each in gates)))
+    return tuple(shape for shape in shapes if shape.fused or shape not in {shape_of(each) for each in gates})
 
 
 def tiles_for(shape: ProductShape) -> Iterator[Tiles]:
@@ -130,11 +130,12 @@ def main(argv: Sequence[str]) -> int:
     lines = JsonLines(options.file)
     torch.manual_seed(0)
     configs = {name: ModelConfig.from_folder(SHAPES / name) for name in options.shapes.split(",")}
-    compile_ahead([shape for config in configs.values() for shape in shapes_of(config).values()])
+    compile_ahead([shape for config in configs.values() for shape in shapes_of(config)])
     for name, config in configs.items():
-        for what, shape in shapes_of(config).items():
-            tune(lines, {"shape": name, "product": what}, shape)
-        softcaps(lines, {"shape": name}, config)
+        for shape in shapes_of(config):
+            tune(lines, {"shape": name}, shape)
+        if config.latent is None:
+            softcaps(lines, {"shape": name}, config)
         torch.cuda.empty_cache()
     return 0
 

@@ -45,12 +45,13 @@ def decode_attention(
     num_kv_heads: int,
     out: torch.Tensor,
     num_planes: int = 2,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Writes the group's rows of out; one query token a row.
 
     query and out [N, H, D]; piece_ids: this layer's, int64. The heads that share a key head stand as if they were query
     tokens: all of them read the same keys, so nothing has to be repeated. With one plane the values are the first
-    elements of the keys, as many as out [N, H, V] has.
+    elements of the keys, as many as out [N, H, V] has. sinks [H]: a score of each head for which there is no value.
     """
     rows = slice(group.first_row, group.first_row + group.num_rows)
     gathered = kv.gather(piece_ids[group.first_id : group.first_id + group.num_ids])
@@ -59,7 +60,8 @@ def decode_attention(
     planes = gathered.view(num_planes, group.num_rows, num_kv_heads, -1, heads.shape[-1])
     keys, values = planes[0], planes[-1, ..., : out.shape[2]]
     target = out[rows].view(*heads.shape[:3], -1)
-    target.copy_(_attend(heads, keys, values, mask, scores))
+    of_heads = None if sinks is None else sinks.view(num_kv_heads, -1, 1)
+    target.copy_(_attend(heads, keys, values, mask, scores, of_heads))
 
 
 def chunk_attention(
@@ -72,11 +74,12 @@ def chunk_attention(
     num_kv_heads: int,
     out: torch.Tensor,
     num_planes: int = 2,
+    sinks: torch.Tensor | None = None,
 ) -> None:
     """Attention of one sequence's tokens start .. start + n - 1 over all up to each; query and out [n, H, D].
 
     piece_ids: this layer's key blocks of the sequence, head by head, and then value blocks, if there are two planes. A
-    window hides all but the last `window` tokens, the own one included.
+    window hides all but the last `window` tokens, the own one included. sinks: as of `decode_attention`.
     """
     num_new, num_heads, head_dim = query.shape
     gathered = kv.gather(piece_ids).view(num_planes, num_kv_heads, 1, -1, head_dim)
@@ -85,7 +88,9 @@ def chunk_attention(
     planes = gathered.expand(-1, -1, num_heads // num_kv_heads, -1, -1)
     keys, values = planes[0], planes[-1, ..., : out.shape[2]]
     target = out.view(num_new, num_kv_heads, -1, out.shape[2]).permute(1, 2, 0, 3)
-    if start == 0 and (window is None or num_new <= window) and scores.softcap is None:
+    of_heads = None if sinks is None else sinks.view(num_kv_heads, -1, 1, 1)
+    plain = scores.softcap is None and sinks is None
+    if start == 0 and (window is None or num_new <= window) and plain:
         keys, values = keys[:, :, :num_new], values[:, :, :num_new]
         target.copy_(F.scaled_dot_product_attention(heads, keys, values, is_causal=True, scale=scores.scale))
         return
@@ -94,17 +99,31 @@ def chunk_attention(
         oldest = 0 if window is None else max(0, start + part.start - window + 1)
         seen = slice(oldest, start + part.stop)
         mask = _causal_mask(start + part.start, start + part.stop, oldest, window, query)
-        target[:, :, part] = _attend(heads[:, :, part], keys[:, :, seen], values[:, :, seen], mask, scores)
+        target[:, :, part] = _attend(heads[:, :, part], keys[:, :, seen], values[:, :, seen], mask, scores, of_heads)
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, scores: Scores
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scores: Scores,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """[..., n, D] of query [..., n, D] over keys and values [..., T, D]; the mask is added to the scores."""
-    if scores.softcap is None:
+    """[..., n, D] of query [..., n, D] over keys and values [..., T, D]; the mask is added to the scores. sinks: one
+    more score a query, broadcast to [..., n, 1], whose weight goes nowhere."""
+    if scores.softcap is None and sinks is None:
         return F.scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scores.scale)
-    bounded = (query @ keys.transpose(-1, -2)).mul_(scores.scale / scores.softcap).tanh_().mul_(scores.softcap)
-    return (bounded + mask).softmax(-1, dtype=torch.float32).to(query.dtype) @ values
+    products = query @ keys.transpose(-1, -2)
+    if scores.softcap is None:
+        products.mul_(scores.scale)
+    else:
+        products.mul_(scores.scale / scores.softcap).tanh_().mul_(scores.softcap)
+    products = products + mask
+    if sinks is not None:
+        products = torch.cat((products, sinks.to(products.dtype).expand(*products.shape[:-1], 1)), -1)
+    weights = products.softmax(-1, dtype=torch.float32).to(query.dtype)
+    return weights[..., : keys.shape[-2]] @ values
 
 
 def _causal_mask(first: int, end: int, oldest: int, window: int | None, like: torch.Tensor) -> torch.Tensor:

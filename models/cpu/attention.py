@@ -33,9 +33,12 @@ class PagedAttention:
         )
         self._shapes = [shape.attention for shape in describe(config, rank)]
 
-    def __call__(self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch) -> torch.Tensor:
+    def __call__(
+        self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch, sinks: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """[N, num_heads * head_dim]; query is [N, num_heads, head_dim], kv [N, 2, num_kv_heads * head_dim]. Of latent
-        attention [N, num_heads * latent_dim]; query is absorbed, kv [N, 1, latent_dim + rotated_dim]."""
+        attention [N, num_heads * latent_dim]; query is absorbed, kv [N, 1, latent_dim + rotated_dim]. sinks:
+        [num_heads], scores without values."""
         shape, ids = self._shapes[layer], step.piece_ids[layer]
         self._kv.write(step.slot_ids[layer], kv)
         if isinstance(shape, LatentAttention):
@@ -45,9 +48,10 @@ class PagedAttention:
         out = query.new_empty(*query.shape[:2], dim)
         rest, planes = (shape.scores, num_kv_heads), self.shape.num_planes
         for group in step.groups:
-            kernels.decode_attention(query, self._kv, ids, group, window is not None, *rest, out, planes)
+            kernels.decode_attention(query, self._kv, ids, group, window is not None, *rest, out, planes, sinks)
         for chunk in step.chunks:
             tokens = slice(chunk.first_token, chunk.first_token + chunk.num_tokens)
             chunk_ids = ids[chunk.first_id : chunk.first_id + chunk.num_ids]
-            kernels.chunk_attention(query[tokens], self._kv, chunk_ids, chunk.start, window, *rest, out[tokens], planes)
+            placed = query[tokens], self._kv, chunk_ids, chunk.start, window
+            kernels.chunk_attention(*placed, *rest, out[tokens], planes, sinks)
         return out.flatten(1)

@@ -6,6 +6,7 @@ The order of a layer's parts is that of models.layer_order, which a GPU follows 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -110,7 +111,7 @@ class _StepOps:
             return self._peers.sum(weights.o(attended))
         assert isinstance(weights, AttentionWeights), "the weights are of this shape"
         query, kv = self._project(shape, weights, x)
-        attended = self._attention(index, query, kv, self._step)
+        attended = self._attention(index, query, kv, self._step, weights.sinks)
         return self._peers.sum(self._adapters.add(index, "o", attended, weights.o(attended)))
 
     def mlp(self, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
@@ -151,6 +152,10 @@ class _StepOps:
         qkv = self._adapters.add(self._layer, "qkv", x, weights.qkv(x))
         heads = qkv.view(len(qkv), -1, shape.head_dim)  # [N, num_heads + 2 num_kv_heads, head_dim]
         query_key = heads[:, : shape.num_heads + shape.num_kv_heads]
+        if weights.whole_norms is not None:
+            sizes = [len(weight) for weight in weights.whole_norms]
+            for part, weight in zip(qkv[:, : sum(sizes)].split(sizes, -1), weights.whole_norms, strict=True):
+                part.copy_(kernels.rms_norm(part, weight, self._eps))
         if weights.head_norms is not None:
             query_key.copy_(kernels.rms_norm(query_key, weights.head_norms, self._eps))
         kernels.apply_rope(query_key[..., : shape.rope.rotary_dim], *self._ropes[shape.rope])
@@ -164,6 +169,8 @@ def _dense_mlp(mlp: DenseMlpWeights, x: torch.Tensor, activation: Activation) ->
 def _experts_mlp(shape: ExpertsMlp, mlp: ExpertsWeights, x: torch.Tensor, activation: Activation) -> torch.Tensor:
     logits = mlp.router(x.float())
     experts, weights = kernels.route(logits, mlp.correction, shape.routing)
+    if shape.clamped is not None:
+        activation = partial(kernels.clamped_gate_and_mul, gate=shape.clamped)
     added = kernels.apply_experts(x, experts, weights, mlp.gate_up, mlp.down, activation, shape.experts.start)
     if mlp.shared is not None:
         shared = _dense_mlp(mlp.shared, x, activation)

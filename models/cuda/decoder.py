@@ -30,7 +30,7 @@ from baton.models.cuda.latent import LatentLayers
 from baton.models.cuda.products import PADDING, Policy, Products, Rows, plain, shape_of
 from baton.models.families import SILU
 from baton.models.layer_order import run_layers
-from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Weights
+from baton.models.layer_weights import AttentionWeights, DenseMlpWeights, ExpertsWeights, LayerWeights, Mlp, Weights
 from baton.models.layers import DenseMlp, ExpertsMlp
 from baton.models.rope import inverse_frequencies
 from baton.models.rope_config import RopeConfig
@@ -317,12 +317,16 @@ def product_shapes(weights: Weights) -> tuple[ProductShape, ...]:
     """Of all products of the model but those of experts, each once."""
     shapes = [shape_of(weights.lm_head)]
     for layer in weights.layers:
-        attention, mlp = layer.attention, layer.mlp
-        shapes += map(shape_of, attention.held)
-        dense = mlp if isinstance(mlp, DenseMlpWeights) else mlp.shared
-        if dense is not None:
+        mlp = layer.mlp
+        shapes += map(shape_of, layer.attention.held)
+        if (dense := dense_part(mlp)) is not None:
             shapes += [shape_of(dense.gate_up, fused=layer.shape.mlp.activation == SILU), shape_of(dense.down)]
     return tuple(dict.fromkeys(shapes))
+
+
+def dense_part(mlp: Mlp) -> DenseMlpWeights | None:
+    """The MLP itself, or the shared expert; None: there is none."""
+    return mlp if isinstance(mlp, DenseMlpWeights) else mlp.shared
 
 
 def _rope_tables(rope: RopeConfig, max_len: int, device: str) -> RopeTables:

@@ -29,6 +29,7 @@ TYPES = {
     "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E8M0": torch.float8_e8m0fnu,
+    "U8": torch.uint8,
     "I8": torch.int8,
     "I32": torch.int32,
     "I64": torch.int64,
@@ -49,6 +50,8 @@ class CodeLayout(NamedTuple):
     optional: tuple[str, ...]
     read: Callable[[Tensors, int, int, Quantization], QuantizedWeight]
     """Takes also N, K. SettingsError for a type or shape that does not fit, and for numbers that cannot be."""
+    stacked: bool = False
+    """Of tensors with all experts of a layer, [experts, K, outputs] where they are plain; N: outputs of all."""
 
 
 class QuantizedSource(NamedTuple):
@@ -91,14 +94,16 @@ def find_quantized(
     checkpoint: Checkpoint, name: str, shape: tuple[int, ...], quantization: Quantization
 ) -> QuantizedSource | None:
     """The tensors that hold the weight `name`; None if it is not quantised. SettingsError if they cannot be read."""
-    if len(shape) != 2 or not name.endswith("weight"):
+    stacked = len(shape) == 3
+    if not stacked and (len(shape) != 2 or not name.endswith("weight")):
         return None
+    outputs, inputs = (shape[0] * shape[2], shape[1]) if stacked else shape
     module, where = name.removesuffix("weight"), f"{checkpoint.folder}: {name}, quantised by {quantization.method}"
-    for layout in (LAYOUTS[each] for each in quantization.layouts):
+    for layout in (found for each in quantization.layouts if (found := LAYOUTS[each]).stacked == stacked):
         marker = checkpoint.find(module + layout.marker)
         if marker is not None and not checkpoint.forms[marker.name].is_floating_point:
             tensors = {layout.marker: marker, **_companions(checkpoint, module, layout, quantization, where)}
-            source = QuantizedSource(where, tensors, layout, (shape[0], shape[1]), quantization)
+            source = QuantizedSource(where, tensors, layout, (outputs, inputs), quantization)
             source.form(checkpoint)
             return source
     return None
@@ -235,6 +240,31 @@ def _gptq_zeros(words: torch.Tensor, bits: int, outputs: int, less_one: bool) ->
     return zeros + 1 & (1 << bits) - 1 if less_one and 32 % bits else zeros
 
 
+def _mxfp4(tensors: Tensors, outputs: int, inputs: int, quantization: Quantization) -> QuantizedWeight:
+    """Open Compute's MX format of 4 bits, as gpt-oss has it: blocks of 32 inputs with two codes a byte, the lower half
+    first, and a power of two a block. All codes are numbers of e4m3 too."""
+    blocks, scales = tensors["_blocks"], tensors["_scales"]
+    count = _size(blocks, 0)
+    of_one, groups = outputs // max(count, 1), -(-inputs // MXFP4_INPUTS)
+    _expect(tensors, "_blocks", (torch.uint8,), count, of_one, groups, MXFP4_INPUTS // 2)
+    _expect(tensors, "_scales", (torch.uint8,), count, of_one, groups)
+    if inputs % MXFP4_INPUTS or count * of_one != outputs:
+        raise SettingsError(f"_blocks is {list(blocks.shape)}, expected {outputs} outputs of {inputs} inputs")
+    if blocks.is_meta:
+        codes = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device="meta")
+    else:
+        pairs = [(MXFP4_CODES[byte & 15], MXFP4_CODES[byte >> 4]) for byte in range(256)]
+        known = torch.tensor(pairs, device=blocks.device).to(torch.float8_e4m3fn).view(torch.int16).flatten()
+        codes = torch.cat([known[each.flatten().int()] for each in blocks]).view(torch.float8_e4m3fn)
+        codes = codes.view(outputs, inputs)
+    powers = scales.view(torch.float8_e8m0fnu).to(torch.float32).view(outputs, groups)
+    if not powers.is_meta and not bool(powers.isfinite().all()):
+        raise SettingsError("_scales has values that are no numbers")
+    return QuantizedWeight(codes, powers, 1, MXFP4_INPUTS, bits=4, scale_dtype=torch.float8_e8m0fnu)
+
+
+MXFP4_INPUTS = 32
+MXFP4_CODES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
 SCALES = ("weight_scale_inv", "weight_scale")
 ZEROS = "weight_zero_point"
 GROUPS_OF_INPUTS = ("g_idx", "weight_g_idx")
@@ -242,6 +272,7 @@ LAYOUTS = {
     "scaled": CodeLayout("weight", (SCALES,), (ZEROS,), _scaled),
     "packed": CodeLayout("weight_packed", (("weight_scale",),), (ZEROS, "weight_g_idx"), _packed),
     "awq": CodeLayout("qweight", (("qzeros",), ("scales",)), (), _awq),
+    "mxfp4": CodeLayout("_blocks", (("_scales",),), (), _mxfp4, stacked=True),
     "gptq": CodeLayout("qweight", (("qzeros",), ("scales",)), ("g_idx",), _gptq),
 }
 

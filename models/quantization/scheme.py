@@ -175,6 +175,10 @@ def _auto_round(found: JsonObject) -> Quantization:
     return Quantization("auto-round", ("gptq",), *widths, zeros_less_one=less_one, recipe=_gptq_recipe(found))
 
 
+def _mxfp4(found: JsonObject) -> Quantization:
+    return Quantization("mxfp4", ("mxfp4",), bits=(4,), group_sizes=(32,))
+
+
 def _gptq_recipe(found: JsonObject, ordered: bool = False) -> Recipe | None:
     return _int4_recipe(found.integer("bits"), _group_size(found), not found.flag("sym", True), ordered)
 
@@ -187,6 +191,7 @@ METHODS: dict[str, Callable[[JsonObject], Quantization]] = {
     "awq": _awq,
     "gptq": _gptq,
     "auto-round": _auto_round,
+    "mxfp4": _mxfp4,
 }
 COMPRESSED_FORMATS = (
     *("float-quantized", "int-quantized", "pack-quantized", "naive-quantized"),

@@ -27,12 +27,12 @@ FAMILIES = {
     "gpt2": {"n_embd": 512, "n_head": 8},
     "olmo2": WIDE,
     "starcoder2": WIDE | {"sliding_window": 40},
-    "olmoe": WIDE | EXPERTS,
+    "flex_olmo": WIDE | EXPERTS,
     "glm4_moe_lite": LATENT,
     "gpt_bigcode": {},
 }
 """Learned positions; norms of whole rows; a window; experts; padded heads with narrower values; one key head."""
-CAPTURED = set(FAMILIES) - {"glm4_moe_lite", "olmoe"}
+CAPTURED = set(FAMILIES) - {"glm4_moe_lite", "flex_olmo"}
 """In float32 torch's product of experts asks the GPU for their rows."""
 
 
@@ -68,7 +68,7 @@ def test_tokens_equal_the_cpu_s(tmp_path, family):
         assert found == one_after_the_other(plain, prompt, list(range(1, 13)), 20), slot
 
 
-@pytest.mark.parametrize("family", ["olmo2", "olmoe"])
+@pytest.mark.parametrize("family", ["olmo2", "flex_olmo"])
 def test_the_trial_admits_models_in_bfloat16(tmp_path, family):
     """Guards a tolerance below what rounding does; the captured steps then run."""
     make_folder(tmp_path, family, **FAMILIES[family])

@@ -17,6 +17,7 @@ FAMILIES = {
     "mixtral": {"num_local_experts": 6},
     "qwen2_moe": EXPERTS | {"shared_expert_intermediate_size": 40, "mlp_only_layers": [1]},
     "qwen3_moe": EXPERTS | {"norm_topk_prob": True},
+    "gpt_oss": {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 24},
 }
 NEW = 16
 

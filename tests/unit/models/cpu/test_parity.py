@@ -106,6 +106,19 @@ FAMILIES = {
         EXPERTS | {"use_sliding_window": True, "sliding_window": 20, "norm_topk_prob": True},
     ),
     "glm4-moe": ("glm4_moe", DEEPSEEK_EXPERTS | {"use_qk_norm": True, "attention_bias": True}),
+    "olmoe": ("olmoe", EXPERTS | {"intermediate_size": 48, "head_dim": 12, "norm_topk_prob": True}),
+    "gpt-oss": ("gpt_oss", {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 24}),
+    "gpt-oss, tight gates, windows in the last layers": (
+        "gpt_oss",
+        {
+            "num_local_experts": 6,
+            "num_experts_per_tok": 2,
+            "sliding_window": 20,
+            "swiglu_limit": 1.5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+            "rope_parameters": YARN | {"truncate": False},
+        },
+    ),
     "gemma": ("gemma", {}),
     "gemma2": ("gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 40}),
     "gemma2, tight softcaps": (

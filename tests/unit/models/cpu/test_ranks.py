@@ -113,11 +113,12 @@ def test_tokens_of_a_group_are_those_of_one_rank(make_model, count, kv_heads):
             {"num_experts": 8, "num_experts_per_tok": 3, "moe_intermediate_size": 24, "mlp_only_layers": [1]},
         ),
         ("deepseek_v3", LATENT | {"num_key_value_heads": 8}),
+        ("gpt_oss", {"num_local_experts": 6, "num_experts_per_tok": 3, "sliding_window": 19}),
     ],
 )
 def test_every_family_can_be_cut(make_model, family, fields):
     """Guards against what a family has of its own: merged projections, norms of heads and outputs, softcaps, windows,
-    biases behind the sum, experts of which each rank has some, and a latent that all ranks have."""
+    biases behind the sum, experts of which each rank has some, sinks, and a latent that all ranks have."""
     check_group(make_model(family, **SHAPE, **fields).folder, 2)
 
 
@@ -160,3 +161,10 @@ def test_what_cannot_be_cut_is_refused(make_model):
     folder = make_model("llama").folder
     with pytest.raises(SettingsError, match="4 query heads cannot be shared out to 8 ranks"):
         RankThreads(lambda peers: ModelRunner.load(folder, peers=peers), 8)
+
+
+def test_norms_of_all_heads_together_are_refused(make_model):
+    """Guards against a rank that norms its heads alone."""
+    folder = make_model("olmoe", head_dim=12).folder
+    with pytest.raises(SettingsError, match="norms all heads of a token together"):
+        RankThreads(lambda peers: ModelRunner.load(folder, peers=peers), 2)

@@ -40,7 +40,7 @@ ALWAYS = {
     "gpt2": {},
     "opt": {},
     "olmo2": {},
-    "olmoe": EXPERTS,
+    "flex_olmo": EXPERTS,
     "glm4_moe_lite": LATENT,
 }
 """Learned positions; other positions; other norms; experts; latent attention, whose values are narrower than keys."""
@@ -59,7 +59,6 @@ OTHERS = {
     "ernie4_5": PLAIN,
     "exaone4": PLAIN,
     "exaone_moe": PLAIN,
-    "flex_olmo": PLAIN,
     "glm": PLAIN,
     "glm4": PLAIN,
     "gpt_bigcode": PLAIN,
@@ -96,7 +95,7 @@ REFUSED_ALWAYS = {
     "bloom": "0 of its 3 layers attend",
     "minimax": "of its 3 layers attend",
     "falcon_h1": "in chunks gives other logits",
-    "gpt_oss": "attention sinks",
+    "granite_swa": "attention sinks",
     "llama4_text": "layer 0 masks otherwise than by its window",
     "roberta": "layer 0 masks otherwise than by its window",
 }

@@ -51,7 +51,7 @@ def test_old_key_of_compressed_tensors(tmp_path):
 
 REFUSED = [
     ({"quant_method": "bitsandbytes"}, "quant_method 'bitsandbytes' are not supported; supported: fp8, fbgemm_fp8, "),
-    ({"quant_method": "mxfp4"}, "quant_method 'mxfp4'"),
+    ({"quant_method": "nvfp4"}, "quant_method 'nvfp4'"),
     ({"quant_method": "\x1b[31m"}, "quant_method"),
     ({}, "'quant_method' is missing"),
     (FP8 | {"fmt": "e5m2"}, "fmt 'e5m2'"),
