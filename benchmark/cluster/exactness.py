@@ -17,7 +17,7 @@ import sys
 from collections.abc import Mapping, Sequence
 
 from baton.benchmark.cluster.completions import Completion, CompletionClient, random_ids
-from baton.benchmark.cluster.running import ServedModel, running, served_model
+from baton.benchmark.cluster.running import ServedModel, metrics, running, served_model
 from baton.benchmark.harness.errors import BenchmarkFailed
 from baton.benchmark.harness.json_lines import JsonLines, exit_on_sigterm
 from baton.benchmark.harness.options import cluster_parser
@@ -26,6 +26,16 @@ from baton.launch.local import ServeSettings
 SPARE_BLOCKS = 64
 DISAGGREGATED, COLOCATED = (1, 1), (0, 1)
 """Prefill and decode workers."""
+SHOWN = 8
+"""Of the requests that differ; with the place of the first difference, and both log probabilities there."""
+COUNTERS = {
+    "disaggregated": "baton:routed_disaggregated_total",
+    "transfers": "baton:worker_transfers_received_total",
+    "transfers_failed": "baton:worker_transfers_failed_total",
+    "digest_retries": "baton:worker_digest_retries_total",
+    "preemptions": "baton:worker_preemptions_total",
+    "attempts_repeated": "baton:retries_total",
+}
 
 
 def settings_of(
@@ -70,6 +80,11 @@ def compare(ours: Sequence[Completion], theirs: Sequence[Completion]) -> dict[st
         "first_difference": min(differing, default=None),
         "equal_logprobs": sum(a.logprobs == b.logprobs for a, b in pairs),
         "distinct_tokens": len({token for a, _ in pairs for token in a.tokens}),
+        "differing": [
+            {"prompt_tokens": a.prompt_tokens, "from": n, "logprobs": [_at(a.logprobs, n), _at(b.logprobs, n)]}
+            for n, (a, b) in zip(until_first, pairs, strict=True)
+            if a.tokens != b.tokens
+        ][:SHOWN],
     }
 
 
@@ -82,9 +97,18 @@ def _equal_until(ours: Sequence[str], theirs: Sequence[str]) -> int:
     return next((n for n, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
 
 
-def answers(settings: ServeSettings, prompts: Sequence[Sequence[int]], options: argparse.Namespace) -> list[Completion]:
+def _at(values: Sequence[float], place: int) -> float | None:
+    return values[place] if place < len(values) else None
+
+
+def answers(
+    settings: ServeSettings, prompts: Sequence[Sequence[int]], options: argparse.Namespace
+) -> tuple[list[Completion], dict[str, float]]:
+    """The answers, and what the cluster counted meanwhile that could explain other ones."""
     with running(settings) as (cluster, _):
-        return CompletionClient(cluster.url, cluster.model).complete_all(prompts, options.answer_tokens)
+        found = CompletionClient(cluster.url, cluster.model).complete_all(prompts, options.answer_tokens)
+        page = metrics(cluster)
+        return found, {short: page.total(name) for short, name in COUNTERS.items()}
 
 
 def main(argv: Sequence[str]) -> int:
@@ -98,7 +122,7 @@ def main(argv: Sequence[str]) -> int:
         num_blocks = blocks_for(prompt_lengths, options.answer_tokens, model.block_tokens)
         for deterministic in (True, False) if options.ways == "both" else (options.ways == "deterministic",):
             try:
-                ours, theirs = (
+                (ours, counted), (theirs, counted_colocated) = (
                     answers(settings_of(workers, model, num_blocks, deterministic, options), prompts, options)
                     for workers in (DISAGGREGATED, COLOCATED)
                 )
@@ -107,7 +131,14 @@ def main(argv: Sequence[str]) -> int:
                 status = 1
                 continue
             found = compare(ours, theirs)
-            lines.put("exactness", deterministic=deterministic, prompt_tokens=sum(prompt_lengths), **found)
+            lines.put(
+                "exactness",
+                deterministic=deterministic,
+                prompt_tokens=sum(prompt_lengths),
+                **found,
+                counted=counted,
+                counted_colocated=counted_colocated,
+            )
             status |= deterministic and not is_exact(found, options.device)
     return status
 
