@@ -2,8 +2,9 @@
 
 One JSON line a time on standard output, and appended to FILE; `error` is against float64. Weights are rotated past the
 L2 cache, x is in codes already, and a time is the least of some medians of replays of a graph. DeepGEMM multiplies
-`fp8_block`; `fp8_row` has a scale an output instead. DeepGEMM is the package sgl-deep-gemm, a rival in this benchmark
-alone, which compiles by nvcc at the first call of a shape; where it is missing or fails, only ours are timed.
+`fp8_block`; `fp8_row` has a scale an output instead. DeepGEMM is the package sgl-deep-gemm (with torch 2.11 its version
+0.2.1 and apache-tvm-ffi 0.1.11: the next are built for newer ones), a rival in this benchmark alone, which compiles by
+nvcc at the first call of a shape; where it is missing or fails, only ours are timed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ def deep_gemm() -> DeepGemm | None:
     try:
         module = import_module("deep_gemm")
     except (ImportError, OSError, RuntimeError) as failure:
-        print(f"no DeepGEMM: {failure}", file=sys.stderr)
+        print(f"no DeepGEMM: {failure} ({failure.__cause__})", file=sys.stderr)
         return None
     product: DeepGemm = module.fp8_gemm_nt
     return product

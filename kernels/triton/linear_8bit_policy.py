@@ -1,6 +1,6 @@
 """How products with weights of 8 bits are cut: tiles of linear_8bit_gluon, by shape and number of rows. Pure.
 
-Rows past MOST_ROWS are cuBLAS's or, of INT8, those of dequantised weights.
+Rows past MOST_ROWS are cuBLAS's or, of INT8, product_8bit_gluon's; where these do not run, weights are dequantised.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ TILE_ROWS = 8, 16, 32, 64
 """Of x in a tile."""
 MOST_STAGES = 12
 PORTABLE_STAGES = 8
+MANY_STAGES = 4
+"""Of product_8bit_gluon."""
 
 
 def fastest(num_rows: int, shape: ProductShape) -> Tiles | None:
@@ -44,6 +46,11 @@ def portable(num_rows: int, tiles: Tiles, fused: bool, inputs: int) -> Tiles:
 def by_gluon(num_rows: int, tiles: Tiles, fused: bool, most_rows: int) -> bool:
     """Whether linear_8bit_gluon has such tiles, for up to most_rows rows. It takes 128 rows of W together."""
     return num_rows <= most_rows and tiles.tile_n * (2 if fused else 1) == 128
+
+
+def fit_many_rows(outputs: int, inputs: int) -> bool:
+    """Whether product_8bit_gluon takes a weight, whose ring must be filled once."""
+    return inputs % BLOCK == 0 and inputs >= MANY_STAGES * BLOCK and outputs % 8 == 0
 
 
 def stage_bytes(tile_m: int) -> int:

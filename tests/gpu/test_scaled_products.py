@@ -156,6 +156,28 @@ def test_a_row_has_the_same_bits_on_hopper_for_any_number_of_rows(gluon, code_ty
     assert all(torch.equal(out, results[-1][:, : out.shape[1]]) for out in results)
 
 
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.usefixtures("gluon")
+def test_int8_prompts_on_hopper(fused):
+    """Guards against scales of another row or column, and tiles that reach past the last."""
+    from baton.kernels.triton.product_8bit_gluon import product_8bit
+
+    rows, n, k = 1500, 1400, 1024
+    wide = 2 * n if fused else n
+    x_codes, x_scales, exact_x = checks.quantised(randn((rows, k), torch.float32, GPU), checks.INT8, 1, k)
+    codes, scales, weight = checks.quantised(randn((wide, k), torch.float32, GPU, 1) / k**0.5, checks.INT8, 1, k)
+    bias = None if fused else randn((n,), BF16, GPU, 2)
+    exact = F.linear(exact_x, weight, None if bias is None else bias.double())
+    if fused:
+        gate, up = exact.chunk(2, -1)
+        exact = F.silu(gate) * up
+    x = CodedRows(x_codes, x_scales[:, 0].contiguous())
+    for _ in range(2):
+        out = poison((rows, n), BF16, GPU)
+        product_8bit(x, codes, scales[:, 0].contiguous(), bias, 20, out, fused=fused)
+        assert error(out, exact) <= 2 * error(exact.to(BF16), exact)
+
+
 @pytest.mark.parametrize("weight_format", FORMATS)
 def test_sums_of_one_sign_are_exact(weight_format):
     """Guards against sums that the matrix unit keeps: it cuts off what its 14 bits do not hold, always downwards."""

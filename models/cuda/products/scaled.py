@@ -1,8 +1,8 @@
 """Products with weights of 8 bits, FP8 and INT8: bytes by bytes, with rows in codes, where that is fastest.
 
-Few rows are linear_8bit_gluon's or linear_8bit's, by the policy's tiles. Many rows of FP8 are cuBLAS's; of INT8 weights
-are dequantised. Rows that neither a norm nor an activation put into codes are put into codes here. All rows in codes
-share memory, since each is read by the next product alone.
+Few rows are linear_8bit_gluon's or linear_8bit's, by the policy's tiles, many those of `scaled_many`; for what neither
+multiplies weights are dequantised. Rows that neither a norm nor an activation put into codes are put into codes here.
+All rows in codes share memory, since each is read by the next product alone.
 """
 
 from __future__ import annotations
@@ -21,13 +21,11 @@ from baton.kernels.triton.quantise import RUN, CodedRows, quantise
 from baton.models.cuda.products.dense import DenseProducts
 from baton.models.cuda.products.dequantised import DequantisedProducts
 from baton.models.cuda.products.policy import PADDING, TABLED_ROWS, Policy, invariant, shape_of
+from baton.models.cuda.products.scaled_many import ScaledManyRows
 from baton.node.errors import InvariantBroken
 
 Product8Bit = Callable[..., None]
 """product(x in codes, weight, tiles, out, fused=, pdl=)"""
-
-CUBLAS_WIDTH = 16
-"""cuBLAS multiplies bytes of matrices whose sizes are multiples of this."""
 
 
 class ScaledProducts:
@@ -50,7 +48,7 @@ class ScaledProducts:
         self._run = RUN if weight_format == "fp8_block" else 0
         self._gluon = _gluon_product(device)
         self._gluon_rows = max_rows if policy is invariant else linear_8bit_policy.GLUON_ROWS[weight_format]
-        self._by_cublas = policy is not invariant and _cublas_multiplies(weight_format, dtype, device)
+        self._many = ScaledManyRows(weight_format, policy is invariant, dtype, device)
         self._fused = {(shape.outputs, shape.inputs) for shape in shapes if shape.fused}
         rows = {size for size in (*TABLED_ROWS, max_rows) if size <= max_rows}
         found = [(policy(m, shape), m * shape.outputs) for m in rows for shape in shapes]
@@ -64,7 +62,7 @@ class ScaledProducts:
 
     def codes_for(self, reader: Linear, num_rows: int) -> CodedRows | None:
         """Where the rows belong that `reader` multiplies next; None: it wants them plain."""
-        if self._tiles(reader, num_rows) is None and not self._fits_cublas(reader):
+        if self._tiles(reader, num_rows) is None and not self._many.fits(reader.num_outputs, reader.num_inputs):
             return None
         k = reader.num_inputs
         codes = self._codes[: num_rows * k].view(num_rows, k)
@@ -100,6 +98,8 @@ class ScaledProducts:
         if tiles is not None:
             self._multiply(gate_up, x, tiles, out, pdl, fused=True)
             return out
+        if isinstance(x, CodedRows) and self._many.gated(_scaled(gate_up), x, out):
+            return out
         wide = self._dense.wide(m, 2 * shape.outputs)
         self.whole(gate_up, x, wide, pdl=pdl)
         codes = None
@@ -124,43 +124,24 @@ class ScaledProducts:
         pdl: bool,
         fused: bool = False,
     ) -> None:
-        if not isinstance(weights, ScaledLinear):
-            raise InvariantBroken(f"{weights.weight_format} is no format of 8 bits")
         if isinstance(x, torch.Tensor) and (codes := self.codes_for(weights, len(x))) is not None:
             quantise(x, codes, pdl=pdl)
             x = codes
         if tiles is not None and isinstance(x, CodedRows):
             fits = linear_8bit_policy.by_gluon(len(x.codes), tiles, fused, self._gluon_rows)
             product = self._gluon if self._gluon and fits else _portable_product
-            product(x, weights, tiles, out, fused=fused, pdl=pdl)
+            product(x, _scaled(weights), tiles, out, fused=fused, pdl=pdl)
         elif isinstance(x, CodedRows):
-            self._by_scaled_mm(weights, x, out)
+            self._many(_scaled(weights), x, out)
         else:
             self._dequantised.whole(weights, x, out, pdl=pdl)
 
-    def _fits_cublas(self, weights: Linear) -> bool:
-        return self._by_cublas and weights.num_inputs % CUBLAS_WIDTH == weights.num_outputs % CUBLAS_WIDTH == 0
 
-    def _by_scaled_mm(self, weights: ScaledLinear, x: CodedRows, out: torch.Tensor) -> None:
-        """With scales of runs, rows are added up to a multiple of PADDING: what lies behind x's and out's."""
-        rows, k = x.codes.shape
-        if self._run:
-            rows = x.scales.shape[1]
-            codes, scales, of_weight = self._codes[: rows * k].view(rows, k), x.scales.t(), weights.scales.t()
-        else:
-            codes, scales, of_weight = x.codes, x.scales[:, None], weights.scales[None, :]
-        padded = out.as_strided((rows, weights.num_outputs), (weights.num_outputs, 1))
-        torch._scaled_mm(codes, weights.codes.t(), scales, of_weight, out_dtype=out.dtype, out=padded)
-        if weights.bias is not None:
-            out.add_(weights.bias)
-
-
-def _cublas_multiplies(weight_format: str, dtype: torch.dtype, device: str) -> bool:
-    """Scales of blocks are for Hopper alone."""
-    if not device.startswith("cuda") or dtype != torch.bfloat16 or weight_format == "int8_row":
-        return False
-    capability = torch.cuda.get_device_capability(device)
-    return capability == (9, 0) if weight_format == "fp8_block" else capability >= (9, 0)
+def _scaled(weights: Linear) -> ScaledLinear:
+    """As the kernels here read it."""
+    if not isinstance(weights, ScaledLinear):
+        raise InvariantBroken(f"{weights.weight_format} is no format of 8 bits")
+    return weights
 
 
 def _portable_product(

@@ -471,6 +471,17 @@ def drafts() -> None:
     module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2)
 
 
+def product_8bit() -> None:
+    from baton.kernels.triton import product_8bit_gluon
+    from baton.kernels.triton.quantise import CodedRows
+
+    x = CodedRows(empty(2048, 4096, dtype=torch.int8), empty(2048, dtype=torch.float32))
+    for fused in (False, True):
+        codes, scales = empty(28672, 4096, dtype=torch.int8), empty(28672, dtype=torch.float32)
+        out = empty(2048, 14336 if fused else 28672)
+        product_8bit_gluon.product_8bit(x, codes, scales, None, 132, out, fused=fused)
+
+
 def inputs_of_a_step() -> None:
     from baton.kernels.triton import step_inputs
 
@@ -537,6 +548,7 @@ CASES: dict[str, Callable[[], None]] = {
     "latent_16_page16": lambda: latent(16, 16),
     "latent_128": lambda: latent(128, 64, 1536),
     "gated_product": gated_product,
+    "gluon_product_8bit": product_8bit,
     "route": lambda: routing(4, 256, True),
     "route_many": lambda: routing(2048, 128, False),
     "experts_row": lambda: experts(0),

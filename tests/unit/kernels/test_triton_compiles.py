@@ -126,11 +126,12 @@ def test_the_hopper_prefill_specialises_its_warps(kernels):
         assert 2 * 2 * 128 * 128 * 2 < kernel["shared_bytes"] <= 226 * 1024, kernel
 
 
-def test_the_hopper_product_specialises_its_warps(kernels):
+def test_the_hopper_products_of_many_rows_specialise_their_warps(kernels):
     """Guards against a version of Triton whose Gluon splits gate from up through memory, or whose ring is too large."""
-    (kernel,) = kernels["gated_product"]
-    assert kernel["wgmma"] and kernel["tma"] and not kernel["mma"] and kernel["registers"] == 168, kernel
-    assert 200 * 1024 < kernel["shared_bytes"] <= 226 * 1024, kernel
+    assert [kernel["bytes"] for kernel in kernels["gluon_product_8bit"]] == ["s8", "s8"]
+    for kernel in kernels["gated_product"] + kernels["gluon_product_8bit"]:
+        assert kernel["wgmma"] and kernel["tma"] and not kernel["mma"] and kernel["registers"] == 168, kernel
+        assert 200 * 1024 < kernel["shared_bytes"] <= 226 * 1024, kernel
 
 
 def test_linears_use_warpgroup_instructions_and_fit(kernels):
