@@ -45,9 +45,16 @@ class DecodeRole:
     """Reservations, continuous batching with preemption, streams of tokens."""
 
     def __init__(
-        self, parts: Parts, sizes: DecodeSizes, spare_blocks: int, name: str = "decode", most_drafts: int = 0
+        self,
+        parts: Parts,
+        sizes: DecodeSizes,
+        spare_blocks: int,
+        name: str = "decode",
+        most_drafts: int = 0,
+        draft_reach: int = 0,
     ) -> None:
-        """`name`: that of the role, "decode" or "mixed". `most_drafts`: that a step verifies for one sequence."""
+        """`name`: that of the role, "decode" or "mixed". `most_drafts`: that a step verifies for one sequence;
+        `draft_reach`: places behind them that proposing writes."""
         self.name = name
         self.sequences: dict[LegKey, Sequence] = {}
         self.counters = DecodeCounters()
@@ -62,7 +69,7 @@ class DecodeRole:
             full_step_tokens=sizes.full_step_tokens,
         )
         self._spare_blocks = spare_blocks
-        self._most_drafts = most_drafts
+        self._most_drafts, self._draft_reach = most_drafts, draft_reach
         self._reserved: dict[bytes, Sequence] = {}  # by transfer id
         self._waiting: list[Sequence] = []  # most senior first
         self._running: list[Sequence] = []  # most senior first
@@ -328,14 +335,17 @@ class DecodeRole:
         drafts = self._drafts(sequence)
         return Item(num_tokens, sequence.num_launched, len(sequence.table.blocks), *drafts)
 
-    def _drafts(self, sequence: Sequence) -> tuple[int, int]:
-        """Drafts in flight of a sequence, and those that may follow its next token: none past its last token."""
+    def _drafts(self, sequence: Sequence) -> tuple[int, int, int]:
+        """Drafts in flight of a sequence, those that may follow its next token, and how far proposing reaches behind
+        them: none past its last token."""
         if not self._most_drafts:
-            return 0, 0
+            return 0, 0, 0
         longest = min(self._parts.max_model_len, sequence.prompt_len + sequence.sampling.max_tokens)
         in_flight = max(0, min(sequence.num_drafting, longest - 1 - sequence.num_launched))
         allowed = sequence.speculates and sequence.draft_record.allows()
-        return in_flight, max(0, min(self._most_drafts, longest - 1 - sequence.num_expected - in_flight)) * allowed
+        left = max(0, longest - 1 - sequence.num_expected - in_flight)
+        most = min(self._most_drafts, left)
+        return in_flight, most * allowed, min(self._draft_reach, left - most)
 
     def _waiting_item(self, sequence: Sequence) -> Item:
         """It has no block of its own yet, or all that it needs: a token that is handed over is stored elsewhere. What
@@ -512,14 +522,22 @@ class DecodeRole:
 
 def decode_loop(parts: Parts, settings: DecodeSettings, device: str) -> Loop:
     """The loop of a decode worker on "cpu" or "cuda"."""
-    role = DecodeRole(parts, settings.sizes(device), settings.spare_blocks, settings.role, settings.most_drafts)
+    role = DecodeRole(
+        parts,
+        settings.sizes(device),
+        settings.spare_blocks,
+        settings.role,
+        settings.most_drafts,
+        settings.draft_reach,
+    )
     return Loop(parts, role, max_waiting=settings.max_waiting, drain_s=settings.drain_s)
 
 
 def _prepare(sequence: Sequence, row: PlannedRow, item: Item) -> bool:
     """Give a running sequence blocks for the row; False if there are none. Drafts in flight may have come before it."""
     sequence.most_drafts = row.num_drafts
-    return _grow(sequence, item.num_computed + item.num_drafting + row.length + row.num_drafts)
+    reach = item.draft_reach if row.num_drafts else 0
+    return _grow(sequence, item.num_computed + item.num_drafting + row.length + row.num_drafts + reach)
 
 
 def _grow(sequence: Sequence, num_tokens: int) -> bool:

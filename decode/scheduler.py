@@ -26,6 +26,8 @@ class Item(NamedTuple):
     """Drafts in flight: it may be so many tokens longer, and computed as far."""
     most_drafts: int = 0
     """Drafts that its next token may be followed by."""
+    draft_reach: int = 0
+    """Places behind them that are written while the next ones are proposed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +106,7 @@ def _with_drafts(
         drafts = min(item.most_drafts, room)
         if length == 1 and drafts > 0:
             end = item.num_computed + item.num_drafting + 1
-            lacking = -(-(end + drafts) // size) - max(item.num_blocks, -(-end // size))
+            lacking = -(-(end + drafts + item.draft_reach) // size) - max(item.num_blocks, -(-end // size))
             if lacking <= 0 or lacking <= spare_blocks:
                 spare_blocks -= max(0, lacking)
                 room -= drafts

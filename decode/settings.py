@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from baton.models.config import FULL_STEP_TOKENS
-from baton.node.errors import SettingsError
 from baton.node.messages.base import Role
 from baton.node.settings import option
 from baton.worker.settings import WorkerSettings, WorkerSizes
@@ -47,26 +46,19 @@ class DecodeSettings(WorkerSettings):
         4, unit="blocks", help="blocks that a reservation must leave free for running sequences to grow", minimum=0
     )
 
-    speculate: str = option(
-        "off",
-        metavar="{off,ngram}",
-        help="guess several tokens at a time and verify them in one step; answers stay the same. ngram: guess what "
-        "followed the last tokens earlier in the prompt or the answer",
-    )
     speculate_tokens: int = option(
         7, unit="tokens", help="most tokens that are guessed for a sequence in a step", minimum=1, maximum=MOST_DRAFTS
     )
-
-    def __post_init__(self) -> None:
-        if self.speculate.startswith("eagle"):
-            raise SettingsError("--speculate eagle: EAGLE heads are not supported yet; there are off, ngram")
-        if self.speculate not in ("off", "ngram"):
-            raise SettingsError(f"--speculate must be one of off, ngram, not {self.speculate!r}")
 
     @property
     def most_drafts(self) -> int:
         """Drafts that a step verifies for one sequence at most; 0: none."""
         return 0 if self.speculate == "off" else self.speculate_tokens
+
+    @property
+    def draft_reach(self) -> int:
+        """Places behind the drafts of a step that are written while the next ones are proposed."""
+        return 0 if self.draft_model is None else self.speculate_tokens - 1
 
     @property
     def role(self) -> Role:

@@ -24,7 +24,7 @@ from baton.node.settings import as_arguments, option
 
 POOL_OPTIONS = ("--gpu-memory-utilization", "--kv-memory-gib", "--num-blocks")
 """Options of a worker with which a user sizes its memory."""
-FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization", "--tp")
+FOLDER_OPTIONS = ("--load-format", "--max-model-len", "--quantization", "--tp", "--speculate")
 """Options of a worker that say what it makes of the model's folder, as `baton.models.check` takes them."""
 
 

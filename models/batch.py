@@ -69,6 +69,8 @@ class Row(NamedTuple):
     adapter: int | None = None
     """The runner's slot (models.adapters.slots) of the adapter that all its tokens are computed with; None: the model
     alone."""
+    following: int | None = None
+    """The known token behind those of a chunk that does not reach the last one."""
 
     @property
     def num_new(self) -> int:

@@ -1,4 +1,5 @@
-"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN QUANTIZATION TP: whether a worker can serve a folder.
+"""python -m baton.models.check FOLDER LOAD_FORMAT MAX_MODEL_LEN QUANTIZATION TP SPECULATE: whether a worker can serve
+a folder, with the draft that it may name.
 
 No torch. Reads configuration files and the headers of the weights, so it takes a moment. An error is one line and
 status 2. Empty arguments are a worker's defaults.
@@ -12,6 +13,7 @@ from pathlib import Path
 
 from baton.models.checkpoint import Checkpoint
 from baton.models.config import ModelConfig
+from baton.models.eagle_config import EAGLE, read_eagle
 from baton.models.fallback.config import model_config
 from baton.models.partition import check_partition
 from baton.models.quantization.recipe import Recipe, recipe_of
@@ -19,16 +21,25 @@ from baton.node.errors import SettingsError
 
 
 def check(
-    folder: Path, load_format: str, max_model_len: int | None, quantization: str | None = None, num_ranks: int = 1
+    folder: Path,
+    load_format: str,
+    max_model_len: int | None,
+    quantization: str | None = None,
+    num_ranks: int = 1,
+    draft: Path | None = None,
 ) -> None:
     """Raises SettingsError for an unsupported model, weights that are missing, cut off or quantised twice, a context
-    too long, and ranks that cannot share the model."""
+    too long, ranks that cannot share the model, and a draft of another one."""
     config = model_config(folder)
     longest_known(max_model_len, config)
     recipe_for(quantization, config)
     check_partition(config, num_ranks)
+    if draft is not None:
+        read_eagle(draft, config)
     if load_format != "dummy":
-        Checkpoint.open(folder)
+        for each in (folder, draft):
+            if each is not None:
+                Checkpoint.open(each)
 
 
 def check_adapters(config: ModelConfig, num_ranks: int) -> None:
@@ -61,7 +72,8 @@ def longest_known(max_model_len: int | None, config: ModelConfig) -> int:
 
 
 def main(argv: Sequence[str]) -> int:
-    folder, load_format, max_model_len, quantization, num_ranks = argv
+    folder, load_format, max_model_len, quantization, num_ranks, speculate = argv
+    draft = Path(speculate.removeprefix(EAGLE)).expanduser() if speculate.startswith(EAGLE) else None
     try:
         # What is no number is the worker's own error of settings.
         check(
@@ -70,6 +82,7 @@ def main(argv: Sequence[str]) -> int:
             int(max_model_len) if max_model_len.isdecimal() else None,
             quantization or None,
             int(num_ranks) if num_ranks.isdecimal() else 1,
+            draft if draft is not None and draft.is_dir() else None,  # a hub id is the worker's part
         )
     except SettingsError as error:
         print(error, file=sys.stderr)

@@ -79,15 +79,17 @@ class LoadedModel:
     """The others of the worker."""
 
 
-def load_model(settings: WorkerSettings, sizes: WorkerSizes, device: str, role: Role, folder: Path) -> LoadedModel:
-    """Raises SettingsError for what cannot run, or does not fit."""
+def load_model(
+    settings: WorkerSettings, sizes: WorkerSizes, device: str, role: Role, folder: Path, draft: Path | None = None
+) -> LoadedModel:
+    """draft: the folder of an EAGLE-3 draft. Raises SettingsError for what cannot run, or does not fit."""
     if device == "cpu":
-        return _load_on_cpu(settings, sizes, folder)
+        return _load_on_cpu(settings, sizes, folder, draft)
     if settings.tp > 1:
         raise SettingsError(f"--tp {settings.tp}: the ranks of a worker compute on CPUs only: --device cpu, or --tp 1")
     from baton.worker.build_cuda import load_on_cuda
 
-    return load_on_cuda(settings, sizes, role, folder)
+    return load_on_cuda(settings, sizes, role, folder, draft)
 
 
 def choose_device(device: str) -> str:
@@ -99,12 +101,13 @@ def choose_device(device: str) -> str:
     return device
 
 
-def layout_of(config: ModelConfig, kv_format: KvFormat, block_tokens: int) -> KVLayout:
+def layout_of(config: ModelConfig, kv_format: KvFormat, block_tokens: int, *, has_draft: bool = False) -> KVLayout:
+    """has_draft: the KV of a draft is one more layer."""
     scales: Scales = "none"
     if kv_format.quantised:
         scales = "token" if kv_format.has_scales_inside else "static"
     return KVLayout.of_model(
-        num_layers=config.num_layers,
+        num_layers=config.num_layers + has_draft,
         kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_tokens=block_tokens,
@@ -152,9 +155,9 @@ def progress_log(event: str, thing: str) -> Callable[[int, int], None]:
     return on_progress
 
 
-def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path) -> LoadedModel:
+def _load_on_cpu(settings: WorkerSettings, sizes: WorkerSizes, folder: Path, draft: Path | None) -> LoadedModel:
     if settings.tp == 1:
-        return _load_rank(settings, sizes, folder, NO_PEERS, NO_RANKS)
+        return _load_rank(settings, sizes, folder, NO_PEERS, NO_RANKS, draft)
     config = model_config(folder)
     check_partition(config, settings.tp)
     group = _start_ranks(settings, folder, config.vocab_size)
@@ -193,7 +196,12 @@ def _start_ranks(settings: WorkerSettings, folder: Path, vocab_size: int) -> Ran
 
 
 def _load_rank(
-    settings: WorkerSettings, sizes: WorkerSizes, folder: Path, peers: RankPeers, ranks: Ranks
+    settings: WorkerSettings,
+    sizes: WorkerSizes,
+    folder: Path,
+    peers: RankPeers,
+    ranks: Ranks,
+    draft: Path | None = None,
 ) -> LoadedModel:
     """Rank 0's part of the model over the pool of all ranks."""
     runner = ModelRunner.load(
@@ -205,8 +213,10 @@ def _load_rank(
         max_model_len=settings.max_model_len,
         on_progress=progress_log("loading_weights", "tensors"),
         peers=peers,
+        eagle=draft,
+        most_drafts=settings.most_drafts,
     )
-    layout = layout_of(runner.config, runner.kv_format, sizes.block_tokens)
+    layout = layout_of(runner.config, runner.kv_format, sizes.block_tokens, has_draft=draft is not None)
     longest = longest_known(settings.max_model_len, runner.config)
     names = checked_planes(sizes.plane, ("shm", "zmq"))
     pool = BlockPool(layout, pool_blocks(settings.num_blocks, sizes.kv_memory_gib or 0.0, layout))

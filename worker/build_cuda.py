@@ -47,8 +47,12 @@ POLL_S = 0.0002
 DTYPES = {"auto": torch.bfloat16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
-def load_on_cuda(settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path) -> LoadedModel:
+def load_on_cuda(
+    settings: WorkerSettings, sizes: WorkerSizes, role: Role, folder: Path, draft: Path | None = None
+) -> LoadedModel:
     """Raises SettingsError for what no kernel here does, and where memory does not suffice."""
+    if draft is not None:
+        raise SettingsError("--speculate eagle: drafts of a model run on CPUs only so far; add --device cpu")
     names = checked_planes(sizes.plane, ("cuda_ipc", "nccl"))
     index = settings.gpu
     if index >= torch.cuda.device_count():

@@ -149,7 +149,10 @@ class Sequence:
             draw = Draw(self.sampling, self.token_ids, self.prompt_len, expected - self.prompt_len, self.prediction)
         drafts = self.most_drafts if draw is not None and length == 1 and expected > self.prompt_len else 0
         targets = self._targets(start, end) if start < self.prompt_len and self.num_scored < self.prompt_len else None
-        return Row(self.token_ids[start:end], start, self.table.blocks, draw, self.slot, targets, drafts)
+        following = self.token_ids[end] if end < len(self.token_ids) else None
+        return Row(
+            self.token_ids[start:end], start, self.table.blocks, draw, self.slot, targets, drafts, following=following
+        )
 
     def _targets(self, start: int, end: int) -> PromptTargets | None:
         """Tokens of the prompt that follow tokens number start .. end - 1 and have no log probability yet."""

@@ -10,7 +10,9 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from baton.models.config import FULL_STEP_TOKENS
+from baton.models.eagle_config import EAGLE
 from baton.node.addresses import ADVERTISE_HELP
+from baton.node.errors import SettingsError
 from baton.node.orphan import ORPHAN_HELP
 from baton.node.probe import PROBE_HELP
 from baton.node.secret_file import INSECURE_HELP, SECRET_HELP, SECRET_VARIABLE
@@ -143,6 +145,13 @@ class WorkerSettings:
     deterministic: bool = option(
         False, help="on a GPU: make tokens independent of the other requests in a step, a little slower"
     )
+    speculate: str = option(
+        "off",
+        metavar="{off,ngram,eagle:FOLDER}",
+        help="guess several tokens at a time and verify them in one step; answers stay the same. ngram: guess what "
+        "followed the last tokens earlier in the prompt or the answer. eagle: guess by the EAGLE-3 draft in a folder; "
+        "prefill workers compute its KV, so all workers of a model need the option",
+    )
     threads: int | None = option(
         None, unit="threads", help="CPU threads of the model; default: torch's choice", minimum=1
     )
@@ -155,6 +164,20 @@ class WorkerSettings:
     drain_s: float = option(30.0, unit="s", help="time for running requests to finish after SIGTERM", minimum=0)
     orphan_s: float | None = option(None, unit="s", help=ORPHAN_HELP, minimum=0, maximum=1e6)
     log_level: str = option("info", choices=("debug", "info", "warning", "error"), help="lowest level that is logged")
+
+    def __post_init__(self) -> None:
+        if self.speculate not in ("off", "ngram") and self.draft_model is None:
+            raise SettingsError(f"--speculate must be one of off, ngram, eagle:FOLDER, not {self.speculate!r}")
+        if self.draft_model is not None and self.tp > 1:
+            raise SettingsError(
+                f"--speculate eagle with --tp {self.tp}: a draft is computed by workers of one rank; use --tp 1, "
+                "or --speculate ngram"
+            )
+
+    @property
+    def draft_model(self) -> str | None:
+        """The folder, or hub id, of the EAGLE-3 draft; None: none is used."""
+        return self.speculate.removeprefix(EAGLE) or None if self.speculate.startswith(EAGLE) else None
 
     @property
     def most_drafts(self) -> int:

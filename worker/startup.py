@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,10 +83,18 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
     sizes = settings.worker_sizes(device, config.full_step_tokens)
     tokens = loading_grammar_tokenizer(folder / "tokenizer.json", config.vocab_size, config.eos_token_ids)
     recipe = recipe_for(settings.quantization, config)
-    with tokens as tokenizer, FingerprintTask(folder, settings.load_format, device, recipe) as hashing:
-        model = load_model(settings, sizes, device, role, folder)
+    draft = None if settings.draft_model is None else locate_model(settings.draft_model, logger.info)
+    with ExitStack() as stack:
+        tokenizer = stack.enter_context(tokens)
+        hashing = stack.enter_context(FingerprintTask(folder, settings.load_format, device, recipe))
+        of_draft = None
+        if draft is not None:
+            of_draft = stack.enter_context(FingerprintTask(draft, settings.load_format, device))
+        model = load_model(settings, sizes, device, role, folder, draft)
         began_at = time.monotonic()
         fingerprint = hashing.result()
+        if of_draft is not None:
+            fingerprint = with_draft(fingerprint, of_draft.result())
     log_event(logger, "weights_hashed", waited_s=round(time.monotonic() - began_at, 1))
     if model.config.rope.kind == "longrope":
         log_event(logger, "longrope", factors="long" if model.config.rope.use_long_factors else "short")
@@ -162,6 +171,11 @@ def start(settings: WorkerSettings, device: str, role: Role) -> StartedWorker:
         grammars=grammars,
     )
     return StartedWorker(parts, model.pool, store, io, grammars, model.ranks)
+
+
+def with_draft(fingerprint: bytes, draft: bytes) -> bytes:
+    """The fingerprint of a model whose blocks hold the KV of this draft too."""
+    return hashlib.sha256(b"baton-draft-1\0" + fingerprint + draft).digest()
 
 
 def namespace_of(folder: Path, fingerprint: bytes, layout: KVLayout, dtype: str, config: ModelConfig) -> bytes:

@@ -10,7 +10,7 @@ import torch
 from baton import kernels
 from baton.models.config import ModelConfig
 from baton.models.cpu.step_batch import PoolShape, StepBatch
-from baton.models.layers import LatentAttention, describe
+from baton.models.layers import GroupedAttention, LatentAttention, describe
 from baton.models.partition import WHOLE, Rank
 
 
@@ -18,20 +18,32 @@ class PagedAttention:
     """A rank's attention of one model over one pool, with blocks of so many tokens and all key heads."""
 
     def __init__(
-        self, config: ModelConfig, kv: kernels.PagedKv, block_tokens: int, element_bytes: int, rank: Rank = WHOLE
+        self,
+        config: ModelConfig,
+        kv: kernels.PagedKv,
+        block_tokens: int,
+        element_bytes: int,
+        rank: Rank = WHOLE,
+        draft: GroupedAttention | None = None,
     ) -> None:
-        """element_bytes: of the numbers that are gathered."""
+        """element_bytes: of the numbers that are gathered. draft: of the draft whose layer lies behind the model's."""
         self._kv = kv
         units = rank.key_heads(config.num_kv_heads)
         self.shape = PoolShape(
             num_units=config.num_kv_heads,
             units=units,
-            num_layers=config.num_layers,
+            num_layers=config.num_layers + (draft is not None),
             block_tokens=block_tokens,
             token_bytes=config.kv_planes * len(units) * config.head_dim * element_bytes,
             num_planes=config.kv_planes,
         )
         self._shapes = [shape.attention for shape in describe(config, rank)]
+        if draft is not None:
+            self._shapes.append(draft)
+
+    def write(self, layer: int, kv: torch.Tensor, step: StepBatch) -> None:
+        """Keys and values of the step's tokens alone."""
+        self._kv.write(step.slot_ids[layer], kv)
 
     def __call__(
         self, layer: int, query: torch.Tensor, kv: torch.Tensor, step: StepBatch, sinks: torch.Tensor | None = None

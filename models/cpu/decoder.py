@@ -37,6 +37,12 @@ from baton.models.rope_config import RopeConfig
 Activation = Callable[[torch.Tensor], torch.Tensor]
 ACTIVATIONS = {SILU: kernels.silu_and_mul, GELU_TANH: kernels.gelu_tanh_and_mul}
 """Of an MLP's gate."""
+Tap = Callable[[int, torch.Tensor], None]
+"""tap(layer, residual [N, hidden] before it); the residual changes afterwards."""
+
+
+def no_tap(layer: int, residual: torch.Tensor) -> None:
+    """Nothing looks at hidden states."""
 
 
 class Decoder(Protocol):
@@ -55,8 +61,9 @@ class Decoder(Protocol):
 class DenseDecoder:
     """The decoder of all families that models.layers describes, or a rank's part of it."""
 
-    def __init__(self, config: ModelConfig, weights: Weights, peers: RankPeers = NO_PEERS) -> None:
-        self._config, self._weights, self._peers = config, weights, peers
+    def __init__(self, config: ModelConfig, weights: Weights, peers: RankPeers = NO_PEERS, tap: Tap = no_tap) -> None:
+        """tap: called before each layer of a step."""
+        self._config, self._weights, self._peers, self._tap = config, weights, peers, tap
         ropes = {layer.shape.attention.rope for layer in weights.layers}
         self._frequencies = {rope: inverse_frequencies(rope).to(weights.embedding.device) for rope in ropes}
         self._embedding_scale = torch.tensor(config.embedding_scale, dtype=weights.embedding.dtype)
@@ -70,7 +77,7 @@ class DenseDecoder:
         residual = adapters.add_embedding(step.token_ids, F.embedding(step.token_ids, weights.embedding))  # [N, hidden]
         if config.embedding_scale != 1.0:
             residual *= self._embedding_scale
-        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, self._peers, adapters)
+        ops = _StepOps(config.rms_norm_eps, attention, step, ropes, residual, self._peers, adapters, self._tap)
         normed = run_layers(weights, ops, range(len(weights.layers)))
         assert normed is not None, "the operations below leave no layer out"
         return normed
@@ -93,8 +100,10 @@ class _StepOps:
         residual: torch.Tensor,
         peers: RankPeers,
         adapters: RowAdapters,
+        tap: Tap,
     ) -> None:
         """ropes: the rotations of the step's positions."""
+        self._tap = tap
         self._eps, self._attention, self._step, self._ropes = eps, attention, step, ropes
         self._residual, self._peers, self._adapters = residual, peers, adapters
         self._layer = 0
@@ -104,6 +113,7 @@ class _StepOps:
 
     def attention(self, index: int, layer: LayerWeights, x: torch.Tensor) -> torch.Tensor:
         shape, weights, self._layer = layer.shape.attention, layer.attention, index
+        self._tap(index, self._residual)
         if isinstance(shape, LatentAttention):
             assert isinstance(weights, LatentWeights), "the weights are of this shape"
             query, row = absorbed(shape, weights, x, self._ropes[shape.rope])

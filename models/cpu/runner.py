@@ -9,7 +9,8 @@ Keeps no state between steps beyond the pool's contents: what a sequence is, the
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,13 +23,16 @@ from baton.models.config import ModelConfig
 from baton.models.cpu.adapters import NO_ADAPTERS, CpuAdapterSlots, RowAdapters
 from baton.models.cpu.attention import PagedAttention
 from baton.models.cpu.cut_vocabulary import CutVocabulary
-from baton.models.cpu.decoder import Decoder, DenseDecoder
+from baton.models.cpu.decoder import Decoder, DenseDecoder, no_tap
+from baton.models.cpu.eagle import EagleDrafts
 from baton.models.cpu.peers import NO_PEERS, RankPeers
 from baton.models.cpu.prompt_scores import score_prompts
 from baton.models.cpu.sampler import draw_tokens
 from baton.models.cpu.step_batch import StepBatch, lay_out
 from baton.models.cpu.verify import Verified
 from baton.models.drafts import Drafter, NgramDrafter
+from baton.models.eagle_config import read_eagle
+from baton.models.eagle_weights import attention_of, load_eagle
 from baton.models.fallback.config import model_config
 from baton.models.kv_format import KvFormat
 from baton.models.kv_scales import kv_format_of
@@ -56,15 +60,17 @@ class ModelRunner:
         drafter: Drafter | None = None,
         peers: RankPeers = NO_PEERS,
         adapters: CpuAdapterSlots | None = None,
+        eagle: EagleDrafts | None = None,
     ) -> None:
         """dtype: of what is computed, and of keys and values unless their format is another. drafter: of rows that may
-        have drafts; by default they are looked up in the sequence."""
+        have drafts; by default they are looked up in the sequence. eagle: drafts in its place, from the hidden states
+        of the steps of `decoder`."""
         self.config = config
         self.dtype = dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.drafter: Drafter = drafter or NgramDrafter()
         self.adapters = adapters or CpuAdapterSlots(config, dtype)
-        self._decoder, self._peers = decoder, peers
+        self._decoder, self._peers, self._eagle = decoder, peers, eagle
         self._vocabulary = CutVocabulary(peers, config.vocab_size)
         self._attention: PagedAttention | None = None
         self.run_ahead = 0
@@ -83,6 +89,8 @@ class ModelRunner:
         peers: RankPeers = NO_PEERS,
         max_loras: int = 0,
         max_lora_rank: int = 0,
+        eagle: Path | None = None,
+        most_drafts: int = 0,
     ) -> ModelRunner:
         """Reads a Hugging Face folder; raises SettingsError for what cannot be run.
 
@@ -93,6 +101,7 @@ class ModelRunner:
         max_model_len: the longest sequence that will be computed, tokens; None: the longest that the model knows.
         peers: the other ranks, where this one holds a part of the model.
         max_loras, max_lora_rank: adapters that rows of a step may name, and the largest rank of one.
+        eagle: the folder of an EAGLE-3 draft, whose layer is one more of the pool; it proposes up to `most_drafts`.
         """
         config = model_config(folder)
         config = config.up_to(config.max_model_len if max_model_len is None else max_model_len)
@@ -104,6 +113,8 @@ class ModelRunner:
         if max_loras:
             check_adapters(config, peers.rank.count)
         decoder: Decoder
+        eagle_config = None if eagle is None else read_eagle(eagle, config)
+        drafts = None
         if config.through:
             # The library is large, and optional: it is imported where a model needs it.
             from baton.models.fallback.loader import load_fallback
@@ -113,20 +124,31 @@ class ModelRunner:
             weights = load_weights(
                 config, folder, DTYPES[name], "cpu", load_format, on_progress, rank=peers.rank, recipe=recipe
             )
-            decoder = DenseDecoder(config, weights, peers)
+            if eagle is not None and eagle_config is not None:
+                if kv_dtype == "fp8_static":
+                    raise SettingsError("--kv-dtype fp8_static with --speculate eagle: a draft has no scales; use fp8")
+                draft_weights = load_eagle(eagle_config, eagle, weights, load_format, pack=True)
+                drafts = EagleDrafts(eagle_config, draft_weights, config.num_layers, most_drafts)
+            decoder = DenseDecoder(config, weights, peers, no_tap if drafts is None else drafts.tap)
         kv_format = kv_format_of(kv_dtype, config, folder, DTYPES[name], load_format)
         adapters = CpuAdapterSlots(config, DTYPES[name], max_loras, max_lora_rank)
-        return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters)
+        return cls(config, decoder, DTYPES[name], kv_format, peers=peers, adapters=adapters, eagle=drafts)
 
     @property
     def kv_dtype(self) -> torch.dtype:
         """The pool's."""
         return self.kv_format.dtype
 
+    @property
+    def num_kv_layers(self) -> int:
+        """Of the pool: the model's, and that of a draft."""
+        return self.config.num_layers + (self._eagle is not None)
+
     def kv_shape(self, num_blocks: int, block_tokens: int) -> tuple[int, int, int, int, int, int]:
         """The pool's shape; its dtype is `kv_dtype`."""
         config = self.config
-        return (num_blocks, config.num_kv_heads, config.num_layers, config.kv_planes, block_tokens, config.head_dim)
+        layers, planes = self.num_kv_layers, config.kv_planes
+        return (num_blocks, config.num_kv_heads, layers, planes, block_tokens, config.head_dim)
 
     def bind_pool(self, pool: torch.Tensor, scales: torch.Tensor | None = None) -> None:
         """Steps use this pool from now on. Its layers must be contiguous, and zeroed: masks hide numbers, not NaN.
@@ -145,13 +167,20 @@ class ModelRunner:
             kv = QuantisedKv(pool, scales, self.kv_format.static, self.dtype)
         else:
             kv = PlainKv(pool)
-        self._attention = PagedAttention(self.config, kv, pool.shape[4], self.dtype.itemsize, self._peers.rank)
+        draft = None if self._eagle is None else attention_of(self._eagle.config)
+        rank, element_bytes = self._peers.rank, self.dtype.itemsize
+        self._attention = PagedAttention(self.config, kv, pool.shape[4], element_bytes, rank, draft)
+        if self._eagle is not None:
+            self._eagle.bind(self._attention)
 
     def launch(self, rows: Sequence[Row]) -> Launched:
         """As models.batch.Runner says; a step without masked draws has ended when this returns."""
         if not rows:
             return Done([])
-        verified = Verified.of(rows, self.drafter)
+        if self._eagle is None:
+            verified = Verified.of(rows, self.drafter)
+        else:
+            verified = Verified.proposed(rows, self._eagle.drafts_for)
         self._peers.begin(verified.rows)
         opened = self._open(verified)
         return opened if opened.masked_rows else opened.draw({})
@@ -181,7 +210,8 @@ class ModelRunner:
 
             scored = score_prompts(hidden[num_drawn:], head, step.scored) if step.scored else {}
         drawn = {step.drawn_rows[place]: token for place, token in tokens.items()}
-        return OpenStep(verified, [step.drawn_rows[place] for place in rest], logits, scored, drawn)
+        take_in = None if self._eagle is None else partial(self._eagle.take_in, step, verified)
+        return OpenStep(verified, [step.drawn_rows[place] for place in rest], logits, scored, drawn, take_in)
 
     def _adapters_of(self, slots: np.ndarray | None) -> RowAdapters:
         return NO_ADAPTERS if slots is None else self.adapters.rows(slots)
@@ -241,11 +271,12 @@ class OpenStep:
         logits: torch.Tensor,
         prompt_logprobs: Mapping[int, tuple[PromptLogprob, ...]],
         tokens: Mapping[int, int],
+        take_in: Callable[[list[Drawn | None]], None] | None = None,
     ) -> None:
-        """tokens: drawn already, by row."""
+        """tokens: drawn already, by row. take_in: called with what the given rows have drawn."""
         self.prompt_logprobs = prompt_logprobs
         self._verified, self._rows = verified, verified.rows
-        self._undrawn_rows, self._tokens = undrawn_rows, tokens
+        self._undrawn_rows, self._tokens, self._take_in = undrawn_rows, tokens, take_in
         self._logits = logits
         self.masked_rows = [i for i, row in enumerate(self._rows) if row.draw is not None and row.draw.is_masked]
         self._ended: Done | None = None
@@ -271,4 +302,8 @@ class OpenStep:
             drawn = draw_tokens(self._logits, draws, positions, ordered) if draws else []
         for index, entry in zip(self._undrawn_rows, drawn, strict=True):
             result[index] = entry
-        return Done(self._verified.accept(result), prompt_logprobs=self.prompt_logprobs)
+        accepted = self._verified.accept(result)
+        if self._take_in is not None:
+            with torch.inference_mode():
+                self._take_in(accepted)
+        return Done(accepted, prompt_logprobs=self.prompt_logprobs)

@@ -78,6 +78,8 @@ class StepBatch:
     kept_tokens: torch.Tensor | None
     """int64 [drawn + scored]: the tokens behind which logits are wanted: the last of each row that draws, then those
     that `scored` tokens follow. None: all tokens, in order, draw."""
+    firsts: tuple[int, ...] = ()
+    """The place of the first token of each given row."""
     scored: tuple[ScoredSpan, ...] = ()
     adapter_slots: np.ndarray | None = None
     """[N]: of each token, NO_SLOT for none; None: no row of the step has an adapter."""
@@ -135,6 +137,7 @@ def lay_out(rows: Sequence[Row], shape: PoolShape, window: int | None, dtype: to
         chunks=tuple(chunks),
         drawn_rows=tuple(order[number] for number in drawn),
         kept_tokens=torch.from_numpy(kept) if scored or len(kept) < len(positions) else None,
+        firsts=tuple(firsts_of[index] for index in range(len(rows))),
         scored=tuple(
             ScoredSpan(index, torch.tensor(each.token_ids, dtype=torch.int64), each.num_top)
             for index, _, each in scored

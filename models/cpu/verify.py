@@ -6,11 +6,11 @@ drawn = verified.accept(drawn)             # one entry a given row again
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from baton.models.batch import Drawn, Row
-from baton.models.drafts import Drafter, Drafts, num_accepted, rows_of_drafts
+from baton.models.drafts import NO_DRAFTS, Drafter, Drafts, num_accepted, rows_of_drafts
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,9 +25,18 @@ class Verified:
     @classmethod
     def of(cls, rows: Sequence[Row], drafter: Drafter) -> Verified:
         """The drafter is asked for each row that may have drafts."""
+
+        def propose(row: Row) -> Drafts:
+            return NO_DRAFTS if row.draw is None else drafter.propose(row.draw, row.most_drafts)
+
+        return cls.proposed(rows, propose)
+
+    @classmethod
+    def proposed(cls, rows: Sequence[Row], propose: Callable[[Row], Drafts]) -> Verified:
+        """propose: called for each row that may have drafts."""
         all_rows, found = list(rows), {}
         for index, row in enumerate(rows):
-            if row.most_drafts and row.draw is not None and (drafts := drafter.propose(row.draw, row.most_drafts))[0]:
+            if row.most_drafts and row.draw is not None and (drafts := propose(row)).token_ids:
                 found[index] = (len(all_rows), drafts)
                 all_rows += rows_of_drafts(row, drafts.token_ids)
         return cls(all_rows, len(rows), found)

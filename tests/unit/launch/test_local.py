@@ -205,7 +205,7 @@ def test_each_role_has_its_number_of_ranks() -> None:
     assert sizes(ServeSettings(tp=2, prefill_tp=1, **cpu)) == {"prefill-0": "1", "decode-0": "2"}
     assert sizes(ServeSettings(decode_tp=4, **cpu)) == {"prefill-0": "1", "decode-0": "4"}
     assert sizes(ServeSettings(tp=2, roles="adaptive", **cpu)) == {"mixed-0": "2", "mixed-1": "2"}
-    assert local.folder_options(ServeSettings(prefill_tp=2)) == {("", "", "", "2"), ("", "", "", "1")}
+    assert local.folder_options(ServeSettings(prefill_tp=2)) == {("", "", "", "2", ""), ("", "", "", "1", "")}
     with pytest.raises(SettingsError, match="--prefill-tp and --decode-tp"):
         ServeSettings(roles="adaptive", prefill_tp=2)
     with pytest.raises(SettingsError, match="add --device cpu"):

@@ -44,12 +44,22 @@ class Answer(NamedTuple):
 class DemoWorker:
     """Answers all requests of a call at once, as far as they fit."""
 
-    def __init__(self, num_blocks: int, max_num_seqs: int = 64, drafter: Drafter | None = None, **options: Any) -> None:
-        runner = ModelRunner.load(FOLDER, max_model_len=MAX_MODEL_LEN)
+    def __init__(
+        self,
+        num_blocks: int,
+        max_num_seqs: int = 64,
+        drafter: Drafter | None = None,
+        folder: Path = FOLDER,
+        max_model_len: int = MAX_MODEL_LEN,
+        **options: Any,
+    ) -> None:
+        settings = DecodeSettings(spare_blocks=0, max_num_seqs=max_num_seqs, **options)
+        eagle = None if settings.draft_model is None else Path(settings.draft_model)
+        runner = ModelRunner.load(folder, max_model_len=max_model_len, eagle=eagle, most_drafts=settings.most_drafts)
         runner.drafter = drafter or runner.drafter
         config = runner.config
         layout = KVLayout.of_model(
-            num_layers=config.num_layers,
+            num_layers=runner.num_kv_layers,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
             block_tokens=BLOCK_TOKENS,
@@ -60,10 +70,14 @@ class DemoWorker:
         with loading_grammar_tokenizer(FOLDER / "tokenizer.json", config.vocab_size, END_IDS) as tokenizer:
             self.grammars = GrammarCompiler(tokenizer, config.vocab_size, self._io.inbox.put)
         prefixes = PrefixLoader(NO_STORE, manager, layout, always=False)
-        parts = Parts(runner, manager, layout, MAX_MODEL_LEN, self._io, prefixes, grammars=self.grammars)
-        settings = DecodeSettings(spare_blocks=0, max_num_seqs=max_num_seqs, **options)
+        parts = Parts(runner, manager, layout, max_model_len, self._io, prefixes, grammars=self.grammars)
         self.role = DecodeRole(
-            parts, settings.sizes("cpu"), settings.spare_blocks, settings.role, most_drafts=settings.most_drafts
+            parts,
+            settings.sizes("cpu"),
+            settings.spare_blocks,
+            settings.role,
+            most_drafts=settings.most_drafts,
+            draft_reach=settings.draft_reach,
         )
         self._loop = Loop(parts, self.role, max_waiting=4096, drain_s=1.0)
 

@@ -1,0 +1,28 @@
+"""A cluster with an EAGLE-3 draft: its KV is a layer of the blocks that prefill sends, and tokens stay the same."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from baton.models.config import ModelConfig
+from baton.tests.integration.cluster import Cluster
+from baton.tests.integration.conftest import DEMO, MAX_TOKENS, Oracle
+from baton.tests.integration.prompts import LONG
+from baton.tests.unit.models.eagle_folders import random_draft
+
+pytestmark = pytest.mark.timeout(300)
+
+
+def test_answers_with_a_draft_are_those_without(oracle: Oracle, tmp_path: Path) -> None:
+    """Guards against blocks of other sizes at the two ends, and workers that start with a draft and do not draft."""
+    random_draft(tmp_path / "draft", ModelConfig.from_folder(DEMO))
+    speculate = ("--speculate", f"eagle:{tmp_path / 'draft'}")
+    with Cluster(1, 1, worker_args=speculate, log_folder=tmp_path) as cluster:
+        for prompt, (text, _) in zip(LONG[:1], oracle.answers(LONG[:1]), strict=True):
+            for _ in range(2):  # the second time with a cached prefix
+                answer = cluster.complete(prompt, max_tokens=MAX_TOKENS)
+                assert answer["choices"][0]["text"] == text
+        cluster.wait_until(lambda: sum(cluster.worker_values("received_blocks_total").values()) > 0, "moved blocks")
+        assert sum(cluster.worker_values("spec_decode_num_drafts_total").values()) > 0
