@@ -6,7 +6,7 @@ ranks add up what they compute that of models.cpu.peers. No torch.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from baton.models.config import ModelConfig
 from baton.node.errors import SettingsError
@@ -48,6 +48,16 @@ class Rank:
 
 
 WHOLE = Rank()
+
+
+def part_of(config: ModelConfig, rank: Rank) -> ModelConfig:
+    """The heads and the tokens of one rank in the place of all: sizes of what it computes, not of what it loads."""
+    return replace(
+        config,
+        num_heads=len(rank.share(config.num_heads, "query heads")),
+        num_kv_heads=len(rank.key_heads(config.num_kv_heads)),
+        vocab_size=len(rank.vocabulary(config.vocab_size)),
+    )
 
 
 def check_partition(config: ModelConfig, count: int) -> None:

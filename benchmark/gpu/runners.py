@@ -125,15 +125,15 @@ class RandomKv(NamedTuple):
         return self.layout.layer_bytes / (2 * self.layout.block_tokens)
 
 
-def random_pool(config: ModelConfig, num_blocks: int, kv_dtype: str = PLAIN) -> RandomKv:
+def random_pool(config: ModelConfig, num_blocks: int, kv_dtype: str = PLAIN, device: str = "cuda:0") -> RandomKv:
     """kv_dtype: of KV_FORMATS."""
     form = kv_format_of("auto" if kv_dtype == PLAIN else kv_dtype, config, SHAPES, torch.bfloat16, "dummy")
     layout = layout_of(config, form, BLOCK_TOKENS)
     layout = replace(layout, padding_bytes=unit_padding(layout.num_layers, layout.layer_bytes, layout.data_bytes))
-    memory = torch.empty(num_blocks, layout.block_bytes, dtype=torch.uint8, device="cuda:0")
-    some = torch.empty(min(256, num_blocks), layout.block_bytes, dtype=torch.uint8, device="cuda:0")
+    memory = torch.empty(num_blocks, layout.block_bytes, dtype=torch.uint8, device=device)
+    some = torch.empty(min(256, num_blocks), layout.block_bytes, dtype=torch.uint8, device=device)
     data, scales = kv_tensors(some.view(-1), layout, len(some))
-    numbers = torch.empty(data.shape, dtype=torch.bfloat16, device="cuda:0").normal_()
+    numbers = torch.empty(data.shape, dtype=torch.bfloat16, device=device).normal_()
     data.copy_((numbers * 100).clamp(-448, 448) if form.quantised else numbers)  # a cast makes NaN of more
     if scales is not None:
         scales.fill_(0.01)

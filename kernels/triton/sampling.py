@@ -5,7 +5,8 @@
 A temperature of 0 asks for the argmax of the logits. Two kernels: each program of the first finds the best of BLOCK
 tokens, the second the best of those; of equals the lowest id wins, so the order of programs does not matter. u equals
 that of kernels.philox bit for bit; the logarithms are the GPU's, so a draw can differ from the CPU's where two tokens
-are within rounding of each other. Bytes: the logits once.
+are within rounding of each other. A rank that has a part of the tokens draws over these, and the best of all ranks is
+the token that one rank would draw. Bytes: the logits once.
 """
 # mypy: allow-untyped-defs, allow-incomplete-defs
 
@@ -19,6 +20,8 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.triton.launch import launch_options, require
+from baton.kernels.triton.rank_vocabulary import MOST_TOKENS, best_of_rows
+from baton.kernels.triton.rank_words import RankInbox
 
 BLOCK = 4096
 ROUNDS = tl.constexpr(10)
@@ -78,23 +81,26 @@ def gumbel(u):
 @triton.jit
 def _best_of_block_kernel(
     logits_ptr, temperature_ptr, seed_ptr, position_ptr, value_ptr, token_ptr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
-    DRAWS: tl.constexpr, PDL: tl.constexpr,
+    FIRST: tl.constexpr, DRAWS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    # FIRST: token of the first logit; noise comes in fours.
     row = tl.program_id(0).to(tl.int64)
     block = tl.program_id(1)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
-    token = block * BLOCK + tl.arange(0, BLOCK)
-    values = tl.load(logits_ptr + row * VOCAB + token, mask=token < VOCAB, other=float("-inf")).to(tl.float32)
+    begin = FIRST // 4 * 4 + block * BLOCK
+    place = begin - FIRST + tl.arange(0, BLOCK)
+    inside = (place >= 0) & (place < VOCAB)
+    values = tl.load(logits_ptr + row * VOCAB + place, mask=inside, other=float("-inf")).to(tl.float32)
     if DRAWS:
         temperature = tl.load(temperature_ptr + row)
         if temperature > 0.0:
-            noise = gumbel(uniforms(tl.load(seed_ptr + row), tl.load(position_ptr + row), block * BLOCK, BLOCK))
+            noise = gumbel(uniforms(tl.load(seed_ptr + row), tl.load(position_ptr + row), begin, BLOCK))
             values = values / temperature + noise
-    best, place = tl.max(values, 0, return_indices=True)
+    best, winner = tl.max(values, 0, return_indices=True)
     tl.store(value_ptr + row * tl.num_programs(1) + block, best)
-    tl.store(token_ptr + row * tl.num_programs(1) + block, block * BLOCK + place)
+    tl.store(token_ptr + row * tl.num_programs(1) + block, begin + winner)
 
 
 @triton.jit
@@ -124,18 +130,23 @@ def draw(
     scratch: SamplingScratch,
     out: torch.Tensor,
     *,
+    ranks: RankInbox | None = None,
+    first_token: int = 0,
     pdl: bool = False,
 ) -> None:
     """out [rows]: a draw from softmax(logits / temperature), or the argmax where the temperature is 0.
 
     temperatures float32, seeds int64 (below 2**63), positions int32 or int64 (the index that the new token gets in its
     sequence): [rows] each. A filter before it (top_k and the like) leaves -inf where a token may not be drawn.
+
+    ranks: the logits are a rank's part, those of the tokens from `first_token` on; the others call with theirs, and get
+    the same. An inbox of single words.
     """
     for values in (temperatures, seeds, positions):
         require(values.shape == (logits.shape[0],), "temperatures, seeds and positions need one a row")
         require(values.is_contiguous(), "tensors must be contiguous")
     require(temperatures.dtype == torch.float32 and seeds.dtype == torch.int64, "float32 temperatures and int64 seeds")
-    _launch(logits, (temperatures, seeds, positions), scratch, out, pdl)
+    _launch(logits, (temperatures, seeds, positions), scratch, out, pdl, ranks, first_token)
 
 
 def _launch(
@@ -144,12 +155,15 @@ def _launch(
     scratch: SamplingScratch,
     out: torch.Tensor,
     pdl: bool,
+    ranks: RankInbox | None = None,
+    first_token: int = 0,
 ) -> None:
     num_rows, vocab_size = logits.shape
-    blocks = triton.cdiv(vocab_size, BLOCK)
+    blocks = triton.cdiv(vocab_size + first_token % 4, BLOCK)
     require(logits.is_contiguous() and out.is_contiguous(), "tensors must be contiguous")
     require(out.shape == (num_rows,), f"out {tuple(out.shape)} is not [{num_rows}]")
     require(scratch.values.numel() >= num_rows * blocks, "the scratch is too small")
+    require(ranks is None or first_token + vocab_size <= MOST_TOKENS, "a token has 24 bits")
     if num_rows == 0:
         return
     temperatures, seeds, positions = (logits, logits, logits) if drawn is None else drawn
@@ -162,10 +176,15 @@ def _launch(
         scratch.tokens,
         VOCAB=vocab_size,
         BLOCK=BLOCK,
+        FIRST=first_token,
         DRAWS=drawn is not None,
         PDL=pdl,
         **launch_options(8, pdl),
     )
+
+    if ranks is not None:
+        best_of_rows(scratch.values, scratch.tokens, blocks, ranks, out)
+        return
     _best_of_row_kernel[(num_rows,)](
         scratch.values,
         scratch.tokens,

@@ -1,9 +1,9 @@
 """A GPU's operations of a layer as launches of kernels, and whole steps with them, in the order of models.layer_order.
 
 A layer of a decode step is eight launches: qkv · rope and KV write · attention · o · add and norm · gate_up with silu ·
-down · add and norm; parts of split products are summed by the launch after. `experts` launches what experts compute.
-Nothing is allocated, nothing waits for the GPU, and every launch reads and writes fixed memory, so that a decode step
-can be captured in a graph.
+down · add and norm; parts of split products are summed by the launch after, and with them those of other ranks, where
+ranks share the model. `experts` launches what experts compute. Nothing is allocated, nothing waits for the GPU, and
+every launch reads and writes fixed memory, so that a decode step can be captured in a graph.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from baton.kernels.triton.decode_plan import DecodePlan
 from baton.kernels.triton.linear_policy import ProductShape
 from baton.kernels.triton.norm import add_rms_norm, rms_norm
 from baton.kernels.triton.pool import PagedPool
+from baton.kernels.triton.rank_words import RankInbox
 from baton.kernels.triton.rope_write import HeadNorms, RopeTables, rope_and_write
 from baton.kernels.triton.routed_sum import RoutedSum
 from baton.kernels.triton.step_inputs import StepInputs
@@ -101,10 +102,20 @@ class DeviceDecoder:
     captured = True
 
     def __init__(
-        self, config: ModelConfig, weights: Weights, policy: Policy, max_tokens: int, max_drawn: int, max_len: int
+        self,
+        config: ModelConfig,
+        weights: Weights,
+        policy: Policy,
+        max_tokens: int,
+        max_drawn: int,
+        max_len: int,
+        sums: RankInbox | None = None,
     ) -> None:
-        """Room for steps of up to max_tokens tokens and max_drawn rows that draw, with positions below max_len."""
-        self._config, self._weights = config, weights
+        """Room for steps of up to max_tokens tokens and max_drawn rows that draw, with positions below max_len.
+
+        sums: the weights are a rank's, config its part_of the model's, and what layers add is exchanged here.
+        """
+        self._config, self._weights, self._sums = config, weights, sums
         dtype, device = weights.embedding.dtype, str(weights.embedding.device)
         mlps = [layer.shape.mlp for layer in weights.layers]
         mlp_width = max((mlp.width for mlp in mlps if isinstance(mlp, DenseMlp)), default=0)
@@ -214,7 +225,9 @@ class DeviceDecoder:
                 rope_and_write(qkv, step.positions, step.kv_slots, rope, norms, pool, index, query, pdl=step.pdl)
 
         last = config.num_layers - 1
-        ops = _StepOps(act, self._products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps)
+        ops = _StepOps(
+            act, self._products, self._experts, step, rope_and_write_layer, last, config.rms_norm_eps, self._sums
+        )
         return run_layers(self._weights, ops, self._indices)
 
     def _logits(self, normed: torch.Tensor, pdl: bool) -> torch.Tensor:
@@ -241,8 +254,10 @@ class _StepOps:
         rope_and_write: Callable[[int, torch.Tensor, torch.Tensor], None],
         last: int,
         eps: float,
+        sums: RankInbox | None,
     ) -> None:
         """last: number of the last layer."""
+        self._sums = sums
         self._act, self._products, self._experts, self._step = act, products, experts, step
         self._kv_slots: torch.Tensor | None = step.kv_slots
         self._rope_and_write, self._last, self._eps = rope_and_write, last, eps
@@ -306,7 +321,16 @@ class _StepOps:
         return self._normed
 
     def _add_and_norm(self, added: Added, output_norm: torch.Tensor | None, weight: torch.Tensor, out: Rows) -> None:
-        add_rms_norm(added, self._residual, weight, self._eps, out, output_norm=output_norm, pdl=self._step.pdl)
+        add_rms_norm(
+            added,
+            self._residual,
+            weight,
+            self._eps,
+            out,
+            output_norm=output_norm,
+            ranks=self._sums,
+            pdl=self._step.pdl,
+        )
 
 
 def head_norms(layer: LayerWeights) -> torch.Tensor | None:

@@ -151,6 +151,8 @@ class LaunchedStep:
     scored: tuple[ScoredPart, ...] = ()
     learn: Callable[[StepResult, DeviceTime], None] | None = None
     """Called by `read`, once."""
+    check: Callable[[], None] | None = None
+    """Called by `read`, once; raises where the step has no result."""
     prompt_logprobs: dict[int, tuple[PromptLogprob, ...]] = field(default_factory=dict)
     """Filled by `read`."""
 
@@ -165,6 +167,8 @@ class LaunchedStep:
 
     def read(self) -> list[Drawn | None]:
         self._ended.ended.wait()
+        if self.check is not None:
+            self.check()
         drawn: list[Drawn | None] = [None] * self.num_rows
         for index, entry in zip(self.drawing, self.result.read(self.num_tops), strict=True):
             drawn[index] = entry

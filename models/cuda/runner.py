@@ -35,6 +35,7 @@ from baton.models.cuda.graphs import DecodeGraphs, lengths_up_to, sizes_up_to
 from baton.models.cuda.latent import LatentContext, plan_latent_rows
 from baton.models.cuda.launched import LaunchedStep, StepMarks, StepResult
 from baton.models.cuda.limits import StepLimits, check_supported
+from baton.models.cuda.peers import DevicePeers
 from baton.models.cuda.pool_binding import CapturedChunks, PoolBinding
 from baton.models.cuda.products import TABLED_ROWS, Policy, fastest, invariant
 from baton.models.cuda.prompt_scores import pieces_of, scored_parts, targets_of
@@ -43,6 +44,7 @@ from baton.models.cuda.slots import Slots, SlotSampler
 from baton.models.cuda.step_decoder import StepDecoder
 from baton.models.kv_format import KvFormat
 from baton.models.layer_weights import Weights
+from baton.models.partition import WHOLE, part_of
 from baton.models.sampling_rules import EVERYTHING
 from baton.models.weights import Progress, no_progress
 from baton.node.errors import InvariantBroken, SettingsError
@@ -77,33 +79,42 @@ class CudaRunner:
         max_len: int,
         policy: Policy | None = None,
         kv_format: KvFormat | None = None,
+        peers: DevicePeers | None = None,
     ) -> None:
         """model: weights that run by the kernels here, or what computes steps in another way, with room for the limits.
         max_len: no sequence gets longer. policy: of matrix products, by default that of the limits. kv_format: by
-        default keys and values are of the weights' dtype."""
-        check_supported(config)
-        self.config = config
+        default keys and values are of the weights' dtype. peers: the weights are one rank's part; all ranks launch the
+        same steps, and draw the same tokens."""
+        own = part_of(config, WHOLE if peers is None else peers.rank)
+        check_supported(own)
+        if peers is not None and limits.most_drafts:
+            raise SettingsError("--speculate: on a GPU no drafts are verified by more than one rank")
+        self.config, self._own, self._peers = config, own, peers
         self.run_ahead = limits.run_ahead
         self.queue, self._limits = queue, limits
         policy = policy or (invariant if limits.deterministic else fastest)
         rows, row_tokens = limits.max_rows, limits.decode_tokens
         self._most_tokens = max(limits.max_tokens, row_tokens)
         self._decoder: StepDecoder = (
-            DeviceDecoder(config, model, policy, self._most_tokens, row_tokens, max_len)
+            DeviceDecoder(
+                own, model, policy, self._most_tokens, row_tokens, max_len, None if peers is None else peers.sums
+            )
             if isinstance(model, Weights)
             else model
         )
         dtype = self._decoder.dtype
         self.kv_format = kv_format or KvFormat.plain(dtype)
         self.kv_dtype = self.kv_format.dtype
-        self._sampler = SlotSampler(queue, rows, row_tokens, config.vocab_size)
+        self._sampler = SlotSampler(queue, rows, row_tokens, config.vocab_size, peers)
+        if peers is not None:
+            peers.reserve(row_tokens, dtype)
         self.drafts: DraftSlots | None = None
         if limits.most_drafts:
             self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len)
         self.budget = DraftBudget(sizes_up_to(row_tokens), limits.most_drafts)
         self._widened = None  # with the weights and activations, since the pool is planned from what these leave
         if self.kv_format.quantised and not limits.deterministic:
-            token_elements = 2 * config.num_kv_heads * config.head_dim
+            token_elements = 2 * own.num_kv_heads * config.head_dim
             most = WIDENED_BYTES // dtype.itemsize // token_elements
             tokens = min(most, rows * aligned(max_len, WIDENED_TOKENS))
             self._widened = torch.zeros(tokens * token_elements, dtype=dtype, device=queue.device)
@@ -130,7 +141,7 @@ class CudaRunner:
     ) -> None:
         """Steps use this pool from now on, as kernels.triton.pool describes it. It must be zeroed: masks hide numbers,
         not NaN. scales: in the pool's memory, where each key and value has its own."""
-        config, device = self.config, self.queue.device
+        config, device = self._own, self.queue.device
         units, planes = (config.num_kv_heads, config.num_layers), (config.kv_planes, pool.shape[4], config.head_dim)
         shape = (pool.shape[0], *units, *planes)
         if tuple(pool.shape) != shape or pool.dtype != self.kv_dtype:
@@ -222,12 +233,17 @@ class CudaRunner:
                 came = self.queue.mark()
                 self._sampler.set_masks(masked, masks)
                 draws.enqueue()
+            if self._peers is not None:
+                self.queue.enqueue(self._peers.bring)
             self._last = self.queue.mark()
             return StepMarks(before, begun, self._last, computed, came)
 
         marks = None if masked else end(None)
         learn = None if choice is None else partial(self._learn, choice, alone=not chunks)
-        return LaunchedStep(marks, result, drawing, num_tops, len(rows), self._results.append, end, scored, learn)
+        check = None if self._peers is None else self._peers.check
+        return LaunchedStep(
+            marks, result, drawing, num_tops, len(rows), self._results.append, end, scored, learn, check
+        )
 
     @property
     def score_bytes(self) -> int:
@@ -239,7 +255,11 @@ class CudaRunner:
         result = self._results[-1]
         self._launch_chunks(rows, result, 0, Draws(self.queue, deferred=False))
         self.queue.mark().wait()
-        return self._decoder.last_logits(sum(row.draw is not None for row in rows))
+        return self._whole(self._decoder.last_logits(sum(row.draw is not None for row in rows)))
+
+    def _whole(self, logits: torch.Tensor) -> torch.Tensor:
+        """Of all tokens, [rows, vocab]; where ranks share them all ranks call this."""
+        return logits if self._peers is None else self._peers.whole(logits)
 
     # -- steps
 
@@ -397,8 +417,10 @@ class CudaRunner:
     def _draw(self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, edited: bool) -> None:
         """The next token of each row, kept for its slot; `edited`: with every parameter, else a temperature alone."""
         drawn = self._drawn[: len(slots)]
-        choose = self._sampler.draw_edited if edited else self._sampler.draw
-        choose(logits, slots, positions, drawn)
+        if edited:
+            self._sampler.draw_edited(self._whole(logits), slots, positions, drawn)
+        else:
+            self._sampler.draw(logits, slots, positions, drawn)
         if self.drafts is None:
             set_entries(self._bind().slots.last, slots, drawn)
 
@@ -415,7 +437,7 @@ class CudaRunner:
             else:
                 result.take_accepted(first, self.drafts.results[: len(rows)])
             if wanted:
-                self._sampler.logprobs(logits, slots, drawn)
+                self._sampler.logprobs(self._whole(logits), slots, drawn)
                 result.take_logprobs(first, len(rows), self._sampler.found)
 
         return finish
@@ -424,7 +446,7 @@ class CudaRunner:
         """Computes parts of prompts, and draws what they ask for to the places of `result` from `first` on. Returns its
         begin on the device."""
         bound = self._bind()
-        arrays = lay_out(rows, bound.block_tokens, self.config.num_heads, bound.attention.tile)
+        arrays = lay_out(rows, bound.block_tokens, self._own.num_heads, bound.attention.tile)
         for row in rows:
             bound.slots.begin(row.slot)
         if any(row.targets is not None for row in rows):
@@ -448,6 +470,8 @@ class CudaRunner:
                 if self.drafts is not None:
                     self.drafts.take_in(self._drawn[: len(drawing)], slots, first_without=0)
                 finish(logits)
+            elif self._peers is not None:
+                self._peers.meet()  # what other ranks write of the chunks is complete when this step is
 
         begun = self.queue.mark()
         draws.launch(prefill, choose)
@@ -460,7 +484,7 @@ class CudaRunner:
         bound = self._bind()
         longest = bound.graphs.length_for(self._longest_of(decode))
         _, places, blocks = bound.upload.send((self._header(decode), *bound.slots.changes(decode)))
-        arrays = lay_out(chunks, bound.block_tokens, self.config.num_heads, bound.attention.tile)
+        arrays = lay_out(chunks, bound.block_tokens, self._own.num_heads, bound.attention.tile)
         for row in chunks:
             bound.slots.begin(row.slot)
         sent = bound.chunk_upload.send(behind(arrays, decode, padded))
@@ -516,7 +540,7 @@ class CudaRunner:
 
         def take(logits: torch.Tensor, number: int) -> None:
             piece = pieces[number]
-            prompt_logprobs(logits, targets, piece.place, piece.num_top, self._found)
+            prompt_logprobs(self._whole(logits), targets, piece.place, piece.num_top, self._found)
 
         def work() -> None:
             attend = attention.over(tables.view(len(lengths), -1), starts, lengths, items.view(-1, 3))
@@ -564,7 +588,7 @@ class CudaRunner:
 
     def _capture_chunks(self, bound: PoolBinding) -> Iterator[CapturedChunks]:
         """Small steps of prompts, whose launches would take the host longer than the GPU."""
-        tile, heads, width = bound.attention.tile, self.config.num_heads, bound.slots.tables.shape[1]
+        tile, heads, width = bound.attention.tile, self._own.num_heads, bound.slots.tables.shape[1]
         if self._latents is not None:  # more slices are more launches, whether the context has them or not
             widest = self._latents.table_width(CHUNK_SEQUENCES, bound.block_tokens)
             width = min(width, widest // TABLE_WIDTH * TABLE_WIDTH)
@@ -578,10 +602,10 @@ class CudaRunner:
                 yield CapturedChunks(shape, self.queue.capture(self._prefill_body(sent)))
 
     def _plan(self, num_rows: int, max_tokens: int) -> DecodePlan:
-        kv_heads, num_sms = self.config.num_kv_heads, self.queue.num_sms
+        kv_heads, num_sms = self._own.num_kv_heads, self.queue.num_sms
         if self.config.latent is not None:
             deterministic = self._limits.deterministic
-            return plan_latent_rows(num_rows, self.config.num_heads, max_tokens, num_sms, deterministic)
+            return plan_latent_rows(num_rows, self._own.num_heads, max_tokens, num_sms, deterministic)
         aim = FP8_AIM if self.kv_format.quantised else 1
         if self._limits.deterministic:
             return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim)

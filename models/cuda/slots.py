@@ -25,6 +25,7 @@ from baton.kernels.triton.sampling_filter import FilterScratch, thresholds
 from baton.kernels.triton.sampling_rows import Prepared, SlotTables, draw_prepared, prepare
 from baton.kernels.triton.step_inputs import set_entries
 from baton.models.batch import Draw, Row
+from baton.models.cuda.peers import DevicePeers
 from baton.models.cuda.queue import ALIGNED, Queue, Upload, copy_async
 from baton.models.sampling_rules import DrawRules, rules_of
 
@@ -66,8 +67,13 @@ class Slots:
 class SlotSampler:
     """`num_slots` slots and the one of padding behind them; steps of up to max_rows rows that draw."""
 
-    def __init__(self, queue: Queue, num_slots: int, max_rows: int, vocab_size: int) -> None:
+    def __init__(
+        self, queue: Queue, num_slots: int, max_rows: int, vocab_size: int, peers: DevicePeers | None = None
+    ) -> None:
+        """peers: `draw` gets this rank's part of the logits, and draws with the others; the rest gets all logits."""
         device = queue.device
+        self._ranks = None if peers is None else peers.drawn
+        self._first_token = 0 if peers is None else peers.first_token
         self._queue, self._vocab_size = queue, vocab_size
         self._tables = SlotTables.make(num_slots + 1, vocab_size, device)
         self._tables.table[:, columns.NUM_TOP.value] = -1
@@ -143,7 +149,8 @@ class SlotSampler:
         torch.index_select(kept, 0, slots, out=temperatures)
         first = columns.SEED.value
         torch.index_select(table[:, first : first + 2].view(torch.int64), 0, slots, out=seeds)
-        draw(logits, temperatures, seeds.view(-1), positions, self._scratch, out)
+        seeds, first = seeds.view(-1), self._first_token
+        draw(logits, temperatures, seeds, positions, self._scratch, out, ranks=self._ranks, first_token=first)
 
     def draw_edited(
         self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor, out: torch.Tensor

@@ -111,6 +111,33 @@ def small_kernels(pdl: bool) -> None:
     )
 
 
+def ranks(count: int) -> None:
+    """The sum of all ranks in a norm, the best token of all, all logits, and a meeting."""
+    from baton.kernels.triton import norm, rank_vocabulary, sampling
+    from baton.kernels.triton.rank_words import RankInbox
+
+    def inbox(rows: int, width: int, words: torch.dtype, counters: int) -> RankInbox:
+        whole = {"dtype": torch.int32}
+        targets = empty(count, dtype=torch.int64)
+        return RankInbox(
+            1, empty(count, 2, rows, width, dtype=words), targets, empty(counters, **whole), empty(1, **whole)
+        )
+
+    rows, hidden, vocab_size = 8, 8192, 128256
+    x, share, tokens = empty(rows, hidden), empty(rows, vocab_size // count), empty(rows, dtype=torch.int64)
+    sums, drawn = inbox(256, hidden, torch.int32, 256), inbox(256, 1, torch.int64, 256)
+    norm.add_rms_norm(x, x, empty(hidden), 1e-5, x, ranks=sums, pdl=True)
+    if count > 2:
+        return
+    scratch = sampling.SamplingScratch.make(rows, vocab_size, "meta")
+    temperatures, first = empty(rows, dtype=torch.float32), vocab_size // count
+    sampling.draw(share, temperatures, tokens, tokens, scratch, tokens, ranks=drawn, first_token=first)
+    rank_vocabulary.meet(drawn)
+    width = share.shape[1]
+    logits = inbox(16, width, torch.int32, 16 * rank_vocabulary.pieces_of(width))
+    rank_vocabulary.gather_logits(share, logits, empty(rows, vocab_size))
+
+
 def keys_and_values() -> None:
     from baton.kernels.triton.kv_write import kv_write
 
@@ -495,6 +522,8 @@ WHOLE, PARTS, DEEP, DEEPEST = (16, 3), (40, 5, 4), (40, 7, 4), (40, 9, 4)
 CASES: dict[str, Callable[[], None]] = {
     "small": lambda: small_kernels(False),
     "small_pdl": lambda: small_kernels(True),
+    "ranks_2": lambda: ranks(2),
+    "ranks_8": lambda: ranks(8),
     "keys_and_values": keys_and_values,
     "codes_of_rows": lambda: activations_in_codes(0),
     "codes_of_runs": lambda: activations_in_codes(128),

@@ -53,6 +53,8 @@ def test_no_kernel_spills(kernels):
         # Gluon: setmaxnreg gives its groups 240, but ptxas plans the entry with 168. Latents of 64 heads: one register.
         if case.startswith(("gluon", "latent_128")):
             assert kernel["stack_bytes"] <= 16, (case, kernel)
+        elif case == "ranks_8":  # the words of all ranks are on their way together: that is worth some stack
+            assert kernel["stack_bytes"] <= 192, (case, kernel)
         elif not case.startswith("float32"):  # exact products have no matrix instruction, and are slow in any case
             assert kernel["stack_bytes"] == 0, (case, kernel)
 
@@ -71,6 +73,7 @@ def test_every_kernel_fits_in_shared_memory(kernels):
         ("keys_and_values", 2),
         ("blocks", 4),
         ("sampling", 4),
+        ("ranks_2", 5),
         ("step_inputs", 2),
         ("drafts", 3),
         ("dequantise", 4),

@@ -1,0 +1,180 @@
+"""What the ranks of a model send each other inside a step: words that say themselves that they have come.
+
+A rank writes each number straight into the memory of every other rank, in a word with the number of the exchange beside
+it, and reads its own memory until all words have that number. So an exchange is one way of the link, and needs neither
+a flag nor a fence: a word is stored whole. Where bfloat16 is exchanged a word has 32 bits, of which the upper half is
+the number, else 64 with a float32.
+
+An inbox has two places for each sender and row, used in turn. A rank sends exchange k + 2 only after it has taken
+k + 1, which the others have sent after they have taken k: so no word is overwritten before it was read. Rows have
+counters of their own, which a captured step advances by itself. All ranks make the same exchanges in the same order.
+
+Waiting ends by the clock: then `lost` is set, and nothing waits any more. What is computed behind that is of no use.
+"""
+# mypy: allow-untyped-defs, allow-incomplete-defs
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import globaltimer
+
+from baton.kernels.triton.launch import require
+
+GIVE_UP_NS = 10_000_000_000
+POLLS = 3
+"""Where there is no clock: in Triton's interpreter, in which all has come before it is looked for."""
+SHORT_TAG = tl.constexpr(0xFFFF)
+STALE, LATE = tl.constexpr(2), tl.constexpr(1)
+
+
+@dataclass(frozen=True, slots=True)
+class RankInbox:
+    """Where one rank gets rows of up to `width` words from the others, and where it sends its own."""
+
+    rank: int
+    words: torch.Tensor  # [ranks, 2, rows, width], int32 or int64: by sender; zeros before the first exchange
+    targets: torch.Tensor  # int64 [ranks]: addresses of what this rank sends, in the words of each
+    counters: torch.Tensor  # int32 [rows * pieces of a row]: exchanges so far
+    lost: torch.Tensor  # int32 [1]: 1 once waiting was given up
+    meet: Callable[[], None] | None = None
+    """Called between sending and taking, where kernels of ranks do not run side by side: they are two launches then."""
+
+    @property
+    def count(self) -> int:
+        return self.words.shape[0]
+
+    @property
+    def rows(self) -> int:
+        return self.words.shape[2]
+
+    def check(self, width: int, dtype: torch.dtype) -> None:
+        """Rows of this width and dtype can be exchanged."""
+        require(width <= self.words.shape[3], f"rows of {width}, an inbox has {self.words.shape[3]}")
+        require(self.words.dtype == word_type(dtype), f"words of {self.words.dtype} for numbers of {dtype}")
+
+    def phases(self) -> list[tuple[bool, bool]]:
+        """Of each launch of an exchange, whether it sends and whether it takes."""
+        return [(True, True)] if self.meet is None else [(True, False), (False, True)]
+
+    def between(self, takes: bool) -> None:
+        """Before the launch of a phase."""
+        if self.meet is not None and takes:
+            self.meet()
+
+
+def word_type(dtype: torch.dtype) -> torch.dtype:
+    """Of words with numbers of this type."""
+    return torch.int32 if dtype == torch.bfloat16 else torch.int64
+
+
+def give_up(words: torch.Tensor) -> dict[str, int | bool]:
+    """Of the kernels that wait."""
+    clock = words.device.type != "cpu"
+    return {"CLOCK": clock, "LIMIT": GIVE_UP_NS if clock else POLLS}
+
+
+@triton.jit
+def pack(value, tag, SHORT: tl.constexpr):
+    """Words of float32 values, which are rounded already if words are short."""
+    bits = value.to(tl.int32, bitcast=True)
+    if SHORT:
+        return (bits & ~SHORT_TAG) | (tag & SHORT_TAG)
+    else:
+        return (bits.to(tl.int64) << 32) | (tag.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def unpack(word, SHORT: tl.constexpr):
+    """The float32 values."""
+    if SHORT:
+        return (word & ~SHORT_TAG).to(tl.float32, bitcast=True)
+    else:
+        return (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def is_stale(word, tag, SHORT: tl.constexpr):
+    if SHORT:
+        return (word & SHORT_TAG) != (tag & SHORT_TAG)
+    else:
+        return (word & 0xFFFFFFFF) != (tag.to(tl.int64) & 0xFFFFFFFF)
+
+
+@triton.jit
+def send(words, targets_ptr, place, column, inside, RANK: tl.constexpr, RANKS: tl.constexpr):
+    """To all other ranks, each beginning with the one behind it. place: of the row in what a sender has."""
+    for step in tl.static_range(1, RANKS):
+        other = (RANK + step) % RANKS
+        base = tl.multiple_of(tl.load(targets_ptr + other).to(tl.pointer_type(words.dtype)), 16)
+        tl.store(base + place + column, words, mask=inside)
+
+
+@triton.jit
+def now(polls, CLOCK: tl.constexpr):
+    if CLOCK:
+        return globaltimer()
+    else:
+        return polls.to(tl.int64)
+
+
+@triton.jit
+def sum_over_ranks(
+    own,
+    row,
+    column,
+    inside,
+    targets_ptr,
+    words_ptr,
+    counters_ptr,
+    lost_ptr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    RANK: tl.constexpr,
+    RANKS: tl.constexpr,
+    SENDS: tl.constexpr,
+    TAKES: tl.constexpr,
+    CLOCK: tl.constexpr,
+    LIMIT: tl.constexpr,
+):
+    """The sum, float32, of the float32 rows `own` of all ranks, each rounded to what is exchanged; in their order.
+
+    row: of the inbox, which is WIDTH wide.
+    """
+    SHORT: tl.constexpr = words_ptr.dtype.element_ty == tl.int32
+    tag = tl.load(counters_ptr + row) + 1
+    slot = (tag & 1).to(tl.int64)
+    place = (slot * ROWS + row) * WIDTH
+    if SHORT:
+        own = own.to(tl.bfloat16).to(tl.float32)
+    if SENDS:
+        send(pack(own, tag, SHORT), targets_ptr, place, column, inside, RANK, RANKS)
+    total = own
+    if TAKES:
+        status = tl.full([], 2, tl.int32)
+        polls = tl.full([], 0, tl.int32)
+        began = now(polls, CLOCK)
+        while status == STALE:
+            total = tl.zeros(own.shape, tl.float32)
+            stale = tl.zeros(own.shape, tl.int1)
+            for other in tl.static_range(RANKS):
+                if other == RANK:
+                    total += own
+                else:
+                    at = words_ptr + other * 2 * ROWS * WIDTH + place + column
+                    word = tl.load(at, mask=inside, other=0, volatile=True)
+                    stale = stale | (inside & is_stale(word, tag, SHORT))
+                    total += unpack(word, SHORT)
+            polls += 1
+            # Threads read the clock and `lost` each for itself: what ends the loop must be one for all.
+            late = (now(polls, CLOCK) - began > LIMIT) | (tl.load(lost_ptr, volatile=True) != 0)
+            status = tl.max(stale.to(tl.int32) * STALE + late.to(tl.int32) * LATE, 0)
+            status = tl.where(status == LATE, 0, status)
+        if status > STALE:
+            tl.store(lost_ptr, 1)
+        tl.store(counters_ptr + row, tag)
+    return total

@@ -1,0 +1,80 @@
+"""Two ranks on one GPU draw what one rank draws. Run it in a separate process, as tests/gpu/test_runner.py says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.models.batch import Draw, Row
+from baton.models.check import recipe_for
+from baton.models.config import ModelConfig
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.queue import CudaQueue
+from baton.models.cuda.runner import CudaRunner
+from baton.models.partition import Rank, part_of
+from baton.models.weights import load_weights
+from baton.node.messages.control import SamplingSpec
+from baton.node.modelhub import locate_model
+from baton.testing.device_ranks import DeviceRanks
+from baton.tests.gpu.test_runner import LONGEST, generate, prompts, table
+
+pytestmark = pytest.mark.gpu
+
+MAX_ROWS, TOKENS, BLOCK = 64, 24, 64
+EDITED = {"temperature": 0.8, "top_p": 0.9, "frequency_penalty": 0.4, "logprobs": True, "top_logprobs": 2}
+
+
+def pool(config: ModelConfig, dtype: torch.dtype) -> torch.Tensor:
+    num_blocks = MAX_ROWS * -(-LONGEST // BLOCK) + 1
+    shape = (num_blocks, config.num_kv_heads, config.num_layers, 2, BLOCK, config.head_dim)
+    return torch.zeros(shape, dtype=dtype, device="cuda:0")
+
+
+def make(dtype: torch.dtype, count: int, quantization: str | None = None) -> tuple[CudaRunner, DeviceRanks]:
+    """One rank, and `count` that have computed everything by themselves, so that nothing is compiled or loaded while
+    one waits for another."""
+    folder = locate_model("demo")
+    config = ModelConfig.from_folder(folder)
+    limits, recipe = StepLimits(MAX_ROWS, 2048), recipe_for(quantization, config)
+
+    def load(rank: Rank):
+        options = {"pack": False, "rank": rank, "recipe": recipe, "keep_quantised": recipe is not None}
+        return load_weights(config, folder, dtype, "cuda:0", **options)
+
+    one = CudaRunner(config, load(Rank()), CudaQueue(0), limits, LONGEST)
+    one.bind_pool(pool(config, dtype), LONGEST)
+    ranks = DeviceRanks(config, load, [CudaQueue(0) for _ in range(count)], limits, LONGEST)
+
+    def alone(index: int) -> None:
+        ranks.runners[index].warm_up()
+        for spec in ({"temperature": 0.0}, EDITED):
+            generate(ranks.runners[index], prompts(MAX_ROWS), 3, 200, **spec)
+
+    ranks.bind_pools([pool(part_of(config, Rank(0, count)), dtype) for _ in range(count)], LONGEST, alone)
+    return one, ranks
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_ranks_on_one_gpu_draw_what_one_rank_draws(count):
+    """Guards exchanges between kernels that run side by side, in captured steps and in prompts, over many steps: a word
+    that was overwritten or taken too early, and ranks that draw different tokens."""
+    one, ranks = make(torch.float32, count)
+    made = prompts(MAX_ROWS)
+    for spec in ({"temperature": 0.0}, {"temperature": 0.9}, EDITED):
+        found, expected = (generate(runner, made, TOKENS, 200, **spec) for runner in (ranks, one))
+        different = [index for index in range(len(made)) if found[index] != expected[index]]
+        assert not different, (spec, different)
+
+
+@pytest.mark.parametrize("quantization", [None, "fp8", "fp8_block", "int4"])
+def test_logits_of_two_ranks(quantization):
+    """Guards against a part that is left out or counted twice, where roundings let tokens differ: in bfloat16, and with
+    weights whose codes and scales are cut."""
+    one, ranks = make(torch.bfloat16, 2, quantization)
+    draw = Draw(SamplingSpec(max_tokens=9, temperature=0.0), (), 0, 0)
+    rows = [Row(prompt, 0, table(slot), draw, slot) for slot, prompt in enumerate(prompts(4))]
+    expected = one.logits(rows).float()
+    for found in ranks.all(lambda index: ranks.runners[index].logits(rows).float().clone(), waits=True):
+        assert (found - expected).norm() / expected.norm() < (0.01 if quantization is None else 0.03)

@@ -1,0 +1,88 @@
+"""Ranks of a group whose kernels exchange words, interpreted: they draw what one rank on a CPU draws."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is made for Linux only")
+
+from baton.kernels.triton.norm import add_rms_norm
+from baton.models.cpu.runner import ModelRunner
+from baton.models.cuda.limits import StepLimits
+from baton.models.cuda.peers import DevicePeers, InboxShape, RankMemory
+from baton.models.cuda.products import fastest
+from baton.models.partition import Rank
+from baton.models.weights import load_weights
+from baton.node.errors import PeerLost
+from baton.testing.device_ranks import DeviceRanks
+from baton.testing.late_queue import LateQueue
+from baton.tests.unit.models.conftest import kv_pool
+from baton.tests.unit.models.cuda.ahead import Ahead, one_after_the_other
+from baton.tests.unit.models.cuda.test_runner import PROMPTS, TABLES, split_in_two
+
+BLOCK = 16
+SMALL = {"num_attention_heads": 2, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+
+
+def make(folder, count, policy=fastest, **limits) -> tuple[DeviceRanks, ModelRunner]:
+    plain = ModelRunner.load(folder)
+    plain.bind_pool(*kv_pool(plain, 24, BLOCK))
+    config = plain.config
+    ranks = DeviceRanks(
+        config,
+        lambda rank: load_weights(config, folder, torch.float32, pack=False, rank=rank),
+        [LateQueue() for _ in range(count)],
+        StepLimits(2, 32, **limits),
+        96,
+        policy,
+    )
+    heads = len(Rank(0, count).key_heads(config.num_kv_heads))
+    pools = [torch.zeros(24, heads, config.num_layers, 2, BLOCK, config.head_dim) for _ in range(count)]
+    ranks.bind_pools(pools, 96)
+    return ranks, plain
+
+
+def split(num_rows, shape):
+    return split_in_two(num_rows, shape) if shape.outputs % 16 == 0 else None
+
+
+def test_ranks_draw_what_one_rank_draws(make_model):
+    """Guards what each rank computes, the sums of split parts, one KV head that two ranks hold, a vocabulary that ranks
+    share unevenly, draws by all ranks and draws that need all logits, and steps in flight: ranks that draw different
+    tokens, or an exchange that only one makes."""
+    ranks, plain = make(make_model("qwen2", vocab_size=67, num_key_value_heads=1, **SMALL).folder, 2, split)
+    run = Ahead(ranks)
+    edited = {"temperature": 0.7, "top_p": 0.93, "seed": 3, "frequency_penalty": 1.6}
+    random = {"temperature": 1.1, "seed": (5 << 33) + 7}
+    run.start(0, PROMPTS[0], TABLES[0])
+    run.start(1, PROMPTS[1], TABLES[1], **random)
+    run.launch([0, 1], chunk=9)  # a part of one prompt that draws nothing, beside the whole of another
+    run.launch([0, 1], chunk=9)
+    run.launch([1, 0])
+    found = [run.generated(0), run.generated(1)]
+    run.start(1, PROMPTS[2], TABLES[2], **edited)
+    run.launch([1])
+    run.launch([1, 0])
+    found.append(run.generated(1))
+    assert [len(tokens) for tokens in found] == [2, 3, 2]
+    for name, spec in enumerate(({}, random, edited)):
+        assert found[name] == one_after_the_other(plain, PROMPTS[name], TABLES[name], len(found[name]), **spec)
+
+
+def test_a_rank_that_waits_in_vain_says_so():
+    """Guards against a kernel that spins for ever where another rank is gone, and a step whose tokens are used."""
+    layout = RankMemory(
+        Rank(0, 2), (InboxShape(2, 32, torch.int64), InboxShape(2, 1, torch.int64), InboxShape(1, 36, torch.int64))
+    )
+    memories = [torch.zeros(layout.size_bytes, dtype=torch.uint8) for _ in range(2)]
+    peers = DevicePeers(layout, memories[0], 67)
+    values = torch.ones(2, 32)
+    peers.meet()  # by itself, before it knows others
+    peers.bring()
+    peers.check()
+    peers.connect([memory.data_ptr() for memory in memories])
+    add_rms_norm(values, values.clone(), torch.ones(32), 1e-5, values, ranks=peers.sums)
+    peers.bring()
+    with pytest.raises(PeerLost, match="does not take part"):
+        peers.check()
