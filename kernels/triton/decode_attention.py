@@ -2,7 +2,8 @@
 
     out[b, h] = sum_t softmax_t(scale * query[b, h] . key[t, h // group]) value[t, h // group],  t < length[b]
 
-The query heads that share a key head are the rows of one matrix product, so keys and values are read once. Softmax is
+The query heads that share a key head are the rows of one matrix product, so keys and values are read once; where these
+are few, so are the tokens of a sequence that are verified together, each up to its own length. Softmax is
 kept as a running maximum and sum (Milakov, Gimelshein 2018; Dao et al., FlashAttention, 2022), in float32 with base 2.
 A program does one chunk of one sequence and key head; `decode_work` says which. Where a sequence has several, each
 program leaves its part in the scratch, and the one that ends last, found by a counter that it sets back to zero, merges
@@ -30,17 +31,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from baton.kernels.triton.decode_fp8 import decode_fp8_attention_kernel
 from baton.kernels.triton.decode_merge import merge_parts
-from baton.kernels.triton.decode_plan import TILE, DecodePlan
-from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
+from baton.kernels.triton.decode_plan import GROUP_ROWS, TILE, DecodePlan, queries_of
+from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.launch import launch_options, require
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES, PagedPool
 from baton.kernels.triton.softcap import bounded, limit_log2
 
-GROUP_ROWS = 16  # rows of the smallest matrix instruction: a group of query heads is padded to it
 HEAD_BYTES, FP8_HEAD_BYTES = 256, 128  # of the heads that plans are made for; of larger ones fewer tiles are in flight
 FP8_DIM = 64  # elements of the smallest heads whose words fill matrix instructions
 INTERPRETED = triton.knobs.runtime.interpret
-MERGED_ELEMENTS = 8192  # of partial results that a merging program holds at once: 64 registers a thread
+MERGED_ELEMENTS = 4096  # of partial results that a merging program holds at once: 32 registers a thread
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,25 +49,23 @@ class DecodeScratch:
     `arrived` all zero."""
 
     work: torch.Tensor  # int32 [chunks, COLUMNS], see decode_work
-    parts: torch.Tensor  # float32 [KH * chunks * group * D]
-    softmax: torch.Tensor  # float32 [KH * chunks * 2 * group]: maximum and sum
+    parts: torch.Tensor  # float32 [KH * parts * group * D]
+    softmax: torch.Tensor  # float32 [KH * parts * 2 * group]: maximum and sum
     arrived: torch.Tensor  # int32 [rows * KH]
 
     @classmethod
-    def make(
-        cls, num_rows: int, num_chunks: int, num_heads: int, kv_heads: int, head_dim: int, device
-    ) -> DecodeScratch:
-        """Room for plans of up to num_chunks over up to num_rows sequences."""
-        heads = num_chunks * num_heads
+    def make(cls, num_rows: int, num_parts: int, num_heads: int, kv_heads: int, head_dim: int, device) -> DecodeScratch:
+        """Room for plans of up to num_parts over up to num_rows tokens."""
+        heads = num_parts * num_heads
         return cls(
-            torch.zeros(num_chunks, COLUMNS.value, dtype=torch.int32, device=device),
+            torch.zeros(num_parts, COLUMNS.value, dtype=torch.int32, device=device),
             torch.zeros(heads * head_dim, dtype=torch.float32, device=device),
             torch.zeros(heads * 2, dtype=torch.float32, device=device),
             torch.zeros(num_rows * kv_heads, dtype=torch.int32, device=device),
         )
 
 
-@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window"])
+@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window", "num_parts"])
 def _decode_attention_kernel(
     query_ptr,
     pool_desc,
@@ -85,6 +83,7 @@ def _decode_attention_kernel(
     unit_rows,
     table_stride,
     window,
+    num_parts,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -104,27 +103,34 @@ def _decode_attention_kernel(
     kv_head = tl.program_id(0) % KV_HEADS
     number = tl.program_id(0) // KV_HEADS
     GROUP: tl.constexpr = HEADS // KV_HEADS
-    head = tl.arange(0, ROWS)
+    each = tl.arange(0, ROWS)  # head of a query
+    number_of_query = each // GROUP
     element = tl.arange(0, DIM_BLOCK)
-    inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
     chunk = work_ptr + number * COLUMNS  # not written by the kernels of a layer, nor are lengths: before the wait
     row = tl.load(chunk + ROW)
     start = tl.load(chunk + START)
     end = tl.load(chunk + END)
-    first_part = tl.load(chunk + FIRST)
-    end_part = first_part + tl.load(chunk + PARTS)
-    first = 0
-    if WINDOWED:  # noqa: SIM102 - a constant: what is behind it is compiled only for windows
-        if start < end:
-            first = tl.maximum(tl.load(length_ptr + row) - window, 0)
-            first_part += first // tl.load(chunk + CHUNK)
+    chunk_tokens = tl.load(chunk + CHUNK)
+    queries = tl.load(chunk + QUERIES)
+    following = tl.load(chunk + FOLLOWING)
+    own_chunk, first, first_chunk = 0, 0, 0
+    limit = tl.zeros_like(each)
+    if start < end:
+        own_chunk = start // chunk_tokens
+        limit = tl.load(length_ptr + row) + number_of_query
+        if WINDOWED:
+            first = tl.maximum(tl.min(limit, 0) - window, 0)
+            first_chunk = first // chunk_tokens
             start = tl.maximum(start, first)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     if start < end:
-        heads_at = (row * HEADS + kv_head * GROUP) * DIM
-        query = tl.load(query_ptr + heads_at + head[:, None] * DIM + element[None, :], mask=inside, other=0.0)
+        own_row = tl.where(number_of_query == 0, row, following + number_of_query - 1)
+        heads_at = (own_row * HEADS + kv_head * GROUP + each % GROUP) * DIM
+        computes = each < queries * GROUP
+        inside = computes[:, None] & (element < DIM)[None, :]
+        query = tl.load(query_ptr + heads_at[:, None] + element[None, :], mask=inside, other=0.0)
         top = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         sums = tl.zeros([ROWS, DIM_BLOCK], tl.float32)
@@ -134,9 +140,9 @@ def _decode_attention_kernel(
             scale_log2 *= tl.load(scale_ptr + layer * 2 * KV_HEADS + kv_head)
         for tile in tl.range(start // TILE * TILE, end, TILE):
             token = tile + tl.arange(0, TILE)
-            seen = token < end
+            seen = token[None, :] < tl.minimum(limit, end)[:, None]
             if WINDOWED:
-                seen = seen & (token >= first)
+                seen = seen & (token[None, :] >= limit[:, None] - window)
             if TMA:
                 block = tl.load(table_ptr + row * table_stride + tile // BLOCK_TOKENS)
                 slot = block * block_rows + first_row + tile % BLOCK_TOKENS
@@ -148,27 +154,31 @@ def _decode_attention_kernel(
                     key_scales = tl.load(place)
                     value_scales = tl.load(place + BLOCK_TOKENS)
             else:
-                blocks = tl.load(table_ptr + row * table_stride + token // BLOCK_TOKENS, mask=seen, other=0).to(
+                there = token < end
+                if WINDOWED:
+                    there = there & (token >= first)
+                blocks = tl.load(table_ptr + row * table_stride + token // BLOCK_TOKENS, mask=there, other=0).to(
                     tl.int64
                 )
                 slots = blocks * block_rows + first_row + token % BLOCK_TOKENS
                 place = pool_ptr + slots[:, None] * DIM + element[None, :]
-                read = seen[:, None] & (element < DIM)[None, :]
+                read = there[:, None] & (element < DIM)[None, :]
                 keys = tl.load(place, mask=read, other=0.0)
                 values = tl.load(place + BLOCK_TOKENS * DIM, mask=read, other=0.0)
                 if SCALES == TOKEN_SCALES:
                     scales = (blocks * block_rows + first_row) * (DIM // 4) + token % BLOCK_TOKENS
-                    key_scales = tl.load(scale_ptr + scales, mask=seen, other=0.0)
-                    value_scales = tl.load(scale_ptr + scales + BLOCK_TOKENS, mask=seen, other=0.0)
+                    key_scales = tl.load(scale_ptr + scales, mask=there, other=0.0)
+                    value_scales = tl.load(scale_ptr + scales + BLOCK_TOKENS, mask=there, other=0.0)
             scores = tl.dot(query, keys.to(query.dtype).T, input_precision="ieee") * scale_log2
             if SCALES == TOKEN_SCALES:
                 scores *= key_scales[None, :]
             if SOFTCAP > 0.0:
                 scores = bounded(scores, SOFTCAP)
-            scores = tl.where(seen[None, :], scores, float("-inf"))
+            scores = tl.where(seen, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
+            bound = tl.where(new_top > float("-inf"), new_top, 0.0)  # a query may see none of a tile that others do
+            weights = tl.exp2(scores - bound[:, None])
+            shrink = tl.exp2(top - bound)
             total = total * shrink + tl.sum(weights, 1)
             if SCALES == TOKEN_SCALES:
                 weights *= value_scales[None, :]
@@ -177,24 +187,26 @@ def _decode_attention_kernel(
             top = new_top
         if SCALES == STATIC_SCALES:
             sums *= tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
-        if end_part - first_part > 1:
-            base = kv_head * (tl.num_programs(0) // KV_HEADS)
-            place = parts_ptr + ((base + number) * GROUP + head)[:, None] * DIM + element[None, :]
+        num_chunks = tl.load(chunk + PARTS)
+        if num_chunks - first_chunk > 1:
+            first_part = kv_head * num_parts + tl.load(chunk + FIRST)
+            part = first_part + number_of_query * num_chunks + own_chunk
+            place = parts_ptr + (part * GROUP + each % GROUP)[:, None] * DIM + element[None, :]
             tl.store(place, sums, mask=inside)
-            place = softmax_ptr + (base + number) * 2 * GROUP + head
-            tl.store(place, top, mask=head < GROUP)
-            tl.store(place + GROUP, total, mask=head < GROUP)
+            place = softmax_ptr + part * 2 * GROUP + each % GROUP
+            tl.store(place, top, mask=computes)
+            tl.store(place + GROUP, total, mask=computes)
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
-            if before == end_part - first_part - 1:
+            if before == num_chunks - first_chunk - 1:
                 tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
                 merge_parts(
-                    parts_ptr, softmax_ptr, out_ptr + heads_at, base, first_part, end_part, DIM, DIM_BLOCK, GROUP,
-                    GROUP_BLOCK, AT_ONCE,
+                    parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM, first_part, first_chunk, num_chunks,
+                    queries, row, following, HEADS * DIM, DIM, DIM_BLOCK, GROUP, GROUP_BLOCK, AT_ONCE,
                 )  # fmt: skip
         else:
             result = (sums / total[:, None]).to(out_ptr.dtype.element_ty)
-            tl.store(out_ptr + heads_at + head[:, None] * DIM + element[None, :], result, mask=inside)
+            tl.store(out_ptr + heads_at[:, None] + element[None, :], result, mask=inside)
 
 
 def decode_attention(
@@ -215,10 +227,10 @@ def decode_attention(
     """Fills out [B, H, D]; query [B, H, D], pool with KH units, of the query's dtype or of 8-bit floats with scales.
 
     block_tables int32 [B, blocks of the longest]; lengths int32 [B], the new token included, whose key and value are in
-    the pool. scratch.work is what decode_work.share_out made of the lengths and the plan. A row of length 0 is padding:
-    its output is not written. window: how many tokens are seen at most, the own one included. scale: D**-0.5 unless
-    given; softcap: the limit of scores, softcap.bounded. With `pdl` no kernel of the same chain may write lengths or
-    the work.
+    the pool. scratch.work is what decode_work.share_out made of the lengths and the plan; tables of rows that share_out
+    was given as following others are not read. A row of length 0 is padding: its output is not written. window: how
+    many tokens are seen at most, the own one included. scale: D**-0.5 unless given; softcap: the limit of scores,
+    softcap.bounded. With `pdl` no kernel of the same chain may write lengths or the work.
     """
     num_rows, num_heads, head_dim = query.shape
     kv_heads, block_tokens = pool.num_units, pool.block_tokens
@@ -234,7 +246,8 @@ def decode_attention(
     require(block_tables.stride(1) == 1, "rows of block_tables must be contiguous")
     for tensor in (query, lengths, out):
         require(tensor.is_contiguous(), "tensors must be contiguous")
-    parts = plan.num_chunks * num_heads
+    require(plan.queries <= queries_of(num_heads // kv_heads), f"{plan.queries} queries do not fit a program")
+    parts = plan.num_parts * num_heads
     enough = scratch.parts.numel() >= parts * head_dim and scratch.softmax.numel() >= parts * 2
     enough = enough and len(scratch.work) >= plan.num_chunks and scratch.arrived.numel() >= num_rows * kv_heads
     require(enough, "the scratch is too small for the plan")
@@ -259,6 +272,7 @@ def decode_attention(
         pool.unit_rows,
         block_tables.stride(0),
         0 if window is None else window,
+        plan.num_parts,
     )
     shape = dict(
         HEADS=num_heads,

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from baton.kernels.triton.decode_merge import merge_parts
-from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, PARTS, ROW, START
+from baton.kernels.triton.decode_work import CHUNK, COLUMNS, END, FIRST, FOLLOWING, PARTS, QUERIES, ROW, START
 from baton.kernels.triton.pool import STATIC_SCALES, TOKEN_SCALES
 
 WEIGHT_UNIT = tl.constexpr(64.0)
@@ -61,7 +61,7 @@ def _numbers(words, ASM: tl.constexpr):
     )
 
 
-@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window"])
+@triton.jit(do_not_specialize=["layer", "unit_rows", "scale_log2", "window", "num_parts"])
 def decode_fp8_attention_kernel(
     query_ptr,
     words_desc,
@@ -78,6 +78,7 @@ def decode_fp8_attention_kernel(
     unit_rows,
     table_stride,
     window,
+    num_parts,
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     DIM: tl.constexpr,
@@ -96,27 +97,38 @@ def decode_fp8_attention_kernel(
     number = tl.program_id(0) // KV_HEADS
     GROUP: tl.constexpr = HEADS // KV_HEADS
     WORDS: tl.constexpr = DIM // 4
-    head = tl.arange(0, ROWS)
+    each = tl.arange(0, ROWS)  # head of a query
+    number_of_query = each // GROUP
     element = tl.arange(0, WORDS) * 4
     chunk = work_ptr + number * COLUMNS  # not written by the kernels of a layer, nor are lengths: before the wait
     row = tl.load(chunk + ROW)
     start = tl.load(chunk + START)
     end = tl.load(chunk + END)
+    chunk_tokens = tl.load(chunk + CHUNK)
     first_part = tl.load(chunk + FIRST)
-    end_part = first_part + tl.load(chunk + PARTS)
-    first = start
-    if WINDOWED:  # noqa: SIM102 - compiled only for windows
-        if start < end:
-            first = tl.maximum(tl.load(length_ptr + row) - window, 0)
-            first_part += first // tl.load(chunk + CHUNK)
+    num_chunks = tl.load(chunk + PARTS)
+    queries = tl.load(chunk + QUERIES)
+    following = tl.load(chunk + FOLLOWING)
+    own_chunk, first, first_chunk = 0, 0, 0
+    limit = tl.zeros_like(each)
+    if start < end:
+        own_chunk = start // chunk_tokens
+        limit = tl.load(length_ptr + row) + number_of_query
+        if WINDOWED:
+            first = tl.maximum(tl.min(limit, 0) - window, 0)
+            first_chunk = first // chunk_tokens
             start = tl.maximum(start, first)
     if PDL:
         gdc_launch_dependents()
         gdc_wait()
     if start < end:
-        heads_at = (row * HEADS + kv_head * GROUP) * DIM
-        inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
-        query_at = query_ptr + heads_at + head[:, None] * DIM + element[None, :]
+        oldest = limit - window
+        limit = tl.minimum(limit, end)
+        own_row = tl.where(number_of_query == 0, row, following + number_of_query - 1)
+        heads_at = (own_row * HEADS + kv_head * GROUP + each % GROUP) * DIM
+        computes = each < queries * GROUP
+        inside = computes[:, None] & (element < DIM)[None, :]
+        query_at = query_ptr + heads_at[:, None] + element[None, :]
         query_0 = tl.load(query_at, mask=inside, other=0.0).to(tl.float32)
         query_1 = tl.load(query_at + 1, mask=inside, other=0.0).to(tl.float32)
         query_2 = tl.load(query_at + 2, mask=inside, other=0.0).to(tl.float32)
@@ -141,9 +153,9 @@ def decode_fp8_attention_kernel(
         first_row = kv_head * unit_rows + layer * LAYER_ROWS
         for tile in tl.range(start // TILE * TILE, end, TILE):
             token = tile + tl.arange(0, TILE)
-            seen = token < end
+            seen = token[None, :] < limit[:, None]
             if WINDOWED:
-                seen = seen & (token >= first)
+                seen = seen & (token[None, :] >= oldest[:, None])
             block = tl.load(table_ptr + row * table_stride + tile // BLOCK_TOKENS)
             slot = block * block_rows + first_row + tile % BLOCK_TOKENS
             key_words = words_desc.load([slot, 0])
@@ -160,10 +172,11 @@ def decode_fp8_attention_kernel(
             scores = tl.dot(query_3, key_3.T, scores) * score_units[:, None]
             if SCALES == TOKEN_SCALES:
                 scores *= key_scales[None, :]
-            scores = tl.where(seen[None, :], scores, float("-inf"))
+            scores = tl.where(seen, scores, float("-inf"))
             new_top = tl.maximum(top, tl.max(scores, 1))
-            weights = tl.exp2(scores - new_top[:, None])
-            shrink = tl.exp2(top - new_top)
+            bound = tl.where(new_top > float("-inf"), new_top, 0.0)  # a query may see none of a tile that others do
+            weights = tl.exp2(scores - bound[:, None])
+            shrink = tl.exp2(top - bound)
             total = total * shrink[:, None] + weights
             if SCALES == TOKEN_SCALES:
                 weights *= tl.minimum(value_scales * WEIGHT_UNIT, MOST)[None, :]
@@ -178,26 +191,27 @@ def decode_fp8_attention_kernel(
         unit_of_sums = 1.0 / WEIGHT_UNIT
         if SCALES == STATIC_SCALES:
             unit_of_sums = tl.load(scale_ptr + (layer * 2 + 1) * KV_HEADS + kv_head)
-        if end_part - first_part > 1:
-            base = kv_head * (tl.num_programs(0) // KV_HEADS)
-            parts_at = parts_ptr + ((base + number) * GROUP + head)[:, None] * DIM + element[None, :]
+        if num_chunks - first_chunk > 1:
+            first_part += kv_head * num_parts
+            part = first_part + number_of_query * num_chunks + own_chunk
+            parts_at = parts_ptr + (part * GROUP + each % GROUP)[:, None] * DIM + element[None, :]
             tl.store(parts_at, sums_0 * unit_of_sums, mask=inside)
             tl.store(parts_at + 1, sums_1 * unit_of_sums, mask=inside)
             tl.store(parts_at + 2, sums_2 * unit_of_sums, mask=inside)
             tl.store(parts_at + 3, sums_3 * unit_of_sums, mask=inside)
-            softmax_at = softmax_ptr + (base + number) * 2 * GROUP + head
-            tl.store(softmax_at, top, mask=head < GROUP)
-            tl.store(softmax_at + GROUP, all_weights, mask=head < GROUP)
+            softmax_at = softmax_ptr + part * 2 * GROUP + each % GROUP
+            tl.store(softmax_at, top, mask=computes)
+            tl.store(softmax_at + GROUP, all_weights, mask=computes)
             tl.debug_barrier()
             before = tl.atomic_add(arrived_ptr + row * KV_HEADS + kv_head, 1, sem="acq_rel")
-            if before == end_part - first_part - 1:
+            if before == num_chunks - first_chunk - 1:
                 tl.store(arrived_ptr + row * KV_HEADS + kv_head, 0)
                 merge_parts(
-                    parts_ptr, softmax_ptr, out_ptr + heads_at, base, first_part, end_part, DIM, DIM, GROUP,
-                    GROUP_BLOCK, AT_ONCE,
+                    parts_ptr, softmax_ptr, out_ptr + kv_head * GROUP * DIM, first_part, first_chunk, num_chunks,
+                    queries, row, following, HEADS * DIM, DIM, DIM, GROUP, GROUP_BLOCK, AT_ONCE,
                 )  # fmt: skip
         else:
-            out_at = out_ptr + heads_at + head[:, None] * DIM + element[None, :]
+            out_at = out_ptr + heads_at[:, None] + element[None, :]
             units = (unit_of_sums / all_weights)[:, None]
             tl.store(out_at, (sums_0 * units).to(out_ptr.dtype.element_ty), mask=inside)
             tl.store(out_at + 1, (sums_1 * units).to(out_ptr.dtype.element_ty), mask=inside)

@@ -9,31 +9,42 @@ import triton.language as tl
 
 @triton.jit
 def merge_parts(
-    parts_ptr, softmax_ptr, out_ptr, base, first, end, DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr,
-    GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
+    parts_ptr, softmax_ptr, out_ptr, base, first, end, queries, row, following, ROW_STRIDE: tl.constexpr,
+    DIM: tl.constexpr, DIM_BLOCK: tl.constexpr, GROUP: tl.constexpr, GROUP_BLOCK: tl.constexpr, AT_ONCE: tl.constexpr,
 ):  # fmt: skip
-    """Writes a group's output from the parts first .. end - 1, which begin at row `base` of the scratch."""
+    """Writes a group's output for each query from the parts of chunks first .. end - 1: that of query q and chunk c is
+    at base + q * end + c of the scratch. Parts of chunks that a query sees no token of weigh 0, and leave its bits as
+    they are. Query 0 is of row `row`, and query q of row following + q - 1."""
     head = tl.arange(0, GROUP_BLOCK)
     element = tl.arange(0, DIM_BLOCK)
     top = tl.full([GROUP_BLOCK], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_BLOCK], tl.float32)
     merged = tl.zeros([GROUP_BLOCK, DIM_BLOCK], tl.float32)
-    for start in tl.range(first, end, AT_ONCE):
+    first_start = first // AT_ONCE * AT_ONCE
+    rounds = tl.cdiv(end - first_start, AT_ONCE)
+    for number in tl.range(0, queries * rounds):  # one loop: two would take more registers
+        query = number // rounds
+        start = first_start + number % rounds * AT_ONCE
+        top = tl.where(start > first_start, top, float("-inf"))
+        merged = tl.where(start > first_start, merged, 0.0)
         chunk = start + tl.arange(0, AT_ONCE)
-        there = (chunk < end)[:, None] & (head < GROUP)[None, :]
-        place = softmax_ptr + (base + chunk)[:, None] * 2 * GROUP + head[None, :]
+        there = ((chunk >= first) & (chunk < end))[:, None] & (head < GROUP)[None, :]
+        part = base + query * end + chunk
+        place = softmax_ptr + part[:, None] * 2 * GROUP + head[None, :]
         tops = tl.load(place, mask=there, other=float("-inf"), cache_modifier=".cg")
         sums = tl.load(place + GROUP, mask=there, other=0.0, cache_modifier=".cg")
-        place = parts_ptr + ((base + chunk)[:, None] * GROUP + head[None, :])[:, :, None] * DIM + element[None, None, :]
+        place = parts_ptr + (part[:, None] * GROUP + head[None, :])[:, :, None] * DIM + element[None, None, :]
         inside = there[:, :, None] & (element < DIM)[None, None, :]
         parts = tl.load(place, mask=inside, other=0.0, cache_modifier=".cg")
         new_top = tl.maximum(top, tl.max(tops, 0))
-        new_top = tl.where(head < GROUP, new_top, 0.0)
-        weights = tl.exp2(tops - new_top[None, :])
-        shrink = tl.exp2(top - new_top)
+        bound = tl.where(new_top > float("-inf"), new_top, 0.0)
+        weights = tl.exp2(tops - bound[None, :])
+        shrink = tl.exp2(top - bound)
         merged = merged * shrink[:, None] + tl.sum(parts * weights[:, :, None], 0)
         total = total * shrink + tl.sum(sums * weights, 0)
         top = new_top
-    inside = (head < GROUP)[:, None] & (element < DIM)[None, :]
-    result = merged / total[:, None]
-    tl.store(out_ptr + head[:, None] * DIM + element[None, :], result.to(out_ptr.dtype.element_ty), mask=inside)
+        if start + AT_ONCE >= end:
+            own = tl.where(query == 0, row, following + query - 1)
+            result = (merged / total[:, None]).to(out_ptr.dtype.element_ty)
+            out_at = out_ptr + own * ROW_STRIDE + head[:, None] * DIM + element[None, :]
+            tl.store(out_at, result, mask=(head < GROUP)[:, None] & (element < DIM)[None, :])

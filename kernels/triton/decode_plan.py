@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 TILE = 64  # keys that a program reads at a time; chunks are multiples of it
+GROUP_ROWS = 16  # rows of the smallest matrix instruction: query heads and tokens of a program, padded
 FP8_AIM = 4
 """Programs that a multiprocessor has at once over 8-bit floats. One takes longer to widen a tile than the memory to
 bring it, and waits in between: several do both at a time."""
@@ -28,9 +29,22 @@ class DecodePlan:
     """Of the pipeline, the block table's load included: 3, 5, 7, 9 keep 1 to 4 tiles of keys and values in flight."""
     splits: int = 1
     chunk_tokens: int = 0
+    queries: int = 1
+    """Tokens of a sequence that read its keys and values together at most: the last and the drafts behind it."""
+
+    @property
+    def num_parts(self) -> int:
+        """Places for what programs leave of a key head, one a chunk and query. Where chunks are fixed, the places for
+        chunks of the queries' rows are enough."""
+        return self.num_chunks if self.chunk_tokens else self.num_chunks * self.queries
 
 
-def split_plan(num_rows: int, kv_heads: int, num_sms: int, aim: int = 1) -> DecodePlan:
+def queries_of(group: int) -> int:
+    """Tokens that fill a program's rows, where `group` query heads share a key head."""
+    return max(1, GROUP_ROWS // group)
+
+
+def split_plan(num_rows: int, kv_heads: int, num_sms: int, aim: int = 1, queries: int = 1) -> DecodePlan:
     """The fast plan for up to num_rows sequences of any length.
 
     As many chunks as multiprocessors, or whole sequences where these are more: the optima measured in whole steps
@@ -39,11 +53,18 @@ def split_plan(num_rows: int, kv_heads: int, num_sms: int, aim: int = 1) -> Deco
     """
     programs = num_rows * kv_heads
     splits = max(1, aim * num_sms // programs)
-    return DecodePlan((splits + 1) * num_rows, _stages(programs * splits, num_sms, aim), splits)
+    stages = _stages(programs * splits, num_sms, aim)
+    return DecodePlan((splits + 1) * num_rows, stages, splits, queries=queries)
 
 
 def fixed_plan(
-    num_rows: int, kv_heads: int, max_tokens: int, num_sms: int, chunk_tokens: int = 512, aim: int = 1
+    num_rows: int,
+    kv_heads: int,
+    max_tokens: int,
+    num_sms: int,
+    chunk_tokens: int = 512,
+    aim: int = 1,
+    queries: int = 1,
 ) -> DecodePlan:
     """The plan whose results do not depend on the batch: chunks of one size, whatever the rows and their lengths.
 
@@ -52,7 +73,8 @@ def fixed_plan(
     if chunk_tokens % TILE:
         raise ValueError(f"chunk_tokens {chunk_tokens} is not a multiple of {TILE}")
     num_chunks = num_rows * -(-max_tokens // chunk_tokens)
-    return DecodePlan(num_chunks, _stages(num_chunks * kv_heads, num_sms, aim), chunk_tokens=chunk_tokens)
+    stages = _stages(num_chunks * kv_heads, num_sms, aim)
+    return DecodePlan(num_chunks, stages, chunk_tokens=chunk_tokens, queries=queries)
 
 
 def _stages(programs: int, num_sms: int, aim: int) -> int:

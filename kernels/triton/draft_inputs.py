@@ -40,11 +40,14 @@ class Places:
 
     slots: torch.Tensor  # [tokens]: whose token is at a place
     taken: torch.Tensor  # [tokens]: of each row, how many drafts it has; -1: it computes nothing
-    first: torch.Tensor  # [tokens]: of each row, the place of its first draft
+    first: torch.Tensor  # [tokens]: of each row, the place of its first draft; of each draft, the next place
+    queries: (
+        torch.Tensor
+    )  # [tokens]: so many of its sequence's tokens from a place's on read together; 0: see one before
 
     @classmethod
     def make(cls, num_tokens: int, device: str) -> Places:
-        return cls(*(torch.zeros(num_tokens, dtype=torch.int32, device=device) for _ in range(3)))
+        return cls(*(torch.zeros(num_tokens, dtype=torch.int32, device=device) for _ in range(4)))
 
 
 @triton.jit
@@ -62,6 +65,7 @@ def _gather_drafts_kernel(
     slot_out_ptr,
     taken_out_ptr,
     first_out_ptr,
+    queries_out_ptr,
     num_rows,
     padding,
     tables_stride,
@@ -71,6 +75,7 @@ def _gather_drafts_kernel(
     BLOCK_TOKENS: tl.constexpr,
     COPIED: tl.constexpr,
     COLUMNS: tl.constexpr,
+    QUERIES: tl.constexpr,
 ):
     place, num_places = tl.program_id(0), tl.num_programs(0)
     each = tl.arange(0, ROWS)
@@ -99,9 +104,13 @@ def _gather_drafts_kernel(
     mine = each == row
     first = tl.sum(tl.where(mine, ends - taken, 0), 0)
     tl.store(taken_out_ptr + place, tl.sum(tl.where((each == place) & alive, taken + 1, 0), 0) - 1)
-    tl.store(first_out_ptr + place, tl.sum(tl.where(each == place, ends - taken, 0), 0))
+    tl.store(first_out_ptr + place, tl.where(own, first, place + 1))
     number = tl.where(own, 0, place - first + 1)
     computes = tl.sum((mine & alive).to(tl.int32), 0) > 0
+    rest = tl.sum(tl.where(mine, taken, 0), 0) + 1 - number
+    leads = computes & (number % QUERIES == 0)
+    queries = tl.where(leads, tl.minimum(rest, QUERIES), 0)
+    tl.store(queries_out_ptr + place, queries)
     slot = tl.where(computes, tl.sum(tl.where(mine, slots, 0), 0), padding)
     length = tl.where(computes, tl.sum(tl.where(mine, known, 0), 0) + number, 0)
     drafted = tl.load(draft_ptr + slot * DRAFTS + tl.maximum(number - 1, 0))
@@ -114,7 +123,7 @@ def _gather_drafts_kernel(
     table = tables_ptr + slot.to(tl.int64) * tables_stride
     block = tl.load(table + at // BLOCK_TOKENS)
     tl.store(kv_slot_out_ptr + place, tl.where(computes, block * BLOCK_TOKENS + at % BLOCK_TOKENS, -1))
-    used = tl.cdiv(length, BLOCK_TOKENS)
+    used = tl.where(leads, tl.cdiv(length + queries - 1, BLOCK_TOKENS), 0)
     for start in tl.range(0, used, COPIED):
         column = start + tl.arange(0, COPIED)
         blocks = tl.load(table + column, mask=column < used, other=0)
@@ -130,10 +139,12 @@ def gather_drafts(
     block_tokens: int,
     out: StepInputs,
     places: Places,
+    queries: int = 1,
 ) -> None:
     """slots and most int32 [rows], rows of padding last; state int32 [slots, COLUMNS], the last slot that of padding;
     drafts int32 [slots, most drafts]; tables int32 [slots, blocks of the longest]. `out` has as many places as the step
-    has tokens, `places` at least as many."""
+    has tokens, `places` at least as many. queries: tokens of a sequence that read its keys and values together at most;
+    only the first of them gets the sequence's table."""
     num_tokens, num_slots = out.tokens.shape[0], state.shape[0]
     require(slots.shape == most.shape, "slots and most need one a row")
     require(state.shape == (num_slots, COLUMNS.value) and drafts.shape[0] == num_slots, "state and drafts do not fit")
@@ -154,6 +165,7 @@ def gather_drafts(
         places.slots,
         places.taken,
         places.first,
+        places.queries,
         slots.shape[0],
         num_slots - 1,
         tables.stride(0),
@@ -163,5 +175,6 @@ def gather_drafts(
         BLOCK_TOKENS=block_tokens,
         COPIED=COPIED,
         COLUMNS=COLUMNS.value,
+        QUERIES=queries,
         num_warps=4,
     )

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 
 from baton.kernels.triton import draft_inputs as columns
+from baton.kernels.triton.decode_plan import DecodePlan
+from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.draft_inputs import Places, gather_drafts
 from baton.kernels.triton.drafts import IDS, SlotDrafts, accept, propose
 from baton.kernels.triton.step_inputs import StepInputs, set_entries
@@ -24,10 +26,12 @@ from baton.node.messages.control import MAX_PREDICTION_TOKENS
 
 class DraftSlots:
     """`num_slots` slots and the one of padding behind them, with up to `most_drafts` drafts each; steps of up to
-    `num_tokens` tokens; sequences of up to `max_len`."""
+    `num_tokens` tokens; sequences of up to `max_len`. queries: tokens of a sequence that attention takes together."""
 
-    def __init__(self, queue: Queue, num_slots: int, num_tokens: int, most_drafts: int, max_len: int) -> None:
-        self.most_drafts = most_drafts
+    def __init__(
+        self, queue: Queue, num_slots: int, num_tokens: int, most_drafts: int, max_len: int, queries: int = 1
+    ) -> None:
+        self.most_drafts, self.queries = most_drafts, queries
         self._queue, self._max_len = queue, max_len
         room = max_len + most_drafts + 1
         self.kept = SlotDrafts.make(num_slots + 1, most_drafts, MAX_PREDICTION_TOKENS, room, queue.device)
@@ -77,7 +81,12 @@ class DraftSlots:
     ) -> None:
         """Fills `inputs` for rows of these slots, with up to `most` drafts each, int32 [rows], -1: padding."""
         kept = self.kept
-        gather_drafts(slots, most, kept.state, kept.drafts, tables, block_tokens, inputs, self._places)
+        gather_drafts(slots, most, kept.state, kept.drafts, tables, block_tokens, inputs, self._places, self.queries)
+
+    def share_out(self, lengths: torch.Tensor, plan: DecodePlan, work: torch.Tensor) -> None:
+        """Attention's work for the tokens that `gather` laid out last."""
+        count = len(lengths)
+        share_out(lengths, plan, work, self._places.queries[:count], self._places.first[:count])
 
     @property
     def slots(self) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from baton.kernels.triton.decode_attention import GROUP_ROWS
+from baton.kernels.triton.decode_plan import GROUP_ROWS
 from baton.models.config import ModelConfig
 from baton.models.cuda.latent import check_latent
 from baton.node.errors import SettingsError

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from baton.kernels.triton.decode_attention import DecodeScratch
-from baton.kernels.triton.decode_plan import FP8_AIM, DecodePlan, fixed_plan, split_plan
+from baton.kernels.triton.decode_plan import FP8_AIM, DecodePlan, fixed_plan, queries_of, split_plan
 from baton.kernels.triton.decode_work import share_out
 from baton.kernels.triton.pool import PagedPool
 from baton.kernels.triton.prompt_logprobs import PromptLogprobRows, prompt_logprobs
@@ -110,7 +110,8 @@ class CudaRunner:
             peers.reserve(row_tokens, dtype)
         self.drafts: DraftSlots | None = None
         if limits.most_drafts:
-            self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len)
+            together = 1 if config.latent is not None else queries_of(config.group_size)
+            self.drafts = DraftSlots(queue, rows, row_tokens, limits.most_drafts, max_len, together)
         self.budget = DraftBudget(sizes_up_to(row_tokens), limits.most_drafts)
         self._widened = None  # with the weights and activations, since the pool is planned from what these leave
         if self.kv_format.quantised and not limits.deterministic:
@@ -175,7 +176,7 @@ class CudaRunner:
             chunk_upload=Upload(self.queue, 4 * tokens + rows * (width + 5) + 3 * items + CHUNK_ARRAYS * ALIGNED),
             scratch=DecodeScratch.make(
                 row_tokens,
-                max(self._plan(size, length).num_chunks for size in sizes for length in lengths),
+                max(self._plan(size, length).num_parts for size in sizes for length in lengths),
                 config.num_heads,
                 config.num_kv_heads,
                 config.head_dim if config.latent is None else config.latent.latent_dim,
@@ -389,10 +390,11 @@ class CudaRunner:
         header = bound.upload.there[: 3 * aligned(self._limits.max_rows)].view(3, -1)
         if self.drafts is not None:
             self.drafts.gather(header[0], header[1], bound.slots.tables, bound.block_tokens, inputs)
+            self.drafts.share_out(inputs.lengths, plan, bound.scratch.work)
         else:
             slots, positions, given = header[0, :num_rows], header[1, :num_rows], header[2, :num_rows]
             gather_inputs(slots, positions, given, bound.slots.last, bound.slots.tables, bound.block_tokens, inputs)
-        share_out(inputs.lengths, plan, bound.scratch.work)
+            share_out(inputs.lengths, plan, bound.scratch.work)
 
     def _slots_of(self, num_tokens: int) -> torch.Tensor:
         """The slots of a decode step's tokens, on the device."""
@@ -607,9 +609,10 @@ class CudaRunner:
             deterministic = self._limits.deterministic
             return plan_latent_rows(num_rows, self._own.num_heads, max_tokens, num_sms, deterministic)
         aim = FP8_AIM if self.kv_format.quantised else 1
+        queries = 1 if self.drafts is None else self.drafts.queries
         if self._limits.deterministic:
-            return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim)
-        return split_plan(num_rows, kv_heads, num_sms, aim)
+            return fixed_plan(num_rows, kv_heads, max_tokens, num_sms, aim=aim, queries=queries)
+        return split_plan(num_rows, kv_heads, num_sms, aim, queries)
 
     def _bind(self) -> PoolBinding:
         if self._bound is None:

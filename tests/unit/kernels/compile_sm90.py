@@ -186,7 +186,9 @@ def share_out() -> None:
     from baton.kernels.triton.decode_plan import DecodePlan
 
     work = empty(512, decode_work.COLUMNS.value, dtype=torch.int32)
-    decode_work.share_out(empty(256, dtype=torch.int32), DecodePlan(512, 3), work)
+    lengths = empty(256, dtype=torch.int32)
+    decode_work.share_out(lengths, DecodePlan(512, 3), work)
+    decode_work.share_out(lengths, DecodePlan(512, 3, queries=4), work, lengths, lengths)
 
 
 def prefill(
@@ -490,9 +492,9 @@ def drafts() -> None:
         return empty(*shape, dtype=torch.int32)
 
     kept = module.SlotDrafts(ids(257, 8), ids(257, 7), ids(257, 4096), 1024)
-    places = draft_inputs.Places(ids(256), ids(256), ids(256))
+    places = draft_inputs.Places(ids(256), ids(256), ids(256), ids(256))
     inputs = step_inputs.StepInputs(ids(64), ids(64), ids(64), ids(64), ids(64, 64))
-    draft_inputs.gather_drafts(ids(256), ids(256), kept.state, kept.drafts, ids(257, 64), 64, inputs, places)
+    draft_inputs.gather_drafts(ids(256), ids(256), kept.state, kept.drafts, ids(257, 64), 64, inputs, places, 4)
     results = ids(64, 12)
     module.accept(ids(64), ids(64), places, kept, results)
     module.propose(ids(64), places, kept, results, searched=32768, longest=16, least=2)

@@ -413,6 +413,49 @@ def check_decode_attention(
     return outs[0]
 
 
+def check_queries_together(
+    device: str,
+    dtype: torch.dtype,
+    heads: Heads,
+    sequences: list[tuple[int, int]],
+    block_tokens: int,
+    plan: decode_plan.DecodePlan,
+    window: int | None = None,
+    scales: Scales = "none",
+) -> None:
+    """The last 1 + drafts tokens of sequences, given as length and drafts, laid out as draft_inputs does, are right and
+    have the bits of queries that read alone. A plan without fixed chunks is only checked for being right."""
+    lengths, drafts = [length for length, _ in sequences], [count for _, count in sequences]
+    together, count = plan.queries, sum(drafts) + len(sequences)
+    paged = Paged.make(device, dtype, heads, lengths, block_tokens, scales)
+    places = [(row, 0) for row in range(len(lengths))]
+    places += [(row, number) for row, more in enumerate(drafts) for number in range(1, more + 1)]
+    queries = [0 if number % together else min(together, drafts[row] + 1 - number) for row, number in places]
+    following = [
+        len(lengths) + sum(drafts[:row]) if number == 0 else place + 1 for place, (row, number) in enumerate(places)
+    ]
+    seen = [lengths[row] - drafts[row] + number for row, number in places]
+    query = randn((count, heads.query, heads.dim), dtype, device)
+    scratch = decode_attention.DecodeScratch.make(count, plan.num_parts, heads.query, heads.key, heads.dim, device)
+    held = torch.tensor(seen, dtype=torch.int32, device=device)
+    tables = torch.stack([paged.tables[row] for row, _ in places])
+    grouped = [torch.tensor(values, dtype=torch.int32, device=device) for values in (queries, following)]
+    outs = []
+    for given in ((), grouped, grouped):
+        scratch.parts.fill_(float("nan"))
+        scratch.softmax.fill_(float("nan"))
+        out = poison(tuple(query.shape), dtype, device)
+        decode_work.share_out(held, plan, scratch.work, *given)
+        read = torch.where(grouped[0][:, None] > 0, tables, -1) if given else tables
+        decode_attention.decode_attention(query, paged.pool, 1, read, held, plan, scratch, out, window=window)
+        outs.append(out)
+    order = sorted(range(count), key=lambda place: places[place])
+    assert_attention(outs[1][order], paged, query[order], [more + 1 for more in drafts], window, None)
+    assert torch.equal(outs[1], outs[2]), "the same inputs gave other bits"
+    assert not plan.chunk_tokens or torch.equal(outs[0], outs[1]), "bits depend on what is read together"
+    assert not bool(scratch.arrived.any()), "a counter was not set back"
+
+
 def check_prefill_attention(
     device: str,
     dtype: torch.dtype,

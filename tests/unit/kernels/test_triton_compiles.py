@@ -50,8 +50,9 @@ def kernels(tmp_path_factory) -> dict[str, list[dict]]:
 def test_no_kernel_spills(kernels):
     """Guards against a tile too large for the registers: it still gives right results, at a fraction of the speed."""
     for case, kernel in ((case, kernel) for case, of_case in kernels.items() for kernel in of_case):
-        # Gluon: setmaxnreg gives its groups 240, but ptxas plans the entry with 168. Latents of 64 heads: one register.
-        if case.startswith(("gluon", "latent_128")):
+        # Gluon: setmaxnreg gives its groups 240, but ptxas plans the entry with 168. Latents of 64 heads: one register;
+        # of 8-bit floats two, outside the loop.
+        if case.startswith(("gluon", "latent_128", "fp8_decode")):
             assert kernel["stack_bytes"] <= 16, (case, kernel)
         elif case == "ranks_8":  # the words of all ranks are on their way together: that is worth some stack
             assert kernel["stack_bytes"] <= 192, (case, kernel)
