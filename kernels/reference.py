@@ -7,6 +7,8 @@ block_tokens]` at `t % block_tokens`. Knows no model.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 
@@ -241,3 +243,17 @@ def gumbel_argmax(logits: torch.Tensor, u: torch.Tensor) -> torch.Tensor:
 
 def gumbel_noise(u: torch.Tensor) -> torch.Tensor:
     return -torch.log(-torch.log1p(-u))
+
+
+def low_rank_delta(
+    x: torch.Tensor, adapters: torch.Tensor, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor]
+) -> torch.Tensor:
+    """What adapters add to a product of x [N, K]: B (A x) of each row's own, [N, outputs]; 0 where adapters [N] < 0.
+
+    a and b: by slot, [rank, K] and [outputs, rank]; A x is rounded to x's dtype.
+    """
+    delta = x.new_zeros(len(x), b[0].shape[0])
+    for slot, (down, up) in enumerate(zip(a, b, strict=True)):
+        rows = (adapters == slot).nonzero()[:, 0]
+        delta[rows] = x[rows] @ down.T @ up.T
+    return delta

@@ -1,0 +1,164 @@
+"""Checks of the kernels of adapters that hold for any device; as kernel_checks, whose helpers they use."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from baton.kernels import reference
+from baton.kernels.triton import adapter_rows, linear, linear_policy, low_rank
+from baton.kernels.triton.adapter_rows import AdapterRows
+from baton.kernels.triton.low_rank import AdapterBank, AddedProduct, BankSite
+from baton.tests.unit.kernels.kernel_checks import error, poison, randn
+
+SITES = 3
+"""In a bank; the middle one is used."""
+
+
+@dataclass(frozen=True, slots=True)
+class Adapters:
+    """Random adapters of one product, in a bank whose other numbers are NaN."""
+
+    bank: AdapterBank
+    site: BankSite
+    a: list[list[torch.Tensor]]
+    """By slot and part, float64 [rank, K]."""
+    b: list[list[torch.Tensor]]
+
+    @classmethod
+    def make(
+        cls, ranks: list[int], max_rank: int, k: int, ends: tuple[int, ...], dtype: torch.dtype, device: str
+    ) -> Adapters:
+        """ranks: by slot; 0: the adapter leaves the product alone."""
+        a_size, b_size = len(ends) * k, ends[-1]
+        site = BankSite(1, 32, 32 + a_size, k, ends)
+        numbers = poison((len(ranks), max_rank * (32 + a_size + b_size)), dtype, device)
+        of_sites = torch.zeros(len(ranks), SITES, dtype=torch.int32, device=device)
+        of_sites[:, 1] = torch.tensor(ranks, device=device)
+        sizes = [end - begin for begin, end in zip((0, *ends[:-1]), ends, strict=True)]
+        a, b = [], []
+        for slot, rank in enumerate(ranks):
+            down = (randn((len(ends) * rank, k), torch.float32, device, 10 + slot) / k**0.5).to(dtype)
+            up = randn((ends[-1], rank), dtype, device, 50 + slot)
+            numbers[slot, rank * site.a_offset :][: down.numel()] = down.flatten()
+            numbers[slot, rank * site.b_offset :][: up.numel()] = up.flatten()
+            a.append(list(down.double().split(rank)) if rank else [down.double()] * len(ends))
+            b.append(list(up.double().split(sizes)))
+        return cls(AdapterBank(numbers, of_sites, max_rank), site, a, b)
+
+    def delta(self, x: torch.Tensor, adapters: torch.Tensor) -> torch.Tensor:
+        """float64 [M, N]"""
+        parts = range(len(self.site.ends))
+        return torch.cat(
+            [reference.low_rank_delta(x.double(), adapters, *zip(*self._of(part), strict=True)) for part in parts], 1
+        )
+
+    def _of(self, part: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return [(a[part], b[part]) for a, b in zip(self.a, self.b, strict=True)]
+
+
+def group(adapters: torch.Tensor, num_slots: int) -> AdapterRows:
+    """adapters int32 [M]"""
+    device, count = str(adapters.device), len(adapters)
+    rows = AdapterRows.make(count, num_slots, device)
+    rows.items.fill_(7)  # what steps before left
+    begins = torch.full((2 * count,), -1, dtype=torch.int32, device=device)
+    index = torch.arange(count, dtype=torch.int32, device=device).flip(0)
+    adapter_rows.group_rows(index, adapters.flip(0).contiguous(), begins, rows)
+    return rows
+
+
+def some_adapters(rows: int, num_slots: int, device: str, seed: int = 0) -> torch.Tensor:
+    """int32 [rows], base rows among them."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-1, num_slots, (rows,), dtype=torch.int32, generator=generator).to(device)
+
+
+def check_group(adapters: torch.Tensor, num_slots: int) -> None:
+    """By the host's arrays, and what they are for: each row with an adapter is in one item, of its own slot."""
+    found = group(adapters, num_slots)
+    host = adapters.cpu().numpy()
+    expected = adapter_rows.laid_out(host, len(found.items), num_slots)
+    count, groups = int((host >= 0).sum()), expected.groups[0]
+    assert np.array_equal(found.adapters.cpu(), host)
+    assert np.array_equal(found.order.cpu()[:count], expected.order[:count])
+    used = found.items.cpu()[found.items.cpu()[:, 2] > 0]
+    assert np.array_equal(used[:, :3], expected.items[expected.items[:, 2] > 0][:, :3])
+    assert len(used) == (expected.items[:, 2] > 0).sum() and (found.items[len(used) :, 2] == 0).all()
+    assert np.array_equal(found.groups.cpu()[: 1 + groups], expected.groups[: 1 + groups])
+    covered = [(slot, row) for slot, start, size, _ in used.tolist() for row in expected.order[start : start + size]]
+    assert sorted(covered) == sorted((slot, row) for row, slot in enumerate(host.tolist()) if slot >= 0)
+
+
+def added_to(
+    adapters: Adapters, x: torch.Tensor, of_rows: torch.Tensor, *, pdl: bool = False, splits: int | None = None
+) -> AddedProduct:
+    site = adapters.site
+    splits = splits or low_rank.splits_of(site.inputs, len(x), deterministic=True)
+    hidden = poison((splits, len(x), adapters.bank.rank_width(site)), torch.float32, str(x.device))
+    rows = group(of_rows, len(adapters.bank.numbers))
+    return low_rank.shrink(x, adapters.bank, site, rows, hidden, pdl=pdl)
+
+
+def check_expand(
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    ranks: list[int],
+    max_rank: int,
+    k: int,
+    ends: tuple[int, ...],
+    pdl: bool = False,
+) -> None:
+    """Rows without an adapter keep their bits."""
+    adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device)
+    x, of_rows = randn((rows, k), dtype, device), some_adapters(rows, len(ranks), device)
+    before = randn((rows, ends[-1]), dtype, device, 3)
+    out = before.clone()
+    low_rank.expand(added_to(adapters, x, of_rows, pdl=pdl), out, pdl=pdl)
+    exact = before.double() + adapters.delta(x, of_rows)
+    assert error(out, exact) <= 2 * max(error(exact.to(dtype), exact), 1e-6)
+    assert torch.equal(out[of_rows < 0], before[of_rows < 0])
+
+
+def check_linear_added(
+    device: str,
+    dtype: torch.dtype,
+    rows: int,
+    ranks: list[int],
+    max_rank: int,
+    tiles: linear_policy.Tiles,
+    ends: tuple[int, ...],
+    k: int = 256,
+    fused: bool = False,
+    pdl: bool = False,
+) -> None:
+    """Rows without an adapter have the bits of the product alone, and each row those that it has with others."""
+    adapters = Adapters.make(ranks, max_rank, k, ends, dtype, device)
+    n = ends[-1] // 2 if fused else ends[-1]
+    x, of_rows = randn((rows, k), dtype, device), some_adapters(rows, len(ranks), device)
+    weight = (randn((ends[-1], k), torch.float32, device, 1) / k**0.5).to(dtype)
+    exact = F.linear(x.double(), weight.double()) + adapters.delta(x, of_rows)
+    if fused:
+        gate, up = exact.chunk(2, -1)
+        exact = F.silu(gate) * up
+    shape, kind = ((rows, n), dtype) if tiles.splits == 1 else ((tiles.splits, rows, n), torch.float32)
+    out, alone = poison(shape, kind, device), poison(shape, kind, device)
+    linear.linear(
+        x, weight, None, tiles, out, fused=fused, added=added_to(adapters, x, of_rows, pdl=pdl), pdl=pdl
+    )
+    linear.linear(x, weight, None, tiles, alone, fused=fused, pdl=pdl)
+    found = out.sum(0) if tiles.splits > 1 else out
+    bound = 2 * max(error(exact.to(dtype), exact), 1e-5)
+    assert error(found, exact) <= bound, f"error {error(found, exact):.2e}, allowed {bound:.2e}"
+    base = of_rows < 0
+    assert torch.equal(out[..., base, :], alone[..., base, :])
+    if rows > 1 and tiles.tile_m:
+        kept = list(range(rows))[1::2]
+        fewer = poison((*shape[:-2], len(kept), n), kind, device)
+        some = x[kept].contiguous()
+        linear.linear(some, weight, None, tiles, fewer, fused=fused, added=added_to(adapters, some, of_rows[kept]))
+        assert torch.equal(fewer, out[..., kept, :])
